@@ -1,0 +1,88 @@
+"""MXFP4 (OCP microscaling 4-bit floats) to and from floating point, in the layout of the published gpt-oss checkpoints.
+
+A block is 32 consecutive input elements of one output row: 16 bytes of codes and one scale byte.
+
+    value = e2m1(code) * 2^(scale - 127)
+    element 2j is the LOW nibble of byte j, element 2j + 1 the HIGH nibble
+    e2m1: bit 3 is the sign, bits 0..2 index the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 (code 8 is -0.0)
+
+Scale byte 255 is NaN (OCP MX 1.0, E8M0); the published checkpoints do not use it. Every other value is exact in bfloat16
+and float32 except 2^127 * 4 and 2^127 * 6, which overflow to infinity.
+
+Source: OCP Microscaling Formats (MX) Specification 1.0; nibble order and the [..., out, in / 32, 16] layout as in
+openai/gpt-oss, gpt_oss/torch/weights.py.
+
+Shapes: ... any leading dimensions (experts), O output features, I input features, N = I / 32 blocks of a row.
+"""
+
+import torch
+
+BLOCK_SIZE = 32  # elements that share one scale
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _byte_values(device: torch.device) -> torch.Tensor:
+    """The two elements of each of the 256 bytes, low nibble first: [256, 2] fp32."""
+    codes = torch.tensor(MAGNITUDES + tuple(-m for m in MAGNITUDES), dtype=torch.float32, device=device)  # [16]
+    return torch.stack([codes.repeat(16), codes.repeat_interleave(16)], dim=1)
+
+
+def _scale_values(device: torch.device) -> torch.Tensor:
+    """2^(scale - 127) of each of the 256 scale bytes: [256] fp32, the last one NaN."""
+    exponents = torch.arange(256, dtype=torch.float64, device=device) - 127
+    values = torch.exp2(exponents).to(torch.float32)  # 2^-127 is a subnormal, exact
+    values[255] = torch.nan
+    return values
+
+
+def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weights that packed blocks stand for.
+
+    blocks: [..., O, N, 16] uint8, two elements a byte. scales: [..., O, N] uint8.
+    Returns [..., O, I] of `dtype`, contiguous, on the device of `blocks`: output rows first, so a matrix applies as x @ w.T
+    (the bf16 checkpoint form is the transpose, [..., I, O]). float16 holds only part of the range: small values round to 0.
+    Working memory beyond the result: 4 bytes per byte of `blocks`; convert expert by expert where that matters.
+    """
+    assert blocks.dtype == scales.dtype == torch.uint8, f"blocks {blocks.dtype}, scales {scales.dtype}: both must be uint8"
+    assert blocks.shape == (*scales.shape, BLOCK_SIZE // 2), f"blocks {tuple(blocks.shape)}, scales {tuple(scales.shape)}"
+    work_dtype = torch.float32 if dtype == torch.float16 else dtype  # 2^(scale - 127) itself may not exist in float16
+    table = _byte_values(blocks.device).to(work_dtype)
+    values = torch.nn.functional.embedding(blocks.int(), table)  # [..., O, N, 16, 2]
+    factors = _scale_values(blocks.device).to(work_dtype)
+    values *= torch.nn.functional.embedding(scales.int(), factors[:, None])[..., None]  # [..., O, N, 1, 1]
+    return values.flatten(-3).to(dtype)
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packs weights into MXFP4: the inverse of `dequantize`, with rounding.
+
+    weight: [..., O, I] floating point, finite, I a multiple of 32.
+    Returns blocks [..., O, N, 16] uint8 and scales [..., O, N] uint8.
+
+    Rounding: the scale of a block is the smallest power of two at which its largest magnitude is at most 6
+    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties to the
+    even code. Values that are already on a block's grid come back exactly, though a block whose largest code was at most 3
+    is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
+    """
+    num_inputs = weight.shape[-1]
+    if num_inputs % BLOCK_SIZE != 0:
+        raise ValueError(f"MXFP4 packs blocks of {BLOCK_SIZE} inputs: {num_inputs} of {tuple(weight.shape)} is no multiple")
+    if not torch.isfinite(weight).all():
+        raise ValueError("MXFP4 cannot hold infinite or NaN weights")
+    values = weight.float().unflatten(-1, (-1, BLOCK_SIZE))  # [..., O, N, 32]
+    magnitudes = values.abs()
+    amax = magnitudes.amax(-1)  # [..., O, N]
+    # amax = fraction * 2^exponent with fraction in [0.5, 1), and 6 = 0.75 * 2^3: exact, where log2(amax / 6) would round
+    fraction, exponent = torch.frexp(amax)
+    shift = torch.where(fraction <= 0.75, exponent - 3, exponent - 2)
+    scales = torch.where(amax > 0, (shift + 127).clamp(0, 254), 0).to(torch.uint8)
+    magnitudes = magnitudes * torch.exp2(127.0 - scales.double()).float()[..., None]
+
+    grid = torch.tensor(MAGNITUDES, dtype=torch.float32, device=weight.device)
+    midpoints = (grid[:-1] + grid[1:]) / 2  # [7]; midpoint i lies between codes i and i + 1
+    # bucketize sends a midpoint to the lower code; where the upper one is even, move the boundary just below it
+    midpoints[1::2] = torch.nextafter(midpoints[1::2], torch.zeros_like(midpoints[1::2]))
+    codes = torch.bucketize(magnitudes, midpoints, out_int32=True).to(torch.uint8)
+    codes |= torch.signbit(values).to(torch.uint8) << 3
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)  # [..., O, N, 16]
+    return blocks.contiguous(), scales
