@@ -1,0 +1,189 @@
+"""Logits to tokens, and the log-prob of each token under the distribution it was really drawn from.
+
+A draw is the Gumbel-max trick: token = argmax(logits / temperature + noise). The noise is a pure integer hash of
+(seed, step, prompt id, sample, position) and the vocabulary id, so a draw needs no generator state: it does not
+depend on the other rows of the batch, on the order of admission, on the device or on a restart.
+
+Filters apply to the tempered distribution in this order, each on what the one before it left:
+  1. top-k: the k largest logits (ties with the k-th are all kept);
+  2. top-p: the shortest prefix, by falling probability, whose mass reaches top_p; the masses are those of the
+     distribution renormalised after top-k (equal probabilities count in order of vocabulary id);
+  3. min-p: every token with at least min_p times the largest probability.
+Hugging Face `generate` uses this order (temperature, top-k, top-p, min-p). vLLM applies min-p before top-k and top-p,
+so top-p there sees the mass that min-p left, and the kept set can be smaller when both are active.
+
+The hash follows the multiply-and-xorshift family: the 64-bit finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014)
+for the key, and for the vocabulary id a 32-bit one with the multipliers of Chris Wellons' `lowbias32`.
+
+B rows, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Odd 64-bit multipliers, one per key column: a key is a point on a lattice, mixed by the finaliser below.
+_KEY_MULTIPLIERS = (
+    0x9E3779B97F4A7C15,
+    0xD1B54A32D192ED03,
+    0xABC98388FB8FAC03,
+    0x8CB92BA72F3D8DD7,
+    0xF1357AEA2E62A9C5,
+)
+# Rows are handled in blocks of at most this many logits, which bounds the temporaries (4 bytes per element each).
+_MAX_BLOCK_ELEMENTS = 1 << 24
+
+
+@dataclass
+class Draw:
+    """One token per row. log_probs in nats; `kept_ids` is set when a filter was active: the kept vocabulary ids of
+    all rows one after the other, ascending within a row, `kept_counts[b]` of them for row b."""
+
+    tokens: Tensor  # [B] int64
+    log_probs: Tensor  # [B] fp32
+    kept_ids: Tensor | None = None  # [N] int32
+    kept_counts: Tensor | None = None  # [B] int64
+
+    @property
+    def kept(self) -> list[list[int]] | None:
+        """Kept vocabulary ids of each row, or None when no filter was active."""
+        if self.kept_ids is None or self.kept_counts is None:
+            return None
+        return [ids.tolist() for ids in self.kept_ids.split(self.kept_counts.tolist())]
+
+
+def check_settings(*, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    """Raises ValueError naming the setting, its value and what is allowed."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature}: must be a finite number above 0; for the most likely token of "
+                         "each step use greedy sampling instead of temperature 0")
+    if not top_k >= 0:
+        raise ValueError(f"top_k={top_k}: must be 0 (off) or the number of most likely tokens to keep")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1 (off)")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p}: must be between 0 (off) and 1")
+
+
+def draw(
+    logits: Tensor, keys: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Draw:
+    """Draws one token per row from softmax(logits / temperature) restricted to the kept set.
+
+    logits [B, V] fp32; keys [B, 5] int64: seed, step, prompt id, sample, position of the drawn token in its sequence
+    (the prompt's first token is position 0). The log-probs are natural logs, renormalised over the kept set when a
+    filter is active. Two rows with the same key and logits draw the same token. Raises ValueError for a setting out
+    of range. A row with a NaN logit gives a NaN log-prob.
+    """
+    check_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert logits.dtype == torch.float32, f"logits are {logits.dtype}, expected torch.float32"
+    assert keys.shape == (logits.shape[0], 5), f"keys are {tuple(keys.shape)}, expected {(logits.shape[0], 5)}"
+    num_rows = max(1, _MAX_BLOCK_ELEMENTS // logits.shape[1])
+    blocks = [
+        _draw_block(block, block_keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for block, block_keys in zip(logits.split(num_rows), keys.split(num_rows), strict=True)
+    ]
+    if len(blocks) == 1:
+        return blocks[0]
+    is_filtered = blocks[0].kept_ids is not None
+    return Draw(
+        tokens=torch.cat([block.tokens for block in blocks]),
+        log_probs=torch.cat([block.log_probs for block in blocks]),
+        kept_ids=torch.cat([block.kept_ids for block in blocks]) if is_filtered else None,
+        kept_counts=torch.cat([block.kept_counts for block in blocks]) if is_filtered else None,
+    )
+
+
+def greedy(logits: Tensor) -> Draw:
+    """The most likely token of each row (the lowest id among equals) and its log-prob at temperature 1, in nats.
+
+    logits [B, V] fp32.
+    """
+    assert logits.dtype == torch.float32, f"logits are {logits.dtype}, expected torch.float32"
+    best, tokens = logits.max(dim=-1)  # [B], [B]
+    return Draw(tokens=tokens, log_probs=best - logits.logsumexp(dim=-1))
+
+
+def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, a pure function of (key, vocabulary id): [B, V] fp32 for keys [B, 5] int64.
+
+    31 hash bits h give w = (h + 1/2) / 2^31 and noise -log(-log(1 - w)). Large noise, which decides the draw, comes
+    from small w, where a float keeps all its digits: the largest value is 22.2, the smallest -2.8.
+    """
+    first, second = _row_words(keys)  # [B], [B] int32
+    ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9, 32)  # [V]
+    bits = ids[None, :] ^ first[:, None]  # [B, V] int32
+    shifted = torch.bitwise_right_shift(bits, 16).bitwise_and_(0xFFFF)
+    bits.bitwise_xor_(shifted).mul_(0x7FEB352D).add_(second[:, None])
+    torch.bitwise_right_shift(bits, 15, out=shifted).bitwise_and_(0x1FFFF)
+    bits.bitwise_xor_(shifted).mul_(_signed(0x846CA68B, 32))
+    # Here the shift may carry the sign bit along: xor with it is still one-to-one on the lower 31 bits.
+    torch.bitwise_right_shift(bits, 16, out=shifted)
+    noise = bits.bitwise_xor_(shifted).bitwise_and_(0x7FFFFFFF).float()
+    # The bound keeps the logarithm finite where h + 1/2 rounds up to 2^31.
+    noise.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return noise.neg_().log1p_().neg_().log_().neg_()
+
+
+def _draw_block(
+    logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Draw:
+    scores = logits / temperature  # [B, V]
+    scores -= scores.amax(dim=-1, keepdim=True)
+    kept = _kept_mask(scores, top_k=top_k, top_p=top_p, min_p=min_p)
+    if kept is not None:
+        scores.masked_fill_(~kept, -math.inf)
+    log_normalizer = scores.exp().sum(dim=-1).log()  # [B]
+    noise = gumbel_noise(keys, logits.shape[1])
+    tokens = noise.add_(scores).argmax(dim=-1)  # [B]
+    log_probs = scores.gather(1, tokens[:, None]).squeeze(1) - log_normalizer
+    if kept is None:
+        return Draw(tokens=tokens, log_probs=log_probs)
+    kept_ids = kept.nonzero()[:, 1].int()
+    return Draw(tokens=tokens, log_probs=log_probs, kept_ids=kept_ids, kept_counts=kept.sum(dim=-1))
+
+
+def _kept_mask(scores: Tensor, *, top_k: int, top_p: float, min_p: float) -> Tensor | None:
+    """[B, V] bool, or None when no filter is active; scores are logits / temperature minus their row's maximum."""
+    if top_k == 0 and top_p == 1.0 and min_p == 0.0:
+        return None
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if 0 < top_k < scores.shape[1]:
+        kept = scores >= scores.topk(top_k, dim=-1).values[:, -1:]
+    if top_p < 1.0:
+        ordered, ids = scores.masked_fill(~kept, -math.inf).sort(dim=-1, descending=True, stable=True)
+        mass = ordered.softmax(dim=-1).cumsum(dim=-1)  # [B, V]: mass up to and including each token
+        is_inside = torch.ones_like(kept)
+        is_inside[:, 1:] = mass[:, :-1] < top_p
+        kept &= torch.zeros_like(kept).scatter_(1, ids, is_inside)
+    if min_p > 0.0:
+        kept &= scores >= math.log(min_p)
+    return kept
+
+
+def _row_words(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Two 32-bit words per row from the key; int64 products wrap modulo 2^64."""
+    word = keys.new_zeros(keys.shape[0])  # [B]
+    for column, multiplier in enumerate(_KEY_MULTIPLIERS):
+        word += keys[:, column] * _signed(multiplier, 64)
+    word = (word ^ _shift_right(word, 30)) * _signed(0xBF58476D1CE4E5B9, 64)
+    word = (word ^ _shift_right(word, 27)) * _signed(0x94D049BB133111EB, 64)
+    word = word ^ _shift_right(word, 31)
+    return _to_int32(word), _to_int32(word >> 32)
+
+
+def _shift_right(word: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> repeats the sign bit of an int64."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _to_int32(word: Tensor) -> Tensor:
+    """The low 32 bits as int32, without relying on how an out-of-range cast behaves."""
+    low = word & 0xFFFFFFFF
+    return (low - ((low >> 31) << 32)).int()
+
+
+def _signed(value: int, bits: int) -> int:
+    return value - (1 << bits) if value >= 1 << (bits - 1) else value
