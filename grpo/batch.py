@@ -1,0 +1,168 @@
+"""Records of a rollout and their packed form.
+
+A completion is an append-only list of segments; what the policy sampled is what gets trained on, so the loss mask follows
+from the segments' source and token ids are never rendered or tokenised a second time.
+
+Shapes: T packed tokens, S sequences.
+"""
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from models.gpt_oss import KeptSets
+
+
+@dataclass
+class Prompt:
+    id: int  # unique within a step: the group's identity and part of the sampling key
+    token_ids: list[int]
+    row: dict  # the environment's data: question, answer, columns
+
+
+@dataclass
+class Segment:
+    token_ids: list[int]
+    source: str  # "prompt" | "policy" | "env"; only policy tokens are trained on
+    log_probs: list[float] | None = None  # nats, under the distribution really sampled from; policy segments only
+    kept_ids: list[list[int]] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept
+
+
+@dataclass
+class Completion:
+    prompt: Prompt
+    sample: int  # index within the group
+    segments: list[Segment]
+    finish_reason: str  # "stop" (a stop token was sampled) | "length"
+    reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """Everything after the prompt, policy and environment tokens alike."""
+        return [token for segment in self.segments[1:] for token in segment.token_ids]
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments if segment.source == "policy")
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+
+@dataclass
+class RolloutBatch:
+    """Sequences end to end. `num_completion_tokens` and `num_sequences` count the whole optimizer step and stay unchanged
+    in micro-batches: a loss divides by them, so its value and gradient do not depend on the split."""
+
+    tokens: torch.Tensor  # [T] int64
+    cu_seqlens: torch.Tensor  # [S + 1] int32
+    loss_mask: torch.Tensor  # [T] bool, true for the tokens the policy sampled
+    sampler_log_probs: torch.Tensor  # [T] fp32 nats, 0 where the mask is false
+    advantages: torch.Tensor  # [T] fp32
+    sequence_ids: torch.Tensor  # [T] int64, row of `sequence_lengths` that a token belongs to
+    sequence_lengths: torch.Tensor  # [S] int64, policy tokens of each sequence
+    num_completion_tokens: int
+    num_sequences: int
+    kept: KeptSets | None = None
+    old_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy at the start of the update
+    ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the adapter switched off
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in this (micro-)batch."""
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device) -> RolloutBatch:
+        """Every tensor on `device`."""
+        moved = {f.name: value.to(device) for f in fields(self)
+                 if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        if self.kept is not None:
+            moved["kept"] = KeptSets(self.kept.ids.to(device), self.kept.offsets.to(device))
+        return replace(self, **moved)
+
+    def select(self, rows: list[int]) -> RolloutBatch:
+        """The given sequences, in the given order; the normalisers stay those of the step."""
+        bounds = self.cu_seqlens.tolist()
+        index = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows]).to(self.tokens.device)  # [T']
+        lengths = torch.tensor([bounds[row + 1] - bounds[row] for row in rows])
+        device = self.tokens.device
+        per_token = {name: None if value is None else value[index] for name, value in
+                     (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
+                      ("sampler_log_probs", self.sampler_log_probs), ("old_log_probs", self.old_log_probs),
+                      ("ref_log_probs", self.ref_log_probs))}
+        return replace(
+            self, **per_token,
+            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32),
+            sequence_ids=torch.repeat_interleave(torch.arange(len(rows)), lengths).to(device),
+            sequence_lengths=self.sequence_lengths[torch.tensor(rows, device=device)],
+            kept=None if self.kept is None else self.kept.select(index))
+
+
+def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch:
+    """Packs completions (with one advantage each) end to end; counts the step's normalisers."""
+    if len(completions) != len(advantages):
+        raise ValueError(f"pack: {len(completions)} completions but {len(advantages)} advantages")
+    if not completions:
+        raise ValueError("pack: no completions to train on; skip the update instead")
+    tokens, mask, log_probs, kept_ids, kept_counts = [], [], [], [], []
+    for completion in completions:
+        for segment in completion.segments:
+            length = len(segment.token_ids)
+            is_policy = segment.source == "policy"
+            tokens += segment.token_ids
+            mask += [is_policy] * length
+            log_probs += segment.log_probs if is_policy else [0.0] * length
+            if is_policy and segment.kept_ids is not None:
+                kept_counts += [len(ids) for ids in segment.kept_ids]
+                kept_ids += [token for ids in segment.kept_ids for token in ids]
+            else:
+                kept_counts += [0] * length
+    assert len(tokens) == len(mask) == len(log_probs) == len(kept_counts), (len(tokens), len(mask), len(log_probs))
+    lengths = torch.tensor([completion.num_tokens for completion in completions])
+    policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(kept_counts).cumsum(0)])
+    return RolloutBatch(
+        tokens=torch.tensor(tokens), cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
+        loss_mask=torch.tensor(mask), sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
+        advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
+        sequence_lengths=policy_lengths, num_completion_tokens=int(policy_lengths.sum()),
+        num_sequences=len(completions),
+        kept=KeptSets(torch.tensor(kept_ids, dtype=torch.int32), offsets) if kept_ids else None)
+
+
+def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[RolloutBatch]:
+    """Splits into micro-batches of whole sequences with at most `max_tokens` tokens each (first fit, longest first).
+
+    Raises ValueError if one sequence alone exceeds the budget."""
+    bounds = batch.cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    if max(lengths) > max_tokens:
+        raise ValueError(f"optim.max_tokens={max_tokens}: a sequence of {max(lengths)} tokens does not fit; raise "
+                         "optim.max_tokens or lower rollout.max_new_tokens")
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        slot = next((i for i, load in enumerate(loads) if load + lengths[row] <= max_tokens), None)
+        if slot is None:
+            bins.append([])
+            loads.append(0)
+            slot = len(bins) - 1
+        bins[slot].append(row)
+        loads[slot] += lengths[row]
+    return [batch.select(sorted(rows)) for rows in bins]
+
+
+def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatch]:
+    """Shuffles the sequences and splits them into `num` optimizer steps, each with normalisers of its own."""
+    if num == 1:
+        return [batch]
+    rows = list(range(batch.num_rows))
+    random.Random(seed).shuffle(rows)
+    parts = [rows[i::num] for i in range(num)]
+    return [replace(part := batch.select(sorted(p)), num_sequences=part.num_rows,
+                    num_completion_tokens=int(part.sequence_lengths.sum())) for p in parts if p]

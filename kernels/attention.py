@@ -1,0 +1,76 @@
+"""Causal attention of packed sequences with a learned sink per head, an optional sliding window and grouped queries.
+
+p_ij = exp(s_ij - m) / (sum_j exp(s_ij - m) + exp(sink_h - m)) for the visible j, s_ij = scale * q_i . k_j: the sink takes
+probability and gives no value (openai/gpt-oss, gpt_oss/torch/model.py: sdpa). Equivalently the plain attention output times
+sigmoid(lse - sink). With a window W, i sees j iff 0 <= i - j < W: W keys, its own included.
+
+Shapes: T packed tokens, H query heads, K key-value heads, D head width; query head h reads key-value head h // (H / K).
+"""
+import torch
+
+# scores held at once by the reference, in elements
+_MAX_SCORES = 1 << 26
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, visible: torch.Tensor,
+            scale: float) -> torch.Tensor:
+    """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D], fp32 inside."""
+    num_seqs, q_len, num_heads, width = q.shape
+    num_kv = k.shape[2]
+    q = q.float().view(num_seqs, q_len, num_kv, num_heads // num_kv, width).permute(0, 2, 3, 1, 4)  # [S, K, G, Lq, D]
+    k, v = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [S, K, Lk, D]
+    scores = (q.reshape(num_seqs, num_kv, -1, width) * scale) @ k.transpose(-1, -2)  # [S, K, G * Lq, Lk]
+    scores = scores.view(*q.shape[:4], -1).masked_fill(~visible, float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)  # [S, K, G, Lq, 1]
+    kept = torch.sigmoid(lse - sinks.float().view(num_kv, -1, 1, 1))  # probability not taken by the sink
+    probabilities = torch.exp(scores - lse) * kept
+    out = probabilities.reshape(num_seqs, num_kv, -1, scores.shape[-1]) @ v  # [S, K, G * Lq, D]
+    return out.view_as(q).permute(0, 3, 1, 2, 4).reshape(num_seqs, q_len, num_heads, width)
+
+
+def _long_sequence(q, k, v, sinks, window, scale):
+    """One sequence [L, heads, D] in chunks of queries; a windowed chunk reads only the keys it can see."""
+    length = q.shape[0]
+    chunk = max(1, min(length, _MAX_SCORES // (q.shape[1] * (min(length, 2 * window) if window else length))))
+    outputs = []
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        first = max(0, start - window + 1) if window else 0
+        distance = (torch.arange(start, end, device=q.device).unsqueeze(1)
+                    - torch.arange(first, end, device=q.device).unsqueeze(0))  # i - j
+        visible = (distance >= 0) & (distance < window) if window else distance >= 0
+        outputs.append(_attend(q[None, start:end], k[None, first:end], v[None, first:end], sinks, visible, scale)[0])
+    return torch.cat(outputs)
+
+
+def attention_reference(q, k, v, sinks, cu_seqlens, window, scale):
+    num_heads, outputs = q.shape[1], []
+    bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
+    while bounds:
+        # neighbouring sequences are padded to one length as long as their scores fit
+        longest, count = 0, 0
+        for start, end in bounds:
+            padded = max(longest, end - start)
+            if count and padded * padded * (count + 1) * num_heads > _MAX_SCORES:
+                break
+            longest, count = padded, count + 1
+        group, bounds = bounds[:count], bounds[count:]
+        if count == 1:
+            start, end = group[0]
+            outputs.append(_long_sequence(q[start:end], k[start:end], v[start:end], sinks, window, scale))
+            continue
+        column = torch.arange(longest).unsqueeze(0)  # [1, L]
+        starts, ends = torch.tensor(group).unsqueeze(-1).unbind(1)  # [S, 1] each
+        index = torch.minimum(starts + column, ends - 1).to(q.device)  # [S, L]; padding repeats the last token
+        distance = column.T - column
+        visible = ((distance >= 0) & (distance < window) if window else distance >= 0).to(q.device)
+        padded = _attend(q[index], k[index], v[index], sinks, visible, scale)  # [S, L, H, D]
+        outputs.append(padded[(column < ends - starts).to(q.device)])
+    return torch.cat(outputs).to(q.dtype)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, *, cu_seqlens: list[int],
+              window: int, scale: float) -> torch.Tensor:
+    """Attention within each packed sequence. q [T, H, D], k and v [T, K, D], sinks [H]; cu_seqlens [S + 1] on the host;
+    window 0 means none. Returns [T, H, D] in q's dtype; gradients reach q, k, v and the sinks."""
+    return attention_reference(q, k, v, sinks, cu_seqlens, window, scale)

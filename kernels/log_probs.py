@@ -1,0 +1,90 @@
+"""Log-probability of chosen tokens and entropy of the whole distribution, from hidden states, without keeping logits.
+
+z = W h / temperature; log p(y) = z_y - logsumexp_{i in kept} z_i; entropy = -sum_i p_i log p_i over the full vocabulary.
+`kept` is the set a sampling filter left (empty: the whole vocabulary), so that the trainer scores under the distribution that was
+sampled from. Logits are fp32; tokens are processed in chunks and logits recomputed in the backward:
+  dz_i += g_logp (1[i = y] - p_i^kept),  dz_i += -g_entropy p_i (log p_i + entropy).
+
+Shapes: N tokens, D model width, V vocabulary.
+"""
+import torch
+
+# logits held at once, in elements
+_MAX_LOGITS = 1 << 27
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden [N, D], weight [V, D] -> logits [N, V] fp32, with fp32 products and sums."""
+    if weight.dtype == torch.float32:
+        return hidden.float() @ weight.T
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
+    rows = 1 << 14  # an fp32 copy of the head is made piece by piece
+    for start in range(0, weight.shape[0], rows):
+        torch.mm(hidden.float(), weight[start:start + rows].float().T, out=logits[:, start:start + rows])
+    return logits
+
+
+def _kept_mask(z: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor) -> torch.Tensor:
+    """Mask [n, V]: true for the kept ids of each row, and everywhere in rows without a filter."""
+    counts = kept_offsets[1:] - kept_offsets[:-1]
+    mask = (counts == 0).unsqueeze(1).expand_as(z).clone()
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=z.device), counts)
+    mask[rows, kept_ids[kept_offsets[0]:kept_offsets[-1]].long()] = True
+    return mask
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, kept_ids, kept_offsets):
+        chunk = max(1, _MAX_LOGITS // weight.shape[0])
+        log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy, lse, kept_lse = (torch.empty_like(log_probs) for _ in range(3))
+        for start in range(0, len(targets), chunk):
+            part = slice(start, start + chunk)
+            z = head_logits(hidden[part], weight).div_(temperature)
+            lse[part] = torch.logsumexp(z, dim=-1)
+            kept_lse[part] = lse[part]
+            if kept_ids is not None:
+                mask = _kept_mask(z, kept_ids, kept_offsets[start:start + z.shape[0] + 1])
+                kept_lse[part] = torch.logsumexp(z.masked_fill(~mask, float("-inf")), dim=-1)
+            log_probs[part] = z.gather(1, targets[part].unsqueeze(1)).squeeze(1) - kept_lse[part]
+            log_p = z - lse[part].unsqueeze(1)
+            entropy[part] = -(log_p.exp() * log_p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, lse, kept_lse, entropy, kept_ids, kept_offsets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)  # an output nobody differentiates costs nothing
+        return log_probs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, grad_entropy):
+        hidden, weight, targets, lse, kept_lse, entropy, kept_ids, kept_offsets = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            z = head_logits(hidden[part], weight).div_(ctx.temperature)
+            grad_z = torch.zeros_like(z)
+            if grad_entropy is not None:
+                log_p = z - lse[part].unsqueeze(1)
+                grad_z -= log_p.exp() * (log_p + entropy[part].unsqueeze(1)) * grad_entropy[part].unsqueeze(1)
+            if grad_log_probs is not None:
+                p = torch.exp(z - kept_lse[part].unsqueeze(1))
+                if kept_ids is not None:
+                    p = p * _kept_mask(z, kept_ids, kept_offsets[start:start + z.shape[0] + 1])
+                grad_z -= p * grad_log_probs[part].unsqueeze(1)
+                grad_z.scatter_add_(1, targets[part].unsqueeze(1), grad_log_probs[part].unsqueeze(1))
+            grad_z /= ctx.temperature
+            if needs_hidden:
+                grad_hidden[part] = (grad_z.to(weight.dtype) @ weight).to(hidden.dtype)
+            if needs_weight:
+                grad_weight += grad_z.T @ hidden[part].float()
+        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None)
+
+
+def log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, temperature: float,
+              kept_ids: torch.Tensor | None = None, kept_offsets: torch.Tensor | None = None,
+              ) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden [N, D], weight [V, D], targets [N] int64; kept_ids int32 with kept_offsets [N + 1] int64 (row n keeps
+    kept_ids[kept_offsets[n]:kept_offsets[n + 1]]). Returns log-probs [N] and entropy [N], fp32 nats, both differentiable."""
+    return _LogProbs.apply(hidden, weight, targets, temperature, kept_ids, kept_offsets)

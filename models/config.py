@@ -1,0 +1,199 @@
+"""The architecture of a gpt-oss checkpoint, read from its config.json.
+
+Two layouts are understood: Hugging Face (`model_type: gpt_oss`) and the `original/` folder of OpenAI's release
+(github.com/openai/gpt-oss, ModelConfig). A missing `rope_scaling.truncate` means true, as transformers reads it; the published
+checkpoints say false.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# hub config.json schema; extra keys of a checkpoint are kept in GptOssConfig.raw and written back
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "num_local_experts", "sliding_window")
+_MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                              "model.embed_tokens", "lm_head"]}
+
+
+@dataclass
+class YarnScaling:
+    factor: float = 32.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_max_position_embeddings: int = 4096
+    truncate: bool = False
+
+
+@dataclass
+class GptOssConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    sliding_window: int  # keys visible on windowed layers, the query's own included
+    layer_types: list[str]  # "sliding_attention" | "full_attention"
+    rms_norm_eps: float = 1e-5
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    max_position_embeddings: int = 131072
+    initial_context_length: int = 4096
+    rope_theta: float = 150000.0
+    rope_scaling: YarnScaling = field(default_factory=YarnScaling)
+    eos_token_id: int | list[int] = 200002
+    pad_token_id: int | None = 199999
+    is_mxfp4: bool = False
+    raw: dict = field(default_factory=dict)  # config.json as read
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.num_attention_heads % self.num_key_value_heads:
+            problems.append(f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                            f"num_key_value_heads={self.num_key_value_heads}")
+        if self.head_dim % 2:
+            problems.append(f"head_dim={self.head_dim} must be even (rotary halves)")
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            problems.append(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_local_experts="
+                            f"{self.num_local_experts}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            problems.append(f"layer_types has {len(self.layer_types)} entries for num_hidden_layers="
+                            f"{self.num_hidden_layers}")
+        if unknown := sorted(set(self.layer_types) - {"sliding_attention", "full_attention"}):
+            problems.append(f"layer_types holds {unknown}; allowed: sliding_attention, full_attention")
+        if self.is_mxfp4 and (self.hidden_size % 32 or self.intermediate_size % 32):
+            problems.append(f"MXFP4 needs hidden_size={self.hidden_size} and intermediate_size="
+                            f"{self.intermediate_size} to be multiples of 32")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads",
+                 "head_dim", "sliding_window")
+        problems += [f"{name}={value} must be a positive integer" for name in sizes
+                     if not isinstance(value := self.__dict__[name], int) or value < 1]
+        if problems:
+            raise ValueError("model config: " + "; ".join(problems))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+
+    def is_windowed(self, layer: int) -> bool:
+        return self.layer_types[layer] == "sliding_attention"
+
+    @staticmethod
+    def from_hf(raw: dict) -> GptOssConfig:
+        """Reads Hugging Face's config.json; raises ValueError naming missing or unsupported keys."""
+        if raw.get("model_type") != "gpt_oss":
+            raise ValueError(f"config.json: model_type={raw.get('model_type')!r}; only 'gpt_oss' is supported")
+        experts_per_token = raw.get("num_experts_per_tok", raw.get("experts_per_token"))
+        missing = [key for key in _REQUIRED if key not in raw]
+        missing += ["num_experts_per_tok"] if experts_per_token is None else []
+        if missing:
+            raise ValueError(f"config.json: missing keys {missing}")
+        method = (raw.get("quantization_config") or {}).get("quant_method")
+        if method not in (None, "mxfp4"):
+            raise ValueError(f"config.json: quantization_config.quant_method={method!r}; supported: mxfp4, or none")
+        if raw.get("tie_word_embeddings", False):
+            raise ValueError("config.json: tie_word_embeddings=true; gpt-oss has an untied lm_head")
+        if raw.get("attention_bias", True) is not True:
+            raise ValueError("config.json: attention_bias=false; gpt-oss has biases on q, k, v and o")
+        layers = raw["num_hidden_layers"]
+        # transformers 5 renames rope_scaling to rope_parameters and moves rope_theta into it
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if (kind := rope.get("rope_type", "yarn")) != "yarn":
+            raise ValueError(f"config.json: rope_type={kind!r}; only 'yarn' is supported")
+        known = {name: rope[name] for name in YarnScaling.__dataclass_fields__ if name in rope}
+        scaling = YarnScaling(**{"truncate": bool(rope), **known})
+        optional = ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "max_position_embeddings", "eos_token_id",
+                    "pad_token_id", "initial_context_length")
+        return GptOssConfig(
+            **{key: raw[key] for key in _REQUIRED}, **{key: raw[key] for key in optional if key in raw},
+            num_experts_per_tok=experts_per_token, rope_scaling=scaling, is_mxfp4=method == "mxfp4", raw=raw,
+            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 150000.0))),
+            layer_types=raw.get("layer_types") or _alternating(layers))
+
+    @staticmethod
+    def from_original(raw: dict) -> GptOssConfig:
+        """Reads `original/config.json` (field names of OpenAI's ModelConfig). Its checkpoints store experts as MXFP4."""
+        needed = ("num_hidden_layers", "num_experts", "experts_per_token", "vocab_size", "hidden_size",
+                  "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window")
+        if missing := [key for key in needed if key not in raw]:
+            raise ValueError(f"original config.json: missing keys {missing}")
+        context = raw.get("initial_context_length", 4096)
+        scaling = YarnScaling(factor=raw.get("rope_scaling_factor", 32.0), beta_fast=raw.get("rope_ntk_beta", 32.0),
+                              beta_slow=raw.get("rope_ntk_alpha", 1.0), original_max_position_embeddings=context,
+                              truncate=False)
+        return GptOssConfig(
+            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=raw["num_attention_heads"],
+            num_key_value_heads=raw["num_key_value_heads"], head_dim=raw["head_dim"],
+            num_local_experts=raw["num_experts"], num_experts_per_tok=raw["experts_per_token"],
+            sliding_window=raw["sliding_window"], layer_types=_alternating(raw["num_hidden_layers"]),
+            swiglu_limit=raw.get("swiglu_limit", 7.0), rope_theta=float(raw.get("rope_theta", 150000.0)),
+            rope_scaling=scaling, initial_context_length=context, is_mxfp4=True,
+            eos_token_id=raw.get("eos_token_id", 200002), pad_token_id=raw.get("pad_token_id", 199999))
+
+    @staticmethod
+    def from_architecture(fields: dict) -> GptOssConfig:
+        """Builds a config for a model initialised from scratch; unknown or missing fields are a ValueError."""
+        allowed = set(GptOssConfig.__dataclass_fields__) - {"raw", "is_mxfp4"}
+        if unknown := sorted(set(fields) - allowed):
+            raise ValueError(f"model.architecture: unknown keys {unknown}; allowed: {sorted(allowed)}")
+        needed = (set(_REQUIRED) | {"num_experts_per_tok"}) - set(fields)
+        if needed:
+            raise ValueError(f"model.architecture: missing keys {sorted(needed)}")
+        values = dict(fields)
+        values.setdefault("layer_types", _alternating(values["num_hidden_layers"]))
+        if isinstance(scaling := values.get("rope_scaling"), dict):
+            if unknown := sorted(set(scaling) - set(YarnScaling.__dataclass_fields__)):
+                raise ValueError(f"model.architecture.rope_scaling: unknown keys {unknown}; allowed: "
+                                 f"{sorted(YarnScaling.__dataclass_fields__)}")
+            values["rope_scaling"] = YarnScaling(**scaling)
+        return GptOssConfig(**values)
+
+    def to_hf(self, *, is_mxfp4: bool) -> dict:
+        """config.json in the hub's schema (readable by transformers 4.55+ and vLLM), unknown keys of the source kept."""
+        scaling = {"beta_fast": self.rope_scaling.beta_fast, "beta_slow": self.rope_scaling.beta_slow,
+                   "factor": self.rope_scaling.factor,
+                   "original_max_position_embeddings": self.rope_scaling.original_max_position_embeddings,
+                   "rope_type": "yarn", "truncate": self.rope_scaling.truncate}
+        theta = int(self.rope_theta) if float(self.rope_theta).is_integer() else self.rope_theta
+        written = {
+            "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True,
+            "tie_word_embeddings": False, **{key: self.__dict__[key] for key in _REQUIRED},
+            "num_experts_per_tok": self.num_experts_per_tok, "experts_per_token": self.num_experts_per_tok,
+            "layer_types": list(self.layer_types), "rms_norm_eps": self.rms_norm_eps,
+            "swiglu_limit": self.swiglu_limit, "max_position_embeddings": self.max_position_embeddings,
+            "initial_context_length": self.initial_context_length, "rope_theta": theta, "rope_scaling": scaling,
+            "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id, "torch_dtype": "bfloat16"}
+        defaults = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+                    "output_router_logits": False, "router_aux_loss_coef": 0.9, "use_cache": True}
+        dropped = ("quantization_config", "rope_parameters", "dtype")
+        kept = {key: value for key, value in self.raw.items() if key not in dropped}
+        quantization = {"quantization_config": self.raw.get("quantization_config") or _MXFP4} if is_mxfp4 else {}
+        return {**defaults, **kept, **written, **quantization}
+
+
+def _alternating(num_layers: int) -> list[str]:
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
+
+
+def read_config(folder: str | Path) -> GptOssConfig:
+    """Reads FOLDER/config.json in either layout; raises ValueError naming the file."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; a checkpoint folder needs a config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    try:
+        return GptOssConfig.from_original(raw) if "num_experts" in raw and "model_type" not in raw else \
+            GptOssConfig.from_hf(raw)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None

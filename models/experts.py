@@ -1,0 +1,74 @@
+"""Mixture-of-experts weights in the formats a checkpoint can hold: bf16 (or fp32) tensors and packed MXFP4.
+
+The classes share constructor and forward and name their parameters as the checkpoint does. LoRA on experts is one A and one B for
+each expert, never merged, whatever the format of the base.
+
+Shapes: E experts, R routed rows, D model width, F expert width.
+"""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kernels.grouped_gemm import grouped_linear, grouped_linear_mxfp4
+from kernels.swiglu import swiglu
+from models.config import GptOssConfig
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+
+
+class _Experts(nn.Module):
+    """Biases, LoRA and the activation; a subclass holds the weights and projects rows with them."""
+
+    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__()
+        num, width, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.sizes = {"gate_up_proj": (width, 2 * inner), "down_proj": (inner, width)}  # (in, out)
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(num, 2 * inner, device=device, dtype=dtype), False)
+        self.down_proj_bias = nn.Parameter(torch.empty(num, width, device=device, dtype=dtype), False)
+        for name in PROJECTIONS:
+            self.register_parameter(f"{name}_lora_A", None)  # [E, r, in] fp32
+            self.register_parameter(f"{name}_lora_B", None)  # [E, out, r] fp32
+        self.lora_scale, self.adapter_enabled = 0.0, True
+
+    def _project_with_lora(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        y = self.project(name, x, offsets)
+        lora_A, lora_B = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
+        if lora_A is None or not self.adapter_enabled:
+            return y
+        low_rank = grouped_linear(x, lora_A.to(x.dtype).transpose(1, 2), None, offsets)  # [R, r]
+        return y + self.lora_scale * grouped_linear(low_rank, lora_B.to(x.dtype).transpose(1, 2), None, offsets)
+
+    def forward(self, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        """x [R, D] in expert order, offsets [E + 1] on the host -> [R, D]."""
+        h = self._project_with_lora("gate_up_proj", x, offsets)  # [R, 2F], gate and up interleaved
+        return self._project_with_lora("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
+
+
+class Bf16Experts(_Experts):
+    """Dense weights [E, in, out] in the model's dtype; trainable."""
+
+    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        for name, (size_in, size_out) in self.sizes.items():
+            weight = torch.empty(config.num_local_experts, size_in, size_out, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+    def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets)
+
+
+class Mxfp4Experts(_Experts):
+    """Packed weights: blocks [E, out, in/32, 16] and scales [E, out, in/32], uint8, frozen."""
+
+    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        for name, (size_in, size_out) in self.sizes.items():
+            shape = (config.num_local_experts, size_out, size_in // 32)
+            self.register_buffer(f"{name}_blocks", torch.empty(*shape, 16, device=device, dtype=torch.uint8))
+            self.register_buffer(f"{name}_scales", torch.empty(shape, device=device, dtype=torch.uint8))
+
+    def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        return grouped_linear_mxfp4(x, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
+                                    self._parameters[f"{name}_bias"], offsets)

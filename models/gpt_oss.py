@@ -1,0 +1,289 @@
+"""gpt-oss: one definition for training (packed sequences), prefill and decode.
+
+Block: x += attention(norm(x)); x += experts(norm(x)). No query-key norm, no logit cap, no embedding scale
+(openai/gpt-oss, gpt_oss/torch/model.py). Departures: router logits, attention scores, softmax, SwiGLU, gate weighting and
+head logits are fp32 whatever the weights' dtype. Parameter names are those of the Hugging Face checkpoint.
+
+Shapes: T packed tokens, S sequences, B decoded sequences, D model width, H query heads, K key-value heads, V vocabulary.
+"""
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import attention
+from kernels.decode_attention import decode_attention
+from kernels.linear import lora_linear
+from kernels.log_probs import head_logits, log_probs
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope
+from kernels.routing import combine, dispatch, route
+from models.config import GptOssConfig
+from models.experts import Bf16Experts, Mxfp4Experts
+from models.kv_cache import KVCache
+from models.yarn import concentration, cos_sin, inverse_frequencies
+
+
+@dataclass
+class KeptSets:
+    """The ids a sampling filter kept, row by row; an empty row means the full vocabulary."""
+
+    ids: torch.Tensor  # [N] int32
+    offsets: torch.Tensor  # [T + 1] int64: row t keeps ids[offsets[t]:offsets[t + 1]]
+
+    def select(self, rows: torch.Tensor) -> KeptSets:
+        """The given rows [n], in their order."""
+        starts, counts = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        within = torch.arange(int(offsets[-1]), device=rows.device) - torch.repeat_interleave(offsets[:-1], counts)
+        return KeptSets(self.ids[torch.repeat_interleave(starts, counts) + within], offsets)
+
+
+# (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: GptOssConfig, **factory) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class Linear(nn.Module):
+    """A dense projection that may carry an adapter (models/lora.py attaches it)."""
+
+    def __init__(self, size_in: int, size_out: int, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, **factory), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size_out, **factory), requires_grad=False)
+        self.register_parameter("lora_A", None)  # [r, in] fp32
+        self.register_parameter("lora_B", None)  # [out, r] fp32
+        self.lora_scale, self.adapter_enabled = 0.0, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if self.lora_A is None or not self.adapter_enabled:
+            return F.linear(x, weight, bias)
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, scale=self.lora_scale)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GptOssConfig, layer: int, **factory) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = Linear(width, config.num_attention_heads * head_dim, **factory)
+        self.k_proj = Linear(width, config.num_key_value_heads * head_dim, **factory)
+        self.v_proj = Linear(width, config.num_key_value_heads * head_dim, **factory)
+        self.o_proj = Linear(config.num_attention_heads * head_dim, width, **factory)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        q = rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [T, H, head_dim]
+        k = rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [T, K, head_dim]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(attend(self.layer, q, k, v, self.sinks).flatten(1))
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, config: GptOssConfig, experts: str, **factory) -> None:
+        super().__init__()
+        self.experts_per_token = config.num_experts_per_tok
+        self.router = Linear(config.hidden_size, config.num_local_experts, **factory)
+        self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, routing = route(self.router(x.float()), experts_per_token=self.experts_per_token)
+        return combine(self.experts(dispatch(x, routing), routing.offsets), weights, routing)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GptOssConfig, layer: int, experts: str, **factory) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, **factory)
+        self.self_attn = Attention(config, layer, **factory)
+        self.post_attention_layernorm = RMSNorm(config, **factory)
+        self.mlp = MixtureOfExperts(config, experts, **factory)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Embedding(nn.Module):
+    def __init__(self, size: int, width: int, **factory) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width, **factory), requires_grad=False)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: GptOssConfig, experts: str, **factory) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
+        self.layers = nn.ModuleList(Block(config, i, experts, **factory) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, **factory)
+
+
+class GptOss(nn.Module):
+    """The policy. Base weights start frozen; models/lora.py decides what trains.
+
+    `experts` is the format they are held in, "bf16" (dense, in `dtype`) or "mxfp4" (packed). Parameters are left
+    uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights."""
+
+    def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
+                 activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        if experts not in ("bf16", "mxfp4"):
+            raise ValueError(f"experts={experts!r}; allowed: bf16, mxfp4")
+        factory = {"device": device, "dtype": dtype}
+        self.config, self.dtype, self.expert_format = config, dtype, experts
+        self.activation_checkpointing = activation_checkpointing
+        self.model = Decoder(config, experts, **factory)
+        self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def init_weights(self, *, seed: int) -> None:
+        """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts N(0, 0.5 / sqrt(fan_in)),
+        embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
+        if self.expert_format != "bf16":
+            raise ValueError("init_weights: packed MXFP4 experts cannot be initialised; use experts='bf16'")
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            std = None
+            if name == "model.embed_tokens.weight":
+                std = 0.5
+            elif name == "lm_head.weight":
+                std = 0.02
+            elif name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
+                std = 0.5 * parameter.shape[1] ** -0.5
+            elif parameter.ndim == 2 and name.endswith(".weight"):
+                std = 0.7 * parameter.shape[1] ** -0.5
+            with torch.no_grad():
+                if std is None:
+                    parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[None]:
+        """Inside, the model is its base: the reference policy of a LoRA run."""
+        carriers = [module for module in self.modules() if isinstance(module, (Linear, Bf16Experts, Mxfp4Experts))]
+        for module in carriers:
+            module.adapter_enabled = False
+        try:
+            yield
+        finally:
+            for module in carriers:
+                module.adapter_enabled = True
+
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences."""
+        inv_freq = inverse_frequencies(self.config, tokens.device)
+        cos, sin = cos_sin(positions, inv_freq, concentration(self.config))
+        x = F.embedding(tokens, self.model.embed_tokens.weight)
+        for block in self.model.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend)
+        return self.model.norm(x)
+
+    def _packed_attend(self, cu_seqlens: list[int]) -> Attend:
+        scale = self.config.head_dim ** -0.5
+
+        def attend(layer, q, k, v, sinks):
+            window = self.config.sliding_window if self.config.is_windowed(layer) else 0
+            return attention(q, k, v, sinks, cu_seqlens=cu_seqlens, window=window, scale=scale)
+
+        return attend
+
+    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        bounds = cu_seqlens.tolist()
+        return self._hidden(tokens, packed_positions(bounds, tokens.device), self._packed_attend(bounds))
+
+    def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
+        hidden = self._packed_hidden(tokens, cu_seqlens)
+        return hidden.float() @ self.lm_head.weight.float().T
+
+    def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
+                  kept: KeptSets | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
+        distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
+        `kept` renormalises over the sets a sampling filter left. The first token of a sequence has no log-prob."""
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
+        assert not mask[cu_seqlens[:-1].long()].any(), "mask is true on the first token of a sequence"
+        rows = mask.nonzero().squeeze(1)  # [N]
+        hidden = self._packed_hidden(tokens, cu_seqlens).index_select(0, rows - 1)
+        kept = kept.select(rows) if kept is not None else None
+        chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
+                                    kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets)
+        zeros = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
+        return zeros.index_copy(0, rows, chosen), zeros.index_copy(0, rows, entropy)
+
+    def new_cache(self, *, num_slots: int, max_len: int) -> KVCache:
+        """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
+        return KVCache(self.config, num_slots=num_slots, max_len=max_len, device=self.device, dtype=self.dtype)
+
+    @torch.no_grad()
+    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        """Runs packed prompts tokens [T] and fills slots [S] of the cache. Returns the logits [S, V] fp32 after each."""
+        bounds = cu_seqlens.tolist()
+        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+        if max(lengths) > cache.max_len:
+            raise ValueError(f"a prompt of {max(lengths)} tokens does not fit a cache of {cache.max_len} per sequence")
+        positions = packed_positions(bounds, tokens.device)
+        counts = torch.tensor(lengths, device=tokens.device)
+        token_slots, token_lengths = slots.repeat_interleave(counts), counts.repeat_interleave(counts)
+        packed = self._packed_attend(bounds)
+        # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
+        last = {length: (positions >= token_lengths - length).nonzero().squeeze(1) for length in set(cache.lengths)}
+
+        def attend(layer, q, k, v, sinks):
+            rows = last[cache.lengths[layer]]
+            cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
+            return packed(layer, q, k, v, sinks)
+
+        hidden = self._hidden(tokens, positions, attend)
+        return head_logits(hidden[cu_seqlens[1:].long() - 1], self.lm_head.weight)
+
+    @torch.no_grad()
+    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
+        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]. Returns logits [B, V] fp32."""
+        num_keys = {length: (positions + 1).clamp(max=length) for length in set(cache.lengths)}
+        longest = int(positions.max()) + 1
+        if longest > cache.max_len:
+            raise ValueError(f"position {longest - 1} does not fit a cache of {cache.max_len} tokens per sequence")
+
+        def attend(layer, q, k, v, sinks):
+            cache.write(layer, k, v, slots, positions)
+            length = cache.lengths[layer]
+            return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots,
+                                    num_keys=num_keys[length], max_keys=min(longest, length),
+                                    scale=self.config.head_dim ** -0.5)
+
+        return head_logits(self._hidden(tokens, positions, attend), self.lm_head.weight)
+
+
+def packed_positions(cu_seqlens: list[int], device: torch.device) -> torch.Tensor:
+    """Position of each packed token in its own sequence: [T] int64."""
+    bounds = torch.tensor(cu_seqlens)
+    starts = torch.repeat_interleave(bounds[:-1], bounds[1:] - bounds[:-1])
+    return (torch.arange(cu_seqlens[-1]) - starts).to(device)

@@ -1,0 +1,106 @@
+"""Which parameters train: LoRA adapters (arXiv 2106.09685) on attention, experts and router, or everything.
+
+An adapter is never merged: y += (alpha / rank) * B (A x). On experts there is an A and a B for each expert. A starts
+Kaiming-uniform (a = sqrt 5, as PEFT does), B at zero, both fp32 whatever the base.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from models.experts import PROJECTIONS
+from models.gpt_oss import GptOss
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "experts")
+
+
+@dataclass
+class LoraConfig:
+    rank: int
+    alpha: float
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "experts"])
+    train_sinks: bool = False
+    train_norms: bool = False
+
+
+def _check(config: LoraConfig) -> None:
+    if config.rank < 1:
+        raise ValueError(f"model.lora.rank={config.rank}; must be at least 1")
+    if config.alpha <= 0:
+        raise ValueError(f"model.lora.alpha={config.alpha}; must be above 0")
+    unknown = [target for target in config.targets if target not in TARGETS]
+    if unknown:
+        raise ValueError(f"model.lora.targets: {unknown} match nothing in gpt-oss; allowed: {list(TARGETS)}")
+    if len(set(config.targets)) != len(config.targets):
+        raise ValueError(f"model.lora.targets={config.targets} names a target twice")
+    if not config.targets and not config.train_sinks and not config.train_norms:
+        raise ValueError("model.lora.targets is empty and neither train_sinks nor train_norms is set: nothing would train")
+
+
+def _pair(lead: tuple[int, ...], size_in: int, size_out: int, rank: int, generator: torch.Generator,
+          device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+    bound = math.sqrt(1.0 / size_in)  # Kaiming uniform with a = sqrt(5)
+    down = (torch.rand(*lead, rank, size_in, generator=generator) * 2 - 1) * bound
+    return nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(*lead, size_out, rank, device=device))
+
+
+def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
+    """Adds adapters to the targets of every layer and marks what trains; everything else stays frozen.
+
+    Raises ValueError for a target that matches nothing or a model that already carries an adapter."""
+    _check(config)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on any device
+    scale = config.alpha / config.rank
+    for block in model.model.layers:
+        dense = {name: getattr(block.self_attn, name) for name in TARGETS[:4]} | {"router": block.mlp.router}
+        for name, module in dense.items():
+            if name not in config.targets:
+                continue
+            if module.lora_A is not None:
+                raise ValueError("attach_lora: the model already carries an adapter")
+            size_out, size_in = module.weight.shape
+            module.lora_A, module.lora_B = _pair((), size_in, size_out, config.rank, generator, model.device)
+            module.lora_scale = scale
+        experts = block.mlp.experts
+        if "experts" in config.targets:
+            if experts.gate_up_proj_lora_A is not None:
+                raise ValueError("attach_lora: the model already carries an adapter")
+            for name in PROJECTIONS:
+                pair = _pair((model.config.num_local_experts,), *experts.sizes[name], config.rank, generator, model.device)
+                for side, parameter in zip("AB", pair):
+                    setattr(experts, f"{name}_lora_{side}", parameter)
+            experts.lora_scale = scale
+        block.self_attn.sinks.requires_grad_(config.train_sinks)
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            norm.weight.requires_grad_(config.train_norms)
+    model.model.norm.weight.requires_grad_(config.train_norms)
+
+
+def set_full_training(model: GptOss) -> None:
+    """Makes every parameter trainable; raises ValueError where the experts are packed (frozen by nature)."""
+    if model.expert_format == "mxfp4":
+        raise ValueError("model.train=full needs dense experts, this model holds them packed as MXFP4: set "
+                         "model.experts=bf16 (dequantises on loading) or model.train=lora")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def describe_trainable(model: GptOss) -> str:
+    """One line per kind of trainable tensor: name with the layer left open, count, shape, number of parameters."""
+    kinds: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.trainable_parameters().items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        kinds.setdefault(kind, []).append(parameter)
+    lines = [f"  {kind:<60} {len(group):>3} x {str(list(group[0].shape)):<18} "
+             f"{sum(parameter.numel() for parameter in group):>13,}" for kind, group in kinds.items()]
+    total = sum(parameter.numel() for parameter in model.trainable_parameters().values())
+    return "\n".join([*lines, f"  trainable parameters: {total:,} of {count_parameters(model):,}"])
+
+
+def count_parameters(model: GptOss) -> int:
+    """Parameters of the model, packed weights counted as the values they stand for."""
+    packed = sum(2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("_blocks"))
+    return packed + sum(parameter.numel() for parameter in model.parameters())

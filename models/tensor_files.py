@@ -1,0 +1,229 @@
+"""Folders of safetensors files: what they hold, one tensor at a time out of them, and whole folders written atomically."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or adapter folder that cannot be read or written; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, or some of its rows."""
+
+    path: Path
+    name: str  # in the file
+    dtype: str  # safetensors' name: BF16, F32, U8 ...
+    shape: tuple[int, ...]  # of the rows in `rows`
+    rows: tuple[int, int] | None = None  # first and one-past-last index on dimension 0; None = all
+    is_transposed: bool = False  # experts stored [E, out, in] where the Hugging Face form is [E, in, out]
+
+    def read(self) -> torch.Tensor:
+        """The tensor on the CPU, a view of the mapped file: copy it and drop it, so that its pages leave memory again.
+
+        The file is opened for this tensor alone because a mapping that stays open keeps every page it has touched resident.
+        """
+        with _opened(self.path) as file:
+            tensor = file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[slice(*self.rows)]
+        return tensor.transpose(1, 2) if self.is_transposed else tensor
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor of an export, made when its shard is written so that host memory holds one shard at most."""
+
+    name: str
+    num_bytes: int
+    make: Callable[[], torch.Tensor]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; fetch the checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({error}; {path.stat().st_size} bytes on disk); "
+            "it is truncated or damaged: fetch it again") from None
+
+
+def has_tensor_files(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or (folder / INDEX_NAME).exists()
+
+
+def list_tensors(folder: Path, *, allow_unindexed: bool) -> dict[str, StoredTensor]:
+    """Every tensor of a folder by name, from the files' headers; no data is read.
+
+    The files are those of model.safetensors.index.json, else model.safetensors, else (allow_unindexed: OpenAI's original
+    layout has shards without an index) all *.safetensors. Raises CheckpointError for an index, a file or a header that
+    cannot be read, and where index and headers disagree.
+    """
+    index = folder / INDEX_NAME
+    if index.exists():
+        return _list_indexed(index)
+    paths = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).exists() else []
+    if not paths and allow_unindexed:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        found = sorted(path.name for path in folder.iterdir())[:10]
+        raise CheckpointError(
+            f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there (found {found}); fetch the missing file")
+    tensors = {}
+    for path in paths:
+        for name, stored in list_file(path).items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: tensor {name} is also in {tensors[name].path.name}; "
+                                      "remove the file that does not belong to this checkpoint")
+            tensors[name] = stored
+    return tensors
+
+
+def list_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, from its header."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def _list_indexed(index: Path) -> dict[str, StoredTensor]:
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f'{index}: "weight_map" must map tensor names to file names; fetch the file again')
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index}: lists files that are not there: {missing}; fetch them")
+    in_files = {name: list_file(index.parent / name) for name in names}
+    absent = [f"{tensor} in {name}" for tensor, name in weight_map.items() if tensor not in in_files[name]]
+    unlisted = [f"{tensor} in {name}" for name, held in in_files.items() for tensor in held
+                if weight_map.get(tensor) != name]
+    if absent or unlisted:
+        raise CheckpointError(f"{index}: does not match its files; listed but absent: {shortened(absent)}; "
+                              f"present but not listed: {shortened(unlisted)}; fetch index and files of one version")
+    return {tensor: in_files[name][tensor] for tensor, name in weight_map.items()}
+
+
+def shortened(names: list[str], limit: int = 20) -> str:
+    shown = ", ".join(names[:limit]) or "none"
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; CheckpointError naming the file where it is missing or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; fetch it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}; fetch the file again")
+    return content
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    num_bytes: what will be written, compared with the free space first. A target that exists and is not empty is refused,
+    unless every entry in it is named in `replaceable`: then it is exchanged for the new folder. Files and folder are synced
+    to disk before the rename. Raises CheckpointError naming the path, also when the disk is full.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; choose a folder")
+    present = sorted(os.listdir(target)) if target.exists() else []
+    if foreign := [name for name in present if name not in replaceable]:
+        raise CheckpointError(f"{target}: exists and holds {shortened(foreign, 5)}; choose another folder or remove it")
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while writing
+        free = shutil.disk_usage(target.parent).free
+        if num_bytes > free:
+            raise CheckpointError(f"{target}: needs {num_bytes:,} bytes, {free:,} are free; free some space")
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        _exchange(temporary, target, is_occupied=bool(present))
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(_existing_parent(target)).free
+        raise CheckpointError(f"{target}: could not be written ({error}); {free:,} bytes are free there. "
+                              "Nothing that was there before has changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(temporary: Path, target: Path, *, is_occupied: bool) -> None:
+    if not is_occupied:
+        os.rename(temporary, target)  # an empty folder at the target is replaced by rename itself
+        return
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old)
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes one safetensors file that group and others may read as the folder's mode allows."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
+
+
+def write_shards(folder: Path, tensors: list[TensorToWrite], *, max_shard_bytes: float, pattern: str) -> dict[str, str]:
+    """Writes tensors in the order given, as SINGLE_NAME if they fit into one file, else as shards named by `pattern`.
+
+    pattern: a format string with {number} from 1 and {count}. Returns the file name of each tensor.
+    """
+    shards, size = [[]], 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE_NAME if len(shards) == 1 else pattern.format(number=number, count=len(shards))
+        made = {tensor.name: tensor.make() for tensor in shard}
+        sizes = {tensor.name: (made[tensor.name].nbytes, tensor.num_bytes) for tensor in shard}
+        assert all(actual == planned for actual, planned in sizes.values()), f"bytes made and planned differ: {sizes}"
+        write_tensors(folder / name, made)
+        weight_map |= {tensor.name: name for tensor in shard}
+        del made
+    return weight_map

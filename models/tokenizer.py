@@ -1,0 +1,226 @@
+"""Text <-> token ids over a Hugging Face `tokenizer.json`, with harmony's control tokens by name.
+
+Departure from `transformers`: `encode` never turns text into a control token. A user who types "<|end|>" gets the tokens of
+those seven characters; control ids enter a sequence only by id. Nothing is added around the text (no bos, no eos).
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+# attribute of Tokenizer -> spelling in tokenizer.json (ids in o200k_harmony: 199998, 199999, 200002, 200003, 200005..200008, 200012)
+CONTROL_TOKENS = {
+    "startoftext": "<|startoftext|>",
+    "endoftext": "<|endoftext|>",
+    "return_": "<|return|>",
+    "constrain": "<|constrain|>",
+    "channel": "<|channel|>",
+    "start": "<|start|>",
+    "end": "<|end|>",
+    "message": "<|message|>",
+    "call": "<|call|>",
+}
+# whole tokens of every tiny tokenizer, so that a harmony header costs as few tokens as with the real one
+HEADER_WORDS = ("system", "developer", "user", "assistant", "analysis", "commentary", "final")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """Encodes ordinary text, decodes any ids, and knows harmony's control ids.
+
+    `start end message channel constrain return_ call endoftext startoftext` are ids; `stop_ids` end a completion;
+    `vocab_size` is the largest id + 1 (ids in between may be unassigned).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, name: str, source: Path | None):
+        """`name` is how errors call this tokenizer; `source` the folder whose files `save` copies, None if made in memory."""
+        missing = [text for text in CONTROL_TOKENS.values() if backend.token_to_id(text) is None]
+        if missing:
+            raise ValueError(
+                f"tokenizer {name} lacks the harmony tokens {', '.join(missing)}. A gpt-oss tokenizer (o200k_harmony) has all "
+                f"nine of {' '.join(CONTROL_TOKENS.values())}: use the tokenizer files that came with the checkpoint"
+            )
+        backend = _with_control_tokens_special(backend)
+        # A fine-tune may have saved its training-time truncation in tokenizer.json; it would cut prompts silently.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # special tokens spelled in text are text
+        self._backend = backend
+        self._name = name
+        self._source = source
+        self._special_text = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special_id = {text: id for id, text in self._special_text.items()}
+        # Longest first, so that no spelling hides one it is the beginning of.
+        spellings = sorted(self._special_id, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(re.escape(text) for text in spellings) + ")")
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids) + 1
+        self._is_known = bytearray(self.vocab_size)
+        for id in ids:
+            self._is_known[id] = 1
+
+        self.startoftext = self._special_id["<|startoftext|>"]
+        self.endoftext = self._special_id["<|endoftext|>"]
+        self.return_ = self._special_id["<|return|>"]
+        self.constrain = self._special_id["<|constrain|>"]
+        self.channel = self._special_id["<|channel|>"]
+        self.start = self._special_id["<|start|>"]
+        self.end = self._special_id["<|end|>"]
+        self.message = self._special_id["<|message|>"]
+        self.call = self._special_id["<|call|>"]
+        self.stop_ids = (self.return_, self.call, self.endoftext)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads `tokenizer.json` (the file, or a folder that holds it). ValueError if it is missing, malformed or not harmony's."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(
+                f"no tokenizer at {file}: give a folder that holds tokenizer.json, or the file itself "
+                "(a checkpoint without one needs model.tokenizer)"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises plain Exception for every defect of the file
+            raise ValueError(f"{file} is not a readable tokenizer.json: {error}. Copy it again from its checkpoint") from error
+        return cls(backend, name=str(file), source=file.parent)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files: verbatim copies of those it was loaded from, so that any reader of the source reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._source is None:
+            self._backend.save(str(folder / "tokenizer.json"))
+            (folder / "tokenizer_config.json").write_text(json.dumps(_hub_tokenizer_config(), indent=2) + "\n", encoding="utf-8")
+            return
+        for file_name in TOKENIZER_FILES:
+            source, target = self._source / file_name, folder / file_name
+            if source.is_file() and not (target.exists() and source.samefile(target)):
+                shutil.copyfile(source, target)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ordinary text: no control id can come out, whatever the text spells. ValueError if it cannot be encoded."""
+        if not isinstance(text, str):
+            raise ValueError(f"text to encode must be a string, got {type(text).__name__}: {text!r:.80}")
+        ids = self._encode_ordinary(text)
+        if not self._special_text.keys().isdisjoint(ids):
+            # A vocabulary that holds a control token as an ordinary word: encode its first character apart from the rest.
+            ids = []
+            for i, piece in enumerate(self._special_pattern.split(text)):
+                halves = (piece[:1], piece[1:]) if i % 2 else (piece,)
+                ids += [id for half in halves for id in self._encode_ordinary(half)]
+            leaked = sorted(self._special_text[id] for id in set(ids) & self._special_text.keys())
+            if leaked:
+                raise ValueError(f"tokenizer {self._name} turns plain text into the control tokens {leaked}; it cannot be used")
+        return ids
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Token ids of text in which spelled special tokens ARE control tokens. Only for text the program itself wrote."""
+        ids = []
+        for piece in self._special_pattern.split(text):
+            if piece in self._special_id:
+                ids.append(self._special_id[piece])
+            elif piece:
+                ids += self.encode(piece)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Text of any ids, without raising: invalid UTF-8 and ids that have no token become U+FFFD.
+
+        Special tokens are dropped, or spelled out with `keep_special`; either way bytes on their two sides never join into one
+        character.
+        """
+        pieces: list[str] = []
+        run: list[int] = []
+        for id in ids:
+            is_known = 0 <= id < self.vocab_size and self._is_known[id]
+            if is_known and id not in self._special_text:
+                run.append(id)
+                continue
+            if run:
+                pieces.append(self._backend.decode(run, skip_special_tokens=False))
+                run = []
+            if not is_known:
+                pieces.append(REPLACEMENT)
+            elif keep_special:
+                pieces.append(self._special_text[id])
+        if run:
+            pieces.append(self._backend.decode(run, skip_special_tokens=False))
+        return "".join(pieces)
+
+    def is_special(self, id: int) -> bool:
+        """Whether this id is a control token (harmony's or reserved)."""
+        return id in self._special_text
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception or TypeError
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                reason = "it holds half of a surrogate pair, which is not text; decode the source as UTF-8 with errors='replace'"
+            else:
+                known = self._backend.get_vocab()
+                strange = sorted({char for char in text if char not in known})
+                reason = f"characters without a token: {''.join(strange)!r}; leave them out or use a tokenizer that has them ({error})"
+            raise ValueError(f"tokenizer {self._name} cannot encode {text!r:.80}: {reason}") from error
+
+
+def build_tiny_tokenizer(words: list[str], chars: str) -> Tokenizer:
+    """An offline tokenizer for tiny models: one token per word of `words`, per character of `chars`, per control token.
+
+    Roles and channel names are always words. Text is cut at the longest word that starts at each position, else after one
+    character; a character without a token makes `encode` raise ValueError. Ids: words, then characters, then control tokens.
+    """
+    vocabulary: dict[str, int] = {}
+    for entry in [*HEADER_WORDS, *words, *chars]:
+        if not entry:
+            raise ValueError("an empty string cannot be a word of a tokenizer: remove it from `words`")
+        if entry in CONTROL_TOKENS.values():
+            raise ValueError(f"{entry} is a control token and cannot be a word as well: remove it from `words`")
+        vocabulary.setdefault(entry, len(vocabulary))
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))  # no unk token: unknown characters raise instead of vanishing
+    longest_first = sorted((entry for entry in vocabulary if len(entry) > 1), key=len, reverse=True)
+    pattern = "|".join([*(re.escape(word) for word in longest_first), r"[\s\S]"])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    backend.decoder = decoders.Fuse()  # no spaces between tokens
+    backend.add_special_tokens(list(CONTROL_TOKENS.values()))
+    return Tokenizer(backend, name="built in memory", source=None)
+
+
+def _with_control_tokens_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer with harmony's tokens marked special: only special tokens can be kept out of ordinary text."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    if special.issuperset(CONTROL_TOKENS.values()):
+        return backend
+    description = json.loads(backend.to_str())
+    added = {token["content"]: token for token in description["added_tokens"]}
+    for text in CONTROL_TOKENS.values():
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added[text] = {"id": backend.token_to_id(text), "content": text, **flags}
+    description["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+    return tokenizers.Tokenizer.from_str(json.dumps(description))
+
+
+def _hub_tokenizer_config() -> dict:
+    """tokenizer_config.json that transformers and vLLM read: o200k_harmony's roles for the special tokens."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": CONTROL_TOKENS["startoftext"],
+        "eos_token": CONTROL_TOKENS["return_"],
+        "pad_token": CONTROL_TOKENS["endoftext"],
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
