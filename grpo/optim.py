@@ -1,0 +1,213 @@
+"""AdamW with fp32 masters, learning-rate schedule, global clipping and a guard against non-finite numbers.
+
+AdamW is Loshchilov and Hutter's (arXiv 1711.05101) with the operations in the order of torch.optim.AdamW, so that fp32
+parameters agree with it bit for bit. A parameter that is not fp32 gets an fp32 master copy that the update acts on (at
+lr 1e-6 a bf16 weight of 0.02 would lose the whole step to rounding) and fp32 accumulation of its gradient over
+micro-batches; it is rounded from the master after each update.
+
+Departures: weight decay applies to every trained parameter, as torch.optim.AdamW has it by default.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class NonFiniteError(RuntimeError):
+    """A NaN or infinity; raised before any weight moves."""
+
+    def __init__(self, step: int, what: str, name: str, detail: str) -> None:
+        super().__init__(f"{what} of {name} is not finite at update {step} ({detail}); no weight was changed. Lower "
+                         "optim.lr or optim.max_grad_norm, or look at this step's rewards and completions")
+        self.step, self.what, self.name = step, what, name
+
+
+def check_finite(value: torch.Tensor, *, step: int, what: str, name: str) -> None:
+    """Raises NonFiniteError if `value` (a loss, log-probs, any shape) holds a NaN or an infinity."""
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(step, what, name, _describe(value))
+
+
+def _describe(value: torch.Tensor) -> str:
+    num_nan, num_inf = int(value.isnan().sum()), int(value.isinf().sum())
+    if num_nan + num_inf == 0:
+        return "its squares overflow fp32"
+    return f"{num_nan} NaN and {num_inf} infinite of {value.numel()} values"
+
+
+def learning_rate(update: int, *, lr: float, warmup_steps: int, schedule: str, decay_steps: int | None,
+                  final_lr_ratio: float, total_steps: int) -> float:
+    """The learning rate of update number `update` (from 0).
+
+    Warm-up rises linearly, lr/warmup_steps to lr, over the first `warmup_steps` updates. "constant" stays there; "linear"
+    and "cosine" fall over the last `decay_steps` updates (None, or more than there are: all after the warm-up) so that the
+    last of `total_steps` updates has lr * final_lr_ratio; updates beyond keep that."""
+    if update < warmup_steps:
+        return lr * (update + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    num_after_warmup = total_steps - warmup_steps
+    num_decay = num_after_warmup if decay_steps is None else min(decay_steps, num_after_warmup)
+    progress = (update + 1 - (total_steps - num_decay)) / num_decay if num_decay > 0 else float(update + 1 >= total_steps)
+    progress = min(max(progress, 0.0), 1.0)
+    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return lr * (final_lr_ratio + (1 - final_lr_ratio) * remaining)
+
+
+class Optimizer:
+    """AdamW over named parameters.
+
+    `step()` makes one update from the gradients accumulated since `zero_grad()`. `num_updates` counts them. After the
+    construction the gradients of parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward has
+    made them: read them from `gradients()`."""
+
+    def __init__(self, params: dict[str, torch.nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float,
+                 weight_decay: float, warmup_steps: int, schedule: str, decay_steps: int | None, final_lr_ratio: float,
+                 max_grad_norm: float, total_steps: int) -> None:
+        """max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
+        total_steps: updates of the whole run. The rest as in `learning_rate` and torch.optim.AdamW."""
+        _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, warmup_steps=warmup_steps, schedule=schedule,
+               decay_steps=decay_steps, final_lr_ratio=final_lr_ratio, max_grad_norm=max_grad_norm,
+               total_steps=total_steps)
+        if not params:
+            raise ValueError("no trainable parameters: nothing to optimize; check model.train and model.lora.targets")
+        frozen = [name for name, param in params.items() if not param.requires_grad]
+        if frozen:
+            raise ValueError(f"parameters without requires_grad given to the optimizer: {', '.join(frozen[:5])}")
+        self.params = dict(params)
+        self.base_lr, self.betas, self.eps, self.weight_decay = lr, (betas[0], betas[1]), eps, weight_decay
+        self.warmup_steps, self.schedule, self.decay_steps = warmup_steps, schedule, decay_steps
+        self.final_lr_ratio, self.max_grad_norm, self.total_steps = final_lr_ratio, max_grad_norm, total_steps
+        self.num_updates = 0
+        self._masters: dict[str, torch.Tensor] = {}
+        self._master_grads: dict[str, torch.Tensor] = {}
+        self._exp_avg: dict[str, torch.Tensor] = {}
+        self._exp_avg_sq: dict[str, torch.Tensor] = {}
+        for name, param in self.params.items():
+            self._exp_avg[name] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+            self._exp_avg_sq[name] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+            if param.dtype != torch.float32:
+                self._masters[name] = param.detach().float()
+                param.register_post_accumulate_grad_hook(self._accumulator(name))
+
+    def _accumulator(self, name: str):
+        def accumulate(param: torch.Tensor) -> None:
+            if name in self._master_grads:
+                self._master_grads[name] += param.grad
+            else:
+                self._master_grads[name] = param.grad.float()
+            param.grad = None
+
+        return accumulate
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return learning_rate(self.num_updates, lr=self.base_lr, warmup_steps=self.warmup_steps, schedule=self.schedule,
+                             decay_steps=self.decay_steps, final_lr_ratio=self.final_lr_ratio,
+                             total_steps=self.total_steps)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Name -> fp32 gradient accumulated so far; raises ValueError for a parameter that got none."""
+        gradients = {name: self._master_grads.get(name) if name in self._masters else param.grad
+                     for name, param in self.params.items()}
+        missing = [name for name, gradient in gradients.items() if gradient is None]
+        if missing:
+            raise ValueError(f"{len(missing)} trainable parameters got no gradient, so they cannot learn: "
+                             f"{', '.join(missing[:5])}; run backward first, and train only what the loss depends on")
+        return gradients
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        self._master_grads.clear()
+        for param in self.params.values():
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Clips, updates every parameter, counts; returns the global gradient norm before clipping.
+
+        Raises NonFiniteError, with the first parameter whose gradient is to blame, before anything changes."""
+        gradients = self.gradients()
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+        total_norm = torch.linalg.vector_norm(norms)
+        grad_norm = float(total_norm)
+        if not math.isfinite(grad_norm):
+            for (name, gradient), norm in zip(gradients.items(), norms.tolist()):
+                if not math.isfinite(norm):
+                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient))
+            raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together", _describe(norms))
+        # the same operations as torch.nn.utils.clip_grad_norm_, so that clipping agrees with it bit for bit
+        scale = torch.clamp(self.max_grad_norm / (total_norm + 1e-6), max=1.0)
+        lr = self.lr
+        self.num_updates += 1
+        for name, param in self.params.items():
+            target = self._masters[name] if name in self._masters else param
+            self._update(target, gradients[name].mul_(scale), self._exp_avg[name], self._exp_avg_sq[name], lr)
+            if name in self._masters:
+                param.copy_(target)
+        return grad_norm
+
+    def _update(self, param: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+                lr: float) -> None:
+        beta1, beta2 = self.betas
+        param.mul_(1 - lr * self.weight_decay)
+        exp_avg.lerp_(gradient, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction1 = 1 - beta1 ** self.num_updates
+        correction2 = 1 - beta2 ** self.num_updates
+        denominator = (exp_avg_sq.sqrt() / correction2 ** 0.5).add_(self.eps)
+        param.addcdiv_(exp_avg, denominator, value=-lr / correction1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Moments, masters and the update count: a flat dict of tensors (not copies), ready for safetensors.
+
+        Parameters are not in it; gradients neither: save between `step()` and the next backward."""
+        state = {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64)}
+        for prefix, tensors in self._tensors().items():
+            state.update({f"{prefix}.{name}": tensor for name, tensor in tensors.items()})
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores what `state_dict` gave, exactly; parameters with a master are rounded from it, fp32 parameters are the
+        caller's to restore. Raises ValueError naming what is missing, unexpected or misshapen, with nothing changed."""
+        expected = self.state_dict()
+        problems = [f"missing {name}" for name in expected if name not in state]
+        problems += [f"unexpected {name}" for name in state if name not in expected]
+        problems += [f"{name} is {state[name].dtype} {tuple(state[name].shape)}, expected {value.dtype} "
+                     f"{tuple(value.shape)}" for name, value in expected.items() if name in state
+                     and (state[name].shape != value.shape or state[name].dtype != value.dtype)]
+        if problems:
+            raise ValueError(f"optimizer state does not fit the trained parameters ({len(problems)} problems): "
+                             + "; ".join(problems[:10]))
+        self.num_updates = int(state["num_updates"])
+        for prefix, tensors in self._tensors().items():
+            for name, tensor in tensors.items():
+                tensor.copy_(state[f"{prefix}.{name}"])
+        for name, master in self._masters.items():
+            self.params[name].copy_(master)
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "master": self._masters}
+
+
+def _check(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, warmup_steps: int, schedule: str,
+           decay_steps: int | None, final_lr_ratio: float, max_grad_norm: float, total_steps: int) -> None:
+    def require(is_valid: bool, key: str, value: object, allowed: str) -> None:
+        if not is_valid:
+            raise ValueError(f"optim.{key}={value}: must be {allowed}")
+
+    require(lr >= 0 and math.isfinite(lr), "lr", lr, "zero or positive")
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
+    require(eps > 0, "eps", eps, "positive")
+    require(weight_decay >= 0, "weight_decay", weight_decay, "zero or positive")
+    require(warmup_steps >= 0, "warmup_steps", warmup_steps, "zero or positive")
+    require(schedule in SCHEDULES, "schedule", schedule, f"one of {', '.join(SCHEDULES)}")
+    require(decay_steps is None or decay_steps >= 1, "decay_steps", decay_steps, "null or at least 1 update")
+    require(0 <= final_lr_ratio <= 1, "final_lr_ratio", final_lr_ratio, "within [0, 1]")
+    require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "positive (.inf: no clipping)")
+    require(total_steps > 0, "total_steps", total_steps, "positive")

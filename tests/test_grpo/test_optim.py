@@ -1,0 +1,217 @@
+"""The optimizer against torch.optim.AdamW, schedules against hand-computed rates."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from grpo.optim import NonFiniteError, Optimizer, check_finite, learning_rate
+
+SHAPES = {"a": (5, 7), "b": (3,), "experts": (2, 4, 3)}
+
+
+def make_params(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+
+
+def make_optimizer(params, **changes):
+    settings = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, warmup_steps=0, schedule="constant",
+                    decay_steps=None, final_lr_ratio=0.1, max_grad_norm=math.inf, total_steps=20)
+    return Optimizer(params, **{**settings, **changes})
+
+
+def random_gradients(step):
+    generator = torch.Generator().manual_seed(100 + step)
+    return {name: torch.randn(shape, generator=generator) * 10 ** (step % 3 - 1) for name, shape in SHAPES.items()}
+
+
+def set_gradients(params, step):
+    """By a backward pass, as the trainer's gradients come."""
+    gradients = random_gradients(step)
+    sum((param * gradients[name].to(param.dtype)).sum() for name, param in params.items()).backward()
+
+
+def test_fp32_updates_equal_torch_adamw_with_its_clipping_to_the_last_bit():
+    ours, theirs = make_params(), make_params()
+    optimizer = make_optimizer(ours, max_grad_norm=2.0)
+    reference = torch.optim.AdamW(theirs.values(), lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05)
+    num_clipped = 0
+    for step in range(12):
+        set_gradients(ours, step)
+        norm = optimizer.step()
+        optimizer.zero_grad()
+        set_gradients(theirs, step)
+        reference_norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 2.0)
+        reference.step()
+        reference.zero_grad()
+        assert norm == float(reference_norm)
+        num_clipped += norm > 2.0
+        for name in SHAPES:
+            assert torch.equal(ours[name], theirs[name]), (step, name)
+    assert 0 < num_clipped < 12
+
+
+def test_bf16_parameters_follow_an_fp32_master_that_equals_torch_adamw():
+    ours, theirs = make_params(torch.bfloat16), {name: torch.nn.Parameter(p.detach().float())
+                                                 for name, p in make_params(torch.bfloat16).items()}
+    optimizer = make_optimizer(ours, lr=1e-5)
+    reference = torch.optim.AdamW(theirs.values(), lr=1e-5, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05)
+    before = {name: param.detach().clone() for name, param in ours.items()}
+    for step in range(30):
+        set_gradients(ours, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, param in theirs.items():
+            param.grad = random_gradients(step)[name].bfloat16().float()
+        reference.step()
+    state = optimizer.state_dict()
+    for name in SHAPES:
+        assert torch.equal(state[f"master.{name}"], theirs[name])
+        assert torch.equal(ours[name], theirs[name].bfloat16())
+    # one update of 1e-5 is below half a bf16 step of nearly all of these weights: only masters let them add up
+    assert any(not torch.equal(ours[name], before[name]) for name in SHAPES)
+
+
+def test_gradients_of_bf16_parameters_accumulate_in_fp32():
+    # in bf16, 256 + 1 = 256: accumulating there would lose the second micro-batch
+    param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = make_optimizer({"w": param})
+    (param * 256.0).sum().backward()
+    (param * 1.0).sum().backward()
+    assert optimizer.gradients()["w"].item() == 257.0
+    assert param.grad is None
+    assert optimizer.step() == 257.0
+
+
+def test_rates_of_each_schedule_are_those_worked_out_by_hand():
+    def rates(**settings):
+        return [learning_rate(update, **settings) for update in range(settings["total_steps"])]
+
+    common = dict(lr=1.0, warmup_steps=4, final_lr_ratio=0.1, total_steps=10)
+    warm_up = [0.25, 0.5, 0.75, 1.0]
+    assert rates(schedule="constant", decay_steps=None, **common) == warm_up + [1.0] * 6
+    # 1 - 0.9 * k / 3 over the last three updates
+    assert rates(schedule="linear", decay_steps=3, **common) == pytest.approx(warm_up + [1.0, 1.0, 1.0, 0.7, 0.4, 0.1])
+    assert rates(schedule="linear", decay_steps=None, **common) == pytest.approx(
+        warm_up + [0.85, 0.7, 0.55, 0.4, 0.25, 0.1])
+    # cos(pi/3) = 1/2, cos(2 pi/3) = -1/2
+    assert rates(schedule="cosine", decay_steps=3, **common) == pytest.approx(
+        warm_up + [1.0, 1.0, 1.0, 0.775, 0.325, 0.1])
+    assert learning_rate(50, schedule="linear", decay_steps=3, **common) == pytest.approx(0.1)
+
+
+def test_the_optimizer_uses_the_rate_of_its_update():
+    params = {"w": torch.nn.Parameter(torch.zeros(1))}
+    optimizer = make_optimizer(params, lr=1.0, weight_decay=0.0, eps=1e-30, warmup_steps=2, schedule="linear",
+                               final_lr_ratio=0.0, total_steps=4)
+    moves = []
+    for _ in range(4):
+        before = params["w"].item()
+        params["w"].grad = torch.ones(1)
+        optimizer.step()
+        moves.append(before - params["w"].item())  # Adam moves by the rate itself while gradients are all equal
+    assert moves == pytest.approx([0.5, 1.0, 0.5, 0.0], abs=1e-6)
+    assert optimizer.num_updates == 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_non_finite_gradient_names_the_first_tensor_and_moves_nothing(bad, dtype):
+    params = make_params(dtype)
+    optimizer = make_optimizer(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    weights = {name: param.detach().clone() for name, param in params.items()}
+    state = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    set_gradients(params, 1)
+    gradients = optimizer.gradients()
+    gradients["b"][1] = bad
+    gradients["experts"][0, 0, 0] = bad
+    with pytest.raises(NonFiniteError, match="gradient of b is not finite at update 1") as caught:
+        optimizer.step()
+    assert (caught.value.step, caught.value.what, caught.value.name) == (1, "gradient", "b")
+    assert all(torch.equal(params[name], weights[name]) for name in SHAPES)
+    after = optimizer.state_dict()
+    assert set(after) == set(state) and all(torch.equal(after[name], state[name]) for name in state)
+
+
+def test_check_finite_counts_what_is_wrong():
+    check_finite(torch.tensor([1.0, -3.0]), step=4, what="loss", name="dapo")
+    with pytest.raises(NonFiniteError, match="loss of dapo is not finite at update 4 .2 NaN and 1 infinite of 4 values"):
+        check_finite(torch.tensor([math.nan, 1.0, -math.inf, math.nan]), step=4, what="loss", name="dapo")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_optimizer_continues_bit_for_bit(dtype):
+    def run(params, optimizer, steps):
+        for step in steps:
+            set_gradients(params, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    settings = dict(warmup_steps=3, schedule="cosine", decay_steps=5, max_grad_norm=1.0, total_steps=10)
+    straight = make_params(dtype)
+    straight_optimizer = make_optimizer(straight, **settings)
+    run(straight, straight_optimizer, range(10))
+
+    first = make_params(dtype)
+    first_optimizer = make_optimizer(first, **settings)
+    run(first, first_optimizer, range(6))
+    stored = load(save({**first_optimizer.state_dict(), **{f"param.{name}": p.detach() for name, p in first.items()}}))
+
+    resumed = make_params(dtype, seed=1)
+    resumed_optimizer = make_optimizer(resumed, **settings)
+    with torch.no_grad():
+        for name, param in resumed.items():
+            param.copy_(stored.pop(f"param.{name}"))
+    resumed_optimizer.load_state_dict(stored)
+    assert resumed_optimizer.lr == first_optimizer.lr
+    run(resumed, resumed_optimizer, range(6, 10))
+    for name in SHAPES:
+        assert torch.equal(resumed[name], straight[name]), name
+    expected, actual = straight_optimizer.state_dict(), resumed_optimizer.state_dict()
+    assert set(expected) == set(actual)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_state_of_other_parameters_is_refused_with_a_list_and_changes_nothing():
+    optimizer = make_optimizer(make_params())
+    state = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    state["num_updates"] += 5
+    state["exp_avg.c"] = state.pop("exp_avg.b")
+    state["exp_avg_sq.a"] = torch.zeros(5, 8)
+    with pytest.raises(ValueError, match=r"3 problems.*missing exp_avg\.b.*unexpected exp_avg\.c.*exp_avg_sq\.a is "
+                                         r"torch\.float32 \(5, 8\), expected torch\.float32 \(5, 7\)"):
+        optimizer.load_state_dict(state)
+    assert optimizer.num_updates == 0
+
+
+def test_a_parameter_without_gradient_is_an_error_that_names_it():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    params["a"].sum().backward()
+    with pytest.raises(ValueError, match="2 trainable parameters got no gradient.*b, experts"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"schedule": "cosin"}, "optim.schedule=cosin: must be one of constant, linear, cosine"),
+    ({"lr": -1.0}, "optim.lr=-1.0"), ({"lr": math.nan}, "optim.lr=nan"), ({"betas": (0.9, 1.0)}, "optim.betas"),
+    ({"eps": 0.0}, "optim.eps"), ({"weight_decay": -0.1}, "optim.weight_decay"), ({"decay_steps": 0}, "decay_steps=0"),
+    ({"final_lr_ratio": 1.5}, "optim.final_lr_ratio"), ({"max_grad_norm": 0.0}, "optim.max_grad_norm"),
+    ({"warmup_steps": -1}, "optim.warmup_steps"), ({"total_steps": 0}, "optim.total_steps"),
+])
+def test_bad_settings_are_refused_by_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(make_params(), **changes)
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        make_optimizer({})
+    with pytest.raises(ValueError, match="without requires_grad.*w"):
+        make_optimizer({"w": torch.nn.Parameter(torch.zeros(1), requires_grad=False)})
