@@ -1,0 +1,177 @@
+"""Policy losses, the KL penalty and the statistics that go with them.
+
+A loss maps the policy's log-probs of one micro-batch to a scalar to minimise. Each divides by a count of the whole
+optimizer step (`batch.num_completion_tokens`, `batch.num_sequences`), never by one of the micro-batch, so summing losses
+and gradients over micro-batches gives the same result for any split, packing or order.
+
+With A the advantage, o_i the trained tokens of sequence i, B the sequences of the step, and
+    ratio r = exp(log pi - log pi_old),   surrogate J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A):
+    grpo      -1/B sum_i 1/|o_i| sum_t J     DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term: `kl_penalty`)
+    dr_grpo   -1/(B L) sum_i sum_t J         Dr. GRPO, arXiv 2503.20783; L is a constant length in tokens
+    dapo      -1/sum_i |o_i| sum_i sum_t J   DAPO, arXiv 2503.14476, eq. 8 (clip_high > clip_low: "clip-higher")
+When `old_log_probs` are the detached `log_probs` themselves (one update per batch) r is exactly 1, nothing is clipped, and
+the gradient is REINFORCE's, A grad log pi.
+
+Departures from the papers: log-ratios are clamped to +-20 before the exponential; the KL term is averaged over the tokens
+of the step whatever the policy loss averages over.
+
+Statistics are sums, so that micro-batches add up: see `reduce_stats`.
+
+Shapes: T packed tokens, S sequences.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+
+from grpo.batch import RolloutBatch
+
+MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is still far from overflow when summed in fp32
+MAX_K3 = 10.0  # nats per token
+
+
+def grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
+         clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over sequences of the mean over a sequence's tokens; long completions weigh less per token.
+
+    log_probs, old_log_probs: [T] fp32, nats. Returns the scalar loss and the sums of `reduce_stats`."""
+    surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
+    lengths = batch.sequence_lengths.clamp(min=1)[batch.sequence_ids]  # [T]
+    return _finish((surrogate / lengths).sum() / batch.num_sequences, stats)
+
+
+def dr_grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
+            clip_high: float, length_normalizer: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum over tokens divided by a constant, sequences times `length_normalizer` tokens: no bias by length.
+
+    log_probs, old_log_probs: [T] fp32, nats. `length_normalizer` is usually the longest completion allowed, in tokens.
+    Returns the scalar loss and the sums of `reduce_stats`."""
+    if not length_normalizer > 0:
+        raise ValueError(f"loss.length_normalizer={length_normalizer}: must be a positive number of tokens; "
+                         "rollout.max_new_tokens is the usual choice")
+    surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
+    return _finish(surrogate.sum() / (batch.num_sequences * length_normalizer), stats)
+
+
+def dapo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
+         clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over all trained tokens of the step: every token weighs the same.
+
+    log_probs, old_log_probs: [T] fp32, nats. Returns the scalar loss and the sums of `reduce_stats`."""
+    surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
+    return _finish(surrogate.sum() / batch.num_completion_tokens, stats)
+
+
+def _surrogate(log_probs: torch.Tensor, batch: RolloutBatch, old_log_probs: torch.Tensor, clip_low: float,
+               clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped surrogate per token, to maximise, zero where the mask is false; and its statistics. [T]"""
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(f"loss.clip_low={clip_low}, loss.clip_high={clip_high}: the ratio is kept within "
+                         "[1 - clip_low, 1 + clip_high], so 0 <= clip_low <= 1 and clip_high >= 0 (DAPO: 0.2 and 0.28)")
+    mask, advantages = batch.loss_mask, batch.advantages
+    assert log_probs.shape == old_log_probs.shape == mask.shape, (log_probs.shape, old_log_probs.shape, mask.shape)
+    # masked before the exponential: what stands outside the mask, even NaN, reaches neither value nor gradient
+    log_ratio = torch.where(mask, log_probs - old_log_probs.detach(), 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.where(mask, torch.minimum(ratio * advantages, clipped * advantages), 0.0)
+    with torch.no_grad():
+        stats = {
+            "num_tokens": mask.sum(),
+            "clip_ratio/low": (mask & (advantages < 0) & (ratio < 1 - clip_low)).sum(),
+            "clip_ratio/high": (mask & (advantages > 0) & (ratio > 1 + clip_high)).sum(),
+            "approx_kl": torch.where(mask, _k3(log_ratio), 0.0).sum(),  # KL(pi_old || pi), estimated under pi_old
+            "ratio/mean": torch.where(mask, ratio, 0.0).sum(),
+            "ratio/max": torch.where(mask, ratio, 0.0).max(),
+        }
+    return surrogate, stats
+
+
+def _finish(objective: torch.Tensor, stats: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return -objective, {"loss": -objective.detach(), **stats}
+
+
+def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """exp(x) - x - 1 >= 0 with x clamped: under samples of q, with x = log p - log q, an estimate of KL(q || p)."""
+    x = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(x) - x
+
+
+def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: RolloutBatch, *, coefficient: float,
+               estimator: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """coefficient times the mean over the step's tokens of an estimate of the KL between policy and reference.
+
+    With d = log pi - log pi_ref on tokens sampled from pi, `estimator` is
+        k1  value d (unbiased, can be negative).  Gradient d grad log pi, that of KL(pi || pi_ref): the plain derivative,
+            grad log pi, is zero in expectation and thus noise, so the score-function form is used instead
+        k2  value d^2/2 (biased, low variance).   Gradient d grad log pi: exactly that of KL(pi || pi_ref)
+        k3  value exp(-d) + d - 1 (unbiased, >= 0, GRPO's).  Gradient (1 - exp(-d)) grad log pi: that of the *other*
+            direction, KL(pi_ref || pi); capped at 10 nats per token, with no gradient beyond
+    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the detached
+    ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one batch (as in
+    DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
+
+    log_probs, ref_log_probs: [T] fp32, nats, over the same support. Returns the scalar and {"kl": sum in nats}."""
+    if estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl.estimator={estimator!r}: must be k1, k2 or k3 (k2 has the exact gradient of "
+                         "KL(policy || reference))")
+    if not coefficient >= 0:
+        raise ValueError(f"kl.coefficient={coefficient}: must be zero or positive")
+    mask = batch.loss_mask
+    difference = torch.where(mask, log_probs - ref_log_probs.detach(), 0.0)  # [T] nats
+    if estimator == "k1":
+        # value d; the bracket is zero in value and has the gradient d grad log pi
+        score = difference.detach()
+        penalty = score + score * (difference - score)
+    elif estimator == "k2":
+        penalty = difference.square() / 2
+    else:
+        penalty = _k3(-difference).clamp(max=MAX_K3)
+    with torch.no_grad():
+        drift = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
+        weight = drift.clamp(-MAX_LOG_RATIO, math.log(10)).exp()
+    total = torch.where(mask, weight * penalty, 0.0).sum()
+    return coefficient * total / batch.num_completion_tokens, {"kl": total.detach()}
+
+
+def token_stats(log_probs: torch.Tensor, entropy: torch.Tensor, batch: RolloutBatch) -> dict[str, torch.Tensor]:
+    """Sums over the trained tokens: entropy (nats) and how far the trainer's log-probs are from the sampler's.
+
+    `sampling/log_prob_diff` is |log pi - log pi_sampler| in nats, before any correction, `sampling/kl` the k3 estimate of
+    KL(pi_sampler || pi) in nats. Before the first update of a batch both should be 0, up to the numerics of two passes."""
+    mask = batch.loss_mask
+    with torch.no_grad():
+        difference = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
+        return {
+            "entropy": torch.where(mask, entropy, 0.0).sum(),
+            "sampling/log_prob_diff/mean": difference.abs().sum(),
+            "sampling/log_prob_diff/max": difference.abs().max(),
+            "sampling/kl": _k3(difference).sum(),
+        }
+
+
+def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> dict[str, float]:
+    """Statistics of all micro-batches of a step -> metrics of the step.
+
+    `loss` is already divided by its normaliser: summed over micro-batches, averaged over the step's `num_updates`. A name
+    that ends in `/max` is a maximum. Everything else is a sum over tokens, divided by the sum of `num_tokens`, which leads
+    the result (tokens trained on, counted once per update)."""
+    values: dict[str, float] = {}
+    for part in stats:
+        for name, value in part.items():
+            number = float(value)
+            if name.endswith("/max"):
+                values[name] = max(values.get(name, -math.inf), number)
+            else:
+                values[name] = values.get(name, 0.0) + number
+    num_tokens = values.pop("num_tokens")
+    result = {"num_tokens": num_tokens}
+    for name, value in values.items():
+        if name == "loss":
+            result[name] = value / num_updates
+        elif name.endswith("/max"):
+            result[name] = value
+        else:
+            result[name] = value / num_tokens if num_tokens else 0.0
+    return result
