@@ -17,15 +17,16 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
     """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D], fp32 inside."""
     num_seqs, q_len, num_heads, width = q.shape
     num_kv = k.shape[2]
-    q = q.float().view(num_seqs, q_len, num_kv, num_heads // num_kv, width).permute(0, 2, 3, 1, 4)  # [S, K, G, Lq, D]
+    group = num_heads // num_kv
+    q = q.float().transpose(1, 2).reshape(num_seqs, num_kv, group * q_len, width)
     k, v = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [S, K, Lk, D]
-    scores = (q.reshape(num_seqs, num_kv, -1, width) * scale) @ k.transpose(-1, -2)  # [S, K, G * Lq, Lk]
-    scores = scores.view(*q.shape[:4], -1).masked_fill(~visible, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)  # [S, K, G, Lq, 1]
-    kept = torch.sigmoid(lse - sinks.float().view(num_kv, -1, 1, 1))  # probability not taken by the sink
-    probabilities = torch.exp(scores - lse) * kept
-    out = probabilities.reshape(num_seqs, num_kv, -1, scores.shape[-1]) @ v  # [S, K, G * Lq, D]
-    return out.view_as(q).permute(0, 3, 1, 2, 4).reshape(num_seqs, q_len, num_heads, width)
+    scores = (q @ k.transpose(-1, -2) * scale).view(num_seqs, num_kv, group, q_len, -1)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    sink = sinks.float().view(num_kv, group, 1, 1).expand(num_seqs, -1, -1, q_len, 1)
+    # the sink as one more column, so that rounding follows the definition
+    probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
+    out = probabilities.reshape(num_seqs, num_kv, group * q_len, -1) @ v  # [S, K, G * Lq, D]
+    return out.view(num_seqs, num_heads, q_len, width).transpose(1, 2)
 
 
 def _long_sequence(q, k, v, sinks, window, scale):
