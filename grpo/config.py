@@ -1,0 +1,495 @@
+"""The configuration of a run: its dataclass schema with units, and the typed conversion.
+
+YAML under `configs/` holds values, this file holds types. `grpo/launch.py` composes the one into the other for the entry
+points, `grpo/validate.py` checks ranges and contradictions. Nothing here imports torch, so a bad configuration fails in a
+second. After `to_typed`, code sees dataclasses only.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
+RESUMABLE_KEYS = ("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb", "rollout.max_batch")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, its value, what is allowed and what to do."""
+
+
+class Device(StrEnum):
+    auto = "auto"  # cuda where there is one, else cpu
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    auto = "auto"  # bfloat16 on cuda, float32 on cpu
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Experts(StrEnum):
+    auto = "auto"  # what the checkpoint holds
+    mxfp4 = "mxfp4"
+    bf16 = "bf16"
+
+
+class Train(StrEnum):
+    lora = "lora"
+    full = "full"
+
+
+class Estimator(StrEnum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class OldLogProbs(StrEnum):
+    sampler = "sampler"  # the log-probs recorded while sampling
+    trainer = "trainer"  # a pass of the policy before its first update on the batch
+
+
+class WandbMode(StrEnum):
+    auto = "auto"  # online with a key, else offline
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class ReasoningEffort(StrEnum):
+    low = "low"
+    medium = "medium"
+    high = "high"
+
+
+@dataclass
+class LoraSettings:
+    rank: int = MISSING
+    alpha: float = MISSING  # the update is scaled by alpha / rank
+    targets: List[str] = MISSING  # among q_proj k_proj v_proj o_proj experts router
+    train_sinks: bool = MISSING
+    train_norms: bool = MISSING
+    adapter: Optional[str] = None  # PEFT folder to start from; null: fresh (B = 0)
+
+
+@dataclass
+class ModelConfig:
+    path: Optional[str] = MISSING  # local folder or hub id; null: initialise `architecture` from the seed
+    tokenizer: Optional[str] = None  # folder or tokenizer.json; null: the checkpoint's, or the environment's tiny one
+    # fields of models.config.GptOssConfig, for a model without a checkpoint; vocab_size, eos_token_id and pad_token_id are
+    # the tokenizer's where they are left out
+    architecture: Optional[Dict[str, Any]] = None
+    experts: Experts = MISSING
+    train: Train = MISSING
+    activation_checkpointing: bool = MISSING  # recompute each layer in backward: less memory, same numbers
+    lora: Optional[LoraSettings] = None
+
+
+@dataclass
+class AdvantageConfig:
+    normalize_std: bool = MISSING  # divide by the standard deviation of the group's rewards
+
+
+@dataclass
+class KlConfig:
+    coefficient: float = MISSING  # loss per nat; 0 skips the reference pass
+    estimator: Estimator = MISSING
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = MISSING
+    group_size: int = MISSING  # completions of each prompt
+    max_new_tokens: int = MISSING  # tokens
+    temperature: float = MISSING
+    top_k: int = MISSING  # 0: off
+    top_p: float = MISSING  # 1: off
+    min_p: float = MISSING  # 0: off
+    max_batch: int = MISSING  # completions decoded together: bounds the KV cache; does not change what is sampled
+    refill_rounds: int = MISSING  # further draws of prompts to replace groups whose rewards are all equal
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its schedule, and how a batch becomes updates. One step here is one GRPO step, whatever its updates."""
+
+    lr: float = MISSING
+    betas: List[float] = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING  # updates with linearly rising lr
+    schedule: Schedule = MISSING
+    decay_steps: Optional[int] = MISSING  # the last updates, over which lr falls to lr * final_lr_ratio; null: all after the warm-up
+    final_lr_ratio: float = MISSING
+    max_grad_norm: float = MISSING
+    max_tokens: int = MISSING  # tokens in one micro-batch: bounds activation memory; does not change the gradient
+    minibatches: int = MISSING  # updates each epoch
+    epochs: int = MISSING  # passes over a batch
+    old_log_probs: OldLogProbs = MISSING
+
+
+@dataclass
+class WarmupConfig:
+    """Supervised steps on the environment's demonstrations, before GRPO."""
+
+    steps: int = MISSING
+    batch_size: int = MISSING  # demonstrations
+    lr: float = MISSING
+    betas: List[float] = MISSING
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING
+    decay_fraction: float = MISSING  # the last part of the steps, over which lr falls linearly
+    final_lr_ratio: float = MISSING
+    max_grad_norm: float = MISSING
+    cache_dir: Optional[str] = None  # keeps the result, so that a rerun starts at GRPO; null: no cache
+
+
+@dataclass
+class EvalConfig:
+    every: int = MISSING  # steps; 0: never in between
+    num_samples: int = MISSING  # k of avg@k and pass@k; 0: greedy only
+    temperature: float = MISSING
+    greedy: bool = MISSING
+    max_prompts: int = MISSING  # held-out prompts
+    at_start: bool = MISSING
+    at_end: bool = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = MISSING  # steps; 0: at the end only
+    keep: int = MISSING  # newest ones kept
+
+
+@dataclass
+class LogConfig:
+    completions_every: int = MISSING  # steps; 0: never
+    num_completions: int = MISSING
+
+
+@dataclass
+class WandbConfig:
+    mode: WandbMode = MISSING
+    project: str = MISSING
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    tags: List[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    name: str = MISSING  # the run's folder is output_dir/name
+    seed: int = MISSING  # initial weights, prompts and samples
+    steps: int = MISSING  # GRPO steps
+    device: Device = MISSING
+    dtype: Dtype = MISSING
+    threads: int = MISSING  # CPU threads; 0: torch's choice
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: Dict[str, Any] = MISSING  # _target_: a class; the other keys are its keywords
+    loss: Dict[str, Any] = MISSING  # _target_: a function; the other keys are its keywords
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    warmup: Optional[WarmupConfig] = None
+    output_dir: str = "runs"
+    resume: bool = False  # continue output_dir/name from its newest checkpoint
+
+
+@dataclass
+class EvaluateConfig:
+    run: Optional[str] = None  # run folder: its model, weights and environment; null: `model` and `env` below
+    step: Optional[int] = None  # the run's checkpoint of that step; null: the newest
+    model: Optional[ModelConfig] = None
+    env: Optional[Dict[str, Any]] = None  # null: the run's
+    seed: int = MISSING
+    device: Device = MISSING
+    dtype: Dtype = MISSING
+    threads: int = MISSING  # CPU threads; 0: torch's choice
+    num_samples: int = MISSING  # k of avg@k and pass@k; 0: greedy only
+    greedy: bool = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    min_p: float = MISSING
+    max_new_tokens: int = MISSING  # tokens
+    max_prompts: int = MISSING  # held-out prompts
+    max_batch: int = MISSING  # completions decoded together
+    output: Optional[str] = None  # JSON file for the result; null: print only
+
+
+@dataclass
+class GenerateConfig:
+    run: Optional[str] = None  # run folder; null: `model` below
+    step: Optional[int] = None  # the run's checkpoint of that step; null: the newest
+    model: Optional[ModelConfig] = None
+    prompt: Optional[str] = None  # null: read lines from the terminal and chat
+    instructions: Optional[str] = None  # developer message
+    reasoning_effort: ReasoningEffort = MISSING
+    seed: int = MISSING
+    device: Device = MISSING
+    dtype: Dtype = MISSING
+    threads: int = MISSING  # CPU threads; 0: torch's choice
+    greedy: bool = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    min_p: float = MISSING
+    max_new_tokens: int = MISSING  # tokens
+
+
+# ---- from YAML to dataclasses
+
+
+def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
+    """The composed config as an instance of `schema`. Raises ConfigError for unknown keys (those added with `+` too),
+    values of the wrong type, interpolations that lead nowhere and required values left out."""
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}") from error
+    assert isinstance(container, dict), f"expected a mapping at the top, got {type(container).__name__}"
+    check_keys(container, schema, "")
+    check_missing(container, schema, "")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escaped(container)))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        value = value_at(container, key)
+        expected = describe_type(type_at(schema, key))
+        raise ConfigError(f"{key} = {value!r} ({type(value).__name__}): expected {expected}") from error
+
+
+def escaped(node: Any) -> Any:
+    """The node with `${` in its strings marked as text: it has been resolved once and must not be a second time."""
+    if isinstance(node, dict):
+        return {key: escaped(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [escaped(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node
+
+
+def check_keys(container: dict, schema: type, prefix: str) -> None:
+    """Raises ConfigError at the first key that `schema` does not have, with the nearest ones that it has."""
+    hints = typing.get_type_hints(schema)
+    for key, value in container.items():
+        if key not in hints:
+            raise unknown_key(join(prefix, str(key)), list(hints))
+        nested = dataclass_of(hints[key])
+        if nested is not None and isinstance(value, dict):
+            check_keys(value, nested, join(prefix, key))
+
+
+def check_missing(container: dict, schema: type, prefix: str) -> None:
+    """Raises ConfigError listing every required key that is left out or still `???`."""
+    missing = missing_keys(container, schema, prefix)
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: required, no value given; set with `{missing[0]}=VALUE` or in the YAML")
+
+
+def missing_keys(container: dict, schema: type, prefix: str) -> list[str]:
+    missing = []
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        key = join(prefix, item.name)
+        nested = dataclass_of(hints[item.name])
+        is_optional = type(None) in typing.get_args(hints[item.name])
+        value = container.get(item.name, MISSING if item.default == MISSING else None)
+        if value == MISSING:
+            missing.append(key)
+        elif nested is not None and isinstance(value, dict):
+            missing += missing_keys(value, nested, key)
+        elif nested is not None and value is None and not is_optional:
+            missing += missing_keys({}, nested, key)
+        elif isinstance(value, dict):
+            missing += [join(key, str(name)) for name, inner in value.items() if inner == MISSING]
+    return missing
+
+
+def unknown_key(key: str, allowed: list[str]) -> ConfigError:
+    parent, _, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {join(parent, near[0])}?" if near else ""
+    return ConfigError(f"unknown key {key}{hint or '.'} Allowed{' in ' + parent if parent else ''}: {', '.join(sorted(allowed))}")
+
+
+def join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix and key else prefix or key
+
+
+def dataclass_of(hint: Any) -> type | None:
+    """The dataclass in `X` or `Optional[X]`, None for anything else."""
+    for option in typing.get_args(hint) or (hint,):
+        if dataclasses.is_dataclass(option) and isinstance(option, type):
+            return option
+    return None
+
+
+def type_at(schema: type, key: str) -> Any:
+    hint: Any = schema
+    for part in re.split(r"[.\[]", key):
+        nested = dataclass_of(hint)
+        if nested is None:
+            return (typing.get_args(hint) or (hint,))[0]
+        hint = typing.get_type_hints(nested)[part]
+    return hint
+
+
+def value_at(container: Any, key: str) -> Any:
+    for part in filter(None, re.split(r"[.\[\]]+", key)):
+        if isinstance(container, list):
+            container = container[int(part)]
+        elif isinstance(container, dict) and part in container:
+            container = container[part]
+    return container
+
+
+def describe_type(hint: Any) -> str:
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    if typing.get_origin(hint) in (list, dict):
+        return f"a {typing.get_origin(hint).__name__}, each entry {describe_type(options[-1])}"
+    if options:
+        return f"{describe_type(options[0])}, or null" if len(options) < len(typing.get_args(hint)) else str(hint)
+    if inspect.isclass(hint) and issubclass(hint, StrEnum):
+        return "one of " + ", ".join(hint.__members__)
+    if dataclass_of(hint):
+        return f"a mapping with the keys {', '.join(typing.get_type_hints(hint))}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(hint, str(hint))
+
+
+# ---- targets: the two nodes (`loss` and `env`) that name a callable
+
+
+def bind(node: dict, key: str) -> Callable:
+    """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself
+    (env: tokenizer, seed; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML.
+    Raises ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
+    supplied = {"env": ("tokenizer", "seed"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
+    keywords = {name: value for name, value in node.items() if name != "_target_"}
+    path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
+    parameters = inspect.signature(target, eval_str=True).parameters
+    allowed = [name for name in parameters if name not in supplied]
+    for name, value in keywords.items():
+        if name in supplied:
+            raise ConfigError(f"{key}.{name} = {value!r}: the loop supplies {name}; remove it")
+        if name not in allowed:
+            raise unknown_key(f"{key}.{name}", allowed)
+        if not fits(value, parameters[name].annotation):
+            expected = describe_type(parameters[name].annotation)
+            raise ConfigError(f"{key}.{name} = {value!r} ({type(value).__name__}): {path} expects {expected}")
+    required = [name for name in allowed if parameters[name].default is inspect.Parameter.empty]
+    missing = [f"{key}.{name}" for name in required if name not in keywords]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `++{missing[0]}=VALUE` or in the YAML")
+    return functools.partial(target, **keywords)
+
+
+def resolve_target(path: Any, key: str) -> Callable:
+    if not isinstance(path, str) or "." not in path:
+        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo")
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{key}._target_ = {path!r}: cannot import {module_name} ({error}); check the path") from error
+    if not callable(vars(module).get(name)):
+        choices = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+        near = difflib.get_close_matches(name, choices, n=1)
+        hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
+        raise ConfigError(f"{key}._target_ = {path!r}: {module_name} has no function or class {name}{hint}")
+    return vars(module)[name]
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a YAML value suits an annotation made of int, float, bool, str, list, dict and None; others are left to
+    the callable."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(annotation))
+    kind = typing.get_origin(annotation) or annotation
+    if kind in (None, type(None)):
+        return value is None
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind in (int, float, bool, str, list, dict):
+        return isinstance(value, (int, float) if kind is float else kind)
+    return True
+
+
+# ---- saved configs
+
+
+def to_dict(config: Any) -> dict:
+    """The config as plain dicts, lists, strings and numbers."""
+    return plain(dataclasses.asdict(config))
+
+
+def plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [plain(value) for value in node]
+    return str(node) if isinstance(node, StrEnum) else node
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Writes YAML that `read_saved_config` reads back to an equal config."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))), encoding="utf-8")
+
+
+def read_saved_config(path: Path) -> TrainConfig:
+    """The config of a run, from the config.yaml in its folder. Raises ConfigError naming the file."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected the folder of a run, as in runs/NAME")
+    try:
+        return to_typed(OmegaConf.load(path))
+    except (ConfigError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
+    """Raises ConfigError listing the keys that differ from the run being resumed and would change its steps."""
+    before, now = flatten(to_dict(saved), ""), flatten(to_dict(config), "")
+    differing = [
+        f"{key}: {before.get(key)!r} when the run started, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key_matches(key, RESUMABLE_KEYS)
+    ]
+    if differing:
+        raise ConfigError(
+            "resume=true: the config differs from the run's:\n  " + "\n  ".join(differing)
+            + "\nGive the same values, or start another run with name=NEW_NAME resume=false"
+        )
+
+
+def flatten(node: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {key: value for name, inner in node.items() for key, value in flatten(inner, join(prefix, str(name))).items()}
+
+
+def key_matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(key == pattern or key.startswith(pattern + ".") for pattern in patterns)
