@@ -155,7 +155,7 @@ class GptOss(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def init_weights(self, *, seed: int) -> None:
+    def init_weights(self, seed: int) -> None:
         """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts N(0, 0.5 / sqrt(fan_in)),
         embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
         if self.expert_format != "bf16":
@@ -238,7 +238,7 @@ class GptOss(nn.Module):
         zeros = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
         return zeros.index_copy(0, rows, chosen), zeros.index_copy(0, rows, entropy)
 
-    def new_cache(self, *, num_slots: int, max_len: int) -> KVCache:
+    def new_cache(self, num_slots: int, max_len: int) -> KVCache:
         """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
         return KVCache(self.config, num_slots=num_slots, max_len=max_len, device=self.device, dtype=self.dtype)
 
