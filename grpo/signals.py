@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT: the first asks the run to stop at the next good moment, the second ends the process at once."""
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class GracefulStop:
+    """`with GracefulStop(resume_hint) as stop:` handles the signals inside the block and puts the old handlers back after.
+
+    Called, it says whether a stop was asked for: `stop()` is what a loop polls between steps and micro-batches, and a
+    sampler takes as `should_stop`. The first signal prints what happens next and `resume_hint` (a command line); the second
+    leaves with code 128 + signal number without saving: the last checkpoint stands. Main thread only, as Python requires."""
+
+    def __init__(self, resume_hint: str) -> None:
+        self.resume_hint = resume_hint
+        self.signal_name: str | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __call__(self) -> bool:
+        return self.signal_name is not None
+
+    def __enter__(self) -> GracefulStop:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not installed from Python and cannot be put back from it
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.signal_name is not None:
+            _say(f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}")
+            os._exit(128 + number)
+        self.signal_name = name
+        _say(f"{name}: stopping at the next safe moment and saving (once more: leave at once). Resume with: "
+             f"{self.resume_hint}")
+
+
+def _say(text: str) -> None:
+    # os.write: print may be in the middle of a line, and its buffer's lock is not re-entrant; a terminal or a pipe that
+    # the same signal closed must not end the run
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())

@@ -1,0 +1,282 @@
+"""Saving, resuming, pruning and locking a run, with damage done on purpose; and stopping on signals."""
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo.checkpoint
+from grpo.checkpoint import (CheckpointFallbackWarning, LoadError, RunInUseError, SaveError, clean_stale, load_run,
+                             lock_run, save_run)
+from grpo.signals import GracefulStop
+
+ROOT = Path(__file__).parents[2]
+
+
+def contents(step):
+    generator = torch.Generator().manual_seed(step)
+    return {"weight": torch.randn(6, 5, generator=generator), "view": torch.arange(12.0).view(3, 4).t(),
+            "packed": torch.randint(0, 255, (7,), dtype=torch.uint8, generator=generator),
+            "half": torch.randn(3, generator=generator).bfloat16(), "num_updates": torch.tensor(step)}
+
+
+def save(run_dir, step, keep=3):
+    return save_run(run_dir, step=step, tensors=contents(step), state={"best": 0.1 + step, "ids": [step]}, keep=keep)
+
+
+def saved_names(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def assert_is_step(loaded, step):
+    assert loaded.step == step and loaded.state == {"best": 0.1 + step, "ids": [step]}
+    expected = contents(step)
+    assert set(loaded.tensors) == set(expected)
+    for name, tensor in expected.items():
+        assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(loaded.tensors[name], tensor), name
+
+
+def run_python(code, *arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def test_a_run_without_checkpoints_loads_nothing(tmp_path):
+    assert load_run(tmp_path / "none") is None
+
+
+def test_what_was_saved_comes_back_exactly_and_the_newest_wins(tmp_path):
+    folder = save(tmp_path, 3)
+    save(tmp_path, 12)
+    assert folder == tmp_path / "checkpoints" / "step_000003"
+    assert_is_step(load_run(tmp_path), 12)
+
+
+def test_the_manifest_holds_the_sha256_of_each_file(tmp_path):
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"tensors.safetensors", "state.json"}
+    for name, entry in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_equal_contents_give_equal_files(tmp_path):
+    first, second = save(tmp_path / "a", 5), save(tmp_path / "b", 5)
+    for name in ("tensors.safetensors", "state.json", "manifest.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, keep=2)
+    assert saved_names(tmp_path) == ["step_000015", "step_000020"]
+    with pytest.raises(ValueError, match="checkpoint.keep=1: must be at least 2"):
+        save(tmp_path, 25, keep=1)
+
+
+def flip_a_bit(folder):
+    data = bytearray((folder / "tensors.safetensors").read_bytes())
+    data[-3] ^= 4
+    (folder / "tensors.safetensors").write_bytes(data)
+
+
+def truncate(folder):
+    os.truncate(folder / "tensors.safetensors", 40)
+
+
+@pytest.mark.parametrize("damage, named", [
+    (flip_a_bit, "tensors.safetensors does not match the SHA-256"),
+    (truncate, "tensors.safetensors has 40 bytes"),
+    (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json is not readable"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format_version": 9}'), "format_version 9"),
+    (lambda folder: [path.unlink() for path in folder.iterdir()], "manifest.json is missing"),
+])
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, damage, named):
+    save(tmp_path, 10)
+    damage(save(tmp_path, 20))
+    with pytest.warns(CheckpointFallbackWarning, match=f"resuming from step_000010.*step_000020 is damaged .*{named}"):
+        loaded = load_run(tmp_path)
+    assert_is_step(loaded, 10)
+    # the run goes on and reaches the damaged step again
+    save(tmp_path, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_is_step(load_run(tmp_path), 20)
+
+
+def test_damaged_newer_checkpoints_never_push_out_the_good_ones(tmp_path):
+    save(tmp_path, 10)
+    for step in (20, 30, 40):
+        flip_a_bit(save(tmp_path, step, keep=9))
+    save(tmp_path, 11, keep=2)
+    assert saved_names(tmp_path) == ["step_000010", "step_000011", "step_000020", "step_000030", "step_000040"]
+    with pytest.warns(CheckpointFallbackWarning):
+        assert_is_step(load_run(tmp_path), 11)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path):
+    for step in (10, 20):
+        flip_a_bit(save(tmp_path, step))
+    with pytest.raises(LoadError, match="step_000020 is damaged.*step_000010 is damaged"):
+        load_run(tmp_path)
+
+
+def test_leftovers_of_a_killed_process_are_ignored_then_cleaned(tmp_path):
+    save(tmp_path, 10)
+    root = tmp_path / "checkpoints"
+    (root / "step_000020.tmp-77").mkdir()
+    (root / "step_000020.tmp-77" / "state.json").write_text("{")
+    (root / "step_000005.gone-77").mkdir()
+    (root / "notes.txt").write_text("mine")
+    assert_is_step(load_run(tmp_path), 10)
+    lock_run(tmp_path).release()
+    assert saved_names(tmp_path) == ["notes.txt", "step_000010"]
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(tmp_path):
+    save(tmp_path, 10)
+    root = tmp_path / "checkpoints"
+    (root / "step_000010").rename(root / "step_000010.old-77")
+    assert clean_stale(tmp_path) == []
+    assert_is_step(load_run(tmp_path), 10)
+
+
+def out_of_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("owner, function", [
+    (grpo.checkpoint.safetensors.torch, "save_file"), (grpo.checkpoint.os, "fsync"), (grpo.checkpoint.os, "replace"),
+    (Path, "write_text"), (Path, "mkdir"),
+])
+def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoints(tmp_path, monkeypatch, owner, function):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for step in (30, 20):  # a new one, and the replacement of one that is there
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, out_of_space)
+            with pytest.raises(SaveError, match=rf"step_0000{step}: .*No space left on device.*bytes free in "):
+                save(tmp_path, step, keep=2)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert_is_step(load_run(tmp_path), 20)
+    assert_is_step((save(tmp_path, 30), load_run(tmp_path))[1], 30)
+
+
+def test_a_disk_that_is_really_full_leaves_the_old_checkpoints(tmp_path):
+    code = """
+import sys, torch
+from pathlib import Path
+from grpo.checkpoint import SaveError, load_run, save_run
+run = Path(sys.argv[1]) / "run"
+save_run(run, step=1, tensors={"w": torch.ones(20_000)}, state={}, keep=2)
+try:
+    save_run(run, step=2, tensors={"w": torch.ones(400_000)}, state={}, keep=2)
+except SaveError as error:
+    print(error)
+loaded = load_run(run)
+print(loaded.step, loaded.tensors["w"].sum().item(), sorted(p.name for p in (run / "checkpoints").iterdir()))
+"""
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
+    if mount.returncode != 0:
+        pytest.skip(f"mounting a small tmpfs is not allowed here: {mount.stderr.decode().strip()}")
+    try:
+        output, errors = run_python(code, tmp_path).communicate(timeout=60)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    lines = output.splitlines()
+    assert len(lines) == 2, (output, errors)
+    assert "cannot save" in lines[0] and "No space left on device" in lines[0] and "bytes free" in lines[0]
+    assert lines[1] == "1 20000.0 ['step_000001']"
+
+
+def test_a_process_killed_at_any_time_leaves_whole_checkpoints(tmp_path):
+    code = """
+import sys, torch
+from grpo.checkpoint import lock_run, load_run, save_run
+lock = lock_run(sys.argv[1])
+loaded = load_run(sys.argv[1])
+step = 0 if loaded is None else loaded.step
+print("ready", flush=True)
+while True:
+    step += 1
+    save_run(sys.argv[1], step=step, tensors={"w": torch.full((200_000,), float(step))}, state={"step": step}, keep=2)
+"""
+    pause = random.Random(0)
+    last_step = 0
+    for _ in range(4):
+        process = run_python(code, tmp_path)
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        time.sleep(0.05 + 0.1 * pause.random())
+        process.kill()
+        process.communicate()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no checkpoint may need a fallback
+            loaded = load_run(tmp_path)
+        assert loaded.step > last_step and loaded.state["step"] == loaded.step
+        assert torch.equal(loaded.tensors["w"], torch.full((200_000,), float(loaded.step)))
+        last_step = loaded.step
+
+
+def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
+    code = "import sys, time; from grpo.checkpoint import lock_run; lock = lock_run(sys.argv[1]); " \
+           "print('locked', flush=True); time.sleep(60)"
+    process = run_python(code, tmp_path)
+    try:
+        assert process.stdout.readline() == "locked\n", process.stderr.read()
+        with pytest.raises(RunInUseError, match=rf"{tmp_path} is in use by process {process.pid} on .* choose another"):
+            lock_run(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    with lock_run(tmp_path):
+        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
+            lock_run(tmp_path)
+    lock_run(tmp_path).release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_the_loop_to_stop_and_old_handlers_come_back(number, capfd):
+    before = signal.getsignal(number)
+    with GracefulStop("python -m x resume=true") as stop:
+        assert stop() is False
+        signal.raise_signal(number)
+        assert stop() is True and stop.signal_name == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+    assert "Resume with: python -m x resume=true" in capfd.readouterr().err
+
+
+def test_the_second_signal_leaves_at_once():
+    code = """
+import time
+from grpo.signals import GracefulStop
+with GracefulStop("make resume") as stop:
+    print("ready", flush=True)
+    while not stop():
+        time.sleep(0.01)
+    print("stopping", flush=True)
+    time.sleep(60)
+"""
+    process = run_python(code)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "stopping\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.count("make resume") == 2 and "without saving" in errors
