@@ -1,0 +1,426 @@
+"""The one Metrics object of a run: console, metrics.jsonl, completions.jsonl, wandb, and at the end summary and report.
+
+`metrics.jsonl` is the source of truth: one object a line, `step` first. Training metrics, evaluations and the supervised
+warm-up (`step` 0, `warmup/step`) are lines of their own. NaN and infinities are written as null, because JSON has no name
+for them; wandb and the console get them as they are.
+
+A step's lines are logged before its checkpoint is saved (log, log_eval, log_completions, sync, then save): then
+`truncate_after(step)` on resume puts both files back to what they were at that checkpoint, and a resumed run's files end
+equal to those of a run that never stopped. Timing metrics, which differ, start with `time/` or `memory/` or end in
+`_per_s`.
+
+Keys of a completion that the console, the report and the final samples use: `prompt` and `completion` (text), `reward`,
+and `split` ("train" or "eval"); any other key is recorded as it is.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import netrc
+import os
+import secrets
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+
+from grpo.config import WandbConfig
+from grpo.console import Display, final_renderables
+from grpo.report import (
+    COMPLETIONS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    before_after_samples,
+    read_metrics,
+    summarize,
+    write_atomic,
+    write_report,
+)
+
+FINISH_TIMEOUT_SECONDS = 120
+INIT_TIMEOUT_SECONDS = 30
+
+
+class Metrics:
+    """Everything a run reports. One object a run; `finish` belongs into a `finally`.
+
+    Args:
+        run_dir: the run's folder; made when missing.
+        wandb: its mode, project, entity, group and tags.
+        config: the resolved configuration as plain containers; shown in the report, kept in summary.json and by wandb.
+        total_steps: GRPO steps of the whole run.
+        is_resumed_from_step: the finished steps of the checkpoint a run goes on from; 0 for a new run.
+        wandb_id: the wandb run to go on with, from that checkpoint; None starts a new one.
+        console: False prints nothing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        wandb: WandbConfig,
+        config: dict,
+        run_name: str,
+        total_steps: int,
+        is_resumed_from_step: int = 0,
+        wandb_id: str | None = None,
+        console: bool = True,
+    ):
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_name = run_name
+        self.config = config
+        self.total_steps = total_steps
+        self.display = Display(run_name, total_steps, is_enabled=console)
+        self.summary: dict | None = None
+        self.wandb = _WandbRun(
+            self.run_dir, wandb, config=config, run_name=run_name, wandb_id=wandb_id, warn=self.display.print
+        )
+        self._start_time = time.monotonic()
+        self._earlier_seconds = 0.0
+        self._eval_names: dict[int, set[str]] = {}
+        self._metrics_file = _JsonlFile(self.run_dir / METRICS_FILE)
+        self._completions_file = _JsonlFile(self.run_dir / COMPLETIONS_FILE)
+        if is_resumed_from_step:
+            self.truncate_after(is_resumed_from_step)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The id of the wandb run, kept in checkpoints; None when wandb is disabled."""
+        return self.wandb.run_id
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the lines of later steps, and a last line that a kill cut short, from both files; -1 empties them."""
+        self._metrics_file.truncate_after(step)
+        self._completions_file.truncate_after(step)
+        rows = read_metrics(self.run_dir)
+        self._earlier_seconds = max((row["time/total"] for row in rows if "time/total" in row), default=0.0)
+        self._eval_names = {}
+        for row in rows:
+            names = {name for name in row if name.startswith("eval/")}
+            if names:
+                self._eval_names.setdefault(row["step"], set()).update(names)
+        last_step = max((row["step"] for row in rows), default=0)
+        if last_step < step:
+            self.display.print(
+                f"warning: {self._metrics_file.path} ends at step {last_step} but the checkpoint is of step {step}: "
+                "the lines between are lost"
+            )
+        self.display.restore(rows)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of training step `step` (finished steps, so the first is 1)."""
+        metrics = {name: _plain_number(value, name) for name, value in metrics.items()}
+        metrics["time/total"] = round(self._earlier_seconds + time.monotonic() - self._start_time, 3)
+        self._metrics_file.append([{"step": step, **metrics}])
+        self.display.step(step, metrics)
+        self.wandb.log({"step": step, **metrics})
+
+    def log_warmup(self, warmup_step: int, metrics: dict[str, float], *, num_steps: int, prints_line: bool) -> None:
+        """Records a step of the supervised warm-up as `warmup/<name>`; without a terminal only when `prints_line`."""
+        metrics = {f"warmup/{name}": _plain_number(value, name) for name, value in metrics.items()}
+        line = {"step": 0, "warmup/step": warmup_step, **metrics}
+        self._metrics_file.append([line])
+        self.display.warmup(warmup_step, num_steps, metrics, prints_line=prints_line)
+        self.wandb.log(line)
+
+    def has_eval(self, step: int) -> bool:
+        """Whether an evaluation at this step is on record, perhaps from before a resume."""
+        return step in self._eval_names
+
+    def log_eval(self, step: int, metrics: dict[str, float]) -> None:
+        """Records held-out metrics as `eval/<name>`. What is on record for the step already is not written again: a run
+        resumed at its last step repeats the last evaluation."""
+        metrics = {
+            name if name.startswith("eval/") else f"eval/{name}": _plain_number(value, name)
+            for name, value in metrics.items()
+        }
+        known = self._eval_names.setdefault(step, set())
+        new = {name: value for name, value in metrics.items() if name not in known}
+        known.update(new)
+        if new:
+            self._metrics_file.append([{"step": step, **new}])
+            self.wandb.log({"step": step, **new})
+        self.display.eval(step, metrics)
+
+    def log_completions(self, step: int, completions: list[dict]) -> None:
+        """Appends completions to completions.jsonl and to the wandb table, and shows the first one."""
+        if not completions:
+            return
+        rows = [{"step": step, **completion} for completion in completions]
+        self._completions_file.append(rows)
+        self.display.completion(step, completions[0])
+        self.wandb.log_table(step, rows)
+
+    def set_status(self, status: str) -> None:
+        """Shows on the live display what the run is doing within a step, as "rollout" or "saving"."""
+        self.display.set_status(status)
+
+    def print(self, text: str) -> None:
+        """Prints a line above the live display."""
+        self.display.print(text)
+
+    def sync(self) -> None:
+        """Returns when both files are on disk; called before a checkpoint is saved, so that they reach at least as far."""
+        self._metrics_file.sync()
+        self._completions_file.sync()
+
+    def finish(self, exit_reason: str) -> dict:
+        """Ends the display, writes summary.json and report.html, closes wandb, and returns the summary. A second call
+        changes nothing. A summary or report that cannot be written is a warning: the run's files are complete without."""
+        if self.summary is not None:
+            return self.summary
+        self.display.stop()
+        self._metrics_file.close()
+        self._completions_file.close()
+        self.summary = summarize(
+            self.run_dir,
+            run_name=self.run_name,
+            exit_reason=exit_reason,
+            total_steps=self.total_steps,
+            config=_json_safe(self.config),
+        )
+        self.summary["peak_host_memory_gb"] = _peak_host_memory_gb()
+        self.summary["wandb_id"] = self.wandb_id
+        try:
+            text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)
+            write_atomic(self.run_dir / SUMMARY_FILE, text + "\n")
+            write_report(self.run_dir, self.summary)
+        except Exception as error:  # noqa: BLE001  (fonts, disk, ...: nothing here may hide how the run ended)
+            self.display.print(
+                f"warning: no report ({type(error).__name__}: {error}); rebuild it with: python -m grpo.report {self.run_dir}"
+            )
+        self.wandb.finish(self.summary)
+        return self.summary
+
+    def samples(self) -> list[dict]:
+        """Returns up to three prompts with a completion from the start and one from the end of the run."""
+        return before_after_samples(self.run_dir, limit=3)
+
+    def print_final(self, summary: dict, samples: list[dict], next_commands: list[str]) -> None:
+        """Prints before and after, samples, where the report is, and what to type next."""
+        show = self.display.print
+        seconds = f"{summary['seconds']:.0f} s" if summary["seconds"] < 600 else f"{summary['seconds'] / 60:.0f} min"
+        show("", f"{summary['run_name']}: {summary['exit_reason']} after {summary['steps']} steps, {seconds}", "")
+        show(*final_renderables(summary, samples, encoding=self.display.encoding))
+        show("", f"report   {self.run_dir / 'report.html'}", f"metrics  {self.run_dir / METRICS_FILE}")
+        if self.wandb.hint:
+            show(f"wandb    {self.wandb.hint}")
+        if next_commands:
+            show("", "next:", *(f"  {command}" for command in next_commands))
+
+
+class _JsonlFile:
+    """A file of JSON lines in the order of their `step`, each on its way to the disk when `append` returns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        return self._descriptor
+
+    def append(self, rows: list[dict]) -> None:
+        lines = [json.dumps(_json_safe(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
+        data = "".join(lines).encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
+        descriptor = self._open()
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            hint = "free space, then go on with resume=true"
+            raise OSError(error.errno, f"cannot write ({error.strerror}): {hint}", str(self.path)) from error
+
+    def truncate_after(self, step: int) -> None:
+        """Cuts the file at the first line that is broken or of a later step; one system call, so a kill cannot harm it."""
+        if not self.path.exists():
+            return
+        keep = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n") or not _is_line_up_to(line, step):
+                    break
+                keep += len(line)
+        os.truncate(self.path, keep)
+
+    def sync(self) -> None:
+        os.fsync(self._open())
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _is_line_up_to(line: bytes, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and row["step"] <= step
+
+
+def _plain_number(value: object, name: str) -> float | int:
+    """Returns a Python number for Python, numpy and one-element torch numbers."""
+    if isinstance(value, int):
+        return int(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__} {value!r}") from error
+
+
+def _json_safe(value: object) -> object:
+    """Returns a copy that JSON can hold: non-finite numbers become None, unknown objects their text."""
+    if isinstance(value, dict):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def _peak_host_memory_gb() -> float | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb can log in without asking: a key in the environment, or an entry for its server in netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(urllib.parse.urlsplit(server).hostname or server) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class _WandbRun:
+    """wandb behind four calls, none of which can stop a run: each kind of failure is one warning.
+
+    Steps are our own metric `step`, because wandb refuses steps that go back, and an offline run that goes on under the
+    same id starts counting anew.
+    """
+
+    def __init__(
+        self, run_dir: Path, settings: WandbConfig, *, config: dict, run_name: str, wandb_id: str | None, warn
+    ):
+        self.run_id: str | None = None
+        self.hint = ""  # where the run is to be seen, or how to upload it
+        self._run = None
+        self._table = None
+        self._columns: list[str] = []
+        self._warn = warn
+        self._failed: set[str] = set()
+        mode = _resolve_mode(settings.mode)
+        if mode == "disabled":
+            return
+        self.run_id = wandb_id or secrets.token_hex(4)
+        if mode == "online" and not _has_wandb_key():
+            self._warn(
+                "warning: wandb.mode=online but no API key is set (wandb login, or WANDB_API_KEY): logging offline"
+            )
+            mode = "offline"
+        self._init(run_dir, settings, mode, config=config, run_name=run_name)
+        if self._run is None and mode == "online":
+            self._init(run_dir, settings, "offline", config=config, run_name=run_name)
+
+    def _init(self, run_dir: Path, settings: WandbConfig, mode: str, *, config: dict, run_name: str) -> None:
+        with self._guarded("init"):
+            import wandb
+
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                tags=list(settings.tags),
+                name=run_name,
+                id=self.run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                config=_json_safe(config),
+                reinit="finish_previous",
+                settings=wandb.Settings(
+                    silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS
+                ),
+            )
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
+            self._run.define_metric("warmup/step")
+            self._run.define_metric("warmup/*", step_metric="warmup/step")
+            self.hint = (
+                self._run.url if mode == "online" else f"offline; upload with: wandb sync {Path(self._run.dir).parent}"
+            )
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str):
+        """Turns any failure of wandb (network, server, its process, its own bugs) into one warning for each `what`."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = str(error).strip().split("\n")[0]
+                self._warn(f"warning: wandb {what} failed ({type(error).__name__}: {reason}); the run goes on without")
+
+    def log(self, line: dict[str, float]) -> None:
+        if self._run is None:
+            return
+        with self._guarded("log"):
+            self._run.log(line)
+
+    def log_table(self, step: int, rows: list[dict]) -> None:
+        """Appends rows to the table `completions`; its columns are those of the first rows logged."""
+        if self._run is None:
+            return
+        with self._guarded("table"):
+            import wandb
+
+            appends = "log_mode" in inspect.signature(wandb.Table.__init__).parameters
+            if not self._columns:
+                self._columns = list(rows[0])
+            if self._table is None or not appends:
+                kind = {"log_mode": "INCREMENTAL"} if appends else {}
+                self._table = wandb.Table(columns=self._columns, allow_mixed_types=True, **kind)
+            for row in rows:
+                self._table.add_data(*(_table_cell(row.get(column)) for column in self._columns))
+            self._run.log({"completions": self._table, "step": step})
+
+    def finish(self, summary: dict) -> None:
+        if self._run is None:
+            return
+        with self._guarded("finish"):
+            for name, record in summary["eval"].items():
+                self._run.summary[f"best/{name}"] = record["best"]["value"]
+            self._run.summary["exit_reason"] = summary["exit_reason"]
+            self._run.finish(exit_code=0 if summary["exit_reason"] == "completed" else 1)
+        self._run = None
+
+
+def _resolve_mode(mode: str) -> str:
+    """`auto`: what WANDB_MODE says, else online with a key, else offline."""
+    if mode != "auto":
+        return str(mode)
+    asked = os.environ.get("WANDB_MODE", "")
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    return "online" if _has_wandb_key() else "offline"
+
+
+def _table_cell(value: object) -> object:
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(_json_safe(value), ensure_ascii=False)
+    return value

@@ -1,0 +1,406 @@
+"""What is left of a run: its summary, its report page, and the table of a sweep, all from the files in the run's folder.
+
+    python -m grpo.report RUN_DIR      rebuild report.html of a run, also of one that was killed
+    python -m grpo.report SWEEP_DIR    rebuild sweep_summary.md and sweep_summary.csv over the runs below a folder
+
+`metrics.jsonl` is the source of truth: one JSON object a line with `step` and any metrics of that step. Numbers that JSON
+cannot hold (NaN, infinities) are written as null and read back as NaN. A last line cut short by a kill is ignored.
+"""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from grpo.plots import is_bound, plots, series
+
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+# A metric whose name ends in one of these is better when it is lower; every other one when it is higher.
+LOWER_IS_BETTER = ("loss", "error", "error_rate", "perplexity", "clipped_ratio", "kl")
+TRAIN_METRICS = (
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "kl",
+    "grad_norm",
+    "sampling/log_prob_diff/max",
+)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Returns the objects of a JSONL file ([] when there is none), without a last line that was cut short.
+
+    Raises ValueError naming file and line when any other line is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is incomplete, or empty
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number}: not valid JSON ({error}); delete the line or restore the file"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Returns the lines of metrics.jsonl with null read back as NaN."""
+    rows = read_jsonl(run_dir / METRICS_FILE)
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def is_lower_better(name: str) -> bool:
+    return name.split("/")[-1].endswith(LOWER_IS_BETTER)
+
+
+def _record(steps: list[float], values: list[float], name: str) -> dict:
+    """First, last and best of a metric; among equals the earliest step is the best. NaN is never the best."""
+    finite = [index for index, value in enumerate(values) if math.isfinite(value)]
+    sign = -1 if is_lower_better(name) else 1
+    best = max(finite, key=lambda index: (sign * values[index], -index)) if finite else 0
+    points = {"first": 0, "last": len(values) - 1, "best": best}
+    return {key: {"value": _json_number(values[index]), "step": steps[index]} for key, index in points.items()}
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: int, config: dict) -> dict:
+    """Returns the contents of summary.json, computed from metrics.jsonl.
+
+    `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` is the sum of `num_tokens` over
+    the steps (prompt and completion tokens); `seconds` is wall time over all sessions of the run; memory in GB (1e9 bytes).
+    """
+    rows = read_metrics(run_dir)
+    eval_names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
+    train_names = [name for name in TRAIN_METRICS if any(name in row for row in rows)]
+    part_names = dict.fromkeys(name for row in rows for name in row if name.startswith("rewards/"))
+    peaks = [row["memory/peak_gb"] for row in rows if math.isfinite(row.get("memory/peak_gb", math.nan))]
+    return {
+        "run_name": run_name,
+        "exit_reason": exit_reason,
+        "steps": max((row["step"] for row in rows if "reward" in row or "loss" in row), default=0),
+        "total_steps": total_steps,
+        "num_tokens": int(sum(row["num_tokens"] for row in rows if "num_tokens" in row)),
+        "seconds": max((row["time/total"] for row in rows if "time/total" in row), default=0.0),
+        "peak_memory_gb": max(peaks) if peaks else None,
+        "eval": {name: _record(*series(rows, name), name) for name in eval_names},
+        "train": {name: _record(*series(rows, name), name) for name in [*train_names, *part_names]},
+        "config": config,
+    }
+
+
+def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
+    """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None, from the
+    first and last step in completions.jsonl; held-out completions (split "eval") are used where there are any, and prompts
+    seen on both sides, those whose reward changed most first, before others."""
+    rows = [row for row in read_jsonl(run_dir / COMPLETIONS_FILE) if "prompt" in row and "completion" in row]
+    rows = [row for row in rows if row.get("split") == "eval"] or rows
+    if not rows:
+        return []
+    first_step, last_step = rows[0]["step"], rows[-1]["step"]
+    before, after = {}, {}
+    for row in rows:
+        if row["step"] == first_step:
+            before.setdefault(row["prompt"], row)
+        if row["step"] == last_step and last_step != first_step:
+            after.setdefault(row["prompt"], row)
+    both = [prompt for prompt in before if prompt in after]
+    both.sort(key=lambda prompt: _reward(before[prompt]) - _reward(after[prompt]))
+    prompts = both or [prompt for pair in zip(before, after, strict=False) for prompt in pair] or list(before)
+    return [
+        {"prompt": prompt, "before": _side(before.get(prompt)), "after": _side(after.get(prompt))}
+        for prompt in prompts[:limit]
+    ]
+
+
+def _reward(row: dict) -> float:
+    reward = row.get("reward")
+    return 0.0 if reward is None else reward
+
+
+def _side(row: dict | None) -> dict | None:
+    if row is None:
+        return None
+    return {"step": row["step"], "completion": row["completion"], "reward": row.get("reward")}
+
+
+def write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #f6f7f9; margin: 0; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
+h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 18px; margin: 34px 0 10px; }
+.muted { color: #667080; } .reason { padding: 1px 9px; border-radius: 10px; background: #e4e8ee; }
+.tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 18px 0; }
+.tile { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 8px 14px; }
+.tile b { display: block; font-size: 19px; } .tile span { color: #667080; font-size: 13px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; }
+figure { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; margin: 0; padding: 8px; }
+figure img { width: 100%; height: auto; display: block; } figcaption { color: #667080; font-size: 13px; padding: 2px 6px; }
+.sample { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 10px 14px; margin: 0 0 12px; }
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 12px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; margin: 4px 0; }
+.sides pre { background: #f6f7f9; padding: 8px; border-radius: 6px; max-height: 360px; overflow: auto; }
+.good { color: #20744a; font-weight: 600; } .bad { color: #b03427; font-weight: 600; }
+table { border-collapse: collapse; background: #fff; font-size: 14px; }
+th, td { border: 1px solid #e2e5ea; padding: 4px 12px; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+th { background: #eef0f4; } .wide { overflow-x: auto; }
+"""
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _tiles(summary: dict) -> str:
+    peak = summary["peak_memory_gb"]
+    tiles = [
+        (f"{summary['steps']} of {summary['total_steps']}", "steps"),
+        (f"{summary['num_tokens']:,}", "tokens"),
+        (_duration(summary["seconds"]), "wall time"),
+        ("not logged" if peak is None else f"{_number(peak)} GB", "peak memory"),
+    ]
+    scores = [name for name in summary["eval"] if not is_bound(name)]
+    for name in scores[:4]:
+        record = summary["eval"][name]
+        tiles.append((f"{_number(record['first']['value'])} → {_number(record['last']['value'])}", name))
+    return "".join(
+        f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(k)}</span></div>' for value, k in tiles
+    )
+
+
+def _sample_html(sample: dict) -> str:
+    sides = []
+    for when in ("before", "after"):
+        side = sample[when]
+        if side is None:
+            continue
+        reward = math.nan if side["reward"] is None else side["reward"]
+        kind = "good" if reward > 0 else "bad"
+        sides.append(
+            f'<div>{when}, step {side["step"]}: <span class="{kind}">reward {_number(reward)}</span>'
+            f"<pre>{html.escape(side['completion'])}</pre></div>"
+        )
+    return (
+        f'<div class="sample"><pre>{html.escape(sample["prompt"])}</pre><div class="sides">{"".join(sides)}</div></div>'
+    )
+
+
+def _table_html(summary: dict) -> str:
+    lines = [
+        "<tr><th>metric</th><th>first</th><th>at step</th><th>last</th><th>at step</th><th>best</th><th>at step</th></tr>"
+    ]
+    for group in ("eval", "train"):
+        for name, record in summary[group].items():
+            cells = [html.escape(name)]
+            for key in ("first", "last", "best"):
+                has_best = group == "eval" or name == "reward"
+                shown = key != "best" or has_best
+                cells += [_number(record[key]["value"]), str(record[key]["step"])] if shown else ["", ""]
+            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def write_report(run_dir: Path, summary: dict) -> Path:
+    """Writes report.html, one file that needs nothing beside it, and returns its path. Every text of the run is escaped."""
+    figures = []
+    for name, (png, caption) in plots(read_metrics(run_dir)).items():
+        data = base64.b64encode(png).decode("ascii")
+        figures.append(
+            f'<figure id="{name}"><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        )
+    samples = before_after_samples(run_dir, limit=4)
+    sample_html = (
+        "".join(_sample_html(sample) for sample in samples) or '<p class="muted">No completions were logged.</p>'
+    )
+    config_text = json.dumps(summary["config"], indent=2, ensure_ascii=False) if summary["config"] else ""
+    if not config_text and (run_dir / "config.yaml").exists():
+        config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    table = (
+        _table_html(summary) if summary["eval"] or summary["train"] else '<p class="muted">No metrics were logged.</p>'
+    )
+    name = html.escape(summary["run_name"])
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>{STYLE}</style></head><body><main>
+<h1>{name}</h1>
+<div class="muted">GRPO run, ended: <span class="reason">{html.escape(summary["exit_reason"])}</span></div>
+<div class="tiles">{_tiles(summary)}</div>
+<h2>Curves</h2><div class="plots">{"".join(figures) or '<p class="muted">No metrics were logged.</p>'}</div>
+<h2>The same prompts before and after</h2>{sample_html}
+<h2>First, last, best</h2>{table}
+<h2>Configuration</h2><details><summary>as resolved for this run</summary><pre>{html.escape(config_text)}</pre></details>
+<p class="muted">Files beside this page: {METRICS_FILE} (every metric of every step), {COMPLETIONS_FILE}, {SUMMARY_FILE}.</p>
+</main></body></html>
+"""
+    path = run_dir / REPORT_FILE
+    write_atomic(path, page)
+    return path
+
+
+def rebuild_report(run_dir: Path) -> Path:
+    """Rewrites report.html of a run from its files; numbers come from metrics.jsonl, so a killed run gets one as well.
+
+    Raises ValueError when the folder holds no run.
+    """
+    if not (run_dir / METRICS_FILE).exists():
+        raise ValueError(
+            f"{run_dir} holds no {METRICS_FILE}: give the folder of a run, or of a sweep with runs below it"
+        )
+    old = _read_summary(run_dir)
+    summary = summarize(
+        run_dir,
+        run_name=old["run_name"] if old else run_dir.resolve().name,
+        exit_reason=old["exit_reason"] if old else "unknown (still running, or killed)",
+        total_steps=old["total_steps"] if old else 0,
+        config=old["config"] if old else {},
+    )
+    if not old:
+        summary["total_steps"] = summary["steps"]
+    return write_report(run_dir, summary)
+
+
+def _read_summary(run_dir: Path) -> dict | None:
+    path = run_dir / SUMMARY_FILE
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it to rebuild without it") from error
+
+
+def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def sweep_table(sweep_dir: Path) -> list[dict[str, object]]:
+    """Returns one row for each run below `sweep_dir`: its folder, the configuration keys in which the runs differ, exit
+    reason, steps, seconds, and the last value of each eval metric. Sorted by the first eval metric, best first; runs
+    that left no summary come last.
+
+    Raises ValueError when there is no run below the folder.
+    """
+    run_dirs = sorted({path.parent for name in (SUMMARY_FILE, METRICS_FILE) for path in sweep_dir.rglob(name)})
+    if not run_dirs:
+        raise ValueError(f"{sweep_dir} holds no run: neither {SUMMARY_FILE} nor {METRICS_FILE} below it")
+    summaries = {run_dir: _read_summary(run_dir) for run_dir in run_dirs}
+    done = {run_dir: summary for run_dir, summary in summaries.items() if summary is not None}
+    configs = {run_dir: _flatten(summary["config"]) for run_dir, summary in done.items()}
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    places = ("name", "output_dir", "resume")
+    differing = [
+        key
+        for key in keys
+        if key not in places and len({json.dumps(config.get(key)) for config in configs.values()}) > 1
+    ]
+    eval_names = list(dict.fromkeys(name for s in done.values() for name in s["eval"] if not is_bound(name)))
+    rows = []
+    for run_dir, summary in summaries.items():
+        row: dict[str, object] = {"run": str(run_dir.relative_to(sweep_dir))}
+        if summary is None:
+            row["exit_reason"] = f"no {SUMMARY_FILE}"
+        else:
+            row |= {key: configs[run_dir].get(key) for key in differing}
+            row |= {
+                "exit_reason": summary["exit_reason"],
+                "steps": summary["steps"],
+                "seconds": round(summary["seconds"], 1),
+            }
+            row |= {name: summary["eval"][name]["last"]["value"] for name in eval_names if name in summary["eval"]}
+        rows.append(row)
+    if eval_names:
+        sign = 1 if is_lower_better(eval_names[0]) else -1
+        rows.sort(key=lambda row: sign * row[eval_names[0]] if row.get(eval_names[0]) is not None else math.inf)
+    columns = ["run", *differing, "exit_reason", "steps", "seconds", *eval_names]
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def sweep_summary(sweep_dir: Path) -> Path:
+    """Writes sweep_summary.csv and sweep_summary.md into the folder of a Hydra multirun; returns the path of the latter."""
+    rows = sweep_table(sweep_dir)
+    columns = list(rows[0])
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(sweep_dir / "sweep_summary.csv", buffer.getvalue())
+    lines = [f"# {sweep_dir.resolve().name}: {len(rows)} runs", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "---|" * len(columns))
+    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    lines += ["", "Eval metrics are the last values of each run; the best run by the first of them comes first.", ""]
+    write_atomic(sweep_dir / "sweep_summary.md", "\n".join(lines))
+    return sweep_dir / "sweep_summary.md"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print("usage: python -m grpo.report RUN_DIR | SWEEP_DIR", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    folder = Path(arguments[0])
+    try:
+        if (folder / METRICS_FILE).exists():
+            print(rebuild_report(folder))
+        else:
+            path = sweep_summary(folder)
+            print(path.read_text(encoding="utf-8"))
+            print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
