@@ -36,4 +36,4 @@ class KVCache:
         for cache in (self.keys, self.values):
             for layer, entries in enumerate(cache):
                 count = self.lengths[layer] if num_tokens is None else min(num_tokens, self.lengths[layer])
-                entries[targets, :count] = entries[source, :count]
+                entries[targets, :count] = entries[source, :count].clone()  # index_put refuses views of itself
