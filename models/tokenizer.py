@@ -1,7 +1,7 @@
 """Text <-> token ids over a Hugging Face `tokenizer.json`, with harmony's control tokens by name.
 
-Departure from `transformers`: `encode` never turns text into a control token. A user who types "<|end|>" gets the tokens of
-those seven characters; control ids enter a sequence only by id. Nothing is added around the text (no bos, no eos).
+Departure from `transformers`: `encode` never turns text into a control token. A user who types "<|end|>" gets the
+tokens of those seven characters; control ids enter a sequence only by id. Nothing is added around the text (no bos).
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-# attribute of Tokenizer -> spelling in tokenizer.json (ids in o200k_harmony: 199998, 199999, 200002, 200003, 200005..200008, 200012)
+# attribute of Tokenizer -> spelling in tokenizer.json
 CONTROL_TOKENS = {
     "startoftext": "<|startoftext|>",
     "endoftext": "<|endoftext|>",
@@ -45,12 +45,12 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, name: str, source: Path | None):
-        """`name` is how errors call this tokenizer; `source` the folder whose files `save` copies, None if made in memory."""
+        """`name` is how errors call it; `save` copies the files of folder `source` (None: made in memory)."""
         missing = [text for text in CONTROL_TOKENS.values() if backend.token_to_id(text) is None]
         if missing:
             raise ValueError(
-                f"tokenizer {name} lacks the harmony tokens {', '.join(missing)}. A gpt-oss tokenizer (o200k_harmony) has all "
-                f"nine of {' '.join(CONTROL_TOKENS.values())}: use the tokenizer files that came with the checkpoint"
+                f"tokenizer {name} lacks the harmony tokens {', '.join(missing)}. A gpt-oss tokenizer (o200k_harmony) "
+                f"has all of {' '.join(CONTROL_TOKENS.values())}: use the tokenizer files that came with the checkpoint"
             )
         backend = _with_control_tokens_special(backend)
         # A fine-tune may have saved its training-time truncation in tokenizer.json; it would cut prompts silently.
@@ -60,7 +60,8 @@ class Tokenizer:
         self._backend = backend
         self._name = name
         self._source = source
-        self._special_text = {id: token.content for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        added = backend.get_added_tokens_decoder()
+        self._special_text = {id: token.content for id, token in added.items() if token.special}
         self._special_id = {text: id for id, text in self._special_text.items()}
         # Longest first, so that no spelling hides one it is the beginning of.
         spellings = sorted(self._special_id, key=len, reverse=True)
@@ -84,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads `tokenizer.json` (the file, or a folder that holds it). ValueError if it is missing, malformed or not harmony's."""
+        """Reads `tokenizer.json` (the file, or a folder with it). ValueError if missing, malformed or not harmony's."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
@@ -95,16 +96,19 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for every defect of the file
-            raise ValueError(f"{file} is not a readable tokenizer.json: {error}. Copy it again from its checkpoint") from error
+            raise ValueError(
+                f"{file} is no readable tokenizer.json: {error}. Copy it again from its checkpoint"
+            ) from error
         return cls(backend, name=str(file), source=file.parent)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files: verbatim copies of those it was loaded from, so that any reader of the source reads them."""
+        """Writes the tokenizer's files: verbatim copies if it was loaded, so that all readers of the source read them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._source is None:
             self._backend.save(str(folder / "tokenizer.json"))
-            (folder / "tokenizer_config.json").write_text(json.dumps(_hub_tokenizer_config(), indent=2) + "\n", encoding="utf-8")
+            config = json.dumps(_hub_tokenizer_config(), indent=2) + "\n"
+            (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
             return
         for file_name in TOKENIZER_FILES:
             source, target = self._source / file_name, folder / file_name
@@ -112,23 +116,25 @@ class Tokenizer:
                 shutil.copyfile(source, target)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ordinary text: no control id can come out, whatever the text spells. ValueError if it cannot be encoded."""
+        """Ids of ordinary text: no control id comes out, whatever it spells. ValueError if it cannot be encoded."""
         if not isinstance(text, str):
             raise ValueError(f"text to encode must be a string, got {type(text).__name__}: {text!r:.80}")
         ids = self._encode_ordinary(text)
         if not self._special_text.keys().isdisjoint(ids):
-            # A vocabulary that holds a control token as an ordinary word: encode its first character apart from the rest.
+            # The vocabulary holds a control token as an ordinary word: encode its first character apart from the rest.
             ids = []
             for i, piece in enumerate(self._special_pattern.split(text)):
                 halves = (piece[:1], piece[1:]) if i % 2 else (piece,)
                 ids += [id for half in halves for id in self._encode_ordinary(half)]
             leaked = sorted(self._special_text[id] for id in set(ids) & self._special_text.keys())
             if leaked:
-                raise ValueError(f"tokenizer {self._name} turns plain text into the control tokens {leaked}; it cannot be used")
+                raise ValueError(
+                    f"tokenizer {self._name} makes control tokens {leaked} of plain text; it cannot be used"
+                )
         return ids
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Token ids of text in which spelled special tokens ARE control tokens. Only for text the program itself wrote."""
+        """Ids of text in which spelled special tokens ARE control tokens: only for text the program itself wrote."""
         ids = []
         for piece in self._special_pattern.split(text):
             if piece in self._special_id:
@@ -140,8 +146,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """Text of any ids, without raising: invalid UTF-8 and ids that have no token become U+FFFD.
 
-        Special tokens are dropped, or spelled out with `keep_special`; either way bytes on their two sides never join into one
-        character.
+        Special tokens are dropped, or spelled out with `keep_special`; either way bytes on their two sides never join
+        into one character.
         """
         pieces: list[str] = []
         run: list[int] = []
@@ -170,19 +176,21 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exception or TypeError
             if any("\ud800" <= char <= "\udfff" for char in text):
-                reason = "it holds half of a surrogate pair, which is not text; decode the source as UTF-8 with errors='replace'"
+                reason = "it holds half of a surrogate pair, which no UTF-8 text can; repair the row it comes from"
             else:
                 known = self._backend.get_vocab()
                 strange = sorted({char for char in text if char not in known})
-                reason = f"characters without a token: {''.join(strange)!r}; leave them out or use a tokenizer that has them ({error})"
+                reason = (
+                    f"no token for {''.join(strange)!r}; leave these characters out or use a larger tokenizer ({error})"
+                )
             raise ValueError(f"tokenizer {self._name} cannot encode {text!r:.80}: {reason}") from error
 
 
 def build_tiny_tokenizer(words: list[str], chars: str) -> Tokenizer:
     """An offline tokenizer for tiny models: one token per word of `words`, per character of `chars`, per control token.
 
-    Roles and channel names are always words. Text is cut at the longest word that starts at each position, else after one
-    character; a character without a token makes `encode` raise ValueError. Ids: words, then characters, then control tokens.
+    Roles and channel names are always words. Text is cut after the longest word that starts at each position, else
+    after one character; a character without a token makes `encode` raise ValueError. Ids: words, characters, control tokens.
     """
     vocabulary: dict[str, int] = {}
     for entry in [*HEADER_WORDS, *words, *chars]:
@@ -191,7 +199,7 @@ def build_tiny_tokenizer(words: list[str], chars: str) -> Tokenizer:
         if entry in CONTROL_TOKENS.values():
             raise ValueError(f"{entry} is a control token and cannot be a word as well: remove it from `words`")
         vocabulary.setdefault(entry, len(vocabulary))
-    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))  # no unk token: unknown characters raise instead of vanishing
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))  # no unk token: unknown characters raise
     longest_first = sorted((entry for entry in vocabulary if len(entry) > 1), key=len, reverse=True)
     pattern = "|".join([*(re.escape(word) for word in longest_first), r"[\s\S]"])
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
