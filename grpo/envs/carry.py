@@ -1,0 +1,168 @@
+"""Adding numbers with a carry: the built-in task, learnable by a model of a few million parameters in minutes on a CPU.
+
+A prompt is a harmony user message `14+49`; the wanted completion reasons column by column in the analysis channel,
+`4+9=13,1+4+1=6`, and answers `63` in the final channel. Demonstrations for the supervised warm-up come from a teacher with a
+systematic fault: in `fault_rate` of the problems that need a carry it forgets it (`4+9=13,1+4=5`, answer 53). A model
+warmed up on them answers greedily wrong wherever a carry is needed, yet samples the right way now and then; the reward
+lets GRPO overrule the teacher.
+
+Everything drawn is a pure function of (seed, step, attempt): there is no state to save. The held-out problems are the same
+for every seed, and never occur in prompts or demonstrations, mirrored (49+14) or not.
+"""
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+
+from grpo.batch import Completion, Prompt
+from grpo.rewards import Score, is_well_formed, stated_answer
+from models.harmony import Message, generation_prompt, parse_completion, render_message
+from models.tokenizer import Tokenizer, build_tiny_tokenizer
+
+WORDS = ["system", "developer", "user", "assistant", "tool", "analysis", "commentary", "final", "functions", "json"]
+CHARS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/=,.:?! "
+
+
+def build_tokenizer() -> Tokenizer:
+    """The task's character-level tokenizer, harmony specials and channel words as whole tokens."""
+    return build_tiny_tokenizer(WORDS, CHARS)
+
+
+class Carry:
+    """The environment. Counts are problems, `digits` the length of both operands.
+
+    fault_rate: share of the carry problems that the teacher of the demonstrations gets wrong
+    keep_no_carry: share of the problems without a carry that are kept (0.35: at two digits 70 % of problems carry)
+    held_out_fraction: share of operand pairs, chosen by hash, that is kept from training
+    format_reward: reward for a well-formed completion, beside 1 for the right answer
+
+    Raises ValueError for a value out of range."""
+
+    build_tokenizer = staticmethod(build_tokenizer)
+
+    def __init__(self, *, tokenizer: Tokenizer, seed: int, digits: int, format_reward: float, fault_rate: float,
+                 keep_no_carry: float, held_out_fraction: float, num_eval_prompts: int):
+        if not 2 <= digits <= 9:
+            raise ValueError(f"env.digits={digits}: must lie in 2..9; one column leaves nothing to carry to")
+        for key, value in (("fault_rate", fault_rate), ("keep_no_carry", keep_no_carry)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"env.{key}={value}: must lie in 0..1")
+        if not 0 < held_out_fraction < 1:
+            raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
+        if not 0 <= format_reward < 1:
+            raise ValueError(f"env.format_reward={format_reward}: must lie in 0..1, below the 1 of a right answer")
+        self.lowest, self.highest = 10 ** (digits - 1), 10**digits - 1
+        most = int(held_out_fraction * (self.highest - self.lowest + 1) ** 2 / 4)
+        if not 1 <= num_eval_prompts <= most:
+            raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
+                             f"held_out_fraction={held_out_fraction}")
+        self.tokenizer, self.seed, self.format_reward, self.fault_rate = tokenizer, seed, format_reward, fault_rate
+        self.keep_no_carry, self.held_out_fraction = keep_no_carry, held_out_fraction
+        self.num_eval_prompts = num_eval_prompts
+        expected = demonstration(self.highest, self.highest, forgets_carry=False)[0] + str(2 * self.highest)
+        if tokenizer.decode(tokenizer.encode(expected)) != expected:
+            raise ValueError(f"model.tokenizer: cannot encode {expected!r}, which the carry task needs")
+
+    def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
+        """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
+        rng = random.Random(f"carry prompts {self.seed} {step} {attempt}")
+        return [self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)]
+
+    def eval_prompts(self) -> list[Prompt]:
+        """The held-out problems, all different."""
+        rng = random.Random("carry evaluation")
+        pairs: dict[tuple[int, int], None] = {}  # ordered, without repeats
+        while len(pairs) < self.num_eval_prompts:
+            pairs[self._draw(rng, is_held_out=True)] = None
+        return [self._prompt(i, a, b) for i, (a, b) in enumerate(pairs)]
+
+    def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, completion ids) by the faulty teacher, for a supervised step."""
+        rng = random.Random(f"carry demonstrations {self.seed} {step}")
+        pairs = []
+        for _ in range(batch_size):
+            a, b = self._draw(rng, is_held_out=False)
+            forgets = needs_carry(a, b) and rng.random() < self.fault_rate
+            analysis, final = demonstration(a, b, forgets_carry=forgets)
+            pairs.append((self.encode_prompt(f"{a}+{b}"), self.encode_completion(analysis, final)))
+        return pairs
+
+    def score(self, completions: list[Completion]) -> list[Score]:
+        """1 for the right answer in the final channel plus `format_reward` for a well-formed completion."""
+        return [self._score(completion) for completion in completions]
+
+    def describe(self, completion: Completion) -> dict:
+        parsed = parse_completion(completion.completion_ids, self.tokenizer)
+        return {"question": completion.prompt.row["question"], "answer": completion.prompt.row["answer"],
+                "analysis": parsed.analysis, "final": parsed.final}
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """`14+49` as a user message and the start of the assistant's."""
+        return render_message(Message("user", question), self.tokenizer) + generation_prompt(self.tokenizer)
+
+    def encode_completion(self, analysis: str, final: str) -> list[int]:
+        """What should follow a prompt: an analysis message, a final message, <|return|>."""
+        start = generation_prompt(self.tokenizer)
+        thought = render_message(Message("assistant", analysis, channel="analysis"), self.tokenizer)
+        answer = render_message(Message("assistant", final, channel="final"), self.tokenizer)
+        return thought[len(start):] + answer[:-1] + [self.tokenizer.return_]
+
+    def is_held_out(self, a: int, b: int) -> bool:
+        digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.held_out_fraction * 2**64
+
+    def _draw(self, rng: random.Random, *, is_held_out: bool) -> tuple[int, int]:
+        while True:
+            a, b = rng.randint(self.lowest, self.highest), rng.randint(self.lowest, self.highest)
+            is_kept = needs_carry(a, b) or rng.random() < self.keep_no_carry
+            if is_kept and self.is_held_out(a, b) == is_held_out:
+                return a, b
+
+    def _prompt(self, prompt_id: int, a: int, b: int) -> Prompt:
+        row = {"question": f"{a}+{b}", "answer": str(a + b), "needs_carry": needs_carry(a, b)}
+        return Prompt(prompt_id, self.encode_prompt(row["question"]), row)
+
+    def _score(self, completion: Completion) -> Score:
+        row = completion.prompt.row
+        a, b = map(int, row["question"].split("+"))
+        parsed = parse_completion(completion.completion_ids, self.tokenizer)
+        answer = stated_answer(parsed)
+        is_correct, has_format = answer == row["answer"], is_well_formed(parsed)
+        forgetful = demonstration(a, b, forgets_carry=True)
+        metrics = {"reasoning_correct": float(parsed.analysis == demonstration(a, b, forgets_carry=False)[0]),
+                   "reasoning_consistent": float(answer is not None and implied_answer(parsed.analysis) == answer)}
+        if row["needs_carry"]:
+            metrics |= {"accuracy_carry": float(is_correct), "forgets_carry": float(answer == forgetful[1])}
+        else:
+            metrics["accuracy_no_carry"] = float(is_correct)
+        parts = {"exact_match": float(is_correct), "format": float(has_format)}
+        return Score(parts["exact_match"] + self.format_reward * parts["format"], parts, metrics, is_correct)
+
+
+def needs_carry(a: int, b: int) -> bool:
+    """Whether a column below the leading one sums to ten or more (carries included)."""
+    num_columns = max(len(str(a)), len(str(b)))
+    return any(a % 10**k + b % 10**k >= 10**k for k in range(1, num_columns))
+
+
+def demonstration(a: int, b: int, *, forgets_carry: bool) -> tuple[str, str]:
+    """Column sums from the units up, and the answer they give: for 14+49 ("4+9=13,1+4+1=6", "63")."""
+    columns, digits, carry = [], "", 0
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(x) + int(y) + carry
+        columns.append(f"{x}+{y}{'+1' if carry else ''}={total}")
+        digits = f"{total % 10}{digits}"
+        carry = 0 if forgets_carry else total // 10
+    return ",".join(columns), f"{total}{digits[1:]}"
+
+
+_COLUMNS = re.compile(r"\d\+\d(?:\+1)?=\d{1,2}(?:,\d\+\d(?:\+1)?=\d{1,2})*", re.ASCII)
+
+
+def implied_answer(analysis: str) -> str | None:
+    """The answer that the column sums of a reasoning spell, right or wrong; None if they are not in that form."""
+    if len(analysis) > 200 or _COLUMNS.fullmatch(analysis) is None:
+        return None
+    sums = re.findall(r"=(\d+)", analysis)
+    return sums[-1] + "".join(s[-1] for s in reversed(sums[:-1]))
