@@ -80,14 +80,20 @@ def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor]
     return final
 
 
-def load_run(run_dir: str | Path) -> RunState | None:
-    """The newest whole checkpoint of a run, or None if it has none.
+def load_run(run_dir: str | Path, *, step: int | None = None) -> RunState | None:
+    """The newest whole checkpoint of a run, or that of `step`; None if it has none at all.
 
     A newer one that does not match its manifest is passed over with a CheckpointFallbackWarning that names it and the
-    damage. Raises LoadError if there are checkpoints and none is whole: starting afresh is the user's decision."""
+    damage. Raises LoadError if there are checkpoints and none is whole: starting afresh is the user's decision.
+    Also raises it for a `step` that is not there or damaged."""
     root = Path(run_dir) / "checkpoints"
     damage: list[str] = []
-    for _, folder in reversed(_checkpoints(root)):
+    found = _checkpoints(root)
+    if step is not None and found:
+        if step not in dict(found):
+            raise LoadError(f"step = {step}: no such checkpoint in {root}; there are {[number for number, _ in found]}")
+        found = [(step, dict(found)[step])]
+    for _, folder in reversed(found):
         problem = _verify(folder)
         if problem is None:
             if damage:
