@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import re
 import sys
+import traceback
 import typing
 from pathlib import Path
 from typing import Any, Callable
@@ -36,8 +37,10 @@ from grpo.validate import validate, validate_inference
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT_EXPERIMENT = "quickstart"
-CONFIG_ERROR = 2  # exit code
-PREEMPTED = 75  # exit code of a run that saved itself on a signal
+# exit codes
+FAILED = 1
+CONFIG_ERROR = 2
+PREEMPTED = 75  # a run that saved itself on a signal
 TEXT_KEYS = ("prompt", "instructions")  # taken literally: no quotes needed around what Hydra's grammar would refuse
 
 
@@ -60,7 +63,11 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
             print(f"config error: {error}", file=sys.stderr)
             codes.append(CONFIG_ERROR)
             return
-        codes.append(task(config))
+        try:
+            codes.append(task(config))
+        except Exception:  # the whole traceback, which Hydra would cut, and the sweep's other jobs still run
+            traceback.print_exc()
+            codes.append(FAILED)
         if codes[-1] == PREEMPTED:
             raise SystemExit(PREEMPTED)
 
