@@ -13,7 +13,7 @@ When `old_log_probs` are the detached `log_probs` themselves (one update per bat
 the gradient is REINFORCE's, A grad log pi.
 
 Departures from the papers: log-ratios are clamped to +-20 before the exponential; the KL term is averaged over the tokens
-of the step whatever the policy loss averages over.
+of the step whatever the policy loss averages over, and its exponential is bounded.
 
 Statistics are sums, so that micro-batches add up: see `reduce_stats`.
 
@@ -28,7 +28,8 @@ import torch
 from grpo.batch import RolloutBatch
 
 MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is still far from overflow when summed in fp32
-MAX_K3 = 10.0  # nats per token
+MAX_KL_WEIGHT = 10.0  # of pi / pi_sampler
+MAX_REF_RATIO = 10.0  # pi_ref / pi beyond which k3 goes on along its tangent
 
 
 def grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
@@ -107,7 +108,8 @@ def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: Roll
             grad log pi, is zero in expectation and thus noise, so the score-function form is used instead
         k2  value d^2/2 (biased, low variance).   Gradient d grad log pi: exactly that of KL(pi || pi_ref)
         k3  value exp(-d) + d - 1 (unbiased, >= 0, GRPO's).  Gradient (1 - exp(-d)) grad log pi: that of the *other*
-            direction, KL(pi_ref || pi); capped at 10 nats per token, with no gradient beyond
+            direction, KL(pi_ref || pi). Where pi_ref > 10 pi it goes on along its tangent: one token cannot explode the
+            step, and is still pulled back (capping the value, as is common, would let go of it)
     (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the detached
     ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one batch (as in
     DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
@@ -127,10 +129,12 @@ def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: Roll
     elif estimator == "k2":
         penalty = difference.square() / 2
     else:
-        penalty = _k3(-difference).clamp(max=MAX_K3)
+        knee = math.log(MAX_REF_RATIO)
+        growth = torch.expm1((-difference).clamp(max=knee)) + MAX_REF_RATIO * (-difference - knee).clamp(min=0)
+        penalty = growth + difference
     with torch.no_grad():
         drift = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
-        weight = drift.clamp(-MAX_LOG_RATIO, math.log(10)).exp()
+        weight = drift.clamp(-MAX_LOG_RATIO, math.log(MAX_KL_WEIGHT)).exp()
     total = torch.where(mask, weight * penalty, 0.0).sum()
     return coefficient * total / batch.num_completion_tokens, {"kl": total.detach()}
 

@@ -1,0 +1,265 @@
+"""Losses and KL against numbers worked out by hand and against exact expectations over a small vocabulary."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
+from grpo.losses import dapo, dr_grpo, grpo, kl_penalty, reduce_stats, token_stats
+
+CLIP = dict(clip_low=0.2, clip_high=0.28)
+LOSSES = {"grpo": partial(grpo, **CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=10.0, **CLIP),
+          "dapo": partial(dapo, **CLIP)}
+
+# Two completions. The ratios of the first (advantage 1): 1.5, above 1.28, and 0.5, where min(r A, clip A) = r A.
+# Of the second (advantage -1): 0.5, below 0.8, then 2, 1 and 1, where min(r A, clip A) = r A.
+RATIOS = [[1.5, 0.5], [0.5, 2.0, 1.0, 1.0]]
+SURROGATE = [[1.28, 0.5], [-0.8, -2.0, -1.0, -1.0]]
+SLOPE = [[0.0, 0.5], [0.0, -2.0, -1.0, -1.0]]  # d surrogate / d log pi: r A where not clipped
+
+
+def completion(num_policy, *, prompt_id=0, sample=0, env_after=0, log_prob=-1.0):
+    segments = [Segment([1, 2], "prompt"), Segment([3] * num_policy, "policy", [log_prob] * num_policy)]
+    if env_after:
+        segments += [Segment([4] * env_after, "env"), Segment([5], "policy", [log_prob])]
+    return Completion(Prompt(prompt_id, [1, 2], {}), sample, segments, "stop")
+
+
+@pytest.fixture
+def batch():
+    # the second completion has 2 tokens of the environment before its last: prompt 2, policy 3, env 2, policy 1
+    return pack([completion(2), completion(3, sample=1, env_after=2)], [1.0, -1.0])
+
+
+def with_ratios(batch):
+    """log_probs whose ratios to the old ones (-1 everywhere) are RATIOS; NaN wherever nothing was sampled."""
+    log_probs = torch.full(batch.tokens.shape, math.nan)
+    log_probs[batch.loss_mask] = torch.tensor([r for row in RATIOS for r in row]).log() - 1
+    return log_probs.requires_grad_()
+
+
+def scattered(batch, values):
+    result = torch.zeros(batch.tokens.shape)
+    result[batch.loss_mask] = torch.tensor([value for row in values for value in row])
+    return result
+
+
+@pytest.mark.parametrize("name, weights, expected", [
+    ("dapo", (1 / 6, 1 / 6), 3.02 / 6),  # -(1.78 - 4.8) / 6 tokens
+    ("grpo", (1 / 4, 1 / 8), 0.155),  # -(1.78 / 2 - 4.8 / 4) / 2 sequences
+    ("dr_grpo", (1 / 20, 1 / 20), 0.151),  # -(1.78 - 4.8) / (2 sequences * 10)
+])
+def test_value_gradient_and_clipping_are_those_worked_out_by_hand(batch, name, weights, expected):
+    log_probs = with_ratios(batch)
+    loss, stats = LOSSES[name](log_probs, batch, old_log_probs=batch.sampler_log_probs)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    loss.backward()
+    slopes = [[-slope * weight for slope in row] for row, weight in zip(SLOPE, weights)]
+    torch.testing.assert_close(log_probs.grad, scattered(batch, slopes), rtol=1e-6, atol=0)
+    assert stats["num_tokens"].item() == 6
+    assert stats["clip_ratio/low"].item() == 1 and stats["clip_ratio/high"].item() == 1
+    assert stats["ratio/max"].item() == pytest.approx(2.0) and stats["ratio/mean"].item() == pytest.approx(6.5)
+    # sum of r - 1 - ln r = 0.5 - ln 1.5 - 0.5 * 2 + 2 ln 2 + 1 - ln 2
+    assert stats["approx_kl"].item() == pytest.approx(0.5 - math.log(1.5) + math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_tokens_get_zero_gradient_whatever_stands_there(batch, name):
+    log_probs = with_ratios(batch)  # NaN outside the mask
+    old = batch.sampler_log_probs.masked_fill(~batch.loss_mask, math.inf)
+    poisoned = replace(batch, advantages=batch.advantages.masked_fill(~batch.loss_mask, math.nan))
+    loss, stats = LOSSES[name](log_probs, poisoned, old_log_probs=old)
+    loss.backward()
+    assert math.isfinite(loss.item()) and all(math.isfinite(value) for value in stats.values())
+    assert (log_probs.grad[~batch.loss_mask] == 0).all()
+    assert (log_probs.grad[batch.loss_mask] != 0).sum() == 4  # two of the six are clipped
+
+
+@pytest.mark.parametrize("name, weights", [("dapo", (1 / 6, 1 / 6)), ("grpo", (1 / 4, 1 / 8)),
+                                           ("dr_grpo", (1 / 20, 1 / 20))])
+def test_with_its_own_log_probs_as_old_the_gradient_is_that_of_reinforce(batch, name, weights):
+    log_probs = with_ratios(batch)
+    loss, stats = LOSSES[name](log_probs, batch, old_log_probs=log_probs.detach())
+    loss.backward()
+    expected = scattered(batch, [[-1.0 * weights[0]] * 2, [1.0 * weights[1]] * 4])
+    torch.testing.assert_close(log_probs.grad, expected, rtol=1e-6, atol=0)
+    assert stats["clip_ratio/low"] == 0 and stats["clip_ratio/high"] == 0
+    assert stats["ratio/max"] == 1 and stats["ratio/mean"] == 6 and stats["approx_kl"] == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_add_up_to_the_step_in_any_split_and_order(name):
+    generator = torch.Generator().manual_seed(3)
+    completions = [completion(1 + i % 4, prompt_id=i // 2, sample=i % 2, env_after=i % 3) for i in range(8)]
+    batch = pack(completions, torch.randn(8, generator=generator).tolist())
+    shift = torch.randn(batch.tokens.shape, generator=generator, dtype=torch.float64) * 0.5
+    batch = replace(batch, sampler_log_probs=torch.where(batch.loss_mask, shift - 1, 0.0),
+                    advantages=batch.advantages.double())
+
+    def step(micros):
+        leaf = torch.zeros(8, 20, dtype=torch.float64, requires_grad=True)  # a log-prob for each (sequence, position)
+        total = 0.0
+        for rows, micro in micros:
+            lengths = micro.cu_seqlens.diff().tolist()
+            log_probs = torch.cat([leaf[row, :length] - 1 for row, length in zip(rows, lengths)])
+            loss, _ = LOSSES[name](log_probs, micro, old_log_probs=micro.sampler_log_probs)
+            loss.backward()
+            total += loss.item()
+        return total, leaf.grad
+
+    value, gradient = step([(range(8), batch)])
+    assert value != 0
+    for split in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[5], [3, 0, 7], [1, 2, 4, 6]], [[i] for i in (7, 2, 5, 0, 1, 3, 4, 6)]):
+        other_value, other = step([(rows, batch.select(rows)) for rows in split])
+        assert other_value == pytest.approx(value, rel=1e-12)
+        torch.testing.assert_close(other, gradient, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_absurd_log_ratio_stays_finite(batch, name):
+    log_probs = scattered(batch, [[500.0, -500.0], [500.0, -500.0, 0.0, 0.0]]).requires_grad_()
+    loss, stats = LOSSES[name](log_probs, batch, old_log_probs=torch.zeros_like(log_probs))
+    loss.backward()
+    assert math.isfinite(loss.item()) and torch.isfinite(log_probs.grad).all()
+    assert stats["ratio/max"].item() == pytest.approx(math.exp(20), rel=1e-5)
+
+
+def test_repeated_updates_on_one_batch_stop_at_the_clip_bounds():
+    """One prompt, one token, two answers with advantages 1 and -1: the ratios leave 1 until they are clipped, then rest."""
+    logits = torch.zeros(3, requires_grad=True)
+    batch = pack([completion(1, log_prob=-math.log(3)), completion(1, sample=1, log_prob=-math.log(3))], [1.0, -1.0])
+    history = []
+    for _ in range(60):
+        log_probs = torch.zeros(6).index_put((torch.tensor([2, 5]),), logits.log_softmax(0)[:2])
+        loss, stats = dapo(log_probs, batch, old_log_probs=batch.sampler_log_probs, clip_low=0.2, clip_high=0.28)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        history.append((log_probs.detach()[[2, 5]] + math.log(3)).exp().tolist()
+                       + [stats["clip_ratio/high"].item(), stats["clip_ratio/low"].item(), gradient.abs().max().item()])
+        logits = (logits - 0.02 * gradient).detach().requires_grad_()
+    assert history[0][:4] == [pytest.approx(1.0), pytest.approx(1.0), 0, 0]
+    good, bad, high, low, gradient = history[-1]
+    assert 1.28 < good < 1.29 and 0.77 < bad < 0.80  # beyond the bounds by less than a step
+    assert (high, low, gradient) == (1, 1, 0.0)
+    assert history[-2][:2] == [good, bad]
+
+
+# d = log pi - log pi_ref; the loss averages over 6 tokens and multiplies by the coefficient 0.3
+DIFFERENCES = [[0.5, -1.0], [0.0, 2.0, -0.25, 1.0]]
+
+
+@pytest.mark.parametrize("estimator, value, slope", [
+    ("k1", lambda d: d, lambda d: d),
+    ("k2", lambda d: d * d / 2, lambda d: d),
+    ("k3", lambda d: math.exp(-d) + d - 1, lambda d: 1 - math.exp(-d)),
+])
+def test_kl_values_and_gradients_are_those_of_their_formulas(batch, estimator, value, slope):
+    log_probs = scattered(batch, DIFFERENCES) - 2
+    log_probs[~batch.loss_mask] = math.nan
+    log_probs.requires_grad_()
+    on_policy = replace(batch, sampler_log_probs=log_probs.detach())
+    penalty, stats = kl_penalty(log_probs, torch.full_like(log_probs, -2.0), on_policy, coefficient=0.3,
+                                estimator=estimator)
+    total = sum(value(d) for row in DIFFERENCES for d in row)
+    assert stats["kl"].item() == pytest.approx(total, rel=1e-5)
+    assert penalty.item() == pytest.approx(0.3 * total / 6, rel=1e-5)
+    penalty.backward()
+    expected = scattered(batch, [[0.05 * slope(d) for d in row] for row in DIFFERENCES])
+    torch.testing.assert_close(log_probs.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("is_on_policy", [True, False])
+def test_expected_kl_gradient_is_the_exact_one(estimator, is_on_policy):
+    """Over all 5 tokens, weighted by the sampler's probabilities: k1 and k2 follow KL(pi || ref), k3 KL(ref || pi)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits, sampler_logits = (torch.randn(3, 5, generator=generator) / 2).unbind()
+    sampler = (logits if is_on_policy else sampler_logits).log_softmax(0)
+    ref = ref_logits.log_softmax(0)
+
+    exact = logits.clone().requires_grad_()
+    policy = exact.log_softmax(0)
+    kl = (ref.exp() * (ref - policy)).sum() if estimator == "k3" else (policy.exp() * (policy - ref)).sum()
+    kl.backward()
+
+    estimated = logits.clone().requires_grad_()
+    expectation = 0.0
+    for token in range(5):
+        one = pack([completion(1, log_prob=sampler[token].item())], [0.0])
+        log_probs = torch.zeros(3).index_put((torch.tensor([2]),), estimated.log_softmax(0)[token])
+        penalty, stats = kl_penalty(log_probs, torch.tensor([0.0, 0.0, ref[token]]), one, coefficient=1.0,
+                                    estimator=estimator)
+        expectation = expectation + sampler[token].exp() * penalty
+    expectation.backward()
+    assert exact.grad.abs().max() > 0.05
+    torch.testing.assert_close(estimated.grad, exact.grad, rtol=1e-4, atol=1e-6)
+    if estimator != "k2":  # k1 and k3 are unbiased estimates of KL(pi || ref)
+        policy = logits.log_softmax(0)
+        assert expectation.item() == pytest.approx((policy.exp() * (policy - ref)).sum().item(), rel=1e-4)
+
+
+def test_one_absurd_token_cannot_explode_the_kl(batch):
+    log_probs = scattered(batch, [[-300.0, 0.0], [0.0, 0.0, 0.0, 300.0]]).requires_grad_()
+    on_policy = replace(batch, sampler_log_probs=log_probs.detach())
+    penalty, stats = kl_penalty(log_probs, torch.zeros_like(log_probs), on_policy, coefficient=1.0, estimator="k3")
+    penalty.backward()
+    # d = -300: 9 + 10 (300 - ln 10) - 300, with slope 1 - 10; d = 300: 300 - 1, with slope 1
+    assert stats["kl"].item() == pytest.approx(2709 - 10 * math.log(10) + 299, rel=1e-6)
+    expected = scattered(batch, [[-9 / 6, 0.0], [0.0, 0.0, 0.0, 1 / 6]])
+    torch.testing.assert_close(log_probs.grad, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_token_stats_and_their_reduction_over_micro_batches(batch):
+    differences = [[0.1, -0.2], [0.0, 0.0, 0.6, -0.3]]
+    log_probs = scattered(batch, differences) + batch.sampler_log_probs
+    entropy = scattered(batch, [[1.0, 2.0], [3.0, 0.5, 0.5, 5.0]]).masked_fill(~batch.loss_mask, math.nan)
+    parts = []
+    offsets = batch.cu_seqlens.tolist()
+    for row in (0, 1):
+        micro, span = batch.select([row]), slice(offsets[row], offsets[row + 1])
+        loss, stats = dapo(log_probs[span], micro, old_log_probs=log_probs[span], clip_low=0.2, clip_high=0.2)
+        parts.append({**stats, **token_stats(log_probs[span], entropy[span], micro)})
+    metrics = reduce_stats(parts, num_updates=1)
+    assert metrics["num_tokens"] == 6
+    assert metrics["entropy"] == pytest.approx(12 / 6)
+    assert metrics["sampling/log_prob_diff/mean"] == pytest.approx(1.2 / 6, rel=1e-5)
+    assert metrics["sampling/log_prob_diff/max"] == pytest.approx(0.6, rel=1e-5)
+    k3 = sum(math.exp(d) - 1 - d for row in differences for d in row)
+    assert metrics["sampling/kl"] == pytest.approx(k3 / 6, rel=1e-4)
+    assert metrics["ratio/mean"] == 1 and metrics["ratio/max"] == 1
+    assert metrics["loss"] == pytest.approx(-(2 - 4) / 6)  # A times ratio 1: -(1 + 1 - 4) / 6
+    assert reduce_stats(parts + parts, num_updates=2) == pytest.approx({**metrics, "num_tokens": 12})
+
+
+def test_the_token_budget_only_changes_rounding(batch):
+    log_probs = with_ratios(batch).detach()
+    whole, _ = dapo(log_probs, batch, old_log_probs=batch.sampler_log_probs, **CLIP)
+    bounds = batch.cu_seqlens.tolist()
+    split = 0.0
+    for micro in micro_batches(batch, max_tokens=8):
+        assert micro.num_rows == 1
+        row = 0 if len(micro.tokens) == bounds[1] else 1
+        part, _ = dapo(log_probs[bounds[row]:bounds[row + 1]], micro, old_log_probs=micro.sampler_log_probs, **CLIP)
+        split += part.item()
+    assert split == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("call, message", [
+    (partial(dapo, clip_low=-0.1, clip_high=0.2), "loss.clip_low=-0.1"),
+    (partial(dapo, clip_low=1.5, clip_high=0.2), "loss.clip_low=1.5"),
+    (partial(grpo, clip_low=0.2, clip_high=-0.2), "loss.clip_high=-0.2"),
+    (partial(dr_grpo, clip_low=0.2, clip_high=0.2, length_normalizer=0), "loss.length_normalizer=0"),
+])
+def test_bad_coefficients_are_refused_by_key(batch, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(batch.sampler_log_probs, batch, old_log_probs=batch.sampler_log_probs)
+
+
+def test_bad_kl_settings_are_refused_by_key(batch):
+    with pytest.raises(ValueError, match="kl.estimator='k4': must be k1, k2 or k3"):
+        kl_penalty(batch.sampler_log_probs, batch.sampler_log_probs, batch, coefficient=0.1, estimator="k4")
+    with pytest.raises(ValueError, match="kl.coefficient=-1"):
+        kl_penalty(batch.sampler_log_probs, batch.sampler_log_probs, batch, coefficient=-1, estimator="k2")
