@@ -16,6 +16,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from grpo.plots import is_bound
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"
 MAX_PANEL_WIDTH = 110
@@ -25,6 +27,7 @@ STEPS_FOR_TIME_LEFT = 10
 def clean(text: str, encoding: str) -> str:
     """Returns `text` safe to print: control and direction-changing characters become visible escapes, characters that
     `encoding` lacks become `?`. Newlines stay."""
+    text = text if encoding.lower().startswith("utf") else text.replace("±", "+-")
     visible = "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
     return visible.encode(encoding, "replace").decode(encoding)
 
@@ -81,7 +84,7 @@ def _percent(metrics: dict[str, float], name: str) -> str | None:
 def _reward_text(metrics: dict[str, float]) -> str | None:
     if "reward" not in metrics:
         return None
-    spread = f" ±{format_number(metrics['reward_std'])}" if "reward_std" in metrics else ""
+    spread = f" ± {format_number(metrics['reward_std'])}" if "reward_std" in metrics else ""
     return f"{format_number(metrics['reward'])}{spread}"
 
 
@@ -143,7 +146,7 @@ class Display:
         self.ascii_only = not self.encoding.lower().startswith("utf")
         self.live: Live | None = None
         self.start_time = time.monotonic()
-        self.step_times: deque[float] = deque([self.start_time], maxlen=STEPS_FOR_TIME_LEFT + 1)
+        self.step_times: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT + 1)
         self.phase, self.phase_step, self.phase_total = "train", 0, total_steps
         self.status = ""
         self.metrics: dict[str, float] = {}
@@ -163,7 +166,9 @@ class Display:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         if self.phase != "train":
             self.phase, self.phase_total = "train", self.total_steps
-            self.step_times = deque([self.step_times[-1]], maxlen=STEPS_FOR_TIME_LEFT + 1)
+            self.step_times.clear()
+        if not self.step_times and "time/step" in metrics:
+            self.step_times.append(time.monotonic() - metrics["time/step"])
         self.phase_step = step
         self.step_times.append(time.monotonic())
         self._record(step, metrics)
@@ -293,7 +298,7 @@ class Display:
     def _progress(self, room: int) -> Text:
         times = f" {format_duration(time.monotonic() - self.start_time)}, {format_duration(self.seconds_left())} left"
         count = f"{self.phase} {self.phase_step}/{self.phase_total} "
-        status = f" {self.status}" if self.status else ""
+        status = f" | {self.status}" if self.status else ""
         bar_width = min(40, room - len(count) - len(times) - len(status))
         text = Text(count, no_wrap=True, overflow="crop", style="bold")
         if bar_width >= 4:
@@ -323,9 +328,11 @@ class Display:
             return None
         parts = []
         for name, value in self.last_eval.items():
+            if is_bound(name):
+                continue
             part = f"{_short_name(name)} {format_number(value)}"
             if self.last_eval_step > 0 and name in self.first_eval:
-                part += f" ({format_number(self.first_eval[name])})"
+                part += f" (from {format_number(self.first_eval[name])})"
             parts.append(part)
         lines, line = [], f"step {self.last_eval_step}:"
         for part in parts:
@@ -358,22 +365,20 @@ class Display:
         parts = [
             _part(metrics, "tokens_per_s", "", " tok/s"),
             _part(metrics, "time/step", "", " s/step"),
-            f"({', '.join(split)})" if split else None,
             _part(metrics, "memory/peak_gb", "memory", " GB"),
+            f"({', '.join(split)})" if split else None,
         ]
         text = "  ".join(part.strip() for part in parts if part)
         return self._line(text) if text else None
 
     def _sample_text(self, field: str, room: int, num_lines: int) -> Text:
-        text = one_line(
-            clean(_text_of(self.sample, field), self.encoding), room * num_lines - (12 if field != "prompt" else 0)
-        )
-        if field == "prompt":
-            return Text(text, no_wrap=True, overflow="crop")
-        reward = _reward_of(self.sample)
-        line = Text(f"[{format_number(reward)}] ", style="bold green" if reward > 0 else "bold red", overflow="fold")
-        line.append(text, style="not bold default")
-        return line
+        text = Text(no_wrap=True, overflow="crop")
+        if field == "completion":
+            reward = _reward_of(self.sample)
+            text.append(f"[{format_number(reward)}] ", style="bold green" if reward > 0 else "bold red")
+        text.append(one_line(clean(_text_of(self.sample, field), self.encoding), room * num_lines - len(text)))
+        # Cut by hand: rich would move a completion without spaces to the next line as one long word.
+        return Text("\n").join(text.divide(range(room, len(text), room)))
 
 
 def _reward_of(sample: dict) -> float:

@@ -1,13 +1,13 @@
 """The one Metrics object of a run: console, metrics.jsonl, completions.jsonl, wandb, and at the end summary and report.
 
-`metrics.jsonl` is the source of truth: one object a line, `step` first. Training metrics, evaluations and the supervised
-warm-up (`step` 0, `warmup/step`) are lines of their own. NaN and infinities are written as null, because JSON has no name
-for them; wandb and the console get them as they are.
+`metrics.jsonl` is the source of truth: one object a line, `step` first. Training metrics, evaluations and the
+supervised warm-up (`step` 0, `warmup/step`) are lines of their own. NaN and infinities are written as null, because
+JSON has no name for them; wandb and the console get them as they are.
 
 A step's lines are logged before its checkpoint is saved (log, log_eval, log_completions, sync, then save): then
-`truncate_after(step)` on resume puts both files back to what they were at that checkpoint, and a resumed run's files end
-equal to those of a run that never stopped. Timing metrics, which differ, start with `time/` or `memory/` or end in
-`_per_s`.
+`truncate_after(step)` on resume puts both files back to what they were at that checkpoint, and a resumed run's files
+end equal to those of a run that never stopped. Timing metrics, which differ, start with `time/` or `memory/` or end
+in `_per_s`.
 
 Keys of a completion that the console, the report and the final samples use: `prompt` and `completion` (text), `reward`,
 and `split` ("train" or "eval"); any other key is recorded as it is.
@@ -162,13 +162,16 @@ class Metrics:
         self.display.print(text)
 
     def sync(self) -> None:
-        """Returns when both files are on disk; called before a checkpoint is saved, so that they reach at least as far."""
+        """Returns when both files are on disk; called before a checkpoint is saved, so that they reach as far."""
         self._metrics_file.sync()
         self._completions_file.sync()
 
     def finish(self, exit_reason: str) -> dict:
-        """Ends the display, writes summary.json and report.html, closes wandb, and returns the summary. A second call
-        changes nothing. A summary or report that cannot be written is a warning: the run's files are complete without."""
+        """Ends the display, writes summary.json and report.html, closes wandb, and returns the summary.
+
+        A second call changes nothing. A summary or report that cannot be written is a warning: `python -m grpo.report`
+        makes it again from metrics.jsonl. `exit_reason` is "completed" for a run that took all its steps.
+        """
         if self.summary is not None:
             return self.summary
         self.display.stop()
@@ -183,14 +186,15 @@ class Metrics:
         )
         self.summary["peak_host_memory_gb"] = _peak_host_memory_gb()
         self.summary["wandb_id"] = self.wandb_id
+        self.summary["config"] = self.summary.pop("config")  # last, because it is long
         try:
             text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)
             write_atomic(self.run_dir / SUMMARY_FILE, text + "\n")
             write_report(self.run_dir, self.summary)
         except Exception as error:  # noqa: BLE001  (fonts, disk, ...: nothing here may hide how the run ended)
-            self.display.print(
-                f"warning: no report ({type(error).__name__}: {error}); rebuild it with: python -m grpo.report {self.run_dir}"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            command = f"python -m grpo.report {self.run_dir}"
+            self.display.print(f"warning: no report ({reason}); rebuild it with: {command}")
         self.wandb.finish(self.summary)
         return self.summary
 
@@ -221,6 +225,7 @@ class _JsonlFile:
     def _open(self) -> int:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            _drop_incomplete_line(self._descriptor)
         return self._descriptor
 
     def append(self, rows: list[dict]) -> None:
@@ -235,7 +240,7 @@ class _JsonlFile:
             raise OSError(error.errno, f"cannot write ({error.strerror}): {hint}", str(self.path)) from error
 
     def truncate_after(self, step: int) -> None:
-        """Cuts the file at the first line that is broken or of a later step; one system call, so a kill cannot harm it."""
+        """Cuts the file at the first line that is broken or of a later step, in one system call."""
         if not self.path.exists():
             return
         keep = 0
@@ -253,6 +258,20 @@ class _JsonlFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _drop_incomplete_line(descriptor: int) -> None:
+    """Cuts what a kill left after the last newline, so that the next line does not grow onto it."""
+    end = os.fstat(descriptor).st_size
+    data = b""
+    start = end
+    while start > 0 and b"\n" not in data:
+        size = min(1 << 16, start)
+        start -= size
+        data = os.pread(descriptor, size, start) + data
+    keep = start + data.rfind(b"\n") + 1
+    if keep < end:
+        os.ftruncate(descriptor, keep)
 
 
 def _is_line_up_to(line: bytes, step: int) -> bool:

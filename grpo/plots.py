@@ -7,12 +7,18 @@ import io
 import math
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2563a8", "#d97706", "#2e8b57", "#c0392b", "#7d5ba6", "#8a8f98"
+# A metric whose name ends in one of these is better when it is lower; every other one when it is higher.
+LOWER_IS_BETTER = ("loss", "error", "error_rate", "perplexity", "clipped_ratio", "kl")
 
 
 def series(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
     """Returns the steps and values at which metric `name` was logged."""
     points = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def is_lower_better(name: str) -> bool:
+    return name.split("/")[-1].endswith(LOWER_IS_BETTER)
 
 
 def is_bound(name: str) -> bool:
@@ -22,6 +28,7 @@ def is_bound(name: str) -> bool:
 
 def _axes(title: str, unit: str):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.2, 3.1), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -29,6 +36,9 @@ def _axes(title: str, unit: str):
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel(unit, fontsize=9)
     axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    axes.yaxis.get_offset_text().set_fontsize(8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -38,6 +48,13 @@ def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _start_at_zero(axes, values: list[float]) -> None:
+    """Non-negative quantities are drawn from zero, so that a jitter does not look like a trend."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and min(finite) >= 0:
+        axes.set_ylim(0, 1.08 * max(finite) if max(finite) > 0 else 0.1)
 
 
 def _legend(axes, num_entries: int) -> None:
@@ -51,8 +68,11 @@ def _plot_lines(rows, title: str, unit: str, lines: list[tuple[str, str, str]]) 
     if not drawn:
         return None
     figure, axes = _axes(title, unit)
-    for steps, values, label, color in drawn:
-        axes.plot(steps, values, color=color, linewidth=1.6, label=label, marker="." if len(steps) < 15 else None)
+    for index, (steps, values, label, color) in enumerate(drawn):
+        style = "-" if index == 0 else "--"  # a line drawn over an equal one stays readable
+        marker = "." if len(steps) < 15 else None
+        axes.plot(steps, values, style, color=color, linewidth=1.6, label=label, marker=marker)
+    _start_at_zero(axes, [value for _, values, _, _ in drawn for value in values])
     _legend(axes, len(drawn))
     return _png(figure)
 
@@ -79,8 +99,13 @@ def _plot_reward(rows) -> bytes | None:
 
 
 def _plot_eval(rows) -> bytes | None:
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/") and not is_bound(name))
-    shares = [name for name in names if all(0 <= v <= 1.5 for v in series(rows, name)[1] if math.isfinite(v))]
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
+    shares = [
+        name
+        for name in names
+        if not is_bound(name) and not is_lower_better(name) and "length" not in name
+        if all(-0.5 <= value <= 1.5 for value in series(rows, name)[1] if math.isfinite(value))
+    ]
     if not shares:
         return None
     colors = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
@@ -111,18 +136,19 @@ def _plot_lengths(rows) -> bytes | None:
     )
     if low_steps == steps and high_steps == steps:
         handles.append(axes.fill_between(steps, low, high, color=BLUE, alpha=0.13, linewidth=0, label="min to max"))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3 * max(high or means))  # room for the legend
     cut_steps, cut = series(rows, "completions/clipped_ratio")
     if cut_steps:
         right = axes.twinx()
         handles += right.plot(
             cut_steps, [100 * share for share in cut], color=RED, linewidth=1.2, label="cut off (right)"
         )
-        right.set_ylim(-2, 102)
+        right.set_ylim(-1, 130)
+        right.set_yticks([0, 25, 50, 75, 100])
         right.set_ylabel("% cut off at the limit", fontsize=9, color=RED)
         right.tick_params(labelsize=8, colors=RED)
         right.spines["top"].set_visible(False)
-    axes.legend(handles=handles, fontsize=8, frameon=False, loc="best")
+    axes.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", ncols=3)
     return _png(figure)
 
 
@@ -140,9 +166,9 @@ def _plot_time(rows) -> bytes | None:
     colors = [BLUE, GREEN, ORANGE, PURPLE, RED, "#5bb0ba", "#b5892e", "#c77fb0"]
     colors = [colors[index % len(colors)] for index in range(len(order))] + ["#c9ccd1"]
     labels = [name.removeprefix("time/") for name in order] + ["other"]
-    axes.stackplot([row["step"] for row in timed], *parts, other, labels=labels, colors=colors, linewidth=0)
-    axes.set_ylim(bottom=0)
-    _legend(axes, len(labels))
+    axes.stackplot([row["step"] for row in timed], *parts, other, labels=labels, colors=colors, linewidth=0, alpha=0.85)
+    axes.set_ylim(0, 1.3 * max(row["time/step"] for row in timed))  # room for the legend
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=4)
     return _png(figure)
 
 

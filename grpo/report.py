@@ -1,10 +1,10 @@
-"""What is left of a run: its summary, its report page, and the table of a sweep, all from the files in the run's folder.
+"""What is left of a run: its summary, its report page, and the table of a sweep, all from the files of the run.
 
     python -m grpo.report RUN_DIR      rebuild report.html of a run, also of one that was killed
-    python -m grpo.report SWEEP_DIR    rebuild sweep_summary.md and sweep_summary.csv over the runs below a folder
+    python -m grpo.report SWEEP_DIR    rebuild sweep_summary.md and sweep_summary.csv from the runs below a folder
 
-`metrics.jsonl` is the source of truth: one JSON object a line with `step` and any metrics of that step. Numbers that JSON
-cannot hold (NaN, infinities) are written as null and read back as NaN. A last line cut short by a kill is ignored.
+`metrics.jsonl` is the source of truth: one JSON object a line with `step` and any metrics of that step. Numbers that
+JSON cannot hold (NaN, infinities) are written as null and read back as NaN. A last line cut short by a kill is ignored.
 """
 
 import base64
@@ -17,14 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-from grpo.plots import is_bound, plots, series
+from grpo.plots import is_bound, is_lower_better, plots, series
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
-# A metric whose name ends in one of these is better when it is lower; every other one when it is higher.
-LOWER_IS_BETTER = ("loss", "error", "error_rate", "perplexity", "clipped_ratio", "kl")
 TRAIN_METRICS = (
     "reward",
     "reward_std",
@@ -66,10 +64,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
-def is_lower_better(name: str) -> bool:
-    return name.split("/")[-1].endswith(LOWER_IS_BETTER)
-
-
 def _record(steps: list[float], values: list[float], name: str) -> dict:
     """First, last and best of a metric; among equals the earliest step is the best. NaN is never the best."""
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
@@ -86,8 +80,9 @@ def _json_number(value: float) -> float | None:
 def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: int, config: dict) -> dict:
     """Returns the contents of summary.json, computed from metrics.jsonl.
 
-    `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` is the sum of `num_tokens` over
-    the steps (prompt and completion tokens); `seconds` is wall time over all sessions of the run; memory in GB (1e9 bytes).
+    `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` is the sum of the metric
+    `num_tokens` (prompt and completion tokens of a step) over the steps; `seconds` is wall time over all sessions of the
+    run; memory is in GB (1e9 bytes).
     """
     rows = read_metrics(run_dir)
     eval_names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
@@ -109,9 +104,11 @@ def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: in
 
 
 def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
-    """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None, from the
-    first and last step in completions.jsonl; held-out completions (split "eval") are used where there are any, and prompts
-    seen on both sides, those whose reward changed most first, before others."""
+    """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None.
+
+    They come from the first and the last step in completions.jsonl: held-out completions (split "eval") where there are
+    any, and of the prompts seen on both sides those whose reward rose most.
+    """
     rows = [row for row in read_jsonl(run_dir / COMPLETIONS_FILE) if "prompt" in row and "completion" in row]
     rows = [row for row in rows if row.get("split") == "eval"] or rows
     if not rows:
@@ -160,7 +157,8 @@ h1 { font-size: 26px; margin: 0 0 2px; } h2 { font-size: 18px; margin: 34px 0 10
 .tile b { display: block; font-size: 19px; } .tile span { color: #667080; font-size: 13px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 14px; }
 figure { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; margin: 0; padding: 8px; }
-figure img { width: 100%; height: auto; display: block; } figcaption { color: #667080; font-size: 13px; padding: 2px 6px; }
+figure img { width: 100%; height: auto; display: block; }
+figcaption { color: #667080; font-size: 13px; padding: 2px 6px; }
 .sample { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px; padding: 10px 14px; margin: 0 0 12px; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 12px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; margin: 4px 0; }
@@ -223,7 +221,9 @@ def _sample_html(sample: dict) -> str:
 
 def _table_html(summary: dict) -> str:
     lines = [
-        "<tr><th>metric</th><th>first</th><th>at step</th><th>last</th><th>at step</th><th>best</th><th>at step</th></tr>"
+        "<tr><th>metric</th>"
+        + "".join(f"<th>{when}</th><th>at step</th>" for when in ("first", "last", "best"))
+        + "</tr>"
     ]
     for group in ("eval", "train"):
         for name, record in summary[group].items():
@@ -237,7 +237,7 @@ def _table_html(summary: dict) -> str:
 
 
 def write_report(run_dir: Path, summary: dict) -> Path:
-    """Writes report.html, one file that needs nothing beside it, and returns its path. Every text of the run is escaped."""
+    """Writes report.html, one file that needs nothing beside it, and returns its path. Texts of the run are escaped."""
     figures = []
     for name, (png, caption) in plots(read_metrics(run_dir)).items():
         data = base64.b64encode(png).decode("ascii")
@@ -267,8 +267,9 @@ def write_report(run_dir: Path, summary: dict) -> Path:
 <h2>Curves</h2><div class="plots">{"".join(figures) or '<p class="muted">No metrics were logged.</p>'}</div>
 <h2>The same prompts before and after</h2>{sample_html}
 <h2>First, last, best</h2>{table}
-<h2>Configuration</h2><details><summary>as resolved for this run</summary><pre>{html.escape(config_text)}</pre></details>
-<p class="muted">Files beside this page: {METRICS_FILE} (every metric of every step), {COMPLETIONS_FILE}, {SUMMARY_FILE}.</p>
+<h2>Configuration</h2>
+<details><summary>as resolved for this run</summary><pre>{html.escape(config_text)}</pre></details>
+<p class="muted">Beside this page: {METRICS_FILE} (every metric of every step), {COMPLETIONS_FILE}, {SUMMARY_FILE}.</p>
 </main></body></html>
 """
     path = run_dir / REPORT_FILE
@@ -361,7 +362,7 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, object]]:
 
 
 def sweep_summary(sweep_dir: Path) -> Path:
-    """Writes sweep_summary.csv and sweep_summary.md into the folder of a Hydra multirun; returns the path of the latter."""
+    """Writes sweep_summary.csv and sweep_summary.md into the folder of a sweep; returns the path of the latter."""
     rows = sweep_table(sweep_dir)
     columns = list(rows[0])
     buffer = io.StringIO()
