@@ -1,8 +1,8 @@
-"""The sampler: admits prompts, prefills each once, fans it out to its group, decodes the live rows, retires finished ones.
+"""The sampler: admits prompts, prefills each once, fans it out to its group, decodes live rows, retires finished ones.
 
-A row is one completion being decoded and holds one slot of the KV cache. Only live rows are decoded: a row that finishes
-leaves the batch at once and its slot goes to a waiting completion. Every draw is keyed by (seed, step, prompt id, sample,
-position), so a completion does not depend on the other rows, on the order of admission or on a restart.
+A row is one completion being decoded and holds one slot of the KV cache. Only live rows are decoded: a row that
+finishes leaves the batch at once and its slot goes to a waiting completion. Every draw is keyed by (seed, step, prompt
+id, sample, position), so a completion does not depend on the other rows, on the order of admission or on a restart.
 
 N completions of this rollout, B live rows, V vocabulary, P prompts in one prefill.
 """
@@ -40,14 +40,20 @@ class RolloutStats:
 class Sampler:
     """Samples completions from `model` with its current weights; keeps nothing between calls but `last_stats`.
 
-    stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the longest
-    sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens: prompts are
-    prefilled together up to this many tokens; a longer prompt goes alone.
+    stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the
+    longest sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens:
+    prompts are prefilled together up to this many tokens; a longer prompt goes alone.
     """
 
     def __init__(
-        self, model: GptOss, stop_ids: list[int] | tuple[int, ...], *, max_batch: int, seed: int,
-        max_len: int | None = None, max_prefill_tokens: int = 16384,
+        self,
+        model: GptOss,
+        stop_ids: list[int] | tuple[int, ...],
+        *,
+        max_batch: int,
+        seed: int,
+        max_len: int | None = None,
+        max_prefill_tokens: int = 16384,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
@@ -58,15 +64,24 @@ class Sampler:
         self.last_stats = RolloutStats()
 
     def generate(
-        self, prompts: list[Prompt], *, step: int, num_samples: int, max_new_tokens: int, temperature: float,
-        top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, greedy: bool = False,
+        self,
+        prompts: list[Prompt],
+        *,
+        step: int,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """`num_samples` completions of every prompt, ordered by prompt (as given), then sample.
 
-        A completion ends with a stop token ("stop"), or after max_new_tokens tokens or where its sequence reaches max_len
-        ("length"). Log-probs are those of the distribution really drawn from (sampling.py); with `greedy`, the other
-        settings do not apply and log-probs are at temperature 1. `should_stop` is asked between model calls.
+        A completion ends with a stop token ("stop"), or after max_new_tokens tokens or where its sequence reaches
+        max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py); with `greedy`, the
+        other settings do not apply and log-probs are at temperature 1. `should_stop` is asked between model calls.
 
         Raises ValueError for a setting out of range, a repeated prompt id, an empty prompt or one that does not fit;
         Interrupted when should_stop says so; FloatingPointError when the model's logits are not finite.
@@ -87,8 +102,17 @@ class Sampler:
         return completions
 
     def stream(
-        self, prompt: Prompt, *, step: int, max_new_tokens: int, temperature: float, top_k: int = 0,
-        top_p: float = 1.0, min_p: float = 0.0, greedy: bool = False, sample: int = 0,
+        self,
+        prompt: Prompt,
+        *,
+        step: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        greedy: bool = False,
+        sample: int = 0,
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[int]:
         """Yields the token ids of one completion as they are drawn, a final stop token included: the same ids as
@@ -126,7 +150,13 @@ class _Rollout:
     """The state of one generate() or stream() call."""
 
     def __init__(
-        self, sampler: Sampler, prompts: list[Prompt], samples: range, *, step: int, max_new_tokens: int,
+        self,
+        sampler: Sampler,
+        prompts: list[Prompt],
+        samples: range,
+        *,
+        step: int,
+        max_new_tokens: int,
         choose: Callable[[Tensor, Tensor], Draw],
     ) -> None:
         _check_prompts(prompts, max_len=sampler.max_len, max_new_tokens=max_new_tokens)
@@ -137,7 +167,7 @@ class _Rollout:
         num_items, width = len(prompts) * len(samples), len(samples)
         lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts]).repeat_interleave(width)  # [N]
         limits = (sampler.max_len - lengths).clamp(max=max_new_tokens)  # [N]
-        keys = [[sampler.seed, step, prompt.id, sample, len(prompt.token_ids)] for prompt in prompts for sample in samples]
+        keys = [[sampler.seed, step, prompt.id, i, len(prompt.token_ids)] for prompt in prompts for i in samples]
         self.first_keys = torch.tensor(keys, dtype=torch.int64, device=device)  # [N, 5]
         self.limits = limits.to(device)
         # What was drawn, by completion; columns beyond a completion's end mean nothing.
@@ -165,8 +195,9 @@ class _Rollout:
         """Runs to the end, yielding after every model call."""
         while True:
             if should_stop is not None and should_stop():
-                raise Interrupted(f"rollout stopped with {self._num_unfinished()} of {len(self.first_keys)} completions "
-                                  "unfinished")
+                raise Interrupted(
+                    f"rollout stopped with {self._num_unfinished()} of {len(self.first_keys)} completions unfinished"
+                )
             if self.waiting_items and self.free_slots:
                 self._admit_waiting()
             elif self.next_prompt < len(self.prompts) and self.free_slots:
@@ -221,8 +252,14 @@ class _Rollout:
         """Draws the first token of completions whose prompt is in their slots; logits [B, V]."""
         index = torch.tensor(items, device=self.device)
         zeros = torch.zeros_like(index)
-        rows = _Rows(items=index, slots=torch.tensor(slots, device=self.device), keys=self.first_keys[index],
-                     tokens=zeros, num_new=zeros, limits=self.limits[index])
+        rows = _Rows(
+            items=index,
+            slots=torch.tensor(slots, device=self.device),
+            keys=self.first_keys[index],
+            tokens=zeros,
+            num_new=zeros,
+            limits=self.limits[index],
+        )
         self.live = self.live.join(self._draw(rows, logits))
 
     def _decode(self) -> None:
@@ -285,7 +322,8 @@ class _Rollout:
             _, step, prompt_id, sample, position = self.first_keys[item].tolist()
             raise FloatingPointError(
                 f"rollout: the log-prob of a sampled token is not finite (step {step}, prompt {prompt_id}, sample "
-                f"{sample}, position {position + column}): the weights or activations hold NaN or infinity")
+                f"{sample}, position {position + column}): the weights or activations hold NaN or infinity"
+            )
 
     def completions(self) -> list[Completion]:
         """All completions, once every row has finished."""
@@ -326,13 +364,17 @@ def _check_prompts(prompts: list[Prompt], *, max_len: int, max_new_tokens: int) 
     seen = set()
     for prompt in prompts:
         if prompt.id in seen:
-            raise ValueError(f"prompt id {prompt.id} occurs twice: ids must be unique within a rollout, since equal ids "
-                             "would draw equal completions and merge two groups")
+            raise ValueError(
+                f"prompt id {prompt.id} occurs twice: ids must be unique within a rollout, since equal "
+                "ids would draw equal completions and merge two groups"
+            )
         seen.add(prompt.id)
         length = len(prompt.token_ids)
         if length == 0:
             raise ValueError(f"prompt {prompt.id} has no tokens: a prompt needs at least one")
         if length >= max_len:
-            raise ValueError(f"prompt {prompt.id} has {length} tokens, but a sequence may have {max_len} at most (max_len, by "
-                             "default the model's max_position_embeddings) and needs one for the completion: shorten "
-                             "the prompt or drop it")
+            raise ValueError(
+                f"prompt {prompt.id} has {length} tokens, but a sequence may have {max_len} at most (max_len, "
+                "by default the model's max_position_embeddings) and needs one for the completion: shorten "
+                "the prompt or drop it"
+            )

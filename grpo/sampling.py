@@ -57,8 +57,10 @@ class Draw:
 def check_settings(*, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Raises ValueError naming the setting, its value and what is allowed."""
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature={temperature}: must be a finite number above 0; for the most likely token of "
-                         "each step use greedy sampling instead of temperature 0")
+        raise ValueError(
+            f"temperature={temperature}: must be a finite number above 0; for the most likely token of "
+            "each step use greedy sampling instead of temperature 0"
+        )
     if not top_k >= 0:
         raise ValueError(f"top_k={top_k}: must be 0 (off) or the number of most likely tokens to keep")
     if not 0 < top_p <= 1:
@@ -127,9 +129,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     return noise.neg_().log1p_().neg_().log_().neg_()
 
 
-def _draw_block(
-    logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float
-) -> Draw:
+def _draw_block(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Draw:
     scores = logits / temperature  # [B, V]
     scores -= scores.amax(dim=-1, keepdim=True)
     kept = _kept_mask(scores, top_k=top_k, top_p=top_p, min_p=min_p)

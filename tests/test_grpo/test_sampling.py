@@ -196,8 +196,18 @@ def test_greedy_takes_the_largest_logit_with_its_log_prob_at_temperature_one():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf),
-     ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("min_p", -0.1), ("min_p", 1.1), ("top_p", math.nan)],
+    [
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("top_p", math.nan),
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(name, value):
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, name: value}
@@ -205,6 +215,6 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
         check_settings(**settings)
 
 
-def test_kept_ids_of_a_row_can_be_empty_lists_between_others():
+def test_kept_ids_split_into_rows_by_count_and_can_be_empty_lists_between_others():
     result = Draw(torch.zeros(3), torch.zeros(3), torch.tensor([4, 5, 6]), torch.tensor([2, 0, 1]))
     assert result.kept == [[4, 5], [], [6]]
