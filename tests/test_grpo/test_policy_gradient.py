@@ -15,6 +15,7 @@ import torch
 from grpo.advantages import group_advantages
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.losses import dapo, dr_grpo, grpo, kl_penalty
+from grpo.rollout import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.lora import set_full_training
@@ -176,6 +177,28 @@ def test_the_monte_carlo_gradient_converges_to_the_exact_one(name):
         error = ((counts.float() / num_groups) @ gradients - exact).norm()
         assert error < 3 * deviation / num_groups ** 0.5, (num_groups, error, deviation)
     assert error < 0.01 * exact.norm(), (error, exact.norm())
+
+
+def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
+    """Sampler to gradient: with many groups in the step each normaliser nears its mean, so each loss has a closed form."""
+    model, num_groups, group_size = tiny_model(), 5000, 2
+    prompts = [Prompt(i, PROMPT, {}) for i in range(num_groups)]
+    completions = Sampler(model, [0], max_batch=2 * num_groups, seed=0).generate(
+        prompts, step=0, num_samples=group_size, max_new_tokens=2, temperature=TEMPERATURE)
+    rewards = [reward(completion.completion_ids) for completion in completions]
+    batch = pack(completions, group_advantages(rewards, [completion.prompt.id for completion in completions],
+                                               normalize_std=False))
+    log_probs, _ = model.log_probs(batch.tokens, batch.cu_seqlens, temperature=TEMPERATURE, mask=batch.loss_mask)
+    assert (log_probs - batch.sampler_log_probs).abs().max() < 1e-5
+
+    log_p = exact_log_probs(model, VARIABLE)
+    mean_length = (log_p.detach().exp() * torch.tensor([float(len(tokens)) for tokens in VARIABLE])).sum()
+    climb = flat_gradient((log_p.exp() * torch.tensor([reward(tokens) for tokens in VARIABLE])).sum(), model)
+    limits = {"dapo": -climb / 2 / mean_length, "dr_grpo": -climb / 2 / LENGTH,
+              "grpo": flat_gradient(exact_objective("grpo", log_p, VARIABLE, 2), model)}
+    for name, limit in limits.items():
+        loss, _ = LOSSES[name](log_probs, batch, old_log_probs=batch.sampler_log_probs)
+        assert_gradients_close(flat_gradient(loss, model), limit, 0.06)
 
 
 @pytest.mark.parametrize("name", LOSSES)

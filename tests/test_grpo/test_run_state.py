@@ -64,6 +64,18 @@ def test_what_was_saved_comes_back_exactly_and_the_newest_wins(tmp_path):
     assert_is_step(load_run(tmp_path), 12)
 
 
+def test_a_checkpoint_can_be_asked_for_by_its_step(tmp_path):
+    assert load_run(tmp_path, step=3) is None
+    for step in (3, 12, 20):
+        save(tmp_path, step)
+    assert_is_step(load_run(tmp_path, step=12), 12)
+    with pytest.raises(LoadError, match=r"step = 4: no such checkpoint .* there are \[3, 12, 20\]"):
+        load_run(tmp_path, step=4)
+    flip_a_bit(tmp_path / "checkpoints" / "step_000012")
+    with pytest.raises(LoadError, match="step_000012 is damaged"):
+        load_run(tmp_path, step=12)
+
+
 def test_the_manifest_holds_the_sha256_of_each_file(tmp_path):
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
