@@ -38,6 +38,7 @@ SINGLE_NAMES = ("prompt", "completion", "answer", "info", "state", "task")
 NATIVE_NAMES = ("row", "text", "thinking", "is_truncated")
 MAX_NUMBER_LEN = 64  # characters; longer "numbers" in model output are never parsed
 MAX_EXPONENT = 300
+MAX_SPELLINGS = 32  # of one number in one text
 
 
 class RewardError(ValueError):
@@ -132,6 +133,8 @@ def numeric_match(text: str, answer: str, *, tolerance: float) -> float:
 
 
 _NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{1,4}))?(?:/(\d+))?", re.ASCII)
+_WORD = re.compile(r"[\w.,/+\-]+", re.ASCII)
+_DIGIT = re.compile(r"\d", re.ASCII)
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{(\d{1,32})\}\s*\{(\d{1,32})\}", re.ASCII)
 
@@ -154,7 +157,7 @@ def parse_number(text: str) -> Fraction | None:
 
 def _stated_number(text: str) -> Fraction | None:
     """The one number that a text states, or None if there is none, more than one, or something like a number."""
-    if any(char.isnumeric() and not char.isascii() for char in text):
+    if not text.isascii() and any(char.isnumeric() and not char.isascii() for char in text):
         return None
     text = _FRAC.sub(r"\1/\2", text.replace("\u2212", "-"))
     num_boxes = text.count("\\boxed")
@@ -163,18 +166,16 @@ def _stated_number(text: str) -> Fraction | None:
         if len(boxes) != num_boxes:
             return None
         text = " ".join(boxes)
-    values = set()
-    for word in _digit_words(text):
+    words, values = set(), set()
+    for match in _WORD.finditer(text):
+        word = match.group().rstrip(".,")  # of the sentence
+        if word in words or _DIGIT.search(word) is None:
+            continue
+        words.add(word)
         values.add(parse_number(word))
-        if len(values) > 1 or None in values:
+        if len(values) > 1 or None in values or len(words) > MAX_SPELLINGS:
             return None
     return values.pop() if values else None
-
-
-def _digit_words(text: str) -> list[str]:
-    """Maximal runs of letters, digits and number punctuation that hold a digit, without sentence punctuation at the end."""
-    runs = re.split(r"[^\w.,/+\-]+", text, flags=re.ASCII)
-    return [run.rstrip(".,") for run in runs if re.search(r"\d", run, re.ASCII)]
 
 
 # --- reward functions -----------------------------------------------------------------------------------------------
@@ -198,7 +199,8 @@ def load_function(path: str, *, key: str) -> Callable:
         raise ValueError(f"{key}={path!r}: cannot import {module_name}: {describe_error(error)}") from error
     functions = vars(module)
     if function_name not in functions:
-        public = sorted(name for name, value in functions.items() if inspect.isfunction(value) and name[0] != "_")
+        public = sorted(name for name, value in functions.items()
+                        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_")
         raise ValueError(f"{key}={path!r}: {module_name} has no {function_name!r}; its functions: "
                          f"{', '.join(public) or 'none'}")
     if not callable(functions[function_name]):
