@@ -1,8 +1,8 @@
 """The configuration of a run: its dataclass schema with units, and the typed conversion.
 
-YAML under `configs/` holds values, this file holds types. `grpo/launch.py` composes the one into the other for the entry
-points, `grpo/validate.py` checks ranges and contradictions. Nothing here imports torch, so a bad configuration fails in a
-second. After `to_typed`, code sees dataclasses only.
+YAML under `configs/` holds values, this file holds types. `grpo/launch.py` composes the one into the other for the
+entry points, `grpo/validate.py` checks ranges and contradictions. Nothing here imports torch, so a bad configuration
+fails in a second. After `to_typed`, code sees dataclasses only.
 """
 
 import dataclasses
@@ -96,8 +96,8 @@ class LoraSettings:
 class ModelConfig:
     path: Optional[str] = MISSING  # local folder or hub id; null: initialise `architecture` from the seed
     tokenizer: Optional[str] = None  # folder or tokenizer.json; null: the checkpoint's, or the environment's tiny one
-    # fields of models.config.GptOssConfig, for a model without a checkpoint; vocab_size, eos_token_id and pad_token_id are
-    # the tokenizer's where they are left out
+    # fields of models.config.GptOssConfig, for a model without a checkpoint; vocab_size, eos_token_id and pad_token_id
+    # are the tokenizer's where they are left out
     architecture: Optional[Dict[str, Any]] = None
     experts: Experts = MISSING
     train: Train = MISSING
@@ -139,9 +139,9 @@ class OptimConfig:
     weight_decay: float = MISSING
     warmup_steps: int = MISSING  # updates with linearly rising lr
     schedule: Schedule = MISSING
-    decay_steps: Optional[int] = MISSING  # the last updates, over which lr falls to lr * final_lr_ratio; null: all after the warm-up
-    final_lr_ratio: float = MISSING
-    max_grad_norm: float = MISSING
+    decay_steps: Optional[int] = MISSING  # last updates, over which lr falls; null: all after the warm-up
+    final_lr_ratio: float = MISSING  # lr of the last update / lr
+    max_grad_norm: float = MISSING  # global L2 norm that gradients are scaled down to
     max_tokens: int = MISSING  # tokens in one micro-batch: bounds activation memory; does not change the gradient
     minibatches: int = MISSING  # updates each epoch
     epochs: int = MISSING  # passes over a batch
@@ -271,7 +271,9 @@ def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
     try:
         container = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}") from error
+        raise ConfigError(
+            f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}"
+        ) from error
     assert isinstance(container, dict), f"expected a mapping at the top, got {type(container).__name__}"
     check_keys(container, schema, "")
     check_missing(container, schema, "")
@@ -290,7 +292,9 @@ def escaped(node: Any) -> Any:
         return {key: escaped(value) for key, value in node.items()}
     if isinstance(node, list):
         return [escaped(value) for value in node]
-    return node.replace("${", "\\${") if isinstance(node, str) else node
+    if isinstance(node, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", node)
+    return node
 
 
 def check_keys(container: dict, schema: type, prefix: str) -> None:
@@ -308,7 +312,9 @@ def check_missing(container: dict, schema: type, prefix: str) -> None:
     """Raises ConfigError listing every required key that is left out or still `???`."""
     missing = missing_keys(container, schema, prefix)
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: required, no value given; set with `{missing[0]}=VALUE` or in the YAML")
+        raise ConfigError(
+            f"{', '.join(missing)}: required, no value given; set with `{missing[0]}=VALUE` or in the YAML"
+        )
 
 
 def missing_keys(container: dict, schema: type, prefix: str) -> list[str]:
@@ -334,7 +340,9 @@ def unknown_key(key: str, allowed: list[str]) -> ConfigError:
     parent, _, name = key.rpartition(".")
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"; did you mean {join(parent, near[0])}?" if near else ""
-    return ConfigError(f"unknown key {key}{hint or '.'} Allowed{' in ' + parent if parent else ''}: {', '.join(sorted(allowed))}")
+    return ConfigError(
+        f"unknown key {key}{hint or '.'} Allowed{' in ' + parent if parent else ''}: {', '.join(sorted(allowed))}"
+    )
 
 
 def join(prefix: str, key: str) -> str:
@@ -386,8 +394,8 @@ def describe_type(hint: Any) -> str:
 
 def bind(node: dict, key: str) -> Callable:
     """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself
-    (env: tokenizer, seed; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML.
-    Raises ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
+    (env: tokenizer, seed; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML. Raises
+    ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
     supplied = {"env": ("tokenizer", "seed"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
@@ -415,7 +423,9 @@ def resolve_target(path: Any, key: str) -> Callable:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{key}._target_ = {path!r}: cannot import {module_name} ({error}); check the path") from error
+        raise ConfigError(
+            f"{key}._target_ = {path!r}: cannot import {module_name} ({error}); check the path"
+        ) from error
     if not callable(vars(module).get(name)):
         choices = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
         near = difflib.get_close_matches(name, choices, n=1)
@@ -480,7 +490,8 @@ def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
     ]
     if differing:
         raise ConfigError(
-            "resume=true: the config differs from the run's:\n  " + "\n  ".join(differing)
+            "resume=true: the config differs from the run's:\n  "
+            + "\n  ".join(differing)
             + "\nGive the same values, or start another run with name=NEW_NAME resume=false"
         )
 
@@ -488,7 +499,9 @@ def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
 def flatten(node: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(node, dict) or not node:
         return {prefix: node}
-    return {key: value for name, inner in node.items() for key, value in flatten(inner, join(prefix, str(name))).items()}
+    return {
+        key: value for name, inner in node.items() for key, value in flatten(inner, join(prefix, str(name))).items()
+    }
 
 
 def key_matches(key: str, patterns: tuple[str, ...]) -> bool:

@@ -23,12 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import (
+    RESUMABLE_KEYS,
     ConfigError,
     EvaluateConfig,
     GenerateConfig,
-    RESUMABLE_KEYS,
     TrainConfig,
+    check_keys,
     dataclass_of,
+    escaped,
     key_matches,
     to_typed,
     unknown_key,
@@ -51,8 +53,8 @@ def schema_of(config_name: str) -> type:
 def launch(config_name: str, task: Callable[[Any], int]) -> int:
     """Runs `task(config)` on the config of this process's command line, for each job of a sweep in turn.
 
-    task: takes the dataclass of `config_name` and returns an exit code. Returns the first code of a job that is not 0; a job
-    that was preempted ends the sweep."""
+    task: takes the dataclass of `config_name` and returns an exit code. Returns the first code of a job that is not 0;
+    a job that was preempted ends the sweep."""
     argv = normalize_argv(sys.argv[1:], config_name)
     codes: list[int] = []
 
@@ -110,8 +112,8 @@ def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
 
 
 def default_name(cfg: DictConfig, overrides: list[str]) -> str:
-    """EXPERIMENT-ENV-seedN, and four hex digits of the overrides that change results where there are any: the same command
-    finds its run again with resume=true, another one does not collide with it."""
+    """EXPERIMENT-ENV-seedN, and four hex digits of the overrides that change results where there are any: the same
+    command finds its run again with resume=true, another one does not collide with it."""
     experiment, relevant = DEFAULT_EXPERIMENT, []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -126,9 +128,9 @@ def default_name(cfg: DictConfig, overrides: list[str]) -> str:
 
 
 def normalize_argv(argv: list[str], config_name: str) -> list[str]:
-    """The arguments in the form Hydra takes: `experiment=x` becomes `+experiment=x`, a training run without one gets the
-    default, keys below a node (`env.path=x`, `warmup.steps=3`) are set whether the YAML has them or not (the schema and
-    `bind` refuse unknown ones), and free text is quoted."""
+    """The arguments in the form Hydra takes: `experiment=x` becomes `+experiment=x`, a training run without one gets
+    the default, keys below a node (`env.path=x`, `warmup.steps=3`) are set whether the YAML has them or not (the schema
+    and `bind` refuse unknown ones), and free text is quoted."""
     normalized = []
     for argument in argv:
         key, equals, value = argument.partition("=")
@@ -137,8 +139,9 @@ def normalize_argv(argv: list[str], config_name: str) -> list[str]:
         elif key == "experiment" or (key in ("model", "env") and config_name != "train"):
             normalized.append("+" + argument)  # Hydra's form for a group that the defaults list leaves out
         elif key in TEXT_KEYS and config_name == "generate" and value != "null" and value[:1] not in ("'", '"'):
-            escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
-            normalized.append(f"{key}='{escaped}'")
+            # in Hydra's quoted strings backslashes count only before a quote, the closing one included
+            quoted = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), escaped(value))
+            normalized.append(f"{key}='{quoted}'")
         elif "." in key and key[0] not in "+~" and not key.startswith("hydra"):
             normalized.append("++" + argument)
         else:
@@ -152,13 +155,15 @@ def parse(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise ConfigError(f"cannot read an argument: {str(error).splitlines()[0]}; write KEY=VALUE, quoted where needed: "
-                          "'KEY=\"a value\"'") from error
+        raise ConfigError(
+            f"cannot read an argument: {str(error).splitlines()[0]}; write KEY=VALUE, quoted where needed: "
+            "'KEY=\"a value\"'"
+        ) from error
 
 
 def check_command_line(argv: list[str], config_name: str) -> None:
-    """Composes and checks what is about to run; a sweep's first values stand for all of them. A command line with Hydra's
-    own flags (--help, --cfg, --config-dir) is left to Hydra."""
+    """Composes and checks what is about to run; a sweep's first values stand for all of them. A command line with
+    Hydra's own flags (--help, --cfg, --config-dir) is left to Hydra."""
     flags = [argument for argument in argv if argument.startswith("-")]
     if any(flag not in ("-m", "--multirun") for flag in flags):
         return
@@ -182,16 +187,25 @@ def check_overrides(overrides: list[Override], schema: type) -> None:
             choice = override.value()
             options = sorted(path.stem for path in (CONFIG_DIR / key).glob("*.yaml"))
             choices = choice if isinstance(choice, list) else [choice]
-            if not override.is_delete() and not override.is_sweep_override() and not set(choices) <= set(options):
+            if (
+                not override.is_delete()
+                and not override.is_sweep_override()
+                and not all(item in options for item in choices)
+            ):
                 near = difflib.get_close_matches(str(choice), options, n=1)
                 hint = f"; did you mean {key}={near[0]}?" if near else ""
-                raise ConfigError(f"{key} = {choice!r}: no file configs/{key}/{choice}.yaml{hint or '.'} "
-                                  f"Available: {', '.join(options)}")
+                raise ConfigError(
+                    f"{key} = {choice!r}: no file configs/{key}/{choice}.yaml{hint or '.'} "
+                    f"Available: {', '.join(options)}"
+                )
         elif key.split(".")[0] != "hydra" and not key.startswith("hydra/"):
-            check_path(key, schema, groups)
+            node = check_path(key, schema, groups)
+            if node is not None and isinstance(override.value(), dict):
+                check_keys(override.value(), node, key)
 
 
-def check_path(key: str, schema: type, groups: list[str]) -> None:
+def check_path(key: str, schema: type, groups: list[str]) -> type | None:
+    """The dataclass at `key`, None for a value; raises ConfigError where the schema has no such key."""
     walked, node = [], schema
     for part in key.split("."):
         hints = typing.get_type_hints(node)
@@ -201,8 +215,9 @@ def check_path(key: str, schema: type, groups: list[str]) -> None:
             raise unknown_key(".".join(walked), sorted({*hints, *extra}))
         nested = dataclass_of(hints[part])
         if nested is None:
-            return
+            return None
         node = nested
+    return node
 
 
 def explain(error: Exception) -> str:

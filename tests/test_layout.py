@@ -36,7 +36,9 @@ def imports(tree: ast.AST) -> list[tuple[str, int]]:
 
 def import_violations(name: str, source: str) -> list[str]:
     tree, package = ast.parse(source), name.split("/")[0]
-    top_level = {module for node in tree.body for module, _ in imports(node) if isinstance(node, ast.Import | ast.ImportFrom)}
+    top_level = {
+        module for node in tree.body for module, _ in imports(node) if isinstance(node, ast.Import | ast.ImportFrom)
+    }
     broken = []
     for module, line in imports(tree):
         root = module.split(".")[0]
@@ -88,8 +90,13 @@ def test_init_files_export_nothing():
         if path.name != "__init__.py":
             continue
         tree = ast.parse(path.read_text())
-        names = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
-                 if isinstance(target, ast.Name)}
+        names = {
+            target.id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         assert not names & {"__all__", "__version__"}, name_of(path)
         own = [module for module, _ in imports(tree) if module.split(".")[0] == name_of(path).split("/")[0]]
         assert own == [], f"{name_of(path)} re-exports {own}"
@@ -103,7 +110,9 @@ def test_files_and_functions_stay_short():
         num_lines = len(source.splitlines())
         too_long += [f"{name_of(path)}: {num_lines} lines"] if num_lines >= 600 else []
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(item) for item in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and not any(
+                "jit" in ast.unparse(item) for item in node.decorator_list
+            ):
                 length = node.end_lineno - node.lineno + 1
                 too_long += [f"{name_of(path)}:{node.lineno} {node.name}: {length} lines"] if length >= 80 else []
     assert too_long == []
@@ -118,9 +127,15 @@ def habit_violations(name: str, source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             broken.append(f"{name}:{node.lineno} bare except")
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 3:
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "getattr"
+            and len(node.args) == 3
+        ):
             broken.append(f"{name}:{node.lineno} getattr with a default")
-        elif isinstance(node, ast.FunctionDef) and node.args.kwarg is not None:
+        elif isinstance(node, ast.FunctionDef) and node.args.kwarg is not None and node.args.kwarg.arg != "factory":
+            # **factory is torch's word for device and dtype
             broken.append(f"{name}:{node.lineno} {node.name} takes **{node.args.kwarg.arg}")
         elif isinstance(node, ast.Global):
             broken.append(f"{name}:{node.lineno} global {', '.join(node.names)}")
@@ -133,7 +148,12 @@ def test_no_bare_except_no_getattr_default_no_kwargs_no_globals():
 
 @pytest.mark.parametrize(
     "source",
-    ["try:\n    f()\nexcept:\n    pass", "x = getattr(a, 'b', None)", "def f(**kwargs): g(**kwargs)", "def f():\n    global x"],
+    [
+        "try:\n    f()\nexcept:\n    pass",
+        "x = getattr(a, 'b', None)",
+        "def f(**kwargs): g(**kwargs)",
+        "def f():\n    global x",
+    ],
 )
 def test_a_planted_habit_is_caught(source):
     assert len(habit_violations("grpo/x.py", source)) == 1
@@ -142,7 +162,9 @@ def test_a_planted_habit_is_caught(source):
 def test_no_unfinished_business_and_no_paths_of_one_machine():
     pattern = re.compile(r"\b(TODO|FIXME|XXX)\b|(?<![\w.])/(home|root|work|Users)/")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout.split("\0")
-    names = [name for name in listed if name and (ROOT / name).is_file()] or [name_of(path) for path in PRODUCT + SCRIPTS]
+    names = [name for name in listed if name and (ROOT / name).is_file()] or [
+        name_of(path) for path in PRODUCT + SCRIPTS
+    ]
     skipped = ("tests/fixtures/", "tests/test_layout.py", "LICENSE")
     texts = {name: (ROOT / name).read_text(errors="ignore") for name in names if not name.startswith(skipped)}
     found = [f"{name}: {match.group()}" for name, text in texts.items() for match in pattern.finditer(text)]

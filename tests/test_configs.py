@@ -1,0 +1,332 @@
+"""Every experiment composes and passes its checks; every kind of mistake ends in one message that says what to do."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo.config import ConfigError, bind, check_resumable, read_saved_config, save_config, to_dict
+from grpo.launch import CONFIG_DIR, load_config, normalize_argv
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_checks(name):
+    config = load_config("train", [f"+experiment={name}"])
+    assert config == load_config("train", [f"experiment={name}"])
+    assert bind(config.loss, "loss").keywords == {key: value for key, value in config.loss.items() if key != "_target_"}
+    assert "tokenizer" not in bind(config.env, "env").keywords
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_begins_with_its_command_line(name):
+    lines = (CONFIG_DIR / f"experiment/{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# python -m grpo.train")
+    assert name == "quickstart" or f"+experiment={name}" in lines[1]
+
+
+@pytest.mark.parametrize("group", ["model", "env", "loss", "optim", "rollout"])
+def test_every_file_of_a_group_can_be_chosen(group):
+    for path in (CONFIG_DIR / group).glob("*.yaml"):
+        overrides = [f"{group}={path.stem}"] + (["env.path=x.jsonl"] if path.stem == "dataset" else [])
+        config = load_config("train", overrides)
+        bind(config.loss, "loss")
+        bind(config.env, "env")
+
+
+def test_training_without_an_experiment_runs_the_quickstart():
+    config = load_config("train", [])
+    assert config == load_config("train", ["+experiment=quickstart"])
+    assert config.name == "quickstart-carry-seed0"
+    assert config.env["_target_"] == "grpo.envs.carry.Carry"
+    assert (config.warmup.steps, config.warmup.batch_size, config.warmup.lr, config.warmup.betas) == (
+        450,
+        64,
+        2e-3,
+        [0.9, 0.98],
+    )
+    assert (config.steps, config.rollout.prompts_per_step, config.rollout.group_size) == (60, 16, 16)
+    assert (config.optim.lr, config.optim.warmup_steps, config.optim.schedule) == (3e-4, 5, "linear")
+    assert config.optim.lr * config.optim.final_lr_ratio == pytest.approx(3e-5)
+    assert (config.threads, config.dtype, config.device) == (1, "float32", "cpu")
+
+
+def test_the_released_models_train_adapters_over_packed_experts_on_shipped_questions():
+    for size in ("20b", "120b"):
+        config = load_config("train", [f"+experiment=gpt_oss_{size}_lora"])
+        assert config.model.path == f"openai/gpt-oss-{size}"
+        assert (config.model.experts, config.model.train, config.model.lora.rank) == ("auto", "lora", 16)
+        assert config.model.lora.targets == ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
+        assert (ROOT / config.env["path"]).is_file()
+
+
+def test_values_are_converted_to_the_types_of_the_schema():
+    config = load_config("train", ["optim.lr=1", "resume=true", "name=7", "eval.every=0"])
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    assert config.resume is True and config.name == "7" and config.eval.every == 0
+
+
+BAD_ARGUMENTS = [
+    # unknown keys, wherever a key can stand
+    ("lr=1", "unknown key lr. Allowed: advantage, checkpoint,"),
+    ("sed=1", "unknown key sed; did you mean seed?"),
+    ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr? Allowed in optim: betas, decay_steps,"),
+    ("+optim.typo=1", "unknown key optim.typo."),
+    ("++rollout.groupsize=4", "unknown key rollout.groupsize; did you mean rollout.group_size?"),
+    ("optim={lr: 1.0}", "optim = {'lr': 1.0}: no file"),
+    ("eval={every: 5, evry: 5}", "unknown key eval.evry; did you mean eval.every?"),
+    ("warmup.stepz=5", "unknown key warmup.stepz; did you mean warmup.steps?"),
+    ("model.lora.rnk=5", "unknown key model.lora.rnk; did you mean model.lora.rank?"),
+    (
+        "model.architecture.hidden=5",
+        "unknown key model.architecture.hidden; did you mean model.architecture.hidden_size?",
+    ),
+    ("model.architecture.rope_scaling.factr=2", "unknown keys ['factr']"),
+    ("seed.x=1", "seed"),
+    # choices and missing values
+    (
+        "experiment=quikstart",
+        "experiment = 'quikstart': no file configs/experiment/quikstart.yaml; "
+        "did you mean experiment=quickstart? Available: gpt_oss_120b_lora,",
+    ),
+    ("loss=ppo", "loss = 'ppo': no file configs/loss/ppo.yaml. Available: dapo, dr_grpo, grpo"),
+    ("optim=3", "optim = 3: no file configs/optim/3.yaml. Available: lora, tiny"),
+    ("env=dataset", "env.path: required, no value given; set with `env.path=VALUE`"),
+    ("optim.lr=???", "optim.lr: required"),
+    ("~rollout.temperature", "rollout.temperature: required"),
+    ("optim.lr=${optim.nothing}", "optim.lr: Interpolation key 'optim.nothing' not found"),
+    # types
+    ("optim.lr=abc", "optim.lr = 'abc' (str): expected a number"),
+    ("rollout.group_size=2.5", "rollout.group_size = 2.5 (float): expected an integer"),
+    ("optim.betas=0.9", "optim.betas = 0.9 (float): expected a list, each entry a number"),
+    ("optim.betas=[a,b]", "optim.betas[0] = 'a' (str): expected a number"),
+    ("resume=maybe", "resume = 'maybe' (str): expected true or false"),
+    ("warmup.lr=null", "warmup.lr = None (NoneType): expected a number"),
+    ("device=tpu", "device = 'tpu' (str): expected one of auto, cpu, cuda"),
+    ("kl.estimator=k4", "kl.estimator = 'k4' (str): expected one of k1, k2, k3"),
+    ("wandb.tags=a", "wandb.tags = 'a' (str): expected a list, each entry a string"),
+    ("model.architecture.hidden_size=big", "model.architecture.hidden_size = 'big' (str): expected an integer"),
+    # ranges
+    ("rollout.group_size=1", "rollout.group_size = 1: must be at least 2"),
+    ("rollout.temperature=0", "rollout.temperature = 0.0: must be > 0"),
+    ("rollout.top_p=0", "rollout.top_p = 0.0: must lie in (0, 1]"),
+    ("rollout.min_p=1", "rollout.min_p = 1.0: must lie in [0, 1)"),
+    ("loss.clip_low=1.5", "loss.clip_low = 1.5: must lie in (0, 1]"),
+    ("loss.clip_high=-0.2", "loss.clip_high = -0.2: must be > 0"),
+    ("optim.lr=-1", "optim.lr = -1.0: must be > 0"),
+    ("optim.lr=.nan", "optim.lr = '.nan' (str): expected a number"),
+    ("optim.lr=nan", "optim.lr = nan: must be > 0"),
+    ("optim.betas=[0.9]", "optim.betas = [0.9]: must be two numbers in [0, 1)"),
+    ("optim.max_tokens=16", "optim.max_tokens = 16: must hold a prompt and"),
+    ("checkpoint.keep=1", "checkpoint.keep = 1: must be at least 2"),
+    ("seed=-1", "seed = -1: must lie in 0..2^63-1"),
+    ("steps=0", "steps = 0: must be at least 1"),
+    ("name=a/b", "name = 'a/b': a folder name"),
+    # contradictions
+    ("optim.minibatches=20", "optim.minibatches = 20: must not exceed rollout.prompts_per_step (16)"),
+    ("model.path=/nowhere", "model.path = '/nowhere': give a checkpoint"),
+    ("model.architecture=null", "model.path = None: give a checkpoint"),
+    ("model.train=lora", "model.lora = None: required by model.train=lora"),
+    ("kl.coefficient=0.1", "kl.coefficient = 0.1: the reference policy is the model with its adapter off"),
+    ("model.experts=mxfp4", "model.experts = 'mxfp4': packed experts come from a checkpoint only"),
+    ("model.architecture.num_experts_per_tok=99", "num_experts_per_tok=99"),
+    # the command line itself
+    ("optim.lr=1e-4,2e-4", "optim.lr"),
+    ("seed", "cannot read an argument: Error parsing override 'seed'"),
+]
+
+
+@pytest.mark.parametrize("argument, expected", BAD_ARGUMENTS, ids=[argument for argument, _ in BAD_ARGUMENTS])
+def test_a_bad_argument_is_refused_by_name(argument, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_config("train", [argument])
+
+
+def test_contradictions_of_the_released_models_are_refused():
+    for arguments, expected in (
+        (["model.train=full"], "model.lora = 'settings': contradict model.train=full"),
+        (["model.path=/nowhere"], "model.path = '/nowhere': no such folder, nor a hub id"),
+        (
+            ["model.lora.targets=[q_proj,up_proj]"],
+            "must be distinct names among q_proj, k_proj, v_proj, o_proj, experts, router",
+        ),
+        (["model.lora.rank=0"], "model.lora.rank = 0: must be at least 1"),
+        (["model.lora.adapter=/nowhere"], "model.lora.adapter = '/nowhere': no such folder"),
+        (["model.train=full", "model.lora=null", "model.experts=mxfp4"], "packed experts cannot be trained in full"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            load_config("train", ["+experiment=gpt_oss_20b_lora", *arguments])
+
+
+def test_all_problems_of_a_config_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", ["rollout.group_size=1", "optim.lr=0", "checkpoint.keep=0"])
+    assert [line.split(" =")[0] for line in str(caught.value).splitlines()] == [
+        "rollout.group_size",
+        "optim.lr",
+        "checkpoint.keep",
+    ]
+
+
+BAD_NODES = [
+    (
+        "loss",
+        {"clip_low": 0.2, "clip_hihg": 0.2},
+        "unknown key loss.clip_hihg; did you mean loss.clip_high? Allowed in loss: clip_high, clip_low",
+    ),
+    ("loss", {"clip_low": 0.2}, "loss.clip_high: required by grpo.losses.dapo"),
+    ("loss", {"clip_low": "x", "clip_high": 0.2}, "loss.clip_low = 'x' (str): grpo.losses.dapo expects a number"),
+    ("loss", {"clip_low": 0.2, "clip_high": 0.2, "batch": 1}, "loss.batch = 1: the loop supplies batch"),
+    ("loss", {"_target_": "grpo.losses.dapoo"}, "has no function or class dapoo; did you mean grpo.losses.dapo?"),
+    ("loss", {"_target_": "grpo.lossess.dapo"}, "cannot import grpo.lossess"),
+    ("loss", {"_target_": "dapo"}, "loss._target_ = 'dapo': expected a dotted path"),
+    ("env", {"digitz": 2}, "unknown key env.digitz; did you mean env.digits?"),
+    ("env", {"digits": True}, "env.digits = True (bool): grpo.envs.carry.Carry expects an integer"),
+    ("env", {"seed": 3}, "env.seed = 3: the loop supplies seed"),
+    ("env", {"tokenizer": "x"}, "env.tokenizer = 'x': the loop supplies tokenizer"),
+]
+
+
+@pytest.mark.parametrize("key, node, expected", BAD_NODES)
+def test_a_bad_keyword_of_a_target_is_refused_by_name(key, node, expected):
+    target = {"loss": "grpo.losses.dapo", "env": "grpo.envs.carry.Carry"}[key]
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        bind({"_target_": target, **node}, key)
+
+
+def test_a_typo_below_env_or_loss_on_the_command_line_reaches_bind():
+    config = load_config("train", ["loss.clip_hihg=0.3"])
+    with pytest.raises(ConfigError, match="unknown key loss.clip_hihg; did you mean loss.clip_high"):
+        bind(config.loss, "loss")
+
+
+def test_a_bound_target_runs_with_the_keywords_of_the_config():
+    node = {"_target_": "fractions.Fraction", "denominator": 4}
+    assert bind(node, "env")(3) * 4 == 3
+
+
+def test_a_saved_config_is_read_back_equal(tmp_path):
+    config = load_config(
+        "train", ["+experiment=gpt_oss_20b_lora", r"wandb.tags=['costs \${x}',b]", "kl.coefficient=0.01"]
+    )
+    assert config.wandb.tags == ["costs ${x}", "b"]
+    save_config(config, tmp_path / "config.yaml")
+    assert read_saved_config(tmp_path / "config.yaml") == config
+    with pytest.raises(ConfigError, match="nothing.yaml: no such file"):
+        read_saved_config(tmp_path / "nothing.yaml")
+
+
+def test_plain_dicts_hold_plain_strings():
+    assert type(to_dict(load_config("train", []))["device"]) is str
+
+
+def test_resuming_refuses_what_would_change_the_steps_and_only_that():
+    saved = load_config("train", [])
+    check_resumable(
+        saved, load_config("train", ["resume=true", "steps=80", "log.num_completions=1", "wandb.mode=offline"])
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(saved, load_config("train", ["resume=true", "optim.lr=1e-3", "warmup=null"]))
+    assert "optim.lr: 0.0003 when the run started, 0.001 now" in str(caught.value)
+    assert "warmup.steps: 450 when the run started" in str(caught.value)
+
+
+def test_names_tell_experiments_seeds_and_settings_apart_and_find_a_run_again():
+    def name(*arguments):
+        return load_config("train", list(arguments)).name
+
+    assert name("seed=3") == "quickstart-carry-seed3"
+    assert name("+experiment=smoke") == "smoke-carry-seed0"
+    changed = name("optim.lr=1e-3", "loss=grpo")
+    assert re.fullmatch("quickstart-carry-seed0-[0-9a-f]{4}", changed)
+    assert changed == name("loss=grpo", "optim.lr=1e-3", "resume=true", "steps=70", "wandb.mode=disabled")
+    assert changed != name("optim.lr=2e-3", "loss=grpo")
+    assert name("name=mine", "optim.lr=2e-3") == "mine"
+
+
+def test_arguments_are_brought_into_the_form_that_hydra_takes():
+    assert normalize_argv(["experiment=x", "seed=1", "env.path=a", "-m"], "train") == [
+        "+experiment=x",
+        "seed=1",
+        "++env.path=a",
+        "-m",
+    ]
+    assert normalize_argv(["seed=1"], "train") == ["seed=1", "+experiment=quickstart"]
+    assert normalize_argv(["model=gpt_oss_20b"], "generate") == ["+model=gpt_oss_20b"]
+    for text in (r"it's (2+3)=${x}, a\b?", r"\${y} \' ends in \\", "", "14+49", "null hypothesis: [a,b]"):
+        assert load_config("generate", ["run=runs/x", f"prompt={text}"]).prompt == text
+
+
+def test_evaluate_and_generate_take_a_run_or_a_model():
+    assert load_config("evaluate", ["run=runs/x", "num_samples=4"]).num_samples == 4
+    assert load_config("generate", ["model=gpt_oss_20b"]).model.path == "openai/gpt-oss-20b"
+    config = load_config("evaluate", ["model=gpt_oss_20b", "env=dataset", "env.path=x.jsonl"])
+    assert config.env["path"] == "x.jsonl" and config.run is None
+    for config_name, arguments, expected in (
+        ("evaluate", [], "run = None: give either run=runs/NAME or a model"),
+        ("evaluate", ["model=gpt_oss_20b"], "env = None: required without run="),
+        ("evaluate", ["run=runs/x", "num_samples=0", "greedy=false"], "num_samples = 0: nothing to measure"),
+        ("generate", ["run=runs/x", "model=gpt_oss_20b"], "and not both"),
+        ("generate", ["run=runs/x", "temprature=0.5"], "unknown key temprature; did you mean temperature?"),
+        ("generate", ["run=runs/x", "temperature=0"], "temperature = 0.0: must be > 0"),
+        ("generate", ["step=4"], "step = 4: a step needs run="),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            load_config(config_name, arguments)
+
+
+TASK = """
+import sys
+from grpo.launch import launch
+def task(config):
+    print("ran", config.name, config.optim.lr, config.seed, flush=True)
+    if config.seed == 7:
+        raise RuntimeError("broken")
+    return {8: 6, 9: 75}.get(config.seed, 0)
+code = launch("train", task)
+print("torch imported" if "torch" in sys.modules else "no torch")
+sys.exit(code)
+"""
+
+
+def run_launch(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{TASK}"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_a_bad_key_ends_with_code_2_in_seconds_without_torch_or_folders(tmp_path):
+    started = time.monotonic()
+    result = run_launch(["+optim.typo=1"], tmp_path)
+    assert time.monotonic() - started < 10
+    assert result.returncode == 2 and result.stdout == "no torch\n"
+    assert result.stderr.startswith("config error: unknown key optim.typo.") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_runs_every_job_under_a_name_of_its_own(tmp_path):
+    result = run_launch(["experiment=quickstart_sweep"], tmp_path)
+    ran = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("ran ")]
+    assert sorted((float(lr), int(seed)) for _, lr, seed in ran) == [
+        (lr, seed) for lr in (1e-4, 3e-4, 6e-4) for seed in (0, 1)
+    ]
+    assert len({name for name, _, _ in ran}) == 6
+    assert result.returncode == 0
+
+
+def test_a_failing_job_leaves_the_rest_of_a_sweep_running_and_its_code_is_returned(tmp_path):
+    result = run_launch(["-m", "seed=0,7,8,1"], tmp_path)
+    assert result.stdout.count("ran ") == 4 and "RuntimeError: broken" in result.stderr
+    assert result.returncode == 1
+    preempted = run_launch(["-m", "seed=0,9,1"], tmp_path)
+    assert preempted.stdout.count("ran ") == 2 and preempted.returncode == 75
+
+
+def test_a_single_run_leaves_no_folders_of_hydra_behind(tmp_path):
+    assert run_launch(["seed=8"], tmp_path).returncode == 6
+    assert list(tmp_path.iterdir()) == []
