@@ -1,12 +1,12 @@
 """Harmony, gpt-oss's chat format: conversations -> prompt ids, completion ids -> messages.
 
-Rendering follows the chat template of the hub checkpoints (`chat_template.jinja` of openai/gpt-oss-20b), because that is
-what other trainers and servers feed the model; it builds ids, not text, so that text from users never becomes a
+Rendering follows the chat template of the hub checkpoints (`chat_template.jinja` of openai/gpt-oss-20b), because that
+is what other trainers and servers feed the model; it builds ids, not text, so that text from users never becomes a
 control token. Where template and OpenAI's `openai-harmony` library differ, the template wins:
 
 * instructions are followed by a blank line even without tools;
-* a default ends in a comma inside its comment (`days?: number, // default: 3,`), and nested schemas are spelled on one
-  line with the template's own spaces;
+* a default ends in a comma inside its comment (`days?: number, // default: 3,`), and nested schemas have the
+  template's own line breaks and spaces;
 * analysis of every earlier turn is dropped (the library: only what stands before the first final message); while a tool
   call has no final message after it, its analysis stays;
 * the training render (`add_generation_prompt=False`) keeps the last turn's analysis and ends in <|return|>;
@@ -81,8 +81,8 @@ cursor?: number, // default: -1
 PYTHON_SECTION = """## python
 
 Use this tool to execute Python code in your chain of thought. The code will not be shown to the user. This tool \
-should be used for internal reasoning, but not for code that is intended to be visible to the user (e.g. when creating plots, \
-tables, or files).
+should be used for internal reasoning, but not for code that is intended to be visible to the user (e.g. when creating \
+plots, tables, or files).
 
 When you send a message containing Python code to python, it will be executed in a stateful Jupyter notebook \
 environment. python will respond with the output of the execution or time out after 120.0 seconds. The drive at \

@@ -102,7 +102,7 @@ class Tokenizer:
         return cls(backend, name=str(file), source=file.parent)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files: verbatim copies if it was loaded, so that all readers of the source read them."""
+        """Writes the tokenizer's files: verbatim copies if it was loaded, so that all its readers read them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._source is None:
@@ -190,7 +190,8 @@ def build_tiny_tokenizer(words: list[str], chars: str) -> Tokenizer:
     """An offline tokenizer for tiny models: one token per word of `words`, per character of `chars`, per control token.
 
     Roles and channel names are always words. Text is cut after the longest word that starts at each position, else
-    after one character; a character without a token makes `encode` raise ValueError. Ids: words, characters, control tokens.
+    after one character; a character without a token makes `encode` raise ValueError. Ids: words, then characters, then
+    control tokens.
     """
     vocabulary: dict[str, int] = {}
     for entry in [*HEADER_WORDS, *words, *chars]:
