@@ -146,7 +146,7 @@ class Display:
         self.ascii_only = not self.encoding.lower().startswith("utf")
         self.live: Live | None = None
         self.start_time = time.monotonic()
-        self.step_times: deque[float] = deque(maxlen=STEPS_FOR_TIME_LEFT + 1)
+        self.step_times: deque[tuple[int, float]] = deque(maxlen=STEPS_FOR_TIME_LEFT + 1)
         self.phase, self.phase_step, self.phase_total = "train", 0, total_steps
         self.status = ""
         self.metrics: dict[str, float] = {}
@@ -162,28 +162,25 @@ class Display:
         """Takes over the metric lines of a resumed run, so that curves and first evaluations go on where they were."""
         for line in lines:
             self._record(line["step"], {name: value for name, value in line.items() if name != "step"})
+            self.phase_step = line["step"]
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         if self.phase != "train":
-            self.phase, self.phase_total = "train", self.total_steps
-            self.step_times.clear()
-        if not self.step_times and "time/step" in metrics:
-            self.step_times.append(time.monotonic() - metrics["time/step"])
-        self.phase_step = step
-        self.step_times.append(time.monotonic())
+            self._enter("train", self.total_steps)
+        self._take_step(step, metrics)
         self._record(step, metrics)
         self._show(lambda: step_line(step, self.total_steps, metrics, self.seconds_left()))
 
     def warmup(self, step: int, num_steps: int, metrics: dict[str, float], *, prints_line: bool) -> None:
         if self.phase != "warm-up":
-            self.phase, self.phase_total = "warm-up", num_steps
-        self.phase_step = step
-        self.step_times.append(time.monotonic())
+            self._enter("warm-up", num_steps)
+        self._take_step(step, metrics)
         self._record(0, metrics)
         if self.is_live or prints_line:
-            values = "  ".join(
-                f"{name.removeprefix('warmup/')} {format_number(value)}" for name, value in metrics.items()
-            )
+            shown = {
+                name.removeprefix("warmup/"): value for name, value in metrics.items() if name.startswith("warmup/")
+            }
+            values = "  ".join(f"{name} {format_number(value)}" for name, value in shown.items())
             self._show(lambda: f"warm-up {step}/{num_steps}  {values}  left {format_duration(self.seconds_left())}")
 
     def eval(self, step: int, metrics: dict[str, float]) -> None:
@@ -231,8 +228,19 @@ class Display:
         before the first step."""
         if len(self.step_times) < 2:
             return math.nan
-        seconds_per_step = (self.step_times[-1] - self.step_times[0]) / (len(self.step_times) - 1)
-        return seconds_per_step * (self.phase_total - self.phase_step)
+        (first_step, first_time), (last_step, last_time) = self.step_times[0], self.step_times[-1]
+        return (last_time - first_time) / max(last_step - first_step, 1) * (self.phase_total - self.phase_step)
+
+    def _enter(self, phase: str, num_steps: int) -> None:
+        self.phase, self.phase_total = phase, num_steps
+        self.step_times.clear()
+
+    def _take_step(self, step: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        if not self.step_times and "time/step" in metrics:
+            self.step_times.append((step - 1, now - metrics["time/step"]))
+        self.phase_step = step
+        self.step_times.append((step, now))
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         evals = {name: value for name, value in metrics.items() if name.startswith("eval/")}

@@ -118,8 +118,14 @@ class Metrics:
         self.wandb.log({"step": step, **metrics})
 
     def log_warmup(self, warmup_step: int, metrics: dict[str, float], *, num_steps: int, prints_line: bool) -> None:
-        """Records a step of the supervised warm-up as `warmup/<name>`; without a terminal only when `prints_line`."""
-        metrics = {f"warmup/{name}": _plain_number(value, name) for name, value in metrics.items()}
+        """Records a step of the supervised warm-up as `warmup/<name>` (timing keeps its name).
+
+        Steps may be left out. Without a terminal a line is printed only when `prints_line`.
+        """
+        metrics = {
+            name if name.startswith(("time/", "memory/")) else f"warmup/{name}": _plain_number(value, name)
+            for name, value in metrics.items()
+        }
         line = {"step": 0, "warmup/step": warmup_step, **metrics}
         self._metrics_file.append([line])
         self.display.warmup(warmup_step, num_steps, metrics, prints_line=prints_line)
@@ -191,7 +197,7 @@ class Metrics:
             text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)
             write_atomic(self.run_dir / SUMMARY_FILE, text + "\n")
             write_report(self.run_dir, self.summary)
-        except Exception as error:  # noqa: BLE001  (fonts, disk, ...: nothing here may hide how the run ended)
+        except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
             reason = f"{type(error).__name__}: {error}"
             command = f"python -m grpo.report {self.run_dir}"
             self.display.print(f"warning: no report ({reason}); rebuild it with: {command}")
@@ -360,6 +366,8 @@ class _WandbRun:
         with self._guarded("init"):
             import wandb
 
+            can_give_up = "finish_timeout" in inspect.signature(wandb.Settings).parameters
+            patience = {"finish_timeout": FINISH_TIMEOUT_SECONDS} if can_give_up else {}
             self._run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
@@ -372,9 +380,7 @@ class _WandbRun:
                 dir=str(run_dir),
                 config=_json_safe(config),
                 reinit="finish_previous",
-                settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS, finish_timeout=FINISH_TIMEOUT_SECONDS
-                ),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS, **patience),
             )
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
@@ -389,7 +395,7 @@ class _WandbRun:
         """Turns any failure of wandb (network, server, its process, its own bugs) into one warning for each `what`."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
                 reason = str(error).strip().split("\n")[0]

@@ -153,7 +153,7 @@ def _plot_lengths(rows) -> bytes | None:
 
 
 def _plot_time(rows) -> bytes | None:
-    timed = [row for row in rows if "time/step" in row]
+    timed = [row for row in rows if "time/step" in row and "warmup/step" not in row]
     names = sorted({name for row in timed for name in row if name.startswith("time/")} - {"time/step", "time/total"})
     if not timed or not names:
         return None

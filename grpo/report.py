@@ -81,8 +81,8 @@ def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: in
     """Returns the contents of summary.json, computed from metrics.jsonl.
 
     `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` is the sum of the metric
-    `num_tokens` (prompt and completion tokens of a step) over the steps; `seconds` is wall time over all sessions of the
-    run; memory is in GB (1e9 bytes).
+    `num_tokens` (prompt and completion tokens of a step) over the steps; `seconds` is wall time over all sessions of
+    the run; memory is in GB (1e9 bytes).
     """
     rows = read_metrics(run_dir)
     eval_names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))

@@ -1,0 +1,220 @@
+"""The summary, the report page and the table of a sweep, against values worked out by hand."""
+
+import base64
+import csv
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from grpo.config import WandbConfig
+from grpo.metrics import Metrics
+from grpo.plots import plots
+from grpo.report import before_after_samples, main, read_metrics, rebuild_report, summarize, sweep_table
+
+HOSTILE = "<script>alert('x')</script> </pre> & \"quoted\""
+# Every greedy value, with its best in the middle; the loss falls; a value is missing at one step.
+LINES = [
+    {"step": 0, "warmup/step": 1, "warmup/loss": 2.0},
+    {"step": 0, "warmup/step": 2, "warmup/loss": 1.0},
+    {"step": 0, "eval/greedy": 0.25, "eval/loss": 3.0},
+    {"step": 1, "reward": 0.5, "num_tokens": 100, "memory/peak_gb": 1.5, "time/total": 4.0, "entropy": 0.5},
+    {"step": 2, "reward": 0.75, "num_tokens": 50, "memory/peak_gb": 2.5, "time/total": 9.0, "kl": None},
+    {"step": 2, "eval/greedy": 0.875, "eval/loss": 1.0},
+    {"step": 3, "reward": 0.625, "num_tokens": 25, "memory/peak_gb": 2.0, "time/total": 12.5},
+    {"step": 3, "eval/greedy": 0.5, "eval/loss": None},
+]
+
+
+def write_run(folder: Path, lines: list[dict] = LINES, completions: list[dict] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if completions is not None:
+        (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
+    return folder
+
+
+def summary_of(folder: Path, **changes) -> dict:
+    arguments = {"run_name": "r", "exit_reason": "completed", "total_steps": 3, "config": {}} | changes
+    return summarize(folder, **arguments)
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and fails on tags that are not closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open, self.text, self.images = [], [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attributes)["src"])
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_summary_has_first_last_and_best_of_every_eval_metric(tmp_path):
+    summary = summary_of(write_run(tmp_path))
+    assert summary["eval"]["eval/greedy"] == {
+        "first": {"value": 0.25, "step": 0},
+        "last": {"value": 0.5, "step": 3},
+        "best": {"value": 0.875, "step": 2},
+    }
+    assert summary["eval"]["eval/loss"]["best"] == {"value": 1.0, "step": 2}  # lower is better, and NaN never is
+    assert summary["eval"]["eval/loss"]["last"] == {"value": None, "step": 3}
+
+
+def test_summary_adds_up_steps_tokens_seconds_and_peak_memory(tmp_path):
+    summary = summary_of(write_run(tmp_path))
+    assert (summary["steps"], summary["num_tokens"], summary["seconds"]) == (3, 175, 12.5)
+    assert summary["peak_memory_gb"] == 2.5 and summary["exit_reason"] == "completed"
+    assert summary["train"]["reward"]["best"] == {"value": 0.75, "step": 2}
+
+
+def test_the_earliest_of_equal_bests_is_named(tmp_path):
+    run = write_run(tmp_path, [{"step": step, "eval/greedy": value} for step, value in ((0, 0.5), (5, 1.0), (10, 1.0))])
+    assert summary_of(run)["eval"]["eval/greedy"]["best"] == {"value": 1.0, "step": 5}
+
+
+def test_a_run_without_any_line_has_a_summary_and_a_report(tmp_path):
+    metrics = Metrics(
+        tmp_path,
+        wandb=WandbConfig(mode="disabled", project="p"),
+        config={},
+        run_name="empty",
+        total_steps=5,
+        console=False,
+    )
+    summary = metrics.finish("out of memory")
+    assert (summary["steps"], summary["eval"], summary["peak_memory_gb"]) == (0, {}, None)
+    assert "out of memory" in Page((tmp_path / "report.html").read_text()).text
+    assert metrics.finish("completed")["exit_reason"] == "out of memory"
+    assert json.loads((tmp_path / "summary.json").read_text())["exit_reason"] == "out of memory"
+
+
+def test_a_report_that_fails_is_a_warning_and_the_summary_stays(tmp_path, capsys):
+    metrics = Metrics(tmp_path, wandb=WandbConfig(mode="disabled", project="p"), config={}, run_name="r", total_steps=5)
+    metrics.log(1, {"reward": 1.0})
+    (tmp_path / "report.html.tmp").mkdir()
+    metrics.finish("completed")
+    assert f"rebuild it with: python -m grpo.report {tmp_path}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
+
+
+def test_texts_of_the_run_are_escaped_in_the_report(tmp_path):
+    completions = [
+        {"step": step, "prompt": f"p {HOSTILE}", "completion": f"{step} {HOSTILE}", "reward": step} for step in (0, 3)
+    ]
+    write_run(tmp_path, completions=completions)
+    (tmp_path / "summary.json").write_text(
+        json.dumps(summary_of(tmp_path, run_name=HOSTILE, exit_reason=HOSTILE, config={"k": HOSTILE}))
+    )
+    text = rebuild_report(tmp_path).read_text()
+    page = Page(text)
+    assert "script" not in page.tags and "<script" not in text
+    assert page.text.count("alert('x')") == 7  # title, heading, exit reason, prompt, two completions, config
+    assert "0 " + HOSTILE in page.text and "3 " + HOSTILE in page.text
+
+
+def test_the_report_is_one_file_with_its_plots_inside(tmp_path):
+    page = Page(rebuild_report(write_run(tmp_path)).read_text())
+    assert all(source.startswith("data:image/png;base64,") for source in page.images)
+    images = [base64.b64decode(source.split(",")[1]) for source in page.images]
+    assert len(images) == 5  # reward, eval, entropy, kl, warm-up
+    assert all(image.startswith(b"\x89PNG\r\n") and image.endswith(b"IEND\xaeB`\x82") for image in images)
+    assert not re.search(r"(src|href)=[\"']?(http|//)", (tmp_path / "report.html").read_text())
+    assert "0.25 → 0.5" in page.text
+
+
+def test_every_promised_plot_is_drawn_when_its_metrics_are_logged():
+    values = {
+        **dict.fromkeys(("reward", "reward_std", "entropy", "kl", "grad_norm", "lr", "tokens_per_s"), 0.5),
+        **dict.fromkeys(("completions/mean_length", "completions/min_length", "completions/max_length"), 8),
+        **dict.fromkeys(("completions/clipped_ratio", "clip_ratio/low", "clip_ratio/high"), 0.0),
+        **dict.fromkeys(("time/rollout", "time/reward", "time/update", "time/step"), 0.25),
+    }
+    drawn = plots([{"step": 1, **values}, {"step": 1, "eval/greedy": 0.5}, {"step": 2, **values, "kl": math.nan}])
+    assert {"reward", "eval", "entropy", "kl", "lengths", "time", "grad_norm", "clip"} <= set(drawn)
+    assert "kl" not in plots([{"step": 1, "reward": 0.5}])
+
+
+def test_a_killed_run_gets_a_report_from_its_metrics(tmp_path):
+    run = write_run(tmp_path / "killed")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "reward": 0.9')
+    text = Page(rebuild_report(run).read_text()).text
+    assert "killed" in text and "3 of 3" in text and "unknown (still running, or killed)" in text
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not valid JSON"):
+        read_metrics(tmp_path)
+
+
+def test_samples_pair_the_same_held_out_prompt_before_and_after(tmp_path):
+    def row(step, split, prompt, completion, reward):
+        return {"step": step, "split": split, "prompt": prompt, "completion": completion, "reward": reward}
+
+    completions = [
+        row(0, "eval", "same", "s0", 1.0),
+        row(0, "eval", "better", "b0", 0.0),
+        row(1, "train", "better", "not held out", 0.5),
+        row(5, "eval", "better", "b5", 0.5),
+        row(9, "eval", "same", "s9", 1.0),
+        row(9, "eval", "better", "b9", 1.0),
+        row(9, "train", "other", "o9", 1.0),
+    ]
+    samples = before_after_samples(write_run(tmp_path, completions=completions), limit=5)
+    assert [sample["prompt"] for sample in samples] == ["better", "same"]
+    assert samples[0]["before"] == {"step": 0, "completion": "b0", "reward": 0.0}
+    assert samples[0]["after"] == {"step": 9, "completion": "b9", "reward": 1.0}
+
+
+def write_sweep(folder: Path) -> None:
+    for index, (lr, greedy) in enumerate(((1e-4, 0.5), (3e-4, 0.9), (1e-3, 0.1))):
+        run = write_run(folder / str(index), [{"step": 1, "reward": 0.1}, {"step": 2, "eval/greedy": greedy}])
+        config = {"name": f"run{index}", "seed": 0, "optim": {"lr": lr, "betas": [0.9, 0.99]}}
+        (run / "summary.json").write_text(json.dumps(summary_of(run, config=config)))
+    write_run(folder / "3")
+
+
+def test_a_sweep_is_sorted_best_first_with_the_keys_that_differ(tmp_path):
+    write_sweep(tmp_path)
+    rows = sweep_table(tmp_path)
+    assert [row["run"] for row in rows] == ["1", "0", "2", "3"]
+    assert list(rows[0]) == ["run", "optim.lr", "exit_reason", "steps", "seconds", "eval/greedy"]
+    assert (rows[0]["optim.lr"], rows[0]["eval/greedy"], rows[0]["steps"]) == (3e-4, 0.9, 1)
+    assert rows[3]["exit_reason"] == "no summary.json" and rows[3]["eval/greedy"] is None
+
+
+def test_the_command_line_writes_the_tables_of_a_sweep_and_the_report_of_a_run(tmp_path, capsys):
+    write_sweep(tmp_path)
+    assert main([str(tmp_path)]) == 0
+    with open(tmp_path / "sweep_summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["eval/greedy"]) for row in rows[:3]] == [0.9, 0.5, 0.1]
+    table = (tmp_path / "sweep_summary.md").read_text()
+    assert "| 1 | 0.0003 | completed | 1 | 0 | 0.9 |" in table and table in capsys.readouterr().out
+    assert main([str(tmp_path / "3")]) == 0
+    assert (tmp_path / "3" / "report.html").exists()
+
+
+def test_the_command_line_refuses_a_folder_without_runs_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} holds no run: neither summary.json nor metrics.jsonl below it\n"
+    )
+    assert main([]) == 2
