@@ -14,6 +14,7 @@ channel only, so an answer that stands in the reasoning earns nothing.
 A row whose weighted reward function raised or returned something that is no finite number gets no reward at all (never
 silently 0): it is dropped from its group and counted, and above `max_error_rate` the run stops.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -21,6 +22,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import re
 import sys
@@ -189,7 +191,9 @@ def load_function(path: str, *, key: str) -> Callable:
     if not colon:
         module_name, _, function_name = path.rpartition(".")
     if not module_name or not function_name.isidentifier():
-        raise ValueError(f"{key}={path!r}: expected package.module:function, package.module.function or file.py:function")
+        raise ValueError(
+            f"{key}={path!r}: expected package.module:function, package.module.function or file.py:function"
+        )
     try:
         if module_name.endswith(".py"):
             module = _import_file(Path(module_name).expanduser())
@@ -199,12 +203,18 @@ def load_function(path: str, *, key: str) -> Callable:
         raise ValueError(f"{key}={path!r}: cannot import {module_name}: {describe_error(error)}") from error
     functions = vars(module)
     if function_name not in functions:
-        public = sorted(name for name, value in functions.items()
-                        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_")
-        raise ValueError(f"{key}={path!r}: {module_name} has no {function_name!r}; its functions: "
-                         f"{', '.join(public) or 'none'}")
+        public = sorted(
+            name
+            for name, value in functions.items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+        )
+        raise ValueError(
+            f"{key}={path!r}: {module_name} has no {function_name!r}; its functions: {', '.join(public) or 'none'}"
+        )
     if not callable(functions[function_name]):
-        raise ValueError(f"{key}={path!r}: {function_name!r} is a {type(functions[function_name]).__name__}, no function")
+        raise ValueError(
+            f"{key}={path!r}: {function_name!r} is a {type(functions[function_name]).__name__}, no function"
+        )
     return functions[function_name]
 
 
@@ -225,13 +235,28 @@ def _import_file(path: Path):
     return module
 
 
-def load_reward(path: str, *, key: str, columns: set[str], has_answer: bool, name: str | None = None, weight: float = 1.0,
-                kwargs: dict | None = None) -> Reward:
+def load_reward(
+    path: str,
+    *,
+    key: str,
+    columns: set[str],
+    has_answer: bool,
+    name: str | None = None,
+    weight: float = 1.0,
+    kwargs: dict | None = None,
+) -> Reward:
     """The adapter of the function at `path`, its signature checked against the data's columns; see Reward."""
     function = load_function(path, key=key)
     default_name = re.split(r"[:.]", path)[-1]
-    return Reward(function, key=key, name=name or default_name, weight=weight, kwargs=kwargs or {}, columns=columns,
-                  has_answer=has_answer)
+    return Reward(
+        function,
+        key=key,
+        name=name or default_name,
+        weight=weight,
+        kwargs=kwargs or {},
+        columns=columns,
+        has_answer=has_answer,
+    )
 
 
 class Reward:
@@ -239,44 +264,71 @@ class Reward:
 
     Raises ValueError naming `key` if a required parameter is nothing that a completion or the data's columns can fill."""
 
-    def __init__(self, function: Callable, *, key: str, name: str, weight: float, kwargs: dict, columns: set[str],
-                 has_answer: bool):
+    def __init__(
+        self,
+        function: Callable,
+        *,
+        key: str,
+        name: str,
+        weight: float,
+        kwargs: dict,
+        columns: set[str],
+        has_answer: bool,
+    ):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{key}: weight={weight!r} must be a finite number")
         self.function, self.name, self.weight, self.kwargs = function, name, float(weight), dict(kwargs)
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{key}: the signature of {name!r} cannot be read: {error}; wrap it in a function") from error
+            raise ValueError(
+                f"{key}: the signature of {name!r} cannot be read: {error}; wrap it in a function"
+            ) from error
         self.named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self.takes_rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        required = [p.name for p in parameters if p.default is p.empty and p.kind in
-                    (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        required = [
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
         self.style = self._find_style(key)
-        standard = {"batch": {*BATCH_NAMES, "trainer_state", "log_extra", "log_metric"}, "verl": set(VERL_NAMES),
-                    "single": {*SINGLE_NAMES, *NATIVE_NAMES}, "native": {*NATIVE_NAMES, "answer"}}[self.style]
+        standard = {
+            "batch": {*BATCH_NAMES, "trainer_state", "log_extra", "log_metric"},
+            "verl": set(VERL_NAMES),
+            "single": {*SINGLE_NAMES, *NATIVE_NAMES},
+            "native": {*NATIVE_NAMES, "answer"},
+        }[self.style]
         if not has_answer:
             standard -= {"answer", "answers", "ground_truth"}
         available = standard | columns | ({"answer"} if has_answer else set())
         positional_only = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         missing = [p for p in required if p not in available | set(self.kwargs) or p in positional_only]
         if missing:
-            raise ValueError(f"{key}: nothing to call {name!r} with for its parameter {', '.join(map(repr, missing))}; "
-                             f"known names are {', '.join(sorted(standard))} and the columns "
-                             f"{', '.join(sorted(columns)) or '(none)'}; others come from kwargs in the config")
+            raise ValueError(
+                f"{key}: nothing to call {name!r} with for its parameter {', '.join(map(repr, missing))}; "
+                f"known names are {', '.join(sorted(standard))} and the columns "
+                f"{', '.join(sorted(columns)) or '(none)'}; others come from kwargs in the config"
+            )
         unknown = [k for k in self.kwargs if k not in self.named and not self.takes_rest]
         if unknown:
-            raise ValueError(f"{key}: kwargs {', '.join(map(repr, unknown))}: {name!r} has no such parameter; it takes "
-                             f"{', '.join(sorted(self.named))}")
+            raise ValueError(
+                f"{key}: kwargs {', '.join(map(repr, unknown))}: {name!r} has no such parameter; it takes "
+                f"{', '.join(sorted(self.named))}"
+            )
 
     def _find_style(self, key: str) -> str:
-        for style, names in (("batch", BATCH_NAMES), ("verl", ("solution_str", "ground_truth")),
-                             ("single", ("completion", "prompt", "info", "state", "task")),
-                             ("native", (*NATIVE_NAMES, "answer"))):
+        for style, names in (
+            ("batch", BATCH_NAMES),
+            ("verl", ("solution_str", "ground_truth")),
+            ("single", ("completion", "prompt", "info", "state", "task")),
+            ("native", (*NATIVE_NAMES, "answer")),
+        ):
             if self.named.intersection(names):
                 return style
-        raise ValueError(f"{key}: the parameters of {self.name!r} ({', '.join(sorted(self.named)) or 'none'}) name no "
-                         "completion; expected completions (a batch), solution_str, completion, or row and text")
+        raise ValueError(
+            f"{key}: the parameters of {self.name!r} ({', '.join(sorted(self.named)) or 'none'}) name no "
+            "completion; expected completions (a batch), solution_str, completion, or row and text"
+        )
 
     def __call__(self, samples: list[Sample], *, step: int) -> list[Result]:
         """One Result per sample. An exception or a value that is no finite number becomes its `error`; a batch function
@@ -320,12 +372,14 @@ class Reward:
             outcome = outcome.tolist()
         if not isinstance(outcome, (list, tuple)) or len(outcome) != len(samples):
             found = f"{len(outcome)} values" if isinstance(outcome, (list, tuple)) else f"a {type(outcome).__name__}"
-            return [Result(None, f"returned {found} for {len(samples)} completions; expected a list with one value each")
-                    for _ in samples]
+            return [
+                Result(None, f"returned {found} for {len(samples)} completions; expected a list with one value each")
+                for _ in samples
+            ]
         results = [_to_result(value, self.name) for value in outcome]
         for i, result in enumerate(results):
             result.metrics |= {name: value for name, value in metrics.items() if math.isfinite(value)}
-            result.extra |= {column: values[i] for column, values in extra.items()}
+            result.extra |= {column: _loggable(values[i]) for column, values in extra.items()}
         return results
 
     def _select(self, values: dict) -> dict:
@@ -335,17 +389,25 @@ class Reward:
 
     def _batch_values(self, samples: list[Sample], step: int) -> dict:
         # TRL keeps a column named like the prompt or completion to itself, and functions may pass **kwargs on
-        names = dict.fromkeys(name for sample in samples for name in sample.row
-                              if name in self.named or name not in ("prompt", "completion"))
+        names = dict.fromkeys(
+            name
+            for sample in samples
+            for name in sample.row
+            if name in self.named or name not in ("prompt", "completion")
+        )
         values = {"answer": [sample.answer for sample in samples]} if "answer" in self.named else {}
         values |= {name: [copy.deepcopy(sample.row.get(name)) for sample in samples] for name in names}
         values |= {
             "prompts": [copy.deepcopy(sample.prompt) for sample in samples],
             "completions": [_completion(sample) for sample in samples],
             "completion_ids": [list(sample.completion_ids) for sample in samples],
-            "trainer_state": TrainerState(global_step=step)}
-        plurals = {f"{name}s": [self._single_values(sample).get(name) for sample in samples]
-                   for name in ("answer", "info", "state", "task") if f"{name}s" in self.named}
+            "trainer_state": TrainerState(global_step=step),
+        }
+        plurals = {
+            f"{name}s": [self._single_values(sample).get(name) for sample in samples]
+            for name in ("answer", "info", "state", "task")
+            if f"{name}s" in self.named
+        }
         return plurals | values
 
     def _single_values(self, sample: Sample) -> dict:
@@ -353,11 +415,20 @@ class Reward:
         info = row.get("info", row.get("extra_info")) or {}
         named = {"row": row, "text": sample.text, "thinking": sample.thinking, "is_truncated": sample.is_truncated}
         if self.style == "verl":
-            standard = {"data_source": row.get("data_source", ""), "solution_str": sample.text,
-                        "ground_truth": sample.answer, "extra_info": row.get("extra_info") or {}}
+            standard = {
+                "data_source": row.get("data_source", ""),
+                "solution_str": sample.text,
+                "ground_truth": sample.answer,
+                "extra_info": row.get("extra_info") or {},
+            }
         else:
-            standard = {"prompt": copy.deepcopy(sample.prompt), "completion": _completion(sample), "info": info,
-                        "answer": sample.answer, "task": row.get("task", "")}
+            standard = {
+                "prompt": copy.deepcopy(sample.prompt),
+                "completion": _completion(sample),
+                "info": info,
+                "answer": sample.answer,
+                "task": row.get("task", ""),
+            }
             standard["state"] = dict(standard)
         if sample.answer is None:  # no answer column is mapped: a column of that name may still stand in
             standard = {name: value for name, value in standard.items() if name not in ("answer", "ground_truth")}
@@ -378,7 +449,8 @@ def score_with(rewards: list[Reward], samples: list[Sample], *, step: int, max_e
             raise RewardError(
                 f"reward {reward.name!r} failed on {len(failed)} of {len(samples)} completions (max_error_rate="
                 f"{max_error_rate}); first on row {samples[first].source}: {of_reward[first].error}; completion: "
-                f"{_short(samples[first].text)}")
+                f"{_short(samples[first].text)}"
+            )
     return results
 
 
@@ -389,13 +461,16 @@ def try_rewards(rewards: list[Reward], samples: list[Sample]) -> None:
     for reward in rewards:
         for sample, result in zip(samples, reward(samples, step=0)):
             if result.error is not None:
-                raise RewardError(f"reward {reward.name!r} failed its dry run on row {sample.source}, called with the "
-                                  f"completion {_short(sample.text)}: {result.error}")
+                raise RewardError(
+                    f"reward {reward.name!r} failed its dry run on row {sample.source}, called with the "
+                    f"completion {_short(sample.text)}: {result.error}"
+                )
 
 
 async def _gather(outcomes: list) -> list:
     async def finish(outcome):
         return await outcome if inspect.isawaitable(outcome) else outcome
+
     return await asyncio.gather(*(finish(outcome) for outcome in outcomes), return_exceptions=True)
 
 
@@ -419,7 +494,7 @@ def _to_result(outcome: object, name: str) -> Result:
             continue
         number = _to_number(value)
         if number.value is None:
-            result.extra[f"{name}/{entry}"] = value
+            result.extra[f"{name}/{entry}"] = _loggable(value)
         else:
             result.metrics[f"{name}/{entry}"] = number.value
     return result
@@ -429,12 +504,23 @@ def _to_number(value: object) -> Result:
     if value is None:
         return Result(None)
     if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-        return Result(None, f"returned a {type(value).__name__} ({_short(value)}); expected a number, bool, None or dict")
+        return Result(
+            None, f"returned a {type(value).__name__} ({_short(value)}); expected a number, bool, None or dict"
+        )
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # complex-like, huge ints, tensors of many
         return Result(None, f"returned {_short(value)}, which is no number: {error}")
     return Result(number) if math.isfinite(number) else Result(None, f"returned {number}, which is not finite")
+
+
+def _loggable(value: object) -> object:
+    """The value if JSON can hold it, else its text: the log of completions is JSON."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)[:500]
+    return value
 
 
 def describe_error(error: BaseException) -> str:

@@ -9,6 +9,7 @@ lets GRPO overrule the teacher.
 Everything drawn is a pure function of (seed, step, attempt): there is no state to save. The held-out problems are the same
 for every seed, and never occur in prompts or demonstrations, mirrored (49+14) or not.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -41,8 +42,18 @@ class Carry:
 
     build_tokenizer = staticmethod(build_tokenizer)
 
-    def __init__(self, *, tokenizer: Tokenizer, seed: int, digits: int, format_reward: float, fault_rate: float,
-                 keep_no_carry: float, held_out_fraction: float, num_eval_prompts: int):
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        seed: int,
+        digits: int,
+        format_reward: float,
+        fault_rate: float,
+        keep_no_carry: float,
+        held_out_fraction: float,
+        num_eval_prompts: int,
+    ):
         if not 2 <= digits <= 9:
             raise ValueError(f"env.digits={digits}: must lie in 2..9; one column leaves nothing to carry to")
         for key, value in (("fault_rate", fault_rate), ("keep_no_carry", keep_no_carry)):
@@ -55,8 +66,10 @@ class Carry:
         self.lowest, self.highest = 10 ** (digits - 1), 10**digits - 1
         most = int(held_out_fraction * (self.highest - self.lowest + 1) ** 2 / 4)
         if not 1 <= num_eval_prompts <= most:
-            raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
-                             f"held_out_fraction={held_out_fraction}")
+            raise ValueError(
+                f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
+                f"held_out_fraction={held_out_fraction}"
+            )
         self.tokenizer, self.seed, self.format_reward, self.fault_rate = tokenizer, seed, format_reward, fault_rate
         self.keep_no_carry, self.held_out_fraction = keep_no_carry, held_out_fraction
         self.num_eval_prompts = num_eval_prompts
@@ -67,7 +80,9 @@ class Carry:
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
         rng = random.Random(f"carry prompts {self.seed} {step} {attempt}")
-        return [self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)]
+        return [
+            self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)
+        ]
 
     def eval_prompts(self) -> list[Prompt]:
         """The held-out problems, all different."""
@@ -94,8 +109,12 @@ class Carry:
 
     def describe(self, completion: Completion) -> dict:
         parsed = parse_completion(completion.completion_ids, self.tokenizer)
-        return {"question": completion.prompt.row["question"], "answer": completion.prompt.row["answer"],
-                "analysis": parsed.analysis, "final": parsed.final}
+        return {
+            "question": completion.prompt.row["question"],
+            "answer": completion.prompt.row["answer"],
+            "analysis": parsed.analysis,
+            "final": parsed.final,
+        }
 
     def encode_prompt(self, question: str) -> list[int]:
         """`14+49` as a user message and the start of the assistant's."""
@@ -106,7 +125,7 @@ class Carry:
         start = generation_prompt(self.tokenizer)
         thought = render_message(Message("assistant", analysis, channel="analysis"), self.tokenizer)
         answer = render_message(Message("assistant", final, channel="final"), self.tokenizer)
-        return thought[len(start):] + answer[:-1] + [self.tokenizer.return_]
+        return thought[len(start) :] + answer[:-1] + [self.tokenizer.return_]
 
     def is_held_out(self, a: int, b: int) -> bool:
         digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
@@ -130,8 +149,10 @@ class Carry:
         answer = stated_answer(parsed)
         is_correct, has_format = answer == row["answer"], is_well_formed(parsed)
         forgetful = demonstration(a, b, forgets_carry=True)
-        metrics = {"reasoning_correct": float(parsed.analysis == demonstration(a, b, forgets_carry=False)[0]),
-                   "reasoning_consistent": float(answer is not None and implied_answer(parsed.analysis) == answer)}
+        metrics = {
+            "reasoning_correct": float(parsed.analysis == demonstration(a, b, forgets_carry=False)[0]),
+            "reasoning_consistent": float(answer is not None and implied_answer(parsed.analysis) == answer),
+        }
         if row["needs_carry"]:
             metrics |= {"accuracy_carry": float(is_correct), "forgets_carry": float(answer == forgetful[1])}
         else:

@@ -11,24 +11,21 @@ The whole file is read, checked and tokenised when the environment is built, bef
 DataError that starts with file:line. Training rows are visited in epochs, each a permutation keyed by (seed, epoch);
 everything is a pure function of (seed, step, attempt), so there is no state to save.
 """
+
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
 import hashlib
-import io
 import json
 import random
 import re
-import zlib
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 from grpo.batch import Completion, Prompt
+from grpo.envs.data_files import DataError, read_records
 from grpo.rewards import (
     Result,
     Reward,
@@ -47,15 +44,10 @@ from grpo.rewards import (
 from models.harmony import parse_completion, render_chat
 from models.tokenizer import Tokenizer
 
-FORMATS = (".jsonl", ".json", ".csv")
 EFFORTS = ("low", "medium", "high")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_SKIPPED = 0.01  # share of bad rows that on_bad_row=skip puts up with
 CHARS_PER_TOKEN = 128  # no token of o200k is longer: prompts beyond it are too long without counting
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message starts with the file and line."""
 
 
 @dataclass
@@ -65,8 +57,8 @@ class Row:
     prompt: str | list[dict]  # user text or messages
     answer: str | None
     effort: str
-    digest: bytes  # of the messages
-    token_ids: array  # the rendered prompt
+    digest: bytes  # of the messages, instructions aside: the identity of the prompt
+    token_ids: array  # the rendered prompt; empty until tokenised
 
 
 class Dataset:
@@ -90,14 +82,37 @@ class Dataset:
 
     Raises DataError for the data, ValueError for a keyword, RewardError if a dry run fails."""
 
-    def __init__(self, *, tokenizer: Tokenizer, seed: int, path: str, prompt_key: str, answer_key: str | None,
-                 match: str, current_date: str, reasoning_effort: str, max_prompt_tokens: int,
-                 eval_path: str | None = None, held_out_fraction: float | None = None, num_eval_prompts: int | None = None,
-                 question_template: str | None = None, answer_after: str | None = None, instructions: str | None = None,
-                 reasoning_effort_key: str | None = None, numeric_tolerance: float = 0.0, match_reward: float = 1.0,
-                 format_reward: float = 0.0, rewards: list | None = None, max_error_rate: float = 0.05,
-                 correct_at: float | None = None, on_bad_row: str = "error", on_long_prompt: str = "error",
-                 on_duplicate: str = "error", on_overlap: str = "error", dry_run: bool = True):
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        seed: int,
+        path: str,
+        prompt_key: str,
+        answer_key: str | None,
+        match: str,
+        current_date: str,
+        reasoning_effort: str,
+        max_prompt_tokens: int,
+        eval_path: str | None = None,
+        held_out_fraction: float | None = None,
+        num_eval_prompts: int | None = None,
+        question_template: str | None = None,
+        answer_after: str | None = None,
+        instructions: str | None = None,
+        reasoning_effort_key: str | None = None,
+        numeric_tolerance: float = 0.0,
+        match_reward: float = 1.0,
+        format_reward: float = 0.0,
+        rewards: list | None = None,
+        max_error_rate: float = 0.05,
+        correct_at: float | None = None,
+        on_bad_row: str = "error",
+        on_long_prompt: str = "error",
+        on_duplicate: str = "error",
+        on_overlap: str = "error",
+        dry_run: bool = True,
+    ):
         self.tokenizer, self.seed = tokenizer, seed
         self.prompt_key, self.answer_key, self.answer_after = prompt_key, answer_key, answer_after
         self.question_template, self.instructions = question_template, instructions
@@ -114,8 +129,10 @@ class Dataset:
             held_out = [row for row in train if _hash(row) < cut]
             self.train_rows = [row for row in train if _hash(row) >= cut]
             if not held_out or not self.train_rows:
-                raise DataError(f"{path}: env.held_out_fraction={held_out_fraction} leaves {len(self.train_rows)} "
-                                f"training and {len(held_out)} evaluation rows of {len(train)}; change it or give eval_path")
+                raise DataError(
+                    f"{path}: env.held_out_fraction={held_out_fraction} leaves {len(self.train_rows)} "
+                    f"training and {len(held_out)} evaluation rows of {len(train)}; change it or give eval_path"
+                )
         else:
             held_out = self._read(eval_path, "eval_path")
             self.train_rows = self._without_overlap(train, held_out)
@@ -149,10 +166,18 @@ class Dataset:
         for completion in completions:
             row = self._rows[completion.prompt.row["_source"]]
             parsed.append(parse_completion(completion.completion_ids, self.tokenizer))
-            samples.append(Sample(
-                row=row.columns, source=row.source, prompt=row.prompt, text=parsed[-1].final, answer=row.answer,
-                thinking=parsed[-1].analysis, completion_ids=completion.completion_ids,
-                is_truncated=completion.finish_reason == "length"))
+            samples.append(
+                Sample(
+                    row=row.columns,
+                    source=row.source,
+                    prompt=row.prompt,
+                    text=parsed[-1].final,
+                    answer=row.answer,
+                    thinking=parsed[-1].analysis,
+                    completion_ids=completion.completion_ids,
+                    is_truncated=completion.finish_reason == "length",
+                )
+            )
         results = score_with(self.rewards, samples, step=self._step, max_error_rate=self.max_error_rate)
         scores = []
         for i, sample in enumerate(samples):
@@ -168,8 +193,13 @@ class Dataset:
         row = self._rows[completion.prompt.row["_source"]]
         parsed = parse_completion(completion.completion_ids, self.tokenizer)
         question = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
-        return {"source": row.source, "question": question, "answer": row.answer, "analysis": parsed.analysis,
-                "final": parsed.final}
+        return {
+            "source": row.source,
+            "question": question,
+            "answer": row.answer,
+            "analysis": parsed.analysis,
+            "final": parsed.final,
+        }
 
     # --- rewards ----------------------------------------------------------------------------------------------------
 
@@ -202,8 +232,10 @@ class Dataset:
 
     def _check_applicable(self, scores: list[Score], samples: list[Sample]) -> None:
         if scores and all(score.reward is None for score in scores):
-            raise RewardError(f"no reward for any of {len(scores)} completions, first row {samples[0].source}: every "
-                              "reward function failed or returned None (not applicable)")
+            raise RewardError(
+                f"no reward for any of {len(scores)} completions, first row {samples[0].source}: every "
+                "reward function failed or returned None (not applicable)"
+            )
 
     def _load_rewards(self, entries: list) -> list[Reward]:
         columns = {name for row in self._rows.values() for name in row.columns}
@@ -215,27 +247,46 @@ class Dataset:
             for name in entry:
                 if name not in ("fn", "weight", "name", "kwargs"):
                     near = difflib.get_close_matches(str(name), ("weight", "name", "kwargs"), n=1)
-                    raise ValueError(f"{key}.{name}: unknown key{f'; did you mean {near[0]}?' if near else ''} "
-                                     "(allowed: fn, weight, name, kwargs)")
+                    raise ValueError(
+                        f"{key}.{name}: unknown key{f'; did you mean {near[0]}?' if near else ''} "
+                        "(allowed: fn, weight, name, kwargs)"
+                    )
             options = {name: value for name, value in entry.items() if name != "fn"}
-            rewards.append(load_reward(entry["fn"], key=f"{key}.fn", columns=columns,
-                                       has_answer=self.answer_key is not None, **options))
+            rewards.append(
+                load_reward(
+                    entry["fn"], key=f"{key}.fn", columns=columns, has_answer=self.answer_key is not None, **options
+                )
+            )
         names = ["format", f"{self.match}_match", *(reward.name for reward in rewards)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"env.rewards: the name {repeated[0]!r} is taken twice; give one of them another with name:")
+            raise ValueError(
+                f"env.rewards: the name {repeated[0]!r} is taken twice; give one of them another with name:"
+            )
         weights = [self.format_reward, self.match_reward * (self.match != "none"), *(r.weight for r in rewards)]
         if not any(weights):
-            raise ValueError("env.rewards: every weight is 0, so there is nothing to learn; set match, match_reward or the "
-                             "weight of a reward function")
+            raise ValueError(
+                "env.rewards: every weight is 0, so there is nothing to learn; set match, match_reward or the "
+                "weight of a reward function"
+            )
         return rewards
 
     def _dry_run(self) -> None:
         samples = []
         for row in self.train_rows[:2]:
             text = row.answer or ""
-            samples.append(Sample(row=row.columns, source=row.source, prompt=row.prompt, text=text, thinking="",
-                                  completion_ids=self.tokenizer.encode(text), is_truncated=False, answer=row.answer))
+            samples.append(
+                Sample(
+                    row=row.columns,
+                    source=row.source,
+                    prompt=row.prompt,
+                    text=text,
+                    thinking="",
+                    completion_ids=self.tokenizer.encode(text),
+                    is_truncated=False,
+                    answer=row.answer,
+                )
+            )
         try_rewards(self.rewards, samples)
 
     # --- rows -------------------------------------------------------------------------------------------------------
@@ -247,10 +298,14 @@ class Dataset:
             self._epoch = (epoch, order)
         return self._epoch[1]
 
-    def _check_keywords(self, eval_path: str | None, held_out_fraction: float | None, num_eval_prompts: int | None) -> None:
+    def _check_keywords(
+        self, eval_path: str | None, held_out_fraction: float | None, num_eval_prompts: int | None
+    ) -> None:
         if (eval_path is None) == (held_out_fraction is None):
-            raise ValueError(f"env.eval_path={eval_path!r}, env.held_out_fraction={held_out_fraction}: set exactly one; the "
-                             "evaluation rows are a file of their own or a part of path")
+            raise ValueError(
+                f"env.eval_path={eval_path!r}, env.held_out_fraction={held_out_fraction}: set exactly one, "
+                "the other null: evaluation rows are a file of their own or a part of path"
+            )
         if held_out_fraction is not None and not 0 < held_out_fraction < 1:
             raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
         if num_eval_prompts is not None and num_eval_prompts < 1:
@@ -261,9 +316,14 @@ class Dataset:
             raise ValueError(f"env.max_error_rate={self.max_error_rate}: must lie in 0..1")
         if not 0 <= self.numeric_tolerance < 1:
             raise ValueError(f"env.numeric_tolerance={self.numeric_tolerance}: must lie in 0..1 (relative; 0 is exact)")
-        choices = [("match", self.match, ("exact", "numeric", "none")), ("reasoning_effort", self.reasoning_effort, EFFORTS)]
-        choices += [(key, vars(self)[key], ("error", "skip"))
-                    for key in ("on_bad_row", "on_long_prompt", "on_duplicate", "on_overlap")]
+        choices = [
+            ("match", self.match, ("exact", "numeric", "none")),
+            ("reasoning_effort", self.reasoning_effort, EFFORTS),
+        ]
+        choices += [
+            (key, vars(self)[key], ("error", "skip"))
+            for key in ("on_bad_row", "on_long_prompt", "on_duplicate", "on_overlap")
+        ]
         for key, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"env.{key}={value!r}: must be one of {', '.join(allowed)}")
@@ -276,11 +336,15 @@ class Dataset:
         if self.question_template is not None:
             names = {name for name in _PLACEHOLDER.findall(self.question_template) if name}
             if not names:
-                raise ValueError(f"env.question_template={self.question_template!r}: names no column; expected a placeholder "
-                                 f"such as {{{self.prompt_key}}}")
+                raise ValueError(
+                    f"env.question_template={self.question_template!r}: names no column; expected a placeholder "
+                    f"such as {{{self.prompt_key}}}"
+                )
             if self.answer_key in names:
-                raise ValueError(f"env.question_template: {{{self.answer_key}}} would put the answer into the prompt; write "
-                                 f"{{{{{self.answer_key}}}}} for braces")
+                raise ValueError(
+                    f"env.question_template: {{{self.answer_key}}} would put the answer into the prompt; write "
+                    f"{{{{{self.answer_key}}}}} for braces"
+                )
 
     def _read(self, path: str, key: str) -> list[Row]:
         """The checked rows of a file, in file order."""
@@ -296,14 +360,31 @@ class Dataset:
                 bad.append(f"{source}: {problem}")
         if not num_records:
             raise DataError(f"{path}: holds no rows; env.{key} needs at least one")
-        if bad and (self.on_bad_row == "error" or len(bad) > MAX_SKIPPED * num_records):
-            also = f" (on_bad_row=skip accepts at most {MAX_SKIPPED:.0%})" if self.on_bad_row == "skip" else (
-                "; correct the file or its column mapping" + (", or set env.on_bad_row=skip"
-                                                              if len(bad) <= MAX_SKIPPED * num_records else ""))
-            more = "".join(f"\n  {line}" for line in bad[1:5])
-            raise DataError(f"{bad[0]}\n{len(bad)} bad of {num_records} rows{also}; columns: "
-                            f"{', '.join(map(str, columns)) or 'none'}{more}")
-        return self._without_duplicates(self._without_long_prompts(rows, path), path)
+        self._refuse(bad, num_records, list(columns))
+        rows = self._without_duplicates(rows)
+        for row in rows:  # the slow part, after everything that can be told without it
+            try:
+                row.token_ids = self._tokenize(row)
+            except _BadRow as problem:
+                bad.append(f"{row.source}: {problem}")
+        self._refuse(bad, num_records, list(columns))
+        return self._without_long_prompts([row for row in rows if row.token_ids], path)
+
+    def _refuse(self, bad: list[str], num_records: int, columns: list) -> None:
+        """Raises DataError if there are bad rows, or more than on_bad_row=skip puts up with."""
+        can_skip = len(bad) <= MAX_SKIPPED * num_records
+        if not bad or (can_skip and self.on_bad_row == "skip"):
+            return
+        advice = "correct the file or its column mapping"
+        if self.on_bad_row == "skip":
+            advice += f"; env.on_bad_row=skip accepts at most {MAX_SKIPPED:.0%}"
+        elif can_skip:
+            advice += ", or set env.on_bad_row=skip"
+        more = "".join(f"\n  {line}" for line in bad[1:5])
+        raise DataError(
+            f"{bad[0]}\n{len(bad)} bad of {num_records} rows: {advice}; columns: "
+            f"{', '.join(map(str, columns)) or 'none'}{more}"
+        )
 
     def _row(self, record: dict, source: str) -> Row:
         if self.question_template is None:
@@ -316,17 +397,24 @@ class Dataset:
             effort = _lookup(record, self.reasoning_effort_key, "reasoning_effort_key")
             if effort not in EFFORTS:
                 raise _BadRow(f"{self.reasoning_effort_key!r} is {effort!r}; must be one of {', '.join(EFFORTS)}")
-        messages = _messages(prompt)
+        try:
+            text = json.dumps(_messages(prompt), ensure_ascii=False, sort_keys=True).encode()
+        except UnicodeEncodeError as error:
+            raise _BadRow("the prompt cannot be tokenised: it holds half of a surrogate pair") from error
+        return Row(record, source, prompt, answer, effort, hashlib.sha256(text).digest(), array("i"))
+
+    def _tokenize(self, row: Row) -> array:
+        messages = _messages(row.prompt)
         if self.instructions is not None and messages[0]["role"] not in ("system", "developer"):
             messages = [{"role": "developer", "content": self.instructions}, *messages]
-        num_chars = sum(len(message["content"]) for message in messages)
+        if sum(len(message["content"]) for message in messages) > CHARS_PER_TOKEN * self.max_prompt_tokens:
+            return array("i", [-1]) * (self.max_prompt_tokens + 1)
         try:
-            digest = hashlib.sha256(json.dumps(messages, ensure_ascii=False, sort_keys=True).encode()).digest()
-            token_ids = array("i", [-1]) * (self.max_prompt_tokens + 1) if num_chars > CHARS_PER_TOKEN * self.max_prompt_tokens \
-                else array("i", render_chat(messages, self.tokenizer, reasoning_effort=effort, current_date=self.current_date))
-        except ValueError as error:  # lone surrogates, characters that the tokenizer lacks
+            return array(
+                "i", render_chat(messages, self.tokenizer, reasoning_effort=row.effort, current_date=self.current_date)
+            )
+        except ValueError as error:  # characters that the tokenizer lacks, tool calls without a name
             raise _BadRow(f"the prompt cannot be tokenised: {error}") from error
-        return Row(record, source, prompt, answer, effort, digest, token_ids)
 
     def _answer(self, record: dict) -> str:
         value = _lookup(record, self.answer_key, "answer_key")
@@ -348,31 +436,41 @@ class Dataset:
         long = [row for row in rows if len(row.token_ids) > self.max_prompt_tokens]
         if long and self.on_long_prompt == "error":
             size = f"{len(long[0].token_ids)} tokens" if long[0].token_ids[0] >= 0 else "millions of characters"
-            raise DataError(f"{long[0].source}: the prompt has {size}, more than env.max_prompt_tokens="
-                            f"{self.max_prompt_tokens} ({len(long)} such of {len(rows)} rows); raise it or set "
-                            "env.on_long_prompt=skip")
+            raise DataError(
+                f"{long[0].source}: the prompt has {size}, more than env.max_prompt_tokens="
+                f"{self.max_prompt_tokens} ({len(long)} such of {len(rows)} rows); raise it or set "
+                "env.on_long_prompt=skip"
+            )
         if len(long) == len(rows):
             raise DataError(f"{path}: no prompt fits env.max_prompt_tokens={self.max_prompt_tokens}")
         return [row for row in rows if len(row.token_ids) <= self.max_prompt_tokens]
 
-    def _without_duplicates(self, rows: list[Row], path: str) -> list[Row]:
+    def _without_duplicates(self, rows: list[Row]) -> list[Row]:
         first: dict[bytes, Row] = {}
         for row in rows:
             other = first.setdefault(row.digest, row)
             if other is not row and self.on_duplicate == "error":
-                answers = "" if other.answer == row.answer else f", with another answer ({other.answer!r}, {row.answer!r})"
-                raise DataError(f"{row.source}: the same prompt as {other.source}{answers}; remove one, or set "
-                                "env.on_duplicate=skip to keep the first")
+                answers = (
+                    "" if other.answer == row.answer else f", with another answer ({other.answer!r}, {row.answer!r})"
+                )
+                raise DataError(
+                    f"{row.source}: the same prompt as {other.source}{answers}; remove one, or set "
+                    "env.on_duplicate=skip to keep the first"
+                )
         return list(first.values())
 
     def _without_overlap(self, train: list[Row], held_out: list[Row]) -> list[Row]:
         evaluated = {row.digest: row for row in held_out}
         overlap = [row for row in train if row.digest in evaluated]
         if overlap and self.on_overlap == "error":
-            raise DataError(f"{overlap[0].source}: the prompt is also an evaluation row, {evaluated[overlap[0].digest].source} "
-                            f"({len(overlap)} such of {len(train)} training rows); remove them, or set env.on_overlap=skip")
+            raise DataError(
+                f"{overlap[0].source}: the prompt is also an evaluation row, {evaluated[overlap[0].digest].source} "
+                f"({len(overlap)} such of {len(train)} training rows); remove them, or set env.on_overlap=skip"
+            )
         if len(overlap) == len(train):
-            raise DataError(f"{train[0].source}: every training prompt is also an evaluation row; nothing is left to train on")
+            raise DataError(
+                f"{train[0].source}: every training prompt is also an evaluation row; nothing is left to train on"
+            )
         return [row for row in train if row.digest not in evaluated]
 
 
@@ -411,9 +509,15 @@ def _messages(prompt: object) -> list[dict]:
     if not isinstance(prompt, list) or not prompt:
         raise _BadRow(f"the prompt is a {type(prompt).__name__}; expected text or a list of messages")
     for i, message in enumerate(prompt):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
-            raise _BadRow(f"message {i} of the prompt must be {{role, content}} with text content and a role of "
-                          f"{', '.join(ROLES)}")
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("content"), str)
+            or message.get("role") not in ROLES
+        ):
+            raise _BadRow(
+                f"message {i} of the prompt must be {{role, content}} with text content and a role of "
+                f"{', '.join(ROLES)}"
+            )
         if message["role"] in ("system", "developer") and i > 0:
             raise _BadRow(f"message {i} of the prompt: a {message['role']} message can only come first")
     if prompt[-1]["role"] not in ("user", "tool"):
@@ -427,87 +531,3 @@ def _hash(row: Row) -> int:
 
 def _prompt(prompt_id: int, row: Row) -> Prompt:
     return Prompt(prompt_id, row.token_ids.tolist(), {**row.columns, "_source": row.source})
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path, key: str) -> Iterator[tuple[str, dict | str]]:
-    """("file:line", columns) for every row, or the problem as text in place of the columns. Raises DataError for a file
-    that cannot be read at all; `key` is the config key that named it."""
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in FORMATS:
-        raise DataError(f"{path}: env.{key} must end in {', '.join(FORMATS)}, or one of them and .gz")
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8 ({error.reason}); convert the file, e.g. "
-                        "iconv -f latin1 -t utf-8") from error
-    del data
-    if suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse_line(line)
-    elif suffix == ".json":
-        yield from _read_json_list(text, path)
-    else:
-        yield from _read_csv(text, path)
-
-
-def _parse_json(text: str) -> object:
-    def refuse(name: str):
-        raise ValueError(f"{name} is not JSON")
-    return json.loads(text, parse_constant=refuse)
-
-
-def _parse_line(line: str) -> dict | str:
-    try:
-        record = _parse_json(line)
-    except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:
-        return f"not valid JSON: {error}"
-    return record if isinstance(record, dict) else f"expected a JSON object, found a {type(record).__name__}"
-
-
-def _read_json_list(text: str, path: Path) -> Iterator[tuple[str, dict | str]]:
-    try:
-        records = _parse_json(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a JSON list of objects, found a {type(records).__name__}; one object per line is "
-                        ".jsonl")
-    for i, record in enumerate(records):
-        is_object = isinstance(record, dict)
-        yield f"{path}[{i}]", record if is_object else f"expected a JSON object, found a {type(record).__name__}"
-
-
-def _read_csv(text: str, path: Path) -> Iterator[tuple[str, dict | str]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for fields in reader:
-            source, line = f"{path}:{line}", reader.line_num + 1
-            if not fields:
-                continue
-            if header is None:
-                header = fields
-                if len(set(header)) < len(header):
-                    raise DataError(f"{source}: the header names a column twice: {', '.join(header)}")
-            elif len(fields) != len(header):
-                yield source, f"{len(fields)} fields where the header has {len(header)}"
-            else:
-                yield source, dict(zip(header, fields))
-    except csv.Error as error:
-        raise DataError(f"{path}:{line}: not valid CSV: {error}") from error

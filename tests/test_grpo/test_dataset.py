@@ -14,8 +14,16 @@ from models.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ARITHMETIC = FIXTURES / "arithmetic.jsonl"
-SETTINGS = {"path": str(ARITHMETIC), "prompt_key": "question", "answer_key": "answer", "match": "numeric", "held_out_fraction": 0.25,
-            "current_date": "2025-06-28", "reasoning_effort": "low", "max_prompt_tokens": 600}
+SETTINGS = {
+    "path": str(ARITHMETIC),
+    "prompt_key": "question",
+    "answer_key": "answer",
+    "match": "numeric",
+    "held_out_fraction": 0.25,
+    "current_date": "2025-06-28",
+    "reasoning_effort": "low",
+    "max_prompt_tokens": 600,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,8 @@ def test_a_prompt_renders_as_the_hub_template_writes_it(tokenizer):
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\n"
         "Current date: 2025-06-28\n\nReasoning: low\n\n# Valid channels: analysis, commentary, final. Channel must be included "
         "for every message.<|end|><|start|>developer<|message|># Instructions\n\nAnswer with a number.\n\n<|end|>"
-        f"<|start|>user<|message|>{prompt.row['question']}<|end|><|start|>assistant")
+        f"<|start|>user<|message|>{prompt.row['question']}<|end|><|start|>assistant"
+    )
 
 
 def test_control_tokens_in_the_data_stay_text(tokenizer, tmp_path):
@@ -77,20 +86,34 @@ def test_control_tokens_in_the_data_stay_text(tokenizer, tmp_path):
 
 def test_message_lists_keep_their_roles_and_own_instructions(tokenizer, tmp_path):
     def messages(n):
-        return [{"role": "system", "content": "Be terse."}, {"role": "user", "content": f"{n}?"},
-                {"role": "assistant", "content": "yes"}, {"role": "user", "content": "sure?"}]
+        return [
+            {"role": "system", "content": "Be terse."},
+            {"role": "user", "content": f"{n}?"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "sure?"},
+        ]
+
     path = write(tmp_path, [{"messages": messages(n), "answer": "yes"} for n in range(9)])
-    env = make(tokenizer, path=path, prompt_key="messages", match="exact", instructions="Unused.", held_out_fraction=0.5)
+    env = make(
+        tokenizer, path=path, prompt_key="messages", match="exact", instructions="Unused.", held_out_fraction=0.5
+    )
     text = tokenizer.decode(env.prompts(0, num_prompts=1)[0].token_ids, keep_special=True)
     assert "<|start|>developer<|message|># Instructions\n\nBe terse.\n\n<|end|>" in text
-    assert text.endswith("<|start|>assistant<|channel|>final<|message|>yes<|end|><|start|>user<|message|>sure?<|end|><|start|>assistant")
+    assert text.endswith(
+        "<|start|>assistant<|channel|>final<|message|>yes<|end|><|start|>user<|message|>sure?<|end|><|start|>assistant"
+    )
     assert "Unused" not in text
 
 
 def test_a_template_fills_columns_and_keeps_braces(tokenizer, tmp_path):
     path = write(tmp_path, [{"a": n, "b": "{x}", "answer": n} for n in range(9)])
-    env = make(tokenizer, path=path, prompt_key="a", question_template=r"Add {a} to {b}; write \boxed{{}} or \boxed{}",
-               held_out_fraction=0.5)
+    env = make(
+        tokenizer,
+        path=path,
+        prompt_key="a",
+        question_template=r"Add {a} to {b}; write \boxed{{}} or \boxed{}",
+        held_out_fraction=0.5,
+    )
     prompt = env.prompts(0, num_prompts=1)[0]
     text = tokenizer.decode(prompt.token_ids, keep_special=True)
     assert rf"<|message|>Add {prompt.row['a']} to {{x}}; write \boxed{{}} or \boxed{{}}<|end|>" in text
@@ -104,8 +127,18 @@ def test_reasoning_effort_comes_from_a_column(tokenizer, tmp_path):
 
 
 def test_dotted_keys_reach_into_nested_columns(tokenizer, tmp_path):
-    path = write(tmp_path, [{"prompt": [{"role": "user", "content": f"{n}?"}], "data_source": "x", "reward_model":
-                             {"style": "rule", "ground_truth": str(n)}, "extra_info": {"index": n}} for n in range(12)])
+    path = write(
+        tmp_path,
+        [
+            {
+                "prompt": [{"role": "user", "content": f"{n}?"}],
+                "data_source": "x",
+                "reward_model": {"style": "rule", "ground_truth": str(n)},
+                "extra_info": {"index": n},
+            }
+            for n in range(12)
+        ],
+    )
     env = make(tokenizer, path=path, prompt_key="prompt", answer_key="reward_model.ground_truth", match="exact")
     prompt = env.prompts(0, num_prompts=1)[0]
     assert env.score([complete(env, prompt, final(prompt.row["reward_model"]["ground_truth"]))])[0].reward == 1.0
@@ -115,7 +148,7 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_its_own(tokenizer):
     env = make(tokenizer)
     num_rows = len(env.train_rows)
     stream = [q for step in range(num_rows) for q in questions(env.prompts(step, num_prompts=4))]
-    epochs = [stream[i:i + num_rows] for i in range(0, len(stream), num_rows)]
+    epochs = [stream[i : i + num_rows] for i in range(0, len(stream), num_rows)]
     assert len(epochs) == 4
     assert all(sorted(epoch) == sorted(row.prompt for row in env.train_rows) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -124,6 +157,7 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_its_own(tokenizer):
 def test_prompts_are_a_pure_function_of_seed_step_and_attempt(tokenizer):
     def draw(seed, step, attempt=0):
         return questions(make(tokenizer, seed=seed).prompts(step, num_prompts=8, attempt=attempt))
+
     env = make(tokenizer, seed=1)
     for step in (9, 0, 3):
         env.prompts(step, num_prompts=8)
@@ -172,7 +206,9 @@ def test_every_format_reads_the_same_rows(tokenizer, tmp_path):
     for name in ("d.csv", "d.json", "d.jsonl", "d.csv.gz", "d.json.gz", "d.jsonl.gz"):
         env = make(tokenizer, path=str(tmp_path / name), match="exact")
         found = [p.row for p in env.prompts(0, num_prompts=len(env.train_rows))] + [p.row for p in env.eval_prompts()]
-        assert sorted((row["question"], row["answer"]) for row in found) == sorted((r["question"], r["answer"]) for r in records)
+        assert sorted((row["question"], row["answer"]) for row in found) == sorted(
+            (r["question"], r["answer"]) for r in records
+        )
 
 
 def problem(tokenizer, path, **changes):
@@ -184,18 +220,28 @@ def problem(tokenizer, path, **changes):
 GOOD = json.dumps({"question": "a", "answer": "1"})
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ('{"question": "a", "answer": ', "not valid JSON: Expecting value at column"), ("[1, 2]", "expected a JSON object, found a list"),
-    ('{"question": "a"}', "no column 'answer' (env.answer_key)"), ('{"question": null, "answer": 1}', "'question' is null"),
-    ('{"question": " ", "answer": 1}', "the prompt is empty"), ('{"question": "b", "answer": ""}', "'answer' is empty"),
-    ('{"question": "b", "answer": "x"}', "'x', which is not a number (env.match=numeric)"),
-    ('{"question": "b", "answer": NaN}', "NaN is not JSON"), ('{"question": "b", "answer": true}', "'answer' is a bool"),
-    ('{"question": "\\ud800", "answer": 1}', "cannot be tokenised"), ('{"question": 7, "answer": 1}', "the prompt is a int"),
-    ('{"question": [{"role": "user"}], "answer": 1}', "message 0 of the prompt must be {role, content}"),
-    ('{"question": [{"role": "boss", "content": "x"}], "answer": 1}', "a role of system, developer, user"),
-    ('{"question": [{"role": "assistant", "content": "x"}], "answer": 1}', "ends with a message of the assistant"),
-    ('{"question": [], "answer": 1}', "the prompt is a list"), ("[" * 100_000, "not valid JSON"),
-    ('{"question": "b", "answer": 1' + "0" * 5000 + "}", "not valid JSON")])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"question": "a", "answer": ', "not valid JSON: Expecting value at column"),
+        ("[1, 2]", "expected a JSON object, found a list"),
+        ('{"question": "a"}', "no column 'answer' (env.answer_key)"),
+        ('{"question": null, "answer": 1}', "'question' is null"),
+        ('{"question": " ", "answer": 1}', "the prompt is empty"),
+        ('{"question": "b", "answer": ""}', "'answer' is empty"),
+        ('{"question": "b", "answer": "x"}', "'x', which is not a number (env.match=numeric)"),
+        ('{"question": "b", "answer": NaN}', "NaN is not JSON"),
+        ('{"question": "b", "answer": true}', "'answer' is a bool"),
+        ('{"question": "\\ud800", "answer": 1}', "cannot be tokenised"),
+        ('{"question": 7, "answer": 1}', "the prompt is a int"),
+        ('{"question": [{"role": "user"}], "answer": 1}', "message 0 of the prompt must be {role, content}"),
+        ('{"question": [{"role": "boss", "content": "x"}], "answer": 1}', "a role of system, developer, user"),
+        ('{"question": [{"role": "assistant", "content": "x"}], "answer": 1}', "ends with a message of the assistant"),
+        ('{"question": [], "answer": 1}', "the prompt is a list"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"question": "b", "answer": 1' + "0" * 5000 + "}", "not valid JSON"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tokenizer, tmp_path, line, words):
     path = write(tmp_path, [GOOD, "", line])
     message = problem(tokenizer, path)
@@ -221,20 +267,32 @@ def test_bad_rows_are_skipped_up_to_one_percent(tokenizer, tmp_path):
     assert "accepts at most 1%" in problem(tokenizer, write(tmp_path, [*rows(50), "{"]), on_bad_row="skip")
 
 
-@pytest.mark.parametrize(("name", "data", "words"), [
-    ("d.jsonl", b"", "holds no rows; env.path needs at least one"), ("d.jsonl", b"\n \n", "holds no rows"),
-    ("d.json", b"[]", "holds no rows"), ("d.json", b"", "holds no rows"), ("d.csv", b"question,answer\n", "holds no rows"),
-    ("d.jsonl", b'{"question": "a", "answer": 1}\n{"question": "\xe9", "answer": 1}\n', ":2: byte 0xe9 is not UTF-8"),
-    ("d.csv", b"question,answer\na,1\nb,1,2\n", ":3: 3 fields where the header has 2"),
-    ("d.csv", b"question,answer\n\"a\nb\",1\nc\n", ":4: 1 fields where the header has 2"),
-    ("d.csv", b"question,question\na,1\n", ":1: the header names a column twice"),
-    ("d.csv", b'question,answer\n"a,1\n', ":2: not valid CSV"),
-    ("d.csv", b"question,answer\n" + b"x" * 200_000 + b",1\n", ":2: not valid CSV: field larger"),
-    ("d.json", b'{"question": "a"}', "expected a JSON list of objects, found a dict"),
-    ("d.json", b'[{"question": "a", "answer": 1},\n{]', ":2: not valid JSON"),
-    ("d.json", b'[{"question": "a", "answer": 1}, 3]', "[1]: expected a JSON object, found a int"),
-    ("d.jsonl.gz", b"not gzip", "BadGzipFile"), ("d.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-9], "EOFError"),
-    ("d.parquet", b"PAR1", "must end in .jsonl, .json, .csv")])
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("d.jsonl", b"", "holds no rows; env.path needs at least one"),
+        ("d.jsonl", b"\n \n", "holds no rows"),
+        ("d.json", b"[]", "holds no rows"),
+        ("d.json", b"", "holds no rows"),
+        ("d.csv", b"question,answer\n", "holds no rows"),
+        (
+            "d.jsonl",
+            b'{"question": "a", "answer": 1}\n{"question": "\xe9", "answer": 1}\n',
+            ":2: byte 0xe9 is not UTF-8",
+        ),
+        ("d.csv", b"question,answer\na,1\nb,1,2\n", ":3: 3 fields where the header has 2"),
+        ("d.csv", b'question,answer\n"a\nb",1\nc\n', ":4: 1 fields where the header has 2"),
+        ("d.csv", b"question,question\na,1\n", ":1: the header names a column twice"),
+        ("d.csv", b'question,answer\n"a,1\n', ":2: not valid CSV"),
+        ("d.csv", b"question,answer\n" + b"x" * 200_000 + b",1\n", ":2: not valid CSV: field larger"),
+        ("d.json", b'{"question": "a"}', "expected a JSON list of objects, found a dict"),
+        ("d.json", b'[{"question": "a", "answer": 1},\n{]', ":2: not valid JSON"),
+        ("d.json", b'[{"question": "a", "answer": 1}, 3]', "[1]: expected a JSON object, found a int"),
+        ("d.jsonl.gz", b"not gzip", "BadGzipFile"),
+        ("d.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-9], "EOFError"),
+        ("d.parquet", b"PAR1", "must end in .jsonl, .json, .csv"),
+    ],
+)
 def test_broken_files_are_named(tokenizer, tmp_path, name, data, words):
     path = tmp_path / name
     path.write_bytes(data)
@@ -260,7 +318,9 @@ def test_duplicates_are_refused_or_skipped(tokenizer, tmp_path):
 def test_train_eval_overlap_is_refused_or_skipped(tokenizer, tmp_path):
     path, eval_path = write(tmp_path, rows(8)), write(tmp_path, rows(4, start=6), "eval.jsonl")
     message = problem(tokenizer, path, eval_path=eval_path)
-    assert message.startswith(f"{path}:7: the prompt is also an evaluation row, {eval_path}:1 (2 such of 8 training rows)")
+    assert message.startswith(
+        f"{path}:7: the prompt is also an evaluation row, {eval_path}:1 (2 such of 8 training rows)"
+    )
     env = make(tokenizer, path=path, eval_path=eval_path, on_overlap="skip")
     assert len(env.train_rows) == 6 and len(env.eval_prompts()) == 4
     assert "nothing is left to train on" in problem(tokenizer, eval_path, eval_path=eval_path, on_overlap="skip")
@@ -269,7 +329,10 @@ def test_train_eval_overlap_is_refused_or_skipped(tokenizer, tmp_path):
 def test_prompts_over_the_token_budget_are_refused_or_skipped(tokenizer, tmp_path):
     path = write(tmp_path, [*rows(), {"question": "x" * 900, "answer": 1}])
     message = problem(tokenizer, path)
-    assert message.startswith(f"{path}:21: the prompt has ") and "more than env.max_prompt_tokens=600 (1 such of 21 rows)" in message
+    assert (
+        message.startswith(f"{path}:21: the prompt has ")
+        and "more than env.max_prompt_tokens=600 (1 such of 21 rows)" in message
+    )
     assert len(make(tokenizer, path=path, on_long_prompt="skip")._rows) == 20
     assert "millions of characters" in problem(tokenizer, write(tmp_path, [{"question": "x" * 5_000_000, "answer": 1}]))
     assert "no prompt fits" in problem(tokenizer, path, on_long_prompt="skip", max_prompt_tokens=5)
@@ -285,19 +348,34 @@ def test_characters_that_the_tokenizer_lacks_are_a_bad_row(tmp_path):
     assert "cannot be tokenised" in problem(build_tokenizer(), path)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"held_out_fraction": None}, "set exactly one"), ({"held_out_fraction": 1.0}, "env.held_out_fraction=1.0"),
-    ({"match": "fuzzy"}, "env.match='fuzzy': must be one of exact, numeric, none"), ({"answer_key": None}, "needs env.answer_key"),
-    ({"reasoning_effort": "max"}, "must be one of low, medium, high"), ({"current_date": "today"}, "expected YYYY-MM-DD"),
-    ({"on_bad_row": "drop"}, "env.on_bad_row='drop': must be one of error, skip"), ({"num_eval_prompts": 0}, "env.num_eval_prompts=0"),
-    ({"max_prompt_tokens": 0}, "env.max_prompt_tokens=0"), ({"max_error_rate": 2.0}, "env.max_error_rate=2.0"),
-    ({"numeric_tolerance": -0.1}, "env.numeric_tolerance=-0.1"), ({"question_template": "no column"}, "names no column"),
-    ({"question_template": r"{question} \boxed{answer}"}, "would put the answer into the prompt"),
-    ({"match": "none"}, "every weight is 0"), ({"match_reward": 0.0}, "every weight is 0"),
-    ({"rewards": [{"fn": "grpo.rewards:exact_match", "wieght": 1}]}, "env.rewards[0].wieght: unknown key; did you mean weight?"),
-    ({"rewards": [{"weight": 1}]}, "env.rewards[0]="), ({"rewards": ["grpo.rewards:exact_match"]}, "env.rewards[0]="),
-    ({"rewards": [{"fn": "grpo.rewards:exact_match"}] * 2}, "the name 'exact_match' is taken twice"),
-    ({"rewards": [{"fn": "grpo.rewards:nothing"}]}, "env.rewards[0].fn='grpo.rewards:nothing'")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"held_out_fraction": None}, "set exactly one"),
+        ({"held_out_fraction": 1.0}, "env.held_out_fraction=1.0"),
+        ({"match": "fuzzy"}, "env.match='fuzzy': must be one of exact, numeric, none"),
+        ({"answer_key": None}, "needs env.answer_key"),
+        ({"reasoning_effort": "max"}, "must be one of low, medium, high"),
+        ({"current_date": "today"}, "expected YYYY-MM-DD"),
+        ({"on_bad_row": "drop"}, "env.on_bad_row='drop': must be one of error, skip"),
+        ({"num_eval_prompts": 0}, "env.num_eval_prompts=0"),
+        ({"max_prompt_tokens": 0}, "env.max_prompt_tokens=0"),
+        ({"max_error_rate": 2.0}, "env.max_error_rate=2.0"),
+        ({"numeric_tolerance": -0.1}, "env.numeric_tolerance=-0.1"),
+        ({"question_template": "no column"}, "names no column"),
+        ({"question_template": r"{question} \boxed{answer}"}, "would put the answer into the prompt"),
+        ({"match": "none"}, "every weight is 0"),
+        ({"match_reward": 0.0}, "every weight is 0"),
+        (
+            {"rewards": [{"fn": "grpo.rewards:exact_match", "wieght": 1}]},
+            "env.rewards[0].wieght: unknown key; did you mean weight?",
+        ),
+        ({"rewards": [{"weight": 1}]}, "env.rewards[0]="),
+        ({"rewards": ["grpo.rewards:exact_match"]}, "env.rewards[0]="),
+        ({"rewards": [{"fn": "grpo.rewards:exact_match"}] * 2}, "the name 'exact_match' is taken twice"),
+        ({"rewards": [{"fn": "grpo.rewards:nothing"}]}, "env.rewards[0].fn='grpo.rewards:nothing'"),
+    ],
+)
 def test_bad_keywords_name_their_key(tokenizer, changes, words):
     with pytest.raises(ValueError) as caught:
         make(tokenizer, **changes)
@@ -311,6 +389,7 @@ def test_bad_keywords_name_their_key(tokenizer, changes, words):
 def sums(tokenizer, tmp_path):
     def build(**changes):
         return make(tokenizer, path=write(tmp_path, rows()), **changes)
+
     return build
 
 
@@ -320,10 +399,20 @@ def score(env, text, finish_reason="stop"):
     return env.score([complete(env, prompt, text.replace("{answer}", str(prompt.row["answer"])), finish_reason)])[0]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (final("{answer}"), 1.0), (final("It is {answer}.0."), 1.0), (final("1{answer}"), 0.0), (final("{answer} or 99"), 0.0),
-    (final("{answer}").removesuffix("<|return|>"), 0.0), ("{answer}", 0.0), ("<|channel|>analysis<|message|>{answer}<|return|>", 0.0),
-    ("<|channel|>final<|message|>99<|end|><|start|>assistant" + final("{answer}"), 0.0), ("", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (final("{answer}"), 1.0),
+        (final("It is {answer}.0."), 1.0),
+        (final("1{answer}"), 0.0),
+        (final("{answer} or 99"), 0.0),
+        (final("{answer}").removesuffix("<|return|>"), 0.0),
+        ("{answer}", 0.0),
+        ("<|channel|>analysis<|message|>{answer}<|return|>", 0.0),
+        ("<|channel|>final<|message|>99<|end|><|start|>assistant" + final("{answer}"), 0.0),
+        ("", 0.0),
+    ],
+)
 def test_only_the_finished_final_channel_is_matched(sums, text, expected):
     result = score(sums(), text)
     assert result.reward == expected
@@ -333,10 +422,15 @@ def test_only_the_finished_final_channel_is_matched(sums, text, expected):
 
 def test_match_format_and_functions_add_up_by_weight(sums, tmp_path):
     file = tmp_path / "extra.py"
-    file.write_text("def brevity(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n\n"
-                    "def watched(row, text):\n    return {'score': 5.0, 'chars': len(text)}\n")
-    env = sums(match_reward=2.0, format_reward=0.25, rewards=[
-        {"fn": f"{file}:brevity", "weight": 0.5}, {"fn": f"{file}:watched", "weight": 0, "name": "seen"}])
+    file.write_text(
+        "def brevity(completions, **kwargs):\n    return [-float(len(c)) for c in completions]\n\n"
+        "def watched(row, text):\n    return {'score': 5.0, 'chars': len(text)}\n"
+    )
+    env = sums(
+        match_reward=2.0,
+        format_reward=0.25,
+        rewards=[{"fn": f"{file}:brevity", "weight": 0.5}, {"fn": f"{file}:watched", "weight": 0, "name": "seen"}],
+    )
     result = score(env, final("{answer} "))
     length = len(str(env.prompts(0, num_prompts=1)[0].row["answer"])) + 1
     assert result.reward == pytest.approx(2.0 + 0.25 - 0.5 * length)
@@ -388,14 +482,18 @@ def test_too_many_failures_raise_naming_function_and_line(sums, tmp_path):
     file = tmp_path / "r.py"
     file.write_text(REWARDS)
     env = sums(rewards=[{"fn": f"{file}:unlucky"}])
-    with pytest.raises(RewardError, match=r"'unlucky' failed on 1 of 2 completions.*data\.jsonl:\d+: RuntimeError: no luck"):
+    with pytest.raises(
+        RewardError, match=r"'unlucky' failed on 1 of 2 completions.*data\.jsonl:\d+: RuntimeError: no luck"
+    ):
         group(env, ["98", "99"])
 
 
 def test_a_nan_reward_stops_in_the_dry_run(sums, tmp_path):
     file = tmp_path / "r.py"
     file.write_text(REWARDS)
-    with pytest.raises(RewardError, match=r"'not_a_number' failed its dry run on row .*data\.jsonl:\d+.*nan, which is not finite"):
+    with pytest.raises(
+        RewardError, match=r"'not_a_number' failed its dry run on row .*data\.jsonl:\d+.*nan, which is not finite"
+    ):
         sums(rewards=[{"fn": f"{file}:not_a_number"}])
     env = sums(rewards=[{"fn": f"{file}:not_a_number"}], dry_run=False)
     with pytest.raises(RewardError, match="'not_a_number' failed on 1 of 1"):
@@ -419,7 +517,9 @@ def test_without_match_or_threshold_nothing_is_called_correct(sums, tmp_path):
 
 def test_functions_see_the_step_of_the_last_prompts(sums, tmp_path):
     file = tmp_path / "r.py"
-    file.write_text("def stepper(completions, trainer_state, **kwargs):\n    return [trainer_state.global_step] * len(completions)\n")
+    file.write_text(
+        "def stepper(completions, trainer_state, **kwargs):\n    return [trainer_state.global_step] * len(completions)\n"
+    )
     env = sums(match="none", rewards=[{"fn": f"{file}:stepper"}])
     prompt = env.prompts(11, num_prompts=1)[0]
     assert env.score([complete(env, prompt, final("1"))])[0].reward == 11.0

@@ -21,28 +21,114 @@ def number(text, answer="42", tolerance=0.0):
     return numeric_match(text, answer, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("text", [
-    "42", " 42\n", "42.", "42.0", "+42", "the answer is 42", "The answer is **42**.", "$42$", "`42`", "x = 42", "042", "4.2e1",
-    "84/2", "42 apples", "$42.00", r"\boxed{42}", r"17 + 25 gives \boxed{42}.", r"\boxed{\frac{84}{2}}", "42 = 42.0", "(42)",
-    r"\boxed {42}", "42, of course", "42!"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "42",
+        " 42\n",
+        "42.",
+        "42.0",
+        "+42",
+        "the answer is 42",
+        "The answer is **42**.",
+        "$42$",
+        "`42`",
+        "x = 42",
+        "042",
+        "4.2e1",
+        "84/2",
+        "42 apples",
+        "$42.00",
+        r"\boxed{42}",
+        r"17 + 25 gives \boxed{42}.",
+        r"\boxed{\frac{84}{2}}",
+        "42 = 42.0",
+        "(42)",
+        r"\boxed {42}",
+        "42, of course",
+        "42!",
+    ],
+)
 def test_one_stated_number_matches(text):
     assert number(text) == 1.0
 
 
-@pytest.mark.parametrize("text", [
-    "", "forty-two", "43", "-42", "\u221242", "41 42", "42 or 41", "41, 42", "41,42", "42,0", "4 2", "1.42", "42.1", "420", "42x",
-    "x42", "0x2a", "0x42", "4_2", "_42", "42/0", "0/0", "42e400", "1e999", "-1e999", "1e-999", "inf", "nan", "NaN", "Infinity",
-    "\uff14\uff12", "\u0664\u0662", "42\u00b2", "\u00bd", "42 \u0662", r"\boxed{41} \boxed{42}", r"\boxed{42", r"\boxed{}",
-    r"42 \boxed{41}", "2024-01-42", "4.2.0", "__import__('os').system('false') or 42.0.1", "42\x00x1", "--42", "42-", "40+2",
-    "4,2e1", "1" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "forty-two",
+        "43",
+        "-42",
+        "\u221242",
+        "41 42",
+        "42 or 41",
+        "41, 42",
+        "41,42",
+        "42,0",
+        "4 2",
+        "1.42",
+        "42.1",
+        "420",
+        "42x",
+        "x42",
+        "0x2a",
+        "0x42",
+        "4_2",
+        "_42",
+        "42/0",
+        "0/0",
+        "42e400",
+        "1e999",
+        "-1e999",
+        "1e-999",
+        "inf",
+        "nan",
+        "NaN",
+        "Infinity",
+        "\uff14\uff12",
+        "\u0664\u0662",
+        "42\u00b2",
+        "\u00bd",
+        "42 \u0662",
+        r"\boxed{41} \boxed{42}",
+        r"\boxed{42",
+        r"\boxed{}",
+        r"42 \boxed{41}",
+        "2024-01-42",
+        "4.2.0",
+        "__import__('os').system('false') or 42.0.1",
+        "42\x00x1",
+        "--42",
+        "42-",
+        "40+2",
+        "4,2e1",
+        "1" * 5000,
+    ],
+)
 def test_everything_else_scores_zero(text):
     assert number(text) == 0.0
 
 
-@pytest.mark.parametrize(("text", "answer", "expected"), [
-    ("1,234,567", "1234567", 1.0), ("1234567", "1,234,567", 1.0), ("12,34", "1234", 0.0), ("-3", "-3", 1.0),
-    ("\u22123", "-3", 1.0), ("3", "-3", 0.0), ("1/3", "0.3333", 0.0), ("1/3", "1/3", 1.0), ("2/6", "1/3", 1.0), (".5", "1/2", 1.0),
-    ("0.1", "1e-1", 1.0), ("0.30000000000000004", "0.3", 0.0), ("-0", "0", 1.0), ("9007199254740993", "9007199254740992", 0.0)])
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("1,234,567", "1234567", 1.0),
+        ("1234567", "1,234,567", 1.0),
+        ("12,34", "1234", 0.0),
+        ("-3", "-3", 1.0),
+        ("\u22123", "-3", 1.0),
+        ("3", "-3", 0.0),
+        ("1/3", "0.3333", 0.0),
+        ("1/3", "1/3", 1.0),
+        ("2/6", "1/3", 1.0),
+        (".5", "1/2", 1.0),
+        ("0.1", "1e-1", 1.0),
+        ("0.30000000000000004", "0.3", 0.0),
+        ("-0", "0", 1.0),
+        ("9007199254740993", "9007199254740992", 0.0),
+    ],
+)
 def test_numbers_compare_exactly(text, answer, expected):
     assert number(text, answer) == expected
 
@@ -58,10 +144,28 @@ def test_an_answer_that_is_no_number_is_an_error():
         number("42", "forty-two")
 
 
-@pytest.mark.parametrize("text", [
-    "x" * 100_000, "1" * 100_000, "1 " * 50_000, "42 " * 33_000 + "43", r"\boxed{" * 14_000, r"\boxed" + " " * 100_000, "1e" * 50_000,
-    "1," * 50_000, "\\frac{1}{" * 10_000, "(" * 100_000 + "42 41", " ".join(f"{42 * n}/{n}" for n in range(1, 9000)), "\u0661" * 100_000, "." * 100_000, "-" * 100_000, "1.1e9/" * 16_000,
-    "9**9**9**9 " * 9000, "\\frac" + "{" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 100_000,
+        "1" * 100_000,
+        "1 " * 50_000,
+        "42 " * 33_000 + "43",
+        r"\boxed{" * 14_000,
+        r"\boxed" + " " * 100_000,
+        "1e" * 50_000,
+        "1," * 50_000,
+        "\\frac{1}{" * 10_000,
+        "(" * 100_000 + "42 41",
+        " ".join(f"{42 * n}/{n}" for n in range(1, 9000)),
+        "\u0661" * 100_000,
+        "." * 100_000,
+        "-" * 100_000,
+        "1.1e9/" * 16_000,
+        "9**9**9**9 " * 9000,
+        "\\frac" + "{" * 100_000,
+    ],
+)
 def test_hostile_texts_of_100_kb_score_zero_within_a_quarter_second(text):
     number(text)  # compiled patterns
     start = time.process_time()
@@ -83,14 +187,31 @@ def samples(texts=("42", "7"), *, answers=("42", "8"), messages=False, **columns
         question = f"question {i}"
         row = {"question": question, "solution": answer, **{name: values[i] for name, values in columns.items()}}
         prompt = [{"role": "user", "content": question}] if messages else question
-        made.append(Sample(row=row, source=f"train.jsonl:{i + 1}", prompt=prompt, text=text, thinking=f"thought {i}",
-                           completion_ids=[10 + i, 11 + i], is_truncated=False, answer=answer))
+        made.append(
+            Sample(
+                row=row,
+                source=f"train.jsonl:{i + 1}",
+                prompt=prompt,
+                text=text,
+                thinking=f"thought {i}",
+                completion_ids=[10 + i, 11 + i],
+                is_truncated=False,
+                answer=answer,
+            )
+        )
     return made
 
 
 def adapt(function, *, columns=("question", "solution"), has_answer=True, weight=1.0, **kwargs):
-    return Reward(function, key="env.rewards[0].fn", name=function.__name__, weight=weight, kwargs=kwargs,
-                  columns=set(columns), has_answer=has_answer)
+    return Reward(
+        function,
+        key="env.rewards[0].fn",
+        name=function.__name__,
+        weight=weight,
+        kwargs=kwargs,
+        columns=set(columns),
+        has_answer=has_answer,
+    )
 
 
 def values(function, made, *, step=0, **options):
@@ -117,7 +238,9 @@ def trl_solution(completions, solution, **kwargs):
 
 
 def trl_math_only(prompts, completions, task, **kwargs):
-    return [float(len(prompt)) if kind == "math" else None for prompt, completion, kind in zip(prompts, completions, task)]
+    return [
+        float(len(prompt)) if kind == "math" else None for prompt, completion, kind in zip(prompts, completions, task)
+    ]
 
 
 def trl_curriculum(completions, trainer_state, **kwargs):
@@ -167,6 +290,14 @@ def test_trl_functions_log_columns_and_metrics():
     assert [result.metrics for result in results] == [{"accuracy": 0.5}] * 2
 
 
+def test_logged_columns_become_json():
+    def batch(completions, log_extra):
+        log_extra("place", [{1}, float("nan")])
+        return [0.0, 0.0]
+
+    assert [result.extra for result in adapt(batch)(samples(), step=0)] == [{"place": "{1}"}, {"place": "nan"}]
+
+
 def test_async_batch_functions_are_awaited():
     assert values(trl_async, samples(("abc", "de"))) == [3.0, 2.0]
 
@@ -177,8 +308,17 @@ def test_trl_keyword_rest_holds_the_documented_names():
     def spy(completions, **kwargs):
         seen.update(kwargs)
         return [0.0] * len(completions)
+
     values(spy, samples(prompt=["p", "q"]))
-    assert sorted(seen) == ["completion_ids", "log_extra", "log_metric", "prompts", "question", "solution", "trainer_state"]
+    assert sorted(seen) == [
+        "completion_ids",
+        "log_extra",
+        "log_metric",
+        "prompts",
+        "question",
+        "solution",
+        "trainer_state",
+    ]
     assert seen["solution"] == ["42", "8"]
 
 
@@ -237,12 +377,14 @@ def test_plural_names_are_called_per_group():
 def test_native_functions_get_row_and_text():
     def native(row, text):
         return text == row["solution"]
+
     assert values(native, samples()) == [1.0, 0.0]
 
 
 def test_native_functions_may_name_columns_and_the_reasoning():
     def native(text, question, thinking, bonus=1.0):
         return float(question[-1] == thinking[-1]) + bonus
+
     assert values(native, samples(), bonus=2.0) == [3.0, 3.0]
 
 
@@ -253,27 +395,52 @@ def test_a_function_cannot_change_the_row_that_the_group_shares():
         row["notes"].append(3)
         row["solution"] = "x"
         return 0.0
+
     values(mutate, made)
     assert made[0].row["notes"] == [1] and made[0].row["solution"] == "42"
 
 
-@pytest.mark.parametrize(("returned", "value"), [
-    (1, 1.0), (True, 1.0), (False, 0.0), (-0.5, -0.5), (np.float32(0.5), 0.5), (np.bool_(True), 1.0), (torch.tensor(0.25), 0.25),
-    (None, None), ({"score": None}, None), ({"score": 2}, 2.0)])
+@pytest.mark.parametrize(
+    ("returned", "value"),
+    [
+        (1, 1.0),
+        (True, 1.0),
+        (False, 0.0),
+        (-0.5, -0.5),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), 1.0),
+        (torch.tensor(0.25), 0.25),
+        (None, None),
+        ({"score": None}, None),
+        ({"score": 2}, 2.0),
+    ],
+)
 def test_numbers_of_any_kind_are_taken(returned, value):
     def native(text):
         return returned
+
     result = adapt(native)(samples(), step=0)[0]
     assert (result.value, result.error) == (value, None)
 
 
-@pytest.mark.parametrize(("returned", "words"), [
-    (float("nan"), "nan, which is not finite"), (float("inf"), "inf, which is not finite"), ("1.0", "returned a str"),
-    ([1.0], "returned a list"), ({"reward": 1.0}, "a dict without 'score'"), ({"score": float("nan")}, "not finite"),
-    (10**400, "no number"), (torch.tensor([1.0, 2.0]), "no number"), (1j, "returned")])
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (float("nan"), "nan, which is not finite"),
+        (float("inf"), "inf, which is not finite"),
+        ("1.0", "returned a str"),
+        ([1.0], "returned a list"),
+        ({"reward": 1.0}, "a dict without 'score'"),
+        ({"score": float("nan")}, "not finite"),
+        (10**400, "no number"),
+        (torch.tensor([1.0, 2.0]), "no number"),
+        (1j, "returned"),
+    ],
+)
 def test_what_is_no_finite_number_is_an_error_never_a_zero(returned, words):
     def native(text):
         return returned
+
     result = adapt(native)(samples(), step=0)[0]
     assert result.value is None and words in result.error
 
@@ -286,10 +453,13 @@ def lambda_array(completions):
     return np.array([1.0, 2.0])
 
 
-@pytest.mark.parametrize(("returned", "words"), [([1.0], "1 values for 2"), (1.0, "a float for 2"), (None, "a NoneType for 2")])
+@pytest.mark.parametrize(
+    ("returned", "words"), [([1.0], "1 values for 2"), (1.0, "a float for 2"), (None, "a NoneType for 2")]
+)
 def test_a_batch_function_must_return_one_value_for_each_completion(returned, words):
     def batch(completions):
         return returned
+
     assert all(words in result.error for result in adapt(batch)(samples(), step=0))
 
 
@@ -297,6 +467,7 @@ def test_a_log_column_of_another_length_is_an_error():
     def batch(completions, log_extra):
         log_extra("x", [1])
         return [0.0, 0.0]
+
     assert "log_extra('x') got 1 values for 2" in adapt(batch)(samples(), step=0)[0].error
 
 
@@ -314,14 +485,22 @@ async def fails_async(text):
     raise KeyError("k")
 
 
-@pytest.mark.parametrize(("function", "words"), [
-    (fails_on_seven, "ZeroDivisionError: seven (test_rewards.py:"), (exits, "SystemExit: 3"), (fails_async, "KeyError: 'k'")])
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (fails_on_seven, "ZeroDivisionError: seven (test_rewards.py:"),
+        (exits, "SystemExit: 3"),
+        (fails_async, "KeyError: 'k'"),
+    ],
+)
 def test_exceptions_are_errors_with_their_place(function, words):
     assert words in adapt(function)(samples(), step=0)[1].error
 
 
 def test_too_many_errors_stop_the_run_naming_function_and_row():
-    with pytest.raises(RewardError, match=r"'fails_on_seven' failed on 1 of 2 .*max_error_rate=0.05.*train.jsonl:2: ZeroDiv"):
+    with pytest.raises(
+        RewardError, match=r"'fails_on_seven' failed on 1 of 2 .*max_error_rate=0.05.*train.jsonl:2: ZeroDiv"
+    ):
         score_with([adapt(fails_on_seven)], samples(), step=0, max_error_rate=0.05)
 
 
@@ -342,8 +521,10 @@ OPTIONS = {"key": "env.rewards[0].fn", "columns": {"question"}, "has_answer": Tr
 
 def test_functions_load_by_dotted_path_and_from_files(tmp_path):
     file = tmp_path / "my_rewards.py"
-    file.write_text("from dataclasses import dataclass\n\n@dataclass\nclass Bonus:\n    value: float = 3.0\n\n"
-                    "def score(row, text):\n    return Bonus().value + len(text)\n")
+    file.write_text(
+        "from dataclasses import dataclass\n\n@dataclass\nclass Bonus:\n    value: float = 3.0\n\n"
+        "def score(row, text):\n    return Bonus().value + len(text)\n"
+    )
     for path in ("grpo.rewards:exact_match", "grpo.rewards.exact_match"):
         assert [r.value for r in load_reward(path, **OPTIONS)(samples(), step=0)] == [1.0, 0.0]
     reward = load_reward(f"{file}:score", **OPTIONS)
@@ -356,11 +537,17 @@ def test_keyword_arguments_come_from_the_config():
     assert [r.value for r in reward(samples(("44", "7")), step=0)] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(("path", "words"), [
-    ("score", "expected package.module:function"), ("nowhere.at_all:score", "cannot import nowhere.at_all"),
-    ("grpo.rewards:exact_mach", "has no 'exact_mach'; its functions: describe_error, exact_match"),
-    ("grpo.rewards:MAX_EXPONENT", "is a int, no function"), ("missing_file.py:score", "no such file"),
-    ("grpo.rewards:", "expected package.module:function")])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("score", "expected package.module:function"),
+        ("nowhere.at_all:score", "cannot import nowhere.at_all"),
+        ("grpo.rewards:exact_mach", "has no 'exact_mach'; its functions: describe_error, exact_match"),
+        ("grpo.rewards:MAX_EXPONENT", "is a int, no function"),
+        ("missing_file.py:score", "no such file"),
+        ("grpo.rewards:", "expected package.module:function"),
+    ],
+)
 def test_a_path_that_leads_nowhere_names_its_key(path, words):
     with pytest.raises(ValueError) as caught:
         load_reward(path, **OPTIONS)
@@ -391,9 +578,15 @@ def wants_answer(text, answer):
     return 0.0
 
 
-@pytest.mark.parametrize(("function", "has_answer", "words"), [
-    (unknown_parameter, True, "parameter 'difficulty'.*columns question, solution"), (names_nothing, True, "name no completion"),
-    (positional, True, "name no completion"), (wants_answer, False, "parameter 'answer'")])
+@pytest.mark.parametrize(
+    ("function", "has_answer", "words"),
+    [
+        (unknown_parameter, True, "parameter 'difficulty'.*columns question, solution"),
+        (names_nothing, True, "name no completion"),
+        (positional, True, "name no completion"),
+        (wants_answer, False, "parameter 'answer'"),
+    ],
+)
 def test_a_signature_that_cannot_be_filled_is_refused(function, has_answer, words):
     with pytest.raises(ValueError, match=words):
         adapt(function, has_answer=has_answer)
