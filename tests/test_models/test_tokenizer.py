@@ -97,6 +97,15 @@ def test_specials_in_text_become_control_ids_only_on_request(tokenizer):
     assert tokenizer.decode(spelled) == text
 
 
+def test_a_spelled_special_is_tokenized_as_the_text_around_it_would_be(tmp_path):
+    description = json.loads((FIXTURES / "tokenizer_compact" / "tokenizer.json").read_text())
+    description["model"]["vocab"]["<|"] = 324
+    description["model"]["merges"].append(["<", "|"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("<|end|>") == [324, *tokenizer.encode("end|>")]
+
+
 def test_decode_drops_or_spells_special_tokens(tokenizer):
     ids = [tokenizer.start, 97, tokenizer.message, 98, tokenizer.return_]
     assert tokenizer.decode(ids) == "ab"
