@@ -1,6 +1,7 @@
 """Prompts and answers from a file: JSONL, a JSON list or CSV, each also gzipped (.gz), in UTF-8.
 
-    {"question": "What is 17 + 25?", "answer": "42"}
+    {"question": "What is 17 + 25?", "answer": "42"}        # a line of tests/fixtures/arithmetic.jsonl, say
+    python -m grpo.train +experiment=gpt_oss_20b_lora model.path=FOLDER env.path=tests/fixtures/arithmetic.jsonl
 
 `prompt_key` names the column with the prompt, text or a list of messages; `answer_key` the reference answer (both may be
 dotted, `reward_model.ground_truth`); `question_template` builds the user message from columns instead. The final channel of

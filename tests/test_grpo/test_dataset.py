@@ -190,6 +190,14 @@ def test_num_eval_prompts_takes_a_fixed_part(tokenizer):
     assert questions(some.prompts(0, num_prompts=8)) == questions(every.prompts(0, num_prompts=8))
 
 
+def test_the_sample_file_is_arithmetic():
+    operations = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    for line in ARITHMETIC.read_text().splitlines():
+        row = json.loads(line)
+        left, operation, right = row["question"].removeprefix("What is ").removesuffix("?").split()
+        assert operations[operation](int(left), int(right)) == int(row["answer"])
+
+
 # --- formats --------------------------------------------------------------------------------------------------------
 
 
