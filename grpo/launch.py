@@ -1,8 +1,8 @@
 """From a command line to a checked, typed config: what the three entry points share.
 
 Hydra composes `configs/`. Before it starts, the overrides are checked against the schema and the whole configuration is
-composed, typed and validated once, so that a mistake ends in one message and exit code 2, before torch is imported and
-before any folder is made.
+composed, typed and validated once, so that a mistake ends in one message and exit code 2 before any folder is made and,
+unless it is a keyword of the loss or the environment, before torch is imported.
 """
 
 import difflib
@@ -28,6 +28,7 @@ from grpo.config import (
     EvaluateConfig,
     GenerateConfig,
     TrainConfig,
+    bind,
     check_keys,
     dataclass_of,
     escaped,
@@ -175,7 +176,10 @@ def check_command_line(argv: list[str], config_name: str) -> None:
         if flags and override.is_sweep_override():
             text = f"{text.partition('=')[0]}={next(override.sweep_string_iterator())}"
         single.append(text)
-    compose(config_name, single)
+    config = compose(config_name, single)
+    if isinstance(config, TrainConfig):
+        bind(config.loss, "loss")
+        bind(config.env, "env")
 
 
 def check_overrides(overrides: list[Override], schema: type) -> None:

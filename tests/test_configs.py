@@ -64,6 +64,8 @@ def test_the_released_models_train_adapters_over_packed_experts_on_shipped_quest
         assert (config.model.experts, config.model.train, config.model.lora.rank) == ("auto", "lora", 16)
         assert config.model.lora.targets == ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
         assert (ROOT / config.env["path"]).is_file()
+    small = ["steps=3", "rollout.prompts_per_step=1", "rollout.group_size=8", "rollout.max_new_tokens=128"]
+    assert load_config("train", ["+experiment=gpt_oss_20b_lora", *small]).rollout.max_new_tokens == 128
 
 
 def test_values_are_converted_to_the_types_of_the_schema():
@@ -306,6 +308,13 @@ def test_a_bad_key_ends_with_code_2_in_seconds_without_torch_or_folders(tmp_path
     assert time.monotonic() - started < 10
     assert result.returncode == 2 and result.stdout == "no torch\n"
     assert result.stderr.startswith("config error: unknown key optim.typo.") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_keyword_of_the_loss_ends_with_code_2_and_without_folders(tmp_path):
+    result = run_launch(["loss.clip_hihg=0.3"], tmp_path)
+    assert result.returncode == 2 and result.stdout.count("ran ") == 0
+    assert result.stderr.startswith("config error: unknown key loss.clip_hihg; did you mean loss.clip_high?")
     assert list(tmp_path.iterdir()) == []
 
 
