@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -86,12 +87,19 @@ class Optimizer:
         self._master_grads: dict[str, torch.Tensor] = {}
         self._exp_avg: dict[str, torch.Tensor] = {}
         self._exp_avg_sq: dict[str, torch.Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
         for name, param in self.params.items():
             self._exp_avg[name] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
             self._exp_avg_sq[name] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
             if param.dtype != torch.float32:
                 self._masters[name] = param.detach().float()
-                param.register_post_accumulate_grad_hook(self._accumulator(name))
+                self._hooks.append(param.register_post_accumulate_grad_hook(self._accumulator(name)))
+
+    def close(self) -> None:
+        """Leaves the parameters to another optimizer: takes the hooks off them and drops the gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        self.zero_grad()
 
     def _accumulator(self, name: str):
         def accumulate(param: torch.Tensor) -> None:

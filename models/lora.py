@@ -104,3 +104,14 @@ def count_parameters(model: GptOss) -> int:
     """Parameters of the model, packed weights counted as the values they stand for."""
     packed = sum(2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("_blocks"))
     return packed + sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_active_parameters(model: GptOss) -> int:
+    """Parameters that one token uses: everything but the experts it is not routed to and the other rows of the embedding."""
+    config = model.config
+    packed = {name: 2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("_blocks")}
+    dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    experts = sum(size for name, size in (packed | dense).items() if ".experts." in name)
+    embedding = config.vocab_size * config.hidden_size
+    idle = experts * (config.num_local_experts - config.num_experts_per_tok) // config.num_local_experts
+    return count_parameters(model) - idle - embedding + config.hidden_size

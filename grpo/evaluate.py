@@ -1,0 +1,131 @@
+"""Held-out evaluation: avg@k, pass@k and greedy accuracy, with 95 % confidence intervals.
+
+    python -m grpo.evaluate run=runs/NAME [step=N] [num_samples=8]
+    python -m grpo.evaluate +model=gpt_oss_20b model.path=FOLDER +env=dataset env.train_path=FILE.jsonl
+
+pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n samples (arXiv 2107.03374, eq. 1), averaged over
+prompts. Intervals: Wilson's for greedy accuracy; for avg@k and pass@k the normal one over prompts, since samples of one prompt
+are not independent. All evaluations of a run draw with the same keys, so that they differ by the policy only.
+"""
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from grpo.batch import Completion, Prompt
+from grpo.checkpoint import LoadError
+from grpo.config import ConfigError, EvaluateConfig, bind
+from grpo.groups import EnvironmentFault, call_env, length_metrics, reward_metrics, score
+from grpo.launch import CONFIG_ERROR, launch
+from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
+from grpo.rewards import Score
+from grpo.rollout import Sampler
+from models.checkpoint import CheckpointError
+
+EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
+Z95 = 1.959964
+
+
+def evaluate(env, sampler: Sampler, prompts: list[Prompt], *, num_samples: int, temperature: float, greedy: bool,
+             max_new_tokens: int, top_k: int, top_p: float, min_p: float,
+             should_stop: Callable[[], bool] | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
+    """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
+    scored, greedy completions first. `num_samples` 0 leaves sampling out."""
+    if not prompts:
+        raise EnvironmentFault(f"environment {type(env).__name__} has no held-out prompts to evaluate on")
+    metrics: dict[str, float] = {}
+    scored: list[tuple[Completion, Score]] = []
+    if greedy:
+        completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=1, max_new_tokens=max_new_tokens,
+                                       temperature=1.0, greedy=True, should_stop=should_stop)
+        scored = list(zip(completions, score(env, completions)))
+        values = [_value(verdict) for _, verdict in scored]
+        metrics["greedy_accuracy"] = statistics.fmean(values)
+        metrics["greedy_accuracy/ci95"] = wilson_half_width(metrics["greedy_accuracy"], len(values))
+        metrics |= _details(scored, "greedy/")
+    if num_samples:
+        completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=num_samples, max_new_tokens=max_new_tokens,
+                                       temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                       should_stop=should_stop)
+        sampled = list(zip(completions, score(env, completions)))
+        rows = [[_value(verdict) for _, verdict in sampled[i:i + num_samples]] for i in range(0, len(sampled), num_samples)]
+        metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows])
+        k = 2
+        while k <= num_samples:
+            correct = [sum(value >= 1 for value in row) for row in rows]
+            metrics |= _mean_with_interval(f"pass@{k}", [pass_at_k(num_samples, c, k) for c in correct])
+            k *= 2
+        metrics |= _details(sampled, "")
+        scored += sampled
+    return metrics, scored
+
+
+def _value(verdict: Score) -> float:
+    """Correctness where the environment judges it, the reward otherwise; an unscorable completion counts 0."""
+    if verdict.is_correct is not None:
+        return float(verdict.is_correct)
+    return verdict.reward if verdict.reward is not None else 0.0
+
+
+def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, float]:
+    rewards = reward_metrics(scored)
+    lengths = length_metrics([completion for completion, _ in scored])
+    picked = {"reward": rewards["reward"], "mean_length": lengths["completions/mean_length"],
+              "clipped_ratio": lengths["completions/clipped_ratio"]}
+    picked |= {name.removeprefix("env/"): value for name, value in rewards.items() if name.startswith("env/")}
+    return {prefix + name: value for name, value in picked.items()}
+
+
+def _mean_with_interval(name: str, values: list[float]) -> dict[str, float]:
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {name: statistics.fmean(values), f"{name}/ci95": Z95 * spread}
+
+
+def wilson_half_width(p: float, n: int) -> float:
+    """Half the width of Wilson's 95 % interval for a proportion p of n (E. B. Wilson, JASA 22, 1927)."""
+    return Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k samples drawn from n, of which c are correct, hold a correct one."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def run_evaluation(config: EvaluateConfig) -> int:
+    """Evaluates a run or a checkpoint, prints the metrics, writes them where `output` says. Returns the exit code."""
+    try:
+        device = select_device(config.device)
+        dtype = select_dtype(config.dtype, device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if config.run is not None:
+            policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
+            node, what = config.env or trained.env, {"run": config.run, "step": state.step}
+        else:
+            tokenizer, node, what = build_tokenizer(config.model, config.env), config.env, {"model": config.model.path}
+            policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+        env = bind(node, "env")(tokenizer=tokenizer, seed=config.seed)
+        sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
+        prompts = call_env(env, "eval_prompts")[:config.max_prompts]
+        max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
+        metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
+                              greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,
+                              min_p=config.min_p)
+    except (ConfigError, CheckpointError, LoadError, EnvironmentFault, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+    result = {**what, "num_prompts": len(prompts), **metrics}
+    print(json.dumps(result, indent=2))
+    if config.output is not None:
+        Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch("evaluate", run_evaluation))

@@ -1,0 +1,143 @@
+"""Scored groups of completions: what a step trains on.
+
+Prompts are sampled in groups and scored; groups whose rewards are all equal carry no gradient, so they are dropped, counted, and
+replaced by fresh prompts for a bounded number of rounds.
+"""
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from grpo.advantages import group_advantages, zero_variance_groups
+from grpo.batch import Completion, Prompt
+from grpo.config import TrainConfig
+from grpo.rewards import Score
+from grpo.rollout import Sampler
+from models.tokenizer import Tokenizer
+
+
+class EnvironmentFault(RuntimeError):
+    """The environment raised, or handed back something that cannot be trained on."""
+
+
+@dataclass
+class Groups:
+    completions: list[Completion]  # of live groups, with their rewards
+    advantages: list[float]
+    scored: list[tuple[Completion, Score]]  # everything sampled this step, dropped groups included
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool]) -> Groups:
+    """Samples and scores the groups of one step. Raises EnvironmentFault, and rollout.Interrupted when should_stop says so."""
+    rollout = config.rollout
+    scored: list[tuple[Completion, Score]] = []
+    live: list[Completion] = []
+    num_groups = num_dropped = num_errors = 0
+    seconds = {"time/rollout": 0.0, "time/reward": 0.0}
+    missing = rollout.prompts_per_step
+    for attempt in range(rollout.refill_rounds + 1):
+        prompts = call_env(env, "prompts", step, num_prompts=rollout.prompts_per_step, attempt=attempt)[:missing]
+        started = time.perf_counter()
+        completions = sampler.generate(
+            prompts, step=step, num_samples=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p,
+            should_stop=should_stop)
+        seconds["time/rollout"] += time.perf_counter() - started
+        started = time.perf_counter()
+        scores = score(env, completions)
+        seconds["time/reward"] += time.perf_counter() - started
+        scored += zip(completions, scores)
+        rewarded = [completion for completion in completions if completion.reward is not None]
+        num_errors += len(completions) - len(rewarded)
+        kept = _live_groups(rewarded)
+        live += kept
+        num_live = len({completion.prompt.id for completion in kept})
+        num_groups += len(prompts)
+        num_dropped += len(prompts) - num_live
+        missing -= num_live
+        if missing == 0:
+            break
+    advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
+                                  normalize_std=config.advantage.normalize_std)
+    metrics = {**reward_metrics(scored), **length_metrics([completion for completion, _ in scored]),
+               "frac_reward_zero_std": num_dropped / num_groups, "groups/dropped": num_dropped,
+               "groups/live": num_groups - num_dropped, "reward/errors": num_errors, **seconds}
+    return Groups(live, advantages, scored, metrics)
+
+
+def call_env(env, method: str, *arguments, **keywords):
+    """Calls a method of the environment; what it raises becomes an EnvironmentFault that says where."""
+    try:
+        return getattr(env, method)(*arguments, **keywords)
+    except Exception as error:
+        frame = error.__traceback__
+        while frame.tb_next is not None:
+            frame = frame.tb_next
+        where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+        raise EnvironmentFault(f"environment {type(env).__name__}.{method} raised {type(error).__name__}: {error} "
+                               f"({where})") from error
+
+
+def score(env, completions: list[Completion]) -> list[Score]:
+    """The environment's scores, checked; sets each completion's reward and parts."""
+    scores = call_env(env, "score", completions)
+    name = type(env).__name__
+    if len(scores) != len(completions):
+        raise EnvironmentFault(f"environment {name}.score returned {len(scores)} scores for {len(completions)} completions; "
+                               "return one for each, in their order")
+    for completion, verdict in zip(completions, scores):
+        if verdict.reward is not None and not math.isfinite(verdict.reward):
+            raise EnvironmentFault(f"environment {name}.score gave the reward {verdict.reward} to sample {completion.sample} "
+                                   f"of prompt {completion.prompt.id} ({_short(completion.prompt)}); rewards must be finite "
+                                   "numbers, or None to leave the completion out")
+        completion.reward, completion.reward_parts = verdict.reward, verdict.parts
+    return scores
+
+
+def _live_groups(completions: list[Completion]) -> list[Completion]:
+    """Without groups that have no spread of rewards or fewer than two rewards."""
+    ids = [completion.prompt.id for completion in completions]
+    dead = set(zero_variance_groups([completion.reward for completion in completions], ids))
+    return [completion for completion in completions if completion.prompt.id not in dead]
+
+
+def reward_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:
+    """Means of rewards, their parts and the environment's metrics, over the completions that have them."""
+    rewards = [verdict.reward for _, verdict in scored if verdict.reward is not None]
+    metrics = {"reward": statistics.fmean(rewards) if rewards else 0.0,
+               "reward_std": statistics.pstdev(rewards) if rewards else 0.0}
+    values: dict[str, list[float]] = {}
+    for _, verdict in scored:
+        for name, value in verdict.parts.items():
+            values.setdefault(f"rewards/{name}/mean", []).append(value)
+        for name, value in verdict.metrics.items():
+            values.setdefault(f"env/{name}", []).append(value)
+    return metrics | {name: statistics.fmean(numbers) for name, numbers in values.items()}
+
+
+def length_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Lengths of completions in tokens, and the share cut off by the length limit."""
+    lengths = [len(completion.completion_ids) for completion in completions]
+    clipped = [completion.finish_reason == "length" for completion in completions]
+    return {"completions/mean_length": statistics.fmean(lengths), "completions/min_length": min(lengths),
+            "completions/max_length": max(lengths), "completions/clipped_ratio": statistics.fmean(clipped)}
+
+
+def completion_record(tokenizer: Tokenizer, env, completion: Completion, verdict: Score, *, split: str) -> dict:
+    """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds."""
+    return {"split": split, "prompt_id": completion.prompt.id, "sample": completion.sample,
+            "prompt": tokenizer.decode(completion.prompt.token_ids, keep_special=True),
+            "completion": tokenizer.decode(completion.completion_ids, keep_special=True),
+            "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
+            "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
+            "token_ids": completion.completion_ids, **verdict.extra,
+            **(env.describe(completion) if hasattr(env, "describe") else {})}
+
+
+def _short(prompt: Prompt) -> str:
+    text = str(prompt.row)
+    return text if len(text) <= 80 else text[:77] + "..."

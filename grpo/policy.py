@@ -1,0 +1,109 @@
+"""From a config to a policy: device, tokenizer, model, adapter; and from a run's folder back to the policy it holds.
+
+Shared by the three entry points. Trained parameters of a run live in its checkpoints (grpo/checkpoint.py); the base comes from
+`model.path`, or from `model.architecture` and the seed.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from grpo.checkpoint import RunState, load_run
+from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config, resolve_target
+from models.checkpoint import checkpoint_folder, load_model
+from models.config import GptOssConfig
+from models.gpt_oss import GptOss
+from models.lora import LoraConfig, attach_lora, set_full_training
+from models.peft_format import load_adapter
+from models.tokenizer import Tokenizer
+
+PARAM = "param."  # prefix of trained parameters in a run's checkpoint
+
+
+def select_device(device: Device) -> torch.device:
+    """The torch device; raises ConfigError for a GPU that is not there."""
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch sees no CUDA device here; set device=cpu (or auto), or install a CUDA "
+                          "build of torch")
+    return torch.device("cuda" if device != Device.cpu and torch.cuda.is_available() else "cpu")
+
+
+def select_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    if dtype == Dtype.auto:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[dtype]
+
+
+def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
+    """model.tokenizer, else the checkpoint's, else the tiny one that the environment's class brings."""
+    source = model.tokenizer or model.path
+    if source is not None:
+        path = Path(source).expanduser()
+        return Tokenizer.load(path if path.exists() else checkpoint_folder(source))
+    target = resolve_target((env or {}).get("_target_"), "env")
+    if not hasattr(target, "build_tokenizer"):
+        raise ConfigError(f"model.tokenizer = None: a model without a checkpoint needs one, and {target.__name__} brings none; "
+                          "set model.tokenizer=FOLDER with a tokenizer.json")
+    return target.build_tokenizer()
+
+
+def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
+                dtype: torch.dtype) -> GptOss:
+    """The policy as training starts: base weights, and adapters or full training switched on."""
+    if model.path is not None:
+        policy = load_model(model.path, device=device, dtype=dtype, experts=str(model.experts),
+                            activation_checkpointing=model.activation_checkpointing)
+    else:
+        defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.return_,
+                    "pad_token_id": tokenizer.endoftext}
+        config = GptOssConfig.from_architecture({**defaults, **model.architecture})
+        policy = GptOss(config, dtype=dtype, device=device, experts="bf16",
+                        activation_checkpointing=model.activation_checkpointing)
+        policy.init_weights(seed)
+    if tokenizer.vocab_size > policy.config.vocab_size:
+        raise ConfigError(f"model.tokenizer: its largest id is {tokenizer.vocab_size - 1}, the model has a vocabulary of "
+                          f"{policy.config.vocab_size}; they do not belong together")
+    if model.train == Train.full:
+        set_full_training(policy)
+    else:
+        lora = model.lora
+        attach_lora(policy, LoraConfig(lora.rank, lora.alpha, list(lora.targets), lora.train_sinks, lora.train_norms),
+                    seed=seed)
+        if lora.adapter is not None:
+            load_adapter(policy, Path(lora.adapter).expanduser())
+    return policy
+
+
+def parameter_tensors(policy: GptOss) -> dict[str, torch.Tensor]:
+    """The trained parameters under their names in a checkpoint."""
+    return {PARAM + name: parameter.detach() for name, parameter in policy.trainable_parameters().items()}
+
+
+@torch.no_grad()
+def load_parameters(policy: GptOss, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Copies trained parameters from a checkpoint's tensors; raises ConfigError where they are not those of this model."""
+    parameters = {PARAM + name: parameter for name, parameter in policy.trainable_parameters().items()}
+    stored = {name: tensor for name, tensor in tensors.items() if name.startswith(PARAM)}
+    wrong = sorted(parameters.keys() ^ stored.keys())
+    wrong += [name for name in parameters.keys() & stored.keys() if parameters[name].shape != stored[name].shape]
+    if wrong:
+        raise ConfigError(f"{source}: {len(wrong)} trained parameters do not fit the configured model, first {wrong[0]}; "
+                          "use the config of the run that saved them")
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[name])
+
+
+def load_run_policy(run_dir: str | Path, *, step: int | None, device: torch.device,
+                    dtype: torch.dtype) -> tuple[GptOss, Tokenizer, TrainConfig, RunState]:
+    """The policy of a run at a checkpoint (the newest by default), for evaluation, chat and export."""
+    run_dir = Path(run_dir).expanduser()
+    config = read_saved_config(run_dir / "config.yaml")
+    state = load_run(run_dir, step=step)
+    if state is None:
+        raise ConfigError(f"run = {str(run_dir)!r}: it has no checkpoint yet; wait for one or train with checkpoint.every=N")
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    load_parameters(policy, state.tensors, f"{run_dir}, step {state.step}")
+    return policy, tokenizer, config, state

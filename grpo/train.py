@@ -1,0 +1,369 @@
+"""GRPO on gpt-oss: python -m grpo.train +experiment=NAME [KEY=VALUE ...]
+
+One process samples groups of completions, scores them and trains on them. `train` is the algorithm; the rest of the file starts,
+saves, resumes and ends a run. Everything random is keyed by (seed, step, prompt, sample), so a step can be repeated from the
+weights before it and a checkpoint needs no state of generators.
+
+Exit codes: 0 finished, 1 cannot save, 2 configuration or checkpoint, 3 data, 4 environment or reward, 5 out of memory,
+6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
+"""
+from __future__ import annotations
+
+import resource
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grpo.batch import RolloutBatch, micro_batches, minibatches, pack
+from grpo.checkpoint import LoadError, RunInUseError, SaveError, load_run, lock_run, save_run
+from grpo.config import (
+    ConfigError,
+    OldLogProbs,
+    TrainConfig,
+    bind,
+    check_resumable,
+    read_saved_config,
+    save_config,
+    to_dict,
+)
+from grpo.evaluate import evaluate
+from grpo.groups import EnvironmentFault, Groups, call_env, collect, completion_record
+from grpo.launch import CONFIG_ERROR, PREEMPTED, launch
+from grpo.losses import kl_penalty, reduce_stats, token_stats
+from grpo.metrics import Metrics
+from grpo.optim import NonFiniteError, Optimizer, check_finite
+from grpo.policy import build_model, build_tokenizer, load_parameters, parameter_tensors, select_device, select_dtype
+from grpo.rewards import RewardError
+from grpo.rollout import Interrupted, Sampler
+from grpo.signals import GracefulStop
+from grpo.warmup import warm_up
+from models.checkpoint import CheckpointError, save_model
+from models.gpt_oss import GptOss
+from models.lora import count_active_parameters, count_parameters, describe_trainable
+from models.peft_format import save_adapter
+from models.tokenizer import Tokenizer
+
+SAVE_ERROR, DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 1, 3, 4, 5, 6
+OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
+
+
+@dataclass
+class Run:
+    """The state of a training run."""
+
+    config: TrainConfig
+    run_dir: Path
+    policy: GptOss
+    tokenizer: Tokenizer
+    env: object
+    loss_fn: Callable
+    sampler: Sampler
+    optimizer: Optimizer
+    metrics: Metrics
+    should_stop: Callable[[], bool]
+    step: int = 0  # steps finished
+    saved_step: int = -1  # steps finished at the newest checkpoint
+    is_between_steps: bool = True  # false while weights hold part of a step's updates
+
+
+def train(run: Run) -> None:
+    """Takes the remaining GRPO steps. Raises rollout.Interrupted at the first safe moment after a stop signal."""
+    config, metrics = run.config, run.metrics
+    while run.step < config.steps:
+        started = time.perf_counter()
+        groups = collect(run.env, run.sampler, config, run.step, run.should_stop)
+        updated = time.perf_counter()
+        stats = update(run, groups)
+        run.step += 1
+        run.is_between_steps = True
+        finished = time.perf_counter()
+        stats |= {"time/update": finished - updated, "time/step": finished - started,
+                  "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
+                  "memory/peak_gb": peak_memory_gb(run.policy.device)}
+        metrics.log(run.step, {**groups.metrics, **stats})
+        if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):
+            metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="train")
+                                               for completion, score in groups.scored[:config.log.num_completions]])
+        evaluate_if_due(run)
+        if config.checkpoint.every and run.step % config.checkpoint.every == 0:
+            save(run)
+        if run.should_stop() and run.step < config.steps:
+            raise Interrupted(f"stopped after step {run.step}")
+
+
+def update(run: Run, groups: Groups) -> dict[str, float]:
+    """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
+    optim, rollout = run.config.optim, run.config.rollout
+    if not groups.completions:  # nothing to learn from: no gradient, no update
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0}
+    batch = pack(groups.completions, groups.advantages).to(run.policy.device)
+    num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
+    if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
+        batch.old_log_probs = score_batch(run, batch)
+    stats, grad_norms = [], []
+    for epoch in range(optim.epochs):
+        seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
+        for part in minibatches(batch, optim.minibatches, seed=seed):
+            for micro in micro_batches(part, optim.max_tokens):
+                log_probs, entropy = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask,
+                                                          temperature=rollout.temperature, kept=micro.kept)
+                loss, micro_stats = loss_and_stats(run, log_probs, entropy, micro, num_updates)
+                check_finite(loss, step=run.step, what="loss", name="the policy")
+                loss.backward()
+                stats.append(micro_stats)
+                if run.is_between_steps and run.should_stop():
+                    run.optimizer.zero_grad()
+                    raise Interrupted(f"step {run.step + 1} abandoned before its update")
+            lr = run.optimizer.lr
+            grad_norms.append(run.optimizer.step())
+            run.is_between_steps = False
+            run.optimizer.zero_grad()
+    return {**reduce_stats(stats, num_updates=num_updates), "grad_norm": max(grad_norms), "lr": lr}
+
+
+def loss_and_stats(run: Run, log_probs: torch.Tensor, entropy: torch.Tensor, micro: RolloutBatch,
+                   num_updates: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
+    if run.config.optim.old_log_probs == OldLogProbs.sampler:
+        old_log_probs = micro.sampler_log_probs
+    else:  # with one update the policy still is what it was at the start: the ratio is exactly 1
+        old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
+    loss, stats = run.loss_fn(log_probs, micro, old_log_probs=old_log_probs)
+    stats |= token_stats(log_probs, entropy, micro)
+    kl = run.config.kl
+    if kl.coefficient > 0:
+        with torch.no_grad(), run.policy.adapter_disabled():
+            ref_log_probs, _ = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
+                                                    temperature=run.config.rollout.temperature)
+        penalty, kl_stats = kl_penalty(log_probs, ref_log_probs, micro, coefficient=kl.coefficient,
+                                       estimator=str(kl.estimator))
+        loss, stats = loss + penalty, stats | kl_stats | {"loss": stats["loss"] + penalty.detach()}
+    return loss, stats
+
+
+@torch.no_grad()
+def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
+    """Log-probs [T] of the policy as it is now, for the ratios of several updates."""
+    old_log_probs = torch.zeros_like(batch.sampler_log_probs)
+    bounds = batch.cu_seqlens.tolist()
+    for row in range(batch.num_rows):
+        micro = batch.select([row])
+        old_log_probs[bounds[row]:bounds[row + 1]], _ = run.policy.log_probs(
+            micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
+            temperature=run.config.rollout.temperature)
+    return old_log_probs
+
+
+def evaluate_if_due(run: Run) -> None:
+    """Evaluates where the schedule says so and no evaluation of this step is on record."""
+    settings, config = run.config.eval, run.config
+    is_due = (settings.at_start if run.step == 0 else settings.at_end if run.step == config.steps
+              else settings.every > 0 and run.step % settings.every == 0)
+    if not is_due or run.metrics.has_eval(run.step):
+        return
+    started = time.perf_counter()
+    prompts = call_env(run.env, "eval_prompts")[:settings.max_prompts]
+    result, scored = evaluate(
+        run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
+        greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p, min_p=config.rollout.min_p, should_stop=run.should_stop)
+    run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
+    run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="eval")
+                                           for completion, score in scored[:config.log.num_completions]])
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the finished steps, metrics on disk first."""
+    if run.saved_step == run.step:
+        return
+    run.metrics.set_status("saving")
+    run.metrics.sync()
+    tensors = parameter_tensors(run.policy)
+    tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
+    save_run(run.run_dir, step=run.step, tensors=tensors, state={"wandb_id": run.metrics.wandb_id},
+             keep=run.config.checkpoint.keep)
+    run.saved_step = run.step
+
+
+def export_policy(run: Run) -> Path:
+    """What others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model."""
+    is_lora = run.config.model.lora is not None
+    folder = run.run_dir / ("adapter" if is_lora else "model")
+    if folder.exists():
+        return folder  # of a run resumed after its end
+    if is_lora:
+        save_adapter(run.policy, folder, base_model=run.config.model.path)
+    else:
+        save_model(run.policy, folder, merge_lora=False, tokenizer_folder=run.run_dir / "tokenizer", dtype=run.policy.dtype)
+    return folder
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of the process in GB (1e9 bytes): reserved by torch on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -> Run:
+    """Builds the run, or restores it from its newest checkpoint. Cheap checks come before the model is loaded."""
+    device = select_device(config.device)
+    dtype = select_dtype(config.dtype, device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loss_fn, make_env = bind(config.loss, "loss"), bind(config.env, "env")
+    tokenizer = build_tokenizer(config.model, config.env)
+    env = make_env(tokenizer=tokenizer, seed=config.seed)
+    state = load_run(run_dir) if config.resume else None
+    save_config(config, run_dir / "config.yaml")
+    tokenizer.save(run_dir / "tokenizer")
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed)
+    metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
+                      wandb_id=state.state["wandb_id"] if state else None)
+    metrics.truncate_after(state.step if state else -1)  # -1: lines of a run killed before its first checkpoint
+    metrics.print(describe(config, run_dir, policy, resumed_step=state.step if state else None))
+    if state is None and config.warmup is not None:
+        warm_up(policy, env, config, metrics, should_stop)
+    run = Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, make_optimizer(config, policy), metrics, should_stop)
+    if state is not None:
+        load_parameters(policy, state.tensors, str(run_dir))
+        run.optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
+                                       if name.startswith(OPTIM)})
+        run.step = run.saved_step = state.step
+    return run
+
+
+def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
+    optim = config.optim
+    return Optimizer(
+        policy.trainable_parameters(), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps,
+        weight_decay=optim.weight_decay, warmup_steps=optim.warmup_steps, schedule=str(optim.schedule),
+        decay_steps=optim.decay_steps, final_lr_ratio=optim.final_lr_ratio, max_grad_norm=optim.max_grad_norm,
+        total_steps=config.steps * optim.minibatches * optim.epochs)
+
+
+def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step: int | None) -> str:
+    """The first lines of a run."""
+    rollout, num_threads = config.rollout, torch.get_num_threads()
+    device = f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    if policy.device.type == "cuda":
+        device = torch.cuda.get_device_name(policy.device)
+    return "\n".join([
+        f"run      {config.name} in {run_dir}, " + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
+        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, torch {torch.__version__}",
+        f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
+        f"{count_active_parameters(policy):,} active per token",
+        f"env      {config.env['_target_']}",
+        f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
+        f"tokens, {config.steps} steps",
+        "trains", describe_trainable(policy)])
+
+
+def prepare_run_dir(config: TrainConfig) -> Path:
+    """The run's folder; raises ConfigError where another run lives in it or a resume does not fit."""
+    run_dir = Path(config.output_dir).expanduser() / config.name
+    saved = run_dir / "config.yaml"
+    has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
+    if has_checkpoints and not config.resume:
+        raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run with checkpoints; continue it with resume=true, "
+                          "or choose another name=")
+    if config.resume and has_checkpoints and saved.exists():
+        check_resumable(read_saved_config(saved), config)
+    return run_dir
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command line that continues this run."""
+    overrides = [argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun")
+                 and not argument.startswith(("name=", "resume="))]
+    words = [*overrides, f"name={config.name}", "resume=true"]
+    return "python -m grpo.train " + " ".join(shlex.quote(word) for word in words)
+
+
+def run_training(config: TrainConfig) -> int:
+    """One run from start to end. Returns its exit code; every failure ends in one message."""
+    run, exit_reason, code = None, "failed", 1
+    run_dir = Path(config.output_dir).expanduser() / config.name
+    try:
+        run_dir = prepare_run_dir(config)
+        with lock_run(run_dir), GracefulStop(resume_command(config)) as should_stop:
+            try:
+                run = start(config, run_dir, should_stop)
+                evaluate_if_due(run)
+                if config.checkpoint.every:
+                    save(run)
+                train(run)
+                save(run)
+                exported = export_policy(run)
+                exit_reason, code = "finished", 0
+            except BaseException as error:
+                exit_reason, code = report_failure(error, config, run_dir)
+                if run is not None and run.is_between_steps and code not in (SAVE_ERROR, DIVERGED) and run.step > 0:
+                    save_after_failure(run)
+            finally:
+                if run is not None:
+                    summary = run.metrics.finish(exit_reason)
+        if code == 0:
+            run.metrics.print_final(summary, run.metrics.samples(), next_commands(run, exported))
+    except (ConfigError, RunInUseError, OSError) as error:
+        _, code = report_failure(error, config, run_dir)
+    finally:
+        run = None  # a sweep's next job needs the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return code
+
+
+def save_after_failure(run: Run) -> None:
+    """Keeps the steps that had finished when something else went wrong."""
+    try:
+        save(run)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def report_failure(error: BaseException, config: TrainConfig, run_dir: Path) -> tuple[str, int]:
+    """Prints one message for what ended a run. Returns the exit reason and code; unexpected errors leave a traceback in
+    RUN_DIR/error.log."""
+    kinds: list[tuple[type | tuple, str, int]] = [
+        (Interrupted, "interrupted", PREEMPTED), (NonFiniteError, "diverged", DIVERGED), (SaveError, "cannot save", SAVE_ERROR),
+        (FloatingPointError, "diverged", DIVERGED), (torch.OutOfMemoryError, "out of memory", OUT_OF_MEMORY),
+        ((RewardError, EnvironmentFault), "environment failed", ENV_ERROR),
+        ((ConfigError, CheckpointError, LoadError, RunInUseError), "configuration", CONFIG_ERROR)]
+    reason, code = next(((reason, code) for kind, reason, code in kinds if isinstance(error, kind)), ("failed", 1))
+    if type(error).__name__ == "DataError":
+        reason, code = "bad data", DATA_ERROR
+    elif reason == "failed" and isinstance(error, ValueError):
+        reason, code = "configuration", CONFIG_ERROR
+    elif reason == "failed" and isinstance(error, OSError):
+        reason, code = "cannot save", SAVE_ERROR
+    message = str(error)
+    if code == OUT_OF_MEMORY:
+        message = (f"out of GPU memory ({message.splitlines()[0]}); lower optim.max_tokens or rollout.max_batch, or set "
+                   "model.activation_checkpointing=true")
+    if code == PREEMPTED:
+        message += f"; resume with: {resume_command(config)}"
+    if reason in ("failed", "environment failed") and run_dir.is_dir():
+        (run_dir / "error.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        message += f" [traceback in {run_dir / 'error.log'}]"
+    print(f"{'stopped' if code == PREEMPTED else 'error'}: {message if reason != 'failed' else f'{type(error).__name__}: {message}'}",
+          file=sys.stderr)
+    return reason, code
+
+
+def next_commands(run: Run, exported: Path) -> list[str]:
+    """What to type after a finished run."""
+    return [f"python -m grpo.generate run={run.run_dir}", f"python -m grpo.evaluate run={run.run_dir} num_samples=8",
+            f"python -m grpo.train +experiment=quickstart seed={run.config.seed + 1}",
+            f"ls {exported}    # the trained weights, for transformers, PEFT and vLLM"]
+
+
+if __name__ == "__main__":
+    sys.exit(launch("train", run_training))

@@ -1,0 +1,124 @@
+"""Supervised warm-up on an environment's demonstrations, before GRPO: next-token cross-entropy on completions.
+
+For small models trained from scratch, which need to speak the format before a reward can say anything. The result is kept under a
+hash of all that shaped it, so that a rerun starts at GRPO.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
+from grpo.config import ConfigError, TrainConfig, to_dict
+from grpo.groups import call_env
+from grpo.metrics import Metrics
+from grpo.optim import Optimizer, check_finite
+from grpo.rollout import Interrupted
+from models.gpt_oss import GptOss
+
+
+def warm_up(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> None:
+    """Trains the policy in place, or loads what an equal warm-up left. Raises rollout.Interrupted when should_stop says so."""
+    settings = config.warmup
+    if not hasattr(env, "demonstrations"):
+        raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
+    cached = None
+    if settings.cache_dir is not None:
+        cached = Path(settings.cache_dir) / f"warmup_{_digest(policy, env, config)}.safetensors"
+        if (history := _load(policy, cached)) is not None:
+            metrics.print(f"warm-up: loaded {cached}")
+            for line in history:
+                metrics.log_warmup(line.pop("step"), line, num_steps=settings.steps, prints_line=False)
+            return
+    history = _train(policy, env, config, metrics, should_stop)
+    if cached is not None:
+        _save(policy, cached, history)
+
+
+def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> list[dict]:
+    settings = config.warmup
+    num_decay = round(settings.steps * settings.decay_fraction)
+    optimizer = Optimizer(
+        policy.trainable_parameters(), lr=settings.lr, betas=tuple(settings.betas), eps=1e-8,
+        weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps, max_grad_norm=settings.max_grad_norm,
+        schedule="linear" if num_decay else "constant", decay_steps=num_decay or None,
+        final_lr_ratio=settings.final_lr_ratio, total_steps=settings.steps)
+    history = []
+    for step in range(settings.steps):
+        if should_stop():
+            raise Interrupted(f"warm-up stopped at step {step} of {settings.steps}")
+        started = time.perf_counter()
+        demonstrations = call_env(env, "demonstrations", step, settings.batch_size)
+        batch = pack_demonstrations(demonstrations).to(policy.device)
+        log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.loss_mask)
+        loss = -log_probs.sum() / batch.num_completion_tokens
+        check_finite(loss, step=step, what="loss", name="warm-up")
+        loss.backward()
+        lr = optimizer.lr
+        grad_norm = optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 0 or step == settings.steps - 1:
+            line = {"loss": loss.item(), "grad_norm": grad_norm, "lr": lr}
+            history.append({"step": step + 1, **line})
+            metrics.log_warmup(step + 1, {**line, "time/step": time.perf_counter() - started}, num_steps=settings.steps,
+                               prints_line=step % 50 == 0 or step == settings.steps - 1)
+    optimizer.close()
+    return history
+
+
+def pack_demonstrations(demonstrations: list[tuple[list[int], list[int]]]) -> RolloutBatch:
+    """(prompt ids, completion ids) pairs as a batch that trains on the completions."""
+    completions = [
+        Completion(Prompt(i, prompt, {}), 0, [Segment(prompt, "prompt"), Segment(target, "policy", [0.0] * len(target))], "stop")
+        for i, (prompt, target) in enumerate(demonstrations)]
+    return pack(completions, [0.0] * len(completions))
+
+
+def _digest(policy: GptOss, env, config: TrainConfig) -> str:
+    """A hash of the settings, the code, torch's version and the threads: an equal warm-up gives equal bits."""
+    settings = {name: value for name, value in dataclasses.asdict(config.warmup).items() if name != "cache_dir"}
+    root = Path(__file__).resolve().parent.parent
+    files = [*root.glob("kernels/*.py"), *root.glob("models/*.py"), *root.glob("grpo/*.py"),
+             Path(inspect.getsourcefile(type(env)))]
+    code = [path.read_text(encoding="utf-8") for path in sorted(files)]
+    plain = to_dict(config)
+    shaped = [settings, plain["model"], plain["env"], config.seed, str(policy.dtype), str(policy.device),
+              torch.__version__, torch.get_num_threads(), code]
+    return hashlib.sha256(json.dumps(shaped, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _save(policy: GptOss, path: Path, history: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".tmp-{os.getpid()}")
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable_parameters().items()}
+    save_file(tensors, partial, metadata={"history": json.dumps(history)})
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def _load(policy: GptOss, path: Path) -> list[dict] | None:
+    """The history of a cached warm-up, its weights put into the policy; None if there is none that can be read."""
+    if not path.is_file():
+        return None
+    parameters = policy.trainable_parameters()
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(parameters):
+                return None
+            tensors = {name: file.get_tensor(name) for name in parameters}
+            history = json.loads(file.metadata()["history"])
+    except SafetensorError:
+        return None  # cut short by a kill long ago: training again is right, only slower
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+    return history
