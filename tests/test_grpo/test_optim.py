@@ -178,6 +178,18 @@ def test_a_resumed_optimizer_continues_bit_for_bit(dtype):
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+def test_loading_state_rounds_bf16_parameters_from_their_masters():
+    params = make_params(torch.bfloat16)
+    optimizer = make_optimizer(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    state = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    others = make_params(torch.bfloat16, seed=1)
+    make_optimizer(others).load_state_dict(state)
+    for name in SHAPES:
+        assert torch.equal(others[name], params[name]) and torch.equal(others[name], state[f"master.{name}"].bfloat16())
+
+
 def test_state_of_other_parameters_is_refused_with_a_list_and_changes_nothing():
     optimizer = make_optimizer(make_params())
     state = {name: value.clone() for name, value in optimizer.state_dict().items()}

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -190,6 +189,19 @@ def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoints(tmp_path
     assert_is_step((save(tmp_path, 30), load_run(tmp_path))[1], 30)
 
 
+def test_a_failed_replacement_puts_the_old_checkpoint_back(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo.checkpoint.os, "replace",
+                      lambda old, new: out_of_space() if ".tmp-" in str(old) else replace(old, new))
+        with pytest.raises(SaveError, match="step_000020"):
+            save_run(tmp_path, step=20, tensors={}, state={"other": 1}, keep=2)
+    assert saved_names(tmp_path) == ["step_000010", "step_000020"]
+    assert_is_step(load_run(tmp_path), 20)
+
+
 def test_a_disk_that_is_really_full_leaves_the_old_checkpoints(tmp_path):
     code = """
 import sys, torch
@@ -217,6 +229,62 @@ print(loaded.step, loaded.tensors["w"].sum().item(), sorted(p.name for p in (run
     assert lines[1] == "1 20000.0 ['step_000001']"
 
 
+def test_a_process_killed_before_any_disk_operation_of_a_save_leaves_whole_checkpoints(tmp_path):
+    """A child for each operation kills itself just before it; step 20 is new, then saved again, differently."""
+    code = """
+import os, shutil, signal, sys, warnings, torch
+from pathlib import Path
+import grpo.checkpoint as c
+warnings.simplefilter("error")  # no checkpoint may need a fallback
+template, run = Path(sys.argv[1]) / "template", Path(sys.argv[1]) / "run"
+
+def save(run, step, value):
+    c.save_run(run, step=step, tensors={"w": torch.full((50,), value)}, state={"value": value}, keep=2)
+
+def arm(owner, name):
+    original = getattr(owner, name)
+    def armed(*arguments, **keywords):
+        global countdown
+        countdown -= 1
+        if countdown == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+    setattr(owner, name, armed)
+
+for step in (5, 10):
+    save(template, step, 1.0 * step)
+for previous in (10.0, 20.0):
+    if previous == 20.0:
+        save(template, 20, 20.0)
+    outcomes = []
+    for operation in range(1, 60):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(template, run)
+        child = os.fork()
+        if child == 0:
+            countdown = operation
+            for owner, name in ((os, "replace"), (os, "fsync"), (c.shutil, "rmtree"), (Path, "write_text"), (Path, "mkdir"),
+                                (c.safetensors.torch, "save_file")):
+                arm(owner, name)
+            save(run, 20, 21.0)
+            os._exit(0)
+        was_killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+        c.lock_run(run).release()
+        loaded = c.load_run(run)
+        value = loaded.state["value"]
+        assert torch.equal(loaded.tensors["w"], torch.full((50,), value)), operation
+        assert not list(run.glob("checkpoints/*.*")), operation
+        outcomes.append(value)
+        if not was_killed:
+            break
+    assert not was_killed and outcomes == sorted(outcomes) and set(outcomes) == {previous, 21.0}, outcomes
+    print(len(outcomes))
+"""
+    output, errors = run_python(code, tmp_path).communicate(timeout=120)
+    counts = [int(line) for line in output.split()]
+    assert len(counts) == 2 and min(counts) > 10, (output, errors)
+
+
 def test_a_process_killed_at_any_time_leaves_whole_checkpoints(tmp_path):
     code = """
 import sys, torch
@@ -229,18 +297,19 @@ while True:
     step += 1
     save_run(sys.argv[1], step=step, tensors={"w": torch.full((200_000,), float(step))}, state={"step": step}, keep=2)
 """
-    pause = random.Random(0)
     last_step = 0
-    for _ in range(4):
+    for seconds in (0.07, 0.13):
         process = run_python(code, tmp_path)
         assert process.stdout.readline() == "ready\n", process.stderr.read()
-        time.sleep(0.05 + 0.1 * pause.random())
+        while not list(tmp_path.glob("checkpoints/step_??????")):
+            time.sleep(0.01)
+        time.sleep(seconds)
         process.kill()
         process.communicate()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # no checkpoint may need a fallback
+            warnings.simplefilter("error")
             loaded = load_run(tmp_path)
-        assert loaded.step > last_step and loaded.state["step"] == loaded.step
+        assert loaded.step > 0 and loaded.step >= last_step and loaded.state["step"] == loaded.step
         assert torch.equal(loaded.tensors["w"], torch.full((200_000,), float(loaded.step)))
         last_step = loaded.step
 
