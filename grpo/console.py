@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo.plots import is_bound
+from grpo.plots import headline_first
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"
@@ -122,6 +122,12 @@ def _short_name(name: str) -> str:
     return name.removeprefix("eval/")
 
 
+def with_interval(metrics: dict[str, float], name: str) -> str:
+    """Returns the value with half the width of its 95 % interval where that was logged."""
+    width = f" ± {format_number(metrics[name + '/ci95'])}" if f"{name}/ci95" in metrics else ""
+    return format_number(metrics[name]) + width
+
+
 def one_line(text: str, limit: int) -> str:
     """Returns `text` on one line of at most `limit` characters: newlines shown as `\\n`, the middle cut out."""
     flat = text.replace("\n", "\\n")
@@ -169,6 +175,7 @@ class Display:
             self._enter("train", self.total_steps)
         self._take_step(step, metrics)
         self._record(step, metrics)
+        self.status = ""
         self._show(lambda: step_line(step, self.total_steps, metrics, self.seconds_left()))
 
     def warmup(self, step: int, num_steps: int, metrics: dict[str, float], *, prints_line: bool) -> None:
@@ -185,7 +192,8 @@ class Display:
 
     def eval(self, step: int, metrics: dict[str, float]) -> None:
         self._record(step, metrics)
-        values = "  ".join(f"{_short_name(name)} {format_number(value)}" for name, value in metrics.items())
+        evals = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        values = "  ".join(f"{_short_name(name)} {with_interval(evals, name)}" for name in headline_first(evals))
         self._show(lambda: f"eval {step}/{self.total_steps}  {values}")
 
     def completion(self, step: int, sample: dict) -> None:
@@ -335,10 +343,8 @@ class Display:
         if not self.last_eval:
             return None
         parts = []
-        for name, value in self.last_eval.items():
-            if is_bound(name):
-                continue
-            part = f"{_short_name(name)} {format_number(value)}"
+        for name in headline_first(self.last_eval):
+            part = f"{_short_name(name)} {with_interval(self.last_eval, name)}"
             if self.last_eval_step > 0 and name in self.first_eval:
                 part += f" (from {format_number(self.first_eval[name])})"
             parts.append(part)
@@ -404,10 +410,13 @@ def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> l
     for column in ("metric", "before", "after", "best"):
         table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     for group in ("eval", "train"):
-        for name, record in summary[group].items():
-            first, last, best = record["first"], record["last"], record["best"]
-            best_text = f"{_value(best)} @ {best['step']}" if group == "eval" else ""
-            cells = [name, _value(first), _value(last), best_text]
+        for name in headline_first(summary[group]):
+            record, width = summary[group][name], summary[group].get(f"{name}/ci95")
+            best_text = f"{_value(record['best'])} @ {record['best']['step']}" if group == "eval" else ""
+            cells = [name]
+            for when in ("first", "last"):
+                cells.append(_value(record[when]) + (f" ± {_value(width[when])}" if width else ""))
+            cells.append(best_text)
             table.add_row(*(Text(clean(cell, encoding)) for cell in cells))
     renderables: list[object] = [table] if table.row_count else []
     for sample in samples:

@@ -122,10 +122,7 @@ class Metrics:
 
         Steps may be left out. Without a terminal a line is printed only when `prints_line`.
         """
-        metrics = {
-            name if name.startswith(("time/", "memory/")) else f"warmup/{name}": _plain_number(value, name)
-            for name, value in metrics.items()
-        }
+        metrics = _prefixed("warmup/", metrics)
         line = {"step": 0, "warmup/step": warmup_step, **metrics}
         self._metrics_file.append([line])
         self.display.warmup(warmup_step, num_steps, metrics, prints_line=prints_line)
@@ -136,18 +133,15 @@ class Metrics:
         return step in self._eval_names
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
-        """Records held-out metrics as `eval/<name>`. What is on record for the step already is not written again: a run
-        resumed at its last step repeats the last evaluation."""
-        metrics = {
-            name if name.startswith("eval/") else f"eval/{name}": _plain_number(value, name)
-            for name, value in metrics.items()
-        }
+        """Records held-out metrics as `eval/<name>` (timing keeps its name). What is on record for the step already is
+        not written again: a run resumed at its last step may repeat the last evaluation."""
+        metrics = _prefixed("eval/", metrics)
         known = self._eval_names.setdefault(step, set())
         new = {name: value for name, value in metrics.items() if name not in known}
-        known.update(new)
-        if new:
+        if any(name.startswith("eval/") for name in new):
             self._metrics_file.append([{"step": step, **new}])
             self.wandb.log({"step": step, **new})
+        known.update(new)
         self.display.eval(step, metrics)
 
     def log_completions(self, step: int, completions: list[dict]) -> None:
@@ -176,7 +170,7 @@ class Metrics:
         """Ends the display, writes summary.json and report.html, closes wandb, and returns the summary.
 
         A second call changes nothing. A summary or report that cannot be written is a warning: `python -m grpo.report`
-        makes it again from metrics.jsonl. `exit_reason` is "completed" for a run that took all its steps.
+        makes it again from metrics.jsonl. `exit_reason` is "finished" for a run that took all its steps.
         """
         if self.summary is not None:
             return self.summary
@@ -298,6 +292,14 @@ def _plain_number(value: object, name: str) -> float | int:
         raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__} {value!r}") from error
 
 
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Timing metrics keep their names: those are how a comparison of two runs knows them."""
+    kept = (prefix, "time/", "memory/")
+    return {
+        name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()
+    }
+
+
 def _json_safe(value: object) -> object:
     """Returns a copy that JSON can hold: non-finite numbers become None, unknown objects their text."""
     if isinstance(value, dict):
@@ -408,7 +410,7 @@ class _WandbRun:
             self._run.log(line)
 
     def log_table(self, step: int, rows: list[dict]) -> None:
-        """Appends rows to the table `completions`; its columns are those of the first rows logged."""
+        """Appends rows to the table `completions`; its columns are those of the first row logged, token ids left out."""
         if self._run is None:
             return
         with self._guarded("table"):
@@ -416,7 +418,7 @@ class _WandbRun:
 
             appends = "log_mode" in inspect.signature(wandb.Table.__init__).parameters
             if not self._columns:
-                self._columns = list(rows[0])
+                self._columns = [name for name in rows[0] if name != "token_ids"]
             if self._table is None or not appends:
                 kind = {"log_mode": "INCREMENTAL"} if appends else {}
                 self._table = wandb.Table(columns=self._columns, allow_mixed_types=True, **kind)
@@ -431,7 +433,7 @@ class _WandbRun:
             for name, record in summary["eval"].items():
                 self._run.summary[f"best/{name}"] = record["best"]["value"]
             self._run.summary["exit_reason"] = summary["exit_reason"]
-            self._run.finish(exit_code=0 if summary["exit_reason"] == "completed" else 1)
+            self._run.finish(exit_code=0 if summary["exit_reason"] == "finished" else 1)
         self._run = None
 
 

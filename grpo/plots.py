@@ -5,6 +5,7 @@ A plot whose metrics were not logged is left out.
 
 import io
 import math
+from collections.abc import Iterable
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2563a8", "#d97706", "#2e8b57", "#c0392b", "#7d5ba6", "#8a8f98"
 # A metric whose name ends in one of these is better when it is lower; every other one when it is higher.
@@ -21,9 +22,15 @@ def is_lower_better(name: str) -> bool:
     return name.split("/")[-1].endswith(LOWER_IS_BETTER)
 
 
-def is_bound(name: str) -> bool:
-    """Whether an eval metric is the uncertainty of another one, which needs no curve of its own."""
-    return name.endswith(("_low", "_high", "_ci", "/low", "/high", "/ci", "stderr", "_std"))
+def is_interval(name: str) -> bool:
+    """Whether an eval metric is the half width of another one's 95 % interval, which is shown beside that one."""
+    return name.endswith("/ci95")
+
+
+def headline_first(names: Iterable[str]) -> list[str]:
+    """Returns eval metrics without intervals, scores (accuracy, avg@k, pass@k) before the rest."""
+    values = [name for name in names if not is_interval(name)]
+    return sorted(values, key=lambda name: not any(word in name for word in ("accuracy", "avg@", "pass@")))
 
 
 def _axes(title: str, unit: str):
@@ -90,6 +97,10 @@ def _plot_reward(rows) -> bytes | None:
         high = [reward + spread for reward, spread in zip(rewards, spreads, strict=True)]
         axes.fill_between(steps, low, high, color=BLUE, alpha=0.15, linewidth=0, label="± reward_std")
         num_entries += 1
+    held_out_steps, held_out = series(rows, "eval/reward")
+    if held_out_steps:
+        axes.plot(held_out_steps, held_out, "o", color=ORANGE, markersize=4.5, label="held out (sampled)")
+        num_entries += 1
     dead_steps, dead = series(rows, "frac_reward_zero_std")
     if dead_steps:
         axes.plot(dead_steps, dead, color=GREY, linewidth=1, linestyle=":", label="groups without spread")
@@ -99,28 +110,29 @@ def _plot_reward(rows) -> bytes | None:
 
 
 def _plot_eval(rows) -> bytes | None:
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
-    shares = [
+    names = headline_first(dict.fromkeys(name for row in rows for name in row if name.startswith("eval/")))
+    scores = [
         name
         for name in names
-        if not is_bound(name) and not is_lower_better(name) and "length" not in name
-        if all(-0.5 <= value <= 1.5 for value in series(rows, name)[1] if math.isfinite(value))
+        if not is_lower_better(name) and not name.endswith(("reward", "length"))
+        if all(0 <= value <= 1 for value in series(rows, name)[1] if math.isfinite(value))
     ]
-    if not shares:
+    if not scores:
         return None
     colors = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
     figure, axes = _axes("Held-out evaluation", "score")
-    for index, name in enumerate(shares[:12]):
+    for index, name in enumerate(scores[:8]):
+        color, line_style = colors[index % len(colors)], "-" if index < len(colors) else "--"
         steps, values = series(rows, name)
-        line_style = "-" if index < len(colors) else "--"
         label = name.removeprefix("eval/")
-        axes.plot(steps, values, line_style, color=colors[index % len(colors)], marker="o", markersize=3.5, label=label)
-        low_steps, low = series(rows, f"{name}_low")
-        high_steps, high = series(rows, f"{name}_high")
-        if low_steps == steps and high_steps == steps:
-            axes.fill_between(steps, low, high, color=colors[index % len(colors)], alpha=0.12, linewidth=0)
-    axes.set_ylim(-0.03, max(1.03, axes.get_ylim()[1]))
-    _legend(axes, min(len(shares), 12) + 1)
+        axes.plot(steps, values, line_style, color=color, marker="o", markersize=3.5, label=label)
+        interval_steps, widths = series(rows, f"{name}/ci95")
+        if interval_steps == steps:
+            low = [value - width for value, width in zip(values, widths, strict=True)]
+            high = [value + width for value, width in zip(values, widths, strict=True)]
+            axes.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(fontsize=8, frameon=False, loc="best", ncols=1 if len(scores) < 4 else 2)
     return _png(figure)
 
 
@@ -207,7 +219,7 @@ def plots(rows: list[dict[str, float]]) -> dict[str, tuple[bytes, str]]:
             _plot_reward(rows),
             "Mean reward of the batch with one standard deviation; share of groups whose rewards are all equal.",
         ),
-        "eval": (_plot_eval(rows), "Scores on held-out prompts, which are never trained on."),
+        "eval": (_plot_eval(rows), "Scores on held-out prompts, which are never trained on, with 95 % intervals."),
         "reward_parts": (
             _plot_lines(rows, "Reward parts", "reward", part_lines) if len(part_lines) > 1 else None,
             "Mean of each part of the reward.",

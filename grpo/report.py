@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from grpo.plots import is_bound, is_lower_better, plots, series
+from grpo.plots import headline_first, is_lower_better, plots, series
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -193,8 +193,7 @@ def _tiles(summary: dict) -> str:
         (_duration(summary["seconds"]), "wall time"),
         ("not logged" if peak is None else f"{_number(peak)} GB", "peak memory"),
     ]
-    scores = [name for name in summary["eval"] if not is_bound(name)]
-    for name in scores[:4]:
+    for name in headline_first(summary["eval"])[:4]:
         record = summary["eval"][name]
         tiles.append((f"{_number(record['first']['value'])} → {_number(record['last']['value'])}", name))
     return "".join(
@@ -339,7 +338,7 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, object]]:
         for key in keys
         if key not in places and len({json.dumps(config.get(key)) for config in configs.values()}) > 1
     ]
-    eval_names = list(dict.fromkeys(name for s in done.values() for name in s["eval"] if not is_bound(name)))
+    eval_names = headline_first(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
     rows = []
     for run_dir, summary in summaries.items():
         row: dict[str, object] = {"run": str(run_dir.relative_to(sweep_dir))}

@@ -53,7 +53,7 @@ def run_steps(metrics: Metrics, first: int, last: int) -> None:
     for step in range(first, last + 1):
         metrics.log(step, {"reward": 1 / step, "time/step": random.random(), "num_tokens": 10 * step})
         if step % 2 == 0:
-            metrics.log_eval(step, {"greedy": step / 6})
+            metrics.log_eval(step, {"greedy": step / 6, "time/eval": random.random()})
             metrics.log_completions(step, [{"prompt": "p\n", "completion": f"é \ud800 {step}", "reward": math.nan}] * 2)
 
 
@@ -140,6 +140,12 @@ def test_a_line_cut_short_does_not_swallow_the_next_one(tmp_path):
     assert [(row["step"], row["reward"]) for row in read_metrics(tmp_path)] == [(1, 0.5), (2, 0.75)]
 
 
+def test_truncation_leaves_whole_lines_only(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.5}')
+    make(tmp_path).truncate_after(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "reward": 0.5}\n'
+
+
 def test_files_that_end_before_the_checkpoint_are_reported(tmp_path, capsys):
     run_steps(make(tmp_path), 1, 2)
     make(tmp_path, console=True, is_resumed_from_step=5)
@@ -150,8 +156,10 @@ def test_an_evaluation_repeated_after_a_resume_is_recorded_once(tmp_path):
     run_steps(make(tmp_path), 1, 6)
     metrics = make(tmp_path, is_resumed_from_step=6)
     assert metrics.has_eval(6) and not metrics.has_eval(5)
+    metrics.log_eval(6, {"greedy": 1.0, "time/eval": 3.0})
     metrics.log_eval(6, {"greedy": 1.0, "pass@4": 0.5})
     last = [row for row in read_metrics(tmp_path) if row["step"] == 6 and "reward" not in row]
+    assert last[0].pop("time/eval") < 1  # of the first evaluation
     assert last == [{"step": 6, "eval/greedy": 1.0}, {"step": 6, "eval/pass@4": 0.5}]
 
 
@@ -174,14 +182,14 @@ def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
 def test_plain_lines_name_every_value(capsys, tmp_path):
     metrics = make(tmp_path, console=True)
     metrics.log(2, FULL)
-    metrics.log_eval(2, {"greedy": 0.75})
+    metrics.log_eval(2, {"length": 7.0, "accuracy": 0.75, "accuracy/ci95": 0.03125, "time/eval": 2.5})
     metrics.log_completions(2, [{"prompt": "1+1", "completion": "two\n2", "reward": 1.0}])
     step, evaluation, sample = capsys.readouterr().out.splitlines()
     assert step == (
         "step 2/6  reward 0.500 ± 0.250  length 24.0 (max 31), 12% cut  entropy 0.031  kl 0.000  grad 0.750  "
         "lr 3.0e-04  speed 1,234 tok/s  mem 1.500 GB  took 2.000 s  left 0:08"
     )
-    assert evaluation == "eval 2/6  greedy 0.750"
+    assert evaluation == "eval 2/6  accuracy 0.750 ± 0.031  length 7.000"
     assert sample == "sample 2/6  reward 1.000  '1+1' -> 'two\\\\n2'"
 
 
@@ -242,14 +250,15 @@ metrics = Metrics(Path(sys.argv[1]), wandb=WandbConfig(mode=sys.argv[2], project
 try:
     metrics.log_warmup(1, {"loss": 2.0}, num_steps=1, prints_line=True)
     metrics.log_eval(0, {"greedy": 0.25})
-    metrics.log_completions(0, [{"prompt": "1+1", "completion": "[/bold] \\x1b]0;owned\\x07 \\u754c first", "reward": 0.0}])
+    hostile = "[/bold] \\x1b]0;owned\\x07 \\u754c first"
+    metrics.log_completions(0, [{"prompt": "1+1", "completion": hostile, "reward": 0.0, "token_ids": [1, 2]}])
     for step in range(1, 5):
         metrics.log(step, {"reward": step / 4, "reward_std": 0.1, "entropy": 0.5, "num_tokens": 10, "time/step": 0.1})
     metrics.log_eval(4, {"greedy": 0.875})
-    metrics.log_completions(4, [{"prompt": "1+1", "completion": "second", "reward": 1.0}])
+    metrics.log_completions(4, [{"prompt": "1+1", "completion": "second", "reward": 1.0, "token_ids": [5]}])
     print("a line of the loop")
 finally:
-    summary = metrics.finish("completed")
+    summary = metrics.finish("finished")
 metrics.print_final(summary, metrics.samples(), ["python -m grpo.generate run=" + "x" * 100])
 """
 
@@ -391,7 +400,7 @@ def test_disabled_never_touches_wandb(fake_wandb, tmp_path):
     wandb = fake_wandb("init offline", "init online")
     metrics = make(tmp_path, mode="disabled")
     metrics.log(1, {"reward": 1.0})
-    metrics.finish("completed")
+    metrics.finish("finished")
     assert wandb.modes == [] and metrics.wandb_id is None
 
 
@@ -417,7 +426,7 @@ def test_every_failure_of_wandb_is_one_warning_and_the_run_goes_on(fake_wandb, m
     for step in range(1, 4):
         metrics.log(step, {"reward": float(step)})
         metrics.log_completions(step, [{"prompt": "p", "completion": "c", "reward": 0.0}])
-    summary = metrics.finish("completed")
+    summary = metrics.finish("finished")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert wandb.modes == ["online", "offline"]
     assert [line.split(" (")[0] for line in lines] == [
@@ -432,7 +441,7 @@ def test_a_missing_wandb_is_one_warning(fake_wandb, monkeypatch, tmp_path, capsy
     monkeypatch.setitem(sys.modules, "wandb", None)
     metrics = make(tmp_path, mode="auto", console=True)
     metrics.log(1, {"reward": 1.0})
-    metrics.finish("completed")
+    metrics.finish("finished")
     assert capsys.readouterr().out.count("warning: wandb") == 1
 
 

@@ -38,7 +38,7 @@ def write_run(folder: Path, lines: list[dict] = LINES, completions: list[dict] |
 
 
 def summary_of(folder: Path, **changes) -> dict:
-    arguments = {"run_name": "r", "exit_reason": "completed", "total_steps": 3, "config": {}} | changes
+    arguments = {"run_name": "r", "exit_reason": "finished", "total_steps": 3, "config": {}} | changes
     return summarize(folder, **arguments)
 
 
@@ -79,7 +79,7 @@ def test_summary_has_first_last_and_best_of_every_eval_metric(tmp_path):
 def test_summary_adds_up_steps_tokens_seconds_and_peak_memory(tmp_path):
     summary = summary_of(write_run(tmp_path))
     assert (summary["steps"], summary["num_tokens"], summary["seconds"]) == (3, 175, 12.5)
-    assert summary["peak_memory_gb"] == 2.5 and summary["exit_reason"] == "completed"
+    assert summary["peak_memory_gb"] == 2.5 and summary["exit_reason"] == "finished"
     assert summary["train"]["reward"]["best"] == {"value": 0.75, "step": 2}
 
 
@@ -100,7 +100,7 @@ def test_a_run_without_any_line_has_a_summary_and_a_report(tmp_path):
     summary = metrics.finish("out of memory")
     assert (summary["steps"], summary["eval"], summary["peak_memory_gb"]) == (0, {}, None)
     assert "out of memory" in Page((tmp_path / "report.html").read_text()).text
-    assert metrics.finish("completed")["exit_reason"] == "out of memory"
+    assert metrics.finish("finished")["exit_reason"] == "out of memory"
     assert json.loads((tmp_path / "summary.json").read_text())["exit_reason"] == "out of memory"
 
 
@@ -108,7 +108,7 @@ def test_a_report_that_fails_is_a_warning_and_the_summary_stays(tmp_path, capsys
     metrics = Metrics(tmp_path, wandb=WandbConfig(mode="disabled", project="p"), config={}, run_name="r", total_steps=5)
     metrics.log(1, {"reward": 1.0})
     (tmp_path / "report.html.tmp").mkdir()
-    metrics.finish("completed")
+    metrics.finish("finished")
     assert f"rebuild it with: python -m grpo.report {tmp_path}" in capsys.readouterr().out
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 1
 
@@ -207,7 +207,7 @@ def test_the_command_line_writes_the_tables_of_a_sweep_and_the_report_of_a_run(t
         rows = list(csv.DictReader(file))
     assert [float(row["eval/greedy"]) for row in rows[:3]] == [0.9, 0.5, 0.1]
     table = (tmp_path / "sweep_summary.md").read_text()
-    assert "| 1 | 0.0003 | completed | 1 | 0 | 0.9 |" in table and table in capsys.readouterr().out
+    assert "| 1 | 0.0003 | finished | 1 | 0 | 0.9 |" in table and table in capsys.readouterr().out
     assert main([str(tmp_path / "3")]) == 0
     assert (tmp_path / "3" / "report.html").exists()
 
