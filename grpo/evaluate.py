@@ -21,7 +21,7 @@ import torch
 from grpo.batch import Completion, Prompt
 from grpo.checkpoint import LoadError
 from grpo.config import ConfigError, EvaluateConfig, bind
-from grpo.groups import EnvironmentFault, call_env, length_metrics, reward_metrics, score
+from grpo.groups import EnvironmentFault, calling, length_metrics, reward_metrics, score
 from grpo.launch import CONFIG_ERROR, launch
 from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
 from grpo.rewards import Score
@@ -112,7 +112,8 @@ def run_evaluation(config: EvaluateConfig) -> int:
             policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
         env = bind(node, "env")(tokenizer=tokenizer, seed=config.seed)
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
-        prompts = call_env(env, "eval_prompts")[:config.max_prompts]
+        with calling(env, "eval_prompts"):
+            prompts = env.eval_prompts()[:config.max_prompts]
         max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
         metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
                               greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,

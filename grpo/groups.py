@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion, Prompt
 from grpo.config import TrainConfig
-from grpo.rewards import Score
+from grpo.envs.data_files import DataError
+from grpo.rewards import RewardError, Score
 from grpo.rollout import Sampler
 from models.tokenizer import Tokenizer
 
@@ -40,7 +42,8 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
     missing = rollout.prompts_per_step
     for attempt in range(rollout.refill_rounds + 1):
-        prompts = call_env(env, "prompts", step, num_prompts=rollout.prompts_per_step, attempt=attempt)[:missing]
+        with calling(env, "prompts"):
+            prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=attempt)[:missing]
         started = time.perf_counter()
         completions = sampler.generate(
             prompts, step=step, num_samples=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
@@ -69,10 +72,14 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
     return Groups(live, advantages, scored, metrics)
 
 
-def call_env(env, method: str, *arguments, **keywords):
-    """Calls a method of the environment; what it raises becomes an EnvironmentFault that says where."""
+@contextmanager
+def calling(env, method: str) -> Iterator[None]:
+    """Around a call of the environment's `method`: what it raises becomes an EnvironmentFault that says where. Errors that
+    already name function and row, or file and line, pass."""
     try:
-        return getattr(env, method)(*arguments, **keywords)
+        yield
+    except (RewardError, DataError):
+        raise
     except Exception as error:
         frame = error.__traceback__
         while frame.tb_next is not None:
@@ -84,7 +91,8 @@ def call_env(env, method: str, *arguments, **keywords):
 
 def score(env, completions: list[Completion]) -> list[Score]:
     """The environment's scores, checked; sets each completion's reward and parts."""
-    scores = call_env(env, "score", completions)
+    with calling(env, "score"):
+        scores = env.score(completions)
     name = type(env).__name__
     if len(scores) != len(completions):
         raise EnvironmentFault(f"environment {name}.score returned {len(scores)} scores for {len(completions)} completions; "

@@ -32,8 +32,9 @@ from grpo.config import (
     save_config,
     to_dict,
 )
+from grpo.envs.data_files import DataError
 from grpo.evaluate import evaluate
-from grpo.groups import EnvironmentFault, Groups, call_env, collect, completion_record
+from grpo.groups import EnvironmentFault, Groups, calling, collect, completion_record
 from grpo.launch import CONFIG_ERROR, PREEMPTED, launch
 from grpo.losses import kl_penalty, reduce_stats, token_stats
 from grpo.metrics import Metrics
@@ -168,7 +169,8 @@ def evaluate_if_due(run: Run) -> None:
     if not is_due or run.metrics.has_eval(run.step):
         return
     started = time.perf_counter()
-    prompts = call_env(run.env, "eval_prompts")[:settings.max_prompts]
+    with calling(run.env, "eval_prompts"):
+        prompts = run.env.eval_prompts()[:settings.max_prompts]
     result, scored = evaluate(
         run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
         greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=config.rollout.top_k,
@@ -335,12 +337,10 @@ def report_failure(error: BaseException, config: TrainConfig, run_dir: Path) -> 
     kinds: list[tuple[type | tuple, str, int]] = [
         (Interrupted, "interrupted", PREEMPTED), (NonFiniteError, "diverged", DIVERGED), (SaveError, "cannot save", SAVE_ERROR),
         (FloatingPointError, "diverged", DIVERGED), (torch.OutOfMemoryError, "out of memory", OUT_OF_MEMORY),
-        ((RewardError, EnvironmentFault), "environment failed", ENV_ERROR),
+        (DataError, "bad data", DATA_ERROR), ((RewardError, EnvironmentFault), "environment failed", ENV_ERROR),
         ((ConfigError, CheckpointError, LoadError, RunInUseError), "configuration", CONFIG_ERROR)]
     reason, code = next(((reason, code) for kind, reason, code in kinds if isinstance(error, kind)), ("failed", 1))
-    if type(error).__name__ == "DataError":
-        reason, code = "bad data", DATA_ERROR
-    elif reason == "failed" and isinstance(error, ValueError):
+    if reason == "failed" and isinstance(error, ValueError):
         reason, code = "configuration", CONFIG_ERROR
     elif reason == "failed" and isinstance(error, OSError):
         reason, code = "cannot save", SAVE_ERROR

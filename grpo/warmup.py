@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import ConfigError, TrainConfig, to_dict
-from grpo.groups import call_env
+from grpo.groups import calling
 from grpo.metrics import Metrics
 from grpo.optim import Optimizer, check_finite
 from grpo.rollout import Interrupted
@@ -58,7 +58,8 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
         if should_stop():
             raise Interrupted(f"warm-up stopped at step {step} of {settings.steps}")
         started = time.perf_counter()
-        demonstrations = call_env(env, "demonstrations", step, settings.batch_size)
+        with calling(env, "demonstrations"):
+            demonstrations = env.demonstrations(step, settings.batch_size)
         batch = pack_demonstrations(demonstrations).to(policy.device)
         log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.loss_mask)
         loss = -log_probs.sum() / batch.num_completion_tokens
