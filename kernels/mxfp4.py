@@ -6,8 +6,8 @@ A block is 32 consecutive input elements of one output row: 16 bytes of codes an
     element 2j is the LOW nibble of byte j, element 2j + 1 the HIGH nibble
     e2m1: bit 3 is the sign, bits 0..2 index the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 (code 8 is -0.0)
 
-Scale byte 255 is NaN (OCP MX 1.0, E8M0); the published checkpoints do not use it. Every other value is exact in bfloat16
-and float32 except 2^127 * 4 and 2^127 * 6, which overflow to infinity.
+Scale byte 255 is NaN (OCP MX 1.0, E8M0); the published checkpoints do not use it. Every other value is exact in
+bfloat16 and float32 except 2^127 times 2 and more, which overflows to infinity.
 
 Source: OCP Microscaling Formats (MX) Specification 1.0; nibble order and the [..., out, in / 32, 16] layout as in
 openai/gpt-oss, gpt_oss/torch/weights.py.
@@ -39,12 +39,13 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     """The weights that packed blocks stand for.
 
     blocks: [..., O, N, 16] uint8, two elements a byte. scales: [..., O, N] uint8.
-    Returns [..., O, I] of `dtype`, contiguous, on the device of `blocks`: output rows first, so a matrix applies as x @ w.T
-    (the bf16 checkpoint form is the transpose, [..., I, O]). float16 holds only part of the range: small values round to 0.
+    Returns [..., O, I] of `dtype`, contiguous, on the device of `blocks`: output rows first, so a matrix applies as
+    x @ w.T (the bf16 checkpoint form is the transpose, [..., I, O]). float16 holds only part of the range: small values
+    round to 0.
     Working memory beyond the result: 4 bytes per byte of `blocks`; convert expert by expert where that matters.
     """
     assert blocks.dtype == scales.dtype == torch.uint8, f"blocks {blocks.dtype}, scales {scales.dtype}: both must be uint8"
-    assert blocks.shape == (*scales.shape, BLOCK_SIZE // 2), f"blocks {tuple(blocks.shape)}, scales {tuple(scales.shape)}"
+    assert blocks.shape == (*scales.shape, BLOCK_SIZE // 2), f"blocks {blocks.shape} do not fit scales {scales.shape}"
     work_dtype = torch.float32 if dtype == torch.float16 else dtype  # 2^(scale - 127) itself may not exist in float16
     table = _byte_values(blocks.device).to(work_dtype)
     values = torch.nn.functional.embedding(blocks.int(), table)  # [..., O, N, 16, 2]
@@ -60,19 +61,19 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns blocks [..., O, N, 16] uint8 and scales [..., O, N] uint8.
 
     Rounding: the scale of a block is the smallest power of two at which its largest magnitude is at most 6
-    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties to the
-    even code. Values that are already on a block's grid come back exactly, though a block whose largest code was at most 3
-    is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
+    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties to
+    the even code. Values that are already on a block's grid come back exactly, though a block whose largest code was at
+    most 3 is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
     """
     num_inputs = weight.shape[-1]
     if num_inputs % BLOCK_SIZE != 0:
-        raise ValueError(f"MXFP4 packs blocks of {BLOCK_SIZE} inputs: {num_inputs} of {tuple(weight.shape)} is no multiple")
+        raise ValueError(f"MXFP4 packs blocks of {BLOCK_SIZE} inputs: {num_inputs} of {weight.shape} is no multiple")
     if not torch.isfinite(weight).all():
         raise ValueError("MXFP4 cannot hold infinite or NaN weights")
-    values = weight.float().unflatten(-1, (-1, BLOCK_SIZE))  # [..., O, N, 32]
+    values = weight.float().contiguous().unflatten(-1, (-1, BLOCK_SIZE))  # [..., O, N, 32]
     magnitudes = values.abs()
     amax = magnitudes.amax(-1)  # [..., O, N]
-    # amax = fraction * 2^exponent with fraction in [0.5, 1), and 6 = 0.75 * 2^3: exact, where log2(amax / 6) would round
+    # amax = fraction * 2^exponent, fraction in [0.5, 1), and 6 = 0.75 * 2^3: exact, where log2(amax / 6) would round
     fraction, exponent = torch.frexp(amax)
     shift = torch.where(fraction <= 0.75, exponent - 3, exponent - 2)
     scales = torch.where(amax > 0, (shift + 127).clamp(0, 254), 0).to(torch.uint8)

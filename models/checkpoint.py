@@ -23,8 +23,18 @@ from models.gpt_oss import GptOss
 from models.original_layout import from_hugging_face, is_original, original_config, to_hugging_face
 from models.peft_format import has_expert_adapter, merged_weight, save_adapter
 from models.tensor_files import (
-    INDEX_NAME, CheckpointError, StoredTensor, TensorToWrite, atomic_folder, has_tensor_files, list_tensors, read_json,
-    shortened, write_json, write_shards)
+    INDEX_NAME,
+    CheckpointError,
+    StoredTensor,
+    TensorToWrite,
+    atomic_folder,
+    has_tensor_files,
+    list_tensors,
+    read_json,
+    shortened,
+    write_json,
+    write_shards,
+)
 
 EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -45,7 +55,7 @@ def checkpoint_folder(source: str | Path) -> Path:
     if path.exists() or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
         raise CheckpointError(f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],

@@ -7,10 +7,10 @@ orientation their code computes with. Source: openai/gpt-oss, gpt_oss/torch/{wei
 
 import dataclasses
 
+import torch
+
 from models.config import GptOssConfig
 from models.tensor_files import CheckpointError, StoredTensor, TensorToWrite
-
-import torch
 
 _TOP = {"embedding.weight": "model.embed_tokens.weight", "unembedding.weight": "lm_head.weight",
         "norm.scale": "model.norm.weight"}

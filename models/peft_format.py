@@ -21,7 +21,15 @@ import torch
 from models.experts import PROJECTIONS
 from models.gpt_oss import GptOss
 from models.lora import TARGETS, LoraConfig, attach_lora
-from models.tensor_files import CheckpointError, atomic_folder, list_file, read_json, shortened, write_json, write_tensors
+from models.tensor_files import (
+    CheckpointError,
+    atomic_folder,
+    list_file,
+    read_json,
+    shortened,
+    write_json,
+    write_tensors,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
