@@ -1,11 +1,11 @@
 """Rewards of a group of completions -> advantages.
 
 Group relative advantages (GRPO, arXiv 2402.03300): the reward minus the mean of its group, optionally divided by the
-group's standard deviation. Dr. GRPO (arXiv 2503.20783) leaves the division out, because it weighs nearly solved and nearly
-unsolved prompts most. Groups are told apart by id, never by the prompt's text: two equal prompts are two groups.
+group's standard deviation. Dr. GRPO (arXiv 2503.20783) leaves the division out, because it weighs nearly solved and
+nearly unsolved prompts most. Groups are told apart by id, never by the prompt's text: two equal prompts are two groups.
 
-Departures: the paper does not say which standard deviation; here it is that of a sample (n - 1 in the denominator, as most
-trainers have it; sqrt(8/7) = 7% above the population's for 8 completions), plus STD_EPS.
+Departures: the paper does not say which standard deviation; here it is that of a sample (n - 1 in the denominator, as
+most trainers have it; sqrt(8/7) = 7% above the population's for 8 completions), plus STD_EPS.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def group_advantages(rewards: list[float], group_ids: list[int], *, normalize_st
     for group_id, rows in _groups(rewards, group_ids).items():
         values = [rewards[row] for row in rows]
         if len(values) < 2:
-            raise ValueError(f"group {group_id} has one completion; its advantage is always 0: rollout.group_size must be "
-                             "at least 2")
+            raise ValueError(f"group {group_id} has one completion; its advantage is always 0: rollout.group_size must "
+                             "be at least 2")
         if _is_constant(values):
             continue
         mean = math.fsum(values) / len(values)

@@ -5,8 +5,8 @@ models/checkpoint.py.
                                       state.json            everything else: step, cursors, best values
                                       manifest.json         bytes and SHA-256 of the two files above
 
-A checkpoint is written into a folder of another name, flushed to the disk and renamed, so that under its final name it is
-whole whenever the process is killed; the manifest finds what a disk did to it later.
+A checkpoint is written into a folder of another name, flushed to the disk and renamed, so that under its final name it
+is whole whenever the process is killed; the manifest finds what a disk did to it later.
 """
 from __future__ import annotations
 
@@ -56,11 +56,12 @@ class RunState:
 
 
 def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
-    """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it; returns its folder.
+    """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it; returns its
+    folder.
 
-    tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises ValueError for keep < 2
-    (the newest may be the one a disk damages) and SaveError, which names the path and the free space, when the disk does
-    not take it; nothing that was there before is touched then."""
+    tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises ValueError for keep <
+    2 (the newest may be the one a disk damages) and SaveError, which names the path and the free space, when the disk
+    does not take it; nothing that was there before is touched then."""
     if keep < 2:
         raise ValueError(f"checkpoint.keep={keep}: must be at least 2, so that a damaged checkpoint has a predecessor")
     root = Path(run_dir) / "checkpoints"
@@ -237,8 +238,8 @@ def lock_run(run_dir: str | Path) -> RunLock:
     """Takes the run for this process (creating its folder) and cleans up after a killed one (`clean_stale`). The caller
     keeps what is returned: the lock ends with it.
 
-    Raises RunInUseError naming the process that has it. The kernel drops the lock with the process, so a killed run leaves
-    none behind (its file stays and means nothing)."""
+    Raises RunInUseError naming the process that has it. The kernel drops the lock with the process, so a killed run
+    leaves none behind (its file stays and means nothing)."""
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -251,7 +252,8 @@ def lock_run(run_dir: str | Path) -> RunLock:
     except BlockingIOError as error:
         owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
         os.close(descriptor)
-        raise RunInUseError(f"run {run_dir} is in use by {owner}: wait for it, stop it, or choose another name=") from error
+        raise RunInUseError(f"run {run_dir} is in use by {owner}: wait for it, stop it, or choose another "
+                            "name=") from error
     except OSError:
         os.close(descriptor)
         raise

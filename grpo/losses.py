@@ -1,19 +1,19 @@
 """Policy losses, the KL penalty and the statistics that go with them.
 
 A loss maps the policy's log-probs of one micro-batch to a scalar to minimise. Each divides by a count of the whole
-optimizer step (`batch.num_completion_tokens`, `batch.num_sequences`), never by one of the micro-batch, so summing losses
-and gradients over micro-batches gives the same result for any split, packing or order.
+optimizer step (`batch.num_completion_tokens`, `batch.num_sequences`), never by one of the micro-batch, so summing
+losses and gradients over micro-batches gives the same result for any split, packing or order.
 
 With A the advantage, o_i the trained tokens of sequence i, B the sequences of the step, and
     ratio r = exp(log pi - log pi_old),   surrogate J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A):
     grpo      -1/B sum_i 1/|o_i| sum_t J     DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term: `kl_penalty`)
     dr_grpo   -1/(B L) sum_i sum_t J         Dr. GRPO, arXiv 2503.20783; L is a constant length in tokens
     dapo      -1/sum_i |o_i| sum_i sum_t J   DAPO, arXiv 2503.14476, eq. 8 (clip_high > clip_low: "clip-higher")
-When `old_log_probs` are the detached `log_probs` themselves (one update per batch) r is exactly 1, nothing is clipped, and
-the gradient is REINFORCE's, A grad log pi.
+When `old_log_probs` are the detached `log_probs` themselves (one update per batch) r is exactly 1, nothing is clipped,
+and the gradient is REINFORCE's, A grad log pi.
 
-Departures from the papers: log-ratios are clamped to +-20 before the exponential; the KL term is averaged over the tokens
-of the step whatever the policy loss averages over, and its exponential is bounded.
+Departures from the papers: log-ratios are clamped to +-20 before the exponential; the KL term is averaged over the
+tokens of the step whatever the policy loss averages over, and its exponential is bounded.
 
 Statistics are sums, so that micro-batches add up: see `reduce_stats`.
 
@@ -104,15 +104,15 @@ def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: Roll
     """coefficient times the mean over the step's tokens of an estimate of the KL between policy and reference.
 
     With d = log pi - log pi_ref on tokens sampled from pi, `estimator` is
-        k1  value d (unbiased, can be negative).  Gradient d grad log pi, that of KL(pi || pi_ref): the plain derivative,
-            grad log pi, is zero in expectation and thus noise, so the score-function form is used instead
+        k1  value d (unbiased, can be negative).  Gradient d grad log pi, that of KL(pi || pi_ref): the plain
+            derivative, grad log pi, is zero in expectation and thus noise, so the score-function form is used instead
         k2  value d^2/2 (biased, low variance).   Gradient d grad log pi: exactly that of KL(pi || pi_ref)
         k3  value exp(-d) + d - 1 (unbiased, >= 0, GRPO's).  Gradient (1 - exp(-d)) grad log pi: that of the *other*
             direction, KL(pi_ref || pi). Where pi_ref > 10 pi it goes on along its tangent: one token cannot explode the
             step, and is still pulled back (capping the value, as is common, would let go of it)
-    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the detached
-    ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one batch (as in
-    DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
+    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the
+    detached ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one
+    batch (as in DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
 
     log_probs, ref_log_probs: [T] fp32, nats, over the same support. Returns the scalar and {"kl": sum in nats}."""
     if estimator not in ("k1", "k2", "k3"):
@@ -142,8 +142,9 @@ def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: Roll
 def token_stats(log_probs: torch.Tensor, entropy: torch.Tensor, batch: RolloutBatch) -> dict[str, torch.Tensor]:
     """Sums over the trained tokens: entropy (nats) and how far the trainer's log-probs are from the sampler's.
 
-    `sampling/log_prob_diff` is |log pi - log pi_sampler| in nats, before any correction, `sampling/kl` the k3 estimate of
-    KL(pi_sampler || pi) in nats. Before the first update of a batch both should be 0, up to the numerics of two passes."""
+    `sampling/log_prob_diff` is |log pi - log pi_sampler| in nats, before any correction, `sampling/kl` the k3 estimate
+    of KL(pi_sampler || pi) in nats. Before the first update of a batch both should be 0, up to the numerics of two
+    passes."""
     mask = batch.loss_mask
     with torch.no_grad():
         difference = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
@@ -158,9 +159,9 @@ def token_stats(log_probs: torch.Tensor, entropy: torch.Tensor, batch: RolloutBa
 def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> dict[str, float]:
     """Statistics of all micro-batches of a step -> metrics of the step.
 
-    `loss` is already divided by its normaliser: summed over micro-batches, averaged over the step's `num_updates`. A name
-    that ends in `/max` is a maximum. Everything else is a sum over tokens, divided by the sum of `num_tokens`, which leads
-    the result (tokens trained on, counted once per update)."""
+    `loss` is already divided by its normaliser: summed over micro-batches, averaged over the step's `num_updates`. A
+    name that ends in `/max` is a maximum. Everything else is a sum over tokens, divided by the sum of `num_tokens`,
+    which leads the result (tokens trained on, counted once per update)."""
     values: dict[str, float] = {}
     for part in stats:
         for name, value in part.items():

@@ -43,17 +43,17 @@ def learning_rate(update: int, *, lr: float, warmup_steps: int, schedule: str, d
                   final_lr_ratio: float, total_steps: int) -> float:
     """The learning rate of update number `update` (from 0).
 
-    Warm-up rises linearly, lr/warmup_steps to lr, over the first `warmup_steps` updates. "constant" stays there; "linear"
-    and "cosine" fall over the last `decay_steps` updates (None, or more than there are: all after the warm-up) so that the
-    last of `total_steps` updates has lr * final_lr_ratio; updates beyond keep that."""
+    Warm-up rises linearly, lr/warmup_steps to lr, over the first `warmup_steps` updates. "constant" stays there;
+    "linear" and "cosine" fall over the last `decay_steps` updates (None, or more than there are: all after the warm-up)
+    so that the last of `total_steps` updates has lr * final_lr_ratio; updates beyond keep that."""
     if update < warmup_steps:
         return lr * (update + 1) / warmup_steps
     if schedule == "constant":
         return lr
     num_after_warmup = total_steps - warmup_steps
     num_decay = num_after_warmup if decay_steps is None else min(decay_steps, num_after_warmup)
-    progress = (update + 1 - (total_steps - num_decay)) / num_decay if num_decay > 0 else float(update + 1 >= total_steps)
-    progress = min(max(progress, 0.0), 1.0)
+    num_decayed = update + 1 - (total_steps - num_decay)
+    progress = min(max(num_decayed / num_decay, 0.0), 1.0) if num_decay > 0 else float(num_decayed >= 0)
     remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return lr * (final_lr_ratio + (1 - final_lr_ratio) * remaining)
 
@@ -62,8 +62,8 @@ class Optimizer:
     """AdamW over named parameters.
 
     `step()` makes one update from the gradients accumulated since `zero_grad()`. `num_updates` counts them. After the
-    construction the gradients of parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward has
-    made them: read them from `gradients()`."""
+    construction the gradients of parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward
+    has made them: read them from `gradients()`."""
 
     def __init__(self, params: dict[str, torch.nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float,
                  weight_decay: float, warmup_steps: int, schedule: str, decay_steps: int | None, final_lr_ratio: float,
@@ -181,8 +181,9 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores what `state_dict` gave, exactly; parameters with a master are rounded from it, fp32 parameters are the
-        caller's to restore. Raises ValueError naming what is missing, unexpected or misshapen, with nothing changed."""
+        """Restores what `state_dict` gave, exactly; parameters with a master are rounded from it, fp32 parameters are
+        the caller's to restore. Raises ValueError naming what is missing, unexpected or misshapen, with nothing
+        changed."""
         expected = self.state_dict()
         problems = [f"missing {name}" for name in expected if name not in state]
         problems += [f"unexpected {name}" for name in state if name not in expected]

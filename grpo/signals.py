@@ -10,11 +10,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class GracefulStop:
-    """`with GracefulStop(resume_hint) as stop:` handles the signals inside the block and puts the old handlers back after.
+    """`with GracefulStop(resume_hint) as stop:` handles the signals inside the block and puts the old handlers back
+    after.
 
     Called, it says whether a stop was asked for: `stop()` is what a loop polls between steps and micro-batches, and a
-    sampler takes as `should_stop`. The first signal prints what happens next and `resume_hint` (a command line); the second
-    leaves with code 128 + signal number without saving: the last checkpoint stands. Main thread only, as Python requires."""
+    sampler takes as `should_stop`. The first signal prints what happens next and `resume_hint` (a command line); the
+    second leaves with code 128 + signal number without saving: the last checkpoint stands. Main thread only, as Python
+    requires."""
 
     def __init__(self, resume_hint: str) -> None:
         self.resume_hint = resume_hint

@@ -113,7 +113,8 @@ def test_micro_batches_add_up_to_the_step_in_any_split_and_order(name):
 
     value, gradient = step([(range(8), batch)])
     assert value != 0
-    for split in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[5], [3, 0, 7], [1, 2, 4, 6]], [[i] for i in (7, 2, 5, 0, 1, 3, 4, 6)]):
+    for split in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[5], [3, 0, 7], [1, 2, 4, 6]],
+                  [[i] for i in (7, 2, 5, 0, 1, 3, 4, 6)]):
         other_value, other = step([(rows, batch.select(rows)) for rows in split])
         assert other_value == pytest.approx(value, rel=1e-12)
         torch.testing.assert_close(other, gradient, rtol=1e-12, atol=0)
@@ -129,7 +130,7 @@ def test_an_absurd_log_ratio_stays_finite(batch, name):
 
 
 def test_repeated_updates_on_one_batch_stop_at_the_clip_bounds():
-    """One prompt, one token, two answers with advantages 1 and -1: the ratios leave 1 until they are clipped, then rest."""
+    """One prompt, one token, two answers with advantages 1 and -1: the ratios leave 1, are clipped, then rest."""
     logits = torch.zeros(3, requires_grad=True)
     batch = pack([completion(1, log_prob=-math.log(3)), completion(1, sample=1, log_prob=-math.log(3))], [1.0, -1.0])
     history = []

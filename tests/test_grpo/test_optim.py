@@ -14,7 +14,8 @@ SHAPES = {"a": (5, 7), "b": (3,), "experts": (2, 4, 3)}
 
 def make_params(dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+            for name, shape in SHAPES.items()}
 
 
 def make_optimizer(params, **changes):
@@ -86,6 +87,18 @@ def test_gradients_of_bf16_parameters_accumulate_in_fp32():
     assert optimizer.step() == 257.0
 
 
+def test_a_closed_optimizer_leaves_its_parameters_to_the_next():
+    param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    first = make_optimizer({"w": param})
+    (param * 2.0).sum().backward()
+    first.close()
+    second = make_optimizer({"w": param})
+    (param * 3.0).sum().backward()
+    assert second.gradients()["w"].item() == 3.0
+    with pytest.raises(ValueError, match="got no gradient"):
+        first.gradients()
+
+
 def test_rates_of_each_schedule_are_those_worked_out_by_hand():
     def rates(**settings):
         return [learning_rate(update, **settings) for update in range(settings["total_steps"])]
@@ -141,7 +154,7 @@ def test_a_non_finite_gradient_names_the_first_tensor_and_moves_nothing(bad, dty
 
 def test_check_finite_counts_what_is_wrong():
     check_finite(torch.tensor([1.0, -3.0]), step=4, what="loss", name="dapo")
-    with pytest.raises(NonFiniteError, match="loss of dapo is not finite at update 4 .2 NaN and 1 infinite of 4 values"):
+    with pytest.raises(NonFiniteError, match="loss of dapo is not finite at update 4 .2 NaN and 1 infinite of 4 val"):
         check_finite(torch.tensor([math.nan, 1.0, -math.inf, math.nan]), step=4, what="loss", name="dapo")
 
 

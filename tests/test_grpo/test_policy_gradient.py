@@ -97,8 +97,8 @@ def exact_objective(name, log_p, space, group_size, *, normalize_std=False):
         weight = 1 / lengths if name == "grpo" else torch.full_like(lengths, 1 / LENGTH)
         mean_reward = (p * rewards).sum().detach()
         return -((p * weight * rewards).sum() - mean_reward * (p * weight).sum()) * (group_size - 1) / group_size
-    # dapo's denominator couples the group: for a pair, -(A_a l_a + A_b l_b) / (|a| + |b|) with A_a = (R_a - R_b) / 2, or,
-    # divided by the sample standard deviation |R_a - R_b| / sqrt 2, its sign / sqrt 2
+    # dapo's denominator couples the group: for a pair, -(A_a l_a + A_b l_b) / (|a| + |b|) with A_a = (R_a - R_b) / 2,
+    # or, divided by the sample standard deviation |R_a - R_b| / sqrt 2, its sign / sqrt 2
     assert group_size == 2, group_size
     gap = rewards[:, None] - rewards[None, :]
     advantage = gap.sign() / 2 ** 0.5 if normalize_std else gap / 2
@@ -180,7 +180,7 @@ def test_the_monte_carlo_gradient_converges_to_the_exact_one(name):
 
 
 def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
-    """Sampler to gradient: with many groups in the step each normaliser nears its mean, so each loss has a closed form."""
+    """Sampler to gradient: with many groups the normalisers near their means, so each loss has a closed form."""
     model, num_groups, group_size = tiny_model(), 5000, 2
     prompts = [Prompt(i, PROMPT, {}) for i in range(num_groups)]
     completions = Sampler(model, [0], max_batch=2 * num_groups, seed=0).generate(
@@ -203,7 +203,7 @@ def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_off_policy_ratios_correct_the_gradient_of_single_tokens(name):
-    """Groups drawn from an older policy: while nothing is clipped, r turns their expectation into that of the new one."""
+    """Groups drawn from an older policy: while nothing is clipped, r makes their expectation that of the new."""
     model, older = tiny_model(), tiny_model(seed=9)
     space = [[0], [1], [2]]
     p_old = exact_log_probs(older, space).detach().exp()

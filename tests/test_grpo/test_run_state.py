@@ -16,8 +16,16 @@ import pytest
 import torch
 
 import grpo.checkpoint
-from grpo.checkpoint import (CheckpointFallbackWarning, LoadError, RunInUseError, SaveError, clean_stale, load_run,
-                             lock_run, save_run)
+from grpo.checkpoint import (
+    CheckpointFallbackWarning,
+    LoadError,
+    RunInUseError,
+    SaveError,
+    clean_stale,
+    load_run,
+    lock_run,
+    save_run,
+)
 from grpo.signals import GracefulStop
 
 ROOT = Path(__file__).parents[2]
@@ -263,8 +271,8 @@ for previous in (10.0, 20.0):
         child = os.fork()
         if child == 0:
             countdown = operation
-            for owner, name in ((os, "replace"), (os, "fsync"), (c.shutil, "rmtree"), (Path, "write_text"), (Path, "mkdir"),
-                                (c.safetensors.torch, "save_file")):
+            for owner, name in ((os, "replace"), (os, "fsync"), (c.shutil, "rmtree"), (Path, "write_text"),
+                                (Path, "mkdir"), (c.safetensors.torch, "save_file")):
                 arm(owner, name)
             save(run, 20, 21.0)
             os._exit(0)
