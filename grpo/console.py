@@ -4,6 +4,7 @@ Model output is untrusted: every text that reaches the terminal goes through `cl
 objects, which are never parsed as markup.
 """
 
+import atexit
 import itertools
 import math
 import sys
@@ -16,12 +17,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo.plots import headline_first
+from grpo.plots import headline, headline_first
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"
 MAX_PANEL_WIDTH = 110
 STEPS_FOR_TIME_LEFT = 10
+END_METRICS = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "entropy", "kl")
 
 
 def clean(text: str, encoding: str) -> str:
@@ -128,6 +130,13 @@ def with_interval(metrics: dict[str, float], name: str) -> str:
     return format_number(metrics[name]) + width
 
 
+def _shown(evals: dict) -> list[str]:
+    """The eval metrics that lines and the final table have room for; files and report have all of them."""
+    shown = headline(evals)
+    others = ("eval/reward", "eval/mean_length", "eval/clipped_ratio")
+    return shown + [name for name in others if name in evals and name not in shown]
+
+
 def one_line(text: str, limit: int) -> str:
     """Returns `text` on one line of at most `limit` characters: newlines shown as `\\n`, the middle cut out."""
     flat = text.replace("\n", "\\n")
@@ -193,7 +202,7 @@ class Display:
     def eval(self, step: int, metrics: dict[str, float]) -> None:
         self._record(step, metrics)
         evals = {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        values = "  ".join(f"{_short_name(name)} {with_interval(evals, name)}" for name in headline_first(evals))
+        values = "  ".join(f"{_short_name(name)} {with_interval(evals, name)}" for name in _shown(evals))
         self._show(lambda: f"eval {step}/{self.total_steps}  {values}")
 
     def completion(self, step: int, sample: dict) -> None:
@@ -225,6 +234,7 @@ class Display:
         if self.live is None:
             return
         live, self.live = self.live, None
+        atexit.unregister(self.stop)
         self.status, self.is_live = "", False
         try:
             live.stop()
@@ -272,6 +282,7 @@ class Display:
                 print(clean(plain_line(), self.encoding), flush=True)
             elif self.live is None:
                 self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
+                atexit.register(self.stop)  # a run that dies on its way to `finish` must not leave the cursor hidden
                 self.live.start(refresh=True)
             else:
                 self.live.refresh()
@@ -410,7 +421,9 @@ def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> l
     for column in ("metric", "before", "after", "best"):
         table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     for group in ("eval", "train"):
-        for name in headline_first(summary[group]):
+        for name in (
+            _shown(summary[group]) if group == "eval" else [name for name in END_METRICS if name in summary[group]]
+        ):
             record, width = summary[group][name], summary[group].get(f"{name}/ci95")
             best_text = f"{_value(record['best'])} @ {record['best']['step']}" if group == "eval" else ""
             cells = [name]

@@ -28,9 +28,18 @@ def is_interval(name: str) -> bool:
 
 
 def headline_first(names: Iterable[str]) -> list[str]:
-    """Returns eval metrics without intervals, scores (accuracy, avg@k, pass@k) before the rest."""
+    """Returns eval metrics without intervals: those that have one (the headline), other scores, then the rest."""
+    names = list(names)
+    words = ("accuracy", "avg@", "pass@")
     values = [name for name in names if not is_interval(name)]
-    return sorted(values, key=lambda name: not any(word in name for word in ("accuracy", "avg@", "pass@")))
+    return sorted(values, key=lambda name: (f"{name}/ci95" not in names, not any(word in name for word in words)))
+
+
+def headline(names: Iterable[str]) -> list[str]:
+    """Returns the eval metrics that have an interval; the first four where none has."""
+    names = list(names)
+    ordered = headline_first(names)
+    return [name for name in ordered if f"{name}/ci95" in names] or ordered[:4]
 
 
 def _axes(title: str, unit: str):
@@ -121,7 +130,7 @@ def _plot_eval(rows) -> bytes | None:
         return None
     colors = (BLUE, ORANGE, GREEN, PURPLE, RED, GREY)
     figure, axes = _axes("Held-out evaluation", "score")
-    for index, name in enumerate(scores[:8]):
+    for index, name in enumerate(scores[:6]):
         color, line_style = colors[index % len(colors)], "-" if index < len(colors) else "--"
         steps, values = series(rows, name)
         label = name.removeprefix("eval/")

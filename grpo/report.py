@@ -2,6 +2,7 @@
 
     python -m grpo.report RUN_DIR      rebuild report.html of a run, also of one that was killed
     python -m grpo.report SWEEP_DIR    rebuild sweep_summary.md and sweep_summary.csv from the runs below a folder
+    python -m grpo.report RUN_DIR ...  the same from these runs, into the folder they share
 
 `metrics.jsonl` is the source of truth: one JSON object a line with `step` and any metrics of that step. Numbers that
 JSON cannot hold (NaN, infinities) are written as null and read back as NaN. A last line cut short by a kill is ignored.
@@ -17,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from grpo.plots import headline_first, is_lower_better, plots, series
+from grpo.plots import headline, headline_first, is_lower_better, plots, series
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -193,7 +194,7 @@ def _tiles(summary: dict) -> str:
         (_duration(summary["seconds"]), "wall time"),
         ("not logged" if peak is None else f"{_number(peak)} GB", "peak memory"),
     ]
-    for name in headline_first(summary["eval"])[:4]:
+    for name in headline(summary["eval"])[:4]:
         record = summary["eval"][name]
         tiles.append((f"{_number(record['first']['value'])} → {_number(record['last']['value'])}", name))
     return "".join(
@@ -318,16 +319,18 @@ def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def sweep_table(sweep_dir: Path) -> list[dict[str, object]]:
-    """Returns one row for each run below `sweep_dir`: its folder, the configuration keys in which the runs differ, exit
-    reason, steps, seconds, and the last value of each eval metric. Sorted by the first eval metric, best first; runs
-    that left no summary come last.
-
-    Raises ValueError when there is no run below the folder.
-    """
-    run_dirs = sorted({path.parent for name in (SUMMARY_FILE, METRICS_FILE) for path in sweep_dir.rglob(name)})
+def find_runs(folder: Path) -> list[Path]:
+    """Returns the folders of the runs at or below `folder`; raises ValueError when there is none."""
+    run_dirs = sorted({path.parent for name in (SUMMARY_FILE, METRICS_FILE) for path in folder.rglob(name)})
     if not run_dirs:
-        raise ValueError(f"{sweep_dir} holds no run: neither {SUMMARY_FILE} nor {METRICS_FILE} below it")
+        raise ValueError(f"{folder} holds no run: neither {SUMMARY_FILE} nor {METRICS_FILE} below it")
+    return run_dirs
+
+
+def sweep_table(run_dirs: list[Path]) -> list[dict[str, object]]:
+    """Returns one row for each run: its name, the configuration keys in which the runs differ, exit reason, steps,
+    seconds, and the last value of each eval metric. Sorted by the first of the headline metrics, best first; runs that
+    left no summary come last."""
     summaries = {run_dir: _read_summary(run_dir) for run_dir in run_dirs}
     done = {run_dir: summary for run_dir, summary in summaries.items() if summary is not None}
     configs = {run_dir: _flatten(summary["config"]) for run_dir, summary in done.items()}
@@ -338,10 +341,12 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, object]]:
         for key in keys
         if key not in places and len({json.dumps(config.get(key)) for config in configs.values()}) > 1
     ]
-    eval_names = headline_first(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
+    logged = list(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
+    eval_names = headline_first(logged)
+    eval_names += [name for name in logged if name not in eval_names]
     rows = []
     for run_dir, summary in summaries.items():
-        row: dict[str, object] = {"run": str(run_dir.relative_to(sweep_dir))}
+        row: dict[str, object] = {"run": run_dir.resolve().name}
         if summary is None:
             row["exit_reason"] = f"no {SUMMARY_FILE}"
         else:
@@ -360,15 +365,18 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, object]]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
-def sweep_summary(sweep_dir: Path) -> Path:
-    """Writes sweep_summary.csv and sweep_summary.md into the folder of a sweep; returns the path of the latter."""
-    rows = sweep_table(sweep_dir)
+def sweep_summary(sweep_dir: Path, run_dirs: list[Path] | None = None) -> Path:
+    """Writes sweep_summary.csv (every eval metric) and sweep_summary.md (the headline) into `sweep_dir`, over `run_dirs`
+    or else all runs below it; returns the path of the latter."""
+    rows = sweep_table(find_runs(sweep_dir) if run_dirs is None else run_dirs)
     columns = list(rows[0])
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(sweep_dir / "sweep_summary.csv", buffer.getvalue())
+    evals = [column for column in columns if column.startswith("eval/")]
+    columns = [column for column in columns if column not in evals or column in headline(evals)]
     lines = [f"# {sweep_dir.resolve().name}: {len(rows)} runs", "", "| " + " | ".join(columns) + " |"]
     lines.append("|" + "---|" * len(columns))
     lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
@@ -385,15 +393,16 @@ def _cell(value: object) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print("usage: python -m grpo.report RUN_DIR | SWEEP_DIR", file=sys.stderr)
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: python -m grpo.report RUN_DIR | SWEEP_DIR | RUN_DIR RUN_DIR ...", file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    folder = Path(arguments[0])
+    folders = [Path(argument) for argument in arguments]
     try:
-        if (folder / METRICS_FILE).exists():
-            print(rebuild_report(folder))
+        if len(folders) == 1 and (folders[0] / METRICS_FILE).exists():
+            print(rebuild_report(folders[0]))
         else:
-            path = sweep_summary(folder)
+            run_dirs = [run_dir for folder in folders for run_dir in find_runs(folder)]
+            path = sweep_summary(Path(os.path.commonpath([folder.resolve() for folder in folders])), run_dirs)
             print(path.read_text(encoding="utf-8"))
             print(path)
     except (ValueError, OSError) as error:

@@ -179,17 +179,19 @@ def test_a_full_disk_names_the_file_and_what_to_do(tmp_path):
     assert caught.value.filename == "/dev/full"
 
 
-def test_plain_lines_name_every_value(capsys, tmp_path):
+def test_plain_lines_name_what_matters(capsys, tmp_path):
     metrics = make(tmp_path, console=True)
     metrics.log(2, FULL)
-    metrics.log_eval(2, {"length": 7.0, "accuracy": 0.75, "accuracy/ci95": 0.03125, "time/eval": 2.5})
+    metrics.log_eval(
+        2, {"mean_length": 7.0, "is_odd": 0.5, "accuracy": 0.75, "accuracy/ci95": 0.03125, "time/eval": 2.5}
+    )
     metrics.log_completions(2, [{"prompt": "1+1", "completion": "two\n2", "reward": 1.0}])
     step, evaluation, sample = capsys.readouterr().out.splitlines()
     assert step == (
         "step 2/6  reward 0.500 ± 0.250  length 24.0 (max 31), 12% cut  entropy 0.031  kl 0.000  grad 0.750  "
         "lr 3.0e-04  speed 1,234 tok/s  mem 1.500 GB  took 2.000 s  left 0:08"
     )
-    assert evaluation == "eval 2/6  accuracy 0.750 ± 0.031  length 7.000"
+    assert evaluation == "eval 2/6  accuracy 0.750 ± 0.031  mean_length 7.000"
     assert sample == "sample 2/6  reward 1.000  '1+1' -> 'two\\\\n2'"
 
 

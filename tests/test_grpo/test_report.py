@@ -13,7 +13,7 @@ import pytest
 from grpo.config import WandbConfig
 from grpo.metrics import Metrics
 from grpo.plots import plots
-from grpo.report import before_after_samples, main, read_metrics, rebuild_report, summarize, sweep_table
+from grpo.report import before_after_samples, find_runs, main, read_metrics, rebuild_report, summarize, sweep_table
 
 HOSTILE = "<script>alert('x')</script> </pre> & \"quoted\""
 # Every greedy value, with its best in the middle; the loss falls; a value is missing at one step.
@@ -193,7 +193,7 @@ def write_sweep(folder: Path) -> None:
 
 def test_a_sweep_is_sorted_best_first_with_the_keys_that_differ(tmp_path):
     write_sweep(tmp_path)
-    rows = sweep_table(tmp_path)
+    rows = sweep_table(find_runs(tmp_path))
     assert [row["run"] for row in rows] == ["1", "0", "2", "3"]
     assert list(rows[0]) == ["run", "optim.lr", "exit_reason", "steps", "seconds", "eval/greedy"]
     assert (rows[0]["optim.lr"], rows[0]["eval/greedy"], rows[0]["steps"]) == (3e-4, 0.9, 1)
@@ -208,6 +208,8 @@ def test_the_command_line_writes_the_tables_of_a_sweep_and_the_report_of_a_run(t
     assert [float(row["eval/greedy"]) for row in rows[:3]] == [0.9, 0.5, 0.1]
     table = (tmp_path / "sweep_summary.md").read_text()
     assert "| 1 | 0.0003 | finished | 1 | 0 | 0.9 |" in table and table in capsys.readouterr().out
+    assert main([str(tmp_path / "0"), str(tmp_path / "2")]) == 0
+    assert [line.split()[1] for line in (tmp_path / "sweep_summary.md").read_text().splitlines()[4:6]] == ["0", "2"]
     assert main([str(tmp_path / "3")]) == 0
     assert (tmp_path / "3" / "report.html").exists()
 
