@@ -203,8 +203,7 @@ def save_model(model: GptOss, folder: str | Path, *, merge_lora: bool, experts: 
                                   pattern="model-{number:05d}-of-{count:05d}.safetensors")
         if len(set(weight_map.values())) > 1:
             write_json(temporary / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-        described = model.config.to_hf(is_mxfp4=form == "mxfp4")
-        write_json(temporary / "config.json", described | {"torch_dtype": str(dtype).removeprefix("torch.")})
+        write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
         write_json(temporary / "generation_config.json", _generation_config(model.config, extra_files))
         for path in extra_files:
             shutil.copyfile(path, temporary / path.name)
@@ -316,6 +315,16 @@ def _tokenizer_files(folder: str | Path | None) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
+def _hub_config(config: GptOssConfig, form: str, dtype: torch.dtype) -> dict:
+    described = config.to_hf(is_mxfp4=form == "mxfp4") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    # the original layout names no token ids, and transformers refuses ids beyond a small vocabulary
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        described["pad_token_id"] = None
+    if max(config.stop_ids) >= config.vocab_size:
+        del described["eos_token_id"]
+    return described
+
+
 def _generation_config(config: GptOssConfig, tokenizer_files: list[Path]) -> dict:
     """Stop ids for generation: config.json alone names one, and a model that ends in a call would run on."""
     ids = {}
@@ -323,6 +332,6 @@ def _generation_config(config: GptOssConfig, tokenizer_files: list[Path]) -> dic
         if path.name == "tokenizer.json":
             ids = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
     named = [ids[token] for token in ("<|return|>", "<|endoftext|>", "<|call|>") if token in ids]
-    published = [200002, 199999, 200012] if config.stop_ids == [200002] else []
-    return {"do_sample": True, "eos_token_id": named or published or config.stop_ids,
-            "pad_token_id": config.pad_token_id}
+    stop_ids = named or ([200002, 199999, 200012] if config.stop_ids == [200002] else config.stop_ids)
+    written = {"do_sample": True, "eos_token_id": stop_ids, "pad_token_id": config.pad_token_id}
+    return written if max(stop_ids) < config.vocab_size else {"do_sample": True}
