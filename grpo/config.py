@@ -248,8 +248,10 @@ class GenerateConfig:
     step: Optional[int] = None  # the run's checkpoint of that step; null: the newest
     model: Optional[ModelConfig] = None
     prompt: Optional[str] = None  # null: read lines from the terminal and chat
+    # null, for these three: as the run's environment has it; else none, medium, today
     instructions: Optional[str] = None  # developer message
-    reasoning_effort: ReasoningEffort = MISSING
+    reasoning_effort: Optional[ReasoningEffort] = None
+    current_date: Optional[str] = None  # YYYY-MM-DD, in the system message
     seed: int = MISSING
     device: Device = MISSING
     dtype: Dtype = MISSING

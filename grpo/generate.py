@@ -1,0 +1,250 @@
+"""Prompt in, completion out: one prompt, or a chat, with a run or a checkpoint; tokens appear as they are drawn.
+
+    python -m grpo.generate run=runs/NAME [step=N] [prompt=14+49]
+    python -m grpo.generate +model=gpt_oss_20b model.path=FOLDER prompt="Why is the sky blue?"
+
+Without a prompt it chats: a line is a question, /new forgets the conversation, Ctrl-C cuts an answer short, Ctrl-D ends;
+from a pipe or a file, each line is a question. Prompts are rendered as in training: by the environment of a run that offers
+`encode_prompt(question)` (every question then stands alone), otherwise as a harmony conversation whose instructions,
+reasoning effort and date are those given, else those of the run's environment. History is the hub template's: earlier answers
+without their analysis, their <|return|> an <|end|>.
+
+A message's header stands in brackets before its text: [analysis], [final]. What the model writes is untrusted: control
+characters are shown as escapes. Notes and errors go to stderr.
+"""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+
+from grpo.batch import Prompt
+from grpo.checkpoint import LoadError
+from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, bind, resolve_target
+from grpo.console import clean
+from grpo.launch import CONFIG_ERROR, FAILED, launch
+from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
+from grpo.rollout import Sampler
+from models.checkpoint import CheckpointError
+from models.harmony import parse_completion, render_chat
+from models.tokenizer import REPLACEMENT, Tokenizer
+
+GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
+MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text
+INTERRUPTED = 128 + 2  # exit code of a process that SIGINT ends
+NEW_CONVERSATION = "/new"
+
+
+class TextStream:
+    """Token ids in, text out, piece by piece: the pieces together are `tokenizer.decode` of all ids. Bytes of a character
+    that later tokens may complete are held back until `flush`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.pending: list[int] = []  # ids since the last complete character
+        self.num_shown = 0  # characters of their text already returned
+
+    def feed(self, token_id: int) -> str:
+        self.pending.append(token_id)
+        text = self.tokenizer.decode(self.pending, keep_special=True)
+        # U+FFFD at the end may be the beginning of a character; all before it is final
+        piece, self.num_shown = self._from_shown(text.rstrip(REPLACEMENT))
+        if not text.endswith(REPLACEMENT):
+            self.pending, self.num_shown = [], 0
+        return piece
+
+    def flush(self) -> str:
+        piece, _ = self._from_shown(self.tokenizer.decode(self.pending, keep_special=True))
+        self.pending, self.num_shown = [], 0
+        return piece
+
+    def _from_shown(self, text: str) -> tuple[str, int]:
+        return text[self.num_shown:], max(self.num_shown, len(text))
+
+
+class CompletionView:
+    """Shows a completion on the console while it is drawn: headers in brackets, analysis dim."""
+
+    def __init__(self, console: Console, tokenizer: Tokenizer) -> None:
+        self.console, self.tokenizer = console, tokenizer
+        self.closing = {tokenizer.end, *tokenizer.stop_ids}
+        self.text = TextStream(tokenizer)
+        self.header: list[int] | None = []  # ids of the header being read (the prompt has its <|start|>); None in content
+        self.is_analysis = False
+        self.is_line_start = True
+
+    def feed(self, token_id: int) -> None:
+        tokenizer = self.tokenizer
+        if self.header is None and token_id in self.closing:
+            self.end_message()
+        elif self.header is None:
+            self._show(self.text.feed(token_id))
+        elif token_id == tokenizer.message:
+            title = tokenizer.decode(self.header, keep_special=True).replace("<|channel|>", " ")
+            title = " ".join(title.replace("<|start|>", "").removeprefix("assistant").split())
+            self.is_analysis = title.startswith("analysis")
+            self._show(f"[{title}] ")
+            self.header = None
+        else:
+            self.header.append(token_id)
+            if len(self.header) > MAX_HEADER_LEN or token_id in self.closing:
+                self.end_message()
+
+    def end_message(self) -> None:
+        """Shows what was held back and ends the line; ids that became no header are shown as they are."""
+        for token_id in self.header or []:
+            self._show(self.text.feed(token_id))
+        self._show(self.text.flush())
+        self.header, self.is_analysis = [], False
+        if not self.is_line_start:
+            self._show("\n")
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            text = "\t".join(clean(part, self.console.encoding) for part in piece.split("\t"))
+            self.console.out(text, style="dim" if self.is_analysis else None, end="", highlight=False)
+            self.is_line_start = piece.endswith("\n")
+
+
+class Conversation:
+    """Questions to one policy, and what it answered."""
+
+    def __init__(self, config: GenerateConfig, sampler: Sampler, tokenizer: Tokenizer, console: Console,
+                 encode_prompt: Callable[[str], list[int]] | None, chat_settings: dict) -> None:
+        self.config, self.sampler, self.tokenizer, self.console = config, sampler, tokenizer, console
+        self.encode_prompt, self.chat_settings = encode_prompt, chat_settings
+        self.messages: list[dict] = []
+        self.num_asked = 0  # part of the sampling key: a question asked twice is answered anew
+
+    def ask(self, question: str) -> None:
+        """Streams an answer to the console. Ctrl-C ends it early and leaves the turn out of the history. Raises ValueError for
+        a question that cannot be encoded or does not fit."""
+        config, view, ids = self.config, CompletionView(self.console, self.tokenizer), []
+        prompt = Prompt(self.num_asked, self.render(question), {})
+        self.num_asked += 1
+        for token_id in self.sampler.stream(
+                prompt, step=GENERATE_STEP, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, greedy=config.greedy):
+            ids.append(token_id)
+            view.feed(token_id)
+        view.end_message()
+        parsed = parse_completion(ids, self.tokenizer)
+        if ids[-1] not in self.tokenizer.stop_ids:
+            note(f"cut off after {len(ids)} tokens: raise max_new_tokens, unless the model's context is full")
+        elif parsed.error is not None:
+            note(f"not well-formed harmony: {parsed.error}")
+        if self.encode_prompt is None and parsed.final:
+            self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": parsed.final}]
+        elif self.encode_prompt is None:
+            note("no final answer: this turn is left out of the conversation")
+
+    def render(self, question: str) -> list[int]:
+        if self.encode_prompt is not None:
+            return self.encode_prompt(question)
+        instructions = self.chat_settings["instructions"]
+        opening = [{"role": "developer", "content": instructions}] if instructions else []
+        return render_chat([*opening, *self.messages, {"role": "user", "content": question}], self.tokenizer,
+                           current_date=self.chat_settings["current_date"],
+                           reasoning_effort=self.chat_settings["reasoning_effort"])
+
+
+def note(text: str) -> None:
+    print(f"({clean(text, sys.stderr.encoding)})", file=sys.stderr, flush=True)
+
+
+def load_conversation(config: GenerateConfig, console: Console) -> Conversation:
+    """Loads the run or the checkpoint that the config names."""
+    device = select_device(config.device)
+    dtype = select_dtype(config.dtype, device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    env: dict = {}
+    encode_prompt = None
+    if config.run is not None:
+        policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
+        env = trained.env
+        if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
+            encode_prompt = bind(env, "env")(tokenizer=tokenizer, seed=trained.seed).encode_prompt
+        note(f"{config.run}, step {state.step} of {trained.steps}")
+    else:
+        tokenizer = build_tokenizer(config.model, None)
+        policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
+             "current_date": config.current_date}
+    useless = [f"{key} = {str(value)!r}" for key, value in given.items() if value is not None]
+    if encode_prompt is not None and useless:
+        raise ConfigError(f"{', '.join(useless)}: this run's environment renders its own prompts; leave it out")
+    default = {"reasoning_effort": str(ReasoningEffort.medium), "current_date": datetime.date.today().isoformat()}
+    chat_settings = {key: value if value is not None else env.get(key) or default.get(key) for key, value in given.items()}
+    sampler = Sampler(policy, tokenizer.stop_ids, max_batch=1, seed=config.seed)
+    return Conversation(config, sampler, tokenizer, console, encode_prompt, chat_settings)
+
+
+def chat(conversation: Conversation) -> None:
+    """Answers line after line until the input ends. A question that cannot be answered costs a message, not the chat."""
+    for question in questions():
+        if question == NEW_CONVERSATION:
+            conversation.messages.clear()
+            continue
+        try:
+            conversation.ask(question)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print(flush=True)
+            note("stopped: this turn is left out of the conversation")
+        except ValueError as error:
+            print(f"error: {clean(str(error), sys.stderr.encoding)}", file=sys.stderr, flush=True)
+
+
+def questions() -> Iterator[str]:
+    """The lines of stdin that are not blank; from a terminal with a prompt sign and line editing."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            if line.strip():
+                print(f"> {clean(line.strip(), sys.stdout.encoding)}", flush=True)
+                yield line.strip()
+        return
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401  (gives input() its history and editing)
+    note(f"a line is a question; {NEW_CONVERSATION} forgets the conversation, Ctrl-D ends")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
+
+
+def run_generation(config: GenerateConfig) -> int:
+    """Answers the prompt, or chats. Returns the exit code."""
+    try:
+        conversation = load_conversation(config, Console(highlight=False))
+        if config.prompt is None:
+            chat(conversation)
+        else:
+            conversation.ask(config.prompt)
+    except (ConfigError, CheckpointError, LoadError, ValueError) as error:
+        print(f"error: {clean(str(error), sys.stderr.encoding)}", file=sys.stderr)
+        return CONFIG_ERROR
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # as in `... | head`: nobody reads on, and Python's flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch("generate", run_generation))
