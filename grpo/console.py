@@ -323,7 +323,8 @@ class Display:
         return Text(clean(text, self.encoding), style=style, no_wrap=True, overflow="crop")
 
     def _progress(self, room: int) -> Text:
-        times = f" {format_duration(time.monotonic() - self.start_time)}, {format_duration(self.seconds_left())} left"
+        elapsed = time.monotonic() - self.start_time
+        times = f" elapsed {format_duration(elapsed)}, left {format_duration(self.seconds_left())}"
         count = f"{self.phase} {self.phase_step}/{self.phase_total} "
         status = f" | {self.status}" if self.status else ""
         bar_width = min(40, room - len(count) - len(times) - len(status))
