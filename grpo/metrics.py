@@ -365,7 +365,8 @@ class _WandbRun:
             self._init(run_dir, settings, "offline", config=config, run_name=run_name)
 
     def _init(self, run_dir: Path, settings: WandbConfig, mode: str, *, config: dict, run_name: str) -> None:
-        with self._guarded("init"):
+        consequence = "logging offline instead" if mode == "online" else "the run goes on without"
+        with self._guarded(f"{mode} init", consequence):
             import wandb
 
             can_give_up = "finish_timeout" in inspect.signature(wandb.Settings).parameters
@@ -393,7 +394,7 @@ class _WandbRun:
             )
 
     @contextlib.contextmanager
-    def _guarded(self, what: str):
+    def _guarded(self, what: str, consequence: str = "the run goes on without"):
         """Turns any failure of wandb (network, server, its process, its own bugs) into one warning for each `what`."""
         try:
             yield
@@ -401,7 +402,7 @@ class _WandbRun:
             if what not in self._failed:
                 self._failed.add(what)
                 reason = str(error).strip().split("\n")[0]
-                self._warn(f"warning: wandb {what} failed ({type(error).__name__}: {reason}); the run goes on without")
+                self._warn(f"warning: wandb {what} failed ({type(error).__name__}: {reason}); {consequence}")
 
     def log(self, line: dict[str, float]) -> None:
         if self._run is None:
