@@ -32,7 +32,9 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
 def _long_sequence(q, k, v, sinks, window, scale):
     """One sequence [L, heads, D] in chunks of queries; a windowed chunk reads only the keys it can see."""
     length = q.shape[0]
-    chunk = max(1, min(length, _MAX_SCORES // (q.shape[1] * (min(length, 2 * window) if window else length))))
+    # a chunk sees window - 1 keys before its own: chunks much longer than the window would score mostly hidden pairs
+    chunk = min(length, max(window, 128)) if window else length
+    chunk = max(1, min(chunk, _MAX_SCORES // (q.shape[1] * (min(length, chunk + window) if window else length))))
     outputs = []
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
