@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from rich.console import Console
 
 from grpo.batch import Prompt
 from grpo.checkpoint import LoadError
@@ -38,6 +37,7 @@ GENERATE_STEP = -2  # in place of the step in sampling keys: neither training no
 MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text
 INTERRUPTED = 128 + 2  # exit code of a process that SIGINT ends
 NEW_CONVERSATION = "/new"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class TextStream:
@@ -68,14 +68,14 @@ class TextStream:
 
 
 class CompletionView:
-    """Shows a completion on the console while it is drawn: headers in brackets, analysis dim."""
+    """Writes a completion to stdout while it is drawn: headers in brackets, analysis dim on a terminal."""
 
-    def __init__(self, console: Console, tokenizer: Tokenizer) -> None:
-        self.console, self.tokenizer = console, tokenizer
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.has_styles = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         self.closing = {tokenizer.end, *tokenizer.stop_ids}
         self.text = TextStream(tokenizer)
         self.header: list[int] | None = []  # ids of the header being read (the prompt has its <|start|>); None in content
-        self.is_analysis = False
         self.is_line_start = True
 
     def feed(self, token_id: int) -> None:
@@ -87,7 +87,7 @@ class CompletionView:
         elif token_id == tokenizer.message:
             title = tokenizer.decode(self.header, keep_special=True).replace("<|channel|>", " ")
             title = " ".join(title.replace("<|start|>", "").removeprefix("assistant").split())
-            self.is_analysis = title.startswith("analysis")
+            self._style(DIM if title.startswith("analysis") else "")
             self._show(f"[{title}] ")
             self.header = None
         else:
@@ -100,39 +100,46 @@ class CompletionView:
         for token_id in self.header or []:
             self._show(self.text.feed(token_id))
         self._show(self.text.flush())
-        self.header, self.is_analysis = [], False
+        self.header = []
+        self._style(PLAIN)
         if not self.is_line_start:
             self._show("\n")
 
     def _show(self, piece: str) -> None:
         if piece:
-            text = "\t".join(clean(part, self.console.encoding) for part in piece.split("\t"))
-            self.console.out(text, style="dim" if self.is_analysis else None, end="", highlight=False)
+            text = "\t".join(clean(part, sys.stdout.encoding) for part in piece.split("\t"))
+            print(text, end="", flush=True)
             self.is_line_start = piece.endswith("\n")
+
+    def _style(self, code: str) -> None:
+        if self.has_styles:
+            print(code, end="", flush=True)
 
 
 class Conversation:
     """Questions to one policy, and what it answered."""
 
-    def __init__(self, config: GenerateConfig, sampler: Sampler, tokenizer: Tokenizer, console: Console,
+    def __init__(self, config: GenerateConfig, sampler: Sampler, tokenizer: Tokenizer,
                  encode_prompt: Callable[[str], list[int]] | None, chat_settings: dict) -> None:
-        self.config, self.sampler, self.tokenizer, self.console = config, sampler, tokenizer, console
+        self.config, self.sampler, self.tokenizer = config, sampler, tokenizer
         self.encode_prompt, self.chat_settings = encode_prompt, chat_settings
         self.messages: list[dict] = []
         self.num_asked = 0  # part of the sampling key: a question asked twice is answered anew
 
     def ask(self, question: str) -> None:
-        """Streams an answer to the console. Ctrl-C ends it early and leaves the turn out of the history. Raises ValueError for
-        a question that cannot be encoded or does not fit."""
-        config, view, ids = self.config, CompletionView(self.console, self.tokenizer), []
+        """Streams an answer to stdout. Ctrl-C ends it early and leaves the turn out of the history. Raises ValueError for a
+        question that cannot be encoded or does not fit."""
+        config, view, ids = self.config, CompletionView(self.tokenizer), []
         prompt = Prompt(self.num_asked, self.render(question), {})
         self.num_asked += 1
-        for token_id in self.sampler.stream(
-                prompt, step=GENERATE_STEP, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, greedy=config.greedy):
-            ids.append(token_id)
-            view.feed(token_id)
-        view.end_message()
+        try:
+            for token_id in self.sampler.stream(
+                    prompt, step=GENERATE_STEP, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                    top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, greedy=config.greedy):
+                ids.append(token_id)
+                view.feed(token_id)
+        finally:
+            view.end_message()
         parsed = parse_completion(ids, self.tokenizer)
         if ids[-1] not in self.tokenizer.stop_ids:
             note(f"cut off after {len(ids)} tokens: raise max_new_tokens, unless the model's context is full")
@@ -157,7 +164,7 @@ def note(text: str) -> None:
     print(f"({clean(text, sys.stderr.encoding)})", file=sys.stderr, flush=True)
 
 
-def load_conversation(config: GenerateConfig, console: Console) -> Conversation:
+def load_conversation(config: GenerateConfig) -> Conversation:
     """Loads the run or the checkpoint that the config names."""
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
@@ -182,7 +189,7 @@ def load_conversation(config: GenerateConfig, console: Console) -> Conversation:
     default = {"reasoning_effort": str(ReasoningEffort.medium), "current_date": datetime.date.today().isoformat()}
     chat_settings = {key: value if value is not None else env.get(key) or default.get(key) for key, value in given.items()}
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=1, seed=config.seed)
-    return Conversation(config, sampler, tokenizer, console, encode_prompt, chat_settings)
+    return Conversation(config, sampler, tokenizer, encode_prompt, chat_settings)
 
 
 def chat(conversation: Conversation) -> None:
@@ -196,7 +203,6 @@ def chat(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print(flush=True)
             note("stopped: this turn is left out of the conversation")
         except ValueError as error:
             print(f"error: {clean(str(error), sys.stderr.encoding)}", file=sys.stderr, flush=True)
@@ -226,7 +232,7 @@ def questions() -> Iterator[str]:
 def run_generation(config: GenerateConfig) -> int:
     """Answers the prompt, or chats. Returns the exit code."""
     try:
-        conversation = load_conversation(config, Console(highlight=False))
+        conversation = load_conversation(config)
         if config.prompt is None:
             chat(conversation)
         else:

@@ -1,0 +1,372 @@
+"""grpo.generate: what is fed to the model, what appears on the terminal, and how it ends."""
+from __future__ import annotations
+
+import builtins
+import io
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.batch import Prompt
+from grpo.checkpoint import save_run
+from grpo.config import save_config
+from grpo.envs.carry import Carry
+from grpo.generate import (
+    GENERATE_STEP,
+    CompletionView,
+    Conversation,
+    TextStream,
+    load_conversation,
+    questions,
+    run_generation,
+)
+from grpo.launch import load_config
+from grpo.policy import build_model, build_tokenizer, parameter_tensors
+from grpo.rollout import Sampler
+from models.harmony import render_chat
+from models.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests/fixtures"
+COMPACT = FIXTURES / "tokenizer_compact"
+DATE = "2025-08-05"
+CARRY_SETTINGS = {"digits": 2, "format_reward": 0.1, "fault_rate": 0.75, "keep_no_carry": 0.35, "held_out_fraction": 0.2,
+                  "num_eval_prompts": 4}
+
+
+def make_run(folder: Path, *overrides: str) -> Path:
+    """The folder of a run with checkpoints after steps 0 and 1 (weights of another seed), without training it."""
+    config = load_config("train", ["+experiment=smoke", "name=run", f"output_dir={folder}", *overrides])
+    tokenizer = build_tokenizer(config.model, config.env)
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    save_config(config, run_dir / "config.yaml")
+    tokenizer.save(run_dir / "tokenizer")
+    for step in (0, 1):
+        policy = build_model(config.model, tokenizer, seed=step, device=torch.device("cpu"), dtype=torch.float32)
+        with torch.no_grad():
+            policy.lm_head.weight.mul_(40.0)  # lively logits
+        save_run(run_dir, step=step, tensors=parameter_tensors(policy), state={"wandb_id": None}, keep=2)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def carry_run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("carry"))
+
+
+@pytest.fixture(scope="module")
+def dataset_run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("dataset"), "env=dataset", "env.path=gone.jsonl", "env.instructions=Be brief.",
+                    f"model.tokenizer={COMPACT}", "model.architecture.max_position_embeddings=512", "warmup=null")
+
+
+@pytest.fixture
+def compact() -> Tokenizer:
+    return Tokenizer.load(COMPACT)
+
+
+class ScriptedSampler:
+    """Streams prepared completions and keeps the prompts it was given."""
+
+    def __init__(self, *completions: list[int]) -> None:
+        self.completions, self.prompts = list(completions), []
+
+    def stream(self, prompt: Prompt, **settings):
+        self.prompts.append(prompt)
+        yield from self.completions.pop(0)
+
+
+def answer(tokenizer: Tokenizer, analysis: str, final: str) -> list[int]:
+    return tokenizer.encode_with_special(f"<|channel|>analysis<|message|>{analysis}<|end|>"
+                                         f"<|start|>assistant<|channel|>final<|message|>{final}<|return|>")
+
+
+def shown(tokenizer: Tokenizer, ids: list[int], capsys) -> str:
+    view = CompletionView(tokenizer)
+    for token_id in ids:
+        view.feed(token_id)
+    view.end_message()
+    return capsys.readouterr().out
+
+
+def conversation(tokenizer: Tokenizer, sampler: ScriptedSampler, *, instructions: str | None = None) -> Conversation:
+    settings = {"instructions": instructions, "reasoning_effort": "low", "current_date": DATE}
+    return Conversation(load_config("generate", ["run=r"]), sampler, tokenizer, None, settings)
+
+
+# ---- text on the terminal
+
+
+@pytest.mark.parametrize("name", ["tokenizer_compact", "tokenizer_real_ids"])
+def test_streamed_pieces_join_to_the_text_of_all_ids(name):
+    tokenizer = Tokenizer.load(FIXTURES / name)
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(1, 12))]
+        ids += tokenizer.encode("Grüße 👋🏽数学\ufffd")[: rng.randint(0, 20)]
+        stream = TextStream(tokenizer)
+        pieces = [stream.feed(token_id) for token_id in ids]
+        assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, keep_special=True)
+
+
+def test_a_character_of_several_tokens_appears_whole(compact):
+    ids = compact.encode("👋")
+    assert len(ids) == 4  # a token per byte
+    stream = TextStream(compact)
+    assert [stream.feed(token_id) for token_id in ids] == ["", "", "", "👋"]
+
+
+def test_text_appears_with_the_token_that_completes_it(compact):
+    stream = TextStream(compact)
+    assert [stream.feed(token_id) for token_id in compact.encode("ab")] == ["a", "b"]
+
+
+def test_messages_are_marked_by_their_channel(compact, capsys):
+    assert shown(compact, answer(compact, "9+4=13", "63"), capsys) == "[analysis] 9+4=13\n[final] 63\n"
+
+
+def test_a_tool_call_shows_its_recipient(compact, capsys):
+    ids = compact.encode_with_special("<|channel|>commentary to=functions.f json<|message|>{}<|call|>")
+    assert shown(compact, ids, capsys) == "[commentary to=functions.f json] {}\n"
+
+
+def test_control_characters_of_the_model_are_shown_as_escapes(compact, capsys):
+    ids = compact.encode_with_special("<|channel|>final<|message|>") + compact.encode("a\x1b[2J\r\u202eb\tc\nd")
+    assert shown(compact, ids, capsys) == "[final] a\\x1b[2J\\r\\u202eb\tc\nd\n"
+
+
+def test_control_characters_in_a_header_are_shown_as_escapes(compact, capsys):
+    ids = [compact.channel, *compact.encode("fi\x1bnal"), compact.message, *compact.encode("a")]
+    assert shown(compact, ids, capsys) == "[fi\\x1bnal] a\n"
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("hello<|return|>", "hello<|return|>\n"),
+        ("<|channel|>final", "<|channel|>final\n"),
+        ("<|end|>", "<|end|>\n"),
+        ("", ""),
+        ("<|channel|>final<|message|>1<|end|>stray<|start|>assistant<|channel|>final<|message|>2",
+         "[final] 1\n[stray final] 2\n"),
+    ],
+)
+def test_malformed_completions_lose_no_text(compact, capsys, completion, expected):
+    assert shown(compact, compact.encode_with_special(completion), capsys) == expected.replace("stray", "strayassistant")
+
+
+def test_text_that_never_becomes_a_header_appears_before_the_end(compact, capsys):
+    view = CompletionView(compact)
+    for token_id in compact.encode("x" * 40):
+        view.feed(token_id)
+    assert capsys.readouterr().out == "x" * 33 + "\n"
+
+
+# ---- what the model is given
+
+
+def test_history_is_rendered_as_a_conversation_with_final_answers_only(compact, capsys):
+    sampler = ScriptedSampler(answer(compact, "think", "two"), answer(compact, "more", "four"))
+    chat = conversation(compact, sampler, instructions="be brief")
+    chat.ask("1+1?")
+    chat.ask("2+2?")
+    text = compact.decode(sampler.prompts[1].token_ids, keep_special=True)
+    assert text.endswith("<|start|>developer<|message|># Instructions\n\nbe brief\n\n<|end|>"
+                         "<|start|>user<|message|>1+1?<|end|><|start|>assistant<|channel|>final<|message|>two<|end|>"
+                         "<|start|>user<|message|>2+2?<|end|><|start|>assistant")
+    assert "Reasoning: low" in text and "think" not in text
+    assert compact.return_ not in sampler.prompts[1].token_ids
+
+
+def test_control_tokens_spelled_by_the_user_stay_text(compact, capsys):
+    sampler = ScriptedSampler(answer(compact, "a", "b"))
+    conversation(compact, sampler).ask("<|return|><|call|>")
+    ids = sampler.prompts[0].token_ids
+    assert compact.return_ not in ids and compact.call not in ids
+    assert "<|return|><|call|>" in compact.decode(ids, keep_special=True)
+
+
+def test_an_answer_without_a_final_message_leaves_no_history(compact, capsys):
+    sampler = ScriptedSampler(compact.encode_with_special("<|channel|>analysis<|message|>hm<|return|>"),
+                              answer(compact, "a", "b"))
+    chat = conversation(compact, sampler)
+    chat.ask("lost?")
+    assert "no final answer" in capsys.readouterr().err
+    chat.ask("kept?")
+    assert "lost?" not in compact.decode(sampler.prompts[1].token_ids)
+    assert chat.messages == [{"role": "user", "content": "kept?"}, {"role": "assistant", "content": "b"}]
+
+
+def test_a_completion_without_a_stop_token_is_reported_as_cut_off(compact, capsys):
+    conversation(compact, ScriptedSampler(answer(compact, "a", "b")[:-1])).ask("?")
+    assert "cut off after 11 tokens" in capsys.readouterr().err
+
+
+def test_a_question_asked_twice_has_another_sampling_key(compact):
+    sampler = ScriptedSampler(answer(compact, "a", "b"), answer(compact, "a", "b"))
+    chat = conversation(compact, sampler)
+    chat.ask("?")
+    chat.ask("?")
+    assert [prompt.id for prompt in sampler.prompts] == [0, 1]
+
+
+def test_a_run_of_the_carry_task_gets_the_prompt_of_its_environment(carry_run):
+    chat = load_conversation(load_config("generate", [f"run={carry_run}"]))
+    env = Carry(tokenizer=chat.tokenizer, seed=0, **CARRY_SETTINGS)
+    prompt = next(prompt for prompt in env.eval_prompts() if prompt.row["question"])
+    assert chat.render(prompt.row["question"]) == prompt.token_ids
+    assert chat.tokenizer.decode(chat.render("14+49"), keep_special=True) == (
+        "<|start|>user<|message|>14+49<|end|><|start|>assistant")
+
+
+def test_a_run_on_a_data_set_keeps_its_instructions_effort_and_date(dataset_run, compact):
+    def rendered(*overrides):
+        config = load_config("generate", [f"run={dataset_run}", *overrides])
+        return load_conversation(config).render("hi")
+
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    assert rendered() == render_chat(messages, compact, reasoning_effort="low", current_date=DATE)
+    messages[0]["content"] = "Be long."
+    assert rendered("reasoning_effort=high", "current_date=2024-01-02", "instructions=Be long.") == render_chat(
+        messages, compact, reasoning_effort="high", current_date="2024-01-02")
+
+
+def test_a_checkpoint_gets_medium_effort_and_no_instructions(compact):
+    chat = load_conversation(load_config("generate", [
+        "model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={COMPACT}",
+        f"current_date={DATE}"]))
+    assert chat.render("hi") == render_chat([{"role": "user", "content": "hi"}], compact, current_date=DATE,
+                                            reasoning_effort="medium")
+
+
+# ---- whole calls
+
+
+def expected_text(run_dir: Path, question: str, *, step: int, greedy: bool, seed: int, capsys) -> str:
+    """What a view shows of the completion that the batch sampler draws for the same key."""
+    chat = load_conversation(load_config("generate", [f"run={run_dir}", f"step={step}"]))
+    env = Carry(tokenizer=chat.tokenizer, seed=0, **CARRY_SETTINGS)
+    sampler = Sampler(chat.sampler.model, chat.tokenizer.stop_ids, max_batch=4, seed=seed)
+    completion, = sampler.generate([Prompt(0, env.encode_prompt(question), {})], step=GENERATE_STEP, num_samples=1,
+                                   max_new_tokens=20, temperature=0.8, greedy=greedy)
+    capsys.readouterr()
+    return shown(chat.tokenizer, completion.completion_ids, capsys)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_prompt_prints_what_the_sampler_draws(carry_run, capsys, greedy):
+    outputs = []
+    for step in (0, 1):
+        config = load_config("generate", [f"run={carry_run}", f"step={step}", "prompt=14+49", f"greedy={greedy}", "seed=3",
+                                          "temperature=0.8", "max_new_tokens=20"])
+        assert run_generation(config) == 0
+        outputs.append(capsys.readouterr().out)
+        assert outputs[-1] == expected_text(carry_run, "14+49", step=step, greedy=greedy, seed=3, capsys=capsys)
+    assert outputs[0] != outputs[1]
+
+
+def test_lines_of_a_pipe_are_answered_one_by_one_and_a_bad_one_costs_a_message(carry_run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("14+49\n\n  Ü\n10+20\n"))
+    assert run_generation(load_config("generate", [f"run={carry_run}", "max_new_tokens=5"])) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.out.splitlines() if line.startswith("> ")] == ["> 14+49", "> Ü", "> 10+20"]
+    assert "error: " in captured.err and "'Ü'" in captured.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def type_in(monkeypatch, *lines: str | type[BaseException]) -> None:
+    """Lines for input(), exceptions for control keys; then Ctrl-D."""
+    typed = iter([*lines, EOFError])
+
+    def fake_input(sign: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr(builtins, "input", fake_input)
+
+
+def test_a_chat_reads_lines_until_control_d(monkeypatch):
+    type_in(monkeypatch, "14+49", "  ", " 1+2 ")
+    assert list(questions()) == ["14+49", "1+2"]
+
+
+def test_control_c_cuts_an_answer_short_and_the_chat_goes_on(compact, monkeypatch, capsys):
+    class Interrupting(ScriptedSampler):
+        def stream(self, prompt, **settings):
+            for token_id in super().stream(prompt, **settings):
+                if token_id == -1:
+                    raise KeyboardInterrupt
+                yield token_id
+
+    half = [*compact.encode_with_special("<|channel|>final<|message|>ha"), -1]
+    chat = conversation(compact, Interrupting(half, answer(compact, "a", "b")))
+    monkeypatch.setattr("grpo.generate.load_conversation", lambda config: chat)
+    type_in(monkeypatch, "first", "second")
+    assert run_generation(load_config("generate", ["run=r"])) == 0
+    assert "[final] ha\n" in capsys.readouterr().out
+    assert [message["content"] for message in chat.messages] == ["second", "b"]
+
+
+def test_new_forgets_the_conversation(compact, monkeypatch):
+    sampler = ScriptedSampler(answer(compact, "a", "b"), answer(compact, "a", "c"))
+    chat = conversation(compact, sampler)
+    monkeypatch.setattr("grpo.generate.load_conversation", lambda config: chat)
+    type_in(monkeypatch, "first", "/new", "second")
+    assert run_generation(load_config("generate", ["run=r"])) == 0
+    assert "first" not in compact.decode(sampler.prompts[1].token_ids) and len(sampler.prompts) == 2
+
+
+def test_control_c_at_the_prompt_ends_the_process_as_the_signal_would(compact, monkeypatch):
+    monkeypatch.setattr("grpo.generate.load_conversation", lambda config: conversation(compact, ScriptedSampler()))
+    type_in(monkeypatch, KeyboardInterrupt)
+    assert run_generation(load_config("generate", ["run=r"])) == 130
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["run=nowhere"], "nowhere/config.yaml: no such file"),
+        (["run={run}", "step=7"], "step = 7: no such checkpoint"),
+        (["run={run}", "instructions=hi"], "instructions = 'hi': this run's environment renders its own prompts"),
+        (["run={run}", "prompt=1É"], "no token for 'É'"),
+        (["run={run}", "prompt=" + "1" * 300], "306 tokens, but a sequence may have 256 at most"),
+        (["model=gpt_oss_20b", f"model.path={COMPACT}"], "config.json"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_exit_code_2(carry_run, capsys, overrides, expected):
+    overrides = [item.replace("{run}", str(carry_run)) for item in overrides]
+    if not any(item.startswith("prompt=") for item in overrides):
+        overrides.append("prompt=1+1")
+    assert run_generation(load_config("generate", overrides)) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0]
+    assert captured.out == "" and "Traceback" not in captured.err
+
+
+def test_weights_that_are_not_finite_end_with_exit_code_1(tmp_path, capsys):
+    run_dir = make_run(tmp_path)
+    chat = load_conversation(load_config("generate", [f"run={run_dir}"]))
+    tensors = {name: tensor * float("nan") for name, tensor in parameter_tensors(chat.sampler.model).items()}
+    save_run(run_dir, step=2, tensors=tensors, state={"wandb_id": None}, keep=2)
+    assert run_generation(load_config("generate", [f"run={run_dir}", "prompt=1+1"])) == 1
+    assert "error: rollout: the log-prob of a sampled token is not finite" in capsys.readouterr().err
+
+
+def test_the_command_line_answers_a_prompt(carry_run):
+    result = subprocess.run([sys.executable, "-m", "grpo.generate", f"run={carry_run}", "prompt=14+49", "max_new_tokens=3"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.strip()
+    assert "step 1 of 2" in result.stderr and "Traceback" not in result.stderr
