@@ -1,0 +1,77 @@
+"""Compiles kernels for a GPU that is not there, and reads what the machine code needs from the cubin.
+
+A launch passes pointers and strides that are multiples of 16 as such, and 1 as a constant; without the first the compiler
+falls back to 2-byte loads, so compile_for marks them too. Give arguments that are 1 at run time as constexprs."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.launch import SHARED_MEMORY, family_of
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|QGMMA)\b")
+
+
+@dataclass(frozen=True)
+class Resources:
+    shared: int  # bytes per program
+    stack: int  # bytes per thread; above 0 means spilled registers
+    registers: int  # per thread
+    mma: frozenset[str]  # tensor-core instructions: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)
+    local: int  # loads and stores of local memory, the instructions of a spill
+    sass: str
+
+    @property
+    def has_mma(self) -> bool:
+        return bool(self.mma)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], arch: int, *, num_warps: int, num_stages: int,
+                divisible: tuple[str, ...] | None = None) -> Resources:
+    """Compiles a jitted kernel for compute capability `arch` (90 for 9.0).
+
+    signature: type of every argument that is no constexpr, "*bf16", "*fp32", "i32", "fp32"; divisible: the arguments that
+    are multiples of 16, by default all pointers and those whose name starts with "stride"."""
+    assert set(signature) | set(constexprs) == set(fn.arg_names), (sorted({*signature, *constexprs}), fn.arg_names)
+    if divisible is None:
+        divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
+    types = {name: signature.get(name, "constexpr") for name in fn.arg_names}
+    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn, types, constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                              options={"num_warps": num_warps, "num_stages": num_stages})
+    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+@cache
+def _read(cubin: bytes, shared: int) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run("cuobjdump", "-sass", file.name)
+    count = {name: int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}
+    return Resources(shared=shared, stack=count["STACK"], registers=count["REG"], mma=frozenset(_MMA.findall(sass)),
+                     local=len(re.findall(r"\b(?:LDL|STL)\b", sass)), sass=sass)
+
+
+def check_fits(resources: Resources, arch: int) -> None:
+    """Asserts that a kernel stays within the shared memory of its GPU and spills no registers."""
+    limit = SHARED_MEMORY[family_of(arch)]
+    assert resources.shared <= limit, f"sm_{arch}: {resources.shared} bytes of shared memory, the limit is {limit}"
+    assert resources.stack == 0 and resources.local == 0, (
+        f"sm_{arch}: spills ({resources.stack} bytes of stack, {resources.local} local loads and stores)"
+    )

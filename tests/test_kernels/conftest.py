@@ -1,0 +1,17 @@
+"""Interpreter tests run where TRITON_INTERPRET=1, and nothing else of this folder does (see interpreter.py)."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    left_out = [item for item in items if FOLDER in item.path.parents
+                and (item.get_closest_marker("interpreter") is not None) != interpreted]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
