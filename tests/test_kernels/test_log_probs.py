@@ -76,14 +76,14 @@ def test_chunks_of_any_size_give_the_same_values_and_gradients(rows, filtered, m
 
 
 def test_logits_held_at_once_stay_within_the_limit(monkeypatch):
-    shapes, plain_head = [], kernels.log_probs.head_logits
+    shapes, plain_head = [], kernels.log_probs.head_logits_reference
 
     def measured(hidden, weight):
         shapes.append((hidden.shape[0], weight.shape[0]))
         return plain_head(hidden, weight)
 
     monkeypatch.setattr(kernels.log_probs, "_MAX_LOGITS", 4 * VOCAB + 3)
-    monkeypatch.setattr(kernels.log_probs, "head_logits", measured)
+    monkeypatch.setattr(kernels.log_probs, "head_logits_reference", measured)
     compare(temperature=1.0, filtered=False)
     assert shapes == [(4, VOCAB), (4, VOCAB), (3, VOCAB)] * 2  # forward, then again in the backward
 

@@ -1,0 +1,230 @@
+"""The log-prob kernels: in the interpreter against autograd of a plain float64 log-softmax, ahead of time for every GPU, and on
+a GPU against float64 and the same formula in eager bf16."""
+
+import pytest
+import torch
+from aot import ARCHITECTURES, check_fits, compile_for
+from interpreter import run_interpreter_tests
+
+import kernels.log_probs
+from kernels.launch import family_of
+from kernels.log_probs import (
+    _BLOCKS,
+    _hidden_gradient_kernel,
+    _kept_kernel,
+    _logits_gradient_kernel,
+    _logits_kernel,
+    _partials_kernel,
+    _reduce_kernel,
+    _reference_kernel,
+    head_logits,
+    log_probs,
+)
+
+TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(num_tokens, width, vocab, *, dtype=torch.float32, device="cpu", spread=1.0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(num_tokens + width + vocab)
+    hidden = torch.randn(num_tokens, width, generator=generator) * spread
+    weight = torch.randn(vocab, width, generator=generator) / width**0.5
+    targets = torch.randint(0, vocab, (num_tokens,), generator=generator)
+    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
+
+
+def kept_sets(targets, vocab) -> tuple[dict, torch.Tensor]:
+    """Every third row unfiltered, the others of 1, 2, 3 ... ids in no order with the target among them; and as a mask [N, V]."""
+    generator = torch.Generator().manual_seed(2)
+    rows, mask = [], torch.ones(len(targets), vocab, dtype=torch.bool)
+    for row, target in enumerate(targets.tolist()):
+        others = torch.randperm(vocab, generator=generator)[:row].tolist() if row % 3 != 2 else []
+        rows.append([] if row % 3 == 2 else list(dict.fromkeys([*others, target])))
+        if rows[-1]:
+            mask[row] = False
+            mask[row, rows[-1]] = True
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+    return {"kept_ids": ids.to(targets.device), "kept_offsets": offsets.to(targets.device)}, mask.to(targets.device)
+
+
+def plain(hidden, weight, targets, *, temperature, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """log-softmax in the inputs' dtype; entropy is always that of the full vocabulary."""
+    logits = hidden @ weight.T / temperature
+    kept = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
+    full = torch.log_softmax(logits, dim=-1)
+    return torch.log_softmax(kept, -1).gather(1, targets[:, None])[:, 0], -(full.exp() * full).sum(-1)
+
+
+def gradients(function, hidden, weight, targets, *, weights, trains_head, **settings) -> list[torch.Tensor]:
+    """Log-probs, entropy and the gradients of a weighted sum of both, that of the head where it trains."""
+    leaves = [hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_(trains_head)]
+    outputs = function(*leaves, targets, **settings)
+    generator = torch.Generator().manual_seed(1)
+    factors = [torch.randn(len(targets), generator=generator).to(hidden.device) * weight_ for weight_ in weights]
+    sum((output * factor.to(output.dtype)).sum() for output, factor, scale in zip(outputs, factors, weights) if scale).backward()
+    return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves if leaf.requires_grad)]
+
+
+def compare(num_tokens, width, vocab, *, filtered=False, weights=TARGETS_ONLY, trains_head=False, temperature=0.7, spread=3.0,
+            **settings) -> None:
+    tensors = inputs(num_tokens, width, vocab, spread=spread)
+    kept, mask = kept_sets(tensors[2], vocab) if filtered else ({}, None)
+    choices = dict(weights=weights, trains_head=trains_head, temperature=temperature)
+    ours = gradients(log_probs, *tensors, **choices, **kept, **settings)
+    exact = gradients(plain, tensors[0].double(), tensors[1].double(), tensors[2], mask=mask, **choices)
+    assert len(ours) == 4 if trains_head else len(ours) == 3
+    for actual, expected in zip(ours, exact):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_kernels_in_the_interpreter():
+    run_interpreter_tests(__file__)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [(1, 16, 32), (17, 40, 127), (35, 24, 63), (16, 48, 1)], ids=str)
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("weights", [TARGETS_ONLY, ENTROPY_TOO, (0.0, 1.0)], ids=["log_probs", "both", "entropy"])
+def test_values_and_gradients_equal_those_of_a_plain_log_softmax(shape, filtered, weights, poisoned):
+    compare(*shape, filtered=filtered, weights=weights)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("filtered", [False, True])
+def test_a_trainable_head_gets_its_gradient(filtered, poisoned):
+    compare(17, 24, 70, filtered=filtered, weights=ENTROPY_TOO, trains_head=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("weights", [TARGETS_ONLY, ENTROPY_TOO], ids=["log_probs", "both"])
+def test_a_small_scratch_gives_the_same_in_chunks(filtered, weights, poisoned, monkeypatch):
+    sizes, empty = [], torch.empty
+
+    def measured(*shape, dtype=None, **settings):
+        sizes.append(torch.Size(shape).numel() * dtype.itemsize)
+        return empty(*shape, dtype=dtype, **settings)
+
+    monkeypatch.setattr(torch, "empty", measured)
+    compare(19, 16, 200, filtered=filtered, weights=weights, scratch_bytes=5 * 200 * 4)
+    assert max(sizes) <= 5 * 200 * 4
+
+
+@pytest.mark.interpreter
+def test_an_announced_entropy_loss_changes_nothing_but_the_route(poisoned):
+    compare(17, 16, 70, weights=ENTROPY_TOO, has_entropy_loss=True)
+    compare(17, 16, 70, weights=TARGETS_ONLY, has_entropy_loss=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("filtered", [False, True])
+def test_logits_far_above_the_chosen_token_are_rescaled(filtered, poisoned):
+    # 2^64 above the chosen token a tile takes its own maximum: spread makes most rows do so
+    compare(12, 16, 100, filtered=filtered, spread=100.0)
+
+
+@pytest.mark.interpreter
+def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(poisoned):
+    hidden, weight, _ = inputs(4, 16, 40)
+    targets = torch.arange(4)
+    hidden = 25 * weight[:4] / weight[:4].square().sum(1, keepdim=True)
+    choices = dict(weights=TARGETS_ONLY, trains_head=False, temperature=1.0)
+    ours = gradients(log_probs, hidden, weight, targets, **choices)
+    exact = gradients(plain, hidden.double(), weight.double(), targets, **choices)
+    assert exact[0].abs().max() < 1e-3  # nats: probabilities above 0.999
+    assert (ours[2].double() - exact[2]).norm() < 1e-4 * exact[2].norm()
+
+
+@pytest.mark.interpreter
+def test_library_products_serve_gpus_without_tensor_cores(poisoned, monkeypatch):
+    monkeypatch.setattr(kernels.log_probs, "gpu_family", lambda x: "turing")
+    monkeypatch.setitem(_BLOCKS, "turing", _BLOCKS["interpreter"])
+    assert kernels.log_probs._check(*inputs(2, 16, 16)[:2]) == "cublas"
+    compare(17, 24, 70, scratch_bytes=10_000)
+    compare(17, 24, 70, filtered=True)
+    compare(17, 24, 70, weights=ENTROPY_TOO)
+
+
+@pytest.mark.interpreter
+def test_bf16_without_bf16_arithmetic_and_mixed_dtypes_are_refused(monkeypatch):
+    hidden, weight, targets = inputs(2, 16, 16)
+    with pytest.raises(ValueError, match="bfloat16"):
+        log_probs(hidden.bfloat16(), weight, targets, temperature=1.0)
+    monkeypatch.setattr(kernels.log_probs, "gpu_family", lambda x: "turing")
+    with pytest.raises(ValueError, match="float16"):
+        log_probs(hidden.bfloat16(), weight.bfloat16(), targets, temperature=1.0)
+
+
+@pytest.mark.interpreter
+def test_the_entropy_gradient_in_float16_is_refused(monkeypatch):
+    hidden, weight, targets = inputs(2, 16, 16, dtype=torch.float16)
+    monkeypatch.setattr(kernels.log_probs, "_mm", lambda a, b, out: out.copy_(a.float() @ b.float()))
+    _, entropy = log_probs(hidden.requires_grad_(), weight, targets, temperature=1.0)
+    with pytest.raises(ValueError, match="underflow"):
+        entropy.sum().backward()
+
+
+@pytest.mark.interpreter
+def test_float16_probabilities_stay_finite(poisoned, monkeypatch):
+    monkeypatch.setattr(kernels.log_probs, "_mm", lambda a, b, out: out.copy_(a.float() @ b.float()))
+    hidden, weight, targets = inputs(12, 16, 100, dtype=torch.float16, spread=30.0)
+    choices = dict(weights=TARGETS_ONLY, trains_head=False, temperature=1.0)
+    ours = gradients(log_probs, hidden, weight, targets, **choices)
+    exact = gradients(plain, hidden.double(), weight.double(), targets, **choices)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-5, atol=1e-4)
+    assert (ours[2].double() - exact[2]).norm() < 2e-3 * exact[2].norm()
+
+
+@pytest.mark.interpreter
+def test_no_gradient_and_no_tokens():
+    hidden, weight, targets = inputs(5, 16, 40)
+    with torch.no_grad():
+        chosen, entropy = log_probs(hidden.requires_grad_(), weight, targets, temperature=0.7)
+    for actual, expected in zip((chosen, entropy), plain(hidden.double(), weight.double(), targets, temperature=0.7)):
+        torch.testing.assert_close(actual.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    empty = hidden.detach()[:0].requires_grad_()
+    chosen, entropy = log_probs(empty, weight, targets[:0], temperature=0.7)
+    (chosen.sum() + entropy.sum()).backward()
+    assert chosen.shape == entropy.shape == (0,) and empty.grad.shape == (0, 16)
+
+
+@pytest.mark.interpreter
+def test_strided_hidden_states_and_head():
+    hidden, weight, targets = inputs(17, 24, 70)
+    strided = [tensor.T.contiguous().T for tensor in (hidden, weight)]
+    for ours, expected in zip(log_probs(*strided, targets, temperature=1.0), log_probs(hidden, weight, targets, temperature=1.0)):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+def test_head_logits_of_any_number_of_rows(num_tokens, poisoned):
+    hidden, weight, _ = inputs(num_tokens, 40, 127)
+    torch.testing.assert_close(head_logits(hidden, weight).double(), hidden.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpreter
+def test_descriptors_give_the_same_bits_as_pointers(poisoned, monkeypatch):
+    tensors, choices = inputs(35, 48, 127), dict(weights=ENTROPY_TOO, trains_head=True, temperature=0.7)
+    pointers = gradients(log_probs, *tensors, **choices)
+    monkeypatch.setitem(_BLOCKS, "interpreter", _BLOCKS["interpreter"] | dict(USE_TMA=True))
+    for ours, expected in zip(gradients(log_probs, *tensors, **choices), pointers):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.interpreter
+def test_a_row_does_not_depend_on_its_batch(poisoned):
+    hidden, weight, targets = inputs(35, 48, 127)
+    together = log_probs(hidden, weight, targets, temperature=0.7)
+    for row in (0, 16, 34):
+        alone = log_probs(hidden[row:row + 1], weight, targets[row:row + 1], temperature=0.7)
+        assert all(torch.equal(one, many[row:row + 1]) for one, many in zip(alone, together))
