@@ -9,6 +9,9 @@ A block is 32 consecutive input elements of one output row: 16 bytes of codes an
 Scale byte 255 is NaN (OCP MX 1.0, E8M0); the published checkpoints do not use it. Every other value is exact in
 bfloat16 and float32 except 2^127 times 2 and more, which overflows to infinity.
 
+The kernel unpacks 8 codes of a 32-bit word at a time: the three low bits of a code, moved to exponent and mantissa of an fp32,
+are magnitude * 2^-126 exactly (0.5 as a subnormal), so two exact products, by 2^126 and by the scale, give the value.
+
 Source: OCP Microscaling Formats (MX) Specification 1.0; nibble order and the [..., out, in / 32, 16] layout as in
 openai/gpt-oss, gpt_oss/torch/weights.py.
 
@@ -16,9 +19,15 @@ Shapes: ... any leading dimensions (experts), O output features, I input feature
 """
 
 import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import is_triton
 
 BLOCK_SIZE = 32  # elements that share one scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_WORDS, NUM_WARPS = 512, 4  # words of 8 codes per program
 
 
 def _byte_values(device: torch.device) -> torch.Tensor:
@@ -35,23 +44,75 @@ def _scale_values(device: torch.device) -> torch.Tensor:
     return values
 
 
-def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weights that packed blocks stand for.
-
-    blocks: [..., O, N, 16] uint8, two elements a byte. scales: [..., O, N] uint8.
-    Returns [..., O, I] of `dtype`, contiguous, on the device of `blocks`: output rows first, so a matrix applies as
-    x @ w.T (the bf16 checkpoint form is the transpose, [..., I, O]). float16 holds only part of the range: small values
-    round to 0.
-    Working memory beyond the result: 4 bytes per byte of `blocks`; convert expert by expert where that matters.
-    """
-    assert blocks.dtype == scales.dtype == torch.uint8, f"blocks {blocks.dtype}, scales {scales.dtype}: both must be uint8"
-    assert blocks.shape == (*scales.shape, BLOCK_SIZE // 2), f"blocks {blocks.shape} do not fit scales {scales.shape}"
+def dequantize_reference(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Working memory beyond the result: 4 bytes per byte of `blocks`; convert expert by expert where that matters."""
     work_dtype = torch.float32 if dtype == torch.float16 else dtype  # 2^(scale - 127) itself may not exist in float16
     table = _byte_values(blocks.device).to(work_dtype)
     values = torch.nn.functional.embedding(blocks.int(), table)  # [..., O, N, 16, 2]
     factors = _scale_values(blocks.device).to(work_dtype)
     values *= torch.nn.functional.embedding(scales.int(), factors[:, None])[..., None]  # [..., O, N, 1, 1]
     return values.flatten(-3).to(dtype)
+
+
+@triton.jit
+def e2m1_to_fp32(codes):
+    """The values of 4-bit codes (int32, higher bits 0) in fp32."""
+    bits = ((codes & 8) << 28) | ((codes & 7) << 22)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def e8m0_to_fp32(scales):
+    """2^(scale - 127) of scale bytes in fp32; 0 stands for the subnormal 2^-127 and 255 for NaN."""
+    scales = scales.to(tl.int32)
+    bits = tl.where(scales == 0, 1 << 22, tl.where(scales == 255, 0x7FC00000, scales << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dequantize_kernel(words_ptr, scales_ptr, out_ptr, num_words, BLOCK_WORDS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_WORDS
+    index = tl.arange(0, BLOCK_WORDS)
+    mask = index < num_words - first
+    words = tl.load(words_ptr + first + index, mask=mask, other=0)
+    scales = tl.load(scales_ptr + (first // 4) + index // 4, mask=mask, other=0)  # 4 words share a scale
+    slots = tl.arange(0, 8)
+    codes = (words[:, None] >> (4 * slots)[None, :]) & 15  # [BLOCK_WORDS, 8], the low nibble of the low byte first
+    values = e2m1_to_fp32(codes) * e8m0_to_fp32(scales)[:, None]
+    offsets = 8 * index[:, None] + slots[None, :]
+    tl.store(out_ptr + 8 * first + offsets, values.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+def dequantize_experts(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Writes the weights of packed blocks [..., O, N, 16] uint8 with scales [..., O, N] uint8 into out [..., O, I], contiguous,
+    fp32, bf16 or fp16, and returns it. Memory besides `out`: none on a GPU."""
+    assert blocks.dtype == scales.dtype == torch.uint8, f"blocks {blocks.dtype}, scales {scales.dtype}: both must be uint8"
+    assert blocks.shape == (*scales.shape, BLOCK_SIZE // 2), f"blocks {blocks.shape} do not fit scales {scales.shape}"
+    shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE)
+    assert out.shape == shape and out.is_contiguous(), f"out {out.shape}, strides {out.stride()}: contiguous {shape} needed"
+    if not is_triton(blocks):
+        return out.copy_(dequantize_reference(blocks, scales, out.dtype))
+    if out.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"dequantize: dtype {out.dtype}; on a GPU one of {', '.join(map(str, KERNEL_DTYPES))}")
+    assert blocks.device == scales.device == out.device, f"blocks, scales, out: {blocks.device}, {scales.device}, {out.device}"
+    num_words = blocks.numel() // 4
+    if num_words:
+        words = blocks.contiguous().view(torch.int32)
+        _dequantize_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](words, scales.contiguous(), out, num_words,
+                                                                   BLOCK_WORDS=BLOCK_WORDS, num_warps=NUM_WARPS)
+    return out
+
+
+def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weights that packed blocks stand for.
+
+    blocks: [..., O, N, 16] uint8, two elements a byte. scales: [..., O, N] uint8.
+    Returns [..., O, I] of `dtype`, contiguous, on the device of `blocks`: output rows first, so a matrix applies as
+    x @ w.T (the bf16 checkpoint form is the transpose, [..., I, O]). float16 holds only part of the range: small values
+    round to 0. float64 on the CPU only.
+    """
+    shape = (*blocks.shape[:-2], blocks.shape[-2] * BLOCK_SIZE)
+    return dequantize_experts(blocks, scales, torch.empty(shape, dtype=dtype, device=blocks.device))
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
