@@ -2,70 +2,403 @@
 
 Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index. The gather of tokens into expert order
 and the weighted sum back use no atomics: the backward of each is a gather, and sums run in slot order.
+    w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j),  y = sum_k w_k f_k,  dw_k = <dy, f_k>,  df_k = w_k dy
 
-Shapes: T tokens, E experts, A experts per token, R = T * A routed rows, D model width.
+Tokens are brought into expert order by a stable counting sort: a histogram of each chunk of choices, then every chunk adds up
+the chunks before it and ranks its own choices. Nothing waits for the host.
+
+Shapes: T tokens, E experts, A experts per token, R = T * A routed rows, D model width, C chunks.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.launch import check_served, is_triton
+
+MAX_EXPERTS, MAX_EXPERTS_PER_TOKEN = 1024, 8
+SORT_TILE = 4096  # choices times experts that a program ranks at once
+SMALL_SORT = 512  # up to this many choices, one program sorts alone
+MAX_CHUNKS = 128
 
 
 @dataclass
 class Routing:
     indices: torch.Tensor  # [T, A] int64, descending logit
-    order: torch.Tensor  # [R] int64: routed row in expert order -> token * A + slot
-    inverse: torch.Tensor  # [T, A] int64: token, slot -> routed row in expert order
-    offsets: list[int]  # [E + 1] on the host: expert e owns rows offsets[e]:offsets[e + 1]
+    order: torch.Tensor  # [R] int32: routed row in expert order -> token * A + slot
+    inverse: torch.Tensor  # [T, A] int32: token, slot -> routed row in expert order
+    offsets_device: torch.Tensor  # [E + 1] int32: expert e owns rows offsets_device[e]:offsets_device[e + 1]
+
+    @property
+    def offsets(self) -> list[int]:
+        """offsets_device on the host. Waits for the device: for references and tests."""
+        return self.offsets_device.tolist()
 
 
-def route(logits: torch.Tensor, *, experts_per_token: int) -> tuple[torch.Tensor, Routing]:
-    """Picks experts for logits [T, E] fp32. Returns the gate weights [T, A] fp32 and the routing."""
+def route_reference(logits: torch.Tensor, experts_per_token: int,
+                    indices: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if indices is not None:
+        return torch.softmax(logits.gather(1, indices), dim=-1), indices
     values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
-    indices = indices[:, :experts_per_token]  # [T, A]
-    weights = torch.softmax(values[:, :experts_per_token], dim=-1)
-    return weights, make_routing(indices, num_experts=logits.shape[-1])
+    return torch.softmax(values[:, :experts_per_token], dim=-1), indices[:, :experts_per_token]
 
 
-def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
-    """Sorts the choices indices [T, A] by expert, tokens in ascending order within an expert."""
+@triton.jit
+def _route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logits, NUM_EXPERTS: tl.constexpr,
+                  PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
+                  REPLAY: tl.constexpr):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slots = tl.arange(0, BLOCK_A)
+    is_token = tokens < num_tokens
+    is_slot = is_token[:, None] & (slots < PER_TOKEN)[None, :]
+    pairs = tokens[:, None] * PER_TOKEN + slots[None, :]
+    if REPLAY:
+        chosen = tl.load(indices_ptr + pairs, mask=is_slot, other=0)
+        values = tl.load(logits_ptr + tokens[:, None] * stride_logits + chosen, mask=is_slot, other=float("-inf"))
+    else:
+        experts = tl.arange(0, BLOCK_E)
+        logits = tl.load(logits_ptr + tokens[:, None] * stride_logits + experts[None, :],
+                         mask=is_token[:, None] & (experts < NUM_EXPERTS)[None, :], other=float("-inf"))
+        # one integer orders by logit, then by lower index: the float's bits made monotonous, above the index counted down
+        logits = tl.where(logits == 0.0, 0.0, logits)  # -0 ties with 0
+        bits = tl.where(logits != logits, 0x7FC00000, logits.to(tl.int32, bitcast=True))  # NaN first, as torch.sort
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        keys = (ordered.to(tl.int64) << 32) | (NUM_EXPERTS - 1 - experts)[None, :].to(tl.int64)
+        lowest = -0x7FFFFFFFFFFFFFFF - 1
+        keys = tl.where((experts < NUM_EXPERTS)[None, :], keys, lowest)
+        best = tl.full([BLOCK_T, BLOCK_A], lowest, tl.int64)
+        for slot in tl.static_range(PER_TOKEN):
+            top = tl.max(keys, 1)
+            best = tl.where((slots == slot)[None, :], top[:, None], best)
+            keys = tl.where(keys == top[:, None], lowest, keys)
+        tl.store(indices_ptr + pairs, NUM_EXPERTS - 1 - (best & 0xFFFFFFFF), mask=is_slot)
+        ordered = (best >> 32).to(tl.int32)
+        values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        values = tl.where((slots < PER_TOKEN)[None, :], values, float("-inf"))
+    exponents = tl.exp(values - tl.max(values, 1)[:, None])
+    weights = exponents / tl.sum(exponents, 1)[:, None]
+    tl.store(weights_ptr + pairs, weights, mask=is_slot)
+
+
+@triton.jit
+def _route_grad_kernel(grad_ptr, weights_ptr, indices_ptr, grad_logits_ptr, num_tokens, NUM_EXPERTS: tl.constexpr,
+                       PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts = tl.arange(0, BLOCK_E)
+    is_token = tokens < num_tokens
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    for slot in tl.static_range(PER_TOKEN):
+        grad = tl.load(grad_ptr + tokens * PER_TOKEN + slot, mask=is_token, other=0.0)
+        mean += grad * tl.load(weights_ptr + tokens * PER_TOKEN + slot, mask=is_token, other=0.0)
+    grad_logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for slot in tl.static_range(PER_TOKEN):
+        grad = tl.load(grad_ptr + tokens * PER_TOKEN + slot, mask=is_token, other=0.0)
+        weight = tl.load(weights_ptr + tokens * PER_TOKEN + slot, mask=is_token, other=0.0)
+        chosen = tl.load(indices_ptr + tokens * PER_TOKEN + slot, mask=is_token, other=0).to(tl.int32)
+        grad_logits = tl.where(chosen[:, None] == experts[None, :], (weight * (grad - mean))[:, None], grad_logits)
+    tl.store(grad_logits_ptr + tokens[:, None] * NUM_EXPERTS + experts[None, :], grad_logits,
+             mask=is_token[:, None] & (experts < NUM_EXPERTS)[None, :])
+
+
+def _route_blocks(num_experts: int) -> dict[str, int]:
+    block_e = triton.next_power_of_2(num_experts)
+    return {"BLOCK_T": max(2048 // block_e, 1), "BLOCK_E": block_e}
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, indices, experts_per_token):
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        num_tokens, num_experts = logits.shape
+        is_replay = indices is not None
+        if not is_replay:
+            indices = torch.empty((num_tokens, experts_per_token), dtype=torch.int64, device=logits.device)
+        indices = indices.contiguous()
+        weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=logits.device)
+        blocks = _route_blocks(num_experts)
+        if num_tokens:
+            _route_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+                logits, indices, weights, num_tokens, logits.stride(0), NUM_EXPERTS=num_experts,
+                PER_TOKEN=experts_per_token, BLOCK_A=triton.next_power_of_2(experts_per_token), REPLAY=is_replay,
+                num_warps=4, **blocks)
+        ctx.save_for_backward(weights, indices)
+        ctx.num_experts = num_experts
+        ctx.mark_non_differentiable(indices)
+        return weights, indices
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        weights, indices = ctx.saved_tensors
+        num_tokens, per_token = weights.shape
+        grad_logits = torch.empty((num_tokens, ctx.num_experts), dtype=torch.float32, device=grad.device)
+        blocks = _route_blocks(ctx.num_experts)
+        if num_tokens:
+            _route_grad_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+                grad.contiguous(), weights, indices, grad_logits, num_tokens, NUM_EXPERTS=ctx.num_experts,
+                PER_TOKEN=per_token, num_warps=4, **blocks)
+        return grad_logits, None, None
+
+
+def route(logits: torch.Tensor, *, experts_per_token: int,
+          indices: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
+    """Picks experts for logits [T, E] fp32. Returns the gate weights [T, A] fp32 and the routing.
+
+    `indices` [T, A] int64 replays a choice made before (each in 0..E-1): only the weights are computed then."""
+    if indices is not None:
+        assert indices.shape == (logits.shape[0], experts_per_token), f"{indices.shape}, {logits.shape}, {experts_per_token}"
+    num_experts = logits.shape[1]
+    if not is_triton(logits):
+        weights, indices = route_reference(logits, experts_per_token, indices)
+        return weights, make_routing(indices, num_experts=num_experts)
+    check_served("route", {"logits": logits}, dtypes=(torch.float32,), tensor_cores=False)
+    if num_experts > MAX_EXPERTS or experts_per_token > MAX_EXPERTS_PER_TOKEN:
+        raise ValueError(f"route: {experts_per_token} of {num_experts} experts; the Triton kernel takes up to "
+                         f"{MAX_EXPERTS_PER_TOKEN} of {MAX_EXPERTS}")
+    weights, indices = _Route.apply(logits, indices, experts_per_token)
+    return weights, make_routing(indices, num_experts=num_experts)
+
+
+def make_routing_reference(indices: torch.Tensor, num_experts: int) -> Routing:
     flat = indices.reshape(-1)  # [R]
     order = torch.argsort(flat, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(flat, minlength=num_experts)
-    offsets = [0, *counts.cumsum(0).tolist()]
-    return Routing(indices, order, inverse.view_as(indices), offsets)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return Routing(indices, order.int(), inverse.view_as(indices).int(), offsets.int())
+
+
+@triton.jit
+def _histogram(experts_ptr, first, chunk_size, num_rows, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Choices of each expert among rows first:first + chunk_size, [BLOCK_E] int32."""
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, chunk_size, BLOCK_R):
+        rows = first + start + tl.arange(0, BLOCK_R)
+        chosen = tl.load(experts_ptr + rows, mask=rows < num_rows, other=BLOCK_E).to(tl.int32)
+        counts += tl.sum((chosen[:, None] == experts[None, :]).to(tl.int32), 0)
+    return counts
+
+
+@triton.jit
+def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_E: tl.constexpr):
+    chunk = tl.program_id(0)
+    counts = _histogram(experts_ptr, chunk.to(tl.int64) * chunk_size, chunk_size, num_rows, BLOCK_R, BLOCK_E)
+    experts = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + chunk * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
+
+
+@triton.jit
+def _sort_kernel(experts_ptr, counts_ptr, order_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size, num_chunks,
+                 NUM_EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+                 IS_SINGLE: tl.constexpr):
+    chunk = tl.program_id(0)
+    first = chunk.to(tl.int64) * chunk_size
+    experts = tl.arange(0, BLOCK_E)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    if IS_SINGLE:
+        counts = _histogram(experts_ptr, first, chunk_size, num_rows, BLOCK_R, BLOCK_E)
+    else:
+        counts = tl.zeros([BLOCK_E], tl.int32)
+        for start in range(0, num_chunks, BLOCK_C):
+            chunks = start + tl.arange(0, BLOCK_C)
+            tile = tl.load(counts_ptr + chunks[:, None] * NUM_EXPERTS + experts[None, :],
+                           mask=(chunks < num_chunks)[:, None] & (experts < NUM_EXPERTS)[None, :], other=0)
+            counts += tl.sum(tile, 0)
+            before += tl.sum(tl.where((chunks < chunk)[:, None], tile, 0), 0)
+    ends = tl.cumsum(counts, 0)
+    if chunk == 0:
+        tl.store(offsets_ptr + 1 + experts, ends, mask=experts < NUM_EXPERTS)
+        tl.store(offsets_ptr + experts, tl.zeros([BLOCK_E], tl.int32), mask=experts == 0)
+    next_row = ends - counts + before  # where the chunk's next choice of each expert goes
+    for start in range(0, chunk_size, BLOCK_R):
+        rows = first + start + tl.arange(0, BLOCK_R)
+        mask = rows < num_rows
+        chosen = tl.load(experts_ptr + rows, mask=mask, other=BLOCK_E).to(tl.int32)
+        is_chosen = (chosen[:, None] == experts[None, :]).to(tl.int32)  # [BLOCK_R, BLOCK_E]
+        rank = tl.cumsum(is_chosen, 0) - 1
+        position = tl.sum(is_chosen * (rank + next_row[None, :]), 1)
+        tl.store(inverse_ptr + rows, position, mask=mask)
+        tl.store(order_ptr + position, rows.to(tl.int32), mask=mask)
+        next_row += tl.sum(is_chosen, 0)
+
+
+def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
+    """Sorts the choices indices [T, A] by expert, tokens in ascending order within an expert."""
+    if not is_triton(indices):
+        return make_routing_reference(indices, num_experts)
+    assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, the sort takes up to {MAX_EXPERTS}"
+    experts, num_rows = indices.contiguous(), indices.numel()
+    assert num_rows < 2**31, f"{num_rows} routed rows do not fit 32-bit positions"
+    order = torch.empty(num_rows, dtype=torch.int32, device=indices.device)
+    inverse = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
+    if num_rows == 0:
+        return Routing(indices, order, inverse, torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device))
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
+    block_e = triton.next_power_of_2(num_experts)
+    block_r = min(max(SORT_TILE // block_e, 4), 128)
+    is_single = num_rows <= SMALL_SORT
+    chunk_size = block_r * triton.cdiv(num_rows, block_r * (1 if is_single else MAX_CHUNKS))
+    num_chunks = triton.cdiv(num_rows, chunk_size)
+    sizes = {"NUM_EXPERTS": num_experts, "BLOCK_R": block_r, "BLOCK_E": block_e, "num_warps": 4}
+    counts = None
+    if not is_single:
+        counts = torch.empty((num_chunks, num_experts), dtype=torch.int32, device=indices.device)
+        _count_kernel[(num_chunks,)](experts, counts, num_rows, chunk_size, **sizes)
+    _sort_kernel[(num_chunks,)](experts, counts, order, inverse, offsets, num_rows, chunk_size, num_chunks,
+                                BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
+    return Routing(indices, order, inverse, offsets)
+
+
+@triton.jit
+def _dispatch_kernel(x_ptr, inverse_ptr, rows_ptr, stride_x, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """Reads each token once and writes it to all its rows."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < WIDTH
+    x = tl.load(x_ptr + token * stride_x + cols, mask=mask, other=0.0)
+    for slot in tl.static_range(PER_TOKEN):
+        row = tl.load(inverse_ptr + token * PER_TOKEN + slot).to(tl.int64)
+        tl.store(rows_ptr + row * WIDTH + cols, x, mask=mask)
+
+
+@triton.jit
+def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, stride_rows, stride_residual,
+                     WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+                     HAS_RESIDUAL: tl.constexpr):
+    """Sums a token's rows in slot order in fp32: the combine, and the backward of the dispatch."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(PER_TOKEN):
+        row = tl.load(inverse_ptr + token * PER_TOKEN + slot).to(tl.int64)
+        values = tl.load(rows_ptr + row * stride_rows + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            values *= tl.load(weights_ptr + token * PER_TOKEN + slot)
+        total += values
+    y = total.to(y_ptr.dtype.element_ty)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + token * stride_residual + cols, mask=mask, other=0.0)
+        y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * WIDTH + cols, y, mask=mask)
+
+
+@triton.jit
+def _combine_grad_kernel(grad_ptr, rows_ptr, weights_ptr, inverse_ptr, grad_rows_ptr, grad_weights_ptr, stride_grad,
+                         stride_rows, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+                         BLOCK_A: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, BLOCK_A)
+    is_slot = slots < PER_TOKEN
+    rows = tl.load(inverse_ptr + token * PER_TOKEN + slots, mask=is_slot, other=0).to(tl.int64)
+    weights = tl.load(weights_ptr + token * PER_TOKEN + slots, mask=is_slot, other=0.0)
+    products = tl.zeros([BLOCK_A, BLOCK], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        is_col = cols < WIDTH
+        mask = is_slot[:, None] & is_col[None, :]
+        grad = tl.load(grad_ptr + token * stride_grad + cols, mask=is_col, other=0.0).to(tl.float32)
+        grad_rows = weights[:, None] * grad[None, :]
+        tl.store(grad_rows_ptr + rows[:, None] * WIDTH + cols[None, :], grad_rows.to(grad_rows_ptr.dtype.element_ty),
+                 mask=mask)
+        if NEEDS_WEIGHTS:
+            values = tl.load(rows_ptr + rows[:, None] * stride_rows + cols[None, :], mask=mask, other=0.0)
+            products += values.to(tl.float32) * grad[None, :]
+    if NEEDS_WEIGHTS:
+        tl.store(grad_weights_ptr + token * PER_TOKEN + slots, tl.sum(products, 1), mask=is_slot)
+
+
+def _columns(width: int) -> int:
+    """Columns that a program of 4 warps takes."""
+    return min(triton.next_power_of_2(width), 1024)
+
+
+def _sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
+              residual: torch.Tensor | None) -> torch.Tensor:
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    (num_tokens, per_token), width = inverse.shape, rows.shape[1]
+    y = torch.empty((num_tokens, width), dtype=rows.dtype, device=rows.device)
+    stride_residual = 0
+    if residual is not None:
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+        stride_residual = residual.stride(0)
+    if y.numel():
+        block = _columns(width)
+        _sum_rows_kernel[(num_tokens, triton.cdiv(width, block))](
+            rows, weights, inverse, residual, y, rows.stride(0), stride_residual, WIDTH=width, PER_TOKEN=per_token,
+            BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4)
+    return y
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, order, inverse):
         ctx.save_for_backward(inverse)
-        return x_TD[order // inverse.shape[1]]
+        (num_tokens, per_token), width = inverse.shape, x_TD.shape[1]
+        if not is_triton(x_TD):
+            return x_TD[order // per_token]
+        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+        rows = torch.empty((num_tokens * per_token, width), dtype=x_TD.dtype, device=x_TD.device)
+        if rows.numel():
+            block = _columns(width)
+            _dispatch_kernel[(num_tokens, triton.cdiv(width, block))](
+                x_TD, inverse, rows, x_TD.stride(0), WIDTH=width, PER_TOKEN=per_token, BLOCK=block, num_warps=4)
+        return rows
 
     @staticmethod
     def backward(ctx, grad_RD):
         (inverse,) = ctx.saved_tensors
+        if is_triton(grad_RD):
+            return _sum_rows(grad_RD, None, inverse, None), None, None
         return grad_RD[inverse].float().sum(1).to(grad_RD.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_RD, weights, order, inverse):
+    def forward(ctx, y_RD, weights, order, inverse, residual):
+        weights = weights.contiguous()
         ctx.save_for_backward(y_RD, weights, order, inverse)
-        return (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+        if is_triton(y_RD):
+            return _sum_rows(y_RD, weights, inverse, residual)
+        y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+        return y_TD if residual is None else residual + y_TD
 
     @staticmethod
     def backward(ctx, grad_TD):
         y_RD, weights, order, inverse = ctx.saved_tensors
+        grad_residual = grad_TD if ctx.needs_input_grad[4] else None
+        if is_triton(y_RD):
+            grads = combine_backward(grad_TD, y_RD, weights, inverse, needs_weights=ctx.needs_input_grad[1])
+            return *grads, None, None, grad_residual
         token = order // inverse.shape[1]
         grad_y = (grad_TD[token].float() * weights.reshape(-1)[order].unsqueeze(-1)).to(y_RD.dtype)
         grad_weights = None
         if ctx.needs_input_grad[1]:
             grad_weights = (y_RD[inverse].float() * grad_TD.float().unsqueeze(1)).sum(-1)  # [T, A]
-        return grad_y, grad_weights, None, None
+        return grad_y, grad_weights, None, None, grad_residual
+
+
+def combine_backward(grad_TD: torch.Tensor, y_RD: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, *,
+                     needs_weights: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of the rows [R, D] and, where needed, of the gate weights [T, A] fp32, from one read of both. Triton only."""
+    grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
+    y_RD = y_RD if y_RD.stride(1) == 1 else y_RD.contiguous()
+    (num_tokens, per_token), width = inverse.shape, y_RD.shape[1]
+    grad_RD = torch.empty((num_tokens * per_token, width), dtype=y_RD.dtype, device=y_RD.device)
+    grad_weights = torch.empty_like(weights) if needs_weights else None
+    if num_tokens:
+        _combine_grad_kernel[(num_tokens,)](
+            grad_TD, y_RD, weights, inverse, grad_RD, grad_weights, grad_TD.stride(0), y_RD.stride(0), WIDTH=width,
+            PER_TOKEN=per_token, BLOCK=_columns(width), BLOCK_A=triton.next_power_of_2(per_token),
+            NEEDS_WEIGHTS=needs_weights, num_warps=4)
+    return grad_RD, grad_weights
 
 
 def dispatch(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -73,6 +406,8 @@ def dispatch(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
     return _Dispatch.apply(x_TD, routing.order, routing.inverse)
 
 
-def combine(y_RD: torch.Tensor, weights: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sums the experts' outputs by gate weight [T, A] in slot order, in fp32: [R, D] -> [T, D]."""
-    return _Combine.apply(y_RD, weights, routing.order, routing.inverse)
+def combine(y_RD: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
+            residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Sums the experts' outputs by gate weight [T, A] in slot order, in fp32: [R, D] -> [T, D].
+    `residual` [T, D] is added to the rounded sum, as residual + combine(...) would."""
+    return _Combine.apply(y_RD, weights, routing.order, routing.inverse, residual)

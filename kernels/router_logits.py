@@ -1,0 +1,126 @@
+"""Logits of the router, a product with few columns: logits = x W^T + b in fp32, from exact products whatever the dtype of x and W.
+
+The K loop ascends and is never split, and blocks do not depend on the number of tokens: a token gets the same bits in any
+batch. The gradient dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
+
+Shapes: T tokens, E experts, D model width.
+"""
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.launch import check_served, gpu_family, is_triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def router_logits_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.linear(x.float(), weight.float(), bias.float())
+
+
+@triton.jit
+def _router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, stride_x, stride_weight,
+                          NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+                          BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    cols = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + tokens[:, None] * stride_x + cols[None, :]
+    weight_ptrs = weight_ptr + experts[None, :] * stride_weight + cols[:, None]  # [BLOCK_K, BLOCK_E]
+    is_token, is_expert = tokens < num_tokens, experts < NUM_EXPERTS
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for first in range(0, WIDTH, BLOCK_K):
+        is_col = cols < WIDTH - first
+        x = tl.load(x_ptrs + first, mask=is_token[:, None] & is_col[None, :], other=0.0)
+        weight = tl.load(weight_ptrs + first, mask=is_expert[None, :] & is_col[:, None], other=0.0)
+        logits = tl.dot(x, weight, logits, input_precision=PRECISION)
+    logits += tl.load(bias_ptr + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
+    tl.store(logits_ptr + tokens[:, None] * NUM_EXPERTS + experts[None, :], logits,
+             mask=is_token[:, None] & is_expert[None, :])
+
+
+@triton.jit
+def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_weight, NUM_EXPERTS: tl.constexpr,
+                        WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+                        PRECISION: tl.constexpr):
+    """dx = dlogits W. The gradient keeps its fp32 bits: PRECISION is that of an fp32 product."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_token, is_col = tokens < num_tokens, cols < WIDTH
+    grad_x = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for first in range(0, NUM_EXPERTS, BLOCK_E):
+        experts = first + tl.arange(0, BLOCK_E)
+        is_expert = experts < NUM_EXPERTS
+        grad = tl.load(grad_ptr + tokens[:, None] * NUM_EXPERTS + experts[None, :],
+                       mask=is_token[:, None] & is_expert[None, :], other=0.0)
+        weight = tl.load(weight_ptr + experts[:, None] * stride_weight + cols[None, :],
+                         mask=is_expert[:, None] & is_col[None, :], other=0.0).to(tl.float32)
+        grad_x = tl.dot(grad, weight, grad_x, input_precision=PRECISION)
+    tl.store(grad_x_ptr + tokens[:, None] * WIDTH + cols[None, :], grad_x.to(grad_x_ptr.dtype.element_ty),
+             mask=is_token[:, None] & is_col[None, :])
+
+
+def router_blocks(family: str, num_experts: int, itemsize: int) -> dict[str, int]:
+    """Blocks of the forward: a tile of weights and of tokens per stage, the K loop ascending and never split."""
+    if family == "interpreter":
+        return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    block_e = min(max(triton.next_power_of_2(num_experts), 16), 128)
+    stages = {"ampere": 4, "consumer": 3, "hopper": 4, "blackwell": 4}[family]
+    return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_K": 128 // itemsize, "num_warps": 4, "num_stages": stages}
+
+
+def router_grad_blocks(family: str, num_experts: int) -> dict[str, int]:
+    if family == "interpreter":
+        return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    block_e = min(max(triton.next_power_of_2(num_experts), 16), 32)
+    return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+
+
+class _RouterLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        x = x if x.stride(1) == 1 else x.contiguous()
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+        num_tokens, width = x.shape
+        num_experts = weight.shape[0]
+        logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x.device)
+        if num_tokens:
+            blocks = router_blocks(gpu_family(x), num_experts, x.element_size())
+            grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_experts, blocks["BLOCK_E"]))
+            _router_logits_kernel[grid](x, weight, bias.contiguous(), logits, num_tokens, x.stride(0), weight.stride(0),
+                                        NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)
+        return logits
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            (num_tokens, width), num_experts = x.shape, weight.shape[0]
+            grad_x = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
+            # bf16 weights are exact in TF32, so three TF32 products give what an fp32 one would
+            precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
+            if num_tokens:
+                blocks = router_grad_blocks(gpu_family(x), num_experts)
+                grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(width, blocks["BLOCK_N"]))
+                _router_grad_kernel[grid](grad, weight, grad_x, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts,
+                                          WIDTH=width, PRECISION=precision, **blocks)
+        if ctx.needs_input_grad[1]:  # full fine-tuning only: cuBLAS in fp32
+            grad_weight = (grad.T @ x.float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x [T, D] W^T + b with weight [E, D] and bias [E]: logits [T, E] in fp32, from exact products whatever the dtype."""
+    if not is_triton(x):
+        return router_logits_reference(x, weight, bias)
+    check_served("router_logits", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=True)
+    assert x.dtype == weight.dtype, f"x {x.dtype} and weight {weight.dtype} differ"
+    assert x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1], f"{x.shape}, {weight.shape}, {bias.shape}"
+    return _RouterLogits.apply(x, weight, bias)
