@@ -1,17 +1,59 @@
 """Linear layers of many experts on rows sorted by expert: y_r = x_r W_e + b_e for the expert e that owns row r.
 
-Two weight formats share the function's shape: dense [E, in, out] (transformers' layout), with gradients of everything, and
-packed MXFP4, frozen, dequantised one expert at a time in the forward and again in the backward, so that no
-dequantised copy outlives its use.
+One kernel serves the forward, the gradient of the rows and the low-rank products of LoRA (arXiv 2106.09685): weights are taken
+as [E, in, out] with either of the last two dimensions contiguous, so a frozen [E, out, in] tensor is used transposed in the
+forward and as it lies in the backward. Expert offsets stay on the device: the grid is an upper bound of the number of tiles
+and each program finds its expert itself. Sums over `in` run in ascending order and are never split. LoRA enters as further
+steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is one rounding. Gradients of weights are in
+grouped_outer.py.
 
-Shapes: R routed rows, E experts, K in, N out.
+Weights come dense, with gradients of everything, or as packed MXFP4, frozen, dequantised in the forward and again in the
+backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time.
+
+Shapes: R routed rows, E experts, K in, N out, r LoRA's rank.
 """
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.grouped_outer import grouped_outer, grouped_row_sum
+from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors
 from kernels.mxfp4 import dequantize
+from kernels.swiglu import clamped_swiglu, swiglu_reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class _GroupedLinear(torch.autograd.Function):
+def _grouped_gemm_reference(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu, pre_activation):
+    num_rows = x.shape[0] if gather is None else gather.shape[0]
+    bounds = [0, num_rows] if offsets is None else offsets.tolist()
+    parts = []
+    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        rows = x[start:end] if gather is None else x[gather[start:end].long()]
+        y = rows.float() @ weight[expert].to(x.dtype).float()
+        if low_rank is not None:
+            y += low_rank[start:end].float() @ lora_up[expert].to(x.dtype).float()
+        if scale is not None:
+            y *= scale
+        if bias is not None:
+            y += bias[expert].float()
+        if row_scale is not None:
+            y *= row_scale[start:end, None]
+        parts.append(y.to(x.dtype))
+    y = torch.cat(parts)
+    if swiglu is None:
+        return y
+    if pre_activation is not None:
+        pre_activation.copy_(y)
+    return swiglu_reference(y, *swiglu)
+
+
+class _ReferenceLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, offsets):
         ctx.save_for_backward(x, weight)
@@ -47,7 +89,7 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-class _GroupedLinearMxfp4(torch.autograd.Function):
+class _ReferenceLinearMxfp4(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, scales, bias, offsets):
         ctx.save_for_backward(blocks, scales)
@@ -74,12 +116,337 @@ class _GroupedLinearMxfp4(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: list[int]) -> torch.Tensor:
-    """x [R, K] in expert order, weight [E, K, N], bias [E, N] or none, offsets [E + 1] on the host -> [R, N] in x's dtype."""
-    return _GroupedLinear.apply(x, weight, bias, offsets)
+class Blocks(NamedTuple):
+    """Sizes of a tile and how its loop is compiled. None of them changes a result's bits."""
+
+    rows: int
+    cols: int
+    inner: int  # step along K
+    group: int  # row tiles that share a pass over the weight, for the L2 cache
+    num_warps: int
+    num_stages: int
+    use_tma: bool  # tensor descriptors instead of pointers, where alignment and layout allow
+    persistent: bool  # one program per multiprocessor that walks over the tiles, instead of a program per tile
+
+
+# family -> blocks at more than 128 rows per expert; `inner` divides 2880, gpt-oss's width
+_WIDE = {
+    "ampere": Blocks(128, 128, 64, 8, 8, 3, False, False),
+    "consumer": Blocks(128, 128, 32, 8, 8, 3, False, False),
+    "hopper": Blocks(128, 256, 64, 8, 8, 4, True, False),
+    "blackwell": Blocks(128, 256, 64, 8, 8, 3, True, False),
+    "interpreter": Blocks(32, 32, 32, 2, 4, 2, True, True),
+}
+_FP32 = Blocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtures and checks
+
+
+def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int) -> Blocks:
+    if family == "interpreter":
+        return _WIDE[family]
+    inner = max(16, min(64, triton.next_power_of_2(num_in)))
+    if num_out <= 64:  # x A: reads x once, bound by memory
+        cols = max(16, triton.next_power_of_2(num_out))
+        if dtype == torch.float32:
+            return Blocks(64, cols, min(inner, 32), 1, 4, 2, False, False)
+        return Blocks(64, cols, inner, 1, 4, 3 if family == "consumer" else 5, False, False)
+    if dtype == torch.float32:
+        return _FP32
+    if num_in <= 64:  # (x A) B: writes y once, bound by memory
+        return Blocks(128, 128, inner, 8, 8, 2, False, False)
+    blocks = _WIDE[family]
+    if num_rows <= 128 * num_experts:
+        blocks = blocks._replace(rows=64, cols=128, num_warps=4, num_stages=min(blocks.num_stages + 1, 4))
+    return blocks
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    x, weight, out, pre_activation, offsets, gather, bias, low_rank, lora_up, row_scale,
+    num_rows, num_experts, num_in, num_out, rank, scale, alpha, limit,
+    stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
+    RANK_STEPS: tl.constexpr, GROUP: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr,
+    X_TMA: tl.constexpr, WEIGHT_TMA: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
+    HAS_PRE_ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS x COLS per turn of the outer loop; x and weight are pointers or tensor descriptors."""
+    dtype: tl.constexpr = x.dtype if X_TMA else x.dtype.element_ty
+    col_tiles = tl.cdiv(num_out, COLS)
+    experts = tl.arange(0, EXPERTS)
+    if HAS_OFFSETS:
+        starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
+        row_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + ROWS - 1) // ROWS
+    else:  # one expert owns every row
+        row_tiles_of = tl.where(experts == 0, tl.cdiv(num_rows, ROWS), 0)
+    ends_of = tl.cumsum(row_tiles_of, 0)
+    inner = tl.arange(0, INNER)
+
+    for tile in tl.range(tl.program_id(0), tl.sum(row_tiles_of, 0) * col_tiles, tl.num_programs(0)):
+        # expert by expert; in an expert, GROUP row tiles go through all columns before the next ones
+        expert = tl.sum((ends_of * col_tiles <= tile).to(tl.int32), 0)
+        within = tile - tl.sum(tl.where(experts < expert, row_tiles_of, 0), 0) * col_tiles
+        if HAS_OFFSETS:
+            start = tl.load(offsets + expert)
+            end = tl.load(offsets + expert + 1)
+        else:
+            start = 0
+            end = num_rows
+        first_row_tile = within // (GROUP * col_tiles) * GROUP
+        group_rows = tl.minimum(tl.cdiv(end - start, ROWS) - first_row_tile, GROUP)
+        within = within % (GROUP * col_tiles)
+        first_row = start + (first_row_tile + within % group_rows) * ROWS
+        first_col = within // group_rows * COLS
+        rows = first_row + tl.arange(0, ROWS)
+        cols = first_col + tl.arange(0, COLS)
+        is_row = rows < end
+        is_col = cols < num_out
+
+        if not X_TMA:
+            if HAS_GATHER:
+                source = tl.load(gather + rows, mask=is_row, other=0)
+            else:
+                source = tl.where(is_row, rows, 0)  # rows past the end compute what nobody stores
+            x_pointers = x + source.to(tl.int64)[:, None] * stride_x + inner[None, :]
+        if not WEIGHT_TMA:
+            weight_base = weight + expert.to(tl.int64) * stride_weight_expert
+            if IN_CONTIGUOUS:
+                weight_pointers = weight_base + cols.to(tl.int64)[None, :] * stride_weight + inner[:, None]
+            else:
+                weight_pointers = weight_base + inner.to(tl.int64)[:, None] * stride_weight + cols[None, :]
+
+        acc = tl.zeros((ROWS, COLS), tl.float32)
+        for k in range(0, num_in, INNER):
+            if X_TMA:
+                a = x.load([first_row, k])  # rows of the next expert are not stored
+            elif EVEN_IN:
+                a = tl.load(x_pointers)
+            else:
+                a = tl.load(x_pointers, mask=(inner < num_in - k)[None, :], other=0.0)
+            if WEIGHT_TMA:
+                if IN_CONTIGUOUS:
+                    b = weight.load([expert * num_out + first_col, k]).T
+                else:
+                    b = weight.load([expert * num_in + k, first_col])
+            elif EVEN_IN:
+                b = tl.load(weight_pointers, mask=is_col[None, :], other=0.0)
+            else:
+                b = tl.load(weight_pointers, mask=is_col[None, :] & (inner < num_in - k)[:, None], other=0.0)
+            acc = tl.dot(a, b.to(dtype), acc, input_precision="ieee")
+            if not X_TMA:
+                x_pointers += INNER
+            if not WEIGHT_TMA:
+                if IN_CONTIGUOUS:
+                    weight_pointers += INNER
+                else:
+                    weight_pointers += INNER * stride_weight.to(tl.int64)
+
+        for step in tl.static_range(RANK_STEPS):
+            ranks = step * RANK + tl.arange(0, RANK)
+            low = tl.load(low_rank + rows.to(tl.int64)[:, None] * rank + ranks[None, :],
+                          mask=is_row[:, None] & (ranks < rank)[None, :], other=0.0)
+            up_pointers = lora_up + expert.to(tl.int64) * stride_up_expert
+            up_pointers += ranks[:, None] * stride_up_rank + cols[None, :] * stride_up_out
+            up = tl.load(up_pointers, mask=(ranks < rank)[:, None] & is_col[None, :], other=0.0)
+            acc = tl.dot(low, up.to(dtype), acc, input_precision="ieee")
+
+        if HAS_SCALE:
+            acc = acc * scale
+        if HAS_BIAS:
+            acc += tl.load(bias + expert.to(tl.int64) * num_out + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
+        if HAS_ROW_SCALE:
+            acc = acc * tl.load(row_scale + rows, mask=is_row, other=0.0)[:, None]
+        y = acc.to(out.dtype.element_ty)
+        row_starts = rows.to(tl.int64)[:, None] * num_out
+        if HAS_SWIGLU:
+            if HAS_PRE_ACTIVATION:
+                tl.store(pre_activation + row_starts + cols[None, :], y, mask=is_row[:, None] & is_col[None, :])
+            # from the rounded values, so that fused and separate activations agree bit for bit
+            gate, up = tl.split(tl.reshape(y.to(tl.float32), (ROWS, COLS // 2, 2)))
+            half_cols = first_col // 2 + tl.arange(0, COLS // 2)
+            tl.store(out + row_starts // 2 + half_cols[None, :],
+                     clamped_swiglu(gate, up, alpha, limit).to(out.dtype.element_ty),
+                     mask=is_row[:, None] & (half_cols < num_out // 2)[None, :])
+        else:
+            tl.store(out + row_starts + cols[None, :], y, mask=is_row[:, None] & is_col[None, :])
+
+
+def _check(x, weight, offsets, num_rows, optional: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]) -> None:
+    """Refuses shapes that do not belong together; `optional` maps a name to its tensor and the shape it must have."""
+    if weight.dim() != 3 or x.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"grouped_gemm: x {list(x.shape)} and weight {list(weight.shape)}; give [rows, in] and [E, in, out]")
+    if offsets is None and weight.shape[0] != 1:
+        raise ValueError(f"grouped_gemm: {weight.shape[0]} experts without offsets; give offsets [E + 1]")
+    if offsets is not None and offsets.shape != (weight.shape[0] + 1,):
+        raise ValueError(f"grouped_gemm: offsets {list(offsets.shape)} for {weight.shape[0]} experts; give [E + 1]")
+    for name, (tensor, shape) in optional.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"grouped_gemm: {name} is {list(tensor.shape)}, not {list(shape)}")
+
+
+def _tma_serves(matrix: torch.Tensor, boxes: tuple[int, int]) -> bool:
+    """Whether a tensor descriptor can read a contiguous [rows, columns] matrix in boxes of this size."""
+    inner_bytes = boxes[1] * matrix.element_size()
+    return (matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.element_size() % 16 == 0 and inner_bytes >= 16
+            and max(boxes) <= 256)
+
+
+def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None, *,
+                 gather: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+                 low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
+                 scale: float | None = None, row_scale: torch.Tensor | None = None,
+                 swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None,
+                 out: torch.Tensor | None = None, blocks: Blocks | None = None) -> torch.Tensor:
+    """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to x's dtype.
+
+    x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.
+    weight [E, K, N], K or N contiguous, cast to x's dtype (LoRA's fp32 masters). offsets [E + 1] int32 on x's device; without
+    it one expert owns all rows. bias [E, N]; low_rank [R, r] in x's dtype with lora_up [E, r, N], any strides, joins the
+    accumulator (scale it when you make it); row_scale [R] fp32 (gate weights).
+    swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; the row before it, as
+    rounded, goes to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
+    Raises ValueError for shapes that do not fit and for dtypes and GPUs that the kernel cannot serve."""
+    num_rows = x.shape[0] if gather is None else gather.shape[0]
+    num_experts, num_in, num_out = weight.shape
+    rank = 0 if low_rank is None else low_rank.shape[1]
+    out_shape = (num_rows, num_out if swiglu is None else num_out // 2)
+    _check(x, weight, offsets, num_rows, {
+        "bias": (bias, (num_experts, num_out)), "low_rank": (low_rank, (num_rows, rank)), "out": (out, out_shape),
+        "lora_up": (lora_up, (num_experts, rank, num_out)), "row_scale": (row_scale, (num_rows,)),
+        "pre_activation": (pre_activation, (num_rows, num_out)),
+    })  # fmt: skip
+    assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
+    assert pre_activation is None or swiglu is not None, "pre_activation is for swiglu"
+    if not is_triton(x):
+        y = _grouped_gemm_reference(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu, pre_activation)
+        return y if out is None else out.copy_(y)
+    check_served("grouped_gemm", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=True)
+    if out is None:
+        out = x.new_empty(out_shape)
+    assert out.is_contiguous() and (pre_activation is None or pre_activation.is_contiguous())
+    if num_rows == 0 or num_out == 0:
+        return out
+
+    x = x if x.stride(1) == 1 else x.contiguous()
+    in_contiguous = weight.stride(1) == 1
+    if not in_contiguous and weight.stride(2) != 1:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    if low_rank is not None:
+        low_rank = low_rank.contiguous()
+    blocks = blocks or choose_blocks(gpu_family(x), x.dtype, num_rows, num_experts, num_in, num_out)
+    matrix = weight.transpose(1, 2) if in_contiguous else weight  # as it lies in memory
+    weight_box = (blocks.cols, blocks.inner) if in_contiguous else (blocks.inner, blocks.cols)
+    weight_tma = (blocks.use_tma and matrix.is_contiguous() and weight.dtype == x.dtype
+                  and _tma_serves(matrix.flatten(0, 1), weight_box)
+                  and (in_contiguous or num_in % blocks.inner == 0))  # a box must not reach into the next expert's rows
+    x_tma = (blocks.use_tma and gather is None and x.is_contiguous() and _tma_serves(x, (blocks.rows, blocks.inner)))
+    col_tiles = triton.cdiv(num_out, blocks.cols)
+    num_tiles = (num_rows // blocks.rows + min(num_experts, num_rows)) * col_tiles  # at most: a part tile per expert
+    grid = min(num_tiles, num_multiprocessors(x)) if blocks.persistent else num_tiles
+    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
+    alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
+    grouped_gemm_kernel[(grid,)](
+        TensorDescriptor.from_tensor(x, [blocks.rows, blocks.inner]) if x_tma else x,
+        TensorDescriptor.from_tensor(matrix.flatten(0, 1), list(weight_box)) if weight_tma else weight,
+        out, pre_activation, offsets, gather, bias, low_rank, lora_up, row_scale,
+        num_rows, num_experts, num_in, num_out, rank, 1.0 if scale is None else scale, alpha, limit,
+        x.stride(0), weight.stride(0), weight.stride(2 if in_contiguous else 1), *up_strides,
+        EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
+        RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
+        EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
+        HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
+        HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,
+        HAS_PRE_ACTIVATION=pre_activation is not None, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _weight_of(weight, blocks, scales, dtype) -> torch.Tensor:
+    """Dense [E, K, N], or a view in that order of the dequantised [E, N, K]."""
+    return weight if blocks is None else dequantize(blocks, scales, dtype).transpose(1, 2)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """y = x W + b + scale (x A^T) B^T on rows in expert order; weight or else blocks and scales; LoRA's tensors may be None."""
+
+    @staticmethod
+    def forward(ctx, x, weight, blocks, scales, bias, lora_A, lora_B, offsets, scale):
+        low_rank = None
+        if lora_A is not None:
+            low_rank = grouped_gemm(x, lora_A.transpose(1, 2), offsets, scale=scale)  # [R, r]
+        ctx.save_for_backward(x, weight, blocks, scales, lora_A, lora_B, low_rank, offsets)
+        ctx.scale, ctx.bias = scale, None if bias is None else (bias.shape, bias.dtype)
+        return grouped_gemm(x, _weight_of(weight, blocks, scales, x.dtype), offsets, bias=bias, low_rank=low_rank,
+                            lora_up=None if lora_B is None else lora_B.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, blocks, scales, lora_A, lora_B, low_rank, offsets = ctx.saved_tensors
+        needs_x, needs_weight, _, _, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_low_rank = None
+        if lora_A is not None and (needs_x or needs_A):
+            grad_low_rank = grouped_gemm(grad, lora_B, offsets, scale=ctx.scale)  # [R, r]
+        if needs_x:
+            grad_x = grouped_gemm(grad, _weight_of(weight, blocks, scales, x.dtype).transpose(1, 2), offsets,
+                                  low_rank=grad_low_rank, lora_up=lora_A)
+        if needs_weight:
+            # in memory order of the weight, which may be a transposed view
+            is_transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+            shape = (weight.shape[0], weight.shape[2], weight.shape[1]) if is_transposed else weight.shape
+            grad_weight = weight.new_empty(shape)
+            grad_weight = grad_weight.transpose(1, 2) if is_transposed else grad_weight
+            grouped_outer(x, grad, offsets, grad_weight)
+        if needs_bias and ctx.bias is not None:
+            grad_bias = grouped_row_sum(grad, offsets, grad.new_empty(ctx.bias[0], dtype=ctx.bias[1]))
+        if needs_A:
+            grad_A = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+            grouped_outer(x, grad_low_rank, offsets, grad_A.transpose(1, 2))
+        if needs_B:
+            grad_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+            grouped_outer(grad, low_rank, offsets, grad_B)
+        return grad_x, grad_weight, None, None, grad_bias, grad_A, grad_B, None, None
+
+
+def _with_lora(y, x, lora_A, lora_B, offsets, scale) -> torch.Tensor:
+    """The reference's way: two more grouped products, added."""
+    low_rank = _ReferenceLinear.apply(x, lora_A.to(x.dtype).transpose(1, 2), None, offsets)  # [R, r]
+    return y + scale * _ReferenceLinear.apply(low_rank, lora_B.to(x.dtype).transpose(1, 2), None, offsets)
+
+
+def _on_device(offsets: torch.Tensor | list[int], x: torch.Tensor) -> torch.Tensor:
+    return offsets if isinstance(offsets, torch.Tensor) else torch.tensor(offsets, dtype=torch.int32, device=x.device)
+
+
+def _on_host(offsets: torch.Tensor | list[int]) -> list[int]:
+    return offsets.tolist() if isinstance(offsets, torch.Tensor) else offsets
+
+
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor | list[int], *,
+                   lora_A: torch.Tensor | None = None, lora_B: torch.Tensor | None = None,
+                   lora_scale: float | None = None) -> torch.Tensor:
+    """x [R, K] in expert order, weight [E, K, N], bias [E, N] or none, offsets [E + 1] -> [R, N] in x's dtype.
+
+    offsets: int32 on x's device (a GPU never waits for them), or a list. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or
+    x's dtype, add lora_scale (x A^T) B^T; their gradients come in their own dtype."""
+    if is_triton(x):
+        return _GroupedLinear.apply(x, weight, None, None, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale)
+    offsets = _on_host(offsets)
+    y = _ReferenceLinear.apply(x, weight, bias, offsets)
+    return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)
 
 
 def grouped_linear_mxfp4(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor,
-                         offsets: list[int]) -> torch.Tensor:
-    """x [R, K] in expert order, blocks [E, N, K/32, 16] and scales [E, N, K/32] uint8, bias [E, N] -> [R, N] in x's dtype."""
-    return _GroupedLinearMxfp4.apply(x, blocks, scales, bias, offsets)
+                         offsets: torch.Tensor | list[int], *, lora_A: torch.Tensor | None = None,
+                         lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
+    """x [R, K] in expert order, blocks [E, N, K/32, 16] and scales [E, N, K/32] uint8, bias [E, N] -> [R, N] in x's dtype.
+
+    offsets and LoRA as in grouped_linear."""
+    if is_triton(x):
+        return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale)
+    offsets = _on_host(offsets)
+    y = _ReferenceLinearMxfp4.apply(x, blocks, scales, bias, offsets)
+    return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)

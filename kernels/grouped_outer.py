@@ -1,0 +1,228 @@
+"""Gradients of grouped linear layers' weights: sums of outer products over the rows of each expert, and sums of the rows.
+
+G_e = sum over the rows r of expert e of a_r^T b_r, which is dW for a_r = x_r and b_r = dy_r, and the gradients of LoRA's A and B
+with a low-rank row on one side. Every element has one owner and rows are added in ascending order, so results do not depend
+on scheduling. Low-rank products with few, long experts are cut into chunks of fixed length, whose fp32 partial sums are
+added in ascending order.
+
+Shapes: R routed rows, E experts, M and N the widths of a and b.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import check_served, gpu_family, is_triton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHUNK_ROWS = 2048  # of a partial sum; part of the result's bits
+MAX_ROWS_UNSPLIT = 8192  # up to here the longest possible expert is short enough for one program
+
+
+class OuterBlocks(NamedTuple):
+    m: int
+    n: int
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+# family -> blocks of a wide product (dW); rows per step divide CHUNK_ROWS
+_WIDE = {
+    "ampere": OuterBlocks(128, 128, 64, 8, 3),
+    "consumer": OuterBlocks(128, 128, 32, 8, 3),
+    "hopper": OuterBlocks(128, 256, 64, 8, 3),
+    "blackwell": OuterBlocks(128, 256, 64, 8, 3),
+    "interpreter": OuterBlocks(32, 32, 32, 4, 2),
+}
+
+
+def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlocks:
+    if family == "interpreter":
+        return _WIDE[family]
+    if dtype == torch.float32:
+        return OuterBlocks(64, max(16, min(64, triton.next_power_of_2(num_n))), 32, 4, 2)
+    if num_n <= 64:  # bound by memory: a is read once
+        n = max(16, triton.next_power_of_2(num_n))
+        return OuterBlocks(128, n, 64, 4, 3 if family == "consumer" else 4)
+    return _WIDE[family]
+
+
+@triton.jit
+def grouped_outer_kernel(
+    a, b, out, offsets, gather, row_scale, num_rows, num_experts, num_m, num_n,
+    stride_a, stride_b, stride_out_expert, stride_out_m, stride_out_n,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
+):  # fmt: skip
+    """One M x N tile of one expert, or with CHUNK > 0 of one chunk of an expert's rows (then out is indexed by chunk)."""
+    m_tiles = tl.cdiv(num_m, M)
+    n_tiles = tl.cdiv(num_n, N)
+    tile = tl.program_id(0) % (m_tiles * n_tiles)
+    part = tl.program_id(0) // (m_tiles * n_tiles)
+    if CHUNK > 0:
+        experts = tl.arange(0, EXPERTS)
+        if HAS_OFFSETS:
+            starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
+            ends = tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0)
+        else:
+            starts = tl.zeros((EXPERTS,), tl.int32)
+            ends = tl.where(experts == 0, num_rows, 0)
+        chunks_of = (ends - starts + CHUNK - 1) // CHUNK
+        expert = tl.sum((tl.cumsum(chunks_of, 0) <= part).to(tl.int32), 0)
+        if expert >= num_experts:  # the grid is an upper bound
+            return
+        first = part - tl.sum(tl.where(experts < expert, chunks_of, 0), 0)
+        start = tl.sum(tl.where(experts == expert, starts, 0), 0) + first * CHUNK
+        end = tl.minimum(tl.sum(tl.where(experts == expert, ends, 0), 0), start + CHUNK)
+    elif HAS_OFFSETS:
+        start = tl.load(offsets + part)
+        end = tl.load(offsets + part + 1)
+    else:
+        start = 0
+        end = num_rows
+
+    ms = tile % m_tiles * M + tl.arange(0, M)
+    ns = tile // m_tiles * N + tl.arange(0, N)
+    acc = tl.zeros((M, N), tl.float32)
+    for row in range(start, end, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        is_row = rows < end
+        if HAS_GATHER:
+            source = tl.load(gather + rows, mask=is_row, other=0)
+        else:
+            source = rows
+        x = tl.load(a + source.to(tl.int64)[:, None] * stride_a + ms[None, :],
+                    mask=is_row[:, None] & (ms < num_m)[None, :], other=0.0)
+        y = tl.load(b + rows.to(tl.int64)[:, None] * stride_b + ns[None, :],
+                    mask=is_row[:, None] & (ns < num_n)[None, :], other=0.0)
+        if HAS_ROW_SCALE:
+            y = (y.to(tl.float32) * tl.load(row_scale + rows, mask=is_row, other=0.0)[:, None]).to(y.dtype)
+        acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
+    pointers = out + part.to(tl.int64) * stride_out_expert
+    pointers += ms.to(tl.int64)[:, None] * stride_out_m + ns.to(tl.int64)[None, :] * stride_out_n
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=(ms < num_m)[:, None] & (ns < num_n)[None, :])
+
+
+@triton.jit
+def sum_chunks_kernel(partial, out, offsets, num_rows, num_experts, size,
+                      EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSETS: tl.constexpr):
+    """out[e] = sum of the expert's chunks, ascending; size elements each, in the same memory order."""
+    expert = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    if HAS_OFFSETS:
+        starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
+        ends = tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0)
+        chunks_of = (ends - starts + CHUNK - 1) // CHUNK
+    else:
+        chunks_of = tl.where(experts == 0, (num_rows + CHUNK - 1) // CHUNK, 0)
+    first = tl.sum(tl.where(experts < expert, chunks_of, 0), 0)
+    count = tl.sum(tl.where(experts == expert, chunks_of, 0), 0)
+    elements = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_element = elements < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    pointers = partial + first.to(tl.int64) * size + elements
+    for _ in range(count):
+        acc += tl.load(pointers, mask=is_element, other=0.0)
+        pointers += size
+    tl.store(out + expert.to(tl.int64) * size + elements, acc.to(out.dtype.element_ty), mask=is_element)
+
+
+@triton.jit
+def grouped_row_sum_kernel(x, out, offsets, gather, row_scale, width, stride_x, ROWS: tl.constexpr, COLS: tl.constexpr,
+                           HAS_GATHER: tl.constexpr, HAS_ROW_SCALE: tl.constexpr):
+    expert = tl.program_id(0)
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for row in range(start, end, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        is_row = rows < end
+        if HAS_GATHER:
+            source = tl.load(gather + rows, mask=is_row, other=0)
+        else:
+            source = rows
+        values = tl.load(x + source.to(tl.int64)[:, None] * stride_x + cols[None, :],
+                         mask=is_row[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
+        if HAS_ROW_SCALE:
+            values *= tl.load(row_scale + rows, mask=is_row, other=0.0)[:, None]
+        acc += values
+    tl.store(out + expert.to(tl.int64) * width + cols, tl.sum(acc, 0).to(out.dtype.element_ty), mask=cols < width)
+
+
+def _rows_of(x: torch.Tensor, gather: torch.Tensor | None) -> torch.Tensor:
+    return x if gather is None else x[gather.long()]
+
+
+def _grouped_outer_reference(a, b, offsets, gather, row_scale, out):
+    a, b = _rows_of(a, gather).float(), (b if row_scale is None else (b * row_scale[:, None]).to(b.dtype)).float()
+    bounds = [0, b.shape[0]] if offsets is None else offsets.tolist()
+    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        out[expert] = a[start:end].T @ b[start:end]
+    return out
+
+
+def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None, out: torch.Tensor, *,
+                  gather: torch.Tensor | None = None, row_scale: torch.Tensor | None = None,
+                  blocks: OuterBlocks | None = None) -> torch.Tensor:
+    """out_e = sum over the rows r of expert e of a_r^T (row_scale_r b_r), accumulated in fp32; zero for an expert without rows.
+
+    a [R, M], or with gather [R] any [T, M] whose row gather[r] belongs to routed row r; b [R, N] in a's dtype (put the narrow
+    side here); offsets [E + 1] int32 on a's device, without it one expert owns all rows; row_scale [R] fp32. out [E, M, N] is
+    written in its dtype, dense for each expert in either order, so LoRA's A takes grad.transpose(1, 2)."""
+    num_rows, num_n = b.shape
+    num_experts, num_m = out.shape[0], a.shape[1]
+    if out.shape[1:] != (num_m, num_n) or (offsets is not None and offsets.shape != (num_experts + 1,)):
+        raise ValueError(f"grouped_outer: out is {list(out.shape)}, offsets {None if offsets is None else list(offsets.shape)} "
+                         f"for a {list(a.shape)} and b {list(b.shape)}; give [E, {num_m}, {num_n}] and [E + 1]")
+    assert (gather is not None or a.shape[0] == num_rows) and (offsets is not None or num_experts == 1)
+    if not is_triton(a):
+        return _grouped_outer_reference(a, b, offsets, gather, row_scale, out)
+    check_served("grouped_outer", {"a": a, "b": b, "out": out}, dtypes=DTYPES, tensor_cores=True)
+    assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    assert out.is_contiguous() or out.transpose(1, 2).is_contiguous(), out.stride()
+    a = a if a.stride(1) == 1 else a.contiguous()
+    b = b if b.stride(1) == 1 else b.contiguous()
+    blocks = blocks or choose_outer_blocks(gpu_family(a), a.dtype, num_n)
+    tiles = triton.cdiv(num_m, blocks.m) * triton.cdiv(num_n, blocks.n)
+    is_split = num_n <= 64 and num_rows > MAX_ROWS_UNSPLIT
+    chunk = CHUNK_ROWS if is_split else 0
+    parts = num_rows // CHUNK_ROWS + min(num_experts, num_rows) if is_split else num_experts
+    size = num_m * num_n
+    target = out.new_empty(parts * size, dtype=torch.float32) if is_split else out
+    experts = triton.next_power_of_2(num_experts)
+    grouped_outer_kernel[(parts * tiles,)](
+        a, b, target, offsets, gather, row_scale, num_rows, num_experts, num_m, num_n,
+        a.stride(0), b.stride(0), size, out.stride(1), out.stride(2),
+        EXPERTS=experts, M=blocks.m, N=blocks.n, ROWS=blocks.rows, CHUNK=chunk, HAS_OFFSETS=offsets is not None,
+        HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    if is_split:
+        sum_chunks_kernel[(num_experts, triton.cdiv(size, 1024))](
+            target, out, offsets, num_rows, num_experts, size, EXPERTS=experts, CHUNK=chunk, BLOCK=1024,
+            HAS_OFFSETS=offsets is not None, num_warps=4)
+    return out
+
+
+def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, gather: torch.Tensor | None = None,
+                    row_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """out_e [E, N] = sum over the rows r of expert e of row_scale_r x_r, in fp32, rounded to out's dtype: the gradient of a bias.
+
+    x, offsets, gather and row_scale as in grouped_outer."""
+    if not is_triton(x):
+        rows = _rows_of(x, gather).float() if row_scale is None else _rows_of(x, gather).float() * row_scale[:, None]
+        for expert, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
+            out[expert] = rows[start:end].sum(0)
+        return out
+    check_served("grouped_row_sum", {"x": x, "out": out}, dtypes=DTYPES, tensor_cores=False)
+    assert out.is_contiguous() and out.shape == (offsets.shape[0] - 1, x.shape[1]), (out.shape, out.stride(), x.shape)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    grouped_row_sum_kernel[(out.shape[0], triton.cdiv(x.shape[1], 128))](
+        x, out, offsets, gather, row_scale, x.shape[1], x.stride(0), ROWS=32, COLS=128,
+        HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None, num_warps=4, num_stages=3)
+    return out

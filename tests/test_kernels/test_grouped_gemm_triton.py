@@ -1,0 +1,223 @@
+"""Triton's grouped products: in the interpreter against float64 and the goldens, compiled for every GPU, and on a GPU in bf16."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from interpreter import run_interpreter_tests
+from safetensors.torch import load_file
+
+from kernels.grouped_gemm import Blocks, grouped_gemm, grouped_linear, grouped_linear_mxfp4
+from kernels.grouped_outer import CHUNK_ROWS, MAX_ROWS_UNSPLIT, grouped_outer, grouped_row_sum
+from kernels.mxfp4 import dequantize
+from kernels.swiglu import swiglu
+
+GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
+OFFSETS = ([0, 5, 5, 70, 71], [0, 0, 0, 0, 63], [0, 32, 64, 96, 127], [0, 1, 1, 1, 1])  # tiles of 32 rows
+
+
+def normal(*shape, seed=0, dtype=torch.float32, device="cpu"):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def owners(offsets):
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1), torch.tensor(offsets).diff())
+
+
+def product(x, weight, offsets):
+    """x_r W_e in float64, from a batched product over rows."""
+    owner = owners(offsets).to(x.device)
+    return torch.einsum("rk,rkn->rn", x.double(), weight.double()[owner])
+
+
+def int32(offsets, device="cpu"):
+    return torch.tensor(offsets, dtype=torch.int32, device=device)
+
+
+def assert_near(actual, expected, tolerance=2e-5):
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * max(1.0, expected.abs().max().item()))
+
+
+def test_the_interpreter_agrees_with_float64():
+    run_interpreter_tests(__file__)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("offsets", OFFSETS)
+@pytest.mark.parametrize("in_contiguous", [False, True])
+@pytest.mark.parametrize("size_in, size_out", [(32, 40), (40, 96)])
+def test_rows_times_their_experts_weights_in_both_layouts(offsets, in_contiguous, size_in, size_out):
+    x, weight = normal(offsets[-1], size_in), normal(4, size_in, size_out, seed=1)
+    bias = normal(4, size_out, seed=2)
+    given = weight.transpose(1, 2).contiguous().transpose(1, 2) if in_contiguous else weight
+    out = torch.full((offsets[-1], size_out), torch.nan)
+    grouped_gemm(x, given, int32(offsets), bias=bias, out=out)
+    assert_near(out, product(x, weight, offsets) + bias.double()[owners(offsets)])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("persistent, use_tma", list(itertools.product([False, True], repeat=2)))
+def test_every_schedule_and_way_of_loading_gives_the_same_bits(persistent, use_tma):
+    offsets = OFFSETS[0]
+    x, weight = normal(offsets[-1], 64), normal(4, 64, 48, seed=1)
+    plain = grouped_gemm(x, weight, int32(offsets), blocks=Blocks(16, 16, 32, 1, 4, 2, False, False))
+    other = grouped_gemm(x, weight, int32(offsets), blocks=Blocks(32, 16, 32, 2, 4, 2, use_tma, persistent))
+    assert_near(plain, product(x, weight, offsets))
+    assert torch.equal(plain, other)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rank", [3, 16, 70])
+def test_low_rank_steps_gather_bias_and_gate_weights_join_one_product(rank):
+    offsets = OFFSETS[0]
+    tokens, weight, bias = normal(20, 40), normal(4, 40, 48, seed=1), normal(4, 48, seed=2)
+    gather = torch.randint(0, 20, (71,), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    low_rank, up, gates = normal(71, rank, seed=4), normal(4, 48, rank, seed=5), normal(71, seed=6)
+    ours = grouped_gemm(tokens, weight, int32(offsets), gather=gather, bias=bias, low_rank=low_rank,
+                        lora_up=up.transpose(1, 2), row_scale=gates)
+    expected = product(tokens[gather.long()], weight, offsets) + product(low_rank, up.transpose(1, 2), offsets)
+    expected = (expected + bias.double()[owners(offsets)]) * gates.double()[:, None]
+    assert_near(ours, expected)
+
+
+@pytest.mark.interpreter
+def test_the_fused_activation_equals_the_separate_one_and_keeps_its_input():
+    offsets = OFFSETS[0]
+    x, weight, bias = normal(71, 40), normal(4, 40, 72, seed=1), normal(4, 72, seed=2)
+    before, out = torch.full((71, 72), torch.nan), torch.full((71, 36), torch.nan)
+    grouped_gemm(x, weight, int32(offsets), bias=bias, swiglu=(1.702, 7.0), pre_activation=before, out=out)
+    h = grouped_gemm(x, weight, int32(offsets), bias=bias)
+    assert (h.abs() > 7).any() and torch.equal(before, h)
+    torch.testing.assert_close(out, swiglu(h, alpha=1.702, limit=7.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("offsets", OFFSETS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_outer_products_of_each_experts_rows(offsets, transposed):
+    a, b, gates = normal(90, 40), normal(offsets[-1], 35, seed=1), normal(offsets[-1], seed=2)
+    gather = torch.randint(0, 90, (offsets[-1],), generator=torch.Generator().manual_seed(3))
+    out = torch.full((4, 35, 40) if transposed else (4, 40, 35), torch.nan)
+    out = out.transpose(1, 2) if transposed else out
+    sums = torch.full((4, 40), torch.nan)
+    grouped_outer(a, b, int32(offsets), out, gather=gather, row_scale=gates)
+    grouped_row_sum(a, int32(offsets), sums, gather=gather, row_scale=gates)
+    for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
+        rows, scaled = a[gather].double()[start:end], gates.double()[start:end, None]
+        assert_near(out[expert], rows.T @ (b.double()[start:end] * scaled))
+        assert_near(sums[expert], (rows * scaled).sum(0))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("offsets", [None, [0, 2 * CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 1, MAX_ROWS_UNSPLIT + 40]])
+def test_chunks_of_long_experts_add_up(offsets):
+    num_rows = MAX_ROWS_UNSPLIT + 40
+    a, b = normal(num_rows, 5), normal(num_rows, 2, seed=1)
+    bounds = offsets or [0, num_rows]
+    out = torch.full((len(bounds) - 1, 5, 2), torch.nan)
+    grouped_outer(a, b, None if offsets is None else int32(offsets), out)
+    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        assert_near(out[expert], a.double()[start:end].T @ b.double()[start:end])
+
+
+def leaves_of(offsets, *, size_in, size_out, rank, dtype=torch.float32, device="cpu", scale=1.0):
+    given = {
+        "x": normal(offsets[-1], size_in, dtype=dtype), "weight": normal(4, size_in, size_out, seed=1, dtype=dtype) * scale,
+        "bias": normal(4, size_out, seed=2, dtype=dtype), "lora_A": normal(4, rank, size_in, seed=3) * scale,
+        "lora_B": normal(4, size_out, rank, seed=4),
+    }  # fmt: skip
+    return {name: tensor.to(device).requires_grad_() for name, tensor in given.items()}
+
+
+def merged(given, offsets, lora_scale):
+    """x (W + s A^T B^T) + b in float64, and the leaves its gradient goes to."""
+    leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
+    weight = leaves["weight"] + lora_scale * torch.einsum("erk,enr->ekn", leaves["lora_A"], leaves["lora_B"])
+    owner = owners(offsets).to(weight.device)
+    return torch.einsum("rk,rkn->rn", leaves["x"], weight[owner]) + leaves["bias"][owner], leaves
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("offsets", OFFSETS)
+def test_output_and_every_gradient_with_lora_equal_those_of_the_merged_weight(offsets):
+    given = leaves_of(offsets, size_in=40, size_out=24, rank=3)
+    y = grouped_linear(given["x"], given["weight"], given["bias"], int32(offsets), lora_A=given["lora_A"],
+                       lora_B=given["lora_B"], lora_scale=0.5)
+    expected, leaves = merged(given, offsets, 0.5)
+    assert_near(y, expected)
+    grad = normal(*y.shape, seed=5)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for name, leaf in leaves.items():
+        assert_near(given[name].grad, leaf.grad)
+
+
+@pytest.mark.interpreter
+def test_packed_experts_equal_their_dequantised_weights():
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (4, 24, 2, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(122, 129, (4, 24, 2), generator=generator, dtype=torch.uint8)
+    offsets, results = OFFSETS[0], []
+    for packed in (True, False):
+        given = leaves_of(offsets, size_in=64, size_out=24, rank=3)
+        lora = {"lora_A": given["lora_A"], "lora_B": given["lora_B"], "lora_scale": 2.0}
+        if packed:
+            y = grouped_linear_mxfp4(given["x"], blocks, scales, given["bias"], int32(offsets), **lora)
+        else:
+            weight = dequantize(blocks, scales, torch.float32).transpose(1, 2)
+            y, given = merged(given | {"weight": weight}, offsets, 2.0)
+        y.backward(normal(*y.shape, seed=5).to(y.dtype))
+        results.append([y, *(given[name].grad for name in ("x", "bias", "lora_A", "lora_B"))])
+    for ours, expected in zip(*results):
+        assert_near(ours, expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", ["top2of8", "top4of8_starved", "one_token"])
+def test_grouped_products_reproduce_the_golden_mixtures(case):
+    data = {name.removeprefix(f"moe.{case}."): tensor for name, tensor in GOLDEN.items() if name.startswith(f"moe.{case}.")}
+    indices, num_experts = data["topk_idx"].long(), data["w1"].shape[0]
+    order = indices.flatten().argsort(stable=True)
+    offsets = int32([0, *indices.flatten().bincount(minlength=num_experts).cumsum(0).tolist()])
+    token = (order // indices.shape[1]).int()
+    w1, w2 = (data[name].float().transpose(1, 2) for name in ("w1", "w2"))  # golden: [E, out, in]
+    act = grouped_gemm(data["x"].float(), w1, offsets, gather=token, bias=data["b1"].float(), swiglu=(1.702, 7.0))
+    y = grouped_gemm(act, w2, offsets, bias=data["b2"].float(), row_scale=data["topk_weight"].float().flatten()[order])
+    combined = torch.zeros(len(indices), y.shape[1]).index_add_(0, token.long(), y)
+    assert_near(combined, data["y"].double(), 1e-5)
+
+
+@pytest.mark.interpreter
+def test_strided_rows_and_no_rows():
+    offsets = OFFSETS[0]
+    x, weight = normal(71, 40), normal(4, 40, 24, seed=1)
+    strided = x.T.contiguous().T
+    assert torch.equal(grouped_gemm(strided, weight, int32(offsets)), grouped_gemm(x, weight, int32(offsets)))
+    assert grouped_gemm(x[:0], weight, int32([0] * 5)).shape == (0, 24)
+    out = torch.full((4, 40, 24), torch.nan)
+    assert (grouped_outer(x[:0], normal(0, 24), int32([0] * 5), out) == 0).all()
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name():
+    x, weight = normal(7, 6), normal(3, 6, 4)
+    with pytest.raises(ValueError, match=r"x \[7, 6\] and weight \[3, 4, 6\]"):
+        grouped_gemm(x, weight.transpose(1, 2), int32([0, 1, 2, 7]))
+    with pytest.raises(ValueError, match="3 experts without offsets"):
+        grouped_gemm(x, weight, None)
+    with pytest.raises(ValueError, match=r"bias is \[3, 5\], not \[3, 4\]"):
+        grouped_gemm(x, weight, int32([0, 1, 2, 7]), bias=normal(3, 5))
+
+
+def test_the_cpu_reference_of_the_functional_interface_agrees_with_float64():
+    offsets = OFFSETS[0]
+    tokens, weight, bias = normal(20, 40), normal(4, 40, 48, seed=1), normal(4, 48, seed=2)
+    gather = torch.randint(0, 20, (71,), generator=torch.Generator().manual_seed(3))
+    low_rank, up, gates = normal(71, 3, seed=4), normal(4, 3, 48, seed=5), normal(71, seed=6)
+    ours = grouped_gemm(tokens, weight, int32(offsets), gather=gather, bias=bias, low_rank=low_rank, lora_up=up,
+                        scale=0.5, row_scale=gates)
+    expected = 0.5 * (product(tokens[gather], weight, offsets) + product(low_rank, up, offsets))
+    assert_near(ours, (expected + bias.double()[owners(offsets)]) * gates.double()[:, None])
+    out = torch.full((4, 40, 48), torch.nan)
+    grouped_outer(tokens, ours, int32(offsets), out, gather=gather)
+    assert_near(out[2], tokens[gather[5:70]].double().T @ ours[5:70].double())

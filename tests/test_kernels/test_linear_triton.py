@@ -1,0 +1,82 @@
+"""Triton's dense projection with LoRA: in the interpreter and on a GPU against the merged weight in float64."""
+
+import pytest
+import torch
+from interpreter import run_interpreter_tests
+
+from kernels.linear import lora_linear
+
+
+def tensors(*, num_tokens, size_in, size_out, rank, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (num_tokens, size_in), "weight": (size_out, size_in), "bias": (size_out,), "lora_A": (rank, size_in),
+              "lora_B": (size_out, rank)}
+    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in ("weight", "lora_A"):
+        made[name] /= size_in**0.5
+    made["lora_B"] *= 0.1
+    return {name: tensor.to(device, torch.float32 if name.startswith("lora") else dtype).requires_grad_()
+            for name, tensor in made.items()}
+
+
+def merged(given, scale):
+    leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
+    weight = leaves["weight"] + scale * leaves["lora_B"] @ leaves["lora_A"]
+    return leaves["x"] @ weight.T + leaves["bias"], leaves
+
+
+def test_the_interpreter_agrees_with_float64():
+    run_interpreter_tests(__file__)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("num_tokens, rank", [(1, 3), (63, 16), (33, 70)])
+def test_output_and_every_gradient_equal_those_of_the_merged_weight(num_tokens, rank):
+    given = tensors(num_tokens=num_tokens, size_in=40, size_out=24, rank=rank)
+    y, (expected, leaves) = lora_linear(*given.values(), scale=2.5), merged(given, 2.5)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(given[name].grad.double(), leaf.grad, rtol=1e-5, atol=2e-5, msg=name)
+
+
+@pytest.mark.interpreter
+def test_no_bias_no_tokens_and_strided_input():
+    given = {name: tensor.detach() for name, tensor in tensors(num_tokens=7, size_in=40, size_out=24, rank=3).items()}
+    x, weight, bias, down, up = given.values()
+    y = lora_linear(x, weight, bias, down, up, scale=1.0)
+    torch.testing.assert_close(lora_linear(x.T.contiguous().T, weight, None, down, up, scale=1.0) + bias, y)
+    assert lora_linear(x[:0], weight, bias, down, up, scale=1.0).shape == (0, 24)
+
+
+def eager(given, grad, scale):
+    """The same formula with every tensor and every product in bf16: the output and the gradients by name."""
+    leaves = {name: tensor.detach().bfloat16().requires_grad_() for name, tensor in given.items()}
+    x, weight, bias, down, up = leaves.values()
+    y = x @ weight.T + bias + scale * (x @ down.T @ up.T)
+    y.backward(grad)
+    return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens, size_in, size_out, rank", [(2048, 2880, 4096, 16), (1000, 4096, 2880, 8), (1, 2880, 512, 64)])
+def test_bf16_error_is_at_most_twice_that_of_eager_bf16(num_tokens, size_in, size_out, rank):
+    given = tensors(num_tokens=num_tokens, size_in=size_in, size_out=size_out, rank=rank, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn(num_tokens, size_out, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16)
+    expected, leaves = merged(given, 2.0)
+    expected.backward(grad.double())
+    exact = {"y": expected.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+    runs = []
+    for _ in range(2):
+        for leaf in given.values():
+            leaf.grad = None
+        y = lora_linear(*given.values(), scale=2.0)
+        y.backward(grad)
+        runs.append({"y": y.detach()} | {name: leaf.grad for name, leaf in given.items()})
+    theirs = eager(given, grad, 2.0)
+    for name, target in exact.items():
+        assert torch.equal(runs[0][name], runs[1][name]), name
+        error, allowed = (runs[0][name].double() - target).norm(), 2 * (theirs[name].double() - target).norm()
+        assert error <= allowed, f"{name}: {error} against {allowed}"
