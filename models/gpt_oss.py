@@ -21,8 +21,9 @@ from kernels.attention import attention
 from kernels.decode_attention import decode_attention
 from kernels.linear import lora_linear
 from kernels.log_probs import head_logits, log_probs
-from kernels.rms_norm import rms_norm
-from kernels.rope import rope
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope_qk
+from kernels.router_logits import router_logits
 from kernels.routing import combine, dispatch, route
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts
@@ -58,6 +59,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, eps=self.eps)
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of residual + x, and residual + x itself."""
+        return add_rms_norm(x, residual, self.weight, eps=self.eps)
+
 
 class Linear(nn.Module):
     """A dense projection that may carry an adapter (models/lora.py attaches it)."""
@@ -77,6 +82,16 @@ class Linear(nn.Module):
         return lora_linear(x, weight, bias, self.lora_A, self.lora_B, scale=self.lora_scale)
 
 
+class Router(Linear):
+    """Logits of the experts, fp32 whatever the dtype of x and the weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = router_logits(x, self.weight, self.bias)
+        if self.lora_A is None or not self.adapter_enabled:
+            return logits
+        return logits + self.lora_scale * F.linear(F.linear(x.float(), self.lora_A), self.lora_B)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GptOssConfig, layer: int, **factory) -> None:
         super().__init__()
@@ -89,8 +104,9 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        q = rope(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [T, H, head_dim]
-        k = rope(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [T, K, head_dim]
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, head_dim]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, head_dim]
+        q, k = rope_qk(q, k, cos, sin)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return self.o_proj(attend(self.layer, q, k, v, self.sinks).flatten(1))
 
@@ -99,12 +115,13 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: GptOssConfig, experts: str, **factory) -> None:
         super().__init__()
         self.experts_per_token = config.num_experts_per_tok
-        self.router = Linear(config.hidden_size, config.num_local_experts, **factory)
+        self.router = Router(config.hidden_size, config.num_local_experts, **factory)
         self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, routing = route(self.router(x.float()), experts_per_token=self.experts_per_token)
-        return combine(self.experts(dispatch(x, routing), routing.offsets), weights, routing)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """residual plus the weighted sum of the experts of x."""
+        weights, routing = route(self.router(x), experts_per_token=self.experts_per_token)
+        return combine(self.experts(dispatch(x, routing), routing.offsets), weights, routing, residual=residual)
 
 
 class Block(nn.Module):
@@ -116,8 +133,9 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config, experts, **factory)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        normed, x = self.post_attention_layernorm.add(attended, x)
+        return self.mlp(normed, residual=x)
 
 
 class Embedding(nn.Module):
