@@ -127,6 +127,7 @@ class Blocks(NamedTuple):
     num_stages: int
     use_tma: bool  # tensor descriptors instead of pointers, where alignment and layout allow
     persistent: bool  # one program per multiprocessor that walks over the tiles, instead of a program per tile
+    flatten: bool = False  # with persistent: load the next tile's operands while this one is stored
 
 
 # family -> blocks at more than 128 rows per expert; `inner` divides 2880, gpt-oss's width
@@ -168,7 +169,7 @@ def grouped_gemm_kernel(
     RANK_STEPS: tl.constexpr, GROUP: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr,
     X_TMA: tl.constexpr, WEIGHT_TMA: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
-    HAS_PRE_ACTIVATION: tl.constexpr,
+    HAS_PRE_ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLS per turn of the outer loop; x and weight are pointers or tensor descriptors."""
     dtype: tl.constexpr = x.dtype if X_TMA else x.dtype.element_ty
@@ -182,7 +183,7 @@ def grouped_gemm_kernel(
     ends_of = tl.cumsum(row_tiles_of, 0)
     inner = tl.arange(0, INNER)
 
-    for tile in tl.range(tl.program_id(0), tl.sum(row_tiles_of, 0) * col_tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.sum(row_tiles_of, 0) * col_tiles, tl.num_programs(0), flatten=FLATTEN):
         # expert by expert; in an expert, GROUP row tiles go through all columns before the next ones
         expert = tl.sum((ends_of * col_tiles <= tile).to(tl.int32), 0)
         within = tile - tl.sum(tl.where(experts < expert, row_tiles_of, 0), 0) * col_tiles
@@ -359,7 +360,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,
-        HAS_PRE_ACTIVATION=pre_activation is not None, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        HAS_PRE_ACTIVATION=pre_activation is not None, FLATTEN=blocks.flatten, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return out
 

@@ -37,7 +37,7 @@ def compile_gemm(arch, *, num_in=2880, num_out=5760, num_rows=32768, dtype=torch
         "EXPERTS": triton.next_power_of_2(num_experts), "ROWS": blocks.rows, "COLS": blocks.cols, "INNER": blocks.inner,
         "RANK": rank_block, "RANK_STEPS": triton.cdiv(rank, rank_block), "GROUP": blocks.group,
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "X_TMA": x_tma, "WEIGHT_TMA": weight_tma,
-        "HAS_OFFSETS": num_experts > 1,
+        "HAS_OFFSETS": num_experts > 1, "FLATTEN": blocks.flatten,
     }  # fmt: skip
     constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "ROW_SCALE", "SWIGLU", "PRE_ACTIVATION")}
     del signature["stride_up_rank" if in_contiguous else "stride_up_out"]

@@ -221,3 +221,104 @@ def test_the_cpu_reference_of_the_functional_interface_agrees_with_float64():
     out = torch.full((4, 40, 48), torch.nan)
     grouped_outer(tokens, ours, int32(offsets), out, gather=gather)
     assert_near(out[2], tokens[gather[5:70]].double().T @ ours[5:70].double())
+
+
+def by_expert(function, offsets):
+    return torch.cat([function(expert, slice(start, end)) for expert, (start, end) in enumerate(zip(offsets, offsets[1:]))])
+
+
+def lora_by_expert(leaves, offsets, scale):
+    """The formula expert by expert, in the leaves' dtype."""
+    x, weight, bias, down, up = (leaves[name] for name in ("x", "weight", "bias", "lora_A", "lora_B"))
+    return by_expert(lambda e, rows: x[rows] @ weight[e] + bias[e] + scale * (x[rows] @ down[e].T @ up[e].T), offsets)
+
+
+def assert_at_most_twice_the_error_of_eager(ours, eager, exact):
+    for name, target in exact.items():
+        assert ours[name].isfinite().all(), name
+        error, allowed = (ours[name].double() - target).norm(), 2 * (eager[name].double() - target).norm()
+        assert error <= allowed, f"{name}: {error} against {allowed}"
+
+
+def poison_gpu_memory():
+    """Leaves NaN in the blocks that the next allocations get."""
+    del [torch.full((1 << 26,), torch.nan, device="cuda") for _ in range(4)][:]
+
+
+GPU_SHAPES = [([0, 300, 300, 1100, 2048], 2880, 5760, 16), ([0, 1, 64, 191, 1024], 5760, 2880, 8), (OFFSETS[0], 40, 24, 3),
+              (OFFSETS[3], 2880, 64, 64), ([0, 6000, 6000, 6001, 12000], 64, 2880, 16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_contiguous", [False, True])
+@pytest.mark.parametrize("offsets, size_in, size_out, rank", GPU_SHAPES)
+def test_bf16_errors_are_at_most_twice_those_of_eager_bf16_and_bits_repeat(offsets, size_in, size_out, rank, in_contiguous):
+    options = dict(size_in=size_in, size_out=size_out, rank=rank, dtype=torch.bfloat16, device="cuda", scale=size_in**-0.5)
+    grad = normal(offsets[-1], size_out, seed=7, dtype=torch.bfloat16, device="cuda")
+    results = {}
+    for name, dtype in (("exact", torch.float64), ("eager", torch.bfloat16)):
+        leaves = {key: leaf.detach().to(dtype).requires_grad_() for key, leaf in leaves_of(offsets, **options).items()}
+        y = lora_by_expert(leaves, offsets, 0.5)
+        y.backward(grad.to(dtype))
+        results[name] = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+    for name in ("ours", "again"):
+        leaves = leaves_of(offsets, **options)
+        if in_contiguous:
+            leaves["weight"] = leaves["weight"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        poison_gpu_memory()
+        y = grouped_linear(leaves["x"], leaves["weight"], leaves["bias"], int32(offsets, "cuda"), lora_A=leaves["lora_A"],
+                           lora_B=leaves["lora_B"], lora_scale=0.5)
+        y.backward(grad)
+        results[name] = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+    assert_at_most_twice_the_error_of_eager(results["ours"], results["eager"], results["exact"])
+    for name, tensor in results["ours"].items():
+        assert torch.equal(tensor, results["again"][name]), name
+
+
+@pytest.mark.gpu
+def test_gathered_rows_fused_activation_and_gate_weights_in_bf16():
+    offsets, width, inner = [0, 300, 300, 1100, 2048], 2880, 2880
+    x = normal(1000, width, dtype=torch.bfloat16, device="cuda")
+    w1, w2 = (normal(4, 2880, size, seed=size, dtype=torch.bfloat16, device="cuda") * 0.05 for size in (2 * inner, width))
+    bias, gates = normal(4, 2 * inner, seed=2, dtype=torch.bfloat16, device="cuda"), normal(2048, seed=3, device="cuda")
+    gather = torch.randint(0, 1000, (2048,), generator=torch.Generator().manual_seed(4), dtype=torch.int32).cuda()
+    results = {}
+    for name, dtype in (("exact", torch.float64), ("eager", torch.bfloat16)):
+        rows = x[gather.long()].to(dtype)
+        h = by_expert(lambda e, part: rows[part] @ w1[e].to(dtype) + bias[e].to(dtype), offsets)  # noqa: B023
+        gate, up = h[:, 0::2].clamp(max=7), h[:, 1::2].clamp(-7, 7)
+        act = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        y = by_expert(lambda e, part: act[part] @ w2[e].to(dtype), offsets) * gates.to(dtype)[:, None]  # noqa: B023
+        results[name] = {"h": h, "act": act, "y": y}
+    poison_gpu_memory()
+    h = torch.full((2048, 2 * inner), torch.nan, dtype=torch.bfloat16, device="cuda")
+    act = grouped_gemm(x, w1, int32(offsets, "cuda"), gather=gather, bias=bias, swiglu=(1.702, 7.0), pre_activation=h)
+    assert torch.equal(act, swiglu(h, alpha=1.702, limit=7.0))
+    results["ours"] = {"h": h, "act": act, "y": grouped_gemm(act, w2, int32(offsets, "cuda"), row_scale=gates)}
+    assert_at_most_twice_the_error_of_eager(results["ours"], results["eager"], results["exact"])
+
+
+@pytest.mark.gpu
+def test_a_rows_bits_depend_neither_on_tiles_nor_on_its_neighbours():
+    offsets = [0, 300, 300, 1100, 2048]
+    x, weight = (normal(*shape, seed=1, dtype=torch.bfloat16, device="cuda") for shape in ((2048, 2880), (4, 2880, 640)))
+    y = grouped_gemm(x, weight, int32(offsets, "cuda"))
+    alone = grouped_gemm(x[400:401], weight, int32([0, 0, 0, 1, 1], "cuda"))
+    assert torch.equal(y[400:401], alone)
+    for blocks in (Blocks(64, 64, 64, 1, 4, 3, False, False), Blocks(128, 128, 32, 4, 8, 3, True, True)):
+        assert torch.equal(y, grouped_gemm(x, weight, int32(offsets, "cuda"), blocks=blocks)), blocks
+
+
+@pytest.mark.gpu
+def test_fp32_tensors_keep_fp32_accuracy_on_a_gpu():
+    offsets = OFFSETS[0]
+    given = leaves_of(offsets, size_in=96, size_out=192, rank=4, device="cuda")
+    y = grouped_linear(given["x"], given["weight"], given["bias"], int32(offsets, "cuda"), lora_A=given["lora_A"],
+                       lora_B=given["lora_B"], lora_scale=0.5)
+    expected, leaves = merged(given, offsets, 0.5)
+    grad = normal(*y.shape, seed=5, device="cuda")
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_near(y, expected)
+    for name, leaf in leaves.items():
+        assert_near(given[name].grad, leaf.grad)
