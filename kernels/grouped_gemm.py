@@ -360,7 +360,8 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,
-        HAS_PRE_ACTIVATION=pre_activation is not None, FLATTEN=blocks.flatten, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        HAS_PRE_ACTIVATION=pre_activation is not None, FLATTEN=blocks.flatten,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return out
 

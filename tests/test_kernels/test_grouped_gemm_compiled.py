@@ -43,7 +43,8 @@ def compile_gemm(arch, *, num_in=2880, num_out=5760, num_rows=32768, dtype=torch
     del signature["stride_up_rank" if in_contiguous else "stride_up_out"]
     constexprs["stride_up_rank" if in_contiguous else "stride_up_out"] = 1
     divisible = tuple(name for name, type_ in signature.items() if type_.startswith("*") or name.startswith("stride"))
-    divisible += tuple(name for name, size in (("num_in", num_in), ("num_out", num_out), ("rank", rank)) if size and size % 16 == 0)
+    sizes = {"num_in": num_in, "num_out": num_out, "rank": rank}
+    divisible += tuple(name for name, size in sizes.items() if size and size % 16 == 0)
     return compile_for(grouped_gemm_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,
                        num_stages=blocks.num_stages, divisible=divisible)
 

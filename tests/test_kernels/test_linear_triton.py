@@ -61,7 +61,9 @@ def eager(given, grad, scale):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, size_in, size_out, rank", [(2048, 2880, 4096, 16), (1000, 4096, 2880, 8), (1, 2880, 512, 64)])
+@pytest.mark.parametrize("num_tokens, size_in, size_out, rank", [
+    (2048, 2880, 4096, 16), (1000, 4096, 2880, 8), (1, 2880, 512, 64),
+])  # fmt: skip
 def test_bf16_error_is_at_most_twice_that_of_eager_bf16(num_tokens, size_in, size_out, rank):
     given = tensors(num_tokens=num_tokens, size_in=size_in, size_out=size_out, rank=rank, dtype=torch.bfloat16, device="cuda")
     grad = torch.randn(num_tokens, size_out, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16)
