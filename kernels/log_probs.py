@@ -37,21 +37,24 @@ from kernels.launch import check_served, gpu_family, is_triton, num_multiprocess
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
 SCRATCH_BYTES = 600_000_000  # what the kernels may hold at once: 1,408 tokens of gpt-oss in bf16
-_LOG2E, _LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+_LN2 = tl.constexpr(math.log(2))
 _NEVER = tl.constexpr(-1e30)  # a logit of probability 0 that needs no care for infinities
 # powers of two that a stored probability may exceed its reference by: sums of 2^18 of them stay finite
 _MAX_EXCESS = {torch.bfloat16: 64.0, torch.float32: 64.0, torch.float16: 4.0}
 
-# tokens and vocabulary rows of a tile, width of a step; persistent programs overlap a tile's end with the next one's start
+# tokens and vocabulary rows of a product, width of a step; TILE columns are reduced at a time (the whole or half of BN);
+# persistent programs overlap a product's end with the next one's start
 _BLOCKS = {
-    "hopper": dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3, IS_PERSISTENT=True, USE_TMA=True),
-    "blackwell": dict(BM=128, BN=256, BK=64, num_warps=8, num_stages=3, IS_PERSISTENT=True, USE_TMA=True),
-    "ampere": dict(BM=128, BN=128, BK=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False),
-    "consumer": dict(BM=128, BN=128, BK=32, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False),
-    "turing": dict(BM=16, BN=256, BK=16, num_warps=4, num_stages=1, IS_PERSISTENT=False, USE_TMA=False),
-    "interpreter": dict(BM=16, BN=32, BK=16, num_warps=4, num_stages=1, IS_PERSISTENT=True, USE_TMA=False),
+    "hopper": dict(BM=128, BN=256, BK=64, TILE=128, num_warps=8, num_stages=3, IS_PERSISTENT=True, USE_TMA=True),
+    "blackwell": dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=True),
+    "ampere": dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False),
+    "consumer": dict(BM=128, BN=128, BK=32, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False),
+    "turing": dict(BM=16, BN=128, BK=16, TILE=128, num_warps=4, num_stages=1, IS_PERSISTENT=False, USE_TMA=False),
+    "interpreter": dict(BM=16, BN=32, BK=16, TILE=16, num_warps=4, num_stages=1, IS_PERSISTENT=True, USE_TMA=False),
 }
-_FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
+# with marks of kept columns to read, or in the gradient's kernel, larger ones would spill registers
+_SMALL_PARTS = {"hopper": dict(BN=128, TILE=64)}
+_FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
 
 
 def head_logits_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -146,18 +149,36 @@ def _logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stri
 
 
 @triton.jit
+def _halves(x):
+    """Left and right half of the columns."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _store_tile(products, logits, rows, row_mask, column, num_columns, stride_logits):
+    columns = column + tl.arange(0, products.shape[1])
+    at = logits + rows[:, None] * stride_logits + columns[None, :]
+    tl.store(at, products, mask=row_mask[:, None] & (columns < num_columns)[None, :])
+
+
+@triton.jit
 def _logits_kernel(hidden, weight, logits, num_rows, num_columns, width, stride_hidden, stride_weight, stride_logits,
-                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr,
-                   IS_PERSISTENT: tl.constexpr):
+                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, IS_EVEN: tl.constexpr,
+                   USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr):
     num_row_tiles = tl.cdiv(num_rows, BM)
     num_tiles = num_row_tiles * tl.cdiv(num_columns, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
         row, column = (tile % num_row_tiles) * BM, (tile // num_row_tiles) * BN
         products = _logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stride_hidden, stride_weight,
                                 BM, BN, BK, IS_EVEN, USE_TMA)
-        rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        at = logits + rows.to(tl.int64)[:, None] * stride_logits + columns[None, :]
-        tl.store(at, products, mask=(rows < num_rows)[:, None] & (columns < num_columns)[None, :])
+        rows = row + tl.arange(0, BM)
+        row_mask, rows = rows < num_rows, rows.to(tl.int64)
+        if BN == TILE:
+            _store_tile(products, logits, rows, row_mask, column, num_columns, stride_logits)
+        else:
+            left, right = _halves(products)
+            _store_tile(left, logits, rows, row_mask, column, num_columns, stride_logits)
+            _store_tile(right, logits, rows, row_mask, column + TILE, num_columns, stride_logits)
 
 
 @triton.jit
@@ -189,61 +210,80 @@ def _kept_kernel(ids, offsets, scratch, num_columns, first_column, stride_scratc
 
 
 @triton.jit
+def _score_tile(products, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits,
+                other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT: tl.constexpr, STORES: tl.constexpr):
+    """What one tile of the vocabulary, of products [BM, TILE] from `column` on, leaves of its tokens."""
+    TILE: tl.constexpr = products.shape[1]
+    columns = column + tl.arange(0, TILE)
+    row_mask = row_mask & (column < vocab)  # the last tile may be half outside
+    target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
+    is_target = columns[None, :] == target[:, None]
+    has_target = row_mask & (target >= column) & (target < column + TILE)
+    z = tl.where((columns < vocab)[None, :], products * scale, _NEVER)
+    tl.store(target_logits + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=has_target)
+    at = rows * tl.cdiv(vocab, TILE) + column // TILE
+    maximum = tl.ceil(tl.max(z, 1))
+    p = tl.exp2(z - maximum[:, None])
+    tl.store(maxima + at, maximum, mask=row_mask)
+    tl.store(sums + at, tl.sum(p, 1), mask=row_mask)
+    tl.store(dots + at, tl.sum(p * (z - maximum[:, None]), 1), mask=row_mask)
+    if HAS_KEPT or STORES:
+        scratch_at = scratch + rows[:, None] * stride_scratch + columns[None, :]
+        mask = row_mask[:, None] & (columns < vocab)[None, :]
+    if HAS_KEPT:
+        is_kept = tl.load(scratch_at, mask=mask, other=0.0) > 0
+        maximum = tl.ceil(tl.max(tl.where(is_kept, z, _NEVER), 1))
+        p = tl.where(is_kept, tl.exp2(tl.minimum(z - maximum[:, None], 0.0)), 0.0)
+        tl.store(kept_maxima + at, maximum, mask=row_mask)
+        tl.store(kept_sums + at, tl.sum(p, 1), mask=row_mask)
+    if STORES:
+        p = tl.where(is_target, 0.0, p)
+        tl.store(other_sums + rows, tl.sum(p, 1), mask=has_target)
+        wanted = tl.load(reference + rows, mask=row_mask, other=0.0)
+        used = tl.where(maximum - wanted > max_excess, maximum, wanted)
+        p *= tl.exp2(maximum - used)[:, None]
+        tl.store(scratch_at, p.to(scratch.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits,
                      other_sums, scratch, scale, max_excess, num_rows, vocab, width, stride_hidden, stride_weight,
                      stride_logits, stride_scratch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                     IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr, HAS_LOGITS: tl.constexpr,
-                     HAS_KEPT: tl.constexpr, STORES: tl.constexpr):
-    """Per token and tile of the vocabulary: maximum, sum and weighted sum; and probabilities into the scratch (STORES), which
-    holds the marks of kept columns before (HAS_KEPT). Logits are formed here or read (HAS_LOGITS)."""
-    num_row_tiles, num_column_tiles = tl.cdiv(num_rows, BM), tl.cdiv(vocab, BN)
-    num_tiles = num_row_tiles * num_column_tiles
+                     TILE: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
+                     HAS_LOGITS: tl.constexpr, HAS_KEPT: tl.constexpr, STORES: tl.constexpr):
+    """Per token and TILE columns of the vocabulary: maximum, sum and weighted sum; and probabilities into the scratch (STORES),
+    which holds the marks of kept columns before (HAS_KEPT). Logits are formed here or read (HAS_LOGITS)."""
+    num_row_tiles = tl.cdiv(num_rows, BM)
+    num_tiles = num_row_tiles * tl.cdiv(vocab, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
         # neighbouring programs share a tile of the head
-        column_tile = tile // num_row_tiles
-        row, column = (tile % num_row_tiles) * BM, column_tile * BN
-        rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        row_mask, column_mask = rows < num_rows, columns < vocab
-        mask = row_mask[:, None] & column_mask[None, :]
-        rows_i64 = rows.to(tl.int64)
+        row, column = (tile % num_row_tiles) * BM, (tile // num_row_tiles) * BN
+        rows = row + tl.arange(0, BM)
+        row_mask, rows = rows < num_rows, rows.to(tl.int64)
         if HAS_LOGITS:
-            products = tl.load(logits + rows_i64[:, None] * stride_logits + columns[None, :], mask=mask, other=0.0)
+            columns = column + tl.arange(0, BN)
+            mask = row_mask[:, None] & (columns < vocab)[None, :]
+            products = tl.load(logits + rows[:, None] * stride_logits + columns[None, :], mask=mask, other=0.0)
         else:
             products = _logits_tile(hidden, weight, row, column, num_rows, vocab, width, stride_hidden, stride_weight,
                                     BM, BN, BK, IS_EVEN, USE_TMA)
-        z = tl.where(column_mask[None, :], products * scale, _NEVER)
-        maximum = tl.ceil(tl.max(z, 1))
-        p = tl.exp2(z - maximum[:, None])
-        at = rows_i64 * num_column_tiles + column_tile
-        tl.store(maxima + at, maximum, mask=row_mask)
-        tl.store(sums + at, tl.sum(p, 1), mask=row_mask)
-        tl.store(dots + at, tl.sum(p * (z - maximum[:, None]), 1), mask=row_mask)
-
-        target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
-        is_target = columns[None, :] == target[:, None]
-        has_target = row_mask & (target >= column) & (target < column + BN)
-        tl.store(target_logits + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=has_target)
-        if HAS_KEPT or STORES:
-            scratch_at = scratch + rows_i64[:, None] * stride_scratch + columns[None, :]
-        if HAS_KEPT:
-            is_kept = tl.load(scratch_at, mask=mask, other=0.0) > 0
-            maximum = tl.ceil(tl.max(tl.where(is_kept, z, _NEVER), 1))
-            p = tl.where(is_kept, tl.exp2(tl.minimum(z - maximum[:, None], 0.0)), 0.0)
-            tl.store(kept_maxima + at, maximum, mask=row_mask)
-            tl.store(kept_sums + at, tl.sum(p, 1), mask=row_mask)
-        if STORES:
-            p = tl.where(is_target, 0.0, p)
-            tl.store(other_sums + rows, tl.sum(p, 1), mask=has_target)
-            wanted = tl.load(reference + rows, mask=row_mask, other=0.0)
-            used = tl.where(maximum - wanted > max_excess, maximum, wanted)
-            p *= tl.exp2(maximum - used)[:, None]
-            tl.store(scratch_at, p.to(scratch.dtype.element_ty), mask=mask)
+        # part by part, so that a tile's logits and probabilities need not be in registers at once
+        if BN == TILE:
+            _score_tile(products, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
+                        target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
+        else:
+            tl.static_assert(BN == 2 * TILE)
+            left, right = _halves(products)
+            _score_tile(left, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
+                        target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
+            _score_tile(right, rows, row_mask, column + TILE, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
+                        target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
 
 
 @triton.jit
 def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums, scratch,
                    log_probs, entropy, lse, kept_lse, target_factor, sum_factor, max_excess, vocab, num_tiles,
-                   stride_scratch, BN: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, HAS_KEPT: tl.constexpr,
+                   stride_scratch, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, HAS_KEPT: tl.constexpr,
                    STORES: tl.constexpr):
     """Everything a token's tiles add up to; one program per token."""
     row = tl.program_id(0).to(tl.int64)
@@ -269,7 +309,7 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
     tl.store(log_probs + row, (tl.load(target_logits + row) - normalizer) * _LN2)
     if STORES:
         # without the chosen token: 1 - p_y keeps its digits where p_y is near 1
-        others = tl.where(tiles == tl.load(targets + row) // BN, tl.load(other_sums + row), tile_sum)
+        others = tl.where(tiles == tl.load(targets + row) // TILE, tl.load(other_sums + row), tile_sum)
         tl.store(target_factor + row, tl.sum(others * weight, 0) / total)
         wanted = tl.load(reference + row)
         largest = tl.max(tl.where(tile_max - wanted > max_excess, tile_max, wanted), 0)
@@ -281,7 +321,7 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
                 maximum_at = maxima
                 if HAS_KEPT:
                     maximum_at = kept_maxima
-                tile_max_at = tl.load(maximum_at + row * num_tiles + columns // BN, mask=inside, other=_NEVER)
+                tile_max_at = tl.load(maximum_at + row * num_tiles + columns // TILE, mask=inside, other=_NEVER)
                 used = tl.where(tile_max_at - wanted > max_excess, tile_max_at, wanted)
                 p_at = scratch + row * stride_scratch + columns
                 p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32) * tl.exp2(used - largest)
@@ -303,42 +343,66 @@ def _hidden_gradient_kernel(grad, target_factor, sum_factor, weighted_sum, weigh
 
 
 @triton.jit
+def _differentiate_tile(products, rows, row_mask, column, targets, lse, kept_lse, entropy, grad_log_probs, grad_entropy,
+                        grad_logits, scale, temperature, first_column, num_columns, stride_grad, HAS_KEPT: tl.constexpr,
+                        HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
+    columns = column + tl.arange(0, products.shape[1])
+    mask = row_mask[:, None] & (columns < num_columns)[None, :]
+    at = grad_logits + rows[:, None] * stride_grad + columns[None, :]
+    z = products * scale
+    grad = tl.zeros_like(z)
+    if HAS_ENTROPY:
+        log2_p = z - tl.load(lse + rows, mask=row_mask, other=0.0)[:, None]
+        factor = tl.load(grad_entropy + rows, mask=row_mask, other=0.0)[:, None]
+        distance = log2_p * _LN2 + tl.load(entropy + rows, mask=row_mask, other=0.0)[:, None]
+        grad -= factor * tl.exp2(log2_p) * distance
+    if HAS_LOG_PROBS:
+        factor = tl.load(grad_log_probs + rows, mask=row_mask, other=0.0)[:, None]
+        target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32) - first_column
+        p = tl.exp2(z - tl.load(kept_lse + rows, mask=row_mask, other=0.0)[:, None])
+        if HAS_KEPT:
+            p = tl.where(tl.load(at, mask=mask, other=0.0) > 0, p, 0.0)
+        grad += factor * (tl.where(columns[None, :] == target[:, None], 1.0, 0.0) - p)
+    tl.store(at, (grad / temperature).to(grad_logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, grad_log_probs, grad_entropy, grad_logits, scale,
                             temperature, first_column, num_rows, num_columns, width, stride_hidden, stride_weight,
-                            stride_grad, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr,
-                            USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr, HAS_KEPT: tl.constexpr,
-                            HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
+                            stride_grad, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
+                            IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
+                            HAS_KEPT: tl.constexpr, HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
     """Gradient of the logits (before the temperature) of a range of the vocabulary, over the marks of kept columns."""
     num_row_tiles = tl.cdiv(num_rows, BM)
     num_tiles = num_row_tiles * tl.cdiv(num_columns, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
         row, column = (tile % num_row_tiles) * BM, (tile // num_row_tiles) * BN
-        rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        row_mask = rows < num_rows
-        mask = row_mask[:, None] & (columns < num_columns)[None, :]
-        z = scale * _logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stride_hidden, stride_weight,
-                                 BM, BN, BK, IS_EVEN, USE_TMA)
-        at = grad_logits + rows.to(tl.int64)[:, None] * stride_grad + columns[None, :]
-        grad = tl.zeros((BM, BN), dtype=tl.float32)
-        if HAS_ENTROPY:
-            log2_p = z - tl.load(lse + rows, mask=row_mask, other=0.0)[:, None]
-            factor = tl.load(grad_entropy + rows, mask=row_mask, other=0.0)[:, None]
-            distance = log2_p * _LN2 + tl.load(entropy + rows, mask=row_mask, other=0.0)[:, None]
-            grad -= factor * tl.exp2(log2_p) * distance
-        if HAS_LOG_PROBS:
-            factor = tl.load(grad_log_probs + rows, mask=row_mask, other=0.0)[:, None]
-            target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32) - first_column
-            p = tl.exp2(z - tl.load(kept_lse + rows, mask=row_mask, other=0.0)[:, None])
-            if HAS_KEPT:
-                p = tl.where(tl.load(at, mask=mask, other=0.0) > 0, p, 0.0)
-            grad += factor * (tl.where(columns[None, :] == target[:, None], 1.0, 0.0) - p)
-        tl.store(at, (grad / temperature).to(grad_logits.dtype.element_ty), mask=mask)
+        products = _logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stride_hidden, stride_weight,
+                                BM, BN, BK, IS_EVEN, USE_TMA)
+        rows = row + tl.arange(0, BM)
+        row_mask, rows = rows < num_rows, rows.to(tl.int64)
+        if BN == TILE:
+            _differentiate_tile(products, rows, row_mask, column, targets, lse, kept_lse, entropy, grad_log_probs,
+                                grad_entropy, grad_logits, scale, temperature, first_column, num_columns, stride_grad,
+                                HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
+        else:
+            left, right = _halves(products)
+            _differentiate_tile(left, rows, row_mask, column, targets, lse, kept_lse, entropy, grad_log_probs, grad_entropy,
+                                grad_logits, scale, temperature, first_column, num_columns, stride_grad, HAS_KEPT,
+                                HAS_LOG_PROBS, HAS_ENTROPY)
+            _differentiate_tile(right, rows, row_mask, column + TILE, targets, lse, kept_lse, entropy, grad_log_probs,
+                                grad_entropy, grad_logits, scale, temperature, first_column, num_columns, stride_grad,
+                                HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
 
 
-def _blocks(hidden: torch.Tensor, weight: torch.Tensor) -> dict:
+def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False) -> dict:
     """Block sizes and options for products of hidden states with a head."""
     family = gpu_family(hidden)
-    blocks = dict(_FLOAT32_BLOCKS if weight.dtype == torch.float32 and hidden.is_cuda else _BLOCKS[family])
+    blocks = dict(_BLOCKS[family])
+    if weight.dtype == torch.float32 and hidden.is_cuda:
+        blocks = dict(_FLOAT32_BLOCKS)
+    elif small_parts and family in _SMALL_PARTS:
+        blocks |= _SMALL_PARTS[family]
     num_rows, width = hidden.shape
     if num_rows <= 64:  # a few rows: the head is read once, whatever the tile
         blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
@@ -397,8 +461,8 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
     """Fills `outputs` (log_probs, entropy, lse, kept_lse, target_factor, sum_factor: [n] each) for the tokens of one chunk.
     scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "cublas" path."""
     (num_rows, width), vocab, has_kept = hidden.shape, weight.shape[0], kept is not None
-    blocks, scale = _blocks(hidden, weight), math.log2(math.e) / temperature
-    num_tiles = triton.cdiv(vocab, blocks["BN"])
+    blocks, scale = _blocks(hidden, weight, small_parts=has_kept), math.log2(math.e) / temperature
+    num_tiles = triton.cdiv(vocab, blocks["TILE"])
     maxima, sums, dots, kept_maxima, kept_sums = torch.empty(5, num_rows, num_tiles, dtype=torch.float32, device=hidden.device)
     reference, target_logits, other_sums = torch.empty(3, num_rows, dtype=torch.float32, device=hidden.device)
     max_excess, block = _MAX_EXCESS[weight.dtype], triton.next_power_of_2(width)
@@ -416,7 +480,7 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
         stride_logits, stride_scratch, HAS_LOGITS=logits is not None, HAS_KEPT=has_kept, STORES=makes_sum, **blocks)
     _reduce_kernel[(num_rows,)](
         targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums, scratch, *outputs,
-        max_excess, vocab, num_tiles, stride_scratch, BN=blocks["BN"], TILES=triton.next_power_of_2(num_tiles), BLOCK=1024,
+        max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"], TILES=triton.next_power_of_2(num_tiles), BLOCK=1024,
         HAS_KEPT=has_kept, STORES=makes_sum)
 
 
@@ -434,7 +498,7 @@ def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tenso
     if grad_log_probs is None and grad_entropy is None or num_tokens == 0:
         return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
     grads = [None if grad is None else grad.contiguous() for grad in (grad_log_probs, grad_entropy)]
-    blocks = _blocks(hidden, weight)
+    blocks = _blocks(hidden, weight, small_parts=True)
     columns = ctx.scratch_bytes // (num_tokens * weight.element_size())
     columns = min(vocab, max(columns - columns % blocks["BN"], blocks["BN"]))
     scratch = torch.empty(num_tokens, columns, dtype=weight.dtype, device=hidden.device)

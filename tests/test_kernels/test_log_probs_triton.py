@@ -10,13 +10,12 @@ import kernels.log_probs
 from kernels.launch import family_of
 from kernels.log_probs import (
     _BLOCKS,
-    _hidden_gradient_kernel,
-    _kept_kernel,
+    _FLOAT32_BLOCKS,
+    _SMALL_PARTS,
     _logits_gradient_kernel,
     _logits_kernel,
     _partials_kernel,
     _reduce_kernel,
-    _reference_kernel,
     head_logits,
     log_probs,
 )
@@ -228,3 +227,126 @@ def test_a_row_does_not_depend_on_its_batch(poisoned):
     for row in (0, 16, 34):
         alone = log_probs(hidden[row:row + 1], weight, targets[row:row + 1], temperature=0.7)
         assert all(torch.equal(one, many[row:row + 1]) for one, many in zip(alone, together))
+
+
+def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=False):
+    """A kernel as the launches of this GPU family would have it."""
+    family = family_of(arch)
+    blocks = _FLOAT32_BLOCKS if dtype == "fp32" else _BLOCKS[family] | (_SMALL_PARTS.get(family, {}) if small_parts else {})
+    blocks = dict(blocks) | (dict(BM=16, BN=min(blocks["BN"], 128)) if few_rows else {})
+    options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+    scalars = dict(targets="*i64", scratch=f"*{dtype}", grad_logits=f"*{dtype}", scale="fp32", temperature="fp32",
+                   max_excess="fp32")
+    constants = {name: value for name, value in (blocks | flags | dict(IS_EVEN=True)).items() if name in kernel.arg_names}
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in ("hidden", "weight"):
+            shape = [blocks["BM" if name == "hidden" else "BN"], blocks["BK"]]
+            signature[name] = f"tensordesc<{dtype}{shape}>".replace(" ", "") if blocks["USE_TMA"] else f"*{dtype}"
+        elif name.startswith(("stride", "num_", "width", "vocab", "first_")):
+            signature[name] = "i32"
+        else:
+            signature[name] = scalars.get(name, "*fp32")
+    divisible = tuple(name for name, kind in signature.items() if kind[0] == "*" or name.startswith(("stride", "width")))
+    return compile_for(kernel, signature, constants, arch, **options, divisible=divisible)
+
+
+PLAIN = dict(HAS_LOGITS=False, HAS_KEPT=False, STORES=True, logits=None, kept_maxima=None, kept_sums=None, stride_logits=0)
+FILTERED = dict(HAS_LOGITS=False, HAS_KEPT=True, STORES=True, logits=None, stride_logits=0)
+MMA = {"ampere": "HMMA", "consumer": "HMMA", "hopper": "HGMMA", "blackwell": "UTCHMMA"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", ["plain", "filtered", "gradient", "few_rows"])
+def test_products_compile_without_spills_on_tensor_cores(arch, variant):
+    resources = {
+        "plain": lambda: compiled(_partials_kernel, PLAIN, arch),
+        "filtered": lambda: compiled(_partials_kernel, FILTERED, arch, small_parts=True),
+        "gradient": lambda: compiled(_logits_gradient_kernel, dict(HAS_KEPT=True, HAS_LOG_PROBS=True, HAS_ENTROPY=True), arch,
+                                     small_parts=True),
+        "few_rows": lambda: compiled(_logits_kernel, {}, arch, few_rows=True),
+    }[variant]()
+    check_fits(resources, arch)
+    assert MMA[family_of(arch)] in resources.mma or variant == "few_rows" and resources.has_mma
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_head_logits_of_many_rows_compile_without_spills(arch):
+    check_fits(compiled(_logits_kernel, {}, arch), arch)
+
+
+@pytest.mark.parametrize("arch", [75, 90])
+def test_float32_and_library_logits_compile_without_spills(arch):
+    if arch == 75:
+        flags = dict(PLAIN, HAS_LOGITS=True)
+        for name in ("logits", "stride_logits"):
+            del flags[name]
+        check_fits(compiled(_partials_kernel, flags, arch, dtype="fp16"), arch)
+    else:
+        check_fits(compiled(_partials_kernel, PLAIN, arch, dtype="fp32"), arch)
+
+
+@pytest.mark.parametrize("arch", (75, *ARCHITECTURES))
+def test_the_reduction_of_the_real_vocabulary_compiles_without_spills(arch):
+    constants = dict(TILE=64, TILES=4096, BLOCK=1024, HAS_KEPT=True, STORES=True)
+    scalars = dict(targets="*i64", scratch="*bf16" if arch >= 80 else "*fp16", max_excess="fp32", vocab="i32", num_tiles="i32",
+                   stride_scratch="i32")
+    signature = {name: scalars.get(name, "*fp32") for name in _reduce_kernel.arg_names if name not in constants}
+    check_fits(compile_for(_reduce_kernel, signature, constants, arch, num_warps=4, num_stages=3), arch)
+
+
+def relative_errors(ours, eager, exact) -> list[tuple[float, float]]:
+    return [tuple(((values.double() - best).norm() / best.norm()).item() for values in pair)
+            for *pair, best in zip(ours, eager, exact)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(256, 2880, 201_088), (1, 2880, 201_088), (129, 2880, 4_097), (63, 40, 127)], ids=str)
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("weights, trains_head", [(TARGETS_ONLY, False), (ENTROPY_TOO, False), (ENTROPY_TOO, True)],
+                         ids=["log_probs", "both", "head_trains"])
+def test_bf16_error_is_at_most_twice_that_of_eager_bf16(shape, filtered, weights, trains_head, poisoned):
+    tensors = inputs(*shape, dtype=torch.bfloat16, device="cuda", spread=2.0)
+    kept, mask = kept_sets(tensors[2], shape[2]) if filtered else ({}, None)
+    choices = dict(weights=weights, trains_head=trains_head, temperature=0.9)
+    ours = gradients(log_probs, *tensors, **choices, **kept)
+    again = gradients(log_probs, *tensors, **choices, **kept)
+    assert all(torch.equal(one, other) for one, other in zip(ours, again))
+    eager = gradients(plain, *tensors, **choices, mask=mask)
+    exact = gradients(plain, tensors[0].double(), tensors[1].double(), tensors[2], **choices, mask=mask)
+    for error, rough in relative_errors(ours, eager, exact):
+        assert error <= 2 * rough + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float16, 2e-3)])
+def test_float32_and_float16_on_the_gpu(dtype, tolerance, poisoned):
+    tensors = inputs(200, 96, 5_000, dtype=dtype, device="cuda", spread=3.0)
+    choices = dict(weights=TARGETS_ONLY, trains_head=False, temperature=0.7)
+    ours = gradients(log_probs, *tensors, **choices)
+    exact = gradients(plain, tensors[0].double(), tensors[1].double(), tensors[2], **choices)
+    for actual, expected in zip(ours, exact):
+        assert (actual.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.gpu
+def test_library_products_agree_on_the_gpu(poisoned, monkeypatch):
+    tensors = inputs(200, 2880, 4_097, dtype=torch.bfloat16, device="cuda", spread=2.0)
+    choices = dict(weights=TARGETS_ONLY, trains_head=False, temperature=0.7)
+    ours = gradients(log_probs, *tensors, **choices)
+    monkeypatch.setattr(kernels.log_probs, "_check", lambda hidden, weight: "cublas")
+    for actual, expected in zip(gradients(log_probs, *tensors, **choices), ours):
+        assert (actual.double() - expected.double()).norm() < 1e-2 * expected.double().norm()
+
+
+@pytest.mark.gpu
+def test_scratch_stays_within_its_bound():
+    hidden, weight, targets = inputs(4096, 2880, 20_000, dtype=torch.bfloat16, device="cuda")
+    hidden.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    log_probs(hidden, weight, targets, temperature=1.0, scratch_bytes=20_000_000)
+    saved = 4096 * 2880 * 2  # the sum that the backward needs
+    assert torch.cuda.max_memory_allocated() - before < 20_000_000 + saved + 8_000_000
