@@ -4,12 +4,109 @@ p_ij = exp(s_ij - m) / (sum_j exp(s_ij - m) + exp(sink_h - m)) for the visible j
 probability and gives no value (openai/gpt-oss, gpt_oss/torch/model.py: sdpa). Equivalently the plain attention output times
 sigmoid(lse - sink). With a window W, i sees j iff 0 <= i - j < W: W keys, its own included.
 
+Gradients, with lse_i = log(sum_j exp(s_ij) + exp(sink_h)), P_ij = exp(s_ij - lse_i) and delta_i = do_i . o_i:
+dv_j = sum_i P_ij do_i, ds_ij = P_ij (do_i . v_j - delta_i), dq_i = scale sum_j ds_ij k_j, dk_j = scale sum_i ds_ij q_i, and
+dsink_h = -sum_i exp(sink_h - lse_i) delta_i (FlashAttention-2, arXiv 2307.08691, algorithm 2, with the sink in lse).
+
+The kernels: forward and dq take one tile of queries of one head each, dk and dv one tile of keys of one key-value head, over
+every query head that reads it. Seven products instead of the five of a fused backward, and no atomics: two runs give the same
+bits. Which tiles meet is worked out once per batch on the host (AttentionPlan); a windowed layer visits only the tiles its
+window touches.
+
 Shapes: T packed tokens, H query heads, K key-value heads, D head width; query head h reads key-value head h // (H / K).
 """
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.launch import check_served, gpu_family, is_triton
 
 # scores held at once by the reference, in elements
 _MAX_SCORES = 1 << 26
+_LOG2_E = 1.4426950408889634
+_LN_2 = 0.6931471805599453
+
+
+class Blocks(NamedTuple):
+    queries: int  # rows of a query tile
+    keys: int  # rows of a key tile
+    warps: int
+    stages: int
+    descriptor: bool  # whether whole tiles come through tensor descriptors (TMA on Hopper and later)
+
+
+class KernelBlocks(NamedTuple):
+    forward: Blocks
+    dq: Blocks
+    dkv: Blocks
+
+
+class AttentionPlan:
+    """Which tiles of queries meet which tiles of keys in one packed batch: made once, read by every layer.
+
+    cu_seqlens [S + 1]: bounds of the sequences. prefixes [S]: the index of the sequence that sequence s continues, -1 for
+    none. The queries of a continuation see the whole prefix, as if it stood right before them, and then their own sequence:
+    a prompt is computed once for all of its completions (its gradient is their sum). A prefix continues no other sequence.
+
+    Tile lists are made for a block size when a kernel first asks, heaviest tiles first, and kept on the device."""
+
+    def __init__(self, cu_seqlens: list[int], *, prefixes: list[int] | None = None) -> None:
+        bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
+        if not bounds or cu_seqlens[0] != 0 or any(start > end for start, end in bounds):
+            raise ValueError(f"cu_seqlens={cu_seqlens}: must start at 0 and never fall")
+        if prefixes is not None:
+            if len(prefixes) != len(bounds):
+                raise ValueError(f"{len(prefixes)} prefixes for {len(bounds)} sequences: one each, -1 for none")
+            for sequence, prefix in enumerate(prefixes):
+                if prefix != -1 and not (0 <= prefix < len(bounds) and prefixes[prefix] == -1):
+                    raise ValueError(f"sequence {sequence} continues {prefix}; a prefix is a sequence that continues none")
+        self.cu_seqlens, self.bounds = cu_seqlens, bounds
+        self.prefixes = prefixes if prefixes is not None and any(prefix != -1 for prefix in prefixes) else None
+        self._tensors: dict[tuple, tuple[torch.Tensor, ...]] = {}
+
+    def query_tiles(self, block: int, device: torch.device) -> torch.Tensor:
+        """[tiles, 5] int32: first query, end and start of its sequence, start and end of its prefix."""
+        if ("queries", block, device) not in self._tensors:
+            tiles = []
+            for sequence, (start, end) in enumerate(self.bounds):
+                prefix = self.prefixes[sequence] if self.prefixes is not None else -1
+                prefix_start, prefix_end = self.bounds[prefix] if prefix != -1 else (start, start)
+                tiles += [(first, end, start, prefix_start, prefix_end) for first in range(start, end, block)]
+            tiles.sort(key=lambda tile: tile[2] - tile[0] + tile[3] - tile[4])  # minus the keys before the tile
+            self._tensors["queries", block, device] = (_int_table(tiles, 5, device),)
+        return self._tensors["queries", block, device][0]
+
+    def key_tiles(self, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tiles, 4] int32: first key, end of its sequence, first and end of its readers; and the readers [R, 3] int32:
+        first and end of a sequence whose queries see those keys, and what to add to a query's row to count it from the
+        keys' sequence."""
+        if ("keys", block, device) not in self._tensors:
+            readers, tiles, work = [], [], {}
+            for sequence, (start, end) in enumerate(self.bounds):
+                if start == end:
+                    continue
+                first_reader = len(readers)
+                readers.append((start, end, 0))
+                continued = 0
+                for other, prefix in enumerate(self.prefixes or []):
+                    if prefix == sequence:
+                        readers.append((*self.bounds[other], end - self.bounds[other][0]))
+                        continued += self.bounds[other][1] - self.bounds[other][0]
+                for first in range(start, end, block):
+                    work[first] = end - first + continued  # queries that see the tile
+                    tiles.append((first, end, first_reader, len(readers)))
+            tiles.sort(key=lambda tile: -work[tile[0]])
+            self._tensors["keys", block, device] = (_int_table(tiles, 4, device), _int_table(readers, 3, device))
+        return self._tensors["keys", block, device]
+
+
+def _int_table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, visible: torch.Tensor,
@@ -46,7 +143,22 @@ def _long_sequence(q, k, v, sinks, window, scale):
     return torch.cat(outputs)
 
 
-def attention_reference(q, k, v, sinks, cu_seqlens, window, scale):
+def _continued(cu_seqlens, prefixes):
+    """Row numbers that put each sequence's prefix before it, the bounds that gives, and which of its rows are the packed
+    ones."""
+    rows, bounds, own = [], [0], []
+    for start, end, prefix in zip(cu_seqlens, cu_seqlens[1:], prefixes):
+        prefix_rows = range(cu_seqlens[prefix], cu_seqlens[prefix + 1]) if prefix != -1 else range(0)
+        own += range(len(rows) + len(prefix_rows), len(rows) + len(prefix_rows) + end - start)
+        rows += [*prefix_rows, *range(start, end)]
+        bounds.append(len(rows))
+    return rows, bounds, own
+
+
+def attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=None):
+    if prefixes is not None:
+        rows, bounds, own = _continued(cu_seqlens, prefixes)
+        return attention_reference(q[rows], k[rows], v[rows], sinks, bounds, window, scale)[own]
     num_heads, outputs = q.shape[1], []
     bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
     while bounds:
@@ -72,8 +184,402 @@ def attention_reference(q, k, v, sinks, cu_seqlens, window, scale):
     return torch.cat(outputs).to(q.dtype)
 
 
+@triton.jit
+def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
+    """[rows, cols] bool; rows counted from the start of the keys' sequence or prefix."""
+    visible = (cols <= rows) & (cols < col_end)
+    if WINDOWED:
+        visible = visible & (cols > rows - window)
+    return visible
+
+
+@triton.jit
+def _load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first .. first + BLOCK of one head: [BLOCK, D]; zeros from `end` on where MASKED, else all must exist."""
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, D)
+    pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=(first + rows < end)[:, None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For the query tile that starts at `row`: its first key tile, the end of the tiles that all its queries see whole, and
+    the end of the keys that any sees. Tiles are counted from key_start."""
+    first = key_start
+    if WINDOWED:
+        first = key_start + tl.maximum(row - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
+        whole_end = first  # few tiles, most of them at an edge: all are masked
+    else:
+        whole_end = key_start + (tl.minimum(row + 1, key_end) - key_start) // BLOCK_N * BLOCK_N
+    return first, whole_end, tl.minimum(row + BLOCK_M, key_end)
+
+
+@triton.jit
+def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
+                   scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+                   D: tl.constexpr, BLOCK_N: tl.constexpr):
+    for start in tl.range(first, last, BLOCK_N):
+        if DESCRIPTOR and not MASKED:
+            k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
+        else:
+            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            cols = start + tl.arange(0, BLOCK_N)
+            scores = tl.where(_visible(rows[:, None], cols[None, :], key_end, window, WINDOWED), scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        if DESCRIPTOR and not MASKED:
+            v_tile = v_tiles.load([start, column])
+        else:
+            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED)
+        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _forward_range(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, row, key_start, key_end,
+                   scale_log2, window, WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows = row + tl.arange(0, BLOCK_M)
+    first, whole_end, last = _key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
+    if not WINDOWED:
+        acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
+                                               rows, first, whole_end, key_end, scale_log2, window, WINDOWED, False,
+                                               DESCRIPTOR, D, BLOCK_N)
+    return _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, whole_end, last,
+                          key_end, scale_log2, window, WINDOWED, True, DESCRIPTOR, D, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["window", "num_tokens"])
+def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q, stride_k, stride_v, stride_out, num_heads,
+                    num_tokens, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr,
+                    DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # the query heads of a tile run side by side and share its keys in L2
+    head = tl.program_id(0) % num_heads
+    tile = tiles + tl.program_id(0) // num_heads * 5
+    first, end, start = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    column = head // GROUP * D
+    k += column
+    v += column
+    q_tile = _load_rows(q + head * D, stride_q, first, end, BLOCK_M, D, True)
+    # the sink is one more score, whose value is 0
+    row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+    row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    if PREFIXED:
+        prefix_start, prefix_end = tl.load(tile + 3), tl.load(tile + 4)
+        acc, row_max, row_sum = _forward_range(acc, row_max, row_sum, q_tile, k, v, k_tiles, v_tiles, stride_k, stride_v,
+                                               column, first - start + prefix_end, prefix_start, prefix_end, scale_log2,
+                                               window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N)
+    acc, row_max, row_sum = _forward_range(acc, row_max, row_sum, q_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
+                                           first, start, end, scale_log2, window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D)
+    inside = first + rows < end
+    out += first.to(tl.int64) * stride_out + head * D
+    tl.store(out + rows[:, None] * stride_out + dims[None, :], (acc / row_sum[:, None]).to(out.dtype.element_ty),
+             mask=inside[:, None])
+    lse += head.to(tl.int64) * num_tokens + first
+    tl.store(lse + rows, (row_max + tl.log2(row_sum)) * 0.6931471805599453, mask=inside)
+
+
+@triton.jit
+def _dq_tiles(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
+              scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    for start in tl.range(first, last, BLOCK_N):
+        if DESCRIPTOR and not MASKED:
+            k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
+            v_tile = v_tiles.load([start, column])
+        else:
+            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED)
+            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        dweights = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
+        weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        if MASKED:
+            cols = start + tl.arange(0, BLOCK_N)
+            weights = tl.where(_visible(rows[:, None], cols[None, :], key_end, window, WINDOWED), weights, 0.0)
+        dscores = weights * (dweights - delta[:, None])
+        dq = tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _dq_range(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stride_v, column, row, key_start, key_end,
+              scale_log2, window, WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):
+    rows = row + tl.arange(0, BLOCK_M)
+    first, whole_end, last = _key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
+    if not WINDOWED:
+        dq = _dq_tiles(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, whole_end,
+                       key_end, scale_log2, window, WINDOWED, False, DESCRIPTOR, D, BLOCK_N)
+    return _dq_tiles(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, whole_end, last,
+                     key_end, scale_log2, window, WINDOWED, True, DESCRIPTOR, D, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["window", "num_tokens"])
+def _dq_kernel(q, k, v, k_tiles, v_tiles, sinks, out, dout, lse, row_stats, dsinks, dq, tiles, stride_q, stride_k, stride_v,
+               stride_out, num_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
+               PREFIXED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr):
+    """Also writes what the kernel of dk and dv needs of each query, (lse in base 2, delta): [H, T, 2]; and each tile's share of
+    the sinks' gradient [tiles, H]."""
+    head = tl.program_id(0) % num_heads
+    tile = tiles + tl.program_id(0) // num_heads * 5
+    first, end, start = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    column = head // GROUP * D
+    k += column
+    v += column
+    q_tile = _load_rows(q + head * D, stride_q, first, end, BLOCK_M, D, True)
+    dout_tile = _load_rows(dout + head * D, stride_out, first, end, BLOCK_M, D, True)
+    out_tile = _load_rows(out + head * D, stride_out, first, end, BLOCK_M, D, True)
+    rows = tl.arange(0, BLOCK_M)
+    inside = first + rows < end
+    per_row = head.to(tl.int64) * num_tokens + first
+    lse_tile = tl.load(lse + per_row + rows, mask=inside, other=0.0)
+    delta_tile = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)  # [BLOCK_M]
+    lse_log2 = lse_tile * 1.4426950408889634
+    tl.store(row_stats + (per_row + rows) * 2, lse_log2, mask=inside)
+    tl.store(row_stats + (per_row + rows) * 2 + 1, delta_tile, mask=inside)
+    # rows past the end have delta 0
+    sink_weights = tl.exp2(tl.where(inside, tl.load(sinks + head).to(tl.float32) - lse_tile, 0.0) * 1.4426950408889634)
+    tl.store(dsinks + tl.program_id(0), -tl.sum(sink_weights * delta_tile, 0))
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    if PREFIXED:
+        prefix_start, prefix_end = tl.load(tile + 3), tl.load(tile + 4)
+        acc = _dq_range(acc, q_tile, dout_tile, lse_log2, delta_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
+                        first - start + prefix_end, prefix_start, prefix_end, scale_log2, window, WINDOWED, DESCRIPTOR, D,
+                        BLOCK_M, BLOCK_N)
+    acc = _dq_range(acc, q_tile, dout_tile, lse_log2, delta_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column, first,
+                    start, end, scale_log2, window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N)
+    dims = tl.arange(0, D)
+    dq += first.to(tl.int64) * num_heads * D + head * D
+    tl.store(dq + rows[:, None] * (num_heads * D) + dims[None, :], (acc * scale).to(dq.dtype.element_ty),
+             mask=inside[:, None])
+
+
+@triton.jit
+def _dkv_tiles(dk, dv, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, stride_q, stride_out, first_head, cols, first,
+               end, shift, from_tile, num_visits, last_tile, edge_tiles, num_tokens, scale_log2, window,
+               GROUP: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr,
+               BLOCK_M: tl.constexpr):
+    """Visits `num_visits` query tiles of each query head of the group: from_tile and those after it, except that visit
+    number edge_tiles goes to last_tile. One loop over heads and tiles, so that loads run ahead across heads."""
+    for visit in tl.range(0, GROUP * num_visits):
+        head = first_head + visit // num_visits
+        tile = from_tile + visit % num_visits
+        if MASKED:
+            tile = tl.where(visit % num_visits < edge_tiles, tile, last_tile)
+        row = first + tile * BLOCK_M
+        if DESCRIPTOR and not MASKED:
+            q_tile = q_tiles.load([row, head * D])  # [BLOCK_M, D]
+            dout_tile = dout_tiles.load([row, head * D])
+        else:
+            q_tile = _load_rows(q + head * D, stride_q, row, end, BLOCK_M, D, MASKED)
+            dout_tile = _load_rows(dout + head * D, stride_out, row, end, BLOCK_M, D, MASKED)
+        rows = row + tl.arange(0, BLOCK_M)
+        # one load for both: alone, each would be too small for the compiler to spread over the threads
+        stats = row_stats + (tl.cast(head, tl.int64) * num_tokens + row) * 2
+        stats = stats + tl.arange(0, BLOCK_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        if MASKED:
+            stats_tile = tl.load(stats, mask=(rows < end)[:, None], other=0.0)
+        else:
+            stats_tile = tl.load(stats)
+        lse_tile, delta_tile = tl.split(stats_tile)  # [BLOCK_M] each
+        # keys on the first axis, so that weights and dscores are the left operands of the sums over queries
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+        weights = tl.exp2(scores * scale_log2 - lse_tile[None, :])
+        if MASKED:
+            visible = (cols[:, None] <= (rows + shift)[None, :]) & (rows < end)[None, :]
+            if WINDOWED:
+                visible = visible & (cols[:, None] > (rows + shift - window)[None, :])
+            weights = tl.where(visible, weights, 0.0)
+        dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
+        dscores = weights * (dweights - delta_tile[None, :])
+        dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["window", "num_tokens"])
+def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, readers, stride_q, stride_k, stride_v,
+                stride_out, num_kv_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
+                DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    kv_head = tl.program_id(0) % num_kv_heads
+    tile = tiles + tl.program_id(0) // num_kv_heads * 4
+    first, end, first_reader, last_reader = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    cols = first + tl.arange(0, BLOCK_N)
+    last_key = tl.minimum(first + BLOCK_N, end) - 1
+    k_tile = _load_rows(k + kv_head * D, stride_k, first, end, BLOCK_N, D, True)
+    v_tile = _load_rows(v + kv_head * D, stride_v, first, end, BLOCK_N, D, True)
+    dk_acc = tl.zeros([BLOCK_N, D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, D], tl.float32)
+    for reader in tl.range(first_reader, last_reader):
+        shift = tl.load(readers + reader * 3 + 2)
+        row = tl.maximum(tl.load(readers + reader * 3), first - shift)
+        row_end = tl.load(readers + reader * 3 + 1)
+        if WINDOWED:
+            row_end = tl.minimum(row_end, last_key + window - shift)
+        num_rows = tl.maximum(row_end - row, 0)
+        num_tiles = tl.cdiv(num_rows, BLOCK_M)
+        if WINDOWED:
+            edge_tiles, num_masked = num_tiles, num_tiles  # few tiles, most of them at an edge: all are masked
+        else:
+            # tiles on the diagonal, then the last one if it is partial; those between are seen whole
+            edge_tiles = tl.minimum(tl.cdiv(tl.maximum(last_key - shift - row, 0), BLOCK_M), num_tiles)
+            num_masked = edge_tiles + ((edge_tiles < num_tiles) & (num_rows % BLOCK_M > 0)).to(tl.int32)
+        dk_acc, dv_acc = _dkv_tiles(dk_acc, dv_acc, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, stride_q,
+                                    stride_out, kv_head * GROUP, cols, row, row_end, shift, 0, num_masked, num_tiles - 1,
+                                    edge_tiles, num_tokens, scale_log2, window, GROUP, WINDOWED, True, DESCRIPTOR, D, BLOCK_M)
+        if not WINDOWED:
+            dk_acc, dv_acc = _dkv_tiles(dk_acc, dv_acc, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, stride_q,
+                                        stride_out, kv_head * GROUP, cols, row, row_end, shift, edge_tiles,
+                                        num_tiles - num_masked, num_tiles - 1, edge_tiles, num_tokens, scale_log2, window,
+                                        GROUP, WINDOWED, False, DESCRIPTOR, D, BLOCK_M)
+    rows = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D)
+    offset = first.to(tl.int64) * num_kv_heads * D + kv_head * D
+    offsets = rows[:, None] * (num_kv_heads * D) + dims[None, :]
+    inside = (cols < end)[:, None]
+    tl.store(dk + offset + offsets, (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + offset + offsets, dv_acc.to(dv.dtype.element_ty), mask=inside)
+
+
+_BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64; scripts/bench_attention.py compares others
+    ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False)),
+    ("hopper", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 4, 3, False)),
+    ("blackwell", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 8, 2, False)),
+    ("blackwell", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 8, 2, False)),
+    ("ampere", False): KernelBlocks(Blocks(128, 64, 4, 3, False), Blocks(128, 32, 8, 2, False), Blocks(32, 128, 8, 2, False)),
+    ("ampere", True): KernelBlocks(Blocks(64, 64, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
+    ("consumer", False): KernelBlocks(Blocks(128, 32, 8, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
+    ("consumer", True): KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
+}
+_WIDE_BLOCKS = KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 8, 2, False))
+# float32 has no tensor cores at full precision: it is there for comparisons, and for the interpreter
+_FLOAT32_BLOCKS = KernelBlocks(Blocks(32, 16, 4, 1, False), Blocks(32, 16, 4, 1, False), Blocks(16, 32, 4, 1, False))
+
+
+def blocks_for(family: str, dtype: torch.dtype, *, windowed: bool, width: int) -> KernelBlocks:
+    """Block sizes for a GPU family (kernels.launch.gpu_family), a dtype and a head width."""
+    if family == "interpreter" or dtype == torch.float32:
+        return _FLOAT32_BLOCKS
+    return _WIDE_BLOCKS if width > 64 else _BLOCKS[family, windowed]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D] with a token's heads side by side at a row stride that the kernels' wide loads can use."""
+    aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and aligned else x.contiguous()
+
+
+def _tiles_of(x: torch.Tensor, rows: int, blocks: Blocks) -> TensorDescriptor | torch.Tensor:
+    """What the kernels take to load whole tiles of x through; x itself where they use pointers."""
+    if not blocks.descriptor:
+        return x
+    return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]])
+
+
+def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
+                   scale: float, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [T, H, D] and lse [H, T] fp32, nats, the sink included."""
+    num_tokens, num_heads, width = q.shape
+    out = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
+    tiles = plan.query_tiles(blocks.queries, q.device)
+    _forward_kernel[(len(tiles) * num_heads,)](
+        q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks), sinks, out, lse, tiles, q.stride(0),
+        k.stride(0), v.stride(0), out.stride(0), num_heads, num_tokens, scale * _LOG2_E, window,
+        GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
+        D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
+    return out, lse
+
+
+def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, dout: torch.Tensor,
+              lse: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
+              blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq [T, H, D], the sinks' gradient [H] fp32, and [H, T, 2] fp32 for dkv_triton: lse in base 2, and delta."""
+    num_tokens, num_heads, width = q.shape
+    dq = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
+    row_stats = torch.empty((num_heads, num_tokens, 2), dtype=torch.float32, device=q.device)
+    tiles = plan.query_tiles(blocks.queries, q.device)
+    dsinks = torch.empty((len(tiles), num_heads), dtype=torch.float32, device=q.device)
+    _dq_kernel[(len(tiles) * num_heads,)](
+        q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks), sinks, out, dout, lse, row_stats, dsinks, dq,
+        tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0), num_heads, num_tokens, scale, scale * _LOG2_E, window,
+        GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
+        D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
+    return dq, dsinks.sum(0), row_stats
+
+
+def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, row_stats: torch.Tensor,
+               plan: AttentionPlan, *, window: int, scale: float, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv [T, K, D]."""
+    num_tokens, num_kv_heads, width = k.shape
+    dk = torch.empty((num_tokens, num_kv_heads, width), dtype=k.dtype, device=k.device)
+    dv = torch.empty((num_tokens, num_kv_heads, width), dtype=v.dtype, device=v.device)
+    tiles, readers = plan.key_tiles(blocks.keys, k.device)
+    _dkv_kernel[(len(tiles) * num_kv_heads,)](
+        q, k, v, _tiles_of(q, blocks.queries, blocks), _tiles_of(dout, blocks.queries, blocks), dout, row_stats, dk, dv, tiles,
+        readers, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), num_kv_heads, num_tokens, scale, scale * _LOG2_E, window,
+        GROUP=q.shape[1] // num_kv_heads, WINDOWED=window > 0, DESCRIPTOR=blocks.descriptor, D=width,
+        BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
+    return dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, plan, window, scale):
+        q, k, v, sinks = _rows(q), _rows(k), _rows(v), sinks.contiguous()
+        ctx.blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
+        out, lse = forward_triton(q, k, v, sinks, plan, window=window, scale=scale, blocks=ctx.blocks.forward)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.plan, ctx.window, ctx.scale = plan, window, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        dq, dsinks, row_stats = dq_triton(q, k, v, sinks, out, dout, lse, ctx.plan, window=ctx.window, scale=ctx.scale,
+                                      blocks=ctx.blocks.dq)
+        dk, dv = dkv_triton(q, k, v, dout, row_stats, ctx.plan, window=ctx.window, scale=ctx.scale, blocks=ctx.blocks.dkv)
+        return dq, dk, dv, dsinks.to(sinks.dtype), None, None, None
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> None:
+    check_served("attention", {"q": q, "k": k, "v": v}, dtypes=(torch.bfloat16, torch.float16, torch.float32),
+                 tensor_cores=True)
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; the Triton kernel takes one dtype")
+    if q.shape[2] not in (16, 32, 64, 128):
+        raise ValueError(f"attention: head width {q.shape[2]}; the Triton kernel takes 16, 32, 64 or 128")
+    assert sinks.device == q.device, (sinks.device, q.device)
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, *, cu_seqlens: list[int],
-              window: int, scale: float) -> torch.Tensor:
+              window: int, scale: float, plan: AttentionPlan | None = None) -> torch.Tensor:
     """Attention within each packed sequence. q [T, H, D], k and v [T, K, D], sinks [H]; cu_seqlens [S + 1] on the host;
-    window 0 means none. Returns [T, H, D] in q's dtype; gradients reach q, k, v and the sinks."""
-    return attention_reference(q, k, v, sinks, cu_seqlens, window, scale)
+    window 0 means none; scale above 0. Returns [T, H, D] in q's dtype; gradients reach q, k, v and the sinks.
+
+    `plan` is AttentionPlan(cu_seqlens), to be made once where several layers see the same batch; with prefixes in it,
+    sequences continue others."""
+    plan = AttentionPlan(cu_seqlens) if plan is None else plan
+    assert plan.cu_seqlens == cu_seqlens, (plan.cu_seqlens, cu_seqlens)
+    if not is_triton(q):
+        return attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=plan.prefixes)
+    _check(q, k, v, sinks)
+    assert cu_seqlens[-1] == q.shape[0] == k.shape[0] == v.shape[0], (cu_seqlens[-1], q.shape, k.shape, v.shape)
+    assert scale > 0, scale
+    return _Attention.apply(q, k, v, sinks, plan, window, scale)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
+from kernels.attention import AttentionPlan, attention
 from kernels.decode_attention import decode_attention
 from kernels.linear import lora_linear
 from kernels.log_probs import head_logits, log_probs
@@ -223,11 +223,11 @@ class GptOss(nn.Module):
         return self.model.norm(x)
 
     def _packed_attend(self, cu_seqlens: list[int]) -> Attend:
-        scale = self.config.head_dim ** -0.5
+        scale, plan = self.config.head_dim ** -0.5, AttentionPlan(cu_seqlens)
 
         def attend(layer, q, k, v, sinks):
             window = self.config.sliding_window if self.config.is_windowed(layer) else 0
-            return attention(q, k, v, sinks, cu_seqlens=cu_seqlens, window=window, scale=scale)
+            return attention(q, k, v, sinks, cu_seqlens=cu_seqlens, window=window, scale=scale, plan=plan)
 
         return attend
 
