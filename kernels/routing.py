@@ -30,6 +30,7 @@ MAX_CHUNKS = 128
 class Routing:
     indices: torch.Tensor  # [T, A] int64, descending logit
     order: torch.Tensor  # [R] int32: routed row in expert order -> token * A + slot
+    tokens: torch.Tensor  # [R] int32: routed row in expert order -> token
     inverse: torch.Tensor  # [T, A] int32: token, slot -> routed row in expert order
     offsets_device: torch.Tensor  # [E + 1] int32: expert e owns rows offsets_device[e]:offsets_device[e + 1]
 
@@ -169,7 +170,8 @@ def make_routing_reference(indices: torch.Tensor, num_experts: int) -> Routing:
     inverse[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(flat, minlength=num_experts)
     offsets = F.pad(counts.cumsum(0), (1, 0))
-    return Routing(indices, order.int(), inverse.view_as(indices).int(), offsets.int())
+    tokens = order // indices.shape[1]
+    return Routing(indices, order.int(), tokens.int(), inverse.view_as(indices).int(), offsets.int())
 
 
 @triton.jit
@@ -194,8 +196,8 @@ def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl
 
 
 @triton.jit
-def _sort_kernel(experts_ptr, counts_ptr, order_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size, num_chunks,
-                 NUM_EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+def _sort_kernel(experts_ptr, counts_ptr, order_ptr, tokens_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size,
+                 num_chunks, NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
                  IS_SINGLE: tl.constexpr):
     chunk = tl.program_id(0)
     first = chunk.to(tl.int64) * chunk_size
@@ -225,6 +227,7 @@ def _sort_kernel(experts_ptr, counts_ptr, order_ptr, inverse_ptr, offsets_ptr, n
         position = tl.sum(is_chosen * (rank + next_row[None, :]), 1)
         tl.store(inverse_ptr + rows, position, mask=mask)
         tl.store(order_ptr + position, rows.to(tl.int32), mask=mask)
+        tl.store(tokens_ptr + position, (rows // PER_TOKEN).to(tl.int32), mask=mask)
         next_row += tl.sum(is_chosen, 0)
 
 
@@ -236,9 +239,11 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     experts, num_rows = indices.contiguous(), indices.numel()
     assert num_rows < 2**31, f"{num_rows} routed rows do not fit 32-bit positions"
     order = torch.empty(num_rows, dtype=torch.int32, device=indices.device)
+    tokens = torch.empty_like(order)
     inverse = torch.empty(indices.shape, dtype=torch.int32, device=indices.device)
     if num_rows == 0:
-        return Routing(indices, order, inverse, torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device))
+        offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device)
+        return Routing(indices, order, tokens, inverse, offsets)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
     block_e = triton.next_power_of_2(num_experts)
     block_r = min(max(SORT_TILE // block_e, 4), 128)
@@ -250,9 +255,9 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     if not is_single:
         counts = torch.empty((num_chunks, num_experts), dtype=torch.int32, device=indices.device)
         _count_kernel[(num_chunks,)](experts, counts, num_rows, chunk_size, **sizes)
-    _sort_kernel[(num_chunks,)](experts, counts, order, inverse, offsets, num_rows, chunk_size, num_chunks,
-                                BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
-    return Routing(indices, order, inverse, offsets)
+    _sort_kernel[(num_chunks,)](experts, counts, order, tokens, inverse, offsets, num_rows, chunk_size, num_chunks,
+                                PER_TOKEN=indices.shape[1], BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
+    return Routing(indices, order, tokens, inverse, offsets)
 
 
 @triton.jit
@@ -320,6 +325,13 @@ def _columns(width: int) -> int:
     return min(triton.next_power_of_2(width), 1024)
 
 
+def combine_grad_blocks(per_token: int) -> dict[str, int]:
+    """Columns and warps of the combine's backward, which holds a column of every slot; the order of its dot product depends
+    on nothing else."""
+    slots = triton.next_power_of_2(per_token)
+    return {"BLOCK": 2048, "BLOCK_A": slots, "num_warps": 8} if slots <= 4 else {"BLOCK": 1024, "BLOCK_A": slots, "num_warps": 4}
+
+
 def _sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
               residual: torch.Tensor | None) -> torch.Tensor:
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -339,11 +351,11 @@ def _sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.T
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, order, inverse):
+    def forward(ctx, x_TD, tokens, inverse):
         ctx.save_for_backward(inverse)
         (num_tokens, per_token), width = inverse.shape, x_TD.shape[1]
         if not is_triton(x_TD):
-            return x_TD[order // per_token]
+            return x_TD[tokens]
         x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
         rows = torch.empty((num_tokens * per_token, width), dtype=x_TD.dtype, device=x_TD.device)
         if rows.numel():
@@ -396,14 +408,13 @@ def combine_backward(grad_TD: torch.Tensor, y_RD: torch.Tensor, weights: torch.T
     if num_tokens:
         _combine_grad_kernel[(num_tokens,)](
             grad_TD, y_RD, weights, inverse, grad_RD, grad_weights, grad_TD.stride(0), y_RD.stride(0), WIDTH=width,
-            PER_TOKEN=per_token, BLOCK=_columns(width), BLOCK_A=triton.next_power_of_2(per_token),
-            NEEDS_WEIGHTS=needs_weights, num_warps=4)
+            PER_TOKEN=per_token, NEEDS_WEIGHTS=needs_weights, **combine_grad_blocks(per_token))
     return grad_RD, grad_weights
 
 
 def dispatch(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Copies each token to its experts' rows: [T, D] -> [R, D] in expert order."""
-    return _Dispatch.apply(x_TD, routing.order, routing.inverse)
+    return _Dispatch.apply(x_TD, routing.tokens, routing.inverse)
 
 
 def combine(y_RD: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
