@@ -515,8 +515,8 @@ def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
     tiles = plan.query_tiles(blocks.queries, q.device)
     dsinks = torch.empty((len(tiles), num_heads), dtype=torch.float32, device=q.device)
     _dq_kernel[(len(tiles) * num_heads,)](
-        q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks), sinks, out, dout, lse, row_stats, dsinks, dq,
-        tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0), num_heads, num_tokens, scale, scale * _LOG2_E, window,
+        q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks), sinks, out, dout, lse, row_stats, dsinks,
+        dq, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0), num_heads, num_tokens, scale, scale * _LOG2_E, window,
         GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
         D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
     return dq, dsinks.sum(0), row_stats
