@@ -17,8 +17,8 @@ token, and one program per token reduces these in the order of the vocabulary. M
 then a change of reference scales every term exactly. Exponentials and logarithms are base 2 inside, nats outside.
 
 The probabilities in the scratch are relative to a power of two near the chosen token's own (found by a dot product
-beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any reference near
-the maximum keeps all its digits. Tiles 2^_MAX_EXCESS above it take their own maximum, and the row is rescaled.
+beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any
+reference near the maximum keeps all its digits. Tiles 2^_MAX_EXCESS above it take their own maximum, and the row is rescaled.
 
 Paths: "triton" forms logits in the kernel; "cublas" (GPUs whose tensor cores Triton does not drive, float16) takes fp32 logits
 from torch.mm. The sum is torch.mm in both.

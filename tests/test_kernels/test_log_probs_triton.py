@@ -40,11 +40,11 @@ def inputs(num_tokens, width, vocab, *, dtype=torch.float32, device="cpu", sprea
 
 
 def kept_sets(targets, vocab) -> tuple[dict, torch.Tensor]:
-    """Every third row unfiltered, the others of 1, 2, 3 ... ids in no order with the target among them; and as a mask [N, V]."""
+    """Every third row unfiltered, the others of 2, 3, 4 ... ids in no order with the target among them; and as a mask [N, V]."""
     generator = torch.Generator().manual_seed(2)
     rows, mask = [], torch.ones(len(targets), vocab, dtype=torch.bool)
     for row, target in enumerate(targets.tolist()):
-        others = torch.randperm(vocab, generator=generator)[:row].tolist() if row % 3 != 2 else []
+        others = torch.randperm(vocab, generator=generator)[:row + 1].tolist() if row % 3 != 2 else []
         rows.append([] if row % 3 == 2 else list(dict.fromkeys([*others, target])))
         if rows[-1]:
             mask[row] = False

@@ -1,0 +1,157 @@
+"""Times the forward and backward of a LoRA training step, log-probs and entropy included, on one GPU.
+
+    python scripts/random_checkpoint.py /dev/shm/gpt-oss-20b --size 20b --dtype mxfp4
+    python scripts/bench_train.py --checkpoint /dev/shm/gpt-oss-20b --lora attention all
+
+One JSON line per case. tokens_per_s: all tokens of the batch over the median time of the timed steps. peak_gb: the most
+memory torch reserved, in 1e9 bytes, warm-up included. flop_fraction: the arithmetic of the step (products with the base's
+weights, forward and for the gradient of their inputs, and causal attention forward and backward; neither LoRA's own nor
+anything recomputed) over the rate of an 8192^3 bf16 product measured first. Tokens are random and every one but each sequence's
+first is scored; the adapter's B is not zero, so that every gradient is not.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.checkpoint import load_model  # noqa: E402
+from models.config import GptOssConfig  # noqa: E402
+from models.gpt_oss import GptOss  # noqa: E402
+from models.lora import LoraConfig, attach_lora  # noqa: E402
+
+CASES = ("1x2048", "4x2048", "1x8192", "1x16384", "1x32768", "1x131072")
+TARGETS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+           "all": ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]}
+MAX_TOKEN = 199_998  # control tokens start here
+
+
+def load_policy(checkpoint: Path, *, lora: str, rank: int = 16, keep_activations: bool = False, memory_gb: float | None = None,
+                device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> GptOss:
+    """The model with an adapter as in the middle of a training run."""
+    budget = {} if memory_gb is None else {"memory_gb": memory_gb}
+    policy = load_model(checkpoint, device=device, dtype=dtype, activation_checkpointing=not keep_activations, **budget)
+    attach_lora(policy, LoraConfig(rank=rank, alpha=2.0 * rank, targets=TARGETS[lora]), seed=0)
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters().items():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.01, generator=generator)
+    return policy
+
+
+def random_batch(policy: GptOss, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """`batch` packed sequences of `length` random tokens, with an advantage for each token."""
+    device, num_tokens = policy.device, batch * length
+    generator = torch.Generator(device).manual_seed(num_tokens)
+    tokens = torch.randint(0, min(policy.config.vocab_size, MAX_TOKEN), (num_tokens,), generator=generator, device=device)
+    mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
+    mask[::length] = False
+    return {"tokens": tokens, "cu_seqlens": torch.arange(batch + 1, dtype=torch.int32, device=device) * length, "mask": mask,
+            "advantages": torch.randn(num_tokens, generator=generator, device=device)}
+
+
+def train_step(policy: GptOss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A policy gradient of one batch, entropy as a metric. Returns the mean entropy, on the device."""
+    log_probs, entropy = policy.log_probs(batch["tokens"], batch["cu_seqlens"], temperature=1.0, mask=batch["mask"])
+    loss = -(log_probs * batch["advantages"]).sum() / batch["mask"].sum()
+    loss.backward()
+    return entropy.detach().mean()
+
+
+def flops_per_token(config: GptOssConfig, length: int) -> float:
+    """Floating-point operations of a step with a frozen base, per token of a sequence of `length`."""
+    width, inner = config.hidden_size, config.intermediate_size
+    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    layer = width * (q_width + 2 * kv_width) + q_width * width + width * config.num_local_experts
+    layer += config.num_experts_per_tok * 3 * width * inner
+    weights = config.num_hidden_layers * layer + width * config.vocab_size
+    pairs = 0.0  # keys that an average token sees, summed over layers
+    for index in range(config.num_hidden_layers):
+        window = min(config.sliding_window, length) if config.is_windowed(index) else length
+        pairs += (window * (window + 1) / 2 + (length - window) * window) / length
+    attention = 2 * 2 * q_width * pairs  # scores and values
+    return 2 * 2 * weights + 3.5 * attention  # forward and input gradient; two products forward, five backward
+
+
+def measured_peak_flops() -> float:
+    """Rate of an 8192^3 bf16 product, per second."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / (median_ms(lambda: a @ b, warmup=5, iterations=20) / 1e3)
+
+
+def median_ms(function, *, warmup: int, iterations: int) -> float:
+    for _ in range(warmup):
+        function()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
+    for start, end in events:
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def run_case(policy: GptOss, batch_size: int, length: int, *, iterations: int) -> dict[str, float]:
+    """Milliseconds, reserved and allocated peaks of one case."""
+    for parameter in policy.trainable_parameters().values():
+        parameter.grad = None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    batch = random_batch(policy, batch_size, length)
+
+    def step() -> None:
+        for parameter in policy.trainable_parameters().values():
+            parameter.grad = None
+        train_step(policy, batch)
+
+    ms = median_ms(step, warmup=2 if batch_size * length <= 32_768 else 1, iterations=iterations)
+    for name, parameter in policy.trainable_parameters().items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), f"{name}: no finite gradient"
+    return {"ms": ms, "peak_gb": torch.cuda.max_memory_reserved() / 1e9, "allocated_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def parse_case(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a gpt-oss checkpoint")
+    parser.add_argument("--lora", nargs="+", choices=list(TARGETS), default=["all"], help="what carries adapters")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--cases", nargs="+", type=parse_case, default=[parse_case(case) for case in CASES],
+                        metavar="BATCHxLENGTH", help=f"default: {' '.join(CASES)}")
+    parser.add_argument("--memory-gb", type=float, help="memory budget of the model, in 1e9 bytes: decides what is recomputed")
+    parser.add_argument("--keep-activations", action="store_true", help="recompute nothing, however much memory that takes")
+    parser.add_argument("--iterations", type=int, default=3, help="timed steps of a case (default: 3)")
+    arguments = parser.parse_args()
+    peak_flops, gpu = measured_peak_flops(), torch.cuda.get_device_name()
+    print(json.dumps({"what": "peak", "gpu": gpu, "tflops": round(peak_flops / 1e12), "torch": torch.__version__}), flush=True)
+    for lora in arguments.lora:
+        policy = load_policy(arguments.checkpoint, lora=lora, rank=arguments.rank, memory_gb=arguments.memory_gb,
+                             keep_activations=arguments.keep_activations)
+        for batch, length in arguments.cases:
+            line = {"what": "train", "lora": lora, "batch": batch, "length": length}
+            try:
+                result = run_case(policy, batch, length, iterations=arguments.iterations)
+            except torch.OutOfMemoryError as error:
+                print(json.dumps(line | {"error": str(error).split(". ")[0]}), flush=True)
+                continue
+            rate = batch * length / result["ms"] * 1e3
+            line |= {"tokens_per_s": round(rate), "peak_gb": round(result["peak_gb"], 2),
+                     "flop_fraction": round(rate * flops_per_token(policy.config, length) / peak_flops, 3),
+                     "ms": round(result["ms"], 1), "allocated_gb": round(result["allocated_gb"], 2),
+                     "memory_gb": arguments.memory_gb, "gpu": gpu}
+            print(json.dumps(line), flush=True)
+        del policy
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
