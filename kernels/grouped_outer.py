@@ -27,15 +27,20 @@ class OuterBlocks(NamedTuple):
     n: int
     rows: int
     num_warps: int
-    num_stages: int
+    num_stages: int  # steps in flight
+
+
+def compiled_stages(blocks: OuterBlocks, *, has_gather: bool) -> int:
+    """The compiler's num_stages: a load whose address is loaded too counts twice."""
+    return 2 * blocks.num_stages - 1 if has_gather else blocks.num_stages
 
 
 # family -> blocks of a wide product (dW); rows per step divide CHUNK_ROWS
 _WIDE = {
     "ampere": OuterBlocks(128, 128, 64, 8, 3),
     "consumer": OuterBlocks(128, 128, 32, 8, 3),
-    "hopper": OuterBlocks(128, 256, 64, 8, 3),
-    "blackwell": OuterBlocks(128, 256, 64, 8, 3),
+    "hopper": OuterBlocks(128, 256, 64, 8, 4),
+    "blackwell": OuterBlocks(128, 256, 64, 8, 4),
     "interpreter": OuterBlocks(32, 32, 32, 4, 2),
 }
 
@@ -200,7 +205,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
         a.stride(0), b.stride(0), size, out.stride(1), out.stride(2),
         EXPERTS=experts, M=blocks.m, N=blocks.n, ROWS=blocks.rows, CHUNK=chunk, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=blocks.num_warps, num_stages=compiled_stages(blocks, has_gather=gather is not None),
     )  # fmt: skip
     if is_split:
         sum_chunks_kernel[(num_experts, triton.cdiv(size, 1024))](

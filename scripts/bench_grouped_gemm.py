@@ -45,8 +45,8 @@ THIN_OUTER_CANDIDATES = [
     OuterBlocks(64, 16, 128, 4, 4), OuterBlocks(256, 16, 64, 8, 4), OuterBlocks(128, 16, 32, 4, 6),
 ]  # fmt: skip
 WIDE_OUTER_CANDIDATES = [
-    OuterBlocks(128, 256, 64, 8, 3), OuterBlocks(128, 256, 64, 8, 4), OuterBlocks(128, 128, 64, 8, 3),
-    OuterBlocks(128, 128, 64, 4, 3), OuterBlocks(256, 128, 64, 8, 3),
+    OuterBlocks(128, 256, 64, 8, 4), OuterBlocks(128, 256, 64, 8, 3), OuterBlocks(128, 128, 64, 4, 3),
+    OuterBlocks(128, 128, 64, 8, 4), OuterBlocks(256, 128, 64, 8, 4),
 ]  # fmt: skip
 
 
@@ -222,6 +222,9 @@ def time_experts(num_tokens: int, w: dict[str, torch.Tensor], *, sweep: bool) ->
     out16 = torch.empty(r, RANK, dtype=torch.bfloat16, device="cuda")
     measure("x A, gathered", shape, lambda: grouped_gemm(x, w["gate_up_A"].transpose(1, 2), data.offsets, gather=data.gather,
                                                          scale=2.0, out=out16), num_bytes=2 * r * d)
+    down16 = w["gate_up_A"].bfloat16().transpose(1, 2)
+    measure("x A, gathered, A in bf16", shape,
+            lambda: grouped_gemm(x, down16, data.offsets, gather=data.gather, scale=2.0, out=out16), num_bytes=2 * r * d)
     measure("x A, rows in order", shape,
             lambda: grouped_gemm(act, w["down_A"].transpose(1, 2), data.offsets, scale=2.0, out=out16), num_bytes=2 * r * d)
     measure("dy B of gate_up", shape, lambda: grouped_gemm(grad_h, w["gate_up_B"], data.offsets, scale=2.0, out=out16),

@@ -9,6 +9,7 @@ from kernels.grouped_gemm import choose_blocks, grouped_gemm_kernel
 from kernels.grouped_outer import (
     CHUNK_ROWS,
     choose_outer_blocks,
+    compiled_stages,
     grouped_outer_kernel,
     grouped_row_sum_kernel,
     sum_chunks_kernel,
@@ -97,7 +98,7 @@ def compile_outer(arch, num_n, *, dtype=torch.bfloat16, chunk=0, gather=False, r
     }  # fmt: skip
     divisible = tuple(name for name, type_ in signature.items() if type_.startswith("*") or name.startswith("stride"))
     return compile_for(grouped_outer_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,
-                       num_stages=blocks.num_stages, divisible=(*divisible, "num_m", "num_n"))
+                       num_stages=compiled_stages(blocks, has_gather=gather), divisible=(*divisible, "num_m", "num_n"))
 
 
 @pytest.mark.parametrize("options, arch", [
