@@ -1,4 +1,4 @@
-"""Logits of the router, a product with few columns: logits = x W^T + b in fp32, from exact products whatever the dtype of x and W.
+"""Logits of the router, a product with few columns: logits = x W^T + b in fp32, from exact products in any dtype.
 
 The K loop ascends and is never split, and blocks do not depend on the number of tokens: a token gets the same bits in any
 batch. The gradient dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.

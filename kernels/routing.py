@@ -1,7 +1,7 @@
 """Routing of tokens to experts: top-k of the router's logits, then softmax over the k values only.
 
-Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index. The gather of tokens into expert order
-and the weighted sum back use no atomics: the backward of each is a gather, and sums run in slot order.
+Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index. The gather of tokens into
+expert order and the weighted sum back use no atomics: the backward of each is a gather, and sums run in slot order.
     w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j),  y = sum_k w_k f_k,  dw_k = <dy, f_k>,  df_k = w_k dy
 
 Tokens are brought into expert order by a stable counting sort: a histogram of each chunk of choices, then every chunk adds up
@@ -197,8 +197,8 @@ def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl
 
 @triton.jit
 def _sort_kernel(experts_ptr, counts_ptr, order_ptr, tokens_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size,
-                 num_chunks, NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
-                 IS_SINGLE: tl.constexpr):
+                 num_chunks, NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr,
+                 BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, IS_SINGLE: tl.constexpr):
     chunk = tl.program_id(0)
     first = chunk.to(tl.int64) * chunk_size
     experts = tl.arange(0, BLOCK_E)

@@ -2,7 +2,8 @@
 y = min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, -limit, limit) + 1).
 
 The gate is clamped on its upper side only; gradients pass at the limit itself and are 0 beyond
-(openai/gpt-oss, gpt_oss/torch/model.py: swiglu). Computed in fp32, rounded once. With G, U the clamped values, s = sigmoid(alpha G):
+(openai/gpt-oss, gpt_oss/torch/model.py: swiglu). Computed in fp32, rounded once. With G, U the clamped values and
+s = sigmoid(alpha G):
     dg = dy (U + 1) s (1 + alpha G (1 - s)) [g <= limit],  du = dy G s [|u| <= limit].
 Only h is saved; the backward can give the activation again beside dh, from the same read.
 

@@ -67,7 +67,7 @@ def test_a_given_buffer_is_filled_whatever_its_size(shape):
     out = guarded[: expected.numel()].view(expected.shape)
     assert dequantize_experts(blocks, scales, out) is out
     assert_same_bits(out, expected)
-    assert torch.isnan(guarded[expected.numel():]).all()
+    assert torch.isnan(guarded[expected.numel() :]).all()
 
 
 @pytest.mark.interpreter
@@ -88,8 +88,15 @@ def test_a_dtype_without_a_kernel_is_refused():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_fits_every_gpu_and_keeps_subnormals(arch):
     signature = {"words_ptr": "*i32", "scales_ptr": "*u8", "out_ptr": "*bf16", "num_words": "i32"}
-    resources = compile_for(_dequantize_kernel, signature, {"BLOCK_WORDS": BLOCK_WORDS}, arch, num_warps=NUM_WARPS,
-                            num_stages=3, divisible=tuple(signature))
+    resources = compile_for(
+        _dequantize_kernel,
+        signature,
+        {"BLOCK_WORDS": BLOCK_WORDS},
+        arch,
+        num_warps=NUM_WARPS,
+        num_stages=3,
+        divisible=tuple(signature),
+    )
     check_fits(resources, arch)
     assert "STG.E.128" in resources.sass and "FMUL" in resources.sass
     assert "FMUL.FTZ" not in resources.sass  # would flush the code of 0.5, and small scales

@@ -64,13 +64,20 @@ def test_output_and_gradients_match_the_golden_ones(case, poisoned):
 @pytest.mark.parametrize("num_rows, width", [(1, 1), (3, 63), (2, 127), (11, 5), (5, 600)])
 def test_the_sum_its_norm_and_all_gradients_equal_float64(num_rows, width, poisoned, monkeypatch):
     monkeypatch.setattr(kernels.rms_norm, "NUM_PARTIALS", 4)  # 11 rows are then 3, 3, 3 and 2
-    tensors = {"x": normal(num_rows, width), "residual": normal(num_rows, width, seed=1), "weight": normal(width, seed=2)}
+    tensors = {
+        "x": normal(num_rows, width),
+        "residual": normal(num_rows, width, seed=1),
+        "weight": normal(width, seed=2),
+    }
     grads = [normal(num_rows, width, seed=3), normal(num_rows, width, seed=4)]
     actual = outputs_and_gradients(ours, tensors, grads)
-    expected = outputs_and_gradients(add_norm_plain, {name: value.double() for name, value in tensors.items()},
-                                     [grad.double() for grad in grads])
+    expected = outputs_and_gradients(
+        add_norm_plain, {name: value.double() for name, value in tensors.items()}, [grad.double() for grad in grads]
+    )
     for name, value in expected.items():
-        torch.testing.assert_close(actual[name].double(), value, rtol=2e-5, atol=5e-6 * value.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            actual[name].double(), value, rtol=2e-5, atol=5e-6 * value.abs().max().item(), msg=name
+        )
 
 
 @pytest.mark.interpreter
@@ -89,8 +96,11 @@ def test_either_output_may_go_unused(poisoned):
 def test_strided_inputs_and_gradients_and_any_leading_shape(poisoned):
     x, weight, grad = normal(6, 5), normal(12)[::2], normal(6, 5, seed=1)
     results = []
-    for given, w, given_grad in ((x.T, weight, grad.T), (x.T.contiguous(), weight.contiguous(), grad.T.contiguous()),
-                                 (x.T[None, :, None], weight, grad.T[None, :, None])):
+    for given, w, given_grad in (
+        (x.T, weight, grad.T),
+        (x.T.contiguous(), weight.contiguous(), grad.T.contiguous()),
+        (x.T[None, :, None], weight, grad.T[None, :, None]),
+    ):
         leaf = given.detach().requires_grad_()
         y = rms_norm(leaf, w, eps=EPS)
         y.backward(given_grad)
@@ -124,10 +134,16 @@ def test_what_the_kernels_do_not_take_is_refused():
 def test_kernels_fit_every_gpu(arch):
     row = {"stride_x": "i32", "x_ptr": "*bf16", "weight_ptr": "*bf16", "inv_rms_ptr": "*fp32"}
     size = {"WIDTH": 2880, "BLOCK": 4096}
-    forward = row | {name: "*bf16" for name in ("residual_ptr", "y_ptr", "total_ptr")} | {"eps": "fp32", "stride_residual": "i32"}
+    forward = (
+        row
+        | {name: "*bf16" for name in ("residual_ptr", "y_ptr", "total_ptr")}
+        | {"eps": "fp32", "stride_residual": "i32"}
+    )
     check_fits(compile_for(_norm_kernel, forward, size | {"HAS_RESIDUAL": True}, arch, num_warps=8, num_stages=3), arch)
     backward = row | {name: "*bf16" for name in ("grad_ptr", "grad_total_ptr", "grad_x_ptr")}
-    backward |= {name: "i32" for name in ("num_rows", "rows_per_program", "stride_grad", "stride_total")} | {"partial_ptr": "*fp32"}
+    backward |= {name: "i32" for name in ("num_rows", "rows_per_program", "stride_grad", "stride_total")} | {
+        "partial_ptr": "*fp32"
+    }
     flags = {"HAS_TOTAL": True, "NEEDS_WEIGHT": True}
     check_fits(compile_for(_norm_grad_kernel, backward, size | flags, arch, num_warps=8, num_stages=3), arch)
     partials = {"partial_ptr": "*fp32", "grad_weight_ptr": "*bf16", "num_partials": "i32"}
@@ -138,13 +154,18 @@ def test_kernels_fit_every_gpu(arch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows, width", [(1, 2880), (2048, 2880), (8191, 2880), (63, 127), (5, 64)])
 def test_bf16_errors_stay_within_twice_those_of_eager_bf16(num_rows, width, poisoned):
-    tensors = {"x": normal(num_rows, width), "residual": normal(num_rows, width, seed=1), "weight": normal(width, seed=2)}
+    tensors = {
+        "x": normal(num_rows, width),
+        "residual": normal(num_rows, width, seed=1),
+        "weight": normal(width, seed=2),
+    }
     tensors = {name: tensor.to("cuda", torch.bfloat16) for name, tensor in tensors.items()}
     grads = [normal(num_rows, width, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in (3, 4)]
     actual = outputs_and_gradients(ours, tensors, grads)
     eager = outputs_and_gradients(add_norm_plain, tensors, grads)
-    exact = outputs_and_gradients(add_norm_plain, {name: value.double() for name, value in tensors.items()},
-                                  [grad.double() for grad in grads])
+    exact = outputs_and_gradients(
+        add_norm_plain, {name: value.double() for name, value in tensors.items()}, [grad.double() for grad in grads]
+    )
     for name, value in exact.items():
         error, eager_error = ((result[name].double() - value).norm() for result in (actual, eager))
         assert error <= 2 * eager_error + 1e-9 * value.norm(), f"{name}: {error} against {eager_error}"
@@ -154,7 +175,10 @@ def test_bf16_errors_stay_within_twice_those_of_eager_bf16(num_rows, width, pois
 
 @pytest.mark.gpu
 def test_a_row_gets_the_same_bits_in_any_batch():
-    x, weight = normal(500, 2880, dtype=torch.bfloat16, device="cuda"), normal(2880, dtype=torch.bfloat16, device="cuda")
+    x, weight = (
+        normal(500, 2880, dtype=torch.bfloat16, device="cuda"),
+        normal(2880, dtype=torch.bfloat16, device="cuda"),
+    )
     together = rms_norm(x, weight, eps=EPS)
     for rows in (1, 2, 16, 17):
         assert torch.equal(rms_norm(x[:rows], weight, eps=EPS), together[:rows])

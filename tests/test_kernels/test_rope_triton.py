@@ -83,7 +83,10 @@ def test_slices_of_a_fused_projection_and_strided_views(poisoned):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_fits_every_gpu(arch):
     signature = {f"stride_{name}_{axis}": "i32" for name in "qk" for axis in ("token", "head")}
-    signature |= {name: "*bf16" for name in ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr")} | {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    signature |= {name: "*bf16" for name in ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr")} | {
+        "cos_ptr": "*fp32",
+        "sin_ptr": "*fp32",
+    }
     sizes = {"NUM_Q": 64, "NUM_K": 8, "HALF": 32, "BLOCK_Q": 64, "BLOCK_K": 8, "BLOCK_HALF": 32, "BACKWARD": True}
     check_fits(compile_for(_rope_kernel, signature, sizes, arch, num_warps=4, num_stages=3), arch)
 
@@ -91,7 +94,9 @@ def test_the_kernel_fits_every_gpu(arch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens, num_q, num_k, width", [(1, 64, 8, 64), (8191, 64, 8, 64), (63, 5, 3, 32)])
 def test_bf16_errors_stay_within_twice_those_of_eager_bf16(num_tokens, num_q, num_k, width, poisoned):
-    q, k = (normal(num_tokens, heads, width, seed=heads, dtype=torch.bfloat16, device="cuda") for heads in (num_q, num_k))
+    q, k = (
+        normal(num_tokens, heads, width, seed=heads, dtype=torch.bfloat16, device="cuda") for heads in (num_q, num_k)
+    )
     cos, sin = tables(num_tokens, width // 2, "cuda")
 
     def eager(x, sin):

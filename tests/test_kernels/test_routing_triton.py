@@ -72,7 +72,10 @@ def test_the_interpreter_agrees_with_goldens_and_float64():
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", ("top2of8", "top4of8_starved", "one_token"))
 def test_logits_choices_and_weights_match_the_golden_ones(case, poisoned):
-    data = {name: GOLDEN[f"moe.{case}.{name}"] for name in ("x", "router_w", "router_b", "router_logits", "topk_idx", "topk_weight")}
+    data = {
+        name: GOLDEN[f"moe.{case}.{name}"]
+        for name in ("x", "router_w", "router_b", "router_logits", "topk_idx", "topk_weight")
+    }
     logits = router_logits(data["x"].float(), data["router_w"].float(), data["router_b"].float())
     torch.testing.assert_close(logits, data["router_logits"], rtol=1e-5, atol=1e-5)
     weights, routing = route(logits, experts_per_token=data["topk_idx"].shape[1])
@@ -84,7 +87,10 @@ def test_logits_choices_and_weights_match_the_golden_ones(case, poisoned):
 @pytest.mark.parametrize("num_tokens, num_experts, width", [(1, 1, 1), (17, 5, 63), (33, 40, 96)])
 def test_router_logits_and_their_gradients_equal_float64(num_tokens, num_experts, width, poisoned):
     given = [normal(num_tokens, width), normal(num_experts, width, seed=1), normal(num_experts, seed=2)]
-    ours, theirs = ([tensor.detach().clone().to(dtype).requires_grad_() for tensor in given] for dtype in (torch.float32, torch.float64))
+    ours, theirs = (
+        [tensor.detach().clone().to(dtype).requires_grad_() for tensor in given]
+        for dtype in (torch.float32, torch.float64)
+    )
     grad = normal(num_tokens, num_experts, seed=3)
     logits, expected = router_logits(*ours), theirs[0] @ theirs[1].T + theirs[2]
     logits.backward(grad)
@@ -95,7 +101,9 @@ def test_router_logits_and_their_gradients_equal_float64(num_tokens, num_experts
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("num_tokens, num_experts, per_token", [(1, 1, 1), (5, 3, 3), (9, 32, 4), (2, 127, 8), (3, 1024, 4), (70, 33, 2)])
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, per_token", [(1, 1, 1), (5, 3, 3), (9, 32, 4), (2, 127, 8), (3, 1024, 4), (70, 33, 2)]
+)
 def test_weights_and_gradient_equal_a_renormalised_softmax(num_tokens, num_experts, per_token, poisoned):
     logits, grad = 3 * normal(num_tokens, num_experts), normal(num_tokens, per_token, seed=1)
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -113,7 +121,9 @@ def test_weights_and_gradient_equal_a_renormalised_softmax(num_tokens, num_exper
 
 @pytest.mark.interpreter
 def test_ties_go_to_the_lower_expert_and_zeros_of_both_signs_tie(poisoned):
-    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [0.0] * 5, [-0.0, 0.0, -1.0, -0.0, 0.0], [-3.0, -2.0, -2.5, -2.0, -4.0]])
+    logits = torch.tensor(
+        [[1.0, 2.0, 2.0, 2.0, 0.0], [0.0] * 5, [-0.0, 0.0, -1.0, -0.0, 0.0], [-3.0, -2.0, -2.5, -2.0, -4.0]]
+    )
     weights, routing = route(logits, experts_per_token=3)
     assert routing.indices.tolist() == [[1, 2, 3], [0, 1, 2], [0, 1, 3], [1, 3, 2]]
     torch.testing.assert_close(weights[:3], torch.full((3, 3), 1 / 3))
@@ -143,9 +153,14 @@ def test_a_replayed_choice_keeps_its_order_and_takes_weights_from_the_new_logits
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("num_tokens, per_token, num_experts, skew", [(1, 1, 3, 0), (63, 2, 8, 0), (127, 4, 32, 3), (129, 4, 32, 0.2), (20, 8, 300, 0)])
+@pytest.mark.parametrize(
+    "num_tokens, per_token, num_experts, skew",
+    [(1, 1, 3, 0), (63, 2, 8, 0), (127, 4, 32, 3), (129, 4, 32, 0.2), (20, 8, 300, 0)],
+)
 @pytest.mark.parametrize("small", [0, 10**9])
-def test_the_sort_is_stable_whether_one_program_or_many_do_it(num_tokens, per_token, num_experts, skew, small, poisoned, monkeypatch):
+def test_the_sort_is_stable_whether_one_program_or_many_do_it(
+    num_tokens, per_token, num_experts, skew, small, poisoned, monkeypatch
+):
     monkeypatch.setattr(kernels.routing, "SMALL_SORT", small)
     monkeypatch.setattr(kernels.routing, "MAX_CHUNKS", 3)
     indices = choices(num_tokens, per_token, num_experts, skew=skew)
@@ -161,7 +176,10 @@ def test_gather_and_weighted_sum_and_all_gradients_equal_float64(num_tokens, per
     scale = normal(num_tokens * per_token, width, seed=1)  # what the experts do: row r times scale_r
     given = [normal(num_tokens, width), normal(num_tokens, per_token, seed=2), normal(num_tokens, width, seed=3)]
     grad = normal(num_tokens, width, seed=4)
-    ours, theirs = ([tensor.detach().clone().to(dtype).requires_grad_() for tensor in given] for dtype in (torch.float32, torch.float64))
+    ours, theirs = (
+        [tensor.detach().clone().to(dtype).requires_grad_() for tensor in given]
+        for dtype in (torch.float32, torch.float64)
+    )
     x, weights, residual = ours
     y = combine(dispatch(x, routing) * scale, weights, routing, residual=residual if with_residual else None)
     y.backward(grad)
@@ -201,35 +219,61 @@ def elementwise_cases(num_experts, per_token):
     """kernel, signature, constexprs (num_warps among them where it is not 4) at gpt-oss shapes."""
     integer = {"num_tokens": "i32"}
     experts = {"NUM_EXPERTS": num_experts, "PER_TOKEN": per_token}
-    yield (_route_kernel, pointers("*fp32", "logits", "weights") | pointers("*i64", "indices") | integer | {"stride_logits": "i32"},
-           experts | _route_blocks(num_experts) | {"BLOCK_A": per_token, "REPLAY": False})
-    yield (_route_grad_kernel, pointers("*fp32", "grad", "weights", "grad_logits") | pointers("*i64", "indices") | integer,
-           experts | _route_blocks(num_experts))
+    yield (
+        _route_kernel,
+        pointers("*fp32", "logits", "weights") | pointers("*i64", "indices") | integer | {"stride_logits": "i32"},
+        experts | _route_blocks(num_experts) | {"BLOCK_A": per_token, "REPLAY": False},
+    )
+    yield (
+        _route_grad_kernel,
+        pointers("*fp32", "grad", "weights", "grad_logits") | pointers("*i64", "indices") | integer,
+        experts | _route_blocks(num_experts),
+    )
     sizes = {"num_rows": "i32", "chunk_size": "i32"}
     tile = 4096 // num_experts
     blocks = {"NUM_EXPERTS": num_experts, "BLOCK_R": tile, "BLOCK_E": num_experts}
     yield _count_kernel, pointers("*i64", "experts") | pointers("*i32", "counts") | sizes, blocks
     outputs = pointers("*i64", "experts") | pointers("*i32", "counts", "order", "tokens", "inverse", "offsets")
-    yield (_sort_kernel, outputs | sizes | {"num_chunks": "i32"},
-           blocks | {"PER_TOKEN": per_token, "BLOCK_C": tile, "IS_SINGLE": False})
+    yield (
+        _sort_kernel,
+        outputs | sizes | {"num_chunks": "i32"},
+        blocks | {"PER_TOKEN": per_token, "BLOCK_C": tile, "IS_SINGLE": False},
+    )
     row = {"WIDTH": 2880, "PER_TOKEN": per_token, "BLOCK": 1024}
     inverse = pointers("*i32", "inverse")
     yield _dispatch_kernel, pointers("*bf16", "x", "rows") | inverse | {"stride_x": "i32"}, row
-    yield (_sum_rows_kernel, pointers("*bf16", "rows", "residual", "y") | pointers("*fp32", "weights") | inverse
-           | {"stride_rows": "i32", "stride_residual": "i32"}, row | {"HAS_WEIGHTS": True, "HAS_RESIDUAL": True})
-    yield (_combine_grad_kernel, pointers("*bf16", "grad", "rows", "grad_rows") | pointers("*fp32", "weights", "grad_weights")
-           | inverse | {"stride_grad": "i32", "stride_rows": "i32"}, row | combine_grad_blocks(per_token) | {"NEEDS_WEIGHTS": True})
+    yield (
+        _sum_rows_kernel,
+        pointers("*bf16", "rows", "residual", "y")
+        | pointers("*fp32", "weights")
+        | inverse
+        | {"stride_rows": "i32", "stride_residual": "i32"},
+        row | {"HAS_WEIGHTS": True, "HAS_RESIDUAL": True},
+    )
+    yield (
+        _combine_grad_kernel,
+        pointers("*bf16", "grad", "rows", "grad_rows")
+        | pointers("*fp32", "weights", "grad_weights")
+        | inverse
+        | {"stride_grad": "i32", "stride_rows": "i32"},
+        row | combine_grad_blocks(per_token) | {"NEEDS_WEIGHTS": True},
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch):
     for kernel, signature, constexprs in elementwise_cases(32, 4):
-        check_fits(compile_for(kernel, signature, constexprs, arch, num_warps=constexprs.pop("num_warps", 4), num_stages=3), arch)
+        check_fits(
+            compile_for(kernel, signature, constexprs, arch, num_warps=constexprs.pop("num_warps", 4), num_stages=3),
+            arch,
+        )
 
 
 def test_kernels_fit_at_128_experts_and_8_per_token():
     for kernel, signature, constexprs in elementwise_cases(128, 8):
-        check_fits(compile_for(kernel, signature, constexprs, 90, num_warps=constexprs.pop("num_warps", 4), num_stages=3), 90)
+        check_fits(
+            compile_for(kernel, signature, constexprs, 90, num_warps=constexprs.pop("num_warps", 4), num_stages=3), 90
+        )
 
 
 @pytest.mark.parametrize("num_experts", [32, 128])
@@ -239,8 +283,10 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
     strides = {"num_tokens": "i32", "stride_weight": "i32"}
     forward = pointers("*bf16", "x", "weight", "bias") | pointers("*fp32", "logits") | strides | {"stride_x": "i32"}
     backward = pointers("*bf16", "weight", "grad_x") | pointers("*fp32", "grad") | strides
-    cases = ((_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2), "ieee"),
-             (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), "tf32x3"))
+    cases = (
+        (_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2), "ieee"),
+        (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), "tf32x3"),
+    )
     for kernel, signature, blocks, precision in cases:
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
         resources = compile_for(kernel, signature, sizes | blocks | {"PRECISION": precision}, arch, **options)
@@ -269,7 +315,10 @@ def test_router_logits_are_as_good_as_fp32_and_the_same_in_any_batch(num_tokens,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, num_experts, per_token", [(1, 32, 4), (128, 32, 4), (129, 128, 4), (8191, 32, 4), (32768, 128, 4), (50, 1024, 8), (7, 5, 3)])
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, per_token",
+    [(1, 32, 4), (128, 32, 4), (129, 128, 4), (8191, 32, 4), (32768, 128, 4), (50, 1024, 8), (7, 5, 3)],
+)
 def test_choices_and_order_equal_the_reference_on_a_gpu(num_tokens, num_experts, per_token, poisoned):
     logits = normal(num_tokens, num_experts, device="cuda").bfloat16().float()  # many ties
     weights, routing = route(logits, experts_per_token=per_token)
@@ -291,14 +340,19 @@ def test_gather_and_weighted_sum_stay_within_twice_the_errors_of_eager_bf16(num_
     logits = normal(num_tokens, 32, device="cuda")
     weights, routing = route(logits, experts_per_token=4)
     inverse = routing.inverse.long()
-    given = [normal(num_tokens, width, dtype=torch.bfloat16, device="cuda"), weights,
-             normal(num_tokens, width, seed=1, dtype=torch.bfloat16, device="cuda")]
+    given = [
+        normal(num_tokens, width, dtype=torch.bfloat16, device="cuda"),
+        weights,
+        normal(num_tokens, width, seed=1, dtype=torch.bfloat16, device="cuda"),
+    ]
     scale = normal(4 * num_tokens, width, seed=2, dtype=torch.bfloat16, device="cuda")
     grad = normal(num_tokens, width, seed=3, dtype=torch.bfloat16, device="cuda")
 
     def run(dtype):
         """Through the kernels where no dtype is named, else the plain formula in it: y and all gradients."""
-        x, w, residual = leaves = [tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in given]
+        x, w, residual = leaves = [
+            tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in given
+        ]
         if dtype is None:
             y = combine(dispatch(x, routing) * scale, w, routing, residual=residual)
         else:

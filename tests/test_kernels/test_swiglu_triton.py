@@ -99,10 +99,14 @@ def test_kernels_fit_every_gpu_and_move_16_bytes_at_a_time(arch):
     numbers = {"alpha": "fp32", "limit": "fp32", "num_pairs": "i32"}
     forward = {"h_ptr": "*i32", "y_ptr": "*bf16"} | numbers
     backward = {"grad_ptr": "*bf16", "grad_h_ptr": "*i32"} | forward
-    for kernel, signature, flags in ((_swiglu_kernel, forward, {}), (_swiglu_grad_kernel, backward, {"WITH_ACTIVATION": True})):
+    for kernel, signature, flags in (
+        (_swiglu_kernel, forward, {}),
+        (_swiglu_grad_kernel, backward, {"WITH_ACTIVATION": True}),
+    ):
         divisible = tuple(name for name in signature if name.endswith("_ptr") or name == "num_pairs")
-        resources = compile_for(kernel, signature, {"BLOCK": BLOCK} | flags, arch, num_warps=NUM_WARPS, num_stages=3,
-                                divisible=divisible)
+        resources = compile_for(
+            kernel, signature, {"BLOCK": BLOCK} | flags, arch, num_warps=NUM_WARPS, num_stages=3, divisible=divisible
+        )
         check_fits(resources, arch)
         assert "LDG.E.128" in resources.sass and "STG.E.128" in resources.sass and "LDG.E.U16" not in resources.sass
 
