@@ -203,10 +203,10 @@ def _kept_kernel(ids, offsets, scratch, num_columns, first_column, stride_scratc
             columns = block + tl.arange(0, BLOCK)
             tl.store(at + columns, 1.0, mask=columns < num_columns)
     else:
-        for block in range(start, end, BLOCK):
-            items = block + tl.arange(0, BLOCK)
-            columns = tl.load(ids + items, mask=items < end, other=-1) - first_column
-            tl.store(at + columns, 1.0, mask=(items < end) & (columns >= 0) & (columns < num_columns))
+        for first in range(start, end, BLOCK):
+            items = first + tl.arange(0, BLOCK)
+            kept = tl.load(ids + items, mask=items < end, other=-1) - first_column
+            tl.store(at + kept, 1.0, mask=(items < end) & (kept >= 0) & (kept < num_columns))
 
 
 @triton.jit
@@ -588,5 +588,5 @@ def log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     if not is_triton(hidden):
         return _LogProbsReference.apply(hidden, weight, targets, temperature, kept_ids, kept_offsets)
     makes_sum = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad and not has_entropy_loss
-    return _LogProbs.apply(hidden.contiguous(), weight.contiguous(), targets.contiguous(), temperature, kept_ids, kept_offsets,
-                           makes_sum, scratch_bytes)
+    return _LogProbs.apply(hidden.contiguous(), weight.contiguous(), targets.contiguous(), float(temperature), kept_ids,
+                           kept_offsets, makes_sum, scratch_bytes)

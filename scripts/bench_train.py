@@ -7,7 +7,7 @@ One JSON line per case. tokens_per_s: all tokens of the batch over the median ti
 memory torch reserved, in 1e9 bytes, warm-up included. flop_fraction: the arithmetic of the step (products with the base's
 weights, forward and for the gradient of their inputs, and causal attention forward and backward; neither LoRA's own nor
 anything recomputed) over the rate of an 8192^3 bf16 product measured first. Tokens are random and every one but each sequence's
-first is scored; the adapter's B is not zero, so that every gradient is not.
+first is scored; the adapter's B is not zero, so that A has a gradient too.
 """
 
 import argparse

@@ -12,10 +12,13 @@ from kernels.log_probs import (
     _BLOCKS,
     _FLOAT32_BLOCKS,
     _SMALL_PARTS,
+    _hidden_gradient_kernel,
+    _kept_kernel,
     _logits_gradient_kernel,
     _logits_kernel,
     _partials_kernel,
     _reduce_kernel,
+    _reference_kernel,
     head_logits,
     log_probs,
 )
@@ -288,13 +291,23 @@ def test_float32_and_library_logits_compile_without_spills(arch):
         check_fits(compiled(_partials_kernel, PLAIN, arch, dtype="fp32"), arch)
 
 
-@pytest.mark.parametrize("arch", (75, *ARCHITECTURES))
-def test_the_reduction_of_the_real_vocabulary_compiles_without_spills(arch):
-    constants = dict(TILE=64, TILES=4096, BLOCK=1024, HAS_KEPT=True, STORES=True)
-    scalars = dict(targets="*i64", scratch="*bf16" if arch >= 80 else "*fp16", max_excess="fp32", vocab="i32", num_tiles="i32",
-                   stride_scratch="i32")
-    signature = {name: scalars.get(name, "*fp32") for name in _reduce_kernel.arg_names if name not in constants}
-    check_fits(compile_for(_reduce_kernel, signature, constants, arch, num_warps=4, num_stages=3), arch)
+ROW_KERNELS = {
+    _reduce_kernel: dict(TILE=64, TILES=4096, BLOCK=1024, HAS_KEPT=True, STORES=True),
+    _reference_kernel: dict(BLOCK=4096),
+    _hidden_gradient_kernel: dict(BLOCK=4096),
+    _kept_kernel: dict(BLOCK=1024),
+}
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90, 100])
+@pytest.mark.parametrize("kernel", ROW_KERNELS, ids=lambda kernel: kernel.fn.__name__)
+def test_passes_over_rows_compile_without_spills(kernel, arch):
+    half = "*bf16" if arch >= 80 else "*fp16"
+    types = dict(targets="*i64", ids="*i32", offsets="*i64", scale="fp32", temperature="fp32", max_excess="fp32")
+    types |= dict.fromkeys(("hidden", "weight", "scratch", "grad_hidden", "weighted_sum"), half)
+    signature = {name: "i32" if name.startswith(("stride", "num_", "vocab", "width", "first_")) else types.get(name, "*fp32")
+                 for name in kernel.arg_names if name not in ROW_KERNELS[kernel]}
+    check_fits(compile_for(kernel, signature, ROW_KERNELS[kernel], arch, num_warps=4, num_stages=3), arch)
 
 
 def relative_errors(ours, eager, exact) -> list[tuple[float, float]]:
