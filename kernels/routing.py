@@ -332,8 +332,10 @@ def combine_grad_blocks(per_token: int) -> dict[str, int]:
     return {"BLOCK": 2048, "BLOCK_A": slots, "num_warps": 8} if slots <= 4 else {"BLOCK": 1024, "BLOCK_A": slots, "num_warps": 4}
 
 
-def _sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
-              residual: torch.Tensor | None) -> torch.Tensor:
+def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
+             residual: torch.Tensor | None) -> torch.Tensor:
+    """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A] and plus the residual [T, D] where they
+    are given: [T, D] in the rows' dtype. Triton only."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_tokens, per_token), width = inverse.shape, rows.shape[1]
     y = torch.empty((num_tokens, width), dtype=rows.dtype, device=rows.device)
@@ -368,7 +370,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad_RD):
         (inverse,) = ctx.saved_tensors
         if is_triton(grad_RD):
-            return _sum_rows(grad_RD, None, inverse, None), None, None
+            return sum_rows(grad_RD, None, inverse, None), None, None
         return grad_RD[inverse].float().sum(1).to(grad_RD.dtype), None, None
 
 
@@ -378,7 +380,7 @@ class _Combine(torch.autograd.Function):
         weights = weights.contiguous()
         ctx.save_for_backward(y_RD, weights, order, inverse)
         if is_triton(y_RD):
-            return _sum_rows(y_RD, weights, inverse, residual)
+            return sum_rows(y_RD, weights, inverse, residual)
         y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype)
         return y_TD if residual is None else residual + y_TD
 

@@ -383,7 +383,7 @@ def row_cases(num_tokens: int) -> Iterator[Case]:
         "dispatch backward",
         {},
         (1 + PER_TOKEN) * row,
-        lambda: routing_kernels._sum_rows(rows, None, routing.inverse, None),
+        lambda: routing_kernels.sum_rows(rows, None, routing.inverse, None),
     )
     yield (
         "combine and residual",
