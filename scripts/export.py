@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grpo.config import read_saved_config  # noqa: E402
 from grpo.policy import load_run_policy  # noqa: E402
 from models.checkpoint import checkpoint_folder, load_model, save_model, save_original  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
@@ -30,6 +31,9 @@ def load_source(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[GptO
     if (source / "config.yaml").exists():
         if arguments.adapter is not None:
             raise ValueError("--adapter goes with a checkpoint; a run has its own")
+        lora = read_saved_config(source / "config.yaml").model.lora
+        if lora is not None and (lora.train_norms or lora.train_sinks) and not arguments.merge:
+            dtype = torch.float32  # trained norms and sinks go beside the adapter as they are
         model, _, config, _ = load_run_policy(source, step=arguments.step, device=device, dtype=dtype)
         return model, source / "tokenizer", config.model.path or str(source)
     if arguments.step is not None:
@@ -57,7 +61,8 @@ def export(arguments: argparse.Namespace) -> str:
         if arguments.experts not in ("as_loaded", model.expert_format) or arguments.dtype != "bfloat16":
             raise ValueError("--layout original keeps the form of the experts and is bfloat16: leave --experts and --dtype out")
         save_original(model, arguments.out, merge_lora=arguments.merge, max_shard_bytes=arguments.max_shard_bytes)
-        return "a model in OpenAI's original layout"
+        return "a model in OpenAI's original layout" + (
+            "" if model.expert_format == "mxfp4" else " (dense experts: OpenAI's own loader reads packed ones only)")
     save_model(model, arguments.out, merge_lora=arguments.merge, experts=arguments.experts, dtype=dtype,
                tokenizer_folder=arguments.tokenizer or tokenizer_folder, max_shard_bytes=arguments.max_shard_bytes)
     return "a model in Hugging Face layout" + ("" if tokenizer_folder or arguments.tokenizer else

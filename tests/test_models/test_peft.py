@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import load_model
 from models.lora import LoraConfig, attach_lora
-from models.peft_format import attached_config, load_adapter, merged_weight, peft_tensors, read_adapter_config, save_adapter
+from models.peft_format import (
+    attached_config,
+    load_adapter,
+    merged_weight,
+    peft_tensors,
+    read_adapter_config,
+    save_adapter,
+)
 from models.tensor_files import CheckpointError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
