@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import re
 import types
 import typing
@@ -22,7 +23,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
-RESUMABLE_KEYS = ("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb", "rollout.max_batch")
+RESUMABLE_KEYS = (
+    *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
+    *("rollout.max_batch", "optim.max_tokens", "model.activation_checkpointing"),  # memory: rounding apart
+)
 
 
 class ConfigError(ValueError):
@@ -469,7 +473,9 @@ def plain(node: Any) -> Any:
 
 def save_config(config: Any, path: Path) -> None:
     """Writes YAML that `read_saved_config` reads back to an equal config."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))), encoding="utf-8")
+    temporary = path.with_name(path.name + ".tmp")  # a kill in the middle must leave the old file whole
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_saved_config(path: Path) -> TrainConfig:
