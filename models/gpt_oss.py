@@ -156,8 +156,8 @@ class GptOss(nn.Module):
         return self.lm_head.weight.device
 
     def init_weights(self, seed: int) -> None:
-        """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts N(0, 0.5 / sqrt(fan_in)),
-        embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
+        """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts
+        N(0, 0.5 / sqrt(fan_in)), embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
         if self.expert_format != "bf16":
             raise ValueError("init_weights: packed MXFP4 experts cannot be initialised; use experts='bf16'")
         generator = torch.Generator().manual_seed(seed)
