@@ -44,7 +44,9 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     round to 0.
     Working memory beyond the result: 4 bytes per byte of `blocks`; convert expert by expert where that matters.
     """
-    assert blocks.dtype == scales.dtype == torch.uint8, f"blocks {blocks.dtype}, scales {scales.dtype}: both must be uint8"
+    assert blocks.dtype == scales.dtype == torch.uint8, (
+        f"blocks {blocks.dtype}, scales {scales.dtype}: both must be uint8"
+    )
     assert blocks.shape == (*scales.shape, BLOCK_SIZE // 2), f"blocks {blocks.shape} do not fit scales {scales.shape}"
     work_dtype = torch.float32 if dtype == torch.float16 else dtype  # 2^(scale - 127) itself may not exist in float16
     table = _byte_values(blocks.device).to(work_dtype)
@@ -61,9 +63,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns blocks [..., O, N, 16] uint8 and scales [..., O, N] uint8.
 
     Rounding: the scale of a block is the smallest power of two at which its largest magnitude is at most 6
-    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties to
-    the even code. Values that are already on a block's grid come back exactly, though a block whose largest code was at
-    most 3 is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
+    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties
+    to the even code. Values that are already on a block's grid come back exactly, though a block whose largest code
+    was at most 3 is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
     """
     num_inputs = weight.shape[-1]
     if num_inputs % BLOCK_SIZE != 0:

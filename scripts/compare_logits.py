@@ -3,8 +3,8 @@
     python scripts/compare_logits.py CHECKPOINT GOLDEN [--adapter FOLDER] [--device cpu] [--dtype float32]
 
 CHECKPOINT: a folder or hub id. GOLDEN: a safetensors file, or a folder that holds golden.safetensors, with any of the
-tensors described in tests/fixtures/README.md; what is absent is left out of the result. --adapter: a PEFT adapter, for golden
-tensors made with one (without it their gradients are left out).
+tensors described in tests/fixtures/README.md; what is absent is left out of the result. --adapter: a PEFT adapter,
+for golden tensors made with one (without it their gradients are left out).
 
 Result (differences are largest absolute ones, in logits or nats):
   logits_max_abs, packed_max_abs, pad_left_max_abs, pad_right_max_abs    rows alone; end to end; without their padding
@@ -13,10 +13,10 @@ Result (differences are largest absolute ones, in logits or nats):
   logprob_max_abs, entropy_max_abs    over all temperatures, and per temperature with _t<temperature>
   greedy_equal, gen_logprob_max_abs   prefill and decode with the KV cache over the golden continuation
   dequant_max_abs                dense experts made from packed ones
-  objective_rel, grad_max_rel, grad_max_rel_tensor    sum of next-token log-probs at T=1; max |g - golden| / max |golden| of the
-      worst tensor. Golden gradients of packed experts are those of the dequantised tensors, so on an MXFP4 checkpoint these
-      figures come from a model loaded with experts=bf16, and grad_packed_max_rel(_tensor) from the packed one, over the
-      tensors that can train there.
+  objective_rel                  sum of next-token log-probs at T=1
+  grad_max_rel, grad_max_rel_tensor   its gradient: max |g - golden| / max |golden| of the worst tensor
+Golden gradients of packed experts are those of the dequantised tensors, so on an MXFP4 checkpoint these figures come
+from a model loaded with experts=bf16, and grad_packed_max_rel(_tensor) from the packed one, over what trains there.
 """
 
 import argparse
@@ -70,13 +70,19 @@ def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     ids = golden["input_ids"]
     check_positions(golden, ids, "position_ids")
     seen = [[] for _ in model.model.layers]
-    hooks = [block.mlp.router.register_forward_hook(lambda _, __, output, layer=layer: seen[layer].append(output.float().cpu()))
-             for layer, block in enumerate(model.model.layers)]
+    hooks = [
+        block.mlp.router.register_forward_hook(
+            lambda _, __, output, layer=layer: seen[layer].append(output.float().cpu())
+        )
+        for layer, block in enumerate(model.model.layers)
+    ]
     logits = torch.stack([packed_logits(model, [row])[0] for row in ids])  # [B, L, V]
     for hook in hooks:
         hook.remove()
     result = {"logits_max_abs": max_abs(logits, golden["logits"])} if "logits" in golden else {}
-    routers = {int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")}
+    routers = {
+        int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")
+    }
     if routers:
         top = model.config.num_experts_per_tok
         flipped = torch.zeros(ids.shape, dtype=torch.bool)
@@ -107,7 +113,9 @@ def compare_packed(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
 
 def log_probs(model: GptOss, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs [L - 1] of ids[1:], and the entropy [L] of the distribution after each of the ids [L]; nats."""
-    tokens = torch.cat([ids, ids[:1]]).to(model.device)  # one more token, whatever it is, asks for the last distribution
+    tokens = torch.cat([ids, ids[:1]]).to(
+        model.device
+    )  # one more token, whatever it is, asks for the last distribution
     mask = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
     mask[0] = False
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=model.device)
@@ -121,8 +129,10 @@ def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     with torch.no_grad():
         for name in names:
             ours = [log_probs(model, row, float(name)) for row in golden["input_ids"]]
-            for kind, key, values in (("logprobs", "logprob", [chosen for chosen, _ in ours]),
-                                      ("entropy", "entropy", [entropy for _, entropy in ours])):
+            for kind, key, values in (
+                ("logprobs", "logprob", [chosen for chosen, _ in ours]),
+                ("entropy", "entropy", [entropy for _, entropy in ours]),
+            ):
                 if f"{kind}_t{name}" in golden:
                     result[f"{key}_max_abs_t{name}"] = max_abs(torch.stack(values), golden[f"{kind}_t{name}"])
     for key in ("logprob", "entropy"):
@@ -135,7 +145,10 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     """Prefill, then decode over the golden continuation: the greedy choice at each step, and the log-probs at T=1."""
     if "gen.greedy_ids" not in golden:
         return {}
-    prompts, expected = golden["gen.prompt_ids"].to(model.device), golden["gen.greedy_ids"].to(model.device)  # [B, P], [B, N]
+    prompts, expected = (
+        golden["gen.prompt_ids"].to(model.device),
+        golden["gen.greedy_ids"].to(model.device),
+    )  # [B, P], [B, N]
     (num_rows, prompt_len), num_new = prompts.shape, expected.shape[1]
     cache = model.new_cache(num_rows, prompt_len + num_new)
     slots = torch.arange(num_rows, device=model.device)
@@ -172,11 +185,18 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     ours = {name: parameter.grad for name, parameter in base.items()}
     if has_adapter:
         ours |= peft_tensors(model, config.targets, read=lambda parameter: parameter.grad)
-    compared = {name: max_abs(ours[name], wanted[name]) / max(wanted[name].abs().max().item(), 1e-30)
-                for name in wanted if name in ours}
+    compared = {
+        name: max_abs(ours[name], wanted[name]) / max(wanted[name].abs().max().item(), 1e-30)
+        for name in wanted
+        if name in ours
+    }
     worst = max(compared, key=compared.get)
-    result = {"grad_max_rel": compared[worst], "grad_max_rel_tensor": worst, "grad_num_tensors": len(compared),
-              "grad_not_compared": sorted(set(wanted) - set(compared))}
+    result = {
+        "grad_max_rel": compared[worst],
+        "grad_max_rel_tensor": worst,
+        "grad_num_tensors": len(compared),
+        "grad_not_compared": sorted(set(wanted) - set(compared)),
+    }
     if "objective" in golden:
         expected = golden["objective"].item()
         result["objective_rel"] = abs(objective - expected) / abs(expected)
@@ -185,14 +205,19 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
 
 def compare_dequantized(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     parameters = dict(model.named_parameters())
-    each = [max_abs(parameters[name.removeprefix("dequant.")].detach(), tensor)
-            for name, tensor in golden.items() if name.startswith("dequant.")]
+    each = [
+        max_abs(parameters[name.removeprefix("dequant.")].detach(), tensor)
+        for name, tensor in golden.items()
+        if name.startswith("dequant.")
+    ]
     return {"dequant_max_abs": max(each)} if each else {}
 
 
-def compare(checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | None, device: str,
-            dtype: torch.dtype) -> dict:
+def compare(
+    checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | None, device: str, dtype: torch.dtype
+) -> dict:
     """All comparisons that the golden tensors allow. Raises ValueError where there are none."""
+
     def load(experts: str) -> GptOss:
         model = load_model(checkpoint, device=device, dtype=dtype, experts=experts)
         if adapter is not None:
@@ -205,8 +230,11 @@ def compare(checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | 
         result |= part(model, golden)
     gradients = compare_gradients(model, golden)
     if model.expert_format == "mxfp4":
-        result |= {name.replace("grad_", "grad_packed_", 1): value for name, value in gradients.items()
-                   if name in ("grad_max_rel", "grad_max_rel_tensor", "grad_num_tensors")}
+        result |= {
+            name.replace("grad_", "grad_packed_", 1): value
+            for name, value in gradients.items()
+            if name in ("grad_max_rel", "grad_max_rel_tensor", "grad_num_tensors")
+        }
         del model
         model = load("bf16")
         gradients = compare_gradients(model, golden)
@@ -227,12 +255,27 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
-        result = compare(arguments.checkpoint, read_golden(arguments.golden), adapter=arguments.adapter,
-                         device=arguments.device, dtype=dtype)
+        result = compare(
+            arguments.checkpoint,
+            read_golden(arguments.golden),
+            adapter=arguments.adapter,
+            device=arguments.device,
+            dtype=dtype,
+        )
     except (CheckpointError, ValueError) as error:
         sys.exit(f"compare_logits: {error}")
-    print(json.dumps({"checkpoint": arguments.checkpoint, "golden": str(arguments.golden), "adapter": arguments.adapter,
-                      "device": arguments.device, "dtype": arguments.dtype, **result}))
+    print(
+        json.dumps(
+            {
+                "checkpoint": arguments.checkpoint,
+                "golden": str(arguments.golden),
+                "adapter": arguments.adapter,
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+                **result,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

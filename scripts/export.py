@@ -1,4 +1,4 @@
-"""Writes a trained run or a checkpoint for other tools: Hugging Face layout, OpenAI's original layout, or a PEFT adapter.
+"""Writes a trained run or a checkpoint for other tools: Hugging Face or OpenAI's original layout, or a PEFT adapter.
 
     python scripts/export.py runs/NAME OUT --merge [--experts bf16]     one model, the adapter added to the weights
     python scripts/export.py runs/NAME OUT                              a LoRA run's adapter alone; a full run's model
@@ -6,9 +6,10 @@
     python scripts/export.py CHECKPOINT OUT --adapter FOLDER --merge
     python scripts/export.py CHECKPOINT OUT --layout original
 
---experts: as_loaded keeps packed (MXFP4) experts byte for byte and, when merging, puts their adapter into OUT/expert_adapter;
-bf16 writes dense ones; mxfp4 packs, which rounds dense or merged weights (a warning says how much). --dtype float32 keeps what
-bfloat16 would round; small changes of a bf16 weight can vanish in a merge. OUT must not exist or be empty.
+--experts: as_loaded keeps packed (MXFP4) experts byte for byte and, when merging, puts their adapter into
+OUT/expert_adapter; bf16 writes dense ones; mxfp4 packs, which rounds dense or merged weights (a warning says how
+much). --dtype float32 keeps what bfloat16 would round; small changes of a bf16 weight can vanish in a merge. OUT must
+not exist or be empty.
 """
 
 import argparse
@@ -54,19 +55,34 @@ def export(arguments: argparse.Namespace) -> str:
         raise ValueError("--merge: there is no adapter to merge; leave it out")
     if has_adapter and not arguments.merge:
         if arguments.layout != "hf" or arguments.experts != "as_loaded":
-            raise ValueError("--layout and --experts change a whole model: add --merge, or leave them out for the adapter")
+            raise ValueError(
+                "--layout and --experts change a whole model: add --merge, or leave them out for the adapter"
+            )
         save_adapter(model, arguments.out, base_model=base_model)
         return "a PEFT adapter (--merge writes the whole model)"
     if arguments.layout == "original":
         if arguments.experts not in ("as_loaded", model.expert_format) or arguments.dtype != "bfloat16":
-            raise ValueError("--layout original keeps the form of the experts and is bfloat16: leave --experts and --dtype out")
+            raise ValueError(
+                "--layout original keeps the form of the experts and is bfloat16: leave --experts and --dtype out"
+            )
         save_original(model, arguments.out, merge_lora=arguments.merge, max_shard_bytes=arguments.max_shard_bytes)
         return "a model in OpenAI's original layout" + (
-            "" if model.expert_format == "mxfp4" else " (dense experts: OpenAI's own loader reads packed ones only)")
-    save_model(model, arguments.out, merge_lora=arguments.merge, experts=arguments.experts, dtype=dtype,
-               tokenizer_folder=arguments.tokenizer or tokenizer_folder, max_shard_bytes=arguments.max_shard_bytes)
-    return "a model in Hugging Face layout" + ("" if tokenizer_folder or arguments.tokenizer else
-                                               ", without a tokenizer: the source has none (--tokenizer FOLDER adds one)")
+            "" if model.expert_format == "mxfp4" else " (dense experts: OpenAI's own loader reads packed ones only)"
+        )
+    save_model(
+        model,
+        arguments.out,
+        merge_lora=arguments.merge,
+        experts=arguments.experts,
+        dtype=dtype,
+        tokenizer_folder=arguments.tokenizer or tokenizer_folder,
+        max_shard_bytes=arguments.max_shard_bytes,
+    )
+    return "a model in Hugging Face layout" + (
+        ""
+        if tokenizer_folder or arguments.tokenizer
+        else ", without a tokenizer: the source has none (--tokenizer FOLDER adds one)"
+    )
 
 
 def main() -> None:

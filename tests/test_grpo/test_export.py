@@ -18,13 +18,29 @@ ROOT = Path(__file__).parent.parent.parent
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     lora = "+model.lora={rank:4,alpha:12,targets:[q_proj,experts,router],train_norms:true,train_sinks:true}"
-    subprocess.run([sys.executable, "-m", "grpo.train", "+experiment=smoke", f"output_dir={folder}", "name=adapted",
-                    "model.train=lora", lora, "optim.lr=0.05"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "grpo.train",
+            "+experiment=smoke",
+            f"output_dir={folder}",
+            "name=adapted",
+            "model.train=lora",
+            lora,
+            "optim.lr=0.05",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     return folder / "adapted"
 
 
 def export(*arguments):
-    return subprocess.run([sys.executable, ROOT / "scripts/export.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/export.py", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def logits_of(model):
@@ -63,8 +79,10 @@ def test_an_export_without_merge_is_the_adapter_that_the_run_wrote(run_dir, tmp_
     assert torch.equal(logits_of(policy), expected)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--step", "99"], "99"), (["--experts", "bf16"], "add --merge"), (["--adapter", "x"], "a run has its own")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--step", "99"], "99"), (["--experts", "bf16"], "add --merge"), (["--adapter", "x"], "a run has its own")],
+)
 def test_requests_that_make_no_sense_end_in_one_line(run_dir, tmp_path, arguments, message):
     done = export(run_dir, tmp_path / "out", *arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
