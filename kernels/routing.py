@@ -1,7 +1,7 @@
 """Routing of tokens to experts: top-k of the router's logits, then softmax over the k values only.
 
-Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index. The gather of tokens into expert order
-and the weighted sum back use no atomics: the backward of each is a gather, and sums run in slot order.
+Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index. The gather of tokens into
+expert order and the weighted sum back use no atomics: the backward of each is a gather, and sums run in slot order.
 
 Shapes: T tokens, E experts, A experts per token, R = T * A routed rows, D model width.
 """
