@@ -42,14 +42,15 @@ class _LogProbs(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             z = head_logits(hidden[part], weight).div_(temperature)
+            log_p = torch.log_softmax(z, dim=-1)  # more exact than z - logsumexp(z): what cancels is subtracted first
+            entropy[part] = -(log_p.exp() * log_p).sum(-1)
             lse[part] = torch.logsumexp(z, dim=-1)
             kept_lse[part] = lse[part]
             if kept_ids is not None:
-                mask = _kept_mask(z, kept_ids, kept_offsets[start:start + z.shape[0] + 1])
-                kept_lse[part] = torch.logsumexp(z.masked_fill(~mask, float("-inf")), dim=-1)
-            log_probs[part] = z.gather(1, targets[part].unsqueeze(1)).squeeze(1) - kept_lse[part]
-            log_p = z - lse[part].unsqueeze(1)
-            entropy[part] = -(log_p.exp() * log_p).sum(-1)
+                z = z.masked_fill_(~_kept_mask(z, kept_ids, kept_offsets[start:start + z.shape[0] + 1]), float("-inf"))
+                log_p = torch.log_softmax(z, dim=-1)
+                kept_lse[part] = torch.logsumexp(z, dim=-1)
+            log_probs[part] = log_p.gather(1, targets[part].unsqueeze(1)).squeeze(1)
         ctx.save_for_backward(hidden, weight, targets, lse, kept_lse, entropy, kept_ids, kept_offsets)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an output nobody differentiates costs nothing

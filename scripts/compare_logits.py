@@ -64,7 +64,7 @@ def check_positions(golden: dict[str, torch.Tensor], ids: torch.Tensor, name: st
 
 
 def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
-    """Logits row by row, and what the routers said on the way."""
+    """Logits of all rows in one packed batch, and what the routers said on the way."""
     if "logits" not in golden and "router_logits.0" not in golden:
         return {}
     ids = golden["input_ids"]
@@ -76,7 +76,8 @@ def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         )
         for layer, block in enumerate(model.model.layers)
     ]
-    logits = torch.stack([packed_logits(model, [row])[0] for row in ids])  # [B, L, V]
+    # one batch, as the golden's: products of other sizes round otherwise
+    logits = torch.stack(packed_logits(model, list(ids)))  # [B, L, V]
     for hook in hooks:
         hook.remove()
     result = {"logits_max_abs": max_abs(logits, golden["logits"])} if "logits" in golden else {}
@@ -88,7 +89,7 @@ def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         flipped = torch.zeros(ids.shape, dtype=torch.bool)
         worst = 0.0
         for layer, expected in routers.items():
-            ours = torch.stack(seen[layer])  # [B, L, E]
+            ours = torch.cat(seen[layer]).view(*ids.shape, -1)  # [B, L, E]
             worst = max(worst, max_abs(ours, expected))
             flipped |= (ours.topk(top).indices.sort().values != expected.topk(top).indices.sort().values).any(-1)
         result |= {"router_max_abs": worst, "route_flips": int(flipped.sum())}
@@ -112,15 +113,20 @@ def compare_packed(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
 
 
 def log_probs(model: GptOss, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [L - 1] of ids[1:], and the entropy [L] of the distribution after each of the ids [L]; nats."""
-    tokens = torch.cat([ids, ids[:1]]).to(
-        model.device
-    )  # one more token, whatever it is, asks for the last distribution
-    mask = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
-    mask[0] = False
-    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=model.device)
-    chosen, entropy = model.log_probs(tokens, cu_seqlens, temperature=temperature, mask=mask)
-    return chosen[1:-1], entropy[1:]
+    """Log-probs [B, L - 1] of ids[:, 1:], and the entropy [B, L] of the distribution after each of the ids [B, L]; nats."""
+    def run(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, L'] tokens -> log-prob and entropy [B, L' - 1] of all but the first of each row, run as one packed batch."""
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+        bounds = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32)
+        chosen, entropy = model.log_probs(tokens.flatten().to(model.device), bounds.to(model.device),
+                                          temperature=temperature, mask=mask.flatten().to(model.device))
+        return chosen.view_as(tokens)[:, 1:], entropy.view_as(tokens)[:, 1:]
+
+    chosen, entropy = run(ids)
+    with torch.no_grad():  # one more token, whatever it is, asks for the last distribution
+        _, longer = run(torch.cat([ids, ids[:, :1]], dim=1))
+    return chosen, torch.cat([entropy, longer[:, -1:]], dim=1)
 
 
 def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
@@ -128,13 +134,13 @@ def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     names = sorted({name.partition("_t")[2] for name in golden if name.startswith(("logprobs_t", "entropy_t"))})
     with torch.no_grad():
         for name in names:
-            ours = [log_probs(model, row, float(name)) for row in golden["input_ids"]]
+            chosen, entropy = log_probs(model, golden["input_ids"], float(name))
             for kind, key, values in (
-                ("logprobs", "logprob", [chosen for chosen, _ in ours]),
-                ("entropy", "entropy", [entropy for _, entropy in ours]),
+                ("logprobs", "logprob", chosen),
+                ("entropy", "entropy", entropy),
             ):
                 if f"{kind}_t{name}" in golden:
-                    result[f"{key}_max_abs_t{name}"] = max_abs(torch.stack(values), golden[f"{kind}_t{name}"])
+                    result[f"{key}_max_abs_t{name}"] = max_abs(values, golden[f"{kind}_t{name}"])
     for key in ("logprob", "entropy"):
         each = [value for name, value in result.items() if name.startswith(f"{key}_max_abs_t")]
         result |= {f"{key}_max_abs": max(each)} if each else {}
@@ -177,11 +183,9 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         return {}
     for parameter in base.values():
         parameter.requires_grad_(True)
-    objective = 0.0
-    for row in golden["input_ids"]:
-        total = log_probs(model, row, 1.0)[0].sum()
-        total.backward()
-        objective += total.item()
+    total = log_probs(model, golden["input_ids"], 1.0)[0].sum()
+    total.backward()
+    objective = total.item()
     ours = {name: parameter.grad for name, parameter in base.items()}
     if has_adapter:
         ours |= peft_tensors(model, config.targets, read=lambda parameter: parameter.grad)
