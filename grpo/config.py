@@ -405,7 +405,7 @@ def bind(node: dict, key: str) -> Callable:
     supplied = {"env": ("tokenizer", "seed"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
-    parameters = inspect.signature(target, eval_str=True).parameters
+    parameters = keyword_parameters(target)
     allowed = [name for name in parameters if name not in supplied]
     for name, value in keywords.items():
         if name in supplied:
@@ -420,6 +420,22 @@ def bind(node: dict, key: str) -> Callable:
     if missing:
         raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `++{missing[0]}=VALUE` or in the YAML")
     return functools.partial(target, **keywords)
+
+
+def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters by name; of a class whose constructor hands `**keywords` on, those of its bases too."""
+    signature = inspect.signature(target, eval_str=True).parameters
+    hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
+    if not hands_on or not inspect.isclass(target):
+        return dict(signature)
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found: dict[str, inspect.Parameter] = {}
+    for base in target.__mro__[:-1]:
+        if "__init__" in vars(base) and hands_on:
+            _, *own = inspect.signature(base.__init__, eval_str=True).parameters.values()
+            found = {parameter.name: parameter for parameter in own if parameter.kind not in variable} | found
+            hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in own)
+    return found
 
 
 def resolve_target(path: Any, key: str) -> Callable:
