@@ -55,11 +55,13 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     """Runs `task(config)` on the config of this process's command line, for each job of a sweep in turn.
 
     task: takes the dataclass of `config_name` and returns an exit code. Returns the first code of a job that is not 0;
-    a job that was preempted ends the sweep."""
+    a job that was preempted ends the sweep, others that fail are listed at its end."""
     argv = normalize_argv(sys.argv[1:], config_name)
     codes: list[int] = []
+    jobs: list[str] = []  # the overrides of each
 
     def job(cfg: DictConfig) -> None:
+        jobs.append(" ".join(HydraConfig.get().overrides.task))
         try:
             config = finish(cfg, config_name, list(HydraConfig.get().overrides.task))
         except ConfigError as error:
@@ -81,6 +83,9 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
         return CONFIG_ERROR
     sys.argv[1:] = argv
     hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    failed = [f"  {overrides}: exit code {code}" for overrides, code in zip(jobs, codes) if code]
+    if failed and len(jobs) > 1:
+        print(f"sweep: {len(failed)} of {len(jobs)} runs failed", *failed, sep="\n", file=sys.stderr)
     return next((code for code in codes if code), 0)
 
 
