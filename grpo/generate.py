@@ -147,7 +147,7 @@ class Conversation:
             note(f"not well-formed harmony: {parsed.error}")
         if self.encode_prompt is None and parsed.final:
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": parsed.final}]
-        elif self.encode_prompt is None:
+        elif self.encode_prompt is None and config.prompt is None:
             note("no final answer: this turn is left out of the conversation")
 
     def render(self, question: str) -> list[int]:
