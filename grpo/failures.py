@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +43,22 @@ class Failure:
     message: str
 
 
-def describe_failure(error: BaseException, *, log: Path | None) -> Failure:
+def describe_failure(error: BaseException, *, log: Path | None, is_started: bool = False) -> Failure:
     """What to print and return for an error. Where the message may not suffice, its traceback is written to `log`, if that
-    is given and its folder exists."""
+    is given and its folder exists. is_started: everything is loaded, so that a ValueError may come from anywhere."""
     reason, code = next(((reason, code) for kind, reason, code in KINDS if isinstance(error, kind)), ("failed", FAILED))
     message = str(error)
     if reason == "out of memory":
         message = (f"out of GPU memory ({message.splitlines()[0]}); lower optim.max_tokens or rollout.max_batch, or set "
                    "model.activation_checkpointing=true")
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and log is not None:
+        hint = "" if "resume=true" in message else ": free some space, then go on with resume=true"
+        message += f"; {shutil.disk_usage(log.parent).free:,} bytes are free in {log.parent}{hint}"
     elif reason == "failed" or not message:
         message = f"{type(error).__name__}: {message}"
-    if log is not None and log.parent.is_dir() and not isinstance(error, SELF_EXPLAINING):
+    is_clear = isinstance(error, SELF_EXPLAINING) or (isinstance(error, ValueError) and not is_started)
+    if log is not None and log.parent.is_dir() and not is_clear:
         with contextlib.suppress(OSError):  # a full disk must not hide the message
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            message += f" [traceback in {log}]"
+            message += f" [details in {log}]"
     return Failure(reason, code, message)
