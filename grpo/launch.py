@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -100,7 +101,7 @@ def compose(config_name: str, overrides: list[str]) -> Any:
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = hydra.compose(config_name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:  # YAMLError names file and line
         raise ConfigError(explain(error)) from error
     return finish(cfg, config_name, overrides)
 

@@ -4,8 +4,8 @@ One process samples groups of completions, scores them and trains on them. `trai
 saves, resumes and ends a run. Everything random is keyed by (seed, step, prompt, sample), so a step can be repeated from the
 weights before it and a checkpoint needs no state of generators.
 
-Exit codes: 0 finished, 1 disk (or an error of this program), 2 configuration or checkpoint, 3 data, 4 environment or reward, 5 out of memory,
-6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
+Exit codes: 0 finished, 1 disk or an error of this program, 2 configuration or checkpoint, 3 data, 4 environment or reward,
+5 out of memory, 6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
 """
 from __future__ import annotations
 
@@ -267,7 +267,8 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         device = torch.cuda.get_device_name(policy.device)
     return "\n".join([
         f"run      {config.name} in {run_dir}, " + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
-        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, torch {torch.__version__}",
+        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, "
+        f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",
         f"env      {config.env['_target_']}",
@@ -276,8 +277,8 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         "trains", describe_trainable(policy)])
 
 
-def check_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Raises ConfigError where another run lives in the folder or a resume does not fit it."""
+def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Makes the run's folder. Raises ConfigError where another run lives in it or a resume does not fit."""
     saved = run_dir / "config.yaml"
     has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
     if has_checkpoints and not config.resume:
@@ -285,6 +286,11 @@ def check_run_dir(config: TrainConfig, run_dir: Path) -> None:
                           "or choose another name=")
     if config.resume and has_checkpoints and saved.exists():
         check_resumable(read_saved_config(saved), config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir = {config.output_dir!r}: cannot make {run_dir} ({error.strerror}); choose a folder that "
+                          "can be written") from error
 
 
 def resume_command(config: TrainConfig) -> str:
@@ -302,9 +308,9 @@ def run_training(config: TrainConfig) -> int:
     run, failure = None, None
     run_dir = Path(config.output_dir).expanduser() / config.name
     try:
-        check_run_dir(config, run_dir)
+        claim_run_dir(config, run_dir)
         with lock_run(run_dir), GracefulStop(resume_command(config)) as should_stop:
-            check_run_dir(config, run_dir)  # another process may have finished it meanwhile
+            claim_run_dir(config, run_dir)  # another process may have finished it meanwhile
             try:
                 run, state = start(config, run_dir, should_stop)
                 prepare_weights(run, state)
@@ -315,7 +321,7 @@ def run_training(config: TrainConfig) -> int:
                 save(run)
                 exported = export_policy(run)
             except BaseException as error:
-                failure = describe_failure(error, log=run_dir / "error.log")
+                failure = describe_failure(error, log=run_dir / "error.log", is_started=run is not None)
                 failure.message += keep_finished_steps(run, error)
             finally:
                 if run is not None:
@@ -323,7 +329,7 @@ def run_training(config: TrainConfig) -> int:
         if failure is None:
             run.metrics.print_final(summary, run.metrics.samples(), next_commands(run, exported))
     except (ConfigError, RunInUseError, OSError) as error:
-        failure = describe_failure(error, log=None)
+        failure = describe_failure(error, log=None, is_started=False)
     finally:
         run = state = None  # a sweep's next job needs the memory
         if torch.cuda.is_available():
