@@ -33,6 +33,7 @@ def run(command):
     code = 1
     try:
         exec(command["before"], {})
+        sys.modules.pop(command["module"], None)
         sys.argv = [command["module"], *command["arguments"]]
         runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
     except SystemExit as stop:
