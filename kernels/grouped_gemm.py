@@ -8,6 +8,7 @@ Shapes: R routed rows, E experts, K in, N out.
 """
 import torch
 
+from kernels.linear import linear
 from kernels.mxfp4 import dequantize
 
 
@@ -18,12 +19,8 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.offsets, ctx.has_bias = offsets, bias is not None
         y = x.new_empty(x.shape[0], weight.shape[2])
         for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
-            if start == end:
-                continue
-            if bias is None:
-                torch.mm(x[start:end], weight[expert], out=y[start:end])
-            else:
-                torch.addmm(bias[expert], x[start:end], weight[expert], out=y[start:end])
+            if start < end:
+                y[start:end] = linear(x[start:end], weight[expert].T, None if bias is None else bias[expert])
         return y
 
     @staticmethod
@@ -56,7 +53,7 @@ class _GroupedLinearMxfp4(torch.autograd.Function):
         for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
             if start < end:
                 weight = dequantize(blocks[expert], scales[expert], x.dtype)  # [N, K]
-                torch.addmm(bias[expert], x[start:end], weight.T, out=y[start:end])
+                y[start:end] = linear(x[start:end], weight, bias[expert])
         return y
 
     @staticmethod

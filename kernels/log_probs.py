@@ -9,6 +9,8 @@ Shapes: N tokens, D model width, V vocabulary.
 """
 import torch
 
+from kernels.linear import linear
+
 # logits held at once, in elements
 _MAX_LOGITS = 1 << 27
 
@@ -16,11 +18,11 @@ _MAX_LOGITS = 1 << 27
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """hidden [N, D], weight [V, D] -> logits [N, V] fp32, with fp32 products and sums."""
     if weight.dtype == torch.float32:
-        return hidden.float() @ weight.T
+        return linear(hidden.float(), weight, None)
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
     rows = 1 << 14  # an fp32 copy of the head is made piece by piece
     for start in range(0, weight.shape[0], rows):
-        torch.mm(hidden.float(), weight[start:start + rows].float().T, out=logits[:, start:start + rows])
+        logits[:, start:start + rows] = linear(hidden.float(), weight[start:start + rows].float(), None)
     return logits
 
 

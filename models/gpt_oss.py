@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.decode_attention import decode_attention
-from kernels.linear import lora_linear
+from kernels.linear import linear, lora_linear
 from kernels.log_probs import head_logits, log_probs
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
@@ -73,7 +73,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if self.lora_A is None or not self.adapter_enabled:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         return lora_linear(x, weight, bias, self.lora_A, self.lora_B, scale=self.lora_scale)
 
 
