@@ -27,7 +27,6 @@ from grpo.policy import build_model, build_tokenizer, load_run_policy, select_de
 from grpo.rewards import Score
 from grpo.rollout import Sampler
 
-INTERRUPTED = 128 + 2  # exit code of a process that SIGINT ends
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 Z95 = 1.959964
 
@@ -118,9 +117,6 @@ def run_evaluation(config: EvaluateConfig) -> int:
         result = {**what, "num_prompts": len(prompts), **metrics}
         if config.output is not None:
             Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         failure = describe_failure(error, log=None, is_started=False)
         if failure.reason == "failed":

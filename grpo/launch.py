@@ -45,6 +45,7 @@ DEFAULT_EXPERIMENT = "quickstart"
 FAILED = 1
 CONFIG_ERROR = 2
 PREEMPTED = 75  # a run that saved itself on a signal
+INTERRUPTED = 128 + 2  # as of a process that SIGINT ends
 TEXT_KEYS = ("prompt", "instructions")  # taken literally: no quotes needed around what Hydra's grammar would refuse
 
 
@@ -83,7 +84,11 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
         print(f"config error: {error}", file=sys.stderr)
         return CONFIG_ERROR
     sys.argv[1:] = argv
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    except KeyboardInterrupt:  # of a training run only before it starts: it catches the signal itself
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     failed = [f"  {overrides}: exit code {code}" for overrides, code in zip(jobs, codes) if code]
     if failed and len(jobs) > 1:
         print(f"sweep: {len(failed)} of {len(jobs)} runs failed", *failed, sep="\n", file=sys.stderr)

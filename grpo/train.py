@@ -95,7 +95,7 @@ def train(run: Run) -> None:
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
             save(run)
         if run.should_stop() and run.step < config.steps:
-            raise Interrupted(f"stopped after step {run.step}")
+            raise Interrupted(f"after step {run.step} of {config.steps}")
 
 
 def update(run: Run, groups: Groups) -> dict[str, float]:
@@ -355,7 +355,7 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
         save(run)
     except (SaveError, OSError) as failure:
         return f"; and {failure}"
-    return f"; {run.step} finished steps are saved"
+    return f"; saved after step {run.step}"
 
 
 def next_commands(run: Run, exported: Path) -> list[str]:
