@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -283,3 +284,55 @@ def test_a_stopped_sweep_goes_on_with_the_printed_command(train, tmp_path):
     result = train(arguments, None).wait()
     assert result.code == 0, result.err
     assert sorted(newest_step(path.parent) for path in tmp_path.glob("*/summary.json")) == [2, 2]
+
+
+BROKEN_LOG_PROBS = """
+import torch, models.gpt_oss as module
+original, calls = module.GptOss.log_probs, [0]
+def log_probs(*arguments, **keywords):
+    calls[0] += 1
+    result, entropy = original(*arguments, **keywords)
+    if calls[0] > {calls}:
+        {fault}
+    return result, entropy
+module.GptOss.log_probs = log_probs
+"""
+
+
+def test_numbers_that_are_not_finite_end_the_run_before_the_weights_move(train, never_killed, tmp_path):
+    expected, _ = never_killed(CARRY)
+    # the warm-up makes 4 calls, each step one
+    broken = BROKEN_LOG_PROBS.format(calls=6, fault='result = result * float("nan")')
+    result = train(CARRY, tmp_path, broken).wait()
+    assert result.code == 6
+    assert "Traceback" not in result.err and result.err.count("error: ") == 1
+    assert "step 2" in result.err and "loss" in result.err
+    saved = tmp_path / "run/checkpoints/step_000002/tensors.safetensors"
+    assert newest_step(tmp_path / "run") == 2 and all(t.isfinite().all() for t in load_file(saved).values())
+    assert json.loads((tmp_path / "run/summary.json").read_text())["exit_reason"] == "diverged"
+    assert train([*CARRY, "resume=true"], tmp_path).wait().code == 0  # healthy again: nothing of the step had happened
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_out_of_memory_names_the_keys_to_change_and_the_run_resumes_with_them(train, tmp_path):
+    broken = BROKEN_LOG_PROBS.format(calls=7, fault='raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")')
+    result = train(CARRY, tmp_path, broken).wait()
+    assert result.code == 5
+    assert "Traceback" not in result.err and "optim.max_tokens" in result.err
+    assert newest_step(tmp_path / "run") == 3
+    smaller = ("optim.max_tokens=40", "rollout.max_batch=3", "model.activation_checkpointing=true")
+    assert train([*CARRY, *smaller, "resume=true"], tmp_path).wait().code == 0
+    assert newest_step(tmp_path / "run") == 8
+
+
+def test_a_kept_warm_up_gives_the_same_run_and_a_damaged_one_is_made_again(train, never_killed, tmp_path):
+    expected, _ = never_killed(CARRY)
+    cached = [*CARRY, f"warmup.cache_dir={tmp_path / 'cache'}"]
+    for output, is_loaded in (("first", False), ("second", True), ("third", False)):
+        result = train(cached, tmp_path / output).wait()
+        assert result.code == 0, result.err
+        assert ("warm-up: loaded" in result.out) == is_loaded
+        assert_same_run(tmp_path / output / "run", expected)
+        file, = (tmp_path / "cache").iterdir()
+        if output == "second":
+            file.write_bytes(file.read_bytes()[:-1000])
