@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SERVER = r"""
 import importlib.machinery, json, os, runpy, signal, sys, time
-import torch, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch, models.checkpoint, models.lora
+import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch, models.checkpoint, models.lora
 import grpo.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
 children = set()
 

@@ -76,14 +76,14 @@ PHASES = {
     "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),
     "pruning": ("grpo.checkpoint", "module", "_prune", False, (1, 1)),
 }
-CARRY = ("+experiment=smoke", "name=run", "steps=8", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",
+CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",
          "eval.max_prompts=2", "rollout.max_new_tokens=12")
 UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo")
-LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=4",
+LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
         f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
         "model.lora.train_sinks=true", "model.lora.train_norms=true", f"env.path={FIXTURES / 'arithmetic.jsonl'}",
         "env.match=none", "env.rewards=[{fn: spread.spread}]", "kl.coefficient=0.01", "rollout.prompts_per_step=2",
-        "rollout.group_size=3", "rollout.max_new_tokens=6", "eval.every=2", "eval.max_prompts=2", "checkpoint.every=1",
+        "rollout.group_size=2", "rollout.max_new_tokens=6", "eval.every=2", "eval.max_prompts=2", "checkpoint.every=1",
         "log.completions_every=1", "wandb.mode=disabled")
 
 
@@ -145,7 +145,7 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
 
 
 def test_the_runs_compared_here_do_learn_something(never_killed):
-    for arguments, num_steps in ((CARRY, 8), (UPDATES, 8), (LORA, 4)):
+    for arguments, num_steps in ((CARRY, 6), (UPDATES, 6), (LORA, 3)):
         run_dir, _ = never_killed(arguments)
         steps = [line for line in lines(run_dir / "metrics.jsonl") if "grad_norm" in line and "warmup/step" not in line]
         assert [line["step"] for line in steps] == list(range(1, num_steps + 1))
@@ -171,16 +171,15 @@ def test_a_run_killed_in_five_phases_ends_like_one_never_killed(train, never_kil
     assert_same_run(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("arguments", [CARRY, LORA], ids=["carry", "lora"])
-def test_a_run_killed_at_five_random_times_ends_like_one_never_killed(train, never_killed, tmp_path, arguments):
-    expected, seconds = never_killed(arguments)
-    rng = random.Random(f"time {arguments}")
+def test_a_run_killed_at_five_random_times_ends_like_one_never_killed(train, never_killed, tmp_path):
+    expected, seconds = never_killed(CARRY)
+    rng = random.Random("times")
     for _ in range(5):
-        command = train([*arguments, "resume=true"], tmp_path)
+        command = train([*CARRY, "resume=true"], tmp_path)
         time.sleep(rng.uniform(0.1, 0.9) * seconds)
         command.send(signal.SIGKILL)
         assert command.wait().code in (-signal.SIGKILL, 0)
-    assert train([*arguments, "resume=true"], tmp_path).wait().code == 0
+    assert train([*CARRY, "resume=true"], tmp_path).wait().code == 0
     assert_same_run(tmp_path / "run", expected)
 
 
@@ -322,7 +321,7 @@ def test_out_of_memory_names_the_keys_to_change_and_the_run_resumes_with_them(tr
     assert newest_step(tmp_path / "run") == 3
     smaller = ("optim.max_tokens=40", "rollout.max_batch=3", "model.activation_checkpointing=true")
     assert train([*CARRY, *smaller, "resume=true"], tmp_path).wait().code == 0
-    assert newest_step(tmp_path / "run") == 8
+    assert newest_step(tmp_path / "run") == 6
 
 
 def test_a_kept_warm_up_gives_the_same_run_and_a_damaged_one_is_made_again(train, never_killed, tmp_path):
