@@ -37,6 +37,7 @@ from grpo.config import (
     to_typed,
     unknown_key,
 )
+from grpo.report import SUMMARY_FILE, sweep_summary
 from grpo.validate import validate, validate_inference
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -57,10 +58,12 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     """Runs `task(config)` on the config of this process's command line, for each job of a sweep in turn.
 
     task: takes the dataclass of `config_name` and returns an exit code. Returns the first code of a job that is not 0;
-    a job that was preempted ends the sweep, others that fail are listed at its end."""
+    a job that was preempted ends the sweep, others that fail are listed at its end. A sweep of training runs leaves a
+    table, best run first."""
     argv = normalize_argv(sys.argv[1:], config_name)
     codes: list[int] = []
     jobs: list[str] = []  # the overrides of each
+    runs: list[Path] = []  # folders of training runs
 
     def job(cfg: DictConfig) -> None:
         jobs.append(" ".join(HydraConfig.get().overrides.task))
@@ -70,6 +73,8 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
             print(f"config error: {error}", file=sys.stderr)
             codes.append(CONFIG_ERROR)
             return
+        if config_name == "train":
+            runs.append(Path(config.output_dir).expanduser() / config.name)
         try:
             codes.append(task(config))
         except Exception:  # the whole traceback, which Hydra would cut, and the sweep's other jobs still run
@@ -92,6 +97,9 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     failed = [f"  {overrides}: exit code {code}" for overrides, code in zip(jobs, codes) if code]
     if failed and len(jobs) > 1:
         print(f"sweep: {len(failed)} of {len(jobs)} runs failed", *failed, sep="\n", file=sys.stderr)
+    finished = [run for run in runs if (run / SUMMARY_FILE).is_file()]
+    if len(jobs) > 1 and finished:
+        print(f"sweep: {sweep_summary(finished[0].parent, finished)}")
     return next((code for code in codes if code), 0)
 
 

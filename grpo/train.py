@@ -107,17 +107,19 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
-    stats, grad_norms = [], []
+    stats, sampling_stats, grad_norms = [], [], []
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
             for micro in micro_batches(part, optim.max_tokens):
                 log_probs, entropy = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask,
                                                           temperature=rollout.temperature, kept=micro.kept)
-                loss, micro_stats = loss_and_stats(run, log_probs, entropy, micro, num_updates)
+                loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 loss.backward()
                 stats.append(micro_stats)
+                if not grad_norms:  # after an update the policy is no longer the one that sampled
+                    sampling_stats.append(token_stats(log_probs, entropy, micro))
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
                     raise Interrupted(f"step {run.step + 1} abandoned before its update")
@@ -125,18 +127,18 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             grad_norms.append(run.optimizer.step())
             run.is_between_steps = False
             run.optimizer.zero_grad()
-    return {**reduce_stats(stats, num_updates=num_updates), "grad_norm": max(grad_norms), "lr": lr}
+    return {**reduce_stats(sampling_stats, num_updates=1), **reduce_stats(stats, num_updates=num_updates),
+            "grad_norm": max(grad_norms), "lr": lr}
 
 
-def loss_and_stats(run: Run, log_probs: torch.Tensor, entropy: torch.Tensor, micro: RolloutBatch,
-                   num_updates: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_updates: int,
+                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
     if run.config.optim.old_log_probs == OldLogProbs.sampler:
         old_log_probs = micro.sampler_log_probs
     else:  # with one update the policy still is what it was at the start: the ratio is exactly 1
         old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
     loss, stats = run.loss_fn(log_probs, micro, old_log_probs=old_log_probs)
-    stats |= token_stats(log_probs, entropy, micro)
     kl = run.config.kl
     if kl.coefficient > 0:
         with torch.no_grad(), run.policy.adapter_disabled():
@@ -151,14 +153,17 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, entropy: torch.Tensor, mic
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
     """Log-probs [T] of the policy as it is now, for the ratios of several updates."""
-    old_log_probs = torch.zeros_like(batch.sampler_log_probs)
-    bounds = batch.cu_seqlens.tolist()
-    for row in range(batch.num_rows):
-        micro = batch.select([row])
-        old_log_probs[bounds[row]:bounds[row + 1]], _ = run.policy.log_probs(
-            micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
-            temperature=run.config.rollout.temperature)
-    return old_log_probs
+    bounds, max_tokens, parts = batch.cu_seqlens.tolist(), run.config.optim.max_tokens, []
+    first = 0
+    while first < batch.num_rows:  # neighbouring sequences, as many as a micro-batch holds
+        end = first + 1
+        while end < batch.num_rows and bounds[end + 1] - bounds[first] <= max_tokens:
+            end += 1
+        micro = batch.select(list(range(first, end)))
+        parts.append(run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
+                                          temperature=run.config.rollout.temperature)[0])
+        first = end
+    return torch.cat(parts)
 
 
 def evaluate_if_due(run: Run) -> None:
@@ -360,8 +365,9 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
 
 def next_commands(run: Run, exported: Path) -> list[str]:
     """What to type after a finished run."""
+    others = [word for word in sys.argv[1:] if word.lstrip("+").partition("=")[0] not in ("name", "resume", "seed")]
     return [f"python -m grpo.generate run={run.run_dir}", f"python -m grpo.evaluate run={run.run_dir} num_samples=8",
-            f"python -m grpo.train +experiment=quickstart seed={run.config.seed + 1}",
+            "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*others, f"seed={run.config.seed + 1}"]),
             f"ls {exported}    # the trained weights, for transformers, PEFT and vLLM"]
 
 
