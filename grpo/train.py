@@ -78,8 +78,10 @@ def train(run: Run) -> None:
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
+        metrics.set_status("sampling")
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop)
         updated = time.perf_counter()
+        metrics.set_status("updating")
         stats = update(run, groups)
         run.step += 1
         run.is_between_steps = True
@@ -174,6 +176,7 @@ def evaluate_if_due(run: Run) -> None:
     if not is_due or run.metrics.has_eval(run.step):
         return
     started = time.perf_counter()
+    run.metrics.set_status("evaluating")
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts)
     result, scored = evaluate(
         run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
