@@ -13,10 +13,10 @@ INSTALLED := $(VENV)/.installed
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo '  ARGS="KEY=VALUE ..." is passed on to train, sweep, eval, generate and bench; to pytest in test and test-gpu'
+	@echo '  ARGS="KEY=VALUE ..." is passed on to quickstart, train, sweep, eval, generate and bench; to pytest in test and test-gpu'
 
-quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes
-	$(BIN)/python -m grpo.train $(ARGS)
+quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
+	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
 test: $(INSTALLED) ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

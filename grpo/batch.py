@@ -112,6 +112,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
     for completion in completions:
         for segment in completion.segments:
             length = len(segment.token_ids)
+            _check_segment(segment, length)
             is_policy = segment.source == "policy"
             tokens += segment.token_ids
             mask += [is_policy] * length
@@ -121,7 +122,6 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
                 kept_ids += [token for ids in segment.kept_ids for token in ids]
             else:
                 kept_counts += [0] * length
-    assert len(tokens) == len(mask) == len(log_probs) == len(kept_counts), (len(tokens), len(mask), len(log_probs))
     lengths = torch.tensor([completion.num_tokens for completion in completions])
     policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(kept_counts).cumsum(0)])
@@ -133,6 +133,19 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         sequence_lengths=policy_lengths, num_completion_tokens=int(policy_lengths.sum()),
         num_sequences=len(completions),
         kept=KeptSets(torch.tensor(kept_ids, dtype=torch.int32), offsets) if kept_ids else None)
+
+
+def _check_segment(segment: Segment, length: int) -> None:
+    if segment.source not in ("prompt", "policy", "env"):
+        raise ValueError(f"a segment's source is {segment.source!r}; allowed: prompt, policy, env")
+    if segment.source != "policy":
+        return
+    for name, values in (("log_probs", segment.log_probs), ("kept_ids", segment.kept_ids)):
+        if values is None and name == "kept_ids":
+            continue  # nothing was filtered
+        if values is None or len(values) != length:
+            raise ValueError(f"a policy segment of {length} tokens has {0 if values is None else len(values)} {name}; each "
+                             "sampled token needs its own")
 
 
 def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[RolloutBatch]:

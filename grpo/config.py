@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import re
 import types
 import typing
@@ -22,7 +23,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
-RESUMABLE_KEYS = ("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb", "rollout.max_batch")
+RESUMABLE_KEYS = (
+    *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
+    *("rollout.max_batch", "optim.max_tokens", "model.activation_checkpointing"),  # memory: rounding apart
+)
 
 
 class ConfigError(ValueError):
@@ -401,7 +405,7 @@ def bind(node: dict, key: str) -> Callable:
     supplied = {"env": ("tokenizer", "seed"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
-    parameters = inspect.signature(target, eval_str=True).parameters
+    parameters = keyword_parameters(target)
     allowed = [name for name in parameters if name not in supplied]
     for name, value in keywords.items():
         if name in supplied:
@@ -416,6 +420,22 @@ def bind(node: dict, key: str) -> Callable:
     if missing:
         raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `++{missing[0]}=VALUE` or in the YAML")
     return functools.partial(target, **keywords)
+
+
+def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters by name; of a class whose constructor hands `**keywords` on, those of its bases too."""
+    signature = inspect.signature(target, eval_str=True).parameters
+    hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
+    if not hands_on or not inspect.isclass(target):
+        return dict(signature)
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    found: dict[str, inspect.Parameter] = {}
+    for base in target.__mro__[:-1]:
+        if "__init__" in vars(base) and hands_on:
+            _, *own = inspect.signature(base.__init__, eval_str=True).parameters.values()
+            found = {parameter.name: parameter for parameter in own if parameter.kind not in variable} | found
+            hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in own)
+    return found
 
 
 def resolve_target(path: Any, key: str) -> Callable:
@@ -469,7 +489,9 @@ def plain(node: Any) -> Any:
 
 def save_config(config: Any, path: Path) -> None:
     """Writes YAML that `read_saved_config` reads back to an equal config."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))), encoding="utf-8")
+    temporary = path.with_name(path.name + ".tmp")  # a kill in the middle must leave the old file whole
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_saved_config(path: Path) -> TrainConfig:

@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 
 from grpo.batch import Completion, Prompt
-from grpo.checkpoint import LoadError
-from grpo.config import ConfigError, EvaluateConfig, bind
-from grpo.groups import EnvironmentFault, calling, length_metrics, reward_metrics, score
-from grpo.launch import CONFIG_ERROR, launch
+from grpo.config import EvaluateConfig
+from grpo.failures import describe_failure
+from grpo.groups import held_out_prompts, length_metrics, make_environment, reward_metrics, score
+from grpo.launch import launch
 from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
 from grpo.rewards import Score
 from grpo.rollout import Sampler
-from models.checkpoint import CheckpointError
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 Z95 = 1.959964
@@ -37,8 +36,6 @@ def evaluate(env, sampler: Sampler, prompts: list[Prompt], *, num_samples: int, 
              should_stop: Callable[[], bool] | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
     scored, greedy completions first. `num_samples` 0 leaves sampling out."""
-    if not prompts:
-        raise EnvironmentFault(f"environment {type(env).__name__} has no held-out prompts to evaluate on")
     metrics: dict[str, float] = {}
     scored: list[tuple[Completion, Score]] = []
     if greedy:
@@ -110,21 +107,23 @@ def run_evaluation(config: EvaluateConfig) -> int:
         else:
             tokenizer, node, what = build_tokenizer(config.model, config.env), config.env, {"model": config.model.path}
             policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
-        env = bind(node, "env")(tokenizer=tokenizer, seed=config.seed)
+        env = make_environment(node, tokenizer, seed=config.seed)
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
-        with calling(env, "eval_prompts"):
-            prompts = env.eval_prompts()[:config.max_prompts]
+        prompts = held_out_prompts(env, max_prompts=config.max_prompts)
         max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
         metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
                               greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,
                               min_p=config.min_p)
-    except (ConfigError, CheckpointError, LoadError, EnvironmentFault, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
-    result = {**what, "num_prompts": len(prompts), **metrics}
+        result = {**what, "num_prompts": len(prompts), **metrics}
+        if config.output is not None:
+            Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except Exception as error:
+        failure = describe_failure(error, log=None, is_started=False)
+        if failure.reason == "failed":
+            raise
+        print(f"error: {failure.message}", file=sys.stderr)
+        return failure.code
     print(json.dumps(result, indent=2))
-    if config.output is not None:
-        Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from grpo.batch import Prompt
-from grpo.checkpoint import LoadError
-from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, bind, resolve_target
+from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, resolve_target
 from grpo.console import clean
-from grpo.launch import CONFIG_ERROR, FAILED, launch
+from grpo.failures import describe_failure
+from grpo.groups import make_environment
+from grpo.launch import FAILED, launch
 from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
 from grpo.rollout import Sampler
-from models.checkpoint import CheckpointError
 from models.harmony import parse_completion, render_chat
 from models.tokenizer import REPLACEMENT, Tokenizer
 
@@ -147,7 +147,7 @@ class Conversation:
             note(f"not well-formed harmony: {parsed.error}")
         if self.encode_prompt is None and parsed.final:
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": parsed.final}]
-        elif self.encode_prompt is None:
+        elif self.encode_prompt is None and config.prompt is None:
             note("no final answer: this turn is left out of the conversation")
 
     def render(self, question: str) -> list[int]:
@@ -176,7 +176,7 @@ def load_conversation(config: GenerateConfig) -> Conversation:
         policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
         env = trained.env
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
-            encode_prompt = bind(env, "env")(tokenizer=tokenizer, seed=trained.seed).encode_prompt
+            encode_prompt = make_environment(env, tokenizer, seed=trained.seed).encode_prompt
         note(f"{config.run}, step {state.step} of {trained.steps}")
     else:
         tokenizer = build_tokenizer(config.model, None)
@@ -237,18 +237,18 @@ def run_generation(config: GenerateConfig) -> int:
             chat(conversation)
         else:
             conversation.ask(config.prompt)
-    except (ConfigError, CheckpointError, LoadError, ValueError) as error:
-        print(f"error: {clean(str(error), sys.stderr.encoding)}", file=sys.stderr)
-        return CONFIG_ERROR
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # as in `... | head`: nobody reads on, and Python's flush at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Exception as error:
+        failure = describe_failure(error, log=None)
+        if failure.reason == "failed":
+            raise
+        print(f"error: {clean(failure.message, sys.stderr.encoding)}", file=sys.stderr)
+        return failure.code
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -36,6 +37,7 @@ from grpo.config import (
     to_typed,
     unknown_key,
 )
+from grpo.report import SUMMARY_FILE, sweep_summary
 from grpo.validate import validate, validate_inference
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -44,6 +46,7 @@ DEFAULT_EXPERIMENT = "quickstart"
 FAILED = 1
 CONFIG_ERROR = 2
 PREEMPTED = 75  # a run that saved itself on a signal
+INTERRUPTED = 128 + 2  # as of a process that SIGINT ends
 TEXT_KEYS = ("prompt", "instructions")  # taken literally: no quotes needed around what Hydra's grammar would refuse
 
 
@@ -55,17 +58,23 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     """Runs `task(config)` on the config of this process's command line, for each job of a sweep in turn.
 
     task: takes the dataclass of `config_name` and returns an exit code. Returns the first code of a job that is not 0;
-    a job that was preempted ends the sweep."""
+    a job that was preempted ends the sweep, others that fail are listed at its end. A sweep of training runs leaves a
+    table, best run first."""
     argv = normalize_argv(sys.argv[1:], config_name)
     codes: list[int] = []
+    jobs: list[str] = []  # the overrides of each
+    runs: list[Path] = []  # folders of training runs
 
     def job(cfg: DictConfig) -> None:
+        jobs.append(" ".join(HydraConfig.get().overrides.task))
         try:
             config = finish(cfg, config_name, list(HydraConfig.get().overrides.task))
         except ConfigError as error:
             print(f"config error: {error}", file=sys.stderr)
             codes.append(CONFIG_ERROR)
             return
+        if config_name == "train":
+            runs.append(Path(config.output_dir).expanduser() / config.name)
         try:
             codes.append(task(config))
         except Exception:  # the whole traceback, which Hydra would cut, and the sweep's other jobs still run
@@ -80,7 +89,17 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
         print(f"config error: {error}", file=sys.stderr)
         return CONFIG_ERROR
     sys.argv[1:] = argv
-    hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    except KeyboardInterrupt:  # of a training run only before it starts: it catches the signal itself
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    failed = [f"  {overrides}: exit code {code}" for overrides, code in zip(jobs, codes) if code]
+    if failed and len(jobs) > 1:
+        print(f"sweep: {len(failed)} of {len(jobs)} runs failed", *failed, sep="\n", file=sys.stderr)
+    finished = [run for run in runs if (run / SUMMARY_FILE).is_file()]
+    if len(jobs) > 1 and finished:
+        print(f"sweep: {sweep_summary(finished[0].parent, finished)}")
     return next((code for code in codes if code), 0)
 
 
@@ -95,7 +114,7 @@ def compose(config_name: str, overrides: list[str]) -> Any:
     try:
         with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             cfg = hydra.compose(config_name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:  # YAMLError names file and line
         raise ConfigError(explain(error)) from error
     return finish(cfg, config_name, overrides)
 

@@ -149,6 +149,7 @@ def token_stats(log_probs: torch.Tensor, entropy: torch.Tensor, batch: RolloutBa
     with torch.no_grad():
         difference = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
         return {
+            "num_tokens": mask.sum(),
             "entropy": torch.where(mask, entropy, 0.0).sum(),
             "sampling/log_prob_diff/mean": difference.abs().sum(),
             "sampling/log_prob_diff/max": difference.abs().max(),

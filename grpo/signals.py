@@ -41,6 +41,8 @@ class GracefulStop:
         name = signal.Signals(number).name
         if self.signal_name is not None:
             _say(f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}")
+            if os.isatty(1):
+                _write(1, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
         _say(f"{name}: stopping at the next safe moment and saving (once more: leave at once). Resume with: "
@@ -48,7 +50,11 @@ class GracefulStop:
 
 
 def _say(text: str) -> None:
+    _write(2, f"\n{text}\n")
+
+
+def _write(descriptor: int, text: str) -> None:
     # os.write: print may be in the middle of a line, and its buffer's lock is not re-entrant; a terminal or a pipe that
     # the same signal closed must not end the run
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(descriptor, text.encode())

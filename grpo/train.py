@@ -4,24 +4,26 @@ One process samples groups of completions, scores them and trains on them. `trai
 saves, resumes and ends a run. Everything random is keyed by (seed, step, prompt, sample), so a step can be repeated from the
 weights before it and a checkpoint needs no state of generators.
 
-Exit codes: 0 finished, 1 cannot save, 2 configuration or checkpoint, 3 data, 4 environment or reward, 5 out of memory,
-6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
+Exit codes: 0 finished, 1 disk or an error of this program, 2 configuration or checkpoint, 3 data, 4 environment or reward,
+5 out of memory, 6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
 """
 from __future__ import annotations
 
 import resource
 import shlex
+import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from grpo.batch import RolloutBatch, micro_batches, minibatches, pack
-from grpo.checkpoint import LoadError, RunInUseError, SaveError, load_run, lock_run, save_run
+from grpo.checkpoint import RunInUseError, RunState, SaveError, load_run, lock_run, save_run
 from grpo.config import (
     ConfigError,
     OldLogProbs,
@@ -32,25 +34,23 @@ from grpo.config import (
     save_config,
     to_dict,
 )
-from grpo.envs.data_files import DataError
 from grpo.evaluate import evaluate
-from grpo.groups import EnvironmentFault, Groups, calling, collect, completion_record
-from grpo.launch import CONFIG_ERROR, PREEMPTED, launch
+from grpo.failures import describe_failure
+from grpo.groups import Groups, collect, completion_record, held_out_prompts, make_environment
+from grpo.launch import PREEMPTED, launch
 from grpo.losses import kl_penalty, reduce_stats, token_stats
 from grpo.metrics import Metrics
-from grpo.optim import NonFiniteError, Optimizer, check_finite
+from grpo.optim import Optimizer, check_finite
 from grpo.policy import build_model, build_tokenizer, load_parameters, parameter_tensors, select_device, select_dtype
-from grpo.rewards import RewardError
 from grpo.rollout import Interrupted, Sampler
 from grpo.signals import GracefulStop
-from grpo.warmup import warm_up
-from models.checkpoint import CheckpointError, save_model
+from grpo.warmup import check_demonstrations, warm_up
+from models.checkpoint import save_model
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
 from models.peft_format import save_adapter
 from models.tokenizer import Tokenizer
 
-SAVE_ERROR, DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 1, 3, 4, 5, 6
 OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
 
 
@@ -65,9 +65,9 @@ class Run:
     env: object
     loss_fn: Callable
     sampler: Sampler
-    optimizer: Optimizer
     metrics: Metrics
     should_stop: Callable[[], bool]
+    optimizer: Optimizer | None = None  # once the weights are there
     step: int = 0  # steps finished
     saved_step: int = -1  # steps finished at the newest checkpoint
     is_between_steps: bool = True  # false while weights hold part of a step's updates
@@ -78,8 +78,10 @@ def train(run: Run) -> None:
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
+        metrics.set_status("sampling")
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop)
         updated = time.perf_counter()
+        metrics.set_status("updating")
         stats = update(run, groups)
         run.step += 1
         run.is_between_steps = True
@@ -95,7 +97,7 @@ def train(run: Run) -> None:
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
             save(run)
         if run.should_stop() and run.step < config.steps:
-            raise Interrupted(f"stopped after step {run.step}")
+            raise Interrupted(f"after step {run.step} of {config.steps}")
 
 
 def update(run: Run, groups: Groups) -> dict[str, float]:
@@ -107,17 +109,19 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
-    stats, grad_norms = [], []
+    stats, sampling_stats, grad_norms = [], [], []
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
             for micro in micro_batches(part, optim.max_tokens):
                 log_probs, entropy = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask,
                                                           temperature=rollout.temperature, kept=micro.kept)
-                loss, micro_stats = loss_and_stats(run, log_probs, entropy, micro, num_updates)
+                loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 loss.backward()
                 stats.append(micro_stats)
+                if not grad_norms:  # after an update the policy is no longer the one that sampled
+                    sampling_stats.append(token_stats(log_probs, entropy, micro))
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
                     raise Interrupted(f"step {run.step + 1} abandoned before its update")
@@ -125,18 +129,18 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             grad_norms.append(run.optimizer.step())
             run.is_between_steps = False
             run.optimizer.zero_grad()
-    return {**reduce_stats(stats, num_updates=num_updates), "grad_norm": max(grad_norms), "lr": lr}
+    return {**reduce_stats(sampling_stats, num_updates=1), **reduce_stats(stats, num_updates=num_updates),
+            "grad_norm": max(grad_norms), "lr": lr}
 
 
-def loss_and_stats(run: Run, log_probs: torch.Tensor, entropy: torch.Tensor, micro: RolloutBatch,
-                   num_updates: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_updates: int,
+                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
     if run.config.optim.old_log_probs == OldLogProbs.sampler:
         old_log_probs = micro.sampler_log_probs
     else:  # with one update the policy still is what it was at the start: the ratio is exactly 1
         old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
     loss, stats = run.loss_fn(log_probs, micro, old_log_probs=old_log_probs)
-    stats |= token_stats(log_probs, entropy, micro)
     kl = run.config.kl
     if kl.coefficient > 0:
         with torch.no_grad(), run.policy.adapter_disabled():
@@ -151,14 +155,17 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, entropy: torch.Tensor, mic
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
     """Log-probs [T] of the policy as it is now, for the ratios of several updates."""
-    old_log_probs = torch.zeros_like(batch.sampler_log_probs)
-    bounds = batch.cu_seqlens.tolist()
-    for row in range(batch.num_rows):
-        micro = batch.select([row])
-        old_log_probs[bounds[row]:bounds[row + 1]], _ = run.policy.log_probs(
-            micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
-            temperature=run.config.rollout.temperature)
-    return old_log_probs
+    bounds, max_tokens, parts = batch.cu_seqlens.tolist(), run.config.optim.max_tokens, []
+    first = 0
+    while first < batch.num_rows:  # neighbouring sequences, as many as a micro-batch holds
+        end = first + 1
+        while end < batch.num_rows and bounds[end + 1] - bounds[first] <= max_tokens:
+            end += 1
+        micro = batch.select(list(range(first, end)))
+        parts.append(run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
+                                          temperature=run.config.rollout.temperature)[0])
+        first = end
+    return torch.cat(parts)
 
 
 def evaluate_if_due(run: Run) -> None:
@@ -169,8 +176,8 @@ def evaluate_if_due(run: Run) -> None:
     if not is_due or run.metrics.has_eval(run.step):
         return
     started = time.perf_counter()
-    with calling(run.env, "eval_prompts"):
-        prompts = run.env.eval_prompts()[:settings.max_prompts]
+    run.metrics.set_status("evaluating")
+    prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts)
     result, scored = evaluate(
         run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
         greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=config.rollout.top_k,
@@ -197,8 +204,7 @@ def export_policy(run: Run) -> Path:
     """What others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model."""
     is_lora = run.config.model.lora is not None
     folder = run.run_dir / ("adapter" if is_lora else "model")
-    if folder.exists():
-        return folder  # of a run resumed after its end
+    shutil.rmtree(folder, ignore_errors=True)  # of fewer steps, where a finished run went on
     if is_lora:
         save_adapter(run.policy, folder, base_model=run.config.model.path)
     else:
@@ -213,15 +219,17 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -> Run:
-    """Builds the run, or restores it from its newest checkpoint. Cheap checks come before the model is loaded."""
+def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -> tuple[Run, RunState | None]:
+    """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded."""
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    loss_fn, make_env = bind(config.loss, "loss"), bind(config.env, "env")
+    loss_fn = bind(config.loss, "loss")
     tokenizer = build_tokenizer(config.model, config.env)
-    env = make_env(tokenizer=tokenizer, seed=config.seed)
+    env = make_environment(config.env, tokenizer, seed=config.seed)
+    if config.warmup is not None:
+        check_demonstrations(env)
     state = load_run(run_dir) if config.resume else None
     save_config(config, run_dir / "config.yaml")
     tokenizer.save(run_dir / "tokenizer")
@@ -229,17 +237,25 @@ def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed)
     metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
                       wandb_id=state.state["wandb_id"] if state else None)
-    metrics.truncate_after(state.step if state else -1)  # -1: lines of a run killed before its first checkpoint
-    metrics.print(describe(config, run_dir, policy, resumed_step=state.step if state else None))
-    if state is None and config.warmup is not None:
-        warm_up(policy, env, config, metrics, should_stop)
-    run = Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, make_optimizer(config, policy), metrics, should_stop)
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop), state
+
+
+def prepare_weights(run: Run, state: RunState | None) -> None:
+    """The weights that training goes on from, those of the checkpoint or of the warm-up, and their optimizer."""
+    config = run.config
+    # -1: lines of a run killed before its first checkpoint
+    run.metrics.truncate_after(state.step if state else -1)
+    run.metrics.print(describe(config, run.run_dir, run.policy, resumed_step=state.step if state else None))
     if state is not None:
-        load_parameters(policy, state.tensors, str(run_dir))
-        run.optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
-                                       if name.startswith(OPTIM)})
+        load_parameters(run.policy, state.tensors, str(run.run_dir))
+    elif config.warmup is not None:
+        warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
+    optimizer = make_optimizer(config, run.policy)  # now: its fp32 masters are copies of the weights
+    if state is not None:
+        optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
+                                   if name.startswith(OPTIM)})
         run.step = run.saved_step = state.step
-    return run
+    run.optimizer = optimizer
 
 
 def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
@@ -259,7 +275,8 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         device = torch.cuda.get_device_name(policy.device)
     return "\n".join([
         f"run      {config.name} in {run_dir}, " + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
-        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, torch {torch.__version__}",
+        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, "
+        f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",
         f"env      {config.env['_target_']}",
@@ -268,9 +285,8 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         "trains", describe_trainable(policy)])
 
 
-def prepare_run_dir(config: TrainConfig) -> Path:
-    """The run's folder; raises ConfigError where another run lives in it or a resume does not fit."""
-    run_dir = Path(config.output_dir).expanduser() / config.name
+def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Makes the run's folder. Raises ConfigError where another run lives in it or a resume does not fit."""
     saved = run_dir / "config.yaml"
     has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
     if has_checkpoints and not config.resume:
@@ -278,90 +294,83 @@ def prepare_run_dir(config: TrainConfig) -> Path:
                           "or choose another name=")
     if config.resume and has_checkpoints and saved.exists():
         check_resumable(read_saved_config(saved), config)
-    return run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir = {config.output_dir!r}: cannot make {run_dir} ({error.strerror}); choose a folder that "
+                          "can be written") from error
 
 
 def resume_command(config: TrainConfig) -> str:
-    """The command line that continues this run."""
-    overrides = [argument for argument in sys.argv[1:] if argument not in ("-m", "--multirun")
-                 and not argument.startswith(("name=", "resume="))]
-    words = [*overrides, f"name={config.name}", "resume=true"]
-    return "python -m grpo.train " + " ".join(shlex.quote(word) for word in words)
+    """The command line that continues this run; of a sweep, all its runs (finished ones have nothing left to do)."""
+    words = [argument for argument in sys.argv[1:] if argument.lstrip("+").partition("=")[0] not in ("name", "resume")]
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        words += [argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("name=")]
+    else:
+        words.append(f"name={config.name}")
+    return "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*words, "resume=true"])
 
 
 def run_training(config: TrainConfig) -> int:
     """One run from start to end. Returns its exit code; every failure ends in one message."""
-    run, exit_reason, code = None, "failed", 1
+    run, failure = None, None
     run_dir = Path(config.output_dir).expanduser() / config.name
     try:
-        run_dir = prepare_run_dir(config)
+        claim_run_dir(config, run_dir)
         with lock_run(run_dir), GracefulStop(resume_command(config)) as should_stop:
+            claim_run_dir(config, run_dir)  # another process may have finished it meanwhile
             try:
-                run = start(config, run_dir, should_stop)
+                run, state = start(config, run_dir, should_stop)
+                prepare_weights(run, state)
                 evaluate_if_due(run)
                 if config.checkpoint.every:
                     save(run)
                 train(run)
                 save(run)
                 exported = export_policy(run)
-                exit_reason, code = "finished", 0
             except BaseException as error:
-                exit_reason, code = report_failure(error, config, run_dir)
-                if run is not None and run.is_between_steps and code not in (SAVE_ERROR, DIVERGED) and run.step > 0:
-                    save_after_failure(run)
+                failure = describe_failure(error, log=run_dir / "error.log", is_started=run is not None)
+                failure.message += keep_finished_steps(run, error)
             finally:
                 if run is not None:
-                    summary = run.metrics.finish(exit_reason)
-        if code == 0:
+                    summary = run.metrics.finish("finished" if failure is None else failure.reason)
+        if failure is None:
             run.metrics.print_final(summary, run.metrics.samples(), next_commands(run, exported))
     except (ConfigError, RunInUseError, OSError) as error:
-        _, code = report_failure(error, config, run_dir)
+        failure = describe_failure(error, log=None, is_started=False)
     finally:
-        run = None  # a sweep's next job needs the memory
+        run = state = None  # a sweep's next job needs the memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return code
+    if failure is None:
+        return 0
+    label = "error"
+    if failure.code == PREEMPTED:
+        label, failure.message = "stopped", f"{failure.message}; resume with: {resume_command(config)}"
+    print(f"{label}: {failure.message}", file=sys.stderr)
+    return failure.code
 
 
-def save_after_failure(run: Run) -> None:
-    """Keeps the steps that had finished when something else went wrong."""
+def keep_finished_steps(run: Run | None, error: BaseException) -> str:
+    """Saves the steps that had finished when something else went wrong. Returns what to tell about it."""
+    if run is None or run.optimizer is None or not run.is_between_steps or isinstance(error, (SaveError, OSError)):
+        return ""
+    if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
+        return ""  # nothing was learnt yet
+    if not all(parameter.isfinite().all() for parameter in run.policy.trainable_parameters().values()):
+        return ""
     try:
         save(run)
-    except SaveError as error:
-        print(f"error: {error}", file=sys.stderr)
-
-
-def report_failure(error: BaseException, config: TrainConfig, run_dir: Path) -> tuple[str, int]:
-    """Prints one message for what ended a run. Returns the exit reason and code; unexpected errors leave a traceback in
-    RUN_DIR/error.log."""
-    kinds: list[tuple[type | tuple, str, int]] = [
-        (Interrupted, "interrupted", PREEMPTED), (NonFiniteError, "diverged", DIVERGED), (SaveError, "cannot save", SAVE_ERROR),
-        (FloatingPointError, "diverged", DIVERGED), (torch.OutOfMemoryError, "out of memory", OUT_OF_MEMORY),
-        (DataError, "bad data", DATA_ERROR), ((RewardError, EnvironmentFault), "environment failed", ENV_ERROR),
-        ((ConfigError, CheckpointError, LoadError, RunInUseError), "configuration", CONFIG_ERROR)]
-    reason, code = next(((reason, code) for kind, reason, code in kinds if isinstance(error, kind)), ("failed", 1))
-    if reason == "failed" and isinstance(error, ValueError):
-        reason, code = "configuration", CONFIG_ERROR
-    elif reason == "failed" and isinstance(error, OSError):
-        reason, code = "cannot save", SAVE_ERROR
-    message = str(error)
-    if code == OUT_OF_MEMORY:
-        message = (f"out of GPU memory ({message.splitlines()[0]}); lower optim.max_tokens or rollout.max_batch, or set "
-                   "model.activation_checkpointing=true")
-    if code == PREEMPTED:
-        message += f"; resume with: {resume_command(config)}"
-    if reason in ("failed", "environment failed") and run_dir.is_dir():
-        (run_dir / "error.log").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        message += f" [traceback in {run_dir / 'error.log'}]"
-    print(f"{'stopped' if code == PREEMPTED else 'error'}: {message if reason != 'failed' else f'{type(error).__name__}: {message}'}",
-          file=sys.stderr)
-    return reason, code
+    except (SaveError, OSError) as failure:
+        return f"; and {failure}"
+    return f"; saved after step {run.step}"
 
 
 def next_commands(run: Run, exported: Path) -> list[str]:
     """What to type after a finished run."""
+    others = [word for word in sys.argv[1:] if word.lstrip("+").partition("=")[0] not in ("name", "resume", "seed")]
     return [f"python -m grpo.generate run={run.run_dir}", f"python -m grpo.evaluate run={run.run_dir} num_samples=8",
-            f"python -m grpo.train +experiment=quickstart seed={run.config.seed + 1}",
+            "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*others, f"seed={run.config.seed + 1}"]),
             f"ls {exported}    # the trained weights, for transformers, PEFT and vLLM"]
 
 

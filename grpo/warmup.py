@@ -27,11 +27,15 @@ from grpo.rollout import Interrupted
 from models.gpt_oss import GptOss
 
 
+def check_demonstrations(env) -> None:
+    """Raises ConfigError for an environment that has none."""
+    if not hasattr(env, "demonstrations"):
+        raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
+
+
 def warm_up(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> None:
     """Trains the policy in place, or loads what an equal warm-up left. Raises rollout.Interrupted when should_stop says so."""
     settings = config.warmup
-    if not hasattr(env, "demonstrations"):
-        raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
     cached = None
     if settings.cache_dir is not None:
         cached = Path(settings.cache_dir) / f"warmup_{_digest(policy, env, config)}.safetensors"
@@ -42,7 +46,10 @@ def warm_up(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_s
             return
     history = _train(policy, env, config, metrics, should_stop)
     if cached is not None:
-        _save(policy, cached, history)
+        try:
+            _save(policy, cached, history)
+        except (OSError, SafetensorError) as error:
+            metrics.print(f"warning: the warm-up is not kept in {cached} ({error}); the run goes on")
 
 
 def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> list[dict]:
@@ -56,7 +63,7 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
     history = []
     for step in range(settings.steps):
         if should_stop():
-            raise Interrupted(f"warm-up stopped at step {step} of {settings.steps}")
+            raise Interrupted(f"warm-up stopped at step {step} of {settings.steps}, it starts again")
         started = time.perf_counter()
         with calling(env, "demonstrations"):
             demonstrations = env.demonstrations(step, settings.batch_size)

@@ -111,8 +111,12 @@ def _int_table(rows: list[tuple[int, ...]], width: int, device: torch.device) ->
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, visible: torch.Tensor,
             scale: float) -> torch.Tensor:
-    """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D], fp32 inside."""
+    """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D].
+
+    Scores are fp32; softmax and weighted sum have twice the digits of q's dtype. With fp32 in both, the number of keys
+    in a tensor would show in the sums, and log-probs of sampler and trainer would drift apart."""
     num_seqs, q_len, num_heads, width = q.shape
+    precision = torch.float64 if q.dtype == torch.float32 else torch.float32
     num_kv = k.shape[2]
     group = num_heads // num_kv
     q = q.float().transpose(1, 2).reshape(num_seqs, num_kv, group * q_len, width)
@@ -121,8 +125,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
     scores = scores.masked_fill(~visible, float("-inf"))
     sink = sinks.float().view(num_kv, group, 1, 1).expand(num_seqs, -1, -1, q_len, 1)
     # the sink as one more column, so that rounding follows the definition
-    probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
-    out = probabilities.reshape(num_seqs, num_kv, group * q_len, -1) @ v  # [S, K, G * Lq, D]
+    probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1, dtype=precision)[..., :-1]
+    out = probabilities.reshape(num_seqs, num_kv, group * q_len, -1) @ v.to(precision)  # [S, K, G * Lq, D]
     return out.view(num_seqs, num_heads, q_len, width).transpose(1, 2)
 
 

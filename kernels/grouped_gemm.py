@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.dense import linear
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
 from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors
 from kernels.mxfp4 import dequantize
@@ -60,12 +61,8 @@ class _ReferenceLinear(torch.autograd.Function):
         ctx.offsets, ctx.has_bias = offsets, bias is not None
         y = x.new_empty(x.shape[0], weight.shape[2])
         for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
-            if start == end:
-                continue
-            if bias is None:
-                torch.mm(x[start:end], weight[expert], out=y[start:end])
-            else:
-                torch.addmm(bias[expert], x[start:end], weight[expert], out=y[start:end])
+            if start < end:
+                y[start:end] = linear(x[start:end], weight[expert].T, None if bias is None else bias[expert])
         return y
 
     @staticmethod
@@ -98,7 +95,7 @@ class _ReferenceLinearMxfp4(torch.autograd.Function):
         for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
             if start < end:
                 weight = dequantize(blocks[expert], scales[expert], x.dtype)  # [N, K]
-                torch.addmm(bias[expert], x[start:end], weight.T, out=y[start:end])
+                y[start:end] = linear(x[start:end], weight, bias[expert])
         return y
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Dense projection with an unmerged low-rank update: y = x W^T + b + scale * (x A^T) B^T (LoRA, arXiv 2106.09685).
+"""Dense projection, and one with an unmerged low-rank update: y = x W^T + b + scale * (x A^T) B^T (LoRA,
+arXiv 2106.09685).
 
 A and B may be kept in fp32 (master weights); they are cast to x's dtype at use.
 
@@ -9,8 +10,8 @@ rounded to x's dtype, relative to its own size; adding it to a finished y would 
 Shapes: T tokens, K in, N out, r LoRA's rank.
 """
 import torch
-import torch.nn.functional as F
 
+from kernels.dense import linear
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
 from kernels.launch import check_served, is_triton
@@ -19,8 +20,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _lora_linear_reference(x, weight, bias, lora_A, lora_B, scale):
-    low_rank = F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
-    return F.linear(x, weight, bias) + scale * low_rank
+    low_rank = linear(linear(x, lora_A.to(x.dtype), None), lora_B.to(x.dtype), None)
+    return linear(x, weight, bias) + scale * low_rank
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.dense import linear
 from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors
 
 # logits held at once by the reference, in elements
@@ -59,11 +60,11 @@ _FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, 
 
 def head_logits_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.float32:
-        return hidden.float() @ weight.T
+        return linear(hidden.float(), weight, None)
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
     rows = 1 << 14  # an fp32 copy of the head is made piece by piece
     for start in range(0, weight.shape[0], rows):
-        torch.mm(hidden.float(), weight[start:start + rows].float().T, out=logits[:, start:start + rows])
+        logits[:, start:start + rows] = linear(hidden.float(), weight[start:start + rows].float(), None)
     return logits
 
 
@@ -76,46 +77,50 @@ def _kept_mask(z: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tens
     return mask
 
 
+def _kept_log_probs(z: torch.Tensor, log_p: torch.Tensor, kept_ids: torch.Tensor | None, kept_offsets: torch.Tensor | None,
+                    part: slice) -> torch.Tensor:
+    """log p [n, V] of rows `part`, renormalised over what each row keeps; log_p itself where nothing is filtered."""
+    if kept_ids is None:
+        return log_p
+    mask = _kept_mask(z, kept_ids, kept_offsets[part.start:part.start + z.shape[0] + 1])
+    return torch.log_softmax(z.masked_fill(~mask, float("-inf")), dim=-1)
+
+
 class _LogProbsReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, kept_ids, kept_offsets):
         chunk = max(1, _MAX_LOGITS // weight.shape[0])
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy, lse, kept_lse = (torch.empty_like(log_probs) for _ in range(3))
+        entropy = torch.empty_like(log_probs)
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             z = head_logits_reference(hidden[part], weight).div_(temperature)
-            lse[part] = torch.logsumexp(z, dim=-1)
-            kept_lse[part] = lse[part]
-            if kept_ids is not None:
-                mask = _kept_mask(z, kept_ids, kept_offsets[start:start + z.shape[0] + 1])
-                kept_lse[part] = torch.logsumexp(z.masked_fill(~mask, float("-inf")), dim=-1)
-            log_probs[part] = z.gather(1, targets[part].unsqueeze(1)).squeeze(1) - kept_lse[part]
-            log_p = z - lse[part].unsqueeze(1)
+            # rounds as the sampler does: the maximum is taken off before the logarithm
+            log_p = torch.log_softmax(z, dim=-1)
+            kept_log_p = _kept_log_probs(z, log_p, kept_ids, kept_offsets, part)
+            log_probs[part] = kept_log_p.gather(1, targets[part].unsqueeze(1)).squeeze(1)
             entropy[part] = -(log_p.exp() * log_p).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, lse, kept_lse, entropy, kept_ids, kept_offsets)
+        ctx.save_for_backward(hidden, weight, targets, entropy, kept_ids, kept_offsets)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an output nobody differentiates costs nothing
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropy):
-        hidden, weight, targets, lse, kept_lse, entropy, kept_ids, kept_offsets = ctx.saved_tensors
+        hidden, weight, targets, entropy, kept_ids, kept_offsets = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             z = head_logits_reference(hidden[part], weight).div_(ctx.temperature)
+            log_p = torch.log_softmax(z, dim=-1)
             grad_z = torch.zeros_like(z)
             if grad_entropy is not None:
-                log_p = z - lse[part].unsqueeze(1)
                 grad_z -= log_p.exp() * (log_p + entropy[part].unsqueeze(1)) * grad_entropy[part].unsqueeze(1)
             if grad_log_probs is not None:
-                p = torch.exp(z - kept_lse[part].unsqueeze(1))
-                if kept_ids is not None:
-                    p = p * _kept_mask(z, kept_ids, kept_offsets[start:start + z.shape[0] + 1])
-                grad_z -= p * grad_log_probs[part].unsqueeze(1)
+                kept_log_p = _kept_log_probs(z, log_p, kept_ids, kept_offsets, part)
+                grad_z -= kept_log_p.exp() * grad_log_probs[part].unsqueeze(1)
                 grad_z.scatter_add_(1, targets[part].unsqueeze(1), grad_log_probs[part].unsqueeze(1))
             grad_z /= ctx.temperature
             if needs_hidden:

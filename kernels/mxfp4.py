@@ -122,9 +122,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns blocks [..., O, N, 16] uint8 and scales [..., O, N] uint8.
 
     Rounding: the scale of a block is the smallest power of two at which its largest magnitude is at most 6
-    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties to
-    the even code. Values that are already on a block's grid come back exactly, though a block whose largest code was at
-    most 3 is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
+    (2^ceil(log2(amax / 6)), the "round up" rule: nothing saturates), then each element goes to the nearest code, ties
+    to the even code. Values that are already on a block's grid come back exactly, though a block whose largest code
+    was at most 3 is stored with a smaller scale and so with other bytes. An all-zero block has scale byte 0.
     """
     num_inputs = weight.shape[-1]
     if num_inputs % BLOCK_SIZE != 0:

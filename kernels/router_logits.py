@@ -6,17 +6,17 @@ batch. The gradient dx = dlogits W keeps the fp32 bits of dlogits; that of W and
 Shapes: T tokens, E experts, D model width.
 """
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.dense import linear
 from kernels.launch import check_served, gpu_family, is_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def router_logits_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return F.linear(x.float(), weight.float(), bias.float())
+    return linear(x.float(), weight.float(), bias.float())
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """gpt-oss weights between files and the model: Hugging Face and OpenAI `original/` layouts, in and out.
 
-Loading streams one tensor at a time from file to device. Exports keep the schema of the published checkpoints (`rope_theta`
-and `rope_scaling` with its `truncate`, [E, in, out] dense experts, `_blocks`/`_scales` packed ones), which transformers and
-vLLM both read; nothing goes through transformers' own save_pretrained.
+Loading streams one tensor at a time from file to device. Exports keep the schema of the published checkpoints
+(`rope_theta` and `rope_scaling` with its `truncate`, [E, in, out] dense experts, `_blocks`/`_scales` packed ones),
+which transformers and vLLM both read; nothing goes through transformers' own save_pretrained.
 
-A training run's weights: `save_model(model, folder, merge_lora=False, dtype=model.dtype)` and `load_model` give the same bits
-back. Adapters are in models/peft_format.py.
+A training run's weights: `save_model(model, folder, merge_lora=False, dtype=model.dtype)` and `load_model` give the
+same bits back. Adapters are in models/peft_format.py.
 """
 
 import math
@@ -37,46 +37,69 @@ from models.tensor_files import (
 )
 
 EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def checkpoint_folder(source: str | Path) -> Path:
     """The local folder of a checkpoint given as a folder or as a Hugging Face hub id (organisation/name).
 
-    A hub id is downloaded into the hub cache, Hugging Face layout only, unless it is there already. Raises CheckpointError
-    where neither a folder nor a reachable repository has that name.
+    A hub id is downloaded into the hub cache, Hugging Face layout only, unless it is there already. Raises
+    CheckpointError where neither a folder nor a reachable repository has that name.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     parts = str(source).split("/")
     if path.exists() or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
-        raise CheckpointError(f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b")
+        raise CheckpointError(
+            f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
-                                      ignore_patterns=["original/*", "metal/*"]))
+        return Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
+                ignore_patterns=["original/*", "metal/*"],
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
-                              "check the spelling, the network and (for private repositories) HF_TOKEN") from None
+        raise CheckpointError(
+            f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
+            "check the spelling, the network and (for private repositories) HF_TOKEN"
+        ) from None
 
 
-def load_model(source: str | Path, *, device: torch.device | str, dtype: torch.dtype, experts: str = "auto",
-               activation_checkpointing: bool = False) -> GptOss:
+def load_model(
+    source: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    experts: str = "auto",
+    activation_checkpointing: bool = False,
+) -> GptOss:
     """Reads a checkpoint into a frozen model.
 
     source: a folder in Hugging Face layout (one file, or shards by model.safetensors.index.json), a folder in OpenAI's
         original layout or with an `original/` subfolder and no weights of its own, or a hub id.
     dtype: of every tensor but packed ones.
-    experts: "auto" keeps the form of the checkpoint; "bf16" dequantises MXFP4 experts into dense [E, in, out] of `dtype`
-        (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
-    Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming the file
-    and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
+    experts: "auto" keeps the form of the checkpoint; "bf16" dequantises MXFP4 experts into dense [E, in, out] of
+        `dtype` (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
+    Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
+    the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
     if experts not in ("auto", "mxfp4", "bf16"):
         raise ValueError(f"experts={experts!r}; allowed: auto, mxfp4, bf16")
@@ -85,8 +108,10 @@ def load_model(source: str | Path, *, device: torch.device | str, dtype: torch.d
         folder = folder / "original"
     config, stored = _read_headers(folder)
     if experts == "mxfp4" and not config.is_mxfp4:
-        raise CheckpointError(f"{folder}: experts=mxfp4, but the checkpoint holds dense experts; use experts=auto, or pack "
-                              "them first with scripts/export.py --experts mxfp4")
+        raise CheckpointError(
+            f"{folder}: experts=mxfp4, but the checkpoint holds dense experts; use experts=auto, or pack "
+            "them first with scripts/export.py --experts mxfp4"
+        )
     form = experts if experts != "auto" else "mxfp4" if config.is_mxfp4 else "bf16"
     model = GptOss(config, dtype=dtype, device="meta", experts=form, activation_checkpointing=activation_checkpointing)
     _check_tensors(folder, stored, _expected_tensors(model, is_packed=config.is_mxfp4), config)
@@ -133,16 +158,25 @@ def _expected_tensors(model: GptOss, *, is_packed: bool) -> dict[str, tuple[tupl
     return expected
 
 
-def _check_tensors(folder: Path, stored: dict[str, StoredTensor], expected: dict[str, tuple[tuple[int, ...], bool]],
-                   config: GptOssConfig) -> None:
+def _check_tensors(
+    folder: Path,
+    stored: dict[str, StoredTensor],
+    expected: dict[str, tuple[tuple[int, ...], bool]],
+    config: GptOssConfig,
+) -> None:
     missing = [name for name in expected if name not in stored]
     unused = [f"{name} ({found.path.name})" for name, found in stored.items() if name not in expected]
     both = {name: (stored[name], *expected[name]) for name in expected if name in stored}
-    misshapen = [f"{name} is {list(found.shape)}, expected {list(shape)}"
-                 for name, (found, shape, _) in both.items() if found.shape != shape]
-    mistyped = [f"{name} is {found.dtype}, expected {'U8' if is_bytes else 'BF16 (or F16, F32)'}"
-                for name, (found, _, is_bytes) in both.items()
-                if found.dtype not in (("U8",) if is_bytes else _FLOAT_DTYPES)]
+    misshapen = [
+        f"{name} is {list(found.shape)}, expected {list(shape)}"
+        for name, (found, shape, _) in both.items()
+        if found.shape != shape
+    ]
+    mistyped = [
+        f"{name} is {found.dtype}, expected {'U8' if is_bytes else 'BF16 (or F16, F32)'}"
+        for name, (found, _, is_bytes) in both.items()
+        if found.dtype not in (("U8",) if is_bytes else _FLOAT_DTYPES)
+    ]
     problems = {"missing": missing, "not used by the model": unused, "wrong shape": misshapen, "wrong dtype": mistyped}
     if not any(problems.values()):
         return
@@ -150,8 +184,10 @@ def _check_tensors(folder: Path, stored: dict[str, StoredTensor], expected: dict
     lines += [f"  {kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
     if any(name.endswith(EXPERT_WEIGHTS if config.is_mxfp4 else "_blocks") for name in stored):
         form, other = ("mxfp4", "dense") if config.is_mxfp4 else ("dense", "packed as MXFP4")
-        lines.append(f"  config.json says the experts are {form}, the files hold them {other}: "
-                     "correct quantization_config in config.json")
+        lines.append(
+            f"  config.json says the experts are {form}, the files hold them {other}: "
+            "correct quantization_config in config.json"
+        )
     else:
         lines.append("  fetch the checkpoint again, or correct config.json")
     raise CheckpointError("\n".join(lines))
@@ -165,25 +201,32 @@ def _dequantize_into(target: torch.Tensor, blocks: StoredTensor, scales: StoredT
 
 @dataclass
 class _Requantized:
-    """What packing cost, summed over the tensors packed: squares of the rounding error, of the merged change, of the weights."""
+    """What packing cost: sums over the packed weights of squared rounding errors, merged changes, and the weights."""
 
     error: float = 0.0
     change: float = 0.0
     weights: float = 0.0
 
 
-def save_model(model: GptOss, folder: str | Path, *, merge_lora: bool, experts: str = "as_loaded",
-               tokenizer_folder: str | Path | None = None, max_shard_bytes: float = 5e9,
-               dtype: torch.dtype = torch.bfloat16) -> None:
+def save_model(
+    model: GptOss,
+    folder: str | Path,
+    *,
+    merge_lora: bool,
+    experts: str = "as_loaded",
+    tokenizer_folder: str | Path | None = None,
+    max_shard_bytes: float = 5e9,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Writes the model in Hugging Face layout, atomically, into a folder that does not exist or is empty.
 
-    merge_lora: adds the adapter to the weights it belongs to (in fp32, rounded once to `dtype`; small changes are lost in
-        that rounding where they are under 2^-9 of a weight in bfloat16). False writes the base alone; trained norms and sinks
-        are part of it either way.
-    experts: "as_loaded" keeps their form. Packed experts are then written byte for byte; if an adapter on them should be
-        merged, it goes to FOLDER/expert_adapter in PEFT form instead (attention and router are merged), with a warning.
-        "bf16" writes dense experts of `dtype`. "mxfp4" packs: what is not on the grid is rounded, 11 % rms for dense
-        weights, more than most adapters change, hence a warning with the figures.
+    merge_lora: adds the adapter to the weights it belongs to (in fp32, rounded once to `dtype`; small changes are
+        lost in that rounding where they are under 2^-9 of a weight in bfloat16). False writes the base alone; trained
+        norms and sinks are part of it either way.
+    experts: "as_loaded" keeps their form. Packed experts are then written byte for byte; if an adapter on them should
+        be merged, it goes to FOLDER/expert_adapter in PEFT form instead (attention and router are merged), with a
+        warning. "bf16" writes dense experts of `dtype`. "mxfp4" packs: what is not on the grid is rounded, 11 % rms
+        for dense weights, more than most adapters change, hence a warning with the figures.
     tokenizer_folder: its tokenizer, chat template and generation_config.json are copied verbatim.
     dtype: of all tensors that are not packed; the published checkpoints and vLLM use bfloat16. The dtype of the model
         itself (float32) gives an exact copy.
@@ -193,14 +236,23 @@ def save_model(model: GptOss, folder: str | Path, *, merge_lora: bool, experts: 
         raise ValueError(f"experts={experts!r}; allowed: as_loaded, bf16, mxfp4")
     form = model.expert_format if experts == "as_loaded" else experts
     lost = _Requantized()
-    keeps_expert_adapter = (experts == "as_loaded" and form == "mxfp4" and merge_lora and has_expert_adapter(model))
-    plan = _plan_export(model, form=form, merge_lora=merge_lora, merge_experts=merge_lora and not keeps_expert_adapter,
-                        dtype=dtype, lost=lost)
+    keeps_expert_adapter = experts == "as_loaded" and form == "mxfp4" and merge_lora and has_expert_adapter(model)
+    plan = _plan_export(
+        model,
+        form=form,
+        merge_lora=merge_lora,
+        merge_experts=merge_lora and not keeps_expert_adapter,
+        dtype=dtype,
+        lost=lost,
+    )
     extra_files = _tokenizer_files(tokenizer_folder)
     num_bytes = sum(tensor.num_bytes for tensor in plan)
-    with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20 + sum(p.stat().st_size for p in extra_files)) as temporary:
-        weight_map = write_shards(temporary, plan, max_shard_bytes=max_shard_bytes,
-                                  pattern="model-{number:05d}-of-{count:05d}.safetensors")
+    with atomic_folder(
+        Path(folder), num_bytes=num_bytes + 2**20 + sum(p.stat().st_size for p in extra_files)
+    ) as temporary:
+        weight_map = write_shards(
+            temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model-{number:05d}-of-{count:05d}.safetensors"
+        )
         if len(set(weight_map.values())) > 1:
             write_json(temporary / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
         write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
@@ -210,42 +262,64 @@ def save_model(model: GptOss, folder: str | Path, *, merge_lora: bool, experts: 
         if keeps_expert_adapter:
             save_adapter(model, temporary / "expert_adapter", only_experts=True)
     if keeps_expert_adapter:
-        warnings.warn(f"{folder}: the experts stay as they were (MXFP4) and their adapter is in expert_adapter/; "
-                      "--experts bf16 merges it", stacklevel=2)
+        warnings.warn(
+            f"{folder}: the experts stay as they were (MXFP4) and their adapter is in expert_adapter/; "
+            "--experts bf16 merges it",
+            stacklevel=2,
+        )
     if lost.weights > 0:
-        change = f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
-        warnings.warn(f"{folder}: packing experts into MXFP4 rounded them by {math.sqrt(lost.error / lost.weights):.2%} (rms, "
-                      f"of their own size){change}", stacklevel=2)
+        change = (
+            f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
+        )
+        warnings.warn(
+            f"{folder}: packing experts into MXFP4 rounded them by {math.sqrt(lost.error / lost.weights):.2%} (rms, "
+            f"of their own size){change}",
+            stacklevel=2,
+        )
 
 
 def save_original(model: GptOss, folder: str | Path, *, merge_lora: bool, max_shard_bytes: float = 5e9) -> None:
     """Writes the model in OpenAI's original layout (bfloat16, experts in the form they are held in), atomically.
 
-    OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError, also
-    where an adapter on packed experts would have to be merged.
+    OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError,
+    also where an adapter on packed experts would have to be merged.
     """
     if merge_lora and model.expert_format == "mxfp4" and has_expert_adapter(model):
-        raise CheckpointError(f"{folder}: an adapter on packed experts cannot be merged into the original layout; load the "
-                              "model with experts=bf16, or write the Hugging Face layout")
-    plan = _plan_export(model, form=model.expert_format, merge_lora=merge_lora, merge_experts=merge_lora,
-                        dtype=torch.bfloat16, lost=_Requantized())
+        raise CheckpointError(
+            f"{folder}: an adapter on packed experts cannot be merged into the original layout; load the "
+            "model with experts=bf16, or write the Hugging Face layout"
+        )
+    plan = _plan_export(
+        model,
+        form=model.expert_format,
+        merge_lora=merge_lora,
+        merge_experts=merge_lora,
+        dtype=torch.bfloat16,
+        lost=_Requantized(),
+    )
     plan = from_hugging_face(plan, model.config)
     described = original_config(model.config)
     with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan) + 2**20) as temporary:
-        write_shards(temporary, plan, max_shard_bytes=max_shard_bytes,
-                     pattern="model--{number:05d}-of-{count:05d}.safetensors")
+        write_shards(
+            temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model--{number:05d}-of-{count:05d}.safetensors"
+        )
         write_json(temporary / "config.json", described)
 
 
-def _plan_export(model: GptOss, *, form: str, merge_lora: bool, merge_experts: bool, dtype: torch.dtype,
-                 lost: _Requantized) -> list[TensorToWrite]:
+def _plan_export(
+    model: GptOss, *, form: str, merge_lora: bool, merge_experts: bool, dtype: torch.dtype, lost: _Requantized
+) -> list[TensorToWrite]:
     """The tensors of an export in Hugging Face names, each made when it is asked for."""
     plan = []
-    held = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name}
+    held = {
+        name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
+    }
     for name, tensor in held.items():
         base = name.removesuffix("_blocks").removesuffix("_scales")
         if not base.endswith(EXPERT_WEIGHTS):
-            plan.append(TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype)))
+            plan.append(
+                TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype))
+            )
         elif name.endswith("_scales"):
             continue  # planned with its blocks
         else:
@@ -253,12 +327,15 @@ def _plan_export(model: GptOss, *, form: str, merge_lora: bool, merge_experts: b
     return plan
 
 
-def _dense(model: GptOss, name: str, tensor: torch.Tensor, merge: bool, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+def _dense(
+    model: GptOss, name: str, tensor: torch.Tensor, merge: bool, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
     return lambda: (merged_weight(model, name, tensor) if merge else tensor).to("cpu", dtype)
 
 
-def _plan_experts(model: GptOss, name: str, *, form: str, merge: bool, dtype: torch.dtype,
-                  lost: _Requantized) -> list[TensorToWrite]:
+def _plan_experts(
+    model: GptOss, name: str, *, form: str, merge: bool, dtype: torch.dtype, lost: _Requantized
+) -> list[TensorToWrite]:
     held = model.state_dict()
     is_packed = name not in held
     if is_packed:
@@ -300,10 +377,15 @@ def _plan_experts(model: GptOss, name: str, *, form: str, merge: bool, dtype: to
     if form == "bf16":
         return [TensorToWrite(name, num_values * dtype.itemsize, dense)]
     is_untouched = is_packed and not (merge and has_expert_adapter(model, name))
-    makers = {"_blocks": lambda: held[name + "_blocks"].cpu(), "_scales": lambda: held[name + "_scales"].cpu()} \
-        if is_untouched else {"_blocks": pack, "_scales": lambda: packed.pop("scales")}
-    return [TensorToWrite(name + "_blocks", num_values // 2, makers["_blocks"]),
-            TensorToWrite(name + "_scales", num_values // BLOCK_SIZE, makers["_scales"])]
+    makers = (
+        {"_blocks": lambda: held[name + "_blocks"].cpu(), "_scales": lambda: held[name + "_scales"].cpu()}
+        if is_untouched
+        else {"_blocks": pack, "_scales": lambda: packed.pop("scales")}
+    )
+    return [
+        TensorToWrite(name + "_blocks", num_values // 2, makers["_blocks"]),
+        TensorToWrite(name + "_scales", num_values // BLOCK_SIZE, makers["_scales"]),
+    ]
 
 
 def _tokenizer_files(folder: str | Path | None) -> list[Path]:

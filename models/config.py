@@ -52,29 +52,43 @@ class GptOssConfig:
     raw: dict = field(default_factory=dict)  # config.json as read
 
     def __post_init__(self) -> None:
+        sizes = (*_REQUIRED, "num_experts_per_tok", "max_position_embeddings", "initial_context_length")
+        problems = [f"{name}={value!r} must be a positive integer" for name in sizes
+                    if type(value := self.__dict__[name]) is not int or value < 1]
+        positive = {name: self.__dict__[name] for name in ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "rope_theta")}
+        positive |= {f"rope_scaling.{name}": self.rope_scaling.__dict__[name] for name in
+                     ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")}
+        problems += [f"{name}={value!r} must be a number above 0" for name, value in positive.items()
+                     if type(value) not in (int, float) or not value > 0]
+        if type(self.rope_scaling.truncate) is not bool:
+            problems.append(f"rope_scaling.truncate={self.rope_scaling.truncate!r} must be true or false")
+        if not isinstance(self.layer_types, list):
+            problems.append(f"layer_types={self.layer_types!r} must be a list")
+        if not all(type(token) is int for token in self.stop_ids):
+            problems.append(f"eos_token_id={self.eos_token_id!r} must be an integer or a list of integers")
+        problems = problems or self._contradictions()
+        if problems:
+            raise ValueError("model config: " + "; ".join(problems))
+
+    def _contradictions(self) -> list[str]:
         problems = []
         if self.num_attention_heads % self.num_key_value_heads:
             problems.append(f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                             f"num_key_value_heads={self.num_key_value_heads}")
         if self.head_dim % 2:
             problems.append(f"head_dim={self.head_dim} must be even (rotary halves)")
-        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+        if self.num_experts_per_tok > self.num_local_experts:
             problems.append(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_local_experts="
                             f"{self.num_local_experts}")
         if len(self.layer_types) != self.num_hidden_layers:
             problems.append(f"layer_types has {len(self.layer_types)} entries for num_hidden_layers="
                             f"{self.num_hidden_layers}")
-        if unknown := sorted(set(self.layer_types) - {"sliding_attention", "full_attention"}):
+        if unknown := sorted({str(kind) for kind in self.layer_types} - {"sliding_attention", "full_attention"}):
             problems.append(f"layer_types holds {unknown}; allowed: sliding_attention, full_attention")
         if self.is_mxfp4 and (self.hidden_size % 32 or self.intermediate_size % 32):
             problems.append(f"MXFP4 needs hidden_size={self.hidden_size} and intermediate_size="
                             f"{self.intermediate_size} to be multiples of 32")
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads",
-                 "head_dim", "sliding_window")
-        problems += [f"{name}={value} must be a positive integer" for name in sizes
-                     if not isinstance(value := self.__dict__[name], int) or value < 1]
-        if problems:
-            raise ValueError("model config: " + "; ".join(problems))
+        return problems
 
     @property
     def stop_ids(self) -> list[int]:
@@ -93,6 +107,9 @@ class GptOssConfig:
         missing += ["num_experts_per_tok"] if experts_per_token is None else []
         if missing:
             raise ValueError(f"config.json: missing keys {missing}")
+        for key in ("quantization_config", "rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(key) or {}, dict):
+                raise ValueError(f"config.json: {key}={raw[key]!r} must be an object")
         method = (raw.get("quantization_config") or {}).get("quant_method")
         if method not in (None, "mxfp4"):
             raise ValueError(f"config.json: quantization_config.quant_method={method!r}; supported: mxfp4, or none")
@@ -100,11 +117,13 @@ class GptOssConfig:
             raise ValueError("config.json: tie_word_embeddings=true; gpt-oss has an untied lm_head")
         if raw.get("attention_bias", True) is not True:
             raise ValueError("config.json: attention_bias=false; gpt-oss has biases on q, k, v and o")
-        layers = raw["num_hidden_layers"]
         # transformers 5 renames rope_scaling to rope_parameters and moves rope_theta into it
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if (kind := rope.get("rope_type", "yarn")) != "yarn":
+        if (kind := rope.get("rope_type", rope.get("type", "yarn"))) != "yarn":
             raise ValueError(f"config.json: rope_type={kind!r}; only 'yarn' is supported")
+        # each replaces the concentration that gpt-oss computes from the factor
+        if given := [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]:
+            raise ValueError(f"config.json: {given} of the rope scaling are not supported; gpt-oss has none")
         known = {name: rope[name] for name in YarnScaling.__dataclass_fields__ if name in rope}
         scaling = YarnScaling(**{"truncate": bool(rope), **known})
         optional = ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "max_position_embeddings", "eos_token_id",
@@ -112,8 +131,8 @@ class GptOssConfig:
         return GptOssConfig(
             **{key: raw[key] for key in _REQUIRED}, **{key: raw[key] for key in optional if key in raw},
             num_experts_per_tok=experts_per_token, rope_scaling=scaling, is_mxfp4=method == "mxfp4", raw=raw,
-            rope_theta=float(raw.get("rope_theta", rope.get("rope_theta", 150000.0))),
-            layer_types=raw.get("layer_types") or _alternating(layers))
+            rope_theta=raw.get("rope_theta", rope.get("rope_theta", 150000.0)),
+            layer_types=raw.get("layer_types") or _alternating(raw["num_hidden_layers"]))
 
     @staticmethod
     def from_original(raw: dict) -> GptOssConfig:
@@ -132,7 +151,7 @@ class GptOssConfig:
             num_key_value_heads=raw["num_key_value_heads"], head_dim=raw["head_dim"],
             num_local_experts=raw["num_experts"], num_experts_per_tok=raw["experts_per_token"],
             sliding_window=raw["sliding_window"], layer_types=_alternating(raw["num_hidden_layers"]),
-            swiglu_limit=raw.get("swiglu_limit", 7.0), rope_theta=float(raw.get("rope_theta", 150000.0)),
+            swiglu_limit=raw.get("swiglu_limit", 7.0), rope_theta=raw.get("rope_theta", 150000.0),
             rope_scaling=scaling, initial_context_length=context, is_mxfp4=True,
             eos_token_id=raw.get("eos_token_id", 200002), pad_token_id=raw.get("pad_token_id", 199999))
 
@@ -147,7 +166,10 @@ class GptOssConfig:
             raise ValueError(f"model.architecture: missing keys {sorted(needed)}")
         values = dict(fields)
         values.setdefault("layer_types", _alternating(values["num_hidden_layers"]))
-        if isinstance(scaling := values.get("rope_scaling"), dict):
+        if (scaling := values.pop("rope_scaling", None)) is not None:
+            if not isinstance(scaling, dict):
+                raise ValueError(f"model.architecture.rope_scaling={scaling!r} must hold "
+                                 f"{list(YarnScaling.__dataclass_fields__)}")
             if unknown := sorted(set(scaling) - set(YarnScaling.__dataclass_fields__)):
                 raise ValueError(f"model.architecture.rope_scaling: unknown keys {unknown}; allowed: "
                                  f"{sorted(YarnScaling.__dataclass_fields__)}")
@@ -169,6 +191,8 @@ class GptOssConfig:
             "swiglu_limit": self.swiglu_limit, "max_position_embeddings": self.max_position_embeddings,
             "initial_context_length": self.initial_context_length, "rope_theta": theta, "rope_scaling": scaling,
             "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id, "torch_dtype": "bfloat16"}
+        if self.swiglu_alpha != 1.702:  # not a key of the hub: written where results need it
+            written["swiglu_alpha"] = self.swiglu_alpha
         defaults = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
                     "output_router_logits": False, "router_aux_loss_coef": 0.9, "use_cache": True}
         dropped = ("quantization_config", "rope_parameters", "dtype")
@@ -178,6 +202,8 @@ class GptOssConfig:
 
 
 def _alternating(num_layers: int) -> list[str]:
+    if type(num_layers) is not int:
+        return []  # GptOssConfig says what is wrong with it
     return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import AttentionPlan, attention
 from kernels.decode_attention import decode_attention
+from kernels.dense import linear
 from kernels.linear import lora_linear
 from kernels.log_probs import head_logits, log_probs
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -78,7 +79,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if self.lora_A is None or not self.adapter_enabled:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         return lora_linear(x, weight, bias, self.lora_A, self.lora_B, scale=self.lora_scale)
 
 
@@ -89,7 +90,7 @@ class Router(Linear):
         logits = router_logits(x, self.weight, self.bias)
         if self.lora_A is None or not self.adapter_enabled:
             return logits
-        return logits + self.lora_scale * F.linear(F.linear(x.float(), self.lora_A), self.lora_B)
+        return logits + self.lora_scale * linear(linear(x.float(), self.lora_A, None), self.lora_B, None)
 
 
 class Attention(nn.Module):
@@ -174,8 +175,8 @@ class GptOss(nn.Module):
         return self.lm_head.weight.device
 
     def init_weights(self, seed: int) -> None:
-        """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts N(0, 0.5 / sqrt(fan_in)),
-        embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
+        """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts
+        N(0, 0.5 / sqrt(fan_in)), embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
         if self.expert_format != "bf16":
             raise ValueError("init_weights: packed MXFP4 experts cannot be initialised; use experts='bf16'")
         generator = torch.Generator().manual_seed(seed)

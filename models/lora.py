@@ -52,6 +52,8 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
 
     Raises ValueError for a target that matches nothing or a model that already carries an adapter."""
     _check(config)
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("attach_lora: the model already carries an adapter")
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on any device
     scale = config.alpha / config.rank
     for block in model.model.layers:
@@ -59,15 +61,11 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
         for name, module in dense.items():
             if name not in config.targets:
                 continue
-            if module.lora_A is not None:
-                raise ValueError("attach_lora: the model already carries an adapter")
             size_out, size_in = module.weight.shape
             module.lora_A, module.lora_B = _pair((), size_in, size_out, config.rank, generator, model.device)
             module.lora_scale = scale
         experts = block.mlp.experts
         if "experts" in config.targets:
-            if experts.gate_up_proj_lora_A is not None:
-                raise ValueError("attach_lora: the model already carries an adapter")
             for name in PROJECTIONS:
                 pair = _pair((model.config.num_local_experts,), *experts.sizes[name], config.rank, generator, model.device)
                 for side, parameter in zip("AB", pair):

@@ -1,13 +1,14 @@
-"""LoRA adapters as PEFT stores them (adapter_config.json, adapter_model.safetensors), in and out, and merged into weights.
+"""LoRA adapters as PEFT stores them (adapter_config.json, adapter_model.safetensors), in, out and merged.
 
-File layout, checked against peft 0.21: attention and router tensors `lora_A.weight` [r, in], `lora_B.weight` [out, r]. On
-experts one pair of tensors holds all of them: A [E * r, in] is expert-major (row e * r + k), B [out, r * E] is rank-major
-(column k * E + e). `mlp.experts.base_layer.*` is gate_up_proj, `mlp.experts.*` down_proj; vLLM asserts that both are there,
-so both are always written. An adapter from elsewhere that has one of them only leaves the other without effect (B = 0).
+File layout, checked against peft 0.21: attention and router tensors `lora_A.weight` [r, in], `lora_B.weight` [out, r].
+On experts one pair of tensors holds all of them: A [E * r, in] is expert-major (row e * r + k), B [out, r * E] is
+rank-major (column k * E + e). `mlp.experts.base_layer.*` is gate_up_proj, `mlp.experts.*` down_proj; vLLM asserts that
+both are there, so both are always written. An adapter from elsewhere that has one of them only leaves the other
+without effect (B = 0).
 
-Trained norms and sinks have no place in that layout that other tools accept next to LoRA: they go to trained_weights.safetensors
-beside the adapter, under their Hugging Face names. `load_adapter` reads them back; PEFT and vLLM ignore the file, so serve such
-a model from a merged export (scripts/export.py) instead.
+Trained norms and sinks have no place in that layout that other tools accept next to LoRA: they go to
+trained_weights.safetensors beside the adapter, under their Hugging Face names. `load_adapter` reads them back; PEFT
+and vLLM ignore the file, so serve such a model from a merged export (scripts/export.py) instead.
 
 Shapes: E experts, r rank.
 """
@@ -37,8 +38,20 @@ TRAINED_NAME = "trained_weights.safetensors"
 ATTENTION = TARGETS[:4]
 _EXPERT_KEYS = {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
 # settings that change what an adapter computes and that this project's LoRA does not have
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform",
-                "layer_replication", "modules_to_save", "exclude_modules", "trainable_token_indices", "use_qalora", "use_bdlora")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layer_replication",
+    "modules_to_save",
+    "exclude_modules",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+)
 
 
 def attached_config(model: GptOss) -> LoraConfig | None:
@@ -53,15 +66,19 @@ def attached_config(model: GptOss) -> LoraConfig | None:
         return None
     lora_A, scale = next(iter(found.values())) if found else (torch.empty(1, 1), 1.0)
     rank = lora_A.shape[-2]
-    return LoraConfig(rank=rank, alpha=round(scale * rank, 9), targets=list(found), train_sinks=train_sinks,
-                      train_norms=train_norms)
+    return LoraConfig(
+        rank=rank, alpha=round(scale * rank, 9), targets=list(found), train_sinks=train_sinks, train_norms=train_norms
+    )
 
 
 def has_expert_adapter(model: GptOss, name: str | None = None) -> bool:
     """Whether an adapter changes any expert weight, or the one of Hugging Face name `name`; B = 0 changes nothing."""
     suffix = "_lora_B" if name is None else f"{name}_lora_B"
-    return any(bool(tensor.any()) for key, tensor in model.state_dict().items()
-               if ".mlp.experts." in key and key.endswith(suffix))
+    return any(
+        bool(tensor.any())
+        for key, tensor in model.state_dict().items()
+        if ".mlp.experts." in key and key.endswith(suffix)
+    )
 
 
 def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int | None = None) -> torch.Tensor:
@@ -81,11 +98,13 @@ def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int
     return weight.float() + module.lora_scale * (lora_B[expert] @ lora_A[expert]).T
 
 
-def save_adapter(model: GptOss, folder: str | Path, *, base_model: str | None = None, only_experts: bool = False) -> None:
-    """Writes the model's adapter (fp32) and its trained norms and sinks; replaces an adapter that is already in the folder.
+def save_adapter(
+    model: GptOss, folder: str | Path, *, base_model: str | None = None, only_experts: bool = False
+) -> None:
+    """Writes the model's adapter (fp32) and its trained norms and sinks; replaces an adapter already in the folder.
 
-    base_model: folder or hub id of the base, for tools that look it up. only_experts: leaves the attention and router out.
-    Raises ValueError for a model without an adapter and CheckpointError where the folder cannot be written.
+    base_model: folder or hub id of the base, for tools that look it up. only_experts: leaves the attention and router
+    out. Raises ValueError for a model without an adapter and CheckpointError where the folder cannot be written.
     """
     config = attached_config(model)
     if config is None:
@@ -93,8 +112,11 @@ def save_adapter(model: GptOss, folder: str | Path, *, base_model: str | None = 
     if only_experts:
         config = LoraConfig(rank=config.rank, alpha=config.alpha, targets=["experts"])
     tensors = peft_tensors(model, config.targets, read=lambda parameter: parameter)
-    trained = {name: parameter.detach().cpu() for name, parameter in model.trainable_parameters().items()
-               if not only_experts and "lora_" not in name and name.endswith(("norm.weight", ".sinks"))}
+    trained = {
+        name: parameter.detach().cpu()
+        for name, parameter in model.trainable_parameters().items()
+        if not only_experts and "lora_" not in name and name.endswith(("norm.weight", ".sinks"))
+    }
     num_bytes = sum(tensor.nbytes for tensor in [*tensors.values(), *trained.values()])
     files = (CONFIG_NAME, WEIGHTS_NAME, TRAINED_NAME)
     with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20, replaceable=files) as temporary:
@@ -108,10 +130,19 @@ def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in config.targets else []
     parameters += ["mlp.router.weight"] if "router" in config.targets else []
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-        "r": config.rank, "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_rslora": False,
-        "modules_to_save": None, "target_modules": [name for name in config.targets if name in ATTENTION],
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "target_modules": [name for name in config.targets if name in ATTENTION],
         "target_parameters": parameters or None,
     }
 
@@ -120,9 +151,10 @@ def _peft_key(layer: int, module: str, side: str) -> str:
     return f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
 
 
-def peft_tensors(model: GptOss, targets: list[str], *,
-                 read: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`read` of each adapter parameter (itself, or its gradient) under PEFT's names and in its layout, fp32 on the CPU."""
+def peft_tensors(
+    model: GptOss, targets: list[str], *, read: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`read` of each adapter parameter (itself, its gradient) under PEFT's names, in its layout, fp32 on the CPU."""
     tensors = {}
     for layer, block in enumerate(model.model.layers):
         for target in targets:
@@ -131,7 +163,9 @@ def peft_tensors(model: GptOss, targets: list[str], *,
                     lora_A = read(block.mlp.experts.get_parameter(f"{name}_lora_A"))  # [E, r, in]
                     lora_B = read(block.mlp.experts.get_parameter(f"{name}_lora_B"))  # [E, out, r]
                     tensors[_peft_key(layer, _EXPERT_KEYS[name], "A")] = lora_A.flatten(0, 1)  # [E * r, in]
-                    tensors[_peft_key(layer, _EXPERT_KEYS[name], "B")] = lora_B.permute(1, 2, 0).flatten(1)  # [out, r * E]
+                    tensors[_peft_key(layer, _EXPERT_KEYS[name], "B")] = lora_B.permute(1, 2, 0).flatten(
+                        1
+                    )  # [out, r * E]
                 continue
             path = "mlp.router" if target == "router" else f"self_attn.{target}"
             for side in "AB":
@@ -156,12 +190,18 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
         raise CheckpointError(f"{path}: {set_here} not supported; train the adapter without these settings")
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
-        raise CheckpointError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a positive number")
+        raise CheckpointError(
+            f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a positive number"
+        )
     targets = _attention_targets(path, content.get("target_modules")) + _parameter_targets(path, content)
     trained = list(list_file(folder / TRAINED_NAME)) if (folder / TRAINED_NAME).exists() else []
-    return LoraConfig(rank=rank, alpha=alpha * math.sqrt(rank) if content.get("use_rslora") else alpha, targets=targets,
-                      train_sinks=any(name.endswith(".sinks") for name in trained),
-                      train_norms=any(name.endswith("norm.weight") for name in trained))
+    return LoraConfig(
+        rank=rank,
+        alpha=alpha * math.sqrt(rank) if content.get("use_rslora") else alpha,
+        targets=targets,
+        train_sinks=any(name.endswith(".sinks") for name in trained),
+        train_norms=any(name.endswith("norm.weight") for name in trained),
+    )
 
 
 def _attention_targets(path: Path, modules: list[str] | str | None) -> list[str]:
@@ -170,23 +210,33 @@ def _attention_targets(path: Path, modules: list[str] | str | None) -> list[str]
     if modules is not None and not isinstance(modules, list):
         raise CheckpointError(f"{path}: target_modules={modules!r}; give a list out of {list(ATTENTION)}")
     if unknown := sorted(set(modules or []) - set(ATTENTION)):
-        raise CheckpointError(f"{path}: target_modules {unknown} not supported; allowed: {list(ATTENTION)} "
-                              "(experts and router go into target_parameters)")
+        raise CheckpointError(
+            f"{path}: target_modules {unknown} not supported; allowed: {list(ATTENTION)} "
+            "(experts and router go into target_parameters)"
+        )
     return [name for name in ATTENTION if name in (modules or [])]
 
 
 def _expert_halves(content: dict) -> list[str]:
-    return [name for name in PROJECTIONS if any(f".{parameter}".endswith(f".{name}")
-                                                for parameter in content.get("target_parameters") or [])]
+    return [
+        name
+        for name in PROJECTIONS
+        if any(f".{parameter}".endswith(f".{name}") for parameter in content.get("target_parameters") or [])
+    ]
 
 
 def _parameter_targets(path: Path, content: dict) -> list[str]:
-    targets = {"router"} if any(f".{parameter}".endswith(".router.weight")
-                                for parameter in content.get("target_parameters") or []) else set()
+    targets = (
+        {"router"}
+        if any(f".{parameter}".endswith(".router.weight") for parameter in content.get("target_parameters") or [])
+        else set()
+    )
     known = tuple(f".{name}" for name in PROJECTIONS) + (".router.weight",)
     if unknown := [name for name in content.get("target_parameters") or [] if not f".{name}".endswith(known)]:
-        raise CheckpointError(f"{path}: target_parameters {unknown} not supported; allowed: mlp.experts.gate_up_proj, "
-                              "mlp.experts.down_proj, mlp.router.weight")
+        raise CheckpointError(
+            f"{path}: target_parameters {unknown} not supported; allowed: mlp.experts.gate_up_proj, "
+            "mlp.experts.down_proj, mlp.router.weight"
+        )
     targets |= {"experts"} if _expert_halves(content) else set()
     return [name for name in TARGETS if name in targets]
 
@@ -205,7 +255,9 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
     else:
         _check_same(folder, held, wanted)
     if not (folder / WEIGHTS_NAME).exists():
-        raise CheckpointError(f"{folder / WEIGHTS_NAME}: not found; adapters are read from safetensors, not from .bin files")
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME}: not found; adapters are read from safetensors, not from .bin files"
+        )
     stored = {name: found.read() for name, found in list_file(folder / WEIGHTS_NAME).items()}
     halves = _expert_halves(read_json(folder / CONFIG_NAME))
     expected = {}  # key in the file -> (parameter, the file's tensor in the parameter's layout)
@@ -213,11 +265,16 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
         expected |= _expected_in_layer(model, layer, wanted.targets, halves)
     missing = [key for key in expected if key not in stored]
     unused = [key for key in stored if key not in expected]
-    misshapen = [f"{key} is {list(stored[key].shape)}, expected {list(shape)}" for key, (_, shape) in expected.items()
-                 if key in stored and tuple(stored[key].shape) != shape]
+    misshapen = [
+        f"{key} is {list(stored[key].shape)}, expected {list(shape)}"
+        for key, (_, shape) in expected.items()
+        if key in stored and tuple(stored[key].shape) != shape
+    ]
     if missing or unused or misshapen:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME}: does not fit the model: missing: {shortened(missing)}; not used: "
-                              f"{shortened(unused)}; wrong shape: {shortened(misshapen)}")
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME}: does not fit the model: missing: {shortened(missing)}; not used: "
+            f"{shortened(unused)}; wrong shape: {shortened(misshapen)}"
+        )
     with torch.no_grad():
         for key, (parameter, _) in expected.items():
             parameter.copy_(_from_peft(stored[key], parameter, is_B=key.endswith("lora_B.weight")))
@@ -233,12 +290,15 @@ def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:
     if set(held.targets) != set(wanted.targets):
         different.append(f"targets: {sorted(held.targets)} in the model, {sorted(wanted.targets)} in the adapter")
     if different:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: not the adapter this model was set up for: {'; '.join(different)}; "
-                              "set model.lora to the adapter's values")
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: not the adapter this model was set up for: {'; '.join(different)}; "
+            "set model.lora to the adapter's values"
+        )
 
 
-def _expected_in_layer(model: GptOss, layer: int, targets: list[str],
-                       halves: list[str]) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+def _expected_in_layer(
+    model: GptOss, layer: int, targets: list[str], halves: list[str]
+) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
     """PEFT key -> (parameter, shape in the file) of one layer."""
     block, expected = model.model.layers[layer], {}
     for target in targets:
@@ -277,8 +337,9 @@ def _load_trained(model: GptOss, path: Path) -> None:
         return
     parameters = dict(model.named_parameters())
     stored = list_file(path)
-    wrong = [name for name, found in stored.items()
-             if name not in parameters or found.shape != tuple(parameters[name].shape)]
+    wrong = [
+        name for name, found in stored.items() if name not in parameters or found.shape != tuple(parameters[name].shape)
+    ]
     if wrong:
         raise CheckpointError(f"{path}: tensors that do not fit the model: {shortened(wrong)}")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: what they hold, one tensor at a time out of them, and whole folders written atomically."""
+"""Folders of safetensors files: what they hold, one tensor at a time out of them, and folders written atomically."""
 
 import json
 import os
@@ -34,7 +34,8 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """The tensor on the CPU, a view of the mapped file: copy it and drop it, so that its pages leave memory again.
 
-        The file is opened for this tensor alone because a mapping that stays open keeps every page it has touched resident.
+        The file is opened for this tensor alone because a mapping that stays open keeps every page it has touched
+        resident.
         """
         with _opened(self.path) as file:
             tensor = file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[slice(*self.rows)]
@@ -60,7 +61,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({error}; {path.stat().st_size} bytes on disk); "
-            "it is truncated or damaged: fetch it again") from None
+            "it is truncated or damaged: fetch it again"
+        ) from None
 
 
 def has_tensor_files(folder: Path) -> bool:
@@ -70,9 +72,9 @@ def has_tensor_files(folder: Path) -> bool:
 def list_tensors(folder: Path, *, allow_unindexed: bool) -> dict[str, StoredTensor]:
     """Every tensor of a folder by name, from the files' headers; no data is read.
 
-    The files are those of model.safetensors.index.json, else model.safetensors, else (allow_unindexed: OpenAI's original
-    layout has shards without an index) all *.safetensors. Raises CheckpointError for an index, a file or a header that
-    cannot be read, and where index and headers disagree.
+    The files are those of model.safetensors.index.json, else model.safetensors, else (allow_unindexed: OpenAI's
+    original layout has shards without an index) all *.safetensors. Raises CheckpointError for an index, a file or a
+    header that cannot be read, and where index and headers disagree.
     """
     index = folder / INDEX_NAME
     if index.exists():
@@ -83,13 +85,16 @@ def list_tensors(folder: Path, *, allow_unindexed: bool) -> dict[str, StoredTens
     if not paths:
         found = sorted(path.name for path in folder.iterdir())[:10]
         raise CheckpointError(
-            f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there (found {found}); fetch the missing file")
+            f"{folder}: neither {INDEX_NAME} nor {SINGLE_NAME} is there (found {found}); fetch the missing file"
+        )
     tensors = {}
     for path in paths:
         for name, stored in list_file(path).items():
             if name in tensors:
-                raise CheckpointError(f"{path}: tensor {name} is also in {tensors[name].path.name}; "
-                                      "remove the file that does not belong to this checkpoint")
+                raise CheckpointError(
+                    f"{path}: tensor {name} is also in {tensors[name].path.name}; "
+                    "remove the file that does not belong to this checkpoint"
+                )
             tensors[name] = stored
     return tensors
 
@@ -98,7 +103,9 @@ def list_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, from its header."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
-        return {name: StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        return {
+            name: StoredTensor(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+        }
 
 
 def _list_indexed(index: Path) -> dict[str, StoredTensor]:
@@ -111,11 +118,14 @@ def _list_indexed(index: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{index}: lists files that are not there: {missing}; fetch them")
     in_files = {name: list_file(index.parent / name) for name in names}
     absent = [f"{tensor} in {name}" for tensor, name in weight_map.items() if tensor not in in_files[name]]
-    unlisted = [f"{tensor} in {name}" for name, held in in_files.items() for tensor in held
-                if weight_map.get(tensor) != name]
+    unlisted = [
+        f"{tensor} in {name}" for name, held in in_files.items() for tensor in held if weight_map.get(tensor) != name
+    ]
     if absent or unlisted:
-        raise CheckpointError(f"{index}: does not match its files; listed but absent: {shortened(absent)}; "
-                              f"present but not listed: {shortened(unlisted)}; fetch index and files of one version")
+        raise CheckpointError(
+            f"{index}: does not match its files; listed but absent: {shortened(absent)}; "
+            f"present but not listed: {shortened(unlisted)}; fetch index and files of one version"
+        )
     return {tensor: in_files[name][tensor] for tensor, name in weight_map.items()}
 
 
@@ -145,9 +155,9 @@ def write_json(path: Path, content: dict) -> None:
 def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
-    num_bytes: what will be written, compared with the free space first. A target that exists and is not empty is refused,
-    unless every entry in it is named in `replaceable`: then it is exchanged for the new folder. Files and folder are synced
-    to disk before the rename. Raises CheckpointError naming the path, also when the disk is full.
+    num_bytes: what will be written, compared with the free space first. A target that exists and is not empty is
+    refused, unless every entry in it is named in `replaceable`: then it is exchanged for the new folder. Files and
+    folder are synced to disk before the rename. Raises CheckpointError naming the path, also when the disk is full.
     """
     target = Path(os.path.abspath(target))
     if target.exists() and not target.is_dir():
@@ -170,8 +180,10 @@ def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] 
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(_existing_parent(target)).free
-        raise CheckpointError(f"{target}: could not be written ({error}); {free:,} bytes are free there. "
-                              "Nothing that was there before has changed") from error
+        raise CheckpointError(
+            f"{target}: could not be written ({error}); {free:,} bytes are free there. "
+            "Nothing that was there before has changed"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

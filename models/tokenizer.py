@@ -106,7 +106,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self._source is None:
-            self._backend.save(str(folder / "tokenizer.json"))
+            text = self._backend.to_str(pretty=True)  # the library's own save hides what the disk said
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
             config = json.dumps(_hub_tokenizer_config(), indent=2) + "\n"
             (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
             return

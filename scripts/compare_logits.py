@@ -3,8 +3,8 @@
     python scripts/compare_logits.py CHECKPOINT GOLDEN [--adapter FOLDER] [--device cpu] [--dtype float32]
 
 CHECKPOINT: a folder or hub id. GOLDEN: a safetensors file, or a folder that holds golden.safetensors, with any of the
-tensors described in tests/fixtures/README.md; what is absent is left out of the result. --adapter: a PEFT adapter, for golden
-tensors made with one (without it their gradients are left out).
+tensors described in tests/fixtures/README.md; what is absent is left out of the result. --adapter: a PEFT adapter,
+for golden tensors made with one (without it their gradients are left out).
 
 Result (differences are largest absolute ones, in logits or nats):
   logits_max_abs, packed_max_abs, pad_left_max_abs, pad_right_max_abs    rows alone; end to end; without their padding
@@ -13,10 +13,10 @@ Result (differences are largest absolute ones, in logits or nats):
   logprob_max_abs, entropy_max_abs    over all temperatures, and per temperature with _t<temperature>
   greedy_equal, gen_logprob_max_abs   prefill and decode with the KV cache over the golden continuation
   dequant_max_abs                dense experts made from packed ones
-  objective_rel, grad_max_rel, grad_max_rel_tensor    sum of next-token log-probs at T=1; max |g - golden| / max |golden| of the
-      worst tensor. Golden gradients of packed experts are those of the dequantised tensors, so on an MXFP4 checkpoint these
-      figures come from a model loaded with experts=bf16, and grad_packed_max_rel(_tensor) from the packed one, over the
-      tensors that can train there.
+  objective_rel                  sum of next-token log-probs at T=1
+  grad_max_rel, grad_max_rel_tensor   its gradient: max |g - golden| / max |golden| of the worst tensor
+Golden gradients of packed experts are those of the dequantised tensors, so on an MXFP4 checkpoint these figures come
+from a model loaded with experts=bf16, and grad_packed_max_rel(_tensor) from the packed one, over what trains there.
 """
 
 import argparse
@@ -64,25 +64,32 @@ def check_positions(golden: dict[str, torch.Tensor], ids: torch.Tensor, name: st
 
 
 def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
-    """Logits row by row, and what the routers said on the way."""
+    """Logits of all rows in one packed batch, and what the routers said on the way."""
     if "logits" not in golden and "router_logits.0" not in golden:
         return {}
     ids = golden["input_ids"]
     check_positions(golden, ids, "position_ids")
     seen = [[] for _ in model.model.layers]
-    hooks = [block.mlp.router.register_forward_hook(lambda _, __, output, layer=layer: seen[layer].append(output.float().cpu()))
-             for layer, block in enumerate(model.model.layers)]
-    logits = torch.stack([packed_logits(model, [row])[0] for row in ids])  # [B, L, V]
+    hooks = [
+        block.mlp.router.register_forward_hook(
+            lambda _, __, output, layer=layer: seen[layer].append(output.float().cpu())
+        )
+        for layer, block in enumerate(model.model.layers)
+    ]
+    # one batch, as the golden's: products of other sizes round otherwise
+    logits = torch.stack(packed_logits(model, list(ids)))  # [B, L, V]
     for hook in hooks:
         hook.remove()
     result = {"logits_max_abs": max_abs(logits, golden["logits"])} if "logits" in golden else {}
-    routers = {int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")}
+    routers = {
+        int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")
+    }
     if routers:
         top = model.config.num_experts_per_tok
         flipped = torch.zeros(ids.shape, dtype=torch.bool)
         worst = 0.0
         for layer, expected in routers.items():
-            ours = torch.stack(seen[layer])  # [B, L, E]
+            ours = torch.cat(seen[layer]).view(*ids.shape, -1)  # [B, L, E]
             worst = max(worst, max_abs(ours, expected))
             flipped |= (ours.topk(top).indices.sort().values != expected.topk(top).indices.sort().values).any(-1)
         result |= {"router_max_abs": worst, "route_flips": int(flipped.sum())}
@@ -106,13 +113,20 @@ def compare_packed(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
 
 
 def log_probs(model: GptOss, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [L - 1] of ids[1:], and the entropy [L] of the distribution after each of the ids [L]; nats."""
-    tokens = torch.cat([ids, ids[:1]]).to(model.device)  # one more token, whatever it is, asks for the last distribution
-    mask = torch.ones(len(tokens), dtype=torch.bool, device=model.device)
-    mask[0] = False
-    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=model.device)
-    chosen, entropy = model.log_probs(tokens, cu_seqlens, temperature=temperature, mask=mask)
-    return chosen[1:-1], entropy[1:]
+    """Log-probs [B, L - 1] of ids[:, 1:], and the entropy [B, L] of the distribution after each of the ids [B, L]; nats."""
+    def run(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, L'] tokens -> log-prob and entropy [B, L' - 1] of all but the first of each row, run as one packed batch."""
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+        bounds = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32)
+        chosen, entropy = model.log_probs(tokens.flatten().to(model.device), bounds.to(model.device),
+                                          temperature=temperature, mask=mask.flatten().to(model.device))
+        return chosen.view_as(tokens)[:, 1:], entropy.view_as(tokens)[:, 1:]
+
+    chosen, entropy = run(ids)
+    with torch.no_grad():  # one more token, whatever it is, asks for the last distribution
+        _, longer = run(torch.cat([ids, ids[:, :1]], dim=1))
+    return chosen, torch.cat([entropy, longer[:, -1:]], dim=1)
 
 
 def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
@@ -120,11 +134,13 @@ def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     names = sorted({name.partition("_t")[2] for name in golden if name.startswith(("logprobs_t", "entropy_t"))})
     with torch.no_grad():
         for name in names:
-            ours = [log_probs(model, row, float(name)) for row in golden["input_ids"]]
-            for kind, key, values in (("logprobs", "logprob", [chosen for chosen, _ in ours]),
-                                      ("entropy", "entropy", [entropy for _, entropy in ours])):
+            chosen, entropy = log_probs(model, golden["input_ids"], float(name))
+            for kind, key, values in (
+                ("logprobs", "logprob", chosen),
+                ("entropy", "entropy", entropy),
+            ):
                 if f"{kind}_t{name}" in golden:
-                    result[f"{key}_max_abs_t{name}"] = max_abs(torch.stack(values), golden[f"{kind}_t{name}"])
+                    result[f"{key}_max_abs_t{name}"] = max_abs(values, golden[f"{kind}_t{name}"])
     for key in ("logprob", "entropy"):
         each = [value for name, value in result.items() if name.startswith(f"{key}_max_abs_t")]
         result |= {f"{key}_max_abs": max(each)} if each else {}
@@ -135,7 +151,10 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     """Prefill, then decode over the golden continuation: the greedy choice at each step, and the log-probs at T=1."""
     if "gen.greedy_ids" not in golden:
         return {}
-    prompts, expected = golden["gen.prompt_ids"].to(model.device), golden["gen.greedy_ids"].to(model.device)  # [B, P], [B, N]
+    prompts, expected = (
+        golden["gen.prompt_ids"].to(model.device),
+        golden["gen.greedy_ids"].to(model.device),
+    )  # [B, P], [B, N]
     (num_rows, prompt_len), num_new = prompts.shape, expected.shape[1]
     cache = model.new_cache(num_rows, prompt_len + num_new)
     slots = torch.arange(num_rows, device=model.device)
@@ -164,19 +183,24 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         return {}
     for parameter in base.values():
         parameter.requires_grad_(True)
-    objective = 0.0
-    for row in golden["input_ids"]:
-        total = log_probs(model, row, 1.0)[0].sum()
-        total.backward()
-        objective += total.item()
+    total = log_probs(model, golden["input_ids"], 1.0)[0].sum()
+    total.backward()
+    objective = total.item()
     ours = {name: parameter.grad for name, parameter in base.items()}
     if has_adapter:
         ours |= peft_tensors(model, config.targets, read=lambda parameter: parameter.grad)
-    compared = {name: max_abs(ours[name], wanted[name]) / max(wanted[name].abs().max().item(), 1e-30)
-                for name in wanted if name in ours}
+    compared = {
+        name: max_abs(ours[name], wanted[name]) / max(wanted[name].abs().max().item(), 1e-30)
+        for name in wanted
+        if name in ours
+    }
     worst = max(compared, key=compared.get)
-    result = {"grad_max_rel": compared[worst], "grad_max_rel_tensor": worst, "grad_num_tensors": len(compared),
-              "grad_not_compared": sorted(set(wanted) - set(compared))}
+    result = {
+        "grad_max_rel": compared[worst],
+        "grad_max_rel_tensor": worst,
+        "grad_num_tensors": len(compared),
+        "grad_not_compared": sorted(set(wanted) - set(compared)),
+    }
     if "objective" in golden:
         expected = golden["objective"].item()
         result["objective_rel"] = abs(objective - expected) / abs(expected)
@@ -185,14 +209,19 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
 
 def compare_dequantized(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     parameters = dict(model.named_parameters())
-    each = [max_abs(parameters[name.removeprefix("dequant.")].detach(), tensor)
-            for name, tensor in golden.items() if name.startswith("dequant.")]
+    each = [
+        max_abs(parameters[name.removeprefix("dequant.")].detach(), tensor)
+        for name, tensor in golden.items()
+        if name.startswith("dequant.")
+    ]
     return {"dequant_max_abs": max(each)} if each else {}
 
 
-def compare(checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | None, device: str,
-            dtype: torch.dtype) -> dict:
+def compare(
+    checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | None, device: str, dtype: torch.dtype
+) -> dict:
     """All comparisons that the golden tensors allow. Raises ValueError where there are none."""
+
     def load(experts: str) -> GptOss:
         model = load_model(checkpoint, device=device, dtype=dtype, experts=experts)
         if adapter is not None:
@@ -205,8 +234,11 @@ def compare(checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | 
         result |= part(model, golden)
     gradients = compare_gradients(model, golden)
     if model.expert_format == "mxfp4":
-        result |= {name.replace("grad_", "grad_packed_", 1): value for name, value in gradients.items()
-                   if name in ("grad_max_rel", "grad_max_rel_tensor", "grad_num_tensors")}
+        result |= {
+            name.replace("grad_", "grad_packed_", 1): value
+            for name, value in gradients.items()
+            if name in ("grad_max_rel", "grad_max_rel_tensor", "grad_num_tensors")
+        }
         del model
         model = load("bf16")
         gradients = compare_gradients(model, golden)
@@ -227,12 +259,27 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
-        result = compare(arguments.checkpoint, read_golden(arguments.golden), adapter=arguments.adapter,
-                         device=arguments.device, dtype=dtype)
+        result = compare(
+            arguments.checkpoint,
+            read_golden(arguments.golden),
+            adapter=arguments.adapter,
+            device=arguments.device,
+            dtype=dtype,
+        )
     except (CheckpointError, ValueError) as error:
         sys.exit(f"compare_logits: {error}")
-    print(json.dumps({"checkpoint": arguments.checkpoint, "golden": str(arguments.golden), "adapter": arguments.adapter,
-                      "device": arguments.device, "dtype": arguments.dtype, **result}))
+    print(
+        json.dumps(
+            {
+                "checkpoint": arguments.checkpoint,
+                "golden": str(arguments.golden),
+                "adapter": arguments.adapter,
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+                **result,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python scripts/random_checkpoint.py OUT --size 20b --dtype mxfp4 --device cuda      (13.8 GB; put OUT on a RAM disk)
 
-For timing, memory and loading at real sizes without a download: shapes, dtypes, file names, index and config.json are those of
-the published 20b and 120b checkpoints; `tiny` has their structure at a millionth of the size, with hidden != intermediate so
-that a missing transpose shows. Every tensor is drawn from (seed, its place in the model), so the weights depend on neither
---device's memory nor the shard size; they do differ between cpu and cuda.
+For timing, memory and loading at real sizes without a download: tensor names, shapes, dtypes and config.json are those
+of the published 20b and 120b checkpoints; `tiny` has the same structure with small layers, and hidden != intermediate
+so that a missing transpose shows. Every tensor is drawn from (seed, its place in the model), so the
+weights depend on neither --device's memory nor the shard size; they do differ between cpu and cuda.
 
-Scales keep activations finite and of order one through all layers: matrices have rms 1/sqrt(inputs), embeddings 1, biases 0.02.
+Scales keep activations finite and of order one through all layers: matrices have rms 1/sqrt(inputs), embeddings 1,
+biases 0.02.
 """
 
 import argparse
@@ -23,17 +24,45 @@ from models.config import GptOssConfig  # noqa: E402
 from models.tensor_files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
 
 SIZES = {
-    "20b": dict(num_hidden_layers=24, num_local_experts=32, hidden_size=2880, intermediate_size=2880,
-                num_attention_heads=64, num_key_value_heads=8, head_dim=64),
-    "120b": dict(num_hidden_layers=36, num_local_experts=128, hidden_size=2880, intermediate_size=2880,
-                 num_attention_heads=64, num_key_value_heads=8, head_dim=64),
-    "tiny": dict(num_hidden_layers=4, num_local_experts=8, hidden_size=64, intermediate_size=96,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=32),
+    "20b": dict(
+        num_hidden_layers=24,
+        num_local_experts=32,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+    ),
+    "120b": dict(
+        num_hidden_layers=36,
+        num_local_experts=128,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+    ),
+    "tiny": dict(
+        num_hidden_layers=4,
+        num_local_experts=8,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    ),
 }
 VOCAB_SIZE = 201088
 SPECIAL_TOKENS = {
-    199998: "<|startoftext|>", 199999: "<|endoftext|>", 200002: "<|return|>", 200003: "<|constrain|>",
-    200005: "<|channel|>", 200006: "<|start|>", 200007: "<|end|>", 200008: "<|message|>", 200012: "<|call|>",
+    199998: "<|startoftext|>",
+    199999: "<|endoftext|>",
+    200002: "<|return|>",
+    200003: "<|constrain|>",
+    200005: "<|channel|>",
+    200006: "<|start|>",
+    200007: "<|end|>",
+    200008: "<|message|>",
+    200012: "<|call|>",
     200018: "<|endofprompt|>",
 }
 # a few words at the ids they have in o200k_harmony, so that prompts are about as long as real ones around their headers
@@ -42,9 +71,16 @@ E2M1_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
 
 
 def model_config(size: str) -> GptOssConfig:
-    return GptOssConfig.from_architecture(dict(
-        SIZES[size], vocab_size=VOCAB_SIZE, num_experts_per_tok=4, sliding_window=128, eos_token_id=200002,
-        pad_token_id=199999))
+    return GptOssConfig.from_architecture(
+        dict(
+            SIZES[size],
+            vocab_size=VOCAB_SIZE,
+            num_experts_per_tok=4,
+            sliding_window=128,
+            eos_token_id=200002,
+            pad_token_id=199999,
+        )
+    )
 
 
 def _generator(seed: int, place: int, device: torch.device) -> torch.Generator:
@@ -56,7 +92,7 @@ def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> t
     result = torch.empty(shape, dtype=torch.bfloat16)
     rows = max(1, 2**26 * shape[0] // math.prod(shape))
     for start in range(0, shape[0], rows):
-        piece = result[start:start + rows]
+        piece = result[start : start + rows]
         noise = torch.empty(piece.shape, dtype=torch.float32, device=generator.device)
         piece.copy_(noise.normal_(0.0, std, generator=generator))
     return result
@@ -66,7 +102,7 @@ def _codes(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Uniform random bytes: every one of the 16 codes equally often."""
     words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.uint8)[:math.prod(shape)].view(shape).cpu()
+    return words.view(torch.uint8)[: math.prod(shape)].view(shape).cpu()
 
 
 def _scale_bytes(shape: tuple[int, ...], num_inputs: int, generator: torch.Generator) -> torch.Tensor:
@@ -77,7 +113,7 @@ def _scale_bytes(shape: tuple[int, ...], num_inputs: int, generator: torch.Gener
 
 
 def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torch.device) -> list[TensorToWrite]:
-    """Every tensor of the checkpoint in the order of the published shards: layers sorted as text, then the big tables."""
+    """Every tensor of the checkpoint in the published order: layers sorted as text, then the big tables."""
     hidden, width, num_experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     plan = []
@@ -100,8 +136,12 @@ def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torc
         if is_mxfp4:
             place, blocks = len(plan), (num_experts, outputs, inputs // 32, 16)
             add(name + "_blocks", blocks, lambda: _codes(blocks, _generator(seed, place, device)), bytes_each=1)
-            add(name + "_scales", blocks[:3],
-                lambda: _scale_bytes(blocks[:3], inputs, _generator(seed, place + 1, device)), bytes_each=1)
+            add(
+                name + "_scales",
+                blocks[:3],
+                lambda: _scale_bytes(blocks[:3], inputs, _generator(seed, place + 1, device)),
+                bytes_each=1,
+            )
         else:
             normal(name, num_experts, inputs, outputs, std=1 / math.sqrt(inputs))
         normal(name + "_bias", num_experts, outputs, std=0.02)
@@ -113,8 +153,12 @@ def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torc
         experts(prefix + "mlp.experts.gate_up_proj", 2 * width, hidden)
         linear(prefix + "mlp.router", num_experts, hidden)
         ones(prefix + "post_attention_layernorm.weight")
-        for name, outputs, inputs in (("k", kv_width, hidden), ("o", hidden, q_width), ("q", q_width, hidden),
-                                      ("v", kv_width, hidden)):
+        for name, outputs, inputs in (
+            ("k", kv_width, hidden),
+            ("o", hidden, q_width),
+            ("q", q_width, hidden),
+            ("v", kv_width, hidden),
+        ):
             linear(f"{prefix}self_attn.{name}_proj", outputs, inputs)
         normal(prefix + "self_attn.sinks", config.num_attention_heads, std=1.0)
     normal("lm_head.weight", config.vocab_size, hidden, std=1 / math.sqrt(hidden))
@@ -124,7 +168,7 @@ def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torc
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer with the harmony specials at their real ids; the other ids up to 199997 are unused fillers."""
+    """A byte-level tokenizer, harmony specials at their real ids; the other ids up to 199997 are unused fillers."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | WORDS
@@ -137,19 +181,36 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials.values()])
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|return|>",
-        "pad_token": "<|endoftext|>", "model_max_length": 131072, "clean_up_tokenization_spaces": False})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|return|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 131072,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--size", choices=list(SIZES), required=True)
-    parser.add_argument("--dtype", "--experts", dest="experts", choices=["mxfp4", "bf16"], default="mxfp4",
-                        help="form of the expert weights; all other tensors are bf16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where random numbers are drawn (default: cuda where there is one; it is far faster)")
+    parser.add_argument(
+        "--dtype",
+        "--experts",
+        dest="experts",
+        choices=["mxfp4", "bf16"],
+        default="mxfp4",
+        help="form of the expert weights; all other tensors are bf16",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where random numbers are drawn (default: cuda where there is one; it is far faster)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-bytes", type=float, default=5e9)
     arguments = parser.parse_args()
@@ -159,13 +220,23 @@ def main() -> None:
     num_bytes = sum(tensor.num_bytes for tensor in plan)
     try:
         with atomic_folder(arguments.out, num_bytes=num_bytes + 2**24) as folder:
-            weight_map = write_shards(folder, plan, max_shard_bytes=arguments.max_shard_bytes,
-                                      pattern="model-{number:05d}-of-{count:05d}.safetensors")
+            weight_map = write_shards(
+                folder,
+                plan,
+                max_shard_bytes=arguments.max_shard_bytes,
+                pattern="model-{number:05d}-of-{count:05d}.safetensors",
+            )
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
             write_json(folder / "config.json", config.to_hf(is_mxfp4=is_mxfp4))
-            write_json(folder / "generation_config.json", {
-                "bos_token_id": 199998, "do_sample": True, "eos_token_id": [200002, 199999, 200012],
-                "pad_token_id": 199999})
+            write_json(
+                folder / "generation_config.json",
+                {
+                    "bos_token_id": 199998,
+                    "do_sample": True,
+                    "eos_token_id": [200002, 199999, 200012],
+                    "pad_token_id": 199999,
+                },
+            )
             write_tokenizer(folder)
     except ValueError as error:
         sys.exit(f"random_checkpoint: {error}")

@@ -14,7 +14,6 @@ from grpo.checkpoint import save_run
 from grpo.config import save_config
 from grpo.envs.carry import Carry
 from grpo.evaluate import evaluate, pass_at_k, run_evaluation, wilson_half_width
-from grpo.groups import EnvironmentFault
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
 from grpo.rewards import Score
@@ -130,9 +129,10 @@ def test_the_settings_reach_the_sampler_under_a_step_of_their_own():
                              {"step": -1, "temperature": 0.7, "top_p": 0.9, "greedy": False}]
 
 
-def test_no_held_out_prompts_are_the_environment_s_fault():
-    with pytest.raises(EnvironmentFault, match="TableEnv has no held-out prompts"):
-        evaluate(TableEnv(), TableSampler([], []), [], **SETTINGS)
+def test_no_held_out_prompts_are_the_environment_s_fault(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(Carry, "eval_prompts", lambda self: [])
+    assert run_evaluation(load_config("evaluate", [f"run={run_dir}"])) == 4
+    assert "Carry.eval_prompts" in capsys.readouterr().err
 
 
 # ---- with a model
@@ -235,5 +235,5 @@ def test_mistakes_end_in_one_message_and_exit_code_2(run_dir, capsys, overrides,
 
 def test_an_environment_that_raises_is_named(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(Carry, "score", lambda self, completions: 1 / 0)
-    assert run_evaluation(load_config("evaluate", [f"run={run_dir}", "max_new_tokens=2", "max_prompts=1"])) == 2
+    assert run_evaluation(load_config("evaluate", [f"run={run_dir}", "max_new_tokens=2", "max_prompts=1"])) == 4
     assert "environment Carry.score raised ZeroDivisionError" in capsys.readouterr().err

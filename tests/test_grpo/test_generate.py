@@ -356,12 +356,12 @@ def test_mistakes_end_in_one_message_and_exit_code_2(carry_run, capsys, override
     assert captured.out == "" and "Traceback" not in captured.err
 
 
-def test_weights_that_are_not_finite_end_with_exit_code_1(tmp_path, capsys):
+def test_weights_that_are_not_finite_end_with_the_exit_code_of_a_diverged_run(tmp_path, capsys):
     run_dir = make_run(tmp_path)
     chat = load_conversation(load_config("generate", [f"run={run_dir}"]))
     tensors = {name: tensor * float("nan") for name, tensor in parameter_tensors(chat.sampler.model).items()}
     save_run(run_dir, step=2, tensors=tensors, state={"wandb_id": None}, keep=2)
-    assert run_generation(load_config("generate", [f"run={run_dir}", "prompt=1+1"])) == 1
+    assert run_generation(load_config("generate", [f"run={run_dir}", "prompt=1+1"])) == 6
     assert "error: rollout: the log-prob of a sampled token is not finite" in capsys.readouterr().err
 
 

@@ -151,7 +151,7 @@ def test_nothing_passes_between_sequences_or_from_later_tokens(window):
     later["k"] = inputs["k"]
     later["v"][9:] += 100
     out = attention(**later, cu_seqlens=[0, 5, 12], window=window, scale=1.0)
-    assert torch.equal(out[:9], clean[:9]) and (out[9:] - clean[9:]).min() > 1e-3
+    assert torch.equal(out[:9], clean[:9]) and (out[9:] - clean[9:]).amax(dim=(1, 2)).min() > 1
 
 
 def test_scores_and_sinks_far_from_zero_stay_finite():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kernels.dense import linear
 from kernels.linear import lora_linear
 
 SCALE = 2.5
@@ -66,3 +67,25 @@ def test_no_tokens_and_strided_input():
     assert not strided.is_contiguous()
     torch.testing.assert_close(lora_linear(strided, *list(given.values())[1:], scale=SCALE),
                                lora_linear(*given.values(), scale=SCALE), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("size_in, size_out", [(64, 128), (96, 64), (128, 64), (16, 40)])
+def test_a_row_does_not_depend_on_how_many_run_beside_it(size_in, size_out):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(32, size_in, generator=generator), torch.randn(size_out, size_in, generator=generator)
+    everything = linear(x, weight, weight[:, 0])
+    for num_rows in (0, 1, 2, 3, 5, 8, 9, 31):
+        torch.testing.assert_close(linear(x[:num_rows], weight, weight[:, 0]), everything[:num_rows], rtol=1e-7, atol=1e-6)
+
+
+def test_few_rows_and_many_equal_the_float64_product_with_their_gradients():
+    for num_rows in (1, 7, 8, 9):
+        generator = torch.Generator().manual_seed(num_rows)
+        leaves = [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((num_rows, 5), (3, 5), (3,))]
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        y, expected = linear(*leaves), exact[0] @ exact[1].T + exact[2]
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        for mine, leaf in zip(leaves, exact):
+            torch.testing.assert_close(mine.grad.double(), leaf.grad, rtol=1e-5, atol=1e-5)

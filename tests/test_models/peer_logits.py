@@ -2,8 +2,9 @@
 
     python peer_logits.py JOBS.json OUT.safetensors
 
-JOBS: [{"name", "checkpoint", "adapter" or null, "input_ids", "text" or null}]. OUT holds the logits of each job; its metadata, as
-JSON under "jobs", what transformers and PEFT said while loading, and the ids of "text" in the checkpoint's tokenizer.
+JOBS: [{"name", "checkpoint", "adapter" or null, "input_ids", "text" or null}]. OUT holds the logits of each job; its
+metadata, as JSON under "jobs", what transformers and PEFT said while loading, and the ids of "text" in the
+checkpoint's tokenizer.
 """
 
 import json
@@ -15,14 +16,15 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
 
-# a distribution named `kernels` within the range that transformers accepts would be imported: the name may be this project's
+# transformers would import a distribution named `kernels` of the right version; that name may be this project's
 transformers.utils.import_utils.is_kernels_available = lambda *_, **__: False
 transformers.utils.is_kernels_available = lambda *_, **__: False
 
 
 def run(job: dict) -> tuple[torch.Tensor, dict]:
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        job["checkpoint"], dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        job["checkpoint"], dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
     said = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if job["adapter"] is not None:
         with warnings.catch_warnings(record=True) as caught:
@@ -40,5 +42,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with open(sys.argv[1], encoding="utf-8") as jobs:
         results = {job["name"]: run(job) for job in json.load(jobs)}
-    save_file({name: logits.contiguous() for name, (logits, _) in results.items()}, sys.argv[2],
-              metadata={"jobs": json.dumps({name: said for name, (_, said) in results.items()})})
+    save_file(
+        {name: logits.contiguous() for name, (logits, _) in results.items()},
+        sys.argv[2],
+        metadata={"jobs": json.dumps({name: said for name, (_, said) in results.items()})},
+    )

@@ -48,7 +48,9 @@ def golden(folder):
 
 def same_bytes(ours, theirs):
     assert ours.keys() == theirs.keys()
-    different = [name for name in ours if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])]
+    different = [
+        name for name in ours if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ]
     assert different == []
 
 
@@ -97,8 +99,15 @@ def test_every_loaded_tensor_equals_the_stored_one(folder):
 
 def test_layers_that_straddle_shards_load_to_the_golden_logits():
     index = json.loads((MXFP4 / "model.safetensors.index.json").read_text())["weight_map"]
-    files = {index[f"model.layers.1.{name}"] for name in ("input_layernorm.weight", "mlp.experts.down_proj_blocks",
-                                                          "self_attn.v_proj.weight", "mlp.experts.gate_up_proj_bias")}
+    files = {
+        index[f"model.layers.1.{name}"]
+        for name in (
+            "input_layernorm.weight",
+            "mlp.experts.down_proj_blocks",
+            "self_attn.v_proj.weight",
+            "mlp.experts.gate_up_proj_bias",
+        )
+    }
     files |= {index[f"model.layers.2.{name}"] for name in ("input_layernorm.weight", "self_attn.v_proj.weight")}
     assert len(files) > 1  # else the fixture would not show it
     expected = golden(MXFP4)
@@ -147,8 +156,10 @@ def test_an_mxfp4_export_is_byte_identical_and_split_at_the_shard_size(tmp_path)
     save_model(load(MXFP4), tmp_path / "out", merge_lora=False, max_shard_bytes=100_000)
     same_bytes(stored_tensors(tmp_path / "out"), stored_tensors(MXFP4))
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    sizes = {path.name: sum(tensor.nbytes for tensor in load_file(path).values())
-             for path in (tmp_path / "out").glob("*.safetensors")}
+    sizes = {
+        path.name: sum(tensor.nbytes for tensor in load_file(path).values())
+        for path in (tmp_path / "out").glob("*.safetensors")
+    }
     assert set(index["weight_map"].values()) == set(sizes) and len(sizes) > 5
     assert index["metadata"]["total_size"] == sum(sizes.values()) == 613888  # as the fixture's own index says
     assert max(sizes.values()) <= 100_000
@@ -161,7 +172,9 @@ def test_a_dense_export_of_packed_experts_has_the_published_names_and_the_same_f
     assert stored["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)  # [E, in, out]
     assert not any(name.endswith(("_blocks", "_scales")) for name in stored)
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    torch.testing.assert_close(logits_of(load(tmp_path / "out"), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(load(tmp_path / "out"), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
+    )
 
 
 def test_exported_config_keeps_the_hub_schema(tmp_path):
@@ -189,7 +202,10 @@ def test_tokenizer_files_are_copied_verbatim_and_generation_stops_at_their_ids(t
     save_model(load(BF16), tmp_path / "out", merge_lora=False, tokenizer_folder=tokenizer)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tokenizer / name).read_bytes()
-    ids = {token["content"]: token["id"] for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]}
+    ids = {
+        token["content"]: token["id"]
+        for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    }
     written = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert written["eos_token_id"] == [ids["<|return|>"], ids["<|endoftext|>"], ids["<|call|>"]]
     with pytest.raises(CheckpointError, match="no tokenizer.json"):
@@ -302,10 +318,23 @@ def test_original_shards_without_an_index_are_read(tmp_path):
 def test_original_config_has_the_fields_of_the_published_one(tmp_path):
     save_original(load(MXFP4), tmp_path / "out", merge_lora=False)
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
-        "num_hidden_layers": 4, "num_experts": 4, "experts_per_token": 2, "vocab_size": 384, "hidden_size": 96,
-        "intermediate_size": 64, "swiglu_limit": 7.0, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "sliding_window": 8, "initial_context_length": 4096, "rope_theta": 150000, "rope_scaling_factor": 32.0,
-        "rope_ntk_alpha": 1.0, "rope_ntk_beta": 32.0}
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "vocab_size": 384,
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "swiglu_limit": 7.0,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+        "initial_context_length": 4096,
+        "rope_theta": 150000,
+        "rope_scaling_factor": 32.0,
+        "rope_ntk_alpha": 1.0,
+        "rope_ntk_beta": 32.0,
+    }
 
 
 def test_a_model_the_original_layout_cannot_describe_is_refused(tmp_path):
@@ -325,7 +354,9 @@ def test_all_problems_of_the_tensors_are_listed_in_one_message(damaged):
     def change(tensors):
         del tensors["lm_head.weight"]
         tensors["extra.weight"] = torch.zeros(2)
-        tensors["model.layers.0.mlp.experts.down_proj_blocks"] = tensors["model.layers.0.mlp.experts.down_proj_blocks"].float()
+        tensors["model.layers.0.mlp.experts.down_proj_blocks"] = tensors[
+            "model.layers.0.mlp.experts.down_proj_blocks"
+        ].float()
         tensors["model.layers.0.self_attn.sinks"] = torch.zeros(5)
 
     rewrite(damaged, file, change)
@@ -376,7 +407,9 @@ def test_a_missing_shard_is_named(damaged):
         load(damaged)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
 def test_a_malformed_index_is_named(damaged, content):
     (damaged / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: "):
@@ -477,8 +510,21 @@ def test_exported_files_are_readable_as_their_folder_is(tmp_path):
 
 def test_a_random_checkpoint_loads_and_stays_finite_and_its_tokenizer_round_trips(tmp_path):
     out = tmp_path / "tiny"
-    subprocess.run([sys.executable, ROOT / "scripts/random_checkpoint.py", out, "--size", "tiny", "--device", "cpu",
-                    "--max-shard-bytes", "2e7"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            ROOT / "scripts/random_checkpoint.py",
+            out,
+            "--size",
+            "tiny",
+            "--device",
+            "cpu",
+            "--max-shard-bytes",
+            "2e7",
+        ],
+        check=True,
+        capture_output=True,
+    )
     model = load(out)
     assert model.expert_format == "mxfp4" and len(list(out.glob("*.safetensors"))) > 1
     logits = logits_of(model, torch.arange(24).view(2, 12))
@@ -500,12 +546,15 @@ def test_random_checkpoints_have_the_published_sizes(monkeypatch):
 
 def test_the_export_script_writes_what_it_is_asked_for(tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, ROOT / "scripts/export.py", *map(str, arguments)], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, ROOT / "scripts/export.py", *map(str, arguments)], capture_output=True, text=True
+        )
 
     done = run(BF16, tmp_path / "merged", "--adapter", LORA, "--merge", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     expected = golden(LORA)
-    torch.testing.assert_close(logits_of(load(tmp_path / "merged"), expected["input_ids"]), expected["logits"],
-                               rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(load(tmp_path / "merged"), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
+    )
     refused = run(BF16, tmp_path / "merged", "--merge")
     assert refused.returncode == 1 and "no adapter to merge" in refused.stderr and "Traceback" not in refused.stderr

@@ -13,13 +13,21 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent.parent
 FIXTURES = ROOT / "tests/fixtures"
 BF16, MXFP4, LORA = FIXTURES / "tiny_bf16", FIXTURES / "tiny_mxfp4", FIXTURES / "tiny_bf16_lora"
-DIFFERENCES = ("logits_max_abs", "packed_max_abs", "pad_left_max_abs", "pad_right_max_abs", "router_max_abs",
-               "entropy_max_abs", "gen_logprob_max_abs")
+DIFFERENCES = (
+    "logits_max_abs",
+    "packed_max_abs",
+    "pad_left_max_abs",
+    "pad_right_max_abs",
+    "router_max_abs",
+    "entropy_max_abs",
+    "gen_logprob_max_abs",
+)
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "scripts/compare_logits.py", *map(str, arguments)], capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts/compare_logits.py", *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def result_of(*arguments):
@@ -35,7 +43,6 @@ def script(monkeypatch):
     import compare_logits
 
     return compare_logits
-
 
 
 def compared(script, checkpoint, tensors, adapter=None):
@@ -90,17 +97,22 @@ def test_a_wrong_gradient_is_named(script):
     golden = script.read_golden(BF16)
     name = "model.layers.2.self_attn.o_proj.bias"
     golden[f"grad.{name}"] = -golden[f"grad.{name}"]
-    result = compared(script, BF16, {key: golden[key] for key in golden if key.startswith("grad.") or key == "input_ids"})
+    result = compared(
+        script, BF16, {key: golden[key] for key in golden if key.startswith("grad.") or key == "input_ids"}
+    )
     assert result["grad_max_rel"] == pytest.approx(2.0, abs=1e-3) and result["grad_max_rel_tensor"] == name
     assert "logits_max_abs" not in result and "objective_rel" not in result
 
 
-@pytest.mark.parametrize("kept, keys", [
-    (("input_ids", "logits"), {"experts", "logits_max_abs"}),
-    (("packed.",), {"experts", "packed_max_abs"}),
-    (("input_ids", "entropy_t0.7"), {"experts", "entropy_max_abs", "entropy_max_abs_t0.7"}),
-    (("gen.",), {"experts", "greedy_equal", "gen_logprob_max_abs"}),
-])
+@pytest.mark.parametrize(
+    "kept, keys",
+    [
+        (("input_ids", "logits"), {"experts", "logits_max_abs"}),
+        (("packed.",), {"experts", "packed_max_abs"}),
+        (("input_ids", "entropy_t0.7"), {"experts", "entropy_max_abs", "entropy_max_abs_t0.7"}),
+        (("gen.",), {"experts", "greedy_equal", "gen_logprob_max_abs"}),
+    ],
+)
 def test_what_the_golden_file_does_not_hold_is_left_out(script, kept, keys):
     golden = {name: tensor for name, tensor in script.read_golden(BF16).items() if name.startswith(kept)}
     assert compared(script, BF16, golden).keys() == keys
@@ -111,8 +123,10 @@ def test_logits_that_are_not_numbers_are_infinitely_far(script):
 
 
 def test_bad_arguments_end_in_one_line(tmp_path):
-    for arguments, message in (((BF16, tmp_path / "none.safetensors"), "none.safetensors: not found"),
-                               ((tmp_path, BF16), "config.json: not found"),
-                               ((BF16, FIXTURES / "kernels.safetensors"), "nothing to compare")):
+    for arguments, message in (
+        ((BF16, tmp_path / "none.safetensors"), "none.safetensors: not found"),
+        ((tmp_path, BF16), "config.json: not found"),
+        ((BF16, FIXTURES / "kernels.safetensors"), "nothing to compare"),
+    ):
         done = run(*arguments)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

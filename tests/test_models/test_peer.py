@@ -1,6 +1,7 @@
 """Our exports in transformers and our adapters in PEFT give our logits.
 
-The peers run in one process of their own: the interpreter in GRPO_PEER_PYTHON, or this one, if it has transformers and peft.
+The peers run in one process of their own: the interpreter in GRPO_PEER_PYTHON, or this one, if it has transformers
+and peft.
 """
 
 import json
@@ -23,8 +24,11 @@ FIXTURES = ROOT / "tests/fixtures"
 BF16, MXFP4 = FIXTURES / "tiny_bf16", FIXTURES / "tiny_mxfp4"
 IDS = torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(0))
 TEXT = "hello world, ¿qué tal? 🙂\n\n\tdef f(x): return x ** 2"
-TARGETS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "experts": ["experts"],
-           "everything": ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]}
+TARGETS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "experts": ["experts"],
+    "everything": ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"],
+}
 
 
 def load(folder):
@@ -79,8 +83,11 @@ def exports(tmp_path_factory):
     model = load(BF16)
     load_adapter(model, FIXTURES / "tiny_bf16_lora")
     made["fixture adapter"] = (BF16, FIXTURES / "tiny_bf16_lora", logits_of(model))
-    subprocess.run([sys.executable, ROOT / "scripts/random_checkpoint.py", folder / "random", "--size", "tiny",
-                    "--device", "cpu"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "scripts/random_checkpoint.py", folder / "random", "--size", "tiny", "--device", "cpu"],
+        check=True,
+        capture_output=True,
+    )
     made["random"] = (folder / "random", None, logits_of(load(folder / "random")))
     return made
 
@@ -89,13 +96,26 @@ def exports(tmp_path_factory):
 def peer(peer_python, exports, tmp_path_factory):
     """Logits of each export in transformers, and what was said while loading."""
     folder = tmp_path_factory.mktemp("peer")
-    jobs = [{"name": name, "checkpoint": str(checkpoint), "adapter": adapter and str(adapter), "input_ids": IDS.tolist(),
-             "text": TEXT if (checkpoint / "tokenizer.json").exists() else None}
-            for name, (checkpoint, adapter, _) in exports.items()]
+    jobs = [
+        {
+            "name": name,
+            "checkpoint": str(checkpoint),
+            "adapter": adapter and str(adapter),
+            "input_ids": IDS.tolist(),
+            "text": TEXT if (checkpoint / "tokenizer.json").exists() else None,
+        }
+        for name, (checkpoint, adapter, _) in exports.items()
+    ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([peer_python, ROOT / "tests/test_models/peer_logits.py", "jobs.json", "out.safetensors"], cwd=folder,
-                          env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [peer_python, ROOT / "tests/test_models/peer_logits.py", "jobs.json", "out.safetensors"],
+        cwd=folder,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     with safe_open(folder / "out.safetensors", framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["jobs"])

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from models.checkpoint import load_model
 from models.lora import LoraConfig, attach_lora
-from models.peft_format import attached_config, load_adapter, merged_weight, peft_tensors, read_adapter_config, save_adapter
+from models.peft_format import (
+    attached_config,
+    load_adapter,
+    merged_weight,
+    peft_tensors,
+    read_adapter_config,
+    save_adapter,
+)
 from models.tensor_files import CheckpointError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -65,8 +72,17 @@ def test_an_adapter_read_and_saved_again_is_byte_identical(tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "out", LORA))
-    for key in ("r", "lora_alpha", "peft_type", "bias", "use_rslora", "use_dora", "modules_to_save", "lora_dropout",
-                "base_model_name_or_path"):
+    for key in (
+        "r",
+        "lora_alpha",
+        "peft_type",
+        "bias",
+        "use_rslora",
+        "use_dora",
+        "modules_to_save",
+        "lora_dropout",
+        "base_model_name_or_path",
+    ):
         assert ours[key] == theirs[key], key
     assert sorted(ours["target_modules"]) == sorted(theirs["target_modules"])
     assert ours["target_parameters"] == theirs["target_parameters"]
@@ -145,7 +161,9 @@ def test_an_adapter_on_one_expert_projection_leaves_the_other_without_effect(tmp
 
     def only_half(tensors):
         kept = {name: tensor for name, tensor in tensors.items() if inner[other] not in name}
-        return {name.replace(".base_layer", ""): tensor for name, tensor in kept.items()}  # as peft names a single wrapper
+        return {
+            name.replace(".base_layer", ""): tensor for name, tensor in kept.items()
+        }  # as peft names a single wrapper
 
     folder = adapter_copy(tmp_path, settings={"target_parameters": [f"mlp.experts.{half}"]}, change=only_half)
     model, whole = base_model(), base_model()
@@ -162,13 +180,22 @@ def test_an_adapter_on_one_expert_projection_leaves_the_other_without_effect(tmp
     assert not written[f"{PREFIX}1{inner[other]}B.weight"].any()
 
 
-@pytest.mark.parametrize("settings, named", [
-    ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "peft_type"), ({"bias": "all"}, "bias"),
-    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"r": 0}, "r=0"), ({"r": "4"}, "r='4'"), ({"lora_alpha": None}, "lora_alpha=None"),
-    ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\]"), ({"target_modules": ".*"}, "target_modules"),
-    ({"target_parameters": ["mlp.experts.gate_up_proj_bias"]}, "gate_up_proj_bias"),
-])
+@pytest.mark.parametrize(
+    "settings, named",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": 0}, "r=0"),
+        ({"r": "4"}, "r='4'"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\]"),
+        ({"target_modules": ".*"}, "target_modules"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj_bias"]}, "gate_up_proj_bias"),
+    ],
+)
 def test_settings_that_would_change_the_result_are_refused_by_name(tmp_path, settings, named):
     folder = adapter_copy(tmp_path, settings=settings)
     with pytest.raises(CheckpointError, match=rf"adapter_config\.json: .*{named}"):
@@ -186,7 +213,9 @@ def test_an_adapter_whose_settings_differ_from_the_models_is_refused():
     with pytest.raises(CheckpointError) as caught:
         load_adapter(model, LORA)
     message = str(caught.value)
-    assert "rank: 8 in the model, 4 in the adapter" in message and "alpha: 16.0 in the model, 8 in the adapter" in message
+    assert (
+        "rank: 8 in the model, 4 in the adapter" in message and "alpha: 16.0 in the model, 8 in the adapter" in message
+    )
     assert "targets: ['q_proj'] in the model" in message
 
 
@@ -237,8 +266,10 @@ def test_saving_replaces_an_adapter_and_nothing_else(tmp_path):
 
 def test_an_adapter_loads_over_a_packed_base(tmp_path):
     """The same adapter on packed and on dequantised experts gives the same function."""
-    packed, dense = (load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32, experts=form)
-                     for form in ("mxfp4", "bf16"))
+    packed, dense = (
+        load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32, experts=form)
+        for form in ("mxfp4", "bf16")
+    )
     attach_lora(packed, LoraConfig(rank=2, alpha=4.0, targets=["experts", "o_proj"]), seed=0)
     filled(packed)
     save_adapter(packed, tmp_path / "out")

@@ -1,0 +1,142 @@
+"""`entry_points`: runs `python -m grpo.NAME ARGUMENTS` many times without importing torch every time.
+
+A server process imports what the entry points need, then forks a child for each command; the child runs the module as
+`python -m` does, with its own argv, folder, environment and standard streams. A few tests elsewhere start real interpreters.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SERVER = r"""
+import importlib.machinery, json, os, runpy, signal, sys, time
+import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch, models.checkpoint, models.lora
+import grpo.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
+children = set()
+
+def run(command):
+    os.setsid()
+    os.chdir(command["folder"])
+    os.environ.update(command["environment"])
+    sys.path[:0] = command["path"]
+    for descriptor, name in ((0, os.devnull), (1, command["output"] + ".out"), (2, command["output"] + ".err")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o644), descriptor)
+    code = 1
+    try:
+        exec(command["before"], {})
+        sys.modules.pop(command["module"], None)
+        sys.argv = [command["module"], *command["arguments"]]
+        runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+def wait(pid, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            children.discard(pid)
+            return {"code": os.waitstatus_to_exitcode(status), "cpu_seconds": usage.ru_utime + usage.ru_stime}
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    children.discard(pid)
+    return {"code": None, "cpu_seconds": seconds}
+
+for line in sys.stdin:
+    command = json.loads(line)
+    if "pid" in command:
+        reply = wait(command["pid"], command["seconds"])
+    else:
+        pid = os.fork()
+        if pid == 0:
+            run(command)
+        children.add(pid)
+        reply = {"pid": pid}
+    print(json.dumps(reply), flush=True)
+for pid in children:
+    os.kill(pid, signal.SIGKILL)
+"""
+
+
+@dataclass
+class Result:
+    code: int | None  # exit code, -N for signal N, None after a time-out
+    out: str
+    err: str
+    cpu_seconds: float
+
+
+class Command:
+    """A started entry point."""
+
+    def __init__(self, server, pid: int, output: Path):
+        self.pid, self._server, self._output = pid, server, output
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def error_text(self) -> str:
+        return Path(f"{self._output}.err").read_text(errors="replace")
+
+    def wait(self, seconds: float = 60) -> Result:
+        reply = self._server.ask({"pid": self.pid, "seconds": seconds})
+        out, err = (Path(f"{self._output}{ending}").read_text(errors="replace") for ending in (".out", ".err"))
+        return Result(reply["code"], out, err, reply["cpu_seconds"])
+
+
+class EntryPoints:
+    def __init__(self, folder: Path):
+        self.folder, self._count = folder, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+        environment.pop("WANDB_API_KEY", None)
+        self._process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         text=True, env=environment, cwd=ROOT)
+
+    def ask(self, command: dict) -> dict:
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, module: str, *arguments: str, before: str = "", path: tuple = (), folder: Path = ROOT,
+              **environment: str) -> Command:
+        """`before`: Python code that the child runs first, to break something on purpose. `path`: more import folders."""
+        self._count += 1
+        output = self.folder / str(self._count)
+        reply = self.ask({"module": module, "arguments": [str(argument) for argument in arguments], "before": before,
+                          "path": [str(entry) for entry in path], "folder": str(folder), "environment": environment,
+                          "output": str(output)})
+        while not Path(f"{output}.err").exists():
+            time.sleep(0.001)
+        return Command(self, reply["pid"], output)
+
+    def run(self, module: str, *arguments: str, seconds: float = 60, **options) -> Result:
+        return self.start(module, *arguments, **options).wait(seconds)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def entry_points(tmp_path_factory):
+    server = EntryPoints(tmp_path_factory.mktemp("entry_points"))
+    yield server
+    server.close()

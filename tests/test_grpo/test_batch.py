@@ -1,0 +1,151 @@
+"""Packing: masks from sources, normalisers, kept sets; micro-batches and minibatches."""
+
+import pytest
+import torch
+
+from grpo.batch import Completion, Prompt, RolloutBatch, Segment, micro_batches, minibatches, pack
+
+
+def completion(prompt_ids, *turns, sample=0, finish_reason="stop") -> Completion:
+    """Turns alternate: ids of the policy, ids of the environment, ..."""
+    segments = [Segment(prompt_ids, "prompt")]
+    for i, ids in enumerate(turns):
+        segments.append(Segment(ids, "env") if i % 2 else Segment(ids, "policy", [-0.1 * token for token in ids]))
+    return Completion(Prompt(0, prompt_ids, {}), sample, segments, finish_reason)
+
+
+def three() -> list[Completion]:
+    return [completion([1, 2], [3, 4, 5]), completion([6], [7], [8, 9], [10, 11]), completion([12, 13, 14], [15])]
+
+
+def of_lengths(*lengths: int) -> RolloutBatch:
+    """One prompt token each, so `length - 1` policy tokens; token ids tell sequences apart."""
+    return pack([completion([100 * row], [100 * row + i for i in range(1, length)]) for row, length in enumerate(lengths)],
+                [float(row) for row in range(len(lengths))])
+
+
+def test_only_tokens_that_the_policy_sampled_are_trained_on():
+    batch = pack(three(), [0.5, -1.0, 2.0])
+    assert batch.tokens.tolist() == list(range(1, 16))
+    assert batch.cu_seqlens.tolist() == [0, 5, 11, 15] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.tokens[batch.loss_mask].tolist() == [3, 4, 5, 7, 10, 11, 15]  # 8 and 9 are the environment's
+    assert batch.advantages.tolist() == [0.5] * 5 + [-1.0] * 6 + [2.0] * 4
+    assert batch.sequence_ids.tolist() == [0] * 5 + [1] * 6 + [2] * 4
+    assert batch.sequence_lengths.tolist() == [3, 3, 1]
+    assert (batch.num_completion_tokens, batch.num_sequences, batch.num_rows) == (7, 3, 3)
+    expected = [-0.1 * token if sampled else 0.0 for token, sampled in zip(batch.tokens.tolist(), batch.loss_mask.tolist())]
+    assert batch.sampler_log_probs.tolist() == pytest.approx(expected)
+    assert batch.kept is None and batch.old_log_probs is None and batch.ref_log_probs is None
+
+
+def test_the_record_of_a_completion():
+    record = three()[1]
+    assert record.completion_ids == [7, 8, 9, 10, 11]
+    assert record.num_policy_tokens == 3 and record.num_tokens == 6
+
+
+def test_kept_sets_stand_at_the_tokens_they_were_sampled_from():
+    filtered = completion([1], [2, 3])
+    filtered.segments[1].kept_ids = [[2, 9], []]
+    other = completion([4, 5], [6], [7], [8])
+    other.segments[3].kept_ids = [[8, 1, 0]]
+    batch = pack([filtered, other], [0.0, 0.0])
+    rows = {t: batch.kept.ids[batch.kept.offsets[t]:batch.kept.offsets[t + 1]].tolist() for t in range(len(batch.tokens))}
+    assert {t: ids for t, ids in rows.items() if ids} == {1: [2, 9], 7: [8, 1, 0]}
+    assert len(batch.kept.offsets) == 9 and batch.kept.ids.dtype == torch.int32
+
+    swapped = batch.select([1, 0])
+    rows = {t: swapped.kept.ids[swapped.kept.offsets[t]:swapped.kept.offsets[t + 1]].tolist() for t in range(8)}
+    assert {t: ids for t, ids in rows.items() if ids} == {4: [8, 1, 0], 6: [2, 9]}
+    assert swapped.tokens.tolist() == [4, 5, 6, 7, 8, 1, 2, 3]
+
+
+def test_selected_sequences_keep_the_step_s_normalisers():
+    batch = pack(three(), [0.5, -1.0, 2.0])
+    batch.old_log_probs = torch.arange(15.0)
+    part = batch.select([2, 0])
+    assert part.tokens.tolist() == [12, 13, 14, 15, 1, 2, 3, 4, 5]
+    assert part.cu_seqlens.tolist() == [0, 4, 9] and part.cu_seqlens.dtype == torch.int32
+    assert part.sequence_ids.tolist() == [0] * 4 + [1] * 5 and part.sequence_lengths.tolist() == [1, 3]
+    assert part.advantages.tolist() == [2.0] * 4 + [0.5] * 5
+    assert part.old_log_probs.tolist() == [11, 12, 13, 14, 0, 1, 2, 3, 4] and part.ref_log_probs is None
+    assert part.tokens[part.loss_mask].tolist() == [15, 3, 4, 5]
+    assert part.sampler_log_probs[part.loss_mask].tolist() == pytest.approx([-1.5, -0.3, -0.4, -0.5])
+    assert (part.num_completion_tokens, part.num_sequences, part.num_rows) == (7, 3, 2)
+
+
+@pytest.mark.parametrize("max_tokens, num_batches", [(9, 4), (10, 4), (17, 2), (18, 2), (34, 1), (1000, 1)])
+def test_micro_batches_hold_every_sequence_once_within_the_budget(max_tokens, num_batches):
+    lengths = [3, 9, 2, 7, 5, 8]  # 34 tokens
+    batch = of_lengths(*lengths)
+    parts = micro_batches(batch, max_tokens)
+    assert all(len(part.tokens) <= max_tokens for part in parts) and len(parts) == num_batches
+    rows = [int(part.tokens[start]) // 100 for part in parts for start in part.cu_seqlens[:-1]]
+    assert sorted(rows) == list(range(6))
+    for part in parts:
+        assert (part.num_completion_tokens, part.num_sequences) == (28, 6)
+        for start, end in zip(part.cu_seqlens, part.cu_seqlens[1:]):
+            row = int(part.tokens[start]) // 100
+            assert part.tokens[start:end].tolist() == [100 * row + i for i in range(lengths[row])]
+            assert part.advantages[start:end].tolist() == [row] * lengths[row]
+            assert part.loss_mask[start:end].tolist() == [False] + [True] * (lengths[row] - 1)
+
+
+def test_the_longest_sequences_are_placed_first():
+    parts = micro_batches(of_lengths(3, 9, 2, 7, 5, 8), 12)
+    # 9 + 3, 8 + 2, 7 + 5
+    assert [[int(part.tokens[start]) // 100 for start in part.cu_seqlens[:-1]] for part in parts] == [[0, 1], [2, 5], [3, 4]]
+
+
+def test_a_sequence_over_the_budget_is_refused():
+    with pytest.raises(ValueError, match="optim.max_tokens=8: a sequence of 9 tokens does not fit"):
+        micro_batches(of_lengths(3, 9), 8)
+
+
+def test_minibatches_partition_the_sequences_with_normalisers_of_their_own():
+    batch = of_lengths(2, 3, 4, 5, 6, 7, 8)
+    parts = minibatches(batch, 3, seed=0)
+    rows = [sorted(int(part.tokens[start]) // 100 for start in part.cu_seqlens[:-1]) for part in parts]
+    assert sorted(sum(rows, [])) == list(range(7)) and sorted(map(len, rows)) == [2, 2, 3]
+    for part, chosen in zip(parts, rows):
+        assert part.num_sequences == len(chosen)
+        assert part.num_completion_tokens == sum(row + 1 for row in chosen) == int(part.loss_mask.sum())
+    again, other = (minibatches(batch, 3, seed=seed) for seed in (0, 1))
+    assert [part.tokens.tolist() for part in again] == [part.tokens.tolist() for part in parts]
+    assert [part.tokens.tolist() for part in other] != [part.tokens.tolist() for part in parts]
+
+
+def test_one_minibatch_is_the_batch_and_more_than_sequences_are_one_each():
+    batch = of_lengths(2, 3)
+    assert minibatches(batch, 1, seed=0) == [batch]
+    assert [part.num_sequences for part in minibatches(batch, 5, seed=0)] == [1, 1]
+
+
+def test_moving_to_a_device_takes_every_tensor_along():
+    filtered = completion([1], [2])
+    filtered.segments[1].kept_ids = [[2]]
+    batch = pack([filtered], [1.0])
+    batch.ref_log_probs = torch.zeros(2)
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.tokens, moved.cu_seqlens, moved.loss_mask, moved.sampler_log_probs, moved.advantages, moved.sequence_ids,
+               moved.sequence_lengths, moved.kept.ids, moved.kept.offsets, moved.ref_log_probs]
+    assert all(tensor.is_meta for tensor in tensors) and moved.num_completion_tokens == 1 and moved.old_log_probs is None
+
+
+@pytest.mark.parametrize("segment, message", [
+    (Segment([3], "assistant", [-1.0]), "source is 'assistant'; allowed: prompt, policy, env"),
+    (Segment([3, 4], "policy", [-1.0]), "a policy segment of 2 tokens has 1 log_probs"),
+    (Segment([3, 4], "policy"), "a policy segment of 2 tokens has 0 log_probs"),
+    (Segment([3, 4], "policy", [-1.0, -1.0], [[3]]), "a policy segment of 2 tokens has 1 kept_ids"),
+])
+def test_a_segment_that_does_not_add_up_is_refused(segment, message):
+    record = Completion(Prompt(0, [1], {}), 0, [Segment([1], "prompt"), segment], "stop")
+    with pytest.raises(ValueError, match=message):
+        pack([record], [0.0])
+
+
+def test_nothing_to_pack_and_a_missing_advantage_are_refused():
+    with pytest.raises(ValueError, match="no completions"):
+        pack([], [])
+    with pytest.raises(ValueError, match="3 completions but 2 advantages"):
+        pack(three(), [0.0, 1.0])

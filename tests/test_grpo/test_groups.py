@@ -1,0 +1,161 @@
+"""Groups of a step: what is dropped, refilled and counted, and what an environment may hand back."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from grpo.batch import Completion, Prompt, Segment
+from grpo.envs.data_files import DataError
+from grpo.groups import EnvironmentFault, collect, held_out_prompts, length_metrics, reward_metrics, score
+from grpo.rewards import RewardError, Score
+
+GROUP = 2
+
+
+class Sampler:
+    """Completions of 1 + sample tokens; records what it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, **settings):
+        self.asked.append(([prompt.id for prompt in prompts], settings))
+        return [Completion(prompt, sample, [Segment([1], "prompt"), Segment([2] * (1 + sample), "policy", [-1.0] * (1 + sample))],
+                           "stop" if sample else "length")
+                for prompt in prompts for sample in range(settings["num_samples"])]
+
+
+class Env:
+    """Rewards by prompt id: a list with one for each sample."""
+
+    def __init__(self, rewards: dict[int, list[float | None]]):
+        self.rewards = rewards
+
+    def prompts(self, step, *, num_prompts, attempt=0):
+        return [Prompt(attempt * num_prompts + i, [1], {"step": step}) for i in range(num_prompts)]
+
+    def score(self, completions):
+        return [Score(self.rewards[c.prompt.id][c.sample], {"exact": float(c.sample)}, {}, None) for c in completions]
+
+
+def config(*, prompts=3, refill=2, normalize_std=False):
+    return SimpleNamespace(
+        rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
+                                temperature=0.9, top_k=7, top_p=0.8, min_p=0.1),
+        advantage=SimpleNamespace(normalize_std=normalize_std))
+
+
+def run(rewards, **settings):
+    sampler = Sampler()
+    return collect(Env(rewards), sampler, config(**settings), 4, lambda: False), sampler
+
+
+def live_ids(groups) -> list[tuple[int, int]]:
+    return [(completion.prompt.id, completion.sample) for completion in groups.completions]
+
+
+def test_groups_with_a_spread_are_kept_with_their_advantages():
+    groups, sampler = run({0: [1.0, 0.0], 1: [0.0, 1.0], 2: [0.25, 0.75]})
+    assert live_ids(groups) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert groups.advantages == [0.5, -0.5, -0.5, 0.5, -0.25, 0.25]
+    assert [c.reward for c in groups.completions] == [1.0, 0.0, 0.0, 1.0, 0.25, 0.75]
+    (ids, settings), = sampler.asked
+    assert ids == [0, 1, 2]
+    settings.pop("should_stop")
+    assert settings == {"step": 4, "num_samples": 2, "max_new_tokens": 5, "temperature": 0.9, "top_k": 7, "top_p": 0.8,
+                        "min_p": 0.1}
+
+
+def test_groups_without_a_spread_are_dropped_counted_and_replaced_by_fresh_prompts():
+    groups, sampler = run({0: [1.0, 1.0], 1: [0.0, 1.0], 2: [0.5, 0.5], 3: [0.0, 0.0], 4: [1.0, 0.0], 6: [0.0, 2.0]})
+    # the first round leaves 2 missing, the second 1, the third none
+    assert [ids for ids, _ in sampler.asked] == [[0, 1, 2], [3, 4], [6]]
+    assert live_ids(groups) == [(1, 0), (1, 1), (4, 0), (4, 1), (6, 0), (6, 1)]
+    assert groups.advantages == [-0.5, 0.5, 0.5, -0.5, -1.0, 1.0]
+    assert len(groups.scored) == 12
+    assert (groups.metrics["groups/dropped"], groups.metrics["groups/live"]) == (3, 3)
+    assert groups.metrics["frac_reward_zero_std"] == 0.5
+    assert groups.metrics["reward"] == pytest.approx(7 / 12)
+
+
+def test_refilling_ends_after_its_rounds_even_with_nothing_live():
+    groups, sampler = run({i: [1.0, 1.0] for i in range(20)}, refill=1)
+    assert len(sampler.asked) == 2 and groups.completions == [] and groups.advantages == []
+    assert groups.metrics["groups/dropped"] == 6 and groups.metrics["frac_reward_zero_std"] == 1.0
+    _, sampler = run({i: [1.0, 1.0] for i in range(20)}, refill=0)
+    assert len(sampler.asked) == 1
+
+
+def test_a_completion_without_a_reward_leaves_its_group_and_a_group_of_one_is_dropped():
+    groups, _ = run({0: [None, 1.0], 1: [0.0, 1.0], 2: [None, None]}, refill=0)
+    assert live_ids(groups) == [(1, 0), (1, 1)]
+    assert groups.metrics["reward/errors"] == 3 and groups.metrics["groups/dropped"] == 2
+    assert groups.metrics["reward"] == pytest.approx(2 / 3)
+
+
+def test_advantages_are_divided_by_the_spread_when_asked():
+    groups, _ = run({0: [1.0, 0.0], 1: [0.0, 10.0], 2: [0.0, 0.5]}, normalize_std=True)
+    assert groups.advantages == pytest.approx([0.5**0.5, -(0.5**0.5)] + [-(0.5**0.5), 0.5**0.5] * 2, rel=1e-4)
+
+
+def test_means_of_rewards_are_over_those_that_have_them():
+    completions = Sampler().generate([Prompt(0, [1], {}), Prompt(1, [1], {})], num_samples=2)
+    scores = [Score(1.0, {"exact": 1.0}, {"carry": 0.5}, True), Score(None, {}, {}, None), Score(0.0, {"exact": 0.0}, {}, False),
+              Score(2.0, {"exact": 1.0}, {"carry": 1.5}, True)]
+    metrics = reward_metrics(list(zip(completions, scores)))
+    assert metrics["reward"] == 1.0 and metrics["reward_std"] == pytest.approx((2 / 3) ** 0.5)
+    assert metrics["rewards/exact/mean"] == pytest.approx(2 / 3) and metrics["env/carry"] == 1.0
+    assert reward_metrics([(completions[0], scores[1])]) == {"reward": 0.0, "reward_std": 0.0}
+
+
+def test_lengths_are_those_of_completions():
+    completions = Sampler().generate([Prompt(0, [1, 1, 1], {})], num_samples=3)  # 1, 2 and 3 tokens, the first cut off
+    assert length_metrics(completions) == {"completions/mean_length": 2.0, "completions/min_length": 1,
+                                           "completions/max_length": 3, "completions/clipped_ratio": pytest.approx(1 / 3)}
+
+
+def scoring(result):
+    return SimpleNamespace(score=lambda completions: result)
+
+
+@pytest.mark.parametrize("result, message", [
+    ([], "returned 0 scores for 2 completions"),
+    (None, "score returned NoneType"),
+    ([1.0, 0.0], r"score returned \['float'\]"),
+    ([Score(1.0, {}, {}, None), Score(float("nan"), {}, {}, None)], "the reward nan to sample 1 of prompt 0"),
+    ([Score("1", {}, {}, None)] * 2, "the reward '1' to sample 0 of prompt 0"),
+])
+def test_scores_that_cannot_be_trained_on_are_faults_of_the_environment(result, message):
+    completions = Sampler().generate([Prompt(0, [1], {})], num_samples=2)
+    with pytest.raises(EnvironmentFault, match=message):
+        score(scoring(result), completions)
+
+
+def raising(error):
+    def prompts(*_, **__):
+        raise error
+
+    return SimpleNamespace(prompts=prompts, eval_prompts=prompts)
+
+
+def test_an_environment_that_raises_is_named_with_the_place():
+    with pytest.raises(EnvironmentFault, match=r"SimpleNamespace.prompts raised KeyError: 'x' \(.*test_groups.py:\d+\)"):
+        collect(raising(KeyError("x")), Sampler(), config(), 0, lambda: False)
+
+
+@pytest.mark.parametrize("error", [RewardError("fn, row 3"), DataError("data.jsonl:7")])
+def test_errors_that_name_their_place_pass_unchanged(error):
+    with pytest.raises(type(error), match=str(error)):
+        held_out_prompts(raising(error), max_prompts=3)
+
+
+@pytest.mark.parametrize("prompts, message", [
+    ([], "returned no prompts"), (["text"], r"a list that holds \['str'\]"), (None, "NoneType")])
+def test_prompts_of_another_kind_are_faults(prompts, message):
+    with pytest.raises(EnvironmentFault, match=message):
+        held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=3)
+
+
+def test_held_out_prompts_are_the_first():
+    prompts = [Prompt(i, [1], {}) for i in range(5)]
+    assert held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=2) == prompts[:2]

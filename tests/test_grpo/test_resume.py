@@ -1,0 +1,337 @@
+"""A run that is killed or stopped again and again ends with the same bytes as one that never was."""
+
+import filecmp
+import json
+import random
+import re
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+# Rewards spread over every group, so that each step has a gradient although the tiny policy is never right.
+SPREAD = '''
+import gc, os, sys, zlib
+from grpo.envs.carry import Carry
+from grpo.rewards import Score
+from models.gpt_oss import GptOss
+
+def spread(completions, completion_ids, **columns):
+    return [zlib.crc32(repr(ids).encode()) % 11 / 10 for ids in completion_ids]
+
+class SpreadCarry(Carry):
+    """Says how many models are alive when a run starts; fails with seed 1 in a sweep."""
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        if os.environ.get("IS_SWEEP"):
+            num_models = sum(isinstance(item, GptOss) for item in gc.get_objects())
+            print(f"seed {self.seed} starts beside {num_models} models", file=sys.stderr)
+
+    def prompts(self, step, **keywords):
+        if os.environ.get("IS_SWEEP") == "failing" and self.seed == 1 and step == 1:
+            raise KeyError("no such problem")
+        return super().prompts(step, **keywords)
+
+    def score(self, completions):
+        return [Score(zlib.crc32(repr(c.completion_ids).encode()) % 11 / 10, {"spread": 1.0}, {}, False) for c in completions]
+'''
+
+# Sends the process a signal at call number COUNT of a function: before it, or after it has returned.
+SIGNAL_AT = '''
+import functools, os
+import {module} as module
+owner = {owner}
+original, calls = getattr(owner, {name!r}), [0]
+@functools.wraps(original)
+def counted(*arguments, **keywords):
+    calls[0] += 1
+    if calls[0] == {count} and not {after}:
+        os.kill(os.getpid(), {number})
+    result = original(*arguments, **keywords)
+    if calls[0] == {count} and {after}:
+        os.kill(os.getpid(), {number})
+    return result
+setattr(owner, {name!r}, counted)
+'''
+
+WITHOUT_REPORT = "import grpo.metrics; grpo.metrics.write_report = lambda *arguments: None\n"  # it takes longer than a run
+
+# phase -> (module, owner, function, after it, range of the call number within one process)
+PHASES = {
+    "warm-up": ("grpo.optim", "module.Optimizer", "step", True, (1, 3)),
+    "rollout": ("models.gpt_oss", "module.GptOss", "decode_step", False, (3, 30)),
+    "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
+    "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
+    "logging": ("grpo.metrics", "module._JsonlFile", "append", True, (1, 5)),
+    "writing a checkpoint": ("grpo.checkpoint", "module", "_fsync", False, (1, 5)),
+    "publishing a checkpoint": ("grpo.checkpoint", "module", "_publish", False, (2, 2)),
+    "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),
+    "pruning": ("grpo.checkpoint", "module", "_prune", False, (1, 1)),
+}
+CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",
+         "eval.max_prompts=2", "rollout.max_new_tokens=12")
+UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo")
+LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
+        f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
+        "model.lora.train_sinks=true", "model.lora.train_norms=true", f"env.path={FIXTURES / 'arithmetic.jsonl'}",
+        "env.match=none", "env.rewards=[{fn: spread.spread}]", "kl.coefficient=0.01", "rollout.prompts_per_step=2",
+        "rollout.group_size=2", "rollout.max_new_tokens=6", "eval.every=2", "eval.max_prompts=2", "checkpoint.every=1",
+        "log.completions_every=1", "wandb.mode=disabled")
+
+
+def signal_at(phase: str, count: int, number: signal.Signals) -> str:
+    module, owner, name, after, _ = PHASES[phase]
+    return SIGNAL_AT.format(module=module, owner=owner, name=name, after=after, count=count, number=int(number))
+
+
+@pytest.fixture(scope="module")
+def train(entry_points, tmp_path_factory):
+    """Starts `python -m grpo.train` with the spread rewards importable."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "spread.py").write_text(SPREAD)
+
+    def start(arguments, output_dir, before="", **environment):
+        if output_dir is not None:
+            arguments = [*arguments, f"output_dir={output_dir}"]
+        return entry_points.start("grpo.train", *arguments, before=WITHOUT_REPORT + before, path=(folder,), **environment)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def never_killed(train, tmp_path_factory):
+    """Arguments -> the folder of a run that nobody disturbed, and the seconds it took."""
+    done = {}
+
+    def run(arguments):
+        if arguments not in done:
+            output_dir, started = tmp_path_factory.mktemp("never_killed"), time.monotonic()
+            result = train(arguments, output_dir).wait()
+            assert result.code == 0, result.err
+            done[arguments] = output_dir / "run", time.monotonic() - started
+        return done[arguments]
+
+    return run
+
+
+def lines(path: Path) -> list[dict]:
+    """The lines of a metrics file without what depends on the clock."""
+    def is_timing(name):
+        return name.startswith(("time/", "memory/")) or name.endswith("_per_s")
+
+    return [{name: value for name, value in json.loads(line).items() if not is_timing(name)}
+            for line in path.read_text().splitlines()]
+
+
+def assert_same_run(run_dir: Path, expected: Path) -> None:
+    checkpoints = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (run_dir, expected)]
+    assert checkpoints[0][-1] == checkpoints[1][-1]
+    newest = Path("checkpoints") / checkpoints[1][-1]
+    for name in ("tensors.safetensors", "state.json"):
+        assert filecmp.cmp(run_dir / newest / name, expected / newest / name, shallow=False), name
+    exported = "adapter" if (expected / "adapter").exists() else "model"
+    for path in (expected / exported).glob("*.safetensors"):
+        assert filecmp.cmp(run_dir / exported / path.name, path, shallow=False), path.name
+    assert lines(run_dir / "metrics.jsonl") == lines(expected / "metrics.jsonl")
+    assert (run_dir / "completions.jsonl").read_text() == (expected / "completions.jsonl").read_text()
+
+
+def test_the_runs_compared_here_do_learn_something(never_killed):
+    for arguments, num_steps in ((CARRY, 6), (UPDATES, 6), (LORA, 3)):
+        run_dir, _ = never_killed(arguments)
+        steps = [line for line in lines(run_dir / "metrics.jsonl") if "grad_norm" in line and "warmup/step" not in line]
+        assert [line["step"] for line in steps] == list(range(1, num_steps + 1))
+        assert all(line["grad_norm"] > 0 for line in steps)
+        paths = sorted((run_dir / "checkpoints").glob("step_*/tensors.safetensors"))
+        with safe_open(paths[0], framework="pt") as older, safe_open(paths[1], framework="pt") as newer:
+            assert sum(not older.get_tensor(name).equal(newer.get_tensor(name)) for name in newer.keys()) > 10
+
+
+@pytest.mark.parametrize("arguments", [CARRY, UPDATES, LORA], ids=["carry", "several updates", "lora"])
+def test_a_run_killed_in_five_phases_ends_like_one_never_killed(train, never_killed, tmp_path, arguments):
+    expected, _ = never_killed(arguments)
+    rng = random.Random(f"kill {arguments}")
+    first = ["warm-up", "publishing a checkpoint"] if arguments is not LORA else ["publishing a checkpoint"]
+    others = [phase for phase in PHASES if phase not in ("warm-up", "evaluation", *first)]
+    for index, phase in enumerate([*first, *rng.sample(others, 5 - len(first))]):
+        count = rng.randint(*PHASES[phase][-1])
+        resume = ["resume=true"] if index else []
+        result = train([*arguments, *resume], tmp_path, signal_at(phase, count, signal.SIGKILL)).wait()
+        assert result.code == -signal.SIGKILL, (phase, count, result)
+    result = train([*arguments, "resume=true"], tmp_path).wait()
+    assert result.code == 0, result.err
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_run_killed_at_five_random_times_ends_like_one_never_killed(train, never_killed, tmp_path):
+    expected, seconds = never_killed(CARRY)
+    rng = random.Random("times")
+    for _ in range(5):
+        command = train([*CARRY, "resume=true"], tmp_path)
+        time.sleep(rng.uniform(0.1, 0.9) * seconds)
+        command.send(signal.SIGKILL)
+        assert command.wait().code in (-signal.SIGKILL, 0)
+    assert train([*CARRY, "resume=true"], tmp_path).wait().code == 0
+    assert_same_run(tmp_path / "run", expected)
+
+
+def newest_step(run_dir: Path) -> int:
+    return max(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_??????"))
+
+
+def resume_arguments(text: str) -> list[str]:
+    """The arguments of the command that the last line of a stopped run's message gives."""
+    found = re.search(r"resume with: python -m grpo\.train (.*)", text.strip().splitlines()[-1])
+    assert found, text
+    return shlex.split(found[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_finished_steps_and_the_printed_command_goes_on(train, never_killed, tmp_path, number):
+    expected, _ = never_killed(CARRY)
+    run_dir = tmp_path / "run"
+    spelling = "+experiment=smoke" if number == signal.SIGTERM else "experiment=smoke"
+    arguments, output_dir = [spelling, *CARRY[1:]], tmp_path
+    rng = random.Random(f"signal {number}")
+    phases = ["warm-up", "rollout", "backward", "after the weights moved", "logging", "writing a checkpoint"]
+    for phase in [phases[0], *rng.sample(phases[1:], 4)]:
+        result = train(arguments, output_dir, signal_at(phase, rng.randint(*PHASES[phase][-1]), number)).wait()
+        assert result.code == 75, (phase, result)
+        assert "Traceback" not in result.err and result.err.count("stopped: ") == 1
+        if phase == "warm-up":
+            assert not (run_dir / "checkpoints").exists()
+        else:
+            assert newest_step(run_dir) == max(line["step"] for line in lines(run_dir / "metrics.jsonl"))
+        assert json.loads((run_dir / "summary.json").read_text())["exit_reason"] == "interrupted"
+        arguments, output_dir = resume_arguments(result.err), None
+    result = train(arguments, output_dir).wait()
+    assert result.code == 0, result.err
+    assert_same_run(run_dir, expected)
+
+
+def test_an_interrupted_evaluation_is_made_again(train, never_killed, tmp_path):
+    expected, _ = never_killed(CARRY)
+    # calls of score: the evaluation before training makes two, that of step 3 the third and fourth
+    result = train(CARRY, tmp_path, signal_at("evaluation", 3, signal.SIGTERM)).wait()
+    assert result.code == 75
+    assert newest_step(tmp_path / "run") == 3
+    assert not any("eval/avg@1" in line for line in lines(tmp_path / "run" / "metrics.jsonl") if line["step"] == 3)
+    assert train(resume_arguments(result.err), None).wait().code == 0
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_second_signal_leaves_at_once_and_harms_nothing(train, never_killed, tmp_path):
+    expected, _ = never_killed(CARRY)
+    stuck = "import grpo.checkpoint, time; grpo.checkpoint._publish = lambda *a: time.sleep(60)\n"
+    command = train([*CARRY, "eval.at_start=false", "checkpoint.every=0"], tmp_path,
+                    stuck + signal_at("rollout", 20, signal.SIGTERM))
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("run/checkpoints/*.tmp-*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "SIGTERM: stopping" in command.error_text()
+    started = time.monotonic()
+    command.send(signal.SIGTERM)
+    result = command.wait(30)
+    assert time.monotonic() - started < 2
+    assert result.code == 128 + signal.SIGTERM
+    assert "SIGTERM again" in result.err
+    assert train([*CARRY, "resume=true"], tmp_path).wait().code == 0
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_run_that_finished_goes_on_when_it_gets_more_steps(train, never_killed, tmp_path):
+    constant = (*CARRY, "optim.schedule=constant")
+    expected, _ = never_killed(constant)
+    assert train([*constant, "steps=3", "eval.at_end=false"], tmp_path).wait().code == 0
+    old = (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert train([*constant, "resume=true"], tmp_path).wait().code == 0
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() != old
+    assert_same_run(tmp_path / "run", expected)
+
+
+SWEEP = ("-m", "experiment=smoke", "seed=1,2", "steps=2", "eval.at_start=false", "eval.at_end=false", "eval.every=0",
+         "env._target_=spread.SpreadCarry")
+
+
+def test_a_sweep_outlives_a_failing_member_and_says_which_failed(train, tmp_path):
+    result = train(SWEEP, tmp_path, IS_SWEEP="failing").wait()
+    assert result.code == 4
+    assert "Traceback" not in result.err
+    assert result.err.count("error: ") == 1 and "SpreadCarry.prompts raised KeyError" in result.err
+    summary, failed = result.err.splitlines()[-2:]
+    assert summary == "sweep: 1 of 2 runs failed" and "seed=1" in failed and failed.endswith(": exit code 4")
+    reasons = {path.parent.name.split("-")[2]: json.loads(path.read_text())["exit_reason"]
+               for path in tmp_path.glob("*/summary.json")}
+    assert reasons == {"seed1": "environment failed", "seed2": "finished"}
+    assert "seed 2 starts beside 0 models" in result.err
+
+
+def test_a_stopped_sweep_goes_on_with_the_printed_command(train, tmp_path):
+    result = train(SWEEP, tmp_path, signal_at("backward", 2, signal.SIGTERM), IS_SWEEP="yes").wait()
+    assert result.code == 75
+    assert "seed 2 starts" not in result.err
+    arguments = resume_arguments(result.err)
+    assert "-m" in arguments and "seed=1,2" in arguments
+    result = train(arguments, None).wait()
+    assert result.code == 0, result.err
+    assert sorted(newest_step(path.parent) for path in tmp_path.glob("*/summary.json")) == [2, 2]
+
+
+BROKEN_LOG_PROBS = """
+import torch, models.gpt_oss as module
+original, calls = module.GptOss.log_probs, [0]
+def log_probs(*arguments, **keywords):
+    calls[0] += 1
+    result, entropy = original(*arguments, **keywords)
+    if calls[0] > {calls}:
+        {fault}
+    return result, entropy
+module.GptOss.log_probs = log_probs
+"""
+
+
+def test_numbers_that_are_not_finite_end_the_run_before_the_weights_move(train, never_killed, tmp_path):
+    expected, _ = never_killed(CARRY)
+    # the warm-up makes 4 calls, each step one
+    broken = BROKEN_LOG_PROBS.format(calls=6, fault='result = result * float("nan")')
+    result = train(CARRY, tmp_path, broken).wait()
+    assert result.code == 6
+    assert "Traceback" not in result.err and result.err.count("error: ") == 1
+    assert "step 2" in result.err and "loss" in result.err
+    saved = tmp_path / "run/checkpoints/step_000002/tensors.safetensors"
+    assert newest_step(tmp_path / "run") == 2 and all(t.isfinite().all() for t in load_file(saved).values())
+    assert json.loads((tmp_path / "run/summary.json").read_text())["exit_reason"] == "diverged"
+    assert train([*CARRY, "resume=true"], tmp_path).wait().code == 0  # healthy again: nothing of the step had happened
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_out_of_memory_names_the_keys_to_change_and_the_run_resumes_with_them(train, tmp_path):
+    broken = BROKEN_LOG_PROBS.format(calls=7, fault='raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")')
+    result = train(CARRY, tmp_path, broken).wait()
+    assert result.code == 5
+    assert "Traceback" not in result.err and "optim.max_tokens" in result.err
+    assert newest_step(tmp_path / "run") == 3
+    smaller = ("optim.max_tokens=40", "rollout.max_batch=3", "model.activation_checkpointing=true")
+    assert train([*CARRY, *smaller, "resume=true"], tmp_path).wait().code == 0
+    assert newest_step(tmp_path / "run") == 6
+
+
+def test_a_kept_warm_up_gives_the_same_run_and_a_damaged_one_is_made_again(train, never_killed, tmp_path):
+    expected, _ = never_killed(CARRY)
+    cached = [*CARRY, f"warmup.cache_dir={tmp_path / 'cache'}"]
+    for output, is_loaded in (("first", False), ("second", True), ("third", False)):
+        result = train(cached, tmp_path / output).wait()
+        assert result.code == 0, result.err
+        assert ("warm-up: loaded" in result.out) == is_loaded
+        assert_same_run(tmp_path / output / "run", expected)
+        file, = (tmp_path / "cache").iterdir()
+        if output == "second":
+            file.write_bytes(file.read_bytes()[:-1000])

@@ -1,0 +1,174 @@
+"""A run from end to end: the files it writes, what they hold, what it prints, and that the parameters move."""
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+# The length of a completion as its reward: every group has a spread although the policy is never right.
+LENGTHS = '''
+from grpo.envs.carry import Carry
+from grpo.rewards import Score
+
+class Lengths(Carry):
+    def score(self, completions):
+        scores = super().score(completions)
+        for completion, score in zip(completions, scores):
+            score.reward = completion.sample / 4 + len(completion.completion_ids) / 100
+        return scores
+'''
+
+STEP_METRICS = {
+    "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "reward/errors", "frac_reward_zero_std",
+    "groups/dropped", "groups/live", "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio", "entropy", "clip_ratio/low", "clip_ratio/high", "loss", "grad_norm", "lr",
+    "sampling/log_prob_diff/mean", "sampling/log_prob_diff/max", "num_tokens", "time/rollout", "time/reward", "time/update",
+    "time/step", "time/total", "tokens_per_s", "memory/peak_gb"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "lengths.py").write_text(LENGTHS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke(entry_points, folder):
+    """The folder of a finished `+experiment=smoke` with rewards that differ, and what it printed."""
+    result = entry_points.run("grpo.train", "+experiment=smoke", "steps=3", "name=smoke", f"output_dir={folder}",
+                              "env._target_=lengths.Lengths", path=(folder,))
+    assert result.code == 0, result.err
+    return folder / "smoke", result
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_these_files(smoke):
+    run_dir, _ = smoke
+    files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    checkpoints = {f"checkpoints/step_00000{step}/{name}" for step in (2, 3)
+                   for name in ("tensors.safetensors", "state.json", "manifest.json")}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    model = {"config.json", "generation_config.json", "model.safetensors"} | tokenizer
+    assert files == {".lock", "config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "report.html"} | (
+        checkpoints | {f"tokenizer/{name}" for name in tokenizer} | {f"model/{name}" for name in model})
+
+
+def test_every_step_is_a_line_with_these_metrics(smoke):
+    steps = [row for row in rows(smoke[0] / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        missing = STEP_METRICS - row.keys()
+        assert not missing, missing
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["groups/live"] == 2 and row["groups/dropped"] == 0 and row["frac_reward_zero_std"] == 0
+        assert row["grad_norm"] > 0
+        assert 0 < row["entropy"] < math.log(75)  # nats; the vocabulary has at most 75 tokens
+        assert row["sampling/log_prob_diff/max"] < 1e-5  # sampler and trainer agree
+        assert row["clip_ratio/low"] == row["clip_ratio/high"] == 0  # one update: the ratio is exactly 1
+    assert [row["lr"] for row in steps][0] == pytest.approx(3e-4)
+
+
+def test_the_reward_is_the_mean_over_the_completions(smoke):
+    run_dir, _ = smoke
+    completions = [row for row in rows(run_dir / "completions.jsonl") if row["split"] == "train" and row["step"] == 2]
+    step = next(row for row in rows(run_dir / "metrics.jsonl") if row["step"] == 2 and "reward" in row)
+    assert len(completions) == 4  # log.num_completions of quickstart: the first of 2 groups of 4
+    for row in completions:
+        assert row["reward"] == pytest.approx(row["sample"] / 4 + row["num_tokens"] / 100)
+        assert row["num_tokens"] == len(row["token_ids"]) <= 32
+    assert step["completions/min_length"] <= min(row["num_tokens"] for row in completions)
+    # samples 0..3 of each group give 0.375 on average
+    assert step["reward"] == pytest.approx(0.375 + step["completions/mean_length"] / 100)
+
+
+def test_warm_up_and_evaluations_are_on_record(smoke):
+    lines = rows(smoke[0] / "metrics.jsonl")
+    warmup = [row for row in lines if "warmup/step" in row]
+    assert [row["warmup/step"] for row in warmup] == [1, 4] and all(row["step"] == 0 for row in warmup)
+    assert warmup[0]["warmup/loss"] == pytest.approx(math.log(75), abs=0.5)  # an untrained model: uniform
+    assert warmup[1]["warmup/loss"] < warmup[0]["warmup/loss"]
+    evaluations = [row for row in lines if "eval/avg@1" in row]
+    assert [row["step"] for row in evaluations] == [0, 1, 2, 3]
+    assert all({"eval/greedy_accuracy", "eval/greedy_accuracy/ci95", "eval/avg@1/ci95"} <= row.keys() for row in evaluations)
+
+
+def test_the_summary_and_the_last_lines_say_how_it_went_and_what_to_do_next(smoke, entry_points):
+    run_dir, result = smoke
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["exit_reason"] == "finished" and summary["steps"] == 3
+    assert summary["eval"]["eval/greedy_accuracy"].keys() >= {"first", "last", "best"}
+    assert summary["seconds"] > 0 and summary["peak_host_memory_gb"] > 0.1
+    assert "<img" in (run_dir / "report.html").read_text()
+    assert str(run_dir / "report.html") in result.out
+    num_parameters = sum(tensor.numel() for tensor in load_file(run_dir / "model/model.safetensors").values())
+    assert f"model    from scratch: {num_parameters:,} parameters" in result.out
+    commands = re.findall(r"^\s+python -m (grpo\.\w+) (.*)$", result.out, flags=re.MULTILINE)
+    assert [name for name, _ in commands] == ["grpo.generate", "grpo.evaluate", "grpo.train"]
+    name, arguments = commands[1]
+    evaluation = entry_points.run(name, *shlex.split(arguments), "max_prompts=4", path=(run_dir.parent,))
+    assert evaluation.code == 0, evaluation.err
+    assert json.loads(evaluation.out)["step"] == 3
+
+
+def test_parameters_move_and_the_exported_model_is_the_last_checkpoint(smoke):
+    run_dir, _ = smoke
+    before, after = (load_file(run_dir / f"checkpoints/step_00000{step}/tensors.safetensors") for step in (2, 3))
+    exported = load_file(run_dir / "model/model.safetensors")
+    parameters = {name.removeprefix("param."): tensor for name, tensor in after.items() if name.startswith("param.")}
+    assert parameters.keys() == exported.keys()
+    for name, tensor in exported.items():
+        assert tensor.equal(parameters[name]), name
+        assert not tensor.equal(before["param." + name]) or "embed" in name, name
+
+
+def test_lora_trains_the_adapter_of_a_packed_checkpoint_and_exports_it(entry_points, folder):
+    result = entry_points.run(
+        "grpo.train", "+experiment=gpt_oss_20b_lora", "name=lora", "device=cpu", "dtype=float32", "threads=1", "steps=2",
+        f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
+        f"env.path={FIXTURES / 'arithmetic.jsonl'}", "env.match=none",
+        "env.rewards=[{fn: lengths_reward.spread}]", "rollout.prompts_per_step=2", "rollout.group_size=2",
+        "rollout.max_new_tokens=4", "eval.at_start=false", "eval.max_prompts=2", "wandb.mode=disabled", "optim.warmup_steps=0",
+        f"output_dir={folder}", path=(write_reward(folder),))
+    assert result.code == 0, result.err
+    assert "experts mxfp4" in result.out
+    adapter = load_file(folder / "lora/adapter/adapter_model.safetensors")
+    halves = {name.rpartition("lora_")[2]: tensor for name, tensor in adapter.items() if "layers.0.self_attn.q_proj" in name}
+    assert halves["A.weight"].shape == (2, 96) and halves["B.weight"].shape == (128, 2)
+    assert halves["B.weight"].abs().max() > 0  # B starts at zero
+    config = json.loads((folder / "lora/adapter/adapter_config.json").read_text())
+    assert config["r"] == 2 and config["base_model_name_or_path"] == str(FIXTURES / "tiny_mxfp4")
+    with safe_open(folder / "lora/checkpoints/step_000002/tensors.safetensors", framework="pt") as file:
+        assert all("lora_" in name for name in file.keys() if name.startswith("param."))
+
+
+def write_reward(folder: Path) -> Path:
+    (folder / "lengths_reward.py").write_text(
+        "def spread(completions, completion_ids, **columns):\n    return [sum(ids) % 7 / 7 for ids in completion_ids]\n")
+    return folder
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(entry_points, folder, smoke):
+    def run(name, seed):
+        result = entry_points.run("grpo.train", "+experiment=smoke", "steps=1", f"name={name}", f"seed={seed}",
+                                  f"output_dir={folder}", "env._target_=lengths.Lengths", "eval.at_end=false", path=(folder,),
+                                  before="import grpo.metrics; grpo.metrics.write_report = lambda *a: None")
+        assert result.code == 0, result.err
+        first = [row for row in rows(folder / name / "completions.jsonl") if row["step"] == 1 and row["split"] == "train"]
+        return first, load_file(folder / name / "model/model.safetensors")
+
+    (same, weights), (again, weights_again), (other, _) = run("a", 0), run("b", 0), run("c", 1)
+    assert same == again
+    assert all(tensor.equal(weights_again[name]) for name, tensor in weights.items())
+    assert [row["token_ids"] for row in same] != [row["token_ids"] for row in other]
