@@ -23,7 +23,7 @@ from kernels.mxfp4 import dequantize_experts
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
 
-SCRATCH_BYTES = 1 << 29  # of dequantised weights held at once
+SCRATCH_BYTES = 1 << 28  # of dequantised weights held at once
 
 
 @dataclass
@@ -93,20 +93,19 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
 
 class _Moe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, routing, gate_up, down, A1, B1, A2, B2, scale, alpha, limit, keeps_h, is_recomputing):
+    def forward(ctx, x, weights, residual, routing, gate_up, down, A1, B1, A2, B2, scale, alpha, limit, keeps_h,
+                is_recomputing):
         weights = weights.contiguous()
         num_rows, has_lora = routing.tokens.shape[0], A1 is not None
-        width_h, width = gate_up.bias.shape[1], down.bias.shape[1]
+        width = down.bias.shape[1]
         h = None
-        y = x.new_empty(x.shape[0], width)
-        if keeps_h or not is_recomputing:
-            h, low_rank = _pre_activation(x, routing, gate_up, A1, B1, scale, swiglu=(alpha, limit), keeps_h=keeps_h)
-            act, h = h
-        if not is_recomputing:  # a recomputed forward is asked for what the backward needs, and y is not
+        y = torch.empty_like(residual)
+        if not is_recomputing:  # a repeated forward is asked for what the backward needs, and y is not
+            act, h, _ = _pre_activation(x, routing, gate_up, A1, B1, scale, swiglu=(alpha, limit), keeps_h=keeps_h)
             low_rank = grouped_gemm(act, A2.transpose(1, 2), routing.offsets_device, scale=scale) if has_lora else None
             rows = _project(down, act, routing.offsets_device, x.new_empty(num_rows, width), is_transposed=False,
                             low_rank=low_rank, lora_up=B2.transpose(1, 2) if has_lora else None)
-            y = sum_rows(rows, weights, routing.inverse, None)
+            y = sum_rows(rows, weights, routing.inverse, residual)
         ctx.save_for_backward(x, weights, h, A1, B1, A2, B2)
         ctx.routing, ctx.gate_up, ctx.down, ctx.scale, ctx.alpha, ctx.limit = routing, gate_up, down, scale, alpha, limit
         return y
@@ -121,7 +120,7 @@ class _Moe(torch.autograd.Function):
         num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
         low_rank_x = None
         if h is None:
-            (_, h), low_rank_x = _pre_activation(x, routing, gate_up, A1, B1, scale, swiglu=None, keeps_h=True)
+            _, h, low_rank_x = _pre_activation(x, routing, gate_up, A1, B1, scale, swiglu=None, keeps_h=True)
         elif has_lora:
             low_rank_x = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=tokens, scale=scale)
         row_weights = weights.flatten()[routing.order.long()]  # [R] fp32
@@ -131,7 +130,7 @@ class _Moe(torch.autograd.Function):
                        low_rank=grad_low_rank, lora_up=A2)
         grad_weights = activation_grad(act, h, weights, routing.order, alpha=ctx.alpha, limit=ctx.limit)
         grad_weights += (grad.float() @ down.bias.float().T).gather(1, routing.indices)
-        grads = [None] * 4
+        grads = [None] * 4  # of A1, B1, A2, B2
         if has_lora:
             low_rank = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=scale)  # [R, r]
             grads[2], grads[3] = torch.empty_like(A2), torch.empty_like(B2)
@@ -144,14 +143,16 @@ class _Moe(torch.autograd.Function):
             grads[0], grads[1] = torch.empty_like(A1), torch.empty_like(B1)
             grouped_outer(grad_h, low_rank_x, offsets, grads[1])
             grouped_outer(x, grad_low_rank, offsets, grads[0].transpose(1, 2), gather=tokens)
+        if not ctx.needs_input_grad[0]:
+            return (None, grad_weights, grad, None, None, None, *grads, None, None, None, None, None)
         grad_rows = _project(gate_up, grad_h, offsets, x.new_empty(num_rows, x.shape[1]), is_transposed=True,
                              low_rank=grad_low_rank, lora_up=A1)
         grad_x = sum_rows(grad_rows, None, routing.inverse, None)
-        return (grad_x, grad_weights, None, None, None, *grads, None, None, None, None, None)
+        return (grad_x, grad_weights, grad, None, None, None, *grads, None, None, None, None, None)
 
 
 def _pre_activation(x, routing, gate_up, A1, B1, scale, *, swiglu, keeps_h):
-    """((activation, h), x A1^T scale): the first projection, with the activation where `swiglu` is given and h where kept."""
+    """Activation, h and x A1^T scale: the first projection, with the activation where `swiglu` is given and h where kept."""
     offsets, tokens, num_rows, width = routing.offsets_device, routing.tokens, routing.tokens.shape[0], gate_up.bias.shape[1]
     low_rank = lora_up = None
     if A1 is not None:
@@ -160,21 +161,22 @@ def _pre_activation(x, routing, gate_up, A1, B1, scale, *, swiglu, keeps_h):
     h = x.new_empty(num_rows, width) if keeps_h else None
     if swiglu is None:
         _project(gate_up, x, offsets, h, is_transposed=False, gather=tokens, low_rank=low_rank, lora_up=lora_up)
-        return (None, h), low_rank
+        return None, h, low_rank
     act = x.new_empty(num_rows, width // 2)
     _project(gate_up, x, offsets, act, is_transposed=False, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=swiglu,
              pre_activation=h)
-    return (act, h), low_rank
+    return act, h, low_rank
 
 
-def moe(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights, *,
-        lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
+def moe(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
+        residual: torch.Tensor, *, lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
         limit: float, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
-    """Experts of x [T, D] with gate weights [T, A] fp32 -> [T, D], weights frozen.
+    """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D], expert weights frozen.
 
     lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. keeps_h holds the pre-activation
     (R * 2F elements) for the backward. is_recomputing: the call repeats a forward whose output is known and only needs what the
     backward asks for; it returns memory that was not written. Triton only."""
     assert is_triton(x), "moe: the reference composes dispatch, grouped_linear, swiglu and combine"
     A1, B1, A2, B2 = lora or (None, None, None, None)
-    return _Moe.apply(x, weights, routing, gate_up, down, A1, B1, A2, B2, lora_scale, alpha, limit, keeps_h, is_recomputing)
+    return _Moe.apply(x, weights, residual, routing, gate_up, down, A1, B1, A2, B2, lora_scale, alpha, limit, keeps_h,
+                      is_recomputing)

@@ -90,6 +90,7 @@ def load_model(
     dtype: torch.dtype,
     experts: str = "auto",
     activation_checkpointing: bool = False,
+    memory_gb: float | None = None,
 ) -> GptOss:
     """Reads a checkpoint into a frozen model.
 
@@ -98,6 +99,7 @@ def load_model(
     dtype: of every tensor but packed ones.
     experts: "auto" keeps the form of the checkpoint; "bf16" dequantises MXFP4 experts into dense [E, in, out] of
         `dtype` (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
+    activation_checkpointing, memory_gb: as GptOss takes them.
     Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
     the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
@@ -113,7 +115,8 @@ def load_model(
             "them first with scripts/export.py --experts mxfp4"
         )
     form = experts if experts != "auto" else "mxfp4" if config.is_mxfp4 else "bf16"
-    model = GptOss(config, dtype=dtype, device="meta", experts=form, activation_checkpointing=activation_checkpointing)
+    model = GptOss(config, dtype=dtype, device="meta", experts=form, activation_checkpointing=activation_checkpointing,
+                   memory_gb=memory_gb)
     _check_tensors(folder, stored, _expected_tensors(model, is_packed=config.is_mxfp4), config)
     model.to_empty(device=device)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())

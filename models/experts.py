@@ -3,7 +3,7 @@
 The classes share constructor and forward and name their parameters as the checkpoint does. LoRA on experts is one A and one B for
 each expert, never merged, whatever the format of the base.
 
-Shapes: E experts, R routed rows, D model width, F expert width.
+Shapes: E experts, T tokens, A experts per token, R routed rows, D model width, F expert width.
 """
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from kernels.grouped_gemm import grouped_linear, grouped_linear_mxfp4
+from kernels.launch import is_triton
+from kernels.moe import ExpertWeights, moe
+from kernels.routing import Routing, combine, dispatch
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 
@@ -32,7 +35,7 @@ class _Experts(nn.Module):
             self.register_parameter(f"{name}_lora_B", None)  # [E, out, r] fp32
         self.lora_scale, self.adapter_enabled = 0.0, True
 
-    def _project_with_lora(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+    def _project_with_lora(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         y = self.project(name, x, offsets)
         lora_A, lora_B = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
         if lora_A is None or not self.adapter_enabled:
@@ -40,10 +43,28 @@ class _Experts(nn.Module):
         low_rank = grouped_linear(x, lora_A.to(x.dtype).transpose(1, 2), None, offsets)  # [R, r]
         return y + self.lora_scale * grouped_linear(low_rank, lora_B.to(x.dtype).transpose(1, 2), None, offsets)
 
-    def forward(self, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
-        """x [R, D] in expert order, offsets [E + 1] on the host -> [R, D]."""
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
+        """x [R, D] in expert order, offsets [E + 1] (int32 on x's device, or a list) -> [R, D]."""
         h = self._project_with_lora("gate_up_proj", x, offsets)  # [R, 2F], gate and up interleaved
         return self._project_with_lora("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
+
+    def mix(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor, *, keeps_h: bool,
+            is_recomputing: bool) -> torch.Tensor:
+        """residual [T, D] plus the experts of x [T, D] weighted by the gate weights [T, A].
+
+        On a GPU, frozen experts run as one operation: keeps_h holds their pre-activations for the backward, and
+        is_recomputing skips what a repeated forward is not asked for."""
+        trains_base = any(parameter.requires_grad for name, parameter in self._parameters.items()
+                          if parameter is not None and "lora" not in name)
+        if not is_triton(x) or trains_base:
+            offsets = routing.offsets_device if is_triton(x) else routing.offsets
+            return combine(self(dispatch(x, routing), offsets), weights, routing, residual=residual)
+        lora = None
+        if self.gate_up_proj_lora_A is not None and self.adapter_enabled:
+            lora = (self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.down_proj_lora_A, self.down_proj_lora_B)
+        return moe(x, weights, routing, self.held("gate_up_proj"), self.held("down_proj"), residual, lora=lora,
+                   lora_scale=self.lora_scale, alpha=self.alpha, limit=self.limit, keeps_h=keeps_h,
+                   is_recomputing=is_recomputing)
 
 
 class Bf16Experts(_Experts):
@@ -55,8 +76,11 @@ class Bf16Experts(_Experts):
             weight = torch.empty(config.num_local_experts, size_in, size_out, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
-    def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+    def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets)
+
+    def held(self, name: str) -> ExpertWeights:
+        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"])
 
 
 class Mxfp4Experts(_Experts):
@@ -69,6 +93,10 @@ class Mxfp4Experts(_Experts):
             self.register_buffer(f"{name}_blocks", torch.empty(*shape, 16, device=device, dtype=torch.uint8))
             self.register_buffer(f"{name}_scales", torch.empty(shape, device=device, dtype=torch.uint8))
 
-    def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+    def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         return grouped_linear_mxfp4(x, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
                                     self._parameters[f"{name}_bias"], offsets)
+
+    def held(self, name: str) -> ExpertWeights:
+        return ExpertWeights(None, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
+                             self._parameters[f"{name}_bias"])

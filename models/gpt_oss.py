@@ -8,8 +8,10 @@ Shapes: T packed tokens, S sequences, B decoded sequences, D model width, H quer
 """
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Callable, Iterator
 
 import torch
@@ -25,7 +27,7 @@ from kernels.log_probs import head_logits, log_probs
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.router_logits import router_logits
-from kernels.routing import combine, dispatch, route
+from kernels.routing import route
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts
 from models.kv_cache import KVCache
@@ -47,8 +49,39 @@ class KeptSets:
         return KeptSets(self.ids[torch.repeat_interleave(starts, counts) + within], offsets)
 
 
+class Keep(Enum):
+    """What a layer keeps for the backward; the rest is computed again."""
+
+    input = "input"  # its input only
+    attention = "attention"  # all but the experts' pre-activations
+    all = "all"
+
+
+def kept_bytes_per_token(config: GptOssConfig, size: int) -> dict[Keep, int]:
+    """Bytes per token that one layer keeps, with elements of `size` bytes."""
+    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    attention = size * (4 * config.hidden_size + heads) + 4 * config.num_attention_heads + 256  # routing and norms
+    pre_activations = size * 2 * config.intermediate_size * config.num_experts_per_tok
+    return {Keep.input: size * config.hidden_size, Keep.attention: attention, Keep.all: attention + pre_activations}
+
+
 # (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Repeat:
+    """Tells a block whether its forward runs a second time, for the backward."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        self.is_running = True
+        try:
+            yield
+        finally:
+            self.is_running = False
 
 
 class RMSNorm(nn.Module):
@@ -119,10 +152,10 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.hidden_size, config.num_local_experts, **factory)
         self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
         """residual plus the weighted sum of the experts of x."""
         weights, routing = route(self.router(x), experts_per_token=self.experts_per_token)
-        return combine(self.experts(dispatch(x, routing), routing.offsets), weights, routing, residual=residual)
+        return self.experts.mix(x, weights, routing, residual, keeps_h=keeps_h, is_recomputing=is_recomputing)
 
 
 class Block(nn.Module):
@@ -133,10 +166,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, **factory)
         self.mlp = MixtureOfExperts(config, experts, **factory)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, keeps_h: bool,
+                repeat: Repeat) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return self.mlp(normed, residual=x)
+        return self.mlp(normed, x, keeps_h, repeat.is_running)
 
 
 class Embedding(nn.Module):
@@ -157,16 +191,17 @@ class GptOss(nn.Module):
     """The policy. Base weights start frozen; models/lora.py decides what trains.
 
     `experts` is the format they are held in, "bf16" (dense, in `dtype`) or "mxfp4" (packed). Parameters are left
-    uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights."""
+    uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights. `activation_checkpointing` recomputes
+    layers in the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
-                 activation_checkpointing: bool = False) -> None:
+                 activation_checkpointing: bool = False, memory_gb: float | None = None) -> None:
         super().__init__()
         if experts not in ("bf16", "mxfp4"):
             raise ValueError(f"experts={experts!r}; allowed: bf16, mxfp4")
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, experts
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.memory_gb = activation_checkpointing, memory_gb
         self.model = Decoder(config, experts, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
@@ -216,12 +251,42 @@ class GptOss(nn.Module):
         inv_freq = inverse_frequencies(self.config, tokens.device)
         cos, sin = cos_sin(positions, inv_freq, concentration(self.config))
         x = F.embedding(tokens, self.model.embed_tokens.weight)
-        for block in self.model.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+        repeat = Repeat()
+        for block, keep in zip(self.model.layers, self._plan_recompute(len(tokens))):
+            run = partial(block, keeps_h=keep == Keep.all, repeat=repeat)
+            if keep == Keep.input:
+                x = checkpoint(run, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False,
+                               context_fn=lambda: (nullcontext(), repeat.run()))
             else:
-                x = block(x, cos, sin, attend)
+                x = run(x, cos, sin, attend)
         return self.model.norm(x)
+
+    def _plan_recompute(self, num_tokens: int) -> list[Keep]:
+        """What each layer keeps for the backward: everything it can within the memory budget, the first layers most."""
+        num_layers = self.config.num_hidden_layers
+        if not self.activation_checkpointing or not torch.is_grad_enabled():
+            return [Keep.all] * num_layers
+        if self.memory_gb is None or self.device.type != "cuda":
+            return [Keep.input] * num_layers
+        budget = self.memory_gb * 1e9 - self._bytes_needed(num_tokens)
+        sizes = kept_bytes_per_token(self.config, self.dtype.itemsize)
+        plan = []
+        for _ in range(num_layers):
+            keep = next((keep for keep in (Keep.all, Keep.attention) if (sizes[keep] - sizes[Keep.input]) * num_tokens <= budget),
+                        Keep.input)
+            budget -= (sizes[keep] - sizes[Keep.input]) * num_tokens
+            plan.append(keep)
+        return plan
+
+    def _bytes_needed(self, num_tokens: int) -> int:
+        """Memory in bytes that a forward and backward of `num_tokens` cannot do without."""
+        config, size = self.config, self.dtype.itemsize
+        gradients = sum(4 * p.numel() for p in self.trainable_parameters().values() if p.grad is None)
+        inputs = num_tokens * config.num_hidden_layers * config.hidden_size * size
+        routed = config.num_experts_per_tok * (3 * config.intermediate_size + config.hidden_size)
+        block = kept_bytes_per_token(config, size)[Keep.attention] + size * (routed + 4 * config.hidden_size)
+        fixed = 600_000_000  # dequantised experts, or the head's scratch, and workspaces
+        return torch.cuda.memory_allocated(self.device) + gradients + inputs + num_tokens * block + fixed
 
     def _packed_attend(self, cu_seqlens: list[int]) -> Attend:
         scale, plan = self.config.head_dim ** -0.5, AttentionPlan(cu_seqlens)
