@@ -4,7 +4,7 @@ y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, eac
 x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after h
 is needed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is <dy, y_r> = <g, act> + <dy_t, b2_e>
 (arXiv 2512.14080, SonicMoE, extended by the bias), so the down projection's output is neither kept nor recomputed.
-Packed weights are dequantised into a scratch of at most SCRATCH_BYTES, some experts at a time. LoRA's gradients come in fp32. No atomics.
+Packed weights are dequantised into a scratch of bounded size, some experts at a time. LoRA's gradients come in fp32. No atomics.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank.
 """
@@ -23,8 +23,6 @@ from kernels.mxfp4 import dequantize_experts
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
 
-SCRATCH_BYTES = 1 << 28  # of dequantised weights held at once
-
 
 @dataclass
 class ExpertWeights:
@@ -34,6 +32,7 @@ class ExpertWeights:
     blocks: torch.Tensor | None
     scales: torch.Tensor | None
     bias: torch.Tensor  # [E, out]
+    scratch_bytes: int  # of dequantised weights held at once
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
         dense = weights.dense.transpose(1, 2) if is_transposed else weights.dense
         return grouped_gemm(x, dense, offsets, bias=bias, lora_up=lora_up, out=out, **fused)
     num_experts, size_out, num_blocks = weights.scales.shape
-    chunk = max(1, min(num_experts, SCRATCH_BYTES // (size_out * num_blocks * 32 * x.element_size())))
+    chunk = max(1, min(num_experts, weights.scratch_bytes // (size_out * num_blocks * 32 * x.element_size())))
     scratch = x.new_empty(chunk, size_out, num_blocks * 32)
     for first in range(0, num_experts, chunk):
         part = slice(first, min(first + chunk, num_experts))

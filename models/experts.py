@@ -18,6 +18,7 @@ from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+SCRATCH_BYTES = 1_100_000_000  # of dequantised weights held at once on a GPU: a projection of gpt-oss-20b
 
 
 class _Experts(nn.Module):
@@ -34,6 +35,7 @@ class _Experts(nn.Module):
             self.register_parameter(f"{name}_lora_A", None)  # [E, r, in] fp32
             self.register_parameter(f"{name}_lora_B", None)  # [E, out, r] fp32
         self.lora_scale, self.adapter_enabled = 0.0, True
+        self.scratch_bytes = SCRATCH_BYTES
 
     def _project_with_lora(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         y = self.project(name, x, offsets)
@@ -80,7 +82,7 @@ class Bf16Experts(_Experts):
         return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets)
 
     def held(self, name: str) -> ExpertWeights:
-        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"])
+        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], self.scratch_bytes)
 
 
 class Mxfp4Experts(_Experts):
@@ -99,4 +101,4 @@ class Mxfp4Experts(_Experts):
 
     def held(self, name: str) -> ExpertWeights:
         return ExpertWeights(None, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
-                             self._parameters[f"{name}_bias"])
+                             self._parameters[f"{name}_bias"], self.scratch_bytes)

@@ -29,7 +29,7 @@ from kernels.rope import rope_qk
 from kernels.router_logits import router_logits
 from kernels.routing import route
 from models.config import GptOssConfig
-from models.experts import Bf16Experts, Mxfp4Experts
+from models.experts import SCRATCH_BYTES, Bf16Experts, Mxfp4Experts
 from models.kv_cache import KVCache
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
@@ -203,6 +203,9 @@ class GptOss(nn.Module):
         self.config, self.dtype, self.expert_format = config, dtype, experts
         self.activation_checkpointing, self.memory_gb = activation_checkpointing, memory_gb
         self.model = Decoder(config, experts, **factory)
+        if memory_gb is not None:
+            for block in self.model.layers:
+                block.mlp.experts.scratch_bytes = SCRATCH_BYTES // 2
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
     @property
@@ -285,7 +288,7 @@ class GptOss(nn.Module):
         inputs = num_tokens * config.num_hidden_layers * config.hidden_size * size
         routed = config.num_experts_per_tok * (3 * config.intermediate_size + config.hidden_size)
         block = kept_bytes_per_token(config, size)[Keep.attention] + size * (routed + 4 * config.hidden_size)
-        fixed = 600_000_000  # dequantised experts, or the head's scratch, and workspaces
+        fixed = 700_000_000  # dequantised experts, or the head's scratch, and workspaces
         return torch.cuda.memory_allocated(self.device) + gradients + inputs + num_tokens * block + fixed
 
     def _packed_attend(self, cu_seqlens: list[int]) -> Attend:
