@@ -1,4 +1,4 @@
-"""The routed experts as one operation on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; frozen base, LoRA trained.
+"""The routed experts as one operation on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA on a frozen base.
 
 y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, each W with its unmerged LoRA. Saved for the backward are
 x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after h
@@ -26,7 +26,7 @@ from kernels.swiglu import clamped_swiglu_grad
 
 @dataclass
 class ExpertWeights:
-    """One projection of all experts: dense [E, in, out], or packed blocks [E, out, in/32, 16] and scales [E, out, in/32] uint8."""
+    """One projection: dense [E, in, out], or packed blocks [E, out, in/32, 16] and scales [E, out, in/32] uint8."""
 
     dense: torch.Tensor | None
     blocks: torch.Tensor | None
@@ -72,12 +72,14 @@ def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, 
 
 
 def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, is_transposed: bool,
-             lora_up: torch.Tensor | None, **fused) -> torch.Tensor:
-    """grouped_gemm through W or, transposed, through W^T, packed weights dequantised some experts at a time. lora_up [E, r, out]."""
+             gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
+             swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None) -> torch.Tensor:
+    """grouped_gemm through W or, transposed, W^T, packed weights dequantised some experts at a time. lora_up [E, r, out]."""
     bias = None if is_transposed else weights.bias
     if weights.dense is not None:
         dense = weights.dense.transpose(1, 2) if is_transposed else weights.dense
-        return grouped_gemm(x, dense, offsets, bias=bias, lora_up=lora_up, out=out, **fused)
+        return grouped_gemm(x, dense, offsets, gather=gather, bias=bias, low_rank=low_rank, lora_up=lora_up, swiglu=swiglu,
+                            pre_activation=pre_activation, out=out)
     num_experts, size_out, num_blocks = weights.scales.shape
     chunk = max(1, min(num_experts, weights.scratch_bytes // (size_out * num_blocks * 32 * x.element_size())))
     scratch = x.new_empty(chunk, size_out, num_blocks * 32)
@@ -85,8 +87,8 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
         part = slice(first, min(first + chunk, num_experts))
         dense = dequantize_experts(weights.blocks[part], weights.scales[part], scratch[:part.stop - first])  # [e, out, in]
         grouped_gemm(x, dense if is_transposed else dense.transpose(1, 2), offsets[first:part.stop + 1],
-                     bias=None if bias is None else bias[part], lora_up=None if lora_up is None else lora_up[part],
-                     out=out, **fused)
+                     gather=gather, bias=None if bias is None else bias[part], low_rank=low_rank,
+                     lora_up=None if lora_up is None else lora_up[part], swiglu=swiglu, pre_activation=pre_activation, out=out)
     return out
 
 

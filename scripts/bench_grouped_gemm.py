@@ -8,15 +8,18 @@ the same run (an 8192^3 bf16 product, a large copy), relative error against floa
 import argparse
 import itertools
 import json
+import sys
 import time
+from pathlib import Path
 
 import torch
 import triton
 
-from kernels.grouped_gemm import Blocks, choose_blocks, grouped_gemm
-from kernels.grouped_outer import OuterBlocks, choose_outer_blocks, grouped_outer, grouped_row_sum
-from kernels.launch import gpu_family
-from kernels.linear import lora_linear
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels.grouped_gemm import Blocks, choose_blocks, grouped_gemm  # noqa: E402
+from kernels.grouped_outer import OuterBlocks, choose_outer_blocks, grouped_outer, grouped_row_sum  # noqa: E402
+from kernels.launch import gpu_family  # noqa: E402
+from kernels.linear import lora_linear  # noqa: E402
 
 WIDTH, NUM_EXPERTS, EXPERTS_PER_TOKEN, RANK = 2880, 32, 4, 16
 SWIGLU = (1.702, 7.0)
@@ -257,6 +260,13 @@ def time_experts(num_tokens: int, w: dict[str, torch.Tensor], *, sweep: bool) ->
                     lambda: grouped_gemm(act, nk2, data.offsets, out=y, bias=w["down_bias"], **lora2, **option), flops=flops2)  # noqa: B023
     if num_tokens <= 4096:
         return
+    sweep_thin(shape, data, w, x, grad_h, low, {"x A": out16, "A": out_A, "B": out_B, "W": grad_W})
+
+
+def sweep_thin(shape: str, data, w: dict[str, torch.Tensor], x, grad_h, low, outputs: dict[str, torch.Tensor]) -> None:
+    """Candidates of the low-rank products and of the weight gradients."""
+    r, d, flops1 = data.num_rows, WIDTH, 4 * data.num_rows * WIDTH * WIDTH
+    out16, out_A, out_B, grad_W = outputs["x A"], outputs["A"], outputs["B"], outputs["W"]
     for blocks in SKINNY_CANDIDATES:
         measure(f"x A, gathered [{describe(blocks)}]", shape,
                 lambda: grouped_gemm(x, w["gate_up_A"].transpose(1, 2), data.offsets, gather=data.gather, scale=2.0, out=out16,
