@@ -1,10 +1,10 @@
 """The routed experts as one operation on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA on a frozen base.
 
-y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, each W with its unmerged LoRA. Saved for the backward are
-x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after h
-is needed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is <dy, y_r> = <g, act> + <dy_t, b2_e>
-(arXiv 2512.14080, SonicMoE, extended by the bias), so the down projection's output is neither kept nor recomputed.
-Packed weights are dequantised into a scratch of bounded size, some experts at a time. LoRA's gradients come in fp32. No atomics.
+y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, each W with its unmerged LoRA. The backward is given
+x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after
+h is needed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is <dy, y_r> = <g, act> + <dy_t, b2_e>
+(arXiv 2512.14080, SonicMoE, extended by the bias), so the down projection's output is neither kept nor recomputed. Packed
+weights are dequantised into a scratch of bounded size, some experts at a time. LoRA's gradients come in fp32. No atomics.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank.
 """
@@ -170,8 +170,8 @@ def _pre_activation(x, routing, gate_up, A1, B1, scale, *, swiglu, keeps_h):
 
 
 def moe(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
-        residual: torch.Tensor, *, lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
-        limit: float, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
+        residual: torch.Tensor, *, lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
+        lora_scale: float, alpha: float, limit: float, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
     """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D], expert weights frozen.
 
     lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. keeps_h holds the pre-activation
