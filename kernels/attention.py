@@ -460,8 +460,8 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
 
 
 _BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64; scripts/bench_attention.py compares others
-    ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False)),
-    ("hopper", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 4, 3, False)),
+    ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 3, False)),
+    ("hopper", True): KernelBlocks(Blocks(64, 32, 4, 3, False), Blocks(64, 32, 4, 3, False), Blocks(64, 64, 4, 3, False)),
     ("blackwell", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 8, 2, False)),
     ("blackwell", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 8, 2, False)),
     ("ampere", False): KernelBlocks(Blocks(128, 64, 4, 3, False), Blocks(128, 32, 8, 2, False), Blocks(32, 128, 8, 2, False)),

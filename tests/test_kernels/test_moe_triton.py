@@ -1,5 +1,6 @@
 """The experts as one operation: in the interpreter and on a GPU against a composition in float64, goldens included."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
 from kernels.moe import ExpertWeights, moe
-from kernels.mxfp4 import dequantize, quantize
+from kernels.mxfp4 import dequantize
 from kernels.routing import make_routing
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
@@ -20,11 +21,15 @@ def normal(*shape, seed, std=1.0):
 
 
 def problem(num_tokens, num_experts, per_token, width, inner, rank):
-    """Inputs in float64, base weights on MXFP4's grid; expert 0 gets no token."""
+    """Inputs in float64, base weights packed; expert 0 gets no token."""
     generator = torch.Generator().manual_seed(0)
     indices = torch.stack([1 + torch.randperm(num_experts - 1, generator=generator)[:per_token] for _ in range(num_tokens)])
-    packed = [quantize(normal(num_experts, size, size_in, seed=i, std=2 * size_in**-0.5).float())
-              for i, (size, size_in) in enumerate(((2 * inner, width), (width, inner)), 1)]
+    packed = []
+    for size, size_in in ((2 * inner, width), (width, inner)):
+        exponent = 126 - round(math.log2(size_in**0.5))  # products of the size of their inputs
+        scales = torch.randint(exponent - 1, exponent + 2, (num_experts, size, size_in // 32), generator=generator)
+        blocks = torch.randint(0, 256, (*scales.shape, 16), generator=generator, dtype=torch.uint8)
+        packed.append((blocks, scales.to(torch.uint8)))
     tensors = {"x": normal(num_tokens, width, seed=3), "residual": normal(num_tokens, width, seed=4),
                "weights": torch.softmax(normal(num_tokens, per_token, seed=5), -1),
                "b1": normal(num_experts, 2 * inner, seed=6), "b2": normal(num_experts, width, seed=7),
