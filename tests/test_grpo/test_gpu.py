@@ -52,10 +52,17 @@ def test_sampler_and_trainer_agree_on_cuda():
 
 
 def test_a_run_trains_on_cuda(tmp_path):
-    command = [sys.executable, "-m", "grpo.train", "+experiment=smoke", "device=cuda", "wandb.mode=disabled", "name=gpu",
-               f"output_dir={tmp_path}"]
+    (tmp_path / "reward.py").write_text("def even(completions, completion_ids, **columns):\n"
+                                        "    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]\n")
+    command = [
+        sys.executable, "-m", "grpo.train", "+experiment=smoke", "device=cuda", "wandb.mode=disabled", "name=gpu",
+        f"output_dir={tmp_path}", "warmup=null", "env=dataset", "env.path=tests/fixtures/arithmetic.jsonl",
+        "env.held_out_fraction=0.25", "env.match=none", "env.answer_key=null", "model.tokenizer=tests/fixtures/tokenizer_compact",
+        f'env.rewards=[{{fn: "{tmp_path}/reward.py:even"}}]',
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "gpu/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "sampling/log_prob_diff/max" in line]
-    assert steps and all(line["sampling/log_prob_diff/max"] <= 5e-5 for line in steps)
+    assert len(steps) == 2 and all(line["sampling/log_prob_diff/max"] <= 5e-5 for line in steps), steps
+    assert all(line["grad_norm"] > 0 for line in steps)
