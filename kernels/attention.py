@@ -465,7 +465,7 @@ _BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64;
     ("blackwell", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 8, 2, False)),
     ("blackwell", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 8, 2, False)),
     ("ampere", False): KernelBlocks(Blocks(128, 64, 4, 3, False), Blocks(128, 32, 8, 2, False), Blocks(32, 128, 8, 2, False)),
-    ("ampere", True): KernelBlocks(Blocks(64, 64, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
+    ("ampere", True): KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
     ("consumer", False): KernelBlocks(Blocks(128, 32, 8, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
     ("consumer", True): KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
 }

@@ -132,7 +132,7 @@ _WIDE = {
     "ampere": Blocks(128, 128, 64, 8, 8, 3, False, False),
     "consumer": Blocks(128, 128, 32, 8, 8, 3, False, False),
     "hopper": Blocks(128, 256, 64, 8, 8, 4, True, False),
-    "blackwell": Blocks(128, 256, 64, 8, 8, 3, True, False),
+    "blackwell": Blocks(128, 128, 64, 8, 8, 4, True, False),
     "interpreter": Blocks(32, 32, 32, 2, 4, 2, True, True),
 }
 _FP32 = Blocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtures and checks

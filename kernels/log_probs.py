@@ -220,7 +220,7 @@ def _score_tile(products, rows, row_mask, column, targets, reference, maxima, su
     """What one tile of the vocabulary, of products [BM, TILE] from `column` on, leaves of its tokens."""
     TILE: tl.constexpr = products.shape[1]
     columns = column + tl.arange(0, TILE)
-    row_mask = row_mask & (column < vocab)  # the last tile may be half outside
+    row_mask = row_mask & (column + tl.zeros_like(rows) < vocab)  # the last tile may be half outside
     target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
     is_target = columns[None, :] == target[:, None]
     has_target = row_mask & (target >= column) & (target < column + TILE)
@@ -475,7 +475,7 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
         _mark_kept(scratch, *kept, 0)
     if makes_sum:
         _reference_kernel[(num_rows,)](hidden, weight, targets, reference, scale, width, hidden.stride(0), weight.stride(0),
-                                       BLOCK=block)
+                                       BLOCK=block, num_warps=8)
     if logits is not None:
         _mm(hidden, weight.T, logits)
     stride_scratch, stride_logits = (0 if room is None else room.stride(0) for room in (scratch, logits))

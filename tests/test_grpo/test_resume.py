@@ -156,9 +156,9 @@ def test_the_runs_compared_here_do_learn_something(never_killed):
 
 
 @pytest.mark.parametrize("arguments", [CARRY, UPDATES, LORA], ids=["carry", "several updates", "lora"])
-def test_a_run_killed_in_five_phases_ends_like_one_never_killed(train, never_killed, tmp_path, arguments):
+def test_a_run_killed_in_five_phases_ends_like_one_never_killed(train, never_killed, tmp_path, arguments, request):
     expected, _ = never_killed(arguments)
-    rng = random.Random(f"kill {arguments}")
+    rng = random.Random(f"kill {request.node.callspec.id}")  # the same phases in whatever folder the project lies
     first = ["warm-up", "publishing a checkpoint"] if arguments is not LORA else ["publishing a checkpoint"]
     others = [phase for phase in PHASES if phase not in ("warm-up", "evaluation", *first)]
     for index, phase in enumerate([*first, *rng.sample(others, 5 - len(first))]):

