@@ -52,8 +52,10 @@ def test_sampler_and_trainer_agree_on_cuda():
 
 
 def test_a_run_trains_on_cuda(tmp_path):
-    (tmp_path / "reward.py").write_text("def even(completions, completion_ids, **columns):\n"
-                                        "    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]\n")
+    (tmp_path / "reward.py").write_text(
+        "def even(completions, completion_ids, **columns):\n"
+        "    return [sum(i % 2 == 0 for i in ids) / max(len(ids), 1) for ids in completion_ids]\n"
+    )
     command = [
         sys.executable, "-m", "grpo.train", "+experiment=smoke", "device=cuda", "wandb.mode=disabled", "name=gpu",
         f"output_dir={tmp_path}", "warmup=null", "env=dataset", "env.path=tests/fixtures/arithmetic.jsonl",
