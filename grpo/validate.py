@@ -160,6 +160,8 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
             str(model.experts),
             "packed experts come from a checkpoint only; set model.experts=bf16 with model.architecture",
         )
+    need(model.memory_gb is None or model.memory_gb > 0, "model.memory_gb", model.memory_gb,
+         "must be > 0 (1e9 bytes), or null")
     if model.train == Train.full:
         need(
             model.lora is None,

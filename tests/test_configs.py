@@ -159,6 +159,7 @@ def test_contradictions_of_the_released_models_are_refused():
             "must be distinct names among q_proj, k_proj, v_proj, o_proj, experts, router",
         ),
         (["model.lora.rank=0"], "model.lora.rank = 0: must be at least 1"),
+        (["model.memory_gb=-1"], "model.memory_gb = -1.0: must be > 0"),
         (["model.lora.adapter=/nowhere"], "model.lora.adapter = '/nowhere': no such folder"),
         (["model.train=full", "model.lora=null", "model.experts=mxfp4"], "packed experts cannot be trained in full"),
     ):

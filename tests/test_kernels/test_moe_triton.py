@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
-from kernels.moe import ExpertWeights, moe
+from kernels.moe import ExpertWeights, _activation_grad_kernel, moe
 from kernels.mxfp4 import dequantize
 from kernels.routing import make_routing
 
@@ -118,6 +119,15 @@ def test_dense_experts_agree_with_the_golden():
     y.backward(case["do"].float())
     # the golden dx also has the router's part; that of the gate weights is compared through the router elsewhere
     assert weights.grad.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_activation_gradient_compiles_without_spills(arch):
+    signature = {"grad_ptr": "*bf16", "h_ptr": "*bf16", "weights_ptr": "*fp32", "slots_ptr": "*i32", "dots_ptr": "*fp32",
+                 "alpha": "fp32", "limit": "fp32"}
+    pointers = tuple(name for name in signature if name.endswith("_ptr"))
+    check_fits(compile_for(_activation_grad_kernel, signature, {"WIDTH": 2880, "BLOCK": 1024}, arch, num_warps=4, num_stages=3,
+                           divisible=pointers), arch)
 
 
 @pytest.mark.gpu
