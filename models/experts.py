@@ -37,18 +37,17 @@ class _Experts(nn.Module):
         self.lora_scale, self.adapter_enabled = 0.0, True
         self.scratch_bytes = SCRATCH_BYTES
 
-    def _project_with_lora(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        y = self.project(name, x, offsets)
-        lora_A, lora_B = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
-        if lora_A is None or not self.adapter_enabled:
-            return y
-        low_rank = grouped_linear(x, lora_A.to(x.dtype).transpose(1, 2), None, offsets)  # [R, r]
-        return y + self.lora_scale * grouped_linear(low_rank, lora_B.to(x.dtype).transpose(1, 2), None, offsets)
+    def _lora(self, name: str) -> dict[str, torch.Tensor | float | None]:
+        """The adapter of a projection as grouped_linear takes it."""
+        if not self.adapter_enabled:
+            return {}
+        return {"lora_A": self._parameters[f"{name}_lora_A"], "lora_B": self._parameters[f"{name}_lora_B"],
+                "lora_scale": self.lora_scale}
 
     def forward(self, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         """x [R, D] in expert order, offsets [E + 1] (int32 on x's device, or a list) -> [R, D]."""
-        h = self._project_with_lora("gate_up_proj", x, offsets)  # [R, 2F], gate and up interleaved
-        return self._project_with_lora("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
+        h = self.project("gate_up_proj", x, offsets)  # [R, 2F], gate and up interleaved
+        return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
 
     def mix(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor, *, keeps_h: bool,
             is_recomputing: bool) -> torch.Tensor:
@@ -79,7 +78,7 @@ class Bf16Experts(_Experts):
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
     def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets)
+        return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets, **self._lora(name))
 
     def held(self, name: str) -> ExpertWeights:
         return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], self.scratch_bytes)
@@ -97,7 +96,7 @@ class Mxfp4Experts(_Experts):
 
     def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         return grouped_linear_mxfp4(x, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
-                                    self._parameters[f"{name}_bias"], offsets)
+                                    self._parameters[f"{name}_bias"], offsets, **self._lora(name))
 
     def held(self, name: str) -> ExpertWeights:
         return ExpertWeights(None, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],

@@ -110,10 +110,9 @@ class Linear(nn.Module):
         self.lora_scale, self.adapter_enabled = 0.0, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if self.lora_A is None or not self.adapter_enabled:
-            return linear(x, weight, bias)
-        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, scale=self.lora_scale)
+            return linear(x, self.weight, self.bias)
+        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, scale=self.lora_scale)
 
 
 class Router(Linear):
@@ -202,6 +201,8 @@ class GptOss(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, experts
         self.activation_checkpointing, self.memory_gb = activation_checkpointing, memory_gb
+        # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
+        self.inv_freq = inverse_frequencies(config, torch.device("cpu"))
         self.model = Decoder(config, experts, **factory)
         if memory_gb is not None:
             for block in self.model.layers:
@@ -251,8 +252,8 @@ class GptOss(nn.Module):
 
     def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences."""
-        inv_freq = inverse_frequencies(self.config, tokens.device)
-        cos, sin = cos_sin(positions, inv_freq, concentration(self.config))
+        self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
+        cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         repeat = Repeat()
         for block, keep in zip(self.model.layers, self._plan_recompute(len(tokens))):
