@@ -26,14 +26,6 @@ from kernels.log_probs import (
 TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, so that an element nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def inputs(num_tokens, width, vocab, *, dtype=torch.float32, device="cpu", spread=1.0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(num_tokens + width + vocab)
     hidden = torch.randn(num_tokens, width, generator=generator) * spread

@@ -13,14 +13,6 @@ from kernels.rope import _rope_kernel, rope, rope_qk
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, so that an element nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def normal(*shape, seed=0, dtype=torch.float32, device="cpu") -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 

@@ -37,14 +37,6 @@ from kernels.routing import (
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, or the largest integer, so that an element nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def normal(*shape, seed=0, dtype=torch.float32, device="cpu") -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 

@@ -14,14 +14,6 @@ GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors"
 ALPHA, LIMIT = 1.702, 7.0
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory holds NaN, so that an element nobody writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def normal(*shape, seed=0, dtype=torch.float32, device="cpu") -> torch.Tensor:
     return (4 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
 
