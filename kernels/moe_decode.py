@@ -1,0 +1,338 @@
+"""The routed experts for few tokens, where reading the weights is the cost: packed MXFP4 is read once per touched expert and
+unpacked in registers.
+
+    y_t = residual_t + sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e),  e the k-th expert of t, each W with its unmerged LoRA
+
+The weights are the MMA's M side and a few tokens its N side, so no tile is mostly padding. Each output is one accumulator that
+runs over the inputs in ascending order, then over LoRA's rank, as grouped_gemm's do, and bias, rounding and activation follow in
+the same order: results are bit for bit those of the training forward (moe.py) on dequantised weights, for every tile size and
+every set of other tokens in the batch. Splitting the inputs of one output over programs would break that, so nothing here does.
+
+Packed weights lie in fragment order (mxfp4_fragments.py): a thread's 32-bit word is its part of an MMA operand, which goes from
+unpacking to the tensor core without passing shared memory. Two forms unpack it: inline assembly, for bfloat16 on the GPUs in
+ASM_FAMILIES with scales up to 128, and arithmetic in fp32 for everything else; the bits are the same. Dense weights, and LoRA's
+first factors, take the same kernel.
+
+Expert offsets stay on the device and grids depend on the number of tokens alone: a CUDA graph can replay the launches. Programs
+beyond the work there is exit at once.
+
+Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.grouped_gemm import DTYPES, grouped_gemm
+from kernels.launch import check_served, gpu_family, is_triton
+from kernels.mxfp4_fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
+from kernels.routing import Routing, combine
+from kernels.swiglu import clamped_swiglu
+
+ASM_FAMILIES = ("ampere", "consumer", "hopper")
+
+
+class Projection(NamedTuple):
+    """Weights of one projection: dense [E, K, N], or blocks [E, N, K / 32, 16] and scales [E, N, K / 32] uint8 in fragment
+    order. unpacks_by_asm: what unpacks_by_asm() said of them."""
+
+    dense: torch.Tensor | None
+    blocks: torch.Tensor | None
+    scales: torch.Tensor | None
+    bias: torch.Tensor | None  # [E, N]
+    unpacks_by_asm: bool
+
+
+class DecodeBlocks(NamedTuple):
+    """Sizes of a tile and how its loop is compiled. None of them changes a result's bits."""
+
+    rows: int  # of the weight: output features
+    tokens: int
+    inner: int  # step along K
+    num_warps: int
+    num_stages: int
+
+
+def unpacks_by_asm(x: torch.Tensor, *, is_foldable: bool) -> bool:
+    """Whether packed weights are unpacked by inline assembly for x; is_foldable: what mxfp4_fragments.is_foldable says of all
+    scales."""
+    return is_foldable and x.dtype == torch.bfloat16 and gpu_family(x) in ASM_FAMILIES
+
+
+# family -> (at most so many routed rows per expert, blocks) in ascending order
+_PACKED = {
+    "ampere": ((4, DecodeBlocks(64, 16, 128, 4, 4)), (16, DecodeBlocks(64, 32, 64, 4, 4)),
+               (0, DecodeBlocks(128, 64, 64, 8, 3))),
+    "consumer": ((4, DecodeBlocks(64, 16, 128, 4, 3)), (16, DecodeBlocks(64, 32, 64, 4, 3)),
+                 (0, DecodeBlocks(128, 64, 64, 8, 3))),
+    "hopper": ((4, DecodeBlocks(64, 16, 128, 4, 4)), (16, DecodeBlocks(64, 32, 128, 4, 4)),
+               (0, DecodeBlocks(128, 64, 128, 8, 3))),
+    "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4)), (16, DecodeBlocks(128, 32, 128, 4, 4)),
+                  (0, DecodeBlocks(128, 64, 128, 4, 4))),
+    "interpreter": ((2, DecodeBlocks(32, 16, 64, 4, 2)), (0, DecodeBlocks(64, 32, 32, 4, 2))),
+}  # fmt: skip
+_DENSE = {
+    "ampere": ((8, DecodeBlocks(64, 16, 64, 4, 5)), (0, DecodeBlocks(64, 64, 64, 4, 4))),
+    "consumer": ((8, DecodeBlocks(64, 16, 64, 4, 4)), (0, DecodeBlocks(64, 64, 64, 4, 3))),
+    "hopper": ((8, DecodeBlocks(64, 16, 64, 4, 6)), (0, DecodeBlocks(64, 64, 64, 4, 5))),
+    "blackwell": ((8, DecodeBlocks(128, 16, 64, 4, 6)), (0, DecodeBlocks(128, 64, 64, 4, 5))),
+    "interpreter": ((0, DecodeBlocks(32, 16, 32, 4, 2)),),
+}
+
+
+def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
+                         is_packed: bool) -> DecodeBlocks:
+    table = (_PACKED if is_packed else _DENSE)[family]
+    blocks = next((blocks for limit, blocks in table if num_rows <= limit * num_experts), table[-1][1])
+    if num_out <= 64:  # LoRA's first factors: a chain of K steps per program, and few programs
+        blocks = blocks._replace(rows=max(16, triton.next_power_of_2(num_out)), tokens=min(blocks.tokens, 32))
+    if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
+        blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
+    if not is_packed:
+        return blocks._replace(inner=max(16, min(blocks.inner, triton.next_power_of_2(num_in))))
+    inner, chunk = max(blocks.inner, chunk_of(num_in)), chunk_of(num_in)
+    while inner > chunk and (inner > num_in or (num_in % inner) & (num_in % inner - 1)):
+        inner //= 2  # what a last short step leaves must be a power of two
+    return blocks._replace(inner=inner)
+
+
+@triton.jit
+def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS: tl.constexpr, INNER: tl.constexpr,
+                 CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr):
+    """Words and scales of GROUPS groups of 16 rows, INNER inputs from k."""
+    per_input: tl.constexpr = 8 if IS_ASM else 2
+    groups = tl.arange(0, GROUPS)[:, None]
+    word_pointers = words + k * per_input + groups * group_stride + tl.arange(0, INNER * per_input)[None, :]
+    scale_pointers = scales + k // CHUNK * 8 + groups * scale_stride + tl.arange(0, INNER // CHUNK * 8)[None, :]
+    if EVEN_OUT:
+        return tl.load(word_pointers), tl.load(scale_pointers).to(tl.int32)
+    return (tl.load(word_pointers, mask=is_group[:, None], other=0),
+            tl.load(scale_pointers, mask=is_group[:, None], other=0).to(tl.int32))
+
+
+@triton.jit
+def moe_decode_kernel(
+    x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
+    num_experts, num_in, num_out, rank, scale, alpha, limit,
+    stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr, TAIL: tl.constexpr,
+    CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr, IS_ASM: tl.constexpr,
+    IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, HAS_GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
+):  # fmt: skip
+    """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
+    the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    experts = tl.arange(0, EXPERTS)
+    starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
+    token_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + TOKENS - 1) // TOKENS
+    ends_of = tl.cumsum(token_tiles_of, 0)
+    feature_tiles = tl.cdiv(num_out, ROWS)
+    tile = tl.program_id(0)
+    if tile >= tl.sum(token_tiles_of, 0) * feature_tiles:
+        return
+    # an expert's tiles with the same weights follow each other, for the L2 cache
+    expert = tl.sum((ends_of * feature_tiles <= tile).to(tl.int32), 0)
+    within = tile - tl.sum(tl.where(experts < expert, token_tiles_of, 0), 0) * feature_tiles
+    start = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    token_tiles = tl.cdiv(end - start, TOKENS)
+    first = within // token_tiles * ROWS
+    rows = start + within % token_tiles * TOKENS + tl.arange(0, TOKENS)
+    is_row = rows < end
+    if HAS_GATHER:
+        source = tl.load(gather + rows, mask=is_row, other=0)
+    else:
+        source = tl.where(is_row, rows, 0)
+    inner = tl.arange(0, INNER)
+    x_rows = x + source.to(tl.int64)[None, :] * stride_x
+    x_pointers = x_rows + inner[:, None]
+    expert = expert.to(tl.int64)
+    natural = first + tl.arange(0, ROWS)  # output features in the order in which they lie in memory
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+
+    if IS_PACKED:
+        GROUPS: tl.constexpr = ROWS // 16
+        per_input: tl.constexpr = 8 if IS_ASM else 2
+        # features in the order of the accumulator: row 8h + g of a group holds feature 2g + h
+        index = tl.arange(0, ROWS)
+        features = first + index // 16 * 16 + index % 8 * 2 + index // 8 % 2
+        is_group = first + 16 * tl.arange(0, GROUPS) < num_out
+        group = (expert * num_out + first) // 16
+        group_stride = num_in * per_input
+        scale_stride = num_in // CHUNK * 8
+        weight_base = weight + group * group_stride
+        scale_base = scales + group * scale_stride
+        main = num_in - TAIL
+        if TAIL:  # loaded before the loop, so that nothing waits for it after
+            tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
+                                                   TAIL, CHUNK, IS_ASM, EVEN_OUT)
+            tail_x = tl.load(x_rows + main + tl.arange(0, TAIL)[:, None], mask=is_row[None, :], other=0.0)
+        for k in range(0, main, INNER):
+            tile_words, tile_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, k, is_group, GROUPS,
+                                                   INNER, CHUNK, IS_ASM, EVEN_OUT)
+            b = tl.load(x_pointers + k, mask=is_row[None, :], other=0.0)
+            a = unpack_fragments(tile_words, tile_scales, GROUPS, INNER // CHUNK, CHUNK, dtype, IS_ASM, True)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        if TAIL:
+            a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
+            acc = tl.dot(a, tail_x, acc, input_precision="ieee")
+    else:
+        features = natural
+        is_feature = features < num_out
+        weight_base = weight + expert * stride_weight_expert
+        if IN_CONTIGUOUS:
+            weight_pointers = weight_base + features.to(tl.int64)[:, None] * stride_weight + inner[None, :]
+        else:
+            weight_pointers = weight_base + inner.to(tl.int64)[None, :] * stride_weight + features[:, None]
+        for k in range(0, num_in, INNER):
+            if EVEN_IN:
+                b = tl.load(x_pointers, mask=is_row[None, :], other=0.0)
+                a = tl.load(weight_pointers, mask=is_feature[:, None], other=0.0)
+            else:
+                is_in = inner < num_in - k
+                b = tl.load(x_pointers, mask=is_row[None, :] & is_in[:, None], other=0.0)
+                a = tl.load(weight_pointers, mask=is_feature[:, None] & is_in[None, :], other=0.0)
+            acc = tl.dot(a.to(dtype), b, acc, input_precision="ieee")
+            x_pointers += INNER
+            if IN_CONTIGUOUS:
+                weight_pointers += INNER
+            else:
+                weight_pointers += INNER * stride_weight.to(tl.int64)
+
+    is_feature = features < num_out
+    for step in tl.static_range(RANK_STEPS):
+        ranks = step * RANK + tl.arange(0, RANK)
+        up_pointers = lora_up + expert * stride_up_expert + ranks[None, :] * stride_up_rank + features[:, None] * stride_up_out
+        up = tl.load(up_pointers, mask=(ranks < rank)[None, :] & is_feature[:, None], other=0.0)
+        low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
+                      mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
+        acc = tl.dot(up.to(dtype), low, acc, input_precision="ieee")
+    if HAS_SCALE:
+        acc = acc * scale
+    if HAS_BIAS:
+        acc += tl.load(bias + expert * num_out + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
+    y = acc.to(out.dtype.element_ty)
+    if IS_PACKED:
+        y = tl.permute(tl.reshape(y, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 1, 3))  # [group, g, h, token]
+    row_starts = rows.to(tl.int64)[None, :] * num_out
+    if HAS_SWIGLU:
+        # from the rounded values, so that fused and separate activations agree bit for bit
+        pairs = tl.reshape(y, (ROWS // 16, 8, 2, TOKENS)).to(tl.float32)
+        gate, up = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        act = tl.reshape(clamped_swiglu(gate, up, alpha, limit).to(out.dtype.element_ty), (ROWS // 2, TOKENS))
+        half = first // 2 + tl.arange(0, ROWS // 2)
+        tl.store(out + row_starts // 2 + half[:, None], act, mask=is_row[None, :] & (half < num_out // 2)[:, None])
+    else:
+        tl.store(out + row_starts + natural[:, None], tl.reshape(y, (ROWS, TOKENS)),
+                 mask=is_row[None, :] & (natural < num_out)[:, None])
+
+
+def dequantized(projection: Projection, dtype: torch.dtype) -> torch.Tensor:
+    """The projection's weights [E, K, N], a transposed view where they are packed."""
+    if projection.dense is not None:
+        return projection.dense
+    num_experts, num_out, num_blocks = projection.scales.shape
+    out = torch.empty((num_experts, num_out, num_blocks * 32), dtype=dtype, device=projection.scales.device)
+    return dequantize_fragments(projection.blocks, projection.scales, out, is_asm=projection.unpacks_by_asm).transpose(1, 2)
+
+
+def _shape_of(projection: Projection) -> tuple[int, int, int]:
+    """E, K, N."""
+    if projection.dense is not None:
+        return projection.dense.shape
+    num_experts, num_out, num_blocks = projection.scales.shape
+    return num_experts, num_blocks * 32, num_out
+
+
+def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor, *, gather: torch.Tensor | None = None,
+                      low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None, scale: float | None = None,
+                      swiglu: tuple[float, float] | None = None, blocks: DecodeBlocks | None = None) -> torch.Tensor:
+    """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
+    of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
+
+    x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device; low_rank [R, r] in x's
+    dtype with lora_up [E, r, N]. Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
+    num_experts, num_in, num_out = _shape_of(projection)
+    num_rows = x.shape[0] if gather is None else gather.shape[0]
+    rank = 0 if low_rank is None else low_rank.shape[1]
+    is_packed, is_asm, bias = projection.dense is None, projection.unpacks_by_asm, projection.bias
+    assert x.shape[1] == num_in and offsets.shape == (num_experts + 1,), f"{x.shape}, {offsets.shape}: {num_in}, {num_experts}"
+    assert bias is None or bias.shape == (num_experts, num_out), f"bias {bias.shape}: {(num_experts, num_out)} needed"
+    assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
+    assert low_rank is None or (low_rank.is_contiguous() and lora_up.shape == (num_experts, rank, num_out)), f"{lora_up.shape}"
+    assert not is_asm or x.dtype == torch.bfloat16, f"inline assembly unpacks to bfloat16, x is {x.dtype}"
+    check_served("moe_decode", {"x": x}, dtypes=DTYPES, tensor_cores=True)
+    out = x.new_empty((num_rows, num_out if swiglu is None else num_out // 2))
+    if num_rows == 0:
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    blocks = blocks or choose_decode_blocks(gpu_family(x), x.dtype, num_rows, num_experts, num_in, num_out, is_packed=is_packed)
+    scales, strides, in_contiguous, tail, chunk = None, (0, 0), True, 0, 32
+    if is_packed:
+        weight, scales = word_views(projection.blocks, projection.scales, is_asm)
+        chunk = chunk_of(num_in)
+        tail = num_in % blocks.inner
+        assert num_out % ROWS == 0 and blocks.inner % chunk == 0 and tail & (tail - 1) == 0, f"{blocks} for {num_in}, {num_out}"
+    else:
+        weight = projection.dense
+        in_contiguous = weight.stride(1) == 1
+        assert in_contiguous or weight.stride(2) == 1, f"strides {weight.stride()}: in or out must be contiguous"
+        strides = (weight.stride(0), weight.stride(2 if in_contiguous else 1))
+    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
+    alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
+    token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
+    moe_decode_kernel[(token_tiles * triton.cdiv(num_out, blocks.rows),)](
+        x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
+        num_experts, num_in, num_out, rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
+        EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner, TAIL=tail,
+        CHUNK=chunk, RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
+        IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
+        HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_SWIGLU=swiglu is not None,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def moe_decode_reference(x, weights, routing, gate_up, down, residual, *, lora, lora_scale, alpha, limit):
+    """The training forward: grouped_gemm on dequantised weights. On a GPU the kernels' results equal it bit for bit."""
+    offsets, low, up = routing.offsets_device, [None, None], [None, None]
+    A1, B1, A2, B2 = lora or (None, None, None, None)
+    if lora is not None:
+        low[0] = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=routing.tokens, scale=lora_scale)
+        up = [B1.transpose(1, 2), B2.transpose(1, 2)]
+    act = grouped_gemm(x, dequantized(gate_up, x.dtype), offsets, gather=routing.tokens, bias=gate_up.bias, low_rank=low[0],
+                       lora_up=up[0], swiglu=(alpha, limit))
+    if lora is not None:
+        low[1] = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
+    rows = grouped_gemm(act, dequantized(down, x.dtype), offsets, bias=down.bias, low_rank=low[1], lora_up=up[1])
+    return combine(rows, weights, routing, residual=residual)
+
+
+def _low_rank(x: torch.Tensor, lora_A: torch.Tensor, routing: Routing, scale: float, gather: torch.Tensor | None) -> torch.Tensor:
+    down = Projection(lora_A.transpose(1, 2), None, None, None, False)
+    return decode_projection(x, down, routing.offsets_device, gather=gather, scale=scale)
+
+
+def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection,
+               residual: torch.Tensor, *, lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
+               lora_scale: float, alpha: float, limit: float) -> torch.Tensor:
+    """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D]. Without gradients.
+
+    gate_up [E, D, 2F], gate and up interleaved, and down [E, F, D] as Projection says. lora: A [E, r, D] and B [E, 2F, r] of
+    gate_up, A [E, r, F] and B [E, D, r] of down, fp32 masters or x's dtype."""
+    if not is_triton(x):
+        return moe_decode_reference(x, weights, routing, gate_up, down, residual, lora=lora, lora_scale=lora_scale, alpha=alpha,
+                                    limit=limit)
+    offsets, low_rank, lora_up = routing.offsets_device, None, None
+    if lora is not None:
+        low_rank, lora_up = _low_rank(x, lora[0], routing, lora_scale, routing.tokens), lora[1].transpose(1, 2)
+    act = decode_projection(x, gate_up, offsets, gather=routing.tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit))
+    if lora is not None:
+        low_rank, lora_up = _low_rank(act, lora[2], routing, lora_scale, None), lora[3].transpose(1, 2)
+    rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up)
+    return combine(rows, weights, routing, residual=residual)

@@ -1,0 +1,232 @@
+"""The experts of few tokens: in the interpreter against a composition in float64, compiled for every GPU, and on a GPU bit for
+bit against the training forward."""
+
+import math
+
+import pytest
+import torch
+import triton
+from aot import ARCHITECTURES, check_fits, compile_for
+from interpreter import run_interpreter_tests
+
+from kernels.launch import family_of
+from kernels.moe_decode import (
+    ASM_FAMILIES,
+    Projection,
+    choose_decode_blocks,
+    decode_projection,
+    moe_decode,
+    moe_decode_kernel,
+    moe_decode_reference,
+    unpacks_by_asm,
+)
+from kernels.mxfp4 import dequantize
+from kernels.mxfp4_fragments import chunk_of, to_fragments_
+from kernels.routing import make_routing
+
+ALPHA, LIMIT, SCALE = 1.702, 7.0, 0.5
+
+
+def normal(*shape, seed, std=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std
+
+
+def problem(num_tokens, num_experts, per_token, width, inner, rank):
+    """Inputs in float64, weights packed in the checkpoint's order; expert 0 gets no token."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([1 + torch.randperm(num_experts - 1, generator=generator)[:per_token] for _ in range(num_tokens)])
+    packed = []
+    for size, size_in in ((2 * inner, width), (width, inner)):
+        exponent = 126 - round(math.log2(size_in**0.5))  # products of the size of their inputs
+        scales = torch.randint(exponent - 1, exponent + 2, (num_experts, size, size_in // 32), generator=generator)
+        blocks = torch.randint(0, 256, (*scales.shape, 16), generator=generator, dtype=torch.uint8)
+        packed.append((blocks, scales.to(torch.uint8)))
+    tensors = {"x": normal(num_tokens, width, seed=3), "residual": normal(num_tokens, width, seed=4),
+               "weights": torch.softmax(normal(num_tokens, per_token, seed=5), -1),
+               "b1": normal(num_experts, 2 * inner, seed=6), "b2": normal(num_experts, width, seed=7),
+               "A1": normal(num_experts, rank, width, seed=8, std=width**-0.5),
+               "B1": normal(num_experts, 2 * inner, rank, seed=9),
+               "A2": normal(num_experts, rank, inner, seed=10, std=inner**-0.5), "B2": normal(num_experts, width, rank, seed=11)}
+    return indices, packed, tensors
+
+
+def composed(indices, packed, t, *, has_lora):
+    """The operation expert by expert in the dtype of t, weights [E, out, in]."""
+    w1, w2 = (dequantize(*pair, torch.float32).to(t["x"].dtype) for pair in packed)
+    if has_lora:
+        w1, w2 = w1 + SCALE * t["B1"] @ t["A1"], w2 + SCALE * t["B2"] @ t["A2"]
+    y = t["residual"]
+    for expert in range(len(w1)):
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        h = t["x"][token] @ w1[expert].T + t["b1"][expert]
+        gate, up = h[:, 0::2].clamp(max=LIMIT), h[:, 1::2].clamp(-LIMIT, LIMIT)
+        out = (gate * torch.sigmoid(ALPHA * gate) * (up + 1)) @ w2[expert].T + t["b2"][expert]
+        y = y.index_add(0, token, out * t["weights"][token, slot].unsqueeze(-1))
+    return y
+
+
+def operands(indices, packed, t, form, *, has_lora):
+    """Positional arguments and lora of moe_decode. form: packed, or dense with inputs or outputs contiguous."""
+    projections = []
+    for pair, bias in zip(packed, ("b1", "b2")):
+        if form == "packed":
+            blocks, scales = (tensor.clone() for tensor in pair)
+            to_fragments_(blocks, scales)
+            projections.append(Projection(None, blocks, scales, t[bias], unpacks_by_asm(t["x"], is_foldable=True)))
+        else:
+            dense = dequantize(*pair, t["x"].dtype).transpose(1, 2)
+            projections.append(Projection(dense.contiguous() if form == "dense" else dense, None, None, t[bias], False))
+    routing = make_routing(indices, num_experts=packed[0][0].shape[0])
+    lora = tuple(t[name] for name in ("A1", "B1", "A2", "B2")) if has_lora else None
+    return (t["x"], t["weights"], routing, *projections, t["residual"]), lora
+
+
+def test_the_interpreter_agrees_with_float64():
+    run_interpreter_tests(__file__)
+
+
+def relative_error(sizes, form, has_lora):
+    indices, packed, tensors = problem(*sizes)
+    expected = composed(indices, packed, tensors, has_lora=has_lora)
+    arguments, lora = operands(indices, packed, {name: value.float() for name, value in tensors.items()}, form, has_lora=has_lora)
+    y = moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT)
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 96, 64, 4), (7, 5, 3, 64, 96, 4), (41, 4, 2, 160, 48 * 2, 4)])
+def test_packed_experts(sizes, has_lora):
+    assert relative_error(sizes, "packed", has_lora) <= 3e-6
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", ["dense", "dense by rows"])
+def test_dense_experts(form):
+    assert relative_error((7, 5, 3, 64, 96, 4), form, True) <= 3e-6
+    assert relative_error((19, 4, 2, 96, 32, 4), form, False) <= 3e-6
+
+
+def test_the_reference_serves_the_cpu():
+    assert relative_error((7, 5, 3, 64, 96, 4), "packed", True) <= 3e-6
+
+
+def test_blocks_leave_a_last_step_that_is_a_power_of_two():
+    for num_in in (32, 64, 96, 160, 192, 224, 288, 2880, 4096):
+        for num_rows in (4, 128, 2048):
+            for family in ("ampere", "consumer", "hopper", "blackwell", "interpreter"):
+                blocks = choose_decode_blocks(family, torch.bfloat16, num_rows, 32, num_in, 5760, is_packed=True)
+                tail = num_in % blocks.inner
+                assert tail & (tail - 1) == 0 and blocks.inner % chunk_of(num_in) == 0 and blocks.inner <= num_in
+
+
+def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32, rank=0, is_packed=True, is_asm=True,
+                   in_contiguous=True, weight_kind="bf16", flags=(), blocks=None):
+    blocks = blocks or choose_decode_blocks(family_of(arch), torch.bfloat16, num_rows, num_experts, num_in, num_out,
+                                            is_packed=is_packed)
+    signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
+        "x": "*bf16", "weight": ("*u8" if is_asm else "*i32") if is_packed else f"*{weight_kind}", "scales": "*i32",
+        "out": "*bf16", "offsets": "*i32", "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32",
+        "rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
+    }  # fmt: skip
+    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    constexprs = {
+        "EXPERTS": triton.next_power_of_2(num_experts), "ROWS": blocks.rows, "TOKENS": blocks.tokens, "INNER": blocks.inner,
+        "TAIL": num_in % blocks.inner if is_packed else 0, "CHUNK": chunk_of(num_in), "RANK": rank_block,
+        "RANK_STEPS": triton.cdiv(rank, rank_block), "IS_PACKED": is_packed, "IS_ASM": is_packed and is_asm,
+        "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "EVEN_OUT": num_out % blocks.rows == 0,
+    }  # fmt: skip
+    constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "SWIGLU")}
+    del signature["stride_up_rank"]
+    constexprs["stride_up_rank"] = 1
+    divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
+    sizes = {"num_in": num_in, "num_out": num_out, "rank": rank, "num_experts": num_experts}
+    divisible += tuple(name for name, size in sizes.items() if size and size % 16 == 0)
+    return compile_for(moe_decode_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,
+                       num_stages=blocks.num_stages, divisible=divisible)
+
+
+GATE_UP, DOWN = dict(flags=("GATHER", "BIAS", "SWIGLU")), dict(num_out=2880, flags=("BIAS",))
+USES = {
+    "gate_up of 1 token": GATE_UP | dict(num_rows=4, rank=16),
+    "gate_up of 64 tokens": GATE_UP | dict(num_rows=256, rank=32),
+    "gate_up of 512 tokens": GATE_UP | dict(num_rows=2048, rank=64),
+    "gate_up of 512 tokens, 128 experts": GATE_UP | dict(num_rows=2048, num_experts=128),
+    "down of 32 tokens": DOWN | dict(num_rows=128, rank=16),
+    "down of 512 tokens": DOWN | dict(num_rows=2048, rank=16),
+    "arithmetic": GATE_UP | dict(num_rows=128, rank=16, is_asm=False),
+    "dense gate_up of 32 tokens": GATE_UP | dict(num_rows=128, is_packed=False, in_contiguous=False),
+    "dense down of 512 tokens": DOWN | dict(num_rows=2048, is_packed=False, in_contiguous=False),
+    "LoRA A of rank 16": dict(num_rows=128, num_out=16, is_packed=False, weight_kind="fp32", flags=("GATHER", "SCALE")),
+    "LoRA A of rank 64": dict(num_rows=2048, num_out=64, is_packed=False, weight_kind="fp32", flags=("SCALE",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_fit_every_gpu(arch, use):
+    is_asm = USES[use].get("is_asm", True) and family_of(arch) in ASM_FAMILIES
+    resources = compile_decode(arch, **USES[use] | {"is_asm": is_asm})
+    check_fits(resources, arch)
+    assert resources.has_mma
+
+
+def reused(sizes, has_lora, dtype=torch.bfloat16):
+    indices, packed, tensors = problem(*sizes)
+    fp32 = ("weights", "A1", "B1", "A2", "B2")
+    t = {name: value.to("cuda", torch.float32 if name in fp32 else dtype) for name, value in tensors.items()}
+    packed = [tuple(tensor.cuda() for tensor in pair) for pair in packed]
+    return indices.cuda(), packed, t
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", ["packed", "packed by arithmetic", "dense", "dense by rows"])
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 32, 128, 512])
+def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, form):
+    indices, packed, t = reused((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
+    arguments, lora = operands(indices, packed, t, form.split(" by arithmetic")[0], has_lora=has_lora)
+    if form == "packed by arithmetic":
+        arguments = tuple(item._replace(unpacks_by_asm=False) if isinstance(item, Projection) else item for item in arguments)
+    settings = dict(lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT)
+    y, expected = moe_decode(*arguments, **settings), moe_decode_reference(*arguments, **settings)
+    assert torch.equal(y, expected), f"{(y != expected).float().mean():.2%} of the values differ"
+
+
+@pytest.mark.gpu
+def test_error_is_that_of_rounding():
+    indices, packed, t = reused((64, 32, 4, 2880, 2880, 16), True)
+    exact = {name: value.double() for name, value in t.items()}
+    expected = composed(indices, packed, exact, has_lora=True)
+    eager = composed(indices, packed, {name: value.to(torch.bfloat16) for name, value in t.items()}, has_lora=True)
+    arguments, lora = operands(indices, packed, t, "packed", has_lora=True)
+    y = moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT)
+    ours, theirs = (((value.double() - expected).norm() / expected.norm()).item() for value in (y, eager))
+    assert ours <= 2 * theirs, (ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [4, 128])
+def test_a_graph_replays_for_another_routing(num_experts):
+    """Launches depend on shapes alone: new choices of experts, same number of tokens."""
+    indices, packed, t = reused((5, num_experts, 2, 96, 64, 8), False)
+    arguments, _ = operands(indices, packed, t, "packed", has_lora=False)
+    _, weights, routing, gate_up, *_ = arguments
+    static = {name: getattr(routing, name).clone() for name in ("tokens", "offsets_device")}
+
+    def run():
+        return decode_projection(t["x"], gate_up, static["offsets_device"], gather=static["tokens"], swiglu=(ALPHA, LIMIT))
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    other = make_routing(indices.flip(0).roll(1, 1), num_experts=num_experts)
+    for name, tensor in static.items():
+        tensor.copy_(getattr(other, name))
+    graph.replay()
+    assert torch.equal(y, run())
