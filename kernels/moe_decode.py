@@ -62,33 +62,42 @@ def unpacks_by_asm(x: torch.Tensor, *, is_foldable: bool) -> bool:
     return is_foldable and x.dtype == torch.bfloat16 and gpu_family(x) in ASM_FAMILIES
 
 
-# family -> (at most so many routed rows per expert, blocks) in ascending order
+# family -> (at most so many routed rows per expert, blocks where out is wider than in, other blocks), the last for all above
 _PACKED = {
-    "ampere": ((4, DecodeBlocks(64, 16, 128, 4, 4)), (16, DecodeBlocks(64, 32, 64, 4, 4)),
-               (0, DecodeBlocks(128, 64, 64, 8, 3))),
-    "consumer": ((4, DecodeBlocks(64, 16, 128, 4, 3)), (16, DecodeBlocks(64, 32, 64, 4, 3)),
-                 (0, DecodeBlocks(128, 64, 64, 8, 3))),
-    "hopper": ((4, DecodeBlocks(64, 16, 128, 4, 4)), (16, DecodeBlocks(64, 32, 128, 4, 4)),
-               (0, DecodeBlocks(128, 64, 128, 8, 3))),
-    "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4)), (16, DecodeBlocks(128, 32, 128, 4, 4)),
-                  (0, DecodeBlocks(128, 64, 128, 4, 4))),
-    "interpreter": ((2, DecodeBlocks(32, 16, 64, 4, 2)), (0, DecodeBlocks(64, 32, 32, 4, 2))),
+    "ampere": ((4, DecodeBlocks(64, 16, 64, 4, 5), DecodeBlocks(64, 16, 64, 4, 5)),
+               (16, DecodeBlocks(64, 32, 64, 4, 4), DecodeBlocks(64, 32, 64, 4, 4)),
+               (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
+    "consumer": ((4, DecodeBlocks(64, 16, 64, 4, 4), DecodeBlocks(64, 16, 64, 4, 4)),
+                 (16, DecodeBlocks(64, 32, 64, 4, 3), DecodeBlocks(64, 32, 64, 4, 3)),
+                 (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
+    "hopper": ((4, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
+               (16, DecodeBlocks(128, 32, 128, 8, 3), DecodeBlocks(64, 32, 128, 4, 4)),
+               (64, DecodeBlocks(128, 64, 128, 8, 3), DecodeBlocks(64, 64, 128, 4, 3))),
+    "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 4)),
+                  (16, DecodeBlocks(128, 32, 128, 4, 4), DecodeBlocks(128, 32, 128, 4, 4)),
+                  (64, DecodeBlocks(128, 64, 128, 4, 4), DecodeBlocks(128, 64, 128, 4, 4))),
+    "interpreter": ((2, DecodeBlocks(32, 16, 64, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
+                    (64, DecodeBlocks(64, 32, 32, 4, 2), DecodeBlocks(32, 16, 64, 4, 2))),
 }  # fmt: skip
 _DENSE = {
-    "ampere": ((8, DecodeBlocks(64, 16, 64, 4, 5)), (0, DecodeBlocks(64, 64, 64, 4, 4))),
-    "consumer": ((8, DecodeBlocks(64, 16, 64, 4, 4)), (0, DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((8, DecodeBlocks(64, 16, 64, 4, 6)), (0, DecodeBlocks(64, 64, 64, 4, 5))),
-    "blackwell": ((8, DecodeBlocks(128, 16, 64, 4, 6)), (0, DecodeBlocks(128, 64, 64, 4, 5))),
-    "interpreter": ((0, DecodeBlocks(32, 16, 32, 4, 2)),),
+    "ampere": ((8, DecodeBlocks(64, 16, 64, 4, 5)), (64, DecodeBlocks(64, 64, 64, 4, 4))),
+    "consumer": ((8, DecodeBlocks(64, 16, 64, 4, 4)), (64, DecodeBlocks(64, 64, 64, 4, 3))),
+    "hopper": ((8, DecodeBlocks(64, 16, 64, 4, 6)), (64, DecodeBlocks(64, 64, 64, 4, 5))),
+    "blackwell": ((8, DecodeBlocks(128, 16, 64, 4, 6)), (64, DecodeBlocks(128, 64, 64, 4, 5))),
+    "interpreter": ((64, DecodeBlocks(32, 16, 32, 4, 2)),),
 }
+# LoRA's first factors, few programs that each run through all inputs: tokens, step, warps, stages
+_LOW_RANK = {"interpreter": (16, 32, 4, 2), "consumer": (16, 128, 4, 3)}
+_LOW_RANK_ELSEWHERE = (16, 128, 4, 4)
 
 
 def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
                          is_packed: bool) -> DecodeBlocks:
     table = (_PACKED if is_packed else _DENSE)[family]
-    blocks = next((blocks for limit, blocks in table if num_rows <= limit * num_experts), table[-1][1])
-    if num_out <= 64:  # LoRA's first factors: a chain of K steps per program, and few programs
-        blocks = blocks._replace(rows=max(16, triton.next_power_of_2(num_out)), tokens=min(blocks.tokens, 32))
+    wide, *narrow = next((row[1:] for row in table if num_rows <= row[0] * num_experts), table[-1][1:])
+    blocks = narrow[0] if narrow and num_out <= num_in else wide
+    if not is_packed and num_out <= 64:
+        blocks = DecodeBlocks(max(16, triton.next_power_of_2(num_out)), *_LOW_RANK.get(family, _LOW_RANK_ELSEWHERE))
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
         blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
     if not is_packed:
@@ -103,7 +112,7 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_exp
 def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS: tl.constexpr, INNER: tl.constexpr,
                  CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr):
     """Words and scales of GROUPS groups of 16 rows, INNER inputs from k."""
-    per_input: tl.constexpr = 8 if IS_ASM else 2
+    per_input: tl.constexpr = 4 if IS_ASM else 2
     groups = tl.arange(0, GROUPS)[:, None]
     word_pointers = words + k * per_input + groups * group_stride + tl.arange(0, INNER * per_input)[None, :]
     scale_pointers = scales + k // CHUNK * 8 + groups * scale_stride + tl.arange(0, INNER // CHUNK * 8)[None, :]
@@ -116,12 +125,12 @@ def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS:
 @triton.jit
 def moe_decode_kernel(
     x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
-    num_experts, num_in, num_out, rank, scale, alpha, limit,
+    num_experts, num_out, rank, scale, alpha, limit,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr, TAIL: tl.constexpr,
-    CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr, IS_ASM: tl.constexpr,
-    IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr, HAS_GATHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
+    NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
+    TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr,
+    IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
     the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous."""
@@ -156,17 +165,17 @@ def moe_decode_kernel(
 
     if IS_PACKED:
         GROUPS: tl.constexpr = ROWS // 16
-        per_input: tl.constexpr = 8 if IS_ASM else 2
+        per_input: tl.constexpr = 4 if IS_ASM else 2
         # features in the order of the accumulator: row 8h + g of a group holds feature 2g + h
         index = tl.arange(0, ROWS)
         features = first + index // 16 * 16 + index % 8 * 2 + index // 8 % 2
         is_group = first + 16 * tl.arange(0, GROUPS) < num_out
         group = (expert * num_out + first) // 16
-        group_stride = num_in * per_input
-        scale_stride = num_in // CHUNK * 8
+        group_stride = NUM_IN * per_input
+        scale_stride = NUM_IN // CHUNK * 8
         weight_base = weight + group * group_stride
         scale_base = scales + group * scale_stride
-        main = num_in - TAIL
+        main = NUM_IN - TAIL
         if TAIL:  # loaded before the loop, so that nothing waits for it after
             tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
                                                    TAIL, CHUNK, IS_ASM, EVEN_OUT)
@@ -188,12 +197,12 @@ def moe_decode_kernel(
             weight_pointers = weight_base + features.to(tl.int64)[:, None] * stride_weight + inner[None, :]
         else:
             weight_pointers = weight_base + inner.to(tl.int64)[None, :] * stride_weight + features[:, None]
-        for k in range(0, num_in, INNER):
+        for k in range(0, NUM_IN, INNER):
             if EVEN_IN:
                 b = tl.load(x_pointers, mask=is_row[None, :], other=0.0)
                 a = tl.load(weight_pointers, mask=is_feature[:, None], other=0.0)
             else:
-                is_in = inner < num_in - k
+                is_in = inner < NUM_IN - k
                 b = tl.load(x_pointers, mask=is_row[None, :] & is_in[:, None], other=0.0)
                 a = tl.load(weight_pointers, mask=is_feature[:, None] & is_in[None, :], other=0.0)
             acc = tl.dot(a.to(dtype), b, acc, input_precision="ieee")
@@ -288,9 +297,9 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
     moe_decode_kernel[(token_tiles * triton.cdiv(num_out, blocks.rows),)](
         x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
-        num_experts, num_in, num_out, rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
-        EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner, TAIL=tail,
-        CHUNK=chunk, RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
+        num_experts, num_out, rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
+        NUM_IN=num_in, EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner,
+        TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_SWIGLU=swiglu is not None,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,

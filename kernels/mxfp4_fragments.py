@@ -157,9 +157,14 @@ def _rotate(words, LEFT: tl.constexpr):
 
 
 @triton.jit
-def _factors(scales, SHIFT: tl.constexpr):
-    """2^(scale - 1) as a pair of bfloat16."""
-    return ((scales >> SHIFT) & 255) * 0x00800080 + 0x3F003F00
+def _pair_factors(scales, H: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """2^(scale - 1) of rows 2g + h as a pair of bfloat16, for both halves of a word: [GROUPS, CHUNKS, 8, 4, CHUNK / 16, 2]."""
+    factors = ((scales >> (8 * H)) & 255) * 0x00800080 + 0x3F003F00
+    if CHUNK == 64:
+        factors = tl.join(factors, ((scales >> (16 + 8 * H)) & 255) * 0x00800080 + 0x3F003F00)
+    factors = tl.reshape(factors, (GROUPS, CHUNKS, 8, 1, CHUNK // 32, 1, 1))
+    factors = tl.broadcast_to(factors, (GROUPS, CHUNKS, 8, 4, CHUNK // 32, 2, 2))
+    return tl.reshape(factors, (GROUPS, CHUNKS, 8, 4, CHUNK // 16, 2))
 
 
 @triton.jit
@@ -187,25 +192,16 @@ def unpack_fragments(words, scales, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, 
     """Weights [16 * GROUPS, CHUNKS * CHUNK] of a tile: bfloat16 with IS_ASM, DTYPE otherwise; MMA row 8h + g or, without
     IN_MMA_ORDER, row 2g + h.
 
-    words: [GROUPS, CHUNKS * 8 * CHUNK] uint8 with IS_ASM, [GROUPS, CHUNKS * 2 * CHUNK] int32 otherwise. scales: the
+    words: [GROUPS, CHUNKS * 4 * CHUNK] int16 with IS_ASM, [GROUPS, CHUNKS * 2 * CHUNK] int32 otherwise. scales: the
     [GROUPS, CHUNKS * 8] words of C / 32 * 2 bytes, as int32. IS_ASM needs scales up to 128, the other form takes all."""
     if IS_ASM:
-        factors = tl.join(_factors(scales, 0), _factors(scales, 8))
-        if CHUNK == 64:  # [..., h, block]
-            factors = tl.join(factors, tl.join(_factors(scales, 16), _factors(scales, 24)))
-            factors = tl.permute(factors, (0, 1, 3, 2))
-        factors = tl.reshape(factors, (GROUPS, CHUNKS, 8, 1, CHUNK // 32, 1, 2, 1))
-        factors = tl.broadcast_to(factors, (GROUPS, CHUNKS, 8, 4, CHUNK // 32, 2, 2, 2))
-        factors = tl.reshape(factors, (GROUPS, CHUNKS, 8, 4, CHUNK // 16, 2, 2))
-        words = tl.reshape(words, (GROUPS, CHUNKS, 8, 4, CHUNK // 16, 2, 2))
-        # a call takes the 4 bytes of a word; the elements it returns are named by h and o
-        first, second = tl.inline_asm_elementwise(UNPACK, "=r,=r,=r,=r,r,r,r,r,r", [words, factors],
-                                                  dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
-        values = tl.join(first, second)  # [GROUPS, CHUNKS, g, c, step, h, o, r]
-        if IN_MMA_ORDER:
-            values = tl.permute(values, (0, 5, 2, 1, 4, 7, 3, 6))
-        else:
-            values = tl.permute(values, (0, 2, 5, 1, 4, 7, 3, 6))
+        even = _pair_factors(scales, 0, GROUPS, CHUNKS, CHUNK)
+        odd = _pair_factors(scales, 1, GROUPS, CHUNKS, CHUNK)
+        words = tl.reshape(words, (GROUPS, CHUNKS, 8, 4, CHUNK // 16, 2))
+        # a call takes both halves of a word; the halves of what it returns are o = 0 and 1
+        codes = tl.inline_asm_elementwise(UNPACK, "=r,=r,=r,=r,r,r,r,r,r", [words, even, odd], is_pure=True, pack=2,
+                                          dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16))
+        values = tl.join(tl.join(codes[0], codes[1]), tl.join(codes[2], codes[3]))
     else:
         words = tl.reshape(words, (GROUPS, CHUNKS, 8, 4, CHUNK // 16))
         mask: tl.constexpr = 0x81C081C0 - (1 << 32)
@@ -214,11 +210,12 @@ def unpack_fragments(words, scales, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, 
         odd = _row_factors(scales, 1, GROUPS, CHUNKS, CHUNK)
         near = tl.join(_halves(words & mask) * even, _halves((words << 4) & mask) * odd)
         far = tl.join(_halves(_rotate(words, 10) & mask) * even, _halves(last) * odd)
-        values = tl.join(near, far).to(DTYPE)  # [GROUPS, CHUNKS, g, c, step, o, h, r]
-        if IN_MMA_ORDER:
-            values = tl.permute(values, (0, 6, 2, 1, 4, 7, 3, 5))
-        else:
-            values = tl.permute(values, (0, 2, 6, 1, 4, 7, 3, 5))
+        values = tl.join(near, far).to(DTYPE)
+    # [GROUPS, CHUNKS, g, c, step, o, h, r]
+    if IN_MMA_ORDER:
+        values = tl.permute(values, (0, 6, 2, 1, 4, 7, 3, 5))
+    else:
+        values = tl.permute(values, (0, 2, 6, 1, 4, 7, 3, 5))
     return tl.reshape(values, (16 * GROUPS, CHUNKS * CHUNK))
 
 
@@ -229,7 +226,7 @@ def _dequantize_fragments_kernel(words, scales, out, num_groups, num_chunks, GRO
     chunk = tl.program_id(0) % num_chunks
     first_group = (tl.program_id(0) // num_chunks).to(tl.int64) * GROUPS
     groups = first_group + tl.arange(0, GROUPS)
-    size: tl.constexpr = CHUNK * 8 if IS_ASM else CHUNK * 2
+    size: tl.constexpr = CHUNK * 4 if IS_ASM else CHUNK * 2
     tiles = (groups * num_chunks + chunk)[:, None]
     is_group = (groups < num_groups)[:, None]
     tile_words = tl.load(words + tiles * size + tl.arange(0, size)[None, :], mask=is_group, other=0)
@@ -246,7 +243,7 @@ def word_views(blocks: torch.Tensor, scales: torch.Tensor, is_asm: bool) -> tupl
     """Blocks and scales in fragment order with the element types that the kernels load."""
     chunk = chunk_of(blocks.shape[-2] * BLOCK_SIZE)
     words, scales = blocks.view(-1), scales.view(-1)
-    return words if is_asm else words.view(torch.int32), scales.view(torch.int32 if chunk == 64 else torch.int16)
+    return words.view(torch.int16 if is_asm else torch.int32), scales.view(torch.int32 if chunk == 64 else torch.int16)
 
 
 def dequantize_fragments(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, *, is_asm: bool) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Resources:
     mma: frozenset[str]  # tensor-core instructions: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)
     local: int  # loads and stores of local memory, the instructions of a spill
     sass: str
+    ttgir: str  # Triton's own form, with the layout of every tensor
 
     @property
     def has_mma(self) -> bool:
@@ -53,11 +54,11 @@ def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], ar
     source = ASTSource(fn, types, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                               options={"num_warps": num_warps, "num_stages": num_stages})
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttgir"])
 
 
 @cache
-def _read(cubin: bytes, shared: int) -> Resources:
+def _read(cubin: bytes, shared: int, ttgir: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -65,7 +66,7 @@ def _read(cubin: bytes, shared: int) -> Resources:
         sass = _run("cuobjdump", "-sass", file.name)
     count = {name: int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}
     return Resources(shared=shared, stack=count["STACK"], registers=count["REG"], mma=frozenset(_MMA.findall(sass)),
-                     local=len(re.findall(r"\b(?:LDL|STL)\b", sass)), sass=sass)
+                     local=len(re.findall(r"\b(?:LDL|STL)\b", sass)), sass=sass, ttgir=ttgir)
 
 
 def check_fits(resources: Resources, arch: int, *, max_stack: int = 0) -> None:

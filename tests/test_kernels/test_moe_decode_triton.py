@@ -2,6 +2,7 @@
 bit against the training forward."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from interpreter import run_interpreter_tests
 from kernels.launch import family_of
 from kernels.moe_decode import (
     ASM_FAMILIES,
+    DecodeBlocks,
     Projection,
     choose_decode_blocks,
     decode_projection,
@@ -127,13 +129,14 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
     blocks = blocks or choose_decode_blocks(family_of(arch), torch.bfloat16, num_rows, num_experts, num_in, num_out,
                                             is_packed=is_packed)
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
-        "x": "*bf16", "weight": ("*u8" if is_asm else "*i32") if is_packed else f"*{weight_kind}", "scales": "*i32",
+        "x": "*bf16", "weight": ("*i16" if is_asm else "*i32") if is_packed else f"*{weight_kind}", "scales": "*i32",
         "out": "*bf16", "offsets": "*i32", "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32",
         "rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
     }  # fmt: skip
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     constexprs = {
-        "EXPERTS": triton.next_power_of_2(num_experts), "ROWS": blocks.rows, "TOKENS": blocks.tokens, "INNER": blocks.inner,
+        "NUM_IN": num_in, "EXPERTS": triton.next_power_of_2(num_experts), "ROWS": blocks.rows, "TOKENS": blocks.tokens,
+        "INNER": blocks.inner,
         "TAIL": num_in % blocks.inner if is_packed else 0, "CHUNK": chunk_of(num_in), "RANK": rank_block,
         "RANK_STEPS": triton.cdiv(rank, rank_block), "IS_PACKED": is_packed, "IS_ASM": is_packed and is_asm,
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "EVEN_OUT": num_out % blocks.rows == 0,
@@ -142,7 +145,7 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
     del signature["stride_up_rank"]
     constexprs["stride_up_rank"] = 1
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
-    sizes = {"num_in": num_in, "num_out": num_out, "rank": rank, "num_experts": num_experts}
+    sizes = {"num_out": num_out, "rank": rank, "num_experts": num_experts}
     divisible += tuple(name for name, size in sizes.items() if size and size % 16 == 0)
     return compile_for(moe_decode_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,
                        num_stages=blocks.num_stages, divisible=divisible)
@@ -171,6 +174,56 @@ def test_kernels_fit_every_gpu(arch, use):
     resources = compile_decode(arch, **USES[use] | {"is_asm": is_asm})
     check_fits(resources, arch)
     assert resources.has_mma
+
+
+def word_layouts(ttgir):
+    """The layout of the first operand, the words' halves, of every inline assembly."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.\w+<(.*)>$", ttgir, re.MULTILINE))
+    used = re.findall(r"elementwise_inline_asm.*? : tensor<[\dx]+xi16, (#\w+)>", ttgir)
+    assert used, "no inline assembly"
+    return [layouts[name] for name in used]
+
+
+def neighbours_share_a_thread(layout):
+    """Whether a thread's registers hold elements of the last dimension two by two."""
+    if linear := re.search(r"register = \[\[(.*?)\]", layout):
+        return linear.group(1) == "0, 0, 0, 0, 0, 1"
+    sizes, order = (re.search(rf"{name} = \[(.*?)\]", layout).group(1).split(", ") for name in ("sizePerThread", "order"))
+    return int(sizes[-1]) >= 2 and order[0] == "5"
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if family_of(arch) in ASM_FAMILIES])
+@pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 512 tokens", "down of 32 tokens"])
+def test_inline_assembly_is_given_both_halves_of_one_word(arch, use):
+    """It takes elements two by two in the order of a thread's registers, which Triton chooses."""
+    for layout in word_layouts(compile_decode(arch, **USES[use]).ttgir):
+        assert neighbours_share_a_thread(layout), layout
+
+
+def main_loop(sass):
+    """The longest loop with tensor-core instructions."""
+    instructions = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < address:
+            body = [other for at, other in instructions if int(target.group(1), 16) <= at <= address]
+            loops.append(body if any("GMMA" in other for other in body) else [])
+    return max(loops, key=len)
+
+
+@pytest.mark.parametrize("blocks, budget", [((64, 16, 64, 4, 4), 4.7), ((64, 16, 128, 4, 4), 3.9), ((128, 32, 128, 8, 3), 4.0),
+                                            ((64, 16, 256, 4, 3), 3.6), ((128, 64, 128, 8, 3), 4.2)])
+def test_instructions_per_weight_on_hopper(blocks, budget):
+    """13 instructions unpack 8 weights, 2 more make their factors; the rest is loads, addresses and waits. At 4.3 TB/s there are
+    4.1 issue slots per weight. The operand must not pass shared memory, which would show as stores."""
+    blocks = DecodeBlocks(*blocks)
+    resources = compile_decode(90, **GATE_UP, num_rows=4, rank=16, blocks=blocks)
+    loop = main_loop(resources.sass)
+    per_weight = len(loop) * 32 * blocks.num_warps / (blocks.rows * blocks.inner)
+    assert per_weight <= budget
+    assert not any(re.search(r"\b(STS|STSM|LDSM|SHFL)\b", text) for text in loop)
+    assert sum("HGMMA" in text for text in loop) == blocks.inner // 16 * blocks.rows // (16 * blocks.num_warps)
 
 
 def reused(sizes, has_lora, dtype=torch.bfloat16):

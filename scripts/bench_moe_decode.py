@@ -1,0 +1,348 @@
+"""Checks, then times, the experts of few tokens (kernels/moe_decode.py) at gpt-oss-20b's sizes on one GPU.
+
+    python scripts/bench_moe_decode.py [--quick]
+
+First every path against the training forward, bit for bit, at 1 to 512 tokens; then every candidate tile of the packed
+projections and of LoRA's first factors in CUDA graphs that go through the weights of several layers, so that the L2 cache does
+not help; then the whole operation with the winners. Prints a JSON line per case, tables, and the block tables to paste into
+kernels/moe_decode.py. GB/s counts the bytes of the experts touched, once; of_copy is the fraction of a large copy in the same
+run. Candidates are compiled by several processes at a time."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import moe_decode as module  # noqa: E402
+from kernels.grouped_gemm import grouped_gemm  # noqa: E402
+from kernels.launch import gpu_family  # noqa: E402
+from kernels.moe_decode import DecodeBlocks, Projection, decode_projection, moe_decode, moe_decode_reference  # noqa: E402
+from kernels.mxfp4 import dequantize_experts  # noqa: E402
+from kernels.mxfp4_fragments import dequantize_fragments, from_fragments, to_fragments_  # noqa: E402
+from kernels.routing import make_routing  # noqa: E402
+
+WIDTH, NUM_EXPERTS, PER_TOKEN, RANK, LAYERS = 2880, 32, 4, 16, 6
+LORA_LAYERS = 14  # LoRA's first factors of so many layers exceed the L2 cache
+SWIGLU, SCALE = (1.702, 7.0), 2.0
+BATCHES = (1, 8, 32, 64, 128, 256, 512)
+# routed rows per expert up to which a measured batch's winner serves: between it and the next batch
+LIMITS = {1: 0.4, 8: 2, 32: 6, 64: 11, 128: 23, 256: 45, 512: 64}
+TOKENS_OF = {1: (16,), 8: (16,), 32: (16, 32), 64: (16, 32), 128: (16, 32, 64), 256: (32, 64), 512: (32, 64, 128)}
+CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
+    (64, 16, 64, 4, 4), (64, 16, 64, 4, 6), (64, 16, 64, 4, 8), (64, 16, 128, 4, 3), (64, 16, 128, 4, 4), (64, 16, 128, 4, 6),
+    (64, 16, 256, 4, 2), (64, 16, 256, 4, 3), (64, 16, 256, 4, 4), (128, 16, 64, 4, 4), (128, 16, 64, 4, 6), (128, 16, 64, 8, 6),
+    (128, 16, 128, 8, 3), (128, 16, 128, 8, 4), (128, 16, 256, 8, 2), (128, 16, 256, 8, 3), (128, 16, 128, 4, 3),
+    (64, 32, 64, 4, 4), (64, 32, 64, 4, 6), (64, 32, 128, 4, 3), (64, 32, 128, 4, 4), (128, 32, 64, 4, 4), (128, 32, 64, 8, 4),
+    (128, 32, 128, 8, 3), (128, 32, 128, 8, 4), (128, 32, 256, 8, 2), (256, 32, 64, 8, 4), (128, 32, 128, 4, 3),
+    (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4),
+    (128, 64, 128, 8, 2), (128, 64, 128, 8, 3), (256, 64, 64, 8, 3), (256, 64, 64, 8, 4),
+    (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2), (256, 128, 64, 8, 3),
+)]  # fmt: skip
+LOW_RANK_CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
+    (16, 16, 64, 4, 4), (16, 16, 64, 4, 8), (16, 16, 64, 2, 6), (16, 16, 128, 4, 3), (16, 16, 128, 4, 5), (16, 16, 128, 2, 4),
+    (16, 16, 256, 4, 3), (16, 16, 256, 8, 3), (16, 32, 64, 4, 6), (16, 32, 128, 4, 4), (16, 16, 128, 1, 4),
+)]  # fmt: skip
+SIZES = {"gate_up": 2 * WIDTH, "down": WIDTH}
+CEILING = {"GB/s": 0.0}
+
+
+def report(**fields) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def random_projection(size_out: int) -> Projection:
+    """A layer's weights: random codes, products of the size of their inputs. In fragment order any codes are weights."""
+    scales = torch.randint(119, 123, (NUM_EXPERTS, size_out, WIDTH // 32), device="cuda", dtype=torch.uint8)
+    blocks = torch.randint(0, 256, (*scales.shape, 16), device="cuda", dtype=torch.uint8)
+    bias = torch.randn(NUM_EXPERTS, size_out, device="cuda").bfloat16()
+    return Projection(None, blocks, scales, bias, True)
+
+
+def random_lora() -> tuple[torch.Tensor, ...]:
+    shapes = ((RANK, WIDTH), (2 * WIDTH, RANK), (RANK, WIDTH), (WIDTH, RANK))
+    return tuple(torch.randn(NUM_EXPERTS, *shape, device="cuda") * (WIDTH**-0.5 if shape[0] == RANK else 0.1) for shape in shapes)
+
+
+class Batch:
+    """Tokens routed uniformly at random, and the expert bytes that a projection of so many outputs reads."""
+
+    def __init__(self, num_tokens: int) -> None:
+        torch.manual_seed(num_tokens)
+        indices = torch.rand(num_tokens, NUM_EXPERTS, device="cuda").topk(PER_TOKEN).indices
+        self.routing = make_routing(indices, num_experts=NUM_EXPERTS)
+        self.touched = indices.unique().numel()
+        self.x, self.residual = torch.randn(2, num_tokens, WIDTH, device="cuda").bfloat16()
+        self.act = torch.randn(num_tokens * PER_TOKEN, WIDTH, device="cuda").bfloat16()
+        self.weights = torch.softmax(torch.randn(num_tokens, PER_TOKEN, device="cuda"), -1)
+        self.num_tokens, self.num_rows = num_tokens, num_tokens * PER_TOKEN
+
+    def expert_bytes(self, size_out: int) -> int:
+        return self.touched * size_out * WIDTH * 17 // 32
+
+
+def project(batch: Batch, name: str, projection: Projection, blocks: DecodeBlocks | None) -> torch.Tensor:
+    offsets = batch.routing.offsets_device
+    if name == "gate_up":
+        return decode_projection(batch.x, projection, offsets, gather=batch.routing.tokens, swiglu=SWIGLU, blocks=blocks)
+    return decode_projection(batch.act, projection, offsets, blocks=blocks)
+
+
+def low_rank(batch: Batch, lora_A: torch.Tensor, blocks: DecodeBlocks | None) -> torch.Tensor:
+    projection = Projection(lora_A.transpose(1, 2), None, None, None, False)
+    return decode_projection(batch.x, projection, batch.routing.offsets_device, gather=batch.routing.tokens, scale=SCALE,
+                             blocks=blocks)
+
+
+def graph_microseconds(calls: list) -> float:
+    """Median time of one call, from replays of a graph of all."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for turn in range(24):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        times.append((start, end))
+        if turn == 3:
+            times.clear()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in times)
+    return times[len(times) // 2] / len(calls) * 1e3
+
+
+# -------------------------------------------------------------------------------------------------------- compile beforehand
+
+
+def compile_part(part: int, num_parts: int) -> None:
+    """Launches every num_parts-th candidate once, which leaves its machine code in Triton's cache."""
+    batch = Batch(4)
+    for name, size_out in SIZES.items():
+        projection = random_projection(size_out)
+        for blocks in CANDIDATES[part::num_parts]:
+            try:
+                project(batch, name, projection, blocks)
+            except Exception as error:  # noqa: BLE001  (a candidate that does not fit must not end the run)
+                report(compile=name, blocks=blocks, error=f"{type(error).__name__}: {str(error)[:200]}")
+        del projection
+    lora_A = torch.randn(NUM_EXPERTS, RANK, WIDTH, device="cuda")
+    for blocks in LOW_RANK_CANDIDATES[part::num_parts]:
+        low_rank(batch, lora_A, blocks)
+    torch.cuda.synchronize()
+
+
+def start_compilers() -> list[subprocess.Popen]:
+    num_parts = max(1, min(12, (os.cpu_count() or 2) - 2))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([sys.executable, __file__, "--compile-part", str(part), str(num_parts)], env=environment)
+            for part in range(num_parts)]
+
+
+# ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def same_bits(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    kinds = {2: torch.int16, 4: torch.int32}
+    return bool(((ours.view(kinds[ours.element_size()]) == expected.view(kinds[expected.element_size()]))
+                 | (ours.isnan() & expected.isnan())).all())
+
+
+def check_dequantization() -> None:
+    """Every byte under every scale."""
+    codes = torch.arange(256, device="cuda", dtype=torch.uint8).repeat(256, 1).view(1, 256, 16, 16)
+    scales = torch.arange(256, device="cuda", dtype=torch.uint8).view(1, 256, 1).repeat(1, 1, 16)
+    codes, scales = codes.contiguous(), scales.contiguous()
+    for dtype in (torch.bfloat16, torch.float32):
+        expected = dequantize_experts(codes, scales, torch.empty(1, 256, 512, dtype=dtype, device="cuda"))
+        for is_asm in (False, True) if dtype == torch.bfloat16 else (False,):
+            rows = slice(0, 128) if is_asm else slice(0, 256)
+            blocks, factors = codes[:, rows].clone(), scales[:, rows].clone()
+            to_fragments_(blocks, factors)
+            back = from_fragments(blocks, factors)
+            ours = dequantize_fragments(blocks, factors, torch.full_like(expected[:, rows], torch.nan), is_asm=is_asm)
+            report(check="dequantize", dtype=str(dtype), is_asm=is_asm, same_bits=same_bits(ours, expected[:, rows].contiguous()),
+                   inverse=torch.equal(back[0], codes[:, rows]) and torch.equal(back[1], scales[:, rows]))
+
+
+def check_bits(quick: bool) -> bool:
+    """Whether the whole operation equals the training forward; prints each case."""
+    gate_up, down = random_projection(2 * WIDTH), random_projection(WIDTH)
+    dense = [Projection(module.dequantized(part, torch.bfloat16).contiguous(), None, None, part.bias, False)
+             for part in (gate_up, down)]
+    lora = random_lora()
+    settings = dict(lora_scale=SCALE, alpha=SWIGLU[0], limit=SWIGLU[1])
+    all_same = True
+    for num_tokens in (1, 32, 512) if quick else (1, 7, 8, 32, 128, 512):
+        batch = Batch(num_tokens)
+        for adapters in (lora, None):
+            expected = moe_decode_reference(batch.x, batch.weights, batch.routing, gate_up, down, batch.residual, lora=adapters,
+                                            **settings)
+            same = {}
+            for form, pair in (("assembly", (gate_up, down)), ("dense", dense),
+                               ("arithmetic", [part._replace(unpacks_by_asm=False) for part in (gate_up, down)])):
+                y = moe_decode(batch.x, batch.weights, batch.routing, *pair, batch.residual, lora=adapters, **settings)
+                same[form] = torch.equal(y, expected)
+                if not same[form]:
+                    same[f"{form}, part that differs"] = round((y != expected).float().mean().item(), 5)
+                    same[f"{form}, relative error"] = ((y - expected).float().norm() / expected.float().norm()).item()
+            all_same &= all(same[form] for form in ("assembly", "dense", "arithmetic"))
+            report(check="moe_decode equals training", tokens=num_tokens, has_lora=adapters is not None, **same)
+    return all_same
+
+
+# ------------------------------------------------------------------------------------------------------------------ timings
+
+
+def measure_copy() -> None:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    us = graph_microseconds([lambda: target.copy_(source)])
+    CEILING["GB/s"] = 2 * (1 << 30) / us / 1e3
+    report(copy=round(CEILING["GB/s"]), unit="GB/s", device=torch.cuda.get_device_name(), torch=torch.__version__)
+
+
+def rates(us: float, num_bytes: float, flops: float) -> dict[str, float]:
+    rate = num_bytes / us / 1e3
+    return {"us": round(us, 2), "GB/s": round(rate), "of_copy": round(rate / CEILING["GB/s"], 3),
+            "TFLOP/s": round(flops / us / 1e6, 1)}
+
+
+def tune(name: str, batch: Batch, calls_of, candidates: list[DecodeBlocks], expected: torch.Tensor, num_bytes: float,
+         flops: float) -> DecodeBlocks | None:
+    """The fastest candidate. expected: what training computes for the first call."""
+    found, differing = [], []
+    for blocks in candidates:
+        try:
+            calls = calls_of(blocks)
+            if not torch.equal(calls[0](), expected):
+                differing.append(blocks)
+            found.append((graph_microseconds(calls), blocks))
+        except Exception as error:  # noqa: BLE001
+            report(what=name, tokens=batch.num_tokens, blocks=blocks, error=f"{type(error).__name__}: {str(error)[:120]}")
+    found.sort()
+    if not found:
+        return None
+    report(what=name, tokens=batch.num_tokens, experts=batch.touched, blocks=found[0][1], **rates(found[0][0], num_bytes, flops),
+           differ_from_training=differing, then=[[round(us, 2), blocks] for us, blocks in found[1:]])
+    return found[0][1]
+
+
+def training_projection(batch: Batch, name: str, projection: Projection) -> torch.Tensor:
+    weight, offsets = module.dequantized(projection, torch.bfloat16), batch.routing.offsets_device
+    if name == "gate_up":
+        return grouped_gemm(batch.x, weight, offsets, gather=batch.routing.tokens, bias=projection.bias, swiglu=SWIGLU)
+    return grouped_gemm(batch.act, weight, offsets, bias=projection.bias)
+
+
+def time_dequantization() -> None:
+    """One layer's gate_up."""
+    projection = random_projection(2 * WIDTH)
+    blocks, scales = projection.blocks, projection.scales
+    out = torch.empty(NUM_EXPERTS, 2 * WIDTH, WIDTH, dtype=torch.bfloat16, device="cuda")
+    calls = {"checkpoint order": lambda: dequantize_experts(blocks, scales, out),
+             "fragments, arithmetic": lambda: dequantize_fragments(blocks, scales, out, is_asm=False),
+             "fragments, assembly": lambda: dequantize_fragments(blocks, scales, out, is_asm=True)}
+    for name, call in calls.items():
+        us = graph_microseconds([call] * 2)
+        report(dequantize=name, us=round(us, 1), **{"GB/s": round((out.nbytes + blocks.nbytes + scales.nbytes) / us / 1e3)})
+
+
+def tune_packed(layers: dict[str, list[Projection]], batches: tuple[int, ...]) -> dict[int, dict[str, DecodeBlocks | None]]:
+    winners = {}
+    for num_tokens in batches:
+        batch = Batch(num_tokens)
+        candidates = [blocks for blocks in CANDIDATES if blocks.tokens in TOKENS_OF[num_tokens]]
+        winners[num_tokens] = {
+            name: tune(name, batch, lambda blocks: [lambda layer=layer: project(batch, name, layer, blocks)  # noqa: B023
+                                                    for layer in layers[name]],  # noqa: B023
+                       candidates, training_projection(batch, name, layers[name][0]), batch.expert_bytes(size_out),
+                       2 * batch.num_rows * size_out * WIDTH)
+            for name, size_out in SIZES.items()}
+    return winners
+
+
+def tune_low_rank() -> None:
+    layers = [torch.randn(NUM_EXPERTS, RANK, WIDTH, device="cuda") for _ in range(LORA_LAYERS)]
+    for num_tokens in (1, 32, 128, 512):
+        batch = Batch(num_tokens)
+        tune("LoRA A", batch, lambda blocks: [lambda layer=layer: low_rank(batch, layer, blocks) for layer in layers],  # noqa: B023
+             LOW_RANK_CANDIDATES, grouped_gemm(batch.x, layers[0].transpose(1, 2), batch.routing.offsets_device,
+                                               gather=batch.routing.tokens, scale=SCALE),
+             batch.touched * RANK * WIDTH * 4, 2 * batch.num_rows * RANK * WIDTH)
+
+
+def time_whole(layers: dict[str, list[Projection]], batches: tuple[int, ...]) -> None:
+    loras = [random_lora() for _ in range(LAYERS)]
+    settings = dict(lora_scale=SCALE, alpha=SWIGLU[0], limit=SWIGLU[1])
+    for num_tokens in batches:
+        batch = Batch(num_tokens)
+        num_bytes, flops = batch.expert_bytes(3 * WIDTH), 6 * batch.num_rows * WIDTH * WIDTH
+        for has_lora in (False, True):
+            calls = [lambda index=index: moe_decode(
+                batch.x, batch.weights, batch.routing, layers["gate_up"][index], layers["down"][index], batch.residual,  # noqa: B023
+                lora=loras[index] if has_lora else None, **settings) for index in range(LAYERS)]  # noqa: B023
+            report(whole="moe_decode", tokens=num_tokens, experts=batch.touched, has_lora=has_lora,
+                   **rates(graph_microseconds(calls), num_bytes, flops))
+
+
+def table_of(winners: dict[int, dict[str, DecodeBlocks | None]]) -> tuple:
+    """The winners as rows of moe_decode._PACKED, neighbours that agree merged."""
+    rows = []
+    for num_tokens, best in winners.items():
+        row = (LIMITS[num_tokens], best["gate_up"], best["down"])
+        if None in row:
+            continue
+        if rows and rows[-1][1:] == row[1:]:
+            rows.pop()
+        rows.append(row)
+    return tuple(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer batches")
+    parser.add_argument("--compile-part", type=int, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile_part:
+        return compile_part(*arguments.compile_part)
+    began = time.time()
+    compilers = start_compilers()
+    check_dequantization()
+    all_same = check_bits(arguments.quick)
+    report(all_bits_equal=all_same, seconds=round(time.time() - began))
+    for compiler in compilers:
+        compiler.wait()
+    report(compiled=True, seconds=round(time.time() - began))
+    measure_copy()
+    time_dequantization()
+    batches = (1, 32, 512) if arguments.quick else BATCHES
+    layers = {name: [random_projection(size_out) for _ in range(LAYERS)] for name, size_out in SIZES.items()}
+    winners = tune_packed(layers, batches)
+    tune_low_rank()
+    table = table_of(winners)
+    family = gpu_family(layers["gate_up"][0].blocks)
+    time_whole(layers, batches)
+    if table:
+        module._PACKED[family] = table
+        report(note="the whole again, with the winners", seconds=round(time.time() - began))
+        time_whole(layers, batches)
+    print(f'    "{family}": (')
+    for limit, wide, narrow in table:
+        print(f"        ({limit}, DecodeBlocks{tuple(wide)}, DecodeBlocks{tuple(narrow)}),")
+    print("    ),", flush=True)
+    report(all_bits_equal=all_same, seconds=round(time.time() - began))
+
+
+if __name__ == "__main__":
+    main()
