@@ -16,6 +16,10 @@ first factors, take the same kernel.
 Expert offsets stay on the device and grids depend on the number of tokens alone: a CUDA graph can replay the launches. Programs
 beyond the work there is exit at once.
 
+On OVERLAP_FAMILIES a launch need not wait for the one before (programmatic dependent launch): x A^T and the product with W run
+side by side, and the latter waits just before it adds LoRA. A kernel that reads what the one before wrote waits before reading,
+and lets the next one start only after that, so that whoever starts finds everything older complete.
+
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
 """
 from __future__ import annotations
@@ -33,6 +37,8 @@ from kernels.routing import Routing, combine
 from kernels.swiglu import clamped_swiglu
 
 ASM_FAMILIES = ("ampere", "consumer", "hopper")
+OVERLAP_FAMILIES = ()
+NO_WAIT, WAIT_FOR_X, WAIT_FOR_LOW_RANK = 0, 1, 2  # what a kernel must not read before the launch before it is complete
 
 
 class Projection(NamedTuple):
@@ -70,9 +76,10 @@ _PACKED = {
     "consumer": ((4, DecodeBlocks(64, 16, 64, 4, 4), DecodeBlocks(64, 16, 64, 4, 4)),
                  (16, DecodeBlocks(64, 32, 64, 4, 3), DecodeBlocks(64, 32, 64, 4, 3)),
                  (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((4, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
-               (16, DecodeBlocks(128, 32, 128, 8, 3), DecodeBlocks(64, 32, 128, 4, 4)),
-               (64, DecodeBlocks(128, 64, 128, 8, 3), DecodeBlocks(64, 64, 128, 4, 3))),
+    "hopper": ((2, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
+               (6, DecodeBlocks(128, 16, 64, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
+               (23, DecodeBlocks(128, 32, 64, 4, 4), DecodeBlocks(64, 32, 128, 4, 3)),
+               (64, DecodeBlocks(128, 64, 64, 4, 3), DecodeBlocks(128, 64, 64, 4, 3))),
     "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 4)),
                   (16, DecodeBlocks(128, 32, 128, 4, 4), DecodeBlocks(128, 32, 128, 4, 4)),
                   (64, DecodeBlocks(128, 64, 128, 4, 4), DecodeBlocks(128, 64, 128, 4, 4))),
@@ -86,9 +93,14 @@ _DENSE = {
     "blackwell": ((8, DecodeBlocks(128, 16, 64, 4, 6)), (64, DecodeBlocks(128, 64, 64, 4, 5))),
     "interpreter": ((64, DecodeBlocks(32, 16, 32, 4, 2)),),
 }
-# LoRA's first factors, few programs that each run through all inputs: tokens, step, warps, stages
-_LOW_RANK = {"interpreter": (16, 32, 4, 2), "consumer": (16, 128, 4, 3)}
-_LOW_RANK_ELSEWHERE = (16, 128, 4, 4)
+# LoRA's first factors (rows: at least): few programs that each run through all inputs
+_LOW_RANK = {
+    "ampere": DecodeBlocks(16, 16, 128, 4, 4),
+    "consumer": DecodeBlocks(16, 16, 128, 4, 3),
+    "hopper": DecodeBlocks(16, 16, 128, 4, 4),
+    "blackwell": DecodeBlocks(16, 16, 128, 4, 4),
+    "interpreter": DecodeBlocks(16, 16, 32, 4, 2),
+}
 
 
 def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
@@ -97,7 +109,8 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_exp
     wide, *narrow = next((row[1:] for row in table if num_rows <= row[0] * num_experts), table[-1][1:])
     blocks = narrow[0] if narrow and num_out <= num_in else wide
     if not is_packed and num_out <= 64:
-        blocks = DecodeBlocks(max(16, triton.next_power_of_2(num_out)), *_LOW_RANK.get(family, _LOW_RANK_ELSEWHERE))
+        blocks = _LOW_RANK[family]
+        blocks = blocks._replace(rows=max(blocks.rows, triton.next_power_of_2(num_out)))
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
         blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
     if not is_packed:
@@ -131,10 +144,13 @@ def moe_decode_kernel(
     TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr,
     IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
+    OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
     the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous."""
     dtype: tl.constexpr = x.dtype.element_ty
+    if OVERLAPS and WAITS != 1:
+        tl.extra.cuda.gdc_launch_dependents()
     experts = tl.arange(0, EXPERTS)
     starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
     token_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + TOKENS - 1) // TOKENS
@@ -156,6 +172,9 @@ def moe_decode_kernel(
         source = tl.load(gather + rows, mask=is_row, other=0)
     else:
         source = tl.where(is_row, rows, 0)
+    if OVERLAPS and WAITS == 1:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     inner = tl.arange(0, INNER)
     x_rows = x + source.to(tl.int64)[None, :] * stride_x
     x_pointers = x_rows + inner[:, None]
@@ -213,6 +232,8 @@ def moe_decode_kernel(
                 weight_pointers += INNER * stride_weight.to(tl.int64)
 
     is_feature = features < num_out
+    if OVERLAPS and WAITS == 2:
+        tl.extra.cuda.gdc_wait()
     for step in tl.static_range(RANK_STEPS):
         ranks = step * RANK + tl.arange(0, RANK)
         up_pointers = lora_up + expert * stride_up_expert + ranks[None, :] * stride_up_rank + features[:, None] * stride_up_out
@@ -259,12 +280,15 @@ def _shape_of(projection: Projection) -> tuple[int, int, int]:
 
 def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor, *, gather: torch.Tensor | None = None,
                       low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None, scale: float | None = None,
-                      swiglu: tuple[float, float] | None = None, blocks: DecodeBlocks | None = None) -> torch.Tensor:
+                      swiglu: tuple[float, float] | None = None, overlaps: bool = False, waits: int = NO_WAIT,
+                      blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
     of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
 
     x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device; low_rank [R, r] in x's
-    dtype with lora_up [E, r, N]. Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
+    dtype with lora_up [E, r, N]. overlaps: the next launch may start early, and must then be one that waits; waits: what the
+    launch before this one, made with overlaps, writes. Triton only. Raises ValueError for dtypes and GPUs that the kernel
+    cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     rank = 0 if low_rank is None else low_rank.shape[1]
@@ -294,6 +318,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
+    launch = {"launch_pdl": True} if overlaps and waits != NO_WAIT else {}
     token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
     moe_decode_kernel[(token_tiles * triton.cdiv(num_out, blocks.rows),)](
         x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
@@ -302,7 +327,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_SWIGLU=swiglu is not None,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        OVERLAPS=overlaps, WAITS=waits, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **launch,
     )  # fmt: skip
     return out
 
@@ -322,9 +347,9 @@ def moe_decode_reference(x, weights, routing, gate_up, down, residual, *, lora, 
     return combine(rows, weights, routing, residual=residual)
 
 
-def _low_rank(x: torch.Tensor, lora_A: torch.Tensor, routing: Routing, scale: float, gather: torch.Tensor | None) -> torch.Tensor:
-    down = Projection(lora_A.transpose(1, 2), None, None, None, False)
-    return decode_projection(x, down, routing.offsets_device, gather=gather, scale=scale)
+def _low_rank(x: torch.Tensor, lora_A: torch.Tensor, routing: Routing, scale: float, **options) -> torch.Tensor:
+    projection = Projection(lora_A.transpose(1, 2), None, None, None, False)
+    return decode_projection(x, projection, routing.offsets_device, scale=scale, **options)
 
 
 def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection,
@@ -337,11 +362,18 @@ def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up
     if not is_triton(x):
         return moe_decode_reference(x, weights, routing, gate_up, down, residual, lora=lora, lora_scale=lora_scale, alpha=alpha,
                                     limit=limit)
-    offsets, low_rank, lora_up = routing.offsets_device, None, None
+    offsets, tokens = routing.offsets_device, routing.tokens
+    overlaps = gpu_family(x) in OVERLAP_FAMILIES
+    low_rank = lora_up = None
+    waits = NO_WAIT  # of the launch after LoRA's first factor
     if lora is not None:
-        low_rank, lora_up = _low_rank(x, lora[0], routing, lora_scale, routing.tokens), lora[1].transpose(1, 2)
-    act = decode_projection(x, gate_up, offsets, gather=routing.tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit))
+        waits = WAIT_FOR_LOW_RANK
+        low_rank, lora_up = _low_rank(x, lora[0], routing, lora_scale, gather=tokens, overlaps=overlaps), lora[1].transpose(1, 2)
+    act = decode_projection(x, gate_up, offsets, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit),
+                            overlaps=overlaps, waits=waits)
     if lora is not None:
-        low_rank, lora_up = _low_rank(act, lora[2], routing, lora_scale, None), lora[3].transpose(1, 2)
-    rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up)
+        low_rank = _low_rank(act, lora[2], routing, lora_scale, overlaps=overlaps, waits=WAIT_FOR_X)
+        lora_up = lora[3].transpose(1, 2)
+    rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, overlaps=overlaps,
+                             waits=WAIT_FOR_X if lora is None else WAIT_FOR_LOW_RANK)
     return combine(rows, weights, routing, residual=residual)

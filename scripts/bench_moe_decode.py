@@ -46,7 +46,8 @@ CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
 )]  # fmt: skip
 LOW_RANK_CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
     (16, 16, 64, 4, 4), (16, 16, 64, 4, 8), (16, 16, 64, 2, 6), (16, 16, 128, 4, 3), (16, 16, 128, 4, 5), (16, 16, 128, 2, 4),
-    (16, 16, 256, 4, 3), (16, 16, 256, 8, 3), (16, 32, 64, 4, 6), (16, 32, 128, 4, 4), (16, 16, 128, 1, 4),
+    (16, 16, 256, 4, 3), (16, 16, 256, 8, 3), (16, 32, 64, 4, 6), (16, 32, 128, 4, 4), (64, 16, 64, 4, 4), (64, 16, 64, 4, 8),
+    (64, 16, 128, 4, 2), (64, 16, 128, 4, 4), (64, 32, 64, 4, 6),
 )]  # fmt: skip
 SIZES = {"gate_up": 2 * WIDTH, "down": WIDTH}
 CEILING = {"GB/s": 0.0}
@@ -188,16 +189,36 @@ def check_bits(quick: bool) -> bool:
         for adapters in (lora, None):
             expected = moe_decode_reference(batch.x, batch.weights, batch.routing, gate_up, down, batch.residual, lora=adapters,
                                             **settings)
-            same = {}
-            for form, pair in (("assembly", (gate_up, down)), ("dense", dense),
-                               ("arithmetic", [part._replace(unpacks_by_asm=False) for part in (gate_up, down)])):
+            same, forms = {}, {"assembly": (gate_up, down), "dense": dense}
+            if num_tokens in (8, 128):  # the same tiles, but each has to be compiled
+                forms["arithmetic"] = [part._replace(unpacks_by_asm=False) for part in (gate_up, down)]
+            for form, pair in forms.items():
                 y = moe_decode(batch.x, batch.weights, batch.routing, *pair, batch.residual, lora=adapters, **settings)
                 same[form] = torch.equal(y, expected)
                 if not same[form]:
                     same[f"{form}, part that differs"] = round((y != expected).float().mean().item(), 5)
                     same[f"{form}, relative error"] = ((y - expected).float().norm() / expected.float().norm()).item()
-            all_same &= all(same[form] for form in ("assembly", "dense", "arithmetic"))
+            all_same &= all(same[form] for form in forms)
             report(check="moe_decode equals training", tokens=num_tokens, has_lora=adapters is not None, **same)
+    return all_same
+
+
+def check_overlap(family: str) -> bool:
+    """Whether launches that do not wait for each other give the same bits, over and over."""
+    gate_up, down, lora = random_projection(2 * WIDTH), random_projection(WIDTH), random_lora()
+    all_same = True
+    for num_tokens in (1, 32, 512):
+        batch = Batch(num_tokens)
+        for adapters in (lora, None):
+            ys = {}
+            for families in ((), (family,)):
+                module.OVERLAP_FAMILIES = families
+                ys[families] = [moe_decode(batch.x, batch.weights, batch.routing, gate_up, down, batch.residual, lora=adapters,
+                                           lora_scale=SCALE, alpha=SWIGLU[0], limit=SWIGLU[1]) for _ in range(30)]
+            same = all(torch.equal(y, ys[()][0]) for y in ys[(family,)])
+            all_same &= same
+            report(check="overlapping launches", tokens=num_tokens, has_lora=adapters is not None, same_bits=same)
+    module.OVERLAP_FAMILIES = ()
     return all_same
 
 
@@ -292,8 +313,8 @@ def time_whole(layers: dict[str, list[Projection]], batches: tuple[int, ...]) ->
             calls = [lambda index=index: moe_decode(
                 batch.x, batch.weights, batch.routing, layers["gate_up"][index], layers["down"][index], batch.residual,  # noqa: B023
                 lora=loras[index] if has_lora else None, **settings) for index in range(LAYERS)]  # noqa: B023
-            report(whole="moe_decode", tokens=num_tokens, experts=batch.touched, has_lora=has_lora,
-                   **rates(graph_microseconds(calls), num_bytes, flops))
+            report(whole="moe_decode", tokens=num_tokens, overlaps=bool(module.OVERLAP_FAMILIES), experts=batch.touched,
+                   has_lora=has_lora, **rates(graph_microseconds(calls), num_bytes, flops))
 
 
 def table_of(winners: dict[int, dict[str, DecodeBlocks | None]]) -> tuple:
@@ -337,6 +358,12 @@ def main() -> None:
         module._PACKED[family] = table
         report(note="the whole again, with the winners", seconds=round(time.time() - began))
         time_whole(layers, batches)
+    try:
+        report(overlap_bits_equal=check_overlap(family))
+        module.OVERLAP_FAMILIES = (family,)
+        time_whole(layers, batches)
+    except Exception as error:  # noqa: BLE001
+        report(overlap=f"{type(error).__name__}: {str(error)[:300]}")
     print(f'    "{family}": (')
     for limit, wide, narrow in table:
         print(f"        ({limit}, DecodeBlocks{tuple(wide)}, DecodeBlocks{tuple(narrow)}),")

@@ -10,7 +10,8 @@ import triton
 from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
-from kernels.launch import family_of
+from kernels import moe_decode as module
+from kernels.launch import family_of, gpu_family
 from kernels.moe_decode import (
     ASM_FAMILIES,
     DecodeBlocks,
@@ -125,7 +126,7 @@ def test_blocks_leave_a_last_step_that_is_a_power_of_two():
 
 
 def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32, rank=0, is_packed=True, is_asm=True,
-                   in_contiguous=True, weight_kind="bf16", flags=(), blocks=None):
+                   in_contiguous=True, weight_kind="bf16", flags=(), blocks=None, waits=None):
     blocks = blocks or choose_decode_blocks(family_of(arch), torch.bfloat16, num_rows, num_experts, num_in, num_out,
                                             is_packed=is_packed)
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
@@ -142,6 +143,7 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "EVEN_OUT": num_out % blocks.rows == 0,
     }  # fmt: skip
     constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "SWIGLU")}
+    constexprs |= {"OVERLAPS": waits is not None, "WAITS": waits or 0}
     del signature["stride_up_rank"]
     constexprs["stride_up_rank"] = 1
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
@@ -162,6 +164,8 @@ USES = {
     "arithmetic": GATE_UP | dict(num_rows=128, rank=16, is_asm=False),
     "dense gate_up of 32 tokens": GATE_UP | dict(num_rows=128, is_packed=False, in_contiguous=False),
     "dense down of 512 tokens": DOWN | dict(num_rows=2048, is_packed=False, in_contiguous=False),
+    "gate_up beside LoRA A": GATE_UP | dict(num_rows=4, rank=16, waits=2),
+    "LoRA A after gate_up": dict(num_rows=4, num_out=16, is_packed=False, weight_kind="fp32", flags=("SCALE",), waits=1),
     "LoRA A of rank 16": dict(num_rows=128, num_out=16, is_packed=False, weight_kind="fp32", flags=("GATHER", "SCALE")),
     "LoRA A of rank 64": dict(num_rows=2048, num_out=64, is_packed=False, weight_kind="fp32", flags=("SCALE",)),
 }  # fmt: skip
@@ -171,7 +175,8 @@ USES = {
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch, use):
     is_asm = USES[use].get("is_asm", True) and family_of(arch) in ASM_FAMILIES
-    resources = compile_decode(arch, **USES[use] | {"is_asm": is_asm})
+    waits = USES[use].get("waits") if arch in (90, 100) else None  # elsewhere launches do not overlap
+    resources = compile_decode(arch, **USES[use] | {"is_asm": is_asm, "waits": waits})
     check_fits(resources, arch)
     assert resources.has_mma
 
@@ -247,6 +252,21 @@ def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, fo
     settings = dict(lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT)
     y, expected = moe_decode(*arguments, **settings), moe_decode_reference(*arguments, **settings)
     assert torch.equal(y, expected), f"{(y != expected).float().mean():.2%} of the values differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_lora", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_overlapping_launches_change_no_bit(num_tokens, has_lora, monkeypatch):
+    indices, packed, t = reused((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
+    if gpu_family(t["x"]) not in ("hopper", "blackwell"):
+        pytest.skip("launches overlap on compute capability 9.0 and later")
+    arguments, lora = operands(indices, packed, t, "packed", has_lora=has_lora)
+    ys = []
+    for families in ((), (gpu_family(t["x"]),)):
+        monkeypatch.setattr(module, "OVERLAP_FAMILIES", families)
+        ys += [moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT) for _ in range(20)]
+    assert all(torch.equal(y, ys[0]) for y in ys)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """MXFP4 in fragment order: against the definition, back again, and every byte under every scale through the kernels."""
 
+import re
+
 import pytest
 import torch
 from aot import ARCHITECTURES, check_fits, compile_for
@@ -11,6 +13,7 @@ from kernels.mxfp4 import dequantize
 from kernels.mxfp4_fragments import (
     DEQUANTIZE_GROUPS,
     NUM_WARPS,
+    UNPACK,
     _dequantize_fragments_kernel,
     chunk_of,
     dequantize_fragments,
@@ -70,6 +73,55 @@ def test_a_code_lands_where_its_thread_unpacks_it():
         word = ((1 * 2 + 1) * 32 + 4 * g + c) * 4 + step  # [row group, chunk, thread, step]
         assert words[word] == bits[h + 2 * r, o] and (words != 0).sum() == 1
         assert scales.view(-1)[((1 * 2 + 1) * 8 + g) * 4 + column % 64 // 32 * 2 + h] == 7
+
+
+def run_unpack(word, even, odd):
+    """The four results of UNPACK, by the meaning of its instructions on 32-bit integers; a product as [low, high] fp32."""
+    values = {"$4": word, "$5": even, "$6": even, "$7": odd, "$8": odd}
+    mask, results = 0xFFFFFFFF, {}
+
+    def value(name):
+        return values[name] if name in values else int(name, 0)
+
+    def halves(pair):
+        return torch.tensor([pair << 16 & mask, pair & 0xFFFF0000]).to(torch.uint32).view(torch.float32)
+
+    for operation, target, *sources in re.findall(r"^([a-z]\S*) (\S+), ([^,;]+)(?:, ([^,;]+))?(?:, ([^,;]+))?(?:, ([^,;]+))?;",
+                                                  UNPACK.value, re.MULTILINE):
+        sources = [value(source) for source in sources if source]
+        match operation:
+            case "mov.b32":
+                values[target] = sources[0]
+            case "and.b32":
+                values[target] = sources[0] & sources[1]
+            case "shl.b32":
+                values[target] = sources[0] << sources[1] & mask
+            case "shf.l.wrap.b32":
+                assert sources[0] == sources[1]
+                values[target] = (sources[0] << sources[2] | sources[0] >> 32 - sources[2]) & mask
+            case "lop3.b32":  # 0xEA: (a & b) | c
+                assert sources[3] == 0xEA
+                values[target] = sources[0] & sources[1] | sources[2]
+            case "fma.rn.bf16x2":
+                assert sources[2] == 0x80008000  # -0, -0
+                results[target] = halves(sources[0]) * halves(sources[1])
+            case _:
+                raise AssertionError(operation)
+    return torch.stack([results[f"${code}"] for code in range(4)])
+
+
+def test_the_inline_assembly_unpacks_every_code():
+    pair = packed(1, 16, 64, seed=1)
+    pair[1].remainder_(129)
+    expected = dequantize(*pair, torch.float32).view(8, 2, 4, 2, 4, 2)  # [g, h, step, r, c, o]
+    blocks, scales = in_fragments(*pair)
+    words = (blocks.view(-1).view(torch.int32).long() & 0xFFFFFFFF).view(8, 4, 4)  # [g, c, step]
+    factors = ((scales.view(8, 2, 2).long() << 7) + 0x3F00) * 0x10001  # [g, block, h]
+    for g in range(8):
+        for c in range(4):
+            for step in range(4):
+                result = run_unpack(words[g, c, step].item(), *factors[g, step // 2].tolist())  # [h + 2r, o]
+                assert_same_bits(result.view(2, 2, 2), expected[g, :, step, :, c].transpose(0, 1).contiguous())
 
 
 def test_rows_that_fill_no_tile_are_refused():
