@@ -97,7 +97,7 @@ _DENSE = {
 _LOW_RANK = {
     "ampere": DecodeBlocks(16, 16, 128, 4, 4),
     "consumer": DecodeBlocks(16, 16, 128, 4, 3),
-    "hopper": DecodeBlocks(16, 16, 128, 4, 4),
+    "hopper": DecodeBlocks(64, 16, 64, 4, 4),
     "blackwell": DecodeBlocks(16, 16, 128, 4, 4),
     "interpreter": DecodeBlocks(16, 16, 32, 4, 2),
 }
@@ -347,9 +347,12 @@ def moe_decode_reference(x, weights, routing, gate_up, down, residual, *, lora, 
     return combine(rows, weights, routing, residual=residual)
 
 
-def _low_rank(x: torch.Tensor, lora_A: torch.Tensor, routing: Routing, scale: float, **options) -> torch.Tensor:
+def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor, *, scale: float,
+                  gather: torch.Tensor | None = None, overlaps: bool = False, waits: int = NO_WAIT,
+                  blocks: DecodeBlocks | None = None) -> torch.Tensor:
+    """scale * x_r A_e^T for each row r of expert e, [R, r] in x's dtype; lora_A [E, r, K], the rest as in decode_projection."""
     projection = Projection(lora_A.transpose(1, 2), None, None, None, False)
-    return decode_projection(x, projection, routing.offsets_device, scale=scale, **options)
+    return decode_projection(x, projection, offsets, gather=gather, scale=scale, overlaps=overlaps, waits=waits, blocks=blocks)
 
 
 def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection,
@@ -368,11 +371,12 @@ def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up
     waits = NO_WAIT  # of the launch after LoRA's first factor
     if lora is not None:
         waits = WAIT_FOR_LOW_RANK
-        low_rank, lora_up = _low_rank(x, lora[0], routing, lora_scale, gather=tokens, overlaps=overlaps), lora[1].transpose(1, 2)
+        low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens, overlaps=overlaps)
+        lora_up = lora[1].transpose(1, 2)
     act = decode_projection(x, gate_up, offsets, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit),
                             overlaps=overlaps, waits=waits)
     if lora is not None:
-        low_rank = _low_rank(act, lora[2], routing, lora_scale, overlaps=overlaps, waits=WAIT_FOR_X)
+        low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, overlaps=overlaps, waits=WAIT_FOR_X)
         lora_up = lora[3].transpose(1, 2)
     rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, overlaps=overlaps,
                              waits=WAIT_FOR_X if lora is None else WAIT_FOR_LOW_RANK)

@@ -20,9 +20,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import moe_decode as module  # noqa: E402
+from kernels import mxfp4_fragments as fragments_module  # noqa: E402
 from kernels.grouped_gemm import grouped_gemm  # noqa: E402
 from kernels.launch import gpu_family  # noqa: E402
-from kernels.moe_decode import DecodeBlocks, Projection, decode_projection, moe_decode, moe_decode_reference  # noqa: E402
+from kernels.moe_decode import (  # noqa: E402
+    DecodeBlocks,
+    Projection,
+    decode_projection,
+    low_rank_rows,
+    moe_decode,
+    moe_decode_reference,
+)
 from kernels.mxfp4 import dequantize_experts  # noqa: E402
 from kernels.mxfp4_fragments import dequantize_fragments, from_fragments, to_fragments_  # noqa: E402
 from kernels.routing import make_routing  # noqa: E402
@@ -36,10 +44,12 @@ LIMITS = {1: 0.4, 8: 2, 32: 6, 64: 11, 128: 23, 256: 45, 512: 64}
 TOKENS_OF = {1: (16,), 8: (16,), 32: (16, 32), 64: (16, 32), 128: (16, 32, 64), 256: (32, 64), 512: (32, 64, 128)}
 CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
     (64, 16, 64, 4, 4), (64, 16, 64, 4, 6), (64, 16, 64, 4, 8), (64, 16, 128, 4, 3), (64, 16, 128, 4, 4), (64, 16, 128, 4, 6),
-    (64, 16, 256, 4, 2), (64, 16, 256, 4, 3), (64, 16, 256, 4, 4), (128, 16, 64, 4, 4), (128, 16, 64, 4, 6), (128, 16, 64, 8, 6),
+    (64, 16, 256, 4, 2), (64, 16, 256, 4, 3), (64, 16, 256, 4, 4), (128, 16, 64, 4, 3), (128, 16, 64, 4, 4), (128, 16, 64, 4, 6),
+    (128, 16, 64, 8, 6), (256, 16, 64, 8, 4),
     (128, 16, 128, 8, 3), (128, 16, 128, 8, 4), (128, 16, 256, 8, 2), (128, 16, 256, 8, 3), (128, 16, 128, 4, 3),
     (64, 32, 64, 4, 4), (64, 32, 64, 4, 6), (64, 32, 128, 4, 3), (64, 32, 128, 4, 4), (128, 32, 64, 4, 4), (128, 32, 64, 8, 4),
-    (128, 32, 128, 8, 3), (128, 32, 128, 8, 4), (128, 32, 256, 8, 2), (256, 32, 64, 8, 4), (128, 32, 128, 4, 3),
+    (128, 32, 64, 4, 3), (128, 32, 64, 4, 6), (128, 32, 128, 8, 3), (128, 32, 128, 8, 4), (128, 32, 256, 8, 2),
+    (256, 32, 64, 8, 4), (128, 32, 128, 4, 3),
     (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4),
     (128, 64, 128, 8, 2), (128, 64, 128, 8, 3), (256, 64, 64, 8, 3), (256, 64, 64, 8, 4),
     (64, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 8, 2), (256, 128, 64, 8, 3),
@@ -95,9 +105,8 @@ def project(batch: Batch, name: str, projection: Projection, blocks: DecodeBlock
 
 
 def low_rank(batch: Batch, lora_A: torch.Tensor, blocks: DecodeBlocks | None) -> torch.Tensor:
-    projection = Projection(lora_A.transpose(1, 2), None, None, None, False)
-    return decode_projection(batch.x, projection, batch.routing.offsets_device, gather=batch.routing.tokens, scale=SCALE,
-                             blocks=blocks)
+    routing = batch.routing
+    return low_rank_rows(batch.x, lora_A, routing.offsets_device, scale=SCALE, gather=routing.tokens, blocks=blocks)
 
 
 def graph_microseconds(calls: list) -> float:
@@ -274,9 +283,13 @@ def time_dequantization() -> None:
     calls = {"checkpoint order": lambda: dequantize_experts(blocks, scales, out),
              "fragments, arithmetic": lambda: dequantize_fragments(blocks, scales, out, is_asm=False),
              "fragments, assembly": lambda: dequantize_fragments(blocks, scales, out, is_asm=True)}
-    for name, call in calls.items():
-        us = graph_microseconds([call] * 2)
-        report(dequantize=name, us=round(us, 1), **{"GB/s": round((out.nbytes + blocks.nbytes + scales.nbytes) / us / 1e3)})
+    for groups in (4, 8):
+        fragments_module.DEQUANTIZE_GROUPS = groups
+        for name, call in calls.items():
+            us = graph_microseconds([call] * 2)
+            rate = (out.nbytes + blocks.nbytes + scales.nbytes) / us / 1e3
+            report(dequantize=name, groups=groups, us=round(us, 1), **{"GB/s": round(rate)})
+    fragments_module.DEQUANTIZE_GROUPS = 4
 
 
 def tune_packed(layers: dict[str, list[Projection]], batches: tuple[int, ...]) -> dict[int, dict[str, DecodeBlocks | None]]:

@@ -3,6 +3,7 @@ bit against the training forward."""
 
 import math
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -34,23 +35,29 @@ def normal(*shape, seed, std=1.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std
 
 
-def problem(num_tokens, num_experts, per_token, width, inner, rank):
-    """Inputs in float64, weights packed in the checkpoint's order; expert 0 gets no token."""
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.stack([1 + torch.randperm(num_experts - 1, generator=generator)[:per_token] for _ in range(num_tokens)])
-    packed = []
+@cache
+def packed_weights(num_experts, width, inner):
+    """Blocks and scales of both projections, in the checkpoint's order."""
+    generator, packed = torch.Generator().manual_seed(0), []
     for size, size_in in ((2 * inner, width), (width, inner)):
         exponent = 126 - round(math.log2(size_in**0.5))  # products of the size of their inputs
         scales = torch.randint(exponent - 1, exponent + 2, (num_experts, size, size_in // 32), generator=generator)
         blocks = torch.randint(0, 256, (*scales.shape, 16), generator=generator, dtype=torch.uint8)
         packed.append((blocks, scales.to(torch.uint8)))
+    return packed
+
+
+def problem(num_tokens, num_experts, per_token, width, inner, rank):
+    """Inputs in float64 and packed weights; expert 0 gets no token."""
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([1 + torch.randperm(num_experts - 1, generator=generator)[:per_token] for _ in range(num_tokens)])
     tensors = {"x": normal(num_tokens, width, seed=3), "residual": normal(num_tokens, width, seed=4),
                "weights": torch.softmax(normal(num_tokens, per_token, seed=5), -1),
                "b1": normal(num_experts, 2 * inner, seed=6), "b2": normal(num_experts, width, seed=7),
                "A1": normal(num_experts, rank, width, seed=8, std=width**-0.5),
                "B1": normal(num_experts, 2 * inner, rank, seed=9),
                "A2": normal(num_experts, rank, inner, seed=10, std=inner**-0.5), "B2": normal(num_experts, width, rank, seed=11)}
-    return indices, packed, tensors
+    return indices, packed_weights(num_experts, width, inner), tensors
 
 
 def composed(indices, packed, t, *, has_lora):
@@ -217,8 +224,8 @@ def main_loop(sass):
     return max(loops, key=len)
 
 
-@pytest.mark.parametrize("blocks, budget", [((64, 16, 64, 4, 4), 4.7), ((64, 16, 128, 4, 4), 3.9), ((128, 32, 128, 8, 3), 4.0),
-                                            ((64, 16, 256, 4, 3), 3.6), ((128, 64, 128, 8, 3), 4.2)])
+@pytest.mark.parametrize("blocks, budget", [((64, 16, 64, 4, 4), 5.0), ((64, 16, 128, 4, 4), 4.1), ((128, 16, 64, 4, 4), 3.7),
+                                            ((128, 32, 64, 4, 4), 3.7), ((128, 64, 64, 4, 3), 4.0)])
 def test_instructions_per_weight_on_hopper(blocks, budget):
     """13 instructions unpack 8 weights, 2 more make their factors; the rest is loads, addresses and waits. At 4.3 TB/s there are
     4.1 issue slots per weight. The operand must not pass shared memory, which would show as stores."""
@@ -231,7 +238,7 @@ def test_instructions_per_weight_on_hopper(blocks, budget):
     assert sum("HGMMA" in text for text in loop) == blocks.inner // 16 * blocks.rows // (16 * blocks.num_warps)
 
 
-def reused(sizes, has_lora, dtype=torch.bfloat16):
+def on_gpu(sizes, has_lora, dtype=torch.bfloat16):
     indices, packed, tensors = problem(*sizes)
     fp32 = ("weights", "A1", "B1", "A2", "B2")
     t = {name: value.to("cuda", torch.float32 if name in fp32 else dtype) for name, value in tensors.items()}
@@ -245,7 +252,7 @@ def reused(sizes, has_lora, dtype=torch.bfloat16):
 @pytest.mark.parametrize("has_lora", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 32, 128, 512])
 def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, form):
-    indices, packed, t = reused((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
+    indices, packed, t = on_gpu((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
     arguments, lora = operands(indices, packed, t, form.split(" by arithmetic")[0], has_lora=has_lora)
     if form == "packed by arithmetic":
         arguments = tuple(item._replace(unpacks_by_asm=False) if isinstance(item, Projection) else item for item in arguments)
@@ -258,7 +265,7 @@ def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, fo
 @pytest.mark.parametrize("has_lora", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 64])
 def test_overlapping_launches_change_no_bit(num_tokens, has_lora, monkeypatch):
-    indices, packed, t = reused((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
+    indices, packed, t = on_gpu((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
     if gpu_family(t["x"]) not in ("hopper", "blackwell"):
         pytest.skip("launches overlap on compute capability 9.0 and later")
     arguments, lora = operands(indices, packed, t, "packed", has_lora=has_lora)
@@ -271,7 +278,7 @@ def test_overlapping_launches_change_no_bit(num_tokens, has_lora, monkeypatch):
 
 @pytest.mark.gpu
 def test_error_is_that_of_rounding():
-    indices, packed, t = reused((64, 32, 4, 2880, 2880, 16), True)
+    indices, packed, t = on_gpu((64, 8, 4, 2880, 2880, 16), True)
     exact = {name: value.double() for name, value in t.items()}
     expected = composed(indices, packed, exact, has_lora=True)
     eager = composed(indices, packed, {name: value.to(torch.bfloat16) for name, value in t.items()}, has_lora=True)
@@ -285,7 +292,7 @@ def test_error_is_that_of_rounding():
 @pytest.mark.parametrize("num_experts", [4, 128])
 def test_a_graph_replays_for_another_routing(num_experts):
     """Launches depend on shapes alone: new choices of experts, same number of tokens."""
-    indices, packed, t = reused((5, num_experts, 2, 96, 64, 8), False)
+    indices, packed, t = on_gpu((5, num_experts, 2, 96, 64, 8), False)
     arguments, _ = operands(indices, packed, t, "packed", has_lora=False)
     _, weights, routing, gate_up, *_ = arguments
     static = {name: getattr(routing, name).clone() for name in ("tokens", "offsets_device")}
