@@ -39,6 +39,7 @@ from kernels.swiglu import clamped_swiglu
 ASM_FAMILIES = ("ampere", "consumer", "hopper")
 OVERLAP_FAMILIES = ()
 NO_WAIT, WAIT_FOR_X, WAIT_FOR_LOW_RANK = 0, 1, 2  # what a kernel must not read before the launch before it is complete
+PREFETCH = tl.constexpr(512)  # inputs whose weights are asked for while x is waited for
 
 
 class Projection(NamedTuple):
@@ -78,8 +79,8 @@ _PACKED = {
                  (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
     "hopper": ((2, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
                (6, DecodeBlocks(128, 16, 64, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
-               (23, DecodeBlocks(128, 32, 64, 4, 4), DecodeBlocks(64, 32, 128, 4, 3)),
-               (64, DecodeBlocks(128, 64, 64, 4, 3), DecodeBlocks(128, 64, 64, 4, 3))),
+               (23, DecodeBlocks(128, 32, 64, 4, 4), DecodeBlocks(128, 32, 64, 4, 4)),
+               (64, DecodeBlocks(256, 64, 64, 8, 3), DecodeBlocks(128, 64, 64, 4, 3))),
     "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 4)),
                   (16, DecodeBlocks(128, 32, 128, 4, 4), DecodeBlocks(128, 32, 128, 4, 4)),
                   (64, DecodeBlocks(128, 64, 128, 4, 4), DecodeBlocks(128, 64, 128, 4, 4))),
@@ -136,6 +137,13 @@ def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS:
 
 
 @triton.jit
+def _prefetch(pointers):
+    """Asks for the lines of global memory that hold these elements, into the L2 cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
+                              is_pure=False, pack=1)
+
+
+@triton.jit
 def moe_decode_kernel(
     x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
     num_experts, num_out, rank, scale, alpha, limit,
@@ -172,13 +180,12 @@ def moe_decode_kernel(
         source = tl.load(gather + rows, mask=is_row, other=0)
     else:
         source = tl.where(is_row, rows, 0)
-    if OVERLAPS and WAITS == 1:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     inner = tl.arange(0, INNER)
     x_rows = x + source.to(tl.int64)[None, :] * stride_x
     x_pointers = x_rows + inner[:, None]
     expert = expert.to(tl.int64)
+    if OVERLAPS and RANK_STEPS > 0:
+        _prefetch(lora_up + expert * stride_up_expert + tl.minimum(first + tl.arange(0, ROWS), num_out - 1) * stride_up_out)
     natural = first + tl.arange(0, ROWS)  # output features in the order in which they lie in memory
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
 
@@ -195,6 +202,13 @@ def moe_decode_kernel(
         weight_base = weight + group * group_stride
         scale_base = scales + group * scale_stride
         main = NUM_IN - TAIL
+        if OVERLAPS and WAITS == 1:  # weights need not wait; PREFETCH inputs of a row group, 128 bytes at a time
+            line: tl.constexpr = 16 * per_input
+            lines = tl.minimum(tl.arange(0, PREFETCH // 16), NUM_IN // 16 - 1) * line
+            groups = tl.minimum(tl.arange(0, GROUPS), (num_out - first) // 16 - 1) * group_stride
+            _prefetch(weight_base + groups[:, None] + lines[None, :])
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         if TAIL:  # loaded before the loop, so that nothing waits for it after
             tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
                                                    TAIL, CHUNK, IS_ASM, EVEN_OUT)
@@ -209,6 +223,9 @@ def moe_decode_kernel(
             a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
             acc = tl.dot(a, tail_x, acc, input_precision="ieee")
     else:
+        if OVERLAPS and WAITS == 1:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         features = natural
         is_feature = features < num_out
         weight_base = weight + expert * stride_weight_expert

@@ -172,6 +172,7 @@ USES = {
     "dense gate_up of 32 tokens": GATE_UP | dict(num_rows=128, is_packed=False, in_contiguous=False),
     "dense down of 512 tokens": DOWN | dict(num_rows=2048, is_packed=False, in_contiguous=False),
     "gate_up beside LoRA A": GATE_UP | dict(num_rows=4, rank=16, waits=2),
+    "down after gate_up": DOWN | dict(num_rows=128, waits=1),
     "LoRA A after gate_up": dict(num_rows=4, num_out=16, is_packed=False, weight_kind="fp32", flags=("SCALE",), waits=1),
     "LoRA A of rank 16": dict(num_rows=128, num_out=16, is_packed=False, weight_kind="fp32", flags=("GATHER", "SCALE")),
     "LoRA A of rank 64": dict(num_rows=2048, num_out=64, is_packed=False, weight_kind="fp32", flags=("SCALE",)),
