@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
-    *("rollout.max_batch", "optim.max_tokens", "model.activation_checkpointing", "model.memory_gb"),  # memory: rounding apart
+    *("rollout.max_batch", "optim.max_tokens", "model.activation_checkpointing", "model.memory_gb", "model.host_gb"),  # memory
 )
 
 
@@ -106,7 +106,10 @@ class ModelConfig:
     experts: Experts = MISSING
     train: Train = MISSING
     activation_checkpointing: bool = MISSING  # recompute each layer in backward: less memory, same numbers
-    memory_gb: Optional[float] = None  # 1e9 bytes of GPU memory: with activation_checkpointing, layers keep what fits
+    # with activation_checkpointing on a GPU and a frozen base, layers keep what fits into memory_gb (1e9 bytes; null: 85 % of
+    # the GPU's memory), and in host_gb of pinned host memory, which takes the input embedding first
+    memory_gb: Optional[float] = None
+    host_gb: float = 0.0
     lora: Optional[LoraSettings] = None
 
 

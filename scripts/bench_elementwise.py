@@ -156,20 +156,20 @@ def packed(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
 def norm_cases(num_tokens: int) -> Iterator[Case]:
     x, residual, grad, weight = (*(normal(num_tokens, WIDTH, seed=seed) for seed in range(3)), normal(WIDTH))
     row = 2 * WIDTH * num_tokens
-    y, total, inv_rms = norm._norm(x, residual, weight, EPS)
-    yield "add_rms_norm", {}, 4 * row, lambda: norm._norm(x, residual, weight, EPS)
-    yield "rms_norm", {}, 2 * row, lambda: norm._norm(x, None, weight, EPS)
+    y, total, inv_rms = norm.norm_forward(x, residual, weight, EPS)
+    yield "add_rms_norm", {}, 4 * row, lambda: norm.norm_forward(x, residual, weight, EPS)
+    yield "rms_norm", {}, 2 * row, lambda: norm.norm_forward(x, None, weight, EPS)
     yield (
         "add_rms_norm backward",
         {},
         4 * row,
-        lambda: norm._norm_grad(grad, residual, total, weight, inv_rms, False),
+        lambda: norm.norm_backward(grad, residual, total, weight, inv_rms, False),
     )
     yield (
         "add_rms_norm backward, dweight",
         {},
         4 * row,
-        lambda: norm._norm_grad(grad, residual, total, weight, inv_rms, True),
+        lambda: norm.norm_backward(grad, residual, total, weight, inv_rms, True),
     )
     grad_x = torch.empty_like(x)
     for warps in (4, 8, 16):
@@ -223,7 +223,7 @@ def norm_cases(num_tokens: int) -> Iterator[Case]:
 def rope_cases(num_tokens: int) -> Iterator[Case]:
     q, k, (cos, sin) = normal(num_tokens, HEADS, HEAD_DIM), normal(num_tokens, KV_HEADS, HEAD_DIM), tables(num_tokens)
     size = 2 * 2 * (q.numel() + k.numel()) + 8 * cos.numel()
-    yield "rope_qk", {}, size, lambda: rotary._launch(q, k, cos, sin, backward=False)
+    yield "rope_qk", {}, size, lambda: rotary.rotate(q, k, cos, sin, backward=False)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     for warps in (2, 4, 8):
         yield (

@@ -31,10 +31,10 @@ MAX_TOKEN = 199_998  # control tokens start here
 
 
 def load_policy(checkpoint: Path, *, lora: str, rank: int = 16, keep_activations: bool = False, memory_gb: float | None = None,
-                device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> GptOss:
+                host_gb: float = 0.0, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> GptOss:
     """The model with an adapter as in the middle of a training run."""
-    budget = {} if memory_gb is None else {"memory_gb": memory_gb}
-    policy = load_model(checkpoint, device=device, dtype=dtype, activation_checkpointing=not keep_activations, **budget)
+    policy = load_model(checkpoint, device=device, dtype=dtype, activation_checkpointing=not keep_activations,
+                        memory_gb=memory_gb, host_gb=host_gb)
     attach_lora(policy, LoraConfig(rank=rank, alpha=2.0 * rank, targets=TARGETS[lora]), seed=0)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
@@ -127,7 +127,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[parse_case(case) for case in CASES],
                         metavar="BATCHxLENGTH", help=f"default: {' '.join(CASES)}")
-    parser.add_argument("--memory-gb", type=float, help="memory budget of the model, in 1e9 bytes: decides what is recomputed")
+    parser.add_argument("--memory-gb", type=float, help="memory budget of the GPU, in 1e9 bytes: decides what is recomputed")
+    parser.add_argument("--host-gb", type=float, default=0.0, help="pinned host memory that embedding and activations may use")
     parser.add_argument("--keep-activations", action="store_true", help="recompute nothing, however much memory that takes")
     parser.add_argument("--iterations", type=int, default=3, help="timed steps of a case (default: 3)")
     arguments = parser.parse_args()
@@ -135,7 +136,7 @@ def main() -> None:
     print(json.dumps({"what": "peak", "gpu": gpu, "tflops": round(peak_flops / 1e12), "torch": torch.__version__}), flush=True)
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora=lora, rank=arguments.rank, memory_gb=arguments.memory_gb,
-                             keep_activations=arguments.keep_activations)
+                             host_gb=arguments.host_gb, keep_activations=arguments.keep_activations)
         for batch, length in arguments.cases:
             line = {"what": "train", "lora": lora, "batch": batch, "length": length}
             try:
@@ -147,7 +148,7 @@ def main() -> None:
             line |= {"tokens_per_s": round(rate), "peak_gb": round(result["peak_gb"], 2),
                      "flop_fraction": round(rate * flops_per_token(policy.config, length) / peak_flops, 3),
                      "ms": round(result["ms"], 1), "allocated_gb": round(result["allocated_gb"], 2),
-                     "memory_gb": arguments.memory_gb, "gpu": gpu}
+                     "memory_gb": arguments.memory_gb, "host_gb": arguments.host_gb, "gpu": gpu}
             print(json.dumps(line), flush=True)
         del policy
         torch.cuda.empty_cache()
