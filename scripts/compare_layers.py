@@ -195,7 +195,6 @@ def compare_all(folder: Path, lengths: list[int], device: str) -> None:
            norms={name: value.norm().item() for name, value in reference[0].items()})
     checked("float32", lambda: dense, run_ours)
     checked("transformers bf16", lambda: build_transformers(folder, weights, torch.bfloat16, device), run_transformers)
-    del dense, weights
     checked("bf16", lambda: our_model(torch.bfloat16, "auto"), run_ours)
 
 
