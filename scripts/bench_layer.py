@@ -9,9 +9,9 @@ peak_gb is the most memory allocated, in 1e9 bytes, 3.3 GB of weights and gradie
 is also profiled: share of each kernel, and idle time.
 
 Errors: a model of two layers (windowed, full), 4 experts of which one has no token, on the GPU in bf16 and in float32, against
-the same bf16 weights in float64 on the CPU; one JSON line per kind of parameter with ||g - exact|| / ||exact||, and the error of the
-same model's PyTorch path in bf16 on the CPU for scale. What the references keep in fp32 (norms, rotation, softmax, SwiGLU, head)
-stays in fp32 there, so that errors below 1e-6 mean nothing. Experts are assigned beforehand, through a bonus on their logits:
+the same bf16 weights in float64 on the CPU; one JSON line per kind of parameter with ||g - exact|| / ||exact||, and the error of
+the same model's PyTorch path in bf16 on the CPU for scale. What the references keep in fp32 (norms, rotation, softmax, SwiGLU,
+head) stays in fp32 there, so that errors below 1e-6 mean nothing. Experts are assigned beforehand, by a bonus on their logits:
 rounding must not choose others.
 """
 
