@@ -1,6 +1,6 @@
 """Compares the first layers of a checkpoint, forward and backward, with transformers' GptOss in float32 on the same weights.
 
-    python scripts/random_checkpoint.py OUT --size 20b --layers 2            (3.6 GB; a whole checkpoint serves as well)
+    python scripts/random_checkpoint.py OUT --size 20b --layers 2            (3.3 GB; a whole checkpoint serves as well)
     python scripts/compare_layers.py --checkpoint OUT [--layers 2] [--tokens 512 389 771] [--device cuda]
 
 Runs: `bf16` is our model in bf16 with the checkpoint's own experts (packed MXFP4 stay packed), `float32` our model in float32
@@ -175,6 +175,8 @@ def compare(run: str, found: tuple[Quantities, torch.Tensor], reference: tuple[Q
 
 def compare_all(folder: Path, lengths: list[int], device: str) -> None:
     config = read_config(folder)
+    if max(lengths) <= 2 * config.sliding_window:
+        raise ValueError(f"--tokens {lengths}: one must be above {2 * config.sliding_window}, twice the sliding window")
     tokens, factors = random_tokens(lengths, config, device)
 
     def our_model(dtype: torch.dtype, experts: str) -> GptOss:
