@@ -1,12 +1,12 @@
 """Times full fine-tuning of one gpt-oss-20b layer on one GPU, and checks the gradients of all its weights at a small size.
 
-    python scripts/bench_layer.py [--tokens 2048 8192] [--skip-errors] [--rows 12]
+    python scripts/bench_layer.py [--tokens 2048 8192] [--only timings] [--rows 12]
 
 Timed: dense bf16 experts, every weight trainable, forward and backward of a model of one layer (full or windowed attention) and a
 vocabulary of 512, so that embedding and head are below 1% of the work. tflops counts the products with weights (forward, input
 and weight gradients) and attention (two products forward, five backward); fraction is of an 8192^3 bf16 product in the same run.
 peak_gb is the most memory allocated, in 1e9 bytes, 3.3 GB of weights and gradients included. The longest case of full attention
-is also profiled: share of each kernel, and idle time.
+is also profiled: share of each kernel, and idle time (a step starts by waiting for the GPU, then the host must keep ahead).
 
 Errors: a model of two layers (windowed, full), 4 experts of which one has no token, on the GPU in bf16 and in float32, against
 the same bf16 weights in float64 on the CPU; one JSON line per kind of parameter with ||g - exact|| / ||exact||, and the error of
@@ -16,6 +16,7 @@ rounding must not choose others.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -165,7 +166,8 @@ def profile_layer(kind: str, num_tokens: int, rows: int) -> None:
 
 
 def print_table() -> None:
-    print(f"\n{'attention':10} {'tokens':>6} {'ms':>8} {'forward':>8} {'backward':>8} {'TFLOP/s':>8} {'fraction':>8} {'GB':>7}")
+    print(f"\n{torch.cuda.get_device_name()}")
+    print(f"{'attention':10} {'tokens':>6} {'ms':>8} {'forward':>8} {'backward':>8} {'TFLOP/s':>8} {'fraction':>8} {'GB':>7}")
     for line in REPORT.lines:
         if line["what"] == "layer" and "ms" in line:
             print(f"{line['attention']:10} {line['tokens']:6} {line['ms']:8.3f} {line['forward_ms']:8.3f} "
@@ -190,19 +192,19 @@ def print_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="lengths timed (default: 2048 8192)")
-    parser.add_argument("--skip-errors", action="store_true", help="timings only")
+    parser.add_argument("--only", choices=["timings", "errors"], help="one part instead of both")
     parser.add_argument("--rows", type=int, default=12, help="kernels listed of the profile (default: 12); 0 profiles nothing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_layer: needs a CUDA GPU")
-    peak_tflops, _ = measure_ceilings(REPORT)
-    for kind in KINDS:
-        for num_tokens in arguments.tokens:
+    if arguments.only != "errors":
+        peak_tflops, _ = measure_ceilings(REPORT)
+        for kind, num_tokens in itertools.product(KINDS, arguments.tokens):
             REPORT.guarded("layer", time_layer, kind, num_tokens, peak_tflops)
             torch.cuda.empty_cache()
-    if arguments.rows:
-        REPORT.guarded("profile", profile_layer, "full", max(arguments.tokens), arguments.rows)
-    if not arguments.skip_errors:
+        if arguments.rows:
+            REPORT.guarded("profile", profile_layer, "full", max(arguments.tokens), arguments.rows)
+    if arguments.only != "timings":
         REPORT.guarded("gradients", check_gradients, [77, 130, 64], "cuda")
     print_table()
 

@@ -13,7 +13,7 @@ import triton
 
 PRODUCT_SIZE, COPY_BYTES = 8192, 2**31
 _FLUSH_BYTES = 2**28  # more than any L2 cache holds
-_SLEEP_CYCLES = 400_000  # some 0.2 ms, in which the host prepares a call
+_SLEEP_CYCLES = 600_000  # some 0.3 ms, in which the host prepares a call
 
 
 class Report:
@@ -43,7 +43,7 @@ def milliseconds(function: Callable[[], object], *, warmup: int = 10, rep: int =
 
 
 def device_milliseconds(function: Callable[[], object], *, rep: float = 40.0) -> float:
-    """Median time of a call on the GPU alone: the GPU sleeps first, until the host has prepared the call (up to some 0.2 ms of
+    """Median time of a call on the GPU alone: the GPU sleeps first, until the host has prepared the call (up to some 0.3 ms of
     it). The L2 cache is emptied before each call; `rep`: time to spend, in milliseconds."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
