@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator
+from functools import partial
+from typing import Callable, Iterator
 
 import torch
 from torch import nn
@@ -145,8 +146,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, **factory)
         self.mlp = MixtureOfExperts(config, experts, **factory)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """The references on the CPU, and training of the base on a GPU. With a frozen base a GPU runs models/frozen_block.py."""
+    def forward(self, x: torch.Tensor, compute: Callable[[Block, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The block's output for x [T, D], computed as the caller says: by compose() or models/frozen_block.py. Being a call of
+        the module either way, it is seen by its hooks."""
+        return compute(self, x)
+
+    def compose(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """By autograd over the single operations: on the CPU, and where the base trains."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.add(attended, x)
         return self.mlp(normed, x)
@@ -245,18 +251,21 @@ class GptOss(nn.Module):
         x = embedding(tokens, self.model.embed_tokens.weight)
         blocks = self.model.layers
         if not is_triton(x) or any(block.trains_base() for block in blocks):
+            def compute(block, x):
+                if not self.activation_checkpointing or not torch.is_grad_enabled():
+                    return block.compose(x, cos, sin, attend)
+                return checkpoint(block.compose, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+
             for block in blocks:
-                recomputes = self.activation_checkpointing and torch.is_grad_enabled()
-                x = (checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False) if recomputes
-                     else block(x, cos, sin, attend))
+                x = block(x, compute)
         elif plan is None or not torch.is_grad_enabled():
             for block in blocks:
-                x = run_block(block, x, cos, sin, attend, scratch_bytes=SCRATCH_BYTES, replay=None)
+                x = block(x, partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, replay=None))
         else:
             places = self.memory.plan(x, plan, self.trainable_parameters().values(), is_packed=self.expert_format == "mxfp4")
             run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
             for block, layer in zip(blocks, places.layers):
-                x = train_block(block, x, run, layer, replay=None)
+                x = block(x, partial(train_block, run=run, plan=layer, replay=None))
             if run.store is not None:
                 run.store.settle()
         return self.model.norm(x)
