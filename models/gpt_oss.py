@@ -292,8 +292,8 @@ class GptOss(nn.Module):
         fixed = 700_000_000  # dequantised experts, or the head's scratch, and workspaces
         return torch.cuda.memory_allocated(self.device) + gradients + inputs + num_tokens * block + fixed
 
-    def _packed_attend(self, cu_seqlens: list[int]) -> Attend:
-        scale, plan = self.config.head_dim ** -0.5, AttentionPlan(cu_seqlens)
+    def _packed_attend(self, cu_seqlens: list[int], prefixes: list[int] | None) -> Attend:
+        scale, plan = self.config.head_dim ** -0.5, AttentionPlan(cu_seqlens, prefixes=prefixes)
 
         def attend(layer, q, k, v, sinks):
             window = self.config.sliding_window if self.config.is_windowed(layer) else 0
@@ -301,25 +301,32 @@ class GptOss(nn.Module):
 
         return attend
 
-    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        bounds = cu_seqlens.tolist()
-        return self._hidden(tokens, packed_positions(bounds, tokens.device), self._packed_attend(bounds))
+    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None) -> torch.Tensor:
+        positions = packed_positions(cu_seqlens, tokens.device, prefixes)
+        return self._hidden(tokens, positions, self._packed_attend(cu_seqlens, prefixes))
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
-        hidden = self._packed_hidden(tokens, cu_seqlens)
+        hidden = self._packed_hidden(tokens, cu_seqlens.tolist(), None)
         return hidden.float() @ self.lm_head.weight.float().T
 
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
-                  kept: KeptSets | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                  kept: KeptSets | None = None, prefixes: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
         distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
-        `kept` renormalises over the sets a sampling filter left. The first token of a sequence has no log-prob."""
+        `kept` renormalises over the sets a sampling filter left. `prefixes` [S]: the sequence, itself whole, that each sequence
+        continues, -1 for none: a prompt computed once for all its completions. The first token of a sequence that continues
+        none has no log-prob."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
-        assert not mask[cu_seqlens[:-1].long()].any(), "mask is true on the first token of a sequence"
+        bounds = cu_seqlens.tolist()
         rows = mask.nonzero().squeeze(1)  # [N]
-        hidden = self._packed_hidden(tokens, cu_seqlens).index_select(0, rows - 1)
+        before = previous_rows(bounds, tokens.device, prefixes)[rows]
+        assert (before >= 0).all(), "mask is true on the first token of a sequence"
+        hidden = self._packed_hidden(tokens, bounds, prefixes)
+        # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add those with atomics, in
+        # any order, that of indexing adds them in one
+        hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
         kept = kept.select(rows) if kept is not None else None
         chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
                                     kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets)
@@ -340,7 +347,7 @@ class GptOss(nn.Module):
         positions = packed_positions(bounds, tokens.device)
         counts = torch.tensor(lengths, device=tokens.device)
         token_slots, token_lengths = slots.repeat_interleave(counts), counts.repeat_interleave(counts)
-        packed = self._packed_attend(bounds)
+        packed = self._packed_attend(bounds, None)
         # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
         last = {length: (positions >= token_lengths - length).nonzero().squeeze(1) for length in set(cache.lengths)}
 
@@ -370,8 +377,23 @@ class GptOss(nn.Module):
         return head_logits(self._hidden(tokens, positions, attend), self.lm_head.weight)
 
 
-def packed_positions(cu_seqlens: list[int], device: torch.device) -> torch.Tensor:
-    """Position of each packed token in its own sequence: [T] int64."""
+def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
     bounds = torch.tensor(cu_seqlens)
-    starts = torch.repeat_interleave(bounds[:-1], bounds[1:] - bounds[:-1])
-    return (torch.arange(cu_seqlens[-1]) - starts).to(device)
+    lengths = bounds.diff()
+    starts = bounds[:-1]
+    if prefixes is not None:
+        continued = torch.tensor(prefixes)
+        starts = starts - torch.where(continued >= 0, lengths[continued], 0)
+    return (torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths)).to(device)
+
+
+def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """The row of the token before each packed token, -1 where there is none: [T] int64. Before a continuation's first token
+    stands the last one of its prefix."""
+    rows = torch.arange(cu_seqlens[-1]) - 1
+    bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
+    for (start, end), prefix in zip(bounds, prefixes or [-1] * len(bounds)):
+        if start < end:
+            rows[start] = -1 if prefix == -1 or bounds[prefix][0] == bounds[prefix][1] else bounds[prefix][1] - 1
+    return rows.to(device)
