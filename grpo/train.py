@@ -102,20 +102,21 @@ def train(run: Run) -> None:
 
 def update(run: Run, groups: Groups) -> dict[str, float]:
     """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
-    optim, rollout = run.config.optim, run.config.rollout
+    optim = run.config.optim
     if not groups.completions:  # nothing to learn from: no gradient, no update
-        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0}
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0, "update/tokens": 0}
     batch = pack(groups.completions, groups.advantages).to(run.policy.device)
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
-    stats, sampling_stats, grad_norms = [], [], []
+    stats, sampling_stats, grad_norms, num_packed, num_whole = [], [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
-            for micro in micro_batches(part, optim.max_tokens):
-                log_probs, entropy = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask,
-                                                          temperature=rollout.temperature, kept=micro.kept)
+            num_whole += len(part.tokens)
+            for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
+                num_packed += len(micro.tokens)
+                log_probs, entropy = policy_log_probs(run, micro)
                 loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 loss.backward()
@@ -130,7 +131,14 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             run.is_between_steps = False
             run.optimizer.zero_grad()
     return {**reduce_stats(sampling_stats, num_updates=1), **reduce_stats(stats, num_updates=num_updates),
-            "grad_norm": max(grad_norms), "lr": lr}
+            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed,
+            "update/frac_tokens_shared": 1 - num_packed / num_whole}
+
+
+def policy_log_probs(run: Run, micro: RolloutBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [T] of the sampled tokens and entropy [T] of the policy as it is now, in nats."""
+    return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept, prefixes=micro.prefixes,
+                                temperature=run.config.rollout.temperature)
 
 
 def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_updates: int,
@@ -144,8 +152,7 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_u
     kl = run.config.kl
     if kl.coefficient > 0:
         with torch.no_grad(), run.policy.adapter_disabled():
-            ref_log_probs, _ = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
-                                                    temperature=run.config.rollout.temperature)
+            ref_log_probs, _ = policy_log_probs(run, micro)
         penalty, kl_stats = kl_penalty(log_probs, ref_log_probs, micro, coefficient=kl.coefficient,
                                        estimator=str(kl.estimator))
         loss, stats = loss + penalty, stats | kl_stats | {"loss": stats["loss"] + penalty.detach()}
@@ -154,18 +161,11 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_u
 
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
-    """Log-probs [T] of the policy as it is now, for the ratios of several updates."""
-    bounds, max_tokens, parts = batch.cu_seqlens.tolist(), run.config.optim.max_tokens, []
-    first = 0
-    while first < batch.num_rows:  # neighbouring sequences, as many as a micro-batch holds
-        end = first + 1
-        while end < batch.num_rows and bounds[end + 1] - bounds[first] <= max_tokens:
-            end += 1
-        micro = batch.select(list(range(first, end)))
-        parts.append(run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
-                                          temperature=run.config.rollout.temperature)[0])
-        first = end
-    return torch.cat(parts)
+    """Log-probs [T] of the policy as it is now, for the ratios of several updates; `batch` as `pack` made it."""
+    optim, log_probs = run.config.optim, torch.zeros_like(batch.sampler_log_probs)
+    for micro in micro_batches(batch, optim.max_tokens, share_prompts=optim.share_prompts):
+        log_probs[micro.token_index] = policy_log_probs(run, micro)[0]
+    return log_probs
 
 
 def evaluate_if_due(run: Run) -> None:
