@@ -31,6 +31,7 @@ from kernels.routing import route
 from models.config import GptOssConfig
 from models.experts import SCRATCH_BYTES, Bf16Experts, Mxfp4Experts
 from models.kv_cache import KVCache
+from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
 
@@ -67,6 +68,8 @@ def kept_bytes_per_token(config: GptOssConfig, size: int) -> dict[Keep, int]:
 
 # (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (router logits, whether the forward runs a second time) -> experts [T, A]; of one layer
+Choose = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
 class Repeat:
@@ -151,9 +154,12 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.hidden_size, config.num_local_experts, **factory)
         self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
-        """residual plus the weighted sum of the experts of x."""
-        weights, routing = route(self.router(x), experts_per_token=self.experts_per_token)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, keeps_h: bool, is_recomputing: bool,
+                choose: Choose | None) -> torch.Tensor:
+        """residual plus the weighted sum of the experts of x, those that `choose` names or the router's own."""
+        logits = self.router(x)
+        indices = None if choose is None else choose(logits, is_recomputing)
+        weights, routing = route(logits, experts_per_token=self.experts_per_token, indices=indices)
         return self.experts.mix(x, weights, routing, residual, keeps_h=keeps_h, is_recomputing=is_recomputing)
 
 
@@ -166,10 +172,10 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config, experts, **factory)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, keeps_h: bool,
-                repeat: Repeat) -> torch.Tensor:
+                repeat: Repeat, choose: Choose | None) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return self.mlp(normed, x, keeps_h, repeat.is_running)
+        return self.mlp(normed, x, keeps_h, repeat.is_running, choose)
 
 
 class Embedding(nn.Module):
@@ -250,14 +256,16 @@ class GptOss(nn.Module):
             for module in carriers:
                 module.adapter_enabled = True
 
-    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend,
+                routing: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences."""
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         repeat = Repeat()
-        for block, keep in zip(self.model.layers, self._plan_recompute(len(tokens))):
-            run = partial(block, keeps_h=keep == Keep.all, repeat=repeat)
+        for layer, (block, keep) in enumerate(zip(self.model.layers, self._plan_recompute(len(tokens)))):
+            choose = None if routing is None else partial(routing.choose, layer)
+            run = partial(block, keeps_h=keep == Keep.all, repeat=repeat, choose=choose)
             if keep == Keep.input:
                 x = checkpoint(run, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False,
                                context_fn=lambda: (nullcontext(), repeat.run()))
@@ -301,29 +309,31 @@ class GptOss(nn.Module):
 
         return attend
 
-    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None) -> torch.Tensor:
+    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
+                       routing: RoutingReplay | None) -> torch.Tensor:
         positions = packed_positions(cu_seqlens, tokens.device, prefixes)
-        return self._hidden(tokens, positions, self._packed_attend(cu_seqlens, prefixes))
+        return self._hidden(tokens, positions, self._packed_attend(cu_seqlens, prefixes), routing)
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
-        hidden = self._packed_hidden(tokens, cu_seqlens.tolist(), None)
+        hidden = self._packed_hidden(tokens, cu_seqlens.tolist(), None, None)
         return hidden.float() @ self.lm_head.weight.float().T
 
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
-                  kept: KeptSets | None = None, prefixes: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                  kept: KeptSets | None = None, prefixes: list[int] | None = None,
+                  routing: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
         distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
         `kept` renormalises over the sets a sampling filter left. `prefixes` [S]: the sequence, itself whole, that each sequence
         continues, -1 for none: a prompt computed once for all its completions. The first token of a sequence that continues
-        none has no log-prob."""
+        none has no log-prob. `routing` sends tokens through recorded experts and counts where the router would not have."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
         bounds = cu_seqlens.tolist()
         rows = mask.nonzero().squeeze(1)  # [N]
         before = previous_rows(bounds, tokens.device, prefixes)[rows]
         assert (before >= 0).all(), "mask is true on the first token of a sequence"
-        hidden = self._packed_hidden(tokens, bounds, prefixes)
+        hidden = self._packed_hidden(tokens, bounds, prefixes, routing)
         # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add those with atomics, in
         # any order, that of indexing adds them in one
         hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
@@ -338,8 +348,10 @@ class GptOss(nn.Module):
         return KVCache(self.config, num_slots=num_slots, max_len=max_len, device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        """Runs packed prompts tokens [T] and fills slots [S] of the cache. Returns the logits [S, V] fp32 after each."""
+    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                record: RoutingRecord | None = None) -> torch.Tensor:
+        """Runs packed prompts tokens [T] and fills slots [S] of the cache, and the `record` of their experts. Returns the
+        logits [S, V] fp32 after each."""
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in zip(bounds, bounds[1:])]
         if max(lengths) > cache.max_len:
@@ -356,12 +368,14 @@ class GptOss(nn.Module):
             cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
             return packed(layer, q, k, v, sinks)
 
-        hidden = self._hidden(tokens, positions, attend)
+        hidden = self._hidden(tokens, positions, attend, record)
         return head_logits(hidden[cu_seqlens[1:].long() - 1], self.lm_head.weight)
 
     @torch.no_grad()
-    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]. Returns logits [B, V] fp32."""
+    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                    record: RoutingRecord | None = None) -> torch.Tensor:
+        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
+        experts. Returns logits [B, V] fp32."""
         num_keys = {length: (positions + 1).clamp(max=length) for length in set(cache.lengths)}
         longest = int(positions.max()) + 1
         if longest > cache.max_len:
@@ -374,7 +388,7 @@ class GptOss(nn.Module):
                                     num_keys=num_keys[length], max_keys=min(longest, length),
                                     scale=self.config.head_dim ** -0.5)
 
-        return head_logits(self._hidden(tokens, positions, attend), self.lm_head.weight)
+        return head_logits(self._hidden(tokens, positions, attend, record), self.lm_head.weight)
 
 
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
