@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from models.gpt_oss import KeptSets
+from models.routing_record import no_record
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Segment:
     source: str  # "prompt" | "policy" | "env"; only policy tokens are trained on
     log_probs: list[float] | None = None  # nats, under the distribution really sampled from; policy segments only
     kept_ids: list[list[int]] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept
+    routing: torch.Tensor | None = None  # [tokens, L, A] on the host: experts of each layer (models/routing_record.py)
 
 
 @dataclass
@@ -76,6 +78,7 @@ class RolloutBatch:
     num_sequences: int
     prefixes: list[int] | None = None  # [S] the sequence, a shared prompt, that each continues, -1 for none; None: all whole
     kept: KeptSets | None = None
+    routing: torch.Tensor | None = None  # [T, L, A] uint8 or int16: the experts that the sampler chose, for a replay
     old_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy at the start of the update
     ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the adapter switched off
 
@@ -116,7 +119,8 @@ class RolloutBatch:
         per_token = {name: None if value is None else value[index] for name, value in
                      (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
                       ("sampler_log_probs", self.sampler_log_probs), ("old_log_probs", self.old_log_probs),
-                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index))}
+                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index),
+                      ("routing", self.routing))}
         return replace(
             self, **per_token,
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32),
@@ -159,13 +163,27 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
         sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts,
-        num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions),
+        num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions), routing=_packed_routing(completions),
         kept=KeptSets(torch.tensor(kept_ids, dtype=torch.int32), offsets) if kept_ids else None)
+
+
+def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:
+    """The records of all segments end to end, empty ones for segments without; None if there are none at all."""
+    segments = [segment for completion in completions for segment in completion.segments]
+    known = next((segment.routing for segment in segments if segment.routing is not None), None)
+    if known is None:
+        return None
+    return torch.cat([
+        known.new_full((len(segment.token_ids), *known.shape[1:]), no_record(known.dtype)) if segment.routing is None
+        else segment.routing for segment in segments])
 
 
 def _check_segment(segment: Segment, length: int) -> None:
     if segment.source not in ("prompt", "policy", "env"):
         raise ValueError(f"a segment's source is {segment.source!r}; allowed: prompt, policy, env")
+    if segment.routing is not None and len(segment.routing) != length:
+        raise ValueError(f"a {segment.source} segment of {length} tokens has {len(segment.routing)} rows of routing; each token "
+                         "needs its own")
     if segment.source != "policy":
         return
     for name, values in (("log_probs", segment.log_probs), ("kept_ids", segment.kept_ids)):

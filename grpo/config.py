@@ -133,6 +133,7 @@ class RolloutConfig:
     min_p: float = MISSING  # 0: off
     max_batch: int = MISSING  # completions decoded together: bounds the KV cache; does not change what is sampled
     refill_rounds: int = MISSING  # further draws of prompts to replace groups whose rewards are all equal
+    replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 
 @dataclass

@@ -110,6 +110,7 @@ BAD_ARGUMENTS = [
     ("optim.betas=[a,b]", "optim.betas[0] = 'a' (str): expected a number"),
     ("resume=maybe", "resume = 'maybe' (str): expected true or false"),
     ("optim.share_prompts=often", "optim.share_prompts = 'often' (str): expected true or false"),
+    ("rollout.replay_routing=sampler", "rollout.replay_routing = 'sampler' (str): expected true or false"),
     ("warmup.lr=null", "warmup.lr = None (NoneType): expected a number"),
     ("device=tpu", "device = 'tpu' (str): expected one of auto, cpu, cuda"),
     ("kl.estimator=k4", "kl.estimator = 'k4' (str): expected one of k1, k2, k3"),
