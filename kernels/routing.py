@@ -160,16 +160,26 @@ def route(logits: torch.Tensor, *, experts_per_token: int,
     `indices` [T, A] int64 replays a choice made before (each in 0..E-1): only the weights are computed then."""
     if indices is not None:
         assert indices.shape == (logits.shape[0], experts_per_token), f"{indices.shape}, {logits.shape}, {experts_per_token}"
+    weights, indices = _weigh(logits, indices, experts_per_token)
+    return weights, make_routing(indices, num_experts=logits.shape[1])
+
+
+@torch.no_grad()
+def choose_experts(logits: torch.Tensor, *, experts_per_token: int) -> torch.Tensor:
+    """The experts [T, A] int64 that `route` picks for logits [T, E] fp32, by descending logit."""
+    return _weigh(logits, None, experts_per_token)[1]
+
+
+def _weigh(logits: torch.Tensor, indices: torch.Tensor | None, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate weights [T, A] and the experts they belong to."""
     num_experts = logits.shape[1]
     if not is_triton(logits):
-        weights, indices = route_reference(logits, experts_per_token, indices)
-        return weights, make_routing(indices, num_experts=num_experts)
+        return route_reference(logits, experts_per_token, indices)
     check_served("route", {"logits": logits}, dtypes=(torch.float32,), tensor_cores=False)
     if num_experts > MAX_EXPERTS or experts_per_token > MAX_EXPERTS_PER_TOKEN:
         raise ValueError(f"route: {experts_per_token} of {num_experts} experts; the Triton kernel takes up to "
                          f"{MAX_EXPERTS_PER_TOKEN} of {MAX_EXPERTS}")
-    weights, indices = _Route.apply(logits, indices, experts_per_token)
-    return weights, make_routing(indices, num_experts=num_experts)
+    return _Route.apply(logits, indices, experts_per_token)
 
 
 def make_routing_reference(indices: torch.Tensor, num_experts: int) -> Routing:

@@ -30,8 +30,10 @@ from kernels.routing import Routing, make_routing, route_backward, route_forward
 from models.host_store import HostStore, HostTensor
 from models.memory_plan import NAMES, LayerPlan, Place
 
-# (layer, q, k, v, sinks) -> the attention's output [T, H, head width]; of prefill and decode, which write a cache
+# (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# router logits [T, E] -> experts [T, A] of a layer
+Choose = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -161,9 +163,9 @@ def _qkv(block, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return qkv, low_rank
 
 
-def _route(block, normed: torch.Tensor, replay: torch.Tensor | None) -> tuple[torch.Tensor, Routing]:
+def _route(block, normed: torch.Tensor, choose: Choose | None) -> tuple[torch.Tensor, Routing]:
     logits = block.mlp.router(normed)
-    weights, indices = route_forward(logits, replay, block.mlp.experts_per_token)
+    weights, indices = route_forward(logits, None if choose is None else choose(logits), block.mlp.experts_per_token)
     return weights, make_routing(indices, num_experts=logits.shape[1])
 
 
@@ -173,7 +175,7 @@ def _moe_settings(block) -> dict:
 
 
 def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, scratch_bytes: int, *,
-             keeps_h: bool, replay: torch.Tensor | None) -> tuple[torch.Tensor, Kept]:
+             keeps_h: bool, choose: Choose | None) -> tuple[torch.Tensor, Kept]:
     """The block's output [T, D], and every intermediate that a backward could use (h only where asked for)."""
     attn, experts = block.self_attn, block.mlp.experts
     normed, _, _ = norm_forward(x, None, block.input_layernorm.weight, block.input_layernorm.eps)
@@ -182,7 +184,7 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
     projected, low_rank_o = _project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
     normed, middle, _ = norm_forward(projected, x, block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)
     del projected
-    weights, routing = _route(block, normed, replay)
+    weights, routing = _route(block, normed, choose)
     y, moe = moe_forward(normed, weights, routing, experts.held("gate_up_proj", scratch_bytes),
                          experts.held("down_proj", scratch_bytes), middle, keeps_h=keeps_h, **_moe_settings(block))
     tensors = {"x": x, "qkv": qkv, "attended": attended, "middle": middle} | ({} if moe.h is None else {"h": moe.h})
@@ -191,9 +193,9 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
 
 
 def run_block(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, scratch_bytes: int,
-              replay: torch.Tensor | None) -> torch.Tensor:
+              choose: Choose | None) -> torch.Tensor:
     """The block's output [T, D] for x [T, D], without gradient."""
-    return _forward(block, x, cos, sin, attend, scratch_bytes, keeps_h=False, replay=replay)[0]
+    return _forward(block, x, cos, sin, attend, scratch_bytes, keeps_h=False, choose=choose)[0]
 
 
 def _attention_settings(block, run: TrainingPass) -> dict:
@@ -202,7 +204,7 @@ def _attention_settings(block, run: TrainingPass) -> dict:
 
 
 def _forward_in_training(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan,
-                         replay: torch.Tensor | None) -> torch.Tensor:
+                         choose: Choose | None) -> torch.Tensor:
     layer, lse = block.self_attn.layer, None
 
     def attend(layer, q, k, v, sinks):
@@ -210,7 +212,7 @@ def _forward_in_training(block, x: torch.Tensor, run: TrainingPass, plan: LayerP
         out, lse = attention_forward(q, k, v, sinks, **_attention_settings(block, run))
         return out
 
-    y, kept = _forward(block, x, run.cos, run.sin, attend, run.scratch_bytes, keeps_h=plan["h"] != Place.again, replay=replay)
+    y, kept = _forward(block, x, run.cos, run.sin, attend, run.scratch_bytes, keeps_h=plan["h"] != Place.again, choose=choose)
     kept.lse = lse if plan["attended"] != Place.again else None
     for name in [name for name, place in plan.items() if place == Place.again]:
         kept.tensors.pop(name, None)
@@ -293,9 +295,9 @@ def _router_adapter_backward(router, grad_logits: torch.Tensor, normed: torch.Te
 
 class _FrozenBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, block, run, plan, replay, *parameters):
+    def forward(ctx, x, block, run, plan, choose, *parameters):
         ctx.block, ctx.run, ctx.parameters = block, run, parameters
-        return _forward_in_training(block, x, run, plan, replay)
+        return _forward_in_training(block, x, run, plan, choose)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -305,7 +307,7 @@ class _FrozenBlock(torch.autograd.Function):
         return grad_x, None, None, None, None, *(grads.get(parameter) for parameter in ctx.parameters)
 
 
-def train_block(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan, *, replay: torch.Tensor | None) -> torch.Tensor:
+def train_block(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan, *, choose: Choose | None) -> torch.Tensor:
     """The block's output [T, D] for x [T, D]; gradients reach x and what trains in the block."""
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    return _FrozenBlock.apply(x, block, run, plan, replay, *parameters)
+    return _FrozenBlock.apply(x, block, run, plan, choose, *parameters)

@@ -31,9 +31,10 @@ from kernels.router_logits import router_logits
 from kernels.routing import route
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts
-from models.frozen_block import Attend, TrainingPass, run_block, train_block
+from models.frozen_block import Attend, Choose, TrainingPass, run_block, train_block
 from models.kv_cache import KVCache
 from models.memory_plan import SCRATCH_BYTES, MemoryBudget
+from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
 
@@ -132,9 +133,11 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.hidden_size, config.num_local_experts, **factory)
         self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual plus the weighted sum of the experts of x."""
-        weights, routing = route(self.router(x), experts_per_token=self.experts_per_token)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, choose: Choose | None) -> torch.Tensor:
+        """residual plus the weighted sum of the experts of x, those that `choose` names or the router's own."""
+        logits = self.router(x)
+        indices = None if choose is None else choose(logits)
+        weights, routing = route(logits, experts_per_token=self.experts_per_token, indices=indices)
         return self.experts.mix(x, weights, routing, residual)
 
 
@@ -151,11 +154,12 @@ class Block(nn.Module):
         the module either way, it is seen by its hooks."""
         return compute(self, x)
 
-    def compose(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def compose(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend,
+                choose: Choose | None) -> torch.Tensor:
         """By autograd over the single operations: on the CPU, and where the base trains."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return self.mlp(normed, x)
+        return self.mlp(normed, x, choose)
 
     def trains_base(self) -> bool:
         """Whether a weight or bias of a projection, of the router or of the experts trains."""
@@ -242,30 +246,29 @@ class GptOss(nn.Module):
             for module in carriers:
                 module.adapter_enabled = True
 
-    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend | None,
-                plan: AttentionPlan | None) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, plan: AttentionPlan | None,
+                routing: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences, which attend as `attend` says
         or, where there is a gradient, by `plan`."""
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = embedding(tokens, self.model.embed_tokens.weight)
-        blocks = self.model.layers
+        blocks, is_training = self.model.layers, torch.is_grad_enabled()
+        chooses = [None if routing is None else partial(routing.choose, layer) for layer in range(len(blocks))]
         if not is_triton(x) or any(block.trains_base() for block in blocks):
-            def compute(block, x):
-                if not self.activation_checkpointing or not torch.is_grad_enabled():
-                    return block.compose(x, cos, sin, attend)
-                return checkpoint(block.compose, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
-
-            for block in blocks:
+            for block, choose in zip(blocks, chooses):
+                compute = partial(Block.compose, cos=cos, sin=sin, attend=attend, choose=choose)
+                if is_training and self.activation_checkpointing:
+                    compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
                 x = block(x, compute)
-        elif plan is None or not torch.is_grad_enabled():
-            for block in blocks:
-                x = block(x, partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, replay=None))
+        elif plan is None or not is_training:
+            for block, choose in zip(blocks, chooses):
+                x = block(x, partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, choose=choose))
         else:
             places = self.memory.plan(x, plan, self.trainable_parameters().values(), is_packed=self.expert_format == "mxfp4")
             run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
-            for block, layer in zip(blocks, places.layers):
-                x = block(x, partial(train_block, run=run, plan=layer, replay=None))
+            for block, layer, choose in zip(blocks, places.layers, chooses):
+                x = block(x, partial(train_block, run=run, plan=layer, choose=choose))
             if run.store is not None:
                 run.store.settle()
         return self.model.norm(x)
@@ -279,26 +282,35 @@ class GptOss(nn.Module):
 
         return attend
 
-    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        bounds = cu_seqlens.tolist()
-        plan = AttentionPlan(bounds)
-        return self._hidden(tokens, packed_positions(bounds, tokens.device), self._packed_attend(plan), plan)
+    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
+                       routing: RoutingReplay | None) -> torch.Tensor:
+        plan = AttentionPlan(cu_seqlens, prefixes=prefixes)
+        positions = packed_positions(cu_seqlens, tokens.device, prefixes)
+        return self._hidden(tokens, positions, self._packed_attend(plan), plan, routing)
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
-        hidden = self._packed_hidden(tokens, cu_seqlens)
+        hidden = self._packed_hidden(tokens, cu_seqlens.tolist(), None, None)
         return hidden.float() @ self.lm_head.weight.float().T
 
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
-                  kept: KeptSets | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                  kept: KeptSets | None = None, prefixes: list[int] | None = None,
+                  routing: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
         distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
-        `kept` renormalises over the sets a sampling filter left. The first token of a sequence has no log-prob."""
+        `kept` renormalises over the sets a sampling filter left. `prefixes` [S]: the sequence, itself whole, that each sequence
+        continues, -1 for none: a prompt computed once for all its completions. The first token of a sequence that continues
+        none has no log-prob. `routing` sends tokens through recorded experts and counts where the router would not have."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
-        assert not mask[cu_seqlens[:-1].long()].any(), "mask is true on the first token of a sequence"
-        rows = mask.nonzero().squeeze(1)  # [N]; now, since the host waits for it
-        hidden = self._packed_hidden(tokens, cu_seqlens).index_select(0, rows - 1)
+        bounds = cu_seqlens.tolist()
+        rows = mask.nonzero().squeeze(1)  # [N]; before the layers, since the host waits for it
+        before = previous_rows(bounds, tokens.device, prefixes)[rows]
+        assert (before >= 0).all(), "mask is true on the first token of a sequence"
+        hidden = self._packed_hidden(tokens, bounds, prefixes, routing)
+        # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add those with atomics, in
+        # any order, that of indexing adds them in one
+        hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
         kept = kept.select(rows) if kept is not None else None
         chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
                                     kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets)
@@ -310,8 +322,10 @@ class GptOss(nn.Module):
         return KVCache(self.config, num_slots=num_slots, max_len=max_len, device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        """Runs packed prompts tokens [T] and fills slots [S] of the cache. Returns the logits [S, V] fp32 after each."""
+    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                record: RoutingRecord | None = None) -> torch.Tensor:
+        """Runs packed prompts tokens [T] and fills slots [S] of the cache, and the `record` of their experts. Returns the
+        logits [S, V] fp32 after each."""
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in zip(bounds, bounds[1:])]
         if max(lengths) > cache.max_len:
@@ -328,12 +342,14 @@ class GptOss(nn.Module):
             cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
             return packed(layer, q, k, v, sinks)
 
-        hidden = self._hidden(tokens, positions, attend, None)
+        hidden = self._hidden(tokens, positions, attend, None, record)
         return head_logits(hidden[cu_seqlens[1:].long() - 1], self.lm_head.weight)
 
     @torch.no_grad()
-    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]. Returns logits [B, V] fp32."""
+    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                    record: RoutingRecord | None = None) -> torch.Tensor:
+        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
+        experts. Returns logits [B, V] fp32."""
         num_keys = {length: (positions + 1).clamp(max=length) for length in set(cache.lengths)}
         longest = int(positions.max()) + 1
         if longest > cache.max_len:
@@ -346,11 +362,26 @@ class GptOss(nn.Module):
                                     num_keys=num_keys[length], max_keys=min(longest, length),
                                     scale=self.config.head_dim ** -0.5)
 
-        return head_logits(self._hidden(tokens, positions, attend, None), self.lm_head.weight)
+        return head_logits(self._hidden(tokens, positions, attend, None, record), self.lm_head.weight)
 
 
-def packed_positions(cu_seqlens: list[int], device: torch.device) -> torch.Tensor:
-    """Position of each packed token in its own sequence: [T] int64."""
+def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
     bounds = torch.tensor(cu_seqlens)
-    starts = torch.repeat_interleave(bounds[:-1], bounds[1:] - bounds[:-1])
-    return (torch.arange(cu_seqlens[-1]) - starts).to(device)
+    lengths = bounds.diff()
+    starts = bounds[:-1]
+    if prefixes is not None:
+        continued = torch.tensor(prefixes)
+        starts = starts - torch.where(continued >= 0, lengths[continued], 0)
+    return (torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths)).to(device)
+
+
+def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """The row of the token before each packed token, -1 where there is none: [T] int64. Before a continuation's first token
+    stands the last one of its prefix."""
+    rows = torch.arange(cu_seqlens[-1]) - 1
+    bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
+    for (start, end), prefix in zip(bounds, prefixes or [-1] * len(bounds)):
+        if start < end:
+            rows[start] = -1 if prefix == -1 or bounds[prefix][0] == bounds[prefix][1] else bounds[prefix][1] - 1
+    return rows.to(device)

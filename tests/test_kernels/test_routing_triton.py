@@ -27,6 +27,7 @@ from kernels.routing import (
     _route_kernel,
     _sort_kernel,
     _sum_rows_kernel,
+    choose_experts,
     combine,
     combine_grad_blocks,
     dispatch,
@@ -73,6 +74,7 @@ def test_logits_choices_and_weights_match_the_golden_ones(case, poisoned):
     weights, routing = route(logits, experts_per_token=data["topk_idx"].shape[1])
     assert torch.equal(routing.indices, data["topk_idx"].long())
     torch.testing.assert_close(weights, data["topk_weight"], rtol=2e-5, atol=1e-6)
+    assert torch.equal(choose_experts(logits, experts_per_token=data["topk_idx"].shape[1]), data["topk_idx"].long())
 
 
 @pytest.mark.interpreter
