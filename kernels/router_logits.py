@@ -1,7 +1,8 @@
 """Logits of the router, a product with few columns: logits = x W^T + b in fp32, from exact products in any dtype.
 
-The K loop ascends and is never split, and blocks do not depend on the number of tokens: a token gets the same bits in any
-batch. The gradient dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
+The K loop ascends and is never split, and every tile multiplies with the same instructions: a token gets the same bits in any
+batch. Few tokens take narrow tiles of experts, so that more programs share a loop that waits for memory. The gradient
+dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
 
 Shapes: T tokens, E experts, D model width.
 """
@@ -13,6 +14,7 @@ from kernels.dense import linear
 from kernels.launch import check_served, gpu_family, is_triton, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_TOKENS = 512
 
 
 def router_logits_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -63,12 +65,16 @@ def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_wei
     tl.store(pointers, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-def router_blocks(family: str, num_experts: int, itemsize: int) -> dict[str, int]:
-    """Blocks of the forward: a tile of weights and of tokens per stage, the K loop ascending and never split."""
+def router_blocks(family: str, num_experts: int, itemsize: int, num_tokens: int) -> dict[str, int]:
+    """Blocks of the forward: a tile of weights and of tokens per stage, the K loop ascending and never split. 64 rows are what
+    wgmma and tcgen05 need, so few tokens keep them there."""
     if family == "interpreter":
         return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     block_e = min(max(triton.next_power_of_2(num_experts), 16), 128)
     stages = {"ampere": 4, "consumer": 3, "hopper": 4, "blackwell": 4}[family]
+    if num_tokens <= FEW_TOKENS and itemsize == 2:
+        rows, stages = {"ampere": (16, 8), "consumer": (16, 6), "hopper": (64, 7), "blackwell": (64, 7)}[family]
+        return {"BLOCK_T": rows, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
     return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_K": 128 // itemsize, "num_warps": 4, "num_stages": stages}
 
 
@@ -84,7 +90,7 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x.device)
     if num_tokens:
-        blocks = router_blocks(gpu_family(x), num_experts, x.element_size())
+        blocks = router_blocks(gpu_family(x), num_experts, x.element_size(), num_tokens)
         grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_experts, blocks["BLOCK_E"]))
         launch(_router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
                NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)

@@ -278,7 +278,8 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
     forward = pointers("*bf16", "x", "weight", "bias") | pointers("*fp32", "logits") | strides | {"stride_x": "i32"}
     backward = pointers("*bf16", "weight", "grad_x") | pointers("*fp32", "grad") | strides
     cases = (
-        (_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2), {"PRECISION": "ieee"}),
+        *((_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2, num_tokens), {"PRECISION": "ieee"})
+          for num_tokens in (1, 8192)),
         (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), {"PRECISION": "tf32x3", "ADDS": True}),
     )
     for kernel, signature, blocks, flags in cases:
@@ -304,7 +305,7 @@ def test_router_logits_are_as_good_as_fp32_and_the_same_in_any_batch(num_tokens,
     assert (results["ours"][0].double() - exact).abs().max() <= 2e-5 * exact.abs().max()
     for ours, eager, exact in zip(*(results[name] for name in ("ours", "eager", "exact"))):
         assert (ours.double() - exact).norm() <= 2 * (eager.double() - exact).norm() + 1e-9 * exact.norm()
-    for rows in (1, 17):
+    for rows in (1, 17, 64, 512, 513, 1500):  # up to 512 take tiles of their own
         assert torch.equal(router_logits(given[0][:rows], *given[1:]), results["ours"][0][:rows])
 
 
