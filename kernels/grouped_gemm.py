@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.dense import linear
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
 from kernels.launch import check_served, gpu_family, is_triton, launch, num_multiprocessors
-from kernels.mxfp4 import dequantize
+from kernels.mxfp4_fragments import dequantize_packed
 from kernels.swiglu import clamped_swiglu, swiglu_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -92,31 +92,42 @@ class _ReferenceLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
+def _dequantized(blocks, scales, dtype, order, folds) -> torch.Tensor:
+    """Packed weights as [E, N, K]."""
+    out = torch.empty((*scales.shape[:2], scales.shape[2] * 32), dtype=dtype, device=scales.device)
+    return dequantize_packed(blocks, scales, out, order=order, folds=folds)
+
+
+def _expert_weight(blocks, scales, expert, dtype, order) -> torch.Tensor:
+    """[N, K] of one expert."""
+    return _dequantized(blocks[expert:expert + 1], scales[expert:expert + 1], dtype, order, False)[0]
+
+
 class _ReferenceLinearMxfp4(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, blocks, scales, bias, offsets):
+    def forward(ctx, x, blocks, scales, bias, offsets, order):
         ctx.save_for_backward(blocks, scales)
-        ctx.offsets = offsets
+        ctx.offsets, ctx.order = offsets, order
         y = x.new_empty(x.shape[0], blocks.shape[1])
         for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
             if start < end:
-                weight = dequantize(blocks[expert], scales[expert], x.dtype)  # [N, K]
-                y[start:end] = linear(x[start:end], weight, bias[expert])
+                y[start:end] = linear(x[start:end], _expert_weight(blocks, scales, expert, x.dtype, order), bias[expert])
         return y
 
     @staticmethod
     def backward(ctx, grad):
         blocks, scales = ctx.saved_tensors
-        needs_x, _, _, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = grad.new_empty(grad.shape[0], blocks.shape[2] * 32) if needs_x else None
         grad_bias = grad.new_zeros(blocks.shape[0], blocks.shape[1]) if needs_bias else None
         for expert, (start, end) in enumerate(zip(ctx.offsets, ctx.offsets[1:])):
             if start < end and needs_x:
-                torch.mm(grad[start:end], dequantize(blocks[expert], scales[expert], grad.dtype), out=grad_x[start:end])
+                weight = _expert_weight(blocks, scales, expert, grad.dtype, ctx.order)
+                torch.mm(grad[start:end], weight, out=grad_x[start:end])
             if start < end and needs_bias:
                 grad_bias[expert] = grad[start:end].sum(0)
-        return grad_x, None, None, grad_bias, None
+        return grad_x, None, None, grad_bias, None, None
 
 
 class Blocks(NamedTuple):
@@ -377,35 +388,37 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     return out
 
 
-def _weight_of(weight, blocks, scales, dtype) -> torch.Tensor:
-    """Dense [E, K, N], or a view in that order of the dequantised [E, N, K]."""
-    return weight if blocks is None else dequantize(blocks, scales, dtype).transpose(1, 2)
-
-
 class _GroupedLinear(torch.autograd.Function):
     """y = x W + b + scale (x A^T) B^T on rows in expert order; weight or else blocks and scales; LoRA's tensors may be None."""
 
     @staticmethod
-    def forward(ctx, x, weight, blocks, scales, bias, lora_A, lora_B, offsets, scale):
+    def weight_of(weight, blocks, scales, dtype, packing) -> torch.Tensor:
+        """Dense [E, K, N], or a view in that order of the dequantised [E, N, K]."""
+        return weight if blocks is None else _dequantized(blocks, scales, dtype, *packing).transpose(1, 2)
+
+    @staticmethod
+    def forward(ctx, x, weight, blocks, scales, bias, lora_A, lora_B, offsets, scale, packing):
         low_rank = None
         if lora_A is not None:
             low_rank = grouped_gemm(x, lora_A.transpose(1, 2), offsets, scale=scale)  # [R, r]
         ctx.save_for_backward(x, weight, blocks, scales, lora_A, lora_B, low_rank, offsets)
-        ctx.scale, ctx.bias = scale, None if bias is None else (bias.shape, bias.dtype)
-        return grouped_gemm(x, _weight_of(weight, blocks, scales, x.dtype), offsets, bias=bias, low_rank=low_rank,
+        ctx.scale, ctx.packing, ctx.bias = scale, packing, None if bias is None else (bias.shape, bias.dtype)
+        dense = _GroupedLinear.weight_of(weight, blocks, scales, x.dtype, packing)
+        return grouped_gemm(x, dense, offsets, bias=bias, low_rank=low_rank,
                             lora_up=None if lora_B is None else lora_B.transpose(1, 2))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, blocks, scales, lora_A, lora_B, low_rank, offsets = ctx.saved_tensors
-        needs_x, needs_weight, _, _, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        needs_x, needs_weight, _, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
         grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_low_rank = None
         if lora_A is not None and (needs_x or needs_A):
             grad_low_rank = grouped_gemm(grad, lora_B, offsets, scale=ctx.scale)  # [R, r]
         if needs_x:
-            grad_x = grouped_gemm(grad, _weight_of(weight, blocks, scales, x.dtype).transpose(1, 2), offsets,
-                                  low_rank=grad_low_rank, lora_up=lora_A)
+            dense = _GroupedLinear.weight_of(weight, blocks, scales, x.dtype, ctx.packing)
+            grad_x = grouped_gemm(grad, dense.transpose(1, 2), offsets, low_rank=grad_low_rank, lora_up=lora_A)
+            del dense
         if needs_weight:
             # in memory order of the weight, which may be a transposed view
             is_transposed = weight.stride(1) == 1 and weight.stride(2) != 1
@@ -421,7 +434,7 @@ class _GroupedLinear(torch.autograd.Function):
         if needs_B:
             grad_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
             grouped_outer(grad, low_rank, offsets, grad_B)
-        return grad_x, grad_weight, None, None, grad_bias, grad_A, grad_B, None, None
+        return grad_x, grad_weight, None, None, grad_bias, grad_A, grad_B, None, None, None
 
 
 def _with_lora(y, x, lora_A, lora_B, offsets, scale) -> torch.Tensor:
@@ -446,20 +459,21 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     offsets: int32 on x's device (a GPU never waits for them), or a list. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or
     x's dtype, add lora_scale (x A^T) B^T; their gradients come in their own dtype."""
     if is_triton(x):
-        return _GroupedLinear.apply(x, weight, None, None, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale)
+        return _GroupedLinear.apply(x, weight, None, None, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale, None)
     offsets = _on_host(offsets)
     y = _ReferenceLinear.apply(x, weight, bias, offsets)
     return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)
 
 
 def grouped_linear_mxfp4(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor,
-                         offsets: torch.Tensor | list[int], *, lora_A: torch.Tensor | None = None,
+                         offsets: torch.Tensor | list[int], *, order: str, folds: bool, lora_A: torch.Tensor | None = None,
                          lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
     """x [R, K] in expert order, blocks [E, N, K/32, 16] and scales [E, N, K/32] uint8, bias [E, N] -> [R, N] in x's dtype.
 
-    offsets and LoRA as in grouped_linear."""
+    order and folds as mxfp4_fragments.dequantize_packed takes them, offsets and LoRA as grouped_linear does."""
     if is_triton(x):
-        return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale)
+        return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale,
+                                    (order, folds))
     offsets = _on_host(offsets)
-    y = _ReferenceLinearMxfp4.apply(x, blocks, scales, bias, offsets)
+    y = _ReferenceLinearMxfp4.apply(x, blocks, scales, bias, offsets, order)
     return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)

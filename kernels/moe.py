@@ -20,20 +20,27 @@ import triton.language as tl
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
 from kernels.launch import is_triton, launch
-from kernels.mxfp4 import dequantize_experts
+from kernels.mxfp4_fragments import dequantize_packed
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
 
 
 @dataclass
 class ExpertWeights:
-    """One projection: dense [E, in, out], or packed blocks [E, out, in/32, 16] and scales [E, out, in/32] uint8."""
+    """One projection: dense [E, in, out], or packed blocks [E, out, in/32, 16] and scales [E, out, in/32] uint8 in an order of
+    mxfp4_fragments.ORDERS."""
 
     dense: torch.Tensor | None
     blocks: torch.Tensor | None
     scales: torch.Tensor | None
     bias: torch.Tensor  # [E, out]
     scratch_bytes: int  # of dequantised weights held at once
+    order: str  # of packed weights
+    folds: bool  # what mxfp4_fragments.is_foldable said of the scales, in fragment order
+
+    def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
+        """Writes the packed weights of some experts into out [e, out, in] and returns it."""
+        return dequantize_packed(self.blocks[experts], self.scales[experts], out, order=self.order, folds=self.folds)
 
 
 @triton.jit
@@ -102,7 +109,7 @@ def _all_dense(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor | None:
     num_experts, size_out, num_blocks = weights.scales.shape
     if num_experts * size_out * num_blocks * 32 * x.element_size() > weights.scratch_bytes:
         return None
-    return dequantize_experts(weights.blocks, weights.scales, x.new_empty(num_experts, size_out, num_blocks * 32))
+    return weights.dequantize(slice(None), x.new_empty(num_experts, size_out, num_blocks * 32))
 
 
 def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, is_transposed: bool = False,
@@ -122,7 +129,7 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
     scratch = x.new_empty(chunk, size_out, num_blocks * 32)
     for first in range(0, num_experts, chunk):
         part = slice(first, min(first + chunk, num_experts))
-        dense = dequantize_experts(weights.blocks[part], weights.scales[part], scratch[:part.stop - first])  # [e, out, in]
+        dense = weights.dequantize(part, scratch[:part.stop - first])  # [e, out, in]
         grouped_gemm(x, dense if is_transposed else dense.transpose(1, 2), offsets[first:part.stop + 1],
                      gather=gather, bias=None if bias is None else bias[part], low_rank=low_rank,
                      lora_up=None if lora_up is None else lora_up[part], swiglu=swiglu, pre_activation=pre_activation, out=out)

@@ -9,8 +9,8 @@ the same order: results are bit for bit those of the training forward (moe.py) o
 every set of other tokens in the batch. Splitting the inputs of one output over programs would break that, so nothing here does.
 
 Packed weights lie in fragment order (mxfp4_fragments.py): a thread's 32-bit word is its part of an MMA operand, which goes from
-unpacking to the tensor core without passing shared memory. Two forms unpack it: inline assembly, for bfloat16 on the GPUs in
-ASM_FAMILIES with scales up to 128, and arithmetic in fp32 for everything else; the bits are the same. Dense weights, and LoRA's
+unpacking to the tensor core without passing shared memory. Two forms unpack it: inline assembly, for bfloat16 on some GPUs with
+scales up to 128, and arithmetic in fp32 for everything else; the bits are the same. Dense weights, and LoRA's
 first factors, take the same kernel.
 
 Expert offsets stay on the device and grids depend on the number of tokens alone: a CUDA graph can replay the launches. Programs
@@ -31,12 +31,11 @@ import triton
 import triton.language as tl
 
 from kernels.grouped_gemm import DTYPES, grouped_gemm
-from kernels.launch import check_served, gpu_family, is_triton
+from kernels.launch import check_served, gpu_family, is_triton, launch
 from kernels.mxfp4_fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
 from kernels.routing import Routing, combine
 from kernels.swiglu import clamped_swiglu
 
-ASM_FAMILIES = ("ampere", "consumer", "hopper")
 OVERLAP_FAMILIES = ()
 NO_WAIT, WAIT_FOR_X, WAIT_FOR_LOW_RANK = 0, 1, 2  # what a kernel must not read before the launch before it is complete
 PREFETCH = tl.constexpr(512)  # inputs whose weights are asked for while x is waited for
@@ -44,7 +43,7 @@ PREFETCH = tl.constexpr(512)  # inputs whose weights are asked for while x is wa
 
 class Projection(NamedTuple):
     """Weights of one projection: dense [E, K, N], or blocks [E, N, K / 32, 16] and scales [E, N, K / 32] uint8 in fragment
-    order. unpacks_by_asm: what unpacks_by_asm() said of them."""
+    order. unpacks_by_asm: what mxfp4_fragments.unpacks_by_asm said of them."""
 
     dense: torch.Tensor | None
     blocks: torch.Tensor | None
@@ -61,12 +60,6 @@ class DecodeBlocks(NamedTuple):
     inner: int  # step along K
     num_warps: int
     num_stages: int
-
-
-def unpacks_by_asm(x: torch.Tensor, *, is_foldable: bool) -> bool:
-    """Whether packed weights are unpacked by inline assembly for x; is_foldable: what mxfp4_fragments.is_foldable says of all
-    scales."""
-    return is_foldable and x.dtype == torch.bfloat16 and gpu_family(x) in ASM_FAMILIES
 
 
 # family -> (at most so many routed rows per expert, blocks where out is wider than in, other blocks), the last for all above
@@ -145,14 +138,14 @@ def _prefetch(pointers):
 
 @triton.jit
 def moe_decode_kernel(
-    x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
-    num_experts, num_out, rank, scale, alpha, limit,
+    x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups,
+    num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
     NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
     TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr,
     IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
-    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
-    OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
     the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous."""
@@ -160,8 +153,11 @@ def moe_decode_kernel(
     if OVERLAPS and WAITS != 1:
         tl.extra.cuda.gdc_launch_dependents()
     experts = tl.arange(0, EXPERTS)
-    starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-    token_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + TOKENS - 1) // TOKENS
+    if HAS_OFFSETS:
+        starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
+        token_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + TOKENS - 1) // TOKENS
+    else:  # one expert owns every row
+        token_tiles_of = tl.where(experts == 0, tl.cdiv(num_rows, TOKENS), 0)
     ends_of = tl.cumsum(token_tiles_of, 0)
     feature_tiles = tl.cdiv(num_out, ROWS)
     tile = tl.program_id(0)
@@ -170,8 +166,12 @@ def moe_decode_kernel(
     # an expert's tiles with the same weights follow each other, for the L2 cache
     expert = tl.sum((ends_of * feature_tiles <= tile).to(tl.int32), 0)
     within = tile - tl.sum(tl.where(experts < expert, token_tiles_of, 0), 0) * feature_tiles
-    start = tl.load(offsets + expert)
-    end = tl.load(offsets + expert + 1)
+    if HAS_OFFSETS:
+        start = tl.load(offsets + expert)
+        end = tl.load(offsets + expert + 1)
+    else:
+        start = 0
+        end = num_rows
     token_tiles = tl.cdiv(end - start, TOKENS)
     first = within // token_tiles * ROWS
     rows = start + within % token_tiles * TOKENS + tl.arange(0, TOKENS)
@@ -253,10 +253,15 @@ def moe_decode_kernel(
         tl.extra.cuda.gdc_wait()
     for step in tl.static_range(RANK_STEPS):
         ranks = step * RANK + tl.arange(0, RANK)
-        up_pointers = lora_up + expert * stride_up_expert + ranks[None, :] * stride_up_rank + features[:, None] * stride_up_out
-        up = tl.load(up_pointers, mask=(ranks < rank)[None, :] & is_feature[:, None], other=0.0)
         low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
                       mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
+        up_mask = (ranks < rank)[None, :] & is_feature[:, None]
+        if HAS_LORA_GROUPS:
+            own = tl.load(lora_groups + features, mask=is_feature, other=-1)
+            up_mask = up_mask & ((ranks // slice_rank)[None, :] == own[:, None])
+            ranks = ranks % slice_rank
+        up_pointers = lora_up + expert * stride_up_expert + ranks[None, :] * stride_up_rank + features[:, None] * stride_up_out
+        up = tl.load(up_pointers, mask=up_mask, other=0.0)
         acc = tl.dot(up.to(dtype), low, acc, input_precision="ieee")
     if HAS_SCALE:
         acc = acc * scale
@@ -295,25 +300,30 @@ def _shape_of(projection: Projection) -> tuple[int, int, int]:
     return num_experts, num_blocks * 32, num_out
 
 
-def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor, *, gather: torch.Tensor | None = None,
-                      low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None, scale: float | None = None,
-                      swiglu: tuple[float, float] | None = None, overlaps: bool = False, waits: int = NO_WAIT,
-                      blocks: DecodeBlocks | None = None) -> torch.Tensor:
+def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor | None, *,
+                      gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None,
+                      lora_up: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
+                      scale: float | None = None, swiglu: tuple[float, float] | None = None, overlaps: bool = False,
+                      waits: int = NO_WAIT, blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
     of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
 
-    x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device; low_rank [R, r] in x's
-    dtype with lora_up [E, r, N]. overlaps: the next launch may start early, and must then be one that waits; waits: what the
-    launch before this one, made with overlaps, writes. Triton only. Raises ValueError for dtypes and GPUs that the kernel
-    cannot serve."""
+    x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None where one expert
+    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. overlaps: the next
+    launch may start early, and must then be one that waits; waits: what the launch before this one, made with overlaps, writes.
+    Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     rank = 0 if low_rank is None else low_rank.shape[1]
     is_packed, is_asm, bias = projection.dense is None, projection.unpacks_by_asm, projection.bias
-    assert x.shape[1] == num_in and offsets.shape == (num_experts + 1,), f"{x.shape}, {offsets.shape}: {num_in}, {num_experts}"
+    slice_rank = rank if lora_groups is None else lora_up.shape[1]
+    assert x.shape[1] == num_in, f"x {x.shape}: {num_in} inputs needed"
+    assert num_experts == 1 if offsets is None else offsets.shape == (num_experts + 1,), f"offsets of {num_experts} experts"
     assert bias is None or bias.shape == (num_experts, num_out), f"bias {bias.shape}: {(num_experts, num_out)} needed"
     assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
-    assert low_rank is None or (low_rank.is_contiguous() and lora_up.shape == (num_experts, rank, num_out)), f"{lora_up.shape}"
+    assert low_rank is None or low_rank.is_contiguous()
+    assert lora_up is None or lora_up.shape == (num_experts, slice_rank, num_out), f"lora_up {lora_up.shape}"
+    assert lora_groups is None or lora_groups.shape == (num_out,), f"lora_groups {lora_groups.shape}: ({num_out},) needed"
     assert not is_asm or x.dtype == torch.bfloat16, f"inline assembly unpacks to bfloat16, x is {x.dtype}"
     check_served("moe_decode", {"x": x}, dtypes=DTYPES, tensor_cores=True)
     out = x.new_empty((num_rows, num_out if swiglu is None else num_out // 2))
@@ -335,16 +345,18 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
-    launch = {"launch_pdl": True} if overlaps and waits != NO_WAIT else {}
+    options = {"launch_pdl": True} if overlaps and waits != NO_WAIT else {}
     token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
-    moe_decode_kernel[(token_tiles * triton.cdiv(num_out, blocks.rows),)](
-        x, weight, scales, out, offsets, gather, bias, low_rank, lora_up,
-        num_experts, num_out, rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
+    launch(
+        moe_decode_kernel, (token_tiles * triton.cdiv(num_out, blocks.rows),),
+        x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups, num_rows, num_experts, num_out, rank,
+        slice_rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
         NUM_IN=num_in, EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner,
         TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
-        HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, HAS_SWIGLU=swiglu is not None,
-        OVERLAPS=overlaps, WAITS=waits, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **launch,
+        HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
+        HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, OVERLAPS=overlaps, WAITS=waits,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages, **options,
     )  # fmt: skip
     return out
 
@@ -364,7 +376,7 @@ def moe_decode_reference(x, weights, routing, gate_up, down, residual, *, lora, 
     return combine(rows, weights, routing, residual=residual)
 
 
-def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor, *, scale: float,
+def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor | None, *, scale: float,
                   gather: torch.Tensor | None = None, overlaps: bool = False, waits: int = NO_WAIT,
                   blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """scale * x_r A_e^T for each row r of expert e, [R, r] in x's dtype; lora_A [E, r, K], the rest as in decode_projection."""

@@ -21,9 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import is_triton
-from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_reference, e8m0_to_fp32
+from kernels.launch import gpu_family, is_triton, launch
+from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_experts, dequantize_reference, e8m0_to_fp32
 
+ORDERS = ("checkpoint", "fragments")  # of packed weights
+ASM_FAMILIES = ("ampere", "consumer", "hopper")
 ROWS = 16  # rows of a tile
 MAX_FOLDED_SCALE = 128  # 2^126 times the scale is a finite bfloat16 up to here
 # left rotations that bring sign, exponent and mantissa of code j = h + 2r to their places
@@ -58,6 +60,12 @@ def chunk_of(num_in: int) -> int:
 def is_foldable(scales: torch.Tensor) -> bool:
     """Whether every scale lets 2^126 be folded into it. Waits for the device: for loading."""
     return scales.numel() == 0 or int(scales.max()) <= MAX_FOLDED_SCALE
+
+
+def unpacks_by_asm(x: torch.Tensor, *, is_foldable: bool) -> bool:
+    """Whether packed weights are unpacked by inline assembly to x's dtype on its GPU; is_foldable: what is_foldable() says of all
+    scales."""
+    return is_foldable and x.dtype == torch.bfloat16 and gpu_family(x) in ASM_FAMILIES
 
 
 def can_permute(blocks: torch.Tensor) -> bool:
@@ -264,7 +272,16 @@ def dequantize_fragments(blocks: torch.Tensor, scales: torch.Tensor, out: torch.
     num_groups, num_chunks = num_experts * num_out // ROWS, shape[2] // chunk
     words, scale_words = word_views(blocks, scales, is_asm)
     if out.numel():
-        _dequantize_fragments_kernel[(triton.cdiv(num_groups, DEQUANTIZE_GROUPS) * num_chunks,)](
-            words, scale_words, out, num_groups, num_chunks, GROUPS=DEQUANTIZE_GROUPS, CHUNK=chunk, IS_ASM=is_asm,
-            num_warps=NUM_WARPS)
+        launch(_dequantize_fragments_kernel, (triton.cdiv(num_groups, DEQUANTIZE_GROUPS) * num_chunks,),
+               words, scale_words, out, num_groups, num_chunks, GROUPS=DEQUANTIZE_GROUPS, CHUNK=chunk, IS_ASM=is_asm,
+               num_warps=NUM_WARPS)
     return out
+
+
+def dequantize_packed(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, *, order: str, folds: bool) -> torch.Tensor:
+    """mxfp4.dequantize_experts of blocks [E, O, N, 16] and scales [E, O, N] in either of ORDERS. folds: what is_foldable said of
+    the scales, in fragment order."""
+    assert order in ORDERS, f"order {order!r} is none of {ORDERS}"
+    if order == "checkpoint":
+        return dequantize_experts(blocks, scales, out)
+    return dequantize_fragments(blocks, scales, out, is_asm=unpacks_by_asm(out, is_foldable=folds))

@@ -13,6 +13,7 @@ from kernels.swiglu import swiglu
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 CASES = ("top2of8", "top4of8_starved", "one_token")
+AS_STORED = {"order": "checkpoint", "folds": False}
 WEIGHTS = ("x", "router_w", "router_b", "w1", "b1", "w2", "b2")
 
 
@@ -88,7 +89,7 @@ def test_packed_experts_equal_their_dequantised_weights_in_value_and_gradient(of
     x = torch.randn(offsets[-1], 64, generator=generator)
     grad = torch.randn(offsets[-1], 12, generator=generator)
     ours_x, ours_bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
-    y = grouped_linear_mxfp4(ours_x, blocks, scales, ours_bias, offsets)
+    y = grouped_linear_mxfp4(ours_x, blocks, scales, ours_bias, offsets, **AS_STORED)
     y.backward(grad)
     their_x, their_bias = x.double().requires_grad_(), bias.double().requires_grad_()
     weight = dequantize(blocks, scales, torch.float64)  # [E, out, in]
@@ -102,7 +103,7 @@ def test_packed_experts_equal_their_dequantised_weights_in_value_and_gradient(of
 
 def test_only_packed_weights_are_kept_for_the_backward():
     blocks, scales, bias = packed()
-    y = grouped_linear_mxfp4(torch.randn(4, 64, requires_grad=True), blocks, scales, bias, [0, 2, 3, 4])
+    y = grouped_linear_mxfp4(torch.randn(4, 64, requires_grad=True), blocks, scales, bias, [0, 2, 3, 4], **AS_STORED)
     assert [tensor.dtype for tensor in y.grad_fn.saved_tensors] == [torch.uint8, torch.uint8]
 
 
@@ -149,5 +150,5 @@ def test_packed_experts_in_bf16_stay_within_twice_the_error_of_eager_bf16():
     exact = torch.einsum("rk,rnk->rn", x.double(), dequantize(blocks, scales, torch.float64)[owner]) + bias.double()[owner]
     weight = dequantize(blocks, scales, torch.bfloat16)[owner]
     eager = torch.einsum("rk,rnk->rn", x, weight) + bias[owner]
-    ours = grouped_linear_mxfp4(x, blocks, scales, bias, offsets)
+    ours = grouped_linear_mxfp4(x, blocks, scales, bias, offsets, **AS_STORED)
     assert (ours.double() - exact).norm() <= 2 * (eager.double() - exact).norm()

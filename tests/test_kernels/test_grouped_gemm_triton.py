@@ -163,7 +163,8 @@ def test_packed_experts_equal_their_dequantised_weights():
         given = leaves_of(offsets, size_in=64, size_out=24, rank=3)
         lora = {"lora_A": given["lora_A"], "lora_B": given["lora_B"], "lora_scale": 2.0}
         if packed:
-            y = grouped_linear_mxfp4(given["x"], blocks, scales, given["bias"], int32(offsets), **lora)
+            y = grouped_linear_mxfp4(given["x"], blocks, scales, given["bias"], int32(offsets), order="checkpoint", folds=False,
+                                     **lora)
         else:
             weight = dequantize(blocks, scales, torch.float32).transpose(1, 2)
             y, given = merged(given | {"weight": weight}, offsets, 2.0)

@@ -14,7 +14,6 @@ from interpreter import run_interpreter_tests
 from kernels import moe_decode as module
 from kernels.launch import family_of, gpu_family
 from kernels.moe_decode import (
-    ASM_FAMILIES,
     DecodeBlocks,
     Projection,
     choose_decode_blocks,
@@ -22,10 +21,9 @@ from kernels.moe_decode import (
     moe_decode,
     moe_decode_kernel,
     moe_decode_reference,
-    unpacks_by_asm,
 )
 from kernels.mxfp4 import dequantize
-from kernels.mxfp4_fragments import chunk_of, to_fragments_
+from kernels.mxfp4_fragments import ASM_FAMILIES, chunk_of, to_fragments_, unpacks_by_asm
 from kernels.routing import make_routing
 
 ALPHA, LIMIT, SCALE = 1.702, 7.0, 0.5
@@ -139,7 +137,7 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
         "x": "*bf16", "weight": ("*i16" if is_asm else "*i32") if is_packed else f"*{weight_kind}", "scales": "*i32",
         "out": "*bf16", "offsets": "*i32", "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32",
-        "rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
+        "rank": "i32", "slice_rank": "i32", "lora_groups": "*i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
     }  # fmt: skip
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     constexprs = {
@@ -149,7 +147,8 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
         "RANK_STEPS": triton.cdiv(rank, rank_block), "IS_PACKED": is_packed, "IS_ASM": is_packed and is_asm,
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "EVEN_OUT": num_out % blocks.rows == 0,
     }  # fmt: skip
-    constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "SWIGLU")}
+    constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "SWIGLU", "LORA_GROUPS")}
+    constexprs["HAS_OFFSETS"] = num_experts > 1
     constexprs |= {"OVERLAPS": waits is not None, "WAITS": waits or 0}
     del signature["stride_up_rank"]
     constexprs["stride_up_rank"] = 1

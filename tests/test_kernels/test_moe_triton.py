@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from kernels.moe import ExpertWeights, _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
 from kernels.mxfp4 import dequantize
+from kernels.mxfp4_fragments import ORDERS, to_fragments_
 from kernels.routing import make_routing
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
@@ -63,10 +64,14 @@ def leaves(tensors, dtype, device, names):
     return {name: tensor.requires_grad_(name in names) for name, tensor in made.items()}
 
 
-def run(indices, packed, t, grad, *, has_lora, keeps_h, num_experts, num_dequantized=2):
+def run(indices, packed, t, grad, *, has_lora, keeps_h, num_experts, num_dequantized=2, order="checkpoint"):
     """Output and gradients by name, with so many experts of the first projection dequantised at a time."""
+    if order == "fragments":
+        packed = [tuple(tensor.clone() for tensor in pair) for pair in packed]
+        for pair in packed:
+            to_fragments_(*pair)
     scratch = num_dequantized * t["b1"].shape[1] * t["x"].shape[1] * t["x"].element_size()
-    gate_up, down = (ExpertWeights(None, *pair, t[bias], scratch) for pair, bias in zip(packed, ("b1", "b2")))
+    gate_up, down = (ExpertWeights(None, *pair, t[bias], scratch, order, True) for pair, bias in zip(packed, ("b1", "b2")))
     routing, x, weights = make_routing(indices, num_experts=num_experts), t["x"], t["weights"]
     lora = (t["A1"], t["B1"], t["A2"], t["B2"]) if has_lora else None
     settings = {"lora": lora, "lora_scale": SCALE, "alpha": ALPHA, "limit": LIMIT}
@@ -76,7 +81,7 @@ def run(indices, packed, t, grad, *, has_lora, keeps_h, num_experts, num_dequant
     return {"y": y, "x": grad_x, "weights": grad_weights} | dict(zip(("A1", "B1", "A2", "B2"), lora_grads or ()))
 
 
-def errors_of(sizes, *, has_lora, keeps_h, dtype, device, num_dequantized=2):
+def errors_of(sizes, *, has_lora, keeps_h, dtype, device, num_dequantized=2, order="checkpoint"):
     """Name -> (our error, that of the composition in eager `dtype`), both relative to float64."""
     indices, packed, tensors, grad = problem(*sizes)
     names = ["x", "weights"] + (["A1", "B1", "A2", "B2"] if has_lora else [])
@@ -95,7 +100,7 @@ def errors_of(sizes, *, has_lora, keeps_h, dtype, device, num_dequantized=2):
     expected = outcome(exact, composed(indices, packed, exact, has_lora=has_lora))
     in_eager = outcome(eager, composed(indices, packed, eager, has_lora=has_lora))
     mine = run(indices, packed, ours, grad, has_lora=has_lora, keeps_h=keeps_h, num_experts=sizes[1],
-               num_dequantized=num_dequantized)
+               num_dequantized=num_dequantized, order=order)
     assert set(mine) == set(expected)
     return {name: tuple(((actual[name].double() - expected[name]).norm() / expected[name].norm()).item()
                         for actual in (mine, in_eager)) for name in expected}
@@ -106,9 +111,10 @@ def test_the_interpreter_agrees_with_float64():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("has_lora, keeps_h", [(True, False), (True, True), (False, False)])
-def test_the_composition_and_every_gradient(has_lora, keeps_h):
-    errors = errors_of((9, 5, 2, 32, 32, 4), has_lora=has_lora, keeps_h=keeps_h, dtype=torch.float32, device="cpu")
+@pytest.mark.parametrize("has_lora, keeps_h, order", [(True, False, "checkpoint"), (True, True, "fragments"),
+                                                      (False, False, "fragments")])
+def test_the_composition_and_every_gradient(has_lora, keeps_h, order):
+    errors = errors_of((9, 5, 2, 32, 32, 4), has_lora=has_lora, keeps_h=keeps_h, dtype=torch.float32, device="cpu", order=order)
     assert all(ours <= 3e-6 for ours, _ in errors.values()), errors
 
 
@@ -123,7 +129,8 @@ def test_dense_experts_agree_with_the_golden():
     case = {name.split(".")[2]: tensor for name, tensor in GOLDEN.items() if name.startswith("moe.top4of8_starved.")}
     x, weights = case["x"].float(), case["topk_weight"].float()
     dense = [case[name].float().transpose(1, 2).contiguous() for name in ("w1", "w2")]
-    gate_up, down = (ExpertWeights(weight, None, None, case[bias].float(), 0) for weight, bias in zip(dense, ("b1", "b2")))
+    gate_up, down = (ExpertWeights(weight, None, None, case[bias].float(), 0, "checkpoint", False)
+                     for weight, bias in zip(dense, ("b1", "b2")))
     routing = make_routing(case["topk_idx"].long(), num_experts=len(dense[0]))
     # the golden dx also has the router's part: gradients are compared with float64 and, whole, through the model
     y, _ = moe_forward(x, weights, routing, gate_up, down, torch.zeros_like(x), lora=None, lora_scale=0.0, alpha=ALPHA,
@@ -155,12 +162,12 @@ def test_real_widths_in_bf16(has_lora, keeps_h):
 
 
 @pytest.mark.gpu
-def test_two_runs_give_the_same_bits():
+def test_two_runs_give_the_same_bits_whatever_the_order_of_packed_weights():
     indices, packed, tensors, grad = problem(777, 8, 4, 2880, 2880, 16)
     packed = [tuple(tensor.cuda() for tensor in pair) for pair in packed]
     results = []
-    for _ in range(2):
+    for order in ORDERS:
         t = leaves(tensors, torch.bfloat16, "cuda", [])
         results.append(run(indices.cuda(), packed, t, grad.to("cuda", torch.bfloat16), has_lora=True, keeps_h=False,
-                           num_experts=8))
+                           num_experts=8, order=order))
     assert len(results[0]) == 7 and all(torch.equal(results[0][name], results[1][name]) for name in results[0])

@@ -8,9 +8,9 @@ from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
 from kernels.launch import family_of
-from kernels.moe_decode import ASM_FAMILIES
 from kernels.mxfp4 import dequantize
 from kernels.mxfp4_fragments import (
+    ASM_FAMILIES,
     DEQUANTIZE_GROUPS,
     NUM_WARPS,
     UNPACK,
