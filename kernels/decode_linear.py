@@ -1,0 +1,74 @@
+"""A dense projection for few tokens, where reading the weight is the cost: y = x W^T + b + (s x A^T) B^T, with LoRA
+(arXiv 2106.09685).
+
+moe_decode's kernel with one expert that owns every row: the weight is the MMA's M side and is read once for up to 64 tokens, in
+tiles of so few rows that every multiprocessor streams some of it. Each output is one sum over the inputs in ascending order,
+then over LoRA's rank: the bits of grouped_gemm, for every tile size. Several projections side by side keep adapters of their
+own as in grouped_gemm: each column names its slice of the low-rank row.
+
+Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
+"""
+import torch
+import triton
+
+from kernels.launch import gpu_family, is_triton
+from kernels.moe_decode import (
+    OVERLAP_FAMILIES,
+    WAIT_FOR_LOW_RANK,
+    DecodeBlocks,
+    Projection,
+    decode_projection,
+    low_rank_rows,
+)
+
+# family -> (at most so many tokens, blocks), the last for all above. Tiles under 64 rows are mma.sync's on every GPU
+_LINEAR = {
+    "ampere": ((16, DecodeBlocks(32, 16, 128, 4, 5)), (32, DecodeBlocks(32, 32, 128, 4, 4)),
+               (128, DecodeBlocks(64, 64, 64, 4, 4)), (512, DecodeBlocks(128, 64, 64, 4, 3))),
+    "consumer": ((16, DecodeBlocks(32, 16, 128, 4, 4)), (32, DecodeBlocks(32, 32, 128, 4, 3)),
+                 (512, DecodeBlocks(64, 64, 64, 4, 3))),
+    "hopper": ((16, DecodeBlocks(32, 16, 128, 4, 6)), (32, DecodeBlocks(32, 32, 128, 4, 5)),
+               (128, DecodeBlocks(64, 64, 64, 4, 5)), (512, DecodeBlocks(128, 64, 64, 4, 4))),
+    "blackwell": ((16, DecodeBlocks(128, 16, 64, 4, 6)), (512, DecodeBlocks(128, 64, 64, 4, 5))),
+    "interpreter": ((16, DecodeBlocks(16, 16, 32, 4, 2)), (512, DecodeBlocks(32, 32, 32, 4, 2))),
+}  # fmt: skip
+# x A^T: few programs that each run through all inputs, in fp32 masters twice the bytes
+_LOW_RANK = {
+    "ampere": DecodeBlocks(16, 16, 128, 4, 6),
+    "consumer": DecodeBlocks(16, 16, 128, 4, 4),
+    "hopper": DecodeBlocks(16, 16, 256, 4, 5),
+    "blackwell": DecodeBlocks(16, 16, 256, 4, 5),
+    "interpreter": DecodeBlocks(16, 16, 32, 4, 2),
+}
+
+
+def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, *, is_low_rank: bool) -> DecodeBlocks:
+    if is_low_rank:
+        blocks = _LOW_RANK[family]
+    else:
+        table = _LINEAR[family]
+        blocks = next((blocks for limit, blocks in table if num_tokens <= limit), table[-1][1])
+    if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
+        blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
+    return blocks._replace(inner=max(16, min(blocks.inner, triton.next_power_of_2(num_in))))
+
+
+def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, lora_A: torch.Tensor | None = None,
+                  lora_B: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
+                  lora_scale: float | None = None) -> torch.Tensor:
+    """x [T, K] times weight [N, K] plus bias [N] -> [T, N] in x's dtype. Triton only, no gradient.
+
+    lora_A [G r, K] and lora_B [N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T. With lora_groups [N] int32, column n
+    takes slice lora_groups[n] of the low-rank row alone, none where it is -1; without, G is 1. Raises ValueError for dtypes and
+    GPUs that the kernel cannot serve."""
+    assert is_triton(x), "decode_linear: elsewhere kernels.linear serves"
+    family, (num_tokens, num_in) = gpu_family(x), x.shape
+    blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, is_low_rank=False)
+    projection = Projection(weight.T[None], None, None, bias[None], False)
+    if lora_A is None:
+        return decode_projection(x, projection, None, blocks=blocks)
+    overlaps = family in OVERLAP_FAMILIES
+    low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, is_low_rank=True)
+    low_rank = low_rank_rows(x, lora_A[None], None, scale=lora_scale, overlaps=overlaps, blocks=low_rank_blocks)
+    return decode_projection(x, projection, None, low_rank=low_rank, lora_up=lora_B.T[None], lora_groups=lora_groups,
+                             overlaps=overlaps, waits=WAIT_FOR_LOW_RANK, blocks=blocks)

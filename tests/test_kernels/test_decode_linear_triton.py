@@ -1,0 +1,109 @@
+"""The dense projection for few tokens: in the interpreter against float64, compiled for every GPU, and on a GPU bit for bit against
+grouped_gemm."""
+
+import pytest
+import torch
+import triton
+from aot import ARCHITECTURES, check_fits, compile_for
+from interpreter import run_interpreter_tests
+
+from kernels.decode_linear import choose_linear_blocks, decode_linear
+from kernels.grouped_gemm import grouped_gemm
+from kernels.launch import family_of
+from kernels.moe_decode import moe_decode_kernel
+
+SCALE = 0.5
+
+
+def problem(num_tokens, num_in, sizes, rank, adapted, *, dtype=torch.float32, device="cpu"):
+    """x, weight, bias and LoRA of projections of `sizes` side by side, those in `adapted` with an adapter."""
+    generator, total = torch.Generator().manual_seed(num_tokens), sum(sizes)
+    shapes = {"x": (num_tokens, num_in), "weight": (total, num_in), "bias": (total,)}
+    if adapted:
+        shapes |= {"lora_A": (len(adapted) * rank, num_in), "lora_B": (total, rank)}
+    made = {}
+    for name, shape in shapes.items():
+        std = num_in**-0.5 if name in ("weight", "lora_A") else 1.0
+        made[name] = (torch.randn(shape, generator=generator) * std).to(device, torch.float32 if "lora" in name else dtype)
+    if adapted:
+        made["lora_scale"] = SCALE
+    if len(sizes) > 1 and adapted:
+        numbers = [adapted.index(i) if i in adapted else -1 for i in range(len(sizes))]
+        made["lora_groups"] = torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(sizes)).to(device)
+    return made
+
+
+def in_float64(t, sizes, rank, adapted):
+    y = t["x"].double() @ t["weight"].double().T + t["bias"].double()
+    for number, i in enumerate(adapted):
+        columns = slice(sum(sizes[:i]), sum(sizes[:i + 1]))
+        A = t["lora_A"][number * rank:(number + 1) * rank].double()
+        y[:, columns] += SCALE * t["x"].double() @ A.T @ t["lora_B"][columns].double().T
+    return y
+
+
+def test_the_interpreter_agrees_with_float64():
+    run_interpreter_tests(__file__)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_tokens, num_in, sizes, rank, adapted", [
+    (1, 96, (48, 16, 16), 3, (0, 1, 2)), (7, 70, (33, 8, 9), 4, (0, 2)), (37, 64, (40,), 5, (0,)), (17, 33, (20, 20), 4, ()),
+    (0, 32, (16,), 2, (0,)),
+])
+def test_a_product_with_its_adapters(num_tokens, num_in, sizes, rank, adapted):
+    t = problem(num_tokens, num_in, sizes, rank, adapted)
+    if adapted and len(adapted) < len(sizes):  # rows of columns without an adapter are not read
+        t["lora_B"][t["lora_groups"] < 0] = torch.nan
+    torch.testing.assert_close(decode_linear(**t).double(), in_float64(t, sizes, rank, adapted), rtol=1e-5, atol=1e-5)
+
+
+USES = {"qkv": (2880, 5120, 48, True), "o_proj": (4096, 2880, 16, False), "x A^T": (2880, 48, 0, False)}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 64, 512])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_fit_every_gpu(arch, use, num_tokens):
+    num_in, num_out, rank, has_groups = USES[use]
+    is_low_rank = use == "x A^T"
+    if is_low_rank and num_tokens > 1:
+        return  # the same tiles
+    blocks = choose_linear_blocks(family_of(arch), torch.bfloat16, num_tokens, num_in, is_low_rank=is_low_rank)
+    signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
+        "x": "*bf16", "weight": "*fp32" if is_low_rank else "*bf16", "scales": "*i32", "out": "*bf16", "offsets": "*i32",
+        "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32", "lora_groups": "*i32", "rank": "i32",
+        "slice_rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
+    }  # fmt: skip
+    for name in ("num_experts", "stride_up_rank"):
+        del signature[name]
+    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    constexprs = {
+        "num_experts": 1, "stride_up_rank": 1, "NUM_IN": num_in, "EXPERTS": 1, "ROWS": blocks.rows, "TOKENS": blocks.tokens,
+        "INNER": blocks.inner, "TAIL": 0, "CHUNK": 32, "RANK": rank_block, "RANK_STEPS": triton.cdiv(rank, rank_block),
+        "IS_PACKED": False, "IS_ASM": False, "IN_CONTIGUOUS": True, "EVEN_IN": num_in % blocks.inner == 0,
+        "EVEN_OUT": num_out % blocks.rows == 0, "HAS_OFFSETS": False, "HAS_GATHER": False, "HAS_BIAS": not is_low_rank,
+        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "OVERLAPS": False, "WAITS": 0,
+    }  # fmt: skip
+    divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
+    resources = compile_for(moe_decode_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,
+                            num_stages=blocks.num_stages, divisible=(*divisible, "num_out", "rank", "slice_rank"))
+    check_fits(resources, arch)
+    assert resources.has_mma
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rank", [4, 16, 32])
+@pytest.mark.parametrize("num_in, sizes, adapted", [(2880, (4096, 512, 512), (0, 1, 2)), (2880, (4096, 512, 512), (0, 2)),
+                                                    (4096, (2880,), (0,)), (4096, (2880,), ())])
+def test_bits_are_those_of_the_training_product(num_in, sizes, adapted, rank):
+    for num_tokens in (1, 7, 16, 17, 32, 64, 128, 200, 512):
+        t = problem(num_tokens, num_in, sizes, rank, adapted, dtype=torch.bfloat16, device="cuda")
+        lora = {}
+        if adapted:
+            low_rank = grouped_gemm(t["x"], t["lora_A"].T[None], None, scale=SCALE)
+            lora = {"low_rank": low_rank, "lora_up": t["lora_B"].T[None], "lora_groups": t.get("lora_groups")}
+        expected, y = grouped_gemm(t["x"], t["weight"].T[None], None, bias=t["bias"][None], **lora), decode_linear(**t)
+        assert torch.equal(y, expected), f"{num_tokens} tokens: {(y != expected).float().mean():.2%} of the values differ"
