@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
+from kernels.launch import is_triton
 from kernels.mxfp4 import BLOCK_SIZE, dequantize, quantize
 from models.config import GptOssConfig, read_config
+from models.experts import PACKED_SUFFIXES, Mxfp4Experts
 from models.gpt_oss import GptOss
 from models.original_layout import from_hugging_face, is_original, original_config, to_hugging_face
 from models.peft_format import has_expert_adapter, merged_weight, save_adapter
@@ -102,6 +104,7 @@ def load_model(
         `dtype` (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
     activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
         it is large enough (pinned allocations are rounded up to a power of two).
+    On a GPU packed experts are brought into fragment order at the end, in place (models/experts.py).
     Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
     the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
@@ -133,6 +136,10 @@ def load_model(
                 target.copy_(stored[name].read())
             else:
                 _dequantize_into(target, stored[name + "_blocks"], stored[name + "_scales"])
+    if is_triton(model.lm_head.weight):
+        for module in model.modules():
+            if isinstance(module, Mxfp4Experts):
+                module.to_fragments()
     return model
 
 
@@ -325,16 +332,22 @@ def _plan_export(
         name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
     }
     for name, tensor in held.items():
-        base = name.removesuffix("_blocks").removesuffix("_scales")
-        if not base.endswith(EXPERT_WEIGHTS):
+        weight, suffix = _expert_weight_of(name)
+        if weight is None:
             plan.append(
                 TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype))
             )
-        elif name.endswith("_scales"):
-            continue  # planned with its blocks
-        else:
-            plan += _plan_experts(model, base, form=form, merge=merge_experts, dtype=dtype, lost=lost)
+        elif not suffix.startswith("_scale"):  # scales are planned with their blocks
+            plan += _plan_experts(model, weight, form=form, merge=merge_experts, dtype=dtype, lost=lost)
     return plan
+
+
+def _expert_weight_of(name: str) -> tuple[str | None, str]:
+    """The expert weight that a tensor of the model holds or belongs to, None for others, and what its name adds to it."""
+    for suffix in ("", *(suffix for pair in PACKED_SUFFIXES.values() for suffix in pair)):
+        if name.endswith(tuple(weight + suffix for weight in EXPERT_WEIGHTS)):
+            return name.removesuffix(suffix), suffix
+    return None, ""
 
 
 def _dense(
@@ -346,55 +359,51 @@ def _dense(
 def _plan_experts(
     model: GptOss, name: str, *, form: str, merge: bool, dtype: torch.dtype, lost: _Requantized
 ) -> list[TensorToWrite]:
-    held = model.state_dict()
-    is_packed = name not in held
-    if is_packed:
-        num, size_out, num_blocks = held[name + "_scales"].shape
-        shape = (num, num_blocks * BLOCK_SIZE, size_out)
-    else:
-        shape = tuple(held[name].shape)
+    path, _, leaf = name.rpartition(".")
+    experts = model.get_submodule(path)
+    is_packed = isinstance(experts, Mxfp4Experts)
+    shape = num, size_in, size_out = (model.config.num_local_experts, *experts.sizes[leaf])
     num_values = math.prod(shape)
+    is_untouched = is_packed and not (merge and has_expert_adapter(model, name))
 
     def base(expert: int) -> torch.Tensor:
         """[in, out] fp32."""
         if not is_packed:
-            return held[name][expert].float()
-        return dequantize(held[name + "_blocks"][expert], held[name + "_scales"][expert], torch.float32).T
+            return experts.get_parameter(leaf).detach()[expert].float()
+        return dequantize(*experts.packed(leaf, expert), torch.float32).T
 
     def weight(expert: int) -> torch.Tensor:
         return merged_weight(model, name, base(expert), expert=expert) if merge else base(expert)
 
     def dense() -> torch.Tensor:
         result = torch.empty(shape, dtype=dtype)
-        for expert in range(shape[0]):
+        for expert in range(num):
             result[expert].copy_(weight(expert))
         return result
 
-    packed = {}  # both halves are made at once and handed out one after the other
+    def pack(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = weight(expert)
+        blocks, scales = quantize(wanted.T)
+        lost.error += (dequantize(blocks, scales, torch.float32).T - wanted).square().sum().item()
+        lost.change += (wanted - base(expert)).square().sum().item()
+        lost.weights += wanted.square().sum().item()
+        return blocks, scales
 
-    def pack() -> torch.Tensor:
-        pairs = []
-        for expert in range(shape[0]):
-            wanted = weight(expert)
-            blocks, scales = quantize(wanted.T)
-            pairs.append((blocks.cpu(), scales.cpu()))
-            lost.error += (dequantize(blocks, scales, torch.float32).T - wanted).square().sum().item()
-            lost.change += (wanted - base(expert)).square().sum().item()
-            lost.weights += wanted.square().sum().item()
-        packed["scales"] = torch.stack([scales for _, scales in pairs])
-        return torch.stack([blocks for blocks, _ in pairs])
+    waiting = {}  # both halves are made at once and handed out one after the other
+
+    def all_blocks() -> torch.Tensor:
+        waiting["scales"] = torch.empty(num, size_out, size_in // BLOCK_SIZE, dtype=torch.uint8)
+        blocks = torch.empty(*waiting["scales"].shape, BLOCK_SIZE // 2, dtype=torch.uint8)
+        for expert in range(num):
+            pair = experts.packed(leaf, expert) if is_untouched else pack(expert)
+            blocks[expert], waiting["scales"][expert] = pair
+        return blocks
 
     if form == "bf16":
         return [TensorToWrite(name, num_values * dtype.itemsize, dense)]
-    is_untouched = is_packed and not (merge and has_expert_adapter(model, name))
-    makers = (
-        {"_blocks": lambda: held[name + "_blocks"].cpu(), "_scales": lambda: held[name + "_scales"].cpu()}
-        if is_untouched
-        else {"_blocks": pack, "_scales": lambda: packed.pop("scales")}
-    )
     return [
-        TensorToWrite(name + "_blocks", num_values // 2, makers["_blocks"]),
-        TensorToWrite(name + "_scales", num_values // BLOCK_SIZE, makers["_scales"]),
+        TensorToWrite(name + "_blocks", num_values // 2, all_blocks),
+        TensorToWrite(name + "_scales", num_values // BLOCK_SIZE, lambda: waiting.pop("scales")),
     ]
 
 

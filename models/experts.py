@@ -13,11 +13,14 @@ from torch import nn
 from kernels.grouped_gemm import grouped_linear, grouped_linear_mxfp4
 from kernels.launch import is_triton
 from kernels.moe import ExpertWeights
+from kernels.moe_decode import Projection, moe_decode
+from kernels.mxfp4_fragments import can_permute, from_fragments, is_foldable, to_fragments_, unpacks_by_asm
 from kernels.routing import Routing, combine, dispatch
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+PACKED_SUFFIXES = {"checkpoint": ("_blocks", "_scales"), "fragments": ("_block_fragments", "_scale_fragments")}  # by order
 
 
 class _Experts(nn.Module):
@@ -62,6 +65,12 @@ class _Experts(nn.Module):
         offsets = routing.offsets_device if is_triton(x) else routing.offsets
         return combine(self(dispatch(x, routing), offsets), weights, routing, residual=residual)
 
+    def decode(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
+        """What mix gives, for few tokens and without gradients: the bits of kernels.moe.moe_forward, from the weights as they are
+        held. Triton only, and only where can_decode()."""
+        return moe_decode(x, weights, routing, *(self._for_decode(name, x) for name in PROJECTIONS), residual,
+                          lora=self.lora_tensors(), lora_scale=self.lora_scale, alpha=self.alpha, limit=self.limit)
+
 
 class Bf16Experts(_Experts):
     """Dense weights [E, in, out] in the model's dtype; trainable."""
@@ -77,24 +86,76 @@ class Bf16Experts(_Experts):
 
     def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
         """The weights as the GPU's forward and backward take them."""
-        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], scratch_bytes)
+        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], scratch_bytes, "checkpoint",
+                             False)
+
+    def can_decode(self) -> bool:
+        """Whether decode() serves these weights."""
+        return True
+
+    def _for_decode(self, name: str, x: torch.Tensor) -> Projection:
+        return Projection(self._parameters[name], None, None, self._parameters[f"{name}_bias"], False)
 
 
 class Mxfp4Experts(_Experts):
-    """Packed weights: blocks [E, out, in/32, 16] and scales [E, out, in/32], uint8, frozen."""
+    """Packed weights, uint8, frozen: blocks [E, out, in/32, 16] and scales [E, out, in/32].
+
+    `order` is how they lie: as in a checkpoint or, after to_fragments(), permuted in place for the tensor cores
+    (kernels/mxfp4_fragments.py). The buffers are named after it, NAME_blocks and NAME_scales or NAME_block_fragments and
+    NAME_scale_fragments, so that bytes in one order are never read or loaded as the other. packed() gives the checkpoint's."""
 
     def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__(config, device=device, dtype=dtype)
+        self.order, self.folds = "checkpoint", False
         for name, (size_in, size_out) in self.sizes.items():
             shape = (config.num_local_experts, size_out, size_in // 32)
-            self.register_buffer(f"{name}_blocks", torch.empty(*shape, 16, device=device, dtype=torch.uint8))
-            self.register_buffer(f"{name}_scales", torch.empty(shape, device=device, dtype=torch.uint8))
+            blocks = torch.empty(*shape, 16, device=device, dtype=torch.uint8)
+            self._hold(name, blocks, torch.empty(shape, device=device, dtype=torch.uint8))
+
+    def _hold(self, name: str, *tensors: torch.Tensor) -> None:
+        for suffix, tensor in zip(PACKED_SUFFIXES[self.order], tensors):
+            self.register_buffer(name + suffix, tensor)
+
+    def _packed(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and scales in the order they are held in."""
+        return tuple(self._buffers[name + suffix] for suffix in PACKED_SUFFIXES[self.order])
+
+    def to_fragments(self) -> None:
+        """Permutes the weights in place, where their sizes allow, and finds out how they unpack (`folds`). For loading: waits for
+        the device."""
+        assert self.order == "checkpoint", f"packed weights are in the order {self.order} already"
+        pairs = {name: self._packed(name) for name in PROJECTIONS}
+        if not all(can_permute(blocks) for blocks, _ in pairs.values()):
+            return
+        self.folds = all(is_foldable(scales) for _, scales in pairs.values())
+        for name, pair in pairs.items():
+            for suffix in PACKED_SUFFIXES[self.order]:
+                del self._buffers[name + suffix]
+            to_fragments_(*pair)
+        self.order = "fragments"
+        for name, pair in pairs.items():
+            self._hold(name, *pair)
+
+    def packed(self, name: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks [out, in/32, 16] and scales [out, in/32] of one expert as a checkpoint holds them; new tensors or views."""
+        part = slice(expert, expert + 1)
+        blocks, scales = (tensor[part] for tensor in self._packed(name))
+        if self.order == "fragments":
+            blocks, scales = from_fragments(blocks, scales)
+        return blocks[0], scales[0]
 
     def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        return grouped_linear_mxfp4(x, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
-                                    self._parameters[f"{name}_bias"], offsets, **self._lora(name))
+        return grouped_linear_mxfp4(x, *self._packed(name), self._parameters[f"{name}_bias"], offsets, order=self.order,
+                                    folds=self.folds, **self._lora(name))
 
     def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
         """The weights as the GPU's forward and backward take them; at most scratch_bytes dequantised at once."""
-        return ExpertWeights(None, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
-                             self._parameters[f"{name}_bias"], scratch_bytes)
+        return ExpertWeights(None, *self._packed(name), self._parameters[f"{name}_bias"], scratch_bytes, self.order, self.folds)
+
+    def can_decode(self) -> bool:
+        """Whether decode() serves these weights."""
+        return self.order == "fragments"
+
+    def _for_decode(self, name: str, x: torch.Tensor) -> Projection:
+        return Projection(None, *self._packed(name), self._parameters[f"{name}_bias"],
+                          unpacks_by_asm(x, is_foldable=self.folds))

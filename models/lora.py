@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from models.experts import PROJECTIONS
+from models.experts import PACKED_SUFFIXES, PROJECTIONS
 from models.gpt_oss import GptOss
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "experts")
@@ -98,16 +98,20 @@ def describe_trainable(model: GptOss) -> str:
     return "\n".join([*lines, f"  trainable parameters: {total:,} of {count_parameters(model):,}"])
 
 
+def _is_blocks(name: str) -> bool:
+    return name.endswith(tuple(blocks for blocks, _ in PACKED_SUFFIXES.values()))
+
+
 def count_parameters(model: GptOss) -> int:
     """Parameters of the model, packed weights counted as the values they stand for."""
-    packed = sum(2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("_blocks"))
+    packed = sum(2 * buffer.numel() for name, buffer in model.named_buffers() if _is_blocks(name))
     return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_active_parameters(model: GptOss) -> int:
     """Parameters that one token uses: everything but the experts it is not routed to and the other rows of the embedding."""
     config = model.config
-    packed = {name: 2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("_blocks")}
+    packed = {name: 2 * buffer.numel() for name, buffer in model.named_buffers() if _is_blocks(name)}
     dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
     experts = sum(size for name, size in (packed | dense).items() if ".experts." in name)
     embedding = config.vocab_size * config.hidden_size
