@@ -1,6 +1,7 @@
 """A block with a frozen base on a GPU: forward and backward as two plain functions around the kernels.
 
-The same forward serves training, prefill and decode. In training it keeps for the backward what the plan of the layer says, on
+The same forward serves training and prefill; a decode step runs kernels made for few tokens, which give the same bits. In
+training it keeps for the backward what the plan of the layer says, on
 the GPU or in host memory (models/memory_plan.py), and the backward computes the rest again with the same kernels; the choice
 of experts is always kept. Against autograd and its checkpointing this saves most of the host's work per layer, and it decides
 about every activation by itself. Adapters may be on any projection, the router and the experts; sinks and norms may train.
@@ -20,6 +21,7 @@ import torch
 
 from kernels.attention import attention_backward, attention_forward
 from kernels.attention_plan import AttentionPlan
+from kernels.decode_linear import decode_linear
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
 from kernels.moe import MoeKept, moe_backward, moe_forward
@@ -29,6 +31,8 @@ from kernels.router_logits import router_backward
 from kernels.routing import Routing, make_routing, route_backward, route_forward
 from models.host_store import HostStore, HostTensor
 from models.memory_plan import NAMES, LayerPlan, Place
+
+MAX_DECODE_TOKENS = 512  # up to so many, products are bound by the reading of their weights
 
 # (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -154,10 +158,13 @@ def _queries_keys_values(block, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tuple(part.unflatten(1, (-1, attn.head_dim)) for part in qkv.split(widths, 1))
 
 
+def _qkv_adapter(block) -> Adapter | None:
+    return _adapter_of(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+
+
 def _qkv(block, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotated queries and keys, and values, side by side [T, P]; and the low-rank rows of their adapters."""
-    attn = block.self_attn
-    qkv, low_rank = _project(normed, *attn.fused_qkv(), _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj))
+    qkv, low_rank = _project(normed, *block.self_attn.fused_qkv(), _qkv_adapter(block))
     q, k, _ = _queries_keys_values(block, qkv)
     rotate(q, k, cos, sin, backward=False, out=(q, k))
     return qkv, low_rank
@@ -192,9 +199,34 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
     return y, Kept(tensors, None, low_rank_qkv, low_rank_o, weights, routing, moe)
 
 
+def _decode_project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+    """_project's product, bit for bit."""
+    if adapter is None:
+        return decode_linear(x, weight, bias)
+    return decode_linear(x, weight, bias, lora_A=adapter.A, lora_B=adapter.B, lora_groups=adapter.groups,
+                         lora_scale=adapter.scale)
+
+
+def _decode(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend,
+            choose: Choose | None) -> torch.Tensor:
+    """_forward's output, bit for bit, by the kernels for few tokens."""
+    attn = block.self_attn
+    normed, _, _ = norm_forward(x, None, block.input_layernorm.weight, block.input_layernorm.eps)
+    q, k, v = _queries_keys_values(block, _decode_project(normed, *attn.fused_qkv(), _qkv_adapter(block)))
+    rotate(q, k, cos, sin, backward=False, out=(q, k))
+    attended = attend(attn.layer, q, k, v, attn.sinks).flatten(1)
+    projected = _decode_project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
+    normed, middle, _ = norm_forward(projected, x, block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)
+    return block.mlp.experts.decode(normed, *_route(block, normed, choose), middle)
+
+
 def run_block(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, scratch_bytes: int,
-              choose: Choose | None) -> torch.Tensor:
-    """The block's output [T, D] for x [T, D], without gradient."""
+              choose: Choose | None, is_decoding: bool) -> torch.Tensor:
+    """The block's output [T, D] for x [T, D], without gradient. is_decoding changes no bit: it takes the kernels for few tokens,
+    where there are at most MAX_DECODE_TOKENS and the experts can decode. In a CUDA graph nothing here waits for the GPU once one
+    call with the same adapters has gone before."""
+    if is_decoding and len(x) <= MAX_DECODE_TOKENS and block.mlp.experts.can_decode():
+        return _decode(block, x, cos, sin, attend, choose)
     return _forward(block, x, cos, sin, attend, scratch_bytes, keeps_h=False, choose=choose)[0]
 
 
@@ -236,7 +268,7 @@ def _backward(block, grad: torch.Tensor, run: TrainingPass, grads: dict[torch.nn
     if qkv is None:
         qkv, _ = _qkv(block, normed, run.cos, run.sin)
     q, k, v = _queries_keys_values(block, qkv)
-    adapter_qkv, adapter_o = _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj), _adapter_of(attn.o_proj)
+    adapter_qkv, adapter_o = _qkv_adapter(block), _adapter_of(attn.o_proj)
     if attended is None:
         out, kept.lse = attention_forward(q, k, v, attn.sinks, **settings)
         attended = out.flatten(1)

@@ -247,9 +247,9 @@ class GptOss(nn.Module):
                 module.adapter_enabled = True
 
     def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, plan: AttentionPlan | None,
-                routing: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
+                routing: RoutingRecord | RoutingReplay | None, *, is_decoding: bool = False) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences, which attend as `attend` says
-        or, where there is a gradient, by `plan`."""
+        or, where there is a gradient, by `plan`. is_decoding: a new token of each sequence, as run_block takes it."""
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = embedding(tokens, self.model.embed_tokens.weight)
@@ -262,8 +262,9 @@ class GptOss(nn.Module):
                     compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
                 x = block(x, compute)
         elif plan is None or not is_training:
+            run = partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, is_decoding=is_decoding)
             for block, choose in zip(blocks, chooses):
-                x = block(x, partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, choose=choose))
+                x = block(x, partial(run, choose=choose))
         else:
             places = self.memory.plan(x, plan, self.trainable_parameters().values(), is_packed=self.expert_format == "mxfp4")
             run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
@@ -362,7 +363,8 @@ class GptOss(nn.Module):
                                     num_keys=num_keys[length], max_keys=min(longest, length),
                                     scale=self.config.head_dim ** -0.5)
 
-        return head_logits(self._hidden(tokens, positions, attend, None, record), self.lm_head.weight)
+        hidden = self._hidden(tokens, positions, attend, None, record, is_decoding=True)
+        return head_logits(hidden, self.lm_head.weight)
 
 
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:

@@ -2,14 +2,21 @@
 
 The composition of autograd operations (models.gpt_oss.Block.forward) is itself compared with golden tensors elsewhere."""
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import pytest
 import torch
 from interpreter import run_interpreter_tests
 
+import models.frozen_block
 import models.memory_plan
 from kernels.attention_plan import AttentionPlan
 from kernels.mxfp4 import quantize
+from models.checkpoint import load_model
 from models.config import GptOssConfig
+from models.experts import Mxfp4Experts
+from models.frozen_block import run_block
 from models.gpt_oss import Block, GptOss
 from models.lora import LoraConfig, attach_lora
 from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, plan_layers, visible_pairs
@@ -28,7 +35,8 @@ WIDE = ARCHITECTURE | {"hidden_size": 256, "intermediate_size": 128, "num_hidden
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
 
 
-def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dtype=torch.float32, trains_more=True, **settings):
+def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dtype=torch.float32, trains_more=True,
+          in_fragments=False, **settings):
     """A random model whose adapters are not zero; packed experts of random codes."""
     config = GptOssConfig.from_architecture(architecture)
     model = GptOss(config, dtype=dtype, device="cpu", experts="bf16")
@@ -36,9 +44,12 @@ def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dt
     state = model.state_dict()
     if experts == "mxfp4":
         for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
-            state[f"{name}_blocks"], state[f"{name}_scales"] = quantize(state.pop(name).transpose(1, 2).contiguous())
+            state[f"{name}_blocks"], state[f"{name}_scales"] = quantize(state.pop(name).to(device).transpose(1, 2))
     model = GptOss(config, dtype=dtype, device=device, experts=experts, **settings)
     model.load_state_dict(state)
+    if in_fragments:
+        for block in model.model.layers:
+            block.mlp.experts.to_fragments()
     attach_lora(model, LoraConfig(3, 6.0, targets, trains_more, trains_more), seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -83,9 +94,10 @@ def test_the_interpreter_agrees_with_autograd():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("experts, recomputes", [("mxfp4", True), ("mxfp4", False), ("bf16", True)])
-def test_gradients_of_everything_that_may_train(experts, recomputes, monkeypatch):
-    model = build(ARCHITECTURE, experts, activation_checkpointing=recomputes)
+@pytest.mark.parametrize("experts, recomputes, in_fragments", [("mxfp4", True, True), ("mxfp4", False, False),
+                                                               ("bf16", True, False)])
+def test_gradients_of_everything_that_may_train(experts, recomputes, in_fragments, monkeypatch):
+    model = build(ARCHITECTURE, experts, activation_checkpointing=recomputes, in_fragments=in_fragments)
     assert_close(gradients(model), composed(model, monkeypatch), 2e-5)
 
 
@@ -109,6 +121,59 @@ def test_an_adapter_switched_off_leaves_the_base(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(off, base.logits(tokens, torch.tensor([0, 9])), rtol=0, atol=1e-5)
         assert (model.logits(tokens, torch.tensor([0, 9])) - off).abs().max() > 1e-2
+
+
+def block_outputs(model, num_tokens, *, choose=None):
+    """What every block gives for the same random tokens, as a decode step and as a training forward."""
+    config = model.config
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, config.hidden_size, generator=generator).to(model.device, model.dtype)
+    angles = torch.rand(num_tokens, config.head_dim // 2, generator=generator).to(model.device)
+
+    def attend(layer, q, k, v, sinks):
+        return q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) + k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+    with torch.no_grad():
+        return [[run_block(block, x, angles.cos(), angles.sin(), attend, scratch_bytes=1 << 30, choose=choose,
+                           is_decoding=is_decoding) for is_decoding in (True, False)] for block in model.model.layers]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("experts, targets", [("mxfp4", EVERYTHING), ("mxfp4", ["q_proj", "v_proj"]), ("bf16", EVERYTHING)])
+def test_a_decode_step_computes_what_training_does(experts, targets, monkeypatch):
+    model = build(ARCHITECTURE, experts, targets=targets, trains_more=False, in_fragments=experts == "mxfp4")
+    decoded, plain = [], type(model.model.layers[0].mlp.experts).decode
+    monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "decode",
+                        lambda self, *arguments: decoded.append(self) or plain(self, *arguments))
+    for num_tokens in (1, 19):
+        for ours, theirs in block_outputs(model, num_tokens):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        with model.adapter_disabled():
+            (base, same), *_ = block_outputs(model, num_tokens)
+        torch.testing.assert_close(base, same, rtol=1e-5, atol=1e-5)
+        assert (base - block_outputs(model, num_tokens)[0][0]).abs().max() > 1e-2
+    assert set(decoded) == {block.mlp.experts for block in model.model.layers}
+
+
+@pytest.mark.interpreter
+def test_more_tokens_and_weights_in_the_order_of_a_checkpoint_take_the_training_forward(monkeypatch):
+    monkeypatch.setattr(models.frozen_block, "MAX_DECODE_TOKENS", 4)
+    monkeypatch.setattr(Mxfp4Experts, "decode", None)
+    for in_fragments, num_tokens in ((True, 5), (False, 3)):
+        for ours, theirs in block_outputs(build(ARCHITECTURE, in_fragments=in_fragments), num_tokens):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.interpreter
+def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
+    model = load_model(Path(__file__).parent.parent / "fixtures/tiny_mxfp4", device="cpu", dtype=torch.float32)
+    assert {block.mlp.experts.order for block in model.model.layers} == {"fragments"}
+    tokens = torch.arange(3, 9)
+    cache, slots = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64)
+    model.prefill(tokens[:-1], torch.tensor([0, 5]), cache, slots)
+    logits = model.decode_step(tokens[-1:], torch.tensor([5]), cache, slots)
+    with torch.no_grad():
+        torch.testing.assert_close(logits[0], model.logits(tokens, torch.tensor([0, 6]))[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_visible_pairs_are_those_of_enumeration():
@@ -156,6 +221,52 @@ def test_what_has_no_room_on_the_gpu_goes_to_the_host_first_layers_first():
     assert all(place == Place.host for place in plans[0].values()) and all(place == Place.gpu for place in plans[3].values())
     _, slow, _ = plan(gpu_bytes=total // 2, host_bytes=total, host_rate=1.0)  # a host too slow to be of use
     assert slow[Place.host] == 0 and slow[Place.again] > 0
+
+
+# a layer of gpt-oss-20b with fewer experts
+REAL = ARCHITECTURE | {"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 1, "num_attention_heads": 64,
+                       "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 4,
+                       "sliding_window": 128, "layer_types": ["full_attention"], "vocab_size": 64}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("targets", [EVERYTHING, ["q_proj", "v_proj", "experts"], ["o_proj"]])
+@pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
+def test_a_decode_step_gives_the_bits_of_the_training_forward(experts, targets):
+    model = build(REAL, experts, targets=targets, device="cuda", dtype=torch.bfloat16, trains_more=False,
+                  in_fragments=experts == "mxfp4")
+    for num_tokens in (1, 7, 17, 64, 200, 512):
+        for is_on in (True, False):
+            with nullcontext() if is_on else model.adapter_disabled():
+                for ours, theirs in block_outputs(model, num_tokens):
+                    differing = (ours != theirs).float().mean()
+                    assert torch.equal(ours, theirs), f"{num_tokens} tokens, adapter {is_on}: {differing:.2%} differ"
+
+
+@pytest.mark.gpu
+def test_a_decode_step_runs_in_a_graph():
+    model = build(REAL, device="cuda", dtype=torch.bfloat16, trains_more=False, in_fragments=True)
+    (block,), x = model.model.layers, torch.randn(7, 2880, device="cuda", dtype=torch.bfloat16)
+    angles = torch.rand(7, 32, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+
+    def step():
+        return run_block(block, x, cos, sin, lambda layer, q, k, v, sinks: q, scratch_bytes=1 << 30, choose=None,
+                         is_decoding=True)
+
+    with torch.no_grad():
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = step()
+        for _ in range(3):  # other tokens go to other experts; adapters train in place
+            x.normal_()
+            for parameter in model.trainable_parameters().values():
+                parameter.mul_(1.1)
+            graph.replay()
+            assert torch.equal(y, step())
 
 
 @pytest.mark.gpu
