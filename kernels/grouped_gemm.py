@@ -8,7 +8,8 @@ steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is 
 grouped_outer.py.
 
 Weights come dense, with gradients of everything, or as packed MXFP4, frozen, dequantised in the forward and again in the
-backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time.
+backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time, and so does the
+library's path (kernels/launch.py: product_path).
 
 Shapes: R routed rows, E experts, K in, N out, r LoRA's rank.
 """
@@ -21,37 +22,42 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dense import linear
+from kernels.dense import linear, product
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
-from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors
+from kernels.launch import check_served, gpu_family, num_multiprocessors, product_path
 from kernels.mxfp4 import dequantize
-from kernels.swiglu import clamped_swiglu, swiglu_reference
+from kernels.swiglu import clamped_swiglu
+from kernels.swiglu import swiglu as activate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _grouped_gemm_reference(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu, pre_activation):
-    num_rows = x.shape[0] if gather is None else gather.shape[0]
-    bounds = [0, num_rows] if offsets is None else offsets.tolist()
-    parts = []
+@torch.no_grad()
+def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu, pre_activation, out):
+    """The library's path, and the reference: an expert at a time, its sums in fp32 until the one rounding. Reads the offsets on
+    the host once a call, so a GPU's queue runs dry there: products on these GPUs are long, and no kernel takes all experts."""
+    bounds = [0, out.shape[0]] if offsets is None else offsets.tolist()
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        rows = x[start:end] if gather is None else x[gather[start:end].long()]
-        y = rows.float() @ weight[expert].to(x.dtype).float()
+        if start == end:
+            continue
+        part = slice(start, end)
+        y = product(x[part] if gather is None else x[gather[part].long()], weight[expert].to(x.dtype))
         if low_rank is not None:
-            y += low_rank[start:end].float() @ lora_up[expert].to(x.dtype).float()
+            y += product(low_rank[part], lora_up[expert].to(x.dtype))
         if scale is not None:
             y *= scale
         if bias is not None:
-            y += bias[expert].float()
+            y += bias[expert]
         if row_scale is not None:
-            y *= row_scale[start:end, None]
-        parts.append(y.to(x.dtype))
-    y = torch.cat(parts)
-    if swiglu is None:
-        return y
-    if pre_activation is not None:
-        pre_activation.copy_(y)
-    return swiglu_reference(y, *swiglu)
+            y *= row_scale[part, None]
+        if swiglu is None:
+            out[part] = y
+            continue
+        h = y.to(out.dtype)
+        if pre_activation is not None:
+            pre_activation[part] = h
+        out[part] = activate(h, alpha=swiglu[0], limit=swiglu[1])
+    return out
 
 
 class _ReferenceLinear(torch.autograd.Function):
@@ -295,12 +301,13 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
                  scale: float | None = None, row_scale: torch.Tensor | None = None,
                  swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None,
                  out: torch.Tensor | None = None, blocks: Blocks | None = None) -> torch.Tensor:
-    """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to x's dtype.
+    """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to out's dtype.
 
     x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.
     weight [E, K, N], K or N contiguous, cast to x's dtype (LoRA's fp32 masters). offsets [E + 1] int32 on x's device; without
     it one expert owns all rows. bias [E, N]; low_rank [R, r] in x's dtype with lora_up [E, r, N], any strides, joins the
     accumulator (scale it when you make it); row_scale [R] fp32 (gate weights).
+    out is made in x's dtype unless given; a float32 one keeps what float16 cannot hold.
     swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; the row before it, as
     rounded, goes to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
     Raises ValueError for shapes that do not fit and for dtypes and GPUs that the kernel cannot serve."""
@@ -315,12 +322,14 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     })  # fmt: skip
     assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
     assert pre_activation is None or swiglu is not None, "pre_activation is for swiglu"
-    if not is_triton(x):
-        y = _grouped_gemm_reference(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu, pre_activation)
-        return y if out is None else out.copy_(y)
-    check_served("grouped_gemm", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=True)
+    path = product_path(x)
+    if path != "reference":
+        check_served("grouped_gemm", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=path == "triton")
     if out is None:
         out = x.new_empty(out_shape)
+    if path != "triton":
+        return _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu,
+                                       pre_activation, out)
     assert out.is_contiguous() and (pre_activation is None or pre_activation.is_contiguous())
     if num_rows == 0 or num_out == 0:
         return out
@@ -431,7 +440,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
     offsets: int32 on x's device (a GPU never waits for them), or a list. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or
     x's dtype, add lora_scale (x A^T) B^T; their gradients come in their own dtype."""
-    if is_triton(x):
+    if product_path(x) != "reference":
         return _GroupedLinear.apply(x, weight, None, None, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale)
     offsets = _on_host(offsets)
     y = _ReferenceLinear.apply(x, weight, bias, offsets)
@@ -444,7 +453,7 @@ def grouped_linear_mxfp4(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Te
     """x [R, K] in expert order, blocks [E, N, K/32, 16] and scales [E, N, K/32] uint8, bias [E, N] -> [R, N] in x's dtype.
 
     offsets and LoRA as in grouped_linear."""
-    if is_triton(x):
+    if product_path(x) != "reference":
         return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale)
     offsets = _on_host(offsets)
     y = _ReferenceLinearMxfp4.apply(x, blocks, scales, bias, offsets)

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, gpu_family, is_triton
+from kernels.dense import product
+from kernels.launch import check_served, gpu_family, is_triton, product_path
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK_ROWS = 2048  # of a partial sum; part of the result's bits
@@ -163,11 +164,18 @@ def _rows_of(x: torch.Tensor, gather: torch.Tensor | None) -> torch.Tensor:
     return x if gather is None else x[gather.long()]
 
 
-def _grouped_outer_reference(a, b, offsets, gather, row_scale, out):
-    a, b = _rows_of(a, gather).float(), (b if row_scale is None else (b * row_scale[:, None]).to(b.dtype)).float()
+@torch.no_grad()
+def _grouped_outer_by_expert(a, b, offsets, gather, row_scale, out):
+    """The library's path, and the reference. Reads the offsets on the host once a call."""
     bounds = [0, b.shape[0]] if offsets is None else offsets.tolist()
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        out[expert] = a[start:end].T @ b[start:end]
+        if start == end:
+            out[expert].zero_()
+            continue
+        part = slice(start, end)
+        rows = a[part] if gather is None else a[gather[part].long()]
+        scaled = b[part] if row_scale is None else (b[part] * row_scale[part, None]).to(b.dtype)
+        out[expert] = product(rows.T, scaled)
     return out
 
 
@@ -185,10 +193,12 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
         raise ValueError(f"grouped_outer: out is {list(out.shape)}, offsets {None if offsets is None else list(offsets.shape)} "
                          f"for a {list(a.shape)} and b {list(b.shape)}; give [E, {num_m}, {num_n}] and [E + 1]")
     assert (gather is not None or a.shape[0] == num_rows) and (offsets is not None or num_experts == 1)
-    if not is_triton(a):
-        return _grouped_outer_reference(a, b, offsets, gather, row_scale, out)
-    check_served("grouped_outer", {"a": a, "b": b, "out": out}, dtypes=DTYPES, tensor_cores=True)
+    path = product_path(a)
+    if path != "reference":
+        check_served("grouped_outer", {"a": a, "b": b, "out": out}, dtypes=DTYPES, tensor_cores=path == "triton")
     assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    if path != "triton":
+        return _grouped_outer_by_expert(a, b, offsets, gather, row_scale, out)
     assert out.is_contiguous() or out.transpose(1, 2).is_contiguous(), out.stride()
     a = a if a.stride(1) == 1 else a.contiguous()
     b = b if b.stride(1) == 1 else b.contiguous()
@@ -219,7 +229,7 @@ def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *
     """out_e [E, N] = sum over the rows r of expert e of row_scale_r x_r, in fp32, rounded to out's dtype: the gradient of a bias.
 
     x, offsets, gather and row_scale as in grouped_outer."""
-    if not is_triton(x):
+    if not is_triton(x):  # no product: the kernel serves every GPU
         rows = _rows_of(x, gather).float() if row_scale is None else _rows_of(x, gather).float() * row_scale[:, None]
         for expert, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
             out[expert] = rows[start:end].sum(0)

@@ -3,6 +3,16 @@
 CUDA tensors run the Triton kernels, CPU tensors the PyTorch references; in Triton's interpreter (TRITON_INTERPRET=1 in the
 environment when the kernels are imported) CPU tensors run the kernels too. Block-size tables are kept beside each kernel and
 keyed by `gpu_family`, so that one entry serves the GPUs that share tensor cores and shared memory.
+
+Kernels with matrix products have a second path for GPUs below compute capability 8.0 (T4), whose tensor cores Triton does not
+drive: products by the vendor's library, everything between them by Triton. `product_path` chooses. GRPO_PRODUCTS=library in the
+environment chooses the library on any other GPU and on the CPU too, to test that path or compare it; nothing else does.
+
+Those GPUs have no bfloat16 either, so a model is float16 there. Two tensors of gpt-oss go beyond float16's 65504: the residual
+stream, into which single channels of a few tokens grow large, and the down projection's output, which is what makes them grow.
+Both are kept in float32: grouped_gemm writes into an `out` of any dtype, sum_rows and combine give the residual's dtype,
+add_rms_norm takes a float32 residual beside a float16 x, and rms_norm returns another dtype than x's where asked to.
+Everything else is the output of a norm, of a clamped activation or of attention, and stays far below.
 """
 import os
 
@@ -28,6 +38,18 @@ def is_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or is_interpreted()
 
 
+def product_path(x: torch.Tensor) -> str:
+    """How matrix products with x are made: "reference" (CPU), "triton" or "library"; see the head of this file.
+
+    Raises ValueError for a GRPO_PRODUCTS that is neither unset nor "library"."""
+    forced = os.environ.get("GRPO_PRODUCTS")
+    if forced not in (None, "", "library"):
+        raise ValueError(f"GRPO_PRODUCTS={forced!r}; set it to library, or unset it and the GPU decides")
+    if forced or gpu_family(x) == "turing":
+        return "library"
+    return "triton" if is_triton(x) else "reference"
+
+
 def family_of(capability: int) -> str:
     """The family of a compute capability written as an integer, 90 for 9.0: a key of SHARED_MEMORY."""
     return _FAMILIES.get(capability, "consumer" if capability >= 80 else "turing")
@@ -48,14 +70,20 @@ def num_multiprocessors(x: torch.Tensor) -> int:
 
 def check_served(operation: str, tensors: dict[str, torch.Tensor], *, dtypes: tuple[torch.dtype, ...],
                  tensor_cores: bool) -> None:
-    """Raises ValueError, with the reason, where a Triton kernel cannot serve these tensors: several devices, a dtype it has no
-    code for, or (kernels with matrix products, `tensor_cores`) a GPU whose tensor cores Triton does not drive."""
+    """Raises ValueError, with the reason, where a kernel cannot serve these tensors: several devices, a dtype it has no code for,
+    bfloat16 on a GPU without it, or (`tensor_cores`: products in Triton) a GPU whose tensor cores Triton does not drive."""
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the others on {device}; move them to one device")
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{operation}: {name} is {tensor.dtype}; the Triton kernel takes {', '.join(map(str, dtypes))}")
-    if tensor_cores and device.type == "cuda" and gpu_family(next(iter(tensors.values()))) == "turing":
-        raise ValueError(f"{operation}: {torch.cuda.get_device_name(device)} has compute capability below 8.0, where Triton "
-                         "has no tensor-core path; use a GPU of capability 8.0 or later")
+            raise ValueError(f"{operation}: {name} is {tensor.dtype}; the kernel takes {', '.join(map(str, dtypes))}")
+    if gpu_family(next(iter(tensors.values()))) != "turing":
+        return
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16:
+            raise ValueError(f"{operation}: {name} is bfloat16, which GPUs of compute capability below 8.0 do not compute in; "
+                             "use a model in float16 (dtype=float16, or auto)")
+    if tensor_cores:
+        raise ValueError(f"{operation}: this GPU has compute capability below 8.0, where Triton has no tensor-core path, and "
+                         "this operation no other; use a GPU of capability 8.0 or later")

@@ -20,7 +20,7 @@ The probabilities in the scratch are relative to a power of two near the chosen 
 beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any
 reference near the maximum keeps all its digits. Tiles 2^_MAX_EXCESS above it take their own maximum, and the row is rescaled.
 
-Paths: "triton" forms logits in the kernel; "cublas" (GPUs whose tensor cores Triton does not drive, float16) takes fp32 logits
+Paths: "triton" forms logits in the kernel; "library" (kernels/launch.py: product_path; and float16 anywhere) takes fp32 logits
 from torch.mm. The sum is torch.mm in both.
 
 Shapes: N tokens, D model width, V vocabulary, n tokens of a chunk, C columns of a range of the vocabulary.
@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear
-from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors
+from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors, product_path
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
@@ -430,13 +430,10 @@ def _grid(num_rows: int, num_columns: int, blocks: dict, hidden: torch.Tensor) -
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    """The path that serves these tensors: "triton" or "cublas"."""
+    """The path that serves these tensors: "triton" or "library"."""
     if hidden.dtype != weight.dtype:
         raise ValueError(f"log_probs: hidden states are {hidden.dtype}, the head {weight.dtype}; they must be equal")
-    is_turing = gpu_family(hidden) == "turing"
-    if is_turing and weight.dtype == torch.bfloat16:
-        raise ValueError("log_probs: this GPU has no bfloat16 arithmetic; use float16 or float32")
-    path = "cublas" if is_turing or weight.dtype == torch.float16 else "triton"
+    path = "library" if weight.dtype == torch.float16 else product_path(hidden)
     check_served("log_probs", {"hidden": hidden, "weight": weight}, dtypes=tuple(_MAX_EXCESS), tensor_cores=path == "triton")
     return path
 
@@ -464,7 +461,7 @@ def _mark_kept(scratch: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torc
 
 def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, outputs, makes_sum) -> None:
     """Fills `outputs` (log_probs, entropy, lse, kept_lse, target_factor, sum_factor: [n] each) for the tokens of one chunk.
-    scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "cublas" path."""
+    scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "library" path."""
     (num_rows, width), vocab, has_kept = hidden.shape, weight.shape[0], kept is not None
     blocks, scale = _blocks(hidden, weight, small_parts=has_kept), math.log2(math.e) / temperature
     num_tiles = triton.cdiv(vocab, blocks["TILE"])
@@ -531,9 +528,9 @@ class _LogProbs(torch.autograd.Function):
         path, has_kept, (num_tokens, width), vocab = _check(hidden, weight), kept_ids is not None, hidden.shape, weight.shape[0]
         # log_probs, entropy, lse, kept_lse (both base 2), target_factor, sum_factor
         outputs = [torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(6)]
-        sum_dtype = torch.float32 if path == "cublas" else weight.dtype  # float16 might overflow
+        sum_dtype = torch.float32 if path == "library" else weight.dtype  # float16 might overflow
         weighted_sum = torch.empty(num_tokens if makes_sum else 0, width, dtype=sum_dtype, device=hidden.device)
-        has_scratch, has_logits = makes_sum or has_kept, path == "cublas"
+        has_scratch, has_logits = makes_sum or has_kept, path == "library"
         rows = _num_rows(num_tokens, vocab * (weight.element_size() * has_scratch + 4 * has_logits), scratch_bytes)
         scratch = torch.empty(rows, vocab, dtype=weight.dtype, device=hidden.device) if has_scratch else None
         logits = torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device) if has_logits else None
@@ -571,7 +568,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return head_logits_reference(hidden, weight)
     path, hidden, weight = _check(hidden, weight), hidden.detach().contiguous(), weight.detach().contiguous()
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-    if path == "cublas":
+    if path == "library":
         _mm(hidden, weight.T, logits)
     elif hidden.shape[0] > 0:
         blocks = _blocks(hidden, weight)

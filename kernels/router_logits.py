@@ -2,6 +2,7 @@
 
 The K loop ascends and is never split, and blocks do not depend on the number of tokens: a token gets the same bits in any
 batch. The gradient dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
+Where products are the library's (kernels/launch.py: product_path), it runs the reference: fp32 throughout.
 
 Shapes: T tokens, E experts, D model width.
 """
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import linear
-from kernels.launch import check_served, gpu_family, is_triton
+from kernels.launch import check_served, gpu_family, product_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,9 +119,12 @@ class _RouterLogits(torch.autograd.Function):
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x [T, D] W^T + b with weight [E, D] and bias [E]: logits [T, E] in fp32, from exact products whatever the dtype."""
-    if not is_triton(x):
+    path = product_path(x)
+    if path == "reference":
         return router_logits_reference(x, weight, bias)
-    check_served("router_logits", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=True)
+    check_served("router_logits", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=path == "triton")
+    if path == "library":  # so few columns that fp32 costs nothing; autograd rounds dx once, from fp32
+        return router_logits_reference(x, weight, bias)
     assert x.dtype == weight.dtype, f"x {x.dtype} and weight {weight.dtype} differ"
     assert x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1], f"{x.shape}, {weight.shape}, {bias.shape}"
     return _RouterLogits.apply(x, weight, bias)
