@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import check_served, gpu_family, is_triton
+from kernels.attention_library import attention_library
+from kernels.launch import check_served, gpu_family, product_path
 
 # scores held at once by the reference, in elements
 _MAX_SCORES = 1 << 26
@@ -562,12 +563,12 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dsinks.to(sinks.dtype), None, None, None
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, path: str) -> None:
     check_served("attention", {"q": q, "k": k, "v": v}, dtypes=(torch.bfloat16, torch.float16, torch.float32),
-                 tensor_cores=True)
+                 tensor_cores=path == "triton")
     if q.dtype != k.dtype or q.dtype != v.dtype:
-        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; the Triton kernel takes one dtype")
-    if q.shape[2] not in (16, 32, 64, 128):
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; the kernels take one dtype")
+    if path == "triton" and q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: head width {q.shape[2]}; the Triton kernel takes 16, 32, 64 or 128")
     assert sinks.device == q.device, (sinks.device, q.device)
 
@@ -581,9 +582,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
     sequences continue others."""
     plan = AttentionPlan(cu_seqlens) if plan is None else plan
     assert plan.cu_seqlens == cu_seqlens, (plan.cu_seqlens, cu_seqlens)
-    if not is_triton(q):
+    path = product_path(q)
+    if path == "reference":
         return attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=plan.prefixes)
-    _check(q, k, v, sinks)
+    _check(q, k, v, sinks, path)
     assert cu_seqlens[-1] == q.shape[0] == k.shape[0] == v.shape[0], (cu_seqlens[-1], q.shape, k.shape, v.shape)
     assert scale > 0, scale
+    if path == "library":
+        return attention_library(q, k, v, sinks, plan.bounds, plan.prefixes, window, scale)
     return _Attention.apply(q, k, v, sinks, plan, window, scale)
