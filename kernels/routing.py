@@ -335,10 +335,10 @@ def combine_grad_blocks(per_token: int) -> dict[str, int]:
 def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
              residual: torch.Tensor | None) -> torch.Tensor:
     """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A] and plus the residual [T, D] where they
-    are given: [T, D] in the rows' dtype. Triton only."""
+    are given: [T, D] in the residual's dtype, else the rows'. Triton only."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_tokens, per_token), width = inverse.shape, rows.shape[1]
-    y = torch.empty((num_tokens, width), dtype=rows.dtype, device=rows.device)
+    y = torch.empty((num_tokens, width), dtype=rows.dtype if residual is None else residual.dtype, device=rows.device)
     stride_residual = 0
     if residual is not None:
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
@@ -381,7 +381,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_RD, weights, order, inverse)
         if is_triton(y_RD):
             return sum_rows(y_RD, weights, inverse, residual)
-        y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+        y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype if residual is None else residual.dtype)
         return y_TD if residual is None else residual + y_TD
 
     @staticmethod
@@ -422,5 +422,5 @@ def dispatch(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
 def combine(y_RD: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
             residual: torch.Tensor | None = None) -> torch.Tensor:
     """Sums the experts' outputs by gate weight [T, A] in slot order, in fp32: [R, D] -> [T, D].
-    `residual` [T, D] is added to the rounded sum, as residual + combine(...) would."""
+    `residual` [T, D], of the rows' dtype or wider, is added to the sum rounded to its dtype, which is also the result's."""
     return _Combine.apply(y_RD, weights, routing.order, routing.inverse, residual)
