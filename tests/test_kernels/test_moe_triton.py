@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -121,9 +121,9 @@ def test_dense_experts_agree_with_the_golden():
     assert weights.grad.isfinite().all() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_activation_gradient_compiles_without_spills(arch):
-    signature = {"grad_ptr": "*bf16", "h_ptr": "*bf16", "weights_ptr": "*fp32", "slots_ptr": "*i32", "dots_ptr": "*fp32",
+    signature = {"grad_ptr": half(arch), "h_ptr": half(arch), "weights_ptr": "*fp32", "slots_ptr": "*i32", "dots_ptr": "*fp32",
                  "alpha": "fp32", "limit": "fp32"}
     pointers = tuple(name for name in signature if name.endswith("_ptr"))
     check_fits(compile_for(_activation_grad_kernel, signature, {"WIDTH": 2880, "BLOCK": 1024}, arch, num_warps=4, num_stages=3,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, ARCHITECTURES, check_fits, compile_for, half, stream
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -207,7 +207,7 @@ def pointers(kind, *names):
     return {f"{name}_ptr": kind for name in names}
 
 
-def elementwise_cases(num_experts, per_token):
+def elementwise_cases(num_experts, per_token, arch):
     """kernel, signature, constexprs (num_warps among them where it is not 4) at gpt-oss shapes."""
     integer = {"num_tokens": "i32"}
     experts = {"NUM_EXPERTS": num_experts, "PER_TOKEN": per_token}
@@ -233,18 +233,23 @@ def elementwise_cases(num_experts, per_token):
     )
     row = {"WIDTH": 2880, "PER_TOKEN": per_token, "BLOCK": 1024}
     inverse = pointers("*i32", "inverse")
-    yield _dispatch_kernel, pointers("*bf16", "x", "rows") | inverse | {"stride_x": "i32"}, row
+    yield _dispatch_kernel, pointers(half(arch), "x", "rows") | inverse | {"stride_x": "i32"}, row
     yield (
         _sum_rows_kernel,
-        pointers("*bf16", "rows", "residual", "y")
+        pointers(stream(arch), "rows", "residual", "y")
         | pointers("*fp32", "weights")
         | inverse
         | {"stride_rows": "i32", "stride_residual": "i32"},
         row | {"HAS_WEIGHTS": True, "HAS_RESIDUAL": True},
     )
     yield (
+        _sum_rows_kernel,
+        pointers(half(arch), "rows", "y") | inverse | {"stride_rows": "i32"},
+        row | {"weights_ptr": None, "residual_ptr": None, "stride_residual": 0, "HAS_WEIGHTS": False, "HAS_RESIDUAL": False},
+    )
+    yield (
         _combine_grad_kernel,
-        pointers("*bf16", "grad", "rows", "grad_rows")
+        pointers(half(arch), "grad", "rows", "grad_rows")
         | pointers("*fp32", "weights", "grad_weights")
         | inverse
         | {"stride_grad": "i32", "stride_rows": "i32"},
@@ -252,9 +257,9 @@ def elementwise_cases(num_experts, per_token):
     )
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch):
-    for kernel, signature, constexprs in elementwise_cases(32, 4):
+    for kernel, signature, constexprs in elementwise_cases(32, 4, arch):
         check_fits(
             compile_for(kernel, signature, constexprs, arch, num_warps=constexprs.pop("num_warps", 4), num_stages=3),
             arch,
@@ -262,7 +267,7 @@ def test_kernels_fit_every_gpu(arch):
 
 
 def test_kernels_fit_at_128_experts_and_8_per_token():
-    for kernel, signature, constexprs in elementwise_cases(128, 8):
+    for kernel, signature, constexprs in elementwise_cases(128, 8, 90):
         check_fits(
             compile_for(kernel, signature, constexprs, 90, num_warps=constexprs.pop("num_warps", 4), num_stages=3), 90
         )
