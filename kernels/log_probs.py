@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dense import linear
+from kernels.dense import linear, product
 from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors, product_path
 
 # logits held at once by the reference, in elements
@@ -442,8 +442,10 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out = a @ b with fp32 sums, rounded to out's dtype."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    else:
+    elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # in the interpreter
+        out.copy_(product(a, b))
 
 
 def _num_rows(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
