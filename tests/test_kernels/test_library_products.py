@@ -278,3 +278,19 @@ def test_gathered_rows_fused_activation_and_a_float32_down_projection_on_a_gpu(p
     assert_at_most_twice_the_error_of_eager({"h": h, "act": act, "y": y}, results["eager"], results["exact"])
     beyond = grouped_gemm(act * 64, w2 * 64, int32(offsets, "cuda"), out=torch.empty_like(y))
     assert beyond.isfinite().all() and beyond.abs().max() > 65504
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2048])
+def test_float16_router_logits_on_a_gpu_are_as_good_as_fp32(num_tokens, poisoned):
+    given = [normal(num_tokens, 2880), normal(32, 2880, seed=1, std=2880**-0.5), normal(32, seed=2)]
+    given = [tensor.to("cuda", torch.float16) for tensor in given]
+    grad = normal(num_tokens, 32, seed=3, device="cuda")
+    results = {}
+    for name, dtype in (("ours", torch.float16), ("eager", torch.float16), ("exact", torch.float64)):
+        leaves = [tensor.clone().to(dtype).requires_grad_() for tensor in given]
+        logits = router_logits(*leaves) if name == "ours" else leaves[0] @ leaves[1].T + leaves[2]
+        logits.backward(grad.to(logits.dtype))
+        results[name] = dict(zip(("logits", "x", "weight", "bias"), (logits.detach(), *(leaf.grad for leaf in leaves))))
+    assert_at_most_twice_the_error_of_eager(*(results[name] for name in ("ours", "eager", "exact")))
+    assert_near(results["ours"]["logits"], results["exact"]["logits"], 2e-6)
