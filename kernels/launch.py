@@ -5,8 +5,8 @@ environment when the kernels are imported) CPU tensors run the kernels too. Bloc
 keyed by `gpu_family`, so that one entry serves the GPUs that share tensor cores and shared memory.
 
 Kernels with matrix products have a second path for GPUs below compute capability 8.0 (T4), whose tensor cores Triton does not
-drive: products by the vendor's library, what lies between them by Triton or PyTorch. `product_path` chooses. GRPO_PRODUCTS=library in the
-environment chooses the library on any other GPU and on the CPU too, to test that path or compare it; nothing else does.
+drive: products by the vendor's library, what lies between them by Triton or PyTorch. `product_path` chooses. To test or compare
+that path, GRPO_PRODUCTS=library in the environment chooses it on any other GPU and on the CPU too; nothing else does.
 
 Those GPUs have no bfloat16 either, so a model is float16 there. Two tensors of gpt-oss go beyond float16's 65504: the residual
 stream, into which single channels of a few tokens grow large, and the down projection's output, which is what makes them grow.

@@ -62,5 +62,5 @@ def test_sampler_and_trainer_agree(library):
     logits = model.prefill(row[:5], torch.tensor([0, 5]), cache, slot)
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
-        assert abs(sampled - chosen[position]) <= 2e-4, position
+        assert abs(sampled - chosen[position]) <= 5e-5, position
         logits = model.decode_step(row[position:position + 1], torch.tensor([position]), cache, slot)
