@@ -72,6 +72,34 @@ def test_the_sum_its_norm_and_all_gradients_equal_float64(num_rows, width, poiso
         )
 
 
+def mixed_errors(num_rows, width, device) -> None:
+    """A float16 x beside a float32 stream that float16 could not hold, against float64."""
+    tensors = {"x": normal(num_rows, width), "residual": normal(num_rows, width, seed=1) * 1e5, "weight": normal(width, seed=2)}
+    tensors = {name: value.to(device, torch.float32 if name == "residual" else torch.float16) for name, value in tensors.items()}
+    grads = [normal(num_rows, width, seed=3, dtype=torch.float16, device=device), normal(num_rows, width, seed=4, device=device)]
+    actual = outputs_and_gradients(ours, tensors, grads)
+    expected = outputs_and_gradients(add_norm_plain, {name: value.double() for name, value in tensors.items()},
+                                     [grad.double() for grad in grads])
+    for name, value in expected.items():
+        dtype = torch.float32 if name in ("total", "residual") else torch.float16
+        assert actual[name].dtype == dtype, name
+        error = (actual[name].double() - value).norm()
+        assert error <= (2e-6 if dtype == torch.float32 else 1e-3) * value.norm(), name
+    alone = rms_norm(actual["total"], tensors["weight"], eps=EPS, dtype=torch.float16)
+    assert torch.equal(alone, actual["y"])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("num_rows, width", [(3, 63), (5, 600)])
+def test_a_half_delta_joins_a_float32_stream(num_rows, width, poisoned):
+    mixed_errors(num_rows, width, "cpu")
+
+
+@pytest.mark.gpu
+def test_a_half_delta_joins_a_float32_stream_on_a_gpu(poisoned):
+    mixed_errors(2048, 2880, "cuda")
+
+
 @pytest.mark.interpreter
 def test_either_output_may_go_unused(poisoned):
     x, residual, weight = normal(3, 20), normal(3, 20, seed=1), normal(20, seed=2)

@@ -198,6 +198,25 @@ def test_strided_inputs_and_no_tokens(poisoned):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_of_either_dtype_are_summed_into_a_float32_stream(dtype, poisoned):
+    weights, routing = route(normal(7, 5), experts_per_token=3)
+    rows, residual = normal(21, 40, seed=1).to(dtype), normal(7, 40, seed=2) * 1e5
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (rows, weights, residual)]
+    y = combine(leaves[0], leaves[1], routing, residual=leaves[2])
+    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weights, residual)]
+    expected = exact[2] + (exact[0][routing.inverse.long()] * exact[1].unsqueeze(-1)).sum(1)
+    grad = normal(7, 40, seed=3)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert y.dtype == torch.float32
+    assert (y.double() - expected).abs().max() <= 1e-7 * expected.abs().max()
+    for mine, leaf in zip(leaves, exact):
+        assert mine.grad.dtype == mine.dtype
+        assert (mine.grad.double() - leaf.grad).norm() <= (1e-3 if mine.dtype == torch.float16 else 2e-6) * leaf.grad.norm()
+
+
+@pytest.mark.interpreter
 def test_more_experts_than_the_kernel_takes_are_refused():
     with pytest.raises(ValueError, match="1025"):
         route(torch.zeros(1, 1025), experts_per_token=2)
