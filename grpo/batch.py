@@ -3,16 +3,22 @@
 A completion is an append-only list of segments; what the policy sampled is what gets trained on, so the loss mask follows
 from the segments' source and token ids are never rendered or tokenised a second time.
 
+`pack` lays out whole sequences, each with its prompt. A micro-batch may share prompts: a group then stands as its prompt, once,
+and a sequence per completion that continues it (models/gpt_oss.py: log_probs, `prefixes`). Same numbers, fewer tokens.
+
 Shapes: T packed tokens, S sequences.
 """
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field, fields, replace
 
 import torch
+import torch.nn.functional as F
 
 from models.gpt_oss import KeptSets
+from models.routing_record import no_record
 
 
 @dataclass
@@ -28,6 +34,7 @@ class Segment:
     source: str  # "prompt" | "policy" | "env"; only policy tokens are trained on
     log_probs: list[float] | None = None  # nats, under the distribution really sampled from; policy segments only
     kept_ids: list[list[int]] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept
+    routing: torch.Tensor | None = None  # [tokens, L, A] on the host: experts of each layer (models/routing_record.py)
 
 
 @dataclass
@@ -64,10 +71,14 @@ class RolloutBatch:
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, 0 where the mask is false
     advantages: torch.Tensor  # [T] fp32
     sequence_ids: torch.Tensor  # [T] int64, row of `sequence_lengths` that a token belongs to
-    sequence_lengths: torch.Tensor  # [S] int64, policy tokens of each sequence
+    sequence_lengths: torch.Tensor  # [S] int64, policy tokens of each sequence; none in a shared prompt
+    token_index: torch.Tensor  # [T] int64, where a token stands in the batch that was packed
+    prompts: list[tuple[int, int]]  # [S] which prompt (equal numbers: equal prompts), and how many of its tokens are here
     num_completion_tokens: int
     num_sequences: int
+    prefixes: list[int] | None = None  # [S] the sequence, a shared prompt, that each continues, -1 for none; None: all whole
     kept: KeptSets | None = None
+    routing: torch.Tensor | None = None  # [T, L, A] uint8 or int16: the experts that the sampler chose, for a replay
     old_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy at the start of the update
     ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the adapter switched off
 
@@ -84,21 +95,38 @@ class RolloutBatch:
             moved["kept"] = KeptSets(self.kept.ids.to(device), self.kept.offsets.to(device))
         return replace(self, **moved)
 
-    def select(self, rows: list[int]) -> RolloutBatch:
-        """The given sequences, in the given order; the normalisers stay those of the step."""
-        bounds = self.cu_seqlens.tolist()
-        index = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows]).to(self.tokens.device)  # [T']
-        lengths = torch.tensor([bounds[row + 1] - bounds[row] for row in rows])
-        device = self.tokens.device
+    def select(self, rows: list[int], *, share_prompts: bool = False) -> RolloutBatch:
+        """The given sequences, in the given order; the normalisers stay those of the step. With `share_prompts`, neighbours
+        that begin with the same prompt become that prompt, once, and a sequence each that continues it."""
+        assert self.prefixes is None, "select takes a batch of whole sequences"
+        bounds, device = self.cu_seqlens.tolist(), self.tokens.device
+        spans: list[tuple[int, int]] = []  # of this batch's tokens
+        owners, prompts, prefixes = [], [], []  # of each span; the owner is a sequence here, -1 for a shared prompt
+        for (prompt, length), neighbours in itertools.groupby(rows, key=self.prompts.__getitem__):
+            members, prefix, shared = list(neighbours), -1, 0
+            if share_prompts and len(members) > 1:
+                prefix, shared = len(spans), length
+                spans.append((bounds[members[0]], bounds[members[0]] + length))
+                owners.append(-1)
+                prompts.append((prompt, length))
+                prefixes.append(-1)
+            spans += [(bounds[row] + shared, bounds[row + 1]) for row in members]
+            owners += members
+            prompts += [(prompt, length - shared)] * len(members)
+            prefixes += [prefix] * len(members)
+        index = torch.cat([torch.arange(start, end) for start, end in spans]).to(device)  # [T']
+        lengths = torch.tensor([end - start for start, end in spans])
         per_token = {name: None if value is None else value[index] for name, value in
                      (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
                       ("sampler_log_probs", self.sampler_log_probs), ("old_log_probs", self.old_log_probs),
-                      ("ref_log_probs", self.ref_log_probs))}
+                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index),
+                      ("routing", self.routing))}
         return replace(
             self, **per_token,
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32),
-            sequence_ids=torch.repeat_interleave(torch.arange(len(rows)), lengths).to(device),
-            sequence_lengths=self.sequence_lengths[torch.tensor(rows, device=device)],
+            sequence_ids=torch.repeat_interleave(torch.arange(len(spans)), lengths).to(device),
+            sequence_lengths=F.pad(self.sequence_lengths, (0, 1))[torch.tensor(owners, device=device)],  # owner -1: the 0
+            prompts=prompts, prefixes=prefixes if max(prefixes) >= 0 else None,
             kept=None if self.kept is None else self.kept.select(index))
 
 
@@ -108,8 +136,12 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         raise ValueError(f"pack: {len(completions)} completions but {len(advantages)} advantages")
     if not completions:
         raise ValueError("pack: no completions to train on; skip the update instead")
-    tokens, mask, log_probs, kept_ids, kept_counts = [], [], [], [], []
+    tokens, mask, log_probs, kept_ids, kept_counts, prompts, numbers = [], [], [], [], [], [], {}
     for completion in completions:
+        prompt_ids = completion.segments[0].token_ids if completion.segments[0].source == "prompt" else []
+        # by its tokens too: an id alone does not make two prompts one
+        number = numbers.setdefault((completion.prompt.id, *prompt_ids), len(numbers))
+        prompts.append((number, len(prompt_ids)))
         for segment in completion.segments:
             length = len(segment.token_ids)
             _check_segment(segment, length)
@@ -130,14 +162,28 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         loss_mask=torch.tensor(mask), sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
         advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
         sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        sequence_lengths=policy_lengths, num_completion_tokens=int(policy_lengths.sum()),
-        num_sequences=len(completions),
+        sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts,
+        num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions), routing=_packed_routing(completions),
         kept=KeptSets(torch.tensor(kept_ids, dtype=torch.int32), offsets) if kept_ids else None)
+
+
+def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:
+    """The records of all segments end to end, empty ones for segments without; None if there are none at all."""
+    segments = [segment for completion in completions for segment in completion.segments]
+    known = next((segment.routing for segment in segments if segment.routing is not None), None)
+    if known is None:
+        return None
+    return torch.cat([
+        known.new_full((len(segment.token_ids), *known.shape[1:]), no_record(known.dtype)) if segment.routing is None
+        else segment.routing for segment in segments])
 
 
 def _check_segment(segment: Segment, length: int) -> None:
     if segment.source not in ("prompt", "policy", "env"):
         raise ValueError(f"a segment's source is {segment.source!r}; allowed: prompt, policy, env")
+    if segment.routing is not None and len(segment.routing) != length:
+        raise ValueError(f"a {segment.source} segment of {length} tokens has {len(segment.routing)} rows of routing; each token "
+                         "needs its own")
     if segment.source != "policy":
         return
     for name, values in (("log_probs", segment.log_probs), ("kept_ids", segment.kept_ids)):
@@ -148,26 +194,45 @@ def _check_segment(segment: Segment, length: int) -> None:
                              "sampled token needs its own")
 
 
-def micro_batches(batch: RolloutBatch, max_tokens: int) -> list[RolloutBatch]:
+def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool = False) -> list[RolloutBatch]:
     """Splits into micro-batches of whole sequences with at most `max_tokens` tokens each (first fit, longest first).
 
-    Raises ValueError if one sequence alone exceeds the budget."""
+    With `share_prompts` a prompt's completions stay together, behind one copy of it, where they fit; a group too long for one
+    micro-batch repeats its prompt in each that it needs. Raises ValueError if one sequence alone exceeds the budget."""
     bounds = batch.cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
     if max(lengths) > max_tokens:
         raise ValueError(f"optim.max_tokens={max_tokens}: a sequence of {max(lengths)} tokens does not fit; raise "
                          "optim.max_tokens or lower rollout.max_new_tokens")
-    bins: list[list[int]] = []
-    loads: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        slot = next((i for i, load in enumerate(loads) if load + lengths[row] <= max_tokens), None)
+    pieces = [([row], length) for row, length in enumerate(lengths)]
+    if share_prompts:
+        pieces = []
+        for (_, prompt_len), rows in _grouped(batch).items():
+            own = [([row], lengths[row] - prompt_len) for row in rows]
+            pieces += [(part, prompt_len + load) for part, load in _first_fit(own, max_tokens - prompt_len)]
+    # neighbours share, so a group's rows must stand together, wherever the batch has them
+    return [batch.select(sorted(rows, key=lambda row: (batch.prompts[row][0], row)), share_prompts=share_prompts)
+            for rows, _ in _first_fit(pieces, max_tokens)]
+
+
+def _grouped(batch: RolloutBatch) -> dict[tuple[int, int], list[int]]:
+    """The sequences that begin with each prompt."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, prompt in enumerate(batch.prompts):
+        groups.setdefault(prompt, []).append(row)
+    return groups
+
+
+def _first_fit(pieces: list[tuple[list[int], int]], capacity: int) -> list[tuple[list[int], int]]:
+    """Puts pieces, rows with their tokens, into bins of `capacity` tokens: the longest first, each into the first with room."""
+    bins: list[tuple[list[int], int]] = []
+    for rows, length in sorted(pieces, key=lambda piece: -piece[1]):
+        slot = next((i for i, (_, load) in enumerate(bins) if load + length <= capacity), None)
         if slot is None:
-            bins.append([])
-            loads.append(0)
-            slot = len(bins) - 1
-        bins[slot].append(row)
-        loads[slot] += lengths[row]
-    return [batch.select(sorted(rows)) for rows in bins]
+            bins.append((rows, length))
+        else:
+            bins[slot] = (bins[slot][0] + rows, bins[slot][1] + length)
+    return bins
 
 
 def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatch]:

@@ -25,7 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
-    *("rollout.max_batch", "optim.max_tokens", "model.activation_checkpointing", "model.memory_gb"),  # memory: rounding apart
+    # memory: rounding apart
+    *("rollout.max_batch", "optim.max_tokens", "optim.share_prompts"),
+    *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
 )
 
@@ -108,7 +110,10 @@ class ModelConfig:
     experts: Experts = MISSING
     train: Train = MISSING
     activation_checkpointing: bool = MISSING  # recompute each layer in backward: less memory, same numbers
-    memory_gb: Optional[float] = None  # 1e9 bytes of GPU memory: with activation_checkpointing, layers keep what fits
+    # with activation_checkpointing on a GPU and a frozen base, layers keep what fits into memory_gb (1e9 bytes; null: 85 % of
+    # the GPU's memory), and in host_gb of pinned host memory, which takes the input embedding first
+    memory_gb: Optional[float] = None
+    host_gb: float = 0.0
     lora: Optional[LoraSettings] = None
 
 
@@ -134,6 +139,7 @@ class RolloutConfig:
     min_p: float = MISSING  # 0: off
     max_batch: int = MISSING  # completions decoded together: bounds the KV cache; does not change what is sampled
     refill_rounds: int = MISSING  # further draws of prompts to replace groups whose rewards are all equal
+    replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 
 @dataclass
@@ -150,6 +156,8 @@ class OptimConfig:
     final_lr_ratio: float = MISSING  # lr of the last update / lr
     max_grad_norm: float = MISSING  # global L2 norm that gradients are scaled down to
     max_tokens: int = MISSING  # tokens in one micro-batch: bounds activation memory; does not change the gradient
+    # a group's prompt stands once in a micro-batch, before all its completions: fewer tokens, the same gradient
+    share_prompts: bool = False
     minibatches: int = MISSING  # updates each epoch
     epochs: int = MISSING  # passes over a batch
     old_log_probs: OldLogProbs = MISSING

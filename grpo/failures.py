@@ -49,8 +49,8 @@ def describe_failure(error: BaseException, *, log: Path | None, is_started: bool
     reason, code = next(((reason, code) for kind, reason, code in KINDS if isinstance(error, kind)), ("failed", FAILED))
     message = str(error)
     if reason == "out of memory":
-        message = (f"out of GPU memory ({message.splitlines()[0]}); lower optim.max_tokens or rollout.max_batch, or set "
-                   "model.activation_checkpointing=true")
+        message = (f"out of GPU memory ({message.splitlines()[0]}); lower optim.max_tokens, rollout.max_batch or "
+                   "model.memory_gb, raise model.host_gb, or set model.activation_checkpointing=true")
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and log is not None:
         hint = "" if "resume=true" in message else ": free some space, then go on with resume=true"
         message += f"; {shutil.disk_usage(log.parent).free:,} bytes are free in {log.parent}{hint}"

@@ -50,7 +50,7 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
         completions = sampler.generate(
             prompts, step=step, num_samples=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p,
-            should_stop=should_stop)
+            records_routing=rollout.replay_routing, should_stop=should_stop)
         seconds["time/rollout"] += time.perf_counter() - started
         started = time.perf_counter()
         scores = score(env, completions)

@@ -71,13 +71,15 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if model.path is not None:
         policy = load_model(model.path, device=device, dtype=dtype, experts=str(model.experts),
-                            activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb)
+                            activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
+                            host_gb=model.host_gb)
     else:
         defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.return_,
                     "pad_token_id": tokenizer.endoftext}
         config = GptOssConfig.from_architecture({**defaults, **model.architecture})
         policy = GptOss(config, dtype=dtype, device=device, experts="bf16",
-                        activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb)
+                        activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
+                        host_gb=model.host_gb)
         policy.init_weights(seed)
     if tokenizer.vocab_size > policy.config.vocab_size:
         raise ConfigError(f"model.tokenizer: its largest id is {tokenizer.vocab_size - 1}, the model has a vocabulary of "

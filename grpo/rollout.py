@@ -19,6 +19,7 @@ from torch import Tensor
 from grpo.batch import Completion, Prompt, Segment
 from grpo.sampling import Draw, check_settings, draw, greedy
 from models.gpt_oss import GptOss
+from models.routing_record import RoutingRecord, empty_routing
 
 POSITION = 4  # column of the position in a sampling key
 
@@ -75,13 +76,16 @@ class Sampler:
         top_p: float = 1.0,
         min_p: float = 0.0,
         greedy: bool = False,
+        records_routing: bool = False,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """`num_samples` completions of every prompt, ordered by prompt (as given), then sample.
 
         A completion ends with a stop token ("stop"), or after max_new_tokens tokens or where its sequence reaches
         max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py); with `greedy`, the
-        other settings do not apply and log-probs are at temperature 1. `should_stop` is asked between model calls.
+        other settings do not apply and log-probs are at temperature 1. With `records_routing` segments hold the experts that
+        their tokens went to; the last token of a completion was not fed to the model and has none. `should_stop` is asked
+        between model calls.
 
         Raises ValueError for a setting out of range, a repeated prompt id, an empty prompt or one that does not fit;
         Interrupted when should_stop says so; FloatingPointError when the model's logits are not finite.
@@ -93,7 +97,15 @@ class Sampler:
             self.last_stats = RolloutStats()
             return []
         start = time.perf_counter()
-        rollout = _Rollout(self, prompts, range(num_samples), step=step, max_new_tokens=max_new_tokens, choose=choose)
+        rollout = _Rollout(
+            self,
+            prompts,
+            range(num_samples),
+            step=step,
+            max_new_tokens=max_new_tokens,
+            choose=choose,
+            records_routing=records_routing,
+        )
         for _ in rollout.run(should_stop):
             pass
         completions = rollout.completions()
@@ -158,6 +170,7 @@ class _Rollout:
         step: int,
         max_new_tokens: int,
         choose: Callable[[Tensor, Tensor], Draw],
+        records_routing: bool = False,
     ) -> None:
         _check_prompts(prompts, max_len=sampler.max_len, max_new_tokens=max_new_tokens)
         self.model, self.prompts, self.samples, self.choose = sampler.model, prompts, samples, choose
@@ -178,6 +191,10 @@ class _Rollout:
         self.num_new = torch.zeros(num_items, dtype=torch.int64, device=device)  # set when a completion ends
         self.is_stopped = torch.zeros(num_items, dtype=torch.bool, device=device)
         self.kept: list[list[list[int]]] | None = None  # per completion and drawn token; None without filters
+        self.routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
+        self.prompt_routing: list[Tensor] = []  # [tokens, L, A] on the host, of the prompts prefilled so far
+        if records_routing:
+            self.routing = empty_routing(num_items * capacity, self.model.config, "cpu").unflatten(0, (num_items, capacity))
         # A group that does not fit at once waits with its prompt in a spare slot: no prompt is prefilled twice.
         num_slots = min(sampler.max_batch, num_items)
         self.spare_slot = num_slots if num_slots < num_items else None
@@ -223,7 +240,10 @@ class _Rollout:
         bounds = torch.tensor([0, *itertools.accumulate(len(x) for x in ids)], dtype=torch.int32, device=self.device)
         tokens = torch.tensor([token for x in ids for token in x], dtype=torch.int64, device=self.device)
         first_slots = torch.tensor([group[0] for group in slots], device=self.device)
-        logits = self.model.prefill(tokens, bounds, self.cache, first_slots)  # [P, V]
+        record = self._new_record(num_tokens)
+        logits = self.model.prefill(tokens, bounds, self.cache, first_slots, record=record)  # [P, V]
+        if record is not None:
+            self.prompt_routing += record.indices.cpu().split([len(x) for x in ids])
         self.stats.prefill_tokens += num_tokens
 
         items = []
@@ -265,10 +285,24 @@ class _Rollout:
     def _decode(self) -> None:
         """One token for every live row."""
         rows = self.live
-        logits = self.model.decode_step(rows.tokens, rows.keys[:, POSITION] - 1, self.cache, rows.slots)  # [B, V]
+        logits = self._feed(rows)  # [B, V]
         self.stats.decode_tokens += len(rows.items)
         self.stats.decode_steps += 1
         self.live = self._draw(rows, logits)
+
+    def _feed(self, rows: _Rows) -> Tensor:
+        """Feeds the rows' newest tokens to the model. Returns logits [B, V]."""
+        record = self._new_record(len(rows.items))
+        logits = self.model.decode_step(
+            rows.tokens, rows.keys[:, POSITION] - 1, self.cache, rows.slots, record=record
+        )
+        if record is not None:
+            items, columns = torch.stack([rows.items, rows.num_new - 1]).cpu()
+            self.routing[items, columns] = record.indices.cpu()
+        return logits
+
+    def _new_record(self, num_tokens: int) -> RoutingRecord | None:
+        return None if self.routing is None else RoutingRecord(num_tokens, self.model.config, self.device)
 
     def _draw(self, rows: _Rows, logits: Tensor) -> _Rows:
         """Draws and records a token per row; returns the rows that go on, the slots of the others become free."""
@@ -297,16 +331,16 @@ class _Rollout:
 
         They are fed one by one at the row's next positions and recorded as an `env` segment.
         """
-        rows = self.live
-        num_new, slot = int(rows.num_new[row]), rows.slots[row : row + 1]
-        assert num_new + len(token_ids) < int(rows.limits[row]), (num_new, len(token_ids), int(rows.limits[row]))
-        position = rows.keys[row : row + 1, POSITION] - 1  # [1], a copy
+        rows, index = self.live, torch.tensor([row], device=self.device)
+        one = rows.select(index)  # a copy
+        num_new = int(one.num_new)
+        assert num_new + len(token_ids) < int(one.limits), (num_new, len(token_ids), int(one.limits))
         for token in token_ids:
-            self.model.decode_step(rows.tokens[row : row + 1], position, self.cache, slot)
-            rows.tokens[row] = token
-            position = position + 1
-        rows.keys[row, POSITION] += len(token_ids)
-        rows.num_new[row] += len(token_ids)
+            self._feed(one)
+            one.tokens[0] = token
+            one.keys[0, POSITION] += 1
+            one.num_new += 1
+        rows.tokens[index], rows.keys[index], rows.num_new[index] = one.tokens, one.keys, one.num_new
         written = slice(num_new, num_new + len(token_ids))
         self.tokens[rows.items[row], written] = torch.tensor(token_ids, device=self.device)
         self.is_env[rows.items[row], written] = True
@@ -335,15 +369,17 @@ class _Rollout:
         for item, key in enumerate(keys):
             prompt = self.prompts[item // len(self.samples)]
             kept = iter(self.kept[item]) if self.kept is not None else None
-            segments = [Segment(list(prompt.token_ids), "prompt")]
+            routing = None if self.routing is None else self.prompt_routing[item // len(self.samples)]
+            segments = [Segment(list(prompt.token_ids), "prompt", routing=routing)]
             for from_env, columns in itertools.groupby(range(num_new[item]), key=is_env[item].__getitem__):
                 columns = list(columns)
                 span = slice(columns[0], columns[-1] + 1)
+                routing = None if self.routing is None else self.routing[item, span].clone()
                 if from_env:
-                    segments.append(Segment(tokens[item][span], "env"))
+                    segments.append(Segment(tokens[item][span], "env", routing=routing))
                 else:
                     kept_ids = None if kept is None else list(itertools.islice(kept, len(columns)))
-                    segments.append(Segment(tokens[item][span], "policy", log_probs[item][span], kept_ids))
+                    segments.append(Segment(tokens[item][span], "policy", log_probs[item][span], kept_ids, routing))
             finish_reason = "stop" if is_stopped[item] else "length"
             completions.append(Completion(prompt, sample=key[3], segments=segments, finish_reason=finish_reason))
         return completions

@@ -57,6 +57,7 @@ from models.checkpoint import save_model
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
 from models.peft_format import save_adapter
+from models.routing_record import RoutingReplay
 from models.tokenizer import Tokenizer
 
 OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
@@ -110,26 +111,29 @@ def train(run: Run) -> None:
 
 def update(run: Run, groups: Groups) -> dict[str, float]:
     """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
-    optim, rollout = run.config.optim, run.config.rollout
+    optim = run.config.optim
     if not groups.completions:  # nothing to learn from: no gradient, no update
-        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0}
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0, "update/tokens": 0}
     batch = pack(groups.completions, groups.advantages).to(run.policy.device)
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
-    stats, sampling_stats, grad_norms = [], [], []
+    stats, sampling_stats, replays, grad_norms, num_packed, num_whole = [], [], [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
-            for micro in micro_batches(part, optim.max_tokens):
-                log_probs, entropy = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask,
-                                                          temperature=rollout.temperature, kept=micro.kept)
+            num_whole += len(part.tokens)
+            for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
+                num_packed += len(micro.tokens)
+                routing = make_replay(micro)
+                log_probs, entropy = policy_log_probs(run, micro, routing)
                 loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 run.optimizer.backward(loss)
                 stats.append(micro_stats)
                 if not grad_norms:  # after an update the policy is no longer the one that sampled
                     sampling_stats.append(token_stats(log_probs, entropy, micro))
+                    replays += [routing] if routing is not None else []
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
                     raise Interrupted(f"step {run.step + 1} abandoned before its update")
@@ -138,7 +142,27 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             run.is_between_steps = False
             run.optimizer.zero_grad()
     return {**reduce_stats(sampling_stats, num_updates=1), **reduce_stats(stats, num_updates=num_updates),
-            "grad_norm": max(grad_norms), "lr": lr}
+            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed,
+            "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
+
+
+def policy_log_probs(run: Run, micro: RolloutBatch, routing: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [T] of the sampled tokens and entropy [T] of the policy as it is now, in nats."""
+    return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept, prefixes=micro.prefixes,
+                                routing=routing, temperature=run.config.rollout.temperature)
+
+
+def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
+    """A replay of what the sampler recorded, for one forward and its backward."""
+    return None if micro.routing is None else RoutingReplay(micro.routing)
+
+
+def routing_metrics(replays: list[RoutingReplay]) -> dict[str, float]:
+    """The share of the recorded choices of an expert that the trainer's router would have made otherwise."""
+    if not replays:
+        return {}
+    num_choices = sum(int(replay.num_choices) for replay in replays)
+    return {"routing/flips": sum(int(replay.num_flips) for replay in replays) / num_choices}
 
 
 def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_updates: int,
@@ -152,8 +176,8 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_u
     kl = run.config.kl
     if kl.coefficient > 0:
         with torch.no_grad(), run.policy.adapter_disabled():
-            ref_log_probs, _ = run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
-                                                    temperature=run.config.rollout.temperature)
+            # the reference routes for itself: it is the model without the adapter, not that model on another's routes
+            ref_log_probs, _ = policy_log_probs(run, micro, None)
         penalty, kl_stats = kl_penalty(log_probs, ref_log_probs, micro, coefficient=kl.coefficient,
                                        estimator=str(kl.estimator))
         loss, stats = loss + penalty, stats | kl_stats | {"loss": stats["loss"] + penalty.detach()}
@@ -162,18 +186,11 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_u
 
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
-    """Log-probs [T] of the policy as it is now, for the ratios of several updates."""
-    bounds, max_tokens, parts = batch.cu_seqlens.tolist(), run.config.optim.max_tokens, []
-    first = 0
-    while first < batch.num_rows:  # neighbouring sequences, as many as a micro-batch holds
-        end = first + 1
-        while end < batch.num_rows and bounds[end + 1] - bounds[first] <= max_tokens:
-            end += 1
-        micro = batch.select(list(range(first, end)))
-        parts.append(run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept,
-                                          temperature=run.config.rollout.temperature)[0])
-        first = end
-    return torch.cat(parts)
+    """Log-probs [T] of the policy as it is now, for the ratios of several updates; `batch` as `pack` made it."""
+    optim, log_probs = run.config.optim, torch.zeros_like(batch.sampler_log_probs)
+    for micro in micro_batches(batch, optim.max_tokens, share_prompts=optim.share_prompts):
+        log_probs[micro.token_index] = policy_log_probs(run, micro, make_replay(micro))[0]
+    return log_probs
 
 
 def evaluate_if_due(run: Run) -> None:

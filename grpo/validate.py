@@ -163,6 +163,9 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
         )
     need(model.memory_gb is None or model.memory_gb > 0, "model.memory_gb", model.memory_gb,
          "must be > 0 (1e9 bytes), or null")
+    need(model.host_gb >= 0, "model.host_gb", model.host_gb, "must be >= 0 (1e9 bytes)")
+    need(model.host_gb == 0 or model.train == Train.lora, "model.host_gb", model.host_gb,
+         "host memory serves runs with a frozen base; set model.host_gb=0 or model.train=lora")
     if model.train == Train.full:
         need(
             model.lora is None,

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.attention_library import attention_library
-from kernels.launch import check_served, gpu_family, product_path
+from kernels.attention_library import library_backward, library_forward
+from kernels.attention_plan import AttentionPlan
+from kernels.launch import check_served, gpu_family, launch, product_path
 
 # scores held at once by the reference, in elements
 _MAX_SCORES = 1 << 26
@@ -45,69 +46,6 @@ class KernelBlocks(NamedTuple):
     forward: Blocks
     dq: Blocks
     dkv: Blocks
-
-
-class AttentionPlan:
-    """Which tiles of queries meet which tiles of keys in one packed batch: made once, read by every layer.
-
-    cu_seqlens [S + 1]: bounds of the sequences. prefixes [S]: the index of the sequence that sequence s continues, -1 for
-    none. The queries of a continuation see the whole prefix, as if it stood right before them, and then their own sequence:
-    a prompt is computed once for all of its completions (its gradient is their sum). A prefix continues no other sequence.
-
-    Tile lists are made for a block size when a kernel first asks, heaviest tiles first, and kept on the device."""
-
-    def __init__(self, cu_seqlens: list[int], *, prefixes: list[int] | None = None) -> None:
-        bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
-        if not bounds or cu_seqlens[0] != 0 or any(start > end for start, end in bounds):
-            raise ValueError(f"cu_seqlens={cu_seqlens}: must start at 0 and never fall")
-        if prefixes is not None:
-            if len(prefixes) != len(bounds):
-                raise ValueError(f"{len(prefixes)} prefixes for {len(bounds)} sequences: one each, -1 for none")
-            for sequence, prefix in enumerate(prefixes):
-                if prefix != -1 and not (0 <= prefix < len(bounds) and prefixes[prefix] == -1):
-                    raise ValueError(f"sequence {sequence} continues {prefix}; a prefix is a sequence that continues none")
-        self.cu_seqlens, self.bounds = cu_seqlens, bounds
-        self.prefixes = prefixes if prefixes is not None and any(prefix != -1 for prefix in prefixes) else None
-        self._tensors: dict[tuple, tuple[torch.Tensor, ...]] = {}
-
-    def query_tiles(self, block: int, device: torch.device) -> torch.Tensor:
-        """[tiles, 5] int32: first query, end and start of its sequence, start and end of its prefix."""
-        if ("queries", block, device) not in self._tensors:
-            tiles = []
-            for sequence, (start, end) in enumerate(self.bounds):
-                prefix = self.prefixes[sequence] if self.prefixes is not None else -1
-                prefix_start, prefix_end = self.bounds[prefix] if prefix != -1 else (start, start)
-                tiles += [(first, end, start, prefix_start, prefix_end) for first in range(start, end, block)]
-            tiles.sort(key=lambda tile: tile[2] - tile[0] + tile[3] - tile[4])  # minus the keys before the tile
-            self._tensors["queries", block, device] = (_int_table(tiles, 5, device),)
-        return self._tensors["queries", block, device][0]
-
-    def key_tiles(self, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tiles, 4] int32: first key, end of its sequence, first and end of its readers; and the readers [R, 3] int32:
-        first and end of a sequence whose queries see those keys, and what to add to a query's row to count it from the
-        keys' sequence."""
-        if ("keys", block, device) not in self._tensors:
-            readers, tiles, work = [], [], {}
-            for sequence, (start, end) in enumerate(self.bounds):
-                if start == end:
-                    continue
-                first_reader = len(readers)
-                readers.append((start, end, 0))
-                continued = 0
-                for other, prefix in enumerate(self.prefixes or []):
-                    if prefix == sequence:
-                        readers.append((*self.bounds[other], end - self.bounds[other][0]))
-                        continued += self.bounds[other][1] - self.bounds[other][0]
-                for first in range(start, end, block):
-                    work[first] = end - first + continued  # queries that see the tile
-                    tiles.append((first, end, first_reader, len(readers)))
-            tiles.sort(key=lambda tile: -work[tile[0]])
-            self._tensors["keys", block, device] = (_int_table(tiles, 4, device), _int_table(readers, 3, device))
-        return self._tensors["keys", block, device]
-
-
-def _int_table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, visible: torch.Tensor,
@@ -334,8 +272,8 @@ def _dq_range(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stri
 
 @triton.jit(do_not_specialize=["window", "num_tokens"])
 def _dq_kernel(q, k, v, k_tiles, v_tiles, sinks, out, dout, lse, row_stats, dsinks, dq, tiles, stride_q, stride_k, stride_v,
-               stride_out, num_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
-               PREFIXED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+               stride_out, stride_dq, num_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr,
+               WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr):
     """Also writes what the kernel of dk and dv needs of each query, (lse in base 2, delta): [H, T, 2]; and each tile's share of
     the sinks' gradient [tiles, H]."""
@@ -368,8 +306,8 @@ def _dq_kernel(q, k, v, k_tiles, v_tiles, sinks, out, dout, lse, row_stats, dsin
     acc = _dq_range(acc, q_tile, dout_tile, lse_log2, delta_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column, first,
                     start, end, scale_log2, window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N)
     dims = tl.arange(0, D)
-    dq += first.to(tl.int64) * num_heads * D + head * D
-    tl.store(dq + rows[:, None] * (num_heads * D) + dims[None, :], (acc * scale).to(dq.dtype.element_ty),
+    dq += first.to(tl.int64) * stride_dq + head * D
+    tl.store(dq + rows[:, None] * stride_dq + dims[None, :], (acc * scale).to(dq.dtype.element_ty),
              mask=inside[:, None])
 
 
@@ -418,8 +356,8 @@ def _dkv_tiles(dk, dv, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, 
 
 @triton.jit(do_not_specialize=["window", "num_tokens"])
 def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, readers, stride_q, stride_k, stride_v,
-                stride_out, num_kv_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
-                DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                stride_out, stride_dk, num_kv_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr,
+                WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     kv_head = tl.program_id(0) % num_kv_heads
     tile = tiles + tl.program_id(0) // num_kv_heads * 4
     first, end, first_reader, last_reader = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -453,8 +391,8 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
                                         GROUP, WINDOWED, False, DESCRIPTOR, D, BLOCK_M)
     rows = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, D)
-    offset = first.to(tl.int64) * num_kv_heads * D + kv_head * D
-    offsets = rows[:, None] * (num_kv_heads * D) + dims[None, :]
+    offset = first.to(tl.int64) * stride_dk + kv_head * D
+    offsets = rows[:, None] * stride_dk + dims[None, :]
     inside = (cols < end)[:, None]
     tl.store(dk + offset + offsets, (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + offset + offsets, dv_acc.to(dv.dtype.element_ty), mask=inside)
@@ -502,52 +440,82 @@ def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
     out = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
     tiles = plan.query_tiles(blocks.queries, q.device)
-    _forward_kernel[(len(tiles) * num_heads,)](
-        q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks), sinks, out, lse, tiles, q.stride(0),
-        k.stride(0), v.stride(0), out.stride(0), num_heads, num_tokens, scale * _LOG2_E, window,
+    launch(
+        _forward_kernel, (len(tiles) * num_heads,), q, k, v, _tiles_of(k, blocks.keys, blocks),
+        _tiles_of(v, blocks.keys, blocks), sinks, out, lse, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
+        num_heads, num_tokens, scale * _LOG2_E, window,
         GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
         D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
     return out, lse
 
 
 def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, dout: torch.Tensor,
-              lse: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
-              blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq [T, H, D], the sinks' gradient [H] fp32, and [H, T, 2] fp32 for dkv_triton: lse in base 2, and delta."""
+              lse: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float, blocks: Blocks,
+              dq: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq [T, H, D] (written where it is given), the sinks' gradient as a sum over the first dimension of [tiles, H] fp32, and
+    [H, T, 2] fp32 for dkv_triton: lse in base 2, and delta."""
     num_tokens, num_heads, width = q.shape
-    dq = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
+    dq = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device) if dq is None else dq
     row_stats = torch.empty((num_heads, num_tokens, 2), dtype=torch.float32, device=q.device)
     tiles = plan.query_tiles(blocks.queries, q.device)
     dsinks = torch.empty((len(tiles), num_heads), dtype=torch.float32, device=q.device)
-    _dq_kernel[(len(tiles) * num_heads,)](
-        q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks), sinks, out, dout, lse, row_stats, dsinks,
-        dq, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0), num_heads, num_tokens, scale, scale * _LOG2_E, window,
+    launch(
+        _dq_kernel, (len(tiles) * num_heads,), q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks),
+        sinks, out, dout, lse, row_stats, dsinks, dq, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0), dq.stride(0),
+        num_heads, num_tokens, scale, scale * _LOG2_E, window,
         GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
         D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
-    return dq, dsinks.sum(0), row_stats
+    return dq, dsinks, row_stats
 
 
 def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, row_stats: torch.Tensor,
-               plan: AttentionPlan, *, window: int, scale: float, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv [T, K, D]."""
+               plan: AttentionPlan, *, window: int, scale: float, blocks: Blocks,
+               out: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk and dv [T, K, D], written into `out` (of one row stride) where it is given."""
     num_tokens, num_kv_heads, width = k.shape
-    dk = torch.empty((num_tokens, num_kv_heads, width), dtype=k.dtype, device=k.device)
-    dv = torch.empty((num_tokens, num_kv_heads, width), dtype=v.dtype, device=v.device)
+    dk, dv = out or (torch.empty((num_tokens, num_kv_heads, width), dtype=k.dtype, device=k.device) for _ in range(2))
+    assert dk.stride() == dv.stride(), (dk.stride(), dv.stride())
     tiles, readers = plan.key_tiles(blocks.keys, k.device)
-    _dkv_kernel[(len(tiles) * num_kv_heads,)](
-        q, k, v, _tiles_of(q, blocks.queries, blocks), _tiles_of(dout, blocks.queries, blocks), dout, row_stats, dk, dv, tiles,
-        readers, q.stride(0), k.stride(0), v.stride(0), dout.stride(0), num_kv_heads, num_tokens, scale, scale * _LOG2_E, window,
+    launch(
+        _dkv_kernel, (len(tiles) * num_kv_heads,), q, k, v, _tiles_of(q, blocks.queries, blocks),
+        _tiles_of(dout, blocks.queries, blocks), dout, row_stats, dk, dv, tiles, readers, q.stride(0), k.stride(0), v.stride(0),
+        dout.stride(0), dk.stride(0), num_kv_heads, num_tokens, scale, scale * _LOG2_E, window,
         GROUP=q.shape[1] // num_kv_heads, WINDOWED=window > 0, DESCRIPTOR=blocks.descriptor, D=width,
         BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
     return dk, dv
+
+
+def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *,
+                      window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [T, H, D] and lse [H, T] fp32, nats, of rows that _rows() would leave as they are. By the kernels or the library
+    (kernels/launch.py: product_path), no gradient."""
+    if product_path(q) == "library":
+        return library_forward(q, k, v, sinks, plan, window=window, scale=scale)
+    blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
+    return forward_triton(q, k, v, sinks, plan, window=window, scale=scale, blocks=blocks.forward)
+
+
+def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor,
+                       lse: torch.Tensor, dout: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
+                       grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv, written into `grads` where it is given, and the sinks' gradient in parts [parts, H] fp32. By the kernels or
+    the library, as attention_forward."""
+    settings = {"window": window, "scale": scale}
+    if product_path(q) == "library":
+        return library_backward(q, k, v, sinks, out, lse, dout, plan, grads=grads, **settings)
+    blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
+    dq, dsinks, row_stats = dq_triton(q, k, v, sinks, out, dout, lse, plan, blocks=blocks.dq,
+                                      dq=None if grads is None else grads[0], **settings)
+    dk, dv = dkv_triton(q, k, v, dout, row_stats, plan, blocks=blocks.dkv, out=None if grads is None else grads[1:], **settings)
+    return dq, dk, dv, dsinks
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, plan, window, scale):
         q, k, v, sinks = _rows(q), _rows(k), _rows(v), sinks.contiguous()
-        ctx.blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
-        out, lse = forward_triton(q, k, v, sinks, plan, window=window, scale=scale, blocks=ctx.blocks.forward)
+        out, lse = attention_forward(q, k, v, sinks, plan, window=window, scale=scale)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.plan, ctx.window, ctx.scale = plan, window, scale
         return out
@@ -555,12 +523,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        dout = dout.contiguous()
-        dq, dsinks, row_stats = dq_triton(q, k, v, sinks, out, dout, lse, ctx.plan, window=ctx.window, scale=ctx.scale,
-                                      blocks=ctx.blocks.dq)
-        dk, dv = dkv_triton(q, k, v, dout, row_stats, ctx.plan, window=ctx.window, scale=ctx.scale, blocks=ctx.blocks.dkv)
-        return dq, dk, dv, dsinks.to(sinks.dtype), None, None, None
+        saved = ctx.saved_tensors  # once: checkpointing computes them again for each access
+        dq, dk, dv, dsinks = attention_backward(*saved, dout.contiguous(), ctx.plan, window=ctx.window,
+                                                scale=ctx.scale)
+        return dq, dk, dv, dsinks.sum(0).to(saved[3].dtype), None, None, None
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, path: str) -> None:
@@ -588,6 +554,4 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
     _check(q, k, v, sinks, path)
     assert cu_seqlens[-1] == q.shape[0] == k.shape[0] == v.shape[0], (cu_seqlens[-1], q.shape, k.shape, v.shape)
     assert scale > 0, scale
-    if path == "library":
-        return attention_library(q, k, v, sinks, plan.bounds, plan.prefixes, window, scale)
     return _Attention.apply(q, k, v, sinks, plan, window, scale)

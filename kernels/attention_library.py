@@ -6,10 +6,11 @@ that scratch is bounded whatever the length. A windowed chunk takes no keys that
 the length alone. Chunks run one after the other and add to the gradients of the keys in that order: two runs give the same bits.
 A query's bits may depend on its chunk's shape, hence on its neighbours.
 
-With top_i = max_j s_ij, p_ij = exp(s_ij - top_i) share_i, share_i = sigmoid(l_i - sink) / sum_j exp(s_ij - top_i) and
-l_i = top_i + log(sum_j exp(s_ij - top_i)). So what enters a product in half precision has 1 as its largest element, however much
-a sink takes, and the share is applied in fp32. Gradients of scores, products of small numbers, are moved to the top of float16's
-range by an exact power of two on their way through the products.
+With top_i = max_j s_ij, p_ij = exp(s_ij - top_i) share_i and share_i = exp(top_i - lse_i); the forward has it, with digits that
+lse lost in its rounding, as sigmoid(l_i - sink) / sum_j exp(s_ij - top_i), l_i = top_i + log(sum_j exp(s_ij - top_i)). So what
+enters a product in half precision has 1 as its largest element, however much a sink takes, and the share is applied in fp32.
+Gradients of scores, products of small numbers, are moved to the top of float16's range by an exact power of two on their way
+through the products.
 
 Shapes: T packed tokens, H query heads, K key-value heads, G = H / K, D head width, n queries of a chunk, m keys that it sees.
 """
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.attention_plan import AttentionPlan
 from kernels.dense import product
 
 MAX_SCORES = 1 << 23  # scores of a chunk, in elements: some 200 MB with everything that is made of them
@@ -87,54 +89,6 @@ def _centred(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     return (x * factor).to(dtype), undo
 
 
-class _AttentionLibrary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, bounds, prefixes, window, scale):
-        (num_tokens, num_heads, width), num_kv = q.shape, k.shape[1]
-        group = num_heads // num_kv
-        out = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
-        # of each query: top, share, and the probability of the sink
-        stats = torch.empty((3, num_kv, group, num_tokens), dtype=torch.float32, device=q.device)
-        sink = sinks.float().view(num_kv, group, 1)
-        for queries, keys, lead in chunks(bounds, prefixes, num_heads, window):
-            weights = _scores(_by_key_head(q[queries], num_kv), _rows(k, keys), lead, window, group, scale)
-            top = weights.amax(-1)  # [K, G, n]
-            total = weights.sub_(top.unsqueeze(-1)).exp_().sum(-1)
-            over_sink = top + total.log() - sink
-            share = torch.sigmoid(over_sink) / total
-            stats[:, :, :, queries] = torch.stack((top, share, torch.sigmoid(-over_sink)))
-            attended = product(weights.flatten(1, 2).to(v.dtype), _rows(v, keys)) * share.flatten(1).unsqueeze(-1)
-            out[queries] = _by_token(attended, group)
-        ctx.save_for_backward(q, k, v, sinks, out, stats)
-        ctx.bounds, ctx.prefixes, ctx.window, ctx.scale = bounds, prefixes, window, scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        q, k, v, sinks, out, stats = ctx.saved_tensors
-        num_kv, group = stats.shape[1:3]
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-        dsinks = torch.zeros(num_kv, group, dtype=torch.float32, device=q.device)
-        for queries, keys, lead in chunks(ctx.bounds, ctx.prefixes, q.shape[1], ctx.window):
-            q_rows, dout_rows = _by_key_head(q[queries], num_kv), _by_key_head(dout[queries], num_kv)
-            k_rows, v_rows = _rows(k, keys), _rows(v, keys)
-            top, share, sink_weight = stats[:, :, :, queries].flatten(2, 3).unsqueeze(-1)  # [K, G * n, 1] each
-            delta = (dout_rows.float() * _by_key_head(out[queries], num_kv).float()).sum(-1, keepdim=True)
-            dsinks -= (sink_weight * delta).view(num_kv, group, -1).sum(-1)
-            weights = _scores(q_rows, k_rows, lead, ctx.window, group, ctx.scale).flatten(1, 2)  # [K, G * n, m]
-            weights.sub_(top).exp_()
-            shared, unit = _centred(dout_rows.float() * share, q.dtype)
-            _add_rows(dv, keys, product(weights.to(v.dtype).transpose(1, 2), shared).mul_(unit))
-            dscores = product(dout_rows, v_rows.transpose(1, 2)).sub_(delta).mul_(weights).mul_(share)
-            dscores, unit = _centred(dscores, q.dtype)
-            unit = unit * ctx.scale
-            dq[queries] = _by_token(product(dscores, k_rows).mul_(unit), group)
-            _add_rows(dk, keys, product(dscores.transpose(1, 2), q_rows).mul_(unit))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks.flatten().to(sinks.dtype), None, None, None, None
-
-
 def _add_rows(total: torch.Tensor, parts: list[slice], rows: torch.Tensor) -> None:
     """Adds rows [K, m, D] to the parts of total [T, K, D] that they belong to."""
     rows = rows.transpose(0, 1)
@@ -142,7 +96,52 @@ def _add_rows(total: torch.Tensor, parts: list[slice], rows: torch.Tensor) -> No
         total[part] += piece
 
 
-def attention_library(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, bounds: list[tuple[int, int]],
-                      prefixes: list[int] | None, window: int, scale: float) -> torch.Tensor:
-    """Attention of packed tokens as kernels.attention.attention has it, from the bounds and prefixes of its AttentionPlan."""
-    return _AttentionLibrary.apply(q, k, v, sinks, bounds, prefixes, window, scale)
+def library_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
+                    scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [T, H, D] and lse [H, T] fp32, nats, the sink included. No gradient."""
+    (num_tokens, num_heads, width), num_kv = q.shape, k.shape[1]
+    group = num_heads // num_kv
+    out = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_kv, group, num_tokens), dtype=torch.float32, device=q.device)
+    sink = sinks.float().view(num_kv, group, 1)
+    for queries, keys, lead in chunks(plan.bounds, plan.prefixes, num_heads, window):
+        weights = _scores(_by_key_head(q[queries], num_kv), _rows(k, keys), lead, window, group, scale)
+        top = weights.amax(-1)  # [K, G, n]
+        total = weights.sub_(top.unsqueeze(-1)).exp_().sum(-1)
+        without_sink = top + total.log()
+        lse[:, :, queries] = torch.logaddexp(without_sink, sink)
+        share = torch.sigmoid(without_sink - sink) / total
+        attended = product(weights.flatten(1, 2).to(v.dtype), _rows(v, keys)) * share.flatten(1).unsqueeze(-1)
+        out[queries] = _by_token(attended, group)
+    return out, lse.view(num_heads, num_tokens)
+
+
+def library_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor,
+                     lse: torch.Tensor, dout: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
+                     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv, written into `grads` (any strides) where it is given, and the sinks' gradient [1, H] fp32."""
+    num_heads, num_kv = q.shape[1], k.shape[1]
+    group = num_heads // num_kv
+    dq, dk_out, dv_out = grads or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    dsinks = torch.zeros(num_kv, group, dtype=torch.float32, device=q.device)
+    lse, sink = lse.view(num_kv, group, -1), sinks.float().view(num_kv, group, 1)
+    for queries, keys, lead in chunks(plan.bounds, plan.prefixes, num_heads, window):
+        q_rows, dout_rows = _by_key_head(q[queries], num_kv), _by_key_head(dout[queries], num_kv)
+        k_rows, v_rows = _rows(k, keys), _rows(v, keys)
+        chunk_lse = lse[:, :, queries]  # [K, G, n]
+        delta = (dout_rows.float() * _by_key_head(out[queries], num_kv).float()).sum(-1, keepdim=True)  # [K, G * n, 1]
+        dsinks -= ((sink - chunk_lse).exp_() * delta.view(num_kv, group, -1)).sum(-1)
+        weights = _scores(q_rows, k_rows, lead, window, group, scale).flatten(1, 2)  # [K, G * n, m]
+        top = weights.amax(-1, keepdim=True)
+        share = (top - chunk_lse.flatten(1).unsqueeze(-1)).exp_()
+        weights.sub_(top).exp_()
+        shared, unit = _centred(dout_rows.float() * share, q.dtype)
+        _add_rows(dv, keys, product(weights.to(v.dtype).transpose(1, 2), shared).mul_(unit))
+        dscores = product(dout_rows, v_rows.transpose(1, 2)).sub_(delta).mul_(weights).mul_(share)
+        dscores, unit = _centred(dscores, q.dtype)
+        unit = unit * scale
+        dq[queries] = _by_token(product(dscores, k_rows).mul_(unit), group)
+        _add_rows(dk, keys, product(dscores.transpose(1, 2), q_rows).mul_(unit))
+    return dq, dk_out.copy_(dk), dv_out.copy_(dv), dsinks.view(1, num_heads)

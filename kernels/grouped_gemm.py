@@ -4,8 +4,9 @@ One kernel serves the forward, the gradient of the rows and the low-rank product
 as [E, in, out] with either of the last two dimensions contiguous, so a frozen [E, out, in] tensor is used transposed in the
 forward and as it lies in the backward. Expert offsets stay on the device: the grid is an upper bound of the number of tiles
 and each program finds its expert itself. Sums over `in` run in ascending order and are never split. LoRA enters as further
-steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is one rounding. Gradients of weights are in
-grouped_outer.py.
+steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is one rounding. Where one product serves several
+projections side by side (queries, keys, values), each column names the slice of the low-rank row that is its own. Gradients
+of weights are in grouped_outer.py.
 
 Weights come dense, with gradients of everything, or as packed MXFP4, frozen, dequantised in the forward and again in the
 backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time, and so does the
@@ -24,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
-from kernels.launch import check_served, gpu_family, num_multiprocessors, product_path
+from kernels.launch import check_served, gpu_family, launch, num_multiprocessors, product_path
 from kernels.mxfp4 import dequantize
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
@@ -33,7 +34,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.no_grad()
-def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu, pre_activation, out):
+def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
+                            pre_activation, out):
     """The library's path, and the reference: an expert at a time, its sums in fp32 until the one rounding. Reads the offsets on
     the host once a call, so a GPU's queue runs dry there: products on these GPUs are long, and no kernel takes all experts."""
     bounds = [0, out.shape[0]] if offsets is None else offsets.tolist()
@@ -43,7 +45,11 @@ def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up,
         part = slice(start, end)
         y = product(x[part] if gather is None else x[gather[part].long()], weight[expert].to(x.dtype))
         if low_rank is not None:
-            y += product(low_rank[part], lora_up[expert].to(x.dtype))
+            up = lora_up[expert].to(x.dtype)
+            if lora_groups is not None:  # block-diagonal
+                slices = torch.arange(low_rank.shape[1], device=x.device) // up.shape[0]
+                up = up.repeat(low_rank.shape[1] // up.shape[0], 1).masked_fill(slices[:, None] != lora_groups[None, :], 0.0)
+            y += product(low_rank[part], up)
         if scale is not None:
             y *= scale
         if bias is not None:
@@ -165,14 +171,14 @@ def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: i
 
 @triton.jit
 def grouped_gemm_kernel(
-    x, weight, out, pre_activation, offsets, gather, bias, low_rank, lora_up, row_scale,
-    num_rows, num_experts, num_in, num_out, rank, scale, alpha, limit,
+    x, weight, out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups, row_scale,
+    num_rows, num_experts, num_in, num_out, rank, slice_rank, scale, alpha, limit,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
     RANK_STEPS: tl.constexpr, GROUP: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr,
     X_TMA: tl.constexpr, WEIGHT_TMA: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
-    HAS_PRE_ACTIVATION: tl.constexpr, FLATTEN: tl.constexpr,
+    HAS_PRE_ACTIVATION: tl.constexpr, HAS_LORA_GROUPS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLS per turn of the outer loop; x and weight are pointers or tensor descriptors."""
     dtype: tl.constexpr = x.dtype if X_TMA else x.dtype.element_ty
@@ -250,8 +256,13 @@ def grouped_gemm_kernel(
             low = tl.load(low_rank + rows.to(tl.int64)[:, None] * rank + ranks[None, :],
                           mask=is_row[:, None] & (ranks < rank)[None, :], other=0.0)
             up_pointers = lora_up + expert.to(tl.int64) * stride_up_expert
+            up_mask = (ranks < rank)[:, None] & is_col[None, :]
+            if HAS_LORA_GROUPS:
+                own = tl.load(lora_groups + cols, mask=is_col, other=-1)
+                up_mask = up_mask & ((ranks // slice_rank)[:, None] == own[None, :])
+                ranks = ranks % slice_rank
             up_pointers += ranks[:, None] * stride_up_rank + cols[None, :] * stride_up_out
-            up = tl.load(up_pointers, mask=(ranks < rank)[:, None] & is_col[None, :], other=0.0)
+            up = tl.load(up_pointers, mask=up_mask, other=0.0)
             acc = tl.dot(low, up.to(dtype), acc, input_precision="ieee")
 
         if HAS_SCALE:
@@ -298,7 +309,7 @@ def _tma_serves(matrix: torch.Tensor, boxes: tuple[int, int]) -> bool:
 def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None, *,
                  gather: torch.Tensor | None = None, bias: torch.Tensor | None = None,
                  low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
-                 scale: float | None = None, row_scale: torch.Tensor | None = None,
+                 lora_groups: torch.Tensor | None = None, scale: float | None = None, row_scale: torch.Tensor | None = None,
                  swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None,
                  out: torch.Tensor | None = None, blocks: Blocks | None = None) -> torch.Tensor:
     """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to out's dtype.
@@ -306,7 +317,8 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.
     weight [E, K, N], K or N contiguous, cast to x's dtype (LoRA's fp32 masters). offsets [E + 1] int32 on x's device; without
     it one expert owns all rows. bias [E, N]; low_rank [R, r] in x's dtype with lora_up [E, r, N], any strides, joins the
-    accumulator (scale it when you make it); row_scale [R] fp32 (gate weights).
+    accumulator (scale it when you make it); row_scale [R] fp32 (gate weights). With lora_groups [N] int32, low_rank is several
+    slices of r side by side and column n takes slice lora_groups[n] alone, none where it is -1.
     out is made in x's dtype unless given; a float32 one keeps what float16 cannot hold.
     swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; the row before it, as
     rounded, goes to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
@@ -314,11 +326,12 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     num_experts, num_in, num_out = weight.shape
     rank = 0 if low_rank is None else low_rank.shape[1]
+    slice_rank = rank if lora_groups is None else lora_up.shape[1]
     out_shape = (num_rows, num_out if swiglu is None else num_out // 2)
     _check(x, weight, offsets, num_rows, {
         "bias": (bias, (num_experts, num_out)), "low_rank": (low_rank, (num_rows, rank)), "out": (out, out_shape),
-        "lora_up": (lora_up, (num_experts, rank, num_out)), "row_scale": (row_scale, (num_rows,)),
-        "pre_activation": (pre_activation, (num_rows, num_out)),
+        "lora_up": (lora_up, (num_experts, slice_rank, num_out)), "lora_groups": (lora_groups, (num_out,)),
+        "row_scale": (row_scale, (num_rows,)), "pre_activation": (pre_activation, (num_rows, num_out)),
     })  # fmt: skip
     assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
     assert pre_activation is None or swiglu is not None, "pre_activation is for swiglu"
@@ -328,7 +341,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     if out is None:
         out = x.new_empty(out_shape)
     if path != "triton":
-        return _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, scale, row_scale, swiglu,
+        return _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
                                        pre_activation, out)
     assert out.is_contiguous() and (pre_activation is None or pre_activation.is_contiguous())
     if num_rows == 0 or num_out == 0:
@@ -355,18 +368,18 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
-    grouped_gemm_kernel[(grid,)](
-        TensorDescriptor.from_tensor(x, [blocks.rows, blocks.inner]) if x_tma else x,
+    launch(
+        grouped_gemm_kernel, (grid,), TensorDescriptor.from_tensor(x, [blocks.rows, blocks.inner]) if x_tma else x,
         TensorDescriptor.from_tensor(matrix.flatten(0, 1), list(weight_box)) if weight_tma else weight,
-        out, pre_activation, offsets, gather, bias, low_rank, lora_up, row_scale,
-        num_rows, num_experts, num_in, num_out, rank, 1.0 if scale is None else scale, alpha, limit,
+        out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups, row_scale,
+        num_rows, num_experts, num_in, num_out, rank, slice_rank, 1.0 if scale is None else scale, alpha, limit,
         x.stride(0), weight.stride(0), weight.stride(2 if in_contiguous else 1), *up_strides,
         EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
         RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,
-        HAS_PRE_ACTIVATION=pre_activation is not None, FLATTEN=blocks.flatten,
+        HAS_PRE_ACTIVATION=pre_activation is not None, HAS_LORA_GROUPS=lora_groups is not None, FLATTEN=blocks.flatten,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return out

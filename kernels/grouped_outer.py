@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 
 from kernels.dense import product
-from kernels.launch import check_served, gpu_family, is_triton, product_path
+from kernels.launch import check_served, gpu_family, is_triton, launch, product_path
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK_ROWS = 2048  # of a partial sum; part of the result's bits
+# rows of a partial sum, with experts and with all rows in one; part of the result's bits
+CHUNK_ROWS, CHUNK_ROWS_DENSE = 2048, 512
 MAX_ROWS_UNSPLIT = 8192  # up to here the longest possible expert is short enough for one program
 
 
@@ -36,7 +37,7 @@ def compiled_stages(blocks: OuterBlocks, *, has_gather: bool) -> int:
     return 2 * blocks.num_stages - 1 if has_gather else blocks.num_stages
 
 
-# family -> blocks of a wide product (dW); rows per step divide CHUNK_ROWS
+# family -> blocks of a wide product (dW); rows per step divide both chunk sizes
 _WIDE = {
     "ampere": OuterBlocks(128, 128, 64, 8, 3),
     "consumer": OuterBlocks(128, 128, 32, 8, 3),
@@ -204,13 +205,15 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
     b = b if b.stride(1) == 1 else b.contiguous()
     blocks = blocks or choose_outer_blocks(gpu_family(a), a.dtype, num_n)
     tiles = triton.cdiv(num_m, blocks.m) * triton.cdiv(num_n, blocks.n)
-    is_split = num_n <= 64 and num_rows > MAX_ROWS_UNSPLIT
-    chunk = CHUNK_ROWS if is_split else 0
-    parts = num_rows // CHUNK_ROWS + min(num_experts, num_rows) if is_split else num_experts
+    chunk_rows, max_rows = (CHUNK_ROWS_DENSE, CHUNK_ROWS_DENSE) if offsets is None else (CHUNK_ROWS, MAX_ROWS_UNSPLIT)
+    is_split = num_n <= 64 and num_rows > max_rows
+    chunk = chunk_rows if is_split else 0
+    parts = num_rows // chunk_rows + min(num_experts, num_rows) if is_split else num_experts
     size = num_m * num_n
     target = out.new_empty(parts * size, dtype=torch.float32) if is_split else out
     experts = triton.next_power_of_2(num_experts)
-    grouped_outer_kernel[(parts * tiles,)](
+    launch(
+        grouped_outer_kernel, (parts * tiles,),
         a, b, target, offsets, gather, row_scale, num_rows, num_experts, num_m, num_n,
         a.stride(0), b.stride(0), size, out.stride(1), out.stride(2),
         EXPERTS=experts, M=blocks.m, N=blocks.n, ROWS=blocks.rows, CHUNK=chunk, HAS_OFFSETS=offsets is not None,
@@ -218,7 +221,8 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
         num_warps=blocks.num_warps, num_stages=compiled_stages(blocks, has_gather=gather is not None),
     )  # fmt: skip
     if is_split:
-        sum_chunks_kernel[(num_experts, triton.cdiv(size, 1024))](
+        launch(
+            sum_chunks_kernel, (num_experts, triton.cdiv(size, 1024)),
             target, out, offsets, num_rows, num_experts, size, EXPERTS=experts, CHUNK=chunk, BLOCK=1024,
             HAS_OFFSETS=offsets is not None, num_warps=4)
     return out
@@ -237,7 +241,8 @@ def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *
     check_served("grouped_row_sum", {"x": x, "out": out}, dtypes=DTYPES, tensor_cores=False)
     assert out.is_contiguous() and out.shape == (offsets.shape[0] - 1, x.shape[1]), (out.shape, out.stride(), x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
-    grouped_row_sum_kernel[(out.shape[0], triton.cdiv(x.shape[1], 128))](
+    launch(
+        grouped_row_sum_kernel, (out.shape[0], triton.cdiv(x.shape[1], 128)),
         x, out, offsets, gather, row_scale, x.shape[1], x.stride(0), ROWS=32, COLS=128,
         HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None, num_warps=4, num_stages=3)
     return out

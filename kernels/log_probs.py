@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
-from kernels.launch import check_served, gpu_family, is_triton, num_multiprocessors, product_path
+from kernels.launch import check_served, gpu_family, is_triton, launch, num_multiprocessors, product_path
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
@@ -457,8 +457,8 @@ def _num_rows(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
 def _mark_kept(scratch: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor, first_column: int) -> None:
     """scratch [n, C] becomes 1 at the kept ids among the columns from first_column on, 0 elsewhere."""
     scratch.zero_()
-    _kept_kernel[(scratch.shape[0],)](kept_ids, kept_offsets, scratch, scratch.shape[1], first_column, scratch.stride(0),
-                                      BLOCK=1024)
+    launch(_kept_kernel, (scratch.shape[0],), kept_ids, kept_offsets, scratch, scratch.shape[1], first_column, scratch.stride(0),
+           BLOCK=1024)
 
 
 def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, outputs, makes_sum) -> None:
@@ -473,19 +473,20 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
     if has_kept:
         _mark_kept(scratch, *kept, 0)
     if makes_sum:
-        _reference_kernel[(num_rows,)](hidden, weight, targets, reference, scale, width, hidden.stride(0), weight.stride(0),
-                                       BLOCK=block, num_warps=8)
+        launch(_reference_kernel, (num_rows,), hidden, weight, targets, reference, scale, width, hidden.stride(0),
+               weight.stride(0), BLOCK=block, num_warps=8)
     if logits is not None:
         _mm(hidden, weight.T, logits)
     stride_scratch, stride_logits = (0 if room is None else room.stride(0) for room in (scratch, logits))
-    _partials_kernel[_grid(num_rows, vocab, blocks, hidden)](
+    launch(
+        _partials_kernel, _grid(num_rows, vocab, blocks, hidden),
         *_operands(hidden, weight, blocks), logits, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
         target_logits, other_sums, scratch, scale, max_excess, num_rows, vocab, width, hidden.stride(0), weight.stride(0),
         stride_logits, stride_scratch, HAS_LOGITS=logits is not None, HAS_KEPT=has_kept, STORES=makes_sum, **blocks)
-    _reduce_kernel[(num_rows,)](
-        targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums, scratch, *outputs,
-        max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"], TILES=triton.next_power_of_2(num_tiles), BLOCK=1024,
-        HAS_KEPT=has_kept, STORES=makes_sum)
+    launch(
+        _reduce_kernel, (num_rows,), targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums,
+        scratch, *outputs, max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"],
+        TILES=triton.next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=has_kept, STORES=makes_sum)
 
 
 def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -512,7 +513,8 @@ def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tenso
         has_kept = kept_ids is not None and grads[0] is not None
         if has_kept:
             _mark_kept(grad_logits, kept_ids, kept_offsets, first)
-        _logits_gradient_kernel[_grid(num_tokens, part.shape[0], blocks, hidden)](
+        launch(
+            _logits_gradient_kernel, _grid(num_tokens, part.shape[0], blocks, hidden),
             *_operands(hidden, part, blocks), targets, lse, kept_lse, entropy, *grads, grad_logits,
             math.log2(math.e) / ctx.temperature, ctx.temperature, first, num_tokens, part.shape[0], width, hidden.stride(0),
             weight.stride(0), grad_logits.stride(0), HAS_KEPT=has_kept, HAS_LOG_PROBS=grads[0] is not None,
@@ -557,10 +559,10 @@ class _LogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         num_tokens, width = hidden.shape
         if num_tokens and grad_log_probs is not None:
-            _hidden_gradient_kernel[(num_tokens,)](
-                grad_log_probs.contiguous(), target_factor, sum_factor, weighted_sum, weight, targets, grad_hidden, width,
-                ctx.temperature, weighted_sum.stride(0), weight.stride(0), grad_hidden.stride(0),
-                BLOCK=triton.next_power_of_2(width))
+            launch(
+                _hidden_gradient_kernel, (num_tokens,), grad_log_probs.contiguous(), target_factor, sum_factor, weighted_sum,
+                weight, targets, grad_hidden, width, ctx.temperature, weighted_sum.stride(0), weight.stride(0),
+                grad_hidden.stride(0), BLOCK=triton.next_power_of_2(width))
         return grad_hidden, None, None, None, None, None, None, None
 
 
@@ -574,9 +576,9 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         _mm(hidden, weight.T, logits)
     elif hidden.shape[0] > 0:
         blocks = _blocks(hidden, weight)
-        _logits_kernel[_grid(*logits.shape, blocks, hidden)](
-            *_operands(hidden, weight, blocks), logits, *logits.shape, hidden.shape[1], hidden.stride(0), weight.stride(0),
-            logits.stride(0), **blocks)
+        launch(
+            _logits_kernel, _grid(*logits.shape, blocks, hidden), *_operands(hidden, weight, blocks), logits, *logits.shape,
+            hidden.shape[1], hidden.stride(0), weight.stride(0), logits.stride(0), **blocks)
     return logits
 
 

@@ -1,4 +1,5 @@
-"""The routed experts as one operation on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA on a frozen base.
+"""The routed experts on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA on a frozen base. Forward and backward
+are plain functions: models/frozen_block.py calls them from the block's own.
 
 y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, each W with its unmerged LoRA. The backward is given
 x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
-from kernels.launch import is_triton
+from kernels.launch import is_triton, launch
 from kernels.mxfp4 import dequantize_experts
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
@@ -36,9 +37,33 @@ class ExpertWeights:
 
 
 @triton.jit
+def _bias_dots_kernel(grad_ptr, bias_ptr, indices_ptr, dots_ptr, stride_grad, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
+                      BLOCK: tl.constexpr):
+    """<dy_t, b_e> for each expert e of the token of this program."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < WIDTH
+    grad = tl.load(grad_ptr + token * stride_grad + cols, mask=mask, other=0.0).to(tl.float32)
+    for slot in tl.static_range(PER_TOKEN):
+        expert = tl.load(indices_ptr + token * PER_TOKEN + slot)
+        bias = tl.load(bias_ptr + expert * WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dots_ptr + token * PER_TOKEN + slot, tl.sum(grad * bias, 0))
+
+
+def _bias_dots(grad: torch.Tensor, bias: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """<grad_t, bias_e> for the experts e = indices[t]: [T, A] fp32."""
+    (num_tokens, per_token), width = indices.shape, grad.shape[1]
+    dots = torch.empty((num_tokens, per_token), dtype=torch.float32, device=grad.device)
+    if num_tokens:
+        launch(_bias_dots_kernel, (num_tokens,), grad, bias, indices, dots, grad.stride(0), WIDTH=width, PER_TOKEN=per_token,
+               BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4)
+    return dots
+
+
+@triton.jit
 def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, alpha, limit, WIDTH: tl.constexpr,
                             BLOCK: tl.constexpr):
-    """A routed row: g and h come in; w dh replaces h, the activation replaces g, <g, act> goes to the row's slot."""
+    """A routed row: g and h come in; w dh replaces h, the activation replaces g, <g, act> is added to the row's slot."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     weight = tl.load(weights_ptr + slot)
@@ -56,30 +81,42 @@ def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, a
         tl.store(grad_ptr + row * WIDTH + cols, activation, mask=mask)
         grad_h = tl.reshape(tl.join(grad_gate, grad_up), (2 * BLOCK,)) * weight
         tl.store(h_ptr + row * 2 * WIDTH + pairs, grad_h.to(h_ptr.dtype.element_ty), mask=pairs < 2 * WIDTH)
-    tl.store(dots_ptr + slot, tl.sum(total, 0))
+    tl.store(dots_ptr + slot, tl.load(dots_ptr + slot) + tl.sum(total, 0))
 
 
 def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, *, alpha: float,
-                    limit: float) -> torch.Tensor:
+                    limit: float, dots: torch.Tensor) -> torch.Tensor:
     """grad [R, F], the gradient of the unweighted activation, becomes the activation; h [R, 2F] becomes its gradient times the
-    gate weight; returns <grad, activation> as [T, A] fp32."""
-    dots = torch.empty_like(weights)
+    gate weight; <grad, activation> is added to dots [T, A] fp32, which is returned."""
     width = grad.shape[1]
     if grad.shape[0]:
-        _activation_grad_kernel[(grad.shape[0],)](grad, h, weights, order, dots, alpha, limit, WIDTH=width,
-                                                  BLOCK=min(triton.next_power_of_2(width), 1024), num_warps=4)
+        launch(_activation_grad_kernel, (grad.shape[0],), grad, h, weights, order, dots, alpha, limit, WIDTH=width,
+               BLOCK=min(triton.next_power_of_2(width), 1024), num_warps=4)
     return dots
 
 
-def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, is_transposed: bool,
-             gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
-             swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None) -> torch.Tensor:
-    """grouped_gemm through W or, transposed, W^T, packed weights dequantised some experts at a time. lora_up [E, r, out]."""
+def _all_dense(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor | None:
+    """The dequantised weights [E, out, in] of a packed projection, where the scratch holds all of them."""
+    if weights.dense is not None:
+        return None
+    num_experts, size_out, num_blocks = weights.scales.shape
+    if num_experts * size_out * num_blocks * 32 * x.element_size() > weights.scratch_bytes:
+        return None
+    return dequantize_experts(weights.blocks, weights.scales, x.new_empty(num_experts, size_out, num_blocks * 32))
+
+
+def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, is_transposed: bool = False,
+             dense: torch.Tensor | None = None, gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None,
+             lora_up: torch.Tensor | None = None, swiglu: tuple[float, float] | None = None,
+             pre_activation: torch.Tensor | None = None) -> torch.Tensor:
+    """grouped_gemm through W or, transposed, W^T, packed weights dequantised some experts at a time unless `dense` [E, out, in]
+    holds them all. lora_up [E, r, out]."""
     bias = None if is_transposed else weights.bias
     if weights.dense is not None:
-        dense = weights.dense.transpose(1, 2) if is_transposed else weights.dense
-        return grouped_gemm(x, dense, offsets, gather=gather, bias=bias, low_rank=low_rank, lora_up=lora_up, swiglu=swiglu,
-                            pre_activation=pre_activation, out=out)
+        dense = weights.dense.transpose(1, 2)
+    if dense is not None:
+        return grouped_gemm(x, dense if is_transposed else dense.transpose(1, 2), offsets, gather=gather, bias=bias,
+                            low_rank=low_rank, lora_up=lora_up, swiglu=swiglu, pre_activation=pre_activation, out=out)
     num_experts, size_out, num_blocks = weights.scales.shape
     chunk = max(1, min(num_experts, weights.scratch_bytes // (size_out * num_blocks * 32 * x.element_size())))
     scratch = x.new_empty(chunk, size_out, num_blocks * 32)
@@ -92,92 +129,76 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
     return out
 
 
-class _Moe(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, residual, routing, gate_up, down, A1, B1, A2, B2, scale, alpha, limit, keeps_h,
-                is_recomputing):
-        weights = weights.contiguous()
-        num_rows, has_lora = routing.tokens.shape[0], A1 is not None
-        width = down.bias.shape[1]
-        h = None
-        y = torch.empty_like(residual)
-        if not is_recomputing:  # a repeated forward is asked for what the backward needs, and y is not
-            act, h, _ = _pre_activation(x, routing, gate_up, A1, B1, scale, swiglu=(alpha, limit), keeps_h=keeps_h)
-            low_rank = grouped_gemm(act, A2.transpose(1, 2), routing.offsets_device, scale=scale) if has_lora else None
-            rows = _project(down, act, routing.offsets_device, x.new_empty(num_rows, width), is_transposed=False,
-                            low_rank=low_rank, lora_up=B2.transpose(1, 2) if has_lora else None)
-            y = sum_rows(rows, weights, routing.inverse, residual)
-        ctx.save_for_backward(x, weights, h, A1, B1, A2, B2)
-        ctx.routing, ctx.gate_up, ctx.down, ctx.scale, ctx.alpha, ctx.limit = routing, gate_up, down, scale, alpha, limit
-        return y
+@dataclass
+class MoeKept:
+    """What moe_forward leaves for moe_backward: small tensors always, the pre-activation h [R, 2F] where it is kept."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weights, h, A1, B1, A2, B2 = ctx.saved_tensors
-        routing, gate_up, down, scale = ctx.routing, ctx.gate_up, ctx.down, ctx.scale
-        offsets, tokens, has_lora = routing.offsets_device, routing.tokens, A1 is not None
-        grad = grad.contiguous()
-        num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
-        low_rank_x = None
-        if h is None:
-            _, h, low_rank_x = _pre_activation(x, routing, gate_up, A1, B1, scale, swiglu=None, keeps_h=True)
-        elif has_lora:
-            low_rank_x = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=tokens, scale=scale)
-        row_weights = weights.flatten()[routing.order.long()]  # [R] fp32
-        # through the down projection, before the gate weight
-        grad_low_rank = grouped_gemm(grad, B2, offsets, gather=tokens, scale=scale) if has_lora else None  # [R, r]
-        act = _project(down, grad, offsets, x.new_empty(num_rows, inner), is_transposed=True, gather=tokens,
-                       low_rank=grad_low_rank, lora_up=A2)
-        grad_weights = activation_grad(act, h, weights, routing.order, alpha=ctx.alpha, limit=ctx.limit)
-        grad_weights += (grad.float() @ down.bias.float().T).gather(1, routing.indices)
-        grads = [None] * 4  # of A1, B1, A2, B2
-        if has_lora:
-            low_rank = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=scale)  # [R, r]
-            grads[2], grads[3] = torch.empty_like(A2), torch.empty_like(B2)
-            grouped_outer(grad, low_rank, offsets, grads[3], gather=tokens, row_scale=row_weights)
-            grouped_outer(act, grad_low_rank, offsets, grads[2].transpose(1, 2), row_scale=row_weights)
-        del act
-        grad_h, grad_low_rank = h, None
-        if has_lora:
-            grad_low_rank = grouped_gemm(grad_h, B1, offsets, scale=scale)  # [R, r]
-            grads[0], grads[1] = torch.empty_like(A1), torch.empty_like(B1)
-            grouped_outer(grad_h, low_rank_x, offsets, grads[1])
-            grouped_outer(x, grad_low_rank, offsets, grads[0].transpose(1, 2), gather=tokens)
-        if not ctx.needs_input_grad[0]:
-            return (None, grad_weights, grad, None, None, None, *grads, None, None, None, None, None)
-        grad_rows = _project(gate_up, grad_h, offsets, x.new_empty(num_rows, x.shape[1]), is_transposed=True,
-                             low_rank=grad_low_rank, lora_up=A1)
-        grad_x = sum_rows(grad_rows, None, routing.inverse, None)
-        return (grad_x, grad_weights, grad, None, None, None, *grads, None, None, None, None, None)
+    h: torch.Tensor | None
+    low_rank_x: torch.Tensor | None  # [R, r]: scale x A1^T
+    low_rank_act: torch.Tensor | None  # [R, r]: scale act A2^T
 
 
-def _pre_activation(x, routing, gate_up, A1, B1, scale, *, swiglu, keeps_h):
-    """Activation, h and x A1^T scale: the first projection, with the activation where `swiglu` is given and h where kept."""
-    offsets, tokens, num_rows, width = routing.offsets_device, routing.tokens, routing.tokens.shape[0], gate_up.bias.shape[1]
-    low_rank = lora_up = None
-    if A1 is not None:
-        low_rank = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=tokens, scale=scale)  # [R, r]
-        lora_up = B1.transpose(1, 2)
-    h = x.new_empty(num_rows, width) if keeps_h else None
-    if swiglu is None:
-        _project(gate_up, x, offsets, h, is_transposed=False, gather=tokens, low_rank=low_rank, lora_up=lora_up)
-        return None, h, low_rank
-    act = x.new_empty(num_rows, width // 2)
-    _project(gate_up, x, offsets, act, is_transposed=False, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=swiglu,
-             pre_activation=h)
-    return act, h, low_rank
+Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def moe(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
-        residual: torch.Tensor, *, lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
-        lora_scale: float, alpha: float, limit: float, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
-    """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D], expert weights frozen.
+def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
+                residual: torch.Tensor, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
+                keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
+    """residual [T, D] (x's dtype or fp32) plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D] in the residual's
+    dtype; and what moe_backward needs.
 
-    lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. keeps_h holds the pre-activation
-    (R * 2F elements) for the backward. is_recomputing: the call repeats a forward whose output is known and only needs what the
-    backward asks for; it returns memory that was not written. Triton only."""
+    lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. Triton only, no gradient."""
     assert is_triton(x), "moe: the reference composes dispatch, grouped_linear, swiglu and combine"
-    A1, B1, A2, B2 = lora or (None, None, None, None)
-    return _Moe.apply(x, weights, residual, routing, gate_up, down, A1, B1, A2, B2, lora_scale, alpha, limit, keeps_h,
-                      is_recomputing)
+    offsets, num_rows, width = routing.offsets_device, routing.tokens.shape[0], down.bias.shape[1]
+    A1, B1, A2, B2 = lora or (None,) * 4
+    low_rank_x = low_rank_act = None
+    if lora is not None:
+        low_rank_x = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=routing.tokens, scale=lora_scale)
+    h = x.new_empty(num_rows, gate_up.bias.shape[1]) if keeps_h else None
+    act = _project(gate_up, x, offsets, x.new_empty(num_rows, gate_up.bias.shape[1] // 2), gather=routing.tokens,
+                   low_rank=low_rank_x, lora_up=None if lora is None else B1.transpose(1, 2), swiglu=(alpha, limit),
+                   pre_activation=h)
+    if lora is not None:
+        low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
+    # in the stream's dtype: a float16 row can pass 65504
+    rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=residual.dtype), low_rank=low_rank_act,
+                    lora_up=None if lora is None else B2.transpose(1, 2))
+    del act
+    return sum_rows(rows, weights, routing.inverse, residual), MoeKept(h, low_rank_x, low_rank_act)
+
+
+def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
+                 down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float,
+                 limit: float) -> tuple[torch.Tensor, torch.Tensor, Lora | None]:
+    """Gradients of x [T, D], of the gate weights [T, A] and of LoRA's tensors (fp32) from that of the output, grad [T, D] in the
+    output's dtype (which is also the residual's, as it is). Uses kept.h as scratch where it is there, else computes h again.
+    Triton only."""
+    grad = grad.to(x.dtype)  # once for all products
+    offsets, tokens = routing.offsets_device, routing.tokens
+    num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
+    A1, B1, A2, B2 = lora or (None,) * 4
+    h, kept.h, dense = kept.h, None, None
+    if h is None:
+        h = x.new_empty(num_rows, 2 * inner)
+        dense = _all_dense(gate_up, x)  # the input's gradient needs it again
+        _project(gate_up, x, offsets, h, gather=tokens, low_rank=kept.low_rank_x, dense=dense,
+                 lora_up=None if lora is None else B1.transpose(1, 2))
+    grad_low_rank = None if lora is None else grouped_gemm(grad, B2, offsets, gather=tokens, scale=lora_scale)  # [R, r]
+    # through the down projection, before the gate weight
+    act = _project(down, grad, offsets, x.new_empty(num_rows, inner), is_transposed=True, gather=tokens,
+                   low_rank=grad_low_rank, lora_up=A2)
+    grad_weights = activation_grad(act, h, weights, routing.order, alpha=alpha, limit=limit,
+                                   dots=_bias_dots(grad, down.bias, routing.indices))
+    lora_grads = None
+    if lora is not None:
+        row_weights = weights.flatten()[routing.order]  # [R] fp32
+        lora_grads = tuple(torch.empty_like(tensor) for tensor in lora)
+        grouped_outer(grad, kept.low_rank_act, offsets, lora_grads[3], gather=tokens, row_scale=row_weights)
+        grouped_outer(act, grad_low_rank, offsets, lora_grads[2].transpose(1, 2), row_scale=row_weights)
+        grad_low_rank = grouped_gemm(h, B1, offsets, scale=lora_scale)  # [R, r]; h now holds its own gradient
+        grouped_outer(h, kept.low_rank_x, offsets, lora_grads[1])
+        grouped_outer(x, grad_low_rank, offsets, lora_grads[0].transpose(1, 2), gather=tokens)
+    # the activation is no longer needed: its memory takes the rows of the input's gradient, if the widths agree
+    out = act if x.shape[1] == inner else x.new_empty(num_rows, x.shape[1])
+    grad_rows = _project(gate_up, h, offsets, out, is_transposed=True, low_rank=grad_low_rank, lora_up=A1, dense=dense)
+    return sum_rows(grad_rows, None, routing.inverse, None), grad_weights, lora_grads

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton
+from kernels.launch import check_served, is_triton, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # a row stays in one program's registers
@@ -102,24 +102,24 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
-          dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """y in `dtype` and the sum (None without a residual) [R, D], and inv_rms [R] fp32, of x [R, D]."""
+def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
+                 dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """y in `dtype` and the sum in the residual's (None without one) [R, D], and inv_rms [R] fp32, of x [R, D]. Triton only, no
+    gradient."""
     num_rows, width = x.shape
     y = torch.empty((num_rows, width), dtype=dtype, device=x.device)
     total = torch.empty((num_rows, width), dtype=residual.dtype, device=x.device) if residual is not None else None
     inv_rms = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows:
-        _norm_kernel[(num_rows,)](x, residual, weight, y, total, inv_rms, eps, x.stride(0),
-                                  residual.stride(0) if residual is not None else 0, WIDTH=width,
-                                  BLOCK=triton.next_power_of_2(width), HAS_RESIDUAL=residual is not None,
-                                  num_warps=_num_warps(width))
+        launch(_norm_kernel, (num_rows,), x, residual, weight, y, total, inv_rms, eps, x.stride(0),
+               residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=triton.next_power_of_2(width),
+               HAS_RESIDUAL=residual is not None, num_warps=_num_warps(width))
     return y, total, inv_rms
 
 
-def _norm_grad(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
-               inv_rms: torch.Tensor, needs_weight: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dx [R, D], grad_total included, and dweight [D] where it is needed."""
+def norm_backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
+                  inv_rms: torch.Tensor, needs_weight: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dx [R, D] in x's dtype, grad_total included, and dweight [D] where it is needed, of norm_forward. Triton only."""
     num_rows, width = x.shape
     grad_x = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows == 0:
@@ -127,16 +127,16 @@ def _norm_grad(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Ten
     rows_per_program = triton.cdiv(num_rows, NUM_PARTIALS) if needs_weight else 1
     num_programs = triton.cdiv(num_rows, rows_per_program)
     partial = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if needs_weight else None
-    _norm_grad_kernel[(num_programs,)](
-        grad, grad_total, x, weight, inv_rms, grad_x, partial, num_rows, rows_per_program, grad.stride(0),
-        grad_total.stride(0) if grad_total is not None else 0, x.stride(0), WIDTH=width,
+    launch(
+        _norm_grad_kernel, (num_programs,), grad, grad_total, x, weight, inv_rms, grad_x, partial, num_rows, rows_per_program,
+        grad.stride(0), grad_total.stride(0) if grad_total is not None else 0, x.stride(0), WIDTH=width,
         BLOCK=triton.next_power_of_2(width), HAS_TOTAL=grad_total is not None, NEEDS_WEIGHT=needs_weight,
         num_warps=_num_warps(width))
     if not needs_weight:
         return grad_x, None
     grad_weight = torch.empty(width, dtype=weight.dtype, device=x.device)
-    _sum_partials_kernel[(triton.cdiv(width, 32),)](partial, grad_weight, num_programs, WIDTH=width, BLOCK_ROWS=32,
-                                                    BLOCK_COLS=32, num_warps=4)
+    launch(_sum_partials_kernel, (triton.cdiv(width, 32),), partial, grad_weight, num_programs, WIDTH=width, BLOCK_ROWS=32,
+           BLOCK_COLS=32, num_warps=4)
     return grad_x, grad_weight
 
 
@@ -144,14 +144,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
         rows, weight = _rows(x), weight.contiguous()
-        y, _, inv_rms = _norm(rows, None, weight, eps, dtype)
+        y, _, inv_rms = norm_forward(rows, None, weight, eps, dtype)
         ctx.save_for_backward(rows, weight, inv_rms)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
         rows, weight, inv_rms = ctx.saved_tensors
-        grad_x, grad_weight = _norm_grad(_rows(grad), None, rows, weight, inv_rms, ctx.needs_input_grad[1])
+        grad_x, grad_weight = norm_backward(_rows(grad), None, rows, weight, inv_rms, ctx.needs_input_grad[1])
         return grad_x.view(grad.shape), grad_weight, None, None
 
 
@@ -159,7 +159,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
         weight = weight.contiguous()
-        y, total, inv_rms = _norm(_rows(x), _rows(residual), weight, eps, x.dtype)
+        y, total, inv_rms = norm_forward(_rows(x), _rows(residual), weight, eps, x.dtype)
         ctx.save_for_backward(total, weight, inv_rms)
         ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
@@ -170,8 +170,8 @@ class _AddRMSNorm(torch.autograd.Function):
         if grad is None:  # only the sum was used
             return grad_total.to(ctx.dtype), grad_total, None, None
         rows, weight, inv_rms = ctx.saved_tensors
-        grad_x, grad_weight = _norm_grad(_rows(grad), _rows(grad_total) if grad_total is not None else None, rows,
-                                         weight, inv_rms, ctx.needs_input_grad[2])
+        grad_x, grad_weight = norm_backward(_rows(grad), _rows(grad_total) if grad_total is not None else None, rows,
+                                            weight, inv_rms, ctx.needs_input_grad[2])
         grad_x = grad_x.view(grad.shape)
         return grad_x.to(ctx.dtype), grad_x, grad_weight, None
 

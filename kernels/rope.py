@@ -3,8 +3,8 @@
 o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin, in fp32, rounded once. cos and sin carry YaRN's concentration
 (arXiv 2309.00071; models/yarn.py makes them). The gradient is the rotation by the negative angle, same concentration.
 
-Queries and keys share a launch. The result is a new tensor: in place would move as many bytes, and would destroy
-projections or gradients that autograd may hand to somebody else as well.
+Queries and keys share a launch. The public functions return new tensors: in place would move as many bytes, and would
+destroy projections or gradients that autograd may hand to somebody else as well. rotate() may be given its input as output.
 
 Shapes: T tokens, H heads (rope_qk: H query heads, K key-value heads), D head width.
 """
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton
+from kernels.launch import check_served, is_triton, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # elements of a token's heads, held in one program's registers
@@ -25,7 +25,7 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
 
 
 @triton.jit
-def _rotate(x_ptr, y_ptr, token, stride_token, stride_head, cos, sin, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
+def _rotate(x_ptr, y_ptr, token, stride_token, stride_head, stride_y, cos, sin, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
             BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr):
     heads = tl.arange(0, BLOCK_HEADS)[:, None]
     cols = tl.arange(0, BLOCK_HALF)[None, :]
@@ -33,47 +33,50 @@ def _rotate(x_ptr, y_ptr, token, stride_token, stride_head, cos, sin, NUM_HEADS:
     x_ptrs = x_ptr + token * stride_token + heads * stride_head + cols
     x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
-    y_ptrs = y_ptr + token * (NUM_HEADS * HALF * 2) + heads * (HALF * 2) + cols
+    y_ptrs = y_ptr + token * stride_y + heads * (HALF * 2) + cols
     tl.store(y_ptrs, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptrs + HALF, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rope_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, stride_q_token, stride_q_head, stride_k_token,
-                 stride_k_head, NUM_Q: tl.constexpr, NUM_K: tl.constexpr, HALF: tl.constexpr, BLOCK_Q: tl.constexpr,
-                 BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BACKWARD: tl.constexpr):
+                 stride_k_head, stride_q_out, stride_k_out, NUM_Q: tl.constexpr, NUM_K: tl.constexpr, HALF: tl.constexpr,
+                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BACKWARD: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     cos = tl.load(cos_ptr + token * HALF + cols, mask=cols < HALF, other=0.0)
     sin = tl.load(sin_ptr + token * HALF + cols, mask=cols < HALF, other=0.0)
     if BACKWARD:
         sin = -sin
-    _rotate(q_ptr, q_out_ptr, token, stride_q_token, stride_q_head, cos, sin, NUM_Q, HALF, BLOCK_Q, BLOCK_HALF)
+    _rotate(q_ptr, q_out_ptr, token, stride_q_token, stride_q_head, stride_q_out, cos, sin, NUM_Q, HALF, BLOCK_Q, BLOCK_HALF)
     if NUM_K > 0:
-        _rotate(k_ptr, k_out_ptr, token, stride_k_token, stride_k_head, cos, sin, NUM_K, HALF, BLOCK_K, BLOCK_HALF)
+        _rotate(k_ptr, k_out_ptr, token, stride_k_token, stride_k_head, stride_k_out, cos, sin, NUM_K, HALF, BLOCK_K, BLOCK_HALF)
 
 
 def _num_warps(block: int) -> int:
     return 1 if block <= 512 else 4 if block <= 4096 else 8
 
 
-def _launch(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, *,
-            backward: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q [T, H, D] and k [T, K, D] (or None) rotated, forwards or back."""
+def rotate(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool,
+           out: tuple[torch.Tensor, torch.Tensor | None] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q [T, H, D] and k [T, K, D] (or None) rotated, forwards or back, into `out` (a token's heads dense; q and k themselves are
+    allowed) or new tensors. Triton only, no gradient."""
     q = q if q.stride(2) == 1 else q.contiguous()
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
-    strides_k = (0, 0)
-    if k is not None:
-        k = k if k.stride(2) == 1 else k.contiguous()
-        k_out, strides_k = torch.empty(k.shape, dtype=k.dtype, device=k.device), k.stride()[:2]
+    k = k if k is None or k.stride(2) == 1 else k.contiguous()
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device), None if k is None else torch.empty(
+            k.shape, dtype=k.dtype, device=k.device)
+    q_out, k_out = out
     num_tokens, num_q, width = q.shape
     num_k = k.shape[1] if k is not None else 0
+    assert q_out.stride()[1:] == (width, 1) and (k is None or k_out.stride()[1:] == (width, 1)), (q_out.stride(), k_out)
+    strides_k = k.stride()[:2] if k is not None else (0, 0)
     block_q, block_half = triton.next_power_of_2(num_q), triton.next_power_of_2(width // 2)
     if num_tokens:
-        _rope_kernel[(num_tokens,)](q, k, q_out, k_out, cos, sin, q.stride(0), q.stride(1), *strides_k, NUM_Q=num_q,
-                                    NUM_K=num_k, HALF=width // 2, BLOCK_Q=block_q,
-                                    BLOCK_K=triton.next_power_of_2(max(num_k, 1)), BLOCK_HALF=block_half,
-                                    BACKWARD=backward, num_warps=_num_warps(block_q * block_half))
+        launch(_rope_kernel, (num_tokens,), q, k, q_out, k_out, cos, sin, q.stride(0), q.stride(1), *strides_k, q_out.stride(0),
+               k_out.stride(0) if k is not None else 0, NUM_Q=num_q, NUM_K=num_k, HALF=width // 2, BLOCK_Q=block_q,
+               BLOCK_K=triton.next_power_of_2(max(num_k, 1)), BLOCK_HALF=block_half, BACKWARD=backward,
+               num_warps=_num_warps(block_q * block_half))
     return q_out, k_out
 
 
@@ -81,22 +84,22 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _launch(x, None, cos, sin, backward=False)[0]
+        return rotate(x, None, cos, sin, backward=False)[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return _launch(grad, None, *ctx.saved_tensors, backward=True)[0], None, None
+        return rotate(grad, None, *ctx.saved_tensors, backward=True)[0], None, None
 
 
 class _RopeQK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _launch(q, k, cos, sin, backward=False)
+        return rotate(q, k, cos, sin, backward=False)
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):
-        return *_launch(grad_q, grad_k, *ctx.saved_tensors, backward=True), None, None
+        return *rotate(grad_q, grad_k, *ctx.saved_tensors, backward=True), None, None
 
 
 def _check(x: torch.Tensor, others: dict[str, torch.Tensor], cos: torch.Tensor,

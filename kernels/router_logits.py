@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import linear
-from kernels.launch import check_served, gpu_family, product_path
+from kernels.launch import check_served, gpu_family, launch, product_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,8 +44,8 @@ def _router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, s
 @triton.jit
 def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_weight, NUM_EXPERTS: tl.constexpr,
                         WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-                        PRECISION: tl.constexpr):
-    """dx = dlogits W. The gradient keeps its fp32 bits: PRECISION is that of an fp32 product."""
+                        PRECISION: tl.constexpr, ADDS: tl.constexpr):
+    """dx = dlogits W, or dx += dlogits W. The gradient keeps its fp32 bits: PRECISION is that of an fp32 product."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token, is_col = tokens < num_tokens, cols < WIDTH
@@ -58,8 +58,10 @@ def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_wei
         weight = tl.load(weight_ptr + experts[:, None] * stride_weight + cols[None, :],
                          mask=is_expert[:, None] & is_col[None, :], other=0.0).to(tl.float32)
         grad_x = tl.dot(grad, weight, grad_x, input_precision=PRECISION)
-    tl.store(grad_x_ptr + tokens[:, None] * WIDTH + cols[None, :], grad_x.to(grad_x_ptr.dtype.element_ty),
-             mask=is_token[:, None] & is_col[None, :])
+    pointers, mask = grad_x_ptr + tokens[:, None] * WIDTH + cols[None, :], is_token[:, None] & is_col[None, :]
+    if ADDS:
+        grad_x += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 def router_blocks(family: str, num_experts: int, itemsize: int) -> dict[str, int]:
@@ -78,6 +80,35 @@ def router_grad_blocks(family: str, num_experts: int) -> dict[str, int]:
     return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 
 
+def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Logits [T, E] fp32; x and weight with contiguous rows. Triton only, no gradient."""
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x.device)
+    if num_tokens:
+        blocks = router_blocks(gpu_family(x), num_experts, x.element_size())
+        grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_experts, blocks["BLOCK_E"]))
+        launch(_router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
+               NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)
+    return logits
+
+
+def router_backward(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, adds: bool) -> torch.Tensor:
+    """dx [T, D] of logits' gradient [T, E] fp32, written to `out` or, with adds, added to it; rounded once either way. By the
+    kernel, or in fp32 by the library."""
+    if product_path(out) == "library":
+        grad_x = grad @ weight.float()
+        return out.copy_(grad_x.add_(out) if adds else grad_x)
+    num_tokens, num_experts, width = grad.shape[0], *weight.shape
+    # bf16 weights are exact in TF32, so three TF32 products give what an fp32 one would
+    precision = "ieee" if out.dtype == torch.float32 else "tf32x3"
+    if num_tokens:
+        blocks = router_grad_blocks(gpu_family(out), num_experts)
+        grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(width, blocks["BLOCK_N"]))
+        launch(_router_grad_kernel, grid, grad, weight, out, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
+               PRECISION=precision, ADDS=adds, **blocks)
+    return out
+
+
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -85,15 +116,7 @@ class _RouterLogits(torch.autograd.Function):
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = bias.dtype
-        num_tokens, width = x.shape
-        num_experts = weight.shape[0]
-        logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x.device)
-        if num_tokens:
-            blocks = router_blocks(gpu_family(x), num_experts, x.element_size())
-            grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_experts, blocks["BLOCK_E"]))
-            _router_logits_kernel[grid](x, weight, bias.contiguous(), logits, num_tokens, x.stride(0), weight.stride(0),
-                                        NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)
-        return logits
+        return router_forward(x, weight, bias.contiguous())
 
     @staticmethod
     def backward(ctx, grad):
@@ -101,15 +124,7 @@ class _RouterLogits(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            (num_tokens, width), num_experts = x.shape, weight.shape[0]
-            grad_x = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
-            # bf16 weights are exact in TF32, so three TF32 products give what an fp32 one would
-            precision = "ieee" if x.dtype == torch.float32 else "tf32x3"
-            if num_tokens:
-                blocks = router_grad_blocks(gpu_family(x), num_experts)
-                grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(width, blocks["BLOCK_N"]))
-                _router_grad_kernel[grid](grad, weight, grad_x, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts,
-                                          WIDTH=width, PRECISION=precision, **blocks)
+            grad_x = router_backward(grad, weight, torch.empty(x.shape, dtype=x.dtype, device=x.device), adds=False)
         if ctx.needs_input_grad[1]:  # full fine-tuning only: cuBLAS in fp32
             grad_weight = (grad.T @ x.float()).to(weight.dtype)
         if ctx.needs_input_grad[2]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton
+from kernels.launch import check_served, is_triton, launch
 
 MAX_EXPERTS, MAX_EXPERTS_PER_TOKEN = 1024, 8
 SORT_TILE = 4096  # choices times experts that a program ranks at once
@@ -110,38 +110,47 @@ def _route_blocks(num_experts: int) -> dict[str, int]:
     return {"BLOCK_T": max(2048 // block_e, 1), "BLOCK_E": block_e}
 
 
+def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,
+                  experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate weights [T, A] fp32 and the indices [T, A], given or chosen here, of logits [T, E] fp32. Triton only, no gradient."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    num_tokens, num_experts = logits.shape
+    is_replay = indices is not None
+    if not is_replay:
+        indices = torch.empty((num_tokens, experts_per_token), dtype=torch.int64, device=logits.device)
+    indices = indices.contiguous()
+    weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=logits.device)
+    blocks = _route_blocks(num_experts)
+    if num_tokens:
+        launch(_route_kernel, (triton.cdiv(num_tokens, blocks["BLOCK_T"]),), logits, indices, weights, num_tokens,
+               logits.stride(0), NUM_EXPERTS=num_experts, PER_TOKEN=experts_per_token,
+               BLOCK_A=triton.next_power_of_2(experts_per_token), REPLAY=is_replay, num_warps=4, **blocks)
+    return weights, indices
+
+
+def route_backward(grad: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Gradient of the logits [T, E] fp32 from that of the gate weights [T, A]. Triton only."""
+    num_tokens, per_token = weights.shape
+    grad_logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=grad.device)
+    blocks = _route_blocks(num_experts)
+    if num_tokens:
+        launch(_route_grad_kernel, (triton.cdiv(num_tokens, blocks["BLOCK_T"]),), grad.contiguous(), weights, indices,
+               grad_logits, num_tokens, NUM_EXPERTS=num_experts, PER_TOKEN=per_token, num_warps=4, **blocks)
+    return grad_logits
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, indices, experts_per_token):
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        num_tokens, num_experts = logits.shape
-        is_replay = indices is not None
-        if not is_replay:
-            indices = torch.empty((num_tokens, experts_per_token), dtype=torch.int64, device=logits.device)
-        indices = indices.contiguous()
-        weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=logits.device)
-        blocks = _route_blocks(num_experts)
-        if num_tokens:
-            _route_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
-                logits, indices, weights, num_tokens, logits.stride(0), NUM_EXPERTS=num_experts,
-                PER_TOKEN=experts_per_token, BLOCK_A=triton.next_power_of_2(experts_per_token), REPLAY=is_replay,
-                num_warps=4, **blocks)
+        weights, indices = route_forward(logits, indices, experts_per_token)
         ctx.save_for_backward(weights, indices)
-        ctx.num_experts = num_experts
+        ctx.num_experts = logits.shape[1]
         ctx.mark_non_differentiable(indices)
         return weights, indices
 
     @staticmethod
     def backward(ctx, grad, _):
-        weights, indices = ctx.saved_tensors
-        num_tokens, per_token = weights.shape
-        grad_logits = torch.empty((num_tokens, ctx.num_experts), dtype=torch.float32, device=grad.device)
-        blocks = _route_blocks(ctx.num_experts)
-        if num_tokens:
-            _route_grad_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
-                grad.contiguous(), weights, indices, grad_logits, num_tokens, NUM_EXPERTS=ctx.num_experts,
-                PER_TOKEN=per_token, num_warps=4, **blocks)
-        return grad_logits, None, None
+        return route_backward(grad, *ctx.saved_tensors, ctx.num_experts), None, None
 
 
 def route(logits: torch.Tensor, *, experts_per_token: int,
@@ -151,16 +160,26 @@ def route(logits: torch.Tensor, *, experts_per_token: int,
     `indices` [T, A] int64 replays a choice made before (each in 0..E-1): only the weights are computed then."""
     if indices is not None:
         assert indices.shape == (logits.shape[0], experts_per_token), f"{indices.shape}, {logits.shape}, {experts_per_token}"
+    weights, indices = _weigh(logits, indices, experts_per_token)
+    return weights, make_routing(indices, num_experts=logits.shape[1])
+
+
+@torch.no_grad()
+def choose_experts(logits: torch.Tensor, *, experts_per_token: int) -> torch.Tensor:
+    """The experts [T, A] int64 that `route` picks for logits [T, E] fp32, by descending logit."""
+    return _weigh(logits, None, experts_per_token)[1]
+
+
+def _weigh(logits: torch.Tensor, indices: torch.Tensor | None, experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate weights [T, A] and the experts they belong to."""
     num_experts = logits.shape[1]
     if not is_triton(logits):
-        weights, indices = route_reference(logits, experts_per_token, indices)
-        return weights, make_routing(indices, num_experts=num_experts)
+        return route_reference(logits, experts_per_token, indices)
     check_served("route", {"logits": logits}, dtypes=(torch.float32,), tensor_cores=False)
     if num_experts > MAX_EXPERTS or experts_per_token > MAX_EXPERTS_PER_TOKEN:
         raise ValueError(f"route: {experts_per_token} of {num_experts} experts; the Triton kernel takes up to "
                          f"{MAX_EXPERTS_PER_TOKEN} of {MAX_EXPERTS}")
-    weights, indices = _Route.apply(logits, indices, experts_per_token)
-    return weights, make_routing(indices, num_experts=num_experts)
+    return _Route.apply(logits, indices, experts_per_token)
 
 
 def make_routing_reference(indices: torch.Tensor, num_experts: int) -> Routing:
@@ -254,9 +273,9 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     counts = None
     if not is_single:
         counts = torch.empty((num_chunks, num_experts), dtype=torch.int32, device=indices.device)
-        _count_kernel[(num_chunks,)](experts, counts, num_rows, chunk_size, **sizes)
-    _sort_kernel[(num_chunks,)](experts, counts, order, tokens, inverse, offsets, num_rows, chunk_size, num_chunks,
-                                PER_TOKEN=indices.shape[1], BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
+        launch(_count_kernel, (num_chunks,), experts, counts, num_rows, chunk_size, **sizes)
+    launch(_sort_kernel, (num_chunks,), experts, counts, order, tokens, inverse, offsets, num_rows, chunk_size, num_chunks,
+           PER_TOKEN=indices.shape[1], BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
     return Routing(indices, order, tokens, inverse, offsets)
 
 
@@ -345,7 +364,8 @@ def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Te
         stride_residual = residual.stride(0)
     if y.numel():
         block = _columns(width)
-        _sum_rows_kernel[(num_tokens, triton.cdiv(width, block))](
+        launch(
+            _sum_rows_kernel, (num_tokens, triton.cdiv(width, block)),
             rows, weights, inverse, residual, y, rows.stride(0), stride_residual, WIDTH=width, PER_TOKEN=per_token,
             BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4)
     return y
@@ -362,7 +382,8 @@ class _Dispatch(torch.autograd.Function):
         rows = torch.empty((num_tokens * per_token, width), dtype=x_TD.dtype, device=x_TD.device)
         if rows.numel():
             block = _columns(width)
-            _dispatch_kernel[(num_tokens, triton.cdiv(width, block))](
+            launch(
+                _dispatch_kernel, (num_tokens, triton.cdiv(width, block)),
                 x_TD, inverse, rows, x_TD.stride(0), WIDTH=width, PER_TOKEN=per_token, BLOCK=block, num_warps=4)
         return rows
 
@@ -408,7 +429,8 @@ def combine_backward(grad_TD: torch.Tensor, y_RD: torch.Tensor, weights: torch.T
     grad_RD = torch.empty((num_tokens * per_token, width), dtype=y_RD.dtype, device=y_RD.device)
     grad_weights = torch.empty_like(weights) if needs_weights else None
     if num_tokens:
-        _combine_grad_kernel[(num_tokens,)](
+        launch(
+            _combine_grad_kernel, (num_tokens,),
             grad_TD, y_RD, weights, inverse, grad_RD, grad_weights, grad_TD.stride(0), y_RD.stride(0), WIDTH=width,
             PER_TOKEN=per_token, NEEDS_WEIGHTS=needs_weights, **combine_grad_blocks(per_token))
     return grad_RD, grad_weights

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton
+from kernels.launch import check_served, is_triton, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, NUM_WARPS = 1024, 4  # pairs per program
@@ -115,8 +115,8 @@ def _activate(h: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     h = _aligned(h)
     y = torch.empty((*h.shape[:-1], h.shape[-1] // 2), dtype=h.dtype, device=h.device)
     if y.numel():
-        _swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](_packed(h), y, alpha, limit, y.numel(), BLOCK=BLOCK,
-                                                         num_warps=NUM_WARPS)
+        launch(_swiglu_kernel, (triton.cdiv(y.numel(), BLOCK),), _packed(h), y, alpha, limit, y.numel(), BLOCK=BLOCK,
+               num_warps=NUM_WARPS)
     return y
 
 
@@ -130,7 +130,8 @@ def swiglu_backward(grad: torch.Tensor, h: torch.Tensor, *, alpha: float, limit:
     grad_h = torch.empty_like(h)
     y = torch.empty_like(grad) if with_activation else None
     if grad.numel():
-        _swiglu_grad_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
+        launch(
+            _swiglu_grad_kernel, (triton.cdiv(grad.numel(), BLOCK),),
             grad, _packed(h), _packed(grad_h), y, alpha, limit, grad.numel(), BLOCK=BLOCK,
             WITH_ACTIVATION=with_activation, num_warps=NUM_WARPS)
     return grad_h, y

@@ -91,6 +91,7 @@ def load_model(
     experts: str = "auto",
     activation_checkpointing: bool = False,
     memory_gb: float | None = None,
+    host_gb: float = 0.0,
 ) -> GptOss:
     """Reads a checkpoint into a frozen model.
 
@@ -99,7 +100,8 @@ def load_model(
     dtype: of every tensor but packed ones.
     experts: "auto" keeps the form of the checkpoint; "bf16" dequantises MXFP4 experts into dense [E, in, out] of
         `dtype` (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
-    activation_checkpointing, memory_gb: as GptOss takes them.
+    activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
+        it is large enough (pinned allocations are rounded up to a power of two).
     Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
     the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
@@ -116,9 +118,14 @@ def load_model(
         )
     form = experts if experts != "auto" else "mxfp4" if config.is_mxfp4 else "bf16"
     model = GptOss(config, dtype=dtype, device="meta", experts=form, activation_checkpointing=activation_checkpointing,
-                   memory_gb=memory_gb)
+                   memory_gb=memory_gb, host_gb=host_gb)
     _check_tensors(folder, stored, _expected_tensors(model, is_packed=config.is_mxfp4), config)
     model.to_empty(device=device)
+    embedding = model.model.embed_tokens
+    size = embedding.weight.numel() * embedding.weight.element_size()
+    if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
+        pinned = torch.empty(embedding.weight.shape, dtype=dtype, pin_memory=True)
+        embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored)):

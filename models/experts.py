@@ -12,13 +12,12 @@ from torch import nn
 
 from kernels.grouped_gemm import grouped_linear, grouped_linear_mxfp4
 from kernels.launch import is_triton
-from kernels.moe import ExpertWeights, moe
+from kernels.moe import ExpertWeights
 from kernels.routing import Routing, combine, dispatch
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-SCRATCH_BYTES = 1_100_000_000  # of dequantised weights held at once on a GPU: a projection of gpt-oss-20b
 
 
 class _Experts(nn.Module):
@@ -35,7 +34,6 @@ class _Experts(nn.Module):
             self.register_parameter(f"{name}_lora_A", None)  # [E, r, in] fp32
             self.register_parameter(f"{name}_lora_B", None)  # [E, out, r] fp32
         self.lora_scale, self.adapter_enabled = 0.0, True
-        self.scratch_bytes = SCRATCH_BYTES
 
     def _lora(self, name: str) -> dict[str, torch.Tensor | float | None]:
         """The adapter of a projection as grouped_linear takes it."""
@@ -49,23 +47,20 @@ class _Experts(nn.Module):
         h = self.project("gate_up_proj", x, offsets)  # [R, 2F], gate and up interleaved
         return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
 
-    def mix(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor, *, keeps_h: bool,
-            is_recomputing: bool) -> torch.Tensor:
-        """residual [T, D] plus the experts of x [T, D] weighted by the gate weights [T, A].
+    def lora_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """A and B of gate_up, A and B of down; None without an adapter or with it switched off."""
+        if self.gate_up_proj_lora_A is None or not self.adapter_enabled:
+            return None
+        return self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.down_proj_lora_A, self.down_proj_lora_B
 
-        On a GPU, frozen experts run as one operation: keeps_h holds their pre-activations for the backward, and
-        is_recomputing skips what a repeated forward is not asked for."""
-        trains_base = any(parameter.requires_grad for name, parameter in self._parameters.items()
-                          if parameter is not None and "lora" not in name)
-        if not is_triton(x) or trains_base:
-            offsets = routing.offsets_device if is_triton(x) else routing.offsets
-            return combine(self(dispatch(x, routing), offsets), weights, routing, residual=residual)
-        lora = None
-        if self.gate_up_proj_lora_A is not None and self.adapter_enabled:
-            lora = (self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.down_proj_lora_A, self.down_proj_lora_B)
-        return moe(x, weights, routing, self.held("gate_up_proj"), self.held("down_proj"), residual, lora=lora,
-                   lora_scale=self.lora_scale, alpha=self.alpha, limit=self.limit, keeps_h=keeps_h,
-                   is_recomputing=is_recomputing)
+    def trains_base(self) -> bool:
+        return any(parameter.requires_grad for name, parameter in self._parameters.items()
+                   if parameter is not None and "lora" not in name)
+
+    def mix(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
+        """residual [T, D] plus the experts of x [T, D] weighted by the gate weights [T, A], with gradients of everything."""
+        offsets = routing.offsets_device if is_triton(x) else routing.offsets
+        return combine(self(dispatch(x, routing), offsets), weights, routing, residual=residual)
 
 
 class Bf16Experts(_Experts):
@@ -80,8 +75,9 @@ class Bf16Experts(_Experts):
     def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
         return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets, **self._lora(name))
 
-    def held(self, name: str) -> ExpertWeights:
-        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], self.scratch_bytes)
+    def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
+        """The weights as the GPU's forward and backward take them."""
+        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], scratch_bytes)
 
 
 class Mxfp4Experts(_Experts):
@@ -98,6 +94,7 @@ class Mxfp4Experts(_Experts):
         return grouped_linear_mxfp4(x, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
                                     self._parameters[f"{name}_bias"], offsets, **self._lora(name))
 
-    def held(self, name: str) -> ExpertWeights:
+    def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
+        """The weights as the GPU's forward and backward take them; at most scratch_bytes dequantised at once."""
         return ExpertWeights(None, self._buffers[f"{name}_blocks"], self._buffers[f"{name}_scales"],
-                             self._parameters[f"{name}_bias"], self.scratch_bytes)
+                             self._parameters[f"{name}_bias"], scratch_bytes)

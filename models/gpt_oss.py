@@ -2,26 +2,28 @@
 
 Block: x += attention(norm(x)); x += experts(norm(x)). No query-key norm, no logit cap, no embedding scale
 (openai/gpt-oss, gpt_oss/torch/model.py). Departures: router logits, attention scores, softmax, SwiGLU, gate weighting and
-head logits are fp32 whatever the weights' dtype. Parameter names are those of the Hugging Face checkpoint.
+head logits are fp32 whatever the weights' dtype, and so is the residual stream of a float16 model (kernels/launch.py: it passes
+float16's range). Parameter names are those of the Hugging Face checkpoint.
 
 Shapes: T packed tokens, S sequences, B decoded sequences, D model width, H query heads, K key-value heads, V vocabulary.
 """
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import AttentionPlan, attention
+from kernels.attention import attention
+from kernels.attention_plan import AttentionPlan
 from kernels.decode_attention import decode_attention
 from kernels.dense import linear
+from kernels.embedding import embedding
+from kernels.launch import is_triton
 from kernels.linear import lora_linear
 from kernels.log_probs import head_logits, log_probs
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -29,8 +31,11 @@ from kernels.rope import rope_qk
 from kernels.router_logits import router_logits
 from kernels.routing import route
 from models.config import GptOssConfig
-from models.experts import SCRATCH_BYTES, Bf16Experts, Mxfp4Experts
+from models.experts import Bf16Experts, Mxfp4Experts
+from models.frozen_block import Attend, Choose, TrainingPass, run_block, train_block
 from models.kv_cache import KVCache
+from models.memory_plan import SCRATCH_BYTES, MemoryBudget
+from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
 
@@ -49,41 +54,6 @@ class KeptSets:
         return KeptSets(self.ids[torch.repeat_interleave(starts, counts) + within], offsets)
 
 
-class Keep(Enum):
-    """What a layer keeps for the backward; the rest is computed again."""
-
-    input = "input"  # its input only
-    attention = "attention"  # all but the experts' pre-activations
-    all = "all"
-
-
-def kept_bytes_per_token(config: GptOssConfig, size: int) -> dict[Keep, int]:
-    """Bytes per token that one layer keeps, with elements of `size` bytes."""
-    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    attention = size * (4 * config.hidden_size + heads) + 4 * config.num_attention_heads + 256  # routing and norms
-    pre_activations = size * 2 * config.intermediate_size * config.num_experts_per_tok
-    return {Keep.input: size * config.hidden_size, Keep.attention: attention, Keep.all: attention + pre_activations}
-
-
-# (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Repeat:
-    """Tells a block whether its forward runs a second time, for the backward."""
-
-    def __init__(self) -> None:
-        self.is_running = False
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        self.is_running = True
-        try:
-            yield
-        finally:
-            self.is_running = False
-
-
 class RMSNorm(nn.Module):
     def __init__(self, config: GptOssConfig, **factory) -> None:
         super().__init__()
@@ -91,7 +61,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        return rms_norm(x, self.weight, eps=self.eps, dtype=self.weight.dtype)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of residual + x, and residual + x itself."""
@@ -129,12 +99,25 @@ class Attention(nn.Module):
     def __init__(self, config: GptOssConfig, layer: int, **factory) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.window = config.sliding_window if config.is_windowed(layer) else 0  # 0: none
         width, head_dim = config.hidden_size, config.head_dim
         self.q_proj = Linear(width, config.num_attention_heads * head_dim, **factory)
         self.k_proj = Linear(width, config.num_key_value_heads * head_dim, **factory)
         self.v_proj = Linear(width, config.num_key_value_heads * head_dim, **factory)
         self.o_proj = Linear(config.num_attention_heads * head_dim, width, **factory)
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
+        self._fused: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def fused_qkv(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [P, D] and bias [P] of queries, keys and values side by side. The first call moves the three projections'
+        parameters into them, as views: one copy is held, under both names."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if self._fused is None or self._fused[0].data_ptr() != self.q_proj.weight.data_ptr():
+            self._fused = (torch.cat([p.weight.data for p in projections]), torch.cat([p.bias.data for p in projections]))
+            sizes = [p.weight.shape[0] for p in projections]
+            for projection, weight, bias in zip(projections, *(tensor.split(sizes) for tensor in self._fused)):
+                projection.weight.data, projection.bias.data = weight, bias
+        return self._fused
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, head_dim]
@@ -151,10 +134,12 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.hidden_size, config.num_local_experts, **factory)
         self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, keeps_h: bool, is_recomputing: bool) -> torch.Tensor:
-        """residual plus the weighted sum of the experts of x."""
-        weights, routing = route(self.router(x), experts_per_token=self.experts_per_token)
-        return self.experts.mix(x, weights, routing, residual, keeps_h=keeps_h, is_recomputing=is_recomputing)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, choose: Choose | None) -> torch.Tensor:
+        """residual plus the weighted sum of the experts of x, those that `choose` names or the router's own."""
+        logits = self.router(x)
+        indices = None if choose is None else choose(logits)
+        weights, routing = route(logits, experts_per_token=self.experts_per_token, indices=indices)
+        return self.experts.mix(x, weights, routing, residual)
 
 
 class Block(nn.Module):
@@ -165,11 +150,24 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, **factory)
         self.mlp = MixtureOfExperts(config, experts, **factory)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, keeps_h: bool,
-                repeat: Repeat) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, compute: Callable[[Block, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The block's output for x [T, D], computed as the caller says: by compose() or models/frozen_block.py. Being a call of
+        the module either way, it is seen by its hooks."""
+        return compute(self, x)
+
+    def compose(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend,
+                choose: Choose | None) -> torch.Tensor:
+        """By autograd over the single operations: on the CPU, and where the base trains."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.add(attended, x)
-        return self.mlp(normed, x, keeps_h, repeat.is_running)
+        return self.mlp(normed, x, choose)
+
+    def trains_base(self) -> bool:
+        """Whether a weight or bias of a projection, of the router or of the experts trains."""
+        attn = self.self_attn
+        linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, self.mlp.router)
+        return self.mlp.experts.trains_base() or any(
+            parameter.requires_grad for linear in linears for parameter in (linear.weight, linear.bias))
 
 
 class Embedding(nn.Module):
@@ -191,22 +189,21 @@ class GptOss(nn.Module):
 
     `experts` is the format they are held in, "bf16" (dense, in `dtype`) or "mxfp4" (packed). Parameters are left
     uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights. `activation_checkpointing` recomputes
-    layers in the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given."""
+    layers in the backward; on a GPU with a frozen base, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is
+    given, and `host_gb` of pinned host memory take the input embedding and more of what layers keep."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
-                 activation_checkpointing: bool = False, memory_gb: float | None = None) -> None:
+                 activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:
         super().__init__()
         if experts not in ("bf16", "mxfp4"):
             raise ValueError(f"experts={experts!r}; allowed: bf16, mxfp4")
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, experts
-        self.activation_checkpointing, self.memory_gb = activation_checkpointing, memory_gb
+        self.activation_checkpointing = activation_checkpointing
+        self.memory = MemoryBudget(config, recomputes=activation_checkpointing, memory_gb=memory_gb, host_gb=host_gb)
         # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
         self.inv_freq = inverse_frequencies(config, torch.device("cpu"))
         self.model = Decoder(config, experts, **factory)
-        if memory_gb is not None:
-            for block in self.model.layers:
-                block.mlp.experts.scratch_bytes = SCRATCH_BYTES // 2
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
     @property
@@ -250,76 +247,73 @@ class GptOss(nn.Module):
             for module in carriers:
                 module.adapter_enabled = True
 
-    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences."""
+    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, plan: AttentionPlan | None,
+                routing: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
+        """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences, which attend as `attend` says
+        or, where there is a gradient, by `plan`."""
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
-        x = F.embedding(tokens, self.model.embed_tokens.weight)
-        repeat = Repeat()
-        for block, keep in zip(self.model.layers, self._plan_recompute(len(tokens))):
-            run = partial(block, keeps_h=keep == Keep.all, repeat=repeat)
-            if keep == Keep.input:
-                x = checkpoint(run, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False,
-                               context_fn=lambda: (nullcontext(), repeat.run()))
-            else:
-                x = run(x, cos, sin, attend)
+        x = embedding(tokens, self.model.embed_tokens.weight)
+        x = x.float() if self.dtype == torch.float16 else x
+        blocks, is_training = self.model.layers, torch.is_grad_enabled()
+        chooses = [None if routing is None else partial(routing.choose, layer) for layer in range(len(blocks))]
+        if not is_triton(x) or any(block.trains_base() for block in blocks):
+            for block, choose in zip(blocks, chooses):
+                compute = partial(Block.compose, cos=cos, sin=sin, attend=attend, choose=choose)
+                if is_training and self.activation_checkpointing:
+                    compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+                x = block(x, compute)
+        elif plan is None or not is_training:
+            for block, choose in zip(blocks, chooses):
+                x = block(x, partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, choose=choose))
+        else:
+            places = self.memory.plan(x, plan, self.trainable_parameters().values(), dtype=self.dtype,
+                                      is_packed=self.expert_format == "mxfp4")
+            run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
+            for block, layer, choose in zip(blocks, places.layers, chooses):
+                x = block(x, partial(train_block, run=run, plan=layer, choose=choose))
+            if run.store is not None:
+                run.store.settle()
         return self.model.norm(x)
 
-    def _plan_recompute(self, num_tokens: int) -> list[Keep]:
-        """What each layer keeps for the backward: everything it can within the memory budget, the first layers most."""
-        num_layers = self.config.num_hidden_layers
-        if not self.activation_checkpointing or not torch.is_grad_enabled():
-            return [Keep.all] * num_layers
-        if self.memory_gb is None or self.device.type != "cuda":
-            return [Keep.input] * num_layers
-        budget = self.memory_gb * 1e9 - self._bytes_needed(num_tokens)
-        sizes = kept_bytes_per_token(self.config, self.dtype.itemsize)
-        plan = []
-        for _ in range(num_layers):
-            keep = next((keep for keep in (Keep.all, Keep.attention) if (sizes[keep] - sizes[Keep.input]) * num_tokens <= budget),
-                        Keep.input)
-            budget -= (sizes[keep] - sizes[Keep.input]) * num_tokens
-            plan.append(keep)
-        return plan
-
-    def _bytes_needed(self, num_tokens: int) -> int:
-        """Memory in bytes that a forward and backward of `num_tokens` cannot do without."""
-        config, size = self.config, self.dtype.itemsize
-        gradients = sum(4 * p.numel() for p in self.trainable_parameters().values() if p.grad is None)
-        inputs = num_tokens * config.num_hidden_layers * config.hidden_size * size
-        routed = config.num_experts_per_tok * (3 * config.intermediate_size + config.hidden_size)
-        block = kept_bytes_per_token(config, size)[Keep.attention] + size * (routed + 4 * config.hidden_size)
-        fixed = 700_000_000  # dequantised experts, or the head's scratch, and workspaces
-        return torch.cuda.memory_allocated(self.device) + gradients + inputs + num_tokens * block + fixed
-
-    def _packed_attend(self, cu_seqlens: list[int]) -> Attend:
-        scale, plan = self.config.head_dim ** -0.5, AttentionPlan(cu_seqlens)
+    def _packed_attend(self, plan: AttentionPlan) -> Attend:
+        scale = self.config.head_dim ** -0.5
 
         def attend(layer, q, k, v, sinks):
-            window = self.config.sliding_window if self.config.is_windowed(layer) else 0
-            return attention(q, k, v, sinks, cu_seqlens=cu_seqlens, window=window, scale=scale, plan=plan)
+            return attention(q, k, v, sinks, cu_seqlens=plan.cu_seqlens, window=self.model.layers[layer].self_attn.window,
+                             scale=scale, plan=plan)
 
         return attend
 
-    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        bounds = cu_seqlens.tolist()
-        return self._hidden(tokens, packed_positions(bounds, tokens.device), self._packed_attend(bounds))
+    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
+                       routing: RoutingReplay | None) -> torch.Tensor:
+        plan = AttentionPlan(cu_seqlens, prefixes=prefixes)
+        positions = packed_positions(cu_seqlens, tokens.device, prefixes)
+        return self._hidden(tokens, positions, self._packed_attend(plan), plan, routing)
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
-        hidden = self._packed_hidden(tokens, cu_seqlens)
+        hidden = self._packed_hidden(tokens, cu_seqlens.tolist(), None, None)
         return hidden.float() @ self.lm_head.weight.float().T
 
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
-                  kept: KeptSets | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                  kept: KeptSets | None = None, prefixes: list[int] | None = None,
+                  routing: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
         distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
-        `kept` renormalises over the sets a sampling filter left. The first token of a sequence has no log-prob."""
+        `kept` renormalises over the sets a sampling filter left. `prefixes` [S]: the sequence, itself whole, that each sequence
+        continues, -1 for none: a prompt computed once for all its completions. The first token of a sequence that continues
+        none has no log-prob. `routing` sends tokens through recorded experts and counts where the router would not have."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
-        assert not mask[cu_seqlens[:-1].long()].any(), "mask is true on the first token of a sequence"
-        rows = mask.nonzero().squeeze(1)  # [N]
-        hidden = self._packed_hidden(tokens, cu_seqlens).index_select(0, rows - 1)
+        bounds = cu_seqlens.tolist()
+        rows = mask.nonzero().squeeze(1)  # [N]; before the layers, since the host waits for it
+        before = previous_rows(bounds, tokens.device, prefixes)[rows]
+        assert (before >= 0).all(), "mask is true on the first token of a sequence"
+        hidden = self._packed_hidden(tokens, bounds, prefixes, routing)
+        # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add those with atomics, in
+        # any order, that of indexing adds them in one
+        hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
         kept = kept.select(rows) if kept is not None else None
         chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
                                     kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets)
@@ -331,8 +325,10 @@ class GptOss(nn.Module):
         return KVCache(self.config, num_slots=num_slots, max_len=max_len, device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        """Runs packed prompts tokens [T] and fills slots [S] of the cache. Returns the logits [S, V] fp32 after each."""
+    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                record: RoutingRecord | None = None) -> torch.Tensor:
+        """Runs packed prompts tokens [T] and fills slots [S] of the cache, and the `record` of their experts. Returns the
+        logits [S, V] fp32 after each."""
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in zip(bounds, bounds[1:])]
         if max(lengths) > cache.max_len:
@@ -340,7 +336,7 @@ class GptOss(nn.Module):
         positions = packed_positions(bounds, tokens.device)
         counts = torch.tensor(lengths, device=tokens.device)
         token_slots, token_lengths = slots.repeat_interleave(counts), counts.repeat_interleave(counts)
-        packed = self._packed_attend(bounds)
+        packed = self._packed_attend(AttentionPlan(bounds))
         # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
         last = {length: (positions >= token_lengths - length).nonzero().squeeze(1) for length in set(cache.lengths)}
 
@@ -349,12 +345,14 @@ class GptOss(nn.Module):
             cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
             return packed(layer, q, k, v, sinks)
 
-        hidden = self._hidden(tokens, positions, attend)
+        hidden = self._hidden(tokens, positions, attend, None, record)
         return head_logits(hidden[cu_seqlens[1:].long() - 1], self.lm_head.weight)
 
     @torch.no_grad()
-    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> torch.Tensor:
-        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]. Returns logits [B, V] fp32."""
+    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                    record: RoutingRecord | None = None) -> torch.Tensor:
+        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
+        experts. Returns logits [B, V] fp32."""
         num_keys = {length: (positions + 1).clamp(max=length) for length in set(cache.lengths)}
         longest = int(positions.max()) + 1
         if longest > cache.max_len:
@@ -367,11 +365,26 @@ class GptOss(nn.Module):
                                     num_keys=num_keys[length], max_keys=min(longest, length),
                                     scale=self.config.head_dim ** -0.5)
 
-        return head_logits(self._hidden(tokens, positions, attend), self.lm_head.weight)
+        return head_logits(self._hidden(tokens, positions, attend, None, record), self.lm_head.weight)
 
 
-def packed_positions(cu_seqlens: list[int], device: torch.device) -> torch.Tensor:
-    """Position of each packed token in its own sequence: [T] int64."""
+def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
     bounds = torch.tensor(cu_seqlens)
-    starts = torch.repeat_interleave(bounds[:-1], bounds[1:] - bounds[:-1])
-    return (torch.arange(cu_seqlens[-1]) - starts).to(device)
+    lengths = bounds.diff()
+    starts = bounds[:-1]
+    if prefixes is not None:
+        continued = torch.tensor(prefixes)
+        starts = starts - torch.where(continued >= 0, lengths[continued], 0)
+    return (torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths)).to(device)
+
+
+def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """The row of the token before each packed token, -1 where there is none: [T] int64. Before a continuation's first token
+    stands the last one of its prefix."""
+    rows = torch.arange(cu_seqlens[-1]) - 1
+    bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
+    for (start, end), prefix in zip(bounds, prefixes or [-1] * len(bounds)):
+        if start < end:
+            rows[start] = -1 if prefix == -1 or bounds[prefix][0] == bounds[prefix][1] else bounds[prefix][1] - 1
+    return rows.to(device)

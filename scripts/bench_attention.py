@@ -8,14 +8,12 @@ kernels, which compute seven; alone, dq counts its 6 D and dkv its 8 D. `fractio
 Block sizes read queries x keys x warps x stages, with d where whole tiles come through tensor descriptors.
 """
 
-import json
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
+from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels.attention import (  # noqa: E402
@@ -46,41 +44,11 @@ CANDIDATES = {  # (kernel, windowed) -> block sizes beside the default
 }
 PACKINGS = {"1 x 2048": [2048], "4 x 2048": [2048] * 4, "1 x 8192": [8192], "1 x 32768": [32768],
             "64 of 100 to 900": [100 + 800 * (7 * index % 64) // 63 for index in range(64)]}
-LINES = []
-
-
-def report(what: str, **values) -> None:
-    LINES.append({"what": what, **values})
-    print(json.dumps(LINES[-1]), flush=True)
-
-
-def guarded(what: str, function, *arguments):
-    """Runs one case; an error becomes a line of its own."""
-    try:
-        return function(*arguments)
-    except Exception as error:  # one failing variant must not hide the others
-        traceback.print_exc()
-        report(what, error=f"{type(error).__name__}: {str(error)[:300]}")
-    return None
-
-
-def milliseconds(function) -> float:
-    return triton.testing.do_bench(function, warmup=10, rep=60, return_mode="median")
+REPORT = Report()
 
 
 def short(blocks: Blocks) -> str:
     return "x".join(map(str, blocks[:4])) + ("d" if blocks.descriptor else "")
-
-
-def ceiling() -> float:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    tflops = 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
-    source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
-    report("ceilings", gpu=torch.cuda.get_device_name(), tflops=round(tflops), GB_per_s=round(bandwidth),
-           torch=torch.__version__, triton=triton.__version__)
-    return tflops
 
 
 class Case:
@@ -131,31 +99,27 @@ def exact(case: Case, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
     return {"forward": [out.detach()], "dq": [q, sinks], "dkv": [k, v]}
 
 
-def error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def compare_blocks(windowed: bool, check: Case, timed: Case, ceiling_tflops: float) -> dict[str, Blocks]:
     """Each candidate's error and time; the fastest right one of each kernel."""
     expected, eager, best = exact(check, torch.float64), exact(check, torch.bfloat16), {}
     for kernel in ("forward", "dq", "dkv"):
         default = timed.default._asdict()[kernel]
-        limits = [2 * error(rough, right) for rough, right in zip(eager[kernel], expected[kernel])]
+        limits = [2 * relative_error(rough, right) for rough, right in zip(eager[kernel], expected[kernel])]
         fastest = None
 
         def measure(blocks, kernel=kernel, limits=limits):
             ours = check.run(kernel, blocks)
-            errors = [error(mine, right) for mine, right in zip(ours, expected[kernel])]
+            errors = [relative_error(mine, right) for mine, right in zip(ours, expected[kernel])]
             is_right = all(found <= limit for found, limit in zip(errors, limits))
             repeats = all(torch.equal(*pair) for pair in zip(ours, check.run(kernel, blocks)))
             elapsed, tflops = timed.time(kernel, blocks)
-            report(kernel, windowed=windowed, blocks=short(blocks), tokens=len(timed.q), ms=round(elapsed, 4),
+            REPORT(kernel, windowed=windowed, blocks=short(blocks), tokens=len(timed.q), ms=round(elapsed, 4),
                    tflops=round(tflops, 1), fraction=round(tflops / ceiling_tflops, 3), errors=[f"{e:.2e}" for e in errors],
                    eager_errors=[f"{limit / 2:.2e}" for limit in limits], is_right=is_right, repeats=repeats)
             return elapsed if is_right and repeats else None
 
         for blocks in [default, *(Blocks(*sizes) for sizes in CANDIDATES[kernel, windowed])]:
-            elapsed = guarded(f"{kernel} {short(blocks)} windowed={windowed}", measure, blocks)
+            elapsed = REPORT.guarded(f"{kernel} {short(blocks)} windowed={windowed}", measure, blocks)
             if elapsed is not None and (fastest is None or elapsed < fastest):
                 fastest, best[kernel] = elapsed, blocks
     return best
@@ -167,7 +131,7 @@ def time_packing(name: str, lengths: list[int], windowed: bool, best: dict[str, 
         times = {kernel: case.time(kernel, blocks[kernel])[0] for kernel in ("forward", "dq", "dkv")}
         times["backward"] = times["dq"] + times["dkv"]
         rates = {kernel: FLOPS_PER_PAIR[kernel] * case.pairs / elapsed / 1e9 for kernel, elapsed in times.items()}
-        report("packing", packing=name, windowed=windowed, choice=label, ms={k: round(t, 4) for k, t in times.items()},
+        REPORT("packing", packing=name, windowed=windowed, choice=label, ms={k: round(t, 4) for k, t in times.items()},
                tflops={k: round(rate, 1) for k, rate in rates.items()},
                fraction={k: round(rate / ceiling_tflops, 3) for k, rate in rates.items()})
 
@@ -181,7 +145,7 @@ def time_public(name: str, lengths: list[int], windowed: bool) -> None:
         out = attention(*leaves, cu_seqlens=case.plan.cu_seqlens, window=case.window, scale=SCALE, plan=case.plan)
         torch.autograd.grad(out, leaves, case.dout)
 
-    report("attention, forward + backward", packing=name, windowed=windowed, ms=round(milliseconds(step), 4))
+    REPORT("attention, forward + backward", packing=name, windowed=windowed, ms=round(milliseconds(step), 4))
 
 
 def time_torch(length: int) -> None:
@@ -196,13 +160,13 @@ def time_torch(length: int) -> None:
     for kernel, function in (("forward", forward),
                              ("backward", lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))):
         elapsed = milliseconds(function)
-        report("torch sdpa", kernel=kernel, tokens=length, ms=round(elapsed, 4),
+        REPORT("torch sdpa", kernel=kernel, tokens=length, ms=round(elapsed, 4),
                tflops=round(FLOPS_PER_PAIR[kernel] * case.pairs / elapsed / 1e9, 1))
 
 
 def print_table() -> None:
     print(f"\n{'packing':18} {'layer':9} {'blocks':8} {'forward':>16} {'dq':>16} {'dkv':>16} {'backward':>16}   ms, TFLOP/s")
-    for line in LINES:
+    for line in REPORT.lines:
         if line["what"] == "packing":
             cells = [f"{elapsed:8.3f} {line['tflops'][kernel]:7.0f}" for kernel, elapsed in line["ms"].items()]
             layer = "windowed" if line["windowed"] else "full"
@@ -210,18 +174,18 @@ def print_table() -> None:
 
 
 def main() -> None:
-    tflops = ceiling()
+    tflops, _ = measure_ceilings(REPORT)
     best = {}
     for windowed in (False, True):
         check, timed = Case([1000], windowed), Case([8192], windowed)
-        best[windowed] = guarded("blocks", compare_blocks, windowed, check, timed, tflops) or {}
-        report("best", windowed=windowed, **{kernel: short(blocks) for kernel, blocks in best[windowed].items()})
+        best[windowed] = REPORT.guarded("blocks", compare_blocks, windowed, check, timed, tflops) or {}
+        REPORT("best", windowed=windowed, **{kernel: short(blocks) for kernel, blocks in best[windowed].items()})
     for windowed in (False, True):
         for name, lengths in PACKINGS.items():
-            guarded(f"{name} windowed={windowed}", time_packing, name, lengths, windowed, best[windowed], tflops)
+            REPORT.guarded(f"{name} windowed={windowed}", time_packing, name, lengths, windowed, best[windowed], tflops)
         for name in ("1 x 2048", "1 x 8192"):
-            guarded(f"public {name}", time_public, name, PACKINGS[name], windowed)
-    guarded("torch sdpa", time_torch, 8192)
+            REPORT.guarded(f"public {name}", time_public, name, PACKINGS[name], windowed)
+    REPORT.guarded("torch sdpa", time_torch, 8192)
     print_table()
 
 

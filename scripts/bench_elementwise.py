@@ -9,7 +9,6 @@ bandwidth of a large copy measured in the same run; bytes are those that must mo
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
+from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels.mxfp4 as mxfp4  # noqa: E402
@@ -28,6 +28,7 @@ import kernels.swiglu as activation  # noqa: E402
 
 WIDTH, EXPERTS, PER_TOKEN, HEADS, KV_HEADS, HEAD_DIM = 2880, 32, 4, 64, 8, 64
 EPS, ALPHA, LIMIT = 1e-5, 1.702, 7.0
+REPORT = Report()
 # (what, config, bytes moved, function); config is empty for the default
 Case = tuple[str, dict, int, Callable[[], object]]
 
@@ -59,22 +60,18 @@ def report_errors(what: str, ours: Callable, plain: Callable, tensors: tuple[tor
     )
     again = results_of(ours, tensors, None)
     errors, eager_errors = (
-        [((one.double() - best).norm() / best.norm()).item() for one, best in zip(results, exact)]
+        [relative_error(one, best) for one, best in zip(results, exact)]
         for results in (actual, eager)
     )
     worst = max(((one.double() - best).abs().max() / best.abs().max()).item() for one, best in zip(actual, exact))
-    print(
-        json.dumps(
-            {
-                "what": f"{what}: errors",
-                "shape": list(tensors[0].shape),
-                "rms_errors": errors,
-                "eager_rms_errors": eager_errors,
-                "max_error": worst,
-                "within_twice_eager": all(a <= 2 * b + 1e-9 for a, b in zip(errors, eager_errors)),
-                "same_bits_twice": all(map(torch.equal, actual, again)),
-            }
-        )
+    REPORT(
+        f"{what}: errors",
+        shape=list(tensors[0].shape),
+        rms_errors=errors,
+        eager_rms_errors=eager_errors,
+        max_error=worst,
+        within_twice_eager=all(a <= 2 * b + 1e-9 for a, b in zip(errors, eager_errors)),
+        same_bits_twice=all(map(torch.equal, actual, again)),
     )
 
 
@@ -125,20 +122,16 @@ def check_errors(num_tokens: int) -> None:
         _, routing = routing_kernels.route(logits, experts_per_token=PER_TOKEN)
         order = indices.flatten().argsort(stable=True)
         offsets = [0, *torch.bincount(indices.flatten(), minlength=experts).cumsum(0).tolist()]
-        line = {"what": "route: choices, order and offsets as torch's", "shape": [size, experts]}
-        line["same_choices"] = torch.equal(routing.indices, indices)
-        line["same_order"] = torch.equal(routing.order.long(), order) and routing.offsets == offsets
-        print(json.dumps(line))
+        REPORT(
+            "route: choices, order and offsets as torch's",
+            shape=[size, experts],
+            same_choices=torch.equal(routing.indices, indices),
+            same_order=torch.equal(routing.order.long(), order) and routing.offsets == offsets,
+        )
     blocks, scales = packed(2)
     exact = mxfp4.dequantize_reference(blocks, scales, torch.bfloat16)
-    print(
-        json.dumps(
-            {
-                "what": "dequantize: errors",
-                "same_bits_as_reference": torch.equal(mxfp4.dequantize(blocks, scales, torch.bfloat16), exact),
-            }
-        )
-    )
+    same = torch.equal(mxfp4.dequantize(blocks, scales, torch.bfloat16), exact)
+    REPORT("dequantize: errors", same_bits_as_reference=same)
 
 
 def tables(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,21 +149,22 @@ def packed(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
 def norm_cases(num_tokens: int) -> Iterator[Case]:
     x, residual, grad, weight = (*(normal(num_tokens, WIDTH, seed=seed) for seed in range(3)), normal(WIDTH))
     row = 2 * WIDTH * num_tokens
-    y, total, inv_rms = norm._norm(x, residual, weight, EPS)
-    yield "add_rms_norm", {}, 4 * row, lambda: norm._norm(x, residual, weight, EPS)
-    yield "rms_norm", {}, 2 * row, lambda: norm._norm(x, None, weight, EPS)
+    y, total, inv_rms = norm.norm_forward(x, residual, weight, EPS, x.dtype)
+    yield "add_rms_norm", {}, 4 * row, lambda: norm.norm_forward(x, residual, weight, EPS, x.dtype)
+    yield "rms_norm", {}, 2 * row, lambda: norm.norm_forward(x, None, weight, EPS, x.dtype)
     yield (
         "add_rms_norm backward",
         {},
         4 * row,
-        lambda: norm._norm_grad(grad, residual, total, weight, inv_rms, False),
+        lambda: norm.norm_backward(grad, residual, total, weight, inv_rms, False),
     )
     yield (
         "add_rms_norm backward, dweight",
         {},
         4 * row,
-        lambda: norm._norm_grad(grad, residual, total, weight, inv_rms, True),
+        lambda: norm.norm_backward(grad, residual, total, weight, inv_rms, True),
     )
+    yield "rms_norm backward", {}, 3 * row, lambda: norm.norm_backward(grad, None, total, weight, inv_rms, False)
     grad_x = torch.empty_like(x)
     for warps in (4, 8, 16):
         yield (
@@ -223,7 +217,8 @@ def norm_cases(num_tokens: int) -> Iterator[Case]:
 def rope_cases(num_tokens: int) -> Iterator[Case]:
     q, k, (cos, sin) = normal(num_tokens, HEADS, HEAD_DIM), normal(num_tokens, KV_HEADS, HEAD_DIM), tables(num_tokens)
     size = 2 * 2 * (q.numel() + k.numel()) + 8 * cos.numel()
-    yield "rope_qk", {}, size, lambda: rotary._launch(q, k, cos, sin, backward=False)
+    yield "rope_qk", {}, size, lambda: rotary.rotate(q, k, cos, sin, backward=False)
+    yield "rope_qk backward", {}, size, lambda: rotary.rotate(q, k, cos, sin, backward=True)
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     for warps in (2, 4, 8):
         yield (
@@ -239,6 +234,8 @@ def rope_cases(num_tokens: int) -> Iterator[Case]:
                 sin,
                 *q.stride()[:2],
                 *k.stride()[:2],
+                q.stride(0),
+                k.stride(0),
                 NUM_Q=HEADS,
                 NUM_K=KV_HEADS,
                 HALF=32,
@@ -295,7 +292,9 @@ def router_cases(num_tokens: int) -> Iterator[Case]:
     size = 2 * x.numel() + 4 * logits.numel()
     grad_x = torch.empty_like(x)
     yield "router_logits", {}, size, lambda: router.router_logits(x, weight, bias)
-    yield "router_logits in cuBLAS fp32", {}, size, lambda: router.router_logits_reference(x, weight, bias)
+    yield "router_logits", {"library": "fp32"}, size, lambda: router.router_logits_reference(x, weight, bias)
+    context = type("Context", (), {"saved_tensors": (x, weight), "needs_input_grad": (True, False, False)})()
+    yield "router_logits backward", {}, size, lambda: router._RouterLogits.backward(context, grad)
     for block_t, block_k, warps, stages in (
         (64, 64, 4, 4),
         (64, 64, 4, 6),
@@ -351,6 +350,7 @@ def router_cases(num_tokens: int) -> Iterator[Case]:
                 BLOCK_T=c["tokens"],
                 BLOCK_E=32,
                 BLOCK_N=c["n"],
+                ADDS=False,
                 PRECISION="tf32x3",
                 num_warps=c["warps"],
                 num_stages=c["stages"],
@@ -481,17 +481,17 @@ CASES = {
 }
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    """Median time on the device; the benchmark empties the L2 cache between runs."""
+def time_cases(name: str, num_tokens: int, ceiling: float, *, tries_configs: bool) -> None:
+    for what, config, num_bytes, function in CASES[name](num_tokens):
+        if tries_configs or not config:
+            REPORT.guarded(f"{what} {config}", time_case, what, config, num_bytes, function, num_tokens, ceiling)
+
+
+def time_case(what: str, config: dict, num_bytes: int, function: Callable, num_tokens: int, ceiling: float) -> None:
     with torch.no_grad():
-        return triton.testing.do_bench(function, warmup=5, rep=30, return_mode="median")
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a copy of 2 GiB, read and written."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+        ms = milliseconds(function, warmup=5, rep=30)
+    rate = num_bytes / ms / 1e6
+    REPORT(what, tokens=num_tokens, config=config, ms=round(ms, 4), gb_per_s=round(rate, 1), fraction=round(rate / ceiling, 3))
 
 
 def main() -> None:
@@ -505,50 +505,14 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     arguments = parser.parse_args()
-    ceiling = copy_bandwidth()
-    print(
-        json.dumps(
-            {
-                "what": "copy of 2 GiB",
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "gb_per_s": round(ceiling, 1),
-            }
-        )
-    )
-    try:
-        check_errors(2048)
-    except Exception as error:  # the timings are worth having all the same
-        print(json.dumps({"what": "errors", "failed": f"{type(error).__name__}: {error}"[:2000]}))
-    lines = []
+    _, ceiling = measure_ceilings(REPORT)
+    REPORT.guarded("errors", check_errors, 2048)  # the timings are worth having all the same
     for name in arguments.only:
         for num_tokens in sorted(arguments.tokens, reverse=True)[: 1 if name == "dequantize" else None]:
-            try:
-                cases = list(CASES[name](num_tokens))
-            except Exception as error:
-                print(
-                    json.dumps(
-                        {"what": name, "tokens": num_tokens, "failed": f"{type(error).__name__}: {error}"[:2000]}
-                    )
-                )
-                continue
-            for what, config, num_bytes, function in cases:
-                if config and num_tokens != max(arguments.tokens):
-                    continue
-                line = {"what": what, "tokens": num_tokens, "config": config}
-                try:
-                    line["ms"] = round(milliseconds(function), 4)
-                    line["gb_per_s"] = round(num_bytes / line["ms"] / 1e6, 1)
-                    line["fraction"] = round(line["gb_per_s"] / ceiling, 3)
-                    lines.append(line)
-                except Exception as error:
-                    line["failed"] = f"{type(error).__name__}: {error}"[:500]
-                print(json.dumps(line), flush=True)
-            del cases
+            REPORT.guarded(name, time_cases, name, num_tokens, ceiling, tries_configs=num_tokens == max(arguments.tokens))
             torch.cuda.empty_cache()
     print(f"\n{'operation':<34}{'tokens':>8}{'ms':>9}{'GB/s':>9}{'of copy':>9}  config")
-    for line in lines:
+    for line in (line for line in REPORT.lines if "ms" in line):
         config = " ".join(f"{key}={value}" for key, value in line["config"].items()) or "default"
         print(
             f"{line['what']:<34}{line['tokens']:>8}{line['ms']:>9.4f}{line['gb_per_s']:>9.0f}{line['fraction']:>9.2f}  {config}"

@@ -7,13 +7,13 @@ the same run (an 8192^3 bf16 product, a large copy), relative error against floa
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
 import triton
+from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels.grouped_gemm import Blocks, choose_blocks, grouped_gemm  # noqa: E402
@@ -24,7 +24,7 @@ from kernels.linear import lora_linear  # noqa: E402
 WIDTH, NUM_EXPERTS, EXPERTS_PER_TOKEN, RANK = 2880, 32, 4, 16
 SWIGLU = (1.702, 7.0)
 CEILINGS = {"TFLOP/s": 0.0, "GB/s": 0.0}
-RESULTS: list[dict] = []
+REPORT = Report()
 # rows, cols, inner, group, warps, stages, tensor descriptors, persistent, flatten
 GEMM_CANDIDATES = [
     Blocks(128, 256, 64, 8, 8, 4, True, False), Blocks(128, 256, 64, 8, 8, 3, True, False),
@@ -83,14 +83,13 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def report(what: str, shape: str, **fields) -> None:
-    RESULTS.append({"what": what, "shape": shape, **fields})
-    print(json.dumps(RESULTS[-1]), flush=True)
+    REPORT(what, shape=shape, **fields)
 
 
 def measure(what: str, shape: str, function, *, flops: float = 0.0, num_bytes: float = 0.0, **fields) -> None:
     """Times function(); a failure is printed and the run goes on."""
     try:
-        ms = triton.testing.do_bench(function, warmup=8, rep=40, return_mode="median")
+        ms = milliseconds(function, warmup=8, rep=40)
     except Exception as error:  # noqa: BLE001  (a candidate that does not fit must not end the run)
         report(what, shape, error=f"{type(error).__name__}: {str(error)[:150]}", **fields)
         return
@@ -106,22 +105,7 @@ def describe(blocks: Blocks | OuterBlocks | None) -> str:
     return "x".join(str(int(value)) for value in blocks[:6]) + "".join(f" {flag}" for flag in flags)
 
 
-def measure_ceilings() -> None:
-    a, b = normal(8192, 8192), normal(8192, 8192)
-    ms = triton.testing.do_bench(lambda: a @ b, warmup=20, rep=100, return_mode="median")
-    CEILINGS["TFLOP/s"] = 2 * 8192**3 / ms / 1e9
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    ms = triton.testing.do_bench(lambda: target.copy_(source), warmup=20, rep=100, return_mode="median")
-    CEILINGS["GB/s"] = 2 * (1 << 30) / ms / 1e6
-    report("ceilings", "8192^3 bf16, 1 GiB copy", **{unit: round(value, 1) for unit, value in CEILINGS.items()})
-
-
 # ------------------------------------------------------------------------------------------------------------------- checks
-
-
-def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((ours.double() - exact).norm() / exact.norm()).item()
 
 
 def check(what: str, make, exact: torch.Tensor, eager: torch.Tensor | None) -> None:
@@ -359,7 +343,7 @@ def main() -> None:
     report("gpu", torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
            default=describe(choose_blocks(family, torch.bfloat16, 32768, NUM_EXPERTS, WIDTH, 2 * WIDTH)),
            outer=describe(choose_outer_blocks(family, torch.bfloat16, 2 * WIDTH)))
-    measure_ceilings()
+    CEILINGS["TFLOP/s"], CEILINGS["GB/s"] = measure_ceilings(REPORT)
     w = weights()
     check_everything(w)
     for num_tokens in (8192, 2048, 32768):
@@ -369,7 +353,7 @@ def main() -> None:
         time_dense(num_tokens)
     time_launch(w)
     print(f"\n{'what':<86} {'shape':<12} {'ms':>9} {'rate':>8} {'of ceiling':>10}   ({time.time() - started:.0f} s)")
-    for result in RESULTS:
+    for result in REPORT.lines:
         rate = result.get("TFLOP/s", result.get("GB/s"))
         if "error" in result:
             print(f"{result['what']:<86} {result['shape']:<12} {result['error'][:60]}")

@@ -7,15 +7,14 @@ products named: 2 for log-probs with a frozen head, forward and backward.
 """
 
 import argparse
-import json
 import math
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels.log_probs as module  # noqa: E402
@@ -23,26 +22,12 @@ from kernels.launch import gpu_family, num_multiprocessors  # noqa: E402
 from kernels.log_probs import head_logits, log_probs  # noqa: E402
 
 WIDTH, VOCAB = 2880, 201_088
-LINES = []
+REPORT = Report()
 
 
-def report(what: str, **values) -> None:
-    LINES.append({"what": what, **values})
-    print(json.dumps(LINES[-1]), flush=True)
-
-
-def guarded(what: str, function, *arguments, **settings) -> None:
-    """Runs one case; an error becomes a line of its own."""
-    try:
-        function(what, *arguments, **settings)
-    except Exception as error:  # one failing variant must not hide the others
-        traceback.print_exc()
-        report(what, error=f"{type(error).__name__}: {str(error)[:300]}")
+def case(what: str, function, *arguments, **settings) -> None:
+    REPORT.guarded(what, function, what, *arguments, **settings)
     torch.cuda.empty_cache()
-
-
-def milliseconds(function, rep: int = 100) -> float:
-    return triton.testing.do_bench(function, warmup=25, rep=rep, return_mode="median")
 
 
 def inputs(num_tokens: int, *, dtype=torch.bfloat16, vocab: int = VOCAB, spread: float = 2.0) -> tuple[torch.Tensor, ...]:
@@ -58,17 +43,6 @@ def kept_sets(targets: torch.Tensor, num_kept: int) -> dict:
     others = torch.randint(0, VOCAB, (len(targets), num_kept - 1), device="cuda")
     ids = torch.cat([others, targets[:, None]], 1).flatten().int()
     return {"kept_ids": ids, "kept_offsets": torch.arange(len(targets) + 1, device="cuda") * num_kept}
-
-
-def ceilings() -> tuple[float, float]:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    tflops = 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
-    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
-    report("ceilings", gpu=torch.cuda.get_device_name(), tflops=round(tflops), GB_per_s=round(bandwidth),
-           torch=torch.__version__, triton=triton.__version__)
-    return tflops, bandwidth
 
 
 def plain(hidden, weight, targets, *, temperature):
@@ -101,9 +75,9 @@ def errors(what: str, num_tokens: int, spread: float, *, weights=(1.0, 0.0), tra
     names = ("log_probs", "entropy", "grad_hidden", "grad_head")
     ratios = {}
     for name, a, b, c in zip(names, ours, eager, exact):
-        error, rough = (((x.double() - c).norm() / c.norm()).item() for x in (a, b))
+        error, rough = (relative_error(x, c) for x in (a, b))
         ratios[name] = {"error": float(f"{error:.3g}"), "eager": float(f"{rough:.3g}"), "ok": error <= 2 * rough}
-    report(what, tokens=num_tokens, **ratios, identical_runs=same)
+    REPORT(what, tokens=num_tokens, **ratios, identical_runs=same)
 
 
 def step(what: str, num_tokens: int, tflops: float, *, passes: int = 2, weights=(1.0, 0.0), trains_head=False, num_kept=0,
@@ -137,7 +111,7 @@ def step(what: str, num_tokens: int, tflops: float, *, passes: int = 2, weights=
     finally:
         module._BLOCKS[family], module._check = saved, check
     rate = passes * 2 * num_tokens * WIDTH * VOCAB / ms / 1e9
-    report(what, tokens=num_tokens, ms=round(ms, 3), tokens_per_s=round(num_tokens / ms * 1e3), passes=passes,
+    REPORT(what, tokens=num_tokens, ms=round(ms, 3), tokens_per_s=round(num_tokens / ms * 1e3), passes=passes,
            tflops=round(rate), fraction=round(rate / tflops, 3), extra_gb=round(peak / 1e9, 2))
 
 
@@ -163,7 +137,7 @@ def scores(what: str, num_tokens: int, tflops: float, *, blocks: dict | None = N
     finally:
         module._BLOCKS[family] = saved
     rate = 2 * num_tokens * WIDTH * VOCAB / ms / 1e9
-    report(what, tokens=num_tokens, blocks=blocks or {}, ms=round(ms, 3), tflops=round(rate), fraction=round(rate / tflops, 3),
+    REPORT(what, tokens=num_tokens, blocks=blocks or {}, ms=round(ms, 3), tflops=round(rate), fraction=round(rate / tflops, 3),
            max_error_nats=float(f"{error:.2g}"))
 
 
@@ -198,11 +172,11 @@ def weighted_sum(what: str, num_tokens: int, tflops: float, *, blocks: tuple | N
 
     run()
     exact = probabilities[:64].double() @ weight.double()
-    error = ((out[:64].double() - exact).norm() / exact.norm()).item()
+    error = relative_error(out[:64], exact)
     assert error < 1e-2, f"relative error {error}"
     ms = milliseconds(run)
     rate = 2 * num_tokens * WIDTH * VOCAB / ms / 1e9
-    report(what, tokens=num_tokens, blocks=blocks, ms=round(ms, 3), tflops=round(rate), fraction=round(rate / tflops, 3),
+    REPORT(what, tokens=num_tokens, blocks=blocks, ms=round(ms, 3), tflops=round(rate), fraction=round(rate / tflops, 3),
            error=float(f"{error:.2g}"))
 
 
@@ -214,7 +188,7 @@ def decode(what: str, num_rows: int, bandwidth: float) -> None:
     ms = milliseconds(lambda: head_logits(part, weight))
     rate = (weight.numel() * 2 + logits.numel() * 4) / ms / 1e6
     library = torch.mm(part, weight.T, out_dtype=torch.float32)
-    report(what, tokens=num_rows, ms=round(ms, 3), GB_per_s=round(rate), fraction=round(rate / bandwidth, 3),
+    REPORT(what, tokens=num_rows, ms=round(ms, 3), GB_per_s=round(rate), fraction=round(rate / bandwidth, 3),
            error=float(f"{error:.2g}"), same_bits_as_batch_512=torch.equal(logits, head_logits(hidden, weight)[:num_rows]),
            same_bits_as_library=torch.equal(logits, library))
 
@@ -228,32 +202,32 @@ def batch_invariance(what: str) -> None:
         for count in (1, 7, 33, 64, 129):
             few = log_probs(hidden[:count], weight, targets[:count], temperature=0.9)
             same[count] = [torch.equal(one, all_[:count]) for one, all_ in zip(few, many)]
-    report(what, same_bits_log_probs_entropy=same)
+    REPORT(what, same_bits_log_probs_entropy=same)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="errors and the default configuration only")
     arguments = parser.parse_args()
-    tflops, bandwidth = ceilings()
-    guarded("error", errors, 256, 2.0)
-    guarded("error, odd", errors, 129, 4.0)
-    guarded("error, likely tokens", errors, 256, 0.5, likely=True)
-    guarded("error, entropy too", errors, 129, 2.0, weights=(1.0, 0.3))
-    guarded("error, head trains", errors, 127, 2.0, weights=(1.0, 0.3), trains_head=True)
-    guarded("batch invariance", batch_invariance)
+    tflops, bandwidth = measure_ceilings(REPORT)
+    case("error", errors, 256, 2.0)
+    case("error, odd", errors, 129, 4.0)
+    case("error, likely tokens", errors, 256, 0.5, likely=True)
+    case("error, entropy too", errors, 129, 2.0, weights=(1.0, 0.3))
+    case("error, head trains", errors, 127, 2.0, weights=(1.0, 0.3), trains_head=True)
+    case("batch invariance", batch_invariance)
     for num_tokens in (2048, 8192, 32768):
-        guarded("step", step, num_tokens, tflops)
-    guarded("step, no gradient", step, 8192, tflops, grad=False, passes=1)
-    guarded("step, entropy loss", step, 8192, tflops, passes=3, weights=(1.0, 0.3), has_entropy_loss=True)
-    guarded("step, head trains", step, 8192, tflops, passes=4, trains_head=True)
-    guarded("step, kept sets of 64", step, 8192, tflops, num_kept=64)
+        case("step", step, num_tokens, tflops)
+    case("step, no gradient", step, 8192, tflops, grad=False, passes=1)
+    case("step, entropy loss", step, 8192, tflops, passes=3, weights=(1.0, 0.3), has_entropy_loss=True)
+    case("step, head trains", step, 8192, tflops, passes=4, trains_head=True)
+    case("step, kept sets of 64", step, 8192, tflops, num_kept=64)
     for num_rows in (1, 8, 32, 128, 512):
-        guarded("head logits", decode, num_rows, bandwidth)
+        case("head logits", decode, num_rows, bandwidth)
     if not arguments.quick:
         compare_variants(tflops)
     print(f"\n{'what':34} {'tokens':>6} {'ms':>8} {'TFLOP/s':>8} {'GB/s':>6} {'fraction':>8}  configuration")
-    for line in LINES:
+    for line in REPORT.lines:
         if "ms" in line:
             print(f"{line['what']:34} {line['tokens']:6} {line['ms']:8.3f} {line.get('tflops', ''):>8} "
                   f"{line.get('GB_per_s', ''):>6} {line['fraction']:8.3f}  {line.get('blocks') or ''}")
@@ -263,20 +237,20 @@ def main() -> None:
 
 def compare_variants(tflops: float) -> None:
     reading = dict(BM=16, BN=128, TILE=128, num_warps=4, IS_PERSISTENT=False)  # nothing but a pass over fp32 logits
-    guarded("scores: library fp32 logits", scores, 1408, tflops, library=True, blocks=reading)
+    case("scores: library fp32 logits", scores, 1408, tflops, library=True, blocks=reading)
     for blocks in ({}, dict(IS_PERSISTENT=False), dict(num_stages=4), dict(USE_TMA=False, IS_PERSISTENT=False),
                    dict(BN=128, TILE=64, num_warps=4, IS_PERSISTENT=False), dict(BN=128, TILE=128, num_stages=4),
                    dict(BM=256, BN=128, TILE=64, num_warps=8, IS_PERSISTENT=False)):
-        guarded("scores", scores, 1408, tflops, blocks=blocks)
-    guarded("scores, nothing kept", scores, 1408, tflops, makes_sum=False)
+        case("scores", scores, 1408, tflops, blocks=blocks)
+    case("scores, nothing kept", scores, 1408, tflops, makes_sum=False)
     for num_tokens in (704, 1024, 1408, 1536, 2048, 2816):
-        guarded("sum: library", weighted_sum, num_tokens, tflops)
+        case("sum: library", weighted_sum, num_tokens, tflops)
     for blocks in ((128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 256, 64, 4, 4)):
-        guarded("sum: triton", weighted_sum, 1408, tflops, blocks=blocks)
-    guarded("step: library logits", step, 8192, tflops, force_library=True, blocks=reading,
+        case("sum: triton", weighted_sum, 1408, tflops, blocks=blocks)
+    case("step: library logits", step, 8192, tflops, force_library=True, blocks=reading,
             scratch_bytes=1_800_000_000)
     for megabytes in (300, 420, 830, 1140):
-        guarded(f"step: scratch {megabytes} MB", step, 8192, tflops, scratch_bytes=megabytes * 1_000_000)
+        case(f"step: scratch {megabytes} MB", step, 8192, tflops, scratch_bytes=megabytes * 1_000_000)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ first is scored; the adapter's B is not zero, so that A has a gradient too.
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
+from timing import median_ms, product_tflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.checkpoint import load_model  # noqa: E402
@@ -31,10 +31,10 @@ MAX_TOKEN = 199_998  # control tokens start here
 
 
 def load_policy(checkpoint: Path, *, lora: str, rank: int = 16, keep_activations: bool = False, memory_gb: float | None = None,
-                device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> GptOss:
+                host_gb: float = 0.0, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> GptOss:
     """The model with an adapter as in the middle of a training run."""
-    budget = {} if memory_gb is None else {"memory_gb": memory_gb}
-    policy = load_model(checkpoint, device=device, dtype=dtype, activation_checkpointing=not keep_activations, **budget)
+    policy = load_model(checkpoint, device=device, dtype=dtype, activation_checkpointing=not keep_activations,
+                        memory_gb=memory_gb, host_gb=host_gb)
     attach_lora(policy, LoraConfig(rank=rank, alpha=2.0 * rank, targets=TARGETS[lora]), seed=0)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
@@ -63,8 +63,9 @@ def train_step(policy: GptOss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return entropy.detach().mean()
 
 
-def flops_per_token(config: GptOssConfig, length: int) -> float:
-    """Floating-point operations of a step with a frozen base, per token of a sequence of `length`."""
+def flops_per_token(config: GptOssConfig, length: int, *, trains_base: bool = False) -> float:
+    """Floating-point operations of a step, per token of a sequence of `length`: products with the base's weights forward, for
+    the gradient of their inputs and, where the base trains, for their own."""
     width, inner = config.hidden_size, config.intermediate_size
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     layer = width * (q_width + 2 * kv_width) + q_width * width + width * config.num_local_experts
@@ -75,25 +76,7 @@ def flops_per_token(config: GptOssConfig, length: int) -> float:
         window = min(config.sliding_window, length) if config.is_windowed(index) else length
         pairs += (window * (window + 1) / 2 + (length - window) * window) / length
     attention = 2 * 2 * q_width * pairs  # scores and values
-    return 2 * 2 * weights + 3.5 * attention  # forward and input gradient; two products forward, five backward
-
-
-def measured_peak_flops() -> float:
-    """Rate of an 8192^3 bf16 product, per second."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / (median_ms(lambda: a @ b, warmup=5, iterations=20) / 1e3)
-
-
-def median_ms(function, *, warmup: int, iterations: int) -> float:
-    for _ in range(warmup):
-        function()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(iterations)]
-    for start, end in events:
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return (3 if trains_base else 2) * 2 * weights + 3.5 * attention  # attention: two products forward, five backward
 
 
 def run_case(policy: GptOss, batch_size: int, length: int, *, iterations: int) -> dict[str, float]:
@@ -127,15 +110,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[parse_case(case) for case in CASES],
                         metavar="BATCHxLENGTH", help=f"default: {' '.join(CASES)}")
-    parser.add_argument("--memory-gb", type=float, help="memory budget of the model, in 1e9 bytes: decides what is recomputed")
+    parser.add_argument("--memory-gb", type=float, help="memory budget of the GPU, in 1e9 bytes: decides what is recomputed")
+    parser.add_argument("--host-gb", type=float, default=0.0, help="pinned host memory that embedding and activations may use")
     parser.add_argument("--keep-activations", action="store_true", help="recompute nothing, however much memory that takes")
     parser.add_argument("--iterations", type=int, default=3, help="timed steps of a case (default: 3)")
     arguments = parser.parse_args()
-    peak_flops, gpu = measured_peak_flops(), torch.cuda.get_device_name()
+    peak_flops, gpu = 1e12 * product_tflops(), torch.cuda.get_device_name()
     print(json.dumps({"what": "peak", "gpu": gpu, "tflops": round(peak_flops / 1e12), "torch": torch.__version__}), flush=True)
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora=lora, rank=arguments.rank, memory_gb=arguments.memory_gb,
-                             keep_activations=arguments.keep_activations)
+                             host_gb=arguments.host_gb, keep_activations=arguments.keep_activations)
         for batch, length in arguments.cases:
             line = {"what": "train", "lora": lora, "batch": batch, "length": length}
             try:
@@ -147,7 +131,7 @@ def main() -> None:
             line |= {"tokens_per_s": round(rate), "peak_gb": round(result["peak_gb"], 2),
                      "flop_fraction": round(rate * flops_per_token(policy.config, length) / peak_flops, 3),
                      "ms": round(result["ms"], 1), "allocated_gb": round(result["allocated_gb"], 2),
-                     "memory_gb": arguments.memory_gb, "gpu": gpu}
+                     "memory_gb": arguments.memory_gb, "host_gb": arguments.host_gb, "gpu": gpu}
             print(json.dumps(line), flush=True)
         del policy
         torch.cuda.empty_cache()

@@ -55,12 +55,13 @@ def main() -> None:
     parser.add_argument("--lora", choices=list(TARGETS), default="all")
     parser.add_argument("--case", type=parse_case, default=(4, 2048), metavar="BATCHxLENGTH", help="default: 4x2048")
     parser.add_argument("--memory-gb", type=float, help="memory budget of the model, in 1e9 bytes")
+    parser.add_argument("--host-gb", type=float, default=0.0, help="pinned host memory that embedding and activations may use")
     parser.add_argument("--keep-activations", action="store_true", help="recompute nothing")
     parser.add_argument("--rows", type=int, default=40, help="kernels listed (default: 40)")
     parser.add_argument("--trace", type=Path, help="keep the timeline in this file")
     arguments = parser.parse_args()
     policy = load_policy(arguments.checkpoint, lora=arguments.lora, memory_gb=arguments.memory_gb,
-                         keep_activations=arguments.keep_activations)
+                         host_gb=arguments.host_gb, keep_activations=arguments.keep_activations)
     with tempfile.TemporaryDirectory() as folder:
         trace = arguments.trace or Path(folder) / "trace.json"
         record(policy, random_batch(policy, *arguments.case), trace)

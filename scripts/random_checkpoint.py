@@ -70,10 +70,11 @@ WORDS = {"assistant": 173781, "analysis": 35644, "final": 17196, "hello": 24912,
 E2M1_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
 
 
-def model_config(size: str) -> GptOssConfig:
+def model_config(size: str, *, num_layers: int | None = None) -> GptOssConfig:
+    sizes = SIZES[size] if num_layers is None else SIZES[size] | {"num_hidden_layers": num_layers}
     return GptOssConfig.from_architecture(
         dict(
-            SIZES[size],
+            sizes,
             vocab_size=VOCAB_SIZE,
             num_experts_per_tok=4,
             sliding_window=128,
@@ -211,11 +212,13 @@ def main() -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where random numbers are drawn (default: cuda where there is one; it is far faster)",
     )
+    parser.add_argument("--layers", type=int, help="fewer (or more) layers than the size has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-bytes", type=float, default=5e9)
     arguments = parser.parse_args()
 
-    config, is_mxfp4 = model_config(arguments.size), arguments.experts == "mxfp4"
+    config = model_config(arguments.size, num_layers=arguments.layers)
+    is_mxfp4 = arguments.experts == "mxfp4"
     plan = tensor_plan(config, is_mxfp4=is_mxfp4, seed=arguments.seed, device=torch.device(arguments.device))
     num_bytes = sum(tensor.num_bytes for tensor in plan)
     try:

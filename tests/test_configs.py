@@ -109,6 +109,8 @@ BAD_ARGUMENTS = [
     ("optim.betas=0.9", "optim.betas = 0.9 (float): expected a list, each entry a number"),
     ("optim.betas=[a,b]", "optim.betas[0] = 'a' (str): expected a number"),
     ("resume=maybe", "resume = 'maybe' (str): expected true or false"),
+    ("optim.share_prompts=often", "optim.share_prompts = 'often' (str): expected true or false"),
+    ("rollout.replay_routing=sampler", "rollout.replay_routing = 'sampler' (str): expected true or false"),
     ("warmup.lr=null", "warmup.lr = None (NoneType): expected a number"),
     ("device=tpu", "device = 'tpu' (str): expected one of auto, cpu, cuda"),
     ("kl.estimator=k4", "kl.estimator = 'k4' (str): expected one of k1, k2, k3"),
@@ -233,10 +235,8 @@ def test_plain_dicts_hold_plain_strings():
 
 def test_resuming_refuses_what_would_change_the_steps_and_only_that():
     saved = load_config("train", [])
-    check_resumable(
-        saved,
-        load_config("train", ["resume=true", "steps=80", "optim.loss_scale=1024", "log.num_completions=1", "wandb.mode=offline"]),
-    )
+    changed = ["resume=true", "steps=80", "wandb.mode=offline", "optim.share_prompts=true", "optim.loss_scale=1024"]
+    check_resumable(saved, load_config("train", changed))
     with pytest.raises(ConfigError) as caught:
         check_resumable(saved, load_config("train", ["resume=true", "optim.lr=1e-3", "warmup=null"]))
     assert "optim.lr: 0.0003 when the run started, 0.001 now" in str(caught.value)

@@ -41,7 +41,7 @@ class Env:
 def config(*, prompts=3, refill=2, normalize_std=False):
     return SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
-                                temperature=0.9, top_k=7, top_p=0.8, min_p=0.1),
+                                temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True),
         advantage=SimpleNamespace(normalize_std=normalize_std))
 
 
@@ -63,7 +63,7 @@ def test_groups_with_a_spread_are_kept_with_their_advantages():
     assert ids == [0, 1, 2]
     settings.pop("should_stop")
     assert settings == {"step": 4, "num_samples": 2, "max_new_tokens": 5, "temperature": 0.9, "top_k": 7, "top_p": 0.8,
-                        "min_p": 0.1}
+                        "min_p": 0.1, "records_routing": True}
 
 
 def test_groups_without_a_spread_are_dropped_counted_and_replaced_by_fresh_prompts():

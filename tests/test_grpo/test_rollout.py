@@ -187,14 +187,14 @@ def test_finished_rows_leave_the_batch_and_waiting_ones_take_their_slots(model, 
     sizes, prefills = [], []
     decode_step, prefill = GptOss.decode_step, GptOss.prefill
 
-    def spy_decode(self, tokens, positions, cache, slots):
+    def spy_decode(self, tokens, positions, cache, slots, **settings):
         assert len(slots.unique()) == len(slots)
         sizes.append(len(tokens))
-        return decode_step(self, tokens, positions, cache, slots)
+        return decode_step(self, tokens, positions, cache, slots, **settings)
 
-    def spy_prefill(self, tokens, cu_seqlens, cache, slots):
+    def spy_prefill(self, tokens, cu_seqlens, cache, slots, **settings):
         prefills.append(len(tokens))
-        return prefill(self, tokens, cu_seqlens, cache, slots)
+        return prefill(self, tokens, cu_seqlens, cache, slots, **settings)
 
     monkeypatch.setattr(GptOss, "decode_step", spy_decode)
     monkeypatch.setattr(GptOss, "prefill", spy_prefill)
@@ -382,8 +382,8 @@ def test_repeated_prompt_ids_are_refused(model):
 def test_logits_that_are_not_finite_stop_the_rollout_naming_where(model, monkeypatch):
     decode_step = GptOss.decode_step
 
-    def broken(self, tokens, positions, cache, slots):
-        logits = decode_step(self, tokens, positions, cache, slots)
+    def broken(self, tokens, positions, cache, slots, **settings):
+        logits = decode_step(self, tokens, positions, cache, slots, **settings)
         if positions[1] == 8:
             logits[1, 5] = float("nan")
         return logits

@@ -31,7 +31,7 @@ STEP_METRICS = {
     "groups/dropped", "groups/live", "completions/mean_length", "completions/min_length", "completions/max_length",
     "completions/clipped_ratio", "entropy", "clip_ratio/low", "clip_ratio/high", "loss", "grad_norm", "lr",
     "sampling/log_prob_diff/mean", "sampling/log_prob_diff/max", "num_tokens", "time/rollout", "time/reward", "time/update",
-    "time/step", "time/total", "tokens_per_s", "memory/peak_gb"}
+    "update/tokens", "update/frac_tokens_shared", "time/step", "time/total", "tokens_per_s", "memory/peak_gb"}
 
 
 @pytest.fixture(scope="module")

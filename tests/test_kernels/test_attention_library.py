@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import kernels.attention_library
-from kernels.attention import AttentionPlan, attention
+from kernels.attention import attention, attention_backward, attention_forward
 from kernels.attention_library import chunks
+from kernels.attention_plan import AttentionPlan
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
@@ -106,6 +107,28 @@ def test_strided_inputs_and_gradients_give_the_same_bits():
                        strided(dout))
     for name in NAMES:
         torch.testing.assert_close(others[name], ours[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_slices_of_one_buffer_are_read_and_their_gradients_written_in_place(dtype, poisoned):
+    fused = torch.randn(110, 8 * 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    buffer = torch.full_like(fused, torch.nan)
+
+    def split(x):
+        return [part.unflatten(1, (-1, 16)) for part in x.split([4 * 16, 2 * 16, 2 * 16], 1)]
+
+    dout, sinks = torch.randn(110, 4, 16, generator=torch.Generator().manual_seed(1)).to(dtype), torch.tensor([0.0, 1, -2, 3])
+    plan, settings = AttentionPlan(BOUNDS, prefixes=PREFIXES), {"window": 5, "scale": 0.3}
+    out, lse = attention_forward(*split(fused), sinks, plan, **settings)
+    *_, dsinks = attention_backward(*split(fused), sinks, out, lse, dout, plan, **settings, grads=tuple(split(buffer)))
+    inputs = dict(zip(NAMES[1:], (*split(fused), sinks)))
+    expected = gradients(lambda **leaves: attention(**leaves, cu_seqlens=BOUNDS, plan=plan, **settings), inputs, dout)
+    ours = dict(zip(NAMES, (out, *split(buffer), dsinks.sum(0))))
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+    scores = fused[:37, :16].double() @ fused[:37, 64:80].double().T * 0.3  # first head of the first sequence
+    distance = torch.arange(37)[:, None] - torch.arange(37)
+    scores = scores.masked_fill((distance < 0) | (distance >= 5), -torch.inf)
+    torch.testing.assert_close(lse[0, :37].double(), (scores.exp().sum(1) + 1).log(), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("sink", [-1e4, 12.0, 1e4])

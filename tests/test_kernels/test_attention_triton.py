@@ -212,10 +212,11 @@ def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windo
     if kind == "dkv":
         signature |= {"q_tiles": whole, "dout_tiles": whole, "dout": f"*{dtype}", "row_stats": "*fp32",
                       "dk": f"*{dtype}", "dv": f"*{dtype}", "tiles": "*i32", "readers": "*i32"}
-        return signature | strides | {"num_kv_heads": "i32", "scale": "fp32"} | rest, constexprs
+        return signature | strides | {"stride_dk": "i32", "num_kv_heads": "i32", "scale": "fp32"} | rest, constexprs
     signature |= {"k_tiles": whole, "v_tiles": whole, "sinks": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "tiles": "*i32"}
     if kind == "dq":
         signature |= {"dout": f"*{dtype}", "row_stats": "*fp32", "dsinks": "*fp32", "dq": f"*{dtype}", "scale": "fp32"}
+        strides["stride_dq"] = "i32"
     return signature | strides | {"num_heads": "i32"} | rest, constexprs | {"PREFIXED": prefixed}
 
 

@@ -10,7 +10,7 @@ from kernels.grouped_outer import grouped_outer, grouped_row_sum
 from kernels.launch import check_served, product_path
 from kernels.mxfp4 import dequantize
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.router_logits import router_logits
+from kernels.router_logits import router_backward, router_logits
 from kernels.routing import combine, make_routing
 from kernels.swiglu import swiglu
 
@@ -91,6 +91,29 @@ def test_a_range_of_experts_writes_its_own_rows_only():
     grouped_gemm(x, weight[1:], int32([0, 2, 4, 9])[1:], out=out)
     assert out[:2].isnan().all()
     assert_near(out[2:], product(x, weight, [0, 2, 4, 9])[2:], 2e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_columns_side_by_side_take_their_own_slice_of_the_low_rank_row(dtype, poisoned):
+    """Three projections, the middle one without an adapter: its rows of B are not read. x is a slice of a wider buffer."""
+    x = normal(9, 60, dtype=dtype)[:, 12:52]
+    weight, bias = normal(1, 40, 48, seed=1, dtype=dtype), normal(1, 48, seed=2, dtype=dtype)
+    low_rank, up = normal(9, 6, seed=3, dtype=dtype), normal(48, 3, seed=4)
+    up[20:30] = torch.nan
+    groups = torch.tensor([0] * 20 + [-1] * 10 + [1] * 18, dtype=torch.int32)
+    y = grouped_gemm(x, weight, None, bias=bias, low_rank=low_rank, lora_up=up.T[None], lora_groups=groups)
+    expected = x.double() @ weight[0].double() + bias[0].double()
+    for columns, part in ((slice(0, 20), slice(0, 3)), (slice(30, 48), slice(3, 6))):
+        expected[:, columns] += low_rank.double()[:, part] @ up[columns].to(dtype).double().T
+    assert_near(y, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_the_routers_gradient_is_added_to_that_of_the_experts(dtype):
+    grad, weight, others = normal(7, 5), normal(5, 40, seed=1, dtype=dtype), normal(7, 40, seed=2, dtype=dtype)
+    expected, fresh = grad.double() @ weight.double(), torch.full((7, 40), torch.nan, dtype=dtype)
+    assert_near(router_backward(grad, weight, fresh, adds=False), expected, TOLERANCES[dtype])
+    assert_near(router_backward(grad, weight, others.clone(), adds=True), expected + others.double(), TOLERANCES[dtype])
 
 
 def test_the_fused_activation_keeps_the_row_before_it():

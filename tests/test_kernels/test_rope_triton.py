@@ -74,7 +74,7 @@ def test_slices_of_a_fused_projection_and_strided_views(poisoned):
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_kernel_fits_every_gpu(arch):
-    signature = {f"stride_{name}_{axis}": "i32" for name in "qk" for axis in ("token", "head")}
+    signature = {f"stride_{name}_{axis}": "i32" for name in "qk" for axis in ("token", "head", "out")}
     signature |= {name: half(arch) for name in ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr")} | {
         "cos_ptr": "*fp32",
         "sin_ptr": "*fp32",

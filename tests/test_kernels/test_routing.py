@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.routing import combine, dispatch, make_routing, route
+from kernels.routing import choose_experts, combine, dispatch, make_routing, route
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 CASES = ("top2of8", "top4of8_starved", "one_token")
@@ -40,6 +40,12 @@ def test_weights_are_a_softmax_over_the_chosen_logits_and_carry_their_gradient()
 def test_ties_go_to_the_lower_expert():
     _, routing = route(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [0.0] * 5]), experts_per_token=2)
     assert routing.indices.tolist() == [[1, 2], [0, 1]]
+
+
+def test_choosing_alone_gives_the_experts_of_route_without_a_gradient():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 3.0, 0.0], [0.0] * 5], requires_grad=True)
+    indices = choose_experts(logits, experts_per_token=3)
+    assert indices.tolist() == [[3, 1, 2], [0, 1, 2]] and not indices.requires_grad
 
 
 def test_rows_are_sorted_by_expert_with_tokens_in_order():

@@ -27,6 +27,7 @@ from kernels.routing import (
     _route_kernel,
     _sort_kernel,
     _sum_rows_kernel,
+    choose_experts,
     combine,
     combine_grad_blocks,
     dispatch,
@@ -73,6 +74,7 @@ def test_logits_choices_and_weights_match_the_golden_ones(case, poisoned):
     weights, routing = route(logits, experts_per_token=data["topk_idx"].shape[1])
     assert torch.equal(routing.indices, data["topk_idx"].long())
     torch.testing.assert_close(weights, data["topk_weight"], rtol=2e-5, atol=1e-6)
+    assert torch.equal(choose_experts(logits, experts_per_token=data["topk_idx"].shape[1]), data["topk_idx"].long())
 
 
 @pytest.mark.interpreter
@@ -300,12 +302,12 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
     forward = pointers("*bf16", "x", "weight", "bias") | pointers("*fp32", "logits") | strides | {"stride_x": "i32"}
     backward = pointers("*bf16", "weight", "grad_x") | pointers("*fp32", "grad") | strides
     cases = (
-        (_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2), "ieee"),
-        (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), "tf32x3"),
+        (_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2), {"PRECISION": "ieee"}),
+        (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), {"PRECISION": "tf32x3", "ADDS": True}),
     )
-    for kernel, signature, blocks, precision in cases:
+    for kernel, signature, blocks, flags in cases:
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        resources = compile_for(kernel, signature, sizes | blocks | {"PRECISION": precision}, arch, **options)
+        resources = compile_for(kernel, signature, sizes | blocks | flags, arch, **options)
         check_fits(resources, arch)
         assert resources.has_mma
 

@@ -1,0 +1,220 @@
+"""Where each activation waits for the backward: on the GPU, in host memory, or nowhere, to be computed again.
+
+A block's backward needs its input x, the rotated queries, keys and values (qkv), the attention's output (attended), the residual
+stream between attention and experts (middle) and the experts' pre-activations (h). Only x is indispensable. A memory budget is
+spent where a byte saves most time; what does not fit goes to host memory if there is some, as long as the copies keep up with
+the computation. The choice changes no bit of the result: what is computed again comes from the same kernels.
+
+Sizes in bytes, times in seconds.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Iterable
+
+import torch
+
+from kernels.attention_plan import AttentionPlan
+from models.config import GptOssConfig
+from models.host_store import HostStore, transfer_rate
+
+NAMES = ("qkv", "attended", "middle", "h")
+# products with experts' weights and dense ones run at about this share of the GPU's peak, attention at this one
+_PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
+_MARGIN = 0.02  # of the budget: memory lost between the allocator's blocks
+SCRATCH_BYTES = 1_100_000_000  # of dequantised weights of a projection held at once on a GPU: all of one in gpt-oss-20b
+
+
+class Place(Enum):
+    gpu = "gpu"
+    host = "host"
+    again = "again"  # computed again
+
+
+LayerPlan = dict[str, Place]  # of "x" and NAMES
+
+
+@dataclass
+class Pass:
+    """What a plan depends on."""
+
+    num_tokens: int
+    full_pairs: int  # pairs of query and visible key, of a layer without a window
+    windowed_pairs: int
+    element_size: int
+    stream_size: int  # of an element of the residual stream: x and middle
+    is_packed: bool  # experts are dequantised for each use
+    keeps_h: bool  # all layers keep their h
+    scratch_bytes: int  # of a projection's experts, dequantised at once
+
+
+@dataclass
+class Plan:
+    layers: list[LayerPlan]
+    scratch_bytes: int
+    max_pending_bytes: int  # on their way to the host at once
+
+
+def everything(place: Place, *, x: Place = Place.gpu) -> LayerPlan:
+    return {"x": x} | {name: place for name in NAMES}
+
+
+def bytes_of(config: GptOssConfig, run: Pass) -> dict[str, int]:
+    """Size of each activation of a layer."""
+    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    stream = run.stream_size * config.hidden_size
+    per_token = {"x": stream, "qkv": run.element_size * (q_width + 2 * kv_width), "middle": stream,
+                 "attended": run.element_size * q_width + 4 * config.num_attention_heads,  # with lse
+                 "h": run.element_size * 2 * config.intermediate_size * config.num_experts_per_tok}
+    return {name: run.num_tokens * size for name, size in per_token.items()}
+
+
+def seconds_of(config: GptOssConfig, run: Pass, peak_flops: float, *, windowed: bool) -> dict[str, float]:
+    """Time to compute each activation again."""
+    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    pairs = run.windowed_pairs if windowed else run.full_pairs
+    product, attention = _PRODUCT_RATE * peak_flops, _ATTENTION_RATE * peak_flops
+    rows, width, inner = run.num_tokens, config.hidden_size, config.intermediate_size
+    dequantized = config.num_local_experts * 2 * inner * width * run.element_size * run.is_packed
+    return {"qkv": 2 * rows * width * (q_width + 2 * kv_width) / product,
+            "attended": 4 * q_width * pairs / attention,
+            "middle": 2 * rows * width * q_width / product,
+            "h": 4 * rows * config.num_experts_per_tok * width * inner / product + dequantized / (peak_flops / 200)}
+
+
+def scratch(config: GptOssConfig, run: Pass) -> int:
+    """Dequantised weights alive at once: all of gate_up, if the scratch holds them and h is computed again, beside a part of
+    down; else a part of either."""
+    if not run.is_packed:
+        return 0
+    down = config.num_local_experts * config.intermediate_size * config.hidden_size * run.element_size
+    down_part, gate_up = min(down, run.scratch_bytes), 2 * down
+    return gate_up + down_part if gate_up <= run.scratch_bytes and not run.keeps_h else min(gate_up, run.scratch_bytes)
+
+
+def workspace(config: GptOssConfig, run: Pass) -> int:
+    """Memory that the backward of one layer cannot do without, beside what layers keep."""
+    sizes = bytes_of(config, run)
+    rows = run.num_tokens * config.num_experts_per_tok * run.element_size
+    width = config.intermediate_size  # the activation, and in its place the rows of the input's gradient
+    if config.intermediate_size != config.hidden_size:
+        width += config.hidden_size
+    layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + rows * width + 6 * sizes["x"] + scratch(config, run)
+    return layer + 100_000_000  # workspaces of the library
+
+
+def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: int, host_rate: float,
+                peak_flops: float) -> list[LayerPlan]:
+    """A plan per layer. gpu_bytes: what all layers together may keep there, inputs included; host_bytes at host_rate likewise.
+
+    Inputs are kept come what may, on the GPU if the host has no room for them."""
+    sizes = bytes_of(config, run)
+    layers = range(config.num_hidden_layers)
+    times = [seconds_of(config, run, peak_flops, windowed=config.is_windowed(layer)) for layer in layers]
+    forward = sum(sum(time.values()) + time["h"] / 2 for time in times)  # with the down projection
+    host_bytes = min(host_bytes, int(host_rate * forward * 0.9))
+    room = gpu_bytes + host_bytes - len(layers) * sizes["x"]
+    chosen = {(layer, "x") for layer in layers}
+    ranked = sorted(((times[layer][name] / sizes[name], name, layer) for layer in layers for name in NAMES),
+                    key=lambda item: (-item[0], item[1], _spread(item[2], len(layers))))
+    for _, name, layer in ranked:
+        if sizes[name] <= room:
+            chosen.add((layer, name))
+            room -= sizes[name]
+    # the last layers' come back first: the first layers' go to the host, as much as has no room on the GPU
+    excess = sum(sizes[name] for _, name in chosen) - gpu_bytes
+    plans = [everything(Place.again) for _ in layers]
+    for layer, name in sorted(chosen, key=lambda item: (item[0], ("x", *NAMES).index(item[1]))):
+        on_host = excess > 0 and sizes[name] <= host_bytes and layer < len(layers) - 1
+        plans[layer][name] = Place.host if on_host else Place.gpu
+        if on_host:
+            excess -= sizes[name]
+            host_bytes -= sizes[name]
+    return plans
+
+
+def _spread(layer: int, num_layers: int) -> int:
+    """An order of the layers in which any first few are far apart, so that copies of large tensors do not queue up: by the
+    bits of the layer's number, reversed."""
+    bits = max(1, (num_layers - 1).bit_length())
+    return int(f"{layer:0{bits}b}"[::-1], 2)
+
+
+class MemoryBudget:
+    """How much GPU and host memory (1e9 bytes) a model may use, and the plans that follow from it.
+
+    recomputes: whether layers may compute activations again; without it all of them stay on the GPU. memory_gb: of the GPU, in
+    all; None: 85 % of what it has. host_gb: of pinned host memory."""
+
+    def __init__(self, config: GptOssConfig, *, recomputes: bool, memory_gb: float | None, host_gb: float) -> None:
+        self.config, self.recomputes, self.memory_gb = config, recomputes, memory_gb
+        self.host_bytes = int(host_gb * 1e9)
+        self.store: HostStore | None = None
+        self._rates: tuple[float, float] | None = None  # to the host, bytes per second; of products, FLOP per second
+
+    def claim_host(self, num_bytes: int) -> bool:
+        """Takes host memory for something else than activations; False where there is not enough."""
+        if num_bytes > self.host_bytes:
+            return False
+        self.host_bytes -= num_bytes
+        return True
+
+    def plan(self, x: torch.Tensor, attention: AttentionPlan, trainable: Iterable[torch.nn.Parameter], *,
+             dtype: torch.dtype, is_packed: bool) -> Plan:
+        """For a forward and backward of the embedded tokens x [T, D], in the residual stream's dtype, by a model of `dtype`."""
+        layers = self.config.num_hidden_layers
+        run = Pass(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(), is_packed,
+                   True, SCRATCH_BYTES)
+        if not self.recomputes:
+            return Plan([everything(Place.gpu)] * layers, SCRATCH_BYTES, 0)
+        if x.is_cuda and self.host_bytes > 0 and self.store is None:
+            self.store = HostStore(self.host_bytes, x.device)
+        if not x.is_cuda:
+            return Plan([everything(Place.again)] * layers, SCRATCH_BYTES, 0)
+        budget = self.memory_gb * 1e9 if self.memory_gb else 0.85 * torch.cuda.get_device_properties(x.device).total_memory
+        if self._rates is None:
+            self._rates = transfer_rate(x.device) if self.store is not None else 0.0, product_rate(x.device, dtype)
+        sizes = bytes_of(self.config, run)
+        # on their way to the host in the forward, or back one layer ahead of the backward
+        pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
+        gradients = sum(4 * parameter.numel() for parameter in trainable if parameter.grad is None)
+        free = int(budget * (1 - _MARGIN)) - torch.cuda.memory_allocated(x.device) - pending
+        if free - workspace(self.config, run) - gradients < layers * sum(sizes.values()):
+            run.keeps_h = False
+        # gradients grow as what layers keep goes: only what they exceed it by is extra
+        wanted = gradients if layers * sizes["x"] <= self.host_bytes else max(gradients, layers * sizes["x"])
+        while free - workspace(self.config, run) < wanted and run.scratch_bytes > 1 << 26:
+            run.scratch_bytes //= 2
+        room = max(0, free - workspace(self.config, run))
+        plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._rates[0],
+                            peak_flops=self._rates[1])
+        if self.store is not None:
+            self.store.reserve([sizes[name] for plan in plans for name, place in plan.items() if place == Place.host])
+        return Plan(plans, run.scratch_bytes, pending)
+
+
+def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:
+    """Pairs of query and visible key in a batch, without and with a window."""
+    full = windowed = 0
+    for sequence, (start, end) in enumerate(attention.bounds):
+        prefix = attention.prefixes[sequence] if attention.prefixes is not None else -1
+        before = 0 if prefix == -1 else attention.bounds[prefix][1] - attention.bounds[prefix][0]
+        length = end - start
+        full += length * before + length * (length + 1) // 2
+        short = min(length, max(0, window - before))  # queries that see everything before them
+        windowed += short * before + short * (short + 1) // 2 + (length - short) * window
+    return full, windowed
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured FLOP per second of a matrix product."""
+    size = 4096
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    a @ a
+    events[0].record()
+    a @ a
+    events[1].record()
+    torch.cuda.synchronize(device)
+    return 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)

@@ -1,0 +1,68 @@
+"""The experts that tokens went to: recorded while sampling, replayed in training ("R3", arXiv 2510.11370).
+
+Where sampler and trainer round differently a router's near tie may fall to either side, and a token then runs through other
+weights. A replay sends it through the recorded experts; their gate weights come from the trainer's router, which so keeps its
+gradient. Departure from the paper: a token without a record (the last of a completion, never fed to the sampler) is routed by
+the trainer and not left out of the loss; its log-prob depends on the tokens before it alone.
+
+Both classes answer the same question of models/gpt_oss.py, which experts a layer takes.
+
+Shapes: T tokens, L layers, A experts per token, E experts.
+"""
+from __future__ import annotations
+
+import torch
+
+from kernels.routing import choose_experts
+from models.config import GptOssConfig
+
+
+def empty_routing(num_tokens: int, config: GptOssConfig, device: torch.device | str) -> torch.Tensor:
+    """[num_tokens, L, A] without a record; uint8 where that holds every expert, else int16."""
+    dtype = torch.uint8 if config.num_local_experts <= torch.iinfo(torch.uint8).max else torch.int16
+    shape = (num_tokens, config.num_hidden_layers, config.num_experts_per_tok)
+    return torch.full(shape, no_record(dtype), dtype=dtype, device=device)
+
+
+def no_record(dtype: torch.dtype) -> int:
+    """What stands for "not recorded": the largest number, which no expert has."""
+    return torch.iinfo(dtype).max
+
+
+class RoutingRecord:
+    """Fills `indices` [T, L, A] with the choices of one prefill or decode step."""
+
+    def __init__(self, num_tokens: int, config: GptOssConfig, device: torch.device | str) -> None:
+        self.indices = empty_routing(num_tokens, config, device)
+
+    def choose(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
+        """The experts [T, A] int64 of a layer, for the router's logits [T, E] fp32."""
+        own = choose_experts(logits, experts_per_token=self.indices.shape[2])
+        self.indices[:, layer] = own.to(self.indices.dtype)
+        return own
+
+
+class RoutingReplay:
+    """Replays `recorded` [T, L, A] in one forward and the backward's repetition of it."""
+
+    def __init__(self, recorded: torch.Tensor) -> None:
+        self.recorded = recorded
+        # choices, one for each recorded token, layer and slot: all of them, and those that the trainer would have made otherwise
+        self.num_choices = torch.zeros((), dtype=torch.int64, device=recorded.device)
+        self.num_flips = torch.zeros_like(self.num_choices)
+        self._chosen: dict[int, torch.Tensor] = {}  # by layer
+
+    def choose(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
+        """The experts [T, A] int64 of a layer: the recorded ones, the trainer's own for tokens without a record. Asked again
+        for a layer (it is computed again for the backward), the same."""
+        if layer in self._chosen:
+            return self._chosen[layer].long()
+        recorded = self.recorded[:, layer]
+        is_recorded = recorded[:, :1] != no_record(recorded.dtype)  # [T, 1]
+        own = choose_experts(logits, experts_per_token=recorded.shape[1])
+        is_flip = is_recorded & (own.unsqueeze(2) != recorded.unsqueeze(1)).all(2)  # [T, A], as sets
+        self.num_choices += is_recorded.sum() * recorded.shape[1]
+        self.num_flips += is_flip.sum()
+        chosen = torch.where(is_recorded, recorded.long(), own)
+        self._chosen[layer] = chosen.to(recorded.dtype)
+        return chosen

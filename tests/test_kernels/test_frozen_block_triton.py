@@ -1,0 +1,224 @@
+"""The hand-written block of models/frozen_block.py against autograd over the single kernels, in the interpreter and on a GPU.
+
+The composition of autograd operations (models.gpt_oss.Block.forward) is itself compared with golden tensors elsewhere."""
+
+import pytest
+import torch
+from interpreter import run_interpreter_tests
+
+import models.memory_plan
+from kernels.attention_plan import AttentionPlan
+from kernels.mxfp4 import quantize
+from models.config import GptOssConfig
+from models.gpt_oss import Block, GptOss
+from models.lora import LoraConfig, attach_lora
+from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, plan_layers, visible_pairs
+
+ARCHITECTURE = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "vocab_size": 48,
+    "layer_types": ["sliding_attention", "full_attention"], "rms_norm_eps": 1e-5, "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
+    "max_position_embeddings": 256, "initial_context_length": 64, "rope_theta": 150000.0, "eos_token_id": 1, "pad_token_id": 0,
+    "rope_scaling": {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64,
+                     "truncate": False},
+}  # fmt: skip
+WIDE = ARCHITECTURE | {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8,
+                       "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 4, "sliding_window": 16,
+                       "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size": 512}  # fmt: skip
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
+
+
+def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dtype=torch.float32, trains_more=True, **settings):
+    """A random model whose adapters are not zero; packed experts of random codes."""
+    config = GptOssConfig.from_architecture(architecture)
+    model = GptOss(config, dtype=dtype, device="cpu", experts="bf16")
+    model.init_weights(0)
+    state = model.state_dict()
+    if experts == "mxfp4":
+        for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+            state[f"{name}_blocks"], state[f"{name}_scales"] = quantize(state.pop(name).transpose(1, 2).contiguous())
+    model = GptOss(config, dtype=dtype, device=device, experts=experts, **settings)
+    model.load_state_dict(state)
+    attach_lora(model, LoraConfig(3, 6.0, targets, trains_more, trains_more), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B") or name.endswith(("sinks", "bias")):
+                # wide margins between the router's choices: rounding flips few of them
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (3.0 if "router.bias" in name else 0.3))
+    return model
+
+
+def gradients(model, lengths=(7, 1, 12)):
+    """Of a weighted sum of log-probs and entropies of packed random sequences; and the log-probs."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(model.device)
+    mask = torch.ones(sum(lengths), dtype=torch.bool, device=model.device)
+    mask[cu_seqlens[:-1].long()] = False
+    factors = torch.randn(sum(lengths), generator=generator).to(model.device)
+    model.zero_grad()
+    chosen, _ = model.log_probs(tokens, cu_seqlens, temperature=0.8, mask=mask)
+    (chosen * factors).sum().backward()
+    return {name: p.grad for name, p in model.trainable_parameters().items()} | {"log_probs": chosen.detach()}
+
+
+def composed(model, monkeypatch, **settings):
+    """The same through autograd over the single kernels."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "trains_base", lambda self: True)
+        return gradients(model, **settings)
+
+
+def assert_close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert expected.any(), f"{name}: nothing to compare"
+        error = (ours[name] - expected).norm() / expected.norm()
+        assert error <= tolerance, (name, error)
+
+
+def test_the_interpreter_agrees_with_autograd():
+    run_interpreter_tests(__file__)
+
+
+def test_the_interpreter_agrees_with_autograd_on_library_products(monkeypatch):
+    monkeypatch.setenv("GRPO_PRODUCTS", "library")
+    run_interpreter_tests(__file__)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("experts, recomputes", [("mxfp4", True), ("mxfp4", False), ("bf16", True)])
+def test_gradients_of_everything_that_may_train(experts, recomputes, monkeypatch):
+    model = build(ARCHITECTURE, experts, activation_checkpointing=recomputes)
+    assert_close(gradients(model), composed(model, monkeypatch), 2e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "experts"], ["o_proj"]])
+def test_adapters_on_some_projections_only(targets, monkeypatch):
+    model = build(ARCHITECTURE, targets=targets, trains_more=False, activation_checkpointing=True)
+    assert_close(gradients(model, lengths=(9,)), composed(model, monkeypatch, lengths=(9,)), 2e-5)
+
+
+@pytest.mark.interpreter
+def test_an_adapter_switched_off_leaves_the_base(monkeypatch):
+    model, base = build(ARCHITECTURE), build(ARCHITECTURE)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.zero_()
+    tokens = torch.arange(9)
+    with torch.no_grad(), model.adapter_disabled():
+        off = model.logits(tokens, torch.tensor([0, 9]))
+    with torch.no_grad():
+        torch.testing.assert_close(off, base.logits(tokens, torch.tensor([0, 9])), rtol=0, atol=1e-5)
+        assert (model.logits(tokens, torch.tensor([0, 9])) - off).abs().max() > 1e-2
+
+
+def test_visible_pairs_are_those_of_enumeration():
+    bounds, prefixes, window = [0, 5, 5, 12, 30], [-1, -1, 0, -1], 4
+    full = windowed = 0
+    for (start, end), prefix in zip(zip(bounds, bounds[1:]), prefixes):
+        before = 0 if prefix == -1 else bounds[prefix + 1] - bounds[prefix]
+        for position in range(before, before + end - start):
+            full += position + 1
+            windowed += min(position + 1, window)
+    assert visible_pairs(AttentionPlan(bounds, prefixes=prefixes), window) == (full, windowed)
+
+
+def plan(*, gpu_bytes, host_bytes=0, host_rate=1e18):
+    config = GptOssConfig.from_architecture(WIDE)
+    run = Pass(1000, 500_000, 16_000, 2, 2, True, False, 1 << 30)
+    plans = plan_layers(config, run, gpu_bytes=gpu_bytes, host_bytes=host_bytes, host_rate=host_rate, peak_flops=1e12)
+    sizes = bytes_of(config, run)
+    used = {place: sum(sizes[name] for layer in plans for name, where in layer.items() if where == place) for place in Place}
+    return plans, used, sizes
+
+
+def test_a_float32_stream_takes_twice_the_memory_of_a_half_one_and_nothing_else_does():
+    config = GptOssConfig.from_architecture(WIDE)
+    half, full = (bytes_of(config, Pass(1000, 0, 0, 2, stream_size, True, False, 0)) for stream_size in (2, 4))
+    assert half["x"] == half["middle"] == 1000 * 256 * 2
+    assert full == half | {"x": 1000 * 256 * 4, "middle": 1000 * 256 * 4}
+
+
+def test_a_plan_stays_within_its_budget_and_keeps_every_input():
+    sizes = plan(gpu_bytes=0)[2]
+    for gpu_bytes in (4 * sizes["x"], 10_000_000, 20_000_000, 10**9):
+        plans, used, _ = plan(gpu_bytes=gpu_bytes)
+        assert used[Place.host] == 0 and 0 < used[Place.gpu] <= gpu_bytes
+        assert all(layer["x"] == Place.gpu for layer in plans)
+    assert used[Place.again] == 0  # everything fits the last
+
+
+def test_a_plan_prefers_what_saves_most_time_per_byte():
+    sizes = plan(gpu_bytes=0)[2]
+    plans, _, _ = plan(gpu_bytes=4 * sizes["x"] + 2 * sizes["attended"])
+    # full attention over 500,000 pairs is the dearest to compute again; a windowed layer's is not
+    assert [layer["attended"] for layer in plans] == [Place.again, Place.gpu, Place.again, Place.gpu]
+    assert all(layer["h"] == Place.again for layer in plans)
+
+
+def test_what_has_no_room_on_the_gpu_goes_to_the_host_first_layers_first():
+    sizes = plan(gpu_bytes=0)[2]
+    total = 4 * sum(sizes.values())
+    plans, used, _ = plan(gpu_bytes=total // 2, host_bytes=total)
+    assert used[Place.again] == 0 and used[Place.gpu] <= total // 2
+    assert all(place == Place.host for place in plans[0].values()) and all(place == Place.gpu for place in plans[3].values())
+    _, slow, _ = plan(gpu_bytes=total // 2, host_bytes=total, host_rate=1.0)  # a host too slow to be of use
+    assert slow[Place.host] == 0 and slow[Place.again] > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_gradients_are_those_of_autograd(monkeypatch):
+    model = build(WIDE, device="cuda", activation_checkpointing=True)
+    lengths = (70, 1, 130, 33)
+    assert_close(gradients(model, lengths=lengths), composed(model, monkeypatch, lengths=lengths), 2e-5)
+
+
+@pytest.mark.gpu
+def test_in_bf16_gradients_are_as_near_to_fp32_as_those_of_autograd(monkeypatch):
+    lengths, settings = (70, 1, 130, 33), {"device": "cuda", "activation_checkpointing": True, "trains_more": False}
+    low = build(WIDE, dtype=torch.bfloat16, **settings)
+    exact = build(WIDE, **settings)
+    exact.load_state_dict(low.state_dict())  # the same rounded weights
+    ours, theirs = gradients(low, lengths=lengths), composed(low, monkeypatch, lengths=lengths)
+    for name, expected in composed(exact, monkeypatch, lengths=lengths).items():
+        our_error, their_error = ((actual[name].float() - expected).norm() / expected.norm() for actual in (ours, theirs))
+        assert our_error <= 2 * their_error + 1e-3, (name, our_error, their_error)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", list(Place))
+@pytest.mark.parametrize("name", ["x", *NAMES])
+def test_where_an_activation_waits_changes_no_bit(place, name, monkeypatch):
+    """One activation of every layer there, the rest on the GPU; two batches, so that memory is used again."""
+    if name == "x" and place == Place.again:
+        pytest.skip("a block's input cannot be computed again")
+    model = build(WIDE, device="cuda", dtype=torch.bfloat16, activation_checkpointing=True, host_gb=0.1)
+    lengths = (70, 1, 130, 33)
+    expected = gradients(model, lengths=lengths)
+    plain = MemoryBudget.plan
+
+    def planned(self, *arguments, **settings):
+        result = plain(self, *arguments, **settings)
+        result.layers = [models.memory_plan.everything(Place.gpu) | {name: place} for _ in result.layers]
+        self.store.reserve([50_000_000])
+        result.max_pending_bytes = 100_000
+        return result
+
+    monkeypatch.setattr(MemoryBudget, "plan", planned)
+    for _ in range(2):
+        ours = gradients(model, lengths=lengths)
+        assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    assert model.memory.store.num_held == 0
+
+
+@pytest.mark.gpu
+def test_the_embedding_may_lie_in_host_memory():
+    model, other = (build(WIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight = other.model.embed_tokens.weight
+    other.model.embed_tokens.weight = torch.nn.Parameter(weight.detach().cpu().pin_memory(), requires_grad=False)
+    ours, theirs = gradients(other), gradients(model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,0 +1,131 @@
+"""Sequences that continue a shared prompt against the same sequences packed whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.checkpoint import load_model
+from models.gpt_oss import GptOss, KeptSets, packed_positions, previous_rows
+from models.lora import LoraConfig, attach_lora, set_full_training
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+NAMES = ("tiny_bf16", "tiny_mxfp4")  # full layers and layers with a window of 8 keys, sinks on both
+# lengths of prompts and of their completions: longer and shorter than the window, a lone completion, one of a single token
+GROUPS = [(19, [5, 12, 1, 9]), (3, [7]), (8, [8, 2]), (1, [4, 4, 10])]
+
+
+def trained(name: str, **settings) -> GptOss:
+    """The fixture with everything that can train training."""
+    model = load_model(FIXTURES / name, device="cpu", dtype=torch.float32, **settings)
+    if name == "tiny_bf16":
+        set_full_training(model)
+        return model
+    attach_lora(model, LoraConfig(3, 6.0, ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"], True, True), seed=1)
+    for key, parameter in model.trainable_parameters().items():
+        if key.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(key)))
+    return model
+
+
+class Layouts:
+    """GROUPS with random tokens, packed whole and with every prompt once."""
+
+    def __init__(self, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        whole, shared, prefixes, weights = [], [], [], []
+        for prompt_len, lengths in GROUPS:
+            prompt = torch.randint(0, vocab_size, (prompt_len,), generator=generator)
+            parts = [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
+            weights += [torch.randn(length, generator=generator) for length in lengths]
+            prefixes += [-1] + [len(shared)] * len(parts)
+            shared += [prompt, *parts]
+            whole += [torch.cat([prompt, part]) for part in parts]
+        self.prefixes = prefixes
+        self.whole, self.whole_bounds = torch.cat(whole), bounds(whole)
+        self.shared, self.shared_bounds = torch.cat(shared), bounds(shared)
+        self.weights = torch.cat(weights)  # of every completion token, in order
+        prompt_lens = [prompt_len for prompt_len, lengths in GROUPS for _ in lengths]
+        self.whole_mask = torch.cat([torch.arange(len(row)) >= length for row, length in zip(whole, prompt_lens)])
+        self.shared_mask = torch.cat([torch.full((len(row),), prefix >= 0) for row, prefix in zip(shared, prefixes)])
+
+    def log_probs(self, model, **settings):
+        """Log-probs and entropy of the completion tokens, from either layout."""
+        whole = model.log_probs(self.whole, self.whole_bounds, temperature=0.8, mask=self.whole_mask, **settings)
+        shared = model.log_probs(self.shared, self.shared_bounds, temperature=0.8, mask=self.shared_mask,
+                                 prefixes=self.prefixes, **settings)
+        return [part[self.whole_mask] for part in whole], [part[self.shared_mask] for part in shared]
+
+
+def bounds(rows) -> torch.Tensor:
+    return torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_log_probs_and_entropy_are_those_of_whole_sequences(name):
+    model = trained(name)
+    layouts = Layouts(model.config.vocab_size)
+    assert len(layouts.shared) == 31 + 62 and len(layouts.whole) == 62 + 4 * 19 + 3 + 2 * 8 + 3  # tokens
+    for expected, actual in zip(*layouts.log_probs(model)):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+        assert expected.std() > 0.5  # not a trivial agreement of constants
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_shared_prompt_gets_the_sum_of_its_completions_gradients(name, checkpointed):
+    model = trained(name, activation_checkpointing=checkpointed)
+    layouts = Layouts(model.config.vocab_size)
+    gradients = []
+    for side in (0, 1):
+        model.zero_grad()
+        chosen, _ = layouts.log_probs(model)[side]
+        (chosen * layouts.weights).sum().backward()
+        gradients.append({key: parameter.grad for key, parameter in model.trainable_parameters().items()})
+    for key, expected in gradients[0].items():
+        assert expected.any(), key
+        assert (gradients[1][key] - expected).abs().max() <= 2e-4 * expected.abs().max(), key
+
+
+@torch.no_grad()
+def test_the_first_token_of_a_completion_is_drawn_from_the_prompts_last_row():
+    model = trained("tiny_bf16")
+    tokens = torch.tensor([7, 8, 9, 20, 21, 30])  # a prompt of three tokens, completions of two and one
+    chosen, _ = model.log_probs(tokens, torch.tensor([0, 3, 5, 6]), temperature=1.0, mask=torch.arange(6) >= 3,
+                                prefixes=[-1, 0, 0])
+    after_prompt = model.logits(tokens[:3], torch.tensor([0, 3]))[-1].log_softmax(-1)
+    torch.testing.assert_close(chosen[[3, 5]], after_prompt[[20, 30]], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_kept_sets_stay_with_their_tokens():
+    model = trained("tiny_bf16")
+    layouts = Layouts(model.config.vocab_size)
+    sets = []
+    for tokens, mask in ((layouts.whole, layouts.whole_mask), (layouts.shared, layouts.shared_mask)):
+        ids = torch.stack([tokens, (tokens + 1) % 500, (tokens + 40) % 500], dim=1)[mask]  # three ids a completion token
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (3 * mask).cumsum(0)])
+        sets.append(KeptSets(ids.flatten().int(), offsets))
+    whole, _ = model.log_probs(layouts.whole, layouts.whole_bounds, temperature=0.8, mask=layouts.whole_mask, kept=sets[0])
+    shared, _ = model.log_probs(layouts.shared, layouts.shared_bounds, temperature=0.8, mask=layouts.shared_mask, kept=sets[1],
+                                prefixes=layouts.prefixes)
+    torch.testing.assert_close(shared[layouts.shared_mask], whole[layouts.whole_mask], rtol=0, atol=2e-5)
+
+
+def test_positions_of_a_continuation_go_on_after_its_prompt():
+    device = torch.device("cpu")
+    assert packed_positions([0, 3, 5, 6, 8], device, [-1, 0, 0, -1]).tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
+    assert packed_positions([0, 2, 5], device).tolist() == [0, 1, 0, 1, 2]
+
+
+def test_the_token_before_a_continuation_is_the_last_of_its_prompt():
+    device = torch.device("cpu")
+    assert previous_rows([0, 3, 5, 6, 8], device, [-1, 0, 0, -1]).tolist() == [-1, 0, 1, 2, 3, 2, -1, 6]
+    assert previous_rows([0, 2, 2, 4], device).tolist() == [-1, 0, -1, 2]  # the sequence without tokens has no first
+
+
+def test_the_first_token_of_a_shared_prompt_has_no_log_prob():
+    model = trained("tiny_bf16")
+    with pytest.raises(AssertionError, match="first token"):
+        model.log_probs(torch.arange(5), torch.tensor([0, 3, 5]), temperature=1.0, mask=torch.arange(5) != 1, prefixes=[-1, 0])
