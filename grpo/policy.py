@@ -5,6 +5,7 @@ Shared by the three entry points. Trained parameters of a run live in its checkp
 """
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ PARAM = "param."  # prefix of trained parameters in a run's checkpoint
 
 def select_device(device: Device) -> torch.device:
     """The torch device; raises ConfigError for a GPU that is not there."""
+    # read at the first use of a GPU: memory is reserved as it is needed, not in segments that fit badly
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if device == Device.cuda and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; set device=cpu (or auto), or install a CUDA "
                           "build of torch")
