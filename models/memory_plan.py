@@ -22,8 +22,8 @@ from models.host_store import HostStore, transfer_rate
 NAMES = ("qkv", "attended", "middle", "h")
 # products with experts' weights and dense ones run at about this share of the GPU's peak, attention at this one
 _PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
-# beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone (38 of 55 GB/s
-# on an H200), less some time to catch up
+# beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone (38 of 55
+# GB/s on an H200), less some time to catch up
 _COPY_SHARE = 0.6
 _MARGIN = 0.03  # of the budget: memory lost between the allocator's blocks
 SCRATCH_BYTES = 1_100_000_000  # of dequantised weights of a projection held at once on a GPU: all of one in gpt-oss-20b
