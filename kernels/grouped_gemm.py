@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
-from kernels.launch import check_served, gpu_family, launch, num_multiprocessors, product_path
+from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
 from kernels.mxfp4 import dequantize
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
@@ -153,9 +153,9 @@ _FP32 = Blocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtur
 def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int) -> Blocks:
     if family == "interpreter":
         return _WIDE[family]
-    inner = max(16, min(64, triton.next_power_of_2(num_in)))
+    inner = max(16, min(64, next_power_of_2(num_in)))
     if num_out <= 64:  # x A: reads x once, bound by memory
-        cols = max(16, triton.next_power_of_2(num_out))
+        cols = max(16, next_power_of_2(num_out))
         if dtype == torch.float32:
             return Blocks(64, cols, min(inner, 32), 1, 4, 2, False, False)
         return Blocks(64, cols, inner, 1, 4, 3 if family == "consumer" else 5, False, False)
@@ -362,10 +362,10 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
                   and _tma_serves(matrix.flatten(0, 1), weight_box)
                   and (in_contiguous or num_in % blocks.inner == 0))  # a box must not reach into the next expert's rows
     x_tma = (blocks.use_tma and gather is None and x.is_contiguous() and _tma_serves(x, (blocks.rows, blocks.inner)))
-    col_tiles = triton.cdiv(num_out, blocks.cols)
+    col_tiles = cdiv(num_out, blocks.cols)
     num_tiles = (num_rows // blocks.rows + min(num_experts, num_rows)) * col_tiles  # at most: a part tile per expert
     grid = min(num_tiles, num_multiprocessors(x)) if blocks.persistent else num_tiles
-    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    rank_block = max(16, min(64, next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
     launch(
@@ -374,8 +374,8 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
         out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups, row_scale,
         num_rows, num_experts, num_in, num_out, rank, slice_rank, 1.0 if scale is None else scale, alpha, limit,
         x.stride(0), weight.stride(0), weight.stride(2 if in_contiguous else 1), *up_strides,
-        EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
-        RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
+        EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
+        RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import product
-from kernels.launch import check_served, gpu_family, is_triton, launch, product_path
+from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2, product_path
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # rows of a partial sum, with experts and with all rows in one; part of the result's bits
@@ -51,9 +51,9 @@ def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlo
     if family == "interpreter":
         return _WIDE[family]
     if dtype == torch.float32:
-        return OuterBlocks(64, max(16, min(64, triton.next_power_of_2(num_n))), 32, 4, 2)
+        return OuterBlocks(64, max(16, min(64, next_power_of_2(num_n))), 32, 4, 2)
     if num_n <= 64:  # bound by memory: a is read once
-        n = max(16, triton.next_power_of_2(num_n))
+        n = max(16, next_power_of_2(num_n))
         return OuterBlocks(128, n, 64, 4, 3 if family == "consumer" else 4)
     return _WIDE[family]
 
@@ -204,14 +204,14 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
     a = a if a.stride(1) == 1 else a.contiguous()
     b = b if b.stride(1) == 1 else b.contiguous()
     blocks = blocks or choose_outer_blocks(gpu_family(a), a.dtype, num_n)
-    tiles = triton.cdiv(num_m, blocks.m) * triton.cdiv(num_n, blocks.n)
+    tiles = cdiv(num_m, blocks.m) * cdiv(num_n, blocks.n)
     chunk_rows, max_rows = (CHUNK_ROWS_DENSE, CHUNK_ROWS_DENSE) if offsets is None else (CHUNK_ROWS, MAX_ROWS_UNSPLIT)
     is_split = num_n <= 64 and num_rows > max_rows
     chunk = chunk_rows if is_split else 0
     parts = num_rows // chunk_rows + min(num_experts, num_rows) if is_split else num_experts
     size = num_m * num_n
     target = out.new_empty(parts * size, dtype=torch.float32) if is_split else out
-    experts = triton.next_power_of_2(num_experts)
+    experts = next_power_of_2(num_experts)
     launch(
         grouped_outer_kernel, (parts * tiles,),
         a, b, target, offsets, gather, row_scale, num_rows, num_experts, num_m, num_n,
@@ -222,7 +222,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
     )  # fmt: skip
     if is_split:
         launch(
-            sum_chunks_kernel, (num_experts, triton.cdiv(size, 1024)),
+            sum_chunks_kernel, (num_experts, cdiv(size, 1024)),
             target, out, offsets, num_rows, num_experts, size, EXPERTS=experts, CHUNK=chunk, BLOCK=1024,
             HAS_OFFSETS=offsets is not None, num_warps=4)
     return out
@@ -242,7 +242,7 @@ def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *
     assert out.is_contiguous() and out.shape == (offsets.shape[0] - 1, x.shape[1]), (out.shape, out.stride(), x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
     launch(
-        grouped_row_sum_kernel, (out.shape[0], triton.cdiv(x.shape[1], 128)),
+        grouped_row_sum_kernel, (out.shape[0], cdiv(x.shape[1], 128)),
         x, out, offsets, gather, row_scale, x.shape[1], x.stride(0), ROWS=32, COLS=128,
         HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None, num_warps=4, num_stages=3)
     return out

@@ -79,15 +79,28 @@ def _multiprocessors_of_device(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes 5 us on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n, 1 for n = 0; as triton.next_power_of_2, at a tenth of its time."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def _trait(argument: object) -> object:
     """What a kernel is compiled for, of a runtime argument. At least as fine as Triton's own distinctions."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    if isinstance(argument, TensorDescriptor):
+    kind = type(argument)
+    if kind is int:
+        return (argument & 15 == 0) + 2 * (argument == 1) + 4 * (-(2**31) <= argument < 2**31)
+    if argument is None or kind is float:
+        return kind
+    if kind is TensorDescriptor:
         return argument.base.dtype, *argument.block_shape
-    return type(argument)
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype if argument.data_ptr() & 15 == 0 else (argument.dtype,)
+    raise TypeError(f"launch: an argument of {kind}; give tensors, descriptors, ints, floats or None")
 
 
 _COMPILED: dict[tuple, object] = {}  # what launch() compiled, by everything it was compiled for

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
-from kernels.launch import is_triton, launch
+from kernels.launch import is_triton, launch, next_power_of_2
 from kernels.mxfp4 import dequantize_experts
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
@@ -56,7 +56,7 @@ def _bias_dots(grad: torch.Tensor, bias: torch.Tensor, indices: torch.Tensor) ->
     dots = torch.empty((num_tokens, per_token), dtype=torch.float32, device=grad.device)
     if num_tokens:
         launch(_bias_dots_kernel, (num_tokens,), grad, bias, indices, dots, grad.stride(0), WIDTH=width, PER_TOKEN=per_token,
-               BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4)
+               BLOCK=next_power_of_2(width), num_warps=8 if width > 1024 else 4)
     return dots
 
 
@@ -91,7 +91,7 @@ def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, 
     width = grad.shape[1]
     if grad.shape[0]:
         launch(_activation_grad_kernel, (grad.shape[0],), grad, h, weights, order, dots, alpha, limit, WIDTH=width,
-               BLOCK=min(triton.next_power_of_2(width), 1024), num_warps=4)
+               BLOCK=min(next_power_of_2(width), 1024), num_warps=4)
     return dots
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch
+from kernels.launch import cdiv, check_served, is_triton, launch, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # a row stays in one program's registers
@@ -112,7 +112,7 @@ def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
     inv_rms = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows:
         launch(_norm_kernel, (num_rows,), x, residual, weight, y, total, inv_rms, eps, x.stride(0),
-               residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=triton.next_power_of_2(width),
+               residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=next_power_of_2(width),
                HAS_RESIDUAL=residual is not None, num_warps=_num_warps(width))
     return y, total, inv_rms
 
@@ -124,18 +124,18 @@ def norm_backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.
     grad_x = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return grad_x, torch.zeros_like(weight) if needs_weight else None
-    rows_per_program = triton.cdiv(num_rows, NUM_PARTIALS) if needs_weight else 1
-    num_programs = triton.cdiv(num_rows, rows_per_program)
+    rows_per_program = cdiv(num_rows, NUM_PARTIALS) if needs_weight else 1
+    num_programs = cdiv(num_rows, rows_per_program)
     partial = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if needs_weight else None
     launch(
         _norm_grad_kernel, (num_programs,), grad, grad_total, x, weight, inv_rms, grad_x, partial, num_rows, rows_per_program,
         grad.stride(0), grad_total.stride(0) if grad_total is not None else 0, x.stride(0), WIDTH=width,
-        BLOCK=triton.next_power_of_2(width), HAS_TOTAL=grad_total is not None, NEEDS_WEIGHT=needs_weight,
+        BLOCK=next_power_of_2(width), HAS_TOTAL=grad_total is not None, NEEDS_WEIGHT=needs_weight,
         num_warps=_num_warps(width))
     if not needs_weight:
         return grad_x, None
     grad_weight = torch.empty(width, dtype=weight.dtype, device=x.device)
-    launch(_sum_partials_kernel, (triton.cdiv(width, 32),), partial, grad_weight, num_programs, WIDTH=width, BLOCK_ROWS=32,
+    launch(_sum_partials_kernel, (cdiv(width, 32),), partial, grad_weight, num_programs, WIDTH=width, BLOCK_ROWS=32,
            BLOCK_COLS=32, num_warps=4)
     return grad_x, grad_weight
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import linear
-from kernels.launch import check_served, gpu_family, launch, product_path
+from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, product_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,7 +68,7 @@ def router_blocks(family: str, num_experts: int, itemsize: int) -> dict[str, int
     """Blocks of the forward: a tile of weights and of tokens per stage, the K loop ascending and never split."""
     if family == "interpreter":
         return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    block_e = min(max(triton.next_power_of_2(num_experts), 16), 128)
+    block_e = min(max(next_power_of_2(num_experts), 16), 128)
     stages = {"ampere": 4, "consumer": 3, "hopper": 4, "blackwell": 4}[family]
     return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_K": 128 // itemsize, "num_warps": 4, "num_stages": stages}
 
@@ -76,7 +76,7 @@ def router_blocks(family: str, num_experts: int, itemsize: int) -> dict[str, int
 def router_grad_blocks(family: str, num_experts: int) -> dict[str, int]:
     if family == "interpreter":
         return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    block_e = min(max(triton.next_power_of_2(num_experts), 16), 32)
+    block_e = min(max(next_power_of_2(num_experts), 16), 32)
     return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 
 
@@ -86,7 +86,7 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x.device)
     if num_tokens:
         blocks = router_blocks(gpu_family(x), num_experts, x.element_size())
-        grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_experts, blocks["BLOCK_E"]))
+        grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]))
         launch(_router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
                NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)
     return logits
@@ -103,7 +103,7 @@ def router_backward(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor,
     precision = "ieee" if out.dtype == torch.float32 else "tf32x3"
     if num_tokens:
         blocks = router_grad_blocks(gpu_family(out), num_experts)
-        grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(width, blocks["BLOCK_N"]))
+        grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(width, blocks["BLOCK_N"]))
         launch(_router_grad_kernel, grid, grad, weight, out, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
                PRECISION=precision, ADDS=adds, **blocks)
     return out

@@ -56,11 +56,16 @@ class Kept:
 
     tensors: dict[str, torch.Tensor | HostTensor]
     lse: torch.Tensor | None  # [H, T] fp32, beside attended
+    adapter_qkv: Adapter | None
+    adapter_o: Adapter | None
     low_rank_qkv: torch.Tensor | None  # [T, G r]
     low_rank_o: torch.Tensor | None  # [T, r]
     weights: torch.Tensor  # [T, A] fp32
     routing: Routing
     moe: MoeKept
+
+    def host_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values() if isinstance(tensor, HostTensor))
 
     def fetch(self) -> None:
         """Starts the way back of what is in host memory."""
@@ -82,8 +87,21 @@ class TrainingPass:
     attention: AttentionPlan
     scratch_bytes: int  # of dequantised experts held at once
     store: HostStore | None
-    max_pending_bytes: int  # on their way to the host at once
+    max_pending_bytes: int  # on their way to the host, or back, at once
     kept: dict[int, Kept] = field(default_factory=dict)  # by layer, until its backward has run
+
+    def fetch_before(self, layer: int) -> None:
+        """Starts the way back of what the next layers of the backward want, as many of them as may be on their way at once and
+        at least one."""
+        if self.store is None:
+            return
+        self.store.settle()  # what is still on its way out: the first time, since the forward did not wait
+        num_bytes = 0
+        while (layer := layer - 1) in self.kept:
+            num_bytes += self.kept[layer].host_bytes()
+            if num_bytes > self.max_pending_bytes and num_bytes > self.kept[layer].host_bytes():
+                break
+            self.kept[layer].fetch()
 
 
 @cache
@@ -163,10 +181,11 @@ def _queries_keys_values(block, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tuple(part.unflatten(1, (-1, attn.head_dim)) for part in qkv.split(widths, 1))
 
 
-def _qkv(block, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _qkv(block, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+         adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotated queries and keys, and values, side by side [T, P]; and the low-rank rows of their adapters."""
     attn = block.self_attn
-    qkv, low_rank = _project(normed, *attn.fused_qkv(), _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj))
+    qkv, low_rank = _project(normed, *attn.fused_qkv(), adapter)
     q, k, _ = _queries_keys_values(block, qkv)
     rotate(q, k, cos, sin, backward=False, out=(q, k))
     return qkv, low_rank
@@ -188,9 +207,10 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
     """The block's output [T, D], and every intermediate that a backward could use (h only where asked for)."""
     attn, experts = block.self_attn, block.mlp.experts
     normed, _, _ = _norm(block.input_layernorm, x)
-    qkv, low_rank_qkv = _qkv(block, normed, cos, sin)
+    adapter_qkv, adapter_o = _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj), _adapter_of(attn.o_proj)
+    qkv, low_rank_qkv = _qkv(block, normed, cos, sin, adapter_qkv)
     attended = attend(attn.layer, *_queries_keys_values(block, qkv), attn.sinks).flatten(1)
-    projected, low_rank_o = _project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
+    projected, low_rank_o = _project(attended, attn.o_proj.weight, attn.o_proj.bias, adapter_o)
     normed, middle, _ = _norm(block.post_attention_layernorm, projected, x)
     del projected
     weights, routing = _route(block, normed, choose)
@@ -198,7 +218,7 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
                          experts.held("down_proj", scratch_bytes), middle, keeps_h=keeps_h, **_moe_settings(block))
     tensors = {"x": x, "qkv": qkv, "attended": attended, "middle": middle} | ({} if moe.h is None else {"h": moe.h})
     moe.h = None
-    return y, Kept(tensors, None, low_rank_qkv, low_rank_o, weights, routing, moe)
+    return y, Kept(tensors, None, adapter_qkv, adapter_o, low_rank_qkv, low_rank_o, weights, routing, moe)
 
 
 def run_block(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, scratch_bytes: int,
@@ -235,17 +255,16 @@ def _backward(block, grad: torch.Tensor, run: TrainingPass, grads: dict[torch.nn
               needs_x: bool) -> torch.Tensor | None:
     """The gradient of x from that of the block's output, [T, D] each; those of what trains go to `grads`."""
     attn, moe, kept = block.self_attn, block.mlp, run.kept.pop(block.self_attn.layer)
-    if attn.layer - 1 in run.kept:
-        run.kept[attn.layer - 1].fetch()
+    run.fetch_before(attn.layer)
     x, qkv, attended, middle, h = (kept.take(name) for name in ("x", *NAMES))
     norm1, norm2 = block.input_layernorm, block.post_attention_layernorm
     settings = _attention_settings(block, run)
     # what the forward did not keep
     normed, _, inv_rms = _norm(norm1, x)
+    adapter_qkv, adapter_o = kept.adapter_qkv, kept.adapter_o
     if qkv is None:
-        qkv, _ = _qkv(block, normed, run.cos, run.sin)
+        qkv, _ = _qkv(block, normed, run.cos, run.sin, adapter_qkv)
     q, k, v = _queries_keys_values(block, qkv)
-    adapter_qkv, adapter_o = _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj), _adapter_of(attn.o_proj)
     if attended is None:
         out, kept.lse = attention_forward(q, k, v, attn.sinks, **settings)
         attended = out.flatten(1)
@@ -317,7 +336,7 @@ class _FrozenBlock(torch.autograd.Function):
         return grad_x, None, None, None, None, *(grads.get(parameter) for parameter in ctx.parameters)
 
 
-def train_block(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan, *, choose: Choose | None) -> torch.Tensor:
-    """The block's output [T, D] for x [T, D]; gradients reach x and what trains in the block."""
-    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+def train_block(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan, parameters: list[torch.nn.Parameter], *,
+                choose: Choose | None) -> torch.Tensor:
+    """The block's output [T, D] for x [T, D]; gradients reach x and `parameters`, what trains in the block."""
     return _FrozenBlock.apply(x, block, run, plan, choose, *parameters)

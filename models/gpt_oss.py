@@ -267,13 +267,15 @@ class GptOss(nn.Module):
             for block, choose in zip(blocks, chooses):
                 x = block(x, partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, choose=choose))
         else:
-            places = self.memory.plan(x, plan, self.trainable_parameters().values(), dtype=self.dtype,
-                                      is_packed=self.expert_format == "mxfp4")
+            trainable = self.trainable_parameters()
+            of_layers = [[] for _ in blocks]
+            for name, parameter in trainable.items():
+                if name.startswith("model.layers."):
+                    of_layers[int(name.split(".", 3)[2])].append(parameter)
+            places = self.memory.plan(x, plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format == "mxfp4")
             run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
-            for block, layer, choose in zip(blocks, places.layers, chooses):
-                x = block(x, partial(train_block, run=run, plan=layer, choose=choose))
-            if run.store is not None:
-                run.store.settle()
+            for block, layer, parameters, choose in zip(blocks, places.layers, of_layers, chooses):
+                x = block(x, partial(train_block, run=run, plan=layer, parameters=parameters, choose=choose))
         return self.model.norm(x)
 
     def _packed_attend(self, plan: AttentionPlan) -> Attend:

@@ -19,6 +19,7 @@ class HostTensor:
 
     def __init__(self, store: HostStore, parts: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
         self._store, self._parts, self._shape, self._dtype = store, parts, shape, dtype
+        self.num_bytes = shape.numel() * dtype.itemsize
         self._fetched: torch.Tensor | None = None
         self._is_back: torch.cuda.Event | None = None
         store.num_held += 1
