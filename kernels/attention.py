@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -52,20 +53,23 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
             scale: float) -> torch.Tensor:
     """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D].
 
-    Sums have twice the digits of q's dtype, scores are rounded to fp32. Summed in fp32, whose order depends in libraries on the
-    number of queries and keys in a tensor, log-probs of sampler and trainer would drift apart; so their bits agree."""
+    Scores are fp32; softmax and weighted sum have twice the digits of q's dtype. With fp32 in both, the number of keys
+    in a tensor would show in the sums, and log-probs of sampler and trainer would drift apart. For the same reason the product
+    of queries and keys has whole vectors: libraries sum odd rows and columns in another order."""
     num_seqs, q_len, num_heads, width = q.shape
-    precision = torch.float32 if q.dtype.itemsize == 2 else torch.float64
+    precision = torch.float64 if q.dtype == torch.float32 else torch.float32
     num_kv = k.shape[2]
     group = num_heads // num_kv
-    q = q.to(precision).transpose(1, 2).reshape(num_seqs, num_kv, group * q_len, width)
-    k, v = k.to(precision).transpose(1, 2), v.to(precision).transpose(1, 2)  # [S, K, Lk, D]
-    scores = ((q @ k.transpose(-1, -2)).float() * scale).to(precision).view(num_seqs, num_kv, group, q_len, -1)
+    q = q.float().transpose(1, 2).reshape(num_seqs, num_kv, group * q_len, width)
+    k, v = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [S, K, Lk, D]
+    num_rows, num_keys = group * q_len, k.shape[2]
+    products = F.pad(q, (0, 0, 0, max(0, 8 - num_rows))) @ F.pad(k, (0, 0, 0, -num_keys % 16)).transpose(-1, -2)
+    scores = (products[:, :, :num_rows, :num_keys] * scale).reshape(num_seqs, num_kv, group, q_len, num_keys)
     scores = scores.masked_fill(~visible, float("-inf"))
-    sink = sinks.to(precision).view(num_kv, group, 1, 1).expand(num_seqs, -1, -1, q_len, 1)
+    sink = sinks.float().view(num_kv, group, 1, 1).expand(num_seqs, -1, -1, q_len, 1)
     # the sink as one more column, so that rounding follows the definition
-    probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1)[..., :-1]
-    out = probabilities.reshape(num_seqs, num_kv, group * q_len, -1) @ v  # [S, K, G * Lq, D]
+    probabilities = torch.softmax(torch.cat((scores, sink), dim=-1), dim=-1, dtype=precision)[..., :-1]
+    out = probabilities.reshape(num_seqs, num_kv, group * q_len, -1) @ v.to(precision)  # [S, K, G * Lq, D]
     return out.view(num_seqs, num_heads, q_len, width).transpose(1, 2)
 
 
