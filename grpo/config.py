@@ -28,6 +28,7 @@ RESUMABLE_KEYS = (
     # memory: rounding apart
     *("rollout.max_batch", "optim.max_tokens", "optim.share_prompts"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
+    "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
 )
 
 
@@ -42,9 +43,10 @@ class Device(StrEnum):
 
 
 class Dtype(StrEnum):
-    auto = "auto"  # bfloat16 on cuda, float32 on cpu
+    auto = "auto"  # on cuda bfloat16, or float16 where the GPU has no bfloat16; on cpu float32
     float32 = "float32"
     bfloat16 = "bfloat16"
+    float16 = "float16"  # GPUs only; trains adapters only
 
 
 class Experts(StrEnum):
@@ -159,6 +161,9 @@ class OptimConfig:
     minibatches: int = MISSING  # updates each epoch
     epochs: int = MISSING  # passes over a batch
     old_log_probs: OldLogProbs = MISSING
+    # power of two that the loss carries through the backward, so that float16 gradients do not underflow; null: grpo.optim's
+    # for float16, 1 for other dtypes. Lower it when gradients overflow
+    loss_scale: Optional[float] = None
 
 
 @dataclass

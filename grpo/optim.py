@@ -5,6 +5,10 @@ parameters agree with it bit for bit. A parameter that is not fp32 gets an fp32 
 lr 1e-6 a bf16 weight of 0.02 would lose the whole step to rounding) and fp32 accumulation of its gradient over
 micro-batches; it is rounded from the master after each update.
 
+Activation gradients of a float16 model are float16, whose smallest number is 6e-8: at a loss of 1 / tokens they would underflow.
+The loss therefore carries a constant power of two, the loss scale, through the backward, and `gradients()` takes it off again,
+exactly, from gradients that are fp32 by then (mixed precision training, arXiv 1710.03740, section 3.2, with a constant scale).
+
 Departures: weight decay applies to every trained parameter, as torch.optim.AdamW has it by default.
 """
 from __future__ import annotations
@@ -15,6 +19,16 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 SCHEDULES = ("constant", "linear", "cosine")
+# at 1e4 tokens an update, a token's gradient of 1e-4 becomes 100 at its logits: 600 times below float16's largest number, a
+# million times above the smallest that has all its digits
+FLOAT16_LOSS_SCALE = 2.0**20
+
+
+def loss_scale_for(dtype: torch.dtype, configured: float | None) -> float:
+    """The loss scale of a model of this dtype, unless one is configured."""
+    if configured is not None:
+        return configured
+    return FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
 
 
 class NonFiniteError(RuntimeError):
@@ -67,12 +81,13 @@ class Optimizer:
 
     def __init__(self, params: dict[str, torch.nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float,
                  weight_decay: float, warmup_steps: int, schedule: str, decay_steps: int | None, final_lr_ratio: float,
-                 max_grad_norm: float, total_steps: int) -> None:
-        """max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
+                 max_grad_norm: float, total_steps: int, loss_scale: float = 1.0) -> None:
+        """loss_scale: the power of two that `backward` multiplies losses by; gradients() are free of it.
+        max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
         total_steps: updates of the whole run. The rest as in `learning_rate` and torch.optim.AdamW."""
         _check(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, warmup_steps=warmup_steps, schedule=schedule,
                decay_steps=decay_steps, final_lr_ratio=final_lr_ratio, max_grad_norm=max_grad_norm,
-               total_steps=total_steps)
+               total_steps=total_steps, loss_scale=loss_scale)
         if not params:
             raise ValueError("no trainable parameters: nothing to optimize; check model.train and model.lora.targets")
         frozen = [name for name, param in params.items() if not param.requires_grad]
@@ -82,6 +97,7 @@ class Optimizer:
         self.base_lr, self.betas, self.eps, self.weight_decay = lr, (betas[0], betas[1]), eps, weight_decay
         self.warmup_steps, self.schedule, self.decay_steps = warmup_steps, schedule, decay_steps
         self.final_lr_ratio, self.max_grad_norm, self.total_steps = final_lr_ratio, max_grad_norm, total_steps
+        self.loss_scale = loss_scale
         self.num_updates = 0
         self._masters: dict[str, torch.Tensor] = {}
         self._master_grads: dict[str, torch.Tensor] = {}
@@ -118,14 +134,20 @@ class Optimizer:
                              decay_steps=self.decay_steps, final_lr_ratio=self.final_lr_ratio,
                              total_steps=self.total_steps)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of a loss to those accumulated since `zero_grad()`."""
+        (loss if self.loss_scale == 1.0 else loss * self.loss_scale).backward()
+
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Name -> fp32 gradient accumulated so far; raises ValueError for a parameter that got none."""
+        """Name -> fp32 gradient accumulated so far, without the loss scale; raises ValueError for a parameter that got none."""
         gradients = {name: self._master_grads.get(name) if name in self._masters else param.grad
                      for name, param in self.params.items()}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameters got no gradient, so they cannot learn: "
                              f"{', '.join(missing[:5])}; run backward first, and train only what the loss depends on")
+        if self.loss_scale != 1.0:
+            return {name: gradient / self.loss_scale for name, gradient in gradients.items()}
         return gradients
 
     def zero_grad(self) -> None:
@@ -146,8 +168,9 @@ class Optimizer:
         if not math.isfinite(grad_norm):
             for (name, gradient), norm in zip(gradients.items(), norms.tolist()):
                 if not math.isfinite(norm):
-                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient))
-            raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together", _describe(norms))
+                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient) + self._scale_hint())
+            raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together",
+                                 _describe(norms) + self._scale_hint())
         # the same operations as torch.nn.utils.clip_grad_norm_, so that clipping agrees with it bit for bit
         scale = torch.clamp(self.max_grad_norm / (total_norm + 1e-6), max=1.0)
         lr = self.lr
@@ -158,6 +181,11 @@ class Optimizer:
             if name in self._masters:
                 param.copy_(target)
         return grad_norm
+
+    def _scale_hint(self) -> str:
+        if self.loss_scale == 1.0:
+            return ""
+        return f"; the loss was scaled by {self.loss_scale:g}: if float16 gradients overflowed, lower optim.loss_scale"
 
     def _update(self, param: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
                 lr: float) -> None:
@@ -205,7 +233,7 @@ class Optimizer:
 
 
 def _check(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, warmup_steps: int, schedule: str,
-           decay_steps: int | None, final_lr_ratio: float, max_grad_norm: float, total_steps: int) -> None:
+           decay_steps: int | None, final_lr_ratio: float, max_grad_norm: float, total_steps: int, loss_scale: float) -> None:
     def require(is_valid: bool, key: str, value: object, allowed: str) -> None:
         if not is_valid:
             raise ValueError(f"optim.{key}={value}: must be {allowed}")
@@ -220,3 +248,5 @@ def _check(*, lr: float, betas: tuple[float, float], eps: float, weight_decay: f
     require(0 <= final_lr_ratio <= 1, "final_lr_ratio", final_lr_ratio, "within [0, 1]")
     require(max_grad_norm > 0, "max_grad_norm", max_grad_norm, "positive (.inf: no clipping)")
     require(total_steps > 0, "total_steps", total_steps, "positive")
+    require(loss_scale > 0 and math.frexp(loss_scale)[0] == 0.5, "loss_scale", loss_scale,
+            "a power of two, such as 1048576: others would round every gradient")

@@ -5,6 +5,7 @@ Shared by the three entry points. Trained parameters of a run live in its checkp
 """
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ PARAM = "param."  # prefix of trained parameters in a run's checkpoint
 
 def select_device(device: Device) -> torch.device:
     """The torch device; raises ConfigError for a GPU that is not there."""
+    # read at the first use of a GPU: memory is reserved as it is needed, not in segments that fit badly
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if device == Device.cuda and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; set device=cpu (or auto), or install a CUDA "
                           "build of torch")
@@ -30,10 +33,25 @@ def select_device(device: Device) -> torch.device:
 
 
 def select_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    """The torch dtype; `auto` is bfloat16 on a GPU (float16 where it has no bfloat16) and float32 on the CPU. Raises ConfigError
+    for a dtype that the device does not compute in."""
+    is_gpu = device.type == "cuda"
+    has_bf16 = not is_gpu or torch.cuda.get_device_capability(device) >= (8, 0)  # torch's own check counts emulation
     if dtype == Dtype.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}[dtype]
+        return torch.float32 if not is_gpu else torch.bfloat16 if has_bf16 else torch.float16
+    if dtype == Dtype.float16 and not is_gpu:
+        raise ConfigError("dtype = 'float16': for GPUs; on the CPU set dtype=float32 (or auto)")
+    if dtype == Dtype.bfloat16 and not has_bf16:
+        raise ConfigError(f"dtype = 'bfloat16': {torch.cuda.get_device_name(device)} has none (its compute capability is below "
+                          "8.0); set dtype=float16 (or auto)")
+    return {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}[dtype]
+
+
+def check_trainable(model: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises ConfigError where a float16 model would train more than an adapter."""
+    if dtype == torch.float16 and model.train == Train.full:
+        raise ConfigError("model.train = 'full': weights that train need more range than float16 has; set model.train=lora, or "
+                          "dtype=float32 (bfloat16 on a GPU that has it)")
 
 
 def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
@@ -52,6 +70,8 @@ def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
 def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
                 dtype: torch.dtype) -> GptOss:
     """The policy as training starts: base weights, and adapters or full training switched on."""
+    if dtype == torch.float16:  # the library would add partial sums in float16, and they can pass its 65504
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if model.path is not None:
         policy = load_model(model.path, device=device, dtype=dtype, experts=str(model.experts),
                             activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,

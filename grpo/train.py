@@ -40,8 +40,16 @@ from grpo.groups import Groups, collect, completion_record, held_out_prompts, ma
 from grpo.launch import PREEMPTED, launch
 from grpo.losses import kl_penalty, reduce_stats, token_stats
 from grpo.metrics import Metrics
-from grpo.optim import Optimizer, check_finite
-from grpo.policy import build_model, build_tokenizer, load_parameters, parameter_tensors, select_device, select_dtype
+from grpo.optim import Optimizer, check_finite, loss_scale_for
+from grpo.policy import (
+    build_model,
+    build_tokenizer,
+    check_trainable,
+    load_parameters,
+    parameter_tensors,
+    select_device,
+    select_dtype,
+)
 from grpo.rollout import Interrupted, Sampler
 from grpo.signals import GracefulStop
 from grpo.warmup import check_demonstrations, warm_up
@@ -121,7 +129,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
                 log_probs, entropy = policy_log_probs(run, micro, routing)
                 loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
-                loss.backward()
+                run.optimizer.backward(loss)
                 stats.append(micro_stats)
                 if not grad_norms:  # after an update the policy is no longer the one that sampled
                     sampling_stats.append(token_stats(log_probs, entropy, micro))
@@ -240,6 +248,7 @@ def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -
     """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded."""
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
+    check_trainable(config.model, dtype)
     if config.threads:
         torch.set_num_threads(config.threads)
     loss_fn = bind(config.loss, "loss")
@@ -281,7 +290,8 @@ def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
         policy.trainable_parameters(), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps,
         weight_decay=optim.weight_decay, warmup_steps=optim.warmup_steps, schedule=str(optim.schedule),
         decay_steps=optim.decay_steps, final_lr_ratio=optim.final_lr_ratio, max_grad_norm=optim.max_grad_norm,
-        total_steps=config.steps * optim.minibatches * optim.epochs)
+        total_steps=config.steps * optim.minibatches * optim.epochs,
+        loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
 
 
 def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step: int | None) -> str:

@@ -3,6 +3,7 @@
 They run before torch is imported or anything is loaded; every complaint names the key, its value and what is allowed.
 """
 
+import math
 import re
 import typing
 from pathlib import Path
@@ -283,6 +284,13 @@ def check_adamw(optim: OptimConfig | WarmupConfig, key: str, problems: Problems)
     need(optim.max_grad_norm > 0, f"{key}.max_grad_norm", optim.max_grad_norm, "must be > 0; 1.0 is usual")
     if isinstance(optim, OptimConfig):
         need(optim.eps > 0, f"{key}.eps", optim.eps, "must be > 0; 1e-8 is usual")
+        scale = optim.loss_scale
+        need(
+            scale is None or scale > 0 and math.frexp(scale)[0] == 0.5,
+            f"{key}.loss_scale",
+            scale,
+            "must be null or a power of two, such as 65536",
+        )
 
 
 def check_warmup(warmup: WarmupConfig, problems: Problems) -> None:

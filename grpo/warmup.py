@@ -22,7 +22,7 @@ from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import ConfigError, TrainConfig, to_dict
 from grpo.groups import calling
 from grpo.metrics import Metrics
-from grpo.optim import Optimizer, check_finite
+from grpo.optim import Optimizer, check_finite, loss_scale_for
 from grpo.rollout import Interrupted
 from models.gpt_oss import GptOss
 
@@ -59,7 +59,8 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
         policy.trainable_parameters(), lr=settings.lr, betas=tuple(settings.betas), eps=1e-8,
         weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps, max_grad_norm=settings.max_grad_norm,
         schedule="linear" if num_decay else "constant", decay_steps=num_decay or None,
-        final_lr_ratio=settings.final_lr_ratio, total_steps=settings.steps)
+        final_lr_ratio=settings.final_lr_ratio, total_steps=settings.steps,
+        loss_scale=loss_scale_for(policy.dtype, config.optim.loss_scale))
     history = []
     for step in range(settings.steps):
         if should_stop():
@@ -71,7 +72,7 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
         log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.loss_mask)
         loss = -log_probs.sum() / batch.num_completion_tokens
         check_finite(loss, step=step, what="loss", name="warm-up")
-        loss.backward()
+        optimizer.backward(loss)
         lr = optimizer.lr
         grad_norm = optimizer.step()
         optimizer.zero_grad()

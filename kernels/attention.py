@@ -20,12 +20,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.attention_library import library_backward, library_forward
 from kernels.attention_plan import AttentionPlan
-from kernels.launch import check_served, gpu_family, is_triton, launch
+from kernels.launch import check_served, gpu_family, launch, product_path
 
 # scores held at once by the reference, in elements
 _MAX_SCORES = 1 << 26
@@ -52,14 +54,17 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tens
     """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D].
 
     Scores are fp32; softmax and weighted sum have twice the digits of q's dtype. With fp32 in both, the number of keys
-    in a tensor would show in the sums, and log-probs of sampler and trainer would drift apart."""
+    in a tensor would show in the sums, and log-probs of sampler and trainer would drift apart. For the same reason the product
+    of queries and keys has whole vectors: libraries sum odd rows and columns in another order."""
     num_seqs, q_len, num_heads, width = q.shape
     precision = torch.float64 if q.dtype == torch.float32 else torch.float32
     num_kv = k.shape[2]
     group = num_heads // num_kv
     q = q.float().transpose(1, 2).reshape(num_seqs, num_kv, group * q_len, width)
     k, v = k.float().transpose(1, 2), v.float().transpose(1, 2)  # [S, K, Lk, D]
-    scores = (q @ k.transpose(-1, -2) * scale).view(num_seqs, num_kv, group, q_len, -1)
+    num_rows, num_keys = group * q_len, k.shape[2]
+    products = F.pad(q, (0, 0, 0, max(0, 8 - num_rows))) @ F.pad(k, (0, 0, 0, -num_keys % 16)).transpose(-1, -2)
+    scores = (products[:, :, :num_rows, :num_keys] * scale).reshape(num_seqs, num_kv, group, q_len, num_keys)
     scores = scores.masked_fill(~visible, float("-inf"))
     sink = sinks.float().view(num_kv, group, 1, 1).expand(num_seqs, -1, -1, q_len, 1)
     # the sink as one more column, so that rounding follows the definition
@@ -486,7 +491,10 @@ def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
 
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *,
                       window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T, H, D] and lse [H, T] fp32, nats, of rows that _rows() would leave as they are. Triton only, no gradient."""
+    """The output [T, H, D] and lse [H, T] fp32, nats, of rows that _rows() would leave as they are. By the kernels or the library
+    (kernels/launch.py: product_path), no gradient."""
+    if product_path(q) == "library":
+        return library_forward(q, k, v, sinks, plan, window=window, scale=scale)
     blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
     return forward_triton(q, k, v, sinks, plan, window=window, scale=scale, blocks=blocks.forward)
 
@@ -495,9 +503,12 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks:
                        lse: torch.Tensor, dout: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
                        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, written into `grads` where it is given, and the sinks' gradient in parts [tiles, H] fp32. Triton only."""
-    blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
+    """dq, dk and dv, written into `grads` where it is given, and the sinks' gradient in parts [parts, H] fp32. By the kernels or
+    the library, as attention_forward."""
     settings = {"window": window, "scale": scale}
+    if product_path(q) == "library":
+        return library_backward(q, k, v, sinks, out, lse, dout, plan, grads=grads, **settings)
+    blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
     dq, dsinks, row_stats = dq_triton(q, k, v, sinks, out, dout, lse, plan, blocks=blocks.dq,
                                       dq=None if grads is None else grads[0], **settings)
     dk, dv = dkv_triton(q, k, v, dout, row_stats, plan, blocks=blocks.dkv, out=None if grads is None else grads[1:], **settings)
@@ -522,12 +533,12 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dsinks.sum(0).to(saved[3].dtype), None, None, None
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, path: str) -> None:
     check_served("attention", {"q": q, "k": k, "v": v}, dtypes=(torch.bfloat16, torch.float16, torch.float32),
-                 tensor_cores=True)
+                 tensor_cores=path == "triton")
     if q.dtype != k.dtype or q.dtype != v.dtype:
-        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; the Triton kernel takes one dtype")
-    if q.shape[2] not in (16, 32, 64, 128):
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; the kernels take one dtype")
+    if path == "triton" and q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: head width {q.shape[2]}; the Triton kernel takes 16, 32, 64 or 128")
     assert sinks.device == q.device, (sinks.device, q.device)
 
@@ -541,9 +552,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
     sequences continue others."""
     plan = AttentionPlan(cu_seqlens) if plan is None else plan
     assert plan.cu_seqlens == cu_seqlens, (plan.cu_seqlens, cu_seqlens)
-    if not is_triton(q):
+    path = product_path(q)
+    if path == "reference":
         return attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=plan.prefixes)
-    _check(q, k, v, sinks)
+    _check(q, k, v, sinks, path)
     assert cu_seqlens[-1] == q.shape[0] == k.shape[0] == v.shape[0], (cu_seqlens[-1], q.shape, k.shape, v.shape)
     assert scale > 0, scale
     return _Attention.apply(q, k, v, sinks, plan, window, scale)

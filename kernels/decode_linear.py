@@ -9,9 +9,8 @@ own as in grouped_gemm: each column names its slice of the low-rank row.
 Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
 """
 import torch
-import triton
 
-from kernels.launch import gpu_family, is_triton
+from kernels.launch import gpu_family, is_triton, next_power_of_2
 from kernels.moe_decode import (
     OVERLAP_FAMILIES,
     WAIT_FOR_LOW_RANK,
@@ -50,7 +49,7 @@ def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_i
         blocks = next((blocks for limit, blocks in table if num_tokens <= limit), table[-1][1])
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
         blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
-    return blocks._replace(inner=max(16, min(blocks.inner, triton.next_power_of_2(num_in))))
+    return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
 
 
 def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, lora_A: torch.Tensor | None = None,

@@ -1,4 +1,5 @@
-"""Dense projection on the vendor's library: y = x W^T + b, rounded alike however few rows there are."""
+"""Products on the vendor's library: dense projections y = x W^T + b, rounded alike however few rows there are, and products whose
+fp32 sums are kept."""
 import torch
 import torch.nn.functional as F
 
@@ -12,3 +13,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if num_rows >= _MIN_ROWS:
         return F.linear(x, weight, bias)
     return F.linear(F.pad(x, (0, 0, 0, _MIN_ROWS - num_rows)), weight, bias)[:num_rows]
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of two matrices, or of two batches of them, of one dtype: summed in fp32 and left in fp32.
+
+    So neither overflow nor the library's freedom to add partial sums in half precision (PyTorch's
+    allow_fp16_reduced_precision_reduction) touches a sum; round it once, when everything has been added."""
+    assert a.dtype == b.dtype and a.dim() == b.dim(), (a.dtype, b.dtype, a.shape, b.shape)
+    if a.is_cuda and a.dtype != torch.float32:
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

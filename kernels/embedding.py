@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import launch
+from kernels.launch import launch, next_power_of_2
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def gather_rows(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     num_tokens, width = len(tokens), weight.shape[1]
     out = torch.empty((num_tokens, width), dtype=weight.dtype, device=tokens.device)
     if num_tokens:
-        launch(_gather_kernel, (num_tokens,), tokens.contiguous(), weight, out, WIDTH=width, BLOCK=triton.next_power_of_2(width),
+        launch(_gather_kernel, (num_tokens,), tokens.contiguous(), weight, out, WIDTH=width, BLOCK=next_power_of_2(width),
                num_warps=4)
     return out
 

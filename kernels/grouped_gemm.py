@@ -9,7 +9,8 @@ projections side by side (queries, keys, values), each column names the slice of
 of weights are in grouped_outer.py.
 
 Weights come dense, with gradients of everything, or as packed MXFP4, frozen, dequantised in the forward and again in the
-backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time.
+backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time, and so does the
+library's path (kernels/launch.py: product_path).
 
 Shapes: R routed rows, E experts, K in, N out, r LoRA's rank.
 """
@@ -22,42 +23,47 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dense import linear
+from kernels.dense import linear, product
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
-from kernels.launch import check_served, gpu_family, is_triton, launch, num_multiprocessors
+from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
 from kernels.mxfp4_fragments import dequantize_packed
-from kernels.swiglu import clamped_swiglu, swiglu_reference
+from kernels.swiglu import clamped_swiglu
+from kernels.swiglu import swiglu as activate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _grouped_gemm_reference(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
-                            pre_activation):
-    num_rows = x.shape[0] if gather is None else gather.shape[0]
-    bounds = [0, num_rows] if offsets is None else offsets.tolist()
-    parts = []
+@torch.no_grad()
+def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
+                            pre_activation, out):
+    """The library's path, and the reference: an expert at a time, its sums in fp32 until the one rounding. Reads the offsets on
+    the host once a call, so a GPU's queue runs dry there: products on these GPUs are long, and no kernel takes all experts."""
+    bounds = [0, out.shape[0]] if offsets is None else offsets.tolist()
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        rows = x[start:end] if gather is None else x[gather[start:end].long()]
-        y = rows.float() @ weight[expert].to(x.dtype).float()
+        if start == end:
+            continue
+        part = slice(start, end)
+        y = product(x[part] if gather is None else x[gather[part].long()], weight[expert].to(x.dtype))
         if low_rank is not None:
-            up = lora_up[expert].to(x.dtype).float()
+            up = lora_up[expert].to(x.dtype)
             if lora_groups is not None:  # block-diagonal
                 slices = torch.arange(low_rank.shape[1], device=x.device) // up.shape[0]
-                up = up.repeat(low_rank.shape[1] // up.shape[0], 1) * (slices[:, None] == lora_groups[None, :])
-            y += low_rank[start:end].float() @ up
+                up = up.repeat(low_rank.shape[1] // up.shape[0], 1).masked_fill(slices[:, None] != lora_groups[None, :], 0.0)
+            y += product(low_rank[part], up)
         if scale is not None:
             y *= scale
         if bias is not None:
-            y += bias[expert].float()
+            y += bias[expert]
         if row_scale is not None:
-            y *= row_scale[start:end, None]
-        parts.append(y.to(x.dtype))
-    y = torch.cat(parts)
-    if swiglu is None:
-        return y
-    if pre_activation is not None:
-        pre_activation.copy_(y)
-    return swiglu_reference(y, *swiglu)
+            y *= row_scale[part, None]
+        if swiglu is None:
+            out[part] = y
+            continue
+        h = y.to(out.dtype)
+        if pre_activation is not None:
+            pre_activation[part] = h
+        out[part] = activate(h, alpha=swiglu[0], limit=swiglu[1])
+    return out
 
 
 class _ReferenceLinear(torch.autograd.Function):
@@ -158,9 +164,9 @@ _FP32 = Blocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtur
 def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int) -> Blocks:
     if family == "interpreter":
         return _WIDE[family]
-    inner = max(16, min(64, triton.next_power_of_2(num_in)))
+    inner = max(16, min(64, next_power_of_2(num_in)))
     if num_out <= 64:  # x A: reads x once, bound by memory
-        cols = max(16, triton.next_power_of_2(num_out))
+        cols = max(16, next_power_of_2(num_out))
         if dtype == torch.float32:
             return Blocks(64, cols, min(inner, 32), 1, 4, 2, False, False)
         return Blocks(64, cols, inner, 1, 4, 3 if family == "consumer" else 5, False, False)
@@ -317,13 +323,14 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
                  lora_groups: torch.Tensor | None = None, scale: float | None = None, row_scale: torch.Tensor | None = None,
                  swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None,
                  out: torch.Tensor | None = None, blocks: Blocks | None = None) -> torch.Tensor:
-    """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to x's dtype.
+    """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to out's dtype.
 
     x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.
     weight [E, K, N], K or N contiguous, cast to x's dtype (LoRA's fp32 masters). offsets [E + 1] int32 on x's device; without
     it one expert owns all rows. bias [E, N]; low_rank [R, r] in x's dtype with lora_up [E, r, N], any strides, joins the
     accumulator (scale it when you make it); row_scale [R] fp32 (gate weights). With lora_groups [N] int32, low_rank is several
     slices of r side by side and column n takes slice lora_groups[n] alone, none where it is -1.
+    out is made in x's dtype unless given; a float32 one keeps what float16 cannot hold.
     swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; the row before it, as
     rounded, goes to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
     Raises ValueError for shapes that do not fit and for dtypes and GPUs that the kernel cannot serve."""
@@ -339,13 +346,14 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     })  # fmt: skip
     assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
     assert pre_activation is None or swiglu is not None, "pre_activation is for swiglu"
-    if not is_triton(x):
-        y = _grouped_gemm_reference(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
-                                    pre_activation)
-        return y if out is None else out.copy_(y)
-    check_served("grouped_gemm", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=True)
+    path = product_path(x)
+    if path != "reference":
+        check_served("grouped_gemm", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=path == "triton")
     if out is None:
         out = x.new_empty(out_shape)
+    if path != "triton":
+        return _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
+                                       pre_activation, out)
     assert out.is_contiguous() and (pre_activation is None or pre_activation.is_contiguous())
     if num_rows == 0 or num_out == 0:
         return out
@@ -365,10 +373,10 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
                   and _tma_serves(matrix.flatten(0, 1), weight_box)
                   and (in_contiguous or num_in % blocks.inner == 0))  # a box must not reach into the next expert's rows
     x_tma = (blocks.use_tma and gather is None and x.is_contiguous() and _tma_serves(x, (blocks.rows, blocks.inner)))
-    col_tiles = triton.cdiv(num_out, blocks.cols)
+    col_tiles = cdiv(num_out, blocks.cols)
     num_tiles = (num_rows // blocks.rows + min(num_experts, num_rows)) * col_tiles  # at most: a part tile per expert
     grid = min(num_tiles, num_multiprocessors(x)) if blocks.persistent else num_tiles
-    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    rank_block = max(16, min(64, next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
     launch(
@@ -377,8 +385,8 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
         out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups, row_scale,
         num_rows, num_experts, num_in, num_out, rank, slice_rank, 1.0 if scale is None else scale, alpha, limit,
         x.stride(0), weight.stride(0), weight.stride(2 if in_contiguous else 1), *up_strides,
-        EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
-        RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
+        EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
+        RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,
@@ -458,7 +466,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
     offsets: int32 on x's device (a GPU never waits for them), or a list. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or
     x's dtype, add lora_scale (x A^T) B^T; their gradients come in their own dtype."""
-    if is_triton(x):
+    if product_path(x) != "reference":
         return _GroupedLinear.apply(x, weight, None, None, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale, None)
     offsets = _on_host(offsets)
     y = _ReferenceLinear.apply(x, weight, bias, offsets)
@@ -471,7 +479,7 @@ def grouped_linear_mxfp4(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Te
     """x [R, K] in expert order, blocks [E, N, K/32, 16] and scales [E, N, K/32] uint8, bias [E, N] -> [R, N] in x's dtype.
 
     order and folds as mxfp4_fragments.dequantize_packed takes them, offsets and LoRA as grouped_linear does."""
-    if is_triton(x):
+    if product_path(x) != "reference":
         return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale,
                                     (order, folds))
     offsets = _on_host(offsets)

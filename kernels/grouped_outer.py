@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, gpu_family, is_triton, launch
+from kernels.dense import product
+from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2, product_path
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # rows of a partial sum, with experts and with all rows in one; part of the result's bits
@@ -50,9 +51,9 @@ def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlo
     if family == "interpreter":
         return _WIDE[family]
     if dtype == torch.float32:
-        return OuterBlocks(64, max(16, min(64, triton.next_power_of_2(num_n))), 32, 4, 2)
+        return OuterBlocks(64, max(16, min(64, next_power_of_2(num_n))), 32, 4, 2)
     if num_n <= 64:  # bound by memory: a is read once
-        n = max(16, triton.next_power_of_2(num_n))
+        n = max(16, next_power_of_2(num_n))
         return OuterBlocks(128, n, 64, 4, 3 if family == "consumer" else 4)
     return _WIDE[family]
 
@@ -164,11 +165,18 @@ def _rows_of(x: torch.Tensor, gather: torch.Tensor | None) -> torch.Tensor:
     return x if gather is None else x[gather.long()]
 
 
-def _grouped_outer_reference(a, b, offsets, gather, row_scale, out):
-    a, b = _rows_of(a, gather).float(), (b if row_scale is None else (b * row_scale[:, None]).to(b.dtype)).float()
+@torch.no_grad()
+def _grouped_outer_by_expert(a, b, offsets, gather, row_scale, out):
+    """The library's path, and the reference. Reads the offsets on the host once a call."""
     bounds = [0, b.shape[0]] if offsets is None else offsets.tolist()
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        out[expert] = a[start:end].T @ b[start:end]
+        if start == end:
+            out[expert].zero_()
+            continue
+        part = slice(start, end)
+        rows = a[part] if gather is None else a[gather[part].long()]
+        scaled = b[part] if row_scale is None else (b[part] * row_scale[part, None]).to(b.dtype)
+        out[expert] = product(rows.T, scaled)
     return out
 
 
@@ -186,22 +194,24 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
         raise ValueError(f"grouped_outer: out is {list(out.shape)}, offsets {None if offsets is None else list(offsets.shape)} "
                          f"for a {list(a.shape)} and b {list(b.shape)}; give [E, {num_m}, {num_n}] and [E + 1]")
     assert (gather is not None or a.shape[0] == num_rows) and (offsets is not None or num_experts == 1)
-    if not is_triton(a):
-        return _grouped_outer_reference(a, b, offsets, gather, row_scale, out)
-    check_served("grouped_outer", {"a": a, "b": b, "out": out}, dtypes=DTYPES, tensor_cores=True)
+    path = product_path(a)
+    if path != "reference":
+        check_served("grouped_outer", {"a": a, "b": b, "out": out}, dtypes=DTYPES, tensor_cores=path == "triton")
     assert a.dtype == b.dtype, (a.dtype, b.dtype)
+    if path != "triton":
+        return _grouped_outer_by_expert(a, b, offsets, gather, row_scale, out)
     assert out.is_contiguous() or out.transpose(1, 2).is_contiguous(), out.stride()
     a = a if a.stride(1) == 1 else a.contiguous()
     b = b if b.stride(1) == 1 else b.contiguous()
     blocks = blocks or choose_outer_blocks(gpu_family(a), a.dtype, num_n)
-    tiles = triton.cdiv(num_m, blocks.m) * triton.cdiv(num_n, blocks.n)
+    tiles = cdiv(num_m, blocks.m) * cdiv(num_n, blocks.n)
     chunk_rows, max_rows = (CHUNK_ROWS_DENSE, CHUNK_ROWS_DENSE) if offsets is None else (CHUNK_ROWS, MAX_ROWS_UNSPLIT)
     is_split = num_n <= 64 and num_rows > max_rows
     chunk = chunk_rows if is_split else 0
     parts = num_rows // chunk_rows + min(num_experts, num_rows) if is_split else num_experts
     size = num_m * num_n
     target = out.new_empty(parts * size, dtype=torch.float32) if is_split else out
-    experts = triton.next_power_of_2(num_experts)
+    experts = next_power_of_2(num_experts)
     launch(
         grouped_outer_kernel, (parts * tiles,),
         a, b, target, offsets, gather, row_scale, num_rows, num_experts, num_m, num_n,
@@ -212,7 +222,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
     )  # fmt: skip
     if is_split:
         launch(
-            sum_chunks_kernel, (num_experts, triton.cdiv(size, 1024)),
+            sum_chunks_kernel, (num_experts, cdiv(size, 1024)),
             target, out, offsets, num_rows, num_experts, size, EXPERTS=experts, CHUNK=chunk, BLOCK=1024,
             HAS_OFFSETS=offsets is not None, num_warps=4)
     return out
@@ -223,7 +233,7 @@ def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *
     """out_e [E, N] = sum over the rows r of expert e of row_scale_r x_r, in fp32, rounded to out's dtype: the gradient of a bias.
 
     x, offsets, gather and row_scale as in grouped_outer."""
-    if not is_triton(x):
+    if not is_triton(x):  # no product: the kernel serves every GPU
         rows = _rows_of(x, gather).float() if row_scale is None else _rows_of(x, gather).float() * row_scale[:, None]
         for expert, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
             out[expert] = rows[start:end].sum(0)
@@ -232,7 +242,7 @@ def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *
     assert out.is_contiguous() and out.shape == (offsets.shape[0] - 1, x.shape[1]), (out.shape, out.stride(), x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
     launch(
-        grouped_row_sum_kernel, (out.shape[0], triton.cdiv(x.shape[1], 128)),
+        grouped_row_sum_kernel, (out.shape[0], cdiv(x.shape[1], 128)),
         x, out, offsets, gather, row_scale, x.shape[1], x.stride(0), ROWS=32, COLS=128,
         HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None, num_warps=4, num_stages=3)
     return out

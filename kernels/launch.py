@@ -3,6 +3,16 @@
 CUDA tensors run the Triton kernels, CPU tensors the PyTorch references; in Triton's interpreter (TRITON_INTERPRET=1 in the
 environment when the kernels are imported) CPU tensors run the kernels too. Block-size tables are kept beside each kernel and
 keyed by `gpu_family`, so that one entry serves the GPUs that share tensor cores and shared memory.
+
+Kernels with matrix products have a second path for GPUs below compute capability 8.0 (T4), whose tensor cores Triton does not
+drive: products by the vendor's library, what lies between them by Triton or PyTorch. `product_path` chooses. To test or compare
+that path, GRPO_PRODUCTS=library in the environment chooses it on any other GPU and on the CPU too; nothing else does.
+
+Those GPUs have no bfloat16 either, so a model is float16 there. Two tensors of gpt-oss go beyond float16's 65504: the residual
+stream, into which single channels of a few tokens grow large, and the down projection's output, which is what makes them grow.
+Both are kept in float32: grouped_gemm writes into an `out` of any dtype, sum_rows and combine give the residual's dtype,
+add_rms_norm takes a float32 residual beside a float16 x, and rms_norm returns another dtype than x's where asked to.
+Everything else is the output of a norm, of a clamped activation or of attention, and stays far below.
 """
 import os
 from functools import cache
@@ -31,6 +41,18 @@ def is_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or is_interpreted()
 
 
+def product_path(x: torch.Tensor) -> str:
+    """How matrix products with x are made: "reference" (CPU), "triton" or "library"; see the head of this file.
+
+    Raises ValueError for a GRPO_PRODUCTS that is neither unset nor "library"."""
+    forced = os.environ.get("GRPO_PRODUCTS")
+    if forced not in (None, "", "library"):
+        raise ValueError(f"GRPO_PRODUCTS={forced!r}; set it to library, or unset it and the GPU decides")
+    if forced or gpu_family(x) == "turing":
+        return "library"
+    return "triton" if is_triton(x) else "reference"
+
+
 def family_of(capability: int) -> str:
     """The family of a compute capability written as an integer, 90 for 9.0: a key of SHARED_MEMORY."""
     return _FAMILIES.get(capability, "consumer" if capability >= 80 else "turing")
@@ -57,15 +79,28 @@ def _multiprocessors_of_device(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes 5 us on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n, 1 for n = 0; as triton.next_power_of_2, at a tenth of its time."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def _trait(argument: object) -> object:
     """What a kernel is compiled for, of a runtime argument. At least as fine as Triton's own distinctions."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    if isinstance(argument, TensorDescriptor):
+    kind = type(argument)
+    if kind is int:
+        return (argument & 15 == 0) + 2 * (argument == 1) + 4 * (-(2**31) <= argument < 2**31)
+    if argument is None or kind is float:
+        return kind
+    if kind is TensorDescriptor:
         return argument.base.dtype, *argument.block_shape
-    return type(argument)
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype if argument.data_ptr() & 15 == 0 else (argument.dtype,)
+    raise TypeError(f"launch: an argument of {kind}; give tensors, descriptors, ints, floats or None")
 
 
 _COMPILED: dict[tuple, object] = {}  # what launch() compiled, by everything it was compiled for
@@ -90,14 +125,20 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
 
 def check_served(operation: str, tensors: dict[str, torch.Tensor], *, dtypes: tuple[torch.dtype, ...],
                  tensor_cores: bool) -> None:
-    """Raises ValueError, with the reason, where a Triton kernel cannot serve these tensors: several devices, a dtype it has no
-    code for, or (kernels with matrix products, `tensor_cores`) a GPU whose tensor cores Triton does not drive."""
+    """Raises ValueError, with the reason, where a kernel cannot serve these tensors: several devices, a dtype it has no code for,
+    bfloat16 on a GPU without it, or (`tensor_cores`: products in Triton) a GPU whose tensor cores Triton does not drive."""
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{operation}: {name} is on {tensor.device}, the others on {device}; move them to one device")
         if tensor.dtype not in dtypes:
-            raise ValueError(f"{operation}: {name} is {tensor.dtype}; the Triton kernel takes {', '.join(map(str, dtypes))}")
-    if tensor_cores and device.type == "cuda" and gpu_family(next(iter(tensors.values()))) == "turing":
-        raise ValueError(f"{operation}: {torch.cuda.get_device_name(device)} has compute capability below 8.0, where Triton "
-                         "has no tensor-core path; use a GPU of capability 8.0 or later")
+            raise ValueError(f"{operation}: {name} is {tensor.dtype}; the kernel takes {', '.join(map(str, dtypes))}")
+    if gpu_family(next(iter(tensors.values()))) != "turing":
+        return
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16:
+            raise ValueError(f"{operation}: {name} is bfloat16, which GPUs of compute capability below 8.0 do not compute in; "
+                             "use a model in float16 (dtype=float16, or auto)")
+    if tensor_cores:
+        raise ValueError(f"{operation}: this GPU has compute capability below 8.0, where Triton has no tensor-core path, and "
+                         "this operation no other; use a GPU of capability 8.0 or later")

@@ -2,13 +2,14 @@
 
 A and B may be kept in fp32 (master weights); they are cast to x's dtype at use. On a GPU every product is the vendor's GEMM (at
 these widths it beats the narrow Triton kernels, scripts/bench_grouped_gemm.py), and the update accumulates in fp32 onto the
-rounded base: one more rounding of y than a fused sum, as in the gradient of x. Gradients of A and B come in their own dtype.
+rounded base: one more rounding of y than a fused sum, as in the gradient of x. Gradients of A and B, sums over tokens that can
+pass float16's range, stay in fp32 until they are rounded to their own dtype.
 
 Shapes: T tokens, K in, N out, r LoRA's rank.
 """
 import torch
 
-from kernels.dense import linear
+from kernels.dense import linear, product
 from kernels.launch import is_triton
 
 
@@ -38,9 +39,9 @@ class _LoraLinear(torch.autograd.Function):
         if needs_x:
             grad_x = (grad @ weight).addmm_(grad_low_rank, lora_A.to(grad.dtype), alpha=ctx.scale)
         if needs_A:
-            grad_A = (grad_low_rank.T @ x).to(lora_A.dtype) * ctx.scale
+            grad_A = product(grad_low_rank.T, x).to(lora_A.dtype) * ctx.scale
         if needs_B:
-            grad_B = (grad.T @ low_rank).to(lora_B.dtype) * ctx.scale
+            grad_B = product(grad.T, low_rank).to(lora_B.dtype) * ctx.scale
         grad_weight = grad.T @ x if needs_weight else None
         grad_bias = grad.sum(0) if needs_bias and ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None

@@ -20,7 +20,7 @@ The probabilities in the scratch are relative to a power of two near the chosen 
 beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any
 reference near the maximum keeps all its digits. Tiles 2^_MAX_EXCESS above it take their own maximum, and the row is rescaled.
 
-Paths: "triton" forms logits in the kernel; "cublas" (GPUs whose tensor cores Triton does not drive, float16) takes fp32 logits
+Paths: "triton" forms logits in the kernel; "library" (kernels/launch.py: product_path; and float16 anywhere) takes fp32 logits
 from torch.mm. The sum is torch.mm in both.
 
 Shapes: N tokens, D model width, V vocabulary, n tokens of a chunk, C columns of a range of the vocabulary.
@@ -32,8 +32,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dense import linear
-from kernels.launch import check_served, gpu_family, is_triton, launch, num_multiprocessors
+from kernels.dense import linear, product
+from kernels.launch import (
+    cdiv,
+    check_served,
+    gpu_family,
+    is_triton,
+    launch,
+    next_power_of_2,
+    num_multiprocessors,
+    product_path,
+)
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
@@ -410,7 +419,7 @@ def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = F
         blocks |= _SMALL_PARTS[family]
     num_rows, width = hidden.shape
     if num_rows <= 64:  # a few rows: the head is read once, whatever the tile
-        blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
+        blocks |= dict(BM=max(16, next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
     aligned = width * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0 and hidden.data_ptr() % 16 == 0
     blocks["USE_TMA"] = blocks["USE_TMA"] and aligned
     return blocks | dict(IS_EVEN=width % blocks["BK"] == 0)
@@ -425,18 +434,15 @@ def _operands(hidden: torch.Tensor, weight: torch.Tensor, blocks: dict) -> tuple
 
 
 def _grid(num_rows: int, num_columns: int, blocks: dict, hidden: torch.Tensor) -> tuple[int]:
-    num_tiles = triton.cdiv(num_rows, blocks["BM"]) * triton.cdiv(num_columns, blocks["BN"])
+    num_tiles = cdiv(num_rows, blocks["BM"]) * cdiv(num_columns, blocks["BN"])
     return (min(num_tiles, num_multiprocessors(hidden)) if blocks["IS_PERSISTENT"] else num_tiles,)
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    """The path that serves these tensors: "triton" or "cublas"."""
+    """The path that serves these tensors: "triton" or "library"."""
     if hidden.dtype != weight.dtype:
         raise ValueError(f"log_probs: hidden states are {hidden.dtype}, the head {weight.dtype}; they must be equal")
-    is_turing = gpu_family(hidden) == "turing"
-    if is_turing and weight.dtype == torch.bfloat16:
-        raise ValueError("log_probs: this GPU has no bfloat16 arithmetic; use float16 or float32")
-    path = "cublas" if is_turing or weight.dtype == torch.float16 else "triton"
+    path = "library" if weight.dtype == torch.float16 else product_path(hidden)
     check_served("log_probs", {"hidden": hidden, "weight": weight}, dtypes=tuple(_MAX_EXCESS), tensor_cores=path == "triton")
     return path
 
@@ -445,8 +451,10 @@ def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out = a @ b with fp32 sums, rounded to out's dtype."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    else:
+    elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # in the interpreter
+        out.copy_(product(a, b))
 
 
 def _num_rows(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
@@ -464,13 +472,13 @@ def _mark_kept(scratch: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torc
 
 def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, outputs, makes_sum) -> None:
     """Fills `outputs` (log_probs, entropy, lse, kept_lse, target_factor, sum_factor: [n] each) for the tokens of one chunk.
-    scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "cublas" path."""
+    scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "library" path."""
     (num_rows, width), vocab, has_kept = hidden.shape, weight.shape[0], kept is not None
     blocks, scale = _blocks(hidden, weight, small_parts=has_kept), math.log2(math.e) / temperature
-    num_tiles = triton.cdiv(vocab, blocks["TILE"])
+    num_tiles = cdiv(vocab, blocks["TILE"])
     maxima, sums, dots, kept_maxima, kept_sums = torch.empty(5, num_rows, num_tiles, dtype=torch.float32, device=hidden.device)
     reference, target_logits, other_sums = torch.empty(3, num_rows, dtype=torch.float32, device=hidden.device)
-    max_excess, block = _MAX_EXCESS[weight.dtype], triton.next_power_of_2(width)
+    max_excess, block = _MAX_EXCESS[weight.dtype], next_power_of_2(width)
     if has_kept:
         _mark_kept(scratch, *kept, 0)
     if makes_sum:
@@ -487,7 +495,7 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
     launch(
         _reduce_kernel, (num_rows,), targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums,
         scratch, *outputs, max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"],
-        TILES=triton.next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=has_kept, STORES=makes_sum)
+        TILES=next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=has_kept, STORES=makes_sum)
 
 
 def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -533,9 +541,9 @@ class _LogProbs(torch.autograd.Function):
         path, has_kept, (num_tokens, width), vocab = _check(hidden, weight), kept_ids is not None, hidden.shape, weight.shape[0]
         # log_probs, entropy, lse, kept_lse (both base 2), target_factor, sum_factor
         outputs = [torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(6)]
-        sum_dtype = torch.float32 if path == "cublas" else weight.dtype  # float16 might overflow
+        sum_dtype = torch.float32 if path == "library" else weight.dtype  # float16 might overflow
         weighted_sum = torch.empty(num_tokens if makes_sum else 0, width, dtype=sum_dtype, device=hidden.device)
-        has_scratch, has_logits = makes_sum or has_kept, path == "cublas"
+        has_scratch, has_logits = makes_sum or has_kept, path == "library"
         rows = _num_rows(num_tokens, vocab * (weight.element_size() * has_scratch + 4 * has_logits), scratch_bytes)
         scratch = torch.empty(rows, vocab, dtype=weight.dtype, device=hidden.device) if has_scratch else None
         logits = torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device) if has_logits else None
@@ -563,7 +571,7 @@ class _LogProbs(torch.autograd.Function):
             launch(
                 _hidden_gradient_kernel, (num_tokens,), grad_log_probs.contiguous(), target_factor, sum_factor, weighted_sum,
                 weight, targets, grad_hidden, width, ctx.temperature, weighted_sum.stride(0), weight.stride(0),
-                grad_hidden.stride(0), BLOCK=triton.next_power_of_2(width))
+                grad_hidden.stride(0), BLOCK=next_power_of_2(width))
         return grad_hidden, None, None, None, None, None, None, None
 
 
@@ -573,7 +581,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return head_logits_reference(hidden, weight)
     path, hidden, weight = _check(hidden, weight), hidden.detach().contiguous(), weight.detach().contiguous()
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-    if path == "cublas":
+    if path == "library":
         _mm(hidden, weight.T, logits)
     elif hidden.shape[0] > 0:
         blocks = _blocks(hidden, weight)

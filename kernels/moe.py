@@ -19,7 +19,7 @@ import triton.language as tl
 
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
-from kernels.launch import is_triton, launch
+from kernels.launch import is_triton, launch, next_power_of_2
 from kernels.mxfp4_fragments import dequantize_packed
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
@@ -63,7 +63,7 @@ def _bias_dots(grad: torch.Tensor, bias: torch.Tensor, indices: torch.Tensor) ->
     dots = torch.empty((num_tokens, per_token), dtype=torch.float32, device=grad.device)
     if num_tokens:
         launch(_bias_dots_kernel, (num_tokens,), grad, bias, indices, dots, grad.stride(0), WIDTH=width, PER_TOKEN=per_token,
-               BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4)
+               BLOCK=next_power_of_2(width), num_warps=8 if width > 1024 else 4)
     return dots
 
 
@@ -98,7 +98,7 @@ def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, 
     width = grad.shape[1]
     if grad.shape[0]:
         launch(_activation_grad_kernel, (grad.shape[0],), grad, h, weights, order, dots, alpha, limit, WIDTH=width,
-               BLOCK=min(triton.next_power_of_2(width), 1024), num_warps=4)
+               BLOCK=min(next_power_of_2(width), 1024), num_warps=4)
     return dots
 
 
@@ -151,7 +151,8 @@ Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
                 residual: torch.Tensor, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
                 keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
-    """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D]; and what moe_backward needs.
+    """residual [T, D] (x's dtype or fp32) plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D] in the residual's
+    dtype; and what moe_backward needs.
 
     lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. Triton only, no gradient."""
     assert is_triton(x), "moe: the reference composes dispatch, grouped_linear, swiglu and combine"
@@ -166,7 +167,8 @@ def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_u
                    pre_activation=h)
     if lora is not None:
         low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
-    rows = _project(down, act, offsets, x.new_empty(num_rows, width), low_rank=low_rank_act,
+    # in the stream's dtype: a float16 row can pass 65504
+    rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=residual.dtype), low_rank=low_rank_act,
                     lora_up=None if lora is None else B2.transpose(1, 2))
     del act
     return sum_rows(rows, weights, routing.inverse, residual), MoeKept(h, low_rank_x, low_rank_act)
@@ -175,8 +177,10 @@ def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_u
 def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
                  down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float,
                  limit: float) -> tuple[torch.Tensor, torch.Tensor, Lora | None]:
-    """Gradients of x [T, D], of the gate weights [T, A] and of LoRA's tensors (fp32) from that of the output, grad [T, D]
-    (which is also the residual's). Uses kept.h as scratch where it is there, else computes h again. Triton only."""
+    """Gradients of x [T, D], of the gate weights [T, A] and of LoRA's tensors (fp32) from that of the output, grad [T, D] in the
+    output's dtype (which is also the residual's, as it is). Uses kept.h as scratch where it is there, else computes h again.
+    Triton only."""
+    grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
     A1, B1, A2, B2 = lora or (None,) * 4

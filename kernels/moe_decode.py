@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from kernels.grouped_gemm import DTYPES, grouped_gemm
-from kernels.launch import check_served, gpu_family, is_triton, launch
+from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2
 from kernels.mxfp4_fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
 from kernels.routing import Routing, combine
 from kernels.swiglu import clamped_swiglu
@@ -104,11 +104,11 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_exp
     blocks = narrow[0] if narrow and num_out <= num_in else wide
     if not is_packed and num_out <= 64:
         blocks = _LOW_RANK[family]
-        blocks = blocks._replace(rows=max(blocks.rows, triton.next_power_of_2(num_out)))
+        blocks = blocks._replace(rows=max(blocks.rows, next_power_of_2(num_out)))
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
         blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
     if not is_packed:
-        return blocks._replace(inner=max(16, min(blocks.inner, triton.next_power_of_2(num_in))))
+        return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
     inner, chunk = max(blocks.inner, chunk_of(num_in)), chunk_of(num_in)
     while inner > chunk and (inner > num_in or (num_in % inner) & (num_in % inner - 1)):
         inner //= 2  # what a last short step leaves must be a power of two
@@ -342,17 +342,17 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         in_contiguous = weight.stride(1) == 1
         assert in_contiguous or weight.stride(2) == 1, f"strides {weight.stride()}: in or out must be contiguous"
         strides = (weight.stride(0), weight.stride(2 if in_contiguous else 1))
-    rank_block = max(16, min(64, triton.next_power_of_2(rank)))
+    rank_block = max(16, min(64, next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
     options = {"launch_pdl": True} if overlaps and waits != NO_WAIT else {}
     token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
     launch(
-        moe_decode_kernel, (token_tiles * triton.cdiv(num_out, blocks.rows),),
+        moe_decode_kernel, (token_tiles * cdiv(num_out, blocks.rows),),
         x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups, num_rows, num_experts, num_out, rank,
         slice_rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
-        NUM_IN=num_in, EXPERTS=triton.next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner,
-        TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=triton.cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
+        NUM_IN=num_in, EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner,
+        TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, OVERLAPS=overlaps, WAITS=waits,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import is_triton, launch
+from kernels.launch import cdiv, is_triton, launch
 
 BLOCK_SIZE = 32  # elements that share one scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -98,7 +98,7 @@ def dequantize_experts(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Te
     num_words = blocks.numel() // 4
     if num_words:
         words = blocks.contiguous().view(torch.int32)
-        launch(_dequantize_kernel, (triton.cdiv(num_words, BLOCK_WORDS),), words, scales.contiguous(), out, num_words,
+        launch(_dequantize_kernel, (cdiv(num_words, BLOCK_WORDS),), words, scales.contiguous(), out, num_words,
                BLOCK_WORDS=BLOCK_WORDS, num_warps=NUM_WARPS)
     return out
 

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import gpu_family, is_triton, launch
+from kernels.launch import cdiv, gpu_family, is_triton, launch
 from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_experts, dequantize_reference, e8m0_to_fp32
 
 ORDERS = ("checkpoint", "fragments")  # of packed weights
@@ -272,7 +272,7 @@ def dequantize_fragments(blocks: torch.Tensor, scales: torch.Tensor, out: torch.
     num_groups, num_chunks = num_experts * num_out // ROWS, shape[2] // chunk
     words, scale_words = word_views(blocks, scales, is_asm)
     if out.numel():
-        launch(_dequantize_fragments_kernel, (triton.cdiv(num_groups, DEQUANTIZE_GROUPS) * num_chunks,),
+        launch(_dequantize_fragments_kernel, (cdiv(num_groups, DEQUANTIZE_GROUPS) * num_chunks,),
                words, scale_words, out, num_groups, num_chunks, GROUPS=DEQUANTIZE_GROUPS, CHUNK=chunk, IS_ASM=is_asm,
                num_warps=NUM_WARPS)
     return out

@@ -2,7 +2,8 @@
 
 Unlike Llama's, the weight multiplies before the cast (openai/gpt-oss, gpt_oss/torch/model.py). With xhat = x * inv_rms:
     dx = inv_rms * (weight * dy - xhat * mean(weight * dy * xhat)),  dweight = sum over rows of dy * xhat.
-add_rms_norm also adds the residual stream first, and normalises the sum as it is stored (rounded).
+add_rms_norm also adds the residual stream first, and normalises the sum as it is stored (rounded). A float16 model keeps that
+stream in float32 (kernels/launch.py): the sum then has the stream's dtype, and y another.
 
 A row is reduced by one program whose size depends on the width alone, so a row gets the same bits in any batch. dweight is
 computed only where it is needed: each of up to 256 programs sums its rows in order, then those sums are added in order.
@@ -13,23 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch
+from kernels.launch import cdiv, check_served, is_triton, launch, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # a row stays in one program's registers
 NUM_PARTIALS = 256  # programs that share the rows where dweight is needed
 
 
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     x_f32 = x.float()
     inv_rms = torch.rsqrt(x_f32.square().mean(-1, keepdim=True) + eps)
-    return (x_f32 * inv_rms * weight.float()).to(x.dtype)
+    return (x_f32 * inv_rms * weight.float()).to(dtype)
 
 
 def add_rms_norm_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
                            eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     total = residual + x
-    return rms_norm_reference(total, weight, eps), total
+    return rms_norm_reference(total, weight, eps, x.dtype), total
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, inv_rms_ptr,
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_residual + cols, mask=mask, other=0.0)
-        x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+        x = (residual.to(tl.float32) + x.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * WIDTH + cols, x, mask=mask)
     x = x.to(tl.float32)
     inv_rms = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
@@ -101,48 +102,49 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
-                 eps: float) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """y and the sum (None without a residual) [R, D], and inv_rms [R] fp32, of x [R, D]. Triton only, no gradient."""
+def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
+                 dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """y in `dtype` and the sum in the residual's (None without one) [R, D], and inv_rms [R] fp32, of x [R, D]. Triton only, no
+    gradient."""
     num_rows, width = x.shape
-    y = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
-    total = torch.empty_like(y) if residual is not None else None
+    y = torch.empty((num_rows, width), dtype=dtype, device=x.device)
+    total = torch.empty((num_rows, width), dtype=residual.dtype, device=x.device) if residual is not None else None
     inv_rms = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     if num_rows:
         launch(_norm_kernel, (num_rows,), x, residual, weight, y, total, inv_rms, eps, x.stride(0),
-               residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=triton.next_power_of_2(width),
+               residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=next_power_of_2(width),
                HAS_RESIDUAL=residual is not None, num_warps=_num_warps(width))
     return y, total, inv_rms
 
 
 def norm_backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
                   inv_rms: torch.Tensor, needs_weight: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dx [R, D], grad_total included, and dweight [D] where it is needed, of norm_forward. Triton only."""
+    """dx [R, D] in x's dtype, grad_total included, and dweight [D] where it is needed, of norm_forward. Triton only."""
     num_rows, width = x.shape
     grad_x = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return grad_x, torch.zeros_like(weight) if needs_weight else None
-    rows_per_program = triton.cdiv(num_rows, NUM_PARTIALS) if needs_weight else 1
-    num_programs = triton.cdiv(num_rows, rows_per_program)
+    rows_per_program = cdiv(num_rows, NUM_PARTIALS) if needs_weight else 1
+    num_programs = cdiv(num_rows, rows_per_program)
     partial = torch.empty((num_programs, width), dtype=torch.float32, device=x.device) if needs_weight else None
     launch(
         _norm_grad_kernel, (num_programs,), grad, grad_total, x, weight, inv_rms, grad_x, partial, num_rows, rows_per_program,
         grad.stride(0), grad_total.stride(0) if grad_total is not None else 0, x.stride(0), WIDTH=width,
-        BLOCK=triton.next_power_of_2(width), HAS_TOTAL=grad_total is not None, NEEDS_WEIGHT=needs_weight,
+        BLOCK=next_power_of_2(width), HAS_TOTAL=grad_total is not None, NEEDS_WEIGHT=needs_weight,
         num_warps=_num_warps(width))
     if not needs_weight:
         return grad_x, None
     grad_weight = torch.empty(width, dtype=weight.dtype, device=x.device)
-    launch(_sum_partials_kernel, (triton.cdiv(width, 32),), partial, grad_weight, num_programs, WIDTH=width, BLOCK_ROWS=32,
+    launch(_sum_partials_kernel, (cdiv(width, 32),), partial, grad_weight, num_programs, WIDTH=width, BLOCK_ROWS=32,
            BLOCK_COLS=32, num_warps=4)
     return grad_x, grad_weight
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, dtype):
         rows, weight = _rows(x), weight.contiguous()
-        y, _, inv_rms = norm_forward(rows, None, weight, eps)
+        y, _, inv_rms = norm_forward(rows, None, weight, eps, dtype)
         ctx.save_for_backward(rows, weight, inv_rms)
         return y.view(x.shape)
 
@@ -150,27 +152,28 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         rows, weight, inv_rms = ctx.saved_tensors
         grad_x, grad_weight = norm_backward(_rows(grad), None, rows, weight, inv_rms, ctx.needs_input_grad[1])
-        return grad_x.view(grad.shape), grad_weight, None
+        return grad_x.view(grad.shape), grad_weight, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
         weight = weight.contiguous()
-        y, total, inv_rms = norm_forward(_rows(x), _rows(residual), weight, eps)
+        y, total, inv_rms = norm_forward(_rows(x), _rows(residual), weight, eps, x.dtype)
         ctx.save_for_backward(total, weight, inv_rms)
+        ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
         return y.view(x.shape), total.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad, grad_total):
         if grad is None:  # only the sum was used
-            return grad_total, grad_total, None, None
+            return grad_total.to(ctx.dtype), grad_total, None, None
         rows, weight, inv_rms = ctx.saved_tensors
         grad_x, grad_weight = norm_backward(_rows(grad), _rows(grad_total) if grad_total is not None else None, rows,
-                                         weight, inv_rms, ctx.needs_input_grad[2])
+                                            weight, inv_rms, ctx.needs_input_grad[2])
         grad_x = grad_x.view(grad.shape)
-        return grad_x, grad_x, grad_weight, None
+        return grad_x.to(ctx.dtype), grad_x, grad_weight, None
 
 
 def _check(tensors: dict[str, torch.Tensor]) -> None:
@@ -181,20 +184,21 @@ def _check(tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"rms_norm: rows of {x.shape[-1]}; the Triton kernel takes up to {MAX_WIDTH}")
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
-    """Normalises x [..., D] by its root mean square; weight [D]. Returns x's dtype."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Normalises x [..., D] by its root mean square; weight [D]. Returns `dtype`, by default x's; the gradient has x's."""
+    dtype = x.dtype if dtype is None else dtype
     if not is_triton(x):
-        return rms_norm_reference(x, weight, eps)
+        return rms_norm_reference(x, weight, eps, dtype)
     _check({"x": x, "weight": weight})
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, dtype)
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *,
                  eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds x to the residual stream and normalises the sum: x and residual [..., D] of one dtype, weight [D].
-    Returns rms_norm(residual + x) and residual + x."""
+    """Adds x to the residual stream and normalises the sum: x [..., D], residual [..., D] in x's dtype or fp32, weight [D].
+    Returns rms_norm(residual + x) in x's dtype and residual + x in the residual's."""
     assert x.shape == residual.shape, f"x {x.shape} and residual {residual.shape} differ"
-    assert x.dtype == residual.dtype, f"x {x.dtype} and residual {residual.dtype} differ"
+    assert residual.dtype in (x.dtype, torch.float32), f"residual {residual.dtype} beside x {x.dtype}: x's dtype or float32"
     if not is_triton(x):
         return add_rms_norm_reference(x, residual, weight, eps)
     _check({"x": x, "residual": residual, "weight": weight})

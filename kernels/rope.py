@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch
+from kernels.launch import check_served, is_triton, launch, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # elements of a token's heads, held in one program's registers
@@ -71,11 +71,11 @@ def rotate(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torc
     num_k = k.shape[1] if k is not None else 0
     assert q_out.stride()[1:] == (width, 1) and (k is None or k_out.stride()[1:] == (width, 1)), (q_out.stride(), k_out)
     strides_k = k.stride()[:2] if k is not None else (0, 0)
-    block_q, block_half = triton.next_power_of_2(num_q), triton.next_power_of_2(width // 2)
+    block_q, block_half = next_power_of_2(num_q), next_power_of_2(width // 2)
     if num_tokens:
         launch(_rope_kernel, (num_tokens,), q, k, q_out, k_out, cos, sin, q.stride(0), q.stride(1), *strides_k, q_out.stride(0),
                k_out.stride(0) if k is not None else 0, NUM_Q=num_q, NUM_K=num_k, HALF=width // 2, BLOCK_Q=block_q,
-               BLOCK_K=triton.next_power_of_2(max(num_k, 1)), BLOCK_HALF=block_half, BACKWARD=backward,
+               BLOCK_K=next_power_of_2(max(num_k, 1)), BLOCK_HALF=block_half, BACKWARD=backward,
                num_warps=_num_warps(block_q * block_half))
     return q_out, k_out
 

@@ -3,6 +3,7 @@
 The K loop ascends and is never split, and every tile multiplies with the same instructions: a token gets the same bits in any
 batch. Few tokens take narrow tiles of experts, so that more programs share a loop that waits for memory. The gradient
 dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
+Where products are the library's (kernels/launch.py: product_path), it runs the reference: fp32 throughout.
 
 Shapes: T tokens, E experts, D model width.
 """
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import linear
-from kernels.launch import check_served, gpu_family, is_triton, launch
+from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, product_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 512
@@ -70,7 +71,7 @@ def router_blocks(family: str, num_experts: int, itemsize: int, num_tokens: int)
     wgmma and tcgen05 need, so few tokens keep them there."""
     if family == "interpreter":
         return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    block_e = min(max(triton.next_power_of_2(num_experts), 16), 128)
+    block_e = min(max(next_power_of_2(num_experts), 16), 128)
     stages = {"ampere": 4, "consumer": 3, "hopper": 4, "blackwell": 4}[family]
     if num_tokens <= FEW_TOKENS and itemsize == 2:
         rows, stages = {"ampere": (16, 8), "consumer": (16, 6), "hopper": (64, 7), "blackwell": (64, 7)}[family]
@@ -81,7 +82,7 @@ def router_blocks(family: str, num_experts: int, itemsize: int, num_tokens: int)
 def router_grad_blocks(family: str, num_experts: int) -> dict[str, int]:
     if family == "interpreter":
         return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    block_e = min(max(triton.next_power_of_2(num_experts), 16), 32)
+    block_e = min(max(next_power_of_2(num_experts), 16), 32)
     return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
 
 
@@ -91,20 +92,24 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=x.device)
     if num_tokens:
         blocks = router_blocks(gpu_family(x), num_experts, x.element_size(), num_tokens)
-        grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_experts, blocks["BLOCK_E"]))
+        grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]))
         launch(_router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
                NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)
     return logits
 
 
 def router_backward(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, adds: bool) -> torch.Tensor:
-    """dx [T, D] of logits' gradient [T, E] fp32, written to `out` or, with adds, added to it. Triton only."""
+    """dx [T, D] of logits' gradient [T, E] fp32, written to `out` or, with adds, added to it; rounded once either way. By the
+    kernel, or in fp32 by the library."""
+    if product_path(out) == "library":
+        grad_x = grad @ weight.float()
+        return out.copy_(grad_x.add_(out) if adds else grad_x)
     num_tokens, num_experts, width = grad.shape[0], *weight.shape
     # bf16 weights are exact in TF32, so three TF32 products give what an fp32 one would
     precision = "ieee" if out.dtype == torch.float32 else "tf32x3"
     if num_tokens:
         blocks = router_grad_blocks(gpu_family(out), num_experts)
-        grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(width, blocks["BLOCK_N"]))
+        grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(width, blocks["BLOCK_N"]))
         launch(_router_grad_kernel, grid, grad, weight, out, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
                PRECISION=precision, ADDS=adds, **blocks)
     return out
@@ -135,9 +140,12 @@ class _RouterLogits(torch.autograd.Function):
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x [T, D] W^T + b with weight [E, D] and bias [E]: logits [T, E] in fp32, from exact products whatever the dtype."""
-    if not is_triton(x):
+    path = product_path(x)
+    if path == "reference":
         return router_logits_reference(x, weight, bias)
-    check_served("router_logits", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=True)
+    check_served("router_logits", {"x": x, "weight": weight}, dtypes=DTYPES, tensor_cores=path == "triton")
+    if path == "library":  # so few columns that fp32 costs nothing; autograd rounds dx once, from fp32
+        return router_logits_reference(x, weight, bias)
     assert x.dtype == weight.dtype, f"x {x.dtype} and weight {weight.dtype} differ"
     assert x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1], f"{x.shape}, {weight.shape}, {bias.shape}"
     return _RouterLogits.apply(x, weight, bias)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch
+from kernels.launch import cdiv, check_served, is_triton, launch, next_power_of_2
 
 MAX_EXPERTS, MAX_EXPERTS_PER_TOKEN = 1024, 8
 SORT_TILE = 4096  # choices times experts that a program ranks at once
@@ -106,7 +106,7 @@ def _route_grad_kernel(grad_ptr, weights_ptr, indices_ptr, grad_logits_ptr, num_
 
 
 def _route_blocks(num_experts: int) -> dict[str, int]:
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     return {"BLOCK_T": max(2048 // block_e, 1), "BLOCK_E": block_e}
 
 
@@ -122,9 +122,9 @@ def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,
     weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=logits.device)
     blocks = _route_blocks(num_experts)
     if num_tokens:
-        launch(_route_kernel, (triton.cdiv(num_tokens, blocks["BLOCK_T"]),), logits, indices, weights, num_tokens,
+        launch(_route_kernel, (cdiv(num_tokens, blocks["BLOCK_T"]),), logits, indices, weights, num_tokens,
                logits.stride(0), NUM_EXPERTS=num_experts, PER_TOKEN=experts_per_token,
-               BLOCK_A=triton.next_power_of_2(experts_per_token), REPLAY=is_replay, num_warps=4, **blocks)
+               BLOCK_A=next_power_of_2(experts_per_token), REPLAY=is_replay, num_warps=4, **blocks)
     return weights, indices
 
 
@@ -134,7 +134,7 @@ def route_backward(grad: torch.Tensor, weights: torch.Tensor, indices: torch.Ten
     grad_logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=grad.device)
     blocks = _route_blocks(num_experts)
     if num_tokens:
-        launch(_route_grad_kernel, (triton.cdiv(num_tokens, blocks["BLOCK_T"]),), grad.contiguous(), weights, indices,
+        launch(_route_grad_kernel, (cdiv(num_tokens, blocks["BLOCK_T"]),), grad.contiguous(), weights, indices,
                grad_logits, num_tokens, NUM_EXPERTS=num_experts, PER_TOKEN=per_token, num_warps=4, **blocks)
     return grad_logits
 
@@ -264,11 +264,11 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
         offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=indices.device)
         return Routing(indices, order, tokens, inverse, offsets)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=indices.device)
-    block_e = triton.next_power_of_2(num_experts)
+    block_e = next_power_of_2(num_experts)
     block_r = min(max(SORT_TILE // block_e, 4), 128)
     is_single = num_rows <= SMALL_SORT
-    chunk_size = block_r * triton.cdiv(num_rows, block_r * (1 if is_single else MAX_CHUNKS))
-    num_chunks = triton.cdiv(num_rows, chunk_size)
+    chunk_size = block_r * cdiv(num_rows, block_r * (1 if is_single else MAX_CHUNKS))
+    num_chunks = cdiv(num_rows, chunk_size)
     sizes = {"NUM_EXPERTS": num_experts, "BLOCK_R": block_r, "BLOCK_E": block_e, "num_warps": 4}
     counts = None
     if not is_single:
@@ -341,23 +341,23 @@ def _combine_grad_kernel(grad_ptr, rows_ptr, weights_ptr, inverse_ptr, grad_rows
 
 def _columns(width: int) -> int:
     """Columns that a program of 4 warps takes."""
-    return min(triton.next_power_of_2(width), 1024)
+    return min(next_power_of_2(width), 1024)
 
 
 def combine_grad_blocks(per_token: int) -> dict[str, int]:
     """Columns and warps of the combine's backward, which holds a column of every slot; the order of its dot product depends
     on nothing else."""
-    slots = triton.next_power_of_2(per_token)
+    slots = next_power_of_2(per_token)
     return {"BLOCK": 2048, "BLOCK_A": slots, "num_warps": 8} if slots <= 4 else {"BLOCK": 1024, "BLOCK_A": slots, "num_warps": 4}
 
 
 def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
              residual: torch.Tensor | None) -> torch.Tensor:
     """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A] and plus the residual [T, D] where they
-    are given: [T, D] in the rows' dtype. Triton only."""
+    are given: [T, D] in the residual's dtype, else the rows'. Triton only."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_tokens, per_token), width = inverse.shape, rows.shape[1]
-    y = torch.empty((num_tokens, width), dtype=rows.dtype, device=rows.device)
+    y = torch.empty((num_tokens, width), dtype=rows.dtype if residual is None else residual.dtype, device=rows.device)
     stride_residual = 0
     if residual is not None:
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
@@ -365,7 +365,7 @@ def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Te
     if y.numel():
         block = _columns(width)
         launch(
-            _sum_rows_kernel, (num_tokens, triton.cdiv(width, block)),
+            _sum_rows_kernel, (num_tokens, cdiv(width, block)),
             rows, weights, inverse, residual, y, rows.stride(0), stride_residual, WIDTH=width, PER_TOKEN=per_token,
             BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4)
     return y
@@ -383,7 +383,7 @@ class _Dispatch(torch.autograd.Function):
         if rows.numel():
             block = _columns(width)
             launch(
-                _dispatch_kernel, (num_tokens, triton.cdiv(width, block)),
+                _dispatch_kernel, (num_tokens, cdiv(width, block)),
                 x_TD, inverse, rows, x_TD.stride(0), WIDTH=width, PER_TOKEN=per_token, BLOCK=block, num_warps=4)
         return rows
 
@@ -402,7 +402,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_RD, weights, order, inverse)
         if is_triton(y_RD):
             return sum_rows(y_RD, weights, inverse, residual)
-        y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype)
+        y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype if residual is None else residual.dtype)
         return y_TD if residual is None else residual + y_TD
 
     @staticmethod
@@ -444,5 +444,5 @@ def dispatch(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
 def combine(y_RD: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
             residual: torch.Tensor | None = None) -> torch.Tensor:
     """Sums the experts' outputs by gate weight [T, A] in slot order, in fp32: [R, D] -> [T, D].
-    `residual` [T, D] is added to the rounded sum, as residual + combine(...) would."""
+    `residual` [T, D], of the rows' dtype or wider, is added to the sum rounded to its dtype, which is also the result's."""
     return _Combine.apply(y_RD, weights, routing.order, routing.inverse, residual)

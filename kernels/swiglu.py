@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch
+from kernels.launch import cdiv, check_served, is_triton, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, NUM_WARPS = 1024, 4  # pairs per program
@@ -115,7 +115,7 @@ def _activate(h: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     h = _aligned(h)
     y = torch.empty((*h.shape[:-1], h.shape[-1] // 2), dtype=h.dtype, device=h.device)
     if y.numel():
-        launch(_swiglu_kernel, (triton.cdiv(y.numel(), BLOCK),), _packed(h), y, alpha, limit, y.numel(), BLOCK=BLOCK,
+        launch(_swiglu_kernel, (cdiv(y.numel(), BLOCK),), _packed(h), y, alpha, limit, y.numel(), BLOCK=BLOCK,
                num_warps=NUM_WARPS)
     return y
 
@@ -131,7 +131,7 @@ def swiglu_backward(grad: torch.Tensor, h: torch.Tensor, *, alpha: float, limit:
     y = torch.empty_like(grad) if with_activation else None
     if grad.numel():
         launch(
-            _swiglu_grad_kernel, (triton.cdiv(grad.numel(), BLOCK),),
+            _swiglu_grad_kernel, (cdiv(grad.numel(), BLOCK),),
             grad, _packed(h), _packed(grad_h), y, alpha, limit, grad.numel(), BLOCK=BLOCK,
             WITH_ACTIVATION=with_activation, num_warps=NUM_WARPS)
     return grad_h, y

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.launch import is_triton
+from kernels.launch import product_path
 from kernels.mxfp4 import BLOCK_SIZE, dequantize, quantize
 from models.config import GptOssConfig, read_config
 from models.experts import PACKED_SUFFIXES, Mxfp4Experts
@@ -104,7 +104,7 @@ def load_model(
         `dtype` (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
     activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
         it is large enough (pinned allocations are rounded up to a power of two).
-    On a GPU packed experts are brought into fragment order at the end, in place (models/experts.py).
+    Where Triton makes the products, packed experts are brought into fragment order at the end, in place (models/experts.py).
     Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
     the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
@@ -136,7 +136,7 @@ def load_model(
                 target.copy_(stored[name].read())
             else:
                 _dequantize_into(target, stored[name + "_blocks"], stored[name + "_scales"])
-    if is_triton(model.lm_head.weight):
+    if product_path(model.lm_head.weight) == "triton":
         for module in model.modules():
             if isinstance(module, Mxfp4Experts):
                 module.to_fragments()

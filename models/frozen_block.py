@@ -8,6 +8,9 @@ about every activation by itself. Adapters may be on any projection, the router 
 
 Queries, keys and values are one product whose weights lie side by side; their adapters are slices of one low-rank row.
 
+The residual stream (x, middle, the output, and their gradients) may be fp32 beside a float16 model; products take its gradient
+rounded to the model's dtype.
+
 Shapes: T packed tokens, D model width, H query heads, K key-value heads, P = (H + 2 K) * head width, r LoRA's rank, G adapted
 projections of a product, E experts, A experts per token.
 """
@@ -24,6 +27,7 @@ from kernels.attention_plan import AttentionPlan
 from kernels.decode_linear import decode_linear
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
+from kernels.launch import product_path
 from kernels.moe import MoeKept, moe_backward, moe_forward
 from kernels.rms_norm import norm_backward, norm_forward
 from kernels.rope import rotate
@@ -57,11 +61,16 @@ class Kept:
 
     tensors: dict[str, torch.Tensor | HostTensor]
     lse: torch.Tensor | None  # [H, T] fp32, beside attended
+    adapter_qkv: Adapter | None
+    adapter_o: Adapter | None
     low_rank_qkv: torch.Tensor | None  # [T, G r]
     low_rank_o: torch.Tensor | None  # [T, r]
     weights: torch.Tensor  # [T, A] fp32
     routing: Routing
     moe: MoeKept
+
+    def host_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values() if isinstance(tensor, HostTensor))
 
     def fetch(self) -> None:
         """Starts the way back of what is in host memory."""
@@ -83,8 +92,21 @@ class TrainingPass:
     attention: AttentionPlan
     scratch_bytes: int  # of dequantised experts held at once
     store: HostStore | None
-    max_pending_bytes: int  # on their way to the host at once
+    max_pending_bytes: int  # on their way to the host, or back, at once
     kept: dict[int, Kept] = field(default_factory=dict)  # by layer, until its backward has run
+
+    def fetch_before(self, layer: int) -> None:
+        """Starts the way back of what the next layers of the backward want, as many of them as may be on their way at once and
+        at least one."""
+        if self.store is None:
+            return
+        self.store.settle()  # what is still on its way out: the first time, since the forward did not wait
+        num_bytes = 0
+        while (layer := layer - 1) in self.kept:
+            num_bytes += self.kept[layer].host_bytes()
+            if num_bytes > self.max_pending_bytes and num_bytes > self.kept[layer].host_bytes():
+                break
+            self.kept[layer].fetch()
 
 
 @cache
@@ -151,6 +173,12 @@ def _project_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     return grouped_gemm(grad, weight[None], None, low_rank=low_rank_grad, lora_up=None if adapter is None else adapter.A[None])
 
 
+def _norm(norm, x: torch.Tensor,
+          residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """norm_forward by the block's own norm: normed rows have the model's dtype, whatever the stream's."""
+    return norm_forward(x, residual, norm.weight, norm.eps, norm.weight.dtype)
+
+
 def _queries_keys_values(block, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views [T, heads, head width] of the product [T, P]."""
     attn = block.self_attn
@@ -158,13 +186,11 @@ def _queries_keys_values(block, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.
     return tuple(part.unflatten(1, (-1, attn.head_dim)) for part in qkv.split(widths, 1))
 
 
-def _qkv_adapter(block) -> Adapter | None:
-    return _adapter_of(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
-
-
-def _qkv(block, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _qkv(block, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+         adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotated queries and keys, and values, side by side [T, P]; and the low-rank rows of their adapters."""
-    qkv, low_rank = _project(normed, *block.self_attn.fused_qkv(), _qkv_adapter(block))
+    attn = block.self_attn
+    qkv, low_rank = _project(normed, *attn.fused_qkv(), adapter)
     q, k, _ = _queries_keys_values(block, qkv)
     rotate(q, k, cos, sin, backward=False, out=(q, k))
     return qkv, low_rank
@@ -185,18 +211,19 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
              keeps_h: bool, choose: Choose | None) -> tuple[torch.Tensor, Kept]:
     """The block's output [T, D], and every intermediate that a backward could use (h only where asked for)."""
     attn, experts = block.self_attn, block.mlp.experts
-    normed, _, _ = norm_forward(x, None, block.input_layernorm.weight, block.input_layernorm.eps)
-    qkv, low_rank_qkv = _qkv(block, normed, cos, sin)
+    normed, _, _ = _norm(block.input_layernorm, x)
+    adapter_qkv, adapter_o = _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj), _adapter_of(attn.o_proj)
+    qkv, low_rank_qkv = _qkv(block, normed, cos, sin, adapter_qkv)
     attended = attend(attn.layer, *_queries_keys_values(block, qkv), attn.sinks).flatten(1)
-    projected, low_rank_o = _project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
-    normed, middle, _ = norm_forward(projected, x, block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)
+    projected, low_rank_o = _project(attended, attn.o_proj.weight, attn.o_proj.bias, adapter_o)
+    normed, middle, _ = _norm(block.post_attention_layernorm, projected, x)
     del projected
     weights, routing = _route(block, normed, choose)
     y, moe = moe_forward(normed, weights, routing, experts.held("gate_up_proj", scratch_bytes),
                          experts.held("down_proj", scratch_bytes), middle, keeps_h=keeps_h, **_moe_settings(block))
     tensors = {"x": x, "qkv": qkv, "attended": attended, "middle": middle} | ({} if moe.h is None else {"h": moe.h})
     moe.h = None
-    return y, Kept(tensors, None, low_rank_qkv, low_rank_o, weights, routing, moe)
+    return y, Kept(tensors, None, adapter_qkv, adapter_o, low_rank_qkv, low_rank_o, weights, routing, moe)
 
 
 def _decode_project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
@@ -211,21 +238,28 @@ def _decode(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend
             choose: Choose | None) -> torch.Tensor:
     """_forward's output, bit for bit, by the kernels for few tokens."""
     attn = block.self_attn
-    normed, _, _ = norm_forward(x, None, block.input_layernorm.weight, block.input_layernorm.eps)
-    q, k, v = _queries_keys_values(block, _decode_project(normed, *attn.fused_qkv(), _qkv_adapter(block)))
+    normed, _, _ = _norm(block.input_layernorm, x)
+    qkv = _decode_project(normed, *attn.fused_qkv(), _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = _queries_keys_values(block, qkv)
     rotate(q, k, cos, sin, backward=False, out=(q, k))
     attended = attend(attn.layer, q, k, v, attn.sinks).flatten(1)
     projected = _decode_project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
-    normed, middle, _ = norm_forward(projected, x, block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)
+    normed, middle, _ = _norm(block.post_attention_layernorm, projected, x)
     return block.mlp.experts.decode(normed, *_route(block, normed, choose), middle)
+
+
+def _decodes(block, x: torch.Tensor) -> bool:
+    """Whether the kernels for few tokens serve the block: not beside a float32 residual stream, which float16 has."""
+    return (len(x) <= MAX_DECODE_TOKENS and product_path(x) == "triton" and x.dtype == block.self_attn.o_proj.weight.dtype
+            and block.mlp.experts.can_decode())
 
 
 def run_block(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, scratch_bytes: int,
               choose: Choose | None, is_decoding: bool) -> torch.Tensor:
     """The block's output [T, D] for x [T, D], without gradient. is_decoding changes no bit: it takes the kernels for few tokens,
-    where there are at most MAX_DECODE_TOKENS and the experts can decode. In a CUDA graph nothing here waits for the GPU once one
-    call with the same adapters has gone before."""
-    if is_decoding and len(x) <= MAX_DECODE_TOKENS and block.mlp.experts.can_decode():
+    for up to MAX_DECODE_TOKENS and where they serve the block. Those read nothing back to the host and their grids depend on T
+    alone: once a call has gone before, a CUDA graph can hold one."""
+    if is_decoding and _decodes(block, x):
         return _decode(block, x, cos, sin, attend, choose)
     return _forward(block, x, cos, sin, attend, scratch_bytes, keeps_h=False, choose=choose)[0]
 
@@ -258,26 +292,25 @@ def _backward(block, grad: torch.Tensor, run: TrainingPass, grads: dict[torch.nn
               needs_x: bool) -> torch.Tensor | None:
     """The gradient of x from that of the block's output, [T, D] each; those of what trains go to `grads`."""
     attn, moe, kept = block.self_attn, block.mlp, run.kept.pop(block.self_attn.layer)
-    if attn.layer - 1 in run.kept:
-        run.kept[attn.layer - 1].fetch()
+    run.fetch_before(attn.layer)
     x, qkv, attended, middle, h = (kept.take(name) for name in ("x", *NAMES))
     norm1, norm2 = block.input_layernorm, block.post_attention_layernorm
     settings = _attention_settings(block, run)
     # what the forward did not keep
-    normed, _, inv_rms = norm_forward(x, None, norm1.weight, norm1.eps)
+    normed, _, inv_rms = _norm(norm1, x)
+    adapter_qkv, adapter_o = kept.adapter_qkv, kept.adapter_o
     if qkv is None:
-        qkv, _ = _qkv(block, normed, run.cos, run.sin)
+        qkv, _ = _qkv(block, normed, run.cos, run.sin, adapter_qkv)
     q, k, v = _queries_keys_values(block, qkv)
-    adapter_qkv, adapter_o = _qkv_adapter(block), _adapter_of(attn.o_proj)
     if attended is None:
         out, kept.lse = attention_forward(q, k, v, attn.sinks, **settings)
         attended = out.flatten(1)
     if middle is None:
         projected, _ = _project(attended, attn.o_proj.weight, attn.o_proj.bias, adapter_o)
-        normed2, middle, inv_rms2 = norm_forward(projected, x, norm2.weight, norm2.eps)
+        normed2, middle, inv_rms2 = _norm(norm2, projected, x)
         del projected
     else:
-        normed2, _, inv_rms2 = norm_forward(middle, None, norm2.weight, norm2.eps)
+        normed2, _, inv_rms2 = _norm(norm2, middle)
     # experts and router
     kept.moe.h, h = h, None
     grad_normed, grad_weights, lora_grads = moe_backward(
@@ -293,7 +326,8 @@ def _backward(block, grad: torch.Tensor, run: TrainingPass, grads: dict[torch.nn
         grads[norm2.weight] = grad_weight
     del grad, grad_normed, normed2, middle, grad_logits
     # attention
-    grad_attended = _project_backward(grad_middle, attended, attn.o_proj.weight, kept.low_rank_o, adapter_o, grads, needs_x=True)
+    grad_attended = _project_backward(grad_middle.to(attended.dtype), attended, attn.o_proj.weight, kept.low_rank_o, adapter_o,
+                                      grads, needs_x=True)
     grad_qkv = torch.empty_like(qkv)
     grad_q, grad_k, grad_v = _queries_keys_values(block, grad_qkv)
     *_, grad_sinks = attention_backward(q, k, v, attn.sinks, attended.view_as(q), kept.lse, grad_attended.view_as(q),
@@ -339,7 +373,7 @@ class _FrozenBlock(torch.autograd.Function):
         return grad_x, None, None, None, None, *(grads.get(parameter) for parameter in ctx.parameters)
 
 
-def train_block(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan, *, choose: Choose | None) -> torch.Tensor:
-    """The block's output [T, D] for x [T, D]; gradients reach x and what trains in the block."""
-    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+def train_block(block, x: torch.Tensor, run: TrainingPass, plan: LayerPlan, parameters: list[torch.nn.Parameter], *,
+                choose: Choose | None) -> torch.Tensor:
+    """The block's output [T, D] for x [T, D]; gradients reach x and `parameters`, what trains in the block."""
     return _FrozenBlock.apply(x, block, run, plan, choose, *parameters)

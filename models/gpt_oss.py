@@ -2,7 +2,8 @@
 
 Block: x += attention(norm(x)); x += experts(norm(x)). No query-key norm, no logit cap, no embedding scale
 (openai/gpt-oss, gpt_oss/torch/model.py). Departures: router logits, attention scores, softmax, SwiGLU, gate weighting and
-head logits are fp32 whatever the weights' dtype. Parameter names are those of the Hugging Face checkpoint.
+head logits are fp32 whatever the weights' dtype, and so is the residual stream of a float16 model (kernels/launch.py: it passes
+float16's range). Parameter names are those of the Hugging Face checkpoint.
 
 Shapes: T packed tokens, S sequences, B decoded sequences, D model width, H query heads, K key-value heads, V vocabulary.
 """
@@ -60,7 +61,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, eps=self.eps)
+        return rms_norm(x, self.weight, eps=self.eps, dtype=self.weight.dtype)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of residual + x, and residual + x itself."""
@@ -253,6 +254,7 @@ class GptOss(nn.Module):
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = embedding(tokens, self.model.embed_tokens.weight)
+        x = x.float() if self.dtype == torch.float16 else x
         blocks, is_training = self.model.layers, torch.is_grad_enabled()
         chooses = [None if routing is None else partial(routing.choose, layer) for layer in range(len(blocks))]
         if not is_triton(x) or any(block.trains_base() for block in blocks):
@@ -266,12 +268,15 @@ class GptOss(nn.Module):
             for block, choose in zip(blocks, chooses):
                 x = block(x, partial(run, choose=choose))
         else:
-            places = self.memory.plan(x, plan, self.trainable_parameters().values(), is_packed=self.expert_format == "mxfp4")
+            trainable = self.trainable_parameters()
+            of_layers = [[] for _ in blocks]
+            for name, parameter in trainable.items():
+                if name.startswith("model.layers."):
+                    of_layers[int(name.split(".", 3)[2])].append(parameter)
+            places = self.memory.plan(x, plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format == "mxfp4")
             run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
-            for block, layer, choose in zip(blocks, places.layers, chooses):
-                x = block(x, partial(train_block, run=run, plan=layer, choose=choose))
-            if run.store is not None:
-                run.store.settle()
+            for block, layer, parameters, choose in zip(blocks, places.layers, of_layers, chooses):
+                x = block(x, partial(train_block, run=run, plan=layer, parameters=parameters, choose=choose))
         return self.model.norm(x)
 
     def _packed_attend(self, plan: AttentionPlan) -> Attend:

@@ -10,14 +10,16 @@ from collections import deque
 
 import torch
 
-_ALIGNMENT, _PIECE = 256, 1 << 31  # bytes
+_ALIGNMENT = 256  # bytes
+_PIECE = 1 << 30  # bytes; a multiple of the alignment
 
 
 class HostTensor:
     """A tensor in the store; fetch() starts its way back, get() returns it on the GPU. Frees its place when dropped."""
 
-    def __init__(self, store: HostStore, memory: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-        self._store, self._memory, self._shape, self._dtype = store, memory, shape, dtype
+    def __init__(self, store: HostStore, parts: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        self._store, self._parts, self._shape, self._dtype = store, parts, shape, dtype
+        self.num_bytes = shape.numel() * dtype.itemsize
         self._fetched: torch.Tensor | None = None
         self._is_back: torch.cuda.Event | None = None
         store.num_held += 1
@@ -32,7 +34,8 @@ class HostTensor:
         self._fetched = torch.empty(self._shape, dtype=self._dtype, device=store.device)
         store.incoming.wait_stream(torch.cuda.current_stream(store.device))  # who had this memory before may still use it
         with torch.cuda.stream(store.incoming):
-            self._fetched.copy_(self._memory.view(self._dtype).view(self._shape), non_blocking=True)
+            for part, target in zip(self._parts, _as_bytes(self._fetched).split([len(part) for part in self._parts])):
+                target.copy_(part, non_blocking=True)
             self._is_back = store.incoming.record_event()
 
     def get(self) -> torch.Tensor:
@@ -40,6 +43,10 @@ class HostTensor:
         torch.cuda.current_stream(self._store.device).wait_event(self._is_back)
         fetched, self._fetched = self._fetched, None
         return fetched
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 class HostStore:
@@ -50,55 +57,53 @@ class HostStore:
         self.num_held = 0
         self.outgoing, self.incoming = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._pieces: list[torch.Tensor] = []  # of _PIECE bytes each: a power of two, which pinned allocations are rounded to
-        self._piece = self._used = 0  # where the next tensor goes
+        self._used = 0  # bytes of the pieces, one after the other
         self._pending: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self._pending_bytes = 0
 
-    def reserve(self, sizes: list[int]) -> None:
-        """Makes room for tensors of these sizes (bytes), as they will be put in by the next forward."""
-        assert sum(sizes) <= self.capacity, f"{sum(sizes)} bytes asked of a host store of {self.capacity}"
+    def reserve(self, num_bytes: int) -> None:
+        """Makes room for so much more, to be put in by the next forward."""
+        assert num_bytes <= self.capacity, f"{num_bytes} bytes asked of a host store of {self.capacity}"
         if self.num_held == 0:
-            self._piece = self._used = 0
-        piece, used = self._piece, self._used
-        for size in sizes:
-            piece, used = self._place(piece, used, size)
-            while piece >= len(self._pieces) and size <= _PIECE:
-                self._pieces.append(self._pinned())
-            used += size
+            self._used = 0
+        while len(self._pieces) * _PIECE < min(self._used + num_bytes, self.capacity):
+            try:
+                self._pieces.append(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True))
+            except RuntimeError as error:
+                raise RuntimeError(f"model.host_gb: the system refuses to pin another {_PIECE / 1e9:.1f} GB of host memory "
+                                   f"({str(error).splitlines()[0]}); set a smaller model.host_gb") from error
 
-    @staticmethod
-    def _pinned() -> torch.Tensor:
-        try:
-            return torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise RuntimeError(f"model.host_gb: the system refuses to pin another {_PIECE / 1e9:.1f} GB of host memory "
-                               f"({str(error).splitlines()[0]}); set a smaller model.host_gb") from error
-
-    @staticmethod
-    def _place(piece: int, used: int, size: int) -> tuple[int, int]:
-        """The piece of the next tensor, and the bytes used before it there."""
-        first = -(-used // _ALIGNMENT) * _ALIGNMENT
-        return (piece, first) if first + size <= _PIECE else (piece + 1, 0)
+    def _take(self, num_bytes: int) -> list[torch.Tensor] | None:
+        """The next bytes of the pieces, None where there are too few."""
+        if self._used + num_bytes > len(self._pieces) * _PIECE:
+            return None
+        parts = []
+        while num_bytes > 0:
+            piece, first = divmod(self._used, _PIECE)
+            parts.append(self._pieces[piece][first:first + num_bytes])
+            num_bytes -= len(parts[-1])
+            self._used += len(parts[-1])
+        self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        return parts
 
     def put(self, tensor: torch.Tensor, *, max_pending_bytes: int) -> HostTensor | torch.Tensor:
         """Starts copying a contiguous tensor out. Where the store has no room (another batch's tensors are still in it) the
         tensor itself comes back, to be kept where it is."""
         assert tensor.is_contiguous(), tensor.stride()
         size = tensor.numel() * tensor.element_size()
-        piece, first = self._place(self._piece, self._used, size)
-        if piece >= len(self._pieces) or size > _PIECE:
+        parts = self._take(size)
+        if parts is None:
             return tensor
-        self._piece, self._used = piece, first + size
-        memory = self._pieces[piece][first:first + size]
         self.outgoing.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.outgoing):
-            memory.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+            for part, source in zip(parts, _as_bytes(tensor).split([len(part) for part in parts])):
+                part.copy_(source, non_blocking=True)
             done = self.outgoing.record_event()
         self._pending.append((tensor, done))
         self._pending_bytes += size
         while self._pending_bytes > max_pending_bytes:
             self._settle_oldest()
-        return HostTensor(self, memory, tensor.shape, tensor.dtype)
+        return HostTensor(self, parts, tensor.shape, tensor.dtype)
 
     def settle(self) -> None:
         """Lets the computation go on only after every copy so far, and lets go of the tensors copied."""

@@ -22,10 +22,10 @@ from models.host_store import HostStore, transfer_rate
 NAMES = ("qkv", "attended", "middle", "h")
 # products with experts' weights and dense ones run at about this share of the GPU's peak, attention at this one
 _PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
-# beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone: 38 of
-# 55 GB/s on an H200, and some of the time is needed to catch up
+# beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone (38 of 55
+# GB/s on an H200), less some time to catch up
 _COPY_SHARE = 0.6
-_MARGIN = 0.02  # of the budget: memory lost between the allocator's blocks
+_MARGIN = 0.03  # of the budget: memory lost between the allocator's blocks
 SCRATCH_BYTES = 1_100_000_000  # of dequantised weights of a projection held at once on a GPU: all of one in gpt-oss-20b
 
 
@@ -46,6 +46,7 @@ class Pass:
     full_pairs: int  # pairs of query and visible key, of a layer without a window
     windowed_pairs: int
     element_size: int
+    stream_size: int  # of an element of the residual stream: x and middle
     is_packed: bool  # experts are dequantised for each use
     keeps_h: bool  # all layers keep their h
     scratch_bytes: int  # of a projection's experts, dequantised at once
@@ -65,10 +66,11 @@ def everything(place: Place, *, x: Place = Place.gpu) -> LayerPlan:
 def bytes_of(config: GptOssConfig, run: Pass) -> dict[str, int]:
     """Size of each activation of a layer."""
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    per_token = {"x": config.hidden_size, "qkv": q_width + 2 * kv_width, "middle": config.hidden_size,
-                 "h": 2 * config.intermediate_size * config.num_experts_per_tok}
-    sizes = {name: run.num_tokens * run.element_size * width for name, width in per_token.items()}
-    return sizes | {"attended": run.num_tokens * (run.element_size * q_width + 4 * config.num_attention_heads)}
+    stream = run.stream_size * config.hidden_size
+    per_token = {"x": stream, "qkv": run.element_size * (q_width + 2 * kv_width), "middle": stream,
+                 "attended": run.element_size * q_width + 4 * config.num_attention_heads,  # with lse
+                 "h": run.element_size * 2 * config.intermediate_size * config.num_experts_per_tok}
+    return {name: run.num_tokens * size for name, size in per_token.items()}
 
 
 def seconds_of(config: GptOssConfig, run: Pass, peak_flops: float, *, windowed: bool) -> dict[str, float]:
@@ -162,11 +164,11 @@ class MemoryBudget:
         return True
 
     def plan(self, x: torch.Tensor, attention: AttentionPlan, trainable: Iterable[torch.nn.Parameter], *,
-             is_packed: bool) -> Plan:
-        """For a forward and backward of the embedded tokens x [T, D]."""
+             dtype: torch.dtype, is_packed: bool) -> Plan:
+        """For a forward and backward of the embedded tokens x [T, D], in the residual stream's dtype, by a model of `dtype`."""
         layers = self.config.num_hidden_layers
-        run = Pass(len(x), *visible_pairs(attention, self.config.sliding_window), x.element_size(), is_packed, True,
-                   SCRATCH_BYTES)
+        run = Pass(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(), is_packed,
+                   True, SCRATCH_BYTES)
         if not self.recomputes:
             return Plan([everything(Place.gpu)] * layers, SCRATCH_BYTES, 0)
         if x.is_cuda and self.host_bytes > 0 and self.store is None:
@@ -175,7 +177,7 @@ class MemoryBudget:
             return Plan([everything(Place.again)] * layers, SCRATCH_BYTES, 0)
         budget = self.memory_gb * 1e9 if self.memory_gb else 0.85 * torch.cuda.get_device_properties(x.device).total_memory
         if self._rates is None:
-            self._rates = transfer_rate(x.device) if self.store is not None else 0.0, product_rate(x)
+            self._rates = transfer_rate(x.device) if self.store is not None else 0.0, product_rate(x.device, dtype)
         sizes = bytes_of(self.config, run)
         # on their way to the host in the forward, or back one layer ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
@@ -191,7 +193,7 @@ class MemoryBudget:
         plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._rates[0],
                             peak_flops=self._rates[1])
         if self.store is not None:
-            self.store.reserve([sizes[name] for plan in plans for name, place in plan.items() if place == Place.host])
+            self.store.reserve(sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host))
         return Plan(plans, run.scratch_bytes, pending)
 
 
@@ -208,14 +210,14 @@ def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:
     return full, windowed
 
 
-def product_rate(x: torch.Tensor) -> float:
-    """Measured FLOP per second of a matrix product in x's dtype."""
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured FLOP per second of a matrix product."""
     size = 4096
-    a = torch.randn(size, size, device=x.device, dtype=x.dtype)
+    a = torch.randn(size, size, device=device, dtype=dtype)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     a @ a
     events[0].record()
     a @ a
     events[1].record()
-    torch.cuda.synchronize(x.device)
+    torch.cuda.synchronize(device)
     return 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)

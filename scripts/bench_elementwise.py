@@ -149,9 +149,9 @@ def packed(num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
 def norm_cases(num_tokens: int) -> Iterator[Case]:
     x, residual, grad, weight = (*(normal(num_tokens, WIDTH, seed=seed) for seed in range(3)), normal(WIDTH))
     row = 2 * WIDTH * num_tokens
-    y, total, inv_rms = norm.norm_forward(x, residual, weight, EPS)
-    yield "add_rms_norm", {}, 4 * row, lambda: norm.norm_forward(x, residual, weight, EPS)
-    yield "rms_norm", {}, 2 * row, lambda: norm.norm_forward(x, None, weight, EPS)
+    y, total, inv_rms = norm.norm_forward(x, residual, weight, EPS, x.dtype)
+    yield "add_rms_norm", {}, 4 * row, lambda: norm.norm_forward(x, residual, weight, EPS, x.dtype)
+    yield "rms_norm", {}, 2 * row, lambda: norm.norm_forward(x, None, weight, EPS, x.dtype)
     yield (
         "add_rms_norm backward",
         {},

@@ -1,7 +1,10 @@
 """Times the forward and backward of a LoRA training step, log-probs and entropy included, on one GPU.
 
     python scripts/random_checkpoint.py /dev/shm/gpt-oss-20b --size 20b --dtype mxfp4
-    python scripts/bench_train.py --checkpoint /dev/shm/gpt-oss-20b --lora attention all
+    python scripts/bench_train.py --checkpoint /dev/shm/gpt-oss-20b --lora all attention
+
+A case is BATCHxLENGTH, in which nothing is recomputed, or BATCHxLENGTH@GB: within so much GPU memory (1e9 bytes) layers keep what
+fits, copy more of it to pinned host memory (--host-gb, which takes the input embedding too) and compute the rest again.
 
 One JSON line per case. tokens_per_s: all tokens of the batch over the median time of the timed steps. peak_gb: the most
 memory torch reserved, in 1e9 bytes, warm-up included. flop_fraction: the arithmetic of the step (products with the base's
@@ -12,8 +15,12 @@ first is scored; the adapter's B is not zero, so that A has a gradient too.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # reserves what it needs, not segments of it
 
 import torch
 from timing import median_ms, product_tflops
@@ -24,17 +31,22 @@ from models.config import GptOssConfig  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.lora import LoraConfig, attach_lora  # noqa: E402
 
-CASES = ("1x2048", "4x2048", "1x8192", "1x16384", "1x32768", "1x131072")
+CASES = ("1x2048", "4x2048@18", "4x2048", "1x8192@18", "1x16384@20", "1x32768@24", "1x131072@60")
 TARGETS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
            "all": ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]}
 MAX_TOKEN = 199_998  # control tokens start here
 
 
-def load_policy(checkpoint: Path, *, lora: str, rank: int = 16, keep_activations: bool = False, memory_gb: float | None = None,
-                host_gb: float = 0.0, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> GptOss:
+class Case(NamedTuple):
+    batch: int
+    length: int
+    memory_gb: float | None  # None: nothing is recomputed
+
+
+def load_policy(checkpoint: Path, *, lora: str, rank: int = 16, host_gb: float = 0.0, device: str = "cuda",
+                dtype: torch.dtype = torch.bfloat16) -> GptOss:
     """The model with an adapter as in the middle of a training run."""
-    policy = load_model(checkpoint, device=device, dtype=dtype, activation_checkpointing=not keep_activations,
-                        memory_gb=memory_gb, host_gb=host_gb)
+    policy = load_model(checkpoint, device=device, dtype=dtype, host_gb=host_gb)
     attach_lora(policy, LoraConfig(rank=rank, alpha=2.0 * rank, targets=TARGETS[lora]), seed=0)
     generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
@@ -79,28 +91,36 @@ def flops_per_token(config: GptOssConfig, length: int, *, trains_base: bool = Fa
     return (3 if trains_base else 2) * 2 * weights + 3.5 * attention  # attention: two products forward, five backward
 
 
-def run_case(policy: GptOss, batch_size: int, length: int, *, iterations: int) -> dict[str, float]:
+def set_memory(policy: GptOss, memory_gb: float | None) -> None:
+    """From now on the policy trains within so much GPU memory, or recomputes nothing."""
+    policy.memory.recomputes, policy.memory.memory_gb = memory_gb is not None, memory_gb
+
+
+def run_case(policy: GptOss, case: Case, *, iterations: int) -> dict[str, float]:
     """Milliseconds, reserved and allocated peaks of one case."""
+    set_memory(policy, case.memory_gb)
     for parameter in policy.trainable_parameters().values():
         parameter.grad = None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    batch = random_batch(policy, batch_size, length)
+    batch = random_batch(policy, case.batch, case.length)
 
     def step() -> None:
         for parameter in policy.trainable_parameters().values():
             parameter.grad = None
         train_step(policy, batch)
 
-    ms = median_ms(step, warmup=2 if batch_size * length <= 32_768 else 1, iterations=iterations)
+    is_long = case.batch * case.length > 65_536
+    ms = median_ms(step, warmup=1 if is_long else 2, iterations=1 if is_long else iterations)
     for name, parameter in policy.trainable_parameters().items():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), f"{name}: no finite gradient"
     return {"ms": ms, "peak_gb": torch.cuda.max_memory_reserved() / 1e9, "allocated_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
-def parse_case(text: str) -> tuple[int, int]:
-    batch, length = text.split("x")
-    return int(batch), int(length)
+def parse_case(text: str) -> Case:
+    sizes, _, memory_gb = text.partition("@")
+    batch, length = sizes.split("x")
+    return Case(int(batch), int(length), float(memory_gb) if memory_gb else None)
 
 
 def main() -> None:
@@ -109,29 +129,27 @@ def main() -> None:
     parser.add_argument("--lora", nargs="+", choices=list(TARGETS), default=["all"], help="what carries adapters")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[parse_case(case) for case in CASES],
-                        metavar="BATCHxLENGTH", help=f"default: {' '.join(CASES)}")
-    parser.add_argument("--memory-gb", type=float, help="memory budget of the GPU, in 1e9 bytes: decides what is recomputed")
-    parser.add_argument("--host-gb", type=float, default=0.0, help="pinned host memory that embedding and activations may use")
-    parser.add_argument("--keep-activations", action="store_true", help="recompute nothing, however much memory that takes")
-    parser.add_argument("--iterations", type=int, default=3, help="timed steps of a case (default: 3)")
+                        metavar="BATCHxLENGTH[@GB]", help=f"default: {' '.join(CASES)}")
+    parser.add_argument("--host-gb", type=float, default=48.0,
+                        help="pinned host memory for embedding and activations (default: 48)")
+    parser.add_argument("--iterations", type=int, default=3, help="timed steps of a case (default: 3; 1 above 65,536 tokens)")
     arguments = parser.parse_args()
     peak_flops, gpu = 1e12 * product_tflops(), torch.cuda.get_device_name()
     print(json.dumps({"what": "peak", "gpu": gpu, "tflops": round(peak_flops / 1e12), "torch": torch.__version__}), flush=True)
     for lora in arguments.lora:
-        policy = load_policy(arguments.checkpoint, lora=lora, rank=arguments.rank, memory_gb=arguments.memory_gb,
-                             host_gb=arguments.host_gb, keep_activations=arguments.keep_activations)
-        for batch, length in arguments.cases:
-            line = {"what": "train", "lora": lora, "batch": batch, "length": length}
+        policy = load_policy(arguments.checkpoint, lora=lora, rank=arguments.rank, host_gb=arguments.host_gb)
+        for case in arguments.cases:
+            line = {"what": "train", "lora": lora, "batch": case.batch, "length": case.length, "memory_gb": case.memory_gb}
             try:
-                result = run_case(policy, batch, length, iterations=arguments.iterations)
+                result = run_case(policy, case, iterations=arguments.iterations)
             except torch.OutOfMemoryError as error:
                 print(json.dumps(line | {"error": str(error).split(". ")[0]}), flush=True)
                 continue
-            rate = batch * length / result["ms"] * 1e3
+            rate = case.batch * case.length / result["ms"] * 1e3
             line |= {"tokens_per_s": round(rate), "peak_gb": round(result["peak_gb"], 2),
-                     "flop_fraction": round(rate * flops_per_token(policy.config, length) / peak_flops, 3),
+                     "flop_fraction": round(rate * flops_per_token(policy.config, case.length) / peak_flops, 3),
                      "ms": round(result["ms"], 1), "allocated_gb": round(result["allocated_gb"], 2),
-                     "memory_gb": arguments.memory_gb, "host_gb": arguments.host_gb, "gpu": gpu}
+                     "host_gb": arguments.host_gb, "gpu": gpu}
             print(json.dumps(line), flush=True)
         del policy
         torch.cuda.empty_cache()

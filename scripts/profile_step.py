@@ -1,6 +1,6 @@
 """Where the time of one training step goes: every kernel with its share, and the share of time the GPU stands idle.
 
-    python scripts/profile_step.py --checkpoint /dev/shm/gpt-oss-20b --case 4x2048 --lora all
+    python scripts/profile_step.py --checkpoint /dev/shm/gpt-oss-20b --case 4x2048@18 --lora all
 
 Two consecutive steps are recorded after a warm-up (scripts/bench_train.py has the step); figures are per step. Idle is the time
 between the first kernel's start and the last one's end in which no kernel, copy or fill ran. The profiler itself slows a step
@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from bench_train import TARGETS, load_policy, parse_case, random_batch, train_step
+from bench_train import TARGETS, load_policy, parse_case, random_batch, set_memory, train_step
 
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 STEPS = 2
@@ -53,28 +53,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a gpt-oss checkpoint")
     parser.add_argument("--lora", choices=list(TARGETS), default="all")
-    parser.add_argument("--case", type=parse_case, default=(4, 2048), metavar="BATCHxLENGTH", help="default: 4x2048")
-    parser.add_argument("--memory-gb", type=float, help="memory budget of the model, in 1e9 bytes")
-    parser.add_argument("--host-gb", type=float, default=0.0, help="pinned host memory that embedding and activations may use")
-    parser.add_argument("--keep-activations", action="store_true", help="recompute nothing")
+    parser.add_argument("--case", type=parse_case, default=parse_case("4x2048"), metavar="BATCHxLENGTH[@GB]",
+                        help="default: 4x2048; scripts/bench_train.py says what it means")
+    parser.add_argument("--host-gb", type=float, default=48.0,
+                        help="pinned host memory for embedding and activations (default: 48)")
     parser.add_argument("--rows", type=int, default=40, help="kernels listed (default: 40)")
     parser.add_argument("--trace", type=Path, help="keep the timeline in this file")
     arguments = parser.parse_args()
-    policy = load_policy(arguments.checkpoint, lora=arguments.lora, memory_gb=arguments.memory_gb,
-                         host_gb=arguments.host_gb, keep_activations=arguments.keep_activations)
+    policy = load_policy(arguments.checkpoint, lora=arguments.lora, host_gb=arguments.host_gb)
+    batch, length, memory_gb = arguments.case
+    set_memory(policy, memory_gb)
     with tempfile.TemporaryDirectory() as folder:
         trace = arguments.trace or Path(folder) / "trace.json"
-        record(policy, random_batch(policy, *arguments.case), trace)
+        record(policy, random_batch(policy, batch, length), trace)
         span, idle, table = summarize(json.loads(trace.read_text())["traceEvents"])
-    batch, length = arguments.case
-    print(f"{torch.cuda.get_device_name()}, {batch}x{length}, lora {arguments.lora}: {span / STEPS / 1e3:.1f} ms per step, "
-          f"idle {idle / span:.1%}")
+    print(f"{torch.cuda.get_device_name()}, {batch}x{length}, budget {memory_gb} GB, lora {arguments.lora}: "
+          f"{span / STEPS / 1e3:.1f} ms per step, idle {idle / span:.1%}")
     print(f"{'ms':>9} {'share':>6} {'count':>6}  kernel")
     for name, count, time in table[:arguments.rows]:
         print(f"{time / STEPS / 1e3:9.3f} {time / span:6.1%} {count / STEPS:6.0f}  {name[:110]}")
     rest = sum(time for _, _, time in table[arguments.rows:])
     print(f"{rest / STEPS / 1e3:9.3f} {rest / span:6.1%} {'':6}  {len(table[arguments.rows:])} others")
-    print(json.dumps({"what": "profile", "lora": arguments.lora, "batch": batch, "length": length,
+    print(json.dumps({"what": "profile", "lora": arguments.lora, "batch": batch, "length": length, "memory_gb": memory_gb,
                       "gpu": torch.cuda.get_device_name(), "ms": round(span / STEPS / 1e3, 2), "idle": round(idle / span, 4),
                       "kernels": {name[:60]: round(time / span, 4) for name, _, time in table[:12]}}))
 

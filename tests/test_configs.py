@@ -126,6 +126,8 @@ BAD_ARGUMENTS = [
     ("optim.lr=-1", "optim.lr = -1.0: must be > 0"),
     ("optim.lr=.nan", "optim.lr = '.nan' (str): expected a number"),
     ("optim.lr=nan", "optim.lr = nan: must be > 0"),
+    ("optim.loss_scale=1000", "optim.loss_scale = 1000.0: must be null or a power of two"),
+    ("dtype=half", "dtype = 'half' (str): expected one of auto, float32, bfloat16, float16"),
     ("optim.betas=[0.9]", "optim.betas = [0.9]: must be two numbers in [0, 1)"),
     ("optim.max_tokens=16", "optim.max_tokens = 16: must hold a prompt and"),
     ("checkpoint.keep=1", "checkpoint.keep = 1: must be at least 2"),
@@ -233,9 +235,8 @@ def test_plain_dicts_hold_plain_strings():
 
 def test_resuming_refuses_what_would_change_the_steps_and_only_that():
     saved = load_config("train", [])
-    check_resumable(
-        saved, load_config("train", ["resume=true", "steps=80", "wandb.mode=offline", "optim.share_prompts=true"])
-    )
+    changed = ["resume=true", "steps=80", "wandb.mode=offline", "optim.share_prompts=true", "optim.loss_scale=1024"]
+    check_resumable(saved, load_config("train", changed))
     with pytest.raises(ConfigError) as caught:
         check_resumable(saved, load_config("train", ["resume=true", "optim.lr=1e-3", "warmup=null"]))
     assert "optim.lr: 0.0003 when the run started, 0.001 now" in str(caught.value)

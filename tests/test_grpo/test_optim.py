@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from grpo.optim import NonFiniteError, Optimizer, check_finite, learning_rate
+from grpo.optim import FLOAT16_LOSS_SCALE, NonFiniteError, Optimizer, check_finite, learning_rate, loss_scale_for
 
 SHAPES = {"a": (5, 7), "b": (3,), "experts": (2, 4, 3)}
 
@@ -150,6 +150,51 @@ def test_a_non_finite_gradient_names_the_first_tensor_and_moves_nothing(bad, dty
     assert all(torch.equal(params[name], weights[name]) for name in SHAPES)
     after = optimizer.state_dict()
     assert set(after) == set(state) and all(torch.equal(after[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_scale_changes_no_bit_of_gradients_that_fp32_holds(dtype):
+    results = []
+    for loss_scale in (1.0, 2.0**20):
+        params = make_params(dtype)
+        optimizer = make_optimizer(params, loss_scale=loss_scale, max_grad_norm=1.0)
+        norms = []
+        for step in range(3):
+            for part in range(2):  # two micro-batches
+                gradients = random_gradients(step + 10 * part)
+                optimizer.backward(sum((param * gradients[name].to(dtype)).sum() for name, param in params.items()))
+            expected = {name: random_gradients(step)[name].to(dtype).float() + random_gradients(step + 10)[name].to(dtype).float()
+                        for name in params}
+            assert all(torch.equal(gradient, expected[name]) for name, gradient in optimizer.gradients().items())
+            norms.append(optimizer.step())
+            optimizer.zero_grad()
+        results.append((norms, {name: param.detach().clone() for name, param in params.items()}))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in SHAPES)
+
+
+def test_a_loss_scale_carries_through_float16_what_would_underflow_there():
+    master = torch.nn.Parameter(torch.zeros(4))
+    for loss_scale, expected in ((1.0, 0.0), (2.0**20, 3e-9)):
+        optimizer = make_optimizer({"lora_A": master}, loss_scale=loss_scale)
+        optimizer.zero_grad()
+        optimizer.backward((master.half().float() * 3e-9).sum())
+        assert optimizer.gradients()["lora_A"].tolist() == pytest.approx([expected] * 4, rel=1e-3)
+
+
+def test_a_scaled_gradient_that_overflows_names_the_loss_scale():
+    params = {"w": torch.nn.Parameter(torch.zeros(2))}
+    optimizer = make_optimizer(params, loss_scale=2.0**20)
+    optimizer.backward((params["w"].half() * 8.0).sum())
+    with pytest.raises(NonFiniteError, match="scaled by 1.04858e.06: .*lower optim.loss_scale"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="optim.loss_scale=1000.0: must be a power of two"):
+        make_optimizer(params, loss_scale=1000.0)
+
+
+def test_float16_models_have_a_loss_scale_unless_another_is_configured():
+    assert loss_scale_for(torch.float16, None) == FLOAT16_LOSS_SCALE and loss_scale_for(torch.bfloat16, None) == 1.0
+    assert loss_scale_for(torch.float16, 8.0) == 8.0
 
 
 def test_check_finite_counts_what_is_wrong():

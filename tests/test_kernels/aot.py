@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from kernels.launch import SHARED_MEMORY, family_of
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ALL_ARCHITECTURES = (75, *ARCHITECTURES)  # for kernels without matrix products
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|QGMMA)\b")
 
@@ -34,6 +35,16 @@ class Resources:
     @property
     def has_mma(self) -> bool:
         return bool(self.mma)
+
+
+def half(arch: int) -> str:
+    """Pointers to the 16-bit type that models have on this GPU."""
+    return "*bf16" if arch >= 80 else "*fp16"
+
+
+def stream(arch: int) -> str:
+    """Pointers to the residual stream, which does not fit float16."""
+    return "*bf16" if arch >= 80 else "*fp32"
 
 
 def _run(tool: str, *arguments: str) -> str:

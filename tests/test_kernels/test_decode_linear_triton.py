@@ -1,5 +1,5 @@
-"""The dense projection for few tokens: in the interpreter against float64, compiled for every GPU, and on a GPU bit for bit against
-grouped_gemm."""
+"""The dense projection for few tokens: in the interpreter against float64, compiled for every GPU, and on a GPU bit for bit
+against grouped_gemm."""
 
 import pytest
 import torch

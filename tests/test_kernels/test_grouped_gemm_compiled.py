@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ARCHITECTURES, check_fits, compile_for, half
 
 from kernels.grouped_gemm import choose_blocks, grouped_gemm_kernel
 from kernels.grouped_outer import (
@@ -126,7 +126,11 @@ def test_sums_fit(arch):
     signature = {"partial": "*fp32", "out": "*fp32", "offsets": "*i32", "num_rows": "i32", "num_experts": "i32", "size": "i32"}
     constexprs = {"EXPERTS": NUM_EXPERTS, "CHUNK": CHUNK_ROWS, "BLOCK": 1024, "HAS_OFFSETS": True}
     check_fits(compile_for(sum_chunks_kernel, signature, constexprs, arch, num_warps=4, num_stages=3), arch)
-    signature = {"x": "*bf16", "out": "*bf16", "offsets": "*i32", "gather": "*i32", "row_scale": "*fp32", "width": "i32",
+
+
+@pytest.mark.parametrize("arch", [75, 86, 90])
+def test_sums_of_rows_fit(arch):
+    signature = {"x": half(arch), "out": half(arch), "offsets": "*i32", "gather": "*i32", "row_scale": "*fp32", "width": "i32",
                  "stride_x": "i32"}
     constexprs = {"ROWS": 32, "COLS": 128, "HAS_GATHER": True, "HAS_ROW_SCALE": True}
     check_fits(compile_for(grouped_row_sum_kernel, signature, constexprs, arch, num_warps=4, num_stages=3), arch)

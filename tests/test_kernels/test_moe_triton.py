@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -138,18 +138,19 @@ def test_dense_experts_agree_with_the_golden():
     torch.testing.assert_close(y, case["y"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_activation_gradient_compiles_without_spills(arch):
-    signature = {"grad_ptr": "*bf16", "h_ptr": "*bf16", "weights_ptr": "*fp32", "slots_ptr": "*i32", "dots_ptr": "*fp32",
+    signature = {"grad_ptr": half(arch), "h_ptr": half(arch), "weights_ptr": "*fp32", "slots_ptr": "*i32", "dots_ptr": "*fp32",
                  "alpha": "fp32", "limit": "fp32"}
     pointers = tuple(name for name in signature if name.endswith("_ptr"))
     check_fits(compile_for(_activation_grad_kernel, signature, {"WIDTH": 2880, "BLOCK": 1024}, arch, num_warps=4, num_stages=3,
                            divisible=pointers), arch)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_products_with_the_bias_compile_without_spills(arch):
-    signature = {"grad_ptr": "*bf16", "bias_ptr": "*bf16", "indices_ptr": "*i64", "dots_ptr": "*fp32", "stride_grad": "i32"}
+    halves = {"grad_ptr": half(arch), "bias_ptr": half(arch)}
+    signature = halves | {"indices_ptr": "*i64", "dots_ptr": "*fp32", "stride_grad": "i32"}
     check_fits(compile_for(_bias_dots_kernel, signature, {"WIDTH": 2880, "PER_TOKEN": 4, "BLOCK": 4096}, arch, num_warps=8,
                            num_stages=3), arch)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 
 from kernels.mxfp4 import (
@@ -85,9 +85,9 @@ def test_a_dtype_without_a_kernel_is_refused():
         dequantize(*random_experts(1, 1, 1), torch.float64)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_kernel_fits_every_gpu_and_keeps_subnormals(arch):
-    signature = {"words_ptr": "*i32", "scales_ptr": "*u8", "out_ptr": "*bf16", "num_words": "i32"}
+    signature = {"words_ptr": "*i32", "scales_ptr": "*u8", "out_ptr": half(arch), "num_words": "i32"}
     resources = compile_for(
         _dequantize_kernel,
         signature,

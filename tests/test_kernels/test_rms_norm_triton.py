@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half, stream
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -72,6 +72,34 @@ def test_the_sum_its_norm_and_all_gradients_equal_float64(num_rows, width, poiso
         )
 
 
+def mixed_errors(num_rows, width, device) -> None:
+    """A float16 x beside a float32 stream that float16 could not hold, against float64."""
+    tensors = {"x": normal(num_rows, width), "residual": normal(num_rows, width, seed=1) * 1e5, "weight": normal(width, seed=2)}
+    tensors = {name: value.to(device, torch.float32 if name == "residual" else torch.float16) for name, value in tensors.items()}
+    grads = [normal(num_rows, width, seed=3, dtype=torch.float16, device=device), normal(num_rows, width, seed=4, device=device)]
+    actual = outputs_and_gradients(ours, tensors, grads)
+    expected = outputs_and_gradients(add_norm_plain, {name: value.double() for name, value in tensors.items()},
+                                     [grad.double() for grad in grads])
+    for name, value in expected.items():
+        dtype = torch.float32 if name in ("total", "residual") else torch.float16
+        assert actual[name].dtype == dtype, name
+        error = (actual[name].double() - value).norm()
+        assert error <= (2e-6 if dtype == torch.float32 else 1e-3) * value.norm(), name
+    alone = rms_norm(actual["total"], tensors["weight"], eps=EPS, dtype=torch.float16)
+    assert torch.equal(alone, actual["y"])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("num_rows, width", [(3, 63), (5, 600)])
+def test_a_half_delta_joins_a_float32_stream(num_rows, width, poisoned):
+    mixed_errors(num_rows, width, "cpu")
+
+
+@pytest.mark.gpu
+def test_a_half_delta_joins_a_float32_stream_on_a_gpu(poisoned):
+    mixed_errors(2048, 2880, "cuda")
+
+
 @pytest.mark.interpreter
 def test_either_output_may_go_unused(poisoned):
     x, residual, weight = normal(3, 20), normal(3, 20, seed=1), normal(20, seed=2)
@@ -122,23 +150,23 @@ def test_what_the_kernels_do_not_take_is_refused():
         rms_norm(torch.ones(1, 16385), torch.ones(16385), eps=EPS)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch):
-    row = {"stride_x": "i32", "x_ptr": "*bf16", "weight_ptr": "*bf16", "inv_rms_ptr": "*fp32"}
+    row = {"stride_x": "i32", "x_ptr": half(arch), "weight_ptr": half(arch), "inv_rms_ptr": "*fp32"}
     size = {"WIDTH": 2880, "BLOCK": 4096}
     forward = (
         row
-        | {name: "*bf16" for name in ("residual_ptr", "y_ptr", "total_ptr")}
+        | {"residual_ptr": stream(arch), "y_ptr": half(arch), "total_ptr": stream(arch)}
         | {"eps": "fp32", "stride_residual": "i32"}
     )
     check_fits(compile_for(_norm_kernel, forward, size | {"HAS_RESIDUAL": True}, arch, num_warps=8, num_stages=3), arch)
-    backward = row | {name: "*bf16" for name in ("grad_ptr", "grad_total_ptr", "grad_x_ptr")}
+    backward = row | {"grad_ptr": half(arch)} | {name: stream(arch) for name in ("x_ptr", "grad_total_ptr", "grad_x_ptr")}
     backward |= {name: "i32" for name in ("num_rows", "rows_per_program", "stride_grad", "stride_total")} | {
         "partial_ptr": "*fp32"
     }
     flags = {"HAS_TOTAL": True, "NEEDS_WEIGHT": True}
     check_fits(compile_for(_norm_grad_kernel, backward, size | flags, arch, num_warps=8, num_stages=3), arch)
-    partials = {"partial_ptr": "*fp32", "grad_weight_ptr": "*bf16", "num_partials": "i32"}
+    partials = {"partial_ptr": "*fp32", "grad_weight_ptr": half(arch), "num_partials": "i32"}
     blocks = {"WIDTH": 2880, "BLOCK_ROWS": 32, "BLOCK_COLS": 32}
     check_fits(compile_for(_sum_partials_kernel, partials, blocks, arch, num_warps=4, num_stages=3), arch)
 

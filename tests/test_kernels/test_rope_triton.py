@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -72,10 +72,10 @@ def test_slices_of_a_fused_projection_and_strided_views(poisoned):
     assert rope(q[:0], cos[:0], sin[:0]).shape == (0, 6, 8)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_kernel_fits_every_gpu(arch):
     signature = {f"stride_{name}_{axis}": "i32" for name in "qk" for axis in ("token", "head", "out")}
-    signature |= {name: "*bf16" for name in ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr")} | {
+    signature |= {name: half(arch) for name in ("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr")} | {
         "cos_ptr": "*fp32",
         "sin_ptr": "*fp32",
     }

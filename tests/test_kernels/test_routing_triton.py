@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, ARCHITECTURES, check_fits, compile_for, half, stream
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -200,6 +200,25 @@ def test_strided_inputs_and_no_tokens(poisoned):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_of_either_dtype_are_summed_into_a_float32_stream(dtype, poisoned):
+    weights, routing = route(normal(7, 5), experts_per_token=3)
+    rows, residual = normal(21, 40, seed=1).to(dtype), normal(7, 40, seed=2) * 1e5
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (rows, weights, residual)]
+    y = combine(leaves[0], leaves[1], routing, residual=leaves[2])
+    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weights, residual)]
+    expected = exact[2] + (exact[0][routing.inverse.long()] * exact[1].unsqueeze(-1)).sum(1)
+    grad = normal(7, 40, seed=3)
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert y.dtype == torch.float32
+    assert (y.double() - expected).abs().max() <= 1e-7 * expected.abs().max()
+    for mine, leaf in zip(leaves, exact):
+        assert mine.grad.dtype == mine.dtype
+        assert (mine.grad.double() - leaf.grad).norm() <= (1e-3 if mine.dtype == torch.float16 else 2e-6) * leaf.grad.norm()
+
+
+@pytest.mark.interpreter
 def test_more_experts_than_the_kernel_takes_are_refused():
     with pytest.raises(ValueError, match="1025"):
         route(torch.zeros(1, 1025), experts_per_token=2)
@@ -209,7 +228,7 @@ def pointers(kind, *names):
     return {f"{name}_ptr": kind for name in names}
 
 
-def elementwise_cases(num_experts, per_token):
+def elementwise_cases(num_experts, per_token, arch):
     """kernel, signature, constexprs (num_warps among them where it is not 4) at gpt-oss shapes."""
     integer = {"num_tokens": "i32"}
     experts = {"NUM_EXPERTS": num_experts, "PER_TOKEN": per_token}
@@ -235,18 +254,23 @@ def elementwise_cases(num_experts, per_token):
     )
     row = {"WIDTH": 2880, "PER_TOKEN": per_token, "BLOCK": 1024}
     inverse = pointers("*i32", "inverse")
-    yield _dispatch_kernel, pointers("*bf16", "x", "rows") | inverse | {"stride_x": "i32"}, row
+    yield _dispatch_kernel, pointers(half(arch), "x", "rows") | inverse | {"stride_x": "i32"}, row
     yield (
         _sum_rows_kernel,
-        pointers("*bf16", "rows", "residual", "y")
+        pointers(stream(arch), "rows", "residual", "y")
         | pointers("*fp32", "weights")
         | inverse
         | {"stride_rows": "i32", "stride_residual": "i32"},
         row | {"HAS_WEIGHTS": True, "HAS_RESIDUAL": True},
     )
     yield (
+        _sum_rows_kernel,
+        pointers(half(arch), "rows", "y") | inverse | {"stride_rows": "i32"},
+        row | {"weights_ptr": None, "residual_ptr": None, "stride_residual": 0, "HAS_WEIGHTS": False, "HAS_RESIDUAL": False},
+    )
+    yield (
         _combine_grad_kernel,
-        pointers("*bf16", "grad", "rows", "grad_rows")
+        pointers(half(arch), "grad", "rows", "grad_rows")
         | pointers("*fp32", "weights", "grad_weights")
         | inverse
         | {"stride_grad": "i32", "stride_rows": "i32"},
@@ -254,9 +278,9 @@ def elementwise_cases(num_experts, per_token):
     )
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch):
-    for kernel, signature, constexprs in elementwise_cases(32, 4):
+    for kernel, signature, constexprs in elementwise_cases(32, 4, arch):
         check_fits(
             compile_for(kernel, signature, constexprs, arch, num_warps=constexprs.pop("num_warps", 4), num_stages=3),
             arch,
@@ -264,7 +288,7 @@ def test_kernels_fit_every_gpu(arch):
 
 
 def test_kernels_fit_at_128_experts_and_8_per_token():
-    for kernel, signature, constexprs in elementwise_cases(128, 8):
+    for kernel, signature, constexprs in elementwise_cases(128, 8, 90):
         check_fits(
             compile_for(kernel, signature, constexprs, 90, num_warps=constexprs.pop("num_warps", 4), num_stages=3), 90
         )

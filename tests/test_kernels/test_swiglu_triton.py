@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -86,11 +86,11 @@ def test_nan_comes_through_and_infinities_are_clamped():
     torch.testing.assert_close(y[2:], plain(torch.tensor([7.0, 1.0, 1.0, -7.0])))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_kernels_fit_every_gpu_and_move_16_bytes_at_a_time(arch):
     numbers = {"alpha": "fp32", "limit": "fp32", "num_pairs": "i32"}
-    forward = {"h_ptr": "*i32", "y_ptr": "*bf16"} | numbers
-    backward = {"grad_ptr": "*bf16", "grad_h_ptr": "*i32"} | forward
+    forward = {"h_ptr": "*i32", "y_ptr": half(arch)} | numbers
+    backward = {"grad_ptr": half(arch), "grad_h_ptr": "*i32"} | forward
     for kernel, signature, flags in (
         (_swiglu_kernel, forward, {}),
         (_swiglu_grad_kernel, backward, {"WITH_ACTIVATION": True}),
