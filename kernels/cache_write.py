@@ -49,15 +49,16 @@ def _write_triton(q, k, v, cos, sin, keys, values, slots, positions, *, rotates:
     """q, k and v [B, heads, D], a token's heads dense."""
     tensors = {"q": q, "k": k, "v": v, "keys": keys, "values": values}
     check_served("cache_write", tensors, dtypes=DTYPES, tensor_cores=False)
+    assert slots.shape == positions.shape == (len(k),), (slots.shape, positions.shape, k.shape)
     assert all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k, v)), [x.stride() for x in (q, k, v)]
     assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
     num_tokens, num_q, width = q.shape
     block_q, block_half = triton.next_power_of_2(num_q), triton.next_power_of_2(width // 2)
     if num_tokens:
-        launch(_write_kernel, (num_tokens,), q, k, v, cos, sin, keys, values, slots, positions, q.stride(0), k.stride(0),
-               v.stride(0), keys.stride(0), keys.stride(1), keys.shape[1], NUM_Q=num_q, NUM_K=k.shape[1], HALF=width // 2,
-               BLOCK_Q=block_q, BLOCK_K=triton.next_power_of_2(k.shape[1]), BLOCK_HALF=block_half, ROTATES=rotates,
-               num_warps=_num_warps(block_q * block_half))
+        launch(_write_kernel, (num_tokens,), q, k, v, cos, sin, keys, values, slots.contiguous(), positions.contiguous(),
+               q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), keys.shape[1], NUM_Q=num_q,
+               NUM_K=k.shape[1], HALF=width // 2, BLOCK_Q=block_q, BLOCK_K=triton.next_power_of_2(k.shape[1]),
+               BLOCK_HALF=block_half, ROTATES=rotates, num_warps=_num_warps(block_q * block_half))
 
 
 def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,

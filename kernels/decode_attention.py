@@ -102,14 +102,16 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     if width not in (16, 32, 64, 128) or q.dtype != keys.dtype:
         raise ValueError(f"decode_attention: q {q.dtype} of width {width}, keys {keys.dtype}; the Triton kernel takes one dtype "
                          "and a width of 16, 32, 64 or 128")
+    assert slots.shape == positions.shape == (num_rows,), (slots.shape, positions.shape, q.shape)
     assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
     q = q if q.stride()[1:] == (width, 1) else q.contiguous()
+    positions = positions.contiguous()
     out = torch.empty((num_rows, num_heads, width), dtype=q.dtype, device=q.device)
     blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=width).forward
     if num_rows:
-        launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks, out, slots, positions,
-               positions if prefix_lens is None else prefix_lens, q.stride(0), keys.stride(0), keys.stride(1), out.stride(0),
-               scale * _LOG2_E, window, GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None,
+        launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks.contiguous(), out, slots.contiguous(), positions,
+               positions if prefix_lens is None else prefix_lens.contiguous(), q.stride(0), keys.stride(0), keys.stride(1),
+               out.stride(0), scale * _LOG2_E, window, GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None,
                RING=keys.shape[1] if window else 0, D=width, BLOCK_H=max(16, triton.next_power_of_2(group)),
                BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0])
     return out
