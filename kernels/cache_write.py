@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch
+from kernels.launch import check_served, is_triton, launch, next_power_of_2
 from kernels.rope import DTYPES, MAX_WIDTH, _num_warps, _rotate, rope_reference
 
 
@@ -53,11 +53,11 @@ def _write_triton(q, k, v, cos, sin, keys, values, slots, positions, *, rotates:
     assert all(x.stride()[1:] == (x.shape[2], 1) for x in (q, k, v)), [x.stride() for x in (q, k, v)]
     assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
     num_tokens, num_q, width = q.shape
-    block_q, block_half = triton.next_power_of_2(num_q), triton.next_power_of_2(width // 2)
+    block_q, block_half = next_power_of_2(num_q), next_power_of_2(width // 2)
     if num_tokens:
         launch(_write_kernel, (num_tokens,), q, k, v, cos, sin, keys, values, slots.contiguous(), positions.contiguous(),
                q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), keys.shape[1], NUM_Q=num_q,
-               NUM_K=k.shape[1], HALF=width // 2, BLOCK_Q=block_q, BLOCK_K=triton.next_power_of_2(k.shape[1]),
+               NUM_K=k.shape[1], HALF=width // 2, BLOCK_Q=block_q, BLOCK_K=next_power_of_2(k.shape[1]),
                BLOCK_HALF=block_half, ROTATES=rotates, num_warps=_num_warps(block_q * block_half))
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import _attend, _forward_tiles, _load_rows, blocks_for
-from kernels.launch import check_served, gpu_family, is_triton, launch
+from kernels.launch import check_served, gpu_family, launch, next_power_of_2, product_path
 
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
@@ -93,7 +93,7 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
     Without them the bits are those of training on whole sequences; on the CPU they change nothing."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
-    if not is_triton(q):
+    if product_path(q) != "triton":  # the reference consists of library products
         return decode_attention_reference(q, keys, values, sinks, slots, positions, scale)
     check_served("decode_attention", {"q": q, "keys": keys, "values": values},
                  dtypes=(torch.bfloat16, torch.float16, torch.float32), tensor_cores=True)
@@ -112,6 +112,6 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
         launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks.contiguous(), out, slots.contiguous(), positions,
                positions if prefix_lens is None else prefix_lens.contiguous(), q.stride(0), keys.stride(0), keys.stride(1),
                out.stride(0), scale * _LOG2_E, window, GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None,
-               RING=keys.shape[1] if window else 0, D=width, BLOCK_H=max(16, triton.next_power_of_2(group)),
+               RING=keys.shape[1] if window else 0, D=width, BLOCK_H=max(16, next_power_of_2(group)),
                BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0])
     return out

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 
 from kernels.cache_write import _write_kernel, rotate_and_write, write
@@ -81,9 +81,9 @@ def test_the_kernel_turns_as_rope_does(num_heads, num_kv, width):
 
 
 @pytest.mark.parametrize("rotates", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_kernel_fits_every_gpu(arch, rotates):
-    signature = {f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "keys", "values")}
+    signature = {f"{name}_ptr": half(arch) for name in ("q", "k", "v", "keys", "values")}
     signature |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "slots_ptr": "*i64", "positions_ptr": "*i64", "num_entries": "i32"}
     signature |= {f"stride_{name}": "i32" for name in ("q", "k", "v", "slot", "entry")}
     sizes = {"NUM_Q": 64, "NUM_K": 8, "HALF": 32, "BLOCK_Q": 64, "BLOCK_K": 8, "BLOCK_HALF": 32, "ROTATES": rotates}
