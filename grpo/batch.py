@@ -104,7 +104,7 @@ class RolloutBatch:
         owners, prompts, prefixes = [], [], []  # of each span; the owner is a sequence here, -1 for a shared prompt
         for (prompt, length), neighbours in itertools.groupby(rows, key=self.prompts.__getitem__):
             members, prefix, shared = list(neighbours), -1, 0
-            if share_prompts and len(members) > 1:
+            if share_prompts:  # a lone one too: attention adds up a prompt's keys apart, so it rounds alike in any micro-batch
                 prefix, shared = len(spans), length
                 spans.append((bounds[members[0]], bounds[members[0]] + length))
                 owners.append(-1)

@@ -130,15 +130,16 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
 
 
 def _draw_block(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Draw:
-    scores = logits / temperature  # [B, V]
-    scores -= scores.amax(dim=-1, keepdim=True)
+    tempered = logits / temperature  # [B, V]
+    scores = tempered - tempered.amax(dim=-1, keepdim=True)
     kept = _kept_mask(scores, top_k=top_k, top_p=top_p, min_p=min_p)
     if kept is not None:
         scores.masked_fill_(~kept, -math.inf)
-    log_normalizer = scores.exp().sum(dim=-1).log()  # [B]
+        tempered.masked_fill_(~kept, -math.inf)
     noise = gumbel_noise(keys, logits.shape[1])
     tokens = noise.add_(scores).argmax(dim=-1)  # [B]
-    log_probs = scores.gather(1, tokens[:, None]).squeeze(1) - log_normalizer
+    # in the trainer's operations (kernels/log_probs.py), so that its bits are the same
+    log_probs = torch.log_softmax(tempered, dim=-1).gather(1, tokens[:, None]).squeeze(1)
     if kept is None:
         return Draw(tokens=tokens, log_probs=log_probs)
     kept_ids = kept.nonzero()[:, 1].int()

@@ -141,11 +141,16 @@ def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first .. first + BLOCK of one head: [BLOCK, D]; zeros from `end` on where MASKED, else all must exist."""
+def _load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+               RING: tl.constexpr = 0):
+    """Rows first .. first + BLOCK of one head: [BLOCK, D]; zeros from `end` on where MASKED, else all must exist. Row p stands
+    at p % RING where RING is not 0."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, D)
-    pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    if RING > 0:
+        pointers = pointer + ((first + rows) % RING)[:, None] * stride + dims[None, :]
+    else:
+        pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
     if MASKED:
         return tl.load(pointers, mask=(first + rows < end)[:, None], other=0.0)
     else:
@@ -168,12 +173,12 @@ def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M:
 @triton.jit
 def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
                    scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                   D: tl.constexpr, BLOCK_N: tl.constexpr):
+                   D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0):
     for start in tl.range(first, last, BLOCK_N):
         if DESCRIPTOR and not MASKED:
             k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
         else:
-            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED)
+            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             cols = start + tl.arange(0, BLOCK_N)
@@ -186,7 +191,7 @@ def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
         if DESCRIPTOR and not MASKED:
             v_tile = v_tiles.load([start, column])
         else:
-            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED)
+            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         row_max = new_max
     return acc, row_max, row_sum

@@ -1,20 +1,117 @@
-"""Attention of one new token per sequence over its key-value cache, with sinks and grouped queries.
+"""Attention of one new token per sequence over its key-value cache, with sinks, a sliding window and grouped queries.
 
-The formula is that of kernels/attention.py with a single query row. A ring cache of a windowed layer holds its keys in any
-order: attention does not depend on it.
+The formula is that of kernels/attention.py with a single query row. A windowed layer's cache is a ring: the key of position p
+stands at entry p % L.
+
+The Triton kernel gives the bits that the forward kernel of kernels/attention.py gives the same row, on GPUs whose products
+are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
+* the loop is that kernel's own (_forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
+  sequence, and again from the end of a shared prefix where training counts so (`prefix_lens`);
+* tiles without a visible key leave maximum, sum and output as they are (the sink keeps the maximum finite, so their weights
+  are 0 and the factor is 1): it does not matter that a tile of training queries visits more of them than one query;
+* the one sum whose order a layout decides is that of a row's weights. There, a thread holds columns 8 j + 2 (lane % 4) and
+  the next of its row, adds its own, and a butterfly adds those of four lanes. That holds here too as long as all warps
+  lie along the rows; 16 rows fill one warp.
+
+One program of one warp per sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows of the
+smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits:
+splitting a sequence over programs would change the order of the sums, here and so in training.
+
+Shapes: B sequences, N slots, L entries per slot, H query heads, K key-value heads, D head width.
 """
+from __future__ import annotations
+
 import torch
+import triton
+import triton.language as tl
 
-from kernels.attention import _attend
+from kernels.attention import _attend, _forward_tiles, _load_rows, blocks_for
+from kernels.launch import check_served, gpu_family, launch, next_power_of_2, product_path
+
+_LOG2_E = 1.4426950408889634
+# stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
+_STAGES = {False: 3, True: 4}
 
 
-def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, sinks: torch.Tensor, *,
-                     slots: torch.Tensor, num_keys: torch.Tensor, max_keys: int, scale: float) -> torch.Tensor:
-    """q [B, H, D]; caches [slots, L, K, D]; sequence b reads entries 0..num_keys[b]-1 of slots[b]; max_keys bounds num_keys.
-    Returns [B, H, D] in q's dtype."""
-    k = k_cache[:, :max_keys][slots]  # [B, max_keys, K, D]
-    v = v_cache[:, :max_keys][slots]
+def decode_attention_reference(q, keys, values, sinks, slots, positions, scale):
+    num_keys = (positions + 1).clamp(min=0, max=keys.shape[1])
+    max_keys = max(int(num_keys.max()), 1)
+    k, v = keys[:, :max_keys][slots], values[:, :max_keys][slots]  # [B, max_keys, K, D]
     visible = torch.arange(max_keys, device=q.device) < num_keys.unsqueeze(1)  # [B, max_keys]
     # entries past num_keys were never written by this sequence: they must not turn 0 * inf into NaN
     v = v.masked_fill(~visible[:, :, None, None], 0.0)
     return _attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
+
+
+@triton.jit
+def _decode_range(acc, row_max, row_sum, q, k, v, stride_key, position, key_start, key_end, scale_log2, window,
+                  WINDOWED: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    first = key_start
+    if WINDOWED:
+        first = key_start + tl.maximum(position - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
+    # all tiles are masked: one loop, whose loads never drain, for a few comparisons per tile
+    rows = tl.zeros([BLOCK_H], tl.int32) + position
+    return _forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_key, stride_key, 0, rows, first, key_end, key_end,
+                          scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING)
+
+
+@triton.jit(do_not_specialize=["window"])
+def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, stride_q, stride_slot, stride_key, stride_out,
+                   scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr,
+                   RING: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    # the key-value heads of a sequence run side by side: their keys share pages of memory
+    first_head = tl.program_id(0) * GROUP
+    sequence = tl.program_id(1).to(tl.int64)
+    # an idle row stands at a position below 0: it has no tiles and ends as 0 / 1
+    position = tl.load(positions + sequence).to(tl.int32)
+    cache = tl.load(slots + sequence).to(tl.int64) * stride_slot + tl.program_id(0) * D
+    q_tile = _load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
+    heads = tl.arange(0, BLOCK_H)
+    row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+    row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_H, D], tl.float32)
+    start = 0
+    if PREFIXED:
+        start = tl.minimum(tl.load(prefix_lens + sequence).to(tl.int32), position + 1)
+        acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, stride_key, position,
+                                              0, start, scale_log2, window, WINDOWED, RING, D, BLOCK_H, BLOCK_N)
+    acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, stride_key, position,
+                                          start, position + 1, scale_log2, window, WINDOWED, RING, D, BLOCK_H, BLOCK_N)
+    dims = tl.arange(0, D)
+    out += sequence * stride_out + first_head * D
+    tl.store(out + heads[:, None] * D + dims[None, :], (acc / row_sum[:, None]).to(out.dtype.element_ty),
+             mask=(heads < GROUP)[:, None])
+
+
+def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, *, slots: torch.Tensor,
+                     positions: torch.Tensor, window: int, scale: float,
+                     prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
+    """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches [N, L, K, D] already hold; sinks [H]; window 0
+    means none, else L is at most the window. Rows at a position below 0 are idle and give zeros; without a window, positions
+    must be below L: nothing checks that on a GPU, where no value reaches the host. Returns [B, H, D] in q's dtype.
+
+    prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
+    Without them the bits are those of training on whole sequences; on the CPU they change nothing."""
+    assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
+    if product_path(q) != "triton":  # the reference consists of library products
+        return decode_attention_reference(q, keys, values, sinks, slots, positions, scale)
+    check_served("decode_attention", {"q": q, "keys": keys, "values": values},
+                 dtypes=(torch.bfloat16, torch.float16, torch.float32), tensor_cores=True)
+    num_rows, num_heads, width = q.shape
+    num_kv_heads, group = keys.shape[2], num_heads // keys.shape[2]
+    if width not in (16, 32, 64, 128) or q.dtype != keys.dtype:
+        raise ValueError(f"decode_attention: q {q.dtype} of width {width}, keys {keys.dtype}; the Triton kernel takes one dtype "
+                         "and a width of 16, 32, 64 or 128")
+    assert slots.shape == positions.shape == (num_rows,), (slots.shape, positions.shape, q.shape)
+    assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
+    q = q if q.stride()[1:] == (width, 1) else q.contiguous()
+    positions = positions.contiguous()
+    out = torch.empty((num_rows, num_heads, width), dtype=q.dtype, device=q.device)
+    blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=width).forward
+    if num_rows:
+        launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks.contiguous(), out, slots.contiguous(), positions,
+               positions if prefix_lens is None else prefix_lens.contiguous(), q.stride(0), keys.stride(0), keys.stride(1),
+               out.stride(0), scale * _LOG2_E, window, GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None,
+               RING=keys.shape[1] if window else 0, D=width, BLOCK_H=max(16, next_power_of_2(group)),
+               BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0])
+    return out

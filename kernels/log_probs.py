@@ -33,16 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
-from kernels.launch import (
-    cdiv,
-    check_served,
-    gpu_family,
-    is_triton,
-    launch,
-    next_power_of_2,
-    num_multiprocessors,
-    product_path,
-)
+from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, num_multiprocessors, product_path
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
@@ -419,7 +410,7 @@ def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = F
         blocks |= _SMALL_PARTS[family]
     num_rows, width = hidden.shape
     if num_rows <= 64:  # a few rows: the head is read once, whatever the tile
-        blocks |= dict(BM=max(16, next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
+        blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
     aligned = width * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0 and hidden.data_ptr() % 16 == 0
     blocks["USE_TMA"] = blocks["USE_TMA"] and aligned
     return blocks | dict(IS_EVEN=width % blocks["BK"] == 0)
@@ -478,7 +469,7 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
     num_tiles = cdiv(vocab, blocks["TILE"])
     maxima, sums, dots, kept_maxima, kept_sums = torch.empty(5, num_rows, num_tiles, dtype=torch.float32, device=hidden.device)
     reference, target_logits, other_sums = torch.empty(3, num_rows, dtype=torch.float32, device=hidden.device)
-    max_excess, block = _MAX_EXCESS[weight.dtype], next_power_of_2(width)
+    max_excess, block = _MAX_EXCESS[weight.dtype], triton.next_power_of_2(width)
     if has_kept:
         _mark_kept(scratch, *kept, 0)
     if makes_sum:
@@ -495,7 +486,7 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
     launch(
         _reduce_kernel, (num_rows,), targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums,
         scratch, *outputs, max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"],
-        TILES=next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=has_kept, STORES=makes_sum)
+        TILES=triton.next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=has_kept, STORES=makes_sum)
 
 
 def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -571,7 +562,7 @@ class _LogProbs(torch.autograd.Function):
             launch(
                 _hidden_gradient_kernel, (num_tokens,), grad_log_probs.contiguous(), target_factor, sum_factor, weighted_sum,
                 weight, targets, grad_hidden, width, ctx.temperature, weighted_sum.stride(0), weight.stride(0),
-                grad_hidden.stride(0), BLOCK=next_power_of_2(width))
+                grad_hidden.stride(0), BLOCK=triton.next_power_of_2(width))
         return grad_hidden, None, None, None, None, None, None, None
 
 

@@ -353,20 +353,19 @@ class GptOss(nn.Module):
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                    record: RoutingRecord | None = None) -> torch.Tensor:
+                    record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
         """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
-        experts. Returns logits [B, V] fp32."""
-        num_keys = {length: (positions + 1).clamp(max=length) for length in set(cache.lengths)}
-        longest = int(positions.max()) + 1
-        if longest > cache.max_len:
-            raise ValueError(f"position {longest - 1} does not fit a cache of {cache.max_len} tokens per sequence")
+        experts. Returns logits [B, V] fp32. Rows at a position below 0 are idle: they touch no slot, their logits mean nothing.
+        On a GPU attention and cache wait for no value, so nothing checks that positions fit the cache: the caller must.
+        `prefix_lens` [B]: see decode_attention."""
+        if not positions.is_cuda and int(positions.max()) >= cache.max_len:
+            raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
 
         def attend(layer, q, k, v, sinks):
             cache.write(layer, k, v, slots, positions)
-            length = cache.lengths[layer]
-            return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots,
-                                    num_keys=num_keys[length], max_keys=min(longest, length),
-                                    scale=self.config.head_dim ** -0.5)
+            return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots, positions=positions,
+                                    window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
+                                    prefix_lens=prefix_lens)
 
         hidden = self._hidden(tokens, positions, attend, None, record, is_decoding=True)
         return head_logits(hidden, self.lm_head.weight)

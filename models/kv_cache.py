@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels import cache_write
 from models.config import GptOssConfig
 
 
@@ -26,10 +27,9 @@ class KVCache:
         return sum(2 * keys.numel() * keys.element_size() for keys in self.keys)
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Stores k, v [T, K, D] of tokens at `positions` [T] of `slots` [T]. No (slot, entry) pair may occur twice."""
-        entries = positions % self.lengths[layer]
-        self.keys[layer][slots, entries] = k.to(self.keys[layer].dtype)
-        self.values[layer][slots, entries] = v.to(self.values[layer].dtype)
+        """Stores k, v [T, K, D] of tokens at `positions` [T] of `slots` [T]. No (slot, entry) pair may occur twice; rows at a
+        position below 0 are skipped."""
+        cache_write.write(k, v, self.keys[layer], self.values[layer], slots, positions)
 
     def copy_slot(self, source: int, targets: torch.Tensor, num_tokens: int | None = None) -> None:
         """Copies the first `num_tokens` (default: all) entries of slot `source` into the slots `targets` [n]."""

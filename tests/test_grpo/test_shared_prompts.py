@@ -52,21 +52,16 @@ def test_a_group_is_its_prompt_once_and_then_its_completions():
     assert (shared.num_completion_tokens, shared.num_sequences) == (5, 2)
 
 
-def test_a_lone_completion_stays_whole():
+def test_a_lone_completion_continues_its_prompt_too_so_that_no_split_changes_its_rounding():
     shared, = micro_batches(of_groups((2, [3]), (2, [1, 1])), 100, share_prompts=True)
-    assert sequences(shared) == [([0, 1, 1000, 1001, 1002], -1), ([100, 101], -1), ([2000], 1), ([2100], 1)]
-
-
-def test_without_a_group_of_two_nothing_is_shared():
-    shared, = micro_batches(of_groups((2, [3]), (2, [1])), 100, share_prompts=True)
-    assert shared.prefixes is None and len(shared.tokens) == 8
+    assert sequences(shared) == [([0, 1], -1), ([1000, 1001, 1002], 0), ([100, 101], -1), ([2000], 2), ([2100], 2)]
 
 
 def test_a_group_is_kept_in_one_micro_batch_where_it_fits():
     batch = of_groups((5, [4, 4, 4]), (5, [4, 4, 4]), (5, [2]))  # 17, 17 and 7 tokens
     parts = micro_batches(batch, 24, share_prompts=True)
     assert [len(part.tokens) for part in parts] == [24, 17]
-    assert [part.prefixes for part in parts] == [[-1, 0, 0, 0, -1], [-1, 0, 0, 0]]
+    assert [part.prefixes for part in parts] == [[-1, 0, 0, 0, -1, 4], [-1, 0, 0, 0]]
 
 
 def test_a_group_over_the_budget_repeats_its_prompt():
@@ -91,7 +86,7 @@ def test_a_group_scattered_over_the_batch_stands_together():
 
 def test_prompts_of_one_id_but_other_tokens_are_not_shared():
     shared, = micro_batches(pack([completion(0, [1], [2]), completion(0, [3], [4])], [0.0, 0.0]), 100, share_prompts=True)
-    assert shared.prefixes is None and shared.tokens.tolist() == [1, 2, 3, 4]
+    assert shared.prefixes == [-1, 0, -1, 2] and shared.tokens.tolist() == [1, 2, 3, 4]
 
 
 def test_minibatches_hold_the_same_completions_with_and_without_sharing():

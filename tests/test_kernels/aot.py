@@ -30,6 +30,7 @@ class Resources:
     mma: frozenset[str]  # tensor-core instructions: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)
     local: int  # loads and stores of local memory, the instructions of a spill
     sass: str
+    ptx: str
     ttgir: str  # Triton's own form, with the layout of every tensor
 
     @property
@@ -65,11 +66,11 @@ def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], ar
     source = ASTSource(fn, types, constexprs, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32),
                               options={"num_warps": num_warps, "num_stages": num_stages})
-    return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttgir"])
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
 
 
 @cache
-def _read(cubin: bytes, shared: int, ttgir: str) -> Resources:
+def _read(cubin: bytes, shared: int, ptx: str, ttgir: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -77,7 +78,7 @@ def _read(cubin: bytes, shared: int, ttgir: str) -> Resources:
         sass = _run("cuobjdump", "-sass", file.name)
     count = {name: int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}
     return Resources(shared=shared, stack=count["STACK"], registers=count["REG"], mma=frozenset(_MMA.findall(sass)),
-                     local=len(re.findall(r"\b(?:LDL|STL)\b", sass)), sass=sass, ttgir=ttgir)
+                     local=len(re.findall(r"\b(?:LDL|STL)\b", sass)), sass=sass, ptx=ptx, ttgir=ttgir)
 
 
 def check_fits(resources: Resources, arch: int, *, max_stack: int = 0) -> None:

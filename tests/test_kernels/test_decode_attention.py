@@ -25,8 +25,8 @@ def test_a_long_cache_matches_the_golden_output():
     caches = [torch.full((3, 140, 2, 64), float("nan")) for _ in range(2)]
     for cache, name in zip(caches, ("k", "v")):
         cache[2, :131] = data[name]
-    out = decode_attention(data["q"], *caches, data["sinks"], slots=torch.tensor([2]), num_keys=torch.tensor([131]),
-                           max_keys=140, scale=meta["scale"])
+    out = decode_attention(data["q"], *caches, data["sinks"], slots=torch.tensor([2]), positions=torch.tensor([130]),
+                           window=0, scale=meta["scale"])
     torch.testing.assert_close(out, data["o"], rtol=1e-5, atol=2e-6)
 
 
@@ -38,8 +38,8 @@ def test_a_ring_of_window_entries_matches_the_golden_output():
         seen = torch.arange(meta["q_offset"] + row - window + 1, meta["q_offset"] + row + 1)
         for cache, name in zip(caches, ("k", "v")):
             cache[row, seen % window] = data[name][seen]
-    out = decode_attention(data["q"], *caches, data["sinks"], slots=torch.arange(3), num_keys=torch.full((3,), window),
-                           max_keys=window, scale=meta["scale"])
+    out = decode_attention(data["q"], *caches, data["sinks"], slots=torch.arange(3),
+                           positions=meta["q_offset"] + torch.arange(3), window=window, scale=meta["scale"])
     torch.testing.assert_close(out, data["o"], rtol=1e-5, atol=2e-6)
 
 
@@ -65,25 +65,25 @@ def expected_rows(q, k, v, sinks):
 
 def test_rows_of_different_lengths_read_their_own_slots():
     q, k, v, sinks = random_cache()
-    out = decode_attention(q, k, v, sinks, slots=SLOTS, num_keys=NUM_KEYS, max_keys=16, scale=0.5)
+    out = decode_attention(q, k, v, sinks, slots=SLOTS, positions=NUM_KEYS - 1, window=0, scale=0.5)
     torch.testing.assert_close(out, expected_rows(q, k, v, sinks), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 1e30])
 def test_entries_beyond_a_sequence_are_never_read(rubbish):
     q, k, v, sinks = random_cache()
-    clean = decode_attention(q, k, v, sinks, slots=SLOTS, num_keys=NUM_KEYS, max_keys=16, scale=0.5)
+    clean = decode_attention(q, k, v, sinks, slots=SLOTS, positions=NUM_KEYS - 1, window=0, scale=0.5)
     for slot, num_keys in zip(SLOTS.tolist(), NUM_KEYS.tolist()):
         k[slot, num_keys:], v[slot, num_keys:] = rubbish, rubbish
     k[[1, 3]], v[[1, 3]] = rubbish, rubbish  # slots of nobody
-    out = decode_attention(q, k, v, sinks, slots=SLOTS, num_keys=NUM_KEYS, max_keys=16, scale=0.5)
+    out = decode_attention(q, k, v, sinks, slots=SLOTS, positions=NUM_KEYS - 1, window=0, scale=0.5)
     assert torch.equal(out, clean)
 
 
 def test_the_order_of_entries_and_of_rows_does_not_matter():
     q, k, v, sinks = random_cache()
-    q, full = q[1:2], torch.tensor([16])
-    settings = {"num_keys": full, "max_keys": 16, "scale": 0.5}
+    q = q[1:2]
+    settings = {"positions": torch.tensor([15]), "window": 0, "scale": 0.5}
     shuffle = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     straight = decode_attention(q, k, v, sinks, slots=torch.tensor([0]), **settings)
     shuffled = decode_attention(q, k[:, shuffle], v[:, shuffle], sinks, slots=torch.tensor([0]), **settings)
@@ -91,22 +91,34 @@ def test_the_order_of_entries_and_of_rows_does_not_matter():
 
     q, k, v, sinks = random_cache()
     order = torch.tensor([2, 0, 1])
-    out = decode_attention(q, k, v, sinks, slots=SLOTS, num_keys=NUM_KEYS, max_keys=16, scale=0.5)
-    other = decode_attention(q[order], k, v, sinks, slots=SLOTS[order], num_keys=NUM_KEYS[order], max_keys=16, scale=0.5)
+    out = decode_attention(q, k, v, sinks, slots=SLOTS, positions=NUM_KEYS - 1, window=0, scale=0.5)
+    other = decode_attention(q[order], k, v, sinks, slots=SLOTS[order], positions=NUM_KEYS[order] - 1, window=0,
+                             scale=0.5)
     torch.testing.assert_close(other, out[order], rtol=1e-6, atol=1e-6)
 
 
-def test_a_bound_above_the_longest_row_changes_nothing():
+def test_room_after_the_longest_row_changes_nothing():
     q, k, v, sinks = random_cache()
-    num_keys = torch.tensor([1, 5, 3])
-    out, longer = (decode_attention(q, k, v, sinks, slots=SLOTS, num_keys=num_keys, max_keys=bound, scale=0.5)
-                   for bound in (5, 16))
+    positions = torch.tensor([0, 4, 2])
+    out, longer = (decode_attention(q, k[:, :length], v[:, :length], sinks, slots=SLOTS, positions=positions, window=0, scale=0.5)
+                   for length in (5, 16))
     torch.testing.assert_close(longer, out, rtol=1e-6, atol=1e-6)
+
+
+def test_idle_rows_give_zeros_and_leave_the_others_alone():
+    q, k, v, sinks = random_cache()
+    k[0], v[0] = float("nan"), float("nan")
+    for positions, idle in (([3, -1, 2], [1]), ([-1, -1, -1], [0, 1, 2])):
+        out = decode_attention(q, k, v, sinks, slots=SLOTS, positions=torch.tensor(positions), window=0, scale=0.5)
+        assert (out[idle] == 0).all()
+    alone = decode_attention(q[:1], k, v, sinks, slots=SLOTS[:1], positions=torch.tensor([3]), window=0, scale=0.5)
+    both = decode_attention(q, k, v, sinks, slots=SLOTS, positions=torch.tensor([3, -1, 2]), window=0, scale=0.5)
+    torch.testing.assert_close(both[:1], alone, rtol=1e-6, atol=1e-6)
 
 
 def test_bf16_is_computed_in_fp32_and_rounded_once():
     q, k, v, sinks = random_cache(torch.bfloat16)
-    out = decode_attention(q, k, v, sinks, slots=SLOTS, num_keys=NUM_KEYS, max_keys=16, scale=0.5)
+    out = decode_attention(q, k, v, sinks, slots=SLOTS, positions=NUM_KEYS - 1, window=0, scale=0.5)
     exact = expected_rows(q.double(), k.double(), v.double(), sinks.double())
     assert out.dtype == torch.bfloat16
     assert ((out.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()

@@ -1,0 +1,286 @@
+"""The decode kernel: in the interpreter against the reference, its arithmetic beside the training kernel's in the code compiled
+for every GPU, and on a GPU bit for bit against the training kernel's rows."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from aot import ARCHITECTURES, check_fits, compile_for
+from interpreter import run_interpreter_tests
+from row_arithmetic import row_updates
+from test_attention_triton import compile_kernel, eager
+
+from kernels.attention import AttentionPlan, _forward_tiles, _load_rows, attention, blocks_for
+from kernels.cache_write import write
+from kernels.decode_attention import _STAGES, _decode_kernel, decode_attention, decode_attention_reference
+from kernels.launch import family_of
+
+
+def random_cache(num_rows, length, *, heads=4, kv_heads=2, width=16, num_slots=None, seed=0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    num_slots = num_slots or num_rows
+    shapes = {"q": (num_rows, heads, width), "keys": (num_slots, length, kv_heads, width),
+              "values": (num_slots, length, kv_heads, width), "sinks": (heads,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_the_kernel_agrees_with_the_reference_in_the_interpreter():
+    run_interpreter_tests(__file__)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads, kv_heads, width", [(4, 2, 16), (8, 1, 64), (3, 1, 32), (2, 2, 128)])
+def test_rows_of_any_length_match_the_reference(heads, kv_heads, width, poisoned):
+    data = random_cache(7, 63, heads=heads, kv_heads=kv_heads, width=width, num_slots=9)
+    positions, slots = torch.tensor([0, 14, 15, 16, 17, 47, 62]), torch.tensor([8, 0, 3, 5, 1, 2, 7])
+    expected = decode_attention_reference(**data, slots=slots, positions=positions, scale=0.3)
+    for slot, position in zip(slots, positions):  # nothing past a sequence is read
+        data["keys"][slot, position + 1 :], data["values"][slot, position + 1 :] = float("nan"), float("nan")
+    data["keys"][[4, 6]], data["values"][[4, 6]] = float("nan"), float("nan")
+    out = decode_attention(**data, slots=slots, positions=positions, window=0, scale=0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("length", [1, 7, 16, 20, 40])
+def test_rings_match_the_reference_however_often_they_wrapped(length, poisoned):
+    data = random_cache(9, length)
+    positions, slots = torch.tensor([0, 1, 6, 15, 19, 20, 39, 63, 1000]), torch.randperm(9)
+    expected = decode_attention_reference(**data, slots=slots, positions=positions, scale=0.3)
+    for slot, position in zip(slots, positions):
+        data["keys"][slot, position + 1 :], data["values"][slot, position + 1 :] = float("nan"), float("nan")
+    out = decode_attention(**data, slots=slots, positions=positions, window=length, scale=0.3)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window", [0, 20])
+def test_idle_rows_give_zeros_whatever_their_slot(window, poisoned):
+    data = random_cache(4, 20)
+    positions = torch.tensor([5, -1, 19, -7])
+    out = decode_attention(**data, slots=torch.tensor([1, -1, 2, 999]), positions=positions, window=window, scale=0.3)
+    assert (out[[1, 3]] == 0).all()
+    live = decode_attention_reference(data["q"][[0, 2]], data["keys"], data["values"], data["sinks"], torch.tensor([1, 2]),
+                                      positions[[0, 2]], 0.3)
+    torch.testing.assert_close(out[[0, 2]], live, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window", [0, 24])
+def test_counting_tiles_again_after_a_prefix_only_reorders_the_sums(window, poisoned):
+    data = random_cache(6, window or 60)
+    positions = torch.tensor([9, 40, 40, 59, 59, -1])
+    settings = {"slots": torch.arange(6), "positions": positions, "window": window, "scale": 0.3}
+    expected = decode_attention(**data, **settings)
+    out = decode_attention(**data, **settings, prefix_lens=torch.tensor([0, 7, 40, 16, 33, 5]))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.interpreter
+def test_slices_of_a_fused_projection_and_strided_numbers(poisoned):
+    data = random_cache(3, 10)
+    slots, positions = torch.stack((torch.arange(3), torch.tensor([3, 9, 0])), dim=1).unbind(1)  # not dense either
+    settings = {"slots": slots, "positions": positions, "window": 0, "scale": 0.3}
+    expected = decode_attention_reference(**data, slots=slots, positions=positions, scale=0.3)
+    fused = torch.cat((torch.full((3, 5), float("nan")), data["q"].flatten(1), torch.full((3, 7), float("nan"))), dim=1)
+    out = decode_attention(**data | {"q": fused[:, 5:-7].unflatten(1, (4, 16))}, **settings)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.interpreter
+def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
+    data = random_cache(1, 5, width=24)
+    settings = {"slots": torch.tensor([0]), "positions": torch.tensor([3]), "window": 0, "scale": 1.0}
+    with pytest.raises(ValueError, match="width 24"):
+        decode_attention(**data, **settings)
+    data = random_cache(1, 5)
+    with pytest.raises(ValueError, match="one dtype"):
+        decode_attention(**data | {"q": data["q"].half()}, **settings)
+
+
+@triton.jit
+def _visit_kernel(q, k, v, out, first, position, window, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A row's output and sum from all tiles from `first` on."""
+    rows = tl.zeros([BLOCK_H], tl.int32) + position
+    q_tile = _load_rows(q, D, 0, BLOCK_H, BLOCK_H, D, True)
+    acc, row_max = tl.zeros([BLOCK_H, D], tl.float32), tl.zeros([BLOCK_H], tl.float32)
+    row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
+    acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, k, v, k, v, D, D, 0, rows, first, position + 40,
+                                           position + 40, 0.4, window, True, True, False, D, BLOCK_N)
+    heads = tl.arange(0, BLOCK_H)
+    tl.store(out + heads[:, None] * (D + 1) + tl.arange(0, D)[None, :], acc)
+    tl.store(out + heads * (D + 1) + D, row_sum)
+
+
+@pytest.mark.interpreter
+def test_tiles_without_a_visible_key_change_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 16, generator=generator) for rows in (16, 200, 200))
+    results = []
+    for first in (112, 64, 0):  # the window of 20 keys starts at 115; 36 keys after the row are hidden too
+        out = torch.full((16, 17), float("nan"))
+        _visit_kernel[(1,)](q, k, v, out, first, 134, 20, D=16, BLOCK_H=16, BLOCK_N=16)
+        results.append(out)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and results[0].isfinite().all()
+
+
+def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, ring=128):
+    torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    blocks = blocks_for(family_of(arch), torch_dtype, windowed=windowed, width=width).forward
+    signature = {name: f"*{dtype}" for name in ("q", "keys", "values", "sinks", "out")}
+    signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"scale_log2": "fp32", "window": "i32"}
+    signature |= dict.fromkeys(("stride_q", "stride_slot", "stride_key", "stride_out"), "i32")
+    constexprs = {"GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "RING": ring if windowed else 0, "D": width,
+                  "BLOCK_H": 16, "BLOCK_N": blocks.keys}
+    return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=_STAGES[windowed])
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
+    resources = compile_decode(arch, windowed=windowed)
+    check_fits(resources, arch)
+    assert resources.mma == {"HMMA"}
+    assert resources.shared <= 52_000  # 4 programs of a multiprocessor and more; 2 of a consumer GPU's
+
+
+@pytest.mark.parametrize("arch, settings", [(90, {"windowed": False, "prefixed": True}),
+                                            (90, {"windowed": True, "prefixed": True}), (86, {"windowed": True, "ring": 100}),
+                                            (86, {"windowed": False, "dtype": "fp16"}),
+                                            (90, {"windowed": False, "width": 128}),
+                                            (90, {"windowed": False, "dtype": "fp32", "width": 32})])
+def test_other_dtypes_widths_rings_and_prefixes_fit_too(arch, settings):
+    check_fits(compile_decode(arch, **settings), arch)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("arch", [80, 86, 90, 120])
+def test_a_row_is_summed_in_the_order_of_the_training_kernel(arch, windowed):
+    blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=windowed, width=64).forward
+    columns = blocks.keys // 4  # of a thread
+    training = row_updates(compile_kernel("forward", arch, blocks, windowed=windowed).ptx, columns)
+    assert len(training) == columns + 2  # their exponents, the sum and the factor
+    assert row_updates(compile_decode(arch, windowed=windowed).ptx, columns) == training
+
+
+def sequences(lengths, *, window, seed=0):
+    """q, k, v and sinks of packed bf16 sequences on the GPU, their bounds, and caches of their keys, each in a slot of its own
+    amid NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    bounds = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
+    inputs = {name: torch.randn(shape, generator=generator).to("cuda", torch.bfloat16) for name, shape in
+              {"q": (bounds[-1], 64, 64), "k": (bounds[-1], 8, 64), "v": (bounds[-1], 8, 64), "sinks": (64,)}.items()}
+    slots = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].cuda()
+    entries = window or max(lengths)
+    caches = [torch.full((len(lengths) + 2, entries, 8, 64), float("nan"), dtype=torch.bfloat16, device="cuda")
+              for _ in range(2)]
+    counts = torch.tensor(lengths, device="cuda")
+    positions = torch.cat([torch.arange(length, device="cuda") for length in lengths])
+    kept = (positions >= counts.repeat_interleave(counts) - entries).nonzero().squeeze(1)
+    write(inputs["k"][kept], inputs["v"][kept], *caches, slots.repeat_interleave(counts)[kept], positions[kept])
+    return inputs, bounds, caches, slots, counts - 1
+
+
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 700, 2049]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 128])
+@pytest.mark.parametrize("lengths", [*([length] for length in LENGTHS), LENGTHS[:7], [*LENGTHS[2:], *LENGTHS[:2]] * 14 + [5, 33]],
+                         ids=lambda lengths: f"{len(lengths)}x{lengths[0]}")
+def test_rows_have_the_bits_of_the_training_kernel(lengths, window, poisoned):
+    inputs, bounds, caches, slots, positions = sequences(lengths, window=window)
+    expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=0.125)
+    last = torch.tensor(bounds[1:], device="cuda") - 1
+    out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=slots, positions=positions, window=window,
+                           scale=0.125)
+    assert torch.equal(out, expected[last])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.125, 2.0])
+@pytest.mark.parametrize("window", [0, 128])
+def test_every_position_of_a_sequence_has_the_bits_of_the_training_kernel(window, scale):
+    inputs, bounds, caches, slots, _ = sequences([400], window=0)
+    expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=scale)
+    positions = torch.arange(400, device="cuda")
+    if not window:
+        out = decode_attention(inputs["q"], *caches, inputs["sinks"], slots=slots.expand(400), positions=positions, window=0,
+                               scale=scale)
+        assert torch.equal(out, expected)
+        return
+    rings = [cache[:, :window].contiguous() for cache in caches]
+    for position in range(400):
+        here = slice(position, position + 1)
+        write(inputs["k"][here], inputs["v"][here], *rings, slots, positions[here])
+        out = decode_attention(inputs["q"][here], *rings, inputs["sinks"], slots=slots, positions=positions[here], window=window,
+                               scale=scale)
+        assert torch.equal(out, expected[here]), position
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 128])
+def test_continuations_of_a_prefix_have_the_bits_of_training_on_shared_prompts(window):
+    prompt, lengths = 151, [1, 64, 90, 333]
+    inputs, bounds, *_ = sequences([prompt, *lengths], window=window)
+    plan = AttentionPlan(bounds, prefixes=[-1, 0, 0, 0, 0])
+    expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=0.125, plan=plan)
+    entries = window or prompt + max(lengths)
+    caches = [torch.full((4, entries, 8, 64), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    for slot, (start, end) in enumerate(zip(bounds[1:], bounds[2:])):
+        rows = torch.tensor([*range(prompt), *range(start, end)], device="cuda")[-entries:]
+        positions = torch.arange(prompt + end - start, device="cuda")[-entries:]
+        write(inputs["k"][rows], inputs["v"][rows], *caches, torch.full_like(positions, slot), positions)
+    last = torch.tensor(bounds[2:], device="cuda") - 1
+    prefix_lens = torch.full((4,), prompt, device="cuda")
+    out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=torch.arange(4, device="cuda"), window=window,
+                           positions=prefix_lens + torch.tensor(lengths, device="cuda") - 1, scale=0.125,
+                           prefix_lens=prefix_lens)
+    assert torch.equal(out, expected[last])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 128])
+def test_error_is_at_most_twice_that_of_eager_bf16(window):
+    inputs, bounds, caches, slots, positions = sequences([1, 65, 700, 1500], window=window)
+    last = torch.tensor(bounds[1:], device="cuda") - 1
+    out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=slots, positions=positions, window=window,
+                           scale=0.125)
+    settings = {"cu_seqlens": bounds, "window": window, "scale": 0.125}
+    exact = eager(**{name: tensor.double() for name, tensor in inputs.items()}, **settings)[last]
+    rough = eager(**inputs, **settings)[last]
+    assert (out.double() - exact).norm() <= 2 * (rough.double() - exact).norm()
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_serves_other_rows_than_it_was_captured_with():
+    inputs, bounds, caches, slots, positions = sequences([1, 65, 700, 300], window=0)
+    last = torch.tensor(bounds[1:], device="cuda") - 1
+    q, k, v = (inputs[name][last] for name in "qkv")
+
+    def step():
+        write(k, v, *caches, slots, positions)
+        return decode_attention(q, *caches, inputs["sinks"], slots=slots, positions=positions, window=0, scale=0.125)
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")  # the host waits for nothing
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    before = [cache.clone() for cache in caches]
+    order = torch.tensor([2, 0, 3, 1], device="cuda")
+    saved = slots.clone(), positions.clone(), q.clone(), k.clone(), v.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    graph.replay()
+    assert torch.equal(out, expected)
+    for tensor, old in zip((slots, positions, q, k, v), saved):
+        tensor.copy_(old[order])
+    positions[1] = -1
+    graph.replay()
+    expected = expected[order]
+    expected[1] = 0
+    assert torch.equal(out, expected)
+    assert all(torch.equal(cache.nan_to_num(), old.nan_to_num()) for cache, old in zip(caches, before))
