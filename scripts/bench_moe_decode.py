@@ -1,4 +1,5 @@
-"""Checks, then times, the experts of few tokens (kernels/moe_decode.py) at gpt-oss-20b's sizes on one GPU.
+"""Checks, then times, the experts of few tokens (kernels/moe_decode.py) and the dense products beside them
+(kernels/decode_linear.py) at gpt-oss-20b's sizes on one GPU.
 
     python scripts/bench_moe_decode.py [--quick] [--seconds 200]
 
@@ -9,7 +10,6 @@ kernels/moe_decode.py. GB/s counts the bytes of the experts touched, once; of_co
 run. Candidates are compiled by several processes at a time."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,27 +17,23 @@ import time
 from pathlib import Path
 
 import torch
+import triton
+from timing import Report, copy_gb_per_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import moe_decode as module  # noqa: E402
 from kernels import mxfp4_fragments as fragments_module  # noqa: E402
 from kernels.grouped_gemm import grouped_gemm  # noqa: E402
 from kernels.launch import gpu_family  # noqa: E402
-from kernels.moe_decode import (  # noqa: E402
-    DecodeBlocks,
-    Projection,
-    decode_projection,
-    low_rank_rows,
-    moe_decode,
-    moe_decode_reference,
-)
+from kernels.moe import ExpertWeights, moe_forward  # noqa: E402
+from kernels.moe_decode import DecodeBlocks, Projection, decode_projection, low_rank_rows, moe_decode  # noqa: E402
 from kernels.mxfp4 import dequantize_experts  # noqa: E402
 from kernels.mxfp4_fragments import dequantize_fragments, from_fragments, to_fragments_  # noqa: E402
 from kernels.routing import make_routing  # noqa: E402
 
 WIDTH, NUM_EXPERTS, PER_TOKEN, RANK, LAYERS = 2880, 32, 4, 16, 6
 LORA_LAYERS = 14  # LoRA's first factors of so many layers exceed the L2 cache
-SWIGLU, SCALE = (1.702, 7.0), 2.0
+SWIGLU, SCALE, SCRATCH_BYTES = (1.702, 7.0), 2.0, 1_100_000_000
 BATCHES = (32, 128, 1, 8, 512, 64, 256)  # in this order, should the time run out
 # routed rows per expert up to which a measured batch's winner serves: between it and the next batch
 LIMITS = {1: 0.4, 8: 2, 32: 6, 64: 11, 128: 23, 256: 45, 512: 64}
@@ -59,13 +55,17 @@ LOW_RANK_CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
     (16, 16, 256, 4, 3), (16, 16, 256, 8, 3), (16, 32, 64, 4, 6), (16, 32, 128, 4, 4), (64, 16, 64, 4, 4), (64, 16, 64, 4, 8),
     (64, 16, 128, 4, 2), (64, 16, 128, 4, 4), (64, 32, 64, 4, 6),
 )]  # fmt: skip
+# a layer's dense products: inputs, outputs
+LINEARS = {"qkv": (2880, 5120), "o_proj": (4096, 2880), "LoRA A of qkv": (2880, 3 * RANK)}
+LINEAR_CANDIDATES = [DecodeBlocks(*sizes) for sizes in (
+    (16, 16, 128, 4, 6), (16, 16, 256, 4, 4), (16, 16, 256, 4, 5), (32, 16, 128, 4, 4), (32, 16, 128, 4, 6), (32, 16, 256, 4, 4),
+    (64, 16, 64, 4, 6), (64, 16, 128, 4, 4), (32, 32, 128, 4, 5), (64, 32, 64, 4, 5), (64, 32, 128, 4, 4), (32, 64, 128, 4, 4),
+    (64, 64, 64, 4, 5), (64, 64, 128, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 4),
+)]  # fmt: skip
 SIZES = {"gate_up": 2 * WIDTH, "down": WIDTH}
+REPORT = Report()
 BEST: list[dict] = []  # the winners
 RUN = {"GB/s": 0.0, "deadline": float("inf")}
-
-
-def report(**fields) -> None:
-    print(json.dumps(fields), flush=True)
 
 
 def random_projection(size_out: int) -> Projection:
@@ -110,6 +110,21 @@ def low_rank(batch: Batch, lora_A: torch.Tensor, blocks: DecodeBlocks | None) ->
     return low_rank_rows(batch.x, lora_A, routing.offsets_device, scale=SCALE, gather=routing.tokens, blocks=blocks)
 
 
+def linear_layers(name: str, num_layers: int) -> list[Projection]:
+    """Weights of a dense product; LoRA's are fp32 masters."""
+    (size_in, size_out), is_lora = LINEARS[name], name.startswith("LoRA")
+    weights = [torch.randn(size_out, size_in, device="cuda") * size_in**-0.5 for _ in range(num_layers)]
+    return [Projection((weight if is_lora else weight.bfloat16()).T[None], None, None, None, False) for weight in weights]
+
+
+def linear_input(name: str, num_tokens: int) -> torch.Tensor:
+    return torch.randn(num_tokens, LINEARS[name][0], device="cuda").bfloat16()
+
+
+def linear(x: torch.Tensor, projection: Projection, blocks: DecodeBlocks | None) -> torch.Tensor:
+    return decode_projection(x, projection, None, blocks=blocks)
+
+
 def graph_microseconds(calls: list) -> float:
     """Median time of one call, from replays of a graph of all."""
     for call in calls[:2]:
@@ -145,8 +160,12 @@ def compile_part(part: int, num_parts: int) -> None:
             try:
                 project(batch, name, projection, blocks)
             except Exception as error:  # noqa: BLE001  (a candidate that does not fit must not end the run)
-                report(compile=name, blocks=blocks, error=f"{type(error).__name__}: {str(error)[:200]}")
+                REPORT("compile", of=name, blocks=blocks, error=f"{type(error).__name__}: {str(error)[:200]}")
         del projection
+    for name in LINEARS:
+        (projection, *_), x = linear_layers(name, 1), linear_input(name, 4)
+        for blocks in LINEAR_CANDIDATES[part::num_parts]:
+            REPORT.guarded("compile", linear, x, projection, blocks)
     lora_A = torch.randn(NUM_EXPERTS, RANK, WIDTH, device="cuda")
     for blocks in LOW_RANK_CANDIDATES[part::num_parts]:
         low_rank(batch, lora_A, blocks)
@@ -182,7 +201,8 @@ def check_dequantization() -> None:
             to_fragments_(blocks, factors)
             back = from_fragments(blocks, factors)
             ours = dequantize_fragments(blocks, factors, torch.full_like(expected[:, rows], torch.nan), is_asm=is_asm)
-            report(check="dequantize", dtype=str(dtype), is_asm=is_asm, same_bits=same_bits(ours, expected[:, rows].contiguous()),
+            REPORT("dequantize: errors", dtype=str(dtype), is_asm=is_asm,
+                   same_bits=same_bits(ours, expected[:, rows].contiguous()),
                    inverse=torch.equal(back[0], codes[:, rows]) and torch.equal(back[1], scales[:, rows]))
 
 
@@ -197,8 +217,10 @@ def check_bits(quick: bool) -> bool:
     for num_tokens in (1, 32, 512) if quick else (1, 7, 8, 32, 128, 512):
         batch = Batch(num_tokens)
         for adapters in (lora, None):
-            expected = moe_decode_reference(batch.x, batch.weights, batch.routing, gate_up, down, batch.residual, lora=adapters,
-                                            **settings)
+            held = [ExpertWeights(None, part.blocks, part.scales, part.bias, SCRATCH_BYTES, "fragments", True)
+                    for part in (gate_up, down)]
+            expected, _ = moe_forward(batch.x, batch.weights, batch.routing, *held, batch.residual, lora=adapters, keeps_h=False,
+                                      **settings)
             same, forms = {}, {"assembly": (gate_up, down), "dense": dense}
             if num_tokens in (8, 128):  # the same tiles, but each has to be compiled
                 forms["arithmetic"] = [part._replace(unpacks_by_asm=False) for part in (gate_up, down)]
@@ -213,7 +235,7 @@ def check_bits(quick: bool) -> bool:
                     same[f"{form}, part that differs"] = round((y != expected).float().mean().item(), 5)
                     same[f"{form}, relative error"] = ((y - expected).float().norm() / expected.float().norm()).item()
             all_same &= all(same[form] for form in forms)
-            report(check="moe_decode equals training", tokens=num_tokens, has_lora=adapters is not None, **same)
+            REPORT("moe_decode equals training", tokens=num_tokens, has_lora=adapters is not None, **same)
     return all_same
 
 
@@ -231,7 +253,7 @@ def check_overlap(family: str) -> bool:
                                            lora_scale=SCALE, alpha=SWIGLU[0], limit=SWIGLU[1]) for _ in range(30)]
             same = all(torch.equal(y, ys[()][0]) for y in ys[(family,)])
             all_same &= same
-            report(check="overlapping launches", tokens=num_tokens, has_lora=adapters is not None, same_bits=same)
+            REPORT("overlapping launches", tokens=num_tokens, has_lora=adapters is not None, same_bits=same)
     module.OVERLAP_FAMILIES = ()
     return all_same
 
@@ -240,11 +262,9 @@ def check_overlap(family: str) -> bool:
 
 
 def measure_copy() -> None:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    us = graph_microseconds([lambda: target.copy_(source)])
-    RUN["GB/s"] = 2 * (1 << 30) / us / 1e3
-    report(copy=round(RUN["GB/s"]), unit="GB/s", device=torch.cuda.get_device_name(), torch=torch.__version__)
+    RUN["GB/s"] = copy_gb_per_s()
+    REPORT("copy", GB_per_s=round(RUN["GB/s"]), gpu=torch.cuda.get_device_name(), torch=torch.__version__,
+           triton=triton.__version__)
 
 
 def rates(us: float, num_bytes: float, flops: float) -> dict[str, float]:
@@ -266,13 +286,13 @@ def tune(name: str, batch: Batch, calls_of, candidates: list[DecodeBlocks], expe
                 differing.append(blocks)
             found.append((graph_microseconds(calls), blocks))
         except Exception as error:  # noqa: BLE001
-            report(what=name, tokens=batch.num_tokens, blocks=blocks, error=f"{type(error).__name__}: {str(error)[:120]}")
+            REPORT(name, tokens=batch.num_tokens, blocks=blocks, error=f"{type(error).__name__}: {str(error)[:120]}")
     found.sort()
     if not found:
         return None
     BEST.append({"what": name, "tokens": batch.num_tokens, "experts": batch.touched, "blocks": found[0][1],
                  **rates(found[0][0], num_bytes, flops)})
-    report(**BEST[-1], differ_from_training=differing, then=[[round(us, 2), blocks] for us, blocks in found[1:]])
+    REPORT(**BEST[-1], differ_from_training=differing, then=[[round(us, 2), blocks] for us, blocks in found[1:]])
     return found[0][1]
 
 
@@ -296,7 +316,7 @@ def time_dequantization() -> None:
         for name, call in calls.items():
             us = graph_microseconds([call] * 2)
             rate = (out.nbytes + blocks.nbytes + scales.nbytes) / us / 1e3
-            report(dequantize=name, groups=groups, us=round(us, 1), **{"GB/s": round(rate)})
+            REPORT("dequantize", order=name, groups=groups, us=round(us, 1), **{"GB/s": round(rate)})
     fragments_module.DEQUANTIZE_GROUPS = 4
 
 
@@ -324,6 +344,20 @@ def tune_low_rank() -> None:
              batch.touched * RANK * WIDTH * 4, 2 * batch.num_rows * RANK * WIDTH)
 
 
+def tune_linear() -> None:
+    """Dense products: what to put into kernels/decode_linear.py. Rows under 64 are another instruction's than training's on some
+    GPUs: differ_from_training must be empty for those that are taken."""
+    for name, (size_in, size_out) in LINEARS.items():
+        is_lora = name.startswith("LoRA")
+        layers = linear_layers(name, 120 if is_lora else LAYERS)
+        for num_tokens in (1, 16, 32, 64, 128, 512):
+            batch, x = Batch(num_tokens), linear_input(name, num_tokens)
+            candidates = [blocks for blocks in LINEAR_CANDIDATES if blocks.tokens <= max(16, num_tokens)]
+            tune(name, batch, lambda blocks: [lambda layer=layer: linear(x, layer, blocks) for layer in layers],  # noqa: B023
+                 candidates, grouped_gemm(x, layers[0].dense, None), size_in * size_out * (4 if is_lora else 2),
+                 2 * num_tokens * size_in * size_out)
+
+
 def time_whole(layers: dict[str, list[Projection]], batches: tuple[int, ...]) -> None:
     loras = [random_lora() for _ in range(LAYERS)]
     settings = dict(lora_scale=SCALE, alpha=SWIGLU[0], limit=SWIGLU[1])
@@ -334,7 +368,7 @@ def time_whole(layers: dict[str, list[Projection]], batches: tuple[int, ...]) ->
             calls = [lambda index=index: moe_decode(
                 batch.x, batch.weights, batch.routing, layers["gate_up"][index], layers["down"][index], batch.residual,  # noqa: B023
                 lora=loras[index] if has_lora else None, **settings) for index in range(LAYERS)]  # noqa: B023
-            report(whole="moe_decode", tokens=num_tokens, overlaps=bool(module.OVERLAP_FAMILIES), experts=batch.touched,
+            REPORT("moe_decode", tokens=num_tokens, overlaps=bool(module.OVERLAP_FAMILIES), experts=batch.touched,
                    has_lora=has_lora, **rates(graph_microseconds(calls), num_bytes, flops))
 
 
@@ -376,31 +410,32 @@ def main() -> None:
     compilers = start_compilers()
     check_dequantization()
     all_same = check_bits(arguments.quick)
-    report(all_bits_equal=all_same, seconds=round(time.time() - began))
+    REPORT("checks", all_bits_equal=all_same, seconds=round(time.time() - began))
     for compiler in compilers:
         compiler.wait()
-    report(compiled=True, seconds=round(time.time() - began))
+    REPORT("compiled", seconds=round(time.time() - began))
     measure_copy()
     time_dequantization()
     batches = (1, 32, 512) if arguments.quick else BATCHES
     layers = {name: [random_projection(size_out) for _ in range(LAYERS)] for name, size_out in SIZES.items()}
     winners = tune_packed(layers, batches)
     tune_low_rank()
+    tune_linear()
     table = table_of(winners)
     family = gpu_family(layers["gate_up"][0].blocks)
     print_tables(family, table)
     if table:
         module._PACKED[family] = table
-    report(note="the whole, with the winners", seconds=round(time.time() - began))
+    REPORT("the whole, with the winners", seconds=round(time.time() - began))
     time_whole(layers, batches)
     try:
-        report(overlap_bits_equal=check_overlap(family))
+        REPORT("overlap", bits_equal=check_overlap(family))
         module.OVERLAP_FAMILIES = (family,)
         time_whole(layers, batches)
     except Exception as error:  # noqa: BLE001
-        report(overlap=f"{type(error).__name__}: {str(error)[:300]}")
+        REPORT("overlap", error=f"{type(error).__name__}: {str(error)[:300]}")
     print_tables(family, table)
-    report(all_bits_equal=all_same, seconds=round(time.time() - began))
+    REPORT("checks", all_bits_equal=all_same, seconds=round(time.time() - began))
 
 
 if __name__ == "__main__":
