@@ -24,7 +24,9 @@ def log_probs_and_gradients(dtype, device, *, boost, loss_scale):
         if "lora_B" in name:
             parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(device)
     for block in model.model.layers:
-        block.mlp.experts.down_proj_scales += boost
+        for name, buffer in block.mlp.experts.named_buffers():
+            if name.startswith("down_proj_scale"):  # in either order of packed weights
+                buffer += boost
     model.model.norm.register_forward_hook(lambda module, inputs, output: peaks.append(inputs[0].abs().max().item()))
     tokens = torch.randint(0, model.config.vocab_size, (60,), generator=torch.Generator().manual_seed(2)).to(device)
     mask = torch.ones(60, dtype=torch.bool)
