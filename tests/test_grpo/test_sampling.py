@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo.sampling import Draw, check_settings, draw, greedy, gumbel_noise
+from grpo.sampling import Draw, _row_words, check_settings, draw, greedy, gumbel_noise
+from kernels.sampling import draw_tokens_reference, gumbel_noise_reference
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -67,6 +68,16 @@ def test_noise_is_uniform_and_independent_along_every_key_column(column):
     # Every id on its own, so that no id is favoured: 64 tests, hence the lower bound.
     for v in range(64):
         assert chi_square_p_value((u[:, v] * 16).long().bincount(minlength=16), torch.full((16,), 1 / 16)) > 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_kernels_reference_has_the_same_noise_and_draws(temperature):
+    keys = make_keys(40, seed=-5, step=2**40, prompt=torch.arange(40) % 3, sample=7, position=torch.arange(40))
+    words = torch.stack(_row_words(keys), dim=1)
+    assert torch.equal(gumbel_noise_reference(words, 5000), gumbel_noise(keys, 5000))
+    logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    tokens = draw(logits, keys, temperature=temperature).tokens
+    assert torch.equal(draw_tokens_reference(logits, words, temperature), tokens) and len(tokens.unique()) > 20
 
 
 def test_rows_whose_keys_swap_two_columns_get_different_noise():

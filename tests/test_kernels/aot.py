@@ -53,7 +53,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], arch: int, *, num_warps: int, num_stages: int,
-                divisible: tuple[str, ...] | None = None) -> Resources:
+                divisible: tuple[str, ...] | None = None, enable_fp_fusion: bool = True) -> Resources:
     """Compiles a jitted kernel for compute capability `arch` (90 for 9.0).
 
     signature: type of every argument that is no constexpr, "*bf16", "*fp32", "i32", "fp32"; divisible: the arguments that
@@ -64,8 +64,8 @@ def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], ar
     types = {name: signature.get(name, "constexpr") for name in fn.arg_names}
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(fn, types, constexprs, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                              options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
 
 

@@ -1,0 +1,136 @@
+"""Draws of tokens from softmax(logits / temperature) by the Gumbel-max trick, as grpo/sampling.py defines them.
+
+  token_b = argmax_v (s_bv - max_v s_bv) + noise_bv,  s = logits / temperature,  noise = -log(-log1p(-w)),  w = (h + 1/2) / 2^31
+with h the lower 31 bits of a hash of the row's two words and of v (multiply and xorshift, Chris Wellons' lowbias32).
+
+The logits are read once. A first kernel finds the winner of each chunk of a row, relative to the chunk's own largest s, which it
+leaves beside it; a second scores the winners of a row again, now relative to the row's largest s, in the order of the chunks.
+Subtraction rounds, so the reference point is part of the result: the second kernel's scores are the reference's, to the bit, and
+so are those of the chunk that holds the row's largest s. In other chunks the point is nearer and rounds finer: their winner can
+be another one only where the reference's scores of the two are equal up to their last bits.
+
+On a GPU all other roundings are PyTorch's too: its division by a number is a product with the fp32 reciprocal, its log and log1p
+are libdevice's, and nothing is contracted into fused multiply-adds. On the CPU PyTorch divides and has logarithms of its own.
+
+Shapes: B rows, V vocabulary, C chunks of a row.
+"""
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import libdevice
+
+from kernels.launch import cdiv, check_served, is_interpreted, is_triton, launch, next_power_of_2
+
+_ID_MULTIPLIER, _MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(0x9E3779B9), tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
+_LARGEST_W = tl.constexpr(1 - 2.0**-24)  # keeps the logarithm finite where h + 1/2 rounds up to 2^31
+_CHUNK = {"gpu": 4096, "interpreter": 512}  # logits that one program compares
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def gumbel_noise_reference(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise [B, V] fp32 of words [B, 2] int32."""
+    ids = torch.arange(vocab_size, dtype=torch.int32, device=words.device) * _signed(_ID_MULTIPLIER.value)  # [V]
+    first, second = words[:, :1], words[:, 1:]
+    bits = ids ^ first  # [B, V] int32, whose >> repeats the sign bit
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * _signed(_MULTIPLIER_1.value) + second
+    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * _signed(_MULTIPLIER_2.value)
+    w = ((bits ^ bits >> 16) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=_LARGEST_W.value)
+    return w.neg_().log1p_().neg_().log_().neg_()
+
+
+def draw_tokens_reference(logits: torch.Tensor, words: torch.Tensor, temperature: float) -> torch.Tensor:
+    scores = logits / temperature  # [B, V]
+    largest = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=-1, keepdim=True)
+    scores -= largest.masked_fill_(largest == -torch.inf, 0.0)
+    return scores.add_(gumbel_noise_reference(words, logits.shape[1])).argmax(dim=-1)  # NaN counts as the largest
+
+
+@triton.jit
+def _noise(ids, first, second, HAS_LIBDEVICE: tl.constexpr):
+    """Noise of vocabulary ids [N] int32, for the two words int32 of their row."""
+    bits = ids.to(tl.uint32, bitcast=True) * _ID_MULTIPLIER ^ first.to(tl.uint32, bitcast=True)
+    bits = (bits ^ (bits >> 16)) * _MULTIPLIER_1 + second.to(tl.uint32, bitcast=True)
+    bits = (bits ^ (bits >> 15)) * _MULTIPLIER_2
+    signed = bits.to(tl.int32, bitcast=True)
+    w = ((signed ^ (signed >> 16)) & 0x7FFFFFFF).to(tl.float32)  # the shift repeats the sign bit
+    w = tl.minimum((w + 0.5) * (2.0**-31), _LARGEST_W)
+    if HAS_LIBDEVICE:
+        return -libdevice.log(-libdevice.log1p(-w))
+    # libdevice is not there; 1 - w rounds, and the quotient makes good for it (Kahan)
+    rest = 1.0 - w
+    is_one = rest == 1.0
+    return -tl.log(tl.where(is_one, w, tl.log(rest) * (w / tl.where(is_one, 1.0, rest - 1.0))))
+
+
+@triton.jit
+def _scores(s, largest, ids, first, second, HAS_LIBDEVICE: tl.constexpr):
+    """What a draw compares, relative to the `largest` s; NaN comes out above everything, and infinity minus itself is one."""
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # nothing to draw, or NaN alone
+    scores = (s - largest) + _noise(ids, first, second, HAS_LIBDEVICE)
+    return tl.where(scores != scores, float("inf"), scores)
+
+
+@triton.jit
+def _chunk_kernel(logits_ptr, words_ptr, largest_ptr, winners_ptr, temperature, vocab_size, num_chunks, stride_logits,
+                  CHUNK: tl.constexpr, HAS_LIBDEVICE: tl.constexpr):
+    program = tl.program_id(0)
+    row, start = (program // num_chunks).to(tl.int64), program % num_chunks * CHUNK
+    ids = start + tl.arange(0, CHUNK)
+    logits = tl.load(logits_ptr + row * stride_logits + ids, mask=ids < vocab_size, other=float("-inf"))
+    s = logits * tl.div_rn(1.0, temperature)
+    largest = tl.max(tl.where(s != s, float("-inf"), s), 0)
+    first, second = tl.load(words_ptr + 2 * row), tl.load(words_ptr + 2 * row + 1)
+    scores = _scores(s, largest, ids, first, second, HAS_LIBDEVICE)
+    tl.store(largest_ptr + program.to(tl.int64), largest)
+    tl.store(winners_ptr + program.to(tl.int64), start + tl.argmax(scores, 0))
+
+
+@triton.jit
+def _row_kernel(logits_ptr, words_ptr, largest_ptr, winners_ptr, tokens_ptr, temperature, num_chunks, stride_logits,
+                BLOCK: tl.constexpr, HAS_LIBDEVICE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    chunks = tl.arange(0, BLOCK)
+    is_chunk = chunks < num_chunks
+    ids = tl.load(winners_ptr + row * num_chunks + chunks, mask=is_chunk, other=0)
+    largest = tl.max(tl.load(largest_ptr + row * num_chunks + chunks, mask=is_chunk, other=float("-inf")), 0)
+    logits = tl.load(logits_ptr + row * stride_logits + ids, mask=is_chunk, other=float("-inf"))
+    first, second = tl.load(words_ptr + 2 * row), tl.load(words_ptr + 2 * row + 1)
+    scores = _scores(logits * tl.div_rn(1.0, temperature), largest, ids, first, second, HAS_LIBDEVICE)
+    best = tl.argmax(scores, 0)  # of equals the first: ids rise from chunk to chunk
+    tl.store(tokens_ptr + row, tl.sum(tl.where(chunks == best, ids, 0), 0).to(tl.int64))
+
+
+def draw_tokens(logits: torch.Tensor, words: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Tokens [B] int64 drawn from softmax(logits / temperature), the lowest id among equal scores; a function of each row alone.
+
+    logits [B, V] fp32, rows may be strided; words [B, 2] int32: the 64 bits that a row's key was mixed to, lower half first. An
+    id of logit -inf is drawn only where a row has nothing else (then it is 0); of a row with NaN or +inf, the first such id.
+    Nothing waits for the host and the grids follow from shapes, so that a CUDA graph can hold it. No gradient. Raises ValueError
+    for a temperature that is not above 0 and for logits that are not fp32."""
+    (num_rows, vocab_size), operation = logits.shape, "draw_tokens"
+    if not temperature > 0:
+        raise ValueError(f"{operation}: temperature={temperature}; must be above 0")
+    check_served(operation, {"logits": logits}, dtypes=(torch.float32,), tensor_cores=False)
+    assert vocab_size > 0, f"{operation}: logits are {tuple(logits.shape)}"
+    expected = (num_rows, 2), torch.int32, logits.device
+    assert (words.shape, words.dtype, words.device) == expected, f"{words.shape, words.dtype, words.device} {expected}"
+    logits, words = logits.detach(), words.contiguous()
+    if not is_triton(logits):
+        return draw_tokens_reference(logits, words, temperature)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    chunk = _CHUNK["gpu" if logits.is_cuda else "interpreter"]
+    num_chunks = cdiv(vocab_size, chunk)
+    largest = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
+    winners = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return tokens
+    constants = {"HAS_LIBDEVICE": not is_interpreted(), "enable_fp_fusion": False}
+    launch(_chunk_kernel, (num_rows * num_chunks,), logits, words, largest, winners, float(temperature), vocab_size, num_chunks,
+           logits.stride(0), CHUNK=chunk, num_warps=8, **constants)
+    launch(_row_kernel, (num_rows,), logits, words, largest, winners, tokens, float(temperature), num_chunks, logits.stride(0),
+           BLOCK=next_power_of_2(num_chunks), num_warps=1, **constants)
+    return tokens
