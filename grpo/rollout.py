@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.sampling import Draw, check_settings, draw, greedy
+from grpo.sampling import Draw, check_settings, draw, greedy, key_words
+from models.decoder import Decoder, can_decode_by_graph
 from models.gpt_oss import GptOss
 from models.routing_record import RoutingRecord, empty_routing
 
@@ -43,7 +44,11 @@ class Sampler:
 
     stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the
     longest sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens:
-    prompts are prefilled together up to this many tokens; a longer prompt goes alone.
+    prompts are prefilled together up to this many tokens; a longer prompt goes alone. shares_prompts: training computes a
+    prompt once for its completions; attention on a GPU then adds up in the same order.
+
+    On a GPU, draws from the whole vocabulary replay CUDA graphs (models/decoder.py); filters, greedy decoding and recorded
+    routing take a step as it comes.
     """
 
     def __init__(
@@ -55,12 +60,13 @@ class Sampler:
         seed: int,
         max_len: int | None = None,
         max_prefill_tokens: int = 16384,
+        shares_prompts: bool = False,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model, self.stop_ids, self.seed = model, list(stop_ids), seed
-        self.max_batch, self.max_prefill_tokens = max_batch, max_prefill_tokens
+        self.max_batch, self.max_prefill_tokens, self.shares_prompts = max_batch, max_prefill_tokens, shares_prompts
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
         self.last_stats = RolloutStats()
 
@@ -105,6 +111,7 @@ class Sampler:
             max_new_tokens=max_new_tokens,
             choose=choose,
             records_routing=records_routing,
+            plain_temperature=None if greedy or top_k or top_p < 1 or min_p > 0 else temperature,
         )
         for _ in rollout.run(should_stop):
             pass
@@ -132,7 +139,9 @@ class Sampler:
         choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         start = time.perf_counter()
         samples = range(sample, sample + 1)
-        rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose)
+        plain_temperature = None if greedy or top_k or top_p < 1 or min_p > 0 else temperature
+        rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose,
+                           plain_temperature=plain_temperature)
         for index, _ in enumerate(rollout.run(should_stop)):
             rollout.check_finite(index + 1)
             yield int(rollout.tokens[0, index])
@@ -170,11 +179,12 @@ class _Rollout:
         step: int,
         max_new_tokens: int,
         choose: Callable[[Tensor, Tensor], Draw],
+        plain_temperature: float | None,  # of draws from the whole vocabulary, None where something else chooses
         records_routing: bool = False,
     ) -> None:
         _check_prompts(prompts, max_len=sampler.max_len, max_new_tokens=max_new_tokens)
         self.model, self.prompts, self.samples, self.choose = sampler.model, prompts, samples, choose
-        self.max_prefill_tokens = sampler.max_prefill_tokens
+        self.max_prefill_tokens, self.shares_prompts = sampler.max_prefill_tokens, sampler.shares_prompts
         self.device = device = sampler.model.device
         self.stop_ids = torch.tensor(sampler.stop_ids, dtype=torch.int64, device=device)
         num_items, width = len(prompts) * len(samples), len(samples)
@@ -201,9 +211,13 @@ class _Rollout:
         self.free_slots = list(range(num_slots))[::-1]
         num_spare = 0 if self.spare_slot is None else 1
         self.cache = self.model.new_cache(num_slots=num_slots + num_spare, max_len=int((lengths + limits).max()))
+        self.decoder = None
+        if plain_temperature is not None and not records_routing and can_decode_by_graph(self.model):
+            self.decoder = Decoder(self.model, self.cache, max_rows=num_slots, temperature=plain_temperature,
+                                   counts_prompts_apart=self.shares_prompts)
         self.next_prompt = 0
         self.waiting_items: list[int] = []  # completions whose prompt is in the spare slot
-        self.waiting_logits = None  # [1, V], after that prompt
+        self.waiting_hidden = None  # [1, D], after that prompt
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         self.live = _Rows(empty, empty, empty.reshape(0, 5), empty, empty, empty)
         self.stats = RolloutStats(num_completions=num_items, cache_bytes=self.cache.num_bytes)
@@ -241,7 +255,7 @@ class _Rollout:
         tokens = torch.tensor([token for x in ids for token in x], dtype=torch.int64, device=self.device)
         first_slots = torch.tensor([group[0] for group in slots], device=self.device)
         record = self._new_record(num_tokens)
-        logits = self.model.prefill(tokens, bounds, self.cache, first_slots, record=record)  # [P, V]
+        hidden = self.model.prefill_hidden(tokens, bounds, self.cache, first_slots, record=record)  # [P, D]
         if record is not None:
             self.prompt_routing += record.indices.cpu().split([len(x) for x in ids])
         self.stats.prefill_tokens += num_tokens
@@ -252,12 +266,12 @@ class _Rollout:
             if len(group) < width:  # only the last prompt: it took the last free slots
                 targets = [*targets, self.spare_slot]
                 self.waiting_items = list(range(index * width + len(group), (index + 1) * width))
-                self.waiting_logits = logits[-1:].clone()
+                self.waiting_hidden = hidden[-1:].clone()
             if targets:
                 self.cache.copy_slot(group[0], torch.tensor(targets, device=self.device), len(prompt_ids))
             items += range(index * width, index * width + len(group))
         counts = torch.tensor([len(group) for group in slots], device=self.device)
-        self._start(items, [slot for group in slots for slot in group], logits.repeat_interleave(counts, dim=0))
+        self._start(items, [slot for group in slots for slot in group], hidden.repeat_interleave(counts, dim=0))
 
     def _admit_waiting(self) -> None:
         """Starts completions of the prompt in the spare slot."""
@@ -266,10 +280,10 @@ class _Rollout:
         slots = [self.free_slots.pop() for _ in range(count)]
         num_tokens = len(self.prompts[items[0] // len(self.samples)].token_ids)
         self.cache.copy_slot(self.spare_slot, torch.tensor(slots, device=self.device), num_tokens)
-        self._start(items, slots, self.waiting_logits.expand(count, -1))
+        self._start(items, slots, self.waiting_hidden.expand(count, -1))
 
-    def _start(self, items: list[int], slots: list[int], logits: Tensor) -> None:
-        """Draws the first token of completions whose prompt is in their slots; logits [B, V]."""
+    def _start(self, items: list[int], slots: list[int], hidden: Tensor) -> None:
+        """Draws the first token of completions whose prompt is in their slots; hidden [B, D]."""
         index = torch.tensor(items, device=self.device)
         zeros = torch.zeros_like(index)
         rows = _Rows(
@@ -280,33 +294,45 @@ class _Rollout:
             num_new=zeros,
             limits=self.limits[index],
         )
-        self.live = self.live.join(self._draw(rows, logits))
+        self.live = self.live.join(self._record(rows, self._draw(rows, hidden)))
 
     def _decode(self) -> None:
         """One token for every live row."""
         rows = self.live
-        logits = self._feed(rows)  # [B, V]
         self.stats.decode_tokens += len(rows.items)
         self.stats.decode_steps += 1
-        self.live = self._draw(rows, logits)
+        if self.decoder is None:
+            result = self._draw(rows, self._feed(rows))
+        else:
+            positions = rows.keys[:, POSITION]
+            result = Draw(*self.decoder.step(rows.tokens, positions - 1, rows.slots, positions - rows.num_new,
+                                             key_words(rows.keys)))
+        self.live = self._record(rows, result)
 
     def _feed(self, rows: _Rows) -> Tensor:
-        """Feeds the rows' newest tokens to the model. Returns logits [B, V]."""
+        """Feeds the rows' newest tokens to the model. Returns its final hidden states [B, D]."""
         record = self._new_record(len(rows.items))
-        logits = self.model.decode_step(
-            rows.tokens, rows.keys[:, POSITION] - 1, self.cache, rows.slots, record=record
+        positions = rows.keys[:, POSITION]
+        prefix_lens = positions - rows.num_new if self.shares_prompts else None
+        hidden = self.model.decode_hidden(
+            rows.tokens, positions - 1, self.cache, rows.slots, record=record, prefix_lens=prefix_lens
         )
         if record is not None:
             items, columns = torch.stack([rows.items, rows.num_new - 1]).cpu()
             self.routing[items, columns] = record.indices.cpu()
-        return logits
+        return hidden
 
     def _new_record(self, num_tokens: int) -> RoutingRecord | None:
         return None if self.routing is None else RoutingRecord(num_tokens, self.model.config, self.device)
 
-    def _draw(self, rows: _Rows, logits: Tensor) -> _Rows:
-        """Draws and records a token per row; returns the rows that go on, the slots of the others become free."""
-        result = self.choose(logits, rows.keys)
+    def _draw(self, rows: _Rows, hidden: Tensor) -> Draw:
+        """The next token of each row from hidden states [B, D]."""
+        if self.decoder is None:
+            return self.choose(self.model.head(hidden), rows.keys)
+        return Draw(*self.model.draw(hidden, key_words(rows.keys), temperature=self.decoder.temperature))
+
+    def _record(self, rows: _Rows, result: Draw) -> _Rows:
+        """Records a token per row; returns the rows that go on, the slots of the others become free."""
         self.tokens[rows.items, rows.num_new] = result.tokens
         self.log_probs[rows.items, rows.num_new] = result.log_probs
         if (kept := result.kept) is not None:

@@ -164,6 +164,11 @@ def _kept_mask(scores: Tensor, *, top_k: int, top_p: float, min_p: float) -> Ten
     return kept
 
 
+def key_words(keys: Tensor) -> Tensor:
+    """What a draw's noise depends on beside the vocabulary id: [B, 2] int32 for keys [B, 5] int64."""
+    return torch.stack(_row_words(keys), dim=1)
+
+
 def _row_words(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Two 32-bit words per row from the key; int64 products wrap modulo 2^64."""
     word = keys.new_zeros(keys.shape[0])  # [B]

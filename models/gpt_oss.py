@@ -30,6 +30,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.router_logits import router_logits
 from kernels.routing import route
+from kernels.sampling import draw_tokens
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts
 from models.frozen_block import Attend, Choose, TrainingPass, run_block, train_block
@@ -332,6 +333,12 @@ class GptOss(nn.Module):
                 record: RoutingRecord | None = None) -> torch.Tensor:
         """Runs packed prompts tokens [T] and fills slots [S] of the cache, and the `record` of their experts. Returns the
         logits [S, V] fp32 after each."""
+        return self.head(self.prefill_hidden(tokens, cu_seqlens, cache, slots, record=record))
+
+    @torch.no_grad()
+    def prefill_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                       record: RoutingRecord | None = None) -> torch.Tensor:
+        """As prefill, but returns the final hidden states [S, D] that the logits come from."""
         bounds = cu_seqlens.tolist()
         lengths = [end - start for start, end in zip(bounds, bounds[1:])]
         if max(lengths) > cache.max_len:
@@ -348,8 +355,7 @@ class GptOss(nn.Module):
             cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
             return packed(layer, q, k, v, sinks)
 
-        hidden = self._hidden(tokens, positions, attend, None, record)
-        return head_logits(hidden[cu_seqlens[1:].long() - 1], self.lm_head.weight)
+        return self._hidden(tokens, positions, attend, None, record)[cu_seqlens[1:].long() - 1]
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
@@ -358,6 +364,12 @@ class GptOss(nn.Module):
         experts. Returns logits [B, V] fp32. Rows at a position below 0 are idle: they touch no slot, their logits mean nothing.
         On a GPU attention and cache wait for no value, so nothing checks that positions fit the cache: the caller must.
         `prefix_lens` [B]: see decode_attention."""
+        return self.head(self.decode_hidden(tokens, positions, cache, slots, record=record, prefix_lens=prefix_lens))
+
+    @torch.no_grad()
+    def decode_hidden(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+                      record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
+        """As decode_step, but returns the final hidden states [B, D] that the logits come from."""
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
 
@@ -367,8 +379,20 @@ class GptOss(nn.Module):
                                     window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
                                     prefix_lens=prefix_lens)
 
-        hidden = self._hidden(tokens, positions, attend, None, record, is_decoding=True)
+        return self._hidden(tokens, positions, attend, None, record, is_decoding=True)
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] fp32 of final hidden states [B, D]."""
         return head_logits(hidden, self.lm_head.weight)
+
+    @torch.no_grad()
+    def draw(self, hidden: torch.Tensor, words: torch.Tensor, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of words [B, 2] int32
+        (kernels/sampling.py). Returns the tokens [B] and their log-probs [B] fp32, nats: those that log_probs computes for the
+        same hidden state, bit for bit."""
+        tokens = draw_tokens(self.head(hidden), words, temperature=temperature)
+        return tokens, log_probs(hidden, self.lm_head.weight, tokens, temperature=temperature)[0]
 
 
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:

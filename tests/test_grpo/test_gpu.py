@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo.batch import Prompt, pack
+from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
 from models.checkpoint import load_model
+from models.lora import LoraConfig, attach_lora
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURES = ROOT / "tests/fixtures"
@@ -49,6 +51,59 @@ def test_sampler_and_trainer_agree_on_cuda():
     with torch.no_grad():
         log_probs, _ = model.log_probs(batch.tokens, batch.cu_seqlens, temperature=0.7, mask=batch.loss_mask)
     assert (log_probs - batch.sampler_log_probs)[batch.loss_mask].abs().max() <= 5e-5
+
+
+def adapted_model():
+    """The tiny packed checkpoint in bf16 with adapters that are not zero."""
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cuda", dtype=torch.bfloat16)
+    attach_lora(model, LoraConfig(rank=4, alpha=8.0), seed=0)
+    generator = torch.Generator("cuda").manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters().items():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
+    model = adapted_model()
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
+    # five slots for 18 completions: rows are admitted while others run, and prompts wait
+    sampler = Sampler(model, [1], max_batch=5, seed=3, shares_prompts=shares_prompts)
+    completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
+    batch = pack(completions, [1.0] * len(completions)).to(model.device)
+    for max_tokens in (100_000, 300):
+        for micro in micro_batches(batch, max_tokens, share_prompts=shares_prompts):
+            log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
+                                           prefixes=micro.prefixes)
+            assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
+def test_a_completion_is_the_same_alone_and_in_any_batch():
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
+
+    def sampled(prompts, max_batch):
+        sampler = Sampler(model, [1], max_batch=max_batch, seed=3)
+        return {(c.prompt.id, c.sample): (c.completion_ids, c.segments[1].log_probs) for c in
+                sampler.generate(prompts, step=2, num_samples=4, max_new_tokens=40, temperature=1.0)}
+
+    together = sampled(prompts, 16)
+    assert together == sampled(prompts, 3)
+    assert {key: value for key, value in together.items() if key[0] == 2} == sampled(prompts[2:3], 1)
+
+
+def test_an_update_of_the_adapter_shows_in_the_next_rollout():
+    model, prompts = adapted_model(), [Prompt(0, [5, 6, 7], {})]
+    sampler = Sampler(model, [], max_batch=4, seed=3)
+    sample = partial(sampler.generate, prompts, step=0, num_samples=4, max_new_tokens=20, temperature=1.0)
+    before = [c.completion_ids for c in sample()]
+    assert before == [c.completion_ids for c in sample()]
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters().items():
+            if name.endswith("lora_B"):
+                parameter.mul_(-3.0)
+    assert before != [c.completion_ids for c in sample()]
 
 
 def test_a_run_trains_on_cuda(tmp_path):

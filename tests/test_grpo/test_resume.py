@@ -67,7 +67,7 @@ WITHOUT_REPORT = "import grpo.metrics; grpo.metrics.write_report = lambda *argum
 # phase -> (module, owner, function, after it, range of the call number within one process)
 PHASES = {
     "warm-up": ("grpo.optim", "module.Optimizer", "step", True, (1, 3)),
-    "rollout": ("models.gpt_oss", "module.GptOss", "decode_step", False, (3, 30)),
+    "rollout": ("models.gpt_oss", "module.GptOss", "decode_hidden", False, (3, 30)),
     "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
     "logging": ("grpo.metrics", "module._JsonlFile", "append", True, (1, 5)),

@@ -185,19 +185,19 @@ def test_groups_larger_than_the_batch_finish_and_every_prompt_is_prefilled_once(
 
 def test_finished_rows_leave_the_batch_and_waiting_ones_take_their_slots(model, monkeypatch):
     sizes, prefills = [], []
-    decode_step, prefill = GptOss.decode_step, GptOss.prefill
+    decode_hidden, prefill_hidden = GptOss.decode_hidden, GptOss.prefill_hidden
 
     def spy_decode(self, tokens, positions, cache, slots, **settings):
         assert len(slots.unique()) == len(slots)
         sizes.append(len(tokens))
-        return decode_step(self, tokens, positions, cache, slots, **settings)
+        return decode_hidden(self, tokens, positions, cache, slots, **settings)
 
     def spy_prefill(self, tokens, cu_seqlens, cache, slots, **settings):
         prefills.append(len(tokens))
-        return prefill(self, tokens, cu_seqlens, cache, slots, **settings)
+        return prefill_hidden(self, tokens, cu_seqlens, cache, slots, **settings)
 
-    monkeypatch.setattr(GptOss, "decode_step", spy_decode)
-    monkeypatch.setattr(GptOss, "prefill", spy_prefill)
+    monkeypatch.setattr(GptOss, "decode_hidden", spy_decode)
+    monkeypatch.setattr(GptOss, "prefill_hidden", spy_prefill)
     prompts = make_prompts(10, lengths=(6, 6))
     completions, stats = generate(model, prompts, stop_ids=(3, 17), max_batch=4, max_prefill_tokens=12)
     lengths = [len(c.completion_ids) for c in completions]
@@ -329,6 +329,7 @@ def test_a_row_extended_by_an_environment_goes_on_as_one_sequence(model):
         step=3,
         max_new_tokens=20,
         choose=lambda logits, keys: draw(logits, keys, temperature=1.0, top_p=0.9),
+        plain_temperature=None,
     )
     for call, _ in enumerate(rollout.run(None)):
         if call == 4:  # every row has five tokens
@@ -380,15 +381,15 @@ def test_repeated_prompt_ids_are_refused(model):
 
 
 def test_logits_that_are_not_finite_stop_the_rollout_naming_where(model, monkeypatch):
-    decode_step = GptOss.decode_step
+    decode_hidden = GptOss.decode_hidden
 
     def broken(self, tokens, positions, cache, slots, **settings):
-        logits = decode_step(self, tokens, positions, cache, slots, **settings)
+        hidden = decode_hidden(self, tokens, positions, cache, slots, **settings)
         if positions[1] == 8:
-            logits[1, 5] = float("nan")
-        return logits
+            hidden[1, 5] = float("nan")
+        return hidden
 
-    monkeypatch.setattr(GptOss, "decode_step", broken)
+    monkeypatch.setattr(GptOss, "decode_hidden", broken)
     prompts = make_prompts(2, lengths=(5, 5))
     with pytest.raises(FloatingPointError, match="step 3, prompt 1, sample 0, position 9"):
         generate(model, prompts, greedy=False)
