@@ -165,10 +165,12 @@ def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: i
     if family == "interpreter":
         return _WIDE[family]
     inner = max(16, min(64, next_power_of_2(num_in)))
-    if num_out <= 64:  # x A: reads x once, bound by memory
+    if num_out <= 64 or (num_out <= 256 and 8 * num_out <= num_in):  # x A: reads x once, bound by memory
         cols = max(16, next_power_of_2(num_out))
         if dtype == torch.float32:
             return Blocks(64, cols, min(inner, 32), 1, 4, 2, False, False)
+        if cols > 64:  # of fp32 masters: 4 + 32 KB a step at 256 columns
+            return Blocks(64, cols, min(inner, 32), 1, 4, 2 if family == "consumer" else 4, False, False)
         return Blocks(64, cols, inner, 1, 4, 3 if family == "consumer" else 5, False, False)
     if dtype == torch.float32:
         return _FP32
@@ -260,7 +262,7 @@ def grouped_gemm_kernel(
                 if IN_CONTIGUOUS:
                     weight_pointers += INNER
                 else:
-                    weight_pointers += INNER * stride_weight.to(tl.int64)
+                    weight_pointers += INNER * tl.cast(stride_weight, tl.int64)
 
         for step in tl.static_range(RANK_STEPS):
             ranks = step * RANK + tl.arange(0, RANK)

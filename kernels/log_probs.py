@@ -400,8 +400,9 @@ def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, gra
                                 HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
 
 
-def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False) -> dict:
-    """Block sizes and options for products of hidden states with a head."""
+def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False, fits_rows: bool = False) -> dict:
+    """Block sizes and options for products of hidden states with a head. Sums over a tile depend on its layout: only products
+    alone may choose by the number of rows (fits_rows), scores have the same bits in any batch."""
     family = gpu_family(hidden)
     blocks = dict(_BLOCKS[family])
     if weight.dtype == torch.float32 and hidden.is_cuda:
@@ -409,7 +410,7 @@ def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = F
     elif small_parts and family in _SMALL_PARTS:
         blocks |= _SMALL_PARTS[family]
     num_rows, width = hidden.shape
-    if num_rows <= 64:  # a few rows: the head is read once, whatever the tile
+    if fits_rows and num_rows <= 64:  # the head is read once, whatever the tile
         blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
     aligned = width * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0 and hidden.data_ptr() % 16 == 0
     blocks["USE_TMA"] = blocks["USE_TMA"] and aligned
@@ -575,7 +576,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if path == "library":
         _mm(hidden, weight.T, logits)
     elif hidden.shape[0] > 0:
-        blocks = _blocks(hidden, weight)
+        blocks = _blocks(hidden, weight, fits_rows=True)
         launch(
             _logits_kernel, _grid(*logits.shape, blocks, hidden), *_operands(hidden, weight, blocks), logits, *logits.shape,
             hidden.shape[1], hidden.stride(0), weight.stride(0), logits.stride(0), **blocks)

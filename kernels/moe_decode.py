@@ -139,13 +139,13 @@ def _prefetch(pointers):
 @triton.jit
 def moe_decode_kernel(
     x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups,
-    num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit,
+    num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit, one,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
     NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
     TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr,
     IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+    HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
     the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous."""
@@ -218,7 +218,11 @@ def moe_decode_kernel(
                                                    INNER, CHUNK, IS_ASM, EVEN_OUT)
             b = tl.load(x_pointers + k, mask=is_row[None, :], other=0.0)
             a = unpack_fragments(tile_words, tile_scales, GROUPS, INNER // CHUNK, CHUNK, dtype, IS_ASM, True)
+            # wgmma reads `a` from registers while the program goes on, and Triton 3.6 and 3.7 let the next step's unpacking
+            # overwrite them too early. A use of the sum, here a product with 1, makes it wait for the tensor cores first
             acc = tl.dot(a, b, acc, input_precision="ieee")
+            if IS_WGMMA:
+                acc = acc * one
         if TAIL:
             a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
             acc = tl.dot(a, tail_x, acc, input_precision="ieee")
@@ -246,7 +250,7 @@ def moe_decode_kernel(
             if IN_CONTIGUOUS:
                 weight_pointers += INNER
             else:
-                weight_pointers += INNER * stride_weight.to(tl.int64)
+                weight_pointers += INNER * tl.cast(stride_weight, tl.int64)
 
     is_feature = features < num_out
     if OVERLAPS and WAITS == 2:
@@ -350,12 +354,13 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     launch(
         moe_decode_kernel, (token_tiles * cdiv(num_out, blocks.rows),),
         x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups, num_rows, num_experts, num_out, rank,
-        slice_rank, 1.0 if scale is None else scale, alpha, limit, x.stride(0), *strides, *up_strides,
+        slice_rank, 1.0 if scale is None else scale, alpha, limit, 1.0, x.stride(0), *strides, *up_strides,
         NUM_IN=num_in, EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner,
         TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
-        HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, OVERLAPS=overlaps, WAITS=waits,
+        HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, IS_WGMMA=gpu_family(x) == "hopper",
+        OVERLAPS=overlaps, WAITS=waits,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages, **options,
     )  # fmt: skip
     return out

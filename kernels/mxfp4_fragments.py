@@ -242,7 +242,7 @@ def _dequantize_fragments_kernel(words, scales, out, num_groups, num_chunks, GRO
     dtype: tl.constexpr = out.dtype.element_ty
     values = unpack_fragments(tile_words, tile_scales, GROUPS, 1, CHUNK, dtype, IS_ASM, False)
     rows = first_group * 16 + tl.arange(0, 16 * GROUPS)
-    num_in = (num_chunks * CHUNK).to(tl.int64)
+    num_in = tl.cast(num_chunks * CHUNK, tl.int64)  # num_chunks may be 1, which the compiler takes for a constant
     tl.store(out + rows[:, None] * num_in + chunk * CHUNK + tl.arange(0, CHUNK)[None, :], values,
              mask=(rows < num_groups * 16)[:, None])
 

@@ -74,7 +74,7 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
         "x": "*bf16", "weight": "*fp32" if is_low_rank else "*bf16", "scales": "*i32", "out": "*bf16", "offsets": "*i32",
         "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32", "lora_groups": "*i32", "rank": "i32",
-        "slice_rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32",
+        "slice_rank": "i32", "scale": "fp32", "alpha": "fp32", "limit": "fp32", "one": "fp32",
     }  # fmt: skip
     for name in ("num_experts", "stride_up_rank"):
         del signature[name]
@@ -84,7 +84,8 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
         "INNER": blocks.inner, "TAIL": 0, "CHUNK": 32, "RANK": rank_block, "RANK_STEPS": triton.cdiv(rank, rank_block),
         "IS_PACKED": False, "IS_ASM": False, "IN_CONTIGUOUS": True, "EVEN_IN": num_in % blocks.inner == 0,
         "EVEN_OUT": num_out % blocks.rows == 0, "HAS_OFFSETS": False, "HAS_GATHER": False, "HAS_BIAS": not is_low_rank,
-        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "OVERLAPS": False, "WAITS": 0,
+        "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "OVERLAPS": False,
+        "IS_WGMMA": family_of(arch) == "hopper", "WAITS": 0,
     }  # fmt: skip
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
     resources = compile_for(moe_decode_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,

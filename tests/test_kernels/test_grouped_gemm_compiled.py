@@ -64,6 +64,10 @@ USES = {
     "gradient of few rows": dict(num_in=5760, num_out=2880, num_rows=2048, rank=16, in_contiguous=False),
     "fp16": dict(dtype=torch.float16, rank=16, flags=("BIAS",)),
     "x A of fp32 masters": dict(num_out=16, weight_dtype=torch.float32, flags=("GATHER", "SCALE")),
+    "x A of three projections at rank 32": dict(num_out=96, num_experts=1, num_rows=8192, weight_dtype=torch.float32,
+                                                flags=("SCALE",)),
+    "x A at rank 128": dict(num_out=128, weight_dtype=torch.float32, flags=("GATHER", "SCALE")),
+    "dy B at rank 256": dict(num_in=5760, num_out=256, weight_dtype=torch.float32, in_contiguous=False, flags=("SCALE",)),
     "x A at rank 64": dict(num_out=64, weight_dtype=torch.float32, flags=("SCALE",)),
     "dy B of fp32 masters": dict(num_in=5760, num_out=16, weight_dtype=torch.float32, in_contiguous=False, flags=("SCALE",)),
     "dense (x A) B": dict(num_in=16, num_out=4096, num_experts=1, weight_dtype=torch.float32, flags=("BIAS",)),
@@ -71,7 +75,8 @@ USES = {
 }  # fmt: skip
 
 
-EVERYWHERE = ("gate_up", "down", "gradient of rows", "x A of fp32 masters")  # the others on Hopper alone, for time
+# the others on Hopper alone, for time
+EVERYWHERE = ("gate_up", "down", "gradient of rows", "x A of fp32 masters", "dy B at rank 256")
 
 
 @pytest.mark.parametrize("use, arch", [(use, arch) for use in USES for arch in ARCHITECTURES if arch == 90 or use in EVERYWHERE])

@@ -325,6 +325,19 @@ def test_bf16_error_is_at_most_twice_that_of_eager_bf16(shape, filtered, weights
 
 
 @pytest.mark.gpu
+def test_a_token_has_the_same_bits_in_any_batch_with_and_without_a_gradient():
+    hidden, weight, targets = inputs(700, 2880, 201_088, dtype=torch.bfloat16, device="cuda", spread=2.0)
+    with torch.no_grad():
+        together = log_probs(hidden, weight, targets, temperature=0.9)
+    for first, count in ((0, 1), (3, 7), (100, 64), (200, 65), (300, 400)):
+        rows = slice(first, first + count)
+        for needs_gradient in (False, True):
+            part = hidden[rows].clone().requires_grad_(needs_gradient)
+            ours = log_probs(part, weight, targets[rows].contiguous(), temperature=0.9)
+            assert torch.equal(ours[0].detach(), together[0][rows]), (first, count, needs_gradient)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float16, 2e-3)])
 def test_float32_and_float16_on_the_gpu(dtype, tolerance, poisoned):
     tensors = inputs(200, 96, 5_000, dtype=dtype, device="cuda", spread=3.0)

@@ -170,6 +170,13 @@ def test_the_kernel_fits_every_gpu(arch, is_asm):
     check_fits(compile_for(_dequantize_fragments_kernel, signature, constexprs, arch, num_warps=NUM_WARPS, num_stages=3), arch)
 
 
+def test_the_kernel_compiles_for_rows_of_one_chunk():
+    """A launch passes the number 1 as a constant."""
+    signature = {"words": "*i16", "scales": "*i32", "out": "*bf16", "num_groups": "i32"}
+    constexprs = {"num_chunks": 1, "GROUPS": DEQUANTIZE_GROUPS, "CHUNK": 64, "IS_ASM": True}
+    check_fits(compile_for(_dequantize_fragments_kernel, signature, constexprs, 90, num_warps=NUM_WARPS, num_stages=3), 90)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype, is_asm", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
