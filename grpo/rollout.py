@@ -117,6 +117,9 @@ class Sampler:
             pass
         completions = rollout.completions()
         self.last_stats = rollout.stats
+        if rollout.decoder is not None:
+            del rollout  # its cache and graphs
+            torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
         self.last_stats.seconds = time.perf_counter() - start
         return completions
 
