@@ -140,3 +140,24 @@ def entry_points(tmp_path_factory):
     server = EntryPoints(tmp_path_factory.mktemp("entry_points"))
     yield server
     server.close()
+
+
+# Lengths as rewards: every group has a spread although the policy is never right, so each step updates.
+SPREAD = """
+from grpo.envs.carry import Carry
+
+class Spread(Carry):
+    def score(self, completions):
+        scores = super().score(completions)
+        for completion, score in zip(completions, scores):
+            score.reward = completion.sample / 4 + len(completion.completion_ids) / 100
+        return scores
+"""
+
+
+@pytest.fixture(scope="session")
+def spread_folder(tmp_path_factory):
+    """An import folder with the environment `spread.Spread`."""
+    folder = tmp_path_factory.mktemp("spread")
+    (folder / "spread.py").write_text(SPREAD)
+    return folder

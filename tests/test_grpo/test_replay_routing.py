@@ -155,26 +155,13 @@ def test_a_record_of_another_length_than_its_segment_is_refused():
         pack([Completion(Prompt(0, [1, 2], {}), 0, segments, "stop")], [0.0])
 
 
-SPREAD = '''
-from grpo.envs.carry import Carry
-
-class Spread(Carry):
-    def score(self, completions):
-        scores = super().score(completions)
-        for completion, score in zip(completions, scores):
-            score.reward = completion.sample / 4 + len(completion.completion_ids) / 100
-        return scores
-'''
-
-
-def test_a_run_that_replays_on_policy_has_the_metrics_of_one_that_does_not(entry_points, tmp_path):
-    (tmp_path / "spread.py").write_text(SPREAD)
+def test_a_run_that_replays_on_policy_has_the_metrics_of_one_that_does_not(entry_points, spread_folder, tmp_path):
     steps = {}
     for replays in ("false", "true"):
         result = entry_points.run(
             "grpo.train", "+experiment=smoke", "steps=2", f"name=replay-{replays}", f"output_dir={tmp_path}",
             "env._target_=spread.Spread", f"rollout.replay_routing={replays}", "model.activation_checkpointing=true",
-            "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(tmp_path,))
+            "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(spread_folder,))
         assert result.code == 0, result.err
         lines = (tmp_path / f"replay-{replays}/metrics.jsonl").read_text().splitlines()
         steps[replays] = [row for row in map(json.loads, lines) if "reward" in row]

@@ -162,27 +162,13 @@ def test_gradient_and_statistics_of_a_step_are_those_without_sharing(name):
         assert stats == pytest.approx(expected_stats, rel=1e-5, abs=1e-6), max_tokens
 
 
-# A reward that differs within every group, so that each step updates.
-SPREAD = '''
-from grpo.envs.carry import Carry
-
-class Spread(Carry):
-    def score(self, completions):
-        scores = super().score(completions)
-        for completion, score in zip(completions, scores):
-            score.reward = completion.sample / 4 + len(completion.completion_ids) / 100
-        return scores
-'''
-
-
-def test_a_run_with_shared_prompts_has_the_metrics_of_one_without(entry_points, tmp_path):
-    (tmp_path / "spread.py").write_text(SPREAD)
+def test_a_run_with_shared_prompts_has_the_metrics_of_one_without(entry_points, spread_folder, tmp_path):
     steps = {}
     for shares in ("false", "true"):
         result = entry_points.run(
             "grpo.train", "+experiment=smoke", "steps=3", f"name=shares-{shares}", f"output_dir={tmp_path}",
             "env._target_=spread.Spread", f"optim.share_prompts={shares}", "optim.minibatches=2", "optim.epochs=2",
-            "optim.max_tokens=120", "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(tmp_path,))
+            "optim.max_tokens=120", "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(spread_folder,))
         assert result.code == 0, result.err
         lines = (tmp_path / f"shares-{shares}/metrics.jsonl").read_text().splitlines()
         steps[shares] = [row for row in map(json.loads, lines) if "reward" in row]

@@ -13,19 +13,6 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
-# The length of a completion as its reward: every group has a spread although the policy is never right.
-LENGTHS = '''
-from grpo.envs.carry import Carry
-from grpo.rewards import Score
-
-class Lengths(Carry):
-    def score(self, completions):
-        scores = super().score(completions)
-        for completion, score in zip(completions, scores):
-            score.reward = completion.sample / 4 + len(completion.completion_ids) / 100
-        return scores
-'''
-
 STEP_METRICS = {
     "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "reward/errors", "frac_reward_zero_std",
     "groups/dropped", "groups/live", "completions/mean_length", "completions/min_length", "completions/max_length",
@@ -36,16 +23,14 @@ STEP_METRICS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    (folder / "lengths.py").write_text(LENGTHS)
-    return folder
+    return tmp_path_factory.mktemp("train")
 
 
 @pytest.fixture(scope="module")
-def smoke(entry_points, folder):
+def smoke(entry_points, spread_folder, folder):
     """The folder of a finished `+experiment=smoke` with rewards that differ, and what it printed."""
     result = entry_points.run("grpo.train", "+experiment=smoke", "steps=3", "name=smoke", f"output_dir={folder}",
-                              "env._target_=lengths.Lengths", path=(folder,))
+                              "env._target_=spread.Spread", path=(spread_folder,))
     assert result.code == 0, result.err
     return folder / "smoke", result
 
@@ -104,7 +89,7 @@ def test_warm_up_and_evaluations_are_on_record(smoke):
     assert all({"eval/greedy_accuracy", "eval/greedy_accuracy/ci95", "eval/avg@1/ci95"} <= row.keys() for row in evaluations)
 
 
-def test_the_summary_and_the_last_lines_say_how_it_went_and_what_to_do_next(smoke, entry_points):
+def test_the_summary_and_the_last_lines_say_how_it_went_and_what_to_do_next(smoke, entry_points, spread_folder):
     run_dir, result = smoke
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["exit_reason"] == "finished" and summary["steps"] == 3
@@ -117,7 +102,7 @@ def test_the_summary_and_the_last_lines_say_how_it_went_and_what_to_do_next(smok
     commands = re.findall(r"^\s+python -m (grpo\.\w+) (.*)$", result.out, flags=re.MULTILINE)
     assert [name for name, _ in commands] == ["grpo.generate", "grpo.evaluate", "grpo.train"]
     name, arguments = commands[1]
-    evaluation = entry_points.run(name, *shlex.split(arguments), "max_prompts=4", path=(run_dir.parent,))
+    evaluation = entry_points.run(name, *shlex.split(arguments), "max_prompts=4", path=(spread_folder,))
     assert evaluation.code == 0, evaluation.err
     assert json.loads(evaluation.out)["step"] == 3
 
@@ -159,10 +144,11 @@ def write_reward(folder: Path) -> Path:
     return folder
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(entry_points, folder, smoke):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(entry_points, spread_folder, folder, smoke):
     def run(name, seed):
         result = entry_points.run("grpo.train", "+experiment=smoke", "steps=1", f"name={name}", f"seed={seed}",
-                                  f"output_dir={folder}", "env._target_=lengths.Lengths", "eval.at_end=false", path=(folder,),
+                                  f"output_dir={folder}", "env._target_=spread.Spread", "eval.at_end=false",
+                                  path=(spread_folder,),
                                   before="import grpo.metrics; grpo.metrics.write_report = lambda *a: None")
         assert result.code == 0, result.err
         first = [row for row in rows(folder / name / "completions.jsonl") if row["step"] == 1 and row["split"] == "train"]
