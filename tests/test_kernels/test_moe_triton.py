@@ -1,59 +1,19 @@
 """The experts as one operation: in the interpreter and on a GPU against a composition in float64, goldens included."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
+from moe_problem import ALPHA, LIMIT, SCALE, composed, normal, problem
 from safetensors.torch import load_file
 
 from kernels.moe import ExpertWeights, _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
-from kernels.mxfp4 import dequantize
 from kernels.mxfp4_fragments import ORDERS, to_fragments_
 from kernels.routing import make_routing
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
-ALPHA, LIMIT, SCALE = 1.702, 7.0, 0.5
-
-
-def normal(*shape, seed, std=1.0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std
-
-
-def problem(num_tokens, num_experts, per_token, width, inner, rank):
-    """Inputs in float64, base weights packed; expert 0 gets no token."""
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.stack([1 + torch.randperm(num_experts - 1, generator=generator)[:per_token] for _ in range(num_tokens)])
-    packed = []
-    for size, size_in in ((2 * inner, width), (width, inner)):
-        exponent = 126 - round(math.log2(size_in**0.5))  # products of the size of their inputs
-        scales = torch.randint(exponent - 1, exponent + 2, (num_experts, size, size_in // 32), generator=generator)
-        blocks = torch.randint(0, 256, (*scales.shape, 16), generator=generator, dtype=torch.uint8)
-        packed.append((blocks, scales.to(torch.uint8)))
-    tensors = {"x": normal(num_tokens, width, seed=3), "residual": normal(num_tokens, width, seed=4),
-               "weights": torch.softmax(normal(num_tokens, per_token, seed=5), -1),
-               "b1": normal(num_experts, 2 * inner, seed=6), "b2": normal(num_experts, width, seed=7),
-               "A1": normal(num_experts, rank, width, seed=8, std=width**-0.5),
-               "B1": normal(num_experts, 2 * inner, rank, seed=9),
-               "A2": normal(num_experts, rank, inner, seed=10, std=inner**-0.5), "B2": normal(num_experts, width, rank, seed=11)}
-    return indices, packed, tensors, normal(num_tokens, width, seed=12)
-
-
-def composed(indices, packed, t, *, has_lora):
-    """The operation expert by expert in the dtype of t, weights [E, out, in]."""
-    w1, w2 = (dequantize(*pair, torch.float32).to(t["x"].dtype) for pair in packed)
-    if has_lora:
-        w1, w2 = w1 + SCALE * t["B1"] @ t["A1"], w2 + SCALE * t["B2"] @ t["A2"]
-    y = t["residual"]
-    for expert in range(len(w1)):
-        token, slot = (indices == expert).nonzero(as_tuple=True)
-        h = t["x"][token] @ w1[expert].T + t["b1"][expert]
-        gate, up = h[:, 0::2].clamp(max=LIMIT), h[:, 1::2].clamp(-LIMIT, LIMIT)
-        out = (gate * torch.sigmoid(ALPHA * gate) * (up + 1)) @ w2[expert].T + t["b2"][expert]
-        y = y.index_add(0, token, out * t["weights"][token, slot].unsqueeze(-1))
-    return y
 
 
 def leaves(tensors, dtype, device, names):
@@ -83,7 +43,8 @@ def run(indices, packed, t, grad, *, has_lora, keeps_h, num_experts, num_dequant
 
 def errors_of(sizes, *, has_lora, keeps_h, dtype, device, num_dequantized=2, order="checkpoint"):
     """Name -> (our error, that of the composition in eager `dtype`), both relative to float64."""
-    indices, packed, tensors, grad = problem(*sizes)
+    indices, packed, tensors = problem(*sizes)
+    grad = normal(*tensors["x"].shape, seed=12)
     names = ["x", "weights"] + (["A1", "B1", "A2", "B2"] if has_lora else [])
     # inputs as the operation sees them, so that only its own rounding counts
     seen = {name: value.double() for name, value in leaves(tensors, dtype, device, []).items()}
@@ -164,7 +125,8 @@ def test_real_widths_in_bf16(has_lora, keeps_h):
 
 @pytest.mark.gpu
 def test_two_runs_give_the_same_bits_whatever_the_order_of_packed_weights():
-    indices, packed, tensors, grad = problem(777, 8, 4, 2880, 2880, 16)
+    indices, packed, tensors = problem(777, 8, 4, 2880, 2880, 16)
+    grad = normal(777, 2880, seed=12)
     packed = [tuple(tensor.cuda() for tensor in pair) for pair in packed]
     results = []
     for order in ORDERS:
