@@ -111,7 +111,7 @@ class Sampler:
             max_new_tokens=max_new_tokens,
             choose=choose,
             records_routing=records_routing,
-            plain_temperature=None if greedy or top_k or top_p < 1 or min_p > 0 else temperature,
+            plain_temperature=_plain_temperature(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy),
         )
         for _ in rollout.run(should_stop):
             pass
@@ -142,7 +142,7 @@ class Sampler:
         choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         start = time.perf_counter()
         samples = range(sample, sample + 1)
-        plain_temperature = None if greedy or top_k or top_p < 1 or min_p > 0 else temperature
+        plain_temperature = _plain_temperature(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose,
                            plain_temperature=plain_temperature)
         for index, _ in enumerate(rollout.run(should_stop)):
@@ -421,6 +421,13 @@ def _chooser(
         return lambda logits, keys: greedy(logits)
     check_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def _plain_temperature(
+    temperature: float, *, top_k: int, top_p: float, min_p: float, is_greedy: bool
+) -> float | None:
+    """The temperature of draws from the whole vocabulary, None where a filter or greedy decoding chooses."""
+    return None if is_greedy or top_k or top_p < 1 or min_p > 0 else temperature
 
 
 def _check_prompts(prompts: list[Prompt], *, max_len: int, max_new_tokens: int) -> None:

@@ -59,8 +59,9 @@ class Plan:
     max_pending_bytes: int  # on their way to the host at once
 
 
-def everything(place: Place, *, x: Place = Place.gpu) -> LayerPlan:
-    return {"x": x} | {name: place for name in NAMES}
+def everything(place: Place) -> LayerPlan:
+    """x on the GPU, all else in one place."""
+    return {"x": Place.gpu} | {name: place for name in NAMES}
 
 
 def bytes_of(config: GptOssConfig, run: Pass) -> dict[str, int]:
