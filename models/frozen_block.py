@@ -36,8 +36,8 @@ from kernels.routing import Routing, make_routing, route_backward, route_forward
 from models.host_store import HostStore, HostTensor
 from models.memory_plan import NAMES, LayerPlan, Place
 
-# up to so many, products are bound by the reading of their weights; so far their bits were compared on a GPU up to here
-MAX_DECODE_TOKENS = 32
+# up to so many, products are bound by the reading of their weights; their bits were compared on a GPU up to here
+MAX_DECODE_TOKENS = 512
 
 # (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
