@@ -255,9 +255,11 @@ def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, d
                      other_sums, scratch, scale, max_excess, num_rows, vocab, width, stride_hidden, stride_weight,
                      stride_logits, stride_scratch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                      TILE: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
-                     HAS_LOGITS: tl.constexpr, HAS_KEPT: tl.constexpr, STORES: tl.constexpr):
+                     HAS_LOGITS: tl.constexpr, HAS_KEPT: tl.constexpr, STORES: tl.constexpr,
+                     KEEPS_LOGITS: tl.constexpr = False):
     """Per token and TILE columns of the vocabulary: maximum, sum and weighted sum; and probabilities into the scratch (STORES),
-    which holds the marks of kept columns before (HAS_KEPT). Logits are formed here or read (HAS_LOGITS)."""
+    which holds the marks of kept columns before (HAS_KEPT). Logits are formed here, and stored (KEEPS_LOGITS), or read
+    (HAS_LOGITS)."""
     num_row_tiles = tl.cdiv(num_rows, BM)
     num_tiles = num_row_tiles * tl.cdiv(vocab, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
@@ -276,13 +278,19 @@ def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, d
         if BN == TILE:
             _score_tile(products, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
                         target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
+            if KEEPS_LOGITS:
+                _store_tile(products, logits, rows, row_mask, column, vocab, stride_logits)
         else:
             tl.static_assert(BN == 2 * TILE)
             left, right = _halves(products)
             _score_tile(left, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
                         target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
+            if KEEPS_LOGITS:
+                _store_tile(left, logits, rows, row_mask, column, vocab, stride_logits)
             _score_tile(right, rows, row_mask, column + TILE, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
                         target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
+            if KEEPS_LOGITS:
+                _store_tile(right, logits, rows, row_mask, column + TILE, vocab, stride_logits)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from kernels.attention import attention
 from kernels.attention_plan import AttentionPlan
 from kernels.decode_attention import decode_attention
 from kernels.dense import linear
+from kernels.draw import draw
 from kernels.embedding import embedding
 from kernels.launch import is_triton
 from kernels.linear import lora_linear
@@ -30,7 +31,6 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.router_logits import router_logits
 from kernels.routing import route
-from kernels.sampling import draw_tokens
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts
 from models.frozen_block import Attend, Choose, TrainingPass, run_block, train_block
@@ -391,8 +391,7 @@ class GptOss(nn.Module):
         """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of words [B, 2] int32
         (kernels/sampling.py). Returns the tokens [B] and their log-probs [B] fp32, nats: those that log_probs computes for the
         same hidden state, bit for bit."""
-        tokens = draw_tokens(self.head(hidden), words, temperature=temperature)
-        return tokens, log_probs(hidden, self.lm_head.weight, tokens, temperature=temperature)[0]
+        return draw(hidden, self.lm_head.weight, words, temperature=temperature)
 
 
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:

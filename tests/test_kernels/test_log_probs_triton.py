@@ -8,6 +8,7 @@ from interpreter import run_interpreter_tests
 
 import kernels.launch
 import kernels.log_probs
+from kernels.draw import draw
 from kernels.launch import family_of
 from kernels.log_probs import (
     _BLOCKS,
@@ -23,6 +24,7 @@ from kernels.log_probs import (
     head_logits,
     log_probs,
 )
+from kernels.sampling import draw_tokens
 
 TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
 
@@ -223,6 +225,25 @@ def test_a_row_does_not_depend_on_its_batch(poisoned):
         assert all(torch.equal(one, many[row:row + 1]) for one, many in zip(alone, together))
 
 
+def check_draw(hidden, weight, *, temperature, rows) -> None:
+    """Tokens are those of the logits, log-probs those of log_probs, in any batch, bit for bit."""
+    generator = torch.Generator().manual_seed(9)
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, (len(hidden), 2), generator=generator).to(hidden.device, torch.int32)
+    tokens, drawn = draw(hidden, weight, words, temperature=temperature)
+    assert torch.equal(tokens, draw_tokens(head_logits(hidden, weight), words, temperature=temperature))
+    assert len(tokens.unique()) > len(tokens) // 2
+    assert torch.equal(drawn, log_probs(hidden, weight, tokens, temperature=temperature)[0])
+    for part in rows:
+        alone = draw(hidden[part], weight, words[part], temperature=temperature)
+        assert torch.equal(alone[0], tokens[part]) and torch.equal(alone[1], drawn[part])
+
+
+@pytest.mark.interpreter
+def test_drawn_tokens_have_the_log_probs_of_training(poisoned):
+    hidden, weight, _ = inputs(35, 48, 127)
+    check_draw(hidden, weight, temperature=0.7, rows=(slice(0, 1), slice(16, 35), slice(0, 0)))
+
+
 def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=False):
     """A kernel as the launches of this GPU family would have it."""
     family = family_of(arch)
@@ -231,7 +252,7 @@ def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=F
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     scalars = dict(targets="*i64", scratch=f"*{dtype}", grad_logits=f"*{dtype}", scale="fp32", temperature="fp32",
                    max_excess="fp32")
-    constants = {name: value for name, value in (blocks | flags | dict(IS_EVEN=True)).items() if name in kernel.arg_names}
+    constants = {name: value for name, value in (dict(KEEPS_LOGITS=False) | blocks | flags | dict(IS_EVEN=True)).items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -248,15 +269,17 @@ def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=F
 
 
 PLAIN = dict(HAS_LOGITS=False, HAS_KEPT=False, STORES=True, logits=None, kept_maxima=None, kept_sums=None, stride_logits=0)
+DRAWN = dict(HAS_LOGITS=False, HAS_KEPT=False, STORES=False, KEEPS_LOGITS=True, scratch=None, stride_scratch=0)
 FILTERED = dict(HAS_LOGITS=False, HAS_KEPT=True, STORES=True, logits=None, stride_logits=0)
 MMA = {"ampere": "HMMA", "consumer": "HMMA", "hopper": "HGMMA", "blackwell": "UTCHMMA"}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("variant", ["plain", "filtered", "gradient", "few_rows"])
+@pytest.mark.parametrize("variant", ["plain", "drawn", "filtered", "gradient", "few_rows"])
 def test_products_compile_without_spills_on_tensor_cores(arch, variant):
     resources = {
         "plain": lambda: compiled(_partials_kernel, PLAIN, arch),
+        "drawn": lambda: compiled(_partials_kernel, DRAWN, arch),
         "filtered": lambda: compiled(_partials_kernel, FILTERED, arch, small_parts=True),
         "gradient": lambda: compiled(_logits_gradient_kernel, dict(HAS_KEPT=True, HAS_LOG_PROBS=True, HAS_ENTROPY=True), arch,
                                      small_parts=True),
@@ -335,6 +358,12 @@ def test_a_token_has_the_same_bits_in_any_batch_with_and_without_a_gradient():
             part = hidden[rows].clone().requires_grad_(needs_gradient)
             ours = log_probs(part, weight, targets[rows].contiguous(), temperature=0.9)
             assert torch.equal(ours[0].detach(), together[0][rows]), (first, count, needs_gradient)
+
+
+@pytest.mark.gpu
+def test_drawn_tokens_have_the_log_probs_of_training_on_the_gpu():
+    hidden, weight, _ = inputs(512, 2880, 201_088, dtype=torch.bfloat16, device="cuda", spread=2.0)
+    check_draw(hidden, weight, temperature=0.9, rows=(slice(0, 1), slice(7, 39), slice(100, 357)))
 
 
 @pytest.mark.gpu
