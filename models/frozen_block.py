@@ -117,6 +117,18 @@ def _groups(sizes: tuple[int, ...], has_adapter: tuple[bool, ...], device: torch
     return torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(sizes)).to(device)
 
 
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of all tensors [n, width], one below the other: a view where they lie so in memory (models/lora.py sees to it), else a
+    copy."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        follows = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and tensor.storage_offset() == end
+        if not (follows and tensor.is_contiguous()):
+            return torch.cat(tensors)
+        end += tensor.numel()
+    return first.detach().as_strided((sum(map(len, tensors)), first.shape[1]), first.stride(), first.storage_offset())
+
+
 def _adapter_of(*modules: torch.nn.Module) -> Adapter | None:
     """The adapter of projections side by side, None where none of them carries one that is switched on."""
     sizes = tuple(module.weight.shape[0] for module in modules)
@@ -133,12 +145,12 @@ def _adapter_of(*modules: torch.nn.Module) -> Adapter | None:
         raise ValueError(f"adapters on q_proj, k_proj and v_proj of a layer differ in rank and scale ({sorted(kinds)}); on a GPU "
                          "they must agree")
     if all(has_adapter):
-        B = torch.cat([module.lora_B for module, _ in carriers])
+        B = _joined([module.lora_B for module, _ in carriers])
     else:
         B = torch.empty(ends[-1], first.lora_A.shape[0], dtype=torch.float32, device=first.lora_A.device)
         for module, columns in carriers:
             B[columns] = module.lora_B
-    return Adapter(torch.cat([module.lora_A for module, _ in carriers]), B, _groups(sizes, has_adapter, first.lora_A.device),
+    return Adapter(_joined([module.lora_A for module, _ in carriers]), B, _groups(sizes, has_adapter, first.lora_A.device),
                    first.lora_scale, carriers)
 
 

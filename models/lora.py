@@ -47,6 +47,17 @@ def _pair(lead: tuple[int, ...], size_in: int, size_out: int, rank: int, generat
     return nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(*lead, size_out, rank, device=device))
 
 
+def _lay_side_by_side(modules: list[nn.Module]) -> None:
+    """Moves the adapters of queries, keys and values into one tensor each for A and B, of which they are views: what computes all
+    three in one product needs no copy."""
+    for name in ("lora_A", "lora_B"):
+        parameters = [getattr(module, name) for module in modules]
+        if parameters:
+            joined = torch.cat([parameter.data for parameter in parameters])
+            for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters])):
+                parameter.data = part
+
+
 def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
     """Adds adapters to the targets of every layer and marks what trains; everything else stays frozen.
 
@@ -64,6 +75,7 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
             size_out, size_in = module.weight.shape
             module.lora_A, module.lora_B = _pair((), size_in, size_out, config.rank, generator, model.device)
             module.lora_scale = scale
+        _lay_side_by_side([dense[name] for name in TARGETS[:3] if name in config.targets])
         experts = block.mlp.experts
         if "experts" in config.targets:
             for name in PROJECTIONS:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from models.checkpoint import load_model
 from models.config import GptOssConfig
+from models.frozen_block import _adapter_of
 from models.gpt_oss import GptOss
 from models.lora import (
     LoraConfig,
@@ -256,3 +257,21 @@ def test_an_adapter_counts_by_the_experts_a_token_visits():
     attention, experts = 512 + 1024, 4096 + 12288 + 6144 + 4096
     assert count_parameters(model) == total + attention + experts
     assert count_active_parameters(model) == active + attention + experts * 2 // 8
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"]])
+def test_adapters_of_queries_keys_and_values_are_one_tensor_without_a_copy(targets):
+    model = load()
+    attach_lora(model, LoraConfig(rank=RANK, alpha=6.0, targets=targets), seed=3)
+    fill_B(model)
+    attention = model.model.layers[1].self_attn
+    modules = [getattr(attention, name) for name in targets]
+    A = torch.cat([module.lora_A for module in modules])
+    adapter = _adapter_of(attention.q_proj, attention.k_proj, attention.v_proj)
+    assert adapter.A.data_ptr() == modules[0].lora_A.data_ptr() and torch.equal(adapter.A, A)
+    with torch.no_grad():
+        modules[-1].lora_A += 1.0
+    assert torch.equal(adapter.A[-RANK:], A[-RANK:] + 1.0)
+    modules[0].lora_A.data = modules[0].lora_A.data.clone()  # no longer beside the others
+    assert torch.equal(_adapter_of(attention.q_proj, attention.k_proj, attention.v_proj).A, torch.cat(
+        [module.lora_A for module in modules]))
