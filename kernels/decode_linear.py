@@ -11,14 +11,7 @@ Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product
 import torch
 
 from kernels.launch import gpu_family, is_triton, next_power_of_2
-from kernels.moe_decode import (
-    OVERLAP_FAMILIES,
-    WAIT_FOR_LOW_RANK,
-    DecodeBlocks,
-    Projection,
-    decode_projection,
-    low_rank_rows,
-)
+from kernels.moe_decode import FOR_LOW_RANK, FOR_X, DecodeBlocks, Projection, decode_projection, low_rank_rows
 
 # family -> (at most so many tokens, blocks), the last for all above. Tiles under 64 rows are mma.sync's on every GPU
 _LINEAR = {
@@ -65,9 +58,8 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, 
     blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, is_low_rank=False)
     projection = Projection(weight.T[None], None, None, bias[None], False)
     if lora_A is None:
-        return decode_projection(x, projection, None, blocks=blocks)
-    overlaps = family in OVERLAP_FAMILIES
+        return decode_projection(x, projection, None, waits=FOR_X, blocks=blocks)
     low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, is_low_rank=True)
-    low_rank = low_rank_rows(x, lora_A[None], None, scale=lora_scale, overlaps=overlaps, blocks=low_rank_blocks)
+    low_rank = low_rank_rows(x, lora_A[None], None, scale=lora_scale, waits=FOR_X, blocks=low_rank_blocks)
     return decode_projection(x, projection, None, low_rank=low_rank, lora_up=lora_B.T[None], lora_groups=lora_groups,
-                             overlaps=overlaps, waits=WAIT_FOR_LOW_RANK, blocks=blocks)
+                             waits=FOR_LOW_RANK, blocks=blocks)

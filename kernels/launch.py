@@ -18,6 +18,8 @@ import os
 from functools import cache
 
 import torch
+import triton
+import triton.language as tl
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -30,6 +32,12 @@ _FAMILIES = {
 }
 # bytes of shared memory one program may use
 SHARED_MEMORY = {"turing": 65_536, "ampere": 166_912, "consumer": 101_376, "hopper": 232_448, "blackwell": 232_448}
+
+
+# where launches for few rows overlap (programmatic dependent launch): each starts while the one before it ends, and waits for
+# it where its own inputs begin. Elsewhere 1 to 2 us stand between two of them
+OVERLAP_FAMILIES = ()
+MAX_OVERLAPPING_ROWS = 2048  # above, a launch takes long enough
 
 
 def is_interpreted() -> bool:
@@ -121,6 +129,31 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         return
     compiled, constexprs = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs)
+
+
+def can_overlap(x: torch.Tensor, num_rows: int) -> bool:
+    return num_rows <= MAX_OVERLAPPING_ROWS and gpu_family(x) in OVERLAP_FAMILIES
+
+
+def overlap_constants(x: torch.Tensor, num_rows: int) -> dict[str, bool]:
+    """What launch() takes for a kernel that calls wait_for_launch_before(OVERLAPS), to be launched for so many rows of x."""
+    return {"OVERLAPS": True, "launch_pdl": True} if can_overlap(x, num_rows) else {"OVERLAPS": False}
+
+
+@triton.jit
+def prefetch(pointers):
+    """Asks for the lines of global memory that hold these elements, into the L2 cache."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
+                              is_pure=False, pack=1)
+
+
+@triton.jit
+def wait_for_launch_before(OVERLAPS: tl.constexpr):
+    """Waits until everything before this launch is complete, then lets the next one start: in this order, whoever starts finds
+    all but the launch right before it complete. To be called before anything is read that a launch wrote, or written."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def check_served(operation: str, tensors: dict[str, torch.Tensor], *, dtypes: tuple[torch.dtype, ...],

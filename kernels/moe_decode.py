@@ -16,9 +16,8 @@ first factors, take the same kernel.
 Expert offsets stay on the device and grids depend on the number of tokens alone: a CUDA graph can replay the launches. Programs
 beyond the work there is exit at once.
 
-On OVERLAP_FAMILIES a launch need not wait for the one before (programmatic dependent launch): x A^T and the product with W run
-side by side, and the latter waits just before it adds LoRA. A kernel that reads what the one before wrote waits before reading,
-and lets the next one start only after that, so that whoever starts finds everything older complete.
+Where launches overlap (launch.py), x A^T and the product with W run side by side: the latter waits just before it adds LoRA. A
+launch without LoRA asks for its first weights, then waits for x.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
 """
@@ -31,13 +30,23 @@ import triton
 import triton.language as tl
 
 from kernels.grouped_gemm import DTYPES, grouped_gemm
-from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2
+from kernels.launch import (
+    cdiv,
+    check_served,
+    gpu_family,
+    is_triton,
+    launch,
+    next_power_of_2,
+    overlap_constants,
+    prefetch,
+    wait_for_launch_before,
+)
 from kernels.mxfp4_fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
 from kernels.routing import Routing, combine
 from kernels.swiglu import clamped_swiglu
 
-OVERLAP_FAMILIES = ()
-NO_WAIT, WAIT_FOR_X, WAIT_FOR_LOW_RANK = 0, 1, 2  # what a kernel must not read before the launch before it is complete
+# what the launch before writes, where launches overlap: any input; x; low_rank
+FOR_ALL, FOR_X, FOR_LOW_RANK = 0, 1, 2
 PREFETCH = tl.constexpr(512)  # inputs whose weights are asked for while x is waited for
 
 
@@ -130,13 +139,6 @@ def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS:
 
 
 @triton.jit
-def _prefetch(pointers):
-    """Asks for the lines of global memory that hold these elements, into the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)
-
-
-@triton.jit
 def moe_decode_kernel(
     x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups,
     num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit, one,
@@ -148,10 +150,11 @@ def moe_decode_kernel(
     HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
-    the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous."""
+    the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous. WAITS: one of FOR_ALL
+    to FOR_LOW_RANK."""
     dtype: tl.constexpr = x.dtype.element_ty
-    if OVERLAPS and WAITS != 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    if WAITS == 0:
+        wait_for_launch_before(OVERLAPS)
     experts = tl.arange(0, EXPERTS)
     if HAS_OFFSETS:
         starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
@@ -185,7 +188,7 @@ def moe_decode_kernel(
     x_pointers = x_rows + inner[:, None]
     expert = expert.to(tl.int64)
     if OVERLAPS and RANK_STEPS > 0:
-        _prefetch(lora_up + expert * stride_up_expert + tl.minimum(first + tl.arange(0, ROWS), num_out - 1) * stride_up_out)
+        prefetch(lora_up + expert * stride_up_expert + tl.minimum(first + tl.arange(0, ROWS), num_out - 1) * stride_up_out)
     natural = first + tl.arange(0, ROWS)  # output features in the order in which they lie in memory
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
 
@@ -202,13 +205,12 @@ def moe_decode_kernel(
         weight_base = weight + group * group_stride
         scale_base = scales + group * scale_stride
         main = NUM_IN - TAIL
-        if OVERLAPS and WAITS == 1:  # weights need not wait; PREFETCH inputs of a row group, 128 bytes at a time
+        if OVERLAPS and WAITS == 1:  # PREFETCH inputs of a row group, 128 bytes at a time
             line: tl.constexpr = 16 * per_input
             lines = tl.minimum(tl.arange(0, PREFETCH // 16), NUM_IN // 16 - 1) * line
             groups = tl.minimum(tl.arange(0, GROUPS), (num_out - first) // 16 - 1) * group_stride
-            _prefetch(weight_base + groups[:, None] + lines[None, :])
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+            prefetch(weight_base + groups[:, None] + lines[None, :])
+            wait_for_launch_before(OVERLAPS)
         if TAIL:  # loaded before the loop, so that nothing waits for it after
             tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
                                                    TAIL, CHUNK, IS_ASM, EVEN_OUT)
@@ -227,16 +229,19 @@ def moe_decode_kernel(
             a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
             acc = tl.dot(a, tail_x, acc, input_precision="ieee")
     else:
-        if OVERLAPS and WAITS == 1:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         features = natural
         is_feature = features < num_out
         weight_base = weight + expert * stride_weight_expert
         if IN_CONTIGUOUS:
             weight_pointers = weight_base + features.to(tl.int64)[:, None] * stride_weight + inner[None, :]
+            if OVERLAPS and WAITS == 1:  # PREFETCH inputs of a row, 32 at a time: a line holds 32 of fp32
+                lines = tl.minimum(tl.arange(0, PREFETCH // 32) * 32, NUM_IN - 1)
+                clamped = tl.minimum(features, num_out - 1).to(tl.int64)
+                prefetch(weight_base + clamped[:, None] * stride_weight + lines[None, :])
         else:
             weight_pointers = weight_base + inner.to(tl.int64)[None, :] * stride_weight + features[:, None]
+        if WAITS == 1:
+            wait_for_launch_before(OVERLAPS)
         for k in range(0, NUM_IN, INNER):
             if EVEN_IN:
                 b = tl.load(x_pointers, mask=is_row[None, :], other=0.0)
@@ -253,8 +258,8 @@ def moe_decode_kernel(
                 weight_pointers += INNER * tl.cast(stride_weight, tl.int64)
 
     is_feature = features < num_out
-    if OVERLAPS and WAITS == 2:
-        tl.extra.cuda.gdc_wait()
+    if WAITS == 2:
+        wait_for_launch_before(OVERLAPS)
     for step in tl.static_range(RANK_STEPS):
         ranks = step * RANK + tl.arange(0, RANK)
         low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
@@ -307,15 +312,14 @@ def _shape_of(projection: Projection) -> tuple[int, int, int]:
 def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Tensor | None, *,
                       gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None,
                       lora_up: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
-                      scale: float | None = None, swiglu: tuple[float, float] | None = None, overlaps: bool = False,
-                      waits: int = NO_WAIT, blocks: DecodeBlocks | None = None) -> torch.Tensor:
+                      scale: float | None = None, swiglu: tuple[float, float] | None = None, waits: int = FOR_ALL,
+                      blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
     of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
 
     x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None where one expert
-    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. overlaps: the next
-    launch may start early, and must then be one that waits; waits: what the launch before this one, made with overlaps, writes.
-    Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
+    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. waits: which inputs
+    the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); the others must be older. Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     rank = 0 if low_rank is None else low_rank.shape[1]
@@ -349,7 +353,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     rank_block = max(16, min(64, next_power_of_2(rank)))
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
-    options = {"launch_pdl": True} if overlaps and waits != NO_WAIT else {}
+    assert waits != FOR_LOW_RANK or low_rank is not None, "nothing to wait for"
     token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
     launch(
         moe_decode_kernel, (token_tiles * cdiv(num_out, blocks.rows),),
@@ -360,8 +364,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, IS_WGMMA=gpu_family(x) == "hopper",
-        OVERLAPS=overlaps, WAITS=waits,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages, **options,
+        WAITS=waits, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **overlap_constants(x, num_rows),
     )  # fmt: skip
     return out
 
@@ -382,11 +385,11 @@ def moe_decode_reference(x, weights, routing, gate_up, down, residual, *, lora, 
 
 
 def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor | None, *, scale: float,
-                  gather: torch.Tensor | None = None, overlaps: bool = False, waits: int = NO_WAIT,
+                  gather: torch.Tensor | None = None, waits: int = FOR_ALL,
                   blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """scale * x_r A_e^T for each row r of expert e, [R, r] in x's dtype; lora_A [E, r, K], the rest as in decode_projection."""
     projection = Projection(lora_A.transpose(1, 2), None, None, None, False)
-    return decode_projection(x, projection, offsets, gather=gather, scale=scale, overlaps=overlaps, waits=waits, blocks=blocks)
+    return decode_projection(x, projection, offsets, gather=gather, scale=scale, waits=waits, blocks=blocks)
 
 
 def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection,
@@ -400,18 +403,16 @@ def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up
         return moe_decode_reference(x, weights, routing, gate_up, down, residual, lora=lora, lora_scale=lora_scale, alpha=alpha,
                                     limit=limit)
     offsets, tokens = routing.offsets_device, routing.tokens
-    overlaps = gpu_family(x) in OVERLAP_FAMILIES
     low_rank = lora_up = None
-    waits = NO_WAIT  # of the launch after LoRA's first factor
+    waits = FOR_ALL, FOR_X  # the sort goes before gate_up, gate_up before down
     if lora is not None:
-        waits = WAIT_FOR_LOW_RANK
-        low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens, overlaps=overlaps)
+        waits = FOR_LOW_RANK, FOR_LOW_RANK
+        low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens)
         lora_up = lora[1].transpose(1, 2)
     act = decode_projection(x, gate_up, offsets, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit),
-                            overlaps=overlaps, waits=waits)
+                            waits=waits[0])
     if lora is not None:
-        low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, overlaps=overlaps, waits=WAIT_FOR_X)
+        low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, waits=FOR_X)
         lora_up = lora[3].transpose(1, 2)
-    rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, overlaps=overlaps,
-                             waits=WAIT_FOR_X if lora is None else WAIT_FOR_LOW_RANK)
+    rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, waits=waits[1])
     return combine(rows, weights, routing, residual=residual)

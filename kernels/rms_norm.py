@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, check_served, is_triton, launch, next_power_of_2
+from kernels.launch import (
+    cdiv,
+    check_served,
+    is_triton,
+    launch,
+    next_power_of_2,
+    overlap_constants,
+    wait_for_launch_before,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # a row stays in one program's registers
@@ -35,12 +43,13 @@ def add_rms_norm_reference(x: torch.Tensor, residual: torch.Tensor, weight: torc
 
 @triton.jit
 def _norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, inv_rms_ptr, eps, stride_x, stride_residual,
-                 WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+                 WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < WIDTH
-    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    wait_for_launch_before(OVERLAPS)
+    x = tl.load(x_ptr + row * stride_x + cols, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_residual + cols, mask=mask, other=0.0)
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(total_ptr.dtype.element_ty)
@@ -113,7 +122,7 @@ def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
     if num_rows:
         launch(_norm_kernel, (num_rows,), x, residual, weight, y, total, inv_rms, eps, x.stride(0),
                residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=next_power_of_2(width),
-               HAS_RESIDUAL=residual is not None, num_warps=_num_warps(width))
+               HAS_RESIDUAL=residual is not None, num_warps=_num_warps(width), **overlap_constants(x, num_rows))
     return y, total, inv_rms
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch, next_power_of_2
+from kernels.launch import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # elements of a token's heads, held in one program's registers
@@ -41,7 +41,9 @@ def _rotate(x_ptr, y_ptr, token, stride_token, stride_head, stride_y, cos, sin, 
 @triton.jit
 def _rope_kernel(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, stride_q_token, stride_q_head, stride_k_token,
                  stride_k_head, stride_q_out, stride_k_out, NUM_Q: tl.constexpr, NUM_K: tl.constexpr, HALF: tl.constexpr,
-                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BACKWARD: tl.constexpr):
+                 BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr, BACKWARD: tl.constexpr,
+                 OVERLAPS: tl.constexpr):
+    wait_for_launch_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     cos = tl.load(cos_ptr + token * HALF + cols, mask=cols < HALF, other=0.0)
@@ -76,7 +78,7 @@ def rotate(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torc
         launch(_rope_kernel, (num_tokens,), q, k, q_out, k_out, cos, sin, q.stride(0), q.stride(1), *strides_k, q_out.stride(0),
                k_out.stride(0) if k is not None else 0, NUM_Q=num_q, NUM_K=num_k, HALF=width // 2, BLOCK_Q=block_q,
                BLOCK_K=next_power_of_2(max(num_k, 1)), BLOCK_HALF=block_half, BACKWARD=backward,
-               num_warps=_num_warps(block_q * block_half))
+               num_warps=_num_warps(block_q * block_half), **overlap_constants(q, num_tokens))
     return q_out, k_out
 
 

@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 
 from kernels.dense import linear
-from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, product_path
+from kernels.launch import (
+    cdiv,
+    check_served,
+    gpu_family,
+    launch,
+    next_power_of_2,
+    overlap_constants,
+    prefetch,
+    product_path,
+    wait_for_launch_before,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_TOKENS = 512
@@ -25,10 +35,15 @@ def router_logits_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
 @triton.jit
 def _router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, stride_x, stride_weight,
                           NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-                          BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+                          BLOCK_K: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     cols = tl.arange(0, BLOCK_K)
+    if OVERLAPS:  # the tile's weights are asked for, in lines of 64 elements, while x is waited for
+        lines = tl.arange(0, LINES) * 64
+        rows = tl.minimum(experts, NUM_EXPERTS - 1)
+        prefetch(weight_ptr + rows[:, None] * stride_weight + tl.minimum(lines, WIDTH - 1)[None, :])
+    wait_for_launch_before(OVERLAPS)
     x_ptrs = x_ptr + tokens[:, None] * stride_x + cols[None, :]
     weight_ptrs = weight_ptr + experts[None, :] * stride_weight + cols[:, None]  # [BLOCK_K, BLOCK_E]
     is_token, is_expert = tokens < num_tokens, experts < NUM_EXPERTS
@@ -94,7 +109,8 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
         blocks = router_blocks(gpu_family(x), num_experts, x.element_size(), num_tokens)
         grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]))
         launch(_router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
-               NUM_EXPERTS=num_experts, WIDTH=width, PRECISION="ieee", **blocks)
+               NUM_EXPERTS=num_experts, WIDTH=width, LINES=next_power_of_2(cdiv(width, 64)), PRECISION="ieee", **blocks,
+               **overlap_constants(x, num_tokens))
     return logits
 
 

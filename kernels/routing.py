@@ -18,7 +18,15 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, check_served, is_triton, launch, next_power_of_2
+from kernels.launch import (
+    cdiv,
+    check_served,
+    is_triton,
+    launch,
+    next_power_of_2,
+    overlap_constants,
+    wait_for_launch_before,
+)
 
 MAX_EXPERTS, MAX_EXPERTS_PER_TOKEN = 1024, 8
 SORT_TILE = 4096  # choices times experts that a program ranks at once
@@ -51,7 +59,8 @@ def route_reference(logits: torch.Tensor, experts_per_token: int,
 @triton.jit
 def _route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logits, NUM_EXPERTS: tl.constexpr,
                   PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
-                  REPLAY: tl.constexpr):
+                  REPLAY: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_launch_before(OVERLAPS)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.arange(0, BLOCK_A)
     is_token = tokens < num_tokens
@@ -124,7 +133,8 @@ def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,
     if num_tokens:
         launch(_route_kernel, (cdiv(num_tokens, blocks["BLOCK_T"]),), logits, indices, weights, num_tokens,
                logits.stride(0), NUM_EXPERTS=num_experts, PER_TOKEN=experts_per_token,
-               BLOCK_A=next_power_of_2(experts_per_token), REPLAY=is_replay, num_warps=4, **blocks)
+               BLOCK_A=next_power_of_2(experts_per_token), REPLAY=is_replay, num_warps=4, **blocks,
+               **overlap_constants(logits, num_tokens))
     return weights, indices
 
 
@@ -207,7 +217,8 @@ def _histogram(experts_ptr, first, chunk_size, num_rows, BLOCK_R: tl.constexpr, 
 
 @triton.jit
 def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_E: tl.constexpr):
+                  BLOCK_E: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_launch_before(OVERLAPS)
     chunk = tl.program_id(0)
     counts = _histogram(experts_ptr, chunk.to(tl.int64) * chunk_size, chunk_size, num_rows, BLOCK_R, BLOCK_E)
     experts = tl.arange(0, BLOCK_E)
@@ -217,7 +228,8 @@ def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl
 @triton.jit
 def _sort_kernel(experts_ptr, counts_ptr, order_ptr, tokens_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size,
                  num_chunks, NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr,
-                 BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, IS_SINGLE: tl.constexpr):
+                 BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, IS_SINGLE: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_launch_before(OVERLAPS)
     chunk = tl.program_id(0)
     first = chunk.to(tl.int64) * chunk_size
     experts = tl.arange(0, BLOCK_E)
@@ -270,6 +282,7 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     chunk_size = block_r * cdiv(num_rows, block_r * (1 if is_single else MAX_CHUNKS))
     num_chunks = cdiv(num_rows, chunk_size)
     sizes = {"NUM_EXPERTS": num_experts, "BLOCK_R": block_r, "BLOCK_E": block_e, "num_warps": 4}
+    sizes |= overlap_constants(indices, len(indices))
     counts = None
     if not is_single:
         counts = torch.empty((num_chunks, num_experts), dtype=torch.int32, device=indices.device)
@@ -295,8 +308,9 @@ def _dispatch_kernel(x_ptr, inverse_ptr, rows_ptr, stride_x, WIDTH: tl.constexpr
 @triton.jit
 def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, stride_rows, stride_residual,
                      WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-                     HAS_RESIDUAL: tl.constexpr):
+                     HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
     """Sums a token's rows in slot order in fp32: the combine, and the backward of the dispatch."""
+    wait_for_launch_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < WIDTH
@@ -367,7 +381,8 @@ def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Te
         launch(
             _sum_rows_kernel, (num_tokens, cdiv(width, block)),
             rows, weights, inverse, residual, y, rows.stride(0), stride_residual, WIDTH=width, PER_TOKEN=per_token,
-            BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4)
+            BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4,
+            **overlap_constants(rows, num_tokens))
     return y
 
 

@@ -21,6 +21,7 @@ import triton
 from timing import Report, copy_gb_per_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import launch as launch_module  # noqa: E402
 from kernels import moe_decode as module  # noqa: E402
 from kernels import mxfp4_fragments as fragments_module  # noqa: E402
 from kernels.grouped_gemm import grouped_gemm  # noqa: E402
@@ -248,13 +249,13 @@ def check_overlap(family: str) -> bool:
         for adapters in (lora, None):
             ys = {}
             for families in ((), (family,)):
-                module.OVERLAP_FAMILIES = families
+                launch_module.OVERLAP_FAMILIES = families
                 ys[families] = [moe_decode(batch.x, batch.weights, batch.routing, gate_up, down, batch.residual, lora=adapters,
                                            lora_scale=SCALE, alpha=SWIGLU[0], limit=SWIGLU[1]) for _ in range(30)]
             same = all(torch.equal(y, ys[()][0]) for y in ys[(family,)])
             all_same &= same
             REPORT("overlapping launches", tokens=num_tokens, has_lora=adapters is not None, same_bits=same)
-    module.OVERLAP_FAMILIES = ()
+    launch_module.OVERLAP_FAMILIES = ()
     return all_same
 
 
@@ -368,7 +369,7 @@ def time_whole(layers: dict[str, list[Projection]], batches: tuple[int, ...]) ->
             calls = [lambda index=index: moe_decode(
                 batch.x, batch.weights, batch.routing, layers["gate_up"][index], layers["down"][index], batch.residual,  # noqa: B023
                 lora=loras[index] if has_lora else None, **settings) for index in range(LAYERS)]  # noqa: B023
-            REPORT("moe_decode", tokens=num_tokens, overlaps=bool(module.OVERLAP_FAMILIES), experts=batch.touched,
+            REPORT("moe_decode", tokens=num_tokens, overlaps=bool(launch_module.OVERLAP_FAMILIES), experts=batch.touched,
                    has_lora=has_lora, **rates(graph_microseconds(calls), num_bytes, flops))
 
 
@@ -430,7 +431,7 @@ def main() -> None:
     time_whole(layers, batches)
     try:
         REPORT("overlap", bits_equal=check_overlap(family))
-        module.OVERLAP_FAMILIES = (family,)
+        launch_module.OVERLAP_FAMILIES = (family,)
         time_whole(layers, batches)
     except Exception as error:  # noqa: BLE001
         REPORT("overlap", error=f"{type(error).__name__}: {str(error)[:300]}")

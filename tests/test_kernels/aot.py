@@ -58,6 +58,8 @@ def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], ar
 
     signature: type of every argument that is no constexpr, "*bf16", "*fp32", "i32", "fp32"; divisible: the arguments that
     are multiples of 16, by default all pointers and those whose name starts with "stride"."""
+    if "OVERLAPS" in fn.arg_names:
+        constexprs = {"OVERLAPS": False} | constexprs
     assert set(signature) | set(constexprs) == set(fn.arg_names), (sorted({*signature, *constexprs}), fn.arg_names)
     if divisible is None:
         divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))

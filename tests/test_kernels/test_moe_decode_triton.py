@@ -10,7 +10,7 @@ from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, problem
 
-from kernels import moe_decode as module
+import kernels.launch
 from kernels.launch import family_of, gpu_family
 from kernels.moe_decode import (
     DecodeBlocks,
@@ -124,6 +124,7 @@ USES = {
     "arithmetic": GATE_UP | dict(num_rows=128, rank=16, is_asm=False),
     "dense gate_up of 32 tokens": GATE_UP | dict(num_rows=128, is_packed=False, in_contiguous=False),
     "dense down of 512 tokens": DOWN | dict(num_rows=2048, is_packed=False, in_contiguous=False),
+    "gate_up after the sort": GATE_UP | dict(num_rows=4, waits=0),
     "gate_up beside LoRA A": GATE_UP | dict(num_rows=4, rank=16, waits=2),
     "down after gate_up": DOWN | dict(num_rows=128, waits=1),
     "LoRA A after gate_up": dict(num_rows=4, num_out=16, is_packed=False, weight_kind="fp32", flags=("SCALE",), waits=1),
@@ -234,7 +235,7 @@ def test_overlapping_launches_change_no_bit(num_tokens, has_lora, monkeypatch):
     arguments, lora = operands(indices, packed, t, "packed", has_lora=has_lora)
     ys = []
     for families in ((), (gpu_family(t["x"]),)):
-        monkeypatch.setattr(module, "OVERLAP_FAMILIES", families)
+        monkeypatch.setattr(kernels.launch, "OVERLAP_FAMILIES", families)
         ys += [moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT) for _ in range(20)]
     assert all(torch.equal(y, ys[0]) for y in ys)
 

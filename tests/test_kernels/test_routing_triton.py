@@ -302,7 +302,8 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
     forward = pointers("*bf16", "x", "weight", "bias") | pointers("*fp32", "logits") | strides | {"stride_x": "i32"}
     backward = pointers("*bf16", "weight", "grad_x") | pointers("*fp32", "grad") | strides
     cases = (
-        *((_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2, num_tokens), {"PRECISION": "ieee"})
+        *((_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2, num_tokens),
+           {"PRECISION": "ieee", "LINES": 64, "OVERLAPS": arch == 90 and num_tokens == 1})
           for num_tokens in (1, 8192)),
         (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), {"PRECISION": "tf32x3", "ADDS": True}),
     )
