@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
 from models.checkpoint import load_model
@@ -78,6 +79,26 @@ def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
             log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
                                            prefixes=micro.prefixes)
             assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypatch, shares_prompts):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from explain_mismatch import Settings, explain
+
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(3)]
+    sampler = Sampler(model, [], max_batch=4, seed=3, shares_prompts=shares_prompts)
+    completions = sampler.generate(prompts, step=0, num_samples=2, max_new_tokens=40, temperature=0.7)
+    batch = pack(completions, [0.0] * len(completions)).to(model.device)
+    settings = Settings(num_samples=2, max_new_tokens=40, max_batch=4, max_tokens=1000, temperature=0.7,
+                        shares_prompts=shares_prompts, seed=3)
+    position = len(prompts[1].token_ids) + 30
+    assert explain(model, completions, batch, settings, index=3, position=position) is None
+    original = models.frozen_block._decode_project
+    monkeypatch.setattr(models.frozen_block, "_decode_project", lambda *arguments: original(*arguments) * 1.01)
+    at, findings = explain(model, completions, batch, settings, index=3, position=position)
+    first = next(finding for finding in findings if finding.num_differing)
+    assert (at, first.layer, first.operation) == (len(prompts[1].token_ids), 0, "queries, keys and values")
 
 
 def test_a_completion_is_the_same_alone_and_in_any_batch():

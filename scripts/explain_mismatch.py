@@ -1,0 +1,323 @@
+"""Finds where the log-prob recorded while sampling parts from the trainer's: the first token, layer and operation.
+
+    python scripts/explain_mismatch.py --checkpoint FOLDER --lora-rank 16 --prompt-lens 16 220 700 --max-new-tokens 256
+    python scripts/explain_mismatch.py --run runs/NAME          # its newest checkpoint, its prompts and settings
+
+Samples completions, takes the log-probs of all their tokens from the training forward, and compares them bit for bit. Where one
+differs, both paths run again on that completion: the sampler's as prefill of the prompt and a decode step per recorded token,
+beside the other completions of its batch and without CUDA graphs; the trainer's on the same micro-batch. Every operation's result
+is noted in the functions that the product itself calls, and compared row by row. Prints where the first difference is and a table
+of the operations of that layer at that token. Exit code: 0 where no log-prob differs, else 1.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+from operations import Recorder, observed
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import grpo.sampling  # noqa: E402
+import models.gpt_oss  # noqa: E402
+from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
+from grpo.checkpoint import load_run  # noqa: E402
+from grpo.config import ConfigError, read_saved_config  # noqa: E402
+from grpo.groups import make_environment  # noqa: E402
+from grpo.policy import build_model, load_parameters  # noqa: E402
+from grpo.rollout import Sampler  # noqa: E402
+from models.checkpoint import load_model  # noqa: E402
+from models.decoder import IDLE, bucket_of, can_decode_by_graph  # noqa: E402
+from models.gpt_oss import GptOss  # noqa: E402
+from models.lora import LoraConfig, attach_lora  # noqa: E402
+from models.routing_record import RoutingReplay  # noqa: E402
+from models.tensor_files import CheckpointError  # noqa: E402
+from models.tokenizer import Tokenizer  # noqa: E402
+
+MAX_TOKEN = 199_998  # control tokens start here
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Settings:
+    num_samples: int
+    max_new_tokens: int
+    max_batch: int
+    max_tokens: int  # of a micro-batch
+    temperature: float
+    shares_prompts: bool
+    seed: int
+    step: int = 0
+    stop_ids: list[int] = field(default_factory=list)
+    filters: dict[str, float] = field(default_factory=dict)  # top_k, top_p, min_p, where one is on
+    records_routing: bool = False
+
+
+def trainer_log_probs(model: GptOss, micro: RolloutBatch, settings: Settings) -> torch.Tensor:
+    """[T] fp32, by the forward that a step trains with."""
+    routing = None if micro.routing is None else RoutingReplay(micro.routing)
+    with torch.set_grad_enabled(bool(model.trainable_parameters())):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.temperature, mask=micro.loss_mask,
+                                       kept=micro.kept, prefixes=micro.prefixes, routing=routing)
+    return log_probs.detach()
+
+
+def split(batch: RolloutBatch, settings: Settings) -> list[RolloutBatch]:
+    return micro_batches(batch, settings.max_tokens, share_prompts=settings.shares_prompts)
+
+
+def differing_tokens(model: GptOss, batch: RolloutBatch, settings: Settings) -> tuple[list[int], float]:
+    """Where in the batch log-probs differ, ascending, and by how much at most (nats)."""
+    places, worst = [], 0.0
+    for micro in split(batch, settings):
+        difference = (trainer_log_probs(model, micro, settings) - micro.sampler_log_probs)[micro.loss_mask].abs()
+        places += micro.token_index[micro.loss_mask][difference != 0].tolist()
+        worst = max(worst, difference.max().item())
+    return sorted(places), worst
+
+
+def run_trainer(model: GptOss, batch: RolloutBatch, settings: Settings, recorder: Recorder, *, start: int, prompt_len: int,
+                num_positions: int) -> None:
+    """Records the first positions of the sequence that stands at `start` of the batch, in the micro-batch it trains in."""
+    for micro in split(batch, settings):
+        place = (micro.token_index == start + prompt_len).nonzero().flatten()
+        if len(place) == 0:
+            continue
+        bounds, row = micro.cu_seqlens.tolist(), int(place)
+        sequence = next(i for i, end in enumerate(bounds[1:]) if row < end)
+        rows = list(range(bounds[sequence], bounds[sequence + 1]))
+        if micro.prefixes is not None and micro.prefixes[sequence] >= 0:
+            prefix = micro.prefixes[sequence]
+            rows = list(range(bounds[prefix], bounds[prefix + 1])) + rows
+        rows = torch.tensor(rows, device=model.device)
+        recorder.rows = rows[:num_positions]
+        with observed(model, recorder):
+            log_probs = trainer_log_probs(model, micro, settings)
+        recorder.layer = recorder.head
+        recorder.keep_rows("log-prob of the next token", log_probs[rows[prompt_len:num_positions + 1]])
+
+
+def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """The log-probs [B] that the sampler records where it draws `tokens` [B]: its own functions, with the draw made for them."""
+    if can_decode_by_graph(model) and not settings.filters and not settings.records_routing:
+        words = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
+        with patch.object(models.gpt_oss, "draw_tokens", lambda *_, **__: tokens):
+            return model.draw(hidden, words, temperature=settings.temperature)[1]
+    keys = torch.zeros(len(tokens), 5, dtype=torch.int64, device=model.device)
+    keys[:, 0] = tokens
+
+    def certain(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        return torch.zeros(len(keys), vocab_size, device=keys.device).scatter_(1, keys[:, :1], torch.inf)
+
+    with patch.object(grpo.sampling, "gumbel_noise", certain):
+        return grpo.sampling.draw(model.head(hidden), keys, temperature=settings.temperature, **settings.filters).log_probs
+
+
+@torch.no_grad()
+def run_sampler(model: GptOss, completions: list[Completion], settings: Settings, recorder: Recorder, *, index: int,
+                num_positions: int) -> None:
+    """Records the first positions of completions[index], decoded beside its neighbours from its recorded tokens."""
+    first = index // settings.max_batch * settings.max_batch
+    together = completions[first:first + settings.max_batch]
+    sequences = [completion.prompt.token_ids + completion.completion_ids for completion in together]
+    prompts = {completion.prompt.id: completion.prompt.token_ids for completion in together}
+    owners = [list(prompts).index(completion.prompt.id) for completion in together]  # [B]
+    cache = model.new_cache(num_slots=len(together), max_len=max(map(len, sequences)))
+
+    def on_device(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=model.device)
+
+    def note_head(hidden: torch.Tensor, rows: list[int], num_new: int) -> None:
+        lengths = [len(together[row].prompt.token_ids) for row in rows]
+        tokens = [sequences[row][length + num_new] for row, length in zip(rows, lengths)]
+        log_probs = sampler_log_probs(model, hidden[:len(rows)], on_device(tokens), settings)
+        recorder.layer = recorder.head
+        recorder.keep_rows("log-prob of the next token", log_probs[rows.index(index - first)].reshape(1))
+
+    bounds = [0]
+    for ids in prompts.values():
+        bounds.append(bounds[-1] + len(ids))
+    start = bounds[owners[index - first]]
+    prompt_len = len(completions[index].prompt.token_ids)
+    recorder.rows = torch.arange(start, start + prompt_len, device=model.device)
+    slots = [owners.index(prompt) for prompt in range(len(prompts))]
+    with observed(model, recorder):
+        hidden = model.prefill_hidden(on_device([token for ids in prompts.values() for token in ids]), on_device(bounds).int(),
+                                      cache, on_device(slots))
+    for slot, prompt in enumerate(owners):
+        if slot != slots[prompt]:
+            cache.copy_slot(slots[prompt], on_device([slot]), bounds[prompt + 1] - bounds[prompt])
+    note_head(hidden[owners], list(range(len(together))), 0)
+    for num_new in range(num_positions - prompt_len):
+        rows = [row for row, completion in enumerate(together) if num_new + 1 < len(completion.completion_ids)]
+        positions = [len(together[row].prompt.token_ids) + num_new for row in rows]
+        tokens = [sequences[row][position] for row, position in zip(rows, positions)]
+        idle = [0] * (bucket_of(len(rows)) - len(rows) if can_decode_by_graph(model) else 0)
+        prefix_lens = on_device([position - num_new for position in positions] + idle) if settings.shares_prompts else None
+        recorder.rows = on_device([rows.index(index - first)])
+        with observed(model, recorder):
+            hidden = model.decode_hidden(on_device(tokens + idle), on_device(positions + [IDLE] * len(idle)), cache,
+                                         on_device(rows + idle), prefix_lens=prefix_lens)
+        note_head(hidden, rows, num_new + 1)
+
+
+@dataclass
+class Finding:
+    """How one operation's results compare at the first token where any differ."""
+
+    layer: int
+    operation: str
+    num_differing: int
+    num_elements: int
+    max_abs: float
+
+
+def differing_bits(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """[n, elements of a row] bool for results [n, ...]."""
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), (ours.shape, ours.dtype, theirs.shape, theirs.dtype)
+    same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
+    return (ours.contiguous().view(same_size) != theirs.contiguous().view(same_size)).reshape(len(ours), -1)
+
+
+def compare(trainer: Recorder, sampler: Recorder, num_positions: int) -> tuple[int, list[Finding]] | None:
+    """The first position at which an operation's bits differ, and all operations of the first layer that differs there. None
+    where none does."""
+    assert trainer.found.keys() == sampler.found.keys(), f"one path alone has {trainer.found.keys() ^ sampler.found.keys()}"
+    pairs = {key: (torch.cat(parts), torch.cat(sampler.found[key])) for key, parts in trainer.found.items()}
+    offsets = {key: num_positions - len(ours) for key, (ours, _) in pairs.items()}  # positions before the first that is recorded
+    differs = {key: differing_bits(*pair) for key, pair in pairs.items()}
+    firsts = {key: offsets[key] + int(rows.any(1).int().argmax()) for key, rows in differs.items() if rows.any()}
+    if not firsts:
+        return None
+    position = min(firsts.values())
+    layer = next(layer for (layer, _), first in firsts.items() if first == position)
+    findings = []
+    for key, (ours, theirs) in pairs.items():
+        row = position - offsets[key]
+        if key[0] == layer and row >= 0:
+            gap = (ours[row].double() - theirs[row].double()).abs().max().item()
+            findings.append(Finding(*key, int(differs[key][row].sum()), differs[key].shape[1], gap))
+    return position, findings
+
+
+def explain(model: GptOss, completions: list[Completion], batch: RolloutBatch, settings: Settings, *, index: int,
+            position: int) -> tuple[int, list[Finding]] | None:
+    """Runs both paths on completions[index] up to the token at `position` of its sequence, and compares them."""
+    trainer, sampler = Recorder(model), Recorder(model)
+    prompt_len = len(completions[index].prompt.token_ids)
+    run_trainer(model, batch, settings, trainer, start=int(batch.cu_seqlens[index]), prompt_len=prompt_len,
+                num_positions=position)
+    run_sampler(model, completions, settings, sampler, index=index, num_positions=position)
+    return compare(trainer, sampler, position)
+
+
+def check(model: GptOss, prompts: list[Prompt], settings: Settings) -> int:
+    """Samples, compares, explains and prints. Returns the exit code."""
+    sampler = Sampler(model, settings.stop_ids, max_batch=settings.max_batch, seed=settings.seed,
+                      shares_prompts=settings.shares_prompts)
+    completions = sampler.generate(
+        prompts, step=settings.step, num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature, records_routing=settings.records_routing, **settings.filters)
+    batch = pack(completions, [0.0] * len(completions)).to(model.device)
+    places, worst = differing_tokens(model, batch, settings)
+    what = f"{batch.num_completion_tokens} tokens of {len(completions)} completions"
+    if not places:
+        print(f"no difference: the log-probs of {what} are the trainer's bit for bit")
+        return 0
+    index = int(batch.sequence_ids[places[0]])
+    position = places[0] - int(batch.cu_seqlens[index])
+    completion = completions[index]
+    print(f"{len(places)} of {what} differ, by {worst:.3g} nats at most\n"
+          f"first: prompt {completion.prompt.id}, sample {completion.sample}, position {position} (the prompt has "
+          f"{len(completion.prompt.token_ids)} tokens)")
+    found = explain(model, completions, batch, settings, index=index, position=position)
+    if found is None:
+        print("both paths agree in every operation when they run again on this completion: what differs comes from the rollout "
+              "around them (CUDA graphs, slots of the cache, rows that come and go)")
+        return 1
+    at, findings = found
+    source = next(finding for finding in findings if finding.num_differing)
+    layer = "head" if source.layer == len(model.model.layers) else f"layer {source.layer}"
+    print(f"first operation: position {at}, {layer}, {source.operation}: {source.num_differing} of {source.num_elements} "
+          f"elements differ, by {source.max_abs:.3g} at most\n")
+    print(f"{layer:32}{'':9}{'differing':>20}{'max abs':>12}")
+    for finding in findings:
+        differing = f"{finding.num_differing} of {finding.num_elements}"
+        print(f"{finding.operation:32}{'differs' if finding.num_differing else 'equal':9}{differing:>20}{finding.max_abs:>12.3g}")
+    return 1
+
+
+def random_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Settings]:
+    """A checkpoint, with an adapter that is not zero where asked for, and random prompts."""
+    model = load_model(arguments.checkpoint, device=arguments.device, dtype=DTYPES[arguments.dtype])
+    generator = torch.Generator().manual_seed(arguments.seed)
+    if arguments.lora_rank:
+        attach_lora(model, LoraConfig(arguments.lora_rank, 2.0 * arguments.lora_rank), seed=arguments.seed)
+        with torch.no_grad():
+            for name, parameter in model.trainable_parameters().items():
+                if name.endswith("lora_B"):
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    largest = min(model.config.vocab_size, MAX_TOKEN)
+    prompts = [Prompt(i, torch.randint(0, largest, (length,), generator=generator).tolist(), {})
+               for i, length in enumerate(arguments.prompt_lens)]
+    return model, prompts, Settings(arguments.num_samples, arguments.max_new_tokens, arguments.max_batch, arguments.max_tokens,
+                                    arguments.temperature, arguments.shares_prompts, arguments.seed)
+
+
+def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Settings]:
+    """A run's policy at a checkpoint, or as it started where it has none, and what the next step samples."""
+    config = read_saved_config(arguments.run / "config.yaml")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    rollout, tokenizer = config.rollout, Tokenizer.load(arguments.run / "tokenizer")
+    state = load_run(arguments.run, step=arguments.step)
+    model = build_model(config.model, tokenizer, seed=config.seed, device=torch.device(arguments.device),
+                        dtype=DTYPES[arguments.dtype])
+    if state is not None:
+        load_parameters(model, state.tensors, str(arguments.run))
+    step = 0 if state is None else state.step
+    env = make_environment(config.env, tokenizer, seed=config.seed)
+    prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=0)
+    filters = {"top_k": rollout.top_k, "top_p": rollout.top_p, "min_p": rollout.min_p}
+    is_filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+    return model, prompts, Settings(
+        rollout.group_size, rollout.max_new_tokens, rollout.max_batch, config.optim.max_tokens, rollout.temperature,
+        config.optim.share_prompts, config.seed, step, tokenizer.stop_ids, filters if is_filtered else {}, rollout.replay_routing)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="folder of a gpt-oss checkpoint; prompts are random tokens")
+    source.add_argument("--run", type=Path, help="folder of a run: policy, prompts and settings of its next step")
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if has_gpu else "float32")
+    of_checkpoint = parser.add_argument_group("with --checkpoint")
+    of_checkpoint.add_argument("--lora-rank", type=int, default=0, help="of a random adapter on attention and experts; 0: none")
+    of_checkpoint.add_argument("--prompt-lens", type=int, nargs="+", default=[7, 40, 150], help="tokens of each prompt")
+    of_checkpoint.add_argument("--num-samples", type=int, default=2, help="completions of each prompt")
+    of_checkpoint.add_argument("--max-new-tokens", type=int, default=64)
+    of_checkpoint.add_argument("--max-batch", type=int, default=64, help="completions decoded together")
+    of_checkpoint.add_argument("--max-tokens", type=int, default=16_384, help="of a micro-batch of the trainer")
+    of_checkpoint.add_argument("--temperature", type=float, default=1.0)
+    of_checkpoint.add_argument("--shares-prompts", action="store_true", help="the trainer computes a group's prompt once")
+    of_checkpoint.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        model, prompts, settings = (random_case if arguments.run is None else run_case)(arguments)
+        return check(model, prompts, settings)
+    except (CheckpointError, ConfigError, ValueError) as error:
+        print(f"explain_mismatch: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
