@@ -11,7 +11,16 @@ import torch
 import triton
 
 from kernels.launch import cdiv, is_triton, launch
-from kernels.log_probs import _blocks, _check, _grid, _operands, _partials_kernel, _reduce_kernel, head_logits, log_probs
+from kernels.log_probs import (
+    _blocks,
+    _check,
+    _grid,
+    _operands,
+    _partials_kernel,
+    _reduce_kernel,
+    head_logits,
+    log_probs,
+)
 from kernels.sampling import draw_tokens
 
 

@@ -319,7 +319,8 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
 
     x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None where one expert
     owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. waits: which inputs
-    the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); the others must be older. Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
+    the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); the others must be older. Triton only. Raises
+    ValueError for dtypes and GPUs that the kernel cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     rank = 0 if low_rank is None else low_rank.shape[1]

@@ -252,7 +252,8 @@ def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=F
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     scalars = dict(targets="*i64", scratch=f"*{dtype}", grad_logits=f"*{dtype}", scale="fp32", temperature="fp32",
                    max_excess="fp32")
-    constants = {name: value for name, value in (dict(KEEPS_LOGITS=False) | blocks | flags | dict(IS_EVEN=True)).items() if name in kernel.arg_names}
+    constants = dict(KEEPS_LOGITS=False, IS_EVEN=True) | blocks | flags
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
