@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.sampling import Draw, check_settings, draw, greedy, key_words
+from grpo.sampling import Draw, check_settings, draw, greedy
 from models.decoder import Decoder, can_decode_by_graph
+from models.draw_key import key_words
 from models.gpt_oss import GptOss
 from models.routing_record import RoutingRecord, empty_routing
 
