@@ -258,6 +258,8 @@ class _Rollout:
         bounds = torch.tensor([0, *itertools.accumulate(len(x) for x in ids)], dtype=torch.int32, device=self.device)
         tokens = torch.tensor([token for x in ids for token in x], dtype=torch.int64, device=self.device)
         first_slots = torch.tensor([group[0] for group in slots], device=self.device)
+        for slot in (group[0] for group in slots):
+            self.cache.reserve(slot, self.cache.max_len)
         record = self._new_record(num_tokens)
         hidden = self.model.prefill_hidden(tokens, bounds, self.cache, first_slots, record=record)  # [P, D]
         if record is not None:
@@ -272,7 +274,7 @@ class _Rollout:
                 self.waiting_items = list(range(index * width + len(group), (index + 1) * width))
                 self.waiting_hidden = hidden[-1:].clone()
             if targets:
-                self.cache.copy_slot(group[0], torch.tensor(targets, device=self.device), len(prompt_ids))
+                self._fan_out(group[0], targets, len(prompt_ids))
             items += range(index * width, index * width + len(group))
         counts = torch.tensor([len(group) for group in slots], device=self.device)
         self._start(items, [slot for group in slots for slot in group], hidden.repeat_interleave(counts, dim=0))
@@ -283,8 +285,15 @@ class _Rollout:
         items, self.waiting_items = self.waiting_items[:count], self.waiting_items[count:]
         slots = [self.free_slots.pop() for _ in range(count)]
         num_tokens = len(self.prompts[items[0] // len(self.samples)].token_ids)
-        self.cache.copy_slot(self.spare_slot, torch.tensor(slots, device=self.device), num_tokens)
+        self._fan_out(self.spare_slot, slots, num_tokens)
+        if not self.waiting_items:
+            self.cache.release(self.spare_slot)
         self._start(items, slots, self.waiting_hidden.expand(count, -1))
+
+    def _fan_out(self, source: int, targets: list[int], num_tokens: int) -> None:
+        self.cache.fan_out(source, targets, num_tokens)
+        for slot in targets:
+            self.cache.reserve(slot, self.cache.max_len)
 
     def _start(self, items: list[int], slots: list[int], hidden: Tensor) -> None:
         """Draws the first token of completions whose prompt is in their slots; hidden [B, D]."""
@@ -309,6 +318,7 @@ class _Rollout:
             result = self._draw(rows, self._feed(rows))
         else:
             positions = rows.keys[:, POSITION]
+            self.cache.flush()
             result = Draw(*self.decoder.step(rows.tokens, positions - 1, rows.slots, positions - rows.num_new,
                                              key_words(rows.keys)))
         self.live = self._record(rows, result)
@@ -353,7 +363,10 @@ class _Rollout:
         finished = rows.items[is_finished]
         self.num_new[finished] = rows.num_new[is_finished]
         self.is_stopped[finished] = is_stopped[is_finished]
-        self.free_slots += rows.slots[is_finished].tolist()
+        free_slots = rows.slots[is_finished].tolist()
+        for slot in free_slots:
+            self.cache.release(slot)
+        self.free_slots += free_slots
         return rows.select((~is_finished).nonzero().squeeze(1))
 
     def _extend(self, row: int, token_ids: list[int]) -> None:

@@ -26,18 +26,25 @@ import triton
 import triton.language as tl
 
 from kernels.attention import _attend, _forward_tiles, _load_rows, blocks_for
-from kernels.launch import check_served, gpu_family, launch, next_power_of_2, product_path
+from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, product_path
 
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
 
 
-def decode_attention_reference(q, keys, values, sinks, slots, positions, scale):
-    num_keys = (positions + 1).clamp(min=0, max=keys.shape[1])
+def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table=None):
+    num_entries = keys.shape[1] * (1 if page_table is None else page_table.shape[1])
+    num_keys = (positions + 1).clamp(min=0, max=num_entries)
     max_keys = max(int(num_keys.max()), 1)
-    k, v = keys[:, :max_keys][slots], values[:, :max_keys][slots]  # [B, max_keys, K, D]
     visible = torch.arange(max_keys, device=q.device) < num_keys.unsqueeze(1)  # [B, max_keys]
+    if page_table is None:
+        k, v = keys[:, :max_keys][slots], values[:, :max_keys][slots]  # [B, max_keys, K, D]
+    else:
+        pages = page_table[slots, : cdiv(max_keys, keys.shape[1])].long()
+        is_missing = (pages < 0) & visible[:, :: keys.shape[1]]
+        assert not is_missing.any(), f"no page for keys of slots {slots[is_missing.any(1)].tolist()} up to {positions.tolist()}"
+        k, v = (cache[pages.clamp(min=0)].flatten(1, 2)[:, :max_keys] for cache in (keys, values))
     # entries past num_keys were never written by this sequence: they must not turn 0 * inf into NaN
     v = v.masked_fill(~visible[:, :, None, None], 0.0)
     return _attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
@@ -84,17 +91,20 @@ def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, s
 
 
 def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, *, slots: torch.Tensor,
-                     positions: torch.Tensor, window: int, scale: float,
-                     prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
-    """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches [N, L, K, D] already hold; sinks [H]; window 0
-    means none, else L is at most the window. Rows at a position below 0 are idle and give zeros; without a window, positions
-    must be below L: nothing checks that on a GPU, where no value reaches the host. Returns [B, H, D] in q's dtype.
+                     positions: torch.Tensor, window: int, scale: float, prefix_lens: torch.Tensor | None = None,
+                     page_table: torch.Tensor | None = None) -> torch.Tensor:
+    """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches already hold; sinks [H]; window 0 means none.
+    The caches are [N, L, K, D], of N slots, with L at most the window if there is one; or, without a window, [M, L, K, D] of M
+    pages, of which page_table [N, W] int32 names those of each slot. Rows at a position below 0 are idle and give zeros; without
+    a window, positions must be below L, or W * L, and in pages that the slot has: nothing checks that on a GPU, where no value
+    reaches the host. Returns [B, H, D] in q's dtype.
 
     prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
     Without them the bits are those of training on whole sequences; on the CPU they change nothing."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
+    assert page_table is None or window == 0, (page_table.shape, window)
     if product_path(q) != "triton":  # the reference consists of library products
-        return decode_attention_reference(q, keys, values, sinks, slots, positions, scale)
+        return decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table)
     check_served("decode_attention", {"q": q, "keys": keys, "values": values},
                  dtypes=(torch.bfloat16, torch.float16, torch.float32), tensor_cores=True)
     num_rows, num_heads, width = q.shape
