@@ -12,8 +12,8 @@ be another one only where the reference's scores of the two are equal up to thei
 On a GPU all other roundings are PyTorch's too: its division by a number is a product with the fp32 reciprocal, its log and log1p
 are libdevice's, and nothing is contracted into fused multiply-adds. On the CPU PyTorch divides and has logarithms of its own.
 
-The two words of a row are the halves of its mixed key: seed, step, prompt id, sample and position, each times an odd number of its
-own, are summed modulo 2^64 and mixed by the finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014).
+The two words of a row are the halves of its mixed key: seed, step, prompt id, sample and position, each times an odd number of
+its own, are summed modulo 2^64 and mixed by the finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014).
 
 Shapes: B rows, V vocabulary, C chunks of a row.
 """
