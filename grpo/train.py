@@ -89,6 +89,7 @@ def train(run: Run) -> None:
         started = time.perf_counter()
         metrics.set_status("sampling")
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop)
+        run.sampler.rest()  # rollout and update need not fit into memory together
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)
