@@ -181,7 +181,7 @@ class Schedule:
         return rows
 
     def clear_for_one(self) -> bool:
-        """Where nothing runs and what waits finds no room, gives the spare slot's pages up. Returns whether that changed anything."""
+        """Where nothing runs and what waits finds no room, gives the spare slot's pages up. Returns whether it had any."""
         if self.standing is None or self.live:
             return False
         self._drop_standing()
@@ -255,8 +255,8 @@ def plan_cache(config: GptOssConfig, dtype: torch.dtype, requests: list[Request]
     least = size(shape(1, pages[0]))
     if least > num_bytes:
         raise ValueError(
-            f"rollout.cache_gb: a cache of {num_bytes / 1e9:.3g} GB does not hold one sequence of {longest} tokens, which takes "
-            f"{least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free), or lower "
+            f"rollout.cache_gb: a cache of {num_bytes / 1e9:.3g} GB does not hold one sequence of {longest} tokens, which "
+            f"takes {least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free), or lower "
             "rollout.max_new_tokens")
     # rows whose prompt and first page after it find no room would only hold rings
     per_row = 1 + KVCache.pages_for(min(request.prompt_len for request in requests))

@@ -364,8 +364,8 @@ class GptOss(nn.Module):
         for sequence, prefix in enumerate(prefixes):
             if prefix >= 0:
                 totals[prefix], is_last[prefix] = totals[sequence], False
-        counts = lengths.to(tokens.device)
-        token_slots, token_totals = (x.repeat_interleave(counts, output_size=len(tokens)) for x in (slots, totals.to(tokens.device)))
+        counts, totals = lengths.to(tokens.device), totals.to(tokens.device)
+        token_slots, token_totals = (x.repeat_interleave(counts, output_size=len(tokens)) for x in (slots, totals))
         packed = self._packed_attend(AttentionPlan(bounds, prefixes=prefixes))
         # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
         last = {length: (positions >= token_totals - length).nonzero().squeeze(1) for length in set(cache.lengths)}
