@@ -23,13 +23,13 @@ def _token_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-def _page_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:
+def page_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:
     """Bytes of one page, over all full layers."""
     num_full = sum(not config.is_windowed(layer) for layer in range(config.num_hidden_layers))
     return num_full * PAGE_TOKENS * _token_bytes(config, dtype)
 
 
-def _slot_bytes(config: GptOssConfig, dtype: torch.dtype, *, max_len: int) -> int:
+def slot_bytes(config: GptOssConfig, dtype: torch.dtype, *, max_len: int) -> int:
     """Bytes of one slot's rings, over all windowed layers."""
     num_windowed = sum(map(config.is_windowed, range(config.num_hidden_layers)))
     return num_windowed * min(config.sliding_window, max_len) * _token_bytes(config, dtype)
@@ -48,8 +48,8 @@ class KVCache:
         self.keys = [torch.zeros(*size, config.num_key_value_heads, config.head_dim, device=device, dtype=dtype)
                      for size in sizes]  # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.bytes_per_page = _page_bytes(config, dtype)  # over all full layers
-        self.bytes_per_slot = _slot_bytes(config, dtype, max_len=max_len)  # over all windowed layers
+        self.bytes_per_page = page_bytes(config, dtype)  # over all full layers
+        self.bytes_per_slot = slot_bytes(config, dtype, max_len=max_len)  # over all windowed layers
         # -1 where a slot has no page. Graphs hold its address: it is written in place only
         self.page_table = torch.full((num_slots, self.pages_for(max_len)), -1, dtype=torch.int32, device=device)  # [N, W]
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]  # of each slot, in the order of its tokens
@@ -156,7 +156,7 @@ class KVCache:
 def size_cache(config: GptOssConfig, *, num_bytes: int, num_slots: int, max_len: int, dtype: torch.dtype) -> int:
     """Pages that fit into `num_bytes` beside the rings of `num_slots` slots; never more than all slots at `max_len` tokens take.
     Raises ValueError where they do not hold one sequence of `max_len` tokens."""
-    per_page, rings = _page_bytes(config, dtype), num_slots * _slot_bytes(config, dtype, max_len=max_len)
+    per_page, rings = page_bytes(config, dtype), num_slots * slot_bytes(config, dtype, max_len=max_len)
     num_pages = num_slots * KVCache.pages_for(max_len)
     if per_page:
         num_pages = min(num_pages, (num_bytes - rings) // per_page)

@@ -113,6 +113,7 @@ def grpo_step_case(policy, group: int, length: int) -> dict:
         completions, rollout = timed(lambda: sampler.generate(prompts, step=index, num_samples=group, max_new_tokens=length,
                                                               temperature=1.0))
         start = time.perf_counter()
+        sampler.rest()
         batch = pack(completions, [float(i % 2) - 0.5 for i in range(group)]).to(policy.device)
         micro, = micro_batches(batch, 1 << 20, share_prompts=True)
         log_probs, _ = policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.loss_mask,
