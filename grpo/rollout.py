@@ -59,7 +59,8 @@ class Sampler:
     that find no room wait, and results do not depend on it.
 
     On a GPU, draws from the whole vocabulary replay CUDA graphs (models/decoder.py); filters, greedy decoding and recorded
-    routing take a step as it comes. Cache and graphs serve later calls that they suffice for, until rest() gives them back.
+    routing take a step as it comes. Cache and graphs serve later calls that they suffice for; rest() gives the cache's memory
+    back.
     """
 
     def __init__(
@@ -85,7 +86,13 @@ class Sampler:
         self._decoder: Decoder | None = None  # of the last rollout, while none runs
 
     def rest(self) -> None:
-        """Gives the memory of cache and graphs back, for training."""
+        """Gives the cache's memory back, for training; that of graphs too, where the cache would come back elsewhere."""
+        if self._decoder is not None and self._decoder.cache.can_rest:
+            self._decoder.cache.rest()
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
         self._decoder = None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
@@ -189,9 +196,10 @@ class Sampler:
         shape = plan(num_bytes=None if self.cache_gb is None else 1e9 * self.cache_gb)
         num_outputs = requests[-1].place + requests[-1].limit
         decoder, self._decoder = self._decoder, None
-        if decoder is None or not _suffices(decoder, shape, longest=longest, num_outputs=num_outputs):
-            del decoder
-            self.rest()
+        if decoder is not None and not (_suffices(decoder, shape, longest=longest, num_outputs=num_outputs) and _wakes(decoder)):
+            decoder = None
+        if decoder is None:
+            self._forget()
             if self.cache_gb is None and self.model.device.type == "cuda":
                 shape = plan(num_bytes=CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
             cache = self.model.new_cache(shape.num_slots, max_len, shape.num_pages)
@@ -199,6 +207,15 @@ class Sampler:
                               counts_prompts_apart=self.shares_prompts)
         decoder.reset()
         return decoder, shape.num_rows
+
+
+def _wakes(decoder: Decoder) -> bool:
+    """Takes the cache's memory again; False where something else has it now."""
+    try:
+        decoder.cache.wake()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int, num_outputs: int) -> bool:

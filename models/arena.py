@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 
 import torch
 
@@ -121,7 +122,7 @@ class Arena:
         return torch.as_tensor(_Bytes(self, address, num_bytes), device=self.device)
 
     def __del__(self) -> None:
-        if getattr(self, "_address", None) is not None:
+        if "_address" in vars(self) and not sys.is_finalizing():  # with the process, the driver frees everything
             self.give_back()
             _call("cuMemAddressFree", ctypes.c_uint64(self._address), ctypes.c_size_t(self.num_bytes))
 

@@ -22,11 +22,11 @@ from kernels.attention import attention
 from kernels.attention_plan import AttentionPlan
 from kernels.decode_attention import decode_attention
 from kernels.dense import linear
-from kernels.draw import draw
+from kernels.draw import draw, head_logits
 from kernels.embedding import embedding
 from kernels.launch import is_triton
 from kernels.linear import lora_linear
-from kernels.log_probs import head_logits, log_probs
+from kernels.log_probs import log_probs
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_qk
 from kernels.router_logits import router_logits

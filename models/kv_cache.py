@@ -3,16 +3,20 @@
 A slot is a sequence. On a full layer the token at position p of slot s stands in page page_table[s, p // PAGE_TOKENS], entry
 p % PAGE_TOKENS; all full layers use one table. Which page is whose is kept on the host, in plain lists; flush() brings the
 device's table up to date. Sequences that start alike share whole pages, counted by reference; a page that is not full belongs
-to one slot, so nobody writes into a shared one. A windowed layer keeps min(sliding_window, max_len) entries of each slot: the
+to one slot, so nobody writes into a shared one. On GPUs that can, the memory of keys and values is given back between two
+rollouts, and taken again at the same addresses. A windowed layer keeps min(sliding_window, max_len) entries of each slot: the
 key of position p stands at p modulo that number.
 
 Shapes: N slots, M pages, W pages per slot, L entries of a ring, K key-value heads, D head width.
 """
 from __future__ import annotations
 
+import math
+
 import torch
 
 from kernels import cache_write
+from models.arena import Arena, has_arenas, space_of
 from models.config import GptOssConfig
 
 PAGE_TOKENS = 64  # a multiple of every key tile of kernels/decode_attention.py
@@ -44,10 +48,15 @@ class KVCache:
         self.is_paged = [not config.is_windowed(layer) for layer in range(config.num_hidden_layers)]
         # tokens of a sequence that a layer keeps
         self.lengths = [max_len if paged else min(config.sliding_window, max_len) for paged in self.is_paged]
-        sizes = [(num_pages, PAGE_TOKENS) if paged else (num_slots, length) for paged, length in zip(self.is_paged, self.lengths)]
-        self.keys = [torch.zeros(*size, config.num_key_value_heads, config.head_dim, device=device, dtype=dtype)
-                     for size in sizes]  # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        heads = config.num_key_value_heads, config.head_dim
+        shapes = [(num_pages, PAGE_TOKENS, *heads) if paged else (num_slots, length, *heads)
+                  for paged, length in zip(self.is_paged, self.lengths)]
+        self._arena = None
+        if has_arenas(device):
+            self._arena = Arena(2 * sum(space_of(math.prod(shape) * dtype.itemsize) for shape in shapes), device)
+            self._arena.take()
+        # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
+        self.keys, self.values = ([self._new(shape, device, dtype) for shape in shapes] for _ in range(2))
         self.bytes_per_page = page_bytes(config, dtype)  # over all full layers
         self.bytes_per_slot = slot_bytes(config, dtype, max_len=max_len)  # over all windowed layers
         # -1 where a slot has no page. Graphs hold its address: it is written in place only
@@ -56,6 +65,25 @@ class KVCache:
         self._num_users = [0] * num_pages  # slots that refer to a page
         self._free = list(range(num_pages))[::-1]
         self._changed: dict[int, int] = {}  # entry of the flat table -> page, not yet on the device
+
+    def _new(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if self._arena is not None:
+            return self._arena.tensor(shape, dtype)
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def can_rest(self) -> bool:
+        """Whether the memory of keys and values can be given back."""
+        return self._arena is not None
+
+    def rest(self) -> None:
+        """Gives the memory of keys and values back; nothing may touch them until wake()."""
+        self._arena.give_back()
+
+    def wake(self) -> None:
+        """Takes the memory again, with zeros in it. Raises torch.OutOfMemoryError where there is not enough."""
+        if self._arena is not None:
+            self._arena.take()
 
     @property
     def num_free_pages(self) -> int:

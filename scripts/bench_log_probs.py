@@ -18,8 +18,9 @@ from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels.log_probs as module  # noqa: E402
+from kernels.draw import head_logits  # noqa: E402
 from kernels.launch import gpu_family, num_multiprocessors  # noqa: E402
-from kernels.log_probs import head_logits, log_probs  # noqa: E402
+from kernels.log_probs import log_probs  # noqa: E402
 
 WIDTH, VOCAB = 2880, 201_088
 REPORT = Report()

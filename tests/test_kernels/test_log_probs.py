@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kernels.log_probs
-from kernels.log_probs import head_logits, log_probs
+from kernels.draw import head_logits
+from kernels.log_probs import log_probs
 
 TOKENS, WIDTH, VOCAB = 11, 6, 23
 

@@ -8,7 +8,7 @@ from interpreter import run_interpreter_tests
 
 import kernels.launch
 import kernels.log_probs
-from kernels.draw import draw
+from kernels.draw import _logits_kernel, draw, head_logits
 from kernels.launch import family_of
 from kernels.log_probs import (
     _BLOCKS,
@@ -17,11 +17,9 @@ from kernels.log_probs import (
     _hidden_gradient_kernel,
     _kept_kernel,
     _logits_gradient_kernel,
-    _logits_kernel,
     _partials_kernel,
     _reduce_kernel,
     _reference_kernel,
-    head_logits,
     log_probs,
 )
 from kernels.sampling import draw_tokens
