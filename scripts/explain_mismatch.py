@@ -25,7 +25,7 @@ from operations import Recorder, observed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo.sampling  # noqa: E402
-import models.gpt_oss  # noqa: E402
+import kernels.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
@@ -107,7 +107,7 @@ def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor,
     """The log-probs [B] that the sampler records where it draws `tokens` [B]: its own functions, with the draw made for them."""
     if can_decode_by_graph(model) and not settings.filters and not settings.records_routing:
         words = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
-        with patch.object(models.gpt_oss, "draw_tokens", lambda *_, **__: tokens):
+        with patch.object(kernels.draw, "draw_tokens", lambda *_, **__: tokens):
             return model.draw(hidden, words, temperature=settings.temperature)[1]
     keys = torch.zeros(len(tokens), 5, dtype=torch.int64, device=model.device)
     keys[:, 0] = tokens
