@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
     # memory: rounding apart
-    *("rollout.max_batch", "optim.max_tokens", "optim.share_prompts"),
+    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
 )
@@ -137,7 +137,10 @@ class RolloutConfig:
     top_k: int = MISSING  # 0: off
     top_p: float = MISSING  # 1: off
     min_p: float = MISSING  # 0: off
-    max_batch: int = MISSING  # completions decoded together: bounds the KV cache; does not change what is sampled
+    max_batch: int = MISSING  # completions decoded together; does not change what is sampled
+    # most memory of the KV cache, 1e9 bytes: completions that find no room wait. null: on a GPU a share of what is free when a
+    # rollout starts; never more than its completions need
+    cache_gb: Optional[float] = None
     refill_rounds: int = MISSING  # further draws of prompts to replace groups whose rewards are all equal
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 

@@ -1,8 +1,9 @@
 """The sampler: admits prompts, prefills each once, fans it out to its group, decodes live rows, retires finished ones.
 
-A row is one completion being decoded and holds one slot of the KV cache. Only live rows are decoded: a row that
-finishes leaves the batch at once and its slot goes to a waiting completion. Every draw is keyed by (seed, step, prompt
-id, sample, position), so a completion does not depend on the other rows, on the order of admission or on a restart.
+A row is one completion being decoded and holds one slot of the KV cache. Its state lies on the device (models/decoder.py), which
+takes several steps before the host looks: a row that has finished leaves the batch then, and its slot goes to a waiting
+completion (grpo/schedule.py). Every draw is keyed by (seed, step, prompt id, sample, position), so a completion does not depend
+on the other rows, on the order of admission, on the size of the cache or on a restart.
 
 N completions of this rollout, B live rows, V vocabulary, P prompts in one prefill.
 """
@@ -17,12 +18,19 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.sampling import Draw, check_settings, draw, greedy, key_words
-from models.decoder import Decoder, can_decode_by_graph
+from grpo.sampling import Draw, check_settings, draw, greedy
+from grpo.schedule import CacheShape, Group, Request, Schedule, plan_cache
+from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
+from models.draw_key import POSITION
 from models.gpt_oss import GptOss
 from models.routing_record import RoutingRecord, empty_routing
 
-POSITION = 4  # column of the position in a sampling key
+# Steps between two looks. A look costs a graph's launch and a copy, 0.1 ms or less; a row that finishes in between stays idle for
+# 3.5 steps on average, 1% of a completion of 350 tokens. That waiting completions start later by as much does not pay for more
+# looks: they start together, which makes their prefill cheaper.
+LOOK_STEPS = 8
+# Of a GPU's free memory: the rest is for prefill, the head's logits and graphs.
+CACHE_SHARE = 0.7
 
 
 class Interrupted(Exception):
@@ -32,23 +40,26 @@ class Interrupted(Exception):
 @dataclass
 class RolloutStats:
     num_completions: int = 0
-    prefill_tokens: int = 0  # each prompt once, however large its group
-    decode_tokens: int = 0  # rows fed to decode steps, summed over steps
+    prefill_tokens: int = 0  # each prompt once, however large its group; and preempted completions, as often as they resume
+    decode_tokens: int = 0  # drawn in decode steps
     decode_steps: int = 0
+    num_preemptions: int = 0
     cache_bytes: int = 0
     seconds: float = 0.0
 
 
 class Sampler:
-    """Samples completions from `model` with its current weights; keeps nothing between calls but `last_stats`.
+    """Samples completions from `model` with its current weights.
 
     stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the
     longest sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens:
     prompts are prefilled together up to this many tokens; a longer prompt goes alone. shares_prompts: training computes a
-    prompt once for its completions; attention on a GPU then adds up in the same order.
+    prompt once for its completions; attention on a GPU then adds up in the same order. cache_gb: most memory of the KV cache, in
+    1e9 bytes; None: on a GPU a share of what is free when a rollout starts, and never more than its completions need. Completions
+    that find no room wait, and results do not depend on it.
 
     On a GPU, draws from the whole vocabulary replay CUDA graphs (models/decoder.py); filters, greedy decoding and recorded
-    routing take a step as it comes.
+    routing take a step as it comes. Cache and graphs serve later calls that they suffice for, until rest() gives them back.
     """
 
     def __init__(
@@ -61,14 +72,24 @@ class Sampler:
         max_len: int | None = None,
         max_prefill_tokens: int = 16384,
         shares_prompts: bool = False,
+        cache_gb: float | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
-        self.model, self.stop_ids, self.seed = model, list(stop_ids), seed
+        self.model, self.stop_ids, self.seed, self.cache_gb = model, list(stop_ids), seed, cache_gb
         self.max_batch, self.max_prefill_tokens, self.shares_prompts = max_batch, max_prefill_tokens, shares_prompts
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
+        # on the CPU looks cost nothing, and idle rows as much as live ones
+        self.look_steps = LOOK_STEPS if can_decode_by_graph(model) else 1
         self.last_stats = RolloutStats()
+        self._decoder: Decoder | None = None  # of the last rollout, while none runs
+
+    def rest(self) -> None:
+        """Gives the memory of cache and graphs back, for training."""
+        self._decoder = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
 
     def generate(
         self,
@@ -91,10 +112,11 @@ class Sampler:
         max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py); with `greedy`, the
         other settings do not apply and log-probs are at temperature 1. With `records_routing` segments hold the experts that
         their tokens went to; the last token of a completion was not fed to the model and has none. `should_stop` is asked
-        between model calls.
+        between model calls; a run of decode steps counts as one.
 
-        Raises ValueError for a setting out of range, a repeated prompt id, an empty prompt or one that does not fit;
-        Interrupted when should_stop says so; FloatingPointError when the model's logits are not finite.
+        Raises ValueError for a setting out of range, a repeated prompt id, an empty prompt, one that does not fit, or a cache
+        that does not hold one sequence; Interrupted when should_stop says so; FloatingPointError when the model's logits are not
+        finite.
         """
         choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         if num_samples < 1:
@@ -113,13 +135,13 @@ class Sampler:
             records_routing=records_routing,
             plain_temperature=_plain_temperature(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy),
         )
-        for _ in rollout.run(should_stop):
-            pass
-        completions = rollout.completions()
+        try:
+            for _ in rollout.run(should_stop):
+                pass
+            completions = rollout.completions()
+        finally:
+            self._decoder = rollout.decoder
         self.last_stats = rollout.stats
-        if rollout.decoder is not None:
-            del rollout  # its cache and graphs
-            torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
         self.last_stats.seconds = time.perf_counter() - start
         return completions
 
@@ -138,36 +160,52 @@ class Sampler:
         should_stop: Callable[[], bool] | None = None,
     ) -> Iterator[int]:
         """Yields the token ids of one completion as they are drawn, a final stop token included: the same ids as
-        completion `sample` of `generate`. Raises as `generate` does."""
+        completion `sample` of `generate`. On a GPU they come a few at a time. Raises as `generate` does."""
         choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         start = time.perf_counter()
         samples = range(sample, sample + 1)
         plain_temperature = _plain_temperature(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose,
                            plain_temperature=plain_temperature)
-        for index, _ in enumerate(rollout.run(should_stop)):
-            rollout.check_finite(index + 1)
-            yield int(rollout.tokens[0, index])
+        request, num_yielded = rollout.requests[0], 0
+        try:
+            for _ in rollout.run(should_stop):
+                rollout.check_finite()
+                new = rollout.decoder.tokens[request.place + num_yielded:request.place + request.num_new].tolist()
+                num_yielded = request.num_new
+                yield from new
+        finally:
+            self._decoder = rollout.decoder
         self.last_stats = rollout.stats
         self.last_stats.seconds = time.perf_counter() - start
 
+    def take_decoder(self, requests: list[Request]) -> tuple[Decoder, int]:
+        """A decoder for these requests, and how many of them it can run at once: the last rollout's, with its graphs, where it
+        suffices, else a new one. The one place that allocates caches. Until the rollout hands it back, no other has it."""
+        longest = max(request.prompt_len + request.limit for request in requests)
+        # a power of two: the page table's width costs little, and a conversation that grows keeps its graphs
+        max_len = min(self.max_len, 1 << (longest - 1).bit_length())
+        plan = functools.partial(plan_cache, self.model.config, self.model.dtype, requests, num_rows=self.max_batch,
+                                 max_len=max_len)
+        shape = plan(num_bytes=None if self.cache_gb is None else 1e9 * self.cache_gb)
+        num_outputs = requests[-1].place + requests[-1].limit
+        decoder, self._decoder = self._decoder, None
+        if decoder is None or not _suffices(decoder, shape, longest=longest, num_outputs=num_outputs):
+            del decoder
+            self.rest()
+            if self.cache_gb is None and self.model.device.type == "cuda":
+                shape = plan(num_bytes=CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
+            cache = self.model.new_cache(shape.num_slots, max_len, shape.num_pages)
+            decoder = Decoder(self.model, cache, max_rows=shape.num_rows, num_outputs=num_outputs, stop_ids=self.stop_ids,
+                              counts_prompts_apart=self.shares_prompts)
+        decoder.reset()
+        return decoder, shape.num_rows
 
-@dataclass
-class _Rows:
-    """Live rows; `tokens` are the newest tokens, not yet in the cache."""
 
-    items: Tensor  # [B] int64: which completion
-    slots: Tensor  # [B] int64: its slot of the cache
-    keys: Tensor  # [B, 5] int64: key of the next draw; column POSITION is the next token's position
-    tokens: Tensor  # [B] int64
-    num_new: Tensor  # [B] int64: tokens after the prompt
-    limits: Tensor  # [B] int64: most tokens after the prompt
-
-    def select(self, rows: Tensor) -> "_Rows":
-        return _Rows(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-
-    def join(self, other: "_Rows") -> "_Rows":
-        return _Rows(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in self.__dataclass_fields__))
+def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int, num_outputs: int) -> bool:
+    cache = decoder.cache
+    return (decoder.max_rows >= shape.num_rows and cache.num_slots >= shape.num_slots and cache.num_pages >= shape.num_pages
+            and cache.max_len >= longest and decoder.num_outputs >= num_outputs)
 
 
 class _Rollout:
@@ -189,228 +227,215 @@ class _Rollout:
         self.model, self.prompts, self.samples, self.choose = sampler.model, prompts, samples, choose
         self.max_prefill_tokens, self.shares_prompts = sampler.max_prefill_tokens, sampler.shares_prompts
         self.device = device = sampler.model.device
-        self.stop_ids = torch.tensor(sampler.stop_ids, dtype=torch.int64, device=device)
-        num_items, width = len(prompts) * len(samples), len(samples)
-        lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts]).repeat_interleave(width)  # [N]
-        limits = (sampler.max_len - lengths).clamp(max=max_new_tokens)  # [N]
+        self.requests: list[Request] = []
+        place = 0
+        for index, prompt in enumerate(prompts):
+            length = len(prompt.token_ids)
+            limit = min(max_new_tokens, sampler.max_len - length)
+            for _ in samples:
+                self.requests.append(Request(len(self.requests), index, length, limit, place))
+                place += limit
+        num_items, width, capacity = len(self.requests), len(samples), max(request.limit for request in self.requests)
         keys = [[sampler.seed, step, prompt.id, i, len(prompt.token_ids)] for prompt in prompts for i in samples]
-        self.first_keys = torch.tensor(keys, dtype=torch.int64, device=device)  # [N, 5]
-        self.limits = limits.to(device)
-        # What was drawn, by completion; columns beyond a completion's end mean nothing.
-        capacity = int(limits.max())
-        self.tokens = torch.zeros(num_items, capacity, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(num_items, capacity, dtype=torch.float32, device=device)
-        self.is_env = torch.zeros(num_items, capacity, dtype=torch.bool, device=device)
-        self.num_new = torch.zeros(num_items, dtype=torch.int64, device=device)  # set when a completion ends
-        self.is_stopped = torch.zeros(num_items, dtype=torch.bool, device=device)
+        self.keys, self.key_table = keys, torch.tensor(keys, dtype=torch.int64, device=device)  # [N, 5], of the first draws
+        self.env_columns: list[set[int]] = [set() for _ in self.requests]  # of tokens that an environment gave
         self.kept: list[list[list[int]]] | None = None  # per completion and drawn token; None without filters
         self.routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
-        self.prompt_routing: list[Tensor] = []  # [tokens, L, A] on the host, of the prompts prefilled so far
+        self.prompt_routing: dict[int, Tensor] = {}  # [tokens, L, A] on the host, by index of the prompt
         if records_routing:
             self.routing = empty_routing(num_items * capacity, self.model.config, "cpu").unflatten(0, (num_items, capacity))
-        # A group that does not fit at once waits with its prompt in a spare slot: no prompt is prefilled twice.
-        num_slots = min(sampler.max_batch, num_items)
-        self.spare_slot = num_slots if num_slots < num_items else None
-        self.free_slots = list(range(num_slots))[::-1]
-        num_spare = 0 if self.spare_slot is None else 1
-        self.cache = self.model.new_cache(num_slots=num_slots + num_spare, max_len=int((lengths + limits).max()))
-        self.decoder = None
-        if plain_temperature is not None and not records_routing and can_decode_by_graph(self.model):
-            self.decoder = Decoder(self.model, self.cache, max_rows=num_slots, temperature=plain_temperature,
-                                   counts_prompts_apart=self.shares_prompts)
-        self.next_prompt = 0
-        self.waiting_items: list[int] = []  # completions whose prompt is in the spare slot
-        self.waiting_hidden = None  # [1, D], after that prompt
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        self.live = _Rows(empty, empty, empty.reshape(0, 5), empty, empty, empty)
+        # taken last: what was checked before must not cost the sampler its decoder
+        self.decoder, num_rows = sampler.take_decoder(self.requests)
+        self.cache = self.decoder.cache
+        self.temperature = plain_temperature  # None: steps run launch by launch
+        if records_routing or not can_decode_by_graph(self.model):
+            self.temperature = None
+        # kept sets and routing are fetched after every step
+        self.look_steps = sampler.look_steps if plain_temperature is not None and not records_routing else 1
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), prompts[index].id))
+        groups = [Group(index, len(prompts[index].token_ids), self.requests[index * width:(index + 1) * width])
+                  for index in order]
+        self.schedule = Schedule(groups, self.cache, num_rows=num_rows)
         self.stats = RolloutStats(num_completions=num_items, cache_bytes=self.cache.num_bytes)
 
     def run(self, should_stop: Callable[[], bool] | None) -> Iterator[None]:
-        """Runs to the end, yielding after every model call."""
-        while True:
+        """Runs to the end, yielding after every model call; a run of decode steps counts as one."""
+        schedule = self.schedule
+        while not schedule.is_done:
             if should_stop is not None and should_stop():
-                raise Interrupted(
-                    f"rollout stopped with {self._num_unfinished()} of {len(self.first_keys)} completions unfinished"
-                )
-            if self.waiting_items and self.free_slots:
-                self._admit_waiting()
-            elif self.next_prompt < len(self.prompts) and self.free_slots:
-                self._admit_prompts()
-            elif len(self.live.items) > 0:
+                unfinished = sum(not request.is_finished for request in self.requests)
+                raise Interrupted(f"rollout stopped with {unfinished} of {len(self.requests)} completions unfinished")
+            if resumed := schedule.resume(self.max_prefill_tokens):
+                self._resume(resumed)
+            elif admitted := schedule.admit_standing():
+                group, members = admitted
+                self._start(members, group.hidden.expand(len(members), -1))
+            elif admitted := schedule.admit_groups(self.max_prefill_tokens):
+                self._admit_groups(admitted)
+            elif schedule.live:
                 self._decode()
             else:
-                return
+                assert schedule.clear_for_one(), (schedule.preempted, schedule.groups, self.cache.num_free_pages)
+                continue
+            self._look()
             yield
 
-    def _admit_prompts(self) -> None:
-        """Prefills the next prompts, as many as slots and the token budget allow, and starts their completions."""
-        batch, slots, num_tokens, width = [], [], 0, len(self.samples)
-        while self.next_prompt < len(self.prompts) and self.free_slots:
-            length = len(self.prompts[self.next_prompt].token_ids)
-            if batch and num_tokens + length > self.max_prefill_tokens:
-                break
-            batch.append(self.next_prompt)
-            slots.append([self.free_slots.pop() for _ in range(min(width, len(self.free_slots)))])
-            num_tokens += length
-            self.next_prompt += 1
-        ids = [self.prompts[index].token_ids for index in batch]
-        bounds = torch.tensor([0, *itertools.accumulate(len(x) for x in ids)], dtype=torch.int32, device=self.device)
-        tokens = torch.tensor([token for x in ids for token in x], dtype=torch.int64, device=self.device)
-        first_slots = torch.tensor([group[0] for group in slots], device=self.device)
-        record = self._new_record(num_tokens)
-        hidden = self.model.prefill_hidden(tokens, bounds, self.cache, first_slots, record=record)  # [P, D]
-        if record is not None:
-            self.prompt_routing += record.indices.cpu().split([len(x) for x in ids])
-        self.stats.prefill_tokens += num_tokens
+    def _admit_groups(self, admitted: list[tuple[Group, list[Request]]]) -> None:
+        """Prefills prompts and starts their completions."""
+        prompts = [self.prompts[group.prompt].token_ids for group, _ in admitted]
+        hidden, routing = self._prefill([[ids] for ids in prompts], [members[0].slot for _, members in admitted])  # [P, D]
+        for row, (group, members) in enumerate(admitted):
+            if routing is not None:
+                self.prompt_routing[group.prompt] = routing[row]
+            self.schedule.share(group, members)
+            group.hidden = hidden[row].clone() if group.waiting else None
+        counts = torch.tensor([len(members) for _, members in admitted], device=self.device)
+        requests = [request for _, members in admitted for request in members]
+        self._start(requests, hidden.repeat_interleave(counts, dim=0, output_size=len(requests)))
 
-        items = []
-        for index, group, prompt_ids in zip(batch, slots, ids, strict=True):
-            targets = group[1:]
-            if len(group) < width:  # only the last prompt: it took the last free slots
-                targets = [*targets, self.spare_slot]
-                self.waiting_items = list(range(index * width + len(group), (index + 1) * width))
-                self.waiting_hidden = hidden[-1:].clone()
-            if targets:
-                self.cache.copy_slot(group[0], torch.tensor(targets, device=self.device), len(prompt_ids))
-            items += range(index * width, index * width + len(group))
-        counts = torch.tensor([len(group) for group in slots], device=self.device)
-        self._start(items, [slot for group in slots for slot in group], hidden.repeat_interleave(counts, dim=0))
+    def _resume(self, requests: list[Request]) -> None:
+        """Prefills prompts and the tokens drawn after them, and goes on."""
+        sequences = [[self.prompts[request.prompt].token_ids, self._drawn(request)] for request in requests]
+        if not self.shares_prompts:
+            sequences = [[prompt + drawn] for prompt, drawn in sequences]
+        hidden, routing = self._prefill(sequences, [request.slot for request in requests])
+        if routing is not None:
+            for request, rows in zip(requests, routing, strict=True):
+                self.routing[request.item, :request.num_new] = rows[request.prompt_len:]
+        self._start(requests, hidden)
 
-    def _admit_waiting(self) -> None:
-        """Starts completions of the prompt in the spare slot."""
-        count = min(len(self.waiting_items), len(self.free_slots))
-        items, self.waiting_items = self.waiting_items[:count], self.waiting_items[count:]
-        slots = [self.free_slots.pop() for _ in range(count)]
-        num_tokens = len(self.prompts[items[0] // len(self.samples)].token_ids)
-        self.cache.copy_slot(self.spare_slot, torch.tensor(slots, device=self.device), num_tokens)
-        self._start(items, slots, self.waiting_hidden.expand(count, -1))
+    def _prefill(self, sequences: list[list[list[int]]], slots: list[int]) -> tuple[Tensor, list[Tensor] | None]:
+        """Prefills each sequence, given in parts of which each continues the first, into its slot. Returns the hidden states
+        [n, D] after them, and where it is recorded the routing of each, on the host."""
+        parts, prefixes, part_slots = [], [], []
+        for sequence, slot in zip(sequences, slots, strict=True):
+            prefixes += [-1] + [len(parts)] * (len(sequence) - 1)
+            part_slots += [slot] * len(sequence)
+            parts += sequence
+        bounds = torch.tensor([0, *itertools.accumulate(map(len, parts))], dtype=torch.int32)
+        tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int64, device=self.device)
+        record = self._new_record(len(tokens))
+        hidden = self.model.prefill_hidden(tokens, bounds, self.cache, torch.tensor(part_slots, device=self.device),
+                                           prefixes=prefixes, record=record)
+        self.stats.prefill_tokens += len(tokens)
+        lengths = [sum(map(len, sequence)) for sequence in sequences]
+        return hidden, None if record is None else list(record.indices.cpu().split(lengths))
 
-    def _start(self, items: list[int], slots: list[int], hidden: Tensor) -> None:
-        """Draws the first token of completions whose prompt is in their slots; hidden [B, D]."""
-        index = torch.tensor(items, device=self.device)
-        zeros = torch.zeros_like(index)
-        rows = _Rows(
-            items=index,
-            slots=torch.tensor(slots, device=self.device),
-            keys=self.first_keys[index],
-            tokens=zeros,
-            num_new=zeros,
-            limits=self.limits[index],
-        )
-        self.live = self.live.join(self._record(rows, self._draw(rows, hidden)))
+    def _start(self, requests: list[Request], hidden: Tensor) -> None:
+        """Draws the next token of requests that are in their slots; hidden [n, D]."""
+        new = [NewRow(item=request.item, slot=request.slot, prompt_len=request.prompt_len, num_new=request.num_new,
+                      limit=request.limit, place=request.place, key=tuple(self.keys[request.item][:POSITION]))
+               for request in requests]
+        self.decoder.admit(new, hidden, self._draw)
+        for request in requests:
+            request.num_new += 1
 
     def _decode(self) -> None:
-        """One token for every live row."""
-        rows = self.live
-        self.stats.decode_tokens += len(rows.items)
-        self.stats.decode_steps += 1
-        if self.decoder is None:
-            result = self._draw(rows, self._feed(rows))
-        else:
-            positions = rows.keys[:, POSITION]
-            result = Draw(*self.decoder.step(rows.tokens, positions - 1, rows.slots, positions - rows.num_new,
-                                             key_words(rows.keys)))
-        self.live = self._record(rows, result)
+        """Some steps of all live rows, as many as fit before the next look."""
+        live = self.schedule.live
+        num_steps = min(self.look_steps, max(request.limit - request.num_new for request in live))
+        if self.schedule.make_room(num_steps):
+            live = self.schedule.live
+            self.decoder.compact(list(range(len(live))))
+        self.stats.decode_steps += num_steps
+        self.cache.flush()
+        if self.temperature is not None:
+            self.decoder.run(num_steps, temperature=self.temperature)
+            return
+        for _ in range(num_steps):
+            record = self._new_record(len(live))
+            self.decoder.step(self._draw, record)
+            if record is not None:
+                items = [request.item for request in live]
+                self.routing[items, [request.num_new - 1 for request in live]] = record.indices.cpu()
 
-    def _feed(self, rows: _Rows) -> Tensor:
-        """Feeds the rows' newest tokens to the model. Returns its final hidden states [B, D]."""
-        record = self._new_record(len(rows.items))
-        positions = rows.keys[:, POSITION]
-        prefix_lens = positions - rows.num_new if self.shares_prompts else None
-        hidden = self.model.decode_hidden(
-            rows.tokens, positions - 1, self.cache, rows.slots, record=record, prefix_lens=prefix_lens
-        )
-        if record is not None:
-            items, columns = torch.stack([rows.items, rows.num_new - 1]).cpu()
-            self.routing[items, columns] = record.indices.cpu()
-        return hidden
+    def _look(self) -> None:
+        """Learns what has become of the live rows; those that finished leave."""
+        for request, seen in zip(self.schedule.live, self.decoder.look(), strict=True):
+            self.stats.decode_tokens += seen.num_new - request.num_new
+            request.num_new, request.is_stopped, request.is_finished = seen.num_new, seen.is_stopped, not seen.is_live
+        self.stats.num_preemptions = self.schedule.num_preemptions
+        rows = self.schedule.retire()
+        if rows is not None:
+            self.decoder.compact(rows)
 
     def _new_record(self, num_tokens: int) -> RoutingRecord | None:
         return None if self.routing is None else RoutingRecord(num_tokens, self.model.config, self.device)
 
-    def _draw(self, rows: _Rows, hidden: Tensor) -> Draw:
-        """The next token of each row from hidden states [B, D]."""
-        if self.decoder is None:
-            return self.choose(self.model.head(hidden), rows.keys)
-        return Draw(*self.model.draw(hidden, key_words(rows.keys), temperature=self.decoder.temperature))
-
-    def _record(self, rows: _Rows, result: Draw) -> _Rows:
-        """Records a token per row; returns the rows that go on, the slots of the others become free."""
-        self.tokens[rows.items, rows.num_new] = result.tokens
-        self.log_probs[rows.items, rows.num_new] = result.log_probs
+    def _draw(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The next token of each row [B] and its log-prob [B], from hidden states [B, D]."""
+        if self.temperature is not None:
+            return self.decoder.plain_draw(self.temperature)(hidden, rows)
+        keys = self.key_table[rows.items]
+        keys[:, POSITION] = rows.positions + 1
+        result = self.choose(self.model.head(hidden), keys)
         if (kept := result.kept) is not None:
             if self.kept is None:
-                self.kept = [[] for _ in range(len(self.first_keys))]
+                self.kept = [[] for _ in self.requests]
             for item, ids in zip(rows.items.tolist(), kept, strict=True):
                 self.kept[item].append(ids)
-        rows.keys[:, POSITION] += 1
-        rows.tokens, rows.num_new = result.tokens, rows.num_new + 1
-        is_stopped = (rows.tokens[:, None] == self.stop_ids).any(dim=1)  # [B]
-        is_finished = is_stopped | (rows.num_new >= rows.limits)
-        if not is_finished.any():
-            return rows
-        finished = rows.items[is_finished]
-        self.num_new[finished] = rows.num_new[is_finished]
-        self.is_stopped[finished] = is_stopped[is_finished]
-        self.free_slots += rows.slots[is_finished].tolist()
-        return rows.select((~is_finished).nonzero().squeeze(1))
+        return result.tokens, result.log_probs
 
-    def _extend(self, row: int, token_ids: list[int]) -> None:
-        """Appends an environment's tokens to live row `row`, which then goes on sampling after them.
+    def _extend(self, item: int, token_ids: list[int]) -> None:
+        """Appends an environment's tokens to a live completion, which then goes on sampling after them.
 
         They are fed one by one at the row's next positions and recorded as an `env` segment.
         """
-        rows, index = self.live, torch.tensor([row], device=self.device)
-        one = rows.select(index)  # a copy
-        num_new = int(one.num_new)
-        assert num_new + len(token_ids) < int(one.limits), (num_new, len(token_ids), int(one.limits))
-        for token in token_ids:
-            self._feed(one)
-            one.tokens[0] = token
-            one.keys[0, POSITION] += 1
-            one.num_new += 1
-        rows.tokens[index], rows.keys[index], rows.num_new[index] = one.tokens, one.keys, one.num_new
-        written = slice(num_new, num_new + len(token_ids))
-        self.tokens[rows.items[row], written] = torch.tensor(token_ids, device=self.device)
-        self.is_env[rows.items[row], written] = True
+        request = self.requests[item]
+        row, first = self.schedule.live.index(request), request.num_new
+        assert first + len(token_ids) < request.limit, (first, len(token_ids), request.limit)
+        if not self.cache.reserve(request.slot, request.num_cached + len(token_ids)):
+            raise ValueError(f"rollout.cache_gb: no room for {len(token_ids)} tokens of an environment; raise it")
+        records = [self._new_record(1) for _ in token_ids]
+        self.decoder.extend(row, token_ids, records)
+        if self.routing is not None:
+            fed = torch.cat([record.indices for record in records])
+            self.routing[item, first - 1:first - 1 + len(token_ids)] = fed.cpu()
+        self.env_columns[item] |= set(range(first, first + len(token_ids)))
+        request.num_new += len(token_ids)
 
-    def _num_unfinished(self) -> int:
-        return int((self.num_new == 0).sum())
+    def _drawn(self, request: Request) -> list[int]:
+        return self.decoder.tokens[request.place:request.place + request.num_new].tolist()
 
-    def check_finite(self, num_columns: int) -> None:
+    def check_finite(self) -> None:
         """Raises FloatingPointError naming the first recorded log-prob that is not finite."""
-        bad = (~self.log_probs[:, :num_columns].isfinite()).nonzero()
-        if len(bad) > 0:
-            item, column = bad[0].tolist()
-            _, step, prompt_id, sample, position = self.first_keys[item].tolist()
-            raise FloatingPointError(
-                f"rollout: the log-prob of a sampled token is not finite (step {step}, prompt {prompt_id}, sample "
-                f"{sample}, position {position + column}): the weights or activations hold NaN or infinity"
-            )
+        is_finite = self.decoder.log_probs.isfinite().cpu()
+        for request in self.requests:
+            bad = (~is_finite[request.place:request.place + request.num_new]).nonzero()
+            if len(bad) > 0:
+                _, step, prompt_id, sample, position = self.keys[request.item]
+                raise FloatingPointError(
+                    f"rollout: the log-prob of a sampled token is not finite (step {step}, prompt {prompt_id}, sample "
+                    f"{sample}, position {position + int(bad[0])}): the weights or activations hold NaN or infinity"
+                )
 
     def completions(self) -> list[Completion]:
         """All completions, once every row has finished."""
-        assert self._num_unfinished() == 0, f"{self._num_unfinished()} completions unfinished, expected 0"
-        self.check_finite(self.tokens.shape[1])
-        tokens, log_probs, is_env = self.tokens.tolist(), self.log_probs.tolist(), self.is_env.tolist()
-        num_new, is_stopped, keys = self.num_new.tolist(), self.is_stopped.tolist(), self.first_keys.tolist()
+        unfinished = [request.item for request in self.requests if not request.is_finished]
+        assert not unfinished, f"completions {unfinished} unfinished, expected none"
+        self.check_finite()
+        num_outputs = self.requests[-1].place + self.requests[-1].limit
+        tokens, log_probs = self.decoder.tokens[:num_outputs].cpu(), self.decoder.log_probs[:num_outputs].cpu()
         completions = []
-        for item, key in enumerate(keys):
-            prompt = self.prompts[item // len(self.samples)]
+        for request in self.requests:
+            prompt, item = self.prompts[request.prompt], request.item
             kept = iter(self.kept[item]) if self.kept is not None else None
-            routing = None if self.routing is None else self.prompt_routing[item // len(self.samples)]
+            routing = None if self.routing is None else self.prompt_routing[request.prompt]
             segments = [Segment(list(prompt.token_ids), "prompt", routing=routing)]
-            for from_env, columns in itertools.groupby(range(num_new[item]), key=is_env[item].__getitem__):
+            for from_env, columns in itertools.groupby(range(request.num_new), key=self.env_columns[item].__contains__):
                 columns = list(columns)
-                span = slice(columns[0], columns[-1] + 1)
-                routing = None if self.routing is None else self.routing[item, span].clone()
+                start, end = columns[0], columns[-1] + 1
+                routing = None if self.routing is None else self.routing[item, start:end].clone()
+                ids = tokens[request.place + start:request.place + end].tolist()
                 if from_env:
-                    segments.append(Segment(tokens[item][span], "env", routing=routing))
+                    segments.append(Segment(ids, "env", routing=routing))
                 else:
                     kept_ids = None if kept is None else list(itertools.islice(kept, len(columns)))
-                    segments.append(Segment(tokens[item][span], "policy", log_probs[item][span], kept_ids, routing))
-            finish_reason = "stop" if is_stopped[item] else "length"
-            completions.append(Completion(prompt, sample=key[3], segments=segments, finish_reason=finish_reason))
+                    values = log_probs[request.place + start:request.place + end].tolist()
+                    segments.append(Segment(ids, "policy", values, kept_ids, routing))
+            finish_reason = "stop" if request.is_stopped else "length"
+            sample = self.keys[item][POSITION - 1]
+            completions.append(Completion(prompt, sample=sample, segments=segments, finish_reason=finish_reason))
         return completions
 
 

@@ -12,8 +12,8 @@ Filters apply to the tempered distribution in this order, each on what the one b
 Hugging Face `generate` uses this order (temperature, top-k, top-p, min-p). vLLM applies min-p before top-k and top-p,
 so top-p there sees the mass that min-p left, and the kept set can be smaller when both are active.
 
-The hash follows the multiply-and-xorshift family: the 64-bit finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014)
-for the key, and for the vocabulary id a 32-bit one with the multipliers of Chris Wellons' `lowbias32`.
+The hash follows the multiply-and-xorshift family: the key is mixed as models/draw_key.py says, the vocabulary id by a
+32-bit hash with the multipliers of Chris Wellons' `lowbias32`.
 
 B rows, V vocabulary.
 """
@@ -24,14 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Odd 64-bit multipliers, one per key column: a key is a point on a lattice, mixed by the finaliser below.
-_KEY_MULTIPLIERS = (
-    0x9E3779B97F4A7C15,
-    0xD1B54A32D192ED03,
-    0xABC98388FB8FAC03,
-    0x8CB92BA72F3D8DD7,
-    0xF1357AEA2E62A9C5,
-)
+from models.draw_key import key_words
+
 # Rows are handled in blocks of at most this many logits, which bounds the temporaries (4 bytes per element each).
 _MAX_BLOCK_ELEMENTS = 1 << 24
 
@@ -114,13 +108,13 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     31 hash bits h give w = (h + 1/2) / 2^31 and noise -log(-log(1 - w)). Large noise, which decides the draw, comes
     from small w, where a float keeps all its digits: the largest value is 22.2, the smallest -2.8.
     """
-    first, second = _row_words(keys)  # [B], [B] int32
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9, 32)  # [V]
+    first, second = key_words(keys).unbind(1)  # [B], [B] int32
+    ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9)  # [V]
     bits = ids[None, :] ^ first[:, None]  # [B, V] int32
     shifted = torch.bitwise_right_shift(bits, 16).bitwise_and_(0xFFFF)
     bits.bitwise_xor_(shifted).mul_(0x7FEB352D).add_(second[:, None])
     torch.bitwise_right_shift(bits, 15, out=shifted).bitwise_and_(0x1FFFF)
-    bits.bitwise_xor_(shifted).mul_(_signed(0x846CA68B, 32))
+    bits.bitwise_xor_(shifted).mul_(_signed(0x846CA68B))
     # Here the shift may carry the sign bit along: xor with it is still one-to-one on the lower 31 bits.
     torch.bitwise_right_shift(bits, 16, out=shifted)
     noise = bits.bitwise_xor_(shifted).bitwise_and_(0x7FFFFFFF).float()
@@ -164,32 +158,5 @@ def _kept_mask(scores: Tensor, *, top_k: int, top_p: float, min_p: float) -> Ten
     return kept
 
 
-def key_words(keys: Tensor) -> Tensor:
-    """What a draw's noise depends on beside the vocabulary id: [B, 2] int32 for keys [B, 5] int64."""
-    return torch.stack(_row_words(keys), dim=1)
-
-
-def _row_words(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Two 32-bit words per row from the key; int64 products wrap modulo 2^64."""
-    word = keys.new_zeros(keys.shape[0])  # [B]
-    for column, multiplier in enumerate(_KEY_MULTIPLIERS):
-        word += keys[:, column] * _signed(multiplier, 64)
-    word = (word ^ _shift_right(word, 30)) * _signed(0xBF58476D1CE4E5B9, 64)
-    word = (word ^ _shift_right(word, 27)) * _signed(0x94D049BB133111EB, 64)
-    word = word ^ _shift_right(word, 31)
-    return _to_int32(word), _to_int32(word >> 32)
-
-
-def _shift_right(word: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> repeats the sign bit of an int64."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _to_int32(word: Tensor) -> Tensor:
-    """The low 32 bits as int32, without relying on how an out-of-range cast behaves."""
-    low = word & 0xFFFFFFFF
-    return (low - ((low >> 31) << 32)).int()
-
-
-def _signed(value: int, bits: int) -> int:
-    return value - (1 << bits) if value >= 1 << (bits - 1) else value
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value

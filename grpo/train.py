@@ -91,6 +91,7 @@ def train(run: Run) -> None:
         started = time.perf_counter()
         metrics.set_status("sampling")
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop)
+        run.sampler.rest()  # rollout and update need not fit into memory together
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)
@@ -271,7 +272,7 @@ def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -
     tokenizer.save(run_dir / "tokenizer")
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed,
-                      shares_prompts=config.optim.share_prompts)
+                      shares_prompts=config.optim.share_prompts, cache_gb=config.rollout.cache_gb)
     metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
                       wandb_id=state.state["wandb_id"] if state else None)
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop), state

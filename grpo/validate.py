@@ -246,6 +246,8 @@ def check_rollout_and_optim(config: TrainConfig, problems: Problems) -> None:
         "must be at least 2: an advantage is a reward against the others of its group; 8 or 16 is usual",
     )
     need(rollout.max_batch >= 1, "rollout.max_batch", rollout.max_batch, "must be at least 1 completion")
+    need(rollout.cache_gb is None or rollout.cache_gb > 0, "rollout.cache_gb", rollout.cache_gb,
+         "must be above 0 (1e9 bytes), or null for a share of the GPU's free memory")
     need(rollout.refill_rounds >= 0, "rollout.refill_rounds", rollout.refill_rounds, "must be 0 (off) or more")
     need(optim.minibatches >= 1, "optim.minibatches", optim.minibatches, "must be at least 1 update")
     need(

@@ -142,13 +142,24 @@ def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def _load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-               RING: tl.constexpr = 0):
+               RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None):
     """Rows first .. first + BLOCK of one head: [BLOCK, D]; zeros from `end` on where MASKED, else all must exist. Row p stands
-    at p % RING where RING is not 0."""
+    at p % RING where RING is not 0; where PAGE is not 0, at p % PAGE of `page`, and those after its last in `next_page`,
+    which is None if there are none."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, D)
     if RING > 0:
         pointers = pointer + ((first + rows) % RING)[:, None] * stride + dims[None, :]
+    elif PAGE > 0:
+        # a page that is not there reads as page 0: its rows mean nothing, but they exist
+        place = tl.maximum(page, 0) * PAGE + first % PAGE
+        if next_page is not None:
+            next_place = (tl.maximum(next_page, 0) - 1) * PAGE + first % PAGE
+            places = tl.where(first % PAGE + rows < PAGE, place, next_place) + rows
+            # in this order an address is one multiplication and addition where the stride is a constant
+            pointers = pointer + dims[None, :] + places.to(tl.int64)[:, None] * stride
+        else:
+            pointers = pointer + place.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
     else:
         pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
     if MASKED:
@@ -173,12 +184,20 @@ def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M:
 @triton.jit
 def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
                    scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                   D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0):
+                   D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, pages=None,
+                   ALIGNED: tl.constexpr = True):
+    """PAGE, pages: the keys of position p stand in page pages[p // PAGE], as _load_rows takes it; ALIGNED: no tile has keys of
+    two pages."""
+    page, next_page = 0, None
+    if PAGE > 0:
+        page = tl.load(pages + first // PAGE, mask=first < last, other=0)
+        if not ALIGNED:
+            next_page = tl.load(pages + tl.minimum(first + BLOCK_N - 1, key_end - 1) // PAGE, mask=first < last, other=0)
     for start in tl.range(first, last, BLOCK_N):
         if DESCRIPTOR and not MASKED:
             k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
         else:
-            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING)
+            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             cols = start + tl.arange(0, BLOCK_N)
@@ -191,7 +210,12 @@ def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
         if DESCRIPTOR and not MASKED:
             v_tile = v_tiles.load([start, column])
         else:
-            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING)
+            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
+        if PAGE > 0:
+            # one tile ahead, so that loads of keys need not wait for it
+            page = tl.load(pages + tl.minimum(start + BLOCK_N, key_end - 1) // PAGE)
+            if not ALIGNED:
+                next_page = tl.load(pages + tl.minimum(start + 2 * BLOCK_N - 1, key_end - 1) // PAGE)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         row_max = new_max
     return acc, row_max, row_sum

@@ -1,7 +1,9 @@
 """Attention of one new token per sequence over its key-value cache, with sinks, a sliding window and grouped queries.
 
 The formula is that of kernels/attention.py with a single query row. A windowed layer's cache is a ring: the key of position p
-stands at entry p % L.
+stands at entry p % L of its slot. A full layer's cache may consist of pages: the key of position p stands at entry p % L of page
+page_table[slot, p // L]. Tiles counted from the start of the sequence lie within pages, those counted from the end of a prefix
+in two; what pages they are is loaded one tile ahead. Which memory a key comes from changes no bit.
 
 The Triton kernel gives the bits that the forward kernel of kernels/attention.py gives the same row, on GPUs whose products
 are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
@@ -17,7 +19,8 @@ One program of one warp per sequence and key-value head, whose 8 query heads (in
 smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits:
 splitting a sequence over programs would change the order of the sums, here and so in training.
 
-Shapes: B sequences, N slots, L entries per slot, H query heads, K key-value heads, D head width.
+Shapes: B sequences, N slots, M pages, W pages per slot, L entries per slot or page, H query heads, K key-value heads, D head
+width.
 """
 from __future__ import annotations
 
@@ -26,45 +29,61 @@ import triton
 import triton.language as tl
 
 from kernels.attention import _attend, _forward_tiles, _load_rows, blocks_for
-from kernels.launch import check_served, gpu_family, launch, next_power_of_2, product_path
+from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, product_path
 
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
 
 
-def decode_attention_reference(q, keys, values, sinks, slots, positions, scale):
-    num_keys = (positions + 1).clamp(min=0, max=keys.shape[1])
+def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table=None):
+    num_entries = keys.shape[1] * (1 if page_table is None else page_table.shape[1])
+    num_keys = (positions + 1).clamp(min=0, max=num_entries)
     max_keys = max(int(num_keys.max()), 1)
-    k, v = keys[:, :max_keys][slots], values[:, :max_keys][slots]  # [B, max_keys, K, D]
     visible = torch.arange(max_keys, device=q.device) < num_keys.unsqueeze(1)  # [B, max_keys]
+    if page_table is None:
+        k, v = keys[:, :max_keys][slots], values[:, :max_keys][slots]  # [B, max_keys, K, D]
+    else:
+        pages = page_table[slots, : cdiv(max_keys, keys.shape[1])].long()
+        is_missing = (pages < 0) & visible[:, :: keys.shape[1]]
+        assert not is_missing.any(), f"no page for keys of slots {slots[is_missing.any(1)].tolist()} up to {positions.tolist()}"
+        k, v = (cache[pages.clamp(min=0)].flatten(1, 2)[:, :max_keys] for cache in (keys, values))
     # entries past num_keys were never written by this sequence: they must not turn 0 * inf into NaN
     v = v.masked_fill(~visible[:, :, None, None], 0.0)
     return _attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
 
 
 @triton.jit
-def _decode_range(acc, row_max, row_sum, q, k, v, stride_key, position, key_start, key_end, scale_log2, window,
-                  WINDOWED: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, key_start, key_end, scale_log2, window,
+                  WINDOWED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr,
+                  BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     first = key_start
     if WINDOWED:
         first = key_start + tl.maximum(position - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
     # all tiles are masked: one loop, whose loads never drain, for a few comparisons per tile
     rows = tl.zeros([BLOCK_H], tl.int32) + position
     return _forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_key, stride_key, 0, rows, first, key_end, key_end,
-                          scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING)
+                          scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["window"])
-def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, stride_q, stride_slot, stride_key, stride_out,
-                   scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr,
-                   RING: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=["window", "pages_per_slot"])
+def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, page_table, stride_q, stride_slot, stride_out,
+                   scale_log2, window, pages_per_slot, STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
+                   PREFIXED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
+                   BLOCK_N: tl.constexpr):
     # the key-value heads of a sequence run side by side: their keys share pages of memory
     first_head = tl.program_id(0) * GROUP
     sequence = tl.program_id(1).to(tl.int64)
     # an idle row stands at a position below 0: it has no tiles and ends as 0 / 1
     position = tl.load(positions + sequence).to(tl.int32)
-    cache = tl.load(slots + sequence).to(tl.int64) * stride_slot + tl.program_id(0) * D
+    if PAGE > 0:
+        # a row past its table means nothing, but must not read past it
+        position = tl.minimum(position, pages_per_slot * PAGE - 1)
+    slot = tl.load(slots + sequence).to(tl.int64)
+    pages = page_table + slot * pages_per_slot
+    cache = slot * stride_slot + tl.program_id(0) * D
+    if PAGE > 0:
+        cache = tl.program_id(0) * D
     q_tile = _load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
     heads = tl.arange(0, BLOCK_H)
     row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -73,10 +92,13 @@ def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, s
     start = 0
     if PREFIXED:
         start = tl.minimum(tl.load(prefix_lens + sequence).to(tl.int32), position + 1)
-        acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, stride_key, position,
-                                              0, start, scale_log2, window, WINDOWED, RING, D, BLOCK_H, BLOCK_N)
-    acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, stride_key, position,
-                                          start, position + 1, scale_log2, window, WINDOWED, RING, D, BLOCK_H, BLOCK_N)
+        acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, pages, STRIDE_KEY,
+                                              position, 0, start, scale_log2, window, WINDOWED, RING, PAGE, True, D, BLOCK_H,
+                                              BLOCK_N)
+    # tiles lie within pages if they are counted from position 0
+    acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, pages, STRIDE_KEY,
+                                          position, start, position + 1, scale_log2, window, WINDOWED, RING, PAGE,
+                                          not PREFIXED, D, BLOCK_H, BLOCK_N)
     dims = tl.arange(0, D)
     out += sequence * stride_out + first_head * D
     tl.store(out + heads[:, None] * D + dims[None, :], (acc / row_sum[:, None]).to(out.dtype.element_ty),
@@ -84,17 +106,20 @@ def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, s
 
 
 def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, *, slots: torch.Tensor,
-                     positions: torch.Tensor, window: int, scale: float,
-                     prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
-    """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches [N, L, K, D] already hold; sinks [H]; window 0
-    means none, else L is at most the window. Rows at a position below 0 are idle and give zeros; without a window, positions
-    must be below L: nothing checks that on a GPU, where no value reaches the host. Returns [B, H, D] in q's dtype.
+                     positions: torch.Tensor, window: int, scale: float, prefix_lens: torch.Tensor | None = None,
+                     page_table: torch.Tensor | None = None) -> torch.Tensor:
+    """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches already hold; sinks [H]; window 0 means none.
+    The caches are [N, L, K, D], of N slots, with L at most the window if there is one; or, without a window, [M, L, K, D] of M
+    pages, of which page_table [N, W] int32 names those of each slot. Rows at a position below 0 are idle and give zeros; without
+    a window, positions must be below L, or W * L, and in pages that the slot has: nothing checks that on a GPU, where no value
+    reaches the host. Returns [B, H, D] in q's dtype.
 
     prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
     Without them the bits are those of training on whole sequences; on the CPU they change nothing."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
+    assert page_table is None or window == 0, (page_table.shape, window)
     if product_path(q) != "triton":  # the reference consists of library products
-        return decode_attention_reference(q, keys, values, sinks, slots, positions, scale)
+        return decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table)
     check_served("decode_attention", {"q": q, "keys": keys, "values": values},
                  dtypes=(torch.bfloat16, torch.float16, torch.float32), tensor_cores=True)
     num_rows, num_heads, width = q.shape
@@ -104,14 +129,18 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
                          "and a width of 16, 32, 64 or 128")
     assert slots.shape == positions.shape == (num_rows,), (slots.shape, positions.shape, q.shape)
     assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
+    assert page_table is None or page_table.is_contiguous(), page_table.stride()
     q = q if q.stride()[1:] == (width, 1) else q.contiguous()
     positions = positions.contiguous()
     out = torch.empty((num_rows, num_heads, width), dtype=q.dtype, device=q.device)
     blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=width).forward
+    page = 0 if page_table is None else keys.shape[1]
+    assert page % blocks.keys == 0, (page, blocks.keys)
     if num_rows:
         launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks.contiguous(), out, slots.contiguous(), positions,
-               positions if prefix_lens is None else prefix_lens.contiguous(), q.stride(0), keys.stride(0), keys.stride(1),
-               out.stride(0), scale * _LOG2_E, window, GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None,
-               RING=keys.shape[1] if window else 0, D=width, BLOCK_H=max(16, next_power_of_2(group)),
-               BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0])
+               positions if prefix_lens is None else prefix_lens.contiguous(), positions if page_table is None else page_table,
+               q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window,
+               0 if page_table is None else page_table.shape[1], STRIDE_KEY=keys.stride(1), GROUP=group, WINDOWED=window > 0,
+               PREFIXED=prefix_lens is not None, RING=keys.shape[1] if window else 0, PAGE=page, D=width,
+               BLOCK_H=max(16, next_power_of_2(group)), BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0])
     return out

@@ -12,6 +12,9 @@ be another one only where the reference's scores of the two are equal up to thei
 On a GPU all other roundings are PyTorch's too: its division by a number is a product with the fp32 reciprocal, its log and log1p
 are libdevice's, and nothing is contracted into fused multiply-adds. On the CPU PyTorch divides and has logarithms of its own.
 
+The two words of a row are the halves of its mixed key: seed, step, prompt id, sample and position, each times an odd number of
+its own, are summed modulo 2^64 and mixed by the finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014).
+
 Shapes: B rows, V vocabulary, C chunks of a row.
 """
 import torch
@@ -23,11 +26,48 @@ from kernels.launch import cdiv, check_served, is_interpreted, is_triton, launch
 
 _ID_MULTIPLIER, _MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(0x9E3779B9), tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
 _LARGEST_W = tl.constexpr(1 - 2.0**-24)  # keeps the logarithm finite where h + 1/2 rounds up to 2^31
+# by column of a key; the last one is the position's
+_KEY_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xABC98388FB8FAC03, 0x8CB92BA72F3D8DD7, 0xF1357AEA2E62A9C5)
+POSITION_MULTIPLIER = tl.constexpr(_KEY_MULTIPLIERS[4])
+_MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
 _CHUNK = {"gpu": 4096, "interpreter": 512}  # logits that one program compares
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 32) if value >= 1 << 31 else value
+def _signed(value: int, bits: int = 32) -> int:
+    return value - (1 << bits) if value >= 1 << (bits - 1) else value
+
+
+def key_sums(keys: torch.Tensor) -> torch.Tensor:
+    """[B] int64: the weighted sums, modulo 2^64, of keys [B, n] int64: seed, step, prompt id, sample, position, or the first n of
+    them. Sums of parts of a key add up."""
+    sums = keys.new_zeros(keys.shape[0])
+    for column, multiplier in zip(keys.unbind(1), _KEY_MULTIPLIERS):
+        sums += column * _signed(multiplier, 64)
+    return sums
+
+
+def mix_sums(sums: torch.Tensor) -> torch.Tensor:
+    """[B] int64: the mixed keys whose sums [B] are given."""
+    words = (sums ^ _shift_right(sums, 30)) * _signed(_MIX_1.value, 64)
+    words = (words ^ _shift_right(words, 27)) * _signed(_MIX_2.value, 64)
+    return words ^ _shift_right(words, 31)
+
+
+def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:
+    return (words >> bits) & ((1 << (64 - bits)) - 1)  # >> repeats the sign bit of an int64
+
+
+def as_words(mixed: torch.Tensor) -> torch.Tensor:
+    """Mixed keys [B] int64 as words [B, 2] int32, the lower half first; the memory is shared where it is contiguous."""
+    return mixed.contiguous().view(torch.int32).view(-1, 2)
+
+
+@triton.jit
+def mix_sum(word):
+    """mix_sums, of uint64."""
+    word = (word ^ (word >> 30)) * _MIX_1
+    word = (word ^ (word >> 27)) * _MIX_2
+    return word ^ (word >> 31)
 
 
 def gumbel_noise_reference(words: torch.Tensor, vocab_size: int) -> torch.Tensor:

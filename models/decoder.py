@@ -1,27 +1,41 @@
-"""Decode steps of one cache, captured as CUDA graphs: one per bucket of batch sizes, replayed with all state on the GPU.
+"""Rows being decoded: their state on the device, and steps of all of them, on a GPU as CUDA graphs that wait for nobody.
 
-A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. The first step of a bucket
-runs as it is (kernels are compiled) and is captured afterwards; later ones copy their inputs into the graph's and replay it.
-Rows between the batch and its bucket stand at position -1: they touch no slot and mean nothing. Adapters are read where they
-lie, so an update of them shows in the next step.
+A step feeds every row's newest token to the model, draws the next one, stores it, and moves the row on (kernels/advance.py). A
+row that ends inside a run of steps is idle from then on and costs its place only; the host learns of it when it looks.
 
-Shapes: B rows, D model width, V vocabulary.
+A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. There is one graph for each
+bucket of batch sizes. The first step of a bucket runs as it is (kernels are compiled) and is captured afterwards. Rows between
+the batch and its bucket are idle: they touch no slot and mean nothing. Adapters are read where they lie, so an update of them
+shows in the next step.
+
+Shapes: B rows, R rows that there is room for, D model width, V vocabulary.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
-from kernels.launch import product_path
+from kernels.advance import IDLE, Rows, advance, next_words
+from kernels.launch import cdiv, product_path
+from kernels.sampling import as_words, key_sums
 from models.gpt_oss import GptOss
 from models.kv_cache import KVCache
+from models.routing_record import RoutingRecord
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-IDLE = -1  # position of a row that is not there
+# what a look copies: neighbours in Rows
+_SEEN = slice(Rows._fields.index("positions"), Rows._fields.index("is_stopped") + 1)
+_ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
+
+# (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
+Draw = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 def bucket_of(num_rows: int) -> int:
     """The smallest bucket that holds so many rows; above the largest, a multiple of 128."""
-    return next((bucket for bucket in BUCKETS if bucket >= num_rows), -(-num_rows // 128) * 128)
+    return next((bucket for bucket in BUCKETS if bucket >= num_rows), cdiv(num_rows, 128) * 128)
 
 
 def can_decode_by_graph(model: GptOss) -> bool:
@@ -32,54 +46,143 @@ def can_decode_by_graph(model: GptOss) -> bool:
             and all(not block.trains_base() and block.mlp.experts.can_decode() for block in model.model.layers))
 
 
-class Decoder:
-    """Draws the next tokens of up to `max_rows` sequences in a cache. On a GPU only; needs the cache and the model's weights to
-    stay where they are. counts_prompts_apart: attention adds up a prompt's keys before the others, as it does in training where
-    completions share their prompt; the bits of log-probs are then those of such training, else those of whole sequences."""
+@dataclass
+class NewRow:
+    """A sequence whose prompt, and the `num_new` tokens it may have after it, are in its slot."""
 
-    def __init__(self, model: GptOss, cache: KVCache, *, max_rows: int, temperature: float, counts_prompts_apart: bool) -> None:
-        self.model, self.cache, self.temperature = model, cache, temperature
-        size, device = bucket_of(max_rows), model.device
-        self._tokens, self._positions, self._slots, self._prompt_lens = (
-            torch.zeros(size, dtype=torch.int64, device=device) for _ in range(4))
-        self._counts_prompts_apart = counts_prompts_apart
-        self._words = torch.zeros(size, 2, dtype=torch.int32, device=device)
-        self._drawn = torch.zeros(size, dtype=torch.int64, device=device)
-        self._log_probs = torch.zeros(size, dtype=torch.float32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    item: int  # the caller's name of it
+    slot: int
+    prompt_len: int  # tokens
+    num_new: int
+    limit: int  # most tokens after the prompt
+    place: int  # of the first token after the prompt in the output buffers
+    key: tuple[int, int, int, int]  # seed, step, prompt id, sample
+
+
+@dataclass
+class Seen:
+    """What the host learns of a row."""
+
+    num_new: int
+    is_live: bool
+    is_stopped: bool  # by a stop id
+
+
+class Decoder:
+    """Up to `max_rows` rows over a cache, and what they have drawn: `tokens` int64 and `log_probs` fp32, one-dimensional, of
+    `num_outputs` elements. Needs the cache and the model's weights to stay where they are, for as long as its graphs are used.
+    counts_prompts_apart: attention adds up a prompt's keys before the others, as it does in training where completions share
+    their prompt; the bits of log-probs are then those of such training, else those of whole sequences."""
+
+    def __init__(self, model: GptOss, cache: KVCache, *, max_rows: int, num_outputs: int, stop_ids: list[int],
+                 counts_prompts_apart: bool) -> None:
+        self.model, self.cache, self.max_rows, self.num_outputs = model, cache, max_rows, num_outputs
+        self.num_rows = 0
+        self._counts_prompts_apart, device = counts_prompts_apart, model.device
+        self._table = _empty_table(bucket_of(max_rows), device)
+        self._seen = torch.zeros(self._table[_SEEN].shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.tokens = torch.zeros(num_outputs, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(num_outputs, dtype=torch.float32, device=device)
+        self._stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=device)
+        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = None  # of memory that all graphs share: one runs at a time
 
+    def reset(self) -> None:
+        """Forgets all rows and takes their pages."""
+        self._table[Rows._fields.index("positions")] = IDLE
+        self.num_rows = 0
+        for slot in range(self.cache.num_slots):
+            self.cache.release(slot)
+
     @torch.no_grad()
-    def step(self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, prompt_lens: torch.Tensor,
-             words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends tokens [B] at positions [B] of slots [B], whose prompts have prompt_lens [B] tokens, and draws the next ones by
-        the noise of words [B, 2] int32 (kernels/sampling.py). Returns them [B] and their log-probs [B] fp32, nats, with the bits
-        that training computes."""
-        num_rows = len(tokens)
-        bucket = bucket_of(num_rows)
-        for static, given in ((self._tokens, tokens), (self._positions, positions), (self._slots, slots),
-                              (self._prompt_lens, prompt_lens), (self._words, words)):
-            static[:num_rows].copy_(given)
-        self._positions[num_rows:bucket].fill_(IDLE)
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            graph.replay()
-        else:
-            self._run(bucket)
-            self._graphs[bucket] = self._capture(bucket)
-        return self._drawn[:num_rows].clone(), self._log_probs[:num_rows].clone()
+    def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: Draw) -> None:
+        """Draws the next token of sequences after whose newest token the final hidden states [n, D] are, and decodes those that
+        go on as the last rows from then on."""
+        items, slots, prompt_lens, num_new, limits, places = torch.tensor(
+            [(row.item, row.slot, row.prompt_len, row.num_new, row.limit, row.place) for row in new]).unbind(1)
+        positions, sums = prompt_lens + num_new - 1, key_sums(torch.tensor([row.key for row in new], dtype=torch.int64))
+        rows = Rows(tokens=torch.zeros_like(items), positions=positions, num_new=num_new, is_stopped=torch.zeros_like(items),
+                    slots=slots, prompt_lens=prompt_lens, limits=limits, places=places, key_sums=sums,
+                    words=next_words(sums, positions), items=items)
+        count, start, device = len(new), self.num_rows, self.model.device
+        assert start + count <= self._table.shape[1], (start, count, self._table.shape)
+        table = torch.stack(rows)
+        fresh = _empty_table(count, device)
+        fresh[:, :count] = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+        self._advance(Rows(*fresh[:, :count]), hidden, draw)
+        self._table[:, start:start + count] = fresh[:, :count]
+        self.num_rows += count
 
-    def _run(self, bucket: int) -> None:
-        prefix_lens = self._prompt_lens[:bucket] if self._counts_prompts_apart else None
-        hidden = self.model.decode_hidden(self._tokens[:bucket], self._positions[:bucket], self.cache, self._slots[:bucket],
-                                          prefix_lens=prefix_lens)
-        drawn, log_probs = self.model.draw(hidden, self._words[:bucket], temperature=self.temperature)
-        self._drawn[:bucket].copy_(drawn)
-        self._log_probs[:bucket].copy_(log_probs)
+    @torch.no_grad()
+    def step(self, draw: Draw, record: RoutingRecord | None = None) -> None:
+        """One step of all rows, launch by launch. `record` is filled with their experts."""
+        self._step(self.num_rows, draw, record)
 
-    def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
+    @torch.no_grad()
+    def run(self, num_steps: int, *, temperature: float) -> None:
+        """Steps of all rows by a graph, drawing from the whole vocabulary; nothing waits, and the cache must be flushed."""
+        key = (bucket_of(self.num_rows), temperature, self.model.adapter_is_enabled)
+        for _ in range(num_steps):
+            graph = self._graphs.get(key)
+            if graph is not None:
+                graph.replay()
+            else:
+                self._step(key[0], self.plain_draw(temperature))
+                self._graphs[key] = self._capture(key[0], temperature)
+
+    def plain_draw(self, temperature: float) -> Draw:
+        """Draws from the whole vocabulary, with the log-probs whose bits training computes."""
+        return lambda hidden, rows: self.model.draw(hidden, as_words(rows.words), temperature=temperature)
+
+    def look(self) -> list[Seen]:
+        """What has become of the rows; waits for the steps."""
+        self._seen.copy_(self._table[_SEEN], non_blocking=True)  # whole: a part of the columns would be no single copy
+        if self._table.is_cuda:
+            torch.cuda.current_stream(self._table.device).synchronize()
+        return [Seen(num_new, position != IDLE, bool(is_stopped))
+                for position, num_new, is_stopped in self._seen[:, :self.num_rows].T.tolist()]
+
+    def compact(self, rows: list[int]) -> None:
+        """Keeps these rows, in this order. Their keys and values stay where they are."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+        self._table[:, :len(rows)] = self._table[:, index]
+        self._table[Rows._fields.index("positions"), len(rows):self.num_rows] = IDLE
+        self.num_rows = len(rows)
+
+    @torch.no_grad()
+    def extend(self, row: int, token_ids: list[int], records: list[RoutingRecord | None]) -> None:
+        """Appends tokens that nobody drew to a row, one by one; their log-probs are 0."""
+        one = Rows(*self._table[:, row:row + 1])
+        for token, record in zip(token_ids, records, strict=True):
+            self._feed(one, record)
+            place = one.places + one.num_new
+            self.tokens[place], self.log_probs[place] = token, 0.0
+            one.tokens.fill_(token)
+            one.num_new.add_(1)
+            one.positions.add_(1)
+        one.words.copy_(next_words(one.key_sums, one.positions))
+
+    def _step(self, num_rows: int, draw: Draw, record: RoutingRecord | None = None) -> None:
+        rows = Rows(*self._table[:, :num_rows])
+        self._advance(rows, self._feed(rows, record), draw)
+
+    def _feed(self, rows: Rows, record: RoutingRecord | None) -> torch.Tensor:
+        return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record,
+                                        prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None)
+
+    def _advance(self, rows: Rows, hidden: torch.Tensor, draw: Draw) -> None:
+        advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)
+
+    def _capture(self, bucket: int, temperature: float) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._run(bucket)
+            self._step(bucket, self.plain_draw(temperature))
         self._pool = graph.pool()
         return graph
+
+
+def _empty_table(num_rows: int, device: torch.device) -> torch.Tensor:
+    """[fields of Rows, at least num_rows] int64, all rows idle."""
+    table = torch.zeros(len(Rows._fields), cdiv(num_rows, _ALIGNMENT) * _ALIGNMENT, dtype=torch.int64, device=device)
+    table[Rows._fields.index("positions")] = IDLE
+    return table

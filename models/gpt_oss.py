@@ -236,6 +236,11 @@ class GptOss(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    @property
+    def adapter_is_enabled(self) -> bool:
+        """False inside adapter_disabled()."""
+        return self.model.layers[0].self_attn.q_proj.adapter_enabled
+
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside, the model is its base: the reference policy of a LoRA run."""
@@ -324,45 +329,61 @@ class GptOss(nn.Module):
         zeros = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
         return zeros.index_copy(0, rows, chosen), zeros.index_copy(0, rows, entropy)
 
-    def new_cache(self, num_slots: int, max_len: int) -> KVCache:
-        """An empty cache for `num_slots` sequences of up to `max_len` tokens."""
-        return KVCache(self.config, num_slots=num_slots, max_len=max_len, device=self.device, dtype=self.dtype)
+    def new_cache(self, num_slots: int, max_len: int, num_pages: int | None = None) -> KVCache:
+        """An empty cache for `num_slots` sequences of up to `max_len` tokens, with pages for all of them at that length unless
+        `num_pages` says how many. Slots get theirs by KVCache.reserve."""
+        num_pages = num_slots * KVCache.pages_for(max_len) if num_pages is None else num_pages
+        return KVCache(self.config, num_slots=num_slots, max_len=max_len, num_pages=num_pages, device=self.device,
+                       dtype=self.dtype)
 
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
                 record: RoutingRecord | None = None) -> torch.Tensor:
-        """Runs packed prompts tokens [T] and fills slots [S] of the cache, and the `record` of their experts. Returns the
-        logits [S, V] fp32 after each."""
+        """Runs packed prompts tokens [T] and fills slots [S] of the cache, which must have pages for them, and the `record` of
+        their experts. Returns the logits [S, V] fp32 after each."""
         return self.head(self.prefill_hidden(tokens, cu_seqlens, cache, slots, record=record))
 
     @torch.no_grad()
     def prefill_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                       record: RoutingRecord | None = None) -> torch.Tensor:
-        """As prefill, but returns the final hidden states [S, D] that the logits come from."""
+                       prefixes: list[int] | None = None, record: RoutingRecord | None = None) -> torch.Tensor:
+        """As prefill, but returns the final hidden states [S, D] that the logits come from.
+
+        `prefixes` [S]: the sequence that each one continues, in the same slot and at most one of them, -1 for none; as in
+        log_probs, a prompt's keys are then added up before the others. Returned are the states after the sequences that no
+        other continues, in their order."""
         bounds = cu_seqlens.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-        if max(lengths) > cache.max_len:
-            raise ValueError(f"a prompt of {max(lengths)} tokens does not fit a cache of {cache.max_len} per sequence")
-        positions = packed_positions(bounds, tokens.device)
-        counts = torch.tensor(lengths, device=tokens.device)
-        token_slots, token_lengths = slots.repeat_interleave(counts), counts.repeat_interleave(counts)
-        packed = self._packed_attend(AttentionPlan(bounds))
+        prefixes = prefixes or [-1] * (len(bounds) - 1)
+        lengths = torch.tensor(bounds).diff()
+        continued = torch.tensor(prefixes)
+        totals = lengths + torch.where(continued >= 0, lengths[continued], 0)
+        if totals.max() > cache.max_len:
+            raise ValueError(f"a prompt of {totals.max()} tokens does not fit a cache of {cache.max_len} per sequence")
+        cache.flush()
+        positions = packed_positions(bounds, tokens.device, prefixes)
+        is_last = torch.ones(len(prefixes), dtype=torch.bool)
+        for sequence, prefix in enumerate(prefixes):
+            if prefix >= 0:
+                totals[prefix], is_last[prefix] = totals[sequence], False
+        counts, totals = lengths.to(tokens.device), totals.to(tokens.device)
+        token_slots, token_totals = (x.repeat_interleave(counts, output_size=len(tokens)) for x in (slots, totals))
+        packed = self._packed_attend(AttentionPlan(bounds, prefixes=prefixes))
         # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
-        last = {length: (positions >= token_lengths - length).nonzero().squeeze(1) for length in set(cache.lengths)}
+        last = {length: (positions >= token_totals - length).nonzero().squeeze(1) for length in set(cache.lengths)}
 
         def attend(layer, q, k, v, sinks):
             rows = last[cache.lengths[layer]]
             cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
             return packed(layer, q, k, v, sinks)
 
-        return self._hidden(tokens, positions, attend, None, record)[cu_seqlens[1:].long() - 1]
+        ends = torch.tensor(bounds[1:])[is_last].to(tokens.device)
+        return self._hidden(tokens, positions, attend, None, record)[ends - 1]
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
                     record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
         """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
         experts. Returns logits [B, V] fp32. Rows at a position below 0 are idle: they touch no slot, their logits mean nothing.
-        On a GPU attention and cache wait for no value, so nothing checks that positions fit the cache: the caller must.
+        On a GPU attention and cache wait for no value, so nothing checks that slots have pages for positions: the caller must.
         `prefix_lens` [B]: see decode_attention."""
         return self.head(self.decode_hidden(tokens, positions, cache, slots, record=record, prefix_lens=prefix_lens))
 
@@ -372,12 +393,13 @@ class GptOss(nn.Module):
         """As decode_step, but returns the final hidden states [B, D] that the logits come from."""
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
+        cache.flush()  # does nothing in a graph: who replays one flushes before
 
         def attend(layer, q, k, v, sinks):
             cache.write(layer, k, v, slots, positions)
             return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots, positions=positions,
                                     window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
-                                    prefix_lens=prefix_lens)
+                                    prefix_lens=prefix_lens, page_table=cache.table_of(layer))
 
         return self._hidden(tokens, positions, attend, None, record, is_decoding=True)
 

@@ -1,8 +1,12 @@
-"""Key-value cache of the sampler: one slot per sequence, linear on full layers, a ring on windowed layers.
+"""Key-value cache of the sampler: pages that sequences share on full layers, a ring per slot on windowed layers.
 
-A windowed layer keeps `sliding_window` entries: the key of position p stands at p % sliding_window.
+A slot is a sequence. On a full layer the token at position p of slot s stands in page page_table[s, p // PAGE_TOKENS], entry
+p % PAGE_TOKENS; all full layers use one table. Which page is whose is kept on the host, in plain lists; flush() brings the
+device's table up to date. Sequences that start alike share whole pages, counted by reference; a page that is not full belongs
+to one slot, so nobody writes into a shared one. A windowed layer keeps min(sliding_window, max_len) entries of each slot: the
+key of position p stands at p modulo that number.
 
-Shapes: N slots, L entries (the longest sequence, or the window), K key-value heads, D head width.
+Shapes: N slots, M pages, W pages per slot, L entries of a ring, K key-value heads, D head width.
 """
 from __future__ import annotations
 
@@ -11,29 +15,153 @@ import torch
 from kernels import cache_write
 from models.config import GptOssConfig
 
+PAGE_TOKENS = 64  # a multiple of every key tile of kernels/decode_attention.py
+
+
+def _token_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's key and value in one layer."""
+    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def page_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:
+    """Bytes of one page, over all full layers."""
+    num_full = sum(not config.is_windowed(layer) for layer in range(config.num_hidden_layers))
+    return num_full * PAGE_TOKENS * _token_bytes(config, dtype)
+
+
+def slot_bytes(config: GptOssConfig, dtype: torch.dtype, *, max_len: int) -> int:
+    """Bytes of one slot's rings, over all windowed layers."""
+    num_windowed = sum(map(config.is_windowed, range(config.num_hidden_layers)))
+    return num_windowed * min(config.sliding_window, max_len) * _token_bytes(config, dtype)
+
 
 class KVCache:
-    def __init__(self, config: GptOssConfig, *, num_slots: int, max_len: int, device: torch.device,
+    """`num_pages` are those of each full layer; slots start without any."""
+
+    def __init__(self, config: GptOssConfig, *, num_slots: int, max_len: int, num_pages: int, device: torch.device,
                  dtype: torch.dtype) -> None:
-        self.num_slots, self.max_len = num_slots, max_len  # slots; tokens per slot
-        self.lengths = [min(config.sliding_window, max_len) if config.is_windowed(layer) else max_len
-                        for layer in range(config.num_hidden_layers)]
-        shape = (config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(num_slots, length, *shape, device=device, dtype=dtype) for length in self.lengths]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]  # [N, L, K, D] per layer
+        self.num_slots, self.max_len, self.num_pages = num_slots, max_len, num_pages  # slots; tokens per slot; pages
+        self.is_paged = [not config.is_windowed(layer) for layer in range(config.num_hidden_layers)]
+        # tokens of a sequence that a layer keeps
+        self.lengths = [max_len if paged else min(config.sliding_window, max_len) for paged in self.is_paged]
+        sizes = [(num_pages, PAGE_TOKENS) if paged else (num_slots, length) for paged, length in zip(self.is_paged, self.lengths)]
+        self.keys = [torch.zeros(*size, config.num_key_value_heads, config.head_dim, device=device, dtype=dtype)
+                     for size in sizes]  # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.bytes_per_page = page_bytes(config, dtype)  # over all full layers
+        self.bytes_per_slot = slot_bytes(config, dtype, max_len=max_len)  # over all windowed layers
+        # -1 where a slot has no page. Graphs hold its address: it is written in place only
+        self.page_table = torch.full((num_slots, self.pages_for(max_len)), -1, dtype=torch.int32, device=device)  # [N, W]
+        self._pages: list[list[int]] = [[] for _ in range(num_slots)]  # of each slot, in the order of its tokens
+        self._num_users = [0] * num_pages  # slots that refer to a page
+        self._free = list(range(num_pages))[::-1]
+        self._changed: dict[int, int] = {}  # entry of the flat table -> page, not yet on the device
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
 
     @property
     def num_bytes(self) -> int:
-        return sum(2 * keys.numel() * keys.element_size() for keys in self.keys)
+        return self.num_pages * self.bytes_per_page + self.num_slots * self.bytes_per_slot
+
+    @staticmethod
+    def pages_for(num_tokens: int) -> int:
+        """Pages that hold so many tokens of one sequence."""
+        return -(-num_tokens // PAGE_TOKENS)
+
+    def table_of(self, layer: int) -> torch.Tensor | None:
+        """The page table where the layer is paged, None where it has rings: what the kernels take."""
+        return self.page_table if self.is_paged[layer] else None
+
+    def reserve(self, slot: int, num_tokens: int) -> bool:
+        """Gives the slot pages for its first `num_tokens` tokens, those it has included. Returns False, and changes nothing,
+        where too few are free. Raises ValueError above max_len."""
+        if num_tokens > self.max_len:
+            raise ValueError(f"{num_tokens} tokens do not fit a cache of {self.max_len} per sequence")
+        pages = self._pages[slot]
+        num_missing = self.pages_for(num_tokens) - len(pages)
+        if num_missing > len(self._free):
+            return False
+        for _ in range(num_missing):
+            self._append(slot, self._free.pop())
+        return True
+
+    def fan_out(self, source: int, targets: list[int], num_tokens: int) -> bool:
+        """Makes `targets`, slots without pages, continue the `num_tokens` tokens that slot `source` holds. Whole pages are
+        shared. The last page, where it is not full, and the rings are copied, now: every target appends to its own. Returns
+        False, and changes nothing, where too few pages are free."""
+        num_whole, num_left = divmod(num_tokens, PAGE_TOKENS)
+        pages = self._pages[source]
+        assert len(pages) >= self.pages_for(num_tokens), f"slot {source} has {len(pages)} pages, {num_tokens} tokens need more"
+        taken = [slot for slot in targets if self._pages[slot] or slot == source]
+        assert not taken, f"targets {targets} of slot {source}: {taken} are not empty"
+        assert len(set(targets)) == len(targets), f"targets {targets}: {len(set(targets))} different ones"
+        num_copies = len(targets) if num_left else 0
+        if num_copies > len(self._free):
+            return False
+        copies = [self._free.pop() for _ in range(num_copies)]
+        for row, slot in enumerate(targets):
+            for page in pages[:num_whole] + copies[row:row + 1]:
+                self._append(slot, page)
+        slots_and_pages = self._upload([targets, copies or targets])
+        for layer, is_paged in enumerate(self.is_paged):
+            if is_paged and num_left:
+                self._copy(layer, pages[num_whole], slots_and_pages[1], num_left)
+            elif not is_paged:
+                self._copy(layer, source, slots_and_pages[0], min(num_tokens, self.lengths[layer]))
+        return True
+
+    def release(self, slot: int) -> None:
+        """Takes the slot's pages away; those that no other slot refers to are free again."""
+        pages, self._pages[slot] = self._pages[slot], []
+        first = slot * self.page_table.shape[1]
+        for column, page in enumerate(pages):
+            self._changed[first + column] = -1
+            self._num_users[page] -= 1
+            if self._num_users[page] == 0:
+                self._free.append(page)
+
+    def flush(self) -> None:
+        """Brings the device's page table up to date, in one copy that the host does not wait for. To be called before a launch
+        that reads the table, outside of graphs."""
+        if not self._changed:
+            return
+        entries, pages = self._upload([list(self._changed), list(self._changed.values())])
+        self.page_table.view(-1).scatter_(0, entries, pages.int())
+        self._changed.clear()
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """Stores k, v [T, K, D] of tokens at `positions` [T] of `slots` [T]. No (slot, entry) pair may occur twice; rows at a
-        position below 0 are skipped."""
-        cache_write.write(k, v, self.keys[layer], self.values[layer], slots, positions)
+        """Stores k, v [T, K, D] of tokens at `positions` [T] of `slots` [T], which must have pages for them. No (slot, entry)
+        pair may occur twice; rows at a position below 0 are skipped."""
+        cache_write.write(k, v, self.keys[layer], self.values[layer], slots, positions, page_table=self.table_of(layer))
 
-    def copy_slot(self, source: int, targets: torch.Tensor, num_tokens: int | None = None) -> None:
-        """Copies the first `num_tokens` (default: all) entries of slot `source` into the slots `targets` [n]."""
-        for cache in (self.keys, self.values):
-            for layer, entries in enumerate(cache):
-                count = self.lengths[layer] if num_tokens is None else min(num_tokens, self.lengths[layer])
-                entries[targets, :count] = entries[source, :count].clone()  # index_put refuses views of itself
+    def _append(self, slot: int, page: int) -> None:
+        pages = self._pages[slot]
+        self._changed[slot * self.page_table.shape[1] + len(pages)] = page
+        pages.append(page)
+        self._num_users[page] += 1
+
+    def _upload(self, numbers: list[list[int]]) -> torch.Tensor:
+        device = self.page_table.device
+        # from pinned memory, since the host would wait for a copy from any other
+        return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+    def _copy(self, layer: int, source: int, targets: torch.Tensor, num_entries: int) -> None:
+        """Copies the first entries of page or ring `source` into `targets` [n]."""
+        for cache in (self.keys[layer], self.values[layer]):
+            cache[targets, :num_entries] = cache[source, :num_entries].clone()  # index_put refuses views of itself
+
+
+def size_cache(config: GptOssConfig, *, num_bytes: int, num_slots: int, max_len: int, dtype: torch.dtype) -> int:
+    """Pages that fit into `num_bytes` beside the rings of `num_slots` slots; never more than all slots at `max_len` tokens take.
+    Raises ValueError where they do not hold one sequence of `max_len` tokens."""
+    per_page, rings = page_bytes(config, dtype), num_slots * slot_bytes(config, dtype, max_len=max_len)
+    num_pages = num_slots * KVCache.pages_for(max_len)
+    if per_page:
+        num_pages = min(num_pages, (num_bytes - rings) // per_page)
+    if num_pages < KVCache.pages_for(max_len) or rings > num_bytes:
+        needed = rings + KVCache.pages_for(max_len) * per_page
+        raise ValueError(f"a cache of {num_bytes} bytes does not hold the rings of {num_slots} slots and a sequence of {max_len} "
+                         f"tokens, which take {needed}: give it more, or take fewer slots or shorter sequences")
+    return num_pages

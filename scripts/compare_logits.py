@@ -157,6 +157,8 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     )  # [B, P], [B, N]
     (num_rows, prompt_len), num_new = prompts.shape, expected.shape[1]
     cache = model.new_cache(num_rows, prompt_len + num_new)
+    for row in range(num_rows):
+        cache.reserve(row, cache.max_len)
     slots = torch.arange(num_rows, device=model.device)
     cu_seqlens = torch.arange(0, (num_rows + 1) * prompt_len, prompt_len, dtype=torch.int32, device=model.device)
     logits, steps = model.prefill(prompts.flatten(), cu_seqlens, cache, slots), []

@@ -117,6 +117,7 @@ BAD_ARGUMENTS = [
     ("wandb.tags=a", "wandb.tags = 'a' (str): expected a list, each entry a string"),
     ("model.architecture.hidden_size=big", "model.architecture.hidden_size = 'big' (str): expected an integer"),
     # ranges
+    ("rollout.cache_gb=0", "rollout.cache_gb = 0.0: must be above 0"),
     ("rollout.group_size=1", "rollout.group_size = 1: must be at least 2"),
     ("rollout.temperature=0", "rollout.temperature = 0.0: must be > 0"),
     ("rollout.top_p=0", "rollout.top_p = 0.0: must lie in (0, 1]"),

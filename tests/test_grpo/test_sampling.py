@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from grpo.sampling import Draw, _row_words, check_settings, draw, greedy, gumbel_noise
+from grpo.sampling import Draw, check_settings, draw, greedy, gumbel_noise
 from kernels.sampling import draw_tokens_reference, gumbel_noise_reference
+from models.draw_key import key_words
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -73,7 +74,7 @@ def test_noise_is_uniform_and_independent_along_every_key_column(column):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_kernels_reference_has_the_same_noise_and_draws(temperature):
     keys = make_keys(40, seed=-5, step=2**40, prompt=torch.arange(40) % 3, sample=7, position=torch.arange(40))
-    words = torch.stack(_row_words(keys), dim=1)
+    words = key_words(keys)
     assert torch.equal(gumbel_noise_reference(words, 5000), gumbel_noise(keys, 5000))
     logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0)) * 4
     tokens = draw(logits, keys, temperature=temperature).tokens

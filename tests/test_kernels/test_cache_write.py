@@ -30,6 +30,31 @@ def test_rows_go_to_their_entry_and_idle_rows_nowhere():
     check_plain_writes()
 
 
+TABLE = torch.tensor([[4, -1, -1], [2, 9, -1], [-1, -1, -1], [7, 1, -1]], dtype=torch.int32)
+PAGED_LIVE = [(0, 1, 0, 2, 0), (1, 3, 6, 7, 6), (2, 1, 7, 9, 0), (3, 3, 13, 1, 6), (4, 0, 5, 4, 5)]  # row, slot, position, place
+
+
+def check_paged_writes(idle: list[tuple[int, int]]) -> None:
+    """Pages of 7 tokens, those of slots and positions `idle` missing or not to be looked for."""
+    slots, positions = torch.tensor([row[1:3] for row in PAGED_LIVE] + idle).unbind(1)  # not dense
+    k, v = normal(len(slots), 3, 10), normal(len(slots), 3, 10, seed=3)
+    keys, values = normal(10, 7, 3, 10, seed=1), normal(10, 7, 3, 10, seed=2)
+    expected = keys.clone(), values.clone()
+    write(k, v, keys, values, slots, positions, page_table=TABLE)
+    for row, _, _, page, entry in PAGED_LIVE:
+        expected[0][page, entry], expected[1][page, entry] = k[row], v[row]
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+def test_rows_go_to_the_page_of_their_slot():
+    check_paged_writes(idle=[(0, -1), (999, -3)])
+
+
+def test_a_row_without_a_page_is_refused_on_the_cpu():
+    with pytest.raises(AssertionError, match=r"no page for positions \[7\] of slots \[0\]"):
+        check_paged_writes(idle=[(0, 7)])
+
+
 def test_keys_are_rounded_to_the_dtype_of_the_cache():
     keys, values = (torch.zeros(1, 2, 1, 2, dtype=torch.bfloat16) for _ in range(2))
     k = torch.tensor([[[1.0, 1.0 + 2**-9]]])
@@ -46,12 +71,19 @@ def test_the_kernel_writes_rows_to_their_entry_and_idle_rows_nowhere():
     check_plain_writes()
 
 
+@pytest.mark.interpreter
+def test_the_kernel_finds_pages_and_skips_rows_without_one():
+    check_paged_writes(idle=[(0, -1), (999, -3), (0, 7), (2, 0), (1, 21), (3, 10_000)])  # the last two beyond the table
+
+
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
-def test_the_kernel_fits_every_gpu(arch):
+def test_the_kernel_fits_every_gpu(arch, paged):
     signature = {f"{name}_ptr": half(arch) for name in ("k", "v", "keys", "values")}
-    signature |= {"slots_ptr": "*i64", "positions_ptr": "*i64", "num_entries": "i32"}
-    signature |= {f"stride_{name}": "i32" for name in ("k", "v", "slot")}
-    check_fits(compile_for(_write_kernel, signature, {"SIZE": 512, "BLOCK": 512}, arch, num_warps=1, num_stages=3), arch)
+    signature |= {"slots_ptr": "*i64", "positions_ptr": "*i64", "page_table_ptr": "*i32"}
+    signature |= {"num_entries": "i32", "pages_per_slot": "i32"} | {f"stride_{name}": "i32" for name in ("k", "v", "block")}
+    constexprs = {"PAGED": paged, "SIZE": 512, "BLOCK": 512}
+    check_fits(compile_for(_write_kernel, signature, constexprs, arch, num_warps=1, num_stages=3), arch)
 
 
 @pytest.mark.gpu
@@ -68,4 +100,22 @@ def test_every_row_arrives_on_a_gpu(num_tokens, entries):
     expected[0][slots[live], positions[live] % entries] = k[live]
     expected[1][slots[live], positions[live] % entries] = v[live]
     write(k, v, keys, values, slots, positions)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
+
+
+@pytest.mark.gpu
+def test_every_row_arrives_in_its_page_on_a_gpu():
+    num_slots = 130
+    k, v = (normal(num_slots, 8, 64, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in (0, 1))
+    table = torch.randperm(num_slots * 3).view(num_slots, 3).int().cuda()
+    table[::3, 2] = -1
+    slots, positions = torch.randperm(num_slots).cuda(), (torch.arange(num_slots) * 37 % 192).cuda()
+    positions[::7] = -1
+    keys, values = (torch.full((num_slots * 3, 64, 8, 64), 7.0, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    expected = keys.clone(), values.clone()
+    pages = table[slots, positions.clamp(min=0) // 64].long()
+    live = (positions >= 0) & (pages >= 0)
+    expected[0][pages[live], positions[live] % 64] = k[live]
+    expected[1][pages[live], positions[live] % 64] = v[live]
+    write(k, v, keys, values, slots, positions, page_table=table)
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])

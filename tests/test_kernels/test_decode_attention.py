@@ -1,4 +1,4 @@
-"""One new token over a cache: goldens, rings in any order, unwritten entries."""
+"""One new token over a cache: goldens, rings in any order, pages, unwritten entries."""
 
 import json
 from pathlib import Path
@@ -67,6 +67,29 @@ def test_rows_of_different_lengths_read_their_own_slots():
     q, k, v, sinks = random_cache()
     out = decode_attention(q, k, v, sinks, slots=SLOTS, positions=NUM_KEYS - 1, window=0, scale=0.5)
     torch.testing.assert_close(out, expected_rows(q, k, v, sinks), rtol=1e-5, atol=1e-6)
+
+
+TABLE = torch.tensor([[3, 0, 8, 5], [-1, -1, -1, -1], [1, 6, -1, -1], [-1, -1, -1, -1], [9, -1, -1, -1]], dtype=torch.int32)
+
+
+def test_pages_of_any_order_give_the_bits_of_one_stretch():
+    q, k, v, sinks = random_cache()
+    pools = [torch.full((10, 4, 2, 8), float("nan")) for _ in range(2)]
+    for slot, num_keys in zip(SLOTS.tolist(), NUM_KEYS.tolist()):
+        for position in range(num_keys):
+            for pool, cache in zip(pools, (k, v)):
+                pool[TABLE[slot, position // 4], position % 4] = cache[slot, position]
+    for rows in (torch.tensor([0, 1, 2]), torch.tensor([2, 0])):
+        settings = {"slots": SLOTS[rows], "positions": NUM_KEYS[rows] - 1, "window": 0, "scale": 0.5}
+        out = decode_attention(q[rows], *pools, sinks, page_table=TABLE, **settings)
+        assert torch.equal(out, decode_attention(q[rows], k, v, sinks, **settings))
+
+
+def test_a_row_without_a_page_of_its_keys_is_refused_on_the_cpu():
+    q, k, v, sinks = random_cache()
+    with pytest.raises(AssertionError, match=r"no page for keys of slots \[2\]"):
+        decode_attention(q, k[:, :4], v[:, :4], sinks, slots=SLOTS, positions=torch.tensor([3, 15, 8]), window=0, scale=0.5,
+                         page_table=TABLE.clamp(max=4))
 
 
 @pytest.mark.parametrize("rubbish", [float("nan"), float("inf"), 1e30])

@@ -3,6 +3,7 @@ for every GPU, and on a GPU bit for bit against the training kernel's rows."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from aot import ARCHITECTURES, check_fits, compile_for
@@ -22,6 +23,25 @@ def random_cache(num_rows, length, *, heads=4, kv_heads=2, width=16, num_slots=N
     shapes = {"q": (num_rows, heads, width), "keys": (num_slots, length, kv_heads, width),
               "values": (num_slots, length, kv_heads, width), "sinks": (heads,)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def scattered(data, slots, positions, *, page) -> dict[str, torch.Tensor]:
+    """The same with the keys and values of rows in pages of so many tokens, in any order amid NaN, and their table. Slots have
+    no pages after their row's position."""
+    num_slots, length, *shape = data["keys"].shape
+    width = -(-length // page)
+    numbers = torch.randperm(num_slots * width + 3, generator=torch.Generator().manual_seed(7))[:-3].view(num_slots, width)
+    table = torch.full((num_slots, width), -1, dtype=torch.int32)
+    pools = {name: torch.full((num_slots * width + 3, page, *shape), float("nan")) for name in ("keys", "values")}
+    for slot, position in zip(slots.tolist(), positions.tolist()):
+        if position >= 0:
+            count = position // page + 1
+            table[slot, :count] = numbers[slot, :count]
+            for name, pool in pools.items():
+                kept, num_after = data[name][slot, : position + 1], count * page - position - 1
+                pages = F.pad(kept, (0, 0, 0, 0, 0, num_after), value=float("nan")).view(count, page, *shape)
+                pool[numbers[slot, :count]] = pages
+    return data | pools | {"page_table": table}
 
 
 def test_the_kernel_agrees_with_the_reference_in_the_interpreter():
@@ -76,6 +96,51 @@ def test_counting_tiles_again_after_a_prefix_only_reorders_the_sums(window, pois
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
 
 
+POSITIONS = torch.tensor([0, 15, 16, 62, 63, 64, 65, 126, 127, 128, 190, -1])
+PREFIX_LENS = torch.tensor([0, 7, 17, 40, 33, 64, 66, 63, 65, 1, 127, 5])  # the third and seventh end with the row, or after it
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("prefix_lens", [None, PREFIX_LENS, torch.full((12,), 61)], ids=["whole", "prefixed", "one_prefix"])
+@pytest.mark.parametrize("page", [16, 32, 64])  # tiles have 16 keys
+def test_pages_in_any_order_give_the_bits_of_one_stretch(page, prefix_lens, poisoned):
+    data, slots = random_cache(12, 191, num_slots=14), torch.randperm(14, generator=torch.Generator().manual_seed(3))[:12]
+    settings = {"slots": slots, "positions": POSITIONS, "window": 0, "scale": 0.3, "prefix_lens": prefix_lens}
+    expected = decode_attention(**data, **settings)
+    out = decode_attention(**scattered(data, slots, POSITIONS, page=page), **settings)
+    assert torch.equal(out, expected) and out[:-1].abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.interpreter
+def test_shared_pages_serve_every_slot_that_names_them(poisoned):
+    data = random_cache(3, 100)
+    data["keys"][1:, :64], data["values"][1:, :64] = data["keys"][0, :64], data["values"][0, :64]
+    positions = torch.tensor([99, 70, 64])
+    settings = {"slots": torch.arange(3), "positions": positions, "window": 0, "scale": 0.3,
+                "prefix_lens": torch.tensor([64, 64, 64])}
+    paged = scattered(data, torch.arange(3), positions, page=32)
+    for name in ("keys", "values"):
+        paged[name][paged["page_table"][1:, :2].long()] = float("nan")
+    paged["page_table"][1:, :2] = paged["page_table"][0, :2]
+    assert torch.equal(decode_attention(**paged, **settings), decode_attention(**data, **settings))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("prefix_lens", [None, torch.tensor([5, 33, 0, 70])])
+def test_idle_rows_and_rows_past_their_pages_leave_the_others_alone(prefix_lens, poisoned):
+    data, slots, positions = random_cache(4, 64), torch.arange(4), torch.tensor([40, 63, 20, 50])
+    settings = {"slots": slots, "window": 0, "scale": 0.3, "prefix_lens": prefix_lens}
+    paged = scattered(data, slots, positions, page=32)
+    expected = decode_attention(**paged, **settings, positions=positions)
+    for name in ("keys", "values"):
+        paged[name].nan_to_num_()
+    # what stands after the table is no page
+    paged["page_table"] = torch.cat((paged["page_table"], torch.full((2, 2), 1 << 30, dtype=torch.int32)))[:4]
+    settings["slots"] = torch.tensor([0, 999, 2, 3])
+    out = decode_attention(**paged, **settings, positions=torch.tensor([40, -1, 63, 200]))
+    assert torch.equal(out[0], expected[0]) and (out[1] == 0).all()
+
+
 @pytest.mark.interpreter
 def test_slices_of_a_fused_projection_and_strided_numbers(poisoned):
     data = random_cache(3, 10)
@@ -124,14 +189,16 @@ def test_tiles_without_a_visible_key_change_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and results[0].isfinite().all()
 
 
-def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, ring=128):
+def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, ring=128, page=64):
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     blocks = blocks_for(family_of(arch), torch_dtype, windowed=windowed, width=width).forward
     signature = {name: f"*{dtype}" for name in ("q", "keys", "values", "sinks", "out")}
-    signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"scale_log2": "fp32", "window": "i32"}
-    signature |= dict.fromkeys(("stride_q", "stride_slot", "stride_key", "stride_out"), "i32")
-    constexprs = {"GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "RING": ring if windowed else 0, "D": width,
-                  "BLOCK_H": 16, "BLOCK_N": blocks.keys}
+    signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"page_table": "*i32"}
+    signature |= {"scale_log2": "fp32", "window": "i32", "pages_per_slot": "i32"}
+    signature |= dict.fromkeys(("stride_q", "stride_slot", "stride_out"), "i32")
+    constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed,
+                  "RING": ring if windowed else 0, "PAGE": 0 if windowed else page, "D": width, "BLOCK_H": 16,
+                  "BLOCK_N": blocks.keys}
     return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=_STAGES[windowed])
 
 
@@ -146,6 +213,9 @@ def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
 
 @pytest.mark.parametrize("arch, settings", [(90, {"windowed": False, "prefixed": True}),
                                             (90, {"windowed": True, "prefixed": True}), (86, {"windowed": True, "ring": 100}),
+                                            (80, {"windowed": False, "prefixed": True}),
+                                            (86, {"windowed": False, "prefixed": True}), (90, {"windowed": False, "page": 0}),
+                                            (120, {"windowed": False, "prefixed": True}),
                                             (86, {"windowed": False, "dtype": "fp16"}),
                                             (90, {"windowed": False, "width": 128}),
                                             (90, {"windowed": False, "dtype": "fp32", "width": 32})])
@@ -164,21 +234,29 @@ def test_a_row_is_summed_in_the_order_of_the_training_kernel(arch, windowed):
 
 
 def sequences(lengths, *, window, seed=0):
-    """q, k, v and sinks of packed bf16 sequences on the GPU, their bounds, and caches of their keys, each in a slot of its own
-    amid NaN."""
+    """q, k, v and sinks of packed bf16 sequences on the GPU, their bounds, and what decode_attention takes of them but q: caches
+    of their keys, in pages without a window, each in a slot of its own amid NaN; then the slots and last positions."""
     generator = torch.Generator().manual_seed(seed)
     bounds = [sum(lengths[:count]) for count in range(len(lengths) + 1)]
     inputs = {name: torch.randn(shape, generator=generator).to("cuda", torch.bfloat16) for name, shape in
               {"q": (bounds[-1], 64, 64), "k": (bounds[-1], 8, 64), "v": (bounds[-1], 8, 64), "sinks": (64,)}.items()}
-    slots = torch.randperm(len(lengths) + 2, generator=generator)[: len(lengths)].cuda()
-    entries = window or max(lengths)
-    caches = [torch.full((len(lengths) + 2, entries, 8, 64), float("nan"), dtype=torch.bfloat16, device="cuda")
-              for _ in range(2)]
+    num_slots = len(lengths) + 2
+    slots = torch.randperm(num_slots, generator=generator)[: len(lengths)].cuda()
+    entries, width = window or max(lengths), -(-max(lengths) // 64)
+    table = None
+    if not window:
+        table = torch.randperm(num_slots * width, generator=generator).int().view(num_slots, width)
+        for slot, length in zip(slots.tolist(), lengths):
+            table[slot, -(-length // 64):] = -1
+        table = table.cuda()
+    caches = [torch.full((num_slots, window, 8, 64) if window else (num_slots * width, 64, 8, 64), float("nan"),
+                         dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     counts = torch.tensor(lengths, device="cuda")
     positions = torch.cat([torch.arange(length, device="cuda") for length in lengths])
     kept = (positions >= counts.repeat_interleave(counts) - entries).nonzero().squeeze(1)
-    write(inputs["k"][kept], inputs["v"][kept], *caches, slots.repeat_interleave(counts)[kept], positions[kept])
-    return inputs, bounds, caches, slots, counts - 1
+    write(inputs["k"][kept], inputs["v"][kept], *caches, slots.repeat_interleave(counts)[kept], positions[kept], page_table=table)
+    cached = {"keys": caches[0], "values": caches[1], "sinks": inputs["sinks"], "window": window, "page_table": table}
+    return inputs, bounds, cached, slots, counts - 1
 
 
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 700, 2049]
@@ -189,11 +267,10 @@ LENGTHS = [1, 63, 64, 65, 127, 128, 129, 700, 2049]
 @pytest.mark.parametrize("lengths", [*([length] for length in LENGTHS), LENGTHS[:7], [*LENGTHS[2:], *LENGTHS[:2]] * 14 + [5, 33]],
                          ids=lambda lengths: f"{len(lengths)}x{lengths[0]}")
 def test_rows_have_the_bits_of_the_training_kernel(lengths, window, poisoned):
-    inputs, bounds, caches, slots, positions = sequences(lengths, window=window)
+    inputs, bounds, cached, slots, positions = sequences(lengths, window=window)
     expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=0.125)
     last = torch.tensor(bounds[1:], device="cuda") - 1
-    out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=slots, positions=positions, window=window,
-                           scale=0.125)
+    out = decode_attention(inputs["q"][last], **cached, slots=slots, positions=positions, scale=0.125)
     assert torch.equal(out, expected[last])
 
 
@@ -201,51 +278,55 @@ def test_rows_have_the_bits_of_the_training_kernel(lengths, window, poisoned):
 @pytest.mark.parametrize("scale", [0.125, 2.0])
 @pytest.mark.parametrize("window", [0, 128])
 def test_every_position_of_a_sequence_has_the_bits_of_the_training_kernel(window, scale):
-    inputs, bounds, caches, slots, _ = sequences([400], window=0)
+    inputs, bounds, cached, slots, _ = sequences([400], window=window)
     expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=scale)
     positions = torch.arange(400, device="cuda")
     if not window:
-        out = decode_attention(inputs["q"], *caches, inputs["sinks"], slots=slots.expand(400), positions=positions, window=0,
-                               scale=scale)
+        out = decode_attention(inputs["q"], **cached, slots=slots.expand(400), positions=positions, scale=scale)
         assert torch.equal(out, expected)
         return
-    rings = [cache[:, :window].contiguous() for cache in caches]
+    rings = [cached[name].fill_(float("nan")) for name in ("keys", "values")]
     for position in range(400):
         here = slice(position, position + 1)
         write(inputs["k"][here], inputs["v"][here], *rings, slots, positions[here])
-        out = decode_attention(inputs["q"][here], *rings, inputs["sinks"], slots=slots, positions=positions[here], window=window,
-                               scale=scale)
+        out = decode_attention(inputs["q"][here], **cached, slots=slots, positions=positions[here], scale=scale)
         assert torch.equal(out, expected[here]), position
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("prompt", [1, 64, 100, 151, 256])
 @pytest.mark.parametrize("window", [0, 128])
-def test_continuations_of_a_prefix_have_the_bits_of_training_on_shared_prompts(window):
-    prompt, lengths = 151, [1, 64, 90, 333]
+def test_continuations_of_a_prefix_have_the_bits_of_training_on_shared_prompts(window, prompt):
+    lengths = [1, 64, 90, 333]
     inputs, bounds, *_ = sequences([prompt, *lengths], window=window)
     plan = AttentionPlan(bounds, prefixes=[-1, 0, 0, 0, 0])
     expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=0.125, plan=plan)
-    entries = window or prompt + max(lengths)
-    caches = [torch.full((4, entries, 8, 64), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    num_tokens = prompt + max(lengths)
+    entries, table, shape = window or num_tokens, None, (4, window, 8, 64)
+    if not window:  # in pages, of which all share those that the prompt fills
+        width = -(-num_tokens // 64)
+        table = torch.randperm(4 * width, generator=torch.Generator().manual_seed(1)).int().view(4, width).cuda()
+        table[1:, : prompt // 64] = table[0, : prompt // 64]
+        shape = (4 * width, 64, 8, 64)
+    caches = [torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     for slot, (start, end) in enumerate(zip(bounds[1:], bounds[2:])):
         rows = torch.tensor([*range(prompt), *range(start, end)], device="cuda")[-entries:]
         positions = torch.arange(prompt + end - start, device="cuda")[-entries:]
-        write(inputs["k"][rows], inputs["v"][rows], *caches, torch.full_like(positions, slot), positions)
+        write(inputs["k"][rows], inputs["v"][rows], *caches, torch.full_like(positions, slot), positions, page_table=table)
     last = torch.tensor(bounds[2:], device="cuda") - 1
     prefix_lens = torch.full((4,), prompt, device="cuda")
     out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=torch.arange(4, device="cuda"), window=window,
                            positions=prefix_lens + torch.tensor(lengths, device="cuda") - 1, scale=0.125,
-                           prefix_lens=prefix_lens)
+                           prefix_lens=prefix_lens, page_table=table)
     assert torch.equal(out, expected[last])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [0, 128])
 def test_error_is_at_most_twice_that_of_eager_bf16(window):
-    inputs, bounds, caches, slots, positions = sequences([1, 65, 700, 1500], window=window)
+    inputs, bounds, cached, slots, positions = sequences([1, 65, 700, 1500], window=window)
     last = torch.tensor(bounds[1:], device="cuda") - 1
-    out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=slots, positions=positions, window=window,
-                           scale=0.125)
+    out = decode_attention(inputs["q"][last], **cached, slots=slots, positions=positions, scale=0.125)
     settings = {"cu_seqlens": bounds, "window": window, "scale": 0.125}
     exact = eager(**{name: tensor.double() for name, tensor in inputs.items()}, **settings)[last]
     rough = eager(**inputs, **settings)[last]
@@ -253,14 +334,15 @@ def test_error_is_at_most_twice_that_of_eager_bf16(window):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_serves_other_rows_than_it_was_captured_with():
-    inputs, bounds, caches, slots, positions = sequences([1, 65, 700, 300], window=0)
+def test_a_cuda_graph_serves_other_rows_and_pages_than_it_was_captured_with():
+    inputs, bounds, cached, slots, positions = sequences([1, 65, 700, 300], window=0)
     last = torch.tensor(bounds[1:], device="cuda") - 1
     q, k, v = (inputs[name][last] for name in "qkv")
+    caches, table = (cached["keys"], cached["values"]), cached["page_table"]
 
     def step():
-        write(k, v, *caches, slots, positions)
-        return decode_attention(q, *caches, inputs["sinks"], slots=slots, positions=positions, window=0, scale=0.125)
+        write(k, v, *caches, slots, positions, page_table=table)
+        return decode_attention(q, **cached, slots=slots, positions=positions, scale=0.125)
 
     expected = step()
     torch.cuda.set_sync_debug_mode("error")  # the host waits for nothing
@@ -279,6 +361,8 @@ def test_a_cuda_graph_serves_other_rows_than_it_was_captured_with():
     for tensor, old in zip((slots, positions, q, k, v), saved):
         tensor.copy_(old[order])
     positions[1] = -1
+    table.copy_(table.flip(0))
+    slots.copy_(len(table) - 1 - slots)
     graph.replay()
     expected = expected[order]
     expected[1] = 0

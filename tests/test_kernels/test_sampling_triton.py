@@ -10,8 +10,9 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
-from grpo.sampling import _row_words, draw, gumbel_noise
+from grpo.sampling import draw, gumbel_noise
 from kernels.sampling import _CHUNK, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
+from models.draw_key import key_words as make_words
 
 CHUNK = _CHUNK["interpreter"]
 
@@ -20,10 +21,6 @@ def make_keys(num_rows, device="cpu") -> torch.Tensor:
     keys = torch.tensor([[-3, 2**40, 5, 2, 70]], device=device).repeat(num_rows, 1)
     keys[:, 4] += torch.arange(num_rows, device=device)
     return keys
-
-
-def make_words(keys) -> torch.Tensor:
-    return torch.stack(_row_words(keys), dim=1)
 
 
 def normal(*shape, scale=1.0, seed=0, device="cpu") -> torch.Tensor:

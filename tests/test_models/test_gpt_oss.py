@@ -140,6 +140,7 @@ def test_greedy_decoding_from_the_cache_matches_the_golden_tokens_and_log_probs(
     num_rows, prompt_len = prompts.shape
     cache = model.new_cache(num_rows, prompt_len + expected.shape[1])
     slots = torch.tensor([2, 0, 1])
+    assert all(cache.reserve(slot, cache.max_len) for slot in range(num_rows))
     logits = model.prefill(*pack(list(prompts)), cache, slots)
     for step in range(expected.shape[1]):
         tokens = logits.argmax(-1)
@@ -211,6 +212,7 @@ def test_prefill_and_decode_agree_with_the_trainer_on_log_probs(pair):
     tokens, cu_seqlens = pack([row])
     chosen, _ = model.log_probs(tokens, cu_seqlens, temperature=0.7, mask=all_but_first(cu_seqlens))
     cache, slot = model.new_cache(1, 40), torch.tensor([0])
+    assert cache.reserve(0, 40)
     logits = model.prefill(row[:5], torch.tensor([0, 5]), cache, slot)
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]

@@ -129,3 +129,27 @@ def test_the_first_token_of_a_shared_prompt_has_no_log_prob():
     model = trained("tiny_bf16")
     with pytest.raises(AssertionError, match="first token"):
         model.log_probs(torch.arange(5), torch.tensor([0, 3, 5]), temperature=1.0, mask=torch.arange(5) != 1, prefixes=[-1, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt_len, lengths", [(3, 2), (19, 30), (1, 1)])
+def test_a_prefill_of_a_prompt_and_its_continuation_is_that_of_the_whole_sequence(prompt_len, lengths):
+    """The cache too, as the next tokens show; beside sequences that continue none."""
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    alone, prompt, continuation, last = (torch.randint(0, model.config.vocab_size, (length,), generator=generator)
+                                         for length in (9, prompt_len, lengths, 2))
+    results = []
+    for parts, prefixes, slots in (([alone, prompt, continuation], [-1, -1, 1], [2, 0, 0]),
+                                   ([alone, torch.cat([prompt, continuation])], None, [2, 0])):
+        cache = model.new_cache(3, 64)
+        assert cache.reserve(0, 64) and cache.reserve(2, 64)
+        hidden = model.prefill_hidden(torch.cat(parts), bounds(parts), cache, torch.tensor(slots), prefixes=prefixes)
+        logits = [model.head(hidden)]
+        for offset, token in enumerate(last):
+            positions = torch.tensor([9, prompt_len + lengths]) + offset
+            logits.append(model.decode_step(token.repeat(2), positions, cache, torch.tensor([2, 0])))
+        results.append(torch.stack(logits))
+    assert results[0].shape == (3, 2, model.config.vocab_size)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-5)
+    assert results[0].std() > 0.1

@@ -44,6 +44,7 @@ def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
     model, data = pair
     tokens, expected = data["input_ids"], golden_routing(model, data).unflatten(0, (3, 40))
     cache, slots = model.new_cache(3, 40), torch.arange(3)
+    assert all(cache.reserve(slot, 40) for slot in range(3))
     record = RoutingRecord(3 * 30, model.config, "cpu")
     model.prefill(tokens[:, :30].flatten(), torch.tensor([0, 30, 60, 90], dtype=torch.int32), cache, slots, record=record)
     assert torch.equal(record.indices.unflatten(0, (3, 30)), expected[:, :30])
@@ -57,7 +58,9 @@ def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
 def test_recording_changes_no_bit_of_the_logits(pair):
     model, data = pair
     tokens, bounds = data["input_ids"][0], torch.tensor([0, 40], dtype=torch.int32)
-    plain, recorded = (model.prefill(tokens, bounds, model.new_cache(1, 40), torch.tensor([0]), record=record)
+    cache = model.new_cache(1, 40)
+    assert cache.reserve(0, 40)
+    plain, recorded = (model.prefill(tokens, bounds, cache, torch.tensor([0]), record=record)
                        for record in (None, RoutingRecord(40, model.config, "cpu")))
     assert torch.equal(plain, recorded)
 

@@ -1,0 +1,16 @@
+"""The key of a draw: what its noise depends on beside the vocabulary id.
+
+Columns: seed, step, prompt id, sample, and the position of the drawn token in its sequence, where the prompt's first token is
+position 0. How a key is mixed is said in kernels/sampling.py.
+"""
+import torch
+
+from kernels import sampling
+
+POSITION = 4  # column
+
+
+def key_words(keys: torch.Tensor) -> torch.Tensor:
+    """The two words [B, 2] int32 that a draw takes, of keys [B, 5] int64."""
+    assert keys.shape[1] == POSITION + 1, keys.shape
+    return sampling.as_words(sampling.mix_sums(sampling.key_sums(keys)))
