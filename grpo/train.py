@@ -35,7 +35,7 @@ from grpo.config import (
     to_dict,
 )
 from grpo.evaluate import evaluate
-from grpo.exactness import describe_mismatch, differences, is_exact
+from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.failures import describe_failure
 from grpo.groups import Groups, collect, completion_record, held_out_prompts, make_environment
 from grpo.launch import PREEMPTED, launch
@@ -121,6 +121,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
+    allowed = allowed_difference(run.policy, batch)
     stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole = [], [], [], [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
@@ -136,7 +137,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
                 stats.append(micro_stats)
                 if not grad_norms:  # after an update the policy is no longer the one that sampled
                     sampling_stats.append(token_stats(log_probs, entropy, micro))
-                    found.append(differences(log_probs, micro))
+                    found.append(differences(log_probs, micro, allowed=allowed))
                     replays += [routing] if routing is not None else []
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
@@ -146,8 +147,8 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             run.is_between_steps = False
             run.optimizer.zero_grad()
     sampling = reduce_stats(sampling_stats, num_updates=1)
-    if not run.has_warned and is_exact(run.policy, batch):
-        warning = describe_mismatch(found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir,
+    if not run.has_warned:
+        warning = describe_mismatch(found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir, allowed=allowed,
                                     largest=sampling["sampling/log_prob_diff/max"])
         if warning is not None:
             run.metrics.warn(warning)

