@@ -43,7 +43,6 @@ from rollout_cases import (
     process_seconds,
     random_prompts,
     requests_case,
-    rest,
     start_up_case,
     timed,
 )
@@ -83,7 +82,7 @@ def decode_case(policy, batch: int, bandwidth: float) -> dict:
     rollout(SHORT, 0)
     _, short = timed(lambda: rollout(SHORT, 1))
     completions, long = timed(lambda: rollout(LONG, 1))
-    rest(sampler)
+    sampler.rest()
     rate = batch * (LONG - SHORT) / (long - short)
     least = bytes_per_step(policy.config, batch, PROMPT_LEN + (SHORT + LONG) / 2) / bandwidth
     return {"tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
@@ -97,7 +96,7 @@ def prefill_case(policy, batch: int) -> dict:
     run = lambda: sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=1, temperature=1.0)  # noqa: E731
     run()
     _, seconds = timed(run)
-    rest(sampler)
+    sampler.rest()
     return {"tokens_per_s": round(batch * PROMPT_LEN / seconds), "seconds": round(seconds, 4)}
 
 

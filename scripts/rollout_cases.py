@@ -5,7 +5,6 @@ line.
 """
 from __future__ import annotations
 
-import inspect
 import os
 import random
 import sys
@@ -59,12 +58,6 @@ def timed(function):
     return result, time.perf_counter() - start
 
 
-def rest(sampler: Sampler) -> None:
-    """Gives back what a sampler keeps between rollouts, as training does before an update."""
-    if hasattr(sampler, "rest"):
-        sampler.rest()
-
-
 def micro_log_probs(policy: GptOss, micro: RolloutBatch, routing: RoutingReplay | None = None) -> torch.Tensor:
     """[T], by the forward that trains."""
     return policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.loss_mask, prefixes=micro.prefixes,
@@ -105,7 +98,7 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
                           shares_prompts=shares_prompts)
         completions = sampler.generate(some, step=0, num_samples=1, max_new_tokens=max_new_tokens, temperature=1.0,
                                        records_routing=records)
-        rest(sampler)
+        sampler.rest()
         return completions
 
     completions, seconds = timed(lambda: sample(prompts[:count], max_batch))
@@ -178,7 +171,7 @@ def grpo_step_case(policy: GptOss, *, prompts: int, group: int, prompt_len: int,
         with PrefillClock(policy) as clock:
             completions, rollout = timed(lambda: sampler.generate(asked, step=index, num_samples=group, max_new_tokens=length,
                                                                   temperature=1.0))
-        _, handover = timed(lambda: rest(sampler))
+        _, handover = timed(sampler.rest)
         update = train_on(policy, optimizer, completions, micro_tokens=micro_tokens)
         total = rollout + handover + update["forward_backward_s"] + update["optimizer_s"]
         return {"seconds": round(total, 3), "rollout_s": round(rollout, 3), "prefill_s": round(clock.seconds, 3),
@@ -223,7 +216,7 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
     def sample(step: int, prompt_len: int, length: int) -> list[Completion]:
         completions = sampler.generate(random_prompts(policy, [prompt_len], seed=step), step=step, num_samples=group,
                                        max_new_tokens=length, temperature=1.0)
-        rest(sampler)
+        sampler.rest()
         return completions
 
     sample(0, prompt_len, length)
@@ -251,8 +244,6 @@ def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: i
 def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 4096, prompt_lens: tuple[int, int] = (16, 256),
                   max_batch: int = 512, share: float = 0.1) -> dict:
     """Requests of random lengths, without a bound on the cache and through one that holds a share of them all."""
-    if "cache_gb" not in inspect.signature(Sampler).parameters:
-        raise NotImplementedError("this sampler has no bound on its cache (cache_gb)")
     stop_ids = random_stop_ids(policy, max_new_tokens / 3, seed=1)
     prompts = random_prompts(policy, random_lengths(count, *prompt_lens, seed=2), seed=3)
 
@@ -261,7 +252,7 @@ def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 40
                           shares_prompts=True, cache_gb=cache_gb)
         completions, seconds = timed(lambda: sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=max_new_tokens,
                                                               temperature=1.0))
-        rest(sampler)
+        sampler.rest()
         return completions, seconds, sampler
 
     free, free_s, _ = sample(None)
@@ -271,6 +262,7 @@ def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 40
     num_new = [completion.num_policy_tokens for completion in bound]
     stats = sampler.last_stats
     return {"requests": count, "finished": len(bound), "different": len({completion.prompt.id for completion in bound}),
+            "same_tokens": [c.completion_ids for c in bound] == [c.completion_ids for c in free],
             "same_bits": [*map(drawn, bound)] == [*map(drawn, free)], "tokens": sum(num_new), "min_new": min(num_new),
             "max_new": max(num_new), "cache_gb": round(cache_gb, 6), "cache_used_gb": round(stats.cache_bytes / 1e9, 6),
             "preemptions": stats.num_preemptions, "seconds": round(bound_s, 2), "unbounded_s": round(free_s, 2),
@@ -300,7 +292,7 @@ def start_up_case(checkpoint: Path, *, lora: str, imports_s: float, group: int =
     prompts = random_prompts(policy, [prompt_len], seed=0)
     completions, rollout = timed(lambda: sampler.generate(prompts, step=0, num_samples=group, max_new_tokens=length,
                                                           temperature=1.0))
-    rest(sampler)
+    sampler.rest()
     _, update = timed(lambda: train_on(policy, optimizer, completions, micro_tokens=MICRO_TOKENS))
     return {"seconds": round(imports_s + load + rollout + update, 2), "imports_s": round(imports_s, 2), "load_s": round(load, 2),
             "first_rollout_s": round(rollout, 2), "first_update_s": round(update, 2),

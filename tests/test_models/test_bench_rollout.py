@@ -61,19 +61,13 @@ def test_memory_is_measured_over_steps_of_mixed_lengths(policy):
     assert [value for name, value in found.items() if name.endswith("_gb")] == [0.0] * 6  # without a GPU
 
 
-def test_requests_need_a_sampler_with_a_bound(policy):
-    import inspect
+def test_requests_through_a_small_cache_are_those_of_a_large_one(policy):
+    from rollout_cases import requests_case
 
-    from rollout_cases import Sampler, requests_case
-
-    sizes = {"count": 40, "max_new_tokens": 24, "prompt_lens": (2, 9), "max_batch": 40}
-    if "cache_gb" not in inspect.signature(Sampler).parameters:
-        with pytest.raises(NotImplementedError, match="cache_gb"):
-            requests_case(policy, **sizes)
-        return
-    found = requests_case(policy, **sizes)
-    assert found["requests"] == found["finished"] == found["different"] == 40 and found["same_bits"]
-    assert 1 <= found["min_new"] < found["max_new"] <= 24
+    found = requests_case(policy, count=12, max_new_tokens=150, prompt_lens=(2, 9), max_batch=12, share=0.5)
+    assert found["requests"] == found["finished"] == found["different"] == 12 and found["same_tokens"]
+    assert 1 <= found["min_new"] < found["max_new"] <= 150
+    assert 0 < found["cache_used_gb"] <= found["cache_gb"]
 
 
 def test_the_cache_of_sequences_by_hand(policy):
