@@ -80,8 +80,7 @@ class Sampler:
         self.model, self.stop_ids, self.seed, self.cache_gb = model, list(stop_ids), seed, cache_gb
         self.max_batch, self.max_prefill_tokens, self.shares_prompts = max_batch, max_prefill_tokens, shares_prompts
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
-        # on the CPU looks cost nothing, and idle rows as much as live ones
-        self.look_steps = LOOK_STEPS if can_decode_by_graph(model) else 1
+        self.look_steps: int | None = None  # most steps between two looks; None: LOOK_STEPS of a graph, else 1
         self.last_stats = RolloutStats()
         self._decoder: Decoder | None = None  # of the last rollout, while none runs
 
@@ -250,8 +249,11 @@ class _Rollout:
         self.temperature = plain_temperature  # None: steps run launch by launch
         if records_routing or not can_decode_by_graph(self.model):
             self.temperature = None
-        # kept sets and routing are fetched after every step
-        self.look_steps = sampler.look_steps if plain_temperature is not None and not records_routing else 1
+        # launch by launch a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are
+        # fetched after every step
+        self.look_steps = 1 if self.temperature is None else LOOK_STEPS
+        if sampler.look_steps is not None and plain_temperature is not None and not records_routing:
+            self.look_steps = sampler.look_steps
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), prompts[index].id))
         groups = [Group(index, len(prompts[index].token_ids), self.requests[index * width:(index + 1) * width])
                   for index in order]
@@ -351,9 +353,9 @@ class _Rollout:
 
     def _look(self) -> None:
         """Learns what has become of the live rows; those that finished leave."""
-        for request, seen in zip(self.schedule.live, self.decoder.look(), strict=True):
-            self.stats.decode_tokens += seen.num_new - request.num_new
-            request.num_new, request.is_stopped, request.is_finished = seen.num_new, seen.is_stopped, not seen.is_live
+        for request, is_live, num_new, is_stopped in zip(self.schedule.live, *self.decoder.look(), strict=True):
+            self.stats.decode_tokens += num_new - request.num_new
+            request.num_new, request.is_stopped, request.is_finished = num_new, is_stopped, not is_live
         self.stats.num_preemptions = self.schedule.num_preemptions
         rows = self.schedule.retire()
         if rows is not None:

@@ -234,8 +234,8 @@ class CacheShape:
 
 def plan_cache(config: GptOssConfig, dtype: torch.dtype, requests: list[Request], *, num_bytes: float | None, num_rows: int,
                max_len: int) -> CacheShape:
-    """A cache, of sequences of up to `max_len` tokens, for requests of which `num_rows` may run at once, within `num_bytes` (None:
-    no bound).
+    """A cache of sequences of up to `max_len` tokens, for requests of which `num_rows` may run at once, within `num_bytes`
+    (None: no bound).
 
     Never more than those rows take at full length. Raises ValueError where the longest request would not fit alone."""
     per_page, per_slot = page_bytes(config, dtype), slot_bytes(config, dtype, max_len=max_len)
@@ -256,8 +256,8 @@ def plan_cache(config: GptOssConfig, dtype: torch.dtype, requests: list[Request]
     if least > num_bytes:
         raise ValueError(
             f"rollout.cache_gb: a cache of {num_bytes / 1e9:.3g} GB does not hold one sequence of {longest} tokens, which "
-            f"takes {least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free), or lower "
-            "rollout.max_new_tokens")
+            f"takes {least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free) or "
+            "lower rollout.max_new_tokens")
     # rows whose prompt and first page after it find no room would only hold rings
     per_row = 1 + KVCache.pages_for(min(request.prompt_len for request in requests))
     while num_rows > 1 and size(shape(num_rows, max(pages[0], num_rows * per_row))) > num_bytes:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch, next_power_of_2
+from kernels.launch import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 from kernels.rope import DTYPES
 
 
@@ -24,7 +24,9 @@ def write_reference(k, v, keys, values, slots, positions, page_table=None):
 
 @triton.jit(do_not_specialize=["pages_per_slot"])
 def _write_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr, positions_ptr, page_table_ptr, stride_k, stride_v, stride_block,
-                  num_entries, pages_per_slot, PAGED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+                  num_entries, pages_per_slot, PAGED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+                  OVERLAPS: tl.constexpr):
+    wait_for_launch_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
     if position >= 0:
@@ -62,4 +64,5 @@ def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Te
         launch(_write_kernel, (len(k),), k, v, keys, values, slots.contiguous(), positions,
                positions if page_table is None else page_table, k.stride(0), v.stride(0), keys.stride(0), keys.shape[1],
                0 if page_table is None else page_table.shape[1], PAGED=page_table is not None, SIZE=size,
-               BLOCK=next_power_of_2(size), num_warps=1 if size <= 512 else 4)
+               BLOCK=next_power_of_2(size), num_warps=1 if size <= 512 else 4,
+               **overlap_constants(k, len(k)))

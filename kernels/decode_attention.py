@@ -29,7 +29,16 @@ import triton
 import triton.language as tl
 
 from kernels.attention import _attend, _forward_tiles, _load_rows, blocks_for
-from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, product_path
+from kernels.launch import (
+    cdiv,
+    check_served,
+    gpu_family,
+    launch,
+    next_power_of_2,
+    overlap_constants,
+    product_path,
+    wait_for_launch_before,
+)
 
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
@@ -70,7 +79,8 @@ def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, k
 def _decode_kernel(q, keys, values, sinks, out, slots, positions, prefix_lens, page_table, stride_q, stride_slot, stride_out,
                    scale_log2, window, pages_per_slot, STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
                    PREFIXED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr,
-                   BLOCK_N: tl.constexpr):
+                   BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_launch_before(OVERLAPS)
     # the key-value heads of a sequence run side by side: their keys share pages of memory
     first_head = tl.program_id(0) * GROUP
     sequence = tl.program_id(1).to(tl.int64)
@@ -142,5 +152,6 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
                q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window,
                0 if page_table is None else page_table.shape[1], STRIDE_KEY=keys.stride(1), GROUP=group, WINDOWED=window > 0,
                PREFIXED=prefix_lens is not None, RING=keys.shape[1] if window else 0, PAGE=page, D=width,
-               BLOCK_H=max(16, next_power_of_2(group)), BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0])
+               BLOCK_H=max(16, next_power_of_2(group)), BLOCK_N=blocks.keys, num_warps=1, num_stages=_STAGES[window > 0],
+               **overlap_constants(q, num_rows))
     return out

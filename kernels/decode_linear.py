@@ -13,16 +13,25 @@ import torch
 from kernels.launch import gpu_family, is_triton, next_power_of_2
 from kernels.moe_decode import FOR_LOW_RANK, FOR_X, DecodeBlocks, Projection, decode_projection, low_rank_rows
 
-# family -> (at most so many tokens, blocks), the last for all above. Tiles under 64 rows are mma.sync's on every GPU
+# family -> (at most so many tokens, blocks where out is wider than in, other blocks), the last for all above. Tiles under 64 rows
+# are mma.sync's on every GPU
 _LINEAR = {
-    "ampere": ((16, DecodeBlocks(32, 16, 128, 4, 5)), (32, DecodeBlocks(32, 32, 128, 4, 4)),
-               (128, DecodeBlocks(64, 64, 64, 4, 4)), (512, DecodeBlocks(128, 64, 64, 4, 3))),
-    "consumer": ((16, DecodeBlocks(32, 16, 128, 4, 4)), (32, DecodeBlocks(32, 32, 128, 4, 3)),
-                 (512, DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((16, DecodeBlocks(32, 16, 128, 4, 6)), (32, DecodeBlocks(32, 32, 128, 4, 5)),
-               (128, DecodeBlocks(64, 64, 64, 4, 5)), (512, DecodeBlocks(128, 64, 64, 4, 4))),
-    "blackwell": ((16, DecodeBlocks(128, 16, 64, 4, 6)), (512, DecodeBlocks(128, 64, 64, 4, 5))),
-    "interpreter": ((16, DecodeBlocks(16, 16, 32, 4, 2)), (512, DecodeBlocks(32, 32, 32, 4, 2))),
+    "ampere": ((16, DecodeBlocks(32, 16, 128, 4, 5), DecodeBlocks(32, 16, 128, 4, 5)),
+               (32, DecodeBlocks(32, 32, 128, 4, 4), DecodeBlocks(32, 32, 128, 4, 4)),
+               (128, DecodeBlocks(64, 64, 64, 4, 4), DecodeBlocks(64, 64, 64, 4, 4)),
+               (512, DecodeBlocks(128, 64, 64, 4, 3), DecodeBlocks(128, 64, 64, 4, 3))),
+    "consumer": ((16, DecodeBlocks(32, 16, 128, 4, 4), DecodeBlocks(32, 16, 128, 4, 4)),
+                 (32, DecodeBlocks(32, 32, 128, 4, 3), DecodeBlocks(32, 32, 128, 4, 3)),
+                 (512, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
+    "hopper": ((16, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(32, 16, 128, 4, 6)),
+               (32, DecodeBlocks(64, 32, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
+               (64, DecodeBlocks(64, 64, 128, 4, 4), DecodeBlocks(64, 32, 128, 4, 4)),
+               (128, DecodeBlocks(64, 32, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
+               (512, DecodeBlocks(128, 64, 64, 8, 4), DecodeBlocks(128, 64, 64, 8, 4))),
+    "blackwell": ((16, DecodeBlocks(128, 16, 64, 4, 6), DecodeBlocks(128, 16, 64, 4, 6)),
+                  (512, DecodeBlocks(128, 64, 64, 4, 5), DecodeBlocks(128, 64, 64, 4, 5))),
+    "interpreter": ((16, DecodeBlocks(16, 16, 32, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
+                    (512, DecodeBlocks(32, 32, 32, 4, 2), DecodeBlocks(32, 32, 32, 4, 2))),
 }  # fmt: skip
 # x A^T: few programs that each run through all inputs, in fp32 masters twice the bytes
 _LOW_RANK = {
@@ -34,12 +43,14 @@ _LOW_RANK = {
 }
 
 
-def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, *, is_low_rank: bool) -> DecodeBlocks:
+def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, num_out: int, *,
+                         is_low_rank: bool) -> DecodeBlocks:
     if is_low_rank:
         blocks = _LOW_RANK[family]
     else:
         table = _LINEAR[family]
-        blocks = next((blocks for limit, blocks in table if num_tokens <= limit), table[-1][1])
+        _, wide, narrow = next((row for row in table if num_tokens <= row[0]), table[-1])
+        blocks = wide if num_out > num_in else narrow
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
         blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
     return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
@@ -55,11 +66,11 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, 
     GPUs that the kernel cannot serve."""
     assert is_triton(x), "decode_linear: elsewhere kernels.linear serves"
     family, (num_tokens, num_in) = gpu_family(x), x.shape
-    blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, is_low_rank=False)
+    blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(weight), is_low_rank=False)
     projection = Projection(weight.T[None], None, None, bias[None], False)
     if lora_A is None:
         return decode_projection(x, projection, None, waits=FOR_X, blocks=blocks)
-    low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, is_low_rank=True)
+    low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(lora_A), is_low_rank=True)
     low_rank = low_rank_rows(x, lora_A[None], None, scale=lora_scale, waits=FOR_X, blocks=low_rank_blocks)
     return decode_projection(x, projection, None, low_rank=low_rank, lora_up=lora_B.T[None], lora_groups=lora_groups,
                              waits=FOR_LOW_RANK, blocks=blocks)

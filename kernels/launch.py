@@ -36,8 +36,8 @@ SHARED_MEMORY = {"turing": 65_536, "ampere": 166_912, "consumer": 101_376, "hopp
 
 # where launches for few rows overlap (programmatic dependent launch): each starts while the one before it ends, and waits for
 # it where its own inputs begin. Elsewhere 1 to 2 us stand between two of them
-OVERLAP_FAMILIES = ()
-MAX_OVERLAPPING_ROWS = 2048  # above, a launch takes long enough
+OVERLAP_FAMILIES = ("hopper",)
+MAX_OVERLAPPING_ROWS = 1024  # above, a launch takes long enough
 
 
 def is_interpreted() -> bool:
@@ -114,18 +114,26 @@ def _trait(argument: object) -> object:
 _COMPILED: dict[tuple, object] = {}  # what launch() compiled, by everything it was compiled for
 
 
+def _constexprs(kernel, arguments: tuple, constants: dict) -> tuple:
+    names = kernel.arg_names[len(arguments):]
+    missing = [name for name in names if name not in constants]
+    assert not missing, f"launch of {kernel}: no value for {missing}; defaults do not count"
+    return tuple(constants[name] for name in names)
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """kernel[grid](*arguments, **constants) at a third of its host time (6 to 12 us instead of 20 to 100): after the first launch
     the compiled kernel is called as it is. arguments: all runtime arguments, in order; constants: the constexprs and the
     compiler's options (num_warps, num_stages)."""
     if not isinstance(kernel, JITFunction):  # interpreted
+        _constexprs(kernel, arguments, constants)
         kernel[grid](*arguments, **constants)
         return
     key = (id(kernel), torch.cuda.current_device(), *constants.items(), *map(_trait, arguments))
     found = _COMPILED.get(key)
     if found is None:
-        compiled = kernel[grid](*arguments, **constants)
-        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments):])
+        constexprs = _constexprs(kernel, arguments, constants)
+        _COMPILED[key] = kernel[grid](*arguments, **constants), constexprs
         return
     compiled, constexprs = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs)

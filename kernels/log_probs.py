@@ -256,7 +256,7 @@ def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, d
                      stride_logits, stride_scratch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                      TILE: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
                      HAS_LOGITS: tl.constexpr, HAS_KEPT: tl.constexpr, STORES: tl.constexpr,
-                     KEEPS_LOGITS: tl.constexpr = False):
+                     KEEPS_LOGITS: tl.constexpr):
     """Per token and TILE columns of the vocabulary: maximum, sum and weighted sum; and probabilities into the scratch (STORES),
     which holds the marks of kept columns before (HAS_KEPT). Logits are formed here, and stored (KEEPS_LOGITS), or read
     (HAS_LOGITS)."""
@@ -491,7 +491,8 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
         _partials_kernel, _grid(num_rows, vocab, blocks, hidden),
         *_operands(hidden, weight, blocks), logits, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
         target_logits, other_sums, scratch, scale, max_excess, num_rows, vocab, width, hidden.stride(0), weight.stride(0),
-        stride_logits, stride_scratch, HAS_LOGITS=logits is not None, HAS_KEPT=has_kept, STORES=makes_sum, **blocks)
+        stride_logits, stride_scratch, HAS_LOGITS=logits is not None, HAS_KEPT=has_kept, STORES=makes_sum, KEEPS_LOGITS=False,
+        **blocks)
     launch(
         _reduce_kernel, (num_rows,), targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums,
         scratch, *outputs, max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"],

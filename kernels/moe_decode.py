@@ -79,10 +79,12 @@ _PACKED = {
     "consumer": ((4, DecodeBlocks(64, 16, 64, 4, 4), DecodeBlocks(64, 16, 64, 4, 4)),
                  (16, DecodeBlocks(64, 32, 64, 4, 3), DecodeBlocks(64, 32, 64, 4, 3)),
                  (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((2, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
-               (6, DecodeBlocks(128, 16, 64, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
-               (23, DecodeBlocks(128, 32, 64, 4, 4), DecodeBlocks(128, 32, 64, 4, 4)),
-               (64, DecodeBlocks(256, 64, 64, 8, 3), DecodeBlocks(128, 64, 64, 4, 3))),
+    "hopper": ((0.4, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
+               (2, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(128, 16, 128, 4, 3)),
+               (11, DecodeBlocks(128, 16, 128, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
+               (23, DecodeBlocks(128, 32, 128, 4, 3), DecodeBlocks(128, 32, 128, 4, 3)),
+               (45, DecodeBlocks(128, 32, 128, 4, 3), DecodeBlocks(128, 64, 64, 4, 4)),
+               (64, DecodeBlocks(128, 64, 128, 8, 3), DecodeBlocks(128, 64, 64, 4, 4))),
     "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 4)),
                   (16, DecodeBlocks(128, 32, 128, 4, 4), DecodeBlocks(128, 32, 128, 4, 4)),
                   (64, DecodeBlocks(128, 64, 128, 4, 4), DecodeBlocks(128, 64, 128, 4, 4))),
@@ -100,7 +102,7 @@ _DENSE = {
 _LOW_RANK = {
     "ampere": DecodeBlocks(16, 16, 128, 4, 4),
     "consumer": DecodeBlocks(16, 16, 128, 4, 3),
-    "hopper": DecodeBlocks(64, 16, 64, 4, 4),
+    "hopper": DecodeBlocks(16, 16, 128, 2, 4),
     "blackwell": DecodeBlocks(16, 16, 128, 4, 4),
     "interpreter": DecodeBlocks(16, 16, 32, 4, 2),
 }
@@ -136,6 +138,20 @@ def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS:
         return tl.load(word_pointers), tl.load(scale_pointers).to(tl.int32)
     return (tl.load(word_pointers, mask=is_group[:, None], other=0),
             tl.load(scale_pointers, mask=is_group[:, None], other=0).to(tl.int32))
+
+
+@triton.jit
+def _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_rank, stride_expert, stride_rank, stride_out,
+             RANK: tl.constexpr, HAS_GROUPS: tl.constexpr):
+    """[features, RANK] of LoRA's second factor."""
+    ranks = step * RANK + tl.arange(0, RANK)
+    mask = (ranks < rank)[None, :] & (features < num_out)[:, None]
+    if HAS_GROUPS:
+        own = tl.load(lora_groups + features, mask=features < num_out, other=-1)
+        mask = mask & ((ranks // slice_rank)[None, :] == own[:, None])
+        ranks = ranks % slice_rank
+    pointers = lora_up + expert * stride_expert + ranks[None, :] * stride_rank + features[:, None] * stride_out
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -187,8 +203,6 @@ def moe_decode_kernel(
     x_rows = x + source.to(tl.int64)[None, :] * stride_x
     x_pointers = x_rows + inner[:, None]
     expert = expert.to(tl.int64)
-    if OVERLAPS and RANK_STEPS > 0:
-        prefetch(lora_up + expert * stride_up_expert + tl.minimum(first + tl.arange(0, ROWS), num_out - 1) * stride_up_out)
     natural = first + tl.arange(0, ROWS)  # output features in the order in which they lie in memory
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
 
@@ -198,6 +212,9 @@ def moe_decode_kernel(
         # features in the order of the accumulator: row 8h + g of a group holds feature 2g + h
         index = tl.arange(0, ROWS)
         features = first + index // 16 * 16 + index % 8 * 2 + index // 8 % 2
+        if RANK_STEPS == 1 and RANK == 16:  # as what the tail needs, before the loop; more would not fit into registers
+            up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
+                          stride_up_out, RANK, HAS_LORA_GROUPS).to(dtype)
         is_group = first + 16 * tl.arange(0, GROUPS) < num_out
         group = (expert * num_out + first) // 16
         group_stride = NUM_IN * per_input
@@ -231,6 +248,9 @@ def moe_decode_kernel(
     else:
         features = natural
         is_feature = features < num_out
+        if RANK_STEPS == 1 and RANK == 16:
+            up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
+                          stride_up_out, RANK, HAS_LORA_GROUPS).to(dtype)
         weight_base = weight + expert * stride_weight_expert
         if IN_CONTIGUOUS:
             weight_pointers = weight_base + features.to(tl.int64)[:, None] * stride_weight + inner[None, :]
@@ -264,14 +284,10 @@ def moe_decode_kernel(
         ranks = step * RANK + tl.arange(0, RANK)
         low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
                       mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
-        up_mask = (ranks < rank)[None, :] & is_feature[:, None]
-        if HAS_LORA_GROUPS:
-            own = tl.load(lora_groups + features, mask=is_feature, other=-1)
-            up_mask = up_mask & ((ranks // slice_rank)[None, :] == own[:, None])
-            ranks = ranks % slice_rank
-        up_pointers = lora_up + expert * stride_up_expert + ranks[None, :] * stride_up_rank + features[:, None] * stride_up_out
-        up = tl.load(up_pointers, mask=up_mask, other=0.0)
-        acc = tl.dot(up.to(dtype), low, acc, input_precision="ieee")
+        if RANK_STEPS > 1 or RANK > 16:
+            up = _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_rank, stride_up_expert,
+                          stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS).to(dtype)
+        acc = tl.dot(up, low, acc, input_precision="ieee")
     if HAS_SCALE:
         acc = acc * scale
     if HAS_BIAS:

@@ -59,15 +59,6 @@ class NewRow:
     key: tuple[int, int, int, int]  # seed, step, prompt id, sample
 
 
-@dataclass
-class Seen:
-    """What the host learns of a row."""
-
-    num_new: int
-    is_live: bool
-    is_stopped: bool  # by a stop id
-
-
 class Decoder:
     """Up to `max_rows` rows over a cache, and what they have drawn: `tokens` int64 and `log_probs` fp32, one-dimensional, of
     `num_outputs` elements. Needs the cache and the model's weights to stay where they are, for as long as its graphs are used.
@@ -134,13 +125,13 @@ class Decoder:
         """Draws from the whole vocabulary, with the log-probs whose bits training computes."""
         return lambda hidden, rows: self.model.draw(hidden, as_words(rows.words), temperature=temperature)
 
-    def look(self) -> list[Seen]:
-        """What has become of the rows; waits for the steps."""
+    def look(self) -> tuple[list[bool], list[int], list[bool]]:
+        """Of every row: whether it goes on, its tokens after the prompt, whether a stop id has ended it. Waits for the steps."""
         self._seen.copy_(self._table[_SEEN], non_blocking=True)  # whole: a part of the columns would be no single copy
         if self._table.is_cuda:
             torch.cuda.current_stream(self._table.device).synchronize()
-        return [Seen(num_new, position != IDLE, bool(is_stopped))
-                for position, num_new, is_stopped in self._seen[:, :self.num_rows].T.tolist()]
+        positions, num_new, is_stopped = self._seen[:, :self.num_rows]
+        return (positions != IDLE).tolist(), num_new.tolist(), (is_stopped != 0).tolist()
 
     def compact(self, rows: list[int]) -> None:
         """Keeps these rows, in this order. Their keys and values stay where they are."""

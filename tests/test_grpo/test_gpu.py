@@ -13,6 +13,7 @@ import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
 from models.checkpoint import load_model
+from models.kv_cache import page_bytes, slot_bytes
 from models.lora import LoraConfig, attach_lora
 
 ROOT = Path(__file__).parent.parent.parent
@@ -125,6 +126,59 @@ def test_an_update_of_the_adapter_shows_in_the_next_rollout():
             if name.endswith("lora_B"):
                 parameter.mul_(-3.0)
     assert before != [c.completion_ids for c in sample()]
+
+
+def contents(completions):
+    return [(c.prompt.id, c.sample, c.finish_reason, c.completion_ids, c.segments[1].log_probs) for c in completions]
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_preempted_completions_have_the_trainers_log_probs_bit_for_bit(shares_prompts):
+    model = adapted_model()
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
+    settings = {"step": 2, "num_samples": 3, "max_new_tokens": 150, "temperature": 0.7}
+    make = partial(Sampler, model, [1], max_batch=18, seed=3, shares_prompts=shares_prompts)
+    expected = make().generate(prompts, **settings)
+    num_bytes = 18 * slot_bytes(model.config, model.dtype, max_len=256) + 14 * page_bytes(model.config, model.dtype)
+    sampler = make(cache_gb=num_bytes / 1e9)
+    completions = sampler.generate(prompts, **settings)
+    assert sampler.last_stats.num_preemptions > 0 and contents(completions) == contents(expected)
+    batch = pack(completions, [1.0] * len(completions)).to(model.device)
+    for micro in micro_batches(batch, 100_000, share_prompts=shares_prompts):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
+                                       prefixes=micro.prefixes)
+        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
+def test_steps_between_looks_change_nothing_and_graphs_serve_later_rollouts():
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
+    sampler = Sampler(model, [1, 7, 30], max_batch=6, seed=3)
+    sample = partial(sampler.generate, prompts, step=2, num_samples=4, max_new_tokens=60, temperature=1.0)
+    sampler.look_steps = 1
+    expected = contents(sample())
+    decoder = sampler._decoder
+    graphs = dict(decoder._graphs)
+    for look_steps in (None, 3, 64):
+        sampler.look_steps = look_steps
+        assert contents(sample()) == expected
+    assert sampler._decoder is decoder and {key: decoder._graphs[key] for key in graphs} == graphs
+    with model.adapter_disabled():
+        assert contents(sample()) != expected
+    assert contents(sample()) == expected
+    sampler.rest()
+    assert contents(sample()) == expected
+
+
+def test_rest_gives_the_memory_back():
+    model, prompts = adapted_model(), [Prompt(0, [5, 6, 7], {})]
+    sampler = Sampler(model, [], max_batch=4, seed=3)
+    sample = partial(sampler.generate, prompts, step=0, num_samples=4, max_new_tokens=20, temperature=1.0)
+    sizes = []
+    for _ in range(4):
+        sample()
+        sampler.rest()
+        sizes.append(torch.cuda.memory_reserved())
+    assert sizes[1:] == sizes[1:2] * 3, sizes
 
 
 def test_a_run_trains_on_cuda(tmp_path):

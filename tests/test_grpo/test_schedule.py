@@ -270,8 +270,8 @@ def test_a_preempted_completion_keeps_the_tokens_of_its_environment(model):
     """They are part of what is prefilled again."""
     def extended(cache_gb):
         sampler = Sampler(model, (), max_batch=4, seed=7, cache_gb=cache_gb)
-        rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), step=3, max_new_tokens=90, choose=lambda logits, keys: draw(logits, keys, temperature=1.0),
-                           plain_temperature=1.0)
+        rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), step=3, max_new_tokens=90,
+                           choose=partial(draw, temperature=1.0), plain_temperature=1.0)
         for _ in rollout.run(None):
             if rollout.requests[1].num_new == 4 and not rollout.env_columns[1]:
                 rollout._extend(1, [30, 31, 32])

@@ -70,7 +70,7 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
     is_low_rank = use == "x A^T"
     if is_low_rank and num_tokens > 1:
         return  # the same tiles
-    blocks = choose_linear_blocks(family_of(arch), torch.bfloat16, num_tokens, num_in, is_low_rank=is_low_rank)
+    blocks = choose_linear_blocks(family_of(arch), torch.bfloat16, num_tokens, num_in, num_out, is_low_rank=is_low_rank)
     signature = {name: "i32" for name in moe_decode_kernel.arg_names if name.startswith(("stride", "num_"))} | {
         "x": "*bf16", "weight": "*fp32" if is_low_rank else "*bf16", "scales": "*i32", "out": "*bf16", "offsets": "*i32",
         "gather": "*i32", "bias": "*bf16", "low_rank": "*bf16", "lora_up": "*fp32", "lora_groups": "*i32", "rank": "i32",

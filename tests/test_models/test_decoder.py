@@ -1,11 +1,14 @@
-"""Which graph serves a batch. The graphs themselves are tested on a GPU, with whole rollouts (tests/test_grpo/test_gpu.py)."""
+"""Rows being decoded, and which graph serves a batch. Graphs are tested on a GPU, with whole rollouts: test_grpo/test_gpu.py."""
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from models.checkpoint import load_model
-from models.decoder import BUCKETS, bucket_of, can_decode_by_graph
+from models.decoder import BUCKETS, Decoder, NewRow, bucket_of, can_decode_by_graph
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
 def test_a_batch_takes_the_smallest_bucket_that_holds_it():
@@ -15,5 +18,75 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_it():
 
 
 def test_the_cpu_has_no_graphs():
-    folder = Path(__file__).parent.parent / "fixtures/tiny_mxfp4"
-    assert not can_decode_by_graph(load_model(folder, device="cpu", dtype=torch.float32))
+    assert not can_decode_by_graph(load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+
+
+def scripted(*steps: list[int]):
+    """Draws the given tokens, a list for each step."""
+    tokens = iter(steps)
+    return lambda hidden, rows: ((drawn := torch.tensor(next(tokens))), -drawn.float())
+
+
+def make_decoder(model, prompts: list[list[int]], *, limits: list[int], stop_ids: list[int]) -> tuple:
+    """A decoder, rows to admit whose prompts are in slots 2, 1, 0, and the hidden states after those."""
+    cache = model.new_cache(3, 64)
+    slots = [2, 1, 0][:len(prompts)]
+    for slot in slots:
+        assert cache.reserve(slot, 64)
+    decoder = Decoder(model, cache, max_rows=3, num_outputs=30, stop_ids=stop_ids, counts_prompts_apart=False)
+    new = [NewRow(item=i, slot=slot, prompt_len=len(prompt), num_new=0, limit=limit, place=10 * i, key=(7, 3, i, 0))
+           for i, (slot, prompt, limit) in enumerate(zip(slots, prompts, limits, strict=True))]
+    bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0)
+    hidden = model.prefill_hidden(torch.tensor(sum(prompts, [])), bounds, cache, torch.tensor(slots))
+    return decoder, new, hidden
+
+
+def test_rows_store_what_they_draw_and_end_with_a_stop_id_or_at_their_limit(model):
+    decoder, new, hidden = make_decoder(model, [[5, 6], [7], [8, 9, 10]], limits=[9, 3, 9], stop_ids=[1])
+    decoder.admit(new, hidden, scripted([20, 21, 22]))
+    for drawn in ([30, 31, 1], [40, 1, 99], [1, 99, 99]):  # the last two have ended when they "draw" 99
+        decoder.step(scripted(drawn))
+    assert decoder.look() == ([False] * 3, [4, 3, 2], [True, True, True])
+    drawn = [decoder.tokens[10 * row:10 * row + count].tolist() for row, count in enumerate((4, 3, 2))]
+    assert drawn == [[20, 30, 40, 1], [21, 31, 1], [22, 1]]
+    assert decoder.log_probs[10:13].tolist() == [-21, -31, -1] and 99 not in decoder.tokens
+
+
+def test_a_limit_ends_a_row_without_a_stop_and_may_do_so_at_once(model):
+    decoder, new, hidden = make_decoder(model, [[5, 6], [7]], limits=[1, 2], stop_ids=[])
+    decoder.admit(new, hidden, scripted([20, 21]))
+    assert decoder.look() == ([False, True], [1, 1], [False, False])
+    decoder.step(scripted([30, 31]))
+    assert decoder.look() == ([False, False], [1, 2], [False, False])
+    assert decoder.tokens[:1].tolist() == [20] and decoder.tokens[10:12].tolist() == [21, 31]
+
+
+def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_draws(model):
+    """What compacted rows compute and draw is what they would have without it."""
+    results = []
+    for compacts in (False, True):
+        decoder, new, hidden = make_decoder(model, [[5, 6], [7], [8, 9, 10]], limits=[2, 9, 9], stop_ids=[])
+        draw = decoder.plain_draw(1.0)
+        decoder.admit(new, hidden, draw)
+        for _ in range(5):
+            decoder.step(draw)
+            live = [row for row, goes_on in enumerate(decoder.look()[0]) if goes_on]
+            if compacts and len(live) < decoder.num_rows:
+                decoder.compact(live[::-1])
+        assert decoder.num_rows == (2 if compacts else 3)
+        results.append([decoder.tokens[start:start + 6] for start in (10, 20)] + [decoder.log_probs[10:16]])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_reset_forgets_rows_and_frees_their_pages(model):
+    decoder, new, hidden = make_decoder(model, [[5, 6], [7]], limits=[9, 9], stop_ids=[])
+    decoder.admit(new, hidden, scripted([20, 21]))
+    decoder.reset()
+    assert decoder.num_rows == 0 and decoder.look() == ([], [], [])
+    assert decoder.cache.num_free_pages == decoder.cache.num_pages
