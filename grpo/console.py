@@ -230,6 +230,10 @@ class Display:
         except OSError:
             self.is_enabled = self.is_live = False
 
+    def warn(self, text: str) -> None:
+        """Prints text in red, apart from the lines around it."""
+        self.print("", Text(clean(text, self.encoding), style="bold red"), "")
+
     def stop(self) -> None:
         if self.live is None:
             return

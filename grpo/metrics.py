@@ -161,6 +161,10 @@ class Metrics:
         """Prints a line above the live display."""
         self.display.print(text)
 
+    def warn(self, text: str) -> None:
+        """Prints what must not be overlooked."""
+        self.display.warn(text)
+
     def sync(self) -> None:
         """Returns when both files are on disk; called before a checkpoint is saved, so that they reach as far."""
         self._metrics_file.sync()

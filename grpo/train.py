@@ -35,6 +35,7 @@ from grpo.config import (
     to_dict,
 )
 from grpo.evaluate import evaluate
+from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.failures import describe_failure
 from grpo.groups import Groups, collect, completion_record, held_out_prompts, make_environment
 from grpo.launch import PREEMPTED, launch
@@ -79,6 +80,7 @@ class Run:
     optimizer: Optimizer | None = None  # once the weights are there
     step: int = 0  # steps finished
     saved_step: int = -1  # steps finished at the newest checkpoint
+    has_warned: bool = False  # that sampler and trainer differ
     is_between_steps: bool = True  # false while weights hold part of a step's updates
 
 
@@ -119,7 +121,8 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
-    stats, sampling_stats, replays, grad_norms, num_packed, num_whole = [], [], [], [], 0, 0
+    allowed = allowed_difference(run.policy, batch)
+    stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole = [], [], [], [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
@@ -134,6 +137,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
                 stats.append(micro_stats)
                 if not grad_norms:  # after an update the policy is no longer the one that sampled
                     sampling_stats.append(token_stats(log_probs, entropy, micro))
+                    found.append(differences(log_probs, micro, allowed=allowed))
                     replays += [routing] if routing is not None else []
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
@@ -142,7 +146,14 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             grad_norms.append(run.optimizer.step())
             run.is_between_steps = False
             run.optimizer.zero_grad()
-    return {**reduce_stats(sampling_stats, num_updates=1), **reduce_stats(stats, num_updates=num_updates),
+    sampling = reduce_stats(sampling_stats, num_updates=1)
+    if not run.has_warned:
+        warning = describe_mismatch(found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir, allowed=allowed,
+                                    largest=sampling["sampling/log_prob_diff/max"])
+        if warning is not None:
+            run.metrics.warn(warning)
+            run.has_warned = True
+    return {**sampling, **reduce_stats(stats, num_updates=num_updates),
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed,
             "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
 

@@ -1,21 +1,32 @@
-"""Times rollouts on one GPU: steady decoding, prefill and a whole GRPO step, and compares every log-prob with the trainer's.
+"""Times rollouts on one GPU: steady decoding, prefill, whole GRPO steps, start-up; compares every log-prob with the trainer's;
+measures what memory rollouts leave behind.
 
     python scripts/random_checkpoint.py /dev/shm/gpt-oss-20b --size 20b --dtype mxfp4
-    python scripts/bench_rollout.py --checkpoint /dev/shm/gpt-oss-20b
+    python scripts/bench_rollout.py --checkpoint /dev/shm/gpt-oss-20b [--only exact memory] [--lora all]
 
-One JSON line per case. decode: `batch` sequences with prompts of 512 random tokens, temperature 1, sampling and log-probs
-included; tokens_per_s is the slope between a short and a long rollout, so that prefill, compilation and capture stay out;
-roofline_fraction compares it with the bytes a step must read at the bandwidth of a copy measured first (weights of the experts
-that uniform routing touches, everything else once, keys and values at the mean context). prefill: prompts a second. grpo_step:
-rollout, log-probs, backward and optimizer of 8 completions of 512 tokens, one prompt of 220. max_log_prob_diff: of the sampler's
-and the trainer's log-probs over all tokens sampled, nats; 0 is bit equality.
+One JSON line per case. Prompts are random tokens, temperature 1, the adapter's B is not zero.
+decode: `batch` sequences with prompts of 512 tokens, sampling and log-probs included; tokens_per_s is the slope between a short
+and a long rollout, so that prefill, compilation and capture stay out; roofline_fraction compares it with the bytes a step must
+read at the bandwidth of a copy measured first (weights of the experts that uniform routing touches, everything else once, keys
+and values at the mean context). prefill: prompts a second.
+grpo_step: seconds of rollout (prefill, decode), handover (memory given back), forward and backward, and optimizer of 8
+completions of 512 tokens, one prompt of 220; grpo_step_large: of 8 prompts of 512, 16 completions of 2,048 each.
+exact: 64 completions of up to 1,024 tokens, prompts of 16 to 1,500, 24 rows at once: max_log_prob_diff, the share of the experts
+that the trainer's router would not have chosen (of a rollout that records them, launch by launch), and whether completions alone
+and among 128 are the same to the last bit. The trainer computes prompts apart, as it does where completions share them;
+exact_whole: it does not.
+memory: the most that torch reserves in one and the same update, GB: before any rollout, after one, and after 200 steps of mixed
+lengths; alone in a process.
+requests: 4,096 of up to 4,096 x --scale new tokens through a cache that holds a tenth of them, against no bound.
+start_up: imports, loading, and the first step of 8 x 512, with kernels compiled or read from Triton's cache; alone in a process.
+max_log_prob_diff: of the sampler's and the trainer's log-probs over all tokens sampled, nats; 0 is bit equality.
 """
 
 import argparse
 import json
 import os
 import sys
-import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,24 +34,29 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from bench_train import TARGETS, load_policy, set_memory
+from bench_train import TARGETS, load_policy
+from rollout_cases import (
+    compare_log_probs,
+    exact_case,
+    grpo_step_case,
+    memory_case,
+    process_seconds,
+    random_prompts,
+    requests_case,
+    start_up_case,
+    timed,
+)
 from timing import copy_gb_per_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.batch import Prompt, micro_batches, pack  # noqa: E402
-from grpo.optim import Optimizer  # noqa: E402
 from grpo.rollout import Sampler  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 
-CASES = ("decode", "prefill", "grpo_step")
+ALWAYS = ("decode", "prefill", "grpo_step")
+CASES = (*ALWAYS, "grpo_step_large", "exact", "exact_whole", "memory", "requests", "start_up")
 BATCHES = (1, 8, 32, 128, 512)
 PROMPT_LEN, SHORT, LONG = 512, 16, 144
-MAX_TOKEN = 199_998
-
-
-def random_prompts(count: int, length: int, *, seed: int) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(seed)
-    return [Prompt(i, torch.randint(0, MAX_TOKEN, (length,), generator=generator).tolist(), {}) for i in range(count)]
+TRAINING_SHARE = 0.85  # of the GPU's memory, for the update of a large step
 
 
 def bytes_per_step(config: GptOssConfig, batch: int, context: float) -> float:
@@ -56,28 +72,9 @@ def bytes_per_step(config: GptOssConfig, batch: int, context: float) -> float:
     return config.num_hidden_layers * (packed + dense) + 2 * width * config.vocab_size + batch * keys * 2 * kv_width * 2
 
 
-def log_prob_difference(policy, completions, *, shares_prompts: bool) -> float:
-    batch = pack(completions, [0.0] * len(completions)).to(policy.device)
-    worst = 0.0
-    for micro in micro_batches(batch, 32_768, share_prompts=shares_prompts):
-        with torch.no_grad():
-            log_probs, _ = policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.loss_mask,
-                                            prefixes=micro.prefixes)
-        worst = max(worst, (log_probs - micro.sampler_log_probs)[micro.loss_mask].abs().max().item())
-    return worst
-
-
-def timed(function):
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    torch.cuda.synchronize()
-    return result, time.perf_counter() - start
-
-
 def decode_case(policy, batch: int, bandwidth: float) -> dict:
     sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=PROMPT_LEN + LONG)
-    prompts = random_prompts(batch, PROMPT_LEN, seed=batch)
+    prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
 
     def rollout(count: int, step: int):
         return sampler.generate(prompts, step=step, num_samples=1, max_new_tokens=count, temperature=1.0)
@@ -85,66 +82,52 @@ def decode_case(policy, batch: int, bandwidth: float) -> dict:
     rollout(SHORT, 0)
     _, short = timed(lambda: rollout(SHORT, 1))
     completions, long = timed(lambda: rollout(LONG, 1))
+    sampler.rest()
     rate = batch * (LONG - SHORT) / (long - short)
     least = bytes_per_step(policy.config, batch, PROMPT_LEN + (SHORT + LONG) / 2) / bandwidth
     return {"tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
             "roofline_fraction": round(rate * least / batch, 3),
-            "max_log_prob_diff": log_prob_difference(policy, completions[:64], shares_prompts=False)}
+            "max_log_prob_diff": compare_log_probs(policy, completions[:64], shares_prompts=False)["max_log_prob_diff"]}
 
 
 def prefill_case(policy, batch: int) -> dict:
     sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=PROMPT_LEN + 1)
-    prompts = random_prompts(batch, PROMPT_LEN, seed=batch)
+    prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
     run = lambda: sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=1, temperature=1.0)  # noqa: E731
     run()
     _, seconds = timed(run)
+    sampler.rest()
     return {"tokens_per_s": round(batch * PROMPT_LEN / seconds), "seconds": round(seconds, 4)}
 
 
-def grpo_step_case(policy, group: int, length: int) -> dict:
-    sampler = Sampler(policy, [], max_batch=group, seed=0, max_len=220 + length, shares_prompts=True)
-    optimizer = Optimizer(policy.trainable_parameters(), lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                          warmup_steps=0, schedule="constant", decay_steps=None, final_lr_ratio=1.0, max_grad_norm=1.0,
-                          total_steps=100)
-    set_memory(policy, None)
-
-    def step(index: int) -> dict:
-        prompts = random_prompts(1, 220, seed=index)
-        completions, rollout = timed(lambda: sampler.generate(prompts, step=index, num_samples=group, max_new_tokens=length,
-                                                              temperature=1.0))
-        start = time.perf_counter()
-        sampler.rest()
-        batch = pack(completions, [float(i % 2) - 0.5 for i in range(group)]).to(policy.device)
-        micro, = micro_batches(batch, 1 << 20, share_prompts=True)
-        log_probs, _ = policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.loss_mask,
-                                        prefixes=micro.prefixes)
-        difference = (log_probs.detach() - micro.sampler_log_probs)[micro.loss_mask].abs().max()
-        optimizer.backward(-(log_probs * micro.advantages).sum() / micro.num_completion_tokens)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        return {"seconds": round(rollout + time.perf_counter() - start, 3), "rollout_s": round(rollout, 3),
-                "max_log_prob_diff": difference.item()}
-
-    step(0)
-    return step(1)
+def guarded_line(what: str, batch: int, lora: str, function: Callable[[], dict]) -> None:
+    line = {"what": what, "batch": batch, "lora": lora}
+    try:
+        line |= function()
+    except Exception as error:  # noqa: BLE001  (the other cases are worth their time)
+        line["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    print(json.dumps(line | {"gpu": torch.cuda.get_device_name()}), flush=True)
+    torch.cuda.empty_cache()
 
 
-def run_cases(policy, lora: str, batches: list[int], only: list[str], bandwidth: float) -> None:
+def run_cases(policy, lora: str, batches: list[int], only: list[str], scale: float, bandwidth: float) -> None:
     cases = [("decode", batch, partial(decode_case, policy, batch, bandwidth)) for batch in batches]
     cases.append(("prefill", 32, partial(prefill_case, policy, 32)))
     if lora != "none":
-        cases.append(("grpo_step", 8, partial(grpo_step_case, policy, 8, 512)))
+        memory_gb = TRAINING_SHARE * torch.cuda.get_device_properties(0).total_memory / 1e9
+        cases += [
+            ("grpo_step", 8, partial(grpo_step_case, policy, prompts=1, group=8, prompt_len=220, length=512,
+                                     micro_tokens=1 << 20, memory_gb=None)),
+            ("grpo_step_large", 128, partial(grpo_step_case, policy, prompts=8, group=16, prompt_len=512, length=2048,
+                                             micro_tokens=32_768, memory_gb=memory_gb)),
+            ("exact", 24, partial(exact_case, policy, shares_prompts=True)),
+            ("exact_whole", 24, partial(exact_case, policy, shares_prompts=False)),
+            ("memory", 8, partial(memory_case, policy)),
+            ("requests", 512, partial(requests_case, policy, max_new_tokens=round(4096 * scale))),
+        ]
     for what, batch, function in cases:
-        if what not in only:
-            continue
-        line = {"what": what, "batch": batch, "lora": lora}
-        try:
-            line |= function()
-        except Exception as error:  # noqa: BLE001  (the other cases are worth their time)
-            line["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-        print(json.dumps(line | {"gpu": torch.cuda.get_device_name()}), flush=True)
-        torch.cuda.empty_cache()
+        if what in only:
+            guarded_line(what, batch, lora, function)
 
 
 def main() -> None:
@@ -152,15 +135,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a gpt-oss checkpoint")
     parser.add_argument("--lora", nargs="+", choices=["none", *TARGETS], default=["all", "none"], help="what carries adapters")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="of decode")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(ALWAYS), help=f"default: {' '.join(ALWAYS)}")
+    parser.add_argument("--scale", type=float, default=0.125, help="of the lengths of requests (default: 0.125)")
     arguments = parser.parse_args()
+    if "start_up" in arguments.only:
+        if len(arguments.only) > 1:
+            parser.error("--only start_up goes alone: it counts from the start of the process")
+        guarded_line("start_up", 8, arguments.lora[0],
+                     partial(start_up_case, arguments.checkpoint, lora=arguments.lora[0], imports_s=process_seconds()))
+        return
     bandwidth = 1e9 * copy_gb_per_s()
     print(json.dumps({"what": "copy", "GB_per_s": round(bandwidth / 1e9), "gpu": torch.cuda.get_device_name(),
                       "torch": torch.__version__}), flush=True)
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora="all" if lora == "none" else lora)
         with policy.adapter_disabled() if lora == "none" else nullcontext():
-            run_cases(policy, lora, arguments.batches, arguments.only, bandwidth)
+            run_cases(policy, lora, arguments.batches, arguments.only, arguments.scale, bandwidth)
         del policy
         torch.cuda.empty_cache()
 

@@ -25,15 +25,16 @@ from operations import Recorder, observed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo.sampling  # noqa: E402
-import models.gpt_oss  # noqa: E402
+import kernels.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.groups import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
 from grpo.rollout import Sampler  # noqa: E402
+from kernels.advance import IDLE  # noqa: E402
 from models.checkpoint import load_model  # noqa: E402
-from models.decoder import IDLE, bucket_of, can_decode_by_graph  # noqa: E402
+from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.lora import LoraConfig, attach_lora  # noqa: E402
 from models.routing_record import RoutingReplay  # noqa: E402
@@ -107,7 +108,7 @@ def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor,
     """The log-probs [B] that the sampler records where it draws `tokens` [B]: its own functions, with the draw made for them."""
     if can_decode_by_graph(model) and not settings.filters and not settings.records_routing:
         words = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
-        with patch.object(models.gpt_oss, "draw_tokens", lambda *_, **__: tokens):
+        with patch.object(kernels.draw, "draw_tokens", lambda *_, **__: tokens):
             return model.draw(hidden, words, temperature=settings.temperature)[1]
     keys = torch.zeros(len(tokens), 5, dtype=torch.int64, device=model.device)
     keys[:, 0] = tokens
@@ -128,7 +129,7 @@ def run_sampler(model: GptOss, completions: list[Completion], settings: Settings
     sequences = [completion.prompt.token_ids + completion.completion_ids for completion in together]
     prompts = {completion.prompt.id: completion.prompt.token_ids for completion in together}
     owners = [list(prompts).index(completion.prompt.id) for completion in together]  # [B]
-    cache = model.new_cache(num_slots=len(together), max_len=max(map(len, sequences)))
+    cache = model.new_cache(len(together), max(map(len, sequences)))
 
     def on_device(numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, device=model.device)
@@ -146,13 +147,17 @@ def run_sampler(model: GptOss, completions: list[Completion], settings: Settings
     start = bounds[owners[index - first]]
     prompt_len = len(completions[index].prompt.token_ids)
     recorder.rows = torch.arange(start, start + prompt_len, device=model.device)
-    slots = [owners.index(prompt) for prompt in range(len(prompts))]
+    slots = [owners.index(prompt) for prompt in range(len(prompts))]  # where each prompt is prefilled
+    for slot, ids in zip(slots, prompts.values()):
+        cache.reserve(slot, len(ids))
     with observed(model, recorder):
         hidden = model.prefill_hidden(on_device([token for ids in prompts.values() for token in ids]), on_device(bounds).int(),
                                       cache, on_device(slots))
-    for slot, prompt in enumerate(owners):
-        if slot != slots[prompt]:
-            cache.copy_slot(slots[prompt], on_device([slot]), bounds[prompt + 1] - bounds[prompt])
+    for prompt, slot in enumerate(slots):
+        cache.fan_out(slot, [row for row, owner in enumerate(owners) if owner == prompt and row != slot],
+                      bounds[prompt + 1] - bounds[prompt])
+    for row, sequence in enumerate(sequences):
+        cache.reserve(row, len(sequence))
     note_head(hidden[owners], list(range(len(together))), 0)
     for num_new in range(num_positions - prompt_len):
         rows = [row for row, completion in enumerate(together) if num_new + 1 < len(completion.completion_ids)]
@@ -239,7 +244,7 @@ def check(model: GptOss, prompts: list[Prompt], settings: Settings) -> int:
     found = explain(model, completions, batch, settings, index=index, position=position)
     if found is None:
         print("both paths agree in every operation when they run again on this completion: what differs comes from the rollout "
-              "around them (CUDA graphs, slots of the cache, rows that come and go)")
+              "around them (CUDA graphs, pages of the cache, rows that come and go)")
         return 1
     at, findings = found
     source = next(finding for finding in findings if finding.num_differing)
