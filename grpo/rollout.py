@@ -25,9 +25,9 @@ from models.draw_key import POSITION
 from models.gpt_oss import GptOss
 from models.routing_record import RoutingRecord, empty_routing
 
-# Steps between two looks. A look costs a graph's launch and a copy, 0.1 ms or less; a row that finishes in between stays idle for
-# 3.5 steps on average, 1% of a completion of 350 tokens. That waiting completions start later by as much does not pay for more
-# looks: they start together, which makes their prefill cheaper.
+# Steps between two looks, at which the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in between
+# stays idle for 3.5 steps on average, 1% of a completion of 350 tokens. Where completions wait for its slot they start as much
+# later, but together with others, which makes their prefill cheaper: more looks would not pay.
 LOOK_STEPS = 8
 # Of a GPU's free memory: the rest is for prefill, the head's logits and graphs.
 CACHE_SHARE = 0.7

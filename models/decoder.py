@@ -30,7 +30,7 @@ _SEEN = slice(Rows._fields.index("positions"), Rows._fields.index("is_stopped") 
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
-Draw = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
+DrawTokens = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 def bucket_of(num_rows: int) -> int:
@@ -86,7 +86,7 @@ class Decoder:
             self.cache.release(slot)
 
     @torch.no_grad()
-    def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: Draw) -> None:
+    def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: DrawTokens) -> None:
         """Draws the next token of sequences after whose newest token the final hidden states [n, D] are, and decodes those that
         go on as the last rows from then on."""
         items, slots, prompt_lens, num_new, limits, places = torch.tensor(
@@ -105,7 +105,7 @@ class Decoder:
         self.num_rows += count
 
     @torch.no_grad()
-    def step(self, draw: Draw, record: RoutingRecord | None = None) -> None:
+    def step(self, draw: DrawTokens, record: RoutingRecord | None = None) -> None:
         """One step of all rows, launch by launch. `record` is filled with their experts."""
         self._step(self.num_rows, draw, record)
 
@@ -121,7 +121,7 @@ class Decoder:
                 self._step(key[0], self.plain_draw(temperature))
                 self._graphs[key] = self._capture(key[0], temperature)
 
-    def plain_draw(self, temperature: float) -> Draw:
+    def plain_draw(self, temperature: float) -> DrawTokens:
         """Draws from the whole vocabulary, with the log-probs whose bits training computes."""
         return lambda hidden, rows: self.model.draw(hidden, as_words(rows.words), temperature=temperature)
 
@@ -153,7 +153,7 @@ class Decoder:
             one.positions.add_(1)
         one.words.copy_(next_words(one.key_sums, one.positions))
 
-    def _step(self, num_rows: int, draw: Draw, record: RoutingRecord | None = None) -> None:
+    def _step(self, num_rows: int, draw: DrawTokens, record: RoutingRecord | None = None) -> None:
         rows = Rows(*self._table[:, :num_rows])
         self._advance(rows, self._feed(rows, record), draw)
 
@@ -161,7 +161,7 @@ class Decoder:
         return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record,
                                         prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None)
 
-    def _advance(self, rows: Rows, hidden: torch.Tensor, draw: Draw) -> None:
+    def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)
 
     def _capture(self, bucket: int, temperature: float) -> torch.cuda.CUDAGraph:

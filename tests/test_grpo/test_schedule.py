@@ -193,6 +193,16 @@ def test_rows_that_end_between_two_looks_change_nothing(model, look_steps):
     assert stats.decode_tokens == sum(len(completion.completion_ids) - 1 for completion in expected)
 
 
+def test_members_of_a_group_share_their_prompts_pages_and_write_into_their_own(model):
+    """Prompts that end at a page's end, within a page and within a later one; each sample is that of a lone stream."""
+    prompts = make_prompts([64, 70, 130])
+    completions, _ = sample(model, prompts, num_samples=3, max_new_tokens=15)
+    lone = Sampler(model, (), max_batch=1, seed=7)
+    for completion in completions:
+        tokens = lone.stream(completion.prompt, step=3, sample=completion.sample, max_new_tokens=15, temperature=1.0)
+        assert completion.completion_ids == list(tokens)
+
+
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_preempted_completions_go_on_with_the_same_tokens_and_log_probs(model, shares_prompts):
     prompts = make_prompts([50, 30, 45])
