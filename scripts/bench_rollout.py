@@ -16,7 +16,7 @@ that the trainer's router would not have chosen (of a rollout that records them,
 and among 128 are the same to the last bit. The trainer computes prompts apart, as it does where completions share them;
 exact_whole: it does not.
 memory: the most that torch reserves in one and the same update, GB: before any rollout, after one, and after 200 steps of mixed
-lengths; alone in a process.
+lengths; used_...: what the GPU says is in use after that update, memory that torch does not count included. Alone in a process.
 requests: 4,096 of up to 4,096 x --scale new tokens through a cache that holds a tenth of them, against no bound.
 start_up: imports, loading, and the first step of 8 x 512, with kernels compiled or read from Triton's cache; alone in a process.
 max_log_prob_diff: of the sampler's and the trainer's log-probs over all tokens sampled, nats; 0 is bit equality.

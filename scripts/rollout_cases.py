@@ -189,6 +189,14 @@ def reserved_gb(*, peak: bool = False) -> float:
     return (torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()) / 1e9
 
 
+def used_gb() -> float:
+    """GPU memory in use by whoever it is, memory that torch does not count included, in 1e9 bytes; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 1e9
+
+
 def undrawn_completions(policy: GptOss, group: int, prompt_len: int, length: int) -> list[Completion]:
     """A group of random tokens that no rollout has drawn."""
     prompt, *rest_of = random_prompts(policy, [prompt_len] + [length] * group, seed=7)
@@ -203,11 +211,11 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
     set_memory(policy, None)
     optimizer, fixed = make_optimizer(policy), undrawn_completions(policy, group, prompt_len, length)
 
-    def peak_of_update() -> float:
+    def peak_of_update() -> tuple[float, float]:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         train_on(policy, optimizer, fixed, micro_tokens=MICRO_TOKENS)
-        return reserved_gb(peak=True)
+        return reserved_gb(peak=True), used_gb()
 
     peak_of_update()  # the optimizer's state comes with the first
     alone = peak_of_update()
@@ -229,9 +237,11 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
         reserved.append(reserved_gb())
     sample(0, prompt_len, length)
     late = peak_of_update()
-    return {"training_alone_gb": round(alone, 3), "training_after_rollout_gb": round(after, 3),
-            "difference_gb": round(after - alone, 3), "steps": num_steps, "training_after_steps_gb": round(late, 3),
-            "growth_gb": round(late - after, 3), "reserved_in_steps_gb": round(max(reserved), 3)}
+    return {"training_alone_gb": round(alone[0], 3), "training_after_rollout_gb": round(after[0], 3),
+            "difference_gb": round(after[0] - alone[0], 3), "steps": num_steps, "training_after_steps_gb": round(late[0], 3),
+            "growth_gb": round(late[0] - after[0], 3), "reserved_in_steps_gb": round(max(reserved), 3),
+            "used_alone_gb": round(alone[1], 3), "used_after_rollout_gb": round(after[1], 3),
+            "used_after_steps_gb": round(late[1], 3)}
 
 
 def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: int) -> float:

@@ -58,7 +58,7 @@ def test_memory_is_measured_over_steps_of_mixed_lengths(policy):
 
     found = memory_case(policy, group=2, prompt_len=9, length=6, num_steps=4, short_lens=(2, 8))
     assert found["steps"] == 4
-    assert [value for name, value in found.items() if name.endswith("_gb")] == [0.0] * 6  # without a GPU
+    assert [value for name, value in found.items() if name.endswith("_gb")] == [0.0] * 9  # without a GPU
 
 
 def test_requests_through_a_small_cache_are_those_of_a_large_one(policy):
