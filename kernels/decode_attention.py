@@ -56,7 +56,9 @@ def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, 
         pages = page_table[slots, : cdiv(max_keys, keys.shape[1])].long()
         is_missing = (pages < 0) & visible[:, :: keys.shape[1]]
         assert not is_missing.any(), f"no page for keys of slots {slots[is_missing.any(1)].tolist()} up to {positions.tolist()}"
-        k, v = (cache[pages.clamp(min=0)].flatten(1, 2)[:, :max_keys] for cache in (keys, values))
+        entries = pages.clamp(min=0).unsqueeze(2) * keys.shape[1] + torch.arange(keys.shape[1], device=q.device)
+        entries = entries.flatten(1)[:, :max_keys]  # [B, max_keys]
+        k, v = (cache.flatten(0, 1).index_select(0, entries.flatten()).unflatten(0, entries.shape) for cache in (keys, values))
     # entries past num_keys were never written by this sequence: they must not turn 0 * inf into NaN
     v = v.masked_fill(~visible[:, :, None, None], 0.0)
     return _attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
