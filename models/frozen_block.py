@@ -34,7 +34,7 @@ from kernels.rope import rotate
 from kernels.router_logits import router_backward
 from kernels.routing import Routing, make_routing, route_backward, route_forward
 from models.host_store import HostStore, HostTensor
-from models.memory_plan import NAMES, LayerPlan, Place
+from models.memory_plan import LOOKAHEAD, NAMES, LayerPlan, Place
 
 # up to so many, products are bound by the reading of their weights; their bits were compared on a GPU up to here
 MAX_DECODE_TOKENS = 512
@@ -97,13 +97,13 @@ class TrainingPass:
     kept: dict[int, Kept] = field(default_factory=dict)  # by layer, until its backward has run
 
     def fetch_before(self, layer: int) -> None:
-        """Starts the way back of what the next layers of the backward want, as many of them as may be on their way at once and
-        at least one."""
+        """Starts the way back of what the next LOOKAHEAD layers of the backward want, as many of them as may be on their way at
+        once and at least one."""
         if self.store is None:
             return
         self.store.settle()  # what is still on its way out: the first time, since the forward did not wait
         num_bytes = 0
-        while (layer := layer - 1) in self.kept:
+        for layer in range(layer - 1, max(layer - LOOKAHEAD, 0) - 1, -1):
             num_bytes += self.kept[layer].host_bytes()
             if num_bytes > self.max_pending_bytes and num_bytes > self.kept[layer].host_bytes():
                 break
@@ -234,7 +234,8 @@ def _forward(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, atten
     weights, routing = _route(block, normed, choose)
     y, moe = moe_forward(normed, weights, routing, experts.held("gate_up_proj", scratch_bytes),
                          experts.held("down_proj", scratch_bytes), middle, keeps_h=keeps_h, **_moe_settings(block))
-    tensors = {"x": x, "qkv": qkv, "attended": attended, "middle": middle} | ({} if moe.h is None else {"h": moe.h})
+    # x without its history, which leads back to what earlier layers keep: a forward without a backward would never be freed
+    tensors = {"x": x.detach(), "qkv": qkv, "attended": attended, "middle": middle} | ({} if moe.h is None else {"h": moe.h})
     moe.h = None
     return y, Kept(tensors, None, adapter_qkv, adapter_o, low_rank_qkv, low_rank_o, weights, routing, moe)
 

@@ -9,6 +9,7 @@ Sizes in bytes, times in seconds.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Iterable
@@ -23,9 +24,10 @@ NAMES = ("qkv", "attended", "middle", "h")
 # products with experts' weights and dense ones run at about this share of the GPU's peak, attention at this one
 _PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
 # beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone (38 of 55
-# GB/s on an H200), less some time to catch up
-_COPY_SHARE = 0.6
-_MARGIN = 0.07  # of the budget: what the allocator reserves beyond what is allocated (up to 1.3 of 18 GB, measured on an H200)
+# GB/s on an H200); and of the time that a forward takes here, which is without norms and routing, they may use so much
+_COPY_SHARE, _FORWARD_SHARE = 0.69, 1.15
+_MARGIN = 0.02  # of the budget: what the allocator reserves beyond what is allocated (0.2 to 0.6 of 18 to 24 GB on an H200)
+LOOKAHEAD = 2  # layers whose activations are on their way back while one runs backwards
 SCRATCH_BYTES = 1_100_000_000  # of dequantised weights of a projection held at once on a GPU: all of one in gpt-oss-20b
 
 
@@ -108,16 +110,42 @@ def workspace(config: GptOssConfig, run: Pass) -> int:
     return layer + 100_000_000  # workspaces of the library
 
 
-def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: int, host_rate: float,
+def forward_workspace(config: GptOssConfig, run: Pass) -> int:
+    """The same for the forward of one layer."""
+    sizes = bytes_of(config, run)
+    rows = run.num_tokens * config.num_experts_per_tok * run.element_size
+    gate_up = config.num_local_experts * 2 * config.intermediate_size * config.hidden_size * run.element_size * run.is_packed
+    layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + rows * (config.intermediate_size + config.hidden_size) + 4 * sizes["x"]
+    return layer + min(gate_up, run.scratch_bytes) + 100_000_000
+
+
+def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, pending: int) -> tuple[int, int]:
+    """The most that stands beside the workspace of the layer that runs, in the forward and in the backward: what the layers
+    before it keep, what is on its way (at most `pending`, or one layer's), and the gradients of the layers that are done."""
+    num_layers = len(plans)
+    gpu, host = ([sum(sizes[name] for name, where in plan.items() if where == place) for plan in plans]
+                 for place in (Place.gpu, Place.host))
+    forward = backward = 0
+    for layer in range(num_layers):
+        kept = sum(gpu[:layer])
+        forward = max(forward, kept + min(pending, sum(host[max(0, layer - 3):layer])))
+        back = host[max(0, layer - LOOKAHEAD):layer]
+        done = gradients * (num_layers - layer) // num_layers
+        backward = max(backward, kept + min(sum(back), max(pending, *back[-1:], 0)) + done)
+    return forward, backward
+
+
+def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: int, host_rate: float, pending: float,
                 peak_flops: float) -> list[LayerPlan]:
-    """A plan per layer. gpu_bytes: what all layers together may keep there, inputs included; host_bytes at host_rate likewise.
+    """A plan per layer. gpu_bytes: what all layers together may keep there, inputs included; host_bytes at host_rate likewise, of
+    which `pending` may be on their way at once.
 
     Inputs are kept come what may, on the GPU if the host has no room for them."""
     sizes = bytes_of(config, run)
     layers = range(config.num_hidden_layers)
     times = [seconds_of(config, run, peak_flops, windowed=config.is_windowed(layer)) for layer in layers]
     forward = sum(sum(time.values()) + time["h"] / 2 for time in times)  # with the down projection
-    host_bytes = min(host_bytes, int(_COPY_SHARE * host_rate * forward))
+    host_bytes = min(host_bytes, int(_COPY_SHARE * host_rate * _FORWARD_SHARE * forward))
     room = gpu_bytes + host_bytes - len(layers) * sizes["x"]
     chosen = {(layer, "x") for layer in layers}
     ranked = sorted(((times[layer][name] / sizes[name], name, layer) for layer in layers for name in NAMES),
@@ -126,15 +154,22 @@ def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: 
         if sizes[name] <= room:
             chosen.add((layer, name))
             room -= sizes[name]
-    # the last layers' come back first: the first layers' go to the host, as much as has no room on the GPU
+    # the last layers' come back first: the first layers' go to the host, as much as has no room on the GPU, and no faster than
+    # copies are done (`pending` may wait for theirs); what then still has no room, whatever the wait
     excess = sum(sizes[name] for _, name in chosen) - gpu_bytes
     plans = [everything(Place.again) for _ in layers]
-    for layer, name in sorted(chosen, key=lambda item: (item[0], ("x", *NAMES).index(item[1]))):
-        on_host = excess > 0 and sizes[name] <= host_bytes and layer < len(layers) - 1
-        plans[layer][name] = Place.host if on_host else Place.gpu
-        if on_host:
-            excess -= sizes[name]
-            host_bytes -= sizes[name]
+    for layer, name in chosen:
+        plans[layer][name] = Place.gpu
+    for limit in (pending, math.inf):
+        waiting = 0.0
+        for layer in layers[:-1]:
+            for name in ("x", *NAMES):
+                fits = excess > 0 and sizes[name] <= host_bytes and waiting + sizes[name] <= limit
+                if fits and plans[layer][name] == Place.gpu:
+                    plans[layer][name] = Place.host
+                    excess, host_bytes, waiting = excess - sizes[name], host_bytes - sizes[name], waiting + sizes[name]
+            time = sum(times[layer].values()) + times[layer]["h"] / 2
+            waiting = max(0.0, waiting - _COPY_SHARE * _FORWARD_SHARE * host_rate * time)
     return plans
 
 
@@ -183,19 +218,29 @@ class MemoryBudget:
         # on their way to the host in the forward, or back one layer ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(4 * parameter.numel() for parameter in trainable if parameter.grad is None)
-        free = int(budget * (1 - _MARGIN)) - torch.cuda.memory_allocated(x.device) - pending
+        free = int(budget * (1 - _MARGIN)) - torch.cuda.memory_allocated(x.device)
         if free - workspace(self.config, run) - gradients < layers * sum(sizes.values()):
             run.keeps_h = False
         # gradients grow as what layers keep goes: only what they exceed it by is extra
         wanted = gradients if layers * sizes["x"] <= self.host_bytes else max(gradients, layers * sizes["x"])
         while free - workspace(self.config, run) < wanted and run.scratch_bytes > 1 << 26:
             run.scratch_bytes //= 2
-        room = max(0, free - workspace(self.config, run))
-        plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._rates[0],
-                            peak_flops=self._rates[1])
+        plans = self._fit(run, free, gradients=gradients, pending=pending)
         if self.store is not None:
             self.store.reserve(sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host))
         return Plan(plans, run.scratch_bytes, pending)
+
+    def _fit(self, run: Pass, free: int, *, gradients: int, pending: int) -> list[LayerPlan]:
+        """The plan that keeps most on the GPU while neither forward nor backward ever takes more than `free`."""
+        sizes, room = bytes_of(self.config, run), max(0, free)
+        while True:
+            plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._rates[0],
+                                pending=pending, peak_flops=self._rates[1])
+            forward, backward = most_held(plans, sizes, gradients=gradients, pending=pending)
+            excess = max(forward + forward_workspace(self.config, run), backward + workspace(self.config, run)) - free
+            if excess <= 0 or room == 0:
+                return plans
+            room = max(0, room - excess)
 
 
 def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:

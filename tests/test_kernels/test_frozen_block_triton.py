@@ -21,7 +21,7 @@ from models.experts import Mxfp4Experts
 from models.frozen_block import run_block
 from models.gpt_oss import Block, GptOss
 from models.lora import LoraConfig, attach_lora
-from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, plan_layers, visible_pairs
+from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, most_held, plan_layers, visible_pairs
 
 ARCHITECTURE = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -198,10 +198,11 @@ def test_visible_pairs_are_those_of_enumeration():
     assert visible_pairs(AttentionPlan(bounds, prefixes=prefixes), window) == (full, windowed)
 
 
-def plan(*, gpu_bytes, host_bytes=0, host_rate=1e18):
+def plan(*, gpu_bytes, host_bytes=0, host_rate=1e18, pending=float("inf")):
     config = GptOssConfig.from_architecture(WIDE)
     run = Pass(1000, 500_000, 16_000, 2, 2, True, False, 1 << 30)
-    plans = plan_layers(config, run, gpu_bytes=gpu_bytes, host_bytes=host_bytes, host_rate=host_rate, peak_flops=1e12)
+    plans = plan_layers(config, run, gpu_bytes=gpu_bytes, host_bytes=host_bytes, host_rate=host_rate, pending=pending,
+                        peak_flops=1e12)
     sizes = bytes_of(config, run)
     used = {place: sum(sizes[name] for layer in plans for name, where in layer.items() if where == place) for place in Place}
     return plans, used, sizes
@@ -239,6 +240,32 @@ def test_what_has_no_room_on_the_gpu_goes_to_the_host_first_layers_first():
     assert all(place == Place.host for place in plans[0].values()) and all(place == Place.gpu for place in plans[3].values())
     _, slow, _ = plan(gpu_bytes=total // 2, host_bytes=total, host_rate=1.0)  # a host too slow to be of use
     assert slow[Place.host] == 0 and slow[Place.again] > 0
+
+
+def test_copies_to_the_host_are_spread_over_the_layers_where_they_take_time():
+    sizes = plan(gpu_bytes=0)[2]
+    total, layer = 4 * sum(sizes.values()), sum(sizes.values())
+    settings = dict(gpu_bytes=6 * total // 10, host_bytes=total, host_rate=4e9)
+    plans, _, _ = plan(**settings, pending=0.8 * layer)
+    waits = [sum(sizes[name] for name, place in kept.items() if place == Place.host) / layer for kept in plans]
+    first, *_ = (sum(sizes[name] for name, place in kept.items() if place == Place.host) / layer for kept in plan(**settings)[0])
+    assert first == 1.0  # without a bound all of the first layer's
+    assert 0 < waits[0] <= 0.8 and waits[1] > 0 and waits[2] > 0 and waits[3] == 0, waits
+
+
+def test_the_most_held_counts_what_waits_what_is_on_its_way_and_what_is_done():
+    # sizes of 1, 10, 100 ... tell who is counted; three layers with x on the GPU, in host memory, on the GPU
+    sizes = {"x": 1, "qkv": 10, "attended": 100, "middle": 1000, "h": 10_000}
+    gpu, host, again = Place.gpu, Place.host, Place.again
+    plans = [{"x": gpu, "qkv": gpu, "attended": again, "middle": host, "h": again},
+             {"x": host, "qkv": again, "attended": gpu, "middle": again, "h": host},
+             {"x": gpu, "qkv": again, "attended": again, "middle": gpu, "h": again}]  # fmt: skip
+    forward, backward = most_held(plans, sizes, gradients=300_000, pending=10**9)
+    # the third layer's forward: 11 + 100 kept, 1,000 + 10,001 on their way out
+    assert forward == 111 + 11_001
+    # the first layer's backward has nothing before it and all gradients; the second's two thirds of them, 11 and 1,000
+    assert backward == max(111 + 11_001 + 100_000, 11 + 1_000 + 200_000, 300_000)
+    assert most_held(plans, sizes, gradients=0, pending=500)[1] == 111 + 10_001  # of several, at most one layer's
 
 
 # a layer of gpt-oss-20b with fewer experts
