@@ -25,6 +25,7 @@ import torch
 from kernels.attention import attention_backward, attention_forward
 from kernels.attention_plan import AttentionPlan
 from kernels.decode_linear import decode_linear
+from kernels.decode_routing import can_route_few, route_few
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
 from kernels.launch import product_path
@@ -103,11 +104,11 @@ class TrainingPass:
             return
         self.store.settle()  # what is still on its way out: the first time, since the forward did not wait
         num_bytes = 0
-        for layer in range(layer - 1, max(layer - LOOKAHEAD, 0) - 1, -1):
-            num_bytes += self.kept[layer].host_bytes()
-            if num_bytes > self.max_pending_bytes and num_bytes > self.kept[layer].host_bytes():
+        for before in range(layer - 1, max(layer - LOOKAHEAD, 0) - 1, -1):
+            num_bytes += self.kept[before].host_bytes()
+            if num_bytes > self.max_pending_bytes and num_bytes > self.kept[before].host_bytes():
                 break
-            self.kept[layer].fetch()
+            self.kept[before].fetch()
 
 
 @cache
@@ -215,6 +216,15 @@ def _route(block, normed: torch.Tensor, choose: Choose | None) -> tuple[torch.Te
     return weights, make_routing(indices, num_experts=logits.shape[1])
 
 
+def _decode_route(block, normed: torch.Tensor, choose: Choose | None) -> tuple[torch.Tensor, Routing]:
+    """_route, bit for bit."""
+    router, per_token = block.mlp.router, block.mlp.experts_per_token
+    adapts = router.lora_A is not None and router.adapter_enabled
+    if choose is not None or adapts or not can_route_few(len(normed), len(router.weight), per_token):
+        return _route(block, normed, choose)
+    return route_few(normed, router.weight, router.bias, experts_per_token=per_token)[1:]
+
+
 def _moe_settings(block) -> dict:
     experts = block.mlp.experts
     return {"lora": experts.lora_tensors(), "lora_scale": experts.lora_scale, "alpha": experts.alpha, "limit": experts.limit}
@@ -259,7 +269,7 @@ def _decode(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend
     attended = attend(attn.layer, q, k, v, attn.sinks).flatten(1)
     projected = _decode_project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
     normed, middle, _ = _norm(block.post_attention_layernorm, projected, x)
-    return block.mlp.experts.decode(normed, *_route(block, normed, choose), middle)
+    return block.mlp.experts.decode(normed, *_decode_route(block, normed, choose), middle)
 
 
 def _decodes(block, x: torch.Tensor) -> bool:

@@ -115,7 +115,8 @@ def forward_workspace(config: GptOssConfig, run: Pass) -> int:
     sizes = bytes_of(config, run)
     rows = run.num_tokens * config.num_experts_per_tok * run.element_size
     gate_up = config.num_local_experts * 2 * config.intermediate_size * config.hidden_size * run.element_size * run.is_packed
-    layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + rows * (config.intermediate_size + config.hidden_size) + 4 * sizes["x"]
+    layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + 4 * sizes["x"]
+    layer += rows * (config.intermediate_size + config.hidden_size)
     return layer + min(gate_up, run.scratch_bytes) + 100_000_000
 
 

@@ -81,6 +81,10 @@ class Recorder:
         self.routing = result[1]
         self.note_route_forward(arguments, settings, (result[0], result[1].indices))
 
+    def note_route_few(self, arguments: tuple, settings: dict, result: tuple[torch.Tensor, torch.Tensor, Routing]) -> None:
+        self.keep("router logits", result[0])
+        self.note_route(arguments, settings, result[1:])
+
     def note_experts_project(self, arguments: tuple, _, result: torch.Tensor) -> None:
         self.keep_routed({"gate_up_proj": "gate and up", "down_proj": "down"}[arguments[1]], result)
 
@@ -137,7 +141,8 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
     notes = [
         (frozen, "_norm", recorder.note_norm), (frozen, "_project", recorder.note_project),
         (frozen, "_decode_project", recorder.note_project), (frozen, "route_forward", recorder.note_route_forward),
-        (frozen, "make_routing", recorder.note_make_routing), (kernels.decode_linear, "low_rank_rows", recorder.hold_low_rank),
+        (frozen, "make_routing", recorder.note_make_routing), (frozen, "route_few", recorder.note_route_few),
+        (kernels.decode_linear, "low_rank_rows", recorder.hold_low_rank),
         (kernels.moe, "grouped_gemm", recorder.note_experts_low_rank), (kernels.moe, "_project", recorder.note_experts),
         (kernels.moe_decode, "low_rank_rows", recorder.note_experts_low_rank),
         (kernels.moe_decode, "decode_projection", recorder.note_experts),

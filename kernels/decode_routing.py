@@ -1,0 +1,72 @@
+"""From hidden states to sorted choices of experts in one launch, for few tokens: the router's logits, their top-k with gate
+weights, and the sort by expert.
+
+One program runs the three kernels of router_logits.py and routing.py one after the other, over the tiles that they would have
+alone: the bits are theirs.
+
+Shapes: T tokens, E experts, A experts per token, D model width.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import cdiv, gpu_family, launch, next_power_of_2, overlap_constants
+from kernels.router_logits import _router_logits_kernel
+from kernels.routing import SMALL_SORT, SORT_TILE, Routing, _route_blocks, _route_kernel, _sort_kernel
+
+
+@triton.jit
+def _route_few_kernel(x, weight, bias, logits, indices, gate_weights, order, tokens, inverse, offsets, num_tokens, num_rows,
+                      chunk_size, stride_x, stride_weight, NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
+                      PER_TOKEN: tl.constexpr, ROUTER_T: tl.constexpr, ROUTER_E: tl.constexpr,
+                      ROUTER_K: tl.constexpr, LINES: tl.constexpr,
+                      BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr,
+                      PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):
+    _router_logits_kernel(x, weight, bias, logits, num_tokens, stride_x, stride_weight, NUM_EXPERTS, WIDTH, ROUTER_T, ROUTER_E,
+                          ROUTER_K, LINES, PRECISION, OVERLAPS)
+    tl.debug_barrier()  # what other threads have stored is read from here on
+    _route_kernel(logits, indices, gate_weights, num_tokens, NUM_EXPERTS, NUM_EXPERTS, PER_TOKEN, BLOCK_T, BLOCK_E, BLOCK_A,
+                  False, False)
+    tl.debug_barrier()
+    _sort_kernel(indices, indices, order, tokens, inverse, offsets, num_rows, chunk_size, 1, NUM_EXPERTS, PER_TOKEN, BLOCK_R, 1,
+                 BLOCK_E, True, False)
+
+
+def few_blocks(family: str, num_tokens: int, num_experts: int, itemsize: int) -> dict[str, int]:
+    """Blocks of the router's product: all experts and tokens in one tile, few steps along the width."""
+    rows, columns = (16 if num_tokens <= 16 else 64), max(next_power_of_2(num_experts), 16)
+    if itemsize == 4 or family == "interpreter":
+        return {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": 32, "num_warps": 4, "num_stages": 2}
+    inner = 512 if rows + columns <= 48 else 128
+    if family == "consumer":
+        inner = min(inner, 256)
+    return {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": inner, "num_warps": 4, "num_stages": 3}
+
+
+def can_route_few(num_tokens: int, num_experts: int, experts_per_token: int) -> bool:
+    """Whether one program of each kernel serves so many tokens."""
+    return num_tokens <= min(_route_blocks(num_experts)["BLOCK_T"], 64) and num_tokens * experts_per_token <= SMALL_SORT
+
+
+def route_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *,
+              experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+    """The router's logits [T, E] fp32 of x [T, D] by weight [E, D] and bias [E], gate weights [T, A] fp32 and the routing.
+    Triton only, no gradient, for what can_route_few says."""
+    (num_tokens, width), num_experts, device = x.shape, weight.shape[0], x.device
+    assert can_route_few(num_tokens, num_experts, experts_per_token) and num_tokens > 0, (num_tokens, num_experts)
+    assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.stride(1) == 1, (x.dtype, weight.dtype, x.stride())
+    num_rows = num_tokens * experts_per_token
+    logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=device)
+    gate_weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=device)
+    indices = torch.empty((num_tokens, experts_per_token), dtype=torch.int64, device=device)
+    order, tokens = torch.empty((2, num_rows), dtype=torch.int32, device=device)
+    inverse = torch.empty((num_tokens, experts_per_token), dtype=torch.int32, device=device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    blocks = _route_blocks(num_experts)
+    block_r = min(max(SORT_TILE // blocks["BLOCK_E"], 4), 128)
+    launch(_route_few_kernel, (1,), x, weight, bias, logits, indices, gate_weights, order, tokens, inverse, offsets, num_tokens,
+           num_rows, block_r * cdiv(num_rows, block_r), x.stride(0), weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
+           PER_TOKEN=experts_per_token, LINES=next_power_of_2(cdiv(width, 64)), BLOCK_A=next_power_of_2(experts_per_token),
+           BLOCK_R=block_r, PRECISION="ieee", **blocks, **few_blocks(gpu_family(x), num_tokens, num_experts, x.element_size()),
+           **overlap_constants(x, num_tokens))
+    return logits, gate_weights, Routing(indices, order, tokens, inverse, offsets)
