@@ -277,6 +277,8 @@ def moe_decode_kernel(
             else:
                 weight_pointers += INNER * tl.cast(stride_weight, tl.int64)
 
+    if NUM_IN - TAIL <= INNER:  # where one step covers all inputs, and only there, the compiler would begin the sum with the bias
+        acc = acc * one
     is_feature = features < num_out
     if WAITS == 2:
         wait_for_launch_before(OVERLAPS)

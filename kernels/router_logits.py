@@ -47,13 +47,14 @@ def _router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, s
     x_ptrs = x_ptr + tokens[:, None] * stride_x + cols[None, :]
     weight_ptrs = weight_ptr + experts[None, :] * stride_weight + cols[:, None]  # [BLOCK_K, BLOCK_E]
     is_token, is_expert = tokens < num_tokens, experts < NUM_EXPERTS
-    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    # the sum begins with the bias: added last, the compiler would move it there itself, but only where one step covers the width
+    bias = tl.load(bias_ptr + experts, mask=is_expert, other=0.0).to(tl.float32)
+    logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32) + bias[None, :]
     for first in range(0, WIDTH, BLOCK_K):
         is_col = cols < WIDTH - first
         x = tl.load(x_ptrs + first, mask=is_token[:, None] & is_col[None, :], other=0.0)
         weight = tl.load(weight_ptrs + first, mask=is_expert[None, :] & is_col[:, None], other=0.0)
         logits = tl.dot(x, weight, logits, input_precision=PRECISION)
-    logits += tl.load(bias_ptr + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
     tl.store(logits_ptr + tokens[:, None] * NUM_EXPERTS + experts[None, :], logits,
              mask=is_token[:, None] & is_expert[None, :])
 

@@ -426,3 +426,13 @@ def test_gather_and_weighted_sum_stay_within_twice_the_errors_of_eager_bf16(num_
     for actual, other, expected in zip(ours, eager, exact):
         assert (actual.double() - expected).norm() <= 2 * (other.double() - expected).norm() + 1e-9 * expected.norm()
     assert all(map(torch.equal, run(None), ours))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [32, 96, 130, 2880])
+def test_router_logits_have_the_same_bits_among_few_and_many_tokens(width):
+    x, weight, bias = normal(3000, width), normal(4, width, seed=1) / width**0.5, normal(4, seed=2)
+    x, weight, bias = (tensor.to("cuda", torch.bfloat16) for tensor in (x, weight, bias))
+    many = router_logits(x, weight, bias)
+    for count in (1, 16, 64, 512):
+        assert torch.equal(router_logits(x[:count], weight, bias), many[:count]), count
