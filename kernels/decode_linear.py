@@ -10,8 +10,16 @@ Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product
 """
 import torch
 
-from kernels.launch import gpu_family, is_triton, next_power_of_2
-from kernels.moe_decode import FOR_LOW_RANK, FOR_X, DecodeBlocks, Projection, decode_projection, low_rank_rows
+from kernels.launch import gpu_family, is_triton
+from kernels.moe_decode import (
+    FOR_LOW_RANK,
+    FOR_X,
+    DecodeBlocks,
+    Projection,
+    decode_projection,
+    fit_blocks,
+    low_rank_rows,
+)
 
 # family -> (at most so many tokens, blocks where out is wider than in, other blocks), the last for all above. Tiles under 64 rows
 # are mma.sync's on every GPU
@@ -51,9 +59,7 @@ def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_i
         table = _LINEAR[family]
         _, wide, narrow = next((row for row in table if num_tokens <= row[0]), table[-1])
         blocks = wide if num_out > num_in else narrow
-    if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
-        blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
-    return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
+    return fit_blocks(blocks, family, dtype, num_in)
 
 
 def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, lora_A: torch.Tensor | None = None,

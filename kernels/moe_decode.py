@@ -108,6 +108,13 @@ _LOW_RANK = {
 }
 
 
+def fit_blocks(blocks: DecodeBlocks, family: str, dtype: torch.dtype, num_in: int) -> DecodeBlocks:
+    """Blocks of a table as this dtype and so many inputs can have them."""
+    if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
+        blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
+    return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
+
+
 def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
                          is_packed: bool) -> DecodeBlocks:
     table = (_PACKED if is_packed else _DENSE)[family]
@@ -116,10 +123,9 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_exp
     if not is_packed and num_out <= 64:
         blocks = _LOW_RANK[family]
         blocks = blocks._replace(rows=max(blocks.rows, next_power_of_2(num_out)))
-    if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
-        blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
+    blocks = fit_blocks(blocks, family, dtype, num_in)
     if not is_packed:
-        return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
+        return blocks
     inner, chunk = max(blocks.inner, chunk_of(num_in)), chunk_of(num_in)
     while inner > chunk and (inner > num_in or (num_in % inner) & (num_in % inner - 1)):
         inner //= 2  # what a last short step leaves must be a power of two

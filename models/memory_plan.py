@@ -10,7 +10,7 @@ Sizes in bytes, times in seconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Iterable
 
@@ -114,10 +114,10 @@ def forward_workspace(config: GptOssConfig, run: Pass) -> int:
     """The same for the forward of one layer."""
     sizes = bytes_of(config, run)
     rows = run.num_tokens * config.num_experts_per_tok * run.element_size
-    gate_up = config.num_local_experts * 2 * config.intermediate_size * config.hidden_size * run.element_size * run.is_packed
     layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + 4 * sizes["x"]
     layer += rows * (config.intermediate_size + config.hidden_size)
-    return layer + min(gate_up, run.scratch_bytes) + 100_000_000
+    # nothing is computed again: never two projections' weights at once
+    return layer + scratch(config, replace(run, keeps_h=True)) + 100_000_000
 
 
 def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, pending: int) -> tuple[int, int]:
