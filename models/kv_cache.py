@@ -179,17 +179,3 @@ class KVCache:
         """Copies the first entries of page or ring `source` into `targets` [n]."""
         for cache in (self.keys[layer], self.values[layer]):
             cache[targets, :num_entries] = cache[source, :num_entries].clone()  # index_put refuses views of itself
-
-
-def size_cache(config: GptOssConfig, *, num_bytes: int, num_slots: int, max_len: int, dtype: torch.dtype) -> int:
-    """Pages that fit into `num_bytes` beside the rings of `num_slots` slots; never more than all slots at `max_len` tokens take.
-    Raises ValueError where they do not hold one sequence of `max_len` tokens."""
-    per_page, rings = page_bytes(config, dtype), num_slots * slot_bytes(config, dtype, max_len=max_len)
-    num_pages = num_slots * KVCache.pages_for(max_len)
-    if per_page:
-        num_pages = min(num_pages, (num_bytes - rings) // per_page)
-    if num_pages < KVCache.pages_for(max_len) or rings > num_bytes:
-        needed = rings + KVCache.pages_for(max_len) * per_page
-        raise ValueError(f"a cache of {num_bytes} bytes does not hold the rings of {num_slots} slots and a sequence of {max_len} "
-                         f"tokens, which take {needed}: give it more, or take fewer slots or shorter sequences")
-    return num_pages

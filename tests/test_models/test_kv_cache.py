@@ -5,7 +5,7 @@ import torch
 
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
-from models.kv_cache import PAGE_TOKENS, KVCache, size_cache
+from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
 WINDOW = 4
 
@@ -202,14 +202,10 @@ def test_a_token_without_a_page_is_refused_on_the_cpu(config):
         cache.write(1, k, k, torch.tensor([0, 0]), torch.tensor([63, 64]))
 
 
-def test_a_cache_gets_the_pages_that_fit_beside_its_rings(config):
-    settings = {"num_slots": 4, "max_len": 200, "dtype": torch.bfloat16}
-    rings, page = 4 * 2 * 2 * WINDOW * 2 * 8 * 2, 2 * 64 * 2 * 8 * 2
-    assert size_cache(config, num_bytes=rings + 7 * page, **settings) == 7
-    assert size_cache(config, num_bytes=rings + 8 * page - 1, **settings) == 7
-    assert size_cache(config, num_bytes=1 << 40, **settings) == 16  # every slot at max_len
-    with pytest.raises(ValueError, match=f"take {rings + 4 * page}"):
-        size_cache(config, num_bytes=rings + 4 * page - 1, **settings)
+def test_the_bytes_of_pages_and_rings(config):
+    # two windowed layers and one full; keys and values of 2 heads of 8 in 2 bytes
+    assert slot_bytes(config, torch.bfloat16, max_len=200) == 2 * 2 * WINDOW * 2 * 8 * 2
+    assert page_bytes(config, torch.bfloat16) == 2 * 64 * 2 * 8 * 2
 
 
 @torch.no_grad()
