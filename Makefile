@@ -18,10 +18,10 @@ help: ## this list
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
-# Without ARGS in two processes of one thread: the kernels' tests take half the time.
+# Without ARGS in two processes side by side: the kernels' tests take half the time.
 test: $(INSTALLED) ## all tests that need no GPU
 ifeq ($(strip $(ARGS)),)
-	@export OMP_NUM_THREADS=1; log=$$(mktemp); \
+	@log=$$(mktemp); \
 	$(BIN)/python -m pytest -m "not gpu" tests/test_kernels >"$$log" 2>&1 & kernels=$$!; \
 	trap 'kill $$kernels 2>/dev/null || true; rm -f "$$log"' EXIT; \
 	others=0; $(BIN)/python -m pytest -m "not gpu" --ignore=tests/test_kernels || others=$$?; \
