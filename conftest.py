@@ -1,6 +1,7 @@
 """Settings of every test: one thread, our own `kernels`, GPU tests only where there is a GPU."""
 
 import os
+from collections.abc import Callable
 
 # before anything imports torch: threads that wait for each other by spinning make tiny tensors many times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 import models  # noqa: F401  (raises ImportError where another package named kernels hides ours)
+
+
+@pytest.fixture(scope="session")
+def lively_model() -> Callable:
+    """Makes a float32 model on the CPU whose logits are far from even and whose sinks and biases are not zero."""
+    import torch
+
+    from models.gpt_oss import GptOss
+
+    def make(config, *, head_factor: float) -> GptOss:
+        policy = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
+        policy.init_weights(seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in policy.named_parameters():
+            if name == "lm_head.weight":
+                parameter.data.mul_(head_factor)
+            elif parameter.ndim == 1 and "norm" not in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        return policy
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,7 @@ NO_STOP = ()
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(lively_model):
     """A windowed layer (window 8) and a full one; lively logits, sinks and biases."""
     config = GptOssConfig(
         vocab_size=VOCAB,
@@ -32,15 +32,7 @@ def model():
         layer_types=["sliding_attention", "full_attention"],
         max_position_embeddings=64,
     )
-    policy = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
-    policy.init_weights(seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.named_parameters():
-        if name == "lm_head.weight":
-            parameter.mul_(15.0)
-        elif parameter.ndim == 1 and "norm" not in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return policy
+    return lively_model(config, head_factor=15.0)
 
 
 def make_prompts(num_prompts, *, lengths=(1, 12), seed=0):

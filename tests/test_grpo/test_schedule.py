@@ -24,16 +24,8 @@ def make_config() -> GptOssConfig:
 
 
 @pytest.fixture(scope="module")
-def model():
-    policy = GptOss(make_config(), dtype=torch.float32, device="cpu", experts="bf16")
-    policy.init_weights(seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.named_parameters():
-        if name == "lm_head.weight":
-            parameter.mul_(20.0)
-        elif parameter.ndim == 1 and "norm" not in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return policy
+def model(lively_model):
+    return lively_model(make_config(), head_factor=20.0)
 
 
 def make_prompts(lengths: list[int]) -> list[Prompt]:

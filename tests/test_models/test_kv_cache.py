@@ -18,16 +18,8 @@ def config() -> GptOssConfig:
 
 
 @pytest.fixture(scope="module")
-def model(config) -> GptOss:
-    policy = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
-    policy.init_weights(seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.named_parameters():
-        if name == "lm_head.weight":
-            parameter.mul_(20.0)
-        elif parameter.ndim == 1 and "norm" not in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return policy
+def model(config, lively_model) -> GptOss:
+    return lively_model(config, head_factor=20.0)
 
 
 def make_cache(config, *, num_slots=4, max_len=200, num_pages=8, dtype=torch.float32) -> KVCache:
