@@ -62,11 +62,12 @@ def route_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *,
     order, tokens = torch.empty((2, num_rows), dtype=torch.int32, device=device)
     inverse = torch.empty((num_tokens, experts_per_token), dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    router = few_blocks(gpu_family(x), num_tokens, num_experts, x.element_size())
     blocks = _route_blocks(num_experts)
-    block_r = min(max(SORT_TILE // blocks["BLOCK_E"], 4), 128)
+    blocks["BLOCK_T"] = min(blocks["BLOCK_T"], router["ROUTER_T"])
+    block_r = min(max(SORT_TILE // blocks["BLOCK_E"], 4), max(next_power_of_2(num_rows), 16), 128)
     launch(_route_few_kernel, (1,), x, weight, bias, logits, indices, gate_weights, order, tokens, inverse, offsets, num_tokens,
            num_rows, block_r * cdiv(num_rows, block_r), x.stride(0), weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
            PER_TOKEN=experts_per_token, LINES=next_power_of_2(cdiv(width, 64)), BLOCK_A=next_power_of_2(experts_per_token),
-           BLOCK_R=block_r, PRECISION="ieee", **blocks, **few_blocks(gpu_family(x), num_tokens, num_experts, x.element_size()),
-           **overlap_constants(x, num_tokens))
+           BLOCK_R=block_r, PRECISION="ieee", **blocks, **router, **overlap_constants(x, num_tokens))
     return logits, gate_weights, Routing(indices, order, tokens, inverse, offsets)

@@ -90,8 +90,10 @@ def _route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logit
         values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         values = tl.where((slots < PER_TOKEN)[None, :], values, float("-inf"))
     exponents = tl.exp(values - tl.max(values, 1)[:, None])
-    weights = exponents / tl.sum(exponents, 1)[:, None]
-    tl.store(weights_ptr + pairs, weights, mask=is_slot)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for slot in tl.static_range(PER_TOKEN):  # in slot order: tl.sum's order over slots differs between kernels and sizes
+        total += tl.sum(tl.where((slots == slot)[None, :], exponents, 0.0), 1)
+    tl.store(weights_ptr + pairs, exponents / total[:, None], mask=is_slot)
 
 
 @triton.jit

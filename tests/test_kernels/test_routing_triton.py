@@ -168,16 +168,19 @@ def test_the_sort_is_stable_whether_one_program_or_many_do_it(
                          [(1, 4, 32, 60), (16, 2, 5, 33), (17, 1, 3, 96), (64, 4, 32, 40)])
 def test_one_launch_routes_few_tokens_as_three_do(num_tokens, per_token, num_experts, width, poisoned):
     x, weight, bias = normal(num_tokens, width), normal(num_experts, width, seed=1), normal(num_experts, seed=2)
-    check_route_few(x, weight, bias, per_token)
+    logits = check_route_few(x, weight, bias, per_token)
+    # last bits of the interpreter's products depend on the tile and on the processor
+    torch.testing.assert_close(logits, router_logits(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def check_route_few(x, weight, bias, per_token) -> None:
-    expected_logits = router_logits(x, weight, bias)
-    expected_weights, expected = route(expected_logits, experts_per_token=per_token)
+def check_route_few(x, weight, bias, per_token) -> torch.Tensor:
+    """Asserts that one launch does with its logits what two others do. Returns them."""
     logits, weights, routing = route_few(x, weight, bias, experts_per_token=per_token)
-    assert torch.equal(logits, expected_logits) and torch.equal(weights, expected_weights)
+    expected_weights, expected = route(logits, experts_per_token=per_token)
+    assert torch.equal(weights, expected_weights)
     for name in ("indices", "order", "tokens", "inverse", "offsets_device"):
         assert torch.equal(getattr(routing, name), getattr(expected, name)), name
+    return logits
 
 
 @pytest.mark.interpreter
@@ -350,10 +353,11 @@ def test_the_routing_of_few_tokens_fits_every_gpu(arch, num_tokens, num_experts)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (7, 32), (16, 32), (17, 32), (64, 32), (16, 128), (5, 4)])
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (7, 32), (16, 32), (17, 32), (64, 32), (16, 128), (5, 4), (64, 8)])
 def test_one_launch_routes_few_tokens_as_three_do_on_the_gpu(num_tokens, num_experts):
     given = normal(num_tokens, 2880), normal(num_experts, 2880, seed=1) / 2880**0.5, normal(num_experts, seed=2)
-    check_route_few(*(tensor.to("cuda", torch.bfloat16) for tensor in given), min(4, num_experts))
+    given = [tensor.to("cuda", torch.bfloat16) for tensor in given]
+    assert torch.equal(check_route_few(*given, min(4, num_experts)), router_logits(*given))
 
 
 @pytest.mark.gpu
