@@ -1,8 +1,7 @@
 """From hidden states to sorted choices of experts in one launch, for few tokens: the router's logits, their top-k with gate
-weights, and the sort by expert.
+weights, and the sort by expert; for some more tokens in two, the logits apart.
 
-One program runs the three kernels of router_logits.py and routing.py one after the other, over the tiles that they would have
-alone: the bits are theirs.
+One program runs the kernels of router_logits.py and routing.py one after the other. No tile changes a bit of any of them.
 
 Shapes: T tokens, E experts, A experts per token, D model width.
 """
@@ -11,8 +10,12 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, gpu_family, launch, next_power_of_2, overlap_constants
-from kernels.router_logits import _router_logits_kernel
-from kernels.routing import SMALL_SORT, SORT_TILE, Routing, _route_blocks, _route_kernel, _sort_kernel
+from kernels.router_logits import _router_logits_kernel, router_forward
+from kernels.routing import SMALL_SORT, Routing, _route_kernel, _sort_kernel
+
+MAX_TOKENS = 64  # of a router's product in one program
+_TILE = 4096  # tokens times experts of the top-k, in one tile
+_SORT_TILE = 8192  # choices times experts, as long as registers hold them
 
 
 @triton.jit
@@ -21,31 +24,37 @@ def _route_few_kernel(x, weight, bias, logits, indices, gate_weights, order, tok
                       PER_TOKEN: tl.constexpr, ROUTER_T: tl.constexpr, ROUTER_E: tl.constexpr,
                       ROUTER_K: tl.constexpr, LINES: tl.constexpr,
                       BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr,
-                      PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):
-    _router_logits_kernel(x, weight, bias, logits, num_tokens, stride_x, stride_weight, NUM_EXPERTS, WIDTH, ROUTER_T, ROUTER_E,
-                          ROUTER_K, LINES, PRECISION, OVERLAPS)
-    tl.debug_barrier()  # what other threads have stored is read from here on
+                      PRECISION: tl.constexpr, HAS_LOGITS: tl.constexpr, OVERLAPS: tl.constexpr):
+    if not HAS_LOGITS:
+        _router_logits_kernel(x, weight, bias, logits, num_tokens, stride_x, stride_weight, NUM_EXPERTS, WIDTH, ROUTER_T,
+                              ROUTER_E, ROUTER_K, LINES, PRECISION, OVERLAPS)
+        tl.debug_barrier()  # what other threads have stored is read from here on
     _route_kernel(logits, indices, gate_weights, num_tokens, NUM_EXPERTS, NUM_EXPERTS, PER_TOKEN, BLOCK_T, BLOCK_E, BLOCK_A,
-                  False, False)
+                  False, HAS_LOGITS and OVERLAPS)
     tl.debug_barrier()
     _sort_kernel(indices, indices, order, tokens, inverse, offsets, num_rows, chunk_size, 1, NUM_EXPERTS, PER_TOKEN, BLOCK_R, 1,
                  BLOCK_E, True, False)
 
 
-def few_blocks(family: str, num_tokens: int, num_experts: int, itemsize: int) -> dict[str, int]:
-    """Blocks of the router's product: all experts and tokens in one tile, few steps along the width."""
-    rows, columns = (16 if num_tokens <= 16 else 64), max(next_power_of_2(num_experts), 16)
+def few_blocks(family: str, num_tokens: int, num_experts: int, per_token: int, itemsize: int) -> dict[str, int]:
+    """Blocks of the router's product, all experts and tokens in one tile and few steps along the width, and of what follows."""
+    block_e, num_rows = next_power_of_2(num_experts), num_tokens * per_token
+    block_t = max(16, next_power_of_2(num_tokens))
+    block_r = min(max(_SORT_TILE // block_e, 4), max(next_power_of_2(num_rows), 16))
+    blocks = {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_R": block_r, "num_warps": 4 if num_tokens <= MAX_TOKENS else 8}
+    rows, columns = (16 if num_tokens <= 16 else 64), max(block_e, 16)
     if itemsize == 4 or family == "interpreter":
-        return {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": 32, "num_warps": 4, "num_stages": 2}
+        return blocks | {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": 32, "num_stages": 2}
     inner = 512 if rows + columns <= 48 else 128
     if family == "consumer":
         inner = min(inner, 256)
-    return {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": inner, "num_warps": 4, "num_stages": 3}
+    return blocks | {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": inner, "num_stages": 3}
 
 
 def can_route_few(num_tokens: int, num_experts: int, experts_per_token: int) -> bool:
-    """Whether one program of each kernel serves so many tokens."""
-    return num_tokens <= min(_route_blocks(num_experts)["BLOCK_T"], 64) and num_tokens * experts_per_token <= SMALL_SORT
+    """Whether one program serves so many tokens."""
+    return (next_power_of_2(num_tokens) * next_power_of_2(num_experts) <= _TILE
+            and num_tokens * experts_per_token <= SMALL_SORT)
 
 
 def route_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *,
@@ -55,19 +64,20 @@ def route_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *,
     (num_tokens, width), num_experts, device = x.shape, weight.shape[0], x.device
     assert can_route_few(num_tokens, num_experts, experts_per_token) and num_tokens > 0, (num_tokens, num_experts)
     assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.stride(1) == 1, (x.dtype, weight.dtype, x.stride())
-    num_rows = num_tokens * experts_per_token
-    logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=device)
+    num_rows, has_logits = num_tokens * experts_per_token, num_tokens > MAX_TOKENS
+    if has_logits:
+        logits = router_forward(x, weight, bias)
+    else:
+        logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=device)
     gate_weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=device)
     indices = torch.empty((num_tokens, experts_per_token), dtype=torch.int64, device=device)
     order, tokens = torch.empty((2, num_rows), dtype=torch.int32, device=device)
     inverse = torch.empty((num_tokens, experts_per_token), dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    router = few_blocks(gpu_family(x), num_tokens, num_experts, x.element_size())
-    blocks = _route_blocks(num_experts)
-    blocks["BLOCK_T"] = min(blocks["BLOCK_T"], router["ROUTER_T"])
-    block_r = min(max(SORT_TILE // blocks["BLOCK_E"], 4), max(next_power_of_2(num_rows), 16), 128)
+    blocks = few_blocks(gpu_family(x), num_tokens, num_experts, experts_per_token, x.element_size())
     launch(_route_few_kernel, (1,), x, weight, bias, logits, indices, gate_weights, order, tokens, inverse, offsets, num_tokens,
-           num_rows, block_r * cdiv(num_rows, block_r), x.stride(0), weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
-           PER_TOKEN=experts_per_token, LINES=next_power_of_2(cdiv(width, 64)), BLOCK_A=next_power_of_2(experts_per_token),
-           BLOCK_R=block_r, PRECISION="ieee", **blocks, **router, **overlap_constants(x, num_tokens))
+           num_rows, blocks["BLOCK_R"] * cdiv(num_rows, blocks["BLOCK_R"]), x.stride(0), weight.stride(0),
+           NUM_EXPERTS=num_experts, WIDTH=width, PER_TOKEN=experts_per_token, LINES=next_power_of_2(cdiv(width, 64)),
+           BLOCK_A=next_power_of_2(experts_per_token), PRECISION="ieee", HAS_LOGITS=has_logits, **blocks,
+           **overlap_constants(x, num_tokens))
     return logits, gate_weights, Routing(indices, order, tokens, inverse, offsets)

@@ -20,7 +20,6 @@ from kernels.router_logits import (
     router_logits,
 )
 from kernels.routing import (
-    SORT_TILE,
     _combine_grad_kernel,
     _count_kernel,
     _dispatch_kernel,
@@ -165,7 +164,7 @@ def test_the_sort_is_stable_whether_one_program_or_many_do_it(
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("num_tokens, per_token, num_experts, width",
-                         [(1, 4, 32, 60), (16, 2, 5, 33), (17, 1, 3, 96), (64, 4, 32, 40)])
+                         [(1, 4, 32, 60), (16, 2, 5, 33), (17, 1, 3, 96), (64, 4, 32, 40), (100, 4, 32, 40)])
 def test_one_launch_routes_few_tokens_as_three_do(num_tokens, per_token, num_experts, width, poisoned):
     x, weight, bias = normal(num_tokens, width), normal(num_experts, width, seed=1), normal(num_experts, seed=2)
     logits = check_route_few(x, weight, bias, per_token)
@@ -336,24 +335,24 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
         assert resources.has_mma
 
 
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (64, 32), (16, 128)])
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (64, 32), (128, 32), (32, 128)])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_routing_of_few_tokens_fits_every_gpu(arch, num_tokens, num_experts):
     assert can_route_few(num_tokens, num_experts, 4)
-    blocks = few_blocks(family_of(arch), num_tokens, num_experts, 2) | _route_blocks(num_experts)
+    blocks = few_blocks(family_of(arch), num_tokens, num_experts, 4, 2)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     signature = dict.fromkeys(("x", "weight", "bias"), "*bf16") | dict.fromkeys(("logits", "gate_weights"), "*fp32")
     signature |= dict.fromkeys(("order", "tokens", "inverse", "offsets"), "*i32") | {"indices": "*i64"}
     signature |= dict.fromkeys(("num_tokens", "num_rows", "chunk_size", "stride_x", "stride_weight"), "i32")
     sizes = {"NUM_EXPERTS": num_experts, "WIDTH": 2880, "PER_TOKEN": 4, "LINES": 64, "BLOCK_A": 4, "PRECISION": "ieee",
-             "BLOCK_R": min(SORT_TILE // num_experts, 128), "OVERLAPS": arch == 90}
+             "HAS_LOGITS": num_tokens > 64, "OVERLAPS": arch == 90}
     resources = compile_for(_route_few_kernel, signature, sizes | blocks, arch, **options)
     check_fits(resources, arch)
-    assert resources.has_mma
+    assert resources.has_mma == (num_tokens <= 64)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (7, 32), (16, 32), (17, 32), (64, 32), (16, 128), (5, 4), (64, 8)])
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (7, 32), (16, 32), (17, 32), (64, 32), (16, 128), (32, 128), (5, 4), (64, 8), (65, 32), (128, 32)])
 def test_one_launch_routes_few_tokens_as_three_do_on_the_gpu(num_tokens, num_experts):
     given = normal(num_tokens, 2880), normal(num_experts, 2880, seed=1) / 2880**0.5, normal(num_experts, seed=2)
     given = [tensor.to("cuda", torch.bfloat16) for tensor in given]
