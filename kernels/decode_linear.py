@@ -31,34 +31,32 @@ _LINEAR = {
     "consumer": ((16, DecodeBlocks(32, 16, 128, 4, 4), DecodeBlocks(32, 16, 128, 4, 4)),
                  (32, DecodeBlocks(32, 32, 128, 4, 3), DecodeBlocks(32, 32, 128, 4, 3)),
                  (512, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((16, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(32, 16, 128, 4, 6)),
-               (32, DecodeBlocks(64, 32, 128, 4, 4), DecodeBlocks(64, 16, 128, 4, 4)),
+    "hopper": ((16, DecodeBlocks(64, 16, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
+               (32, DecodeBlocks(64, 32, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
                (64, DecodeBlocks(64, 64, 128, 4, 4), DecodeBlocks(64, 32, 128, 4, 4)),
-               (128, DecodeBlocks(64, 32, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
+               (128, DecodeBlocks(64, 64, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
                (512, DecodeBlocks(128, 64, 64, 8, 4), DecodeBlocks(128, 64, 64, 8, 4))),
     "blackwell": ((16, DecodeBlocks(128, 16, 64, 4, 6), DecodeBlocks(128, 16, 64, 4, 6)),
                   (512, DecodeBlocks(128, 64, 64, 4, 5), DecodeBlocks(128, 64, 64, 4, 5))),
     "interpreter": ((16, DecodeBlocks(16, 16, 32, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
                     (512, DecodeBlocks(32, 32, 32, 4, 2), DecodeBlocks(32, 32, 32, 4, 2))),
 }  # fmt: skip
-# x A^T: few programs that each run through all inputs, in fp32 masters twice the bytes
+# x A^T, at most so many tokens: few programs that each run through all inputs, in fp32 masters twice the bytes. What counts is
+# how many bytes a program has asked for at once
 _LOW_RANK = {
-    "ampere": DecodeBlocks(16, 16, 128, 4, 6),
-    "consumer": DecodeBlocks(16, 16, 128, 4, 4),
-    "hopper": DecodeBlocks(16, 16, 256, 4, 5),
-    "blackwell": DecodeBlocks(16, 16, 256, 4, 5),
-    "interpreter": DecodeBlocks(16, 16, 32, 4, 2),
+    "ampere": ((512, DecodeBlocks(16, 16, 128, 4, 6)),),
+    "consumer": ((512, DecodeBlocks(16, 16, 128, 4, 4)),),
+    "hopper": ((32, DecodeBlocks(16, 16, 512, 2, 4)), (512, DecodeBlocks(32, 32, 256, 4, 4))),
+    "blackwell": ((512, DecodeBlocks(16, 16, 256, 4, 5)),),
+    "interpreter": ((512, DecodeBlocks(16, 16, 32, 4, 2)),),
 }
 
 
 def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, num_out: int, *,
                          is_low_rank: bool) -> DecodeBlocks:
-    if is_low_rank:
-        blocks = _LOW_RANK[family]
-    else:
-        table = _LINEAR[family]
-        _, wide, narrow = next((row for row in table if num_tokens <= row[0]), table[-1])
-        blocks = wide if num_out > num_in else narrow
+    table = (_LOW_RANK if is_low_rank else _LINEAR)[family]
+    _, wide, *narrow = next((row for row in table if num_tokens <= row[0]), table[-1])
+    blocks = narrow[0] if narrow and num_out <= num_in else wide
     return fit_blocks(blocks, family, dtype, num_in)
 
 

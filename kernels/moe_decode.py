@@ -98,13 +98,13 @@ _DENSE = {
     "blackwell": ((8, DecodeBlocks(128, 16, 64, 4, 6)), (64, DecodeBlocks(128, 64, 64, 4, 5))),
     "interpreter": ((64, DecodeBlocks(32, 16, 32, 4, 2)),),
 }
-# LoRA's first factors (rows: at least): few programs that each run through all inputs
+# LoRA's first factors (rows: at least), as _DENSE: few programs that each run through all inputs
 _LOW_RANK = {
-    "ampere": DecodeBlocks(16, 16, 128, 4, 4),
-    "consumer": DecodeBlocks(16, 16, 128, 4, 3),
-    "hopper": DecodeBlocks(16, 16, 128, 2, 4),
-    "blackwell": DecodeBlocks(16, 16, 128, 4, 4),
-    "interpreter": DecodeBlocks(16, 16, 32, 4, 2),
+    "ampere": ((64, DecodeBlocks(16, 16, 128, 4, 4)),),
+    "consumer": ((64, DecodeBlocks(16, 16, 128, 4, 3)),),
+    "hopper": ((4, DecodeBlocks(16, 16, 512, 2, 4)), (64, DecodeBlocks(16, 16, 128, 2, 4))),
+    "blackwell": ((64, DecodeBlocks(16, 16, 128, 4, 4)),),
+    "interpreter": ((64, DecodeBlocks(16, 16, 32, 4, 2)),),
 }
 
 
@@ -117,12 +117,14 @@ def fit_blocks(blocks: DecodeBlocks, family: str, dtype: torch.dtype, num_in: in
 
 def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
                          is_packed: bool) -> DecodeBlocks:
-    table = (_PACKED if is_packed else _DENSE)[family]
+    is_low_rank = not is_packed and num_out <= 64
+    table = (_PACKED if is_packed else _LOW_RANK if is_low_rank else _DENSE)[family]
     wide, *narrow = next((row[1:] for row in table if num_rows <= row[0] * num_experts), table[-1][1:])
     blocks = narrow[0] if narrow and num_out <= num_in else wide
-    if not is_packed and num_out <= 64:
-        blocks = _LOW_RANK[family]
-        blocks = blocks._replace(rows=max(blocks.rows, next_power_of_2(num_out)))
+    if is_low_rank:
+        rows = max(blocks.rows, next_power_of_2(num_out))
+        inner = max(blocks.inner * blocks.rows // rows, min(blocks.inner, 128))  # so many bytes, as far as it goes
+        blocks = blocks._replace(rows=rows, inner=inner)
     blocks = fit_blocks(blocks, family, dtype, num_in)
     if not is_packed:
         return blocks

@@ -129,6 +129,7 @@ USES = {
     "down after gate_up": DOWN | dict(num_rows=128, waits=1),
     "LoRA A after gate_up": dict(num_rows=4, num_out=16, is_packed=False, weight_kind="fp32", flags=("SCALE",), waits=1),
     "LoRA A of rank 16": dict(num_rows=128, num_out=16, is_packed=False, weight_kind="fp32", flags=("GATHER", "SCALE")),
+    "LoRA A of rank 64, 1 token": dict(num_rows=4, num_out=64, is_packed=False, weight_kind="fp32", flags=("SCALE",)),
     "LoRA A of rank 64": dict(num_rows=2048, num_out=64, is_packed=False, weight_kind="fp32", flags=("SCALE",)),
 }  # fmt: skip
 
