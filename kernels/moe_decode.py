@@ -79,7 +79,7 @@ _PACKED = {
     "consumer": ((4, DecodeBlocks(64, 16, 64, 4, 4), DecodeBlocks(64, 16, 64, 4, 4)),
                  (16, DecodeBlocks(64, 32, 64, 4, 3), DecodeBlocks(64, 32, 64, 4, 3)),
                  (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((0.4, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
+    "hopper": ((0.4, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 256, 4, 4)),
                (2, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(128, 16, 128, 4, 3)),
                (11, DecodeBlocks(128, 16, 128, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
                (23, DecodeBlocks(128, 32, 128, 4, 3), DecodeBlocks(128, 32, 128, 4, 3)),

@@ -256,7 +256,7 @@ def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: i
 def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 4096, prompt_lens: tuple[int, int] = (16, 256),
                   max_batch: int = 512, share: float = 0.1) -> dict:
     """Requests of random lengths, without a bound on the cache and through one that holds a share of them all."""
-    stop_ids = random_stop_ids(policy, max_new_tokens / 3, seed=1)
+    stop_ids = random_stop_ids(policy, max_new_tokens / 6, seed=1)
     prompts = random_prompts(policy, random_lengths(count, *prompt_lens, seed=2), seed=3)
 
     def sample(cache_gb: float | None) -> tuple[list[Completion], float, Sampler]:

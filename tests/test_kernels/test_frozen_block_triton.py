@@ -2,6 +2,7 @@
 
 The composition of autograd operations (models.gpt_oss.Block.forward) is itself compared with golden tensors elsewhere."""
 
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dt
     return model
 
 
-def gradients(model, lengths=(7, 1, 12)):
+def gradients(model, lengths=(7, 1, 12), seed=3):
     """Of a weighted sum of log-probs and entropies of packed random sequences; and the log-probs."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (sum(lengths),), generator=generator).to(model.device)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(model.device)
     mask = torch.ones(sum(lengths), dtype=torch.bool, device=model.device)
@@ -327,9 +328,17 @@ def test_in_bf16_gradients_are_as_near_to_fp32_as_those_of_autograd(monkeypatch)
     low = build(WIDE, dtype=torch.bfloat16, **settings)
     exact = build(WIDE, **settings)
     exact.load_state_dict(low.state_dict())  # the same rounded weights
-    ours, theirs = gradients(low, lengths=lengths), composed(low, monkeypatch, lengths=lengths)
-    for name, expected in composed(exact, monkeypatch, lengths=lengths).items():
-        our_error, their_error = ((actual[name].float() - expected).norm() / expected.norm() for actual in (ours, theirs))
+    # over several batches: the router's gradients are sums of terms that cancel, whose error in one batch is a matter of luck
+    norms, our_errors, their_errors = Counter(), Counter(), Counter()
+    for seed in range(3, 11):
+        settings = {"lengths": lengths, "seed": seed}
+        ours, theirs = gradients(low, **settings), composed(low, monkeypatch, **settings)
+        for name, expected in composed(exact, monkeypatch, **settings).items():
+            for total, difference in ((norms, expected), (our_errors, ours[name].float() - expected),
+                                      (their_errors, theirs[name].float() - expected)):
+                total[name] += difference.norm().item() ** 2
+    for name, norm in norms.items():
+        our_error, their_error = ((errors[name] / norm) ** 0.5 for errors in (our_errors, their_errors))
         assert our_error <= 2 * their_error + 1e-3, (name, our_error, their_error)
 
 
