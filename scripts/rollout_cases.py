@@ -21,6 +21,7 @@ from grpo.rollout import Sampler  # noqa: E402
 from grpo.train import routing_metrics  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
+from models.kv_cache import PAGE_TOKENS, KVCache  # noqa: E402
 from models.routing_record import RoutingReplay  # noqa: E402
 
 MAX_TOKEN = 199_998  # control tokens start here
@@ -88,29 +89,40 @@ def drawn(completion: Completion) -> tuple[list[int], list[float] | None]:
 def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] = (16, 1500), max_new_tokens: int = 1024,
                max_batch: int = 24, large_batch: int = 128, num_alone: int = 3, num_recorded: int = 16,
                recorded_tokens: int = 128, shares_prompts: bool) -> dict:
-    """Completions of random lengths through fewer rows: log-probs and routes against the trainer's, then some of them alone and
-    all of them among large_batch."""
+    """Completions of random lengths through fewer rows: log-probs and routes against the trainer's, then some of them alone, all
+    of them among large_batch, and all of them through a cache that holds a third of the longest rows, so that rows are preempted
+    and resume."""
     set_memory(policy, None)
     stop_ids = random_stop_ids(policy, 0.4 * max_new_tokens, seed=1)
     prompts = random_prompts(policy, random_lengths(large_batch, *prompt_lens, seed=2), seed=3)
 
-    def sample(some: list[Prompt], rows: int, *, num_tokens: int = max_new_tokens, records: bool = False) -> list[Completion]:
+    def sample(some: list[Prompt], rows: int, *, num_tokens: int = max_new_tokens, records: bool = False,
+               cache_gb: float | None = None) -> list[Completion]:
+        nonlocal num_preemptions
         sampler = Sampler(policy, stop_ids, max_batch=rows, seed=0, max_len=prompt_lens[1] + max_new_tokens,
-                          shares_prompts=shares_prompts)
+                          shares_prompts=shares_prompts, cache_gb=cache_gb)
         completions = sampler.generate(some, step=0, num_samples=1, max_new_tokens=num_tokens, temperature=1.0,
                                        records_routing=records)
         sampler.rest()
+        num_preemptions = sampler.last_stats.num_preemptions
         return completions
 
+    num_preemptions = 0  # of the newest sample
     completions, seconds = timed(lambda: sample(prompts[:count], max_batch))
     lengths = [completion.num_policy_tokens for completion in completions]
     found = compare_log_probs(policy, completions, shares_prompts=shares_prompts)
     recorded = sample(prompts[:num_recorded], max_batch, num_tokens=recorded_tokens, records=True)
     routes = compare_log_probs(policy, recorded, shares_prompts=shares_prompts, replays=True)
     among = sample(prompts, large_batch)
+    longest = sorted((completion.num_tokens for completion in completions), reverse=True)[:max_batch]
+    one = PAGE_TOKENS * KVCache.pages_for(prompt_lens[1] + max_new_tokens)
+    share, least = (cache_gb_of(policy.config, lens, bytes_per_number=policy.dtype.itemsize) for lens in (longest, [one, one]))
+    cache_gb = max(share / 3, least)
+    preempted = sample(prompts[:count], max_batch, cache_gb=cache_gb)
+    of_preempted = {"preempted_same_bits": [*map(drawn, preempted)] == [*map(drawn, completions)], "preemptions": num_preemptions}
     by_length = sorted(range(count), key=lengths.__getitem__)
     alone = [by_length[i * (count - 1) // max(num_alone - 1, 1)] for i in range(num_alone)]  # the shortest to the longest
-    return found | {
+    return found | of_preempted | {
         "route_flips": routes["route_flips"], "routes": routes["routes"],
         "recorded_same_tokens": all(one.completion_ids == other.completion_ids[:recorded_tokens]
                                     for one, other in zip(recorded, completions)),

@@ -24,6 +24,7 @@ def test_the_same_completions_come_alone_and_in_any_batch_with_the_trainers_log_
                        shares_prompts=True)
     assert found["max_log_prob_diff"] == found["num_differing"] == found["route_flips"] == 0
     assert found["recorded_same_tokens"] and found["alone_same_bits"] and found["large_batch_same_bits"]
+    assert found["preempted_same_bits"]
     assert found["alone"] == 3 and 1 <= found["min_len"] < found["max_len"] <= 16 and 8 < found["tokens"] <= 128
     # every layer and slot of every token but the last of each completion; a prompt counts once
     assert found["routes"] % (policy.config.num_hidden_layers * policy.config.num_experts_per_tok) == 0 < found["routes"]
