@@ -13,7 +13,7 @@ from kernels.launch import cdiv, gpu_family, launch, next_power_of_2, overlap_co
 from kernels.router_logits import _router_logits_kernel, router_forward
 from kernels.routing import SMALL_SORT, Routing, _route_kernel, _sort_kernel
 
-MAX_TOKENS = 64  # of a router's product in one program
+MAX_TOKENS, MAX_EXPERTS = 64, 128  # of a router's product in one program
 _TILE = 4096  # tokens times experts of the top-k, in one tile
 _SORT_TILE = 8192  # choices times experts, as long as registers hold them
 
@@ -53,7 +53,7 @@ def few_blocks(family: str, num_tokens: int, num_experts: int, per_token: int, i
 
 def can_route_few(num_tokens: int, num_experts: int, experts_per_token: int) -> bool:
     """Whether one program serves so many tokens."""
-    return (next_power_of_2(num_tokens) * next_power_of_2(num_experts) <= _TILE
+    return (num_experts <= MAX_EXPERTS and next_power_of_2(num_tokens) * next_power_of_2(num_experts) <= _TILE
             and num_tokens * experts_per_token <= SMALL_SORT)
 
 

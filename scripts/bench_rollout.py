@@ -13,8 +13,8 @@ grpo_step: seconds of rollout (prefill, decode), handover (memory given back), f
 completions of 512 tokens, one prompt of 220; grpo_step_large: of 8 prompts of 512, 16 completions of 2,048 each.
 exact: 64 completions of up to 1,024 tokens, prompts of 16 to 1,500, 24 rows at once: max_log_prob_diff; the share of the experts
 that the trainer's router would not have chosen, of 16 completions of up to 128 tokens, launch by launch; and whether completions
-alone, among 128, and preempted for want of cache and resumed are the same to the last bit. The trainer computes prompts apart, as it does where completions share them;
-exact_whole: it does not.
+alone, among 128, and preempted for want of cache and resumed are the same to the last bit. The trainer computes prompts apart, as
+it does where completions share them; exact_whole: it does not.
 memory: the most that torch reserves in one and the same update, GB: before any rollout, after one, and after 200 steps of mixed
 lengths; used_...: what the GPU says is in use after that update, memory that torch does not count included. Alone in a process.
 requests: 4,096 of up to 4,096 x --scale new tokens through a cache that holds a tenth of them, against no bound.

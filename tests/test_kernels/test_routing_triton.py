@@ -352,7 +352,8 @@ def test_the_routing_of_few_tokens_fits_every_gpu(arch, num_tokens, num_experts)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (7, 32), (16, 32), (17, 32), (64, 32), (16, 128), (32, 128), (5, 4), (64, 8), (65, 32), (128, 32)])
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (7, 32), (16, 32), (17, 32), (64, 32), (65, 32), (128, 32),
+                                                     (16, 128), (32, 128), (5, 4), (64, 8)])
 def test_one_launch_routes_few_tokens_as_three_do_on_the_gpu(num_tokens, num_experts):
     given = normal(num_tokens, 2880), normal(num_experts, 2880, seed=1) / 2880**0.5, normal(num_experts, seed=2)
     given = [tensor.to("cuda", torch.bfloat16) for tensor in given]
