@@ -16,6 +16,7 @@ from kernels.moe_decode import (
     FOR_X,
     DecodeBlocks,
     Projection,
+    blocks_of,
     decode_projection,
     fit_blocks,
     low_rank_rows,
@@ -55,9 +56,7 @@ _LOW_RANK = {
 def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, num_out: int, *,
                          is_low_rank: bool) -> DecodeBlocks:
     table = (_LOW_RANK if is_low_rank else _LINEAR)[family]
-    _, wide, *narrow = next((row for row in table if num_tokens <= row[0]), table[-1])
-    blocks = narrow[0] if narrow and num_out <= num_in else wide
-    return fit_blocks(blocks, family, dtype, num_in)
+    return fit_blocks(blocks_of(table, num_tokens, num_in, num_out), family, dtype, num_in)
 
 
 def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, lora_A: torch.Tensor | None = None,

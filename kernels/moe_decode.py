@@ -108,6 +108,13 @@ _LOW_RANK = {
 }
 
 
+def blocks_of(table: tuple, amount: float, num_in: int, num_out: int) -> DecodeBlocks:
+    """From rows (at most so much, blocks where out is wider than in, other blocks if they differ): those of the first row that
+    holds the amount, else of the last."""
+    _, wide, *narrow = next((row for row in table if amount <= row[0]), table[-1])
+    return narrow[0] if narrow and num_out <= num_in else wide
+
+
 def fit_blocks(blocks: DecodeBlocks, family: str, dtype: torch.dtype, num_in: int) -> DecodeBlocks:
     """Blocks of a table as this dtype and so many inputs can have them."""
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
@@ -119,8 +126,7 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_exp
                          is_packed: bool) -> DecodeBlocks:
     is_low_rank = not is_packed and num_out <= 64
     table = (_PACKED if is_packed else _LOW_RANK if is_low_rank else _DENSE)[family]
-    wide, *narrow = next((row[1:] for row in table if num_rows <= row[0] * num_experts), table[-1][1:])
-    blocks = narrow[0] if narrow and num_out <= num_in else wide
+    blocks = blocks_of(table, num_rows / num_experts, num_in, num_out)
     if is_low_rank:
         rows = max(blocks.rows, next_power_of_2(num_out))
         inner = max(blocks.inner * blocks.rows // rows, min(blocks.inner, 128))  # so many bytes, as far as it goes
