@@ -41,6 +41,7 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     descriptor: bool  # whether whole tiles come through tensor descriptors (TMA on Hopper and later)
+    in_registers: bool = False  # dk and dv: whether the tiles of keys and values stay in registers
 
 
 class KernelBlocks(NamedTuple):
@@ -166,6 +167,15 @@ def _load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr
         return tl.load(pointers, mask=(first + rows < end)[:, None], other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def _in_registers(tile, D: tl.constexpr):
+    """The same tile, [rows, D], as a result of a product: in the registers of the products that it is the left operand of. One
+    that was loaded stands in shared memory, where wgmma reads it again at every step."""
+    dims = tl.arange(0, D)
+    identity = (dims[:, None] == dims[None, :]).to(tile.dtype)
+    return tl.dot(tile, identity, input_precision="ieee").to(tile.dtype)
 
 
 @triton.jit
@@ -351,11 +361,11 @@ def _dkv_tiles(dk, dv, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, 
                BLOCK_M: tl.constexpr):
     """Visits `num_visits` query tiles of each query head of the group: from_tile and those after it, except that visit
     number edge_tiles goes to last_tile. One loop over heads and tiles, so that loads run ahead across heads."""
-    for visit in tl.range(0, GROUP * num_visits):
-        head = first_head + visit // num_visits
-        tile = from_tile + visit % num_visits
+    head, visit = first_head, 0
+    for _ in tl.range(0, GROUP * num_visits):
+        tile = from_tile + visit
         if MASKED:
-            tile = tl.where(visit % num_visits < edge_tiles, tile, last_tile)
+            tile = tl.where(visit < edge_tiles, tile, last_tile)
         row = first + tile * BLOCK_M
         if DESCRIPTOR and not MASKED:
             q_tile = q_tiles.load([row, head * D])  # [BLOCK_M, D]
@@ -384,13 +394,18 @@ def _dkv_tiles(dk, dv, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, 
         dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
         dscores = weights * (dweights - delta_tile[None, :])
         dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+        # counted, not divided: a division takes as many instructions as loads do
+        visit += 1
+        head = tl.where(visit == num_visits, head + 1, head)
+        visit = tl.where(visit == num_visits, 0, visit)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["window", "num_tokens"])
 def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, readers, stride_q, stride_k, stride_v,
                 stride_out, stride_dk, num_kv_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr,
-                WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, IN_REGISTERS: tl.constexpr, D: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     kv_head = tl.program_id(0) % num_kv_heads
     tile = tiles + tl.program_id(0) // num_kv_heads * 4
     first, end, first_reader, last_reader = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -398,6 +413,9 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
     last_key = tl.minimum(first + BLOCK_N, end) - 1
     k_tile = _load_rows(k + kv_head * D, stride_k, first, end, BLOCK_N, D, True)
     v_tile = _load_rows(v + kv_head * D, stride_v, first, end, BLOCK_N, D, True)
+    if IN_REGISTERS:
+        k_tile = _in_registers(k_tile, D)
+        v_tile = _in_registers(v_tile, D)
     dk_acc = tl.zeros([BLOCK_N, D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, D], tl.float32)
     for reader in tl.range(first_reader, last_reader):
@@ -432,7 +450,8 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
 
 
 _BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64; scripts/bench_attention.py compares others
-    ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 3, False)),
+    ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, True),
+                                    Blocks(64, 64, 4, 3, True, in_registers=True)),
     ("hopper", True): KernelBlocks(Blocks(64, 32, 4, 3, False), Blocks(64, 32, 4, 3, False), Blocks(64, 64, 4, 3, False)),
     ("blackwell", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 8, 2, False)),
     ("blackwell", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 8, 2, False)),
@@ -513,8 +532,9 @@ def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
         _dkv_kernel, (len(tiles) * num_kv_heads,), q, k, v, _tiles_of(q, blocks.queries, blocks),
         _tiles_of(dout, blocks.queries, blocks), dout, row_stats, dk, dv, tiles, readers, q.stride(0), k.stride(0), v.stride(0),
         dout.stride(0), dk.stride(0), num_kv_heads, num_tokens, scale, scale * _LOG2_E, window,
-        GROUP=q.shape[1] // num_kv_heads, WINDOWED=window > 0, DESCRIPTOR=blocks.descriptor, D=width,
-        BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
+        GROUP=q.shape[1] // num_kv_heads, WINDOWED=window > 0, DESCRIPTOR=blocks.descriptor,
+        IN_REGISTERS=blocks.in_registers, D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps,
+        num_stages=blocks.stages)
     return dk, dv
 
 

@@ -5,7 +5,8 @@ and measures each variant's error against float64 first.
 
 TFLOP/s count the visible pairs only: 4 D per pair and head forward; backward 10 D (five products) over the time of both
 kernels, which compute seven; alone, dq counts its 6 D and dkv its 8 D. `fraction` is of a large bf16 product in the same run.
-Block sizes read queries x keys x warps x stages, with d where whole tiles come through tensor descriptors.
+Block sizes read queries x keys x warps x stages, with d where whole tiles come through tensor descriptors,
+r where keys and values stay in registers.
 """
 
 import sys
@@ -34,9 +35,9 @@ CANDIDATES = {  # (kernel, windowed) -> block sizes beside the default
     ("forward", False): [(128, 64, 8, 3, True), (64, 64, 4, 3, False), (64, 64, 4, 3, True), (128, 64, 4, 2, False),
                          (128, 64, 4, 2, True), (64, 128, 4, 2, False), (128, 128, 8, 2, False), (128, 128, 8, 2, True),
                          (128, 64, 8, 4, False)],
-    ("dq", False): [(64, 64, 4, 3, True), (64, 64, 4, 2, False), (128, 64, 8, 2, False), (128, 64, 8, 2, True),
+    ("dq", False): [(64, 64, 4, 3, False), (64, 64, 4, 2, False), (128, 64, 8, 2, False), (128, 64, 8, 2, True),
                     (64, 32, 4, 3, False), (128, 128, 8, 2, False)],
-    ("dkv", False): [(64, 64, 4, 2, True), (64, 64, 4, 3, False), (32, 64, 4, 2, False), (32, 64, 4, 2, True),
+    ("dkv", False): [(64, 64, 4, 3, True), (64, 64, 4, 3, False), (64, 64, 4, 3, False, True), (32, 64, 4, 2, False),
                      (64, 128, 8, 2, False), (64, 128, 8, 2, True), (32, 128, 8, 2, False), (64, 64, 8, 2, False)],
     ("forward", True): [(64, 64, 4, 2, False), (128, 64, 8, 3, False), (64, 32, 4, 3, False), (128, 64, 4, 2, False)],
     ("dq", True): [(64, 64, 4, 3, False), (128, 64, 8, 2, False), (64, 32, 4, 3, False)],
@@ -48,7 +49,7 @@ REPORT = Report()
 
 
 def short(blocks: Blocks) -> str:
-    return "x".join(map(str, blocks[:4])) + ("d" if blocks.descriptor else "")
+    return "x".join(map(str, blocks[:4])) + "d" * blocks.descriptor + "r" * blocks.in_registers
 
 
 class Case:

@@ -1,6 +1,7 @@
 """The attention kernels: in the interpreter against goldens and the reference, ahead of time for every GPU, and on a GPU."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def poisoned(monkeypatch):
 
 
 def use_blocks(monkeypatch, queries: int, keys: int, descriptor: bool) -> None:
-    blocks = Blocks(queries, keys, 4, 1, descriptor)
+    blocks = Blocks(queries, keys, 4, 1, descriptor, in_registers=descriptor)
     monkeypatch.setattr(kernels.attention, "blocks_for", lambda *_, **__: KernelBlocks(blocks, blocks, blocks))
 
 
@@ -212,7 +213,8 @@ def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windo
     if kind == "dkv":
         signature |= {"q_tiles": whole, "dout_tiles": whole, "dout": f"*{dtype}", "row_stats": "*fp32",
                       "dk": f"*{dtype}", "dv": f"*{dtype}", "tiles": "*i32", "readers": "*i32"}
-        return signature | strides | {"stride_dk": "i32", "num_kv_heads": "i32", "scale": "fp32"} | rest, constexprs
+        signature |= strides | {"stride_dk": "i32", "num_kv_heads": "i32", "scale": "fp32"} | rest
+        return signature, constexprs | {"IN_REGISTERS": blocks.in_registers}
     signature |= {"k_tiles": whole, "v_tiles": whole, "sinks": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "tiles": "*i32"}
     if kind == "dq":
         signature |= {"dout": f"*{dtype}", "row_stats": "*fp32", "dsinks": "*fp32", "dq": f"*{dtype}", "scale": "fp32"}
@@ -229,13 +231,30 @@ def compile_kernel(kind: str, arch: int, blocks: Blocks, *, dtype="bf16", width=
                        divisible=divisible)
 
 
+# bytes a thread may keep in memory where keys and values stay in registers: what loops need at their start and end
+LOOP_INVARIANTS = 64
+
+
+def product_loops(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop that multiplies on tensor cores."""
+    lines = [(int(address, 16), re.sub(r"^@!?U?P\d+ ", "", text))
+             for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    loops = [(int(target[1], 16), address) for address, text in lines
+             if (target := re.match(r"BRA.* 0x([0-9a-f]+)", text)) and int(target[1], 16) < address]
+    innermost = [(first, last) for first, last in loops if not any(first <= a and b < last for a, b in loops)]
+    bodies = [[text for address, text in lines if first <= address <= last] for first, last in innermost]
+    return [body for body in bodies if any("MMA" in text.split()[0] for text in body)]
+
+
 @pytest.mark.parametrize("kind", ["forward", "dq", "dkv"])
 @pytest.mark.parametrize("arch, windowed", [(arch, False) for arch in ARCHITECTURES] + [(80, True), (86, True), (90, True),
                                                                                       (100, True)])
 def test_kernels_fit_every_gpu_and_use_its_tensor_cores(kind, windowed, arch):
     blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=windowed, width=64)._asdict()[kind]
     resources = compile_kernel(kind, arch, blocks, windowed=windowed)
-    check_fits(resources, arch)
+    check_fits(resources, arch, max_stack=LOOP_INVARIANTS if blocks.in_registers else 0)
+    loops = product_loops(resources.sass)
+    assert loops and not any(line.startswith(("LDL", "STL")) for loop in loops for line in loop)
     assert resources.mma == {{90: "HGMMA", 100: "UTCHMMA"}.get(arch, "HMMA")}
 
 
@@ -245,7 +264,8 @@ def test_kernels_fit_every_gpu_and_use_its_tensor_cores(kind, windowed, arch):
 def test_other_dtypes_widths_and_prefixes_fit_too(kind, dtype, width, prefixed, arch):
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     blocks = blocks_for(family_of(arch), torch_dtype, windowed=False, width=width)._asdict()[kind]
-    check_fits(compile_kernel(kind, arch, blocks, dtype=dtype, width=width, prefixed=prefixed), arch)
+    check_fits(compile_kernel(kind, arch, blocks, dtype=dtype, width=width, prefixed=prefixed), arch,
+               max_stack=LOOP_INVARIANTS if blocks.in_registers else 0)
 
 
 def eager(q, k, v, sinks, *, cu_seqlens, window, scale) -> torch.Tensor:
