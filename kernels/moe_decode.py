@@ -69,6 +69,7 @@ class DecodeBlocks(NamedTuple):
     inner: int  # step along K
     num_warps: int
     num_stages: int
+    more: int = 0  # tokens beyond `tokens` that a tile of packed weights takes along where an expert has them
 
 
 # family -> (at most so many routed rows per expert, blocks where out is wider than in, other blocks), the last for all above
@@ -83,13 +84,13 @@ _PACKED = {
                (2, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(128, 16, 128, 4, 3)),
                (11, DecodeBlocks(128, 16, 128, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
                (23, DecodeBlocks(128, 32, 128, 4, 3), DecodeBlocks(128, 32, 128, 4, 3)),
-               (45, DecodeBlocks(128, 32, 128, 4, 3), DecodeBlocks(128, 64, 64, 4, 4)),
-               (64, DecodeBlocks(128, 64, 128, 8, 3), DecodeBlocks(128, 64, 64, 4, 4))),
+               (45, DecodeBlocks(128, 32, 128, 4, 3, 16), DecodeBlocks(128, 64, 64, 4, 4)),
+               (64, DecodeBlocks(128, 64, 64, 8, 4, 32), DecodeBlocks(128, 64, 64, 8, 4, 32))),
     "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 4)),
                   (16, DecodeBlocks(128, 32, 128, 4, 4), DecodeBlocks(128, 32, 128, 4, 4)),
                   (64, DecodeBlocks(128, 64, 128, 4, 4), DecodeBlocks(128, 64, 128, 4, 4))),
     "interpreter": ((2, DecodeBlocks(32, 16, 64, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
-                    (64, DecodeBlocks(64, 32, 32, 4, 2), DecodeBlocks(32, 16, 64, 4, 2))),
+                    (64, DecodeBlocks(64, 32, 32, 4, 2, 16), DecodeBlocks(32, 16, 64, 4, 2))),
 }  # fmt: skip
 _DENSE = {
     "ampere": ((8, DecodeBlocks(64, 16, 64, 4, 5)), (64, DecodeBlocks(64, 64, 64, 4, 4))),
@@ -169,28 +170,169 @@ def _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_
 
 
 @triton.jit
+def _when_multiplied(acc, IS_WGMMA: tl.constexpr):
+    """The sum, once the tensor cores have read the operands of its last product: wgmma reads unpacked weights from registers
+    while the program goes on, and Triton 3.6 and 3.7 let the next step's unpacking overwrite them too early. Any use of the sum
+    makes it wait, so also that by no instruction at all."""
+    if IS_WGMMA:
+        return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
+def _packed_sums(
+    x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out, stride_x,
+    NUM_IN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, MORE: tl.constexpr, INNER: tl.constexpr, TAIL: tl.constexpr,
+    CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr,
+    WAITS: tl.constexpr,
+):  # fmt: skip
+    """Sums over all inputs of ROWS features: [ROWS, TOKENS], and [ROWS, MORE] from the same unpacked weights (where MORE is 0,
+    the first again)."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    GROUPS: tl.constexpr = ROWS // 16
+    per_input: tl.constexpr = 4 if IS_ASM else 2
+    is_group = first + 16 * tl.arange(0, GROUPS) < num_out
+    group_stride = NUM_IN * per_input
+    scale_stride = NUM_IN // CHUNK * 8
+    inner = tl.arange(0, INNER)
+    x_rows = x + sources.to(tl.int64)[None, :] * stride_x
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    if MORE:
+        more_rows = x + more_sources.to(tl.int64)[None, :] * stride_x
+        more = tl.zeros((ROWS, MORE), tl.float32)
+    main = NUM_IN - TAIL
+    if OVERLAPS and WAITS == 1:  # PREFETCH inputs of a row group, 128 bytes at a time
+        line: tl.constexpr = 16 * per_input
+        lines = tl.minimum(tl.arange(0, PREFETCH // 16), NUM_IN // 16 - 1) * line
+        groups = tl.minimum(tl.arange(0, GROUPS), (num_out - first) // 16 - 1) * group_stride
+        prefetch(weight_base + groups[:, None] + lines[None, :])
+        wait_for_launch_before(OVERLAPS)
+    if TAIL:  # loaded before the loop, so that nothing waits for it after
+        tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
+                                               TAIL, CHUNK, IS_ASM, EVEN_OUT)
+        tail_x = tl.load(x_rows + main + tl.arange(0, TAIL)[:, None], mask=is_row[None, :], other=0.0)
+        if MORE:
+            more_tail_x = tl.load(more_rows + main + tl.arange(0, TAIL)[:, None], mask=is_more[None, :], other=0.0)
+    for k in range(0, main, INNER):
+        tile_words, tile_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, k, is_group, GROUPS,
+                                               INNER, CHUNK, IS_ASM, EVEN_OUT)
+        b = tl.load(x_rows + k + inner[:, None], mask=is_row[None, :], other=0.0)
+        if MORE:
+            more_b = tl.load(more_rows + k + inner[:, None], mask=is_more[None, :], other=0.0)
+        a = unpack_fragments(tile_words, tile_scales, GROUPS, INNER // CHUNK, CHUNK, dtype, IS_ASM, True)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if MORE:
+            more = _when_multiplied(tl.dot(a, more_b, more, input_precision="ieee"), IS_WGMMA)
+        acc = _when_multiplied(acc, IS_WGMMA)
+    if TAIL:
+        a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
+        acc = tl.dot(a, tail_x, acc, input_precision="ieee")
+        if MORE:
+            more = tl.dot(a, more_tail_x, more, input_precision="ieee")
+    if not MORE:
+        more = acc
+    return acc, more
+
+
+@triton.jit
+def _dense_sum(
+    x, sources, is_row, weight_base, features, num_out, stride_x, stride_weight,
+    NUM_IN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr, IN_CONTIGUOUS: tl.constexpr,
+    EVEN_IN: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = x.dtype.element_ty
+    inner = tl.arange(0, INNER)
+    x_pointers = x + sources.to(tl.int64)[None, :] * stride_x + inner[:, None]
+    is_feature = features < num_out
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    if IN_CONTIGUOUS:
+        weight_pointers = weight_base + features.to(tl.int64)[:, None] * stride_weight + inner[None, :]
+        if OVERLAPS and WAITS == 1:  # PREFETCH inputs of a row, 32 at a time: a line holds 32 of fp32
+            lines = tl.minimum(tl.arange(0, PREFETCH // 32) * 32, NUM_IN - 1)
+            clamped = tl.minimum(features, num_out - 1).to(tl.int64)
+            prefetch(weight_base + clamped[:, None] * stride_weight + lines[None, :])
+    else:
+        weight_pointers = weight_base + inner.to(tl.int64)[None, :] * stride_weight + features[:, None]
+    if WAITS == 1:
+        wait_for_launch_before(OVERLAPS)
+    for k in range(0, NUM_IN, INNER):
+        if EVEN_IN:
+            b = tl.load(x_pointers, mask=is_row[None, :], other=0.0)
+            a = tl.load(weight_pointers, mask=is_feature[:, None], other=0.0)
+        else:
+            is_in = inner < NUM_IN - k
+            b = tl.load(x_pointers, mask=is_row[None, :] & is_in[:, None], other=0.0)
+            a = tl.load(weight_pointers, mask=is_feature[:, None] & is_in[None, :], other=0.0)
+        acc = tl.dot(a.to(dtype), b, acc, input_precision="ieee")
+        x_pointers += INNER
+        if IN_CONTIGUOUS:
+            weight_pointers += INNER
+        else:
+            weight_pointers += INNER * tl.cast(stride_weight, tl.int64)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, slice_rank, scale,
+    alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr,
+    IS_PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_LORA_GROUPS: tl.constexpr,
+    HAS_SWIGLU: tl.constexpr,
+):  # fmt: skip
+    """Adds LoRA and bias to the sums of these rows, and stores them or their activation."""
+    for step in tl.static_range(RANK_STEPS):
+        ranks = step * RANK + tl.arange(0, RANK)
+        low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
+                      mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
+        if RANK_STEPS > 1 or RANK > 16:
+            up = _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_rank, stride_up_expert,
+                          stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS)
+        acc = tl.dot(up.to(DTYPE), low, acc, input_precision="ieee")
+    if HAS_SCALE:
+        acc = acc * scale
+    if HAS_BIAS:
+        acc += tl.load(bias + expert * num_out + features, mask=features < num_out, other=0.0).to(tl.float32)[:, None]
+    y = acc.to(out.dtype.element_ty)
+    if IS_PACKED:
+        y = tl.permute(tl.reshape(y, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 1, 3))  # [group, g, h, token]
+    row_starts = rows.to(tl.int64)[None, :] * num_out
+    if HAS_SWIGLU:
+        # from the rounded values, so that fused and separate activations agree bit for bit
+        pairs = tl.reshape(y, (ROWS // 16, 8, 2, TOKENS)).to(tl.float32)
+        gate, linear = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        act = tl.reshape(clamped_swiglu(gate, linear, alpha, limit).to(out.dtype.element_ty), (ROWS // 2, TOKENS))
+        half = first // 2 + tl.arange(0, ROWS // 2)
+        tl.store(out + row_starts // 2 + half[:, None], act, mask=is_row[None, :] & (half < num_out // 2)[:, None])
+    else:
+        natural = first + tl.arange(0, ROWS)  # output features in the order in which they lie in memory
+        tl.store(out + row_starts + natural[:, None], tl.reshape(y, (ROWS, TOKENS)),
+                 mask=is_row[None, :] & (natural < num_out)[:, None])
+
+
+@triton.jit
 def moe_decode_kernel(
     x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups,
     num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit, one,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
-    NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
-    TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr, IS_PACKED: tl.constexpr,
-    IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
+    NUM_IN: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, MORE: tl.constexpr,
+    INNER: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr,
+    IS_PACKED: tl.constexpr, IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS output features of one expert for TOKENS of its rows. Packed weights: words and scales as unpack_fragments takes them,
-    the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is not contiguous. WAITS: one of FOR_ALL
-    to FOR_LOW_RANK."""
-    dtype: tl.constexpr = x.dtype.element_ty
+    """ROWS output features of one expert for TOKENS of its rows, and for MORE where it has as many. Packed weights: words and
+    scales as unpack_fragments takes them, the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is
+    not contiguous. WAITS: one of FOR_ALL to FOR_LOW_RANK."""
     if WAITS == 0:
         wait_for_launch_before(OVERLAPS)
     experts = tl.arange(0, EXPERTS)
     if HAS_OFFSETS:
         starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-        token_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + TOKENS - 1) // TOKENS
+        counts = tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts
+        token_tiles_of = (counts + TOKENS + MORE - 1) // (TOKENS + MORE)
     else:  # one expert owns every row
-        token_tiles_of = tl.where(experts == 0, tl.cdiv(num_rows, TOKENS), 0)
+        token_tiles_of = tl.where(experts == 0, tl.cdiv(num_rows, TOKENS + MORE), 0)
     ends_of = tl.cumsum(token_tiles_of, 0)
     feature_tiles = tl.cdiv(num_out, ROWS)
     tile = tl.program_id(0)
@@ -205,123 +347,65 @@ def moe_decode_kernel(
     else:
         start = 0
         end = num_rows
-    token_tiles = tl.cdiv(end - start, TOKENS)
+    token_tiles = tl.cdiv(end - start, TOKENS + MORE)
     first = within // token_tiles * ROWS
-    rows = start + within % token_tiles * TOKENS + tl.arange(0, TOKENS)
+    first_row = start + within % token_tiles * (TOKENS + MORE)
+    rows = first_row + tl.arange(0, TOKENS)
     is_row = rows < end
     if HAS_GATHER:
-        source = tl.load(gather + rows, mask=is_row, other=0)
+        sources = tl.load(gather + rows, mask=is_row, other=0)
     else:
-        source = tl.where(is_row, rows, 0)
-    inner = tl.arange(0, INNER)
-    x_rows = x + source.to(tl.int64)[None, :] * stride_x
-    x_pointers = x_rows + inner[:, None]
+        sources = tl.where(is_row, rows, 0)
     expert = expert.to(tl.int64)
-    natural = first + tl.arange(0, ROWS)  # output features in the order in which they lie in memory
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
-
-    if IS_PACKED:
-        GROUPS: tl.constexpr = ROWS // 16
-        per_input: tl.constexpr = 4 if IS_ASM else 2
-        # features in the order of the accumulator: row 8h + g of a group holds feature 2g + h
+    features = first + tl.arange(0, ROWS)
+    if IS_PACKED:  # in the order of the accumulator: row 8h + g of a group holds feature 2g + h
         index = tl.arange(0, ROWS)
         features = first + index // 16 * 16 + index % 8 * 2 + index // 8 % 2
-        if RANK_STEPS == 1 and RANK == 16:  # as what the tail needs, before the loop; more would not fit into registers
-            up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
-                          stride_up_out, RANK, HAS_LORA_GROUPS).to(dtype)
-        is_group = first + 16 * tl.arange(0, GROUPS) < num_out
+    up = None
+    if RANK_STEPS == 1 and RANK == 16:  # as what the tail needs, before the loop; more would not fit into registers
+        up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
+                      stride_up_out, RANK, HAS_LORA_GROUPS)
+    more_rows, more_sources, is_more = rows, sources, is_row
+    if IS_PACKED:
+        per_input: tl.constexpr = 4 if IS_ASM else 2
         group = (expert * num_out + first) // 16
-        group_stride = NUM_IN * per_input
-        scale_stride = NUM_IN // CHUNK * 8
-        weight_base = weight + group * group_stride
-        scale_base = scales + group * scale_stride
-        main = NUM_IN - TAIL
-        if OVERLAPS and WAITS == 1:  # PREFETCH inputs of a row group, 128 bytes at a time
-            line: tl.constexpr = 16 * per_input
-            lines = tl.minimum(tl.arange(0, PREFETCH // 16), NUM_IN // 16 - 1) * line
-            groups = tl.minimum(tl.arange(0, GROUPS), (num_out - first) // 16 - 1) * group_stride
-            prefetch(weight_base + groups[:, None] + lines[None, :])
-            wait_for_launch_before(OVERLAPS)
-        if TAIL:  # loaded before the loop, so that nothing waits for it after
-            tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
-                                                   TAIL, CHUNK, IS_ASM, EVEN_OUT)
-            tail_x = tl.load(x_rows + main + tl.arange(0, TAIL)[:, None], mask=is_row[None, :], other=0.0)
-        for k in range(0, main, INNER):
-            tile_words, tile_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, k, is_group, GROUPS,
-                                                   INNER, CHUNK, IS_ASM, EVEN_OUT)
-            b = tl.load(x_pointers + k, mask=is_row[None, :], other=0.0)
-            a = unpack_fragments(tile_words, tile_scales, GROUPS, INNER // CHUNK, CHUNK, dtype, IS_ASM, True)
-            # wgmma reads `a` from registers while the program goes on, and Triton 3.6 and 3.7 let the next step's unpacking
-            # overwrite them too early. A use of the sum, here a product with 1, makes it wait for the tensor cores first
-            acc = tl.dot(a, b, acc, input_precision="ieee")
-            if IS_WGMMA:
-                acc = acc * one
-        if TAIL:
-            a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
-            acc = tl.dot(a, tail_x, acc, input_precision="ieee")
+        weight_base = weight + group * NUM_IN * per_input
+        scale_base = scales + group * (NUM_IN // CHUNK * 8)
+        if MORE:
+            more_rows = first_row + TOKENS + tl.arange(0, MORE)
+            is_more = more_rows < end
+            if HAS_GATHER:
+                more_sources = tl.load(gather + more_rows, mask=is_more, other=0)
+            else:
+                more_sources = tl.where(is_more, more_rows, 0)
+            if first_row + TOKENS < end:
+                acc, more = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out,
+                                         stride_x, NUM_IN, ROWS, TOKENS, MORE, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, IS_WGMMA,
+                                         OVERLAPS, WAITS)
+                if NUM_IN - TAIL <= INNER:  # as below
+                    acc, more = acc * one, more * one
+                if WAITS == 2:
+                    wait_for_launch_before(OVERLAPS)
+                _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank,
+                        slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty,
+                        ROWS, TOKENS, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS, HAS_SWIGLU)
+                _finish(more, more_rows, is_more, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out,
+                        rank, slice_rank, scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out,
+                        x.dtype.element_ty, ROWS, MORE, RANK, RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS,
+                        HAS_SWIGLU)
+                return
+        acc, _ = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out, stride_x,
+                              NUM_IN, ROWS, TOKENS, 0, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, IS_WGMMA, OVERLAPS, WAITS)
     else:
-        features = natural
-        is_feature = features < num_out
-        if RANK_STEPS == 1 and RANK == 16:
-            up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
-                          stride_up_out, RANK, HAS_LORA_GROUPS).to(dtype)
-        weight_base = weight + expert * stride_weight_expert
-        if IN_CONTIGUOUS:
-            weight_pointers = weight_base + features.to(tl.int64)[:, None] * stride_weight + inner[None, :]
-            if OVERLAPS and WAITS == 1:  # PREFETCH inputs of a row, 32 at a time: a line holds 32 of fp32
-                lines = tl.minimum(tl.arange(0, PREFETCH // 32) * 32, NUM_IN - 1)
-                clamped = tl.minimum(features, num_out - 1).to(tl.int64)
-                prefetch(weight_base + clamped[:, None] * stride_weight + lines[None, :])
-        else:
-            weight_pointers = weight_base + inner.to(tl.int64)[None, :] * stride_weight + features[:, None]
-        if WAITS == 1:
-            wait_for_launch_before(OVERLAPS)
-        for k in range(0, NUM_IN, INNER):
-            if EVEN_IN:
-                b = tl.load(x_pointers, mask=is_row[None, :], other=0.0)
-                a = tl.load(weight_pointers, mask=is_feature[:, None], other=0.0)
-            else:
-                is_in = inner < NUM_IN - k
-                b = tl.load(x_pointers, mask=is_row[None, :] & is_in[:, None], other=0.0)
-                a = tl.load(weight_pointers, mask=is_feature[:, None] & is_in[None, :], other=0.0)
-            acc = tl.dot(a.to(dtype), b, acc, input_precision="ieee")
-            x_pointers += INNER
-            if IN_CONTIGUOUS:
-                weight_pointers += INNER
-            else:
-                weight_pointers += INNER * tl.cast(stride_weight, tl.int64)
-
+        acc = _dense_sum(x, sources, is_row, weight + expert * stride_weight_expert, features, num_out, stride_x, stride_weight,
+                         NUM_IN, ROWS, TOKENS, INNER, IN_CONTIGUOUS, EVEN_IN, OVERLAPS, WAITS)
     if NUM_IN - TAIL <= INNER:  # where one step covers all inputs, and only there, the compiler would begin the sum with the bias
         acc = acc * one
-    is_feature = features < num_out
     if WAITS == 2:
         wait_for_launch_before(OVERLAPS)
-    for step in tl.static_range(RANK_STEPS):
-        ranks = step * RANK + tl.arange(0, RANK)
-        low = tl.load(low_rank + rows.to(tl.int64)[None, :] * rank + ranks[:, None],
-                      mask=is_row[None, :] & (ranks < rank)[:, None], other=0.0)
-        if RANK_STEPS > 1 or RANK > 16:
-            up = _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_rank, stride_up_expert,
-                          stride_up_rank, stride_up_out, RANK, HAS_LORA_GROUPS).to(dtype)
-        acc = tl.dot(up, low, acc, input_precision="ieee")
-    if HAS_SCALE:
-        acc = acc * scale
-    if HAS_BIAS:
-        acc += tl.load(bias + expert * num_out + features, mask=is_feature, other=0.0).to(tl.float32)[:, None]
-    y = acc.to(out.dtype.element_ty)
-    if IS_PACKED:
-        y = tl.permute(tl.reshape(y, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 1, 3))  # [group, g, h, token]
-    row_starts = rows.to(tl.int64)[None, :] * num_out
-    if HAS_SWIGLU:
-        # from the rounded values, so that fused and separate activations agree bit for bit
-        pairs = tl.reshape(y, (ROWS // 16, 8, 2, TOKENS)).to(tl.float32)
-        gate, up = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        act = tl.reshape(clamped_swiglu(gate, up, alpha, limit).to(out.dtype.element_ty), (ROWS // 2, TOKENS))
-        half = first // 2 + tl.arange(0, ROWS // 2)
-        tl.store(out + row_starts // 2 + half[:, None], act, mask=is_row[None, :] & (half < num_out // 2)[:, None])
-    else:
-        tl.store(out + row_starts + natural[:, None], tl.reshape(y, (ROWS, TOKENS)),
-                 mask=is_row[None, :] & (natural < num_out)[:, None])
+    _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, slice_rank,
+            scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty, ROWS, TOKENS, RANK,
+            RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS, HAS_SWIGLU)
 
 
 def dequantized(projection: Projection, dtype: torch.dtype) -> torch.Tensor:
@@ -387,13 +471,14 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     up_strides = (0, 0, 0) if lora_up is None else lora_up.stride()
     alpha, limit = (0.0, 0.0) if swiglu is None else swiglu
     assert waits != FOR_LOW_RANK or low_rank is not None, "nothing to wait for"
-    token_tiles = num_rows // blocks.tokens + min(num_experts, num_rows)  # at most: a part tile per expert
+    token_tiles = num_rows // (blocks.tokens + blocks.more) + min(num_experts, num_rows)  # at most: a part tile per expert
     launch(
         moe_decode_kernel, (token_tiles * cdiv(num_out, blocks.rows),),
         x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups, num_rows, num_experts, num_out, rank,
         slice_rank, 1.0 if scale is None else scale, alpha, limit, 1.0, x.stride(0), *strides, *up_strides,
-        NUM_IN=num_in, EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, INNER=blocks.inner,
-        TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), IS_PACKED=is_packed, IS_ASM=is_asm,
+        NUM_IN=num_in, EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, TOKENS=blocks.tokens, MORE=blocks.more,
+        INNER=blocks.inner, TAIL=tail, CHUNK=chunk, RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), IS_PACKED=is_packed,
+        IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
         HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, IS_WGMMA=gpu_family(x) == "hopper",

@@ -57,7 +57,7 @@ def relative_error(sizes, form, has_lora):
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 4, 2, 96, 64, 4), (7, 5, 3, 64, 96, 4), (41, 4, 2, 160, 48 * 2, 4)])
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 96, 64, 4), (7, 5, 3, 64, 96, 4), (75, 4, 2, 160, 48 * 2, 4)])
 def test_packed_experts(sizes, has_lora):
     assert relative_error(sizes, "packed", has_lora) <= 3e-6
 
@@ -96,7 +96,7 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     constexprs = {
         "NUM_IN": num_in, "EXPERTS": triton.next_power_of_2(num_experts), "ROWS": blocks.rows, "TOKENS": blocks.tokens,
-        "INNER": blocks.inner,
+        "MORE": blocks.more, "INNER": blocks.inner,
         "TAIL": num_in % blocks.inner if is_packed else 0, "CHUNK": chunk_of(num_in), "RANK": rank_block,
         "RANK_STEPS": triton.cdiv(rank, rank_block), "IS_PACKED": is_packed, "IS_ASM": is_packed and is_asm,
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "EVEN_OUT": num_out % blocks.rows == 0,
@@ -117,6 +117,7 @@ GATE_UP, DOWN = dict(flags=("GATHER", "BIAS", "SWIGLU")), dict(num_out=2880, fla
 USES = {
     "gate_up of 1 token": GATE_UP | dict(num_rows=4, rank=16),
     "gate_up of 64 tokens": GATE_UP | dict(num_rows=256, rank=32),
+    "gate_up of 256 tokens": GATE_UP | dict(num_rows=1024, rank=16, waits=2),
     "gate_up of 512 tokens": GATE_UP | dict(num_rows=2048, rank=64),
     "gate_up of 512 tokens, 128 experts": GATE_UP | dict(num_rows=2048, num_experts=128),
     "down of 32 tokens": DOWN | dict(num_rows=128, rank=16),
@@ -144,7 +145,8 @@ def test_kernels_fit_every_gpu(arch, use):
     assert resources.has_mma
 
 
-@pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 512 tokens", "down of 512 tokens", "arithmetic"])
+@pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 256 tokens", "gate_up of 512 tokens", "down of 512 tokens",
+                                 "arithmetic"])
 def test_unpacking_waits_until_the_tensor_cores_have_read_the_step_before(use):
     """wgmma reads unpacked weights from registers: none may be under way when the next ones are written there."""
     ttgir = compile_decode(90, **USES[use]).ttgir
@@ -188,12 +190,11 @@ def main_loop(sass):
     return max(loops, key=len)
 
 
-@pytest.mark.parametrize("blocks, budget", [((64, 16, 64, 4, 4), 5.0), ((64, 16, 128, 4, 4), 4.1), ((128, 16, 64, 4, 4), 3.7),
-                                            ((128, 32, 64, 4, 4), 4.3), ((128, 64, 64, 4, 3), 5.0)])
+@pytest.mark.parametrize("blocks, budget", [((64, 16, 64, 4, 4), 4.7), ((64, 16, 128, 4, 4), 3.7), ((128, 16, 64, 4, 4), 3.6),
+                                            ((128, 32, 64, 4, 4), 3.6), ((128, 64, 64, 4, 3), 4.0)])
 def test_instructions_per_weight_on_hopper(blocks, budget):
-    """13 instructions unpack 8 weights, 2 more make their factors, and tokens / inner multiply the sum to make it wait; the rest
-    is loads, addresses and waits. At 4.3 TB/s there are 4.1 issue slots per weight. The operand must not pass shared memory,
-    which would show as stores."""
+    """13 instructions unpack 8 weights, 2 more make their factors; the rest is loads, addresses and waits. At 4.3 TB/s there are
+    4.1 issue slots per weight. The operand must not pass shared memory, which would show as stores."""
     blocks = DecodeBlocks(*blocks)
     resources = compile_decode(90, **GATE_UP, num_rows=4, rank=16, blocks=blocks)
     loop = main_loop(resources.sass)
@@ -215,7 +216,7 @@ def on_gpu(sizes, has_lora, dtype=torch.bfloat16):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("form", ["packed", "packed by arithmetic", "dense", "dense by rows"])
 @pytest.mark.parametrize("has_lora", [False, True])
-@pytest.mark.parametrize("num_tokens", [1, 7, 8, 32, 128, 512])
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 32, 128, 256, 512])
 def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, form):
     indices, packed, t = on_gpu((num_tokens, 32, 4, 2880, 2880, 16), has_lora)
     arguments, lora = operands(indices, packed, t, form.split(" by arithmetic")[0], has_lora=has_lora)
