@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import save_time
 
 FOLDER = Path(__file__).parent
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    save_time()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -62,3 +62,34 @@ def run_interpreter_tests(file: str) -> None:
     assert code == 0, f"in the interpreter, which ended with code {code}:\n{text[-8000:]}"
     passed = re.search(r"(\d+) passed", text)
     assert passed and int(passed.group(1)) > 0, f"no interpreter test ran:\n{text[-2000:]}"
+
+
+def save_time() -> None:
+    """Leaves out work of Triton's interpreter that changes no result; most of its time goes into such things, not numbers."""
+    from triton.runtime import interpreter
+
+    # overflow is computed in int64 after each operation on integers, but looked at in debug mode only
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+    plain_dtype, dtypes = interpreter._get_np_dtype, {}
+
+    def numpy_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = plain_dtype(dtype)
+        return dtypes[name]
+
+    interpreter._get_np_dtype = numpy_dtype
+
+    # every call of a function by a kernel patches triton.language again, which the launch and the first call have done
+    first_call = interpreter.InterpretedFunction.__call__
+
+    def call(self, *arguments, **settings):
+        if self.fn not in self.rewritten_fn:
+            return first_call(self, *arguments, **settings)
+        try:
+            return self.rewritten_fn[self.fn](*arguments, **settings)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
