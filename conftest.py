@@ -7,8 +7,12 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import yaml
 
 import models  # noqa: F401  (raises ImportError where another package named kernels hides ours)
+
+if yaml.__with_libyaml__:  # libyaml reads the same in a third of the time
+    yaml.SafeLoader = yaml.CSafeLoader
 
 
 @pytest.fixture(scope="session")

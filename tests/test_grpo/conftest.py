@@ -19,8 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SERVER = r"""
 import importlib.machinery, json, os, runpy, signal, sys, time
+import yaml
+if yaml.__with_libyaml__:  # libyaml reads the same in a third of the time
+    yaml.SafeLoader = yaml.CSafeLoader
 import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch, models.checkpoint, models.lora
 import grpo.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
+grpo.launch.load_config("train", [])  # fills the caches of Hydra's parsers
 children = set()
 
 def run(command):
@@ -36,6 +40,7 @@ def run(command):
         sys.modules.pop(command["module"], None)
         sys.argv = [command["module"], *command["arguments"]]
         runpy.run_module(command["module"], run_name="__main__", alter_sys=True)
+        code = 0
     except SystemExit as stop:
         code = 0 if stop.code is None else stop.code if isinstance(stop.code, int) else 1
         if isinstance(stop.code, str):
