@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.parent.parent
 # runs the cases of every group at tiny sizes: "cuda" means the CPU, where the interpreter serves the kernels
 IN_THE_INTERPRETER = """
 import sys
-sys.path.insert(0, "scripts")
+sys.path[:0] = ["scripts", "tests/test_kernels"]
 import torch
+from interpreter import save_time
+save_time()
 from torch.overrides import TorchFunctionMode
 
 class OnCpu(TorchFunctionMode):
