@@ -24,25 +24,37 @@ DIFFERENCES = (
 )
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/compare_logits.py", *map(str, arguments)], capture_output=True, text=True
-    )
-
-
-def result_of(*arguments):
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    return json.loads(done.stdout)
-
-
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import compare_logits
 
     return compare_logits
+
+
+@pytest.fixture
+def run(script, monkeypatch, capsys):
+    """The script on arguments, in this process: what it printed, and the message it ended with or None."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare_logits.py", *map(str, arguments)])
+        try:
+            script.main()
+        except SystemExit as stop:
+            return capsys.readouterr().out, stop.code
+        return capsys.readouterr().out, None
+
+    return call
+
+
+@pytest.fixture
+def result_of(run):
+    def call(*arguments):
+        out, message = run(*arguments)
+        assert message is None and len(out.splitlines()) == 1
+        return json.loads(out)
+
+    return call
 
 
 def compared(script, checkpoint, tensors, adapter=None):
@@ -59,7 +71,7 @@ def changed_copy(tmp_path, change):
 
 
 @pytest.mark.parametrize("folder, num_gradients", [(BF16, 24), (MXFP4, 25)])
-def test_the_fixtures_agree_with_transformers(folder, num_gradients):
+def test_the_fixtures_agree_with_transformers(result_of, folder, num_gradients):
     result = result_of(folder, folder / "golden.safetensors")
     assert all(result[key] <= 1e-4 for key in DIFFERENCES), result
     # the golden numbers were made on another CPU: transformers itself differs from them by 1.3e-5 at T = 0.7 here
@@ -75,7 +87,7 @@ def test_the_fixtures_agree_with_transformers(folder, num_gradients):
         assert result["dequant_max_abs"] == 0
 
 
-def test_the_adapter_fixture_agrees_with_peft():
+def test_the_adapter_fixture_agrees_with_peft(result_of):
     result = result_of(BF16, LORA, "--adapter", LORA)
     assert result["logits_max_abs"] <= 1e-4 and result["grad_max_rel"] <= 1e-4
     assert result["grad_num_tensors"] == 24 and result["grad_not_compared"] == []
@@ -122,11 +134,20 @@ def test_logits_that_are_not_numbers_are_infinitely_far(script):
     assert script.max_abs(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 1.0])) == float("inf")
 
 
-def test_bad_arguments_end_in_one_line(tmp_path):
-    for arguments, message in (
-        ((BF16, tmp_path / "none.safetensors"), "none.safetensors: not found"),
-        ((tmp_path, BF16), "config.json: not found"),
-        ((BF16, FIXTURES / "kernels.safetensors"), "nothing to compare"),
-    ):
-        done = run(*arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "checkpoint, golden, expected",
+    [
+        (BF16, "none.safetensors", "none.safetensors: not found"),
+        (FIXTURES, BF16, "config.json: not found"),
+        (BF16, FIXTURES / "kernels.safetensors", "nothing to compare"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(run, checkpoint, golden, expected):
+    out, message = run(checkpoint, golden)  # sys.exit(text) prints the text and returns code 1
+    assert out == "" and expected in message and "\n" not in message
+
+
+def test_the_script_runs_in_an_interpreter_of_its_own():
+    command = [sys.executable, ROOT / "scripts/compare_logits.py", BF16, FIXTURES / "kernels.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "nothing to compare" in done.stderr and "Traceback" not in done.stderr
