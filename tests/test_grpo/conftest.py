@@ -1,4 +1,4 @@
-"""`entry_points`: runs `python -m grpo.NAME ARGUMENTS` many times without importing torch every time.
+"""`entry_points`: runs `python -m grpo.NAME ARGUMENTS` and scripts many times without importing torch every time.
 
 A server process imports what the entry points need, then forks a child for each command; the child runs the module as
 `python -m` does, with its own argv, folder, environment and standard streams. A few tests elsewhere start real interpreters.

@@ -1,7 +1,5 @@
 """scripts/explain_mismatch.py: silent where sampler and trainer agree, and right about where they part."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,12 +49,12 @@ def sample(model, settings):
 
 
 @pytest.mark.parametrize("folder", ["tiny_mxfp4", "tiny_bf16"])
-def test_a_checkpoint_whose_paths_agree_shows_no_difference(folder):
-    command = [sys.executable, ROOT / "scripts/explain_mismatch.py", "--checkpoint", FIXTURES / folder, "--lora-rank", "2",
-               "--prompt-lens", "3", "20", "--max-new-tokens", "12", "--max-batch", "3", "--device", "cpu"]
-    done = subprocess.run([*command, "--dtype", "float32", "--shares-prompts"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("no difference: the log-probs of 48 tokens of 4 completions"), done.stdout
+def test_a_checkpoint_whose_paths_agree_shows_no_difference(entry_points, folder):
+    done = entry_points.run("explain_mismatch", "--checkpoint", FIXTURES / folder, "--lora-rank", "2", "--prompt-lens", "3", "20",
+                            "--max-new-tokens", "12", "--max-batch", "3", "--device", "cpu", "--dtype", "float32",
+                            "--shares-prompts", path=(ROOT / "scripts",))
+    assert done.code == 0, done.err
+    assert done.out.startswith("no difference: the log-probs of 48 tokens of 4 completions"), done.out
 
 
 @pytest.mark.parametrize("changes", [{}, {"shares_prompts": True}, {"filters": {"top_k": 5}}])

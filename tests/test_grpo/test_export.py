@@ -1,7 +1,6 @@
 """scripts/export.py on a run that trained an adapter: alone, merged, and refused requests."""
 
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,32 +14,18 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
+def run_dir(entry_points, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     lora = "+model.lora={rank:4,alpha:12,targets:[q_proj,experts,router],train_norms:true,train_sinks:true}"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "grpo.train",
-            "+experiment=smoke",
-            f"output_dir={folder}",
-            "name=adapted",
-            "model.train=lora",
-            lora,
-            "optim.lr=0.05",
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    done = entry_points.run("grpo.train", "+experiment=smoke", f"output_dir={folder}", "name=adapted", "model.train=lora", lora,
+                            "optim.lr=0.05")
+    assert done.code == 0, done.err
     return folder / "adapted"
 
 
-def export(*arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/export.py", *map(str, arguments)], capture_output=True, text=True
-    )
+@pytest.fixture
+def export(entry_points):
+    return partial(entry_points.run, "export", path=(ROOT / "scripts",))
 
 
 def logits_of(model):
@@ -52,9 +37,9 @@ def policy_of(run_dir):
     return load_run_policy(run_dir, step=None, device=torch.device("cpu"), dtype=torch.float32)[0]
 
 
-def test_a_merged_export_is_the_policy_of_the_run(run_dir, tmp_path):
+def test_a_merged_export_is_the_policy_of_the_run(export, run_dir, tmp_path):
     done = export(run_dir, tmp_path / "out", "--merge", "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     policy = policy_of(run_dir)
     merged = logits_of(load_model(tmp_path / "out", device="cpu", dtype=torch.float32))
     torch.testing.assert_close(merged, logits_of(policy), rtol=0, atol=1e-4)
@@ -64,9 +49,9 @@ def test_a_merged_export_is_the_policy_of_the_run(run_dir, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (run_dir / "tokenizer" / name).read_bytes()
 
 
-def test_an_export_without_merge_is_the_adapter_that_the_run_wrote(run_dir, tmp_path):
+def test_an_export_without_merge_is_the_adapter_that_the_run_wrote(export, run_dir, tmp_path):
     done = export(run_dir, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert read_adapter_config(tmp_path / "out") == read_adapter_config(run_dir / "adapter")
     for name in ("adapter_model.safetensors", "trained_weights.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (run_dir / "adapter" / name).read_bytes()
@@ -83,7 +68,7 @@ def test_an_export_without_merge_is_the_adapter_that_the_run_wrote(run_dir, tmp_
     "arguments, message",
     [(["--step", "99"], "99"), (["--experts", "bf16"], "add --merge"), (["--adapter", "x"], "a run has its own")],
 )
-def test_requests_that_make_no_sense_end_in_one_line(run_dir, tmp_path, arguments, message):
+def test_requests_that_make_no_sense_end_in_one_line(export, run_dir, tmp_path, arguments, message):
     done = export(run_dir, tmp_path / "out", *arguments)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
