@@ -19,7 +19,7 @@ from kernels.launch import SHARED_MEMORY, family_of
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ALL_ARCHITECTURES = (75, *ARCHITECTURES)  # for kernels without matrix products
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_MMA = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|IMMA|QGMMA)\b")
+_MMA = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCHMMA"}  # of PTX, of the machine
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Resources:
 
     @property
     def mma(self) -> frozenset[str]:
-        """Tensor-core instructions: HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05)."""
-        return frozenset(_MMA.findall(self.sass))
+        """Tensor-core instructions, under the machine's names."""
+        return frozenset(_MMA[name] for name in re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx))
 
     @property
     def has_mma(self) -> bool:
