@@ -293,6 +293,7 @@ def test_evaluate_and_generate_take_a_run_or_a_model():
             load_config(config_name, arguments)
 
 
+LIBYAML = "import yaml; yaml.SafeLoader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"  # the conftest's, in a new interpreter
 TASK = """
 import sys
 from grpo.launch import launch
@@ -308,7 +309,7 @@ sys.exit(code)
 
 
 def run_launch(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{TASK}"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LIBYAML}\n{TASK}"
     return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
