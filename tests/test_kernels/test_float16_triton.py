@@ -31,11 +31,11 @@ def log_probs_and_gradients(dtype, device, *, boost, loss_scale):
             if name.startswith("down_proj_scale"):  # in either order of packed weights
                 buffer += boost
     model.model.norm.register_forward_hook(lambda module, inputs, output: peaks.append(inputs[0].abs().max().item()))
-    tokens = torch.randint(0, model.config.vocab_size, (60,), generator=torch.Generator().manual_seed(2)).to(device)
-    mask = torch.ones(60, dtype=torch.bool)
-    mask[[0, 25]] = False
-    log_probs, _ = model.log_probs(tokens, torch.tensor([0, 25, 60], device=device), temperature=1.0, mask=mask.to(device))
-    weights = torch.randn(60, generator=torch.Generator().manual_seed(3)).to(device)
+    tokens = torch.randint(0, model.config.vocab_size, (40,), generator=torch.Generator().manual_seed(2)).to(device)
+    mask = torch.ones(40, dtype=torch.bool)
+    mask[[0, 15]] = False
+    log_probs, _ = model.log_probs(tokens, torch.tensor([0, 15, 40], device=device), temperature=1.0, mask=mask.to(device))
+    weights = torch.randn(40, generator=torch.Generator().manual_seed(3)).to(device)
     ((log_probs * weights).sum() / NUM_TOKENS * loss_scale).backward()
     gradients = torch.cat([parameter.grad.flatten() for parameter in model.trainable_parameters().values()])
     return log_probs.detach(), gradients / loss_scale, peaks[0]
