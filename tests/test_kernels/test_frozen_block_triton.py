@@ -156,12 +156,13 @@ def test_a_decode_step_computes_what_training_does(experts, targets, monkeypatch
     monkeypatch.setattr(type(model.model.layers[0].mlp.experts), "decode",
                         lambda self, *arguments: decoded.append(self) or plain(self, *arguments))
     for num_tokens in (1, 19):
-        for ours, theirs in block_outputs(model, num_tokens):
+        outputs = block_outputs(model, num_tokens)
+        for ours, theirs in outputs:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         with model.adapter_disabled():
             (base, same), *_ = block_outputs(model, num_tokens)
         torch.testing.assert_close(base, same, rtol=1e-5, atol=1e-5)
-        assert (base - block_outputs(model, num_tokens)[0][0]).abs().max() > 1e-2
+        assert (base - outputs[0][0]).abs().max() > 1e-2
     assert set(decoded) == {block.mlp.experts for block in model.model.layers}
 
 
