@@ -77,7 +77,7 @@ PHASES = {
     "pruning": ("grpo.checkpoint", "module", "_prune", False, (1, 1)),
 }
 CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",
-         "eval.max_prompts=2", "rollout.max_new_tokens=12")
+         "eval.max_prompts=2", "rollout.max_new_tokens=8")
 UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo")
 LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
         f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
