@@ -293,8 +293,7 @@ def train(entry_points, folder, tmp_path):
             words.append(f"output_dir={tmp_path}")
         keys = {word.partition("=")[0] for word in extra}
         words = [word for word in words if word.partition("=")[0] not in keys]
-        return entry_points.run("grpo.train", *words, *extra, path=(folder,), seconds=30,
-                                before=f"import grpo.metrics; grpo.metrics.write_report = lambda *a: None\n{before}",
+        return entry_points.run("grpo.train", *words, *extra, path=(folder,), seconds=30, before=before, writes_report=False,
                                 **options)
 
     return run
@@ -347,7 +346,7 @@ def test_a_sequence_that_is_too_long_ends_in_one_message_and_finished_steps_are_
 def finished(entry_points, folder, tmp_path_factory):
     """A run of two steps."""
     output_dir = tmp_path_factory.mktemp("finished")
-    result = entry_points.run("grpo.train", *SMOKE, f"output_dir={output_dir}")
+    result = entry_points.run("grpo.train", *SMOKE, f"output_dir={output_dir}", writes_report=False)
     assert result.code == 0, result.err
     return output_dir / "run"
 

@@ -81,7 +81,7 @@ grpo.rollout.Sampler.generate = disturbed
 def test_a_run_warns_once_and_names_the_first_token(entry_points, spread_folder, tmp_path):
     result = entry_points.run("grpo.train", "+experiment=smoke", "steps=3", "name=a", f"output_dir={tmp_path}",
                               "env._target_=spread.Spread", "eval.every=0", "eval.at_start=false", "eval.at_end=false",
-                              path=(spread_folder,), before=DISTURB)
+                              path=(spread_folder,), before=DISTURB, writes_report=False)
     assert result.code == 0, result.err
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     largest = [row["sampling/log_prob_diff/max"] for row in rows if "reward" in row]

@@ -18,7 +18,7 @@ def run_dir(entry_points, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     lora = "+model.lora={rank:4,alpha:12,targets:[q_proj,experts,router],train_norms:true,train_sinks:true}"
     done = entry_points.run("grpo.train", "+experiment=smoke", f"output_dir={folder}", "name=adapted", "model.train=lora", lora,
-                            "optim.lr=0.05")
+                            "optim.lr=0.05", writes_report=False)
     assert done.code == 0, done.err
     return folder / "adapted"
 

@@ -161,7 +161,8 @@ def test_a_run_that_replays_on_policy_has_the_metrics_of_one_that_does_not(entry
         result = entry_points.run(
             "grpo.train", "+experiment=smoke", "steps=2", f"name=replay-{replays}", f"output_dir={tmp_path}",
             "env._target_=spread.Spread", f"rollout.replay_routing={replays}", "model.activation_checkpointing=true",
-            "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(spread_folder,))
+            "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(spread_folder,),
+            writes_report=False)
         assert result.code == 0, result.err
         lines = (tmp_path / f"replay-{replays}/metrics.jsonl").read_text().splitlines()
         steps[replays] = [row for row in map(json.loads, lines) if "reward" in row]

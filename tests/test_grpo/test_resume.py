@@ -62,8 +62,6 @@ def counted(*arguments, **keywords):
 setattr(owner, {name!r}, counted)
 '''
 
-WITHOUT_REPORT = "import grpo.metrics; grpo.metrics.write_report = lambda *arguments: None\n"  # it takes longer than a run
-
 # phase -> (module, owner, function, after it, range of the call number within one process)
 PHASES = {
     "warm-up": ("grpo.optim", "module.Optimizer", "step", True, (1, 3)),
@@ -101,7 +99,8 @@ def train(entry_points, tmp_path_factory):
     def start(arguments, output_dir, before="", **environment):
         if output_dir is not None:
             arguments = [*arguments, f"output_dir={output_dir}"]
-        return entry_points.start("grpo.train", *arguments, before=WITHOUT_REPORT + before, path=(folder,), **environment)
+        return entry_points.start("grpo.train", *arguments, before=before, path=(folder,), writes_report=False,
+                                  **environment)
 
     return start
 

@@ -168,7 +168,8 @@ def test_a_run_with_shared_prompts_has_the_metrics_of_one_without(entry_points, 
         result = entry_points.run(
             "grpo.train", "+experiment=smoke", "steps=3", f"name=shares-{shares}", f"output_dir={tmp_path}",
             "env._target_=spread.Spread", f"optim.share_prompts={shares}", "optim.minibatches=2", "optim.epochs=2",
-            "optim.max_tokens=120", "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(spread_folder,))
+            "optim.max_tokens=120", "eval.every=0", "eval.at_start=false", "eval.at_end=false", path=(spread_folder,),
+            writes_report=False)
         assert result.code == 0, result.err
         lines = (tmp_path / f"shares-{shares}/metrics.jsonl").read_text().splitlines()
         steps[shares] = [row for row in map(json.loads, lines) if "reward" in row]

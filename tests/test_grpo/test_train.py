@@ -148,8 +148,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(entry_points,
     def run(name, seed):
         result = entry_points.run("grpo.train", "+experiment=smoke", "steps=1", f"name={name}", f"seed={seed}",
                                   f"output_dir={folder}", "env._target_=spread.Spread", "eval.at_end=false",
-                                  path=(spread_folder,),
-                                  before="import grpo.metrics; grpo.metrics.write_report = lambda *a: None")
+                                  path=(spread_folder,), writes_report=False)
         assert result.code == 0, result.err
         first = [row for row in rows(folder / name / "completions.jsonl") if row["step"] == 1 and row["split"] == "train"]
         return first, load_file(folder / name / "model/model.safetensors")
