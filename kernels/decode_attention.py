@@ -28,7 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import _attend, _forward_tiles, _load_rows, blocks_for
+from kernels.attention import _forward_tiles, _load_rows, blocks_for
+from kernels.attention_reference import attend
 from kernels.launch import (
     cdiv,
     check_served,
@@ -61,7 +62,7 @@ def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, 
         k, v = (cache.flatten(0, 1).index_select(0, entries.flatten()).unflatten(0, entries.shape) for cache in (keys, values))
     # entries past num_keys were never written by this sequence: they must not turn 0 * inf into NaN
     v = v.masked_fill(~visible[:, :, None, None], 0.0)
-    return _attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
+    return attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels.attention
+import kernels.attention_reference
 from kernels.attention import attention
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -67,21 +67,21 @@ def test_output_and_gradients_match_the_golden_ones(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_scores", [1, 2000, 20000])
 def test_chunks_of_any_size_match_the_golden_ones(case, max_scores, monkeypatch):
-    monkeypatch.setattr(kernels.attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", max_scores)
     check_golden(case)
 
 
 @pytest.mark.parametrize("window", [0, 1, 8, 128])
 def test_scores_held_at_once_stay_within_the_limit(window, monkeypatch):
     limit, sizes = 20_000, []
-    attend = kernels.attention._attend
+    attend = kernels.attention_reference.attend
 
     def measured(q, k, *arguments):
         sizes.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1])
         return attend(q, k, *arguments)
 
-    monkeypatch.setattr(kernels.attention, "_MAX_SCORES", limit)
-    monkeypatch.setattr(kernels.attention, "_attend", measured)
+    monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", limit)
+    monkeypatch.setattr(kernels.attention_reference, "attend", measured)
     inputs = random_inputs(700)
     attention(**inputs, cu_seqlens=[0, 600, 610, 640, 641, 700], window=window, scale=1.0)
     assert len(sizes) > 2 and max(sizes) <= limit
@@ -121,7 +121,7 @@ def test_sequences_of_one_token_give_their_value_times_a_sigmoid(window):
 @pytest.mark.parametrize("window", [0, 1, 7, 8, 9, 64])
 @pytest.mark.parametrize("max_scores", [1 << 26, 600])
 def test_packing_changes_neither_output_nor_gradients(window, max_scores, monkeypatch):
-    monkeypatch.setattr(kernels.attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", max_scores)
     bounds = [0, 8, 9, 39, 46, 63]
     inputs = random_inputs(63)
     grad = torch.randn(63, 4, 8, generator=torch.Generator().manual_seed(1))

@@ -16,9 +16,9 @@ from kernels.attention import (
     Blocks,
     KernelBlocks,
     attention,
-    attention_reference,
     blocks_for,
 )
+from kernels.attention_reference import attention_reference
 from kernels.launch import family_of
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
