@@ -79,7 +79,8 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
     constexprs = {
         "num_experts": 1, "stride_up_rank": 1, "NUM_IN": num_in, "EXPERTS": 1, "ROWS": blocks.rows, "TOKENS": blocks.tokens,
-        "INNER": blocks.inner, "TAIL": 0, "CHUNK": 32, "RANK": rank_block, "RANK_STEPS": triton.cdiv(rank, rank_block),
+        "MORE": 0, "INNER": blocks.inner, "TAIL": 0, "CHUNK": 32, "RANK": rank_block,
+        "RANK_STEPS": triton.cdiv(rank, rank_block),
         "IS_PACKED": False, "IS_ASM": False, "IN_CONTIGUOUS": True, "EVEN_IN": num_in % blocks.inner == 0,
         "EVEN_OUT": num_out % blocks.rows == 0, "HAS_OFFSETS": False, "HAS_GATHER": False, "HAS_BIAS": not is_low_rank,
         "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "OVERLAPS": False,

@@ -5,6 +5,7 @@ The composition of autograd operations (models.gpt_oss.Block.forward) is itself 
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -368,6 +369,28 @@ def test_where_an_activation_waits_changes_no_bit(place, name, monkeypatch):
         ours = gradients(model, lengths=lengths)
         assert all(torch.equal(ours[key], expected[key]) for key in expected)
     assert model.memory.store.num_held == 0
+
+
+class OnGpu:
+    """Stands for a gradient there."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+
+@pytest.mark.parametrize("memory_gb, reserved, emptied", [(10.0, 8_900_000_000, 0), (10.0, 9_100_000_000, 1),
+                                                          (None, 9_600_000_000, 0), (None, 9_800_000_000, 1)])
+def test_a_backward_begins_without_the_holes_that_its_forward_left(memory_gb, reserved, emptied, monkeypatch):
+    """8 GB are in use; the budget without memory_gb is 85% of a GPU of 20 GB."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20_000_000_000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
+    MemoryBudget(None, recomputes=True, memory_gb=memory_gb, host_gb=0.0).give_back_unused(OnGpu())
+    assert len(calls) == emptied
+    MemoryBudget(None, recomputes=False, memory_gb=memory_gb, host_gb=0.0).give_back_unused(OnGpu())
+    MemoryBudget(None, recomputes=True, memory_gb=memory_gb, host_gb=0.0).give_back_unused(torch.zeros(1))
+    assert len(calls) == emptied  # nothing was kept for want of memory, or no GPU
 
 
 @pytest.mark.gpu
