@@ -18,16 +18,14 @@ help: ## this list
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
-# Without ARGS in two processes side by side, of about the same length: most of the kernels' tests, and everything else.
+# Without ARGS in two processes side by side: the kernels' tests, and everything else.
 KERNELS := tests/test_kernels
-APART := $(KERNELS)/test_frozen_block_triton.py $(KERNELS)/test_log_probs_triton.py
 test: $(INSTALLED) ## all tests that need no GPU
 ifeq ($(strip $(ARGS)),)
 	@log=$$(mktemp); \
-	$(BIN)/python -m pytest -m "not gpu" $(KERNELS) $(APART:%=--ignore=%) >"$$log" 2>&1 & kernels=$$!; \
+	$(BIN)/python -m pytest -m "not gpu" $(KERNELS) >"$$log" 2>&1 & kernels=$$!; \
 	trap 'kill $$kernels 2>/dev/null || true; rm -f "$$log"' EXIT; \
 	others=0; $(BIN)/python -m pytest -m "not gpu" --ignore=$(KERNELS) || others=$$?; \
-	$(BIN)/python -m pytest -m "not gpu" $(APART) || others=$$?; \
 	status=0; wait $$kernels || status=$$?; cat "$$log"; \
 	test $$others -eq 0 && test $$status -eq 0
 else
