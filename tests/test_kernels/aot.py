@@ -94,3 +94,14 @@ def check_fits(resources: Resources, arch: int, *, max_stack: int = 0) -> None:
     limit = SHARED_MEMORY[family_of(arch)]
     assert resources.shared <= limit, f"sm_{arch}: {resources.shared} bytes of shared memory, the limit is {limit}"
     assert resources.stack <= max_stack, f"sm_{arch}: spills ({resources.stack} bytes of stack)"
+
+
+def product_loops(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop that multiplies on tensor cores."""
+    lines = [(int(address, 16), re.sub(r"^@!?U?P\d+ ", "", text))
+             for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
+    loops = [(int(target[1], 16), address) for address, text in lines
+             if (target := re.match(r"BRA.* 0x([0-9a-f]+)", text)) and int(target[1], 16) < address]
+    innermost = [(first, last) for first, last in loops if not any(first <= a and b < last for a, b in loops)]
+    bodies = [[text for address, text in lines if first <= address <= last] for first, last in innermost]
+    return [body for body in bodies if any("MMA" in text.split()[0] for text in body)]

@@ -1,12 +1,11 @@
 """The attention kernels: in the interpreter against goldens and the reference, ahead of time for every GPU, and on a GPU."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ARCHITECTURES, check_fits, compile_for, product_loops
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
@@ -233,17 +232,6 @@ def compile_kernel(kind: str, arch: int, blocks: Blocks, *, dtype="bf16", width=
 
 # bytes a thread may keep in memory where keys and values stay in registers: what loops need at their start and end
 LOOP_INVARIANTS = 64
-
-
-def product_loops(sass: str) -> list[list[str]]:
-    """The instructions of each innermost loop that multiplies on tensor cores."""
-    lines = [(int(address, 16), re.sub(r"^@!?U?P\d+ ", "", text))
-             for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
-    loops = [(int(target[1], 16), address) for address, text in lines
-             if (target := re.match(r"BRA.* 0x([0-9a-f]+)", text)) and int(target[1], 16) < address]
-    innermost = [(first, last) for first, last in loops if not any(first <= a and b < last for a, b in loops)]
-    bodies = [[text for address, text in lines if first <= address <= last] for first, last in innermost]
-    return [body for body in bodies if any("MMA" in text.split()[0] for text in body)]
 
 
 @pytest.mark.parametrize("kind", ["forward", "dq", "dkv"])

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import triton
-from aot import ARCHITECTURES, check_fits, compile_for
+from aot import ARCHITECTURES, check_fits, compile_for, product_loops
 from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, problem
 
@@ -180,18 +180,6 @@ def test_inline_assembly_is_given_both_halves_of_one_word(arch, use):
         assert neighbours_share_a_thread(layout), layout
 
 
-def main_loop(sass):
-    """The longest loop with tensor-core instructions."""
-    instructions = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
-    loops = []
-    for address, text in instructions:
-        target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
-        if target and int(target.group(1), 16) < address:
-            body = [other for at, other in instructions if int(target.group(1), 16) <= at <= address]
-            loops.append(body if any("GMMA" in other for other in body) else [])
-    return max(loops, key=len)
-
-
 @pytest.mark.parametrize("blocks, budget", [((64, 16, 64, 4, 4), 4.7), ((64, 16, 128, 4, 4), 3.7), ((128, 16, 64, 4, 4), 3.6),
                                             ((128, 32, 64, 4, 4), 3.6), ((128, 64, 64, 4, 3), 4.0)])
 def test_instructions_per_weight_on_hopper(blocks, budget):
@@ -199,7 +187,7 @@ def test_instructions_per_weight_on_hopper(blocks, budget):
     4.1 issue slots per weight. The operand must not pass shared memory, which would show as stores."""
     blocks = DecodeBlocks(*blocks)
     resources = compile_decode(90, **GATE_UP, num_rows=4, rank=16, blocks=blocks)
-    loop = main_loop(resources.sass)
+    loop = max(product_loops(resources.sass), key=len)
     per_weight = len(loop) * 32 * blocks.num_warps / (blocks.rows * blocks.inner)
     assert per_weight <= budget
     assert not any(re.search(r"\b(STS|STSM|LDSM|SHFL)\b", text) for text in loop)
