@@ -327,7 +327,7 @@ class GptOss(nn.Module):
         chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
                                     kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets)
         if chosen.requires_grad:
-            chosen.register_hook(self.memory.give_back_unused)
+            chosen.register_hook(self.memory.before_backward)
         zeros = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
         return zeros.index_copy(0, rows, chosen), zeros.index_copy(0, rows, entropy)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from typing import Iterable
 
 import torch
@@ -27,7 +28,8 @@ _PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
 # GB/s on an H200); and of the time that a forward takes here, which is without norms and routing, they may use so much
 _COPY_SHARE, _FORWARD_SHARE = 0.69, 1.15
 _MARGIN = 0.02  # of the budget: what the allocator reserves beyond what is allocated (0.2 to 0.6 of 18 to 24 GB on an H200)
-_UNUSED = 0.1  # of the budget: what the allocator may hold unused when a backward begins
+# of the budget: tensors from this size on leave holes, larger than the margin, that a backward's tensors do not fit into
+_LARGE = 0.05
 LOOKAHEAD = 2  # layers whose activations are on their way back while one runs backwards
 SCRATCH_BYTES = 1_100_000_000  # of dequantised weights of a projection held at once on a GPU: all of one in gpt-oss-20b
 
@@ -145,7 +147,8 @@ def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: 
     Inputs are kept come what may, on the GPU if the host has no room for them."""
     sizes = bytes_of(config, run)
     layers = range(config.num_hidden_layers)
-    times = [seconds_of(config, run, peak_flops, windowed=config.is_windowed(layer)) for layer in layers]
+    of_kinds = [seconds_of(config, run, peak_flops, windowed=windowed) for windowed in (False, True)]
+    times = [of_kinds[config.is_windowed(layer)] for layer in layers]
     forward = sum(sum(time.values()) + time["h"] / 2 for time in times)  # with the down projection
     host_bytes = min(host_bytes, int(_COPY_SHARE * host_rate * _FORWARD_SHARE * forward))
     room = gpu_bytes + host_bytes - len(layers) * sizes["x"]
@@ -175,6 +178,7 @@ def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: 
     return plans
 
 
+@cache
 def _spread(layer: int, num_layers: int) -> int:
     """An order of the layers in which any first few are far apart, so that copies of large tensors do not queue up: by the
     bits of the layer's number, reversed."""
@@ -193,6 +197,7 @@ class MemoryBudget:
         self.host_bytes = int(host_gb * 1e9)
         self.store: HostStore | None = None
         self._rates: tuple[float, float] | None = None  # to the host, bytes per second; of products, FLOP per second
+        self._largest_bytes = 0  # of what the newest plan's layers make for their backward
 
     def claim_host(self, num_bytes: int) -> bool:
         """Takes host memory for something else than activations; False where there is not enough."""
@@ -214,9 +219,11 @@ class MemoryBudget:
         if not x.is_cuda:
             return Plan([everything(Place.again)] * layers, SCRATCH_BYTES, 0)
         budget = self._budget(x.device)
+        self.give_back_unused(x.device)
         if self._rates is None:
             self._rates = transfer_rate(x.device) if self.store is not None else 0.0, product_rate(x.device, dtype)
         sizes = bytes_of(self.config, run)
+        self._largest_bytes = max(sizes.values())
         # on their way to the host in the forward, or back one layer ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(4 * parameter.numel() for parameter in trainable if parameter.grad is None)
@@ -235,13 +242,21 @@ class MemoryBudget:
     def _budget(self, device: torch.device) -> float:
         return self.memory_gb * 1e9 if self.memory_gb else 0.85 * torch.cuda.get_device_properties(device).total_memory
 
-    def give_back_unused(self, grad: torch.Tensor) -> None:
-        """A hook for the gradient that a backward begins with. Its tensors have other sizes than the forward's:
-        holes between those that stay would be held beside new memory, 7 of 60 GB for a sequence of 131,072 tokens."""
-        if grad.is_cuda and self.recomputes:
-            unused = torch.cuda.memory_reserved(grad.device) - torch.cuda.memory_allocated(grad.device)
-            if unused > _UNUSED * self._budget(grad.device):
-                torch.cuda.empty_cache()
+    def give_back_unused(self, device: torch.device) -> None:
+        """Lets go of the memory that PyTorch holds unused, if it holds more than the budget."""
+        if torch.cuda.memory_reserved(device) > self._budget(device):
+            torch.cuda.empty_cache()
+
+    def before_backward(self, grad: torch.Tensor) -> None:
+        """A hook for the gradient that a backward begins with. Its tensors have other sizes than the forward's: holes between
+        those that stay would be held beside new memory, 7 of 60 GB for a sequence of 131,072 tokens. Giving them back
+        costs some 20 ms: done only where tensors are large."""
+        if not (grad.is_cuda and self.recomputes):
+            return
+        if self._largest_bytes > _LARGE * self._budget(grad.device):
+            torch.cuda.empty_cache()
+        else:
+            self.give_back_unused(grad.device)
 
     def _fit(self, run: Pass, free: int, *, gradients: int, pending: int) -> list[LayerPlan]:
         """The plan that keeps most on the GPU while neither forward nor backward ever takes more than `free`."""
@@ -270,13 +285,16 @@ def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP per second of a matrix product."""
-    size = 4096
+    """Measured FLOP per second of a matrix product, once the GPU's clocks have risen."""
+    size, times = 4096, 20
     a = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    a @ a
+    for _ in range(times):
+        torch.mm(a, a, out=out)
     events[0].record()
-    a @ a
+    for _ in range(times):
+        torch.mm(a, a, out=out)
     events[1].record()
     torch.cuda.synchronize(device)
-    return 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)
+    return times * 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)

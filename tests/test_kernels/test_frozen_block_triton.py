@@ -377,20 +377,23 @@ class OnGpu:
     is_cuda, device = True, torch.device("cuda")
 
 
-@pytest.mark.parametrize("memory_gb, reserved, emptied", [(10.0, 8_900_000_000, 0), (10.0, 9_100_000_000, 1),
-                                                          (None, 9_600_000_000, 0), (None, 9_800_000_000, 1)])
-def test_a_backward_begins_without_the_holes_that_its_forward_left(memory_gb, reserved, emptied, monkeypatch):
-    """8 GB are in use; the budget without memory_gb is 85% of a GPU of 20 GB."""
+@pytest.mark.parametrize("memory_gb, reserved, largest, emptied",
+                         [(10.0, 9_900_000_000, 400_000_000, 0), (10.0, 10_100_000_000, 400_000_000, 1),
+                          (10.0, 9_900_000_000, 600_000_000, 1),
+                          (None, 16_900_000_000, 800_000_000, 0), (None, 17_100_000_000, 800_000_000, 1),
+                          (None, 16_900_000_000, 900_000_000, 1)])
+def test_a_backward_begins_without_holes_where_tensors_are_large_or_the_budget_is_passed(memory_gb, reserved, largest, emptied,
+                                                                                         monkeypatch):
+    """The budget without memory_gb is 85% of a GPU of 20 GB; large is what takes more than 5% of it."""
     calls = []
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 8_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=20_000_000_000))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(1))
-    MemoryBudget(None, recomputes=True, memory_gb=memory_gb, host_gb=0.0).give_back_unused(OnGpu())
-    assert len(calls) == emptied
-    MemoryBudget(None, recomputes=False, memory_gb=memory_gb, host_gb=0.0).give_back_unused(OnGpu())
-    MemoryBudget(None, recomputes=True, memory_gb=memory_gb, host_gb=0.0).give_back_unused(torch.zeros(1))
-    assert len(calls) == emptied  # nothing was kept for want of memory, or no GPU
+    for recomputes, grad in ((True, OnGpu()), (False, OnGpu()), (True, torch.zeros(1))):
+        memory = MemoryBudget(None, recomputes=recomputes, memory_gb=memory_gb, host_gb=0.0)
+        memory._largest_bytes = largest
+        memory.before_backward(grad)
+        assert len(calls) == emptied  # the latter two add none: nothing was kept for want of memory, or no GPU
 
 
 @pytest.mark.gpu
