@@ -25,17 +25,23 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
 
 
 @triton.jit
+def _rotated(x_ptrs, mask, cos, sin, HALF: tl.constexpr):
+    """Both halves of the elements at x_ptrs and HALF further, rotated, fp32."""
+    x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+
+
+@triton.jit
 def _rotate(x_ptr, y_ptr, token, stride_token, stride_head, stride_y, cos, sin, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
             BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr):
     heads = tl.arange(0, BLOCK_HEADS)[:, None]
     cols = tl.arange(0, BLOCK_HALF)[None, :]
     mask = (heads < NUM_HEADS) & (cols < HALF)
-    x_ptrs = x_ptr + token * stride_token + heads * stride_head + cols
-    x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+    y1, y2 = _rotated(x_ptr + token * stride_token + heads * stride_head + cols, mask, cos, sin, HALF)
     y_ptrs = y_ptr + token * stride_y + heads * (HALF * 2) + cols
-    tl.store(y_ptrs, (x1 * cos - x2 * sin).to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptrs + HALF, (x2 * cos + x1 * sin).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptrs, y1.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptrs + HALF, y2.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

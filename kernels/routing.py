@@ -118,7 +118,7 @@ def _route_grad_kernel(grad_ptr, weights_ptr, indices_ptr, grad_logits_ptr, num_
 
 def _route_blocks(num_experts: int) -> dict[str, int]:
     block_e = next_power_of_2(num_experts)
-    return {"BLOCK_T": max(2048 // block_e, 1), "BLOCK_E": block_e}
+    return {"BLOCK_T": max(512 // block_e, 1), "BLOCK_E": block_e}
 
 
 def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -42,6 +42,8 @@ MAX_DECODE_TOKENS = 512
 
 # (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (layer, q, k, v, cos, sin): rotates q and k in place, and stores k and v where the attention of a decode step looks for them
+Store = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 # router logits [T, E] -> experts [T, A] of a layer
 Choose = Callable[[torch.Tensor], torch.Tensor]
 
@@ -258,14 +260,14 @@ def _decode_project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, a
                          lora_scale=adapter.scale)
 
 
-def _decode(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend,
+def _decode(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, store: Store,
             choose: Choose | None) -> torch.Tensor:
     """_forward's output, bit for bit, by the kernels for few tokens."""
     attn = block.self_attn
     normed, _, _ = _norm(block.input_layernorm, x)
     qkv = _decode_project(normed, *attn.fused_qkv(), _adapter_of(attn.q_proj, attn.k_proj, attn.v_proj))
     q, k, v = _queries_keys_values(block, qkv)
-    rotate(q, k, cos, sin, backward=False, out=(q, k))
+    store(attn.layer, q, k, v, cos, sin)
     attended = attend(attn.layer, q, k, v, attn.sinks).flatten(1)
     projected = _decode_project(attended, attn.o_proj.weight, attn.o_proj.bias, _adapter_of(attn.o_proj))
     normed, middle, _ = _norm(block.post_attention_layernorm, projected, x)
@@ -278,13 +280,20 @@ def _decodes(block, x: torch.Tensor) -> bool:
             and block.mlp.experts.can_decode())
 
 
+class DecodeStep(NamedTuple):
+    """How the kernels for few tokens attend. They give the bits of other forwards for up to MAX_DECODE_TOKENS. They read nothing
+    back to the host and their grids depend on T alone: once a call has gone before, a CUDA graph can hold one."""
+
+    store: Store
+    attend: Attend  # to what has been stored
+
+
 def run_block(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, scratch_bytes: int,
-              choose: Choose | None, is_decoding: bool) -> torch.Tensor:
-    """The block's output [T, D] for x [T, D], without gradient. is_decoding changes no bit: it takes the kernels for few tokens,
-    for up to MAX_DECODE_TOKENS and where they serve the block. Those read nothing back to the host and their grids depend on T
-    alone: once a call has gone before, a CUDA graph can hold one."""
-    if is_decoding and _decodes(block, x):
-        return _decode(block, x, cos, sin, attend, choose)
+              choose: Choose | None, decode: DecodeStep | None) -> torch.Tensor:
+    """The block's output [T, D] for x [T, D], without gradient. decode: where it is given, and the kernels for few tokens serve
+    the block, they do, and attend as it says instead."""
+    if decode is not None and _decodes(block, x):
+        return _decode(block, x, cos, sin, decode.attend, decode.store, choose)
     return _forward(block, x, cos, sin, attend, scratch_bytes, keeps_h=False, choose=choose)[0]
 
 

@@ -33,7 +33,7 @@ from kernels.router_logits import router_logits
 from kernels.routing import route
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts
-from models.frozen_block import Attend, Choose, TrainingPass, run_block, train_block
+from models.frozen_block import Attend, Choose, DecodeStep, TrainingPass, run_block, train_block
 from models.kv_cache import KVCache
 from models.memory_plan import SCRATCH_BYTES, MemoryBudget
 from models.routing_record import RoutingRecord, RoutingReplay
@@ -254,9 +254,9 @@ class GptOss(nn.Module):
                 module.adapter_enabled = True
 
     def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, plan: AttentionPlan | None,
-                routing: RoutingRecord | RoutingReplay | None, *, is_decoding: bool = False) -> torch.Tensor:
+                routing: RoutingRecord | RoutingReplay | None, *, decode: DecodeStep | None = None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences, which attend as `attend` says
-        or, where there is a gradient, by `plan`. is_decoding: a new token of each sequence, as run_block takes it."""
+        or, where there is a gradient, by `plan`. decode: of a new token of each sequence, as run_block takes it."""
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = embedding(tokens, self.model.embed_tokens.weight)
@@ -270,7 +270,7 @@ class GptOss(nn.Module):
                     compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
                 x = block(x, compute)
         elif plan is None or not is_training:
-            run = partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, is_decoding=is_decoding)
+            run = partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, decode=decode)
             for block, choose in zip(blocks, chooses):
                 x = block(x, partial(run, choose=choose))
         else:
@@ -397,13 +397,19 @@ class GptOss(nn.Module):
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
         cache.flush()  # does nothing in a graph: who replays one flushes before
 
-        def attend(layer, q, k, v, sinks):
-            cache.write(layer, k, v, slots, positions)
+        def attend_stored(layer, q, k, v, sinks):
             return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots, positions=positions,
                                     window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
                                     prefix_lens=prefix_lens, page_table=cache.table_of(layer))
 
-        return self._hidden(tokens, positions, attend, None, record, is_decoding=True)
+        def attend(layer, q, k, v, sinks):
+            cache.write(layer, k, v, slots, positions)
+            return attend_stored(layer, q, k, v, sinks)
+
+        def store(layer, q, k, v, cos, sin):
+            cache.rotate_and_write(layer, q, k, v, cos, sin, slots, positions)
+
+        return self._hidden(tokens, positions, attend, None, record, decode=DecodeStep(store, attend_stored))
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

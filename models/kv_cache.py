@@ -164,6 +164,12 @@ class KVCache:
         pair may occur twice; rows at a position below 0 are skipped."""
         cache_write.write(k, v, self.keys[layer], self.values[layer], slots, positions, page_table=self.table_of(layer))
 
+    def rotate_and_write(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor,
+                         sin: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """As write, of q [T, H, D] and k that are rotated in place first. Triton only."""
+        cache_write.rotate_and_write(q, k, v, cos, sin, self.keys[layer], self.values[layer], slots, positions,
+                                     page_table=self.table_of(layer))
+
     def _append(self, slot: int, page: int) -> None:
         pages = self._pages[slot]
         self._changed[slot * self.page_table.shape[1] + len(pages)] = page

@@ -27,7 +27,9 @@ _PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
 # beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone (38 of 55
 # GB/s on an H200); and of the time that a forward takes here, which is without norms and routing, they may use so much
 _COPY_SHARE, _FORWARD_SHARE = 0.69, 1.15
-_MARGIN = 0.02  # of the budget: what the allocator reserves beyond what is allocated (0.2 to 0.6 of 18 to 24 GB on an H200)
+# what the allocator reserves beyond what is allocated, at least: of the budget (0.2 to 0.6 of 18 to 24 GB), and of the largest
+# tensor, which does not fit into any hole (0.6 to 0.8 of it from 16,384 tokens on)
+_MARGIN, _HOLES = 0.02, 0.6
 # of the budget: tensors from this size on leave holes, larger than the margin, that a backward's tensors do not fit into
 _LARGE = 0.05
 LOOKAHEAD = 2  # layers whose activations are on their way back while one runs backwards
@@ -227,7 +229,7 @@ class MemoryBudget:
         # on their way to the host in the forward, or back one layer ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(4 * parameter.numel() for parameter in trainable if parameter.grad is None)
-        free = int(budget * (1 - _MARGIN)) - torch.cuda.memory_allocated(x.device)
+        free = int(budget - max(_MARGIN * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
         if free - workspace(self.config, run) - gradients < layers * sum(sizes.values()):
             run.keeps_h = False
         # gradients grow as what layers keep goes: only what they exceed it by is extra

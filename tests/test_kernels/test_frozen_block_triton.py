@@ -17,10 +17,11 @@ import models.memory_plan
 from kernels.attention_plan import AttentionPlan
 from kernels.launch import product_path
 from kernels.mxfp4 import quantize
+from kernels.rope import rotate
 from models.checkpoint import load_model
 from models.config import GptOssConfig
 from models.experts import Mxfp4Experts
-from models.frozen_block import run_block
+from models.frozen_block import DecodeStep, run_block
 from models.gpt_oss import Block, GptOss
 from models.lora import LoraConfig, attach_lora
 from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, most_held, plan_layers, visible_pairs
@@ -133,6 +134,10 @@ def test_an_adapter_switched_off_leaves_the_base(monkeypatch):
         assert (model.logits(tokens, torch.tensor([0, 9])) - off).abs().max() > 1e-2
 
 
+def rotate_in_place(layer, q, k, v, cos, sin):
+    rotate(q, k, cos, sin, backward=False, out=(q, k))
+
+
 def block_outputs(model, num_tokens, *, choose=None):
     """What every block gives for the same random tokens, as a decode step and as a training forward."""
     config = model.config
@@ -144,8 +149,8 @@ def block_outputs(model, num_tokens, *, choose=None):
         return q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) + k.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
     with torch.no_grad():
-        return [[run_block(block, x, angles.cos(), angles.sin(), attend, scratch_bytes=1 << 30, choose=choose,
-                           is_decoding=is_decoding) for is_decoding in (True, False)] for block in model.model.layers]
+        return [[run_block(block, x, angles.cos(), angles.sin(), attend, scratch_bytes=1 << 30, choose=choose, decode=decode)
+                 for decode in (DecodeStep(rotate_in_place, attend), None)] for block in model.model.layers]
 
 
 @not_on_library_products
@@ -300,8 +305,8 @@ def test_a_decode_step_runs_in_a_graph():
     cos, sin = angles.cos(), angles.sin()
 
     def step():
-        return run_block(block, x, cos, sin, lambda layer, q, k, v, sinks: q, scratch_bytes=1 << 30, choose=None,
-                         is_decoding=True)
+        decode = DecodeStep(rotate_in_place, lambda layer, q, k, v, sinks: q)
+        return run_block(block, x, cos, sin, decode.attend, scratch_bytes=1 << 30, choose=None, decode=decode)
 
     with torch.no_grad():
         step()
