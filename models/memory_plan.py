@@ -198,7 +198,8 @@ class MemoryBudget:
         self.config, self.recomputes, self.memory_gb = config, recomputes, memory_gb
         self.host_bytes = int(host_gb * 1e9)
         self.store: HostStore | None = None
-        self._rates: tuple[float, float] | None = None  # to the host, bytes per second; of products, FLOP per second
+        self._host_rate = 0.0  # to the host, bytes per second
+        self._product_rate: float | None = None  # of products, FLOP per second
         self._largest_bytes = 0  # of what the newest plan's layers make for their backward
 
     def claim_host(self, num_bytes: int) -> bool:
@@ -214,16 +215,18 @@ class MemoryBudget:
         layers = self.config.num_hidden_layers
         run = Pass(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(), is_packed,
                    True, SCRATCH_BYTES)
+        if x.is_cuda and self._product_rate is None:
+            # whatever the plan: the library's first product takes a workspace for good, which after a forward's activations
+            # would lie between them, and divide the memory of later ones
+            self._product_rate = product_rate(x.device, dtype)
         if not self.recomputes:
             return Plan([everything(Place.gpu)] * layers, SCRATCH_BYTES, 0)
-        if x.is_cuda and self.host_bytes > 0 and self.store is None:
-            self.store = HostStore(self.host_bytes, x.device)
         if not x.is_cuda:
             return Plan([everything(Place.again)] * layers, SCRATCH_BYTES, 0)
+        if self.host_bytes > 0 and self.store is None:
+            self.store, self._host_rate = HostStore(self.host_bytes, x.device), transfer_rate(x.device)
         budget = self._budget(x.device)
         self.give_back_unused(x.device)
-        if self._rates is None:
-            self._rates = transfer_rate(x.device) if self.store is not None else 0.0, product_rate(x.device, dtype)
         sizes = bytes_of(self.config, run)
         self._largest_bytes = max(sizes.values())
         # on their way to the host in the forward, or back one layer ahead of the backward
@@ -264,8 +267,8 @@ class MemoryBudget:
         """The plan that keeps most on the GPU while neither forward nor backward ever takes more than `free`."""
         sizes, room = bytes_of(self.config, run), max(0, free)
         while True:
-            plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._rates[0],
-                                pending=pending, peak_flops=self._rates[1])
+            plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._host_rate,
+                                pending=pending, peak_flops=self._product_rate)
             forward, backward = most_held(plans, sizes, gradients=gradients, pending=pending)
             excess = max(forward + forward_workspace(self.config, run), backward + workspace(self.config, run)) - free
             if excess <= 0 or room == 0:

@@ -31,7 +31,8 @@ from models.config import GptOssConfig  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.lora import LoraConfig, attach_lora  # noqa: E402
 
-CASES = ("1x2048", "4x2048@18", "4x2048", "1x8192@18", "1x16384@20", "1x32768@24", "1x131072@60")
+# those within a budget first: a process that keeps everything leaves small tensors all over its memory
+CASES = ("4x2048@18", "1x8192@18", "1x16384@20", "1x32768@24", "1x131072@60", "1x2048", "4x2048")
 TARGETS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
            "all": ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]}
 MAX_TOKEN = 199_998  # control tokens start here
