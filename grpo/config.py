@@ -52,6 +52,7 @@ class Dtype(StrEnum):
 class Experts(StrEnum):
     auto = "auto"  # what the checkpoint holds
     mxfp4 = "mxfp4"
+    nf4 = "nf4"
     bf16 = "bf16"
 
 

@@ -156,7 +156,7 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
     if model.architecture is not None:
         check_architecture(model.architecture)
         need(
-            model.experts != Experts.mxfp4,
+            model.experts not in (Experts.mxfp4, Experts.nf4),
             "model.experts",
             str(model.experts),
             "packed experts come from a checkpoint only; set model.experts=bf16 with model.architecture",
@@ -174,7 +174,7 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
             "contradict model.train=full; set model.lora=null or model.train=lora",
         )
         need(
-            model.experts != Experts.mxfp4,
+            model.experts not in (Experts.mxfp4, Experts.nf4),
             "model.experts",
             str(model.experts),
             "packed experts cannot be trained in full; set model.experts=bf16 or model.train=lora",
@@ -207,7 +207,7 @@ def is_hub_id(name: str) -> bool:
 
 def check_architecture(architecture: dict) -> None:
     hints = typing.get_type_hints(GptOssConfig)
-    allowed = [name for name in hints if name not in ("raw", "is_mxfp4")]
+    allowed = [name for name in hints if name not in ("raw", "is_mxfp4", "is_nf4")]
     for name, value in architecture.items():
         if name not in allowed:
             raise unknown_key(f"model.architecture.{name}", allowed)

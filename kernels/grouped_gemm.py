@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.dense import linear, product
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
 from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
-from kernels.mxfp4_fragments import dequantize_packed
+from kernels.packed import dequantize_packed, packed_shape
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
 
@@ -100,7 +100,7 @@ class _ReferenceLinear(torch.autograd.Function):
 
 def _dequantized(blocks, scales, dtype, order, folds) -> torch.Tensor:
     """Packed weights as [E, N, K]."""
-    out = torch.empty((*scales.shape[:2], scales.shape[2] * 32), dtype=dtype, device=scales.device)
+    out = torch.empty(packed_shape(blocks, scales, order), dtype=dtype, device=scales.device)
     return dequantize_packed(blocks, scales, out, order=order, folds=folds)
 
 
@@ -109,7 +109,7 @@ def _expert_weight(blocks, scales, expert, dtype, order) -> torch.Tensor:
     return _dequantized(blocks[expert:expert + 1], scales[expert:expert + 1], dtype, order, False)[0]
 
 
-class _ReferenceLinearMxfp4(torch.autograd.Function):
+class _ReferenceLinearPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, blocks, scales, bias, offsets, order):
         ctx.save_for_backward(blocks, scales)
@@ -125,7 +125,7 @@ class _ReferenceLinearMxfp4(torch.autograd.Function):
         blocks, scales = ctx.saved_tensors
         needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_x = grad.new_empty(grad.shape[0], blocks.shape[2] * 32) if needs_x else None
+        grad_x = grad.new_empty(grad.shape[0], packed_shape(blocks, scales, ctx.order)[2]) if needs_x else None
         grad_bias = grad.new_zeros(blocks.shape[0], blocks.shape[1]) if needs_bias else None
         for expert, (start, end) in enumerate(zip(ctx.offsets, ctx.offsets[1:])):
             if start < end and needs_x:
@@ -475,15 +475,15 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)
 
 
-def grouped_linear_mxfp4(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor,
+def grouped_linear_packed(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor,
                          offsets: torch.Tensor | list[int], *, order: str, folds: bool, lora_A: torch.Tensor | None = None,
                          lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
-    """x [R, K] in expert order, blocks [E, N, K/32, 16] and scales [E, N, K/32] uint8, bias [E, N] -> [R, N] in x's dtype.
+    """x [R, K] in expert order, packed weights of E experts, bias [E, N] -> [R, N] in x's dtype.
 
-    order and folds as mxfp4_fragments.dequantize_packed takes them, offsets and LoRA as grouped_linear does."""
+    blocks, scales, order and folds as packed.dequantize_packed takes them, offsets and LoRA as grouped_linear does."""
     if product_path(x) != "reference":
         return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale,
                                     (order, folds))
     offsets = _on_host(offsets)
-    y = _ReferenceLinearMxfp4.apply(x, blocks, scales, bias, offsets, order)
+    y = _ReferenceLinearPacked.apply(x, blocks, scales, bias, offsets, order)
     return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)

@@ -20,15 +20,14 @@ import triton.language as tl
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
 from kernels.launch import is_triton, launch, next_power_of_2
-from kernels.mxfp4_fragments import dequantize_packed
+from kernels.packed import dequantize_packed, packed_shape
 from kernels.routing import Routing, sum_rows
 from kernels.swiglu import clamped_swiglu_grad
 
 
 @dataclass
 class ExpertWeights:
-    """One projection: dense [E, in, out], or packed blocks [E, out, in/32, 16] and scales [E, out, in/32] uint8 in an order of
-    mxfp4_fragments.ORDERS."""
+    """One projection: dense [E, in, out], or packed as kernels/packed.py says."""
 
     dense: torch.Tensor | None
     blocks: torch.Tensor | None
@@ -37,6 +36,10 @@ class ExpertWeights:
     scratch_bytes: int  # of dequantised weights held at once
     order: str  # of packed weights
     folds: bool  # what mxfp4_fragments.is_foldable said of the scales, in fragment order
+
+    def packed_shape(self) -> tuple[int, int, int]:
+        """E, out, in of packed weights."""
+        return packed_shape(self.blocks, self.scales, self.order)
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
         """Writes the packed weights of some experts into out [e, out, in] and returns it."""
@@ -106,10 +109,10 @@ def _all_dense(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor | None:
     """The dequantised weights [E, out, in] of a packed projection, where the scratch holds all of them."""
     if weights.dense is not None:
         return None
-    num_experts, size_out, num_blocks = weights.scales.shape
-    if num_experts * size_out * num_blocks * 32 * x.element_size() > weights.scratch_bytes:
+    num_experts, size_out, size_in = weights.packed_shape()
+    if num_experts * size_out * size_in * x.element_size() > weights.scratch_bytes:
         return None
-    return weights.dequantize(slice(None), x.new_empty(num_experts, size_out, num_blocks * 32))
+    return weights.dequantize(slice(None), x.new_empty(num_experts, size_out, size_in))
 
 
 def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, is_transposed: bool = False,
@@ -124,9 +127,9 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
     if dense is not None:
         return grouped_gemm(x, dense if is_transposed else dense.transpose(1, 2), offsets, gather=gather, bias=bias,
                             low_rank=low_rank, lora_up=lora_up, swiglu=swiglu, pre_activation=pre_activation, out=out)
-    num_experts, size_out, num_blocks = weights.scales.shape
-    chunk = max(1, min(num_experts, weights.scratch_bytes // (size_out * num_blocks * 32 * x.element_size())))
-    scratch = x.new_empty(chunk, size_out, num_blocks * 32)
+    num_experts, size_out, size_in = weights.packed_shape()
+    chunk = max(1, min(num_experts, weights.scratch_bytes // (size_out * size_in * x.element_size())))
+    scratch = x.new_empty(chunk, size_out, size_in)
     for first in range(0, num_experts, chunk):
         part = slice(first, min(first + chunk, num_experts))
         dense = weights.dequantize(part, scratch[:part.stop - first])  # [e, out, in]

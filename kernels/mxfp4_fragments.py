@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, gpu_family, is_triton, launch
-from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_experts, dequantize_reference, e8m0_to_fp32
+from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_reference, e8m0_to_fp32
 
 ORDERS = ("checkpoint", "fragments")  # of packed weights
 ASM_FAMILIES = ("ampere", "consumer", "hopper")
@@ -276,12 +276,3 @@ def dequantize_fragments(blocks: torch.Tensor, scales: torch.Tensor, out: torch.
                words, scale_words, out, num_groups, num_chunks, GROUPS=DEQUANTIZE_GROUPS, CHUNK=chunk, IS_ASM=is_asm,
                num_warps=NUM_WARPS)
     return out
-
-
-def dequantize_packed(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, *, order: str, folds: bool) -> torch.Tensor:
-    """mxfp4.dequantize_experts of blocks [E, O, N, 16] and scales [E, O, N] in either of ORDERS. folds: what is_foldable said of
-    the scales, in fragment order."""
-    assert order in ORDERS, f"order {order!r} is none of {ORDERS}"
-    if order == "checkpoint":
-        return dequantize_experts(blocks, scales, out)
-    return dequantize_fragments(blocks, scales, out, is_asm=unpacks_by_asm(out, is_foldable=folds))

@@ -1,4 +1,4 @@
-"""gpt-oss weights between files and the model: Hugging Face and OpenAI `original/` layouts, in and out.
+"""gpt-oss weights between files and the model: Hugging Face and OpenAI `original/` layouts, in and out; bitsandbytes' NF4, in.
 
 Loading streams one tensor at a time from file to device. Exports keep the schema of the published checkpoints
 (`rope_theta` and `rope_scaling` with its `truncate`, [E, in, out] dense experts, `_blocks`/`_scales` packed ones),
@@ -19,8 +19,11 @@ import torch
 
 from kernels.launch import product_path
 from kernels.mxfp4 import BLOCK_SIZE, dequantize, quantize
+from kernels.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
+from kernels.nf4 import dequantize_nf4_reference
+from models.bitsandbytes_layout import Derived, is_bitsandbytes, unpacked_names
 from models.config import GptOssConfig, read_config
-from models.experts import PACKED_SUFFIXES, Mxfp4Experts
+from models.experts import PACKED_SUFFIXES, Bf16Experts, Mxfp4Experts
 from models.gpt_oss import GptOss
 from models.original_layout import from_hugging_face, is_original, original_config, to_hugging_face
 from models.peft_format import has_expert_adapter, merged_weight, save_adapter
@@ -50,6 +53,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_FORMS = {"bf16": "dense ones", "mxfp4": "packed ones (MXFP4)", "nf4": "packed ones (NF4)"}
 
 
 def checkpoint_folder(source: str | Path) -> Path:
@@ -100,29 +104,29 @@ def load_model(
     source: a folder in Hugging Face layout (one file, or shards by model.safetensors.index.json), a folder in OpenAI's
         original layout or with an `original/` subfolder and no weights of its own, or a hub id.
     dtype: of every tensor but packed ones.
-    experts: "auto" keeps the form of the checkpoint; "bf16" dequantises MXFP4 experts into dense [E, in, out] of
-        `dtype` (4 times the memory in bfloat16); "mxfp4" insists on packed ones.
+    experts: "auto" keeps the form of the checkpoint; "bf16" dequantises packed experts into dense [E, in, out] of
+        `dtype` (4 times the memory in bfloat16); "mxfp4" and "nf4" insist on those.
     activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
         it is large enough (pinned allocations are rounded up to a power of two).
     Where Triton makes the products, packed experts are brought into fragment order at the end, in place (models/experts.py).
     Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
     the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
-    if experts not in ("auto", "mxfp4", "bf16"):
-        raise ValueError(f"experts={experts!r}; allowed: auto, mxfp4, bf16")
+    if experts not in ("auto", "mxfp4", "nf4", "bf16"):
+        raise ValueError(f"experts={experts!r}; allowed: auto, mxfp4, nf4, bf16")
     folder = checkpoint_folder(source)
     if not has_tensor_files(folder) and (folder / "original").is_dir():
         folder = folder / "original"
     config, stored = _read_headers(folder)
-    if experts == "mxfp4" and not config.is_mxfp4:
+    form = config.stored_experts if experts == "auto" else experts
+    if form != "bf16" and form != config.stored_experts:
+        how = ", or pack them first with scripts/export.py --experts mxfp4" if form == "mxfp4" else ""
         raise CheckpointError(
-            f"{folder}: experts=mxfp4, but the checkpoint holds dense experts; use experts=auto, or pack "
-            "them first with scripts/export.py --experts mxfp4"
+            f"{folder}: experts={form}, but the checkpoint holds {_FORMS[config.stored_experts]}; use experts=auto{how}"
         )
-    form = experts if experts != "auto" else "mxfp4" if config.is_mxfp4 else "bf16"
     model = GptOss(config, dtype=dtype, device="meta", experts=form, activation_checkpointing=activation_checkpointing,
                    memory_gb=memory_gb, host_gb=host_gb)
-    _check_tensors(folder, stored, _expected_tensors(model, is_packed=config.is_mxfp4), config)
+    _check_tensors(folder, stored, _expected_tensors(model, config.stored_experts), config)
     model.to_empty(device=device)
     embedding = model.model.embed_tokens
     size = embedding.weight.numel() * embedding.weight.element_size()
@@ -135,7 +139,7 @@ def load_model(
             if name in stored:
                 target.copy_(stored[name].read())
             else:
-                _dequantize_into(target, stored[name + "_blocks"], stored[name + "_scales"])
+                _dequantize_into(target, name, stored)
     if product_path(model.lm_head.weight) == "triton":
         for module in model.modules():
             if isinstance(module, Mxfp4Experts):
@@ -143,12 +147,12 @@ def load_model(
     return model
 
 
-def _first_source(name: str, stored: dict[str, StoredTensor]) -> tuple[str, str]:
+def _first_source(name: str, stored: dict[str, StoredTensor | Derived]) -> tuple[str, str]:
     """Sorts tensors by file, so that each file is read once from end to end."""
-    return str(stored[name if name in stored else name + "_blocks"].path), name
+    return str(next(stored[name + suffix] for suffix in ("", "_blocks", "_codes") if name + suffix in stored).path), name
 
 
-def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor]]:
+def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | Derived]]:
     try:
         config = read_config(folder)
     except ValueError as error:
@@ -158,14 +162,20 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor]]:
         stored = to_hugging_face(stored, config)
         # that layout's config.json does not say how the experts are stored
         config = replace(config, is_mxfp4=any(name.endswith("_blocks") for name in stored))
+    if config.is_nf4 or is_bitsandbytes(stored):
+        stored = unpacked_names(stored, config)
     return config, stored
 
 
-def _expected_tensors(model: GptOss, *, is_packed: bool) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _expected_tensors(model: GptOss, stored_experts: str) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> (shape, is uint8) of the tensors a checkpoint of this model must hold."""
     expected = {}
     for name, tensor in model.state_dict().items():
-        if is_packed and name.endswith(EXPERT_WEIGHTS):
+        if stored_experts == "nf4" and name.endswith(EXPERT_WEIGHTS):
+            num, size_in, size_out = tensor.shape
+            expected[name + "_codes"] = ((num, size_out, size_in // 2), True)
+            expected[name + "_absmax"] = ((num, size_out * size_in // NF4_BLOCK_SIZE), False)
+        elif stored_experts == "mxfp4" and name.endswith(EXPERT_WEIGHTS):
             num, size_in, size_out = tensor.shape
             scales = (num, size_out, size_in // BLOCK_SIZE)
             expected[name + "_blocks"] = ((*scales, BLOCK_SIZE // 2), True)
@@ -177,7 +187,7 @@ def _expected_tensors(model: GptOss, *, is_packed: bool) -> dict[str, tuple[tupl
 
 def _check_tensors(
     folder: Path,
-    stored: dict[str, StoredTensor],
+    stored: dict[str, StoredTensor | Derived],
     expected: dict[str, tuple[tuple[int, ...], bool]],
     config: GptOssConfig,
 ) -> None:
@@ -199,10 +209,11 @@ def _check_tensors(
         return
     lines = [f"{folder}: the tensors do not fit the model that its config.json describes"]
     lines += [f"  {kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
-    if any(name.endswith(EXPERT_WEIGHTS if config.is_mxfp4 else "_blocks") for name in stored):
-        form, other = ("mxfp4", "dense") if config.is_mxfp4 else ("dense", "packed as MXFP4")
+    held = next((form for form, suffix in (("bf16", ""), ("mxfp4", "_blocks"), ("nf4", "_codes"))
+                 if any(name.endswith(tuple(weight + suffix for weight in EXPERT_WEIGHTS)) for name in stored)), None)
+    if held not in (None, config.stored_experts):
         lines.append(
-            f"  config.json says the experts are {form}, the files hold them {other}: "
+            f"  config.json says the experts are {_FORMS[config.stored_experts]}, the files hold {_FORMS[held]}: "
             "correct quantization_config in config.json"
         )
     else:
@@ -210,10 +221,13 @@ def _check_tensors(
     raise CheckpointError("\n".join(lines))
 
 
-def _dequantize_into(target: torch.Tensor, blocks: StoredTensor, scales: StoredTensor) -> None:
-    blocks_EON, scales_EO = blocks.read().to(target.device), scales.read().to(target.device)
+def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, StoredTensor | Derived]) -> None:
+    is_nf4 = name + "_codes" in stored
+    suffixes = PACKED_SUFFIXES["nf4" if is_nf4 else "checkpoint"]
+    packed, factors = (stored[name + suffix].read().to(target.device) for suffix in suffixes)
+    convert = dequantize_nf4_reference if is_nf4 else dequantize
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
-        weight.copy_(dequantize(blocks_EON[expert], scales_EO[expert], target.dtype).T)
+        weight.copy_(convert(packed[expert], factors[expert], target.dtype).T)
 
 
 @dataclass
@@ -240,8 +254,8 @@ def save_model(
     merge_lora: adds the adapter to the weights it belongs to (in fp32, rounded once to `dtype`; small changes are
         lost in that rounding where they are under 2^-9 of a weight in bfloat16). False writes the base alone; trained
         norms and sinks are part of it either way.
-    experts: "as_loaded" keeps their form. Packed experts are then written byte for byte; if an adapter on them should
-        be merged, it goes to FOLDER/expert_adapter in PEFT form instead (attention and router are merged), with a
+    experts: "as_loaded" keeps their form, except for NF4, which is not written. MXFP4 is then written byte for byte; if an
+        adapter should be merged, it goes to FOLDER/expert_adapter in PEFT form instead (attention and router are merged), with a
         warning. "bf16" writes dense experts of `dtype`. "mxfp4" packs: what is not on the grid is rounded, 11 % rms
         for dense weights, more than most adapters change, hence a warning with the figures.
     tokenizer_folder: its tokenizer, chat template and generation_config.json are copied verbatim.
@@ -327,6 +341,8 @@ def _plan_export(
     model: GptOss, *, form: str, merge_lora: bool, merge_experts: bool, dtype: torch.dtype, lost: _Requantized
 ) -> list[TensorToWrite]:
     """The tensors of an export in Hugging Face names, each made when it is asked for."""
+    if form == "nf4":
+        raise CheckpointError("experts packed as NF4 are read, not written; export with --experts bf16 or mxfp4")
     plan = []
     held = {
         name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
@@ -337,7 +353,7 @@ def _plan_export(
             plan.append(
                 TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype))
             )
-        elif not suffix.startswith("_scale"):  # scales are planned with their blocks
+        elif suffix not in [second for _, second in PACKED_SUFFIXES.values()]:  # scales are planned with their blocks
             plan += _plan_experts(model, weight, form=form, merge=merge_experts, dtype=dtype, lost=lost)
     return plan
 
@@ -361,16 +377,15 @@ def _plan_experts(
 ) -> list[TensorToWrite]:
     path, _, leaf = name.rpartition(".")
     experts = model.get_submodule(path)
-    is_packed = isinstance(experts, Mxfp4Experts)
     shape = num, size_in, size_out = (model.config.num_local_experts, *experts.sizes[leaf])
     num_values = math.prod(shape)
-    is_untouched = is_packed and not (merge and has_expert_adapter(model, name))
+    is_untouched = isinstance(experts, Mxfp4Experts) and not (merge and has_expert_adapter(model, name))
 
     def base(expert: int) -> torch.Tensor:
         """[in, out] fp32."""
-        if not is_packed:
+        if isinstance(experts, Bf16Experts):
             return experts.get_parameter(leaf).detach()[expert].float()
-        return dequantize(*experts.packed(leaf, expert), torch.float32).T
+        return experts.dense(leaf, expert).T
 
     def weight(expert: int) -> torch.Tensor:
         return merged_weight(model, name, base(expert), expert=expert) if merge else base(expert)

@@ -49,6 +49,7 @@ class GptOssConfig:
     eos_token_id: int | list[int] = 200002
     pad_token_id: int | None = 199999
     is_mxfp4: bool = False
+    is_nf4: bool = False
     raw: dict = field(default_factory=dict)  # config.json as read
 
     def __post_init__(self) -> None:
@@ -88,7 +89,15 @@ class GptOssConfig:
         if self.is_mxfp4 and (self.hidden_size % 32 or self.intermediate_size % 32):
             problems.append(f"MXFP4 needs hidden_size={self.hidden_size} and intermediate_size="
                             f"{self.intermediate_size} to be multiples of 32")
+        if self.is_nf4 and self.hidden_size * self.intermediate_size % 64:
+            problems.append(f"NF4 needs hidden_size={self.hidden_size} times intermediate_size="
+                            f"{self.intermediate_size} to be a multiple of 64")
         return problems
+
+    @property
+    def stored_experts(self) -> str:
+        """How a checkpoint of this config holds its experts."""
+        return "mxfp4" if self.is_mxfp4 else "nf4" if self.is_nf4 else "bf16"
 
     @property
     def stop_ids(self) -> list[int]:
@@ -111,8 +120,12 @@ class GptOssConfig:
             if not isinstance(raw.get(key) or {}, dict):
                 raise ValueError(f"config.json: {key}={raw[key]!r} must be an object")
         method = (raw.get("quantization_config") or {}).get("quant_method")
-        if method not in (None, "mxfp4"):
-            raise ValueError(f"config.json: quantization_config.quant_method={method!r}; supported: mxfp4, or none")
+        if method not in (None, "mxfp4", "bitsandbytes"):
+            raise ValueError(f"config.json: quantization_config.quant_method={method!r}; supported: mxfp4, bitsandbytes "
+                             "(NF4), or none")
+        if method == "bitsandbytes" and (kind := raw["quantization_config"].get("bnb_4bit_quant_type")) != "nf4":
+            raise ValueError(f"config.json: quantization_config.bnb_4bit_quant_type={kind!r}; of bitsandbytes' formats nf4 "
+                             "is supported")
         if raw.get("tie_word_embeddings", False):
             raise ValueError("config.json: tie_word_embeddings=true; gpt-oss has an untied lm_head")
         if raw.get("attention_bias", True) is not True:
@@ -130,7 +143,8 @@ class GptOssConfig:
                     "pad_token_id", "initial_context_length")
         return GptOssConfig(
             **{key: raw[key] for key in _REQUIRED}, **{key: raw[key] for key in optional if key in raw},
-            num_experts_per_tok=experts_per_token, rope_scaling=scaling, is_mxfp4=method == "mxfp4", raw=raw,
+            num_experts_per_tok=experts_per_token, rope_scaling=scaling, is_mxfp4=method == "mxfp4",
+            is_nf4=method == "bitsandbytes", raw=raw,
             rope_theta=raw.get("rope_theta", rope.get("rope_theta", 150000.0)),
             layer_types=raw.get("layer_types") or _alternating(raw["num_hidden_layers"]))
 
@@ -158,7 +172,7 @@ class GptOssConfig:
     @staticmethod
     def from_architecture(fields: dict) -> GptOssConfig:
         """Builds a config for a model initialised from scratch; unknown or missing fields are a ValueError."""
-        allowed = set(GptOssConfig.__dataclass_fields__) - {"raw", "is_mxfp4"}
+        allowed = set(GptOssConfig.__dataclass_fields__) - {"raw", "is_mxfp4", "is_nf4"}
         if unknown := sorted(set(fields) - allowed):
             raise ValueError(f"model.architecture: unknown keys {unknown}; allowed: {sorted(allowed)}")
         needed = (set(_REQUIRED) | {"num_experts_per_tok"}) - set(fields)
@@ -197,7 +211,8 @@ class GptOssConfig:
                     "output_router_logits": False, "router_aux_loss_coef": 0.9, "use_cache": True}
         dropped = ("quantization_config", "rope_parameters", "dtype")
         kept = {key: value for key, value in self.raw.items() if key not in dropped}
-        quantization = {"quantization_config": self.raw.get("quantization_config") or _MXFP4} if is_mxfp4 else {}
+        given = self.raw.get("quantization_config") if self.is_mxfp4 else None
+        quantization = {"quantization_config": given or _MXFP4} if is_mxfp4 else {}
         return {**defaults, **kept, **written, **quantization}
 
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts weights in the formats a checkpoint can hold: bf16 (or fp32) tensors and packed MXFP4.
+"""Mixture-of-experts weights in the formats a checkpoint can hold: bf16 (or fp32) tensors, packed MXFP4 and packed NF4.
 
 The classes share constructor and forward and name their parameters as the checkpoint does. LoRA on experts is one A and one B for
 each expert, never merged, whatever the format of the base.
@@ -10,17 +10,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels.grouped_gemm import grouped_linear, grouped_linear_mxfp4
+from kernels import nf4
+from kernels.grouped_gemm import grouped_linear, grouped_linear_packed
 from kernels.launch import is_triton
 from kernels.moe import ExpertWeights
 from kernels.moe_decode import Projection, moe_decode
+from kernels.mxfp4 import dequantize
 from kernels.mxfp4_fragments import can_permute, from_fragments, is_foldable, to_fragments_, unpacks_by_asm
 from kernels.routing import Routing, combine, dispatch
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-PACKED_SUFFIXES = {"checkpoint": ("_blocks", "_scales"), "fragments": ("_block_fragments", "_scale_fragments")}  # by order
+PACKED_SUFFIXES = {"checkpoint": ("_blocks", "_scales"), "fragments": ("_block_fragments", "_scale_fragments"),
+                   "nf4": ("_codes", "_absmax")}  # by order (kernels/packed.py)
 
 
 class _Experts(nn.Module):
@@ -97,7 +100,30 @@ class Bf16Experts(_Experts):
         return Projection(self._parameters[name], None, None, self._parameters[f"{name}_bias"], False)
 
 
-class Mxfp4Experts(_Experts):
+class _PackedExperts(_Experts):
+    """Frozen weights as a checkpoint packs them, dequantised where they are used; `order` says how (kernels/packed.py)."""
+
+    order: str
+    folds = False  # what mxfp4_fragments.is_foldable said
+
+    def _hold(self, name: str, *tensors: torch.Tensor) -> None:
+        for suffix, tensor in zip(PACKED_SUFFIXES[self.order], tensors):
+            self.register_buffer(name + suffix, tensor)
+
+    def _packed(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both tensors in the order they are held in."""
+        return tuple(self._buffers[name + suffix] for suffix in PACKED_SUFFIXES[self.order])
+
+    def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
+        return grouped_linear_packed(x, *self._packed(name), self._parameters[f"{name}_bias"], offsets, order=self.order,
+                                     folds=self.folds, **self._lora(name))
+
+    def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
+        """The weights as the GPU's forward and backward take them; at most scratch_bytes dequantised at once."""
+        return ExpertWeights(None, *self._packed(name), self._parameters[f"{name}_bias"], scratch_bytes, self.order, self.folds)
+
+
+class Mxfp4Experts(_PackedExperts):
     """Packed weights, uint8, frozen: blocks [E, out, in/32, 16] and scales [E, out, in/32].
 
     `order` is how they lie: as in a checkpoint or, after to_fragments(), permuted in place for the tensor cores
@@ -111,14 +137,6 @@ class Mxfp4Experts(_Experts):
             shape = (config.num_local_experts, size_out, size_in // 32)
             blocks = torch.empty(*shape, 16, device=device, dtype=torch.uint8)
             self._hold(name, blocks, torch.empty(shape, device=device, dtype=torch.uint8))
-
-    def _hold(self, name: str, *tensors: torch.Tensor) -> None:
-        for suffix, tensor in zip(PACKED_SUFFIXES[self.order], tensors):
-            self.register_buffer(name + suffix, tensor)
-
-    def _packed(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks and scales in the order they are held in."""
-        return tuple(self._buffers[name + suffix] for suffix in PACKED_SUFFIXES[self.order])
 
     def to_fragments(self) -> None:
         """Permutes the weights in place, where their sizes allow, and finds out how they unpack (`folds`). For loading: waits for
@@ -144,13 +162,9 @@ class Mxfp4Experts(_Experts):
             blocks, scales = from_fragments(blocks, scales)
         return blocks[0], scales[0]
 
-    def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        return grouped_linear_mxfp4(x, *self._packed(name), self._parameters[f"{name}_bias"], offsets, order=self.order,
-                                    folds=self.folds, **self._lora(name))
-
-    def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
-        """The weights as the GPU's forward and backward take them; at most scratch_bytes dequantised at once."""
-        return ExpertWeights(None, *self._packed(name), self._parameters[f"{name}_bias"], scratch_bytes, self.order, self.folds)
+    def dense(self, name: str, expert: int) -> torch.Tensor:
+        """[out, in] fp32 of one expert."""
+        return dequantize(*self.packed(name, expert), torch.float32)
 
     def can_decode(self) -> bool:
         """Whether decode() serves these weights."""
@@ -159,3 +173,25 @@ class Mxfp4Experts(_Experts):
     def _for_decode(self, name: str, x: torch.Tensor) -> Projection:
         return Projection(None, *self._packed(name), self._parameters[f"{name}_bias"],
                           unpacks_by_asm(x, is_foldable=self.folds))
+
+
+class Nf4Experts(_PackedExperts):
+    """Packed weights, frozen: codes [E, out, in/2] uint8 and absmax [E, out * in/64] fp32 (kernels/nf4.py)."""
+
+    order = "nf4"
+
+    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        for name, (size_in, size_out) in self.sizes.items():
+            codes = torch.empty(config.num_local_experts, size_out, size_in // 2, device=device, dtype=torch.uint8)
+            absmax = torch.empty(len(codes), size_out * size_in // nf4.BLOCK_SIZE, device=device, dtype=torch.float32)
+            self._hold(name, codes, absmax)
+
+    def dense(self, name: str, expert: int) -> torch.Tensor:
+        """[out, in] fp32 of one expert."""
+        codes, absmax = (tensor[expert] for tensor in self._packed(name))
+        return nf4.dequantize_nf4(codes, absmax, absmax.new_empty(codes.shape[0], 2 * codes.shape[1]))
+
+    def can_decode(self) -> bool:
+        """Whether decode() serves these weights: few tokens take the kernels of many, which dequantise every expert."""
+        return False

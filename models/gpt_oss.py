@@ -32,7 +32,7 @@ from kernels.rope import rope_qk
 from kernels.router_logits import router_logits
 from kernels.routing import route
 from models.config import GptOssConfig
-from models.experts import Bf16Experts, Mxfp4Experts
+from models.experts import Bf16Experts, Mxfp4Experts, Nf4Experts
 from models.frozen_block import Attend, Choose, DecodeStep, TrainingPass, run_block, train_block
 from models.kv_cache import KVCache
 from models.memory_plan import SCRATCH_BYTES, MemoryBudget
@@ -133,7 +133,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.experts_per_token = config.num_experts_per_tok
         self.router = Router(config.hidden_size, config.num_local_experts, **factory)
-        self.experts = (Mxfp4Experts if experts == "mxfp4" else Bf16Experts)(config, **factory)
+        kind = Bf16Experts if experts == "bf16" else Mxfp4Experts if experts == "mxfp4" else Nf4Experts
+        self.experts = kind(config, **factory)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, choose: Choose | None) -> torch.Tensor:
         """residual plus the weighted sum of the experts of x, those that `choose` names or the router's own."""
@@ -188,7 +189,7 @@ class Decoder(nn.Module):
 class GptOss(nn.Module):
     """The policy. Base weights start frozen; models/lora.py decides what trains.
 
-    `experts` is the format they are held in, "bf16" (dense, in `dtype`) or "mxfp4" (packed). Parameters are left
+    `experts` is the format they are held in, "bf16" (dense, in `dtype`), "mxfp4" or "nf4" (packed). Parameters are left
     uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights. `activation_checkpointing` recomputes
     layers in the backward; on a GPU with a frozen base, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is
     given, and `host_gb` of pinned host memory take the input embedding and more of what layers keep."""
@@ -196,8 +197,8 @@ class GptOss(nn.Module):
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
                  activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:
         super().__init__()
-        if experts not in ("bf16", "mxfp4"):
-            raise ValueError(f"experts={experts!r}; allowed: bf16, mxfp4")
+        if experts not in ("bf16", "mxfp4", "nf4"):
+            raise ValueError(f"experts={experts!r}; allowed: bf16, mxfp4, nf4")
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, experts
         self.activation_checkpointing = activation_checkpointing
@@ -215,7 +216,7 @@ class GptOss(nn.Module):
         """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts
         N(0, 0.5 / sqrt(fan_in)), embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
         if self.expert_format != "bf16":
-            raise ValueError("init_weights: packed MXFP4 experts cannot be initialised; use experts='bf16'")
+            raise ValueError("init_weights: packed experts cannot be initialised; use experts='bf16'")
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             std = None
@@ -244,7 +245,7 @@ class GptOss(nn.Module):
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside, the model is its base: the reference policy of a LoRA run."""
-        carriers = [module for module in self.modules() if isinstance(module, (Linear, Bf16Experts, Mxfp4Experts))]
+        carriers = [module for module in self.modules() if isinstance(module, (Linear, Bf16Experts, Mxfp4Experts, Nf4Experts))]
         for module in carriers:
             module.adapter_enabled = False
         try:
@@ -279,7 +280,7 @@ class GptOss(nn.Module):
             for name, parameter in trainable.items():
                 if name.startswith("model.layers."):
                     of_layers[int(name.split(".", 3)[2])].append(parameter)
-            places = self.memory.plan(x, plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format == "mxfp4")
+            places = self.memory.plan(x, plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format != "bf16")
             run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
             for block, layer, parameters, choose in zip(blocks, places.layers, of_layers, chooses):
                 x = block(x, partial(train_block, run=run, plan=layer, parameters=parameters, choose=choose))

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,15 @@ class StoredTensor:
         with _opened(self.path) as file:
             tensor = file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[slice(*self.rows)]
         return tensor.transpose(1, 2) if self.is_transposed else tensor
+
+
+def read_all(tensors: Sequence[StoredTensor]) -> list[torch.Tensor]:
+    """Whole tensors as read() gives them, each file opened once."""
+    read = {}
+    for path in {tensor.path for tensor in tensors}:
+        with _opened(path) as file:
+            read |= {(path, tensor.name): file.get_tensor(tensor.name) for tensor in tensors if tensor.path == path}
+    return [read[tensor.path, tensor.name] for tensor in tensors]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import kernels.moe_decode  # noqa: E402
 import models.frozen_block  # noqa: E402
 import models.gpt_oss  # noqa: E402
 from kernels.routing import Routing  # noqa: E402
-from models.experts import Bf16Experts, Mxfp4Experts  # noqa: E402
+from models.experts import Bf16Experts, Mxfp4Experts, Nf4Experts  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 
 
@@ -148,6 +148,7 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
         (kernels.moe_decode, "decode_projection", recorder.note_experts),
         (single, "route", recorder.note_route), (single.RMSNorm, "add", recorder.note_add_norm),
         (Bf16Experts, "project", recorder.note_experts_project), (Mxfp4Experts, "project", recorder.note_experts_project),
+        (Nf4Experts, "project", recorder.note_experts_project),
     ]  # fmt: skip
     with ExitStack() as stack:
         for owner, name in ((frozen, "_forward"), (frozen, "_decode"), (single.Block, "compose")):

@@ -20,7 +20,7 @@ from kernels.mxfp4 import quantize
 from kernels.rope import rotate
 from models.checkpoint import load_model
 from models.config import GptOssConfig
-from models.experts import Mxfp4Experts
+from models.experts import PROJECTIONS, Mxfp4Experts
 from models.frozen_block import DecodeStep, run_block
 from models.gpt_oss import Block, GptOss
 from models.lora import LoraConfig, attach_lora
@@ -43,7 +43,7 @@ EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
 
 def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dtype=torch.float32, trains_more=True,
           in_fragments=False, **settings):
-    """A random model whose adapters are not zero; packed experts of random codes."""
+    """A random model whose adapters are not zero; experts packed as NF4 are of random codes."""
     config = GptOssConfig.from_architecture(architecture)
     model = GptOss(config, dtype=dtype, device="cpu", experts="bf16")
     model.init_weights(0)
@@ -51,6 +51,12 @@ def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dt
     if experts == "mxfp4":
         for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
             state[f"{name}_blocks"], state[f"{name}_scales"] = quantize(state.pop(name).to(device).transpose(1, 2))
+    if experts == "nf4":
+        generator = torch.Generator().manual_seed(4)
+        for name in [name for name in state if name.endswith(("gate_up_proj", "down_proj"))]:
+            num, size_in, size_out = state.pop(name).shape
+            state[f"{name}_codes"] = torch.randint(0, 256, (num, size_out, size_in // 2), generator=generator, dtype=torch.uint8)
+            state[f"{name}_absmax"] = 2 * torch.rand(num, size_out * size_in // 64, generator=generator) * size_in**-0.5
     model = GptOss(config, dtype=dtype, device=device, experts=experts, **settings)
     model.load_state_dict(state)
     if in_fragments:
@@ -106,7 +112,7 @@ def test_the_interpreter_agrees_with_autograd_on_library_products(monkeypatch):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("experts, recomputes, in_fragments", [("mxfp4", True, True), ("mxfp4", False, False),
-                                                               ("bf16", True, False)])
+                                                               ("bf16", True, False), ("nf4", True, False)])
 def test_gradients_of_everything_that_may_train(experts, recomputes, in_fragments, monkeypatch):
     model = build(ARCHITECTURE, experts, activation_checkpointing=recomputes, in_fragments=in_fragments)
     assert_close(gradients(model), composed(model, monkeypatch), 2e-5)
@@ -151,6 +157,19 @@ def block_outputs(model, num_tokens, *, choose=None):
     with torch.no_grad():
         return [[run_block(block, x, angles.cos(), angles.sin(), attend, scratch_bytes=1 << 30, choose=choose, decode=decode)
                  for decode in (DecodeStep(rotate_in_place, attend), None)] for block in model.model.layers]
+
+
+@pytest.mark.interpreter
+def test_packed_as_nf4_the_block_computes_what_it_does_on_the_same_dense_weights():
+    packed, dense = build(ARCHITECTURE, "nf4"), build(ARCHITECTURE, "bf16")
+    for block, other in zip(packed.model.layers, dense.model.layers):
+        for name in PROJECTIONS:
+            weights = torch.stack([block.mlp.experts.dense(name, expert) for expert in range(4)]).transpose(1, 2)
+            other.mlp.experts.get_parameter(name).data.copy_(weights)
+            assert weights.std() > 0.05
+    assert_close(gradients(packed), gradients(dense), 2e-5)
+    for ours, theirs in block_outputs(packed, 5):  # a decode step takes the training forward
+        assert torch.equal(ours, theirs)
 
 
 @not_on_library_products
@@ -324,9 +343,10 @@ def test_a_decode_step_runs_in_a_graph():
 
 @pytest.mark.gpu
 def test_on_a_gpu_gradients_are_those_of_autograd(monkeypatch):
-    model = build(WIDE, device="cuda", activation_checkpointing=True)
     lengths = (70, 1, 130, 33)
-    assert_close(gradients(model, lengths=lengths), composed(model, monkeypatch, lengths=lengths), 2e-5)
+    for experts in ("mxfp4", "nf4"):
+        model = build(WIDE, experts, device="cuda", activation_checkpointing=True)
+        assert_close(gradients(model, lengths=lengths), composed(model, monkeypatch, lengths=lengths), 2e-5)
 
 
 @pytest.mark.gpu

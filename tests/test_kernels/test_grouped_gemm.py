@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.grouped_gemm import grouped_linear, grouped_linear_mxfp4
+from kernels.grouped_gemm import grouped_linear, grouped_linear_packed
 from kernels.mxfp4 import dequantize
 from kernels.routing import combine, dispatch, route
 from kernels.swiglu import swiglu
@@ -89,7 +89,7 @@ def test_packed_experts_equal_their_dequantised_weights_in_value_and_gradient(of
     x = torch.randn(offsets[-1], 64, generator=generator)
     grad = torch.randn(offsets[-1], 12, generator=generator)
     ours_x, ours_bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
-    y = grouped_linear_mxfp4(ours_x, blocks, scales, ours_bias, offsets, **AS_STORED)
+    y = grouped_linear_packed(ours_x, blocks, scales, ours_bias, offsets, **AS_STORED)
     y.backward(grad)
     their_x, their_bias = x.double().requires_grad_(), bias.double().requires_grad_()
     weight = dequantize(blocks, scales, torch.float64)  # [E, out, in]
@@ -103,7 +103,7 @@ def test_packed_experts_equal_their_dequantised_weights_in_value_and_gradient(of
 
 def test_only_packed_weights_are_kept_for_the_backward():
     blocks, scales, bias = packed()
-    y = grouped_linear_mxfp4(torch.randn(4, 64, requires_grad=True), blocks, scales, bias, [0, 2, 3, 4], **AS_STORED)
+    y = grouped_linear_packed(torch.randn(4, 64, requires_grad=True), blocks, scales, bias, [0, 2, 3, 4], **AS_STORED)
     assert [tensor.dtype for tensor in y.grad_fn.saved_tensors] == [torch.uint8, torch.uint8]
 
 
@@ -150,5 +150,5 @@ def test_packed_experts_in_bf16_stay_within_twice_the_error_of_eager_bf16():
     exact = torch.einsum("rk,rnk->rn", x.double(), dequantize(blocks, scales, torch.float64)[owner]) + bias.double()[owner]
     weight = dequantize(blocks, scales, torch.bfloat16)[owner]
     eager = torch.einsum("rk,rnk->rn", x, weight) + bias[owner]
-    ours = grouped_linear_mxfp4(x, blocks, scales, bias, offsets, **AS_STORED)
+    ours = grouped_linear_packed(x, blocks, scales, bias, offsets, **AS_STORED)
     assert (ours.double() - exact).norm() <= 2 * (eager.double() - exact).norm()

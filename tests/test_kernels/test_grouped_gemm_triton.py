@@ -8,7 +8,7 @@ import torch
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
-from kernels.grouped_gemm import Blocks, grouped_gemm, grouped_linear, grouped_linear_mxfp4
+from kernels.grouped_gemm import Blocks, grouped_gemm, grouped_linear, grouped_linear_packed
 from kernels.grouped_outer import CHUNK_ROWS, MAX_ROWS_UNSPLIT, grouped_outer, grouped_row_sum
 from kernels.mxfp4 import dequantize
 from kernels.swiglu import swiglu
@@ -165,7 +165,7 @@ def test_packed_experts_equal_their_dequantised_weights():
         given = leaves_of(offsets, size_in=64, size_out=24, rank=3)
         lora = {"lora_A": given["lora_A"], "lora_B": given["lora_B"], "lora_scale": 2.0}
         if packed:
-            y = grouped_linear_mxfp4(given["x"], blocks, scales, given["bias"], int32(offsets), order="checkpoint", folds=False,
+            y = grouped_linear_packed(given["x"], blocks, scales, given["bias"], int32(offsets), order="checkpoint", folds=False,
                                      **lora)
         else:
             weight = dequantize(blocks, scales, torch.float32).transpose(1, 2)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kernels.launch
-from kernels.grouped_gemm import grouped_gemm, grouped_linear, grouped_linear_mxfp4
+from kernels.grouped_gemm import grouped_gemm, grouped_linear, grouped_linear_packed
 from kernels.grouped_outer import grouped_outer, grouped_row_sum
 from kernels.launch import check_served, product_path
 from kernels.mxfp4 import dequantize
@@ -172,7 +172,7 @@ def test_experts_with_lora_and_every_gradient_equal_the_merged_weight(offsets, p
         generator = torch.Generator().manual_seed(0)
         blocks = torch.randint(0, 256, (4, 24, 2, 16), generator=generator, dtype=torch.uint8)
         scales = torch.randint(122, 126, (4, 24, 2), generator=generator, dtype=torch.uint8)
-        y = grouped_linear_mxfp4(given["x"], blocks, scales, given["bias"], int32(offsets), order="checkpoint", folds=False,
+        y = grouped_linear_packed(given["x"], blocks, scales, given["bias"], int32(offsets), order="checkpoint", folds=False,
                                  **lora)
         given["weight"] = dequantize(blocks, scales, torch.float32).transpose(1, 2)
     else:

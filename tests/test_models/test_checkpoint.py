@@ -388,7 +388,7 @@ def test_a_config_of_the_other_expert_form_is_named(damaged):
         load(damaged)
     with pytest.raises(CheckpointError, match="experts=mxfp4, but the checkpoint holds dense"):
         load(BF16, experts="mxfp4")
-    with pytest.raises(ValueError, match="allowed: auto, mxfp4, bf16"):
+    with pytest.raises(ValueError, match="allowed: auto, mxfp4, nf4, bf16"):
         load(BF16, experts="fp8")
 
 

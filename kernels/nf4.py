@@ -1,0 +1,75 @@
+"""NF4 (4-bit NormalFloat, QLoRA, arXiv 2305.14314) to floating point, in the packing of bitsandbytes.
+
+A block is 64 consecutive elements of a matrix [O, I], its rows one after the other: 32 bytes of codes and one fp32 absmax. Blocks
+go on from row to row where I is no multiple of 64.
+
+    value = CODE[code] * absmax, in fp32, rounded once
+    element 2j is the HIGH nibble of byte j, element 2j + 1 the LOW (MXFP4 has them the other way round)
+
+Source: bitsandbytes, functional.py (code values, nibbles); formats with double quantisation are resolved when a checkpoint is
+read (models/bitsandbytes_layout.py).
+
+Shapes: ... any leading dimensions (experts), O output features, I input features.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import cdiv, is_triton, launch
+
+BLOCK_SIZE = 64  # elements that share one absmax
+CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_WORDS, NUM_WARPS = 512, 4  # words of 8 codes per program
+
+
+@cache
+def _code_values(device: torch.device) -> torch.Tensor:
+    return torch.tensor(CODE, dtype=torch.float32, device=device)  # [16]
+
+
+def dequantize_nf4_reference(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    nibbles = torch.stack([codes >> 4, codes & 15], -1).flatten(-2)  # [..., O, I]
+    values = torch.nn.functional.embedding(nibbles.int(), _code_values(codes.device)[:, None])
+    scaled = values.reshape(*absmax.shape, BLOCK_SIZE) * absmax[..., None]
+    return scaled.to(dtype).view(nibbles.shape)
+
+
+@triton.jit
+def _dequantize_nf4_kernel(words_ptr, absmax_ptr, code_ptr, out_ptr, num_words, BLOCK_WORDS: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK_WORDS
+    index = tl.arange(0, BLOCK_WORDS)
+    mask = index < num_words - first
+    words = tl.load(words_ptr + first + index, mask=mask, other=0)
+    absmax = tl.load(absmax_ptr + first // 8 + index // 8, mask=mask, other=0.0)  # 8 words share one
+    slots = tl.arange(0, 8)
+    shifts = 8 * (slots // 2) + 4 * (1 - slots % 2)  # the high nibble of the low byte first
+    values = tl.load(code_ptr + ((words[:, None] >> shifts[None, :]) & 15)) * absmax[:, None]  # [BLOCK_WORDS, 8]
+    offsets = 8 * index[:, None] + slots[None, :]
+    tl.store(out_ptr + 8 * first + offsets, values.to(out_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Writes the weights of codes [..., O, I / 2] uint8 with absmax [..., O * I / 64] fp32 into out [..., O, I], contiguous,
+    fp32, bf16 or fp16, and returns it. Memory besides `out`: none on a GPU."""
+    assert codes.dtype == torch.uint8 and absmax.dtype == torch.float32, f"codes {codes.dtype}, absmax {absmax.dtype}"
+    assert absmax.shape == (*codes.shape[:-2], 2 * codes.shape[-2] * codes.shape[-1] // BLOCK_SIZE), (codes.shape, absmax.shape)
+    assert 2 * codes.shape[-2] * codes.shape[-1] % BLOCK_SIZE == 0, f"{codes.shape}: not a whole number of blocks"
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+    assert out.shape == shape and out.is_contiguous(), f"out {out.shape}, strides {out.stride()}: contiguous {shape} needed"
+    if not is_triton(codes):
+        return out.copy_(dequantize_nf4_reference(codes, absmax, out.dtype))
+    if out.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"dequantize_nf4: dtype {out.dtype}; on a GPU one of {', '.join(map(str, KERNEL_DTYPES))}")
+    assert codes.device == absmax.device == out.device, f"codes, absmax, out: {codes.device}, {absmax.device}, {out.device}"
+    num_words = codes.numel() // 4
+    if num_words:
+        words = codes.contiguous().view(torch.int32)
+        launch(_dequantize_nf4_kernel, (cdiv(num_words, BLOCK_WORDS),), words, absmax.contiguous(), _code_values(codes.device),
+               out, num_words, BLOCK_WORDS=BLOCK_WORDS, num_warps=NUM_WARPS)
+    return out
