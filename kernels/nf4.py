@@ -41,10 +41,16 @@ def dequantize_nf4_reference(codes: torch.Tensor, absmax: torch.Tensor, dtype: t
 
 
 @triton.jit
-def _dequantize_nf4_kernel(words_ptr, absmax_ptr, code_ptr, out_ptr, num_words, BLOCK_WORDS: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * BLOCK_WORDS
+def _dequantize_nf4_kernel(words_ptr, absmax_ptr, code_ptr, offsets_ptr, out_ptr, num_words, BLOCK_WORDS: tl.constexpr,
+                           HAS_OFFSETS: tl.constexpr):
+    """num_words of each matrix; with offsets only of the experts that have rows."""
+    matrix, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_WORDS
+    if HAS_OFFSETS:
+        if tl.load(offsets_ptr + matrix + 1) == tl.load(offsets_ptr + matrix):
+            return
+    first = matrix * num_words + start
     index = tl.arange(0, BLOCK_WORDS)
-    mask = index < num_words - first
+    mask = index < num_words - start
     words = tl.load(words_ptr + first + index, mask=mask, other=0)
     absmax = tl.load(absmax_ptr + first // 8 + index // 8, mask=mask, other=0.0)  # 8 words share one
     slots = tl.arange(0, 8)
@@ -54,22 +60,28 @@ def _dequantize_nf4_kernel(words_ptr, absmax_ptr, code_ptr, out_ptr, num_words, 
     tl.store(out_ptr + 8 * first + offsets, values.to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
-def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, *,
+                   offsets: torch.Tensor | None = None) -> torch.Tensor:
     """Writes the weights of codes [..., O, I / 2] uint8 with absmax [..., O * I / 64] fp32 into out [..., O, I], contiguous,
-    fp32, bf16 or fp16, and returns it. Memory besides `out`: none on a GPU."""
+    fp32, bf16 or fp16, and returns it. Memory besides `out`: none on a GPU.
+
+    offsets [E + 1] int32: of experts [E, O, I] only those are written that own a routed row; Triton only."""
     assert codes.dtype == torch.uint8 and absmax.dtype == torch.float32, f"codes {codes.dtype}, absmax {absmax.dtype}"
     assert absmax.shape == (*codes.shape[:-2], 2 * codes.shape[-2] * codes.shape[-1] // BLOCK_SIZE), (codes.shape, absmax.shape)
     assert 2 * codes.shape[-2] * codes.shape[-1] % BLOCK_SIZE == 0, f"{codes.shape}: not a whole number of blocks"
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     assert out.shape == shape and out.is_contiguous(), f"out {out.shape}, strides {out.stride()}: contiguous {shape} needed"
+    assert offsets is None or codes.ndim == 3 and offsets.shape == (len(codes) + 1,), "offsets are those of codes' experts"
     if not is_triton(codes):
+        assert offsets is None, "the reference dequantises all experts"
         return out.copy_(dequantize_nf4_reference(codes, absmax, out.dtype))
     if out.dtype not in KERNEL_DTYPES:
         raise ValueError(f"dequantize_nf4: dtype {out.dtype}; on a GPU one of {', '.join(map(str, KERNEL_DTYPES))}")
     assert codes.device == absmax.device == out.device, f"codes, absmax, out: {codes.device}, {absmax.device}, {out.device}"
-    num_words = codes.numel() // 4
-    if num_words:
+    num_words, num_matrices = codes.shape[-2] * codes.shape[-1] // 4, codes.shape[:-2].numel()
+    if num_words and num_matrices:
         words = codes.contiguous().view(torch.int32)
-        launch(_dequantize_nf4_kernel, (cdiv(num_words, BLOCK_WORDS),), words, absmax.contiguous(), _code_values(codes.device),
-               out, num_words, BLOCK_WORDS=BLOCK_WORDS, num_warps=NUM_WARPS)
+        launch(_dequantize_nf4_kernel, (cdiv(num_words, BLOCK_WORDS), num_matrices), words, absmax.contiguous(),
+               _code_values(codes.device), offsets, out, num_words, BLOCK_WORDS=BLOCK_WORDS, HAS_OFFSETS=offsets is not None,
+               num_warps=NUM_WARPS)
     return out

@@ -71,7 +71,7 @@ class _Experts(nn.Module):
     def decode(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
         """What mix gives, for few tokens and without gradients: the bits of kernels.moe.moe_forward, from the weights as they are
         held. Triton only, and only where can_decode()."""
-        return moe_decode(x, weights, routing, *(self._for_decode(name, x) for name in PROJECTIONS), residual,
+        return moe_decode(x, weights, routing, *(self._for_decode(name, x, routing) for name in PROJECTIONS), residual,
                           lora=self.lora_tensors(), lora_scale=self.lora_scale, alpha=self.alpha, limit=self.limit)
 
 
@@ -96,7 +96,7 @@ class Bf16Experts(_Experts):
         """Whether decode() serves these weights."""
         return True
 
-    def _for_decode(self, name: str, x: torch.Tensor) -> Projection:
+    def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
         return Projection(self._parameters[name], None, None, self._parameters[f"{name}_bias"], False)
 
 
@@ -170,7 +170,7 @@ class Mxfp4Experts(_PackedExperts):
         """Whether decode() serves these weights."""
         return self.order == "fragments"
 
-    def _for_decode(self, name: str, x: torch.Tensor) -> Projection:
+    def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
         return Projection(None, *self._packed(name), self._parameters[f"{name}_bias"],
                           unpacks_by_asm(x, is_foldable=self.folds))
 
@@ -193,5 +193,12 @@ class Nf4Experts(_PackedExperts):
         return nf4.dequantize_nf4(codes, absmax, absmax.new_empty(codes.shape[0], 2 * codes.shape[1]))
 
     def can_decode(self) -> bool:
-        """Whether decode() serves these weights: few tokens take the kernels of many, which dequantise every expert."""
-        return False
+        """Whether decode() serves these weights."""
+        return True
+
+    def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
+        """Dense weights of the experts that have tokens; of the others nothing is written or read."""
+        codes, absmax = self._packed(name)
+        dense = x.new_empty(*codes.shape[:2], 2 * codes.shape[2])  # [E, out, in]
+        nf4.dequantize_nf4(codes, absmax, dense, offsets=routing.offsets_device)
+        return Projection(dense.transpose(1, 2), None, None, self._parameters[f"{name}_bias"], False)

@@ -168,13 +168,12 @@ def test_packed_as_nf4_the_block_computes_what_it_does_on_the_same_dense_weights
             other.mlp.experts.get_parameter(name).data.copy_(weights)
             assert weights.std() > 0.05
     assert_close(gradients(packed), gradients(dense), 2e-5)
-    for ours, theirs in block_outputs(packed, 5):  # a decode step takes the training forward
-        assert torch.equal(ours, theirs)
 
 
 @not_on_library_products
 @pytest.mark.interpreter
-@pytest.mark.parametrize("experts, targets", [("mxfp4", EVERYTHING), ("mxfp4", ["q_proj", "v_proj"]), ("bf16", EVERYTHING)])
+@pytest.mark.parametrize("experts, targets", [("mxfp4", EVERYTHING), ("mxfp4", ["q_proj", "v_proj"]), ("bf16", EVERYTHING),
+                                              ("nf4", EVERYTHING)])
 def test_a_decode_step_computes_what_training_does(experts, targets, monkeypatch):
     model = build(ARCHITECTURE, experts, targets=targets, trains_more=False, in_fragments=experts == "mxfp4")
     decoded, plain = [], type(model.model.layers[0].mlp.experts).decode
@@ -304,7 +303,7 @@ REAL = ARCHITECTURE | {"hidden_size": 2880, "intermediate_size": 2880, "num_hidd
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("targets", [EVERYTHING, ["q_proj", "v_proj", "experts"], ["o_proj"]])
-@pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
+@pytest.mark.parametrize("experts", ["mxfp4", "bf16", "nf4"])
 def test_a_decode_step_gives_the_bits_of_the_training_forward(experts, targets):
     model = build(REAL, experts, targets=targets, device="cuda", dtype=torch.bfloat16, trains_more=False,
                   in_fragments=experts == "mxfp4")

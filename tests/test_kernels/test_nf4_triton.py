@@ -63,11 +63,27 @@ def test_some_experts_of_many_fill_a_part_of_the_last_program():
     assert torch.equal(dequantized(codes[2:7], absmax[2:7], torch.float32), expected_weights(codes[2:7], absmax[2:7]))
 
 
+def check_experts_without_rows(device):
+    codes, absmax = (tensor.repeat(2, *[1] * (tensor.ndim - 1)).to(device) for tensor in every_byte())
+    out = torch.full((6, 4, 384), 7.0, device=device)
+    dequantize_nf4(codes, absmax, out, offsets=torch.tensor([0, 0, 2, 2, 3, 3, 9], dtype=torch.int32, device=device))
+    expected = expected_weights(codes.cpu(), absmax.cpu())
+    for expert, has_rows in enumerate([False, True, False, True, False, True]):
+        assert torch.equal(out[expert].cpu(), expected[expert] if has_rows else torch.full((4, 384), 7.0)), expert
+
+
+@pytest.mark.interpreter
+def test_experts_without_rows_are_left_alone():
+    check_experts_without_rows("cpu")
+
+
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_kernel_fits_every_gpu(arch):
-    signature = {"words_ptr": "*i32", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": half(arch), "num_words": "i32"}
-    check_fits(compile_for(_dequantize_nf4_kernel, signature, {"BLOCK_WORDS": BLOCK_WORDS}, arch, num_warps=NUM_WARPS,
-                           num_stages=3), arch)
+    signature = {"words_ptr": "*i32", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "offsets_ptr": "*i32", "out_ptr": half(arch),
+                 "num_words": "i32"}
+    for has_offsets in (False, True):
+        constexprs = {"BLOCK_WORDS": BLOCK_WORDS, "HAS_OFFSETS": has_offsets}
+        check_fits(compile_for(_dequantize_nf4_kernel, signature, constexprs, arch, num_warps=NUM_WARPS, num_stages=3), arch)
 
 
 @pytest.mark.gpu
@@ -75,6 +91,11 @@ def test_the_kernel_fits_every_gpu(arch):
 def test_every_byte_has_its_value_to_the_bit_on_a_gpu(dtype, poisoned):
     codes, absmax = every_byte("cuda")
     assert torch.equal(dequantized(codes, absmax, dtype).cpu(), expected_weights(codes.cpu(), absmax.cpu()).to(dtype))
+
+
+@pytest.mark.gpu
+def test_experts_without_rows_are_left_alone_on_a_gpu():
+    check_experts_without_rows("cuda")
 
 
 @pytest.mark.gpu
