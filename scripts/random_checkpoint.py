@@ -3,15 +3,17 @@
     python scripts/random_checkpoint.py OUT --size 20b --dtype mxfp4 --device cuda      (13.8 GB; put OUT on a RAM disk)
 
 For timing, memory and loading at real sizes without a download: tensor names, shapes, dtypes and config.json are those
-of the published 20b and 120b checkpoints; `tiny` has the same structure with small layers, and hidden != intermediate
-so that a missing transpose shows. Every tensor is drawn from (seed, its place in the model), so the
-weights depend on neither --device's memory nor the shard size; they do differ between cpu and cuda.
+of the published 20b and 120b checkpoints (`--experts nf4`: of bitsandbytes' packing, a matrix per expert); `tiny` has the
+same structure with small layers, and hidden != intermediate so that a missing transpose shows. Every tensor is drawn from
+(seed, its place in the model), so the weights depend on neither --device's memory nor the shard size; they do differ
+between cpu and cuda.
 
 Scales keep activations finite and of order one through all layers: matrices have rms 1/sqrt(inputs), embeddings 1,
 biases 0.02.
 """
 
 import argparse
+import json
 import math
 import sys
 from functools import partial
@@ -20,6 +22,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE  # noqa: E402
+from kernels.nf4 import CODE as NF4_CODE  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 from models.tensor_files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
 
@@ -67,6 +71,9 @@ SPECIAL_TOKENS = {
 }
 # a few words at the ids they have in o200k_harmony, so that prompts are about as long as real ones around their headers
 WORDS = {"assistant": 173781, "analysis": 35644, "final": 17196, "hello": 24912, "Ġworld": 2375, "Ġcode": 3490}
+NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+              "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}  # fmt: skip
+NESTED_SIZE = 256  # absmax that share a scale of their own
 E2M1_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
 
 
@@ -113,7 +120,20 @@ def _scale_bytes(shape: tuple[int, ...], num_inputs: int, generator: torch.Gener
     return scales.to(torch.uint8).cpu()
 
 
-def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torch.device) -> list[TensorToWrite]:
+def _nf4_parts(outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    """What stands beside a packed matrix's codes and absmax, by what its name gets. The rms of the weights is about
+    1 / sqrt(inputs)."""
+    num_blocks = outputs * inputs // NF4_BLOCK_SIZE
+    absmax = 1 / math.sqrt(inputs) / math.sqrt(sum(value**2 for value in NF4_CODE) / 16)
+    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK_SIZE, "dtype": "bfloat16", "shape": [outputs, inputs],
+             "nested_blocksize": NESTED_SIZE, "nested_dtype": "float32", "nested_offset": absmax}
+    described = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    nested = torch.full((-(-num_blocks // NESTED_SIZE),), 0.2 * absmax)
+    return {".quant_map": torch.tensor(NF4_CODE), ".nested_absmax": nested, ".nested_quant_map": torch.linspace(-1, 1, 256),
+            ".quant_state.bitsandbytes__nf4": described}
+
+
+def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.device) -> list[TensorToWrite]:
     """Every tensor of the checkpoint in the published order: layers sorted as text, then the big tables."""
     hidden, width, num_experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -126,6 +146,10 @@ def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torc
         place = len(plan)
         add(name, shape, lambda: _normal(shape, std, _generator(seed, place, device)))
 
+    def codes(name: str, *shape: int) -> None:
+        place = len(plan)
+        add(name, shape, lambda: _codes(shape, _generator(seed, place, device)), bytes_each=1)
+
     def ones(name: str) -> None:
         add(name, (hidden,), partial(torch.ones, hidden, dtype=torch.bfloat16))
 
@@ -134,9 +158,19 @@ def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torc
         normal(name + ".bias", outputs, std=0.02)
 
     def experts(name: str, outputs: int, inputs: int) -> None:
-        if is_mxfp4:
+        if form == "nf4":
+            parts = _nf4_parts(outputs, inputs)
+            for expert in range(num_experts):
+                one = f"{name}s.{expert}"
+                codes(one + ".weight", outputs * inputs // 2, 1)
+                codes(one + ".weight.absmax", outputs * inputs // NF4_BLOCK_SIZE)
+                for suffix, value in parts.items():
+                    add(one + ".weight" + suffix, tuple(value.shape), value.clone, bytes_each=value.element_size())
+                normal(one + ".bias", outputs, std=0.02)
+            return
+        if form == "mxfp4":
             place, blocks = len(plan), (num_experts, outputs, inputs // 32, 16)
-            add(name + "_blocks", blocks, lambda: _codes(blocks, _generator(seed, place, device)), bytes_each=1)
+            codes(name + "_blocks", *blocks)
             add(
                 name + "_scales",
                 blocks[:3],
@@ -152,7 +186,7 @@ def tensor_plan(config: GptOssConfig, *, is_mxfp4: bool, seed: int, device: torc
         ones(prefix + "input_layernorm.weight")
         experts(prefix + "mlp.experts.down_proj", hidden, width)
         experts(prefix + "mlp.experts.gate_up_proj", 2 * width, hidden)
-        linear(prefix + "mlp.router", num_experts, hidden)
+        linear(prefix + ("mlp.router.linear" if form == "nf4" else "mlp.router"), num_experts, hidden)
         ones(prefix + "post_attention_layernorm.weight")
         for name, outputs, inputs in (
             ("k", kv_width, hidden),
@@ -203,7 +237,7 @@ def main() -> None:
         "--dtype",
         "--experts",
         dest="experts",
-        choices=["mxfp4", "bf16"],
+        choices=["mxfp4", "nf4", "bf16"],
         default="mxfp4",
         help="form of the expert weights; all other tensors are bf16",
     )
@@ -218,8 +252,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = model_config(arguments.size, num_layers=arguments.layers)
-    is_mxfp4 = arguments.experts == "mxfp4"
-    plan = tensor_plan(config, is_mxfp4=is_mxfp4, seed=arguments.seed, device=torch.device(arguments.device))
+    plan = tensor_plan(config, form=arguments.experts, seed=arguments.seed, device=torch.device(arguments.device))
     num_bytes = sum(tensor.num_bytes for tensor in plan)
     try:
         with atomic_folder(arguments.out, num_bytes=num_bytes + 2**24) as folder:
@@ -230,7 +263,9 @@ def main() -> None:
                 pattern="model-{number:05d}-of-{count:05d}.safetensors",
             )
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-            write_json(folder / "config.json", config.to_hf(is_mxfp4=is_mxfp4))
+            described = config.to_hf(is_mxfp4=arguments.experts == "mxfp4")
+            described |= {"quantization_config": NF4_CONFIG} if arguments.experts == "nf4" else {}
+            write_json(folder / "config.json", described)
             write_json(
                 folder / "generation_config.json",
                 {

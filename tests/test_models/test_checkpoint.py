@@ -518,11 +518,12 @@ def run_script(monkeypatch):
     return call
 
 
-def test_a_random_checkpoint_loads_and_stays_finite_and_its_tokenizer_round_trips(run_script, tmp_path):
+@pytest.mark.parametrize("form", ["mxfp4", "nf4"])
+def test_a_random_checkpoint_loads_and_stays_finite_and_its_tokenizer_round_trips(form, run_script, tmp_path):
     out = tmp_path / "tiny"
-    run_script("random_checkpoint", out, "--size", "tiny", "--device", "cpu", "--max-shard-bytes", "2e7")
+    run_script("random_checkpoint", out, "--size", "tiny", "--experts", form, "--device", "cpu", "--max-shard-bytes", "2e7")
     model = load(out)
-    assert model.expert_format == "mxfp4" and len(list(out.glob("*.safetensors"))) > 1
+    assert model.expert_format == form and len(list(out.glob("*.safetensors"))) > 1
     logits = logits_of(model, torch.arange(24).view(2, 12))
     assert torch.isfinite(logits).all() and 0.3 < logits.std().item() < 3
     tokenizer = Tokenizer.load(out)
@@ -536,7 +537,7 @@ def test_random_checkpoints_have_the_published_sizes(monkeypatch):
     import random_checkpoint as script
 
     for size, num_bytes, num_tensors in (("20b", 13_761_264_768, 459), ("120b", 65_248_815_744, 687)):
-        plan = script.tensor_plan(script.model_config(size), is_mxfp4=True, seed=0, device=torch.device("cpu"))
+        plan = script.tensor_plan(script.model_config(size), form="mxfp4", seed=0, device=torch.device("cpu"))
         assert (sum(tensor.num_bytes for tensor in plan), len(plan)) == (num_bytes, num_tensors)
 
 
