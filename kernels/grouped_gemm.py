@@ -476,8 +476,8 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def grouped_linear_packed(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor,
-                         offsets: torch.Tensor | list[int], *, order: str, folds: bool, lora_A: torch.Tensor | None = None,
-                         lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
+                          offsets: torch.Tensor | list[int], *, order: str, folds: bool, lora_A: torch.Tensor | None = None,
+                          lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
     """x [R, K] in expert order, packed weights of E experts, bias [E, N] -> [R, N] in x's dtype.
 
     blocks, scales, order and folds as packed.dequantize_packed takes them, offsets and LoRA as grouped_linear does."""

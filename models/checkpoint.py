@@ -164,6 +164,8 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | 
         config = replace(config, is_mxfp4=any(name.endswith("_blocks") for name in stored))
     if config.is_nf4 or is_bitsandbytes(stored):
         stored = unpacked_names(stored, config)
+        if config.is_nf4 and any(name.endswith(EXPERT_WEIGHTS) for name in stored):
+            config = replace(config, is_nf4=False)  # dense projections alone are packed
     return config, stored
 
 

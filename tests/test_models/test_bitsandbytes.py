@@ -120,6 +120,17 @@ def test_in_bfloat16_a_weight_is_rounded_once(pair):
     assert torch.equal(ours, theirs.bfloat16())
 
 
+def test_dense_projections_alone_may_be_packed(pair, tmp_path):
+    def unpack_experts(tensors, config):
+        dense = load_file(pair[1] / "model.safetensors")
+        for name in [name for name in tensors if ".mlp.experts." in name]:
+            del tensors[name]
+        tensors |= {name: tensor for name, tensor in dense.items() if ".mlp.experts." in name}
+
+    model = load(damaged(pair, tmp_path, unpack_experts))
+    assert model.expert_format == "bf16" and torch.equal(logits_of(model), logits_of(load(pair[1])))
+
+
 def trained(model):
     """Gradients of adapters, B not zero, from log-probs of two sequences."""
     attach_lora(model, LoraConfig(3, 6.0, ["q_proj", "experts"]), seed=0)
