@@ -344,7 +344,8 @@ def _plan_export(
 ) -> list[TensorToWrite]:
     """The tensors of an export in Hugging Face names, each made when it is asked for."""
     if form == "nf4":
-        raise CheckpointError("experts packed as NF4 are read, not written; export with --experts bf16 or mxfp4")
+        raise CheckpointError("experts packed as NF4 are read, not written; export with --experts bf16 or mxfp4, in the "
+                              "Hugging Face layout")
     plan = []
     held = {
         name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
