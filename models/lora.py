@@ -92,8 +92,8 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
 def set_full_training(model: GptOss) -> None:
     """Makes every parameter trainable; raises ValueError where the experts are packed (frozen by nature)."""
     if model.expert_format != "bf16":
-        raise ValueError(f"model.train=full needs dense experts, this model holds them packed ({model.expert_format}): set "
-                         "model.experts=bf16 (dequantises on loading) or model.train=lora")
+        raise ValueError("model.train=full needs dense experts, this model holds them packed as "
+                         f"{model.expert_format.upper()}: set model.experts=bf16 (dequantises on loading) or model.train=lora")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
