@@ -216,9 +216,10 @@ class MemoryBudget:
         run = Pass(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(), is_packed,
                    True, SCRATCH_BYTES)
         if x.is_cuda and self._product_rate is None:
-            # whatever the plan: the library's first product takes a workspace for good, which after a forward's activations
-            # would lie between them, and divide the memory of later ones
+            # whatever the plan: the library's first product takes a workspace for good, in each thread, which after a forward's
+            # activations would lie between them, and divide the memory of later ones
             self._product_rate = product_rate(x.device, dtype)
+            _backward_once(x.device, dtype)
         if not self.recomputes:
             return Plan([everything(Place.gpu)] * layers, SCRATCH_BYTES, 0)
         if not x.is_cuda:
@@ -287,6 +288,13 @@ def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:
         short = min(length, max(0, window - before))  # queries that see everything before them
         windowed += short * before + short * (short + 1) // 2 + (length - short) * window
     return full, windowed
+
+
+def _backward_once(device: torch.device, dtype: torch.dtype) -> None:
+    """A product in autograd's thread for the device."""
+    a = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
+    with torch.enable_grad():
+        (a @ a).sum().backward()
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
