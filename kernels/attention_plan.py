@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from kernels.launch import to_device
+
 
 class AttentionPlan:
     """Which tiles of queries meet which tiles of keys in one packed batch: made once, read by every layer.
@@ -67,4 +69,4 @@ class AttentionPlan:
 
 
 def _int_table(rows: list[tuple[int, ...]], width: int, device: torch.device) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, width).to(device)
+    return to_device(torch.tensor(rows, dtype=torch.int32).view(-1, width), device)

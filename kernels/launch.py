@@ -87,6 +87,12 @@ def _multiprocessors_of_device(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device. On a GPU it goes by pinned memory: a copy from any other waits, and the host with it, for
+    all that the GPU has to do before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up; triton.cdiv takes 5 us on the host."""
     return -(-a // b)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.advance import IDLE, Rows, advance, next_words
-from kernels.launch import cdiv, product_path
+from kernels.launch import cdiv, product_path, to_device
 from kernels.sampling import as_words, key_sums
 from models.gpt_oss import GptOss
 from models.kv_cache import KVCache
@@ -99,7 +99,7 @@ class Decoder:
         assert start + count <= self._table.shape[1], (start, count, self._table.shape)
         table = torch.stack(rows)
         fresh = _empty_table(count, device)
-        fresh[:, :count] = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+        fresh[:, :count] = to_device(table, device)
         self._advance(Rows(*fresh[:, :count]), hidden, draw)
         self._table[:, start:start + count] = fresh[:, :count]
         self.num_rows += count

@@ -24,7 +24,7 @@ from kernels.decode_attention import decode_attention
 from kernels.dense import linear
 from kernels.draw import draw, head_logits
 from kernels.embedding import embedding
-from kernels.launch import is_triton
+from kernels.launch import is_triton, to_device
 from kernels.linear import lora_linear
 from kernels.log_probs import log_probs
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -316,10 +316,11 @@ class GptOss(nn.Module):
         none has no log-prob. `routing` sends tokens through recorded experts and counts where the router would not have."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
-        bounds = cu_seqlens.tolist()
-        rows = mask.nonzero().squeeze(1)  # [N]; before the layers, since the host waits for it
-        before = previous_rows(bounds, tokens.device, prefixes)[rows]
+        # the host waits for the device here, before the layers, and then no more
+        bounds, rows = cu_seqlens.tolist(), mask.cpu().nonzero().squeeze(1)  # [N]
+        before = previous_rows(bounds, torch.device("cpu"), prefixes)[rows]
         assert (before >= 0).all(), "mask is true on the first token of a sequence"
+        rows, before = to_device(rows, tokens.device), to_device(before, tokens.device)
         hidden = self._packed_hidden(tokens, bounds, prefixes, routing)
         # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add those with atomics, in
         # any order, that of indexing adds them in one
@@ -367,7 +368,7 @@ class GptOss(nn.Module):
         for sequence, prefix in enumerate(prefixes):
             if prefix >= 0:
                 totals[prefix], is_last[prefix] = totals[sequence], False
-        counts, totals = lengths.to(tokens.device), totals.to(tokens.device)
+        counts, totals = to_device(lengths, tokens.device), to_device(totals, tokens.device)
         token_slots, token_totals = (x.repeat_interleave(counts, output_size=len(tokens)) for x in (slots, totals))
         packed = self._packed_attend(AttentionPlan(bounds, prefixes=prefixes))
         # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
@@ -378,7 +379,7 @@ class GptOss(nn.Module):
             cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
             return packed(layer, q, k, v, sinks)
 
-        ends = torch.tensor(bounds[1:])[is_last].to(tokens.device)
+        ends = to_device(torch.tensor(bounds[1:])[is_last], tokens.device)
         return self._hidden(tokens, positions, attend, None, record)[ends - 1]
 
     @torch.no_grad()
@@ -433,7 +434,7 @@ def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list
     if prefixes is not None:
         continued = torch.tensor(prefixes)
         starts = starts - torch.where(continued >= 0, lengths[continued], 0)
-    return (torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths)).to(device)
+    return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
 
 
 def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
@@ -444,4 +445,4 @@ def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[in
     for (start, end), prefix in zip(bounds, prefixes or [-1] * len(bounds)):
         if start < end:
             rows[start] = -1 if prefix == -1 or bounds[prefix][0] == bounds[prefix][1] else bounds[prefix][1] - 1
-    return rows.to(device)
+    return to_device(rows, device)

@@ -16,6 +16,7 @@ import math
 import torch
 
 from kernels import cache_write
+from kernels.launch import to_device
 from models.arena import Arena, has_arenas, space_of
 from models.config import GptOssConfig
 
@@ -177,9 +178,7 @@ class KVCache:
         self._num_users[page] += 1
 
     def _upload(self, numbers: list[list[int]]) -> torch.Tensor:
-        device = self.page_table.device
-        # from pinned memory, since the host would wait for a copy from any other
-        return torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.page_table.device)
 
     def _copy(self, layer: int, source: int, targets: torch.Tensor, num_entries: int) -> None:
         """Copies the first entries of page or ring `source` into `targets` [n]."""
