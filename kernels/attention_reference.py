@@ -10,7 +10,7 @@ _MAX_SCORES = 1 << 26
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, visible: torch.Tensor,
-            scale: float) -> torch.Tensor:
+           scale: float) -> torch.Tensor:
     """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D].
 
     Scores are fp32; softmax and weighted sum have twice the digits of q's dtype. With fp32 in both, the number of keys

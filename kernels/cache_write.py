@@ -87,6 +87,16 @@ def _rotate_and_write_kernel(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr,
     _rotate(q_ptr, q_ptr, token, stride_q, 2 * HALF, stride_q, cos, sin, NUM_Q, HALF, BLOCK_Q, BLOCK_HALF)
 
 
+def _check(tensors: dict[str, torch.Tensor], slots: torch.Tensor, positions: torch.Tensor,
+           page_table: torch.Tensor | None) -> None:
+    """What both launches need of their tensors: k, v, keys, values and q, if there is one."""
+    check_served("cache_write", tensors, dtypes=DTYPES, tensor_cores=False)
+    k, keys, values = tensors["k"], tensors["keys"], tensors["values"]
+    assert slots.shape == positions.shape == (len(k),), (slots.shape, positions.shape, k.shape)
+    assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
+    assert page_table is None or page_table.is_contiguous(), page_table.stride()
+
+
 def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           positions: torch.Tensor, *, page_table: torch.Tensor | None = None) -> None:
     """Stores k and v [B, K, D] of tokens at positions [B] of slots [B] in the caches [N, L, K, D]: of slots without page_table,
@@ -96,10 +106,7 @@ def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Te
     if not is_triton(k):
         write_reference(k, v, keys, values, slots, positions, page_table)
         return
-    check_served("cache_write", {"k": k, "v": v, "keys": keys, "values": values}, dtypes=DTYPES, tensor_cores=False)
-    assert slots.shape == positions.shape == (len(k),), (slots.shape, positions.shape, k.shape)
-    assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
-    assert page_table is None or page_table.is_contiguous(), page_table.stride()
+    _check({"k": k, "v": v, "keys": keys, "values": values}, slots, positions, page_table)
     k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (k, v))
     size = k.shape[1] * k.shape[2]
     positions = positions.contiguous()
@@ -121,10 +128,7 @@ def rotate_and_write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: tor
     assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype, (q.dtype, k.dtype, keys.dtype)
     assert all(x.stride()[1:] == (width, 1) for x in (q, k, v)), (q.stride(), k.stride(), v.stride())
     assert cos.shape == sin.shape == (num_tokens, width // 2) and cos.is_contiguous() and sin.is_contiguous(), cos.shape
-    assert slots.shape == positions.shape == (num_tokens,), (slots.shape, positions.shape, q.shape)
-    assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
-    assert page_table is None or page_table.is_contiguous(), page_table.stride()
-    check_served("cache_write", {"q": q, "k": k, "v": v, "keys": keys, "values": values}, dtypes=DTYPES, tensor_cores=False)
+    _check({"q": q, "k": k, "v": v, "keys": keys, "values": values}, slots, positions, page_table)
     positions = positions.contiguous()
     block_q, block_half = next_power_of_2(num_q), next_power_of_2(width // 2)
     if num_tokens:

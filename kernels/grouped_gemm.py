@@ -100,7 +100,7 @@ class _ReferenceLinear(torch.autograd.Function):
 
 def _dequantized(blocks, scales, dtype, order, folds) -> torch.Tensor:
     """Packed weights as [E, N, K]."""
-    out = torch.empty(packed_shape(blocks, scales, order), dtype=dtype, device=scales.device)
+    out = torch.empty(packed_shape(blocks, order), dtype=dtype, device=scales.device)
     return dequantize_packed(blocks, scales, out, order=order, folds=folds)
 
 
@@ -125,7 +125,7 @@ class _ReferenceLinearPacked(torch.autograd.Function):
         blocks, scales = ctx.saved_tensors
         needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_x = grad.new_empty(grad.shape[0], packed_shape(blocks, scales, ctx.order)[2]) if needs_x else None
+        grad_x = grad.new_empty(grad.shape[0], packed_shape(blocks, ctx.order)[2]) if needs_x else None
         grad_bias = grad.new_zeros(blocks.shape[0], blocks.shape[1]) if needs_bias else None
         for expert, (start, end) in enumerate(zip(ctx.offsets, ctx.offsets[1:])):
             if start < end and needs_x:

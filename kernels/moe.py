@@ -39,7 +39,7 @@ class ExpertWeights:
 
     def packed_shape(self) -> tuple[int, int, int]:
         """E, out, in of packed weights."""
-        return packed_shape(self.blocks, self.scales, self.order)
+        return packed_shape(self.blocks, self.order)
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
         """Writes the packed weights of some experts into out [e, out, in] and returns it."""

@@ -24,7 +24,6 @@ import triton.language as tl
 from kernels.launch import cdiv, gpu_family, is_triton, launch
 from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_reference, e8m0_to_fp32
 
-ORDERS = ("checkpoint", "fragments")  # of packed weights
 ASM_FAMILIES = ("ampere", "consumer", "hopper")
 ROWS = 16  # rows of a tile
 MAX_FOLDED_SCALE = 128  # 2^126 times the scale is a finite bfloat16 up to here

@@ -15,7 +15,7 @@ from kernels.mxfp4_fragments import dequantize_fragments, unpacks_by_asm
 from kernels.nf4 import dequantize_nf4
 
 
-def packed_shape(packed: torch.Tensor, factors: torch.Tensor, order: str) -> tuple[int, int, int]:
+def packed_shape(packed: torch.Tensor, order: str) -> tuple[int, int, int]:
     """E, O, I."""
     num_experts, num_out = packed.shape[:2]
     return num_experts, num_out, packed.shape[2] * (2 if order == "nf4" else BLOCK_SIZE)

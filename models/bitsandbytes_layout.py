@@ -13,6 +13,7 @@ Source: bitsandbytes, functional.py (QuantState.as_dict, dequantize_4bit); unslo
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,7 @@ def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> di
                                   "again")
         parts = {part: remaining.pop(stored) for part, stored in names.items()}
         weight, shape = remaining.pop(name), shapes[kind]
-        num_bytes = weight.shape[0] * (weight.shape[1] if len(weight.shape) > 1 else 1)
-        if weight.dtype != "U8" or 2 * num_bytes != shape[0] * shape[1]:
+        if weight.dtype != "U8" or 2 * math.prod(weight.shape) != shape[0] * shape[1]:
             raise CheckpointError(f"{weight.path}: {name} is {weight.dtype} {list(weight.shape)}, expected U8 of "
                                   f"{shape[0] * shape[1] // 2:,} bytes for {list(shape)}; config.json is of another model")
         return _Packed(weight, **parts, nested=tuple(remaining.pop(part) for part in nested) if is_nested else None, shape=shape)

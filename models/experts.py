@@ -68,6 +68,10 @@ class _Experts(nn.Module):
         offsets = routing.offsets_device if is_triton(x) else routing.offsets
         return combine(self(dispatch(x, routing), offsets), weights, routing, residual=residual)
 
+    def can_decode(self) -> bool:
+        """Whether decode() serves these weights."""
+        return True
+
     def decode(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
         """What mix gives, for few tokens and without gradients: the bits of kernels.moe.moe_forward, from the weights as they are
         held. Triton only, and only where can_decode()."""
@@ -91,10 +95,6 @@ class Bf16Experts(_Experts):
         """The weights as the GPU's forward and backward take them."""
         return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], scratch_bytes, "checkpoint",
                              False)
-
-    def can_decode(self) -> bool:
-        """Whether decode() serves these weights."""
-        return True
 
     def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
         return Projection(self._parameters[name], None, None, self._parameters[f"{name}_bias"], False)
@@ -167,7 +167,6 @@ class Mxfp4Experts(_PackedExperts):
         return dequantize(*self.packed(name, expert), torch.float32)
 
     def can_decode(self) -> bool:
-        """Whether decode() serves these weights."""
         return self.order == "fragments"
 
     def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
@@ -191,10 +190,6 @@ class Nf4Experts(_PackedExperts):
         """[out, in] fp32 of one expert."""
         codes, absmax = (tensor[expert] for tensor in self._packed(name))
         return nf4.dequantize_nf4(codes, absmax, absmax.new_empty(codes.shape[0], 2 * codes.shape[1]))
-
-    def can_decode(self) -> bool:
-        """Whether decode() serves these weights."""
-        return True
 
     def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
         """Dense weights of the experts that have tokens; of the others nothing is written or read."""

@@ -318,7 +318,7 @@ class GptOss(nn.Module):
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
         # the host waits for the device here, before the layers, and then no more
         bounds, rows = cu_seqlens.tolist(), mask.cpu().nonzero().squeeze(1)  # [N]
-        before = previous_rows(bounds, torch.device("cpu"), prefixes)[rows]
+        before = previous_rows(bounds, prefixes)[rows]
         assert (before >= 0).all(), "mask is true on the first token of a sequence"
         rows, before = to_device(rows, tokens.device), to_device(before, tokens.device)
         hidden = self._packed_hidden(tokens, bounds, prefixes, routing)
@@ -437,7 +437,7 @@ def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list
     return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
 
 
-def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None = None) -> torch.Tensor:
     """The row of the token before each packed token, -1 where there is none: [T] int64. Before a continuation's first token
     stands the last one of its prefix."""
     rows = torch.arange(cu_seqlens[-1]) - 1
@@ -445,4 +445,4 @@ def previous_rows(cu_seqlens: list[int], device: torch.device, prefixes: list[in
     for (start, end), prefix in zip(bounds, prefixes or [-1] * len(bounds)):
         if start < end:
             rows[start] = -1 if prefix == -1 or bounds[prefix][0] == bounds[prefix][1] else bounds[prefix][1] - 1
-    return to_device(rows, device)
+    return rows

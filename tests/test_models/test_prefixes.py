@@ -120,9 +120,8 @@ def test_positions_of_a_continuation_go_on_after_its_prompt():
 
 
 def test_the_token_before_a_continuation_is_the_last_of_its_prompt():
-    device = torch.device("cpu")
-    assert previous_rows([0, 3, 5, 6, 8], device, [-1, 0, 0, -1]).tolist() == [-1, 0, 1, 2, 3, 2, -1, 6]
-    assert previous_rows([0, 2, 2, 4], device).tolist() == [-1, 0, -1, 2]  # the sequence without tokens has no first
+    assert previous_rows([0, 3, 5, 6, 8], [-1, 0, 0, -1]).tolist() == [-1, 0, 1, 2, 3, 2, -1, 6]
+    assert previous_rows([0, 2, 2, 4]).tolist() == [-1, 0, -1, 2]  # the sequence without tokens has no first
 
 
 def test_the_first_token_of_a_shared_prompt_has_no_log_prob():
