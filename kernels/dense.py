@@ -3,8 +3,9 @@ fp32 sums are kept."""
 import torch
 import torch.nn.functional as F
 
-# for fewer rows, BLAS libraries choose kernels that sum in another order: a token would depend on how many run beside it
-_MIN_ROWS = 8
+# for fewer rows, BLAS libraries choose kernels that sum in another order, on some CPUs up to 15: a token would depend on how many
+# run beside it
+_MIN_ROWS = 16
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
