@@ -60,14 +60,18 @@ class Completion:
         return sum(len(segment.token_ids) for segment in self.segments)
 
 
+_ON_HOST = ("cu_seqlens", "host_mask")
+
+
 @dataclass
 class RolloutBatch:
     """Sequences end to end. `num_completion_tokens` and `num_sequences` count the whole optimizer step and stay unchanged
     in micro-batches: a loss divides by them, so its value and gradient do not depend on the split."""
 
     tokens: torch.Tensor  # [T] int64
-    cu_seqlens: torch.Tensor  # [S + 1] int32
+    cu_seqlens: torch.Tensor  # [S + 1] int32, on the host wherever the others are
     loss_mask: torch.Tensor  # [T] bool, true for the tokens the policy sampled
+    host_mask: torch.Tensor  # [T] bool, loss_mask on the host: a forward is planned there, and need not wait for a GPU
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, 0 where the mask is false
     advantages: torch.Tensor  # [T] fp32
     sequence_ids: torch.Tensor  # [T] int64, row of `sequence_lengths` that a token belongs to
@@ -88,9 +92,9 @@ class RolloutBatch:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device) -> RolloutBatch:
-        """Every tensor on `device`."""
+        """Every tensor on `device` but those that stay on the host."""
         moved = {f.name: value.to(device) for f in fields(self)
-                 if isinstance(value := getattr(self, f.name), torch.Tensor)}
+                 if isinstance(value := getattr(self, f.name), torch.Tensor) and f.name not in _ON_HOST}
         if self.kept is not None:
             moved["kept"] = KeptSets(self.kept.ids.to(device), self.kept.offsets.to(device))
         return replace(self, **moved)
@@ -114,7 +118,8 @@ class RolloutBatch:
             owners += members
             prompts += [(prompt, length - shared)] * len(members)
             prefixes += [prefix] * len(members)
-        index = torch.cat([torch.arange(start, end) for start, end in spans]).to(device)  # [T']
+        host_index = torch.cat([torch.arange(start, end) for start, end in spans])  # [T']
+        index = host_index.to(device)
         lengths = torch.tensor([end - start for start, end in spans])
         per_token = {name: None if value is None else value[index] for name, value in
                      (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
@@ -123,7 +128,7 @@ class RolloutBatch:
                       ("routing", self.routing))}
         return replace(
             self, **per_token,
-            cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device, torch.int32),
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), host_mask=self.host_mask[host_index],
             sequence_ids=torch.repeat_interleave(torch.arange(len(spans)), lengths).to(device),
             sequence_lengths=F.pad(self.sequence_lengths, (0, 1))[torch.tensor(owners, device=device)],  # owner -1: the 0
             prompts=prompts, prefixes=prefixes if max(prefixes) >= 0 else None,
@@ -158,8 +163,8 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
     policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(kept_counts).cumsum(0)])
     return RolloutBatch(
-        tokens=torch.tensor(tokens), cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
-        loss_mask=torch.tensor(mask), sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
+        tokens=torch.tensor(tokens), cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), loss_mask=torch.tensor(mask),
+        host_mask=torch.tensor(mask), sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
         advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
         sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts,

@@ -160,7 +160,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
 
 def policy_log_probs(run: Run, micro: RolloutBatch, routing: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs [T] of the sampled tokens and entropy [T] of the policy as it is now, in nats."""
-    return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.loss_mask, kept=micro.kept, prefixes=micro.prefixes,
+    return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
                                 routing=routing, temperature=run.config.rollout.temperature)
 
 

@@ -69,7 +69,7 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
         with calling(env, "demonstrations"):
             demonstrations = env.demonstrations(step, settings.batch_size)
         batch = pack_demonstrations(demonstrations).to(policy.device)
-        log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.loss_mask)
+        log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.host_mask)
         loss = -log_probs.sum() / batch.num_completion_tokens
         check_finite(loss, step=step, what="loss", name="warm-up")
         optimizer.backward(loss)

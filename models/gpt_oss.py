@@ -311,12 +311,12 @@ class GptOss(nn.Module):
                   routing: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
         distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
+        cu_seqlens and mask are wanted on the host, which waits for them where they are on a GPU, and for nothing else.
         `kept` renormalises over the sets a sampling filter left. `prefixes` [S]: the sequence, itself whole, that each sequence
         continues, -1 for none: a prompt computed once for all its completions. The first token of a sequence that continues
         none has no log-prob. `routing` sends tokens through recorded experts and counts where the router would not have."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
-        # the host waits for the device here, before the layers, and then no more
         bounds, rows = cu_seqlens.tolist(), mask.cpu().nonzero().squeeze(1)  # [N]
         before = previous_rows(bounds, prefixes)[rows]
         assert (before >= 0).all(), "mask is true on the first token of a sequence"

@@ -58,20 +58,20 @@ def load_policy(checkpoint: Path, *, lora: str, rank: int = 16, host_gb: float =
 
 
 def random_batch(policy: GptOss, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """`batch` packed sequences of `length` random tokens, with an advantage for each token."""
+    """`batch` packed sequences of `length` random tokens, with an advantage for each token; bounds and mask on the host."""
     device, num_tokens = policy.device, batch * length
     generator = torch.Generator(device).manual_seed(num_tokens)
     tokens = torch.randint(0, min(policy.config.vocab_size, MAX_TOKEN), (num_tokens,), generator=generator, device=device)
-    mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
+    mask = torch.ones(num_tokens, dtype=torch.bool)
     mask[::length] = False
-    return {"tokens": tokens, "cu_seqlens": torch.arange(batch + 1, dtype=torch.int32, device=device) * length, "mask": mask,
+    return {"tokens": tokens, "cu_seqlens": torch.arange(batch + 1, dtype=torch.int32) * length, "mask": mask,
             "advantages": torch.randn(num_tokens, generator=generator, device=device)}
 
 
 def train_step(policy: GptOss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """A policy gradient of one batch, entropy as a metric. Returns the mean entropy, on the device."""
     log_probs, entropy = policy.log_probs(batch["tokens"], batch["cu_seqlens"], temperature=1.0, mask=batch["mask"])
-    loss = -(log_probs * batch["advantages"]).sum() / batch["mask"].sum()
+    loss = -(log_probs * batch["advantages"]).sum() / int(batch["mask"].sum())
     loss.backward()
     return entropy.detach().mean()
 

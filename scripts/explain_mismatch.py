@@ -64,7 +64,7 @@ def trainer_log_probs(model: GptOss, micro: RolloutBatch, settings: Settings) ->
     """[T] fp32, by the forward that a step trains with."""
     routing = None if micro.routing is None else RoutingReplay(micro.routing)
     with torch.set_grad_enabled(bool(model.trainable_parameters())):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.temperature, mask=micro.loss_mask,
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.temperature, mask=micro.host_mask,
                                        kept=micro.kept, prefixes=micro.prefixes, routing=routing)
     return log_probs.detach()
 

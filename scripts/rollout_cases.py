@@ -61,7 +61,7 @@ def timed(function):
 
 def micro_log_probs(policy: GptOss, micro: RolloutBatch, routing: RoutingReplay | None = None) -> torch.Tensor:
     """[T], by the forward that trains."""
-    return policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.loss_mask, prefixes=micro.prefixes,
+    return policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.host_mask, prefixes=micro.prefixes,
                             routing=routing)[0]
 
 

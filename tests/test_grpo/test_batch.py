@@ -121,15 +121,22 @@ def test_one_minibatch_is_the_batch_and_more_than_sequences_are_one_each():
     assert [part.num_sequences for part in minibatches(batch, 5, seed=0)] == [1, 1]
 
 
-def test_moving_to_a_device_takes_every_tensor_along():
+def test_moving_to_a_device_leaves_what_plans_a_forward_on_the_host():
     filtered = completion([1], [2])
     filtered.segments[1].kept_ids = [[2]]
     batch = pack([filtered], [1.0])
     batch.ref_log_probs = torch.zeros(2)
     moved = batch.to(torch.device("meta"))
-    tensors = [moved.tokens, moved.cu_seqlens, moved.loss_mask, moved.sampler_log_probs, moved.advantages, moved.sequence_ids,
+    tensors = [moved.tokens, moved.loss_mask, moved.sampler_log_probs, moved.advantages, moved.sequence_ids,
                moved.sequence_lengths, moved.kept.ids, moved.kept.offsets, moved.ref_log_probs]
     assert all(tensor.is_meta for tensor in tensors) and moved.num_completion_tokens == 1 and moved.old_log_probs is None
+    assert moved.cu_seqlens.tolist() == [0, 2] and moved.host_mask.tolist() == [False, True]
+
+
+def test_the_mask_on_the_host_is_that_of_the_tokens_in_every_part():
+    batch = of_lengths(4, 3, 5)
+    for part in (batch, *micro_batches(batch, 7), *micro_batches(batch, 9, share_prompts=True), batch.select([2, 0])):
+        assert torch.equal(part.host_mask, part.loss_mask) and part.host_mask.any()
 
 
 @pytest.mark.parametrize("segment, message", [
