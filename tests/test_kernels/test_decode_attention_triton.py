@@ -13,7 +13,7 @@ from test_attention_triton import compile_kernel, eager
 
 from kernels.attention import AttentionPlan, _forward_tiles, _load_rows, attention, blocks_for
 from kernels.cache_write import write
-from kernels.decode_attention import _STAGES, _decode_kernel, decode_attention, decode_attention_reference
+from kernels.decode_attention import _STAGES, _decode_kernel, _prefix_kernel, decode_attention, decode_attention_reference
 from kernels.launch import family_of
 
 
@@ -122,7 +122,48 @@ def test_shared_pages_serve_every_slot_that_names_them(poisoned):
     for name in ("keys", "values"):
         paged[name][paged["page_table"][1:, :2].long()] = float("nan")
     paged["page_table"][1:, :2] = paged["page_table"][0, :2]
-    assert torch.equal(decode_attention(**paged, **settings), decode_attention(**data, **settings))
+    expected = decode_attention(**data, **settings)
+    for cascades in (False, True):
+        assert torch.equal(decode_attention(**paged, **settings, cascades=cascades), expected)
+
+
+def grouped(groups, *, page, heads=4, kv_heads=2, num_idle=1):
+    """Rows of groups (prompt's length, lengths after it), the members of all groups in turn, then idle rows. A group's slots share
+    the pages that its prompt fills. Returns what decode_attention takes."""
+    members = [(number, prompt, extra) for number, (prompt, extras) in enumerate(groups) for extra in extras]
+    members.sort(key=lambda member: groups[member[0]][1].index(member[2]))
+    prompts = torch.tensor([prompt for _, prompt, _ in members] + [9] * num_idle)
+    positions = torch.tensor([prompt + extra for _, prompt, extra in members] + [-1] * num_idle)
+    data, slots = random_cache(len(positions), 200, heads=heads, kv_heads=kv_heads), torch.arange(len(positions))
+    for slot, (number, prompt, _) in enumerate(members):
+        first = next(slot for slot, member in enumerate(members) if member[0] == number)
+        for name in ("keys", "values"):
+            data[name][slot, :prompt] = data[name][first, :prompt]
+    paged = scattered(data, slots, positions, page=page)
+    for slot, (number, prompt, _) in enumerate(members):
+        first = next(slot for slot, member in enumerate(members) if member[0] == number)
+        paged["page_table"][slot, : prompt // page] = paged["page_table"][first, : prompt // page]
+    return paged, {"slots": slots, "positions": positions, "window": 0, "scale": 0.3, "prefix_lens": prompts}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1), (8, 1)])
+def test_a_prefix_read_once_for_its_rows_changes_no_bit(heads, kv_heads, poisoned):
+    # more rows than a program takes; prompts that end within a page, on its edge, and before the first one's
+    groups = [(70, [0, 1, 40]), (64, [5, 17, 90, 3]), (20, [2, 8]), (130, [*range(9)]), (64, [33]), (0, [7])]
+    paged, settings = grouped(groups, page=32, heads=heads, kv_heads=kv_heads)
+    expected = decode_attention(**paged, **settings)
+    out = decode_attention(**paged, **settings, cascades=True)
+    assert torch.equal(out, expected) and out[:-1].abs().amax((1, 2)).min() > 0 and (out[-1] == 0).all()
+
+
+@pytest.mark.interpreter
+def test_a_shared_prefix_is_read_from_the_pages_of_one_row(poisoned):
+    paged, settings = grouped([(64, [1, 2, 3])], page=32, num_idle=0)
+    expected = decode_attention(**paged, **settings)
+    paged["page_table"][1:, 1] = paged["page_table"][1:, 2]  # the others' second page of the prompt: not even looked at
+    assert torch.equal(decode_attention(**paged, **settings, cascades=True), expected)
+    assert not torch.equal(decode_attention(**paged, **settings), expected)
 
 
 @pytest.mark.interpreter
@@ -189,17 +230,41 @@ def test_tiles_without_a_visible_key_change_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and results[0].isfinite().all()
 
 
-def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, ring=128, page=64):
+def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, cascades=False, ring=128, page=64):
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     blocks = blocks_for(family_of(arch), torch_dtype, windowed=windowed, width=width).forward
     signature = {name: f"*{dtype}" for name in ("q", "keys", "values", "sinks", "out")}
     signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"page_table": "*i32"}
-    signature |= {"scale_log2": "fp32", "window": "i32", "pages_per_slot": "i32"}
+    signature |= {"scale_log2": "fp32", "window": "i32", "pages_per_slot": "i32", "states": "*fp32"}
     signature |= dict.fromkeys(("stride_q", "stride_slot", "stride_out"), "i32")
-    constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed,
+    constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "CASCADES": cascades,
                   "RING": ring if windowed else 0, "PAGE": 0 if windowed else page, "D": width, "BLOCK_H": 16,
                   "BLOCK_N": blocks.keys}
     return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=_STAGES[windowed])
+
+
+def compile_prefix(arch: int):
+    blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=False, width=64).forward
+    signature = {name: "*bf16" for name in ("q", "keys", "values", "sinks")} | {"states": "*fp32", "page_table": "*i32"}
+    signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"scale_log2": "fp32"}
+    signature |= dict.fromkeys(("num_rows", "stride_q", "pages_per_slot"), "i32")
+    constexprs = {"STRIDE_KEY": 512, "GROUP": 8, "PAGE": 64, "D": 64, "ROWS": 8, "BLOCK_H": 8, "BLOCK_N": blocks.keys}
+    return compile_for(_prefix_kernel, signature, constexprs, arch, num_warps=4, num_stages=_STAGES[False])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_kernel_of_shared_prefixes_fits_every_gpu(arch):
+    resources = compile_prefix(arch)
+    check_fits(resources, arch)
+    assert resources.mma == {90: {"HGMMA"}, 100: {"UTCHMMA"}}.get(arch, {"HMMA"})
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 120])
+def test_a_row_of_a_shared_prefix_is_summed_in_the_order_of_the_training_kernel(arch):
+    blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=False, width=64).forward
+    columns = blocks.keys // 4  # of a thread
+    training = row_updates(compile_kernel("forward", arch, blocks, windowed=False).ptx, columns)
+    assert row_updates(compile_prefix(arch).ptx, columns) == training
 
 
 @pytest.mark.parametrize("windowed", [False, True])
@@ -214,6 +279,8 @@ def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
 @pytest.mark.parametrize("arch, settings", [(90, {"windowed": False, "prefixed": True}),
                                             (90, {"windowed": True, "prefixed": True}), (86, {"windowed": True, "ring": 100}),
                                             (80, {"windowed": False, "prefixed": True}),
+                                            (90, {"windowed": False, "prefixed": True, "cascades": True}),
+                                            (86, {"windowed": False, "prefixed": True, "cascades": True}),
                                             (86, {"windowed": False, "prefixed": True}), (90, {"windowed": False, "page": 0}),
                                             (120, {"windowed": False, "prefixed": True}),
                                             (86, {"windowed": False, "dtype": "fp16"}),
@@ -315,10 +382,37 @@ def test_continuations_of_a_prefix_have_the_bits_of_training_on_shared_prompts(w
         write(inputs["k"][rows], inputs["v"][rows], *caches, torch.full_like(positions, slot), positions, page_table=table)
     last = torch.tensor(bounds[2:], device="cuda") - 1
     prefix_lens = torch.full((4,), prompt, device="cuda")
-    out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=torch.arange(4, device="cuda"), window=window,
-                           positions=prefix_lens + torch.tensor(lengths, device="cuda") - 1, scale=0.125,
-                           prefix_lens=prefix_lens, page_table=table)
-    assert torch.equal(out, expected[last])
+    for cascades in [False] if window else [False, True]:
+        out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=torch.arange(4, device="cuda"), window=window,
+                               positions=prefix_lens + torch.tensor(lengths, device="cuda") - 1, scale=0.125,
+                               prefix_lens=prefix_lens, page_table=table, cascades=cascades)
+        assert torch.equal(out, expected[last]), cascades
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 130])
+def test_on_a_gpu_a_prefix_read_once_for_its_rows_changes_no_bit(num_rows):
+    generator = torch.Generator().manual_seed(num_rows)
+    prompts = torch.tensor([100, 64, 513, 1000])[torch.arange(num_rows) * 4 // num_rows]  # neighbours share
+    positions = prompts + torch.randint(0, 700, (num_rows,), generator=generator)
+    pages = torch.arange(num_rows * 27).view(num_rows, 27)
+    for row in range(1, num_rows):
+        if prompts[row] == prompts[row - 1]:
+            whole = int(prompts[row]) // 64
+            pages[row, :whole] = pages[row - 1, :whole]
+    keys, values = (torch.randn(num_rows * 27, 64, 8, 64, generator=generator).to("cuda", torch.bfloat16) for _ in range(2))
+    for cache in (keys, values):  # the prompt's last page is each row's own, with the same tokens in it
+        for row in range(1, num_rows):
+            if prompts[row] == prompts[row - 1] and prompts[row] % 64:
+                tail = int(prompts[row]) // 64
+                cache[pages[row, tail], : int(prompts[row]) % 64] = cache[pages[row - 1, tail], : int(prompts[row]) % 64]
+    q = torch.randn(num_rows, 64, 64, generator=generator).to("cuda", torch.bfloat16)
+    sinks = torch.randn(64, generator=generator).to("cuda", torch.bfloat16)
+    positions[num_rows // 2] = -1 if num_rows > 1 else positions[0]  # an idle one
+    settings = {"slots": torch.arange(num_rows).cuda(), "positions": positions.cuda(), "window": 0, "scale": 0.125,
+                "prefix_lens": prompts.cuda(), "page_table": pages.int().cuda()}
+    expected = decode_attention(q, keys, values, sinks, **settings)
+    assert torch.equal(decode_attention(q, keys, values, sinks, **settings, cascades=True), expected)
 
 
 @pytest.mark.gpu
