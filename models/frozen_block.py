@@ -97,6 +97,7 @@ class TrainingPass:
     scratch_bytes: int  # of dequantised experts held at once
     store: HostStore | None
     max_pending_bytes: int  # on their way to the host, or back, at once
+    at_end: Callable[[torch.device], None]  # called when the backward has run
     kept: dict[int, Kept] = field(default_factory=dict)  # by layer, until its backward has run
 
     def fetch_before(self, layer: int) -> None:
@@ -403,6 +404,8 @@ class _FrozenBlock(torch.autograd.Function):
     def backward(ctx, grad):
         grads = {}
         grad_x = _backward(ctx.block, grad.contiguous(), ctx.run, grads, needs_x=ctx.needs_input_grad[0])
+        if not ctx.run.kept:
+            ctx.run.at_end(grad.device)
         return grad_x, None, None, None, None, *(grads.get(parameter) for parameter in ctx.parameters)
 
 

@@ -281,7 +281,8 @@ class GptOss(nn.Module):
                 if name.startswith("model.layers."):
                     of_layers[int(name.split(".", 3)[2])].append(parameter)
             places = self.memory.plan(x, plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format != "bf16")
-            run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes)
+            run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes,
+                               self.memory.after_backward)
             for block, layer, parameters, choose in zip(blocks, places.layers, of_layers, chooses):
                 x = block(x, partial(train_block, run=run, plan=layer, parameters=parameters, choose=choose))
         return self.model.norm(x)

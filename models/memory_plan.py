@@ -27,9 +27,11 @@ _PRODUCT_RATE, _ATTENTION_RATE = 0.75, 0.5
 # beside a forward that keeps the GPU's memory busy, copies to the host reach about this share of what they do alone (38 of 55
 # GB/s on an H200); and of the time that a forward takes here, which is without norms and routing, they may use so much
 _COPY_SHARE, _FORWARD_SHARE = 0.69, 1.15
-# what the allocator reserves beyond what is allocated, at least: of the budget (0.2 to 0.6 of 18 to 24 GB), and of the largest
-# tensor, which does not fit into any hole (0.6 to 0.8 of it from 16,384 tokens on)
-_MARGIN, _HOLES = 0.02, 0.6
+# what the allocator reserves beyond what is allocated: of the budget, until steps have shown it (0.2 to 0.9 of 18 to 24 GB), and
+# of the largest tensor, which does not fit into any hole (0.6 to 0.8 of it from 16,384 tokens on)
+_MARGIN, _HOLES = 0.04, 0.6
+# the share of the budget that steps should come to reserve, and how far the margin goes for it
+_FULL, _LEAST_MARGIN, _MOST_MARGIN = 0.99, 0.01, 0.15
 # of the budget: tensors from this size on leave holes, larger than the margin, that a backward's tensors do not fit into
 _LARGE = 0.05
 LOOKAHEAD = 2  # layers whose activations are on their way back while one runs backwards
@@ -201,6 +203,8 @@ class MemoryBudget:
         self._host_rate = 0.0  # to the host, bytes per second
         self._product_rate: float | None = None  # of products, FLOP per second
         self._largest_bytes = 0  # of what the newest plan's layers make for their backward
+        self._margin, self._least_margin = _MARGIN, _LEAST_MARGIN  # shares of the budget
+        self._is_tight = False  # whether the newest plan keeps less than everything on the GPU
 
     def claim_host(self, num_bytes: int) -> bool:
         """Takes host memory for something else than activations; False where there is not enough."""
@@ -233,7 +237,7 @@ class MemoryBudget:
         # on their way to the host in the forward, or back one layer ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(4 * parameter.numel() for parameter in trainable if parameter.grad is None)
-        free = int(budget - max(_MARGIN * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
+        free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
         if free - workspace(self.config, run) - gradients < layers * sum(sizes.values()):
             run.keeps_h = False
         # gradients grow as what layers keep goes: only what they exceed it by is extra
@@ -241,6 +245,7 @@ class MemoryBudget:
         while free - workspace(self.config, run) < wanted and run.scratch_bytes > 1 << 26:
             run.scratch_bytes //= 2
         plans = self._fit(run, free, gradients=gradients, pending=pending)
+        self._is_tight = any(place != Place.gpu for plan in plans for place in plan.values())
         if self.store is not None:
             self.store.reserve(sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host))
         return Plan(plans, run.scratch_bytes, pending)
@@ -263,6 +268,21 @@ class MemoryBudget:
             torch.cuda.empty_cache()
         else:
             self.give_back_unused(grad.device)
+
+    def after_backward(self, device: torch.device) -> None:
+        """To be called once all layers have run backwards."""
+        if device.type == "cuda" and self.recomputes:
+            self.learn(torch.cuda.memory_reserved(device), self._budget(device))
+
+    def learn(self, reserved: int, budget: float) -> None:
+        """Fits the margin to what PyTorch has reserved (bytes) in a step of the newest plan. What a budget needs beyond what is
+        allocated depends on the shapes and on what the process did before; a step above the budget also costs its time, since
+        the cache is then emptied in each. A margin that was too small is not tried again."""
+        excess = reserved / budget - _FULL
+        if reserved > budget:
+            self._margin = self._least_margin = min(self._margin + excess, _MOST_MARGIN)
+        elif self._is_tight:
+            self._margin = max(self._margin + excess / 2, self._least_margin)
 
     def _fit(self, run: Pass, free: int, *, gradients: int, pending: int) -> list[LayerPlan]:
         """The plan that keeps most on the GPU while neither forward nor backward ever takes more than `free`."""

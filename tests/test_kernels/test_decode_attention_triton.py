@@ -13,7 +13,13 @@ from test_attention_triton import compile_kernel, eager
 
 from kernels.attention import AttentionPlan, _forward_tiles, _load_rows, attention, blocks_for
 from kernels.cache_write import write
-from kernels.decode_attention import _STAGES, _decode_kernel, _prefix_kernel, decode_attention, decode_attention_reference
+from kernels.decode_attention import (
+    _STAGES,
+    _decode_kernel,
+    _prefix_kernel,
+    decode_attention,
+    decode_attention_reference,
+)
 from kernels.launch import family_of
 
 
