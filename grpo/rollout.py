@@ -359,7 +359,8 @@ class _Rollout:
         self.stats.decode_steps += num_steps
         self.cache.flush()
         if self.temperature is not None:
-            self.decoder.run(num_steps, temperature=self.temperature)
+            self.decoder.run(num_steps, temperature=self.temperature,
+                             prompts=[(request.prompt, request.prompt_len) for request in live])
             return
         for _ in range(num_steps):
             record = self._new_record(len(live))

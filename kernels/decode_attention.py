@@ -24,6 +24,8 @@ width.
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +38,7 @@ from kernels.launch import (
     gpu_family,
     launch,
     next_power_of_2,
+    num_multiprocessors,
     overlap_constants,
     product_path,
     wait_for_launch_before,
@@ -44,8 +47,26 @@ from kernels.launch import (
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
-_PREFIX_ROWS = 64  # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
+# rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
+_PREFIX_ROWS = 64
 
+
+class SharedPrefixes(NamedTuple):
+    """Which rows have the same prefix, to be read once for several of them."""
+
+    tiles: torch.Tensor  # [N, 2] int32: first row and number of neighbouring rows of one prefix, at most rows_per_tile; 0: none
+    is_shared: torch.Tensor  # [B] int32, 0 or 1: whether a row is in one of the tiles
+
+
+def rows_per_tile(group: int) -> int:
+    """The most sequences that read their prefix together; group: query heads of a key-value head."""
+    return max(1, _PREFIX_ROWS // next_power_of_2(group))
+
+
+def _prefix_stages(x: torch.Tensor, num_programs: int) -> int:
+    """Where every program has a multiprocessor and its shared memory to itself, nothing else hides its loads."""
+    is_large = gpu_family(x) in ("hopper", "blackwell") and x.element_size() == 2
+    return 8 if is_large and num_programs <= 2 * num_multiprocessors(x) else _STAGES[False]
 
 def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table=None):
     num_entries = keys.shape[1] * (1 if page_table is None else page_table.shape[1])
@@ -79,60 +100,49 @@ def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, k
                           scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["num_rows", "pages_per_slot"])
-def _prefix_kernel(q, keys, values, sinks, states, slots, positions, prefix_lens, page_table, num_rows, stride_q, scale_log2,
-                   pages_per_slot, STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
-    """The prefixes of ROWS sequences, each prefix read once for all of them that share it: what _decode_kernel goes on from, the
-    output so far, its maximum and its sum, goes to states [B, H, D + 2]."""
+@triton.jit(do_not_specialize=["pages_per_slot"])
+def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, page_table, stride_q, scale_log2, pages_per_slot,
+                   STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                   BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
+    """A prefix for up to ROWS sequences that share it, read once: what _decode_kernel goes on from, the output so far, its
+    maximum and its sum, goes to states [B, H, D + 2]."""
     wait_for_launch_before(OVERLAPS)
-    first_head, first_row = tl.program_id(0) * GROUP, tl.program_id(1) * ROWS
-    members = tl.arange(0, ROWS)
-    is_row = first_row + members < num_rows
-    slot = tl.load(slots + first_row + members, mask=is_row, other=0).to(tl.int64)
-    position = tl.load(positions + first_row + members, mask=is_row, other=-1).to(tl.int32)
-    position = tl.minimum(position, pages_per_slot * PAGE - 1)
-    prefix = tl.load(prefix_lens + first_row + members, mask=is_row, other=0).to(tl.int32)
-    # who has the whole prefix, shares it with those whose first page is the same; who has not is alone
-    page = tl.load(page_table + slot * pages_per_slot, mask=is_row & (position >= 0), other=-1)
-    page = tl.where(position + 1 >= prefix, page, -2 - members)
-    prefix = tl.minimum(prefix, position + 1)
-    shares = (page[:, None] == page[None, :]) & (prefix[:, None] == prefix[None, :])
-    leaders = tl.min(tl.where(shares, members[None, :], ROWS), 1)  # [ROWS]
-    numbers = tl.cumsum((leaders == members).to(tl.int32), 0) - 1
-
+    first_head = tl.program_id(0) * GROUP
+    first_row, num_rows = tl.load(tiles + tl.program_id(1) * 2), tl.load(tiles + tl.program_id(1) * 2 + 1)
+    end = 0
+    if num_rows > 0:
+        end = tl.load(prefix_lens + first_row).to(tl.int32)
+    pages = page_table + tl.load(slots + first_row).to(tl.int64) * pages_per_slot
     rows = tl.arange(0, ROWS * BLOCK_H)
-    heads = rows % BLOCK_H
-    is_head = (first_row + rows // BLOCK_H < num_rows) & (heads < GROUP)
-    places = ((first_row + rows // BLOCK_H) * stride_q + (first_head + heads) * D).to(tl.int64)
-    dims = tl.arange(0, D)
-    q_tile = tl.load(q + places[:, None] + dims[None, :], mask=is_head[:, None], other=0.0)
-    leader_of = tl.reshape(tl.broadcast_to(leaders[:, None], (ROWS, BLOCK_H)), (ROWS * BLOCK_H,))
-    position_of = tl.reshape(tl.broadcast_to(position[:, None], (ROWS, BLOCK_H)), (ROWS * BLOCK_H,))
+    heads, dims = rows % BLOCK_H, tl.arange(0, D)
+    is_head = (rows // BLOCK_H < num_rows) & (heads < GROUP)
+    row = (first_row + rows // BLOCK_H).to(tl.int64)
+    q_tile = tl.load(q + (row * stride_q + (first_head + heads) * D)[:, None] + dims[None, :], mask=is_head[:, None], other=0.0)
     row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
     row_sum = tl.full([ROWS * BLOCK_H], 1.0, tl.float32)
     acc = tl.zeros([ROWS * BLOCK_H, D], tl.float32)
-    for number in range(0, tl.max(numbers, 0) + 1):
-        leader = tl.min(tl.where(numbers == number, members, ROWS), 0)
-        end = tl.sum(tl.where(members == leader, prefix, 0), 0)
-        pages = page_table + tl.sum(tl.where(members == leader, slot, 0), 0) * pages_per_slot
-        # those of other prefixes see no key, which changes no bit of theirs
-        seen_from = tl.where(leader_of == leader, position_of, -1)
-        head = tl.program_id(0) * D
-        acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, keys + head, values + head, keys, values,
-                                               STRIDE_KEY, STRIDE_KEY, 0, seen_from, 0, end, end, scale_log2, 0, False, True,
-                                               False, D, BLOCK_N, 0, PAGE, pages, True)
-    places = ((first_row + rows // BLOCK_H).to(tl.int64) * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
-    tl.store(states + places[:, None] + dims[None, :], acc, mask=is_head[:, None])
-    tl.store(states + places + D, row_max, mask=is_head)
-    tl.store(states + places + D + 1, row_sum, mask=is_head)
+    keys += tl.program_id(0) * D
+    values += tl.program_id(0) * D
+    # every row sees the whole prefix: only its last tile, if it is partial, needs a mask
+    whole_end = end // BLOCK_N * BLOCK_N
+    last = tl.zeros_like(rows) + end
+    acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+                                           last, 0, whole_end, end, scale_log2, 0, False, False, False, D, BLOCK_N, 0, PAGE,
+                                           pages, True)
+    acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+                                           last, whole_end, end, end, scale_log2, 0, False, True, False, D, BLOCK_N, 0, PAGE,
+                                           pages, True)
+    state = states + (row * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
+    tl.store(state[:, None] + dims[None, :], acc, mask=is_head[:, None])
+    tl.store(state + D, row_max, mask=is_head)
+    tl.store(state + D + 1, row_sum, mask=is_head)
 
 
 @triton.jit(do_not_specialize=["window", "pages_per_slot"])
-def _decode_kernel(q, keys, values, sinks, out, states, slots, positions, prefix_lens, page_table, stride_q, stride_slot,
-                   stride_out, scale_log2, window, pages_per_slot, STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr,
-                   WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, CASCADES: tl.constexpr, RING: tl.constexpr,
-                   PAGE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
+def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positions, prefix_lens, page_table, stride_q,
+                   stride_slot, stride_out, scale_log2, window, pages_per_slot, STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr,
+                   WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, SHARES: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
+                   D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_launch_before(OVERLAPS)
     # the key-value heads of a sequence run side by side: their keys share pages of memory
     first_head = tl.program_id(0) * GROUP
@@ -149,22 +159,25 @@ def _decode_kernel(q, keys, values, sinks, out, states, slots, positions, prefix
         cache = tl.program_id(0) * D
     q_tile = _load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
     heads, dims = tl.arange(0, BLOCK_H), tl.arange(0, D)
+    row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+    row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
+    acc = tl.zeros([BLOCK_H, D], tl.float32)
     start = 0
     if PREFIXED:
         start = tl.minimum(tl.load(prefix_lens + sequence).to(tl.int32), position + 1)
-    if CASCADES:
-        state = states + ((sequence * tl.num_programs(0) * GROUP + first_head + heads) * (D + 2))
-        acc = tl.load(state[:, None] + dims[None, :], mask=(heads < GROUP)[:, None], other=0.0)
-        row_max = tl.load(state + D, mask=heads < GROUP, other=0.0)
-        row_sum = tl.load(state + D + 1, mask=heads < GROUP, other=1.0)
-    else:
-        row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
-        row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
-        acc = tl.zeros([BLOCK_H, D], tl.float32)
-    if PREFIXED and not CASCADES:
+        first, is_known = 0, False
+        if SHARES:
+            is_known = (tl.load(is_shared + sequence) != 0) & (position >= 0)
+            first = tl.where(is_known, start, 0)
         acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, pages, STRIDE_KEY,
-                                              position, 0, start, scale_log2, window, WINDOWED, RING, PAGE, True, D, BLOCK_H,
+                                              position, first, start, scale_log2, window, WINDOWED, RING, PAGE, True, D, BLOCK_H,
                                               BLOCK_N)
+        if SHARES:
+            known = is_known & (heads < GROUP)
+            state = states + (tl.program_id(1) * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
+            acc = tl.load(state[:, None] + dims[None, :], mask=known[:, None], other=acc)
+            row_max = tl.load(state + D, mask=known, other=row_max)
+            row_sum = tl.load(state + D + 1, mask=known, other=row_sum)
     # tiles lie within pages if they are counted from position 0
     acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, pages, STRIDE_KEY,
                                           position, start, position + 1, scale_log2, window, WINDOWED, RING, PAGE,
@@ -176,7 +189,7 @@ def _decode_kernel(q, keys, values, sinks, out, states, slots, positions, prefix
 
 def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, *, slots: torch.Tensor,
                      positions: torch.Tensor, window: int, scale: float, prefix_lens: torch.Tensor | None = None,
-                     page_table: torch.Tensor | None = None, cascades: bool = False) -> torch.Tensor:
+                     page_table: torch.Tensor | None = None, shared: SharedPrefixes | None = None) -> torch.Tensor:
     """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches already hold; sinks [H]; window 0 means none.
     The caches are [N, L, K, D], of N slots, with L at most the window if there is one; or, without a window, [M, L, K, D] of M
     pages, of which page_table [N, W] int32 names those of each slot. Rows at a position below 0 are idle and give zeros; without
@@ -184,11 +197,11 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     reaches the host. Returns [B, H, D] in q's dtype.
 
     prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
-    Without them the bits are those of training on whole sequences; on the CPU they change nothing. cascades: read a prefix once
-    for neighbouring rows whose slots share its first page, and so all of it; with prefix_lens and pages. It changes no bit."""
+    Without them the bits are those of training on whole sequences; on the CPU they change nothing. shared: whose prefixes are the
+    same and are read once, in pages; their rows must have the whole prefix. That changes no bit."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
     assert page_table is None or window == 0, (page_table.shape, window)
-    assert not cascades or (page_table is not None and prefix_lens is not None), "cascades needs pages and prefix_lens"
+    assert shared is None or (page_table is not None and prefix_lens is not None), "shared prefixes need pages and prefix_lens"
     if product_path(q) != "triton":  # the reference consists of library products
         return decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table)
     check_served("decode_attention", {"q": q, "keys": keys, "values": values},
@@ -212,18 +225,17 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     sinks, slots = sinks.contiguous(), slots.contiguous()
     prefixes = positions if prefix_lens is None else prefix_lens.contiguous()
     table, pages_per_slot = (positions, 0) if page_table is None else (page_table, page_table.shape[1])
-    overlap, states = overlap_constants(q, num_rows), None
-    if cascades:
-        states = torch.empty((num_rows, num_heads, width + 2), dtype=torch.float32, device=q.device)
-        heads = next_power_of_2(group)
-        rows = max(1, _PREFIX_ROWS // heads)
-        launch(_prefix_kernel, (num_kv_heads, cdiv(num_rows, rows)), q, keys, values, sinks, states, slots, positions, prefixes,
-               table, num_rows, q.stride(0), scale * _LOG2_E, pages_per_slot, STRIDE_KEY=keys.stride(1), GROUP=group, PAGE=page,
-               D=width, ROWS=rows, BLOCK_H=heads, BLOCK_N=blocks.keys, num_warps=max(1, rows * heads // 16),
-               num_stages=_STAGES[False], **overlap)
-    launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks, out, states, slots, positions, prefixes, table,
-           q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window, pages_per_slot, STRIDE_KEY=keys.stride(1),
-           GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None, CASCADES=cascades,
+    overlap, states, is_shared = overlap_constants(q, num_rows), None, None
+    if shared is not None:
+        states, is_shared = torch.empty((num_rows, num_heads, width + 2), dtype=torch.float32, device=q.device), shared.is_shared
+        heads, rows = next_power_of_2(group), rows_per_tile(group)
+        launch(_prefix_kernel, (num_kv_heads, len(shared.tiles)), q, keys, values, sinks, states, shared.tiles, slots, prefixes,
+               table, q.stride(0), scale * _LOG2_E, pages_per_slot, STRIDE_KEY=keys.stride(1), GROUP=group, PAGE=page, D=width,
+               ROWS=rows, BLOCK_H=heads, BLOCK_N=blocks.keys, num_warps=max(1, rows * heads // 16),
+               num_stages=_prefix_stages(q, num_kv_heads * len(shared.tiles)), **overlap)
+    launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks, out, states, is_shared, slots, positions, prefixes,
+           table, q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window, pages_per_slot, STRIDE_KEY=keys.stride(1),
+           GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None, SHARES=shared is not None,
            RING=keys.shape[1] if window else 0, PAGE=page, D=width, BLOCK_H=max(16, next_power_of_2(group)), BLOCK_N=blocks.keys,
            num_warps=1, num_stages=_STAGES[window > 0], **overlap)
     return out

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.advance import IDLE, Rows, advance, next_words
+from kernels.decode_attention import SharedPrefixes, rows_per_tile
 from kernels.launch import cdiv, product_path, to_device
 from kernels.sampling import as_words, key_sums
 from models.gpt_oss import GptOss
@@ -27,6 +28,8 @@ from models.routing_record import RoutingRecord
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # what a look copies: neighbours in Rows
 _SEEN = slice(Rows._fields.index("positions"), Rows._fields.index("is_stopped") + 1)
+# a shorter prefix comes from the L2 cache for all who share it, faster than a launch of its own is
+_SHARED_TOKENS = 1024
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
@@ -44,6 +47,18 @@ def can_decode_by_graph(model: GptOss) -> bool:
     weight = model.lm_head.weight
     return (weight.is_cuda and product_path(weight) == "triton"
             and all(not block.trains_base() and block.mlp.experts.can_decode() for block in model.model.layers))
+
+
+def share_prefixes(prompts: list[int], *, size: int, num_tiles: int) -> list[tuple[int, int]]:
+    """First row and number of rows of at most `num_tiles` tiles of neighbours with the same prompt, at least 2 and at most `size`
+    of them, the largest there are. Rows with a prompt below 0 are in none."""
+    tiles, first = [], 0
+    for row in range(1, len(prompts) + 1):
+        if row == len(prompts) or prompts[row] != prompts[first] or row - first == size:
+            if row - first > 1 and prompts[first] >= 0:
+                tiles.append((first, row - first))
+            first = row
+    return sorted(sorted(tiles, key=lambda tile: -tile[1])[:num_tiles])
 
 
 @dataclass
@@ -75,6 +90,11 @@ class Decoder:
         self.tokens = torch.zeros(num_outputs, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(num_outputs, dtype=torch.float32, device=device)
         self._stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=device)
+        config = model.config
+        self._tile_rows = rows_per_tile(config.num_attention_heads // config.num_key_value_heads)
+        self._tiles = torch.zeros(self._num_tiles(self._table.shape[1]), 2, dtype=torch.int32, device=device)
+        self._is_shared = torch.zeros(self._table.shape[1], dtype=torch.int32, device=device)
+        self._shared: list[tuple[int, int]] = []  # what stands in those two
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = None  # of memory that all graphs share: one runs at a time
 
@@ -110,16 +130,19 @@ class Decoder:
         self._step(self.num_rows, draw, record)
 
     @torch.no_grad()
-    def run(self, num_steps: int, *, temperature: float) -> None:
-        """Steps of all rows by a graph, drawing from the whole vocabulary; nothing waits, and the cache must be flushed."""
-        key = (bucket_of(self.num_rows), temperature, self.model.adapter_is_enabled)
+    def run(self, num_steps: int, *, temperature: float, prompts: list[tuple[int, int]]) -> None:
+        """Steps of all rows by a graph, drawing from the whole vocabulary; nothing waits, and the cache must be flushed. prompts:
+        of every row, which prompt it has and how many tokens that has; long ones are read once for neighbours that share them."""
+        bucket = bucket_of(self.num_rows)
+        shares = self._share(prompts, self._num_tiles(bucket))
+        key = (bucket, temperature, self.model.adapter_is_enabled, shares)
         for _ in range(num_steps):
             graph = self._graphs.get(key)
             if graph is not None:
                 graph.replay()
             else:
-                self._step(key[0], self.plain_draw(temperature))
-                self._graphs[key] = self._capture(key[0], temperature)
+                self._step(bucket, self.plain_draw(temperature), shares=shares)
+                self._graphs[key] = self._capture(bucket, temperature, shares)
 
     def plain_draw(self, temperature: float) -> DrawTokens:
         """Draws from the whole vocabulary, with the log-probs whose bits training computes."""
@@ -153,21 +176,41 @@ class Decoder:
             one.positions.add_(1)
         one.words.copy_(next_words(one.key_sums, one.positions))
 
-    def _step(self, num_rows: int, draw: DrawTokens, record: RoutingRecord | None = None) -> None:
-        rows = Rows(*self._table[:, :num_rows])
-        self._advance(rows, self._feed(rows, record), draw)
+    def _num_tiles(self, num_rows: int) -> int:
+        """Tiles of shared prefixes that a step of so many rows has room for: twice those that full ones would be."""
+        return 2 * cdiv(num_rows, self._tile_rows)
 
-    def _feed(self, rows: Rows, record: RoutingRecord | None) -> torch.Tensor:
-        return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record,
+    def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:
+        """Brings the device's tiles of shared prefixes up to date; whether there are any."""
+        if not self._counts_prompts_apart:
+            return False
+        shared = share_prefixes([prompt if length >= _SHARED_TOKENS else -1 for prompt, length in prompts], size=self._tile_rows,
+                                num_tiles=num_tiles)
+        if shared and shared != self._shared:
+            device = self._tiles.device
+            rows = [row for first, count in shared for row in range(first, first + count)]
+            self._tiles.zero_()[:len(shared)] = to_device(torch.tensor(shared, dtype=torch.int32), device)
+            self._is_shared.zero_()[to_device(torch.tensor(rows), device)] = 1
+            self._shared = shared
+        return bool(shared)
+
+    def _step(self, num_rows: int, draw: DrawTokens, record: RoutingRecord | None = None, *, shares: bool = False) -> None:
+        rows = Rows(*self._table[:, :num_rows])
+        self._advance(rows, self._feed(rows, record, shares=shares), draw)
+
+    def _feed(self, rows: Rows, record: RoutingRecord | None, *, shares: bool = False) -> torch.Tensor:
+        num_rows = len(rows.tokens)
+        shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows]) if shares else None
+        return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
                                         prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None)
 
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)
 
-    def _capture(self, bucket: int, temperature: float) -> torch.cuda.CUDAGraph:
+    def _capture(self, bucket: int, temperature: float, shares: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._step(bucket, self.plain_draw(temperature))
+            self._step(bucket, self.plain_draw(temperature), shares=shares)
         self._pool = graph.pool()
         return graph
 

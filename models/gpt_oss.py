@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.attention_plan import AttentionPlan
-from kernels.decode_attention import decode_attention
+from kernels.decode_attention import SharedPrefixes, decode_attention
 from kernels.dense import linear
 from kernels.draw import draw, head_logits
 from kernels.embedding import embedding
@@ -394,8 +394,10 @@ class GptOss(nn.Module):
 
     @torch.no_grad()
     def decode_hidden(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                      record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
-        """As decode_step, but returns the final hidden states [B, D] that the logits come from."""
+                      record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None,
+                      shared: SharedPrefixes | None = None) -> torch.Tensor:
+        """As decode_step, but returns the final hidden states [B, D] that the logits come from. `shared`: see decode_attention;
+        layers with a window have no use for it."""
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
         cache.flush()  # does nothing in a graph: who replays one flushes before
@@ -403,7 +405,8 @@ class GptOss(nn.Module):
         def attend_stored(layer, q, k, v, sinks):
             return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots, positions=positions,
                                     window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
-                                    prefix_lens=prefix_lens, page_table=cache.table_of(layer))
+                                    prefix_lens=prefix_lens, page_table=cache.table_of(layer),
+                                    shared=shared if cache.is_paged[layer] else None)
 
         def attend(layer, q, k, v, sinks):
             cache.write(layer, k, v, slots, positions)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import models.decoder
 import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
@@ -80,6 +81,22 @@ def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
             log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
                                            prefixes=micro.prefixes)
             assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
+def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeypatch):
+    monkeypatch.setattr(models.decoder, "_SHARED_TOKENS", 40)
+    model, shared = adapted_model(), []
+    original = models.decoder.share_prefixes
+    monkeypatch.setattr(models.decoder, "share_prefixes", lambda *args, **kw: shared.append(original(*args, **kw)) or shared[-1])
+    prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
+    sampler = Sampler(model, [1], max_batch=24, seed=3, shares_prompts=True)  # fewer than 54: rows come and go in the tiles
+    completions = sampler.generate(prompts, step=2, num_samples=9, max_new_tokens=150, temperature=0.7)
+    batch = pack(completions, [1.0] * len(completions)).to(model.device)
+    for micro in micro_batches(batch, 100_000, share_prompts=True):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.host_mask,
+                                       prefixes=micro.prefixes)
+        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    assert len({tuple(tiles) for tiles in shared}) > 3 and max(map(len, shared)) > 1
 
 
 @pytest.mark.parametrize("shares_prompts", [False, True])

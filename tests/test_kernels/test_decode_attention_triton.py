@@ -15,6 +15,7 @@ from kernels.attention import AttentionPlan, _forward_tiles, _load_rows, attenti
 from kernels.cache_write import write
 from kernels.decode_attention import (
     _STAGES,
+    SharedPrefixes,
     _decode_kernel,
     _prefix_kernel,
     decode_attention,
@@ -128,48 +129,60 @@ def test_shared_pages_serve_every_slot_that_names_them(poisoned):
     for name in ("keys", "values"):
         paged[name][paged["page_table"][1:, :2].long()] = float("nan")
     paged["page_table"][1:, :2] = paged["page_table"][0, :2]
-    expected = decode_attention(**data, **settings)
-    for cascades in (False, True):
-        assert torch.equal(decode_attention(**paged, **settings, cascades=cascades), expected)
+    assert torch.equal(decode_attention(**paged, **settings), decode_attention(**data, **settings))
 
 
-def grouped(groups, *, page, heads=4, kv_heads=2, num_idle=1):
-    """Rows of groups (prompt's length, lengths after it), the members of all groups in turn, then idle rows. A group's slots share
-    the pages that its prompt fills. Returns what decode_attention takes."""
-    members = [(number, prompt, extra) for number, (prompt, extras) in enumerate(groups) for extra in extras]
-    members.sort(key=lambda member: groups[member[0]][1].index(member[2]))
-    prompts = torch.tensor([prompt for _, prompt, _ in members] + [9] * num_idle)
-    positions = torch.tensor([prompt + extra for _, prompt, extra in members] + [-1] * num_idle)
+def tiles_of(*tiles: tuple[int, int], num_rows: int) -> SharedPrefixes:
+    is_shared = torch.zeros(num_rows, dtype=torch.int32)
+    for first, count in tiles:
+        is_shared[first : first + count] = 1
+    return SharedPrefixes(torch.tensor(tiles, dtype=torch.int32), is_shared)
+
+
+def grouped(groups, *, page, heads=4, kv_heads=2):
+    """Rows of groups (the prompt's length, each member's tokens after it) and an idle one. The slots of a group have the same
+    keys in their prompts. Returns what decode_attention takes."""
+    prompts = torch.tensor([prompt for prompt, extras in groups for _ in extras] + [9])
+    positions = torch.tensor([prompt + extra for prompt, extras in groups for extra in extras] + [-1])
     data, slots = random_cache(len(positions), 200, heads=heads, kv_heads=kv_heads), torch.arange(len(positions))
-    for slot, (number, prompt, _) in enumerate(members):
-        first = next(slot for slot, member in enumerate(members) if member[0] == number)
+    first = 0
+    for prompt, extras in groups:
         for name in ("keys", "values"):
-            data[name][slot, :prompt] = data[name][first, :prompt]
-    paged = scattered(data, slots, positions, page=page)
-    for slot, (number, prompt, _) in enumerate(members):
-        first = next(slot for slot, member in enumerate(members) if member[0] == number)
-        paged["page_table"][slot, : prompt // page] = paged["page_table"][first, : prompt // page]
-    return paged, {"slots": slots, "positions": positions, "window": 0, "scale": 0.3, "prefix_lens": prompts}
+            data[name][first : first + len(extras), :prompt] = data[name][first, :prompt].clone()
+        first += len(extras)
+    return scattered(data, slots, positions, page=page), {"slots": slots, "positions": positions, "window": 0, "scale": 0.3,
+                                                         "prefix_lens": prompts}
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1), (8, 1)])
 def test_a_prefix_read_once_for_its_rows_changes_no_bit(heads, kv_heads, poisoned):
-    # more rows than a program takes; prompts that end within a page, on its edge, and before the first one's
-    groups = [(70, [0, 1, 40]), (64, [5, 17, 90, 3]), (20, [2, 8]), (130, [*range(9)]), (64, [33]), (0, [7])]
+    # prompts that end within a tile of keys, on its edge and on a page's; between them a row that shares none and an empty tile
+    groups = [(70, [0, 1, 40]), (64, [5, 17, 90, 3]), (20, [2]), (33, [*range(9)]), (0, [7, 8])]
     paged, settings = grouped(groups, page=32, heads=heads, kv_heads=kv_heads)
     expected = decode_attention(**paged, **settings)
-    out = decode_attention(**paged, **settings, cascades=True)
-    assert torch.equal(out, expected) and out[:-1].abs().amax((1, 2)).min() > 0 and (out[-1] == 0).all()
+    shared = tiles_of((0, 3), (3, 4), (0, 0), (8, 8), (17, 2), num_rows=20)
+    out = decode_attention(**paged, **settings, shared=shared)
+    assert torch.equal(out, expected) and out[:-1].abs().amax((1, 2)).min() > 0
 
 
 @pytest.mark.interpreter
 def test_a_shared_prefix_is_read_from_the_pages_of_one_row(poisoned):
-    paged, settings = grouped([(64, [1, 2, 3])], page=32, num_idle=0)
+    paged, settings = grouped([(64, [1, 2, 3])], page=32)
+    shared = tiles_of((0, 3), num_rows=4)
     expected = decode_attention(**paged, **settings)
-    paged["page_table"][1:, 1] = paged["page_table"][1:, 2]  # the others' second page of the prompt: not even looked at
-    assert torch.equal(decode_attention(**paged, **settings, cascades=True), expected)
+    paged["page_table"][1:3, 1] = paged["page_table"][1:3, 2]  # the others' second page of the prompt: not even looked at
+    assert torch.equal(decode_attention(**paged, **settings, shared=shared), expected)
     assert not torch.equal(decode_attention(**paged, **settings), expected)
+
+
+@pytest.mark.interpreter
+def test_a_row_that_became_idle_in_a_tile_gives_zeros_and_leaves_the_others_alone(poisoned):
+    paged, settings = grouped([(64, [1, 2, 3])], page=32)
+    expected = decode_attention(**paged, **settings)
+    settings["positions"][0] = -1
+    out = decode_attention(**paged, **settings, shared=tiles_of((0, 3), num_rows=4))
+    assert torch.equal(out[1:], expected[1:]) and (out[0] == 0).all()
 
 
 @pytest.mark.interpreter
@@ -236,14 +249,14 @@ def test_tiles_without_a_visible_key_change_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and results[0].isfinite().all()
 
 
-def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, cascades=False, ring=128, page=64):
+def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, shares=False, ring=128, page=64):
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     blocks = blocks_for(family_of(arch), torch_dtype, windowed=windowed, width=width).forward
     signature = {name: f"*{dtype}" for name in ("q", "keys", "values", "sinks", "out")}
     signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"page_table": "*i32"}
-    signature |= {"scale_log2": "fp32", "window": "i32", "pages_per_slot": "i32", "states": "*fp32"}
+    signature |= {"scale_log2": "fp32", "window": "i32", "pages_per_slot": "i32", "states": "*fp32", "is_shared": "*i32"}
     signature |= dict.fromkeys(("stride_q", "stride_slot", "stride_out"), "i32")
-    constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "CASCADES": cascades,
+    constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "SHARES": shares,
                   "RING": ring if windowed else 0, "PAGE": 0 if windowed else page, "D": width, "BLOCK_H": 16,
                   "BLOCK_N": blocks.keys}
     return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=_STAGES[windowed])
@@ -251,11 +264,12 @@ def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixe
 
 def compile_prefix(arch: int):
     blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=False, width=64).forward
-    signature = {name: "*bf16" for name in ("q", "keys", "values", "sinks")} | {"states": "*fp32", "page_table": "*i32"}
-    signature |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"scale_log2": "fp32"}
-    signature |= dict.fromkeys(("num_rows", "stride_q", "pages_per_slot"), "i32")
+    signature = {name: "*bf16" for name in ("q", "keys", "values", "sinks")} | {"states": "*fp32"}
+    signature |= {"page_table": "*i32", "tiles": "*i32", "slots": "*i64", "prefix_lens": "*i64", "scale_log2": "fp32"}
+    signature |= dict.fromkeys(("stride_q", "pages_per_slot"), "i32")
     constexprs = {"STRIDE_KEY": 512, "GROUP": 8, "PAGE": 64, "D": 64, "ROWS": 8, "BLOCK_H": 8, "BLOCK_N": blocks.keys}
-    return compile_for(_prefix_kernel, signature, constexprs, arch, num_warps=4, num_stages=_STAGES[False])
+    stages = 8 if family_of(arch) in ("hopper", "blackwell") else _STAGES[False]
+    return compile_for(_prefix_kernel, signature, constexprs, arch, num_warps=4, num_stages=stages)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -285,8 +299,8 @@ def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
 @pytest.mark.parametrize("arch, settings", [(90, {"windowed": False, "prefixed": True}),
                                             (90, {"windowed": True, "prefixed": True}), (86, {"windowed": True, "ring": 100}),
                                             (80, {"windowed": False, "prefixed": True}),
-                                            (90, {"windowed": False, "prefixed": True, "cascades": True}),
-                                            (86, {"windowed": False, "prefixed": True, "cascades": True}),
+                                            (90, {"windowed": False, "prefixed": True, "shares": True}),
+                                            (86, {"windowed": False, "prefixed": True, "shares": True}),
                                             (86, {"windowed": False, "prefixed": True}), (90, {"windowed": False, "page": 0}),
                                             (120, {"windowed": False, "prefixed": True}),
                                             (86, {"windowed": False, "dtype": "fp16"}),
@@ -388,37 +402,38 @@ def test_continuations_of_a_prefix_have_the_bits_of_training_on_shared_prompts(w
         write(inputs["k"][rows], inputs["v"][rows], *caches, torch.full_like(positions, slot), positions, page_table=table)
     last = torch.tensor(bounds[2:], device="cuda") - 1
     prefix_lens = torch.full((4,), prompt, device="cuda")
-    for cascades in [False] if window else [False, True]:
+    tiles = tiles_of((0, 4), num_rows=4)
+    for shared in [None] if window else [None, SharedPrefixes(tiles.tiles.cuda(), tiles.is_shared.cuda())]:
         out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=torch.arange(4, device="cuda"), window=window,
                                positions=prefix_lens + torch.tensor(lengths, device="cuda") - 1, scale=0.125,
-                               prefix_lens=prefix_lens, page_table=table, cascades=cascades)
-        assert torch.equal(out, expected[last]), cascades
+                               prefix_lens=prefix_lens, page_table=table, shared=shared)
+        assert torch.equal(out, expected[last]), shared
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 130])
-def test_on_a_gpu_a_prefix_read_once_for_its_rows_changes_no_bit(num_rows):
-    generator = torch.Generator().manual_seed(num_rows)
-    prompts = torch.tensor([100, 64, 513, 1000])[torch.arange(num_rows) * 4 // num_rows]  # neighbours share
-    positions = prompts + torch.randint(0, 700, (num_rows,), generator=generator)
-    pages = torch.arange(num_rows * 27).view(num_rows, 27)
-    for row in range(1, num_rows):
-        if prompts[row] == prompts[row - 1]:
-            whole = int(prompts[row]) // 64
-            pages[row, :whole] = pages[row - 1, :whole]
+@pytest.mark.parametrize("tiles", [[(0, 2)], [(0, 8), (8, 7), (15, 3)], [(8 * i, 8) for i in range(16)]])
+def test_on_a_gpu_a_prefix_read_once_for_its_rows_changes_no_bit(tiles):
+    generator, num_rows = torch.Generator().manual_seed(len(tiles)), tiles[-1][0] + tiles[-1][1] + 3  # the last share none
+    prompts, pages = torch.full((num_rows,), 64), torch.arange(num_rows * 27).view(num_rows, 27)
     keys, values = (torch.randn(num_rows * 27, 64, 8, 64, generator=generator).to("cuda", torch.bfloat16) for _ in range(2))
-    for cache in (keys, values):  # the prompt's last page is each row's own, with the same tokens in it
-        for row in range(1, num_rows):
-            if prompts[row] == prompts[row - 1] and prompts[row] % 64:
-                tail = int(prompts[row]) // 64
-                cache[pages[row, tail], : int(prompts[row]) % 64] = cache[pages[row - 1, tail], : int(prompts[row]) % 64]
+    for number, (first, count) in enumerate(tiles):
+        length = [100, 64, 513, 1000][number % 4]
+        prompts[first : first + count] = length
+        for row in range(first + 1, first + count):  # whole pages are shared, and the tail copied
+            pages[row, : length // 64] = pages[first, : length // 64]
+            if length % 64:
+                for cache in (keys, values):
+                    cache[pages[row, length // 64], : length % 64] = cache[pages[first, length // 64], : length % 64]
     q = torch.randn(num_rows, 64, 64, generator=generator).to("cuda", torch.bfloat16)
     sinks = torch.randn(64, generator=generator).to("cuda", torch.bfloat16)
-    positions[num_rows // 2] = -1 if num_rows > 1 else positions[0]  # an idle one
+    positions = prompts + torch.randint(0, 700, (num_rows,), generator=generator)
     settings = {"slots": torch.arange(num_rows).cuda(), "positions": positions.cuda(), "window": 0, "scale": 0.125,
                 "prefix_lens": prompts.cuda(), "page_table": pages.int().cuda()}
     expected = decode_attention(q, keys, values, sinks, **settings)
-    assert torch.equal(decode_attention(q, keys, values, sinks, **settings, cascades=True), expected)
+    shared = tiles_of(*tiles, (0, 0), num_rows=num_rows)
+    out = decode_attention(q, keys, values, sinks, **settings,
+                           shared=SharedPrefixes(shared.tiles.cuda(), shared.is_shared.cuda()))
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.gpu

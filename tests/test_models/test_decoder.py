@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.checkpoint import load_model
-from models.decoder import BUCKETS, Decoder, NewRow, bucket_of, can_decode_by_graph
+from models.decoder import BUCKETS, Decoder, NewRow, bucket_of, can_decode_by_graph, share_prefixes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -15,6 +15,14 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_it():
     assert [bucket_of(count) for count in (1, 2, 3, 8, 9, 33, 128, 129, 512)] == [1, 2, 4, 8, 16, 48, 128, 192, 512]
     assert [bucket_of(count) for count in (513, 640, 641)] == [640, 640, 768]
     assert all(bucket_of(bucket) == bucket for bucket in BUCKETS)
+
+
+def test_neighbours_with_the_same_prompt_share_it_by_the_tile():
+    prompts = [7] * 3 + [2] + [5] * 10 + [-1] * 4 + [7] * 2
+    assert share_prefixes(prompts, size=4, num_tiles=9) == [(0, 3), (4, 4), (8, 4), (12, 2), (18, 2)]
+    assert share_prefixes(prompts, size=4, num_tiles=3) == [(0, 3), (4, 4), (8, 4)]  # the largest
+    assert share_prefixes([3, 1, 3, 1], size=4, num_tiles=9) == share_prefixes([], size=4, num_tiles=9) == []
+    assert share_prefixes([0, 0], size=1, num_tiles=9) == []
 
 
 def test_the_cpu_has_no_graphs():
