@@ -13,7 +13,12 @@ every query head that reads it. Seven products instead of the five of a fused ba
 bits. Which tiles meet is worked out once per batch on the host (AttentionPlan); a windowed layer visits only the tiles its
 window touches.
 
-Shapes: T packed tokens, H query heads, K key-value heads, D head width; query head h reads key-value head h // (H / K).
+The forward also takes the queries of the last rows only (AttentionPlan, first_query): those of a sequence whose other keys were
+kept. Tiles of keys are counted from the start of the keys either way, and a tile of which a query sees nothing leaves its
+maximum, sum and output as they are: such queries get the bits that they get among all others.
+
+Shapes: T packed tokens, Q queries (T, or the last of them), H query heads, K key-value heads, D head width; query head h reads
+key-value head h // (H / K).
 """
 from __future__ import annotations
 
@@ -161,10 +166,12 @@ def _forward_range(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
                           key_end, scale_log2, window, WINDOWED, True, DESCRIPTOR, D, BLOCK_N)
 
 
-@triton.jit(do_not_specialize=["window", "num_tokens"])
+@triton.jit(do_not_specialize=["window", "num_queries", "first_query"])
 def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q, stride_k, stride_v, stride_out, num_heads,
-                    num_tokens, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr,
-                    DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                    num_queries, first_query, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
+                    PREFIXED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr):
+    """Rows count keys; q, out and lse begin at row first_query."""
     # the query heads of a tile run side by side and share its keys in L2
     head = tl.program_id(0) % num_heads
     tile = tiles + tl.program_id(0) // num_heads * 5
@@ -172,7 +179,8 @@ def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q,
     column = head // GROUP * D
     k += column
     v += column
-    q_tile = _load_rows(q + head * D, stride_q, first, end, BLOCK_M, D, True)
+    query = first - first_query
+    q_tile = _load_rows(q + head * D, stride_q, query, end - first_query, BLOCK_M, D, True)
     # the sink is one more score, whose value is 0
     row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
     row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -187,10 +195,10 @@ def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q,
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, D)
     inside = first + rows < end
-    out += first.to(tl.int64) * stride_out + head * D
+    out += query.to(tl.int64) * stride_out + head * D
     tl.store(out + rows[:, None] * stride_out + dims[None, :], (acc / row_sum[:, None]).to(out.dtype.element_ty),
              mask=inside[:, None])
-    lse += head.to(tl.int64) * num_tokens + first
+    lse += head.to(tl.int64) * num_queries + query
     tl.store(lse + rows, (row_max + tl.log2(row_sum)) * 0.6931471805599453, mask=inside)
 
 
@@ -403,15 +411,15 @@ def _tiles_of(x: torch.Tensor, rows: int, blocks: Blocks) -> TensorDescriptor | 
 
 def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
                    scale: float, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T, H, D] and lse [H, T] fp32, nats, the sink included."""
-    num_tokens, num_heads, width = q.shape
-    out = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q.device)
+    """The output [Q, H, D] and lse [H, Q] fp32, nats, the sink included."""
+    num_queries, num_heads, width = q.shape
+    out = torch.empty((num_queries, num_heads, width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q.device)
     tiles = plan.query_tiles(blocks.queries, q.device)
     launch(
         _forward_kernel, (len(tiles) * num_heads,), q, k, v, _tiles_of(k, blocks.keys, blocks),
         _tiles_of(v, blocks.keys, blocks), sinks, out, lse, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
-        num_heads, num_tokens, scale * _LOG2_E, window,
+        num_heads, num_queries, plan.first_query, scale * _LOG2_E, window,
         GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
         D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
     return out, lse
@@ -456,7 +464,7 @@ def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
 
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *,
                       window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T, H, D] and lse [H, T] fp32, nats, of rows that _rows() would leave as they are. By the kernels or the library
+    """The output [Q, H, D] and lse [H, Q] fp32, nats, of rows that _rows() would leave as they are. By the kernels or the library
     (kernels/launch.py: product_path), no gradient."""
     if product_path(q) == "library":
         return library_forward(q, k, v, sinks, plan, window=window, scale=scale)
@@ -470,6 +478,7 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks:
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, written into `grads` where it is given, and the sinks' gradient in parts [parts, H] fp32. By the kernels or
     the library, as attention_forward."""
+    assert plan.first_query == 0, f"keys without queries have no gradient here: {plan.first_query} rows before the first query"
     settings = {"window": window, "scale": scale}
     if product_path(q) == "library":
         return library_backward(q, k, v, sinks, out, lse, dout, plan, grads=grads, **settings)
@@ -510,17 +519,19 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tenso
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, *, cu_seqlens: list[int],
               window: int, scale: float, plan: AttentionPlan | None = None) -> torch.Tensor:
-    """Attention within each packed sequence. q [T, H, D], k and v [T, K, D], sinks [H]; cu_seqlens [S + 1] on the host;
-    window 0 means none; scale above 0. Returns [T, H, D] in q's dtype; gradients reach q, k, v and the sinks.
+    """Attention within each packed sequence. q [Q, H, D], k and v [T, K, D], sinks [H]; cu_seqlens [S + 1] on the host;
+    window 0 means none; scale above 0. Returns [Q, H, D] in q's dtype; gradients reach q, k, v and the sinks.
 
     `plan` is AttentionPlan(cu_seqlens), to be made once where several layers see the same batch; with prefixes in it,
-    sequences continue others."""
+    sequences continue others. Q is T unless it has a first_query; then there is no gradient."""
     plan = AttentionPlan(cu_seqlens) if plan is None else plan
     assert plan.cu_seqlens == cu_seqlens, (plan.cu_seqlens, cu_seqlens)
+    assert cu_seqlens[-1] == plan.first_query + q.shape[0] == k.shape[0] == v.shape[0], (
+        cu_seqlens[-1], plan.first_query, q.shape, k.shape, v.shape)
     path = product_path(q)
     if path == "reference":
-        return attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=plan.prefixes)
+        return attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=plan.prefixes,
+                                   first_query=plan.first_query)
     _check(q, k, v, sinks, path)
-    assert cu_seqlens[-1] == q.shape[0] == k.shape[0] == v.shape[0], (cu_seqlens[-1], q.shape, k.shape, v.shape)
     assert scale > 0, scale
     return _Attention.apply(q, k, v, sinks, plan, window, scale)

@@ -12,7 +12,8 @@ enters a product in half precision has 1 as its largest element, however much a 
 Gradients of scores, products of small numbers, are moved to the top of float16's range by an exact power of two on their way
 through the products.
 
-Shapes: T packed tokens, H query heads, K key-value heads, G = H / K, D head width, n queries of a chunk, m keys that it sees.
+Shapes: T packed tokens, Q queries (T, or the last of them), H query heads, K key-value heads, G = H / K, D head width, n queries
+of a chunk, m keys that it sees.
 """
 from __future__ import annotations
 
@@ -34,24 +35,24 @@ class Chunk(NamedTuple):
     lead: int  # how far the first query stands behind the first key
 
 
-def chunks(bounds: list[tuple[int, int]], prefixes: list[int] | None, num_heads: int, window: int) -> Iterator[Chunk]:
+def chunks(plan: AttentionPlan, num_heads: int, window: int) -> Iterator[Chunk]:
     """Covers every query of the packed sequences, in order."""
-    for sequence, (start, end) in enumerate(bounds):
-        prefix = -1 if prefixes is None else prefixes[sequence]
-        prefix_start, prefix_end = bounds[prefix] if prefix != -1 else (start, start)
+    for sequence, (start, end) in enumerate(plan.bounds):
+        prefix = -1 if plan.prefixes is None else plan.prefixes[sequence]
+        prefix_start, prefix_end = plan.bounds[prefix] if prefix != -1 else (start, start)
         prefix_len = prefix_end - prefix_start
         if window:
             size = max(window, _MIN_CHUNK)
             size = min(size, MAX_SCORES // (num_heads * (size + window)))
         else:
             size = MAX_SCORES // (num_heads * (prefix_len + end - start)) if end > start else 1
-        for first in range(start, end, max(size, 1)):
+        for first in range(max(start, plan.first_query), end, max(size, 1)):
             last = min(first + max(size, 1), end)
             position = prefix_len + first - start
             seen = max(position - window + 1, 0) if window else 0  # position of the first key
             keys = [slice(prefix_start + seen, prefix_end)] if seen < prefix_len else []
             keys.append(slice(start + max(seen - prefix_len, 0), last))
-            yield Chunk(slice(first, last), keys, position - seen)
+            yield Chunk(slice(first - plan.first_query, last - plan.first_query), keys, position - seen)
 
 
 def _by_key_head(x: torch.Tensor, num_kv: int) -> torch.Tensor:
@@ -98,13 +99,13 @@ def _add_rows(total: torch.Tensor, parts: list[slice], rows: torch.Tensor) -> No
 
 def library_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
                     scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [T, H, D] and lse [H, T] fp32, nats, the sink included. No gradient."""
-    (num_tokens, num_heads, width), num_kv = q.shape, k.shape[1]
+    """The output [Q, H, D] and lse [H, Q] fp32, nats, the sink included. No gradient."""
+    (num_queries, num_heads, width), num_kv = q.shape, k.shape[1]
     group = num_heads // num_kv
-    out = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((num_kv, group, num_tokens), dtype=torch.float32, device=q.device)
+    out = torch.empty((num_queries, num_heads, width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_kv, group, num_queries), dtype=torch.float32, device=q.device)
     sink = sinks.float().view(num_kv, group, 1)
-    for queries, keys, lead in chunks(plan.bounds, plan.prefixes, num_heads, window):
+    for queries, keys, lead in chunks(plan, num_heads, window):
         weights = _scores(_by_key_head(q[queries], num_kv), _rows(k, keys), lead, window, group, scale)
         top = weights.amax(-1)  # [K, G, n]
         total = weights.sub_(top.unsqueeze(-1)).exp_().sum(-1)
@@ -113,7 +114,7 @@ def library_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: to
         share = torch.sigmoid(without_sink - sink) / total
         attended = product(weights.flatten(1, 2).to(v.dtype), _rows(v, keys)) * share.flatten(1).unsqueeze(-1)
         out[queries] = _by_token(attended, group)
-    return out, lse.view(num_heads, num_tokens)
+    return out, lse.view(num_heads, num_queries)
 
 
 def library_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor,
@@ -127,7 +128,7 @@ def library_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: t
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     dsinks = torch.zeros(num_kv, group, dtype=torch.float32, device=q.device)
     lse, sink = lse.view(num_kv, group, -1), sinks.float().view(num_kv, group, 1)
-    for queries, keys, lead in chunks(plan.bounds, plan.prefixes, num_heads, window):
+    for queries, keys, lead in chunks(plan, num_heads, window):
         q_rows, dout_rows = _by_key_head(q[queries], num_kv), _by_key_head(dout[queries], num_kv)
         k_rows, v_rows = _rows(k, keys), _rows(v, keys)
         chunk_lse = lse[:, :, queries]  # [K, G, n]

@@ -15,10 +15,11 @@ class AttentionPlan:
     cu_seqlens [S + 1]: bounds of the sequences. prefixes [S]: the index of the sequence that sequence s continues, -1 for
     none. The queries of a continuation see the whole prefix, as if it stood right before them, and then their own sequence:
     a prompt is computed once for all of its completions (its gradient is their sum). A prefix continues no other sequence.
+    first_query: the row of the first query. Rows before it are keys only, and q begins there; forward only.
 
     Tile lists are made for a block size when a kernel first asks, heaviest tiles first, and kept on the device."""
 
-    def __init__(self, cu_seqlens: list[int], *, prefixes: list[int] | None = None) -> None:
+    def __init__(self, cu_seqlens: list[int], *, prefixes: list[int] | None = None, first_query: int = 0) -> None:
         bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
         if not bounds or cu_seqlens[0] != 0 or any(start > end for start, end in bounds):
             raise ValueError(f"cu_seqlens={cu_seqlens}: must start at 0 and never fall")
@@ -28,7 +29,9 @@ class AttentionPlan:
             for sequence, prefix in enumerate(prefixes):
                 if prefix != -1 and not (0 <= prefix < len(bounds) and prefixes[prefix] == -1):
                     raise ValueError(f"sequence {sequence} continues {prefix}; a prefix is a sequence that continues none")
-        self.cu_seqlens, self.bounds = cu_seqlens, bounds
+        if not 0 <= first_query <= cu_seqlens[-1]:
+            raise ValueError(f"first_query={first_query}: must be a row of {cu_seqlens[-1]}, or their number")
+        self.cu_seqlens, self.bounds, self.first_query = cu_seqlens, bounds, first_query
         self.prefixes = prefixes if prefixes is not None and any(prefix != -1 for prefix in prefixes) else None
         self._tensors: dict[tuple, tuple[torch.Tensor, ...]] = {}
 
@@ -39,7 +42,8 @@ class AttentionPlan:
             for sequence, (start, end) in enumerate(self.bounds):
                 prefix = self.prefixes[sequence] if self.prefixes is not None else -1
                 prefix_start, prefix_end = self.bounds[prefix] if prefix != -1 else (start, start)
-                tiles += [(first, end, start, prefix_start, prefix_end) for first in range(start, end, block)]
+                tiles += [(first, end, start, prefix_start, prefix_end)
+                          for first in range(max(start, self.first_query), end, block)]
             tiles.sort(key=lambda tile: tile[2] - tile[0] + tile[3] - tile[4])  # minus the keys before the tile
             self._tensors["queries", block, device] = (_int_table(tiles, 5, device),)
         return self._tensors["queries", block, device][0]

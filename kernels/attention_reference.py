@@ -62,7 +62,11 @@ def _continued(cu_seqlens, prefixes):
     return rows, bounds, own
 
 
-def attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=None):
+def attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=None, first_query=0):
+    if first_query:
+        # rows without queries get one whose output is dropped
+        q = F.pad(q, (0, 0, 0, 0, first_query, 0))
+        return attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes)[first_query:]
     if prefixes is not None:
         rows, bounds, own = _continued(cu_seqlens, prefixes)
         return attention_reference(q[rows], k[rows], v[rows], sinks, bounds, window, scale)[own]

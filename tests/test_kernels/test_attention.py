@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import kernels.attention_reference
 from kernels.attention import attention
+from kernels.attention_plan import AttentionPlan
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
@@ -69,6 +70,33 @@ def test_output_and_gradients_match_the_golden_ones(case):
 def test_chunks_of_any_size_match_the_golden_ones(case, max_scores, monkeypatch):
     monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", max_scores)
     check_golden(case)
+
+
+@pytest.mark.parametrize("products", ["reference", "library"])
+@pytest.mark.parametrize("case", [case for case in CASES if META[f"attn.{case}"]["q_offset"]])
+def test_queries_of_the_last_rows_alone_match_the_golden_ones(case, products, monkeypatch):
+    if products == "library":
+        monkeypatch.setenv("GRPO_PRODUCTS", products)
+    data, settings = golden(case)
+    first = META[f"attn.{case}"]["q_offset"]
+    inputs = {name: data[name].float() for name in INPUTS}
+    plan = AttentionPlan(settings["cu_seqlens"], first_query=first)
+    out = attention(**inputs | {"q": inputs["q"][first:]}, **settings, plan=plan)
+    torch.testing.assert_close(out, data["o"], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("products", ["reference", "library"])
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("first", [11, 37, 80])
+def test_queries_of_the_last_rows_alone_see_what_they_see_among_all(first, window, products, monkeypatch):
+    if products == "library":
+        monkeypatch.setenv("GRPO_PRODUCTS", products)
+    bounds, prefixes = [0, 37, 60, 92], [-1, 0, 0]
+    inputs, settings = random_inputs(92), {"cu_seqlens": bounds, "window": window, "scale": 0.3}
+    whole = attention(**inputs, **settings, plan=AttentionPlan(bounds, prefixes=prefixes))
+    plan = AttentionPlan(bounds, prefixes=prefixes, first_query=first)
+    torch.testing.assert_close(attention(**inputs | {"q": inputs["q"][first:]}, **settings, plan=plan), whole[first:], rtol=1e-5,
+                               atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [0, 1, 8, 128])

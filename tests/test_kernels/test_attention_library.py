@@ -148,7 +148,7 @@ def test_small_gradients_beside_large_sinks_keep_their_digits_in_float16(sink):
 @pytest.mark.parametrize("window", [0, 1, 8, 128])
 def test_scores_held_at_once_stay_within_the_limit(window, monkeypatch):
     monkeypatch.setattr(kernels.attention_library, "MAX_SCORES", 20_000)
-    made = list(chunks(AttentionPlan([0, 600, 610, 640, 641, 700]).bounds, None, 4, window))
+    made = list(chunks(AttentionPlan([0, 600, 610, 640, 641, 700]), 4, window))
     assert [row for chunk in made for row in range(700)[chunk.queries]] == list(range(700))
     sizes = [4 * pairs(chunk) for chunk in made]
     assert len(sizes) > 2 and max(sizes) <= 20_000
@@ -159,7 +159,7 @@ def pairs(chunk) -> int:
 
 
 def scored_pairs(length, window) -> int:
-    return sum(map(pairs, chunks([(0, length)], None, 64, window)))
+    return sum(map(pairs, chunks(AttentionPlan([0, length]), 64, window)))
 
 
 def test_the_cost_of_a_window_grows_with_the_length_alone():

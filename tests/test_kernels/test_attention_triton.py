@@ -127,6 +127,53 @@ def test_continuations_of_a_prefix_match_sequences_with_the_prefix_repeated(wind
     assert_close(ours, theirs)
 
 
+def attention_in_pieces(inputs, cuts, *, prefix_len, window, scale) -> torch.Tensor:
+    """The output of one sequence whose first `prefix_len` tokens are counted apart, from the queries of one piece after the other
+    and the keys that they see; before those stand others, up to a tile's end."""
+    outputs = []
+    for start, end in zip([0, *cuts], [*cuts, len(inputs["q"])]):
+        seen = max(start - window + 1, 0) if window else 0
+        origin = prefix_len if prefix_len <= seen else 0
+        first = origin + (seen - origin) // 64 * 64  # 64: a multiple of every key tile
+        keys, values = inputs["k"][first:end].clone(), inputs["v"][first:end].clone()
+        keys[:seen - first], values[:seen - first] = 3.0, -5.0  # as of other tokens: hidden, they change nothing
+        apart = first < prefix_len < end
+        bounds = [0, prefix_len - first, end - first] if apart else [0, end - first]
+        plan = AttentionPlan(bounds, prefixes=[-1, 0] if apart else None, first_query=start - first)
+        outputs.append(attention(inputs["q"][start:end], keys, values, inputs["sinks"], cu_seqlens=bounds, window=window,
+                                 scale=scale, plan=plan))
+    return torch.cat(outputs)
+
+
+def attention_at_once(inputs, *, prefix_len, window, scale) -> torch.Tensor:
+    num_tokens = len(inputs["q"])
+    bounds = [0, prefix_len, num_tokens] if prefix_len else [0, num_tokens]
+    plan = AttentionPlan(bounds, prefixes=[-1, 0] if prefix_len else None)
+    return attention(**inputs, cu_seqlens=bounds, window=window, scale=scale, plan=plan)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window, queries, keys", [(0, 32, 16), (0, 16, 64), (1, 16, 16), (20, 32, 16), (64, 32, 32),
+                                                   (100, 16, 64)])
+@pytest.mark.parametrize("prefix_len", [0, 90])
+def test_a_sequence_in_pieces_has_the_bits_of_the_whole(window, queries, keys, prefix_len, monkeypatch, poisoned):
+    use_blocks(monkeypatch, queries, keys, queries > keys)
+    inputs = random_inputs(300, heads=2, kv_heads=1)
+    settings = {"prefix_len": prefix_len, "window": window, "scale": 0.3}
+    whole = attention_at_once(inputs, **settings)
+    for cuts in ([64, 128, 256], [1, 70, 90, 91, 231]):
+        assert torch.equal(attention_in_pieces(inputs, cuts, **settings), whole), cuts
+
+
+@pytest.mark.interpreter
+def test_keys_without_queries_have_no_gradient():
+    inputs = {name: tensor.requires_grad_() for name, tensor in random_inputs(40).items()}
+    out = attention(inputs["q"][8:], inputs["k"], inputs["v"], inputs["sinks"], cu_seqlens=[0, 40], window=0, scale=0.3,
+                    plan=AttentionPlan([0, 40], first_query=8))
+    with pytest.raises(AssertionError, match="8 rows before the first query"):
+        out.sum().backward()
+
+
 @pytest.mark.interpreter
 def test_strided_inputs_and_gradients_match_the_reference(poisoned):
     fused = torch.randn(50, 4 * 16 + 2 * 2 * 16, generator=torch.Generator().manual_seed(0))  # q, k and v side by side
@@ -188,6 +235,8 @@ def test_plans_that_contradict_themselves_are_refused():
         AttentionPlan([0, 5, 9], prefixes=[-1])
     with pytest.raises(ValueError, match="sequence 2 continues 1"):
         AttentionPlan([0, 5, 9, 12], prefixes=[-1, 0, 1])
+    with pytest.raises(ValueError, match="first_query=13"):
+        AttentionPlan([0, 5, 12], first_query=13)
 
 
 def test_no_tile_is_empty_or_made_twice_and_the_heaviest_come_first():
@@ -199,6 +248,12 @@ def test_no_tile_is_empty_or_made_twice_and_the_heaviest_come_first():
     keys, readers = plan.key_tiles(8, torch.device("cpu"))
     assert readers.tolist() == [[0, 5, 0], [5, 12, 0], [5, 12, 0], [12, 30, 0]]
     assert keys.tolist() == [[12, 30, 3, 4], [0, 5, 0, 2], [20, 30, 3, 4], [5, 12, 2, 3], [28, 30, 3, 4]]
+
+
+def test_rows_before_the_first_query_have_no_tiles():
+    tiles = AttentionPlan([0, 12, 30], prefixes=[-1, 0], first_query=9).query_tiles(8, torch.device("cpu"))
+    assert tiles.tolist() == [[28, 30, 12, 0, 12], [20, 30, 12, 0, 12], [12, 30, 12, 0, 12], [9, 12, 0, 0, 0]]
+    assert AttentionPlan([0, 12, 30], first_query=30).query_tiles(8, torch.device("cpu")).tolist() == []
 
 
 def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windowed: bool, prefixed: bool):
@@ -215,7 +270,9 @@ def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windo
         signature |= strides | {"stride_dk": "i32", "num_kv_heads": "i32", "scale": "fp32"} | rest
         return signature, constexprs | {"IN_REGISTERS": blocks.in_registers}
     signature |= {"k_tiles": whole, "v_tiles": whole, "sinks": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "tiles": "*i32"}
-    if kind == "dq":
+    if kind == "forward":
+        rest = {"num_queries": "i32", "first_query": "i32", "scale_log2": "fp32", "window": "i32"}
+    else:
         signature |= {"dout": f"*{dtype}", "row_stats": "*fp32", "dsinks": "*fp32", "dq": f"*{dtype}", "scale": "fp32"}
         strides["stride_dq"] = "i32"
     return signature | strides | {"num_heads": "i32"} | rest, constexprs | {"PREFIXED": prefixed}
@@ -315,3 +372,15 @@ def test_continuations_match_repeated_prefixes_on_the_gpu(window, poisoned):
     for name, actual, expected in zip(NAMES, ours, theirs):
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 0.01, f"{name}: {error.item()}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [0, 8, 100, 128])
+@pytest.mark.parametrize("prefix_len", [0, 700])
+def test_a_sequence_in_pieces_has_the_bits_of_the_whole_on_the_gpu(window, prefix_len, dtype, poisoned):
+    inputs = random_inputs(2000, heads=16, kv_heads=2, width=64, dtype=dtype, device="cuda")
+    settings = {"prefix_len": prefix_len, "window": window, "scale": 0.125}
+    whole = attention_at_once(inputs, **settings)
+    for cuts in ([64, 640, 1600], [1, 127, 700, 701, 1333]):
+        assert torch.equal(attention_in_pieces(inputs, cuts, **settings), whole), cuts
