@@ -34,7 +34,7 @@ from kernels.routing import route
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts, Nf4Experts
 from models.frozen_block import Attend, Choose, DecodeStep, TrainingPass, run_block, train_block
-from models.kv_cache import KVCache
+from models.kv_cache import PAGE_TOKENS, KVCache
 from models.memory_plan import SCRATCH_BYTES, MemoryBudget
 from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
@@ -384,6 +384,33 @@ class GptOss(nn.Module):
         return self._hidden(tokens, positions, attend, None, record)[ends - 1]
 
     @torch.no_grad()
+    def prefill_piece(self, tokens: torch.Tensor, start: int, cache: KVCache, slot: int, *, prefix_len: int = 0,
+                      record: RoutingRecord | None = None) -> torch.Tensor:
+        """Runs tokens [n], the next of a sequence of which the slot holds the first `start`, and fills the slot, which must have
+        pages for them, and the `record` of their experts. Returns the final hidden state [1, D] after the last.
+
+        A sequence in pieces of any lengths gives what it gives in one, on a GPU bit for bit where attention runs by Triton.
+        `prefix_len`: how many of the sequence's first tokens, those of this piece included, are counted apart: a prompt whose
+        keys are added up before the others, as by prefill_hidden's prefixes; 0 for none."""
+        end, device = start + len(tokens), tokens.device
+        if end > cache.max_len:
+            raise ValueError(f"a prompt of {end} tokens does not fit a cache of {cache.max_len} per sequence")
+        cache.flush()
+        positions = torch.arange(start, end, device=device)
+        slots = torch.full_like(positions, slot)
+        spans = {length: piece_plan(start, end, length, prefix_len) for length in set(cache.lengths)}
+
+        def attend(layer, q, k, v, sinks):
+            first, plan = spans[cache.lengths[layer]]
+            # read first: a ring's new entries replace some that the piece's first tokens see
+            earlier_k, earlier_v = cache.read(layer, slot, first, start)
+            lost = max(len(k) - cache.lengths[layer], 0)
+            cache.write(layer, k[lost:], v[lost:], slots[lost:], positions[lost:])
+            return self._packed_attend(plan)(layer, q, torch.cat((earlier_k, k)), torch.cat((earlier_v, v)), sinks)
+
+        return self._hidden(tokens, positions, attend, None, record)[-1:]
+
+    @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
                     record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
         """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
@@ -439,6 +466,18 @@ def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list
         continued = torch.tensor(prefixes)
         starts = starts - torch.where(continued >= 0, lengths[continued], 0)
     return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
+
+
+def piece_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:
+    """For a piece start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key the
+    piece's attention takes, and its plan from there on. Tiles of keys lie as in the whole sequence, so what is left out is whole
+    tiles, counted from its start or from the prefix's end. Keys taken that the layer has lost are hidden from every query."""
+    kept = max(start - length, 0)
+    origin = prefix_len if prefix_len <= kept else 0
+    first = origin + (kept - origin) // PAGE_TOKENS * PAGE_TOKENS
+    if first < prefix_len < end:
+        return first, AttentionPlan([0, prefix_len - first, end - first], prefixes=[-1, 0], first_query=start - first)
+    return first, AttentionPlan([0, end - first], first_query=start - first)
 
 
 def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None = None) -> torch.Tensor:

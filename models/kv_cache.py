@@ -171,6 +171,17 @@ class KVCache:
         cache_write.rotate_and_write(q, k, v, cos, sin, self.keys[layer], self.values[layer], slots, positions,
                                      page_table=self.table_of(layer))
 
+    def read(self, layer: int, slot: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values [end - first, K, D] of positions first .. end of a slot, whose pages must be flushed. A
+        ring must have been written up to `end`; in place of positions that it has lost, it gives those of later ones."""
+        assert self.pages_for(end) <= len(self._pages[slot]), f"slot {slot} has {len(self._pages[slot])} pages, not {end} tokens"
+        positions = torch.arange(first, end, device=self.page_table.device)
+        if self.is_paged[layer]:
+            entries = self.page_table[slot, positions // PAGE_TOKENS].long() * PAGE_TOKENS + positions % PAGE_TOKENS
+            return self.keys[layer].flatten(0, 1)[entries], self.values[layer].flatten(0, 1)[entries]
+        entries = positions % self.lengths[layer]
+        return self.keys[layer][slot, entries], self.values[layer][slot, entries]
+
     def _append(self, slot: int, page: int) -> None:
         pages = self._pages[slot]
         self._changed[slot * self.page_table.shape[1] + len(pages)] = page

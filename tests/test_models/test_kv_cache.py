@@ -185,6 +185,23 @@ def test_a_ring_keeps_position_p_at_p_modulo_its_length(config):
     assert not any(cache.keys[layer][[0, 2, 3]].any() for layer in (0, 2))
 
 
+def test_what_was_written_is_read_back_in_the_order_of_positions(config):
+    cache = make_cache(config)
+    assert cache.reserve(2, 1) and cache.reserve(0, 150) and cache.reserve(2, 150)  # pages that are not in order
+    cache.flush()
+    k = torch.randn(150, 2, 8, generator=torch.Generator().manual_seed(0))
+    for layer, length in enumerate(cache.lengths):
+        last = max(150 - length, 0)
+        cache.write(layer, k[last:], -k[last:], torch.full((150 - last,), 2), torch.arange(last, 150))
+        for first in (max(last, 60), 148, 150):
+            keys, values = cache.read(layer, 2, first, 150)
+            assert torch.equal(keys, k[first:]) and torch.equal(values, -k[first:])
+    ring = cache.is_paged.index(False)  # of 4 entries: position 145 is where 149 is now
+    assert torch.equal(cache.read(ring, 2, 144, 150)[0], k[[148, 149, 146, 147, 148, 149]])
+    with pytest.raises(AssertionError, match="slot 2 has 3 pages, not 193 tokens"):
+        cache.read(0, 2, 0, 193)
+
+
 def test_a_token_without_a_page_is_refused_on_the_cpu(config):
     cache = make_cache(config)
     assert cache.reserve(0, 64)

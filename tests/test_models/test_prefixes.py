@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from models.checkpoint import load_model
-from models.gpt_oss import GptOss, KeptSets, packed_positions, previous_rows
+from models.gpt_oss import GptOss, KeptSets, packed_positions, piece_plan, previous_rows
 from models.lora import LoraConfig, attach_lora, set_full_training
+from models.routing_record import RoutingRecord
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = ("tiny_bf16", "tiny_mxfp4")  # full layers and layers with a window of 8 keys, sinks on both
@@ -152,3 +153,51 @@ def test_a_prefill_of_a_prompt_and_its_continuation_is_that_of_the_whole_sequenc
     assert results[0].shape == (3, 2, model.config.vocab_size)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-5)
     assert results[0].std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix_len", [0, 20, 75, 130])
+@pytest.mark.parametrize("cuts", [[64, 128], [1, 2, 20, 75], [7, 76, 100, 129]])
+@pytest.mark.parametrize("max_len", [160, 140])
+def test_a_prefill_in_pieces_is_that_of_the_whole_sequence(cuts, prefix_len, max_len):
+    """The cache too, as the next tokens show; its rings (8 entries) are those of an earlier sequence before."""
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    tokens = torch.randint(0, model.config.vocab_size, (132,), generator=torch.Generator().manual_seed(2))
+    prompt, last = tokens[:130], tokens[130:]
+    results = []
+    for bounds_of_pieces in ([0, *(cut for cut in cuts if cut < 130), 130], [0, 130]):
+        cache = model.new_cache(3, max_len)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.fill_(float("nan"))
+        assert cache.reserve(2, 1) and cache.reserve(1, 132)
+        records = []
+        for start, end in zip(bounds_of_pieces, bounds_of_pieces[1:]):
+            records.append(RoutingRecord(end - start, model.config, "cpu"))
+            if bounds_of_pieces == [0, 130]:
+                hidden = model.prefill_hidden(prompt, torch.tensor([0, 130]), cache, torch.tensor([1]), record=records[-1])
+            else:
+                hidden = model.prefill_piece(prompt[start:end], start, cache, 1, prefix_len=prefix_len, record=records[-1])
+        logits = [model.head(hidden)]
+        for offset, token in enumerate(last):
+            logits.append(model.decode_step(token[None], torch.tensor([130 + offset]), cache, torch.tensor([1])))
+        results.append((torch.cat(logits), torch.cat([record.indices for record in records])))
+    (logits, experts), (expected, expected_experts) = results
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    assert torch.equal(experts, expected_experts) and expected.std() > 0.1
+
+
+def test_a_piece_takes_whole_tiles_of_keys_counted_from_where_the_whole_sequence_counts_them():
+    def plan(start, end, length, prefix_len=0):
+        first, plan = piece_plan(start, end, length, prefix_len)
+        return first, plan.cu_seqlens, plan.prefixes, plan.first_query
+
+    assert plan(0, 50, 128) == (0, [0, 50], None, 0)
+    assert plan(256, 400, 10_000) == (0, [0, 400], None, 256)
+    assert plan(256, 400, 128) == (128, [0, 272], None, 128)
+    assert plan(300, 400, 100) == (192, [0, 208], None, 108)  # 200 and after are seen
+    # a prompt of 250 tokens counted apart: a piece of it, one that crosses its end, and pieces of the completion
+    assert plan(200, 250, 128, 250) == (64, [0, 186], None, 136)
+    assert plan(200, 300, 128, 250) == (64, [0, 186, 236], [-1, 0], 136)
+    assert plan(300, 350, 128, 250) == (128, [0, 122, 222], [-1, 0], 172)
+    assert plan(450, 500, 128, 250) == (314, [0, 186], None, 136)  # 250 + 64
+    assert plan(450, 500, 10_000, 250) == (0, [0, 250, 500], [-1, 0], 450)
