@@ -60,7 +60,7 @@ class Group:
 
 class Schedule:
     """groups: one for each prompt, in the order of admission; num_rows: rows that run at once, each in one of the first slots of
-    the cache; the slot after them is the spare one, if there are more requests than rows."""
+    the cache; the slot after them is the spare one, if members of a group may have to wait (plan_cache)."""
 
     def __init__(self, groups: list[Group], cache: KVCache, *, num_rows: int) -> None:
         self.cache, self.groups = cache, groups
@@ -243,13 +243,15 @@ def plan_cache(config: GptOssConfig, dtype: torch.dtype, requests: list[Request]
     pages = sorted((KVCache.pages_for(request.prompt_len + request.limit) for request in requests), reverse=True)
 
     def shape(rows: int, num_pages: int) -> CacheShape:
-        return CacheShape(rows, rows + (rows < len(requests)), num_pages)
+        # pages too few for a whole group leave members waiting even where every request has a row
+        return CacheShape(rows, rows + (len(requests) > 1), num_pages)
 
     def size(shape: CacheShape) -> int:
         return shape.num_slots * per_slot + shape.num_pages * per_page
 
     num_rows = min(num_rows, len(requests))
-    whole = shape(num_rows, sum(pages[:num_rows]) + (num_rows < len(requests)) * pages[0])
+    is_all = num_rows == len(requests)
+    whole = CacheShape(num_rows, num_rows + (not is_all), sum(pages[:num_rows]) + (not is_all) * pages[0])
     if num_bytes is None or size(whole) <= num_bytes:
         return whole
     least = size(shape(1, pages[0]))

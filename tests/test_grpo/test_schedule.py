@@ -17,10 +17,10 @@ from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 VOCAB, WINDOW, MAX_LEN = 40, 8, 320
 
 
-def make_config() -> GptOssConfig:
+def make_config(max_len=MAX_LEN) -> GptOssConfig:
     return GptOssConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
-                        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=MAX_LEN)
+                        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=max_len)
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +229,17 @@ def test_a_tenth_of_the_pages_finishes_everything_with_the_results_of_a_whole_ca
     assert_equal(actual, expected)
     assert stats.num_preemptions > 0
     assert len({len(completion.completion_ids) for completion in expected}) > 10
+
+
+def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(lively_model):
+    # 440 tokens and the copy of their last page fill the cache's 8 pages: the second member has none to grow into
+    config, prompts, settings = make_config(512), make_prompts([440, 1]), {"num_samples": 2, "max_new_tokens": 20}
+    model = lively_model(config, head_factor=20.0)
+    size = 5 * slot_bytes(config, torch.float32, max_len=512) + 8 * page_bytes(config, torch.float32)
+    requests = [Request(i, i // 2, length, 20, 20 * i) for i, length in enumerate([440, 440, 1, 1])]
+    shape = plan_cache(config, torch.float32, requests, num_bytes=size, num_rows=64, max_len=512)
+    assert (shape.num_rows, shape.num_slots, shape.num_pages) == (4, 5, 8)
+    assert_equal(sample(model, prompts, cache_gb=size / 1e9, **settings)[0], sample(model, prompts, **settings)[0])
 
 
 def test_the_longest_prompts_are_admitted_first(model, monkeypatch):
