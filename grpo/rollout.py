@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
 from grpo.sampling import Draw, check_settings, draw, greedy
-from grpo.schedule import CacheShape, Group, Request, Schedule, plan_cache
+from grpo.schedule import CacheShape, Group, Pieces, Request, Schedule, plan_cache
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.draw_key import POSITION
 from models.gpt_oss import GptOss
@@ -40,7 +40,8 @@ class Interrupted(Exception):
 @dataclass
 class RolloutStats:
     num_completions: int = 0
-    prefill_tokens: int = 0  # each prompt once, however large its group; and preempted completions, as often as they resume
+    # each prompt once, however large its group; and what was preempted, a prompt in pieces included, as often as it begins again
+    prefill_tokens: int = 0
     decode_tokens: int = 0  # drawn in decode steps
     decode_steps: int = 0
     num_preemptions: int = 0
@@ -53,10 +54,11 @@ class Sampler:
 
     stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the
     longest sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens:
-    prompts are prefilled together up to this many tokens; a longer prompt goes alone. shares_prompts: training computes a
-    prompt once for its completions; attention on a GPU then adds up in the same order. cache_gb: most memory of the KV cache, in
-    1e9 bytes; None: on a GPU a share of what is free when a rollout starts, and never more than its completions need. Completions
-    that find no room wait, and results do not depend on it.
+    prompts are prefilled together up to this many tokens, which bounds the memory of activations; a longer one in pieces of as
+    many, between which live rows are decoded. shares_prompts: training computes a prompt once for its completions; attention on
+    a GPU then adds up in the same order. cache_gb: most memory of the KV cache, in 1e9 bytes; None: on a GPU a share of what is
+    free when a rollout starts, and never more than its completions need. Completions that find no room wait. Results depend on
+    none of max_batch, max_prefill_tokens and cache_gb.
 
     On a GPU, draws from the whole vocabulary replay CUDA graphs (models/decoder.py); filters, greedy decoding and recorded
     routing take a step as it comes. Cache and graphs serve later calls that they suffice for; rest() gives the cache's memory
@@ -284,13 +286,11 @@ class _Rollout:
             if should_stop is not None and should_stop():
                 unfinished = sum(not request.is_finished for request in self.requests)
                 raise Interrupted(f"rollout stopped with {unfinished} of {len(self.requests)} completions unfinished")
-            if resumed := schedule.resume(self.max_prefill_tokens):
-                self._resume(resumed)
-            elif admitted := schedule.admit_standing():
-                group, members = admitted
-                self._start(members, group.hidden.expand(len(members), -1))
-            elif admitted := schedule.admit_groups(self.max_prefill_tokens):
-                self._admit_groups(admitted)
+            pieces = schedule.pieces
+            if pieces is not None and (pieces.is_due or not schedule.live):
+                self._prefill_piece(pieces)
+            elif pieces is None and self._admit():
+                pass
             elif schedule.live:
                 self._decode()
             else:
@@ -299,18 +299,61 @@ class _Rollout:
             self._look()
             yield
 
+    def _admit(self) -> bool:
+        """Starts what finds room, or begins to prefill it in pieces. Returns whether anything did."""
+        schedule = self.schedule
+        if resumed := schedule.resume(self.max_prefill_tokens):
+            self._resume(resumed)
+        elif admitted := schedule.admit_standing():
+            group, members = admitted
+            self._start(members, group.hidden.expand(len(members), -1))
+        elif admitted := schedule.admit_groups(self.max_prefill_tokens):
+            self._admit_groups(admitted)
+        elif schedule.begin_pieces(self.max_prefill_tokens):
+            self._prefill_piece(schedule.pieces)
+        else:
+            return False
+        return True
+
     def _admit_groups(self, admitted: list[tuple[Group, list[Request]]]) -> None:
         """Prefills prompts and starts their completions."""
         prompts = [self.prompts[group.prompt].token_ids for group, _ in admitted]
         hidden, routing = self._prefill([[ids] for ids in prompts], [members[0].slot for _, members in admitted])  # [P, D]
         for row, (group, members) in enumerate(admitted):
-            if routing is not None:
-                self.prompt_routing[group.prompt] = routing[row]
-            self.schedule.share(group, members)
-            group.hidden = hidden[row].clone() if group.waiting else None
+            self._share(group, members, hidden[row], None if routing is None else routing[row])
         counts = torch.tensor([len(members) for _, members in admitted], device=self.device)
         requests = [request for _, members in admitted for request in members]
         self._start(requests, hidden.repeat_interleave(counts, dim=0, output_size=len(requests)))
+
+    def _share(self, group: Group, members: list[Request], hidden: Tensor, routing: Tensor | None) -> None:
+        """Fans a prefilled prompt out, and keeps what its members need: the hidden state [D] after it, and its routing."""
+        if routing is not None:
+            self.prompt_routing[group.prompt] = routing
+        self.schedule.share(group, members)
+        group.hidden = hidden.clone() if group.waiting else None
+
+    def _prefill_piece(self, pieces: Pieces) -> None:
+        """Prefills the next piece; after the last one, its completions start."""
+        request, start = pieces.request, pieces.num_done
+        end = min(start + self.max_prefill_tokens, pieces.num_tokens)
+        ids = (self.prompts[request.prompt].token_ids + self._drawn(request))[start:end]
+        tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        record = self._new_record(end - start)
+        hidden = self.model.prefill_piece(tokens, start, self.cache, request.slot, record=record,
+                                          prefix_len=request.prompt_len if self.shares_prompts else 0)  # [1, D]
+        self.stats.prefill_tokens += end - start
+        pieces.num_done, pieces.is_due = end, False
+        if record is not None:
+            pieces.routing.append(record.indices.cpu())
+        if end < pieces.num_tokens:
+            return
+        routing = None if record is None else torch.cat(pieces.routing)
+        group, members = self.schedule.end_pieces()
+        if group is not None:
+            self._share(group, members, hidden[0], routing)
+        elif routing is not None:
+            self.routing[request.item, :request.num_new] = routing[request.prompt_len:]
+        self._start(members, hidden.expand(len(members), -1))
 
     def _resume(self, requests: list[Request]) -> None:
         """Prefills prompts and the tokens drawn after them, and goes on."""
@@ -351,6 +394,8 @@ class _Rollout:
 
     def _decode(self) -> None:
         """Some steps of all live rows, as many as fit before the next look."""
+        if self.schedule.pieces is not None:
+            self.schedule.pieces.is_due = True
         live = self.schedule.live
         num_steps = min(self.look_steps, max(request.limit - request.num_new for request in live))
         if self.schedule.make_room(num_steps):

@@ -7,9 +7,13 @@ once for its group. Members that find no slot wait with their prompt in a spare 
 Pages are handed out for the next few steps only. Where they run out, the row admitted last is preempted: it gives its pages back
 and is prefilled again, prompt and tokens so far, when there is room; it then goes on with the same bits. Rows that were
 preempted go before all others, in the order of their admission, so that nobody is passed over for ever.
+
+What is too long for one prefill is prefilled in pieces, between which live rows are decoded. It has a slot and all of its pages
+from the beginning, is admitted after the last piece, and nothing else is admitted meanwhile. Where live rows need its pages it
+gives way, being the last that came, and begins again later.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,6 +62,19 @@ class Group:
     hidden: Tensor | None = None  # [D], after the prompt, while it is in the spare slot
 
 
+@dataclass
+class Pieces:
+    """What is being prefilled in pieces: a group's prompt, into the slot of its first member, or a request that resumes. It
+    stays the first of those that wait, and is not live."""
+
+    request: Request
+    group: Group | None
+    num_tokens: int
+    num_done: int = 0  # tokens in the slot
+    is_due: bool = True  # whether the next piece comes before other steps of live rows
+    routing: list[Tensor] = field(default_factory=list)  # of those tokens, on the host, where it is recorded
+
+
 class Schedule:
     """groups: one for each prompt, in the order of admission; num_rows: rows that run at once, each in one of the first slots of
     the cache; the slot after them is the spare one, if members of a group may have to wait (plan_cache)."""
@@ -67,6 +84,7 @@ class Schedule:
         self.live: list[Request] = []  # in the order of admission, which is that of the decoder's rows
         self.preempted: list[Request] = []  # in the order of admission
         self.standing: Group | None = None  # its prompt is in the spare slot
+        self.pieces: Pieces | None = None
         self.num_preemptions = 0
         self._free_slots, self._spare_slot = list(range(num_rows))[::-1], num_rows
 
@@ -75,17 +93,15 @@ class Schedule:
         return not (self.live or self.preempted or self.standing or self.groups)
 
     def resume(self, max_tokens: int) -> list[Request]:
-        """Preempted requests that run again, with pages for what they had: to be prefilled, together at most `max_tokens` or
-        else one."""
+        """Preempted requests that run again, with pages for what they had: to be prefilled, together at most `max_tokens`."""
         resumed, num_tokens = [], 0
         while self.preempted and self._free_slots:
             request = self.preempted[0]
             length = request.num_cached + 1
-            if resumed and num_tokens + length > max_tokens or not self._has_room(KVCache.pages_for(length), [request]):
+            if num_tokens + length > max_tokens or not self._has_room(KVCache.pages_for(length), [request]):
                 break
-            self._start(request)
-            assert self.cache.reserve(request.slot, length), (request, self.cache.num_free_pages)
-            resumed.append(self.preempted.pop(0))
+            self._start(self.preempted.pop(0), length)
+            resumed.append(request)
             num_tokens += length
         return resumed
 
@@ -102,7 +118,7 @@ class Schedule:
             return None
         members, group.waiting = group.waiting[:count], group.waiting[count:]
         for request in members:
-            self._start(request)
+            self._start(request, 0)
         self._fan_out(self._spare_slot, [request.slot for request in members], group.prompt_len)
         if not group.waiting:
             self.cache.release(self._spare_slot)
@@ -111,39 +127,84 @@ class Schedule:
 
     def admit_groups(self, max_tokens: int) -> list[tuple[Group, list[Request]]]:
         """The next groups, each with the members that start now: the prompt is to be prefilled into the slot of the first, which
-        has pages for it; then `share` is to be called. Together at most `max_tokens`, or else one."""
+        has pages for it; then `share` is to be called. Together at most `max_tokens`."""
         admitted, num_tokens, promised = [], 0, 0
         while self.groups and self._free_slots and not (self.preempted or self.standing):
             group = self.groups[0]
-            if admitted and num_tokens + group.prompt_len > max_tokens:
+            if num_tokens + group.prompt_len > max_tokens:
                 break
-            pages, has_tail = KVCache.pages_for(group.prompt_len), self._has_tail(group)
-            count = min(len(group.waiting), len(self._free_slots))
-            # all that start but the first, and the spare slot where some do not, take a page for the prompt's tail
-            while count and not self._has_room(promised + pages + has_tail * min(count, len(group.waiting) - 1),
-                                               group.waiting[:count]):
-                count -= 1
+            pages = KVCache.pages_for(group.prompt_len)
+            count = self._num_members(group, promised + pages, len(self._free_slots))
             if count == 0:
                 if not self.live and pages <= self.cache.num_free_pages:  # too few to keep the prompt for the others
                     admitted.append(self._begin_alone(group))
                 break
-            self.groups.pop(0)
-            members, group.waiting = group.waiting[:count], group.waiting[count:]
-            for request in members:
-                self._start(request)
-            assert self.cache.reserve(members[0].slot, group.prompt_len), (group, self.cache.num_free_pages)
-            promised += has_tail * (count - 1 + bool(group.waiting))
+            members = self._begin(self.groups.pop(0), count)
+            promised += self._has_tail(group) * (len(members) - 1 + bool(group.waiting))
             admitted.append((group, members))
             num_tokens += group.prompt_len
-            if group.waiting:
-                self.standing = group
         return admitted
+
+    def begin_pieces(self, max_tokens: int) -> bool:
+        """Gives what comes next, where it is longer than `max_tokens` and finds room, a slot and pages for all of it: it is to be
+        prefilled in pieces, and then `end_pieces` to be called. Returns whether it did."""
+        num_slots = len(self._free_slots)
+        if self.preempted:
+            pieces = Pieces(self.preempted[0], None, self.preempted[0].num_cached + 1)
+        elif self.groups and self.standing is None:
+            pieces = Pieces(self.groups[0].waiting[0], self.groups[0], self.groups[0].prompt_len)
+        else:
+            return False
+        if num_slots == 0 or pieces.num_tokens <= max_tokens:
+            return False
+        num_pages = KVCache.pages_for(pieces.num_tokens)
+        if pieces.group is None:
+            has_room = self._has_room(num_pages, [pieces.request])
+        else:
+            has_room = (self._num_members(pieces.group, num_pages, num_slots) > 0
+                        or not self.live and num_pages <= self.cache.num_free_pages)  # for one member, as in admit_groups
+        if has_room:
+            self._occupy(pieces.request, pieces.num_tokens)
+            self.pieces = pieces
+        return has_room
+
+    def end_pieces(self) -> tuple[Group | None, list[Request]]:
+        """Admits what has been prefilled in pieces. Returns the group, for which `share` is to be called, and the members that
+        start now; or None and the request that resumes."""
+        pieces, self.pieces = self.pieces, None
+        assert pieces.num_done == pieces.num_tokens, (pieces.num_done, pieces.num_tokens)
+        if pieces.group is None:
+            self.live.append(self.preempted.pop(0))
+            return None, [pieces.request]
+        # the first member has its slot and pages; live rows may have taken those that others were to get
+        group = pieces.group
+        count = max(self._num_members(group, 0, 1 + len(self._free_slots)), 1)
+        if self._has_tail(group) * min(count, len(group.waiting) - 1) > self.cache.num_free_pages:
+            return self._begin_alone(group)
+        return group, self._begin(self.groups.pop(0), count)
+
+    def _num_members(self, group: Group, num_pages: int, num_slots: int) -> int:
+        """How many members can start in so many slots, where `num_pages` are to be taken for prompts."""
+        count = min(len(group.waiting), num_slots)
+        # all that start but the first, and the spare slot where some do not, take a page for the prompt's tail
+        while count and not self._has_room(num_pages + self._has_tail(group) * min(count, len(group.waiting) - 1),
+                                           group.waiting[:count]):
+            count -= 1
+        return count
+
+    def _begin(self, group: Group, count: int) -> list[Request]:
+        """Starts members of a group, the first with pages for the prompt; those that are left wait in the spare slot."""
+        members, group.waiting = group.waiting[:count], group.waiting[count:]
+        for index, request in enumerate(members):
+            self._start(request, 0 if index else group.prompt_len)
+        if group.waiting:
+            self.standing = group
+        return members
 
     def _begin_alone(self, group: Group) -> tuple[Group, list[Request]]:
         """Starts one member of a group whose others will need another prefill."""
         request = group.waiting.pop(0)
-        self._start(request)
-        assert self.cache.reserve(request.slot, group.prompt_len), (group, self.cache.num_free_pages)
+        self._start(request, group.prompt_len)
         return Group(group.prompt, group.prompt_len, []), [request]
 
     def share(self, group: Group, members: list[Request]) -> None:
@@ -156,12 +217,16 @@ class Schedule:
 
     def make_room(self, num_steps: int) -> int:
         """Gives every live request pages for the next `num_steps` steps, the first admitted first. Returns how many were
-        preempted for it: the last of `live`."""
+        preempted for it, the last of `live`; before them, what is prefilled in pieces gives way."""
         num_before, index = len(self.live), 0
         while index < len(self.live):
             request = self.live[index]
             if self.cache.reserve(request.slot, min(request.num_cached + num_steps, request.max_cached)):
                 index += 1
+            elif self.pieces is not None:
+                self._vacate(self.pieces.request)
+                self.pieces = None
+                self.num_preemptions += 1
             elif len(self.live) > 1:
                 self._preempt(self.live.pop())
             else:
@@ -200,8 +265,14 @@ class Schedule:
         """Whether the prompt ends within a page, which every member then copies."""
         return group.prompt_len % PAGE_TOKENS > 0
 
-    def _start(self, request: Request) -> None:
-        request.slot = self._free_slots.pop()
+    def _occupy(self, request: Request, num_tokens: int) -> None:
+        """Gives the request a slot, if it has none, with pages for so many tokens."""
+        if request.slot is None:
+            request.slot = self._free_slots.pop()
+        assert self.cache.reserve(request.slot, num_tokens), (request, num_tokens, self.cache.num_free_pages)
+
+    def _start(self, request: Request, num_tokens: int) -> None:
+        self._occupy(request, num_tokens)
         self.live.append(request)
 
     def _fan_out(self, source: int, targets: list[int], num_tokens: int) -> None:

@@ -167,6 +167,28 @@ def test_preempted_completions_have_the_trainers_log_probs_bit_for_bit(shares_pr
         assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
 
 
+@pytest.mark.parametrize("shares_prompts", [False, True])
+@pytest.mark.parametrize("max_prefill_tokens", [64, 100])
+def test_prompts_and_completions_prefilled_in_pieces_have_the_trainers_log_probs_bit_for_bit(shares_prompts, max_prefill_tokens):
+    model = adapted_model()
+    prompts = [Prompt(i, [5 + (7 * k + 3 * i) % 200 for k in range(length)], {})
+               for i, length in enumerate([63, 64, 65, 200, 300])]
+    settings = {"step": 2, "num_samples": 3, "max_new_tokens": 150, "temperature": 0.7}
+    make = partial(Sampler, model, [1], max_batch=8, seed=3, shares_prompts=shares_prompts)
+    expected = make().generate(prompts, **settings)
+    num_bytes = 9 * slot_bytes(model.config, model.dtype, max_len=512) + 24 * page_bytes(model.config, model.dtype)
+    for cache_gb in (None, num_bytes / 1e9):
+        sampler = make(max_prefill_tokens=max_prefill_tokens, cache_gb=cache_gb)
+        completions = sampler.generate(prompts, **settings)
+        assert contents(completions) == contents(expected)
+        assert (sampler.last_stats.num_preemptions > 0) == (cache_gb is not None)
+    batch = pack(completions, [1.0] * len(completions)).to(model.device)
+    for micro in micro_batches(batch, 100_000, share_prompts=shares_prompts):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
+                                       prefixes=micro.prefixes)
+        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
 def test_steps_between_looks_change_nothing_and_graphs_serve_later_rollouts():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
     sampler = Sampler(model, [1, 7, 30], max_batch=6, seed=3)
