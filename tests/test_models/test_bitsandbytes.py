@@ -150,7 +150,8 @@ def test_adapters_train_on_packed_experts_as_on_dense_ones(pair):
     ours, theirs = trained(load(pair[0])), trained(load(pair[1]))
     assert ours.keys() == theirs.keys() and any(".experts." in name for name in ours)
     for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-6)
+        error = (ours[name] - expected).norm() / expected.norm()
+        assert error <= 3e-6, (name, error)  # products in another order of memory: some elements nearly cancel
 
 
 def sampled(model, count=3):
