@@ -6,9 +6,11 @@ measures what memory rollouts leave behind.
 
 One JSON line per case. Prompts are random tokens, temperature 1, the adapter's B is not zero.
 decode: `batch` sequences with prompts of 512 tokens, sampling and log-probs included; tokens_per_s is the slope between a short
-and a long rollout, so that prefill, compilation and capture stay out; roofline_fraction compares it with the bytes a step must
-read at the bandwidth of a copy measured first (weights of the experts that uniform routing touches, everything else once, keys
-and values at the mean context). prefill: prompts a second.
+and a long rollout, so that prefill, compilation and capture stay out. roofline_fraction compares it with the least time of a step
+on this GPU: for experts, dense projections, attention and head each, what they read at the bandwidth of a copy or what they
+compute at the rate of an 8192^3 bf16 product, both measured first, whichever takes longer (weights of the experts that uniform
+routing touches, everything else once, keys and values at the mean context); bandwidth_fraction counts the reading alone.
+prefill: tokens of prompts a second, and their share of what that product's rate allows.
 grpo_step: seconds of rollout (prefill, decode), handover (memory given back), forward and backward, and optimizer of 8
 completions of 512 tokens, one prompt of 220; grpo_step_large: of 8 prompts of 512, 16 completions of 2,048 each.
 exact: 64 completions of up to 1,024 tokens, prompts of 16 to 1,500, 24 rows at once: max_log_prob_diff; the share of the experts
@@ -30,6 +32,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -46,7 +49,7 @@ from rollout_cases import (
     start_up_case,
     timed,
 )
-from timing import copy_gb_per_s
+from timing import copy_gb_per_s, product_tflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.rollout import Sampler  # noqa: E402
@@ -59,20 +62,37 @@ PROMPT_LEN, SHORT, LONG = 512, 16, 144
 TRAINING_SHARE = 0.85  # of the GPU's memory, for the update of a large step
 
 
-def bytes_per_step(config: GptOssConfig, batch: int, context: float) -> float:
-    """The least that one decode step of packed experts and bf16 else reads."""
+class Ceilings(NamedTuple):
+    bandwidth: float  # bytes per second
+    flops: float  # per second
+
+
+class Stage(NamedTuple):
+    """The least that a decode step does in one kind of operation."""
+
+    num_bytes: float  # read
+    flops: float
+
+
+def decode_stages(config: GptOssConfig, batch: int, context: float) -> list[Stage]:
+    """Experts, dense projections and router, attention, head of one step over packed experts and bf16 else."""
     width, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    layers, expert = config.num_hidden_layers, 3 * width * inner
     touched = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    packed = touched * 3 * width * inner * 17 / 32
-    dense = 2 * (width * (q_width + 2 * kv_width) + q_width * width + width * experts)
-    keys = 0.0
-    for layer in range(config.num_hidden_layers):
-        keys += min(context, config.sliding_window) if config.is_windowed(layer) else context
-    return config.num_hidden_layers * (packed + dense) + 2 * width * config.vocab_size + batch * keys * 2 * kv_width * 2
+    dense = width * (q_width + 2 * kv_width) + q_width * width + width * experts
+    keys = sum(min(context, config.sliding_window) if config.is_windowed(layer) else context for layer in range(layers))
+    return [Stage(layers * touched * expert * 17 / 32, layers * 2 * batch * config.num_experts_per_tok * expert),
+            Stage(layers * 2 * dense, layers * 2 * batch * dense),
+            Stage(batch * keys * 2 * kv_width * 2, batch * keys * 2 * q_width * 2),
+            Stage(2 * width * config.vocab_size, 2 * batch * width * config.vocab_size)]
 
 
-def decode_case(policy, batch: int, bandwidth: float) -> dict:
+def least_seconds(stages: list[Stage], ceilings: Ceilings) -> float:
+    return sum(max(stage.num_bytes / ceilings.bandwidth, stage.flops / ceilings.flops) for stage in stages)
+
+
+def decode_case(policy, batch: int, ceilings: Ceilings) -> dict:
     sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=PROMPT_LEN + LONG)
     prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
 
@@ -84,20 +104,26 @@ def decode_case(policy, batch: int, bandwidth: float) -> dict:
     completions, long = timed(lambda: rollout(LONG, 1))
     sampler.rest()
     rate = batch * (LONG - SHORT) / (long - short)
-    least = bytes_per_step(policy.config, batch, PROMPT_LEN + (SHORT + LONG) / 2) / bandwidth
+    stages = decode_stages(policy.config, batch, PROMPT_LEN + (SHORT + LONG) / 2)
+    reading = sum(stage.num_bytes for stage in stages) / ceilings.bandwidth
     return {"tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
-            "roofline_fraction": round(rate * least / batch, 3),
+            "roofline_fraction": round(rate * least_seconds(stages, ceilings) / batch, 3),
+            "bandwidth_fraction": round(rate * reading / batch, 3),
             "max_log_prob_diff": compare_log_probs(policy, completions[:64], shares_prompts=False)["max_log_prob_diff"]}
 
 
-def prefill_case(policy, batch: int) -> dict:
+def prefill_case(policy, batch: int, ceilings: Ceilings) -> dict:
     sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=PROMPT_LEN + 1)
     prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
     run = lambda: sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=1, temperature=1.0)  # noqa: E731
     run()
     _, seconds = timed(run)
     sampler.rest()
-    return {"tokens_per_s": round(batch * PROMPT_LEN / seconds), "seconds": round(seconds, 4)}
+    # a prompt's average token sees half of it; the head takes its last one alone, which is little
+    experts, dense, attention, _ = decode_stages(policy.config, 1, PROMPT_LEN / 2)
+    least = batch * PROMPT_LEN * (experts.flops + dense.flops + attention.flops) / ceilings.flops
+    return {"tokens_per_s": round(batch * PROMPT_LEN / seconds), "seconds": round(seconds, 4),
+            "roofline_fraction": round(least / seconds, 3)}
 
 
 def guarded_line(what: str, batch: int, lora: str, function: Callable[[], dict]) -> None:
@@ -110,9 +136,9 @@ def guarded_line(what: str, batch: int, lora: str, function: Callable[[], dict])
     torch.cuda.empty_cache()
 
 
-def run_cases(policy, lora: str, batches: list[int], only: list[str], scale: float, bandwidth: float) -> None:
-    cases = [("decode", batch, partial(decode_case, policy, batch, bandwidth)) for batch in batches]
-    cases.append(("prefill", 32, partial(prefill_case, policy, 32)))
+def run_cases(policy, lora: str, batches: list[int], only: list[str], scale: float, ceilings: Ceilings) -> None:
+    cases = [("decode", batch, partial(decode_case, policy, batch, ceilings)) for batch in batches]
+    cases.append(("prefill", 32, partial(prefill_case, policy, 32, ceilings)))
     if lora != "none":
         memory_gb = TRAINING_SHARE * torch.cuda.get_device_properties(0).total_memory / 1e9
         cases += [
@@ -144,13 +170,13 @@ def main() -> None:
         guarded_line("start_up", 8, arguments.lora[0],
                      partial(start_up_case, arguments.checkpoint, lora=arguments.lora[0], imports_s=process_seconds()))
         return
-    bandwidth = 1e9 * copy_gb_per_s()
-    print(json.dumps({"what": "copy", "GB_per_s": round(bandwidth / 1e9), "gpu": torch.cuda.get_device_name(),
-                      "torch": torch.__version__}), flush=True)
+    ceilings = Ceilings(1e9 * copy_gb_per_s(), 1e12 * product_tflops())
+    print(json.dumps({"what": "ceilings", "GB_per_s": round(ceilings.bandwidth / 1e9), "tflops": round(ceilings.flops / 1e12),
+                      "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora="all" if lora == "none" else lora)
         with policy.adapter_disabled() if lora == "none" else nullcontext():
-            run_cases(policy, lora, arguments.batches, arguments.only, arguments.scale, bandwidth)
+            run_cases(policy, lora, arguments.batches, arguments.only, arguments.scale, ceilings)
         del policy
         torch.cuda.empty_cache()
 

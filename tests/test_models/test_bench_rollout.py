@@ -96,3 +96,15 @@ def test_lengths_and_stop_ids_are_spread_as_asked(policy):
     assert 16 <= min(lengths) < 20 and 1200 < max(lengths) <= 1500
     assert sum(length < 155 for length in lengths) == pytest.approx(200, abs=40)  # the geometric mean
     assert len(set(random_stop_ids(policy, 40.0, seed=1))) == round(policy.config.vocab_size / 40)
+
+
+@pytest.mark.parametrize("batch, milliseconds", [(1, 0.87), (8, 2.17), (32, 3.11), (128, 3.77), (512, 8.0)])
+def test_the_roofline_of_a_decode_step_is_that_of_a_count_by_hand(monkeypatch, batch, milliseconds):
+    """gpt-oss-20b at 1,024 tokens, 4.3 TB/s and 790 TFLOP/s: experts 13.22 MB each, 2.44 GB of everything else, 24.6 KB a token
+    and 3.15 MB of rings a sequence; at 512 rows products set the pace."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench_rollout import Ceilings, decode_stages, least_seconds
+    from random_checkpoint import model_config
+
+    stages = decode_stages(model_config("20b"), batch, 1024)
+    assert 1e3 * least_seconds(stages, Ceilings(4.3e12, 790e12)) == pytest.approx(milliseconds, rel=0.02)
