@@ -20,7 +20,7 @@ from torch import Tensor
 from grpo.batch import Completion, Prompt, Segment
 from grpo.sampling import Draw, check_settings, draw, greedy
 from grpo.schedule import CacheShape, Group, Pieces, Request, Schedule, plan_cache
-from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
+from models.decoder import Decoder, NewRow, PlainDraw, Rows, can_decode_by_graph
 from models.draw_key import POSITION
 from models.gpt_oss import GptOss
 from models.routing_record import RoutingRecord, empty_routing
@@ -60,9 +60,9 @@ class Sampler:
     free when a rollout starts, and never more than its completions need. Completions that find no room wait. Results depend on
     none of max_batch, max_prefill_tokens and cache_gb.
 
-    On a GPU, draws from the whole vocabulary replay CUDA graphs (models/decoder.py); filters, greedy decoding and recorded
-    routing take a step as it comes. Cache and graphs serve later calls that they suffice for; rest() gives the cache's memory
-    back.
+    On a GPU, draws from the whole vocabulary and greedy decoding replay CUDA graphs of whole steps (models/decoder.py), filters
+    graphs of all but the draw; recorded routing takes a step as it comes. Cache and graphs serve later calls that they suffice
+    for; rest() gives the cache's memory back.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Sampler:
             max_new_tokens=max_new_tokens,
             choose=choose,
             records_routing=records_routing,
-            plain_temperature=_plain_temperature(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy),
+            plain=_plain_draw(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy),
         )
         try:
             for _ in rollout.run(should_stop):
@@ -172,9 +172,9 @@ class Sampler:
         choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         start = time.perf_counter()
         samples = range(sample, sample + 1)
-        plain_temperature = _plain_temperature(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
+        plain = _plain_draw(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose,
-                           plain_temperature=plain_temperature)
+                           plain=plain)
         request, num_yielded = rollout.requests[0], 0
         try:
             for _ in rollout.run(should_stop):
@@ -238,7 +238,7 @@ class _Rollout:
         step: int,
         max_new_tokens: int,
         choose: Callable[[Tensor, Tensor], Draw],
-        plain_temperature: float | None,  # of draws from the whole vocabulary, None where something else chooses
+        plain: PlainDraw | None,  # of draws from the whole vocabulary, None where something else chooses
         records_routing: bool = False,
     ) -> None:
         _check_prompts(prompts, max_len=sampler.max_len, max_new_tokens=max_new_tokens)
@@ -265,13 +265,11 @@ class _Rollout:
         # taken last: what was checked before must not cost the sampler its decoder
         self.decoder, num_rows = sampler.take_decoder(self.requests)
         self.cache = self.decoder.cache
-        self.temperature = plain_temperature  # None: steps run launch by launch
-        if records_routing or not can_decode_by_graph(self.model):
-            self.temperature = None
-        # launch by launch a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are
-        # fetched after every step
-        self.look_steps = 1 if self.temperature is None else LOOK_STEPS
-        if sampler.look_steps is not None and plain_temperature is not None and not records_routing:
+        self.has_graphs = not records_routing and can_decode_by_graph(self.model)
+        self.plain = plain if self.has_graphs else None  # None: the host draws after every step
+        # then a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
+        self.look_steps = 1 if self.plain is None else LOOK_STEPS
+        if sampler.look_steps is not None and plain is not None and not records_routing:
             self.look_steps = sampler.look_steps
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), prompts[index].id))
         groups = [Group(index, len(prompts[index].token_ids), self.requests[index * width:(index + 1) * width])
@@ -403,11 +401,14 @@ class _Rollout:
             self.decoder.compact(list(range(len(live))))
         self.stats.decode_steps += num_steps
         self.cache.flush()
-        if self.temperature is not None:
-            self.decoder.run(num_steps, temperature=self.temperature,
-                             prompts=[(request.prompt, request.prompt_len) for request in live])
+        prompts = [(request.prompt, request.prompt_len) for request in live]
+        if self.plain is not None:
+            self.decoder.run(num_steps, self.plain, prompts)
             return
         for _ in range(num_steps):
+            if self.has_graphs:
+                self.decoder.step_by_graph(self._draw, prompts)
+                continue
             record = self._new_record(len(live))
             self.decoder.step(self._draw, record)
             if record is not None:
@@ -429,8 +430,8 @@ class _Rollout:
 
     def _draw(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The next token of each row [B] and its log-prob [B], from hidden states [B, D]."""
-        if self.temperature is not None:
-            return self.decoder.plain_draw(self.temperature)(hidden, rows)
+        if self.plain is not None:
+            return self.decoder.plain_draw(self.plain)(hidden, rows)
         keys = self.key_table[rows.items]
         keys[:, POSITION] = rows.positions + 1
         result = self.choose(self.model.head(hidden), keys)
@@ -513,11 +514,11 @@ def _chooser(
     return functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
-def _plain_temperature(
-    temperature: float, *, top_k: int, top_p: float, min_p: float, is_greedy: bool
-) -> float | None:
-    """The temperature of draws from the whole vocabulary, None where a filter or greedy decoding chooses."""
-    return None if is_greedy or top_k or top_p < 1 or min_p > 0 else temperature
+def _plain_draw(temperature: float, *, top_k: int, top_p: float, min_p: float, is_greedy: bool) -> PlainDraw | None:
+    """How tokens are chosen from the whole vocabulary; None where a filter leaves less."""
+    if is_greedy:
+        return PlainDraw(1.0, True)
+    return None if top_k or top_p < 1 or min_p > 0 else PlainDraw(temperature, False)
 
 
 def _check_prompts(prompts: list[Prompt], *, max_len: int, max_new_tokens: int) -> None:

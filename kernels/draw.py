@@ -66,14 +66,20 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def draw(hidden: torch.Tensor, weight: torch.Tensor, words: torch.Tensor, *,
+def _choose(logits: torch.Tensor, words: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    if words is None:
+        return logits.argmax(dim=-1)  # of equal ones the lowest id
+    return draw_tokens(logits, words, temperature=temperature)
+
+
+def draw(hidden: torch.Tensor, weight: torch.Tensor, words: torch.Tensor | None, *,
          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] int64 drawn from softmax(W h / temperature) for hidden [B, D] and the head's weight [V, D] by the noise of words
-    [B, 2] int32 (sampling.py), and their log-probs [B] fp32, nats. Nothing waits for the host. No gradient. Raises what
-    draw_tokens and log_probs raise."""
+    [B, 2] int32 (sampling.py), the most likely ones without it, and their log-probs [B] fp32, nats. Nothing waits for the host.
+    No gradient. Raises what draw_tokens and log_probs raise."""
     hidden, weight, num_rows, vocab = hidden.detach(), weight.detach(), len(hidden), weight.shape[0]
     if not is_triton(hidden) or _check(hidden, weight) == "library" or num_rows == 0:
-        tokens = draw_tokens(head_logits(hidden, weight), words, temperature=temperature)
+        tokens = _choose(head_logits(hidden, weight), words, temperature)
         return tokens, log_probs(hidden, weight, tokens, temperature=temperature)[0]
     hidden, weight = hidden.contiguous(), weight.contiguous()
     blocks, scale = _blocks(hidden, weight), math.log2(math.e) / temperature
@@ -86,7 +92,7 @@ def draw(hidden: torch.Tensor, weight: torch.Tensor, words: torch.Tensor, *,
     launch(_partials_kernel, _grid(num_rows, vocab, blocks, hidden), *_operands(hidden, weight, blocks), logits, nothing, chosen,
            maxima, sums, dots, maxima, sums, chosen, chosen, None, scale, 0.0, num_rows, vocab, hidden.shape[1], hidden.stride(0),
            weight.stride(0), logits.stride(0), 0, HAS_LOGITS=False, HAS_KEPT=False, STORES=False, KEEPS_LOGITS=True, **blocks)
-    tokens = draw_tokens(logits, words, temperature=temperature)
+    tokens = _choose(logits, words, temperature)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1) * scale
     launch(_reduce_kernel, (num_rows,), tokens, chosen, maxima, sums, dots, maxima, sums, chosen, chosen, None, *outputs, 0.0,
            vocab, num_tiles, 0, TILE=blocks["TILE"], TILES=triton.next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=False,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,13 @@ _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for w
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
 DrawTokens = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
+
+
+class PlainDraw(NamedTuple):
+    """How tokens are chosen from the whole vocabulary, with the log-probs whose bits training computes at `temperature`."""
+
+    temperature: float
+    is_greedy: bool  # the most likely token instead of a drawn one
 
 
 def bucket_of(num_rows: int) -> int:
@@ -95,7 +103,7 @@ class Decoder:
         self._tiles = torch.zeros(self._num_tiles(self._table.shape[1]), 2, dtype=torch.int32, device=device)
         self._is_shared = torch.zeros(self._table.shape[1], dtype=torch.int32, device=device)
         self._shared: list[tuple[int, int]] = []  # what stands in those two
-        self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}  # each with what it returns
         self._pool = None  # of memory that all graphs share: one runs at a time
 
     def reset(self) -> None:
@@ -127,26 +135,32 @@ class Decoder:
     @torch.no_grad()
     def step(self, draw: DrawTokens, record: RoutingRecord | None = None) -> None:
         """One step of all rows, launch by launch. `record` is filled with their experts."""
-        self._step(self.num_rows, draw, record)
+        rows = Rows(*self._table[:, :self.num_rows])
+        self._advance(rows, self._feed(rows, record), draw)
 
     @torch.no_grad()
-    def run(self, num_steps: int, *, temperature: float, prompts: list[tuple[int, int]]) -> None:
-        """Steps of all rows by a graph, drawing from the whole vocabulary; nothing waits, and the cache must be flushed. prompts:
-        of every row, which prompt it has and how many tokens that has; long ones are read once for neighbours that share them."""
+    def step_by_graph(self, draw: DrawTokens, prompts: list[tuple[int, int]]) -> None:
+        """One step of all rows of which a graph makes the hidden states, for whatever draws from them; prompts as run takes
+        them. The cache must be flushed."""
         bucket = bucket_of(self.num_rows)
         shares = self._share(prompts, self._num_tiles(bucket))
-        key = (bucket, temperature, self.model.adapter_is_enabled, shares)
-        for _ in range(num_steps):
-            graph = self._graphs.get(key)
-            if graph is not None:
-                graph.replay()
-            else:
-                self._step(bucket, self.plain_draw(temperature), shares=shares)
-                self._graphs[key] = self._capture(bucket, temperature, shares)
+        hidden = self._replay(("hidden", bucket, self.model.adapter_is_enabled, shares),
+                              lambda: self._feed(Rows(*self._table[:, :bucket]), None, shares=shares))
+        self._advance(Rows(*self._table[:, :self.num_rows]), hidden[:self.num_rows], draw)
 
-    def plain_draw(self, temperature: float) -> DrawTokens:
-        """Draws from the whole vocabulary, with the log-probs whose bits training computes."""
-        return lambda hidden, rows: self.model.draw(hidden, as_words(rows.words), temperature=temperature)
+    @torch.no_grad()
+    def run(self, num_steps: int, plain: PlainDraw, prompts: list[tuple[int, int]]) -> None:
+        """Steps of all rows by a graph; nothing waits, and the cache must be flushed. prompts: of every row, which prompt it has
+        and how many tokens that has; long ones are read once for neighbours that share them."""
+        bucket = bucket_of(self.num_rows)
+        shares, rows = self._share(prompts, self._num_tiles(bucket)), Rows(*self._table[:, :bucket])
+        for _ in range(num_steps):
+            self._replay((plain, bucket, self.model.adapter_is_enabled, shares),
+                         lambda: self._advance(rows, self._feed(rows, None, shares=shares), self.plain_draw(plain)))
+
+    def plain_draw(self, plain: PlainDraw) -> DrawTokens:
+        return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_words(rows.words),
+                                                    temperature=plain.temperature)
 
     def look(self) -> tuple[list[bool], list[int], list[bool]]:
         """Of every row: whether it goes on, its tokens after the prompt, whether a stop id has ended it. Waits for the steps."""
@@ -194,10 +208,6 @@ class Decoder:
             self._shared = shared
         return bool(shared)
 
-    def _step(self, num_rows: int, draw: DrawTokens, record: RoutingRecord | None = None, *, shares: bool = False) -> None:
-        rows = Rows(*self._table[:, :num_rows])
-        self._advance(rows, self._feed(rows, record, shares=shares), draw)
-
     def _feed(self, rows: Rows, record: RoutingRecord | None, *, shares: bool = False) -> torch.Tensor:
         num_rows = len(rows.tokens)
         shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows]) if shares else None
@@ -207,12 +217,18 @@ class Decoder:
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)
 
-    def _capture(self, bucket: int, temperature: float, shares: bool) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _replay(self, key: tuple, function: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """What the function returns, by the graph of that key. The first time it runs as it is, which compiles kernels, and is
+        captured for the next."""
+        if key in self._graphs:
+            graph, result = self._graphs[key]
+            graph.replay()
+            return result
+        result, graph = function(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._step(bucket, self.plain_draw(temperature), shares=shares)
-        self._pool = graph.pool()
-        return graph
+            captured = function()
+        self._pool, self._graphs[key] = graph.pool(), (graph, captured)
+        return result
 
 
 def _empty_table(num_rows: int, device: torch.device) -> torch.Tensor:

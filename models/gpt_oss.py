@@ -450,10 +450,10 @@ class GptOss(nn.Module):
         return head_logits(hidden, self.lm_head.weight)
 
     @torch.no_grad()
-    def draw(self, hidden: torch.Tensor, words: torch.Tensor, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self, hidden: torch.Tensor, words: torch.Tensor | None, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of words [B, 2] int32
-        (kernels/sampling.py). Returns the tokens [B] and their log-probs [B] fp32, nats: those that log_probs computes for the
-        same hidden state, bit for bit."""
+        (kernels/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs [B]
+        fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
         return draw(hidden, self.lm_head.weight, words, temperature=temperature)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import grpo.rollout
 import models.decoder
 import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
@@ -130,6 +131,39 @@ def test_a_completion_is_the_same_alone_and_in_any_batch():
     together = sampled(prompts, 16)
     assert together == sampled(prompts, 3)
     assert {key: value for key, value in together.items() if key[0] == 2} == sampled(prompts[2:3], 1)
+
+
+@pytest.mark.parametrize("settings", [{"greedy": True}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.05}], ids=str)
+def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, settings):
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
+
+    def sampled():
+        sampler = Sampler(model, [1], max_batch=6, seed=3)  # fewer than completions: rows come and go
+        return sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=40, temperature=0.8, **settings)
+
+    by_graph = sampled()
+    monkeypatch.setattr(grpo.rollout, "can_decode_by_graph", lambda model: False)
+    one_by_one = sampled()
+    assert [c.completion_ids for c in by_graph] == [c.completion_ids for c in one_by_one]
+    assert [c.segments[1].kept_ids for c in by_graph] == [c.segments[1].kept_ids for c in one_by_one]
+    ours, theirs = (torch.tensor([x for c in done for x in c.segments[1].log_probs]) for done in (by_graph, one_by_one))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_greedy_log_probs_are_the_trainers_bit_for_bit_and_its_tokens_the_most_likely():
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
+    sampler = Sampler(model, [1], max_batch=4, seed=3, shares_prompts=True)
+    completions = sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=60, temperature=0.7, greedy=True)
+    for micro in micro_batches(pack(completions, [1.0] * 5).to(model.device), 100_000, share_prompts=True):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.host_mask,
+                                       prefixes=micro.prefixes)
+        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    for completion in completions:
+        ids = completion.prompt.token_ids + completion.completion_ids
+        logits = model.logits(torch.tensor(ids, device="cuda"), torch.tensor([0, len(ids)]))
+        best = logits[len(completion.prompt.token_ids) - 1:-1].max(-1).values
+        drawn = logits[len(completion.prompt.token_ids) - 1:-1].gather(1, torch.tensor(completion.completion_ids).cuda()[:, None])
+        assert (best - drawn.squeeze(1)).max() <= 1e-3  # logits() rounds elsewhere than the head's kernel
 
 
 def test_an_update_of_the_adapter_shows_in_the_next_rollout():

@@ -11,6 +11,7 @@ from grpo.rollout import Sampler, _Rollout
 from grpo.sampling import draw
 from grpo.schedule import Group, Request, Schedule, plan_cache
 from models.config import GptOssConfig
+from models.decoder import PlainDraw
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
@@ -285,7 +286,7 @@ def test_a_preempted_completion_keeps_the_tokens_of_its_environment(model):
     def extended(cache_gb):
         sampler = Sampler(model, (), max_batch=4, seed=7, cache_gb=cache_gb)
         rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), step=3, max_new_tokens=90,
-                           choose=partial(draw, temperature=1.0), plain_temperature=1.0)
+                           choose=partial(draw, temperature=1.0), plain=PlainDraw(1.0, False))
         for _ in rollout.run(None):
             if rollout.requests[1].num_new == 4 and not rollout.env_columns[1]:
                 rollout._extend(1, [30, 31, 32])

@@ -234,6 +234,9 @@ def check_draw(hidden, weight, *, temperature, rows) -> None:
     for part in rows:
         alone = draw(hidden[part], weight, words[part], temperature=temperature)
         assert torch.equal(alone[0], tokens[part]) and torch.equal(alone[1], drawn[part])
+    likely, values = draw(hidden, weight, None, temperature=temperature)
+    assert torch.equal(likely, head_logits(hidden, weight).argmax(1))
+    assert torch.equal(values, log_probs(hidden, weight, likely, temperature=temperature)[0]) and (values >= drawn).all()
 
 
 @pytest.mark.interpreter

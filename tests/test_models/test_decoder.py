@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.checkpoint import load_model
-from models.decoder import BUCKETS, Decoder, NewRow, bucket_of, can_decode_by_graph, share_prefixes
+from models.decoder import BUCKETS, Decoder, NewRow, PlainDraw, bucket_of, can_decode_by_graph, share_prefixes
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -79,7 +79,7 @@ def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_d
     results = []
     for compacts in (False, True):
         decoder, new, hidden = make_decoder(model, [[5, 6], [7], [8, 9, 10]], limits=[2, 9, 9], stop_ids=[])
-        draw = decoder.plain_draw(1.0)
+        draw = decoder.plain_draw(PlainDraw(1.0, False))
         decoder.admit(new, hidden, draw)
         for _ in range(5):
             decoder.step(draw)
