@@ -152,18 +152,17 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
 
 def test_greedy_log_probs_are_the_trainers_bit_for_bit_and_its_tokens_the_most_likely():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
-    sampler = Sampler(model, [1], max_batch=4, seed=3, shares_prompts=True)
+    sampler = Sampler(model, [1], max_batch=4, seed=3)
     completions = sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=60, temperature=0.7, greedy=True)
-    for micro in micro_batches(pack(completions, [1.0] * 5).to(model.device), 100_000, share_prompts=True):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.host_mask,
-                                       prefixes=micro.prefixes)
-        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    batch = pack(completions, [1.0] * 5).to(model.device)
+    log_probs, _ = model.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.host_mask)
+    assert torch.equal(log_probs[batch.loss_mask], batch.sampler_log_probs[batch.loss_mask])
     for completion in completions:
         ids = completion.prompt.token_ids + completion.completion_ids
         logits = model.logits(torch.tensor(ids, device="cuda"), torch.tensor([0, len(ids)]))
         best = logits[len(completion.prompt.token_ids) - 1:-1].max(-1).values
         drawn = logits[len(completion.prompt.token_ids) - 1:-1].gather(1, torch.tensor(completion.completion_ids).cuda()[:, None])
-        assert (best - drawn.squeeze(1)).max() <= 1e-3  # logits() rounds elsewhere than the head's kernel
+        assert (best - drawn.squeeze(1)).max() <= 1e-4  # of equal hidden states; logits() adds products in another order
 
 
 def test_an_update_of_the_adapter_shows_in_the_next_rollout():
@@ -210,7 +209,7 @@ def test_prompts_and_completions_prefilled_in_pieces_have_the_trainers_log_probs
     settings = {"step": 2, "num_samples": 3, "max_new_tokens": 150, "temperature": 0.7}
     make = partial(Sampler, model, [1], max_batch=8, seed=3, shares_prompts=shares_prompts)
     expected = make().generate(prompts, **settings)
-    num_bytes = 9 * slot_bytes(model.config, model.dtype, max_len=512) + 24 * page_bytes(model.config, model.dtype)
+    num_bytes = 9 * slot_bytes(model.config, model.dtype, max_len=512) + 10 * page_bytes(model.config, model.dtype)
     for cache_gb in (None, num_bytes / 1e9):
         sampler = make(max_prefill_tokens=max_prefill_tokens, cache_gb=cache_gb)
         completions = sampler.generate(prompts, **settings)
