@@ -19,6 +19,9 @@ One program of one warp per sequence and key-value head, whose 8 query heads (in
 smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits:
 splitting a sequence over programs would change the order of the sums, here and so in training.
 
+Where sequences share a prefix, a launch before it may go through the prefix for several of them at once, 64 rows to a product
+(SharedPrefixes); each goes on from there with its own keys. The order of its sums stays the same, and so do its bits.
+
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per slot or page, H query heads, K key-value heads, D head
 width.
 """
@@ -67,6 +70,7 @@ def _prefix_stages(x: torch.Tensor, num_programs: int) -> int:
     """Where every program has a multiprocessor and its shared memory to itself, nothing else hides its loads."""
     is_large = gpu_family(x) in ("hopper", "blackwell") and x.element_size() == 2
     return 8 if is_large and num_programs <= 2 * num_multiprocessors(x) else _STAGES[False]
+
 
 def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table=None):
     num_entries = keys.shape[1] * (1 if page_table is None else page_table.shape[1])
