@@ -264,10 +264,11 @@ class MemoryBudget:
         costs some 20 ms: done only where tensors are large."""
         if not (grad.is_cuda and self.recomputes):
             return
-        if self._largest_bytes > _LARGE * self._budget(grad.device):
+        reserved, budget = torch.cuda.memory_reserved(grad.device), self._budget(grad.device)
+        if reserved > budget:
+            self.learn(reserved, budget)  # what the forward took: the end of the backward will not show it
+        if reserved > budget or self._largest_bytes > _LARGE * budget:
             torch.cuda.empty_cache()
-        else:
-            self.give_back_unused(grad.device)
 
     def after_backward(self, device: torch.device) -> None:
         """To be called once all layers have run backwards."""

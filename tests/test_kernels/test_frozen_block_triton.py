@@ -417,6 +417,7 @@ def test_a_backward_begins_without_holes_where_tensors_are_large_or_the_budget_i
         memory = MemoryBudget(None, recomputes=recomputes, memory_gb=memory_gb, host_gb=0.0)
         memory._largest_bytes = largest
         memory.before_backward(grad)
+        assert (memory._margin > 0.04) == (recomputes and grad.is_cuda and reserved > 1e9 * (memory_gb or 17.0))
         assert len(calls) == emptied  # the latter two add none: nothing was kept for want of memory, or no GPU
 
 
