@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
@@ -22,7 +23,7 @@ from grpo.sampling import Draw, check_settings, draw, greedy
 from grpo.schedule import CacheShape, Group, Pieces, Request, Schedule, plan_cache
 from models.decoder import Decoder, NewRow, PlainDraw, Rows, can_decode_by_graph
 from models.draw_key import POSITION
-from models.gpt_oss import GptOss
+from models.gpt_oss import GptOss, KeptSets
 from models.routing_record import RoutingRecord, empty_routing
 
 # Steps between two looks, at which the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in between
@@ -140,6 +141,7 @@ class Sampler:
             step=step,
             max_new_tokens=max_new_tokens,
             choose=choose,
+            temperature=temperature,
             records_routing=records_routing,
             plain=_plain_draw(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy),
         )
@@ -174,7 +176,7 @@ class Sampler:
         samples = range(sample, sample + 1)
         plain = _plain_draw(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose,
-                           plain=plain)
+                           temperature=temperature, plain=plain)
         request, num_yielded = rollout.requests[0], 0
         try:
             for _ in rollout.run(should_stop):
@@ -238,11 +240,13 @@ class _Rollout:
         step: int,
         max_new_tokens: int,
         choose: Callable[[Tensor, Tensor], Draw],
+        temperature: float,
         plain: PlainDraw | None,  # of draws from the whole vocabulary, None where something else chooses
         records_routing: bool = False,
     ) -> None:
         _check_prompts(prompts, max_len=sampler.max_len, max_new_tokens=max_new_tokens)
-        self.model, self.prompts, self.samples, self.choose = sampler.model, prompts, samples, choose
+        self.model, self.prompts, self.samples = sampler.model, prompts, samples
+        self.choose, self.temperature = choose, temperature
         self.max_prefill_tokens, self.shares_prompts = sampler.max_prefill_tokens, sampler.shares_prompts
         self.device = device = sampler.model.device
         self.requests: list[Request] = []
@@ -435,12 +439,13 @@ class _Rollout:
         keys = self.key_table[rows.items]
         keys[:, POSITION] = rows.positions + 1
         result = self.choose(self.model.head(hidden), keys)
-        if (kept := result.kept) is not None:
-            if self.kept is None:
-                self.kept = [[] for _ in self.requests]
-            for item, ids in zip(rows.items.tolist(), kept, strict=True):
-                self.kept[item].append(ids)
-        return result.tokens, result.log_probs
+        if result.kept_ids is None:
+            return result.tokens, result.log_probs
+        if self.kept is None:
+            self.kept = [[] for _ in self.requests]
+        for item, ids in zip(rows.items.tolist(), result.kept, strict=True):
+            self.kept[item].append(ids)
+        return result.tokens, filtered_log_probs(self.model, hidden, result, temperature=self.temperature)
 
     def _extend(self, item: int, token_ids: list[int]) -> None:
         """Appends an environment's tokens to a live completion, which then goes on sampling after them.
@@ -503,6 +508,12 @@ class _Rollout:
             sample = self.keys[item][POSITION - 1]
             completions.append(Completion(prompt, sample=sample, segments=segments, finish_reason=finish_reason))
         return completions
+
+
+def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperature: float) -> Tensor:
+    """The log-probs [B] of a filtered draw after hidden [B, D], by the function that training computes them with."""
+    sets = KeptSets(result.kept_ids, F.pad(result.kept_counts.cumsum(0), (1, 0)))
+    return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
 
 
 def _chooser(

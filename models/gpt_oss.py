@@ -450,6 +450,13 @@ class GptOss(nn.Module):
         return head_logits(hidden, self.lm_head.weight)
 
     @torch.no_grad()
+    def score(self, hidden: torch.Tensor, tokens: torch.Tensor, *, temperature: float, kept: KeptSets) -> torch.Tensor:
+        """The log-probs [B] fp32, nats, of tokens [B] after hidden [B, D], renormalised over what each row keeps: those that
+        log_probs computes for the same hidden state, on a GPU bit for bit."""
+        return log_probs(hidden, self.lm_head.weight, tokens, temperature=temperature, kept_ids=kept.ids,
+                         kept_offsets=kept.offsets)[0]
+
+    @torch.no_grad()
     def draw(self, hidden: torch.Tensor, words: torch.Tensor | None, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of words [B, 2] int32
         (kernels/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs [B]

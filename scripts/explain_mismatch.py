@@ -31,7 +31,7 @@ from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.groups import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
-from grpo.rollout import Sampler  # noqa: E402
+from grpo.rollout import Sampler, filtered_log_probs  # noqa: E402
 from kernels.advance import IDLE  # noqa: E402
 from models.checkpoint import load_model  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
@@ -117,7 +117,10 @@ def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor,
         return torch.zeros(len(keys), vocab_size, device=keys.device).scatter_(1, keys[:, :1], torch.inf)
 
     with patch.object(grpo.sampling, "gumbel_noise", certain):
-        return grpo.sampling.draw(model.head(hidden), keys, temperature=settings.temperature, **settings.filters).log_probs
+        result = grpo.sampling.draw(model.head(hidden), keys, temperature=settings.temperature, **settings.filters)
+    if result.kept_ids is None:
+        return result.log_probs
+    return filtered_log_probs(model, hidden, result, temperature=settings.temperature)
 
 
 @torch.no_grad()

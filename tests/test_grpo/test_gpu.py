@@ -150,6 +150,17 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 20, "min_p": 0.05}], ids=str)
+def test_log_probs_over_kept_sets_are_the_trainers_bit_for_bit(settings):
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
+    sampler = Sampler(model, [1], max_batch=6, seed=3, shares_prompts=True)
+    completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=60, temperature=0.7, **settings)
+    for micro in micro_batches(pack(completions, [1.0] * len(completions)).to(model.device), 400, share_prompts=True):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.host_mask, kept=micro.kept,
+                                       prefixes=micro.prefixes)
+        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
 def test_greedy_log_probs_are_the_trainers_bit_for_bit_and_its_tokens_the_most_likely():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
     sampler = Sampler(model, [1], max_batch=4, seed=3)

@@ -81,7 +81,7 @@ def test_recording_changes_no_completion_and_is_off_unless_asked_for(model):
 
 def test_tokens_of_an_environment_are_recorded_as_they_are_fed(model):
     rollout = _Rollout(Sampler(model, (), max_batch=4, seed=7), prompts(2), range(2), step=3, max_new_tokens=20,
-                       choose=lambda logits, keys: draw(logits, keys, temperature=1.0), plain=None,
+                       choose=lambda logits, keys: draw(logits, keys, temperature=1.0), temperature=1.0, plain=None,
                        records_routing=True)
     for call, _ in enumerate(rollout.run(None)):
         if call == 4:

@@ -321,6 +321,7 @@ def test_a_row_extended_by_an_environment_goes_on_as_one_sequence(model):
         step=3,
         max_new_tokens=20,
         choose=lambda logits, keys: draw(logits, keys, temperature=1.0, top_p=0.9),
+        temperature=1.0,
         plain=None,
     )
     for call, _ in enumerate(rollout.run(None)):

@@ -286,7 +286,7 @@ def test_a_preempted_completion_keeps_the_tokens_of_its_environment(model):
     def extended(cache_gb):
         sampler = Sampler(model, (), max_batch=4, seed=7, cache_gb=cache_gb)
         rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), step=3, max_new_tokens=90,
-                           choose=partial(draw, temperature=1.0), plain=PlainDraw(1.0, False))
+                           choose=partial(draw, temperature=1.0), temperature=1.0, plain=PlainDraw(1.0, False))
         for _ in rollout.run(None):
             if rollout.requests[1].num_new == 4 and not rollout.env_columns[1]:
                 rollout._extend(1, [30, 31, 32])
