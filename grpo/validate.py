@@ -27,6 +27,7 @@ from grpo.config import (
 from models.config import GptOssConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")
+_PACKED = (Experts.mxfp4, Experts.nf4)
 
 
 class Problems:
@@ -156,7 +157,7 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
     if model.architecture is not None:
         check_architecture(model.architecture)
         need(
-            model.experts not in (Experts.mxfp4, Experts.nf4),
+            model.experts not in _PACKED,
             "model.experts",
             str(model.experts),
             "packed experts come from a checkpoint only; set model.experts=bf16 with model.architecture",
@@ -174,7 +175,7 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
             "contradict model.train=full; set model.lora=null or model.train=lora",
         )
         need(
-            model.experts not in (Experts.mxfp4, Experts.nf4),
+            model.experts not in _PACKED,
             "model.experts",
             str(model.experts),
             "packed experts cannot be trained in full; set model.experts=bf16 or model.train=lora",
