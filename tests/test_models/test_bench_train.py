@@ -1,5 +1,6 @@
 """The training benchmark: its count of operations, its step, and the reading of a timeline."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,17 @@ def test_idle_time_is_what_no_kernel_covers(scripts):
     span, idle, table = summarize(events)
     assert (span, idle) == (50, 10 + 5)
     assert table == [("a", 3, 30), ("b", 1, 10), ("copy", 1, 2)]
+
+
+def test_the_timeline_holds_two_steps_and_nothing_of_the_warm_up(scripts, monkeypatch, tmp_path):
+    import profile_step
+    from bench_train import load_policy, random_batch
+
+    policy = load_policy(ROOT / "tests/fixtures/tiny_mxfp4", lora="all", rank=2, device="cpu", dtype=torch.float32)
+    steps, original = [], profile_step.train_step
+    monkeypatch.setattr(profile_step, "train_step", lambda *arguments: steps.append(1) or original(*arguments))
+    profile_step.record(policy, random_batch(policy, 2, 12), tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert len(steps) == 5  # two to warm up, one that the profiler sees the start of
+    names = [event["name"] for event in events if event["name"].startswith("ProfilerStep#") and event["ph"] == "X"]
+    assert len(names) == 2 == len(set(names))
