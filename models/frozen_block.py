@@ -1,10 +1,11 @@
 """A block with a frozen base on a GPU: forward and backward as two plain functions around the kernels.
 
-The same forward serves training and prefill; a decode step runs kernels made for few tokens, which give the same bits. In
-training it keeps for the backward what the plan of the layer says, on the GPU or in host memory (models/memory_plan.py), and the
-backward computes the rest again with the same kernels; the choice of experts is always kept. Against autograd and its
-checkpointing this saves most of the host's work per layer, and it decides about every activation by itself. Adapters may be on
-any projection, the router and the experts; sinks and norms may train.
+The same forward serves training and prefill; decode steps, and prefills of as few tokens, run kernels made for those, which give
+the same bits: they read each weight once, packed, where the others unpack a layer first. In training it keeps for the backward
+what the plan of the layer says, on the GPU or in host memory (models/memory_plan.py), and the backward computes the rest again
+with the same kernels; the choice of experts is always kept. Against autograd and its checkpointing this saves most of the host's
+work per layer, and it decides about every activation by itself. Adapters may be on any projection, the router and the experts;
+sinks and norms may train.
 
 Queries, keys and values are one product whose weights lie side by side; their adapters are slices of one low-rank row.
 
@@ -42,7 +43,7 @@ MAX_DECODE_TOKENS = 512
 
 # (layer, q, k, v, sinks) -> attention output; what differs between training, prefill and decode
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# (layer, q, k, v, cos, sin): rotates q and k in place, and stores k and v where the attention of a decode step looks for them
+# (layer, q, k, v, cos, sin): rotates q and k in place; in a decode step it also stores k and v where its attention looks for them
 Store = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 # router logits [T, E] -> experts [T, A] of a layer
 Choose = Callable[[torch.Tensor], torch.Tensor]
@@ -282,11 +283,11 @@ def _decodes(block, x: torch.Tensor) -> bool:
 
 
 class DecodeStep(NamedTuple):
-    """How the kernels for few tokens attend. They give the bits of other forwards for up to MAX_DECODE_TOKENS. They read nothing
-    back to the host and their grids depend on T alone: once a call has gone before, a CUDA graph can hold one."""
+    """How a forward by the kernels for few tokens attends. They give the bits of other forwards for up to MAX_DECODE_TOKENS. They
+    read nothing back to the host and their grids depend on T alone: once a call has gone before, a CUDA graph can hold one."""
 
     store: Store
-    attend: Attend  # to what has been stored
+    attend: Attend  # after it
 
 
 def run_block(block, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend, *, scratch_bytes: int,

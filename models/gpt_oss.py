@@ -28,7 +28,7 @@ from kernels.launch import is_triton, to_device
 from kernels.linear import lora_linear
 from kernels.log_probs import log_probs
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope_qk
+from kernels.rope import rope_qk, rotate
 from kernels.router_logits import router_logits
 from kernels.routing import route
 from models.config import GptOssConfig
@@ -257,7 +257,7 @@ class GptOss(nn.Module):
     def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, plan: AttentionPlan | None,
                 routing: RoutingRecord | RoutingReplay | None, *, decode: DecodeStep | None = None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences, which attend as `attend` says
-        or, where there is a gradient, by `plan`. decode: of a new token of each sequence, as run_block takes it."""
+        or, where there is a gradient, by `plan`. decode: how few tokens attend, as run_block takes it."""
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
         cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
         x = embedding(tokens, self.model.embed_tokens.weight)
@@ -381,7 +381,7 @@ class GptOss(nn.Module):
             return packed(layer, q, k, v, sinks)
 
         ends = to_device(torch.tensor(bounds[1:])[is_last], tokens.device)
-        return self._hidden(tokens, positions, attend, None, record)[ends - 1]
+        return self._hidden(tokens, positions, attend, None, record, decode=DecodeStep(_rotate_in_place, attend))[ends - 1]
 
     @torch.no_grad()
     def prefill_piece(self, tokens: torch.Tensor, start: int, cache: KVCache, slot: int, *, prefix_len: int = 0,
@@ -408,7 +408,7 @@ class GptOss(nn.Module):
             cache.write(layer, k[lost:], v[lost:], slots[lost:], positions[lost:])
             return self._packed_attend(plan)(layer, q, torch.cat((earlier_k, k)), torch.cat((earlier_v, v)), sinks)
 
-        return self._hidden(tokens, positions, attend, None, record)[-1:]
+        return self._hidden(tokens, positions, attend, None, record, decode=DecodeStep(_rotate_in_place, attend))[-1:]
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
@@ -462,6 +462,11 @@ class GptOss(nn.Module):
         (kernels/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs [B]
         fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
         return draw(hidden, self.lm_head.weight, words, temperature=temperature)
+
+
+def _rotate_in_place(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """What a prefill of few tokens does before it attends: the attention stores keys and values itself."""
+    rotate(q, k, cos, sin, backward=False, out=(q, k))
 
 
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:

@@ -233,6 +233,19 @@ def test_prompts_and_completions_prefilled_in_pieces_have_the_trainers_log_probs
         assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
 
 
+@pytest.mark.parametrize("bounds", [[0, 1], [0, 23, 70], [0, 211, 512]], ids=str)
+def test_a_prefill_of_few_tokens_leaves_the_bits_of_others(monkeypatch, bounds):
+    model, results = adapted_model(), []
+    tokens = (torch.arange(bounds[-1], device="cuda") * 37 + 5) % 380
+    for most in (512, 0):
+        monkeypatch.setattr(models.frozen_block, "MAX_DECODE_TOKENS", most)
+        cache = model.new_cache(2, 512)
+        assert cache.reserve(0, 512) and cache.reserve(1, 512)
+        hidden = model.prefill_hidden(tokens, torch.tensor(bounds), cache, torch.arange(len(bounds) - 1, device="cuda"))
+        results.append([hidden, *(tensor.clone() for tensor in (*cache.keys, *cache.values))])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results)) and results[0][0].any()
+
+
 def test_steps_between_looks_change_nothing_and_graphs_serve_later_rollouts():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
     sampler = Sampler(model, [1, 7, 30], max_batch=6, seed=3)

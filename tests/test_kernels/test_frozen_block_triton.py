@@ -213,6 +213,30 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
         torch.testing.assert_close(logits[0], model.logits(tokens, torch.tensor([0, 6]))[-1], rtol=1e-4, atol=1e-4)
 
 
+@not_on_library_products
+@pytest.mark.interpreter
+@pytest.mark.parametrize("start", [0, 9])
+def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monkeypatch):
+    model = load_model(Path(__file__).parent.parent / "fixtures/tiny_mxfp4", device="cpu", dtype=torch.float32)
+    decoded, plain = [], Mxfp4Experts.decode
+    monkeypatch.setattr(Mxfp4Experts, "decode", lambda self, *arguments: decoded.append(self) or plain(self, *arguments))
+    tokens, results = torch.arange(3, 23), []
+    for most in (512, 0):
+        monkeypatch.setattr(models.frozen_block, "MAX_DECODE_TOKENS", most)
+        cache = model.new_cache(2, 40)
+        assert cache.reserve(0, 20) and cache.reserve(1, 20)
+        if start:  # the rest of one sequence
+            model.prefill_hidden(tokens[:start], torch.tensor([0, start]), cache, torch.tensor([1]))
+            hidden = model.prefill_piece(tokens[start:], start, cache, 1)
+        else:
+            hidden = model.prefill_hidden(tokens, torch.tensor([0, 13, 20]), cache, torch.tensor([1, 0]))
+        results.append([hidden, *cache.keys, *cache.values])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert ours.any()
+    assert len(decoded) == len(model.model.layers) * (2 if start else 1)
+
+
 def test_visible_pairs_are_those_of_enumeration():
     bounds, prefixes, window = [0, 5, 5, 12, 30], [-1, -1, 0, -1], 4
     full = windowed = 0
