@@ -61,9 +61,9 @@ class Sampler:
     free when a rollout starts, and never more than its completions need. Completions that find no room wait. Results depend on
     none of max_batch, max_prefill_tokens and cache_gb.
 
-    On a GPU, draws from the whole vocabulary and greedy decoding replay CUDA graphs of whole steps (models/decoder.py), filters
-    graphs of all but the draw; recorded routing takes a step as it comes. Cache and graphs serve later calls that they suffice
-    for; rest() gives the cache's memory back.
+    On a GPU, draws from the whole vocabulary and greedy decoding replay CUDA graphs of whole steps (models/decoder.py); filters
+    and recorded routing, which the host looks at after every step, graphs of all but the draw. Cache and graphs serve later calls
+    that they suffice for; rest() gives the cache's memory back.
     """
 
     def __init__(
@@ -269,10 +269,11 @@ class _Rollout:
         # taken last: what was checked before must not cost the sampler its decoder
         self.decoder, num_rows = sampler.take_decoder(self.requests)
         self.cache = self.decoder.cache
-        self.has_graphs = not records_routing and can_decode_by_graph(self.model)
-        self.plain = plain if self.has_graphs else None  # None: the host draws after every step
+        self.has_graphs = can_decode_by_graph(self.model)
+        self.plain = plain if self.has_graphs else None  # None: the host draws
+        self.has_whole_steps = self.plain is not None and not records_routing
         # then a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
-        self.look_steps = 1 if self.plain is None else LOOK_STEPS
+        self.look_steps = LOOK_STEPS if self.has_whole_steps else 1
         if sampler.look_steps is not None and plain is not None and not records_routing:
             self.look_steps = sampler.look_steps
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), prompts[index].id))
@@ -406,18 +407,19 @@ class _Rollout:
         self.stats.decode_steps += num_steps
         self.cache.flush()
         prompts = [(request.prompt, request.prompt_len) for request in live]
-        if self.plain is not None:
+        if self.has_whole_steps:
             self.decoder.run(num_steps, self.plain, prompts)
             return
         for _ in range(num_steps):
             if self.has_graphs:
-                self.decoder.step_by_graph(self._draw, prompts)
-                continue
-            record = self._new_record(len(live))
-            self.decoder.step(self._draw, record)
-            if record is not None:
+                indices = self.decoder.step_by_graph(self._draw, prompts, records=self.routing is not None)
+            else:
+                record = self._new_record(len(live))
+                self.decoder.step(self._draw, record)
+                indices = None if record is None else record.indices
+            if indices is not None:
                 items = [request.item for request in live]
-                self.routing[items, [request.num_new - 1 for request in live]] = record.indices.cpu()
+                self.routing[items, [request.num_new - 1 for request in live]] = indices.cpu()
 
     def _look(self) -> None:
         """Learns what has become of the live rows; those that finished leave."""

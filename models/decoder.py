@@ -103,7 +103,7 @@ class Decoder:
         self._tiles = torch.zeros(self._num_tiles(self._table.shape[1]), 2, dtype=torch.int32, device=device)
         self._is_shared = torch.zeros(self._table.shape[1], dtype=torch.int32, device=device)
         self._shared: list[tuple[int, int]] = []  # what stands in those two
-        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, torch.Tensor | None]] = {}  # each with what it returns
+        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, object]] = {}  # each with what it returns
         self._pool = None  # of memory that all graphs share: one runs at a time
 
     def reset(self) -> None:
@@ -139,14 +139,20 @@ class Decoder:
         self._advance(rows, self._feed(rows, record), draw)
 
     @torch.no_grad()
-    def step_by_graph(self, draw: DrawTokens, prompts: list[tuple[int, int]]) -> None:
+    def step_by_graph(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, records: bool) -> torch.Tensor | None:
         """One step of all rows of which a graph makes the hidden states, for whatever draws from them; prompts as run takes
-        them. The cache must be flushed."""
+        them. The cache must be flushed. With `records`, returns the experts [B, L, A] of the rows, until the next step."""
         bucket = bucket_of(self.num_rows)
         shares = self._share(prompts, self._num_tiles(bucket))
-        hidden = self._replay(("hidden", bucket, self.model.adapter_is_enabled, shares),
-                              lambda: self._feed(Rows(*self._table[:, :bucket]), None, shares=shares))
+
+        def feed() -> tuple[torch.Tensor, torch.Tensor | None]:
+            record = RoutingRecord(bucket, self.model.config, self.model.device) if records else None
+            hidden = self._feed(Rows(*self._table[:, :bucket]), record, shares=shares)
+            return hidden, None if record is None else record.indices
+
+        hidden, indices = self._replay(("hidden", bucket, self.model.adapter_is_enabled, shares, records), feed)
         self._advance(Rows(*self._table[:, :self.num_rows]), hidden[:self.num_rows], draw)
+        return None if indices is None else indices[:self.num_rows]
 
     @torch.no_grad()
     def run(self, num_steps: int, plain: PlainDraw, prompts: list[tuple[int, int]]) -> None:
@@ -217,7 +223,7 @@ class Decoder:
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)
 
-    def _replay(self, key: tuple, function: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    def _replay(self, key: tuple, function: Callable[[], object]) -> object:
         """What the function returns, by the graph of that key. The first time it runs as it is, which compiles kernels, and is
         captured for the next."""
         if key in self._graphs:

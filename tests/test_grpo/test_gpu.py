@@ -133,7 +133,8 @@ def test_a_completion_is_the_same_alone_and_in_any_batch():
     assert {key: value for key, value in together.items() if key[0] == 2} == sampled(prompts[2:3], 1)
 
 
-@pytest.mark.parametrize("settings", [{"greedy": True}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.05}], ids=str)
+@pytest.mark.parametrize("settings", [{"greedy": True}, {"top_p": 0.9}, {"top_k": 20, "min_p": 0.05},
+                                      {"records_routing": True}, {"top_p": 0.9, "records_routing": True}], ids=str)
 def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, settings):
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
 
@@ -146,6 +147,10 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
     one_by_one = sampled()
     assert [c.completion_ids for c in by_graph] == [c.completion_ids for c in one_by_one]
     assert [c.segments[1].kept_ids for c in by_graph] == [c.segments[1].kept_ids for c in one_by_one]
+    if "records_routing" in settings:
+        for ours, theirs in zip(by_graph, one_by_one, strict=True):
+            assert torch.equal(ours.segments[1].routing, theirs.segments[1].routing)
+            assert len(ours.segments[1].routing[:-1].unique()) > 2  # the last token was not fed
     ours, theirs = (torch.tensor([x for c in done for x in c.segments[1].log_probs]) for done in (by_graph, one_by_one))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
