@@ -5,71 +5,19 @@ from functools import partial
 
 import pytest
 import torch
+from rollout_problem import MAX_LEN, assert_equal, gigabytes, items, make_config, make_prompts, make_schedule, sample
 
-from grpo.batch import Prompt
 from grpo.rollout import Sampler, _Rollout
 from grpo.sampling import draw
-from grpo.schedule import Group, Request, Schedule, plan_cache
-from models.config import GptOssConfig
+from grpo.schedule import Request, Schedule, plan_cache
 from models.decoder import PlainDraw
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
-
-VOCAB, WINDOW, MAX_LEN = 40, 8, 320
-
-
-def make_config(max_len=MAX_LEN) -> GptOssConfig:
-    return GptOssConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW,
-                        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=max_len)
 
 
 @pytest.fixture(scope="module")
 def model(lively_model):
     return lively_model(make_config(), head_factor=20.0)
-
-
-def make_prompts(lengths: list[int]) -> list[Prompt]:
-    rng = random.Random(0)
-    return [Prompt(i, [rng.randrange(VOCAB) for _ in range(length)], {}) for i, length in enumerate(lengths)]
-
-
-def gigabytes(num_rows: int, num_pages: int) -> float:
-    """`cache_gb` for so many rows (and the spare slot) and pages."""
-    config = make_config()
-    size = (num_rows + 1) * slot_bytes(config, torch.float32, max_len=MAX_LEN) + num_pages * page_bytes(config, torch.float32)
-    return size / 1e9
-
-
-def sample(model, prompts, *, cache_gb=None, max_batch=64, shares_prompts=False, look_steps=1, stop_ids=(), num_samples=1,
-           **settings):
-    sampler = Sampler(model, stop_ids, max_batch=max_batch, seed=7, shares_prompts=shares_prompts, cache_gb=cache_gb)
-    sampler.look_steps = look_steps
-    completions = sampler.generate(prompts, step=3, num_samples=num_samples, temperature=1.0, **settings)
-    return completions, sampler.last_stats
-
-
-def assert_equal(actual, expected) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert (ours.prompt.id, ours.sample, ours.finish_reason) == (theirs.prompt.id, theirs.sample, theirs.finish_reason)
-        for segment, other in zip(ours.segments, theirs.segments, strict=True):
-            assert (segment.source, segment.token_ids, segment.kept_ids) == (other.source, other.token_ids, other.kept_ids)
-            # a CPU's products may round by the number of rows
-            assert segment.log_probs == (other.log_probs and pytest.approx(other.log_probs, abs=1e-5))
-
-
-def make_schedule(lengths: list[int], *, num_rows: int, num_pages: int, limit=100, width=1) -> Schedule:
-    groups = []
-    for index, length in enumerate(lengths):
-        requests = [Request(index * width + i, index, length, limit, 0) for i in range(width)]
-        groups.append(Group(index, length, requests))
-    cache = KVCache(make_config(), num_slots=num_rows + 1, max_len=MAX_LEN, num_pages=num_pages, device=torch.device("cpu"),
-                    dtype=torch.float32)
-    return Schedule(groups, cache, num_rows=num_rows)
-
-
-def items(requests) -> list[int]:
-    return [request.item for request in requests]
 
 
 def admit(schedule: Schedule) -> list[int]:
@@ -233,13 +181,12 @@ def test_a_tenth_of_the_pages_finishes_everything_with_the_results_of_a_whole_ca
     assert len({len(completion.completion_ids) for completion in expected}) > 10
 
 
-def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(lively_model):
+def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(model):
     # 440 tokens and the copy of their last page fill the cache's 8 pages: the second member has none to grow into
-    config, prompts, settings = make_config(512), make_prompts([440, 1]), {"num_samples": 2, "max_new_tokens": 20}
-    model = lively_model(config, head_factor=20.0)
-    size = 5 * slot_bytes(config, torch.float32, max_len=512) + 8 * page_bytes(config, torch.float32)
+    config, prompts, settings = make_config(), make_prompts([440, 1]), {"num_samples": 2, "max_new_tokens": 20}
+    size = 5 * slot_bytes(config, torch.float32, max_len=MAX_LEN) + 8 * page_bytes(config, torch.float32)
     requests = [Request(i, i // 2, length, 20, 20 * i) for i, length in enumerate([440, 440, 1, 1])]
-    shape = plan_cache(config, torch.float32, requests, num_bytes=size, num_rows=64, max_len=512)
+    shape = plan_cache(config, torch.float32, requests, num_bytes=size, num_rows=64, max_len=MAX_LEN)
     assert (shape.num_rows, shape.num_slots, shape.num_pages) == (4, 5, 8)
     assert_equal(sample(model, prompts, cache_gb=size / 1e9, **settings)[0], sample(model, prompts, **settings)[0])
 
