@@ -161,15 +161,15 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
                 kept_counts += [0] * length
     lengths = torch.tensor([completion.num_tokens for completion in completions])
     policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(kept_counts).cumsum(0)])
+    loss_mask = torch.tensor(mask)
     return RolloutBatch(
-        tokens=torch.tensor(tokens), cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), loss_mask=torch.tensor(mask),
-        host_mask=torch.tensor(mask), sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
+        tokens=torch.tensor(tokens), cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), loss_mask=loss_mask, host_mask=loss_mask,
+        sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
         advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
         sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts,
         num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions), routing=_packed_routing(completions),
-        kept=KeptSets(torch.tensor(kept_ids, dtype=torch.int32), offsets) if kept_ids else None)
+        kept=KeptSets.of_counts(torch.tensor(kept_ids, dtype=torch.int32), torch.tensor(kept_counts)) if kept_ids else None)
 
 
 def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
@@ -514,7 +513,7 @@ class _Rollout:
 
 def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperature: float) -> Tensor:
     """The log-probs [B] of a filtered draw after hidden [B, D], by the function that training computes them with."""
-    sets = KeptSets(result.kept_ids, F.pad(result.kept_counts.cumsum(0), (1, 0)))
+    sets = KeptSets.of_counts(result.kept_ids, result.kept_counts)
     return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,11 @@ class KeptSets:
 
     ids: torch.Tensor  # [N] int32
     offsets: torch.Tensor  # [T + 1] int64: row t keeps ids[offsets[t]:offsets[t + 1]]
+
+    @staticmethod
+    def of_counts(ids: torch.Tensor, counts: torch.Tensor) -> KeptSets:
+        """Rows one after the other in ids, of counts [T] int64 ids each."""
+        return KeptSets(ids, F.pad(counts.cumsum(0), (1, 0)))
 
     def select(self, rows: torch.Tensor) -> KeptSets:
         """The given rows [n], in their order."""
