@@ -271,7 +271,7 @@ class _Rollout:
         self.has_graphs = can_decode_by_graph(self.model)
         self.plain = plain if self.has_graphs else None  # None: the host draws
         self.has_whole_steps = self.plain is not None and not records_routing
-        # then a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
+        # else a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
         self.look_steps = LOOK_STEPS if self.has_whole_steps else 1
         if sampler.look_steps is not None and plain is not None and not records_routing:
             self.look_steps = sampler.look_steps
@@ -410,12 +410,7 @@ class _Rollout:
             self.decoder.run(num_steps, self.plain, prompts)
             return
         for _ in range(num_steps):
-            if self.has_graphs:
-                indices = self.decoder.step_by_graph(self._draw, prompts, records=self.routing is not None)
-            else:
-                record = self._new_record(len(live))
-                self.decoder.step(self._draw, record)
-                indices = None if record is None else record.indices
+            indices = self.decoder.step(self._draw, prompts, by_graph=self.has_graphs, records=self.routing is not None)
             if indices is not None:
                 items = [request.item for request in live]
                 self.routing[items, [request.num_new - 1 for request in live]] = indices.cpu()

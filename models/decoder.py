@@ -133,24 +133,19 @@ class Decoder:
         self.num_rows += count
 
     @torch.no_grad()
-    def step(self, draw: DrawTokens, record: RoutingRecord | None = None) -> None:
-        """One step of all rows, launch by launch. `record` is filled with their experts."""
-        rows = Rows(*self._table[:, :self.num_rows])
-        self._advance(rows, self._feed(rows, record), draw)
-
-    @torch.no_grad()
-    def step_by_graph(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, records: bool) -> torch.Tensor | None:
-        """One step of all rows of which a graph makes the hidden states, for whatever draws from them; prompts as run takes
-        them. The cache must be flushed. With `records`, returns the experts [B, L, A] of the rows, until the next step."""
-        bucket = bucket_of(self.num_rows)
-        shares = self._share(prompts, self._num_tiles(bucket))
+    def step(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, by_graph: bool, records: bool) -> torch.Tensor | None:
+        """One step of all rows, for whatever draws from their hidden states. by_graph: a graph makes those; prompts as run takes
+        them, and the cache must be flushed. With `records`, returns the experts [B, L, A] of the rows, until the next step."""
+        num_rows = bucket_of(self.num_rows) if by_graph else self.num_rows
+        shares = by_graph and self._share(prompts, self._num_tiles(num_rows))
 
         def feed() -> tuple[torch.Tensor, torch.Tensor | None]:
-            record = RoutingRecord(bucket, self.model.config, self.model.device) if records else None
-            hidden = self._feed(Rows(*self._table[:, :bucket]), record, shares=shares)
+            record = RoutingRecord(num_rows, self.model.config, self.model.device) if records else None
+            hidden = self._feed(Rows(*self._table[:, :num_rows]), record, shares=shares)
             return hidden, None if record is None else record.indices
 
-        hidden, indices = self._replay(("hidden", bucket, self.model.adapter_is_enabled, shares, records), feed)
+        key = ("hidden", num_rows, self.model.adapter_is_enabled, shares, records)
+        hidden, indices = self._replay(key, feed) if by_graph else feed()
         self._advance(Rows(*self._table[:, :self.num_rows]), hidden[:self.num_rows], draw)
         return None if indices is None else indices[:self.num_rows]
 
