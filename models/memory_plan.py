@@ -231,7 +231,8 @@ class MemoryBudget:
         if self.host_bytes > 0 and self.store is None:
             self.store, self._host_rate = HostStore(self.host_bytes, x.device), transfer_rate(x.device)
         budget = self._budget(x.device)
-        self.give_back_unused(x.device)
+        if torch.cuda.memory_reserved(x.device) > budget:  # whoever took it: nothing of it is needed but what is allocated
+            torch.cuda.empty_cache()
         sizes = bytes_of(self.config, run)
         self._largest_bytes = max(sizes.values())
         # on their way to the host in the forward, or back one layer ahead of the backward
@@ -252,11 +253,6 @@ class MemoryBudget:
 
     def _budget(self, device: torch.device) -> float:
         return self.memory_gb * 1e9 if self.memory_gb else 0.85 * torch.cuda.get_device_properties(device).total_memory
-
-    def give_back_unused(self, device: torch.device) -> None:
-        """Lets go of the memory that PyTorch holds unused, if it holds more than the budget."""
-        if torch.cuda.memory_reserved(device) > self._budget(device):
-            torch.cuda.empty_cache()
 
     def before_backward(self, grad: torch.Tensor) -> None:
         """A hook for the gradient that a backward begins with. Its tensors have other sizes than the forward's: holes between
