@@ -52,6 +52,8 @@ _LOG2_E = 1.4426950408889634
 _STAGES = {False: 3, True: 4}
 # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
 _PREFIX_ROWS = 64
+# stages of its loads, where a program has a multiprocessor's shared memory to itself: nothing else hides them
+_PREFIX_STAGES = {"hopper": 8, "blackwell": 8}  # by GPU family; the others' is too small
 
 
 class SharedPrefixes(NamedTuple):
@@ -67,9 +69,8 @@ def rows_per_tile(group: int) -> int:
 
 
 def _prefix_stages(x: torch.Tensor, num_programs: int) -> int:
-    """Where every program has a multiprocessor and its shared memory to itself, nothing else hides its loads."""
-    is_large = gpu_family(x) in ("hopper", "blackwell") and x.element_size() == 2
-    return 8 if is_large and num_programs <= 2 * num_multiprocessors(x) else _STAGES[False]
+    is_alone = num_programs <= 2 * num_multiprocessors(x) and x.element_size() == 2
+    return _PREFIX_STAGES.get(gpu_family(x), _STAGES[False]) if is_alone else _STAGES[False]
 
 
 def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table=None):
@@ -169,7 +170,7 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
     start = 0
     if PREFIXED:
         start = tl.minimum(tl.load(prefix_lens + sequence).to(tl.int32), position + 1)
-        first, is_known = 0, False
+        first = 0
         if SHARES:
             is_known = (tl.load(is_shared + sequence) != 0) & (position >= 0)
             first = tl.where(is_known, start, 0)
