@@ -69,6 +69,15 @@ def adapted_model():
     return model
 
 
+def assert_trainers_bits(model, completions, *, shares_prompts, temperature=0.7, max_tokens=100_000):
+    """The sampler's log-probs are those of a training forward, bit for bit, in micro-batches of so many tokens."""
+    batch = pack(completions, [1.0] * len(completions)).to(model.device)
+    for micro in micro_batches(batch, max_tokens, share_prompts=shares_prompts):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=temperature, mask=micro.host_mask,
+                                       kept=micro.kept, prefixes=micro.prefixes)
+        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+
+
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
     model = adapted_model()
@@ -76,12 +85,8 @@ def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
     # five slots for 18 completions: rows are admitted while others run, and prompts wait
     sampler = Sampler(model, [1], max_batch=5, seed=3, shares_prompts=shares_prompts)
     completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
-    batch = pack(completions, [1.0] * len(completions)).to(model.device)
     for max_tokens in (100_000, 300):
-        for micro in micro_batches(batch, max_tokens, share_prompts=shares_prompts):
-            log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
-                                           prefixes=micro.prefixes)
-            assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+        assert_trainers_bits(model, completions, shares_prompts=shares_prompts, max_tokens=max_tokens)
 
 
 def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeypatch):
@@ -92,11 +97,7 @@ def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeyp
     prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
     sampler = Sampler(model, [1], max_batch=24, seed=3, shares_prompts=True)  # fewer than 54: rows come and go in the tiles
     completions = sampler.generate(prompts, step=2, num_samples=9, max_new_tokens=150, temperature=0.7)
-    batch = pack(completions, [1.0] * len(completions)).to(model.device)
-    for micro in micro_batches(batch, 100_000, share_prompts=True):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.host_mask,
-                                       prefixes=micro.prefixes)
-        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    assert_trainers_bits(model, completions, shares_prompts=True)
     assert len({tuple(tiles) for tiles in shared}) > 3 and max(map(len, shared)) > 1
 
 
@@ -160,19 +161,14 @@ def test_log_probs_over_kept_sets_are_the_trainers_bit_for_bit(settings):
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
     sampler = Sampler(model, [1], max_batch=6, seed=3, shares_prompts=True)
     completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=60, temperature=0.7, **settings)
-    for micro in micro_batches(pack(completions, [1.0] * len(completions)).to(model.device), 400, share_prompts=True):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.host_mask, kept=micro.kept,
-                                       prefixes=micro.prefixes)
-        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    assert_trainers_bits(model, completions, shares_prompts=True, max_tokens=400)
 
 
 def test_greedy_log_probs_are_the_trainers_bit_for_bit_and_its_tokens_the_most_likely():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
     sampler = Sampler(model, [1], max_batch=4, seed=3)
     completions = sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=60, temperature=0.7, greedy=True)
-    batch = pack(completions, [1.0] * 5).to(model.device)
-    log_probs, _ = model.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.host_mask)
-    assert torch.equal(log_probs[batch.loss_mask], batch.sampler_log_probs[batch.loss_mask])
+    assert_trainers_bits(model, completions, shares_prompts=False, temperature=1.0)
     for completion in completions:
         ids = completion.prompt.token_ids + completion.completion_ids
         logits = model.logits(torch.tensor(ids, device="cuda"), torch.tensor([0, len(ids)]))
@@ -209,11 +205,7 @@ def test_preempted_completions_have_the_trainers_log_probs_bit_for_bit(shares_pr
     sampler = make(cache_gb=num_bytes / 1e9)
     completions = sampler.generate(prompts, **settings)
     assert sampler.last_stats.num_preemptions > 0 and contents(completions) == contents(expected)
-    batch = pack(completions, [1.0] * len(completions)).to(model.device)
-    for micro in micro_batches(batch, 100_000, share_prompts=shares_prompts):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
-                                       prefixes=micro.prefixes)
-        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
 
 
 @pytest.mark.parametrize("shares_prompts", [False, True])
@@ -231,11 +223,7 @@ def test_prompts_and_completions_prefilled_in_pieces_have_the_trainers_log_probs
         completions = sampler.generate(prompts, **settings)
         assert contents(completions) == contents(expected)
         assert (sampler.last_stats.num_preemptions > 0) == (cache_gb is not None)
-    batch = pack(completions, [1.0] * len(completions)).to(model.device)
-    for micro in micro_batches(batch, 100_000, share_prompts=shares_prompts):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.7, mask=micro.loss_mask,
-                                       prefixes=micro.prefixes)
-        assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+    assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
 
 
 @pytest.mark.parametrize("bounds", [[0, 1], [0, 23, 70], [0, 211, 512]], ids=str)
