@@ -121,7 +121,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch)
-    allowed = allowed_difference(run.policy, batch)
+    allowed = allowed_difference(run.policy)
     stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole = [], [], [], [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process

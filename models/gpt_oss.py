@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import attention
 from kernels.attention_plan import AttentionPlan
 from kernels.decode_attention import SharedPrefixes, decode_attention
-from kernels.dense import linear
 from kernels.draw import draw, head_logits
 from kernels.embedding import embedding
 from kernels.launch import is_triton, to_device
@@ -87,9 +86,8 @@ class Linear(nn.Module):
         self.lora_scale, self.adapter_enabled = 0.0, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.lora_A is None or not self.adapter_enabled:
-            return linear(x, self.weight, self.bias)
-        return lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, scale=self.lora_scale)
+        adapter = (self.lora_A, self.lora_B) if self.adapter_enabled else (None, None)
+        return lora_linear(x, self.weight, self.bias, *adapter, scale=self.lora_scale)
 
 
 class Router(Linear):
@@ -99,7 +97,8 @@ class Router(Linear):
         logits = router_logits(x, self.weight, self.bias)
         if self.lora_A is None or not self.adapter_enabled:
             return logits
-        return logits + self.lora_scale * linear(linear(x.float(), self.lora_A, None), self.lora_B, None)
+        low_rank = lora_linear(x.float(), self.lora_A, None, None, None, scale=1.0)
+        return logits + self.lora_scale * lora_linear(low_rank, self.lora_B, None, None, None, scale=1.0)
 
 
 class Attention(nn.Module):
@@ -165,7 +164,8 @@ class Block(nn.Module):
 
     def compose(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend,
                 choose: Choose | None) -> torch.Tensor:
-        """By autograd over the single operations: on the CPU, and where the base trains."""
+        """By autograd over the single operations: on the CPU, and for the gradients of a base that trains. On a GPU a forward
+        by models/frozen_block.py gives the same bits."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.add(attended, x)
         return self.mlp(normed, x, choose)
@@ -270,7 +270,7 @@ class GptOss(nn.Module):
         x = x.float() if self.dtype == torch.float16 else x
         blocks, is_training = self.model.layers, torch.is_grad_enabled()
         chooses = [None if routing is None else partial(routing.choose, layer) for layer in range(len(blocks))]
-        if not is_triton(x) or any(block.trains_base() for block in blocks):
+        if not is_triton(x) or (is_training and any(block.trains_base() for block in blocks)):
             for block, choose in zip(blocks, chooses):
                 compute = partial(Block.compose, cos=cos, sin=sin, attend=attend, choose=choose)
                 if is_training and self.activation_checkpointing:

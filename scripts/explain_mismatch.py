@@ -195,9 +195,11 @@ def differing_bits(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 def compare(trainer: Recorder, sampler: Recorder, num_positions: int) -> tuple[int, list[Finding]] | None:
     """The first position at which an operation's bits differ, and all operations of the first layer that differs there. None
-    where none does."""
-    assert trainer.found.keys() == sampler.found.keys(), f"one path alone has {trainer.found.keys() ^ sampler.found.keys()}"
-    pairs = {key: (torch.cat(parts), torch.cat(sampler.found[key])) for key, parts in trainer.found.items()}
+    where none does. On a GPU, where a base that trains has another forward with gradients than without, the operations that both
+    have are compared."""
+    pairs = {key: (torch.cat(parts), torch.cat(sampler.found[key])) for key, parts in trainer.found.items()
+             if key in sampler.found}
+    assert pairs, f"no operation in common: {list(trainer.found)}, {list(sampler.found)}"
     offsets = {key: num_positions - len(ours) for key, (ours, _) in pairs.items()}  # positions before the first that is recorded
     differs = {key: differing_bits(*pair) for key, pair in pairs.items()}
     firsts = {key: offsets[key] + int(rows.any(1).int().argmax()) for key, rows in differs.items() if rows.any()}

@@ -1,7 +1,8 @@
 """Records what the operations of a model's blocks compute, in the functions that the product itself calls.
 
 Nothing in the product knows of it: module-level functions and methods are replaced while a recording lasts, and forward hooks are
-added. On a GPU with a frozen base those are the functions of models/frozen_block.py, elsewhere what Block.compose calls.
+added. On a GPU those are the functions of models/frozen_block.py, elsewhere, and for the gradients of a base that trains, what
+Block.compose calls.
 
 Shapes: T rows of a model call, R routed rows, A experts per token.
 """

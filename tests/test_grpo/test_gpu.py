@@ -16,7 +16,8 @@ from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
 from models.checkpoint import load_model
 from models.kv_cache import page_bytes, slot_bytes
-from models.lora import LoraConfig, attach_lora
+from models.lora import LoraConfig, attach_lora, set_full_training
+from models.routing_record import RoutingReplay
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURES = ROOT / "tests/fixtures"
@@ -57,10 +58,10 @@ def test_sampler_and_trainer_agree_on_cuda():
     assert (log_probs - batch.sampler_log_probs)[batch.loss_mask].abs().max() <= 5e-5
 
 
-def adapted_model():
+def adapted_model(targets=("q_proj", "k_proj", "v_proj", "o_proj", "experts")):
     """The tiny packed checkpoint in bf16 with adapters that are not zero."""
     model = load_model(FIXTURES / "tiny_mxfp4", device="cuda", dtype=torch.bfloat16)
-    attach_lora(model, LoraConfig(rank=4, alpha=8.0), seed=0)
+    attach_lora(model, LoraConfig(rank=4, alpha=8.0, targets=list(targets)), seed=0)
     generator = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.trainable_parameters().items():
@@ -73,9 +74,11 @@ def assert_trainers_bits(model, completions, *, shares_prompts, temperature=0.7,
     """The sampler's log-probs are those of a training forward, bit for bit, in micro-batches of so many tokens."""
     batch = pack(completions, [1.0] * len(completions)).to(model.device)
     for micro in micro_batches(batch, max_tokens, share_prompts=shares_prompts):
+        routing = None if micro.routing is None else RoutingReplay(micro.routing)
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=temperature, mask=micro.host_mask,
-                                       kept=micro.kept, prefixes=micro.prefixes)
+                                       kept=micro.kept, prefixes=micro.prefixes, routing=routing)
         assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
+        assert routing is None or (int(routing.num_flips) == 0 and int(routing.num_choices) > 0)
 
 
 @pytest.mark.parametrize("shares_prompts", [False, True])
@@ -101,12 +104,19 @@ def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeyp
     assert len({tuple(tiles) for tiles in shared}) > 3 and max(map(len, shared)) > 1
 
 
+@pytest.mark.parametrize("trains_base", [False, True])
 @pytest.mark.parametrize("shares_prompts", [False, True])
-def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypatch, shares_prompts):
+def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypatch, shares_prompts, trains_base):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from explain_mismatch import Settings, explain
 
-    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(3)]
+    monkeypatch.setattr(models.frozen_block, "MAX_DECODE_TOKENS", 8)  # prompts by the kernels of training
+    if trains_base:
+        model = load_model(FIXTURES / "tiny_bf16", device="cuda", dtype=torch.bfloat16)
+        set_full_training(model)
+    else:
+        model = adapted_model()
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(3)]
     sampler = Sampler(model, [], max_batch=4, seed=3, shares_prompts=shares_prompts)
     completions = sampler.generate(prompts, step=0, num_samples=2, max_new_tokens=40, temperature=0.7)
     batch = pack(completions, [0.0] * len(completions)).to(model.device)
@@ -118,7 +128,8 @@ def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypat
     monkeypatch.setattr(models.frozen_block, "_decode_project", lambda *arguments: original(*arguments) * 1.01)
     at, findings = explain(model, completions, batch, settings, index=3, position=position)
     first = next(finding for finding in findings if finding.num_differing)
-    assert (at, first.layer, first.operation) == (len(prompts[1].token_ids), 0, "queries, keys and values")
+    operation = "rotated queries" if trains_base else "queries, keys and values"
+    assert (at, first.layer, first.operation) == (len(prompts[1].token_ids), 0, operation)
 
 
 def test_a_completion_is_the_same_alone_and_in_any_batch():
@@ -156,8 +167,33 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 20, "min_p": 0.05}], ids=str)
-def test_log_probs_over_kept_sets_are_the_trainers_bit_for_bit(settings):
+def test_log_probs_are_the_trainers_bit_for_bit_with_an_adapter_on_the_router():
+    model, prompts = adapted_model(["router", "v_proj"]), [Prompt(i, list(range(5 + i, 12 + 90 * i)), {}) for i in range(4)]
+    sampler = Sampler(model, [1], max_batch=6, seed=3, shares_prompts=True)
+    completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=150, temperature=0.7)
+    for max_tokens in (100_000, 500):
+        assert_trainers_bits(model, completions, shares_prompts=True, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_log_probs_of_a_base_that_trains_are_the_trainers_bit_for_bit_after_every_update(dtype):
+    model, prompts = load_model(FIXTURES / "tiny_bf16", device="cuda", dtype=dtype), [
+        Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
+    set_full_training(model)
+    sampler, before = Sampler(model, [1], max_batch=5, seed=3, shares_prompts=True), None
+    for _ in range(2):
+        completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=100, temperature=0.7)
+        assert sampler._decoder._graphs and contents(completions) != before
+        assert_trainers_bits(model, completions, shares_prompts=True, max_tokens=300)
+        before = contents(completions)
+        with torch.no_grad():  # in place, as the optimizer's
+            for parameter in model.trainable_parameters().values():
+                parameter.mul_(1.05)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 20, "min_p": 0.05}, {"records_routing": True},
+                                      {"top_p": 0.9, "records_routing": True}], ids=str)
+def test_log_probs_over_kept_sets_and_recorded_experts_are_the_trainers_bit_for_bit(settings):
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
     sampler = Sampler(model, [1], max_batch=6, seed=3, shares_prompts=True)
     completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=60, temperature=0.7, **settings)

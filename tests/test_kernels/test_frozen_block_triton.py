@@ -144,19 +144,24 @@ def rotate_in_place(layer, q, k, v, cos, sin):
     rotate(q, k, cos, sin, backward=False, out=(q, k))
 
 
+def mixing_attention(layer, q, k, v, sinks):
+    return q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) + k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def random_rows(model, num_tokens):
+    """A block's input, and angles of the rotation."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(num_tokens, model.config.hidden_size, generator=generator).to(model.device, model.dtype)
+    return x, torch.rand(num_tokens, model.config.head_dim // 2, generator=generator).to(model.device)
+
+
 def block_outputs(model, num_tokens, *, choose=None):
     """What every block gives for the same random tokens, as a decode step and as a training forward."""
-    config = model.config
-    generator = torch.Generator().manual_seed(num_tokens)
-    x = torch.randn(num_tokens, config.hidden_size, generator=generator).to(model.device, model.dtype)
-    angles = torch.rand(num_tokens, config.head_dim // 2, generator=generator).to(model.device)
-
-    def attend(layer, q, k, v, sinks):
-        return q + v.repeat_interleave(q.shape[1] // v.shape[1], 1) + k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-
+    x, angles = random_rows(model, num_tokens)
     with torch.no_grad():
-        return [[run_block(block, x, angles.cos(), angles.sin(), attend, scratch_bytes=1 << 30, choose=choose, decode=decode)
-                 for decode in (DecodeStep(rotate_in_place, attend), None)] for block in model.model.layers]
+        return [[run_block(block, x, angles.cos(), angles.sin(), mixing_attention, scratch_bytes=1 << 30, choose=choose,
+                           decode=decode)
+                 for decode in (DecodeStep(rotate_in_place, mixing_attention), None)] for block in model.model.layers]
 
 
 @pytest.mark.interpreter
@@ -168,6 +173,22 @@ def test_packed_as_nf4_the_block_computes_what_it_does_on_the_same_dense_weights
             other.mlp.experts.get_parameter(name).data.copy_(weights)
             assert weights.std() > 0.05
     assert_close(gradients(packed), gradients(dense), 2e-5)
+
+
+@pytest.mark.interpreter
+def test_a_base_that_trains_has_the_forward_of_a_frozen_one_where_it_wants_no_gradient(monkeypatch):
+    model, composed_layers, plain = build(ARCHITECTURE, "bf16"), [], Block.compose
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    monkeypatch.setattr(Block, "compose", lambda self, *arguments, **settings: composed_layers.append(self)
+                        or plain(self, *arguments, **settings))
+    tokens, bounds, mask = torch.arange(11), torch.tensor([0, 4, 11]), torch.arange(11) % 4 > 0
+    with torch.no_grad():
+        ours, _ = model.log_probs(tokens, bounds, temperature=0.8, mask=mask)
+    assert composed_layers == [] and ours[mask].abs().min() > 0
+    theirs, _ = model.log_probs(tokens, bounds, temperature=0.8, mask=mask)
+    assert composed_layers == list(model.model.layers)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @not_on_library_products
@@ -337,6 +358,23 @@ def test_a_decode_step_gives_the_bits_of_the_training_forward(experts, targets):
                 for ours, theirs in block_outputs(model, num_tokens):
                     differing = (ours != theirs).float().mean()
                     assert torch.equal(ours, theirs), f"{num_tokens} tokens, adapter {is_on}: {differing:.2%} differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
+def test_a_block_composed_of_operations_gives_the_same_bits(experts):
+    model = build(REAL, experts, device="cuda", dtype=torch.bfloat16, trains_more=False, in_fragments=experts == "mxfp4")
+    (block,) = model.model.layers
+    for num_tokens in (1, 17, 700):
+        x, angles = random_rows(model, num_tokens)
+        inputs = x, angles.cos(), angles.sin(), mixing_attention
+        for is_on in (True, False):
+            with nullcontext() if is_on else model.adapter_disabled():
+                ours = block.compose(*inputs, None)
+                with torch.no_grad():
+                    theirs = run_block(block, *inputs, scratch_bytes=1 << 30, choose=None, decode=None)
+            assert torch.equal(ours, theirs), (num_tokens, is_on, (ours != theirs).float().mean())
 
 
 @pytest.mark.gpu

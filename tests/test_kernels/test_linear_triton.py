@@ -43,6 +43,22 @@ def test_output_and_every_gradient_equal_those_of_the_merged_weight(num_tokens, 
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("num_tokens", [1, 63])
+def test_output_and_every_gradient_without_an_adapter(num_tokens):
+    given = {name: tensor for name, tensor in tensors(num_tokens=num_tokens, size_in=40, size_out=24, rank=3).items()
+             if not name.startswith("lora")}
+    leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in given.items()}
+    y = lora_linear(*given.values(), None, None, scale=0.0)
+    expected = leaves["x"] @ leaves["weight"].T + leaves["bias"]
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(given[name].grad.double(), leaf.grad, rtol=1e-5, atol=2e-5, msg=name)
+
+
+@pytest.mark.interpreter
 def test_no_bias_no_tokens_and_strided_input():
     given = {name: tensor.detach() for name, tensor in tensors(num_tokens=7, size_in=40, size_out=24, rank=3).items()}
     x, weight, bias, down, up = given.values()
