@@ -33,7 +33,7 @@ class Segment:
     token_ids: list[int]
     source: str  # "prompt" | "policy" | "env"; only policy tokens are trained on
     log_probs: list[float] | None = None  # nats, under the distribution really sampled from; policy segments only
-    kept_ids: list[list[int]] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept
+    kept_ids: list[torch.Tensor] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept: [n] int32 on the host
     routing: torch.Tensor | None = None  # [tokens, L, A] on the host: experts of each layer (models/routing_record.py)
 
 
@@ -156,7 +156,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
             log_probs += segment.log_probs if is_policy else [0.0] * length
             if is_policy and segment.kept_ids is not None:
                 kept_counts += [len(ids) for ids in segment.kept_ids]
-                kept_ids += [token for ids in segment.kept_ids for token in ids]
+                kept_ids += segment.kept_ids
             else:
                 kept_counts += [0] * length
     lengths = torch.tensor([completion.num_tokens for completion in completions])
@@ -169,7 +169,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
         sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts,
         num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions), routing=_packed_routing(completions),
-        kept=KeptSets.of_counts(torch.tensor(kept_ids, dtype=torch.int32), torch.tensor(kept_counts)) if kept_ids else None)
+        kept=KeptSets.of_counts(torch.cat(kept_ids), torch.tensor(kept_counts)) if kept_ids else None)
 
 
 def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:

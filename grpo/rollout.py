@@ -260,7 +260,7 @@ class _Rollout:
         keys = [[sampler.seed, step, prompt.id, i, len(prompt.token_ids)] for prompt in prompts for i in samples]
         self.keys, self.key_table = keys, torch.tensor(keys, dtype=torch.int64, device=device)  # [N, 5], of the first draws
         self.env_columns: list[set[int]] = [set() for _ in self.requests]  # of tokens that an environment gave
-        self.kept: list[list[list[int]]] | None = None  # per completion and drawn token; None without filters
+        self.kept: list[list[Tensor]] | None = None  # per completion and drawn token; None without filters
         self.routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
         self.prompt_routing: dict[int, Tensor] = {}  # [tokens, L, A] on the host, by index of the prompt
         if records_routing:

@@ -41,11 +41,11 @@ class Draw:
     kept_counts: Tensor | None = None  # [B] int64
 
     @property
-    def kept(self) -> list[list[int]] | None:
-        """Kept vocabulary ids of each row, or None when no filter was active."""
+    def kept(self) -> list[Tensor] | None:
+        """Kept vocabulary ids of each row, int32 on the host, or None when no filter was active."""
         if self.kept_ids is None or self.kept_counts is None:
             return None
-        return [ids.tolist() for ids in self.kept_ids.split(self.kept_counts.tolist())]
+        return list(self.kept_ids.cpu().split(self.kept_counts.tolist()))
 
 
 def check_settings(*, temperature: float, top_k: int, top_p: float, min_p: float) -> None:

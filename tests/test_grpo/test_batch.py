@@ -38,6 +38,10 @@ def test_only_tokens_that_the_policy_sampled_are_trained_on():
     assert batch.kept is None and batch.old_log_probs is None and batch.ref_log_probs is None
 
 
+def sets(*kept):
+    return [torch.tensor(ids, dtype=torch.int32) for ids in kept]
+
+
 def test_the_record_of_a_completion():
     record = three()[1]
     assert record.completion_ids == [7, 8, 9, 10, 11]
@@ -46,9 +50,9 @@ def test_the_record_of_a_completion():
 
 def test_kept_sets_stand_at_the_tokens_they_were_sampled_from():
     filtered = completion([1], [2, 3])
-    filtered.segments[1].kept_ids = [[2, 9], []]
+    filtered.segments[1].kept_ids = sets([2, 9], [])
     other = completion([4, 5], [6], [7], [8])
-    other.segments[3].kept_ids = [[8, 1, 0]]
+    other.segments[3].kept_ids = sets([8, 1, 0])
     batch = pack([filtered, other], [0.0, 0.0])
     rows = {t: batch.kept.ids[batch.kept.offsets[t]:batch.kept.offsets[t + 1]].tolist() for t in range(len(batch.tokens))}
     assert {t: ids for t, ids in rows.items() if ids} == {1: [2, 9], 7: [8, 1, 0]}
@@ -123,7 +127,7 @@ def test_one_minibatch_is_the_batch_and_more_than_sequences_are_one_each():
 
 def test_moving_to_a_device_leaves_what_plans_a_forward_on_the_host():
     filtered = completion([1], [2])
-    filtered.segments[1].kept_ids = [[2]]
+    filtered.segments[1].kept_ids = sets([2])
     batch = pack([filtered], [1.0])
     batch.ref_log_probs = torch.zeros(2)
     moved = batch.to(torch.device("meta"))
@@ -143,7 +147,7 @@ def test_the_mask_on_the_host_is_that_of_the_tokens_in_every_part():
     (Segment([3], "assistant", [-1.0]), "source is 'assistant'; allowed: prompt, policy, env"),
     (Segment([3, 4], "policy", [-1.0]), "a policy segment of 2 tokens has 1 log_probs"),
     (Segment([3, 4], "policy"), "a policy segment of 2 tokens has 0 log_probs"),
-    (Segment([3, 4], "policy", [-1.0, -1.0], [[3]]), "a policy segment of 2 tokens has 1 kept_ids"),
+    (Segment([3, 4], "policy", [-1.0, -1.0], sets([3])), "a policy segment of 2 tokens has 1 kept_ids"),
 ])
 def test_a_segment_that_does_not_add_up_is_refused(segment, message):
     record = Completion(Prompt(0, [1], {}), 0, [Segment([1], "prompt"), segment], "stop")

@@ -128,7 +128,8 @@ def random_batch():
                 ids = draw(rng.randint(1, 7))
                 kept = [[token, *{(token + 3) % 11, (token + 5) % 11}] if sample == 1 else [] for token in ids]
                 segments += ([Segment(draw(3), "env")] if turn else []) + [
-                    Segment(ids, "policy", [-2.0 + rng.gauss(0, 1) for _ in ids], kept)]
+                    Segment(ids, "policy", [-2.0 + rng.gauss(0, 1) for _ in ids],
+                            [torch.tensor(row, dtype=torch.int32) for row in kept])]
             completions.append(Completion(prompt, sample, segments, "stop"))
     batch = pack(completions, [rng.gauss(0, 1) for _ in completions])
     batch.old_log_probs = torch.where(batch.loss_mask, batch.sampler_log_probs - 0.1, 0.0)
