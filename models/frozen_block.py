@@ -1,11 +1,11 @@
 """A block with a frozen base on a GPU: forward and backward as two plain functions around the kernels.
 
-The same forward serves training and prefill; decode steps, and prefills of as few tokens, run kernels made for those, which give
-the same bits: they read each weight once, packed, where the others unpack a layer first. In training it keeps for the backward
-what the plan of the layer says, on the GPU or in host memory (models/memory_plan.py), and the backward computes the rest again
-with the same kernels; the choice of experts is always kept. Against autograd and its checkpointing this saves most of the host's
-work per layer, and it decides about every activation by itself. Adapters may be on any projection, the router and the experts;
-sinks and norms may train.
+The same forward serves training and prefill, and those forwards of a base that trains which want no gradient; decode steps, and
+prefills of as few tokens, run kernels made for those, which give the same bits: they read each weight once, packed, where the
+others unpack a layer first. In training it keeps for the backward what the plan of the layer says, on the GPU or in host memory
+(models/memory_plan.py), and the backward computes the rest again with the same kernels; the choice of experts is always kept.
+Against autograd and its checkpointing this saves most of the host's work per layer, and it decides about every activation by
+itself. Adapters may be on any projection, the router and the experts; sinks and norms may train.
 
 Queries, keys and values are one product whose weights lie side by side; their adapters are slices of one low-rank row.
 
