@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from interpreter import save_time
@@ -29,3 +30,17 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def ordered_products(monkeypatch) -> None:
+    """Products of Triton's interpreter are sums in ascending order, as on a GPU: numpy's library adds up in another one for other
+    shapes and, on some CPUs, for other places of a row."""
+
+    def matmul(a, b, dtype):
+        total = numpy.zeros((a.shape[0], b.shape[1]), dtype)
+        for k in range(a.shape[1]):
+            total += a[:, k, None] * b[None, k]
+        return total
+
+    monkeypatch.setattr(numpy, "matmul", matmul)

@@ -156,7 +156,8 @@ def attention_at_once(inputs, *, prefix_len, window, scale) -> torch.Tensor:
 @pytest.mark.parametrize("window, queries, keys", [(0, 32, 16), (0, 16, 64), (1, 16, 16), (20, 32, 16), (64, 32, 32),
                                                    (100, 16, 64)])
 @pytest.mark.parametrize("prefix_len", [0, 90])
-def test_a_sequence_in_pieces_has_the_bits_of_the_whole(window, queries, keys, prefix_len, monkeypatch, poisoned):
+def test_a_sequence_in_pieces_has_the_bits_of_the_whole(window, queries, keys, prefix_len, monkeypatch, poisoned,
+                                                        ordered_products):
     use_blocks(monkeypatch, queries, keys, queries > keys)
     inputs = random_inputs(300, heads=2, kv_heads=1)
     settings = {"prefix_len": prefix_len, "window": window, "scale": 0.3}
