@@ -406,11 +406,13 @@ class _Rollout:
         self.stats.decode_steps += num_steps
         self.cache.flush()
         prompts = [(request.prompt, request.prompt_len) for request in live]
+        longest = max(request.prompt_len + request.num_new for request in live) + num_steps
         if self.has_whole_steps:
-            self.decoder.run(num_steps, self.plain, prompts)
+            self.decoder.run(num_steps, self.plain, prompts, longest=longest)
             return
         for _ in range(num_steps):
-            indices = self.decoder.step(self._draw, prompts, by_graph=self.has_graphs, records=self.routing is not None)
+            indices = self.decoder.step(self._draw, prompts, longest=longest, by_graph=self.has_graphs,
+                                        records=self.routing is not None)
             if indices is not None:
                 items = [request.item for request in live]
                 self.routing[items, [request.num_new - 1 for request in live]] = indices.cpu()

@@ -16,8 +16,8 @@ are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
   lie along the rows; 16 rows fill one warp.
 
 One program of one warp per sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows of the
-smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits:
-splitting a sequence over programs would change the order of the sums, here and so in training.
+smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits: where
+those are long, kernels/decode_attention_parts.py takes what is no chain of sums out of the loop (`longest`).
 
 Where sequences share a prefix, a launch before it may go through the prefix for several of them at once, 64 rows to a product
 (SharedPrefixes); each goes on from there with its own keys. The order of its sums stays the same, and so do its bits.
@@ -35,6 +35,7 @@ import triton.language as tl
 
 from kernels.attention import _forward_tiles, _load_rows, blocks_for
 from kernels.attention_reference import attend
+from kernels.decode_attention_parts import decode_attention_parts
 from kernels.launch import (
     cdiv,
     check_served,
@@ -194,7 +195,8 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
 
 def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, *, slots: torch.Tensor,
                      positions: torch.Tensor, window: int, scale: float, prefix_lens: torch.Tensor | None = None,
-                     page_table: torch.Tensor | None = None, shared: SharedPrefixes | None = None) -> torch.Tensor:
+                     page_table: torch.Tensor | None = None, shared: SharedPrefixes | None = None,
+                     longest: int = 0) -> torch.Tensor:
     """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches already hold; sinks [H]; window 0 means none.
     The caches are [N, L, K, D], of N slots, with L at most the window if there is one; or, without a window, [M, L, K, D] of M
     pages, of which page_table [N, W] int32 names those of each slot. Rows at a position below 0 are idle and give zeros; without
@@ -203,10 +205,12 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
 
     prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
     Without them the bits are those of training on whole sequences; on the CPU they change nothing. shared: whose prefixes are the
-    same and are read once, in pages; their rows must have the whole prefix. That changes no bit."""
+    same and are read once, in pages; their rows must have the whole prefix. longest: where it is above 0, no row has more tokens,
+    and many programs go through a row's pages. Neither changes a bit."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
     assert page_table is None or window == 0, (page_table.shape, window)
     assert shared is None or (page_table is not None and prefix_lens is not None), "shared prefixes need pages and prefix_lens"
+    assert not longest or (page_table is not None and shared is None), "parts need pages, and do not go with shared prefixes"
     if product_path(q) != "triton":  # the reference consists of library products
         return decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table)
     check_served("decode_attention", {"q": q, "keys": keys, "values": values},
@@ -228,6 +232,11 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     if num_rows == 0:
         return out
     sinks, slots = sinks.contiguous(), slots.contiguous()
+    if longest:
+        decode_attention_parts(q, keys, values, sinks, out, slots=slots, positions=positions, page_table=page_table,
+                               prefix_lens=None if prefix_lens is None else prefix_lens.contiguous(), longest=longest,
+                               scale_log2=scale * _LOG2_E, tile=blocks.keys)
+        return out
     prefixes = positions if prefix_lens is None else prefix_lens.contiguous()
     table, pages_per_slot = (positions, 0) if page_table is None else (page_table, page_table.shape[1])
     overlap, states, is_shared = overlap_constants(q, num_rows), None, None

@@ -20,7 +20,7 @@ import torch
 
 from kernels.advance import IDLE, Rows, advance, next_words
 from kernels.decode_attention import SharedPrefixes, rows_per_tile
-from kernels.launch import cdiv, product_path, to_device
+from kernels.launch import cdiv, next_power_of_2, product_path, to_device
 from kernels.sampling import as_words, key_sums
 from models.gpt_oss import GptOss
 from models.kv_cache import KVCache
@@ -31,6 +31,8 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _SEEN = slice(Rows._fields.index("positions"), Rows._fields.index("is_stopped") + 1)
 # a shorter prefix comes from the L2 cache for all who share it, faster than a launch of its own is
 _SHARED_TOKENS = 1024
+# up to so many rows, many programs go through the keys of each from so many tokens on: else most of a GPU waits for a few
+_PARTS_ROWS, _PARTS_TOKENS = 4, 2048
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
@@ -42,6 +44,16 @@ class PlainDraw(NamedTuple):
 
     temperature: float
     is_greedy: bool  # the most likely token instead of a drawn one
+
+
+class Attention(NamedTuple):
+    """How steps of full layers go through the keys. It changes no bit."""
+
+    shares: bool  # prompts are read once for the tiles of rows that share them
+    longest: int  # tokens; above 0: by many programs a row, of which none has more
+
+
+_PLAIN_ATTENTION = Attention(shares=False, longest=0)
 
 
 def bucket_of(num_rows: int) -> int:
@@ -132,31 +144,34 @@ class Decoder:
         self.num_rows += count
 
     @torch.no_grad()
-    def step(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, by_graph: bool, records: bool) -> torch.Tensor | None:
-        """One step of all rows, for whatever draws from their hidden states. by_graph: a graph makes those; prompts as run takes
-        them, and the cache must be flushed. With `records`, returns the experts [B, L, A] of the rows, until the next step."""
+    def step(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, longest: int, by_graph: bool,
+             records: bool) -> torch.Tensor | None:
+        """One step of all rows, for whatever draws from their hidden states. by_graph: a graph makes those; the cache must be
+        flushed; prompts and longest as run takes them. With `records`, returns the experts [B, L, A] of the rows, until the next
+        step."""
         num_rows = bucket_of(self.num_rows) if by_graph else self.num_rows
-        shares = by_graph and self._share(prompts, self._num_tiles(num_rows))
+        attention = self._attention(prompts, num_rows, longest) if by_graph else _PLAIN_ATTENTION
 
         def feed() -> tuple[torch.Tensor, torch.Tensor | None]:
             record = RoutingRecord(num_rows, self.model.config, self.model.device) if records else None
-            hidden = self._feed(Rows(*self._table[:, :num_rows]), record, shares=shares)
+            hidden = self._feed(Rows(*self._table[:, :num_rows]), record, attention)
             return hidden, None if record is None else record.indices
 
-        key = ("hidden", num_rows, self.model.adapter_is_enabled, shares, records)
+        key = ("hidden", num_rows, self.model.adapter_is_enabled, attention, records)
         hidden, indices = self._replay(key, feed) if by_graph else feed()
         self._advance(Rows(*self._table[:, :self.num_rows]), hidden[:self.num_rows], draw)
         return None if indices is None else indices[:self.num_rows]
 
     @torch.no_grad()
-    def run(self, num_steps: int, plain: PlainDraw, prompts: list[tuple[int, int]]) -> None:
+    def run(self, num_steps: int, plain: PlainDraw, prompts: list[tuple[int, int]], *, longest: int) -> None:
         """Steps of all rows by a graph; nothing waits, and the cache must be flushed. prompts: of every row, which prompt it has
-        and how many tokens that has; long ones are read once for neighbours that share them."""
+        and how many tokens that has; long ones are read once for neighbours that share them. longest: the most tokens that a row
+        will have."""
         bucket = bucket_of(self.num_rows)
-        shares, rows = self._share(prompts, self._num_tiles(bucket)), Rows(*self._table[:, :bucket])
+        attention, rows = self._attention(prompts, bucket, longest), Rows(*self._table[:, :bucket])
         for _ in range(num_steps):
-            self._replay((plain, bucket, self.model.adapter_is_enabled, shares),
-                         lambda: self._advance(rows, self._feed(rows, None, shares=shares), self.plain_draw(plain)))
+            self._replay((plain, bucket, self.model.adapter_is_enabled, attention),
+                         lambda: self._advance(rows, self._feed(rows, None, attention), self.plain_draw(plain)))
 
     def plain_draw(self, plain: PlainDraw) -> DrawTokens:
         return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_words(rows.words),
@@ -182,7 +197,7 @@ class Decoder:
         """Appends tokens that nobody drew to a row, one by one; their log-probs are 0."""
         one = Rows(*self._table[:, row:row + 1])
         for token, record in zip(token_ids, records, strict=True):
-            self._feed(one, record)
+            self._feed(one, record, _PLAIN_ATTENTION)
             place = one.places + one.num_new
             self.tokens[place], self.log_probs[place] = token, 0.0
             one.tokens.fill_(token)
@@ -193,6 +208,12 @@ class Decoder:
     def _num_tiles(self, num_rows: int) -> int:
         """Tiles of shared prefixes that a step of so many rows has room for: twice those that full ones would be."""
         return 2 * cdiv(num_rows, self._tile_rows)
+
+    def _attention(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> Attention:
+        """How a graph of so many rows attends, none of which will have more than `longest` tokens."""
+        if num_rows <= _PARTS_ROWS and longest >= _PARTS_TOKENS:
+            return Attention(shares=False, longest=next_power_of_2(longest))  # few values, for every one has a graph
+        return Attention(shares=self._share(prompts, self._num_tiles(num_rows)), longest=0)
 
     def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:
         """Brings the device's tiles of shared prefixes up to date; whether there are any."""
@@ -208,11 +229,13 @@ class Decoder:
             self._shared = shared
         return bool(shared)
 
-    def _feed(self, rows: Rows, record: RoutingRecord | None, *, shares: bool = False) -> torch.Tensor:
-        num_rows = len(rows.tokens)
-        shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows]) if shares else None
+    def _feed(self, rows: Rows, record: RoutingRecord | None, attention: Attention) -> torch.Tensor:
+        num_rows, shared = len(rows.tokens), None
+        if attention.shares:
+            shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows])
         return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
-                                        prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None)
+                                        prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
+                                        longest=attention.longest)
 
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)

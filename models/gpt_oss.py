@@ -428,9 +428,9 @@ class GptOss(nn.Module):
     @torch.no_grad()
     def decode_hidden(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
                       record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None,
-                      shared: SharedPrefixes | None = None) -> torch.Tensor:
-        """As decode_step, but returns the final hidden states [B, D] that the logits come from. `shared`: see decode_attention;
-        layers with a window have no use for it."""
+                      shared: SharedPrefixes | None = None, longest: int = 0) -> torch.Tensor:
+        """As decode_step, but returns the final hidden states [B, D] that the logits come from. `shared`, `longest`: see
+        decode_attention; layers with a window have no use for them."""
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
         cache.flush()  # does nothing in a graph: who replays one flushes before
@@ -439,7 +439,8 @@ class GptOss(nn.Module):
             return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots, positions=positions,
                                     window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
                                     prefix_lens=prefix_lens, page_table=cache.table_of(layer),
-                                    shared=shared if cache.is_paged[layer] else None)
+                                    shared=shared if cache.is_paged[layer] else None,
+                                    longest=longest if cache.is_paged[layer] else 0)
 
         def attend(layer, q, k, v, sinks):
             cache.write(layer, k, v, slots, positions)

@@ -104,6 +104,21 @@ def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeyp
     assert len({tuple(tiles) for tiles in shared}) > 3 and max(map(len, shared)) > 1
 
 
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_keys_read_by_many_programs_leave_the_trainers_bits(monkeypatch, shares_prompts):
+    monkeypatch.setattr(models.decoder, "_PARTS_ROWS", 16)
+    monkeypatch.setattr(models.decoder, "_PARTS_TOKENS", 60)
+    model, longest = adapted_model(), set()
+    prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
+    original = models.decoder.Decoder._feed
+    monkeypatch.setattr(models.decoder.Decoder, "_feed", lambda self, rows, record, attention: longest.add(attention.longest)
+                        or original(self, rows, record, attention))
+    sampler = Sampler(model, [1], max_batch=12, seed=3, shares_prompts=shares_prompts)
+    completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
+    assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
+    assert {128, 256} <= longest
+
+
 @pytest.mark.parametrize("trains_base", [False, True])
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypatch, shares_prompts, trains_base):

@@ -22,6 +22,15 @@ from kernels.decode_attention import (
     decode_attention,
     decode_attention_reference,
 )
+from kernels.decode_attention_parts import (
+    SCORE_STAGES,
+    SLICE,
+    SUM_STAGES,
+    TILES,
+    _part_max_kernel,
+    _sum_kernel,
+    _weights_kernel,
+)
 from kernels.launch import family_of
 
 
@@ -120,6 +129,21 @@ def test_pages_in_any_order_give_the_bits_of_one_stretch(page, prefix_lens, pois
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("prefix_lens", [None, PREFIX_LENS, torch.full((12,), 61)], ids=["whole", "prefixed", "one_prefix"])
+@pytest.mark.parametrize("heads, kv_heads, width, page", [(4, 2, 16, 16), (8, 1, 32, 32), (3, 1, 64, 64)])
+def test_many_programs_give_the_bits_of_one(heads, kv_heads, width, page, prefix_lens, poisoned, ordered_products):
+    data = random_cache(12, 191, heads=heads, kv_heads=kv_heads, width=width, num_slots=14)
+    slots = torch.randperm(14, generator=torch.Generator().manual_seed(3))[:12]
+    settings = {"slots": slots, "positions": POSITIONS, "window": 0, "scale": 0.3, "prefix_lens": prefix_lens}
+    paged = scattered(data, slots, POSITIONS, page=page)
+    expected = decode_attention(**paged, **settings)
+    for longest in (191, 512):  # parts that no row has
+        out = decode_attention(**paged, **settings, longest=longest)
+        assert torch.equal(out, expected)
+    assert out[:-1].abs().amax((1, 2)).min() > 0 and (out[-1] == 0).all()
+
+
+@pytest.mark.interpreter
 def test_shared_pages_serve_every_slot_that_names_them(poisoned):
     data = random_cache(3, 100)
     data["keys"][1:, :64], data["values"][1:, :64] = data["keys"][0, :64], data["values"][0, :64]
@@ -157,7 +181,7 @@ def grouped(groups, *, page, heads=4, kv_heads=2):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 1), (8, 1)])
-def test_a_prefix_read_once_for_its_rows_changes_no_bit(heads, kv_heads, poisoned):
+def test_a_prefix_read_once_for_its_rows_changes_no_bit(heads, kv_heads, poisoned, ordered_products):
     # prompts that end within a tile of keys, on its edge and on a page's; between them a row that shares none and an empty tile
     groups = [(70, [0, 1, 40]), (64, [5, 17, 90, 3]), (20, [2]), (33, [*range(9)]), (0, [7, 8])]
     paged, settings = grouped(groups, page=32, heads=heads, kv_heads=kv_heads)
@@ -187,10 +211,11 @@ def test_a_row_that_became_idle_in_a_tile_gives_zeros_and_leaves_the_others_alon
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("longest", [0, 64])
 @pytest.mark.parametrize("prefix_lens", [None, torch.tensor([5, 33, 0, 70])])
-def test_idle_rows_and_rows_past_their_pages_leave_the_others_alone(prefix_lens, poisoned):
+def test_idle_rows_and_rows_past_their_pages_leave_the_others_alone(prefix_lens, longest, poisoned):
     data, slots, positions = random_cache(4, 64), torch.arange(4), torch.tensor([40, 63, 20, 50])
-    settings = {"slots": slots, "window": 0, "scale": 0.3, "prefix_lens": prefix_lens}
+    settings = {"slots": slots, "window": 0, "scale": 0.3, "prefix_lens": prefix_lens, "longest": longest}
     paged = scattered(data, slots, positions, page=32)
     expected = decode_attention(**paged, **settings, positions=positions)
     for name in ("keys", "values"):
@@ -288,6 +313,33 @@ def test_a_row_of_a_shared_prefix_is_summed_in_the_order_of_the_training_kernel(
     assert row_updates(compile_prefix(arch).ptx, columns) == training
 
 
+def compile_parts(arch: int, *, prefixed: bool) -> dict:
+    """The three kernels of decode_attention_parts.py, by name."""
+    blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=False, width=64).forward
+    pointers = {name: "*bf16" for name in ("q", "keys", "values", "sinks", "out", "weights")}
+    pointers |= {name: "*fp32" for name in ("part_max", "tile_max", "tile_sum")}
+    pointers |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"page_table": "*i32"}
+    sizes = {"STRIDE_KEY": 512, "GROUP": 8, "PREFIXED": prefixed, "PAGE": 64, "D": 64, "BLOCK_H": 16, "BLOCK_N": blocks.keys,
+             "TILES": TILES}
+    compiled = {}
+    for kernel, stages in ((_part_max_kernel, SCORE_STAGES), (_weights_kernel, SCORE_STAGES), (_sum_kernel, SUM_STAGES)):
+        names = kernel.arg_names
+        numbers = {"scale_log2": "fp32"} | dict.fromkeys(("stride_q", "stride_out", "pages_per_slot", "num_parts"), "i32")
+        signature = {name: kind for name, kind in (pointers | numbers).items() if name in names}
+        constexprs = {name: value for name, value in (sizes | {"SLICE": SLICE}).items() if name in names}
+        compiled[kernel.__name__] = compile_for(kernel, signature, constexprs, arch, num_warps=1, num_stages=stages)
+    return compiled
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_kernels_of_parts_fit_every_gpu_several_times(arch, prefixed):
+    for name, resources in compile_parts(arch, prefixed=prefixed).items():
+        # on Blackwell an address or two, where keys of two pages meet in a tile
+        check_fits(resources, arch, max_stack=32 if arch == 100 and prefixed and name == "_weights_kernel" else 0)
+        assert resources.mma == {"HMMA"} and resources.shared <= 52_000
+
+
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
@@ -358,8 +410,9 @@ def test_rows_have_the_bits_of_the_training_kernel(lengths, window, poisoned):
     inputs, bounds, cached, slots, positions = sequences(lengths, window=window)
     expected = attention(**inputs, cu_seqlens=bounds, window=window, scale=0.125)
     last = torch.tensor(bounds[1:], device="cuda") - 1
-    out = decode_attention(inputs["q"][last], **cached, slots=slots, positions=positions, scale=0.125)
-    assert torch.equal(out, expected[last])
+    for longest in [0] if window else [0, max(lengths)]:
+        out = decode_attention(inputs["q"][last], **cached, slots=slots, positions=positions, scale=0.125, longest=longest)
+        assert torch.equal(out, expected[last]), longest
 
 
 @pytest.mark.gpu
@@ -404,11 +457,30 @@ def test_continuations_of_a_prefix_have_the_bits_of_training_on_shared_prompts(w
     last = torch.tensor(bounds[2:], device="cuda") - 1
     prefix_lens = torch.full((4,), prompt, device="cuda")
     tiles = tiles_of((0, 4), num_rows=4)
-    for shared in [None] if window else [None, SharedPrefixes(tiles.tiles.cuda(), tiles.is_shared.cuda())]:
+    ways = [{}]
+    if not window:
+        ways += [{"shared": SharedPrefixes(tiles.tiles.cuda(), tiles.is_shared.cuda())}, {"longest": num_tokens}]
+    for way in ways:
         out = decode_attention(inputs["q"][last], *caches, inputs["sinks"], slots=torch.arange(4, device="cuda"), window=window,
                                positions=prefix_lens + torch.tensor(lengths, device="cuda") - 1, scale=0.125,
-                               prefix_lens=prefix_lens, page_table=table, shared=shared)
-        assert torch.equal(out, expected[last]), shared
+                               prefix_lens=prefix_lens, page_table=table, **way)
+        assert torch.equal(out, expected[last]), way
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefix_len", [None, 4000])
+@pytest.mark.parametrize("scale", [0.125, 1.0])
+def test_many_programs_have_the_bits_of_one_for_long_sequences(scale, prefix_len, poisoned):
+    generator, lengths = torch.Generator().manual_seed(0), [1, 4000, 4096, 9999, 40_000]
+    keys, values = (torch.randn(625 * 2, 64, 8, 64, generator=generator).to("cuda", torch.bfloat16) for _ in range(2))
+    q, sinks = torch.randn(5, 64, 64, generator=generator).to("cuda", torch.bfloat16), torch.randn(64, generator=generator).cuda()
+    settings = {"slots": torch.arange(5, device="cuda"), "positions": torch.tensor(lengths, device="cuda") - 1, "window": 0,
+                "page_table": torch.stack([torch.randperm(1250, generator=generator)[:625] for _ in lengths]).int().cuda(),
+                "prefix_lens": None if prefix_len is None else torch.full((5,), prefix_len, device="cuda"), "scale": scale}
+    expected = decode_attention(q, keys, values, sinks, **settings)
+    for longest in (40_000, 65_536):
+        out = decode_attention(q, keys, values, sinks, **settings, longest=longest)
+        assert torch.equal(out, expected) and out.abs().amax((1, 2)).min() > 0
 
 
 @pytest.mark.gpu

@@ -58,7 +58,7 @@ def test_rows_store_what_they_draw_and_end_with_a_stop_id_or_at_their_limit(mode
     decoder, new, hidden = make_decoder(model, [[5, 6], [7], [8, 9, 10]], limits=[9, 3, 9], stop_ids=[1])
     decoder.admit(new, hidden, scripted([20, 21, 22]))
     for drawn in ([30, 31, 1], [40, 1, 99], [1, 99, 99]):  # the last two have ended when they "draw" 99
-        decoder.step(scripted(drawn), [], by_graph=False, records=False)
+        decoder.step(scripted(drawn), [], longest=0, by_graph=False, records=False)
     assert decoder.look() == ([False] * 3, [4, 3, 2], [True, True, True])
     drawn = [decoder.tokens[10 * row:10 * row + count].tolist() for row, count in enumerate((4, 3, 2))]
     assert drawn == [[20, 30, 40, 1], [21, 31, 1], [22, 1]]
@@ -69,7 +69,7 @@ def test_a_limit_ends_a_row_without_a_stop_and_may_do_so_at_once(model):
     decoder, new, hidden = make_decoder(model, [[5, 6], [7]], limits=[1, 2], stop_ids=[])
     decoder.admit(new, hidden, scripted([20, 21]))
     assert decoder.look() == ([False, True], [1, 1], [False, False])
-    decoder.step(scripted([30, 31]), [], by_graph=False, records=False)
+    decoder.step(scripted([30, 31]), [], longest=0, by_graph=False, records=False)
     assert decoder.look() == ([False, False], [1, 2], [False, False])
     assert decoder.tokens[:1].tolist() == [20] and decoder.tokens[10:12].tolist() == [21, 31]
 
@@ -82,7 +82,7 @@ def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_d
         draw = decoder.plain_draw(PlainDraw(1.0, False))
         decoder.admit(new, hidden, draw)
         for _ in range(5):
-            decoder.step(draw, [], by_graph=False, records=False)
+            decoder.step(draw, [], longest=0, by_graph=False, records=False)
             live = [row for row, goes_on in enumerate(decoder.look()[0]) if goes_on]
             if compacts and len(live) < decoder.num_rows:
                 decoder.compact(live[::-1])
