@@ -10,12 +10,12 @@ weights are known, to the last bit, without the tiles before:
     3. output and sum, tile by tile: out = out * 2^(old maximum - new) + weights V, in slices of the head's width in parallel,
        which a product does not mix.
 
-Step 3 is a fifth of the products and no exponential; all sums have the order they have in _forward_tiles (kernels/attention.py),
-from the same layouts of one warp, and so the same bits. Costs: keys are read twice, weights written and read (a sixteenth of
-keys and values with gpt-oss's 8 query heads), two launches more.
+Of a tile's products a program of step 3 has an eighth, of its exponentials one a row; all sums have the order they have in
+_forward_tiles (kernels/attention.py), from the same layouts of one warp, and so the same bits. Costs: keys are read twice,
+weights written and read (a sixteenth of keys and values with gpt-oss's 8 query heads), two launches more.
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per page, H query heads, K key-value heads, D head width,
-P parts, C = P * TILES tiles of keys, R rows of a product: a key-value head's query heads, padded.
+R rows of a product: a key-value head's query heads, padded.
 """
 from __future__ import annotations
 
@@ -150,11 +150,12 @@ def _weights_kernel(q, keys, sinks, part_max, weights, tile_max, tile_sum, slots
 
 
 @triton.jit
-def _tile_numbers(tile_max, tile_sum, tile, num_tiles, heads, BLOCK_H: tl.constexpr):
-    """Maximum and sum of a tile."""
-    is_tile = tile < num_tiles
-    return (tl.load(tile_max + tile * BLOCK_H + heads, mask=(heads >= 0) & is_tile, other=0.0),
-            tl.load(tile_sum + tile * BLOCK_H + heads, mask=(heads >= 0) & is_tile, other=0.0))
+def _tile_numbers(tile_max, tile_sum, tile, num_tiles, BLOCK_H: tl.constexpr):
+    """Maximum and sum of a tile [R]."""
+    rows = tl.arange(0, BLOCK_H)
+    is_there = (tile < num_tiles) & (rows < BLOCK_H)
+    return (tl.load(tile_max + tile * BLOCK_H + rows, mask=is_there, other=0.0),
+            tl.load(tile_sum + tile * BLOCK_H + rows, mask=is_there, other=0.0))
 
 
 @triton.jit(do_not_specialize=["pages_per_slot", "num_parts"])
@@ -176,7 +177,7 @@ def _sum_kernel(values, sinks, out, weights, tile_max, tile_sum, slots, position
     tile_sum += place * BLOCK_H
     weights += place * GROUP * BLOCK_N
     values += kv_head * D + column
-    largest, total = _tile_numbers(tile_max, tile_sum, 0, num_tiles, heads, BLOCK_H)
+    largest, total = _tile_numbers(tile_max, tile_sum, 0, num_tiles, BLOCK_H)
     page, next_page = _tile_pages(pages, 0, num_tiles, num_keys, prefix, PREFIXED, PAGE, BLOCK_N)
     for tile in tl.range(0, num_tiles):
         start, end = _tile_keys(tile, num_keys, prefix, PREFIXED, BLOCK_N)
@@ -184,7 +185,7 @@ def _sum_kernel(values, sinks, out, weights, tile_max, tile_sum, slots, position
                                mask=(heads < GROUP)[:, None], other=0.0)
         v_tile = _tile_rows(values, page, next_page, start, end, STRIDE_KEY, PREFIXED, PAGE, SLICE, BLOCK_N)
         page, next_page = _tile_pages(pages, tile + 1, num_tiles, num_keys, prefix, PREFIXED, PAGE, BLOCK_N)
-        next_largest, next_total = _tile_numbers(tile_max, tile_sum, tile + 1, num_tiles, heads, BLOCK_H)  # a tile ahead, too
+        next_largest, next_total = _tile_numbers(tile_max, tile_sum, tile + 1, num_tiles, BLOCK_H)  # a tile ahead, too
         # never below the last; as the result of an operation, for the compiler overlaps no iterations where a variable that
         # they hand on becomes another
         new_max = tl.maximum(row_max, largest)
