@@ -5,11 +5,12 @@ measures what memory rollouts leave behind.
     python scripts/bench_rollout.py --checkpoint /dev/shm/gpt-oss-20b [--only exact memory] [--lora all]
 
 One JSON line per case. Prompts are random tokens, temperature 1, the adapter's B is not zero.
-decode: `batch` sequences with prompts of 512 tokens, sampling and log-probs included; tokens_per_s is the slope between a short
-and a long rollout, so that prefill, compilation and capture stay out. roofline_fraction compares it with the least time of a step
-on this GPU: for experts, dense projections, attention and head each, what they read at the bandwidth of a copy or what they
-compute at the rate of an 8192^3 bf16 product, both measured first, whichever takes longer (weights of the experts that uniform
-routing touches, everything else once, keys and values at the mean context); bandwidth_fraction counts the reading alone.
+decode: `batch` sequences with prompts of 512 tokens (--prompts), sampling and log-probs included; tokens_per_s is the slope
+between a short and a long rollout, so that prefill, compilation and capture stay out. roofline_fraction compares it with the
+least time of a step on this GPU: for experts, dense projections, attention and head each, what they read at the bandwidth of a
+copy or what they compute at the rate of an 8192^3 bf16 product, both measured first, whichever takes longer (weights of the
+experts that uniform routing touches, everything else once, keys and values at the mean context); bandwidth_fraction counts the
+reading alone.
 prefill: tokens of prompts a second, and their share of what that product's rate allows.
 grpo_step: seconds of rollout (prefill, decode), handover (memory given back), forward and backward, and optimizer of 8
 completions of 512 tokens, one prompt of 220; grpo_step_large: of 8 prompts of 512, 16 completions of 2,048 each.
@@ -92,9 +93,9 @@ def least_seconds(stages: list[Stage], ceilings: Ceilings) -> float:
     return sum(max(stage.num_bytes / ceilings.bandwidth, stage.flops / ceilings.flops) for stage in stages)
 
 
-def decode_case(policy, batch: int, ceilings: Ceilings) -> dict:
-    sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=PROMPT_LEN + LONG)
-    prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
+def decode_case(policy, batch: int, prompt_len: int, ceilings: Ceilings) -> dict:
+    sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=prompt_len + LONG)
+    prompts = random_prompts(policy, [prompt_len] * batch, seed=batch)
 
     def rollout(count: int, step: int):
         return sampler.generate(prompts, step=step, num_samples=1, max_new_tokens=count, temperature=1.0)
@@ -104,9 +105,9 @@ def decode_case(policy, batch: int, ceilings: Ceilings) -> dict:
     completions, long = timed(lambda: rollout(LONG, 1))
     sampler.rest()
     rate = batch * (LONG - SHORT) / (long - short)
-    stages = decode_stages(policy.config, batch, PROMPT_LEN + (SHORT + LONG) / 2)
+    stages = decode_stages(policy.config, batch, prompt_len + (SHORT + LONG) / 2)
     reading = sum(stage.num_bytes for stage in stages) / ceilings.bandwidth
-    return {"tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
+    return {"prompt_len": prompt_len, "tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
             "roofline_fraction": round(rate * least_seconds(stages, ceilings) / batch, 3),
             "bandwidth_fraction": round(rate * reading / batch, 3),
             "max_log_prob_diff": compare_log_probs(policy, completions[:64], shares_prompts=False)["max_log_prob_diff"]}
@@ -136,8 +137,9 @@ def guarded_line(what: str, batch: int, lora: str, function: Callable[[], dict])
     torch.cuda.empty_cache()
 
 
-def run_cases(policy, lora: str, batches: list[int], only: list[str], scale: float, ceilings: Ceilings) -> None:
-    cases = [("decode", batch, partial(decode_case, policy, batch, ceilings)) for batch in batches]
+def run_cases(policy, lora: str, arguments: argparse.Namespace, ceilings: Ceilings) -> None:
+    cases = [("decode", batch, partial(decode_case, policy, batch, prompt_len, ceilings))
+             for prompt_len in arguments.prompts for batch in arguments.batches]
     cases.append(("prefill", 32, partial(prefill_case, policy, 32, ceilings)))
     if lora != "none":
         memory_gb = TRAINING_SHARE * torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -149,10 +151,10 @@ def run_cases(policy, lora: str, batches: list[int], only: list[str], scale: flo
             ("exact", 24, partial(exact_case, policy, shares_prompts=True)),
             ("exact_whole", 24, partial(exact_case, policy, shares_prompts=False)),
             ("memory", 8, partial(memory_case, policy)),
-            ("requests", 512, partial(requests_case, policy, max_new_tokens=round(4096 * scale))),
+            ("requests", 512, partial(requests_case, policy, max_new_tokens=round(4096 * arguments.scale))),
         ]
     for what, batch, function in cases:
-        if what in only:
+        if what in arguments.only:
             guarded_line(what, batch, lora, function)
 
 
@@ -161,6 +163,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a gpt-oss checkpoint")
     parser.add_argument("--lora", nargs="+", choices=["none", *TARGETS], default=["all", "none"], help="what carries adapters")
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES), help="of decode")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[PROMPT_LEN],
+                        help=f"lengths of prompts in decode, tokens (default: {PROMPT_LEN})")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(ALWAYS), help=f"default: {' '.join(ALWAYS)}")
     parser.add_argument("--scale", type=float, default=0.125, help="of the lengths of requests (default: 0.125)")
     arguments = parser.parse_args()
@@ -176,7 +180,7 @@ def main() -> None:
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora="all" if lora == "none" else lora)
         with policy.adapter_disabled() if lora == "none" else nullcontext():
-            run_cases(policy, lora, arguments.batches, arguments.only, arguments.scale, ceilings)
+            run_cases(policy, lora, arguments, ceilings)
         del policy
         torch.cuda.empty_cache()
 
