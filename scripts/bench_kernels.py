@@ -184,7 +184,7 @@ def weight_gradient_cases(num_tokens: int) -> Iterator[Case]:
 
 
 def dense_cases(num_tokens: int) -> Iterator[Case]:
-    """Projections of the attention with LoRA: library products, several a call."""
+    """Projections of the attention with LoRA, by autograd: the backward's products are the library's, several a call."""
     normal = bench_grouped_gemm.normal
     for name, size_in, size_out in (("q", 2880, 4096), ("k, v", 2880, 512), ("o", 4096, 2880)):
         x, grad = normal(num_tokens, size_in).requires_grad_(), normal(num_tokens, size_out)
