@@ -19,14 +19,26 @@ def _lora_linear_reference(x, weight, bias, lora_A, lora_B, scale):
     return y if lora_A is None else y + scale * linear(linear(x, lora_A.to(x.dtype), None), lora_B.to(x.dtype), None)
 
 
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor | None,
+            lora_B: torch.Tensor | None, *, scale: float,
+            lora_groups: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What lora_linear gives on a GPU, without gradient, and the low-rank rows scale * x A^T [T, r], None without an adapter.
+    lora_groups: as in grouped_gemm, where A holds the first factors of several projections side by side."""
+    bias = None if bias is None else bias[None]
+    if lora_A is None:
+        return grouped_gemm(x, weight.T[None], None, bias=bias), None
+    low_rank = grouped_gemm(x, lora_A.T[None], None, scale=scale)
+    return grouped_gemm(x, weight.T[None], None, bias=bias, low_rank=low_rank, lora_up=lora_B.T[None],
+                        lora_groups=lora_groups), low_rank
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scale):
-        low_rank = None if lora_A is None else grouped_gemm(x, lora_A.T[None], None, scale=scale)  # [T, r]
+        y, low_rank = project(x, weight, bias, lora_A, lora_B, scale=scale)
         ctx.save_for_backward(x, weight, lora_A, lora_B, low_rank)
         ctx.scale, ctx.has_bias = scale, bias is not None
-        return grouped_gemm(x, weight.T[None], None, bias=bias if bias is None else bias[None], low_rank=low_rank,
-                            lora_up=None if lora_B is None else lora_B.T[None])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -30,6 +30,7 @@ from kernels.decode_routing import can_route_few, route_few
 from kernels.grouped_gemm import grouped_gemm
 from kernels.grouped_outer import grouped_outer
 from kernels.launch import product_path
+from kernels.linear import project
 from kernels.moe import MoeKept, moe_backward, moe_forward
 from kernels.rms_norm import norm_backward, norm_forward
 from kernels.rope import rotate
@@ -163,10 +164,8 @@ def _project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
              adapter: Adapter | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x [T, in] W^T + b with its adapter in the same accumulator -> [T, out]; and the low-rank rows [T, G r]."""
     if adapter is None:
-        return grouped_gemm(x, weight.T[None], None, bias=bias[None]), None
-    low_rank = grouped_gemm(x, adapter.A.T[None], None, scale=adapter.scale)
-    return grouped_gemm(x, weight.T[None], None, bias=bias[None], low_rank=low_rank, lora_up=adapter.B.T[None],
-                        lora_groups=adapter.groups), low_rank
+        return project(x, weight, bias, None, None, scale=1.0)
+    return project(x, weight, bias, adapter.A, adapter.B, scale=adapter.scale, lora_groups=adapter.groups)
 
 
 def _project_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, low_rank: torch.Tensor | None,
