@@ -243,6 +243,10 @@ class GptOss(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def trains_base(self) -> bool:
+        """Whether that is so of any block."""
+        return any(block.trains_base() for block in self.model.layers)
+
     @property
     def adapter_is_enabled(self) -> bool:
         """False inside adapter_disabled()."""
@@ -270,7 +274,7 @@ class GptOss(nn.Module):
         x = x.float() if self.dtype == torch.float16 else x
         blocks, is_training = self.model.layers, torch.is_grad_enabled()
         chooses = [None if routing is None else partial(routing.choose, layer) for layer in range(len(blocks))]
-        if not is_triton(x) or (is_training and any(block.trains_base() for block in blocks)):
+        if not is_triton(x) or (is_training and self.trains_base()):
             for block, choose in zip(blocks, chooses):
                 compute = partial(Block.compose, cos=cos, sin=sin, attend=attend, choose=choose)
                 if is_training and self.activation_checkpointing:

@@ -32,12 +32,12 @@ from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.groups import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
 from grpo.rollout import Sampler, filtered_log_probs  # noqa: E402
+from grpo.train import make_replay  # noqa: E402
 from kernels.advance import IDLE  # noqa: E402
 from models.checkpoint import load_model  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.lora import LoraConfig, attach_lora  # noqa: E402
-from models.routing_record import RoutingReplay  # noqa: E402
 from models.tensor_files import CheckpointError  # noqa: E402
 from models.tokenizer import Tokenizer  # noqa: E402
 
@@ -62,7 +62,7 @@ class Settings:
 
 def trainer_log_probs(model: GptOss, micro: RolloutBatch, settings: Settings) -> torch.Tensor:
     """[T] fp32, by the forward that a step trains with."""
-    routing = None if micro.routing is None else RoutingReplay(micro.routing)
+    routing = make_replay(micro)
     with torch.set_grad_enabled(bool(model.trainable_parameters())):
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.temperature, mask=micro.host_mask,
                                        kept=micro.kept, prefixes=micro.prefixes, routing=routing)
@@ -195,11 +195,9 @@ def differing_bits(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 def compare(trainer: Recorder, sampler: Recorder, num_positions: int) -> tuple[int, list[Finding]] | None:
     """The first position at which an operation's bits differ, and all operations of the first layer that differs there. None
-    where none does. On a GPU, where a base that trains has another forward with gradients than without, the operations that both
-    have are compared."""
-    pairs = {key: (torch.cat(parts), torch.cat(sampler.found[key])) for key, parts in trainer.found.items()
-             if key in sampler.found}
-    assert pairs, f"no operation in common: {list(trainer.found)}, {list(sampler.found)}"
+    where none does."""
+    assert trainer.found.keys() == sampler.found.keys(), f"one path alone has {trainer.found.keys() ^ sampler.found.keys()}"
+    pairs = {key: (torch.cat(parts), torch.cat(sampler.found[key])) for key, parts in trainer.found.items()}
     offsets = {key: num_positions - len(ours) for key, (ours, _) in pairs.items()}  # positions before the first that is recorded
     differs = {key: differing_bits(*pair) for key, pair in pairs.items()}
     firsts = {key: offsets[key] + int(rows.any(1).int().argmax()) for key, rows in differs.items() if rows.any()}
@@ -224,6 +222,10 @@ def explain(model: GptOss, completions: list[Completion], batch: RolloutBatch, s
     run_trainer(model, batch, settings, trainer, start=int(batch.cu_seqlens[index]), prompt_len=prompt_len,
                 num_positions=position)
     run_sampler(model, completions, settings, sampler, index=index, num_positions=position)
+    if model.device.type == "cuda" and model.trains_base():  # other operations make its gradients: those that both paths have
+        common = trainer.found.keys() & sampler.found.keys()
+        for recorder in (trainer, sampler):
+            recorder.found = {key: parts for key, parts in recorder.found.items() if key in common}
     return compare(trainer, sampler, position)
 
 
