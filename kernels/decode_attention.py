@@ -232,12 +232,12 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     if num_rows == 0:
         return out
     sinks, slots = sinks.contiguous(), slots.contiguous()
+    prefixes = positions if prefix_lens is None else prefix_lens.contiguous()
     if longest:
         decode_attention_parts(q, keys, values, sinks, out, slots=slots, positions=positions, page_table=page_table,
-                               prefix_lens=None if prefix_lens is None else prefix_lens.contiguous(), longest=longest,
+                               prefixes=prefixes, is_prefixed=prefix_lens is not None, longest=longest,
                                scale_log2=scale * _LOG2_E, tile=blocks.keys)
         return out
-    prefixes = positions if prefix_lens is None else prefix_lens.contiguous()
     table, pages_per_slot = (positions, 0) if page_table is None else (page_table, page_table.shape[1])
     overlap, states, is_shared = overlap_constants(q, num_rows), None, None
     if shared is not None:

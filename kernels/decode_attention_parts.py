@@ -152,10 +152,9 @@ def _weights_kernel(q, keys, sinks, part_max, weights, tile_max, tile_sum, slots
 @triton.jit
 def _tile_numbers(tile_max, tile_sum, tile, num_tiles, BLOCK_H: tl.constexpr):
     """Maximum and sum of a tile [R]."""
-    rows = tl.arange(0, BLOCK_H)
-    is_there = (tile < num_tiles) & (rows < BLOCK_H)
-    return (tl.load(tile_max + tile * BLOCK_H + rows, mask=is_there, other=0.0),
-            tl.load(tile_sum + tile * BLOCK_H + rows, mask=is_there, other=0.0))
+    place = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+    return (tl.load(tile_max + place, mask=tile < num_tiles, other=0.0),
+            tl.load(tile_sum + place, mask=tile < num_tiles, other=0.0))
 
 
 @triton.jit(do_not_specialize=["pages_per_slot", "num_parts"])
@@ -200,11 +199,11 @@ def _sum_kernel(values, sinks, out, weights, tile_max, tile_sum, slots, position
 
 
 def decode_attention_parts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, *,
-                           slots: torch.Tensor, positions: torch.Tensor, prefix_lens: torch.Tensor | None,
+                           slots: torch.Tensor, positions: torch.Tensor, prefixes: torch.Tensor, is_prefixed: bool,
                            page_table: torch.Tensor, longest: int, scale_log2: float, tile: int) -> None:
     """What decode_attention gives without a window, written to out [B, H, D]: the same bits. q [B, H, D], keys and values
-    [M, L, K, D] in pages; no row has more than `longest` tokens; tile: the keys of one. Triton only, arguments as
-    decode_attention has checked them."""
+    [M, L, K, D] in pages; prefixes [B]: its prefix_lens, any numbers unless is_prefixed; no row has more than `longest` tokens;
+    tile: the keys of one. Triton only, arguments as decode_attention has checked them."""
     num_rows, num_heads, width = q.shape
     page, num_kv_heads = keys.shape[1:3]
     group = num_heads // num_kv_heads
@@ -213,8 +212,8 @@ def decode_attention_parts(q: torch.Tensor, keys: torch.Tensor, values: torch.Te
     part_max = q.new_empty((num_rows, num_kv_heads, num_parts, rows), dtype=torch.float32)
     tile_max, tile_sum = q.new_empty((2, num_rows, num_kv_heads, num_parts * TILES, rows), dtype=torch.float32)
     weights = q.new_empty((num_rows, num_kv_heads, num_parts * TILES, group, tile))
-    of_rows = slots, positions, positions if prefix_lens is None else prefix_lens, page_table
-    sizes = {"STRIDE_KEY": keys.stride(1), "GROUP": group, "PREFIXED": prefix_lens is not None, "PAGE": page, "D": width,
+    of_rows = slots, positions, prefixes, page_table
+    sizes = {"STRIDE_KEY": keys.stride(1), "GROUP": group, "PREFIXED": is_prefixed, "PAGE": page, "D": width,
              "BLOCK_H": rows, "BLOCK_N": tile, "TILES": TILES, "num_warps": 1} | overlap_constants(q, num_rows)
     of_queries = q.stride(0), scale_log2, page_table.shape[1]
     grid = num_kv_heads, num_rows, num_parts
