@@ -46,14 +46,14 @@ class PlainDraw(NamedTuple):
     is_greedy: bool  # the most likely token instead of a drawn one
 
 
-class Attention(NamedTuple):
-    """How steps of full layers go through the keys. It changes no bit."""
+class KeyReading(NamedTuple):
+    """How steps read the keys of full layers. It changes no bit."""
 
     shares: bool  # prompts are read once for the tiles of rows that share them
     longest: int  # tokens; above 0: by many programs a row, of which none has more
 
 
-_PLAIN_ATTENTION = Attention(shares=False, longest=0)
+_ROW_BY_ROW = KeyReading(shares=False, longest=0)
 
 
 def bucket_of(num_rows: int) -> int:
@@ -150,14 +150,14 @@ class Decoder:
         flushed; prompts and longest as run takes them. With `records`, returns the experts [B, L, A] of the rows, until the next
         step."""
         num_rows = bucket_of(self.num_rows) if by_graph else self.num_rows
-        attention = self._attention(prompts, num_rows, longest) if by_graph else _PLAIN_ATTENTION
+        reading = self._reading(prompts, num_rows, longest) if by_graph else _ROW_BY_ROW
 
         def feed() -> tuple[torch.Tensor, torch.Tensor | None]:
             record = RoutingRecord(num_rows, self.model.config, self.model.device) if records else None
-            hidden = self._feed(Rows(*self._table[:, :num_rows]), record, attention)
+            hidden = self._feed(Rows(*self._table[:, :num_rows]), record, reading)
             return hidden, None if record is None else record.indices
 
-        key = ("hidden", num_rows, self.model.adapter_is_enabled, attention, records)
+        key = ("hidden", num_rows, self.model.adapter_is_enabled, reading, records)
         hidden, indices = self._replay(key, feed) if by_graph else feed()
         self._advance(Rows(*self._table[:, :self.num_rows]), hidden[:self.num_rows], draw)
         return None if indices is None else indices[:self.num_rows]
@@ -168,10 +168,10 @@ class Decoder:
         and how many tokens that has; long ones are read once for neighbours that share them. longest: the most tokens that a row
         will have."""
         bucket = bucket_of(self.num_rows)
-        attention, rows = self._attention(prompts, bucket, longest), Rows(*self._table[:, :bucket])
+        reading, rows = self._reading(prompts, bucket, longest), Rows(*self._table[:, :bucket])
         for _ in range(num_steps):
-            self._replay((plain, bucket, self.model.adapter_is_enabled, attention),
-                         lambda: self._advance(rows, self._feed(rows, None, attention), self.plain_draw(plain)))
+            self._replay((plain, bucket, self.model.adapter_is_enabled, reading),
+                         lambda: self._advance(rows, self._feed(rows, None, reading), self.plain_draw(plain)))
 
     def plain_draw(self, plain: PlainDraw) -> DrawTokens:
         return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_words(rows.words),
@@ -197,7 +197,7 @@ class Decoder:
         """Appends tokens that nobody drew to a row, one by one; their log-probs are 0."""
         one = Rows(*self._table[:, row:row + 1])
         for token, record in zip(token_ids, records, strict=True):
-            self._feed(one, record, _PLAIN_ATTENTION)
+            self._feed(one, record, _ROW_BY_ROW)
             place = one.places + one.num_new
             self.tokens[place], self.log_probs[place] = token, 0.0
             one.tokens.fill_(token)
@@ -209,11 +209,11 @@ class Decoder:
         """Tiles of shared prefixes that a step of so many rows has room for: twice those that full ones would be."""
         return 2 * cdiv(num_rows, self._tile_rows)
 
-    def _attention(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> Attention:
-        """How a graph of so many rows attends, none of which will have more than `longest` tokens."""
+    def _reading(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> KeyReading:
+        """That of a graph of so many rows, none of which will have more than `longest` tokens."""
         if num_rows <= _PARTS_ROWS and longest >= _PARTS_TOKENS:
-            return Attention(shares=False, longest=next_power_of_2(longest))  # few values, for every one has a graph
-        return Attention(shares=self._share(prompts, self._num_tiles(num_rows)), longest=0)
+            return KeyReading(shares=False, longest=next_power_of_2(longest))  # few values, for every one has a graph
+        return KeyReading(shares=self._share(prompts, self._num_tiles(num_rows)), longest=0)
 
     def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:
         """Brings the device's tiles of shared prefixes up to date; whether there are any."""
@@ -229,13 +229,13 @@ class Decoder:
             self._shared = shared
         return bool(shared)
 
-    def _feed(self, rows: Rows, record: RoutingRecord | None, attention: Attention) -> torch.Tensor:
+    def _feed(self, rows: Rows, record: RoutingRecord | None, reading: KeyReading) -> torch.Tensor:
         num_rows, shared = len(rows.tokens), None
-        if attention.shares:
+        if reading.shares:
             shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows])
         return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
                                         prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
-                                        longest=attention.longest)
+                                        longest=reading.longest)
 
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rollout_problem import assert_equal
 
 import grpo.rollout
 import models.decoder
 import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
+from grpo.train import make_replay
 from models.checkpoint import load_model
 from models.kv_cache import page_bytes, slot_bytes
 from models.lora import LoraConfig, attach_lora, set_full_training
-from models.routing_record import RoutingReplay
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURES = ROOT / "tests/fixtures"
@@ -74,7 +75,7 @@ def assert_trainers_bits(model, completions, *, shares_prompts, temperature=0.7,
     """The sampler's log-probs are those of a training forward, bit for bit, in micro-batches of so many tokens."""
     batch = pack(completions, [1.0] * len(completions)).to(model.device)
     for micro in micro_batches(batch, max_tokens, share_prompts=shares_prompts):
-        routing = None if micro.routing is None else RoutingReplay(micro.routing)
+        routing = make_replay(micro)
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=temperature, mask=micro.host_mask,
                                        kept=micro.kept, prefixes=micro.prefixes, routing=routing)
         assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
@@ -111,8 +112,8 @@ def test_keys_read_by_many_programs_leave_the_trainers_bits(monkeypatch, shares_
     model, longest = adapted_model(), set()
     prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
     original = models.decoder.Decoder._feed
-    monkeypatch.setattr(models.decoder.Decoder, "_feed", lambda self, rows, record, attention: longest.add(attention.longest)
-                        or original(self, rows, record, attention))
+    monkeypatch.setattr(models.decoder.Decoder, "_feed", lambda self, rows, record, reading: longest.add(reading.longest)
+                        or original(self, rows, record, reading))
     sampler = Sampler(model, [1], max_batch=12, seed=3, shares_prompts=shares_prompts)
     completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
     assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
@@ -172,17 +173,11 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
     by_graph = sampled()
     monkeypatch.setattr(grpo.rollout, "can_decode_by_graph", lambda model: False)
     one_by_one = sampled()
-    assert [c.completion_ids for c in by_graph] == [c.completion_ids for c in one_by_one]
-    for ours, theirs in zip(by_graph, one_by_one, strict=True):
-        kept, expected = ours.segments[1].kept_ids, theirs.segments[1].kept_ids
-        assert (kept is None) == (expected is None) == ("greedy" in settings or settings == {"records_routing": True})
-        assert kept is None or all(map(torch.equal, kept, expected))
-    if "records_routing" in settings:
-        for ours, theirs in zip(by_graph, one_by_one, strict=True):
-            assert torch.equal(ours.segments[1].routing, theirs.segments[1].routing)
-            assert len(ours.segments[1].routing[:-1].unique()) > 2  # the last token was not fed
-    ours, theirs = (torch.tensor([x for c in done for x in c.segments[1].log_probs]) for done in (by_graph, one_by_one))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert_equal(by_graph, one_by_one)
+    for completion in by_graph:
+        drawn = completion.segments[1]
+        assert (drawn.kept_ids is None) == ("greedy" in settings or settings == {"records_routing": True})
+        assert "records_routing" not in settings or len(drawn.routing[:-1].unique()) > 2  # the last token was not fed
 
 
 def test_log_probs_are_the_trainers_bit_for_bit_with_an_adapter_on_the_router():
