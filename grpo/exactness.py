@@ -19,9 +19,9 @@ _NONE = torch.iinfo(torch.int64).max
 
 
 def allowed_difference(policy: GptOss) -> float:
-    """The largest difference, in nats, that two paths without a fault have before the first update; infinity where
-    nothing is known. 0 on a GPU, where the kernels are made for it: a model whose decode steps are captured (models/decoder.py)
-    and not float16, whose residual stream those do not serve."""
+    """The largest difference, in nats, that two paths without a fault have before the first update; infinity where nothing is
+    known. 0 on a GPU, where the kernels are made for it: a model whose decode steps are captured (models/decoder.py) and not
+    float16, whose residual stream those do not serve."""
     if policy.device.type == "cuda" and policy.dtype != torch.float16 and can_decode_by_graph(policy):
         return 0.0
     return FLOAT32_ROUNDING if policy.dtype == torch.float32 else math.inf
