@@ -20,11 +20,11 @@ import torch
 
 from grpo.batch import Completion, Prompt
 from grpo.config import EvaluateConfig
+from grpo.environment import Score, held_out_prompts, make_environment, score
 from grpo.failures import describe_failure
-from grpo.groups import held_out_prompts, length_metrics, make_environment, reward_metrics, score
+from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
 from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
-from grpo.rewards import Score
 from grpo.rollout import Sampler
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it

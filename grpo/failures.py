@@ -12,11 +12,11 @@ import torch
 
 from grpo.checkpoint import LoadError, RunInUseError, SaveError
 from grpo.config import ConfigError
+from grpo.environment import EnvironmentFault
 from grpo.envs.data_files import DataError
-from grpo.groups import EnvironmentFault
 from grpo.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.optim import NonFiniteError
-from grpo.rewards import RewardError
+from grpo.rewards.functions import RewardError
 from grpo.rollout import Interrupted
 from models.checkpoint import CheckpointError
 

@@ -32,7 +32,7 @@ from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.groups import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
 from grpo.rollout import Sampler, filtered_log_probs  # noqa: E402
-from grpo.train import make_replay  # noqa: E402
+from grpo.update import make_replay  # noqa: E402
 from kernels.advance import IDLE  # noqa: E402
 from models.checkpoint import load_model  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402

@@ -17,7 +17,8 @@ import random
 import re
 
 from grpo.batch import Completion, Prompt
-from grpo.rewards import Score, is_well_formed, stated_answer
+from grpo.environment import Score
+from grpo.rewards.match import is_well_formed, stated_answer
 from models.harmony import Message, generation_prompt, parse_completion, render_message
 from models.tokenizer import Tokenizer, build_tiny_tokenizer
 

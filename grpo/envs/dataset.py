@@ -6,7 +6,8 @@
 `prompt_key` names the column with the prompt, text or a list of messages; `answer_key` the reference answer (both may be
 dotted, `reward_model.ground_truth`); `question_template` builds the user message from columns instead. The final channel of
 a completion is matched with the answer (`match`: exact, numeric, none) and shown to the reward functions of `rewards`, which
-grpo/rewards.py describes. Evaluation rows come from a file of their own or are a fraction held out by hash of the prompt.
+grpo/rewards/functions.py describes. Evaluation rows come from a file of their own or are a fraction held out by hash of the
+prompt.
 
 The whole file is read, checked and tokenised when the environment is built, before any model is loaded: every problem is a
 DataError that starts with file:line. Training rows are visited in epochs, each a permutation keyed by (seed, epoch);
@@ -26,22 +27,10 @@ from datetime import date
 from pathlib import Path
 
 from grpo.batch import Completion, Prompt
+from grpo.environment import Score
 from grpo.envs.data_files import DataError, read_records
-from grpo.rewards import (
-    Result,
-    Reward,
-    RewardError,
-    Sample,
-    Score,
-    exact_match,
-    is_well_formed,
-    load_reward,
-    numeric_match,
-    parse_number,
-    score_with,
-    stated_answer,
-    try_rewards,
-)
+from grpo.rewards.functions import Result, Reward, RewardError, Sample, load_reward, score_with, try_rewards
+from grpo.rewards.match import exact_match, is_well_formed, numeric_match, parse_number, stated_answer
 from models.harmony import parse_completion, render_chat
 from models.tokenizer import Tokenizer
 

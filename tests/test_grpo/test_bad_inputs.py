@@ -28,7 +28,7 @@ LORA = ("experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32"
 
 ENVIRONMENTS = '''
 from grpo.envs.carry import Carry
-from grpo.rewards import Score
+from grpo.environment import Score
 
 class Varied(Carry):
     """Rewards that differ within each group."""
@@ -278,7 +278,7 @@ ENVIRONMENT = [
     ("NanReward", 4, ["NanReward.score gave the reward nan to sample", "must be finite numbers"]),
     ("TextReward", 4, ["TextReward.score gave the reward 'good'", "must be finite numbers"]),
     ("TooFewScores", 4, ["returned 7 scores for 8 completions"]),
-    ("PlainNumbers", 4, ["PlainNumbers.score returned", "float", "grpo.rewards.Score"]),
+    ("PlainNumbers", 4, ["PlainNumbers.score returned", "float", "grpo.environment.Score"]),
     ("NoPrompts", 4, ["NoPrompts.prompts returned no prompts"]),
 ]
 

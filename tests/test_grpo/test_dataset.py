@@ -9,7 +9,7 @@ import pytest
 from grpo.batch import Completion, Segment
 from grpo.envs.carry import build_tokenizer
 from grpo.envs.dataset import DataError, Dataset
-from grpo.rewards import RewardError
+from grpo.rewards.functions import RewardError
 from models.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -375,13 +375,13 @@ def test_characters_that_the_tokenizer_lacks_are_a_bad_row(tmp_path):
         ({"match": "none"}, "every weight is 0"),
         ({"match_reward": 0.0}, "every weight is 0"),
         (
-            {"rewards": [{"fn": "grpo.rewards:exact_match", "wieght": 1}]},
+            {"rewards": [{"fn": "grpo.rewards.match:exact_match", "wieght": 1}]},
             "env.rewards[0].wieght: unknown key; did you mean weight?",
         ),
         ({"rewards": [{"weight": 1}]}, "env.rewards[0]="),
-        ({"rewards": ["grpo.rewards:exact_match"]}, "env.rewards[0]="),
-        ({"rewards": [{"fn": "grpo.rewards:exact_match"}] * 2}, "the name 'exact_match' is taken twice"),
-        ({"rewards": [{"fn": "grpo.rewards:nothing"}]}, "env.rewards[0].fn='grpo.rewards:nothing'"),
+        ({"rewards": ["grpo.rewards.match:exact_match"]}, "env.rewards[0]="),
+        ({"rewards": [{"fn": "grpo.rewards.match:exact_match"}] * 2}, "the name 'exact_match' is taken twice"),
+        ({"rewards": [{"fn": "grpo.rewards.match:nothing"}]}, "env.rewards[0].fn='grpo.rewards.match:nothing'"),
     ],
 )
 def test_bad_keywords_name_their_key(tokenizer, changes, words):

@@ -12,11 +12,11 @@ import torch
 from grpo.batch import Completion, Prompt, Segment
 from grpo.checkpoint import save_run
 from grpo.config import save_config
+from grpo.environment import Score
 from grpo.envs.carry import Carry
 from grpo.evaluate import evaluate, pass_at_k, run_evaluation, wilson_half_width
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
-from grpo.rewards import Score
 from grpo.rollout import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss

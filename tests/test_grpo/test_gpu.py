@@ -15,7 +15,7 @@ import models.decoder
 import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.rollout import Sampler
-from grpo.train import make_replay
+from grpo.update import make_replay
 from models.checkpoint import load_model
 from models.kv_cache import page_bytes, slot_bytes
 from models.lora import LoraConfig, attach_lora, set_full_training

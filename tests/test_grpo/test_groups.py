@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.batch import Completion, Prompt, Segment
+from grpo.environment import EnvironmentFault, Score, held_out_prompts, score
 from grpo.envs.data_files import DataError
-from grpo.groups import EnvironmentFault, collect, held_out_prompts, length_metrics, reward_metrics, score
-from grpo.rewards import RewardError, Score
+from grpo.groups import collect, length_metrics, reward_metrics
+from grpo.rewards.functions import RewardError
 
 GROUP = 2
 

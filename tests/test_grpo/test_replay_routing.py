@@ -9,7 +9,7 @@ import torch
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.rollout import Sampler, _Rollout
 from grpo.sampling import draw
-from grpo.train import routing_metrics
+from grpo.update import routing_metrics
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.routing_record import RoutingReplay

@@ -20,7 +20,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 SPREAD = '''
 import gc, os, sys, zlib
 from grpo.envs.carry import Carry
-from grpo.rewards import Score
+from grpo.environment import Score
 from models.gpt_oss import GptOss
 
 def spread(completions, completion_ids, **columns):

@@ -5,16 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.rewards import (
-    Reward,
-    RewardError,
-    Sample,
-    exact_match,
-    load_reward,
-    numeric_match,
-    score_with,
-    try_rewards,
-)
+from grpo.rewards.functions import Reward, RewardError, Sample, load_reward, score_with, try_rewards
+from grpo.rewards.match import exact_match, numeric_match
 
 
 def number(text, answer="42", tolerance=0.0):
@@ -525,7 +517,7 @@ def test_functions_load_by_dotted_path_and_from_files(tmp_path):
         "from dataclasses import dataclass\n\n@dataclass\nclass Bonus:\n    value: float = 3.0\n\n"
         "def score(row, text):\n    return Bonus().value + len(text)\n"
     )
-    for path in ("grpo.rewards:exact_match", "grpo.rewards.exact_match"):
+    for path in ("grpo.rewards.match:exact_match", "grpo.rewards.match.exact_match"):
         assert [r.value for r in load_reward(path, **OPTIONS)(samples(), step=0)] == [1.0, 0.0]
     reward = load_reward(f"{file}:score", **OPTIONS)
     assert (reward.name, reward.weight) == ("score", 1.0)
@@ -533,7 +525,7 @@ def test_functions_load_by_dotted_path_and_from_files(tmp_path):
 
 
 def test_keyword_arguments_come_from_the_config():
-    reward = load_reward("grpo.rewards.numeric_match", **OPTIONS, kwargs={"tolerance": 0.2})
+    reward = load_reward("grpo.rewards.match.numeric_match", **OPTIONS, kwargs={"tolerance": 0.2})
     assert [r.value for r in reward(samples(("44", "7")), step=0)] == [1.0, 1.0]
 
 
@@ -542,10 +534,10 @@ def test_keyword_arguments_come_from_the_config():
     [
         ("score", "expected package.module:function"),
         ("nowhere.at_all:score", "cannot import nowhere.at_all"),
-        ("grpo.rewards:exact_mach", "has no 'exact_mach'; its functions: describe_error, exact_match"),
-        ("grpo.rewards:MAX_EXPONENT", "is a int, no function"),
+        ("grpo.rewards.match:exact_mach", "has no 'exact_mach'; its functions: exact_match"),
+        ("grpo.rewards.match:MAX_EXPONENT", "is a int, no function"),
         ("missing_file.py:score", "no such file"),
-        ("grpo.rewards:", "expected package.module:function"),
+        ("grpo.rewards.match:", "expected package.module:function"),
     ],
 )
 def test_a_path_that_leads_nowhere_names_its_key(path, words):

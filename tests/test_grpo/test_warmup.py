@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.config import ConfigError
-from grpo.groups import EnvironmentFault
+from grpo.environment import EnvironmentFault
 from grpo.launch import load_config
 from grpo.optim import NonFiniteError
 from grpo.rollout import Interrupted

@@ -1,4 +1,4 @@
-"""Rewards: what an environment hands back for a completion, answer matching, and reward functions called by parameter name.
+"""Reward functions, called by parameter name.
 
 A reward function is plain Python, named in the config as `package.module:function`, `package.module.function` or
 `path/to/file.py:function`. Its signature says how it is called (sync or async alike):
@@ -29,37 +29,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-
-from models.harmony import Parsed
 
 BATCH_NAMES = ("prompts", "completions", "completion_ids", "answers", "infos", "states", "tasks")
 VERL_NAMES = ("data_source", "solution_str", "ground_truth", "extra_info")
 SINGLE_NAMES = ("prompt", "completion", "answer", "info", "state", "task")
 NATIVE_NAMES = ("row", "text", "thinking", "is_truncated")
-MAX_NUMBER_LEN = 64  # characters; longer "numbers" in model output are never parsed
-MAX_EXPONENT = 300
-MAX_SPELLINGS = 32  # of one number in one text
 
 
 class RewardError(ValueError):
     """A reward function failed; the message names the function and the row."""
-
-
-@dataclass
-class Score:
-    """An environment's verdict on one completion.
-
-    `reward` None: no reward could be computed, so the completion is left out of its group. `parts` are unweighted values,
-    `metrics` further numbers (a key may be absent from some scores: average over those that have it), `extra` anything
-    else worth a column in the log of completions."""
-
-    reward: float | None
-    parts: dict[str, float]
-    metrics: dict[str, float]
-    is_correct: bool | None
-    extra: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,96 +70,6 @@ class TrainerState:
     """The part of the trainer's state that TRL-style functions are shown."""
 
     global_step: int
-
-
-# --- answers in completions ------------------------------------------------------------------------------------------
-
-
-def is_well_formed(parsed: Parsed) -> bool:
-    """Whether a completion parses as harmony to its end and closes with its only message on the final channel."""
-    finals = [message for message in parsed.messages if message.channel == "final"]
-    return parsed.is_complete and len(finals) == 1 and finals[0] is parsed.messages[-1] and finals[0].recipient is None
-
-
-def stated_answer(parsed: Parsed) -> str | None:
-    """The text to match: the final channel's one finished message. None for a completion that was cut off (42 may have
-    been about to become 421), that has no final message, or several (a second guess)."""
-    finals = [message for message in parsed.messages if message.channel == "final"]
-    return finals[0].content if parsed.is_complete and len(finals) == 1 else None
-
-
-# --- matching -------------------------------------------------------------------------------------------------------
-
-
-def exact_match(text: str, answer: str) -> float:
-    """1.0 if the text equals the answer, surrounding white space aside."""
-    return float(text.strip() == answer.strip())
-
-
-def numeric_match(text: str, answer: str, *, tolerance: float) -> float:
-    """1.0 if the text states exactly one number, and that equals the answer within `tolerance` (relative; 0 = exactly).
-
-    "42", "the answer is **42.0**", "1/2" for 0.5, "1,000", "4.2e1" count, as does one number inside `\\boxed{}` among
-    others outside. Two different candidates are a hedge and score 0, and so do nan, inf, digits outside ASCII and numbers
-    glued to letters. Nothing is evaluated; time is linear in the length of the text.
-
-    Raises ValueError if the answer itself is no number."""
-    expected = parse_number(answer)
-    if expected is None:
-        raise ValueError(f"the answer {_short(answer)} is not a number, which a numeric match needs")
-    stated = _stated_number(text)
-    if stated is None:
-        return 0.0
-    return float(abs(stated - expected) <= Fraction(tolerance) * abs(expected))
-
-
-_NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(\.\d*)?(?:[eE]([+-]?\d{1,4}))?(?:/(\d+))?", re.ASCII)
-_WORD = re.compile(r"[\w.,/+\-]+", re.ASCII)
-_DIGIT = re.compile(r"\d", re.ASCII)
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
-_FRAC = re.compile(r"\\[dt]?frac\s*\{(\d{1,32})\}\s*\{(\d{1,32})\}", re.ASCII)
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The exact value of a whole text that is one decimal number or fraction, else None."""
-    text = text.strip().replace("\u2212", "-")
-    if len(text) > MAX_NUMBER_LEN:
-        return None
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    sign, whole, decimals, exponent, denominator = match.groups()
-    power = int(exponent or 0)
-    if abs(power) > MAX_EXPONENT or (denominator is not None and int(denominator) == 0):
-        return None
-    value = Fraction((whole.replace(",", "") or "0") + (decimals or "")) * Fraction(10) ** power
-    return (-value if sign == "-" else value) / int(denominator or 1)
-
-
-def _stated_number(text: str) -> Fraction | None:
-    """The one number that a text states, or None if there is none, more than one, or something like a number."""
-    if not text.isascii() and any(char.isnumeric() and not char.isascii() for char in text):
-        return None
-    text = _FRAC.sub(r"\1/\2", text.replace("\u2212", "-"))
-    num_boxes = text.count("\\boxed")
-    if num_boxes:
-        boxes = _BOXED.findall(text)
-        if len(boxes) != num_boxes:
-            return None
-        text = " ".join(boxes)
-    words, values = set(), set()
-    for match in _WORD.finditer(text):
-        word = match.group().rstrip(".,")  # of the sentence
-        if word in words or _DIGIT.search(word) is None:
-            continue
-        words.add(word)
-        values.add(parse_number(word))
-        if len(values) > 1 or None in values or len(words) > MAX_SPELLINGS:
-            return None
-    return values.pop() if values else None
-
-
-# --- reward functions -----------------------------------------------------------------------------------------------
 
 
 def load_function(path: str, *, key: str) -> Callable:

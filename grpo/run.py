@@ -1,0 +1,208 @@
+"""A training run's life around the loop: how it starts, resumes, saves, exports and says what to type next."""
+from __future__ import annotations
+
+import resource
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from grpo.checkpoint import RunState, SaveError, load_run, save_run
+from grpo.config import ConfigError, TrainConfig, bind, check_resumable, read_saved_config, save_config, to_dict
+from grpo.environment import make_environment
+from grpo.metrics import Metrics
+from grpo.optim import Optimizer, loss_scale_for
+from grpo.policy import (
+    build_model,
+    build_tokenizer,
+    check_trainable,
+    load_parameters,
+    parameter_tensors,
+    select_device,
+    select_dtype,
+)
+from grpo.rollout import Interrupted, Sampler
+from grpo.warmup import check_demonstrations, warm_up
+from models.checkpoint import save_model
+from models.gpt_oss import GptOss
+from models.lora import count_active_parameters, count_parameters, describe_trainable
+from models.peft_format import save_adapter
+from models.tokenizer import Tokenizer
+
+OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
+
+
+@dataclass
+class Run:
+    """The state of a training run."""
+
+    config: TrainConfig
+    run_dir: Path
+    policy: GptOss
+    tokenizer: Tokenizer
+    env: object
+    loss_fn: Callable
+    sampler: Sampler
+    metrics: Metrics
+    should_stop: Callable[[], bool]
+    optimizer: Optimizer | None = None  # once the weights are there
+    step: int = 0  # steps finished
+    saved_step: int = -1  # steps finished at the newest checkpoint
+    has_warned: bool = False  # that sampler and trainer differ
+    is_between_steps: bool = True  # false while weights hold part of a step's updates
+
+
+def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -> tuple[Run, RunState | None]:
+    """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded."""
+    device = select_device(config.device)
+    dtype = select_dtype(config.dtype, device)
+    check_trainable(config.model, dtype)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loss_fn = bind(config.loss, "loss")
+    tokenizer = build_tokenizer(config.model, config.env)
+    env = make_environment(config.env, tokenizer, seed=config.seed)
+    if config.warmup is not None:
+        check_demonstrations(env)
+    state = load_run(run_dir) if config.resume else None
+    save_config(config, run_dir / "config.yaml")
+    tokenizer.save(run_dir / "tokenizer")
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed,
+                      shares_prompts=config.optim.share_prompts, cache_gb=config.rollout.cache_gb)
+    metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
+                      wandb_id=state.state["wandb_id"] if state else None)
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop), state
+
+
+def prepare_weights(run: Run, state: RunState | None) -> None:
+    """The weights that training goes on from, those of the checkpoint or of the warm-up, and their optimizer."""
+    config = run.config
+    # -1: lines of a run killed before its first checkpoint
+    run.metrics.truncate_after(state.step if state else -1)
+    run.metrics.print(describe(config, run.run_dir, run.policy, resumed_step=state.step if state else None))
+    if state is not None:
+        load_parameters(run.policy, state.tensors, str(run.run_dir))
+    elif config.warmup is not None:
+        warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
+    optimizer = make_optimizer(config, run.policy)  # now: its fp32 masters are copies of the weights
+    if state is not None:
+        optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
+                                   if name.startswith(OPTIM)})
+        run.step = run.saved_step = state.step
+    run.optimizer = optimizer
+
+
+def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
+    optim = config.optim
+    return Optimizer(
+        policy.trainable_parameters(), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps,
+        weight_decay=optim.weight_decay, warmup_steps=optim.warmup_steps, schedule=str(optim.schedule),
+        decay_steps=optim.decay_steps, final_lr_ratio=optim.final_lr_ratio, max_grad_norm=optim.max_grad_norm,
+        total_steps=config.steps * optim.minibatches * optim.epochs,
+        loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
+
+
+def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step: int | None) -> str:
+    """The first lines of a run."""
+    rollout, num_threads = config.rollout, torch.get_num_threads()
+    device = f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    if policy.device.type == "cuda":
+        device = torch.cuda.get_device_name(policy.device)
+    return "\n".join([
+        f"run      {config.name} in {run_dir}, " + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
+        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, "
+        f"torch {torch.__version__}",
+        f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
+        f"{count_active_parameters(policy):,} active per token",
+        f"env      {config.env['_target_']}",
+        f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
+        f"tokens, {config.steps} steps",
+        "trains", describe_trainable(policy)])
+
+
+def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Makes the run's folder. Raises ConfigError where another run lives in it or a resume does not fit."""
+    saved = run_dir / "config.yaml"
+    has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
+    if has_checkpoints and not config.resume:
+        raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run with checkpoints; continue it with resume=true, "
+                          "or choose another name=")
+    if config.resume and has_checkpoints and saved.exists():
+        check_resumable(read_saved_config(saved), config)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir = {config.output_dir!r}: cannot make {run_dir} ({error.strerror}); choose a folder that "
+                          "can be written") from error
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the finished steps, metrics on disk first."""
+    if run.saved_step == run.step:
+        return
+    run.metrics.set_status("saving")
+    run.metrics.sync()
+    tensors = parameter_tensors(run.policy)
+    tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
+    save_run(run.run_dir, step=run.step, tensors=tensors, state={"wandb_id": run.metrics.wandb_id},
+             keep=run.config.checkpoint.keep)
+    run.saved_step = run.step
+
+
+def export_policy(run: Run) -> Path:
+    """What others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model."""
+    is_lora = run.config.model.lora is not None
+    folder = run.run_dir / ("adapter" if is_lora else "model")
+    shutil.rmtree(folder, ignore_errors=True)  # of fewer steps, where a finished run went on
+    if is_lora:
+        save_adapter(run.policy, folder, base_model=run.config.model.path)
+    else:
+        save_model(run.policy, folder, merge_lora=False, tokenizer_folder=run.run_dir / "tokenizer", dtype=run.policy.dtype)
+    return folder
+
+
+def keep_finished_steps(run: Run | None, error: BaseException) -> str:
+    """Saves the steps that had finished when something else went wrong. Returns what to tell about it."""
+    if run is None or run.optimizer is None or not run.is_between_steps or isinstance(error, (SaveError, OSError)):
+        return ""
+    if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
+        return ""  # nothing was learnt yet
+    if not all(parameter.isfinite().all() for parameter in run.policy.trainable_parameters().values()):
+        return ""
+    try:
+        save(run)
+    except (SaveError, OSError) as failure:
+        return f"; and {failure}"
+    return f"; saved after step {run.step}"
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command line that continues this run; of a sweep, all its runs (finished ones have nothing left to do)."""
+    words = [argument for argument in sys.argv[1:] if argument.lstrip("+").partition("=")[0] not in ("name", "resume")]
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        words += [argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("name=")]
+    else:
+        words.append(f"name={config.name}")
+    return "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*words, "resume=true"])
+
+
+def next_commands(run: Run, exported: Path) -> list[str]:
+    """What to type after a finished run."""
+    others = [word for word in sys.argv[1:] if word.lstrip("+").partition("=")[0] not in ("name", "resume", "seed")]
+    return [f"python -m grpo.generate run={run.run_dir}", f"python -m grpo.evaluate run={run.run_dir} num_samples=8",
+            "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*others, f"seed={run.config.seed + 1}"]),
+            f"ls {exported}    # the trained weights, for transformers, PEFT and vLLM"]
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of the process in GB (1e9 bytes): reserved by torch on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

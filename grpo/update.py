@@ -1,0 +1,107 @@
+"""The update of a step: a batch of scored completions to losses, gradients and optimizer steps, with their metrics."""
+from __future__ import annotations
+
+import torch
+
+from grpo.batch import RolloutBatch, micro_batches, minibatches, pack
+from grpo.config import OldLogProbs
+from grpo.exactness import allowed_difference, describe_mismatch, differences
+from grpo.groups import Groups
+from grpo.losses import kl_penalty, reduce_stats, token_stats
+from grpo.optim import check_finite
+from grpo.rollout import Interrupted
+from grpo.run import Run
+from models.routing_record import RoutingReplay
+
+
+def update(run: Run, groups: Groups) -> dict[str, float]:
+    """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
+    optim = run.config.optim
+    if not groups.completions:  # nothing to learn from: no gradient, no update
+        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0, "update/tokens": 0}
+    batch = pack(groups.completions, groups.advantages).to(run.policy.device)
+    num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
+    if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
+        batch.old_log_probs = score_batch(run, batch)
+    allowed = allowed_difference(run.policy)
+    stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole = [], [], [], [], [], 0, 0
+    for epoch in range(optim.epochs):
+        seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
+        for part in minibatches(batch, optim.minibatches, seed=seed):
+            num_whole += len(part.tokens)
+            for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
+                num_packed += len(micro.tokens)
+                routing = make_replay(micro)
+                log_probs, entropy = policy_log_probs(run, micro, routing)
+                loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
+                check_finite(loss, step=run.step, what="loss", name="the policy")
+                run.optimizer.backward(loss)
+                stats.append(micro_stats)
+                if not grad_norms:  # after an update the policy is no longer the one that sampled
+                    sampling_stats.append(token_stats(log_probs, entropy, micro))
+                    found.append(differences(log_probs, micro, allowed=allowed))
+                    replays += [routing] if routing is not None else []
+                if run.is_between_steps and run.should_stop():
+                    run.optimizer.zero_grad()
+                    raise Interrupted(f"step {run.step + 1} abandoned before its update")
+            lr = run.optimizer.lr
+            grad_norms.append(run.optimizer.step())
+            run.is_between_steps = False
+            run.optimizer.zero_grad()
+    sampling = reduce_stats(sampling_stats, num_updates=1)
+    if not run.has_warned:
+        warning = describe_mismatch(found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir, allowed=allowed,
+                                    largest=sampling["sampling/log_prob_diff/max"])
+        if warning is not None:
+            run.metrics.warn(warning)
+            run.has_warned = True
+    return {**sampling, **reduce_stats(stats, num_updates=num_updates),
+            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed,
+            "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
+
+
+def policy_log_probs(run: Run, micro: RolloutBatch, routing: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [T] of the sampled tokens and entropy [T] of the policy as it is now, in nats."""
+    return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
+                                routing=routing, temperature=run.config.rollout.temperature)
+
+
+def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
+    """A replay of what the sampler recorded, for one forward and its backward."""
+    return None if micro.routing is None else RoutingReplay(micro.routing)
+
+
+def routing_metrics(replays: list[RoutingReplay]) -> dict[str, float]:
+    """The share of the recorded choices of an expert that the trainer's router would have made otherwise."""
+    if not replays:
+        return {}
+    num_choices = sum(int(replay.num_choices) for replay in replays)
+    return {"routing/flips": sum(int(replay.num_flips) for replay in replays) / num_choices}
+
+
+def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_updates: int,
+                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
+    if run.config.optim.old_log_probs == OldLogProbs.sampler:
+        old_log_probs = micro.sampler_log_probs
+    else:  # with one update the policy still is what it was at the start: the ratio is exactly 1
+        old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
+    loss, stats = run.loss_fn(log_probs, micro, old_log_probs=old_log_probs)
+    kl = run.config.kl
+    if kl.coefficient > 0:
+        with torch.no_grad(), run.policy.adapter_disabled():
+            # the reference routes for itself: it is the model without the adapter, not that model on another's routes
+            ref_log_probs, _ = policy_log_probs(run, micro, None)
+        penalty, kl_stats = kl_penalty(log_probs, ref_log_probs, micro, coefficient=kl.coefficient,
+                                       estimator=str(kl.estimator))
+        loss, stats = loss + penalty, stats | kl_stats | {"loss": stats["loss"] + penalty.detach()}
+    return loss, stats
+
+
+@torch.no_grad()
+def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
+    """Log-probs [T] of the policy as it is now, for the ratios of several updates; `batch` as `pack` made it."""
+    optim, log_probs = run.config.optim, torch.zeros_like(batch.sampler_log_probs)
+    for micro in micro_batches(batch, optim.max_tokens, share_prompts=optim.share_prompts):
+        log_probs[micro.token_index] = policy_log_probs(run, micro, make_replay(micro))[0]
+    return log_probs
