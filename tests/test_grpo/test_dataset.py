@@ -549,3 +549,41 @@ def test_the_described_completion_shows_source_question_and_channels(sums):
     described = env.describe(complete(env, prompt, final("8")))
     assert described["source"].rpartition(":")[0].endswith("data.jsonl")
     assert (described["question"], described["analysis"], described["final"]) == (prompt.row["question"], "hm", "8")
+
+
+def test_the_question_described_is_the_last_user_message(tokenizer, tmp_path):
+    def messages(n):
+        call = {"type": "function", "function": {"name": "look", "arguments": {"n": n}}}
+        return [
+            {"role": "system", "content": "Be terse."},
+            {"role": "user", "content": f"Look up {n}."},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": f"found {n}"},
+        ]
+
+    path = write(tmp_path, [{"prompt": messages(n), "answer": str(n)} for n in range(9)])
+    env = make(tokenizer, path=path, prompt_key="prompt", held_out_fraction=0.5)
+    prompt = env.prompts(0, num_prompts=1)[0]
+    number = prompt.row["answer"]
+    assert env.describe(complete(env, prompt, final("8")))["question"] == f"Look up {number}."
+
+
+# --- the fingerprint ------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_depends_on_rows_and_split_not_on_file_or_format(tokenizer, tmp_path):
+    base = make(tokenizer, path=write(tmp_path, rows())).fingerprint()
+    assert len(base) == 64
+    (tmp_path / "moved.json").write_text(json.dumps(rows()))
+    assert make(tokenizer, path=str(tmp_path / "moved.json"), seed=7).fingerprint() == base
+    changed = {
+        "answer": [*rows(19), {"question": "What is 19 + 1?", "answer": 21}],
+        "another column": [{**row, "level": 1} for row in rows()],
+        "a row more": rows(21),
+        "order": rows()[::-1],
+        "prompt": [*rows(19), {"question": "What is 19 plus 1?", "answer": 20}],
+    }
+    found = {name: make(tokenizer, path=write(tmp_path, lines, "b.jsonl")).fingerprint() for name, lines in changed.items()}
+    found["split"] = make(tokenizer, path=write(tmp_path, rows()), held_out_fraction=0.5).fingerprint()
+    found["rendering"] = make(tokenizer, path=write(tmp_path, rows()), reasoning_effort="high").fingerprint()
+    assert len({base, *found.values()}) == 1 + len(found), found
