@@ -34,6 +34,7 @@ from grpo.config import (
     dataclass_of,
     escaped,
     key_matches,
+    run_folder,
     to_typed,
     unknown_key,
 )
@@ -74,7 +75,7 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
             codes.append(CONFIG_ERROR)
             return
         if config_name == "train":
-            runs.append(Path(config.output_dir).expanduser() / config.name)
+            runs.append(run_folder(config))
         try:
             codes.append(task(config))
         except Exception:  # the whole traceback, which Hydra would cut, and the sweep's other jobs still run

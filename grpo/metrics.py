@@ -20,12 +20,13 @@ import math
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import time
 import urllib.parse
 from pathlib import Path
 
-from grpo.config import WandbConfig
+from grpo.config import WandbConfig, shown
 from grpo.console import Display, final_renderables
 from grpo.report import (
     COMPLETIONS_FILE,
@@ -197,7 +198,7 @@ class Metrics:
             write_report(self.run_dir, self.summary)
         except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
             reason = f"{type(error).__name__}: {error}"
-            command = f"python -m grpo.report {self.run_dir}"
+            command = shlex.join(["python", "-m", "grpo.report", str(shown(self.run_dir))])
             self.display.print(f"warning: no report ({reason}); rebuild it with: {command}")
         self.wandb.finish(self.summary)
         return self.summary
@@ -212,7 +213,8 @@ class Metrics:
         seconds = f"{summary['seconds']:.0f} s" if summary["seconds"] < 600 else f"{summary['seconds'] / 60:.0f} min"
         show("", f"{summary['run_name']}: {summary['exit_reason']} after {summary['steps']} steps, {seconds}", "")
         show(*final_renderables(summary, samples, encoding=self.display.encoding))
-        show("", f"report   {self.run_dir / 'report.html'}", f"metrics  {self.run_dir / METRICS_FILE}")
+        folder = shown(self.run_dir)
+        show("", f"report   {folder / 'report.html'}", f"metrics  {folder / METRICS_FILE}")
         if self.wandb.hint:
             show(f"wandb    {self.wandb.hint}")
         if next_commands:

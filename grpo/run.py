@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from grpo.checkpoint import RunState, SaveError, load_run, save_run
-from grpo.config import ConfigError, TrainConfig, bind, check_resumable, read_saved_config, save_config, to_dict
+from grpo.config import ConfigError, TrainConfig, bind, check_resumable, read_saved_config, save_config, shown, to_dict
 from grpo.environment import make_environment
 from grpo.metrics import Metrics
 from grpo.optim import Optimizer, loss_scale_for
@@ -116,7 +116,8 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
     if policy.device.type == "cuda":
         device = torch.cuda.get_device_name(policy.device)
     return "\n".join([
-        f"run      {config.name} in {run_dir}, " + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
+        f"run      {config.name} in {shown(run_dir)}, "
+        + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
         f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, "
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
@@ -190,15 +191,18 @@ def resume_command(config: TrainConfig) -> str:
         words += [argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("name=")]
     else:
         words.append(f"name={config.name}")
-    return "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*words, "resume=true"])
+    return shlex.join(["python", "-m", "grpo.train", *words, "resume=true"])
 
 
 def next_commands(run: Run, exported: Path) -> list[str]:
     """What to type after a finished run."""
     others = [word for word in sys.argv[1:] if word.lstrip("+").partition("=")[0] not in ("name", "resume", "seed")]
-    return [f"python -m grpo.generate run={run.run_dir}", f"python -m grpo.evaluate run={run.run_dir} num_samples=8",
-            "python -m grpo.train " + " ".join(shlex.quote(word) for word in [*others, f"seed={run.config.seed + 1}"]),
-            f"ls {exported}    # the trained weights, for transformers, PEFT and vLLM"]
+    commands = [["python", "-m", "grpo.generate", f"run={shown(run.run_dir)}"],
+                ["python", "-m", "grpo.evaluate", f"run={shown(run.run_dir)}", "num_samples=8"],
+                ["python", "-m", "grpo.train", *others, f"seed={run.config.seed + 1}"],
+                ["ls", str(shown(exported))]]
+    return [shlex.join(words) + ("    # the trained weights, for transformers, PEFT and vLLM" if words[0] == "ls" else "")
+            for words in commands]
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from grpo.checkpoint import RunInUseError, lock_run
-from grpo.config import ConfigError, TrainConfig
+from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
 from grpo.environment import held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.failures import describe_failure
@@ -89,7 +88,8 @@ def evaluate_if_due(run: Run) -> None:
 def run_training(config: TrainConfig) -> int:
     """One run from start to end. Returns its exit code; every failure ends in one message."""
     run, failure = None, None
-    run_dir = Path(config.output_dir).expanduser() / config.name
+    anchor_paths(config)
+    run_dir = run_folder(config)
     try:
         claim_run_dir(config, run_dir)
         with lock_run(run_dir), GracefulStop(resume_command(config)) as should_stop:

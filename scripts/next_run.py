@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.config import ConfigError, check_resumable, read_saved_config  # noqa: E402
+from grpo.config import ConfigError, check_resumable, read_saved_config, run_folder  # noqa: E402
 from grpo.launch import load_config  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def next_run(arguments: list[str]) -> list[str]:
     default_name = config.name
     for number in itertools.count(1):
         config.name = default_name if number == 1 else f"{default_name}-{number}"
-        run_dir = Path(config.output_dir).expanduser() / config.name
+        run_dir = run_folder(config)
         checkpoints = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
         if not checkpoints:
             return [] if number == 1 else [f"name={config.name}"]
