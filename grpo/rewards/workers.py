@@ -1,0 +1,222 @@
+"""Worker processes that can be killed: a function, named by a string, called on items with a time limit for each.
+
+A worker is a clean interpreter (the caller's main module is not imported again, nor torch unless the function does it) in
+a session of its own: a terminal's Ctrl-C goes to the trainer alone. Pickled messages travel over a socket that only the
+worker's Python holds, so what the function prints goes where the trainer prints. A worker dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+
+START_LIMIT = 300.0  # seconds for a worker's imports and its setup, which may be the first to read a library from disk
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class WorkerError(RuntimeError):
+    """Workers cannot start: the function or its setup cannot be imported, or fails."""
+
+
+@dataclass
+class Outcome:
+    """What became of one item: `value`, or why there is none."""
+
+    value: object = None
+    error: str | None = None
+    is_timeout: bool = False  # the item ran over its own time limit
+    has_died: bool = False  # the worker's process ended while it held the item
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen
+    connection: Connection
+    deadline: float  # monotonic seconds: of the item in hand, or of the start
+    is_ready: bool = False
+    item: int | None = None  # index of the item in hand
+
+
+class Workers:
+    """Up to `num_workers` processes that call `function(item)`; they start with the first map() and stay for the next.
+
+    function: `package.module:function` or `path/to/file.py:function`, see grpo/rewards/functions.py
+    timeout: seconds for one item; a worker past it is killed, with all processes of its group, and replaced
+    setup: a function named likewise, called without arguments when a worker starts, outside any item's time"""
+
+    def __init__(self, function: str, *, num_workers: int, timeout: float, setup: str | None = None):
+        assert num_workers >= 1 and timeout > 0, (num_workers, timeout)
+        self.function, self.num_workers, self.timeout, self.setup = function, num_workers, timeout, setup
+        self._workers: list[_Worker] = []
+        self._owner = os.getpid()
+
+    def map(self, items: list, *, budget: float | None = None) -> list[Outcome]:
+        """One Outcome per item, in order; an idle worker takes the next item. Not to be called from two threads at once.
+
+        budget: seconds for the whole call, from the moment that the first worker has started; items that have no value
+        by then get an error. An exception of the function, a value that cannot be pickled, a worker that dies or runs out
+        of time is the error of that item alone. Raises WorkerError if no worker can start."""
+        if self._owner != os.getpid():  # this is a forked copy of the owner, whose workers are not ours to use
+            self._workers, self._owner = [], os.getpid()
+        outcomes: list[Outcome | None] = [None] * len(items)
+        waiting = deque(range(len(items)))
+        ends = None
+        self._replace_the_dead(min(self.num_workers, len(items)))
+        try:
+            while any(outcome is None for outcome in outcomes):
+                for worker in self._workers:
+                    if worker.is_ready and worker.item is None and waiting:
+                        if ends is None:
+                            ends = time.monotonic() + (float("inf") if budget is None else budget)
+                        self._hand_out(worker, waiting.popleft(), items, outcomes)
+                self._receive(outcomes, ends)
+                if ends is not None and time.monotonic() >= ends:
+                    error = f"not finished within the {budget:g} s of the whole call"
+                    outcomes = [Outcome(error=error) if outcome is None else outcome for outcome in outcomes]
+        finally:  # a worker with an item in hand would answer the next call
+            for worker in [worker for worker in self._workers if worker.item is not None]:
+                self._replace(worker)
+        return outcomes
+
+    def close(self) -> None:
+        """Kills the workers; a later map() starts new ones."""
+        while self._workers and self._owner == os.getpid():
+            _kill(self._workers.pop())
+
+    def _hand_out(self, worker: _Worker, index: int, items: list, outcomes: list) -> None:
+        try:
+            message = pickle.dumps(items[index])
+        except Exception as error:  # noqa: BLE001 - pickling calls the classes of the item
+            outcomes[index] = Outcome(error=f"cannot be sent to a worker: {type(error).__name__}: {error}")
+            return
+        worker.item, worker.deadline = index, time.monotonic() + self.timeout
+        try:
+            worker.connection.send_bytes(message)
+        except OSError:  # it died; _receive finds the end of its stream
+            pass
+
+    def _receive(self, outcomes: list, ends: float | None) -> None:
+        """Waits for messages until the next deadline and notes their outcomes and those of workers past their deadline."""
+        busy = [worker for worker in self._workers if worker.item is not None or not worker.is_ready]
+        until = min([worker.deadline for worker in busy] + ([] if ends is None else [ends]), default=0.0)
+        patience = min(max(0.0, until - time.monotonic()), START_LIMIT)
+        heard = set(wait([worker.connection for worker in busy], patience)) if busy else set()
+        for worker in busy:
+            if worker.connection in heard:
+                try:
+                    message = worker.connection.recv_bytes()
+                except (EOFError, OSError):
+                    self._note_death(worker, outcomes)
+                    continue
+                self._note(worker, message, outcomes)
+            elif time.monotonic() >= worker.deadline:
+                if not worker.is_ready:
+                    self._refuse_start(f"no sign of it within {START_LIMIT:g} s")
+                error = f"ran over its limit of {self.timeout:g} s; its worker was killed"
+                outcomes[worker.item] = Outcome(error=error, is_timeout=True)
+                self._replace(worker)
+
+    def _note(self, worker: _Worker, message: bytes, outcomes: list) -> None:
+        try:
+            value, error = pickle.loads(message)
+        except Exception as problem:  # noqa: BLE001 - a class that only the worker can import, say
+            value, error = None, f"returned a value that cannot be read here: {type(problem).__name__}: {problem}"
+        if worker.is_ready:
+            outcomes[worker.item] = Outcome(value, error)
+            worker.item = None
+        elif error is not None:
+            self._refuse_start(error)
+        worker.is_ready = True
+
+    def _note_death(self, worker: _Worker, outcomes: list) -> None:
+        status = _kill(worker)
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if not worker.is_ready:
+            self._refuse_start(f"it died with {how}")
+        outcomes[worker.item] = Outcome(error=f"its worker died with {how}", has_died=True)
+        self._replace(worker)
+
+    def _refuse_start(self, reason: str) -> None:
+        self.close()
+        setup = f" (setup {self.setup})" if self.setup else ""
+        raise WorkerError(f"a worker process for {self.function}{setup} cannot start: {reason}")
+
+    def _replace_the_dead(self, num_wanted: int) -> None:
+        """Idle workers say nothing: one that can be heard has ended."""
+        for worker in [worker for worker in self._workers if worker.is_ready and worker.connection.poll()]:
+            self._replace(worker)
+        while len(self._workers) < num_wanted:
+            self._workers.append(self._start())
+
+    def _replace(self, worker: _Worker) -> None:
+        _kill(worker)
+        self._workers[self._workers.index(worker)] = self._start()  # at once: it is warm when it is needed
+
+    def _start(self) -> _Worker:
+        ours, theirs = Pipe()
+        arguments = (theirs.fileno(), os.getpid(), self.function, self.setup)
+        code = f"import sys; sys.path[:] = {sys.path!r}; from grpo.rewards.workers import serve; serve(*{arguments!r})"
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code],  # unbuffered: what it printed is seen though it is killed
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={"OMP_NUM_THREADS": "1", **os.environ},  # several workers of all threads each would only wait
+        )
+        theirs.close()
+        return _Worker(process, ours, deadline=time.monotonic() + START_LIMIT)
+
+
+def _kill(worker: _Worker) -> int:
+    """Ends a worker and its group; returns its exit status, minus the signal if one ended it."""
+    worker.connection.close()
+    if worker.process.returncode is None:
+        try:  # before it is waited for: its id may be another's afterwards
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return worker.process.wait()
+
+
+def serve(fd: int, parent: int, function: str, setup: str | None) -> None:
+    """A worker's life: reports its start, then one (value, error) for each item that it reads, until its parent ends."""
+    from grpo.rewards.functions import describe_error, load_function  # which itself uses workers
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before this took effect
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # ignored ones are inherited
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    connection = Connection(fd)
+    os.set_inheritable(fd, False)
+    os.register_at_fork(after_in_child=connection.close)  # so that the worker's death is always the end of its stream
+
+    def attempt(call, *arguments) -> bytes:
+        try:
+            return pickle.dumps((call(*arguments), None))
+        except BaseException as error:  # noqa: BLE001 - the boundary to foreign code
+            return pickle.dumps((None, describe_error(error)))
+
+    loaded = []
+
+    def start() -> None:
+        loaded.append(load_function(function, key="function"))
+        if setup is not None:
+            load_function(setup, key="setup")()
+
+    connection.send_bytes(attempt(start))
+    while loaded:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):  # nobody is left to ask
+            return
+        connection.send_bytes(attempt(lambda data: loaded[0](pickle.loads(data)), message))
