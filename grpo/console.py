@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.live import Live
@@ -18,11 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.plots import headline, headline_first
+from grpo.report import question_of
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"
 MAX_PANEL_WIDTH = 110
 STEPS_FOR_TIME_LEFT = 10
+PROGRESS_SECONDS = 30.0  # between two lines where there is no live panel
 END_METRICS = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "entropy", "kl")
 
 
@@ -57,6 +60,21 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def progress_counter(activity: str, show: Callable[[str], None], *, every: float) -> Callable[[int, int], None]:
+    """Returns what takes (finished, all) counts of completions as often as they come, and shows them every so many seconds."""
+    started = shown = time.monotonic()
+
+    def count(finished: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= every:
+            shown = now
+            left = (now - started) / finished * (total - finished) if finished else math.nan
+            show(f"{activity} {finished}/{total}, left {format_duration(left)}")
+
+    return count
 
 
 def sparkline(values: list[float], width: int, *, ascii_only: bool) -> str:
@@ -164,6 +182,7 @@ class Display:
         self.step_times: deque[tuple[int, float]] = deque(maxlen=STEPS_FOR_TIME_LEFT + 1)
         self.phase, self.phase_step, self.phase_total = "train", 0, total_steps
         self.status = ""
+        self.notice_text: str | None = None
         self.metrics: dict[str, float] = {}
         self.rewards: list[float] = []
         self.entropies: list[float] = []
@@ -219,6 +238,13 @@ class Display:
         if self.is_live:
             self._show(lambda: "")
 
+    def progress(self, activity: str) -> Callable[[int, int], None]:
+        """Returns what takes (finished, all) counts: the panel's status shows them, else a line every half a minute."""
+        self.set_status(activity)
+        if self.is_live:
+            return progress_counter(activity, self.set_status, every=0.5)
+        return progress_counter(activity, lambda text: self._show(lambda: text), every=PROGRESS_SECONDS)
+
     def print(self, *renderables: object) -> None:
         """Prints renderables or plain strings (never parsed as markup), unbroken by the width of the terminal."""
         if not self.is_enabled:
@@ -233,6 +259,12 @@ class Display:
     def warn(self, text: str) -> None:
         """Prints text in red, apart from the lines around it."""
         self.print("", Text(clean(text, self.encoding), style="bold red"), "")
+
+    def notice(self, text: str) -> bool:
+        """Keeps a line in the live panel from now on; False where there is none. Safe in a signal's handler: the panel is not
+        drawn here, since what else writes to the terminal beside it leaves half a panel behind."""
+        self.notice_text = text
+        return self.live is not None
 
     def stop(self) -> None:
         if self.live is None:
@@ -304,7 +336,8 @@ class Display:
             ("eval", self._evals(room)),
             ("length", self._line(_length_text(self.metrics))),
             ("policy", self._policy(room)),
-            ("speed", self._speed()),
+            ("speed", self._speed(room)),
+            ("signal", self._line(self.notice_text, style="bold yellow")),
         ]
         if self.sample is not None and self.console.height >= 18:
             num_lines = 2 if self.console.height >= 24 else 1
@@ -355,23 +388,27 @@ class Display:
         return line
 
     def _evals(self, room: int) -> Text | None:
-        """Each evaluated value now, and at the first evaluation in brackets; as many as fit on two lines."""
+        """Each evaluated value now, and at the first evaluation in brackets."""
         if not self.last_eval:
             return None
-        parts = []
+        parts = [f"step {self.last_eval_step}:"]
         for name in headline_first(self.last_eval):
             part = f"{_short_name(name)} {with_interval(self.last_eval, name)}"
             if self.last_eval_step > 0 and name in self.first_eval:
                 part += f" (from {format_number(self.first_eval[name])})"
             parts.append(part)
-        lines, line = [], f"step {self.last_eval_step}:"
-        for part in parts:
-            if len(line) + 2 + len(part) > room and line:
-                lines.append(line)
-                line = part
+        return self._parts(parts, room, style="bold")
+
+    def _parts(self, parts: list[str | None], room: int, style: str = "") -> Text | None:
+        """The parts that are there side by side, none cut, as many as fit on two lines."""
+        lines = [""]
+        for part in filter(None, parts):
+            longer = f"{lines[-1]}  {part}".strip()
+            if len(longer) <= room or not lines[-1]:
+                lines[-1] = longer
             else:
-                line = f"{line}  {part}" if line else part
-        return self._line("\n".join([*lines, line][:2]), style="bold")
+                lines.append(part)
+        return self._line("\n".join(lines[:2]), style) if lines[0] else None
 
     def _policy(self, room: int) -> Text | None:
         clip = [_percent(self.metrics, f"clip_ratio/{side}") for side in ("low", "high")]
@@ -382,10 +419,9 @@ class Display:
             f"clipped {clip[0]}/{clip[1]}" if None not in clip else None,
             _part(self.metrics, "lr", "lr"),
         ]
-        text = "  ".join(part for part in parts if part)
-        return self._line(text) if text else None
+        return self._parts(parts, room)
 
-    def _speed(self) -> Text | None:
+    def _speed(self, room: int) -> Text | None:
         metrics = self.metrics
         split = []
         if metrics.get("time/step", 0) > 0:
@@ -398,8 +434,7 @@ class Display:
             _part(metrics, "memory/peak_gb", "memory", " GB"),
             f"({', '.join(split)})" if split else None,
         ]
-        text = "  ".join(part.strip() for part in parts if part)
-        return self._line(text) if text else None
+        return self._parts([part and part.strip() for part in parts], room)
 
     def _sample_text(self, field: str, room: int, num_lines: int) -> Text:
         text = Text(no_wrap=True, overflow="crop")
@@ -417,7 +452,8 @@ def _reward_of(sample: dict) -> float:
 
 
 def _text_of(sample: dict, field: str) -> str:
-    return str(sample.get(field, ""))
+    text = str(sample.get(field, ""))
+    return question_of(text) if field == "prompt" else text
 
 
 def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> list[object]:
@@ -438,7 +474,7 @@ def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> l
             table.add_row(*(Text(clean(cell, encoding)) for cell in cells))
     renderables: list[object] = [table] if table.row_count else []
     for sample in samples:
-        lines = [Text("\n" + clean(one_line(sample["prompt"], 300), encoding), style="bold")]
+        lines = [Text("\n" + clean(one_line(question_of(sample["prompt"]), 300), encoding), style="bold")]
         for when in ("before", "after"):
             if sample[when] is not None:
                 reward = _reward_of(sample[when])

@@ -1,11 +1,11 @@
 """Held-out evaluation: avg@k, pass@k and greedy accuracy, with 95 % confidence intervals.
 
     python -m grpo.evaluate run=runs/NAME [step=N] [num_samples=8]
-    python -m grpo.evaluate +model=gpt_oss_20b model.path=FOLDER +env=dataset env.train_path=FILE.jsonl
+    python -m grpo.evaluate +model=gpt_oss_20b model.path=FOLDER +env=dataset env.path=FILE.jsonl
 
 pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n samples (arXiv 2107.03374, eq. 1), averaged over
-prompts. Intervals: Wilson's for greedy accuracy; for avg@k and pass@k the normal one over prompts, since samples of one prompt
-are not independent. All evaluations of a run draw with the same keys, so that they differ by the policy only.
+prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
+same keys, so that they differ by the policy only.
 """
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ import torch
 
 from grpo.batch import Completion, Prompt
 from grpo.config import EvaluateConfig
+from grpo.console import PROGRESS_SECONDS, clean, progress_counter, with_interval
 from grpo.environment import Score, held_out_prompts, make_environment, score
 from grpo.failures import describe_failure
 from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
+from grpo.plots import is_interval
 from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
 from grpo.rollout import Sampler
 
@@ -33,23 +35,29 @@ Z95 = 1.959964
 
 def evaluate(env, sampler: Sampler, prompts: list[Prompt], *, num_samples: int, temperature: float, greedy: bool,
              max_new_tokens: int, top_k: int, top_p: float, min_p: float,
-             should_stop: Callable[[], bool] | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
+             should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
+             ) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
-    scored, greedy completions first. `num_samples` 0 leaves sampling out."""
+    scored, greedy completions first. `num_samples` 0 leaves sampling out; `progress` is told how many of all completions are
+    finished."""
     metrics: dict[str, float] = {}
     scored: list[tuple[Completion, Score]] = []
+    total = len(prompts) * (greedy + num_samples)
+
+    def count_after(num_before: int) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda finished, _: progress(num_before + finished, total)
+
     if greedy:
         completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=1, max_new_tokens=max_new_tokens,
-                                       temperature=1.0, greedy=True, should_stop=should_stop)
+                                       temperature=1.0, greedy=True, should_stop=should_stop, progress=count_after(0))
         scored = list(zip(completions, score(env, completions)))
         values = [_value(verdict) for _, verdict in scored]
-        metrics["greedy_accuracy"] = statistics.fmean(values)
-        metrics["greedy_accuracy/ci95"] = wilson_half_width(metrics["greedy_accuracy"], len(values))
+        metrics |= _mean_with_interval("greedy_accuracy", values)
         metrics |= _details(scored, "greedy/")
     if num_samples:
         completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=num_samples, max_new_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                       should_stop=should_stop)
+                                       should_stop=should_stop, progress=count_after(len(scored)))
         sampled = list(zip(completions, score(env, completions)))
         rows = [[_value(verdict) for _, verdict in sampled[i:i + num_samples]] for i in range(0, len(sampled), num_samples)]
         metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows])
@@ -80,13 +88,17 @@ def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, f
 
 
 def _mean_with_interval(name: str, values: list[float]) -> dict[str, float]:
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return {name: statistics.fmean(values), f"{name}/ci95": Z95 * spread}
+    return {name: statistics.fmean(values), f"{name}/ci95": half_width(values)}
 
 
-def wilson_half_width(p: float, n: int) -> float:
-    """Half the width of Wilson's 95 % interval for a proportion p of n (E. B. Wilson, JASA 22, 1927)."""
-    return Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+def half_width(values: list[float]) -> float:
+    """Half the width of the mean's 95 % interval. Values in [0, 1]: Wilson's interval (E. B. Wilson, JASA 22, 1927) with their
+    own variance in place of p(1 - p), which it is for zeros and ones; so neither one value nor many equal ones look certain.
+    Other values, rewards say: 1.96 standard errors, NaN for a single one."""
+    n = len(values)
+    if all(0 <= value <= 1 for value in values):
+        return Z95 / (1 + Z95**2 / n) * math.sqrt(statistics.pvariance(values) / n + Z95**2 / (4 * n**2))
+    return Z95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -94,8 +106,24 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
+def results_table(result: dict[str, object]) -> str:
+    """A line for each entry: numbers with three or four digits, accuracies with half the width of their interval."""
+    shown = {name: with_interval(result, name) if isinstance(value, float) else str(value)
+             for name, value in result.items() if not is_interval(name)}
+    width = max(map(len, shown))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+def show_progress(activity: str) -> Callable[[int, int], None]:
+    """Counts on stderr: in place on a terminal, else a line every half a minute."""
+    if sys.stderr.isatty():
+        return progress_counter(activity, lambda text: print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True), every=0.5)
+    return progress_counter(activity, lambda text: print(text, file=sys.stderr, flush=True), every=PROGRESS_SECONDS)
+
+
 def run_evaluation(config: EvaluateConfig) -> int:
-    """Evaluates a run or a checkpoint, prints the metrics, writes them where `output` says. Returns the exit code."""
+    """Evaluates a run or a checkpoint, prints a table of the metrics, writes them as JSON where `output` says. Returns the exit
+    code."""
     try:
         device = select_device(config.device)
         dtype = select_dtype(config.dtype, device)
@@ -113,7 +141,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
         max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
         metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
                               greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,
-                              min_p=config.min_p)
+                              min_p=config.min_p, progress=show_progress("evaluating"))
         result = {**what, "num_prompts": len(prompts), **metrics}
         if config.output is not None:
             Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -123,7 +151,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
             raise
         print(f"error: {failure.message}", file=sys.stderr)
         return failure.code
-    print(json.dumps(result, indent=2))
+    print(clean(results_table(result), sys.stdout.encoding))
     return 0
 
 

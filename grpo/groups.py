@@ -26,8 +26,10 @@ class Groups:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool]) -> Groups:
-    """Samples and scores the groups of one step. Raises EnvironmentFault, and rollout.Interrupted when should_stop says so."""
+def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
+            progress: Callable[[int, int], None] | None = None) -> Groups:
+    """Samples and scores the groups of one step; `progress` is told how many completions of a round are finished. Raises
+    EnvironmentFault, and rollout.Interrupted when should_stop says so."""
     rollout = config.rollout
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
@@ -42,7 +44,7 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
         completions = sampler.generate(
             prompts, step=step, num_samples=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p,
-            records_routing=rollout.replay_routing, should_stop=should_stop)
+            records_routing=rollout.replay_routing, should_stop=should_stop, progress=progress)
         seconds["time/rollout"] += time.perf_counter() - started
         started = time.perf_counter()
         scores = score(env, completions)

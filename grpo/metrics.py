@@ -24,6 +24,7 @@ import shlex
 import sys
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 
 from grpo.config import WandbConfig, shown
@@ -158,9 +159,17 @@ class Metrics:
         """Shows on the live display what the run is doing within a step, as "rollout" or "saving"."""
         self.display.set_status(status)
 
+    def progress(self, activity: str) -> Callable[[int, int], None]:
+        """Returns what takes (finished, all) counts of completions and shows them as a status with this name."""
+        return self.display.progress(activity)
+
     def print(self, text: str) -> None:
         """Prints a line above the live display."""
         self.display.print(text)
+
+    def notice(self, text: str) -> bool:
+        """Keeps a line in the live panel, if there is one; safe in a signal's handler."""
+        return self.display.notice(text)
 
     def warn(self, text: str) -> None:
         """Prints what must not be overlooked."""

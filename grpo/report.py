@@ -104,6 +104,13 @@ def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: in
     }
 
 
+def question_of(prompt: str) -> str:
+    """The content of the last user message of a prompt in harmony; all of a prompt that has none. With a system message and
+    instructions in front, the question is what tells two prompts apart."""
+    before, start, rest = prompt.rpartition("<|start|>user<|message|>")
+    return rest.partition("<|end|>")[0] if start else prompt
+
+
 def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
     """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None.
 
@@ -215,7 +222,9 @@ def _sample_html(sample: dict) -> str:
             f"<pre>{html.escape(side['completion'])}</pre></div>"
         )
     return (
-        f'<div class="sample"><pre>{html.escape(sample["prompt"])}</pre><div class="sides">{"".join(sides)}</div></div>'
+        f'<div class="sample"><pre>{html.escape(question_of(sample["prompt"]))}</pre>'
+        f"<details><summary>whole prompt</summary><pre>{html.escape(sample['prompt'])}</pre></details>"
+        f'<div class="sides">{"".join(sides)}</div></div>'
     )
 
 

@@ -113,6 +113,7 @@ class Sampler:
         greedy: bool = False,
         records_routing: bool = False,
         should_stop: Callable[[], bool] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """`num_samples` completions of every prompt, ordered by prompt (as given), then sample.
 
@@ -120,7 +121,8 @@ class Sampler:
         max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py); with `greedy`, the
         other settings do not apply and log-probs are at temperature 1. With `records_routing` segments hold the experts that
         their tokens went to; the last token of a completion was not fed to the model and has none. `should_stop` is asked
-        between model calls; a run of decode steps counts as one.
+        between model calls (a run of decode steps counts as one), and `progress` told how many completions of how many are
+        finished.
 
         Raises ValueError for a setting out of range, a repeated prompt id, an empty prompt, one that does not fit, or a cache
         that does not hold one sequence; Interrupted when should_stop says so; FloatingPointError when the model's logits are not
@@ -146,7 +148,8 @@ class Sampler:
         )
         try:
             for _ in rollout.run(should_stop):
-                pass
+                if progress is not None:
+                    progress(sum(request.is_finished for request in rollout.requests), len(rollout.requests))
             completions = rollout.completions()
         finally:
             self._decoder = rollout.decoder
@@ -286,8 +289,8 @@ class _Rollout:
         schedule = self.schedule
         while not schedule.is_done:
             if should_stop is not None and should_stop():
-                unfinished = sum(not request.is_finished for request in self.requests)
-                raise Interrupted(f"rollout stopped with {unfinished} of {len(self.requests)} completions unfinished")
+                finished = sum(request.is_finished for request in self.requests)
+                raise Interrupted(f"while sampling ({finished} of {len(self.requests)} completions were finished)")
             pieces = schedule.pieces
             if pieces is not None and (pieces.is_due or not schedule.live):
                 self._prefill_piece(pieces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -21,6 +22,7 @@ class GracefulStop:
     def __init__(self, resume_hint: str) -> None:
         self.resume_hint = resume_hint
         self.signal_name: str | None = None
+        self.show: Callable[[str], bool] | None = None  # of a live display: takes the text instead of the terminal, if it can
         self._previous: dict[signal.Signals, object] = {}
 
     def __call__(self) -> bool:
@@ -45,8 +47,9 @@ class GracefulStop:
                 _write(1, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
-        _say(f"{name}: stopping at the next safe moment and saving (once more: leave at once). Resume with: "
-             f"{self.resume_hint}")
+        text = f"{name}: stopping at the next safe moment and saving; once more: leave at once"
+        if self.show is None or not self.show(text):
+            _say(f"{text}. Resume with: {self.resume_hint}")
 
 
 def _say(text: str) -> None:

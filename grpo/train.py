@@ -43,8 +43,7 @@ def train(run: Run) -> None:
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
-        metrics.set_status("sampling")
-        groups = collect(run.env, run.sampler, config, run.step, run.should_stop)
+        groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"))
         run.sampler.rest()  # rollout and update need not fit into memory together
         updated = time.perf_counter()
         metrics.set_status("updating")
@@ -74,12 +73,12 @@ def evaluate_if_due(run: Run) -> None:
     if not is_due or run.metrics.has_eval(run.step):
         return
     started = time.perf_counter()
-    run.metrics.set_status("evaluating")
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts)
     result, scored = evaluate(
         run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
         greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p, min_p=config.rollout.min_p, should_stop=run.should_stop)
+        top_p=config.rollout.top_p, min_p=config.rollout.min_p, should_stop=run.should_stop,
+        progress=run.metrics.progress("evaluating"))
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
     run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="eval")
                                            for completion, score in scored[:config.log.num_completions]])
@@ -96,6 +95,7 @@ def run_training(config: TrainConfig) -> int:
             claim_run_dir(config, run_dir)  # another process may have finished it meanwhile
             try:
                 run, state = start(config, run_dir, should_stop)
+                should_stop.show = run.metrics.notice
                 prepare_weights(run, state)
                 evaluate_if_due(run)
                 if config.checkpoint.every:
@@ -121,7 +121,10 @@ def run_training(config: TrainConfig) -> int:
         return 0
     label = "error"
     if failure.code == PREEMPTED:
-        label, failure.message = "stopped", f"{failure.message}; resume with: {resume_command(config)}"
+        is_saved = any((run_dir / "checkpoints").glob("step_*"))
+        label = "stopped"
+        failure.message += (f"; resume with: {resume_command(config)}" if is_saved
+                            else "; nothing was learnt yet, so there is nothing to resume: start again with the same command")
     print(f"{label}: {failure.message}", file=sys.stderr)
     return failure.code
 

@@ -6,6 +6,7 @@ Kaiming-uniform (a = sqrt 5, as PEFT does), B at zero, both fp32 whatever the ba
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -99,13 +100,18 @@ def set_full_training(model: GptOss) -> None:
 
 
 def describe_trainable(model: GptOss) -> str:
-    """One line per kind of trainable tensor: name with the layer left open, count, shape, number of parameters."""
+    """A line of at most 80 characters per product, norm or table that trains: its name within a layer, the number of layers,
+    the shapes of its tensors (an adapter's A and B, weight and bias), the number of parameters in all layers."""
     kinds: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.trainable_parameters().items():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        kind = re.sub(r"[._](lora_[AB]|weight|bias)$", "", re.sub(r"^model\.(layers\.\d+\.)?", "", name))
         kinds.setdefault(kind, []).append(parameter)
-    lines = [f"  {kind:<60} {len(group):>3} x {str(list(group[0].shape)):<18} "
-             f"{sum(parameter.numel() for parameter in group):>13,}" for kind, group in kinds.items()]
+    lines = []
+    for kind, group in kinds.items():
+        shapes = list(dict.fromkeys(str(list(parameter.shape)) for parameter in group))
+        num_each = len(group) // len(shapes)
+        num_parameters = sum(parameter.numel() for parameter in group)
+        lines.append(f"  {kind:<24} {num_each:>3} x {' '.join(shapes):<31} {num_parameters:>13,}")
     total = sum(parameter.numel() for parameter in model.trainable_parameters().values())
     return "\n".join([*lines, f"  trainable parameters: {total:,} of {count_parameters(model):,}"])
 
