@@ -51,31 +51,31 @@ def evaluate(env, sampler: Sampler, prompts: list[Prompt], *, num_samples: int, 
         completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=1, max_new_tokens=max_new_tokens,
                                        temperature=1.0, greedy=True, should_stop=should_stop, progress=count_after(0))
         scored = list(zip(completions, score(env, completions)))
-        values = [_value(verdict) for _, verdict in scored]
-        metrics |= _mean_with_interval("greedy_accuracy", values)
+        metrics |= _mean_with_interval("greedy_accuracy", _values(scored))
         metrics |= _details(scored, "greedy/")
     if num_samples:
         completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=num_samples, max_new_tokens=max_new_tokens,
                                        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                                        should_stop=should_stop, progress=count_after(len(scored)))
         sampled = list(zip(completions, score(env, completions)))
-        rows = [[_value(verdict) for _, verdict in sampled[i:i + num_samples]] for i in range(0, len(sampled), num_samples)]
-        metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows])
+        rows = [_values(sampled[i:i + num_samples]) for i in range(0, len(sampled), num_samples)]
+        metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows if row])
         k = 2
         while k <= num_samples:
-            correct = [sum(value >= 1 for value in row) for row in rows]
-            metrics |= _mean_with_interval(f"pass@{k}", [pass_at_k(num_samples, c, k) for c in correct])
+            shares = [pass_at_k(len(row), sum(value >= 1 for value in row), k) for row in rows if len(row) >= k]
+            metrics |= _mean_with_interval(f"pass@{k}", shares)
             k *= 2
         metrics |= _details(sampled, "")
         scored += sampled
-    return metrics, scored
+    num_unscored = len(scored) - len(_values(scored))
+    return metrics | ({"unscored": num_unscored} if num_unscored else {}), scored
 
 
-def _value(verdict: Score) -> float:
-    """Correctness where the environment judges it, the reward otherwise; an unscorable completion counts 0."""
-    if verdict.is_correct is not None:
-        return float(verdict.is_correct)
-    return verdict.reward if verdict.reward is not None else 0.0
+def _values(scored: list[tuple[Completion, Score]]) -> list[float]:
+    """Correctness where the environment judges it, the reward otherwise. A completion with neither is left out: that its scoring
+    failed says nothing about the policy."""
+    values = [verdict.reward if verdict.is_correct is None else float(verdict.is_correct) for _, verdict in scored]
+    return [value for value in values if value is not None]
 
 
 def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, float]:
@@ -88,6 +88,8 @@ def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, f
 
 
 def _mean_with_interval(name: str, values: list[float]) -> dict[str, float]:
+    if not values:
+        return {name: math.nan}
     return {name: statistics.fmean(values), f"{name}/ci95": half_width(values)}
 
 

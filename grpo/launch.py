@@ -38,7 +38,8 @@ from grpo.config import (
     to_typed,
     unknown_key,
 )
-from grpo.report import SUMMARY_FILE, sweep_summary
+from grpo.report import SUMMARY_FILE
+from grpo.run_table import sweep_summary
 from grpo.validate import validate, validate_inference
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -100,7 +101,8 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
         print(f"sweep: {len(failed)} of {len(jobs)} runs failed", *failed, sep="\n", file=sys.stderr)
     finished = [run for run in runs if (run / SUMMARY_FILE).is_file()]
     if len(jobs) > 1 and finished:
-        print(f"sweep: {sweep_summary(finished[0].parent, finished)}")
+        table = sweep_summary(finished[0].parent, finished)
+        print(table.read_text(encoding="utf-8"), f"sweep: {table}", sep="\n")
     return next((code for code in codes if code), 0)
 
 

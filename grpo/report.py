@@ -1,24 +1,24 @@
-"""What is left of a run: its summary, its report page, and the table of a sweep, all from the files of the run.
+"""What is left of a run: its summary and its report page, all from the files of the run.
 
-    python -m grpo.report RUN_DIR      rebuild report.html of a run, also of one that was killed
-    python -m grpo.report SWEEP_DIR    rebuild sweep_summary.md and sweep_summary.csv from the runs below a folder
-    python -m grpo.report RUN_DIR ...  the same from these runs, into the folder they share
+    python -m grpo.report RUN_DIR                      rebuild report.html of a run, also of one that was killed
+    python -m grpo.report FOLDER [FOLDER ...]          print a table of the runs at or below these folders, best first
+        --columns optim.lr,eval/reward    of these keys and metrics
+        --csv FILE                        and write all of them
 
 `metrics.jsonl` is the source of truth: one JSON object a line with `step` and any metrics of that step. Numbers that
 JSON cannot hold (NaN, infinities) are written as null and read back as NaN. A last line cut short by a kill is ignored.
 """
 
+import argparse
 import base64
-import csv
 import html
-import io
 import json
 import math
 import os
 import sys
 from pathlib import Path
 
-from grpo.plots import headline, headline_first, is_lower_better, plots, series
+from grpo.plots import headline, is_lower_better, plots, series
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -295,7 +295,7 @@ def rebuild_report(run_dir: Path) -> Path:
         raise ValueError(
             f"{run_dir} holds no {METRICS_FILE}: give the folder of a run, or of a sweep with runs below it"
         )
-    old = _read_summary(run_dir)
+    old = read_summary(run_dir)
     summary = summarize(
         run_dir,
         run_name=old["run_name"] if old else run_dir.resolve().name,
@@ -308,7 +308,7 @@ def rebuild_report(run_dir: Path) -> Path:
     return write_report(run_dir, summary)
 
 
-def _read_summary(run_dir: Path) -> dict | None:
+def read_summary(run_dir: Path) -> dict | None:
     path = run_dir / SUMMARY_FILE
     if not path.exists():
         return None
@@ -318,102 +318,24 @@ def _read_summary(run_dir: Path) -> dict | None:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it to rebuild without it") from error
 
 
-def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """Returns the folders of the runs at or below `folder`; raises ValueError when there is none."""
-    run_dirs = sorted({path.parent for name in (SUMMARY_FILE, METRICS_FILE) for path in folder.rglob(name)})
-    if not run_dirs:
-        raise ValueError(f"{folder} holds no run: neither {SUMMARY_FILE} nor {METRICS_FILE} below it")
-    return run_dirs
-
-
-def sweep_table(run_dirs: list[Path]) -> list[dict[str, object]]:
-    """Returns one row for each run: its name, the configuration keys in which the runs differ, exit reason, steps,
-    seconds, and the last value of each eval metric. Sorted by the first of the headline metrics, best first; runs that
-    left no summary come last."""
-    summaries = {run_dir: _read_summary(run_dir) for run_dir in run_dirs}
-    done = {run_dir: summary for run_dir, summary in summaries.items() if summary is not None}
-    configs = {run_dir: _flatten(summary["config"]) for run_dir, summary in done.items()}
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    places = ("name", "output_dir", "resume")
-    differing = [
-        key
-        for key in keys
-        if key not in places and len({json.dumps(config.get(key)) for config in configs.values()}) > 1
-    ]
-    logged = list(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
-    eval_names = headline_first(logged)
-    eval_names += [name for name in logged if name not in eval_names]
-    rows = []
-    for run_dir, summary in summaries.items():
-        row: dict[str, object] = {"run": run_dir.resolve().name}
-        if summary is None:
-            row["exit_reason"] = f"no {SUMMARY_FILE}"
-        else:
-            row |= {key: configs[run_dir].get(key) for key in differing}
-            row |= {
-                "exit_reason": summary["exit_reason"],
-                "steps": summary["steps"],
-                "seconds": round(summary["seconds"], 1),
-            }
-            row |= {name: summary["eval"][name]["last"]["value"] for name in eval_names if name in summary["eval"]}
-        rows.append(row)
-    if eval_names:
-        sign = 1 if is_lower_better(eval_names[0]) else -1
-        rows.sort(key=lambda row: sign * row[eval_names[0]] if row.get(eval_names[0]) is not None else math.inf)
-    columns = ["run", *differing, "exit_reason", "steps", "seconds", *eval_names]
-    return [{column: row.get(column) for column in columns} for row in rows]
-
-
-def sweep_summary(sweep_dir: Path, run_dirs: list[Path] | None = None) -> Path:
-    """Writes sweep_summary.csv (every eval metric) and sweep_summary.md (the headline) into `sweep_dir`, over `run_dirs`
-    or else all runs below it; returns the path of the latter."""
-    rows = sweep_table(find_runs(sweep_dir) if run_dirs is None else run_dirs)
-    columns = list(rows[0])
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(sweep_dir / "sweep_summary.csv", buffer.getvalue())
-    evals = [column for column in columns if column.startswith("eval/")]
-    columns = [column for column in columns if column not in evals or column in headline(evals)]
-    lines = [f"# {sweep_dir.resolve().name}: {len(rows)} runs", "", "| " + " | ".join(columns) + " |"]
-    lines.append("|" + "---|" * len(columns))
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
-    lines += ["", "Eval metrics are the last values of each run; the best run by the first of them comes first.", ""]
-    write_atomic(sweep_dir / "sweep_summary.md", "\n".join(lines))
-    return sweep_dir / "sweep_summary.md"
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: python -m grpo.report RUN_DIR | SWEEP_DIR | RUN_DIR RUN_DIR ...", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    folders = [Path(argument) for argument in arguments]
+    from grpo.run_table import RunTable, find_runs  # which reads summaries through this file
+
+    parser = argparse.ArgumentParser(prog="python -m grpo.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
+                        help="a run: rebuild its report; others: a table of runs")
+    parser.add_argument("--columns", metavar="KEY,...", help="keys of the config and metrics that the table shows")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every key that differs and every metric there")
+    options = parser.parse_args(arguments)
     try:
-        if len(folders) == 1 and (folders[0] / METRICS_FILE).exists():
-            print(rebuild_report(folders[0]))
-        else:
-            run_dirs = [run_dir for folder in folders for run_dir in find_runs(folder)]
-            path = sweep_summary(Path(os.path.commonpath([folder.resolve() for folder in folders])), run_dirs)
-            print(path.read_text(encoding="utf-8"))
-            print(path)
+        if len(options.folders) == 1 and (options.folders[0] / METRICS_FILE).exists():
+            print(rebuild_report(options.folders[0]))
+            return 0
+        runs = RunTable([run_dir for folder in options.folders for run_dir in find_runs(folder)])
+        print(runs.text(options.columns.split(",") if options.columns else None))
+        if options.csv is not None:
+            write_atomic(options.csv, runs.csv())
+            print(options.csv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

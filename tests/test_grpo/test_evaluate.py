@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from grpo.checkpoint import save_run
 from grpo.config import save_config
 from grpo.environment import Score
 from grpo.envs.carry import Carry
-from grpo.evaluate import evaluate, pass_at_k, run_evaluation, wilson_half_width
+from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
 from grpo.rollout import Sampler
@@ -31,7 +32,7 @@ class TableSampler:
         self.sampled, self.greedy, self.calls = sampled, greedy, []
 
     def generate(self, prompts, *, step, num_samples, max_new_tokens, temperature, top_k=0, top_p=1.0, min_p=0.0, greedy=False,
-                 should_stop=None):
+                 should_stop=None, progress=None):
         self.calls.append({"step": step, "temperature": temperature, "top_p": top_p, "greedy": greedy})
         table = [[verdict] for verdict in self.greedy] if greedy else self.sampled
         return [Completion(prompt, sample, [Segment(prompt.token_ids, "prompt"), Segment([7] * (sample + 1), "policy")],
@@ -62,11 +63,26 @@ def prompts_of(count: int) -> list[Prompt]:
     ],
 )
 def test_wilson_interval_has_the_published_width(correct, n, low, high):
-    assert wilson_half_width(correct / n, n) == pytest.approx((high - low) / 2, abs=1e-4)
+    assert half_width([1.0] * correct + [0.0] * (n - correct)) == pytest.approx((high - low) / 2, abs=1e-4)
 
 
 def test_wilson_interval_does_not_change_when_right_and_wrong_swap():
-    assert wilson_half_width(0.1, 50) == pytest.approx(wilson_half_width(0.9, 50), rel=1e-12)
+    assert half_width([1.0] * 5 + [0.0] * 45) == pytest.approx(half_width([0.0] * 5 + [1.0] * 45), rel=1e-12)
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([1.0], 0.396725),  # 1.959964 / (1 + 3.841459) * 1.959964 / 2
+    ([0.25], 0.396725),
+    ([0.5] * 10, 0.138766),  # 1.959964 / 1.3841459 * 1.959964 / 20
+    ([0.25, 1.0, 0.0], 0.351107),  # the variance is 0.180556: 0.859450 * sqrt(0.180556 / 3 + 3.841459 / 36)
+])
+def test_an_interval_knows_how_few_values_it_has(values, expected):
+    assert half_width(values) == pytest.approx(expected, abs=2e-6)
+
+
+def test_an_interval_of_rewards_is_1_96_standard_errors_and_unknown_for_one():
+    assert half_width([2.0, 4.0, -3.0]) == pytest.approx(1.959964 * math.sqrt(13 / 3), rel=1e-6)  # variance 13, of three
+    assert math.isnan(half_width([2.0]))
 
 
 def test_pass_at_k_equals_the_share_of_subsets_with_a_correct_sample():
@@ -89,10 +105,10 @@ def test_accuracies_and_intervals_are_those_worked_out_by_hand():
     # Wilson: 1.959964 / (1 + 3.841459/3) * sqrt(2/9/3 + 3.841459/36) = 0.859450 * 0.425184
     assert metrics["greedy_accuracy/ci95"] == pytest.approx(0.365424, abs=2e-6)
     assert metrics["avg@4"] == pytest.approx(5 / 12)
-    # prompts' means 1/4, 1, 0: standard deviation sqrt(0.270833), / sqrt(3), * 1.959964
-    assert metrics["avg@4/ci95"] == pytest.approx(0.588895, abs=1e-5)
+    # prompts' means 1/4, 1, 0: 0.859450 * sqrt(0.180556 / 3 + 3.841459 / 36)
+    assert metrics["avg@4/ci95"] == pytest.approx(0.351107, abs=1e-5)
     assert metrics["pass@2"] == pytest.approx(0.5)  # 1/2, 1, 0
-    assert metrics["pass@2/ci95"] == pytest.approx(1.959964 * 0.5 / math.sqrt(3), rel=1e-9)
+    assert metrics["pass@2/ci95"] == pytest.approx(0.859450 * math.sqrt(1 / 6 / 3 + 3.841459 / 36), rel=1e-5)
     assert metrics["pass@4"] == pytest.approx(2 / 3)
     assert "pass@1" not in metrics and "pass@8" not in metrics
 
@@ -108,10 +124,11 @@ def test_lengths_cuts_and_the_metrics_of_the_environment_are_averaged():
 
 def test_rewards_stand_for_correctness_where_the_environment_does_not_judge_it():
     metrics, _ = evaluate(TableEnv(), TableSampler([[0.5, 1.5, 0.0, None]], [0.25]), prompts_of(1), **SETTINGS)
-    assert metrics["avg@4"] == pytest.approx(0.5)  # what has no reward counts 0
-    assert metrics["pass@4"] == 1.0 and metrics["pass@2"] == pytest.approx(0.5)  # one of four reaches 1
+    assert metrics["avg@4"] == pytest.approx(2 / 3)  # of three: the one without a reward was not scored
+    assert metrics["unscored"] == 1
+    assert metrics["pass@2"] == pytest.approx(2 / 3)  # one of three reaches 1
+    assert math.isnan(metrics["pass@4"])  # no prompt has four scores
     assert metrics["greedy_accuracy"] == 0.25
-    assert metrics["avg@4/ci95"] == 0.0  # one prompt has no spread
 
 
 @pytest.mark.parametrize("changes, absent", [({"num_samples": 0}, "avg@0"), ({"greedy": False}, "greedy_accuracy")])
@@ -201,8 +218,10 @@ def test_a_run_is_evaluated_on_its_held_out_problems_and_the_result_written(run_
     output = tmp_path / "result.json"
     arguments = [f"run={run_dir}", "num_samples=2", "max_prompts=5", "max_new_tokens=6", f"output={output}"]
     assert run_evaluation(load_config("evaluate", arguments)) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result == json.loads(output.read_text())
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    result = json.loads(output.read_text())
+    assert lines["greedy_accuracy"] == "0.000 ± 0.217" and lines["num_prompts"] == "5"
+    assert not any("ci95" in name for name in lines)
     assert (result["run"], result["step"], result["num_prompts"]) == (str(run_dir), 1, 5)
     assert result["greedy_accuracy"] == 0.0 and result["avg@2"] == 0.0  # random weights cannot add
     # 0 of 5: 1.959964 / (1 + 3.841459/5) * 1.959964 / 10
@@ -213,7 +232,7 @@ def test_a_run_is_evaluated_on_its_held_out_problems_and_the_result_written(run_
 def test_the_environment_may_be_another_than_the_run_s(run_dir, capsys):
     arguments = [f"run={run_dir}", "env=carry", "env.num_eval_prompts=3", "num_samples=0", "max_new_tokens=2"]
     assert run_evaluation(load_config("evaluate", arguments)) == 0
-    assert json.loads(capsys.readouterr().out)["num_prompts"] == 3
+    assert re.search(r"^num_prompts +3$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

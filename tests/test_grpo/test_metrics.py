@@ -1,5 +1,6 @@
 """Metrics: the two JSONL files, resume, console and wandb."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import types
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from grpo.config import WandbConfig
 from grpo.console import Display, clean, format_duration, format_number, sparkline, step_line
@@ -211,6 +213,45 @@ def test_sparkline_rises_with_the_values_and_averages_neighbours():
     assert sparkline([0, 0, 7, 7], 2, ascii_only=False) == "▁█"
     assert sparkline([3.0, math.nan, 3.0], 8, ascii_only=True) == "~~"
     assert sparkline([], 8, ascii_only=True) == ""
+
+
+def panel_of(display: Display, width: int) -> list[str]:
+    output = io.StringIO()
+    display.console = Console(file=output, width=width, height=24, force_terminal=False)
+    display.console.print(display.render())
+    return output.getvalue().splitlines()
+
+
+def test_the_panel_fits_80_by_24_with_nothing_cut():
+    display = Display("r", 100, is_enabled=False)
+    names = ("eval/greedy_accuracy", "eval/greedy_accuracy/ci95", "eval/avg@1", "eval/avg@1/ci95")
+    display.eval(0, dict(zip(names, (0.348, 0.058, 0.484, 0.061))))
+    display.step(57, {
+        "reward": 0.842, "reward_std": 0.438, "completions/mean_length": 812.9, "completions/max_length": 1024,
+        "completions/clipped_ratio": 0.21, "entropy": 0.035, "kl": 0.012, "grad_norm": 0.342, "clip_ratio/low": 0.01,
+        "clip_ratio/high": 0.02, "lr": 2.8e-4, "tokens_per_s": 16738, "memory/peak_gb": 78.9, "time/step": 101.4,
+        "time/rollout": 60.84, "time/reward": 1.014, "time/update": 39.546})
+    display.eval(57, dict(zip(names, (0.91, 0.035, 0.742, 0.05))))
+    prompt = "<|start|>user<|message|>14+49<|end|><|start|>assistant"
+    display.completion(57, {"prompt": prompt, "completion": "63" * 300, "reward": 1})
+    assert display.notice("SIGINT: stopping at the next safe moment and saving") is False  # no live panel here
+    lines = panel_of(display, 80)
+    text = " ".join(" ".join(line.strip("│╭╰ ") for line in lines).split())
+    assert len(lines) <= 23 and {len(line) for line in lines} == {80}
+    for part in ("16,738 tok/s", "101 s/step", "memory 78.9 GB", "(rollout 60%, reward 1%, update 39%)", "clipped 1%/2%",
+                 "lr 2.8e-04", "greedy_accuracy 0.910 ± 0.035 (from 0.348)", "avg@1 0.742 ± 0.050 (from 0.484)",
+                 "prompt 14+49", "SIGINT: stopping at the next safe moment and saving"):
+        assert part in text, (part, text)
+
+
+def test_long_work_is_counted_in_a_line_every_half_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("grpo.console.time.monotonic", lambda: now[0])
+    count = Display("r", 10, is_enabled=True).progress("evaluating")
+    for seconds, finished in ((1, 1), (29, 31), (40, 64), (69, 100), (71, 128)):
+        now[0] = seconds
+        count(finished, 256)
+    assert capsys.readouterr().out.splitlines() == ["evaluating 64/256, left 2:00", "evaluating 128/256, left 1:11"]
 
 
 def test_control_characters_of_completions_never_reach_the_terminal():

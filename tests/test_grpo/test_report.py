@@ -1,7 +1,6 @@
-"""The summary, the report page and the table of a sweep, against values worked out by hand."""
+"""The summary and the report page, against values worked out by hand."""
 
 import base64
-import csv
 import json
 import math
 import re
@@ -13,7 +12,7 @@ import pytest
 from grpo.config import WandbConfig
 from grpo.metrics import Metrics
 from grpo.plots import plots
-from grpo.report import before_after_samples, find_runs, main, read_metrics, rebuild_report, summarize, sweep_table
+from grpo.report import before_after_samples, main, question_of, read_metrics, rebuild_report, summarize
 
 HOSTILE = "<script>alert('x')</script> </pre> & \"quoted\""
 # Every greedy value, with its best in the middle; the loss falls; a value is missing at one step.
@@ -124,7 +123,7 @@ def test_texts_of_the_run_are_escaped_in_the_report(tmp_path):
     text = rebuild_report(tmp_path).read_text()
     page = Page(text)
     assert "script" not in page.tags and "<script" not in text
-    assert page.text.count("alert('x')") == 7  # title, heading, exit reason, prompt, two completions, config
+    assert page.text.count("alert('x')") == 8  # title, heading, exit reason, question, prompt, two completions, config
     assert "0 " + HOSTILE in page.text and "3 " + HOSTILE in page.text
 
 
@@ -183,35 +182,17 @@ def test_samples_pair_the_same_held_out_prompt_before_and_after(tmp_path):
     assert samples[0]["after"] == {"step": 9, "completion": "b9", "reward": 1.0}
 
 
-def write_sweep(folder: Path) -> None:
-    for index, (lr, greedy) in enumerate(((1e-4, 0.5), (3e-4, 0.9), (1e-3, 0.1))):
-        run = write_run(folder / str(index), [{"step": 1, "reward": 0.1}, {"step": 2, "eval/greedy": greedy}])
-        config = {"name": f"run{index}", "seed": 0, "optim": {"lr": lr, "betas": [0.9, 0.99]}}
-        (run / "summary.json").write_text(json.dumps(summary_of(run, config=config)))
-    write_run(folder / "3")
-
-
-def test_a_sweep_is_sorted_best_first_with_the_keys_that_differ(tmp_path):
-    write_sweep(tmp_path)
-    rows = sweep_table(find_runs(tmp_path))
-    assert [row["run"] for row in rows] == ["1", "0", "2", "3"]
-    assert list(rows[0]) == ["run", "optim.lr", "exit_reason", "steps", "seconds", "eval/greedy"]
-    assert (rows[0]["optim.lr"], rows[0]["eval/greedy"], rows[0]["steps"]) == (3e-4, 0.9, 1)
-    assert rows[3]["exit_reason"] == "no summary.json" and rows[3]["eval/greedy"] is None
-
-
-def test_the_command_line_writes_the_tables_of_a_sweep_and_the_report_of_a_run(tmp_path, capsys):
-    write_sweep(tmp_path)
+def test_the_command_line_rebuilds_the_report_of_a_run(tmp_path, capsys):
+    write_run(tmp_path)
     assert main([str(tmp_path)]) == 0
-    with open(tmp_path / "sweep_summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["eval/greedy"]) for row in rows[:3]] == [0.9, 0.5, 0.1]
-    table = (tmp_path / "sweep_summary.md").read_text()
-    assert "| 1 | 0.0003 | finished | 1 | 0 | 0.9 |" in table and table in capsys.readouterr().out
-    assert main([str(tmp_path / "0"), str(tmp_path / "2")]) == 0
-    assert [line.split()[1] for line in (tmp_path / "sweep_summary.md").read_text().splitlines()[4:6]] == ["0", "2"]
-    assert main([str(tmp_path / "3")]) == 0
-    assert (tmp_path / "3" / "report.html").exists()
+    assert (tmp_path / "report.html").exists() and capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+
+
+def test_the_question_of_a_prompt_is_its_last_user_message():
+    user = "<|start|>user<|message|>"
+    assert question_of(f"<|start|>system<|message|>You are<|end|>{user}one<|end|><|start|>assistant<|channel|>final"
+                       f"<|message|>1<|end|>{user}two\nlines<|end|><|start|>assistant") == "two\nlines"
+    assert question_of("no messages") == "no messages"
 
 
 def test_the_command_line_refuses_a_folder_without_runs_in_one_line(tmp_path, capsys):
@@ -219,4 +200,3 @@ def test_the_command_line_refuses_a_folder_without_runs_in_one_line(tmp_path, ca
     assert capsys.readouterr().err == (
         f"error: {tmp_path} holds no run: neither summary.json nor metrics.jsonl below it\n"
     )
-    assert main([]) == 2

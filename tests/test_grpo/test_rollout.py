@@ -303,7 +303,7 @@ def test_should_stop_ends_the_rollout_with_interrupted_and_the_next_one_is_unaff
         return len(asked) == 5
 
     settings = {"step": 3, "num_samples": 2, "max_new_tokens": 20, "temperature": 1.0}
-    with pytest.raises(Interrupted, match="8 of 8 completions unfinished"):
+    with pytest.raises(Interrupted, match=r"while sampling \(0 of 8 completions were finished\)"):
         sampler.generate(prompts, should_stop=stop_at_the_fifth_question, **settings)
     assert len(asked) == 5
     again = sampler.generate(prompts, should_stop=lambda: False, **settings)
