@@ -91,10 +91,16 @@ class ReasoningEffort(StrEnum):
     high = "high"
 
 
+def number(interval: str, hint: str = "", *, default: Any = MISSING) -> Any:
+    """A field for numbers in `interval`, such as "(0, 1]"; "inf" stands for any finite number, and for less than 2^31 where
+    the field is an integer. `hint` ends the complaint about others. `grpo.validate` checks it."""
+    return field(default=default, metadata={"interval": interval, "hint": hint})
+
+
 @dataclass
 class LoraSettings:
-    rank: int = MISSING
-    alpha: float = MISSING  # the update is scaled by alpha / rank
+    rank: int = number("[1, inf)")
+    alpha: float = number("(0, inf)", "the update is scaled by alpha / rank")
     targets: List[str] = MISSING  # among q_proj k_proj v_proj o_proj experts router
     train_sinks: bool = MISSING
     train_norms: bool = MISSING
@@ -113,8 +119,8 @@ class ModelConfig:
     activation_checkpointing: bool = MISSING  # recompute each layer in backward: less memory, same numbers
     # with activation_checkpointing on a GPU and a frozen base, layers keep what fits into memory_gb (1e9 bytes; null: 85 % of
     # the GPU's memory), and in host_gb of pinned host memory, which takes the input embedding first
-    memory_gb: Optional[float] = None
-    host_gb: float = 0.0
+    memory_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null", default=None)
+    host_gb: float = number("[0, inf)", "in 1e9 bytes", default=0.0)
     lora: Optional[LoraSettings] = None
 
 
@@ -125,24 +131,25 @@ class AdvantageConfig:
 
 @dataclass
 class KlConfig:
-    coefficient: float = MISSING  # loss per nat; 0 skips the reference pass
+    coefficient: float = number("[0, inf)", "0 is off")  # loss per nat; 0 skips the reference pass
     estimator: Estimator = MISSING
 
 
 @dataclass
 class RolloutConfig:
-    prompts_per_step: int = MISSING
-    group_size: int = MISSING  # completions of each prompt
-    max_new_tokens: int = MISSING  # tokens
-    temperature: float = MISSING
-    top_k: int = MISSING  # 0: off
-    top_p: float = MISSING  # 1: off
-    min_p: float = MISSING  # 0: off
-    max_batch: int = MISSING  # completions decoded together; does not change what is sampled
+    prompts_per_step: int = number("[1, inf)")
+    # completions of each prompt
+    group_size: int = number("[2, inf)", "an advantage is a reward against the others of its group; 8 or 16 is usual")
+    max_new_tokens: int = number("[1, inf)")  # tokens
+    temperature: float = number("(0, inf)", "rollouts are sampled, and log-probs are those at this temperature; 1.0 is usual")
+    top_k: int = number("[0, inf)", "the number of tokens to keep; 0 is off")
+    top_p: float = number("(0, 1]", "1 is off")
+    min_p: float = number("[0, 1)", "0 is off")
+    max_batch: int = number("[1, inf)")  # completions decoded together; does not change what is sampled
     # most memory of the KV cache, 1e9 bytes: completions that find no room wait. null: on a GPU a share of what is free when a
     # rollout starts; never more than its completions need
-    cache_gb: Optional[float] = None
-    refill_rounds: int = MISSING  # further draws of prompts to replace groups whose rewards are all equal
+    cache_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null for a share of the GPU's free memory", default=None)
+    refill_rounds: int = number("[0, inf)", "0 is off")  # further draws of prompts to replace groups whose rewards are all equal
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 
@@ -150,63 +157,63 @@ class RolloutConfig:
 class OptimConfig:
     """AdamW, its schedule, and how a batch becomes updates. One step here is one GRPO step, whatever its updates."""
 
-    lr: float = MISSING
-    betas: List[float] = MISSING
-    eps: float = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING  # updates with linearly rising lr
+    lr: float = number("(0, inf)")
+    betas: List[float] = number("[0, 1)")
+    eps: float = number("(0, inf)", "1e-8 is usual")
+    weight_decay: float = number("[0, inf)")
+    warmup_steps: int = number("[0, inf)")  # updates with linearly rising lr
     schedule: Schedule = MISSING
-    decay_steps: Optional[int] = MISSING  # last updates, over which lr falls; null: all after the warm-up
-    final_lr_ratio: float = MISSING  # lr of the last update / lr
-    max_grad_norm: float = MISSING  # global L2 norm that gradients are scaled down to
-    max_tokens: int = MISSING  # tokens in one micro-batch: bounds activation memory; does not change the gradient
+    decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up")  # last updates, over which lr falls
+    final_lr_ratio: float = number("[0, 1]")  # lr of the last update / lr
+    max_grad_norm: float = number("(0, inf)", "1.0 is usual")  # global L2 norm that gradients are scaled down to
+    max_tokens: int = number("[1, inf)")  # tokens in one micro-batch: bounds activation memory; does not change the gradient
     # a group's prompt stands once in a micro-batch, before all its completions: fewer tokens, the same gradient
     share_prompts: bool = False
-    minibatches: int = MISSING  # updates each epoch
-    epochs: int = MISSING  # passes over a batch
+    minibatches: int = number("[1, inf)")  # updates each epoch
+    epochs: int = number("[1, inf)")  # passes over a batch
     old_log_probs: OldLogProbs = MISSING
     # power of two that the loss carries through the backward, so that float16 gradients do not underflow; null: grpo.optim's
     # for float16, 1 for other dtypes. Lower it when gradients overflow
-    loss_scale: Optional[float] = None
+    loss_scale: Optional[float] = number("(0, inf)", "null for the dtype's own", default=None)
 
 
 @dataclass
 class WarmupConfig:
     """Supervised steps on the environment's demonstrations, before GRPO."""
 
-    steps: int = MISSING
-    batch_size: int = MISSING  # demonstrations
-    lr: float = MISSING
-    betas: List[float] = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    decay_fraction: float = MISSING  # the last part of the steps, over which lr falls linearly
-    final_lr_ratio: float = MISSING
-    max_grad_norm: float = MISSING
+    steps: int = number("[1, inf)", "no warm-up is warmup=null")
+    batch_size: int = number("[1, inf)")  # demonstrations
+    lr: float = number("(0, inf)")
+    betas: List[float] = number("[0, 1)")
+    weight_decay: float = number("[0, inf)")
+    warmup_steps: int = number("[0, inf)")
+    decay_fraction: float = number("[0, 1]")  # the last part of the steps, over which lr falls linearly
+    final_lr_ratio: float = number("[0, 1]")
+    max_grad_norm: float = number("(0, inf)", "1.0 is usual")
     cache_dir: Optional[str] = None  # keeps the result, so that a rerun starts at GRPO; null: no cache
 
 
 @dataclass
 class EvalConfig:
-    every: int = MISSING  # steps; 0: never in between
-    num_samples: int = MISSING  # k of avg@k and pass@k; 0: greedy only
-    temperature: float = MISSING
+    every: int = number("[0, inf)", "0 is never in between")  # steps
+    num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
+    temperature: float = number("(0, inf)", "greedy is eval.greedy=true")
     greedy: bool = MISSING
-    max_prompts: int = MISSING  # held-out prompts
+    max_prompts: int = number("[1, inf)")  # held-out prompts
     at_start: bool = MISSING
     at_end: bool = MISSING
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = MISSING  # steps; 0: at the end only
-    keep: int = MISSING  # newest ones kept
+    every: int = number("[0, inf)", "0 is at the end only")  # steps
+    keep: int = number("[2, inf)", "the newest one may be the one that a crash cut short")  # newest ones kept
 
 
 @dataclass
 class LogConfig:
-    completions_every: int = MISSING  # steps; 0: never
-    num_completions: int = MISSING
+    completions_every: int = number("[0, inf)", "0 is never")  # steps
+    num_completions: int = number("[0, inf)")
 
 
 @dataclass
@@ -221,11 +228,11 @@ class WandbConfig:
 @dataclass
 class TrainConfig:
     name: str = MISSING  # the run's folder is output_dir/name
-    seed: int = MISSING  # initial weights, prompts and samples
-    steps: int = MISSING  # GRPO steps
+    seed: int = number("[0, 9223372036854775807]")  # initial weights, prompts and samples
+    steps: int = number("[1, inf)")  # GRPO steps
     device: Device = MISSING
     dtype: Dtype = MISSING
-    threads: int = MISSING  # CPU threads; 0: torch's choice
+    threads: int = number("[0, inf)")  # CPU threads; 0: torch's choice
     model: ModelConfig = field(default_factory=ModelConfig)
     env: Dict[str, Any] = MISSING  # _target_: a class; the other keys are its keywords
     loss: Dict[str, Any] = MISSING  # _target_: a function; the other keys are its keywords
@@ -245,45 +252,45 @@ class TrainConfig:
 @dataclass
 class EvaluateConfig:
     run: Optional[str] = None  # run folder: its model, weights and environment; null: `model` and `env` below
-    step: Optional[int] = None  # the run's checkpoint of that step; null: the newest
+    step: Optional[int] = number("[0, inf)", default=None)  # the run's checkpoint of that step; null: the newest
     model: Optional[ModelConfig] = None
     env: Optional[Dict[str, Any]] = None  # null: the run's
-    seed: int = MISSING
+    seed: int = number("[0, 9223372036854775807]")
     device: Device = MISSING
     dtype: Dtype = MISSING
-    threads: int = MISSING  # CPU threads; 0: torch's choice
-    num_samples: int = MISSING  # k of avg@k and pass@k; 0: greedy only
+    threads: int = number("[0, inf)")  # CPU threads; 0: torch's choice
+    num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     greedy: bool = MISSING
-    temperature: float = MISSING
-    top_k: int = MISSING
-    top_p: float = MISSING
-    min_p: float = MISSING
-    max_new_tokens: int = MISSING  # tokens
-    max_prompts: int = MISSING  # held-out prompts
-    max_batch: int = MISSING  # completions decoded together
+    temperature: float = number("(0, inf)", "greedy is greedy=true")
+    top_k: int = number("[0, inf)", "the number of tokens to keep; 0 is off")
+    top_p: float = number("(0, 1]", "1 is off")
+    min_p: float = number("[0, 1)", "0 is off")
+    max_new_tokens: int = number("[1, inf)")  # tokens
+    max_prompts: int = number("[1, inf)")  # held-out prompts
+    max_batch: int = number("[1, inf)")  # completions decoded together
     output: Optional[str] = None  # JSON file for the result; null: print only
 
 
 @dataclass
 class GenerateConfig:
     run: Optional[str] = None  # run folder; null: `model` below
-    step: Optional[int] = None  # the run's checkpoint of that step; null: the newest
+    step: Optional[int] = number("[0, inf)", default=None)  # the run's checkpoint of that step; null: the newest
     model: Optional[ModelConfig] = None
     prompt: Optional[str] = None  # null: read lines from the terminal and chat
     # null, for these three: as the run's environment has it; else none, medium, today
     instructions: Optional[str] = None  # developer message
     reasoning_effort: Optional[ReasoningEffort] = None
     current_date: Optional[str] = None  # YYYY-MM-DD, in the system message
-    seed: int = MISSING
+    seed: int = number("[0, 9223372036854775807]")
     device: Device = MISSING
     dtype: Dtype = MISSING
-    threads: int = MISSING  # CPU threads; 0: torch's choice
+    threads: int = number("[0, inf)")  # CPU threads; 0: torch's choice
     greedy: bool = MISSING
-    temperature: float = MISSING
-    top_k: int = MISSING
-    top_p: float = MISSING
-    min_p: float = MISSING
-    max_new_tokens: int = MISSING  # tokens
+    temperature: float = number("(0, inf)", "greedy is greedy=true")
+    top_k: int = number("[0, inf)", "the number of tokens to keep; 0 is off")
+    top_p: float = number("(0, 1]", "1 is off")
+    min_p: float = number("[0, 1)", "0 is off")
+    max_new_tokens: int = number("[1, inf)")  # tokens
 
 
 # ---- from YAML to dataclasses

@@ -3,7 +3,7 @@
     python scripts/random_checkpoint.py OUT --size 20b --dtype mxfp4 --device cuda      (13.8 GB; put OUT on a RAM disk)
 
 For timing, memory and loading at real sizes without a download: tensor names, shapes, dtypes and config.json are those
-of the published 20b and 120b checkpoints (`--experts nf4`: of bitsandbytes' packing, a matrix per expert); `tiny` has the
+of the published 20b and 120b checkpoints (`--dtype nf4`: of bitsandbytes' packing, a matrix per expert); `tiny` has the
 same structure with small layers, and hidden != intermediate so that a missing transpose shows. Every tensor is drawn from
 (seed, its place in the model), so the weights depend on neither --device's memory nor the shard size; they do differ
 between cpu and cuda.

@@ -1,14 +1,26 @@
 """Every experiment composes and passes its checks; every kind of mistake ends in one message that says what to do."""
 
+import dataclasses
 import re
 import subprocess
 import sys
-import time
+import typing
 from pathlib import Path
 
 import pytest
 
-from grpo.config import ConfigError, bind, check_resumable, read_saved_config, save_config, to_dict
+from grpo.config import (
+    ConfigError,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainConfig,
+    bind,
+    check_resumable,
+    dataclass_of,
+    read_saved_config,
+    save_config,
+    to_dict,
+)
 from grpo.launch import CONFIG_DIR, load_config, normalize_argv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +129,7 @@ BAD_ARGUMENTS = [
     ("wandb.tags=a", "wandb.tags = 'a' (str): expected a list, each entry a string"),
     ("model.architecture.hidden_size=big", "model.architecture.hidden_size = 'big' (str): expected an integer"),
     # ranges
-    ("rollout.cache_gb=0", "rollout.cache_gb = 0.0: must be above 0"),
+    ("rollout.cache_gb=0", "rollout.cache_gb = 0.0: must be > 0"),
     ("rollout.group_size=1", "rollout.group_size = 1: must be at least 2"),
     ("rollout.temperature=0", "rollout.temperature = 0.0: must be > 0"),
     ("rollout.top_p=0", "rollout.top_p = 0.0: must lie in (0, 1]"),
@@ -127,14 +139,21 @@ BAD_ARGUMENTS = [
     ("optim.lr=-1", "optim.lr = -1.0: must be > 0"),
     ("optim.lr=.nan", "optim.lr = '.nan' (str): expected a number"),
     ("optim.lr=nan", "optim.lr = nan: must be > 0"),
+    ("optim.lr=inf", "optim.lr = inf: must be > 0 and finite"),
     ("optim.loss_scale=1000", "optim.loss_scale = 1000.0: must be null or a power of two"),
     ("dtype=half", "dtype = 'half' (str): expected one of auto, float32, bfloat16, float16"),
     ("optim.betas=[0.9]", "optim.betas = [0.9]: must be two numbers in [0, 1)"),
+    ("optim.betas=[0.9,1]", "optim.betas = [0.9, 1.0]: must lie in [0, 1)"),
     ("optim.max_tokens=16", "optim.max_tokens = 16: must hold a prompt and"),
     ("checkpoint.keep=1", "checkpoint.keep = 1: must be at least 2"),
-    ("seed=-1", "seed = -1: must lie in 0..2^63-1"),
+    ("seed=-1", "seed = -1: must lie in [0, 9223372036854775807]"),
     ("steps=0", "steps = 0: must be at least 1"),
-    ("name=a/b", "name = 'a/b': a folder name"),
+    ("name=a/b", "name = 'a/b': must be a folder name"),
+    (f"name={'x' * 201}", "of at most 200 bytes"),
+    (f"model.path={'x' * 300}", "no such folder, nor a hub id"),
+    (f"model.path={'x' * 200}/{'y' * 200}", "no such folder, nor a hub id"),
+    ("threads=100000000", "threads = 100000000: must be 0 (torch's choice) or at most"),
+    ("rollout.group_size=10000000000", "rollout.group_size = 10000000000: must be at least 2 and less than 2^31"),
     # contradictions
     ("optim.minibatches=20", "optim.minibatches = 20: must not exceed rollout.prompts_per_step (16)"),
     ("model.path=/nowhere", "model.path = '/nowhere': give a checkpoint"),
@@ -149,7 +168,7 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("argument, expected", BAD_ARGUMENTS, ids=[argument for argument, _ in BAD_ARGUMENTS])
+@pytest.mark.parametrize("argument, expected", BAD_ARGUMENTS, ids=[argument[:60] for argument, _ in BAD_ARGUMENTS])
 def test_a_bad_argument_is_refused_by_name(argument, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         load_config("train", [argument])
@@ -165,7 +184,7 @@ def test_contradictions_of_the_released_models_are_refused():
         ),
         (["model.lora.rank=0"], "model.lora.rank = 0: must be at least 1"),
         (["model.memory_gb=-1"], "model.memory_gb = -1.0: must be > 0"),
-        (["model.host_gb=-1"], "model.host_gb = -1.0: must be >= 0"),
+        (["model.host_gb=-1"], "model.host_gb = -1.0: must be at least 0"),
         (
             ["model.train=full", "model.lora=null", "model.experts=bf16", "model.host_gb=2"],
             "model.host_gb = 2.0: host memory serves runs with a frozen base",
@@ -175,6 +194,39 @@ def test_contradictions_of_the_released_models_are_refused():
     ):
         with pytest.raises(ConfigError, match=re.escape(expected)):
             load_config("train", ["+experiment=gpt_oss_20b_lora", *arguments])
+
+
+def numbers_of(schema: type, prefix: str = ""):
+    """(key, type, field) of every number in a schema."""
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        kinds = {kind for kind in (hints[item.name], *typing.get_args(hints[item.name])) if isinstance(kind, type)}
+        nested = dataclass_of(hints[item.name])
+        if nested is not None:
+            yield from numbers_of(nested, f"{prefix}{item.name}.")
+        elif kinds & {int, float}:
+            yield prefix + item.name, hints[item.name], item
+
+
+def test_every_number_of_the_schema_has_an_interval_that_excludes_infinity():
+    for schema in (TrainConfig, EvaluateConfig, GenerateConfig):
+        keys = [(key, item.metadata["interval"]) for key, _, item in numbers_of(schema)]
+        assert len(keys) >= 8 and not any(interval.endswith("inf]") for _, interval in keys)
+
+
+FLOATS = [key for key, hint, _ in numbers_of(TrainConfig) if float in (hint, *typing.get_args(hint))]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_number_may_be_infinite_or_nan(value, tmp_path):
+    lists = [f"{key}=[0.9,{value}]" for key in FLOATS if key.endswith("betas")]
+    plain = [f"{key}={value}" for key in FLOATS if not key.endswith("betas")]
+    assert {"kl.coefficient=inf", "optim.weight_decay=inf", "model.lora.alpha=inf", "eval.temperature=inf"} <= {
+        argument.replace(value, "inf") for argument in plain}
+    warmup = ["warmup.steps=1", "warmup.batch_size=1", "warmup.warmup_steps=0"]
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", ["+experiment=gpt_oss_20b_lora", *plain, *lists, *warmup])
+    assert {line.split(" =")[0] for line in str(caught.value).splitlines()} == set(FLOATS)
 
 
 def test_all_problems_of_a_config_are_listed_at_once():
@@ -310,13 +362,11 @@ sys.exit(code)
 
 def run_launch(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LIBYAML}\n{TASK}"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
 
 
-def test_a_bad_key_ends_with_code_2_in_seconds_without_torch_or_folders(tmp_path):
-    started = time.monotonic()
+def test_a_bad_key_ends_with_code_2_without_torch_or_folders(tmp_path):
     result = run_launch(["+optim.typo=1"], tmp_path)
-    assert time.monotonic() - started < 10
     assert result.returncode == 2 and result.stdout == "no torch\n"
     assert result.stderr.startswith("config error: unknown key optim.typo.") and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
