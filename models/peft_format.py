@@ -3,8 +3,10 @@
 File layout, checked against peft 0.21: attention and router tensors `lora_A.weight` [r, in], `lora_B.weight` [out, r].
 On experts one pair of tensors holds all of them: A [E * r, in] is expert-major (row e * r + k), B [out, r * E] is
 rank-major (column k * E + e). `mlp.experts.base_layer.*` is gate_up_proj, `mlp.experts.*` down_proj; vLLM asserts that
-both are there, so both are always written. An adapter from elsewhere that has one of them only leaves the other
-without effect (B = 0).
+both are there, so both are always written.
+
+Reading goes by the tensors in the file (models/peft_config.py has the settings): what it leaves out, a projection, layers,
+experts, is without effect (B = 0).
 
 Trained norms and sinks have no place in that layout that other tools accept next to LoRA: they go to
 trained_weights.safetensors beside the adapter, under their Hugging Face names. `load_adapter` reads them back; PEFT
@@ -14,7 +16,10 @@ Shapes: E experts, r rank.
 """
 
 import math
+import re
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,35 +27,28 @@ import torch
 from models.experts import PROJECTIONS
 from models.gpt_oss import GptOss
 from models.lora import TARGETS, LoraConfig, attach_lora
+from models.peft_config import CONFIG_NAME, PeftSettings, read_settings
 from models.tensor_files import (
     CheckpointError,
+    StoredTensor,
     atomic_folder,
     list_file,
-    read_json,
     shortened,
     write_json,
     write_tensors,
 )
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINED_NAME = "trained_weights.safetensors"
 ATTENTION = TARGETS[:4]
 _EXPERT_KEYS = {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
-# settings that change what an adapter computes and that this project's LoRA does not have
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layer_replication",
-    "modules_to_save",
-    "exclude_modules",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
+# a tensor of an adapter in a gpt-oss layer; experts in one wrapper (two: the inner one is gate_up_proj) or matrix by matrix, as
+# unsloth's NF4 models hold them, whose router is router.linear
+_KEY = re.compile(
+    r"(?P<key>base_model\.model\.model\.layers\.(?P<layer>\d+)\."
+    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?P<router>router)(?:\.linear)?"
+    r"|mlp\.experts(?:(?P<inner>\.base_layer)?|\.(?P<matrix>gate_up|down)_projs\.(?P<expert>\d+))))"
+    r"\.lora_(?P<side>[AB])\.weight"
 )
 
 
@@ -173,112 +171,200 @@ def peft_tensors(
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A and B of one wrapper in an adapter's file."""
+
+    layer: int
+    leaf: str  # q_proj, k_proj, v_proj, o_proj, router, gate_up_proj or down_proj
+    expert: int | None  # of a pair that belongs to one expert alone
+    name: str  # as PEFT's patterns see it
+    key: str  # in the file, without .lora_A.weight
+    A: StoredTensor
+    B: StoredTensor
+
+    @property
+    def target(self) -> str:
+        return "experts" if self.leaf in PROJECTIONS else self.leaf
+
+
 def read_adapter_config(folder: str | Path) -> LoraConfig:
     """What an adapter in PEFT form targets, with which rank and scale.
 
-    alpha is such that the scale is alpha / rank; for use_rslora adapters that is lora_alpha * sqrt(rank). Raises
-    CheckpointError naming the file and the setting for anything this project's LoRA does not compute.
+    rank: the largest of its modules. alpha: such that alpha / rank is the scale that PEFT gives a module of that rank
+    without an entry in alpha_pattern. Raises CheckpointError naming the file and the setting for anything this project's
+    LoRA does not compute.
     """
-    folder = Path(folder)
-    path = folder / CONFIG_NAME
-    content = read_json(path)
-    if content.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type={content.get('peft_type')!r}; only LORA is supported")
-    set_here = {key: content[key] for key in _UNSUPPORTED if content.get(key)}
-    set_here |= {"bias": content["bias"]} if content.get("bias", "none") != "none" else {}
-    if set_here:
-        raise CheckpointError(f"{path}: {set_here} not supported; train the adapter without these settings")
-    rank, alpha = content.get("r"), content.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or alpha <= 0:
-        raise CheckpointError(
-            f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a positive number"
-        )
-    targets = _attention_targets(path, content.get("target_modules")) + _parameter_targets(path, content)
+    settings = read_settings(Path(folder))
+    return _lora_config(settings, _read_pairs(settings)[0])
+
+
+def _lora_config(settings: PeftSettings, pairs: list[_Pair]) -> LoraConfig:
+    folder = settings.path.parent
+    rank = max((settings.rank_of(pair.name) for pair in pairs), default=settings.rank)
+    targets = {pair.target for pair in pairs}
     trained = list(list_file(folder / TRAINED_NAME)) if (folder / TRAINED_NAME).exists() else []
     return LoraConfig(
         rank=rank,
-        alpha=alpha * math.sqrt(rank) if content.get("use_rslora") else alpha,
-        targets=targets,
+        alpha=settings.content["lora_alpha"] * (math.sqrt(rank) if settings.content.get("use_rslora") else 1),
+        targets=[name for name in TARGETS if name in targets],
         train_sinks=any(name.endswith(".sinks") for name in trained),
         train_norms=any(name.endswith("norm.weight") for name in trained),
     )
 
 
-def _attention_targets(path: Path, modules: list[str] | str | None) -> list[str]:
-    if modules == "all-linear":
-        return list(ATTENTION)  # what PEFT takes it to mean for gpt-oss: the head is left out
-    if modules is not None and not isinstance(modules, list):
-        raise CheckpointError(f"{path}: target_modules={modules!r}; give a list out of {list(ATTENTION)}")
-    if unknown := sorted(set(modules or []) - set(ATTENTION)):
-        raise CheckpointError(
-            f"{path}: target_modules {unknown} not supported; allowed: {list(ATTENTION)} "
-            "(experts and router go into target_parameters)"
+def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[str]]:
+    """The pairs of an adapter's file, the names that have no other half, and those that are no adapter of a gpt-oss layer."""
+    folder = settings.path.parent
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        is_pickle = (folder / "adapter_model.bin").exists()
+        way = (
+            "adapter_model.bin is not read; convert it with: python -c \"import torch; from safetensors.torch import "
+            "save_file; save_file({k: v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True).items()}, "
+            f"'{WEIGHTS_NAME}')\" in that folder"
+            if is_pickle
+            else "an adapter's tensors are read from there; fetch the file"
         )
-    return [name for name in ATTENTION if name in (modules or [])]
+        raise CheckpointError(f"{path}: not found; {way}")
+    stored = list_file(path)
+    halves, foreign = {}, []
+    for key, tensor in stored.items():
+        if (found := _KEY.fullmatch(key)) is None:
+            foreign.append(key)
+        else:
+            halves.setdefault(found["key"], (found, {}))[1][found["side"]] = tensor
+    alone = [f"{key}.lora_{other}.weight" for key, (_, both) in halves.items() for other in {"A", "B"} - set(both)]
+    pairs = []
+    for key, (found, both) in halves.items():
+        if len(both) == 2:
+            leaf, name = _identify(settings, found, has_inner=f"{key}.base_layer" in halves)
+            expert = None if found["expert"] is None else int(found["expert"])
+            pairs.append(_Pair(int(found["layer"]), leaf, expert, name, key, both["A"], both["B"]))
+    return pairs, alone, foreign
 
 
-def _expert_halves(content: dict) -> list[str]:
-    return [
-        name
-        for name in PROJECTIONS
-        if any(f".{parameter}".endswith(f".{name}") for parameter in content.get("target_parameters") or [])
-    ]
-
-
-def _parameter_targets(path: Path, content: dict) -> list[str]:
-    targets = (
-        {"router"}
-        if any(f".{parameter}".endswith(".router.weight") for parameter in content.get("target_parameters") or [])
-        else set()
-    )
-    known = tuple(f".{name}" for name in PROJECTIONS) + (".router.weight",)
-    if unknown := [name for name in content.get("target_parameters") or [] if not f".{name}".endswith(known)]:
-        raise CheckpointError(
-            f"{path}: target_parameters {unknown} not supported; allowed: mlp.experts.gate_up_proj, "
-            "mlp.experts.down_proj, mlp.router.weight"
-        )
-    targets |= {"experts"} if _expert_halves(content) else set()
-    return [name for name in TARGETS if name in targets]
+def _identify(settings: PeftSettings, found: re.Match, *, has_inner: bool) -> tuple[str, str]:
+    """What a wrapper adapts, and its name as PEFT's patterns see it."""
+    prefix = f"model.layers.{found['layer']}."
+    if found["attention"]:
+        module = f"{prefix}self_attn.{found['attention']}"
+        return found["attention"], settings.chosen_name(module) or module
+    if found["router"]:
+        return "router", f"{prefix}mlp.router.weight"
+    if found["matrix"]:
+        return f"{found['matrix']}_proj", f"{prefix}mlp.experts.{found['matrix']}_projs.{found['expert']}"
+    gate_up, down = (f"{prefix}mlp.experts.{name}" for name in PROJECTIONS)
+    is_alone = not found["inner"] and not has_inner  # then nothing but the settings tells which it is
+    if found["inner"] or (is_alone and settings.selects_parameter(gate_up) and not settings.selects_parameter(down)):
+        return "gate_up_proj", gate_up
+    return "down_proj", down
 
 
 def load_adapter(model: GptOss, folder: str | Path) -> None:
     """Reads an adapter into a model, attaching one of its rank, alpha and targets where the model carries none yet.
 
-    Trained norms and sinks beside the adapter replace the model's. Raises CheckpointError naming what differs between
-    the adapter the model carries and the one in the folder, and every missing, unused and misshapen tensor.
+    Where a module's rank or scale is not the model's (rank_pattern, alpha_pattern), B takes up the difference, and the rank
+    that is left over starts with B = 0; so do targets that the file leaves out in some layers or experts, with a warning: they
+    are without effect until they train. Trained norms and sinks beside the adapter replace the model's. Raises CheckpointError
+    naming what differs between the adapter the model carries and the one in the folder, and every missing, unused and
+    misshapen tensor.
     """
     folder = Path(folder)
-    wanted = read_adapter_config(folder)
+    settings = read_settings(folder)
+    pairs, missing, foreign = _read_pairs(settings)
+    foreign += [pair.key for pair in pairs if pair.layer >= len(model.model.layers)]
+    pairs = [pair for pair in pairs if pair.layer < len(model.model.layers)]
+    wanted = _lora_config(settings, pairs)
+    missing = missing or _chosen_but_missing(settings, model, {pair.name for pair in pairs})
+    misshapen = [problem for pair in pairs for problem in _shape_problems(pair, model, settings.rank_of(pair.name))]
+    if missing or foreign or misshapen:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME}: does not fit the model: missing: {shortened(missing)}; not used: "
+            f"{shortened(foreign)}; wrong shape: {shortened(misshapen)}. The base has {len(model.model.layers)} layers; adapters "
+            "are read on q_proj, k_proj, v_proj, o_proj, router and experts, by target_modules and target_parameters"
+        )
     held = attached_config(model)
     if held is None:
         attach_lora(model, wanted, seed=0)
     else:
         _check_same(folder, held, wanted)
-    if not (folder / WEIGHTS_NAME).exists():
-        raise CheckpointError(
-            f"{folder / WEIGHTS_NAME}: not found; adapters are read from safetensors, not from .bin files"
-        )
-    stored = {name: found.read() for name, found in list_file(folder / WEIGHTS_NAME).items()}
-    halves = _expert_halves(read_json(folder / CONFIG_NAME))
-    expected = {}  # key in the file -> (parameter, the file's tensor in the parameter's layout)
-    for layer in range(len(model.model.layers)):
-        expected |= _expected_in_layer(model, layer, wanted.targets, halves)
-    missing = [key for key in expected if key not in stored]
-    unused = [key for key in stored if key not in expected]
-    misshapen = [
-        f"{key} is {list(stored[key].shape)}, expected {list(shape)}"
-        for key, (_, shape) in expected.items()
-        if key in stored and tuple(stored[key].shape) != shape
-    ]
-    if missing or unused or misshapen:
-        raise CheckpointError(
-            f"{folder / WEIGHTS_NAME}: does not fit the model: missing: {shortened(missing)}; not used: "
-            f"{shortened(unused)}; wrong shape: {shortened(misshapen)}"
-        )
-    with torch.no_grad():
-        for key, (parameter, _) in expected.items():
-            parameter.copy_(_from_peft(stored[key], parameter, is_B=key.endswith("lora_B.weight")))
+    _fill(model, settings, pairs, wanted)
+    if absent := _left_out(pairs, model):
+        warnings.warn(f"{folder}: holds nothing for {'; '.join(absent)}: there the adapter starts without effect", stacklevel=2)
     _load_trained(model, folder / TRAINED_NAME)
+
+
+def _chosen_but_missing(settings: PeftSettings, model: GptOss, found: set[str]) -> list[str]:
+    """What the settings choose and the file does not hold: a file cut short would load without a word."""
+    missing = []
+    for layer in range(len(model.model.layers)):
+        prefix = f"model.layers.{layer}."
+        chosen = [settings.chosen_name(f"{prefix}self_attn.{name}") for name in ATTENTION]
+        parameters = [f"{prefix}mlp.router.weight", *(f"{prefix}mlp.experts.{name}" for name in PROJECTIONS)]
+        chosen += [name for name in parameters if settings.selects_parameter(name)]
+        missing += [name for name in chosen if name is not None and name not in found]
+    return missing
+
+
+def _parameters(pair: _Pair, model: GptOss) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B in the model that a pair goes to, those of its expert where it has one alone."""
+    block = model.model.layers[pair.layer]
+    stem = {"experts": f"mlp.experts.{pair.leaf}_lora_", "router": "mlp.router.lora_"}.get(
+        pair.target, f"self_attn.{pair.leaf}.lora_"
+    )
+    lora_A, lora_B = (block.get_parameter(stem + side) for side in "AB")
+    return (lora_A, lora_B) if pair.expert is None else (lora_A[pair.expert], lora_B[pair.expert])
+
+
+def _shape_problems(pair: _Pair, model: GptOss, rank: int) -> list[str]:
+    block, num = model.model.layers[pair.layer], model.config.num_local_experts
+    if pair.target == "experts":
+        size_in, size_out = block.mlp.experts.sizes[pair.leaf]
+        if pair.expert is not None and pair.expert >= num:
+            return [f"{pair.key} is of expert {pair.expert}, the model has {num}"]
+        rank *= 1 if pair.expert is not None else num
+    else:
+        module = block.mlp.router if pair.leaf == "router" else block.self_attn.get_submodule(pair.leaf)
+        size_out, size_in = module.weight.shape
+    expected = {"A": (rank, size_in), "B": (size_out, rank)}
+    return [
+        f"{tensor.name} is {list(tensor.shape)}, expected {list(expected[side])}"
+        for side, tensor in (("A", pair.A), ("B", pair.B))
+        if tensor.shape != expected[side]
+    ]
+
+
+@torch.no_grad()
+def _fill(model: GptOss, settings: PeftSettings, pairs: list[_Pair], config: LoraConfig) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.zero_()
+    for pair in pairs:
+        lora_A, lora_B = _parameters(pair, model)
+        stored_A, stored_B = pair.A.read().float(), pair.B.read().float()
+        rank = settings.rank_of(pair.name)
+        if lora_A.ndim == 3:  # all experts
+            stored_A = stored_A.view(len(lora_A), rank, -1)
+            stored_B = stored_B.view(-1, rank, len(lora_A)).permute(2, 0, 1)
+        lora_A[..., :rank, :] = stored_A
+        lora_B[..., :rank] = stored_B * (settings.scale_of(pair.name) * config.rank / config.alpha)
+
+
+def _left_out(pairs: list[_Pair], model: GptOss) -> list[str]:
+    """The layers that an adapter leaves out, of each projection it targets; matrices, where it holds experts one by one."""
+    layers: dict[str, set[int]] = {}
+    for pair in pairs:
+        for leaf in PROJECTIONS if pair.target == "experts" else (pair.leaf,):
+            layers.setdefault(leaf, set())
+        layers[pair.leaf].add(pair.layer)
+    every = set(range(len(model.model.layers)))
+    said = [
+        f"{leaf} in layers {', '.join(map(str, sorted(every - held)))}" for leaf, held in layers.items() if every - held
+    ]
+    num_single = sum(pair.expert is not None for pair in pairs)
+    num_all = len(PROJECTIONS) * len(every) * model.config.num_local_experts
+    return said + ([f"{num_all - num_single} of {num_all} expert matrices"] if num_single else [])
 
 
 def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:
@@ -286,50 +372,14 @@ def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:
     if held.rank != wanted.rank:
         different.append(f"rank: {held.rank} in the model, {wanted.rank} in the adapter")
     if not math.isclose(held.alpha, wanted.alpha, rel_tol=1e-6):
-        different.append(f"alpha: {held.alpha} in the model, {wanted.alpha} in the adapter")
+        different.append(f"alpha: {held.alpha:g} in the model, {wanted.alpha:g} in the adapter")
     if set(held.targets) != set(wanted.targets):
         different.append(f"targets: {sorted(held.targets)} in the model, {sorted(wanted.targets)} in the adapter")
     if different:
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: not the adapter this model was set up for: {'; '.join(different)}; "
-            "set model.lora to the adapter's values"
+            f"{folder / CONFIG_NAME}: not the adapter this model was set up for: {'; '.join(different)}; set "
+            f"model.lora.rank={wanted.rank} model.lora.alpha={wanted.alpha:g} model.lora.targets=[{','.join(wanted.targets)}]"
         )
-
-
-def _expected_in_layer(
-    model: GptOss, layer: int, targets: list[str], halves: list[str]
-) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
-    """PEFT key -> (parameter, shape in the file) of one layer."""
-    block, expected = model.model.layers[layer], {}
-    for target in targets:
-        if target != "experts":
-            path = "mlp.router" if target == "router" else f"self_attn.{target}"
-            for side in "AB":
-                parameter = block.get_parameter(f"{path}.lora_{side}")
-                expected[_peft_key(layer, path, side)] = (parameter, tuple(parameter.shape))
-            continue
-        for name in halves:
-            # with one half alone there is a single wrapper, and no base_layer in its key
-            path = _EXPERT_KEYS[name] if len(halves) == 2 else "mlp.experts"
-            lora_A = block.mlp.experts.get_parameter(f"{name}_lora_A")
-            lora_B = block.mlp.experts.get_parameter(f"{name}_lora_B")
-            (num, rank, size_in), size_out = lora_A.shape, lora_B.shape[1]
-            expected[_peft_key(layer, path, "A")] = (lora_A, (num * rank, size_in))
-            expected[_peft_key(layer, path, "B")] = (lora_B, (size_out, rank * num))
-        for name in set(PROJECTIONS) - set(halves):
-            with torch.no_grad():
-                block.mlp.experts.get_parameter(f"{name}_lora_B").zero_()
-    return expected
-
-
-def _from_peft(stored: torch.Tensor, parameter: torch.Tensor, *, is_B: bool) -> torch.Tensor:
-    """A tensor of the file in the layout of its parameter."""
-    if parameter.ndim == 2:
-        return stored
-    if not is_B:
-        return stored.view(parameter.shape)
-    num, size_out, rank = parameter.shape
-    return stored.view(size_out, rank, num).permute(2, 0, 1)
 
 
 def _load_trained(model: GptOss, path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,13 +189,31 @@ def test_an_adapter_on_one_expert_projection_leaves_the_other_without_effect(tmp
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"bias": "all"}, "bias"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern"),
+        ({"rank_pattern": {"(": 8}}, r"'\('"),
+        ({"layers_to_transform": "1"}, "layers_to_transform"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 0}, "r=0"),
         ({"r": "4"}, "r='4'"),
         ({"lora_alpha": None}, "lora_alpha=None"),
         ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\]"),
         ({"target_modules": ".*"}, "target_modules"),
+        ({"target_modules": ["embed_tokens"]}, r"\['model.embed_tokens'\]"),
+        ({"target_modules": "("}, "regular expression"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16'.*path_initial_model"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights.*merge_and_unload"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+        ({"init_lora_weights": "of 2031"}, "init_lora_weights"),
+        ({"layer_replication": [[0, 4], [2, 4]]}, "layer_replication"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"setting_of_2031": {"a": 1}}, "setting_of_2031"),
         ({"target_parameters": ["mlp.experts.gate_up_proj_bias"]}, "gate_up_proj_bias"),
     ],
 )
@@ -202,9 +223,147 @@ def test_settings_that_would_change_the_result_are_refused_by_name(tmp_path, set
         load_adapter(base_model(), folder)
 
 
-def test_all_linear_means_the_attention_projections(tmp_path):
-    folder = adapter_copy(tmp_path, settings={"target_modules": "all-linear", "target_parameters": None})
+def only(*parts, layers=(0, 1, 2, 3)):
+    """Of an adapter's tensors those whose names hold one of `parts`, in some layers."""
+    starts = tuple(f"{PREFIX}{layer}." for layer in layers)
+    return lambda tensors: {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(starts) and any(part in name for part in parts)
+    }
+
+
+UNSLOTH_REGEX = (
+    "(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    ".*?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)"
+)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "all-linear",
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        UNSLOTH_REGEX,
+        r".*self_attn\.[qkvo]_proj",
+        None,
+    ],
+)
+def test_targets_are_those_of_the_tensors_however_the_settings_spell_them(tmp_path, modules):
+    settings = {"target_modules": modules, "target_parameters": None, "setting_of_2031": None}
+    folder = adapter_copy(tmp_path, settings=settings, change=only("self_attn"))
     assert read_adapter_config(folder).targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model, whole = base_model(), base_model()
+    load_adapter(model, folder)
+    load_adapter(whole, LORA)
+    name = "model.layers.3.self_attn.v_proj.lora_B"
+    assert torch.equal(model.get_parameter(name), whole.get_parameter(name))
+
+
+def test_experts_of_some_layers_load_and_the_others_start_without_effect(tmp_path):
+    """The recipe of OpenAI's cookbook names the experts layer by layer."""
+    parameters = [f"{layer}.mlp.experts.{name}" for layer in (1, 3) for name in ("gate_up_proj", "down_proj")]
+    experts = only("experts", layers=(1, 3))
+    settings = {"target_parameters": parameters}
+    folder = adapter_copy(tmp_path, settings=settings, change=lambda all: only("self_attn")(all) | experts(all))
+    model, whole = base_model(), base_model()
+    with pytest.warns(UserWarning, match="nothing for gate_up_proj in layers 0, 2; down_proj in layers 0, 2:"):
+        load_adapter(model, folder)
+    load_adapter(whole, LORA)
+    for layer, block in enumerate(whole.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            if layer not in (1, 3):
+                block.mlp.experts.get_parameter(f"{name}_lora_B").data.zero_()
+    ids = torch.arange(30).view(2, 15)
+    torch.testing.assert_close(logits_of(model, ids), logits_of(whole, ids), rtol=0, atol=0)
+    untouched = model.model.layers[0].mlp.experts
+    assert untouched.gate_up_proj_lora_A.any() and untouched.gate_up_proj_lora_A.requires_grad  # or it could never train
+
+
+def test_ranks_and_alphas_of_single_modules_load_into_one_rank(tmp_path):
+    """By hand: q of layer 1 has rank 2 and alpha 12, so 6 B A where a module of the rest has 8 / 4 B A."""
+    q, key = "model.layers.1.self_attn.q_proj", f"{PREFIX}1.self_attn.q_proj.lora_"
+
+    def change(tensors):
+        return tensors | {
+            f"{key}A.weight": tensors[f"{key}A.weight"][:2],
+            f"{key}B.weight": tensors[f"{key}B.weight"][:, :2].contiguous(),
+        }
+
+    settings = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {r"layers\.1\..*\.q_proj": 12}}
+    folder = adapter_copy(tmp_path, settings=settings, change=change)
+    assert (read_adapter_config(folder).rank, read_adapter_config(folder).alpha) == (4, 8)
+    model, tensors = base_model(), load_file(folder / "adapter_model.safetensors")
+    load_adapter(model, folder)
+    weight = model.get_parameter(f"{q}.weight")
+    wanted = weight + 6 * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+    torch.testing.assert_close(merged_weight(model, f"{q}.weight", weight), wanted, rtol=0, atol=1e-6)
+    assert model.get_parameter(f"{q}.lora_A")[2:].any() and not model.get_parameter(f"{q}.lora_B")[:, 2:].any()
+    other = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(model.get_parameter(f"{other}.lora_B"), tensors[f"{PREFIX}0.self_attn.q_proj.lora_B.weight"])
+
+
+def test_a_pair_of_matrices_for_each_expert_goes_to_its_expert(tmp_path):
+    """As models that hold experts one by one (bitsandbytes' packing) name them."""
+    A, B = torch.randn(4, 96), torch.randn(64, 4)
+    key = f"{PREFIX}2.mlp.experts.down_projs.5.lora_"
+    settings = {"target_modules": r".*down_projs\.5", "target_parameters": None}
+    folder = adapter_copy(
+        tmp_path, settings=settings, change=lambda tensors: {f"{key}A.weight": A, f"{key}B.weight": B}
+    )
+    model = base_model()
+    with pytest.warns(UserWarning, match="down_proj in layers 0, 1, 3; 63 of 64 expert matrices"):
+        load_adapter(model, folder)
+    experts = model.model.layers[2].mlp.experts
+    assert torch.equal(experts.down_proj_lora_A[5], A) and torch.equal(experts.down_proj_lora_B[5], B)
+    assert not experts.down_proj_lora_B[:5].any() and not experts.gate_up_proj_lora_B.any()
+
+
+@pytest.mark.parametrize(
+    "settings, present",
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, True),
+        ({"target_modules": ["q_proj"]}, False),
+        ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 1, 2]}, False),
+        ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 3, "layers_pattern": "layers"}, True),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.3.self_attn.v_proj"]}, False),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.3\..*v_proj"}, False),
+        ({"target_modules": r".*\.3\.self_attn\.v_proj"}, True),
+    ],
+)
+def test_a_tensor_that_the_settings_choose_must_be_in_the_file(tmp_path, settings, present):
+    """v of layer 3 is cut off."""
+    def change(tensors):
+        return only("q_proj", "v_proj", layers=(0, 1, 2))(tensors) | only("q_proj", layers=(3,))(tensors)
+
+    folder = adapter_copy(tmp_path, settings={"target_parameters": None, **settings}, change=change)
+    if present:
+        with pytest.raises(CheckpointError, match="missing: model.layers.3.self_attn.v_proj;"):
+            load_adapter(base_model(), folder)
+    else:
+        with pytest.warns(UserWarning, match="nothing for v_proj in layers 3:"):
+            load_adapter(base_model(), folder)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(tmp_path):
+    def change(tensors):
+        return tensors | {name.replace(".3.", ".4."): tensor.clone() for name, tensor in tensors.items() if ".3.self" in name}
+
+    with pytest.raises(CheckpointError, match=r"not used: .*layers\.4\.self_attn.*The base has 4 layers"):
+        load_adapter(base_model(), adapter_copy(tmp_path, change=change))
+
+
+def test_a_pickled_adapter_is_refused_with_the_way_to_convert_it(tmp_path):
+    folder = adapter_copy(tmp_path)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(tensors, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="adapter_model.bin is not read; convert it with: (.*) in that folder") as caught:
+        load_adapter(base_model(), folder)
+    command = str(caught.value).partition("convert it with: ")[2].removesuffix(" in that folder")
+    code = shlex.split(command)[2]
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    load_adapter(base_model(), folder)
 
 
 def test_an_adapter_whose_settings_differ_from_the_models_is_refused():
@@ -214,9 +373,10 @@ def test_an_adapter_whose_settings_differ_from_the_models_is_refused():
         load_adapter(model, LORA)
     message = str(caught.value)
     assert (
-        "rank: 8 in the model, 4 in the adapter" in message and "alpha: 16.0 in the model, 8 in the adapter" in message
+        "rank: 8 in the model, 4 in the adapter" in message and "alpha: 16 in the model, 8 in the adapter" in message
     )
     assert "targets: ['q_proj'] in the model" in message
+    assert "set model.lora.rank=4 model.lora.alpha=8 model.lora.targets=[q_proj,k_proj,v_proj,o_proj,experts]" in message
 
 
 def test_tensors_that_do_not_fit_are_listed_together(tmp_path):
