@@ -52,6 +52,11 @@ class Completion:
         return [token for segment in self.segments[1:] for token in segment.token_ids]
 
     @property
+    def is_policy(self) -> list[bool]:
+        """Of each of `completion_ids`, whether the policy sampled it."""
+        return [segment.source == "policy" for segment in self.segments[1:] for _ in segment.token_ids]
+
+    @property
     def num_policy_tokens(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments if segment.source == "policy")
 

@@ -25,12 +25,13 @@ import torch
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, resolve_target
 from grpo.console import clean
+from grpo.environment import make_environment
 from grpo.failures import describe_failure
-from grpo.groups import make_environment
 from grpo.launch import FAILED, launch
 from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
 from grpo.rollout import Sampler
-from models.harmony import parse_completion, render_chat
+from models.chat.parse import parse_completion
+from models.chat.render import render_chat
 from models.tokenizer import REPLACEMENT, Tokenizer
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
@@ -143,8 +144,8 @@ class Conversation:
         parsed = parse_completion(ids, self.tokenizer)
         if ids[-1] not in self.tokenizer.stop_ids:
             note(f"cut off after {len(ids)} tokens: raise max_new_tokens, unless the model's context is full")
-        elif parsed.error is not None:
-            note(f"not well-formed harmony: {parsed.error}")
+        elif parsed.fault is not None:
+            note(f"not a finished answer in the chat format: {parsed.fault}")
         if self.encode_prompt is None and parsed.final:
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": parsed.final}]
         elif self.encode_prompt is None and config.prompt is None:
@@ -153,10 +154,8 @@ class Conversation:
     def render(self, question: str) -> list[int]:
         if self.encode_prompt is not None:
             return self.encode_prompt(question)
-        instructions = self.chat_settings["instructions"]
-        opening = [{"role": "developer", "content": instructions}] if instructions else []
-        return render_chat([*opening, *self.messages, {"role": "user", "content": question}], self.tokenizer,
-                           current_date=self.chat_settings["current_date"],
+        return render_chat([*self.messages, {"role": "user", "content": question}], self.tokenizer,
+                           instructions=self.chat_settings["instructions"], current_date=self.chat_settings["current_date"],
                            reasoning_effort=self.chat_settings["reasoning_effort"])
 
 

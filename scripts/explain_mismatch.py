@@ -29,7 +29,7 @@ import kernels.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
-from grpo.groups import make_environment  # noqa: E402
+from grpo.environment import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
 from grpo.rollout import Sampler, filtered_log_probs  # noqa: E402
 from grpo.update import make_replay  # noqa: E402

@@ -19,7 +19,8 @@ import re
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
 from grpo.rewards.match import is_well_formed, stated_answer
-from models.harmony import Message, generation_prompt, parse_completion, render_message
+from models.chat.parse import parse_completion
+from models.chat.render import Message, generation_prompt, render_message
 from models.tokenizer import Tokenizer, build_tiny_tokenizer
 
 WORDS = ["system", "developer", "user", "assistant", "tool", "analysis", "commentary", "final", "functions", "json"]
@@ -109,7 +110,7 @@ class Carry:
         return [self._score(completion) for completion in completions]
 
     def describe(self, completion: Completion) -> dict:
-        parsed = parse_completion(completion.completion_ids, self.tokenizer)
+        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
         return {
             "question": completion.prompt.row["question"],
             "answer": completion.prompt.row["answer"],
@@ -146,7 +147,7 @@ class Carry:
     def _score(self, completion: Completion) -> Score:
         row = completion.prompt.row
         a, b = map(int, row["question"].split("+"))
-        parsed = parse_completion(completion.completion_ids, self.tokenizer)
+        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
         answer = stated_answer(parsed)
         is_correct, has_format = answer == row["answer"], is_well_formed(parsed)
         forgetful = demonstration(a, b, forgets_carry=True)

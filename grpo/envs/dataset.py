@@ -6,8 +6,9 @@
 `prompt_key` names the column with the prompt, text or a list of messages; `answer_key` the reference answer (both may be
 dotted, `reward_model.ground_truth`); `question_template` builds the user message from columns instead. The final channel of
 a completion is matched with the answer (`match`: exact, numeric, none) and shown to the reward functions of `rewards`, which
-grpo/rewards/functions.py describes. Evaluation rows come from a file of their own or are a fraction held out by hash of the
-prompt.
+grpo/rewards/functions.py describes. Columns named `tools` and `chat_template_kwargs` are read as TRL reads them, by
+`read_tools` and `read_template_kwargs` of models/chat. Evaluation rows come from a file of their own or are a fraction held
+out by hash of the prompt.
 
 The whole file is read, checked and tokenised when the environment is built, before any model is loaded: every problem is a
 DataError that starts with file:line. Training rows are visited in epochs, each a permutation keyed by (seed, epoch);
@@ -25,7 +26,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.rows import Row, RowReader, digest_of
 from grpo.rewards.functions import Result, Reward, RewardError, Sample, load_reward, score_with, try_rewards
 from grpo.rewards.match import exact_match, is_well_formed, numeric_match, stated_answer
-from models.harmony import parse_completion
+from models.chat.parse import parse_completion
 from models.tokenizer import Tokenizer
 
 
@@ -145,7 +146,7 @@ class Dataset:
         samples, parsed = [], []
         for completion in completions:
             row = self._rows[completion.prompt.row["_source"]]
-            parsed.append(parse_completion(completion.completion_ids, self.tokenizer))
+            parsed.append(parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy))
             samples.append(
                 Sample(
                     row=row.columns,
@@ -175,7 +176,7 @@ class Dataset:
 
     def describe(self, completion: Completion) -> dict:
         row = self._rows[completion.prompt.row["_source"]]
-        parsed = parse_completion(completion.completion_ids, self.tokenizer)
+        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
         return {
             "source": row.source,
             "question": row.question,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from array import array
 from dataclasses import dataclass
 from datetime import date
@@ -15,11 +16,10 @@ from pathlib import Path
 
 from grpo.envs.data_files import DataError, read_records
 from grpo.rewards.match import parse_number
-from models.harmony import render_chat
+from models.chat.render import generation_prompt, harmony_messages, read_template_kwargs, render_messages
 from models.tokenizer import Tokenizer
 
 EFFORTS = ("low", "medium", "high")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_SKIPPED = 0.01  # share of bad rows that on_bad_row=skip puts up with
 CHARS_PER_TOKEN = 128  # no token of o200k is longer: prompts beyond it are too long without counting
 
@@ -151,24 +151,28 @@ class RowReader:
             effort = _lookup(record, self.reasoning_effort_key, "reasoning_effort_key")
             if effort not in EFFORTS:
                 raise _BadRow(f"{self.reasoning_effort_key!r} is {effort!r}; must be one of {', '.join(EFFORTS)}")
-        try:
-            text = json.dumps(_messages(prompt), ensure_ascii=False, sort_keys=True).encode()
-        except UnicodeEncodeError as error:
-            raise _BadRow("the prompt cannot be tokenised: it holds half of a surrogate pair") from error
-        return Row(record, source, prompt, answer, effort, hashlib.sha256(text).digest(), array("i"))
+        asked = [_messages(prompt), *(record[key] for key in ("tools", "chat_template_kwargs") if record.get(key))]
+        text = json.dumps(asked if len(asked) > 1 else asked[0], ensure_ascii=False, sort_keys=True, default=repr)
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+        return Row(record, source, prompt, answer, effort, digest, array("i"))
 
     def _tokenize(self, row: Row) -> array:
         messages = _messages(row.prompt)
-        if self.instructions is not None and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "developer", "content": self.instructions}, *messages]
-        if sum(len(message["content"]) for message in messages) > CHARS_PER_TOKEN * self.max_prompt_tokens:
-            return array("i", [-1]) * (self.max_prompt_tokens + 1)
+        settings = {"reasoning_effort": row.effort, "current_date": self.current_date}
         try:
-            return array(
-                "i", render_chat(messages, self.tokenizer, reasoning_effort=row.effort, current_date=self.current_date)
-            )
-        except ValueError as error:  # characters that the tokenizer lacks, tool calls without a name
-            raise _BadRow(f"the prompt cannot be tokenised: {error}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # of a message or call that the template leaves out
+                settings |= read_template_kwargs(row.columns.get("chat_template_kwargs"))
+                chat = harmony_messages(
+                    messages, instructions=self.instructions, tools=row.columns.get("tools"), **settings
+                )
+            if chat[-1].role not in ("user", "tool"):
+                raise _BadRow(f"the prompt ends with a message of the {chat[-1].role}; the model needs one to answer")
+            if sum(len(message.content) for message in chat) > CHARS_PER_TOKEN * self.max_prompt_tokens:
+                return array("i", [-1]) * (self.max_prompt_tokens + 1)
+            return array("i", render_messages(chat, self.tokenizer) + generation_prompt(self.tokenizer))
+        except (ValueError, UserWarning) as problem:  # also characters that the tokenizer lacks
+            raise _BadRow(f"the prompt cannot be tokenised: {problem}") from problem
 
     def _answer(self, record: dict) -> str:
         value = _lookup(record, self.answer_key, "answer_key")
@@ -279,20 +283,6 @@ def _messages(prompt: object) -> list[dict]:
         if not prompt.strip():
             raise _BadRow("the prompt is empty")
         return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
+    if not isinstance(prompt, list):
         raise _BadRow(f"the prompt is a {type(prompt).__name__}; expected text or a list of messages")
-    for i, message in enumerate(prompt):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str)
-            or message.get("role") not in ROLES
-        ):
-            raise _BadRow(
-                f"message {i} of the prompt must be {{role, content}} with text content and a role of "
-                f"{', '.join(ROLES)}"
-            )
-        if message["role"] in ("system", "developer") and i > 0:
-            raise _BadRow(f"message {i} of the prompt: a {message['role']} message can only come first")
-    if prompt[-1]["role"] not in ("user", "tool"):
-        raise _BadRow(f"the prompt ends with a message of the {prompt[-1]['role']}; the model needs one to answer")
     return prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from models.harmony import Parsed
+from models.chat.parse import Parsed
 
 MAX_NUMBER_LEN = 64  # characters; longer "numbers" in model output are never parsed
 MAX_EXPONENT = 300
@@ -13,16 +13,14 @@ MAX_SPELLINGS = 32  # of one number in one text
 
 
 def is_well_formed(parsed: Parsed) -> bool:
-    """Whether a completion parses as harmony to its end and closes with its only message on the final channel."""
-    finals = [message for message in parsed.messages if message.channel == "final"]
-    return parsed.is_complete and len(finals) == 1 and finals[0] is parsed.messages[-1] and finals[0].recipient is None
+    """Whether a completion is a finished answer in the right form; `parsed.fault` says what it lacks."""
+    return parsed.fault is None
 
 
 def stated_answer(parsed: Parsed) -> str | None:
-    """The text to match: the final channel's one finished message. None for a completion that was cut off (42 may have
-    been about to become 421), that has no final message, or several (a second guess)."""
-    finals = [message for message in parsed.messages if message.channel == "final"]
-    return finals[0].content if parsed.is_complete and len(finals) == 1 else None
+    """The text to match, `parsed.final`; None for a completion that is no finished answer in the right form: one that was
+    cut off (42 may have been about to become 421), has no final message or several (a second guess), speaks for others."""
+    return parsed.final if is_well_formed(parsed) else None
 
 
 # --- matching -------------------------------------------------------------------------------------------------------

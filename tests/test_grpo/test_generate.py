@@ -27,7 +27,7 @@ from grpo.generate import (
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
 from grpo.rollout import Sampler
-from models.harmony import render_chat
+from models.chat.render import render_chat
 from models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from models.harmony import (
+from models.chat.parse import parse_completion
+from models.chat.render import (
     Message,
     developer_content,
     generation_prompt,
-    parse_completion,
     render_chat,
     render_message,
     system_content,
@@ -52,9 +52,13 @@ def control_ids(ids, tokenizer) -> list[int]:
 @pytest.mark.parametrize("case", TEMPLATE_CASES, ids=lambda case: case["name"])
 def test_conversations_render_as_the_hub_template_does(case, tokenizer):
     ids = render_chat(case["hf_messages"], tokenizer, current_date=DATE, **case["hf_kwargs"])
-    assert tokenizer.decode(ids, keep_special=True) == case["hf_text"]
+    expected = case["hf_text"]
+    if case["name"] == "14_string_arguments_double_encoding":  # the template encodes the JSON text of an object again
+        expected = expected.replace(r'"{\"location\": \"Tokyo\"}"', '{"location": "Tokyo"}')
+        assert expected != case["hf_text"]
+    assert tokenizer.decode(ids, keep_special=True) == expected
     if case["name"] != "11_special_spelling_in_user_text":
-        assert ids == tokenizer.encode_with_special(case["hf_text"])
+        assert ids == tokenizer.encode_with_special(expected)
 
 
 def test_preamble_and_constrained_call_render_message_by_message(tokenizer):
@@ -159,12 +163,8 @@ def test_keys_with_value_none_and_empty_tool_calls_are_as_absent(tokenizer):
 
 
 def test_what_the_template_drops_is_dropped_with_a_warning(tokenizer):
-    two = [
-        {"role": "system", "content": "s"},
-        {"role": "developer", "content": "lost"},
-        {"role": "user", "content": "q"},
-    ]
-    with pytest.warns(UserWarning, match=r"messages\[1\] has role 'developer' and is left out"):
+    two = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "developer", "content": "lost"}]
+    with pytest.warns(UserWarning, match=r"messages\[2\] has role 'developer' and is left out"):
         text = render_text(two, tokenizer)
     assert "lost" not in text and "# Instructions\n\ns\n\n<|end|>" in text
     calls = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
@@ -173,6 +173,23 @@ def test_what_the_template_drops_is_dropped_with_a_warning(tokenizer):
     assert text.endswith(
         "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|><|start|>assistant"
     )
+
+
+def test_system_and_developer_messages_that_open_a_conversation_are_both_instructions(tokenizer):
+    user = {"role": "user", "content": "q"}
+    both = [{"role": "system", "content": "You are X"}, {"role": "developer", "content": "Be brief"}, user]
+    joined = [{"role": "developer", "content": "You are X\n\nBe brief"}, user]
+    assert render_text(both, tokenizer) == render_text(joined, tokenizer)
+    assert "# Instructions\n\nYou are X\n\nBe brief\n\n<|end|>" in render_text(both, tokenizer)
+
+
+def test_instructions_are_for_conversations_that_bring_none(tokenizer):
+    user = {"role": "user", "content": "q"}
+    own = [{"role": "developer", "content": "mine"}, user]
+    assert render_text([user], tokenizer, instructions="mine") == render_text(own, tokenizer)
+    assert render_text(own, tokenizer, instructions="other") == render_text(own, tokenizer)
+    with pytest.raises(ValueError, match=r"messages\[0\] has role 'boss'"):
+        render_text([{"role": "boss", "content": "x"}], tokenizer, instructions="mine")
 
 
 def tool_text(properties, tokenizer, required=()) -> str:
@@ -270,7 +287,11 @@ def test_tools_without_parameters_or_description_render(tokenizer):
         ([{"content": "hi"}], {}, r"messages\[0\] has role None; allowed: system, developer, user, assistant, tool"),
         ([{"role": "asistant", "content": "hi"}], {}, "has role 'asistant'"),
         ([{"role": "user"}], {}, r"messages\[0\].content \(role user\) must be a string, got None"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], {}, "join the text of content parts"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "x"}]}],
+            {},
+            r"messages\[0\].content\[1\] is a part of type 'image_url': the model reads text only",
+        ),
         ([{"role": "assistant"}], {}, r"messages\[0\].content \(role assistant\) must be a string"),
         ([{"role": "system", "content": 3}], {}, r"messages\[0\].content \(role system\) must be a string, got 3"),
         (
@@ -351,9 +372,9 @@ def test_no_field_of_a_conversation_can_inject_a_control_token(tokenizer):
                     {"name": f"f{evil}", "arguments": {f"k{evil}": f"v{evil}"}, "content_type": f"json{evil}"}
                 ],
             },
-            {"role": "tool", "content": f"r{evil}", "name": evil},
+            {"role": "tool", "content": f"r{evil}", "name": f"f{evil}"},
             {"role": "user", "content": evil},
-            {"role": "assistant", "tool_calls": [{"name": "g", "arguments": evil}], "content": f"c{evil}"},
+            {"role": "assistant", "tool_calls": [{"name": "g", "arguments": json.dumps({"k": evil})}], "content": f"c{evil}"},
         ]
         schema = {
             "type": "object",

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from models.harmony import (
-    HarmonyError,
-    Message,
-    completion_as_history,
-    generation_prompt,
-    parse_completion,
-    render_message,
-)
+from models.chat.parse import HarmonyError, parse_completion
+from models.chat.render import Message, completion_as_history, generation_prompt, render_message
 from models.tokenizer import Tokenizer, build_tiny_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -94,21 +88,10 @@ def test_completeness_means_well_formed_and_stopped_by_the_model(tokenizer):
 def test_endoftext_ends_a_completion_and_is_no_content(tokenizer):
     ids = tokenizer.encode_with_special("<|channel|>final<|message|>4<|endoftext|>")
     parsed = parse_completion(ids, tokenizer)
-    assert (parsed.final, parsed.error) == ("4", None)
+    assert (parsed.messages[0].content, parsed.error) == ("4", None)
+    assert (parsed.final, parsed.fault) == ("", "cut off in the final message")
     inside = tokenizer.encode_with_special("<|channel|>final<|message|>4<|endoftext|>5<|return|>")
-    assert parse_completion(inside, tokenizer).final == "4<|endoftext|>5"
-
-
-def test_final_is_the_assistants_last_final_message(tokenizer):
-    text = (
-        "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>final<|message|>a<|end|>"
-        "<|start|>assistant<|channel|>analysis<|message|>two<|end|><|start|>assistant<|channel|>final<|message|>b<|end|>"
-        "<|start|>user<|channel|>final<|message|>c<|return|>"
-    )
-    parsed = parse_completion(tokenizer.encode_with_special(text), tokenizer)
-    assert (parsed.final, parsed.analysis, parsed.error) == ("b", "one\ntwo", None)
-    silent = parse_completion(tokenizer.encode_with_special("<|channel|>analysis<|message|>x<|return|>"), tokenizer)
-    assert silent.final == ""
+    assert parse_completion(inside, tokenizer).messages[0].content == "4<|endoftext|>5"
 
 
 def test_spelled_control_tokens_do_not_delimit(tokenizer):
@@ -132,7 +115,7 @@ def test_spelled_control_tokens_do_not_delimit(tokenizer):
 def test_broken_characters_in_content_and_header_are_read(tokenizer):
     wave = tokenizer.encode("👋")
     ids = [tokenizer.channel, *tokenizer.encode("final"), tokenizer.message, *tokenizer.encode("ok "), *wave[:3]]
-    assert parse_completion(ids, tokenizer).final == "ok \ufffd"
+    assert parse_completion(ids, tokenizer).messages[0].content == "ok \ufffd"
     ids = [tokenizer.channel, *tokenizer.encode("final"), tokenizer.message, *wave[1:], 10**6, tokenizer.return_]
     assert parse_completion(ids, tokenizer).final == "\ufffd\ufffd\ufffd\ufffd"
     ids = [
@@ -144,7 +127,7 @@ def test_broken_characters_in_content_and_header_are_read(tokenizer):
         tokenizer.return_,
     ]
     parsed = parse_completion(ids, tokenizer)
-    assert (parsed.final, parsed.error) == ("4", "could not decode header")
+    assert (parsed.messages[0].content, parsed.error) == ("4", "could not decode header")
 
 
 def test_forgiving_parse_takes_any_ids_and_agrees_with_strict(tokenizer):

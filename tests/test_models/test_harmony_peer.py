@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from models.harmony import render_chat
+from models.chat.render import render_chat
 from models.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

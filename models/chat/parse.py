@@ -1,0 +1,271 @@
+"""Harmony, gpt-oss's chat format: sampled ids -> messages, and whether they are an answer in the form that is wanted.
+
+Parsing follows the state machine and error texts of OpenAI's `openai-harmony`, on ids: only control ids delimit, spelled
+ones do not. One departure: a lone header word behind <|constrain|> is a content type (the library: a recipient).
+The library accepts much that no answer should look like; `_find_fault` is the one judge of that.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from models.chat.render import CHANNELS, CONSTRAIN, ROLES, Message
+from models.tokenizer import REPLACEMENT, Tokenizer
+
+
+class HarmonyError(ValueError):
+    """Ids that are not well-formed harmony; the text is the library's."""
+
+
+@dataclass
+class Span:
+    """Where a message stands in the parsed ids, and who wrote it."""
+
+    start: int  # of the header, behind its <|start|>
+    content_start: int
+    stop: int  # behind the closing token, or the end of the ids
+    closing: int | None  # <|end|>, <|return|> or <|call|>; None if the ids ended first
+    is_policy: bool  # whether the policy sampled any of its ids; a tool's result holds none of them
+
+
+@dataclass
+class Parsed:
+    """What a completion says: `error` is None iff the ids are well-formed; `messages` holds all that could be read."""
+
+    messages: list[Message]
+    spans: list[Span]  # one for each message
+    error: str | None
+    is_complete: bool  # well-formed and ended by the model itself, with <|return|> or <|call|>
+    fault: str | None  # why this is no finished answer in the right form, None if it is; the error if there is one
+
+    @property
+    def final(self) -> str:
+        """The final text, the one that is matched, shown to reward functions and put into the history of a chat: content
+        of the final message of a completion without fault, else ""."""
+        return self.messages[-1].content if self.fault is None else ""
+
+    @property
+    def analysis(self) -> str:
+        """Contents of the policy's analysis messages, calls aside, joined by newlines."""
+        return "\n".join(
+            message.content
+            for message, span in zip(self.messages, self.spans)
+            if (message.role, message.channel, message.recipient) == ("assistant", "analysis", None) and span.is_policy
+        )
+
+
+def parse_completion(
+    ids: Iterable[int],
+    tokenizer: Tokenizer,
+    *,
+    role: str | None = "assistant",
+    strict: bool = False,
+    is_policy: Sequence[bool] | None = None,
+) -> Parsed:
+    """Messages of sampled ids, read token by token; the default never raises on them, whatever the model wrote.
+
+    `role` is the author that the prompt already named (`<|start|>assistant`); None if the ids begin with <|start|>.
+    `is_policy` says of each id whether the policy sampled it; None: it sampled all.
+    Malformed ids give `error` (the text that strict parsing raises) and all that can be read: words before a stop token
+    that no <|message|> preceded are content; unknown header words and ids between messages are skipped; a message cut
+    off in its header has no content and is left out. Truncation inside content is no error: the message closes at the
+    end (`is_complete` is False). A trailing <|endoftext|> ends the ids like truncation. Invalid UTF-8 and ids without a
+    token read as U+FFFD. As in the library, a lone header word is a recipient, with or without `to=`, unless
+    <|constrain|> stands before it.
+    `strict=True` raises HarmonyError (a ValueError) instead.
+    """
+    if role is not None and role not in ROLES:
+        raise ValueError(f"role is {role!r}; allowed: {', '.join(ROLES)}, or None if the ids begin with <|start|>")
+    ids = [int(id) for id in ids]
+    sources = [True] * len(ids) if is_policy is None else [bool(source) for source in is_policy]
+    assert len(sources) == len(ids), f"{len(sources)} sources of {len(ids)} ids"
+    while ids and ids[-1] == tokenizer.endoftext:
+        ids.pop()
+    error = None
+    try:
+        messages, spans = _parse(ids, tokenizer, role, sources, is_strict=True)
+    except HarmonyError as problem:
+        if strict:
+            raise
+        error = str(problem)
+        messages, spans = _parse(ids, tokenizer, role, sources, is_strict=False)
+    is_complete = error is None and bool(ids) and ids[-1] in (tokenizer.return_, tokenizer.call)
+    fault = error or _find_fault(messages, spans, ids, tokenizer)
+    return Parsed(messages, spans, error, is_complete, fault)
+
+
+def _find_fault(messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer) -> str | None:
+    """What keeps well-formed ids from being an answer: the policy's analysis, preambles and calls, each call answered by
+    the environment, then one final message that ends in <|return|>. None if nothing does."""
+    if not messages:
+        return "no message"
+    was_called = False
+    for index, (message, span) in enumerate(zip(messages, spans, strict=True)):
+        if not span.is_policy:
+            was_called = False
+            continue
+        is_call = message.recipient is not None
+        is_final = message.channel == "final"
+        wanted = tokenizer.call if is_call else tokenizer.return_ if is_final else tokenizer.end
+        markers = [id for id in ids[span.start : span.content_start] if tokenizer.is_special(id)]
+        is_last = index == len(messages) - 1
+        header = [tokenizer.channel, *[tokenizer.constrain] * (tokenizer.constrain in markers), tokenizer.message]
+        fault = None
+        if message.role != "assistant":
+            fault = f"the policy wrote as {message.name or message.role}"
+        elif was_called:
+            fault = "the policy went on after a call that nobody had answered"
+        elif message.channel not in CHANNELS:
+            fault = "no channel" if message.channel is None else f"unknown channel {message.channel!r}"
+        elif is_call and (is_final or not message.recipient or message.recipient in ROLES):
+            fault = f"recipient {message.recipient!r} on channel {message.channel}"
+        elif markers != header or any(map(tokenizer.is_special, ids[span.content_start : span.stop - 1])):
+            fault = f"a control token inside the {message.channel} message"
+        elif span.closing is None:
+            fault = f"cut off in the {message.channel} message"
+        elif span.closing != wanted:
+            fault = f"a {'call' if is_call else message.channel + ' message'} that ends in " + tokenizer.decode(
+                [span.closing], keep_special=True
+            )
+        elif is_final and not is_last:
+            fault = "messages after the final one"
+        if fault is not None:
+            return fault
+        was_called = is_call
+    return None if messages[-1].channel == "final" and spans[-1].is_policy else "no final message"
+
+
+def _parse(
+    ids: list[int], tokenizer: Tokenizer, role: str | None, sources: list[bool], *, is_strict: bool
+) -> tuple[list[Message], list[Span]]:
+    stops = {tokenizer.end, tokenizer.return_, tokenizer.call}
+    header_ends = {tokenizer.message} if is_strict else {tokenizer.message, *stops}
+    messages: list[Message] = []
+    spans: list[Span] = []
+    position = 0
+    is_first = True
+    while True:
+        if not is_first or role is None:
+            if position >= len(ids):
+                break
+            if ids[position] != tokenizer.start:
+                run = _token_run(ids, position, tokenizer)
+                _problem(f"Unexpected token {run!r} while expecting start token", is_strict)
+                position = _find(ids, {tokenizer.start}, position)
+                is_first = False
+                continue
+            position += 1
+        author = role if is_first else None
+        is_first = False
+        header_end = _find(ids, header_ends, position)
+        if header_end == len(ids):
+            _problem("Unexpected EOS while waiting for message header to complete", is_strict)
+            break
+        header_ids = ids[position:header_end]
+        start, position = position, header_end + 1
+        if ids[header_end] != tokenizer.message:
+            # Closed before <|message|>: content only if the author was named in advance, as the library's lenient mode.
+            if author is not None and header_ids:
+                messages.append(_headless_message(header_ids, tokenizer, author))
+                spans.append(Span(start, start, position, ids[header_end], any(sources[start:position])))
+            continue
+        header = _parse_header(header_ids, tokenizer, author, is_strict=is_strict)
+        content_end = _find(ids, stops, position)
+        messages.append(replace(header, content=tokenizer.decode(ids[position:content_end], keep_special=True)))
+        closing = ids[content_end] if content_end < len(ids) else None
+        stop = min(content_end + 1, len(ids))
+        spans.append(Span(start, position, stop, closing, any(sources[start:stop])))
+        position = stop
+    return messages, spans
+
+
+def _problem(text: str, is_strict: bool) -> None:
+    if is_strict:
+        raise HarmonyError(text)
+
+
+def _find(ids: list[int], targets: set[int], position: int) -> int:
+    """Index of the first id in `targets` from `position` on, len(ids) if there is none."""
+    while position < len(ids) and ids[position] not in targets:
+        position += 1
+    return min(position, len(ids))
+
+
+def _token_run(ids: list[int], position: int, tokenizer: Tokenizer) -> str:
+    """The control token at `position`, or the ordinary text from there to the next control token."""
+    if tokenizer.is_special(ids[position]):
+        return tokenizer.decode(ids[position : position + 1], keep_special=True)
+    end = position
+    while end < len(ids) and not tokenizer.is_special(ids[end]):
+        end += 1
+    return tokenizer.decode(ids[position:end])
+
+
+def _split_header(header_ids: list[int], tokenizer: Tokenizer) -> tuple[str | None, list[str]]:
+    """The channel (None without a marker, "" if no name follows it) and the header's other words."""
+    pieces: list[str | int] = []
+    run: list[int] = []
+    for id in [*header_ids, None]:
+        if id is not None and not tokenizer.is_special(id):
+            run.append(id)
+            continue
+        if run:
+            pieces.append(tokenizer.decode(run))
+            run = []
+        if id is not None:
+            pieces.append(id)
+    channel = None
+    if tokenizer.channel in pieces:
+        at = pieces.index(tokenizer.channel)
+        following = pieces[at + 1] if at + 1 < len(pieces) and isinstance(pieces[at + 1], str) else ""
+        channel = re.match(r"[^\s<]*", following).group()
+        pieces[at : at + (2 if following else 1)] = [following[len(channel) :]]
+    # <|constrain|> begins a word; any other control token is spelled where it stands.
+    text = ""
+    for piece in pieces:
+        text += " " if piece == tokenizer.constrain else ""
+        text += piece if isinstance(piece, str) else tokenizer.decode([piece], keep_special=True)
+    return channel, re.findall(r"[^ \t\n\r\f]+", text)
+
+
+def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None, *, is_strict: bool) -> Message:
+    """A message without content. Forgiving: keeps what it understands of a malformed header."""
+    channel, words = _split_header(header_ids, tokenizer)
+    if any(REPLACEMENT in part for part in (channel or "", *words)):
+        _problem("could not decode header", is_strict)
+    if channel == "":
+        _problem("channel marker present but no channel value found in header", is_strict)
+    name = None
+    if role is None:
+        if not words:
+            _problem("message header did not contain a role", is_strict)
+        name = words[0] if words else "assistant"
+        if name in ROLES:
+            role = name
+        elif len(words) > 1 or name.startswith("to="):
+            role = "tool"
+            words = words[1:]
+        else:
+            _problem(f"Unknown role: {name}", is_strict)
+            role = name
+    if words and words[0] == role:
+        words = words[1:]
+    recipient = content_type = None
+    if len(words) == 1 and words[0].startswith(CONSTRAIN) and tokenizer.constrain in header_ids:
+        content_type = words.pop()
+    elif words and (words[-1].startswith("to=") or len(words) == 1):
+        recipient = words.pop().removeprefix("to=")
+    elif words:
+        content_type = words.pop()
+        recipient = words.pop().removeprefix("to=")
+    if words:
+        _problem(f"unexpected tokens remaining in message header: {' '.join(words)!r}", is_strict)
+    return Message(role, "", channel or None, recipient, content_type, name if role == "tool" else None)
+
+
+def _headless_message(header_ids: list[int], tokenizer: Tokenizer, role: str) -> Message:
+    """A message whose <|message|> is missing: the channel if there is one, all other words are content."""
+    channel, words = _split_header(header_ids, tokenizer)
+    if words and words[0] == role:
+        words = words[1:]
+    return Message(role, " ".join(words), channel or None)

@@ -1,0 +1,353 @@
+"""Harmony, gpt-oss's chat format: conversations -> messages -> prompt ids.
+
+Rendering follows the chat template of the hub checkpoints (`chat_template.jinja` of openai/gpt-oss-20b), because that
+is what other trainers feed the model; it builds ids, not text, so that text from users never becomes a control token.
+Where template and OpenAI's `openai-harmony` library differ, the template wins:
+
+* instructions are followed by a blank line even without tools;
+* a default ends in a comma inside its comment (`days?: number, // default: 3,`), and nested schemas have the
+  template's own line breaks and spaces;
+* analysis of every earlier turn is dropped (the library: only what stands before the first final message); while a tool
+  call has no final message after it, its analysis stays;
+* the training render (`add_generation_prompt=False`) keeps the last turn's analysis and ends in <|return|>;
+* results of functions are written as JSON: a string comes out as a quoted JSON string;
+* a call's recipient stands in the role part, its content type is `json` without <|constrain|>.
+
+Departures from the template: special tokens spelled in content stay text; the date is an argument; system and developer
+messages that open a conversation together are joined by a blank line (it loses all but the first); arguments given as the
+JSON text of an object are that object (it encodes them twice); calls of built-in tools have the library's form; content
+may be text parts; a function without description gets no comment line, and a default of an enum or oneOf that is no
+string is written as JSON (it fails on all three); what it drops in silence (a later system message, a message's second
+call) is dropped with a warning.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from models.chat.tools import builtin_sections, declare_functions, from_json, read_call, read_tools, to_json
+from models.tokenizer import Tokenizer
+
+MODEL_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+KNOWLEDGE_CUTOFF = "2024-06"
+TEMPLATE_KWARGS = ("reasoning_effort", "model_identity", "builtin_tools", "current_date")
+CHANNELS = ("analysis", "commentary", "final")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING_EFFORTS = ("low", "medium", "high")
+CONSTRAIN = "<|constrain|>"
+
+
+@dataclass
+class Message:
+    """One message. `recipient` is whom it calls or answers; `name` is a tool message's author (`functions.f`)."""
+
+    role: str
+    content: str
+    channel: str | None = None
+    recipient: str | None = None
+    content_type: str | None = None
+    name: str | None = None
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    current_date: str,
+    reasoning_effort: str = "medium",
+    model_identity: str = MODEL_IDENTITY,
+    instructions: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | str | None = None,
+    builtin_tools: Sequence[str] | None = None,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation; see `harmony_messages`. With `add_generation_prompt` they end in `<|start|>assistant`;
+    without, in the <|return|> of a last answer.
+
+    Without is for comparisons with the template. Train on prompt ids + sampled ids instead: the template drops analysis
+    before the last answer that its own prompt held, so what it renders would not continue that prompt.
+    """
+    chat = harmony_messages(
+        messages,
+        current_date=current_date,
+        reasoning_effort=reasoning_effort,
+        model_identity=model_identity,
+        instructions=instructions,
+        tools=tools,
+        builtin_tools=builtin_tools,
+        keeps_last_analysis=not add_generation_prompt,
+    )
+    ids = render_messages(chat, tokenizer)
+    if add_generation_prompt:
+        return ids + generation_prompt(tokenizer)
+    return [*ids[:-1], tokenizer.return_] if chat[-1].channel == "final" else ids
+
+
+def harmony_messages(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    current_date: str,
+    reasoning_effort: str = "medium",
+    model_identity: str = MODEL_IDENTITY,
+    instructions: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | str | None = None,
+    builtin_tools: Sequence[str] | None = None,
+    keeps_last_analysis: bool = False,
+) -> list[Message]:
+    """A conversation as the messages that the hub's chat template writes. The one check of conversations.
+
+    `messages`: dicts as transformers and APIs have them. The first ones may be `system` and `developer` (together they
+    become the developer message, which is `instructions` if there are none); `user` has content; `assistant` has content
+    and maybe `thinking` (or `reasoning_content`, `reasoning`), or has `tool_calls`; `tool` has content, any JSON value.
+    Content is text or a list of text parts, which are joined. Keys with value None are as absent.
+    `tools`: see `read_tools`. `builtin_tools`: of browser, python. `current_date`: YYYY-MM-DD.
+    Raises ValueError naming the message (by index) and key that cannot be rendered.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        what = "empty" if isinstance(messages, (list, tuple)) else f"a {type(messages).__name__}"
+        raise ValueError(f"messages is {what}: a conversation is a list of at least one message")
+    chat = [_checked_message(message, index) for index, message in enumerate(messages)]
+    functions = read_tools(tools)
+    system = system_content(
+        current_date=current_date,
+        reasoning_effort=reasoning_effort,
+        model_identity=model_identity,
+        builtin_tools=builtin_tools,
+        has_functions=bool(functions),
+    )
+    rendered = [_encodable(Message("system", system), "model_identity")]
+    first = 0
+    while first < len(chat) and chat[first]["role"] in ("system", "developer"):
+        first += 1
+    if first:
+        parts = [_text(chat[index], "content", index) for index in range(first) if chat[index].get("content", "") != ""]
+        instructions = "\n\n".join(parts)
+    developer = developer_content(instructions or "", functions)
+    if developer:
+        rendered.append(_encodable(Message("developer", developer), "instructions or tools"))
+    last_answer = max((i for i, m in enumerate(chat) if m["role"] == "assistant" and "tool_calls" not in m), default=-1)
+    call: Message | None = None  # the last one, while no answer follows it
+    call_id = None
+    for index in range(first, len(chat)):
+        message, parts = chat[index], []
+        role = message["role"]
+        if role == "user":
+            parts = [Message("user", _text(message, "content", index))]
+        elif role == "tool":
+            parts = [_tool_result(message, index, call, call_id)]
+        elif role == "assistant" and "tool_calls" in message:
+            thought, call = _read_tool_call(message, index, builtin_tools or ())
+            # Analysis is kept only while the turn it belongs to is unfinished.
+            parts = [Message("assistant", thought, "analysis")] if thought and index > last_answer else []
+            parts.append(call)
+            call_id = message["tool_calls"][0].get("id")
+        elif role == "assistant":
+            if keeps_last_analysis and index == len(chat) - 1 and "thinking" in message:
+                parts = [Message("assistant", _text(message, "thinking", index), "analysis")]
+            parts.append(Message("assistant", _text(message, "content", index), "final"))
+            call = None
+        else:
+            warnings.warn(
+                f"messages[{index}] has role {role!r} and is left out of the prompt, as in the hub's chat template: "
+                "system and developer messages can only come first. Merge the instructions into one message",
+                stacklevel=3,
+            )
+        rendered += [_encodable(part, f"messages[{index}]") for part in parts]
+    return rendered
+
+
+def render_messages(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of messages, one after another, verbatim."""
+    return [id for message in messages for id in render_message(message, tokenizer)]
+
+
+def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of one message, verbatim, from <|start|> to <|end|> (<|call|> if an assistant writes to a recipient).
+
+    Only `content_type` may begin with a control token, <|constrain|>; everywhere else spelled control tokens stay text.
+    """
+    if message.role not in ROLES:
+        raise ValueError(f"message role {message.role!r} is not one of {', '.join(ROLES)}")
+    if (message.role == "tool") != (message.name is not None):
+        raise ValueError(f"a tool message needs `name` (such as functions.f), no other has one; got {message!r:.200}")
+    author = message.name if message.role == "tool" else message.role
+    recipient = "" if message.recipient is None else f" to={message.recipient}"
+    ids = [tokenizer.start, *tokenizer.encode(author + recipient)]
+    is_constrained = (message.content_type or "").startswith(CONSTRAIN)
+    content_type = "" if message.content_type is None else f" {message.content_type.removeprefix(CONSTRAIN)}"
+    plain, constrained = (content_type[:1], content_type[1:]) if is_constrained else (content_type, "")
+    ids += [] if message.channel is None else [tokenizer.channel]
+    ids += tokenizer.encode((message.channel or "") + plain)
+    ids += [tokenizer.constrain, *tokenizer.encode(constrained)] if is_constrained else []
+    is_call = message.role == "assistant" and message.recipient is not None
+    return [*ids, tokenizer.message, *tokenizer.encode(message.content), tokenizer.call if is_call else tokenizer.end]
+
+
+def generation_prompt(tokenizer: Tokenizer) -> list[int]:
+    """`<|start|>assistant`: a completion continues it with the channel of its choice, so it begins with <|channel|>."""
+    return [tokenizer.start, *tokenizer.encode("assistant")]
+
+
+def completion_as_history(completion_ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
+    """A completion's ids as they stand in a later prompt: <|return|>, which is output only, becomes <|end|>."""
+    return [tokenizer.end if id == tokenizer.return_ else id for id in completion_ids]
+
+
+def system_content(
+    *,
+    current_date: str | None,
+    reasoning_effort: str | None,
+    model_identity: str | None = MODEL_IDENTITY,
+    knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF,
+    builtin_tools: Sequence[str] | None = None,
+    channels: Sequence[str] = CHANNELS,
+    has_functions: bool = False,
+) -> str:
+    """Text of the system message. A part given as None (or no channels) vanishes together with its blank line."""
+    if current_date is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", str(current_date)):
+        raise ValueError(f"current_date is {current_date!r}; it must be a date as YYYY-MM-DD")
+    if reasoning_effort is not None and reasoning_effort not in REASONING_EFFORTS:
+        raise ValueError(f"reasoning_effort is {reasoning_effort!r}; allowed: {', '.join(REASONING_EFFORTS)}")
+    if model_identity is not None and not isinstance(model_identity, str):
+        raise ValueError(f"model_identity is {model_identity!r:.80}; it must be a string")
+    head = [
+        model_identity,
+        None if knowledge_cutoff is None else f"Knowledge cutoff: {knowledge_cutoff}",
+        None if current_date is None else f"Current date: {current_date}",
+    ]
+    sections = ["\n".join(line for line in head if line is not None)]
+    if reasoning_effort is not None:
+        sections.append(f"Reasoning: {reasoning_effort}")
+    tools = builtin_sections(builtin_tools)
+    sections += ["# Tools", *tools] if tools else []
+    if channels:
+        line = f"# Valid channels: {', '.join(channels)}. Channel must be included for every message."
+        if has_functions:
+            line += "\nCalls to these tools must go to the commentary channel: 'functions'."
+        sections.append(line)
+    return "\n\n".join(section for section in sections if section)
+
+
+def developer_content(instructions: str, functions: Sequence[Mapping[str, Any]]) -> str:
+    """Text of the developer message, "" if empty: instructions (the user's "system prompt") and function schemas."""
+    text = f"# Instructions\n\n{instructions}\n\n" if instructions else ""
+    return text + (f"# Tools\n\n{declare_functions(functions)}" if functions else "")
+
+
+def read_template_kwargs(value: Any) -> dict[str, Any]:
+    """Keywords of `harmony_messages` from a `chat_template_kwargs` column: an object or its JSON text, nulls left out.
+
+    Raises ValueError for a key that the chat template does not know."""
+    if isinstance(value, str) and value:
+        value = from_json(value, "chat_template_kwargs")
+    if value is None or value == "":
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"chat_template_kwargs is a {type(value).__name__}; it must be an object or its JSON text")
+    unknown = [key for key, setting in value.items() if setting is not None and key not in TEMPLATE_KWARGS]
+    if unknown:
+        raise ValueError(
+            f"chat_template_kwargs has {', '.join(map(repr, unknown))}, which gpt-oss's chat template does not know; "
+            f"allowed: {', '.join(TEMPLATE_KWARGS)}"
+        )
+    return {key: setting for key, setting in value.items() if setting is not None}
+
+
+def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The message without its None values, its role known, content parts joined, its reasoning under `thinking`."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"messages[{index}] must be a mapping with role and content, got {message!r:.80}")
+    checked = {key: value for key, value in message.items() if value is not None}
+    role = checked.get("role")
+    if role not in ROLES:
+        raise ValueError(f"messages[{index}] has role {role!r}; allowed: {', '.join(ROLES)}")
+    if "function_call" in checked:
+        raise ValueError(f"messages[{index}].function_call is an API's old form of a call; write it as tool_calls")
+    if "tool_calls" in checked and not checked["tool_calls"]:
+        del checked["tool_calls"]  # an empty list in every row is how data sets with uniform columns say "no call"
+    for alias in ("reasoning_content", "reasoning"):
+        if alias in checked:
+            checked.setdefault("thinking", checked[alias])
+    if role != "tool":
+        for key in ("content", "thinking"):
+            if isinstance(checked.get(key), (list, tuple)):
+                checked[key] = "".join(_part(part, f"messages[{index}].{key}[{i}]") for i, part in enumerate(checked[key]))
+    if role == "assistant":
+        for key in ("content", "thinking"):
+            text = checked.get(key)
+            if isinstance(text, str) and re.search(r"<\|channel\|>(analysis|final)<\|message\|>", text):
+                raise ValueError(
+                    f"messages[{index}].{key} spells harmony control tokens; pass the reasoning alone as 'thinking' "
+                    "and the answer alone as 'content'"
+                )
+    return checked
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise ValueError(f'{where} is a part of type {kind!r}: the model reads text only, {{"type": "text", "text": ...}}')
+    return part["text"]
+
+
+def _text(message: Mapping[str, Any], key: str, index: int) -> str:
+    if not isinstance(message.get(key), str):
+        raise ValueError(
+            f"messages[{index}].{key} (role {message['role']}) must be a string, got {message.get(key)!r:.80}; a list "
+            "of text parts is one too"
+        )
+    return message[key]
+
+
+def _encodable(message: Message, where: str) -> Message:
+    for key, text in vars(message).items():
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} cannot be encoded: the {message.role} message's {key} holds half of a surrogate pair, "
+                f"{text[error.start]!a}, at character {error.start}"
+            ) from error
+    return message
+
+
+def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Sequence[str]) -> tuple[str, Message]:
+    """The analysis before the call ("" if none) and the call as a message."""
+    where = f"messages[{index}].tool_calls"
+    calls = message["tool_calls"]
+    if not isinstance(calls, (list, tuple)) or not isinstance(calls[0], Mapping):
+        raise ValueError(f"{where} must be a list of mappings, got {calls!r:.80}")
+    if len(calls) > 1:
+        warnings.warn(
+            f"{where} has {len(calls)} calls and only the first is rendered, as in the hub's chat template: make one "
+            "message of each call",
+            stacklevel=4,
+        )
+    if message.get("content") and message.get("thinking"):
+        raise ValueError(f"messages[{index}] has content, thinking and tool_calls; give the analysis as thinking alone")
+    key = "content" if message.get("content") else "thinking"
+    thought = _text(message, key, index) if message.get(key) else ""
+    recipient, channel, content_type, content = read_call(calls[0], builtin_tools, f"{where}[0]")
+    return thought, Message("assistant", content, channel, recipient, content_type)
+
+
+def _tool_result(message: Mapping[str, Any], index: int, call: Message | None, call_id: object) -> Message:
+    """The result of the last call; where it says whose result it is, that must be this call."""
+    if call is None:
+        raise ValueError(f"messages[{index}] has role 'tool', but no assistant message before it has tool_calls")
+    if "content" not in message:
+        raise ValueError(f"messages[{index}] has role 'tool' but no content: give the result, any JSON value")
+    answered = message.get("tool_call_id")
+    if None not in (answered, call_id) and answered != call_id:
+        raise ValueError(f"messages[{index}].tool_call_id is {answered!r:.80}, but the call before it has id {call_id!r:.80}")
+    namespace, _, function = call.recipient.partition(".")
+    if message.get("name", function) not in (call.recipient, function, namespace):
+        raise ValueError(f"messages[{index}].name is {message['name']!r:.80}, but the call before it is {call.recipient}")
+    content = message["content"]
+    if namespace != "functions" and isinstance(content, str):
+        text = content  # built-in tools answer in plain text
+    else:
+        text = to_json(content, f"messages[{index}].content")
+    return Message("tool", text, call.channel, recipient="assistant", name=call.recipient)
