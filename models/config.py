@@ -6,13 +6,18 @@ checkpoints say false.
 """
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from models.tensor_files import read_json
 
 # hub config.json schema; extra keys of a checkpoint are kept in GptOssConfig.raw and written back
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "num_local_experts", "sliding_window")
+# far above any model: beyond them memory or time runs out before a tensor is compared with the files
+_LARGEST = {"num_hidden_layers": 1024, "num_local_experts": 2**16, "num_attention_heads": 2**16, "head_dim": 2**16,
+            "hidden_size": 2**20, "intermediate_size": 2**20, "vocab_size": 2**24}
 _MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
                                                               "model.embed_tokens", "lm_head"]}
 
@@ -56,17 +61,21 @@ class GptOssConfig:
         sizes = (*_REQUIRED, "num_experts_per_tok", "max_position_embeddings", "initial_context_length")
         problems = [f"{name}={value!r} must be a positive integer" for name in sizes
                     if type(value := self.__dict__[name]) is not int or value < 1]
+        problems += [f"{name}={self.__dict__[name]} is more than {largest}, which no gpt-oss model has"
+                     for name, largest in _LARGEST.items() if not problems and self.__dict__[name] > largest]
         positive = {name: self.__dict__[name] for name in ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "rope_theta")}
         positive |= {f"rope_scaling.{name}": self.rope_scaling.__dict__[name] for name in
                      ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")}
         problems += [f"{name}={value!r} must be a number above 0" for name, value in positive.items()
-                     if type(value) not in (int, float) or not value > 0]
+                     if type(value) not in (int, float) or not 0 < value < math.inf]
         if type(self.rope_scaling.truncate) is not bool:
             problems.append(f"rope_scaling.truncate={self.rope_scaling.truncate!r} must be true or false")
         if not isinstance(self.layer_types, list):
             problems.append(f"layer_types={self.layer_types!r} must be a list")
         if not all(type(token) is int for token in self.stop_ids):
             problems.append(f"eos_token_id={self.eos_token_id!r} must be an integer or a list of integers")
+        if self.pad_token_id is not None and type(self.pad_token_id) is not int:
+            problems.append(f"pad_token_id={self.pad_token_id!r} must be an integer")
         problems = problems or self._contradictions()
         if problems:
             raise ValueError("model config: " + "; ".join(problems))
@@ -108,14 +117,16 @@ class GptOssConfig:
 
     @staticmethod
     def from_hf(raw: dict) -> GptOssConfig:
-        """Reads Hugging Face's config.json; raises ValueError naming missing or unsupported keys."""
+        """Reads Hugging Face's config.json, where null says the same as no key; raises ValueError naming missing or unsupported
+        keys."""
+        source, raw = raw, _without_nulls(raw)
         if raw.get("model_type") != "gpt_oss":
             raise ValueError(f"config.json: model_type={raw.get('model_type')!r}; only 'gpt_oss' is supported")
         experts_per_token = raw.get("num_experts_per_tok", raw.get("experts_per_token"))
         missing = [key for key in _REQUIRED if key not in raw]
         missing += ["num_experts_per_tok"] if experts_per_token is None else []
         if missing:
-            raise ValueError(f"config.json: missing keys {missing}")
+            raise ValueError(f"config.json: missing keys {missing} (or null); fetch the file again")
         for key in ("quantization_config", "rope_scaling", "rope_parameters"):
             if not isinstance(raw.get(key) or {}, dict):
                 raise ValueError(f"config.json: {key}={raw[key]!r} must be an object")
@@ -131,30 +142,31 @@ class GptOssConfig:
         if raw.get("attention_bias", True) is not True:
             raise ValueError("config.json: attention_bias=false; gpt-oss has biases on q, k, v and o")
         # transformers 5 renames rope_scaling to rope_parameters and moves rope_theta into it
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        rope = _without_nulls(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         if (kind := rope.get("rope_type", rope.get("type", "yarn"))) != "yarn":
             raise ValueError(f"config.json: rope_type={kind!r}; only 'yarn' is supported")
         # each replaces the concentration that gpt-oss computes from the factor
-        if given := [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]:
+        if given := [key for key in ("attention_factor", "mscale", "mscale_all_dim") if key in rope]:
             raise ValueError(f"config.json: {given} of the rope scaling are not supported; gpt-oss has none")
         known = {name: rope[name] for name in YarnScaling.__dataclass_fields__ if name in rope}
         scaling = YarnScaling(**{"truncate": bool(rope), **known})
         optional = ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "max_position_embeddings", "eos_token_id",
-                    "pad_token_id", "initial_context_length")
+                    "initial_context_length")
         return GptOssConfig(
             **{key: raw[key] for key in _REQUIRED}, **{key: raw[key] for key in optional if key in raw},
             num_experts_per_tok=experts_per_token, rope_scaling=scaling, is_mxfp4=method == "mxfp4",
-            is_nf4=method == "bitsandbytes", raw=raw,
+            pad_token_id=raw.get("pad_token_id"), is_nf4=method == "bitsandbytes", raw=source,
             rope_theta=raw.get("rope_theta", rope.get("rope_theta", 150000.0)),
             layer_types=raw.get("layer_types") or _alternating(raw["num_hidden_layers"]))
 
     @staticmethod
     def from_original(raw: dict) -> GptOssConfig:
         """Reads `original/config.json` (field names of OpenAI's ModelConfig). Its checkpoints store experts as MXFP4."""
+        raw = _without_nulls(raw)
         needed = ("num_hidden_layers", "num_experts", "experts_per_token", "vocab_size", "hidden_size",
                   "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window")
         if missing := [key for key in needed if key not in raw]:
-            raise ValueError(f"original config.json: missing keys {missing}")
+            raise ValueError(f"original config.json: missing keys {missing} (or null); fetch the file again")
         context = raw.get("initial_context_length", 4096)
         scaling = YarnScaling(factor=raw.get("rope_scaling_factor", 32.0), beta_fast=raw.get("rope_ntk_beta", 32.0),
                               beta_slow=raw.get("rope_ntk_alpha", 1.0), original_max_position_embeddings=context,
@@ -216,8 +228,12 @@ class GptOssConfig:
         return {**defaults, **kept, **written, **quantization}
 
 
+def _without_nulls(content: dict) -> dict:
+    return {key: value for key, value in content.items() if value is not None}
+
+
 def _alternating(num_layers: int) -> list[str]:
-    if type(num_layers) is not int:
+    if type(num_layers) is not int or num_layers > _LARGEST["num_hidden_layers"]:
         return []  # GptOssConfig says what is wrong with it
     return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
 
@@ -225,14 +241,7 @@ def _alternating(num_layers: int) -> list[str]:
 def read_config(folder: str | Path) -> GptOssConfig:
     """Reads FOLDER/config.json in either layout; raises ValueError naming the file."""
     path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; a checkpoint folder needs a config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    raw = read_json(path)
     try:
         return GptOssConfig.from_original(raw) if "num_experts" in raw and "model_type" not in raw else \
             GptOssConfig.from_hf(raw)

@@ -123,6 +123,8 @@ def _list_indexed(index: Path) -> dict[str, StoredTensor]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f'{index}: "weight_map" must map tensor names to file names; fetch the file again')
     names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise CheckpointError(f"{index}: names files outside its folder: {shortened(outside, 5)}; fetch the file again")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise CheckpointError(f"{index}: lists files that are not there: {missing}; fetch them")
     in_files = {name: list_file(index.parent / name) for name in names}
@@ -149,7 +151,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; fetch it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}; fetch the file again")

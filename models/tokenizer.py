@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+LARGEST_ID = 2**24  # memory is taken per id
 REPLACEMENT = "\ufffd"
 
 
@@ -68,6 +69,11 @@ class Tokenizer:
         self._special_pattern = re.compile("(" + "|".join(re.escape(text) for text in spellings) + ")")
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids) + 1
+        if self.vocab_size > LARGEST_ID:
+            raise ValueError(
+                f"tokenizer {name} has a token of id {self.vocab_size - 1}; no gpt-oss vocabulary passes {LARGEST_ID}: copy the "
+                "tokenizer files of the checkpoint again"
+            )
         self._is_known = bytearray(self.vocab_size)
         for id in ids:
             self._is_known[id] = 1

@@ -408,11 +408,21 @@ def test_a_missing_shard_is_named(damaged):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+    "content", ["", "{", "[]", "[" * 200_000, '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
 )
 def test_a_malformed_index_is_named(damaged, content):
     (damaged / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: "):
+        load(damaged)
+
+
+@pytest.mark.parametrize("name", ["../tiny_bf16/model.safetensors", "{folder}/model-00000-of-00002.safetensors", "a/../../b"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(damaged, name):
+    path = damaged / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = name.format(folder=damaged)
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: names files outside its folder"):
         load(damaged)
 
 

@@ -1,6 +1,7 @@
 """Reading config.json in both layouts and in transformers 5's spelling, its errors, and writing it back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,32 @@ def test_a_missing_key_is_named(key, tmp_path):
         read_config(write(tmp_path, raw))
 
 
+@pytest.mark.parametrize("key", REQUIRED)
+def test_null_in_a_needed_key_is_refused_by_its_name(key, tmp_path):
+    raw = hub() | {key: None}
+    raw.pop("experts_per_token", None)
+    with pytest.raises(ValueError, match=f"missing keys .*'{key}'.* \\(or null\\)"):
+        read_config(write(tmp_path, raw))
+
+
+@pytest.mark.parametrize("key", sorted(set(hub()) - {*REQUIRED, "model_type"}))
+def test_null_in_any_other_key_says_the_same_as_no_key(key):
+    without = {name: value for name, value in hub().items() if name != key}
+    assert replace(GptOssConfig.from_hf(without | {key: None}), raw={}) == replace(GptOssConfig.from_hf(without), raw={})
+
+
+def test_the_nulls_that_transformers_writes_are_read():
+    """bos, eos and pad of a model that was saved without a tokenizer: it stops at the published id and has no padding."""
+    config = GptOssConfig.from_hf(hub() | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
+    assert (config.stop_ids, config.pad_token_id) == ([200002], None)
+    rope = hub()["rope_scaling"] | {"beta_fast": None, "attention_factor": None}
+    assert GptOssConfig.from_hf(hub() | {"rope_scaling": rope}).rope_scaling.beta_fast == 32.0
+    assert GptOssConfig.from_original(ORIGINAL | {"swiglu_limit": None}).swiglu_limit == 7.0
+
+
 @pytest.mark.parametrize("key", ["num_experts", "head_dim", "sliding_window"])
 def test_a_missing_key_of_the_original_layout_is_named(key):
-    with pytest.raises(ValueError, match=f"missing keys \\['{key}'\\]"):
+    with pytest.raises(ValueError, match=f"missing keys \\['{key}'\\] "):
         GptOssConfig.from_original({name: value for name, value in ORIGINAL.items() if name != key})
 
 
@@ -118,9 +142,14 @@ def test_a_missing_key_of_the_original_layout_is_named(key):
     ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must lie in 1..num_local_experts=8"),
     ({"num_hidden_layers": 5}, "layer_types has 4 entries for num_hidden_layers=5"),
     ({"layer_types": ["sliding_attention", "chunked_attention"] * 2}, "chunked_attention"),
-    ({"swiglu_limit": None}, "swiglu_limit=None must be a number above 0"),
+    ({"swiglu_limit": "7"}, "swiglu_limit='7' must be a number above 0"),
+    ({"rope_theta": float("inf")}, "rope_theta=inf must be a number above 0"),
     ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05 must be a number above 0"),
-    ({"eos_token_id": None}, "eos_token_id=None"),
+    ({"eos_token_id": "<|return|>"}, r"eos_token_id='<\|return\|>'"),
+    ({"pad_token_id": 1.5}, "pad_token_id=1.5"),
+    ({"num_hidden_layers": 10**7, "layer_types": None}, "num_hidden_layers=10000000 is more than 1024"),
+    ({"num_local_experts": 10**9}, "num_local_experts=1000000000 is more than"),
+    ({"vocab_size": 4 * 10**9}, "vocab_size=4000000000 is more than"),
     ({"hidden_size": 48, "quantization_config": {"quant_method": "mxfp4"}}, "hidden_size=48 .* multiples of 32"),
 ])
 def test_what_cannot_be_served_is_refused_with_file_key_and_value(change, message, tmp_path):
@@ -133,6 +162,9 @@ def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="config.json: not found"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt_oss",')
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match="config.json: not valid JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1, 2]")

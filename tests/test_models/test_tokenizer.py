@@ -193,6 +193,14 @@ def test_a_tokenizer_without_harmony_tokens_is_refused_by_name(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+def test_an_id_far_above_any_vocabulary_is_refused_before_memory_is_taken(tmp_path):
+    description = json.loads((FIXTURES / "tokenizer_compact/tokenizer.json").read_text())
+    description["model"]["vocab"]["far away"] = 4 * 10**9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="tokenizer.json has a token of id 4000000000"):
+        Tokenizer.load(tmp_path)
+
+
 def test_missing_and_malformed_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=f"no tokenizer at {tmp_path}/tokenizer.json"):
         Tokenizer.load(tmp_path)
