@@ -327,7 +327,7 @@ class Display:
 
     def render(self) -> Panel:
         """Returns the live panel at the terminal's present width and height."""
-        width = min(self.console.width, MAX_PANEL_WIDTH)
+        width = min(self.console.width - 2, MAX_PANEL_WIDTH)  # room for the ^C that a terminal echoes behind the panel
         room = max(width - 15, 10)
         rows = [
             ("progress", self._progress(room)),

@@ -47,7 +47,7 @@ class GracefulStop:
                 _write(1, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
-        text = f"{name}: stopping at the next safe moment and saving; once more: leave at once"
+        text = f"{name}: saves at the next safe moment; again: leaves at once"
         if self.show is None or not self.show(text):
             _say(f"{text}. Resume with: {self.resume_hint}")
 

@@ -234,13 +234,13 @@ def test_the_panel_fits_80_by_24_with_nothing_cut():
     display.eval(57, dict(zip(names, (0.91, 0.035, 0.742, 0.05))))
     prompt = "<|start|>user<|message|>14+49<|end|><|start|>assistant"
     display.completion(57, {"prompt": prompt, "completion": "63" * 300, "reward": 1})
-    assert display.notice("SIGINT: stopping at the next safe moment and saving") is False  # no live panel here
+    assert display.notice("SIGTERM: saves at the next safe moment; again: leaves at once") is False  # no live panel here
     lines = panel_of(display, 80)
     text = " ".join(" ".join(line.strip("│╭╰ ") for line in lines).split())
-    assert len(lines) <= 23 and {len(line) for line in lines} == {80}
+    assert len(lines) <= 23 and {len(line) for line in lines} == {78}
     for part in ("16,738 tok/s", "101 s/step", "memory 78.9 GB", "(rollout 60%, reward 1%, update 39%)", "clipped 1%/2%",
                  "lr 2.8e-04", "greedy_accuracy 0.910 ± 0.035 (from 0.348)", "avg@1 0.742 ± 0.050 (from 0.484)",
-                 "prompt 14+49", "SIGINT: stopping at the next safe moment and saving"):
+                 "prompt 14+49", "SIGTERM: saves at the next safe moment; again: leaves at once"):
         assert part in text, (part, text)
 
 
