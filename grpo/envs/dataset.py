@@ -1,18 +1,19 @@
-"""Prompts and answers from a file: JSONL, a JSON list or CSV, each also gzipped (.gz), in UTF-8.
+"""Prompts and answers from data: JSON lines, JSON, CSV, Parquet, Arrow, folders and ids of the Hugging Face hub.
 
     {"question": "What is 17 + 25?", "answer": "42"}        # a line of tests/fixtures/arithmetic.jsonl, say
     python -m grpo.train +experiment=gpt_oss_20b_lora model.path=FOLDER env.path=tests/fixtures/arithmetic.jsonl
 
 `prompt_key` names the column with the prompt, text or a list of messages; `answer_key` the reference answer (both may be
-dotted, `reward_model.ground_truth`); `question_template` builds the user message from columns instead. The final channel of
+dotted, `reward_model.ground_truth`; of a list of messages the last turn is the answer, and where both keys name one column the
+turns before it are the prompt); `question_template` builds the user message from columns instead. The final channel of
 a completion is matched with the answer (`match`: exact, numeric, none) and shown to the reward functions of `rewards`, which
 grpo/rewards/functions.py describes. Columns named `tools` and `chat_template_kwargs` are read as TRL reads them, by
-`read_tools` and `read_template_kwargs` of models/chat. Evaluation rows come from a file of their own or are a fraction held
-out by hash of the prompt.
+`read_tools` and `read_template_kwargs` of models/chat. Evaluation rows come from a file or split of their own or are a fraction
+held out by hash of the prompt.
 
-The whole file is read, checked and tokenised when the environment is built, before any model is loaded: every problem is a
-DataError that starts with file:line. Training rows are visited in epochs, each a permutation keyed by (seed, epoch);
-everything is a pure function of (seed, step, attempt), so there is no state to save.
+All data is read, checked and tokenised when the environment is built, before any model is loaded: every problem is a DataError
+that starts with file:line, or file[row] for tables. Training rows are visited in epochs, each a permutation keyed by
+(seed, epoch); everything is a pure function of (seed, step, attempt), so there is no state to save.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from models.tokenizer import Tokenizer
 class Dataset:
     """The environment.
 
-    path, eval_path: files; without `eval_path`, `held_out_fraction` of the rows of `path` is held out
+    path: a file, folder or hub id, or a list of them (as text, with commas); globs; a file or folder here wins over a hub id
+    subset, split: for folders and hub ids; without `split`, the only one or "train"
+    eval_path, eval_split: evaluation rows (`eval_split` alone: of `path`); else `held_out_fraction` of `path` is held out
     num_eval_prompts: evaluation rows used, chosen by hash; null uses all
     question_template: text with {column} placeholders ({{ and }} for braces); null takes the prompt column as it is
     answer_after: keep what follows the last occurrence of this in the answer column ("####" for GSM8K)
@@ -46,6 +49,7 @@ class Dataset:
     max_error_rate: share of the completions of a call on which a reward function may fail
     correct_at: with match=none, the total reward from which a completion counts as correct; null: never counted
     max_prompt_tokens: longest prompt, rendered
+    max_bad_rows: share of bad rows that on_bad_row=skip puts up with
     on_bad_row, on_long_prompt, on_duplicate, on_overlap: "error" or "skip" (overlap: the training row is skipped)
     dry_run: call the reward functions at start on two rows, with their answers as the completions
 
@@ -56,14 +60,17 @@ class Dataset:
         *,
         tokenizer: Tokenizer,
         seed: int,
-        path: str,
+        path: str | list,
         prompt_key: str,
         answer_key: str | None,
         match: str,
         current_date: str,
         reasoning_effort: str,
         max_prompt_tokens: int,
-        eval_path: str | None = None,
+        subset: str | None = None,
+        split: str | None = None,
+        eval_path: str | list | None = None,
+        eval_split: str | None = None,
         held_out_fraction: float | None = None,
         num_eval_prompts: int | None = None,
         question_template: str | None = None,
@@ -76,6 +83,7 @@ class Dataset:
         rewards: list | None = None,
         max_error_rate: float = 0.05,
         correct_at: float | None = None,
+        max_bad_rows: float = 0.01,
         on_bad_row: str = "error",
         on_long_prompt: str = "error",
         on_duplicate: str = "error",
@@ -86,7 +94,7 @@ class Dataset:
         self.answer_key, self.match, self.numeric_tolerance = answer_key, match, numeric_tolerance
         self.match_reward, self.format_reward = match_reward, format_reward
         self.max_error_rate, self.correct_at = max_error_rate, correct_at
-        self._check_keywords(eval_path, held_out_fraction, num_eval_prompts)
+        self._check_keywords(eval_path or eval_split, held_out_fraction, num_eval_prompts)
         reader = RowReader(
             tokenizer=tokenizer,
             prompt_key=prompt_key,
@@ -99,23 +107,20 @@ class Dataset:
             current_date=current_date,
             match=match,
             max_prompt_tokens=max_prompt_tokens,
+            max_bad_rows=max_bad_rows,
             on_bad_row=on_bad_row,
             on_long_prompt=on_long_prompt,
             on_duplicate=on_duplicate,
             on_overlap=on_overlap,
         )
-        train = reader.read(path, "path")
-        if eval_path is None:
-            cut = int(held_out_fraction * 2**64)
-            held_out = [row for row in train if row.rank < cut]
-            self.train_rows = [row for row in train if row.rank >= cut]
-            if not held_out or not self.train_rows:
-                raise DataError(
-                    f"{path}: env.held_out_fraction={held_out_fraction} leaves {len(self.train_rows)} "
-                    f"training and {len(held_out)} evaluation rows of {len(train)}; change it or give eval_path"
-                )
+        train = reader.read(path, "path", subset=subset, split=split)
+        if held_out_fraction is not None:
+            self.train_rows, held_out = _hold_out(train, held_out_fraction, path)
         else:
-            held_out = reader.read(eval_path, "eval_path")
+            own_path = path if eval_path is None else eval_path
+            held_out = reader.read(
+                own_path, "eval_path", subset=subset if eval_path is None else None, split=eval_split
+            )
             self.train_rows = reader.without_overlap(train, held_out)
         self.eval_rows = sorted(held_out, key=lambda row: row.rank)[:num_eval_prompts]
         self._rows = {row.source: row for row in self.train_rows + self.eval_rows}
@@ -283,12 +288,12 @@ class Dataset:
         return self._epoch[1]
 
     def _check_keywords(
-        self, eval_path: str | None, held_out_fraction: float | None, num_eval_prompts: int | None
+        self, evaluation: str | list | None, held_out_fraction: float | None, num_eval_prompts: int | None
     ) -> None:
-        if (eval_path is None) == (held_out_fraction is None):
+        if (evaluation is None) == (held_out_fraction is None):
             raise ValueError(
-                f"env.eval_path={eval_path!r}, env.held_out_fraction={held_out_fraction}: set exactly one, "
-                "the other null: evaluation rows are a file of their own or a part of path"
+                f"env.eval_path (or env.eval_split)={evaluation!r}, env.held_out_fraction={held_out_fraction}: set exactly "
+                "one, the other null: evaluation rows are a file or split of their own or a part of path"
             )
         if held_out_fraction is not None and not 0 < held_out_fraction < 1:
             raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
@@ -298,6 +303,18 @@ class Dataset:
             raise ValueError(f"env.max_error_rate={self.max_error_rate}: must lie in 0..1")
         if not 0 <= self.numeric_tolerance < 1:
             raise ValueError(f"env.numeric_tolerance={self.numeric_tolerance}: must lie in 0..1 (relative; 0 is exact)")
+
+
+def _hold_out(rows: list[Row], fraction: float, path: str | list) -> tuple[list[Row], list[Row]]:
+    """Training and evaluation rows, told apart by their prompts alone."""
+    cut = int(fraction * 2**64)
+    train, held_out = [row for row in rows if row.rank >= cut], [row for row in rows if row.rank < cut]
+    if not train or not held_out:
+        raise DataError(
+            f"{path}: env.held_out_fraction={fraction} leaves {len(train)} training and {len(held_out)} evaluation rows of "
+            f"{len(rows)}; change it or give eval_path"
+        )
+    return train, held_out
 
 
 def _prompt(prompt_id: int, row: Row) -> Prompt:

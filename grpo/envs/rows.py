@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import shlex
 import warnings
 from array import array
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
+from decimal import Decimal
 
-from grpo.envs.data_files import DataError, read_records
+from grpo.envs.data_files import DataError
+from grpo.envs.data_sources import read_rows
 from grpo.rewards.match import parse_number
 from models.chat.render import generation_prompt, harmony_messages, read_template_kwargs, render_messages
 from models.tokenizer import Tokenizer
 
 EFFORTS = ("low", "medium", "high")
-MAX_SKIPPED = 0.01  # share of bad rows that on_bad_row=skip puts up with
+# what such columns are often called, the most telling first
+PROMPT_NAMES = ("prompt", "question", "problem", "messages", "query", "instruction", "input", "text")
+ANSWER_NAMES = ("answer", "reward_model.ground_truth", "ground_truth", "solution", "label", "target", "final_answer",
+                "expected_answer", "completion", "response", "output", "result")
 CHARS_PER_TOKEN = 128  # no token of o200k is longer: prompts beyond it are too long without counting
 
 
@@ -62,6 +68,7 @@ class RowReader:
     current_date: str
     match: str
     max_prompt_tokens: int
+    max_bad_rows: float
     on_bad_row: str
     on_long_prompt: str
     on_duplicate: str
@@ -70,6 +77,8 @@ class RowReader:
     def __post_init__(self) -> None:
         if self.max_prompt_tokens < 1:
             raise ValueError(f"env.max_prompt_tokens={self.max_prompt_tokens}: must be at least 1")
+        if not 0 <= self.max_bad_rows <= 1:
+            raise ValueError(f"env.max_bad_rows={self.max_bad_rows}: must lie in 0..1, a share of the rows")
         choices = [
             ("match", self.match, ("exact", "numeric", "none")),
             ("reasoning_effort", self.reasoning_effort, EFFORTS),
@@ -100,20 +109,25 @@ class RowReader:
                     f"{{{{{self.answer_key}}}}} for braces"
                 )
 
-    def read(self, path: str, key: str) -> list[Row]:
-        """The checked rows of a file, in file order."""
+    def read(self, path: str | list, key: str, *, subset: str | None, split: str | None) -> list[Row]:
+        """The checked rows, in their order; `key` is the config key that named the path."""
         rows, bad, num_records, columns = [], [], 0, dict[str, None]()
-        for source, record in read_records(Path(path).expanduser(), key):
+        place = ", ".join(path) if isinstance(path, list) else path
+        wanted = self._wanted_columns()
+        for source, record in read_rows(path, key, subset=subset, split=split):
             num_records += 1
             try:
                 if isinstance(record, str):
                     raise _BadRow(record)
-                columns |= dict.fromkeys(record)
+                columns |= dict.fromkeys(_paths_of(record) if wanted else record)
+                wanted = {name: option for name, option in wanted.items() if not _has(record, name)}
                 rows.append(self._row(record, source))
             except _BadRow as problem:
                 bad.append(f"{source}: {problem}")
         if not num_records:
-            raise DataError(f"{path}: holds no rows; env.{key} needs at least one")
+            raise DataError(f"{place}: holds no rows; env.{key} needs at least one")
+        if wanted and columns:
+            raise DataError(self._no_such_columns(place, wanted, list(columns)))
         self._refuse(bad, num_records, list(columns))
         rows = self._without_duplicates(rows)
         for row in rows:  # the slow part, after everything that can be told without it
@@ -122,27 +136,48 @@ class RowReader:
             except _BadRow as problem:
                 bad.append(f"{row.source}: {problem}")
         self._refuse(bad, num_records, list(columns))
-        return self._without_long_prompts([row for row in rows if row.token_ids], path)
+        return self._without_long_prompts([row for row in rows if row.token_ids], place)
 
-    def _refuse(self, bad: list[str], num_records: int, columns: list) -> None:
+    def _wanted_columns(self) -> dict[str, str]:
+        """The columns that every row must have, each with the key that asks for it."""
+        names = {self.prompt_key: "prompt_key"}
+        if self.question_template is not None:
+            names = {name: "question_template" for name in _PLACEHOLDER.findall(self.question_template) if name}
+        optional = {self.answer_key: "answer_key", self.reasoning_effort_key: "reasoning_effort_key"}
+        return names | {name: key for name, key in optional.items() if name is not None and name not in names}
+
+    def _no_such_columns(self, place: str, missing: dict[str, str], columns: list[str]) -> str:
+        """One line for columns that no row has, with what to set instead."""
+        advice = []
+        for key, likely in (("prompt_key", PROMPT_NAMES), ("answer_key", ANSWER_NAMES)):
+            if key in missing.values():
+                taken = {self.prompt_key, self.answer_key} - missing.keys()
+                spelled = {name.lower(): name for name in reversed(columns) if name not in taken}
+                found = next((spelled[name] for name in likely if name in spelled), None)
+                advice.append(f"env.{key}={shlex.quote(found or 'COLUMN')}")
+        names = " and ".join(f"{name!r} (env.{key})" for name, key in missing.items())
+        return (f"{place}: no row has a column {names}; columns: {_listed(columns)}; "
+                + (f"set {' '.join(advice)}" if advice else "correct the key"))
+
+    def _refuse(self, bad: list[str], num_records: int, columns: list[str]) -> None:
         """Raises DataError if there are bad rows, or more than on_bad_row=skip puts up with."""
-        can_skip = len(bad) <= MAX_SKIPPED * num_records
-        if not bad or (can_skip and self.on_bad_row == "skip"):
+        share = len(bad) / num_records
+        if not bad or (share <= self.max_bad_rows and self.on_bad_row == "skip"):
             return
-        advice = "correct the file or its column mapping"
+        advice = "correct the data or the column mapping"
         if self.on_bad_row == "skip":
-            advice += f"; env.on_bad_row=skip accepts at most {MAX_SKIPPED:.0%}"
-        elif can_skip:
-            advice += ", or set env.on_bad_row=skip"
+            advice += f"; env.max_bad_rows={self.max_bad_rows:g} of them may be skipped, and these are {share:.3g}"
+        else:
+            needed = "" if share <= self.max_bad_rows else f" env.max_bad_rows={math.ceil(share * 100) / 100:g}"
+            advice += f", or set env.on_bad_row=skip{needed}" if share < 0.2 else ""
         more = "".join(f"\n  {line}" for line in bad[1:5])
-        raise DataError(
-            f"{bad[0]}\n{len(bad)} bad of {num_records} rows: {advice}; columns: "
-            f"{', '.join(map(str, columns)) or 'none'}{more}"
-        )
+        raise DataError(f"{bad[0]}\n{len(bad)} bad of {num_records} rows: {advice}; columns: {_listed(columns)}{more}")
 
     def _row(self, record: dict, source: str) -> Row:
         if self.question_template is None:
             prompt = _lookup(record, self.prompt_key, "prompt_key")
+            if self.answer_key == self.prompt_key:
+                prompt = _without_last_answer(prompt, self.prompt_key)
         else:
             prompt = _PLACEHOLDER.sub(lambda m: _fill(m, record), self.question_template)
         answer = None if self.answer_key is None else self._answer(record)
@@ -167,7 +202,8 @@ class RowReader:
                     messages, instructions=self.instructions, tools=row.columns.get("tools"), **settings
                 )
             if chat[-1].role not in ("user", "tool"):
-                raise _BadRow(f"the prompt ends with a message of the {chat[-1].role}; the model needs one to answer")
+                raise _BadRow(f"the prompt ends with a message of the {chat[-1].role}; the model needs one to answer. "
+                              "Where that turn is the reference answer, set env.answer_key to this column too")
             if sum(len(message.content) for message in chat) > CHARS_PER_TOKEN * self.max_prompt_tokens:
                 return array("i", [-1]) * (self.max_prompt_tokens + 1)
             return array("i", render_messages(chat, self.tokenizer) + generation_prompt(self.tokenizer))
@@ -176,9 +212,13 @@ class RowReader:
 
     def _answer(self, record: dict) -> str:
         value = _lookup(record, self.answer_key, "answer_key")
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        if _is_conversation(value):  # of a column `completion` or `messages`
+            value = content_of(value[-1])
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
             raise _BadRow(f"{self.answer_key!r} is a {type(value).__name__}; expected text or a number")
         answer = str(value)
+        if not _is_encodable(answer):
+            raise _BadRow(f"{self.answer_key!r} holds half of a surrogate pair, {answer[:60]!r}")
         if self.answer_after is not None:
             _, found, answer = answer.rpartition(self.answer_after)
             if not found:
@@ -190,7 +230,7 @@ class RowReader:
             raise _BadRow(f"{self.answer_key!r} is {answer[:60]!r}, which is not a number (env.match=numeric)")
         return answer
 
-    def _without_long_prompts(self, rows: list[Row], path: str) -> list[Row]:
+    def _without_long_prompts(self, rows: list[Row], place: str) -> list[Row]:
         long = [row for row in rows if len(row.token_ids) > self.max_prompt_tokens]
         if long and self.on_long_prompt == "error":
             size = f"{len(long[0].token_ids)} tokens" if long[0].token_ids[0] >= 0 else "millions of characters"
@@ -200,7 +240,7 @@ class RowReader:
                 "env.on_long_prompt=skip"
             )
         if len(long) == len(rows):
-            raise DataError(f"{path}: no prompt fits env.max_prompt_tokens={self.max_prompt_tokens}")
+            raise DataError(f"{place}: no prompt fits env.max_prompt_tokens={self.max_prompt_tokens}")
         return [row for row in rows if len(row.token_ids) <= self.max_prompt_tokens]
 
     def _without_duplicates(self, rows: list[Row]) -> list[Row]:
@@ -262,20 +302,75 @@ def _fill(match: re.Match, record: dict) -> str:
     if match.group(1) is None:
         return match.group()[0]
     value = _lookup(record, match.group(1), "question_template")
-    if isinstance(value, (dict, list)):
+    if not isinstance(value, (str, int, float, Decimal)):
         raise _BadRow(f"{match.group(1)!r} is a {type(value).__name__}; a template takes text and numbers")
     return str(value)
 
 
 def _lookup(record: dict, name: str, key: str) -> object:
-    value = record
-    for part in [name] if name in record else name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise _BadRow(f"no column {name!r} (env.{key})")
-        value = value[part]
-    if value is None:
+    try:
+        value = _value_at(record, name)
+    except KeyError as error:
+        raise _BadRow(f"no column {name!r} (env.{key})") from error
+    if value is None or isinstance(value, float) and math.isnan(value):  # pandas writes NaN for what is missing
         raise _BadRow(f"{name!r} is null (env.{key})")
     return value
+
+
+def _value_at(record: dict, name: str) -> object:
+    value = record
+    for part in [name] if name in record else name.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(name)
+        value = value[part]
+    return value
+
+
+def _has(record: dict, name: str) -> bool:
+    try:
+        _value_at(record, name)
+    except KeyError:
+        return False
+    return True
+
+
+def _paths_of(record: dict, prefix: str = "") -> list[str]:
+    """The names of all columns, those inside a struct dotted."""
+    names = []
+    for name, value in record.items():
+        names.append(f"{prefix}{name}")
+        names += _paths_of(value, f"{prefix}{name}.") if isinstance(value, dict) else []
+    return names
+
+
+def _listed(columns: list[str]) -> str:
+    shown = [name if len(name) <= 60 else name[:57] + "..." for name in map(_shown, columns[:20])]
+    return (", ".join(shown) or "none") + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether it is free of halves of surrogate pairs, which JSON's escapes can spell and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+
+
+def _without_last_answer(prompt: object, key: str) -> list[dict]:
+    """The messages before the last assistant turn, which is the answer."""
+    if not _is_conversation(prompt) or prompt[-1]["role"] != "assistant":
+        raise _BadRow(f"{key!r} is prompt and answer at once (env.prompt_key, env.answer_key), so it must be messages of which "
+                      "the last is the assistant's")
+    return prompt[:-1]
 
 
 def _messages(prompt: object) -> list[dict]:

@@ -265,14 +265,85 @@ def test_all_bad_rows_are_counted_and_the_first_five_shown(tokenizer, tmp_path):
     assert [f"{path}:{n}: " in message for n in range(1, 9)] == [False, True, True, True, True, True, False, False]
 
 
-def test_a_missing_column_shows_those_there_are(tokenizer, tmp_path):
-    message = problem(tokenizer, write(tmp_path, rows()), prompt_key="prompt")
-    assert "no column 'prompt' (env.prompt_key)" in message and "columns: question, answer" in message
+def test_columns_that_no_row_has_are_one_line_with_the_keys_to_set(tokenizer, tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("".join(["prompt,label\n", *(f"What is {n} + 1?,{n + 1}\n" for n in range(9))]))
+    message = problem(tokenizer, path)
+    assert message == (
+        f"{path}: no row has a column 'question' (env.prompt_key) and 'answer' (env.answer_key); columns: prompt, label; "
+        "set env.prompt_key=prompt env.answer_key=label"
+    )
+    assert len(make(tokenizer, path=str(path), prompt_key="prompt", answer_key="label")._rows) == 9
 
 
-def test_bad_rows_are_skipped_up_to_one_percent(tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"problem": "1+1?", "solution": "2", "level": 3}, "set env.prompt_key=problem env.answer_key=solution"),
+        (
+            {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"style": "rule", "ground_truth": "2"}},
+            "columns: prompt, reward_model, reward_model.style, reward_model.ground_truth; set env.prompt_key=prompt "
+            "env.answer_key=reward_model.ground_truth",
+        ),
+        ({"question": "1+1?", "Target": "2"}, "no row has a column 'answer' (env.answer_key); columns: question, Target; "
+                                              "set env.answer_key=Target"),
+        ({"a": "1+1?", "b": "2"}, "set env.prompt_key=COLUMN env.answer_key=COLUMN"),
+    ],
+)
+def test_the_suggestion_names_columns_there_are(tokenizer, tmp_path, row, advice):
+    message = problem(tokenizer, write(tmp_path, [row] * 3))
+    assert advice in message and "\n" not in message
+
+
+def test_a_missing_column_of_some_rows_is_named_row_by_row(tokenizer, tmp_path):
+    path = write(tmp_path, [*rows(3), {"question": "x?", "label": 1}])
+    message = problem(tokenizer, path)
+    assert message.startswith(f"{path}:4: no column 'answer' (env.answer_key)")
+    assert "columns: question, answer, label" in message
+
+
+def test_the_share_of_bad_rows_that_may_be_skipped_is_a_key(tokenizer, tmp_path):
     assert len(make(tokenizer, path=write(tmp_path, [*rows(199), "{"]), on_bad_row="skip")._rows) == 199
-    assert "accepts at most 1%" in problem(tokenizer, write(tmp_path, [*rows(50), "{"]), on_bad_row="skip")
+    path = write(tmp_path, [*rows(116), *["{"] * 4])  # 3.3 % of 120
+    message = problem(tokenizer, path, on_bad_row="skip")
+    assert "env.max_bad_rows=0.01 of them may be skipped, and these are 0.0333" in message
+    assert "set env.on_bad_row=skip env.max_bad_rows=0.04" in problem(tokenizer, path)
+    assert len(make(tokenizer, path=path, on_bad_row="skip", max_bad_rows=0.04)._rows) == 116
+
+
+def test_escape_sequences_of_the_data_reach_no_terminal(tokenizer, tmp_path):
+    path = write(tmp_path, [{"que\x1b[31mstion": "1?", "a\nb": 2, "c\x9bd": 1, "e\u202ef": 1}] * 2)
+    message = problem(tokenizer, path)
+    assert "'que\\x1b[31mstion', 'a\\nb', 'c\\x9bd', 'e\\u202ef'" in message and message.isprintable()
+    path = write(tmp_path, [{"question": "1?", "answer": 1, "\x1b]0;title\x07": 1}, {"question": "2?"}])
+    assert "\x1b" not in problem(tokenizer, path)
+
+
+def test_a_long_list_of_columns_is_cut(tokenizer, tmp_path):
+    message = problem(tokenizer, write(tmp_path, [{f"{'c' * 100}{n}": 1 for n in range(500)}]))
+    assert "and 480 more" in message and len(message) < 3000
+
+
+def test_half_a_surrogate_in_an_answer_is_named_by_file_and_line(tokenizer, tmp_path):
+    path = write(tmp_path, [*rows(3), '{"question": "b?", "answer": "x\\ud800"}'])
+    for match in ("exact", "numeric"):
+        message = problem(tokenizer, path, match=match)
+        assert message.startswith(f"{path}:4: 'answer' holds half of a surrogate pair") and message.isascii()
+
+
+def test_a_key_written_twice_in_an_object_is_a_bad_row(tokenizer, tmp_path):
+    path = write(tmp_path, [*rows(3), '{"question": "b?", "answer": 1, "answer": 2}'])
+    assert problem(tokenizer, path).startswith(f"{path}:4: not valid JSON: an object has the key 'answer' twice")
+    nested = write(tmp_path, [*rows(3), '{"question": "b?", "answer": 1, "x": [{"y": 1, "y": 1}]}'], "n.jsonl")
+    assert problem(tokenizer, nested).startswith(f"{nested}:4: not valid JSON: an object has the key 'y' twice")
+
+
+def test_csv_fields_of_any_length_are_read(tokenizer, tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "d.csv").write_text("question,answer,context\n" + "".join(f"{n}?,{n},{'x' * 200_000}\n" for n in range(8)))
+    env = make(tokenizer, path=str(tmp_path / "d.csv"))
+    assert {len(prompt.row["context"]) for prompt in env.prompts(0, num_prompts=8)} == {200_000}
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize(
@@ -292,13 +363,21 @@ def test_bad_rows_are_skipped_up_to_one_percent(tokenizer, tmp_path):
         ("d.csv", b'question,answer\n"a\nb",1\nc\n', ":4: 1 fields where the header has 2"),
         ("d.csv", b"question,question\na,1\n", ":1: the header names a column twice"),
         ("d.csv", b'question,answer\n"a,1\n', ":2: not valid CSV"),
-        ("d.csv", b"question,answer\n" + b"x" * 200_000 + b",1\n", ":2: not valid CSV: field larger"),
-        ("d.json", b'{"question": "a"}', "expected a JSON list of objects, found a dict"),
+        ("d.json", b'{"data": [{"question": "a"}]}', "found a dict; if its rows are those of 'data': jq -c"),
+        ("d.json", b'{"question": ["a"],\n"answer": ["1"]}', "if it is a table by columns: python -c"),
+        ("d.csv", b"question;answer\na;1\n", ":1: the header is one column, 'question;answer'; its fields seem to be"),
+        ("d.csv", "question,answer\na,1\n".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("d.jsonl.xz", b"not xz", "LZMAError"),
+        ("d.jsonl.zst", b"not zst", "ZSTD decompress failed"),
+        ("d.jsonl.bz2", b"not bz2", "env.path cannot be read: OSError"),
         ("d.json", b'[{"question": "a", "answer": 1},\n{]', ":2: not valid JSON"),
         ("d.json", b'[{"question": "a", "answer": 1}, 3]', "[1]: expected a JSON object, found a int"),
         ("d.jsonl.gz", b"not gzip", "BadGzipFile"),
         ("d.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-9], "EOFError"),
-        ("d.parquet", b"PAR1", "must end in .jsonl, .json, .csv"),
+        ("d.parquet", b"PAR1", "env.path cannot be read: ArrowInvalid"),
+        ("d.arrow", b"ARROW1", "env.path cannot be read: ArrowInvalid"),
+        ("d.txt", b"What is 1 + 1?", "must end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .feather"),
+        ("d.xlsx", b"PK", "convert it, e.g. python -c \"import pandas; pandas.read_excel('"),
     ],
 )
 def test_broken_files_are_named(tokenizer, tmp_path, name, data, words):
@@ -312,7 +391,7 @@ def test_broken_files_are_named(tokenizer, tmp_path, name, data, words):
 def test_a_missing_file_and_a_folder_are_named(tokenizer, tmp_path):
     assert "env.path cannot be read: FileNotFoundError" in problem(tokenizer, tmp_path / "gone.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    assert "env.path cannot be read: IsADirectoryError" in problem(tokenizer, tmp_path / "folder.jsonl")
+    assert "doesn't contain any data files" in problem(tokenizer, tmp_path / "folder.jsonl")
     assert "env.eval_path cannot be read" in problem(tokenizer, ARITHMETIC, eval_path=str(tmp_path / "gone.jsonl"))
 
 

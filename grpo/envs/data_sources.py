@@ -1,0 +1,163 @@
+"""Where the rows of a data set come from: files, globs, lists of them, folders and the Hugging Face hub.
+
+Text files are read here (grpo/envs/data_files.py), since their errors shall name the line; Parquet, Arrow, the folders of
+`save_to_disk` and data sets of the hub are read by `datasets`, and a row of theirs is named by its index: train.parquet[7],
+openai/gsm8k/train[7]. Images and audio stay bytes. Nothing is streamed: a run needs to know its rows when it starts.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from grpo.envs.data_files import COMPRESSIONS, TEXT_FORMATS, DataError, read_text_rows, text_format
+
+TABLES = (".parquet", ".arrow", ".feather")
+CONVERSIONS = {".xlsx": "read_excel", ".xls": "read_excel", ".ods": "read_excel", ".pkl": "read_pickle",
+               ".pickle": "read_pickle", ".orc": "read_orc", ".xml": "read_xml", ".h5": "read_hdf", ".dta": "read_stata"}
+
+
+def read_rows(path: str | list, key: str, *, subset: str | None, split: str | None) -> Iterator[tuple[str, dict | str]]:
+    """(place, columns) for every row, or the problem as text in place of the columns. Raises DataError for what cannot be
+    read at all. `key` is the config key that named the path; `subset` and `split` choose within folders and hub ids."""
+    for location in locations(path, key):
+        if isinstance(location, Path) and location.is_file() and (subset or split):
+            name, value = ("subset", subset) if subset else ("split" if key == "path" else "eval_split", split)
+            raise DataError(f"{location}: env.{name}={value} chooses a part of a hub id or of a folder, and this is a file; "
+                            f"set env.{name}=null")
+        if isinstance(location, str):
+            yield from _read_hub(location, key, subset, split)
+        elif location.is_dir():
+            yield from _read_folder(location, key, subset, split)
+        elif text_format(location) is not None:
+            yield from read_text_rows(location, key)
+        else:
+            yield from _read_table(location, key)
+
+
+def locations(path: str | list, key: str) -> list[Path | str]:
+    """The files and folders, in order, and as text the hub ids, that `path` names: a list, a text with commas, globs."""
+    if isinstance(path, list):
+        if not path or not all(isinstance(part, str) for part in path):
+            raise ValueError(f"env.{key}={path!r}: expected a file, folder or hub id, or a list of them")
+        return [found for part in path for found in locations(part, key)]
+    try:
+        place = Path(path).expanduser()
+        if place.exists():
+            return [place]
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a home that nobody has
+        raise DataError(f"{path[:200]}: env.{key} cannot be read: {error}") from error
+    if "," in path:
+        return locations([part.strip() for part in path.split(",") if part.strip()], key)
+    if glob.has_magic(path):
+        found = sorted(glob.glob(str(place), recursive=True))
+        if not found:
+            raise DataError(f"{path}: env.{key} matches no file")
+        return [Path(name) for name in found]
+    is_file_name = text_format(place) is not None or place.suffix in (*TABLES, *COMPRESSIONS, *CONVERSIONS)
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
+    return [path] if is_hub_id and not is_file_name else [place]
+
+
+def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    if path.suffix not in TABLES:
+        convert = CONVERSIONS.get(path.suffix)
+        advice = "" if convert is None else (
+            f'; convert it, e.g. python -c "import pandas; pandas.{convert}(\'{path}\').to_parquet(\'{path.stem}.parquet\')"')
+        missing = "" if path.exists() else " (there is no such file)"
+        raise DataError(f"{path}: env.{key} must end in {', '.join((*TEXT_FORMATS, *TABLES))}, the first "
+                        f"{len(TEXT_FORMATS)} also with {', '.join(COMPRESSIONS)}, or be a folder or a hub id such as "
+                        f"openai/gsm8k{missing}{advice}")
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(path).read()
+        else:
+            with pyarrow.memory_map(str(path)) as file:
+                is_file = file.read(6) == b"ARROW1"
+                file.seek(0)
+                table = (pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)).read_all()
+        # what `datasets` wrote says in its schema how columns of mixed types are stored
+        is_plain = b"huggingface" not in (table.schema.metadata or {})
+        rows = table.to_pylist(maps_as_pydicts="lossy") if is_plain else datasets.Dataset(table).to_list()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
+    yield from _named(rows, str(path))
+
+
+def _read_folder(path: Path, key: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        yield from _load(str(path), key, subset, split)
+        return
+    if subset is not None:
+        raise DataError(f"{path}: env.subset={subset}: a folder of save_to_disk has no subsets; set env.subset=null")
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
+    yield from _split_of(found, str(path), key, split)
+
+
+def _read_hub(name: str, key: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
+    advice = ("\nThere is no such file or folder here, so it was taken for a data set of the hub. Check the spelling and, "
+              "for a private one, HF_TOKEN. Without a network it must be in the cache; or, where there is one, "
+              f"python -c \"import datasets; datasets.load_dataset('{name}', {subset!r}).save_to_disk('FOLDER')\", and "
+              f"env.{key}=FOLDER here (with env.subset=null)")
+    yield from _load(name, key, subset, split, advice)
+
+
+def _load(name: str, key: str, subset: str | None, split: str | None, advice: str = "") -> Iterator[tuple[str, dict]]:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        if "Config name is missing" in text or "BuilderConfig" in text:
+            advice = "; choose with env.subset=NAME"
+        elif "plit" in text and isinstance(error, ValueError):
+            advice = f"; choose with env.{'split' if key == 'path' else 'eval_split'}=NAME"
+        raise DataError(f"{name}: env.{key} cannot be read: {type(error).__name__}: {text}{advice}") from error
+    if split is None:
+        yield from _split_of(found, name, key, split)
+    else:
+        yield from _named(found.to_list(), f"{name}/{split}")
+
+
+def _split_of(found, name: str, key: str, split: str | None) -> Iterator[tuple[str, dict]]:
+    """The rows of the chosen split: without a choice the only one, or `train`."""
+    import datasets
+
+    option = "split" if key == "path" else "eval_split"
+    if isinstance(found, datasets.DatasetDict):
+        if split is None:
+            split = next(iter(found)) if len(found) == 1 else "train"
+        if split not in found:
+            raise DataError(f"{name}: it has no split {split!r}; choose with env.{option} among {', '.join(found)}")
+        found = found[split]
+    elif split is not None:
+        raise DataError(f"{name}: env.{option}={split}: the folder holds one data set without splits; set env.{option}=null")
+    yield from _named(found.to_list(), f"{name}/{split}" if split else name)
+
+
+def _named(rows: list[dict], place: str) -> Iterator[tuple[str, dict]]:
+    for i, row in enumerate(rows):
+        yield f"{place}[{i}]", {name: _without_filled_nulls(value) for name, value in row.items()}
+
+
+def _without_filled_nulls(value: object) -> object:
+    """A table gives every message and tool of a list the keys of all the others, as null; a column that is one struct keeps
+    its nulls."""
+    return [_dropped(item) for item in value] if isinstance(value, list) else value
+
+
+def _dropped(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _dropped(item) for key, item in value.items() if item is not None}
+    return [_dropped(item) for item in value] if isinstance(value, list) else value
