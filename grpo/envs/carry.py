@@ -116,6 +116,7 @@ class Carry:
             "answer": completion.prompt.row["answer"],
             "analysis": parsed.analysis,
             "final": parsed.final,
+            "fault": parsed.fault,
         }
 
     def encode_prompt(self, question: str) -> list[int]:

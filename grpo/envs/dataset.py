@@ -188,6 +188,7 @@ class Dataset:
             "answer": row.answer,
             "analysis": parsed.analysis,
             "final": parsed.final,
+            "fault": parsed.fault,
         }
 
     # --- rewards ----------------------------------------------------------------------------------------------------

@@ -124,9 +124,8 @@ def _find_fault(messages: list[Message], spans: list[Span], ids: list[int], toke
         elif span.closing is None:
             fault = f"cut off in the {message.channel} message"
         elif span.closing != wanted:
-            fault = f"a {'call' if is_call else message.channel + ' message'} that ends in " + tokenizer.decode(
-                [span.closing], keep_special=True
-            )
+            what = "call" if is_call else f"{message.channel} message"
+            fault = f"{what} that ends in {tokenizer.decode([span.closing], keep_special=True)}"
         elif is_final and not is_last:
             fault = "messages after the final one"
         if fault is not None:

@@ -201,6 +201,11 @@ def test_problems_without_a_carry_are_measured_apart(env):
             0.0,
         ),  # two answers
         ("<|channel|>final<|message|>63<|return|>", 1.1),
+        ("<|channel|>final <|constrain|>json<|message|>63<|return|>", 1.1),
+        ("<|channel|>final to=functions.f<|message|>63<|return|>", 0.0),
+        ("<|channel|>final<|message|>63<|call|>", 0.0),
+        ("<|channel|>finale<|message|>63<|return|>", 0.0),
+        (RIGHT.replace("assistant", "user"), 0.0),
         ("<|channel|>final<|message|>063<|return|>", 0.1),
         ("<|channel|>final<|message|>63 <|return|>", 0.1),
         ("<|channel|>final<|message|>14+49<|return|>", 0.1),

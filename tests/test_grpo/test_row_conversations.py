@@ -1,4 +1,4 @@
-"""Conversations of a data set's rows: tool calls, tools, content parts, settings of the chat template."""
+"""Conversations of a data set: tool calls, tools, content parts and template settings of its rows; which text answers."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo.batch import Completion, Segment
 from grpo.envs.data_files import DataError
 from grpo.envs.dataset import Dataset
 from models.tokenizer import Tokenizer
@@ -161,3 +162,44 @@ def test_rows_that_differ_in_their_tools_only_are_different_prompts(tokenizer, t
     others = write(tmp_path, [{"prompt": asked("other?"), "answer": "1"}], "eval.jsonl")
     env = make(tokenizer, path=write(tmp_path, same), eval_path=others, held_out_fraction=None)
     assert len(env.train_rows) == 2
+
+
+# --- the text that answers ------------------------------------------------------------------------------------------
+
+CALL = "<|channel|>commentary to=functions.f json<|message|>{}"
+GIVEN = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>5<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>5<|return|>"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "is_answer"),
+    [
+        ([("policy", FINAL)], True),
+        ([("policy", FINAL.replace("final", "final <|constrain|>json"))], True),
+        ([("policy", CALL + "<|call|>"), ("env", GIVEN), ("policy", FINAL)], True),
+        ([("policy", CALL + "<|call|>" + GIVEN + FINAL)], False),
+        ([("policy", CALL + "<|end|>" + GIVEN + FINAL)], False),
+        ([("policy", "<|channel|>analysis<|message|>x<|end|><|start|>user" + FINAL)], False),
+        ([("policy", FINAL.replace("final", "final to=functions.f"))], False),
+        ([("policy", FINAL.replace("<|return|>", "<|call|>"))], False),
+        ([("policy", FINAL.replace("<|return|>", "<|end|><|start|>assistant") + FINAL)], False),
+        ([("policy", FINAL.removesuffix("<|return|>"))], False),
+    ],
+)
+def test_match_format_reward_functions_and_log_agree_on_the_final_text(tokenizer, tmp_path, pieces, is_answer):
+    file = tmp_path / "seen.py"
+    file.write_text("def said(row, text):\n    return {'score': 0.0, 'chars': len(text)}\n")
+    env = make(
+        tokenizer,
+        path=write(tmp_path, [{"prompt": f"{n} of 5?", "answer": "5"} for n in range(9)]),
+        format_reward=0.25,
+        rewards=[{"fn": f"{file}:said"}],
+    )
+    prompt = env.prompts(0, num_prompts=1)[0]
+    segments = [Segment(tokenizer.encode_with_special(text), source) for source, text in pieces]
+    completion = Completion(prompt, 0, [Segment(prompt.token_ids, "prompt"), *segments], "stop")
+    score = env.score([completion])[0]
+    assert (score.reward, score.is_correct, score.metrics["said/chars"]) == ((1.25, True, 1) if is_answer else (0, False, 0))
+    described = env.describe(completion)
+    assert described["final"] == ("5" if is_answer else "")
+    assert (described["fault"] is None) == is_answer

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from models.chat.parse import HarmonyError, parse_completion
+from grpo.rewards.match import is_well_formed, stated_answer
+from models.chat.parse import HarmonyError, Span, parse_completion
 from models.chat.render import Message, completion_as_history, generation_prompt, render_message
 from models.tokenizer import Tokenizer, build_tiny_tokenizer
 
@@ -92,6 +93,136 @@ def test_endoftext_ends_a_completion_and_is_no_content(tokenizer):
     assert (parsed.final, parsed.fault) == ("", "cut off in the final message")
     inside = tokenizer.encode_with_special("<|channel|>final<|message|>4<|endoftext|>5<|return|>")
     assert parse_completion(inside, tokenizer).messages[0].content == "4<|endoftext|>5"
+
+
+THOUGHT = "<|channel|>analysis<|message|>x<|end|>"
+FINAL = "<|start|>assistant<|channel|>final<|message|>42<|return|>"
+CALL = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+RESULT = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>42<|end|>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FINAL.removeprefix("<|start|>assistant"),
+        THOUGHT + FINAL,
+        THOUGHT + "<|start|>assistant<|channel|>commentary<|message|>I begin.<|end|>" + FINAL,
+        THOUGHT + "<|start|>assistant" + THOUGHT + FINAL,
+        THOUGHT + "<|start|>assistant<|channel|>final <|constrain|>json<|message|>42<|return|>",
+        THOUGHT + "<|start|>assistant<|channel|>final<|constrain|>json<|message|>42<|return|>",
+    ],
+)
+def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
+    parsed = parse_completion(tokenizer.encode_with_special(text), tokenizer)
+    assert (parsed.fault, parsed.final, stated_answer(parsed), is_well_formed(parsed)) == (None, "42", "42", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "Unexpected EOS"),
+        ("<|return|>", "Unexpected EOS"),
+        (THOUGHT, "no final message"),
+        (CALL, "no final message"),
+        (THOUGHT + FINAL.removesuffix("<|return|>"), "cut off in the final message"),
+        (THOUGHT + FINAL.replace("<|return|>", "<|end|>"), "final message that ends in <|end|>"),
+        (THOUGHT + FINAL.replace("<|return|>", "<|call|>"), "final message that ends in <|call|>"),
+        (THOUGHT + FINAL.replace("assistant", "user"), "the policy wrote as user"),
+        (THOUGHT + FINAL.replace("assistant", "system"), "the policy wrote as system"),
+        (THOUGHT + FINAL.replace("assistant", "developer"), "the policy wrote as developer"),
+        (THOUGHT + FINAL.replace("assistant", "tool"), "the policy wrote as tool"),
+        (THOUGHT + FINAL.replace("assistant", "functions.f to=assistant"), "the policy wrote as functions.f"),
+        (THOUGHT + "<|start|>user<|message|>Is it 42?<|end|>" + FINAL, "the policy wrote as user"),
+        (CALL.replace("<|call|>", "<|end|>") + RESULT + FINAL, "call that ends in <|end|>"),
+        (CALL.replace("<|call|>", "<|return|>"), "call that ends in <|return|>"),
+        (CALL.replace("<|call|>", "<|end|>") + FINAL, "call that ends in <|end|>"),
+        (CALL + RESULT + FINAL, "the policy wrote as functions.f"),
+        (CALL + FINAL, "the policy went on after a call that nobody had answered"),
+        (CALL.replace("commentary", "final"), "recipient 'functions.f' on channel final"),
+        (FINAL.removeprefix("<|start|>assistant").replace("final", "final to=functions.f"), "recipient 'functions.f' on"),
+        (" to=functions.f" + FINAL.removeprefix("<|start|>assistant"), "recipient 'functions.f' on channel final"),
+        (THOUGHT + FINAL.replace("final", "final to=user"), "recipient 'user' on channel final"),
+        (THOUGHT + FINAL.replace("final", "final json"), "recipient 'json' on channel final"),
+        (CALL.replace("functions.f", "user"), "recipient 'user' on channel commentary"),
+        (CALL.replace("functions.f", ""), "recipient '' on channel commentary"),
+        (THOUGHT.replace("analysis", "thoughts") + FINAL, "unknown channel 'thoughts'"),
+        (THOUGHT + FINAL.replace("final", "finale"), "unknown channel 'finale'"),
+        ("<|message|>x<|end|>" + FINAL, "no channel"),
+        (THOUGHT + FINAL.replace("<|channel|>final", ""), "no channel"),
+        (THOUGHT + FINAL.replace("<|return|>", "<|end|>") + FINAL, "final message that ends in <|end|>"),
+        (THOUGHT + FINAL + FINAL, "messages after the final one"),
+        (THOUGHT + FINAL + "<|start|>assistant" + THOUGHT, "messages after the final one"),
+        (THOUGHT + FINAL + " 43", "Unexpected token"),
+        (THOUGHT.replace("<|end|>", "<|return|>") + FINAL, "analysis message that ends in <|return|>"),
+        (THOUGHT.replace("<|end|>", "<|call|>") + FINAL, "analysis message that ends in <|call|>"),
+        (THOUGHT + FINAL.replace("42", "<|start|>assistant<|channel|>final<|message|>42"), "a control token inside the final"),
+        (THOUGHT.replace("x<|end|>", "x") + FINAL, "a control token inside the analysis message"),
+        (THOUGHT + "<|start|>assistant<|start|>" + FINAL.removeprefix("<|start|>"), "Unknown role: assistant<|start|>"),
+        (THOUGHT + FINAL.replace("final", "final<|channel|>final"), "Unknown role: assistant<|ch"),
+        (THOUGHT + FINAL.replace("<|return|>", "<|endoftext|>"), "cut off in the final message"),
+    ],
+)  # fmt: skip
+def test_what_is_no_finished_answer_in_the_right_form_has_no_final_text(text, fault, tokenizer):
+    parsed = parse_completion(tokenizer.encode_with_special(text), tokenizer)
+    assert parsed.fault.startswith(fault)
+    assert (parsed.final, stated_answer(parsed), is_well_formed(parsed)) == ("", None, False)
+
+
+def test_a_spelled_constrain_marker_names_no_content_type(tokenizer):
+    ids = tokenizer.encode_with_special("<|channel|>") + tokenizer.encode("final <|constrain|>json")
+    ids += tokenizer.encode_with_special("<|message|>42<|return|>")
+    parsed = parse_completion(ids, tokenizer)
+    assert (parsed.messages[0].recipient, parsed.fault) == (
+        "<|constrain|>json",
+        "recipient '<|constrain|>json' on channel final",
+    )
+
+
+def sampled_and_given(tokenizer, *parts) -> tuple[list[int], list[bool]]:
+    """Ids of texts, alternately the policy's and the environment's, and whose each id is."""
+    ids, is_policy = [], []
+    for index, text in enumerate(parts):
+        piece = tokenizer.encode_with_special(text)
+        ids += piece
+        is_policy += [index % 2 == 0] * len(piece)
+    return ids, is_policy
+
+
+def test_a_tools_result_counts_only_if_the_environment_wrote_all_of_it(tokenizer):
+    answer = FINAL.removeprefix("<|start|>assistant")
+    ids, is_policy = sampled_and_given(tokenizer, CALL, RESULT + "<|start|>assistant", answer)
+    given = parse_completion(ids, tokenizer, is_policy=is_policy)
+    assert (given.fault, given.final) == (None, "42")
+    assert [span.is_policy for span in given.spans] == [True, False, True]
+    assert parse_completion(ids, tokenizer).fault == "the policy wrote as functions.f"
+    head, tail = RESULT.split("42")
+    ids, is_policy = sampled_and_given(tokenizer, CALL, head, "42", tail + "<|start|>assistant", answer)
+    assert parse_completion(ids, tokenizer, is_policy=is_policy).fault == "the policy wrote as functions.f"
+
+
+def test_a_final_message_of_the_environment_is_no_answer(tokenizer):
+    ids, is_policy = sampled_and_given(tokenizer, CALL, FINAL)
+    parsed = parse_completion(ids, tokenizer, is_policy=is_policy)
+    assert (parsed.fault, parsed.final) == ("no final message", "")
+
+
+def test_spans_say_where_messages_stand_and_how_they_ended(tokenizer):
+    ids = tokenizer.encode_with_special(THOUGHT + "<|start|>assistant<|channel|>final<|message|>42")
+    parsed = parse_completion(ids, tokenizer)
+    length = len(tokenizer.encode_with_special(THOUGHT))
+    content = tokenizer.encode("42")
+    assert parsed.spans == [
+        Span(0, ids.index(tokenizer.message) + 1, length, tokenizer.end, True),
+        Span(length + 1, len(ids) - len(content), len(ids), None, True),
+    ]
+    assert ids[parsed.spans[1].content_start :] == content
+
+
+def test_analysis_is_what_the_policy_thought_and_not_what_it_had_computed(tokenizer):
+    text = THOUGHT + "<|start|>assistant<|channel|>analysis to=python code<|message|>1+1<|call|>"
+    assert parse_completion(tokenizer.encode_with_special(text), tokenizer).analysis == "x"
+    two = THOUGHT + "<|start|>assistant" + THOUGHT.replace(">x<", ">y<") + FINAL
+    assert parse_completion(tokenizer.encode_with_special(two), tokenizer).analysis == "x\ny"
 
 
 def test_spelled_control_tokens_do_not_delimit(tokenizer):
