@@ -89,7 +89,7 @@ class RolloutBatch:
     kept: KeptSets | None = None
     routing: torch.Tensor | None = None  # [T, L, A] uint8 or int16: the experts that the sampler chose, for a replay
     old_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy at the start of the update
-    ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the adapter switched off
+    ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy that a KL penalty holds on to (grpo/kl.py)
 
     @property
     def num_rows(self) -> int:

@@ -67,6 +67,11 @@ class Estimator(StrEnum):
     k3 = "k3"
 
 
+class KlReference(StrEnum):
+    start = "start"  # the policy as GRPO starts: with the adapter it was given, after a warm-up
+    base = "base"  # the model before both, with the checkpoint's norms and sinks
+
+
 class Schedule(StrEnum):
     constant = "constant"
     linear = "linear"
@@ -133,6 +138,7 @@ class AdvantageConfig:
 class KlConfig:
     coefficient: float = number("[0, inf)", "0 is off")  # loss per nat; 0 skips the reference pass
     estimator: Estimator = MISSING
+    reference: KlReference = KlReference.start  # whom the policy is held to
 
 
 @dataclass

@@ -26,7 +26,7 @@ from grpo.failures import describe_failure
 from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
 from grpo.plots import is_interval
-from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
+from grpo.policy import build_model, build_tokenizer, load_initial_adapter, load_run_policy, select_device, select_dtype
 from grpo.rollout import Sampler
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
@@ -137,6 +137,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
         else:
             tokenizer, node, what = build_tokenizer(config.model, config.env), config.env, {"model": config.model.path}
             policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+            load_initial_adapter(policy, config.model)
         env = make_environment(node, tokenizer, seed=config.seed)
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
         prompts = held_out_prompts(env, max_prompts=config.max_prompts)

@@ -28,7 +28,7 @@ from grpo.console import clean
 from grpo.environment import make_environment
 from grpo.failures import describe_failure
 from grpo.launch import FAILED, launch
-from grpo.policy import build_model, build_tokenizer, load_run_policy, select_device, select_dtype
+from grpo.policy import build_model, build_tokenizer, load_initial_adapter, load_run_policy, select_device, select_dtype
 from grpo.rollout import Sampler
 from models.chat.parse import parse_completion
 from models.chat.render import render_chat
@@ -180,6 +180,7 @@ def load_conversation(config: GenerateConfig) -> Conversation:
     else:
         tokenizer = build_tokenizer(config.model, None)
         policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+        load_initial_adapter(policy, config.model)
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
              "current_date": config.current_date}
     useless = [f"{key} = {str(value)!r}" for key, value in given.items() if value is not None]

@@ -1,4 +1,4 @@
-"""Policy losses, the KL penalty and the statistics that go with them.
+"""Policy losses and the statistics that go with them.
 
 A loss maps the policy's log-probs of one micro-batch to a scalar to minimise. Each divides by a count of the whole
 optimizer step (`batch.num_completion_tokens`, `batch.num_sequences`), never by one of the micro-batch, so summing
@@ -6,14 +6,13 @@ losses and gradients over micro-batches gives the same result for any split, pac
 
 With A the advantage, o_i the trained tokens of sequence i, B the sequences of the step, and
     ratio r = exp(log pi - log pi_old),   surrogate J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A):
-    grpo      -1/B sum_i 1/|o_i| sum_t J     DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term: `kl_penalty`)
+    grpo      -1/B sum_i 1/|o_i| sum_t J     DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term: grpo/kl.py)
     dr_grpo   -1/(B L) sum_i sum_t J         Dr. GRPO, arXiv 2503.20783; L is a constant length in tokens
     dapo      -1/sum_i |o_i| sum_i sum_t J   DAPO, arXiv 2503.14476, eq. 8 (clip_high > clip_low: "clip-higher")
 When `old_log_probs` are the detached `log_probs` themselves (one update per batch) r is exactly 1, nothing is clipped,
 and the gradient is REINFORCE's, A grad log pi.
 
-Departures from the papers: log-ratios are clamped to +-20 before the exponential; the KL term is averaged over the
-tokens of the step whatever the policy loss averages over, and its exponential is bounded.
+Departure from the papers: log-ratios are clamped to +-20 before the exponential.
 
 Statistics are sums, so that micro-batches add up: see `reduce_stats`.
 
@@ -28,8 +27,6 @@ import torch
 from grpo.batch import RolloutBatch
 
 MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is still far from overflow when summed in fp32
-MAX_KL_WEIGHT = 10.0  # of pi / pi_sampler
-MAX_REF_RATIO = 10.0  # pi_ref / pi beyond which k3 goes on along its tangent
 
 
 def grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
@@ -97,46 +94,6 @@ def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """exp(x) - x - 1 >= 0 with x clamped: under samples of q, with x = log p - log q, an estimate of KL(q || p)."""
     x = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(x) - x
-
-
-def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: RolloutBatch, *, coefficient: float,
-               estimator: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """coefficient times the mean over the step's tokens of an estimate of the KL between policy and reference.
-
-    With d = log pi - log pi_ref on tokens sampled from pi, `estimator` is
-        k1  value d (unbiased, can be negative).  Gradient d grad log pi, that of KL(pi || pi_ref): the plain
-            derivative, grad log pi, is zero in expectation and thus noise, so the score-function form is used instead
-        k2  value d^2/2 (biased, low variance).   Gradient d grad log pi: exactly that of KL(pi || pi_ref)
-        k3  value exp(-d) + d - 1 (unbiased, >= 0, GRPO's).  Gradient (1 - exp(-d)) grad log pi: that of the *other*
-            direction, KL(pi_ref || pi). Where pi_ref > 10 pi it goes on along its tangent: one token cannot explode the
-            step, and is still pulled back (capping the value, as is common, would let go of it)
-    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the
-    detached ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one
-    batch (as in DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
-
-    log_probs, ref_log_probs: [T] fp32, nats, over the same support. Returns the scalar and {"kl": sum in nats}."""
-    if estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl.estimator={estimator!r}: must be k1, k2 or k3 (k2 has the exact gradient of "
-                         "KL(policy || reference))")
-    if not coefficient >= 0:
-        raise ValueError(f"kl.coefficient={coefficient}: must be zero or positive")
-    mask = batch.loss_mask
-    difference = torch.where(mask, log_probs - ref_log_probs.detach(), 0.0)  # [T] nats
-    if estimator == "k1":
-        # value d; the bracket is zero in value and has the gradient d grad log pi
-        score = difference.detach()
-        penalty = score + score * (difference - score)
-    elif estimator == "k2":
-        penalty = difference.square() / 2
-    else:
-        knee = math.log(MAX_REF_RATIO)
-        growth = torch.expm1((-difference).clamp(max=knee)) + MAX_REF_RATIO * (-difference - knee).clamp(min=0)
-        penalty = growth + difference
-    with torch.no_grad():
-        drift = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
-        weight = drift.clamp(-MAX_LOG_RATIO, math.log(MAX_KL_WEIGHT)).exp()
-    total = torch.where(mask, weight * penalty, 0.0).sum()
-    return coefficient * total / batch.num_completion_tokens, {"kl": total.detach()}
 
 
 def token_stats(log_probs: torch.Tensor, entropy: torch.Tensor, batch: RolloutBatch) -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
 
 def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
                 dtype: torch.dtype) -> GptOss:
-    """The policy as training starts: base weights, and adapters or full training switched on."""
+    """The policy before anything is learnt: base weights, with fresh adapters or full training switched on."""
     if dtype == torch.float16:  # the library would add partial sums in float16, and they can pass its 65504
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if model.path is not None:
@@ -93,9 +93,13 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
         lora = model.lora
         attach_lora(policy, LoraConfig(lora.rank, lora.alpha, list(lora.targets), lora.train_sinks, lora.train_norms),
                     seed=seed)
-        if lora.adapter is not None:
-            load_adapter(policy, Path(lora.adapter).expanduser())
     return policy
+
+
+def load_initial_adapter(policy: GptOss, model: ModelConfig) -> None:
+    """Reads the adapter that the config starts from, if it names one; of a run, its checkpoints have what became of it."""
+    if model.lora is not None and model.lora.adapter is not None:
+        load_adapter(policy, Path(model.lora.adapter).expanduser())
 
 
 def parameter_tensors(policy: GptOss) -> dict[str, torch.Tensor]:

@@ -14,14 +14,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from grpo.checkpoint import RunState, SaveError, load_run, save_run
-from grpo.config import ConfigError, TrainConfig, bind, check_resumable, read_saved_config, save_config, shown, to_dict
+from grpo.config import (
+    ConfigError,
+    KlReference,
+    TrainConfig,
+    bind,
+    check_resumable,
+    read_saved_config,
+    save_config,
+    shown,
+    to_dict,
+)
 from grpo.environment import make_environment
+from grpo.kl import Reference
 from grpo.metrics import Metrics
 from grpo.optim import Optimizer, loss_scale_for
 from grpo.policy import (
     build_model,
     build_tokenizer,
     check_trainable,
+    load_initial_adapter,
     load_parameters,
     parameter_tensors,
     select_device,
@@ -52,6 +64,7 @@ class Run:
     metrics: Metrics
     should_stop: Callable[[], bool]
     optimizer: Optimizer | None = None  # once the weights are there
+    reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
     saved_step: int = -1  # steps finished at the newest checkpoint
     has_warned: bool = False  # that sampler and trainer differ
@@ -87,10 +100,18 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     # -1: lines of a run killed before its first checkpoint
     run.metrics.truncate_after(state.step if state else -1)
     run.metrics.print(describe(config, run.run_dir, run.policy, resumed_step=state.step if state else None))
+    has_penalty = config.kl.coefficient > 0
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
-    elif config.warmup is not None:
-        warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
+        run.reference = Reference.load(run.policy, state.tensors) if has_penalty else None
+    else:
+        if has_penalty and config.kl.reference == KlReference.base:
+            run.reference = Reference.of(run.policy)
+        load_initial_adapter(run.policy, config.model)
+        if config.warmup is not None:
+            warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
+        if has_penalty and config.kl.reference == KlReference.start:
+            run.reference = Reference.of(run.policy)
     optimizer = make_optimizer(config, run.policy)  # now: its fp32 masters are copies of the weights
     if state is not None:
         optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
@@ -125,7 +146,15 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         f"env      {config.env['_target_']}",
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
+        *([describe_penalty(config, policy)] if config.kl.coefficient > 0 else []),
         "trains", describe_trainable(policy)])
+
+
+def describe_penalty(config: TrainConfig, policy: GptOss) -> str:
+    whom = {KlReference.start: "the policy as GRPO starts", KlReference.base: "the base model"}[config.kl.reference]
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable_parameters().values())
+    return (f"kl       {config.kl.coefficient:g} x {config.kl.estimator} to {whom}, whose copy of what trains takes up to "
+            f"{num_bytes / 1e9:.3g} GB of host memory")
 
 
 def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
@@ -152,6 +181,7 @@ def save(run: Run) -> None:
     run.metrics.sync()
     tensors = parameter_tensors(run.policy)
     tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
+    tensors |= run.reference.state_dict() if run.reference is not None else {}
     save_run(run.run_dir, step=run.step, tensors=tensors, state={"wandb_id": run.metrics.wandb_id},
              keep=run.config.checkpoint.keep)
     run.saved_step = run.step

@@ -7,7 +7,8 @@ from grpo.batch import RolloutBatch, micro_batches, minibatches, pack
 from grpo.config import OldLogProbs
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
-from grpo.losses import kl_penalty, reduce_stats, token_stats
+from grpo.kl import kl_penalty
+from grpo.losses import reduce_stats, token_stats
 from grpo.optim import check_finite
 from grpo.rollout import Interrupted
 from grpo.run import Run
@@ -22,7 +23,11 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     batch = pack(groups.completions, groups.advantages).to(run.policy.device)
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
-        batch.old_log_probs = score_batch(run, batch)
+        batch.old_log_probs = score_batch(run, batch, replays_routing=True)
+    if run.reference is not None:
+        with run.reference.in_place():
+            # it routes for itself: it is another policy, not this one's weights on another's routes
+            batch.ref_log_probs = score_batch(run, batch, replays_routing=False)
     allowed = allowed_difference(run.policy)
     stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole = [], [], [], [], [], 0, 0
     for epoch in range(optim.epochs):
@@ -88,20 +93,17 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_u
         old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
     loss, stats = run.loss_fn(log_probs, micro, old_log_probs=old_log_probs)
     kl = run.config.kl
-    if kl.coefficient > 0:
-        with torch.no_grad(), run.policy.adapter_disabled():
-            # the reference routes for itself: it is the model without the adapter, not that model on another's routes
-            ref_log_probs, _ = policy_log_probs(run, micro, None)
-        penalty, kl_stats = kl_penalty(log_probs, ref_log_probs, micro, coefficient=kl.coefficient,
-                                       estimator=str(kl.estimator))
+    if micro.ref_log_probs is not None:
+        penalty, kl_stats = kl_penalty(log_probs, micro.ref_log_probs, micro, coefficient=kl.coefficient,
+                                       estimator=kl.estimator)
         loss, stats = loss + penalty, stats | kl_stats | {"loss": stats["loss"] + penalty.detach()}
     return loss, stats
 
 
 @torch.no_grad()
-def score_batch(run: Run, batch: RolloutBatch) -> torch.Tensor:
-    """Log-probs [T] of the policy as it is now, for the ratios of several updates; `batch` as `pack` made it."""
+def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool) -> torch.Tensor:
+    """Log-probs [T] of the policy as it is now, of a `batch` as `pack` made it, before the step's first update."""
     optim, log_probs = run.config.optim, torch.zeros_like(batch.sampler_log_probs)
     for micro in micro_batches(batch, optim.max_tokens, share_prompts=optim.share_prompts):
-        log_probs[micro.token_index] = policy_log_probs(run, micro, make_replay(micro))[0]
+        log_probs[micro.token_index] = policy_log_probs(run, micro, make_replay(micro) if replays_routing else None)[0]
     return log_probs

@@ -70,13 +70,6 @@ def validate(config: TrainConfig) -> None:
     for key, node in (("env", config.env), ("loss", config.loss)):
         need("_target_" in node, f"{key}._target_", None, f"required; choose a file of configs/{key} with {key}=NAME")
     check_loss(config.loss, problems)
-    need(
-        config.kl.coefficient <= 0 or config.model.train == Train.lora,
-        "kl.coefficient",
-        config.kl.coefficient,
-        "the reference policy is the model with its adapter off, so a KL penalty needs model.train=lora; "
-        "set kl.coefficient=0 with model.train=full",
-    )
     evaluation = config.eval
     need(
         evaluation.num_samples > 0 or evaluation.greedy or not is_evaluating(evaluation),

@@ -254,7 +254,7 @@ class GptOss(nn.Module):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Inside, the model is its base: the reference policy of a LoRA run."""
+        """Inside, the model computes as if it carried no adapter."""
         carriers = [module for module in self.modules() if isinstance(module, (Linear, Bf16Experts, Mxfp4Experts, Nf4Experts))]
         for module in carriers:
             module.adapter_enabled = False

@@ -159,7 +159,9 @@ BAD_ARGUMENTS = [
     ("model.path=/nowhere", "model.path = '/nowhere': give a checkpoint"),
     ("model.architecture=null", "model.path = None: give a checkpoint"),
     ("model.train=lora", "model.lora = None: required by model.train=lora"),
-    ("kl.coefficient=0.1", "kl.coefficient = 0.1: the reference policy is the model with its adapter off"),
+    ("kl.coefficient=-1", "kl.coefficient = -1.0: must be 0 (off) or positive"),
+    ("kl.coefficient=inf", "kl.coefficient = inf: must be 0 (off) or positive"),
+    ("kl.reference=first", "kl.reference = 'first' (str): expected one of start, base"),
     ("model.experts=mxfp4", "model.experts = 'mxfp4': packed experts come from a checkpoint only"),
     ("model.architecture.num_experts_per_tok=99", "num_experts_per_tok=99"),
     # the command line itself

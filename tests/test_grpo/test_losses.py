@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
-from grpo.losses import dapo, dr_grpo, grpo, kl_penalty, reduce_stats, token_stats
+from grpo.kl import kl_penalty
+from grpo.losses import dapo, dr_grpo, grpo, reduce_stats, token_stats
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
 LOSSES = {"grpo": partial(grpo, **CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=10.0, **CLIP),
@@ -257,10 +258,3 @@ def test_the_token_budget_only_changes_rounding(batch):
 def test_bad_coefficients_are_refused_by_key(batch, call, message):
     with pytest.raises(ValueError, match=message):
         call(batch.sampler_log_probs, batch, old_log_probs=batch.sampler_log_probs)
-
-
-def test_bad_kl_settings_are_refused_by_key(batch):
-    with pytest.raises(ValueError, match="kl.estimator='k4': must be k1, k2 or k3"):
-        kl_penalty(batch.sampler_log_probs, batch.sampler_log_probs, batch, coefficient=0.1, estimator="k4")
-    with pytest.raises(ValueError, match="kl.coefficient=-1"):
-        kl_penalty(batch.sampler_log_probs, batch.sampler_log_probs, batch, coefficient=-1, estimator="k2")

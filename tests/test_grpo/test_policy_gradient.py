@@ -14,7 +14,8 @@ import torch
 
 from grpo.advantages import group_advantages
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
-from grpo.losses import dapo, dr_grpo, grpo, kl_penalty
+from grpo.kl import kl_penalty
+from grpo.losses import dapo, dr_grpo, grpo
 from grpo.rollout import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss

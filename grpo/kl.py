@@ -1,0 +1,103 @@
+"""The KL penalty that ties the policy to a reference, and that reference.
+
+Departures from GRPO (arXiv 2402.03300): the penalty is averaged over the tokens of the step whatever the policy loss averages
+over, and its exponential is bounded.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from grpo.batch import RolloutBatch
+from grpo.config import Estimator
+from grpo.losses import MAX_LOG_RATIO
+from models.gpt_oss import GptOss
+
+MAX_KL_WEIGHT = 10.0  # of pi / pi_sampler
+MAX_REF_RATIO = 10.0  # pi_ref / pi beyond which k3 goes on along its tangent
+REFERENCE = "reference."  # prefix of the reference's tensors in a run's checkpoint
+
+
+class Reference:
+    """A frozen state of the policy. What the policy shares with it, a base that does not train, stands in memory once; of what
+    trains the reference has a copy in host memory, which takes the place of the policy's for the length of a pass."""
+
+    def __init__(self, policy: GptOss, tensors: dict[str, torch.Tensor]) -> None:
+        """tensors: trained parameters by name. Without any of an adapter, the reference is the model with its adapter off."""
+        self.policy, self.tensors = policy, tensors
+        self._has_adapter = any(_is_adapter(name) for name in tensors)
+
+    @classmethod
+    def of(cls, policy: GptOss) -> Reference:
+        """The policy as it is now. An adapter that adds nothing yet, since every B is zero, is left out."""
+        parameters = policy.trainable_parameters()
+        adds = any(bool(parameter.any()) for name, parameter in parameters.items() if name.endswith("lora_B"))
+        return cls(policy, {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
+                            if adds or not _is_adapter(name)})
+
+    @classmethod
+    def load(cls, policy: GptOss, tensors: dict[str, torch.Tensor]) -> Reference:
+        """The reference in a checkpoint's tensors, where `state_dict` put it."""
+        return cls(policy, {name.removeprefix(REFERENCE): tensor for name, tensor in tensors.items()
+                            if name.startswith(REFERENCE)})
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {REFERENCE + name: tensor for name, tensor in self.tensors.items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the policy is the reference. For passes without gradients, while no graph of the policy waits for its backward.
+
+        Tensors are exchanged, not overwritten: the policy's stay at their addresses, which CUDA graphs hold."""
+        parameters = self.policy.trainable_parameters()
+        own = {name: parameters[name].data for name in self.tensors}
+        try:
+            for name, tensor in self.tensors.items():
+                parameters[name].data = tensor.to(own[name].device)
+            with nullcontext() if self._has_adapter else self.policy.adapter_disabled():
+                yield
+        finally:
+            for name, tensor in own.items():
+                parameters[name].data = tensor
+
+
+def _is_adapter(name: str) -> bool:
+    return name.endswith(("lora_A", "lora_B"))
+
+
+def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: RolloutBatch, *, coefficient: float,
+               estimator: Estimator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """coefficient times the mean over the step's tokens of an estimate of the KL between policy and reference.
+
+    With d = log pi - log pi_ref on tokens sampled from pi, `estimator` is
+        k1  value d (unbiased, can be negative).  Gradient d grad log pi, that of KL(pi || pi_ref): the plain
+            derivative, grad log pi, is zero in expectation and thus noise, so the score-function form is used instead
+        k2  value d^2/2 (biased, low variance).   Gradient d grad log pi: exactly that of KL(pi || pi_ref)
+        k3  value exp(-d) + d - 1 (unbiased, >= 0, GRPO's).  Gradient (1 - exp(-d)) grad log pi: that of the *other*
+            direction, KL(pi_ref || pi). Where pi_ref > 10 pi it goes on along its tangent: one token cannot explode the
+            step, and is still pulled back (capping the value, as is common, would let go of it)
+    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the
+    detached ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one
+    batch (as in DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
+
+    log_probs, ref_log_probs: [T] fp32, nats, over the same support. Returns the scalar and {"kl": sum in nats}."""
+    mask = batch.loss_mask
+    difference = torch.where(mask, log_probs - ref_log_probs.detach(), 0.0)  # [T] nats
+    if estimator == Estimator.k1:
+        # value d; the bracket is zero in value and has the gradient d grad log pi
+        score = difference.detach()
+        penalty = score + score * (difference - score)
+    elif estimator == Estimator.k2:
+        penalty = difference.square() / 2
+    else:
+        knee = math.log(MAX_REF_RATIO)
+        growth = torch.expm1((-difference).clamp(max=knee)) + MAX_REF_RATIO * (-difference - knee).clamp(min=0)
+        penalty = growth + difference
+    with torch.no_grad():
+        drift = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
+        weight = drift.clamp(-MAX_LOG_RATIO, math.log(MAX_KL_WEIGHT)).exp()
+    total = torch.where(mask, weight * penalty, 0.0).sum()
+    return coefficient * total / batch.num_completion_tokens, {"kl": total.detach()}

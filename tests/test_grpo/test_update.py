@@ -1,0 +1,228 @@
+"""The update against a restatement in plain loops: one completion and one token at a time, no packing, masks or micro-batches.
+
+Compared are the gradient of every trained parameter in every update, the loss and all metrics. The sampler's log-probs differ
+from the policy's, and the reference's from both, so that none can stand in for another.
+"""
+
+import copy
+import itertools
+import math
+import random
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from grpo.batch import Completion, Prompt, Segment
+from grpo.config import KlConfig, KlReference, OldLogProbs
+from grpo.groups import Groups
+from grpo.kl import Reference
+from grpo.launch import load_config
+from grpo.losses import dapo, grpo
+from grpo.run import Run
+from grpo.update import update
+from models.config import GptOssConfig
+from models.gpt_oss import GptOss
+from models.lora import LoraConfig, attach_lora, set_full_training
+
+SEED, STEP, TEMPERATURE, LR = 5, 3, 0.7, 0.3
+LOW, HIGH, COEFFICIENT = 0.2, 0.28, 0.3
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
+
+
+class Sgd:
+    """In the optimizer's place: keeps each update's gradients and takes steps of one length, so that the next update sees
+    another policy."""
+
+    def __init__(self, policy):
+        self.params, self.gradients, self.lr = policy.trainable_parameters(), [], LR
+
+    def backward(self, loss):
+        loss.backward()
+
+    def zero_grad(self):
+        for parameter in self.params.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in self.params.items()})
+        for parameter in self.params.values():
+            parameter -= self.lr * parameter.grad / norm(self.gradients[-1])
+        return norm(self.gradients[-1])
+
+
+def norm(gradients):
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
+
+
+class Warnings(list):
+    warn = list.append
+
+
+def build_policy(*, trains: str) -> GptOss:
+    config = GptOssConfig(vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, sliding_window=4,
+                          layer_types=["sliding_attention", "full_attention"])
+    policy = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
+    policy.init_weights(seed=1)
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(20)  # far enough from uniform
+    if trains == "all":
+        set_full_training(policy)
+    else:
+        trains_norms = trains == "adapter, norms and sinks"
+        attach_lora(policy, LoraConfig(2, 4.0, TARGETS, train_sinks=trains_norms, train_norms=trains_norms), seed=2)
+    return policy
+
+
+@torch.no_grad()
+def move(policy: GptOss, *, seed: int, size: float) -> None:
+    """As training or a loaded adapter would."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.trainable_parameters().values():
+        parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def draw_completions(policy: GptOss) -> tuple[list[Completion], list[float]]:
+    """Three groups of two, of many lengths, some with tokens of an environment inside."""
+    rng = random.Random(7)
+
+    def tokens(count):
+        return [rng.randrange(13) for _ in range(count)]
+
+    completions = []
+    for group, sample in itertools.product(range(3), range(2)):
+        prompt = Prompt(group, completions[-1].prompt.token_ids if sample else tokens(2 + group), {})
+        segments = [Segment(prompt.token_ids, "prompt"), Segment(tokens(1 + (group + 2 * sample) % 5), "policy", [])]
+        if sample == 1:
+            segments += [Segment(tokens(2), "env"), Segment(tokens(3), "policy", [])]
+        completion = Completion(prompt, sample, segments, "stop")
+        log_probs = iter([log_prob.item() + rng.gauss(0, 0.3) for log_prob, _ in score(policy, completion)])
+        for segment in segments[1:]:
+            segment.log_probs = [next(log_probs) for _ in segment.token_ids] if segment.source == "policy" else None
+        completions.append(completion)
+    return completions, [rng.gauss(0, 1) for _ in completions]
+
+
+def score(policy: GptOss, completion: Completion) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Log-prob and entropy at each of the policy's tokens, by a softmax over the logits of this sequence alone."""
+    ids = [token for segment in completion.segments for token in segment.token_ids]
+    sampled = [segment.source == "policy" for segment in completion.segments for _ in segment.token_ids]
+    logits = policy.logits(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
+    table = (logits / TEMPERATURE).log_softmax(-1)
+    return [(table[i - 1, ids[i]], -(table[i - 1].exp() * table[i - 1]).sum()) for i in range(len(ids)) if sampled[i]]
+
+
+def restate(policy, reference, completions, advantages, *, name, minibatches, epochs, old_log_probs):
+    """The gradients of each update and the step's metrics."""
+    num_updates, gradients, losses, tokens = minibatches * epochs, [], [], []
+    with torch.no_grad():
+        start = [[float(log_prob) for log_prob, _ in score(policy, completion)] for completion in completions]
+        held = [[float(log_prob) for log_prob, _ in score(reference, completion)] for completion in completions]
+    sampled = [[x for segment in completion.segments for x in segment.log_probs or []] for completion in completions]
+    for epoch in range(epochs):
+        rows = list(range(len(completions)))
+        if minibatches > 1:
+            random.Random(hash((SEED, STEP, epoch))).shuffle(rows)
+        for part in (rows[i::minibatches] for i in range(minibatches)):
+            loss, num_tokens = torch.tensor(0.0), sum(len(start[row]) for row in part)
+            for row in part:
+                weight = 1 / num_tokens if name == "dapo" else 1 / (len(part) * len(start[row]))
+                for t, (log_prob, entropy) in enumerate(score(policy, completions[row])):
+                    value, advantage = log_prob.detach(), advantages[row]
+                    old = sampled[row][t] if old_log_probs == "sampler" else start[row][t] if num_updates > 1 else value
+                    ratio = (log_prob - old).exp()
+                    clipped = min(max(ratio, torch.tensor(1 - LOW)), torch.tensor(1 + HIGH))
+                    loss = loss - weight * min(ratio * advantage, clipped * advantage)
+                    gap = log_prob - held[row][t]
+                    k3 = (-gap).exp() - 1 + gap if gap > -math.log(10) else 9 + 10 * (-gap - math.log(10)) + gap  # its tangent
+                    penalty = (value - sampled[row][t]).exp().clamp(max=10) * k3
+                    loss = loss + (COEFFICIENT * penalty / num_tokens if reference is not policy else 0)
+                    tokens.append({"kl": penalty.item(), "ratio": ratio.item(), "low": advantage < 0 and ratio < 1 - LOW,
+                                   "high": advantage > 0 and ratio > 1 + HIGH, "is_first": not gradients,
+                                   "entropy": entropy.item(), "off": (value - sampled[row][t]).item()})
+            names, parameters = zip(*policy.trainable_parameters().items())
+            gradients.append(dict(zip(names, torch.autograd.grad(loss, parameters))))
+            losses.append(loss.item())
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients[-1].values()):
+                    parameter -= LR * gradient / norm(gradients[-1])
+    first = [token for token in tokens if token["is_first"]]
+    mean = {name: sum(token[name] for token in tokens) / len(tokens) for name in ("kl", "ratio", "low", "high")}
+    return gradients, {
+        "loss": sum(losses) / num_updates, "grad_norm": max(map(norm, gradients)), "lr": LR,
+        "clip_ratio/low": float(mean["low"]), "clip_ratio/high": float(mean["high"]), "ratio/mean": mean["ratio"],
+        "ratio/max": max(token["ratio"] for token in tokens),
+        "approx_kl": sum(token["ratio"] - 1 - math.log(token["ratio"]) for token in tokens) / len(tokens),
+        "entropy": sum(token["entropy"] for token in first) / len(first),
+        "sampling/log_prob_diff/mean": sum(abs(token["off"]) for token in first) / len(first),
+        "sampling/log_prob_diff/max": max(abs(token["off"]) for token in first),
+        "sampling/kl": sum(math.exp(token["off"]) - 1 - token["off"] for token in first) / len(first),
+        **({"kl": mean["kl"]} if reference is not policy else {})}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config("train", ["+experiment=smoke", "name=test", f"seed={SEED}", f"rollout.temperature={TEMPERATURE}"])
+
+
+# What the policy is held to -> what trains, and how far it is from the base when GRPO starts
+REFERENCES = {
+    "no penalty": ("adapter", 0.2), "a fresh adapter": ("adapter", 0.0), "a loaded adapter": ("adapter", 0.2),
+    "trained norms": ("adapter, norms and sinks", 0.2), "the base": ("adapter, norms and sinks", 0.2),
+    "full training": ("all", 0.0)}
+
+
+def compare(config, tmp_path, *, held_to, name, minibatches, epochs, old_log_probs, share_prompts, max_tokens=40):
+    trains, loaded = REFERENCES[held_to]
+    policy = build_policy(trains=trains)
+    base = copy.deepcopy(policy), Reference.of(policy)
+    move(policy, seed=3, size=loaded)
+    start = copy.deepcopy(policy), Reference.of(policy)
+    held, reference = base if held_to == "the base" else start
+    move(policy, seed=4, size=0.05)
+    completions, advantages = draw_completions(policy)
+    restated = copy.deepcopy(policy)
+    gradients, metrics = restate(restated, restated if held_to == "no penalty" else held, completions, advantages, name=name,
+                                 minibatches=minibatches, epochs=epochs, old_log_probs=old_log_probs)
+
+    settings = replace(
+        config, kl=KlConfig(0.0 if held_to == "no penalty" else COEFFICIENT, config.kl.estimator, KlReference.start),
+        optim=replace(config.optim, minibatches=minibatches, epochs=epochs, old_log_probs=OldLogProbs(old_log_probs),
+                      share_prompts=share_prompts, max_tokens=max_tokens))
+    run = Run(settings, tmp_path, policy, None, None, partial({"dapo": dapo, "grpo": grpo}[name], clip_low=LOW, clip_high=HIGH),
+              None, Warnings(), lambda: False, optimizer=Sgd(policy), step=STEP,
+              reference=None if held_to == "no penalty" else reference)
+    measured = update(run, Groups(completions, advantages, []))
+    assert len(run.optimizer.gradients) == len(gradients) == minibatches * epochs
+    for own, expected in zip(run.optimizer.gradients, gradients):
+        assert own.keys() == expected.keys()
+        for key in own:
+            error = float((own[key] - expected[key]).norm())  # of rounding: in fp32, over up to four updates
+            assert error < 3e-4 * float(expected[key].norm()) + 1e-5 * norm(expected), (key, error)
+    for key, value in metrics.items():
+        assert measured[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    return measured
+
+
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["whole", "shared"])
+@pytest.mark.parametrize("old_log_probs", ["trainer", "sampler"])
+@pytest.mark.parametrize("minibatches, epochs", [(1, 1), (2, 2)], ids=["one update", "four updates"])
+@pytest.mark.parametrize("held_to", REFERENCES)
+def test_gradients_loss_and_metrics_are_those_restated(config, tmp_path, held_to, minibatches, epochs, old_log_probs,
+                                                       share_prompts):
+    measured = compare(config, tmp_path, held_to=held_to, name="dapo", minibatches=minibatches, epochs=epochs,
+                       old_log_probs=old_log_probs, share_prompts=share_prompts)
+    is_on_policy = old_log_probs == "trainer" and epochs == 1
+    assert (measured["ratio/max"] == 1) == is_on_policy
+    assert (measured["clip_ratio/low"] + measured["clip_ratio/high"] > 0) != is_on_policy  # the comparison has something to see
+    assert (measured["update/frac_tokens_shared"] > 0) == share_prompts
+
+
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["whole", "shared"])
+@pytest.mark.parametrize("max_tokens", [15, 1000])
+def test_the_mean_over_sequences_is_the_restated_one_in_any_micro_batches(config, tmp_path, share_prompts, max_tokens):
+    compare(config, tmp_path, held_to="trained norms", name="grpo", minibatches=2, epochs=1, old_log_probs="sampler",
+            share_prompts=share_prompts, max_tokens=max_tokens)
