@@ -65,7 +65,7 @@ def validate(config: TrainConfig) -> None:
     )
     check_ranges(config, "", problems)
     check_threads(config.threads, problems)
-    check_model(config.model, problems)
+    check_model(config.model, problems, reads_adapter=not config.resume)
     check_rollout_and_optim(config, problems)
     for key, node in (("env", config.env), ("loss", config.loss)):
         need("_target_" in node, f"{key}._target_", None, f"required; choose a file of configs/{key} with {key}=NAME")
@@ -94,7 +94,7 @@ def validate_inference(config: EvaluateConfig | GenerateConfig) -> None:
     check_ranges(config, "", problems)
     check_threads(config.threads, problems)
     if config.model is not None:
-        check_model(config.model, problems)
+        check_model(config.model, problems, reads_adapter=True)
     if isinstance(config, EvaluateConfig):
         need(config.run is not None or config.env is not None, "env", None, "required without run=; e.g. +env=dataset")
         need(config.num_samples > 0 or config.greedy, "num_samples", 0, "nothing to measure with greedy=false")
@@ -141,7 +141,7 @@ def is_evaluating(evaluation: EvalConfig) -> bool:
     return evaluation.every > 0 or evaluation.at_start or evaluation.at_end
 
 
-def check_model(model: ModelConfig, problems: Problems) -> None:
+def check_model(model: ModelConfig, problems: Problems, *, reads_adapter: bool) -> None:
     need = problems.require
     need(
         (model.path is None) != (model.architecture is None),
@@ -203,7 +203,7 @@ def check_model(model: ModelConfig, problems: Problems) -> None:
             lora.targets,
             f"must be distinct names among {', '.join(LORA_TARGETS)}",
         )
-        if lora.adapter is not None:
+        if lora.adapter is not None and reads_adapter:  # a checkpoint holds what became of it
             need(is_there(lora.adapter, Path.is_dir), "model.lora.adapter", lora.adapter, "no such folder")
 
 
