@@ -42,7 +42,8 @@ from grpo.report import SUMMARY_FILE
 from grpo.run_table import sweep_summary
 from grpo.validate import validate, validate_inference
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+_HERE = Path(__file__).resolve().parent
+CONFIG_DIR = next(path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir())  # of a wheel, a checkout
 DEFAULT_EXPERIMENT = "quickstart"
 # exit codes
 FAILED = 1

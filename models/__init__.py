@@ -1,11 +1,11 @@
 from pathlib import Path
 
-import kernels
+from kernels import __file__ as kernels_file
 
 # The package index has an unrelated package of this name, which hides ours where it comes first on sys.path.
 _ours = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
-if kernels.__file__ is None or Path(kernels.__file__).resolve() != _ours:
+if kernels_file is None or Path(kernels_file).resolve() != _ours:
     raise ImportError(
-        f"the package `kernels` comes from {kernels.__file__}, but this project needs its own, {_ours}; "
-        "remove the other one (pip uninstall kernels) or use an environment of its own (make quickstart makes one)"
+        f"the package `kernels` comes from {kernels_file}, but a checkout of this project needs its own, {_ours}; run from the "
+        "checkout's folder, or install the project's wheel (pip install CHECKOUT), which has its packages inside `grpo`"
     )
