@@ -3,12 +3,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from grpo.batch import Completion, Prompt
-from grpo.config import bind
+from grpo.config import TrainConfig, bind
 from grpo.envs.data_files import DataError
 from grpo.rewards.functions import RewardError
 from models.tokenizer import Tokenizer
@@ -46,11 +46,13 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int):
                                f"({_place(error)}); correct its keywords under env, or its code") from error
 
 
-def held_out_prompts(env, *, max_prompts: int) -> list[Prompt]:
-    """The first prompts that the environment evaluates on."""
+def held_out_prompts(env, *, max_prompts: int, max_len: int) -> list[Prompt]:
+    """The first prompts that the environment evaluates on, of a model whose sequences have at most `max_len` tokens."""
     with calling(env, "eval_prompts"):
         prompts = env.eval_prompts()
-    return checked_prompts(env, "eval_prompts", prompts)[:max_prompts]
+    prompts = checked_prompts(env, "eval_prompts", prompts)[:max_prompts]
+    check_lengths(env, "eval_prompts", prompts, max_len=max_len)
+    return prompts
 
 
 def checked_prompts(env, method: str, prompts: list[Prompt]) -> list[Prompt]:
@@ -60,6 +62,43 @@ def checked_prompts(env, method: str, prompts: list[Prompt]) -> list[Prompt]:
         raise EnvironmentFault(f"environment {type(env).__name__}.{method} returned {'no prompts' if prompts == [] else found}; "
                                "return a list of at least one grpo.batch.Prompt")
     return prompts
+
+
+def check_lengths(env, method: str, prompts: Iterable[Prompt], *, max_len: int, max_new_tokens: int | None = None,
+                  max_tokens: int | None = None) -> None:
+    """Raises for prompts that cannot be answered in `max_len` tokens (the model's longest sequence), or that, with a completion
+    of `max_new_tokens`, make sequences which no micro-batch of `max_tokens` holds: DataError if the prompt tells its file and
+    line, EnvironmentFault otherwise."""
+    limit = max_len - 1
+    reason = f"the model's sequences end at {max_len} (max_position_embeddings), and a completion needs one"
+    advice = "shorten it"
+    if max_tokens is not None and max_tokens < max_len:
+        limit = max_tokens - max_new_tokens
+        reason = f"with rollout.max_new_tokens={max_new_tokens} it does not fit optim.max_tokens={max_tokens}"
+        advice = "raise optim.max_tokens, lower rollout.max_new_tokens or shorten it"
+    num_prompts, long = 0, []
+    for prompt in prompts:
+        num_prompts += 1
+        if len(prompt.token_ids) > limit:
+            long.append(prompt)
+    if not long:
+        return
+    text = (f"a prompt has {len(long[0].token_ids)} tokens: {reason} ({len(long)} such of {num_prompts} prompts, the longest "
+            f"{max(len(prompt.token_ids) for prompt in long)}); {advice}")
+    if "_source" in long[0].row:
+        raise DataError(f"{long[0].row['_source']}: {text}, or leave such rows out: env.on_long_prompt=skip "
+                        f"env.max_prompt_tokens={limit}")
+    raise EnvironmentFault(f"environment {type(env).__name__}.{method}: {text}; prompt {long[0].id} ({_shorten(long[0])})")
+
+
+def check_known_prompts(env, config: TrainConfig, *, max_len: int) -> None:
+    """`check_lengths` of all that an environment with fixed prompts will ask, before anything is loaded or sampled."""
+    if not hasattr(env, "train_prompts"):
+        return
+    with calling(env, "train_prompts"):
+        check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len,
+                      max_new_tokens=config.rollout.max_new_tokens, max_tokens=config.optim.max_tokens)
+    held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len)
 
 
 @contextmanager

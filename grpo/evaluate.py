@@ -140,7 +140,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
             load_initial_adapter(policy, config.model)
         env = make_environment(node, tokenizer, seed=config.seed)
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
-        prompts = held_out_prompts(env, max_prompts=config.max_prompts)
+        prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len)
         max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
         metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
                               greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
 from grpo.config import TrainConfig
-from grpo.environment import Score, calling, checked_prompts, score
+from grpo.environment import Score, calling, check_lengths, checked_prompts, score
 from grpo.rollout import Sampler
 from models.tokenizer import Tokenizer
 
@@ -40,6 +40,8 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
         with calling(env, "prompts"):
             prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=attempt)
         prompts = checked_prompts(env, "prompts", prompts)[:missing]
+        check_lengths(env, "prompts", prompts, max_len=sampler.max_len, max_new_tokens=rollout.max_new_tokens,
+                      max_tokens=config.optim.max_tokens)
         started = time.perf_counter()
         completions = sampler.generate(
             prompts, step=step, num_samples=rollout.group_size, max_new_tokens=rollout.max_new_tokens,

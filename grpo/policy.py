@@ -12,7 +12,7 @@ import torch
 
 from grpo.checkpoint import RunState, load_run
 from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config, resolve_target
-from models.checkpoint import checkpoint_folder, load_model
+from models.checkpoint import checkpoint_folder, load_model, read_checkpoint_config
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training
@@ -67,6 +67,14 @@ def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
     return target.build_tokenizer()
 
 
+def read_architecture(model: ModelConfig, tokenizer: Tokenizer) -> GptOssConfig:
+    """The sizes of the model that `build_model` builds, without its weights."""
+    if model.path is not None:
+        return read_checkpoint_config(model.path)
+    defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.return_, "pad_token_id": tokenizer.endoftext}
+    return GptOssConfig.from_architecture({**defaults, **model.architecture})
+
+
 def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
                 dtype: torch.dtype) -> GptOss:
     """The policy before anything is learnt: base weights, with fresh adapters or full training switched on."""
@@ -77,10 +85,7 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
                             activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
                             host_gb=model.host_gb)
     else:
-        defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.return_,
-                    "pad_token_id": tokenizer.endoftext}
-        config = GptOssConfig.from_architecture({**defaults, **model.architecture})
-        policy = GptOss(config, dtype=dtype, device=device, experts="bf16",
+        policy = GptOss(read_architecture(model, tokenizer), dtype=dtype, device=device, experts="bf16",
                         activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
                         host_gb=model.host_gb)
         policy.init_weights(seed)

@@ -25,7 +25,7 @@ from grpo.config import (
     shown,
     to_dict,
 )
-from grpo.environment import make_environment
+from grpo.environment import check_known_prompts, make_environment
 from grpo.kl import Reference
 from grpo.metrics import Metrics
 from grpo.optim import Optimizer, loss_scale_for
@@ -36,6 +36,7 @@ from grpo.policy import (
     load_initial_adapter,
     load_parameters,
     parameter_tensors,
+    read_architecture,
     select_device,
     select_dtype,
 )
@@ -83,6 +84,7 @@ def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -
     env = make_environment(config.env, tokenizer, seed=config.seed)
     if config.warmup is not None:
         check_demonstrations(env)
+    check_known_prompts(env, config, max_len=read_architecture(config.model, tokenizer).max_position_embeddings)
     state = load_run(run_dir) if config.resume else None
     save_config(config, run_dir / "config.yaml")
     tokenizer.save(run_dir / "tokenizer")

@@ -73,7 +73,7 @@ def evaluate_if_due(run: Run) -> None:
     if not is_due or run.metrics.has_eval(run.step):
         return
     started = time.perf_counter()
-    prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts)
+    prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len)
     result, scored = evaluate(
         run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
         greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=config.rollout.top_k,

@@ -114,9 +114,7 @@ def load_model(
     """
     if experts not in ("auto", "mxfp4", "nf4", "bf16"):
         raise ValueError(f"experts={experts!r}; allowed: auto, mxfp4, nf4, bf16")
-    folder = checkpoint_folder(source)
-    if not has_tensor_files(folder) and (folder / "original").is_dir():
-        folder = folder / "original"
+    folder = _weights_folder(source)
     config, stored = _read_headers(folder)
     form = config.stored_experts if experts == "auto" else experts
     if form != "bf16" and form != config.stored_experts:
@@ -145,6 +143,17 @@ def load_model(
             if isinstance(module, Mxfp4Experts):
                 module.to_fragments()
     return model
+
+
+def read_checkpoint_config(source: str | Path) -> GptOssConfig:
+    """The architecture of a checkpoint that `load_model` would load; raises CheckpointError like it."""
+    return _read_headers(_weights_folder(source))[0]
+
+
+def _weights_folder(source: str | Path) -> Path:
+    folder = checkpoint_folder(source)
+    is_in_original = not has_tensor_files(folder) and (folder / "original").is_dir()
+    return folder / "original" if is_in_original else folder
 
 
 def _first_source(name: str, stored: dict[str, StoredTensor | Derived]) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import random
+from collections.abc import Iterator
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
@@ -141,6 +142,10 @@ class Dataset:
             positions = range(step * num_prompts, (step + 1) * num_prompts)
             indices = [self._permutation(p // num_rows)[p % num_rows] for p in positions]
         return [_prompt(attempt * num_prompts + i, self.train_rows[index]) for i, index in enumerate(indices)]
+
+    def train_prompts(self) -> Iterator[Prompt]:
+        """All that `prompts` can give, in the order of the data."""
+        return (_prompt(i, row) for i, row in enumerate(self.train_rows))
 
     def eval_prompts(self) -> list[Prompt]:
         """The held-out rows, the same for every seed."""

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.environment import EnvironmentFault, Score, held_out_prompts, score
+from grpo.environment import EnvironmentFault, Score, check_known_prompts, held_out_prompts, score
 from grpo.envs.data_files import DataError
 from grpo.groups import collect, length_metrics, reward_metrics
 from grpo.rewards.functions import RewardError
@@ -16,8 +16,8 @@ GROUP = 2
 class Sampler:
     """Completions of 1 + sample tokens; records what it was asked for."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, max_len=100):
+        self.asked, self.max_len = [], max_len
 
     def generate(self, prompts, **settings):
         self.asked.append(([prompt.id for prompt in prompts], settings))
@@ -39,10 +39,11 @@ class Env:
         return [Score(self.rewards[c.prompt.id][c.sample], {"exact": float(c.sample)}, {}, None) for c in completions]
 
 
-def config(*, prompts=3, refill=2, normalize_std=False):
+def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100):
     return SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
                                 temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True),
+        optim=SimpleNamespace(max_tokens=max_tokens), eval=SimpleNamespace(max_prompts=2),
         advantage=SimpleNamespace(normalize_std=normalize_std))
 
 
@@ -147,16 +148,75 @@ def test_an_environment_that_raises_is_named_with_the_place():
 @pytest.mark.parametrize("error", [RewardError("fn, row 3"), DataError("data.jsonl:7")])
 def test_errors_that_name_their_place_pass_unchanged(error):
     with pytest.raises(type(error), match=str(error)):
-        held_out_prompts(raising(error), max_prompts=3)
+        held_out_prompts(raising(error), max_prompts=3, max_len=9)
 
 
 @pytest.mark.parametrize("prompts, message", [
     ([], "returned no prompts"), (["text"], r"a list that holds \['str'\]"), (None, "NoneType")])
 def test_prompts_of_another_kind_are_faults(prompts, message):
     with pytest.raises(EnvironmentFault, match=message):
-        held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=3)
+        held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=3, max_len=9)
 
 
 def test_held_out_prompts_are_the_first():
     prompts = [Prompt(i, [1], {}) for i in range(5)]
-    assert held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=2) == prompts[:2]
+    assert held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=2, max_len=9) == prompts[:2]
+
+
+# --- lengths of prompts: a completion has 5 tokens at most ------------------------------------------------------------
+
+
+class Lengths(Env):
+    """Prompts of the given lengths in tokens."""
+
+    def __init__(self, lengths, row):
+        self.lengths, self.row = lengths, row
+
+    def prompts(self, step, *, num_prompts, attempt=0):
+        return [Prompt(i, [1] * length, self.row(i)) for i, length in enumerate(self.lengths)]
+
+    def eval_prompts(self):
+        return self.prompts(0, num_prompts=len(self.lengths))
+
+
+class Data(Lengths):
+    def train_prompts(self):
+        return iter(self.prompts(0, num_prompts=len(self.lengths)))
+
+
+def of_a_file(i):
+    return {"_source": f"data.jsonl:{i + 1}"}
+
+
+@pytest.mark.parametrize("max_tokens, max_len, limit, words", [
+    (12, 100, 7, "with rollout.max_new_tokens=5 it does not fit optim.max_tokens=12"),
+    (100, 10, 9, r"the model's sequences end at 10 \(max_position_embeddings\)"),
+    (10, 10, 9, r"the model's sequences end at 10"),  # whatever it is cut to, a micro-batch holds it
+    (9, 10, 4, "does not fit optim.max_tokens=9"),
+])
+def test_known_prompts_that_are_too_long_are_refused_by_file_and_line(max_tokens, max_len, limit, words):
+    fitting = Data([1, limit, 2], of_a_file)
+    check_known_prompts(fitting, config(max_tokens=max_tokens), max_len=max_len)
+    with pytest.raises(DataError, match=rf"^data.jsonl:2: a prompt has {limit + 1} tokens: .*{words}.*2 such of 4 prompts, the "
+                                        rf"longest 50.*env.on_long_prompt=skip env.max_prompt_tokens={limit}$"):
+        check_known_prompts(Data([1, limit + 1, 2, 50], of_a_file), config(max_tokens=max_tokens), max_len=max_len)
+
+
+def test_evaluation_prompts_need_only_fit_the_model():
+    class Evaluated(Data):
+        def eval_prompts(self):
+            return [Prompt(0, [1] * 9, of_a_file(6)), Prompt(1, [1] * 9, {}), Prompt(2, [1] * 20, {})]  # two are asked
+
+    check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=10)
+    with pytest.raises(DataError, match="^data.jsonl:7: a prompt has 9 tokens: the model's sequences end at 9"):
+        check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=9)
+
+
+def test_other_prompts_that_are_too_long_are_refused_where_they_enter():
+    env = Lengths([3, 8, 3], lambda i: {"n": i})
+    check_known_prompts(env, config(max_tokens=12), max_len=100)  # not known yet
+    with pytest.raises(EnvironmentFault, match=r"Lengths.prompts: a prompt has 8 tokens: .*optim.max_tokens=12.*prompt 1 "
+                                               r"\({'n': 1}\)$"):
+        collect(env, Sampler(), config(max_tokens=12), 0, lambda: False)
+    with pytest.raises(EnvironmentFault, match="Lengths.eval_prompts: a prompt has 8 tokens: the model's sequences end at 8"):
+        held_out_prompts(env, max_prompts=3, max_len=8)
