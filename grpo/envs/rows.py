@@ -18,7 +18,7 @@ from decimal import Decimal
 
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
-from grpo.rewards.match import parse_number
+from grpo.rewards.numbers import stated_number
 from models.chat.render import generation_prompt, harmony_messages, read_template_kwargs, render_messages
 from models.tokenizer import Tokenizer
 
@@ -226,7 +226,7 @@ class RowReader:
         answer = answer.strip()
         if not answer:
             raise _BadRow(f"{self.answer_key!r} is empty; a completion that says nothing would be right")
-        if self.match == "numeric" and parse_number(answer) is None:
+        if self.match == "numeric" and stated_number(answer) is None:
             raise _BadRow(f"{self.answer_key!r} is {answer[:60]!r}, which is not a number (env.match=numeric)")
         return answer
 

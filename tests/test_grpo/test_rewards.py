@@ -1,174 +1,10 @@
 import asyncio
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from grpo.rewards.functions import Reward, RewardError, Sample, load_reward, score_with, try_rewards
-from grpo.rewards.match import exact_match, numeric_match
-
-
-def number(text, answer="42", tolerance=0.0):
-    return numeric_match(text, answer, tolerance=tolerance)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "42",
-        " 42\n",
-        "42.",
-        "42.0",
-        "+42",
-        "the answer is 42",
-        "The answer is **42**.",
-        "$42$",
-        "`42`",
-        "x = 42",
-        "042",
-        "4.2e1",
-        "84/2",
-        "42 apples",
-        "$42.00",
-        r"\boxed{42}",
-        r"17 + 25 gives \boxed{42}.",
-        r"\boxed{\frac{84}{2}}",
-        "42 = 42.0",
-        "(42)",
-        r"\boxed {42}",
-        "42, of course",
-        "42!",
-    ],
-)
-def test_one_stated_number_matches(text):
-    assert number(text) == 1.0
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "forty-two",
-        "43",
-        "-42",
-        "\u221242",
-        "41 42",
-        "42 or 41",
-        "41, 42",
-        "41,42",
-        "42,0",
-        "4 2",
-        "1.42",
-        "42.1",
-        "420",
-        "42x",
-        "x42",
-        "0x2a",
-        "0x42",
-        "4_2",
-        "_42",
-        "42/0",
-        "0/0",
-        "42e400",
-        "1e999",
-        "-1e999",
-        "1e-999",
-        "inf",
-        "nan",
-        "NaN",
-        "Infinity",
-        "\uff14\uff12",
-        "\u0664\u0662",
-        "42\u00b2",
-        "\u00bd",
-        "42 \u0662",
-        r"\boxed{41} \boxed{42}",
-        r"\boxed{42",
-        r"\boxed{}",
-        r"42 \boxed{41}",
-        "2024-01-42",
-        "4.2.0",
-        "__import__('os').system('false') or 42.0.1",
-        "42\x00x1",
-        "--42",
-        "42-",
-        "40+2",
-        "4,2e1",
-        "1" * 5000,
-    ],
-)
-def test_everything_else_scores_zero(text):
-    assert number(text) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("text", "answer", "expected"),
-    [
-        ("1,234,567", "1234567", 1.0),
-        ("1234567", "1,234,567", 1.0),
-        ("12,34", "1234", 0.0),
-        ("-3", "-3", 1.0),
-        ("\u22123", "-3", 1.0),
-        ("3", "-3", 0.0),
-        ("1/3", "0.3333", 0.0),
-        ("1/3", "1/3", 1.0),
-        ("2/6", "1/3", 1.0),
-        (".5", "1/2", 1.0),
-        ("0.1", "1e-1", 1.0),
-        ("0.30000000000000004", "0.3", 0.0),
-        ("-0", "0", 1.0),
-        ("9007199254740993", "9007199254740992", 0.0),
-    ],
-)
-def test_numbers_compare_exactly(text, answer, expected):
-    assert number(text, answer) == expected
-
-
-def test_the_tolerance_is_relative_to_the_answer():
-    assert number("100.9", "100", 0.01) == 1.0
-    assert number("101.1", "100", 0.01) == 0.0
-    assert number("0.01", "0", 0.01) == 0.0
-
-
-def test_an_answer_that_is_no_number_is_an_error():
-    with pytest.raises(ValueError, match="'forty-two' is not a number"):
-        number("42", "forty-two")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "x" * 100_000,
-        "1" * 100_000,
-        "1 " * 50_000,
-        "42 " * 33_000 + "43",
-        r"\boxed{" * 14_000,
-        r"\boxed" + " " * 100_000,
-        "1e" * 50_000,
-        "1," * 50_000,
-        "\\frac{1}{" * 10_000,
-        "(" * 100_000 + "42 41",
-        " ".join(f"{42 * n}/{n}" for n in range(1, 9000)),
-        "\u0661" * 100_000,
-        "." * 100_000,
-        "-" * 100_000,
-        "1.1e9/" * 16_000,
-        "9**9**9**9 " * 9000,
-        "\\frac" + "{" * 100_000,
-    ],
-)
-def test_hostile_texts_of_100_kb_score_zero_within_a_quarter_second(text):
-    number(text)  # compiled patterns
-    start = time.process_time()
-    assert number(text) == 0.0
-    assert exact_match(text, "42") == 0.0
-    assert time.process_time() - start < 0.25  # measured: 0.03; a quadratic pattern takes minutes
-
-
-def test_exact_match_ignores_only_the_white_space_around():
-    assert [exact_match(text, "a b") for text in ("a b", " a b\n", "a  b", "A b", "a b.", "")] == [1, 1, 0, 0, 0, 0]
-
 
 # --- functions written to the signatures that other trainers document ------------------------------------------------
 
@@ -535,7 +371,7 @@ def test_keyword_arguments_come_from_the_config():
         ("score", "expected package.module:function"),
         ("nowhere.at_all:score", "cannot import nowhere.at_all"),
         ("grpo.rewards.match:exact_mach", "has no 'exact_mach'; its functions: exact_match"),
-        ("grpo.rewards.match:MAX_EXPONENT", "is a int, no function"),
+        ("grpo.rewards.numbers:MAX_EXPONENT", "is a int, no function"),
         ("missing_file.py:score", "no such file"),
         ("grpo.rewards.match:", "expected package.module:function"),
     ],
