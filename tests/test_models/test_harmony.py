@@ -18,7 +18,8 @@ from models.chat.render import (
 )
 from models.tokenizer import Tokenizer
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
 CONVERSATIONS = json.loads((FIXTURES / "harmony" / "conversations.json").read_text(encoding="utf-8"))
 TEMPLATE_CASES = [case for case in CONVERSATIONS if "hf_text" in case]
 BY_NAME = {case["name"]: case for case in CONVERSATIONS}
@@ -148,6 +149,82 @@ def test_analysis_stays_while_its_tool_call_has_no_final(tokenizer):
     final = "<|start|>assistant<|channel|>final<|message|>done<|end|>"
     finished = [*pending, {"role": "assistant", "content": "done"}]
     assert render_text(finished, tokenizer) == start + rendered + final + "<|start|>assistant"
+
+
+def rendered_call(call, tokenizer, **options) -> str:
+    """The text of an assistant's turn that makes this call."""
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    text = render_text(chat, tokenizer, **options)
+    return text.split("<|start|>user<|message|>q<|end|>")[1].removesuffix("<|start|>assistant")
+
+
+BUILTIN_CALLS = json.loads((FIXTURES / "harmony" / "builtin_calls.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", BUILTIN_CALLS, ids=lambda case: case["name"])
+def test_calls_of_built_in_tools_render_as_openais_library_does(case, tokenizer):
+    text = render_text(case["messages"], tokenizer, builtin_tools=["browser", "python"])
+    start = render_text([{"role": "user", "content": "q"}], tokenizer, builtin_tools=["browser", "python"])
+    start = start.split("<|start|>user")[0]
+    assert text == start + case["text"] + "<|start|>assistant"
+
+
+@pytest.mark.parametrize("arguments", [{"code": "x = {}\n1"}, json.dumps({"code": "x = {}\n1"}), "x = {}\n1"])
+def test_python_gets_its_code_as_it_is(arguments, tokenizer):
+    call = {"function": {"name": "python", "arguments": arguments}}
+    assert rendered_call(call, tokenizer, builtin_tools=["python"]) == (
+        "<|start|>assistant to=python<|channel|>analysis code<|message|>x = {}\n1<|call|>"
+    )
+
+
+def test_code_that_looks_like_json_stays_code(tokenizer):
+    for code in ('{"code": 1}', "{1, 2}", '{"a": 1}["a"]', '["code"]'):
+        call = {"name": "python", "arguments": code}
+        assert f"code<|message|>{code}<|call|>" in rendered_call(call, tokenizer, builtin_tools=["python"])
+
+
+def test_functions_are_in_their_namespace_once_and_tools_that_are_not_built_in_are_functions(tokenizer):
+    for name in ("functions.f", "f"):
+        text = rendered_call({"name": name, "arguments": {}}, tokenizer, builtin_tools=["python"])
+        assert text == "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|>"
+    for name in ("python", "browser.search", "functions.python"):
+        text = rendered_call({"name": name, "arguments": {}}, tokenizer)
+        assert text.startswith(f"<|start|>assistant to=functions.{name.removeprefix('functions.')}<|channel|>commentary json")
+    text = rendered_call({"name": "functions.python", "arguments": {}}, tokenizer, builtin_tools=["python"])
+    assert text.startswith("<|start|>assistant to=functions.python<|channel|>commentary json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"a": [1, "é"]}, '{"a": [1, "é"]}'),
+        ('{"a":[1,"\\u00e9"]}', '{"a": [1, "é"]}'),
+        (' {"a": "{\\"b\\": 1}"}\n', '{"a": "{\\"b\\": 1}"}'),
+        ("{}", "{}"),
+        ("", "{}"),
+        (None, "{}"),
+    ],
+)
+def test_arguments_as_json_text_are_encoded_once(arguments, expected, tokenizer):
+    text = rendered_call({"function": {"name": "f", "arguments": arguments}}, tokenizer)
+    assert text == f"<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{expected}<|call|>"
+
+
+def test_a_training_render_need_not_continue_its_own_prompt(tokenizer):
+    # why rows are never made by rendering: the prompt of the last answer holds T1, the training render has lost it
+    call = {"role": "assistant", "thinking": "T1", "tool_calls": [{"name": "f", "arguments": {}}]}
+    asked = [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "r"}]
+    answer = {"role": "assistant", "thinking": "T2", "content": "a"}
+    prompt = render_text(asked, tokenizer)
+    trained = render_text([*asked, answer], tokenizer, add_generation_prompt=False)
+    assert ">T1<" in prompt and ">T1<" not in trained and not trained.startswith(prompt)
+
+
+def test_the_product_renders_prompts_only():
+    sources = [path for package in ("grpo", "models", "scripts") for path in (ROOT / package).rglob("*.py")]
+    assert len(sources) > 30
+    renders_answers = [path.name for path in sources if "add_generation_prompt" in path.read_text(encoding="utf-8")]
+    assert renders_answers == ["render.py"]
 
 
 def test_keys_with_value_none_and_empty_tool_calls_are_as_absent(tokenizer):
@@ -315,6 +392,21 @@ def test_tools_without_parameters_or_description_render(tokenizer):
         ),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], {}, r"tool_calls\[0\] needs a function with name"),
         ([{"role": "assistant", "tool_calls": "f(1)"}], {}, "must be a list of mappings"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}], {}, "is the JSON text of a int"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], {}, r"\[0\].arguments is text that is no"),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"cmd": "ls"}}]}],
+            {"builtin_tools": ["python"]},
+            r"arguments of python must be \{\"code\": \"...\"\}",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "browser.click", "arguments": {}}]}],
+            {"builtin_tools": ["browser"]},
+            "calls 'browser.click' of builtin_tools; allowed: python, browser.find, browser.open, browser.search",
+        ),
+        ([{"role": "user", "content": ["text"]}], {}, r"content\[0\] is a part of type 'str'"),
+        ([{"role": "user", "content": "q"}], {"model_identity": 3}, "model_identity is 3; it must be a string"),
+        ([{"role": "user", "content": "q"}], {"tools": [{"name": "f\ud800"}]}, "instructions or tools cannot be encoded"),
         (
             [{"role": "assistant", "content": "a", "thinking": "b", "tool_calls": [{"name": "f", "arguments": {}}]}],
             {},
