@@ -48,7 +48,7 @@ class Sample:
     row: dict  # columns of the data row
     source: str  # "file:line" of the row
     prompt: str | list[dict]  # as the row has it: text, or messages
-    text: str  # content of the final channel, "" if there is none
+    text: str  # content of the final message; "" where the completion is cut off or has another fault (Parsed.final)
     thinking: str  # content of the analysis channel
     completion_ids: list[int]
     is_truncated: bool

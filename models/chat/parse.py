@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from models.chat.render import CHANNELS, CONSTRAIN, ROLES, Message
+from models.chat.render import CHANNELS, ROLES, Message
 from models.tokenizer import REPLACEMENT, Tokenizer
 
 
@@ -250,7 +250,7 @@ def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None,
     if words and words[0] == role:
         words = words[1:]
     recipient = content_type = None
-    if len(words) == 1 and words[0].startswith(CONSTRAIN) and tokenizer.constrain in header_ids:
+    if len(words) == 1 and re.match(r"<\|constrain\|>.", words[0]) and tokenizer.constrain in header_ids:
         content_type = words.pop()
     elif words and (words[-1].startswith("to=") or len(words) == 1):
         recipient = words.pop().removeprefix("to=")

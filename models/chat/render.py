@@ -25,6 +25,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from models.chat.tools import builtin_sections, declare_functions, from_json, read_call, read_tools, to_json
@@ -206,7 +207,11 @@ def system_content(
     has_functions: bool = False,
 ) -> str:
     """Text of the system message. A part given as None (or no channels) vanishes together with its blank line."""
-    if current_date is not None and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", str(current_date)):
+    try:
+        is_date = current_date is None or date.fromisoformat(current_date).isoformat() == current_date
+    except (TypeError, ValueError):
+        is_date = False
+    if not is_date:
         raise ValueError(f"current_date is {current_date!r}; it must be a date as YYYY-MM-DD")
     if reasoning_effort is not None and reasoning_effort not in REASONING_EFFORTS:
         raise ValueError(f"reasoning_effort is {reasoning_effort!r}; allowed: {', '.join(REASONING_EFFORTS)}")

@@ -421,6 +421,8 @@ def test_tools_without_parameters_or_description_render(tokenizer):
         ([{"role": "user", "content": "q"}], {"builtin_tools": ["browsr"]}, "browsr.*allowed: browser, python"),
         ([{"role": "user", "content": "q"}], {"tools": [{"type": "function"}]}, r"tools\[0\] must be"),
         ([{"role": "user", "content": "q"}], {"current_date": "28.6.2025"}, "must be a date as YYYY-MM-DD"),
+        ([{"role": "user", "content": "q"}], {"current_date": "2025-13-01"}, "must be a date as YYYY-MM-DD"),
+        ([{"role": "user", "content": "q"}], {"current_date": 20250628}, "must be a date as YYYY-MM-DD"),
     ],
 )
 def test_conversations_that_cannot_be_rendered_are_refused_by_name(messages, options, complaint):

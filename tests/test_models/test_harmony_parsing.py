@@ -142,6 +142,7 @@ def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
         (FINAL.removeprefix("<|start|>assistant").replace("final", "final to=functions.f"), "recipient 'functions.f' on"),
         (" to=functions.f" + FINAL.removeprefix("<|start|>assistant"), "recipient 'functions.f' on channel final"),
         (THOUGHT + FINAL.replace("final", "final to=user"), "recipient 'user' on channel final"),
+        (THOUGHT + FINAL.replace("final", "final <|constrain|>"), "recipient '<|constrain|>' on channel final"),
         (THOUGHT + FINAL.replace("final", "final json"), "recipient 'json' on channel final"),
         (CALL.replace("functions.f", "user"), "recipient 'user' on channel commentary"),
         (CALL.replace("functions.f", ""), "recipient '' on channel commentary"),

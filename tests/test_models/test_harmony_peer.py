@@ -1,7 +1,7 @@
-"""Harmony against the hub's chat template itself, run by transformers in another environment.
+"""Harmony against the hub's chat template itself, run by transformers in another environment, and against openai-harmony.
 
 GRPO_PEER_PYTHON names a Python with transformers and trl; trl (`pip install --no-deps trl`) carries an exact copy of
-the template.
+the template. openai-harmony needs a vocabulary file: TIKTOKEN_ENCODINGS_BASE names a folder with o200k_base.tiktoken.
 """
 
 import json
@@ -99,7 +99,7 @@ def random_case(rng: random.Random) -> dict:
         for _ in range(rng.choice([0, 0, 1, 2])):
             call = {
                 "name": rng.choice(["f", "get_x"]),
-                "arguments": rng.choice([{}, {"k": ["é", 1.5, None]}, '{"a": 1}', None]),
+                "arguments": rng.choice([{}, {"k": ["é", 1.5, None]}, {"a": {"b": '"'}, "c": "<|end|>"}]),
             }
             message: dict = {
                 "role": "assistant",
@@ -122,6 +122,43 @@ def random_case(rng: random.Random) -> dict:
     return {"messages": messages, "tools": tools, "options": options}
 
 
+def as_apis_return_it(messages: list[dict], rng: random.Random) -> list[dict]:
+    """The same conversation with content parts, arguments as JSON text, ids, names and nulls."""
+    messages = json.loads(json.dumps(messages))
+    name = None
+    for message in messages:
+        message |= {key: None for key in ("refusal", "audio", "function_call") if rng.random() < 0.3}
+        text = message.get("content")
+        if message["role"] != "tool" and text and rng.random() < 0.5:
+            cut = rng.randint(0, len(text))
+            message["content"] = [{"type": "text", "text": text[:cut]}, {"type": "text", "text": text[cut:], "image": None}]
+        for alias in ("thinking", "reasoning"):
+            if alias in message and rng.random() < 0.5:
+                message["reasoning_content"] = message.pop(alias)
+        if message["role"] == "tool":
+            message |= rng.choice([{}, {"tool_call_id": f"call_{name}"}, {"name": name}, {"tool_call_id": None, "name": None}])
+        elif message["role"] == "user":
+            message |= rng.choice([{}, {"name": "bob"}, {"tool_calls": None}])
+        elif "tool_calls" in message:
+            function = message["tool_calls"][0].get("function") or message["tool_calls"][0]
+            name, arguments = function["name"], function["arguments"]
+            if arguments == {}:
+                arguments = rng.choice(["{}", "", None, {}])
+            elif rng.random() < 0.7:
+                arguments = json.dumps(arguments, indent=rng.choice([None, 1]), ensure_ascii=rng.random() < 0.5)
+            function = {"name": rng.choice([name, f"functions.{name}"]), "arguments": arguments}
+            message["tool_calls"] = [{"id": f"call_{name}", "type": "function", "function": function, "index": 0}]
+            message.setdefault("content", rng.choice([None, "", []]))
+        elif message["role"] == "assistant":
+            message |= rng.choice([{}, {"tool_calls": None}, {"tool_calls": []}])
+    return messages
+
+
+def tools_as_columns_hold_them(tools: list[dict], rng: random.Random) -> object:
+    bare = [rng.choice([tool, tool["function"], json.dumps(tool)]) for tool in tools]
+    return rng.choice([bare, json.dumps(tools)])
+
+
 @pytest.mark.parametrize("name", ["tokenizer_real_ids", "tokenizer_compact"])
 def test_random_conversations_render_as_the_hub_template_in_transformers(name):
     tokenizer = Tokenizer.load(FIXTURES / name)
@@ -140,5 +177,74 @@ def test_random_conversations_render_as_the_hub_template_in_transformers(name):
         assert isinstance(expected, str), (case, expected)
         date = re.search(r"Current date: (\S+)", expected).group(1)
         ids = render_chat(case["messages"], tokenizer, current_date=date, tools=case["tools"], **case["options"])
-        assert tokenizer.decode(ids, keep_special=True) == expected
-        assert ids == tokenizer.encode_with_special(expected)
+        spelled = tokenizer.decode(ids, keep_special=True)
+        assert spelled == expected
+        if "<|end|>" not in json.dumps(case["messages"]):
+            assert ids == tokenizer.encode_with_special(expected)
+        returned, tools = as_apis_return_it(case["messages"], rng), tools_as_columns_hold_them(case["tools"], rng)
+        text = render_chat(returned, tokenizer, current_date=date, tools=tools, **case["options"])
+        assert tokenizer.decode(text, keep_special=True) == expected, (returned, tools)
+
+
+LIBRARY_SCRIPT = """
+import json, sys
+try:
+    import openai_harmony as harmony
+    encoding = harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+except Exception as error:
+    print(error)
+    sys.exit(42)
+texts = []
+for case in json.load(sys.stdin):
+    messages = []
+    for fields in case:
+        author = harmony.Author.new(harmony.Role(fields["role"]), fields["name"]) if "name" in fields else None
+        author = author or harmony.Author(role=harmony.Role(fields["role"]))
+        message = harmony.Message.from_author_and_content(author, fields["content"])
+        message = message.with_channel(fields["channel"]) if "channel" in fields else message
+        message = message.with_recipient(fields["recipient"]) if "recipient" in fields else message
+        message = message.with_content_type(fields["content_type"]) if "content_type" in fields else message
+        messages.append(message)
+    texts.append([encoding.decode_utf8(encoding.render(message)) for message in messages])
+json.dump(texts, sys.stdout)
+"""
+
+
+def test_calls_of_built_in_tools_render_as_in_openai_harmony():
+    peer = os.environ.get("GRPO_PEER_PYTHON")
+    if not peer:
+        pytest.skip("GRPO_PEER_PYTHON does not name a Python that has openai-harmony")
+    if not os.environ.get("TIKTOKEN_ENCODINGS_BASE"):
+        pytest.skip("without TIKTOKEN_ENCODINGS_BASE openai-harmony would download its vocabulary")
+    rng = random.Random(0)
+    texts = ["print(1)", "x = {}\n\nx", "<|call|>", "é 👋", '{"code": 1}']
+    conversations, cases = [], []
+    for _ in range(50):
+        is_python = rng.random() < 0.5
+        name = "python" if is_python else rng.choice(["browser.search", "browser.open", "browser.find"])
+        arguments = {"code": rng.choice(texts)} if is_python else {"query": rng.choice(texts), "topn": 3}
+        content = arguments["code"] if is_python else json.dumps(arguments, ensure_ascii=False)
+        result, thought = rng.choice(texts), rng.choice(texts)
+        function = {"name": name, "arguments": rng.choice([arguments, json.dumps(arguments)])}
+        conversations.append(
+            [
+                {"role": "user", "content": thought},
+                {"role": "assistant", "reasoning_content": thought, "tool_calls": [{"function": function}]},
+                {"role": "tool", "content": result},
+            ]
+        )
+        call = {"role": "assistant", "content": content, "channel": "analysis", "recipient": name, "content_type": "code"}
+        answer = {"role": "tool", "name": name, "content": result, "channel": "analysis", "recipient": "assistant"}
+        thinking = {"role": "assistant", "content": thought, "channel": "analysis"}
+        cases.append([{"role": "user", "content": thought}, thinking, call, answer])
+    done = subprocess.run(
+        [peer, "-c", LIBRARY_SCRIPT], input=json.dumps(cases), capture_output=True, text=True, timeout=300
+    )
+    if done.returncode == 42:
+        pytest.skip(f"openai-harmony cannot be loaded ({done.stdout.strip()[:200]})")
+    assert done.returncode == 0, done.stderr
+    tokenizer = Tokenizer.load(FIXTURES / "tokenizer_real_ids")
+    for messages, expected in zip(conversations, json.loads(done.stdout), strict=True):
+        ids = render_chat(messages, tokenizer, current_date="2025-06-28", builtin_tools=["python", "browser"])
+        text = tokenizer.decode(ids, keep_special=True)
+        assert text.endswith("".join(expected) + "<|start|>assistant")
