@@ -6,6 +6,7 @@ Function declarations and calls of functions follow the hub's chat template. The
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,9 +91,9 @@ def read_call(call: Any, builtin_tools: Sequence[str], where: str) -> tuple[str,
     `arguments` are an object or its JSON text, which is read so that it is not encoded twice; null and "" stand for {}.
     Python's may also be the code itself. Raises ValueError naming `where`.
     """
-    function = call.get("function") or call if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or "arguments" not in function:
-        raise ValueError(f"{where} needs a function with name (string) and arguments (object), got {call!r:.99}")
+    function = _function_of(call)
+    if function is None or "arguments" not in function:
+        raise ValueError(f"{where} needs a function with name (one word) and arguments (object), got {call!r:.99}")
     name, arguments = function["name"], function["arguments"]
     tool = name.split(".")[0]
     is_builtin = tool in builtin_tools
@@ -101,7 +102,14 @@ def read_call(call: Any, builtin_tools: Sequence[str], where: str) -> tuple[str,
         raise ValueError(f"{where} calls {name!r} of builtin_tools; allowed: python, {', '.join(BROWSER_FUNCTIONS)}")
     channel, content_type = ("analysis", "code") if is_builtin else ("commentary", "json")
     content = (_read_code if recipient == "python" else _read_arguments)(arguments, f"{where}.arguments")
-    return recipient, channel, function.get("content_type") or content_type, content
+    return recipient, channel, str(function.get("content_type") or content_type), content
+
+
+def _function_of(tool: Any) -> Mapping[str, Any] | None:
+    """The function of a schema or call {"type": "function", "function": {...}} or {...}; None if it has no name."""
+    function = tool.get("function") or tool if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return function if isinstance(name, str) and name and not re.search(r"\s", name) else None
 
 
 def _read_arguments(arguments: Any, where: str) -> str:
@@ -158,10 +166,10 @@ def read_tools(tools: Any) -> list[Mapping[str, Any]]:
     functions = []
     for index, tool in enumerate(tools):
         tool = from_json(tool, f"tools[{index}]") if isinstance(tool, str) else tool
-        function = tool.get("function") or tool if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        function = _function_of(tool)
+        if function is None:
             raise ValueError(
-                f'tools[{index}] must be {{"type": "function", "function": {{"name": ...}}}}, got {tool!r:.99}'
+                f'tools[{index}] must be {{"type": "function", "function": {{"name": ONE_WORD}}}}, got {tool!r:.99}'
             )
         functions.append(function)
     return functions

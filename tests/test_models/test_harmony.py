@@ -391,6 +391,8 @@ def test_tools_without_parameters_or_description_render(tokenizer):
             r"messages\[2\] has role 'tool', but no",
         ),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], {}, r"tool_calls\[0\] needs a function with name"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f to=g", "arguments": {}}]}], {}, "needs a function with name"),
+        ([{"role": "user", "content": "q"}], {"tools": [{"name": "f g"}]}, r"tools\[0\] must be"),
         ([{"role": "assistant", "tool_calls": "f(1)"}], {}, "must be a list of mappings"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}], {}, "is the JSON text of a int"),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], {}, r"\[0\].arguments is text that is no"),
