@@ -10,6 +10,7 @@ is whole whenever the process is killed; the manifest finds what a disk did to i
 """
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -26,8 +27,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-FORMAT_VERSION = 1
+TENSORS, STATE, MANIFEST, LOCK = "tensors.safetensors", "state.json", "manifest.json", ".lock"
+FORMAT_VERSION = 2  # 2: the state says what the run is made of
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old|gone)-\d+")
 
@@ -65,16 +66,17 @@ def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor]
     if keep < 2:
         raise ValueError(f"checkpoint.keep={keep}: must be at least 2, so that a damaged checkpoint has a predecessor")
     root = Path(run_dir) / "checkpoints"
-    final = root / f"step_{step:06d}"
+    final = root / _name(step)
     temporary = root / f"{final.name}.tmp-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir()
         _write(temporary, step, tensors, state)
         _publish(temporary, final)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(temporary)
         raise SaveError(f"cannot save {final}: {error} ({_free(root)}). Earlier checkpoints are untouched; free some "
                         "space or lower checkpoint.keep, then resume") from error
     _prune(root, step, keep)
@@ -117,12 +119,27 @@ def clean_stale(run_dir: str | Path) -> list[Path]:
         if match is None:
             continue
         final = root / match[1]
-        if match[2] == "old" and not final.exists():
-            os.replace(path, final)  # killed between the two renames of a replacement
-        else:
-            shutil.rmtree(path)
-            removed.append(path)
+        try:
+            if match[2] == "old" and not os.path.lexists(final):
+                os.replace(path, final)  # killed between the two renames of a replacement
+            else:
+                remove(path)
+                removed.append(path)
+        except OSError as error:
+            warnings.warn(f"cannot delete {path}, left by a killed process: {error}", stacklevel=2)
     return removed
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder, a file or a link (never what it leads to), if there is one. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:
@@ -148,16 +165,17 @@ def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dic
 def _publish(temporary: Path, final: Path) -> None:
     """Gives the folder its final name; one that has it (the same step saved again) makes room first."""
     old = final.with_name(f"{final.name}.old-{os.getpid()}")
-    if final.exists():
+    if os.path.lexists(final):
         os.replace(final, old)
     try:
         os.replace(temporary, final)
     except OSError:
-        if old.exists():
+        if os.path.lexists(old):
             os.replace(old, final)
         raise
     _fsync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(old)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
@@ -166,7 +184,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
         gone = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
         try:
             os.replace(folder, gone)
-            shutil.rmtree(gone)
+            remove(gone)
         except OSError as error:
             warnings.warn(f"cannot delete the old checkpoint {folder}: {error}", stacklevel=3)
 
@@ -177,6 +195,8 @@ def _verify(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{MANIFEST} has format_version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
+        if folder.name != _name(manifest["step"]):
+            return f"it was saved as {_name(manifest['step'])}: give it that name again"
         for name in (TENSORS, STATE):
             expected, path = manifest["files"][name], folder / name
             if path.stat().st_size != expected["bytes"]:
@@ -217,15 +237,41 @@ def _free(path: Path) -> str:
 
 
 class RunLock:
-    """Holds a run until `release()`, the end of a `with` block, or the end of the process, however it ends."""
+    """A run's folder, held by this process until `release` or the end of a `with` block."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, run_dir: Path, folder: int, descriptor: int) -> None:
+        self.run_dir = run_dir
+        self._folder = folder
         self._descriptor: int | None = descriptor
 
+    def check_in_place(self) -> None:
+        """Raises SaveError where the folder no longer lies at its path: whoever moved it would look for the rest of the run
+        there, and this process would make a second one."""
+        held = os.fstat(self._folder)
+        try:
+            found = os.stat(self.run_dir)
+            if os.path.samestat(held, found):
+                return
+            what = "another folder has its place"
+        except OSError as error:
+            what = error.strerror
+        place = ""
+        with contextlib.suppress(OSError):  # Linux knows where an open folder is
+            place = f"; it is now {os.readlink(f'/proc/self/fd/{self._folder}')}"
+        raise SaveError(f"the run's folder {self.run_dir} was moved, replaced or deleted ({what}){place}. Nothing is saved any "
+                        "more: put it back and resume from its last checkpoint")
+
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Gives the folder up; one that holds nothing but the lock, after a start that failed, is removed."""
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.listdir(self._folder) == [LOCK]:
+                os.unlink(LOCK, dir_fd=self._folder)
+                os.rmdir(self.run_dir)
+        os.close(self._descriptor)
+        os.close(self._folder)
+        self._descriptor = None
 
     def __enter__(self) -> RunLock:
         return self
@@ -241,20 +287,29 @@ def lock_run(run_dir: str | Path) -> RunLock:
     Raises RunInUseError naming the process that has it. The kernel drops the lock with the process, so a killed run
     leaves none behind (its file stays and means nothing)."""
     run_dir = Path(run_dir)
+    while (lock := _try_lock(run_dir)) is None:
+        pass  # a start that failed removed the folder between two of our calls
+    clean_stale(run_dir)
+    return lock
+
+
+def _try_lock(run_dir: Path) -> RunLock | None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode(), 0)
-        clean_stale(run_dir)
-    except BlockingIOError as error:
-        owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
-        os.close(descriptor)
-        raise RunInUseError(f"run {run_dir} is in use by {owner}: wait for it, stop it, or choose another "
-                            "name=") from error
-    except OSError:
-        os.close(descriptor)
-        raise
-    return RunLock(descriptor)
+    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+        folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, folder)
+        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=folder)
+        opened.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+            raise RunInUseError(f"run {run_dir} is in use by {owner}: wait for it, stop it, or choose another "
+                                "name=") from error
+        if os.path.samestat(os.fstat(descriptor), os.stat(run_dir / LOCK)):
+            owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, owner.encode(), 0)
+            opened.pop_all()
+            return RunLock(run_dir, folder, descriptor)
+    return None

@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +30,7 @@ RESUMABLE_KEYS = (
     *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
+    "warmup.cache_dir",  # a kept warm-up has the bits of one made again
 )
 
 
@@ -559,25 +561,18 @@ def read_saved_config(path: Path) -> TrainConfig:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; expected the folder of a run, as in runs/NAME")
     try:
-        return to_typed(OmegaConf.load(path))
-    except (ConfigError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        cfg = OmegaConf.load(path)
+        if not isinstance(cfg, DictConfig):
+            raise ConfigError("holds no settings")
+        return to_typed(cfg)
+    except (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ConfigError(f"{path} cannot be read: {reason}; the run's own command with resume=true writes it again") from error
 
 
-def check_resumable(saved: TrainConfig, config: TrainConfig) -> None:
-    """Raises ConfigError listing the keys that differ from the run being resumed and would change its steps."""
-    before, now = flatten(to_dict(saved), ""), flatten(to_dict(config), "")
-    differing = [
-        f"{key}: {before.get(key)!r} when the run started, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key_matches(key, RESUMABLE_KEYS)
-    ]
-    if differing:
-        raise ConfigError(
-            "resume=true: the config differs from the run's:\n  "
-            + "\n  ".join(differing)
-            + "\nGive the same values, or start another run with name=NEW_NAME resume=false"
-        )
+def settings_of_steps(config: TrainConfig) -> dict[str, Any]:
+    """Key -> value of the settings that shape a run's steps: all but RESUMABLE_KEYS."""
+    return {key: value for key, value in flatten(to_dict(config), "").items() if not key_matches(key, RESUMABLE_KEYS)}
 
 
 def flatten(node: Any, prefix: str) -> dict[str, Any]:

@@ -163,9 +163,9 @@ class Metrics:
         """Returns what takes (finished, all) counts of completions and shows them as a status with this name."""
         return self.display.progress(activity)
 
-    def print(self, text: str) -> None:
-        """Prints a line above the live display."""
-        self.display.print(text)
+    def print(self, *texts: str) -> None:
+        """Prints lines above the live display."""
+        self.display.print(*texts)
 
     def notice(self, text: str) -> bool:
         """Keeps a line in the live panel, if there is one; safe in a signal's handler."""

@@ -1,31 +1,35 @@
 """A training run's life around the loop: how it starts, resumes, saves, exports and says what to type next."""
 from __future__ import annotations
 
+import difflib
+import os
 import resource
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from grpo.checkpoint import RunState, SaveError, load_run, save_run
+from grpo.checkpoint import RunLock, RunState, SaveError, load_run, remove, save_run
 from grpo.config import (
     ConfigError,
     KlReference,
+    Schedule,
     TrainConfig,
     bind,
-    check_resumable,
+    flatten,
+    key_matches,
     read_saved_config,
     save_config,
     shown,
     to_dict,
 )
 from grpo.environment import check_known_prompts, make_environment
+from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
 from grpo.metrics import Metrics
 from grpo.optim import Optimizer, loss_scale_for
@@ -49,6 +53,7 @@ from models.peft_format import save_adapter
 from models.tokenizer import Tokenizer
 
 OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
+NAMES_OF_A_RUN = ("name", "output_dir", "resume")
 
 
 @dataclass
@@ -64,6 +69,8 @@ class Run:
     sampler: Sampler
     metrics: Metrics
     should_stop: Callable[[], bool]
+    lock: RunLock | None = None  # of its folder; None: nothing is saved
+    made_of: dict[str, dict] = field(default_factory=dict)  # what its checkpoints say about it (grpo/identity.py)
     optimizer: Optimizer | None = None  # once the weights are there
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
@@ -72,8 +79,10 @@ class Run:
     is_between_steps: bool = True  # false while weights hold part of a step's updates
 
 
-def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -> tuple[Run, RunState | None]:
-    """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded."""
+def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -> tuple[Run, RunState | None]:
+    """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded, and
+    the folder gets its first file after it."""
+    run_dir = lock.run_dir
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     check_trainable(config.model, dtype)
@@ -85,15 +94,22 @@ def start(config: TrainConfig, run_dir: Path, should_stop: Callable[[], bool]) -
     if config.warmup is not None:
         check_demonstrations(env)
     check_known_prompts(env, config, max_len=read_architecture(config.model, tokenizer).max_position_embeddings)
+    made_of = identify(config, tokenizer, env)
     state = load_run(run_dir) if config.resume else None
-    save_config(config, run_dir / "config.yaml")
-    tokenizer.save(run_dir / "tokenizer")
+    if state is not None:
+        check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
+    changes = describe_changes(config, run_dir) if state is not None else []
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed,
                       shares_prompts=config.optim.share_prompts, cache_gb=config.rollout.cache_gb)
+    save_config(config, run_dir / "config.yaml")
+    if (run_dir / "tokenizer").is_symlink():  # another's folder must not be written into
+        remove(run_dir / "tokenizer")
+    tokenizer.save(run_dir / "tokenizer")
     metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
                       wandb_id=state.state["wandb_id"] if state else None)
-    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop), state
+    metrics.print(*changes)
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of), state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -140,7 +156,8 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         device = torch.cuda.get_device_name(policy.device)
     return "\n".join([
         f"run      {config.name} in {shown(run_dir)}, "
-        + ("new" if resumed_step is None else f"resumed after step {resumed_step}"),
+        + (f"resumed after step {resumed_step}" if resumed_step is not None
+           else "from the beginning: no checkpoint had been saved" if config.resume else "new"),
         f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, "
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
@@ -160,32 +177,71 @@ def describe_penalty(config: TrainConfig, policy: GptOss) -> str:
 
 
 def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Makes the run's folder. Raises ConfigError where another run lives in it or a resume does not fit."""
-    saved = run_dir / "config.yaml"
-    has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
-    if has_checkpoints and not config.resume:
-        raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run with checkpoints; continue it with resume=true, "
-                          "or choose another name=")
-    if config.resume and has_checkpoints and saved.exists():
-        check_resumable(read_saved_config(saved), config)
+    """Makes the run's folder. Raises ConfigError where another run lives in it, or none to resume."""
     try:
+        has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
+        if has_checkpoints and not config.resume:
+            raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run with checkpoints; continue it with resume=true, "
+                              "or choose another name=")
+        if config.resume and not is_sweep() and not has_checkpoints and not (run_dir / "config.yaml").exists():
+            raise ConfigError(f"resume=true name={config.name}: there is no such run; {describe_runs(run_dir)}")
         run_dir.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(run_dir / "checkpoints") and not (run_dir / "checkpoints").is_dir():
+            raise ConfigError(f"name = {config.name!r}: {run_dir / 'checkpoints'} is no folder, nor a link to one; move it away")
     except OSError as error:
         raise ConfigError(f"output_dir = {config.output_dir!r}: cannot make {run_dir} ({error.strerror}); choose a folder that "
                           "can be written") from error
 
 
+def describe_runs(run_dir: Path) -> str:
+    """The runs beside run_dir, those of a similar name first."""
+    names = sorted((path.parent for path in run_dir.parent.glob("*/config.yaml")), key=lambda path: -path.stat().st_mtime)
+    names = [path.name for path in names]
+    near = difflib.get_close_matches(run_dir.name, names, n=3)
+    listed = near + [name for name in names if name not in near]
+    if not listed:
+        return f"{run_dir.parent} holds none. Leave resume=true out to start one"
+    more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+    hint = f"; did you mean name={near[0]}?" if near else "."
+    return f"{run_dir.parent} holds {', '.join(listed[:10])}{more}{hint} Leave resume=true out to start a new run"
+
+
+def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
+    """Lines about settings that may differ from the resumed run's and do."""
+    try:
+        before, now = (flatten(to_dict(item), "") for item in (read_saved_config(run_dir / "config.yaml"), config))
+    except ConfigError:  # gone or damaged: the checkpoint knows what must not differ
+        return []
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and not key_matches(key, (*NAMES_OF_A_RUN, *PLACES))]
+    lines = [f"changed on resume: {', '.join(changed)}"] if changed else []
+    if before["steps"] != now["steps"] and config.optim.schedule != Schedule.constant:
+        lines.append(f"the learning rate follows the {config.optim.schedule} schedule of {now['steps']} steps from here on: it "
+                     f"jumps from that of {before['steps']} steps")
+    return lines
+
+
+def is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def save(run: Run) -> None:
-    """A checkpoint of the finished steps, metrics on disk first."""
+    """A checkpoint of the finished steps, metrics on disk first. Raises FloatingPointError where a tensor is not finite, and
+    SaveError where the run's folder is no longer in its place."""
+    run.lock.check_in_place()
     if run.saved_step == run.step:
         return
     run.metrics.set_status("saving")
-    run.metrics.sync()
     tensors = parameter_tensors(run.policy)
     tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
     tensors |= run.reference.state_dict() if run.reference is not None else {}
-    save_run(run.run_dir, step=run.step, tensors=tensors, state={"wandb_id": run.metrics.wandb_id},
-             keep=run.config.checkpoint.keep)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise FloatingPointError(f"step {run.step}: {name} is not finite after the update, so no checkpoint is saved and "
+                                     "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
+    run.metrics.sync()
+    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep,
+             state={"wandb_id": run.metrics.wandb_id, "made_of": run.made_of})
     run.saved_step = run.step
 
 
@@ -193,7 +249,7 @@ def export_policy(run: Run) -> Path:
     """What others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model."""
     is_lora = run.config.model.lora is not None
     folder = run.run_dir / ("adapter" if is_lora else "model")
-    shutil.rmtree(folder, ignore_errors=True)  # of fewer steps, where a finished run went on
+    remove(folder)  # of fewer steps, where a finished run went on
     if is_lora:
         save_adapter(run.policy, folder, base_model=run.config.model.path)
     else:
@@ -207,10 +263,10 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
         return ""
     if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
         return ""  # nothing was learnt yet
-    if not all(parameter.isfinite().all() for parameter in run.policy.trainable_parameters().values()):
-        return ""
     try:
         save(run)
+    except FloatingPointError:
+        return ""
     except (SaveError, OSError) as failure:
         return f"; and {failure}"
     return f"; saved after step {run.step}"
@@ -219,7 +275,7 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
 def resume_command(config: TrainConfig) -> str:
     """The command line that continues this run; of a sweep, all its runs (finished ones have nothing left to do)."""
     words = [argument for argument in sys.argv[1:] if argument.lstrip("+").partition("=")[0] not in ("name", "resume")]
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if is_sweep():
         words += [argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("name=")]
     else:
         words.append(f"name={config.name}")

@@ -91,10 +91,10 @@ def run_training(config: TrainConfig) -> int:
     run_dir = run_folder(config)
     try:
         claim_run_dir(config, run_dir)
-        with lock_run(run_dir), GracefulStop(resume_command(config)) as should_stop:
+        with lock_run(run_dir) as lock, GracefulStop(resume_command(config)) as should_stop:
             claim_run_dir(config, run_dir)  # another process may have finished it meanwhile
             try:
-                run, state = start(config, run_dir, should_stop)
+                run, state = start(config, lock, should_stop)
                 should_stop.show = run.metrics.notice
                 prepare_weights(run, state)
                 evaluate_if_due(run)

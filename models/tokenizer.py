@@ -4,6 +4,7 @@ Departure from `transformers`: `encode` never turns text into a control token. A
 tokens of those seven characters; control ids enter a sequence only by id. Nothing is added around the text (no bos).
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -121,6 +122,11 @@ class Tokenizer:
             source, target = self._source / file_name, folder / file_name
             if source.is_file() and not (target.exists() and source.samefile(target)):
                 shutil.copyfile(source, target)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary and how text becomes ids."""
+        data = self._backend.to_str().encode() if self._source is None else Path(self._name).read_bytes()
+        return hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: no control id comes out, whatever it spells. ValueError if it cannot be encoded."""

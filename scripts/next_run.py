@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.config import ConfigError, check_resumable, read_saved_config, run_folder  # noqa: E402
+from grpo.config import ConfigError, anchor_paths, read_saved_config, run_folder, settings_of_steps  # noqa: E402
 from grpo.launch import load_config  # noqa: E402
 
 
@@ -23,6 +23,7 @@ def next_run(arguments: list[str]) -> list[str]:
         config = load_config("train", arguments)
     except ConfigError:
         return []
+    anchor_paths(config)
     default_name = config.name
     for number in itertools.count(1):
         config.name = default_name if number == 1 else f"{default_name}-{number}"
@@ -31,7 +32,8 @@ def next_run(arguments: list[str]) -> list[str]:
         if not checkpoints:
             return [] if number == 1 else [f"name={config.name}"]
         try:
-            check_resumable(read_saved_config(run_dir / "config.yaml"), config)
+            if settings_of_steps(read_saved_config(run_dir / "config.yaml")) != settings_of_steps(config):
+                continue
         except ConfigError:
             continue
         steps = [int(name[5:]) for name in checkpoints if name[5:].isdigit()]  # others: a save cut short

@@ -15,10 +15,10 @@ from grpo.config import (
     GenerateConfig,
     TrainConfig,
     bind,
-    check_resumable,
     dataclass_of,
     read_saved_config,
     save_config,
+    settings_of_steps,
     to_dict,
 )
 from grpo.launch import CONFIG_DIR, load_config, normalize_argv
@@ -288,18 +288,27 @@ def test_a_saved_config_is_read_back_equal(tmp_path):
         read_saved_config(tmp_path / "nothing.yaml")
 
 
+@pytest.mark.parametrize("damage", [b"seed: [1, 2", b"\xff\xfe\x00seed", b"- 1\n- 2\n", b"just text", b"", b"seed: 1\n",
+                                    b"seed: ${nothing.there}\n", b"a: &a [*a]\n"])
+def test_a_damaged_saved_config_is_one_message_that_names_the_file(tmp_path, damage):
+    (tmp_path / "config.yaml").write_bytes(damage)
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: ") as caught:
+        read_saved_config(tmp_path / "config.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_plain_dicts_hold_plain_strings():
     assert type(to_dict(load_config("train", []))["device"]) is str
 
 
-def test_resuming_refuses_what_would_change_the_steps_and_only_that():
-    saved = load_config("train", [])
-    changed = ["resume=true", "steps=80", "wandb.mode=offline", "optim.share_prompts=true", "optim.loss_scale=1024"]
-    check_resumable(saved, load_config("train", changed))
-    with pytest.raises(ConfigError) as caught:
-        check_resumable(saved, load_config("train", ["resume=true", "optim.lr=1e-3", "warmup=null"]))
-    assert "optim.lr: 0.0003 when the run started, 0.001 now" in str(caught.value)
-    assert "warmup.steps: 450 when the run started" in str(caught.value)
+def test_what_may_change_on_resume_is_not_among_the_settings_of_the_steps_and_all_else_is():
+    saved = settings_of_steps(load_config("train", []))
+    changed = ["resume=true", "steps=80", "wandb.mode=offline", "optim.share_prompts=true", "optim.loss_scale=1024",
+               "warmup.cache_dir=null", "name=other", "output_dir=elsewhere"]
+    assert settings_of_steps(load_config("train", changed)) == saved
+    other = settings_of_steps(load_config("train", ["resume=true", "optim.lr=1e-3", "warmup=null"]))
+    assert (saved["optim.lr"], other["optim.lr"]) == (3e-4, 1e-3)
+    assert saved["warmup.steps"] == 450 and "warmup.steps" not in other and other["warmup"] is None
 
 
 def test_names_tell_experiments_seeds_and_settings_apart_and_find_a_run_again():

@@ -1,6 +1,8 @@
 """A run's life: where its folder is, what a resume refuses, what it survives, and what it leaves behind."""
 
+import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,220 @@ def test_the_commands_printed_at_the_end_are_quoted_for_the_shell(start, tmp_pat
     assert commands[0] == ["python", "-m", "grpo.generate", "run=my runs/run"]
     assert commands[1][3] == "run=my runs/run" and "output_dir=my runs" in commands[2]
     assert commands[3] == ["ls", "my runs/run/model"]
+
+
+LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "output_dir=out", "device=cpu", "dtype=float32", "threads=1", "steps=1",
+        "model.path=base", "model.tokenizer=vocabulary", "model.lora.rank=2", "env.path=rows.jsonl", "env.match=none",
+        "env.rewards=[{fn: spread_reward.spread}]", "rollout.prompts_per_step=2", "rollout.group_size=2",
+        "rollout.max_new_tokens=4", "eval.at_start=false", "eval.at_end=false", "eval.every=0", "wandb.mode=disabled",
+        "checkpoint.every=1", "optim.warmup_steps=0", "optim.schedule=linear")
+
+
+@pytest.fixture(scope="module")
+def stopped(entry_points, tmp_path_factory):
+    """A folder with a base, a tokenizer, rows, and a LoRA run of one step on them in out/run."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "spread_reward.py").write_text(
+        "def spread(completions, completion_ids, **columns):\n    return [sum(ids) % 7 / 7 for ids in completion_ids]\n")
+    shutil.copytree(FIXTURES / "tiny_mxfp4", folder / "base")
+    shutil.copytree(FIXTURES / "tokenizer_compact", folder / "vocabulary")
+    shutil.copy(FIXTURES / "arithmetic.jsonl", folder / "rows.jsonl")
+    result = entry_points.run("grpo.train", *LORA, folder=folder, path=(folder,), writes_report=False)
+    assert result.code == 0, result.err
+    return folder
+
+
+@pytest.fixture
+def resume(entry_points, stopped, tmp_path):
+    """Goes on with a copy of that run, by one step more."""
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped, folder)
+
+    def run(*arguments):
+        return entry_points.run("grpo.train", *LORA, "steps=2", "resume=true", *arguments, folder=folder, path=(folder,),
+                                writes_report=False)
+
+    return folder, run
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def flip_a_weight(folder: Path) -> None:
+    path = folder / "base/model-00000-of-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def lose_the_config(folder: Path) -> None:
+    (folder / "out/run/config.yaml").unlink()
+
+
+def rename_the_checkpoint(folder: Path) -> None:
+    for path in folder.glob("out/run/checkpoints/*"):
+        path.rename(path.with_name("step_000007")) if path.name == "step_000001" else shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("change, arguments, message", [
+    (flip_a_weight, (), "base model: model-00000-of-00002.safetensors is not what it was when the run started"),
+    (lambda folder: edit(folder / "base/config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 2e-05'), (),
+     "base model: config.json is not what it was when the run started"),
+    (lambda folder: edit(folder / "rows.jsonl", '"answer": "', '"answer": "1'), (), "data: rows is not what it was"),
+    (lambda folder: edit(folder / "vocabulary/tokenizer.json", "{", "{ "), (), "tokenizer: vocabulary is not what it was"),
+    (lose_the_config, ("rollout.group_size=3",), "rollout.group_size: 2 when the run started, 3 now"),
+    (lose_the_config, ("seed=1",), "seed: 0 when the run started, 1 now"),
+    (lambda folder: None, ("optim.lr=0.5",), "optim.lr: "),
+    (rename_the_checkpoint, (), "step_000007 is damaged (it was saved as step_000001"),
+])
+def test_a_resume_on_something_else_is_refused_and_says_what_differs(resume, change, arguments, message):
+    folder, run = resume
+    change(folder)
+    result = run(*arguments)
+    assert result.code == 2 and message in result.err, result.err
+    assert "Traceback" not in result.err
+    assert not (folder / "out/run/checkpoints/step_000002").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_named(resume, entry_points):
+    folder, run = resume
+    other = entry_points.run("grpo.train", *LORA, "seed=1", "steps=2", "name=other", folder=folder, path=(folder,),
+                             writes_report=False)
+    assert other.code == 0, other.err
+    shutil.copytree(folder / "out/other/checkpoints/step_000002", folder / "out/run/checkpoints/step_000002")
+    result = run()
+    assert result.code == 2 and "out/run/checkpoints/step_000002" in result.err, result.err
+    assert "seed: 1 when the run started, 0 now" in result.err
+
+
+def test_a_base_and_data_that_moved_and_a_lost_or_damaged_config_do_not_hinder_a_resume(resume):
+    folder, run = resume
+    (folder / "base").rename(folder / "moved")
+    (folder / "rows.jsonl").rename(folder / "questions.jsonl")
+    (folder / "out/run/config.yaml").write_text("seed: [0")
+    result = run("model.path=moved", "env.path=questions.jsonl")
+    assert result.code == 0, result.err
+    assert (folder / "out/run/checkpoints/step_000002").is_dir()
+
+
+def test_what_may_change_on_resume_is_said_when_it_does(resume):
+    _, run = resume
+    result = run("optim.schedule=constant")
+    assert result.code == 2 and "optim.schedule: 'linear' when the run started, 'constant' now" in result.err, result.err
+    result = run("rollout.max_batch=3")
+    assert result.code == 0, result.err
+    changed, = (line for line in result.out.splitlines() if line.startswith("changed on resume: "))
+    assert "rollout.max_batch 64 -> 3, steps 1 -> 2" in changed
+    assert "the learning rate follows the linear schedule of 2 steps from here on" in result.out
+
+
+def test_resuming_a_run_that_is_not_there_is_refused_with_the_names_of_those_that_are(start, tmp_path):
+    for name in ("alpha", "carry-seed0", "carry-seed1"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "config.yaml").write_text("")
+    (tmp_path / "out" / "no-run").mkdir()
+    result = start(*SMOKE, "name=carry-sed0", "resume=true")
+    assert result.code == 2 and "there is no such run" in result.err, result.err
+    assert "holds carry-seed0, carry-seed1, alpha; did you mean name=carry-seed0?" in result.err
+    assert not (tmp_path / "out/carry-sed0").exists()
+
+
+def test_a_run_that_saved_nothing_starts_from_the_beginning_and_says_so(start, tmp_path):
+    assert start(*SMOKE).code == 0
+    shutil.rmtree(tmp_path / "out/run/checkpoints")
+    result = start(*SMOKE, "resume=true")
+    assert result.code == 0, result.err
+    assert "from the beginning: no checkpoint had been saved" in result.out
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()
+             if "grad_norm" in line and "warmup/step" not in line]
+    assert steps == [1, 2]
+
+
+BROKEN = """
+from grpo.envs.carry import Carry
+
+class Broken(Carry):
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        raise ValueError("env.digits = 2: no")
+"""
+
+
+def test_a_start_that_fails_leaves_no_folder(start, tmp_path):
+    (tmp_path / "broken_env.py").write_text(BROKEN)
+    result = start("name=run", "output_dir=out", "env._target_=broken_env.Broken", path=(tmp_path,))
+    assert result.code == 2 and "env.digits = 2: no" in result.err, result.err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "ä" * 150, "a/b", "a b", ".hidden", "..", "a\x1b[2Jb", "a\nb"])
+def test_a_name_that_makes_no_folder_is_refused_before_anything_is_made(start, tmp_path, name):
+    result = start("output_dir=out", "name=" + json.dumps(name, ensure_ascii=False))
+    assert result.code == 2 and "\x1b" not in result.err, result.err
+    assert not (tmp_path / "out").exists()
+
+
+# An environment that does something to the run's folder when it is asked for the prompts of the second step.
+MEDDLING = """
+import os
+from pathlib import Path
+import spread
+
+class Meddling(spread.Spread):
+    def prompts(self, step, **keywords):
+        if step == 1:
+            exec(os.environ["MEDDLE"], {"run": Path("out/run"), "os": os, "Path": Path})
+        return super().prompts(step, **keywords)
+"""
+
+
+@pytest.fixture
+def meddle(start, tmp_path):
+    (tmp_path / "meddling.py").write_text(MEDDLING)
+
+    def run(code, *arguments):
+        return start(*SMOKE, "env._target_=meddling.Meddling", *arguments, path=(tmp_path,), MEDDLE=code)
+
+    return run
+
+
+def test_a_run_whose_folder_is_moved_away_ends_with_its_place_and_makes_no_second_folder(meddle, tmp_path):
+    result = meddle("run.rename('out/away')")
+    assert result.code == 1 and f"it is now {tmp_path / 'out/away'}" in result.err, result.err
+    assert "Traceback" not in result.err and not (tmp_path / "out/run").exists()
+    assert [path.name for path in sorted((tmp_path / "out/away/checkpoints").iterdir())] == ["step_000000", "step_000001"]
+
+
+def test_a_link_where_the_export_or_the_tokenizer_belongs_is_replaced_and_not_followed(meddle, start, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/keep.txt").write_text("mine")
+    result = meddle("(run / 'model').symlink_to(Path('mine').absolute())")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out/run/model/model.safetensors").is_file() and not (tmp_path / "out/run/model").is_symlink()
+    shutil.rmtree(tmp_path / "out/run/tokenizer")
+    (tmp_path / "out/run/tokenizer").symlink_to(tmp_path / "mine")
+    result = start(*SMOKE, "env._target_=meddling.Meddling", "steps=3", "resume=true", path=(tmp_path,), MEDDLE="")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out/run/tokenizer/tokenizer.json").is_file()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["keep.txt"]
+
+
+def test_checkpoints_that_are_no_folder_are_refused_at_the_start(start, tmp_path):
+    (tmp_path / "out/run").mkdir(parents=True)
+    (tmp_path / "out/run/checkpoints").symlink_to(tmp_path / "nowhere")
+    result = start(*SMOKE)
+    assert result.code == 2 and "out/run/checkpoints is no folder, nor a link to one" in result.err, result.err
+
+
+def test_weights_that_are_not_finite_are_never_saved(meddle, tmp_path):
+    spoil = ("import gc, torch\nfrom grpo.optim import Optimizer\n"
+             "step = Optimizer.step\n"
+             "def spoiled(self):\n    norm = step(self)\n    next(iter(self._exp_avg.values())).flatten()[0] = float('inf')\n"
+             "    return norm\n"
+             "Optimizer.step = spoiled\n")
+    result = meddle(spoil)
+    assert result.code == 6 and "step 2: optim.exp_avg." in result.err and "not finite" in result.err, result.err
+    assert [path.name for path in sorted((tmp_path / "out/run/checkpoints").iterdir())] == ["step_000000", "step_000001"]

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -369,3 +370,80 @@ with GracefulStop("make resume") as stop:
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.SIGTERM
     assert errors.count("make resume") == 2 and "without saving" in errors
+
+
+def test_links_and_stray_files_among_the_checkpoints_hinder_nothing_and_are_never_followed(tmp_path):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(run_dir, 10)
+    elsewhere.mkdir()
+    root = run_dir / "checkpoints"
+    (root / "step_000010").rename(elsewhere / "ten")
+    (root / "step_000010").symlink_to(elsewhere / "ten")
+    (root / "step_000020.tmp-7").write_text("a file")
+    (root / "step_000008.gone-7").symlink_to(elsewhere)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lock_run(run_dir).release()
+        assert saved_names(run_dir) == ["step_000010"]
+        assert_is_step(load_run(run_dir), 10)
+        (root / f"step_000010.tmp-{os.getpid()}").write_text("a file")
+        save(run_dir, 10)  # in the place of the link
+        save(run_dir, 11, keep=2)
+        (root / "step_000010").rename(elsewhere / "other ten")
+        (root / "step_000010").symlink_to(elsewhere / "other ten")
+        save(run_dir, 12, keep=2)  # prunes a link
+    assert saved_names(run_dir) == ["step_000011", "step_000012"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["other ten", "ten"]
+    assert (elsewhere / "ten/state.json").is_file() and (elsewhere / "other ten/state.json").is_file()
+
+
+def test_a_folder_of_checkpoints_may_be_a_link_to_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    for step in (1, 2, 3):
+        save(tmp_path / "run", step, keep=2)
+    lock_run(tmp_path / "run").release()
+    assert_is_step(load_run(tmp_path / "run"), 3)
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_a_leftover_that_cannot_be_deleted_is_a_warning_that_names_it(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    (tmp_path / "checkpoints/step_000020.tmp-77").mkdir()
+    monkeypatch.setattr(grpo.checkpoint.shutil, "rmtree", out_of_space)
+    with pytest.warns(UserWarning, match=r"cannot delete .*step_000020\.tmp-77"):
+        lock_run(tmp_path).release()
+
+
+def test_a_renamed_checkpoint_is_passed_over_and_named(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 11).rename(tmp_path / "checkpoints/step_000030")
+    with pytest.warns(CheckpointFallbackWarning, match="step_000030 is damaged .it was saved as step_000011"):
+        assert_is_step(load_run(tmp_path), 10)
+
+
+def test_a_lock_on_a_folder_that_holds_nothing_else_leaves_nothing(tmp_path):
+    with lock_run(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with lock_run(tmp_path / "run"):
+        (tmp_path / "run/config.yaml").write_text("seed: 1")
+    assert (tmp_path / "run/config.yaml").exists()
+
+
+@pytest.mark.parametrize("what", ["moved", "replaced", "deleted"])
+def test_a_lock_notices_that_its_folder_is_no_longer_in_its_place(tmp_path, what):
+    run_dir = tmp_path / "run"
+    with lock_run(run_dir) as lock:
+        lock.check_in_place()
+        if what == "deleted":
+            (run_dir / ".lock").unlink()
+            run_dir.rmdir()
+        else:
+            run_dir.rename(tmp_path / "moved away")
+        if what == "replaced":
+            run_dir.mkdir()
+        place = "" if what == "deleted" else f"; it is now {tmp_path / 'moved away'}"
+        with pytest.raises(SaveError, match=re.escape(str(run_dir)) + f" was moved, replaced or deleted .*{place}"):
+            lock.check_in_place()

@@ -1,0 +1,81 @@
+"""What a run is made of: the settings that shape its steps, its base model, tokenizer and data, as its checkpoints record them.
+
+A resume on anything else would end in weights that no single command gives, so it is refused. Where files lie is not part of
+it: a base or a data file that moved is the same.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from grpo.config import ConfigError, TrainConfig, settings_of_steps
+from grpo.environment import calling
+from models.checkpoint import checkpoint_folder
+from models.tensor_files import has_tensor_files, list_tensors
+from models.tokenizer import Tokenizer
+
+WHOLE_BYTES = 1 << 26  # files up to this size are read whole
+SLICE_BYTES, NUM_SLICES = 4096, 4  # read of each tensor of larger ones
+PLACES = ("model.path", "model.tokenizer")  # what lies there has a digest
+
+
+def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:
+    """{"settings": key -> value, "base model": file -> digest, "tokenizer" and "data": name -> digest}; "data" is empty for an
+    environment without a `fingerprint()`."""
+    data = {}
+    if hasattr(env, "fingerprint"):
+        with calling(env, "fingerprint"):
+            data = {"rows": str(env.fingerprint())}
+    settings = {key: value for key, value in settings_of_steps(config).items()
+                if key not in PLACES and not (data and key.startswith("env.") and key.endswith("path"))}
+    base = {} if config.model.path is None else digest_files(checkpoint_folder(config.model.path))
+    found = {"settings": settings, "base model": base, "tokenizer": {"vocabulary": tokenizer.fingerprint()}, "data": data}
+    return json.loads(json.dumps(found, default=str))  # as a checkpoint gives it back
+
+
+def check_same(recorded: dict[str, dict], found: dict[str, dict], *, source: Path) -> None:
+    """Raises ConfigError listing what differs between a checkpoint's record and the run that would go on from it."""
+    differing = []
+    for kind, now in found.items():
+        before = recorded[kind]
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key):
+                continue
+            if kind == "settings":
+                differing.append(f"{key}: {before.get(key)!r} when the run started, {now.get(key)!r} now")
+            else:
+                change = "new" if key not in before else "gone" if key not in now else "not what it was when the run started"
+                differing.append(f"{kind}: {key} is {change}")
+    if differing:
+        raise ConfigError(f"resume=true: this is not the run that {source} is a checkpoint of:\n  " + "\n  ".join(differing)
+                          + "\nGive the same values and files, or start another run with name=NEW_NAME resume=false")
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """File name -> digest of a checkpoint's config and tensor files."""
+    if not has_tensor_files(folder) and (folder / "original").is_dir():
+        folder = folder / "original"
+    paths = {tensor.path for tensor in list_tensors(folder, allow_unindexed=True).values()} | {folder / "config.json"}
+    return {path.name: digest_file(path) for path in sorted(paths) if path.exists()}
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 over the size and all bytes of a small file; of a large tensor file, over its header and slices of every tensor:
+    a few milliseconds a gigabyte, and training changes nearly every weight of a tensor."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        if size <= WHOLE_BYTES:
+            digest.update(file.read())
+            return digest.hexdigest()
+        header_len = int.from_bytes(file.read(8), "little")
+        header = file.read(header_len)
+        digest.update(header)
+        for start, end in (entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"):
+            stride = max(end - start - SLICE_BYTES, 0) / (NUM_SLICES - 1)
+            for index in range(NUM_SLICES):
+                file.seek(8 + header_len + start + round(index * stride))
+                digest.update(file.read(SLICE_BYTES))
+        return digest.hexdigest()
