@@ -5,6 +5,7 @@ Every problem is a DataError that starts with the place of the row, such as file
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from decimal import Decimal
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.rewards.numbers import stated_number
-from models.chat.render import generation_prompt, harmony_messages, read_template_kwargs, render_messages
+from models.chat.render import Message, generation_prompt, harmony_messages, read_template_kwargs, render_message
 from models.tokenizer import Tokenizer
 
 EFFORTS = ("low", "medium", "high")
@@ -75,6 +76,9 @@ class RowReader:
     on_overlap: str
 
     def __post_init__(self) -> None:
+        self._render_shared = functools.lru_cache(maxsize=64)(
+            lambda role, content: render_message(Message(role, content), self.tokenizer))
+        self._generation_prompt = generation_prompt(self.tokenizer)
         if self.max_prompt_tokens < 1:
             raise ValueError(f"env.max_prompt_tokens={self.max_prompt_tokens}: must be at least 1")
         if not 0 <= self.max_bad_rows <= 1:
@@ -206,7 +210,13 @@ class RowReader:
                               "Where that turn is the reference answer, set env.answer_key to this column too")
             if sum(len(message.content) for message in chat) > CHARS_PER_TOKEN * self.max_prompt_tokens:
                 return array("i", [-1]) * (self.max_prompt_tokens + 1)
-            return array("i", render_messages(chat, self.tokenizer) + generation_prompt(self.tokenizer))
+            ids = array("i")
+            for message in chat:
+                is_shared = message.role in ("system", "developer")  # by nearly all rows, and longer than most questions
+                ids.extend(self._render_shared(message.role, message.content) if is_shared
+                           else render_message(message, self.tokenizer))
+            ids.extend(self._generation_prompt)
+            return ids
         except (ValueError, UserWarning) as problem:  # also characters that the tokenizer lacks
             raise _BadRow(f"the prompt cannot be tokenised: {problem}") from problem
 
