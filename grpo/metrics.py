@@ -6,8 +6,8 @@ JSON has no name for them; wandb and the console get them as they are.
 
 A step's lines are logged before its checkpoint is saved (log, log_eval, log_completions, sync, then save): then
 `truncate_after(step)` on resume puts both files back to what they were at that checkpoint, and a resumed run's files
-end equal to those of a run that never stopped. Timing metrics, which differ, start with `time/` or `memory/` or end
-in `_per_s`.
+end equal to those of a run that never stopped. What it takes out is kept in `metrics.jsonl.cut-1` and so on; lines of
+others stay. Timing metrics, which differ, start with `time/` or `memory/` or end in `_per_s`.
 
 Keys of a completion that the console, the report and the final samples use: `prompt` and `completion` (text), `reward`,
 and `split` ("train" or "eval"); any other key is recorded as it is.
@@ -15,6 +15,7 @@ and `split` ("train" or "eval"); any other key is recorded as it is.
 
 import contextlib
 import inspect
+import itertools
 import json
 import math
 import netrc
@@ -34,6 +35,7 @@ from grpo.report import (
     METRICS_FILE,
     SUMMARY_FILE,
     before_after_samples,
+    parse_record,
     read_metrics,
     summarize,
     write_atomic,
@@ -93,7 +95,7 @@ class Metrics:
         return self.wandb.run_id
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, and a last line that a kill cut short, from both files; -1 empties them."""
+        """Takes the records of later steps (of all, with -1), and a last line that a kill cut short, out of both files."""
         self._metrics_file.truncate_after(step)
         self._completions_file.truncate_after(step)
         rows = read_metrics(self.run_dir)
@@ -231,22 +233,34 @@ class Metrics:
 
 
 class _JsonlFile:
-    """A file of JSON lines in the order of their `step`, each on its way to the disk when `append` returns."""
+    """A file of JSON lines in the order of their `step`, each on its way to the disk when `append` returns. Lines of others
+    stay where they are."""
 
     def __init__(self, path: Path):
         self.path = path
         self._descriptor: int | None = None
 
     def _open(self) -> int:
+        if self._descriptor is not None and self._was_replaced():
+            self.close()
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            _drop_incomplete_line(self._descriptor)
         return self._descriptor
+
+    def _was_replaced(self) -> bool:
+        """Whether an editor put another file in the place of the open one, or somebody deleted it."""
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except OSError:
+            return self.path.parent.is_dir()  # a folder that was moved away has the open file
 
     def append(self, rows: list[dict]) -> None:
         lines = [json.dumps(_json_safe(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
         data = "".join(lines).encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
         descriptor = self._open()
+        end = os.fstat(descriptor).st_size
+        if end > 0 and os.pread(descriptor, 1, end - 1) != b"\n":  # a line of others must not swallow ours
+            data = b"\n" + data
         try:
             while data:
                 data = data[os.write(descriptor, data) :]
@@ -255,16 +269,25 @@ class _JsonlFile:
             raise OSError(error.errno, f"cannot write ({error.strerror}): {hint}", str(self.path)) from error
 
     def truncate_after(self, step: int) -> None:
-        """Cuts the file at the first line that is broken or of a later step, in one system call."""
+        """Takes out the records of later steps, and a last line that a kill cut short, into a file of their own beside it."""
         if not self.path.exists():
             return
-        keep = 0
-        with open(self.path, "rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n") or not _is_line_up_to(line, step):
-                    break
-                keep += len(line)
-        os.truncate(self.path, keep)
+        self.close()
+        with self.path.open("rb") as file:
+            lines = file.readlines()
+        is_cut = [not line.endswith(b"\n") or _step_of(line) > step for line in lines]
+        if not any(is_cut):
+            return
+        beside = next(path for path in (Path(f"{self.path}.cut-{number}") for number in itertools.count(1))
+                      if not os.path.lexists(path))
+        beside.write_bytes(b"".join(itertools.compress(lines, is_cut)))
+        first = is_cut.index(True)
+        if all(is_cut[first:]):
+            os.truncate(self.path, sum(map(len, lines[:first])))
+        else:
+            partial = Path(f"{self.path}.tmp")
+            partial.write_bytes(b"".join(line for line, cut in zip(lines, is_cut) if not cut))
+            os.replace(partial, self.path.resolve())
 
     def sync(self) -> None:
         os.fsync(self._open())
@@ -275,26 +298,10 @@ class _JsonlFile:
             self._descriptor = None
 
 
-def _drop_incomplete_line(descriptor: int) -> None:
-    """Cuts what a kill left after the last newline, so that the next line does not grow onto it."""
-    end = os.fstat(descriptor).st_size
-    data = b""
-    start = end
-    while start > 0 and b"\n" not in data:
-        size = min(1 << 16, start)
-        start -= size
-        data = os.pread(descriptor, size, start) + data
-    keep = start + data.rfind(b"\n") + 1
-    if keep < end:
-        os.ftruncate(descriptor, keep)
-
-
-def _is_line_up_to(line: bytes, step: int) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and row["step"] <= step
+def _step_of(line: bytes) -> int:
+    """The step of a record; for lines that are none, before all steps."""
+    record = parse_record(line)
+    return -1 if record is None else record["step"]
 
 
 def _plain_number(value: object, name: str) -> float | int:

@@ -6,7 +6,7 @@
         --csv FILE                        and write all of them
 
 `metrics.jsonl` is the source of truth: one JSON object a line with `step` and any metrics of that step. Numbers that
-JSON cannot hold (NaN, infinities) are written as null and read back as NaN. A last line cut short by a kill is ignored.
+JSON cannot hold (NaN, infinities) are written as null and read back as NaN. Lines that are no records are passed over.
 """
 
 import argparse
@@ -37,32 +37,34 @@ TRAIN_METRICS = (
 )
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Returns the objects of a JSONL file ([] when there is none), without a last line that was cut short.
+def parse_record(line: bytes) -> dict | None:
+    """The record that a line of metrics.jsonl or completions.jsonl holds, a JSON object with a whole number as `step`; None for
+    any other line. A person or a tool may have added lines, and a kill may have cut one short: they are passed over."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, numbers of thousands of digits, nested without end
+        return None
+    is_record = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**63
+    return row if is_record else None
 
-    Raises ValueError naming file and line when any other line is not a JSON object.
-    """
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a file in their order ([] when there is none), without a last line that was cut short."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is incomplete, or empty
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}:{number}: not valid JSON ({error}); delete the line or restore the file"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
+    rows = (parse_record(line) for line in path.read_bytes().split(b"\n")[:-1])
+    return [row for row in rows if row is not None]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl with null read back as NaN."""
-    rows = read_jsonl(run_dir / METRICS_FILE)
-    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+    """Returns the records of metrics.jsonl with null read back as NaN; values that are no numbers are left out."""
+    rows = read_records(run_dir / METRICS_FILE)
+    return [{name: math.nan if value is None else value for name, value in row.items()
+             if value is None or _is_number(value)} for row in rows]
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _record(steps: list[float], values: list[float], name: str) -> dict:
@@ -117,7 +119,8 @@ def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
     They come from the first and the last step in completions.jsonl: held-out completions (split "eval") where there are
     any, and of the prompts seen on both sides those whose reward rose most.
     """
-    rows = [row for row in read_jsonl(run_dir / COMPLETIONS_FILE) if "prompt" in row and "completion" in row]
+    rows = [row for row in read_records(run_dir / COMPLETIONS_FILE)
+            if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)]
     rows = [row for row in rows if row.get("split") == "eval"] or rows
     if not rows:
         return []
@@ -138,14 +141,14 @@ def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
 
 
 def _reward(row: dict) -> float:
-    reward = row.get("reward")
-    return 0.0 if reward is None else reward
+    return row["reward"] if _is_number(row.get("reward")) else 0.0
 
 
 def _side(row: dict | None) -> dict | None:
     if row is None:
         return None
-    return {"step": row["step"], "completion": row["completion"], "reward": row.get("reward")}
+    reward = row["reward"] if _is_number(row.get("reward")) else None
+    return {"step": row["step"], "completion": row["completion"], "reward": reward}
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -148,6 +148,50 @@ def test_truncation_leaves_whole_lines_only(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "reward": 0.5}\n'
 
 
+FOREIGN = [b"# a note\n", b"\n", b'{"reward": 1}\n', b'{"step": 2, "rew\n', b"\xff\xfe\n", b"[4]\n", b"a\rb\n"]
+
+
+def test_what_a_resume_takes_out_is_kept_beside_and_lines_of_others_stay_where_they_are(tmp_path):
+    records = [json.dumps({"step": step, "reward": step / 4}).encode() + b"\n" for step in (1, 2, 3, 4)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([*FOREIGN, *records[:2], *FOREIGN, records[2], *FOREIGN, records[3], b'{"step": 5']))
+    make(tmp_path, is_resumed_from_step=2)
+    assert path.read_bytes() == b"".join([*FOREIGN, *records[:2], *FOREIGN, *FOREIGN])
+    assert (tmp_path / "metrics.jsonl.cut-1").read_bytes() == b"".join([*records[2:], b'{"step": 5'])
+    metrics = make(tmp_path, is_resumed_from_step=2)  # nothing to take out
+    metrics.log(3, {"reward": 0.5})
+    make(tmp_path, is_resumed_from_step=1)
+    assert (tmp_path / "metrics.jsonl.cut-2").read_bytes().startswith(records[1] + b'{"step": 3')
+    assert sorted(path.name for path in tmp_path.glob("metrics.jsonl*")) == [
+        *("metrics.jsonl", "metrics.jsonl.cut-1", "metrics.jsonl.cut-2")]
+
+
+def test_a_line_added_during_a_run_swallows_no_line_of_it_and_ends_nothing(tmp_path):
+    metrics = make(tmp_path)
+    metrics.log(1, {"reward": 0.25})
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"".join(FOREIGN) + b"# no newline")
+    metrics.log(2, {"reward": 0.5})
+    metrics.log_completions(2, [{"prompt": "p", "completion": "c", "reward": 0.5}])
+    assert metrics.finish("finished")["steps"] == 2
+    assert [row["reward"] for row in read_metrics(tmp_path)] == [0.25, 0.5]
+    assert metrics.samples()[0]["before"]["completion"] == "c"
+    assert b"# no newline\n" in (tmp_path / "metrics.jsonl").read_bytes()
+
+
+def test_a_file_that_an_editor_replaced_or_somebody_deleted_gets_the_lines_that_follow(tmp_path):
+    metrics, path = make(tmp_path), tmp_path / "metrics.jsonl"
+    metrics.log(1, {"reward": 0.25})
+    (tmp_path / "copy").write_bytes(path.read_bytes() + b"# edited\n")
+    (tmp_path / "copy").replace(path)
+    metrics.log(2, {"reward": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    path.unlink()
+    metrics.log(3, {"reward": 0.75})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [3]
+
+
 def test_files_that_end_before_the_checkpoint_are_reported(tmp_path, capsys):
     run_steps(make(tmp_path), 1, 2)
     make(tmp_path, console=True, is_resumed_from_step=5)

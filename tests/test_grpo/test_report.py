@@ -1,13 +1,12 @@
 """The summary and the report page, against values worked out by hand."""
 
 import base64
+import itertools
 import json
 import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-
-import pytest
 
 from grpo.config import WandbConfig
 from grpo.metrics import Metrics
@@ -157,10 +156,32 @@ def test_a_killed_run_gets_a_report_from_its_metrics(tmp_path):
     assert "killed" in text and "3 of 3" in text and "unknown (still running, or killed)" in text
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not valid JSON"):
-        read_metrics(tmp_path)
+# Lines that are no records of a run, in either file.
+FOREIGN = [b"# a note\n", b"\n", b"   \n", b"{}\n", b'{"reward": 5.0}\n', b'{"step": \n', b"\xff\xfe not utf-8\n", b"[1, 2]\n",
+           b"7\n", b'"text"\n', b"null\n", b'{"step": "3", "reward": 5}\n', b'{"step": null}\n',
+           b'{"step": true}\n', b'{"step": 2.5}\n',
+           b'{"step": -4}\n', b'{"step": 1' + b"0" * 5000 + b"}\n", b"[" * 100_000 + b"\n", b"a\rb\r\n",
+           b'{"step": 3, "reward": "high"} {"step": 4}\n']
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path):
+    own = [b'{"step": 1, "reward": 0.25}\n', b'{"step": 2, "reward": null, "text": "x", "list": [1], "yes": true}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([*FOREIGN, own[0], *FOREIGN, own[1], *FOREIGN, b'{"step": 3, "rew']))
+    first, second = read_metrics(tmp_path)
+    assert first == {"step": 1, "reward": 0.25}
+    assert second.keys() == {"step", "reward"} and math.isnan(second["reward"])
+
+
+def test_a_report_is_made_of_files_with_foreign_lines(tmp_path):
+    run = write_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        path = run / name
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        path.write_bytes(b"".join(foreign + line for foreign, line in itertools.zip_longest(FOREIGN, lines, fillvalue=b"")))
+    with (run / "completions.jsonl").open("a") as file:
+        file.write('{"step": 3, "prompt": 7, "completion": null}\n{"step": 3, "prompt": "p", "completion": "c", "reward": "x"}\n')
+    text = Page(rebuild_report(run).read_text()).text
+    assert "3 of 3" in text
 
 
 def test_samples_pair_the_same_held_out_prompt_before_and_after(tmp_path):
