@@ -29,9 +29,11 @@ from grpo.config import (
     to_dict,
 )
 from grpo.environment import check_known_prompts, make_environment
+from grpo.export_files import write_adapter, write_model
 from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
 from grpo.metrics import Metrics
+from grpo.model_card import Origin
 from grpo.optim import Optimizer, loss_scale_for
 from grpo.policy import (
     build_model,
@@ -46,10 +48,8 @@ from grpo.policy import (
 )
 from grpo.rollout import Interrupted, Sampler
 from grpo.warmup import check_demonstrations, warm_up
-from models.checkpoint import save_model
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
-from models.peft_format import save_adapter
 from models.tokenizer import Tokenizer
 
 OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
@@ -245,16 +245,16 @@ def save(run: Run) -> None:
     run.saved_step = run.step
 
 
-def export_policy(run: Run) -> Path:
-    """What others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model."""
+def export_policy(run: Run) -> tuple[Path, str]:
+    """Writes what others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model.
+    Returns its folder and, in words, what it holds and leaves out."""
     is_lora = run.config.model.lora is not None
     folder = run.run_dir / ("adapter" if is_lora else "model")
     remove(folder)  # of fewer steps, where a finished run went on
+    origin = Origin(run.config.model.path, run.run_dir / "tokenizer", run.config, run.run_dir, run.step)
     if is_lora:
-        save_adapter(run.policy, folder, base_model=run.config.model.path)
-    else:
-        save_model(run.policy, folder, merge_lora=False, tokenizer_folder=run.run_dir / "tokenizer", dtype=run.policy.dtype)
-    return folder
+        return folder, write_adapter(run.policy, folder, origin)
+    return folder, write_model(run.policy, folder, origin, merge_lora=False, dtype=run.policy.dtype)
 
 
 def keep_finished_steps(run: Run | None, error: BaseException) -> str:
@@ -282,14 +282,14 @@ def resume_command(config: TrainConfig) -> str:
     return shlex.join(["python", "-m", "grpo.train", *words, "resume=true"])
 
 
-def next_commands(run: Run, exported: Path) -> list[str]:
+def next_commands(run: Run, exported: tuple[Path, str]) -> list[str]:
     """What to type after a finished run."""
     others = [word for word in sys.argv[1:] if word.lstrip("+").partition("=")[0] not in ("name", "resume", "seed")]
     commands = [["python", "-m", "grpo.generate", f"run={shown(run.run_dir)}"],
                 ["python", "-m", "grpo.evaluate", f"run={shown(run.run_dir)}", "num_samples=8"],
                 ["python", "-m", "grpo.train", *others, f"seed={run.config.seed + 1}"],
-                ["ls", str(shown(exported))]]
-    return [shlex.join(words) + ("    # the trained weights, for transformers, PEFT and vLLM" if words[0] == "ls" else "")
+                ["ls", str(shown(exported[0]))]]
+    return [shlex.join(words) + (f"    # {exported[1]}" if words[0] == "ls" else "")
             for words in commands]
 
 

@@ -9,7 +9,6 @@ same bits back. Adapters are in models/peft_format.py.
 """
 
 import math
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,21 +36,13 @@ from models.tensor_files import (
     list_tensors,
     read_json,
     shortened,
+    write_beside,
     write_json,
     write_shards,
 )
+from models.tokenizer import TOKENIZER_FILES
 
 EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 _FORMS = {"bf16": "dense ones", "mxfp4": "packed ones (MXFP4)", "nf4": "packed ones (NF4)"}
 
@@ -77,7 +68,7 @@ def checkpoint_folder(source: str | Path) -> Path:
         return Path(
             snapshot_download(
                 str(source),
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"],
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md"],
                 ignore_patterns=["original/*", "metal/*"],
             )
         )
@@ -259,6 +250,8 @@ def save_model(
     tokenizer_folder: str | Path | None = None,
     max_shard_bytes: float = 5e9,
     dtype: torch.dtype = torch.bfloat16,
+    beside: dict[str, Path | str] | None = None,
+    name: str | None = None,
 ) -> None:
     """Writes the model in Hugging Face layout, atomically, into a folder that does not exist or is empty.
 
@@ -272,6 +265,8 @@ def save_model(
     tokenizer_folder: its tokenizer, chat template and generation_config.json are copied verbatim.
     dtype: of all tensors that are not packed; the published checkpoints and vLLM use bfloat16. The dtype of the model
         itself (float32) gives an exact copy.
+    beside: more files of the folder by name, copies of others or text; before those of tokenizer_folder.
+    name: hub id of the export, for the adapter of experts that goes with it; None: its path.
     Host memory beyond the model: one shard, max_shard_bytes. Raises CheckpointError, with nothing changed on disk.
     """
     if experts not in ("as_loaded", "bf16", "mxfp4"):
@@ -287,57 +282,59 @@ def save_model(
         dtype=dtype,
         lost=lost,
     )
-    extra_files = _tokenizer_files(tokenizer_folder)
+    extra_files = {path.name: path for path in tokenizer_files(tokenizer_folder)} | (beside or {})
     num_bytes = sum(tensor.num_bytes for tensor in plan)
-    with atomic_folder(
-        Path(folder), num_bytes=num_bytes + 2**20 + sum(p.stat().st_size for p in extra_files)
-    ) as temporary:
+    extra_bytes = sum(file.stat().st_size for file in extra_files.values() if isinstance(file, Path))
+    with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20 + extra_bytes) as temporary:
         weight_map = write_shards(
             temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model-{number:05d}-of-{count:05d}.safetensors"
         )
         if len(set(weight_map.values())) > 1:
             write_json(temporary / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
         write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
-        write_json(temporary / "generation_config.json", _generation_config(model.config, extra_files))
-        for path in extra_files:
-            shutil.copyfile(path, temporary / path.name)
+        if "generation_config.json" not in extra_files:
+            described = _generation_config(model.config, extra_files.get("tokenizer.json"))
+            write_json(temporary / "generation_config.json", described)
+        write_beside(temporary, extra_files)
         if keeps_expert_adapter:
-            save_adapter(model, temporary / "expert_adapter", only_experts=True)
+            base = name or str(Path(folder).absolute())
+            save_adapter(model, temporary / "expert_adapter", only_experts=True, base_model=base)
     if keeps_expert_adapter:
         warnings.warn(
             f"{folder}: the experts stay as they were (MXFP4) and their adapter is in expert_adapter/; "
             "--experts bf16 merges it",
             stacklevel=2,
         )
-    if lost.weights > 0:
-        change = (
-            f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
-        )
-        warnings.warn(
-            f"{folder}: packing experts into MXFP4 rounded them by {math.sqrt(lost.error / lost.weights):.2%} (rms, "
-            f"of their own size){change}",
-            stacklevel=2,
-        )
+    _warn_of_rounding(folder, lost)
 
 
-def save_original(model: GptOss, folder: str | Path, *, merge_lora: bool, max_shard_bytes: float = 5e9) -> None:
-    """Writes the model in OpenAI's original layout (bfloat16, experts in the form they are held in), atomically.
+def save_original(
+    model: GptOss,
+    folder: str | Path,
+    *,
+    merge_lora: bool,
+    experts: str = "as_loaded",
+    max_shard_bytes: float = 5e9,
+    beside: dict[str, Path | str] | None = None,
+) -> None:
+    """Writes the model in OpenAI's original layout, bfloat16, atomically; experts and beside as of save_model.
 
     OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError,
-    also where an adapter on packed experts would have to be merged.
+    also where an adapter on packed experts would have to be merged into them as they are.
     """
-    if merge_lora and model.expert_format == "mxfp4" and has_expert_adapter(model):
+    if merge_lora and experts == "as_loaded" and model.expert_format == "mxfp4" and has_expert_adapter(model):
         raise CheckpointError(
-            f"{folder}: an adapter on packed experts cannot be merged into the original layout; load the "
-            "model with experts=bf16, or write the Hugging Face layout"
+            f"{folder}: the adapter of packed experts cannot be merged into them as they are, and the original layout has no "
+            "place beside: give --experts bf16 (dense ones, 4 times the size) or --experts mxfp4 (packed again, which rounds), "
+            "or leave --layout out"
         )
     plan = _plan_export(
         model,
-        form=model.expert_format,
+        form=model.expert_format if experts == "as_loaded" else experts,
         merge_lora=merge_lora,
         merge_experts=merge_lora,
         dtype=torch.bfloat16,
-        lost=_Requantized(),
+        lost=(lost := _Requantized()),
     )
     plan = from_hugging_face(plan, model.config)
     described = original_config(model.config)
@@ -346,6 +343,20 @@ def save_original(model: GptOss, folder: str | Path, *, merge_lora: bool, max_sh
             temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model--{number:05d}-of-{count:05d}.safetensors"
         )
         write_json(temporary / "config.json", described)
+        write_beside(temporary, beside or {})
+    _warn_of_rounding(folder, lost)
+
+
+def _warn_of_rounding(folder: str | Path, lost: _Requantized) -> None:
+    if lost.weights > 0:
+        change = (
+            f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
+        )
+        warnings.warn(
+            f"{folder}: packing experts into MXFP4 rounded them by {math.sqrt(lost.error / lost.weights):.2%} (rms, "
+            f"of their own size){change}",
+            stacklevel=3,
+        )
 
 
 def _plan_export(
@@ -434,7 +445,8 @@ def _plan_experts(
     ]
 
 
-def _tokenizer_files(folder: str | Path | None) -> list[Path]:
+def tokenizer_files(folder: str | Path | None) -> list[Path]:
+    """The files of a tokenizer that a folder holds; raises CheckpointError where it holds none."""
     if folder is None:
         return []
     folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
@@ -453,12 +465,10 @@ def _hub_config(config: GptOssConfig, form: str, dtype: torch.dtype) -> dict:
     return described
 
 
-def _generation_config(config: GptOssConfig, tokenizer_files: list[Path]) -> dict:
+def _generation_config(config: GptOssConfig, tokenizer: Path | None) -> dict:
     """Stop ids for generation: config.json alone names one, and a model that ends in a call would run on."""
-    ids = {}
-    for path in tokenizer_files:
-        if path.name == "tokenizer.json":
-            ids = {token["content"]: token["id"] for token in read_json(path).get("added_tokens", [])}
+    added = read_json(tokenizer).get("added_tokens", []) if tokenizer is not None else []
+    ids = {token["content"]: token["id"] for token in added}
     named = [ids[token] for token in ("<|return|>", "<|endoftext|>", "<|call|>") if token in ids]
     stop_ids = named or ([200002, 199999, 200012] if config.stop_ids == [200002] else config.stop_ids)
     written = {"do_sample": True, "eos_token_id": stop_ids, "pad_token_id": config.pad_token_id}

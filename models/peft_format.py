@@ -34,6 +34,7 @@ from models.tensor_files import (
     atomic_folder,
     list_file,
     shortened,
+    write_beside,
     write_json,
     write_tensors,
 )
@@ -97,12 +98,18 @@ def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int
 
 
 def save_adapter(
-    model: GptOss, folder: str | Path, *, base_model: str | None = None, only_experts: bool = False
+    model: GptOss,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    only_experts: bool = False,
+    beside: dict[str, Path | str] | None = None,
 ) -> None:
     """Writes the model's adapter (fp32) and its trained norms and sinks; replaces an adapter already in the folder.
 
     base_model: folder or hub id of the base, for tools that look it up. only_experts: leaves the attention and router
-    out. Raises ValueError for a model without an adapter and CheckpointError where the folder cannot be written.
+    out. beside: more files of the folder by name, copies of others or text. Raises ValueError for a model without an
+    adapter and CheckpointError where the folder cannot be written.
     """
     config = attached_config(model)
     if config is None:
@@ -121,6 +128,7 @@ def save_adapter(
         write_tensors(temporary / WEIGHTS_NAME, tensors)
         if trained:
             write_tensors(temporary / TRAINED_NAME, trained)
+        write_beside(temporary, beside or {})
         write_json(temporary / CONFIG_NAME, _peft_config(config, base_model))
 
 

@@ -162,6 +162,15 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_beside(folder: Path, files: dict[str, Path | str]) -> None:
+    """Files by name: copies of others, or text."""
+    for name, content in files.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content, encoding="utf-8")
+        else:
+            shutil.copyfile(content, folder / name)
+
+
 @contextmanager
 def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.

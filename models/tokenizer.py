@@ -32,8 +32,12 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",  # names the ids that end a completion
 )
 LARGEST_ID = 2**24  # memory is taken per id
 REPLACEMENT = "\ufffd"
