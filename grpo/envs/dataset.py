@@ -6,8 +6,8 @@
 `prompt_key` names the column with the prompt, text or a list of messages; `answer_key` the reference answer (both may be
 dotted, `reward_model.ground_truth`; of a list of messages the last turn is the answer, and where both keys name one column the
 turns before it are the prompt); `question_template` builds the user message from columns instead. The final channel of
-a completion is matched with the answer (`match`: exact, numeric, none) and shown to the reward functions of `rewards`, which
-grpo/rewards/functions.py describes. Columns named `tools` and `chat_template_kwargs` are read as TRL reads them, by
+a completion is matched with the answer (`match`: exact, numeric, math, none) and shown to the reward functions of `rewards`,
+which grpo/rewards/functions.py describes. Columns named `tools` and `chat_template_kwargs` are read as TRL reads them, by
 `read_tools` and `read_template_kwargs` of models/chat. Evaluation rows come from a file or split of their own or are a fraction
 held out by hash of the prompt.
 
@@ -28,6 +28,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.rows import Row, RowReader, digest_of
 from grpo.rewards.functions import Result, Reward, RewardError, Sample, load_reward, score_with, try_rewards
 from grpo.rewards.match import exact_match, is_well_formed, numeric_match, stated_answer
+from grpo.rewards.math_match import MathMatch
 from models.chat.parse import parse_completion
 from models.tokenizer import Tokenizer
 
@@ -44,7 +45,8 @@ class Dataset:
     instructions: developer message for rows that bring neither a system nor a developer message
     reasoning_effort: low, medium or high; `reasoning_effort_key` names a column that overrides it
     current_date: YYYY-MM-DD in the system message; pinned, since a prompt must not change from day to day
-    match: exact, numeric (equal within the relative `numeric_tolerance`) or none; worth `match_reward`
+    match: exact, numeric (a plain number, equal within the relative `numeric_tolerance`), math (an expression, by
+        math-verify) or none; worth `match_reward`; a list of answers in the data: any of them is right
     format_reward: for a completion that parses and ends in its only final message
     rewards: [{fn: ..., weight: 1.0, name: ..., kwargs: {...}}]; weight 0 makes it a metric
     max_error_rate: share of the completions of a call on which a reward function may fail
@@ -96,6 +98,7 @@ class Dataset:
         self.match_reward, self.format_reward = match_reward, format_reward
         self.max_error_rate, self.correct_at = max_error_rate, correct_at
         self._check_keywords(eval_path or eval_split, held_out_fraction, num_eval_prompts)
+        self._match_expressions = MathMatch(tolerance=numeric_tolerance) if match == "math" else None
         reader = RowReader(
             tokenizer=tokenizer,
             prompt_key=prompt_key,
@@ -170,13 +173,12 @@ class Dataset:
                 )
             )
         results = score_with(self.rewards, samples, step=self._step, max_error_rate=self.max_error_rate)
-        scores = []
-        for i, sample in enumerate(samples):
-            parts = {"format": float(is_well_formed(parsed[i]))}
-            if self.match != "none":
-                answer = stated_answer(parsed[i])
-                parts[f"{self.match}_match"] = 0.0 if answer is None else self._matches(answer, sample.answer)
-            scores.append(self._combine(parts, [of_reward[i] for of_reward in results]))
+        if self.match != "none":
+            results = [self._match([stated_answer(each) for each in parsed], completions), *results]
+        scores = [
+            self._combine(float(is_well_formed(each)), [of_reward[i] for of_reward in results])
+            for i, each in enumerate(parsed)
+        ]
         self._check_applicable(scores, samples)
         return scores
 
@@ -198,30 +200,45 @@ class Dataset:
 
     # --- rewards ----------------------------------------------------------------------------------------------------
 
-    def _matches(self, text: str, answer: str) -> float:
-        if self.match == "exact":
-            return exact_match(text, answer)
-        return numeric_match(text, answer, tolerance=self.numeric_tolerance)
+    def _match(self, texts: list[str | None], completions: list[Completion]) -> list[Result]:
+        """Whether each stated answer is one of its row's accepted ones."""
+        accepted = [self._rows[completion.prompt.row["_source"]].accepted for completion in completions]
+        stated = [i for i, text in enumerate(texts) if text is not None]
+        if self._match_expressions is not None:
+            found = self._match_expressions([texts[i] for i in stated], [accepted[i] for i in stated])
+        elif self.match == "exact":
+            found = [Result(max(exact_match(texts[i], answer) for answer in accepted[i])) for i in stated]
+        else:
+            found = [
+                Result(max(numeric_match(texts[i], answer, tolerance=self.numeric_tolerance) for answer in accepted[i]))
+                for i in stated
+            ]
+        results = dict(zip(stated, found))
+        return [results.get(i, Result(0.0)) for i in range(len(texts))]
 
-    def _combine(self, parts: dict[str, float], results: list[Result]) -> Score:
-        weights = {"format": self.format_reward, f"{self.match}_match": self.match_reward}
-        terms = [weights[name] * value for name, value in parts.items() if weights[name] != 0]
-        is_correct = bool(parts[f"{self.match}_match"]) if self.match != "none" else None
+    def _combine(self, has_format: float, results: list[Result]) -> Score:
+        scorers = [(f"{self.match}_match", self.match_reward)] if self.match != "none" else []
+        scorers += [(reward.name, reward.weight) for reward in self.rewards]
+        parts = {"format": has_format}
+        terms = [self.format_reward * has_format] if self.format_reward != 0 else []
         metrics, extra = {}, {}
         is_failed = False
-        for reward, result in zip(self.rewards, results):
+        for (name, weight), result in zip(scorers, results):
             metrics |= result.metrics
             extra |= result.extra
             if result.error is not None:
-                is_failed |= reward.weight != 0
-                extra[f"{reward.name}/error"] = result.error
+                is_failed |= weight != 0
+                extra[f"{name}/error"] = result.error
             elif result.value is not None:
-                parts[reward.name] = result.value
-                terms += [reward.weight * result.value] if reward.weight != 0 else []
-        if self.rewards:
+                parts[name] = result.value
+                terms += [weight * result.value] if weight != 0 else []
+        if self.rewards or self._match_expressions is not None:
             metrics["reward/error_rate"] = float(any(result.error is not None for result in results))
         total = sum(terms) if terms and not is_failed else None
-        if self.match == "none" and self.correct_at is not None:
+        is_correct = None
+        if self.match != "none":
+            is_correct = bool(results[0].value) if results[0].error is None else None
+        elif self.correct_at is not None:
             is_correct = total is not None and total >= self.correct_at
         return Score(total, parts, metrics, is_correct, extra)
 
@@ -269,7 +286,7 @@ class Dataset:
     def _dry_run(self) -> None:
         samples = []
         for row in self.train_rows[:2]:
-            text = row.answer or ""
+            text = row.accepted[0] if row.accepted else ""
             samples.append(
                 Sample(
                     row=row.columns,
@@ -283,6 +300,8 @@ class Dataset:
                 )
             )
         try_rewards(self.rewards, samples)
+        if self._match_expressions is not None:
+            self._match_expressions.warm_up()
 
     # --- rows -------------------------------------------------------------------------------------------------------
 

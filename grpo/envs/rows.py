@@ -36,7 +36,8 @@ class Row:
     columns: dict  # as the file has them
     source: str  # "file:line"
     prompt: str | list[dict]  # user text or messages
-    answer: str | None
+    answer: object  # text; a list or dict as the data has it; None without an answer column
+    accepted: list[str]  # the answers of which any is right; empty for what only reward functions can read
     effort: str
     digest: bytes  # of the messages, instructions aside: the identity of the prompt
     token_ids: array  # the rendered prompt; empty until tokenised
@@ -84,7 +85,7 @@ class RowReader:
         if not 0 <= self.max_bad_rows <= 1:
             raise ValueError(f"env.max_bad_rows={self.max_bad_rows}: must lie in 0..1, a share of the rows")
         choices = [
-            ("match", self.match, ("exact", "numeric", "none")),
+            ("match", self.match, ("exact", "numeric", "math", "none")),
             ("reasoning_effort", self.reasoning_effort, EFFORTS),
         ]
         choices += [
@@ -184,7 +185,7 @@ class RowReader:
                 prompt = _without_last_answer(prompt, self.prompt_key)
         else:
             prompt = _PLACEHOLDER.sub(lambda m: _fill(m, record), self.question_template)
-        answer = None if self.answer_key is None else self._answer(record)
+        answer, accepted = (None, []) if self.answer_key is None else self._answer(record)
         effort = self.reasoning_effort
         if self.reasoning_effort_key is not None:
             effort = _lookup(record, self.reasoning_effort_key, "reasoning_effort_key")
@@ -193,7 +194,7 @@ class RowReader:
         asked = [_messages(prompt), *(record[key] for key in ("tools", "chat_template_kwargs") if record.get(key))]
         text = json.dumps(asked if len(asked) > 1 else asked[0], ensure_ascii=False, sort_keys=True, default=repr)
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        return Row(record, source, prompt, answer, effort, digest, array("i"))
+        return Row(record, source, prompt, answer, accepted, effort, digest, array("i"))
 
     def _tokenize(self, row: Row) -> array:
         messages = _messages(row.prompt)
@@ -220,12 +221,29 @@ class RowReader:
         except (ValueError, UserWarning) as problem:  # also characters that the tokenizer lacks
             raise _BadRow(f"the prompt cannot be tokenised: {problem}") from problem
 
-    def _answer(self, record: dict) -> str:
+    def _answer(self, record: dict) -> tuple[object, list[str]]:
+        """The answer as reward functions see it, and the accepted answers: a list may hold several, and so may the
+        `target` of a dict, as in verl's search data."""
         value = _lookup(record, self.answer_key, "answer_key")
         if _is_conversation(value):  # of a column `completion` or `messages`
             value = content_of(value[-1])
+        if not isinstance(value, (list, dict)):
+            text = self._answer_text(value)
+            return text, [text]
+        if self.match == "none":
+            return value, []
+        several = value.get("target", value) if isinstance(value, dict) else value
+        accepted = [self._answer_text(each) for each in (several if isinstance(several, list) else [several])]
+        if not accepted:
+            raise _BadRow(f"{self.answer_key!r} is a list of no answers; nothing would be right")
+        return value, accepted
+
+    def _answer_text(self, value: object) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
-            raise _BadRow(f"{self.answer_key!r} is a {type(value).__name__}; expected text or a number")
+            raise _BadRow(
+                f"{self.answer_key!r} is a {type(value).__name__}; expected text, a number, or a list or "
+                "{'target': ...} of accepted ones (env.match=none leaves others to reward functions)"
+            )
         answer = str(value)
         if not _is_encodable(answer):
             raise _BadRow(f"{self.answer_key!r} holds half of a surrogate pair, {answer[:60]!r}")
@@ -296,7 +314,7 @@ def digest_of(rows_of_split: dict[str, list[Row]]) -> str:
     for split, rows in rows_of_split.items():
         for row in rows:
             columns = json.dumps(row.columns, sort_keys=True, default=repr)
-            digest.update(json.dumps([split, row.answer, columns, len(row.token_ids)]).encode())
+            digest.update(json.dumps([split, row.answer, columns, len(row.token_ids)], default=repr).encode())
             digest.update(row.token_ids.tobytes())
     return digest.hexdigest()
 

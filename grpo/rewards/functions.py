@@ -52,7 +52,7 @@ class Sample:
     thinking: str  # content of the analysis channel
     completion_ids: list[int]
     is_truncated: bool
-    answer: str | None  # the mapped answer column as text
+    answer: object  # of the mapped column: text, or a list or dict as the data has it; None without one
 
 
 @dataclass

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
-from grpo.rewards.numbers import stated_number
+from grpo.rewards.numbers import is_close, stated_number
 from models.chat.parse import Parsed
 
 
@@ -41,8 +39,3 @@ def numeric_match(text: str, answer: str, *, tolerance: float) -> float:
         raise ValueError(f"the answer {answer[:60]!r} is not a number, which a numeric match needs")
     stated = stated_number(text)
     return float(stated is not None and is_close(stated, expected, tolerance))
-
-
-def is_close(stated: Fraction, expected: Fraction, tolerance: float) -> bool:
-    """Whether they differ by at most `tolerance` times the expected one."""
-    return abs(stated - expected) <= Fraction(tolerance) * abs(expected)

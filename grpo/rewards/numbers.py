@@ -15,6 +15,11 @@ MAX_SPELLINGS = 32  # of one number in one text
 MAX_BOXES = 64
 
 
+def is_close(stated: Fraction, expected: Fraction, tolerance: float) -> bool:
+    """Whether they differ by at most `tolerance` times the expected one."""
+    return abs(stated - expected) <= Fraction(tolerance) * abs(expected)
+
+
 def boxes_of(text: str) -> list[str] | None:
     """The contents of a text's outermost `\\boxed{}`s; None if one is not closed, or for more than MAX_BOXES."""
     boxes, end = [], 0
@@ -84,9 +89,9 @@ _SPELLINGS: list[tuple[re.Pattern, object]] = [
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|bf|rm|[lL]arge|huge)(?![A-Za-z])", ""),
         (r"\\(?:angle|measuredangle|triangle)(?![A-Za-z])", ""),
         (r"\\(?:text)?color\s?\{\w{0,20}\}", ""),
-        (r"(?<=\d)(?:\\[,:; ]|\{,\}|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
+        (r"(?<=\d)(?:,?\\!\s?|\\[,:; ]|\{,\}|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
         (r"\{,\}", ","),
-        (r"\\!", ""),
+        (r"\\!\s?", ""),
         (r"\\[,:; ]|\\q?quad(?![A-Za-z])|~|[\u00a0\u2009\u202f]", " "),
         (r"\\([$%#])", r"\1"),
         (r"\\[()\[\]]|\$", " "),
@@ -142,6 +147,7 @@ _AFTER = frozenset(
         "trillion dozen score hundreds thousands millions billions to divided multiplied raised"
     ).split()
 )
+ALTERING_WORDS = (_BEFORE | _AFTER) - frozenset(_FUNCTIONS.split())
 _SHORT_WORDS = frozenset(  # words and units; others of two letters are products of variables
     "I is as by in so at on of if we it or an no he do us be cm mm km kg mg ml mL ft yd lb oz hr Hz kW mi nm GB MB kB ms".split()
 )

@@ -34,6 +34,7 @@ class Outcome:
     error: str | None = None
     is_timeout: bool = False  # the item ran over its own time limit
     has_died: bool = False  # the worker's process ended while it held the item
+    signal: str | None = None  # that ended it, if one did: "SIGKILL"
 
 
 @dataclass
@@ -46,7 +47,8 @@ class _Worker:
 
 
 class Workers:
-    """Up to `num_workers` processes that call `function(item)`; they start with the first map() and stay for the next.
+    """Up to `num_workers` processes that call `function(item)`; they start with the first map() and stay for the next, but
+    no longer than the thread that started them.
 
     function: `package.module:function` or `path/to/file.py:function`, see grpo/rewards/functions.py
     timeout: seconds for one item; a worker past it is killed, with all processes of its group, and replaced
@@ -138,10 +140,11 @@ class Workers:
 
     def _note_death(self, worker: _Worker, outcomes: list) -> None:
         status = _kill(worker)
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        name = signal.Signals(-status).name if status < 0 else None
+        how = f"signal {name}" if name else f"exit status {status}"
         if not worker.is_ready:
             self._refuse_start(f"it died with {how}")
-        outcomes[worker.item] = Outcome(error=f"its worker died with {how}", has_died=True)
+        outcomes[worker.item] = Outcome(error=f"its worker died with {how}", has_died=True, signal=name)
         self._replace(worker)
 
     def _refuse_start(self, reason: str) -> None:

@@ -10,6 +10,7 @@ from grpo.batch import Completion, Segment
 from grpo.envs.carry import build_tokenizer
 from grpo.envs.dataset import DataError, Dataset
 from grpo.rewards.functions import RewardError
+from grpo.rewards.workers import Outcome
 from models.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -440,7 +441,7 @@ def test_characters_that_the_tokenizer_lacks_are_a_bad_row(tmp_path):
     [
         ({"held_out_fraction": None}, "set exactly one"),
         ({"held_out_fraction": 1.0}, "env.held_out_fraction=1.0"),
-        ({"match": "fuzzy"}, "env.match='fuzzy': must be one of exact, numeric, none"),
+        ({"match": "fuzzy"}, "env.match='fuzzy': must be one of exact, numeric, math, none"),
         ({"answer_key": None}, "needs env.answer_key"),
         ({"reasoning_effort": "max"}, "must be one of low, medium, high"),
         ({"current_date": "today"}, "expected YYYY-MM-DD"),
@@ -610,6 +611,67 @@ def test_functions_see_the_step_of_the_last_prompts(sums, tmp_path):
     env = sums(match="none", rewards=[{"fn": f"{file}:stepper"}])
     prompt = env.prompts(11, num_prompts=1)[0]
     assert env.score([complete(env, prompt, final("1"))])[0].reward == 11.0
+
+
+def of_answers(tokenizer, folder, answers, **changes):
+    questions = [{"question": f"Question {i}?", "answer": answer} for i, answer in enumerate(answers)]
+    return make(tokenizer, path=write(folder, questions), eval_path=write(folder, rows(2), "eval.jsonl"), **changes)
+
+
+def graded(env, text):
+    prompts = sorted(env.prompts(0, num_prompts=len(env.train_rows)), key=lambda prompt: prompt.row["question"])
+    return [score.reward for score in env.score([complete(env, prompt, final(text)) for prompt in prompts])]
+
+
+@pytest.mark.parametrize(("match", "text"), [("exact", "12"), ("numeric", "12.0"), ("math", r"3 \cdot 4")])
+def test_any_of_a_list_of_accepted_answers_is_right(tokenizer, tmp_path, match, text):
+    if match == "math":
+        pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    answers = [["11", "12"], [12], ["11", "13"], {"target": ["12", "13"]}, {"target": "12"}, 12]
+    env = of_answers(tokenizer, tmp_path, answers, match=match)
+    assert graded(env, text) == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    assert {row.source[-1]: row.answer for row in env.train_rows}["4"] == {"target": ["12", "13"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([], "'answer' is a list of no answers"),
+        (["1", ""], "'answer' is empty"),
+        (["1", None], "'answer' is a NoneType; expected text, a number, or a list"),
+        (["1", "x"], "'answer' is 'x', which is not a number"),
+        ({"value": 1}, "'answer' is a dict; expected text, a number, or a list or {'target': ...} of accepted ones"),
+    ],
+)
+def test_a_list_that_holds_no_accepted_answers_is_a_bad_row(tokenizer, tmp_path, answer, words):
+    assert words in problem(tokenizer, write(tmp_path, [GOOD, {"question": "b", "answer": answer}]))
+
+
+def test_reward_functions_get_lists_and_dicts_of_answers_as_they_are(tokenizer, tmp_path):
+    file = tmp_path / "graders.py"
+    file.write_text(
+        "def grade(solution_str, ground_truth):\n    return float(ground_truth == {'target': ['12'], 'style': 3})\n"
+    )
+    answers = [{"target": ["12"], "style": 3}, ["12"], {"style": 3}]
+    grader = [{"fn": f"{file}:grade"}]
+    assert graded(of_answers(tokenizer, tmp_path, answers, match="none", rewards=grader), "12") == [1.0, 0.0, 0.0]
+    assert graded(of_answers(tokenizer, tmp_path, answers[:2], match="exact", rewards=grader), "12") == [2.0, 1.0]
+
+
+def test_an_answer_that_could_not_be_judged_gets_no_reward_and_is_counted(tokenizer, tmp_path):
+    pytest.importorskip("math_verify", reason="the extra `math` is not installed")
+    env = of_answers(tokenizer, tmp_path, ["x+1", "x+2"], match="math", dry_run=False)
+    env._match_expressions.workers = DeadWorkers()
+    prompts = sorted(env.prompts(0, num_prompts=2), key=lambda prompt: prompt.row["question"])
+    judged, lost = env.score([complete(env, prompts[0], final("x+1")), complete(env, prompts[1], final("2+x"))])
+    assert (judged.reward, judged.is_correct, judged.metrics["reward/error_rate"]) == (1.0, True, 0.0)
+    assert (lost.reward, lost.is_correct, lost.metrics["reward/error_rate"]) == (None, None, 1.0)
+    assert lost.extra == {"math_match/error": "its worker died"} and "math_match" not in lost.parts
+
+
+class DeadWorkers:
+    def map(self, items, *, budget):
+        return [Outcome(error="its worker died", has_died=True) for _ in items]
 
 
 def test_answers_after_a_marker_are_cut_out(tokenizer, tmp_path):

@@ -168,16 +168,16 @@ def test_processes_that_the_function_started_die_with_its_worker(make, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("item", "words"),
+    ("item", "words", "name"),
     [
-        (("die", 3), "its worker died with exit status 3"),
-        (("kill itself", None), "its worker died with signal SIGKILL"),
-        (("hold the stream and die", None), "its worker died with exit status 7"),
+        (("die", 3), "its worker died with exit status 3", None),
+        (("kill itself", None), "its worker died with signal SIGKILL", "SIGKILL"),
+        (("hold the stream and die", None), "its worker died with exit status 7", None),
     ],
 )
-def test_a_worker_that_dies_is_an_error_of_its_item_alone(make, item, words):
+def test_a_worker_that_dies_is_an_error_of_its_item_alone(make, item, words, name):
     outcomes = make().map([("echo", 1), item, ("echo", 2)])
-    assert outcomes == [Outcome(1), Outcome(error=words, has_died=True), Outcome(2)]
+    assert outcomes == [Outcome(1), Outcome(error=words, has_died=True, signal=name), Outcome(2)]
 
 
 @pytest.mark.parametrize(
