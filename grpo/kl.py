@@ -49,19 +49,10 @@ class Reference:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the policy is the reference. For passes without gradients, while no graph of the policy waits for its backward.
-
-        Tensors are exchanged, not overwritten: the policy's stay at their addresses, which CUDA graphs hold."""
-        parameters = self.policy.trainable_parameters()
-        own = {name: parameters[name].data for name in self.tensors}
-        try:
-            for name, tensor in self.tensors.items():
-                parameters[name].data = tensor.to(own[name].device)
-            with nullcontext() if self._has_adapter else self.policy.adapter_disabled():
-                yield
-        finally:
-            for name, tensor in own.items():
-                parameters[name].data = tensor
+        """Inside, the policy is the reference. For passes without gradients, while no graph of the policy waits for its
+        backward."""
+        with self.policy.exchanged(self.tensors), nullcontext() if self._has_adapter else self.policy.adapter_disabled():
+            yield
 
 
 def _is_adapter(name: str) -> bool:

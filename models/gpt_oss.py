@@ -247,6 +247,27 @@ class GptOss(nn.Module):
         """Whether that is so of any block."""
         return any(block.trains_base() for block in self.model.layers)
 
+    @contextmanager
+    def exchanged(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, the parameters of these names hold these tensors, copied to the model's device. They are exchanged and not
+        overwritten: what they held, weights fused from them included, stays at its address, which CUDA graphs hold."""
+        parameters = dict(self.named_parameters())
+        own = {name: parameters[name].data for name in tensors}
+        attentions = [block.self_attn for block in self.model.layers
+                      if f"model.layers.{block.self_attn.layer}.self_attn.q_proj.weight" in tensors]  # all three projections then
+        fused = [attention._fused for attention in attentions]
+        try:
+            for attention in attentions:
+                attention._fused = None
+            for name, tensor in tensors.items():
+                parameters[name].data = tensor.to(own[name].device)
+            yield
+        finally:
+            for name, tensor in own.items():
+                parameters[name].data = tensor
+            for attention, weights in zip(attentions, fused):
+                attention._fused = weights
+
     @property
     def adapter_is_enabled(self) -> bool:
         """False inside adapter_disabled()."""

@@ -14,6 +14,7 @@ import grpo.rollout
 import models.decoder
 import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
+from grpo.kl import Reference
 from grpo.rollout import Sampler
 from grpo.update import make_replay
 from models.checkpoint import load_model
@@ -91,6 +92,35 @@ def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
     completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
     for max_tokens in (100_000, 300):
         assert_trainers_bits(model, completions, shares_prompts=shares_prompts, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("trains_base", [False, True])
+def test_a_pass_of_the_kl_reference_leaves_the_policy_and_its_graphs_as_they_were(trains_base):
+    if trains_base:
+        model = load_model(FIXTURES / "tiny_bf16", device="cuda", dtype=torch.bfloat16)
+        set_full_training(model)
+    else:
+        model = adapted_model()
+    sampler = Sampler(model, [1], max_batch=8, seed=3)
+    prompts = [Prompt(i, list(range(5 + i, 25 + i)), {}) for i in range(2)]
+
+    def log_probs_of(completions):
+        batch = pack(completions, [1.0] * len(completions)).to(model.device)
+        with torch.no_grad():
+            return model.log_probs(batch.tokens, batch.cu_seqlens, temperature=0.7, mask=batch.host_mask)[0]
+
+    for _ in range(2):  # the second rollout replays graphs
+        before = sampler.generate(prompts, step=0, num_samples=4, max_new_tokens=40, temperature=0.7)
+    reference, at_start = Reference.of(model), log_probs_of(before)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():  # in place, as the optimizer updates
+            parameter.mul_(1.1)
+    updated = log_probs_of(before)
+    with reference.in_place():
+        assert torch.equal(log_probs_of(before), at_start)
+    assert torch.equal(log_probs_of(before), updated) and not torch.equal(updated, at_start)
+    after = sampler.generate(prompts, step=0, num_samples=4, max_new_tokens=40, temperature=0.7)
+    assert_trainers_bits(model, after, shares_prompts=False)
 
 
 def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeypatch):
