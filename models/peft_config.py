@@ -17,6 +17,7 @@ _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pa
          "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}  # fmt: skip
 _WITHOUT_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
                    "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
+                   "lora_dtype", "lorap_lr_ratio",
                    "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # fmt: skip
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # ways to start that leave the base as it is
 _ADAPTED = (".gate_up_proj", ".down_proj", ".router.weight", *(f".{name}_proj.weight" for name in "qkvo"))

@@ -25,7 +25,7 @@ from models.kv_cache import PAGE_TOKENS, KVCache  # noqa: E402
 from models.routing_record import RoutingReplay  # noqa: E402
 
 MAX_TOKEN = 199_998  # control tokens start here
-MICRO_TOKENS = 16_384
+MICRO_TOKENS = 16_384  # in a micro-batch; one longer sequence goes alone
 
 
 def random_prompts(policy: GptOss, lengths: list[int], *, seed: int) -> list[Prompt]:
@@ -70,7 +70,8 @@ def compare_log_probs(policy: GptOss, completions: list[Completion], *, shares_p
     """The sampler's log-probs against the trainer's; with replays, of completions that recorded their routing."""
     batch = pack(completions, [0.0] * len(completions)).to(policy.device)
     worst, num_differing, routings = 0.0, 0, []
-    for micro in micro_batches(batch, MICRO_TOKENS, share_prompts=shares_prompts):
+    longest = max(completion.num_tokens for completion in completions)
+    for micro in micro_batches(batch, max(MICRO_TOKENS, longest), share_prompts=shares_prompts):
         routings += [RoutingReplay(micro.routing)] if replays else []
         log_probs = micro_log_probs(policy, micro, routings[-1] if replays else None).detach()
         difference = (log_probs - micro.sampler_log_probs)[micro.loss_mask].abs()

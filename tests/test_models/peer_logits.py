@@ -3,8 +3,8 @@
     python peer_logits.py JOBS.json OUT.safetensors
 
 JOBS: [{"name", "checkpoint", "adapter" or null, "input_ids", "text" or null}]. OUT holds the logits of each job; its
-metadata, as JSON under "jobs", what transformers and PEFT said while loading, and the ids of "text" in the
-checkpoint's tokenizer.
+metadata, as JSON under "jobs", what transformers and PEFT said while loading; with "text" its ids by the tokenizer of the
+adapter's or checkpoint's folder, a chat of one message, and the generation settings there.
 """
 
 import json
@@ -32,8 +32,12 @@ def run(job: dict) -> tuple[torch.Tensor, dict]:
             model = PeftModel.from_pretrained(model, job["adapter"])
         said["adapter_warnings"] = [str(warning.message) for warning in caught if "adapter" in str(warning.message)]
     if job["text"] is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(job["checkpoint"])
+        folder = job["adapter"] or job["checkpoint"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         said["text_ids"] = list(tokenizer(job["text"])["input_ids"])
+        said["generation"] = transformers.GenerationConfig.from_pretrained(folder).to_dict()
+        if tokenizer.chat_template:
+            said["chat"] = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     with torch.no_grad():
         return model(torch.tensor(job["input_ids"])).logits, said
 

@@ -6,6 +6,7 @@ and peft.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from grpo.export_files import write_adapter, write_model
+from grpo.model_card import Origin
 from models.checkpoint import load_model, save_model, save_original
 from models.lora import LoraConfig, attach_lora
 from models.peft_format import load_adapter, save_adapter
@@ -80,6 +83,17 @@ def exports(tmp_path_factory):
         model = with_adapter(BF16, targets)
         save_adapter(model, folder / name, base_model=str(BF16))
         made[f"adapter on {name}"] = (BF16, folder / name, logits_of(model))
+    base = folder / "base"  # with what the hub's folders hold beside the weights
+    shutil.copytree(BF16, base)
+    for path in (FIXTURES / "tokenizer_compact").iterdir():
+        shutil.copyfile(path, base / path.name)
+    (base / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}<|call|>")
+    (base / "generation_config.json").write_text('{"do_sample": true, "eos_token_id": [3, 5], "temperature": 0.75}')
+    model, origin = with_adapter(base, TARGETS["experts"]), Origin(str(base), base)
+    write_adapter(model, folder / "written adapter", origin)
+    made["written adapter"] = (base, folder / "written adapter", logits_of(model))
+    write_model(model, folder / "written", origin, merge_lora=True, dtype=torch.float32)
+    made["written model"] = (folder / "written", None, logits_of(model))
     model = load(BF16)
     load_adapter(model, FIXTURES / "tiny_bf16_lora")
     made["fixture adapter"] = (BF16, FIXTURES / "tiny_bf16_lora", logits_of(model))
@@ -102,7 +116,7 @@ def peer(peer_python, exports, tmp_path_factory):
             "checkpoint": str(checkpoint),
             "adapter": adapter and str(adapter),
             "input_ids": IDS.tolist(),
-            "text": TEXT if (checkpoint / "tokenizer.json").exists() else None,
+            "text": TEXT if ((adapter or checkpoint) / "tokenizer.json").exists() else None,
         }
         for name, (checkpoint, adapter, _) in exports.items()
     ]
@@ -121,8 +135,8 @@ def peer(peer_python, exports, tmp_path_factory):
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["jobs"])
 
 
-CHECKPOINTS = ["bf16", "mxfp4", "mxfp4 as bf16", "from original", "merged", "random"]
-ADAPTERS = [*(f"adapter on {name}" for name in TARGETS), "fixture adapter"]
+CHECKPOINTS = ["bf16", "mxfp4", "mxfp4 as bf16", "from original", "merged", "random", "written model"]
+ADAPTERS = [*(f"adapter on {name}" for name in TARGETS), "fixture adapter", "written adapter"]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -144,3 +158,15 @@ def test_an_adapter_loads_in_peft_with_equal_logits(peer, exports, name):
 def test_the_exported_tokenizer_gives_the_same_ids_in_transformers(peer, exports, name):
     _, said = peer
     assert said[name]["text_ids"] == Tokenizer.load(exports[name][0]).encode(TEXT)
+
+
+@pytest.mark.parametrize("name", ["written adapter", "written model"])
+def test_tokenizer_chat_template_and_generation_settings_load_from_an_export(peer, exports, name):
+    said = peer[1][name]
+    folder = exports[name][1] or exports[name][0]
+    assert said["text_ids"] == Tokenizer.load(folder).encode(TEXT)
+    assert said["chat"] == "hello<|call|>"
+    assert said["generation"]["eos_token_id"] == [3, 5] and said["generation"]["temperature"] == 0.75
+    if name == "written adapter":
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert base == str(exports[name][0])
