@@ -13,18 +13,13 @@ Keys of a completion that the console, the report and the final samples use: `pr
 and `split` ("train" or "eval"); any other key is recorded as it is.
 """
 
-import contextlib
-import inspect
 import itertools
 import json
 import math
-import netrc
 import os
-import secrets
 import shlex
 import sys
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +36,7 @@ from grpo.report import (
     write_atomic,
     write_report,
 )
-
-FINISH_TIMEOUT_SECONDS = 120
-INIT_TIMEOUT_SECONDS = 30
+from grpo.wandb_run import WandbRun
 
 
 class Metrics:
@@ -78,8 +71,8 @@ class Metrics:
         self.total_steps = total_steps
         self.display = Display(run_name, total_steps, is_enabled=console)
         self.summary: dict | None = None
-        self.wandb = _WandbRun(
-            self.run_dir, wandb, config=config, run_name=run_name, wandb_id=wandb_id, warn=self.display.print
+        self.wandb = WandbRun(
+            self.run_dir, wandb, config=_json_safe(config), run_name=run_name, wandb_id=wandb_id, warn=self.display.print
         )
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
@@ -155,7 +148,7 @@ class Metrics:
         rows = [{"step": step, **completion} for completion in completions]
         self._completions_file.append(rows)
         self.display.completion(step, completions[0])
-        self.wandb.log_table(step, rows)
+        self.wandb.log_table(step, _json_safe(rows))
 
     def set_status(self, status: str) -> None:
         """Shows on the live display what the run is doing within a step, as "rollout" or "saving"."""
@@ -342,135 +335,3 @@ def _peak_host_memory_gb() -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def _has_wandb_key() -> bool:
-    """Whether wandb can log in without asking: a key in the environment, or an entry for its server in netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    server = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        return netrc.netrc(path).authenticators(urllib.parse.urlsplit(server).hostname or server) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-class _WandbRun:
-    """wandb behind four calls, none of which can stop a run: each kind of failure is one warning.
-
-    Steps are our own metric `step`, because wandb refuses steps that go back, and an offline run that goes on under the
-    same id starts counting anew.
-    """
-
-    def __init__(
-        self, run_dir: Path, settings: WandbConfig, *, config: dict, run_name: str, wandb_id: str | None, warn
-    ):
-        self.run_id: str | None = None
-        self.hint = ""  # where the run is to be seen, or how to upload it
-        self._run = None
-        self._table = None
-        self._columns: list[str] = []
-        self._warn = warn
-        self._failed: set[str] = set()
-        mode = _resolve_mode(settings.mode)
-        if mode == "disabled":
-            return
-        self.run_id = wandb_id or secrets.token_hex(4)
-        if mode == "online" and not _has_wandb_key():
-            self._warn(
-                "warning: wandb.mode=online but no API key is set (wandb login, or WANDB_API_KEY): logging offline"
-            )
-            mode = "offline"
-        self._init(run_dir, settings, mode, config=config, run_name=run_name)
-        if self._run is None and mode == "online":
-            self._init(run_dir, settings, "offline", config=config, run_name=run_name)
-
-    def _init(self, run_dir: Path, settings: WandbConfig, mode: str, *, config: dict, run_name: str) -> None:
-        consequence = "logging offline instead" if mode == "online" else "the run goes on without"
-        with self._guarded(f"{mode} init", consequence):
-            import wandb
-
-            can_give_up = "finish_timeout" in inspect.signature(wandb.Settings).parameters
-            patience = {"finish_timeout": FINISH_TIMEOUT_SECONDS} if can_give_up else {}
-            self._run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                group=settings.group,
-                tags=list(settings.tags),
-                name=run_name,
-                id=self.run_id,
-                resume="allow",
-                mode=mode,
-                dir=str(run_dir),
-                config=_json_safe(config),
-                reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_SECONDS, **patience),
-            )
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
-            self._run.define_metric("warmup/step")
-            self._run.define_metric("warmup/*", step_metric="warmup/step")
-            self.hint = (
-                self._run.url if mode == "online" else f"offline; upload with: wandb sync {Path(self._run.dir).parent}"
-            )
-
-    @contextlib.contextmanager
-    def _guarded(self, what: str, consequence: str = "the run goes on without"):
-        """Turns any failure of wandb (network, server, its process, its own bugs) into one warning for each `what`."""
-        try:
-            yield
-        except Exception as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                reason = str(error).strip().split("\n")[0]
-                self._warn(f"warning: wandb {what} failed ({type(error).__name__}: {reason}); {consequence}")
-
-    def log(self, line: dict[str, float]) -> None:
-        if self._run is None:
-            return
-        with self._guarded("log"):
-            self._run.log(line)
-
-    def log_table(self, step: int, rows: list[dict]) -> None:
-        """Appends rows to the table `completions`; its columns are those of the first row logged, token ids left out."""
-        if self._run is None:
-            return
-        with self._guarded("table"):
-            import wandb
-
-            appends = "log_mode" in inspect.signature(wandb.Table.__init__).parameters
-            if not self._columns:
-                self._columns = [name for name in rows[0] if name != "token_ids"]
-            if self._table is None or not appends:
-                kind = {"log_mode": "INCREMENTAL"} if appends else {}
-                self._table = wandb.Table(columns=self._columns, allow_mixed_types=True, **kind)
-            for row in rows:
-                self._table.add_data(*(_table_cell(row.get(column)) for column in self._columns))
-            self._run.log({"completions": self._table, "step": step})
-
-    def finish(self, summary: dict) -> None:
-        if self._run is None:
-            return
-        with self._guarded("finish"):
-            for name, record in summary["eval"].items():
-                self._run.summary[f"best/{name}"] = record["best"]["value"]
-            self._run.summary["exit_reason"] = summary["exit_reason"]
-            self._run.finish(exit_code=0 if summary["exit_reason"] == "finished" else 1)
-        self._run = None
-
-
-def _resolve_mode(mode: str) -> str:
-    """`auto`: what WANDB_MODE says, else online with a key, else offline."""
-    if mode != "auto":
-        return str(mode)
-    asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("online", "offline", "disabled"):
-        return asked
-    return "online" if _has_wandb_key() else "offline"
-
-
-def _table_cell(value: object) -> object:
-    if isinstance(value, (dict, list, tuple)):
-        return json.dumps(_json_safe(value), ensure_ascii=False)
-    return value

@@ -36,6 +36,7 @@ from grpo.run import (
 )
 from grpo.signals import GracefulStop
 from grpo.update import update
+from grpo.wandb_run import end_soon
 
 
 def train(run: Run) -> None:
@@ -130,4 +131,4 @@ def run_training(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch("train", run_training))
+    sys.exit(end_soon(launch("train", run_training)))
