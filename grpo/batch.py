@@ -11,6 +11,7 @@ Shapes: T packed tokens, S sequences.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import dataclass, field, fields, replace
 
@@ -71,7 +72,8 @@ _ON_HOST = ("cu_seqlens", "host_mask")
 @dataclass
 class RolloutBatch:
     """Sequences end to end. `num_completion_tokens` and `num_sequences` count the whole optimizer step and stay unchanged
-    in micro-batches: a loss divides by them, so its value and gradient do not depend on the split."""
+    in micro-batches: a loss divides by them, so its value and gradient do not depend on the split. `rewards` and `group_ids`
+    are those of all that was packed, for baselines of a loss's own: `(rewards - rewards.mean())[rows]` is one for each token."""
 
     tokens: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [S + 1] int32, on the host wherever the others are
@@ -82,6 +84,9 @@ class RolloutBatch:
     sequence_ids: torch.Tensor  # [T] int64, row of `sequence_lengths` that a token belongs to
     sequence_lengths: torch.Tensor  # [S] int64, policy tokens of each sequence; none in a shared prompt
     token_index: torch.Tensor  # [T] int64, where a token stands in the batch that was packed
+    rows: torch.Tensor  # [T] int64, the completion that a token belongs to, among the N that were packed
+    rewards: torch.Tensor  # [N] fp32, NaN without
+    group_ids: torch.Tensor  # [N] int64, equal within a group
     prompts: list[tuple[int, int]]  # [S] which prompt (equal numbers: equal prompts), and how many of its tokens are here
     num_completion_tokens: int
     num_sequences: int
@@ -129,7 +134,7 @@ class RolloutBatch:
         per_token = {name: None if value is None else value[index] for name, value in
                      (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
                       ("sampler_log_probs", self.sampler_log_probs), ("old_log_probs", self.old_log_probs),
-                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index),
+                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index), ("rows", self.rows),
                       ("routing", self.routing))}
         return replace(
             self, **per_token,
@@ -165,14 +170,17 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
             else:
                 kept_counts += [0] * length
     lengths = torch.tensor([completion.num_tokens for completion in completions])
+    rows = torch.repeat_interleave(torch.arange(len(completions)), lengths)
     policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
     loss_mask = torch.tensor(mask)
     return RolloutBatch(
         tokens=torch.tensor(tokens), cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), loss_mask=loss_mask, host_mask=loss_mask,
         sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
         advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
-        sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths),
-        sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts,
+        sequence_ids=rows, sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts, rows=rows,
+        rewards=torch.tensor([math.nan if completion.reward is None else completion.reward for completion in completions],
+                             dtype=torch.float32),
+        group_ids=torch.tensor([completion.prompt.id for completion in completions]),
         num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions), routing=_packed_routing(completions),
         kept=KeptSets.of_counts(torch.cat(kept_ids), torch.tensor(kept_counts)) if kept_ids else None)
 

@@ -23,6 +23,8 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.rewards.functions import load_function
+
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
@@ -180,6 +182,7 @@ class OptimConfig:
     minibatches: int = number("[1, inf)")  # updates each epoch
     epochs: int = number("[1, inf)")  # passes over a batch
     old_log_probs: OldLogProbs = MISSING
+    mask_truncated: bool = False  # completions cut off by rollout.max_new_tokens count in their group, but are not trained on
     # power of two that the loss carries through the backward, so that float16 gradients do not underflow; null: grpo.optim's
     # for float16, 1 for other dtypes. Lower it when gradients overflow
     loss_scale: Optional[float] = number("(0, inf)", "null for the dtype's own", default=None)
@@ -206,6 +209,10 @@ class EvalConfig:
     every: int = number("[0, inf)", "0 is never in between")  # steps
     num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     temperature: float = number("(0, inf)", "greedy is eval.greedy=true")
+    # null, for these three: as in rollout
+    top_k: Optional[int] = number("[0, inf)", "the number of tokens to keep; 0 is off", default=None)
+    top_p: Optional[float] = number("(0, 1]", "1 is off", default=None)
+    min_p: Optional[float] = number("[0, 1)", "0 is off", default=None)
     greedy: bool = MISSING
     max_prompts: int = number("[1, inf)")  # held-out prompts
     at_start: bool = MISSING
@@ -473,7 +480,12 @@ def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
 
 def resolve_target(path: Any, key: str) -> Callable:
     if not isinstance(path, str) or "." not in path:
-        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo")
+        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo, or file.py:name")
+    if ":" in path:
+        try:
+            return load_function(path, key=f"{key}._target_")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)

@@ -5,6 +5,7 @@ replaced by fresh prompts for a bounded number of rounds.
 """
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from models.tokenizer import Tokenizer
 
 @dataclass
 class Groups:
-    completions: list[Completion]  # of live groups, with their rewards
+    completions: list[Completion]  # of live groups, with their rewards: what is trained on
     advantages: list[float]
     scored: list[tuple[Completion, Score]]  # everything sampled this step, dropped groups included
     metrics: dict[str, float] = field(default_factory=dict)
@@ -33,7 +34,7 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
     rollout = config.rollout
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
-    num_groups = num_dropped = num_errors = 0
+    num_groups = num_dropped = num_unscored = num_errors = 0
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
     missing = rollout.prompts_per_step
     for attempt in range(rollout.refill_rounds + 1):
@@ -59,6 +60,7 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
         num_live = len({completion.prompt.id for completion in kept})
         num_groups += len(prompts)
         num_dropped += len(prompts) - num_live
+        num_unscored += len(prompts) - len({completion.prompt.id for completion in rewarded})
         missing -= num_live
         if missing == 0:
             break
@@ -66,7 +68,10 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
                                   normalize_std=config.advantage.normalize_std)
     metrics = {**reward_metrics(scored), **length_metrics([completion for completion, _ in scored]),
                "frac_reward_zero_std": num_dropped / num_groups, "groups/dropped": num_dropped,
-               "groups/live": num_groups - num_dropped, "reward/errors": num_errors, **seconds}
+               "groups/live": num_groups - num_dropped, "groups/unscored": num_unscored, "reward/errors": num_errors, **seconds}
+    if config.optim.mask_truncated:  # they have had their say in their group's mean and spread
+        kept = [row for row, completion in enumerate(live) if completion.finish_reason != "length"]
+        live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
     return Groups(live, advantages, scored, metrics)
 
 
@@ -78,17 +83,20 @@ def _live_groups(completions: list[Completion]) -> list[Completion]:
 
 
 def reward_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:
-    """Means of rewards, their parts and the environment's metrics, over the completions that have them."""
+    """Means of rewards, their parts and the environment's metrics, over the completions that have them; NaN where none has. The
+    standard deviation of a part is that of a sample, as TRL's of the same name."""
     rewards = [verdict.reward for _, verdict in scored if verdict.reward is not None]
-    metrics = {"reward": statistics.fmean(rewards) if rewards else 0.0,
-               "reward_std": statistics.pstdev(rewards) if rewards else 0.0}
+    metrics = {"reward": statistics.fmean(rewards) if rewards else math.nan,
+               "reward_std": statistics.pstdev(rewards) if rewards else math.nan}
     values: dict[str, list[float]] = {}
     for _, verdict in scored:
         for name, value in verdict.parts.items():
             values.setdefault(f"rewards/{name}/mean", []).append(value)
         for name, value in verdict.metrics.items():
             values.setdefault(f"env/{name}", []).append(value)
-    return metrics | {name: statistics.fmean(numbers) for name, numbers in values.items()}
+    spreads = {name.replace("/mean", "/std"): statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+               for name, numbers in values.items() if name.endswith("/mean")}
+    return metrics | {name: statistics.fmean(numbers) for name, numbers in values.items()} | spreads
 
 
 def length_metrics(completions: list[Completion]) -> dict[str, float]:

@@ -14,18 +14,25 @@ and the gradient is REINFORCE's, A grad log pi.
 
 Departure from the papers: log-ratios are clamped to +-20 before the exponential.
 
-Statistics are sums, so that micro-batches add up: see `reduce_stats`.
+Statistics are sums, so that micro-batches add up: see `reduce_stats`. A loss of one's own keeps to CONTRACT.
 
 Shapes: T packed tokens, S sequences.
 """
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Callable
 
 import torch
 
-from grpo.batch import RolloutBatch
+from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
+from grpo.config import ConfigError
 
+CONTRACT = (
+    "A loss is called as loss(log_probs, batch, old_log_probs=...): log-probs [T] in nats and a grpo.batch.RolloutBatch. It "
+    "returns (loss, stats): a scalar tensor that depends on log_probs, and a dict of scalars to log, each a sum over the batch's "
+    "trained tokens (a maximum where the name ends in /max), {} for none")
 MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is still far from overflow when summed in fp32
 
 
@@ -36,7 +43,7 @@ def grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.T
     log_probs, old_log_probs: [T] fp32, nats. Returns the scalar loss and the sums of `reduce_stats`."""
     surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
     lengths = batch.sequence_lengths.clamp(min=1)[batch.sequence_ids]  # [T]
-    return _finish((surrogate / lengths).sum() / batch.num_sequences, stats)
+    return -(surrogate / lengths).sum() / batch.num_sequences, stats
 
 
 def dr_grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
@@ -45,11 +52,11 @@ def dr_grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torc
 
     log_probs, old_log_probs: [T] fp32, nats. `length_normalizer` is usually the longest completion allowed, in tokens.
     Returns the scalar loss and the sums of `reduce_stats`."""
-    if not length_normalizer > 0:
-        raise ValueError(f"loss.length_normalizer={length_normalizer}: must be a positive number of tokens; "
-                         "rollout.max_new_tokens is the usual choice")
+    if not 0 < length_normalizer < math.inf:
+        raise ConfigError(f"loss.length_normalizer = {length_normalizer}: must be a positive number of tokens; "
+                          "rollout.max_new_tokens is the usual choice")
     surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
-    return _finish(surrogate.sum() / (batch.num_sequences * length_normalizer), stats)
+    return -surrogate.sum() / (batch.num_sequences * length_normalizer), stats
 
 
 def dapo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
@@ -58,15 +65,15 @@ def dapo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.T
 
     log_probs, old_log_probs: [T] fp32, nats. Returns the scalar loss and the sums of `reduce_stats`."""
     surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
-    return _finish(surrogate.sum() / batch.num_completion_tokens, stats)
+    return -surrogate.sum() / batch.num_completion_tokens, stats
 
 
 def _surrogate(log_probs: torch.Tensor, batch: RolloutBatch, old_log_probs: torch.Tensor, clip_low: float,
                clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped surrogate per token, to maximise, zero where the mask is false; and its statistics. [T]"""
     if not (0 <= clip_low <= 1 and clip_high >= 0):
-        raise ValueError(f"loss.clip_low={clip_low}, loss.clip_high={clip_high}: the ratio is kept within "
-                         "[1 - clip_low, 1 + clip_high], so 0 <= clip_low <= 1 and clip_high >= 0 (DAPO: 0.2 and 0.28)")
+        raise ConfigError(f"loss.clip_low = {clip_low}, loss.clip_high = {clip_high}: the ratio is kept within "
+                          "[1 - clip_low, 1 + clip_high], so 0 <= clip_low <= 1 and clip_high >= 0 (DAPO: 0.2 and 0.28)")
     mask, advantages = batch.loss_mask, batch.advantages
     assert log_probs.shape == old_log_probs.shape == mask.shape, (log_probs.shape, old_log_probs.shape, mask.shape)
     # masked before the exponential: what stands outside the mask, even NaN, reaches neither value nor gradient
@@ -76,7 +83,6 @@ def _surrogate(log_probs: torch.Tensor, batch: RolloutBatch, old_log_probs: torc
     surrogate = torch.where(mask, torch.minimum(ratio * advantages, clipped * advantages), 0.0)
     with torch.no_grad():
         stats = {
-            "num_tokens": mask.sum(),
             "clip_ratio/low": (mask & (advantages < 0) & (ratio < 1 - clip_low)).sum(),
             "clip_ratio/high": (mask & (advantages > 0) & (ratio > 1 + clip_high)).sum(),
             "approx_kl": torch.where(mask, _k3(log_ratio), 0.0).sum(),  # KL(pi_old || pi), estimated under pi_old
@@ -84,10 +90,6 @@ def _surrogate(log_probs: torch.Tensor, batch: RolloutBatch, old_log_probs: torc
             "ratio/max": torch.where(mask, ratio, 0.0).max(),
         }
     return surrogate, stats
-
-
-def _finish(objective: torch.Tensor, stats: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    return -objective, {"loss": -objective.detach(), **stats}
 
 
 def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -118,8 +120,7 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
     """Statistics of all micro-batches of a step -> metrics of the step.
 
     `loss` is already divided by its normaliser: summed over micro-batches, averaged over the step's `num_updates`. A
-    name that ends in `/max` is a maximum. Everything else is a sum over tokens, divided by the sum of `num_tokens`,
-    which leads the result (tokens trained on, counted once per update)."""
+    name that ends in `/max` is a maximum. Everything else is a sum over tokens, divided by the sum of `num_tokens`."""
     values: dict[str, float] = {}
     for part in stats:
         for name, value in part.items():
@@ -129,7 +130,7 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
             else:
                 values[name] = values.get(name, 0.0) + number
     num_tokens = values.pop("num_tokens")
-    result = {"num_tokens": num_tokens}
+    result = {}
     for name, value in values.items():
         if name == "loss":
             result[name] = value / num_updates
@@ -138,3 +139,41 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
         else:
             result[name] = value / num_tokens if num_tokens else 0.0
     return result
+
+
+def try_loss(loss_fn: Callable, path: str, *, group_size: int) -> None:
+    """Calls the loss that `path` names on two made-up groups. Raises ConfigError where it fails or does not keep to CONTRACT."""
+    segments = [Segment([1, 2], "prompt"), Segment([3, 4], "policy", [-1.0, -2.0])]
+    completions = [Completion(Prompt(group, [1, 2], {}), sample, segments, "stop", reward=float(sample))
+                   for group in range(2) for sample in range(group_size)]
+    batch = pack(completions, [sample - (group_size - 1) / 2 for _ in range(2) for sample in range(group_size)])
+    log_probs = (1.1 * batch.sampler_log_probs).requires_grad_()
+    try:
+        checked_loss(loss_fn(log_probs, batch, old_log_probs=batch.sampler_log_probs), path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"loss._target_ = {path!r}: raised {type(error).__name__}: {error}. {CONTRACT}") from error
+
+
+def checked_loss(returned: object, path: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What a loss returned, as it is; raises ConfigError where that is not what CONTRACT says."""
+    is_pair = isinstance(returned, tuple) and len(returned) == 2
+    loss, stats = returned if is_pair else (None, None)
+    wrong = "" if is_pair else f"what it returned is {_kind(returned)}, no pair"
+    if is_pair and not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad):
+        what = "one that no gradient reaches log_probs from" if isinstance(loss, torch.Tensor) and loss.ndim == 0 else _kind(loss)
+        wrong = f"its loss is {what}"
+    elif is_pair and not isinstance(stats, dict):
+        wrong = f"its stats are {_kind(stats)}"
+    elif is_pair:
+        bad = [(name, value) for name, value in stats.items() if not isinstance(name, str) or not (
+            isinstance(value, numbers.Real) or isinstance(value, torch.Tensor) and value.ndim == 0)]
+        wrong = f"stats[{bad[0][0]!r}] is {_kind(bad[0][1])}" if bad else ""
+    if wrong:
+        raise ConfigError(f"loss._target_ = {path!r}: {wrong}. {CONTRACT}")
+    return loss, stats
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"

@@ -83,9 +83,8 @@ def _json_number(value: float) -> float | None:
 def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: int, config: dict) -> dict:
     """Returns the contents of summary.json, computed from metrics.jsonl.
 
-    `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` is the sum of the metric
-    `num_tokens` (prompt and completion tokens of a step) over the steps; `seconds` is wall time over all sessions of
-    the run; memory is in GB (1e9 bytes).
+    `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` counts the prompt and completion
+    tokens of all steps; `seconds` is wall time over all sessions of the run; memory is in GB (1e9 bytes).
     """
     rows = read_metrics(run_dir)
     eval_names = dict.fromkeys(name for row in rows for name in row if name.startswith("eval/"))
@@ -97,7 +96,7 @@ def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: in
         "exit_reason": exit_reason,
         "steps": max((row["step"] for row in rows if "reward" in row or "loss" in row), default=0),
         "total_steps": total_steps,
-        "num_tokens": int(sum(row["num_tokens"] for row in rows if "num_tokens" in row)),
+        "num_tokens": int(max((row["num_tokens"] for row in rows if "num_tokens" in row), default=0)),
         "seconds": max((row["time/total"] for row in rows if "time/total" in row), default=0.0),
         "peak_memory_gb": max(peaks) if peaks else None,
         "eval": {name: _record(*series(rows, name), name) for name in eval_names},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.sampling import Draw, check_settings, draw, greedy
+from grpo.sampling import Draw, draw, greedy
 from grpo.schedule import CacheShape, Group, Pieces, Request, Schedule, plan_cache
 from models.decoder import Decoder, NewRow, PlainDraw, Rows, can_decode_by_graph
 from models.draw_key import POSITION
@@ -522,7 +522,6 @@ def _chooser(
 ) -> Callable[[Tensor, Tensor], Draw]:
     if is_greedy:
         return lambda logits, keys: greedy(logits)
-    check_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 

@@ -32,6 +32,7 @@ from grpo.environment import check_known_prompts, make_environment
 from grpo.export_files import write_adapter, write_model
 from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
+from grpo.losses import try_loss
 from grpo.metrics import Metrics
 from grpo.model_card import Origin
 from grpo.optim import Optimizer, loss_scale_for
@@ -74,6 +75,8 @@ class Run:
     optimizer: Optimizer | None = None  # once the weights are there
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
+    num_tokens: int = 0  # of prompts and completions, in all of them
+    steps_without_update: int = 0  # the last so many
     saved_step: int = -1  # steps finished at the newest checkpoint
     has_warned: bool = False  # that sampler and trainer differ
     is_between_steps: bool = True  # false while weights hold part of a step's updates
@@ -89,6 +92,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     if config.threads:
         torch.set_num_threads(config.threads)
     loss_fn = bind(config.loss, "loss")
+    try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size)
     tokenizer = build_tokenizer(config.model, config.env)
     env = make_environment(config.env, tokenizer, seed=config.seed)
     if config.warmup is not None:
@@ -134,7 +138,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     if state is not None:
         optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
                                    if name.startswith(OPTIM)})
-        run.step = run.saved_step = state.step
+        run.step, run.saved_step, run.num_tokens = state.step, state.step, state.state["num_tokens"]
     run.optimizer = optimizer
 
 
@@ -241,13 +245,15 @@ def save(run: Run) -> None:
                                      "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
     run.metrics.sync()
     save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep,
-             state={"wandb_id": run.metrics.wandb_id, "made_of": run.made_of})
+             state={"wandb_id": run.metrics.wandb_id, "num_tokens": run.num_tokens, "made_of": run.made_of})
     run.saved_step = run.step
 
 
 def export_policy(run: Run) -> tuple[Path, str]:
     """Writes what others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model.
     Returns its folder and, in words, what it holds and leaves out."""
+    if run.optimizer.num_updates == 0:
+        run.metrics.warn("no step made an update: what is exported has learnt nothing from rewards")
     is_lora = run.config.model.lora is not None
     folder = run.run_dir / ("adapter" if is_lora else "model")
     remove(folder)  # of fewer steps, where a finished run went on

@@ -48,21 +48,6 @@ class Draw:
         return list(self.kept_ids.cpu().split(self.kept_counts.tolist()))
 
 
-def check_settings(*, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    """Raises ValueError naming the setting, its value and what is allowed."""
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"temperature={temperature}: must be a finite number above 0; for the most likely token of "
-            "each step use greedy sampling instead of temperature 0"
-        )
-    if not top_k >= 0:
-        raise ValueError(f"top_k={top_k}: must be 0 (off) or the number of most likely tokens to keep")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1 (off)")
-    if not 0 <= min_p <= 1:
-        raise ValueError(f"min_p={min_p}: must be between 0 (off) and 1")
-
-
 def draw(
     logits: Tensor, keys: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Draw:
@@ -70,10 +55,9 @@ def draw(
 
     logits [B, V] fp32; keys [B, 5] int64: seed, step, prompt id, sample, position of the drawn token in its sequence
     (the prompt's first token is position 0). The log-probs are natural logs, renormalised over the kept set when a
-    filter is active. Two rows with the same key and logits draw the same token. Raises ValueError for a setting out
-    of range. A row with a NaN logit gives a NaN log-prob.
+    filter is active. Two rows with the same key and logits draw the same token. A row with a NaN logit gives a NaN
+    log-prob.
     """
-    check_settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert logits.dtype == torch.float32, f"logits are {logits.dtype}, expected torch.float32"
     assert keys.shape == (logits.shape[0], 5), f"keys are {tuple(keys.shape)}, expected {(logits.shape[0], 5)}"
     num_rows = max(1, _MAX_BLOCK_ELEMENTS // logits.shape[1])

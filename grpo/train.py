@@ -52,10 +52,11 @@ def train(run: Run) -> None:
         run.step += 1
         run.is_between_steps = True
         finished = time.perf_counter()
-        stats |= {"time/update": finished - updated, "time/step": finished - started,
+        run.num_tokens += sum(len(completion.prompt.token_ids) + completion.num_policy_tokens for completion, _ in groups.scored)
+        stats |= {"num_tokens": run.num_tokens, "time/update": finished - updated, "time/step": finished - started,
                   "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
                   "memory/peak_gb": peak_memory_gb(run.policy.device)}
-        metrics.log(run.step, {**groups.metrics, **stats})
+        metrics.log(run.step, {**stats, **groups.metrics})
         if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):
             metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="train")
                                                for completion, score in groups.scored[:config.log.num_completions]])
@@ -75,11 +76,12 @@ def evaluate_if_due(run: Run) -> None:
         return
     started = time.perf_counter()
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len)
+    top_k, top_p, min_p = (trained if own is None else own for own, trained in (
+        (settings.top_k, config.rollout.top_k), (settings.top_p, config.rollout.top_p), (settings.min_p, config.rollout.min_p)))
     result, scored = evaluate(
         run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
-        greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p, min_p=config.rollout.min_p, should_stop=run.should_stop,
-        progress=run.metrics.progress("evaluating"))
+        greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=top_k, top_p=top_p, min_p=min_p,
+        should_stop=run.should_stop, progress=run.metrics.progress("evaluating"))
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
     run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="eval")
                                            for completion, score in scored[:config.log.num_completions]])

@@ -1,6 +1,8 @@
 """The update of a step: a batch of scored completions to losses, gradients and optimizer steps, with their metrics."""
 from __future__ import annotations
 
+import math
+
 import torch
 
 from grpo.batch import RolloutBatch, micro_batches, minibatches, pack
@@ -8,18 +10,26 @@ from grpo.config import OldLogProbs
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
 from grpo.kl import kl_penalty
-from grpo.losses import reduce_stats, token_stats
+from grpo.losses import checked_loss, reduce_stats, token_stats
 from grpo.optim import check_finite
 from grpo.rollout import Interrupted
 from grpo.run import Run
 from models.routing_record import RoutingReplay
 
+PATIENCE = 5  # steps in a row without an update, until a warning
+
 
 def update(run: Run, groups: Groups) -> dict[str, float]:
     """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
     optim = run.config.optim
-    if not groups.completions:  # nothing to learn from: no gradient, no update
-        return {"loss": 0.0, "grad_norm": 0.0, "lr": run.optimizer.lr, "num_tokens": 0, "update/tokens": 0}
+    # schedules follow steps, whether or not those before had a gradient
+    run.optimizer.position = run.step * optim.minibatches * optim.epochs
+    run.steps_without_update = 0 if groups.completions else run.steps_without_update + 1
+    if not groups.completions:
+        if run.steps_without_update == PATIENCE:
+            run.metrics.warn(f"no group had rewards that differ in the last {PATIENCE} steps, so nothing was learnt: look at "
+                             "completions.jsonl, and at whether the reward can tell completions apart")
+        return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
     batch = pack(groups.completions, groups.advantages).to(run.policy.device)
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
@@ -29,11 +39,11 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             # it routes for itself: it is another policy, not this one's weights on another's routes
             batch.ref_log_probs = score_batch(run, batch, replays_routing=False)
     allowed = allowed_difference(run.policy)
-    stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole = [], [], [], [], [], 0, 0
+    stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole, num_trained = [], [], [], [], [], 0, 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
-            num_whole += len(part.tokens)
+            num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_completion_tokens
             for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
                 num_packed += len(micro.tokens)
                 routing = make_replay(micro)
@@ -60,8 +70,8 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
         if warning is not None:
             run.metrics.warn(warning)
             run.has_warned = True
-    return {**sampling, **reduce_stats(stats, num_updates=num_updates),
-            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed,
+    return {**reduce_stats(stats, num_updates=num_updates), **sampling,
+            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed, "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
 
 
@@ -91,13 +101,13 @@ def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_u
         old_log_probs = micro.sampler_log_probs
     else:  # with one update the policy still is what it was at the start: the ratio is exactly 1
         old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
-    loss, stats = run.loss_fn(log_probs, micro, old_log_probs=old_log_probs)
+    loss, stats = checked_loss(run.loss_fn(log_probs, micro, old_log_probs=old_log_probs), run.config.loss["_target_"])
     kl = run.config.kl
     if micro.ref_log_probs is not None:
         penalty, kl_stats = kl_penalty(log_probs, micro.ref_log_probs, micro, coefficient=kl.coefficient,
                                        estimator=kl.estimator)
-        loss, stats = loss + penalty, stats | kl_stats | {"loss": stats["loss"] + penalty.detach()}
-    return loss, stats
+        loss, stats = loss + penalty, stats | kl_stats
+    return loss, stats | {"loss": loss.detach(), "num_tokens": micro.loss_mask.sum()}
 
 
 @torch.no_grad()

@@ -69,7 +69,6 @@ def validate(config: TrainConfig) -> None:
     check_rollout_and_optim(config, problems)
     for key, node in (("env", config.env), ("loss", config.loss)):
         need("_target_" in node, f"{key}._target_", None, f"required; choose a file of configs/{key} with {key}=NAME")
-    check_loss(config.loss, problems)
     evaluation = config.eval
     need(
         evaluation.num_samples > 0 or evaluation.greedy or not is_evaluating(evaluation),
@@ -261,15 +260,3 @@ def check_rollout_and_optim(config: TrainConfig, problems: Problems) -> None:
         scale,
         "must be null or a power of two, such as 65536",
     )
-
-
-def check_loss(loss: dict, problems: Problems) -> None:
-    """The ranges of the keywords that the losses here share; `bind` checks their names and types."""
-    for name, high, allowed in (
-        ("clip_low", 1.0, "must lie in (0, 1]"),
-        ("clip_high", float("inf"), "must be > 0"),
-        ("length_normalizer", float("inf"), "must be > 0; rollout.max_new_tokens is usual"),
-    ):
-        value = loss.get(name)
-        if isinstance(value, (int, float)):
-            problems.require(0 < value <= high, f"loss.{name}", value, allowed)

@@ -1,5 +1,6 @@
 """Groups of a step: what is dropped, refilled and counted, and what an environment may hand back."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -39,11 +40,11 @@ class Env:
         return [Score(self.rewards[c.prompt.id][c.sample], {"exact": float(c.sample)}, {}, None) for c in completions]
 
 
-def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100):
+def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100, mask_truncated=False):
     return SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
                                 temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True),
-        optim=SimpleNamespace(max_tokens=max_tokens), eval=SimpleNamespace(max_prompts=2),
+        optim=SimpleNamespace(max_tokens=max_tokens, mask_truncated=mask_truncated), eval=SimpleNamespace(max_prompts=2),
         advantage=SimpleNamespace(normalize_std=normalize_std))
 
 
@@ -64,6 +65,7 @@ def test_groups_with_a_spread_are_kept_with_their_advantages():
     (ids, settings), = sampler.asked
     assert ids == [0, 1, 2]
     settings.pop("should_stop")
+    settings.pop("progress")
     assert settings == {"step": 4, "num_samples": 2, "max_new_tokens": 5, "temperature": 0.9, "top_k": 7, "top_p": 0.8,
                         "min_p": 0.1, "records_routing": True}
 
@@ -107,7 +109,31 @@ def test_means_of_rewards_are_over_those_that_have_them():
     metrics = reward_metrics(list(zip(completions, scores)))
     assert metrics["reward"] == 1.0 and metrics["reward_std"] == pytest.approx((2 / 3) ** 0.5)
     assert metrics["rewards/exact/mean"] == pytest.approx(2 / 3) and metrics["env/carry"] == 1.0
-    assert reward_metrics([(completions[0], scores[1])]) == {"reward": 0.0, "reward_std": 0.0}
+    assert metrics["rewards/exact/std"] == pytest.approx((1 / 3) ** 0.5)  # of a sample: 2 degrees of freedom
+    assert math.isnan(reward_metrics([(completions[0], scores[0])])["rewards/exact/std"])
+
+
+def test_without_any_reward_the_mean_reward_is_not_a_number():
+    completions = Sampler().generate([Prompt(0, [1], {})], num_samples=2)
+    metrics = reward_metrics([(completion, Score(None, {}, {}, None)) for completion in completions])
+    assert math.isnan(metrics["reward"]) and math.isnan(metrics["reward_std"])
+
+
+def test_groups_that_nobody_scored_are_dropped_and_counted_and_a_step_may_have_no_others():
+    groups, _ = run({0: [None, None], 1: [None, None], 2: [None, 1.0]}, refill=0)
+    assert groups.completions == [] and groups.advantages == []
+    assert (groups.metrics["groups/unscored"], groups.metrics["groups/dropped"], groups.metrics["groups/live"]) == (2, 3, 0)
+    assert groups.metrics["reward"] == 1.0
+
+
+def test_masked_completions_that_were_cut_off_keep_their_say_in_their_group_but_are_not_trained_on():
+    rewards = {0: [1.0, 0.0], 1: [0.0, 3.0], 2: [0.5, 0.5]}
+    groups, _ = run(rewards, refill=0)
+    masked, _ = run(rewards, refill=0, mask_truncated=True)
+    assert [completion.finish_reason for completion in groups.completions] == ["length", "stop"] * 2
+    assert live_ids(masked) == [(0, 1), (1, 1)] and masked.advantages == [-0.5, 1.5]
+    assert {name: value for name, value in masked.metrics.items() if not name.startswith("time/")} == {
+        name: value for name, value in groups.metrics.items() if not name.startswith("time/")}
 
 
 def test_lengths_are_those_of_completions():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
+from grpo.config import ConfigError
 from grpo.kl import kl_penalty
-from grpo.losses import dapo, dr_grpo, grpo, reduce_stats, token_stats
+from grpo.losses import dapo, dr_grpo, grpo, reduce_stats, token_stats, try_loss
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
 LOSSES = {"grpo": partial(grpo, **CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=10.0, **CLIP),
@@ -61,7 +62,6 @@ def test_value_gradient_and_clipping_are_those_worked_out_by_hand(batch, name, w
     loss.backward()
     slopes = [[-slope * weight for slope in row] for row, weight in zip(SLOPE, weights)]
     torch.testing.assert_close(log_probs.grad, scattered(batch, slopes), rtol=1e-6, atol=0)
-    assert stats["num_tokens"].item() == 6
     assert stats["clip_ratio/low"].item() == 1 and stats["clip_ratio/high"].item() == 1
     assert stats["ratio/max"].item() == pytest.approx(2.0) and stats["ratio/mean"].item() == pytest.approx(6.5)
     # sum of r - 1 - ln r = 0.5 - ln 1.5 - 0.5 * 2 + 2 ln 2 + 1 - ln 2
@@ -223,9 +223,8 @@ def test_token_stats_and_their_reduction_over_micro_batches(batch):
     for row in (0, 1):
         micro, span = batch.select([row]), slice(offsets[row], offsets[row + 1])
         loss, stats = dapo(log_probs[span], micro, old_log_probs=log_probs[span], clip_low=0.2, clip_high=0.2)
-        parts.append({**stats, **token_stats(log_probs[span], entropy[span], micro)})
+        parts.append({"loss": loss, **stats, **token_stats(log_probs[span], entropy[span], micro)})
     metrics = reduce_stats(parts, num_updates=1)
-    assert metrics["num_tokens"] == 6
     assert metrics["entropy"] == pytest.approx(12 / 6)
     assert metrics["sampling/log_prob_diff/mean"] == pytest.approx(1.2 / 6, rel=1e-5)
     assert metrics["sampling/log_prob_diff/max"] == pytest.approx(0.6, rel=1e-5)
@@ -233,7 +232,7 @@ def test_token_stats_and_their_reduction_over_micro_batches(batch):
     assert metrics["sampling/kl"] == pytest.approx(k3 / 6, rel=1e-4)
     assert metrics["ratio/mean"] == 1 and metrics["ratio/max"] == 1
     assert metrics["loss"] == pytest.approx(-(2 - 4) / 6)  # A times ratio 1: -(1 + 1 - 4) / 6
-    assert reduce_stats(parts + parts, num_updates=2) == pytest.approx({**metrics, "num_tokens": 12})
+    assert reduce_stats(parts + parts, num_updates=2) == pytest.approx(metrics)
 
 
 def test_the_token_budget_only_changes_rounding(batch):
@@ -249,12 +248,74 @@ def test_the_token_budget_only_changes_rounding(batch):
     assert split == pytest.approx(whole.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("call, message", [
-    (partial(dapo, clip_low=-0.1, clip_high=0.2), "loss.clip_low=-0.1"),
-    (partial(dapo, clip_low=1.5, clip_high=0.2), "loss.clip_low=1.5"),
-    (partial(grpo, clip_low=0.2, clip_high=-0.2), "loss.clip_high=-0.2"),
-    (partial(dr_grpo, clip_low=0.2, clip_high=0.2, length_normalizer=0), "loss.length_normalizer=0"),
+@pytest.mark.parametrize("loss_fn, message", [
+    (partial(dapo, clip_low=-0.1, clip_high=0.2), "loss.clip_low = -0.1"),
+    (partial(dapo, clip_low=1.5, clip_high=0.2), "loss.clip_low = 1.5"),
+    (partial(grpo, clip_low=0.2, clip_high=-0.2), "loss.clip_high = -0.2"),
+    (partial(dr_grpo, clip_low=0.2, clip_high=0.2, length_normalizer=0), "loss.length_normalizer = 0"),
+    (partial(dr_grpo, clip_low=0.2, clip_high=0.2, length_normalizer=math.inf), "loss.length_normalizer = inf"),
 ])
-def test_bad_coefficients_are_refused_by_key(batch, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(batch.sampler_log_probs, batch, old_log_probs=batch.sampler_log_probs)
+def test_bad_coefficients_are_refused_by_key_before_a_run(loss_fn, message):
+    with pytest.raises(ConfigError, match=message):
+        try_loss(loss_fn, "grpo.losses.dapo", group_size=2)
+
+
+def test_the_ends_of_the_coefficients_ranges_are_inside():
+    try_loss(partial(dapo, clip_low=0, clip_high=0), "grpo.losses.dapo", group_size=2)
+    try_loss(partial(dapo, clip_low=1, clip_high=math.inf), "grpo.losses.dapo", group_size=2)
+
+
+def reinforce(log_probs, batch, *, old_log_probs):
+    """With a baseline of its own: the mean reward of the other completions of the group."""
+    is_same = batch.group_ids[:, None] == batch.group_ids[None, :]
+    others = is_same & ~torch.eye(len(batch.rewards), dtype=torch.bool)
+    baseline = (others * batch.rewards).sum(1) / others.sum(1)
+    advantages = (batch.rewards - baseline)[batch.rows]
+    terms = torch.where(batch.loss_mask, -advantages * log_probs, 0.0)
+    return terms.sum() / batch.num_completion_tokens, {"surprise": -log_probs.detach()[batch.loss_mask].sum()}
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_loss_of_ones_own_has_rewards_and_groups_of_the_whole_step_in_any_micro_batch(share_prompts):
+    try_loss(reinforce, "mine.reinforce", group_size=3)
+    completions = [completion(1 + i % 3, prompt_id=7 + i // 3, sample=i % 3) for i in range(6)]
+    for item, reward in zip(completions, [1.0, 0.0, 2.0, 5.0, 5.0, 2.0]):
+        item.reward = reward
+    batch = pack(completions, [0.0] * 6)
+    # minus the mean of the group's other two; 12 trained tokens
+    expected = [[-gap / 12] * (1 + i % 3) for i, gap in enumerate([0.0, -1.5, 1.5, 1.5, 1.5, -3.0])]
+    gradient, value = torch.zeros(len(batch.tokens)), 0.0
+    micros = micro_batches(batch, 9, share_prompts=share_prompts)
+    assert len(micros) > 1
+    for micro in micros:
+        log_probs = micro.sampler_log_probs.clone().requires_grad_()
+        loss, _ = reinforce(log_probs, micro, old_log_probs=micro.sampler_log_probs)
+        loss.backward()
+        gradient[micro.token_index[micro.loss_mask]] += log_probs.grad[micro.loss_mask]
+        value += loss.item()
+    torch.testing.assert_close(gradient, scattered(batch, expected))
+    assert value == pytest.approx(-sum(x for row in expected for x in row))  # every log-prob is -1
+
+
+def returning(result):
+    return lambda log_probs, batch, *, old_log_probs: result(log_probs)
+
+
+@pytest.mark.parametrize("loss_fn, problem", [
+    (returning(lambda x: x.sum()), "what it returned is a tensor of shape [], no pair"),
+    (returning(lambda x: None), "what it returned is of type NoneType, no pair"),
+    (returning(lambda x: (x.sum(), {}, 3)), "what it returned is of type tuple, no pair"),
+    (returning(lambda x: (x, {})), "its loss is a tensor of shape [16]"),
+    (returning(lambda x: (1.5, {})), "its loss is of type float"),
+    (returning(lambda x: (x.detach().sum(), {})), "its loss is one that no gradient reaches log_probs from"),
+    (returning(lambda x: (x.sum(), None)), "its stats are of type NoneType"),
+    (returning(lambda x: (x.sum(), {"a": x})), "stats['a'] is a tensor of shape [16]"),
+    (returning(lambda x: (x.sum(), {"a": "b"})), "stats['a'] is of type str"),
+    (lambda log_probs, batch: (log_probs.sum(), {}), "raised TypeError"),
+    (returning(lambda x: 1 / 0), "raised ZeroDivisionError: division by zero"),
+])
+def test_a_loss_that_breaks_the_contract_is_refused_with_what_it_must_do(loss_fn, problem):
+    with pytest.raises(ConfigError) as caught:
+        try_loss(loss_fn, "mine.py:loss", group_size=2)
+    assert str(caught.value).startswith(f"loss._target_ = 'mine.py:loss': {problem}")
+    assert "A loss is called as loss(log_probs, batch, old_log_probs=...)" in str(caught.value)

@@ -188,8 +188,6 @@ def test_a_scaled_gradient_that_overflows_names_the_loss_scale():
     optimizer.backward((params["w"].half() * 8.0).sum())
     with pytest.raises(NonFiniteError, match="scaled by 1.04858e.06: .*lower optim.loss_scale"):
         optimizer.step()
-    with pytest.raises(ValueError, match="optim.loss_scale=1000.0: must be a power of two"):
-        make_optimizer(params, loss_scale=1000.0)
 
 
 def test_float16_models_have_a_loss_scale_unless_another_is_configured():
@@ -268,20 +266,21 @@ def test_a_parameter_without_gradient_is_an_error_that_names_it():
         optimizer.step()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"schedule": "cosin"}, "optim.schedule=cosin: must be one of constant, linear, cosine"),
-    ({"lr": -1.0}, "optim.lr=-1.0"), ({"lr": math.nan}, "optim.lr=nan"), ({"betas": (0.9, 1.0)}, "optim.betas"),
-    ({"eps": 0.0}, "optim.eps"), ({"weight_decay": -0.1}, "optim.weight_decay"), ({"decay_steps": 0}, "decay_steps=0"),
-    ({"final_lr_ratio": 1.5}, "optim.final_lr_ratio"), ({"max_grad_norm": 0.0}, "optim.max_grad_norm"),
-    ({"warmup_steps": -1}, "optim.warmup_steps"), ({"total_steps": 0}, "optim.total_steps"),
-])
-def test_bad_settings_are_refused_by_key(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_optimizer(make_params(), **changes)
-
-
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="no trainable parameters"):
         make_optimizer({})
     with pytest.raises(ValueError, match="without requires_grad.*w"):
         make_optimizer({"w": torch.nn.Parameter(torch.zeros(1), requires_grad=False)})
+
+
+def test_the_learning_rate_is_that_of_the_position_which_may_run_ahead_of_the_updates():
+    params = {"w": torch.nn.Parameter(torch.ones(1))}
+    optimizer = make_optimizer(params, lr=0.1, schedule="linear", warmup_steps=0, total_steps=10, final_lr_ratio=0.0)
+    rates = []
+    for position in (0, 4, 9):  # updates 1 to 4 and 5 to 9 were left out
+        optimizer.position = position
+        rates.append(optimizer.lr)
+        optimizer.backward(params["w"].sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rates == pytest.approx([0.09, 0.05, 0.0]) and (optimizer.num_updates, optimizer.position) == (3, 10)

@@ -20,9 +20,9 @@ LINES = [
     {"step": 0, "warmup/step": 2, "warmup/loss": 1.0},
     {"step": 0, "eval/greedy": 0.25, "eval/loss": 3.0},
     {"step": 1, "reward": 0.5, "num_tokens": 100, "memory/peak_gb": 1.5, "time/total": 4.0, "entropy": 0.5},
-    {"step": 2, "reward": 0.75, "num_tokens": 50, "memory/peak_gb": 2.5, "time/total": 9.0, "kl": None},
+    {"step": 2, "reward": 0.75, "num_tokens": 150, "memory/peak_gb": 2.5, "time/total": 9.0, "kl": None},
     {"step": 2, "eval/greedy": 0.875, "eval/loss": 1.0},
-    {"step": 3, "reward": 0.625, "num_tokens": 25, "memory/peak_gb": 2.0, "time/total": 12.5},
+    {"step": 3, "reward": 0.625, "num_tokens": 175, "memory/peak_gb": 2.0, "time/total": 12.5},
     {"step": 3, "eval/greedy": 0.5, "eval/loss": None},
 ]
 

@@ -5,20 +5,27 @@ import math
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import grpo.train
+from grpo.launch import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 
 STEP_METRICS = {
-    "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "reward/errors", "frac_reward_zero_std",
-    "groups/dropped", "groups/live", "completions/mean_length", "completions/min_length", "completions/max_length",
+    "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "rewards/format/std", "reward/errors",
+    "frac_reward_zero_std", "groups/dropped", "groups/live", "groups/unscored",
+    "completions/mean_length", "completions/min_length", "completions/max_length",
     "completions/clipped_ratio", "entropy", "clip_ratio/low", "clip_ratio/high", "loss", "grad_norm", "lr",
     "sampling/log_prob_diff/mean", "sampling/log_prob_diff/max", "num_tokens", "time/rollout", "time/reward", "time/update",
-    "update/tokens", "update/frac_tokens_shared", "time/step", "time/total", "tokens_per_s", "memory/peak_gb"}
+    "update/tokens", "update/trained_tokens", "update/frac_tokens_shared",
+    "time/step", "time/total", "tokens_per_s", "memory/peak_gb"}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,7 @@ def test_a_run_leaves_these_files(smoke):
 def test_every_step_is_a_line_with_these_metrics(smoke):
     steps = [row for row in rows(smoke[0] / "metrics.jsonl") if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
+    total = 0
     for row in steps:
         missing = STEP_METRICS - row.keys()
         assert not missing, missing
@@ -62,6 +70,10 @@ def test_every_step_is_a_line_with_these_metrics(smoke):
         assert 0 < row["entropy"] < math.log(75)  # nats; the vocabulary has at most 75 tokens
         assert row["sampling/log_prob_diff/max"] < 1e-5  # sampler and trainer agree
         assert row["clip_ratio/low"] == row["clip_ratio/high"] == 0  # one update: the ratio is exactly 1
+        completion_tokens = round(8 * row["completions/mean_length"])
+        assert row["update/trained_tokens"] == completion_tokens < row["update/tokens"]
+        assert row["update/tokens"] == row["num_tokens"] - total  # prompts and completions of this step
+        total = row["num_tokens"]
     assert [row["lr"] for row in steps][0] == pytest.approx(3e-4)
 
 
@@ -157,3 +169,69 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(entry_points,
     assert same == again
     assert all(tensor.equal(weights_again[name]) for name, tensor in weights.items())
     assert [row["token_ids"] for row in same] != [row["token_ids"] for row in other]
+
+
+SPARSE = """
+from spread import Spread
+class Sparse(Spread):
+    def score(self, completions):
+        scores = super().score(completions)
+        for score in scores:
+            score.reward = None if self.seed else 0.5
+        return scores
+"""
+
+
+@pytest.mark.parametrize("seed, reward", [(0, 0.5), (1, None)], ids=["equal", "none"])
+def test_a_run_that_learns_nothing_from_rewards_says_so(entry_points, spread_folder, tmp_path, seed, reward):
+    (tmp_path / "sparse.py").write_text(SPARSE)
+    done = entry_points.run("grpo.train", "+experiment=smoke", "name=run", f"output_dir={tmp_path}", f"seed={seed}",
+                            "env._target_=sparse.Sparse", "eval.at_end=false", path=(spread_folder, tmp_path),
+                            writes_report=False)
+    assert done.code == 0, done.err
+    assert "no step made an update: what is exported has learnt nothing from rewards" in done.out + done.err
+    for row in rows(tmp_path / "run/metrics.jsonl"):
+        if "reward" in row:
+            assert (row["reward"], row["loss"], row["groups/live"], row["groups/dropped"]) == (reward, None, 0, 2)
+
+
+LOSS = """
+import torch
+def reinforce(log_probs, batch, *, old_log_probs, scale: float):
+    advantages = (batch.rewards - batch.rewards.mean())[batch.rows]
+    terms = torch.where(batch.loss_mask, -scale * advantages * log_probs, 0.0)
+    return terms.sum() / batch.num_completion_tokens, {"spread": scale * batch.loss_mask.sum()}
+def wrong(log_probs, batch, *, old_log_probs):
+    return log_probs.mean()
+"""
+
+
+def test_a_loss_of_ones_own_trains_and_a_wrong_one_is_refused_before_the_model_loads(entry_points, spread_folder, tmp_path):
+    (tmp_path / "losses.py").write_text(LOSS)
+
+    def run(name, *arguments):
+        return entry_points.run("grpo.train", "+experiment=smoke", f"name={name}", f"output_dir={tmp_path}", "steps=1",
+                                "env._target_=spread.Spread", "eval.at_start=false", "eval.at_end=false", "~loss.clip_low",
+                                "~loss.clip_high", f"loss._target_={tmp_path}/losses.py:{name}", *arguments,
+                                path=(spread_folder,), writes_report=False)
+
+    done = run("reinforce", "++loss.scale=2.0")
+    assert done.code == 0, done.err
+    step = next(row for row in rows(tmp_path / "reinforce/metrics.jsonl") if "reward" in row)
+    assert step["spread"] == pytest.approx(2.0) and step["grad_norm"] > 0
+    done = run("wrong")
+    assert done.code == 2 and "losses.py:wrong': what it returned is a tensor of shape []" in done.err
+    assert "model    " not in done.out
+
+
+@pytest.mark.parametrize("own, expected", [((None, None, None), (3, 0.9, 0.1)), ((0, 1.0, 0.0), (0, 1.0, 0.0))])
+def test_evaluation_has_filters_of_its_own_or_those_of_rollouts(monkeypatch, own, expected):
+    config = load_config("train", ["name=x", "rollout.top_k=3", "rollout.top_p=0.9", "rollout.min_p=0.1"])
+    config.eval.top_k, config.eval.top_p, config.eval.min_p = own
+    seen = {}
+    monkeypatch.setattr(grpo.train, "evaluate", lambda *_, **keywords: seen.update(keywords) or ({}, []))
+    monkeypatch.setattr(grpo.train, "held_out_prompts", lambda *_, **__: [])
+    metrics = MagicMock(has_eval=lambda step: False)
+    grpo.train.evaluate_if_due(SimpleNamespace(config=config, step=0, env=None, sampler=MagicMock(), should_stop=None,
+                                               metrics=metrics))
+    assert (seen["top_k"], seen["top_p"], seen["min_p"]) == expected

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.config import KlConfig, KlReference, OldLogProbs
+from grpo.config import ConfigError, KlConfig, KlReference, OldLogProbs, Schedule
 from grpo.groups import Groups
 from grpo.kl import Reference
 from grpo.launch import load_config
 from grpo.losses import dapo, grpo
-from grpo.run import Run
+from grpo.rollout import Interrupted
+from grpo.run import Run, make_optimizer
 from grpo.update import update
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -28,6 +29,7 @@ from models.lora import LoraConfig, attach_lora, set_full_training
 
 SEED, STEP, TEMPERATURE, LR = 5, 3, 0.7, 0.3
 LOW, HIGH, COEFFICIENT = 0.2, 0.28, 0.3
+DAPO = partial(dapo, clip_low=LOW, clip_high=HIGH)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
 
 
@@ -226,3 +228,72 @@ def test_gradients_loss_and_metrics_are_those_restated(config, tmp_path, held_to
 def test_the_mean_over_sequences_is_the_restated_one_in_any_micro_batches(config, tmp_path, share_prompts, max_tokens):
     compare(config, tmp_path, held_to="trained norms", name="grpo", minibatches=2, epochs=1, old_log_probs="sampler",
             share_prompts=share_prompts, max_tokens=max_tokens)
+
+
+def make_run(config, tmp_path, policy, *, optimizer, loss_fn=DAPO, **optim):
+    settings = replace(config, optim=replace(config.optim, max_tokens=1000, **optim))
+    return Run(settings, tmp_path, policy, None, None, loss_fn, None, Warnings(), lambda: False, optimizer=optimizer)
+
+
+def test_the_schedule_follows_the_steps_whether_or_not_they_have_a_live_group(config, tmp_path):
+    policy = build_policy(trains="adapter")
+    settings = replace(config, steps=4, optim=replace(config.optim, lr=0.1, schedule=Schedule.linear, warmup_steps=0,
+                                                      minibatches=2, epochs=2, final_lr_ratio=0.0))
+    run = make_run(settings, tmp_path, policy, optimizer=make_optimizer(settings, policy))
+    completions, advantages = draw_completions(policy)
+    rates = []
+    for run.step in range(4):
+        groups = Groups([], [], []) if run.step % 2 else Groups(completions, advantages, [])
+        rates.append(update(run, groups)["lr"])
+    # 16 places, 4 of each step; an empty step shows its first one's rate, one with updates its last one's
+    assert rates == pytest.approx([0.1 * (1 - place / 16) for place in (4, 5, 12, 13)])
+    assert run.optimizer.num_updates == 8
+
+
+def test_steps_without_a_live_group_have_no_loss_and_five_in_a_row_are_warned_of_once(config, tmp_path):
+    policy = build_policy(trains="adapter")
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy))
+    completions, advantages = draw_completions(policy)
+    for run.step, is_live in enumerate([0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]):
+        run.metrics.clear()
+        metrics = update(run, Groups(completions, advantages, []) if is_live else Groups([], [], []))
+        assert math.isnan(metrics["loss"]) == math.isnan(metrics["grad_norm"]) == (not is_live)
+        warned = [text for text in run.metrics if "no group had rewards that differ in the last 5 steps" in text]
+        assert len(warned) == (run.step == 9)
+
+
+def test_a_loss_that_breaks_its_contract_in_the_middle_is_named(config, tmp_path):
+    policy = build_policy(trains="adapter")
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), loss_fn=lambda x, batch, *, old_log_probs: x.sum())
+    with pytest.raises(ConfigError, match=r"grpo.losses.dapo.*no pair. A loss is called as"):
+        update(run, Groups(*draw_completions(policy), []))
+
+
+def test_metrics_of_a_loss_are_means_over_its_tokens_and_never_stand_for_the_updates_own(config, tmp_path):
+    def loss_fn(log_probs, batch, *, old_log_probs):
+        count = batch.loss_mask.sum()
+        stats = {"mine": 3.0 * count, "mine/max": len(batch.tokens), "loss": 7.0, "num_tokens": 1, "entropy": 1e9, "lr": 1e9}
+        return log_probs.sum() / batch.num_completion_tokens, stats
+
+    policy = build_policy(trains="adapter")
+    completions, advantages = draw_completions(policy)
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), loss_fn=loss_fn)
+    metrics = update(run, Groups(completions, advantages, []))
+    assert metrics["mine"] == pytest.approx(3.0) and metrics["mine/max"] == sum(item.num_tokens for item in completions)
+    assert metrics["loss"] < 0 and metrics["entropy"] < 3 and metrics["lr"] == LR
+    assert metrics["update/trained_tokens"] == sum(item.num_policy_tokens for item in completions)
+
+
+def test_a_step_is_abandoned_before_its_first_update_and_finished_after_it(config, tmp_path):
+    policy = build_policy(trains="adapter")
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), minibatches=2)
+    run.should_stop = lambda: True
+    groups = Groups(*draw_completions(policy), [])
+    with pytest.raises(Interrupted, match="step 1 abandoned before its update"):
+        update(run, groups)
+    assert all(torch.equal(parameter, old) for parameter, old in zip(policy.parameters(), before))
+    assert all(parameter.grad is None for parameter in policy.parameters()) and run.is_between_steps
+    run.should_stop = lambda: len(run.optimizer.gradients) > 0
+    update(run, groups)
+    assert len(run.optimizer.gradients) == 2 and not run.is_between_steps
