@@ -92,16 +92,20 @@ _SPELLINGS: list[tuple[re.Pattern, object]] = [
         (r"(?<=\d)(?:,?\\!\s?|\\[,:; ]|\{,\}|~|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ","),
         (r"\{,\}", ","),
         (r"\\!\s?", ""),
+        (r"(?<=\})\s?\\cdot\s?(?=\\(?:text|mathrm)\s?\{)", " "),
         (r"\\[,:; ]|\\q?quad(?![A-Za-z])|~|[\u00a0\u2009\u202f]", " "),
         (r"\\([$%#])", r"\1"),
         (r"\\[()\[\]]|\$", " "),
         (r"\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])|[-=]{1,2}>|[→⇒∴]", " : "),
         (r"\\approx(?![A-Za-z])|≈|:=|\\equiv(?![A-Za-z])", "="),
         (
-            r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|mbox|emph)\s?\{([^{}]*)\}",
+            r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|mbox|emph|underline)\s?\{([^{}]*)\}",
             lambda match: f" {_LONE_LETTER.sub('unit', match[1])} ",
         ),
-        (rf"([+-]\s?)?\\[dtc]?frac(?![A-Za-z]){_FRAC_PART}{_FRAC_PART}", lambda match: _fraction(match)),
+        (
+            rf"([+-]\s?)?(?:(?<![\w.,])(\d{{1,32}})\s?)?\\[dtc]?frac(?![A-Za-z]){_FRAC_PART}{_FRAC_PART}",
+            lambda match: _fraction(match),
+        ),
         (r"(?:\^\s?(?:\{\s?\\circ\s?\}|\\circ)|°|\\degree(?![A-Za-z]))(?:\s?[CF](?![A-Za-z]))?", " unit "),
         (r"[%€£¥]", " unit "),
         (r"(?<=\d)\s?(?:\\times|\\cdot|×|\*)\s?10\s?\^\s?(?:\{\s?([+-]?\d{1,3})\s?\}|([+-]?\d))", r"e\1\2"),
@@ -125,8 +129,13 @@ def plain_text(text: str) -> str:
 
 
 def _fraction(match: re.Match) -> str:
-    sign, *parts = match.groups()
+    sign, whole, *parts = match.groups()
     numerator, denominator = (braced or digit for braced, digit in (parts[:2], parts[2:]))
+    if whole is not None:
+        is_mixed = numerator.isdigit() and denominator.isdigit() and int(numerator) < int(denominator)
+        if not is_mixed:
+            return match[0]
+        numerator = str(int(whole) * int(denominator) + int(numerator))
     is_negative = [part[0] == "-" for part in (sign or "+", numerator, denominator)].count(True) % 2
     return f" {'-' if is_negative else ''}{numerator.lstrip('+-')}/{denominator.lstrip('+-').replace(',', '')} "
 
@@ -137,24 +146,27 @@ def _fraction(match: re.Match) -> str:
 _FUNCTIONS = "sqrt root cbrt log ln lg exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh abs floor ceil mod pi"
 _BEFORE = frozenset(
     (
-        f"{_FUNCTIONS} square cube factorial plus minus negative times over half third quarter twice double triple thrice "
-        "sum product reciprocal inverse opposite not than least most under above below except frac to power choose"
+        f"{_FUNCTIONS} logarithm base sine cosine tangent square cube factorial plus minus negative times over half third "
+        "quarter twice double triple thrice sum product multiple multiples divided multiplied divisible raised power choose "
+        "reciprocal inverse opposite not never cannot than least most under above below except"
     ).split()
 )
 _AFTER = frozenset(
     (
         f"{_FUNCTIONS} squared cubed factorial plus minus times over mod modulo choose hundred thousand million billion "
-        "trillion dozen score hundreds thousands millions billions to divided multiplied raised"
+        "trillion dozen score hundreds thousands millions billions halves thirds quarters fourths fifths sixths sevenths "
+        "eighths ninths tenths hundredths thousandths to divided multiplied raised"
     ).split()
 )
 ALTERING_WORDS = (_BEFORE | _AFTER) - frozenset(_FUNCTIONS.split())
 _SHORT_WORDS = frozenset(  # words and units; others of two letters are products of variables
-    "I is as by in so at on of if we it or an no he do us be cm mm km kg mg ml mL ft yd lb oz hr Hz kW mi nm GB MB kB ms".split()
+    "I is as by in so at on of if we it or an no he do us be up my me "
+    "cm mm km kg mg ml mL ft yd lb oz hr Hz kW mi nm GB MB kB ms".split()
 )
 _NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w{1,9}\}))?'{0,3}(?:\([\w,= ]{0,20}\))?"
 _LEFT_SIDE = re.compile(rf"(?<![\w\\}}')])({_NAME}(?:\s?[+-]\s?{_NAME}){{0,4}})\s{{0,9}}(?==)", re.ASCII)
 _RIGHT_SIDE = re.compile(rf"=\s{{0,9}}(?:{_NAME}\s*(?:$|[.,;:?\n])|[+-]?[.\d])", re.ASCII)
-_LAST_WORD = re.compile(r"(\\?)([^\W\d_]+)(?:\s{1,9}(?:of|the|a|an)){0,3}\s*$")
+_LAST_WORD = re.compile(r"(\\?)([^\W\d_]+(?:['\u2019][a-z]{1,2})?)(?:\s{1,9}(?:of|the|a|an|by|to|be)){0,3}\s*$")
 _UNIT_WORDS = re.compile(r"([^\W\d_]+)(?:[\s/.\-]{1,9}[^\W\d_]+)*")
 _REMARK = re.compile(r"[(\[]\s?[^\W\d_]{2,}[^()\[\]+*^=\\]*[)\]]")
 _NO_WORD = re.compile("[\u0370-\u03ff\u2100-\u214f\U0001d400-\U0001d7ff]")  # Greek and mathematical letters
@@ -172,7 +184,8 @@ def _numbers(text: str) -> set[Fraction | None]:
     text = _LEFT_SIDE.sub(_without_name, text)
     spellings, values = set(), set()
     for match in _GLUED.finditer(text):
-        word = match.group().rstrip(".,")  # of the sentence
+        word = match.group().rstrip(".,")  # of the sentence; dots that stand for further digits stay
+        word += match.group()[len(word) :] if ".." in match.group()[len(word) :] else ""
         if _DIGIT.search(word) is None:
             continue
         before, after = text[max(0, match.start() - WINDOW) : match.start()], text[match.start() + len(word) :][:WINDOW]
@@ -200,7 +213,7 @@ def _is_free_before(before: str) -> bool:
         return True
     if line[-1] == "=":
         side = line[:-1].rstrip()
-        return side[-1:].isdigit() or _is_free_before(side)
+        return side[-1:].isdigit() or (side[-1:] != "!" and _is_free_before(side))
     word = _LAST_WORD.search(line)
     return word is not None and not word[1] and _is_word(word[2], _BEFORE)
 
@@ -237,6 +250,6 @@ def _is_word(word: str, excluded: frozenset[str]) -> bool:
     if _NO_WORD.search(word):
         return False
     if not word.isascii():
-        return True
+        return not word.endswith("n\u2019t")
     is_known = word in _SHORT_WORDS or word[0].lower() + word[1:] in _SHORT_WORDS  # at the start of a sentence
-    return word.lower() not in excluded and (len(word) > 2 or is_known)
+    return word.lower() not in excluded and not word.endswith("n't") and (len(word) > 2 or is_known)

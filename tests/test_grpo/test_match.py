@@ -74,7 +74,10 @@ def test_one_stated_number_matches(text):
         r"\boxed{42 \text{ m/s}^2}",
         "42 cm²",
         "42 km/h",
+        r"\boxed{42\,\text{N}\cdot\text{m}}",
         r"\boxed{42 \textit{ apples}}",
+        r"\boxed{42\text{ square units}}",
+        r"\boxed{\underline{42}}",
         r"\boxed{\$42}",
         r"\boxed{\text{\$}42}",
         "42€",
@@ -99,6 +102,11 @@ def test_one_stated_number_matches(text):
         "42 (cm)",
         "42 — as expected",
         "答案是42。",
+        "It's 42",
+        "This adds up to 42.",
+        "The price increased by 42.",
+        "The answer will be 42",
+        '{"answer": 42}',
     ],
 )
 def test_the_spellings_of_a_plain_number_match(text):
@@ -124,6 +132,8 @@ def test_the_spellings_of_a_plain_number_match(text):
         (r"\boxed{\dfrac{1}{2}\text{ cm}}", "0.5"),
         (r"\boxed{-\frac12}", "-0.5"),
         (r"\frac{-1}{2}", "-0.5"),
+        (r"3\frac12", "7/2"),
+        (r"\boxed{-3\tfrac{1}{2}}", "-3.5"),
         (r"\frac{1}{-2}", "-0.5"),
         (r"\boxed{x = -\tfrac12}", "-0.5"),
         (r"\boxed{- 0.5}", "-0.5"),
@@ -145,6 +155,8 @@ EXPRESSIONS = r"""
     -(-5)   -(5)   -5   minus 5   negative 5   ±5   \pm 5   5 \pm x   x + 5   x - 5   5 - x   5 plus x   not 5
     x > 5   >5   x \geq 5   x \neq 5   at least 5   (5, x)   (x, 5)   \{5\}   \lfloor 5 \rfloor   \bar{5}   0.\overline{5}
     5\ldots   5 squared   half of 5   twice 5   5 million   5 thousand   \text{half of } 5   5 cm + x   2x = 5   -x = 5
+    x != 5   \ne 5   \not=5   5 × 5   5^5   5*5   x divided by 5   divisible by 5   log base 5   5 sevenths   0.5...   5...
+    isn't 5   can't be 5   raised to 5   5 \frac{x}{2}   {x \choose 5}   -\$5   0.5\overline{3}   5\frac{7}{2}
     5 = x + y   5 = x^2   x^2 = 5   \log x = 5   \sqrt{x}=5   4 = 5   x = 4 = 5   4, 5   4 \text{ or } 5   x = 5y
 """  # with a 5 in each; two spaces or a new line between them
 

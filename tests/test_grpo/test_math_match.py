@@ -40,6 +40,10 @@ RIGHT = [  # text, answer
     (r"\boxed{\pi/2}", r"\frac{\pi}{2}"),
     ("2π", r"2\pi"),
     ("2*pi", r"2\pi"),
+    ("2**10", "1024"),
+    ("**42**", "42"),
+    ("x = 5 or x = -5", "5, -5"),
+    ("(x, y) = (2, 3)", "(2,3)"),
     ("sqrt(2)/2", r"\frac{1}{\sqrt{2}}"),
     ("√2", r"\sqrt{2}"),
     (r"5\sqrt2", r"\sqrt{50}"),
@@ -159,7 +163,7 @@ def test_expressions_are_judged_by_what_they_are_and_hedges_are_wrong(match, pai
 
 
 def test_hostile_expressions_are_wrong_answers_and_cost_no_worker(match):
-    pairs = [(rf"\boxed{{{text}}}", answer) for text in HOSTILE for answer in ("42", "x+1", r"\sqrt{2}")]
+    pairs = [(rf"\boxed{{{text}}}", answer) for text in HOSTILE for answer in ("42", "x+1")]
     match.warm_up()
     before = [worker.process.pid for worker in match.workers._workers]
     assert values(match, pairs) == [0.0] * len(pairs)
