@@ -7,6 +7,7 @@ worker's Python holds, so what the function prints goes where the trainer prints
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -18,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 
+MOST_WORKERS = 16  # of a call whose items hold each other up
 START_LIMIT = 300.0  # seconds for a worker's imports and its setup, which may be the first to read a library from disk
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -52,11 +54,23 @@ class Workers:
 
     function: `package.module:function` or `path/to/file.py:function`, see grpo/rewards/functions.py
     timeout: seconds for one item; a worker past it is killed, with all processes of its group, and replaced
-    setup: a function named likewise, called without arguments when a worker starts, outside any item's time"""
+    setup: a function named likewise, called with `setup_arguments` when a worker starts, outside any item's time
+    patience: seconds without an outcome after which items in hand keep others waiting no longer: those get as many workers
+        again for the rest of the call, up to MOST_WORKERS"""
 
-    def __init__(self, function: str, *, num_workers: int, timeout: float, setup: str | None = None):
+    def __init__(
+        self,
+        function: str,
+        *,
+        num_workers: int,
+        timeout: float,
+        setup: str | None = None,
+        setup_arguments: tuple = (),
+        patience: float = float("inf"),
+    ):
         assert num_workers >= 1 and timeout > 0, (num_workers, timeout)
         self.function, self.num_workers, self.timeout, self.setup = function, num_workers, timeout, setup
+        self.setup_arguments, self.patience = setup_arguments, patience
         self._workers: list[_Worker] = []
         self._owner = os.getpid()
 
@@ -71,21 +85,31 @@ class Workers:
         outcomes: list[Outcome | None] = [None] * len(items)
         waiting = deque(range(len(items)))
         ends = None
+        stalls = time.monotonic() + self.patience
         self._replace_the_dead(min(self.num_workers, len(items)))
         try:
-            while any(outcome is None for outcome in outcomes):
+            while num_missing := outcomes.count(None):
                 for worker in self._workers:
                     if worker.is_ready and worker.item is None and waiting:
                         if ends is None:
                             ends = time.monotonic() + (float("inf") if budget is None else budget)
                         self._hand_out(worker, waiting.popleft(), items, outcomes)
-                self._receive(outcomes, ends)
+                self._receive(outcomes, stalls if ends is None else min(ends, stalls))
+                is_stalled = time.monotonic() >= stalls
+                is_moving = outcomes.count(None) < num_missing or not all(worker.is_ready for worker in self._workers)
+                if is_stalled and not is_moving:
+                    num_more = min(len(self._workers), len(waiting), MOST_WORKERS - len(self._workers))
+                    self._workers += [self._start() for _ in range(num_more)]
+                if is_stalled or is_moving:
+                    stalls = time.monotonic() + self.patience
                 if ends is not None and time.monotonic() >= ends:
                     error = f"not finished within the {budget:g} s of the whole call"
                     outcomes = [Outcome(error=error) if outcome is None else outcome for outcome in outcomes]
         finally:  # a worker with an item in hand would answer the next call
             for worker in [worker for worker in self._workers if worker.item is not None]:
                 self._replace(worker)
+            while len(self._workers) > self.num_workers:
+                _kill(self._workers.pop())
         return outcomes
 
     def close(self) -> None:
@@ -105,10 +129,10 @@ class Workers:
         except OSError:  # it died; _receive finds the end of its stream
             pass
 
-    def _receive(self, outcomes: list, ends: float | None) -> None:
+    def _receive(self, outcomes: list, ends: float) -> None:
         """Waits for messages until the next deadline and notes their outcomes and those of workers past their deadline."""
         busy = [worker for worker in self._workers if worker.item is not None or not worker.is_ready]
-        until = min([worker.deadline for worker in busy] + ([] if ends is None else [ends]), default=0.0)
+        until = min([worker.deadline for worker in busy] + [ends])
         patience = min(max(0.0, until - time.monotonic()), START_LIMIT)
         heard = set(wait([worker.connection for worker in busy], patience)) if busy else set()
         for worker in busy:
@@ -175,6 +199,8 @@ class Workers:
             env={"OMP_NUM_THREADS": "1", **os.environ},  # several workers of all threads each would only wait
         )
         theirs.close()
+        with contextlib.suppress(OSError):  # it has died already, which its stream's end will tell
+            ours.send_bytes(pickle.dumps(self.setup_arguments))
         return _Worker(process, ours, deadline=time.monotonic() + START_LIMIT)
 
 
@@ -191,7 +217,8 @@ def _kill(worker: _Worker) -> int:
 
 def serve(fd: int, parent: int, function: str, setup: str | None) -> None:
     """A worker's life: reports its start, then one (value, error) for each item that it reads, until its parent ends."""
-    from grpo.rewards.functions import describe_error, load_function  # which itself uses workers
+    from grpo.rewards.functions import load_function  # which itself uses workers
+    from grpo.rewards.values import describe_error
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before this took effect
@@ -211,12 +238,13 @@ def serve(fd: int, parent: int, function: str, setup: str | None) -> None:
 
     loaded = []
 
-    def start() -> None:
+    def start(setup_arguments: bytes) -> None:
         loaded.append(load_function(function, key="function"))
         if setup is not None:
-            load_function(setup, key="setup")()
+            load_function(setup, key="setup")(*pickle.loads(setup_arguments))
 
-    connection.send_bytes(attempt(start))
+    message = connection.recv_bytes()
+    connection.send_bytes(attempt(start, message))
     while loaded:
         try:
             message = connection.recv_bytes()
