@@ -8,7 +8,6 @@ fails in a second. After `to_typed`, code sees dataclasses only.
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
 import os
 import re
@@ -24,6 +23,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.rewards.functions import load_function
+from grpo.rewards.guests import import_guest
+from grpo.rewards.values import describe_error
 
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
@@ -440,9 +441,9 @@ def describe_type(hint: Any) -> str:
 
 def bind(node: dict, key: str) -> Callable:
     """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself
-    (env: tokenizer, seed; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML. Raises
+    (env: tokenizer, seed, total_steps; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML. Raises
     ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
-    supplied = {"env": ("tokenizer", "seed"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
+    supplied = {"env": ("tokenizer", "seed", "total_steps"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
     parameters = keyword_parameters(target)
@@ -488,11 +489,10 @@ def resolve_target(path: Any, key: str) -> Callable:
             raise ConfigError(str(error)) from error
     module_name, _, name = path.rpartition(".")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{key}._target_ = {path!r}: cannot import {module_name} ({error}); check the path"
-        ) from error
+        module = import_guest(module_name)
+    except Exception as error:
+        reason = describe_error(error)
+        raise ConfigError(f"{key}._target_ = {path!r}: cannot import {module_name} ({reason}); check the path") from error
     if not callable(vars(module).get(name)):
         choices = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
         near = difflib.get_close_matches(name, choices, n=1)

@@ -1,17 +1,20 @@
-"""The boundary to an environment: what it must have and hand back, how it is built and called, and what its faults become."""
+"""The boundary to an environment: how it is built and called, with the process protected (grpo/rewards/guests.py); what it hands
+back, checked and in plain numbers; and what its faults become."""
 from __future__ import annotations
 
-import math
-import numbers
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from grpo.batch import Completion, Prompt
-from grpo.config import TrainConfig, bind
+from grpo.config import TrainConfig, bind, keyword_parameters
 from grpo.envs.data_files import DataError
-from grpo.rewards.functions import RewardError
+from grpo.rewards.guests import GuestFault, is_users_interrupt, protected
+from grpo.rewards.values import loggable, shorten, to_number
 from models.tokenizer import Tokenizer
+
+MOST_PROMPT_ID = 2**63 - 1  # it is part of a sampling key
 
 
 @dataclass
@@ -29,38 +32,91 @@ class Score:
     extra: dict[str, object] = field(default_factory=dict)
 
 
-class EnvironmentFault(RuntimeError):
+class EnvironmentFault(GuestFault):
     """The environment raised, or handed back something that cannot be trained on."""
 
 
-def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int):
-    """The environment that `node` describes. Raises ConfigError for its keywords, and EnvironmentFault for what its
-    constructor raises, but for a ValueError, which names key or file by itself."""
+def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int):
+    """The environment that `node` describes; one whose constructor takes `total_steps` is told how many steps the run has (0:
+    nothing is trained). Raises ConfigError for its keywords, and EnvironmentFault for what its constructor raises, but for a
+    ValueError, which names key or file by itself."""
     make = bind(node, "env")
+    supplied = {"tokenizer": tokenizer, "seed": seed}
+    if "total_steps" in keyword_parameters(make.func):
+        supplied["total_steps"] = total_steps
     try:
-        return make(tokenizer=tokenizer, seed=seed)
-    except ValueError:
+        with protected(f"environment {node['_target_']}"):
+            return make(**supplied)
+    except (ValueError, GuestFault):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if is_users_interrupt(error):
+            raise
         raise EnvironmentFault(f"environment {node['_target_']} cannot be built: {type(error).__name__}: {error} "
                                f"({_place(error)}); correct its keywords under env, or its code") from error
 
 
-def held_out_prompts(env, *, max_prompts: int, max_len: int) -> list[Prompt]:
+@contextmanager
+def calling(env, method: str) -> Iterator[None]:
+    """Around a call of the environment's `method`, with the process protected: what it raises becomes an EnvironmentFault that
+    says where. Errors that already name function and row, or file and line, pass."""
+    try:
+        with protected(_name(env, method)):
+            yield
+    except (GuestFault, DataError):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the boundary to foreign code: SystemExit and others of no Exception too
+        if is_users_interrupt(error):
+            raise
+        raise EnvironmentFault(f"{_name(env, method)} raised {type(error).__name__}: {error} ({_place(error)})") from error
+
+
+def _name(env, method: str) -> str:
+    kind = env if isinstance(env, type) else type(env)
+    return f"environment {kind.__name__}.{method}"
+
+
+def _place(error: BaseException) -> str:
+    """file:line where it was raised."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def held_out_prompts(env, *, max_prompts: int, max_len: int, vocab_size: int) -> list[Prompt]:
     """The first prompts that the environment evaluates on, of a model whose sequences have at most `max_len` tokens."""
     with calling(env, "eval_prompts"):
         prompts = env.eval_prompts()
-    prompts = checked_prompts(env, "eval_prompts", prompts)[:max_prompts]
+    prompts = checked_prompts(env, "eval_prompts", prompts, vocab_size=vocab_size)[:max_prompts]
     check_lengths(env, "eval_prompts", prompts, max_len=max_len)
     return prompts
 
 
-def checked_prompts(env, method: str, prompts: list[Prompt]) -> list[Prompt]:
+def checked_prompts(env, method: str, prompts: list[Prompt], *, vocab_size: int,
+                    taken: set[int] | None = None) -> list[Prompt]:
+    """The prompts with plain integers for ids and tokens. `taken`: ids that stand for other prompts of the step.
+
+    Raises EnvironmentFault naming method and prompt."""
     is_list = isinstance(prompts, list)
     if not is_list or not prompts or not all(isinstance(prompt, Prompt) for prompt in prompts):
         found = f"a list that holds {sorted({type(item).__name__ for item in prompts})}" if is_list else type(prompts).__name__
-        raise EnvironmentFault(f"environment {type(env).__name__}.{method} returned {'no prompts' if prompts == [] else found}; "
+        raise EnvironmentFault(f"{_name(env, method)} returned {'no prompts' if prompts == [] else found}; "
                                "return a list of at least one grpo.batch.Prompt")
+    seen = set() if taken is None else set(taken)
+    for i, prompt in enumerate(prompts):
+        who = f"{_name(env, method)}: prompt {i} (id {shorten(prompt.id)})"
+        is_integer = hasattr(prompt.id, "__index__") and not isinstance(prompt.id, bool)
+        if not is_integer or not 0 <= (index := operator.index(prompt.id)) <= MOST_PROMPT_ID:
+            raise EnvironmentFault(f"{who}: the id must be an integer from 0 to 2^63 - 1")
+        if index in seen:
+            raise EnvironmentFault(f"{who}: another prompt of this step has the same id; ids tell groups apart, so each prompt "
+                                   "of a step needs its own, those of later attempts too")
+        seen.add(index)
+        prompt.id, prompt.token_ids = index, checked_ids(who, prompt.token_ids, vocab_size=vocab_size)
     return prompts
 
 
@@ -88,62 +144,122 @@ def check_lengths(env, method: str, prompts: Iterable[Prompt], *, max_len: int, 
     if "_source" in long[0].row:
         raise DataError(f"{long[0].row['_source']}: {text}, or leave such rows out: env.on_long_prompt=skip "
                         f"env.max_prompt_tokens={limit}")
-    raise EnvironmentFault(f"environment {type(env).__name__}.{method}: {text}; prompt {long[0].id} ({_shorten(long[0])})")
+    raise EnvironmentFault(f"{_name(env, method)}: {text}; prompt {long[0].id} ({shorten(long[0].row, 80)})")
 
 
-def check_known_prompts(env, config: TrainConfig, *, max_len: int) -> None:
+def check_known_prompts(env, config: TrainConfig, *, max_len: int, vocab_size: int) -> None:
     """`check_lengths` of all that an environment with fixed prompts will ask, before anything is loaded or sampled."""
     if not hasattr(env, "train_prompts"):
         return
     with calling(env, "train_prompts"):
         check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len,
                       max_new_tokens=config.rollout.max_new_tokens, max_tokens=config.optim.max_tokens)
-    held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len)
+    held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
 
 
-@contextmanager
-def calling(env, method: str) -> Iterator[None]:
-    """Around a call of the environment's `method`: what it raises becomes an EnvironmentFault that says where. Errors that
-    already name function and row, or file and line, pass."""
+def checked_ids(who: str, token_ids: object, *, vocab_size: int) -> list[int]:
+    """Token ids (a list, tuple, array or tensor of integers) as a plain list. Raises EnvironmentFault starting with `who`."""
+    values = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    if not isinstance(values, (list, tuple)) or not values:
+        raise EnvironmentFault(f"{who}: token ids are {shorten(token_ids)}; expected a list of at least one")
+    for value in values:
+        if not hasattr(value, "__index__") or isinstance(value, bool) or not 0 <= operator.index(value) < vocab_size:
+            raise EnvironmentFault(f"{who}: token id {shorten(value)} is none of the model's vocabulary, the integers from 0 to "
+                                   f"{vocab_size - 1}")
+    return [operator.index(value) for value in values]
+
+
+def demonstrations(env, step: int, batch_size: int, *, vocab_size: int) -> list[tuple[list[int], list[int]]]:
+    """The environment's (prompt ids, completion ids) for a step of the warm-up, checked."""
+    with calling(env, "demonstrations"):
+        pairs = env.demonstrations(step, batch_size)
+    name = _name(env, "demonstrations")
+    is_list = isinstance(pairs, list) and pairs
+    if not is_list or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise EnvironmentFault(f"{name} returned {shorten(pairs)}; return a list of at least one (prompt ids, completion ids)")
+    return [tuple(checked_ids(f"{name}: {part} of pair {i}", ids, vocab_size=vocab_size)
+                  for part, ids in zip(("prompt", "completion"), pair)) for i, pair in enumerate(pairs)]
+
+
+def encode_question(env, question: str, *, vocab_size: int) -> list[int]:
+    """The environment's prompt for a question asked by hand. Raises ValueError for a question that it cannot encode."""
     try:
-        yield
-    except (RewardError, DataError):
+        with calling(env, "encode_prompt"):
+            token_ids = env.encode_prompt(question)
+    except EnvironmentFault as fault:
+        if isinstance(fault.__cause__, ValueError):
+            raise fault.__cause__ from None
         raise
-    except Exception as error:
-        raise EnvironmentFault(f"environment {type(env).__name__}.{method} raised {type(error).__name__}: {error} "
-                               f"({_place(error)})") from error
+    return checked_ids(_name(env, "encode_prompt"), token_ids, vocab_size=vocab_size)
 
 
-def _place(error: Exception) -> str:
-    """file:line where it was raised."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+def tiny_tokenizer(target) -> Tokenizer:
+    """The tokenizer that an environment's class brings for models without a checkpoint."""
+    with calling(target, "build_tokenizer"):
+        tokenizer = target.build_tokenizer()
+    if not isinstance(tokenizer, Tokenizer):
+        raise EnvironmentFault(f"{_name(target, 'build_tokenizer')} returned a {type(tokenizer).__name__}; return a "
+                               "models.tokenizer.Tokenizer")
+    return tokenizer
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
 def score(env, completions: list[Completion]) -> list[Score]:
-    """The environment's scores, checked; sets each completion's reward and parts."""
+    """The environment's scores, checked and in plain numbers; sets each completion's reward and parts."""
     with calling(env, "score"):
         scores = env.score(completions)
-    name = type(env).__name__
+    name = _name(env, "score")
     if not isinstance(scores, list) or not all(isinstance(verdict, Score) for verdict in scores):
         found = sorted({type(item).__name__ for item in scores}) if isinstance(scores, list) else type(scores).__name__
-        raise EnvironmentFault(f"environment {name}.score returned {found}; return a list of grpo.environment.Score, one for "
-                               "each completion")
+        raise EnvironmentFault(f"{name} returned {found}; return a list of grpo.environment.Score, one for each completion")
     if len(scores) != len(completions):
-        raise EnvironmentFault(f"environment {name}.score returned {len(scores)} scores for {len(completions)} completions; "
+        raise EnvironmentFault(f"{name} returned {len(scores)} scores for {len(completions)} completions; "
                                "return one for each, in their order")
     for completion, verdict in zip(completions, scores):
-        is_number = isinstance(verdict.reward, numbers.Real) and math.isfinite(verdict.reward)
-        if verdict.reward is not None and not is_number:
-            raise EnvironmentFault(f"environment {name}.score gave the reward {verdict.reward!r} to sample {completion.sample} "
-                                   f"of prompt {completion.prompt.id} ({_shorten(completion.prompt)}); rewards must be finite "
+        to = f"to sample {completion.sample} of prompt {completion.prompt.id} ({shorten(completion.prompt.row, 80)})"
+        reward, problem = to_number(verdict.reward)
+        if problem is not None:
+            raise EnvironmentFault(f"{name} gave the reward {verdict.reward!r} {to}: {problem}; rewards must be finite "
                                    "numbers, or None to leave the completion out")
+        correct, problem = to_number(verdict.is_correct)
+        if problem is not None:
+            raise EnvironmentFault(f"{name} gave is_correct={shorten(verdict.is_correct)} {to}: true, false or None")
+        verdict.reward, verdict.is_correct = reward, None if correct is None else bool(correct)
+        verdict.parts = _numbers(verdict.parts, f"{name} gave {to} the part")
+        verdict.metrics = _numbers(verdict.metrics, f"{name} gave {to} the metric")
+        verdict.extra = _entries(verdict.extra, f"{name} gave {to} extra")
         completion.reward, completion.reward_parts = verdict.reward, verdict.parts
     return scores
 
 
-def _shorten(prompt: Prompt) -> str:
-    text = str(prompt.row)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _numbers(values: object, what: str) -> dict[str, float]:
+    """Plain numbers by name, without what was not measured: None and NaN."""
+    numbers = {}
+    for name, value in _items(values, what):
+        number, problem = (None, None) if isinstance(value, float) and value != value else to_number(value)
+        if problem is not None:
+            raise EnvironmentFault(f"{what} {name!r}: {problem}; texts belong into extra")
+        if number is not None:
+            numbers[str(name)] = number
+    return numbers
+
+
+def _entries(values: object, what: str) -> dict[str, object]:
+    return {str(name): loggable(value) for name, value in _items(values, what)}
+
+
+def _items(values: object, what: str) -> list[tuple]:
+    if not isinstance(values, dict):
+        raise EnvironmentFault(f"{what} {shorten(values)}; expected a dict of names and values")
+    return list(values.items())
+
+
+def describe(env, completion: Completion) -> dict[str, object]:
+    """What the environment adds to a completion in the log; nothing, if it describes none."""
+    if not hasattr(env, "describe"):
+        return {}
+    with calling(env, "describe"):
+        described = env.describe(completion)
+    return _entries(described, f"{_name(env, 'describe')} returned")

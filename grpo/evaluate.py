@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from grpo.policy import build_model, build_tokenizer, load_initial_adapter, load
 from grpo.rollout import Sampler
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
+# An environment's metrics of these names keep their `env/`: evaluation has its own.
+RESERVED = re.compile(r"reward|mean_length|clipped_ratio|greedy_accuracy|(avg|pass)@.*|.*/ci95|(greedy|time|memory|eval)/.*")
 Z95 = 1.959964
 
 
@@ -83,7 +86,10 @@ def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, f
     lengths = length_metrics([completion for completion, _ in scored])
     picked = {"reward": rewards["reward"], "mean_length": lengths["completions/mean_length"],
               "clipped_ratio": lengths["completions/clipped_ratio"]}
-    picked |= {name.removeprefix("env/"): value for name, value in rewards.items() if name.startswith("env/")}
+    for name, value in rewards.items():
+        if name.startswith("env/"):
+            own_name = name.removeprefix("env/")
+            picked[name if RESERVED.fullmatch(own_name) else own_name] = value
     return {prefix + name: value for name, value in picked.items()}
 
 
@@ -138,9 +144,10 @@ def run_evaluation(config: EvaluateConfig) -> int:
             tokenizer, node, what = build_tokenizer(config.model, config.env), config.env, {"model": config.model.path}
             policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
             load_initial_adapter(policy, config.model)
-        env = make_environment(node, tokenizer, seed=config.seed)
+        env = make_environment(node, tokenizer, seed=config.seed, total_steps=0)
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
-        prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len)
+        prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len,
+                                   vocab_size=policy.config.vocab_size)
         max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
         metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
                               greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,

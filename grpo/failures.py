@@ -12,11 +12,11 @@ import torch
 
 from grpo.checkpoint import LoadError, RunInUseError, SaveError
 from grpo.config import ConfigError
-from grpo.environment import EnvironmentFault
 from grpo.envs.data_files import DataError
 from grpo.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.optim import NonFiniteError
 from grpo.rewards.functions import RewardError
+from grpo.rewards.guests import GuestFault
 from grpo.rollout import Interrupted
 from models.checkpoint import CheckpointError
 
@@ -28,7 +28,7 @@ KINDS: list[tuple[type | tuple[type, ...], str, int]] = [
     ((NonFiniteError, FloatingPointError), "diverged", DIVERGED),
     (torch.OutOfMemoryError, "out of memory", OUT_OF_MEMORY),
     (DataError, "bad data", DATA_ERROR),
-    ((RewardError, EnvironmentFault), "environment failed", ENV_ERROR),
+    (GuestFault, "environment failed", ENV_ERROR),
     ((ConfigError, CheckpointError, LoadError, RunInUseError, ValueError), "configuration", CONFIG_ERROR),
     ((SaveError, OSError), "disk", FAILED)]
 # These say all there is to say; others leave a traceback in a file.

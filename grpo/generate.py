@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import torch
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, resolve_target
 from grpo.console import clean
-from grpo.environment import make_environment
+from grpo.environment import encode_question, make_environment
 from grpo.failures import describe_failure
 from grpo.launch import FAILED, launch
 from grpo.policy import build_model, build_tokenizer, load_initial_adapter, load_run_policy, select_device, select_dtype
@@ -175,7 +176,9 @@ def load_conversation(config: GenerateConfig) -> Conversation:
         policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
         env = trained.env
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
-            encode_prompt = make_environment(env, tokenizer, seed=trained.seed).encode_prompt
+            encode_prompt = functools.partial(
+                encode_question, make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps),
+                vocab_size=policy.config.vocab_size)
         note(f"{config.run}, step {state.step} of {trained.steps}")
     else:
         tokenizer = build_tokenizer(config.model, None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
 from grpo.config import TrainConfig
-from grpo.environment import Score, calling, check_lengths, checked_prompts, score
+from grpo.environment import Score, calling, check_lengths, checked_prompts, describe, score
 from grpo.rollout import Sampler
 from models.tokenizer import Tokenizer
 
@@ -40,7 +40,8 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
     for attempt in range(rollout.refill_rounds + 1):
         with calling(env, "prompts"):
             prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=attempt)
-        prompts = checked_prompts(env, "prompts", prompts)[:missing]
+        prompts = checked_prompts(env, "prompts", prompts, vocab_size=sampler.model.config.vocab_size,
+                                  taken={completion.prompt.id for completion, _ in scored})[:missing]
         check_lengths(env, "prompts", prompts, max_len=sampler.max_len, max_new_tokens=rollout.max_new_tokens,
                       max_tokens=config.optim.max_tokens)
         started = time.perf_counter()
@@ -108,13 +109,14 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
 
 
 def completion_record(tokenizer: Tokenizer, env, completion: Completion, verdict: Score, *, split: str) -> dict:
-    """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds."""
-    return {"split": split, "prompt_id": completion.prompt.id, "sample": completion.sample,
-            "prompt": tokenizer.decode(completion.prompt.token_ids, keep_special=True),
-            "completion": tokenizer.decode(completion.completion_ids, keep_special=True),
-            "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
-            "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
-            "token_ids": completion.completion_ids, **verdict.extra,
-            **(env.describe(completion) if hasattr(env, "describe") else {})}
-
-
+    """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds. A name of
+    its own that is taken gets a prefix."""
+    record = {"split": split, "prompt_id": completion.prompt.id, "sample": completion.sample,
+              "prompt": tokenizer.decode(completion.prompt.token_ids, keep_special=True),
+              "completion": tokenizer.decode(completion.completion_ids, keep_special=True),
+              "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
+              "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
+              "token_ids": completion.completion_ids}
+    for prefix, added in (("env/", describe(env, completion)), ("extra/", verdict.extra)):
+        record |= {prefix + name if name in record or name == "step" else name: value for name, value in added.items()}
+    return record

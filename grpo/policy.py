@@ -12,6 +12,7 @@ import torch
 
 from grpo.checkpoint import RunState, load_run
 from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config, resolve_target
+from grpo.environment import tiny_tokenizer
 from models.checkpoint import checkpoint_folder, load_model, read_checkpoint_config
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -64,7 +65,7 @@ def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
     if not hasattr(target, "build_tokenizer"):
         raise ConfigError(f"model.tokenizer = None: a model without a checkpoint needs one, and {target.__name__} brings none; "
                           "set model.tokenizer=FOLDER with a tokenizer.json")
-    return target.build_tokenizer()
+    return tiny_tokenizer(target)
 
 
 def read_architecture(model: ModelConfig, tokenizer: Tokenizer) -> GptOssConfig:

@@ -94,10 +94,11 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size)
     tokenizer = build_tokenizer(config.model, config.env)
-    env = make_environment(config.env, tokenizer, seed=config.seed)
+    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
     if config.warmup is not None:
         check_demonstrations(env)
-    check_known_prompts(env, config, max_len=read_architecture(config.model, tokenizer).max_position_embeddings)
+    architecture = read_architecture(config.model, tokenizer)
+    check_known_prompts(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
     made_of = identify(config, tokenizer, env)
     state = load_run(run_dir) if config.resume else None
     if state is not None:

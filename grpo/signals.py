@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 from collections.abc import Callable
@@ -50,6 +51,18 @@ class GracefulStop:
         text = f"{name}: saves at the next safe moment; again: leaves at once"
         if self.show is None or not self.show(text):
             _say(f"{text}. Resume with: {self.resume_hint}")
+
+
+def _restore_python_handlers() -> None:
+    """A forked child (a pool's worker, say) must end when it is told to, and knows nothing of this run's steps."""
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        if inspect.ismethod(handler) and isinstance(handler.__self__, GracefulStop):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+# Once for the process, since it cannot be undone; a child of a process that handles no signals finds nothing to do.
+os.register_at_fork(after_in_child=_restore_python_handlers)
 
 
 def _say(text: str) -> None:

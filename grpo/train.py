@@ -75,7 +75,8 @@ def evaluate_if_due(run: Run) -> None:
     if not is_due or run.metrics.has_eval(run.step):
         return
     started = time.perf_counter()
-    prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len)
+    prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len,
+                               vocab_size=run.policy.config.vocab_size)
     top_k, top_p, min_p = (trained if own is None else own for own, trained in (
         (settings.top_k, config.rollout.top_k), (settings.top_p, config.rollout.top_p), (settings.min_p, config.rollout.min_p)))
     result, scored = evaluate(

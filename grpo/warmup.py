@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import ConfigError, TrainConfig, to_dict
-from grpo.groups import calling
+from grpo.environment import demonstrations
 from grpo.metrics import Metrics
 from grpo.optim import Optimizer, check_finite, loss_scale_for
 from grpo.rollout import Interrupted
@@ -66,9 +66,8 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
         if should_stop():
             raise Interrupted(f"warm-up stopped at step {step} of {settings.steps}, it starts again")
         started = time.perf_counter()
-        with calling(env, "demonstrations"):
-            demonstrations = env.demonstrations(step, settings.batch_size)
-        batch = pack_demonstrations(demonstrations).to(policy.device)
+        pairs = demonstrations(env, step, settings.batch_size, vocab_size=policy.config.vocab_size)
+        batch = pack_demonstrations(pairs).to(policy.device)
         log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.host_mask)
         loss = -log_probs.sum() / batch.num_completion_tokens
         check_finite(loss, step=step, what="loss", name="warm-up")
@@ -85,11 +84,11 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
     return history
 
 
-def pack_demonstrations(demonstrations: list[tuple[list[int], list[int]]]) -> RolloutBatch:
+def pack_demonstrations(pairs: list[tuple[list[int], list[int]]]) -> RolloutBatch:
     """(prompt ids, completion ids) pairs as a batch that trains on the completions."""
     completions = [
         Completion(Prompt(i, prompt, {}), 0, [Segment(prompt, "prompt"), Segment(target, "policy", [0.0] * len(target))], "stop")
-        for i, (prompt, target) in enumerate(demonstrations)]
+        for i, (prompt, target) in enumerate(pairs)]
     return pack(completions, [0.0] * len(completions))
 
 

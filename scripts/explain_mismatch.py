@@ -294,7 +294,7 @@ def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Setti
     if state is not None:
         load_parameters(model, state.tensors, str(arguments.run))
     step = 0 if state is None else state.step
-    env = make_environment(config.env, tokenizer, seed=config.seed)
+    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
     prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=0)
     filters = {"top_k": rollout.top_k, "top_p": rollout.top_p, "min_p": rollout.min_p}
     is_filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0

@@ -18,7 +18,7 @@ that starts with file:line, or file[row] for tables. Training rows are visited i
 
 from __future__ import annotations
 
-import difflib
+import math
 import random
 from collections.abc import Iterator
 
@@ -26,9 +26,11 @@ from grpo.batch import Completion, Prompt
 from grpo.environment import Score
 from grpo.envs.data_files import DataError
 from grpo.envs.rows import Row, RowReader, digest_of
-from grpo.rewards.functions import Result, Reward, RewardError, Sample, load_reward, score_with, try_rewards
+from grpo.rewards.forms import Sample, TrainerState
+from grpo.rewards.functions import Result
 from grpo.rewards.match import exact_match, is_well_formed, numeric_match, stated_answer
 from grpo.rewards.math_match import MathMatch
+from grpo.rewards.scoring import Scorer
 from models.chat.parse import parse_completion
 from models.tokenizer import Tokenizer
 
@@ -48,8 +50,11 @@ class Dataset:
     match: exact, numeric (a plain number, equal within the relative `numeric_tolerance`), math (an expression, by
         math-verify) or none; worth `match_reward`; a list of answers in the data: any of them is right
     format_reward: for a completion that parses and ends in its only final message
-    rewards: [{fn: ..., weight: 1.0, name: ..., kwargs: {...}}]; weight 0 makes it a metric
-    max_error_rate: share of the completions of a call on which a reward function may fail
+    rewards: a function's path, or {fn: path, weight: 1.0, name: ..., kwargs: {...}} (weight 0 makes it a metric), or a list
+    max_error_rate: share of a function's latest results (the last 1000, taken as 100 if fewer) that may be errors
+    reward_timeout: seconds for one call of a reward function, or null; takes at least one worker
+    reward_workers: processes that call the functions, each a completion or, of batch functions, a group at a time; 0: none
+    reward_retries: more tries of a call that raised
     correct_at: with match=none, the total reward from which a completion counts as correct; null: never counted
     max_prompt_tokens: longest prompt, rendered
     max_bad_rows: share of bad rows that on_bad_row=skip puts up with
@@ -83,8 +88,12 @@ class Dataset:
         numeric_tolerance: float = 0.0,
         match_reward: float = 1.0,
         format_reward: float = 0.0,
-        rewards: list | None = None,
+        total_steps: int = 0,
+        rewards: str | dict | list | None = None,
         max_error_rate: float = 0.05,
+        reward_timeout: float | None = None,
+        reward_workers: int = 0,
+        reward_retries: int = 1,
         correct_at: float | None = None,
         max_bad_rows: float = 0.01,
         on_bad_row: str = "error",
@@ -96,25 +105,14 @@ class Dataset:
         self.tokenizer, self.seed = tokenizer, seed
         self.answer_key, self.match, self.numeric_tolerance = answer_key, match, numeric_tolerance
         self.match_reward, self.format_reward = match_reward, format_reward
-        self.max_error_rate, self.correct_at = max_error_rate, correct_at
+        self.total_steps, self.correct_at = total_steps, correct_at
         self._check_keywords(eval_path or eval_split, held_out_fraction, num_eval_prompts)
         self._match_expressions = MathMatch(tolerance=numeric_tolerance) if match == "math" else None
         reader = RowReader(
-            tokenizer=tokenizer,
-            prompt_key=prompt_key,
-            answer_key=answer_key,
-            answer_after=answer_after,
-            question_template=question_template,
-            instructions=instructions,
-            reasoning_effort=reasoning_effort,
-            reasoning_effort_key=reasoning_effort_key,
-            current_date=current_date,
-            match=match,
-            max_prompt_tokens=max_prompt_tokens,
-            max_bad_rows=max_bad_rows,
-            on_bad_row=on_bad_row,
-            on_long_prompt=on_long_prompt,
-            on_duplicate=on_duplicate,
+            tokenizer=tokenizer, prompt_key=prompt_key, answer_key=answer_key, answer_after=answer_after, match=match,
+            question_template=question_template, instructions=instructions, reasoning_effort=reasoning_effort,
+            reasoning_effort_key=reasoning_effort_key, current_date=current_date, max_prompt_tokens=max_prompt_tokens,
+            max_bad_rows=max_bad_rows, on_bad_row=on_bad_row, on_long_prompt=on_long_prompt, on_duplicate=on_duplicate,
             on_overlap=on_overlap,
         )
         train = reader.read(path, "path", subset=subset, split=split)
@@ -128,15 +126,20 @@ class Dataset:
             self.train_rows = reader.without_overlap(train, held_out)
         self.eval_rows = sorted(held_out, key=lambda row: row.rank)[:num_eval_prompts]
         self._rows = {row.source: row for row in self.train_rows + self.eval_rows}
-        self.rewards = self._load_rewards(rewards or [])
+        columns = {name for row in self._rows.values() for name in row.columns}
+        limits = {"max_error_rate": max_error_rate, "timeout": reward_timeout, "retries": reward_retries}
+        self.scorer = Scorer(
+            rewards, columns=columns, has_answer=answer_key is not None, num_workers=reward_workers, **limits
+        )
+        self._check_rewards()
         self._epoch: tuple[int, list[int]] | None = None  # the last permutation asked for
-        self._step = 0  # only shown to reward functions, as trainer_state.global_step
+        self._step, self._num_prompts = 0, 1  # of the last prompts; only shown to reward functions, as trainer_state
         if dry_run:
             self._dry_run()
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """The step's rows in epoch order; `attempt` > 0 draws rows at random for groups that were dropped."""
-        self._step = step
+        self._step, self._num_prompts = step, num_prompts
         num_rows = len(self.train_rows)
         if attempt:
             rng = random.Random(f"dataset refill {self.seed} {step} {attempt}")
@@ -172,14 +175,13 @@ class Dataset:
                     is_truncated=completion.finish_reason == "length",
                 )
             )
-        results = score_with(self.rewards, samples, step=self._step, max_error_rate=self.max_error_rate)
+        results = self.scorer.results(samples, self._trainer_state(len(samples)))
         if self.match != "none":
             results = [self._match([stated_answer(each) for each in parsed], completions), *results]
         scores = [
             self._combine(float(is_well_formed(each)), [of_reward[i] for of_reward in results])
             for i, each in enumerate(parsed)
         ]
-        self._check_applicable(scores, samples)
         return scores
 
     def fingerprint(self) -> str:
@@ -218,22 +220,23 @@ class Dataset:
 
     def _combine(self, has_format: float, results: list[Result]) -> Score:
         scorers = [(f"{self.match}_match", self.match_reward)] if self.match != "none" else []
-        scorers += [(reward.name, reward.weight) for reward in self.rewards]
+        scorers += [(reward.name, reward.weight) for reward in self.scorer.rewards]
         parts = {"format": has_format}
         terms = [self.format_reward * has_format] if self.format_reward != 0 else []
         metrics, extra = {}, {}
+        if self.scorer.rewards or self._match_expressions is not None:
+            metrics["reward/error_rate"] = float(any(result.error is not None for result in results))
         is_failed = False
         for (name, weight), result in zip(scorers, results):
-            metrics |= result.metrics
-            extra |= result.extra
+            for own, theirs in ((metrics, result.metrics), (extra, result.extra)):
+                # a name that is taken gets the function's in front of it
+                own |= {f"{name}/{key}" if key in own else key: value for key, value in theirs.items()}
             if result.error is not None:
                 is_failed |= weight != 0
                 extra[f"{name}/error"] = result.error
             elif result.value is not None:
                 parts[name] = result.value
                 terms += [weight * result.value] if weight != 0 else []
-        if self.rewards or self._match_expressions is not None:
-            metrics["reward/error_rate"] = float(any(result.error is not None for result in results))
         total = sum(terms) if terms and not is_failed else None
         is_correct = None
         if self.match != "none":
@@ -242,46 +245,29 @@ class Dataset:
             is_correct = total is not None and total >= self.correct_at
         return Score(total, parts, metrics, is_correct, extra)
 
-    def _check_applicable(self, scores: list[Score], samples: list[Sample]) -> None:
-        if scores and all(score.reward is None for score in scores):
-            raise RewardError(
-                f"no reward for any of {len(scores)} completions, first row {samples[0].source}: every "
-                "reward function failed or returned None (not applicable)"
-            )
-
-    def _load_rewards(self, entries: list) -> list[Reward]:
-        columns = {name for row in self._rows.values() for name in row.columns}
-        rewards = []
-        for i, entry in enumerate(entries):
-            key = f"env.rewards[{i}]"
-            if not isinstance(entry, dict) or not isinstance(entry.get("fn"), str):
-                raise ValueError(f"{key}={entry!r}: expected {{fn: package.module:function, weight: 1.0}}")
-            for name in entry:
-                if name not in ("fn", "weight", "name", "kwargs"):
-                    near = difflib.get_close_matches(str(name), ("weight", "name", "kwargs"), n=1)
-                    raise ValueError(
-                        f"{key}.{name}: unknown key{f'; did you mean {near[0]}?' if near else ''} "
-                        "(allowed: fn, weight, name, kwargs)"
-                    )
-            options = {name: value for name, value in entry.items() if name != "fn"}
-            rewards.append(
-                load_reward(
-                    entry["fn"], key=f"{key}.fn", columns=columns, has_answer=self.answer_key is not None, **options
-                )
-            )
-        names = ["format", f"{self.match}_match", *(reward.name for reward in rewards)]
+    def _check_rewards(self) -> None:
+        names = ["format", f"{self.match}_match", *(reward.name for reward in self.scorer.rewards)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(
                 f"env.rewards: the name {repeated[0]!r} is taken twice; give one of them another with name:"
             )
-        weights = [self.format_reward, self.match_reward * (self.match != "none"), *(r.weight for r in rewards)]
-        if not any(weights):
+        weights = [reward.weight for reward in self.scorer.rewards]
+        if not any([self.format_reward, self.match_reward * (self.match != "none"), *weights]):
             raise ValueError(
                 "env.rewards: every weight is 0, so there is nothing to learn; set match, match_reward or the "
                 "weight of a reward function"
             )
-        return rewards
+
+    def _trainer_state(self, num_completions: int) -> TrainerState:
+        epochs_per_step = self._num_prompts / len(self.train_rows)
+        return TrainerState(
+            global_step=self._step,
+            max_steps=self.total_steps,
+            epoch=self._step * epochs_per_step,
+            num_train_epochs=math.ceil(self.total_steps * epochs_per_step),
+            train_batch_size=num_completions,
+        )
 
     def _dry_run(self) -> None:
         samples = []
@@ -299,7 +285,7 @@ class Dataset:
                     answer=row.answer,
                 )
             )
-        try_rewards(self.rewards, samples)
+        self.scorer.try_out(samples, self._trainer_state(len(samples)))
         if self._match_expressions is not None:
             self._match_expressions.warm_up()
 
@@ -324,8 +310,6 @@ class Dataset:
             raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
         if num_eval_prompts is not None and num_eval_prompts < 1:
             raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must be at least 1, or null for all")
-        if not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"env.max_error_rate={self.max_error_rate}: must lie in 0..1")
         if not 0 <= self.numeric_tolerance < 1:
             raise ValueError(f"env.numeric_tolerance={self.numeric_tolerance}: must lie in 0..1 (relative; 0 is exact)")
 

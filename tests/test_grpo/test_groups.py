@@ -17,6 +17,8 @@ GROUP = 2
 class Sampler:
     """Completions of 1 + sample tokens; records what it was asked for."""
 
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=3))
+
     def __init__(self, max_len=100):
         self.asked, self.max_len = [], max_len
 
@@ -174,19 +176,19 @@ def test_an_environment_that_raises_is_named_with_the_place():
 @pytest.mark.parametrize("error", [RewardError("fn, row 3"), DataError("data.jsonl:7")])
 def test_errors_that_name_their_place_pass_unchanged(error):
     with pytest.raises(type(error), match=str(error)):
-        held_out_prompts(raising(error), max_prompts=3, max_len=9)
+        held_out_prompts(raising(error), max_prompts=3, max_len=9, vocab_size=3)
 
 
 @pytest.mark.parametrize("prompts, message", [
     ([], "returned no prompts"), (["text"], r"a list that holds \['str'\]"), (None, "NoneType")])
 def test_prompts_of_another_kind_are_faults(prompts, message):
     with pytest.raises(EnvironmentFault, match=message):
-        held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=3, max_len=9)
+        held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=3, max_len=9, vocab_size=3)
 
 
 def test_held_out_prompts_are_the_first():
     prompts = [Prompt(i, [1], {}) for i in range(5)]
-    assert held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=2, max_len=9) == prompts[:2]
+    assert held_out_prompts(SimpleNamespace(eval_prompts=lambda: prompts), max_prompts=2, max_len=9, vocab_size=3) == prompts[:2]
 
 
 # --- lengths of prompts: a completion has 5 tokens at most ------------------------------------------------------------
@@ -222,10 +224,10 @@ def of_a_file(i):
 ])
 def test_known_prompts_that_are_too_long_are_refused_by_file_and_line(max_tokens, max_len, limit, words):
     fitting = Data([1, limit, 2], of_a_file)
-    check_known_prompts(fitting, config(max_tokens=max_tokens), max_len=max_len)
+    check_known_prompts(fitting, config(max_tokens=max_tokens), max_len=max_len, vocab_size=3)
     with pytest.raises(DataError, match=rf"^data.jsonl:2: a prompt has {limit + 1} tokens: .*{words}.*2 such of 4 prompts, the "
                                         rf"longest 50.*env.on_long_prompt=skip env.max_prompt_tokens={limit}$"):
-        check_known_prompts(Data([1, limit + 1, 2, 50], of_a_file), config(max_tokens=max_tokens), max_len=max_len)
+        check_known_prompts(Data([1, limit + 1, 2, 50], of_a_file), config(max_tokens=max_tokens), max_len=max_len, vocab_size=3)
 
 
 def test_evaluation_prompts_need_only_fit_the_model():
@@ -233,16 +235,16 @@ def test_evaluation_prompts_need_only_fit_the_model():
         def eval_prompts(self):
             return [Prompt(0, [1] * 9, of_a_file(6)), Prompt(1, [1] * 9, {}), Prompt(2, [1] * 20, {})]  # two are asked
 
-    check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=10)
+    check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=10, vocab_size=3)
     with pytest.raises(DataError, match="^data.jsonl:7: a prompt has 9 tokens: the model's sequences end at 9"):
-        check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=9)
+        check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=9, vocab_size=3)
 
 
 def test_other_prompts_that_are_too_long_are_refused_where_they_enter():
     env = Lengths([3, 8, 3], lambda i: {"n": i})
-    check_known_prompts(env, config(max_tokens=12), max_len=100)  # not known yet
+    check_known_prompts(env, config(max_tokens=12), max_len=100, vocab_size=3)  # not known yet
     with pytest.raises(EnvironmentFault, match=r"Lengths.prompts: a prompt has 8 tokens: .*optim.max_tokens=12.*prompt 1 "
-                                               r"\({'n': 1}\)$"):
+                                               r"\(\"{'n': 1}\"\)$"):
         collect(env, Sampler(), config(max_tokens=12), 0, lambda: False)
     with pytest.raises(EnvironmentFault, match="Lengths.eval_prompts: a prompt has 8 tokens: the model's sequences end at 8"):
-        held_out_prompts(env, max_prompts=3, max_len=8)
+        held_out_prompts(env, max_prompts=3, max_len=8, vocab_size=3)

@@ -1,10 +1,17 @@
 import asyncio
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from grpo.rewards.functions import Reward, RewardError, Sample, load_reward, score_with, try_rewards
+from grpo.rewards.forms import Sample, TrainerState
+from grpo.rewards.functions import Reward, load_reward
+
+CALL = {
+    "state": TrainerState(global_step=0, max_steps=10, epoch=0.0, num_train_epochs=1, train_batch_size=2),
+    "retries": 0,
+}
 
 # --- functions written to the signatures that other trainers document ------------------------------------------------
 
@@ -44,7 +51,8 @@ def adapt(function, *, columns=("question", "solution"), has_answer=True, weight
 
 def values(function, made, *, step=0, **options):
     columns = {name for sample in made for name in sample.row}
-    return [result.value for result in adapt(function, columns=columns, **options)(made, step=step)]
+    state = dataclasses.replace(CALL["state"], global_step=step)
+    return [result.value for result in adapt(function, columns=columns, **options)(made, state=state, retries=0)]
 
 
 def trl_length(completion_ids, **kwargs):
@@ -103,7 +111,7 @@ def test_trl_functions_get_columns_as_lists():
 
 
 def test_trl_functions_may_find_themselves_not_applicable():
-    results = adapt(trl_math_only, columns={"task"})(samples(task=["math", "code"]), step=0)
+    results = adapt(trl_math_only, columns={"task"})(samples(task=["math", "code"]), **CALL)
     assert [(r.value, r.error) for r in results] == [(10.0, None), (None, None)]
 
 
@@ -112,7 +120,7 @@ def test_trl_functions_see_the_step():
 
 
 def test_trl_functions_log_columns_and_metrics():
-    results = adapt(trl_logging)(samples(), step=0)
+    results = adapt(trl_logging)(samples(), **CALL)
     assert [result.value for result in results] == [1.0, 0.0]
     assert [result.extra for result in results] == [{"golden": "42"}, {"golden": "8"}]
     assert [result.metrics for result in results] == [{"accuracy": 0.5}] * 2
@@ -123,7 +131,7 @@ def test_logged_columns_become_json():
         log_extra("place", [{1}, float("nan")])
         return [0.0, 0.0]
 
-    assert [result.extra for result in adapt(batch)(samples(), step=0)] == [{"place": "{1}"}, {"place": "nan"}]
+    assert [result.extra for result in adapt(batch)(samples(), **CALL)] == [{"place": "{1}"}, {"place": "nan"}]
 
 
 def test_async_batch_functions_are_awaited():
@@ -167,7 +175,7 @@ def test_verl_functions_are_called_per_completion():
 
 
 def test_verl_dicts_give_a_score_metrics_and_log_entries():
-    results = adapt(compute_score_dict, scale=2.0)(samples(), step=0)
+    results = adapt(compute_score_dict, scale=2.0)(samples(), **CALL)
     assert [result.value for result in results] == [2.0, 0.0]
     assert results[0].metrics == {"compute_score_dict/acc": 1.0}
     assert results[1].extra == {"compute_score_dict/pred": "7"}
@@ -247,7 +255,7 @@ def test_numbers_of_any_kind_are_taken(returned, value):
     def native(text):
         return returned
 
-    result = adapt(native)(samples(), step=0)[0]
+    result = adapt(native)(samples(), **CALL)[0]
     assert (result.value, result.error) == (value, None)
 
 
@@ -269,7 +277,7 @@ def test_what_is_no_finite_number_is_an_error_never_a_zero(returned, words):
     def native(text):
         return returned
 
-    result = adapt(native)(samples(), step=0)[0]
+    result = adapt(native)(samples(), **CALL)[0]
     assert result.value is None and words in result.error
 
 
@@ -288,7 +296,7 @@ def test_a_batch_function_must_return_one_value_for_each_completion(returned, wo
     def batch(completions):
         return returned
 
-    assert all(words in result.error for result in adapt(batch)(samples(), step=0))
+    assert all(words in result.error for result in adapt(batch)(samples(), **CALL))
 
 
 def test_a_log_column_of_another_length_is_an_error():
@@ -296,7 +304,7 @@ def test_a_log_column_of_another_length_is_an_error():
         log_extra("x", [1])
         return [0.0, 0.0]
 
-    assert "log_extra('x') got 1 values for 2" in adapt(batch)(samples(), step=0)[0].error
+    assert "log_extra('x') got 1 values for 2" in adapt(batch)(samples(), **CALL)[0].error
 
 
 def fails_on_seven(text):
@@ -322,24 +330,7 @@ async def fails_async(text):
     ],
 )
 def test_exceptions_are_errors_with_their_place(function, words):
-    assert words in adapt(function)(samples(), step=0)[1].error
-
-
-def test_too_many_errors_stop_the_run_naming_function_and_row():
-    with pytest.raises(
-        RewardError, match=r"'fails_on_seven' failed on 1 of 2 .*max_error_rate=0.05.*train.jsonl:2: ZeroDiv"
-    ):
-        score_with([adapt(fails_on_seven)], samples(), step=0, max_error_rate=0.05)
-
-
-def test_errors_up_to_the_rate_are_tolerated():
-    [results] = score_with([adapt(fails_on_seven)], samples(), step=0, max_error_rate=0.5)
-    assert results[0].value == 1.0 and results[1].value is None and results[1].error
-
-
-def test_a_dry_run_names_function_and_row():
-    with pytest.raises(RewardError, match=r"'fails_on_seven' failed its dry run on row train.jsonl:2"):
-        try_rewards([adapt(fails_on_seven)], samples())
+    assert words in adapt(function)(samples(), **CALL)[1].error
 
 
 # --- loading and signatures ------------------------------------------------------------------------------------------
@@ -354,15 +345,15 @@ def test_functions_load_by_dotted_path_and_from_files(tmp_path):
         "def score(row, text):\n    return Bonus().value + len(text)\n"
     )
     for path in ("grpo.rewards.match:exact_match", "grpo.rewards.match.exact_match"):
-        assert [r.value for r in load_reward(path, **OPTIONS)(samples(), step=0)] == [1.0, 0.0]
+        assert [r.value for r in load_reward(path, **OPTIONS)(samples(), **CALL)] == [1.0, 0.0]
     reward = load_reward(f"{file}:score", **OPTIONS)
     assert (reward.name, reward.weight) == ("score", 1.0)
-    assert [r.value for r in reward(samples(), step=0)] == [5.0, 4.0]
+    assert [r.value for r in reward(samples(), **CALL)] == [5.0, 4.0]
 
 
 def test_keyword_arguments_come_from_the_config():
     reward = load_reward("grpo.rewards.match.numeric_match", **OPTIONS, kwargs={"tolerance": 0.2})
-    assert [r.value for r in reward(samples(("44", "7")), step=0)] == [1.0, 1.0]
+    assert [r.value for r in reward(samples(("44", "7")), **CALL)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

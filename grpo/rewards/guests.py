@@ -1,0 +1,265 @@
+"""Reward functions and environments are guests of the trainer's process: they may not change how it goes on.
+
+Put back after every call: working directory, umask, handlers and mask of the signals that the trainer or the operating system
+uses, a timer left running, limits of resources, stdout and stderr, sys.argv, recursion limit, garbage collection, functions of
+os and shutil that were removed or replaced, environment variables that CUDA, torch, Triton, wandb and home folders go by, and of
+torch: default dtype and device, threads, grad mode, autocast, anomaly detection, deterministic algorithms, precision of matrix
+products, oneDNN, denormals. What cannot be put back ends the run with the guest's name. Left alone: other environment variables,
+import paths and the global random generators, which this program does not use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import gc
+import importlib
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
+LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE,
+          resource.RLIMIT_NPROC, resource.RLIMIT_STACK)
+VARIABLES = (b"CUDA_", b"NVIDIA_", b"TORCH", b"PYTORCH_", b"TRITON_", b"WANDB_", b"HOME", b"TMPDIR")  # prefixes
+CLOSING_SECONDS = 5.0  # for what still runs in the event loop at exit
+
+
+class GuestFault(RuntimeError):
+    """A reward function or an environment failed, or did what the trainer cannot go on with; the message names it."""
+
+
+# --- the state that a call must not change ---------------------------------------------------------------------------
+
+
+@contextmanager
+def protected(who: str) -> Iterator[None]:
+    """Around foreign code: the process goes on as it was. A child forked inside never leaves the block: it ends here.
+
+    Raises GuestFault naming `who` for a change that cannot be put back."""
+    pid = os.getpid()
+    settings = _settings("torch" in sys.modules)
+    before = [read() for _, read, _ in settings]
+    try:
+        yield
+    finally:
+        if os.getpid() != pid:
+            _end_child(sys.exception())
+        for (name, read, write), value in zip(settings, before):
+            try:
+                found = read()
+                if found != value:
+                    write(value)
+            except Exception as error:  # noqa: BLE001 - whatever a setter raises, the state is not what it was
+                raise GuestFault(f"{who} changed the {name} of this process, which cannot be put back ({error}); "
+                                 "let it leave that alone, or do it in a process of its own") from error
+
+
+def _end_child(error: BaseException | None) -> None:
+    """Ends a forked child as Python would have ended it, without running any of the trainer's code."""
+    code = 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        code = (error.code or 0) & 0xFF
+    elif error is not None:
+        code = 1
+        os.write(2, "".join(traceback.format_exception(error)).encode())  # stderr's buffer may hold the parent's text
+    os._exit(code)
+
+
+@functools.cache
+def _settings(has_torch: bool) -> list[tuple[str, Callable, Callable]]:
+    """(name, how to read it, how to write it back) of each setting. Without torch in the process it is not imported."""
+    def write_variables(before: dict) -> None:
+        for name in {name for name in before.keys() | os.environb.keys() if name.startswith(VARIABLES)}:
+            if name in before:
+                os.environb[name] = before[name]
+            else:
+                os.environb.pop(name, None)
+
+    def read_umask() -> int:
+        mask = os.umask(0o077)  # there is no way to read it alone
+        os.umask(mask)
+        return mask
+
+    def write_handlers(handlers: list) -> None:
+        for number, handler in zip(HANDLED, handlers):
+            if handler is not None and signal.getsignal(number) != handler:  # None: not installed from Python
+                signal.signal(number, handler)
+
+    def write_limits(limits: list) -> None:
+        for number, limit in zip(LIMITS, limits):
+            resource.setrlimit(number, limit)
+
+    def write_streams(streams: tuple) -> None:
+        sys.stdout, sys.stderr = streams
+
+    settings = [
+        ("functions of os", lambda: vars(os).copy(), vars(os).update),
+        ("functions of shutil", lambda: vars(shutil).copy(), vars(shutil).update),
+        ("working directory", os.getcwd, os.chdir),
+        ("umask", read_umask, os.umask),
+        ("handlers of signals", lambda: [signal.getsignal(number) for number in HANDLED], write_handlers),
+        ("mask of signals", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+         lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask)),
+        ("alarm timer", lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0,
+         lambda is_running: signal.setitimer(signal.ITIMER_REAL, 0)),
+        ("limits of resources", lambda: [resource.getrlimit(number) for number in LIMITS], write_limits),
+        ("environment variables", lambda: os.environ._data.copy(), write_variables),  # bytes: decoding all is slow
+        ("standard streams", lambda: (sys.stdout, sys.stderr), write_streams),
+        ("arguments", lambda: list(sys.argv), lambda words: sys.argv.__setitem__(slice(None), words)),
+        ("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
+        ("garbage collection", gc.isenabled, lambda is_on: gc.enable() if is_on else gc.disable())]
+    return settings + _torch_settings() if has_torch else settings
+
+
+def _torch_settings() -> list[tuple[str, Callable, Callable]]:
+    import torch
+    import torch.utils._device
+
+    matmul, mkldnn, tiny = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, sys.float_info.min
+
+    def write_precision(values: tuple) -> None:
+        torch.set_float32_matmul_precision("highest")  # the older interface, which keeps a record of its own
+        torch.backends.fp32_precision, matmul.fp32_precision, mkldnn.fp32_precision = values
+
+    def write_reduction(value: bool) -> None:
+        matmul.allow_bf16_reduced_precision_reduction = value
+
+    def refuse(value: object) -> None:
+        raise RuntimeError(f"it was {value}")
+
+    def autocast(device: str) -> tuple[str, Callable, Callable]:
+        return (f"autocast on {device}", lambda: torch.is_autocast_enabled(device),
+                lambda is_on: torch.set_autocast_enabled(device, is_on))
+
+    return [
+        ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+        ("default device", lambda: torch.utils._device.CURRENT_DEVICE, torch.set_default_device),
+        ("number of threads", torch.get_num_threads, torch.set_num_threads),
+        ("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+        ("inference mode", torch.is_inference_mode_enabled, refuse),
+        ("stack of torch function modes", torch._C._len_torch_function_stack, refuse),
+        autocast("cpu"), autocast("cuda"),
+        ("anomaly detection", lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+         lambda values: torch.set_anomaly_enabled(*values)),
+        ("deterministic algorithms",
+         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+         lambda values: torch.use_deterministic_algorithms(values[0], warn_only=values[1])),
+        ("precision of matrix products",
+         lambda: (torch.backends.fp32_precision, matmul.fp32_precision, mkldnn.fp32_precision), write_precision),
+        ("reduced precision of bfloat16 products", lambda: matmul.allow_bf16_reduced_precision_reduction, write_reduction),
+        ("use of oneDNN", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+        ("flushing of denormals", lambda: tiny / 2 == 0.0, torch.set_flush_denormal)]
+
+
+# --- calling ----------------------------------------------------------------------------------------------------------
+
+
+def call_guest(who: str, call: Callable[[], object]) -> object:
+    """What the call returns, or the exception that it raised, of whatever kind, with the process protected.
+
+    Raises GuestFault, see `protected`, and KeyboardInterrupt where it is the user's."""
+    try:
+        with protected(who):
+            return call()
+    except GuestFault:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the boundary to foreign code: SystemExit and others of no Exception too
+        if is_users_interrupt(error):
+            raise
+        return error
+
+
+def is_users_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C raised it: a run handles that signal otherwise, so there a KeyboardInterrupt is a guest's own."""
+    return isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def import_guest(name: str):
+    """`importlib.import_module`, with the process protected. A module that ends Python, as by sys.exit(), is an ImportError
+    naming it; what else an import raises is raised."""
+    outcome = call_guest(f"the import of {name}", lambda: importlib.import_module(name))
+    if isinstance(outcome, Exception):
+        raise outcome
+    if isinstance(outcome, BaseException):
+        raise ImportError(f"{name} ends Python while it is imported ({type(outcome).__name__}: {outcome})") from outcome
+    return outcome
+
+
+# --- coroutines -------------------------------------------------------------------------------------------------------
+
+
+class EventLoop:
+    """A loop in a thread of its own, so that what belongs to it (a client's connections, say) lasts from call to call."""
+
+    def __init__(self):
+        self._loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._serve, name="reward functions' event loop", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        is_stopped = False
+        while not is_stopped and os.getpid() == self._pid:
+            try:
+                self._loop.run_forever()
+                is_stopped = True
+            except (SystemExit, KeyboardInterrupt):  # of a task that foreign code started: whoever awaits it sees it
+                pass
+
+    def run(self, awaitables: list[Awaitable]) -> list[object]:
+        """The value of each, or the exception that it raised."""
+
+        async def finish(awaitable: Awaitable) -> object:
+            try:
+                return await awaitable
+            except BaseException as error:  # noqa: BLE001 - the boundary to foreign code
+                if os.getpid() != self._pid:
+                    _end_child(error)
+                return error
+            finally:
+                if os.getpid() != self._pid:
+                    _end_child(None)
+
+        async def finish_all() -> list[object]:
+            return await asyncio.gather(*(finish(awaitable) for awaitable in awaitables))
+
+        return asyncio.run_coroutine_threadsafe(finish_all(), self._loop).result()
+
+    def close(self) -> None:
+        """Cancels what still runs and ends the thread."""
+        if os.getpid() != self._pid or not self._thread.is_alive():
+            return
+
+        async def cancel_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._loop.shutdown_asyncgens()
+
+        with suppress(TimeoutError):  # a task that will not end: the thread is a daemon
+            asyncio.run_coroutine_threadsafe(cancel_all(), self._loop).result(CLOSING_SECONDS)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+
+def event_loop() -> EventLoop:
+    """The one loop of this process, closed at its exit. Modules are imported once in a process, and so are their clients."""
+    return _event_loop_of(os.getpid())  # a forked child has a loop of its own
+
+
+@functools.lru_cache(maxsize=1)
+def _event_loop_of(pid: int) -> EventLoop:
+    loop = EventLoop()
+    atexit.register(loop.close)
+    return loop
