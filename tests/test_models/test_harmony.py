@@ -177,6 +177,13 @@ def test_python_gets_its_code_as_it_is(arguments, tokenizer):
     )
 
 
+def test_a_prompt_that_ends_in_an_answer_leaves_out_its_analysis(tokenizer):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "thinking": "T", "content": "a"}]
+    assert render_text(chat, tokenizer).endswith(
+        "<|start|>user<|message|>q<|end|><|start|>assistant<|channel|>final<|message|>a<|end|><|start|>assistant"
+    )
+
+
 def test_code_that_looks_like_json_stays_code(tokenizer):
     for code in ('{"code": 1}', "{1, 2}", '{"a": 1}["a"]', '["code"]'):
         call = {"name": "python", "arguments": code}
@@ -406,6 +413,12 @@ def test_tools_without_parameters_or_description_render(tokenizer):
             {"builtin_tools": ["browser"]},
             "calls 'browser.click' of builtin_tools; allowed: python, browser.find, browser.open, browser.search",
         ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"code": "1", "timeout": 3}}]}],
+            {"builtin_tools": ["python"]},
+            "arguments of python must be",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], {}, r"content\[0\] is a part of type 'text'"),
         ([{"role": "user", "content": ["text"]}], {}, r"content\[0\] is a part of type 'str'"),
         ([{"role": "user", "content": "q"}], {"model_identity": 3}, "model_identity is 3; it must be a string"),
         ([{"role": "user", "content": "q"}], {"tools": [{"name": "f\ud800"}]}, "instructions or tools cannot be encoded"),

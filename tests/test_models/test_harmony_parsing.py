@@ -143,6 +143,7 @@ def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
         (" to=functions.f" + FINAL.removeprefix("<|start|>assistant"), "recipient 'functions.f' on channel final"),
         (THOUGHT + FINAL.replace("final", "final to=user"), "recipient 'user' on channel final"),
         (THOUGHT + FINAL.replace("final", "final <|constrain|>"), "recipient '<|constrain|>' on channel final"),
+        (THOUGHT + FINAL.replace("final", "final <|constrain|>json<|end|>"), "a control token inside the final message"),
         (THOUGHT + FINAL.replace("final", "final json"), "recipient 'json' on channel final"),
         (CALL.replace("functions.f", "user"), "recipient 'user' on channel commentary"),
         (CALL.replace("functions.f", ""), "recipient '' on channel commentary"),
@@ -222,6 +223,8 @@ def test_spans_say_where_messages_stand_and_how_they_ended(tokenizer):
 def test_analysis_is_what_the_policy_thought_and_not_what_it_had_computed(tokenizer):
     text = THOUGHT + "<|start|>assistant<|channel|>analysis to=python code<|message|>1+1<|call|>"
     assert parse_completion(tokenizer.encode_with_special(text), tokenizer).analysis == "x"
+    ids, is_policy = sampled_and_given(tokenizer, THOUGHT, "<|start|>assistant" + THOUGHT.replace(">x<", ">given<"))
+    assert parse_completion(ids, tokenizer, is_policy=is_policy).analysis == "x"
     two = THOUGHT + "<|start|>assistant" + THOUGHT.replace(">x<", ">y<") + FINAL
     assert parse_completion(tokenizer.encode_with_special(two), tokenizer).analysis == "x\ny"
 
