@@ -90,11 +90,13 @@ def parse_completion(
         error = str(problem)
         messages, spans = _parse(ids, tokenizer, role, sources, is_strict=False)
     is_complete = error is None and bool(ids) and ids[-1] in (tokenizer.return_, tokenizer.call)
-    fault = error or _find_fault(messages, spans, ids, tokenizer)
+    fault = error or _find_fault(messages, spans, ids, tokenizer, role)
     return Parsed(messages, spans, error, is_complete, fault)
 
 
-def _find_fault(messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer) -> str | None:
+def _find_fault(
+    messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer, role: str | None
+) -> str | None:
     """What keeps well-formed ids from being an answer: the policy's analysis, preambles and calls, each call answered by
     the environment, then one final message that ends in <|return|>. None if nothing does."""
     if not messages:
@@ -113,6 +115,8 @@ def _find_fault(messages: list[Message], spans: list[Span], ids: list[int], toke
         fault = None
         if message.role != "assistant":
             fault = f"the policy wrote as {message.name or message.role}"
+        elif index == 0 and role is not None and tokenizer.decode(ids[: span.content_start]).startswith(role):
+            fault = f"{role} again, where the prompt had named the author"
         elif was_called:
             fault = "the policy went on after a call that nobody had answered"
         elif message.channel not in CHANNELS:

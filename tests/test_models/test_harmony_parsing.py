@@ -150,6 +150,7 @@ def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
         (THOUGHT.replace("analysis", "thoughts") + FINAL, "unknown channel 'thoughts'"),
         (THOUGHT + FINAL.replace("final", "finale"), "unknown channel 'finale'"),
         ("<|message|>x<|end|>" + FINAL, "no channel"),
+        (FINAL.removeprefix("<|start|>"), "assistant again, where the prompt had named the author"),
         (THOUGHT + FINAL.replace("<|channel|>final", ""), "no channel"),
         (THOUGHT + FINAL.replace("<|return|>", "<|end|>") + FINAL, "final message that ends in <|end|>"),
         (THOUGHT + FINAL + FINAL, "messages after the final one"),
