@@ -226,6 +226,21 @@ def build_tiny_tokenizer(words: list[str], chars: str) -> Tokenizer:
     return Tokenizer(backend, name="built in memory", source=None)
 
 
+def build_byte_tokenizer(words: list[str]) -> Tokenizer:
+    """An offline tokenizer for tiny models that reads any text: one token per word of `words`, per byte of UTF-8 elsewhere, per
+    control token. Roles and channel names are always words. Ids: bytes, words, control tokens."""
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # spells each byte as a printable character
+    spelled = {word: to_bytes.pre_tokenize_str(word)[0][0] for word in dict.fromkeys([*HEADER_WORDS, *words])}
+    vocabulary = {entry: id for id, entry in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled.values()])}
+    # a piece that is an entry becomes one token (ignore_merges), any other, without merges, its bytes
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
+    pattern = "|".join(re.escape(word) for word in sorted(spelled, key=len, reverse=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(CONTROL_TOKENS.values()))
+    return Tokenizer(backend, name="built in memory", source=None)
+
+
 def _with_control_tokens_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The same tokenizer with harmony's tokens marked special: only special tokens can be kept out of ordinary text."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}

@@ -32,7 +32,8 @@ from grpo.rewards.match import exact_match, is_well_formed, numeric_match, state
 from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
 from models.chat.parse import parse_completion
-from models.tokenizer import Tokenizer
+from models.chat.render import Message, generation_prompt, render_message, system_content
+from models.tokenizer import Tokenizer, build_byte_tokenizer
 
 
 class Dataset:
@@ -137,6 +138,12 @@ class Dataset:
         if dry_run:
             self._dry_run()
 
+    @staticmethod
+    def build_tokenizer() -> Tokenizer:
+        """For models without a checkpoint: bytes, and the usual lines of the system message as a token each."""
+        lines = system_content(current_date="2025-08-05", reasoning_effort="low").splitlines()
+        return build_byte_tokenizer([line for line in lines if line])
+
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """The step's rows in epoch order; `attempt` > 0 draws rows at random for groups that were dropped."""
         self._step, self._num_prompts = step, num_prompts
@@ -156,6 +163,20 @@ class Dataset:
     def eval_prompts(self) -> list[Prompt]:
         """The held-out rows, the same for every seed."""
         return [_prompt(i, row) for i, row in enumerate(self.eval_rows)]
+
+    def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, completion ids) of rows drawn at random: their answers as final messages, so that a model made from
+        scratch learns to give some before rewards judge them."""
+        if self.answer_key is None:
+            raise DataError("warmup: demonstrations need env.answer_key, the column with the answers; or set warmup=null")
+        rng = random.Random(f"dataset demonstrations {self.seed} {step}")
+        rows = [self.train_rows[rng.randrange(len(self.train_rows))] for _ in range(batch_size)]
+        start = len(generation_prompt(self.tokenizer))
+        pairs = []
+        for row in rows:
+            answer = render_message(Message("assistant", row.answer, channel="final"), self.tokenizer)
+            pairs.append((row.token_ids.tolist(), answer[start:-1] + [self.tokenizer.return_]))
+        return pairs
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """The weighted sum of match, format and reward functions. Raises RewardError if too many of them fail."""
