@@ -5,6 +5,7 @@ objects, which are never parsed as markup.
 """
 
 import atexit
+import contextlib
 import itertools
 import math
 import sys
@@ -35,6 +36,12 @@ def clean(text: str, encoding: str) -> str:
     text = text if encoding.lower().startswith("utf") else text.replace("±", "+-")
     visible = "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
     return visible.encode(encoding, "replace").decode(encoding)
+
+
+def print_error(label: str, message: str) -> None:
+    """Prints `label: message` to stderr: the way out for every failure, whose text may come from data, graders or paths."""
+    with contextlib.suppress(OSError):  # a closed terminal must not change how the program ends
+        print(clean(f"{label}: {message}", sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)
 
 
 def format_number(value: float) -> str:

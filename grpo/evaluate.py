@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -20,8 +21,8 @@ from pathlib import Path
 import torch
 
 from grpo.batch import Completion, Prompt
-from grpo.config import EvaluateConfig
-from grpo.console import PROGRESS_SECONDS, clean, progress_counter, with_interval
+from grpo.config import ConfigError, EvaluateConfig
+from grpo.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
 from grpo.environment import Score, held_out_prompts, make_environment, score
 from grpo.failures import describe_failure
 from grpo.groups import length_metrics, reward_metrics
@@ -133,6 +134,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
     """Evaluates a run or a checkpoint, prints a table of the metrics, writes them as JSON where `output` says. Returns the exit
     code."""
     try:
+        output = None if config.output is None else writable_file(config.output)
         device = select_device(config.device)
         dtype = select_dtype(config.dtype, device)
         if config.threads:
@@ -153,16 +155,31 @@ def run_evaluation(config: EvaluateConfig) -> int:
                               greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,
                               min_p=config.min_p, progress=show_progress("evaluating"))
         result = {**what, "num_prompts": len(prompts), **metrics}
-        if config.output is not None:
-            Path(config.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(clean(results_table(result), sys.stdout.encoding), flush=True)
+        if output is not None:
+            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except Exception as error:
-        failure = describe_failure(error, log=None, is_started=False)
+        failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed":
             raise
-        print(f"error: {failure.message}", file=sys.stderr)
+        print_error("error", failure.message)
         return failure.code
-    print(clean(results_table(result), sys.stdout.encoding))
     return 0
+
+
+def writable_file(name: str) -> Path:
+    """The path of `output`. Raises ConfigError where it cannot be written: found out at the end, the result would be lost."""
+    path = Path(os.path.expanduser(name)).absolute()
+    is_new = not os.path.lexists(path)
+    try:
+        if is_new or path.is_file() or path.is_dir():  # to open a pipe could wait for its reader
+            path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"output = {name!r}: cannot be written ({error.strerror}); give a file in a folder that exists and "
+                          "that you may write to") from error
+    return path
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from grpo.checkpoint import LoadError, RunInUseError, SaveError
-from grpo.config import ConfigError
+from grpo.config import ConfigError, TrainConfig, flatten, to_dict
 from grpo.envs.data_files import DataError
 from grpo.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.optim import NonFiniteError
@@ -26,14 +26,20 @@ DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
 KINDS: list[tuple[type | tuple[type, ...], str, int]] = [
     (Interrupted, "interrupted", PREEMPTED),
     ((NonFiniteError, FloatingPointError), "diverged", DIVERGED),
-    (torch.OutOfMemoryError, "out of memory", OUT_OF_MEMORY),
     (DataError, "bad data", DATA_ERROR),
     (GuestFault, "environment failed", ENV_ERROR),
     ((ConfigError, CheckpointError, LoadError, RunInUseError, ValueError), "configuration", CONFIG_ERROR),
     ((SaveError, OSError), "disk", FAILED)]
 # These say all there is to say; others leave a traceback in a file.
-SELF_EXPLAINING = (Interrupted, NonFiniteError, FloatingPointError, torch.OutOfMemoryError, DataError, RewardError,
-                   ConfigError, CheckpointError, LoadError, RunInUseError, SaveError, OSError)
+SELF_EXPLAINING = (Interrupted, NonFiniteError, FloatingPointError, DataError, RewardError, ConfigError, CheckpointError,
+                   LoadError, RunInUseError, SaveError, OSError)
+# What torch and the libraries below it say when memory ends, in errors that have no type of their own.
+MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
+                "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+# What decides how much is needed -> what to do with it.
+MEMORY_KEYS = {"optim.max_tokens": "lower", "rollout.max_batch": "lower", "max_batch": "lower", "rollout.cache_gb": "lower",
+               "model.memory_gb": "lower", "max_new_tokens": "lower", "model.host_gb": "raise",
+               "model.activation_checkpointing": "set to true"}
 
 
 @dataclass
@@ -43,15 +49,15 @@ class Failure:
     message: str
 
 
-def describe_failure(error: BaseException, *, log: Path | None, is_started: bool = False) -> Failure:
+def describe_failure(error: BaseException, *, config: object, log: Path | None, is_started: bool = False) -> Failure:
     """What to print and return for an error. Where the message may not suffice, its traceback is written to `log`, if that
-    is given and its folder exists. is_started: everything is loaded, so that a ValueError may come from anywhere."""
+    is given and its folder exists. config: of the entry point. is_started: everything is loaded, so that a ValueError may come
+    from anywhere."""
+    if is_out_of_memory(error):
+        return Failure("out of memory", OUT_OF_MEMORY, describe_out_of_memory(error, config))
     reason, code = next(((reason, code) for kind, reason, code in KINDS if isinstance(error, kind)), ("failed", FAILED))
     message = str(error)
-    if reason == "out of memory":
-        message = (f"out of GPU memory ({message.splitlines()[0]}); lower optim.max_tokens, rollout.max_batch or "
-                   "model.memory_gb, raise model.host_gb, or set model.activation_checkpointing=true")
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and log is not None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and log is not None:
         hint = "" if "resume=true" in message else ": free some space, then go on with resume=true"
         message += f"; {shutil.disk_usage(log.parent).free:,} bytes are free in {log.parent}{hint}"
     elif reason == "failed" or not message:
@@ -62,3 +68,21 @@ def describe_failure(error: BaseException, *, log: Path | None, is_started: bool
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             message += f" [details in {log}]"
     return Failure(reason, code, message)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return type(error) in (RuntimeError, torch.AcceleratorError) and any(text in str(error) for text in MEMORY_TEXTS)
+
+
+def describe_out_of_memory(error: BaseException, config: object) -> str:
+    """What was asked for, with which settings, and which to change."""
+    is_gpu = "CUDA" in str(error) or "CUBLAS" in str(error) or "GPU" in str(error)
+    settings = {key: value for key, value in flatten(to_dict(config), "").items() if key in MEMORY_KEYS}
+    advice = [f"set {key} (now null)" if value is None else f"{MEMORY_KEYS[key]} {key} (now {value})"
+              for key, value in settings.items()
+              if value is not True and (is_gpu or key not in ("model.memory_gb", "model.host_gb"))]
+    lines = str(error).splitlines() or [type(error).__name__]
+    resumable = "; these keys may change on resume" if isinstance(config, TrainConfig) else ""
+    return f"out of {'GPU' if is_gpu else 'host'} memory: {lines[0].rstrip('.')}. To need less, {', '.join(advice)}{resumable}"

@@ -25,7 +25,7 @@ import torch
 
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, resolve_target
-from grpo.console import clean
+from grpo.console import clean, print_error
 from grpo.environment import encode_question, make_environment
 from grpo.failures import describe_failure
 from grpo.launch import FAILED, launch
@@ -208,7 +208,7 @@ def chat(conversation: Conversation) -> None:
                 raise
             note("stopped: this turn is left out of the conversation")
         except ValueError as error:
-            print(f"error: {clean(str(error), sys.stderr.encoding)}", file=sys.stderr, flush=True)
+            print_error("error", str(error))
 
 
 def questions() -> Iterator[str]:
@@ -247,10 +247,10 @@ def run_generation(config: GenerateConfig) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        failure = describe_failure(error, log=None)
+        failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed":
             raise
-        print(f"error: {clean(failure.message, sys.stderr.encoding)}", file=sys.stderr)
+        print_error("error", failure.message)
         return failure.code
     return 0
 

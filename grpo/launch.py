@@ -38,8 +38,10 @@ from grpo.config import (
     to_typed,
     unknown_key,
 )
+from grpo.console import print_error
 from grpo.report import SUMMARY_FILE
 from grpo.run_table import sweep_summary
+from grpo.signals import hold_standard_streams
 from grpo.validate import validate, validate_inference
 
 _HERE = Path(__file__).resolve().parent
@@ -63,6 +65,7 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     task: takes the dataclass of `config_name` and returns an exit code. Returns the first code of a job that is not 0;
     a job that was preempted ends the sweep, others that fail are listed at its end. A sweep of training runs leaves a
     table, best run first."""
+    hold_standard_streams()
     argv = normalize_argv(sys.argv[1:], config_name)
     codes: list[int] = []
     jobs: list[str] = []  # the overrides of each
@@ -73,7 +76,7 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
         try:
             config = finish(cfg, config_name, list(HydraConfig.get().overrides.task))
         except ConfigError as error:
-            print(f"config error: {error}", file=sys.stderr)
+            print_error("config error", str(error))
             codes.append(CONFIG_ERROR)
             return
         if config_name == "train":
@@ -81,7 +84,7 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
         try:
             codes.append(task(config))
         except Exception:  # the whole traceback, which Hydra would cut, and the sweep's other jobs still run
-            traceback.print_exc()
+            print_error("error", traceback.format_exc())
             codes.append(FAILED)
         if codes[-1] == PREEMPTED:
             raise SystemExit(PREEMPTED)
@@ -89,7 +92,7 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     try:
         check_command_line(argv, config_name)
     except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
+        print_error("config error", str(error))
         return CONFIG_ERROR
     sys.argv[1:] = argv
     try:

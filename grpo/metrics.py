@@ -49,6 +49,7 @@ class Metrics:
         total_steps: GRPO steps of the whole run.
         is_resumed_from_step: the finished steps of the checkpoint a run goes on from; 0 for a new run.
         wandb_id: the wandb run to go on with, from that checkpoint; None starts a new one.
+        provenance: command, commit, versions and device, for summary.json.
         console: False prints nothing.
     """
 
@@ -62,12 +63,14 @@ class Metrics:
         total_steps: int,
         is_resumed_from_step: int = 0,
         wandb_id: str | None = None,
+        provenance: dict | None = None,
         console: bool = True,
     ):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.run_name = run_name
         self.config = config
+        self.provenance = provenance or {}
         self.total_steps = total_steps
         self.display = Display(run_name, total_steps, is_enabled=console)
         self.summary: dict | None = None
@@ -194,7 +197,7 @@ class Metrics:
             config=_json_safe(self.config),
         )
         self.summary["peak_host_memory_gb"] = _peak_host_memory_gb()
-        self.summary["wandb_id"] = self.wandb_id
+        self.summary |= {"wandb_id": self.wandb_id, **self.provenance}
         self.summary["config"] = self.summary.pop("config")  # last, because it is long
         try:
             text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)

@@ -47,6 +47,7 @@ from grpo.policy import (
     select_device,
     select_dtype,
 )
+from grpo.provenance import provenance
 from grpo.rollout import Interrupted, Sampler
 from grpo.warmup import check_demonstrations, warm_up
 from models.gpt_oss import GptOss
@@ -112,7 +113,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
         remove(run_dir / "tokenizer")
     tokenizer.save(run_dir / "tokenizer")
     metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
-                      wandb_id=state.state["wandb_id"] if state else None)
+                      wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device))
     metrics.print(*changes)
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of), state
 
@@ -241,7 +242,8 @@ def save(run: Run) -> None:
     tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
     tensors |= run.reference.state_dict() if run.reference is not None else {}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # as a norm, which needs no memory: there may be none left
+        if tensor.is_floating_point() and tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
             raise FloatingPointError(f"step {run.step}: {name} is not finite after the update, so no checkpoint is saved and "
                                      "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
     run.metrics.sync()

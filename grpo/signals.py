@@ -1,14 +1,17 @@
-"""SIGTERM and SIGINT: the first asks the run to stop at the next good moment, the second ends the process at once."""
+"""SIGTERM, SIGINT and SIGHUP: the first asks the run to stop at the next good moment, the second ends the process at once; and
+the standard streams that may end with the terminal."""
 from __future__ import annotations
 
 import contextlib
 import inspect
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import TextIO
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class GracefulStop:
@@ -17,7 +20,8 @@ class GracefulStop:
 
     Called, it says whether a stop was asked for: `stop()` is what a loop polls between steps and micro-batches, and a
     sampler takes as `should_stop`. The first signal prints what happens next and `resume_hint` (a command line); the
-    second leaves with code 128 + signal number without saving: the last checkpoint stands. Main thread only, as Python
+    second leaves with code 128 + signal number without saving: the last checkpoint stands. A terminal that closes may send
+    SIGHUP several times, which counts as once; under nohup, which ignores it, it stays ignored. Main thread only, as Python
     requires."""
 
     def __init__(self, resume_hint: str) -> None:
@@ -31,6 +35,8 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -42,10 +48,12 @@ class GracefulStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.signal_name is not None and number == signal.SIGHUP:
+            return
         if self.signal_name is not None:
             _say(f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}")
             if os.isatty(1):
-                _write(1, "\x1b[?25h")  # the live display hides the cursor
+                _write(sys.stdout, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
         text = f"{name}: saves at the next safe moment; again: leaves at once"
@@ -65,12 +73,32 @@ def _restore_python_handlers() -> None:
 os.register_at_fork(after_in_child=_restore_python_handlers)
 
 
+def hold_standard_streams() -> None:
+    """Gives standard streams that are closed /dev/null: a file of the run would get their numbers, and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if vars(sys)[name] is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (for the life of the process)
+
+
+def flush_standard_streams() -> None:
+    """Writes out what is buffered. Python would try again at its exit, and change the exit code where nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _say(text: str) -> None:
-    _write(2, f"\n{text}\n")
+    _write(sys.stderr, f"\n{text}\n")
 
 
-def _write(descriptor: int, text: str) -> None:
+def _write(stream: TextIO, text: str) -> None:
     # os.write: print may be in the middle of a line, and its buffer's lock is not re-entrant; a terminal or a pipe that
     # the same signal closed must not end the run
-    with contextlib.suppress(OSError):
-        os.write(descriptor, text.encode())
+    with contextlib.suppress(OSError, ValueError):
+        os.write(stream.fileno(), text.encode())

@@ -16,6 +16,7 @@ import torch
 
 from grpo.checkpoint import RunInUseError, lock_run
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
+from grpo.console import print_error
 from grpo.environment import held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.failures import describe_failure
@@ -108,7 +109,7 @@ def run_training(config: TrainConfig) -> int:
                 save(run)
                 exported = export_policy(run)
             except BaseException as error:
-                failure = describe_failure(error, log=run_dir / "error.log", is_started=run is not None)
+                failure = describe_failure(error, config=config, log=run_dir / "error.log", is_started=run is not None)
                 failure.message += keep_finished_steps(run, error)
             finally:
                 if run is not None:
@@ -116,7 +117,7 @@ def run_training(config: TrainConfig) -> int:
         if failure is None:
             run.metrics.print_final(summary, run.metrics.samples(), next_commands(run, exported))
     except (ConfigError, RunInUseError, OSError) as error:
-        failure = describe_failure(error, log=None, is_started=False)
+        failure = describe_failure(error, config=config, log=None)
     finally:
         run = state = None  # a sweep's next job needs the memory
         if torch.cuda.is_available():
@@ -129,7 +130,7 @@ def run_training(config: TrainConfig) -> int:
         label = "stopped"
         failure.message += (f"; resume with: {resume_command(config)}" if is_saved
                             else "; nothing was learnt yet, so there is nothing to resume: start again with the same command")
-    print(f"{label}: {failure.message}", file=sys.stderr)
+    print_error(label, failure.message)
     return failure.code
 
 

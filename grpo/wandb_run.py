@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo.config import WandbConfig
+from grpo.signals import flush_standard_streams
 
 QUEUE_LEN = 10_000  # lines that wait for wandb before further ones are left out
 INIT_SECONDS = 60  # of each try to start
@@ -176,10 +177,8 @@ class WandbRun:
 def end_soon(code: int) -> int:
     """Returns the exit code. From now on the process lives EXIT_SECONDS at most: hooks that wandb leaves for the end of the
     process wait for its service."""
+    flush_standard_streams()
     if "wandb" in sys.modules:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
         timer = threading.Timer(EXIT_SECONDS, os._exit, (code,))
         timer.daemon = True  # the process does not wait for it
         timer.start()

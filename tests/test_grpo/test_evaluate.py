@@ -15,7 +15,7 @@ from grpo.checkpoint import save_run
 from grpo.config import save_config
 from grpo.environment import Score
 from grpo.envs.carry import Carry
-from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation
+from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation, writable_file
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
 from grpo.rollout import Sampler
@@ -256,3 +256,29 @@ def test_an_environment_that_raises_is_named(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(Carry, "score", lambda self, completions: 1 / 0)
     assert run_evaluation(load_config("evaluate", [f"run={run_dir}", "max_new_tokens=2", "max_prompts=1"])) == 4
     assert "environment Carry.score raised ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["nowhere/result.json", "folder", "file.txt/result.json", "r" * 300])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(entry_points, tmp_path, output):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.txt").write_text("mine")
+    result = entry_points.run("grpo.evaluate", "run=no/such/run", f"output={tmp_path / output}")
+    assert result.code == 2 and "output = " in result.err and "cannot be written" in result.err, result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder"]
+
+
+def test_checking_an_output_leaves_files_as_they_were(tmp_path):
+    (tmp_path / "old.json").write_text("{}")
+    assert writable_file(str(tmp_path / "old.json")).read_text() == "{}"
+    assert not writable_file(str(tmp_path / "new.json")).exists()
+
+
+def test_a_result_that_cannot_be_written_in_the_end_was_printed(run_dir, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    arguments = [f"run={run_dir}", "num_samples=0", "max_prompts=3", "max_new_tokens=2", f"output={tmp_path / 'result.json'}"]
+    assert run_evaluation(load_config("evaluate", arguments)) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"^num_prompts +3$", printed.out, re.MULTILINE) and "No space left on device" in printed.err

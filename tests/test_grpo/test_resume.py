@@ -194,7 +194,7 @@ def resume_arguments(text: str) -> list[str]:
     return shlex.split(found[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_finished_steps_and_the_printed_command_goes_on(train, never_killed, tmp_path, number):
     expected, _ = never_killed(CARRY)
     run_dir = tmp_path / "run"
@@ -315,12 +315,18 @@ def test_numbers_that_are_not_finite_end_the_run_before_the_weights_move(train, 
     assert_same_run(tmp_path / "run", expected)
 
 
-def test_out_of_memory_names_the_keys_to_change_and_the_run_resumes_with_them(train, tmp_path):
-    broken = BROKEN_LOG_PROBS.format(calls=7, fault='raise torch.OutOfMemoryError("CUDA out of memory. Tried to ...")')
+@pytest.mark.parametrize("raised, where", [
+    ('torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")', "out of GPU memory: CUDA out of memory"),
+    ("torch.empty(10**15)", "out of host memory: [enforce fail"), ("MemoryError()", "out of host memory: MemoryError")])
+def test_out_of_memory_names_the_keys_to_change_and_the_run_resumes_with_them(train, tmp_path, raised, where):
+    broken = BROKEN_LOG_PROBS.format(calls=7, fault=f"raise {raised}")
     result = train(CARRY, tmp_path, broken).wait()
-    assert result.code == 5
-    assert "Traceback" not in result.err and "optim.max_tokens" in result.err
+    assert result.code == 5 and where in result.err, result.err
+    assert "Traceback" not in result.err and "lower optim.max_tokens (now 16384)" in result.err
+    assert "set to true model.activation_checkpointing (now False)" in result.err
     assert newest_step(tmp_path / "run") == 3
+    if where == "out of host memory: MemoryError":
+        return
     smaller = ("optim.max_tokens=40", "rollout.max_batch=3", "model.activation_checkpointing=true")
     assert train([*CARRY, *smaller, "resume=true"], tmp_path).wait().code == 0
     assert newest_step(tmp_path / "run") == 6

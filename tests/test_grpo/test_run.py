@@ -1,11 +1,17 @@
 """A run's life: where its folder is, what a resume refuses, what it survives, and what it leaves behind."""
 
 import json
+import os
+import pty
+import select
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from grpo.config import anchor_paths, run_folder
 from grpo.launch import load_config
@@ -286,3 +292,52 @@ def test_weights_that_are_not_finite_are_never_saved(meddle, tmp_path):
     result = meddle(spoil)
     assert result.code == 6 and "step 2: optim.exp_avg." in result.err and "not finite" in result.err, result.err
     assert [path.name for path in sorted((tmp_path / "out/run/checkpoints").iterdir())] == ["step_000000", "step_000001"]
+
+
+def test_a_terminal_that_closes_costs_no_step_and_not_the_exit_code(tmp_path):
+    """A real terminal: when its other end closes, the kernel sends SIGHUP and every further write fails."""
+    parent, child = pty.openpty()
+    arguments = ["+experiment=smoke", "steps=100000", "name=run", f"output_dir={tmp_path}", "warmup=null", "eval.at_start=false",
+                 "eval.every=0", "checkpoint.every=0"]
+    code = ("import fcntl, runpy, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); "
+            "runpy.run_module('grpo.train', {}, '__main__', True)")
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdin=child, stdout=child, stderr=child, cwd=ROOT,
+                               start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"})
+    os.close(child)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or b'"step": 2' not in metrics.read_bytes()):
+        if select.select([parent], [], [], 0.01)[0]:
+            os.read(parent, 1 << 16)
+    os.close(parent)
+    assert process.wait(timeout=120) == 75
+    last_step = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    assert last_step >= 2 and (tmp_path / f"run/checkpoints/step_{last_step:06d}").is_dir()
+
+
+HOSTILE = """
+import spread
+
+class Hostile(spread.Spread):
+    def score(self, completions):
+        raise KeyError("\\x1b]0;owned\\x07 \\x1b[2J")
+"""
+
+
+def test_control_characters_in_a_failure_are_printed_as_escapes(start, tmp_path):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    result = start(*SMOKE, "env._target_=hostile.Hostile", path=(tmp_path,))
+    assert result.code == 4 and "owned" in result.err, result.err
+    assert "\x1b" not in result.err + result.out and "\x07" not in result.err
+
+
+def test_the_summary_says_what_was_run_with_what(start, tmp_path):
+    result = start(*SMOKE, "seed=3")
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "out/run/summary.json").read_text())
+    assert shlex.split(summary["command"])[:4] == ["python", "-m", "grpo.train", "+experiment=smoke"]
+    assert "seed=3" in summary["command"] and summary["seed"] == 3 and summary["device"] == "CPU"
+    assert summary["versions"].keys() == {"grpo", "python", "torch", "triton"}
+    assert summary["versions"]["torch"] == torch.__version__
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (summary["commit"] or "").rstrip("+") == commit
+    assert summary["seconds"] > 0

@@ -340,7 +340,7 @@ def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
     lock_run(tmp_path).release()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_the_loop_to_stop_and_old_handlers_come_back(number, capfd):
     before = signal.getsignal(number)
     with GracefulStop("python -m x resume=true") as stop:
@@ -447,3 +447,37 @@ def test_a_lock_notices_that_its_folder_is_no_longer_in_its_place(tmp_path, what
         place = "" if what == "deleted" else f"; it is now {tmp_path / 'moved away'}"
         with pytest.raises(SaveError, match=re.escape(str(run_dir)) + f" was moved, replaced or deleted .*{place}"):
             lock.check_in_place()
+
+
+def test_a_hangup_counts_once_however_often_it_comes_and_stays_ignored_under_nohup(capfd):
+    with GracefulStop("python -m x resume=true") as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGHUP)
+        assert stop() and stop.signal_name == "SIGHUP"
+    assert capfd.readouterr().err.count("SIGHUP") == 1
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with GracefulStop("python -m x resume=true") as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_signal_says_never_lands_in_a_file_that_got_the_number_of_a_closed_stream(tmp_path):
+    code = """
+import os, signal, sys
+from grpo.signals import GracefulStop, hold_standard_streams
+hold_standard_streams()
+file = open(sys.argv[1], "w")
+assert file.fileno() > 2
+with GracefulStop("make resume"):
+    signal.raise_signal(signal.SIGTERM)
+print("to nobody", flush=True)
+print("to nobody", file=sys.stderr, flush=True)
+file.write("mine")
+"""
+    command = f'exec "{sys.executable}" -c "$1" "$2" <&- >&- 2>&-'
+    result = subprocess.run(["sh", "-c", command, "sh", code, tmp_path / "file"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0
+    assert (tmp_path / "file").read_text() == "mine"
