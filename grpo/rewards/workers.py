@@ -88,7 +88,7 @@ class Workers:
         stalls = time.monotonic() + self.patience
         self._replace_the_dead(min(self.num_workers, len(items)))
         try:
-            while num_missing := outcomes.count(None):
+            while num_open := len(waiting) + self._num_busy():
                 for worker in self._workers:
                     if worker.is_ready and worker.item is None and waiting:
                         if ends is None:
@@ -96,26 +96,30 @@ class Workers:
                         self._hand_out(worker, waiting.popleft(), items, outcomes)
                 self._receive(outcomes, stalls if ends is None else min(ends, stalls))
                 is_stalled = time.monotonic() >= stalls
-                is_moving = outcomes.count(None) < num_missing or not all(worker.is_ready for worker in self._workers)
+                num_left = len(waiting) + self._num_busy()
+                is_moving = num_left < num_open or not all(worker.is_ready for worker in self._workers)
                 if is_stalled and not is_moving:
                     num_more = min(len(self._workers), len(waiting), MOST_WORKERS - len(self._workers))
                     self._workers += [self._start() for _ in range(num_more)]
                 if is_stalled or is_moving:
                     stalls = time.monotonic() + self.patience
                 if ends is not None and time.monotonic() >= ends:
-                    error = f"not finished within the {budget:g} s of the whole call"
-                    outcomes = [Outcome(error=error) if outcome is None else outcome for outcome in outcomes]
+                    break
         finally:  # a worker with an item in hand would answer the next call
             for worker in [worker for worker in self._workers if worker.item is not None]:
                 self._replace(worker)
             while len(self._workers) > self.num_workers:
                 _kill(self._workers.pop())
-        return outcomes
+        late = f"not finished within the {budget} s of the whole call"
+        return [Outcome(error=late) if outcome is None else outcome for outcome in outcomes]
 
     def close(self) -> None:
         """Kills the workers; a later map() starts new ones."""
         while self._workers and self._owner == os.getpid():
             _kill(self._workers.pop())
+
+    def _num_busy(self) -> int:
+        return sum(worker.item is not None for worker in self._workers)
 
     def _hand_out(self, worker: _Worker, index: int, items: list, outcomes: list) -> None:
         try:
