@@ -116,7 +116,7 @@ def _draw_block(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int,
         tempered.masked_fill_(~kept, -math.inf)
     noise = gumbel_noise(keys, logits.shape[1])
     tokens = noise.add_(scores).argmax(dim=-1)  # [B]
-    # in the trainer's operations (kernels/log_probs.py), so that its bits are the same
+    # in the trainer's operations (kernels/head/log_probs.py), so that its bits are the same
     log_probs = torch.log_softmax(tempered, dim=-1).gather(1, tokens[:, None]).squeeze(1)
     if kept is None:
         return Draw(tokens=tokens, log_probs=log_probs)

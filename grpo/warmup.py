@@ -96,8 +96,8 @@ def _digest(policy: GptOss, env, config: TrainConfig) -> str:
     """A hash of the settings, the code, torch's version and the threads: an equal warm-up gives equal bits."""
     settings = {name: value for name, value in dataclasses.asdict(config.warmup).items() if name != "cache_dir"}
     beside = Path(inspect.getsourcefile(GptOss)).parent.parent  # the folder of `models` and `kernels`, in a wheel too
-    files = [*beside.glob("kernels/*.py"), *beside.glob("models/*.py"), *Path(__file__).parent.glob("*.py"),
-             Path(inspect.getsourcefile(type(env)))]
+    folders = (beside / "kernels", beside / "models", Path(__file__).parent)
+    files = {Path(inspect.getsourcefile(type(env))), *(path for folder in folders for path in folder.rglob("*.py"))}
     code = [path.read_text(encoding="utf-8") for path in sorted(files)]
     plain = to_dict(config)
     shaped = [settings, plain["model"], plain["env"], config.seed, str(policy.dtype), str(policy.device),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import launch, next_power_of_2
+from kernels.device import launch, next_power_of_2
 
 
 @triton.jit

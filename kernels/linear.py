@@ -10,8 +10,8 @@ Shapes: T tokens, K in, N out, r LoRA's rank.
 import torch
 
 from kernels.dense import linear, product
-from kernels.grouped_gemm import grouped_gemm
-from kernels.launch import is_triton
+from kernels.device import is_triton
+from kernels.experts.gemm import grouped_gemm
 
 
 def _lora_linear_reference(x, weight, bias, lora_A, lora_B, scale):

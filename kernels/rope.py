@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
+from kernels.device import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # elements of a token's heads, held in one program's registers

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, check_served, is_triton, launch
+from kernels.device import cdiv, check_served, is_triton, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK, NUM_WARPS = 1024, 4  # pairs per program

@@ -6,7 +6,7 @@ Such a file (unsloth's `*-unsloth-bnb-4bit`) holds a matrix per expert: experts.
 .nested_quant_map say of what. Any dense projection may be packed too, which its quant_state shows: those are dequantised when
 they are read. The router is called router.linear there.
 
-Experts become one tensor a projection: codes [E, out, in / 2] and absmax [E, out * in / 64] fp32 (kernels/nf4.py).
+Experts become one tensor a projection: codes [E, out, in / 2] and absmax [E, out * in / 64] fp32 (kernels/packed/nf4.py).
 
 Source: bitsandbytes, functional.py (QuantState.as_dict, dequantize_4bit); unsloth's checkpoints of gpt-oss-20b.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.nf4 import BLOCK_SIZE, CODE, dequantize_nf4_reference
+from kernels.packed.nf4 import BLOCK_SIZE, CODE, dequantize_nf4_reference
 from models.config import GptOssConfig
 from models.tensor_files import CheckpointError, StoredTensor, read_all
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from kernels.launch import product_path
-from kernels.mxfp4 import BLOCK_SIZE, dequantize, quantize
-from kernels.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
-from kernels.nf4 import dequantize_nf4_reference
+from kernels.device import product_path
+from kernels.packed.mxfp4 import BLOCK_SIZE, dequantize, quantize
+from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
+from kernels.packed.nf4 import dequantize_nf4_reference
 from models.bitsandbytes_layout import Derived, is_bitsandbytes, unpacked_names
 from models.config import GptOssConfig, read_config
 from models.experts import PACKED_SUFFIXES, Bf16Experts, Mxfp4Experts

@@ -1,7 +1,7 @@
 """Rows being decoded: their state on the device, and steps of all of them, on a GPU as CUDA graphs that wait for nobody.
 
-A step feeds every row's newest token to the model, draws the next one, stores it, and moves the row on (kernels/advance.py). A
-row that ends inside a run of steps is idle from then on and costs its place only; the host learns of it when it looks.
+A step feeds every row's newest token to the model, draws the next one, stores it, and moves the row on (kernels/head/advance.py).
+A row that ends inside a run of steps is idle from then on and costs its place only; the host learns of it when it looks.
 
 A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. There is one graph for each
 bucket of batch sizes. The first step of a bucket runs as it is (kernels are compiled) and is captured afterwards. Rows between
@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.advance import IDLE, Rows, advance, next_words
-from kernels.decode_attention import SharedPrefixes, rows_per_tile
-from kernels.launch import cdiv, next_power_of_2, product_path, to_device
-from kernels.sampling import as_words, key_sums
+from kernels.attention.decode import SharedPrefixes, rows_per_tile
+from kernels.device import cdiv, next_power_of_2, product_path, to_device
+from kernels.head.advance import IDLE, Rows, advance, next_words
+from kernels.head.sampling import as_words, key_sums
 from models.gpt_oss import GptOss
 from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord

@@ -1,11 +1,11 @@
 """The key of a draw: what its noise depends on beside the vocabulary id.
 
 Columns: seed, step, prompt id, sample, and the position of the drawn token in its sequence, where the prompt's first token is
-position 0. How a key is mixed is said in kernels/sampling.py.
+position 0. How a key is mixed is said in kernels/head/sampling.py.
 """
 import torch
 
-from kernels import sampling
+from kernels.head import sampling
 
 POSITION = 4  # column
 

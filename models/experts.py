@@ -10,20 +10,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels import nf4
-from kernels.grouped_gemm import grouped_linear, grouped_linear_packed
-from kernels.launch import is_triton
-from kernels.moe import ExpertWeights
-from kernels.moe_decode import Projection, moe_decode
-from kernels.mxfp4 import dequantize
-from kernels.mxfp4_fragments import can_permute, from_fragments, is_foldable, to_fragments_, unpacks_by_asm
-from kernels.routing import Routing, combine, dispatch
+from kernels.device import is_triton
+from kernels.experts.few_rows import Projection, moe_decode
+from kernels.experts.forward import ExpertWeights
+from kernels.experts.gemm import grouped_linear, grouped_linear_packed
+from kernels.experts.sorting import Routing, combine, dispatch
+from kernels.packed import nf4
+from kernels.packed.fragments import can_permute, from_fragments, is_foldable, to_fragments_, unpacks_by_asm
+from kernels.packed.mxfp4 import dequantize
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 PACKED_SUFFIXES = {"checkpoint": ("_blocks", "_scales"), "fragments": ("_block_fragments", "_scale_fragments"),
-                   "nf4": ("_codes", "_absmax")}  # by order (kernels/packed.py)
+                   "nf4": ("_codes", "_absmax")}  # by order (kernels/packed/weights.py)
 
 
 class _Experts(nn.Module):
@@ -73,7 +73,7 @@ class _Experts(nn.Module):
         return True
 
     def decode(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
-        """What mix gives, for few tokens and without gradients: the bits of kernels.moe.moe_forward, from the weights as they are
+        """What mix gives, for few tokens and without gradients: the bits of moe_forward, from the weights as they are
         held. Triton only, and only where can_decode()."""
         return moe_decode(x, weights, routing, *(self._for_decode(name, x, routing) for name in PROJECTIONS), residual,
                           lora=self.lora_tensors(), lora_scale=self.lora_scale, alpha=self.alpha, limit=self.limit)
@@ -101,7 +101,8 @@ class Bf16Experts(_Experts):
 
 
 class _PackedExperts(_Experts):
-    """Frozen weights as a checkpoint packs them, dequantised where they are used; `order` says how (kernels/packed.py)."""
+    """Frozen weights as a checkpoint packs them, dequantised where they are used; `order` says how
+    (kernels/packed/weights.py)."""
 
     order: str
     folds = False  # what mxfp4_fragments.is_foldable said
@@ -127,7 +128,7 @@ class Mxfp4Experts(_PackedExperts):
     """Packed weights, uint8, frozen: blocks [E, out, in/32, 16] and scales [E, out, in/32].
 
     `order` is how they lie: as in a checkpoint or, after to_fragments(), permuted in place for the tensor cores
-    (kernels/mxfp4_fragments.py). The buffers are named after it, NAME_blocks and NAME_scales or NAME_block_fragments and
+    (kernels/packed/fragments.py). The buffers are named after it, NAME_blocks and NAME_scales or NAME_block_fragments and
     NAME_scale_fragments, so that bytes in one order are never read or loaded as the other. packed() gives the checkpoint's."""
 
     def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -175,7 +176,7 @@ class Mxfp4Experts(_PackedExperts):
 
 
 class Nf4Experts(_PackedExperts):
-    """Packed weights, frozen: codes [E, out, in/2] uint8 and absmax [E, out * in/64] fp32 (kernels/nf4.py)."""
+    """Packed weights, frozen: codes [E, out, in/2] uint8 and absmax [E, out * in/64] fp32 (kernels/packed/nf4.py)."""
 
     order = "nf4"
 

@@ -23,19 +23,19 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from kernels.attention import attention_backward, attention_forward
-from kernels.attention_plan import AttentionPlan
-from kernels.decode_linear import decode_linear
-from kernels.decode_routing import can_route_few, route_few
-from kernels.grouped_gemm import grouped_gemm
-from kernels.grouped_outer import grouped_outer
-from kernels.launch import product_path
+from kernels.attention.packed import attention_backward, attention_forward
+from kernels.attention.plan import AttentionPlan
+from kernels.device import product_path
+from kernels.experts.few_sorting import can_route_few, route_few
+from kernels.experts.forward import MoeKept, moe_backward, moe_forward
+from kernels.experts.gemm import grouped_gemm
+from kernels.experts.outer import grouped_outer
+from kernels.experts.sorting import Routing, make_routing, route_backward, route_forward
 from kernels.linear import project
-from kernels.moe import MoeKept, moe_backward, moe_forward
-from kernels.rms_norm import norm_backward, norm_forward
+from kernels.linear_few_rows import decode_linear
+from kernels.norm import norm_backward, norm_forward
 from kernels.rope import rotate
-from kernels.router_logits import router_backward
-from kernels.routing import Routing, make_routing, route_backward, route_forward
+from kernels.router import router_backward
 from models.host_store import HostStore, HostTensor
 from models.memory_plan import LOOKAHEAD, NAMES, LayerPlan, Place
 

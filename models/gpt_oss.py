@@ -2,7 +2,7 @@
 
 Block: x += attention(norm(x)); x += experts(norm(x)). No query-key norm, no logit cap, no embedding scale
 (openai/gpt-oss, gpt_oss/torch/model.py). Departures: router logits, attention scores, softmax, SwiGLU, gate weighting and
-head logits are fp32 whatever the weights' dtype, and so is the residual stream of a float16 model (kernels/launch.py: it passes
+head logits are fp32 whatever the weights' dtype, and so is the residual stream of a float16 model (kernels/device.py: it passes
 float16's range). Parameter names are those of the Hugging Face checkpoint.
 
 Shapes: T packed tokens, S sequences, B decoded sequences, D model width, H query heads, K key-value heads, V vocabulary.
@@ -19,18 +19,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
-from kernels.attention_plan import AttentionPlan
-from kernels.decode_attention import SharedPrefixes, decode_attention
-from kernels.draw import draw, head_logits
+from kernels.attention.decode import SharedPrefixes, decode_attention
+from kernels.attention.packed import attention
+from kernels.attention.plan import AttentionPlan
+from kernels.device import is_triton, to_device
 from kernels.embedding import embedding
-from kernels.launch import is_triton, to_device
+from kernels.experts.sorting import route
+from kernels.head.draw import draw, head_logits
+from kernels.head.log_probs import log_probs
 from kernels.linear import lora_linear
-from kernels.log_probs import log_probs
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.norm import add_rms_norm, rms_norm
 from kernels.rope import rope_qk, rotate
-from kernels.router_logits import router_logits
-from kernels.routing import route
+from kernels.router import router_logits
 from models.config import GptOssConfig
 from models.experts import Bf16Experts, Mxfp4Experts, Nf4Experts
 from models.frozen_block import Attend, Choose, DecodeStep, TrainingPass, run_block, train_block
@@ -491,8 +491,8 @@ class GptOss(nn.Module):
     @torch.no_grad()
     def draw(self, hidden: torch.Tensor, words: torch.Tensor | None, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of words [B, 2] int32
-        (kernels/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs [B]
-        fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
+        (kernels/head/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs
+        [B] fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
         return draw(hidden, self.lm_head.weight, words, temperature=temperature)
 
 

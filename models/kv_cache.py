@@ -15,12 +15,12 @@ import math
 
 import torch
 
-from kernels import cache_write
-from kernels.launch import to_device
+from kernels.attention import cache as cache_write
+from kernels.device import to_device
 from models.arena import Arena, has_arenas, space_of
 from models.config import GptOssConfig
 
-PAGE_TOKENS = 64  # a multiple of every key tile of kernels/decode_attention.py
+PAGE_TOKENS = 64  # a multiple of every key tile of kernels/attention/decode.py
 
 
 def _token_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ from typing import Iterable
 
 import torch
 
-from kernels.attention_plan import AttentionPlan
+from kernels.attention.plan import AttentionPlan
 from models.config import GptOssConfig
 from models.host_store import HostStore, transfer_rate
 

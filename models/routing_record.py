@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.routing import choose_experts
+from kernels.experts.sorting import choose_experts
 from models.config import GptOssConfig
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels.attention import (  # noqa: E402
+from kernels.attention.packed import (  # noqa: E402
     AttentionPlan,
     Blocks,
     attention,
@@ -26,7 +26,7 @@ from kernels.attention import (  # noqa: E402
     dq_triton,
     forward_triton,
 )
-from kernels.launch import gpu_family  # noqa: E402
+from kernels.device import gpu_family  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH, WINDOW = 64, 8, 64, 128
 SCALE = WIDTH**-0.5

@@ -19,11 +19,11 @@ import triton
 from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kernels.mxfp4 as mxfp4  # noqa: E402
-import kernels.rms_norm as norm  # noqa: E402
+import kernels.experts.sorting as routing_kernels  # noqa: E402
+import kernels.norm as norm  # noqa: E402
+import kernels.packed.mxfp4 as mxfp4  # noqa: E402
 import kernels.rope as rotary  # noqa: E402
-import kernels.router_logits as router  # noqa: E402
-import kernels.routing as routing_kernels  # noqa: E402
+import kernels.router as router  # noqa: E402
 import kernels.swiglu as activation  # noqa: E402
 
 WIDTH, EXPERTS, PER_TOKEN, HEADS, KV_HEADS, HEAD_DIM = 2880, 32, 4, 64, 8, 64

@@ -16,9 +16,9 @@ import triton
 from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels.grouped_gemm import Blocks, choose_blocks, grouped_gemm  # noqa: E402
-from kernels.grouped_outer import OuterBlocks, choose_outer_blocks, grouped_outer, grouped_row_sum  # noqa: E402
-from kernels.launch import gpu_family  # noqa: E402
+from kernels.device import gpu_family  # noqa: E402
+from kernels.experts.gemm import Blocks, choose_blocks, grouped_gemm  # noqa: E402
+from kernels.experts.outer import OuterBlocks, choose_outer_blocks, grouped_outer, grouped_row_sum  # noqa: E402
 from kernels.linear import lora_linear  # noqa: E402
 
 WIDTH, NUM_EXPERTS, EXPERTS_PER_TOKEN, RANK = 2880, 32, 4, 16

@@ -24,11 +24,11 @@ import torch
 from timing import Report, device_milliseconds, measure_ceilings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels.grouped_gemm import grouped_gemm  # noqa: E402
-from kernels.grouped_outer import grouped_outer, grouped_row_sum  # noqa: E402
+from kernels.experts.forward import activation_grad  # noqa: E402
+from kernels.experts.gemm import grouped_gemm  # noqa: E402
+from kernels.experts.outer import grouped_outer, grouped_row_sum  # noqa: E402
+from kernels.head.log_probs import log_probs  # noqa: E402
 from kernels.linear import lora_linear  # noqa: E402
-from kernels.log_probs import log_probs  # noqa: E402
-from kernels.moe import activation_grad  # noqa: E402
 
 WIDTH, EXPERTS, RANK = bench_grouped_gemm.WIDTH, bench_grouped_gemm.NUM_EXPERTS, bench_grouped_gemm.RANK
 HEADS, KV_HEADS, HEAD_DIM = bench_attention.HEADS, bench_attention.KV_HEADS, bench_attention.WIDTH

@@ -17,10 +17,10 @@ import triton.language as tl
 from timing import Report, measure_ceilings, milliseconds, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kernels.log_probs as module  # noqa: E402
-from kernels.draw import head_logits  # noqa: E402
-from kernels.launch import gpu_family, num_multiprocessors  # noqa: E402
-from kernels.log_probs import log_probs  # noqa: E402
+import kernels.head.log_probs as module  # noqa: E402
+from kernels.device import gpu_family, num_multiprocessors  # noqa: E402
+from kernels.head.draw import head_logits  # noqa: E402
+from kernels.head.log_probs import log_probs  # noqa: E402
 
 WIDTH, VOCAB = 2880, 201_088
 REPORT = Report()

@@ -1,13 +1,13 @@
-"""Checks, then times, the experts of few tokens (kernels/moe_decode.py) and the dense products beside them
-(kernels/decode_linear.py) at gpt-oss-20b's sizes on one GPU.
+"""Checks, then times, the experts of few tokens (kernels/experts/few_rows.py) and the dense products beside them
+(kernels/linear_few_rows.py) at gpt-oss-20b's sizes on one GPU.
 
     python scripts/bench_moe_decode.py [--quick] [--seconds 200]
 
 First every path against the training forward, bit for bit, at 1 to 512 tokens; then every candidate tile of the packed
 projections and of LoRA's first factors in CUDA graphs that go through the weights of several layers, so that the L2 cache does
 not help; then the whole operation with the winners. Prints a JSON line per case, tables, and the block tables to paste into
-kernels/moe_decode.py. GB/s counts the bytes of the experts touched, once; of_copy is the fraction of a large copy in the same
-run. Candidates are compiled by several processes at a time."""
+kernels/experts/few_rows.py. GB/s counts the bytes of the experts touched, once; of_copy is the fraction of a large copy in the
+same run. Candidates are compiled by several processes at a time."""
 
 import argparse
 import os
@@ -21,16 +21,16 @@ import triton
 from timing import Report, copy_gb_per_s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import launch as launch_module  # noqa: E402
-from kernels import moe_decode as module  # noqa: E402
-from kernels import mxfp4_fragments as fragments_module  # noqa: E402
-from kernels.grouped_gemm import grouped_gemm  # noqa: E402
-from kernels.launch import gpu_family  # noqa: E402
-from kernels.moe import ExpertWeights, moe_forward  # noqa: E402
-from kernels.moe_decode import DecodeBlocks, Projection, decode_projection, low_rank_rows, moe_decode  # noqa: E402
-from kernels.mxfp4 import dequantize_experts  # noqa: E402
-from kernels.mxfp4_fragments import dequantize_fragments, from_fragments, to_fragments_  # noqa: E402
-from kernels.routing import make_routing  # noqa: E402
+from kernels import device as launch_module  # noqa: E402
+from kernels.device import gpu_family  # noqa: E402
+from kernels.experts import few_rows as module  # noqa: E402
+from kernels.experts.few_rows import DecodeBlocks, Projection, decode_projection, low_rank_rows, moe_decode  # noqa: E402
+from kernels.experts.forward import ExpertWeights, moe_forward  # noqa: E402
+from kernels.experts.gemm import grouped_gemm  # noqa: E402
+from kernels.experts.sorting import make_routing  # noqa: E402
+from kernels.packed import fragments as fragments_module  # noqa: E402
+from kernels.packed.fragments import dequantize_fragments, from_fragments, to_fragments_  # noqa: E402
+from kernels.packed.mxfp4 import dequantize_experts  # noqa: E402
 
 WIDTH, NUM_EXPERTS, PER_TOKEN, RANK, LAYERS = 2880, 32, 4, 16, 6
 LORA_LAYERS = 14  # LoRA's first factors of so many layers exceed the L2 cache
@@ -354,8 +354,8 @@ def tune_low_rank() -> None:
 
 
 def tune_linear() -> None:
-    """Dense products: what to put into kernels/decode_linear.py. Rows under 64 are another instruction's than training's on some
-    GPUs: differ_from_training must be empty for those that are taken."""
+    """Dense products: what to put into kernels/linear_few_rows.py. Rows under 64 are another instruction's than training's on
+    some GPUs: differ_from_training must be empty for those that are taken."""
     for name, (size_in, size_out) in LINEARS.items():
         is_lora = name.startswith("LoRA")
         layers = linear_layers(name, 120 if is_lora else LAYERS)

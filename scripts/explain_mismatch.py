@@ -25,7 +25,7 @@ from operations import Recorder, observed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo.sampling  # noqa: E402
-import kernels.draw  # noqa: E402
+import kernels.head.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
@@ -33,7 +33,7 @@ from grpo.environment import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
 from grpo.rollout import Sampler, filtered_log_probs  # noqa: E402
 from grpo.update import make_replay  # noqa: E402
-from kernels.advance import IDLE  # noqa: E402
+from kernels.head.advance import IDLE  # noqa: E402
 from models.checkpoint import load_model  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
@@ -108,7 +108,7 @@ def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor,
     """The log-probs [B] that the sampler records where it draws `tokens` [B]: its own functions, with the draw made for them."""
     if can_decode_by_graph(model) and not settings.filters and not settings.records_routing:
         words = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
-        with patch.object(kernels.draw, "draw_tokens", lambda *_, **__: tokens):
+        with patch.object(kernels.head.draw, "draw_tokens", lambda *_, **__: tokens):
             return model.draw(hidden, words, temperature=settings.temperature)[1]
     keys = torch.zeros(len(tokens), 5, dtype=torch.int64, device=model.device)
     keys[:, 0] = tokens

@@ -17,12 +17,12 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import kernels.decode_linear  # noqa: E402
-import kernels.moe  # noqa: E402
-import kernels.moe_decode  # noqa: E402
+import kernels.experts.few_rows  # noqa: E402
+import kernels.experts.forward  # noqa: E402
+import kernels.linear_few_rows  # noqa: E402
 import models.frozen_block  # noqa: E402
 import models.gpt_oss  # noqa: E402
-from kernels.routing import Routing  # noqa: E402
+from kernels.experts.sorting import Routing  # noqa: E402
 from models.experts import Bf16Experts, Mxfp4Experts, Nf4Experts  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 
@@ -143,10 +143,11 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
         (frozen, "_norm", recorder.note_norm), (frozen, "_project", recorder.note_project),
         (frozen, "_decode_project", recorder.note_project), (frozen, "route_forward", recorder.note_route_forward),
         (frozen, "make_routing", recorder.note_make_routing), (frozen, "route_few", recorder.note_route_few),
-        (kernels.decode_linear, "low_rank_rows", recorder.hold_low_rank),
-        (kernels.moe, "grouped_gemm", recorder.note_experts_low_rank), (kernels.moe, "_project", recorder.note_experts),
-        (kernels.moe_decode, "low_rank_rows", recorder.note_experts_low_rank),
-        (kernels.moe_decode, "decode_projection", recorder.note_experts),
+        (kernels.linear_few_rows, "low_rank_rows", recorder.hold_low_rank),
+        (kernels.experts.forward, "grouped_gemm", recorder.note_experts_low_rank),
+        (kernels.experts.forward, "_project", recorder.note_experts),
+        (kernels.experts.few_rows, "low_rank_rows", recorder.note_experts_low_rank),
+        (kernels.experts.few_rows, "decode_projection", recorder.note_experts),
         (single, "route", recorder.note_route), (single.RMSNorm, "add", recorder.note_add_norm),
         (Bf16Experts, "project", recorder.note_experts_project), (Mxfp4Experts, "project", recorder.note_experts_project),
         (Nf4Experts, "project", recorder.note_experts_project),

@@ -77,7 +77,7 @@ def stage(folder: Path) -> None:
 
 def installed_form(path: Path) -> str:
     """The file's text with `kernels` and `models` imported from `grpo`. Raises ValueError for an import that binds their bare
-    names (`import kernels.draw`): it cannot be rewritten in its place."""
+    names (`import kernels.head.draw`): it cannot be rewritten in its place."""
     text = path.read_text(encoding="utf-8").replace(FINDS_CHECKOUT, "")
     lines = text.split("\n")
     for node in ast.walk(ast.parse(text)):

@@ -146,7 +146,7 @@ def habit_violations(name: str, source: str) -> list[str]:
             broken.append(f"{name}:{node.lineno} getattr with a default")
         elif isinstance(node, ast.FunctionDef) and node.args.kwarg is not None and (node.args.kwarg.arg, name) not in (
             ("factory", name),  # torch's word for device and dtype
-            ("constants", "kernels/launch.py"),  # a kernel's constexprs, by the kernel's names
+            ("constants", "kernels/device.py"),  # a kernel's constexprs, by the kernel's names
         ):
             broken.append(f"{name}:{node.lineno} {node.name} takes **{node.args.kwarg.arg}")
         elif isinstance(node, ast.Global):

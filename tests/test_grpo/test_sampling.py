@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.sampling import Draw, draw, greedy, gumbel_noise
-from kernels.sampling import draw_tokens_reference, gumbel_noise_reference
+from kernels.head.sampling import draw_tokens_reference, gumbel_noise_reference
 from models.draw_key import key_words
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.launch import SHARED_MEMORY, family_of
+from kernels.device import SHARED_MEMORY, family_of
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ALL_ARCHITECTURES = (75, *ARCHITECTURES)  # for kernels without matrix products

@@ -5,7 +5,7 @@ torch and Triton once, and forks a child for each file. Mark tests with
 `@pytest.mark.interpreter` (or a class or module of them) and let one plain test of the file call
 run_interpreter_tests(__file__). tests/test_kernels/conftest.py leaves marked tests out of a normal run, and keeps only
 them where TRITON_INTERPRET=1; to run one by hand: TRITON_INTERPRET=1 pytest tests/test_kernels/test_x_triton.py -k name.
-There, public functions run the kernels on CPU tensors (kernels.launch.is_triton). Use float32: the interpreter's bfloat16
+There, public functions run the kernels on CPU tensors (kernels.device.is_triton). Use float32: the interpreter's bfloat16
 is silently wrong."""
 
 import json

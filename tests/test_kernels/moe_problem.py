@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from kernels.mxfp4 import dequantize
+from kernels.packed.mxfp4 import dequantize
 
 ALPHA, LIMIT, SCALE = 1.702, 7.0, 0.5
 

@@ -5,8 +5,8 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
-from kernels.advance import _BLOCK, IDLE, Rows, _advance_kernel, advance
-from kernels.sampling import as_words, key_sums
+from kernels.head.advance import _BLOCK, IDLE, Rows, _advance_kernel, advance
+from kernels.head.sampling import as_words, key_sums
 from models.draw_key import key_words
 
 STOP_IDS = [3, 17]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels.attention_reference
-from kernels.attention import attention
-from kernels.attention_plan import AttentionPlan
+import kernels.attention.reference
+from kernels.attention.packed import attention
+from kernels.attention.plan import AttentionPlan
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
@@ -68,7 +68,7 @@ def test_output_and_gradients_match_the_golden_ones(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_scores", [1, 2000, 20000])
 def test_chunks_of_any_size_match_the_golden_ones(case, max_scores, monkeypatch):
-    monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(kernels.attention.reference, "_MAX_SCORES", max_scores)
     check_golden(case)
 
 
@@ -102,14 +102,14 @@ def test_queries_of_the_last_rows_alone_see_what_they_see_among_all(first, windo
 @pytest.mark.parametrize("window", [0, 1, 8, 128])
 def test_scores_held_at_once_stay_within_the_limit(window, monkeypatch):
     limit, sizes = 20_000, []
-    attend = kernels.attention_reference.attend
+    attend = kernels.attention.reference.attend
 
     def measured(q, k, *arguments):
         sizes.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1])
         return attend(q, k, *arguments)
 
-    monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", limit)
-    monkeypatch.setattr(kernels.attention_reference, "attend", measured)
+    monkeypatch.setattr(kernels.attention.reference, "_MAX_SCORES", limit)
+    monkeypatch.setattr(kernels.attention.reference, "attend", measured)
     inputs = random_inputs(700)
     attention(**inputs, cu_seqlens=[0, 600, 610, 640, 641, 700], window=window, scale=1.0)
     assert len(sizes) > 2 and max(sizes) <= limit
@@ -149,7 +149,7 @@ def test_sequences_of_one_token_give_their_value_times_a_sigmoid(window):
 @pytest.mark.parametrize("window", [0, 1, 7, 8, 9, 64])
 @pytest.mark.parametrize("max_scores", [1 << 26, 600])
 def test_packing_changes_neither_output_nor_gradients(window, max_scores, monkeypatch):
-    monkeypatch.setattr(kernels.attention_reference, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(kernels.attention.reference, "_MAX_SCORES", max_scores)
     bounds = [0, 8, 9, 39, 46, 63]
     inputs = random_inputs(63)
     grad = torch.randn(63, 4, 8, generator=torch.Generator().manual_seed(1))

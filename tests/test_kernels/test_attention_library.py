@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels.attention_library
-from kernels.attention import attention, attention_backward, attention_forward
-from kernels.attention_library import chunks
-from kernels.attention_plan import AttentionPlan
+import kernels.attention.library
+from kernels.attention.library import chunks
+from kernels.attention.packed import attention, attention_backward, attention_forward
+from kernels.attention.plan import AttentionPlan
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
@@ -66,8 +66,8 @@ def assert_close(ours, exact, tolerance) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("max_scores", [1, 2000, 1 << 23])
 def test_output_and_gradients_match_the_golden_ones(case, max_scores, monkeypatch, poisoned):
-    monkeypatch.setattr(kernels.attention_library, "MAX_SCORES", max_scores)
-    monkeypatch.setattr(kernels.attention_library, "_MIN_CHUNK", 1)
+    monkeypatch.setattr(kernels.attention.library, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(kernels.attention.library, "_MIN_CHUNK", 1)
     prefix, meta = f"attn.{case}.", META[f"attn.{case}"]
     data = {name.removeprefix(prefix): tensor for name, tensor in GOLDEN.items() if name.startswith(prefix)}
     bounds = data["cu_seqlens"].tolist() if meta["varlen"] else [0, meta["Tk"]]
@@ -84,7 +84,7 @@ BOUNDS, PREFIXES = [0, 37, 40, 75, 75, 92, 108, 110], [-1, 0, 0, 0, -1, 4, 4]
 @pytest.mark.parametrize("max_scores", [300, 1 << 23])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 2e-3)])
 def test_packed_sequences_and_continuations_match_float64(window, prefixes, max_scores, dtype, tolerance, monkeypatch, poisoned):
-    monkeypatch.setattr(kernels.attention_library, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(kernels.attention.library, "MAX_SCORES", max_scores)
     inputs = random_inputs(110, dtype=dtype)
     dout = torch.randn(110, 4, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     settings = {"cu_seqlens": BOUNDS, "window": window, "scale": 0.3}
@@ -147,7 +147,7 @@ def test_small_gradients_beside_large_sinks_keep_their_digits_in_float16(sink):
 
 @pytest.mark.parametrize("window", [0, 1, 8, 128])
 def test_scores_held_at_once_stay_within_the_limit(window, monkeypatch):
-    monkeypatch.setattr(kernels.attention_library, "MAX_SCORES", 20_000)
+    monkeypatch.setattr(kernels.attention.library, "MAX_SCORES", 20_000)
     made = list(chunks(AttentionPlan([0, 600, 610, 640, 641, 700]), 4, window))
     assert [row for chunk in made for row in range(700)[chunk.queries]] == list(range(700))
     sizes = [4 * pairs(chunk) for chunk in made]

@@ -9,16 +9,16 @@ from aot import ARCHITECTURES, check_fits, compile_for, product_loops
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
-import kernels.attention
-from kernels.attention import (
+import kernels.attention.packed
+from kernels.attention.packed import (
     AttentionPlan,
     Blocks,
     KernelBlocks,
     attention,
     blocks_for,
 )
-from kernels.attention_reference import attention_reference
-from kernels.launch import family_of
+from kernels.attention.reference import attention_reference
+from kernels.device import family_of
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 META = json.loads((FIXTURES / "kernels_meta.json").read_text())
@@ -62,7 +62,7 @@ def poisoned(monkeypatch):
 
 def use_blocks(monkeypatch, queries: int, keys: int, descriptor: bool) -> None:
     blocks = Blocks(queries, keys, 4, 1, descriptor, in_registers=descriptor)
-    monkeypatch.setattr(kernels.attention, "blocks_for", lambda *_, **__: KernelBlocks(blocks, blocks, blocks))
+    monkeypatch.setattr(kernels.attention.packed, "blocks_for", lambda *_, **__: KernelBlocks(blocks, blocks, blocks))
 
 
 def test_kernels_agree_with_goldens_and_the_reference_in_the_interpreter():
@@ -80,8 +80,9 @@ def test_output_and_gradients_match_the_golden_ones(case, poisoned):
     ours = gradients(lambda **leaves: attention(**leaves, cu_seqlens=bounds, window=meta["window"], scale=meta["scale"]),
                      inputs, data["do"].float())
     assert_close(ours, [data["o"], *(data[f"d{name}"] for name in ("q", "k", "v", "sinks"))])
-    lse = kernels.attention.forward_triton(*inputs.values(), AttentionPlan(bounds), window=meta["window"], scale=meta["scale"],
-                                           blocks=blocks_for("interpreter", torch.float32, windowed=False, width=64).forward)[1]
+    blocks = blocks_for("interpreter", torch.float32, windowed=False, width=64).forward
+    lse = kernels.attention.packed.forward_triton(*inputs.values(), AttentionPlan(bounds), window=meta["window"],
+                                                  scale=meta["scale"], blocks=blocks)[1]
     torch.testing.assert_close(lse, data["lse"], rtol=1e-5, atol=1e-5)
 
 
@@ -280,8 +281,8 @@ def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windo
 
 
 def compile_kernel(kind: str, arch: int, blocks: Blocks, *, dtype="bf16", width=64, windowed=False, prefixed=False):
-    kernel = {"forward": kernels.attention._forward_kernel, "dq": kernels.attention._dq_kernel,
-              "dkv": kernels.attention._dkv_kernel}[kind]
+    kernel = {"forward": kernels.attention.packed._forward_kernel, "dq": kernels.attention.packed._dq_kernel,
+              "dkv": kernels.attention.packed._dkv_kernel}[kind]
     signature, constexprs = kernel_arguments(kind, dtype, blocks, width, windowed=windowed, prefixed=prefixed)
     divisible = tuple(name for name, type_ in signature.items() if type_.startswith("*") or name.startswith("stride"))
     return compile_for(kernel, signature, constexprs, arch, num_warps=blocks.warps, num_stages=blocks.stages,

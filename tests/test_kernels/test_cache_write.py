@@ -5,7 +5,7 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 
-from kernels.cache_write import _rotate_and_write_kernel, _write_kernel, rotate_and_write, write, write_reference
+from kernels.attention.cache import _rotate_and_write_kernel, _write_kernel, rotate_and_write, write, write_reference
 from kernels.rope import rope_reference, rotate
 
 SLOTS, POSITIONS = torch.tensor([3, 0, 1, 4, -1]), torch.tensor([0, 6, 19, -1, -5])  # the last two are idle

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.attention import attention
-from kernels.decode_attention import decode_attention
+from kernels.attention.decode import decode_attention
+from kernels.attention.packed import attention
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
@@ -54,7 +54,7 @@ SLOTS, NUM_KEYS = torch.tensor([4, 0, 2]), torch.tensor([1, 16, 7])
 
 
 def expected_rows(q, k, v, sinks):
-    """Each row as the last token of a sequence of its own, through kernels/attention.py."""
+    """Each row as the last token of a sequence of its own, through kernels/attention/packed.py."""
     rows = []
     for row, (slot, num_keys) in enumerate(zip(SLOTS.tolist(), NUM_KEYS.tolist())):
         queries = torch.cat((q.new_zeros(num_keys - 1, 4, 8), q[row : row + 1]))

@@ -11,9 +11,8 @@ from interpreter import run_interpreter_tests
 from row_arithmetic import row_updates
 from test_attention_triton import compile_kernel, eager
 
-from kernels.attention import AttentionPlan, _forward_tiles, _load_rows, attention, blocks_for
-from kernels.cache_write import write
-from kernels.decode_attention import (
+from kernels.attention.cache import write
+from kernels.attention.decode import (
     _PREFIX_STAGES,
     _STAGES,
     SharedPrefixes,
@@ -22,7 +21,7 @@ from kernels.decode_attention import (
     decode_attention,
     decode_attention_reference,
 )
-from kernels.decode_attention_parts import (
+from kernels.attention.decode_parts import (
     SCORE_STAGES,
     SLICE,
     SUM_STAGES,
@@ -31,7 +30,8 @@ from kernels.decode_attention_parts import (
     _sum_kernel,
     _weights_kernel,
 )
-from kernels.launch import family_of
+from kernels.attention.packed import AttentionPlan, _forward_tiles, _load_rows, attention, blocks_for
+from kernels.device import family_of
 
 
 def random_cache(num_rows, length, *, heads=4, kv_heads=2, width=16, num_slots=None, seed=0) -> dict[str, torch.Tensor]:

@@ -7,10 +7,10 @@ import triton
 from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
-from kernels.decode_linear import choose_linear_blocks, decode_linear
-from kernels.grouped_gemm import grouped_gemm
-from kernels.launch import family_of
-from kernels.moe_decode import moe_decode_kernel
+from kernels.device import family_of
+from kernels.experts.few_rows import moe_decode_kernel
+from kernels.experts.gemm import grouped_gemm
+from kernels.linear_few_rows import choose_linear_blocks, decode_linear
 
 SCALE = 0.5
 

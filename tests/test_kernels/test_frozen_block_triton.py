@@ -14,9 +14,9 @@ from interpreter import run_interpreter_tests
 import models.frozen_block
 import models.host_store
 import models.memory_plan
-from kernels.attention_plan import AttentionPlan
-from kernels.launch import product_path
-from kernels.mxfp4 import quantize
+from kernels.attention.plan import AttentionPlan
+from kernels.device import product_path
+from kernels.packed.mxfp4 import quantize
 from kernels.rope import rotate
 from models.checkpoint import load_model
 from models.config import GptOssConfig

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.grouped_gemm import grouped_linear, grouped_linear_packed
-from kernels.mxfp4 import dequantize
-from kernels.routing import combine, dispatch, route
+from kernels.experts.gemm import grouped_linear, grouped_linear_packed
+from kernels.experts.sorting import combine, dispatch, route
+from kernels.packed.mxfp4 import dequantize
 from kernels.swiglu import swiglu
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")

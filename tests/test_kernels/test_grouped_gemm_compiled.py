@@ -5,8 +5,9 @@ import torch
 import triton
 from aot import ARCHITECTURES, check_fits, compile_for, half
 
-from kernels.grouped_gemm import choose_blocks, grouped_gemm_kernel
-from kernels.grouped_outer import (
+from kernels.device import family_of
+from kernels.experts.gemm import choose_blocks, grouped_gemm_kernel
+from kernels.experts.outer import (
     CHUNK_ROWS,
     choose_outer_blocks,
     compiled_stages,
@@ -14,7 +15,6 @@ from kernels.grouped_outer import (
     grouped_row_sum_kernel,
     sum_chunks_kernel,
 )
-from kernels.launch import family_of
 
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NUM_EXPERTS = 32

@@ -8,9 +8,9 @@ import torch
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
-from kernels.grouped_gemm import Blocks, grouped_gemm, grouped_linear, grouped_linear_packed
-from kernels.grouped_outer import CHUNK_ROWS, MAX_ROWS_UNSPLIT, grouped_outer, grouped_row_sum
-from kernels.mxfp4 import dequantize
+from kernels.experts.gemm import Blocks, grouped_gemm, grouped_linear, grouped_linear_packed
+from kernels.experts.outer import CHUNK_ROWS, MAX_ROWS_UNSPLIT, grouped_outer, grouped_row_sum
+from kernels.packed.mxfp4 import dequantize
 from kernels.swiglu import swiglu
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")

@@ -4,14 +4,14 @@ float16, against float64."""
 import pytest
 import torch
 
-import kernels.launch
-from kernels.grouped_gemm import grouped_gemm, grouped_linear, grouped_linear_packed
-from kernels.grouped_outer import grouped_outer, grouped_row_sum
-from kernels.launch import check_served, product_path
-from kernels.mxfp4 import dequantize
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.router_logits import router_backward, router_logits
-from kernels.routing import combine, make_routing
+import kernels.device
+from kernels.device import check_served, product_path
+from kernels.experts.gemm import grouped_gemm, grouped_linear, grouped_linear_packed
+from kernels.experts.outer import grouped_outer, grouped_row_sum
+from kernels.experts.sorting import combine, make_routing
+from kernels.norm import add_rms_norm, rms_norm
+from kernels.packed.mxfp4 import dequantize
+from kernels.router import router_backward, router_logits
 from kernels.swiglu import swiglu
 
 OFFSETS = ([0, 5, 5, 70, 71], [0, 0, 0, 0, 63], [0, 32, 64, 96, 127], [0, 1, 1, 1, 1])
@@ -52,9 +52,9 @@ def test_the_library_is_chosen_where_triton_has_no_tensor_cores_or_by_name(monke
     assert product_path(x) == "library"
     monkeypatch.delenv("GRPO_PRODUCTS")
     assert product_path(x) == "reference"
-    monkeypatch.setattr(kernels.launch, "is_triton", lambda x: True)
+    monkeypatch.setattr(kernels.device, "is_triton", lambda x: True)
     assert product_path(x) == "triton"
-    monkeypatch.setattr(kernels.launch, "gpu_family", lambda x: "turing")
+    monkeypatch.setattr(kernels.device, "gpu_family", lambda x: "turing")
     assert product_path(x) == "library"
     monkeypatch.setenv("GRPO_PRODUCTS", "cublas")
     with pytest.raises(ValueError, match="GRPO_PRODUCTS='cublas'; set it to library"):
@@ -62,7 +62,7 @@ def test_the_library_is_chosen_where_triton_has_no_tensor_cores_or_by_name(monke
 
 
 def test_a_gpu_without_bf16_refuses_it_and_names_float16(monkeypatch):
-    monkeypatch.setattr(kernels.launch, "gpu_family", lambda x: "turing")
+    monkeypatch.setattr(kernels.device, "gpu_family", lambda x: "turing")
     x, weight = normal(3, 8, dtype=torch.bfloat16), normal(2, 8, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="x is bfloat16.*dtype=float16"):
         grouped_gemm(x, weight, int32([0, 1, 3]))

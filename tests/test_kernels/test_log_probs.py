@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-import kernels.log_probs
-from kernels.draw import head_logits
-from kernels.log_probs import log_probs
+import kernels.head.log_probs
+from kernels.head.draw import head_logits
+from kernels.head.log_probs import log_probs
 
 TOKENS, WIDTH, VOCAB = 11, 6, 23
 
@@ -72,19 +72,19 @@ def test_values_and_gradients_equal_those_of_a_plain_log_softmax(temperature, fi
 @pytest.mark.parametrize("rows", [1, 2, 4, 10, 11])
 @pytest.mark.parametrize("filtered", [False, True])
 def test_chunks_of_any_size_give_the_same_values_and_gradients(rows, filtered, monkeypatch):
-    monkeypatch.setattr(kernels.log_probs, "_MAX_LOGITS", rows * VOCAB)
+    monkeypatch.setattr(kernels.head.log_probs, "_MAX_LOGITS", rows * VOCAB)
     compare(temperature=0.7, filtered=filtered)
 
 
 def test_logits_held_at_once_stay_within_the_limit(monkeypatch):
-    shapes, plain_head = [], kernels.log_probs.head_logits_reference
+    shapes, plain_head = [], kernels.head.log_probs.head_logits_reference
 
     def measured(hidden, weight):
         shapes.append((hidden.shape[0], weight.shape[0]))
         return plain_head(hidden, weight)
 
-    monkeypatch.setattr(kernels.log_probs, "_MAX_LOGITS", 4 * VOCAB + 3)
-    monkeypatch.setattr(kernels.log_probs, "head_logits_reference", measured)
+    monkeypatch.setattr(kernels.head.log_probs, "_MAX_LOGITS", 4 * VOCAB + 3)
+    monkeypatch.setattr(kernels.head.log_probs, "head_logits_reference", measured)
     compare(temperature=1.0, filtered=False)
     assert shapes == [(4, VOCAB), (4, VOCAB), (3, VOCAB)] * 2  # forward, then again in the backward
 

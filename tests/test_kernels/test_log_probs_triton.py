@@ -6,11 +6,11 @@ import torch
 from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
-import kernels.launch
-import kernels.log_probs
-from kernels.draw import _logits_kernel, draw, head_logits
-from kernels.launch import family_of
-from kernels.log_probs import (
+import kernels.device
+import kernels.head.log_probs
+from kernels.device import family_of
+from kernels.head.draw import _logits_kernel, draw, head_logits
+from kernels.head.log_probs import (
     _BLOCKS,
     _FLOAT32_BLOCKS,
     _SMALL_PARTS,
@@ -22,7 +22,7 @@ from kernels.log_probs import (
     _reference_kernel,
     log_probs,
 )
-from kernels.sampling import draw_tokens
+from kernels.head.sampling import draw_tokens
 
 TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
 
@@ -141,9 +141,9 @@ def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(poisoned):
 
 @pytest.mark.interpreter
 def test_library_products_serve_gpus_without_tensor_cores(poisoned, monkeypatch):
-    assert kernels.log_probs._check(*inputs(2, 16, 16)[:2]) == "triton"
+    assert kernels.head.log_probs._check(*inputs(2, 16, 16)[:2]) == "triton"
     monkeypatch.setenv("GRPO_PRODUCTS", "library")
-    assert kernels.log_probs._check(*inputs(2, 16, 16)[:2]) == "library"
+    assert kernels.head.log_probs._check(*inputs(2, 16, 16)[:2]) == "library"
     compare(17, 24, 70, scratch_bytes=10_000)
     compare(17, 24, 70, filtered=True)
     compare(17, 24, 70, weights=ENTROPY_TOO)
@@ -154,7 +154,7 @@ def test_bf16_without_bf16_arithmetic_and_mixed_dtypes_are_refused(monkeypatch):
     hidden, weight, targets = inputs(2, 16, 16)
     with pytest.raises(ValueError, match="bfloat16"):
         log_probs(hidden.bfloat16(), weight, targets, temperature=1.0)
-    monkeypatch.setattr(kernels.launch, "gpu_family", lambda x: "turing")
+    monkeypatch.setattr(kernels.device, "gpu_family", lambda x: "turing")
     with pytest.raises(ValueError, match="float16"):
         log_probs(hidden.bfloat16(), weight.bfloat16(), targets, temperature=1.0)
 

@@ -10,9 +10,9 @@ from aot import ARCHITECTURES, check_fits, compile_for, product_loops
 from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, problem
 
-import kernels.launch
-from kernels.launch import family_of, gpu_family
-from kernels.moe_decode import (
+import kernels.device
+from kernels.device import family_of, gpu_family
+from kernels.experts.few_rows import (
     DecodeBlocks,
     Projection,
     choose_decode_blocks,
@@ -21,9 +21,9 @@ from kernels.moe_decode import (
     moe_decode_kernel,
     moe_decode_reference,
 )
-from kernels.mxfp4 import dequantize
-from kernels.mxfp4_fragments import ASM_FAMILIES, chunk_of, to_fragments_, unpacks_by_asm
-from kernels.routing import make_routing
+from kernels.experts.sorting import make_routing
+from kernels.packed.fragments import ASM_FAMILIES, chunk_of, to_fragments_, unpacks_by_asm
+from kernels.packed.mxfp4 import dequantize
 
 
 def operands(indices, packed, t, form, *, has_lora):
@@ -227,7 +227,7 @@ def test_overlapping_launches_change_no_bit(num_tokens, has_lora, monkeypatch):
     arguments, lora = operands(indices, packed, t, "packed", has_lora=has_lora)
     ys = []
     for families in ((), (gpu_family(t["x"]),)):
-        monkeypatch.setattr(kernels.launch, "OVERLAP_FAMILIES", families)
+        monkeypatch.setattr(kernels.device, "OVERLAP_FAMILIES", families)
         ys += [moe_decode(*arguments, lora=lora, lora_scale=SCALE, alpha=ALPHA, limit=LIMIT) for _ in range(20)]
     assert all(torch.equal(y, ys[0]) for y in ys)
 

@@ -9,9 +9,9 @@ from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, normal, problem
 from safetensors.torch import load_file
 
-from kernels.moe import ExpertWeights, _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
-from kernels.mxfp4_fragments import to_fragments_
-from kernels.routing import make_routing
+from kernels.experts.forward import ExpertWeights, _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
+from kernels.experts.sorting import make_routing
+from kernels.packed.fragments import to_fragments_
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 

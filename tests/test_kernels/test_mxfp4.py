@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.mxfp4 import dequantize, quantize
+from kernels.packed.mxfp4 import dequantize, quantize
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 # OCP MX specification 1.0, table of E2M1: codes 0..15

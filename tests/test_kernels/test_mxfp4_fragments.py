@@ -7,9 +7,8 @@ import torch
 from aot import ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
-from kernels.launch import family_of
-from kernels.mxfp4 import dequantize
-from kernels.mxfp4_fragments import (
+from kernels.device import family_of
+from kernels.packed.fragments import (
     ASM_FAMILIES,
     DEQUANTIZE_GROUPS,
     NUM_WARPS,
@@ -21,6 +20,7 @@ from kernels.mxfp4_fragments import (
     is_foldable,
     to_fragments_,
 )
+from kernels.packed.mxfp4 import dequantize
 
 SHAPES = [(2, 16, 32), (1, 32, 64), (3, 48, 96), (2, 16, 192)]
 

@@ -5,7 +5,7 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 
-from kernels.mxfp4 import (
+from kernels.packed.mxfp4 import (
     BLOCK_WORDS,
     NUM_WARPS,
     _dequantize_kernel,

@@ -5,7 +5,14 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
 
-from kernels.nf4 import BLOCK_WORDS, CODE, NUM_WARPS, _dequantize_nf4_kernel, dequantize_nf4, dequantize_nf4_reference
+from kernels.packed.nf4 import (
+    BLOCK_WORDS,
+    CODE,
+    NUM_WARPS,
+    _dequantize_nf4_kernel,
+    dequantize_nf4,
+    dequantize_nf4_reference,
+)
 
 
 def every_byte(device="cpu"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.rms_norm import rms_norm
+from kernels.norm import rms_norm
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 CASES = ("h64_small", "h2880")

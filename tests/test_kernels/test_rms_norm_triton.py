@@ -8,8 +8,8 @@ from aot import ALL_ARCHITECTURES, check_fits, compile_for, half, stream
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
-import kernels.rms_norm
-from kernels.rms_norm import _norm_grad_kernel, _norm_kernel, _sum_partials_kernel, add_rms_norm, rms_norm
+import kernels.norm
+from kernels.norm import _norm_grad_kernel, _norm_kernel, _sum_partials_kernel, add_rms_norm, rms_norm
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 EPS = 1e-5
@@ -55,7 +55,7 @@ def test_output_and_gradients_match_the_golden_ones(case, poisoned):
 @pytest.mark.interpreter
 @pytest.mark.parametrize("num_rows, width", [(1, 1), (3, 63), (2, 127), (11, 5), (5, 600)])
 def test_the_sum_its_norm_and_all_gradients_equal_float64(num_rows, width, poisoned, monkeypatch):
-    monkeypatch.setattr(kernels.rms_norm, "NUM_PARTIALS", 4)  # 11 rows are then 3, 3, 3 and 2
+    monkeypatch.setattr(kernels.norm, "NUM_PARTIALS", 4)  # 11 rows are then 3, 3, 3 and 2
     tensors = {
         "x": normal(num_rows, width),
         "residual": normal(num_rows, width, seed=1),
@@ -132,7 +132,7 @@ def test_strided_inputs_and_gradients_and_any_leading_shape(poisoned):
 
 @pytest.mark.interpreter
 def test_a_frozen_weight_changes_nothing_else(poisoned, monkeypatch):
-    monkeypatch.setattr(kernels.rms_norm, "NUM_PARTIALS", 4)
+    monkeypatch.setattr(kernels.norm, "NUM_PARTIALS", 4)
     x, grad = normal(11, 7), normal(11, 7, seed=1)
     gradients = []
     for needs_grad in (False, True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.routing import choose_experts, combine, dispatch, make_routing, route
+from kernels.experts.sorting import choose_experts, combine, dispatch, make_routing, route
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 CASES = ("top2of8", "top4of8_starved", "one_token")

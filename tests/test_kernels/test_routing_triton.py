@@ -9,17 +9,10 @@ from aot import ALL_ARCHITECTURES, ARCHITECTURES, check_fits, compile_for, half,
 from interpreter import run_interpreter_tests
 from safetensors.torch import load_file
 
-import kernels.routing
-from kernels.decode_routing import _route_few_kernel, can_route_few, few_blocks, route_few
-from kernels.launch import family_of
-from kernels.router_logits import (
-    _router_grad_kernel,
-    _router_logits_kernel,
-    router_blocks,
-    router_grad_blocks,
-    router_logits,
-)
-from kernels.routing import (
+import kernels.experts.sorting
+from kernels.device import family_of
+from kernels.experts.few_sorting import _route_few_kernel, can_route_few, few_blocks, route_few
+from kernels.experts.sorting import (
     _combine_grad_kernel,
     _count_kernel,
     _dispatch_kernel,
@@ -34,6 +27,13 @@ from kernels.routing import (
     dispatch,
     make_routing,
     route,
+)
+from kernels.router import (
+    _router_grad_kernel,
+    _router_logits_kernel,
+    router_blocks,
+    router_grad_blocks,
+    router_logits,
 )
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
@@ -156,8 +156,8 @@ def test_a_replayed_choice_keeps_its_order_and_takes_weights_from_the_new_logits
 def test_the_sort_is_stable_whether_one_program_or_many_do_it(
     num_tokens, per_token, num_experts, skew, small, poisoned, monkeypatch
 ):
-    monkeypatch.setattr(kernels.routing, "SMALL_SORT", small)
-    monkeypatch.setattr(kernels.routing, "MAX_CHUNKS", 3)
+    monkeypatch.setattr(kernels.experts.sorting, "SMALL_SORT", small)
+    monkeypatch.setattr(kernels.experts.sorting, "MAX_CHUNKS", 3)
     indices = choices(num_tokens, per_token, num_experts, skew=skew)
     assert_sorted(make_routing(indices, num_experts=num_experts), indices, num_experts)
 

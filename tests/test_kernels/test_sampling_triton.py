@@ -11,7 +11,7 @@ from aot import ALL_ARCHITECTURES, check_fits, compile_for
 from interpreter import run_interpreter_tests
 
 from grpo.sampling import draw, gumbel_noise
-from kernels.sampling import _CHUNK, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
+from kernels.head.sampling import _CHUNK, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
 from models.draw_key import key_words as make_words
 
 CHUNK = _CHUNK["interpreter"]

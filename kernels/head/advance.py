@@ -1,8 +1,8 @@
 """From drawn tokens to the state of the next decode step, without the host.
 
-A live row stores what was drawn, takes it as its newest token, and asks for the words of the next draw (kernels/sampling.py). It
-ends with a stop id or at its limit, and is idle from then on, at position -1: neither this kernel nor a decode step touches
-anything for it, and its `num_new` and `is_stopped` keep what it ended with.
+A live row stores what was drawn, takes it as its newest token, and asks for the words of the next draw
+(kernels/head/sampling.py). It ends with a stop id or at its limit, and is idle from then on, at position -1: neither this
+kernel nor a decode step touches anything for it, and its `num_new` and `is_stopped` keep what it ended with.
 
 Shapes: B rows.
 """
@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, is_triton, launch
-from kernels.sampling import POSITION_MULTIPLIER, _signed, mix_sum, mix_sums
+from kernels.device import cdiv, is_triton, launch
+from kernels.head.sampling import POSITION_MULTIPLIER, _signed, mix_sum, mix_sums
 
 IDLE = -1  # position of a row that is not there, or has ended
 _BLOCK = 128
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
     prompt_lens: torch.Tensor  # tokens
     limits: torch.Tensor  # most tokens after the prompt
     places: torch.Tensor  # of the first token after the prompt in the output buffers
-    key_sums: torch.Tensor  # kernels/sampling.py, of all but the position
+    key_sums: torch.Tensor  # kernels/head/sampling.py, of all but the position
     words: torch.Tensor  # the mixed key of the next draw: two words of 32 bits
     items: torch.Tensor  # the caller's name of the row
 

@@ -1,11 +1,11 @@
 """Attention of one new token per sequence over its key-value cache, with sinks, a sliding window and grouped queries.
 
-The formula is that of kernels/attention.py with a single query row. A windowed layer's cache is a ring: the key of position p
-stands at entry p % L of its slot. A full layer's cache may consist of pages: the key of position p stands at entry p % L of page
-page_table[slot, p // L]. Tiles counted from the start of the sequence lie within pages, those counted from the end of a prefix
-in two; what pages they are is loaded one tile ahead. Which memory a key comes from changes no bit.
+The formula is that of kernels/attention/packed.py with a single query row. A windowed layer's cache is a ring: the key of
+position p stands at entry p % L of its slot. A full layer's cache may consist of pages: the key of position p stands at entry p
+% L of page page_table[slot, p // L]. Tiles counted from the start of the sequence lie within pages, those counted from the end
+of a prefix in two; what pages they are is loaded one tile ahead. Which memory a key comes from changes no bit.
 
-The Triton kernel gives the bits that the forward kernel of kernels/attention.py gives the same row, on GPUs whose products
+The Triton kernel gives the bits that the forward kernel of kernels/attention/packed.py gives the same row, on GPUs whose products
 are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
 * the loop is that kernel's own (_forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
   sequence, and again from the end of a shared prefix where training counts so (`prefix_lens`);
@@ -17,7 +17,7 @@ are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
 
 One program of one warp per sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows of the
 smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits: where
-those are long, kernels/decode_attention_parts.py takes what is no chain of sums out of the loop (`longest`).
+those are long, kernels/attention/decode_parts.py takes what is no chain of sums out of the loop (`longest`).
 
 Where sequences share a prefix, a launch before it may go through the prefix for several of them at once, 64 rows to a product
 (SharedPrefixes); each goes on from there with its own keys. The order of its sums stays the same, and so do its bits.
@@ -33,10 +33,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import _forward_tiles, _load_rows, blocks_for
-from kernels.attention_reference import attend
-from kernels.decode_attention_parts import decode_attention_parts
-from kernels.launch import (
+from kernels.attention.decode_parts import decode_attention_parts
+from kernels.attention.packed import _forward_tiles, _load_rows, blocks_for
+from kernels.attention.reference import attend
+from kernels.device import (
     cdiv,
     check_served,
     gpu_family,

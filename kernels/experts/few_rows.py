@@ -29,8 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.grouped_gemm import DTYPES, grouped_gemm
-from kernels.launch import (
+from kernels.device import (
     cdiv,
     check_served,
     gpu_family,
@@ -41,8 +40,9 @@ from kernels.launch import (
     prefetch,
     wait_for_launch_before,
 )
-from kernels.mxfp4_fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
-from kernels.routing import Routing, combine
+from kernels.experts.gemm import DTYPES, grouped_gemm
+from kernels.experts.sorting import Routing, combine
+from kernels.packed.fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
 from kernels.swiglu import clamped_swiglu
 
 # what the launch before writes, where launches overlap: any input; x; low_rank

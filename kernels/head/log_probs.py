@@ -20,7 +20,7 @@ The probabilities in the scratch are relative to a power of two near the chosen 
 beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any
 reference near the maximum keeps all its digits. Tiles 2^_MAX_EXCESS above it take their own maximum, and the row is rescaled.
 
-Paths: "triton" forms logits in the kernel; "library" (kernels/launch.py: product_path; and float16 anywhere) takes fp32 logits
+Paths: "triton" forms logits in the kernel; "library" (kernels/device.py: product_path; and float16 anywhere) takes fp32 logits
 from torch.mm. The sum is torch.mm in both.
 
 Shapes: N tokens, D model width, V vocabulary, n tokens of a chunk, C columns of a range of the vocabulary.
@@ -33,7 +33,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
-from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, num_multiprocessors, product_path
+from kernels.device import cdiv, check_served, gpu_family, is_triton, launch, num_multiprocessors, product_path
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27

@@ -3,7 +3,7 @@
 The K loop ascends and is never split, and every tile multiplies with the same instructions: a token gets the same bits in any
 batch. Few tokens take narrow tiles of experts, so that more programs share a loop that waits for memory. The gradient
 dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
-Where products are the library's (kernels/launch.py: product_path), it runs the reference: fp32 throughout.
+Where products are the library's (kernels/device.py: product_path), it runs the reference: fp32 throughout.
 
 Shapes: T tokens, E experts, D model width.
 """
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import linear
-from kernels.launch import (
+from kernels.device import (
     cdiv,
     check_served,
     gpu_family,

@@ -3,7 +3,7 @@
 Unlike Llama's, the weight multiplies before the cast (openai/gpt-oss, gpt_oss/torch/model.py). With xhat = x * inv_rms:
     dx = inv_rms * (weight * dy - xhat * mean(weight * dy * xhat)),  dweight = sum over rows of dy * xhat.
 add_rms_norm also adds the residual stream first, and normalises the sum as it is stored (rounded). A float16 model keeps that
-stream in float32 (kernels/launch.py): the sum then has the stream's dtype, and y another.
+stream in float32 (kernels/device.py): the sum then has the stream's dtype, and y another.
 
 A row is reduced by one program whose size depends on the width alone, so a row gets the same bits in any batch. dweight is
 computed only where it is needed: each of up to 256 programs sums its rows in order, then those sums are added in order.
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import (
+from kernels.device import (
     cdiv,
     check_served,
     is_triton,

@@ -1,6 +1,6 @@
 """Attention of one new token of few, long sequences: by many programs, in the order of one.
 
-kernels/decode_attention.py goes through a sequence's keys with one program per key-value head: maximum, sum and output change
+kernels/attention/decode.py goes through a sequence's keys with one program per key-value head: maximum, sum and output change
 tile by tile, and training adds up in the same order. With few sequences most of a GPU waits for that chain, which gets longer
 with every token. Little of it has to be a chain. The maximum before a tile is the same however it is found, and with it a tile's
 weights are known, to the last bit, without the tiles before:
@@ -11,7 +11,7 @@ weights are known, to the last bit, without the tiles before:
        which a product does not mix.
 
 Of a tile's products a program of step 3 has an eighth, of its exponentials one a row; all sums have the order they have in
-_forward_tiles (kernels/attention.py), from the same layouts of one warp, and so the same bits. Costs: keys are read twice,
+_forward_tiles (kernels/attention/packed.py), from the same layouts of one warp, and so the same bits. Costs: keys are read twice,
 weights written and read (a sixteenth of keys and values with gpt-oss's 8 query heads), two launches more.
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per page, H query heads, K key-value heads, D head width,
@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import _load_rows
-from kernels.launch import cdiv, launch, next_power_of_2, overlap_constants, wait_for_launch_before
+from kernels.attention.packed import _load_rows
+from kernels.device import cdiv, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 
 TILES = 4  # of a part
 SLICE = 16  # of a head's width, the least that a product has

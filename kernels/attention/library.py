@@ -1,10 +1,10 @@
 """Attention by the vendor's products, for GPUs whose tensor cores Triton does not drive: chunks of queries against the keys that
 they see, everything between the products in fp32.
 
-Formula and gradients are those of kernels/attention.py; prefixes too. The scores of a chunk are made again in the backward, so
-that scratch is bounded whatever the length. A windowed chunk takes no keys that its window does not reach, so its cost grows with
-the length alone. Chunks run one after the other and add to the gradients of the keys in that order: two runs give the same bits.
-A query's bits may depend on its chunk's shape, hence on its neighbours.
+Formula and gradients are those of kernels/attention/packed.py; prefixes too. The scores of a chunk are made again in the
+backward, so that scratch is bounded whatever the length. A windowed chunk takes no keys that its window does not reach, so its
+cost grows with the length alone. Chunks run one after the other and add to the gradients of the keys in that order: two runs
+give the same bits. A query's bits may depend on its chunk's shape, hence on its neighbours.
 
 With top_i = max_j s_ij, p_ij = exp(s_ij - top_i) share_i and share_i = exp(top_i - lse_i); the forward has it, with digits that
 lse lost in its rounding, as sigmoid(l_i - sink) / sum_j exp(s_ij - top_i), l_i = top_i + log(sum_j exp(s_ij - top_i)). So what
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.attention_plan import AttentionPlan
+from kernels.attention.plan import AttentionPlan
 from kernels.dense import product
 
 MAX_SCORES = 1 << 23  # scores of a chunk, in elements: some 200 MB with everything that is made of them

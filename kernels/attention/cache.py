@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
+from kernels.device import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 from kernels.rope import DTYPES, _rotate, _rotated
 
 

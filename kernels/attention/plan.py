@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.launch import to_device
+from kernels.device import to_device
 
 
 class AttentionPlan:

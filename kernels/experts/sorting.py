@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import (
+from kernels.device import (
     cdiv,
     check_served,
     is_triton,

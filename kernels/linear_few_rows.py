@@ -10,8 +10,8 @@ Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product
 """
 import torch
 
-from kernels.launch import gpu_family, is_triton
-from kernels.moe_decode import (
+from kernels.device import gpu_family, is_triton
+from kernels.experts.few_rows import (
     FOR_LOW_RANK,
     FOR_X,
     DecodeBlocks,

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, gpu_family, is_triton, launch
-from kernels.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_reference, e8m0_to_fp32
+from kernels.device import cdiv, gpu_family, is_triton, launch
+from kernels.packed.mxfp4 import BLOCK_SIZE, KERNEL_DTYPES, dequantize_reference, e8m0_to_fp32
 
 ASM_FAMILIES = ("ampere", "consumer", "hopper")
 ROWS = 16  # rows of a tile

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.dense import product
-from kernels.launch import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2, product_path
+from kernels.device import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2, product_path
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # rows of a partial sum, with experts and with all rows in one; part of the result's bits

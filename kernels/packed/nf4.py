@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, is_triton, launch
+from kernels.device import cdiv, is_triton, launch
 
 BLOCK_SIZE = 64  # elements that share one absmax
 CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

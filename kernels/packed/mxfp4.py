@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, is_triton, launch
+from kernels.device import cdiv, is_triton, launch
 
 BLOCK_SIZE = 32  # elements that share one scale
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, is_triton, launch
-from kernels.log_probs import (
+from kernels.device import cdiv, is_triton, launch
+from kernels.head.log_probs import (
     _blocks,
     _check,
     _grid,
@@ -27,7 +27,7 @@ from kernels.log_probs import (
     head_logits_reference,
     log_probs,
 )
-from kernels.sampling import draw_tokens
+from kernels.head.sampling import draw_tokens
 
 
 @triton.jit

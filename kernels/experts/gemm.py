@@ -10,7 +10,7 @@ of weights are in grouped_outer.py.
 
 Weights come dense, with gradients of everything, or as packed MXFP4, frozen, dequantised in the forward and again in the
 backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time, and so does the
-library's path (kernels/launch.py: product_path).
+library's path (kernels/device.py: product_path).
 
 Shapes: R routed rows, E experts, K in, N out, r LoRA's rank.
 """
@@ -24,9 +24,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
-from kernels.grouped_outer import grouped_outer, grouped_row_sum
-from kernels.launch import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
-from kernels.packed import dequantize_packed, packed_shape
+from kernels.device import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
+from kernels.experts.outer import grouped_outer, grouped_row_sum
+from kernels.packed.weights import dequantize_packed, packed_shape
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
 

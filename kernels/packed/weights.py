@@ -10,9 +10,9 @@ Shapes: E experts, O output features, I input features.
 
 import torch
 
-from kernels.mxfp4 import BLOCK_SIZE, dequantize_experts
-from kernels.mxfp4_fragments import dequantize_fragments, unpacks_by_asm
-from kernels.nf4 import dequantize_nf4
+from kernels.packed.fragments import dequantize_fragments, unpacks_by_asm
+from kernels.packed.mxfp4 import BLOCK_SIZE, dequantize_experts
+from kernels.packed.nf4 import dequantize_nf4
 
 
 def packed_shape(packed: torch.Tensor, order: str) -> tuple[int, int, int]:

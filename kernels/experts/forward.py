@@ -17,17 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.grouped_gemm import grouped_gemm
-from kernels.grouped_outer import grouped_outer
-from kernels.launch import is_triton, launch, next_power_of_2
-from kernels.packed import dequantize_packed, packed_shape
-from kernels.routing import Routing, sum_rows
+from kernels.device import is_triton, launch, next_power_of_2
+from kernels.experts.gemm import grouped_gemm
+from kernels.experts.outer import grouped_outer
+from kernels.experts.sorting import Routing, sum_rows
+from kernels.packed.weights import dequantize_packed, packed_shape
 from kernels.swiglu import clamped_swiglu_grad
 
 
 @dataclass
 class ExpertWeights:
-    """One projection: dense [E, in, out], or packed as kernels/packed.py says."""
+    """One projection: dense [E, in, out], or packed as kernels/packed/weights.py says."""
 
     dense: torch.Tensor | None
     blocks: torch.Tensor | None

@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, gpu_family, launch, next_power_of_2, overlap_constants
-from kernels.router_logits import _router_logits_kernel, router_forward
-from kernels.routing import SMALL_SORT, Routing, _route_kernel, _sort_kernel
+from kernels.device import cdiv, gpu_family, launch, next_power_of_2, overlap_constants
+from kernels.experts.sorting import SMALL_SORT, Routing, _route_kernel, _sort_kernel
+from kernels.router import _router_logits_kernel, router_forward
 
 MAX_TOKENS, MAX_EXPERTS = 64, 128  # of a router's product in one program
 _TILE = 4096  # tokens times experts of the top-k, in one tile

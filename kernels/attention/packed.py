@@ -29,10 +29,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.attention_library import library_backward, library_forward
-from kernels.attention_plan import AttentionPlan
-from kernels.attention_reference import attention_reference
-from kernels.launch import check_served, gpu_family, launch, product_path
+from kernels.attention.library import library_backward, library_forward
+from kernels.attention.plan import AttentionPlan
+from kernels.attention.reference import attention_reference
+from kernels.device import check_served, gpu_family, launch, product_path
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
@@ -390,7 +390,7 @@ _FLOAT32_BLOCKS = KernelBlocks(Blocks(32, 16, 4, 1, False), Blocks(32, 16, 4, 1,
 
 
 def blocks_for(family: str, dtype: torch.dtype, *, windowed: bool, width: int) -> KernelBlocks:
-    """Block sizes for a GPU family (kernels.launch.gpu_family), a dtype and a head width."""
+    """Block sizes for a GPU family (kernels.device.gpu_family), a dtype and a head width."""
     if family == "interpreter" or dtype == torch.float32:
         return _FLOAT32_BLOCKS
     return _WIDE_BLOCKS if width > 64 else _BLOCKS[family, windowed]
@@ -465,7 +465,7 @@ def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *,
                       window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [Q, H, D] and lse [H, Q] fp32, nats, of rows that _rows() would leave as they are. By the kernels or the library
-    (kernels/launch.py: product_path), no gradient."""
+    (kernels/device.py: product_path), no gradient."""
     if product_path(q) == "library":
         return library_forward(q, k, v, sinks, plan, window=window, scale=scale)
     blocks = blocks_for(gpu_family(q), q.dtype, windowed=window > 0, width=q.shape[2])
