@@ -28,7 +28,15 @@ from grpo.failures import describe_failure
 from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
 from grpo.plots import is_interval
-from grpo.policy import build_model, build_tokenizer, load_initial_adapter, load_run_policy, select_device, select_dtype
+from grpo.policy import (
+    build_model,
+    build_tokenizer,
+    check_initial_adapter,
+    load_initial_adapter,
+    load_run_policy,
+    select_device,
+    select_dtype,
+)
 from grpo.rollout import Sampler
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
@@ -144,6 +152,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
             node, what = config.env or trained.env, {"run": config.run, "step": state.step}
         else:
             tokenizer, node, what = build_tokenizer(config.model, config.env), config.env, {"model": config.model.path}
+            check_initial_adapter(config.model)
             policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
             load_initial_adapter(policy, config.model)
         env = make_environment(node, tokenizer, seed=config.seed, total_steps=0)

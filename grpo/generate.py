@@ -29,7 +29,15 @@ from grpo.console import clean, print_error
 from grpo.environment import encode_question, make_environment
 from grpo.failures import describe_failure
 from grpo.launch import FAILED, launch
-from grpo.policy import build_model, build_tokenizer, load_initial_adapter, load_run_policy, select_device, select_dtype
+from grpo.policy import (
+    build_model,
+    build_tokenizer,
+    check_initial_adapter,
+    load_initial_adapter,
+    load_run_policy,
+    select_device,
+    select_dtype,
+)
 from grpo.rollout import Sampler
 from models.chat.parse import parse_completion
 from models.chat.render import render_chat
@@ -182,6 +190,7 @@ def load_conversation(config: GenerateConfig) -> Conversation:
         note(f"{config.run}, step {state.step} of {trained.steps}")
     else:
         tokenizer = build_tokenizer(config.model, None)
+        check_initial_adapter(config.model)
         policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
         load_initial_adapter(policy, config.model)
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,

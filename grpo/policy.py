@@ -17,7 +17,7 @@ from models.checkpoint import checkpoint_folder, load_model, read_checkpoint_con
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training
-from models.peft_format import load_adapter
+from models.peft_format import check_adapter, load_adapter
 from models.tokenizer import Tokenizer
 
 PARAM = "param."  # prefix of trained parameters in a run's checkpoint
@@ -96,10 +96,19 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
     if model.train == Train.full:
         set_full_training(policy)
     else:
-        lora = model.lora
-        attach_lora(policy, LoraConfig(lora.rank, lora.alpha, list(lora.targets), lora.train_sinks, lora.train_norms),
-                    seed=seed)
+        attach_lora(policy, _lora_config(model), seed=seed)
     return policy
+
+
+def _lora_config(model: ModelConfig) -> LoraConfig:
+    lora = model.lora
+    return LoraConfig(lora.rank, lora.alpha, list(lora.targets), lora.train_sinks, lora.train_norms)
+
+
+def check_initial_adapter(model: ModelConfig) -> None:
+    """Compares the adapter that the config starts from, if it names one, with model.lora; before the base is loaded."""
+    if model.lora is not None and model.lora.adapter is not None:
+        check_adapter(Path(model.lora.adapter).expanduser(), _lora_config(model))
 
 
 def load_initial_adapter(policy: GptOss, model: ModelConfig) -> None:

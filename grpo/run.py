@@ -39,6 +39,7 @@ from grpo.optim import Optimizer, loss_scale_for
 from grpo.policy import (
     build_model,
     build_tokenizer,
+    check_initial_adapter,
     check_trainable,
     load_initial_adapter,
     load_parameters,
@@ -100,8 +101,10 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
         check_demonstrations(env)
     architecture = read_architecture(config.model, tokenizer)
     check_known_prompts(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
-    made_of = identify(config, tokenizer, env)
     state = load_run(run_dir) if config.resume else None
+    if state is None:
+        check_initial_adapter(config.model)
+    made_of = identify(config, tokenizer, env)
     if state is not None:
         check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
     changes = describe_changes(config, run_dir) if state is not None else []

@@ -303,6 +303,12 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
     _load_trained(model, folder / TRAINED_NAME)
 
 
+def check_adapter(folder: str | Path, held: LoraConfig) -> None:
+    """Raises CheckpointError where an adapter cannot be read into a model that carries `held`, as far as settings and the names
+    in its file tell: cheap, before the base is loaded."""
+    _check_same(Path(folder), held, read_adapter_config(folder))
+
+
 def _chosen_but_missing(settings: PeftSettings, model: GptOss, found: set[str]) -> list[str]:
     """What the settings choose and the file does not hold: a file cut short would load without a word."""
     missing = []

@@ -1,11 +1,16 @@
-"""Choice of the dtype by the GPU, which is pretended."""
+"""Choice of the dtype by the GPU, which is pretended; what is checked before a base is read."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from grpo.config import ConfigError, Dtype, Experts, ModelConfig, Train
 from grpo.policy import check_trainable, select_dtype
 
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -45,3 +50,22 @@ def test_float16_trains_adapters_only():
     check_trainable(ModelConfig(train=Train.full, **settings), torch.bfloat16)
     with pytest.raises(ConfigError, match="model.train = 'full': .*set model.train=lora"):
         check_trainable(ModelConfig(train=Train.full, **settings), torch.float16)
+
+
+@pytest.mark.parametrize("module, arguments", [
+    ("grpo.train", ["+experiment=gpt_oss_20b_lora", "device=cpu", "dtype=float32", "output_dir={tmp}/runs", "name=x",
+                    "env.path={fixtures}/arithmetic.jsonl", "wandb.mode=disabled"]),
+    ("grpo.evaluate", ["+model=gpt_oss_20b", "+env=dataset", "env.path={fixtures}/arithmetic.jsonl"]),
+    ("grpo.generate", ["+model=gpt_oss_20b", "prompt=hello"]),
+])  # fmt: skip
+def test_an_adapter_of_other_settings_is_refused_before_the_base_is_read(entry_points, tmp_path, module, arguments):
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in [FIXTURES / "tiny_bf16/config.json", *(FIXTURES / "tokenizer_compact").iterdir()]:
+        shutil.copyfile(path, base / path.name)
+    save_file({"none.of.its.weights": torch.zeros(1)}, base / "model.safetensors")
+    arguments = [argument.format(tmp=tmp_path, fixtures=FIXTURES) for argument in arguments]
+    done = entry_points.run(module, *arguments, f"model.path={base}", f"model.lora.adapter={FIXTURES / 'tiny_bf16_lora'}")
+    assert done.code == 2, done.err
+    assert "rank: 16 in the model, 4 in the adapter" in done.err and "set model.lora.rank=4 model.lora.alpha=8" in done.err
+    assert not (tmp_path / "runs/x").exists()
