@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import pickle
+import weakref
 from collections import deque
 
 from grpo.rewards.forms import Sample, TrainerState
@@ -65,6 +66,7 @@ class Scorer:
                 setup_arguments=(self._description,),
                 patience=PATIENCE * (timeout or math.inf),
             )
+            weakref.finalize(self, self._workers.close)  # of a sweep's earlier run, say
 
     def results(self, samples: list[Sample], state: TrainerState) -> list[list[Result]]:
         """Results [reward][sample]. Raises RewardError, naming function and row, for a function that fails too often."""
@@ -82,6 +84,11 @@ class Scorer:
                         f"reward {reward.name!r} failed its dry run on row {sample.source}, called with the "
                         f"completion {shorten(sample.text)}: {result.error}"
                     )
+
+    def close(self) -> None:
+        """Ends the workers; they start again when they are needed."""
+        if self._workers is not None:
+            self._workers.close()
 
     def _results_of(self, index: int, samples: list[Sample], state: TrainerState) -> list[Result]:
         reward = self.rewards[index]

@@ -84,6 +84,15 @@ def test_groups_without_a_spread_are_dropped_counted_and_replaced_by_fresh_promp
     assert groups.metrics["reward"] == pytest.approx(7 / 12)
 
 
+def test_ids_that_come_again_in_a_later_attempt_are_refused():
+    class Repeats(Env):
+        def prompts(self, step, *, num_prompts, attempt=0):
+            return super().prompts(step, num_prompts=num_prompts)
+
+    with pytest.raises(EnvironmentFault, match=r"Repeats.prompts: prompt 0 \(id '0'\): another prompt of this step"):
+        collect(Repeats({0: [1.0, 1.0], 1: [0.0, 1.0], 2: [0.5, 0.5]}), Sampler(), config(), 4, lambda: False)
+
+
 def test_refilling_ends_after_its_rounds_even_with_nothing_live():
     groups, sampler = run({i: [1.0, 1.0] for i in range(20)}, refill=1)
     assert len(sampler.asked) == 2 and groups.completions == [] and groups.advantages == []

@@ -22,6 +22,9 @@ prepared = []
 def prepare():
     prepared.append("ready")
 
+def prepare_with(*arguments):
+    prepared.extend(arguments)
+
 def fail_to_prepare():
     raise OSError("no judge here")
 
@@ -57,6 +60,12 @@ def work(item):
     if kind == "print":
         print(value); print(value, file=sys.stderr); os.write(1, b"raw bytes\\n")
         return value
+    if kind == "open":
+        open(value, "w").close()
+    if kind == "wait for":
+        while not os.path.exists(value):
+            time.sleep(0.01)
+        return "seen"
     if kind == "read":
         return sys.stdin.read()
     if kind == "odd":
@@ -84,9 +93,10 @@ def make(tmp_path):
     (tmp_path / "judge.py").write_text(FUNCTIONS)
     made = []
 
-    def make(function="work", *, num_workers=1, timeout=LONG, setup=None):
+    def make(function="work", *, num_workers=1, timeout=LONG, setup=None, **options):
         setup = f"{tmp_path}/judge.py:{setup}" if setup else None
-        made.append(Workers(f"{tmp_path}/judge.py:{function}", num_workers=num_workers, timeout=timeout, setup=setup))
+        path = f"{tmp_path}/judge.py:{function}"
+        made.append(Workers(path, num_workers=num_workers, timeout=timeout, setup=setup, **options))
         return made[-1]
 
     yield make
@@ -160,6 +170,20 @@ def test_an_item_past_its_limit_is_an_error_of_its_own(make, hanging):
     outcomes = make(timeout=1.0).map([("echo", 1), hanging, ("echo", 2)])
     assert [outcome.value for outcome in outcomes] == [1, None, 2]
     assert outcomes[1].is_timeout and outcomes[1].error == "ran over its limit of 1 s; its worker was killed"
+
+
+def test_an_item_that_takes_long_keeps_others_waiting_for_the_patience_alone(make, tmp_path):
+    workers = make(patience=0.1)  # of one worker, which waits for what the items after it do
+    names = [str(tmp_path / name) for name in "abc"]
+    items = [*(("wait for", name) for name in names), *(("open", name) for name in names)]
+    assert [outcome.value for outcome in workers.map(items)] == ["seen"] * 3 + [None] * 3
+    assert len(workers._workers) == 1
+
+
+def test_a_setup_is_called_with_its_arguments(make):
+    assert make(setup="prepare_with", setup_arguments=("judge", {"temperature": float("inf")})).map([("seen", None)])[
+        0
+    ].value["prepared"] == ["judge", {"temperature": float("inf")}]
 
 
 def test_processes_that_the_function_started_die_with_its_worker(make, tmp_path):
