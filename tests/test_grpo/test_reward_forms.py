@@ -256,7 +256,7 @@ def test_values_logged_that_are_no_numbers_go_to_the_log(tmp_path):
     ("judge.absent", {}, "has no 'judge.absent'"),
     ("get_overlong", {}, "name no completion.*gets its own parameters from kwargs"),
     ("get_overlong", {"max_length": 5}, "name no completion"),
-    ("get_overlong", {"max_len": 5, "cache": 2, "scale": 1}, "kwargs 'scale': 'get_overlong' has no such parameter; it takes cache"),
+    ("get_overlong", {"max_len": 5, "cache": 2, "scale": 1}, "kwargs 'scale': 'get_overlong' has no such parameter"),
     ("get_overlong", {"max_len": 5, "cache": "2"}, None),
     ("logged", {"function": 3}, "fails when it is called with its kwargs.*AttributeError|names no completion|cannot be read"),
     ("Judge", {}, "fails when it is called with its kwargs {}: TypeError.*bonus"),
