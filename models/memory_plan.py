@@ -291,7 +291,8 @@ class MemoryBudget:
             excess = max(forward + forward_workspace(self.config, run), backward + workspace(self.config, run)) - free
             if excess <= 0 or room == 0:
                 return plans
-            room = max(0, room - excess)
+            held = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.gpu)
+            room = max(0, min(room, held) - excess)  # of room beyond what is held, nothing would change
 
 
 def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:

@@ -1,8 +1,11 @@
-"""The margin of a memory budget, which follows what steps have reserved."""
+"""Predicted sizes by hand, the plan that just fits, and the margin of a budget, which follows what steps have reserved."""
+
+from dataclasses import replace
 
 import pytest
 
-from models.memory_plan import MemoryBudget
+from models.config import GptOssConfig
+from models.memory_plan import MemoryBudget, Pass, Place, bytes_of, everything, forward_workspace, most_held, scratch, workspace
 
 BUDGET = 20_000_000_000
 
@@ -39,3 +42,64 @@ def test_a_step_that_keeps_everything_on_the_gpu_teaches_only_excess():
     assert memory._margin == 0.04
     memory.learn(20_200_000_000, BUDGET)
     assert memory._margin == pytest.approx(0.06)
+
+
+# 2 heads of 8 and one of keys and values; each token goes to 2 of 3 experts of width 24
+CONFIG = GptOssConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, sliding_window=4,
+                      layer_types=["sliding_attention", "full_attention"])
+RUN = Pass(num_tokens=10, full_pairs=55, windowed_pairs=34, element_size=2, stream_size=4, is_packed=True, keeps_h=True,
+           scratch_bytes=10**9)
+LIBRARY = 100_000_000
+
+
+def test_the_activations_of_a_layer_have_these_sizes():
+    # a token: 16 x 4 bytes; (16 + 8 + 8) x 2; 16 x 2 and an fp32 log-sum of each head; 2 experts x 2 x 24 x 2
+    assert bytes_of(CONFIG, RUN) == {"x": 640, "qkv": 640, "attended": 400, "middle": 640, "h": 1920}
+
+
+@pytest.mark.parametrize("is_packed, keeps_h, scratch_bytes, expected", [
+    (False, False, 10**9, 0),  # dense weights are used as they are
+    (True, True, 10**9, 4608),  # gate and up of 3 experts: 3 x 16 x 48 x 2 bytes, after which down has their place
+    (True, False, 10**9, 6912),  # computing h again needs gate and up beside all of down, 3 x 24 x 16 x 2
+    (True, False, 4608, 6912), (True, False, 4607, 4607), (True, True, 1000, 1000)])
+def test_dequantised_weights_take_what_stands_at_once(is_packed, keeps_h, scratch_bytes, expected):
+    assert scratch(CONFIG, replace(RUN, is_packed=is_packed, keeps_h=keeps_h, scratch_bytes=scratch_bytes)) == expected
+
+
+def test_a_layers_workspace_is_the_sum_of_what_its_passes_cannot_do_without():
+    # backward: qkv, attended, h; per token and expert 24 of the activation and 16 of the rows; 6 streams; weights
+    assert workspace(CONFIG, RUN) == 640 + 400 + 1920 + 40 * (24 + 16) + 6 * 640 + 4608 + LIBRARY
+    assert workspace(CONFIG, replace(RUN, keeps_h=False)) - workspace(CONFIG, RUN) == 2304
+    square = replace(CONFIG, intermediate_size=16)  # the rows take the activation's place
+    assert workspace(square, replace(RUN, is_packed=False)) == 640 + 400 + 1280 + 40 * 16 + 6 * 640 + LIBRARY
+    assert forward_workspace(CONFIG, RUN) == 640 + 400 + 1920 + 4 * 640 + 40 * (24 + 16) + 4608 + LIBRARY
+    assert forward_workspace(CONFIG, replace(RUN, keeps_h=False)) == forward_workspace(CONFIG, RUN)
+
+
+def test_most_is_held_before_the_last_layer_or_by_gradients_after_it():
+    sizes = {"x": 1, "qkv": 10, "attended": 100, "middle": 1000, "h": 10_000}
+    kept, again = everything(Place.gpu), everything(Place.again)
+    host = everything(Place.host) | {"x": Place.gpu}
+    # before the last of three layers, two keep 11,111 each; gradients of 30 come a third at a time: 10 beside both, 30 at last
+    assert most_held([kept] * 3, sizes, gradients=30, pending=0) == (22_222, 22_232)
+    assert most_held([again] * 3, sizes, gradients=30, pending=0) == (2, 30)
+    # on their way: in the forward at most `pending`, in the backward at least the layer before, 11,110
+    assert most_held([host, host, again], sizes, gradients=0, pending=5000) == (5002, 11_112)
+
+
+def test_a_plan_keeps_everything_where_that_just_fits_and_less_with_a_byte_less():
+    memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=1.0, host_gb=0.0)
+    memory._product_rate = 1e12
+    one_layer = 640 + 640 + 400 + 640 + 1920
+    free = one_layer + workspace(CONFIG, RUN)  # while the second layer runs, the first keeps all
+    whole, tight = (memory._fit(RUN, free - less, gradients=0, pending=0) for less in (0, 1))
+    assert whole[0] == everything(Place.gpu)
+    assert sum(place == Place.gpu for plan in tight for place in plan.values()) < sum(
+        place == Place.gpu for plan in whole for place in plan.values())
+
+
+def test_host_memory_is_granted_as_long_as_there_is_some():
+    memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=None, host_gb=1e-6)
+    assert [memory.claim_host(num_bytes) for num_bytes in (1001, 600, 401, 400, 1)] == [False, True, False, True, False]
+    assert memory.host_bytes == 0
