@@ -118,7 +118,9 @@ def test_a_resumed_run_is_held_to_the_same_reference_without_the_adapter_and_the
     shutil.rmtree(adapter)
     shutil.rmtree(cache)
     _, parts = train(tmp_path / "parts", "steps=3", "resume=true", f"warmup.cache_dir={cache}", adapter=adapter)
-    assert [row["kl"] for row in parts] == [row["kl"] for row in whole] and whole[2]["kl"] > 1e-4
+    for name in ("kl", "num_tokens", "lr", "loss", "grad_norm"):
+        assert [row[name] for row in parts] == [row[name] for row in whole], name
+    assert whole[2]["kl"] > 1e-4 and whole[2]["num_tokens"] > whole[1]["num_tokens"] > whole[0]["num_tokens"]
     tensors = [load_file(tmp_path / name / "run/checkpoints/step_000003/tensors.safetensors") for name in ("whole", "parts")]
     assert any(name.startswith("reference.") for name in tensors[0])
     assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])

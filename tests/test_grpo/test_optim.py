@@ -275,7 +275,8 @@ def test_nothing_to_train_is_refused():
 
 def test_the_learning_rate_is_that_of_the_position_which_may_run_ahead_of_the_updates():
     params = {"w": torch.nn.Parameter(torch.ones(1))}
-    optimizer = make_optimizer(params, lr=0.1, schedule="linear", warmup_steps=0, total_steps=10, final_lr_ratio=0.0)
+    optimizer = make_optimizer(params, lr=0.1, weight_decay=0.0, schedule="linear", warmup_steps=0, total_steps=10,
+                               final_lr_ratio=0.0)
     rates = []
     for position in (0, 4, 9):  # updates 1 to 4 and 5 to 9 were left out
         optimizer.position = position
@@ -284,3 +285,5 @@ def test_the_learning_rate_is_that_of_the_position_which_may_run_ahead_of_the_up
         optimizer.step()
         optimizer.zero_grad()
     assert rates == pytest.approx([0.09, 0.05, 0.0]) and (optimizer.num_updates, optimizer.position) == (3, 10)
+    # a constant gradient moves Adam by the learning rate, its moments corrected for the updates made
+    assert params["w"].item() == pytest.approx(1 - 0.09 - 0.05, abs=1e-5)

@@ -126,6 +126,20 @@ def test_another_seed_setting_or_environment_is_another_warm_up(config, tmp_path
     assert len(env.steps) == 2 and len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.parametrize("changed", ["models/gpt_oss.py", "kernels/attention/decode.py", "grpo/envs/carry.py", "own_env.py"])
+def test_other_source_code_is_another_warm_up(config, tmp_path, monkeypatch, changed):
+    for name in ("models/gpt_oss.py", "kernels/attention/decode.py", "grpo/warmup.py", "grpo/envs/carry.py", "own_env.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    sources = {GptOss: tmp_path / "models/gpt_oss.py", Env: tmp_path / "own_env.py"}
+    monkeypatch.setattr("grpo.warmup.__file__", str(tmp_path / "grpo/warmup.py"))
+    monkeypatch.setattr("grpo.warmup.inspect", SimpleNamespace(getsourcefile=sources.__getitem__))
+    config.warmup.cache_dir, config.warmup.steps = str(tmp_path / "cache"), 1
+    for text, num_trained in (("x = 1\n", 1), ("x = 1\n", 0), ("x = 2\n", 1)):
+        (tmp_path / changed).write_text(text)
+        assert len(run(config)[1].steps) == num_trained
+
+
 def test_a_truncated_cache_is_trained_again_and_replaced(config, tmp_path):
     config.warmup.cache_dir, config.warmup.steps = str(tmp_path / "cache"), 2
     run(config)

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 
 from models.config import GptOssConfig
-from models.memory_plan import MemoryBudget, Pass, Place, bytes_of, everything, forward_workspace, most_held, scratch, workspace
+from models.memory_plan import (
+    MemoryBudget,
+    Pass,
+    Place,
+    bytes_of,
+    everything,
+    forward_workspace,
+    most_held,
+    scratch,
+    workspace,
+)
 
 BUDGET = 20_000_000_000
 
