@@ -22,6 +22,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.config_errors import ConfigError, UnknownKey
 from grpo.rewards.functions import load_function
 from grpo.rewards.guests import import_guest
 from grpo.rewards.values import describe_error
@@ -35,10 +36,6 @@ RESUMABLE_KEYS = (
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
     "warmup.cache_dir",  # a kept warm-up has the bits of one made again
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, its value, what is allowed and what to do."""
 
 
 class Device(StrEnum):
@@ -218,6 +215,8 @@ class EvalConfig:
     max_prompts: int = number("[1, inf)")  # held-out prompts
     at_start: bool = MISSING
     at_end: bool = MISSING
+    # metric that a sweeper such as Optuna's judges a run by, its last value: greedy_accuracy, reward, avg@4, ...; null: the first
+    objective: Optional[str] = None
 
 
 @dataclass
@@ -349,7 +348,7 @@ def check_keys(container: dict, schema: type, prefix: str) -> None:
     hints = typing.get_type_hints(schema)
     for key, value in container.items():
         if key not in hints:
-            raise unknown_key(join(prefix, str(key)), list(hints))
+            raise UnknownKey(join(prefix, str(key)), list(hints))
         nested = dataclass_of(hints[key])
         if nested is not None and isinstance(value, dict):
             check_keys(value, nested, join(prefix, key))
@@ -381,15 +380,6 @@ def missing_keys(container: dict, schema: type, prefix: str) -> list[str]:
         elif isinstance(value, dict):
             missing += [join(key, str(name)) for name, inner in value.items() if inner == MISSING]
     return missing
-
-
-def unknown_key(key: str, allowed: list[str]) -> ConfigError:
-    parent, _, name = key.rpartition(".")
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {join(parent, near[0])}?" if near else ""
-    return ConfigError(
-        f"unknown key {key}{hint or '.'} Allowed{' in ' + parent if parent else ''}: {', '.join(sorted(allowed))}"
-    )
 
 
 def join(prefix: str, key: str) -> str:
@@ -452,7 +442,7 @@ def bind(node: dict, key: str) -> Callable:
         if name in supplied:
             raise ConfigError(f"{key}.{name} = {value!r}: the loop supplies {name}; remove it")
         if name not in allowed:
-            raise unknown_key(f"{key}.{name}", allowed)
+            raise UnknownKey(f"{key}.{name}", allowed)
         if not fits(value, parameters[name].annotation):
             expected = describe_type(parameters[name].annotation)
             raise ConfigError(f"{key}.{name} = {value!r} ({type(value).__name__}): {path} expects {expected}")

@@ -5,10 +5,11 @@ import importlib.metadata
 import platform
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
+
+from grpo.launch import typed_words
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def provenance(*, seed: int, device: torch.device) -> dict:
     """{"command", "commit" (None outside a git checkout; with "+" where files differ from it), "versions", "device", "seed"}."""
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"command": shlex.join(["python", "-m", "grpo.train", *sys.argv[1:]]), "commit": find_commit(),
+    return {"command": shlex.join(["python", "-m", "grpo.train", *typed_words()]), "commit": find_commit(),
             "versions": {"grpo": version_of("grpo"), "python": platform.python_version(), "torch": torch.__version__,
                          "triton": version_of("triton")}, "device": device_name, "seed": seed}
 

@@ -5,14 +5,11 @@ import difflib
 import os
 import resource
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from grpo.checkpoint import RunLock, RunState, SaveError, load_run, remove, save_run
 from grpo.config import (
@@ -32,6 +29,7 @@ from grpo.environment import check_known_prompts, make_environment
 from grpo.export_files import write_adapter, write_model
 from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
+from grpo.launch import is_sweep, typed_words
 from grpo.losses import try_loss
 from grpo.metrics import Metrics
 from grpo.model_card import Origin
@@ -230,10 +228,6 @@ def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
     return lines
 
 
-def is_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
 def save(run: Run) -> None:
     """A checkpoint of the finished steps, metrics on disk first. Raises FloatingPointError where a tensor is not finite, and
     SaveError where the run's folder is no longer in its place."""
@@ -285,24 +279,22 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
 
 
 def resume_command(config: TrainConfig) -> str:
-    """The command line that continues this run; of a sweep, all its runs (finished ones have nothing left to do)."""
-    words = [argument for argument in sys.argv[1:] if argument.lstrip("+").partition("=")[0] not in ("name", "resume")]
-    if is_sweep():
-        words += [argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("name=")]
-    else:
-        words.append(f"name={config.name}")
-    return shlex.join(["python", "-m", "grpo.train", *words, "resume=true"])
+    """The command line that continues this run; of a sweep's job, this job alone."""
+    return train_command(f"name={config.name}", "resume=true")
+
+
+def train_command(*words: str) -> str:
+    """This run's command line with other words in place of its own for these keys, for `name` and for `resume`."""
+    replaced = {"name", "resume", *(word.partition("=")[0] for word in words)}
+    kept = [word for word in typed_words() if word.lstrip("+").partition("=")[0] not in replaced]
+    return shlex.join(["python", "-m", "grpo.train", *kept, *words])
 
 
 def next_commands(run: Run, exported: tuple[Path, str]) -> list[str]:
     """What to type after a finished run."""
-    others = [word for word in sys.argv[1:] if word.lstrip("+").partition("=")[0] not in ("name", "resume", "seed")]
-    commands = [["python", "-m", "grpo.generate", f"run={shown(run.run_dir)}"],
-                ["python", "-m", "grpo.evaluate", f"run={shown(run.run_dir)}", "num_samples=8"],
-                ["python", "-m", "grpo.train", *others, f"seed={run.config.seed + 1}"],
-                ["ls", str(shown(exported[0]))]]
-    return [shlex.join(words) + (f"    # {exported[1]}" if words[0] == "ls" else "")
-            for words in commands]
+    run_dir, weights = shlex.quote(f"run={shown(run.run_dir)}"), shlex.quote(str(shown(exported[0])))
+    return [f"python -m grpo.generate {run_dir}", f"python -m grpo.evaluate {run_dir} num_samples=8",
+            train_command(f"seed={run.config.seed + 1}"), f"ls {weights}    # {exported[1]}"]
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -22,8 +22,8 @@ from grpo.config import (
     TrainConfig,
     describe_type,
     fits,
-    unknown_key,
 )
+from grpo.config_errors import UnknownKey
 from models.config import GptOssConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")
@@ -224,7 +224,7 @@ def check_architecture(architecture: dict) -> None:
     allowed = [name for name in hints if name not in ("raw", "is_mxfp4", "is_nf4")]
     for name, value in architecture.items():
         if name not in allowed:
-            raise unknown_key(f"model.architecture.{name}", allowed)
+            raise UnknownKey(f"model.architecture.{name}", allowed)
         if not fits(value, hints[name]):
             raise ConfigError(
                 f"model.architecture.{name} = {value!r} ({type(value).__name__}): expected {describe_type(hints[name])}"

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.tensor_files import read_json
-
 # hub config.json schema; extra keys of a checkpoint are kept in GptOssConfig.raw and written back
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "num_local_experts", "sliding_window")
@@ -241,6 +239,8 @@ def _alternating(num_layers: int) -> list[str]:
 def read_config(folder: str | Path) -> GptOssConfig:
     """Reads FOLDER/config.json in either layout; raises ValueError naming the file."""
     path = Path(folder) / "config.json"
+    from models.tensor_files import read_json  # not at the top: it imports torch, and a bad setting fails before
+
     raw = read_json(path)
     try:
         return GptOssConfig.from_original(raw) if "num_experts" in raw and "model_type" not in raw else \

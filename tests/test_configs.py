@@ -21,7 +21,7 @@ from grpo.config import (
     settings_of_steps,
     to_dict,
 )
-from grpo.launch import CONFIG_DIR, load_config, normalize_argv
+from grpo.launch import CONFIG_DIR, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -88,12 +88,12 @@ def test_values_are_converted_to_the_types_of_the_schema():
 
 BAD_ARGUMENTS = [
     # unknown keys, wherever a key can stand
-    ("lr=1", "unknown key lr. Allowed: advantage, checkpoint,"),
+    ("lr=1", "unknown key lr; did you mean optim.lr or warmup.lr? Allowed: advantage, checkpoint,"),
     ("sed=1", "unknown key sed; did you mean seed?"),
     ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr? Allowed in optim: betas, decay_steps,"),
     ("+optim.typo=1", "unknown key optim.typo."),
     ("++rollout.groupsize=4", "unknown key rollout.groupsize; did you mean rollout.group_size?"),
-    ("optim={lr: 1.0}", "optim = {'lr': 1.0}: no file"),
+    ("optim={lr: 1.0}", "optim = {'lr': 1.0}: no file of configs/optim; keys below it are set as optim.KEY=VALUE"),
     ("eval={every: 5, evry: 5}", "unknown key eval.evry; did you mean eval.every?"),
     ("warmup.stepz=5", "unknown key warmup.stepz; did you mean warmup.steps?"),
     ("model.lora.rnk=5", "unknown key model.lora.rnk; did you mean model.lora.rank?"),
@@ -110,7 +110,7 @@ BAD_ARGUMENTS = [
         "did you mean experiment=quickstart? Available: gpt_oss_120b_lora,",
     ),
     ("loss=ppo", "loss = 'ppo': no file configs/loss/ppo.yaml. Available: dapo, dr_grpo, grpo"),
-    ("optim=3", "optim = 3: no file configs/optim/3.yaml. Available: lora, tiny"),
+    ("optim=3", "optim = 3: no file of configs/optim"),
     ("env=dataset", "env.path: required, no value given; set with `env.path=VALUE`"),
     ("optim.lr=???", "optim.lr: required"),
     ("~rollout.temperature", "rollout.temperature: required"),
@@ -330,19 +330,6 @@ def test_names_tell_experiments_seeds_and_settings_apart_and_find_a_run_again():
     assert changed == name("loss=grpo", "optim.lr=1e-3", "resume=true", "steps=70", "wandb.mode=disabled")
     assert changed != name("optim.lr=2e-3", "loss=grpo")
     assert name("name=mine", "optim.lr=2e-3") == "mine"
-
-
-def test_arguments_are_brought_into_the_form_that_hydra_takes():
-    assert normalize_argv(["experiment=x", "seed=1", "env.path=a", "-m"], "train") == [
-        "+experiment=x",
-        "seed=1",
-        "++env.path=a",
-        "-m",
-    ]
-    assert normalize_argv(["seed=1"], "train") == ["seed=1", "+experiment=quickstart"]
-    assert normalize_argv(["model=gpt_oss_20b"], "generate") == ["+model=gpt_oss_20b"]
-    for text in (r"it's (2+3)=${x}, a\b?", r"\${y} \' ends in \\", "", "14+49", "null hypothesis: [a,b]"):
-        assert load_config("generate", ["run=runs/x", f"prompt={text}"]).prompt == text
 
 
 def test_evaluate_and_generate_take_a_run_or_a_model():

@@ -15,7 +15,7 @@ PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 FORBIDDEN_PACKAGES = {"kernels": {"models", "grpo"}, "models": {"grpo"}, "grpo": {"kernels"}}
 ENTRY_POINTS = {"grpo/train.py", "grpo/evaluate.py", "grpo/generate.py"}
-HYDRA_FILES = {"grpo/config.py", "grpo/launch.py", "grpo/run.py", *ENTRY_POINTS}
+HYDRA_FILES = {*(f"grpo/{name}.py" for name in ("config", "command_line", "launch", "sweeps")), *ENTRY_POINTS}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "base", "common", "misc"}
 
 

@@ -1,0 +1,184 @@
+"""What the words of a command line mean, before Hydra composes them.
+
+A word KEY=VALUE sets a key. Where the key holds text (a string or a path, by the schema or by the keyword's annotation) the
+value is taken literally, as the shell passed it: quotes, commas, `${...}` and `#` are characters like others. Two values are
+not: `null`, and in a sweep a list with commas and no spaces after them (`env.path=a.jsonl,b.jsonl`). ++KEY=VALUE, and every
+key that does not hold text, is in Hydra's grammar: '++name="a, b"', '++name=lr-${optim.lr}'. Hydra's flags (--cfg job, -m,
+--config-dir FOLDER) may stand anywhere.
+"""
+
+import argparse
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from grpo.config import dataclass_of, escaped
+from grpo.config_errors import ConfigError, suggest
+
+DEFAULT_EXPERIMENT = "quickstart"
+INFO_FLAGS = ("--info", "-i")
+
+
+@dataclass
+class CommandLine:
+    flags: argparse.Namespace  # Hydra's
+    words: list[str]  # KEY=VALUE as typed, and Hydra's +KEY=VALUE, ++KEY=VALUE, ~KEY
+    parser: argparse.ArgumentParser
+
+    @property
+    def shows_only(self) -> bool:
+        """Whether it asks for information and runs nothing."""
+        flags = self.flags
+        return bool(flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
+
+
+def read_command_line(argv: list[str], keys: list[str]) -> CommandLine:
+    """Tells Hydra's flags from the settings. `keys`: the settings there are. Raises ConfigError for unknown flags and for flags
+    that contradict each other."""
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+
+    def refuse(message: str) -> typing.NoReturn:
+        raise ConfigError(f"{message}; --hydra-help lists the options")
+
+    parser.error = refuse
+    words = list(argv)
+    (info,) = (action for action in parser._actions if action.dest == "info")
+    for i, word in enumerate(words):
+        if word in INFO_FLAGS and (i + 1 == len(words) or words[i + 1] not in info.choices):
+            words[i] = f"{word}=all" if word.startswith("--") else f"{word}all"  # a setting after it is not its value
+    flags, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        raise unknown_option(unknown[0], words, keys)
+    if flags.run + flags.multirun + bool(flags.cfg) + bool(flags.info) + flags.shell_completion > 1:
+        refuse("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
+    if flags.resolve and not (flags.cfg or flags.help):
+        refuse("--resolve goes with --cfg or --help")
+    if flags.experimental_rerun is not None:
+        refuse("--experimental-rerun is not supported; a run goes on with its own command and resume=true")
+    for word in flags.overrides:
+        if not word.isprintable() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(f"cannot read {ascii(word)}: it is not valid UTF-8")
+    return CommandLine(flags, flags.overrides, parser)
+
+
+def unknown_option(option: str, words: list[str], keys: list[str]) -> ConfigError:
+    name, _, value = option.lstrip("-").partition("=")
+    after = words[words.index(option) + 1:][:1]
+    if not value:
+        value = after[0] if after and not after[0].startswith("-") and "=" not in after[0] else "VALUE"
+    found = [f"{key}={value}" for key in suggest(name.replace("-", "_"), keys, keys)]
+    hint = f"; did you mean {' or '.join(found)}?" if found else ""
+    return ConfigError(f"unknown option {option}: settings are written KEY=VALUE{hint}")
+
+
+def default_first(words: list[str], config_name: str) -> list[str]:
+    """The words in the form Hydra takes, values aside: `experiment=x` becomes `+experiment=x`, and a training run without one
+    gets the default, before everything that may override it."""
+    groups = ("experiment",) if config_name == "train" else ("experiment", "model", "env")
+    placed = ["+" + word if word.partition("=")[0] in groups and "=" in word else word for word in words]
+    if config_name == "train" and not any(word.lstrip("+").startswith("experiment=") for word in placed):
+        placed.insert(0, f"+experiment={DEFAULT_EXPERIMENT}")
+    return placed
+
+
+def to_override(word: str, hint: Any, *, is_sweep: bool) -> str:
+    """One word in Hydra's grammar: text quoted, a key below a node (`env.path=x`, `warmup.steps=3`) set whether the YAML has it
+    or not (the schema and `bind` refuse unknown ones). hint: the type of the key's value, None where Hydra decides."""
+    key, equals, value = word.partition("=")
+    if not equals or key[:1] in ("+", "~") or key.startswith(("hydra.", "hydra/")):
+        return word
+    if is_text(value, hint):
+        parts = re.split(r",(?!\s)", value)
+        value = ",".join(map(quoted, parts)) if is_sweep and len(parts) > 1 and all(parts) else quoted(value)
+    elif value[:1] in ("[", "{") and not is_in_grammar(value):
+        value = rendered(value)
+    return f"++{key}={value}" if "." in key else f"{key}={value}"
+
+
+def is_text(value: str, hint: Any) -> bool:
+    """Whether the value of a key of this type is literal text. Of a key that also takes a list or a number, what looks like
+    one is none."""
+    kinds = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
+    if str not in kinds or value == "null":
+        return False
+    others = {typing.get_origin(kind) or kind for kind in kinds} - {str, type(None)}
+    is_container = value[:1] + value[-1:] in ("[]", "{}")
+    is_number = bool({int, float, bool} & others) and isinstance(yaml.safe_load(value or "''"), (int, float))
+    return not (others & {list, dict} and is_container) and not is_number
+
+
+def quoted(text: str) -> str:
+    """The text as a quoted string of Hydra's grammar, where backslashes count only before a quote, the closing one included."""
+    inside = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), escaped(text))
+    return f"'{inside}'"
+
+
+def unquoted(value: str) -> str | None:
+    """The text that `quoted` wrote, None where it did not write this."""
+    if value[:1] != "'" or value[-1:] != "'" or len(value) < 2:
+        return None
+    text = re.sub(r"(\\+)('|$)", lambda match: match[1][:len(match[1]) // 2] + match[2], value[1:-1])
+    text = re.sub(r"(\\+)\$\{", lambda match: match[1][:len(match[1]) // 2] + "${", text)
+    return text if quoted(text) == value else None
+
+
+def as_typed(override: str) -> str:
+    """What one types for an override: the inverse of `to_override`."""
+    key, equals, value = override.partition("=")
+    text = unquoted(value)
+    if text is not None:
+        return f"{key.lstrip('+')}={text}"
+    return override[2:] if key.startswith("++") and "." in key and "${" not in value else override
+
+
+def is_in_grammar(value: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    return True
+
+
+def rendered(value: str) -> str:
+    """A list or mapping that YAML reads, in Hydra's grammar, which takes fewer characters unquoted; else as it is."""
+    def render(node: Any) -> str:
+        if isinstance(node, dict):
+            return "{" + ",".join(f"{quoted(str(key))}:{render(item)}" for key, item in node.items()) + "}"
+        if isinstance(node, list):
+            return "[" + ",".join(map(render, node)) + "]"
+        return "null" if node is None else str(node).lower() if isinstance(node, bool) else (
+            quoted(node) if isinstance(node, str) else str(node))
+
+    try:
+        node = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return render(node) if isinstance(node, (list, dict)) else value
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"cannot read an argument: {str(error).splitlines()[0]}; write KEY=VALUE, a list as KEY=[a,b], "
+                          "quoted for the shell where it has spaces or brackets") from error
+
+
+def hint_at(key: str, schema: type, keywords: dict[str, Any]) -> Any:
+    """The type of the value at a key: a field of the schema, or a keyword of a target from `keywords`; None where neither."""
+    node: Any = schema
+    if key in keywords:
+        return keywords[key]
+    for part in key.split("."):
+        nested = dataclass_of(node)
+        node = typing.get_type_hints(nested).get(part) if nested is not None else None
+    return node
