@@ -112,7 +112,9 @@ def _reward_text(metrics: dict[str, float]) -> str | None:
     if "reward" not in metrics:
         return None
     spread = f" ± {format_number(metrics['reward_std'])}" if "reward_std" in metrics else ""
-    return f"{format_number(metrics['reward'])}{spread}"
+    dropped, live = metrics.get("groups/dropped", 0), metrics.get("groups/live", 0)
+    groups = f", live {live}/{live + dropped}" if dropped else ""  # groups that teach something
+    return f"{format_number(metrics['reward'])}{spread}{groups}"
 
 
 def _length_text(metrics: dict[str, float]) -> str | None:

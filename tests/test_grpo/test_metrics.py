@@ -245,6 +245,9 @@ def test_plain_lines_name_what_matters(capsys, tmp_path):
 
 def test_plain_line_leaves_out_what_was_not_logged():
     assert step_line(7, 100, {"reward": math.nan}, math.nan) == "step   7/100  reward nan  left ?"
+    groups = {"reward": 0.5, "groups/live": 0, "groups/dropped": 2}
+    assert step_line(7, 100, groups, 1.0) == "step   7/100  reward 0.500, live 0/2  left 0:01"
+    assert step_line(7, 100, {**groups, "groups/dropped": 0}, 1.0) == "step   7/100  reward 0.500  left 0:01"
 
 
 def test_numbers_and_durations_read_well():
