@@ -3,9 +3,9 @@
 Put back after every call: working directory, umask, handlers and mask of the signals that the trainer or the operating system
 uses, a timer left running, limits of resources, stdout and stderr, sys.argv, recursion limit, garbage collection, functions of
 os and shutil that were removed or replaced, environment variables that CUDA, torch, Triton, wandb and home folders go by, and of
-torch: default dtype and device, threads, grad mode, autocast, anomaly detection, deterministic algorithms, precision of matrix
-products, oneDNN, denormals. What cannot be put back ends the run with the guest's name. Left alone: other environment variables,
-import paths and the global random generators, which this program does not use.
+torch: default dtype and device, current GPU, threads, grad mode, autocast, anomaly detection, deterministic algorithms, precision
+of matrix products, oneDNN, denormals. What cannot be put back ends the run with the guest's name. Left alone: other environment
+variables, import paths and the global random generators, which this program does not use.
 """
 
 from __future__ import annotations
@@ -142,6 +142,7 @@ def _torch_settings() -> list[tuple[str, Callable, Callable]]:
     return [
         ("default dtype", torch.get_default_dtype, torch.set_default_dtype),
         ("default device", lambda: torch.utils._device.CURRENT_DEVICE, torch.set_default_device),
+        ("current GPU", lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else 0, torch.cuda.set_device),
         ("number of threads", torch.get_num_threads, torch.set_num_threads),
         ("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
         ("inference mode", torch.is_inference_mode_enabled, refuse),

@@ -24,6 +24,7 @@ WINDOW = 1000  # latest results of a function that its error rate is taken over
 CALLS = 16  # between two looks at the error rate
 PATIENCE = 0.25  # of the time limit: calls that hang keep others waiting no longer
 FEWEST = 100  # results it is taken over at least, where there are fewer: a first error is no rate of 1
+FEWEST_CALLS = 3  # that must have failed, where errors are allowed: one of a batch function costs many results
 
 
 class Scorer:
@@ -55,7 +56,9 @@ class Scorer:
         entries = _checked(entries)
         self.rewards = load_rewards(entries, columns, has_answer)
         self._description = pickle.dumps((entries, columns, has_answer))  # what a worker loads them from
-        self._recent: list[deque[bool]] = [deque(maxlen=WINDOW) for _ in self.rewards]  # whether each result is an error
+        # of each latest result, the number of the call that failed; None: no error
+        self._recent: list[deque[int | None]] = [deque(maxlen=WINDOW) for _ in self.rewards]
+        self._num_calls = 0
         self._workers = None
         if self.rewards and (num_workers or timeout is not None):
             self._workers = Workers(
@@ -102,7 +105,7 @@ class Scorer:
         for start in range(0, len(calls), CALLS):  # in parts: a function that always hangs stops the run soon
             part = calls[start : start + CALLS]
             found = self._call(index, part, state)
-            self._check_rate(index, [sample for call in part for sample in call], found)
+            self._check_rate(index, part, found)
             results += found
         return results
 
@@ -123,15 +126,23 @@ class Scorer:
             results += failed if outcome.error is not None else outcome.value
         return results
 
-    def _check_rate(self, index: int, samples: list[Sample], results: list[Result]) -> None:
-        reward, recent = self.rewards[index], self._recent[index]
-        recent.extend(result.error is not None for result in results)
-        num_errors = sum(recent)
-        failed = [(sample, result.error) for sample, result in zip(samples, results) if result.error is not None]
-        if failed and num_errors > self.max_error_rate * max(len(recent), FEWEST):
-            sample, error = failed[0]
+    def _check_rate(self, index: int, calls: list[list[Sample]], results: list[Result]) -> None:
+        reward, recent, rest = self.rewards[index], self._recent[index], iter(results)
+        first = None
+        for call in calls:
+            self._num_calls += 1
+            for sample in call:
+                self._num_calls += not reward.is_batch  # then each completion has a call of its own
+                result = next(rest)
+                recent.append(None if result.error is None else self._num_calls)
+                if result.error is not None and first is None:
+                    first = sample, result.error
+        failed = [number for number in recent if number is not None]
+        is_frequent = len(failed) > self.max_error_rate * max(len(recent), FEWEST)
+        if first is not None and is_frequent and (self.max_error_rate == 0 or len(set(failed)) >= FEWEST_CALLS):
+            sample, error = first
             raise RewardError(
-                f"reward {reward.name!r} failed on {num_errors} of its last {len(recent)} completions (max_error_rate="
+                f"reward {reward.name!r} failed on {len(failed)} of its last {len(recent)} completions (max_error_rate="
                 f"{self.max_error_rate}); now on row {sample.source}: {error}; completion: {shorten(sample.text)}"
             )
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from grpo.environment import EnvironmentFault, calling
+from grpo.rewards import guests
 from grpo.rewards.guests import GuestFault, call_guest, event_loop, import_guest, is_users_interrupt, protected
 from grpo.signals import GracefulStop
 
@@ -96,6 +97,16 @@ def test_what_a_guest_changes_is_put_back_whether_it_returns_or_raises(name, rai
     outcome = call_guest("reward 'r'", guest)
     assert isinstance(outcome, KeyError) if raises else outcome == "value"
     assert read() == before
+
+
+def test_the_current_gpu_is_put_back(monkeypatch):
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
+    monkeypatch.setattr(guests, "_settings", guests._settings.__wrapped__)  # the table holds set_device itself
+    call_guest("reward 'judge'", lambda: torch.cuda.set_device(1))
+    assert current == [0]
 
 
 def test_methods_of_an_environment_are_guests_too():

@@ -118,6 +118,14 @@ def test_the_rate_is_that_of_the_latest_results(scorer):
         values(late, ["exit"])
 
 
+def test_a_batch_function_may_fail_twice_whatever_its_batch(scorer):
+    failing = scorer("batch")
+    assert [values(failing, ["no number"] * 64) for _ in range(2)] == [[None] * 64] * 2
+    assert values(failing, ["1"] * 2) == [3.0] * 2
+    with pytest.raises(RewardError, match="'batch' failed on 192 of its last 194 completions.*could not convert"):
+        values(failing, ["no number"] * 64)
+
+
 def test_a_rate_of_one_never_stops(scorer):
     assert values(scorer("always", max_error_rate=1.0), ["1"] * 500) == [None] * 500
 
