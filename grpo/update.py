@@ -27,8 +27,8 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     run.steps_without_update = 0 if groups.completions else run.steps_without_update + 1
     if not groups.completions:
         if run.steps_without_update == PATIENCE:
-            run.metrics.warn(f"no group had rewards that differ in the last {PATIENCE} steps, so nothing was learnt: look at "
-                             "completions.jsonl, and at whether the reward can tell completions apart")
+            run.metrics.warn(f"nothing was learnt in the last {PATIENCE} steps: the rewards of each group were equal or missing "
+                             "(or its completions cut off, with optim.mask_truncated); look at completions.jsonl")
         return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
     batch = pack(groups.completions, groups.advantages).to(run.policy.device)
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs

@@ -258,7 +258,7 @@ def test_steps_without_a_live_group_have_no_loss_and_five_in_a_row_are_warned_of
         run.metrics.clear()
         metrics = update(run, Groups(completions, advantages, []) if is_live else Groups([], [], []))
         assert math.isnan(metrics["loss"]) == math.isnan(metrics["grad_norm"]) == (not is_live)
-        warned = [text for text in run.metrics if "no group had rewards that differ in the last 5 steps" in text]
+        warned = [text for text in run.metrics if "nothing was learnt in the last 5 steps" in text]
         assert len(warned) == (run.step == 9)
 
 
