@@ -52,7 +52,7 @@ def test_a_run_leaves_these_files(smoke):
     checkpoints = {f"checkpoints/step_00000{step}/{name}" for step in (2, 3)
                    for name in ("tensors.safetensors", "state.json", "manifest.json")}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    model = {"config.json", "generation_config.json", "model.safetensors"} | tokenizer
+    model = {"README.md", "config.json", "generation_config.json", "model.safetensors"} | tokenizer
     assert files == {".lock", "config.yaml", "metrics.jsonl", "completions.jsonl", "summary.json", "report.html"} | (
         checkpoints | {f"tokenizer/{name}" for name in tokenizer} | {f"model/{name}" for name in model})
 
