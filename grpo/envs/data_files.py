@@ -28,7 +28,7 @@ class DataError(ValueError):
 def text_format(path: Path) -> str | None:
     """The format that the file's name ends in, its compression aside; None if it is none of TEXT_FORMATS."""
     name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return name.suffix if name.suffix in TEXT_FORMATS else None
+    return name.suffix.lower() if name.suffix.lower() in TEXT_FORMATS else None
 
 
 def read_text_rows(path: Path, key: str) -> Iterator[tuple[str, dict | str]]:

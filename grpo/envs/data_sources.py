@@ -43,6 +43,9 @@ def locations(path: str | list, key: str) -> list[Path | str]:
         if not path or not all(isinstance(part, str) for part in path):
             raise ValueError(f"env.{key}={path!r}: expected a file, folder or hub id, or a list of them")
         return [found for part in path for found in locations(part, key)]
+    if not path or "://" in path:
+        raise DataError(f"env.{key}={path!r}: give a file, a folder or the id of a data set of the hub, such as openai/gsm8k; "
+                        "download other addresses first")
     try:
         place = Path(path).expanduser()
         if place.exists():
@@ -62,7 +65,7 @@ def locations(path: str | list, key: str) -> list[Path | str]:
 
 
 def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
-    if path.suffix not in TABLES:
+    if path.suffix.lower() not in TABLES:
         convert = CONVERSIONS.get(path.suffix)
         advice = "" if convert is None else (
             f'; convert it, e.g. python -c "import pandas; pandas.{convert}(\'{path}\').to_parquet(\'{path.stem}.parquet\')"')
@@ -74,7 +77,7 @@ def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
     import pyarrow.parquet
 
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             table = pyarrow.parquet.ParquetFile(path).read()
         else:
             with pyarrow.memory_map(str(path)) as file:
@@ -118,7 +121,8 @@ def _load(name: str, key: str, subset: str | None, split: str | None, advice: st
     try:
         found = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        cause = f": {error.__cause__}" if error.__cause__ is not None and "enerating" in str(error) else ""
+        text = " ".join(line.strip() for line in f"{error}{cause}".splitlines() if line.strip())
         if "Config name is missing" in text or "BuilderConfig" in text:
             advice = "; choose with env.subset=NAME"
         elif "plit" in text and isinstance(error, ValueError):

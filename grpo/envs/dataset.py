@@ -174,7 +174,10 @@ class Dataset:
         start = len(generation_prompt(self.tokenizer))
         pairs = []
         for row in rows:
-            answer = render_message(Message("assistant", row.answer, channel="final"), self.tokenizer)
+            if not row.accepted:
+                raise DataError(f"{row.source}: the answer is a {type(row.answer).__name__}, and a demonstration for the warm-up "
+                                "needs text; set warmup=null")
+            answer = render_message(Message("assistant", row.accepted[0], channel="final"), self.tokenizer)
             pairs.append((row.token_ids.tolist(), answer[start:-1] + [self.tokenizer.return_]))
         return pairs
 

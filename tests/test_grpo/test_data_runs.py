@@ -8,6 +8,7 @@ import pytest
 
 from grpo.batch import Completion, Segment
 from grpo.config import bind
+from grpo.envs.data_files import DataError
 from grpo.launch import load_config
 from models.tokenizer import Tokenizer, build_byte_tokenizer
 
@@ -134,6 +135,21 @@ def test_demonstrations_are_the_answers_as_final_messages(tmp_path):
     for prompt, completion in pairs:
         assert tokenizer.decode(completion, keep_special=True) == f"<|channel|>final<|message|>{known[tuple(prompt)]}<|return|>"
     assert pairs == env.demonstrations(0, 8) != env.demonstrations(1, 8)
+
+
+def test_a_demonstration_shows_the_first_accepted_answer_and_needs_one(tmp_path):
+    (tmp_path / "d.jsonl").write_text("".join(
+        json.dumps({"question": f"{n}?", "answer": [str(n), "none"]}) + "\n" for n in range(12)))
+    node = {**load_config("train", ["experiment=tiny_lora"]).env, "path": str(tmp_path / "d.jsonl"), "match": "exact"}
+    tokenizer = bind(node, "env").func.build_tokenizer()
+    env = bind(node, "env")(tokenizer=tokenizer, seed=0)
+    for prompt, completion in env.demonstrations(0, 4):
+        number = tokenizer.decode(prompt).removesuffix("?assistant").rpartition("user")[2]
+        assert tokenizer.decode(completion, keep_special=True) == f"<|channel|>final<|message|>{number}<|return|>"
+    node |= {"match": "none", "format_reward": 1.0}
+    env = bind(node, "env")(tokenizer=tokenizer, seed=0)
+    with pytest.raises(DataError, match=r"d.jsonl:\d+: the answer is a list, and a demonstration for the warm-up needs text"):
+        env.demonstrations(0, 4)
 
 
 def test_a_byte_tokenizer_reads_any_text_and_keeps_its_words_whole():

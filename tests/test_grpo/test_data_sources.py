@@ -96,7 +96,7 @@ def test_every_form_of_a_file_gives_the_same_rows(tmp_path):
         "lines.jsonl": lines, "lines.ndjson": lines, "lines.json": lines, "tabs.tsv": tabs,
         "list.json": json.dumps(ROWS).encode(), "list.jsonl": json.dumps(ROWS, indent=1).encode(),
         "commas.csv": tabs.replace(b"\t", b","), "lines.jsonl.gz": gzip.compress(lines),
-        "lines.json.bz2": bz2.compress(lines), "tabs.tsv.xz": lzma.compress(tabs),
+        "LINES.JSONL": lines, "lines.json.bz2": bz2.compress(lines), "tabs.tsv.xz": lzma.compress(tabs),
         "lines.ndjson.zst": pa.compress(lines, codec="zstd", asbytes=True),
     }
     for name, data in contents.items():
@@ -199,6 +199,10 @@ def test_what_is_no_data_is_refused_with_what_is_read(tmp_path):
     assert "(there is no such file)" in refusal(str(tmp_path / "nothing"))
     assert "FileNotFoundError" in refusal(str(tmp_path / "gone.parquet"))
     assert "FileNotFoundError" in refusal("data/gone.jsonl.gz")  # a file's name, no hub id
+    assert "such as openai/gsm8k; download other addresses first" in refusal("https://example.org/d.jsonl")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"question": "a"\n{"x"')
+    assert "JSON parse error" in refusal(str(tmp_path / "broken"))
     assert "cannot be read" in refusal("x" * 300 + ".jsonl")
     (tmp_path / "d.jsonl").write_text("")
     assert "set env.subset=null" in refusal(str(tmp_path / "d.jsonl"), subset="main")
@@ -291,7 +295,7 @@ def test_dates_bytes_and_images_are_refused_only_where_they_are_used(tokenizer, 
     assert {name: row[name] for name in extra if name != "gone"} == {k: v for k, v in extra.items() if k != "gone"}
     assert isinstance(row["image"]["bytes"], bytes)
     for name, word in (("day", "date"), ("blob", "bytes"), ("image", "dict"), ("at", "datetime"), ("tags", "dict")):
-        with pytest.raises(DataError, match=rf"d.parquet\[0\]: '{name}' is a {word}; expected text or a number"):
+        with pytest.raises(DataError, match=rf"d.parquet\[0\]: '{name}' is a {word}; expected text"):
             make(tokenizer, str(tmp_path / "d.parquet"), answer_key=name)
         with pytest.raises(DataError, match=rf"d.parquet\[0\]: '{name}' is a {word}; a template takes"):
             make(tokenizer, str(tmp_path / "d.parquet"), question_template=f"{{question}} {{{name}}}")
