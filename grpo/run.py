@@ -124,7 +124,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     config = run.config
     # -1: lines of a run killed before its first checkpoint
     run.metrics.truncate_after(state.step if state else -1)
-    run.metrics.print(describe(config, run.run_dir, run.policy, resumed_step=state.step if state else None))
+    run.metrics.print(describe(config, run.run_dir, run.policy, run.env, resumed_step=state.step if state else None))
     has_penalty = config.kl.coefficient > 0
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
@@ -155,7 +155,7 @@ def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
         loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
 
 
-def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step: int | None) -> str:
+def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: object, *, resumed_step: int | None) -> str:
     """The first lines of a run."""
     rollout, num_threads = config.rollout, torch.get_num_threads()
     device = f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"
@@ -169,7 +169,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, *, resumed_step
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",
-        f"env      {config.env['_target_']}",
+        f"env      {config.env['_target_']}" + (f", {env.summary()}" if hasattr(env, "summary") else ""),
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
         *([describe_penalty(config, policy)] if config.kl.coefficient > 0 else []),

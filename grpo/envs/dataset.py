@@ -126,6 +126,7 @@ class Dataset:
             )
             self.train_rows = reader.without_overlap(train, held_out)
         self.eval_rows = sorted(held_out, key=lambda row: row.rank)[:num_eval_prompts]
+        self._num_skipped = reader.num_skipped
         self._rows = {row.source: row for row in self.train_rows + self.eval_rows}
         columns = {name for row in self._rows.values() for name in row.columns}
         limits = {"max_error_rate": max_error_rate, "timeout": reward_timeout, "retries": reward_retries}
@@ -207,6 +208,12 @@ class Dataset:
             for i, each in enumerate(parsed)
         ]
         return scores
+
+    def summary(self) -> str:
+        """How many rows there are, and how many were left out, for the first lines of a run."""
+        skipped = ", ".join(f"{num} {reason}" for reason, num in self._num_skipped.items())
+        return (f"{len(self.train_rows):,} training and {len(self.eval_rows):,} evaluation rows"
+                + (f" (left out: {skipped})" if skipped else ""))
 
     def fingerprint(self) -> str:
         """SHA-256 of all that a run takes from the data; a file that moved or was packed otherwise keeps it."""

@@ -80,6 +80,7 @@ class RowReader:
         self._render_shared = functools.lru_cache(maxsize=64)(
             lambda role, content: render_message(Message(role, content), self.tokenizer))
         self._generation_prompt = generation_prompt(self.tokenizer)
+        self.num_skipped: dict[str, int] = {}  # rows left out, by the reason
         if self.max_prompt_tokens < 1:
             raise ValueError(f"env.max_prompt_tokens={self.max_prompt_tokens}: must be at least 1")
         if not 0 <= self.max_bad_rows <= 1:
@@ -141,7 +142,12 @@ class RowReader:
             except _BadRow as problem:
                 bad.append(f"{row.source}: {problem}")
         self._refuse(bad, num_records, list(columns))
+        self._count("bad", len(bad))
         return self._without_long_prompts([row for row in rows if row.token_ids], place)
+
+    def _count(self, reason: str, num: int) -> None:
+        if num:
+            self.num_skipped[reason] = self.num_skipped.get(reason, 0) + num
 
     def _wanted_columns(self) -> dict[str, str]:
         """The columns that every row must have, each with the key that asks for it."""
@@ -269,6 +275,7 @@ class RowReader:
             )
         if len(long) == len(rows):
             raise DataError(f"{place}: no prompt fits env.max_prompt_tokens={self.max_prompt_tokens}")
+        self._count("too long", len(long))
         return [row for row in rows if len(row.token_ids) <= self.max_prompt_tokens]
 
     def _without_duplicates(self, rows: list[Row]) -> list[Row]:
@@ -283,6 +290,7 @@ class RowReader:
                     f"{row.source}: the same prompt as {other.source}{answers}; remove one, or set "
                     "env.on_duplicate=skip to keep the first"
                 )
+        self._count("repeated", len(rows) - len(first))
         return list(first.values())
 
     def without_overlap(self, train: list[Row], held_out: list[Row]) -> list[Row]:
@@ -297,6 +305,7 @@ class RowReader:
             raise DataError(
                 f"{train[0].source}: every training prompt is also an evaluation row; nothing is left to train on"
             )
+        self._count("of the evaluation", len(overlap))
         return [row for row in train if row.digest not in evaluated]
 
 

@@ -103,6 +103,7 @@ def test_tiny_lora_trains_on_rows_and_rewards_of_ones_own(entry_points, tmp_path
         "env.rewards=[{fn: my_rewards.py:tokens}]", "steps=2", "warmup.steps=2", "warmup.batch_size=2",
         "rollout.prompts_per_step=2", "rollout.group_size=4", "rollout.max_new_tokens=8", folder=tmp_path, writes_report=False)
     assert result.code == 0, result.err
+    assert " training and " in next(line for line in result.out.splitlines() if line.startswith("env "))
     steps = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     updated = [line for line in steps if line.get("grad_norm", 0) > 0 and "rewards/tokens/mean" in line]
     assert [line["step"] for line in updated] == [1, 2]

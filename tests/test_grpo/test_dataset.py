@@ -312,6 +312,17 @@ def test_the_share_of_bad_rows_that_may_be_skipped_is_a_key(tokenizer, tmp_path)
     assert len(make(tokenizer, path=path, on_bad_row="skip", max_bad_rows=0.04)._rows) == 116
 
 
+def test_rows_left_out_are_counted_in_the_summary(tokenizer, tmp_path):
+    path = write(tmp_path, [*rows(40), *rows(2), "{", {"question": "x" * 900, "answer": 1}, {"question": "y" * 901, "answer": 1}])
+    eval_path = write(tmp_path, rows(5, start=37), "eval.jsonl")
+    skip = dict.fromkeys(("on_bad_row", "on_long_prompt", "on_duplicate", "on_overlap"), "skip")
+    env = make(tokenizer, path=path, eval_path=eval_path, max_bad_rows=0.1, **skip)
+    assert env.summary() == (
+        "37 training and 5 evaluation rows (left out: 2 repeated, 1 bad, 2 too long, 3 of the evaluation)"
+    )
+    assert make(tokenizer).summary().endswith("evaluation rows")
+
+
 def test_escape_sequences_of_the_data_reach_no_terminal(tokenizer, tmp_path):
     path = write(tmp_path, [{"que\x1b[31mstion": "1?", "a\nb": 2, "c\x9bd": 1, "e\u202ef": 1}] * 2)
     message = problem(tokenizer, path)
