@@ -142,7 +142,7 @@ def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> l
 def _reward(entry: dict | str) -> str:
     """A reward function by its name, without the folder of its file, and its weight."""
     entry = entry if isinstance(entry, dict) else {"fn": entry}
-    return f"{str(entry.get('fn')).rpartition('/')[2]}, weight {entry.get('weight', 1.0):g}"
+    return f"{str(entry.get('fn')).rpartition('/')[2]}, weight {entry.get('weight', 1.0)}"
 
 
 def _trained(config: TrainConfig | None, lora: LoraConfig | None) -> str:
@@ -158,7 +158,8 @@ def _results(origin: Origin) -> list[str]:
     for row in read_metrics(origin.run_dir) if origin.run_dir else []:
         if row["step"] <= origin.step:
             found = {key: (value, int(row["step"])) for key, value in row.items()
-                     if (key == "reward" or key.startswith("eval/") and "/time" not in key) and math.isfinite(value)}
+                     if (key == "reward" or key.startswith("eval/") and "/time" not in key)
+                     and isinstance(value, int | float) and math.isfinite(value)}
             first, last = found | first, last | found
     if not last:
         return []

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from grpo.model_card import hub_id
+from grpo.config import read_saved_config
+from grpo.model_card import Origin, hub_id, model_card
 from grpo.policy import load_run_policy
 from models.checkpoint import load_model
 from models.lora import LoraConfig, attach_lora
@@ -128,7 +129,7 @@ def test_a_run_ends_with_an_adapter_as_the_hub_expects_it(hub_run, base):
                       "tags": ["gpt_oss", "grpo", "reinforcement-learning", "lora"]}
     for row in ("| run | tuned |", "| steps | 2 of 2 |", "| trained | LoRA of rank 4, alpha 12, on q_proj, experts; norms |",
                 "| loss | dapo |", "| learning rate | 0.05, linear |", "| path | arithmetic.jsonl (local) |",
-                "| held_out_fraction | 0.5 |", "| rewards | rewards.py:even, weight 1 |", "| reasoning_effort | high |",
+                "| held_out_fraction | 0.5 |", "| rewards | rewards.py:even, weight 1.0 |", "| reasoning_effort | high |",
                 "| instructions | Be brief. |", "| current_date | 2025-08-05 |"):
         assert row in body.splitlines(), row
     assert "PeftModel.from_pretrained" in body and "torch " in body and "(step 2) |" in body
@@ -136,6 +137,18 @@ def test_a_run_ends_with_an_adapter_as_the_hub_expects_it(hub_run, base):
     assert "- trained norms and sinks (in trained_weights.safetensors" in body
     last = hub_run[1].strip().splitlines()[-1]
     assert "a PEFT adapter; left out: trained norms and sinks" in last
+
+
+def test_a_card_takes_the_settings_of_any_environment(hub_run, tmp_path):
+    config = read_saved_config(hub_run[0] / "config.yaml")
+    config.env = {"_target_": "mine.Env", "rewards": [{"weight": None}, 3, "a.py:b"], "path": ["a/b", "/data/x|y.csv"],
+                  "instructions": "two\nlines", "split": 7}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": null, "eval/note": "text", "eval/avg@1": 0.25}\n')
+    card = model_card(Origin("a/b", config=config, run_dir=tmp_path, step=1), None, [], is_adapter=False, is_merged=False)
+    assert "datasets:\n- a/b\n" in card and "| path | a/b, x\\|y.csv (local) |" in card
+    assert "| rewards | None, weight None; 3, weight 1.0; a.py:b, weight 1.0 |" in card
+    assert "| instructions | two lines |" in card and "| eval/avg@1 | 0.250 (step 1) | 0.250 (step 1) |" in card
+    assert "eval/note" not in card and "| reward |" not in card
 
 
 def test_a_later_export_of_the_run_is_the_same_as_its_own(export, hub_run, tmp_path):
