@@ -61,6 +61,10 @@ def _axes(title: str, unit: str):
 
 
 def _png(figure) -> bytes:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a metric's name may hold dollar signs
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -148,6 +148,11 @@ def test_every_promised_plot_is_drawn_when_its_metrics_are_logged():
     assert "kl" not in plots([{"step": 1, "reward": 0.5}])
 
 
+def test_dollar_signs_in_a_metrics_name_are_no_formula():
+    rows = [{"step": step, "reward": 0.5, "eval/$\\frac{$": 0.5, "eval/cost_$_of_$": 0.25} for step in range(3)]
+    assert plots(rows)["eval"][0].startswith(b"\x89PNG")
+
+
 def test_a_killed_run_gets_a_report_from_its_metrics(tmp_path):
     run = write_run(tmp_path / "killed")
     with open(run / "metrics.jsonl", "a") as file:
