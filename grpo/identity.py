@@ -18,7 +18,8 @@ from models.tokenizer import Tokenizer
 
 WHOLE_BYTES = 1 << 26  # files up to this size are read whole
 SLICE_BYTES, NUM_SLICES = 4096, 4  # read of each tensor of larger ones
-PLACES = ("model.path", "model.tokenizer")  # what lies there has a digest
+# What lies there has a digest, or (of an adapter to start from) is part of every checkpoint.
+PLACES = ("model.path", "model.tokenizer", "model.lora.adapter")
 
 
 def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:

@@ -113,27 +113,33 @@ def check_initial_adapter(model: ModelConfig) -> None:
 
 def load_initial_adapter(policy: GptOss, model: ModelConfig) -> None:
     """Reads the adapter that the config starts from, if it names one; of a run, its checkpoints have what became of it."""
-    if model.lora is not None and model.lora.adapter is not None:
+    if has_initial_adapter(model):
         load_adapter(policy, Path(model.lora.adapter).expanduser())
 
 
-def parameter_tensors(policy: GptOss) -> dict[str, torch.Tensor]:
-    """The trained parameters under their names in a checkpoint."""
-    return {PARAM + name: parameter.detach() for name, parameter in policy.trainable_parameters().items()}
+def has_initial_adapter(model: ModelConfig) -> bool:
+    return model.lora is not None and model.lora.adapter is not None
+
+
+def parameter_tensors(policy: GptOss, *, has_initial_adapter: bool = False) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of the policy: the trained parameters and, where training began with an adapter, the norms and
+    sinks that may have come with it, so that the run needs the adapter no more."""
+    return {PARAM + name: parameter.detach() for name, parameter in policy.named_parameters()
+            if parameter.requires_grad or (has_initial_adapter and name.endswith(("norm.weight", "sinks")))}
 
 
 @torch.no_grad()
 def load_parameters(policy: GptOss, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copies trained parameters from a checkpoint's tensors; raises ConfigError where they are not those of this model."""
-    parameters = {PARAM + name: parameter for name, parameter in policy.trainable_parameters().items()}
+    """Copies parameters from a checkpoint's tensors; raises ConfigError where they are not those of this model."""
+    parameters = {PARAM + name: parameter for name, parameter in policy.named_parameters()}
     stored = {name: tensor for name, tensor in tensors.items() if name.startswith(PARAM)}
-    wrong = sorted(parameters.keys() ^ stored.keys())
-    wrong += [name for name in parameters.keys() & stored.keys() if parameters[name].shape != stored[name].shape]
+    wrong = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in stored]
+    wrong += [name for name, tensor in stored.items() if name not in parameters or parameters[name].shape != tensor.shape]
     if wrong:
-        raise ConfigError(f"{source}: {len(wrong)} trained parameters do not fit the configured model, first {wrong[0]}; "
+        raise ConfigError(f"{source}: {len(wrong)} trained parameters do not fit the configured model, first {min(wrong)}; "
                           "use the config of the run that saved them")
-    for name, parameter in parameters.items():
-        parameter.copy_(stored[name])
+    for name, tensor in stored.items():
+        parameters[name].copy_(tensor)
 
 
 def load_run_policy(run_dir: str | Path, *, step: int | None, device: torch.device,

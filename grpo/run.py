@@ -39,6 +39,7 @@ from grpo.policy import (
     build_tokenizer,
     check_initial_adapter,
     check_trainable,
+    has_initial_adapter,
     load_initial_adapter,
     load_parameters,
     parameter_tensors,
@@ -222,6 +223,8 @@ def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and not key_matches(key, (*NAMES_OF_A_RUN, *PLACES))]
     lines = [f"changed on resume: {', '.join(changed)}"] if changed else []
+    if before.get("model.lora.adapter") != now.get("model.lora.adapter"):
+        lines.append("model.lora.adapter is not read on resume: the checkpoint holds what became of it")
     if before["steps"] != now["steps"] and config.optim.schedule != Schedule.constant:
         lines.append(f"the learning rate follows the {config.optim.schedule} schedule of {now['steps']} steps from here on: it "
                      f"jumps from that of {before['steps']} steps")
@@ -235,7 +238,7 @@ def save(run: Run) -> None:
     if run.saved_step == run.step:
         return
     run.metrics.set_status("saving")
-    tensors = parameter_tensors(run.policy)
+    tensors = parameter_tensors(run.policy, has_initial_adapter=has_initial_adapter(run.config.model))
     tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
     tensors |= run.reference.state_dict() if run.reference is not None else {}
     for name, tensor in tensors.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grpo.config import anchor_paths, run_folder
 from grpo.launch import load_config
@@ -341,3 +342,56 @@ def test_the_summary_says_what_was_run_with_what(start, tmp_path):
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert (summary["commit"] or "").rstrip("+") == commit
     assert summary["seconds"] > 0
+
+
+SECOND = ("name=second", "model.lora.adapter=out/first/adapter", "kl.coefficient=0.1", "optim.lr=0.01", "optim.schedule=constant")
+
+
+@pytest.fixture(scope="module")
+def continued(entry_points, stopped, tmp_path_factory):
+    """A copy of the stopped run's folder with two more: `first` trains norms and sinks too, `second` begins with its adapter,
+    trains the adapter alone, and is held to where it began."""
+    folder = tmp_path_factory.mktemp("continued") / "folder"
+    shutil.copytree(stopped, folder)
+    for arguments in (("name=first", "model.lora.train_norms=true", "model.lora.train_sinks=true", "optim.lr=0.05"),
+                      SECOND, (*SECOND, "name=never-stopped", "steps=2")):
+        result = entry_points.run("grpo.train", *LORA, *arguments, folder=folder, path=(folder,), writes_report=False)
+        assert result.code == 0, result.err
+    return folder
+
+
+def use(entry_points, folder: Path) -> tuple[dict, str, bytes, dict[str, torch.Tensor]]:
+    """What evaluation, export, resume and generation make of the run `second` in a folder."""
+    def run(module, *arguments):
+        result = entry_points.run(module, *arguments, folder=folder, path=(folder, ROOT), writes_report=False)
+        assert result.code == 0, result.err
+        return result
+
+    run("grpo.evaluate", "run=out/second", "num_samples=2", "max_prompts=3", "max_new_tokens=4", "device=cpu",
+        "output=result.json")
+    answer = run("grpo.generate", "run=out/second", "prompt=1+1", "max_new_tokens=4", "greedy=true", "device=cpu").out
+    run("scripts.export", "out/second", "exported", "--device", "cpu", "--merge", "--dtype", "float32", "--experts", "bf16")
+    run("grpo.train", *LORA, *SECOND, "steps=2", "resume=true")
+    exported = load_file(folder / "exported/model.safetensors")
+    tensors = (folder / "out/second/checkpoints/step_000002/tensors.safetensors").read_bytes()
+    return json.loads((folder / "result.json").read_text()), answer, tensors, exported
+
+
+def test_a_run_needs_the_adapter_that_it_began_with_no_more(entry_points, continued, tmp_path):
+    trained = load_file(continued / "out/first/adapter/trained_weights.safetensors")
+    base = {name: tensor for path in continued.glob("base/model-*.safetensors") for name, tensor in load_file(path).items()}
+    assert any((tensor - base[name].float()).abs().max() > 1e-3 for name, tensor in trained.items())  # it matters
+    never_stopped = (continued / "out/never-stopped/checkpoints/step_000002/tensors.safetensors").read_bytes()
+    answers = []
+    for what in ("there", "gone", "another"):
+        folder = tmp_path / what
+        shutil.copytree(continued, folder)
+        if what != "there":
+            shutil.rmtree(folder / "out/first/adapter")
+        if what == "another":
+            shutil.copytree(folder / "out/run/adapter", folder / "out/first/adapter")
+        *answer, tensors, exported = use(entry_points, folder)
+        answers.append(answer)
+        assert tensors == never_stopped, what
+        assert all(exported[name].equal(tensor.float()) for name, tensor in trained.items()), what
+    assert answers[1:] == answers[:1] * 2
