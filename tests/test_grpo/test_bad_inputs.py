@@ -460,7 +460,7 @@ EVALUATE = [
     (["run={finished}", "step=7"], 2, ["step = 7", "there are [1, 2]"]),
     (["run={finished}", "num_sample=4"], 2, ["did you mean num_samples?"]),
     (["run={finished}", "temperature=0"], 2, ["temperature = 0.0"]),
-    (["run={finished}", "max_prompts=2", "output={folder}/a_file/x.json"], 1, ["a_file/x.json"]),
+    (["run={finished}", "max_prompts=2", "output={folder}/a_file/x.json"], 2, ["a_file/x.json", "cannot be written"]),
     (["run={finished}", "env._target_=environments.RaisesInEvaluation", "+env=carry"], 4, ["RaisesInEvaluation.eval_prompts"]),
     (["model=gpt_oss_20b", "model.path={folder}/truncated", "env=dataset", "env.path={folder}/empty.jsonl", "device=cpu",
       "model.tokenizer={fixtures}/tokenizer_compact"], 2, ["truncated"]),
