@@ -197,7 +197,10 @@ class RowReader:
             effort = _lookup(record, self.reasoning_effort_key, "reasoning_effort_key")
             if effort not in EFFORTS:
                 raise _BadRow(f"{self.reasoning_effort_key!r} is {effort!r}; must be one of {', '.join(EFFORTS)}")
-        asked = [_messages(prompt), *(record[key] for key in ("tools", "chat_template_kwargs") if record.get(key))]
+        # a null key is an absent one, so that a file and a table agree on what a prompt is
+        messages = [{name: value for name, value in message.items() if value is not None}
+                    if isinstance(message, dict) else message for message in _messages(prompt)]
+        asked = [messages, *(record[key] for key in ("tools", "chat_template_kwargs") if record.get(key))]
         text = json.dumps(asked if len(asked) > 1 else asked[0], ensure_ascii=False, sort_keys=True, default=repr)
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
         return Row(record, source, prompt, answer, accepted, effort, digest, array("i"))

@@ -232,6 +232,15 @@ def test_messages_lose_the_nulls_that_a_table_fills_in(tokenizer, tmp_path):
     assert ids[0] == ids[1] and len(ids[0]) == 2
 
 
+def test_a_prompt_is_the_same_in_a_file_with_nulls_and_in_a_table(tokenizer, tmp_path):
+    lines = tmp_path / "d.jsonl"
+    message = {"role": "user", "content": "1 + 1?", "name": None, "tool_calls": None}
+    lines.write_text(json.dumps({"question": [message], "answer": "2"}))
+    table = parquet(tmp_path / "d.parquet", [{"question": [message], "answer": "2"}])
+    with pytest.raises(DataError, match=r"d.jsonl:1: the prompt is also an evaluation row, .*d.parquet\[0\]"):
+        make(tokenizer, str(lines), eval_path=str(table))
+
+
 def test_verl_rows_are_taken_as_they_come(tokenizer, tmp_path):
     rows = [{"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": f"{n}+1?"}], "ability": "math",
              "reward_model": {"style": "rule", "ground_truth": str(n + 1)}, "extra_info": {"split": "train", "index": n}}
