@@ -34,6 +34,8 @@ RESUMABLE_KEYS = (
     *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
+    # how reward functions are called, not what they say: to go on after a judge was down
+    *("env.reward_timeout", "env.reward_workers", "env.reward_retries", "env.max_error_rate"),
     "warmup.cache_dir",  # a kept warm-up has the bits of one made again
 )
 

@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from grpo.config import settings_of_steps
+from grpo.launch import load_config
 from grpo.rewards.forms import Sample, TrainerState
 from grpo.rewards.functions import RewardError
 from grpo.rewards.scoring import Scorer
@@ -195,3 +197,11 @@ def test_a_function_is_named_by_a_text_an_entry_or_a_list(tmp_path, wrap):
 def test_no_function_is_no_work():
     made = Scorer(None, columns=set(), has_answer=False, max_error_rate=0.0, timeout=LONG, num_workers=4, retries=0)
     assert made.rewards == [] and made.results(samples(["1"]), STATE) == []
+
+
+def test_a_run_may_go_on_with_other_limits_of_its_reward_functions():
+    dataset = ["+experiment=gpt_oss_20b_lora", "env.path=FILE", "model.path=some/model"]
+    limits = ["env.reward_timeout=60", "env.reward_workers=2", "env.reward_retries=3", "env.max_error_rate=0.5"]
+    before, after, other = (settings_of_steps(load_config("train", [*dataset, *more]))
+                            for more in ([], limits, ["env.rewards=mine.py:even"]))
+    assert before == after != other
