@@ -62,5 +62,5 @@ def test_what_decides_itself_or_will_be_refused_gets_nothing_added(tmp_path, arg
 def test_the_script_prints_overrides_for_a_command_line(tmp_path):
     leave_run(tmp_path, "quickstart-carry-seed1", "step_000010", overrides=("seed=1",))
     result = subprocess.run([sys.executable, SCRIPT, f"output_dir={tmp_path}", "seed=1"], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=60)
+                            text=True, timeout=600)
     assert (result.returncode, result.stdout) == (0, "name=quickstart-carry-seed1 resume=true\n"), result.stderr

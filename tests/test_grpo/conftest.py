@@ -101,7 +101,7 @@ class Command:
     def error_text(self) -> str:
         return Path(f"{self._output}.err").read_text(errors="replace")
 
-    def wait(self, seconds: float = 60) -> Result:
+    def wait(self, seconds: float = 600) -> Result:
         reply = self._server.ask({"pid": self.pid, "seconds": seconds})
         out, err = (Path(f"{self._output}{ending}").read_text(errors="replace") for ending in (".out", ".err"))
         return Result(reply["code"], out, err, reply["cpu_seconds"])
@@ -135,7 +135,7 @@ class EntryPoints:
             time.sleep(0.001)
         return Command(self, reply["pid"], output)
 
-    def run(self, module: str, *arguments: str, seconds: float = 60, **options) -> Result:
+    def run(self, module: str, *arguments: str, seconds: float = 600, **options) -> Result:
         return self.start(module, *arguments, **options).wait(seconds)
 
     def close(self) -> None:

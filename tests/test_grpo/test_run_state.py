@@ -229,7 +229,7 @@ print(loaded.step, loaded.tensors["w"].sum().item(), sorted(p.name for p in (run
     if mount.returncode != 0:
         pytest.skip(f"mounting a small tmpfs is not allowed here: {mount.stderr.decode().strip()}")
     try:
-        output, errors = run_python(code, tmp_path).communicate(timeout=60)
+        output, errors = run_python(code, tmp_path).communicate(timeout=600)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     lines = output.splitlines()
@@ -289,7 +289,7 @@ for previous in (10.0, 20.0):
     assert not was_killed and outcomes == sorted(outcomes) and set(outcomes) == {previous, 21.0}, outcomes
     print(len(outcomes))
 """
-    output, errors = run_python(code, tmp_path).communicate(timeout=120)
+    output, errors = run_python(code, tmp_path).communicate(timeout=600)
     counts = [int(line) for line in output.split()]
     assert len(counts) == 2 and min(counts) > 10, (output, errors)
 
@@ -360,14 +360,14 @@ with GracefulStop("make resume") as stop:
     while not stop():
         time.sleep(0.01)
     print("stopping", flush=True)
-    time.sleep(60)
+    time.sleep(10_000)
 """
     process = run_python(code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "stopping\n"
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM
     assert errors.count("make resume") == 2 and "without saving" in errors
 

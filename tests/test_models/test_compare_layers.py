@@ -88,7 +88,7 @@ def test_float32_agrees_with_transformers():
     if subprocess.run([python, "-c", "import transformers, triton"], cwd="/", capture_output=True).returncode:
         pytest.skip(f"{python} has no transformers and triton; set GRPO_PEER_PYTHON to one that has")
     command = [python, SCRIPT, "--checkpoint", MXFP4, "--tokens", "20", "33", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line for line in lines if "error" in line] == []

@@ -168,7 +168,7 @@ def test_random_conversations_render_as_the_hub_template_in_transformers(name):
     rng = random.Random(0)
     cases = [random_case(rng) for _ in range(400)]
     result = subprocess.run(
-        [peer, "-c", PEER_SCRIPT], input=json.dumps(cases), capture_output=True, text=True, timeout=300
+        [peer, "-c", PEER_SCRIPT], input=json.dumps(cases), capture_output=True, text=True, timeout=600
     )
     if result.returncode == 42:
         pytest.skip("GRPO_PEER_PYTHON has no transformers and trl (trl carries a copy of the hub's template)")
@@ -238,7 +238,7 @@ def test_calls_of_built_in_tools_render_as_in_openai_harmony():
         thinking = {"role": "assistant", "content": thought, "channel": "analysis"}
         cases.append([{"role": "user", "content": thought}, thinking, call, answer])
     done = subprocess.run(
-        [peer, "-c", LIBRARY_SCRIPT], input=json.dumps(cases), capture_output=True, text=True, timeout=300
+        [peer, "-c", LIBRARY_SCRIPT], input=json.dumps(cases), capture_output=True, text=True, timeout=600
     )
     if done.returncode == 42:
         pytest.skip(f"openai-harmony cannot be loaded ({done.stdout.strip()[:200]})")

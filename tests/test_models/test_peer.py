@@ -128,7 +128,7 @@ def peer(peer_python, exports, tmp_path_factory):
         env=environment | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     with safe_open(folder / "out.safetensors", framework="pt") as file:
