@@ -235,7 +235,7 @@ def typed_words() -> list[str]:
             words += ["--config-dir", str(source.path)]
         elif source.provider == "hydra.searchpath":
             words.append(f"hydra.searchpath=[{source.schema}://{source.path}]")
-    words += [as_typed(word) for word in settings.overrides.task]
+    words += sorted(map(as_typed, settings.overrides.task), key=lambda word: not word.startswith("+experiment="))
     return [word for word in words if word != f"+experiment={DEFAULT_EXPERIMENT}"]
 
 

@@ -36,6 +36,11 @@ class Outcome(float):
     code: int  # exit code
     run_dir: Path | None  # folder of a training run
 
+    def __float__(self) -> float:
+        if math.isnan(self):  # Optuna's sweeper counts the trial as failed, and goes on
+            raise ValueError(f"the job has no value to judge it by (exit code {self.code})")
+        return super().__float__()
+
 
 def outcome(code: int, value: float = math.nan, run_dir: Path | None = None) -> Outcome:
     result = Outcome(value)

@@ -137,6 +137,8 @@ def test_what_is_no_text_is_still_typed():
         3,
         7,
     )
+    one = load_config("train", ["env=dataset", "env.path=x", "env.rewards=my_rewards.py:even"])
+    assert one.env["rewards"] == "my_rewards.py:even"
     rewards = load_config("train", ["env=dataset", "env.path=x", "env.rewards=[{fn: my_rewards.py:even, weight: 0.5}]"])
     assert rewards.env["rewards"] == [{"fn": "my_rewards.py:even", "weight": 0.5}]
 
@@ -388,4 +390,4 @@ def test_the_default_experiment_is_not_spelled_out_and_added_folders_are(tmp_pat
     code = "print('typed', *typed_words()); return 0"
     assert "typed seed=3\n" in launch("seed=3", cwd=tmp_path, code=code).stdout
     result = launch("seed=3", "--config-dir", "conf", "experiment=mine", cwd=tmp_path, code=code)
-    assert f"typed --config-dir {conf} seed=3 +experiment=mine\n" in result.stdout, result.stderr
+    assert f"typed --config-dir {conf} +experiment=mine seed=3\n" in result.stdout, result.stderr
