@@ -101,6 +101,8 @@ def to_override(word: str, hint: Any, *, is_sweep: bool) -> str:
         value = ",".join(map(quoted, parts)) if is_sweep and len(parts) > 1 and all(parts) else quoted(value)
     elif value[:1] in ("[", "{") and not is_in_grammar(value):
         value = rendered(value)
+    elif hint is None and not is_in_grammar(value):  # of a node that is not composed here, such as a run's environment
+        value = quoted(value)
     return f"++{key}={value}" if "." in key else f"{key}={value}"
 
 

@@ -60,7 +60,7 @@ class UnknownKey(ConfigError):
     the key comes from, if not from the command line. Whoever knows them fills them in."""
 
     def __init__(self, key: str, allowed: list[str], *, typed: str | None = None) -> None:
-        self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(allowed), ""
+        self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(set(allowed)), ""
         self.parent, _, self.name = key.rpartition(".")
         self.siblings = [f"{self.parent}.{name}" if self.parent else name for name in self.allowed]
         self.keys = self.siblings

@@ -324,7 +324,7 @@ def chosen_of(plan: Plan, words: list[str], groups: list[str]) -> list[str]:
         if is_target or key in groups or key.startswith(("hydra.", "hydra/")):
             override = parse([to_override(word, str if is_target else None, is_sweep=plan.is_sweep)])[0]
             choice = override.value()
-            if key in groups and not override.is_sweep_override() and not isinstance(choice, (str, list, type(None))):
+            if key in groups and not override.is_sweep_override() and not isinstance(choice, (str, list)):
                 raise ConfigError(f"{key} = {choice!r}: no file of configs/{key}; keys below it are set as {key}.KEY=VALUE")
             chosen.append(values_of(override)[0] if key in groups or is_target else word)
     return chosen
@@ -440,8 +440,11 @@ def check_overrides(overrides: list[Override], plan: Plan, groups: list[str]) ->
         if key in groups or key.split(".")[0] == "hydra" or key.startswith("hydra/"):
             continue
         node = check_path(key, plan.schema, groups)
-        if node is not None and isinstance(override.value(), dict):
-            check_keys(override.value(), node, key)
+        value = override.value()
+        if node is not None and isinstance(value, dict):
+            check_keys(value, node, key)
+        elif node is not None and value is not None and not override.is_delete() and not override.is_sweep_override():
+            raise ConfigError(f"{key} = {value!r}: {key} holds keys; set {key}.KEY=VALUE")
 
 
 def check_path(key: str, schema: type, groups: list[str]) -> type | None:

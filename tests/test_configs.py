@@ -111,6 +111,8 @@ BAD_ARGUMENTS = [
     ),
     ("loss=ppo", "loss = 'ppo': no file configs/loss/ppo.yaml. Available: dapo, dr_grpo, grpo"),
     ("optim=3", "optim = 3: no file of configs/optim"),
+    ("loss=null", "loss = None: no file of configs/loss"),
+    ("wandb=offline", "wandb = 'offline': wandb holds keys; set wandb.KEY=VALUE"),
     ("env=dataset", "env.path: required, no value given; set with `env.path=VALUE`"),
     ("optim.lr=???", "optim.lr: required"),
     ("~rollout.temperature", "rollout.temperature: required"),
