@@ -82,6 +82,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character
 # --- spellings ------------------------------------------------------------------------------------------------------
 
 _FRAC_PART = r"\s?(?:\{\s?([+-]?[\d,]{1,40}(?:\.\d{1,40})?)\s?\}|(\d))"
+_UNITS = "cm mm km kg mg ml mL ft yd lb oz hr Hz kW mi nm GB MB kB ms"
 _SPELLINGS: list[tuple[re.Pattern, object]] = [
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
@@ -95,19 +96,25 @@ _SPELLINGS: list[tuple[re.Pattern, object]] = [
         (r"(?<=\})\s?\\cdot\s?(?=\\(?:text|mathrm)\s?\{)", " "),
         (r"\\[,:; ]|\\q?quad(?![A-Za-z])|~|[\u00a0\u2009\u202f]", " "),
         (r"\\([$%#])", r"\1"),
+        (r"</?[A-Za-z]{2,20}>", " "),
+        (r"(?<=\*)(?:[$€£¥]|\\[(\[])\s?(?=[-+.\d])", ""),  # **$5**
         (r"\\[()\[\]]|\$", " "),
         (r"\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])|[-=]{1,2}>|[→⇒∴]", " : "),
         (r"\\approx(?![A-Za-z])|≈|:=|\\equiv(?![A-Za-z])", "="),
         (
-            r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|mbox|emph|underline)\s?\{([^{}]*)\}",
-            lambda match: f" {_LONE_LETTER.sub('unit', match[1])} ",
+            r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|mbox|emph|underline)\s?"
+            r"\{((?:[^{}]|\{[^{}]*\})*)\}",
+            lambda match: f" {_LONE_LETTER.sub('unit', _UNIT_POWER.sub('', match[1]))} ",
         ),
+        (r"(?<![\w.,/])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\w/]|[.,]\d)", r"\1\\frac{\2}{\3}"),
         (
             rf"([+-]\s?)?(?:(?<![\w.,])(\d{{1,32}})\s?)?\\[dtc]?frac(?![A-Za-z]){_FRAC_PART}{_FRAC_PART}",
             lambda match: _fraction(match),
         ),
         (r"(?:\^\s?(?:\{\s?\\circ\s?\}|\\circ)|°|\\degree(?![A-Za-z]))(?:\s?[CF](?![A-Za-z]))?", " unit "),
         (r"[%€£¥]", " unit "),
+        (rf"(?<=\d)(?=(?:{_UNITS.replace(' ', '|')})(?![A-Za-z]))", " "),
+        (r"(?<=\d)\s/\s(?=\d)", "/"),
         (r"(?<=\d)\s?(?:\\times|\\cdot|×|\*)\s?10\s?\^\s?(?:\{\s?([+-]?\d{1,3})\s?\}|([+-]?\d))", r"e\1\2"),
         (r"(?<![\w)\]*])(\*{1,3})(?=[^\s*])([^*\n]*)\1(?![\w(*])", r" \2 "),  # Markdown
         (r"(^|=)\s{0,9}([+-])\s{0,9}(?=[.\d])", r"\1 \2"),
@@ -118,7 +125,8 @@ _SPELLINGS: list[tuple[re.Pattern, object]] = [
         ),
     )
 ]
-_LONE_LETTER = re.compile(r"(?<![A-Za-z\\])(?![ie])[A-Za-z](?![A-Za-z])")  # an upright m is metres, e and i are numbers
+_LONE_LETTER = re.compile(r"(?<![A-Za-z\\])(?![iek])[A-Za-z](?![A-Za-z])")  # an upright m is metres; e, i, k (1000) are not
+_UNIT_POWER = re.compile(r"(?<=[A-DF-Za-df-hj-z])\^(?:\{-?[1-9]\}|-?[1-9])")
 
 
 def plain_text(text: str) -> str:
@@ -154,22 +162,26 @@ _BEFORE = frozenset(
 _AFTER = frozenset(
     (
         f"{_FUNCTIONS} squared cubed factorial plus minus times over mod modulo choose hundred thousand million billion "
-        "trillion dozen score hundreds thousands millions billions halves thirds quarters fourths fifths sixths sevenths "
-        "eighths ninths tenths hundredths thousandths to divided multiplied raised"
+        "trillion lakh crore dozen score hundreds thousands millions billions halves thirds quarters fourths fifths sixths "
+        "sevenths eighths ninths tenths hundredths thousandths to divided multiplied raised"
     ).split()
 )
 ALTERING_WORDS = (_BEFORE | _AFTER) - frozenset(_FUNCTIONS.split())
 _SHORT_WORDS = frozenset(  # words and units; others of two letters are products of variables
-    "I is as by in so at on of if we it or an no he do us be up my me "
-    "cm mm km kg mg ml mL ft yd lb oz hr Hz kW mi nm GB MB kB ms".split()
+    f"I is as by in so at on of if we it or an no he do us be up my me {_UNITS}".split()
 )
 _NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w{1,9}\}))?'{0,3}(?:\([\w,= ]{0,20}\))?"
-_LEFT_SIDE = re.compile(rf"(?<![\w\\}}')])({_NAME}(?:\s?[+-]\s?{_NAME}){{0,4}})\s{{0,9}}(?==)", re.ASCII)
+_LEFT_SIDE = re.compile(rf"(?<![\w\\}}')])({_NAME}(?:(?:\s[+-]\s|[+-]){_NAME}){{0,4}})\s{{0,9}}(?==)", re.ASCII)
 _RIGHT_SIDE = re.compile(rf"=\s{{0,9}}(?:{_NAME}\s*(?:$|[.,;:?\n])|[+-]?[.\d])", re.ASCII)
 _LAST_WORD = re.compile(r"(\\?)([^\W\d_]+(?:['\u2019][a-z]{1,2})?)(?:\s{1,9}(?:of|the|a|an|by|to|be)){0,3}\s*$")
-_UNIT_WORDS = re.compile(r"([^\W\d_]+)(?:[\s/.\-]{1,9}[^\W\d_]+)*")
+_UNIT_WORDS = re.compile(r"(?:a\s(?=[A-Za-z]{3}))?([^\W\d_]+)(?:[\s/.\-]{1,9}[^\W\d_]+)*")
 _REMARK = re.compile(r"[(\[]\s?[^\W\d_]{2,}[^()\[\]+*^=\\]*[)\]]")
 _NO_WORD = re.compile("[\u0370-\u03ff\u2100-\u214f\U0001d400-\U0001d7ff]")  # Greek and mathematical letters
+_SYMBOL = r"[-+]?(?:\\[A-Za-z]+|[A-Za-z])\s{0,9}"  # a value without digits, as an item of a list
+_SYMBOL_BEFORE = re.compile(rf"(?:^|[(\[{{,;])\s{{0,9}}{_SYMBOL}[,;]\s{{0,9}}$")
+_SYMBOL_AFTER = re.compile(rf"\s{{0,9}}(?:[,;]|or\s|and\s)\s{{0,9}}{_SYMBOL}(?:$|[,;.)\]}}\n])")
+_BOUND = re.compile(r"(?:[A-Za-z]+ )?(?:(?:or|and) (?:more|less|fewer|above|below|up)|at (?:least|most))(?![A-Za-z])")
+_INDEX = re.compile(r"[_^]\s?\{[^{}]*$")
 _OPENING = " \t\r\"'`\u201c\u201d#([{"
 _OPEN_BRACKET = re.compile(r"[(\[]([^()\[\]\n]*)$")
 _CLOSED_BRACKET = re.compile(r"([^()\[\]\n]*)[)\]]")
@@ -204,6 +216,8 @@ def _without_name(match: re.Match) -> str:
 
 def _is_free_before(before: str) -> bool:
     """Whether what stands before a number, or before the equals sign of which it is a side, lets it stand for itself."""
+    if _INDEX.search(before) or _SYMBOL_BEFORE.search(before):
+        return False
     outside = before.rstrip(_OPENING)
     opened = before[len(outside) :]
     if opened[:1] in tuple("([{") and outside and not outside[-1].isspace() and outside[-1] not in "=:,.;":
@@ -223,6 +237,8 @@ def _is_free_after(after: str) -> bool:
     if len(inside) < len(after) and inside[:1] and (inside[0].isalnum() or inside[0] in "(^_!\\"):
         return False  # (5)x, {5}!
     rest = inside.lstrip(" \t\r\"'`)]}")
+    if _SYMBOL_AFTER.match(rest) or _BOUND.match(rest):
+        return False
     if not rest or rest[0] in ".,;:?\n。，：；、—":
         return True
     if rest[0] == "=":

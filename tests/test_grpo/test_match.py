@@ -37,6 +37,14 @@ def number(text, answer="42", tolerance=0.0):
         "(42)",
         r"\boxed {42}",
         "42, of course",
+        "She makes **$42** a day.",
+        "**\\$42**",
+        "**\\(42\\)**",
+        "**€42**",
+        "<answer>42</answer>",
+        "84 / 2",
+        "42kg",
+        "42, I think",
     ],
 )
 def test_one_stated_number_matches(text):
@@ -77,6 +85,9 @@ def test_one_stated_number_matches(text):
         r"\boxed{42\,\text{N}\cdot\text{m}}",
         r"\boxed{42 \textit{ apples}}",
         r"\boxed{42\text{ square units}}",
+        r"\boxed{42\,\mathrm{cm^{2}}}",
+        r"\boxed{42\ \mathrm{m\,s^{-1}}}",
+        r"\boxed{\boldsymbol{42}}",
         r"\boxed{\underline{42}}",
         r"\boxed{\$42}",
         r"\boxed{\text{\$}42}",
@@ -133,6 +144,7 @@ def test_the_spellings_of_a_plain_number_match(text):
         (r"\boxed{-\frac12}", "-0.5"),
         (r"\frac{-1}{2}", "-0.5"),
         (r"3\frac12", "7/2"),
+        ("3 1/2 cups", "3.5"),
         (r"\boxed{-3\tfrac{1}{2}}", "-3.5"),
         (r"\frac{1}{-2}", "-0.5"),
         (r"\boxed{x = -\tfrac12}", "-0.5"),
@@ -157,6 +169,8 @@ EXPRESSIONS = r"""
     5\ldots   5 squared   half of 5   twice 5   5 million   5 thousand   \text{half of } 5   5 cm + x   2x = 5   -x = 5
     x != 5   \ne 5   \not=5   5 × 5   5^5   5*5   x divided by 5   divisible by 5   log base 5   5 sevenths   0.5...   5...
     isn't 5   can't be 5   raised to 5   5 \frac{x}{2}   {x \choose 5}   -\$5   0.5\overline{3}   5\frac{7}{2}
+    (5, \infty)   (-\infty, 5]   5, \pi   \pi, 5   5, x   5 \text{ or } x   5 and \pi   \lim_{x \to 5} f   S_{n=5}
+    5 or more   5 apples or fewer   at most 5   5 at least   5 lakh   5 crore   5 \text{k}   is -x=5   5 / x   <x>5
     5 = x + y   5 = x^2   x^2 = 5   \log x = 5   \sqrt{x}=5   4 = 5   x = 4 = 5   4, 5   4 \text{ or } 5   x = 5y
 """  # with a 5 in each; two spaces or a new line between them
 
