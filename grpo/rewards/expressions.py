@@ -26,7 +26,7 @@ MAX_TERMS = 500  # of a power of a sum, multiplied out
 CONFIG = (LatexExtractionConfig(),)
 UNBOUNDED = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
 FACTORIALS = (sympy.factorial, sympy.factorial2, sympy.subfactorial, sympy.gamma)
-NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w{1,9}\}))?'{0,3}(?:\([\w,]{0,20}\))?"
+NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w{1,9}\})|\^\{-1\})?'{0,3}(?:\([\w,]{0,20}\))?"
 NAMED = re.compile(
     r"(^|,|\\text\s?\{\s?(?:or|and)\s?\}|\bor\b|\band\b)\s*"
     rf"(?:\([A-Za-z, ]{{1,20}}\)|\\text\s?\{{[^{{}}]*\}}|{NAME}(?:\s?[+-]\s?{NAME}){{0,4}})\s*="

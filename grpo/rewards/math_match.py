@@ -102,7 +102,8 @@ _BARE_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{2,}")
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 _HOSTILE = re.compile(
     r"\\(?:sum|prod|i*nt|oint|lim|limsup|liminf|bigcup|bigcap)(?![A-Za-z])"
-    r"|\d{65}|(?<!\d)(?<!frac)(?<!frac )\d+ \d"
+    r"|\d{65}|(?<![\d_])(?<!frac)(?<!frac )\d+ \d"
+    r"|\d_"  # to a base, which math-verify passes over
 )
 _FUNCTION_WORDS = "sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty"
 _CLEANING = [
@@ -112,7 +113,9 @@ _CLEANING = [
         (r"(?<=\d)(?:,?\\!\s?|\\[,:; ]|\{,\}|~|[\u00a0\u2009\u202f])(?=\d{3}(?:\D|$))|\\!", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\(?:left|right|displaystyle|textstyle)(?![A-Za-z])", ""),
-        (r"\\[,:; ]|\\q?quad(?![A-Za-z])|~|\s", " "),
+        (r"(?<!\\)\\[,:; ]|\\q?quad(?![A-Za-z])|~|\s", " "),
+        (r"(?<=\d)_\{(\w{1,2})\}", r"_\1"),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (rf"(?<![\\A-Za-z])({_FUNCTION_WORDS})(?![A-Za-z])", r"\\\1"),
         (r"\\?√\s?(?:\(([^()]{1,40})\)|(\w+))|\\sqrt\s?\(([^()]{1,40})\)", r"\\sqrt{\1\2\3}"),
         (r"\*\*\s?(?:\(([^()]{1,40})\)|(-?\w{1,40}))", r"^{\1\2}"),

@@ -73,6 +73,11 @@ RIGHT = [  # text, answer
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     (r"\boxed{\frac12} or \boxed{0.5}", "1/2"),
     (r"\int_0^1 f", r"\int_0^1 f"),
+    (r"\begin{pmatrix} 1/2 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix} \frac{1}{2} \\ \frac{2}{3} \end{pmatrix}"),
+    (r"\log_2 8", "3"),
+    (r"f^{-1}(x) = \frac{x+2}{7}", r"\frac{x + 2}{7}"),
+    (r"\varnothing", r"\emptyset"),
+    (r"2516_{8}", "2516_8"),
 ]
 WRONG = [
     (r"\sqrt{9}", "9"),
@@ -103,6 +108,8 @@ WRONG = [
     ("nan", "42"),
     (r"\infty", "42"),
     ("forty-two", "42"),
+    ("2516_9", "2516_8"),
+    ("2516_8", "2516"),
 ]
 HEDGES = [
     ("41, 42", "42"),
@@ -124,6 +131,8 @@ HEDGES = [
     ("It costs $42 or $41", "42"),
     ("$41 and $42", "42"),
     ("1, 2, 3", "1, 2"),
+    (r"42, \pi", "42"),
+    (r"x = 42 \text{ or } y", "42"),
 ]
 HOSTILE = [
     "9^{9^{9^9}}",
