@@ -115,7 +115,7 @@ def _find_fault(
         fault = None
         if message.role != "assistant":
             fault = f"the policy wrote as {message.name or message.role}"
-        elif index == 0 and role is not None and tokenizer.decode(ids[: span.content_start]).startswith(role):
+        elif index == 0 and role is not None and tokenizer.decode(ids[: span.content_start]).lstrip().startswith(role):
             fault = f"{role} again, where the prompt had named the author"
         elif was_called:
             fault = "the policy went on after a call that nobody had answered"
@@ -254,7 +254,7 @@ def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None,
     if words and words[0] == role:
         words = words[1:]
     recipient = content_type = None
-    if len(words) == 1 and re.match(r"<\|constrain\|>.", words[0]) and tokenizer.constrain in header_ids:
+    if len(words) == 1 and re.match(r"<\|constrain\|>(?!to=).", words[0]) and tokenizer.constrain in header_ids:
         content_type = words.pop()
     elif words and (words[-1].startswith("to=") or len(words) == 1):
         recipient = words.pop().removeprefix("to=")

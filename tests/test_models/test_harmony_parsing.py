@@ -145,6 +145,8 @@ def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
         (THOUGHT + FINAL.replace("final", "final <|constrain|>"), "recipient '<|constrain|>' on channel final"),
         (THOUGHT + FINAL.replace("final", "final <|constrain|>json<|end|>"), "a control token inside the final message"),
         (THOUGHT + FINAL.replace("final", "final json"), "recipient 'json' on channel final"),
+        (THOUGHT + FINAL.replace("final", "final <|constrain|>to=functions.f"), "recipient '<|constrain|>to=functions.f' on"),
+        (" " + FINAL.removeprefix("<|start|>"), "assistant again, where the prompt had named the author"),
         (CALL.replace("functions.f", "user"), "recipient 'user' on channel commentary"),
         (CALL.replace("functions.f", ""), "recipient '' on channel commentary"),
         (THOUGHT.replace("analysis", "thoughts") + FINAL, "unknown channel 'thoughts'"),
