@@ -275,10 +275,11 @@ def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     for alias in ("reasoning_content", "reasoning"):
         if alias in checked:
             checked.setdefault("thinking", checked[alias])
-    if role != "tool":
-        for key in ("content", "thinking"):
-            if isinstance(checked.get(key), (list, tuple)):
-                checked[key] = "".join(_part(part, f"messages[{index}].{key}[{i}]") for i, part in enumerate(checked[key]))
+    for key in ("content", "thinking"):
+        value = checked.get(key)
+        # a tool's result may be any list; one of nothing but text parts is how APIs give a text
+        if isinstance(value, (list, tuple)) and (role != "tool" or (value and all(map(_is_text, value)))):
+            checked[key] = "".join(_part(part, f"messages[{index}].{key}[{i}]") for i, part in enumerate(value))
     if role == "assistant":
         for key in ("content", "thinking"):
             text = checked.get(key)
@@ -290,9 +291,14 @@ def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     return checked
 
 
+def _is_text(part: Any) -> bool:
+    is_part = isinstance(part, Mapping) and part.get("type") in ("text", "input_text", "output_text")
+    return is_part and isinstance(part.get("text"), str)
+
+
 def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+    if not _is_text(part):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         raise ValueError(f'{where} is a part of type {kind!r}: the model reads text only, {{"type": "text", "text": ...}}')
     return part["text"]
 

@@ -117,8 +117,8 @@ def _read_arguments(arguments: Any, where: str) -> str:
         arguments = {}
     elif isinstance(arguments, str):
         arguments = from_json(arguments, where)
-        if not isinstance(arguments, dict):
-            raise ValueError(f"{where} is the JSON text of a {type(arguments).__name__}; it must be that of an object")
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where} is a {type(arguments).__name__}; it must be an object or its JSON text")
     return to_json(arguments, where)
 
 
@@ -191,7 +191,12 @@ def _function_declaration(function: Mapping[str, Any]) -> str:
     name = function["name"].removeprefix("functions.")
     schema = function.get("parameters")
     schema = from_json(schema, "parameters") if isinstance(schema, str) else schema
-    properties = _properties(schema) if isinstance(schema, Mapping) else {}
+    others = [key for key, value in function.items() if isinstance(value, Mapping) and "properties" in value]
+    if schema is None and others:
+        raise ValueError(f"they are under {others[0]!r}, and must be under 'parameters'")
+    if schema and not isinstance(schema, Mapping):
+        raise TypeError(f"they are a {type(schema).__name__}")
+    properties = _properties(schema) if schema else {}
     if not properties:
         return f"{comment}type {name} = () => any;\n\n"
     lines = [_parameter(key, spec, schema.get("required") or ()) for key, spec in properties.items()]

@@ -88,6 +88,19 @@ def test_content_parts_and_a_system_beside_a_developer_message_are_rendered(toke
     assert re.search(r"<\|start\|>user<\|message\|>What is \d\+0\?<\|end\|>", text)
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "2"}, {"type": "text", "text": "0"}], '"20"'),
+        ([{"type": "image", "text": "2"}], '[{"type": "image", "text": "2"}]'),
+        ([2, 0], "[2, 0]"),
+    ],
+)
+def test_a_tools_result_in_text_parts_is_their_text_and_other_lists_are_json(tokenizer, tmp_path, content, text):
+    found = first_prompt(tokenizer, tmp_path, lambda n: asked(f"{n}?", call({}), RESULT | {"content": content}))
+    assert found.endswith(f"<|channel|>commentary<|message|>{text}<|end|><|start|>assistant")
+
+
 WEATHER = {
     "name": "get_weather",
     "description": "d",
@@ -141,11 +154,12 @@ def test_a_chat_template_kwargs_column_is_honoured(tokenizer, tmp_path, form):
         (asked("a", {"role": "system", "content": "late"}, *asked("b")), {}, "messages[1] has role 'system' and is left out"),
         (asked("a", call({}) | {"tool_calls": [{"name": "f", "arguments": {}}] * 2}, RESULT), {}, "2 calls and only the"),
         (asked("a", call("not JSON"), RESULT), {}, "messages[1].tool_calls[0].arguments is text that is no JSON"),
-        (asked("a", call("[1]"), RESULT), {}, "messages[1].tool_calls[0].arguments is the JSON text of a list"),
+        (asked("a", call("[1]"), RESULT), {}, "messages[1].tool_calls[0].arguments is a list"),
         (asked("a", call({}), RESULT | {"tool_call_id": "c2"}), {}, "messages[2].tool_call_id is 'c2', but the call"),
         (asked("a", call({}), RESULT | {"name": "g"}), {}, "messages[2].name is 'g', but the call before it is functions.get"),
         (asked("a", {"role": "assistant", "content": "b"}), {}, "the prompt ends with a message of the assistant"),
         (asked("a", {"role": "assistant", "content": "b", "function_call": {"name": "f"}}), {}, "messages[1].function_call"),
+        (asked(" "), {}, "the prompt is empty"),
         (asked("a", *asked("b\ud800")), {}, "messages[1] cannot be encoded: the user message's content holds half of a"),
     ],
 )

@@ -401,7 +401,14 @@ def test_tools_without_parameters_or_description_render(tokenizer):
         ([{"role": "assistant", "tool_calls": [{"name": "f to=g", "arguments": {}}]}], {}, "needs a function with name"),
         ([{"role": "user", "content": "q"}], {"tools": [{"name": "f g"}]}, r"tools\[0\] must be"),
         ([{"role": "assistant", "tool_calls": "f(1)"}], {}, "must be a list of mappings"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}], {}, "is the JSON text of a int"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}], {}, "arguments is a int; it must be an"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], {}, "arguments is a list; it must be an"),
+        ([{"role": "user", "content": "q"}], {"tools": [{"name": "f", "parameters": 5}]}, r"tools\[0\] .*they are a int"),
+        (
+            [{"role": "user", "content": "q"}],
+            {"tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {}}}}]},
+            "they are under 'input_schema', and must be under 'parameters'",
+        ),
         ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], {}, r"\[0\].arguments is text that is no"),
         (
             [{"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"cmd": "ls"}}]}],
@@ -428,7 +435,7 @@ def test_tools_without_parameters_or_description_render(tokenizer):
             "has content, thinking and tool_calls",
         ),
         (
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {1, 2}}]}],
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}],
             {},
             "arguments cannot be written as JSON",
         ),
