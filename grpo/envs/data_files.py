@@ -36,7 +36,7 @@ def read_text_rows(path: Path, key: str) -> Iterator[tuple[str, dict | str]]:
     that cannot be read at all; `key` is the config key that named it."""
     try:
         data = _decompressed(path)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
     text = _decoded(data, path)
     del data

@@ -43,7 +43,7 @@ def locations(path: str | list, key: str) -> list[Path | str]:
         if not path or not all(isinstance(part, str) for part in path):
             raise ValueError(f"env.{key}={path!r}: expected a file, folder or hub id, or a list of them")
         return [found for part in path for found in locations(part, key)]
-    if not path or "://" in path:
+    if not path.strip() or "://" in path:
         raise DataError(f"env.{key}={path!r}: give a file, a folder or the id of a data set of the hub, such as openai/gsm8k; "
                         "download other addresses first")
     try:
@@ -84,6 +84,8 @@ def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
                 is_file = file.read(6) == b"ARROW1"
                 file.seek(0)
                 table = (pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)).read_all()
+        if len(set(table.column_names)) < len(table.column_names):
+            raise ValueError(f"a column is named twice: {', '.join(table.column_names)}")
         # what `datasets` wrote says in its schema how columns of mixed types are stored
         is_plain = b"huggingface" not in (table.schema.metadata or {})
         rows = table.to_pylist(maps_as_pydicts="lossy") if is_plain else datasets.Dataset(table).to_list()
@@ -96,15 +98,42 @@ def _read_folder(path: Path, key: str, subset: str | None, split: str | None) ->
     import datasets
 
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        yield from _load(str(path), key, subset, split)
+        files = _text_files(path, key, subset)
+        chosen = files.get(split or (next(iter(files)) if len(files) == 1 else "train"))
+        if chosen is None:
+            yield from _load(str(path), key, subset, split)
+        else:
+            for file in chosen:
+                yield from read_text_rows(file, key)
         return
     if subset is not None:
         raise DataError(f"{path}: env.subset={subset}: a folder of save_to_disk has no subsets; set env.subset=null")
     try:
         found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
     yield from _split_of(found, str(path), key, split)
+
+
+def _text_files(path: Path, key: str, subset: str | None) -> dict[str, list[Path]]:
+    """The splits of a folder of text files; `datasets` would make dates and numbers of their texts. {} for other folders.
+
+    Raises DataError for a data file of a folder without a card that would be passed over."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset_builder(str(path), subset).config.data_files or {}
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError):
+        return {}  # _load says what is wrong
+    files = {str(split): [Path(name) for name in names] for split, names in found.items()}
+    read = {file.resolve() for names in files.values() for file in names}
+    if read and not (path / "README.md").exists():
+        for file in sorted(path.rglob("*")):
+            is_data = (text_format(file) is not None or file.suffix in TABLES) and file.name != "dataset_infos.json"
+            if is_data and file.resolve() not in read and not any(p[0] in "._" for p in file.relative_to(path).parts):
+                raise DataError(f"{file}: would be passed over beside {sorted(read)[0].name}, as a folder is read in one "
+                                f"format and in splits by file names; set env.{key} to the files, or a glob")
+    return files if all(text_format(file) is not None for file in read) else {}
 
 
 def _read_hub(name: str, key: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:

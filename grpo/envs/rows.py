@@ -118,7 +118,7 @@ class RowReader:
     def read(self, path: str | list, key: str, *, subset: str | None, split: str | None) -> list[Row]:
         """The checked rows, in their order; `key` is the config key that named the path."""
         rows, bad, num_records, columns = [], [], 0, dict[str, None]()
-        place = ", ".join(path) if isinstance(path, list) else path
+        place = ", ".join(map(str, path)) if isinstance(path, list) else path
         wanted = self._wanted_columns()
         for source, record in read_rows(path, key, subset=subset, split=split):
             num_records += 1
@@ -218,6 +218,8 @@ class RowReader:
             if chat[-1].role not in ("user", "tool"):
                 raise _BadRow(f"the prompt ends with a message of the {chat[-1].role}; the model needs one to answer. "
                               "Where that turn is the reference answer, set env.answer_key to this column too")
+            if chat[-1].role == "user" and not chat[-1].content.strip():
+                raise _BadRow("the prompt is empty")
             if sum(len(message.content) for message in chat) > CHARS_PER_TOKEN * self.max_prompt_tokens:
                 return array("i", [-1]) * (self.max_prompt_tokens + 1)
             ids = array("i")
@@ -235,6 +237,8 @@ class RowReader:
         `target` of a dict, as in verl's search data."""
         value = _lookup(record, self.answer_key, "answer_key")
         if _is_conversation(value):  # of a column `completion` or `messages`
+            if value[-1]["role"] != "assistant" or value[-1].get("tool_calls"):
+                raise _BadRow(f"{self.answer_key!r} is messages that do not end with an answer of the assistant")
             value = content_of(value[-1])
         if not isinstance(value, (list, dict)):
             text = self._answer_text(value)

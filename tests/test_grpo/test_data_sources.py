@@ -149,6 +149,28 @@ def test_training_and_evaluation_take_splits_of_one_data_set(tokenizer, hub_fold
         make(tokenizer, str(hub_folder), subset="main", eval_split="test", held_out_fraction=0.1)
 
 
+def test_text_files_of_a_folder_keep_their_texts_and_places(tmp_path):
+    parts = {"train.jsonl": '{"question": "a", "answer": "2020-01-02"}\n{"question": "b", "question": "c"}\n',
+             "test.csv": "question,answer\na,007\nb,NA\n"}
+    for name, text in parts.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+    file = tmp_path / "train" / "train.jsonl"
+    found = list(read_rows(str(file.parent), "path", subset=None, split=None))
+    assert found[0] == (f"{file}:1", {"question": "a", "answer": "2020-01-02"})
+    assert found[1][0] == f"{file}:2" and "the key 'question' twice" in found[1][1]
+    assert [row["answer"] for row in rows_of(str(tmp_path / "test"), split="test")] == ["007", "NA"]
+
+
+@pytest.mark.parametrize("names", [("a.jsonl", "b.jsonl", "c.csv"), ("train.jsonl", "extra.jsonl")])
+def test_no_data_file_of_a_folder_is_passed_over(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text('{"question": "a", "answer": "1"}\n')
+    words = refusal(str(tmp_path))
+    assert words.startswith(f"{tmp_path / names[-1]}: would be passed over") and "set env.path to the files, or a glob" in words
+
+
 def test_a_hub_id_is_loaded_by_datasets_and_a_folder_of_that_name_wins(tmp_path, hub_folder, monkeypatch):
     asked = []
     real = datasets.load_dataset
@@ -193,6 +215,27 @@ def test_globs_lists_and_commas_take_the_files_in_order(tmp_path, monkeypatch):
     assert refusal("none-*.jsonl") == "none-*.jsonl: env.path matches no file"
 
 
+@pytest.mark.parametrize("path", ["", " ", [], [1], [""]])
+def test_an_empty_path_is_not_the_current_folder(tokenizer, path):
+    with pytest.raises(ValueError, match="^env.path=.*: (expected|give) a file, a? ?folder or"):
+        make(tokenizer, path)
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["1"]), pa.array(["2"])], ["question", "answer", "answer"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert "a column is named twice: question, answer, answer" in refusal(str(tmp_path / "d.parquet"))
+
+
+@pytest.mark.parametrize(
+    "last", [{"role": "user", "content": "9"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]
+)
+def test_the_answer_is_a_turn_of_the_assistants_own(tokenizer, tmp_path, last):
+    rows = [{"question": "q", "answer": [{"role": "assistant", "content": "5"}, last]}]
+    with pytest.raises(DataError, match="'answer' is messages that do not end with an answer of the assistant"):
+        make(tokenizer, str(parquet(tmp_path / "d.parquet", rows)))
+
+
 def test_what_is_no_data_is_refused_with_what_is_read(tmp_path):
     (tmp_path / "notes.txt").write_text("1 + 1?")
     assert "must end in .jsonl, .ndjson, .json" in refusal(str(tmp_path / "notes.txt"))
@@ -201,8 +244,8 @@ def test_what_is_no_data_is_refused_with_what_is_read(tmp_path):
     assert "FileNotFoundError" in refusal("data/gone.jsonl.gz")  # a file's name, no hub id
     assert "such as openai/gsm8k; download other addresses first" in refusal("https://example.org/d.jsonl")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "train.jsonl").write_text('{"question": "a"\n{"x"')
-    assert "JSON parse error" in refusal(str(tmp_path / "broken"))
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 no more")
+    assert "Parquet magic bytes not found" in refusal(str(tmp_path / "broken"))
     assert "cannot be read" in refusal("x" * 300 + ".jsonl")
     (tmp_path / "d.jsonl").write_text("")
     assert "set env.subset=null" in refusal(str(tmp_path / "d.jsonl"), subset="main")
