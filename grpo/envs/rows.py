@@ -339,7 +339,8 @@ class _BadRow(Exception):
     """Why one row cannot be used."""
 
 
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{(\w+|[A-Za-z_]\w*(?:\.\w+)+)\}")
+_WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
 
 
 def _fill(match: re.Match, record: dict) -> str:
@@ -421,6 +422,8 @@ def _messages(prompt: object) -> list[dict]:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise _BadRow("the prompt is empty")
+        if _WRITTEN_MESSAGES.match(prompt):
+            raise _BadRow("the prompt is messages written as text, as in a CSV; in JSON lines or Parquet they can stay a list")
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         raise _BadRow(f"the prompt is a {type(prompt).__name__}; expected text or a list of messages")

@@ -120,6 +120,14 @@ def test_a_template_fills_columns_and_keeps_braces(tokenizer, tmp_path):
     assert rf"<|message|>Add {prompt.row['a']} to {{x}}; write \boxed{{}} or \boxed{{}}<|end|>" in text
 
 
+def test_a_template_reaches_into_nested_columns_and_keeps_decimals(tokenizer, tmp_path):
+    data = [{"a": {"b_1": n}, "answer": n} for n in range(9)]
+    env = make(tokenizer, path=write(tmp_path, data), question_template=r"{a.b_1} or \frac{0.5}{{}}", held_out_fraction=0.5)
+    prompt = env.prompts(0, num_prompts=1)[0]
+    text = tokenizer.decode(prompt.token_ids, keep_special=True)
+    assert rf"<|message|>{prompt.row['a']['b_1']} or \frac{{0.5}}{{}}<|end|>" in text
+
+
 def test_reasoning_effort_comes_from_a_column(tokenizer, tmp_path):
     path = write(tmp_path, [{**row, "effort": ["low", "high"][i % 2]} for i, row in enumerate(rows())])
     env = make(tokenizer, path=path, reasoning_effort_key="effort", reasoning_effort="medium")

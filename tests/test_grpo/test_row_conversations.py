@@ -160,6 +160,8 @@ def test_a_chat_template_kwargs_column_is_honoured(tokenizer, tmp_path, form):
         (asked("a", {"role": "assistant", "content": "b"}), {}, "the prompt ends with a message of the assistant"),
         (asked("a", {"role": "assistant", "content": "b", "function_call": {"name": "f"}}), {}, "messages[1].function_call"),
         (asked(" "), {}, "the prompt is empty"),
+        (json.dumps(asked("a")), {}, "the prompt is messages written as text"),
+        (str(asked("a")), {}, "the prompt is messages written as text"),
         (asked("a", *asked("b\ud800")), {}, "messages[1] cannot be encoded: the user message's content holds half of a"),
     ],
 )
