@@ -91,7 +91,7 @@ def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         rows = table.to_pylist(maps_as_pydicts="lossy") if is_plain else datasets.Dataset(table).to_list()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
-    yield from _named(rows, str(path))
+    yield from _named(rows, str(path), table.schema)
 
 
 def _read_folder(path: Path, key: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
@@ -160,7 +160,7 @@ def _load(name: str, key: str, subset: str | None, split: str | None, advice: st
     if split is None:
         yield from _split_of(found, name, key, split)
     else:
-        yield from _named(found.to_list(), f"{name}/{split}")
+        yield from _named(found.to_list(), f"{name}/{split}", found.features.arrow_schema)
 
 
 def _split_of(found, name: str, key: str, split: str | None) -> Iterator[tuple[str, dict]]:
@@ -176,12 +176,16 @@ def _split_of(found, name: str, key: str, split: str | None) -> Iterator[tuple[s
         found = found[split]
     elif split is not None:
         raise DataError(f"{name}: env.{option}={split}: the folder holds one data set without splits; set env.{option}=null")
-    yield from _named(found.to_list(), f"{name}/{split}" if split else name)
+    yield from _named(found.to_list(), f"{name}/{split}" if split else name, found.features.arrow_schema)
 
 
-def _named(rows: list[dict], place: str) -> Iterator[tuple[str, dict]]:
+def _named(rows: list[dict], place: str, schema) -> Iterator[tuple[str, dict]]:
+    """The rows with their places. Floats of fewer than 64 bits become the shortest decimal that they are, 0.1."""
+    narrow = {field.name: field.type.to_pandas_dtype() for field in schema if str(field.type) in ("halffloat", "float")}
     for i, row in enumerate(rows):
-        yield f"{place}[{i}]", {name: _without_filled_nulls(value) for name, value in row.items()}
+        columns = {name: _without_filled_nulls(value) for name, value in row.items()}
+        short = {name: float(str(kind(columns[name]))) for name, kind in narrow.items() if columns[name] is not None}
+        yield f"{place}[{i}]", columns | short
 
 
 def _without_filled_nulls(value: object) -> object:

@@ -221,6 +221,14 @@ def test_an_empty_path_is_not_the_current_folder(tokenizer, path):
         make(tokenizer, path)
 
 
+def test_numbers_in_single_precision_are_the_decimals_that_were_meant(tmp_path):
+    table = pa.table({"question": ["a", "b"], "answer": pa.array([0.1, None], pa.float32())})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "folder")
+    for name in ("d.parquet", "folder"):
+        assert [row["answer"] for row in rows_of(str(tmp_path / name))] == [0.1, None]
+
+
 def test_a_column_named_twice_is_refused(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["1"]), pa.array(["2"])], ["question", "answer", "answer"])
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
