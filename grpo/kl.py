@@ -31,9 +31,11 @@ class Reference:
         self._has_adapter = any(_is_adapter(name) for name in tensors)
 
     @classmethod
-    def of(cls, policy: GptOss) -> Reference:
-        """The policy as it is now. An adapter that adds nothing yet, since every B is zero, is left out."""
-        parameters = policy.trainable_parameters()
+    def of(cls, policy: GptOss, parameters: dict[str, torch.Tensor] | None = None) -> Reference:
+        """The policy as it is now. An adapter that adds nothing yet, since every B is zero, is left out.
+
+        parameters: all that will change, by name; those that train unless given."""
+        parameters = policy.trainable_parameters() if parameters is None else parameters
         adds = any(bool(parameter.any()) for name, parameter in parameters.items() if name.endswith("lora_B"))
         return cls(policy, {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
                             if adds or not _is_adapter(name)})

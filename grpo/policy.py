@@ -121,11 +121,17 @@ def has_initial_adapter(model: ModelConfig) -> bool:
     return model.lora is not None and model.lora.adapter is not None
 
 
-def parameter_tensors(policy: GptOss, *, has_initial_adapter: bool = False) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of the policy: the trained parameters and, where training began with an adapter, the norms and
-    sinks that may have come with it, so that the run needs the adapter no more."""
-    return {PARAM + name: parameter.detach() for name, parameter in policy.named_parameters()
+def parameters_of_run(policy: GptOss, *, has_initial_adapter: bool) -> dict[str, torch.nn.Parameter]:
+    """What a run changes in its base: the trained parameters and, where training begins with an adapter, the norms and sinks that
+    may come with it."""
+    return {name: parameter for name, parameter in policy.named_parameters()
             if parameter.requires_grad or (has_initial_adapter and name.endswith(("norm.weight", "sinks")))}
+
+
+def parameter_tensors(policy: GptOss, *, has_initial_adapter: bool = False) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of the policy, so that the run needs the adapter that it began with no more."""
+    changed = parameters_of_run(policy, has_initial_adapter=has_initial_adapter)
+    return {PARAM + name: parameter.detach() for name, parameter in changed.items()}
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from grpo.policy import (
     load_initial_adapter,
     load_parameters,
     parameter_tensors,
+    parameters_of_run,
     read_architecture,
     select_device,
     select_dtype,
@@ -132,7 +133,8 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.reference = Reference.load(run.policy, state.tensors) if has_penalty else None
     else:
         if has_penalty and config.kl.reference == KlReference.base:
-            run.reference = Reference.of(run.policy)
+            changed = parameters_of_run(run.policy, has_initial_adapter=has_initial_adapter(config.model))
+            run.reference = Reference.of(run.policy, changed)
         load_initial_adapter(run.policy, config.model)
         if config.warmup is not None:
             warm_up(run.policy, run.env, config, run.metrics, run.should_stop)

@@ -102,6 +102,13 @@ def test_the_base_is_the_model_before_adapter_and_warm_up_where_it_is_asked_for(
     assert rows[0]["kl"] > 1e-4
 
 
+def test_the_base_has_its_own_norms_and_sinks_though_those_of_the_adapter_stay_frozen(train, tmp_path):
+    frozen = ("kl.reference=base", "warmup=null", "model.lora.train_norms=false", "model.lora.train_sinks=false")
+    at_start = [train(tmp_path / str(i), *more, "steps=1", adapter=train.adapter)[1][0]["kl"]
+                for i, more in enumerate([frozen[:2], frozen])]
+    assert at_start[0] == at_start[1] > 1e-4
+
+
 def test_a_fully_trained_policy_has_a_reference_too(entry_points, spread_folder, tmp_path):
     done = entry_points.run("grpo.train", *RUN, "model.train=full", f"output_dir={tmp_path}", path=(spread_folder,),
                             writes_report=False)
