@@ -40,7 +40,7 @@ def clean(text: str, encoding: str) -> str:
 
 def print_error(label: str, message: str) -> None:
     """Prints `label: message` to stderr: the way out for every failure, whose text may come from data, graders or paths."""
-    with contextlib.suppress(OSError):  # a closed terminal must not change how the program ends
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal or stream must not change how the program ends
         print(clean(f"{label}: {message}", sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)
 
 

@@ -88,7 +88,8 @@ def flush_standard_streams() -> None:
     """Writes out what is buffered. Python would try again at its exit, and change the exit code where nobody reads any more."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if not stream.closed:
+                stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -2,16 +2,18 @@
 
 Put back after every call: working directory, umask, handlers and mask of the signals that the trainer or the operating system
 uses, a timer left running, limits of resources, stdout and stderr, sys.argv, recursion limit, garbage collection, functions of
-os and shutil that were removed or replaced, environment variables that CUDA, torch, Triton, wandb and home folders go by, and of
-torch: default dtype and device, current GPU, threads, grad mode, autocast, anomaly detection, deterministic algorithms, precision
-of matrix products, oneDNN, denormals. What cannot be put back ends the run with the guest's name. Left alone: other environment
-variables, import paths and the global random generators, which this program does not use.
+builtins, os, shutil, subprocess and time that were removed or replaced, filters of warnings, environment variables that CUDA,
+torch, Triton, wandb and home folders go by, and of torch: default dtype and device, current GPU, threads, grad mode, autocast,
+anomaly detection, deterministic algorithms, precision of matrix products, oneDNN, denormals. What cannot be put back ends the
+run with the guest's name. Left alone: other environment variables, import paths and the global random generators, which this
+program does not use.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import builtins
 import functools
 import gc
 import importlib
@@ -19,11 +21,16 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 import traceback
+import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+
+from grpo.signals import hold_standard_streams
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM, signal.SIGCHLD)
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE,
@@ -44,22 +51,27 @@ def protected(who: str) -> Iterator[None]:
     """Around foreign code: the process goes on as it was. A child forked inside never leaves the block: it ends here.
 
     Raises GuestFault naming `who` for a change that cannot be put back."""
-    pid = os.getpid()
+    pid, raised = os.getpid(), None
     settings = _settings("torch" in sys.modules)
     before = [read() for _, read, _ in settings]
     try:
         yield
+    except BaseException as error:
+        raised = error
+        raise
     finally:
         if os.getpid() != pid:
-            _end_child(sys.exception())
+            _end_child(raised)
         for (name, read, write), value in zip(settings, before):
             try:
-                found = read()
-                if found != value:
-                    write(value)
+                with suppress(Exception):  # what cannot be read, as a working directory that was deleted, has changed
+                    if read() == value:
+                        continue
+                write(value)
             except Exception as error:  # noqa: BLE001 - whatever a setter raises, the state is not what it was
-                raise GuestFault(f"{who} changed the {name} of this process, which cannot be put back ({error}); "
-                                 "let it leave that alone, or do it in a process of its own") from error
+                if not isinstance(raised, GuestFault):  # which names a guest of this one
+                    raise GuestFault(f"{who} changed the {name} of this process, which cannot be put back ({error}); "
+                                     "let it leave that alone, or do it in a process of its own") from error
 
 
 def _end_child(error: BaseException | None) -> None:
@@ -97,12 +109,28 @@ def _settings(has_torch: bool) -> list[tuple[str, Callable, Callable]]:
         for number, limit in zip(LIMITS, limits):
             resource.setrlimit(number, limit)
 
-    def write_streams(streams: tuple) -> None:
-        sys.stdout, sys.stderr = streams
+    def is_closed(number: int, stream: object) -> bool:
+        try:
+            return getattr(stream, "closed", False) or os.fstat(number) is None
+        except OSError:
+            return True
+
+    def read_streams() -> tuple:
+        return sys.stdout, sys.stderr, is_closed(1, sys.stdout), is_closed(2, sys.stderr)
+
+    def write_streams(before: tuple) -> None:
+        sys.stdout, sys.stderr = before[:2]
+        if read_streams() != before:
+            hold_standard_streams()  # a file of the run must not get their numbers
+            raise RuntimeError("they are closed")
+
+    def write_filters(filters: list) -> None:
+        warnings.resetwarnings()
+        warnings.filters[:] = filters
 
     settings = [
-        ("functions of os", lambda: vars(os).copy(), vars(os).update),
-        ("functions of shutil", lambda: vars(shutil).copy(), vars(shutil).update),
+        *((f"functions of {module.__name__}", lambda module=module: vars(module).copy(), vars(module).update)
+          for module in (builtins, os, shutil, subprocess, time)),
         ("working directory", os.getcwd, os.chdir),
         ("umask", read_umask, os.umask),
         ("handlers of signals", lambda: [signal.getsignal(number) for number in HANDLED], write_handlers),
@@ -112,7 +140,8 @@ def _settings(has_torch: bool) -> list[tuple[str, Callable, Callable]]:
          lambda is_running: signal.setitimer(signal.ITIMER_REAL, 0)),
         ("limits of resources", lambda: [resource.getrlimit(number) for number in LIMITS], write_limits),
         ("environment variables", lambda: os.environ._data.copy(), write_variables),  # bytes: decoding all is slow
-        ("standard streams", lambda: (sys.stdout, sys.stderr), write_streams),
+        ("standard streams", read_streams, write_streams),
+        ("filters of warnings", lambda: warnings.filters[:], write_filters),
         ("arguments", lambda: list(sys.argv), lambda words: sys.argv.__setitem__(slice(None), words)),
         ("recursion limit", sys.getrecursionlimit, sys.setrecursionlimit),
         ("garbage collection", gc.isenabled, lambda is_on: gc.enable() if is_on else gc.disable())]
@@ -147,6 +176,7 @@ def _torch_settings() -> list[tuple[str, Callable, Callable]]:
         ("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
         ("inference mode", torch.is_inference_mode_enabled, refuse),
         ("stack of torch function modes", torch._C._len_torch_function_stack, refuse),
+        ("stack of torch dispatch modes", torch._C._len_torch_dispatch_stack, refuse),
         autocast("cpu"), autocast("cuda"),
         ("anomaly detection", lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
          lambda values: torch.set_anomaly_enabled(*values)),

@@ -2,6 +2,7 @@
 coroutines share one event loop."""
 
 import asyncio
+import builtins
 import concurrent.futures
 import functools
 import gc
@@ -13,11 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo.environment import EnvironmentFault, calling
 from grpo.rewards import guests
@@ -28,6 +32,19 @@ ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
 
 
+def delete_folder():
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)
+
+
+def working_folder():
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
 def lower_files():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
@@ -36,6 +53,7 @@ def lower_files():
 # what a guest does, and how the state that it changes is read
 CHANGES = {
     "chdir": (lambda: os.chdir("/"), os.getcwd),
+    "folder gone": (delete_folder, working_folder),
     "umask": (lambda: os.umask(0o111), lambda: [os.umask(mask := os.umask(0o077)), mask][1]),
     "SIGTERM": (lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGTERM)),
     "SIGINT": (lambda: signal.signal(signal.SIGINT, lambda *_: None), lambda: signal.getsignal(signal.SIGINT)),
@@ -57,6 +75,10 @@ CHANGES = {
     "os.replace": (lambda: setattr(os, "replace", None), lambda: os.replace),
     "os.kill": (lambda: delattr(os, "kill"), lambda: vars(os).get("kill")),
     "shutil.rmtree": (lambda: setattr(shutil, "rmtree", None), lambda: shutil.rmtree),
+    "Popen": (lambda: setattr(subprocess, "Popen", None), lambda: subprocess.Popen),
+    "open": (lambda: setattr(builtins, "open", None), lambda: builtins.open),
+    "clock": (lambda: setattr(time, "monotonic", lambda: 0.0), lambda: time.monotonic),
+    "warnings": (lambda: warnings.simplefilter("error"), lambda: list(warnings.filters)),
     "recursion": (lambda: sys.setrecursionlimit(5000), sys.getrecursionlimit),
     "gc": (gc.disable, gc.isenabled),
     "dtype": (lambda: torch.set_default_dtype(torch.float64), lambda: torch.ones(1).dtype),
@@ -128,6 +150,27 @@ def test_what_cannot_be_put_back_ends_the_run_with_the_guests_name():
     with pytest.raises(GuestFault, match="reward 'judge' changed the stack of torch function modes"):
         call_guest("reward 'judge'", device.__enter__)
     device.__exit__(None, None, None)
+    mode = FakeTensorMode()
+    with pytest.raises(GuestFault, match="reward 'judge' changed the stack of torch dispatch modes"), calling(object(), "score"):
+        call_guest("reward 'judge'", mode.__enter__)
+    mode.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("close", ["sys.stdout.close()", "os.close(1)", "sys.stderr.close()", "os.close(2)"])
+def test_a_guest_that_closes_a_standard_stream_is_named_and_no_file_gets_its_number(close, tmp_path):
+    code = (f"import os, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
+            "from grpo.console import print_error\n"
+            "from grpo.rewards.guests import GuestFault, call_guest\n"
+            "from grpo.signals import flush_standard_streams\n"
+            f"def guest(): {close}\n"
+            "try:\n    call_guest('reward x', guest)\n"
+            f"except GuestFault as fault:\n    open({str(tmp_path / 'fault')!r}, 'w').write(str(fault))\n"
+            "print_error('error', 'at the end')\nflush_standard_streams()\n"
+            f"os._exit(100 + os.open({str(tmp_path / 'file')!r}, os.O_CREAT))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode >= 103, done.stderr
+    assert "reward x changed the standard streams of this process" in (tmp_path / "fault").read_text()
+    assert ("error: at the end" in done.stderr) == ("2" not in close and "stderr" not in close)
 
 
 def test_random_generators_go_on():
