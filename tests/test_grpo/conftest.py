@@ -169,3 +169,22 @@ def spread_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
     (folder / "spread.py").write_text(SPREAD)
     return folder
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """`hurried(is_slow)`: workers give the items that is_slow(item) names a moment only, and others the whole limit, which no
+    busy machine may exceed."""
+    from grpo.rewards.workers import Workers
+
+    def hurry(is_slow):
+        hand_out = Workers._hand_out
+
+        def hand_out_with_limit(self, worker, index, items, outcomes):
+            hand_out(self, worker, index, items, outcomes)
+            if is_slow(items[index]):
+                worker.deadline = time.monotonic() + 0.2
+
+        monkeypatch.setattr(Workers, "_hand_out", hand_out_with_limit)
+
+    return hurry

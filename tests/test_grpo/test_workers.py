@@ -166,10 +166,16 @@ def test_what_the_function_prints_goes_where_the_trainer_prints(make, capfd):
 
 
 @pytest.mark.parametrize("hanging", [("hang", None), ("spin in C", None)])
-def test_an_item_past_its_limit_is_an_error_of_its_own(make, hanging):
-    outcomes = make(timeout=1.0).map([("echo", 1), hanging, ("echo", 2)])
+def test_an_item_past_its_limit_is_an_error_of_its_own(make, hurried, hanging):
+    hurried(lambda item: item == hanging)
+    outcomes = make().map([("echo", 1), hanging, ("echo", 2)])
     assert [outcome.value for outcome in outcomes] == [1, None, 2]
-    assert outcomes[1].is_timeout and outcomes[1].error == "ran over its limit of 1 s; its worker was killed"
+    assert outcomes[1].is_timeout and outcomes[1].error == "ran over its limit of 100 s; its worker was killed"
+
+
+def test_the_limit_is_that_of_each_item(make):
+    [outcome] = make(timeout=0.2).map([("hang", None)])
+    assert outcome.is_timeout and outcome.error == "ran over its limit of 0.2 s; its worker was killed"
 
 
 def test_an_item_that_takes_long_keeps_others_waiting_for_the_patience_alone(make, tmp_path):
