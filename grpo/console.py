@@ -392,7 +392,7 @@ class Display:
     def _with_spark(self, text: str | None, values: list[float], room: int) -> Text | None:
         if text is None:
             return None
-        line = self._line(text.ljust(16))
+        line = self._line(f"{text:<15}  ")
         line.append(sparkline(values, min(40, room - len(line.plain)), ascii_only=self.ascii_only), style="green")
         return line
 

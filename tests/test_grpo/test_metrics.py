@@ -293,6 +293,13 @@ def test_the_panel_fits_80_by_24_with_nothing_cut():
         assert part in text, (part, text)
 
 
+def test_the_curve_of_the_rewards_stands_apart_from_their_text():
+    display = Display("r", 10, is_enabled=False)
+    for step, spread in ((1, 0.1), (2, 0.0)):
+        display.step(step, {"reward": step - 1.0, "reward_std": spread, "groups/live": 0, "groups/dropped": 4})
+    assert any("1.000 ± 0.000, live 0/4  ▁█ " in line for line in panel_of(display, 80))
+
+
 def test_long_work_is_counted_in_a_line_every_half_minute(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("grpo.console.time.monotonic", lambda: now[0])
