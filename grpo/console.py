@@ -478,7 +478,8 @@ def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> l
             best_text = f"{_value(record['best'])} @ {record['best']['step']}" if group == "eval" else ""
             cells = [name]
             for when in ("first", "last"):
-                cells.append(_value(record[when]) + (f" ± {_value(width[when])}" if width else ""))
+                is_after = group == "eval" and when == "first" and record[when]["step"] > 0  # no evaluation at the start
+                cells.append("" if is_after else _value(record[when]) + (f" ± {_value(width[when])}" if width else ""))
             cells.append(best_text)
             table.add_row(*(Text(clean(cell, encoding)) for cell in cells))
     renderables: list[object] = [table] if table.row_count else []

@@ -115,24 +115,26 @@ def question_of(prompt: str) -> str:
 def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
     """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None.
 
-    They come from the first and the last step in completions.jsonl: held-out completions (split "eval") where there are
-    any, and of the prompts seen on both sides those whose reward rose most.
+    Before is what the policy wrote ahead of its first update, after is the last step in completions.jsonl: held-out completions
+    (split "eval") where there are any, and of the prompts seen on both sides those whose reward rose most.
     """
     rows = [row for row in read_records(run_dir / COMPLETIONS_FILE)
             if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)]
-    rows = [row for row in rows if row.get("split") == "eval"] or rows
+    evals = [row for row in rows if row.get("split") == "eval"]
+    rows = evals or rows
     if not rows:
         return []
     first_step, last_step = rows[0]["step"], rows[-1]["step"]
+    is_before = first_step <= (0 if evals else 1)  # a step's own completions are sampled ahead of its update
     before, after = {}, {}
     for row in rows:
-        if row["step"] == first_step:
+        if row["step"] == first_step and is_before:
             before.setdefault(row["prompt"], row)
-        if row["step"] == last_step and last_step != first_step:
+        if row["step"] == last_step and not (is_before and last_step == first_step):
             after.setdefault(row["prompt"], row)
     both = [prompt for prompt in before if prompt in after]
     both.sort(key=lambda prompt: _reward(before[prompt]) - _reward(after[prompt]))
-    prompts = both or [prompt for pair in zip(before, after, strict=False) for prompt in pair] or list(before)
+    prompts = both or [prompt for pair in zip(before, after, strict=False) for prompt in pair] or list(before or after)
     return [
         {"prompt": prompt, "before": _side(before.get(prompt)), "after": _side(after.get(prompt))}
         for prompt in prompts[:limit]

@@ -178,7 +178,7 @@ def test_a_line_added_during_a_run_swallows_no_line_of_it_and_ends_nothing(tmp_p
     metrics.log_completions(2, [{"prompt": "p", "completion": "c", "reward": 0.5}])
     assert metrics.finish("finished")["steps"] == 2
     assert [row["reward"] for row in read_metrics(tmp_path)] == [0.25, 0.5]
-    assert metrics.samples()[0]["before"]["completion"] == "c"
+    assert metrics.samples()[0]["after"]["completion"] == "c"
     assert b"# no newline\n" in (tmp_path / "metrics.jsonl").read_bytes()
 
 
@@ -298,6 +298,20 @@ def test_the_curve_of_the_rewards_stands_apart_from_their_text():
     for step, spread in ((1, 0.1), (2, 0.0)):
         display.step(step, {"reward": step - 1.0, "reward_std": spread, "groups/live": 0, "groups/dropped": 4})
     assert any("1.000 ± 0.000, live 0/4  ▁█ " in line for line in panel_of(display, 80))
+
+
+def test_what_was_first_evaluated_after_updates_is_not_called_before(tmp_path, capsys):
+    metrics = make(tmp_path, console=True)
+    for step in (1, 2):
+        metrics.log(step, {"reward": step / 4})
+    metrics.log_eval(2, {"greedy_accuracy": 0.875, "greedy_accuracy/ci95": 0.0625})
+    metrics.log_completions(2, [{"prompt": "p", "completion": "learnt", "reward": 1.0, "split": "eval"}])
+    summary = metrics.finish("finished")
+    capsys.readouterr()
+    metrics.print_final(summary, metrics.samples(), [])
+    lines = [line.replace(" ", "") for line in capsys.readouterr().out.splitlines()]
+    assert "│eval/greedy_accuracy││0.875±0.062│0.875@2│" in lines and "│reward│0.250│0.500││" in lines
+    assert "after[1.000]learnt" in lines and not any(line.startswith("before") for line in lines)
 
 
 def test_long_work_is_counted_in_a_line_every_half_minute(monkeypatch, capsys):
