@@ -324,7 +324,8 @@ def chosen_of(plan: Plan, words: list[str], groups: list[str]) -> list[str]:
         if is_target or key in groups or key.startswith(("hydra.", "hydra/")):
             override = parse([to_override(word, str if is_target else None, is_sweep=plan.is_sweep)])[0]
             choice = override.value()
-            if key in groups and not override.is_sweep_override() and not isinstance(choice, (str, list)):
+            is_value = not (word.startswith("~") or override.is_sweep_override() or isinstance(choice, (str, list)))
+            if key in groups and is_value:
                 raise ConfigError(f"{key} = {choice!r}: no file of configs/{key}; keys below it are set as {key}.KEY=VALUE")
             chosen.append(values_of(override)[0] if key in groups or is_target else word)
     return chosen
