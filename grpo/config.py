@@ -444,14 +444,17 @@ def bind(node: dict, key: str) -> Callable:
         if name in supplied:
             raise ConfigError(f"{key}.{name} = {value!r}: the loop supplies {name}; remove it")
         if name not in allowed:
-            raise UnknownKey(f"{key}.{name}", allowed)
+            unknown = [other for other in keywords if other not in (*allowed, *supplied)]
+            raise UnknownKey(f"{key}.{name}", allowed, also=unknown[1:])
         if not fits(value, parameters[name].annotation):
             expected = describe_type(parameters[name].annotation)
             raise ConfigError(f"{key}.{name} = {value!r} ({type(value).__name__}): {path} expects {expected}")
     required = [name for name in allowed if parameters[name].default is inspect.Parameter.empty]
     missing = [f"{key}.{name}" for name in required if name not in keywords]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `++{missing[0]}=VALUE` or in the YAML")
+        lacking = [name for name in supplied if name != "total_steps" and name not in parameters]
+        contract = f"; it does not take {', '.join(lacking)}, with which the loop calls it" if lacking else ""
+        raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `{missing[0]}=VALUE` or in the YAML{contract}")
     return functools.partial(target, **keywords)
 
 
@@ -472,8 +475,9 @@ def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
 
 
 def resolve_target(path: Any, key: str) -> Callable:
-    if not isinstance(path, str) or "." not in path:
-        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo, or file.py:name")
+    if not isinstance(path, str) or not re.search("[.:]", path):
+        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo, "
+                          "module:name or file.py:name")
     if ":" in path:
         try:
             return load_function(path, key=f"{key}._target_")

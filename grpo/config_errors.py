@@ -5,7 +5,8 @@ import difflib
 # TRL, verl, Unsloth, prime-rl, slime, OpenRLHF, transformers and habit; words of our own keys' last parts are found without.
 OTHER_NAMES = {
     "name": "run_name experiment_name exp_name",
-    "steps": "max_steps num_steps total_steps total_training_steps training_steps iterations num_iters num_rollout",
+    "steps": "max_steps num_steps total_steps total_training_steps training_steps iterations num_iters num_rollout "
+             "num_train_epochs total_epochs num_epochs max_epochs",
     "dtype": "torch_dtype bf16 fp16 precision",
     "output_dir": "out_dir save_dir save default_local_dir log_dir",
     "resume": "resume_from_checkpoint resume_mode resume_from",
@@ -17,13 +18,14 @@ OTHER_NAMES = {
     "model.lora.targets": "target_modules lora_target_modules",
     "env.path": "dataset dataset_name train_dataset train_files train_data data data_path prompt_data",
     "env.eval_path": "eval_dataset val_files test_files",
-    "env.rewards": "reward_funcs reward_fn reward_function reward_functions custom_reward_function custom_rm_path",
+    "env.rewards": "reward_funcs reward_fn reward_function reward_functions custom_reward_function custom_reward_function.path "
+                   "custom_reward_function.name custom_rm_path reward_weights",
     "env.max_prompt_tokens": "max_prompt_length prompt_max_len",
-    "loss": "loss_type loss_agg_mode loss_mode policy_loss",
+    "loss": "loss_type loss_agg_mode loss_mode policy_loss adv_estimator",
     "loss.clip_low": "epsilon clip_ratio clip_ratio_low cliprange clip_range clip_eps eps_clip ratio_clip_min",
     "loss.clip_high": "epsilon_high clip_ratio_high eps_clip_high ratio_clip_max",
     "advantage.normalize_std": "scale_rewards norm_adv_by_std_in_grpo std_normalization",
-    "kl.coefficient": "beta kl_coef kl_loss_coef kl_beta init_kl_coef kl_tau reference_policy_kl_penalty",
+    "kl.coefficient": "beta kl_coef kl_loss_coef use_kl_loss kl_beta init_kl_coef kl_tau reference_policy_kl_penalty",
     "kl.estimator": "kl_loss_type kl_penalty",
     "rollout.group_size": "num_generations n rollout_n n_samples_per_prompt rollouts_per_example num_generations_per_prompt G",
     "rollout.prompts_per_step": "batch_size train_batch_size per_device_train_batch_size rollout_batch_size global_batch_size",
@@ -32,9 +34,9 @@ OTHER_NAMES = {
     "rollout.refill_rounds": "dynamic_sampling filter_groups max_num_gen_batches",
     "rollout.replay_routing": "router_replay use_rollout_routing_replay enable_router_replay",
     "optim.lr": "learning_rate actor_learning_rate step_size",
-    "optim.epochs": "num_iterations ppo_epochs num_train_epochs",
-    "optim.minibatches": "steps_per_generation ppo_mini_batch_size num_minibatches gradient_accumulation_steps",
-    "optim.max_tokens": "max_tokens_per_gpu ppo_max_token_len_per_gpu micro_batch_size",
+    "optim.epochs": "num_iterations ppo_epochs",
+    "optim.minibatches": "steps_per_generation ppo_mini_batch_size num_minibatches",
+    "optim.max_tokens": "max_tokens_per_gpu ppo_max_token_len_per_gpu micro_batch_size gradient_accumulation_steps",
     "optim.schedule": "lr_scheduler_type lr_scheduler lr_decay_style",
     "optim.warmup_steps": "warmup_ratio lr_warmup_steps num_warmup_steps",
     "optim.max_grad_norm": "grad_clip clip_grad gradient_clip_val",
@@ -57,18 +59,20 @@ class ConfigError(ValueError):
 
 class UnknownKey(ConfigError):
     """A key that its node lacks; `typed` goes on below it. `keys`: all there are, for suggestions from elsewhere; `origin`: where
-    the key comes from, if not from the command line. Whoever knows them fills them in."""
+    the key comes from, if not from the command line. Whoever knows them fills them in. `also`: names unknown beside it."""
 
-    def __init__(self, key: str, allowed: list[str], *, typed: str | None = None) -> None:
+    def __init__(self, key: str, allowed: list[str], *, typed: str | None = None, also: list[str] | None = None) -> None:
         self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(set(allowed)), ""
         self.parent, _, self.name = key.rpartition(".")
+        self.also = [f"{self.parent}.{name}" for name in also or []]
         self.siblings = [f"{self.parent}.{name}" if self.parent else name for name in self.allowed]
         self.keys = self.siblings
 
     def __str__(self) -> str:
         others = [key for key in self.keys if key != self.key]
         siblings = self.siblings if self.typed == self.key else []
-        meant = suggest(self.typed, others, siblings) or suggest(self.key, others, self.siblings)
+        # of a path into another trainer's tree, what is above its last part is no slip of the fingers for a key elsewhere
+        meant = suggest(self.typed, others, siblings) or suggest(self.key, others if siblings else self.siblings, self.siblings)
         hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         origin = f" ({self.origin})" if self.origin else ""
         where = f" in {self.parent}" if self.parent else ""
@@ -79,7 +83,7 @@ def suggest(key: str, keys: list[str], siblings: list[str], *, limit: int = 3) -
     """The keys that somebody who writes `key` may mean, likeliest first: what others call so, the same last part, a slip of the
     fingers."""
     name = key.rpartition(".")[2]
-    meant = MEANT.get(name, MEANT.get(name.lower(), ""))
+    meant = MEANT.get(".".join(key.split(".")[-2:])) or MEANT.get(name, MEANT.get(name.lower(), ""))
     found = [other for other in keys if other == key]
     found += [other for other in keys if meant and other in (meant, meant.rpartition(".")[2])]
     found += [other for other in keys if other.rpartition(".")[2] == name]

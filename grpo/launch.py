@@ -261,7 +261,8 @@ def prepare(config_name: str, arguments: list[str]) -> Iterator[Plan]:
         fill(plan, words)
         yield plan
     except UnknownKey as error:
-        error.keys, error.origin = [*plan.keys, *keyword_types(compose(plan, plan.chosen), [])], origin_of(plan, error.key)
+        error.keys = [*plan.keys, *keyword_types(compose(plan, plan.chosen), [])]
+        error.origin = origin_of(plan, error.key, error.also)
         raise
     finally:
         GlobalHydra.instance().clear()
@@ -364,6 +365,8 @@ def missing_file(error: MissingConfigException, plan: Plan) -> str:
         return explain(error)
     near = difflib.get_close_matches(choice, error.options, n=1)
     hint = f"; did you mean {group}={near[0]}?" if near else "."
+    if group in NODES and re.search("[.:]", choice):
+        hint = f"; did you mean {group}._target_={choice}?"
     places = " or ".join(f"{folder}/{group}/{choice}.yaml" for folder in ("configs", *map(as_folder, plan.folders)))
     return f"{group} = {choice!r}: no file {places}{hint} Available: {', '.join(sorted(error.options))}"
 
@@ -399,7 +402,7 @@ def default_name(cfg: DictConfig, overrides: list[str]) -> str:
         elif key != "seed" and not key.startswith("hydra") and not key_matches(key, RESUMABLE_KEYS):
             relevant.append(f"{key}={value}")
     target = OmegaConf.select(cfg, "env._target_")
-    env = str(target).rpartition(".")[2].lower()
+    env = re.split("[.:]", str(target))[-1].lower()
     digest = "-" + hashlib.sha256("\n".join(sorted(relevant)).encode()).hexdigest()[:4] if relevant else ""
     return f"{experiment[:80]}-{env[:40]}-seed{OmegaConf.select(cfg, 'seed')}{digest}"
 
@@ -472,8 +475,9 @@ def leaf_keys(schema: type, prefix: str) -> list[str]:
     return keys
 
 
-def origin_of(plan: Plan, key: str) -> str:
-    """Which file sets an unknown key, and how to leave it out; empty where the command line does."""
+def origin_of(plan: Plan, key: str, also: list[str]) -> str:
+    """Which file sets an unknown key, and how to leave it out, with `also` where it sets those too; empty where the
+    command line does."""
     if any(word.lstrip("+~").partition("=")[0].startswith(key) for word in plan.overrides):
         return ""
     loader, origin = plan.hydra.config_loader, ""
@@ -484,11 +488,14 @@ def origin_of(plan: Plan, key: str) -> str:
         if loaded is None or not key.startswith(package):
             continue
         node: Any = OmegaConf.to_container(loaded.config, resolve=False)
-        for part in key.removeprefix(package).split("."):
-            node = node.get(part, ...) if isinstance(node, dict) else ...
-        if node is not ...:
+        *parents, name = key.removeprefix(package).split(".")
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name in node:
+            keys = [key, *(other for other in also if other.rpartition(".")[2] in node)]
             folder = "configs" if str(loaded.path).removeprefix("file://") == str(CONFIG_DIR) else as_folder(str(loaded.path))
-            origin = f"set by {folder}/{default.config_path}.yaml; ~{key} leaves it out"
+            origin = f"set by {folder}/{default.config_path}.yaml; " + (
+                f"~{key} leaves it out" if len(keys) == 1 else f"~{' ~'.join(keys)} leave them out")
     return origin
 
 

@@ -267,6 +267,9 @@ def test_a_flag_that_makes_no_sense_is_refused_in_words(arguments, expected):
         ("temperature", "rollout.temperature"),
         ("rollout.n", "rollout.group_size"),
         ("max_steps", "steps"),
+        ("num_train_epochs", "steps"),  # passes over the data; optim.epochs are over a batch
+        ("gradient_accumulation_steps", "optim.max_tokens"),  # one update all the same
+        ("custom_reward_function.path", "env.rewards"),
         ("rank", "model.lora.rank"),
         ("actor.optim.lr", "optim.lr"),
         ("algorithm.kl_ctrl.kl_coef", "kl.coefficient"),
@@ -280,6 +283,22 @@ def test_a_flag_that_makes_no_sense_is_refused_in_words(arguments, expected):
 def test_what_others_call_a_key_points_to_it(argument, key):
     with pytest.raises(ConfigError, match=f"unknown key .*; did you mean (.* or )?{re.escape(key)}( or .*)?\\?"):
         load_config("train", [f"{argument}=1"])
+
+
+@pytest.mark.parametrize("argument", ["trainer.nnodes", "trainer.n_gpus_per_node", "estimators.x"])
+def test_a_section_of_another_trainer_is_no_slip_for_a_key_below_one_of_ours(argument):
+    with pytest.raises(ConfigError, match=r"unknown key \w+\. Allowed: "):
+        load_config("train", [f"{argument}=1"])
+
+
+def test_a_slip_in_a_section_above_an_unknown_key_is_pointed_out():
+    with pytest.raises(ConfigError, match=r"unknown key optm; did you mean optim\?"):
+        load_config("train", ["optm.nnodes=1"])
+
+
+def test_a_function_given_as_a_file_of_configs_is_pointed_to_its_key():
+    with pytest.raises(ConfigError, match=re.escape("did you mean loss._target_=my_losses.py:own? Available: dapo,")):
+        load_config("train", ["loss=my_losses.py:own"])
 
 
 # ---- configs elsewhere
@@ -359,6 +378,21 @@ def test_an_unknown_keyword_says_which_file_brought_it(conf):
         "unknown key loss.clip_low (set by configs/loss/dapo.yaml; ~loss.clip_low leaves it out). "
         "Allowed in loss: scale"
     ) in result.stderr
+
+
+def test_all_keywords_that_a_file_sets_for_another_function_are_named_at_once(conf):
+    (conf.parent / "own.py").write_text(
+        "class Own:\n    def __init__(self, tokenizer, seed, size=1):\n        pass\n\n\n"
+        "def swapped(logits, batch):\n    pass\n\n\ndef own(log_probs, batch, old_log_probs):\n    pass\n"
+    )
+    result = launch("loss._target_=own:own", cwd=conf.parent, code="return 0")
+    assert "(set by configs/loss/dapo.yaml; ~loss.clip_low ~loss.clip_high leave them out). " in result.stderr
+    result = launch("env._target_=own.py:Own", "~env.digits", "++env.sise=3", cwd=conf.parent, code="return 0")
+    assert "(set by configs/env/carry.yaml; ~env.fault_rate ~env.keep_no_carry ~env.held_out_fraction " in result.stderr
+    assert " ~env.digits" not in result.stderr and " ~env.sise" not in result.stderr
+    result = launch("loss._target_=own.py:swapped", "~loss.clip_low", "~loss.clip_high", cwd=conf.parent, code="return 0")
+    assert "loss.logits: required by own.py:swapped; set with `loss.logits=VALUE` or in the YAML; " in result.stderr
+    assert "it does not take log_probs, old_log_probs, with which the loop calls it" in result.stderr
 
 
 # ---- commands
