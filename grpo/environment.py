@@ -56,6 +56,14 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps
                                f"({_place(error)}); correct its keywords under env, or its code") from error
 
 
+def summary(env) -> str:
+    """What the environment says about itself for the first lines of a run; empty, if it does not."""
+    if not hasattr(env, "summary"):
+        return ""
+    with calling(env, "summary"):
+        return str(env.summary())
+
+
 @contextmanager
 def calling(env, method: str) -> Iterator[None]:
     """Around a call of the environment's `method`, with the process protected: what it raises becomes an EnvironmentFault that

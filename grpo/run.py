@@ -25,7 +25,7 @@ from grpo.config import (
     shown,
     to_dict,
 )
-from grpo.environment import check_known_prompts, make_environment
+from grpo.environment import check_known_prompts, make_environment, summary
 from grpo.export_files import write_adapter, write_model
 from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
@@ -172,7 +172,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: object, *,
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",
-        f"env      {config.env['_target_']}" + (f", {env.summary()}" if hasattr(env, "summary") else ""),
+        f"env      {config.env['_target_']}" + (f", {about}" if (about := summary(env)) else ""),
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
         *([describe_penalty(config, policy)] if config.kl.coefficient > 0 else []),

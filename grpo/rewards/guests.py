@@ -39,7 +39,7 @@ VARIABLES = (b"CUDA_", b"NVIDIA_", b"TORCH", b"PYTORCH_", b"TRITON_", b"WANDB_",
 CLOSING_SECONDS = 5.0  # for what still runs in the event loop at exit
 
 
-class GuestFault(RuntimeError):
+class GuestFault(Exception):  # no RuntimeError, which contextlib takes for its own where its cause is a StopIteration
     """A reward function or an environment failed, or did what the trainer cannot go on with; the message names it."""
 
 

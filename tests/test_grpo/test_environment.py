@@ -21,6 +21,7 @@ from grpo.environment import (
     held_out_prompts,
     make_environment,
     score,
+    summary,
     tiny_tokenizer,
 )
 from grpo.evaluate import evaluate
@@ -222,6 +223,15 @@ class BringsText:
 def test_the_tokenizer_that_an_environment_brings_is_one():
     with pytest.raises(EnvironmentFault, match="BringsText.build_tokenizer returned a str"):
         tiny_tokenizer(BringsText)
+
+
+def test_a_summary_is_a_text_or_names_the_environment():
+    def broken():
+        raise KeyError("rows")
+
+    assert [summary(env) for env in (object(), SimpleNamespace(summary=lambda: 3))] == ["", "3"]
+    with pytest.raises(EnvironmentFault, match="SimpleNamespace.summary raised KeyError"):
+        summary(SimpleNamespace(summary=broken))
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

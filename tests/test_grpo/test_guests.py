@@ -183,7 +183,8 @@ class FunctionTimedOut(BaseException):
     """As func_timeout has it."""
 
 
-@pytest.mark.parametrize("error", [FunctionTimedOut(), SystemExit(2), GeneratorExit(), asyncio.CancelledError(), KeyError()])
+@pytest.mark.parametrize("error", [FunctionTimedOut(), SystemExit(2), GeneratorExit(), StopIteration(), asyncio.CancelledError(),
+                                   KeyError()])
 def test_exceptions_of_any_kind_are_outcomes(error):
     def guest():
         raise error
