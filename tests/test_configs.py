@@ -334,6 +334,12 @@ def test_names_tell_experiments_seeds_and_settings_apart_and_find_a_run_again():
     assert name("name=mine", "optim.lr=2e-3") == "mine"
 
 
+def test_the_name_of_a_run_on_an_environment_in_a_file_is_a_folders(tmp_path):
+    (tmp_path / "mine.py").write_text("class Env:\n    def __init__(self, *, tokenizer, seed): pass\n")
+    name = load_config("train", [f"env._target_={tmp_path}/mine.py:Env"]).name
+    assert re.fullmatch("quickstart-env-seed0-[0-9a-f]{4}", name)
+
+
 def test_evaluate_and_generate_take_a_run_or_a_model():
     assert load_config("evaluate", ["run=runs/x", "num_samples=4"]).num_samples == 4
     assert load_config("generate", ["model=gpt_oss_20b"]).model.path == "openai/gpt-oss-20b"
