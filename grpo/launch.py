@@ -355,7 +355,7 @@ def compose(plan: Plan, overrides: list[str]) -> DictConfig:
                                          validate_sweep_overrides=False)
     except MissingConfigException as error:
         raise ConfigError(missing_file(error, plan)) from error
-    except (HydraException, OmegaConfBaseException, ValueError, AttributeError, yaml.YAMLError) as error:  # YAMLError names file and line
+    except (HydraException, OmegaConfBaseException, ValueError, AttributeError, yaml.YAMLError) as error:  # with file and line
         raise ConfigError(explain(error)) from error
 
 
