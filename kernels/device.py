@@ -38,6 +38,8 @@ SHARED_MEMORY = {"turing": 65_536, "ampere": 166_912, "consumer": 101_376, "hopp
 # it where its own inputs begin. Elsewhere 1 to 2 us stand between two of them
 OVERLAP_FAMILIES = ("hopper",)
 MAX_OVERLAPPING_ROWS = 1024  # above, a launch takes long enough
+# up to so many rows, products are bound by the reading of their weights; their bits were compared on a GPU up to here
+MAX_FEW_ROWS = 512
 
 
 def is_interpreted() -> bool:
@@ -143,6 +145,12 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         return
     compiled, constexprs = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs)
+
+
+def is_few(x: torch.Tensor) -> bool:
+    """Whether kernels for few rows serve x [rows, width]: so few that reading weights is the cost. They give the bits of the
+    kernels for many. Not in float16, whose routed rows are float32."""
+    return len(x) <= MAX_FEW_ROWS and x.dtype != torch.float16 and product_path(x) == "triton"
 
 
 def can_overlap(x: torch.Tensor, num_rows: int) -> bool:

@@ -1,70 +1,89 @@
 """Dense projection with an unmerged low-rank update: y = x W^T + b + scale * (x A^T) B^T (LoRA, arXiv 2106.09685).
 
-A and B may be kept in fp32 (master weights); they are cast to x's dtype at use. On a GPU the forward is grouped_gemm, which adds
-the update to the same fp32 sum: its bits are those of a block with a frozen base, and of decode steps. The backward's products
-are the vendor's, which has one more rounding in the gradient of x than a fused sum. Gradients of A and B, sums over tokens that
-can pass float16's range, stay in fp32 until they are rounded to their own dtype.
+A and B are fp32 master weights, cast to x's dtype at use. On a GPU the update joins the same fp32 sum as the base's product. Many
+rows take grouped_gemm, few rows (kernels/device.py: is_few) the kernels that read each weight once; both give the same bits.
+Several projections may be one product whose weights lie side by side: each adapted one then has its own slice of the low-rank
+row. On the CPU autograd differentiates lora_linear; on a GPU the backward is project_backward. Its gradients of A and B, sums
+over tokens that can pass float16's range, stay in fp32; those of W and b (full fine-tuning) are the library's.
 
-Shapes: T tokens, K in, N out, r LoRA's rank.
+Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
 """
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 
-from kernels.dense import linear, product
-from kernels.device import is_triton
+from kernels.dense import linear
+from kernels.device import is_few
 from kernels.experts.gemm import grouped_gemm
+from kernels.experts.outer import grouped_outer
+from kernels.linear_few_rows import decode_linear
 
 
-def _lora_linear_reference(x, weight, bias, lora_A, lora_B, scale):
-    y = linear(x, weight, bias)
-    return y if lora_A is None else y + scale * linear(linear(x, lora_A.to(x.dtype), None), lora_B.to(x.dtype), None)
+class Adapter(NamedTuple):
+    """LoRA on a product of one or more projections side by side."""
+
+    A: torch.Tensor  # [G r, K] fp32
+    B: torch.Tensor  # [N, r] fp32; rows of columns without an adapter are not read
+    groups: torch.Tensor | None  # [N] int32: which slice of the low-rank row a column takes, -1 for none; None for one projection
+    columns: list[slice]  # of each adapted projection
+    scale: float
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor | None,
-            lora_B: torch.Tensor | None, *, scale: float,
-            lora_groups: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What lora_linear gives on a GPU, without gradient, and the low-rank rows scale * x A^T [T, r], None without an adapter.
-    lora_groups: as in grouped_gemm, where A holds the first factors of several projections side by side."""
-    bias = None if bias is None else bias[None]
-    if lora_A is None:
-        return grouped_gemm(x, weight.T[None], None, bias=bias), None
-    low_rank = grouped_gemm(x, lora_A.T[None], None, scale=scale)
-    return grouped_gemm(x, weight.T[None], None, bias=bias, low_rank=low_rank, lora_up=lora_B.T[None],
-                        lora_groups=lora_groups), low_rank
-
-
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scale):
-        y, low_rank = project(x, weight, bias, lora_A, lora_B, scale=scale)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, low_rank)
-        ctx.scale, ctx.has_bias = scale, bias is not None
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, lora_A, lora_B, low_rank = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_x = grad_low_rank = grad_A = grad_B = None
-        if lora_A is not None and (needs_x or needs_A):
-            grad_low_rank = grad @ lora_B.to(grad.dtype)  # [T, r]
-        if needs_x:
-            grad_x = grad @ weight
-            if lora_A is not None:
-                grad_x.addmm_(grad_low_rank, lora_A.to(grad.dtype), alpha=ctx.scale)
-        if needs_A:
-            grad_A = product(grad_low_rank.T, x).to(lora_A.dtype) * ctx.scale
-        if needs_B:
-            grad_B = product(grad.T, low_rank).to(lora_B.dtype)
-        grad_weight = grad.T @ x if needs_weight else None
-        grad_bias = grad.sum(0) if needs_bias and ctx.has_bias else None
-        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+class ProjectionGrads(NamedTuple):
+    x: torch.Tensor | None  # [T, K]
+    weight: torch.Tensor | None  # [N, K]
+    bias: torch.Tensor | None  # [N]
+    A: torch.Tensor | None  # [G r, K]
+    Bs: list[torch.Tensor]  # of each adapted projection
 
 
 def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor | None,
                 lora_B: torch.Tensor | None, *, scale: float) -> torch.Tensor:
-    """x [T, K], weight [N, K], bias [N] or none, lora_A [r, K] and lora_B [N, r] or neither -> [T, N] in x's dtype."""
-    if not is_triton(x):
-        return _lora_linear_reference(x, weight, bias, lora_A, lora_B, scale)
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scale)
+    """The reference. x [T, K], weight [N, K], bias [N] or none, lora_A [r, K] and lora_B [N, r] or neither -> [T, N]."""
+    y = linear(x, weight, bias)
+    return y if lora_A is None else y + scale * linear(linear(x, lora_A.to(x.dtype), None), lora_B.to(x.dtype), None)
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Adapter | None, *,
+            keeps_low_rank: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [T, K] times weight [N, K] plus bias [N] or none, with its adapter: [T, N], without gradient; and, for project_backward,
+    the low-rank rows scale * x A^T [T, G r] where there is an adapter and they are asked for."""
+    if is_few(x) and bias is not None and not keeps_low_rank:
+        lora = {} if adapter is None else {"lora_A": adapter.A, "lora_B": adapter.B, "lora_groups": adapter.groups,
+                                           "lora_scale": adapter.scale}
+        return decode_linear(x, weight, bias, **lora), None
+    bias = None if bias is None else bias[None]
+    if adapter is None:
+        return grouped_gemm(x, weight.T[None], None, bias=bias), None
+    low_rank = grouped_gemm(x, adapter.A.T[None], None, scale=adapter.scale)
+    return grouped_gemm(x, weight.T[None], None, bias=bias, low_rank=low_rank, lora_up=adapter.B.T[None],
+                        lora_groups=adapter.groups), low_rank
+
+
+def adapter_backward(grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor,
+                     adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """From the gradient [T, N] of a product with an adapter: that of x A^T [T, G r], of A [G r, K] and of each projection's B."""
+    parts = [grouped_gemm(grad[:, columns], adapter.B[columns][None], None, scale=adapter.scale) for columns in adapter.columns]
+    low_rank_grad = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    grad_A, grad_Bs, rank = torch.empty_like(adapter.A), [], adapter.B.shape[1]
+    grouped_outer(x, low_rank_grad, None, grad_A.T[None])
+    for group, columns in enumerate(adapter.columns):
+        grad_Bs.append(torch.empty_like(adapter.B[columns]))
+        grouped_outer(grad[:, columns], low_rank[:, group * rank:(group + 1) * rank], None, grad_Bs[-1][None])
+    return low_rank_grad, grad_A, grad_Bs
+
+
+def project_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, low_rank: torch.Tensor | None,
+                     adapter: Adapter | None, *, needs_x: bool, needs_base: bool) -> ProjectionGrads:
+    """The gradients of project from that of its result, grad [T, N]; of weight and bias where `needs_base`."""
+    low_rank_grad = grad_A = grad_x = None
+    grad_Bs = []
+    if adapter is not None:
+        low_rank_grad, grad_A, grad_Bs = adapter_backward(grad, x, low_rank, adapter)
+    if needs_x:
+        lora_up = None if adapter is None else adapter.A[None]
+        grad_x = grouped_gemm(grad, weight[None], None, low_rank=low_rank_grad, lora_up=lora_up)
+    grad_weight, grad_bias = (grad.T @ x, grad.sum(0)) if needs_base else (None, None)
+    return ProjectionGrads(grad_x, grad_weight, grad_bias, grad_A, grad_Bs)

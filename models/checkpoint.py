@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from kernels.device import product_path
 from kernels.packed.mxfp4 import BLOCK_SIZE, dequantize, quantize
 from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
 from kernels.packed.nf4 import dequantize_nf4_reference
+from kernels.packed.weights import Mxfp4, Nf4
 from models.bitsandbytes_layout import Derived, is_bitsandbytes, unpacked_names
 from models.config import GptOssConfig, read_config
-from models.experts import PACKED_SUFFIXES, Bf16Experts, Mxfp4Experts
+from models.experts import PACKED_SUFFIXES, Mxfp4Experts
 from models.gpt_oss import GptOss
 from models.original_layout import from_hugging_face, is_original, original_config, to_hugging_face
 from models.peft_format import has_expert_adapter, merged_weight, save_adapter
@@ -113,10 +115,10 @@ def load_model(
         raise CheckpointError(
             f"{folder}: experts={form}, but the checkpoint holds {_FORMS[config.stored_experts]}; use experts=auto{how}"
         )
-    model = GptOss(config, dtype=dtype, device="meta", experts=form, activation_checkpointing=activation_checkpointing,
+    make = partial(GptOss, config, dtype=dtype, experts=form, activation_checkpointing=activation_checkpointing,
                    memory_gb=memory_gb, host_gb=host_gb)
-    _check_tensors(folder, stored, _expected_tensors(model, config.stored_experts), config)
-    model.to_empty(device=device)
+    _check_tensors(folder, stored, _expected_tensors(make(device="meta"), config.stored_experts), config)
+    model = make(device=device)
     embedding = model.model.embed_tokens
     size = embedding.weight.numel() * embedding.weight.element_size()
     if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
@@ -225,7 +227,7 @@ def _check_tensors(
 
 def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, StoredTensor | Derived]) -> None:
     is_nf4 = name + "_codes" in stored
-    suffixes = PACKED_SUFFIXES["nf4" if is_nf4 else "checkpoint"]
+    suffixes = PACKED_SUFFIXES[Nf4 if is_nf4 else Mxfp4]
     packed, factors = (stored[name + suffix].read().to(target.device) for suffix in suffixes)
     convert = dequantize_nf4_reference if is_nf4 else dequantize
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
@@ -406,8 +408,6 @@ def _plan_experts(
 
     def base(expert: int) -> torch.Tensor:
         """[in, out] fp32."""
-        if isinstance(experts, Bf16Experts):
-            return experts.get_parameter(leaf).detach()[expert].float()
         return experts.dense(leaf, expert).T
 
     def weight(expert: int) -> torch.Tensor:

@@ -10,20 +10,24 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels.device import is_triton
-from kernels.experts.few_rows import Projection, moe_decode
-from kernels.experts.forward import ExpertWeights
-from kernels.experts.gemm import grouped_linear, grouped_linear_packed
+from kernels.device import is_few, is_triton
+from kernels.experts.few_rows import moe_decode
+from kernels.experts.forward import MoeKept, moe_backward, moe_forward
+from kernels.experts.gemm import grouped_linear
 from kernels.experts.sorting import Routing, combine, dispatch
 from kernels.packed import nf4
-from kernels.packed.fragments import can_permute, from_fragments, is_foldable, to_fragments_, unpacks_by_asm
+from kernels.packed.fragments import can_permute, from_fragments, is_foldable, to_fragments_
 from kernels.packed.mxfp4 import dequantize
+from kernels.packed.weights import Dense, Mxfp4, Mxfp4Fragments, Nf4, Packed
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
+from models.kept import Kept
+from models.linear import Gradients
+from models.memory_plan import SCRATCH_BYTES
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-PACKED_SUFFIXES = {"checkpoint": ("_blocks", "_scales"), "fragments": ("_block_fragments", "_scale_fragments"),
-                   "nf4": ("_codes", "_absmax")}  # by order (kernels/packed/weights.py)
+PACKED_SUFFIXES = {Mxfp4: ("_blocks", "_scales"), Mxfp4Fragments: ("_block_fragments", "_scale_fragments"),
+                   Nf4: ("_codes", "_absmax")}
 
 
 class _Experts(nn.Module):
@@ -48,10 +52,42 @@ class _Experts(nn.Module):
         return {"lora_A": self._parameters[f"{name}_lora_A"], "lora_B": self._parameters[f"{name}_lora_B"],
                 "lora_scale": self.lora_scale}
 
-    def forward(self, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        """x [R, D] in expert order, offsets [E + 1] (int32 on x's device, or a list) -> [R, D]."""
-        h = self.project("gate_up_proj", x, offsets)  # [R, 2F], gate and up interleaved
-        return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
+                kept: Kept | None = None) -> torch.Tensor:
+        """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32. On a GPU without gradient; kept: takes what
+        backward() needs."""
+        if not is_triton(x):
+            h = self.project("gate_up_proj", dispatch(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
+            rows = self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
+            return combine(rows, weights, routing, residual=residual)
+        projections = [self.weights(name) for name in PROJECTIONS]
+        if kept is None and is_few(x) and self.serves_few_rows():
+            few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
+            return moe_decode(x, weights, routing, *few, residual, **self._settings())
+        y, moe = moe_forward(x, weights, routing, *projections, residual,
+                             scratch_bytes=SCRATCH_BYTES if kept is None else kept.scratch_bytes,
+                             keeps_h=kept is not None and not kept.recomputes("h"), **self._settings())
+        if kept is not None:
+            kept.keep({"h": moe.h, "low_rank_x": moe.low_rank_x, "low_rank_act": moe.low_rank_act})
+        return y
+
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, kept: Kept,
+                 grads: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of x [T, D] and of the gate weights [T, A] from that of forward's result, which is also the residual's;
+        those of what trains go to `grads`."""
+        moe = MoeKept(*(kept.take(name) for name in ("h", "low_rank_x", "low_rank_act")))
+        grad_x, grad_weights, lora_grads, base_grads = moe_backward(
+            grad, x, weights, routing, *(self.weights(name) for name in PROJECTIONS), moe,
+            scratch_bytes=kept.scratch_bytes, needs_base=self.trains_base(), **self._settings())
+        if lora_grads is not None:
+            grads.update(zip(self.lora_tensors(), lora_grads))
+        if base_grads is not None:
+            names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in PROJECTIONS)
+            grads.update(zip((self._parameters[name] for name in names), base_grads))
+        return grad_x, grad_weights
+
+    def _settings(self) -> dict:
+        return {"lora": self.lora_tensors(), "lora_scale": self.lora_scale, "alpha": self.alpha, "limit": self.limit}
 
     def lora_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """A and B of gate_up, A and B of down; None without an adapter or with it switched off."""
@@ -63,20 +99,13 @@ class _Experts(nn.Module):
         return any(parameter.requires_grad for name, parameter in self._parameters.items()
                    if parameter is not None and "lora" not in name)
 
-    def mix(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
-        """residual [T, D] plus the experts of x [T, D] weighted by the gate weights [T, A], with gradients of everything."""
-        offsets = routing.offsets_device if is_triton(x) else routing.offsets
-        return combine(self(dispatch(x, routing), offsets), weights, routing, residual=residual)
+    def serves_few_rows(self) -> bool:
+        """Whether kernels for few rows read these weights as they are held."""
+        return all(self.weights(name).serves_few_rows for name in PROJECTIONS)
 
-    def can_decode(self) -> bool:
-        """Whether decode() serves these weights."""
-        return True
-
-    def decode(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
-        """What mix gives, for few tokens and without gradients: the bits of moe_forward, from the weights as they are
-        held. Triton only, and only where can_decode()."""
-        return moe_decode(x, weights, routing, *(self._for_decode(name, x, routing) for name in PROJECTIONS), residual,
-                          lora=self.lora_tensors(), lora_scale=self.lora_scale, alpha=self.alpha, limit=self.limit)
+    def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        """The reference: rows x [R, in] in expert order, offsets [E + 1] -> [R, out]."""
+        return grouped_linear(x, self.weights(name), offsets, **self._lora(name))
 
 
 class Bf16Experts(_Experts):
@@ -88,70 +117,62 @@ class Bf16Experts(_Experts):
             weight = torch.empty(config.num_local_experts, size_in, size_out, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
-    def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        return grouped_linear(x, self._parameters[name], self._parameters[f"{name}_bias"], offsets, **self._lora(name))
+    def weights(self, name: str) -> Dense:
+        """A projection as the kernels take it."""
+        return Dense(self._parameters[name], self._parameters[f"{name}_bias"])
 
-    def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
-        """The weights as the GPU's forward and backward take them."""
-        return ExpertWeights(self._parameters[name], None, None, self._parameters[f"{name}_bias"], scratch_bytes, "checkpoint",
-                             False)
-
-    def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
-        return Projection(self._parameters[name], None, None, self._parameters[f"{name}_bias"], False)
+    def dense(self, name: str, expert: int) -> torch.Tensor:
+        """[out, in] fp32 of one expert."""
+        return self._parameters[name].detach()[expert].float().T
 
 
 class _PackedExperts(_Experts):
-    """Frozen weights as a checkpoint packs them, dequantised where they are used; `order` says how
-    (kernels/packed/weights.py)."""
+    """Frozen weights as a checkpoint packs them, dequantised where they are used; `layout` is how they lie, a class of
+    kernels/packed/weights.py, and `settings` what it takes beside two tensors and the bias."""
 
-    order: str
-    folds = False  # what mxfp4_fragments.is_foldable said
+    layout: type[Packed]
+    settings: tuple[bool, ...] = ()
 
     def _hold(self, name: str, *tensors: torch.Tensor) -> None:
-        for suffix, tensor in zip(PACKED_SUFFIXES[self.order], tensors):
+        for suffix, tensor in zip(PACKED_SUFFIXES[self.layout], tensors):
             self.register_buffer(name + suffix, tensor)
 
     def _packed(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both tensors in the order they are held in."""
-        return tuple(self._buffers[name + suffix] for suffix in PACKED_SUFFIXES[self.order])
+        """Both tensors in the layout they are held in."""
+        return tuple(self._buffers[name + suffix] for suffix in PACKED_SUFFIXES[self.layout])
 
-    def project(self, name: str, x: torch.Tensor, offsets: torch.Tensor | list[int]) -> torch.Tensor:
-        return grouped_linear_packed(x, *self._packed(name), self._parameters[f"{name}_bias"], offsets, order=self.order,
-                                     folds=self.folds, **self._lora(name))
-
-    def held(self, name: str, scratch_bytes: int) -> ExpertWeights:
-        """The weights as the GPU's forward and backward take them; at most scratch_bytes dequantised at once."""
-        return ExpertWeights(None, *self._packed(name), self._parameters[f"{name}_bias"], scratch_bytes, self.order, self.folds)
+    def weights(self, name: str) -> Packed:
+        return self.layout(*self._packed(name), self._parameters[f"{name}_bias"], *self.settings)
 
 
 class Mxfp4Experts(_PackedExperts):
     """Packed weights, uint8, frozen: blocks [E, out, in/32, 16] and scales [E, out, in/32].
 
-    `order` is how they lie: as in a checkpoint or, after to_fragments(), permuted in place for the tensor cores
-    (kernels/packed/fragments.py). The buffers are named after it, NAME_blocks and NAME_scales or NAME_block_fragments and
-    NAME_scale_fragments, so that bytes in one order are never read or loaded as the other. packed() gives the checkpoint's."""
+    They lie as in a checkpoint or, after to_fragments(), permuted in place for the tensor cores (kernels/packed/fragments.py).
+    The buffers are named after it, NAME_blocks and NAME_scales or NAME_block_fragments and NAME_scale_fragments, so that bytes
+    in one layout are never read or loaded as the other. packed() gives the checkpoint's."""
 
     def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__(config, device=device, dtype=dtype)
-        self.order, self.folds = "checkpoint", False
+        self.layout = Mxfp4
         for name, (size_in, size_out) in self.sizes.items():
             shape = (config.num_local_experts, size_out, size_in // 32)
             blocks = torch.empty(*shape, 16, device=device, dtype=torch.uint8)
             self._hold(name, blocks, torch.empty(shape, device=device, dtype=torch.uint8))
 
     def to_fragments(self) -> None:
-        """Permutes the weights in place, where their sizes allow, and finds out how they unpack (`folds`). For loading: waits for
-        the device."""
-        assert self.order == "checkpoint", f"packed weights are in the order {self.order} already"
+        """Permutes the weights in place, where their sizes allow, and finds out how they unpack. For loading: waits for the
+        device."""
+        assert self.layout is Mxfp4, f"packed weights lie as {self.layout.__name__} already"
         pairs = {name: self._packed(name) for name in PROJECTIONS}
         if not all(can_permute(blocks) for blocks, _ in pairs.values()):
             return
-        self.folds = all(is_foldable(scales) for _, scales in pairs.values())
+        self.settings = (all(is_foldable(scales) for _, scales in pairs.values()),)
         for name, pair in pairs.items():
-            for suffix in PACKED_SUFFIXES[self.order]:
+            for suffix in PACKED_SUFFIXES[Mxfp4]:
                 del self._buffers[name + suffix]
             to_fragments_(*pair)
-        self.order = "fragments"
+        self.layout = Mxfp4Fragments
         for name, pair in pairs.items():
             self._hold(name, *pair)
 
@@ -159,7 +180,7 @@ class Mxfp4Experts(_PackedExperts):
         """Blocks [out, in/32, 16] and scales [out, in/32] of one expert as a checkpoint holds them; new tensors or views."""
         part = slice(expert, expert + 1)
         blocks, scales = (tensor[part] for tensor in self._packed(name))
-        if self.order == "fragments":
+        if self.layout is Mxfp4Fragments:
             blocks, scales = from_fragments(blocks, scales)
         return blocks[0], scales[0]
 
@@ -167,18 +188,11 @@ class Mxfp4Experts(_PackedExperts):
         """[out, in] fp32 of one expert."""
         return dequantize(*self.packed(name, expert), torch.float32)
 
-    def can_decode(self) -> bool:
-        return self.order == "fragments"
-
-    def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
-        return Projection(None, *self._packed(name), self._parameters[f"{name}_bias"],
-                          unpacks_by_asm(x, is_foldable=self.folds))
-
 
 class Nf4Experts(_PackedExperts):
     """Packed weights, frozen: codes [E, out, in/2] uint8 and absmax [E, out * in/64] fp32 (kernels/packed/nf4.py)."""
 
-    order = "nf4"
+    layout = Nf4
 
     def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__(config, device=device, dtype=dtype)
@@ -192,9 +206,5 @@ class Nf4Experts(_PackedExperts):
         codes, absmax = (tensor[expert] for tensor in self._packed(name))
         return nf4.dequantize_nf4(codes, absmax, absmax.new_empty(codes.shape[0], 2 * codes.shape[1]))
 
-    def _for_decode(self, name: str, x: torch.Tensor, routing: Routing) -> Projection:
-        """Dense weights of the experts that have tokens; of the others nothing is written or read."""
-        codes, absmax = self._packed(name)
-        dense = x.new_empty(*codes.shape[:2], 2 * codes.shape[2])  # [E, out, in]
-        nf4.dequantize_nf4(codes, absmax, dense, offsets=routing.offsets_device)
-        return Projection(dense.transpose(1, 2), None, None, self._parameters[f"{name}_bias"], False)
+
+EXPERTS = {"bf16": Bf16Experts, "mxfp4": Mxfp4Experts, "nf4": Nf4Experts}

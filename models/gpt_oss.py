@@ -1,41 +1,38 @@
 """gpt-oss: one definition for training (packed sequences), prefill and decode.
 
-Block: x += attention(norm(x)); x += experts(norm(x)). No query-key norm, no logit cap, no embedding scale
-(openai/gpt-oss, gpt_oss/torch/model.py). Departures: router logits, attention scores, softmax, SwiGLU, gate weighting and
-head logits are fp32 whatever the weights' dtype, and so is the residual stream of a float16 model (kernels/device.py: it passes
-float16's range). Parameter names are those of the Hugging Face checkpoint.
+Layers are those of models/block.py: no query-key norm, no logit cap, no embedding scale (openai/gpt-oss,
+gpt_oss/torch/model.py). Departures: router logits, attention scores, softmax, SwiGLU, gate weighting and head logits are fp32
+whatever the weights' dtype, and so is the residual stream of a float16 model (kernels/device.py: it passes float16's range).
+Parameter names are those of the Hugging Face checkpoint.
 
-Shapes: T packed tokens, S sequences, B decoded sequences, D model width, H query heads, K key-value heads, V vocabulary.
+Shapes: T packed tokens, S sequences, B decoded sequences, D model width, V vocabulary.
 """
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention.decode import SharedPrefixes, decode_attention
-from kernels.attention.packed import attention
+from kernels.attention.decode import SharedPrefixes
 from kernels.attention.plan import AttentionPlan
 from kernels.device import is_triton, to_device
 from kernels.embedding import embedding
-from kernels.experts.sorting import route
 from kernels.head.draw import draw, head_logits
 from kernels.head.log_probs import log_probs
-from kernels.linear import lora_linear
-from kernels.norm import add_rms_norm, rms_norm
-from kernels.rope import rope_qk, rotate
-from kernels.router import router_logits
+from models.block import Block, Keys, RMSNorm
 from models.config import GptOssConfig
-from models.experts import Bf16Experts, Mxfp4Experts, Nf4Experts
-from models.frozen_block import Attend, Choose, DecodeStep, TrainingPass, run_block, train_block
-from models.kv_cache import PAGE_TOKENS, KVCache
-from models.memory_plan import SCRATCH_BYTES, MemoryBudget
+from models.experts import EXPERTS
+from models.kept import TrainingPass
+from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PromptKeys, packed_positions
+from models.kv_cache import KVCache
+from models.linear import Linear
+from models.memory_plan import MemoryBudget
 from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
@@ -60,124 +57,6 @@ class KeptSets:
         return KeptSets(self.ids[torch.repeat_interleave(starts, counts) + within], offsets)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config: GptOssConfig, **factory) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, eps=self.eps, dtype=self.weight.dtype)
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of residual + x, and residual + x itself."""
-        return add_rms_norm(x, residual, self.weight, eps=self.eps)
-
-
-class Linear(nn.Module):
-    """A dense projection that may carry an adapter (models/lora.py attaches it)."""
-
-    def __init__(self, size_in: int, size_out: int, **factory) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size_out, size_in, **factory), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(size_out, **factory), requires_grad=False)
-        self.register_parameter("lora_A", None)  # [r, in] fp32
-        self.register_parameter("lora_B", None)  # [out, r] fp32
-        self.lora_scale, self.adapter_enabled = 0.0, True
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        adapter = (self.lora_A, self.lora_B) if self.adapter_enabled else (None, None)
-        return lora_linear(x, self.weight, self.bias, *adapter, scale=self.lora_scale)
-
-
-class Router(Linear):
-    """Logits of the experts, fp32 whatever the dtype of x and the weights."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = router_logits(x, self.weight, self.bias)
-        if self.lora_A is None or not self.adapter_enabled:
-            return logits
-        low_rank = lora_linear(x.float(), self.lora_A, None, None, None, scale=1.0)
-        return logits + self.lora_scale * lora_linear(low_rank, self.lora_B, None, None, None, scale=1.0)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: GptOssConfig, layer: int, **factory) -> None:
-        super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.window = config.sliding_window if config.is_windowed(layer) else 0  # 0: none
-        width, head_dim = config.hidden_size, config.head_dim
-        self.q_proj = Linear(width, config.num_attention_heads * head_dim, **factory)
-        self.k_proj = Linear(width, config.num_key_value_heads * head_dim, **factory)
-        self.v_proj = Linear(width, config.num_key_value_heads * head_dim, **factory)
-        self.o_proj = Linear(config.num_attention_heads * head_dim, width, **factory)
-        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
-        self._fused: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def fused_qkv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight [P, D] and bias [P] of queries, keys and values side by side. The first call moves the three projections'
-        parameters into them, as views: one copy is held, under both names."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if self._fused is None or self._fused[0].data_ptr() != self.q_proj.weight.data_ptr():
-            self._fused = (torch.cat([p.weight.data for p in projections]), torch.cat([p.bias.data for p in projections]))
-            sizes = [p.weight.shape[0] for p in projections]
-            for projection, weight, bias in zip(projections, *(tensor.split(sizes) for tensor in self._fused)):
-                projection.weight.data, projection.bias.data = weight, bias
-        return self._fused
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, head_dim]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, head_dim]
-        q, k = rope_qk(q, k, cos, sin)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(attend(self.layer, q, k, v, self.sinks).flatten(1))
-
-
-class MixtureOfExperts(nn.Module):
-    def __init__(self, config: GptOssConfig, experts: str, **factory) -> None:
-        super().__init__()
-        self.experts_per_token = config.num_experts_per_tok
-        self.router = Router(config.hidden_size, config.num_local_experts, **factory)
-        kind = Bf16Experts if experts == "bf16" else Mxfp4Experts if experts == "mxfp4" else Nf4Experts
-        self.experts = kind(config, **factory)
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, choose: Choose | None) -> torch.Tensor:
-        """residual plus the weighted sum of the experts of x, those that `choose` names or the router's own."""
-        logits = self.router(x)
-        indices = None if choose is None else choose(logits)
-        weights, routing = route(logits, experts_per_token=self.experts_per_token, indices=indices)
-        return self.experts.mix(x, weights, routing, residual)
-
-
-class Block(nn.Module):
-    def __init__(self, config: GptOssConfig, layer: int, experts: str, **factory) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config, **factory)
-        self.self_attn = Attention(config, layer, **factory)
-        self.post_attention_layernorm = RMSNorm(config, **factory)
-        self.mlp = MixtureOfExperts(config, experts, **factory)
-
-    def forward(self, x: torch.Tensor, compute: Callable[[Block, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The block's output for x [T, D], computed as the caller says: by compose() or models/frozen_block.py. Being a call of
-        the module either way, it is seen by its hooks."""
-        return compute(self, x)
-
-    def compose(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend,
-                choose: Choose | None) -> torch.Tensor:
-        """By autograd over the single operations: on the CPU, and for the gradients of a base that trains. On a GPU a forward
-        by models/frozen_block.py gives the same bits."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        normed, x = self.post_attention_layernorm.add(attended, x)
-        return self.mlp(normed, x, choose)
-
-    def trains_base(self) -> bool:
-        """Whether a weight or bias of a projection, of the router or of the experts trains."""
-        attn = self.self_attn
-        linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, self.mlp.router)
-        return self.mlp.experts.trains_base() or any(
-            parameter.requires_grad for linear in linears for parameter in (linear.weight, linear.bias))
-
-
 class Embedding(nn.Module):
     def __init__(self, size: int, width: int, **factory) -> None:
         super().__init__()
@@ -197,14 +76,14 @@ class GptOss(nn.Module):
 
     `experts` is the format they are held in, "bf16" (dense, in `dtype`), "mxfp4" or "nf4" (packed). Parameters are left
     uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights. `activation_checkpointing` recomputes
-    layers in the backward; on a GPU with a frozen base, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is
-    given, and `host_gb` of pinned host memory take the input embedding and more of what layers keep."""
+    layers in the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given, and `host_gb` of
+    pinned host memory take the input embedding and more of what layers keep."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
                  activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:
         super().__init__()
-        if experts not in ("bf16", "mxfp4", "nf4"):
-            raise ValueError(f"experts={experts!r}; allowed: bf16, mxfp4, nf4")
+        if experts not in EXPERTS:
+            raise ValueError(f"experts={experts!r}; allowed: {', '.join(EXPERTS)}")
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, experts
         self.activation_checkpointing = activation_checkpointing
@@ -243,30 +122,19 @@ class GptOss(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def trains_base(self) -> bool:
-        """Whether that is so of any block."""
-        return any(block.trains_base() for block in self.model.layers)
-
     @contextmanager
     def exchanged(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
         """Inside, the parameters of these names hold these tensors, copied to the model's device. They are exchanged and not
-        overwritten: what they held, weights fused from them included, stays at its address, which CUDA graphs hold."""
+        overwritten: what they held stays at its address, which CUDA graphs hold."""
         parameters = dict(self.named_parameters())
         own = {name: parameters[name].data for name in tensors}
-        attentions = [block.self_attn for block in self.model.layers
-                      if f"model.layers.{block.self_attn.layer}.self_attn.q_proj.weight" in tensors]  # all three projections then
-        fused = [attention._fused for attention in attentions]
         try:
-            for attention in attentions:
-                attention._fused = None
             for name, tensor in tensors.items():
                 parameters[name].data = tensor.to(own[name].device)
             yield
         finally:
             for name, tensor in own.items():
                 parameters[name].data = tensor
-            for attention, weights in zip(attentions, fused):
-                attention._fused = weights
 
     @property
     def adapter_is_enabled(self) -> bool:
@@ -276,7 +144,7 @@ class GptOss(nn.Module):
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside, the model computes as if it carried no adapter."""
-        carriers = [module for module in self.modules() if isinstance(module, (Linear, Bf16Experts, Mxfp4Experts, Nf4Experts))]
+        carriers = [module for module in self.modules() if isinstance(module, (Linear, *EXPERTS.values()))]
         for module in carriers:
             module.adapter_enabled = False
         try:
@@ -285,53 +153,44 @@ class GptOss(nn.Module):
             for module in carriers:
                 module.adapter_enabled = True
 
-    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, plan: AttentionPlan | None,
-                routing: RoutingRecord | RoutingReplay | None, *, decode: DecodeStep | None = None) -> torch.Tensor:
-        """Final-norm hidden states [T, D] of tokens [T] at positions [T] of their sequences, which attend as `attend` says
-        or, where there is a gradient, by `plan`. decode: how few tokens attend, as run_block takes it."""
-        self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, on the first call
-        cos, sin = cos_sin(positions, self.inv_freq, concentration(self.config))
+    def _angles(self, positions: torch.Tensor) -> Angles:
+        self.inv_freq = self.inv_freq.to(positions.device)  # copied once, on the first call
+        return cos_sin(positions, self.inv_freq, concentration(self.config))
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         x = embedding(tokens, self.model.embed_tokens.weight)
-        x = x.float() if self.dtype == torch.float16 else x
-        blocks, is_training = self.model.layers, torch.is_grad_enabled()
-        chooses = [None if routing is None else partial(routing.choose, layer) for layer in range(len(blocks))]
-        if not is_triton(x) or (is_training and self.trains_base()):
-            for block, choose in zip(blocks, chooses):
-                compute = partial(Block.compose, cos=cos, sin=sin, attend=attend, choose=choose)
-                if is_training and self.activation_checkpointing:
-                    compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-                x = block(x, compute)
-        elif plan is None or not is_training:
-            run = partial(run_block, cos=cos, sin=sin, attend=attend, scratch_bytes=SCRATCH_BYTES, decode=decode)
-            for block, choose in zip(blocks, chooses):
-                x = block(x, partial(run, choose=choose))
-        else:
-            trainable = self.trainable_parameters()
-            of_layers = [[] for _ in blocks]
-            for name, parameter in trainable.items():
-                if name.startswith("model.layers."):
-                    of_layers[int(name.split(".", 3)[2])].append(parameter)
-            places = self.memory.plan(x, plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format != "bf16")
-            run = TrainingPass(cos, sin, plan, places.scratch_bytes, self.memory.store, places.max_pending_bytes,
-                               self.memory.after_backward)
-            for block, layer, parameters, choose in zip(blocks, places.layers, of_layers, chooses):
-                x = block(x, partial(train_block, run=run, plan=layer, parameters=parameters, choose=choose))
+        return x.float() if self.dtype == torch.float16 else x
+
+    def _hidden(self, tokens: torch.Tensor, keys: Keys, routing: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
+        """Final-norm hidden states [T, D] of tokens [T]. Without gradient on a GPU."""
+        x, run = self._embedded(tokens), Block.__call__
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        for block in self.model.layers:
+            x = run(block, x, keys, routing)
         return self.model.norm(x)
 
-    def _packed_attend(self, plan: AttentionPlan) -> Attend:
-        scale = self.config.head_dim ** -0.5
-
-        def attend(layer, q, k, v, sinks):
-            return attention(q, k, v, sinks, cu_seqlens=plan.cu_seqlens, window=self.model.layers[layer].self_attn.window,
-                             scale=scale, plan=plan)
-
-        return attend
+    def _trained_hidden(self, tokens: torch.Tensor, keys: PackedKeys, routing: RoutingReplay | None) -> torch.Tensor:
+        """_hidden with gradients on a GPU."""
+        x, trainable = self._embedded(tokens), self.trainable_parameters()
+        of_layers: list[list[nn.Parameter]] = [[] for _ in self.model.layers]
+        for name, parameter in trainable.items():
+            if name.startswith("model.layers."):
+                of_layers[int(name.split(".", 3)[2])].append(parameter)
+        places = self.memory.plan(x, keys.plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format != "bf16")
+        run = TrainingPass(places.layers, of_layers, places.scratch_bytes, self.memory.store, places.max_pending_bytes,
+                           self.memory.after_backward)
+        for block in self.model.layers:
+            x = block(x, keys, routing, run)
+        return self.model.norm(x)
 
     def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
                        routing: RoutingReplay | None) -> torch.Tensor:
-        plan = AttentionPlan(cu_seqlens, prefixes=prefixes)
-        positions = packed_positions(cu_seqlens, tokens.device, prefixes)
-        return self._hidden(tokens, positions, self._packed_attend(plan), plan, routing)
+        angles = self._angles(packed_positions(cu_seqlens, tokens.device, prefixes))
+        keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
+        if is_triton(tokens) and torch.is_grad_enabled():
+            return self._trained_hidden(tokens, keys, routing)
+        return self._hidden(tokens, keys, routing)
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
@@ -402,17 +261,10 @@ class GptOss(nn.Module):
                 totals[prefix], is_last[prefix] = totals[sequence], False
         counts, totals = to_device(lengths, tokens.device), to_device(totals, tokens.device)
         token_slots, token_totals = (x.repeat_interleave(counts, output_size=len(tokens)) for x in (slots, totals))
-        packed = self._packed_attend(AttentionPlan(bounds, prefixes=prefixes))
-        # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
-        last = {length: (positions >= token_totals - length).nonzero().squeeze(1) for length in set(cache.lengths)}
-
-        def attend(layer, q, k, v, sinks):
-            rows = last[cache.lengths[layer]]
-            cache.write(layer, k[rows], v[rows], token_slots[rows], positions[rows])
-            return packed(layer, q, k, v, sinks)
-
+        keys = PromptKeys(self._angles(positions), AttentionPlan(bounds, prefixes=prefixes), cache, token_slots, positions,
+                          token_totals)
         ends = to_device(torch.tensor(bounds[1:])[is_last], tokens.device)
-        return self._hidden(tokens, positions, attend, None, record, decode=DecodeStep(_rotate_in_place, attend))[ends - 1]
+        return self._hidden(tokens, keys, record)[ends - 1]
 
     @torch.no_grad()
     def prefill_piece(self, tokens: torch.Tensor, start: int, cache: KVCache, slot: int, *, prefix_len: int = 0,
@@ -423,23 +275,12 @@ class GptOss(nn.Module):
         A sequence in pieces of any lengths gives what it gives in one, on a GPU bit for bit where attention runs by Triton.
         `prefix_len`: how many of the sequence's first tokens, those of this piece included, are counted apart: a prompt whose
         keys are added up before the others, as by prefill_hidden's prefixes; 0 for none."""
-        end, device = start + len(tokens), tokens.device
+        end = start + len(tokens)
         if end > cache.max_len:
             raise ValueError(f"a prompt of {end} tokens does not fit a cache of {cache.max_len} per sequence")
         cache.flush()
-        positions = torch.arange(start, end, device=device)
-        slots = torch.full_like(positions, slot)
-        spans = {length: piece_plan(start, end, length, prefix_len) for length in set(cache.lengths)}
-
-        def attend(layer, q, k, v, sinks):
-            first, plan = spans[cache.lengths[layer]]
-            # read first: a ring's new entries replace some that the piece's first tokens see
-            earlier_k, earlier_v = cache.read(layer, slot, first, start)
-            lost = max(len(k) - cache.lengths[layer], 0)
-            cache.write(layer, k[lost:], v[lost:], slots[lost:], positions[lost:])
-            return self._packed_attend(plan)(layer, q, torch.cat((earlier_k, k)), torch.cat((earlier_v, v)), sinks)
-
-        return self._hidden(tokens, positions, attend, None, record, decode=DecodeStep(_rotate_in_place, attend))[-1:]
+        angles = self._angles(torch.arange(start, end, device=tokens.device))
+        return self._hidden(tokens, ChunkKeys(angles, start, end, cache, slot, prefix_len), record)[-1:]
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
@@ -459,22 +300,9 @@ class GptOss(nn.Module):
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
         cache.flush()  # does nothing in a graph: who replays one flushes before
-
-        def attend_stored(layer, q, k, v, sinks):
-            return decode_attention(q, cache.keys[layer], cache.values[layer], sinks, slots=slots, positions=positions,
-                                    window=self.model.layers[layer].self_attn.window, scale=self.config.head_dim ** -0.5,
-                                    prefix_lens=prefix_lens, page_table=cache.table_of(layer),
-                                    shared=shared if cache.is_paged[layer] else None,
-                                    longest=longest if cache.is_paged[layer] else 0)
-
-        def attend(layer, q, k, v, sinks):
-            cache.write(layer, k, v, slots, positions)
-            return attend_stored(layer, q, k, v, sinks)
-
-        def store(layer, q, k, v, cos, sin):
-            cache.rotate_and_write(layer, q, k, v, cos, sin, slots, positions)
-
-        return self._hidden(tokens, positions, attend, None, record, decode=DecodeStep(store, attend_stored))
+        keys = CachedKeys(self._angles(positions), cache, slots, positions, prefix_lens=prefix_lens, shared=shared,
+                          longest=longest)
+        return self._hidden(tokens, keys, record)
 
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -494,34 +322,6 @@ class GptOss(nn.Module):
         (kernels/head/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs
         [B] fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
         return draw(hidden, self.lm_head.weight, words, temperature=temperature)
-
-
-def _rotate_in_place(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """What a prefill of few tokens does before it attends: the attention stores keys and values itself."""
-    rotate(q, k, cos, sin, backward=False, out=(q, k))
-
-
-def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
-    """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
-    bounds = torch.tensor(cu_seqlens)
-    lengths = bounds.diff()
-    starts = bounds[:-1]
-    if prefixes is not None:
-        continued = torch.tensor(prefixes)
-        starts = starts - torch.where(continued >= 0, lengths[continued], 0)
-    return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
-
-
-def piece_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:
-    """For a piece start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key the
-    piece's attention takes, and its plan from there on. Tiles of keys lie as in the whole sequence, so what is left out is whole
-    tiles, counted from its start or from the prefix's end. Keys taken that the layer has lost are hidden from every query."""
-    kept = max(start - length, 0)
-    origin = prefix_len if prefix_len <= kept else 0
-    first = origin + (kept - origin) // PAGE_TOKENS * PAGE_TOKENS
-    if first < prefix_len < end:
-        return first, AttentionPlan([0, prefix_len - first, end - first], prefixes=[-1, 0], first_query=start - first)
-    return first, AttentionPlan([0, end - first], first_query=start - first)
 
 
 def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None = None) -> torch.Tensor:

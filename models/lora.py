@@ -14,6 +14,7 @@ from torch import nn
 
 from models.experts import PACKED_SUFFIXES, PROJECTIONS
 from models.gpt_oss import GptOss
+from models.linear import Linear, side_by_side
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "experts")
 
@@ -42,21 +43,21 @@ def _check(config: LoraConfig) -> None:
 
 
 def _pair(lead: tuple[int, ...], size_in: int, size_out: int, rank: int, generator: torch.Generator,
-          device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
+          device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     bound = math.sqrt(1.0 / size_in)  # Kaiming uniform with a = sqrt(5)
     down = (torch.rand(*lead, rank, size_in, generator=generator) * 2 - 1) * bound
-    return nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(*lead, size_out, rank, device=device))
+    return down.to(device), torch.zeros(*lead, size_out, rank, device=device)
 
 
-def _lay_side_by_side(modules: list[nn.Module]) -> None:
-    """Moves the adapters of queries, keys and values into one tensor each for A and B, of which they are views: what computes all
-    three in one product needs no copy."""
-    for name in ("lora_A", "lora_B"):
-        parameters = [getattr(module, name) for module in modules]
-        if parameters:
-            joined = torch.cat([parameter.data for parameter in parameters])
-            for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters])):
-                parameter.data = part
+def _attach(modules: list[Linear], config: LoraConfig, generator: torch.Generator) -> None:
+    """Adapters of projections of the same input, side by side."""
+    if not modules:
+        return
+    pairs = [_pair((), *module.weight.shape[::-1], config.rank, generator, module.weight.device) for module in modules]
+    parts = [side_by_side(torch.cat(side), [len(tensor) for tensor in side]) for side in zip(*pairs)]
+    for module, lora_A, lora_B in zip(modules, *parts):
+        module.lora_A, module.lora_B = lora_A.requires_grad_(), lora_B.requires_grad_()
+        module.lora_scale = config.alpha / config.rank
 
 
 def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
@@ -67,23 +68,17 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("attach_lora: the model already carries an adapter")
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on any device
-    scale = config.alpha / config.rank
     for block in model.model.layers:
         dense = {name: getattr(block.self_attn, name) for name in TARGETS[:4]} | {"router": block.mlp.router}
-        for name, module in dense.items():
-            if name not in config.targets:
-                continue
-            size_out, size_in = module.weight.shape
-            module.lora_A, module.lora_B = _pair((), size_in, size_out, config.rank, generator, model.device)
-            module.lora_scale = scale
-        _lay_side_by_side([dense[name] for name in TARGETS[:3] if name in config.targets])
+        for names in (TARGETS[:3], TARGETS[3:4], TARGETS[4:5]):
+            _attach([dense[name] for name in names if name in config.targets], config, generator)
         experts = block.mlp.experts
         if "experts" in config.targets:
             for name in PROJECTIONS:
                 pair = _pair((model.config.num_local_experts,), *experts.sizes[name], config.rank, generator, model.device)
-                for side, parameter in zip("AB", pair):
-                    setattr(experts, f"{name}_lora_{side}", parameter)
-            experts.lora_scale = scale
+                for side, tensor in zip("AB", pair):
+                    setattr(experts, f"{name}_lora_{side}", nn.Parameter(tensor))
+            experts.lora_scale = config.alpha / config.rank
         block.self_attn.sinks.requires_grad_(config.train_sinks)
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             norm.weight.requires_grad_(config.train_norms)

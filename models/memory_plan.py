@@ -237,7 +237,7 @@ class MemoryBudget:
         self._largest_bytes = max(sizes.values())
         # on their way to the host in the forward, or back one layer ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
-        gradients = sum(4 * parameter.numel() for parameter in trainable if parameter.grad is None)
+        gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
         if free - workspace(self.config, run) - gradients < layers * sum(sizes.values()):
             run.keeps_h = False

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels.device import gpu_family  # noqa: E402
 from kernels.experts.gemm import Blocks, choose_blocks, grouped_gemm  # noqa: E402
 from kernels.experts.outer import OuterBlocks, choose_outer_blocks, grouped_outer, grouped_row_sum  # noqa: E402
-from kernels.linear import lora_linear  # noqa: E402
+from kernels.linear import Adapter, project, project_backward  # noqa: E402
 
 WIDTH, NUM_EXPERTS, EXPERTS_PER_TOKEN, RANK = 2880, 32, 4, 16
 SWIGLU = (1.702, 7.0)
@@ -276,32 +276,33 @@ def nk1_dense(w: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def time_dense(num_tokens: int) -> None:
-    """A projection with LoRA: forward in one kernel, backward by the vendor's GEMM."""
+    """A projection with LoRA: ours, and eager by autograd."""
     for name, size_in, size_out in (("q", 2880, 4096), ("k", 2880, 512), ("o", 4096, 2880)):
         shape, flops = f"T={num_tokens} {name}", 2 * num_tokens * size_in * size_out
         x, weight, bias = normal(num_tokens, size_in), normal(size_out, size_in, scale=size_in**-0.5), normal(size_out)
         down = normal(RANK, size_in, scale=size_in**-0.5, dtype=torch.float32).requires_grad_()
         up = normal(size_out, RANK, scale=0.1, dtype=torch.float32).requires_grad_()
-        tensors, grad = (x, weight, bias, down, up), normal(num_tokens, size_out)
+        grad, adapter = normal(num_tokens, size_out), Adapter(down.detach(), up.detach(), None, [slice(0, size_out)], 2.0)
 
         def eager(x=x, weight=weight, bias=bias, down=down, up=up):
             base = torch.nn.functional.linear(x, weight, bias)
             return base + 2.0 * (x @ down.to(x.dtype).T @ up.to(x.dtype).T)
 
-        def ours(tensors=tensors):
-            return lora_linear(*tensors, scale=2.0)
+        def ours(x=x, weight=weight, bias=bias, adapter=adapter):
+            return project(x, weight, bias, adapter, keeps_low_rank=True)
 
         exact = x.double() @ (weight.double() + 2.0 * up.detach().double() @ down.detach().double()).T + bias.double()
-        check(f"{name}_proj", lambda: ours().detach(), exact, eager().detach())  # noqa: B023
+        check(f"{name}_proj", lambda: ours()[0], exact, eager().detach())  # noqa: B023
         del exact
         measure("dense base alone", shape, lambda: torch.nn.functional.linear(x, weight, bias), flops=flops)  # noqa: B023
         for variant, function in (("ours", ours), ("eager", eager)):
             measure(f"dense + lora forward, {variant}", shape, function, flops=flops)
-        x.requires_grad_()
-        for variant, function in (("ours", ours), ("eager", eager)):
-            output = function()
-            measure(f"dense + lora backward, {variant}", shape,
-                    lambda: torch.autograd.grad(output, (x, down, up), grad, retain_graph=True), flops=flops)  # noqa: B023
+        output, (_, low_rank) = eager(x=x.requires_grad_()), ours(x=x.detach())
+        for variant, function in (
+                ("ours", lambda: project_backward(grad, x.detach(), weight, low_rank, adapter, needs_x=True,  # noqa: B023
+                                                  needs_base=False)),
+                ("eager", lambda: torch.autograd.grad(output, (x, down, up), grad, retain_graph=True))):  # noqa: B023
+            measure(f"dense + lora backward, {variant}", shape, function, flops=flops)
 
 
 def time_launch(w: dict[str, torch.Tensor]) -> None:

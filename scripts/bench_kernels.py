@@ -28,7 +28,7 @@ from kernels.experts.forward import activation_grad  # noqa: E402
 from kernels.experts.gemm import grouped_gemm  # noqa: E402
 from kernels.experts.outer import grouped_outer, grouped_row_sum  # noqa: E402
 from kernels.head.log_probs import log_probs  # noqa: E402
-from kernels.linear import lora_linear  # noqa: E402
+from kernels.linear import Adapter, project, project_backward  # noqa: E402
 
 WIDTH, EXPERTS, RANK = bench_grouped_gemm.WIDTH, bench_grouped_gemm.NUM_EXPERTS, bench_grouped_gemm.RANK
 HEADS, KV_HEADS, HEAD_DIM = bench_attention.HEADS, bench_attention.KV_HEADS, bench_attention.WIDTH
@@ -184,22 +184,23 @@ def weight_gradient_cases(num_tokens: int) -> Iterator[Case]:
 
 
 def dense_cases(num_tokens: int) -> Iterator[Case]:
-    """Projections of the attention with LoRA, by autograd: the backward's products are the library's, several a call."""
+    """Projections of the attention with LoRA."""
     normal = bench_grouped_gemm.normal
     for name, size_in, size_out in (("q", 2880, 4096), ("k, v", 2880, 512), ("o", 4096, 2880)):
-        x, grad = normal(num_tokens, size_in).requires_grad_(), normal(num_tokens, size_out)
+        x, grad = normal(num_tokens, size_in), normal(num_tokens, size_out)
         weight, bias = normal(size_out, size_in, scale=size_in**-0.5), normal(size_out)
-        down = normal(RANK, size_in, scale=size_in**-0.5, dtype=torch.float32).requires_grad_()
-        up = normal(size_out, RANK, scale=0.1, dtype=torch.float32).requires_grad_()
+        down = normal(RANK, size_in, scale=size_in**-0.5, dtype=torch.float32)
+        up = normal(size_out, RANK, scale=0.1, dtype=torch.float32)
+        adapter = Adapter(down, up, None, [slice(0, size_out)], LORA_SCALE)
         flops, low_flops = 2.0 * num_tokens * size_in * size_out, 2.0 * num_tokens * RANK * (size_in + size_out)
 
-        def forward(x=x, weight=weight, bias=bias, down=down, up=up):
-            return lora_linear(x, weight, bias, down, up, scale=LORA_SCALE)
+        def forward(x=x, weight=weight, bias=bias, adapter=adapter):
+            return project(x, weight, bias, adapter, keeps_low_rank=True)
 
-        y = forward()
+        y, low_rank = forward()
 
-        def backward(y=y, leaves=(x, down, up), grad=grad):
-            return torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        def backward(grad=grad, x=x, weight=weight, low_rank=low_rank, adapter=adapter):
+            return project_backward(grad, x, weight, low_rank, adapter, needs_x=True, needs_base=False)
 
         yield Case(f"{name} projection with LoRA", flops + low_flops, size_of(x, weight, y, down, up), forward)
         yield Case(f"{name} projection with LoRA, backward", flops + 2 * low_flops,

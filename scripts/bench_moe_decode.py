@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import device as launch_module  # noqa: E402
 from kernels.device import gpu_family  # noqa: E402
 from kernels.experts import few_rows as module  # noqa: E402
-from kernels.experts.few_rows import DecodeBlocks, Projection, decode_projection, low_rank_rows, moe_decode  # noqa: E402
-from kernels.experts.forward import ExpertWeights, moe_forward  # noqa: E402
+from kernels.experts.few_rows import DecodeBlocks, decode_projection, low_rank_rows, moe_decode  # noqa: E402
+from kernels.experts.forward import moe_forward  # noqa: E402
 from kernels.experts.gemm import grouped_gemm  # noqa: E402
 from kernels.experts.sorting import make_routing  # noqa: E402
 from kernels.packed import fragments as fragments_module  # noqa: E402
 from kernels.packed.fragments import dequantize_fragments, from_fragments, to_fragments_  # noqa: E402
 from kernels.packed.mxfp4 import dequantize_experts  # noqa: E402
+from kernels.packed.weights import Mxfp4Fragments, Projection  # noqa: E402
 
 WIDTH, NUM_EXPERTS, PER_TOKEN, RANK, LAYERS = 2880, 32, 4, 16, 6
 LORA_LAYERS = 14  # LoRA's first factors of so many layers exceed the L2 cache
@@ -226,10 +227,9 @@ def check_bits(quick: bool) -> bool:
     for num_tokens in (1, 32, 512) if quick else (1, 7, 8, 32, 128, 512):
         batch = Batch(num_tokens)
         for adapters in (lora, None):
-            held = [ExpertWeights(None, part.blocks, part.scales, part.bias, SCRATCH_BYTES, "fragments", True)
-                    for part in (gate_up, down)]
+            held = [Mxfp4Fragments(part.blocks, part.scales, part.bias, True) for part in (gate_up, down)]
             expected, _ = moe_forward(batch.x, batch.weights, batch.routing, *held, batch.residual, lora=adapters, keeps_h=False,
-                                      **settings)
+                                      scratch_bytes=SCRATCH_BYTES, **settings)
             same, forms = {}, {"assembly": (gate_up, down), "dense": dense}
             if num_tokens in (8, 128):  # the same tiles, but each has to be compiled
                 forms["arithmetic"] = [part._replace(unpacks_by_asm=False) for part in (gate_up, down)]

@@ -47,9 +47,9 @@ def packed_logits(model: GptOss, rows: list[torch.Tensor]) -> list[torch.Tensor]
     """Logits [L, V] fp32 on the CPU of each row of ids, the rows run as one packed batch."""
     lengths = torch.tensor([0, *(len(row) for row in rows)])
     cu_seqlens = lengths.cumsum(0).to(model.device, torch.int32)
-    with torch.no_grad():
+    with torch.enable_grad():  # as in training, where no kernel for few rows takes the place of a router that has hooks
         logits = model.logits(torch.cat(rows).to(model.device), cu_seqlens)
-    return list(logits.float().cpu().split(lengths[1:].tolist()))
+    return list(logits.detach().float().cpu().split(lengths[1:].tolist()))
 
 
 def max_abs(ours: torch.Tensor, golden: torch.Tensor) -> float:

@@ -222,10 +222,6 @@ def explain(model: GptOss, completions: list[Completion], batch: RolloutBatch, s
     run_trainer(model, batch, settings, trainer, start=int(batch.cu_seqlens[index]), prompt_len=prompt_len,
                 num_positions=position)
     run_sampler(model, completions, settings, sampler, index=index, num_positions=position)
-    if model.device.type == "cuda" and model.trains_base():  # other operations make its gradients: those that both paths have
-        common = trainer.found.keys() & sampler.found.keys()
-        for recorder in (trainer, sampler):
-            recorder.found = {key: parts for key, parts in recorder.found.items() if key in common}
     return compare(trainer, sampler, position)
 
 

@@ -43,22 +43,12 @@ from kernels.device import (
 from kernels.experts.gemm import DTYPES, grouped_gemm
 from kernels.experts.sorting import Routing, combine
 from kernels.packed.fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
+from kernels.packed.weights import Projection
 from kernels.swiglu import clamped_swiglu
 
 # what the launch before writes, where launches overlap: any input; x; low_rank
 FOR_ALL, FOR_X, FOR_LOW_RANK = 0, 1, 2
 PREFETCH = tl.constexpr(512)  # inputs whose weights are asked for while x is waited for
-
-
-class Projection(NamedTuple):
-    """Weights of one projection: dense [E, K, N], or blocks [E, N, K / 32, 16] and scales [E, N, K / 32] uint8 in fragment
-    order. unpacks_by_asm: what mxfp4_fragments.unpacks_by_asm said of them."""
-
-    dense: torch.Tensor | None
-    blocks: torch.Tensor | None
-    scales: torch.Tensor | None
-    bias: torch.Tensor | None  # [E, N]
-    unpacks_by_asm: bool
 
 
 class DecodeBlocks(NamedTuple):

@@ -1,5 +1,5 @@
-"""The routed experts on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA on a frozen base. Forward and backward
-are plain functions: models/frozen_block.py calls them from the block's own.
+"""The routed experts on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA. Forward and backward are plain
+functions: models/experts.py calls them from the layer's own.
 
 y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, each W with its unmerged LoRA. The backward is given
 x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after
@@ -11,6 +11,7 @@ Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F e
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,31 +20,10 @@ import triton.language as tl
 
 from kernels.device import is_triton, launch, next_power_of_2
 from kernels.experts.gemm import grouped_gemm
-from kernels.experts.outer import grouped_outer
+from kernels.experts.outer import grouped_outer, grouped_row_sum
 from kernels.experts.sorting import Routing, sum_rows
-from kernels.packed.weights import dequantize_packed, packed_shape
+from kernels.packed.weights import ExpertWeights
 from kernels.swiglu import clamped_swiglu_grad
-
-
-@dataclass
-class ExpertWeights:
-    """One projection: dense [E, in, out], or packed as kernels/packed/weights.py says."""
-
-    dense: torch.Tensor | None
-    blocks: torch.Tensor | None
-    scales: torch.Tensor | None
-    bias: torch.Tensor  # [E, out]
-    scratch_bytes: int  # of dequantised weights held at once
-    order: str  # of packed weights
-    folds: bool  # what mxfp4_fragments.is_foldable said of the scales, in fragment order
-
-    def packed_shape(self) -> tuple[int, int, int]:
-        """E, out, in of packed weights."""
-        return packed_shape(self.blocks, self.order)
-
-    def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
-        """Writes the packed weights of some experts into out [e, out, in] and returns it."""
-        return dequantize_packed(self.blocks[experts], self.scales[experts], out, order=self.order, folds=self.folds)
 
 
 @triton.jit
@@ -105,30 +85,26 @@ def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, 
     return dots
 
 
-def _all_dense(weights: ExpertWeights, x: torch.Tensor) -> torch.Tensor | None:
+def _all_dense(weights: ExpertWeights, x: torch.Tensor, scratch_bytes: int) -> torch.Tensor | None:
     """The dequantised weights [E, out, in] of a packed projection, where the scratch holds all of them."""
-    if weights.dense is not None:
+    if weights.dense is not None or math.prod(weights.shape) * x.element_size() > scratch_bytes:
         return None
-    num_experts, size_out, size_in = weights.packed_shape()
-    if num_experts * size_out * size_in * x.element_size() > weights.scratch_bytes:
-        return None
-    return weights.dequantize(slice(None), x.new_empty(num_experts, size_out, size_in))
+    return weights.dequantize(slice(None), x.new_empty(weights.shape))
 
 
-def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, is_transposed: bool = False,
-             dense: torch.Tensor | None = None, gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None,
-             lora_up: torch.Tensor | None = None, swiglu: tuple[float, float] | None = None,
+def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, scratch_bytes: int,
+             is_transposed: bool = False, dense: torch.Tensor | None = None, gather: torch.Tensor | None = None,
+             low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None, swiglu: tuple[float, float] | None = None,
              pre_activation: torch.Tensor | None = None) -> torch.Tensor:
     """grouped_gemm through W or, transposed, W^T, packed weights dequantised some experts at a time unless `dense` [E, out, in]
     holds them all. lora_up [E, r, out]."""
     bias = None if is_transposed else weights.bias
-    if weights.dense is not None:
-        dense = weights.dense.transpose(1, 2)
+    dense = weights.dense if dense is None else dense
     if dense is not None:
         return grouped_gemm(x, dense if is_transposed else dense.transpose(1, 2), offsets, gather=gather, bias=bias,
                             low_rank=low_rank, lora_up=lora_up, swiglu=swiglu, pre_activation=pre_activation, out=out)
-    num_experts, size_out, size_in = weights.packed_shape()
-    chunk = max(1, min(num_experts, weights.scratch_bytes // (size_out * size_in * x.element_size())))
+    num_experts, size_out, size_in = weights.shape
+    chunk = max(1, min(num_experts, scratch_bytes // (size_out * size_in * x.element_size())))
     scratch = x.new_empty(chunk, size_out, size_in)
     for first in range(0, num_experts, chunk):
         part = slice(first, min(first + chunk, num_experts))
@@ -148,16 +124,17 @@ class MoeKept:
     low_rank_act: torch.Tensor | None  # [R, r]: scale act A2^T
 
 
-Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # or gradients of as many
 
 
 def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
-                residual: torch.Tensor, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
+                residual: torch.Tensor, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float, scratch_bytes: int,
                 keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
     """residual [T, D] (x's dtype or fp32) plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D] in the residual's
     dtype; and what moe_backward needs.
 
-    lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. Triton only, no gradient."""
+    lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. scratch_bytes: of dequantised
+    weights held at once. Triton only, no gradient."""
     assert is_triton(x), "moe: the reference composes dispatch, grouped_linear, swiglu and combine"
     offsets, num_rows, width = routing.offsets_device, routing.tokens.shape[0], down.bias.shape[1]
     A1, B1, A2, B2 = lora or (None,) * 4
@@ -167,22 +144,22 @@ def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_u
     h = x.new_empty(num_rows, gate_up.bias.shape[1]) if keeps_h else None
     act = _project(gate_up, x, offsets, x.new_empty(num_rows, gate_up.bias.shape[1] // 2), gather=routing.tokens,
                    low_rank=low_rank_x, lora_up=None if lora is None else B1.transpose(1, 2), swiglu=(alpha, limit),
-                   pre_activation=h)
+                   pre_activation=h, scratch_bytes=scratch_bytes)
     if lora is not None:
         low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
     # in the stream's dtype: a float16 row can pass 65504
     rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=residual.dtype), low_rank=low_rank_act,
-                    lora_up=None if lora is None else B2.transpose(1, 2))
+                    lora_up=None if lora is None else B2.transpose(1, 2), scratch_bytes=scratch_bytes)
     del act
     return sum_rows(rows, weights, routing.inverse, residual), MoeKept(h, low_rank_x, low_rank_act)
 
 
 def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
-                 down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float,
-                 limit: float) -> tuple[torch.Tensor, torch.Tensor, Lora | None]:
-    """Gradients of x [T, D], of the gate weights [T, A] and of LoRA's tensors (fp32) from that of the output, grad [T, D] in the
-    output's dtype (which is also the residual's, as it is). Uses kept.h as scratch where it is there, else computes h again.
-    Triton only."""
+                 down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
+                 scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, Lora | None]:
+    """Gradients of x [T, D], of the gate weights [T, A], of LoRA's tensors (fp32) and, where asked for, of the dense weights of
+    gate_up and down and their biases, from that of the output, grad [T, D] in the output's dtype (which is also the residual's,
+    as it is). Uses kept.h as scratch where it is there, else computes h again. Triton only."""
     grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
@@ -190,25 +167,36 @@ def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, rou
     h, kept.h, dense = kept.h, None, None
     if h is None:
         h = x.new_empty(num_rows, 2 * inner)
-        dense = _all_dense(gate_up, x)  # the input's gradient needs it again
-        _project(gate_up, x, offsets, h, gather=tokens, low_rank=kept.low_rank_x, dense=dense,
+        dense = _all_dense(gate_up, x, scratch_bytes)  # the input's gradient needs it again
+        _project(gate_up, x, offsets, h, gather=tokens, low_rank=kept.low_rank_x, dense=dense, scratch_bytes=scratch_bytes,
                  lora_up=None if lora is None else B1.transpose(1, 2))
     grad_low_rank = None if lora is None else grouped_gemm(grad, B2, offsets, gather=tokens, scale=lora_scale)  # [R, r]
     # through the down projection, before the gate weight
     act = _project(down, grad, offsets, x.new_empty(num_rows, inner), is_transposed=True, gather=tokens,
-                   low_rank=grad_low_rank, lora_up=A2)
+                   low_rank=grad_low_rank, lora_up=A2, scratch_bytes=scratch_bytes)
     grad_weights = activation_grad(act, h, weights, routing.order, alpha=alpha, limit=limit,
                                    dots=_bias_dots(grad, down.bias, routing.indices))
-    lora_grads = None
-    if lora is not None:
+    lora_grads = base_grads = row_weights = None
+    if lora is not None or needs_base:
         row_weights = weights.flatten()[routing.order]  # [R] fp32
+    if needs_base:  # h now holds its own gradient
+        base_grads = tuple(map(torch.empty_like, (gate_up.weight, down.weight, gate_up.bias, down.bias)))
+        rows = x.index_select(0, tokens)  # wide products are faster on rows that lie in order
+        grouped_outer(rows, h, offsets, base_grads[0])
+        grouped_row_sum(h, offsets, base_grads[2])
+        rows = torch.index_select(grad, 0, tokens, out=rows).mul_(row_weights[:, None])
+        grouped_outer(act, rows, offsets, base_grads[1])
+        grouped_row_sum(rows, offsets, base_grads[3])
+        del rows
+    if lora is not None:
         lora_grads = tuple(torch.empty_like(tensor) for tensor in lora)
         grouped_outer(grad, kept.low_rank_act, offsets, lora_grads[3], gather=tokens, row_scale=row_weights)
         grouped_outer(act, grad_low_rank, offsets, lora_grads[2].transpose(1, 2), row_scale=row_weights)
-        grad_low_rank = grouped_gemm(h, B1, offsets, scale=lora_scale)  # [R, r]; h now holds its own gradient
+        grad_low_rank = grouped_gemm(h, B1, offsets, scale=lora_scale)  # [R, r]
         grouped_outer(h, kept.low_rank_x, offsets, lora_grads[1])
         grouped_outer(x, grad_low_rank, offsets, lora_grads[0].transpose(1, 2), gather=tokens)
     # the activation is no longer needed: its memory takes the rows of the input's gradient, if the widths agree
     out = act if x.shape[1] == inner else x.new_empty(num_rows, x.shape[1])
-    grad_rows = _project(gate_up, h, offsets, out, is_transposed=True, low_rank=grad_low_rank, lora_up=A1, dense=dense)
-    return sum_rows(grad_rows, None, routing.inverse, None), grad_weights, lora_grads
+    grad_rows = _project(gate_up, h, offsets, out, is_transposed=True, low_rank=grad_low_rank, lora_up=A1, dense=dense,
+                         scratch_bytes=scratch_bytes)
+    return sum_rows(grad_rows, None, routing.inverse, None), grad_weights, lora_grads, base_grads

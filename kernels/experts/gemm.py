@@ -8,9 +8,8 @@ steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is 
 projections side by side (queries, keys, values), each column names the slice of the low-rank row that is its own. Gradients
 of weights are in grouped_outer.py.
 
-Weights come dense, with gradients of everything, or as packed MXFP4, frozen, dequantised in the forward and again in the
-backward so that no dequantised copy outlives its use. On the CPU the references take one expert at a time, and so does the
-library's path (kernels/device.py: product_path).
+The library's path (kernels/device.py: product_path) takes one expert at a time. So does the reference, grouped_linear, which
+dequantises frozen packed weights in the forward and again in the backward so that no dequantised copy outlives its use.
 
 Shapes: R routed rows, E experts, K in, N out, r LoRA's rank.
 """
@@ -25,8 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
 from kernels.device import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
-from kernels.experts.outer import grouped_outer, grouped_row_sum
-from kernels.packed.weights import dequantize_packed, packed_shape
+from kernels.packed.weights import Dense, ExpertWeights, Packed
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
 
@@ -66,74 +64,49 @@ def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up,
     return out
 
 
+def _weight_of(weight: torch.Tensor | None, packed: Packed | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K] of one expert."""
+    if packed is None:
+        return weight[expert].T
+    out = torch.empty(1, *packed.shape[1:], dtype=dtype, device=packed.bias.device)
+    return packed.dequantize(slice(expert, expert + 1), out)[0]
+
+
 class _ReferenceLinear(torch.autograd.Function):
+    """weight [E, K, N], or frozen packed ones, dequantised again in the backward."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, offsets):
-        ctx.save_for_backward(x, weight)
-        ctx.offsets, ctx.has_bias = offsets, bias is not None
-        y = x.new_empty(x.shape[0], weight.shape[2])
+    def forward(ctx, x, weight, packed, bias, offsets):
+        ctx.save_for_backward(*((x, weight) if packed is None else ()))
+        ctx.packed, ctx.offsets, ctx.has_bias = packed, offsets, bias is not None
+        ctx.num_in = x.shape[1]
+        num_experts, ctx.num_out = (len(weight), weight.shape[2]) if packed is None else packed.shape[:2]
+        ctx.num_experts, y = num_experts, x.new_empty(x.shape[0], ctx.num_out)
         for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
             if start < end:
-                y[start:end] = linear(x[start:end], weight[expert].T, None if bias is None else bias[expert])
+                y[start:end] = linear(x[start:end], _weight_of(weight, packed, expert, x.dtype),
+                                      None if bias is None else bias[expert])
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors or (None, None)
+        needs_x, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_x = torch.empty_like(x) if needs_x else None
+        grad_x = grad.new_empty(grad.shape[0], ctx.num_in) if needs_x else None
         grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
-        grad_bias = grad.new_zeros(weight.shape[0], weight.shape[2]) if needs_bias and ctx.has_bias else None
+        grad_bias = grad.new_zeros(ctx.num_experts, ctx.num_out) if needs_bias and ctx.has_bias else None
         for expert, (start, end) in enumerate(zip(ctx.offsets, ctx.offsets[1:])):
             if start == end:
                 continue
             grad_rows = grad[start:end]
             if needs_x:
-                torch.mm(grad_rows, weight[expert].T, out=grad_x[start:end])
+                torch.mm(grad_rows, _weight_of(weight, ctx.packed, expert, grad.dtype), out=grad_x[start:end])
             if needs_weight:
                 torch.mm(x[start:end].T, grad_rows, out=grad_weight[expert])
             if grad_bias is not None:
                 grad_bias[expert] = grad_rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _dequantized(blocks, scales, dtype, order, folds) -> torch.Tensor:
-    """Packed weights as [E, N, K]."""
-    out = torch.empty(packed_shape(blocks, order), dtype=dtype, device=scales.device)
-    return dequantize_packed(blocks, scales, out, order=order, folds=folds)
-
-
-def _expert_weight(blocks, scales, expert, dtype, order) -> torch.Tensor:
-    """[N, K] of one expert."""
-    return _dequantized(blocks[expert:expert + 1], scales[expert:expert + 1], dtype, order, False)[0]
-
-
-class _ReferenceLinearPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, blocks, scales, bias, offsets, order):
-        ctx.save_for_backward(blocks, scales)
-        ctx.offsets, ctx.order = offsets, order
-        y = x.new_empty(x.shape[0], blocks.shape[1])
-        for expert, (start, end) in enumerate(zip(offsets, offsets[1:])):
-            if start < end:
-                y[start:end] = linear(x[start:end], _expert_weight(blocks, scales, expert, x.dtype, order), bias[expert])
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        blocks, scales = ctx.saved_tensors
-        needs_x, _, _, needs_bias, *_ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_x = grad.new_empty(grad.shape[0], packed_shape(blocks, ctx.order)[2]) if needs_x else None
-        grad_bias = grad.new_zeros(blocks.shape[0], blocks.shape[1]) if needs_bias else None
-        for expert, (start, end) in enumerate(zip(ctx.offsets, ctx.offsets[1:])):
-            if start < end and needs_x:
-                weight = _expert_weight(blocks, scales, expert, grad.dtype, ctx.order)
-                torch.mm(grad[start:end], weight, out=grad_x[start:end])
-            if start < end and needs_bias:
-                grad_bias[expert] = grad[start:end].sum(0)
-        return grad_x, None, None, grad_bias, None, None
+        return grad_x, grad_weight, None, grad_bias, None
 
 
 class Blocks(NamedTuple):
@@ -398,92 +371,14 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     return out
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """y = x W + b + scale (x A^T) B^T on rows in expert order; weight or else blocks and scales; LoRA's tensors may be None."""
-
-    @staticmethod
-    def weight_of(weight, blocks, scales, dtype, packing) -> torch.Tensor:
-        """Dense [E, K, N], or a view in that order of the dequantised [E, N, K]."""
-        return weight if blocks is None else _dequantized(blocks, scales, dtype, *packing).transpose(1, 2)
-
-    @staticmethod
-    def forward(ctx, x, weight, blocks, scales, bias, lora_A, lora_B, offsets, scale, packing):
-        low_rank = None
-        if lora_A is not None:
-            low_rank = grouped_gemm(x, lora_A.transpose(1, 2), offsets, scale=scale)  # [R, r]
-        ctx.save_for_backward(x, weight, blocks, scales, lora_A, lora_B, low_rank, offsets)
-        ctx.scale, ctx.packing, ctx.bias = scale, packing, None if bias is None else (bias.shape, bias.dtype)
-        dense = _GroupedLinear.weight_of(weight, blocks, scales, x.dtype, packing)
-        return grouped_gemm(x, dense, offsets, bias=bias, low_rank=low_rank,
-                            lora_up=None if lora_B is None else lora_B.transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, blocks, scales, lora_A, lora_B, low_rank, offsets = ctx.saved_tensors
-        needs_x, needs_weight, _, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_x = grad_weight = grad_bias = grad_A = grad_B = grad_low_rank = None
-        if lora_A is not None and (needs_x or needs_A):
-            grad_low_rank = grouped_gemm(grad, lora_B, offsets, scale=ctx.scale)  # [R, r]
-        if needs_x:
-            dense = _GroupedLinear.weight_of(weight, blocks, scales, x.dtype, ctx.packing)
-            grad_x = grouped_gemm(grad, dense.transpose(1, 2), offsets, low_rank=grad_low_rank, lora_up=lora_A)
-            del dense
-        if needs_weight:
-            # in memory order of the weight, which may be a transposed view
-            is_transposed = weight.stride(1) == 1 and weight.stride(2) != 1
-            shape = (weight.shape[0], weight.shape[2], weight.shape[1]) if is_transposed else weight.shape
-            grad_weight = weight.new_empty(shape)
-            grad_weight = grad_weight.transpose(1, 2) if is_transposed else grad_weight
-            grouped_outer(x, grad, offsets, grad_weight)
-        if needs_bias and ctx.bias is not None:
-            grad_bias = grouped_row_sum(grad, offsets, grad.new_empty(ctx.bias[0], dtype=ctx.bias[1]))
-        if needs_A:
-            grad_A = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
-            grouped_outer(x, grad_low_rank, offsets, grad_A.transpose(1, 2))
-        if needs_B:
-            grad_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-            grouped_outer(grad, low_rank, offsets, grad_B)
-        return grad_x, grad_weight, None, None, grad_bias, grad_A, grad_B, None, None, None
-
-
-def _with_lora(y, x, lora_A, lora_B, offsets, scale) -> torch.Tensor:
-    """The reference's way: two more grouped products, added."""
-    low_rank = _ReferenceLinear.apply(x, lora_A.to(x.dtype).transpose(1, 2), None, offsets)  # [R, r]
-    return y + scale * _ReferenceLinear.apply(low_rank, lora_B.to(x.dtype).transpose(1, 2), None, offsets)
-
-
-def _on_device(offsets: torch.Tensor | list[int], x: torch.Tensor) -> torch.Tensor:
-    return offsets if isinstance(offsets, torch.Tensor) else torch.tensor(offsets, dtype=torch.int32, device=x.device)
-
-
-def _on_host(offsets: torch.Tensor | list[int]) -> list[int]:
-    return offsets.tolist() if isinstance(offsets, torch.Tensor) else offsets
-
-
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor | list[int], *,
-                   lora_A: torch.Tensor | None = None, lora_B: torch.Tensor | None = None,
-                   lora_scale: float | None = None) -> torch.Tensor:
-    """x [R, K] in expert order, weight [E, K, N], bias [E, N] or none, offsets [E + 1] -> [R, N] in x's dtype.
-
-    offsets: int32 on x's device (a GPU never waits for them), or a list. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or
-    x's dtype, add lora_scale (x A^T) B^T; their gradients come in their own dtype."""
-    if product_path(x) != "reference":
-        return _GroupedLinear.apply(x, weight, None, None, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale, None)
-    offsets = _on_host(offsets)
-    y = _ReferenceLinear.apply(x, weight, bias, offsets)
-    return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)
-
-
-def grouped_linear_packed(x: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor,
-                          offsets: torch.Tensor | list[int], *, order: str, folds: bool, lora_A: torch.Tensor | None = None,
-                          lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
-    """x [R, K] in expert order, packed weights of E experts, bias [E, N] -> [R, N] in x's dtype.
-
-    blocks, scales, order and folds as packed.dequantize_packed takes them, offsets and LoRA as grouped_linear does."""
-    if product_path(x) != "reference":
-        return _GroupedLinear.apply(x, None, blocks, scales, bias, lora_A, lora_B, _on_device(offsets, x), lora_scale,
-                                    (order, folds))
-    offsets = _on_host(offsets)
-    y = _ReferenceLinearPacked.apply(x, blocks, scales, bias, offsets, order)
-    return y if lora_A is None else _with_lora(y, x, lora_A, lora_B, offsets, lora_scale)
+def grouped_linear(x: torch.Tensor, weights: ExpertWeights, offsets: list[int], *, lora_A: torch.Tensor | None = None,
+                   lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
+    """The reference, with gradients of x, LoRA, biases and dense weights: x [R, K] in expert order, offsets [E + 1] -> [R, N] in
+    x's dtype. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T; their gradients come
+    in their own dtype."""
+    weight, packed = (weights.weight, None) if isinstance(weights, Dense) else (None, weights)
+    y = _ReferenceLinear.apply(x, weight, packed, weights.bias, offsets)
+    if lora_A is None:
+        return y
+    low_rank = _ReferenceLinear.apply(x, lora_A.to(x.dtype).transpose(1, 2), None, None, offsets)  # [R, r]
+    return y + lora_scale * _ReferenceLinear.apply(low_rank, lora_B.to(x.dtype).transpose(1, 2), None, None, offsets)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import models.gpt_oss
+import models.keys
 from grpo.batch import Prompt, pack
 from grpo.rollout import Sampler
 from models.checkpoint import load_model
@@ -69,8 +69,8 @@ def test_every_operation_of_a_token_is_seen_on_both_paths(scripts, changes, inde
     run_trainer(model, batch, chosen, trainer, start=int(batch.cu_seqlens[index]), prompt_len=prompt_len,
                 num_positions=prompt_len + 6)
     run_sampler(model, completions, chosen, sampler, index=index, num_positions=prompt_len + 6)
-    # 4 layers of 18 operations each, the last norm and the log-probs
-    assert len(trainer.found) == 4 * 18 + 2
+    # 4 layers of 16 operations each, the last norm and the log-probs
+    assert len(trainer.found) == 4 * 16 + 2
     assert {sum(map(len, parts)) for (_, name), parts in sampler.found.items() if "log-prob" not in name} == {prompt_len + 6}
     recorded = torch.cat(sampler.found[4, "log-prob of the next token"]).tolist()
     assert recorded == completions[index].segments[1].log_probs[:7]
@@ -80,7 +80,7 @@ def test_every_operation_of_a_token_is_seen_on_both_paths(scripts, changes, inde
 def test_a_changed_decode_attention_is_named(scripts, monkeypatch, capsys):
     from explain_mismatch import check
 
-    original = models.gpt_oss.decode_attention
+    original = models.keys.decode_attention
 
     def changed(q, *arguments, window, positions, **others):
         out = original(q, *arguments, window=window, positions=positions, **others)
@@ -88,7 +88,7 @@ def test_a_changed_decode_attention_is_named(scripts, monkeypatch, capsys):
             out[positions >= 15, 2, 3] += 1e-3
         return out
 
-    monkeypatch.setattr(models.gpt_oss, "decode_attention", changed)
+    monkeypatch.setattr(models.keys, "decode_attention", changed)
     assert check(adapted_model(), PROMPTS, settings()) == 1
     shown = capsys.readouterr().out
     # the first prompt's completions end before position 15

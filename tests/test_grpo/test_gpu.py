@@ -11,8 +11,9 @@ import torch
 from rollout_problem import assert_equal
 
 import grpo.rollout
+import kernels.device
+import kernels.linear
 import models.decoder
-import models.frozen_block
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.kl import Reference
 from grpo.rollout import Sampler
@@ -156,7 +157,7 @@ def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypat
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from explain_mismatch import Settings, explain
 
-    monkeypatch.setattr(models.frozen_block, "MAX_DECODE_TOKENS", 8)  # prompts by the kernels of training
+    monkeypatch.setattr(kernels.device, "MAX_FEW_ROWS", 8)  # prompts by the kernels of training
     if trains_base:
         model = load_model(FIXTURES / "tiny_bf16", device="cuda", dtype=torch.bfloat16)
         set_full_training(model)
@@ -170,12 +171,11 @@ def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypat
                         shares_prompts=shares_prompts, seed=3)
     position = len(prompts[1].token_ids) + 30
     assert explain(model, completions, batch, settings, index=3, position=position) is None
-    original = models.frozen_block._decode_project
-    monkeypatch.setattr(models.frozen_block, "_decode_project", lambda *arguments: original(*arguments) * 1.01)
+    original = kernels.linear.decode_linear
+    monkeypatch.setattr(kernels.linear, "decode_linear", lambda *arguments, **settings: original(*arguments, **settings) * 1.01)
     at, findings = explain(model, completions, batch, settings, index=3, position=position)
     first = next(finding for finding in findings if finding.num_differing)
-    operation = "rotated queries" if trains_base else "queries, keys and values"
-    assert (at, first.layer, first.operation) == (len(prompts[1].token_ids), 0, operation)
+    assert (at, first.layer, first.operation) == (len(prompts[1].token_ids), 0, "queries, keys and values")
 
 
 def test_a_completion_is_the_same_alone_and_in_any_batch():
@@ -310,7 +310,7 @@ def test_a_prefill_of_few_tokens_leaves_the_bits_of_others(monkeypatch, bounds):
     model, results = adapted_model(), []
     tokens = (torch.arange(bounds[-1], device="cuda") * 37 + 5) % 380
     for most in (512, 0):
-        monkeypatch.setattr(models.frozen_block, "MAX_DECODE_TOKENS", most)
+        monkeypatch.setattr(kernels.device, "MAX_FEW_ROWS", most)
         cache = model.new_cache(2, 512)
         assert cache.reserve(0, 512) and cache.reserve(1, 512)
         hidden = model.prefill_hidden(tokens, torch.tensor(bounds), cache, torch.arange(len(bounds) - 1, device="cuda"))

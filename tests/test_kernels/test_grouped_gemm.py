@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.experts.gemm import grouped_linear, grouped_linear_packed
+from kernels.experts.gemm import grouped_linear
 from kernels.experts.sorting import combine, dispatch, route
 from kernels.packed.mxfp4 import dequantize
+from kernels.packed.weights import Dense, Mxfp4
 from kernels.swiglu import swiglu
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 CASES = ("top2of8", "top4of8_starved", "one_token")
-AS_STORED = {"order": "checkpoint", "folds": False}
 WEIGHTS = ("x", "router_w", "router_b", "w1", "b1", "w2", "b2")
 
 
@@ -25,8 +25,8 @@ def golden(case: str) -> dict[str, torch.Tensor]:
 def mixture(x, router_w, router_b, w1, b1, w2, b2, *, experts_per_token):
     """Golden weights are [E, out, in]; ours are [E, in, out]."""
     weights, routing = route(x.float() @ router_w.float().T + router_b.float(), experts_per_token=experts_per_token)
-    h = grouped_linear(dispatch(x, routing), w1.transpose(1, 2), b1, routing.offsets)
-    y = grouped_linear(swiglu(h, alpha=1.702, limit=7.0), w2.transpose(1, 2), b2, routing.offsets)
+    h = grouped_linear(dispatch(x, routing), Dense(w1.transpose(1, 2), b1), routing.offsets)
+    y = grouped_linear(swiglu(h, alpha=1.702, limit=7.0), Dense(w2.transpose(1, 2), b2), routing.offsets)
     return combine(y, weights, routing)
 
 
@@ -89,7 +89,7 @@ def test_packed_experts_equal_their_dequantised_weights_in_value_and_gradient(of
     x = torch.randn(offsets[-1], 64, generator=generator)
     grad = torch.randn(offsets[-1], 12, generator=generator)
     ours_x, ours_bias = x.clone().requires_grad_(), bias.clone().requires_grad_()
-    y = grouped_linear_packed(ours_x, blocks, scales, ours_bias, offsets, **AS_STORED)
+    y = grouped_linear(ours_x, Mxfp4(blocks, scales, ours_bias), offsets)
     y.backward(grad)
     their_x, their_bias = x.double().requires_grad_(), bias.double().requires_grad_()
     weight = dequantize(blocks, scales, torch.float64)  # [E, out, in]
@@ -101,10 +101,10 @@ def test_packed_experts_equal_their_dequantised_weights_in_value_and_gradient(of
     torch.testing.assert_close(ours_bias.grad.double(), their_bias.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_only_packed_weights_are_kept_for_the_backward():
+def test_neither_rows_nor_dequantised_weights_are_kept_for_the_backward_of_packed_ones():
     blocks, scales, bias = packed()
-    y = grouped_linear_packed(torch.randn(4, 64, requires_grad=True), blocks, scales, bias, [0, 2, 3, 4], **AS_STORED)
-    assert [tensor.dtype for tensor in y.grad_fn.saved_tensors] == [torch.uint8, torch.uint8]
+    y = grouped_linear(torch.randn(4, 64, requires_grad=True), Mxfp4(blocks, scales, bias), [0, 2, 3, 4])
+    assert y.grad_fn.saved_tensors == () and y.grad_fn.packed.blocks is blocks
 
 
 @pytest.mark.parametrize("offsets", [[0, 4, 4, 7], [0, 0, 0, 0]])
@@ -114,7 +114,7 @@ def test_dense_experts_without_bias_in_value_and_gradient(offsets):
     grad = torch.randn(offsets[-1], 4, generator=generator)
     ours = [tensor.clone().requires_grad_() for tensor in (x, weight)]
     theirs = [tensor.double().requires_grad_() for tensor in (x, weight)]
-    y = grouped_linear(*ours, None, offsets)
+    y = grouped_linear(ours[0], Dense(ours[1], None), offsets)
     owner = torch.repeat_interleave(torch.arange(3), torch.tensor(offsets).diff())
     expected = torch.einsum("rk,rkn->rn", theirs[0], theirs[1][owner])
     y.backward(grad)
@@ -135,7 +135,7 @@ def test_strided_rows_weights_and_gradients_give_the_same_values():
                       torch.stack((bias, bias), dim=-1)[..., 0]]
             assert not any(leaf.is_contiguous() for leaf in leaves)
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        y = grouped_linear(*leaves, [0, 3, 3, 7])
+        y = grouped_linear(leaves[0], Dense(*leaves[1:]), [0, 3, 3, 7])
         (y.sum(0) * torch.arange(1.0, 5.0)).sum().backward()  # an expanded, strided gradient
         results.append([y, *(leaf.grad for leaf in leaves)])
     for plain, other in zip(*results):
@@ -150,5 +150,5 @@ def test_packed_experts_in_bf16_stay_within_twice_the_error_of_eager_bf16():
     exact = torch.einsum("rk,rnk->rn", x.double(), dequantize(blocks, scales, torch.float64)[owner]) + bias.double()[owner]
     weight = dequantize(blocks, scales, torch.bfloat16)[owner]
     eager = torch.einsum("rk,rnk->rn", x, weight) + bias[owner]
-    ours = grouped_linear_packed(x, blocks, scales, bias, offsets, **AS_STORED)
+    ours = grouped_linear(x, Mxfp4(blocks, scales, bias), offsets)
     assert (ours.double() - exact).norm() <= 2 * (eager.double() - exact).norm()

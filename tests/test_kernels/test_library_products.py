@@ -3,14 +3,14 @@ float16, against float64."""
 
 import pytest
 import torch
+from grouped_products import outcome
 
 import kernels.device
 from kernels.device import check_served, product_path
-from kernels.experts.gemm import grouped_gemm, grouped_linear, grouped_linear_packed
+from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import grouped_outer, grouped_row_sum
 from kernels.experts.sorting import combine, make_routing
 from kernels.norm import add_rms_norm, rms_norm
-from kernels.packed.mxfp4 import dequantize
 from kernels.router import router_backward, router_logits
 from kernels.swiglu import swiglu
 
@@ -164,26 +164,15 @@ def lora_leaves(offsets, *, size_in, size_out, rank, dtype=torch.float32, device
 
 
 @pytest.mark.parametrize("offsets", OFFSETS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_experts_with_lora_and_every_gradient_equal_the_merged_weight(offsets, packed, poisoned):
+def test_experts_with_lora_and_every_gradient_equal_the_merged_weight(offsets, poisoned):
     given = lora_leaves(offsets, size_in=64, size_out=24, rank=3)
-    lora = {"lora_A": given["lora_A"], "lora_B": given["lora_B"], "lora_scale": 0.5}
-    if packed:
-        generator = torch.Generator().manual_seed(0)
-        blocks = torch.randint(0, 256, (4, 24, 2, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(122, 126, (4, 24, 2), generator=generator, dtype=torch.uint8)
-        y = grouped_linear_packed(given["x"], blocks, scales, given["bias"], int32(offsets), order="checkpoint", folds=False,
-                                 **lora)
-        given["weight"] = dequantize(blocks, scales, torch.float32).transpose(1, 2)
-    else:
-        y = grouped_linear(given["x"], given["weight"], given["bias"], int32(offsets), **lora)
     expected, leaves = merged(given, offsets, 0.5)
-    grad = normal(*y.shape, seed=5)
-    y.backward(grad)
+    grad = normal(*expected.shape, seed=5)
     expected.backward(grad.double())
-    assert_near(y, expected, 2e-6)
-    for name in leaves.keys() - ({"weight"} if packed else set()):
-        assert_near(given[name].grad, leaves[name].grad, 2e-6)
+    ours = outcome(given, int32(offsets), grad, 0.5)
+    assert_near(ours["y"], expected, 2e-6)
+    for name, leaf in leaves.items():
+        assert_near(ours[name], leaf.grad, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -270,10 +259,7 @@ def test_float16_experts_on_a_gpu_stay_within_twice_the_errors_of_eager_float16(
         results[name] = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
     for name in ("ours", "again"):
         leaves = lora_leaves(offsets, **options)
-        y = grouped_linear(leaves["x"], leaves["weight"], leaves["bias"], int32(offsets, "cuda"), lora_A=leaves["lora_A"],
-                           lora_B=leaves["lora_B"], lora_scale=0.5)
-        y.backward(grad)
-        results[name] = {"y": y.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+        results[name] = outcome(leaves, int32(offsets, "cuda"), grad, 0.5)
     assert_at_most_twice_the_error_of_eager(results["ours"], results["eager"], results["exact"])
     assert all(torch.equal(tensor, results["again"][name]) for name, tensor in results["ours"].items())
 

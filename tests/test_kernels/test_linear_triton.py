@@ -4,7 +4,7 @@ import pytest
 import torch
 from interpreter import run_interpreter_tests
 
-from kernels.linear import lora_linear
+from kernels.linear import Adapter, project, project_backward
 
 
 def tensors(*, num_tokens, size_in, size_out, rank, dtype=torch.float32, device="cpu"):
@@ -25,6 +25,16 @@ def merged(given, scale):
     return leaves["x"] @ weight.T + leaves["bias"], leaves
 
 
+def outcome(given, grad, scale):
+    """The output and the gradients by name."""
+    x, weight, bias, lora_A, lora_B = (None if tensor is None else tensor.detach() for tensor in given.values())
+    adapter = None if lora_A is None else Adapter(lora_A, lora_B, None, [slice(0, len(weight))], scale)
+    y, low_rank = project(x, weight, bias, adapter, keeps_low_rank=True)
+    grads = project_backward(grad, x, weight, low_rank, adapter, needs_x=True, needs_base=True)
+    return {"y": y, "x": grads.x, "weight": grads.weight, "bias": grads.bias} | (
+        {} if adapter is None else {"lora_A": grads.A, "lora_B": grads.Bs[0]})
+
+
 def test_the_interpreter_agrees_with_float64():
     run_interpreter_tests(__file__)
 
@@ -35,22 +45,26 @@ def test_output_and_every_gradient_equal_those_of_the_merged_weight(num_tokens, 
     given = tensors(num_tokens=num_tokens, size_in=40, size_out=24, rank=rank or 1)
     if rank is None:
         given["lora_A"] = given["lora_B"] = None
-    y, (expected, leaves) = lora_linear(*given.values(), scale=2.5), merged(given, 2.5)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    y.backward(grad)
+    expected, leaves = merged(given, 2.5)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     expected.backward(grad.double())
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    ours = outcome(given, grad, 2.5)
+    torch.testing.assert_close(ours.pop("y").double(), expected, rtol=1e-5, atol=1e-5)
+    assert ours.keys() == leaves.keys()
     for name, leaf in leaves.items():
-        torch.testing.assert_close(given[name].grad.double(), leaf.grad, rtol=1e-5, atol=2e-5, msg=name)
+        torch.testing.assert_close(ours[name].double(), leaf.grad, rtol=1e-5, atol=2e-5, msg=name)
 
 
 @pytest.mark.interpreter
 def test_no_bias_no_tokens_and_strided_input():
     given = {name: tensor.detach() for name, tensor in tensors(num_tokens=7, size_in=40, size_out=24, rank=3).items()}
     x, weight, bias, down, up = given.values()
-    y = lora_linear(x, weight, bias, down, up, scale=1.0)
-    torch.testing.assert_close(lora_linear(x.T.contiguous().T, weight, None, down, up, scale=1.0) + bias, y)
-    assert lora_linear(x[:0], weight, bias, down, up, scale=1.0).shape == (0, 24)
+    adapter = Adapter(down, up, None, [slice(0, 24)], 1.0)
+    for keeps_low_rank in (False, True):
+        y, _ = project(x, weight, bias, adapter, keeps_low_rank=keeps_low_rank)
+        bare, _ = project(x.T.contiguous().T, weight, None, adapter, keeps_low_rank=keeps_low_rank)
+        torch.testing.assert_close(bare + bias, y)
+        assert project(x[:0], weight, bias, adapter, keeps_low_rank=keeps_low_rank)[0].shape == (0, 24)
 
 
 def eager(given, grad, scale):
@@ -72,13 +86,7 @@ def test_bf16_error_is_at_most_twice_that_of_eager_bf16(num_tokens, size_in, siz
     expected, leaves = merged(given, 2.0)
     expected.backward(grad.double())
     exact = {"y": expected.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
-    runs = []
-    for _ in range(2):
-        for leaf in given.values():
-            leaf.grad = None
-        y = lora_linear(*given.values(), scale=2.0)
-        y.backward(grad)
-        runs.append({"y": y.detach()} | {name: leaf.grad for name, leaf in given.items()})
+    runs = [outcome(given, grad, 2.0) for _ in range(2)]
     theirs = eager(given, grad, 2.0)
     for name, target in exact.items():
         assert torch.equal(runs[0][name], runs[1][name]), name

@@ -14,7 +14,6 @@ import kernels.device
 from kernels.device import family_of, gpu_family
 from kernels.experts.few_rows import (
     DecodeBlocks,
-    Projection,
     choose_decode_blocks,
     decode_projection,
     moe_decode,
@@ -24,6 +23,7 @@ from kernels.experts.few_rows import (
 from kernels.experts.sorting import make_routing
 from kernels.packed.fragments import ASM_FAMILIES, chunk_of, to_fragments_, unpacks_by_asm
 from kernels.packed.mxfp4 import dequantize
+from kernels.packed.weights import Projection
 
 
 def operands(indices, packed, t, form, *, has_lora):

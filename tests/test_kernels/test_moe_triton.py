@@ -9,9 +9,10 @@ from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, normal, problem
 from safetensors.torch import load_file
 
-from kernels.experts.forward import ExpertWeights, _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
+from kernels.experts.forward import _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
 from kernels.experts.sorting import make_routing
 from kernels.packed.fragments import to_fragments_
+from kernels.packed.weights import Dense, Mxfp4, Mxfp4Fragments
 
 GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
 
@@ -31,13 +32,15 @@ def run(indices, packed, t, grad, *, has_lora, keeps_h, num_experts, num_dequant
         for pair in packed:
             to_fragments_(*pair)
     scratch = num_dequantized * t["b1"].shape[1] * t["x"].shape[1] * t["x"].element_size()
-    gate_up, down = (ExpertWeights(None, *pair, t[bias], scratch, order, True) for pair, bias in zip(packed, ("b1", "b2")))
+    form, settings = (Mxfp4Fragments, (True,)) if order == "fragments" else (Mxfp4, ())
+    gate_up, down = (form(*pair, t[bias], *settings) for pair, bias in zip(packed, ("b1", "b2")))
     routing, x, weights = make_routing(indices, num_experts=num_experts), t["x"], t["weights"]
     lora = (t["A1"], t["B1"], t["A2"], t["B2"]) if has_lora else None
-    settings = {"lora": lora, "lora_scale": SCALE, "alpha": ALPHA, "limit": LIMIT}
+    settings = {"lora": lora, "lora_scale": SCALE, "alpha": ALPHA, "limit": LIMIT, "scratch_bytes": scratch}
     y, kept = moe_forward(x, weights, routing, gate_up, down, t["residual"], keeps_h=keeps_h, **settings)
     assert (kept.h is not None) == keeps_h
-    grad_x, grad_weights, lora_grads = moe_backward(grad, x, weights, routing, gate_up, down, kept, **settings)
+    grad_x, grad_weights, lora_grads, _ = moe_backward(grad, x, weights, routing, gate_up, down, kept, needs_base=False,
+                                                       **settings)
     return {"y": y, "x": grad_x, "weights": grad_weights} | dict(zip(("A1", "B1", "A2", "B2"), lora_grads or ()))
 
 
@@ -90,12 +93,11 @@ def test_dense_experts_agree_with_the_golden():
     case = {name.split(".")[2]: tensor for name, tensor in GOLDEN.items() if name.startswith("moe.top4of8_starved.")}
     x, weights = case["x"].float(), case["topk_weight"].float()
     dense = [case[name].float().transpose(1, 2).contiguous() for name in ("w1", "w2")]
-    gate_up, down = (ExpertWeights(weight, None, None, case[bias].float(), 0, "checkpoint", False)
-                     for weight, bias in zip(dense, ("b1", "b2")))
+    gate_up, down = (Dense(weight, case[bias].float()) for weight, bias in zip(dense, ("b1", "b2")))
     routing = make_routing(case["topk_idx"].long(), num_experts=len(dense[0]))
     # the golden dx also has the router's part: gradients are compared with float64 and, whole, through the model
     y, _ = moe_forward(x, weights, routing, gate_up, down, torch.zeros_like(x), lora=None, lora_scale=0.0, alpha=ALPHA,
-                       limit=LIMIT, keeps_h=True)
+                       limit=LIMIT, scratch_bytes=0, keeps_h=True)
     torch.testing.assert_close(y, case["y"], rtol=1e-4, atol=1e-4)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.packed.weights import Mxfp4, Mxfp4Fragments
 from models.checkpoint import load_model, save_model, save_original
 from models.config import GptOssConfig
 from models.experts import PROJECTIONS, Mxfp4Experts
@@ -29,7 +30,7 @@ def written_files(folder):
 def pair():
     """The same model in both orders."""
     stored, permuted = load(in_fragments=False), load(in_fragments=True)
-    assert {block.mlp.experts.order for block in permuted.model.layers} == {"fragments"}
+    assert {block.mlp.experts.layout for block in permuted.model.layers} == {Mxfp4Fragments}
     return stored, permuted
 
 
@@ -51,7 +52,7 @@ def test_the_permutation_happens_in_place():
     places = {experts._buffers[f"{name}{suffix}"].data_ptr() for name in PROJECTIONS for suffix in ("_blocks", "_scales")}
     experts.to_fragments()
     assert {buffer.data_ptr() for buffer in experts.buffers()} == places
-    assert experts.folds
+    assert experts.weights("down_proj").folds
     with pytest.raises(AssertionError, match="already"):
         experts.to_fragments()
 
@@ -115,4 +116,4 @@ def test_sizes_without_a_fragment_order_stay_as_stored():
     for name, tensor in list(experts._buffers.items()):
         experts._buffers[name] = tensor[:, :40] if "gate_up" in name else tensor[:, :24]  # no multiples of 16
     experts.to_fragments()
-    assert experts.order == "checkpoint" and not experts.can_decode()
+    assert experts.layout is Mxfp4 and not experts.serves_few_rows()

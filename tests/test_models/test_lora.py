@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from models.checkpoint import load_model
 from models.config import GptOssConfig
-from models.frozen_block import _adapter_of
 from models.gpt_oss import GptOss
+from models.linear import adapter_of
 from models.lora import (
     LoraConfig,
     attach_lora,
@@ -266,11 +266,11 @@ def test_adapters_of_queries_keys_and_values_are_one_tensor_without_a_copy(targe
     attention = model.model.layers[1].self_attn
     modules = [getattr(attention, name) for name in targets]
     A = torch.cat([module.lora_A for module in modules])
-    adapter = _adapter_of(attention.q_proj, attention.k_proj, attention.v_proj)
+    adapter = adapter_of(attention.qkv())
     assert adapter.A.data_ptr() == modules[0].lora_A.data_ptr() and torch.equal(adapter.A, A)
     with torch.no_grad():
         modules[-1].lora_A += 1.0
     assert torch.equal(adapter.A[-RANK:], A[-RANK:] + 1.0)
     modules[0].lora_A.data = modules[0].lora_A.data.clone()  # no longer beside the others
-    assert torch.equal(_adapter_of(attention.q_proj, attention.k_proj, attention.v_proj).A, torch.cat(
+    assert torch.equal(adapter_of(attention.qkv()).A, torch.cat(
         [module.lora_A for module in modules]))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.checkpoint import load_model
-from models.gpt_oss import GptOss, KeptSets, packed_positions, piece_plan, previous_rows
+from models.gpt_oss import GptOss, KeptSets, previous_rows
+from models.keys import chunk_plan, packed_positions
 from models.lora import LoraConfig, attach_lora, set_full_training
 from models.routing_record import RoutingRecord
 
@@ -188,7 +189,7 @@ def test_a_prefill_in_pieces_is_that_of_the_whole_sequence(cuts, prefix_len, max
 
 def test_a_piece_takes_whole_tiles_of_keys_counted_from_where_the_whole_sequence_counts_them():
     def plan(start, end, length, prefix_len=0):
-        first, plan = piece_plan(start, end, length, prefix_len)
+        first, plan = chunk_plan(start, end, length, prefix_len)
         return first, plan.cu_seqlens, plan.prefixes, plan.first_query
 
     assert plan(0, 50, 128) == (0, [0, 50], None, 0)

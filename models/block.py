@@ -1,0 +1,203 @@
+"""A layer of gpt-oss: x += attention(norm(x)); x += experts(norm(x)). One forward for training, prefill and decode, one backward.
+
+On the CPU autograd differentiates Block.compute, through the references inside the functions it calls. On a GPU these are
+kernels without gradient, which choose by the number of rows and the layout of the weights and give the same bits either way;
+there Block.backward stands beside it. It computes again, with the same functions, what the forward did not keep
+(models/kept.py); the choice of experts is always kept. Adapters and base weights may train in any combination.
+
+The residual stream (x, middle, the output, and their gradients) may be fp32 beside a float16 model; products take its gradient
+rounded to the model's dtype.
+
+Shapes: T packed tokens, D model width, H query heads, K key-value heads, P = (H + 2 K) * head width, A experts per token.
+"""
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from kernels.device import is_few
+from kernels.experts.few_sorting import can_route_few, route_few
+from kernels.experts.sorting import Routing, route, route_backward
+from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
+from models.config import GptOssConfig
+from models.experts import EXPERTS
+from models.kept import Kept, TrainingPass
+from models.keys import PackedKeys
+from models.linear import Gradients, Linear, Router, linear, linear_backward, linears
+from models.routing_record import RoutingRecord, RoutingReplay
+
+
+class Keys(Protocol):
+    """What a layer's queries attend to (models/keys.py)."""
+
+    def attend(self, attn: Attention, qkv: torch.Tensor, kept: Kept | None) -> torch.Tensor: ...
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: GptOssConfig, **factory) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, eps=self.eps, dtype=self.weight.dtype)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of residual + x, and residual + x itself."""
+        return add_rms_norm(x, residual, self.weight, eps=self.eps)
+
+    def again(self, x: torch.Tensor,
+              residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """On a GPU, for the backward: the norm of x, or of residual + x and that sum, and what backward() takes beside it."""
+        return norm_forward(x, residual, self.weight, self.eps, self.weight.dtype)
+
+    def backward(self, grad: torch.Tensor, grad_total: torch.Tensor, x: torch.Tensor, inv_rms: torch.Tensor,
+                 grads: Gradients) -> torch.Tensor:
+        """The gradient of x, that of the residual stream beside it included."""
+        grad_x, grad_weight = norm_backward(grad, grad_total, x, self.weight, inv_rms, self.weight.requires_grad)
+        if grad_weight is not None:
+            grads[self.weight] = grad_weight
+        return grad_x
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GptOssConfig, layer: int, **factory) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.window = config.sliding_window if config.is_windowed(layer) else 0  # 0: none
+        width, (q_width, kv_width) = config.hidden_size, (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.widths = [q_width, kv_width, kv_width]
+        self.q_proj, self.k_proj, self.v_proj = linears(width, self.widths, **factory)
+        (self.o_proj,) = linears(q_width, [width], **factory)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
+
+    def qkv(self) -> list[Linear]:
+        """The projections that are one product."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views [T, heads, head width] of queries, keys and values in their product [T, P]."""
+        return tuple(part.unflatten(1, (-1, self.head_dim)) for part in qkv.split(self.widths, 1))
+
+    def settings(self) -> dict[str, float]:
+        """What the kernels take beside tensors."""
+        return {"window": self.window, "scale": self.head_dim ** -0.5}
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, config: GptOssConfig, layer: int, experts: str, **factory) -> None:
+        super().__init__()
+        self.layer, self.experts_per_token = layer, config.num_experts_per_tok
+        (router,) = linears(config.hidden_size, [config.num_local_experts], **factory)
+        self.router = Router(router.weight, router.bias)
+        self.experts = EXPERTS[experts](config, **factory)
+
+    def route(self, x: torch.Tensor, recorded: RoutingRecord | RoutingReplay | None,
+              kept: Kept | None) -> tuple[torch.Tensor, Routing]:
+        """Gate weights [T, A] fp32 and the routing of x [T, D]."""
+        router = self.router
+        if (kept is None and recorded is None and is_few(x) and not router.has_adapter()
+                and can_route_few(len(x), len(router.weight), self.experts_per_token)):
+            return route_few(x, router.weight, router.bias, experts_per_token=self.experts_per_token)[1:]
+        logits = router(x)
+        indices = None if recorded is None else recorded.choose(self.layer, logits)
+        return route(logits, experts_per_token=self.experts_per_token, indices=indices)
+
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, kept: Kept, grads: Gradients) -> torch.Tensor:
+        """The gradient of x [T, D], the norm's output, from that of the layer's output."""
+        weights, routing = kept.take("weights"), kept.routing
+        grad_x, grad_weights = self.experts.backward(grad, x, weights, routing, kept, grads)
+        grad_logits = route_backward(grad_weights, weights, routing.indices, len(self.router.weight))
+        self.router.backward(grad_logits, x, grad_x, grads)
+        return grad_x
+
+
+class Block(nn.Module):
+    def __init__(self, config: GptOssConfig, layer: int, experts: str, **factory) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, **factory)
+        self.self_attn = Attention(config, layer, **factory)
+        self.post_attention_layernorm = RMSNorm(config, **factory)
+        self.mlp = MixtureOfExperts(config, layer, experts, **factory)
+
+    def forward(self, x: torch.Tensor, keys: Keys, recorded: RoutingRecord | RoutingReplay | None,
+                run: TrainingPass | None = None) -> torch.Tensor:
+        """The layer's output [T, D] for x [T, D]. recorded: what notes or replays the choice of experts. run: on a GPU, where
+        gradients are to reach x and what trains in the layer."""
+        if run is None:
+            return self.compute(x, keys, recorded, None)
+        return _Trained.apply(x, self, keys, recorded, run, *run.parameters[self.self_attn.layer])
+
+    def compute(self, x: torch.Tensor, keys: Keys, recorded: RoutingRecord | RoutingReplay | None,
+                kept: Kept | None) -> torch.Tensor:
+        """kept: takes what the backward needs."""
+        attn = self.self_attn
+        normed = self.input_layernorm(x)
+        qkv, low_rank_qkv = linear(attn.qkv(), normed, keeps_low_rank=kept is not None)  # [T, P]
+        attended = keys.attend(attn, qkv, kept)  # [T, H * head width]
+        projected, low_rank_o = linear([attn.o_proj], attended, keeps_low_rank=kept is not None)
+        normed, middle = self.post_attention_layernorm.add(projected, x)
+        del projected
+        weights, routing = self.mlp.route(normed, recorded, kept)
+        if kept is not None:
+            # x without its history, which leads back to what earlier layers keep: a forward without a backward would never go
+            kept.keep({"x": x.detach(), "middle": middle, "low_rank_qkv": low_rank_qkv, "low_rank_o": low_rank_o,
+                       "weights": weights})
+            kept.routing = routing
+        return self.mlp.experts(normed, weights, routing, middle, kept)
+
+    def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
+                 needs_x: bool) -> torch.Tensor | None:
+        """The gradient of x from that of the layer's output, [T, D] each; those of what trains go to `grads`."""
+        attn, norm, post_norm = self.self_attn, self.input_layernorm, self.post_attention_layernorm
+        x, qkv, attended, middle, lse = (kept.take(name) for name in ("x", "qkv", "attended", "middle", "lse"))
+        # what the forward did not keep
+        normed, _, inv_rms = norm.again(x)
+        if qkv is None:
+            qkv, _ = linear(attn.qkv(), normed, keeps_low_rank=True)
+            keys.rotate(attn, qkv)
+        if attended is None:
+            attended, lse = keys.attend_rotated(attn, qkv)
+        if middle is None:
+            projected, _ = linear([attn.o_proj], attended, keeps_low_rank=True)
+            normed_middle, middle, inv_rms_middle = post_norm.again(projected, x)
+            del projected
+        else:
+            normed_middle, _, inv_rms_middle = post_norm.again(middle)
+        # experts
+        grad_normed = self.mlp.backward(grad, normed_middle, kept, grads)
+        grad_middle = post_norm.backward(grad_normed, grad, middle, inv_rms_middle, grads)
+        del grad, grad_normed, normed_middle, middle
+        # attention
+        grad_attended = linear_backward([attn.o_proj], grad_middle.to(attended.dtype), attended, kept.take("low_rank_o"), grads,
+                                        needs_x=True)
+        grad_qkv, grad_sinks = keys.backward(attn, grad_attended, qkv, attended, lse)
+        if attn.sinks.requires_grad:
+            grads[attn.sinks] = grad_sinks.sum(0).to(attn.sinks.dtype)
+        del attended, grad_attended, qkv
+        needs_normed = needs_x or norm.weight.requires_grad
+        grad_normed = linear_backward(attn.qkv(), grad_qkv, normed, kept.take("low_rank_qkv"), grads, needs_x=needs_normed)
+        return norm.backward(grad_normed, grad_middle, x, inv_rms, grads) if needs_normed else None
+
+
+class _Trained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, block, keys, recorded, run, *parameters):
+        ctx.block, ctx.keys, ctx.run, ctx.parameters = block, keys, run, parameters
+        layer = block.self_attn.layer
+        kept = run.new(layer)
+        y = block.compute(x, keys, recorded, kept)
+        run.put(layer, kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        kept, grads = ctx.run.take(ctx.block.self_attn.layer), {}
+        grad_x = ctx.block.backward(grad.contiguous(), ctx.keys, kept, grads, needs_x=ctx.needs_input_grad[0])
+        if not ctx.run.kept:
+            ctx.run.at_end(grad.device)
+        return grad_x, None, None, None, None, *(grads.get(parameter) for parameter in ctx.parameters)

@@ -1,0 +1,158 @@
+"""Which keys and values the queries of a forward attend to, and where new ones go: one object for each kind of forward.
+
+Each has attend(): it rotates queries and keys, on a GPU in place, stores keys and values where later tokens look for them, and
+attends. `attn` is the attention of a layer (models/block.py): its index, window, head width and sinks.
+
+Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, B decoded sequences.
+"""
+from __future__ import annotations
+
+import torch
+
+from kernels.attention.decode import SharedPrefixes, decode_attention
+from kernels.attention.packed import attention, attention_backward, attention_forward
+from kernels.attention.plan import AttentionPlan
+from kernels.device import is_triton, to_device
+from kernels.rope import rope_qk, rotate
+from models.kept import Kept
+from models.kv_cache import PAGE_TOKENS, KVCache
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin [T, head width / 2] fp32
+
+
+def rotated(attn, qkv: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotated queries [T, H, head width] and keys [T, K, head width] of the product qkv [T, P], and values; in place on a GPU."""
+    q, k, v = attn.heads(qkv)
+    if not is_triton(q):
+        return *rope_qk(q, k, *angles), v
+    rotate(q, k, *angles, backward=False, out=(q, k))
+    return q, k, v
+
+
+class PackedKeys:
+    """Whole sequences, packed: those of a training batch."""
+
+    def __init__(self, angles: Angles, plan: AttentionPlan) -> None:
+        self.angles, self.plan = angles, plan
+
+    def attend(self, attn, qkv: torch.Tensor, kept: Kept | None) -> torch.Tensor:
+        """The heads' outputs side by side [T, H * head width]. kept: as Block.forward has it."""
+        if kept is None:
+            return packed_attention(attn, *rotated(attn, qkv, self.angles), self.plan)
+        self.rotate(attn, qkv)
+        attended, lse = self.attend_rotated(attn, qkv)
+        kept.keep({"qkv": qkv, "attended": attended, "lse": lse})
+        return attended
+
+    def rotate(self, attn, qkv: torch.Tensor) -> None:
+        """On a GPU, in place."""
+        rotated(attn, qkv, self.angles)
+
+    def attend_rotated(self, attn, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attend returns, for a product that has been rotated, and what backward takes beside it."""
+        out, lse = attention_forward(*attn.heads(qkv), attn.sinks, self.plan, **attn.settings())
+        return out.flatten(1), lse
+
+    def backward(self, attn, grad: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor,
+                 lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of the product before the rotation [T, P] and, in parts [parts, H] fp32, of the sinks, from that of
+        attend's result."""
+        q, k, v = attn.heads(qkv)
+        grad_qkv = torch.empty_like(qkv)
+        grad_q, grad_k, grad_v = attn.heads(grad_qkv)
+        *_, grad_sinks = attention_backward(q, k, v, attn.sinks, attended.view_as(q), lse, grad.view_as(q), self.plan,
+                                            grads=(grad_q, grad_k, grad_v), **attn.settings())
+        rotate(grad_q, grad_k, *self.angles, backward=True, out=(grad_q, grad_k))
+        return grad_qkv, grad_sinks
+
+
+def packed_attention(attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    """[queries, H * head width]"""
+    return attention(q, k, v, attn.sinks, cu_seqlens=plan.cu_seqlens, plan=plan, **attn.settings()).flatten(1)
+
+
+class PromptKeys:
+    """Whole prompts, packed, whose keys and values go to slots [T] of a cache at positions [T]; totals [T]: how many tokens the
+    sequence in a token's slot has."""
+
+    def __init__(self, angles: Angles, plan: AttentionPlan, cache: KVCache, slots: torch.Tensor,
+                 positions: torch.Tensor, totals: torch.Tensor) -> None:
+        self.angles, self.plan, self.cache, self.slots, self.positions = angles, plan, cache, slots, positions
+        # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
+        self.last = {length: (positions >= totals - length).nonzero().squeeze(1) for length in set(cache.lengths)}
+
+    def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
+        q, k, v = rotated(attn, qkv, self.angles)
+        rows = self.last[self.cache.lengths[attn.layer]]
+        self.cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
+        return packed_attention(attn, q, k, v, self.plan)
+
+
+class ChunkKeys:
+    """Tokens `start` .. `end` of a sequence of which a slot of the cache holds the first `start`. prefix_len: as in
+    GptOss.prefill_piece."""
+
+    def __init__(self, angles: Angles, start: int, end: int, cache: KVCache, slot: int,
+                 prefix_len: int) -> None:
+        self.angles, self.cache, self.slot, self.start = angles, cache, slot, start
+        self.positions = torch.arange(start, end, device=angles[0].device)
+        self.slots = torch.full_like(self.positions, slot)
+        self.spans = {length: chunk_plan(start, end, length, prefix_len) for length in set(cache.lengths)}
+
+    def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
+        q, k, v = rotated(attn, qkv, self.angles)
+        length = self.cache.lengths[attn.layer]
+        first, plan = self.spans[length]
+        # read first: a ring's new entries replace some that the chunk's first tokens see
+        earlier_k, earlier_v = self.cache.read(attn.layer, self.slot, first, self.start)
+        lost = max(len(k) - length, 0)
+        self.cache.write(attn.layer, k[lost:], v[lost:], self.slots[lost:], self.positions[lost:])
+        return packed_attention(attn, q, torch.cat((earlier_k, k)), torch.cat((earlier_v, v)), plan)
+
+
+class CachedKeys:
+    """One new token for each of B sequences, at positions [B] of slots [B] of a cache. They read nothing back to the host: once a
+    call has gone before, a CUDA graph can hold one. The rest as decode_attention takes it; layers with a window have no use for
+    `shared` and `longest`."""
+
+    def __init__(self, angles: Angles, cache: KVCache, slots: torch.Tensor, positions: torch.Tensor, *,
+                 prefix_lens: torch.Tensor | None, shared: SharedPrefixes | None, longest: int) -> None:
+        self.angles, self.cache, self.slots, self.positions = angles, cache, slots, positions
+        self.prefix_lens, self.shared, self.longest = prefix_lens, shared, longest
+
+    def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
+        cache, layer = self.cache, attn.layer
+        if is_triton(qkv):
+            q, k, v = attn.heads(qkv)
+            cache.rotate_and_write(layer, q, k, v, *self.angles, self.slots, self.positions)
+        else:
+            q, k, v = rotated(attn, qkv, self.angles)
+            cache.write(layer, k, v, self.slots, self.positions)
+        is_paged = cache.is_paged[layer]
+        return decode_attention(q, cache.keys[layer], cache.values[layer], attn.sinks, slots=self.slots, positions=self.positions,
+                                prefix_lens=self.prefix_lens, page_table=cache.table_of(layer),
+                                shared=self.shared if is_paged else None, longest=self.longest if is_paged else 0,
+                                **attn.settings()).flatten(1)
+
+
+def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+    """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
+    bounds = torch.tensor(cu_seqlens)
+    lengths = bounds.diff()
+    starts = bounds[:-1]
+    if prefixes is not None:
+        continued = torch.tensor(prefixes)
+        starts = starts - torch.where(continued >= 0, lengths[continued], 0)
+    return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
+
+
+def chunk_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:
+    """For a chunk start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key the
+    chunk's attention takes, and its plan from there on. Tiles of keys lie as in the whole sequence, so what is left out is whole
+    tiles, counted from its start or from the prefix's end. Keys taken that the layer has lost are hidden from every query."""
+    kept = max(start - length, 0)
+    origin = prefix_len if prefix_len <= kept else 0
+    first = origin + (kept - origin) // PAGE_TOKENS * PAGE_TOKENS
+    if first < prefix_len < end:
+        return first, AttentionPlan([0, prefix_len - first, end - first], prefixes=[-1, 0], first_query=start - first)
+    return first, AttentionPlan([0, end - first], first_query=start - first)
