@@ -111,7 +111,7 @@ def _settings(has_torch: bool) -> list[tuple[str, Callable, Callable]]:
 
     def is_closed(number: int, stream: object) -> bool:
         try:
-            return getattr(stream, "closed", False) or os.fstat(number) is None
+            return (hasattr(stream, "closed") and stream.closed) or os.fstat(number) is None
         except OSError:
             return True
 
