@@ -83,7 +83,7 @@ class _Experts(nn.Module):
             grads.update(zip(self.lora_tensors(), lora_grads))
         if base_grads is not None:
             names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in PROJECTIONS)
-            grads.update(zip((self._parameters[name] for name in names), base_grads))
+            grads.update((self._parameters[name], grad) for name, grad in zip(names, base_grads) if grad is not None)
         return grad_x, grad_weights
 
     def _settings(self) -> dict:

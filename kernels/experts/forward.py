@@ -124,7 +124,9 @@ class MoeKept:
     low_rank_act: torch.Tensor | None  # [R, r]: scale act A2^T
 
 
-Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # or gradients of as many
+Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+BaseGrads = list[torch.Tensor | None]  # of the weights of gate_up and down, None of packed ones, and of their biases
 
 
 def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
@@ -156,10 +158,10 @@ def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_u
 
 def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
                  down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
-                 scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, Lora | None]:
-    """Gradients of x [T, D], of the gate weights [T, A], of LoRA's tensors (fp32) and, where asked for, of the dense weights of
-    gate_up and down and their biases, from that of the output, grad [T, D] in the output's dtype (which is also the residual's,
-    as it is). Uses kept.h as scratch where it is there, else computes h again. Triton only."""
+                 scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, BaseGrads | None]:
+    """Gradients of x [T, D], of the gate weights [T, A], of LoRA's tensors (fp32) and, where asked for, of the base, from that of
+    the output, grad [T, D] in the output's dtype (which is also the residual's, as it is). Uses kept.h as scratch where it is
+    there, else computes h again. Triton only."""
     grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
@@ -180,12 +182,15 @@ def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, rou
     if lora is not None or needs_base:
         row_weights = weights.flatten()[routing.order]  # [R] fp32
     if needs_base:  # h now holds its own gradient
-        base_grads = tuple(map(torch.empty_like, (gate_up.weight, down.weight, gate_up.bias, down.bias)))
-        rows = x.index_select(0, tokens)  # wide products are faster on rows that lie in order
-        grouped_outer(rows, h, offsets, base_grads[0])
+        base_grads = [None if part.dense is None else torch.empty_like(part.weight) for part in (gate_up, down)]
+        base_grads += [torch.empty_like(part.bias) for part in (gate_up, down)]
+        # wide products are faster on rows that lie in order
+        if base_grads[0] is not None:
+            grouped_outer(x.index_select(0, tokens), h, offsets, base_grads[0])
+        rows = grad.index_select(0, tokens).mul_(row_weights[:, None])
+        if base_grads[1] is not None:
+            grouped_outer(act, rows, offsets, base_grads[1])
         grouped_row_sum(h, offsets, base_grads[2])
-        rows = torch.index_select(grad, 0, tokens, out=rows).mul_(row_weights[:, None])
-        grouped_outer(act, rows, offsets, base_grads[1])
         grouped_row_sum(rows, offsets, base_grads[3])
         del rows
     if lora is not None:

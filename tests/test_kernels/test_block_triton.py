@@ -147,6 +147,17 @@ def test_gradients_of_everything_that_may_train(experts, targets, recomputes, in
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
+def test_adapters_and_all_that_carries_them_may_train_together(experts, monkeypatch):
+    model = build(ARCHITECTURE, experts, in_fragments=experts == "mxfp4")
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    ours = gradients(model, lengths=(9,))
+    assert "model.layers.0.mlp.experts.down_proj_bias" in ours
+    assert_close(ours, by_autograd(model, monkeypatch, lengths=(9,)), 2e-5)
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "experts"], ["o_proj"]])
 def test_adapters_on_some_projections_only(targets, monkeypatch):
     model = build(ARCHITECTURE, targets=targets, trains_more=False, activation_checkpointing=True)
