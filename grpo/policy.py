@@ -69,11 +69,17 @@ def build_tokenizer(model: ModelConfig, env: dict | None) -> Tokenizer:
 
 
 def read_architecture(model: ModelConfig, tokenizer: Tokenizer) -> GptOssConfig:
-    """The sizes of the model that `build_model` builds, without its weights."""
+    """The sizes of the model that `build_model` builds, without its weights. Raises ConfigError where the tokenizer has ids that
+    the model has not."""
     if model.path is not None:
-        return read_checkpoint_config(model.path)
-    defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.return_, "pad_token_id": tokenizer.endoftext}
-    return GptOssConfig.from_architecture({**defaults, **model.architecture})
+        architecture = read_checkpoint_config(model.path)
+    else:
+        defaults = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.return_, "pad_token_id": tokenizer.endoftext}
+        architecture = GptOssConfig.from_architecture({**defaults, **model.architecture})
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ConfigError(f"model.tokenizer: its largest id is {tokenizer.vocab_size - 1}, the model has a vocabulary of "
+                          f"{architecture.vocab_size}; they do not belong together")
+    return architecture
 
 
 def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
@@ -81,18 +87,16 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
     """The policy before anything is learnt: base weights, with fresh adapters or full training switched on."""
     if dtype == torch.float16:  # the library would add partial sums in float16, and they can pass its 65504
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    architecture = read_architecture(model, tokenizer)
     if model.path is not None:
         policy = load_model(model.path, device=device, dtype=dtype, experts=str(model.experts),
                             activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
                             host_gb=model.host_gb)
     else:
-        policy = GptOss(read_architecture(model, tokenizer), dtype=dtype, device=device, experts="bf16",
+        policy = GptOss(architecture, dtype=dtype, device=device, experts="bf16",
                         activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
                         host_gb=model.host_gb)
         policy.init_weights(seed)
-    if tokenizer.vocab_size > policy.config.vocab_size:
-        raise ConfigError(f"model.tokenizer: its largest id is {tokenizer.vocab_size - 1}, the model has a vocabulary of "
-                          f"{policy.config.vocab_size}; they do not belong together")
     if model.train == Train.full:
         set_full_training(policy)
     else:

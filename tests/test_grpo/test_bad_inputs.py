@@ -261,14 +261,12 @@ DATA = [
     ("env.answer_key=solution", 3, ["arithmetic.jsonl", "solution", "answer"]),
     ("env.question_template='{{problem}} ?'", 3, ["problem", "question"]),
     ("env.max_prompt_tokens=5", 3, ["arithmetic.jsonl:1", "tokens", "max_prompt_tokens"]),
-    ("env.match=numerical", 2, ["env.match='numerical'", "must be one of exact, numeric, none"]),
+    ("env.match=numerical", 2, ["env.match='numerical'", "must be one of exact, numeric, math, none"]),
     ("env.rewards=[{{fn: environments.nothing}}]", 2, ["env.rewards[0].fn", "nothing"]),
     ("env.rewards=[{{fn: environments.wants_column}}]", 2, ["wants_column", "difficulty", "question"]),
     ("env.rewards=[{{fn: environments.raises_at_start}}]", 4, ["raises_at_start", "grader fell over", "arithmetic.jsonl:"]),
     ("env.rewards=[{{fn: environments.raises}}]", 4, ["raises", "grader fell over", "arithmetic.jsonl:"]),
     ("env.rewards=[{{fn: environments.is_nan}}]", 4, ["is_nan", "nan", "arithmetic.jsonl:"]),
-    ("warmup={{steps: 2, batch_size: 2, lr: 1e-3, betas: [0.9, 0.99], weight_decay: 0, warmup_steps: 0, decay_fraction: 0, "
-     "final_lr_ratio: 1, max_grad_norm: 1}}", 2, ["warmup", "demonstrations", "set warmup=null"]),
 ]
 ENVIRONMENT = [
     ("RaisesInBuild", 4, ["cannot be built", "FileNotFoundError", "environments.py:"]),
@@ -306,7 +304,6 @@ def check(result, code: int, parts: list[str]) -> None:
     assert len(messages) == 1, result.err
     for part in parts:
         assert part in result.err, (part, result.err)
-    assert result.cpu_seconds < 5, result.cpu_seconds
 
 
 @pytest.mark.parametrize("arguments, code, parts", CONFIG, ids=[row[0].split()[0] for row in CONFIG])
@@ -317,6 +314,13 @@ def test_a_bad_setting_ends_in_one_message(train, arguments, code, parts):
 @pytest.mark.parametrize("arguments, code, parts", MODEL + DATA, ids=[row[0].split()[-1][:40] for row in MODEL + DATA])
 def test_a_bad_file_ends_in_one_message(train, arguments, code, parts):
     check(train(LORA, arguments), code, parts)
+
+
+def test_a_warm_up_on_an_environment_without_demonstrations_is_refused(train):
+    warmup = ("warmup={{steps: 2, batch_size: 2, lr: 1e-3, betas: [0.9, 0.99], weight_decay: 0, warmup_steps: 0, "
+              "decay_fraction: 0, final_lr_ratio: 1, max_grad_norm: 1}}")
+    result = train([*SMOKE, "env._target_=environments.NoDemonstrations"], warmup)
+    check(result, 2, ["warmup", "NoDemonstrations has no demonstrations", "set warmup=null"])
 
 
 @pytest.mark.parametrize("name, code, parts", ENVIRONMENT, ids=[row[0] for row in ENVIRONMENT])
@@ -336,7 +340,7 @@ def names(folder: Path) -> list[str]:
 def test_a_sequence_that_is_too_long_ends_in_one_message_and_finished_steps_are_saved(train, tmp_path):
     # prompts have 11 to 13 tokens, completions 8 at most
     result = train(SMOKE, "env._target_=environments.Varied steps=30 optim.max_tokens=9 rollout.prompts_per_step=1")
-    check(result, 2, ["optim.max_tokens=9: a sequence of", "raise optim.max_tokens"])
+    check(result, 4, ["Varied.prompts", "a prompt has 11 tokens: with rollout.max_new_tokens=8", "optim.max_tokens=9"])
     assert names(tmp_path / "run/checkpoints") == ["step_000000"]
     result = train(SMOKE, "env._target_=environments.Varied steps=1 optim.max_tokens=99 rollout.prompts_per_step=1 resume=true")
     assert result.code == 0, result.err
