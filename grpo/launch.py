@@ -61,6 +61,7 @@ from grpo.signals import hold_standard_streams
 from grpo.sweeps import (
     FAILED,
     MAX_CHECKED,
+    PREEMPTED,
     Outcome,
     check_names,
     check_objective,
@@ -76,9 +77,8 @@ from grpo.validate import validate, validate_inference
 
 _HERE = Path(__file__).resolve().parent
 CONFIG_DIR = next(path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir())  # of a wheel, a checkout
-# exit codes, beside sweeps.FAILED
+# exit codes, beside those of sweeps.py
 CONFIG_ERROR = 2
-PREEMPTED = 75  # a run that saved itself on a signal
 INTERRUPTED = 128 + 2  # as of a process that SIGINT ends
 SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig}
 NODES = ("env", "loss")  # nodes that name a target

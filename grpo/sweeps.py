@@ -27,7 +27,9 @@ from grpo.report import SUMMARY_FILE, read_summary
 from grpo.run_table import sweep_summary
 
 MAX_CHECKED = 100  # jobs of a sweep that are composed before the first one starts
+# exit codes
 FAILED = 1
+PREEMPTED = 75  # a run that saved itself on a signal
 
 
 class Outcome(float):
@@ -126,7 +128,8 @@ def recorded_results() -> Iterator[list[JobReturn]]:
 
 
 def end_sweep(results: list[JobReturn]) -> int:
-    """Prints which jobs failed, and of training runs their table. Returns the first exit code that is not 0."""
+    """Prints which jobs failed, of training runs their table, and what continues a sweep that a signal stopped. Returns the first
+    exit code that is not 0."""
     codes = []
     for result in results:
         has_ended = result.status == JobStatus.COMPLETED and isinstance(result._return_value, Outcome)
@@ -134,7 +137,7 @@ def end_sweep(results: list[JobReturn]) -> int:
             print(f"error: {type(result._return_value).__name__}: {result._return_value}", file=sys.stderr)
         codes.append(result._return_value.code if has_ended else FAILED)
     failed = [f"  {shlex.join(map(as_typed, result.overrides or []))}: exit code {code}"
-              for result, code in zip(results, codes) if code]
+              for result, code in zip(results, codes) if code not in (0, PREEMPTED)]
     if failed and len(results) > 1:
         print(f"sweep: {len(failed)} of {len(results)} runs failed", *failed, sep="\n", file=sys.stderr)
     runs = [result._return_value.run_dir for result in results if isinstance(result._return_value, Outcome)]
@@ -142,6 +145,10 @@ def end_sweep(results: list[JobReturn]) -> int:
     if len(results) > 1 and finished:
         table = sweep_summary(finished[0].parent, finished)
         print(table.read_text(encoding="utf-8"), f"sweep: {table}", sep="\n")
+    if PREEMPTED in codes:  # finished jobs of it have nothing left to do
+        words = [word for word in sys.argv[1:] if not word.startswith("resume=")]
+        print(f"stopped: the sweep, {codes.count(0)} of {len(codes)} runs finished; resume with: "
+              f"python -m grpo.train {shlex.join([*words, 'resume=true'])}", file=sys.stderr)
     return next((code for code in codes if code), 0)
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 import zipfile
 from pathlib import Path
@@ -19,11 +20,23 @@ pytest.importorskip("pip", reason="installs the wheel with pip")
 
 ROOT = Path(__file__).resolve().parent.parent
 ARITHMETIC = ROOT / "tests/fixtures/arithmetic.jsonl"
-# torch and the other dependencies, without what .pth files there add (an editable install of the checkout, say)
-DEPENDENCIES = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+
+
+def link_dependencies(folder: str) -> str:
+    """The folder, with links to torch and the other packages that are installed here, but for this project."""
+    for source in (Path(path) for path in sys.path if path.endswith("site-packages")):
+        for path in source.iterdir():
+            if not path.name.startswith(("grpo-", "__editable__", "__pycache__")) and path.suffix != ".pth":
+                link = Path(folder, path.name)
+                if not link.is_symlink():
+                    link.symlink_to(path)
+    return folder
+
+
+DEPENDENCIES = tempfile.TemporaryDirectory()
 PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": DEPENDENCIES, "OMP_NUM_THREADS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-               "MPLBACKEND": "Agg"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": link_dependencies(DEPENDENCIES.name), "OMP_NUM_THREADS": "1",
+               "PIP_DISABLE_PIP_VERSION_CHECK": "1", "MPLBACKEND": "Agg"}
 
 
 def run(*command: object, cwd: Path) -> str:

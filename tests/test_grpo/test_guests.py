@@ -195,10 +195,13 @@ def test_exceptions_of_any_kind_are_outcomes(error):
             raise error
 
 
-def test_a_keyboard_interrupt_is_the_users_only_where_the_signal_raises_it():
+def test_a_keyboard_interrupt_is_the_users_only_where_the_signal_raises_it(request):
     def guest():
         raise KeyboardInterrupt
 
+    # a shell that runs this in the background ignores the signal
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert is_users_interrupt(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         call_guest("reward 'r'", guest)

@@ -192,9 +192,16 @@ def test_jobs_of_other_processes_report_by_their_results(tmp_path):
     assert (tmp_path / "runs/sweep_summary.md").is_file() and len(ran(result)) == 3
 
 
+def has_plugin(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"hydra_plugins.{name}") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_jobs_of_a_plugin_report_by_their_results(tmp_path, launcher):
-    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher") is None:
+    if not has_plugin(f"hydra_{launcher.removesuffix('_local')}_launcher"):
         pytest.skip(f"hydra's {launcher} plugin is not installed")
     result = sweep(tmp_path, "-m", f"hydra/launcher={launcher}", "seed=0,8")
     assert result.returncode == 6, result.stderr
@@ -202,7 +209,7 @@ def test_jobs_of_a_plugin_report_by_their_results(tmp_path, launcher):
 
 
 def test_optuna_judges_runs_by_the_objective_and_ends_in_words_where_all_fail(tmp_path):
-    if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+    if not has_plugin("hydra_optuna_sweeper"):
         pytest.skip("hydra's optuna plugin is not installed")
     drawn = [
         "-m",
