@@ -6,26 +6,20 @@ fails in a second. After `to_typed`, code sees dataclasses only.
 """
 
 import dataclasses
-import difflib
-import functools
 import inspect
 import os
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config_errors import ConfigError, UnknownKey
-from grpo.rewards.functions import load_function
-from grpo.rewards.guests import import_guest
-from grpo.rewards.values import describe_error
 
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
@@ -426,90 +420,6 @@ def describe_type(hint: Any) -> str:
     if dataclass_of(hint):
         return f"a mapping with the keys {', '.join(typing.get_type_hints(hint))}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(hint, str(hint))
-
-
-# ---- targets: the two nodes (`loss` and `env`) that name a callable
-
-
-def bind(node: dict, key: str) -> Callable:
-    """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself
-    (env: tokenizer, seed, total_steps; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML. Raises
-    ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
-    supplied = {"env": ("tokenizer", "seed", "total_steps"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
-    keywords = {name: value for name, value in node.items() if name != "_target_"}
-    path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
-    parameters = keyword_parameters(target)
-    allowed = [name for name in parameters if name not in supplied]
-    for name, value in keywords.items():
-        if name in supplied:
-            raise ConfigError(f"{key}.{name} = {value!r}: the loop supplies {name}; remove it")
-        if name not in allowed:
-            unknown = [other for other in keywords if other not in (*allowed, *supplied)]
-            raise UnknownKey(f"{key}.{name}", allowed, also=unknown[1:])
-        if not fits(value, parameters[name].annotation):
-            expected = describe_type(parameters[name].annotation)
-            raise ConfigError(f"{key}.{name} = {value!r} ({type(value).__name__}): {path} expects {expected}")
-    required = [name for name in allowed if parameters[name].default is inspect.Parameter.empty]
-    missing = [f"{key}.{name}" for name in required if name not in keywords]
-    if missing:
-        lacking = [name for name in supplied if name != "total_steps" and name not in parameters]
-        contract = f"; it does not take {', '.join(lacking)}, with which the loop calls it" if lacking else ""
-        raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `{missing[0]}=VALUE` or in the YAML{contract}")
-    return functools.partial(target, **keywords)
-
-
-def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters by name; of a class whose constructor hands `**keywords` on, those of its bases too."""
-    signature = inspect.signature(target, eval_str=True).parameters
-    hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
-    if not hands_on or not inspect.isclass(target):
-        return dict(signature)
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    found: dict[str, inspect.Parameter] = {}
-    for base in target.__mro__[:-1]:
-        if "__init__" in vars(base) and hands_on:
-            _, *own = inspect.signature(base.__init__, eval_str=True).parameters.values()
-            found = {parameter.name: parameter for parameter in own if parameter.kind not in variable} | found
-            hands_on = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in own)
-    return found
-
-
-def resolve_target(path: Any, key: str) -> Callable:
-    if not isinstance(path, str) or not re.search("[.:]", path):
-        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo, "
-                          "module:name or file.py:name")
-    if ":" in path:
-        try:
-            return load_function(path, key=f"{key}._target_")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = import_guest(module_name)
-    except Exception as error:
-        reason = describe_error(error)
-        raise ConfigError(f"{key}._target_ = {path!r}: cannot import {module_name} ({reason}); check the path") from error
-    if not callable(vars(module).get(name)):
-        choices = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
-        near = difflib.get_close_matches(name, choices, n=1)
-        hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
-        raise ConfigError(f"{key}._target_ = {path!r}: {module_name} has no function or class {name}{hint}")
-    return vars(module)[name]
-
-
-def fits(value: Any, annotation: Any) -> bool:
-    """Whether a YAML value suits an annotation made of int, float, bool, str, list, dict and None; others are left to
-    the callable."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(annotation))
-    kind = typing.get_origin(annotation) or annotation
-    if kind in (None, type(None)):
-        return value is None
-    if kind in (int, float) and isinstance(value, bool):
-        return False
-    if kind in (int, float, bool, str, list, dict):
-        return isinstance(value, (int, float) if kind is float else kind)
-    return True
 
 
 # ---- a run's folder and its saved config

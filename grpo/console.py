@@ -101,7 +101,9 @@ def sparkline(values: list[float], width: int, *, ascii_only: bool) -> str:
 
 
 def _part(metrics: dict[str, float], name: str, label: str, unit: str = "") -> str | None:
-    return f"{label} {format_number(metrics[name])}{unit}" if name in metrics else None
+    """None where it was not logged, or is NaN: a step without a live group has no gradient."""
+    value = metrics.get(name, math.nan)
+    return None if math.isnan(value) else f"{label} {format_number(value)}{unit}"
 
 
 def _percent(metrics: dict[str, float], name: str) -> str | None:
@@ -475,7 +477,8 @@ def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> l
             _shown(summary[group]) if group == "eval" else [name for name in END_METRICS if name in summary[group]]
         ):
             record, width = summary[group][name], summary[group].get(f"{name}/ci95")
-            best_text = f"{_value(record['best'])} @ {record['best']['step']}" if group == "eval" else ""
+            has_best = group == "eval" and not name.endswith("mean_length")
+            best_text = f"{_value(record['best'])} @ {record['best']['step']}" if has_best else ""
             cells = [name]
             for when in ("first", "last"):
                 is_after = group == "eval" and when == "first" and record[when]["step"] > 0  # no evaluation at the start

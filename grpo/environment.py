@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from grpo.batch import Completion, Prompt
-from grpo.config import TrainConfig, bind, keyword_parameters
+from grpo.config import TrainConfig
 from grpo.envs.data_files import DataError
 from grpo.rewards.guests import GuestFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
+from grpo.targets import bind, keyword_parameters
 from models.tokenizer import Tokenizer
 
 MOST_PROMPT_ID = 2**63 - 1  # it is part of a sampling key

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from grpo.batch import Prompt
-from grpo.config import ConfigError, GenerateConfig, ReasoningEffort, resolve_target
+from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.console import clean, print_error
 from grpo.environment import encode_question, make_environment
 from grpo.failures import describe_failure
@@ -39,6 +39,7 @@ from grpo.policy import (
     select_dtype,
 )
 from grpo.rollout import Sampler
+from grpo.targets import resolve_target
 from models.chat.parse import parse_completion
 from models.chat.render import render_chat
 from models.tokenizer import REPLACEMENT, Tokenizer

@@ -46,12 +46,9 @@ from grpo.config import (
     EvaluateConfig,
     GenerateConfig,
     TrainConfig,
-    bind,
     check_keys,
     dataclass_of,
     key_matches,
-    keyword_parameters,
-    resolve_target,
     run_folder,
     to_typed,
 )
@@ -73,6 +70,7 @@ from grpo.sweeps import (
     replace_params,
     values_of,
 )
+from grpo.targets import bind, keyword_parameters, resolve_target
 from grpo.validate import validate, validate_inference
 
 _HERE = Path(__file__).resolve().parent

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from grpo.checkpoint import RunState, load_run
-from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config, resolve_target
+from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config
 from grpo.environment import tiny_tokenizer
+from grpo.targets import resolve_target
 from models.checkpoint import checkpoint_folder, load_model, read_checkpoint_config
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss

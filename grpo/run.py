@@ -17,7 +17,6 @@ from grpo.config import (
     KlReference,
     Schedule,
     TrainConfig,
-    bind,
     flatten,
     key_matches,
     read_saved_config,
@@ -50,6 +49,7 @@ from grpo.policy import (
 )
 from grpo.provenance import provenance
 from grpo.rollout import Interrupted, Sampler
+from grpo.targets import bind
 from grpo.warmup import check_demonstrations, warm_up
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -81,9 +82,13 @@ def values_of(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if override.is_discrete_sweep():
+        if GlobalHydra.instance().is_initialized():
+            override.config_loader = GlobalHydra.instance().config_loader()  # glob(*) is of the files of a group
         values = list(override.sweep_string_iterator())
     else:  # an interval
         values = [override.value().start, override.value().end]
+    if not values:
+        raise ConfigError(f"{override.input_line}: no file of configs/{override.key_or_group} matches")
     return [f"{override.get_key_element()}={value}" for value in values]
 
 

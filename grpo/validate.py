@@ -21,9 +21,9 @@ from grpo.config import (
     Train,
     TrainConfig,
     describe_type,
-    fits,
 )
 from grpo.config_errors import UnknownKey
+from grpo.targets import fits
 from models.config import GptOssConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")

@@ -14,7 +14,6 @@ from grpo.config import (
     EvaluateConfig,
     GenerateConfig,
     TrainConfig,
-    bind,
     dataclass_of,
     read_saved_config,
     save_config,
@@ -22,6 +21,7 @@ from grpo.config import (
     to_dict,
 )
 from grpo.launch import CONFIG_DIR, load_config
+from grpo.targets import bind
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))

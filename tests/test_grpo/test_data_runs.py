@@ -7,9 +7,9 @@ import datasets
 import pytest
 
 from grpo.batch import Completion, Segment
-from grpo.config import bind
 from grpo.envs.data_files import DataError
 from grpo.launch import load_config
+from grpo.targets import bind
 from models.tokenizer import Tokenizer, build_byte_tokenizer
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"

@@ -275,3 +275,10 @@ def test_an_objective_that_is_not_measured_is_refused_at_the_start(arguments, pa
 
 def test_an_objective_of_the_environment_is_left_to_the_end():
     assert load_config("train", ["eval.objective=carry_accuracy_of_mine"]).eval.objective == "carry_accuracy_of_mine"
+
+
+def test_a_glob_sweeps_over_the_files_of_a_group():
+    with prepare("train", ["-m", "experiment=smoke", "loss=glob(d*)"]) as plan:
+        assert [job[-1] for job in jobs_planned(plan)] == ["loss=dapo", "loss=dr_grpo"]
+    with pytest.raises(ConfigError, match=r"loss=glob\(x\*\): no file of configs/loss matches"):
+        load_config("train", ["-m", "loss=glob(x*)"])
