@@ -18,15 +18,15 @@ help: ## this list
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
-# Without ARGS in two processes side by side: the kernels' tests, and everything else.
-KERNELS := tests/test_kernels
+# Without ARGS in two processes side by side, of about the same length: the tests below the trainer, and everything else.
+LOWER := tests/test_kernels tests/test_models tests/test_configs.py tests/test_wheel.py
 test: $(INSTALLED) ## all tests that need no GPU
 ifeq ($(strip $(ARGS)),)
 	@log=$$(mktemp); \
-	$(BIN)/python -m pytest -m "not gpu" $(KERNELS) >"$$log" 2>&1 & kernels=$$!; \
-	trap 'kill $$kernels 2>/dev/null || true; rm -f "$$log"' EXIT; \
-	others=0; $(BIN)/python -m pytest -m "not gpu" --ignore=$(KERNELS) || others=$$?; \
-	status=0; wait $$kernels || status=$$?; cat "$$log"; \
+	$(BIN)/python -m pytest -m "not gpu" $(LOWER) >"$$log" 2>&1 & lower=$$!; \
+	trap 'kill $$lower 2>/dev/null || true; rm -f "$$log"' EXIT; \
+	others=0; $(BIN)/python -m pytest -m "not gpu" $(LOWER:%=--ignore=%) || others=$$?; \
+	status=0; wait $$lower || status=$$?; cat "$$log"; \
 	test $$others -eq 0 && test $$status -eq 0
 else
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

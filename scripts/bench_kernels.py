@@ -33,6 +33,7 @@ from kernels.linear import Adapter, project, project_backward  # noqa: E402
 WIDTH, EXPERTS, RANK = bench_grouped_gemm.WIDTH, bench_grouped_gemm.NUM_EXPERTS, bench_grouped_gemm.RANK
 HEADS, KV_HEADS, HEAD_DIM = bench_attention.HEADS, bench_attention.KV_HEADS, bench_attention.WIDTH
 LENGTHS = (2048, 8192)  # of the sequences that attention is timed at
+PROJECTIONS = (("q", 2880, 4096), ("k, v", 2880, 512), ("o", 4096, 2880))  # name, in, out
 LORA_SCALE = 2.0
 REPORT = Report()
 
@@ -186,7 +187,7 @@ def weight_gradient_cases(num_tokens: int) -> Iterator[Case]:
 def dense_cases(num_tokens: int) -> Iterator[Case]:
     """Projections of the attention with LoRA."""
     normal = bench_grouped_gemm.normal
-    for name, size_in, size_out in (("q", 2880, 4096), ("k, v", 2880, 512), ("o", 4096, 2880)):
+    for name, size_in, size_out in PROJECTIONS:
         x, grad = normal(num_tokens, size_in), normal(num_tokens, size_out)
         weight, bias = normal(size_out, size_in, scale=size_in**-0.5), normal(size_out)
         down = normal(RANK, size_in, scale=size_in**-0.5, dtype=torch.float32)

@@ -36,6 +36,7 @@ inputs = bench_log_probs.inputs
 bench_log_probs.inputs = lambda num_tokens: inputs(num_tokens, vocab=96)
 import bench_kernels
 bench_kernels.LENGTHS = (20, 40)
+bench_kernels.PROJECTIONS = (("q", 64, 96), ("k, v", 64, 32), ("o", 96, 64))
 bench_kernels.device_milliseconds = lambda function: (function(), 1.0)[1]
 with OnCpu():
     for group in bench_kernels.CASES:
