@@ -18,8 +18,9 @@ help: ## this list
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
-# Without ARGS in two processes side by side, of about the same length: the tests below the trainer, and everything else.
-LOWER := tests/test_kernels tests/test_models tests/test_configs.py tests/test_wheel.py
+# Without ARGS in two processes side by side, of about the same length: the tests below the trainer with some of its, and everything else.
+LOWER := tests/test_kernels tests/test_models $(addprefix tests/,test_configs.py test_wheel.py) \
+	$(addprefix tests/test_grpo/,test_command_line.py test_sweeps.py test_bad_inputs.py)
 test: $(INSTALLED) ## all tests that need no GPU
 ifeq ($(strip $(ARGS)),)
 	@log=$$(mktemp); \
