@@ -59,7 +59,7 @@ from grpo.sweeps import (
     FAILED,
     MAX_CHECKED,
     PREEMPTED,
-    Outcome,
+    JobResult,
     check_names,
     check_objective,
     end_sweep,
@@ -83,7 +83,7 @@ NODES = ("env", "loss")  # nodes that name a target
 
 
 @dataclass
-class Plan:
+class CommandPlan:
     """A command line ready to be composed."""
 
     hydra: Hydra
@@ -145,7 +145,7 @@ class Job:
     task: Callable[[Any], int]
     is_stopped: bool = False  # a signal ended a job of this process: those that follow do not start
 
-    def __call__(self, cfg: DictConfig) -> Outcome:
+    def __call__(self, cfg: DictConfig) -> JobResult:
         if self.is_stopped:
             return outcome(PREEMPTED)
         try:
@@ -171,12 +171,12 @@ class Job:
             return outcome(CONFIG_ERROR, run_dir=run_dir)
 
 
-def run_one(plan: Plan, task: Callable[[Any], int]) -> int:
+def run_one(plan: CommandPlan, task: Callable[[Any], int]) -> int:
     result = plan.hydra.run(plan.primary, Job(plan.config_name, task), with_mode(plan.overrides, RunMode.RUN))
     return result.return_value.code
 
 
-def run_sweep(plan: Plan, task: Callable[[Any], int]) -> int:
+def run_sweep(plan: CommandPlan, task: Callable[[Any], int]) -> int:
     with recorded_results() as results:
         problem = None
         try:
@@ -193,7 +193,7 @@ def with_mode(overrides: list[str], mode: RunMode) -> list[str]:
     return [*(word for word in overrides if not word.lstrip("+").startswith("hydra.mode=")), f"hydra.mode={mode.name}"]
 
 
-def show(plan: Plan) -> int:
+def show(plan: CommandPlan) -> int:
     """--help, --hydra-help, --cfg, --info and --shell-completion. Of a sweep, --cfg shows the first job."""
     flags, hydra = plan.line.flags, plan.hydra
     overrides = [word for word in plan.overrides if not flags.cfg or not word.lstrip("+").startswith("hydra.mode=")]
@@ -241,7 +241,7 @@ def typed_words() -> list[str]:
 
 
 @contextlib.contextmanager
-def prepare(config_name: str, arguments: list[str]) -> Iterator[Plan]:
+def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
     """The plan of a command line, while Hydra's global state is set up for it. Raises ConfigError; tells what raises UnknownKey
     in the block which keys there are and where the unknown one comes from."""
     schema = SCHEMAS[config_name]
@@ -254,7 +254,7 @@ def prepare(config_name: str, arguments: list[str]) -> Iterator[Plan]:
         search_path.prepend(provider=provider, path=folder, anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(config_name, search_path)
-    plan = Plan(hydra, config_name, line, [folder for _, folder in folders], keys=keys)
+    plan = CommandPlan(hydra, config_name, line, [folder for _, folder in folders], keys=keys)
     try:
         fill(plan, words)
         yield plan
@@ -289,7 +289,7 @@ def added_folders(line: CommandLine) -> tuple[list[tuple[str, str]], list[str]]:
     return found, words
 
 
-def fill(plan: Plan, words: list[str]) -> None:
+def fill(plan: CommandPlan, words: list[str]) -> None:
     """Brings the words into Hydra's form. Where their meaning depends on it (keywords of environment and loss, values with
     commas), what they choose is composed first: groups, targets, Hydra's own settings."""
     words = default_first(words, plan.config_name)
@@ -314,7 +314,7 @@ def fill(plan: Plan, words: list[str]) -> None:
         plan.overrides = replace_params(plan.overrides, plan.params)
 
 
-def chosen_of(plan: Plan, words: list[str], groups: list[str]) -> list[str]:
+def chosen_of(plan: CommandPlan, words: list[str], groups: list[str]) -> list[str]:
     """The overrides among the words that choose files, targets and Hydra's settings; of several values the first."""
     chosen = []
     for word in words:
@@ -346,7 +346,7 @@ def keyword_types(base: DictConfig, words: list[str]) -> dict[str, Any]:
     return types
 
 
-def compose(plan: Plan, overrides: list[str]) -> DictConfig:
+def compose(plan: CommandPlan, overrides: list[str]) -> DictConfig:
     """The composed config with Hydra's node. Raises ConfigError."""
     try:
         return plan.hydra.compose_config(plan.primary, overrides, RunMode.RUN, with_log_configuration=False, from_shell=False,
@@ -357,7 +357,7 @@ def compose(plan: Plan, overrides: list[str]) -> DictConfig:
         raise ConfigError(explain(error)) from error
 
 
-def missing_file(error: MissingConfigException, plan: Plan) -> str:
+def missing_file(error: MissingConfigException, plan: CommandPlan) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     if not group or error.options is None:
         return explain(error)
@@ -408,20 +408,20 @@ def default_name(cfg: DictConfig, overrides: list[str]) -> str:
 # ---- checking
 
 
-def jobs_planned(plan: Plan) -> list[list[str]]:
+def jobs_planned(plan: CommandPlan) -> list[list[str]]:
     """The overrides of each job, Hydra's own settings aside."""
     if not plan.is_sweep:
         return [plan.overrides]
     return jobs_of(parse(plan.overrides), plan.params, is_grid=plan.is_grid)
 
 
-def first_config(plan: Plan) -> Any:
+def first_config(plan: CommandPlan) -> Any:
     job = jobs_planned(plan)[0]
     composed, plan.composed = plan.composed if job == plan.overrides else None, None
     return finish(compose(plan, job) if composed is None else composed, plan.config_name, job)
 
 
-def check(plan: Plan) -> None:
+def check(plan: CommandPlan) -> None:
     """Composes and checks what is about to run. Raises ConfigError."""
     config = first_config(plan)
     if plan.is_sweep and plan.config_name == "train":
@@ -432,7 +432,7 @@ def check(plan: Plan) -> None:
             bind({"loss": config.loss, "env": config.env}[name], name)
 
 
-def check_overrides(overrides: list[Override], plan: Plan, groups: list[str]) -> None:
+def check_overrides(overrides: list[Override], plan: CommandPlan, groups: list[str]) -> None:
     """Raises ConfigError for keys that the schema lacks, and for several values outside a sweep."""
     for override in overrides:
         key = override.key_or_group
@@ -473,7 +473,7 @@ def leaf_keys(schema: type, prefix: str) -> list[str]:
     return keys
 
 
-def origin_of(plan: Plan, key: str, also: list[str]) -> str:
+def origin_of(plan: CommandPlan, key: str, also: list[str]) -> str:
     """Which file sets an unknown key, and how to leave it out, with `also` where it sets those too; empty where the
     command line does."""
     if any(word.lstrip("+~").partition("=")[0].startswith(key) for word in plan.overrides):

@@ -1,7 +1,7 @@
 """Sweeps: the jobs of a command line, told apart before the first starts, and what became of them.
 
 Hydra's sweeper draws the jobs and its launcher runs them, in this process (basic) or in others (joblib, submitit). All that
-comes back is each job's return value, an `Outcome`: exit codes and the table are made from these.
+comes back is each job's return value, a `JobResult`: exit codes and the table are made from these.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ FAILED = 1
 PREEMPTED = 75  # a run that saved itself on a signal
 
 
-class Outcome(float):
+class JobResult(float):
     """What a job returns to its sweeper: the number that it is judged by, nan without one; with it how the job ended."""
 
     code: int  # exit code
@@ -45,8 +45,8 @@ class Outcome(float):
         return super().__float__()
 
 
-def outcome(code: int, value: float = math.nan, run_dir: Path | None = None) -> Outcome:
-    result = Outcome(value)
+def outcome(code: int, value: float = math.nan, run_dir: Path | None = None) -> JobResult:
+    result = JobResult(value)
     result.code, result.run_dir = code, run_dir
     return result
 
@@ -137,7 +137,7 @@ def end_sweep(results: list[JobReturn]) -> int:
     exit code that is not 0."""
     codes = []
     for result in results:
-        has_ended = result.status == JobStatus.COMPLETED and isinstance(result._return_value, Outcome)
+        has_ended = result.status == JobStatus.COMPLETED and isinstance(result._return_value, JobResult)
         if not has_ended:  # Hydra could not run it: its own error
             print(f"error: {type(result._return_value).__name__}: {result._return_value}", file=sys.stderr)
         codes.append(result._return_value.code if has_ended else FAILED)
@@ -145,7 +145,7 @@ def end_sweep(results: list[JobReturn]) -> int:
               for result, code in zip(results, codes) if code not in (0, PREEMPTED)]
     if failed and len(results) > 1:
         print(f"sweep: {len(failed)} of {len(results)} runs failed", *failed, sep="\n", file=sys.stderr)
-    runs = [result._return_value.run_dir for result in results if isinstance(result._return_value, Outcome)]
+    runs = [result._return_value.run_dir for result in results if isinstance(result._return_value, JobResult)]
     finished = list(dict.fromkeys(run for run in runs if run is not None and (run / SUMMARY_FILE).is_file()))
     if len(results) > 1 and finished:
         table = sweep_summary(finished[0].parent, finished)

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.config import ConfigError
 from grpo.launch import check, jobs_planned, load_config, prepare
-from grpo.sweeps import Outcome, jobs_of, objective_of, outcome
+from grpo.sweeps import JobResult, jobs_of, objective_of, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,7 +160,7 @@ def test_an_outcome_is_the_number_and_carries_code_and_folder_through_a_pickle()
     import pickle
 
     copy = pickle.loads(pickle.dumps(outcome(4, 0.5, Path("runs/x"))))
-    assert (float(copy), copy.code, copy.run_dir) == (0.5, 4, Path("runs/x")) and isinstance(copy, Outcome)
+    assert (float(copy), copy.code, copy.run_dir) == (0.5, 4, Path("runs/x")) and isinstance(copy, JobResult)
 
 
 def test_failed_jobs_are_listed_with_their_codes_and_the_others_have_their_table(tmp_path):
