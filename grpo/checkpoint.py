@@ -1,5 +1,5 @@
 """Run state on disk: save, load, prune, lock. What it holds is the caller's; weights for others go through
-models/checkpoint.py.
+models/formats/hugging_face.py.
 
     <run_dir>/checkpoints/step_000040/tensors.safetensors   trained parameters, optimizer state
                                       state.json            everything else: step, cursors, best values

@@ -13,7 +13,7 @@ from grpo.envs.data_files import DataError
 from grpo.rewards.guests import GuestFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
 from grpo.targets import bind, keyword_parameters
-from models.tokenizer import Tokenizer
+from models.chat.tokenizer import Tokenizer
 
 MOST_PROMPT_ID = 2**63 - 1  # it is part of a sampling key
 
@@ -208,7 +208,7 @@ def tiny_tokenizer(target) -> Tokenizer:
         tokenizer = target.build_tokenizer()
     if not isinstance(tokenizer, Tokenizer):
         raise EnvironmentFault(f"{_name(target, 'build_tokenizer')} returned a {type(tokenizer).__name__}; return a "
-                               "models.tokenizer.Tokenizer")
+                               "models.chat.tokenizer.Tokenizer")
     return tokenizer
 
 

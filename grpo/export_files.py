@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from grpo.model_card import Origin, model_card
-from models.checkpoint import save_model, save_original, tokenizer_files
+from models.formats.hugging_face import save_model, save_original, tokenizer_files
+from models.formats.peft import attached_config, has_expert_adapter, save_adapter
 from models.gpt_oss import GptOss
-from models.peft_format import attached_config, has_expert_adapter, save_adapter
 
 
 def write_adapter(policy: GptOss, folder: Path, origin: Origin) -> str:
@@ -33,7 +33,7 @@ def write_adapter(policy: GptOss, folder: Path, origin: Origin) -> str:
 
 def write_model(policy: GptOss, folder: Path, origin: Origin, *, merge_lora: bool, experts: str = "as_loaded",
                 dtype: torch.dtype, max_shard_bytes: float = 5e9) -> str:
-    """Writes the whole model in Hugging Face layout, arguments as those of models.checkpoint.save_model; returns the same."""
+    """Writes the whole model in Hugging Face layout, arguments and result as those of hugging_face.save_model."""
     files, left_out = _files_beside(origin)
     if merge_lora and experts == "as_loaded" and policy.expert_format == "mxfp4" and has_expert_adapter(policy):
         left_out.append("the experts' adapter (in expert_adapter/, for PEFT on top of this model; --experts bf16 merges it)")

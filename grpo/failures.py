@@ -17,8 +17,8 @@ from grpo.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.optim import NonFiniteError
 from grpo.rewards.functions import RewardError
 from grpo.rewards.guests import GuestFault
-from grpo.rollout import Interrupted
-from models.checkpoint import CheckpointError
+from grpo.rollout.session import Interrupted
+from models.formats.hugging_face import CheckpointError
 
 DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
 

@@ -25,7 +25,6 @@ import torch
 
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
-from grpo.console import clean, print_error
 from grpo.environment import encode_question, make_environment
 from grpo.failures import describe_failure
 from grpo.launch import FAILED, launch
@@ -38,11 +37,12 @@ from grpo.policy import (
     select_device,
     select_dtype,
 )
-from grpo.rollout import Sampler
+from grpo.record.console import clean, print_error
+from grpo.rollout.session import Sampler
 from grpo.targets import resolve_target
 from models.chat.parse import parse_completion
 from models.chat.render import render_chat
-from models.tokenizer import REPLACEMENT, Tokenizer
+from models.chat.tokenizer import REPLACEMENT, Tokenizer
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
 MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text

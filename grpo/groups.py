@@ -15,8 +15,8 @@ from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
 from grpo.config import TrainConfig
 from grpo.environment import Score, calling, check_lengths, checked_prompts, describe, score
-from grpo.rollout import Sampler
-from models.tokenizer import Tokenizer
+from grpo.rollout.session import Sampler
+from models.chat.tokenizer import Tokenizer
 
 
 @dataclass

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from grpo.config import ConfigError, TrainConfig, settings_of_steps
 from grpo.environment import calling
-from models.checkpoint import checkpoint_folder
-from models.tensor_files import has_tensor_files, list_tensors
-from models.tokenizer import Tokenizer
+from models.chat.tokenizer import Tokenizer
+from models.formats.files import has_tensor_files, list_tensors
+from models.formats.hugging_face import checkpoint_folder
 
 WHOLE_BYTES = 1 << 26  # files up to this size are read whole
 SLICE_BYTES, NUM_SLICES = 4096, 4  # read of each tensor of larger ones

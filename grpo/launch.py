@@ -53,7 +53,7 @@ from grpo.config import (
     to_typed,
 )
 from grpo.config_errors import OTHER_NAMES, ConfigError, UnknownKey
-from grpo.console import print_error
+from grpo.record.console import print_error
 from grpo.signals import hold_standard_streams
 from grpo.sweeps import (
     FAILED,

@@ -14,12 +14,12 @@ from grpo.checkpoint import RunState, load_run
 from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config
 from grpo.environment import tiny_tokenizer
 from grpo.targets import resolve_target
-from models.checkpoint import checkpoint_folder, load_model, read_checkpoint_config
+from models.chat.tokenizer import Tokenizer
 from models.config import GptOssConfig
+from models.formats.hugging_face import checkpoint_folder, load_model, read_checkpoint_config
+from models.formats.peft import check_adapter, load_adapter
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training
-from models.peft_format import check_adapter, load_adapter
-from models.tokenizer import Tokenizer
 
 PARAM = "param."  # prefix of trained parameters in a run's checkpoint
 

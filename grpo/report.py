@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-from grpo.plots import headline, is_lower_better, plots, series
+from grpo.record.plots import headline, is_lower_better, plots, series
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -323,7 +323,7 @@ def read_summary(run_dir: Path) -> dict | None:
 
 
 def main(arguments: list[str]) -> int:
-    from grpo.run_table import RunTable, find_runs  # which reads summaries through this file
+    from grpo.record.run_table import RunTable, find_runs  # which reads summaries through this file
 
     parser = argparse.ArgumentParser(prog="python -m grpo.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",

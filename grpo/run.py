@@ -30,7 +30,6 @@ from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
 from grpo.launch import is_sweep, typed_words
 from grpo.losses import try_loss
-from grpo.metrics import Metrics
 from grpo.model_card import Origin
 from grpo.optim import Optimizer, loss_scale_for
 from grpo.policy import (
@@ -48,12 +47,13 @@ from grpo.policy import (
     select_dtype,
 )
 from grpo.provenance import provenance
-from grpo.rollout import Interrupted, Sampler
+from grpo.record.metrics import Metrics
+from grpo.rollout.session import Interrupted, Sampler
 from grpo.targets import bind
 from grpo.warmup import check_demonstrations, warm_up
+from models.chat.tokenizer import Tokenizer
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
-from models.tokenizer import Tokenizer
 
 OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
 NAMES_OF_A_RUN = ("name", "output_dir", "resume")

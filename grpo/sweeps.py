@@ -23,9 +23,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from grpo.command_line import as_typed, quoted
 from grpo.config import ConfigError, EvalConfig
 from grpo.config_errors import near
-from grpo.plots import headline_first
+from grpo.record.plots import headline_first
+from grpo.record.run_table import sweep_summary
 from grpo.report import SUMMARY_FILE, read_summary
-from grpo.run_table import sweep_summary
 
 MAX_CHECKED = 100  # jobs of a sweep that are composed before the first one starts
 # exit codes

@@ -16,13 +16,14 @@ import torch
 
 from grpo.checkpoint import RunInUseError, lock_run
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
-from grpo.console import print_error
 from grpo.environment import held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.failures import describe_failure
 from grpo.groups import collect, completion_record
 from grpo.launch import PREEMPTED, launch
-from grpo.rollout import Interrupted
+from grpo.record.console import print_error
+from grpo.record.wandb_run import end_soon
+from grpo.rollout.session import Interrupted
 from grpo.run import (
     Run,
     claim_run_dir,
@@ -37,7 +38,6 @@ from grpo.run import (
 )
 from grpo.signals import GracefulStop
 from grpo.update import update
-from grpo.wandb_run import end_soon
 
 
 def train(run: Run) -> None:

@@ -12,7 +12,7 @@ from grpo.groups import Groups
 from grpo.kl import kl_penalty
 from grpo.losses import checked_loss, reduce_stats, token_stats
 from grpo.optim import check_finite
-from grpo.rollout import Interrupted
+from grpo.rollout.session import Interrupted
 from grpo.run import Run
 from models.routing_record import RoutingReplay
 

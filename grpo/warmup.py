@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import ConfigError, TrainConfig, to_dict
 from grpo.environment import demonstrations
-from grpo.metrics import Metrics
 from grpo.optim import Optimizer, check_finite, loss_scale_for
-from grpo.rollout import Interrupted
+from grpo.record.metrics import Metrics
+from grpo.rollout.session import Interrupted
 from models.gpt_oss import GptOss
 
 

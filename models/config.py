@@ -239,7 +239,7 @@ def _alternating(num_layers: int) -> list[str]:
 def read_config(folder: str | Path) -> GptOssConfig:
     """Reads FOLDER/config.json in either layout; raises ValueError naming the file."""
     path = Path(folder) / "config.json"
-    from models.tensor_files import read_json  # not at the top: it imports torch, and a bad setting fails before
+    from models.formats.files import read_json  # not at the top: it imports torch, and a bad setting fails before
 
     raw = read_json(path)
     try:

@@ -75,7 +75,7 @@ class GptOss(nn.Module):
     """The policy. Base weights start frozen; models/lora.py decides what trains.
 
     `experts` is the format they are held in, "bf16" (dense, in `dtype`), "mxfp4" or "nf4" (packed). Parameters are left
-    uninitialised: load a checkpoint (models/checkpoint.py) or call init_weights. `activation_checkpointing` recomputes
+    uninitialised: load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` recomputes
     layers in the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given, and `host_gb` of
     pinned host memory take the input embedding and more of what layers keep."""
 

@@ -53,7 +53,7 @@ from rollout_cases import (
 from timing import copy_gb_per_s, product_tflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.rollout import Sampler  # noqa: E402
+from grpo.rollout.session import Sampler  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 
 ALWAYS = ("decode", "prefill", "grpo_step")

@@ -26,8 +26,8 @@ import torch
 from timing import median_ms, product_tflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.checkpoint import load_model  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
+from models.formats.hugging_face import load_model  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.lora import LoraConfig, attach_lora  # noqa: E402
 

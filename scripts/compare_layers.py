@@ -28,10 +28,10 @@ from random_checkpoint import SPECIAL_TOKENS
 from timing import Report, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.checkpoint import load_model  # noqa: E402
 from models.config import GptOssConfig, read_config  # noqa: E402
+from models.formats.files import CheckpointError, TensorToWrite, list_tensors, write_json, write_shards  # noqa: E402
+from models.formats.hugging_face import load_model  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
-from models.tensor_files import CheckpointError, TensorToWrite, list_tensors, write_json, write_shards  # noqa: E402
 
 REPORT = Report()
 REFERENCE = "transformers float32"

@@ -28,10 +28,10 @@ import torch
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models.checkpoint import load_model  # noqa: E402
+from models.formats.files import CheckpointError, list_file  # noqa: E402
+from models.formats.hugging_face import load_model  # noqa: E402
+from models.formats.peft import attached_config, load_adapter, peft_tensors  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
-from models.peft_format import attached_config, load_adapter, peft_tensors  # noqa: E402
-from models.tensor_files import CheckpointError, list_file  # noqa: E402
 
 PEFT_PREFIX = "base_model."
 

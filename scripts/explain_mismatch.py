@@ -24,22 +24,22 @@ import torch
 from operations import Recorder, observed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import grpo.sampling  # noqa: E402
+import grpo.rollout.sampling  # noqa: E402
 import kernels.head.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.environment import make_environment  # noqa: E402
 from grpo.policy import build_model, load_parameters  # noqa: E402
-from grpo.rollout import Sampler, filtered_log_probs  # noqa: E402
+from grpo.rollout.session import Sampler, filtered_log_probs  # noqa: E402
 from grpo.update import make_replay  # noqa: E402
 from kernels.head.advance import IDLE  # noqa: E402
-from models.checkpoint import load_model  # noqa: E402
+from models.chat.tokenizer import Tokenizer  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
+from models.formats.files import CheckpointError  # noqa: E402
+from models.formats.hugging_face import load_model  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.lora import LoraConfig, attach_lora  # noqa: E402
-from models.tensor_files import CheckpointError  # noqa: E402
-from models.tokenizer import Tokenizer  # noqa: E402
 
 MAX_TOKEN = 199_998  # control tokens start here
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,8 +116,8 @@ def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor,
     def certain(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
         return torch.zeros(len(keys), vocab_size, device=keys.device).scatter_(1, keys[:, :1], torch.inf)
 
-    with patch.object(grpo.sampling, "gumbel_noise", certain):
-        result = grpo.sampling.draw(model.head(hidden), keys, temperature=settings.temperature, **settings.filters)
+    with patch.object(grpo.rollout.sampling, "gumbel_noise", certain):
+        result = grpo.rollout.sampling.draw(model.head(hidden), keys, temperature=settings.temperature, **settings.filters)
     if result.kept_ids is None:
         return result.log_probs
     return filtered_log_probs(model, hidden, result, temperature=settings.temperature)

@@ -26,9 +26,9 @@ from grpo.export_files import write_adapter, write_model, write_original  # noqa
 from grpo.hub import check_push, push  # noqa: E402
 from grpo.model_card import Origin  # noqa: E402
 from grpo.policy import load_run_policy  # noqa: E402
-from models.checkpoint import checkpoint_folder, load_model  # noqa: E402
+from models.formats.hugging_face import checkpoint_folder, load_model  # noqa: E402
+from models.formats.peft import attached_config, load_adapter  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
-from models.peft_format import attached_config, load_adapter  # noqa: E402
 
 
 def load_source(arguments: argparse.Namespace, dtype: torch.dtype) -> tuple[GptOss, Origin]:

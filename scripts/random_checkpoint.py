@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE  # noqa: E402
 from kernels.packed.nf4 import CODE as NF4_CODE  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
-from models.tensor_files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
+from models.formats.files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
 
 SIZES = {
     "20b": dict(

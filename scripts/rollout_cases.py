@@ -17,7 +17,7 @@ from bench_train import load_policy, set_memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, micro_batches, pack  # noqa: E402
 from grpo.optim import Optimizer  # noqa: E402
-from grpo.rollout import Sampler  # noqa: E402
+from grpo.rollout.session import Sampler  # noqa: E402
 from grpo.update import routing_metrics  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402

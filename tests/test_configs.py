@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from grpo.config import (
     ConfigError,
@@ -23,7 +24,6 @@ from grpo.config import (
 from grpo.launch import CONFIG_DIR, load_config
 from grpo.targets import bind
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 
 

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from grpo.config import ConfigError
 from grpo.launch import load_config
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [

@@ -14,12 +14,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import FIXTURES, ROOT
 
 pytest.importorskip("setuptools", minversion="77", reason="builds the wheel with setuptools 77 or later")
 pytest.importorskip("pip", reason="installs the wheel with pip")
 
-ROOT = Path(__file__).resolve().parent.parent
-ARITHMETIC = ROOT / "tests/fixtures/arithmetic.jsonl"
+ARITHMETIC = FIXTURES / "arithmetic.jsonl"
 
 
 def link_dependencies(folder: str) -> str:

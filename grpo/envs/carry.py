@@ -21,7 +21,7 @@ from grpo.environment import Score
 from grpo.rewards.match import is_well_formed, stated_answer
 from models.chat.parse import parse_completion
 from models.chat.render import Message, generation_prompt, render_message
-from models.tokenizer import Tokenizer, build_tiny_tokenizer
+from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
 
 WORDS = ["system", "developer", "user", "assistant", "tool", "analysis", "commentary", "final", "functions", "json"]
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyz+-*/=,.:?! "

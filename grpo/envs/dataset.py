@@ -33,7 +33,7 @@ from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
 from models.chat.parse import parse_completion
 from models.chat.render import Message, generation_prompt, render_message, system_content
-from models.tokenizer import Tokenizer, build_byte_tokenizer
+from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
 
 
 class Dataset:

@@ -21,7 +21,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.rewards.numbers import stated_number
 from models.chat.render import Message, generation_prompt, harmony_messages, read_template_kwargs, render_message
-from models.tokenizer import Tokenizer
+from models.chat.tokenizer import Tokenizer
 
 EFFORTS = ("low", "medium", "high")
 # what such columns are often called, the most telling first

@@ -1,4 +1,4 @@
-"""Draws of tokens from softmax(logits / temperature) by the Gumbel-max trick, as grpo/sampling.py defines them.
+"""Draws of tokens from softmax(logits / temperature) by the Gumbel-max trick, as grpo/rollout/sampling.py defines them.
 
   token_b = argmax_v (s_bv - max_v s_bv) + noise_bv,  s = logits / temperature,  noise = -log(-log1p(-w)),  w = (h + 1/2) / 2^31
 with h the lower 31 bits of a hash of the row's two words and of v (multiply and xorshift, Chris Wellons' lowbias32).

@@ -7,7 +7,7 @@ go on from row to row where I is no multiple of 64.
     element 2j is the HIGH nibble of byte j, element 2j + 1 the LOW (MXFP4 has them the other way round)
 
 Source: bitsandbytes, functional.py (code values, nibbles); formats with double quantisation are resolved when a checkpoint is
-read (models/bitsandbytes_layout.py).
+read (models/formats/bitsandbytes.py).
 
 Shapes: ... any leading dimensions (experts), O output features, I input features.
 """

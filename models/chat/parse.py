@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from models.chat.render import CHANNELS, ROLES, Message
-from models.tokenizer import REPLACEMENT, Tokenizer
+from models.chat.tokenizer import REPLACEMENT, Tokenizer
 
 
 class HarmonyError(ValueError):

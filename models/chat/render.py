@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from models.chat.tokenizer import Tokenizer
 from models.chat.tools import builtin_sections, declare_functions, from_json, read_call, read_tools, to_json
-from models.tokenizer import Tokenizer
 
 MODEL_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"

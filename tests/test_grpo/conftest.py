@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from paths import ROOT
 
 SERVER = r"""
 import importlib.machinery, json, os, runpy, signal, sys, time
 import yaml
 if yaml.__with_libyaml__:  # libyaml reads the same in a third of the time
     yaml.SafeLoader = yaml.CSafeLoader
-import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch, models.checkpoint, models.lora
+import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch
+import models.formats.hugging_face, models.lora
 import grpo.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
 grpo.launch.load_config("train", [])  # fills the caches of Hydra's parsers
 children = set()
@@ -125,7 +125,7 @@ class EntryPoints:
         `writes_report`: the report of a training run takes longer than a tiny run."""
         self._count += 1
         if not writes_report:
-            before = f"import grpo.metrics; grpo.metrics.write_report = lambda *arguments: None\n{before}"
+            before = f"import grpo.metrics; grpo.record.metrics.write_report = lambda *arguments: None\n{before}"
         output = self.folder / str(self._count)
         reply = self.ask({"module": module, "arguments": [str(argument) for argument in arguments], "before": before,
                           "path": [str(entry) for entry in path], "folder": str(folder), "environment": environment,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from grpo.batch import Prompt
-from grpo.rollout import Sampler
-from grpo.schedule import Group, Request, Schedule
+from grpo.rollout.schedule import Group, Request, Schedule
+from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
 from models.kv_cache import KVCache, page_bytes, slot_bytes
 

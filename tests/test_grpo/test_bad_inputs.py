@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 SHARD = "model-00001-of-00002.safetensors"  # of tiny_mxfp4
 INDEX = "model.safetensors.index.json"
 

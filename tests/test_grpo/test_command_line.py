@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from grpo.command_line import as_typed, quoted, to_override, unquoted
 from grpo.config import ConfigError
 from grpo.launch import load_config
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [
     "####",
     "(1)",

@@ -18,7 +18,7 @@ from grpo.envs.carry import Carry
 from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation, writable_file
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
-from grpo.rollout import Sampler
+from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.exactness import allowed_difference, describe_mismatch, differences
-from models.checkpoint import load_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from models.formats.hugging_face import load_model
 
 
 @pytest.fixture
@@ -58,15 +57,15 @@ def test_differences_of_what_is_allowed_are_none(completions):
 
 
 def test_rounding_is_allowed_on_the_cpu_and_nothing_is_known_of_bfloat16():
-    model = load_model(ROOT / "tests/fixtures/tiny_mxfp4", device="cpu", dtype=torch.float32)
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
     assert allowed_difference(model) == 1e-3
     model.dtype = torch.bfloat16
     assert allowed_difference(model) == math.inf
 
 
 DISTURB = """
-import grpo.rollout
-generate = grpo.rollout.Sampler.generate
+import grpo.rollout.session
+generate = grpo.rollout.session.Sampler.generate
 
 def disturbed(self, *arguments, step, **settings):
     completions = generate(self, *arguments, step=step, **settings)
@@ -74,7 +73,7 @@ def disturbed(self, *arguments, step, **settings):
         completions[2].segments[1].log_probs[0] += 0.01
     return completions
 
-grpo.rollout.Sampler.generate = disturbed
+grpo.rollout.session.Sampler.generate = disturbed
 """
 
 

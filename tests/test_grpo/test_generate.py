@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES, ROOT
 
 from grpo.batch import Prompt
 from grpo.checkpoint import save_run
@@ -26,12 +27,10 @@ from grpo.generate import (
 )
 from grpo.launch import load_config
 from grpo.policy import build_model, build_tokenizer, parameter_tensors
-from grpo.rollout import Sampler
+from grpo.rollout.session import Sampler
 from models.chat.render import render_chat
-from models.tokenizer import Tokenizer
+from models.chat.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests/fixtures"
 COMPACT = FIXTURES / "tokenizer_compact"
 DATE = "2025-08-05"
 CARRY_SETTINGS = {"digits": 2, "format_reward": 0.1, "fault_rate": 0.75, "keep_no_carry": 0.35, "held_out_fraction": 0.2,

@@ -4,26 +4,23 @@ import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES, ROOT
 from rollout_problem import assert_equal
 
-import grpo.rollout
+import grpo.rollout.session
 import kernels.device
 import kernels.linear
 import models.decoder
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.kl import Reference
-from grpo.rollout import Sampler
+from grpo.rollout.session import Sampler
 from grpo.update import make_replay
-from models.checkpoint import load_model
+from models.formats.hugging_face import load_model
 from models.kv_cache import page_bytes, slot_bytes
 from models.lora import LoraConfig, attach_lora, set_full_training
-
-ROOT = Path(__file__).parent.parent.parent
-FIXTURES = ROOT / "tests/fixtures"
 
 pytestmark = pytest.mark.gpu
 
@@ -201,7 +198,7 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
         return sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=40, temperature=0.8, **settings)
 
     by_graph = sampled()
-    monkeypatch.setattr(grpo.rollout, "can_decode_by_graph", lambda model: False)
+    monkeypatch.setattr(grpo.rollout.session, "can_decode_by_graph", lambda model: False)
     one_by_one = sampled()
     assert_equal(by_graph, one_by_one)
     for completion in by_graph:

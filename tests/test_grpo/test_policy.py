@@ -1,16 +1,15 @@
 """Choice of the dtype by the GPU, which is pretended; what is checked before a base is read."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import save_file
 
 from grpo.config import ConfigError, Dtype, Experts, ModelConfig, Train
 from grpo.policy import check_trainable, select_dtype
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 

@@ -16,7 +16,7 @@ from grpo.advantages import group_advantages
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.kl import kl_penalty
 from grpo.losses import dapo, dr_grpo, grpo
-from grpo.rollout import Sampler
+from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.lora import set_full_training

@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 
 # Rewards spread over every group, so that each step has a gradient although the tiny policy is never right.
 SPREAD = '''
@@ -68,7 +66,7 @@ PHASES = {
     "rollout": ("models.gpt_oss", "module.GptOss", "decode_hidden", False, (3, 30)),
     "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
-    "logging": ("grpo.metrics", "module._JsonlFile", "append", True, (1, 5)),
+    "logging": ("grpo.record.metrics", "module._JsonlFile", "append", True, (1, 5)),
     "writing a checkpoint": ("grpo.checkpoint", "module", "_fsync", False, (1, 5)),
     "publishing a checkpoint": ("grpo.checkpoint", "module", "_publish", False, (2, 2)),
     "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES, ROOT
 from safetensors.torch import load_file
 
 from grpo.config import anchor_paths, run_folder
 from grpo.launch import load_config
-
-ROOT = Path(__file__).resolve().parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 
 # An environment that walks away while it scores.
 WANDERING = """

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 import grpo.checkpoint
 from grpo.checkpoint import (
@@ -28,8 +29,6 @@ from grpo.checkpoint import (
     save_run,
 )
 from grpo.signals import GracefulStop
-
-ROOT = Path(__file__).parents[2]
 
 
 def contents(step):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from paths import ROOT
 
 from grpo.config import ConfigError
 from grpo.launch import check, jobs_planned, load_config, prepare
 from grpo.sweeps import JobResult, jobs_of, objective_of, outcome
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # A training run in a moment: leaves a summary, and ends as its seed says.
 TASK = """

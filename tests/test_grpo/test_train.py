@@ -9,14 +9,12 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+from paths import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import grpo.train
 from grpo.launch import load_config
-
-ROOT = Path(__file__).resolve().parents[2]
-FIXTURES = ROOT / "tests" / "fixtures"
 
 STEP_METRICS = {
     "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "rewards/format/std", "reward/errors",

@@ -20,7 +20,7 @@ from grpo.groups import Groups
 from grpo.kl import Reference
 from grpo.launch import load_config
 from grpo.losses import dapo, grpo
-from grpo.rollout import Interrupted
+from grpo.rollout.session import Interrupted
 from grpo.run import Run, make_optimizer
 from grpo.update import update
 from models.config import GptOssConfig

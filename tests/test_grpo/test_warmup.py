@@ -10,7 +10,7 @@ from grpo.config import ConfigError
 from grpo.environment import EnvironmentFault
 from grpo.launch import load_config
 from grpo.optim import NonFiniteError
-from grpo.rollout import Interrupted
+from grpo.rollout.session import Interrupted
 from grpo.warmup import check_demonstrations, pack_demonstrations, warm_up
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss

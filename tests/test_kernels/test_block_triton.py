@@ -7,12 +7,12 @@ import gc
 import weakref
 from collections import Counter
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreter import run_interpreter_tests
+from paths import FIXTURES
 
 import kernels.device
 import models.experts
@@ -22,9 +22,9 @@ from kernels.attention.plan import AttentionPlan
 from kernels.device import product_path
 from kernels.packed.mxfp4 import quantize
 from kernels.packed.weights import Mxfp4Fragments
-from models.checkpoint import load_model
 from models.config import GptOssConfig
 from models.experts import PROJECTIONS
+from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
 from models.kept import TrainingPass
 from models.keys import rotated
@@ -279,7 +279,7 @@ def test_more_rows_and_weights_in_the_order_of_a_checkpoint_take_the_experts_ker
 @not_on_library_products
 @pytest.mark.interpreter
 def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
-    model = load_model(Path(__file__).parent.parent / "fixtures/tiny_mxfp4", device="cpu", dtype=torch.float32)
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
     assert {block.mlp.experts.layout for block in model.model.layers} == {Mxfp4Fragments}
     tokens = torch.arange(3, 9)
     cache, slots = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64)
@@ -294,7 +294,7 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
 @pytest.mark.interpreter
 @pytest.mark.parametrize("start", [0, 9])
 def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monkeypatch):
-    model = load_model(Path(__file__).parent.parent / "fixtures/tiny_mxfp4", device="cpu", dtype=torch.float32)
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
     by_few = watch_few_rows(monkeypatch)
     tokens, results = torch.arange(3, 23), []
     for most in (512, 0):

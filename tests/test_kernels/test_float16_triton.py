@@ -1,16 +1,16 @@
 """The whole model in float16, on either kind of products: in the interpreter and on a GPU, with a stream beyond its range."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from interpreter import run_interpreter_tests
+from paths import FIXTURES
 
-from models.checkpoint import load_model
+from models.formats.hugging_face import load_model
 from models.lora import LoraConfig, attach_lora
 
-FIXTURE = Path(__file__).parent.parent / "fixtures/tiny_mxfp4"
+FIXTURE = FIXTURES / "tiny_mxfp4"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "experts", "router"]
 NUM_TOKENS, LOSS_SCALE = 1e6, 2.0**20  # what a loss is divided by, and what brings its gradients back into float16's range
 CASES = [("library", 0), ("library", 14), ("", 14)]  # GRPO_PRODUCTS, and the power of two of down projections

@@ -1,14 +1,14 @@
 """The rotation against float64 goldens, forward and gradient."""
 
 import math
-from pathlib import Path
 
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 from kernels.rope import rope
 
-GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
+GOLDEN = load_file(FIXTURES / "kernels.safetensors")
 
 
 def test_output_and_gradient_match_the_golden_ones():

@@ -1,16 +1,16 @@
 """The rotation kernel: in the interpreter against goldens and float64, ahead of time for every GPU, and on a GPU."""
 
-from pathlib import Path
 
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 from kernels.rope import _rope_kernel, rope, rope_qk
 
-GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
+GOLDEN = load_file(FIXTURES / "kernels.safetensors")
 
 
 def normal(*shape, seed=0, dtype=torch.float32, device="cpu") -> torch.Tensor:

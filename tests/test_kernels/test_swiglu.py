@@ -1,15 +1,15 @@
 """Clamped SwiGLU against float64 goldens and numbers worked out by hand."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 from kernels.swiglu import swiglu
 
-GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
+GOLDEN = load_file(FIXTURES / "kernels.safetensors")
 ALPHA, LIMIT = 1.702, 7.0
 
 

@@ -1,16 +1,16 @@
 """The SwiGLU kernels: in the interpreter against goldens and float64, ahead of time for every GPU, and on a GPU."""
 
-from pathlib import Path
 
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 from kernels.swiglu import BLOCK, NUM_WARPS, _swiglu_grad_kernel, _swiglu_kernel, swiglu, swiglu_backward
 
-GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
+GOLDEN = load_file(FIXTURES / "kernels.safetensors")
 ALPHA, LIMIT = 1.702, 7.0
 
 

@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from paths import FIXTURES
 
 from models.config import GptOssConfig, YarnScaling, read_config
-
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 # the fields of OpenAI's ModelConfig at the size of tests/fixtures/tiny_mxfp4
 ORIGINAL = {

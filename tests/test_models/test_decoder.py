@@ -1,14 +1,12 @@
 """Rows being decoded, and which graph serves a batch. Graphs are tested on a GPU, with whole rollouts: test_grpo/test_gpu.py."""
 
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 
-from models.checkpoint import load_model
 from models.decoder import BUCKETS, Decoder, NewRow, PlainDraw, bucket_of, can_decode_by_graph, share_prefixes
-
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+from models.formats.hugging_face import load_model
 
 
 def test_a_batch_takes_the_smallest_bucket_that_holds_it():

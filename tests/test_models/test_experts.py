@@ -1,17 +1,17 @@
 """Packed experts in fragment order: everything that leaves the model is as it would be from the checkpoint's order."""
 
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 
 from kernels.packed.weights import Mxfp4, Mxfp4Fragments
-from models.checkpoint import load_model, save_model, save_original
 from models.config import GptOssConfig
 from models.experts import PROJECTIONS, Mxfp4Experts
+from models.formats.hugging_face import load_model, save_model, save_original
 from models.lora import LoraConfig, attach_lora, count_active_parameters, count_parameters
 
-MXFP4 = Path(__file__).parent.parent / "fixtures/tiny_mxfp4"
+MXFP4 = FIXTURES / "tiny_mxfp4"
 
 
 def load(*, in_fragments):

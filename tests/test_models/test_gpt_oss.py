@@ -1,17 +1,16 @@
 """The model against transformers' golden numbers, and what must not change them: packing, caching, recomputing, masking."""
 
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 import models.gpt_oss
-from models.checkpoint import load_model
+from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss, KeptSets
 from models.lora import LoraConfig, attach_lora, set_full_training
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = ("tiny_bf16", "tiny_mxfp4")
 
 

@@ -1,15 +1,14 @@
 """The whole model on the path for GPUs whose tensor cores Triton does not drive, forced on the CPU, against goldens."""
 
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
-from models.checkpoint import load_model
+from models.formats.hugging_face import load_model
 from models.lora import TARGETS, LoraConfig, attach_lora
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = ("tiny_bf16", "tiny_mxfp4")
 
 

@@ -1,14 +1,15 @@
 """Adapters: golden outputs and gradients, what trains, what is refused; and counts of parameters."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
-from models.checkpoint import load_model
 from models.config import GptOssConfig
+from models.formats.hugging_face import load_model
+from models.formats.peft import load_adapter
 from models.gpt_oss import GptOss
 from models.linear import adapter_of
 from models.lora import (
@@ -19,9 +20,7 @@ from models.lora import (
     describe_trainable,
     set_full_training,
 )
-from models.peft_format import load_adapter
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 RANK = 3
 
 

@@ -9,21 +9,19 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES, ROOT
 from safetensors import safe_open
 
 from grpo.export_files import write_adapter, write_model
 from grpo.model_card import Origin
-from models.checkpoint import load_model, save_model, save_original
+from models.chat.tokenizer import Tokenizer
+from models.formats.hugging_face import load_model, save_model, save_original
+from models.formats.peft import load_adapter, save_adapter
 from models.lora import LoraConfig, attach_lora
-from models.peft_format import load_adapter, save_adapter
-from models.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parent.parent.parent
-FIXTURES = ROOT / "tests/fixtures"
 BF16, MXFP4 = FIXTURES / "tiny_bf16", FIXTURES / "tiny_mxfp4"
 IDS = torch.randint(0, 384, (2, 24), generator=torch.Generator().manual_seed(0))
 TEXT = "hello world, ¿qué tal? 🙂\n\n\tdef f(x): return x ** 2"

@@ -1,17 +1,16 @@
 """Sequences that continue a shared prompt against the same sequences packed whole."""
 
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 
-from models.checkpoint import load_model
+from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss, KeptSets, previous_rows
 from models.keys import chunk_plan, packed_positions
 from models.lora import LoraConfig, attach_lora, set_full_training
 from models.routing_record import RoutingRecord
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = ("tiny_bf16", "tiny_mxfp4")  # full layers and layers with a window of 8 keys, sinks on both
 # lengths of prompts and of their completions: longer and shorter than the window, a lone completion, one of a single token
 GROUPS = [(19, [5, 12, 1, 9]), (3, [7]), (8, [8, 2]), (1, [4, 4, 10])]

@@ -1,19 +1,18 @@
 """Recording which experts tokens go to, against the golden router logits, and replaying it."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 import models.routing_record
-from models.checkpoint import load_model
+from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora
 from models.routing_record import RoutingRecord, RoutingReplay, empty_routing, no_record
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = ("tiny_bf16", "tiny_mxfp4")
 BOUNDS = torch.tensor([0, 40, 80, 120], dtype=torch.int32)
 NOT_RECORDED = 255

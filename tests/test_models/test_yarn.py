@@ -2,16 +2,16 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file
 
 from models.config import GptOssConfig, YarnScaling
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
-GOLDEN = load_file(Path(__file__).parent.parent / "fixtures/kernels.safetensors")
+GOLDEN = load_file(FIXTURES / "kernels.safetensors")
 POSITIONS = GOLDEN["rope.positions"]
 # the published models' head width
 CONFIG = GptOssConfig.from_architecture({

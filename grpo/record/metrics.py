@@ -1,0 +1,340 @@
+"""The one Metrics object of a run: console, metrics.jsonl, completions.jsonl, wandb, and at the end summary and report.
+
+`metrics.jsonl` is the source of truth: one object a line, `step` first. Training metrics, evaluations and the
+supervised warm-up (`step` 0, `warmup/step`) are lines of their own. NaN and infinities are written as null, because
+JSON has no name for them; wandb and the console get them as they are.
+
+A step's lines are logged before its checkpoint is saved (log, log_eval, log_completions, sync, then save): then
+`truncate_after(step)` on resume puts both files back to what they were at that checkpoint, and a resumed run's files
+end equal to those of a run that never stopped. What it takes out is kept in `metrics.jsonl.cut-1` and so on; lines of
+others stay. Timing metrics, which differ, start with `time/` or `memory/` or end in `_per_s`.
+
+Keys of a completion that the console, the report and the final samples use: `prompt` and `completion` (text), `reward`,
+and `split` ("train" or "eval"); any other key is recorded as it is.
+"""
+
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from grpo.config import WandbConfig, shown
+from grpo.record.console import Display, final_renderables
+from grpo.record.wandb_run import WandbRun
+from grpo.report import (
+    COMPLETIONS_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    before_after_samples,
+    parse_record,
+    read_metrics,
+    summarize,
+    write_atomic,
+    write_report,
+)
+
+
+class Metrics:
+    """Everything a run reports. One object a run; `finish` belongs into a `finally`.
+
+    Args:
+        run_dir: the run's folder; made when missing.
+        wandb: its mode, project, entity, group and tags.
+        config: the resolved configuration as plain containers; shown in the report, kept in summary.json and by wandb.
+        total_steps: GRPO steps of the whole run.
+        is_resumed_from_step: the finished steps of the checkpoint a run goes on from; 0 for a new run.
+        wandb_id: the wandb run to go on with, from that checkpoint; None starts a new one.
+        provenance: command, commit, versions and device, for summary.json.
+        console: False prints nothing.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        wandb: WandbConfig,
+        config: dict,
+        run_name: str,
+        total_steps: int,
+        is_resumed_from_step: int = 0,
+        wandb_id: str | None = None,
+        provenance: dict | None = None,
+        console: bool = True,
+    ):
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_name = run_name
+        self.config = config
+        self.provenance = provenance or {}
+        self.total_steps = total_steps
+        self.display = Display(run_name, total_steps, is_enabled=console)
+        self.summary: dict | None = None
+        self.wandb = WandbRun(
+            self.run_dir, wandb, config=_json_safe(config), run_name=run_name, wandb_id=wandb_id, warn=self.display.print
+        )
+        self._start_time = time.monotonic()
+        self._earlier_seconds = 0.0
+        self._eval_names: dict[int, set[str]] = {}
+        self._metrics_file = _JsonlFile(self.run_dir / METRICS_FILE)
+        self._completions_file = _JsonlFile(self.run_dir / COMPLETIONS_FILE)
+        if is_resumed_from_step:
+            self.truncate_after(is_resumed_from_step)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The id of the wandb run, kept in checkpoints; None when wandb is disabled."""
+        return self.wandb.run_id
+
+    def truncate_after(self, step: int) -> None:
+        """Takes the records of later steps (of all, with -1), and a last line that a kill cut short, out of both files."""
+        self._metrics_file.truncate_after(step)
+        self._completions_file.truncate_after(step)
+        rows = read_metrics(self.run_dir)
+        self._earlier_seconds = max((row["time/total"] for row in rows if "time/total" in row), default=0.0)
+        self._eval_names = {}
+        for row in rows:
+            names = {name for name in row if name.startswith("eval/")}
+            if names:
+                self._eval_names.setdefault(row["step"], set()).update(names)
+        last_step = max((row["step"] for row in rows), default=0)
+        if last_step < step:
+            self.display.print(
+                f"warning: {self._metrics_file.path} ends at step {last_step} but the checkpoint is of step {step}: "
+                "the lines between are lost"
+            )
+        self.display.restore(rows)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of training step `step` (finished steps, so the first is 1)."""
+        metrics = {name: _plain_number(value, name) for name, value in metrics.items()}
+        metrics["time/total"] = round(self._earlier_seconds + time.monotonic() - self._start_time, 3)
+        self._metrics_file.append([{"step": step, **metrics}])
+        self.display.step(step, metrics)
+        self.wandb.log({"step": step, **metrics})
+
+    def log_warmup(self, warmup_step: int, metrics: dict[str, float], *, num_steps: int, prints_line: bool) -> None:
+        """Records a step of the supervised warm-up as `warmup/<name>` (timing keeps its name).
+
+        Steps may be left out. Without a terminal a line is printed only when `prints_line`.
+        """
+        metrics = _prefixed("warmup/", metrics)
+        line = {"step": 0, "warmup/step": warmup_step, **metrics}
+        self._metrics_file.append([line])
+        self.display.warmup(warmup_step, num_steps, metrics, prints_line=prints_line)
+        self.wandb.log(line)
+
+    def has_eval(self, step: int) -> bool:
+        """Whether an evaluation at this step is on record, perhaps from before a resume."""
+        return step in self._eval_names
+
+    def log_eval(self, step: int, metrics: dict[str, float]) -> None:
+        """Records held-out metrics as `eval/<name>` (timing keeps its name). What is on record for the step already is
+        not written again: a run resumed at its last step may repeat the last evaluation."""
+        metrics = _prefixed("eval/", metrics)
+        known = self._eval_names.setdefault(step, set())
+        new = {name: value for name, value in metrics.items() if name not in known}
+        if any(name.startswith("eval/") for name in new):
+            self._metrics_file.append([{"step": step, **new}])
+            self.wandb.log({"step": step, **new})
+        known.update(new)
+        self.display.eval(step, metrics)
+
+    def log_completions(self, step: int, completions: list[dict]) -> None:
+        """Appends completions to completions.jsonl and to the wandb table, and shows the first one."""
+        if not completions:
+            return
+        rows = [{"step": step, **completion} for completion in completions]
+        self._completions_file.append(rows)
+        self.display.completion(step, completions[0])
+        self.wandb.log_table(step, _json_safe(rows))
+
+    def set_status(self, status: str) -> None:
+        """Shows on the live display what the run is doing within a step, as "rollout" or "saving"."""
+        self.display.set_status(status)
+
+    def progress(self, activity: str) -> Callable[[int, int], None]:
+        """Returns what takes (finished, all) counts of completions and shows them as a status with this name."""
+        return self.display.progress(activity)
+
+    def print(self, *texts: str) -> None:
+        """Prints lines above the live display."""
+        self.display.print(*texts)
+
+    def notice(self, text: str) -> bool:
+        """Keeps a line in the live panel, if there is one; safe in a signal's handler."""
+        return self.display.notice(text)
+
+    def warn(self, text: str) -> None:
+        """Prints what must not be overlooked."""
+        self.display.warn(text)
+
+    def sync(self) -> None:
+        """Returns when both files are on disk; called before a checkpoint is saved, so that they reach as far."""
+        self._metrics_file.sync()
+        self._completions_file.sync()
+
+    def finish(self, exit_reason: str) -> dict:
+        """Ends the display, writes summary.json and report.html, closes wandb, and returns the summary.
+
+        A second call changes nothing. A summary or report that cannot be written is a warning: `python -m grpo.report`
+        makes it again from metrics.jsonl. `exit_reason` is "finished" for a run that took all its steps.
+        """
+        if self.summary is not None:
+            return self.summary
+        self.display.stop()
+        self._metrics_file.close()
+        self._completions_file.close()
+        self.summary = summarize(
+            self.run_dir,
+            run_name=self.run_name,
+            exit_reason=exit_reason,
+            total_steps=self.total_steps,
+            config=_json_safe(self.config),
+        )
+        self.summary["peak_host_memory_gb"] = _peak_host_memory_gb()
+        self.summary |= {"wandb_id": self.wandb_id, **self.provenance}
+        self.summary["config"] = self.summary.pop("config")  # last, because it is long
+        try:
+            text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)
+            write_atomic(self.run_dir / SUMMARY_FILE, text + "\n")
+            write_report(self.run_dir, self.summary)
+        except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
+            reason = f"{type(error).__name__}: {error}"
+            command = shlex.join(["python", "-m", "grpo.report", str(shown(self.run_dir))])
+            self.display.print(f"warning: no report ({reason}); rebuild it with: {command}")
+        self.wandb.finish(self.summary)
+        return self.summary
+
+    def samples(self) -> list[dict]:
+        """Returns up to three prompts with a completion from the start and one from the end of the run."""
+        return before_after_samples(self.run_dir, limit=3)
+
+    def print_final(self, summary: dict, samples: list[dict], next_commands: list[str]) -> None:
+        """Prints before and after, samples, where the report is, and what to type next."""
+        show = self.display.print
+        seconds = f"{summary['seconds']:.0f} s" if summary["seconds"] < 600 else f"{summary['seconds'] / 60:.0f} min"
+        show("", f"{summary['run_name']}: {summary['exit_reason']} after {summary['steps']} steps, {seconds}", "")
+        show(*final_renderables(summary, samples, encoding=self.display.encoding))
+        folder = shown(self.run_dir)
+        show("", f"report   {folder / 'report.html'}", f"metrics  {folder / METRICS_FILE}")
+        if self.wandb.hint:
+            show(f"wandb    {self.wandb.hint}")
+        if next_commands:
+            show("", "next:", *(f"  {command}" for command in next_commands))
+
+
+class _JsonlFile:
+    """A file of JSON lines in the order of their `step`, each on its way to the disk when `append` returns. Lines of others
+    stay where they are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+
+    def _open(self) -> int:
+        if self._descriptor is not None and self._was_replaced():
+            self.close()
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        return self._descriptor
+
+    def _was_replaced(self) -> bool:
+        """Whether an editor put another file in the place of the open one, or somebody deleted it."""
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except OSError:
+            return self.path.parent.is_dir()  # a folder that was moved away has the open file
+
+    def append(self, rows: list[dict]) -> None:
+        lines = [json.dumps(_json_safe(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
+        data = "".join(lines).encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
+        descriptor = self._open()
+        end = os.fstat(descriptor).st_size
+        if end > 0 and os.pread(descriptor, 1, end - 1) != b"\n":  # a line of others must not swallow ours
+            data = b"\n" + data
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            hint = "free space, then go on with resume=true"
+            raise OSError(error.errno, f"cannot write ({error.strerror}): {hint}", str(self.path)) from error
+
+    def truncate_after(self, step: int) -> None:
+        """Takes out the records of later steps, and a last line that a kill cut short, into a file of their own beside it."""
+        if not self.path.exists():
+            return
+        self.close()
+        with self.path.open("rb") as file:
+            lines = file.readlines()
+        is_cut = [not line.endswith(b"\n") or _step_of(line) > step for line in lines]
+        if not any(is_cut):
+            return
+        beside = next(path for path in (Path(f"{self.path}.cut-{number}") for number in itertools.count(1))
+                      if not os.path.lexists(path))
+        beside.write_bytes(b"".join(itertools.compress(lines, is_cut)))
+        first = is_cut.index(True)
+        if all(is_cut[first:]):
+            os.truncate(self.path, sum(map(len, lines[:first])))
+        else:
+            partial = Path(f"{self.path}.tmp")
+            partial.write_bytes(b"".join(line for line, cut in zip(lines, is_cut) if not cut))
+            os.replace(partial, self.path.resolve())
+
+    def sync(self) -> None:
+        os.fsync(self._open())
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a record; for lines that are none, before all steps."""
+    record = parse_record(line)
+    return -1 if record is None else record["step"]
+
+
+def _plain_number(value: object, name: str) -> float | int:
+    """Returns a Python number for Python, numpy and one-element torch numbers."""
+    if isinstance(value, int):
+        return int(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__} {value!r}") from error
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Timing metrics keep their names: those are how a comparison of two runs knows them."""
+    kept = (prefix, "time/", "memory/")
+    return {
+        name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()
+    }
+
+
+def _json_safe(value: object) -> object:
+    """Returns a copy that JSON can hold: non-finite numbers become None, unknown objects their text."""
+    if isinstance(value, dict):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def _peak_host_memory_gb() -> float | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

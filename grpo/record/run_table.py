@@ -1,0 +1,159 @@
+"""Tables of several runs, of a sweep say: a line for each, best first, and means over the seeds of what else is equal.
+
+`python -m grpo.report FOLDER` prints one.
+"""
+
+import csv
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+
+from grpo.record.plots import headline, headline_first, is_lower_better
+from grpo.report import METRICS_FILE, SUMMARY_FILE, read_summary, write_atomic
+
+MAX_KEYS = 5  # columns of a table for keys of the config, unless others are asked for
+PLACES = ("name", "output_dir", "resume")  # keys in which any two runs differ
+# 97.5 % quantiles of Student's t with 1, 2, ... 9 degrees of freedom (R. A. Fisher, Statistical Methods, table IV)
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Returns the folders of the runs at or below `folder`; raises ValueError when there is none."""
+    run_dirs = sorted({path.parent for name in (SUMMARY_FILE, METRICS_FILE) for path in folder.rglob(name)})
+    if not run_dirs:
+        raise ValueError(f"{folder} holds no run: neither {SUMMARY_FILE} nor {METRICS_FILE} below it")
+    return run_dirs
+
+
+class RunTable:
+    """The runs of a sweep with the keys of the config in which they differ and the last value of each eval metric, sorted by
+    the first of the headline metrics, best first; runs that left no summary come last.
+
+    `rows` have all columns: run, `keys`, exit_reason, steps, seconds, `evals`; None where a run has no such value."""
+
+    def __init__(self, run_dirs: list[Path]) -> None:
+        summaries = {run_dir: read_summary(run_dir) for run_dir in run_dirs}
+        done = {run_dir: summary for run_dir, summary in summaries.items() if summary is not None}
+        configs = {run_dir: _flatten(summary["config"]) for run_dir, summary in done.items()}
+        keys = dict.fromkeys(key for config in configs.values() for key in config if key not in PLACES)
+        self.keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+        # a key that some runs lack tells apart environments or models, which the keys that all have tell too
+        self.shared_keys = [key for key in self.keys if all(key in config for config in configs.values())]
+        logged = list(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
+        ordered = headline_first(logged)
+        self.evals = ordered + [name for name in logged if name not in ordered]
+        columns = ["run", *self.keys, "exit_reason", "steps", "seconds", *self.evals]
+        self.rows = []
+        for run_dir, summary in summaries.items():
+            values: dict[str, object] = {"run": run_dir.resolve().name, "exit_reason": f"no {SUMMARY_FILE}"}
+            if summary is not None:
+                values |= configs[run_dir] | {
+                    "exit_reason": summary["exit_reason"], "steps": summary["steps"], "seconds": round(summary["seconds"], 1)}
+                values |= {name: record["last"]["value"] for name, record in summary["eval"].items()}
+            self.rows.append({column: values.get(column) for column in columns})
+        if self.evals:
+            self.rows.sort(key=lambda row: self._rank(row[self.evals[0]]))
+
+    def _rank(self, value: float | None) -> float:
+        return math.inf if value is None else value if is_lower_better(self.evals[0]) else -value
+
+    def text(self, columns: list[str] | None = None) -> str:
+        """The runs as a Markdown table that reads as well on a terminal, and the means over seeds where seeds differ.
+
+        Raises ValueError for a column that no run has."""
+        known = list(self.rows[0])
+        unknown = [column for column in columns or () if column not in known]
+        if unknown:
+            raise ValueError(f"--columns {','.join(unknown)}: no such column; there are {', '.join(known)}")
+        keys, scores = self.shared_keys[:MAX_KEYS], headline(self.evals)[:4]
+        chosen = ["run", *columns] if columns else ["run", *keys, "exit_reason", "steps", "seconds", *scores]
+        parts = [_markdown([{column: self._cell(row, column) for column in chosen} for row in self.rows])]
+        left_out = [key for key in self.keys if key not in chosen]
+        if left_out and not columns:
+            parts.append(f"{len(left_out)} more keys differ: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''}")
+        over_seeds = self._over_seeds([key for key in (columns or keys) if key in self.keys], [
+            name for name in (columns or scores) if name in self.evals])
+        if over_seeds:
+            parts.append("Means over seeds, with 95 % intervals (Student's t):\n\n" + _markdown(over_seeds))
+        return "\n\n".join(parts)
+
+    def _over_seeds(self, shown: list[str], scores: list[str]) -> list[dict[str, str]]:
+        groups: dict[str, list[dict]] = {}
+        others = [key for key in self.keys if key != "seed"]
+        for row in self.rows:
+            if row["exit_reason"] == "finished":
+                groups.setdefault(json.dumps([row[key] for key in others]), []).append(row)
+        if "seed" not in self.keys or not any(len(group) > 1 for group in groups.values()):
+            return []
+        table = []
+        for group in groups.values():
+            line = {key: _cell(group[0][key]) for key in shown if key != "seed"} | {"seeds": str(len(group))}
+            for name in scores:
+                line[name] = _mean([row[name] for row in group if row[name] is not None])
+            table.append((statistics.fmean([self._rank(row[self.evals[0]]) for row in group]) if self.evals else 0.0, line))
+        return [line for _, line in sorted(table, key=lambda pair: pair[0])]
+
+    def _cell(self, row: dict, column: str) -> str:
+        width = row.get(f"{column}/ci95")
+        return _cell(row[column]) + (f" ± {_cell(width)}" if width else "")
+
+    def csv(self) -> str:
+        """All columns of all runs."""
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fieldnames=list(self.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return buffer.getvalue()
+
+
+def sweep_summary(sweep_dir: Path, run_dirs: list[Path]) -> Path:
+    """Writes sweep_summary.md (what `RunTable.text` shows) and sweep_summary.csv (everything); returns the path of the first."""
+    runs = RunTable(run_dirs)
+    write_atomic(sweep_dir / "sweep_summary.csv", runs.csv())
+    note = "Eval metrics are the last values of each run; the best run by the first of them comes first."
+    title = f"# {sweep_dir.resolve().name}: {len(runs.rows)} runs"
+    write_atomic(sweep_dir / "sweep_summary.md", f"{title}\n\n{runs.text()}\n\n{note}\n")
+    return sweep_dir / "sweep_summary.md"
+
+
+def mean_half_width(values: list[float]) -> float:
+    """Half the width of the 95 % interval of a mean of at least two values, by Student's t."""
+    degrees = len(values) - 1
+    z = statistics.NormalDist().inv_cdf(0.975)
+    # beyond the table: the expansion in 1 / degrees (Abramowitz and Stegun, 26.7.5)
+    expansion = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    t = T975[degrees - 1] if degrees <= len(T975) else expansion
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    return _cell(statistics.fmean(values)) + (f" ± {_cell(mean_half_width(values))}" if len(values) > 1 else "")
+
+
+def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    """A table with aligned columns."""
+    columns = list(rows[0])
+    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+    lines = [columns, ["-" * width for width in widths], *([row[column] for column in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,475 @@
+"""gpt-oss weights between files and the model: Hugging Face and OpenAI `original/` layouts, in and out; bitsandbytes' NF4, in.
+
+Loading streams one tensor at a time from file to device. Exports keep the schema of the published checkpoints
+(`rope_theta` and `rope_scaling` with its `truncate`, [E, in, out] dense experts, `_blocks`/`_scales` packed ones),
+which transformers and vLLM both read; nothing goes through transformers' own save_pretrained.
+
+A training run's weights: `save_model(model, folder, merge_lora=False, dtype=model.dtype)` and `load_model` give the
+same bits back. Adapters are in models/formats/peft.py.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kernels.device import product_path
+from kernels.packed.mxfp4 import BLOCK_SIZE, dequantize, quantize
+from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
+from kernels.packed.nf4 import dequantize_nf4_reference
+from kernels.packed.weights import Mxfp4, Nf4
+from models.chat.tokenizer import TOKENIZER_FILES
+from models.config import GptOssConfig, read_config
+from models.experts import PACKED_SUFFIXES, Mxfp4Experts
+from models.formats.bitsandbytes import Derived, is_bitsandbytes, unpacked_names
+from models.formats.files import (
+    INDEX_NAME,
+    CheckpointError,
+    StoredTensor,
+    TensorToWrite,
+    atomic_folder,
+    has_tensor_files,
+    list_tensors,
+    read_json,
+    shortened,
+    write_beside,
+    write_json,
+    write_shards,
+)
+from models.formats.original import from_hugging_face, is_original, original_config, to_hugging_face
+from models.formats.peft import has_expert_adapter, merged_weight, save_adapter
+from models.gpt_oss import GptOss
+
+EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
+_FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_FORMS = {"bf16": "dense ones", "mxfp4": "packed ones (MXFP4)", "nf4": "packed ones (NF4)"}
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The local folder of a checkpoint given as a folder or as a Hugging Face hub id (organisation/name).
+
+    A hub id is downloaded into the hub cache, Hugging Face layout only, unless it is there already. Raises
+    CheckpointError where neither a folder nor a reachable repository has that name.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    parts = str(source).split("/")
+    if path.exists() or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
+        raise CheckpointError(
+            f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md"],
+                ignore_patterns=["original/*", "metal/*"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
+            "check the spelling, the network and (for private repositories) HF_TOKEN"
+        ) from None
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    experts: str = "auto",
+    activation_checkpointing: bool = False,
+    memory_gb: float | None = None,
+    host_gb: float = 0.0,
+) -> GptOss:
+    """Reads a checkpoint into a frozen model.
+
+    source: a folder in Hugging Face layout (one file, or shards by model.safetensors.index.json), a folder in OpenAI's
+        original layout or with an `original/` subfolder and no weights of its own, or a hub id.
+    dtype: of every tensor but packed ones.
+    experts: "auto" keeps the form of the checkpoint; "bf16" dequantises packed experts into dense [E, in, out] of
+        `dtype` (4 times the memory in bfloat16); "mxfp4" and "nf4" insist on those.
+    activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
+        it is large enough (pinned allocations are rounded up to a power of two).
+    Where Triton makes the products, packed experts are brought into fragment order at the end, in place (models/experts.py).
+    Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
+    the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
+    """
+    if experts not in ("auto", "mxfp4", "nf4", "bf16"):
+        raise ValueError(f"experts={experts!r}; allowed: auto, mxfp4, nf4, bf16")
+    folder = _weights_folder(source)
+    config, stored = _read_headers(folder)
+    form = config.stored_experts if experts == "auto" else experts
+    if form != "bf16" and form != config.stored_experts:
+        how = ", or pack them first with scripts/export.py --experts mxfp4" if form == "mxfp4" else ""
+        raise CheckpointError(
+            f"{folder}: experts={form}, but the checkpoint holds {_FORMS[config.stored_experts]}; use experts=auto{how}"
+        )
+    make = partial(GptOss, config, dtype=dtype, experts=form, activation_checkpointing=activation_checkpointing,
+                   memory_gb=memory_gb, host_gb=host_gb)
+    _check_tensors(folder, stored, _expected_tensors(make(device="meta"), config.stored_experts), config)
+    model = make(device=device)
+    embedding = model.model.embed_tokens
+    size = embedding.weight.numel() * embedding.weight.element_size()
+    if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
+        pinned = torch.empty(embedding.weight.shape, dtype=dtype, pin_memory=True)
+        embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored)):
+            if name in stored:
+                target.copy_(stored[name].read())
+            else:
+                _dequantize_into(target, name, stored)
+    if product_path(model.lm_head.weight) == "triton":
+        for module in model.modules():
+            if isinstance(module, Mxfp4Experts):
+                module.to_fragments()
+    return model
+
+
+def read_checkpoint_config(source: str | Path) -> GptOssConfig:
+    """The architecture of a checkpoint that `load_model` would load; raises CheckpointError like it."""
+    return _read_headers(_weights_folder(source))[0]
+
+
+def _weights_folder(source: str | Path) -> Path:
+    folder = checkpoint_folder(source)
+    is_in_original = not has_tensor_files(folder) and (folder / "original").is_dir()
+    return folder / "original" if is_in_original else folder
+
+
+def _first_source(name: str, stored: dict[str, StoredTensor | Derived]) -> tuple[str, str]:
+    """Sorts tensors by file, so that each file is read once from end to end."""
+    return str(next(stored[name + suffix] for suffix in ("", "_blocks", "_codes") if name + suffix in stored).path), name
+
+
+def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | Derived]]:
+    try:
+        config = read_config(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    stored = list_tensors(folder, allow_unindexed=not config.raw)  # only Hugging Face configs are kept raw
+    if is_original(stored):
+        stored = to_hugging_face(stored, config)
+        # that layout's config.json does not say how the experts are stored
+        config = replace(config, is_mxfp4=any(name.endswith("_blocks") for name in stored))
+    if config.is_nf4 or is_bitsandbytes(stored):
+        stored = unpacked_names(stored, config)
+        if config.is_nf4 and any(name.endswith(EXPERT_WEIGHTS) for name in stored):
+            config = replace(config, is_nf4=False)  # dense projections alone are packed
+    return config, stored
+
+
+def _expected_tensors(model: GptOss, stored_experts: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> (shape, is uint8) of the tensors a checkpoint of this model must hold."""
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        if stored_experts == "nf4" and name.endswith(EXPERT_WEIGHTS):
+            num, size_in, size_out = tensor.shape
+            expected[name + "_codes"] = ((num, size_out, size_in // 2), True)
+            expected[name + "_absmax"] = ((num, size_out * size_in // NF4_BLOCK_SIZE), False)
+        elif stored_experts == "mxfp4" and name.endswith(EXPERT_WEIGHTS):
+            num, size_in, size_out = tensor.shape
+            scales = (num, size_out, size_in // BLOCK_SIZE)
+            expected[name + "_blocks"] = ((*scales, BLOCK_SIZE // 2), True)
+            expected[name + "_scales"] = (scales, True)
+        else:
+            expected[name] = (tuple(tensor.shape), tensor.dtype == torch.uint8)
+    return expected
+
+
+def _check_tensors(
+    folder: Path,
+    stored: dict[str, StoredTensor | Derived],
+    expected: dict[str, tuple[tuple[int, ...], bool]],
+    config: GptOssConfig,
+) -> None:
+    missing = [name for name in expected if name not in stored]
+    unused = [f"{name} ({found.path.name})" for name, found in stored.items() if name not in expected]
+    both = {name: (stored[name], *expected[name]) for name in expected if name in stored}
+    misshapen = [
+        f"{name} is {list(found.shape)}, expected {list(shape)}"
+        for name, (found, shape, _) in both.items()
+        if found.shape != shape
+    ]
+    mistyped = [
+        f"{name} is {found.dtype}, expected {'U8' if is_bytes else 'BF16 (or F16, F32)'}"
+        for name, (found, _, is_bytes) in both.items()
+        if found.dtype not in (("U8",) if is_bytes else _FLOAT_DTYPES)
+    ]
+    problems = {"missing": missing, "not used by the model": unused, "wrong shape": misshapen, "wrong dtype": mistyped}
+    if not any(problems.values()):
+        return
+    lines = [f"{folder}: the tensors do not fit the model that its config.json describes"]
+    lines += [f"  {kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
+    held = next((form for form, suffix in (("bf16", ""), ("mxfp4", "_blocks"), ("nf4", "_codes"))
+                 if any(name.endswith(tuple(weight + suffix for weight in EXPERT_WEIGHTS)) for name in stored)), None)
+    if held not in (None, config.stored_experts):
+        lines.append(
+            f"  config.json says the experts are {_FORMS[config.stored_experts]}, the files hold {_FORMS[held]}: "
+            "correct quantization_config in config.json"
+        )
+    else:
+        lines.append("  fetch the checkpoint again, or correct config.json")
+    raise CheckpointError("\n".join(lines))
+
+
+def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, StoredTensor | Derived]) -> None:
+    is_nf4 = name + "_codes" in stored
+    suffixes = PACKED_SUFFIXES[Nf4 if is_nf4 else Mxfp4]
+    packed, factors = (stored[name + suffix].read().to(target.device) for suffix in suffixes)
+    convert = dequantize_nf4_reference if is_nf4 else dequantize
+    for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
+        weight.copy_(convert(packed[expert], factors[expert], target.dtype).T)
+
+
+@dataclass
+class _Requantized:
+    """What packing cost: sums over the packed weights of squared rounding errors, merged changes, and the weights."""
+
+    error: float = 0.0
+    change: float = 0.0
+    weights: float = 0.0
+
+
+def save_model(
+    model: GptOss,
+    folder: str | Path,
+    *,
+    merge_lora: bool,
+    experts: str = "as_loaded",
+    tokenizer_folder: str | Path | None = None,
+    max_shard_bytes: float = 5e9,
+    dtype: torch.dtype = torch.bfloat16,
+    beside: dict[str, Path | str] | None = None,
+    name: str | None = None,
+) -> None:
+    """Writes the model in Hugging Face layout, atomically, into a folder that does not exist or is empty.
+
+    merge_lora: adds the adapter to the weights it belongs to (in fp32, rounded once to `dtype`; small changes are
+        lost in that rounding where they are under 2^-9 of a weight in bfloat16). False writes the base alone; trained
+        norms and sinks are part of it either way.
+    experts: "as_loaded" keeps their form, except for NF4, which is not written. MXFP4 is then written byte for byte; if an
+        adapter should be merged, it goes to FOLDER/expert_adapter in PEFT form instead (attention and router are merged), with a
+        warning. "bf16" writes dense experts of `dtype`. "mxfp4" packs: what is not on the grid is rounded, 11 % rms
+        for dense weights, more than most adapters change, hence a warning with the figures.
+    tokenizer_folder: its tokenizer, chat template and generation_config.json are copied verbatim.
+    dtype: of all tensors that are not packed; the published checkpoints and vLLM use bfloat16. The dtype of the model
+        itself (float32) gives an exact copy.
+    beside: more files of the folder by name, copies of others or text; before those of tokenizer_folder.
+    name: hub id of the export, for the adapter of experts that goes with it; None: its path.
+    Host memory beyond the model: one shard, max_shard_bytes. Raises CheckpointError, with nothing changed on disk.
+    """
+    if experts not in ("as_loaded", "bf16", "mxfp4"):
+        raise ValueError(f"experts={experts!r}; allowed: as_loaded, bf16, mxfp4")
+    form = model.expert_format if experts == "as_loaded" else experts
+    lost = _Requantized()
+    keeps_expert_adapter = experts == "as_loaded" and form == "mxfp4" and merge_lora and has_expert_adapter(model)
+    plan = _plan_export(
+        model,
+        form=form,
+        merge_lora=merge_lora,
+        merge_experts=merge_lora and not keeps_expert_adapter,
+        dtype=dtype,
+        lost=lost,
+    )
+    extra_files = {path.name: path for path in tokenizer_files(tokenizer_folder)} | (beside or {})
+    num_bytes = sum(tensor.num_bytes for tensor in plan)
+    extra_bytes = sum(file.stat().st_size for file in extra_files.values() if isinstance(file, Path))
+    with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20 + extra_bytes) as temporary:
+        weight_map = write_shards(
+            temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model-{number:05d}-of-{count:05d}.safetensors"
+        )
+        if len(set(weight_map.values())) > 1:
+            write_json(temporary / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+        write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
+        if "generation_config.json" not in extra_files:
+            described = _generation_config(model.config, extra_files.get("tokenizer.json"))
+            write_json(temporary / "generation_config.json", described)
+        write_beside(temporary, extra_files)
+        if keeps_expert_adapter:
+            base = name or str(Path(folder).absolute())
+            save_adapter(model, temporary / "expert_adapter", only_experts=True, base_model=base)
+    if keeps_expert_adapter:
+        warnings.warn(
+            f"{folder}: the experts stay as they were (MXFP4) and their adapter is in expert_adapter/; "
+            "--experts bf16 merges it",
+            stacklevel=2,
+        )
+    _warn_of_rounding(folder, lost)
+
+
+def save_original(
+    model: GptOss,
+    folder: str | Path,
+    *,
+    merge_lora: bool,
+    experts: str = "as_loaded",
+    max_shard_bytes: float = 5e9,
+    beside: dict[str, Path | str] | None = None,
+) -> None:
+    """Writes the model in OpenAI's original layout, bfloat16, atomically; experts and beside as of save_model.
+
+    OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError,
+    also where an adapter on packed experts would have to be merged into them as they are.
+    """
+    if merge_lora and experts == "as_loaded" and model.expert_format == "mxfp4" and has_expert_adapter(model):
+        raise CheckpointError(
+            f"{folder}: the adapter of packed experts cannot be merged into them as they are, and the original layout has no "
+            "place beside: give --experts bf16 (dense ones, 4 times the size) or --experts mxfp4 (packed again, which rounds), "
+            "or leave --layout out"
+        )
+    plan = _plan_export(
+        model,
+        form=model.expert_format if experts == "as_loaded" else experts,
+        merge_lora=merge_lora,
+        merge_experts=merge_lora,
+        dtype=torch.bfloat16,
+        lost=(lost := _Requantized()),
+    )
+    plan = from_hugging_face(plan, model.config)
+    described = original_config(model.config)
+    with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan) + 2**20) as temporary:
+        write_shards(
+            temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model--{number:05d}-of-{count:05d}.safetensors"
+        )
+        write_json(temporary / "config.json", described)
+        write_beside(temporary, beside or {})
+    _warn_of_rounding(folder, lost)
+
+
+def _warn_of_rounding(folder: str | Path, lost: _Requantized) -> None:
+    if lost.weights > 0:
+        change = (
+            f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
+        )
+        warnings.warn(
+            f"{folder}: packing experts into MXFP4 rounded them by {math.sqrt(lost.error / lost.weights):.2%} (rms, "
+            f"of their own size){change}",
+            stacklevel=3,
+        )
+
+
+def _plan_export(
+    model: GptOss, *, form: str, merge_lora: bool, merge_experts: bool, dtype: torch.dtype, lost: _Requantized
+) -> list[TensorToWrite]:
+    """The tensors of an export in Hugging Face names, each made when it is asked for."""
+    if form == "nf4":
+        raise CheckpointError("experts packed as NF4 are read, not written; export with --experts bf16 or mxfp4, in the "
+                              "Hugging Face layout")
+    plan = []
+    held = {
+        name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
+    }
+    for name, tensor in held.items():
+        weight, suffix = _expert_weight_of(name)
+        if weight is None:
+            plan.append(
+                TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype))
+            )
+        elif suffix not in [second for _, second in PACKED_SUFFIXES.values()]:  # scales are planned with their blocks
+            plan += _plan_experts(model, weight, form=form, merge=merge_experts, dtype=dtype, lost=lost)
+    return plan
+
+
+def _expert_weight_of(name: str) -> tuple[str | None, str]:
+    """The expert weight that a tensor of the model holds or belongs to, None for others, and what its name adds to it."""
+    for suffix in ("", *(suffix for pair in PACKED_SUFFIXES.values() for suffix in pair)):
+        if name.endswith(tuple(weight + suffix for weight in EXPERT_WEIGHTS)):
+            return name.removesuffix(suffix), suffix
+    return None, ""
+
+
+def _dense(
+    model: GptOss, name: str, tensor: torch.Tensor, merge: bool, dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    return lambda: (merged_weight(model, name, tensor) if merge else tensor).to("cpu", dtype)
+
+
+def _plan_experts(
+    model: GptOss, name: str, *, form: str, merge: bool, dtype: torch.dtype, lost: _Requantized
+) -> list[TensorToWrite]:
+    path, _, leaf = name.rpartition(".")
+    experts = model.get_submodule(path)
+    shape = num, size_in, size_out = (model.config.num_local_experts, *experts.sizes[leaf])
+    num_values = math.prod(shape)
+    is_untouched = isinstance(experts, Mxfp4Experts) and not (merge and has_expert_adapter(model, name))
+
+    def base(expert: int) -> torch.Tensor:
+        """[in, out] fp32."""
+        return experts.dense(leaf, expert).T
+
+    def weight(expert: int) -> torch.Tensor:
+        return merged_weight(model, name, base(expert), expert=expert) if merge else base(expert)
+
+    def dense() -> torch.Tensor:
+        result = torch.empty(shape, dtype=dtype)
+        for expert in range(num):
+            result[expert].copy_(weight(expert))
+        return result
+
+    def pack(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = weight(expert)
+        blocks, scales = quantize(wanted.T)
+        lost.error += (dequantize(blocks, scales, torch.float32).T - wanted).square().sum().item()
+        lost.change += (wanted - base(expert)).square().sum().item()
+        lost.weights += wanted.square().sum().item()
+        return blocks, scales
+
+    waiting = {}  # both halves are made at once and handed out one after the other
+
+    def all_blocks() -> torch.Tensor:
+        waiting["scales"] = torch.empty(num, size_out, size_in // BLOCK_SIZE, dtype=torch.uint8)
+        blocks = torch.empty(*waiting["scales"].shape, BLOCK_SIZE // 2, dtype=torch.uint8)
+        for expert in range(num):
+            pair = experts.packed(leaf, expert) if is_untouched else pack(expert)
+            blocks[expert], waiting["scales"][expert] = pair
+        return blocks
+
+    if form == "bf16":
+        return [TensorToWrite(name, num_values * dtype.itemsize, dense)]
+    return [
+        TensorToWrite(name + "_blocks", num_values // 2, all_blocks),
+        TensorToWrite(name + "_scales", num_values // BLOCK_SIZE, lambda: waiting.pop("scales")),
+    ]
+
+
+def tokenizer_files(folder: str | Path | None) -> list[Path]:
+    """The files of a tokenizer that a folder holds; raises CheckpointError where it holds none."""
+    if folder is None:
+        return []
+    folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+    if not (folder / "tokenizer.json").exists():
+        raise CheckpointError(f"{folder}: no tokenizer.json to copy into the export; name the folder of the tokenizer")
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+
+
+def _hub_config(config: GptOssConfig, form: str, dtype: torch.dtype) -> dict:
+    described = config.to_hf(is_mxfp4=form == "mxfp4") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    # the original layout names no token ids, and transformers refuses ids beyond a small vocabulary
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        described["pad_token_id"] = None
+    if max(config.stop_ids) >= config.vocab_size:
+        del described["eos_token_id"]
+    return described
+
+
+def _generation_config(config: GptOssConfig, tokenizer: Path | None) -> dict:
+    """Stop ids for generation: config.json alone names one, and a model that ends in a call would run on."""
+    added = read_json(tokenizer).get("added_tokens", []) if tokenizer is not None else []
+    ids = {token["content"]: token["id"] for token in added}
+    named = [ids[token] for token in ("<|return|>", "<|endoftext|>", "<|call|>") if token in ids]
+    stop_ids = named or ([200002, 199999, 200012] if config.stop_ids == [200002] else config.stop_ids)
+    written = {"do_sample": True, "eos_token_id": stop_ids, "pad_token_id": config.pad_token_id}
+    return written if max(stop_ids) < config.vocab_size else {"do_sample": True}

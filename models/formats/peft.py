@@ -1,0 +1,411 @@
+"""LoRA adapters as PEFT stores them (adapter_config.json, adapter_model.safetensors), in, out and merged.
+
+File layout, checked against peft 0.21: attention and router tensors `lora_A.weight` [r, in], `lora_B.weight` [out, r].
+On experts one pair of tensors holds all of them: A [E * r, in] is expert-major (row e * r + k), B [out, r * E] is
+rank-major (column k * E + e). `mlp.experts.base_layer.*` is gate_up_proj, `mlp.experts.*` down_proj; vLLM asserts that
+both are there, so both are always written.
+
+Reading goes by the tensors in the file (peft_config.py has the settings): what it leaves out, a projection, layers,
+experts, is without effect (B = 0).
+
+Trained norms and sinks have no place in that layout that other tools accept next to LoRA: they go to
+trained_weights.safetensors beside the adapter, under their Hugging Face names. `load_adapter` reads them back; PEFT
+and vLLM ignore the file, so serve such a model from a merged export (scripts/export.py) instead.
+
+Shapes: E experts, r rank.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models.experts import PROJECTIONS
+from models.formats.files import (
+    CheckpointError,
+    StoredTensor,
+    atomic_folder,
+    list_file,
+    shortened,
+    write_beside,
+    write_json,
+    write_tensors,
+)
+from models.formats.peft_config import CONFIG_NAME, PeftSettings, read_settings
+from models.gpt_oss import GptOss
+from models.lora import TARGETS, LoraConfig, attach_lora
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+TRAINED_NAME = "trained_weights.safetensors"
+ATTENTION = TARGETS[:4]
+_EXPERT_KEYS = {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
+# a tensor of an adapter in a gpt-oss layer; experts in one wrapper (two: the inner one is gate_up_proj) or matrix by matrix, as
+# unsloth's NF4 models hold them, whose router is router.linear
+_KEY = re.compile(
+    r"(?P<key>base_model\.model\.model\.layers\.(?P<layer>\d+)\."
+    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?P<router>router)(?:\.linear)?"
+    r"|mlp\.experts(?:(?P<inner>\.base_layer)?|\.(?P<matrix>gate_up|down)_projs\.(?P<expert>\d+))))"
+    r"\.lora_(?P<side>[AB])\.weight"
+)
+
+
+def attached_config(model: GptOss) -> LoraConfig | None:
+    """The adapter a model carries, read off its tensors; None without one and without trainable norms or sinks."""
+    block = model.model.layers[0]
+    modules = {name: getattr(block.self_attn, name) for name in ATTENTION} | {"router": block.mlp.router}
+    found = {name: (module.lora_A, module.lora_scale) for name, module in modules.items() if module.lora_A is not None}
+    if block.mlp.experts.gate_up_proj_lora_A is not None:
+        found["experts"] = (block.mlp.experts.gate_up_proj_lora_A, block.mlp.experts.lora_scale)
+    train_sinks, train_norms = block.self_attn.sinks.requires_grad, block.input_layernorm.weight.requires_grad
+    if not found and not train_sinks and not train_norms:
+        return None
+    lora_A, scale = next(iter(found.values())) if found else (torch.empty(1, 1), 1.0)
+    rank = lora_A.shape[-2]
+    return LoraConfig(
+        rank=rank, alpha=round(scale * rank, 9), targets=list(found), train_sinks=train_sinks, train_norms=train_norms
+    )
+
+
+def has_expert_adapter(model: GptOss, name: str | None = None) -> bool:
+    """Whether an adapter changes any expert weight, or the one of Hugging Face name `name`; B = 0 changes nothing."""
+    suffix = "_lora_B" if name is None else f"{name}_lora_B"
+    return any(
+        bool(tensor.any())
+        for key, tensor in model.state_dict().items()
+        if ".mlp.experts." in key and key.endswith(suffix)
+    )
+
+
+def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int | None = None) -> torch.Tensor:
+    """weight + (alpha / r) B A in fp32, or `weight` itself where no adapter changes it.
+
+    name: Hugging Face name of the tensor. weight: [out, in], or [in, out] of one `expert`.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameters = dict(module.named_parameters(recurse=False))
+    key = "lora_" if expert is None else f"{leaf}_lora_"
+    if (expert is None and leaf != "weight") or key + "A" not in parameters:
+        return weight
+    lora_A, lora_B = parameters[key + "A"].detach().float(), parameters[key + "B"].detach().float()
+    if expert is None:
+        return weight.float() + module.lora_scale * (lora_B @ lora_A)
+    return weight.float() + module.lora_scale * (lora_B[expert] @ lora_A[expert]).T
+
+
+def save_adapter(
+    model: GptOss,
+    folder: str | Path,
+    *,
+    base_model: str | None = None,
+    only_experts: bool = False,
+    beside: dict[str, Path | str] | None = None,
+) -> None:
+    """Writes the model's adapter (fp32) and its trained norms and sinks; replaces an adapter already in the folder.
+
+    base_model: folder or hub id of the base, for tools that look it up. only_experts: leaves the attention and router
+    out. beside: more files of the folder by name, copies of others or text. Raises ValueError for a model without an
+    adapter and CheckpointError where the folder cannot be written.
+    """
+    config = attached_config(model)
+    if config is None:
+        raise ValueError("save_adapter: the model carries no adapter")
+    if only_experts:
+        config = LoraConfig(rank=config.rank, alpha=config.alpha, targets=["experts"])
+    tensors = peft_tensors(model, config.targets, read=lambda parameter: parameter)
+    trained = {
+        name: parameter.detach().cpu()
+        for name, parameter in model.trainable_parameters().items()
+        if not only_experts and "lora_" not in name and name.endswith(("norm.weight", ".sinks"))
+    }
+    num_bytes = sum(tensor.nbytes for tensor in [*tensors.values(), *trained.values()])
+    files = (CONFIG_NAME, WEIGHTS_NAME, TRAINED_NAME)
+    with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20, replaceable=files) as temporary:
+        write_tensors(temporary / WEIGHTS_NAME, tensors)
+        if trained:
+            write_tensors(temporary / TRAINED_NAME, trained)
+        write_beside(temporary, beside or {})
+        write_json(temporary / CONFIG_NAME, _peft_config(config, base_model))
+
+
+def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in config.targets else []
+    parameters += ["mlp.router.weight"] if "router" in config.targets else []
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "target_modules": [name for name in config.targets if name in ATTENTION],
+        "target_parameters": parameters or None,
+    }
+
+
+def _peft_key(layer: int, module: str, side: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
+
+
+def peft_tensors(
+    model: GptOss, targets: list[str], *, read: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`read` of each adapter parameter (itself, its gradient) under PEFT's names, in its layout, fp32 on the CPU."""
+    tensors = {}
+    for layer, block in enumerate(model.model.layers):
+        for target in targets:
+            if target == "experts":
+                for name in PROJECTIONS:
+                    lora_A = read(block.mlp.experts.get_parameter(f"{name}_lora_A"))  # [E, r, in]
+                    lora_B = read(block.mlp.experts.get_parameter(f"{name}_lora_B"))  # [E, out, r]
+                    tensors[_peft_key(layer, _EXPERT_KEYS[name], "A")] = lora_A.flatten(0, 1)  # [E * r, in]
+                    tensors[_peft_key(layer, _EXPERT_KEYS[name], "B")] = lora_B.permute(1, 2, 0).flatten(
+                        1
+                    )  # [out, r * E]
+                continue
+            path = "mlp.router" if target == "router" else f"self_attn.{target}"
+            for side in "AB":
+                tensors[_peft_key(layer, path, side)] = read(block.get_parameter(f"{path}.lora_{side}"))
+    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A and B of one wrapper in an adapter's file."""
+
+    layer: int
+    leaf: str  # q_proj, k_proj, v_proj, o_proj, router, gate_up_proj or down_proj
+    expert: int | None  # of a pair that belongs to one expert alone
+    name: str  # as PEFT's patterns see it
+    key: str  # in the file, without .lora_A.weight
+    A: StoredTensor
+    B: StoredTensor
+
+    @property
+    def target(self) -> str:
+        return "experts" if self.leaf in PROJECTIONS else self.leaf
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """What an adapter in PEFT form targets, with which rank and scale.
+
+    rank: the largest of its modules. alpha: such that alpha / rank is the scale that PEFT gives a module of that rank
+    without an entry in alpha_pattern. Raises CheckpointError naming the file and the setting for anything this project's
+    LoRA does not compute.
+    """
+    settings = read_settings(Path(folder))
+    return _lora_config(settings, _read_pairs(settings)[0])
+
+
+def _lora_config(settings: PeftSettings, pairs: list[_Pair]) -> LoraConfig:
+    folder = settings.path.parent
+    rank = max((settings.rank_of(pair.name) for pair in pairs), default=settings.rank)
+    targets = {pair.target for pair in pairs}
+    trained = list(list_file(folder / TRAINED_NAME)) if (folder / TRAINED_NAME).exists() else []
+    return LoraConfig(
+        rank=rank,
+        alpha=settings.content["lora_alpha"] * (math.sqrt(rank) if settings.content.get("use_rslora") else 1),
+        targets=[name for name in TARGETS if name in targets],
+        train_sinks=any(name.endswith(".sinks") for name in trained),
+        train_norms=any(name.endswith("norm.weight") for name in trained),
+    )
+
+
+def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[str]]:
+    """The pairs of an adapter's file, the names that have no other half, and those that are no adapter of a gpt-oss layer."""
+    folder = settings.path.parent
+    path = folder / WEIGHTS_NAME
+    if not path.exists():
+        is_pickle = (folder / "adapter_model.bin").exists()
+        way = (
+            "adapter_model.bin is not read; convert it with: python -c \"import torch; from safetensors.torch import "
+            "save_file; save_file({k: v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True).items()}, "
+            f"'{WEIGHTS_NAME}')\" in that folder"
+            if is_pickle
+            else "an adapter's tensors are read from there; fetch the file"
+        )
+        raise CheckpointError(f"{path}: not found; {way}")
+    stored = list_file(path)
+    halves, foreign = {}, []
+    for key, tensor in stored.items():
+        if (found := _KEY.fullmatch(key)) is None:
+            foreign.append(key)
+        else:
+            halves.setdefault(found["key"], (found, {}))[1][found["side"]] = tensor
+    alone = [f"{key}.lora_{other}.weight" for key, (_, both) in halves.items() for other in {"A", "B"} - set(both)]
+    pairs = []
+    for key, (found, both) in halves.items():
+        if len(both) == 2:
+            leaf, name = _identify(settings, found, has_inner=f"{key}.base_layer" in halves)
+            expert = None if found["expert"] is None else int(found["expert"])
+            pairs.append(_Pair(int(found["layer"]), leaf, expert, name, key, both["A"], both["B"]))
+    return pairs, alone, foreign
+
+
+def _identify(settings: PeftSettings, found: re.Match, *, has_inner: bool) -> tuple[str, str]:
+    """What a wrapper adapts, and its name as PEFT's patterns see it."""
+    prefix = f"model.layers.{found['layer']}."
+    if found["attention"]:
+        module = f"{prefix}self_attn.{found['attention']}"
+        return found["attention"], settings.chosen_name(module) or module
+    if found["router"]:
+        return "router", f"{prefix}mlp.router.weight"
+    if found["matrix"]:
+        return f"{found['matrix']}_proj", f"{prefix}mlp.experts.{found['matrix']}_projs.{found['expert']}"
+    gate_up, down = (f"{prefix}mlp.experts.{name}" for name in PROJECTIONS)
+    is_alone = not found["inner"] and not has_inner  # then nothing but the settings tells which it is
+    if found["inner"] or (is_alone and settings.selects_parameter(gate_up) and not settings.selects_parameter(down)):
+        return "gate_up_proj", gate_up
+    return "down_proj", down
+
+
+def load_adapter(model: GptOss, folder: str | Path) -> None:
+    """Reads an adapter into a model, attaching one of its rank, alpha and targets where the model carries none yet.
+
+    Where a module's rank or scale is not the model's (rank_pattern, alpha_pattern), B takes up the difference, and the rank
+    that is left over starts with B = 0; so do targets that the file leaves out in some layers or experts, with a warning: they
+    are without effect until they train. Trained norms and sinks beside the adapter replace the model's. Raises CheckpointError
+    naming what differs between the adapter the model carries and the one in the folder, and every missing, unused and
+    misshapen tensor.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    pairs, missing, foreign = _read_pairs(settings)
+    foreign += [pair.key for pair in pairs if pair.layer >= len(model.model.layers)]
+    pairs = [pair for pair in pairs if pair.layer < len(model.model.layers)]
+    wanted = _lora_config(settings, pairs)
+    missing = missing or _chosen_but_missing(settings, model, {pair.name for pair in pairs})
+    misshapen = [problem for pair in pairs for problem in _shape_problems(pair, model, settings.rank_of(pair.name))]
+    if missing or foreign or misshapen:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME}: does not fit the model: missing: {shortened(missing)}; not used: "
+            f"{shortened(foreign)}; wrong shape: {shortened(misshapen)}. The base has {len(model.model.layers)} layers; adapters "
+            "are read on q_proj, k_proj, v_proj, o_proj, router and experts, by target_modules and target_parameters"
+        )
+    held = attached_config(model)
+    if held is None:
+        attach_lora(model, wanted, seed=0)
+    else:
+        _check_same(folder, held, wanted)
+    _fill(model, settings, pairs, wanted)
+    if absent := _left_out(pairs, model):
+        warnings.warn(f"{folder}: holds nothing for {'; '.join(absent)}: there the adapter starts without effect", stacklevel=2)
+    _load_trained(model, folder / TRAINED_NAME)
+
+
+def check_adapter(folder: str | Path, held: LoraConfig) -> None:
+    """Raises CheckpointError where an adapter cannot be read into a model that carries `held`, as far as settings and the names
+    in its file tell: cheap, before the base is loaded."""
+    _check_same(Path(folder), held, read_adapter_config(folder))
+
+
+def _chosen_but_missing(settings: PeftSettings, model: GptOss, found: set[str]) -> list[str]:
+    """What the settings choose and the file does not hold: a file cut short would load without a word."""
+    missing = []
+    for layer in range(len(model.model.layers)):
+        prefix = f"model.layers.{layer}."
+        chosen = [settings.chosen_name(f"{prefix}self_attn.{name}") for name in ATTENTION]
+        parameters = [f"{prefix}mlp.router.weight", *(f"{prefix}mlp.experts.{name}" for name in PROJECTIONS)]
+        chosen += [name for name in parameters if settings.selects_parameter(name)]
+        missing += [name for name in chosen if name is not None and name not in found]
+    return missing
+
+
+def _parameters(pair: _Pair, model: GptOss) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B in the model that a pair goes to, those of its expert where it has one alone."""
+    block = model.model.layers[pair.layer]
+    stem = {"experts": f"mlp.experts.{pair.leaf}_lora_", "router": "mlp.router.lora_"}.get(
+        pair.target, f"self_attn.{pair.leaf}.lora_"
+    )
+    lora_A, lora_B = (block.get_parameter(stem + side) for side in "AB")
+    return (lora_A, lora_B) if pair.expert is None else (lora_A[pair.expert], lora_B[pair.expert])
+
+
+def _shape_problems(pair: _Pair, model: GptOss, rank: int) -> list[str]:
+    block, num = model.model.layers[pair.layer], model.config.num_local_experts
+    if pair.target == "experts":
+        size_in, size_out = block.mlp.experts.sizes[pair.leaf]
+        if pair.expert is not None and pair.expert >= num:
+            return [f"{pair.key} is of expert {pair.expert}, the model has {num}"]
+        rank *= 1 if pair.expert is not None else num
+    else:
+        module = block.mlp.router if pair.leaf == "router" else block.self_attn.get_submodule(pair.leaf)
+        size_out, size_in = module.weight.shape
+    expected = {"A": (rank, size_in), "B": (size_out, rank)}
+    return [
+        f"{tensor.name} is {list(tensor.shape)}, expected {list(expected[side])}"
+        for side, tensor in (("A", pair.A), ("B", pair.B))
+        if tensor.shape != expected[side]
+    ]
+
+
+@torch.no_grad()
+def _fill(model: GptOss, settings: PeftSettings, pairs: list[_Pair], config: LoraConfig) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.zero_()
+    for pair in pairs:
+        lora_A, lora_B = _parameters(pair, model)
+        stored_A, stored_B = pair.A.read().float(), pair.B.read().float()
+        rank = settings.rank_of(pair.name)
+        if lora_A.ndim == 3:  # all experts
+            stored_A = stored_A.view(len(lora_A), rank, -1)
+            stored_B = stored_B.view(-1, rank, len(lora_A)).permute(2, 0, 1)
+        lora_A[..., :rank, :] = stored_A
+        lora_B[..., :rank] = stored_B * (settings.scale_of(pair.name) * config.rank / config.alpha)
+
+
+def _left_out(pairs: list[_Pair], model: GptOss) -> list[str]:
+    """The layers that an adapter leaves out, of each projection it targets; matrices, where it holds experts one by one."""
+    layers: dict[str, set[int]] = {}
+    for pair in pairs:
+        for leaf in PROJECTIONS if pair.target == "experts" else (pair.leaf,):
+            layers.setdefault(leaf, set())
+        layers[pair.leaf].add(pair.layer)
+    every = set(range(len(model.model.layers)))
+    said = [
+        f"{leaf} in layers {', '.join(map(str, sorted(every - held)))}" for leaf, held in layers.items() if every - held
+    ]
+    num_single = sum(pair.expert is not None for pair in pairs)
+    num_all = len(PROJECTIONS) * len(every) * model.config.num_local_experts
+    return said + ([f"{num_all - num_single} of {num_all} expert matrices"] if num_single else [])
+
+
+def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:
+    different = []
+    if held.rank != wanted.rank:
+        different.append(f"rank: {held.rank} in the model, {wanted.rank} in the adapter")
+    if not math.isclose(held.alpha, wanted.alpha, rel_tol=1e-6):
+        different.append(f"alpha: {held.alpha:g} in the model, {wanted.alpha:g} in the adapter")
+    if set(held.targets) != set(wanted.targets):
+        different.append(f"targets: {sorted(held.targets)} in the model, {sorted(wanted.targets)} in the adapter")
+    if different:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: not the adapter this model was set up for: {'; '.join(different)}; set "
+            f"model.lora.rank={wanted.rank} model.lora.alpha={wanted.alpha:g} model.lora.targets=[{','.join(wanted.targets)}]"
+        )
+
+
+def _load_trained(model: GptOss, path: Path) -> None:
+    if not path.exists():
+        return
+    parameters = dict(model.named_parameters())
+    stored = list_file(path)
+    wrong = [
+        name for name, found in stored.items() if name not in parameters or found.shape != tuple(parameters[name].shape)
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: tensors that do not fit the model: {shortened(wrong)}")
+    with torch.no_grad():
+        for name, found in stored.items():
+            parameters[name].copy_(found.read())

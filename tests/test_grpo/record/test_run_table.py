@@ -1,0 +1,93 @@
+"""Tables of several runs against values worked out by hand."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo.record.run_table import RunTable, find_runs, mean_half_width, sweep_summary
+from grpo.report import main
+
+
+def write_run(folder: Path, config: dict, evals: dict[str, float], exit_reason: str = "finished") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("")
+    record = {name: {when: {"value": value, "step": 2} for when in ("first", "last", "best")} for name, value in evals.items()}
+    summary = {"exit_reason": exit_reason, "steps": 2, "seconds": 0.0, "eval": record, "config": {"name": folder.name, **config}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def write_sweep(folder: Path) -> None:
+    for index, (lr, seed, score) in enumerate(((1e-4, 0, 0.5), (1e-4, 1, 0.7), (3e-4, 0, 0.8), (3e-4, 1, 1.0))):
+        config = {"seed": seed, "optim": {"lr": lr, "betas": [0.9, 0.99]}}
+        write_run(folder / f"r{index}", config, {"eval/greedy": score, "eval/greedy/ci95": 0.25})
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "metrics.jsonl").write_text("")
+
+
+def lines_of(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_runs_are_sorted_best_first_with_the_keys_that_differ_and_intervals(tmp_path):
+    write_sweep(tmp_path)
+    lines = lines_of(RunTable(find_runs(tmp_path)).text())
+    assert lines[0] == ["run", "seed", "optim.lr", "exit_reason", "steps", "seconds", "eval/greedy"]
+    assert [line[0] for line in lines[2:7]] == ["r3", "r2", "r1", "r0", "unfinished"]
+    assert lines[2][1:] == ["1", "0.0003", "finished", "2", "0", "1 ± 0.25"]
+    assert lines[6][3] == "no summary.json" and lines[6][6] == ""
+
+
+def test_seeds_are_averaged_with_student_s_interval(tmp_path):
+    write_sweep(tmp_path)
+    text = RunTable(find_runs(tmp_path)).text()
+    assert "Means over seeds" in text
+    lines = lines_of(text.partition("Means over seeds")[2])
+    assert lines[0] == ["optim.lr", "seeds", "eval/greedy"]
+    # of 0.8 and 1.0: the standard deviation is 0.141421, / sqrt(2) * 12.706
+    assert lines[2] == ["0.0003", "2", "0.9 ± 1.271"] and lines[3] == ["0.0001", "2", "0.6 ± 1.271"]
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([1.0, 2.0, 3.0], 4.303 / 3**0.5),
+    ([float(value) for value in range(11)], 2.2281 * 11**0.5 / 11**0.5),  # ten degrees of freedom; variance 11
+    ([0.0, 1.0] * 15 + [0.5], 2.0423 * 0.5 / 31**0.5),  # thirty
+])
+def test_intervals_over_seeds_are_those_of_published_quantiles(values, expected):
+    assert mean_half_width(values) == pytest.approx(expected, rel=2e-3)  # of the expansion at 10
+
+
+def test_runs_of_different_kinds_show_few_columns_and_name_the_others(tmp_path):
+    write_run(tmp_path / "a", {"env": {"digits": 2}, **{f"key{i}": 0 for i in range(7)}}, {"eval/greedy": 0.5})
+    write_run(tmp_path / "b", {"env": {"path": "x"}, **{f"key{i}": 1 for i in range(7)}}, {"eval/greedy": 0.7})
+    text = RunTable(find_runs(tmp_path)).text()
+    assert lines_of(text)[0] == ["run", "key0", "key1", "key2", "key3", "key4", "exit_reason", "steps", "seconds", "eval/greedy"]
+    assert "4 more keys differ: env.digits, key5, key6, env.path" in text
+
+
+def test_columns_are_chosen_on_the_command_line_and_an_unknown_one_is_named(tmp_path, capsys):
+    write_sweep(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([str(tmp_path), "--columns", "optim.lr"]) == 0
+    assert lines_of(capsys.readouterr().out)[0] == ["run", "optim.lr"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before  # prints, writes nothing
+    assert main([str(tmp_path), "--columns", "optim.lrr"]) == 2
+    assert "optim.lrr: no such column; there are run, seed, optim.lr, exit_reason" in capsys.readouterr().err
+
+
+def test_everything_is_written_where_csv_says(tmp_path, capsys):
+    write_sweep(tmp_path / "runs")
+    assert main([str(tmp_path / "runs"), "--csv", str(tmp_path / "all.csv")]) == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text())))
+    assert [row["eval/greedy"] for row in rows] == ["1.0", "0.8", "0.7", "0.5", ""]
+    assert rows[0]["eval/greedy/ci95"] == "0.25"
+
+
+def test_a_sweep_leaves_its_table_as_text_and_as_csv(tmp_path):
+    write_sweep(tmp_path)
+    path = sweep_summary(tmp_path, [tmp_path / "r0", tmp_path / "r2"])
+    assert [line[0] for line in lines_of(path.read_text())[2:]] == ["r2", "r0"]
+    assert (tmp_path / "sweep_summary.csv").read_text().startswith("run,optim.lr,exit_reason,")

@@ -1,0 +1,181 @@
+"""What is longer than a prefill and so prefilled in pieces: who runs meanwhile, what gives way, and that nothing else changes."""
+
+import pytest
+from rollout_problem import assert_equal, gigabytes, items, make_config, make_prompts, make_schedule, sample
+
+from grpo.rollout.schedule import Schedule
+from grpo.rollout.session import Interrupted, Sampler
+from models.gpt_oss import GptOss
+
+
+@pytest.fixture(scope="module")
+def model(lively_model):
+    return lively_model(make_config(), head_factor=20.0)
+
+
+@pytest.mark.parametrize("window", [8, 100, 128, 600])
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_pieces_change_no_completion(lively_model, window, shares_prompts):
+    """Rings that wrap within a piece, between pieces and never; ends of prompts before, at and after those of pieces."""
+    model = lively_model(make_config(window), head_factor=20.0)
+    prompts = make_prompts([63, 64, 65, 200, 300])
+    settings = {"shares_prompts": shares_prompts, "num_samples": 3, "records_routing": True}
+    expected, whole = sample(model, prompts, **settings)
+    for max_prefill_tokens in (64, 50):
+        actual, stats = sample(model, prompts, max_prefill_tokens=max_prefill_tokens, **settings)
+        assert_equal(actual, expected)
+        assert stats.prefill_tokens == whole.prefill_tokens == 692
+
+
+def test_members_beyond_the_batch_wait_with_a_prompt_prefilled_in_pieces(model):
+    settings = {"num_samples": 5, "stop_ids": (3, 17), "top_p": 0.9}
+    expected, _ = sample(model, make_prompts([150, 130]), **settings)
+    actual, stats = sample(model, make_prompts([150, 130]), max_prefill_tokens=64, max_batch=3, **settings)
+    assert_equal(actual, expected)
+    assert stats.prefill_tokens == 280
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_preempted_completions_resume_in_pieces(model, shares_prompts):
+    """Their pieces end within prompts, within completions, and cross the end of prompts."""
+    prompts = make_prompts([50, 30, 45])
+    settings = {"num_samples": 2, "shares_prompts": shares_prompts, "max_new_tokens": 90, "records_routing": True}
+    expected, _ = sample(model, prompts, **settings)
+    actual, stats = sample(model, prompts, cache_gb=gigabytes(6, 8), max_prefill_tokens=40, **settings)
+    assert_equal(actual, expected)
+    assert stats.num_preemptions >= 2
+
+
+@pytest.mark.parametrize("num_pages, max_prefill_tokens, look_steps", [(8, 16, 8), (9, 64, 1), (12, 100, 8)])
+def test_any_cache_and_any_pieces_give_the_results_of_a_whole_cache_and_whole_prompts(model, num_pages, max_prefill_tokens,
+                                                                                      look_steps):
+    prompts = make_prompts([190, 50, 130, 64, 7, 101])
+    settings = {"num_samples": 2, "max_new_tokens": 130}
+    expected, _ = sample(model, prompts, **settings)
+    actual, stats = sample(model, prompts, cache_gb=gigabytes(6, num_pages), look_steps=look_steps,
+                           max_prefill_tokens=max_prefill_tokens, **settings)
+    assert_equal(actual, expected)
+    assert stats.num_preemptions > 0
+
+
+def test_a_prompt_that_gives_way_between_pieces_begins_again(model):
+    """The first completion needs more pages than were left for it when the second prompt began, 376 steps before that ends."""
+    settings = {"max_new_tokens": 250}
+    expected, whole = sample(model, make_prompts([200, 190]), **settings)
+    actual, stats = sample(model, make_prompts([200, 190]), cache_gb=gigabytes(2, 9), max_prefill_tokens=4, look_steps=8,
+                           **settings)
+    assert_equal(actual, expected)
+    assert stats.num_preemptions > 0 and whole.prefill_tokens == 390 < stats.prefill_tokens < 390 + 190, stats
+
+
+def test_live_rows_decode_between_pieces(model, monkeypatch):
+    calls = []
+
+    def spied(name):
+        function = getattr(GptOss, name)
+
+        def spy(self, tokens, *arguments, **settings):
+            calls.append((name, len(tokens)))
+            return function(self, tokens, *arguments, **settings)
+
+        monkeypatch.setattr(GptOss, name, spy)
+
+    for name in ("prefill_hidden", "prefill_piece", "decode_hidden"):
+        spied(name)
+    sample(model, make_prompts([150, 140, 10]), max_prefill_tokens=64, num_samples=2, max_new_tokens=5)
+    assert calls == [("prefill_piece", 64), ("prefill_piece", 64), ("prefill_piece", 22),
+                     ("prefill_piece", 64), ("decode_hidden", 2), ("prefill_piece", 64), ("decode_hidden", 2),
+                     ("prefill_piece", 12), ("prefill_hidden", 10),
+                     ("decode_hidden", 6), ("decode_hidden", 6), ("decode_hidden", 4), ("decode_hidden", 4)]
+
+
+def test_should_stop_is_asked_between_pieces(model):
+    asked = []
+
+    def stop_at_the_third_question():
+        asked.append(1)
+        return len(asked) == 3
+
+    sampler, prompts = Sampler(model, (), max_batch=4, seed=7, max_prefill_tokens=64), make_prompts([300])
+    settings = {"step": 3, "num_samples": 1, "max_new_tokens": 12, "temperature": 1.0}
+    with pytest.raises(Interrupted, match=r"while sampling \(0 of 1 completions were finished\)"):
+        sampler.generate(prompts, should_stop=stop_at_the_third_question, **settings)
+    assert sampler._decoder.cache.num_free_pages < sampler._decoder.cache.num_pages  # two pieces are in
+    assert_equal(sampler.generate(prompts, **settings), sample(model, prompts)[0])
+
+
+def admit(schedule: Schedule) -> list[int]:
+    """Admits groups at once that are no longer than 100 tokens, and begins to prefill a longer one in pieces."""
+    admitted = schedule.admit_groups(100)
+    for group, members in admitted:
+        schedule.share(group, members)
+        for request in members:
+            request.num_new = 1
+    if not admitted:
+        schedule.begin_pieces(100)
+    return items(request for _, members in admitted for request in members)
+
+
+def end_pieces(schedule: Schedule) -> list[int]:
+    schedule.pieces.num_done = schedule.pieces.num_tokens
+    group, members = schedule.end_pieces()
+    if group is not None:
+        schedule.share(group, members)
+    for request in members:
+        request.num_new += 1
+    return items(members)
+
+
+def test_pieces_hold_a_slot_and_all_their_pages_and_admit_members_at_their_end():
+    schedule = make_schedule([200, 60], num_rows=2, num_pages=20, width=3)
+    assert admit(schedule) == [] and schedule.pieces.num_tokens == 200
+    assert schedule.cache.num_free_pages == 20 - 4 and schedule.live == [] and not schedule.is_done
+    assert end_pieces(schedule) == [0, 1] and schedule.pieces is None
+    assert items(schedule.live) == [0, 1] and items(schedule.standing.waiting) == [2] and len(schedule.groups) == 1
+    assert schedule.cache.num_free_pages == 20 - 4 - 2  # the tails of the second row and of the spare slot
+    assert len({request.slot for request in schedule.live}) == 2
+
+
+def test_pieces_give_way_to_live_rows_and_begin_again_with_their_tokens():
+    schedule = make_schedule([60, 200], num_rows=3, num_pages=7, limit=300)
+    assert admit(schedule) == [0] and admit(schedule) == [] and schedule.pieces.request.item == 1
+    schedule.pieces.num_done = 100
+    schedule.live[0].num_new = 70  # 3 pages: those left are two
+    assert schedule.make_room(1) == 0 and schedule.pieces is not None
+    schedule.live[0].num_new = 134
+    assert schedule.make_room(1) == 0 and schedule.pieces is None and schedule.num_preemptions == 1
+    assert items(schedule.live) == [0] and schedule.cache.num_free_pages == 7 - 4
+    assert admit(schedule) == [] and schedule.pieces is None  # no room for 4 pages and one to grow into for each
+    schedule.live[0].is_finished = True
+    schedule.retire()
+    assert admit(schedule) == [] and schedule.pieces.num_done == 0
+    assert end_pieces(schedule) == [1] and schedule.groups == []
+
+
+def test_a_request_that_resumes_in_pieces_gives_way_too_and_stays_before_others():
+    schedule = make_schedule([60, 60, 60, 10], num_rows=3, num_pages=8, limit=300)
+    assert [admit(schedule) for _ in range(3)] == [[0], [1], [2]]
+    for request in schedule.live:
+        request.num_new = 100  # 160 tokens with the one to be fed, 3 pages each
+    assert schedule.make_room(1) == 1 and items(schedule.preempted) == [2]
+    schedule.live[1].is_finished = True
+    schedule.retire()
+    assert schedule.resume(100) == [] and schedule.begin_pieces(100)
+    assert schedule.pieces.request.item == 2 and schedule.pieces.num_tokens == 160 and schedule.cache.num_free_pages == 2
+    schedule.live[0].num_new = 262  # 6 pages
+    assert schedule.make_room(1) == 0 and schedule.pieces is None and schedule.num_preemptions == 2
+    assert items(schedule.live) == [0] and items(schedule.preempted) == [2] and schedule.cache.num_free_pages == 2
+    assert admit(schedule) == [] and schedule.pieces is None
+    schedule.live[0].is_finished = True
+    schedule.retire()
+    assert schedule.begin_pieces(100) and end_pieces(schedule) == [2]
+    assert items(schedule.live) == [2] and schedule.live[0].num_new == 101 and schedule.preempted == []
+
+
+def test_a_group_whose_tails_find_no_page_after_the_last_piece_starts_one_member():
+    schedule = make_schedule([60, 200], num_rows=3, num_pages=8, limit=300, width=2)
+    schedule.groups[0].waiting.pop()
+    assert admit(schedule) == [0] and admit(schedule) == [] and schedule.pieces.request.item == 2
+    schedule.live[0].num_new = 133
+    assert schedule.make_room(1) == 0 and schedule.cache.num_free_pages == 0
+    assert end_pieces(schedule) == [2] and items(schedule.groups[0].waiting) == [3] and schedule.standing is None

@@ -1,0 +1,560 @@
+"""Checkpoints in and out: golden fixtures, byte equality of what nothing touched, and damaged files."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from paths import FIXTURES, ROOT
+from safetensors.torch import load_file, save_file
+
+import models.formats.files as tensor_files
+from models.chat.tokenizer import Tokenizer
+from models.formats.files import StoredTensor
+from models.formats.hugging_face import CheckpointError, checkpoint_folder, load_model, save_model, save_original
+from models.formats.peft import load_adapter
+from models.lora import LoraConfig, attach_lora, set_full_training
+
+BF16, MXFP4, LORA = FIXTURES / "tiny_bf16", FIXTURES / "tiny_mxfp4", FIXTURES / "tiny_bf16_lora"
+
+
+def load(folder, *, experts="auto"):
+    return load_model(folder, device="cpu", dtype=torch.float32, experts=experts)
+
+
+def stored_tensors(folder):
+    tensors = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        if path.name != "golden.safetensors":
+            tensors |= load_file(path)
+    return tensors
+
+
+def logits_of(model, ids):
+    bounds = torch.arange(0, ids.numel() + 1, ids.shape[1], dtype=torch.int32)
+    with torch.no_grad():
+        return model.logits(ids.flatten(), bounds).view(*ids.shape, -1)
+
+
+def golden(folder):
+    return load_file(folder / "golden.safetensors")
+
+
+def same_bytes(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    different = [
+        name for name in ours if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ]
+    assert different == []
+
+
+def randomised_adapter(model, *, targets, seed=0):
+    """Attaches an adapter whose B is not zero, so that it changes the model."""
+    attach_lora(model, LoraConfig(rank=3, alpha=6.0, targets=targets), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.trainable_parameters().items():
+        if name.endswith("lora_B"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A copy of the sharded fixture to break."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(MXFP4, folder)
+    (folder / "golden.safetensors").unlink()
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    return folder
+
+
+def rewrite(folder, file, change):
+    """Applies `change` to the tensors of one file and keeps index and headers consistent."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    kept = {name: place for name, place in index["weight_map"].items() if place != file}
+    index["weight_map"] = kept | dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("folder", [BF16, MXFP4])
+def test_every_loaded_tensor_equals_the_stored_one(folder):
+    state, stored = load(folder).state_dict(), stored_tensors(folder)
+    assert state.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+
+
+def test_layers_that_straddle_shards_load_to_the_golden_logits():
+    index = json.loads((MXFP4 / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {
+        index[f"model.layers.1.{name}"]
+        for name in (
+            "input_layernorm.weight",
+            "mlp.experts.down_proj_blocks",
+            "self_attn.v_proj.weight",
+            "mlp.experts.gate_up_proj_bias",
+        )
+    }
+    files |= {index[f"model.layers.2.{name}"] for name in ("input_layernorm.weight", "self_attn.v_proj.weight")}
+    assert len(files) > 1  # else the fixture would not show it
+    expected = golden(MXFP4)
+    torch.testing.assert_close(logits_of(load(MXFP4), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4)
+
+
+def test_dequantised_experts_equal_the_golden_ones_and_give_the_same_logits():
+    expected = golden(MXFP4)
+    dense = load(MXFP4, experts="bf16")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert torch.equal(dense.state_dict()[name], expected[f"dequant.{name}"])
+    packed_logits = logits_of(load(MXFP4), expected["input_ids"])
+    torch.testing.assert_close(logits_of(dense, expected["input_ids"]), packed_logits, rtol=0, atol=1e-5)
+
+
+def test_at_most_one_tensor_of_the_files_is_alive_at_a_time(monkeypatch):
+    read, alive, most = StoredTensor.read, [], 0
+
+    def counting_read(self):
+        nonlocal most
+        most = max(most, sum(reference() is not None for reference in alive))
+        tensor = read(self)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(StoredTensor, "read", counting_read)
+    load(MXFP4)
+    assert len(alive) == len(stored_tensors(MXFP4)) and most == 0
+
+
+def test_the_file_list_comes_from_the_index_not_from_the_names(damaged):
+    index_path = damaged / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    index["weight_map"] = {name: f"part-{file[6:11]}.bin.safetensors" for name, file in index["weight_map"].items()}
+    index_path.write_text(json.dumps(index))
+    for path in damaged.glob("model-0*.safetensors"):
+        path.rename(damaged / f"part-{path.name[6:11]}.bin.safetensors")
+    save_file({"model.norm.weight": torch.zeros(1)}, damaged / "model-00009-of-00009.safetensors")  # of something else
+    same_bytes(load(damaged).state_dict(), load(MXFP4).state_dict())
+
+
+# ---- writing
+
+
+def test_an_mxfp4_export_is_byte_identical_and_split_at_the_shard_size(tmp_path):
+    save_model(load(MXFP4), tmp_path / "out", merge_lora=False, max_shard_bytes=100_000)
+    same_bytes(stored_tensors(tmp_path / "out"), stored_tensors(MXFP4))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    sizes = {
+        path.name: sum(tensor.nbytes for tensor in load_file(path).values())
+        for path in (tmp_path / "out").glob("*.safetensors")
+    }
+    assert set(index["weight_map"].values()) == set(sizes) and len(sizes) > 5
+    assert index["metadata"]["total_size"] == sum(sizes.values()) == 613888  # as the fixture's own index says
+    assert max(sizes.values()) <= 100_000
+
+
+def test_a_dense_export_of_packed_experts_has_the_published_names_and_the_same_function(tmp_path):
+    expected = golden(MXFP4)
+    save_model(load(MXFP4), tmp_path / "out", merge_lora=False, experts="bf16")
+    stored = stored_tensors(tmp_path / "out")
+    assert stored["model.layers.0.mlp.experts.down_proj"].shape == (4, 64, 96)  # [E, in, out]
+    assert not any(name.endswith(("_blocks", "_scales")) for name in stored)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    torch.testing.assert_close(
+        logits_of(load(tmp_path / "out"), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
+    )
+
+
+def test_exported_config_keeps_the_hub_schema(tmp_path):
+    save_model(load(MXFP4), tmp_path / "packed", merge_lora=False)
+    save_model(load(MXFP4), tmp_path / "dense", merge_lora=False, experts="bf16")
+    packed, dense = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("packed", "dense"))
+    assert packed == json.loads((MXFP4 / "config.json").read_text())
+    assert "quantization_config" not in dense
+    assert dense["rope_theta"] == 150000 and dense["rope_scaling"]["truncate"] is False
+    assert dense["torch_dtype"] == "bfloat16" and "rope_parameters" not in dense
+    assert dense["experts_per_token"] == dense["num_experts_per_tok"] == 2
+
+
+def test_packing_dense_experts_that_are_on_the_grid_keeps_their_values(tmp_path):
+    dense = load(MXFP4, experts="bf16")
+    with pytest.warns(UserWarning, match=r"rounded them by 0\.00%"):
+        save_model(dense, tmp_path / "out", merge_lora=False, experts="mxfp4")
+    again = load(tmp_path / "out")
+    assert again.expert_format == "mxfp4"
+    same_bytes(load(tmp_path / "out", experts="bf16").state_dict(), dense.state_dict())
+
+
+def test_tokenizer_files_are_copied_verbatim_and_generation_stops_at_their_ids(tmp_path):
+    tokenizer = FIXTURES / "tokenizer_compact"
+    save_model(load(BF16), tmp_path / "out", merge_lora=False, tokenizer_folder=tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tokenizer / name).read_bytes()
+    ids = {
+        token["content"]: token["id"]
+        for token in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]
+    }
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written["eos_token_id"] == [ids["<|return|>"], ids["<|endoftext|>"], ids["<|call|>"]]
+    with pytest.raises(CheckpointError, match="no tokenizer.json"):
+        save_model(load(BF16), tmp_path / "other", merge_lora=False, tokenizer_folder=tmp_path)
+
+
+def test_the_weights_of_a_full_training_run_come_back_bit_by_bit(tmp_path):
+    model = load(BF16)
+    set_full_training(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-4 * torch.ones_like(parameter))  # no longer bf16 numbers
+    save_model(model, tmp_path / "out", merge_lora=False, dtype=model.dtype)
+    same_bytes(load(tmp_path / "out").state_dict(), model.state_dict())
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
+
+
+# ---- adapters merged
+
+
+def test_a_merged_export_gives_the_adapters_golden_logits(tmp_path):
+    model, expected = load(BF16), golden(LORA)
+    load_adapter(model, LORA)
+    save_model(model, tmp_path / "out", merge_lora=True, dtype=torch.float32)
+    merged = logits_of(load(tmp_path / "out"), expected["input_ids"])
+    torch.testing.assert_close(merged, expected["logits"], rtol=0, atol=1e-4)
+    save_model(model, tmp_path / "base", merge_lora=False)
+    same_bytes(stored_tensors(tmp_path / "base"), stored_tensors(BF16))
+
+
+@pytest.mark.parametrize("experts", ["bf16", "as_loaded"])
+def test_merging_into_a_packed_base_loses_nothing(tmp_path, experts):
+    model, ids = load(MXFP4), golden(MXFP4)["input_ids"]
+    randomised_adapter(model, targets=["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"])
+    expected = logits_of(model, ids)
+    assert (expected - logits_of(load(MXFP4), ids)).abs().max() > 1
+    if experts == "bf16":
+        save_model(model, tmp_path / "out", merge_lora=True, experts="bf16", dtype=torch.float32)
+        again = load(tmp_path / "out")
+    else:
+        with pytest.warns(UserWarning, match="expert_adapter"):
+            save_model(model, tmp_path / "out", merge_lora=True, dtype=torch.float32)
+        written, base = stored_tensors(tmp_path / "out"), stored_tensors(MXFP4)
+        packed = {name for name in base if name.endswith(("_blocks", "_scales"))}
+        assert len(packed) == 16
+        same_bytes({name: written[name] for name in packed}, {name: base[name] for name in packed})
+        again = load(tmp_path / "out")
+        load_adapter(again, tmp_path / "out/expert_adapter")
+    torch.testing.assert_close(logits_of(again, ids), expected, rtol=0, atol=2e-4)
+
+
+def test_requantising_merged_experts_warns_with_the_size_of_the_loss(tmp_path):
+    model = load(MXFP4)
+    randomised_adapter(model, targets=["experts"])
+    with pytest.warns(UserWarning, match="packing experts into MXFP4") as caught:
+        save_model(model, tmp_path / "out", merge_lora=True, experts="mxfp4")
+    lost, changed = (float(number) for number in re.findall(r"by ([\d.]+)%", str(caught[0].message)))
+    dense, rounded = load(MXFP4, experts="bf16").state_dict(), load(tmp_path / "out", experts="bf16").state_dict()
+    save_model(model, tmp_path / "exact", merge_lora=True, experts="bf16", dtype=torch.float32)
+    exact = load(tmp_path / "exact").state_dict()
+    names = [name for name in dense if name.endswith(("gate_up_proj", "down_proj"))]
+    size = sum(exact[name].square().sum() for name in names)
+    error = sum((rounded[name] - exact[name]).square().sum() for name in names)
+    change = sum((dense[name] - exact[name]).square().sum() for name in names)
+    assert lost == pytest.approx(100 * (error / size).sqrt().item(), abs=0.01)
+    assert changed == pytest.approx(100 * (change / size).sqrt().item(), abs=0.01)
+
+
+def test_packed_experts_whose_adapter_is_still_zero_stay_as_they_are(tmp_path):
+    model = load(MXFP4)
+    attach_lora(model, LoraConfig(rank=2, alpha=4.0, targets=["experts", "q_proj"]), seed=0)
+    save_model(model, tmp_path / "out", merge_lora=True, experts="mxfp4")
+    same_bytes(stored_tensors(tmp_path / "out"), stored_tensors(MXFP4))
+
+
+# ---- OpenAI's original layout
+
+
+@pytest.mark.parametrize("folder", [BF16, MXFP4])
+def test_the_original_layout_holds_the_same_bits(tmp_path, folder):
+    model = load(folder)
+    save_original(model, tmp_path / "original", merge_lora=False)
+    stored, theirs = stored_tensors(tmp_path / "original"), stored_tensors(folder)
+    qkv = torch.cat([theirs[f"model.layers.2.self_attn.{name}_proj.weight"] for name in "qkv"])
+    assert torch.equal(stored["block.2.attn.qkv.weight"], qkv)
+    assert torch.equal(stored["unembedding.weight"], theirs["lm_head.weight"])
+    assert torch.equal(stored["block.3.mlp.norm.scale"], theirs["model.layers.3.post_attention_layernorm.weight"])
+    if folder == MXFP4:
+        name = "model.layers.1.mlp.experts.down_proj"
+        assert torch.equal(stored["block.1.mlp.mlp2_weight.blocks"], theirs[f"{name}_blocks"])
+        assert torch.equal(stored["block.1.mlp.mlp2_weight.scales"], theirs[f"{name}_scales"])
+    else:
+        name = "model.layers.1.mlp.experts.down_proj"
+        assert torch.equal(stored["block.1.mlp.mlp2_weight"], theirs[name].transpose(1, 2))
+    again = load(tmp_path)  # a folder without weights of its own: its original/ is read
+    same_bytes(again.state_dict(), model.state_dict())
+    ids = golden(folder)["input_ids"]
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    save_model(again, tmp_path / "back", merge_lora=False)
+    same_bytes(stored_tensors(tmp_path / "back"), theirs)
+
+
+def test_original_shards_without_an_index_are_read(tmp_path):
+    save_original(load(MXFP4), tmp_path / "out", merge_lora=False, max_shard_bytes=150_000)
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert names[0] == f"model--00001-of-{len(names):05d}.safetensors" and len(names) > 3
+    same_bytes(load(tmp_path / "out").state_dict(), load(MXFP4).state_dict())
+
+
+def test_original_config_has_the_fields_of_the_published_one(tmp_path):
+    save_original(load(MXFP4), tmp_path / "out", merge_lora=False)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "vocab_size": 384,
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "swiglu_limit": 7.0,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+        "initial_context_length": 4096,
+        "rope_theta": 150000,
+        "rope_scaling_factor": 32.0,
+        "rope_ntk_alpha": 1.0,
+        "rope_ntk_beta": 32.0,
+    }
+
+
+def test_a_model_the_original_layout_cannot_describe_is_refused(tmp_path):
+    model = load(BF16)
+    model.config.layer_types = ["full_attention"] * 4
+    with pytest.raises(CheckpointError, match="layer_types"):
+        save_original(model, tmp_path / "out", merge_lora=False)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- damaged or unsuitable files
+
+
+def test_all_problems_of_the_tensors_are_listed_in_one_message(damaged):
+    file = "model-00000-of-00002.safetensors"
+
+    def change(tensors):
+        del tensors["lm_head.weight"]
+        tensors["extra.weight"] = torch.zeros(2)
+        tensors["model.layers.0.mlp.experts.down_proj_blocks"] = tensors[
+            "model.layers.0.mlp.experts.down_proj_blocks"
+        ].float()
+        tensors["model.layers.0.self_attn.sinks"] = torch.zeros(5)
+
+    rewrite(damaged, file, change)
+    with pytest.raises(CheckpointError) as caught:
+        load(damaged)
+    message = str(caught.value)
+    assert "missing (1): lm_head.weight" in message
+    assert f"not used by the model (1): extra.weight ({file})" in message
+    assert "model.layers.0.self_attn.sinks is [5], expected [4]" in message
+    assert "down_proj_blocks is F32, expected U8" in message
+
+
+def test_a_transposed_expert_tensor_is_refused(tmp_path):
+    shutil.copytree(BF16, tmp_path / "checkpoint")
+    tensors = load_file(BF16 / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    (tmp_path / "checkpoint/model.safetensors").unlink()
+    save_file(tensors, tmp_path / "checkpoint/model.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(f"{name} is [8, 64, 96], expected [8, 96, 64]")):
+        load(tmp_path / "checkpoint")
+
+
+def test_a_config_of_the_other_expert_form_is_named(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="correct quantization_config"):
+        load(damaged)
+    with pytest.raises(CheckpointError, match="experts=mxfp4, but the checkpoint holds dense"):
+        load(BF16, experts="mxfp4")
+    with pytest.raises(ValueError, match="allowed: auto, mxfp4, nf4, bf16"):
+        load(BF16, experts="fp8")
+
+
+def test_a_truncated_file_is_named(damaged):
+    path = damaged / "model-00001-of-00002.safetensors"
+    for size in (path.stat().st_size - 1, 100, 3, 0):
+        with open(path, "rb+") as file:
+            file.truncate(size)
+        with pytest.raises(CheckpointError, match=r"model-00001-of-00002.safetensors: .*truncated or damaged"):
+            load(damaged)
+
+
+def test_a_missing_shard_is_named(damaged):
+    (damaged / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"index.json: lists files that are not there: \['model-00001-of-00002"):
+        load(damaged)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "[" * 200_000, '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_malformed_index_is_named(damaged, content):
+    (damaged / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: "):
+        load(damaged)
+
+
+@pytest.mark.parametrize("name", ["../tiny_bf16/model.safetensors", "{folder}/model-00000-of-00002.safetensors", "a/../../b"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(damaged, name):
+    path = damaged / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = name.format(folder=damaged)
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json: names files outside its folder"):
+        load(damaged)
+
+
+def test_an_index_of_another_version_is_refused(damaged):
+    path = damaged / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "model-00000-of-00002.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="listed but absent: model.norm.weight in model-00000"):
+        load(damaged)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "llama"}', '{"model_type": "gpt_oss"}'])
+def test_a_malformed_config_is_named(damaged, content):
+    (damaged / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json: "):
+        load(damaged)
+
+
+def test_a_folder_without_weights_or_config_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json: not found"):
+        load(tmp_path)
+    shutil.copyfile(BF16 / "config.json", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="neither model.safetensors.index.json nor model.safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "a/b/c", "nowhere", "x/"])
+def test_a_source_that_is_neither_folder_nor_hub_id_is_refused(source):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        checkpoint_folder(source)
+
+
+def test_a_hub_id_is_downloaded_without_the_other_layouts(monkeypatch, tmp_path):
+    calls = {}
+
+    def snapshot_download(repo, *, allow_patterns, ignore_patterns):
+        calls.update(repo=repo, allow=allow_patterns, ignore=ignore_patterns)
+        return str(BF16)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert load("openai/gpt-oss-20b").config.vocab_size == 512
+    assert calls["repo"] == "openai/gpt-oss-20b" and calls["ignore"] == ["original/*", "metal/*"]
+    assert "*.safetensors" in calls["allow"] and "*.json" in calls["allow"]
+
+
+def test_an_unreachable_hub_is_a_clear_error(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(repo, **_):
+        raise LocalEntryNotFoundError("no network\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"nobody/nothing: no folder .* \(no network\); check the spelling"):
+        checkpoint_folder("nobody/nothing")
+
+
+# ---- writing goes wrong
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists and holds notes.txt"):
+        save_model(load(BF16), tmp_path / "out", merge_lora=False)
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def no_space(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensor_files, "save_file", no_space)
+    with pytest.raises(CheckpointError, match=r"out: could not be written .*No space left.* bytes are free"):
+        save_model(load(BF16), tmp_path / "out", merge_lora=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(CheckpointError, match="1,000 are free"):
+        save_model(load(BF16), tmp_path / "out", merge_lora=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exported_files_are_readable_as_their_folder_is(tmp_path):
+    save_model(load(BF16), tmp_path / "out", merge_lora=False)
+    folder_mode = (tmp_path / "out").stat().st_mode & 0o666
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o777 == folder_mode
+
+
+# ---- the scripts
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    def call(name, *arguments):
+        monkeypatch.syspath_prepend(ROOT / "scripts")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        importlib.import_module(name).main()
+
+    return call
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "nf4"])
+def test_a_random_checkpoint_loads_and_stays_finite_and_its_tokenizer_round_trips(form, run_script, tmp_path):
+    out = tmp_path / "tiny"
+    run_script("random_checkpoint", out, "--size", "tiny", "--experts", form, "--device", "cpu", "--max-shard-bytes", "2e7")
+    model = load(out)
+    assert model.expert_format == form and len(list(out.glob("*.safetensors"))) > 1
+    logits = logits_of(model, torch.arange(24).view(2, 12))
+    assert torch.isfinite(logits).all() and 0.3 < logits.std().item() < 3
+    tokenizer = Tokenizer.load(out)
+    text = "hello world, ¿qué tal? 🙂\n\n\tdef f(x): return x ** 2"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.stop_ids == (200002, 200012, 199999) and tokenizer.start == 200006
+
+
+def test_random_checkpoints_have_the_published_sizes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import random_checkpoint as script
+
+    for size, num_bytes, num_tensors in (("20b", 13_761_264_768, 459), ("120b", 65_248_815_744, 687)):
+        plan = script.tensor_plan(script.model_config(size), form="mxfp4", seed=0, device=torch.device("cpu"))
+        assert (sum(tensor.num_bytes for tensor in plan), len(plan)) == (num_bytes, num_tensors)
+
+
+def test_the_export_script_writes_what_it_is_asked_for(run_script, tmp_path):
+    run_script("export", BF16, tmp_path / "merged", "--adapter", LORA, "--merge", "--dtype", "float32")
+    expected = golden(LORA)
+    torch.testing.assert_close(
+        logits_of(load(tmp_path / "merged"), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
+    )
+    with pytest.raises(SystemExit, match="^export: .*no adapter to merge"):  # a text goes to stderr, with code 1
+        run_script("export", BF16, tmp_path / "merged", "--merge")
