@@ -125,7 +125,7 @@ class EntryPoints:
         `writes_report`: the report of a training run takes longer than a tiny run."""
         self._count += 1
         if not writes_report:
-            before = f"import grpo.metrics; grpo.record.metrics.write_report = lambda *arguments: None\n{before}"
+            before = f"import grpo.record.metrics; grpo.record.metrics.write_report = lambda *arguments: None\n{before}"
         output = self.folder / str(self._count)
         reply = self.ask({"module": module, "arguments": [str(argument) for argument in arguments], "before": before,
                           "path": [str(entry) for entry in path], "folder": str(folder), "environment": environment,

@@ -629,7 +629,7 @@ def init(**arguments):
 
 def test_a_run_ends_with_its_exit_code_although_wandb_holds_on_to_the_process(tmp_path):
     (tmp_path / "wandb.py").write_text(CLINGING)
-    code = ("import runpy, sys, grpo.wandb_run\n"
+    code = ("import runpy, sys, grpo.record.wandb_run\n"
             "grpo.record.wandb_run.EXIT_SECONDS = 0.5\n"
             "runpy.run_module('grpo.train', run_name='__main__', alter_sys=True)")
     arguments = ["+experiment=smoke", "name=run", f"output_dir={tmp_path}", "wandb.mode=offline", "steps=1", "warmup=null",
