@@ -23,10 +23,13 @@ import torch
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
 from grpo.environment import Score, held_out_prompts, make_environment, score
-from grpo.failures import describe_failure
 from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
-from grpo.policy import (
+from grpo.record.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
+from grpo.record.plots import is_interval
+from grpo.rollout.session import Sampler
+from grpo.run.failures import describe_failure
+from grpo.run.policy import (
     build_model,
     build_tokenizer,
     check_initial_adapter,
@@ -35,9 +38,6 @@ from grpo.policy import (
     select_device,
     select_dtype,
 )
-from grpo.record.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
-from grpo.record.plots import is_interval
-from grpo.rollout.session import Sampler
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 # An environment's metrics of these names keep their `env/`: evaluation has its own.

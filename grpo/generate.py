@@ -26,9 +26,11 @@ import torch
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.environment import encode_question, make_environment
-from grpo.failures import describe_failure
 from grpo.launch import FAILED, launch
-from grpo.policy import (
+from grpo.record.console import clean, print_error
+from grpo.rollout.session import Sampler
+from grpo.run.failures import describe_failure
+from grpo.run.policy import (
     build_model,
     build_tokenizer,
     check_initial_adapter,
@@ -37,8 +39,6 @@ from grpo.policy import (
     select_device,
     select_dtype,
 )
-from grpo.record.console import clean, print_error
-from grpo.rollout.session import Sampler
 from grpo.targets import resolve_target
 from models.chat.parse import parse_completion
 from models.chat.render import render_chat

@@ -54,7 +54,7 @@ from grpo.config import (
 )
 from grpo.config_errors import OTHER_NAMES, ConfigError, UnknownKey
 from grpo.record.console import print_error
-from grpo.signals import hold_standard_streams
+from grpo.run.signals import hold_standard_streams
 from grpo.sweeps import (
     FAILED,
     MAX_CHECKED,

@@ -1,7 +1,7 @@
 """GRPO on gpt-oss: python -m grpo.train +experiment=NAME [KEY=VALUE ...]
 
 One process samples groups of completions, scores them and trains on them. `train` is the algorithm; grpo/update.py has the
-update, grpo/run.py what starts, saves, resumes and ends a run. Everything random is keyed by (seed, step, prompt, sample), so
+update, grpo/run/ what starts, saves, resumes and ends a run. Everything random is keyed by (seed, step, prompt, sample), so
 a step can be repeated from the weights before it and a checkpoint needs no state of generators.
 
 Exit codes: 0 finished, 1 disk or an error of this program, 2 configuration or checkpoint, 3 data, 4 environment or reward,
@@ -14,29 +14,20 @@ import time
 
 import torch
 
-from grpo.checkpoint import RunInUseError, lock_run
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
 from grpo.environment import held_out_prompts
 from grpo.evaluate import evaluate
-from grpo.failures import describe_failure
 from grpo.groups import collect, completion_record
 from grpo.launch import PREEMPTED, launch
 from grpo.record.console import print_error
+from grpo.record.metrics import peak_memory_gb
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.session import Interrupted
-from grpo.run import (
-    Run,
-    claim_run_dir,
-    export_policy,
-    keep_finished_steps,
-    next_commands,
-    peak_memory_gb,
-    prepare_weights,
-    resume_command,
-    save,
-    start,
-)
-from grpo.signals import GracefulStop
+from grpo.run.failures import describe_failure
+from grpo.run.finish import export_policy, keep_finished_steps, next_commands, resume_command, save
+from grpo.run.lock import RunInUseError, lock_run
+from grpo.run.signals import GracefulStop
+from grpo.run.start import Run, claim_run_dir, prepare_weights, start
 from grpo.update import update
 
 

@@ -13,7 +13,7 @@ from grpo.kl import kl_penalty
 from grpo.losses import checked_loss, reduce_stats, token_stats
 from grpo.optim import check_finite
 from grpo.rollout.session import Interrupted
-from grpo.run import Run
+from grpo.run.start import Run
 from models.routing_record import RoutingReplay
 
 PATIENCE = 5  # steps in a row without an update, until a warning

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo.rollout.sampling  # noqa: E402
 import kernels.head.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
-from grpo.checkpoint import load_run  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.environment import make_environment  # noqa: E402
-from grpo.policy import build_model, load_parameters  # noqa: E402
 from grpo.rollout.session import Sampler, filtered_log_probs  # noqa: E402
+from grpo.run.checkpoint import load_run  # noqa: E402
+from grpo.run.policy import build_model, load_parameters  # noqa: E402
 from grpo.update import make_replay  # noqa: E402
 from kernels.head.advance import IDLE  # noqa: E402
 from models.chat.tokenizer import Tokenizer  # noqa: E402

@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.config import read_saved_config  # noqa: E402
-from grpo.export_files import write_adapter, write_model, write_original  # noqa: E402
-from grpo.hub import check_push, push  # noqa: E402
-from grpo.model_card import Origin  # noqa: E402
-from grpo.policy import load_run_policy  # noqa: E402
+from grpo.run.export_files import write_adapter, write_model, write_original  # noqa: E402
+from grpo.run.hub import check_push, push  # noqa: E402
+from grpo.run.model_card import Origin  # noqa: E402
+from grpo.run.policy import load_run_policy  # noqa: E402
 from models.formats.hugging_face import checkpoint_folder, load_model  # noqa: E402
 from models.formats.peft import attached_config, load_adapter  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402

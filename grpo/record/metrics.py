@@ -17,11 +17,13 @@ import itertools
 import json
 import math
 import os
+import resource
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from grpo.config import WandbConfig, shown
 from grpo.record.console import Display, final_renderables
@@ -196,7 +198,7 @@ class Metrics:
             total_steps=self.total_steps,
             config=_json_safe(self.config),
         )
-        self.summary["peak_host_memory_gb"] = _peak_host_memory_gb()
+        self.summary["peak_host_memory_gb"] = peak_memory_gb(torch.device("cpu"))
         self.summary |= {"wandb_id": self.wandb_id, **self.provenance}
         self.summary["config"] = self.summary.pop("config")  # last, because it is long
         try:
@@ -331,10 +333,8 @@ def _json_safe(value: object) -> object:
     return str(value)
 
 
-def _peak_host_memory_gb() -> float | None:
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+def peak_memory_gb(device: torch.device) -> float:
+    """The peak memory of this process in GB (1e9 bytes): reserved by torch on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -412,14 +412,14 @@ def test_a_run_held_by_a_live_process_is_refused(entry_points, train, folder, tm
 def test_a_full_disk_ends_in_one_message_and_earlier_checkpoints_stay_whole(train, entry_points, tmp_path):
     # Writes fail as on a full disk from the moment that the third checkpoint is written.
     limit = """
-import grpo.checkpoint, resource
-original, calls = grpo.checkpoint._write, [0]
+import grpo.run.checkpoint, resource
+original, calls = grpo.run.checkpoint._write, [0]
 def write(*arguments):
     calls[0] += 1
     if calls[0] == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     return original(*arguments)
-grpo.checkpoint._write = write
+grpo.run.checkpoint._write = write
 """
     arguments = [*SMOKE, "steps=4", "checkpoint.every=1", "env._target_=environments.Varied"]
     result = train(arguments, "checkpoint.keep=9", before=limit)

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.checkpoint import save_run
 from grpo.config import save_config
 from grpo.environment import Score
 from grpo.envs.carry import Carry
 from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation, writable_file
 from grpo.launch import load_config
-from grpo.policy import build_model, build_tokenizer, parameter_tensors
 from grpo.rollout.session import Sampler
+from grpo.run.checkpoint import save_run
+from grpo.run.policy import build_model, build_tokenizer, parameter_tensors
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 

@@ -13,7 +13,6 @@ import torch
 from paths import FIXTURES, ROOT
 
 from grpo.batch import Prompt
-from grpo.checkpoint import save_run
 from grpo.config import save_config
 from grpo.envs.carry import Carry
 from grpo.generate import (
@@ -26,8 +25,9 @@ from grpo.generate import (
     run_generation,
 )
 from grpo.launch import load_config
-from grpo.policy import build_model, build_tokenizer, parameter_tensors
 from grpo.rollout.session import Sampler
+from grpo.run.checkpoint import save_run
+from grpo.run.policy import build_model, build_tokenizer, parameter_tensors
 from models.chat.render import render_chat
 from models.chat.tokenizer import Tokenizer
 

@@ -21,7 +21,7 @@ from grpo.kl import Reference
 from grpo.launch import load_config
 from grpo.losses import dapo, grpo
 from grpo.rollout.session import Interrupted
-from grpo.run import Run, make_optimizer
+from grpo.run.start import Run, make_optimizer
 from grpo.update import update
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss

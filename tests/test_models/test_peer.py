@@ -15,8 +15,8 @@ import torch
 from paths import FIXTURES, ROOT
 from safetensors import safe_open
 
-from grpo.export_files import write_adapter, write_model
-from grpo.model_card import Origin
+from grpo.run.export_files import write_adapter, write_model
+from grpo.run.model_card import Origin
 from models.chat.tokenizer import Tokenizer
 from models.formats.hugging_face import load_model, save_model, save_original
 from models.formats.peft import load_adapter, save_adapter

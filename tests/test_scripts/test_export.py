@@ -10,8 +10,8 @@ import yaml
 from paths import FIXTURES, ROOT
 
 from grpo.config import read_saved_config
-from grpo.model_card import Origin, hub_id, model_card
-from grpo.policy import load_run_policy
+from grpo.run.model_card import Origin, hub_id, model_card
+from grpo.run.policy import load_run_policy
 from models.formats.hugging_face import load_model
 from models.formats.peft import load_adapter, read_adapter_config, save_adapter
 from models.lora import LoraConfig, attach_lora
@@ -188,10 +188,10 @@ def test_an_adapter_on_packed_experts_merges_into_the_original_layout(export, hu
 
 
 def test_an_export_is_uploaded_with_its_card(export, hub_run, tmp_path):
-    """The script's own steps; tests/test_grpo/test_hub.py has the upload itself."""
+    """The script's own steps; tests/test_grpo/run/test_hub.py has the upload itself."""
     before = """
-import grpo.hub
-grpo.hub.push = lambda folder, name, private: f"{name} {private} {sorted(path.name for path in folder.iterdir())[0]}"
+import grpo.run.hub
+grpo.run.hub.push = lambda folder, name, private: f"{name} {private} {sorted(path.name for path in folder.iterdir())[0]}"
 """
     done = export(hub_run[0], tmp_path / "out", "--push", "team/tuned", "--private", before=before, HF_TOKEN="hf_x")
     assert done.code == 0, done.err

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from grpo.environment import EnvironmentFault, calling
 from grpo.rewards import guests
 from grpo.rewards.guests import GuestFault, call_guest, event_loop, import_guest, is_users_interrupt, protected
-from grpo.signals import GracefulStop
+from grpo.run.signals import GracefulStop
 
 FORK = multiprocessing.get_context("fork")
 
@@ -160,7 +160,7 @@ def test_a_guest_that_closes_a_standard_stream_is_named_and_no_file_gets_its_num
     code = (f"import os, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
             "from grpo.record.console import print_error\n"
             "from grpo.rewards.guests import GuestFault, call_guest\n"
-            "from grpo.signals import flush_standard_streams\n"
+            "from grpo.run.signals import flush_standard_streams\n"
             f"def guest(): {close}\n"
             "try:\n    call_guest('reward x', guest)\n"
             f"except GuestFault as fault:\n    open({str(tmp_path / 'fault')!r}, 'w').write(str(fault))\n"

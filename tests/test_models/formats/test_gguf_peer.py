@@ -11,8 +11,8 @@ import torch
 from paths import FIXTURES
 from safetensors.torch import load_file
 
-from grpo.export_files import write_model
-from grpo.model_card import Origin
+from grpo.run.export_files import write_model
+from grpo.run.model_card import Origin
 from models.formats.hugging_face import load_model
 from models.lora import LoraConfig, attach_lora
 

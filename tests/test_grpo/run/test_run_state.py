@@ -17,18 +17,17 @@ import pytest
 import torch
 from paths import ROOT
 
-import grpo.checkpoint
-from grpo.checkpoint import (
+import grpo.run.checkpoint
+from grpo.run.checkpoint import (
     CheckpointFallbackWarning,
     LoadError,
-    RunInUseError,
     SaveError,
     clean_stale,
     load_run,
-    lock_run,
     save_run,
 )
-from grpo.signals import GracefulStop
+from grpo.run.lock import RunInUseError, lock_run
+from grpo.run.signals import GracefulStop
 
 
 def contents(step):
@@ -180,7 +179,7 @@ def out_of_space(*_, **__):
 
 
 @pytest.mark.parametrize("owner, function", [
-    (grpo.checkpoint.safetensors.torch, "save_file"), (grpo.checkpoint.os, "fsync"), (grpo.checkpoint.os, "replace"),
+    (grpo.run.checkpoint.safetensors.torch, "save_file"), (grpo.run.checkpoint.os, "fsync"), (grpo.run.checkpoint.os, "replace"),
     (Path, "write_text"), (Path, "mkdir"),
 ])
 def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoints(tmp_path, monkeypatch, owner, function):
@@ -202,7 +201,7 @@ def test_a_failed_replacement_puts_the_old_checkpoint_back(tmp_path, monkeypatch
     save(tmp_path, 20)
     replace = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.checkpoint.os, "replace",
+        patch.setattr(grpo.run.checkpoint.os, "replace",
                       lambda old, new: out_of_space() if ".tmp-" in str(old) else replace(old, new))
         with pytest.raises(SaveError, match="step_000020"):
             save_run(tmp_path, step=20, tensors={}, state={"other": 1}, keep=2)
@@ -214,7 +213,7 @@ def test_a_disk_that_is_really_full_leaves_the_old_checkpoints(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
-from grpo.checkpoint import SaveError, load_run, save_run
+from grpo.run.checkpoint import SaveError, load_run, save_run
 run = Path(sys.argv[1]) / "run"
 save_run(run, step=1, tensors={"w": torch.ones(20_000)}, state={}, keep=2)
 try:
@@ -242,7 +241,7 @@ def test_a_process_killed_before_any_disk_operation_of_a_save_leaves_whole_check
     code = """
 import os, shutil, signal, sys, warnings, torch
 from pathlib import Path
-import grpo.checkpoint as c
+import grpo.run.checkpoint as c, grpo.run.lock
 warnings.simplefilter("error")  # no checkpoint may need a fallback
 template, run = Path(sys.argv[1]) / "template", Path(sys.argv[1]) / "run"
 
@@ -277,7 +276,7 @@ for previous in (10.0, 20.0):
             save(run, 20, 21.0)
             os._exit(0)
         was_killed = os.waitpid(child, 0)[1] == signal.SIGKILL
-        c.lock_run(run).release()
+        grpo.run.lock.lock_run(run).release()
         loaded = c.load_run(run)
         value = loaded.state["value"]
         assert torch.equal(loaded.tensors["w"], torch.full((50,), value)), operation
@@ -296,7 +295,8 @@ for previous in (10.0, 20.0):
 def test_a_process_killed_at_any_time_leaves_whole_checkpoints(tmp_path):
     code = """
 import sys, torch
-from grpo.checkpoint import lock_run, load_run, save_run
+from grpo.run.checkpoint import load_run, save_run
+from grpo.run.lock import lock_run
 lock = lock_run(sys.argv[1])
 loaded = load_run(sys.argv[1])
 step = 0 if loaded is None else loaded.step
@@ -323,7 +323,7 @@ while True:
 
 
 def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
-    code = "import sys, time; from grpo.checkpoint import lock_run; lock = lock_run(sys.argv[1]); " \
+    code = "import sys, time; from grpo.run.lock import lock_run; lock = lock_run(sys.argv[1]); " \
            "print('locked', flush=True); time.sleep(60)"
     process = run_python(code, tmp_path)
     try:
@@ -353,7 +353,7 @@ def test_the_first_signal_asks_the_loop_to_stop_and_old_handlers_come_back(numbe
 def test_the_second_signal_leaves_at_once():
     code = """
 import time
-from grpo.signals import GracefulStop
+from grpo.run.signals import GracefulStop
 with GracefulStop("make resume") as stop:
     print("ready", flush=True)
     while not stop():
@@ -410,7 +410,7 @@ def test_a_folder_of_checkpoints_may_be_a_link_to_another_disk(tmp_path):
 def test_a_leftover_that_cannot_be_deleted_is_a_warning_that_names_it(tmp_path, monkeypatch):
     save(tmp_path, 10)
     (tmp_path / "checkpoints/step_000020.tmp-77").mkdir()
-    monkeypatch.setattr(grpo.checkpoint.shutil, "rmtree", out_of_space)
+    monkeypatch.setattr(grpo.run.checkpoint.shutil, "rmtree", out_of_space)
     with pytest.warns(UserWarning, match=r"cannot delete .*step_000020\.tmp-77"):
         lock_run(tmp_path).release()
 
@@ -466,7 +466,7 @@ def test_a_hangup_counts_once_however_often_it_comes_and_stays_ignored_under_noh
 def test_what_a_signal_says_never_lands_in_a_file_that_got_the_number_of_a_closed_stream(tmp_path):
     code = """
 import os, signal, sys
-from grpo.signals import GracefulStop, hold_standard_streams
+from grpo.run.signals import GracefulStop, hold_standard_streams
 hold_standard_streams()
 file = open(sys.argv[1], "w")
 assert file.fileno() > 2

@@ -1,6 +1,6 @@
 """What others load of a trained policy: a PEFT adapter or a whole model, with tokenizer, generation settings and model card.
 
-The end of a run and scripts/export.py write it here, each into one folder that is ready for the hub (grpo/hub.py).
+The end of a run and scripts/export.py write it here, each into one folder that is ready for the hub (grpo/run/hub.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.model_card import Origin, model_card
+from grpo.run.model_card import Origin, model_card
 from models.formats.hugging_face import save_model, save_original, tokenizer_files
 from models.formats.peft import attached_config, has_expert_adapter, save_adapter
 from models.gpt_oss import GptOss

@@ -1,4 +1,4 @@
-"""Run state on disk: save, load, prune, lock. What it holds is the caller's; weights for others go through
+"""Run state on disk: save, load, prune. What it holds is the caller's; weights for others go through
 models/formats/hugging_face.py.
 
     <run_dir>/checkpoints/step_000040/tensors.safetensors   trained parameters, optimizer state
@@ -11,14 +11,11 @@ is whole whenever the process is killed; the manifest finds what a disk did to i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-TENSORS, STATE, MANIFEST, LOCK = "tensors.safetensors", "state.json", "manifest.json", ".lock"
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT_VERSION = 2  # 2: the state says what the run is made of
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old|gone)-\d+")
@@ -39,10 +36,6 @@ class SaveError(RuntimeError):
 
 class LoadError(ValueError):
     """Checkpoints are there and none of them is whole."""
-
-
-class RunInUseError(ValueError):
-    """Another process holds the run."""
 
 
 class CheckpointFallbackWarning(UserWarning):
@@ -234,82 +227,3 @@ def _fsync(path: Path) -> None:
 def _free(path: Path) -> str:
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return f"{shutil.disk_usage(existing).free:,} bytes free in {existing}"
-
-
-class RunLock:
-    """A run's folder, held by this process until `release` or the end of a `with` block."""
-
-    def __init__(self, run_dir: Path, folder: int, descriptor: int) -> None:
-        self.run_dir = run_dir
-        self._folder = folder
-        self._descriptor: int | None = descriptor
-
-    def check_in_place(self) -> None:
-        """Raises SaveError where the folder no longer lies at its path: whoever moved it would look for the rest of the run
-        there, and this process would make a second one."""
-        held = os.fstat(self._folder)
-        try:
-            found = os.stat(self.run_dir)
-            if os.path.samestat(held, found):
-                return
-            what = "another folder has its place"
-        except OSError as error:
-            what = error.strerror
-        place = ""
-        with contextlib.suppress(OSError):  # Linux knows where an open folder is
-            place = f"; it is now {os.readlink(f'/proc/self/fd/{self._folder}')}"
-        raise SaveError(f"the run's folder {self.run_dir} was moved, replaced or deleted ({what}){place}. Nothing is saved any "
-                        "more: put it back and resume from its last checkpoint")
-
-    def release(self) -> None:
-        """Gives the folder up; one that holds nothing but the lock, after a start that failed, is removed."""
-        if self._descriptor is None:
-            return
-        with contextlib.suppress(OSError):
-            if os.listdir(self._folder) == [LOCK]:
-                os.unlink(LOCK, dir_fd=self._folder)
-                os.rmdir(self.run_dir)
-        os.close(self._descriptor)
-        os.close(self._folder)
-        self._descriptor = None
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def lock_run(run_dir: str | Path) -> RunLock:
-    """Takes the run for this process (creating its folder) and cleans up after a killed one (`clean_stale`). The caller
-    keeps what is returned: the lock ends with it.
-
-    Raises RunInUseError naming the process that has it. The kernel drops the lock with the process, so a killed run
-    leaves none behind (its file stays and means nothing)."""
-    run_dir = Path(run_dir)
-    while (lock := _try_lock(run_dir)) is None:
-        pass  # a start that failed removed the folder between two of our calls
-    clean_stale(run_dir)
-    return lock
-
-
-def _try_lock(run_dir: Path) -> RunLock | None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
-        folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        opened.callback(os.close, folder)
-        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=folder)
-        opened.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
-            raise RunInUseError(f"run {run_dir} is in use by {owner}: wait for it, stop it, or choose another "
-                                "name=") from error
-        if os.path.samestat(os.fstat(descriptor), os.stat(run_dir / LOCK)):
-            owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, owner.encode(), 0)
-            opened.pop_all()
-            return RunLock(run_dir, folder, descriptor)
-    return None

@@ -1,17 +1,14 @@
-"""A training run's life around the loop: how it starts, resumes, saves, exports and says what to type next."""
+"""How a training run starts: its folder, what it is built of, and the weights that it goes on from, those of a checkpoint too."""
 from __future__ import annotations
 
 import difflib
 import os
-import resource
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from grpo.checkpoint import RunLock, RunState, SaveError, load_run, remove, save_run
 from grpo.config import (
     ConfigError,
     KlReference,
@@ -25,14 +22,16 @@ from grpo.config import (
     to_dict,
 )
 from grpo.environment import check_known_prompts, make_environment, summary
-from grpo.export_files import write_adapter, write_model
-from grpo.identity import PLACES, check_same, identify
 from grpo.kl import Reference
-from grpo.launch import is_sweep, typed_words
+from grpo.launch import is_sweep
 from grpo.losses import try_loss
-from grpo.model_card import Origin
 from grpo.optim import Optimizer, loss_scale_for
-from grpo.policy import (
+from grpo.record.metrics import Metrics
+from grpo.rollout.session import Sampler
+from grpo.run.checkpoint import RunState, load_run, remove
+from grpo.run.identity import PLACES, check_same, identify, provenance
+from grpo.run.lock import RunLock
+from grpo.run.policy import (
     build_model,
     build_tokenizer,
     check_initial_adapter,
@@ -40,15 +39,11 @@ from grpo.policy import (
     has_initial_adapter,
     load_initial_adapter,
     load_parameters,
-    parameter_tensors,
     parameters_of_run,
     read_architecture,
     select_device,
     select_dtype,
 )
-from grpo.provenance import provenance
-from grpo.record.metrics import Metrics
-from grpo.rollout.session import Interrupted, Sampler
 from grpo.targets import bind
 from grpo.warmup import check_demonstrations, warm_up
 from models.chat.tokenizer import Tokenizer
@@ -73,7 +68,7 @@ class Run:
     metrics: Metrics
     should_stop: Callable[[], bool]
     lock: RunLock | None = None  # of its folder; None: nothing is saved
-    made_of: dict[str, dict] = field(default_factory=dict)  # what its checkpoints say about it (grpo/identity.py)
+    made_of: dict[str, dict] = field(default_factory=dict)  # what its checkpoints say about it (grpo/run/identity.py)
     optimizer: Optimizer | None = None  # once the weights are there
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
@@ -231,79 +226,3 @@ def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
         lines.append(f"the learning rate follows the {config.optim.schedule} schedule of {now['steps']} steps from here on: it "
                      f"jumps from that of {before['steps']} steps")
     return lines
-
-
-def save(run: Run) -> None:
-    """A checkpoint of the finished steps, metrics on disk first. Raises FloatingPointError where a tensor is not finite, and
-    SaveError where the run's folder is no longer in its place."""
-    run.lock.check_in_place()
-    if run.saved_step == run.step:
-        return
-    run.metrics.set_status("saving")
-    tensors = parameter_tensors(run.policy, has_initial_adapter=has_initial_adapter(run.config.model))
-    tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
-    tensors |= run.reference.state_dict() if run.reference is not None else {}
-    for name, tensor in tensors.items():
-        # as a norm, which needs no memory: there may be none left
-        if tensor.is_floating_point() and tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
-            raise FloatingPointError(f"step {run.step}: {name} is not finite after the update, so no checkpoint is saved and "
-                                     "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
-    run.metrics.sync()
-    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep,
-             state={"wandb_id": run.metrics.wandb_id, "num_tokens": run.num_tokens, "made_of": run.made_of})
-    run.saved_step = run.step
-
-
-def export_policy(run: Run) -> tuple[Path, str]:
-    """Writes what others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model.
-    Returns its folder and, in words, what it holds and leaves out."""
-    if run.optimizer.num_updates == 0:
-        run.metrics.warn("no step made an update: what is exported has learnt nothing from rewards")
-    is_lora = run.config.model.lora is not None
-    folder = run.run_dir / ("adapter" if is_lora else "model")
-    remove(folder)  # of fewer steps, where a finished run went on
-    origin = Origin(run.config.model.path, run.run_dir / "tokenizer", run.config, run.run_dir, run.step)
-    if is_lora:
-        return folder, write_adapter(run.policy, folder, origin)
-    return folder, write_model(run.policy, folder, origin, merge_lora=False, dtype=run.policy.dtype)
-
-
-def keep_finished_steps(run: Run | None, error: BaseException) -> str:
-    """Saves the steps that had finished when something else went wrong. Returns what to tell about it."""
-    if run is None or run.optimizer is None or not run.is_between_steps or isinstance(error, (SaveError, OSError)):
-        return ""
-    if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
-        return ""  # nothing was learnt yet
-    try:
-        save(run)
-    except FloatingPointError:
-        return ""
-    except (SaveError, OSError) as failure:
-        return f"; and {failure}"
-    return f"; saved after step {run.step}"
-
-
-def resume_command(config: TrainConfig) -> str:
-    """The command line that continues this run; of a sweep's job, this job alone."""
-    return train_command(f"name={config.name}", "resume=true")
-
-
-def train_command(*words: str) -> str:
-    """This run's command line with other words in place of its own for these keys, for `name` and for `resume`."""
-    replaced = {"name", "resume", *(word.partition("=")[0] for word in words)}
-    kept = [word for word in typed_words() if word.lstrip("+").partition("=")[0] not in replaced]
-    return shlex.join(["python", "-m", "grpo.train", *kept, *words])
-
-
-def next_commands(run: Run, exported: tuple[Path, str]) -> list[str]:
-    """What to type after a finished run."""
-    run_dir, weights = shlex.quote(f"run={shown(run.run_dir)}"), shlex.quote(str(shown(exported[0])))
-    return [f"python -m grpo.generate {run_dir}", f"python -m grpo.evaluate {run_dir} num_samples=8",
-            train_command(f"seed={run.config.seed + 1}"), f"ls {weights}    # {exported[1]}"]
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of the process in GB (1e9 bytes): reserved by torch on a GPU, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from grpo.config import ConfigError
-from grpo.hub import check_push, push
+from grpo.run.hub import check_push, push
 
 
 class FakeHub(ThreadingHTTPServer):

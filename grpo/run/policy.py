@@ -1,7 +1,7 @@
 """From a config to a policy: device, tokenizer, model, adapter; and from a run's folder back to the policy it holds.
 
-Shared by the three entry points. Trained parameters of a run live in its checkpoints (grpo/checkpoint.py); the base comes from
-`model.path`, or from `model.architecture` and the seed.
+Shared by the three entry points. Trained parameters of a run live in its checkpoints; the base comes from `model.path`, or from
+`model.architecture` and the seed.
 """
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from grpo.checkpoint import RunState, load_run
 from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config
 from grpo.environment import tiny_tokenizer
+from grpo.run.checkpoint import RunState, load_run
 from grpo.targets import resolve_target
 from models.chat.tokenizer import Tokenizer
 from models.config import GptOssConfig

@@ -8,7 +8,7 @@ from paths import FIXTURES
 from safetensors.torch import save_file
 
 from grpo.config import ConfigError, Dtype, Experts, ModelConfig, Train
-from grpo.policy import check_trainable, select_dtype
+from grpo.run.policy import check_trainable, select_dtype
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

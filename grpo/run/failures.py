@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from grpo.checkpoint import LoadError, RunInUseError, SaveError
 from grpo.config import ConfigError, TrainConfig, flatten, to_dict
 from grpo.envs.data_files import DataError
 from grpo.launch import CONFIG_ERROR, FAILED, PREEMPTED
@@ -18,6 +17,8 @@ from grpo.optim import NonFiniteError
 from grpo.rewards.functions import RewardError
 from grpo.rewards.guests import GuestFault
 from grpo.rollout.session import Interrupted
+from grpo.run.checkpoint import LoadError, SaveError
+from grpo.run.lock import RunInUseError
 from models.formats.hugging_face import CheckpointError
 
 DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6

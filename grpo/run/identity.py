@@ -1,4 +1,5 @@
-"""What a run is made of: the settings that shape its steps, its base model, tokenizer and data, as its checkpoints record them.
+"""What a run is made of: the settings that shape its steps, its base model, tokenizer and data, as its checkpoints record them;
+and the command, code, versions and device that made it, for summary.json.
 
 A resume on anything else would end in weights that no single command gives, so it is refused. Where files lie is not part of
 it: a base or a data file that moved is the same.
@@ -6,16 +7,24 @@ it: a base or a data file that moved is the same.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
+import shlex
+import subprocess
 from pathlib import Path
+
+import torch
 
 from grpo.config import ConfigError, TrainConfig, settings_of_steps
 from grpo.environment import calling
+from grpo.launch import typed_words
 from models.chat.tokenizer import Tokenizer
 from models.formats.files import has_tensor_files, list_tensors
 from models.formats.hugging_face import checkpoint_folder
 
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
 WHOLE_BYTES = 1 << 26  # files up to this size are read whole
 SLICE_BYTES, NUM_SLICES = 4096, 4  # read of each tensor of larger ones
 # What lies there has a digest, or (of an adapter to start from) is part of every checkpoint.
@@ -80,3 +89,30 @@ def digest_file(path: Path) -> str:
                 file.seek(8 + header_len + start + round(index * stride))
                 digest.update(file.read(SLICE_BYTES))
         return digest.hexdigest()
+
+
+def provenance(*, seed: int, device: torch.device) -> dict:
+    """{"command", "commit" (None outside a git checkout; with "+" where files differ from it), "versions", "device", "seed"}."""
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"command": shlex.join(["python", "-m", "grpo.train", *typed_words()]), "commit": find_commit(),
+            "versions": {"grpo": version_of("grpo"), "python": platform.python_version(), "torch": torch.__version__,
+                         "triton": version_of("triton")}, "device": device_name, "seed": seed}
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_commit() -> str | None:
+    if not (CHECKOUT / ".git").exists():
+        return None
+    try:
+        commit, changes = (subprocess.run(["git", "-C", str(CHECKOUT), *words], stdin=subprocess.DEVNULL, capture_output=True,
+                                          text=True, timeout=10, check=True).stdout.strip()
+                           for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]))
+    except (OSError, subprocess.SubprocessError):  # no git here, or a repository that it does not trust
+        return None
+    return commit + ("+" if changes else "")

@@ -67,10 +67,10 @@ PHASES = {
     "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
     "logging": ("grpo.record.metrics", "module._JsonlFile", "append", True, (1, 5)),
-    "writing a checkpoint": ("grpo.checkpoint", "module", "_fsync", False, (1, 5)),
-    "publishing a checkpoint": ("grpo.checkpoint", "module", "_publish", False, (2, 2)),
+    "writing a checkpoint": ("grpo.run.checkpoint", "module", "_fsync", False, (1, 5)),
+    "publishing a checkpoint": ("grpo.run.checkpoint", "module", "_publish", False, (2, 2)),
     "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),
-    "pruning": ("grpo.checkpoint", "module", "_prune", False, (1, 1)),
+    "pruning": ("grpo.run.checkpoint", "module", "_prune", False, (1, 1)),
 }
 CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",
          "eval.max_prompts=2", "rollout.max_new_tokens=8")
@@ -230,7 +230,7 @@ def test_an_interrupted_evaluation_is_made_again(train, never_killed, tmp_path):
 
 def test_a_second_signal_leaves_at_once_and_harms_nothing(train, never_killed, tmp_path):
     expected, _ = never_killed(CARRY)
-    stuck = "import grpo.checkpoint, time; grpo.checkpoint._publish = lambda *a: time.sleep(10_000)\n"
+    stuck = "import grpo.run.checkpoint, time; grpo.run.checkpoint._publish = lambda *a: time.sleep(10_000)\n"
     command = train([*CARRY, "eval.at_start=false", "checkpoint.every=0"], tmp_path,
                     stuck + signal_at("rollout", 20, signal.SIGTERM))
     deadline = time.monotonic() + 600

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from grpo.config import ConfigError
-from grpo.model_card import HUB_ID
+from grpo.run.model_card import HUB_ID
 
 REASONS = {
     401: "the token is not valid: log in with `hf auth login`, or set HF_TOKEN",

@@ -1,0 +1,85 @@
+"""How a training run ends: its checkpoints, what others load of it, and what to type next."""
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from grpo.config import TrainConfig, shown
+from grpo.launch import typed_words
+from grpo.rollout.session import Interrupted
+from grpo.run.checkpoint import SaveError, remove, save_run
+from grpo.run.export_files import write_adapter, write_model
+from grpo.run.model_card import Origin
+from grpo.run.policy import has_initial_adapter, parameter_tensors
+from grpo.run.start import OPTIM, Run
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the finished steps, metrics on disk first. Raises FloatingPointError where a tensor is not finite, and
+    SaveError where the run's folder is no longer in its place."""
+    run.lock.check_in_place()
+    if run.saved_step == run.step:
+        return
+    run.metrics.set_status("saving")
+    tensors = parameter_tensors(run.policy, has_initial_adapter=has_initial_adapter(run.config.model))
+    tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
+    tensors |= run.reference.state_dict() if run.reference is not None else {}
+    for name, tensor in tensors.items():
+        # as a norm, which needs no memory: there may be none left
+        if tensor.is_floating_point() and tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
+            raise FloatingPointError(f"step {run.step}: {name} is not finite after the update, so no checkpoint is saved and "
+                                     "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
+    run.metrics.sync()
+    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep,
+             state={"wandb_id": run.metrics.wandb_id, "num_tokens": run.num_tokens, "made_of": run.made_of})
+    run.saved_step = run.step
+
+
+def export_policy(run: Run) -> tuple[Path, str]:
+    """Writes what others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model.
+    Returns its folder and, in words, what it holds and leaves out."""
+    if run.optimizer.num_updates == 0:
+        run.metrics.warn("no step made an update: what is exported has learnt nothing from rewards")
+    is_lora = run.config.model.lora is not None
+    folder = run.run_dir / ("adapter" if is_lora else "model")
+    remove(folder)  # of fewer steps, where a finished run went on
+    origin = Origin(run.config.model.path, run.run_dir / "tokenizer", run.config, run.run_dir, run.step)
+    if is_lora:
+        return folder, write_adapter(run.policy, folder, origin)
+    return folder, write_model(run.policy, folder, origin, merge_lora=False, dtype=run.policy.dtype)
+
+
+def keep_finished_steps(run: Run | None, error: BaseException) -> str:
+    """Saves the steps that had finished when something else went wrong. Returns what to tell about it."""
+    if run is None or run.optimizer is None or not run.is_between_steps or isinstance(error, (SaveError, OSError)):
+        return ""
+    if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
+        return ""  # nothing was learnt yet
+    try:
+        save(run)
+    except FloatingPointError:
+        return ""
+    except (SaveError, OSError) as failure:
+        return f"; and {failure}"
+    return f"; saved after step {run.step}"
+
+
+def resume_command(config: TrainConfig) -> str:
+    """The command line that continues this run; of a sweep's job, this job alone."""
+    return train_command(f"name={config.name}", "resume=true")
+
+
+def train_command(*words: str) -> str:
+    """This run's command line with other words in place of its own for these keys, for `name` and for `resume`."""
+    replaced = {"name", "resume", *(word.partition("=")[0] for word in words)}
+    kept = [word for word in typed_words() if word.lstrip("+").partition("=")[0] not in replaced]
+    return shlex.join(["python", "-m", "grpo.train", *kept, *words])
+
+
+def next_commands(run: Run, exported: tuple[Path, str]) -> list[str]:
+    """What to type after a finished run."""
+    run_dir, weights = shlex.quote(f"run={shown(run.run_dir)}"), shlex.quote(str(shown(exported[0])))
+    return [f"python -m grpo.generate {run_dir}", f"python -m grpo.evaluate {run_dir} num_samples=8",
+            train_command(f"seed={run.config.seed + 1}"), f"ls {weights}    # {exported[1]}"]
