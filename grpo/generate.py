@@ -41,7 +41,7 @@ from grpo.run.policy import (
 )
 from grpo.targets import resolve_target
 from models.chat.parse import parse_completion
-from models.chat.render import render_chat
+from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
@@ -164,9 +164,8 @@ class Conversation:
     def render(self, question: str) -> list[int]:
         if self.encode_prompt is not None:
             return self.encode_prompt(question)
-        return render_chat([*self.messages, {"role": "user", "content": question}], self.tokenizer,
-                           instructions=self.chat_settings["instructions"], current_date=self.chat_settings["current_date"],
-                           reasoning_effort=self.chat_settings["reasoning_effort"])
+        asked = [*self.messages, {"role": "user", "content": question}]
+        return render_prompt(harmony_messages(asked, **self.chat_settings), self.tokenizer)
 
 
 def note(text: str) -> None:

@@ -6,14 +6,15 @@ The library accepts much that no answer should look like; `_find_fault` is the o
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from models.chat.render import CHANNELS, ROLES, Message
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
 
 
-class HarmonyError(ValueError):
+class _Malformed(Exception):
     """Ids that are not well-formed harmony; the text is the library's."""
 
 
@@ -34,7 +35,7 @@ class Parsed:
 
     messages: list[Message]
     spans: list[Span]  # one for each message
-    error: str | None
+    error: str | None  # in the library's words
     is_complete: bool  # well-formed and ended by the model itself, with <|return|> or <|call|>
     fault: str | None  # why this is no finished answer in the right form, None if it is; the error if there is one
 
@@ -59,20 +60,17 @@ def parse_completion(
     tokenizer: Tokenizer,
     *,
     role: str | None = "assistant",
-    strict: bool = False,
     is_policy: Sequence[bool] | None = None,
 ) -> Parsed:
-    """Messages of sampled ids, read token by token; the default never raises on them, whatever the model wrote.
+    """Messages of sampled ids, read token by token; never raises on them, whatever the model wrote.
 
     `role` is the author that the prompt already named (`<|start|>assistant`); None if the ids begin with <|start|>.
     `is_policy` says of each id whether the policy sampled it; None: it sampled all.
-    Malformed ids give `error` (the text that strict parsing raises) and all that can be read: words before a stop token
-    that no <|message|> preceded are content; unknown header words and ids between messages are skipped; a message cut
-    off in its header has no content and is left out. Truncation inside content is no error: the message closes at the
-    end (`is_complete` is False). A trailing <|endoftext|> ends the ids like truncation. Invalid UTF-8 and ids without a
-    token read as U+FFFD. As in the library, a lone header word is a recipient, with or without `to=`, unless
-    <|constrain|> stands before it.
-    `strict=True` raises HarmonyError (a ValueError) instead.
+    Malformed ids give `error` and all that can be read: words before a stop token that no <|message|> preceded are
+    content; unknown header words and ids between messages are skipped; a message cut off in its header has no content and is
+    left out. Truncation inside content is no error: the message closes at the end (`is_complete` is False). A trailing
+    <|endoftext|> ends the ids like truncation. Invalid UTF-8 and ids without a token read as U+FFFD. As in the library, a
+    lone header word is a recipient, with or without `to=`, unless <|constrain|> stands before it.
     """
     if role is not None and role not in ROLES:
         raise ValueError(f"role is {role!r}; allowed: {', '.join(ROLES)}, or None if the ids begin with <|start|>")
@@ -84,9 +82,7 @@ def parse_completion(
     error = None
     try:
         messages, spans = _parse(ids, tokenizer, role, sources, is_strict=True)
-    except HarmonyError as problem:
-        if strict:
-            raise
+    except _Malformed as problem:
         error = str(problem)
         messages, spans = _parse(ids, tokenizer, role, sources, is_strict=False)
     is_complete = error is None and bool(ids) and ids[-1] in (tokenizer.return_, tokenizer.call)
@@ -145,35 +141,30 @@ def _parse(
     header_ends = {tokenizer.message} if is_strict else {tokenizer.message, *stops}
     messages: list[Message] = []
     spans: list[Span] = []
-    position = 0
-    is_first = True
-    while True:
-        if not is_first or role is None:
-            if position >= len(ids):
-                break
+    position, author = 0, role
+    while author is not None or position < len(ids):
+        if author is None:
             if ids[position] != tokenizer.start:
-                run = _token_run(ids, position, tokenizer)
-                _problem(f"Unexpected token {run!r} while expecting start token", is_strict)
-                position = _find(ids, {tokenizer.start}, position)
-                is_first = False
+                run_end = _find(ids, tokenizer.is_special, position)
+                run = tokenizer.decode(ids[position : max(run_end, position + 1)], keep_special=True)
+                _complain(f"Unexpected token {run!r} while expecting start token", is_strict)
+                position = _find(ids, {tokenizer.start}.__contains__, position)
                 continue
             position += 1
-        author = role if is_first else None
-        is_first = False
-        header_end = _find(ids, header_ends, position)
+        named, author = author, None  # the headers of all but the first message name their author
+        start, header_end = position, _find(ids, header_ends.__contains__, position)
         if header_end == len(ids):
-            _problem("Unexpected EOS while waiting for message header to complete", is_strict)
+            _complain("Unexpected EOS while waiting for message header to complete", is_strict)
             break
-        header_ids = ids[position:header_end]
-        start, position = position, header_end + 1
+        header_ids, position = ids[start:header_end], header_end + 1
         if ids[header_end] != tokenizer.message:
             # Closed before <|message|>: content only if the author was named in advance, as the library's lenient mode.
-            if author is not None and header_ids:
-                messages.append(_headless_message(header_ids, tokenizer, author))
+            if named is not None and header_ids:
+                messages.append(_headless_message(header_ids, tokenizer, named))
                 spans.append(Span(start, start, position, ids[header_end], any(sources[start:position])))
             continue
-        header = _parse_header(header_ids, tokenizer, author, is_strict=is_strict)
-        content_end = _find(ids, stops, position)
+        header = _parse_header(header_ids, tokenizer, named, is_strict=is_strict)
+        content_end = _find(ids, stops.__contains__, position)
         messages.append(replace(header, content=tokenizer.decode(ids[position:content_end], keep_special=True)))
         closing = ids[content_end] if content_end < len(ids) else None
         stop = min(content_end + 1, len(ids))
@@ -182,41 +173,22 @@ def _parse(
     return messages, spans
 
 
-def _problem(text: str, is_strict: bool) -> None:
+def _complain(text: str, is_strict: bool) -> None:
     if is_strict:
-        raise HarmonyError(text)
+        raise _Malformed(text)
 
 
-def _find(ids: list[int], targets: set[int], position: int) -> int:
-    """Index of the first id in `targets` from `position` on, len(ids) if there is none."""
-    while position < len(ids) and ids[position] not in targets:
-        position += 1
-    return min(position, len(ids))
-
-
-def _token_run(ids: list[int], position: int, tokenizer: Tokenizer) -> str:
-    """The control token at `position`, or the ordinary text from there to the next control token."""
-    if tokenizer.is_special(ids[position]):
-        return tokenizer.decode(ids[position : position + 1], keep_special=True)
-    end = position
-    while end < len(ids) and not tokenizer.is_special(ids[end]):
-        end += 1
-    return tokenizer.decode(ids[position:end])
+def _find(ids: list[int], is_wanted: Callable[[int], bool], position: int) -> int:
+    """Index of the first wanted id from `position` on, len(ids) if there is none."""
+    return next((index for index in range(position, len(ids)) if is_wanted(ids[index])), len(ids))
 
 
 def _split_header(header_ids: list[int], tokenizer: Tokenizer) -> tuple[str | None, list[str]]:
     """The channel (None without a marker, "" if no name follows it) and the header's other words."""
-    pieces: list[str | int] = []
-    run: list[int] = []
-    for id in [*header_ids, None]:
-        if id is not None and not tokenizer.is_special(id):
-            run.append(id)
-            continue
-        if run:
-            pieces.append(tokenizer.decode(run))
-            run = []
-        if id is not None:
-            pieces.append(id)
+    pieces: list[str | int] = []  # text, and control ids
+    for is_special, ids in groupby(header_ids, tokenizer.is_special):
+        run = list(ids)
+        pieces += run if is_special else [tokenizer.decode(run)]
     channel = None
     if tokenizer.channel in pieces:
         at = pieces.index(tokenizer.channel)
@@ -235,13 +207,13 @@ def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None,
     """A message without content. Forgiving: keeps what it understands of a malformed header."""
     channel, words = _split_header(header_ids, tokenizer)
     if any(REPLACEMENT in part for part in (channel or "", *words)):
-        _problem("could not decode header", is_strict)
+        _complain("could not decode header", is_strict)
     if channel == "":
-        _problem("channel marker present but no channel value found in header", is_strict)
+        _complain("channel marker present but no channel value found in header", is_strict)
     name = None
     if role is None:
         if not words:
-            _problem("message header did not contain a role", is_strict)
+            _complain("message header did not contain a role", is_strict)
         name = words[0] if words else "assistant"
         if name in ROLES:
             role = name
@@ -249,7 +221,7 @@ def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None,
             role = "tool"
             words = words[1:]
         else:
-            _problem(f"Unknown role: {name}", is_strict)
+            _complain(f"Unknown role: {name}", is_strict)
             role = name
     if words and words[0] == role:
         words = words[1:]
@@ -262,7 +234,7 @@ def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None,
         content_type = words.pop()
         recipient = words.pop().removeprefix("to=")
     if words:
-        _problem(f"unexpected tokens remaining in message header: {' '.join(words)!r}", is_strict)
+        _complain(f"unexpected tokens remaining in message header: {' '.join(words)!r}", is_strict)
     return Message(role, "", channel or None, recipient, content_type, name if role == "tool" else None)
 
 

@@ -9,7 +9,7 @@ Where template and OpenAI's `openai-harmony` library differ, the template wins:
   template's own line breaks and spaces;
 * analysis of every earlier turn is dropped (the library: only what stands before the first final message); while a tool
   call has no final message after it, its analysis stays;
-* the training render (`add_generation_prompt=False`) keeps the last turn's analysis and ends in <|return|>;
+* what the template renders for training, without a generation prompt, keeps the last turn's analysis;
 * results of functions are written as JSON: a string comes out as a quoted JSON string;
 * a call's recipient stands in the role part, its content type is `json` without <|constrain|>.
 
@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import takewhile
 from typing import Any
 
 from models.chat.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ CHANNELS = ("analysis", "commentary", "final")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_EFFORTS = ("low", "medium", "high")
 CONSTRAIN = "<|constrain|>"
+SPELLED_HEADER = re.compile(r"<\|channel\|>(analysis|final)<\|message\|>")
 
 
 @dataclass
@@ -50,40 +52,6 @@ class Message:
     recipient: str | None = None
     content_type: str | None = None
     name: str | None = None
-
-
-def render_chat(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    *,
-    current_date: str,
-    reasoning_effort: str = "medium",
-    model_identity: str = MODEL_IDENTITY,
-    instructions: str | None = None,
-    tools: Sequence[Mapping[str, Any]] | str | None = None,
-    builtin_tools: Sequence[str] | None = None,
-    add_generation_prompt: bool = True,
-) -> list[int]:
-    """Token ids of a conversation; see `harmony_messages`. With `add_generation_prompt` they end in `<|start|>assistant`;
-    without, in the <|return|> of a last answer.
-
-    Without is for comparisons with the template. Train on prompt ids + sampled ids instead: the template drops analysis
-    before the last answer that its own prompt held, so what it renders would not continue that prompt.
-    """
-    chat = harmony_messages(
-        messages,
-        current_date=current_date,
-        reasoning_effort=reasoning_effort,
-        model_identity=model_identity,
-        instructions=instructions,
-        tools=tools,
-        builtin_tools=builtin_tools,
-        keeps_last_analysis=not add_generation_prompt,
-    )
-    ids = render_messages(chat, tokenizer)
-    if add_generation_prompt:
-        return ids + generation_prompt(tokenizer)
-    return [*ids[:-1], tokenizer.return_] if chat[-1].channel == "final" else ids
 
 
 def harmony_messages(
@@ -104,6 +72,8 @@ def harmony_messages(
     and maybe `thinking` (or `reasoning_content`, `reasoning`), or has `tool_calls`; `tool` has content, any JSON value.
     Content is text or a list of text parts, which are joined. Keys with value None are as absent.
     `tools`: see `read_tools`. `builtin_tools`: of browser, python. `current_date`: YYYY-MM-DD.
+    `keeps_last_analysis`: as the template does without a generation prompt. It then drops analysis that the last answer's own
+    prompt held, so train on prompt ids + sampled ids instead.
     Raises ValueError naming the message (by index) and key that cannot be rendered.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -119,49 +89,46 @@ def harmony_messages(
         has_functions=bool(functions),
     )
     rendered = [_encodable(Message("system", system), "model_identity")]
-    first = 0
-    while first < len(chat) and chat[first]["role"] in ("system", "developer"):
-        first += 1
-    if first:
-        parts = [_text(chat[index], "content", index) for index in range(first) if chat[index].get("content", "") != ""]
+    opening = list(takewhile(lambda message: message["role"] in ("system", "developer"), chat))
+    if opening:
+        parts = [_text(message, "content", i) for i, message in enumerate(opening) if message.get("content", "") != ""]
         instructions = "\n\n".join(parts)
-    developer = developer_content(instructions or "", functions)
-    if developer:
+    if developer := developer_content(instructions or "", functions):
         rendered.append(_encodable(Message("developer", developer), "instructions or tools"))
-    last_answer = max((i for i, m in enumerate(chat) if m["role"] == "assistant" and "tool_calls" not in m), default=-1)
+    last_answer = max((i for i, message in enumerate(chat) if _is_answer(message)), default=-1)
     call: Message | None = None  # the last one, while no answer follows it
     call_id = None
-    for index in range(first, len(chat)):
-        message, parts = chat[index], []
-        role = message["role"]
-        if role == "user":
+    for index, message in list(enumerate(chat))[len(opening):]:
+        parts = []
+        if message["role"] == "user":
             parts = [Message("user", _text(message, "content", index))]
-        elif role == "tool":
+        elif message["role"] == "tool":
             parts = [_tool_result(message, index, call, call_id)]
-        elif role == "assistant" and "tool_calls" in message:
+        elif _is_answer(message):
+            if keeps_last_analysis and index == len(chat) - 1 and "thinking" in message:
+                parts = [Message("assistant", _text(message, "thinking", index), "analysis")]
+            parts.append(Message("assistant", _text(message, "content", index), "final"))
+            call = None
+        elif message["role"] == "assistant":
             thought, call = _read_tool_call(message, index, builtin_tools or ())
             # Analysis is kept only while the turn it belongs to is unfinished.
             parts = [Message("assistant", thought, "analysis")] if thought and index > last_answer else []
             parts.append(call)
             call_id = message["tool_calls"][0].get("id")
-        elif role == "assistant":
-            if keeps_last_analysis and index == len(chat) - 1 and "thinking" in message:
-                parts = [Message("assistant", _text(message, "thinking", index), "analysis")]
-            parts.append(Message("assistant", _text(message, "content", index), "final"))
-            call = None
         else:
             warnings.warn(
-                f"messages[{index}] has role {role!r} and is left out of the prompt, as in the hub's chat template: "
+                f"messages[{index}] has role {message['role']!r} and is left out of the prompt, as in the hub's chat template: "
                 "system and developer messages can only come first. Merge the instructions into one message",
-                stacklevel=3,
+                stacklevel=2,
             )
         rendered += [_encodable(part, f"messages[{index}]") for part in parts]
     return rendered
 
 
-def render_messages(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of messages, one after another, verbatim."""
-    return [id for message in messages for id in render_message(message, tokenizer)]
+def render_prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of messages, verbatim, that the model is to answer."""
+    ids = [id for message in messages for id in render_message(message, tokenizer)]
+    return ids + generation_prompt(tokenizer)
 
 
 def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
@@ -176,12 +143,13 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
     author = message.name if message.role == "tool" else message.role
     recipient = "" if message.recipient is None else f" to={message.recipient}"
     ids = [tokenizer.start, *tokenizer.encode(author + recipient)]
-    is_constrained = (message.content_type or "").startswith(CONSTRAIN)
-    content_type = "" if message.content_type is None else f" {message.content_type.removeprefix(CONSTRAIN)}"
-    plain, constrained = (content_type[:1], content_type[1:]) if is_constrained else (content_type, "")
     ids += [] if message.channel is None else [tokenizer.channel]
-    ids += tokenizer.encode((message.channel or "") + plain)
-    ids += [tokenizer.constrain, *tokenizer.encode(constrained)] if is_constrained else []
+    channel, content_type = message.channel or "", message.content_type
+    if content_type is not None and content_type.startswith(CONSTRAIN):
+        constraint = tokenizer.encode(content_type.removeprefix(CONSTRAIN))
+        ids += [*tokenizer.encode(f"{channel} "), tokenizer.constrain, *constraint]
+    else:
+        ids += tokenizer.encode(channel if content_type is None else f"{channel} {content_type}")
     is_call = message.role == "assistant" and message.recipient is not None
     return [*ids, tokenizer.message, *tokenizer.encode(message.content), tokenizer.call if is_call else tokenizer.end]
 
@@ -189,11 +157,6 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
 def generation_prompt(tokenizer: Tokenizer) -> list[int]:
     """`<|start|>assistant`: a completion continues it with the channel of its choice, so it begins with <|channel|>."""
     return [tokenizer.start, *tokenizer.encode("assistant")]
-
-
-def completion_as_history(completion_ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
-    """A completion's ids as they stand in a later prompt: <|return|>, which is output only, becomes <|end|>."""
-    return [tokenizer.end if id == tokenizer.return_ else id for id in completion_ids]
 
 
 def system_content(
@@ -217,12 +180,8 @@ def system_content(
         raise ValueError(f"reasoning_effort is {reasoning_effort!r}; allowed: {', '.join(REASONING_EFFORTS)}")
     if model_identity is not None and not isinstance(model_identity, str):
         raise ValueError(f"model_identity is {model_identity!r:.80}; it must be a string")
-    head = [
-        model_identity,
-        None if knowledge_cutoff is None else f"Knowledge cutoff: {knowledge_cutoff}",
-        None if current_date is None else f"Current date: {current_date}",
-    ]
-    sections = ["\n".join(line for line in head if line is not None)]
+    head = {"": model_identity, "Knowledge cutoff: ": knowledge_cutoff, "Current date: ": current_date}
+    sections = ["\n".join(start + text for start, text in head.items() if text is not None)]
     if reasoning_effort is not None:
         sections.append(f"Reasoning: {reasoning_effort}")
     tools = builtin_sections(builtin_tools)
@@ -245,9 +204,8 @@ def read_template_kwargs(value: Any) -> dict[str, Any]:
     """Keywords of `harmony_messages` from a `chat_template_kwargs` column: an object or its JSON text, nulls left out.
 
     Raises ValueError for a key that the chat template does not know."""
-    if isinstance(value, str) and value:
-        value = from_json(value, "chat_template_kwargs")
-    if value is None or value == "":
+    value = None if value == "" else from_json(value, "chat_template_kwargs")
+    if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise ValueError(f"chat_template_kwargs is a {type(value).__name__}; it must be an object or its JSON text")
@@ -276,19 +234,19 @@ def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         if alias in checked:
             checked.setdefault("thinking", checked[alias])
     for key in ("content", "thinking"):
-        value = checked.get(key)
+        value, where = checked.get(key), f"messages[{index}].{key}"
         # a tool's result may be any list; one of nothing but text parts is how APIs give a text
         if isinstance(value, (list, tuple)) and (role != "tool" or (value and all(map(_is_text, value)))):
-            checked[key] = "".join(_part(part, f"messages[{index}].{key}[{i}]") for i, part in enumerate(value))
-    if role == "assistant":
-        for key in ("content", "thinking"):
-            text = checked.get(key)
-            if isinstance(text, str) and re.search(r"<\|channel\|>(analysis|final)<\|message\|>", text):
-                raise ValueError(
-                    f"messages[{index}].{key} spells harmony control tokens; pass the reasoning alone as 'thinking' "
-                    "and the answer alone as 'content'"
-                )
+            value = checked[key] = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+        if role == "assistant" and isinstance(value, str) and SPELLED_HEADER.search(value):
+            raise ValueError(
+                f"{where} spells harmony control tokens; pass the reasoning alone as 'thinking' and the answer alone as 'content'"
+            )
     return checked
+
+
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and "tool_calls" not in message
 
 
 def _is_text(part: Any) -> bool:
@@ -334,7 +292,7 @@ def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Seque
         warnings.warn(
             f"{where} has {len(calls)} calls and only the first is rendered, as in the hub's chat template: make one "
             "message of each call",
-            stacklevel=4,
+            stacklevel=3,
         )
     if message.get("content") and message.get("thinking"):
         raise ValueError(f"messages[{index}] has content, thinking and tool_calls; give the analysis as thinking alone")

@@ -9,23 +9,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-# attribute of Tokenizer -> spelling in tokenizer.json
-CONTROL_TOKENS = {
-    "startoftext": "<|startoftext|>",
-    "endoftext": "<|endoftext|>",
-    "return_": "<|return|>",
-    "constrain": "<|constrain|>",
-    "channel": "<|channel|>",
-    "start": "<|start|>",
-    "end": "<|end|>",
-    "message": "<|message|>",
-    "call": "<|call|>",
-}
+NAMES = ("startoftext", "endoftext", "return", "constrain", "channel", "start", "end", "message", "call")
+CONTROL_TOKENS = [f"<|{name}|>" for name in NAMES]  # as tokenizer.json spells them
 # whole tokens of every tiny tokenizer, so that a harmony header costs as few tokens as with the real one
 HEADER_WORDS = ("system", "developer", "user", "assistant", "analysis", "commentary", "final")
 TOKENIZER_FILES = (
@@ -52,26 +43,22 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, *, name: str, source: Path | None):
         """`name` is how errors call it; `save` copies the files of folder `source` (None: made in memory)."""
-        missing = [text for text in CONTROL_TOKENS.values() if backend.token_to_id(text) is None]
+        missing = [text for text in CONTROL_TOKENS if backend.token_to_id(text) is None]
         if missing:
             raise ValueError(
                 f"tokenizer {name} lacks the harmony tokens {', '.join(missing)}. A gpt-oss tokenizer (o200k_harmony) "
-                f"has all of {' '.join(CONTROL_TOKENS.values())}: use the tokenizer files that came with the checkpoint"
+                f"has all of {' '.join(CONTROL_TOKENS)}: use the tokenizer files that came with the checkpoint"
             )
         backend = _with_control_tokens_special(backend)
         # A fine-tune may have saved its training-time truncation in tokenizer.json; it would cut prompts silently.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # special tokens spelled in text are text
-        self._backend = backend
-        self._name = name
-        self._source = source
+        self._backend, self._name, self._source = backend, name, source
         added = backend.get_added_tokens_decoder()
         self._special_text = {id: token.content for id, token in added.items() if token.special}
         self._special_id = {text: id for id, text in self._special_text.items()}
-        # Longest first, so that no spelling hides one it is the beginning of.
-        spellings = sorted(self._special_id, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(re.escape(text) for text in spellings) + ")")
+        self._special_pattern = re.compile(f"({_any_of(self._special_id)})")
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids) + 1
         if self.vocab_size > LARGEST_ID:
@@ -79,19 +66,12 @@ class Tokenizer:
                 f"tokenizer {name} has a token of id {self.vocab_size - 1}; no gpt-oss vocabulary passes {LARGEST_ID}: copy the "
                 "tokenizer files of the checkpoint again"
             )
-        self._is_known = bytearray(self.vocab_size)
+        self._is_ordinary = bytearray(self.vocab_size)  # by id: whether it is a token of text
         for id in ids:
-            self._is_known[id] = 1
+            self._is_ordinary[id] = id not in self._special_text
 
-        self.startoftext = self._special_id["<|startoftext|>"]
-        self.endoftext = self._special_id["<|endoftext|>"]
-        self.return_ = self._special_id["<|return|>"]
-        self.constrain = self._special_id["<|constrain|>"]
-        self.channel = self._special_id["<|channel|>"]
-        self.start = self._special_id["<|start|>"]
-        self.end = self._special_id["<|end|>"]
-        self.message = self._special_id["<|message|>"]
-        self.call = self._special_id["<|call|>"]
+        (self.startoftext, self.endoftext, self.return_, self.constrain, self.channel, self.start, self.end, self.message,
+         self.call) = (self._special_id[text] for text in CONTROL_TOKENS)
         self.stop_ids = (self.return_, self.call, self.endoftext)
 
     @classmethod
@@ -167,22 +147,16 @@ class Tokenizer:
         into one character.
         """
         pieces: list[str] = []
-        run: list[int] = []
-        for id in ids:
-            is_known = 0 <= id < self.vocab_size and self._is_known[id]
-            if is_known and id not in self._special_text:
-                run.append(id)
-                continue
-            if run:
-                pieces.append(self._backend.decode(run, skip_special_tokens=False))
-                run = []
-            if not is_known:
-                pieces.append(REPLACEMENT)
-            elif keep_special:
-                pieces.append(self._special_text[id])
-        if run:
-            pieces.append(self._backend.decode(run, skip_special_tokens=False))
+        for is_text, run in groupby(ids, self._is_text):
+            if is_text:
+                pieces.append(self._backend.decode(list(run), skip_special_tokens=False))
+            else:
+                shown = (id for id in run if keep_special or id not in self._special_text)
+                pieces += [self._special_text.get(id, REPLACEMENT) for id in shown]
         return "".join(pieces)
+
+    def _is_text(self, id: int) -> bool:
+        return 0 <= id < self.vocab_size and bool(self._is_ordinary[id])
 
     def is_special(self, id: int) -> bool:
         """Whether this id is a control token (harmony's or reserved)."""
@@ -214,16 +188,14 @@ def build_tiny_tokenizer(words: list[str], chars: str) -> Tokenizer:
     for entry in [*HEADER_WORDS, *words, *chars]:
         if not entry:
             raise ValueError("an empty string cannot be a word of a tokenizer: remove it from `words`")
-        if entry in CONTROL_TOKENS.values():
+        if entry in CONTROL_TOKENS:
             raise ValueError(f"{entry} is a control token and cannot be a word as well: remove it from `words`")
         vocabulary.setdefault(entry, len(vocabulary))
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))  # no unk token: unknown characters raise
-    longest_first = sorted((entry for entry in vocabulary if len(entry) > 1), key=len, reverse=True)
-    pattern = "|".join([*(re.escape(word) for word in longest_first), r"[\s\S]"])
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    long_entries = [entry for entry in vocabulary if len(entry) > 1]
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{_any_of(long_entries)}|[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()  # no spaces between tokens
-    backend.add_special_tokens(list(CONTROL_TOKENS.values()))
-    return Tokenizer(backend, name="built in memory", source=None)
+    return _made_in_memory(backend)
 
 
 def build_byte_tokenizer(words: list[str]) -> Tokenizer:
@@ -234,21 +206,30 @@ def build_byte_tokenizer(words: list[str]) -> Tokenizer:
     vocabulary = {entry: id for id, entry in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *spelled.values()])}
     # a piece that is an entry becomes one token (ignore_merges), any other, without merges, its bytes
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
-    pattern = "|".join(re.escape(word) for word in sorted(spelled, key=len, reverse=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), to_bytes])
+    split = pre_tokenizers.Split(Regex(_any_of(spelled)), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(CONTROL_TOKENS.values()))
+    return _made_in_memory(backend)
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A regular expression: longest first, so that no text hides one that it begins."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+
+
+def _made_in_memory(backend: tokenizers.Tokenizer) -> Tokenizer:
+    backend.add_special_tokens(CONTROL_TOKENS)
     return Tokenizer(backend, name="built in memory", source=None)
 
 
 def _with_control_tokens_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The same tokenizer with harmony's tokens marked special: only special tokens can be kept out of ordinary text."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    if special.issuperset(CONTROL_TOKENS.values()):
+    if special.issuperset(CONTROL_TOKENS):
         return backend
     description = json.loads(backend.to_str())
     added = {token["content"]: token for token in description["added_tokens"]}
-    for text in CONTROL_TOKENS.values():
+    for text in CONTROL_TOKENS:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added[text] = {"id": backend.token_to_id(text), "content": text, **flags}
     description["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
@@ -259,9 +240,9 @@ def _hub_tokenizer_config() -> dict:
     """tokenizer_config.json that transformers and vLLM read: o200k_harmony's roles for the special tokens."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": CONTROL_TOKENS["startoftext"],
-        "eos_token": CONTROL_TOKENS["return_"],
-        "pad_token": CONTROL_TOKENS["endoftext"],
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|return|>",
+        "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }

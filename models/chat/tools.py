@@ -66,12 +66,12 @@ environment. python will respond with the output of the execution or time out af
 cluster."""
 
 
-def from_json(text: str, where: str) -> Any:
-    """The value that a JSON text says. Raises ValueError naming `where`."""
+def from_json(value: Any, where: str) -> Any:
+    """What a JSON text says; any other value as it is. Raises ValueError naming `where`."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is text that is no JSON ({error}): {text[:80]!r}") from error
+        raise ValueError(f"{where} is text that is no JSON ({error}): {value[:80]!r}") from error
 
 
 def to_json(value: Any, where: str) -> str:
@@ -113,10 +113,7 @@ def _function_of(tool: Any) -> Mapping[str, Any] | None:
 
 
 def _read_arguments(arguments: Any, where: str) -> str:
-    if arguments is None or arguments == "":
-        arguments = {}
-    elif isinstance(arguments, str):
-        arguments = from_json(arguments, where)
+    arguments = {} if arguments is None or arguments == "" else from_json(arguments, where)
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{where} is a {type(arguments).__name__}; it must be an object or its JSON text")
     return to_json(arguments, where)
@@ -129,13 +126,11 @@ def _read_code(arguments: Any, where: str) -> str:
             code = json.loads(arguments)
         except (ValueError, RecursionError):
             return arguments
-    if isinstance(code, Mapping):
-        if list(code) == ["code"] and isinstance(code["code"], str):
-            return code["code"]
-        code = arguments
-    if not isinstance(code, str):
+    if isinstance(code, Mapping) and list(code) == ["code"] and isinstance(code["code"], str):
+        return code["code"]
+    if not isinstance(arguments, str):
         raise ValueError(f'{where} of python must be {{"code": "..."}}, its JSON text or the code, got {arguments!r:.99}')
-    return code
+    return arguments
 
 
 # ---- declarations ----------------------------------------------------------------------------------------------------
@@ -157,15 +152,14 @@ def builtin_sections(builtin_tools: Sequence[str] | None) -> list[str]:
 def read_tools(tools: Any) -> list[Mapping[str, Any]]:
     """Function schemas {name, description, parameters} of `tools`: a list of {"type": "function", "function": {...}}, of
     bare schemas or of the JSON text of either, or the JSON text of such a list; None and "" are no tools. Raises ValueError."""
-    if isinstance(tools, str) and tools:
-        tools = from_json(tools, "tools")
-    if tools is None or tools == "":
+    tools = None if tools == "" else from_json(tools, "tools")
+    if tools is None:
         return []
     if not isinstance(tools, (list, tuple)):
         raise ValueError(f"tools is a {type(tools).__name__}; it must be a list of function schemas or its JSON text")
     functions = []
     for index, tool in enumerate(tools):
-        tool = from_json(tool, f"tools[{index}]") if isinstance(tool, str) else tool
+        tool = from_json(tool, f"tools[{index}]")
         function = _function_of(tool)
         if function is None:
             raise ValueError(
@@ -189,8 +183,7 @@ def declare_functions(functions: Sequence[Mapping[str, Any]]) -> str:
 def _function_declaration(function: Mapping[str, Any]) -> str:
     comment = "" if function.get("description") is None else f"// {function['description']}\n"
     name = function["name"].removeprefix("functions.")
-    schema = function.get("parameters")
-    schema = from_json(schema, "parameters") if isinstance(schema, str) else schema
+    schema = from_json(function.get("parameters"), "parameters")
     others = [key for key, value in function.items() if isinstance(value, Mapping) and "properties" in value]
     if schema is None and others:
         raise ValueError(f"they are under {others[0]!r}, and must be under 'parameters'")

@@ -28,7 +28,7 @@ from grpo.launch import load_config
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run
 from grpo.run.policy import build_model, build_tokenizer, parameter_tensors
-from models.chat.render import render_chat
+from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import Tokenizer
 
 COMPACT = FIXTURES / "tokenizer_compact"
@@ -229,18 +229,19 @@ def test_a_run_on_a_data_set_keeps_its_instructions_effort_and_date(dataset_run,
         return load_conversation(config).render("hi")
 
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    assert rendered() == render_chat(messages, compact, reasoning_effort="low", current_date=DATE)
+    assert rendered() == render_prompt(
+        harmony_messages(messages, reasoning_effort="low", current_date=DATE), compact)
     messages[0]["content"] = "Be long."
-    assert rendered("reasoning_effort=high", "current_date=2024-01-02", "instructions=Be long.") == render_chat(
-        messages, compact, reasoning_effort="high", current_date="2024-01-02")
+    assert rendered("reasoning_effort=high", "current_date=2024-01-02", "instructions=Be long.") == render_prompt(
+        harmony_messages(messages, reasoning_effort="high", current_date="2024-01-02"), compact)
 
 
 def test_a_checkpoint_gets_medium_effort_and_no_instructions(compact):
     chat = load_conversation(load_config("generate", [
         "model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={COMPACT}",
         f"current_date={DATE}"]))
-    assert chat.render("hi") == render_chat([{"role": "user", "content": "hi"}], compact, current_date=DATE,
-                                            reasoning_effort="medium")
+    asked = harmony_messages([{"role": "user", "content": "hi"}], current_date=DATE, reasoning_effort="medium")
+    assert chat.render("hi") == render_prompt(asked, compact)
 
 
 # ---- whole calls

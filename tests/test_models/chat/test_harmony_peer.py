@@ -11,9 +11,9 @@ import re
 import subprocess
 
 import pytest
+from harmony import render_chat
 from paths import FIXTURES
 
-from models.chat.render import render_chat
 from models.chat.tokenizer import Tokenizer
 
 PEER_SCRIPT = """

@@ -2,22 +2,16 @@
 
 import json
 import random
-import re
 
 import pytest
 from paths import FIXTURES
 
 from grpo.rewards.match import is_well_formed, stated_answer
-from models.chat.parse import HarmonyError, Span, parse_completion
-from models.chat.render import Message, completion_as_history, generation_prompt, render_message
-from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
+from models.chat.parse import Span, parse_completion
+from models.chat.render import Message, generation_prompt, render_message
+from models.chat.tokenizer import build_tiny_tokenizer
 
 PARSE_CASES = json.loads((FIXTURES / "harmony" / "parse_cases.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(params=["tokenizer_real_ids", "tokenizer_compact"])
-def tokenizer(request) -> Tokenizer:
-    return Tokenizer.load(FIXTURES / request.param)
 
 
 def as_dicts(messages: list[Message]) -> list[dict]:
@@ -29,12 +23,9 @@ def test_completions_parse_as_the_golden_cases(case, tokenizer):
     ids = tokenizer.encode_with_special(case["text"])
     parsed = parse_completion(ids, tokenizer, role=case["role"])
     if isinstance(case["strict"], list):
-        assert as_dicts(parse_completion(ids, tokenizer, role=case["role"], strict=True).messages) == case["strict"]
-        assert parsed.error is None
+        assert (as_dicts(parsed.messages), parsed.error) == (case["strict"], None)
     else:
-        with pytest.raises(HarmonyError) as error:
-            parse_completion(ids, tokenizer, role=case["role"], strict=True)
-        assert str(error.value) == case["strict"]["error"] == parsed.error
+        assert parsed.error == case["strict"]["error"]
     if isinstance(case["lenient"], list):
         assert as_dicts(parsed.messages) == case["lenient"]
 
@@ -68,8 +59,6 @@ def test_malformed_completions_give_what_can_be_read_and_the_error(text, message
     assert [(message.channel, message.content) for message in parsed.messages] == messages
     assert parsed.error.startswith(error)
     assert not parsed.is_complete
-    with pytest.raises(HarmonyError, match=re.escape(parsed.error)):
-        parse_completion(ids, tokenizer, strict=True)
 
 
 def test_completeness_means_well_formed_and_stopped_by_the_model(tokenizer):
@@ -267,48 +256,37 @@ def test_broken_characters_in_content_and_header_are_read(tokenizer):
     assert (parsed.messages[0].content, parsed.error) == ("4", "could not decode header")
 
 
-def test_forgiving_parse_takes_any_ids_and_agrees_with_strict(tokenizer):
+def test_any_ids_are_read_and_only_well_formed_ones_are_complete(tokenizer):
     rng = random.Random(0)
-    structure = [
+    control = [
         tokenizer.start,
         tokenizer.end,
         tokenizer.message,
         tokenizer.channel,
         tokenizer.constrain,
         tokenizer.return_,
+        tokenizer.call,
+        tokenizer.endoftext,
     ]
-    words = [
-        tokenizer.encode(word)
-        for word in ("assistant", "final", " to=functions.f", " json", "hello ", "👋", "functions.f")
-    ]
+    texts = ("assistant", "final", " to=functions.f", " json", "hello ", "👋", "functions.f")
+    words = [tokenizer.encode(text) for text in texts]
+    well_formed_start = tokenizer.encode_with_special("<|channel|>final<|message|>x<|end|>")
     num_well_formed = 0
     for _ in range(2000):
         ids: list[int] = []
         for _ in range(rng.randint(0, 12)):
             kind = rng.random()
             if kind < 0.5:
-                ids.append(rng.choice([*structure, tokenizer.call, tokenizer.endoftext]))
+                ids.append(rng.choice(control))
             else:
                 ids += rng.choice(words) if kind < 0.9 else [rng.randrange(-5, 201100)]
         if rng.random() < 0.5:
-            ids = tokenizer.encode_with_special("<|channel|>final<|message|>x<|end|>") + ids
-        role = rng.choice(["assistant", None])
-        parsed = parse_completion(ids, tokenizer, role=role)
-        if parsed.error is None:
-            num_well_formed += 1
-            assert parse_completion(ids, tokenizer, role=role, strict=True) == parsed
-        else:
-            assert not parsed.is_complete
-            with pytest.raises(HarmonyError, match=re.escape(parsed.error)):
-                parse_completion(ids, tokenizer, role=role, strict=True)
+            ids = well_formed_start + ids
+        parsed = parse_completion(ids, tokenizer, role=rng.choice(["assistant", None]))
+        assert len(parsed.spans) == len(parsed.messages)
+        num_well_formed += parsed.error is None
+        assert parsed.error is None or not parsed.is_complete
     assert 100 < num_well_formed < 1900
-
-
-def test_history_replaces_return_by_end_and_nothing_else(tokenizer):
-    ids = tokenizer.encode_with_special("<|channel|>final<|message|>4<|return|>")
-    assert completion_as_history(ids, tokenizer) == tokenizer.encode_with_special("<|channel|>final<|message|>4<|end|>")
-    call = tokenizer.encode_with_special("<|channel|>commentary to=functions.f<|message|>{}<|call|>")
-    assert completion_as_history(call, tokenizer) == call
 
 
 def test_messages_survive_rendering_and_parsing(tokenizer):
@@ -341,7 +319,8 @@ def test_messages_survive_rendering_and_parsing(tokenizer):
             for _ in range(4)
         ]
         ids = [id for message in messages for id in render_message(message, tokenizer)]
-        assert parse_completion(ids, tokenizer, role=None, strict=True).messages == messages
+        parsed = parse_completion(ids, tokenizer, role=None)
+        assert (parsed.messages, parsed.error) == (messages, None)
         # the completion that an assistant continues from the generation prompt
         mine = [message for message in messages if message.role == "assistant"]
         ids = [id for message in mine for id in render_message(message, tokenizer)]

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from harmony import render_chat
 from paths import FIXTURES, ROOT
 
 from models.chat.parse import parse_completion
@@ -12,7 +13,6 @@ from models.chat.render import (
     Message,
     developer_content,
     generation_prompt,
-    render_chat,
     render_message,
     system_content,
 )
@@ -27,14 +27,10 @@ SYSTEM = (
     "Current date: 2025-06-28\n\nReasoning: medium\n\n"
     "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
 )
+ASK = [{"role": "user", "content": "q"}]
 CONTROL_NAMES = re.findall(
     r"<\|\w+\|>", "<|start|><|end|><|message|><|channel|><|constrain|><|return|><|call|><|endoftext|>"
 )
-
-
-@pytest.fixture(params=["tokenizer_real_ids", "tokenizer_compact"])
-def tokenizer(request) -> Tokenizer:
-    return Tokenizer.load(FIXTURES / request.param)
 
 
 def render_text(messages, tokenizer, **options) -> str:
@@ -90,9 +86,8 @@ def test_absent_sections_of_the_system_message_vanish(tokenizer):
 
 
 def test_reasoning_effort_and_date_are_chosen_per_prompt(tokenizer):
-    messages = [{"role": "user", "content": "hi"}]
     texts = {
-        effort: tokenizer.decode(render_chat(messages, tokenizer, current_date="2031-02-03", reasoning_effort=effort))
+        effort: tokenizer.decode(render_chat(ASK, tokenizer, current_date="2031-02-03", reasoning_effort=effort))
         for effort in ("low", "medium", "high")
     }
     for effort, text in texts.items():
@@ -101,12 +96,12 @@ def test_reasoning_effort_and_date_are_chosen_per_prompt(tokenizer):
 
 
 def test_model_identity_replaces_the_first_line(tokenizer):
-    text = render_text([{"role": "user", "content": "hi"}], tokenizer, model_identity="You are carry.")
+    text = render_text(ASK, tokenizer, model_identity="You are carry.")
     assert text.startswith("<|start|>system<|message|>You are carry.\nKnowledge cutoff: 2024-06\n")
 
 
 def test_training_render_ends_in_return_and_history_in_end(tokenizer):
-    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "thinking": "t", "content": "a"}]
+    turn = [*ASK, {"role": "assistant", "thinking": "t", "content": "a"}]
     trained = render_chat(turn, tokenizer, current_date=DATE, add_generation_prompt=False)
     assert trained[-1] == tokenizer.return_
     assert tokenizer.decode(trained, keep_special=True) == SYSTEM + (
@@ -121,10 +116,9 @@ def test_training_render_ends_in_return_and_history_in_end(tokenizer):
 
 
 def test_training_render_is_prompt_plus_completion(tokenizer):
-    prompt = [{"role": "user", "content": "q"}]
     turn = {"role": "assistant", "thinking": "t", "content": "a"}
-    prompt_ids = render_chat(prompt, tokenizer, current_date=DATE)
-    trained = render_chat([*prompt, turn], tokenizer, current_date=DATE, add_generation_prompt=False)
+    prompt_ids = render_chat(ASK, tokenizer, current_date=DATE)
+    trained = render_chat([*ASK, turn], tokenizer, current_date=DATE, add_generation_prompt=False)
     assert trained[: len(prompt_ids)] == prompt_ids
     parsed = parse_completion(trained[len(prompt_ids) :], tokenizer)
     assert (parsed.analysis, parsed.final, parsed.error, parsed.is_complete) == ("t", "a", None, True)
@@ -149,10 +143,13 @@ def test_analysis_stays_while_its_tool_call_has_no_final(tokenizer):
     assert render_text(finished, tokenizer) == start + rendered + final + "<|start|>assistant"
 
 
+def calling(call) -> list[dict]:
+    return [{"role": "assistant", "tool_calls": [call]}]
+
+
 def rendered_call(call, tokenizer, **options) -> str:
     """The text of an assistant's turn that makes this call."""
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
-    text = render_text(chat, tokenizer, **options)
+    text = render_text([*ASK, *calling(call)], tokenizer, **options)
     return text.split("<|start|>user<|message|>q<|end|>")[1].removesuffix("<|start|>assistant")
 
 
@@ -162,7 +159,7 @@ BUILTIN_CALLS = json.loads((FIXTURES / "harmony" / "builtin_calls.json").read_te
 @pytest.mark.parametrize("case", BUILTIN_CALLS, ids=lambda case: case["name"])
 def test_calls_of_built_in_tools_render_as_openais_library_does(case, tokenizer):
     text = render_text(case["messages"], tokenizer, builtin_tools=["browser", "python"])
-    start = render_text([{"role": "user", "content": "q"}], tokenizer, builtin_tools=["browser", "python"])
+    start = render_text(ASK, tokenizer, builtin_tools=["browser", "python"])
     start = start.split("<|start|>user")[0]
     assert text == start + case["text"] + "<|start|>assistant"
 
@@ -176,7 +173,7 @@ def test_python_gets_its_code_as_it_is(arguments, tokenizer):
 
 
 def test_a_prompt_that_ends_in_an_answer_leaves_out_its_analysis(tokenizer):
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "thinking": "T", "content": "a"}]
+    chat = [*ASK, {"role": "assistant", "thinking": "T", "content": "a"}]
     assert render_text(chat, tokenizer).endswith(
         "<|start|>user<|message|>q<|end|><|start|>assistant<|channel|>final<|message|>a<|end|><|start|>assistant"
     )
@@ -228,12 +225,12 @@ def test_a_training_render_need_not_continue_its_own_prompt(tokenizer):
 def test_the_product_renders_prompts_only():
     sources = [path for package in ("grpo", "models", "scripts") for path in (ROOT / package).rglob("*.py")]
     assert len(sources) > 30
-    renders_answers = [path.name for path in sources if "add_generation_prompt" in path.read_text(encoding="utf-8")]
+    renders_answers = [path.name for path in sources if "keeps_last_analysis" in path.read_text(encoding="utf-8")]
     assert renders_answers == ["render.py"]
 
 
 def test_keys_with_value_none_and_empty_tool_calls_are_as_absent(tokenizer):
-    sparse = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    sparse = [*ASK, {"role": "assistant", "content": "a"}]
     padded = [
         {"role": "user", "content": "q", "tool_calls": None, "name": None},
         {"role": "assistant", "content": "a", "thinking": None, "tool_calls": []},
@@ -251,7 +248,7 @@ def test_what_the_template_drops_is_dropped_with_a_warning(tokenizer):
     assert "lost" not in text and "# Instructions\n\ns\n\n<|end|>" in text
     calls = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
     with pytest.warns(UserWarning, match="2 calls and only the first is rendered"):
-        text = render_text([{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}], tokenizer)
+        text = render_text([*ASK, {"role": "assistant", "tool_calls": calls}], tokenizer)
     assert text.endswith(
         "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|><|start|>assistant"
     )
@@ -278,7 +275,7 @@ def tool_text(properties, tokenizer, required=()) -> str:
     """What follows `type f = ` of a tool with these properties."""
     parameters = {"type": "object", "properties": properties, "required": list(required)}
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": parameters}}
-    text = render_text([{"role": "user", "content": "q"}], tokenizer, tools=[tool])
+    text = render_text(ASK, tokenizer, tools=[tool])
     return text.split("// d\ntype f = ")[1].split("\n\n} // namespace functions<|end|>")[0]
 
 
@@ -376,11 +373,7 @@ def test_tools_without_parameters_or_description_render(tokenizer):
         ),
         ([{"role": "assistant"}], {}, r"messages\[0\].content \(role assistant\) must be a string"),
         ([{"role": "system", "content": 3}], {}, r"messages\[0\].content \(role system\) must be a string, got 3"),
-        (
-            [{"role": "user", "content": "q"}, {"role": "tool", "content": 1}],
-            {},
-            r"messages\[1\] has role 'tool', but no",
-        ),
+        ([*ASK, {"role": "tool", "content": 1}], {}, r"messages\[1\] has role 'tool', but no"),
         (
             [{"role": "assistant", "content": "<|channel|>final<|message|>x"}],
             {},
@@ -395,54 +388,54 @@ def test_tools_without_parameters_or_description_render(tokenizer):
             {},
             r"messages\[2\] has role 'tool', but no",
         ),
-        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], {}, r"tool_calls\[0\] needs a function with name"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f to=g", "arguments": {}}]}], {}, "needs a function with name"),
-        ([{"role": "user", "content": "q"}], {"tools": [{"name": "f g"}]}, r"tools\[0\] must be"),
+        (calling({"name": "f"}), {}, r"tool_calls\[0\] needs a function with name"),
+        (calling({"name": "f to=g", "arguments": {}}), {}, "needs a function with name"),
+        (ASK, {"tools": [{"name": "f g"}]}, r"tools\[0\] must be"),
         ([{"role": "assistant", "tool_calls": "f(1)"}], {}, "must be a list of mappings"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}], {}, "arguments is a int; it must be an"),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}], {}, "arguments is a list; it must be an"),
-        ([{"role": "user", "content": "q"}], {"tools": [{"name": "f", "parameters": 5}]}, r"tools\[0\] .*they are a int"),
+        (calling({"name": "f", "arguments": "1"}), {}, "arguments is a int; it must be an"),
+        (calling({"name": "f", "arguments": [1]}), {}, "arguments is a list; it must be an"),
+        (ASK, {"tools": [{"name": "f", "parameters": 5}]}, r"tools\[0\] .*they are a int"),
         (
-            [{"role": "user", "content": "q"}],
+            ASK,
             {"tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"a": {}}}}]},
             "they are under 'input_schema', and must be under 'parameters'",
         ),
-        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], {}, r"\[0\].arguments is text that is no"),
+        (calling({"name": "f", "arguments": "{"}), {}, r"\[0\].arguments is text that is no"),
         (
-            [{"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"cmd": "ls"}}]}],
+            calling({"name": "python", "arguments": {"cmd": "ls"}}),
             {"builtin_tools": ["python"]},
             r"arguments of python must be \{\"code\": \"...\"\}",
         ),
         (
-            [{"role": "assistant", "tool_calls": [{"name": "browser.click", "arguments": {}}]}],
+            calling({"name": "browser.click", "arguments": {}}),
             {"builtin_tools": ["browser"]},
             "calls 'browser.click' of builtin_tools; allowed: python, browser.find, browser.open, browser.search",
         ),
         (
-            [{"role": "assistant", "tool_calls": [{"name": "python", "arguments": {"code": "1", "timeout": 3}}]}],
+            calling({"name": "python", "arguments": {"code": "1", "timeout": 3}}),
             {"builtin_tools": ["python"]},
             "arguments of python must be",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], {}, r"content\[0\] is a part of type 'text'"),
         ([{"role": "user", "content": ["text"]}], {}, r"content\[0\] is a part of type 'str'"),
-        ([{"role": "user", "content": "q"}], {"model_identity": 3}, "model_identity is 3; it must be a string"),
-        ([{"role": "user", "content": "q"}], {"tools": [{"name": "f\ud800"}]}, "instructions or tools cannot be encoded"),
+        (ASK, {"model_identity": 3}, "model_identity is 3; it must be a string"),
+        (ASK, {"tools": [{"name": "f\ud800"}]}, "instructions or tools cannot be encoded"),
         (
             [{"role": "assistant", "content": "a", "thinking": "b", "tool_calls": [{"name": "f", "arguments": {}}]}],
             {},
             "has content, thinking and tool_calls",
         ),
         (
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": {1, 2}}}]}],
+            calling({"name": "f", "arguments": {"a": {1, 2}}}),
             {},
             "arguments cannot be written as JSON",
         ),
-        ([{"role": "user", "content": "q"}], {"reasoning_effort": "hgih"}, "'hgih'; allowed: low, medium, high"),
-        ([{"role": "user", "content": "q"}], {"builtin_tools": ["browsr"]}, "browsr.*allowed: browser, python"),
-        ([{"role": "user", "content": "q"}], {"tools": [{"type": "function"}]}, r"tools\[0\] must be"),
-        ([{"role": "user", "content": "q"}], {"current_date": "28.6.2025"}, "must be a date as YYYY-MM-DD"),
-        ([{"role": "user", "content": "q"}], {"current_date": "2025-13-01"}, "must be a date as YYYY-MM-DD"),
-        ([{"role": "user", "content": "q"}], {"current_date": 20250628}, "must be a date as YYYY-MM-DD"),
+        (ASK, {"reasoning_effort": "hgih"}, "'hgih'; allowed: low, medium, high"),
+        (ASK, {"builtin_tools": ["browsr"]}, "browsr.*allowed: browser, python"),
+        (ASK, {"tools": [{"type": "function"}]}, r"tools\[0\] must be"),
+        (ASK, {"current_date": "28.6.2025"}, "must be a date as YYYY-MM-DD"),
+        (ASK, {"current_date": "2025-13-01"}, "must be a date as YYYY-MM-DD"),
+        (ASK, {"current_date": 20250628}, "must be a date as YYYY-MM-DD"),
     ],
 )
 def test_conversations_that_cannot_be_rendered_are_refused_by_name(messages, options, complaint):

@@ -23,11 +23,6 @@ HARMONY_NAMES = (
 )
 
 
-@pytest.fixture(params=["tokenizer_real_ids", "tokenizer_compact"])
-def tokenizer(request) -> Tokenizer:
-    return Tokenizer.load(FIXTURES / request.param)
-
-
 @pytest.fixture
 def tiny() -> Tokenizer:
     return build_tiny_tokenizer(["functions.calc", "func"], "0123456789+=,?\n <|end>")
