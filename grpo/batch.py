@@ -71,9 +71,11 @@ _ON_HOST = ("cu_seqlens", "host_mask")
 
 @dataclass
 class RolloutBatch:
-    """Sequences end to end. `num_completion_tokens` and `num_sequences` count the whole optimizer step and stay unchanged
-    in micro-batches: a loss divides by them, so its value and gradient do not depend on the split. `rewards` and `group_ids`
-    are those of all that was packed, for baselines of a loss's own: `(rewards - rewards.mean())[rows]` is one for each token."""
+    """Sequences end to end: of all that a step trains on, of one of its optimizer steps, or of a micro-batch.
+
+    A tensor [N] and `sequence_ids` speak of the N completions that were packed, in every part of them. The counts are those of
+    the optimizer step in each of its micro-batches: a loss divides by them, so that its value and gradient do not depend on the
+    split."""
 
     tokens: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [S + 1] int32, on the host wherever the others are
@@ -81,15 +83,15 @@ class RolloutBatch:
     host_mask: torch.Tensor  # [T] bool, loss_mask on the host: a forward is planned there, and need not wait for a GPU
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, 0 where the mask is false
     advantages: torch.Tensor  # [T] fp32
-    sequence_ids: torch.Tensor  # [T] int64, row of `sequence_lengths` that a token belongs to
-    sequence_lengths: torch.Tensor  # [S] int64, policy tokens of each sequence; none in a shared prompt
     token_index: torch.Tensor  # [T] int64, where a token stands in the batch that was packed
-    rows: torch.Tensor  # [T] int64, the completion that a token belongs to, among the N that were packed
+    sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to; of a shared prompt, the first
+    sequence_lengths: torch.Tensor  # [N] int64, policy tokens of each completion
     rewards: torch.Tensor  # [N] fp32, NaN without
     group_ids: torch.Tensor  # [N] int64, equal within a group
     prompts: list[tuple[int, int]]  # [S] which prompt (equal numbers: equal prompts), and how many of its tokens are here
-    num_completion_tokens: int
+    num_policy_tokens: int  # of the optimizer step, as the next two
     num_sequences: int
+    num_prompts: int
     prefixes: list[int] | None = None  # [S] the sequence, a shared prompt, that each continues, -1 for none; None: all whole
     kept: KeptSets | None = None
     routing: torch.Tensor | None = None  # [T, L, A] uint8 or int16: the experts that the sampler chose, for a replay
@@ -113,34 +115,30 @@ class RolloutBatch:
         """The given sequences, in the given order; the normalisers stay those of the step. With `share_prompts`, neighbours
         that begin with the same prompt become that prompt, once, and a sequence each that continues it."""
         assert self.prefixes is None, "select takes a batch of whole sequences"
-        bounds, device = self.cu_seqlens.tolist(), self.tokens.device
+        bounds = self.cu_seqlens.tolist()
         spans: list[tuple[int, int]] = []  # of this batch's tokens
-        owners, prompts, prefixes = [], [], []  # of each span; the owner is a sequence here, -1 for a shared prompt
+        prompts, prefixes = [], []  # of each span
         for (prompt, length), neighbours in itertools.groupby(rows, key=self.prompts.__getitem__):
             members, prefix, shared = list(neighbours), -1, 0
             if share_prompts:  # a lone one too: attention adds up a prompt's keys apart, so it rounds alike in any micro-batch
                 prefix, shared = len(spans), length
                 spans.append((bounds[members[0]], bounds[members[0]] + length))
-                owners.append(-1)
                 prompts.append((prompt, length))
                 prefixes.append(-1)
             spans += [(bounds[row] + shared, bounds[row + 1]) for row in members]
-            owners += members
             prompts += [(prompt, length - shared)] * len(members)
             prefixes += [prefix] * len(members)
         host_index = torch.cat([torch.arange(start, end) for start, end in spans])  # [T']
-        index = host_index.to(device)
+        index = host_index.to(self.tokens.device)
         lengths = torch.tensor([end - start for start, end in spans])
         per_token = {name: None if value is None else value[index] for name, value in
                      (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
                       ("sampler_log_probs", self.sampler_log_probs), ("old_log_probs", self.old_log_probs),
-                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index), ("rows", self.rows),
-                      ("routing", self.routing))}
+                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index),
+                      ("sequence_ids", self.sequence_ids), ("routing", self.routing))}
         return replace(
             self, **per_token,
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), host_mask=self.host_mask[host_index],
-            sequence_ids=torch.repeat_interleave(torch.arange(len(spans)), lengths).to(device),
-            sequence_lengths=F.pad(self.sequence_lengths, (0, 1))[torch.tensor(owners, device=device)],  # owner -1: the 0
             prompts=prompts, prefixes=prefixes if max(prefixes) >= 0 else None,
             kept=None if self.kept is None else self.kept.select(index))
 
@@ -170,18 +168,19 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
             else:
                 kept_counts += [0] * length
     lengths = torch.tensor([completion.num_tokens for completion in completions])
-    rows = torch.repeat_interleave(torch.arange(len(completions)), lengths)
     policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
     loss_mask = torch.tensor(mask)
     return RolloutBatch(
         tokens=torch.tensor(tokens), cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), loss_mask=loss_mask, host_mask=loss_mask,
         sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
         advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
-        sequence_ids=rows, sequence_lengths=policy_lengths, token_index=torch.arange(len(tokens)), prompts=prompts, rows=rows,
+        token_index=torch.arange(len(tokens)), prompts=prompts,
+        sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths), sequence_lengths=policy_lengths,
         rewards=torch.tensor([math.nan if completion.reward is None else completion.reward for completion in completions],
                              dtype=torch.float32),
         group_ids=torch.tensor([completion.prompt.id for completion in completions]),
-        num_completion_tokens=int(policy_lengths.sum()), num_sequences=len(completions), routing=_packed_routing(completions),
+        num_policy_tokens=int(policy_lengths.sum()), num_sequences=len(completions), num_prompts=len(numbers),
+        routing=_packed_routing(completions),
         kept=KeptSets.of_counts(torch.cat(kept_ids), torch.tensor(kept_counts)) if kept_ids else None)
 
 
@@ -222,29 +221,23 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool =
     if max(lengths) > max_tokens:
         raise ValueError(f"optim.max_tokens={max_tokens}: a sequence of {max(lengths)} tokens does not fit; raise "
                          "optim.max_tokens or lower rollout.max_new_tokens")
-    pieces = [([row], length) for row, length in enumerate(lengths)]
+    bundles = [([row], length) for row, length in enumerate(lengths)]  # rows that stay together, with their tokens
     if share_prompts:
-        pieces = []
-        for (_, prompt_len), rows in _grouped(batch).items():
+        bundles, rows_of_prompt = [], dict[tuple[int, int], list[int]]()
+        for row, prompt in enumerate(batch.prompts):
+            rows_of_prompt.setdefault(prompt, []).append(row)
+        for (_, prompt_len), rows in rows_of_prompt.items():
             own = [([row], lengths[row] - prompt_len) for row in rows]
-            pieces += [(part, prompt_len + load) for part, load in _first_fit(own, max_tokens - prompt_len)]
-    # neighbours share, so a group's rows must stand together, wherever the batch has them
+            bundles += [(part, prompt_len + load) for part, load in _first_fit(own, max_tokens - prompt_len)]
+    # neighbours share, so the completions of a prompt must stand together, wherever the batch has them
     return [batch.select(sorted(rows, key=lambda row: (batch.prompts[row][0], row)), share_prompts=share_prompts)
-            for rows, _ in _first_fit(pieces, max_tokens)]
+            for rows, _ in _first_fit(bundles, max_tokens)]
 
 
-def _grouped(batch: RolloutBatch) -> dict[tuple[int, int], list[int]]:
-    """The sequences that begin with each prompt."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row, prompt in enumerate(batch.prompts):
-        groups.setdefault(prompt, []).append(row)
-    return groups
-
-
-def _first_fit(pieces: list[tuple[list[int], int]], capacity: int) -> list[tuple[list[int], int]]:
-    """Puts pieces, rows with their tokens, into bins of `capacity` tokens: the longest first, each into the first with room."""
+def _first_fit(bundles: list[tuple[list[int], int]], capacity: int) -> list[tuple[list[int], int]]:
+    """Puts bundles into bins of `capacity` tokens: the longest first, each into the first bin with room."""
     bins: list[tuple[list[int], int]] = []
-    for rows, length in sorted(pieces, key=lambda piece: -piece[1]):
+    for rows, length in sorted(bundles, key=lambda bundle: -bundle[1]):
         slot = next((i for i, (_, load) in enumerate(bins) if load + length <= capacity), None)
         if slot is None:
             bins.append((rows, length))
@@ -259,6 +252,6 @@ def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatc
         return [batch]
     rows = list(range(batch.num_rows))
     random.Random(seed).shuffle(rows)
-    parts = [rows[i::num] for i in range(num)]
-    return [replace(part := batch.select(sorted(p)), num_sequences=part.num_rows,
-                    num_completion_tokens=int(part.sequence_lengths.sum())) for p in parts if p]
+    parts = [batch.select(sorted(chosen)) for i in range(num) if (chosen := rows[i::num])]
+    return [replace(part, num_sequences=part.num_rows, num_policy_tokens=int(part.host_mask.sum()),
+                    num_prompts=len({number for number, _ in part.prompts})) for part in parts]

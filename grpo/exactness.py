@@ -46,7 +46,7 @@ def describe_mismatch(found: list[torch.Tensor], batch: RolloutBatch, completion
     completion, position = completions[row], place - int(batch.cu_seqlens[row])
     return (
         f"warning: in step {step} the sampler's log-probs are not the trainer's, as on policy they must be: "
-        f"{int(counts.sum()):,} of {batch.num_completion_tokens:,} tokens differ, by up to {largest:.3g} nats where {allowed:g} "
+        f"{int(counts.sum()):,} of {batch.num_policy_tokens:,} tokens differ, by up to {largest:.3g} nats where {allowed:g} "
         f"is allowed. The first is at position {position} of prompt {completion.prompt.id}, sample {completion.sample} (its "
         f"prompt has {len(completion.prompt.token_ids)} tokens). Said once a run; sampling/log_prob_diff is logged every step. "
         f"The layer and the operation are found by\n  python scripts/explain_mismatch.py --run {shlex.quote(str(run_dir))}")

@@ -11,9 +11,8 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from grpo.batch import RolloutBatch
 from grpo.config import Estimator
-from grpo.losses import MAX_LOG_RATIO
+from grpo.losses import MAX_LOG_RATIO, LossInputs
 from models.gpt_oss import GptOss
 
 MAX_KL_WEIGHT = 10.0  # of pi / pi_sampler
@@ -61,7 +60,7 @@ def _is_adapter(name: str) -> bool:
     return name.endswith(("lora_A", "lora_B"))
 
 
-def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: RolloutBatch, *, coefficient: float,
+def kl_penalty(inputs: LossInputs, *, coefficient: float,
                estimator: Estimator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """coefficient times the mean over the step's tokens of an estimate of the KL between policy and reference.
 
@@ -76,9 +75,9 @@ def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: Roll
     detached ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one
     batch (as in DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
 
-    log_probs, ref_log_probs: [T] fp32, nats, over the same support. Returns the scalar and {"kl": sum in nats}."""
-    mask = batch.loss_mask
-    difference = torch.where(mask, log_probs - ref_log_probs.detach(), 0.0)  # [T] nats
+    Policy and reference are of the same support. Returns the scalar and {"kl": sum in nats}."""
+    mask = inputs.loss_mask
+    difference = torch.where(mask, inputs.log_probs - inputs.ref_log_probs.detach(), 0.0)  # [T] nats
     if estimator == Estimator.k1:
         # value d; the bracket is zero in value and has the gradient d grad log pi
         score = difference.detach()
@@ -90,7 +89,7 @@ def kl_penalty(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, batch: Roll
         growth = torch.expm1((-difference).clamp(max=knee)) + MAX_REF_RATIO * (-difference - knee).clamp(min=0)
         penalty = growth + difference
     with torch.no_grad():
-        drift = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
+        drift = torch.where(mask, inputs.log_probs - inputs.sampler_log_probs, 0.0)
         weight = drift.clamp(-MAX_LOG_RATIO, math.log(MAX_KL_WEIGHT)).exp()
     total = torch.where(mask, weight * penalty, 0.0).sum()
-    return coefficient * total / batch.num_completion_tokens, {"kl": total.detach()}
+    return coefficient * total / inputs.num_policy_tokens, {"kl": total.detach()}

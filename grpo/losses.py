@@ -1,8 +1,8 @@
 """Policy losses and the statistics that go with them.
 
-A loss maps the policy's log-probs of one micro-batch to a scalar to minimise. Each divides by a count of the whole
-optimizer step (`batch.num_completion_tokens`, `batch.num_sequences`), never by one of the micro-batch, so summing
-losses and gradients over micro-batches gives the same result for any split, packing or order.
+A loss maps one micro-batch, as `LossInputs`, to a scalar to minimise. Each divides by a count of the whole optimizer step, never
+by one of the micro-batch, so summing losses and gradients over micro-batches gives the same result for any split, packing or
+order.
 
 With A the advantage, o_i the trained tokens of sequence i, B the sequences of the step, and
     ratio r = exp(log pi - log pi_old),   surrogate J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A):
@@ -16,13 +16,14 @@ Departure from the papers: log-ratios are clamped to +-20 before the exponential
 
 Statistics are sums, so that micro-batches add up: see `reduce_stats`. A loss of one's own keeps to CONTRACT.
 
-Shapes: T packed tokens, S sequences.
+Shapes: T packed tokens of a micro-batch, N completions of the whole step.
 """
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -30,54 +31,86 @@ from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import ConfigError
 
 CONTRACT = (
-    "A loss is called as loss(log_probs, batch, old_log_probs=...): log-probs [T] in nats and a grpo.batch.RolloutBatch. It "
-    "returns (loss, stats): a scalar tensor that depends on log_probs, and a dict of scalars to log, each a sum over the batch's "
+    "A loss is called as loss(inputs), a grpo.losses.LossInputs, with the other keys of its YAML as keywords. It returns (loss, "
+    "stats): a scalar tensor that depends on inputs.log_probs, and a dict of scalars to log, each a sum over the micro-batch's "
     "trained tokens (a maximum where the name ends in /max), {} for none")
 MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is still far from overflow when summed in fp32
 
 
-def grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
-         clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+@dataclass
+class LossInputs:
+    """All that a loss may ask about one micro-batch of a step.
+
+    [T] speaks of the packed tokens, prompts and an environment's tokens among them: `loss_mask` is true for those that the policy
+    sampled, and log-probs and entropy are 0 elsewhere. [N] speaks of all completions of the step, those in other micro-batches
+    too, so that a loss may have a baseline of its own: `(rewards - rewards.mean())[sequence_ids]` is [T]. The counts are those of
+    the whole optimizer step; a loss divides by one of them."""
+
+    log_probs: torch.Tensor  # [T] fp32 nats, of the policy as it is now: the gradient goes through them
+    entropy: torch.Tensor  # [T] fp32 nats, of the full vocabulary; differentiable, at the price of a second pass over the logits
+    old_log_probs: torch.Tensor  # [T] fp32 nats, of the policy before the step's first update, or the sampler's; no gradient
+    sampler_log_probs: torch.Tensor  # [T] fp32 nats, as recorded when the token was drawn
+    ref_log_probs: torch.Tensor | None  # [T] fp32 nats, of the reference of the KL penalty; None without one (grpo/kl.py)
+    advantages: torch.Tensor  # [T] fp32, that of the token's completion
+    loss_mask: torch.Tensor  # [T] bool
+    sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: an index into the four [N]
+    sequence_lengths: torch.Tensor  # [N] int64, trained tokens
+    rewards: torch.Tensor  # [N] fp32, raw; NaN without one
+    group_ids: torch.Tensor  # [N] int64, equal within a group
+    num_policy_tokens: int  # trained tokens of the optimizer step
+    num_sequences: int  # completions of the optimizer step
+    num_prompts: int  # prompts of the optimizer step, each with one or more of its completions
+    max_new_tokens: int  # longest completion allowed, in tokens
+
+    @classmethod
+    def of(cls, batch: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, *, old_log_probs: torch.Tensor,
+           max_new_tokens: int) -> LossInputs:
+        """Of a micro-batch and what the policy says about it. log_probs, entropy, old_log_probs: [T] fp32 nats."""
+        assert log_probs.shape == entropy.shape == old_log_probs.shape == batch.loss_mask.shape, (
+            log_probs.shape, entropy.shape, old_log_probs.shape, batch.loss_mask.shape)
+        return cls(
+            log_probs, entropy, old_log_probs.detach(), batch.sampler_log_probs, batch.ref_log_probs, batch.advantages,
+            batch.loss_mask, batch.sequence_ids, batch.sequence_lengths, batch.rewards, batch.group_ids, batch.num_policy_tokens,
+            batch.num_sequences, batch.num_prompts, max_new_tokens)
+
+
+def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean over sequences of the mean over a sequence's tokens; long completions weigh less per token.
 
-    log_probs, old_log_probs: [T] fp32, nats. Returns the scalar loss and the sums of `reduce_stats`."""
-    surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
-    lengths = batch.sequence_lengths.clamp(min=1)[batch.sequence_ids]  # [T]
-    return -(surrogate / lengths).sum() / batch.num_sequences, stats
+    Returns the scalar loss and the sums of `reduce_stats`."""
+    surrogate, stats = _surrogate(inputs, clip_low, clip_high)
+    lengths = inputs.sequence_lengths.clamp(min=1)[inputs.sequence_ids]  # [T]
+    return -(surrogate / lengths).sum() / inputs.num_sequences, stats
 
 
-def dr_grpo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
-            clip_high: float, length_normalizer: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def dr_grpo(inputs: LossInputs, *, clip_low: float, clip_high: float,
+            length_normalizer: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum over tokens divided by a constant, sequences times `length_normalizer` tokens: no bias by length.
 
-    log_probs, old_log_probs: [T] fp32, nats. `length_normalizer` is usually the longest completion allowed, in tokens.
-    Returns the scalar loss and the sums of `reduce_stats`."""
+    `length_normalizer` is usually the longest completion allowed. Returns the scalar loss and the sums of `reduce_stats`."""
     if not 0 < length_normalizer < math.inf:
         raise ConfigError(f"loss.length_normalizer = {length_normalizer}: must be a positive number of tokens; "
                           "rollout.max_new_tokens is the usual choice")
-    surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
-    return -surrogate.sum() / (batch.num_sequences * length_normalizer), stats
+    surrogate, stats = _surrogate(inputs, clip_low, clip_high)
+    return -surrogate.sum() / (inputs.num_sequences * length_normalizer), stats
 
 
-def dapo(log_probs: torch.Tensor, batch: RolloutBatch, *, old_log_probs: torch.Tensor, clip_low: float,
-         clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def dapo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean over all trained tokens of the step: every token weighs the same.
 
-    log_probs, old_log_probs: [T] fp32, nats. Returns the scalar loss and the sums of `reduce_stats`."""
-    surrogate, stats = _surrogate(log_probs, batch, old_log_probs, clip_low, clip_high)
-    return -surrogate.sum() / batch.num_completion_tokens, stats
+    Returns the scalar loss and the sums of `reduce_stats`."""
+    surrogate, stats = _surrogate(inputs, clip_low, clip_high)
+    return -surrogate.sum() / inputs.num_policy_tokens, stats
 
 
-def _surrogate(log_probs: torch.Tensor, batch: RolloutBatch, old_log_probs: torch.Tensor, clip_low: float,
-               clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _surrogate(inputs: LossInputs, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO's clipped surrogate per token, to maximise, zero where the mask is false; and its statistics. [T]"""
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ConfigError(f"loss.clip_low = {clip_low}, loss.clip_high = {clip_high}: the ratio is kept within "
                           "[1 - clip_low, 1 + clip_high], so 0 <= clip_low <= 1 and clip_high >= 0 (DAPO: 0.2 and 0.28)")
-    mask, advantages = batch.loss_mask, batch.advantages
-    assert log_probs.shape == old_log_probs.shape == mask.shape, (log_probs.shape, old_log_probs.shape, mask.shape)
+    mask, advantages = inputs.loss_mask, inputs.advantages
     # masked before the exponential: what stands outside the mask, even NaN, reaches neither value nor gradient
-    log_ratio = torch.where(mask, log_probs - old_log_probs.detach(), 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = torch.where(mask, inputs.log_probs - inputs.old_log_probs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.where(mask, torch.minimum(ratio * advantages, clipped * advantages), 0.0)
@@ -98,18 +131,18 @@ def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.expm1(x) - x
 
 
-def token_stats(log_probs: torch.Tensor, entropy: torch.Tensor, batch: RolloutBatch) -> dict[str, torch.Tensor]:
+def token_stats(inputs: LossInputs) -> dict[str, torch.Tensor]:
     """Sums over the trained tokens: entropy (nats) and how far the trainer's log-probs are from the sampler's.
 
     `sampling/log_prob_diff` is |log pi - log pi_sampler| in nats, before any correction, `sampling/kl` the k3 estimate
     of KL(pi_sampler || pi) in nats. Before the first update of a batch both should be 0, up to the numerics of two
     passes."""
-    mask = batch.loss_mask
+    mask = inputs.loss_mask
     with torch.no_grad():
-        difference = torch.where(mask, log_probs - batch.sampler_log_probs, 0.0)
+        difference = torch.where(mask, inputs.log_probs - inputs.sampler_log_probs, 0.0)
         return {
             "num_tokens": mask.sum(),
-            "entropy": torch.where(mask, entropy, 0.0).sum(),
+            "entropy": torch.where(mask, inputs.entropy, 0.0).sum(),
             "sampling/log_prob_diff/mean": difference.abs().sum(),
             "sampling/log_prob_diff/max": difference.abs().max(),
             "sampling/kl": _k3(difference).sum(),
@@ -124,32 +157,24 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
     values: dict[str, float] = {}
     for part in stats:
         for name, value in part.items():
-            number = float(value)
-            if name.endswith("/max"):
-                values[name] = max(values.get(name, -math.inf), number)
-            else:
-                values[name] = values.get(name, 0.0) + number
+            is_max = name.endswith("/max")
+            values[name] = max(values.get(name, -math.inf), float(value)) if is_max else values.get(name, 0.0) + float(value)
     num_tokens = values.pop("num_tokens")
-    result = {}
-    for name, value in values.items():
-        if name == "loss":
-            result[name] = value / num_updates
-        elif name.endswith("/max"):
-            result[name] = value
-        else:
-            result[name] = value / num_tokens if num_tokens else 0.0
-    return result
+    return {name: value if name.endswith("/max") else value / num_updates if name == "loss"
+            else value / num_tokens if num_tokens else 0.0 for name, value in values.items()}
 
 
-def try_loss(loss_fn: Callable, path: str, *, group_size: int) -> None:
+def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: int, has_reference: bool) -> None:
     """Calls the loss that `path` names on two made-up groups. Raises ConfigError where it fails or does not keep to CONTRACT."""
     segments = [Segment([1, 2], "prompt"), Segment([3, 4], "policy", [-1.0, -2.0])]
     completions = [Completion(Prompt(group, [1, 2], {}), sample, segments, "stop", reward=float(sample))
                    for group in range(2) for sample in range(group_size)]
     batch = pack(completions, [sample - (group_size - 1) / 2 for _ in range(2) for sample in range(group_size)])
+    batch.ref_log_probs = 1.2 * batch.sampler_log_probs if has_reference else None
     log_probs = (1.1 * batch.sampler_log_probs).requires_grad_()
     try:
-        checked_loss(loss_fn(log_probs, batch, old_log_probs=batch.sampler_log_probs), path)
+        inputs = LossInputs.of(batch, log_probs, -log_probs, old_log_probs=batch.sampler_log_probs, max_new_tokens=max_new_tokens)
+        checked_loss(loss_fn(inputs), path)
     except ConfigError:
         raise
     except Exception as error:

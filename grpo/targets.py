@@ -17,13 +17,13 @@ from grpo.rewards.values import describe_error
 
 
 def bind(node: dict, key: str) -> Callable:
-    """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself
-    (env: tokenizer, seed, total_steps; loss: log_probs, batch, old_log_probs) is left open and cannot be set from YAML. Raises
+    """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself (env:
+    tokenizer, seed, total_steps; loss: its first parameter, whatever its name) is left open and cannot be set from YAML. Raises
     ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
-    supplied = {"env": ("tokenizer", "seed", "total_steps"), "loss": ("log_probs", "batch", "old_log_probs")}[key]
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
     parameters = keyword_parameters(target)
+    supplied = ("tokenizer", "seed", "total_steps") if key == "env" else _first_of_loss(path, parameters)
     allowed = [name for name in parameters if name not in supplied]
     for name, value in keywords.items():
         if name in supplied:
@@ -41,6 +41,18 @@ def bind(node: dict, key: str) -> Callable:
         contract = f"; it does not take {', '.join(lacking)}, with which the loop calls it" if lacking else ""
         raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `{missing[0]}=VALUE` or in the YAML{contract}")
     return functools.partial(target, **keywords)
+
+
+def _first_of_loss(path: str, parameters: dict[str, inspect.Parameter]) -> tuple[str, ...]:
+    """The name of the parameter that gets a loss's inputs. Raises ConfigError for the signature that losses had before."""
+    positional = [name for name, parameter in parameters.items() if parameter.kind in (
+        inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    if {"log_probs", "old_log_probs"} <= parameters.keys():
+        name = re.split("[.:]", path)[-1]
+        raise ConfigError(
+            f"loss._target_ = {path!r}: {name}({', '.join(parameters)}) must be {name}(inputs, *, KEYWORDS): inputs is a "
+            "grpo.losses.LossInputs, which has log_probs, old_log_probs and the fields of the batch")
+    return tuple(positional[:1] or ["inputs"])
 
 
 def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:

@@ -10,7 +10,7 @@ from grpo.config import OldLogProbs
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
 from grpo.kl import kl_penalty
-from grpo.losses import checked_loss, reduce_stats, token_stats
+from grpo.losses import LossInputs, checked_loss, reduce_stats, token_stats
 from grpo.optim import check_finite
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
@@ -43,17 +43,18 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
-            num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_completion_tokens
+            num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
             for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
                 num_packed += len(micro.tokens)
                 routing = make_replay(micro)
                 log_probs, entropy = policy_log_probs(run, micro, routing)
-                loss, micro_stats = loss_and_stats(run, log_probs, micro, num_updates)
+                inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)
+                loss, micro_stats = loss_and_stats(run, inputs)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 run.optimizer.backward(loss)
                 stats.append(micro_stats)
                 if not grad_norms:  # after an update the policy is no longer the one that sampled
-                    sampling_stats.append(token_stats(log_probs, entropy, micro))
+                    sampling_stats.append(token_stats(inputs))
                     found.append(differences(log_probs, micro, allowed=allowed))
                     replays += [routing] if routing is not None else []
                 if run.is_between_steps and run.should_stop():
@@ -94,20 +95,25 @@ def routing_metrics(replays: list[RoutingReplay]) -> dict[str, float]:
     return {"routing/flips": sum(int(replay.num_flips) for replay in replays) / num_choices}
 
 
-def loss_and_stats(run: Run, log_probs: torch.Tensor, micro: RolloutBatch, num_updates: int,
-                   ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
+def loss_inputs(run: Run, micro: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, num_updates: int) -> LossInputs:
+    """What a loss is told of a micro-batch. With one update the policy is still what it was at the start of the step, so its own
+    log-probs are the old ones, and the ratio is exactly 1."""
     if run.config.optim.old_log_probs == OldLogProbs.sampler:
         old_log_probs = micro.sampler_log_probs
-    else:  # with one update the policy still is what it was at the start: the ratio is exactly 1
+    else:
         old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
-    loss, stats = checked_loss(run.loss_fn(log_probs, micro, old_log_probs=old_log_probs), run.config.loss["_target_"])
-    kl = run.config.kl
-    if micro.ref_log_probs is not None:
-        penalty, kl_stats = kl_penalty(log_probs, micro.ref_log_probs, micro, coefficient=kl.coefficient,
-                                       estimator=kl.estimator)
+    return LossInputs.of(micro, log_probs, entropy, old_log_probs=old_log_probs,
+                         max_new_tokens=run.config.rollout.max_new_tokens)
+
+
+def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
+    loss, stats = checked_loss(run.loss_fn(inputs), run.config.loss["_target_"])
+    if inputs.ref_log_probs is not None:
+        kl = run.config.kl
+        penalty, kl_stats = kl_penalty(inputs, coefficient=kl.coefficient, estimator=kl.estimator)
         loss, stats = loss + penalty, stats | kl_stats
-    return loss, stats | {"loss": loss.detach(), "num_tokens": micro.loss_mask.sum()}
+    return loss, stats | {"loss": loss.detach(), "num_tokens": inputs.loss_mask.sum()}
 
 
 @torch.no_grad()

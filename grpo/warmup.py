@@ -69,7 +69,7 @@ def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_st
         pairs = demonstrations(env, step, settings.batch_size, vocab_size=policy.config.vocab_size)
         batch = pack_demonstrations(pairs).to(policy.device)
         log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.host_mask)
-        loss = -log_probs.sum() / batch.num_completion_tokens
+        loss = -log_probs.sum() / batch.num_policy_tokens
         check_finite(loss, step=step, what="loss", name="warm-up")
         optimizer.backward(loss)
         lr = optimizer.lr

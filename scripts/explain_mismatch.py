@@ -234,7 +234,7 @@ def check(model: GptOss, prompts: list[Prompt], settings: Settings) -> int:
         temperature=settings.temperature, records_routing=settings.records_routing, **settings.filters)
     batch = pack(completions, [0.0] * len(completions)).to(model.device)
     places, worst = differing_tokens(model, batch, settings)
-    what = f"{batch.num_completion_tokens} tokens of {len(completions)} completions"
+    what = f"{batch.num_policy_tokens} tokens of {len(completions)} completions"
     if not places:
         print(f"no difference: the log-probs of {what} are the trainer's bit for bit")
         return 0

@@ -76,7 +76,7 @@ def compare_log_probs(policy: GptOss, completions: list[Completion], *, shares_p
         log_probs = micro_log_probs(policy, micro, routings[-1] if replays else None).detach()
         difference = (log_probs - micro.sampler_log_probs)[micro.loss_mask].abs()
         worst, num_differing = max(worst, difference.max().item()), num_differing + int((difference != 0).sum())
-    found = {"max_log_prob_diff": worst, "num_differing": num_differing, "tokens": batch.num_completion_tokens}
+    found = {"max_log_prob_diff": worst, "num_differing": num_differing, "tokens": batch.num_policy_tokens}
     if replays:
         found |= {"route_flips": routing_metrics(routings)["routing/flips"],
                   "routes": sum(int(routing.num_choices) for routing in routings)}
@@ -146,7 +146,7 @@ def train_on(policy: GptOss, optimizer: Optimizer, completions: list[Completion]
     for micro in micro_batches(batch, micro_tokens, share_prompts=True):
         log_probs = micro_log_probs(policy, micro)
         worst.append((log_probs.detach() - micro.sampler_log_probs)[micro.loss_mask].abs().max())
-        optimizer.backward(-(log_probs * micro.advantages).sum() / micro.num_completion_tokens)
+        optimizer.backward(-(log_probs * micro.advantages).sum() / micro.num_policy_tokens)
     _, seconds = timed(optimizer.step)  # waits for the backward first
     optimizer.zero_grad()
     return {"forward_backward_s": round(time.perf_counter() - start - seconds, 3), "optimizer_s": round(seconds, 3),

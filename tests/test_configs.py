@@ -248,7 +248,7 @@ BAD_NODES = [
     ),
     ("loss", {"clip_low": 0.2}, "loss.clip_high: required by grpo.losses.dapo"),
     ("loss", {"clip_low": "x", "clip_high": 0.2}, "loss.clip_low = 'x' (str): grpo.losses.dapo expects a number"),
-    ("loss", {"clip_low": 0.2, "clip_high": 0.2, "batch": 1}, "loss.batch = 1: the loop supplies batch"),
+    ("loss", {"clip_low": 0.2, "clip_high": 0.2, "inputs": 1}, "loss.inputs = 1: the loop supplies inputs"),
     ("loss", {"_target_": "grpo.losses.dapoo"}, "has no function or class dapoo; did you mean grpo.losses.dapo?"),
     ("loss", {"_target_": "grpo.lossess.dapo"}, "cannot import grpo.lossess"),
     ("loss", {"_target_": "dapo"}, "loss._target_ = 'dapo': expected a dotted path"),

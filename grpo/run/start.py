@@ -89,7 +89,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     if config.threads:
         torch.set_num_threads(config.threads)
     loss_fn = bind(config.loss, "loss")
-    try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size)
+    try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
+             has_reference=config.kl.coefficient > 0)
     tokenizer = build_tokenizer(config.model, config.env)
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
     if config.warmup is not None:

@@ -32,7 +32,7 @@ def test_only_tokens_that_the_policy_sampled_are_trained_on():
     assert batch.advantages.tolist() == [0.5] * 5 + [-1.0] * 6 + [2.0] * 4
     assert batch.sequence_ids.tolist() == [0] * 5 + [1] * 6 + [2] * 4
     assert batch.sequence_lengths.tolist() == [3, 3, 1]
-    assert (batch.num_completion_tokens, batch.num_sequences, batch.num_rows) == (7, 3, 3)
+    assert (batch.num_policy_tokens, batch.num_sequences, batch.num_rows) == (7, 3, 3)
     expected = [-0.1 * token if sampled else 0.0 for token, sampled in zip(batch.tokens.tolist(), batch.loss_mask.tolist())]
     assert batch.sampler_log_probs.tolist() == pytest.approx(expected)
     assert batch.kept is None and batch.old_log_probs is None and batch.ref_log_probs is None
@@ -70,12 +70,12 @@ def test_selected_sequences_keep_the_step_s_normalisers():
     part = batch.select([2, 0])
     assert part.tokens.tolist() == [12, 13, 14, 15, 1, 2, 3, 4, 5]
     assert part.cu_seqlens.tolist() == [0, 4, 9] and part.cu_seqlens.dtype == torch.int32
-    assert part.sequence_ids.tolist() == [0] * 4 + [1] * 5 and part.sequence_lengths.tolist() == [1, 3]
+    assert part.sequence_ids.tolist() == [2] * 4 + [0] * 5 and part.sequence_lengths.tolist() == [3, 3, 1]
     assert part.advantages.tolist() == [2.0] * 4 + [0.5] * 5
     assert part.old_log_probs.tolist() == [11, 12, 13, 14, 0, 1, 2, 3, 4] and part.ref_log_probs is None
     assert part.tokens[part.loss_mask].tolist() == [15, 3, 4, 5]
     assert part.sampler_log_probs[part.loss_mask].tolist() == pytest.approx([-1.5, -0.3, -0.4, -0.5])
-    assert (part.num_completion_tokens, part.num_sequences, part.num_rows) == (7, 3, 2)
+    assert (part.num_policy_tokens, part.num_sequences, part.num_rows) == (7, 3, 2)
 
 
 @pytest.mark.parametrize("max_tokens, num_batches", [(9, 4), (10, 4), (17, 2), (18, 2), (34, 1), (1000, 1)])
@@ -87,7 +87,7 @@ def test_micro_batches_hold_every_sequence_once_within_the_budget(max_tokens, nu
     rows = [int(part.tokens[start]) // 100 for part in parts for start in part.cu_seqlens[:-1]]
     assert sorted(rows) == list(range(6))
     for part in parts:
-        assert (part.num_completion_tokens, part.num_sequences) == (28, 6)
+        assert (part.num_policy_tokens, part.num_sequences) == (28, 6)
         for start, end in zip(part.cu_seqlens, part.cu_seqlens[1:]):
             row = int(part.tokens[start]) // 100
             assert part.tokens[start:end].tolist() == [100 * row + i for i in range(lengths[row])]
@@ -113,10 +113,19 @@ def test_minibatches_partition_the_sequences_with_normalisers_of_their_own():
     assert sorted(sum(rows, [])) == list(range(7)) and sorted(map(len, rows)) == [2, 2, 3]
     for part, chosen in zip(parts, rows):
         assert part.num_sequences == len(chosen)
-        assert part.num_completion_tokens == sum(row + 1 for row in chosen) == int(part.loss_mask.sum())
+        assert part.num_policy_tokens == sum(row + 1 for row in chosen) == int(part.loss_mask.sum())
     again, other = (minibatches(batch, 3, seed=seed) for seed in (0, 1))
     assert [part.tokens.tolist() for part in again] == [part.tokens.tolist() for part in parts]
     assert [part.tokens.tolist() for part in other] != [part.tokens.tolist() for part in parts]
+
+
+def test_prompts_are_counted_of_the_optimizer_step_where_a_group_is_spread_over_two():
+    batch = pack([completion([prompt], [sample + 5]) for prompt in range(3) for sample in range(2)], [0.0] * 6)
+    parts = minibatches(batch, 2, seed=0)
+    assert batch.num_prompts == 3
+    prompts = [{int(part.tokens[start]) for start in part.cu_seqlens[:-1]} for part in parts]
+    assert [part.num_prompts for part in parts] == [len(own) for own in prompts] and sum(map(len, prompts)) > 3
+    assert [micro.num_prompts for micro in micro_batches(parts[0], 4)] == [parts[0].num_prompts] * 2
 
 
 def test_one_minibatch_is_the_batch_and_more_than_sequences_are_one_each():
@@ -133,7 +142,7 @@ def test_moving_to_a_device_leaves_what_plans_a_forward_on_the_host():
     moved = batch.to(torch.device("meta"))
     tensors = [moved.tokens, moved.loss_mask, moved.sampler_log_probs, moved.advantages, moved.sequence_ids,
                moved.sequence_lengths, moved.kept.ids, moved.kept.offsets, moved.ref_log_probs]
-    assert all(tensor.is_meta for tensor in tensors) and moved.num_completion_tokens == 1 and moved.old_log_probs is None
+    assert all(tensor.is_meta for tensor in tensors) and moved.num_policy_tokens == 1 and moved.old_log_probs is None
     assert moved.cu_seqlens.tolist() == [0, 2] and moved.host_mask.tolist() == [False, True]
 
 

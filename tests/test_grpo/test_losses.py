@@ -11,7 +11,7 @@ import torch
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.config import ConfigError
 from grpo.kl import kl_penalty
-from grpo.losses import dapo, dr_grpo, grpo, reduce_stats, token_stats, try_loss
+from grpo.losses import LossInputs, dapo, dr_grpo, grpo, reduce_stats, token_stats, try_loss
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
 LOSSES = {"grpo": partial(grpo, **CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=10.0, **CLIP),
@@ -44,6 +44,13 @@ def with_ratios(batch):
     return log_probs.requires_grad_()
 
 
+def inputs_of(batch, log_probs, *, old=None, entropy=None):
+    """Of a batch; the old log-probs are the sampler's unless given."""
+    old = batch.sampler_log_probs if old is None else old
+    return LossInputs.of(batch, log_probs, torch.zeros_like(log_probs) if entropy is None else entropy, old_log_probs=old,
+                         max_new_tokens=10)
+
+
 def scattered(batch, values):
     result = torch.zeros(batch.tokens.shape)
     result[batch.loss_mask] = torch.tensor([value for row in values for value in row])
@@ -57,7 +64,7 @@ def scattered(batch, values):
 ])
 def test_value_gradient_and_clipping_are_those_worked_out_by_hand(batch, name, weights, expected):
     log_probs = with_ratios(batch)
-    loss, stats = LOSSES[name](log_probs, batch, old_log_probs=batch.sampler_log_probs)
+    loss, stats = LOSSES[name](inputs_of(batch, log_probs))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     loss.backward()
     slopes = [[-slope * weight for slope in row] for row, weight in zip(SLOPE, weights)]
@@ -73,7 +80,7 @@ def test_masked_tokens_get_zero_gradient_whatever_stands_there(batch, name):
     log_probs = with_ratios(batch)  # NaN outside the mask
     old = batch.sampler_log_probs.masked_fill(~batch.loss_mask, math.inf)
     poisoned = replace(batch, advantages=batch.advantages.masked_fill(~batch.loss_mask, math.nan))
-    loss, stats = LOSSES[name](log_probs, poisoned, old_log_probs=old)
+    loss, stats = LOSSES[name](inputs_of(poisoned, log_probs, old=old))
     loss.backward()
     assert math.isfinite(loss.item()) and all(math.isfinite(value) for value in stats.values())
     assert (log_probs.grad[~batch.loss_mask] == 0).all()
@@ -84,7 +91,7 @@ def test_masked_tokens_get_zero_gradient_whatever_stands_there(batch, name):
                                            ("dr_grpo", (1 / 20, 1 / 20))])
 def test_with_its_own_log_probs_as_old_the_gradient_is_that_of_reinforce(batch, name, weights):
     log_probs = with_ratios(batch)
-    loss, stats = LOSSES[name](log_probs, batch, old_log_probs=log_probs.detach())
+    loss, stats = LOSSES[name](inputs_of(batch, log_probs, old=log_probs))
     loss.backward()
     expected = scattered(batch, [[-1.0 * weights[0]] * 2, [1.0 * weights[1]] * 4])
     torch.testing.assert_close(log_probs.grad, expected, rtol=1e-6, atol=0)
@@ -107,7 +114,7 @@ def test_micro_batches_add_up_to_the_step_in_any_split_and_order(name):
         for rows, micro in micros:
             lengths = micro.cu_seqlens.diff().tolist()
             log_probs = torch.cat([leaf[row, :length] - 1 for row, length in zip(rows, lengths)])
-            loss, _ = LOSSES[name](log_probs, micro, old_log_probs=micro.sampler_log_probs)
+            loss, _ = LOSSES[name](inputs_of(micro, log_probs))
             loss.backward()
             total += loss.item()
         return total, leaf.grad
@@ -124,7 +131,7 @@ def test_micro_batches_add_up_to_the_step_in_any_split_and_order(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_absurd_log_ratio_stays_finite(batch, name):
     log_probs = scattered(batch, [[500.0, -500.0], [500.0, -500.0, 0.0, 0.0]]).requires_grad_()
-    loss, stats = LOSSES[name](log_probs, batch, old_log_probs=torch.zeros_like(log_probs))
+    loss, stats = LOSSES[name](inputs_of(batch, log_probs, old=torch.zeros_like(log_probs)))
     loss.backward()
     assert math.isfinite(loss.item()) and torch.isfinite(log_probs.grad).all()
     assert stats["ratio/max"].item() == pytest.approx(math.exp(20), rel=1e-5)
@@ -137,7 +144,7 @@ def test_repeated_updates_on_one_batch_stop_at_the_clip_bounds():
     history = []
     for _ in range(60):
         log_probs = torch.zeros(6).index_put((torch.tensor([2, 5]),), logits.log_softmax(0)[:2])
-        loss, stats = dapo(log_probs, batch, old_log_probs=batch.sampler_log_probs, clip_low=0.2, clip_high=0.28)
+        loss, stats = dapo(inputs_of(batch, log_probs), clip_low=0.2, clip_high=0.28)
         (gradient,) = torch.autograd.grad(loss, logits)
         history.append((log_probs.detach()[[2, 5]] + math.log(3)).exp().tolist()
                        + [stats["clip_ratio/high"].item(), stats["clip_ratio/low"].item(), gradient.abs().max().item()])
@@ -162,9 +169,8 @@ def test_kl_values_and_gradients_are_those_of_their_formulas(batch, estimator, v
     log_probs = scattered(batch, DIFFERENCES) - 2
     log_probs[~batch.loss_mask] = math.nan
     log_probs.requires_grad_()
-    on_policy = replace(batch, sampler_log_probs=log_probs.detach())
-    penalty, stats = kl_penalty(log_probs, torch.full_like(log_probs, -2.0), on_policy, coefficient=0.3,
-                                estimator=estimator)
+    on_policy = replace(batch, sampler_log_probs=log_probs.detach(), ref_log_probs=torch.full_like(log_probs, -2.0))
+    penalty, stats = kl_penalty(inputs_of(on_policy, log_probs), coefficient=0.3, estimator=estimator)
     total = sum(value(d) for row in DIFFERENCES for d in row)
     assert stats["kl"].item() == pytest.approx(total, rel=1e-5)
     assert penalty.item() == pytest.approx(0.3 * total / 6, rel=1e-5)
@@ -192,8 +198,8 @@ def test_expected_kl_gradient_is_the_exact_one(estimator, is_on_policy):
     for token in range(5):
         one = pack([completion(1, log_prob=sampler[token].item())], [0.0])
         log_probs = torch.zeros(3).index_put((torch.tensor([2]),), estimated.log_softmax(0)[token])
-        penalty, stats = kl_penalty(log_probs, torch.tensor([0.0, 0.0, ref[token]]), one, coefficient=1.0,
-                                    estimator=estimator)
+        one.ref_log_probs = torch.tensor([0.0, 0.0, ref[token]])
+        penalty, stats = kl_penalty(inputs_of(one, log_probs), coefficient=1.0, estimator=estimator)
         expectation = expectation + sampler[token].exp() * penalty
     expectation.backward()
     assert exact.grad.abs().max() > 0.05
@@ -205,8 +211,8 @@ def test_expected_kl_gradient_is_the_exact_one(estimator, is_on_policy):
 
 def test_one_absurd_token_cannot_explode_the_kl(batch):
     log_probs = scattered(batch, [[-300.0, 0.0], [0.0, 0.0, 0.0, 300.0]]).requires_grad_()
-    on_policy = replace(batch, sampler_log_probs=log_probs.detach())
-    penalty, stats = kl_penalty(log_probs, torch.zeros_like(log_probs), on_policy, coefficient=1.0, estimator="k3")
+    on_policy = replace(batch, sampler_log_probs=log_probs.detach(), ref_log_probs=torch.zeros_like(log_probs))
+    penalty, stats = kl_penalty(inputs_of(on_policy, log_probs), coefficient=1.0, estimator="k3")
     penalty.backward()
     # d = -300: 9 + 10 (300 - ln 10) - 300, with slope 1 - 10; d = 300: 300 - 1, with slope 1
     assert stats["kl"].item() == pytest.approx(2709 - 10 * math.log(10) + 299, rel=1e-6)
@@ -222,8 +228,9 @@ def test_token_stats_and_their_reduction_over_micro_batches(batch):
     offsets = batch.cu_seqlens.tolist()
     for row in (0, 1):
         micro, span = batch.select([row]), slice(offsets[row], offsets[row + 1])
-        loss, stats = dapo(log_probs[span], micro, old_log_probs=log_probs[span], clip_low=0.2, clip_high=0.2)
-        parts.append({"loss": loss, **stats, **token_stats(log_probs[span], entropy[span], micro)})
+        inputs = inputs_of(micro, log_probs[span], old=log_probs[span], entropy=entropy[span])
+        loss, stats = dapo(inputs, clip_low=0.2, clip_high=0.2)
+        parts.append({"loss": loss, **stats, **token_stats(inputs)})
     metrics = reduce_stats(parts, num_updates=1)
     assert metrics["entropy"] == pytest.approx(12 / 6)
     assert metrics["sampling/log_prob_diff/mean"] == pytest.approx(1.2 / 6, rel=1e-5)
@@ -237,15 +244,19 @@ def test_token_stats_and_their_reduction_over_micro_batches(batch):
 
 def test_the_token_budget_only_changes_rounding(batch):
     log_probs = with_ratios(batch).detach()
-    whole, _ = dapo(log_probs, batch, old_log_probs=batch.sampler_log_probs, **CLIP)
+    whole, _ = dapo(inputs_of(batch, log_probs), **CLIP)
     bounds = batch.cu_seqlens.tolist()
     split = 0.0
     for micro in micro_batches(batch, max_tokens=8):
         assert micro.num_rows == 1
         row = 0 if len(micro.tokens) == bounds[1] else 1
-        part, _ = dapo(log_probs[bounds[row]:bounds[row + 1]], micro, old_log_probs=micro.sampler_log_probs, **CLIP)
+        part, _ = dapo(inputs_of(micro, log_probs[bounds[row]:bounds[row + 1]]), **CLIP)
         split += part.item()
     assert split == pytest.approx(whole.item(), rel=1e-6)
+
+
+def attempt(loss_fn, path, *, group_size=2, has_reference=False):
+    try_loss(loss_fn, path, group_size=group_size, max_new_tokens=10, has_reference=has_reference)
 
 
 @pytest.mark.parametrize("loss_fn, message", [
@@ -257,27 +268,27 @@ def test_the_token_budget_only_changes_rounding(batch):
 ])
 def test_bad_coefficients_are_refused_by_key_before_a_run(loss_fn, message):
     with pytest.raises(ConfigError, match=message):
-        try_loss(loss_fn, "grpo.losses.dapo", group_size=2)
+        attempt(loss_fn, "grpo.losses.dapo")
 
 
 def test_the_ends_of_the_coefficients_ranges_are_inside():
-    try_loss(partial(dapo, clip_low=0, clip_high=0), "grpo.losses.dapo", group_size=2)
-    try_loss(partial(dapo, clip_low=1, clip_high=math.inf), "grpo.losses.dapo", group_size=2)
+    attempt(partial(dapo, clip_low=0, clip_high=0), "grpo.losses.dapo")
+    attempt(partial(dapo, clip_low=1, clip_high=math.inf), "grpo.losses.dapo")
 
 
-def reinforce(log_probs, batch, *, old_log_probs):
+def reinforce(inputs):
     """With a baseline of its own: the mean reward of the other completions of the group."""
-    is_same = batch.group_ids[:, None] == batch.group_ids[None, :]
-    others = is_same & ~torch.eye(len(batch.rewards), dtype=torch.bool)
-    baseline = (others * batch.rewards).sum(1) / others.sum(1)
-    advantages = (batch.rewards - baseline)[batch.rows]
-    terms = torch.where(batch.loss_mask, -advantages * log_probs, 0.0)
-    return terms.sum() / batch.num_completion_tokens, {"surprise": -log_probs.detach()[batch.loss_mask].sum()}
+    is_same = inputs.group_ids[:, None] == inputs.group_ids[None, :]
+    others = is_same & ~torch.eye(len(inputs.rewards), dtype=torch.bool)
+    baseline = (others * inputs.rewards).sum(1) / others.sum(1)
+    advantages = (inputs.rewards - baseline)[inputs.sequence_ids]
+    terms = torch.where(inputs.loss_mask, -advantages * inputs.log_probs, 0.0)
+    return terms.sum() / inputs.num_policy_tokens, {"surprise": -inputs.log_probs.detach()[inputs.loss_mask].sum()}
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
 def test_a_loss_of_ones_own_has_rewards_and_groups_of_the_whole_step_in_any_micro_batch(share_prompts):
-    try_loss(reinforce, "mine.reinforce", group_size=3)
+    attempt(reinforce, "mine.reinforce", group_size=3)
     completions = [completion(1 + i % 3, prompt_id=7 + i // 3, sample=i % 3) for i in range(6)]
     for item, reward in zip(completions, [1.0, 0.0, 2.0, 5.0, 5.0, 2.0]):
         item.reward = reward
@@ -289,7 +300,7 @@ def test_a_loss_of_ones_own_has_rewards_and_groups_of_the_whole_step_in_any_micr
     assert len(micros) > 1
     for micro in micros:
         log_probs = micro.sampler_log_probs.clone().requires_grad_()
-        loss, _ = reinforce(log_probs, micro, old_log_probs=micro.sampler_log_probs)
+        loss, _ = reinforce(inputs_of(micro, log_probs))
         loss.backward()
         gradient[micro.token_index[micro.loss_mask]] += log_probs.grad[micro.loss_mask]
         value += loss.item()
@@ -298,7 +309,7 @@ def test_a_loss_of_ones_own_has_rewards_and_groups_of_the_whole_step_in_any_micr
 
 
 def returning(result):
-    return lambda log_probs, batch, *, old_log_probs: result(log_probs)
+    return lambda inputs: result(inputs.log_probs)
 
 
 @pytest.mark.parametrize("loss_fn, problem", [
@@ -312,10 +323,27 @@ def returning(result):
     (returning(lambda x: (x.sum(), {"a": x})), "stats['a'] is a tensor of shape [16]"),
     (returning(lambda x: (x.sum(), {"a": "b"})), "stats['a'] is of type str"),
     (lambda log_probs, batch: (log_probs.sum(), {}), "raised TypeError"),
+    (lambda inputs: (inputs.log_prob.sum(), {}), "raised AttributeError"),
     (returning(lambda x: 1 / 0), "raised ZeroDivisionError: division by zero"),
 ])
 def test_a_loss_that_breaks_the_contract_is_refused_with_what_it_must_do(loss_fn, problem):
     with pytest.raises(ConfigError) as caught:
-        try_loss(loss_fn, "mine.py:loss", group_size=2)
+        attempt(loss_fn, "mine.py:loss")
     assert str(caught.value).startswith(f"loss._target_ = 'mine.py:loss': {problem}")
-    assert "A loss is called as loss(log_probs, batch, old_log_probs=...)" in str(caught.value)
+    assert "A loss is called as loss(inputs), a grpo.losses.LossInputs" in str(caught.value)
+
+
+def test_the_trial_has_all_that_a_loss_may_ask_of_a_run():
+    seen = []
+
+    def loss_fn(inputs):
+        seen.append(inputs)
+        return (inputs.log_probs - inputs.ref_log_probs + inputs.entropy)[inputs.loss_mask].sum(), {}
+
+    attempt(loss_fn, "mine.py:loss", group_size=3, has_reference=True)
+    [inputs] = seen
+    assert (inputs.num_policy_tokens, inputs.num_sequences, inputs.num_prompts, inputs.max_new_tokens) == (12, 6, 2, 10)
+    assert inputs.sequence_lengths.tolist() == [2] * 6 and inputs.group_ids.tolist() == [0, 0, 0, 1, 1, 1]
+    assert inputs.rewards.tolist() == [0, 1, 2, 0, 1, 2]
+    with pytest.raises(ConfigError, match="raised TypeError"):  # there is none without a KL penalty
+        attempt(loss_fn, "mine.py:loss")

@@ -15,7 +15,7 @@ import torch
 from grpo.advantages import group_advantages
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.kl import kl_penalty
-from grpo.losses import dapo, dr_grpo, grpo
+from grpo.losses import LossInputs, dapo, dr_grpo, grpo
 from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -76,6 +76,10 @@ def trained_log_probs(model, space):
     return list(log_probs.split(batch.cu_seqlens.diff().tolist()))
 
 
+def inputs_of(batch, log_probs, old_log_probs):
+    return LossInputs.of(batch, log_probs, torch.zeros_like(log_probs), old_log_probs=old_log_probs, max_new_tokens=2)
+
+
 def group_loss(loss_fn, log_probs, space, group, *, normalize_std, old_log_probs=None):
     """The loss of a step that consists of one group (indices into the completions)."""
     completions = completions_of([space[i] for i in group])
@@ -83,7 +87,7 @@ def group_loss(loss_fn, log_probs, space, group, *, normalize_std, old_log_probs
     batch = pack(completions, group_advantages(rewards, [0] * len(group), normalize_std=normalize_std))
     packed = torch.cat([log_probs[i] for i in group])
     old = packed.detach() if old_log_probs is None else torch.cat([old_log_probs[i] for i in group])
-    return loss_fn(packed, batch, old_log_probs=old)[0]
+    return loss_fn(inputs_of(batch, packed, old))[0]
 
 
 def exact_objective(name, log_p, space, group_size, *, normalize_std=False):
@@ -198,7 +202,7 @@ def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
     limits = {"dapo": -climb / 2 / mean_length, "dr_grpo": -climb / 2 / LENGTH,
               "grpo": flat_gradient(exact_objective("grpo", log_p, VARIABLE, 2), model)}
     for name, limit in limits.items():
-        loss, _ = LOSSES[name](log_probs, batch, old_log_probs=batch.sampler_log_probs)
+        loss, _ = LOSSES[name](inputs_of(batch, log_probs, batch.sampler_log_probs))
         assert_gradients_close(flat_gradient(loss, model), limit, 0.06)
 
 
@@ -244,9 +248,10 @@ def step_gradient(model, loss_fn, micros):
         parameter.grad = None
     for micro in micros:
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=TEMPERATURE, mask=micro.loss_mask)
-        loss, _ = loss_fn(log_probs, micro, old_log_probs=micro.sampler_log_probs)
-        penalty, _ = kl_penalty(log_probs, micro.sampler_log_probs - 0.1 * micro.loss_mask, micro, coefficient=0.1,
-                                estimator="k3")
+        micro.ref_log_probs = micro.sampler_log_probs - 0.1 * micro.loss_mask
+        inputs = inputs_of(micro, log_probs, micro.sampler_log_probs)
+        loss, _ = loss_fn(inputs)
+        penalty, _ = kl_penalty(inputs, coefficient=0.1, estimator="k3")
         (loss + penalty).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
@@ -277,6 +282,6 @@ def test_a_normaliser_counted_per_micro_batch_would_be_seen():
     model = tiny_model(vocab_size=11)
     batch = pack(*random_batch(model))
     whole = step_gradient(model, LOSSES["dapo"], [batch])
-    recounted = [replace(micro, num_completion_tokens=int(micro.sequence_lengths.sum()))
+    recounted = [replace(micro, num_policy_tokens=int(micro.loss_mask.sum()))
                  for micro in micro_batches(batch, max_tokens=30)]
     assert (step_gradient(model, LOSSES["dapo"], recounted) - whole).norm() > 0.1 * whole.norm()

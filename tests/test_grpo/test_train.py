@@ -195,12 +195,14 @@ def test_a_run_that_learns_nothing_from_rewards_says_so(entry_points, spread_fol
 
 LOSS = """
 import torch
-def reinforce(log_probs, batch, *, old_log_probs, scale: float):
-    advantages = (batch.rewards - batch.rewards.mean())[batch.rows]
-    terms = torch.where(batch.loss_mask, -scale * advantages * log_probs, 0.0)
-    return terms.sum() / batch.num_completion_tokens, {"spread": scale * batch.loss_mask.sum()}
-def wrong(log_probs, batch, *, old_log_probs):
-    return log_probs.mean()
+def reinforce(inputs, *, scale: float):
+    advantages = (inputs.rewards - inputs.rewards.mean())[inputs.sequence_ids]
+    terms = torch.where(inputs.loss_mask, -scale * advantages * inputs.log_probs, 0.0)
+    return terms.sum() / inputs.num_policy_tokens, {"spread": scale * inputs.loss_mask.sum()}
+def wrong(inputs):
+    return inputs.log_probs.mean()
+def before(log_probs, batch, *, old_log_probs):
+    return log_probs.mean(), {}
 """
 
 
@@ -220,6 +222,9 @@ def test_a_loss_of_ones_own_trains_and_a_wrong_one_is_refused_before_the_model_l
     done = run("wrong")
     assert done.code == 2 and "losses.py:wrong': what it returned is a tensor of shape []" in done.err
     assert "model    " not in done.out
+    done = run("before")
+    assert done.code == 2
+    assert "losses.py:before': before(log_probs, batch, old_log_probs) must be before(inputs, *, KEYWORDS)" in done.err
 
 
 @pytest.mark.parametrize("own, expected", [((None, None, None), (3, 0.9, 0.1)), ((0, 1.0, 0.0), (0, 1.0, 0.0))])

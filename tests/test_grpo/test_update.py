@@ -264,16 +264,16 @@ def test_steps_without_a_live_group_have_no_loss_and_five_in_a_row_are_warned_of
 
 def test_a_loss_that_breaks_its_contract_in_the_middle_is_named(config, tmp_path):
     policy = build_policy(trains="adapter")
-    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), loss_fn=lambda x, batch, *, old_log_probs: x.sum())
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), loss_fn=lambda inputs: inputs.log_probs.sum())
     with pytest.raises(ConfigError, match=r"grpo.losses.dapo.*no pair. A loss is called as"):
         update(run, Groups(*draw_completions(policy), []))
 
 
 def test_metrics_of_a_loss_are_means_over_its_tokens_and_never_stand_for_the_updates_own(config, tmp_path):
-    def loss_fn(log_probs, batch, *, old_log_probs):
-        count = batch.loss_mask.sum()
-        stats = {"mine": 3.0 * count, "mine/max": len(batch.tokens), "loss": 7.0, "num_tokens": 1, "entropy": 1e9, "lr": 1e9}
-        return log_probs.sum() / batch.num_completion_tokens, stats
+    def loss_fn(inputs):
+        count = inputs.loss_mask.sum()
+        stats = {"mine": 3.0 * count, "mine/max": len(inputs.loss_mask), "loss": 7.0, "num_tokens": 1, "entropy": 1e9, "lr": 1e9}
+        return inputs.log_probs.sum() / inputs.num_policy_tokens, stats
 
     policy = build_policy(trains="adapter")
     completions, advantages = draw_completions(policy)
@@ -282,6 +282,21 @@ def test_metrics_of_a_loss_are_means_over_its_tokens_and_never_stand_for_the_upd
     assert metrics["mine"] == pytest.approx(3.0) and metrics["mine/max"] == sum(item.num_tokens for item in completions)
     assert metrics["loss"] < 0 and metrics["entropy"] < 3 and metrics["lr"] == LR
     assert metrics["update/trained_tokens"] == sum(item.num_policy_tokens for item in completions)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_loss_may_use_the_entropy_and_gets_its_gradient(config, tmp_path, share_prompts):
+    policy = build_policy(trains="adapter")
+    move(policy, seed=3, size=0.2)
+    completions, advantages = draw_completions(policy)
+    parameters = policy.trainable_parameters()
+    entropies = torch.stack([entropy for completion in completions for _, entropy in score(policy, completion)])
+    expected = dict(zip(parameters, torch.autograd.grad(entropies.mean(), list(parameters.values()))))
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), share_prompts=share_prompts,
+                   loss_fn=lambda inputs: (inputs.entropy[inputs.loss_mask].sum() / inputs.num_policy_tokens, {}))
+    assert update(run, Groups(completions, advantages, []))["loss"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    for name, gradient in run.optimizer.gradients[0].items():
+        assert float((gradient - expected[name]).norm()) < 3e-4 * float(expected[name].norm()) + 1e-5 * norm(expected), name
 
 
 def test_a_step_is_abandoned_before_its_first_update_and_finished_after_it(config, tmp_path):

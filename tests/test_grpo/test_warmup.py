@@ -103,7 +103,7 @@ def test_the_learning_rate_warms_up_stays_and_falls_over_the_last_part(config):
 def test_demonstrations_are_packed_with_their_completions_trained_on():
     batch = pack_demonstrations([([1, 2], [3]), ([4], [5, 6])])
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6] and batch.cu_seqlens.tolist() == [0, 3, 6]
-    assert batch.tokens[batch.loss_mask].tolist() == [3, 5, 6] and batch.num_completion_tokens == 3
+    assert batch.tokens[batch.loss_mask].tolist() == [3, 5, 6] and batch.num_policy_tokens == 3
 
 
 def test_a_cached_warm_up_gives_the_same_weights_and_history_without_training(config, tmp_path):

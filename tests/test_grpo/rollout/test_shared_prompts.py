@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, minibatches, pack
-from grpo.losses import dapo, dr_grpo, grpo, reduce_stats, token_stats
+from grpo.losses import LossInputs, dapo, dr_grpo, grpo, reduce_stats, token_stats
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 
@@ -46,10 +46,10 @@ def test_a_group_is_its_prompt_once_and_then_its_completions():
     assert shared.tokens[shared.loss_mask].tolist() == [3, 4, 5, 7, 10]  # 8 and 9 are the environment's
     assert shared.advantages[shared.loss_mask].tolist() == [0.5, 0.5, 0.5, -1.0, -1.0]
     assert shared.sampler_log_probs[shared.loss_mask].tolist() == pytest.approx([-0.3, -0.4, -0.5, -0.7, -1.0])
-    assert shared.sequence_ids.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2]
-    assert shared.sequence_lengths.tolist() == [0, 3, 2]
+    assert shared.sequence_ids.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert shared.sequence_lengths.tolist() == [3, 2]
     assert shared.token_index.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10]  # in [1 2 3 4 5] [1 2 7 8 9 10]
-    assert (shared.num_completion_tokens, shared.num_sequences) == (5, 2)
+    assert (shared.num_policy_tokens, shared.num_sequences, shared.num_prompts) == (5, 2, 1)
 
 
 def test_a_lone_completion_continues_its_prompt_too_so_that_no_split_changes_its_rounding():
@@ -94,7 +94,8 @@ def test_minibatches_hold_the_same_completions_with_and_without_sharing():
     for part in minibatches(batch, 3, seed=1):
         shared, = micro_batches(part, 100, share_prompts=True)
         assert sorted(shared.tokens[shared.loss_mask].tolist()) == sorted(part.tokens[part.loss_mask].tolist())
-        assert (shared.num_completion_tokens, shared.num_sequences) == (part.num_completion_tokens, part.num_sequences)
+        assert (shared.num_policy_tokens, shared.num_sequences, shared.num_prompts) == (
+            part.num_policy_tokens, part.num_sequences, part.num_prompts)
 
 
 def tiny_model() -> GptOss:
@@ -143,8 +144,9 @@ def step(model, loss_fn, micros):
     for micro in micros:
         log_probs, entropy = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=0.9, mask=micro.loss_mask,
                                              kept=micro.kept, prefixes=micro.prefixes)
-        loss, loss_stats = loss_fn(log_probs, micro, old_log_probs=micro.old_log_probs)
-        stats.append({**token_stats(log_probs, entropy, micro), **loss_stats})
+        inputs = LossInputs.of(micro, log_probs, entropy, old_log_probs=micro.old_log_probs, max_new_tokens=7)
+        loss, loss_stats = loss_fn(inputs)
+        stats.append({**token_stats(inputs), **loss_stats})
         loss.backward()
     return (torch.cat([parameter.grad.flatten() for parameter in model.parameters()]),
             reduce_stats(stats, num_updates=1))
