@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
 from grpo.record.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
 from grpo.record.plots import is_interval
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure
 from grpo.run.policy import (
@@ -45,30 +47,27 @@ RESERVED = re.compile(r"reward|mean_length|clipped_ratio|greedy_accuracy|(avg|pa
 Z95 = 1.959964
 
 
-def evaluate(env, sampler: Sampler, prompts: list[Prompt], *, num_samples: int, temperature: float, greedy: bool,
-             max_new_tokens: int, top_k: int, top_p: float, min_p: float,
+def evaluate(env, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, num_samples: int, greedy: bool,
              should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
              ) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
-    scored, greedy completions first. `num_samples` 0 leaves sampling out; `progress` is told how many of all completions are
-    finished."""
+    scored, greedy completions first. `num_samples` 0 leaves sampling out, greedy=False greedy completions; `progress` is told how
+    many of all completions are finished."""
     metrics: dict[str, float] = {}
     scored: list[tuple[Completion, Score]] = []
     total = len(prompts) * (greedy + num_samples)
 
-    def count_after(num_before: int) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda finished, _: progress(num_before + finished, total)
+    def sample(params: SamplingParams, count: int, *, num_before: int) -> list[Completion]:
+        count_all = None if progress is None else lambda finished, _: progress(num_before + finished, total)
+        return sampler.generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop, progress=count_all)
 
     if greedy:
-        completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=1, max_new_tokens=max_new_tokens,
-                                       temperature=1.0, greedy=True, should_stop=should_stop, progress=count_after(0))
+        completions = sample(replace(params, greedy=True), 1, num_before=0)
         scored = list(zip(completions, score(env, completions)))
         metrics |= _mean_with_interval("greedy_accuracy", _values(scored))
         metrics |= _details(scored, "greedy/")
     if num_samples:
-        completions = sampler.generate(prompts, step=EVAL_STEP, num_samples=num_samples, max_new_tokens=max_new_tokens,
-                                       temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                                       should_stop=should_stop, progress=count_after(len(scored)))
+        completions = sample(params, num_samples, num_before=len(scored))
         sampled = list(zip(completions, score(env, completions)))
         rows = [_values(sampled[i:i + num_samples]) for i in range(0, len(sampled), num_samples)]
         metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows if row])
@@ -159,10 +158,8 @@ def run_evaluation(config: EvaluateConfig) -> int:
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
         prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len,
                                    vocab_size=policy.config.vocab_size)
-        max_new_tokens = min(config.max_new_tokens, policy.config.max_position_embeddings)
-        metrics, _ = evaluate(env, sampler, prompts, num_samples=config.num_samples, temperature=config.temperature,
-                              greedy=config.greedy, max_new_tokens=max_new_tokens, top_k=config.top_k, top_p=config.top_p,
-                              min_p=config.min_p, progress=show_progress("evaluating"))
+        metrics, _ = evaluate(env, sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
+                              greedy=config.greedy, progress=show_progress("evaluating"))
         result = {**what, "num_prompts": len(prompts), **metrics}
         print(clean(results_table(result), sys.stdout.encoding), flush=True)
         if output is not None:

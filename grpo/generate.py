@@ -20,6 +20,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -28,6 +29,7 @@ from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.environment import encode_question, make_environment
 from grpo.launch import FAILED, launch
 from grpo.record.console import clean, print_error
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure
 from grpo.run.policy import (
@@ -133,6 +135,7 @@ class Conversation:
     def __init__(self, config: GenerateConfig, sampler: Sampler, tokenizer: Tokenizer,
                  encode_prompt: Callable[[str], list[int]] | None, chat_settings: dict) -> None:
         self.config, self.sampler, self.tokenizer = config, sampler, tokenizer
+        self.params = replace(SamplingParams.of(config), greedy=config.greedy)
         self.encode_prompt, self.chat_settings = encode_prompt, chat_settings
         self.messages: list[dict] = []
         self.num_asked = 0  # part of the sampling key: a question asked twice is answered anew
@@ -144,9 +147,7 @@ class Conversation:
         prompt = Prompt(self.num_asked, self.render(question), {})
         self.num_asked += 1
         try:
-            for token_id in self.sampler.stream(
-                    prompt, step=GENERATE_STEP, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                    top_k=config.top_k, top_p=config.top_p, min_p=config.min_p, greedy=config.greedy):
+            for token_id in self.sampler.stream(prompt, self.params, step=GENERATE_STEP):
                 ids.append(token_id)
                 view.feed(token_id)
         finally:

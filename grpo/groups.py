@@ -9,12 +9,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
 from grpo.config import TrainConfig
 from grpo.environment import Score, calling, check_lengths, checked_prompts, describe, score
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.chat.tokenizer import Tokenizer
 
@@ -32,6 +33,7 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
     """Samples and scores the groups of one step; `progress` is told how many completions of a round are finished. Raises
     EnvironmentFault, and rollout.Interrupted when should_stop says so."""
     rollout = config.rollout
+    params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
     num_groups = num_dropped = num_unscored = num_errors = 0
@@ -46,9 +48,7 @@ def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: 
                       max_tokens=config.optim.max_tokens)
         started = time.perf_counter()
         completions = sampler.generate(
-            prompts, step=step, num_samples=rollout.group_size, max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature, top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p,
-            records_routing=rollout.replay_routing, should_stop=should_stop, progress=progress)
+            prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
         seconds["time/rollout"] += time.perf_counter() - started
         started = time.perf_counter()
         scores = score(env, completions)

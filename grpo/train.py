@@ -22,6 +22,7 @@ from grpo.launch import PREEMPTED, launch
 from grpo.record.console import print_error
 from grpo.record.metrics import peak_memory_gb
 from grpo.record.wandb_run import end_soon
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
 from grpo.run.failures import describe_failure
 from grpo.run.finish import export_policy, keep_finished_steps, next_commands, resume_command, save
@@ -69,12 +70,9 @@ def evaluate_if_due(run: Run) -> None:
     started = time.perf_counter()
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len,
                                vocab_size=run.policy.config.vocab_size)
-    top_k, top_p, min_p = (trained if own is None else own for own, trained in (
-        (settings.top_k, config.rollout.top_k), (settings.top_p, config.rollout.top_p), (settings.min_p, config.rollout.min_p)))
     result, scored = evaluate(
-        run.env, run.sampler, prompts, num_samples=settings.num_samples, temperature=settings.temperature,
-        greedy=settings.greedy, max_new_tokens=config.rollout.max_new_tokens, top_k=top_k, top_p=top_p, min_p=min_p,
-        should_stop=run.should_stop, progress=run.metrics.progress("evaluating"))
+        run.env, run.sampler, prompts, SamplingParams.of(config.rollout, settings), num_samples=settings.num_samples,
+        greedy=settings.greedy, should_stop=run.should_stop, progress=run.metrics.progress("evaluating"))
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
     run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="eval")
                                            for completion, score in scored[:config.log.num_completions]])

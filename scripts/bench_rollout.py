@@ -53,6 +53,7 @@ from rollout_cases import (
 from timing import copy_gb_per_s, product_tflops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grpo.rollout.sampling import SamplingParams  # noqa: E402
 from grpo.rollout.session import Sampler  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 
@@ -98,7 +99,7 @@ def decode_case(policy, batch: int, prompt_len: int, ceilings: Ceilings) -> dict
     prompts = random_prompts(policy, [prompt_len] * batch, seed=batch)
 
     def rollout(count: int, step: int):
-        return sampler.generate(prompts, step=step, num_samples=1, max_new_tokens=count, temperature=1.0)
+        return sampler.generate(prompts, SamplingParams(max_new_tokens=count), step=step, num_samples=1)
 
     rollout(LONG, 0)  # takes the cache, compiles and captures
     _, short = timed(lambda: rollout(SHORT, 1))
@@ -116,7 +117,7 @@ def decode_case(policy, batch: int, prompt_len: int, ceilings: Ceilings) -> dict
 def prefill_case(policy, batch: int, ceilings: Ceilings) -> dict:
     sampler = Sampler(policy, [], max_batch=batch, seed=0, max_len=PROMPT_LEN + 1)
     prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
-    run = lambda: sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=1, temperature=1.0)  # noqa: E731
+    run = lambda: sampler.generate(prompts, SamplingParams(max_new_tokens=1), step=0, num_samples=1)  # noqa: E731
     run()
     _, seconds = timed(run)
     sampler.rest()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,6 +29,7 @@ import kernels.head.draw  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.environment import make_environment  # noqa: E402
+from grpo.rollout.sampling import SamplingParams, choose  # noqa: E402
 from grpo.rollout.session import Sampler, filtered_log_probs  # noqa: E402
 from grpo.run.checkpoint import load_run  # noqa: E402
 from grpo.run.policy import build_model, load_parameters  # noqa: E402
@@ -48,24 +49,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass
 class Settings:
     num_samples: int
-    max_new_tokens: int
+    params: SamplingParams
     max_batch: int
     max_tokens: int  # of a micro-batch
-    temperature: float
     shares_prompts: bool
     seed: int
     step: int = 0
     stop_ids: list[int] = field(default_factory=list)
-    filters: dict[str, float] = field(default_factory=dict)  # top_k, top_p, min_p, where one is on
-    records_routing: bool = False
 
 
 def trainer_log_probs(model: GptOss, micro: RolloutBatch, settings: Settings) -> torch.Tensor:
     """[T] fp32, by the forward that a step trains with."""
     routing = make_replay(micro)
     with torch.set_grad_enabled(bool(model.trainable_parameters())):
-        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.temperature, mask=micro.host_mask,
-                                       kept=micro.kept, prefixes=micro.prefixes, routing=routing)
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.params.temperature,
+                                       mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes, routing=routing)
     return log_probs.detach()
 
 
@@ -106,10 +104,10 @@ def run_trainer(model: GptOss, batch: RolloutBatch, settings: Settings, recorder
 
 def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The log-probs [B] that the sampler records where it draws `tokens` [B]: its own functions, with the draw made for them."""
-    if can_decode_by_graph(model) and not settings.filters and not settings.records_routing:
+    if can_decode_by_graph(model) and settings.params.plain is not None and not settings.params.records_routing:
         words = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
         with patch.object(kernels.head.draw, "draw_tokens", lambda *_, **__: tokens):
-            return model.draw(hidden, words, temperature=settings.temperature)[1]
+            return model.draw(hidden, words, temperature=settings.params.temperature)[1]
     keys = torch.zeros(len(tokens), 5, dtype=torch.int64, device=model.device)
     keys[:, 0] = tokens
 
@@ -117,10 +115,10 @@ def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor,
         return torch.zeros(len(keys), vocab_size, device=keys.device).scatter_(1, keys[:, :1], torch.inf)
 
     with patch.object(grpo.rollout.sampling, "gumbel_noise", certain):
-        result = grpo.rollout.sampling.draw(model.head(hidden), keys, temperature=settings.temperature, **settings.filters)
+        result = choose(model.head(hidden), keys, settings.params)
     if result.kept_ids is None:
         return result.log_probs
-    return filtered_log_probs(model, hidden, result, temperature=settings.temperature)
+    return filtered_log_probs(model, hidden, result, temperature=settings.params.temperature)
 
 
 @torch.no_grad()
@@ -229,9 +227,7 @@ def check(model: GptOss, prompts: list[Prompt], settings: Settings) -> int:
     """Samples, compares, explains and prints. Returns the exit code."""
     sampler = Sampler(model, settings.stop_ids, max_batch=settings.max_batch, seed=settings.seed,
                       shares_prompts=settings.shares_prompts)
-    completions = sampler.generate(
-        prompts, step=settings.step, num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature, records_routing=settings.records_routing, **settings.filters)
+    completions = sampler.generate(prompts, settings.params, step=settings.step, num_samples=settings.num_samples)
     batch = pack(completions, [0.0] * len(completions)).to(model.device)
     places, worst = differing_tokens(model, batch, settings)
     what = f"{batch.num_policy_tokens} tokens of {len(completions)} completions"
@@ -274,8 +270,9 @@ def random_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Se
     largest = min(model.config.vocab_size, MAX_TOKEN)
     prompts = [Prompt(i, torch.randint(0, largest, (length,), generator=generator).tolist(), {})
                for i, length in enumerate(arguments.prompt_lens)]
-    return model, prompts, Settings(arguments.num_samples, arguments.max_new_tokens, arguments.max_batch, arguments.max_tokens,
-                                    arguments.temperature, arguments.shares_prompts, arguments.seed)
+    return model, prompts, Settings(
+        arguments.num_samples, SamplingParams(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature),
+        arguments.max_batch, arguments.max_tokens, arguments.shares_prompts, arguments.seed)
 
 
 def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Settings]:
@@ -292,11 +289,9 @@ def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Setti
     step = 0 if state is None else state.step
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
     prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=0)
-    filters = {"top_k": rollout.top_k, "top_p": rollout.top_p, "min_p": rollout.min_p}
-    is_filtered = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
-    return model, prompts, Settings(
-        rollout.group_size, rollout.max_new_tokens, rollout.max_batch, config.optim.max_tokens, rollout.temperature,
-        config.optim.share_prompts, config.seed, step, tokenizer.stop_ids, filters if is_filtered else {}, rollout.replay_routing)
+    params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
+    return model, prompts, Settings(rollout.group_size, params, rollout.max_batch, config.optim.max_tokens,
+                                    config.optim.share_prompts, config.seed, step, tokenizer.stop_ids)
 
 
 def main() -> int:

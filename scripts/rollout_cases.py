@@ -17,6 +17,7 @@ from bench_train import load_policy, set_memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, micro_batches, pack  # noqa: E402
 from grpo.optim import Optimizer  # noqa: E402
+from grpo.rollout.sampling import SamplingParams  # noqa: E402
 from grpo.rollout.session import Sampler  # noqa: E402
 from grpo.update import routing_metrics  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
@@ -102,8 +103,8 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
         nonlocal num_preemptions
         sampler = Sampler(policy, stop_ids, max_batch=rows, seed=0, max_len=prompt_lens[1] + max_new_tokens,
                           shares_prompts=shares_prompts, cache_gb=cache_gb)
-        completions = sampler.generate(some, step=0, num_samples=1, max_new_tokens=num_tokens, temperature=1.0,
-                                       records_routing=records)
+        completions = sampler.generate(some, SamplingParams(max_new_tokens=num_tokens, records_routing=records), step=0,
+                                       num_samples=1)
         sampler.rest()
         num_preemptions = sampler.last_stats.num_preemptions
         return completions
@@ -184,8 +185,8 @@ def grpo_step_case(policy: GptOss, *, prompts: int, group: int, prompt_len: int,
     def step(index: int) -> dict:
         asked = random_prompts(policy, [prompt_len] * prompts, seed=index)
         with PrefillClock(policy) as clock:
-            completions, rollout = timed(lambda: sampler.generate(asked, step=index, num_samples=group, max_new_tokens=length,
-                                                                  temperature=1.0))
+            completions, rollout = timed(lambda: sampler.generate(asked, SamplingParams(max_new_tokens=length), step=index,
+                                                                  num_samples=group))
         _, handover = timed(sampler.rest)
         update = train_on(policy, optimizer, completions, micro_tokens=micro_tokens)
         total = rollout + handover + update["forward_backward_s"] + update["optimizer_s"]
@@ -237,8 +238,8 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
     sampler = Sampler(policy, [], max_batch=64, seed=0, max_len=prompt_len + length, shares_prompts=True)
 
     def sample(step: int, prompt_len: int, length: int) -> list[Completion]:
-        completions = sampler.generate(random_prompts(policy, [prompt_len], seed=step), step=step, num_samples=group,
-                                       max_new_tokens=length, temperature=1.0)
+        completions = sampler.generate(random_prompts(policy, [prompt_len], seed=step), SamplingParams(max_new_tokens=length),
+                                       step=step, num_samples=group)
         sampler.rest()
         return completions
 
@@ -275,8 +276,8 @@ def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 40
     def sample(cache_gb: float | None) -> tuple[list[Completion], float, Sampler]:
         sampler = Sampler(policy, stop_ids, max_batch=max_batch, seed=0, max_len=prompt_lens[1] + max_new_tokens,
                           shares_prompts=True, cache_gb=cache_gb)
-        completions, seconds = timed(lambda: sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=max_new_tokens,
-                                                              temperature=1.0))
+        completions, seconds = timed(lambda: sampler.generate(prompts, SamplingParams(max_new_tokens=max_new_tokens), step=0,
+                                                              num_samples=1))
         sampler.rest()
         return completions, seconds, sampler
 
@@ -315,8 +316,8 @@ def start_up_case(checkpoint: Path, *, lora: str, imports_s: float, group: int =
     optimizer = make_optimizer(policy)
     sampler = Sampler(policy, [], max_batch=group, seed=0, max_len=prompt_len + length, shares_prompts=True)
     prompts = random_prompts(policy, [prompt_len], seed=0)
-    completions, rollout = timed(lambda: sampler.generate(prompts, step=0, num_samples=group, max_new_tokens=length,
-                                                          temperature=1.0))
+    completions, rollout = timed(lambda: sampler.generate(prompts, SamplingParams(max_new_tokens=length), step=0,
+                                                          num_samples=group))
     sampler.rest()
     _, update = timed(lambda: train_on(policy, optimizer, completions, micro_tokens=MICRO_TOKENS))
     return {"seconds": round(imports_s + load + rollout + update, 2), "imports_s": round(imports_s, 2), "load_s": round(load, 2),

@@ -1,4 +1,5 @@
-"""Logits to tokens, and the log-prob of each token under the distribution it was really drawn from.
+"""How completions are drawn: the parameters, and logits to tokens, each with its log-prob under the distribution that it was
+really drawn from.
 
 A draw is the Gumbel-max trick: token = argmax(logits / temperature + noise). The noise is a pure integer hash of
 (seed, step, prompt id, sample, position) and the vocabulary id, so a draw needs no generator state: it does not
@@ -24,10 +25,52 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.config import EvalConfig, EvaluateConfig, GenerateConfig, RolloutConfig
+from models.decoder import PlainDraw
 from models.draw_key import key_words
 
 # Rows are handled in blocks of at most this many logits, which bounds the temporaries (4 bytes per element each).
 _MAX_BLOCK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the completions of a rollout are drawn. The defaults are the model's own distribution. A value out of range raises
+    ValueError that names it."""
+
+    max_new_tokens: int  # most tokens after the prompt
+    temperature: float = 1.0
+    top_k: int = 0  # the number of tokens to keep; 0 is off
+    top_p: float = 1.0  # 1 is off
+    min_p: float = 0.0  # 0 is off
+    greedy: bool = False  # the most likely token; the four above do not apply, and log-probs are at temperature 1
+    records_routing: bool = False  # segments hold the experts that their tokens went to
+
+    def __post_init__(self) -> None:
+        for name, value, is_allowed, allowed in (
+                ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+                ("temperature", self.temperature, 0 < self.temperature < math.inf, "above 0; greedy takes the likeliest token"),
+                ("top_k", self.top_k, self.top_k >= 0, "at least 0, which is off"),
+                ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),
+                ("min_p", self.min_p, 0 <= self.min_p < 1, "in [0, 1); 0 is off")):
+            if not is_allowed:
+                raise ValueError(f"{name}={value}: must be {allowed}")
+
+    @property
+    def plain(self) -> PlainDraw | None:
+        """How tokens are chosen from the whole vocabulary; None where a filter leaves less."""
+        if self.greedy:
+            return PlainDraw(1.0, True)
+        return None if self.top_k or self.top_p < 1 or self.min_p > 0 else PlainDraw(self.temperature, False)
+
+    @staticmethod
+    def of(node: RolloutConfig | EvaluateConfig | GenerateConfig, evaluation: EvalConfig | None = None) -> "SamplingParams":
+        """Those of a part of the configuration; with `evaluation`, what a run's evaluations set for themselves goes before."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        values = {name: getattr(node, name) for name in names}
+        if evaluation is not None:
+            values |= {name: value for name in names if (value := getattr(evaluation, name)) is not None}
+        return SamplingParams(max_new_tokens=node.max_new_tokens, **values)
 
 
 @dataclass
@@ -46,6 +89,13 @@ class Draw:
         if self.kept_ids is None or self.kept_counts is None:
             return None
         return list(self.kept_ids.cpu().split(self.kept_counts.tolist()))
+
+
+def choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Draw:
+    """One token per row, as the parameters say; shapes as draw has them."""
+    if params.greedy:
+        return greedy(logits)
+    return draw(logits, keys, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
 
 
 def draw(

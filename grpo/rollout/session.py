@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.rollout.sampling import Draw, draw, greedy
+from grpo.rollout.sampling import Draw, SamplingParams, choose
 from grpo.rollout.schedule import CacheShape, Group, Pieces, Request, Schedule, plan_cache
-from models.decoder import Decoder, NewRow, PlainDraw, Rows, can_decode_by_graph
+from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.draw_key import POSITION
 from models.gpt_oss import GptOss, KeptSets
 from models.routing_record import RoutingRecord, empty_routing
@@ -102,50 +102,30 @@ class Sampler:
     def generate(
         self,
         prompts: list[Prompt],
+        params: SamplingParams,
         *,
         step: int,
         num_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        greedy: bool = False,
-        records_routing: bool = False,
         should_stop: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """`num_samples` completions of every prompt, ordered by prompt (as given), then sample.
 
         A completion ends with a stop token ("stop"), or after max_new_tokens tokens or where its sequence reaches
-        max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py); with `greedy`, the
-        other settings do not apply and log-probs are at temperature 1. With `records_routing` segments hold the experts that
-        their tokens went to; the last token of a completion was not fed to the model and has none. `should_stop` is asked
-        between model calls (a run of decode steps counts as one), and `progress` told how many completions of how many are
-        finished.
+        max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py). Where routing is recorded,
+        the last token of a completion has none: it was not fed to the model. `should_stop` is asked between model calls (a run of
+        decode steps counts as one), and `progress` told how many completions of how many are finished.
 
-        Raises ValueError for a setting out of range, a repeated prompt id, an empty prompt, one that does not fit, or a cache
-        that does not hold one sequence; Interrupted when should_stop says so; FloatingPointError when the model's logits are not
-        finite.
+        Raises ValueError for a repeated prompt id, an empty prompt, one that does not fit, or a cache that does not hold one
+        sequence; Interrupted when should_stop says so; FloatingPointError when the model's logits are not finite.
         """
-        choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: must be at least 1")
         if not prompts:
             self.last_stats = RolloutStats()
             return []
         start = time.perf_counter()
-        rollout = _Rollout(
-            self,
-            prompts,
-            range(num_samples),
-            step=step,
-            max_new_tokens=max_new_tokens,
-            choose=choose,
-            temperature=temperature,
-            records_routing=records_routing,
-            plain=_plain_draw(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy),
-        )
+        rollout = _Rollout(self, prompts, range(num_samples), params, step=step)
         try:
             for _ in rollout.run(should_stop):
                 if progress is not None:
@@ -157,28 +137,12 @@ class Sampler:
         self.last_stats.seconds = time.perf_counter() - start
         return completions
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        step: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        greedy: bool = False,
-        sample: int = 0,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> Iterator[int]:
+    def stream(self, prompt: Prompt, params: SamplingParams, *, step: int, sample: int = 0,
+               should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
         """Yields the token ids of one completion as they are drawn, a final stop token included: the same ids as
         completion `sample` of `generate`. On a GPU they come a few at a time. Raises as `generate` does."""
-        choose = _chooser(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
         start = time.perf_counter()
-        samples = range(sample, sample + 1)
-        plain = _plain_draw(temperature, top_k=top_k, top_p=top_p, min_p=min_p, is_greedy=greedy)
-        rollout = _Rollout(self, [prompt], samples, step=step, max_new_tokens=max_new_tokens, choose=choose,
-                           temperature=temperature, plain=plain)
+        rollout = _Rollout(self, [prompt], range(sample, sample + 1), params, step=step)
         request, num_yielded = rollout.requests[0], 0
         try:
             for _ in rollout.run(should_stop):
@@ -238,24 +202,19 @@ class _Rollout:
         sampler: Sampler,
         prompts: list[Prompt],
         samples: range,
+        params: SamplingParams,
         *,
         step: int,
-        max_new_tokens: int,
-        choose: Callable[[Tensor, Tensor], Draw],
-        temperature: float,
-        plain: PlainDraw | None,  # of draws from the whole vocabulary, None where something else chooses
-        records_routing: bool = False,
     ) -> None:
-        _check_prompts(prompts, max_len=sampler.max_len, max_new_tokens=max_new_tokens)
-        self.model, self.prompts, self.samples = sampler.model, prompts, samples
-        self.choose, self.temperature = choose, temperature
+        _check_prompts(prompts, max_len=sampler.max_len)
+        self.model, self.prompts, self.samples, self.params = sampler.model, prompts, samples, params
         self.max_prefill_tokens, self.shares_prompts = sampler.max_prefill_tokens, sampler.shares_prompts
         self.device = device = sampler.model.device
         self.requests: list[Request] = []
         place = 0
         for index, prompt in enumerate(prompts):
             length = len(prompt.token_ids)
-            limit = min(max_new_tokens, sampler.max_len - length)
+            limit = min(params.max_new_tokens, sampler.max_len - length)
             for _ in samples:
                 self.requests.append(Request(len(self.requests), index, length, limit, place))
                 place += limit
@@ -266,17 +225,17 @@ class _Rollout:
         self.kept: list[list[Tensor]] | None = None  # per completion and drawn token; None without filters
         self.routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
         self.prompt_routing: dict[int, Tensor] = {}  # [tokens, L, A] on the host, by index of the prompt
-        if records_routing:
+        if params.records_routing:
             self.routing = empty_routing(num_items * capacity, self.model.config, "cpu").unflatten(0, (num_items, capacity))
         # taken last: what was checked before must not cost the sampler its decoder
         self.decoder, num_rows = sampler.take_decoder(self.requests)
         self.cache = self.decoder.cache
         self.has_graphs = can_decode_by_graph(self.model)
-        self.plain = plain if self.has_graphs else None  # None: the host draws
-        self.has_whole_steps = self.plain is not None and not records_routing
+        self.plain = params.plain if self.has_graphs else None  # None: the host draws
+        self.has_whole_steps = self.plain is not None and not params.records_routing
         # else a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
         self.look_steps = LOOK_STEPS if self.has_whole_steps else 1
-        if sampler.look_steps is not None and plain is not None and not records_routing:
+        if sampler.look_steps is not None and params.plain is not None and not params.records_routing:
             self.look_steps = sampler.look_steps
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), prompts[index].id))
         groups = [Group(index, len(prompts[index].token_ids), self.requests[index * width:(index + 1) * width])
@@ -439,14 +398,14 @@ class _Rollout:
             return self.decoder.plain_draw(self.plain)(hidden, rows)
         keys = self.key_table[rows.items]
         keys[:, POSITION] = rows.positions + 1
-        result = self.choose(self.model.head(hidden), keys)
+        result = choose(self.model.head(hidden), keys, self.params)
         if result.kept_ids is None:
             return result.tokens, result.log_probs
         if self.kept is None:
             self.kept = [[] for _ in self.requests]
         for item, ids in zip(rows.items.tolist(), result.kept, strict=True):
             self.kept[item].append(ids)
-        return result.tokens, filtered_log_probs(self.model, hidden, result, temperature=self.temperature)
+        return result.tokens, filtered_log_probs(self.model, hidden, result, temperature=self.params.temperature)
 
     def _extend(self, item: int, token_ids: list[int]) -> None:
         """Appends an environment's tokens to a live completion, which then goes on sampling after them.
@@ -517,24 +476,7 @@ def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperatu
     return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
 
 
-def _chooser(
-    *, temperature: float, top_k: int, top_p: float, min_p: float, is_greedy: bool
-) -> Callable[[Tensor, Tensor], Draw]:
-    if is_greedy:
-        return lambda logits, keys: greedy(logits)
-    return functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-
-
-def _plain_draw(temperature: float, *, top_k: int, top_p: float, min_p: float, is_greedy: bool) -> PlainDraw | None:
-    """How tokens are chosen from the whole vocabulary; None where a filter leaves less."""
-    if is_greedy:
-        return PlainDraw(1.0, True)
-    return None if top_k or top_p < 1 or min_p > 0 else PlainDraw(temperature, False)
-
-
-def _check_prompts(prompts: list[Prompt], *, max_len: int, max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+def _check_prompts(prompts: list[Prompt], *, max_len: int) -> None:
     seen = set()
     for prompt in prompts:
         if prompt.id in seen:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo.batch import Prompt
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.schedule import Group, Request, Schedule
 from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
@@ -37,8 +38,8 @@ def sample(model, prompts, *, cache_gb=None, max_batch=64, max_prefill_tokens=16
     sampler = Sampler(model, stop_ids, max_batch=max_batch, seed=7, shares_prompts=shares_prompts, cache_gb=cache_gb,
                       max_prefill_tokens=max_prefill_tokens)
     sampler.look_steps = look_steps
-    completions = sampler.generate(prompts, step=3, num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=1.0,
-                                   **settings)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=max_new_tokens, **settings), step=3,
+                                   num_samples=num_samples)
     return completions, sampler.last_stats
 
 

@@ -27,6 +27,7 @@ from grpo.environment import (
 from grpo.evaluate import evaluate
 from grpo.groups import completion_record
 from grpo.rewards.guests import GuestFault
+from grpo.rollout.sampling import SamplingParams
 
 VOCAB = 5
 
@@ -136,9 +137,9 @@ def test_an_evaluations_own_names_win_over_an_environments_metrics():
     names = ("reward", "mean_length", "clipped_ratio", "greedy_accuracy", "avg@1", "time/eval", "greedy/reward")
     metrics = dict.fromkeys((*names, "carries"), 77.0)
     env = SimpleNamespace(score=lambda completions: [Score(1.0, {}, dict(metrics), True) for _ in completions])
-    sampler = SimpleNamespace(generate=lambda prompts, **settings: completions(1))
-    found, _ = evaluate(env, sampler, [completions(1)[0].prompt], num_samples=1, temperature=1.0, greedy=True,
-                        max_new_tokens=5, top_k=0, top_p=1.0, min_p=0.0)
+    sampler = SimpleNamespace(generate=lambda prompts, params, **settings: completions(1))
+    found, _ = evaluate(env, sampler, [completions(1)[0].prompt], SamplingParams(max_new_tokens=5), num_samples=1,
+                        greedy=True)
     assert found["reward"] == found["greedy/reward"] == found["avg@1"] == found["greedy_accuracy"] == 1.0
     assert (found["env/reward"], found["env/avg@1"], found["env/time/eval"], found["carries"]) == (77.0,) * 4
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from grpo.environment import Score
 from grpo.envs.carry import Carry
 from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation, writable_file
 from grpo.launch import load_config
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run
 from grpo.run.policy import build_model, build_tokenizer, parameter_tensors
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 
-SETTINGS = {"num_samples": 4, "temperature": 1.0, "greedy": True, "max_new_tokens": 8, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+PARAMS = SamplingParams(max_new_tokens=8)
+SETTINGS = {"num_samples": 4, "greedy": True}
 
 
 class TableSampler:
@@ -31,10 +34,9 @@ class TableSampler:
     def __init__(self, sampled: list[list[object]], greedy: list[object]) -> None:
         self.sampled, self.greedy, self.calls = sampled, greedy, []
 
-    def generate(self, prompts, *, step, num_samples, max_new_tokens, temperature, top_k=0, top_p=1.0, min_p=0.0, greedy=False,
-                 should_stop=None, progress=None):
-        self.calls.append({"step": step, "temperature": temperature, "top_p": top_p, "greedy": greedy})
-        table = [[verdict] for verdict in self.greedy] if greedy else self.sampled
+    def generate(self, prompts, params, *, step, num_samples, should_stop=None, progress=None):
+        self.calls.append((step, params))
+        table = [[verdict] for verdict in self.greedy] if params.greedy else self.sampled
         return [Completion(prompt, sample, [Segment(prompt.token_ids, "prompt"), Segment([7] * (sample + 1), "policy")],
                            "length" if sample == 3 else "stop", reward_parts={"verdict": table[prompt.id][sample]})
                 for prompt in prompts for sample in range(num_samples)]
@@ -100,7 +102,7 @@ def test_pass_at_k_of_two_correct_in_five_draws_of_three():
 
 def test_accuracies_and_intervals_are_those_worked_out_by_hand():
     sampler = TableSampler([[True, False, False, False], [True] * 4, [False] * 4], [True, True, False])
-    metrics, _ = evaluate(TableEnv(), sampler, prompts_of(3), **SETTINGS)
+    metrics, _ = evaluate(TableEnv(), sampler, prompts_of(3), PARAMS, **SETTINGS)
     assert metrics["greedy_accuracy"] == pytest.approx(2 / 3)
     # Wilson: 1.959964 / (1 + 3.841459/3) * sqrt(2/9/3 + 3.841459/36) = 0.859450 * 0.425184
     assert metrics["greedy_accuracy/ci95"] == pytest.approx(0.365424, abs=2e-6)
@@ -115,7 +117,7 @@ def test_accuracies_and_intervals_are_those_worked_out_by_hand():
 
 def test_lengths_cuts_and_the_metrics_of_the_environment_are_averaged():
     sampler = TableSampler([[True, False, False, False], [True] * 4], [True, False])
-    metrics, _ = evaluate(TableEnv(), sampler, prompts_of(2), **SETTINGS)
+    metrics, _ = evaluate(TableEnv(), sampler, prompts_of(2), PARAMS, **SETTINGS)
     assert metrics["mean_length"] == 2.5 and metrics["greedy/mean_length"] == 1  # tokens: 1, 2, 3, 4 of each prompt
     assert metrics["clipped_ratio"] == 0.25 and metrics["greedy/clipped_ratio"] == 0
     assert metrics["reward"] == 5 / 8 and metrics["greedy/reward"] == 0.5
@@ -123,7 +125,7 @@ def test_lengths_cuts_and_the_metrics_of_the_environment_are_averaged():
 
 
 def test_rewards_stand_for_correctness_where_the_environment_does_not_judge_it():
-    metrics, _ = evaluate(TableEnv(), TableSampler([[0.5, 1.5, 0.0, None]], [0.25]), prompts_of(1), **SETTINGS)
+    metrics, _ = evaluate(TableEnv(), TableSampler([[0.5, 1.5, 0.0, None]], [0.25]), prompts_of(1), PARAMS, **SETTINGS)
     assert metrics["avg@4"] == pytest.approx(2 / 3)  # of three: the one without a reward was not scored
     assert metrics["unscored"] == 1
     assert metrics["pass@2"] == pytest.approx(2 / 3)  # one of three reaches 1
@@ -134,16 +136,16 @@ def test_rewards_stand_for_correctness_where_the_environment_does_not_judge_it()
 @pytest.mark.parametrize("changes, absent", [({"num_samples": 0}, "avg@0"), ({"greedy": False}, "greedy_accuracy")])
 def test_what_is_switched_off_is_neither_sampled_nor_reported(changes, absent):
     sampler = TableSampler([[True] * 4], [True])
-    metrics, scored = evaluate(TableEnv(), sampler, prompts_of(1), **(SETTINGS | changes))
+    metrics, scored = evaluate(TableEnv(), sampler, prompts_of(1), PARAMS, **(SETTINGS | changes))
     assert absent not in metrics and len(sampler.calls) == 1
     assert len(scored) == (4 if "greedy" in changes else 1)
 
 
 def test_the_settings_reach_the_sampler_under_a_step_of_their_own():
     sampler = TableSampler([[True] * 4], [True])
-    evaluate(TableEnv(), sampler, prompts_of(1), **(SETTINGS | {"temperature": 0.7, "top_p": 0.9}))
-    assert sampler.calls == [{"step": -1, "temperature": 1.0, "top_p": 1.0, "greedy": True},
-                             {"step": -1, "temperature": 0.7, "top_p": 0.9, "greedy": False}]
+    params = SamplingParams(max_new_tokens=8, temperature=0.7, top_p=0.9)
+    evaluate(TableEnv(), sampler, prompts_of(1), params, **SETTINGS)
+    assert sampler.calls == [(-1, replace(params, greedy=True)), (-1, params)]
 
 
 def test_no_held_out_prompts_are_the_environment_s_fault(run_dir, capsys, monkeypatch):
@@ -177,25 +179,26 @@ def policy() -> GptOss:
 def test_every_evaluation_draws_the_same_completions(policy):
     prompts = [Prompt(i, [i + 1, 5, 9], {}) for i in range(6)]
     sampler = Sampler(policy, (3,), max_batch=16, seed=4)
-    first = evaluate(FirstTokenEnv(), sampler, prompts, **SETTINGS)
-    trained = sampler.generate(prompts, step=0, num_samples=4, max_new_tokens=8, temperature=1.0)  # a step in between
-    again = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=5, seed=4), prompts, **SETTINGS)
+    first = evaluate(FirstTokenEnv(), sampler, prompts, PARAMS, **SETTINGS)
+    trained = sampler.generate(prompts, SamplingParams(max_new_tokens=8), step=0, num_samples=4)  # a step in between
+    again = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=5, seed=4), prompts, PARAMS, **SETTINGS)
     ids = [[completion.completion_ids for completion, _ in scored] for _, scored in (first, again)]
     assert ids[0] == ids[1] and first[0] == again[0]
     assert len(ids[0]) == 6 + 6 * 4
     assert ids[0][6:] != [completion.completion_ids for completion in trained]
-    other, _ = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=16, seed=5), prompts, **SETTINGS)
+    other, _ = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=16, seed=5), prompts, PARAMS, **SETTINGS)
     assert other["mean_length"] != first[0]["mean_length"] or other["avg@4"] != first[0]["avg@4"]
 
 
 def test_metrics_of_a_model_are_those_of_the_completions_handed_back(policy):
     prompts = [Prompt(i, [i + 1, 5, 9], {}) for i in range(6)]
-    metrics, scored = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=16, seed=4), prompts, **SETTINGS)
+    metrics, scored = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=16, seed=4), prompts, PARAMS, **SETTINGS)
     is_low = [completion.completion_ids[0] < 20 for completion, _ in scored]
     assert metrics["greedy_accuracy"] == pytest.approx(sum(is_low[:6]) / 6)
     assert metrics["avg@4"] == pytest.approx(sum(is_low[6:]) / 24)
     assert [completion.prompt.id for completion, _ in scored] == [*range(6), *(i for i in range(6) for _ in range(4))]
-    greedy, _ = evaluate(FirstTokenEnv(), Sampler(policy, (3,), max_batch=16, seed=9), prompts, **(SETTINGS | {"num_samples": 0}))
+    other = Sampler(policy, (3,), max_batch=16, seed=9)
+    greedy, _ = evaluate(FirstTokenEnv(), other, prompts, PARAMS, **(SETTINGS | {"num_samples": 0}))
     assert greedy["greedy_accuracy"] == metrics["greedy_accuracy"]  # no randomness in it
 
 

@@ -25,6 +25,7 @@ from grpo.generate import (
     run_generation,
 )
 from grpo.launch import load_config
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run
 from grpo.run.policy import build_model, build_tokenizer, parameter_tensors
@@ -75,7 +76,7 @@ class ScriptedSampler:
     def __init__(self, *completions: list[int]) -> None:
         self.completions, self.prompts = list(completions), []
 
-    def stream(self, prompt: Prompt, **settings):
+    def stream(self, prompt: Prompt, params: SamplingParams, *, step: int):
         self.prompts.append(prompt)
         yield from self.completions.pop(0)
 
@@ -252,8 +253,9 @@ def expected_text(run_dir: Path, question: str, *, step: int, greedy: bool, seed
     chat = load_conversation(load_config("generate", [f"run={run_dir}", f"step={step}"]))
     env = Carry(tokenizer=chat.tokenizer, seed=0, **CARRY_SETTINGS)
     sampler = Sampler(chat.sampler.model, chat.tokenizer.stop_ids, max_batch=4, seed=seed)
-    completion, = sampler.generate([Prompt(0, env.encode_prompt(question), {})], step=GENERATE_STEP, num_samples=1,
-                                   max_new_tokens=20, temperature=0.8, greedy=greedy)
+    completion, = sampler.generate([Prompt(0, env.encode_prompt(question), {})],
+                                   SamplingParams(max_new_tokens=20, temperature=0.8, greedy=greedy), step=GENERATE_STEP,
+                                   num_samples=1)
     capsys.readouterr()
     return shown(chat.tokenizer, completion.completion_ids, capsys)
 
@@ -304,8 +306,8 @@ def test_a_chat_reads_lines_until_control_d(monkeypatch):
 
 def test_control_c_cuts_an_answer_short_and_the_chat_goes_on(compact, monkeypatch, capsys):
     class Interrupting(ScriptedSampler):
-        def stream(self, prompt, **settings):
-            for token_id in super().stream(prompt, **settings):
+        def stream(self, prompt, params, **settings):
+            for token_id in super().stream(prompt, params, **settings):
                 if token_id == -1:
                     raise KeyboardInterrupt
                 yield token_id

@@ -16,6 +16,7 @@ import kernels.linear
 import models.decoder
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.kl import Reference
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.update import make_replay
 from models.formats.hugging_face import load_model
@@ -41,7 +42,7 @@ def sample(device, dtype):
     model = load_model(FIXTURES / "tiny_mxfp4", device=device, dtype=dtype)
     sampler = Sampler(model, [1], max_batch=16, seed=3)
     prompts = [Prompt(i, list(range(5 + i, 12 + 2 * i)), {}) for i in range(4)]
-    completions = sampler.generate(prompts, step=2, num_samples=4, max_new_tokens=20, temperature=0.7)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=20, temperature=0.7), step=2, num_samples=4)
     return model, completions
 
 
@@ -87,7 +88,7 @@ def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
     prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
     # five slots for 18 completions: rows are admitted while others run, and prompts wait
     sampler = Sampler(model, [1], max_batch=5, seed=3, shares_prompts=shares_prompts)
-    completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=150, temperature=0.7), step=2, num_samples=3)
     for max_tokens in (100_000, 300):
         assert_trainers_bits(model, completions, shares_prompts=shares_prompts, max_tokens=max_tokens)
 
@@ -108,7 +109,7 @@ def test_a_pass_of_the_kl_reference_leaves_the_policy_and_its_graphs_as_they_wer
             return model.log_probs(batch.tokens, batch.cu_seqlens, temperature=0.7, mask=batch.host_mask)[0]
 
     for _ in range(2):  # the second rollout replays graphs
-        before = sampler.generate(prompts, step=0, num_samples=4, max_new_tokens=40, temperature=0.7)
+        before = sampler.generate(prompts, SamplingParams(max_new_tokens=40, temperature=0.7), step=0, num_samples=4)
     reference, at_start = Reference.of(model), log_probs_of(before)
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():  # in place, as the optimizer updates
@@ -117,7 +118,7 @@ def test_a_pass_of_the_kl_reference_leaves_the_policy_and_its_graphs_as_they_wer
     with reference.in_place():
         assert torch.equal(log_probs_of(before), at_start)
     assert torch.equal(log_probs_of(before), updated) and not torch.equal(updated, at_start)
-    after = sampler.generate(prompts, step=0, num_samples=4, max_new_tokens=40, temperature=0.7)
+    after = sampler.generate(prompts, SamplingParams(max_new_tokens=40, temperature=0.7), step=0, num_samples=4)
     assert_trainers_bits(model, after, shares_prompts=False)
 
 
@@ -128,7 +129,7 @@ def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeyp
     monkeypatch.setattr(models.decoder, "share_prefixes", lambda *args, **kw: shared.append(original(*args, **kw)) or shared[-1])
     prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
     sampler = Sampler(model, [1], max_batch=24, seed=3, shares_prompts=True)  # fewer than 54: rows come and go in the tiles
-    completions = sampler.generate(prompts, step=2, num_samples=9, max_new_tokens=150, temperature=0.7)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=150, temperature=0.7), step=2, num_samples=9)
     assert_trainers_bits(model, completions, shares_prompts=True)
     assert len({tuple(tiles) for tiles in shared}) > 3 and max(map(len, shared)) > 1
 
@@ -143,7 +144,7 @@ def test_keys_read_by_many_programs_leave_the_trainers_bits(monkeypatch, shares_
     monkeypatch.setattr(models.decoder.Decoder, "_feed", lambda self, rows, record, reading: longest.add(reading.longest)
                         or original(self, rows, record, reading))
     sampler = Sampler(model, [1], max_batch=12, seed=3, shares_prompts=shares_prompts)
-    completions = sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=150, temperature=0.7)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=150, temperature=0.7), step=2, num_samples=3)
     assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
     assert {128, 256} <= longest
 
@@ -162,9 +163,9 @@ def test_the_explanation_of_differences_sees_the_kernels_of_both_paths(monkeypat
         model = adapted_model()
     prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(3)]
     sampler = Sampler(model, [], max_batch=4, seed=3, shares_prompts=shares_prompts)
-    completions = sampler.generate(prompts, step=0, num_samples=2, max_new_tokens=40, temperature=0.7)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=40, temperature=0.7), step=0, num_samples=2)
     batch = pack(completions, [0.0] * len(completions)).to(model.device)
-    settings = Settings(num_samples=2, max_new_tokens=40, max_batch=4, max_tokens=1000, temperature=0.7,
+    settings = Settings(num_samples=2, params=SamplingParams(max_new_tokens=40, temperature=0.7), max_batch=4, max_tokens=1000,
                         shares_prompts=shares_prompts, seed=3)
     position = len(prompts[1].token_ids) + 30
     assert explain(model, completions, batch, settings, index=3, position=position) is None
@@ -181,7 +182,7 @@ def test_a_completion_is_the_same_alone_and_in_any_batch():
     def sampled(prompts, max_batch):
         sampler = Sampler(model, [1], max_batch=max_batch, seed=3)
         return {(c.prompt.id, c.sample): (c.completion_ids, c.segments[1].log_probs) for c in
-                sampler.generate(prompts, step=2, num_samples=4, max_new_tokens=40, temperature=1.0)}
+                sampler.generate(prompts, SamplingParams(max_new_tokens=40), step=2, num_samples=4)}
 
     together = sampled(prompts, 16)
     assert together == sampled(prompts, 3)
@@ -195,7 +196,7 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
 
     def sampled():
         sampler = Sampler(model, [1], max_batch=6, seed=3)  # fewer than completions: rows come and go
-        return sampler.generate(prompts, step=2, num_samples=3, max_new_tokens=40, temperature=0.8, **settings)
+        return sampler.generate(prompts, SamplingParams(max_new_tokens=40, temperature=0.8, **settings), step=2, num_samples=3)
 
     by_graph = sampled()
     monkeypatch.setattr(grpo.rollout.session, "can_decode_by_graph", lambda model: False)
@@ -210,7 +211,7 @@ def test_other_draws_by_graphs_are_those_of_launches_one_by_one(monkeypatch, set
 def test_log_probs_are_the_trainers_bit_for_bit_with_an_adapter_on_the_router():
     model, prompts = adapted_model(["router", "v_proj"]), [Prompt(i, list(range(5 + i, 12 + 90 * i)), {}) for i in range(4)]
     sampler = Sampler(model, [1], max_batch=6, seed=3, shares_prompts=True)
-    completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=150, temperature=0.7)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=150, temperature=0.7), step=0, num_samples=3)
     for max_tokens in (100_000, 500):
         assert_trainers_bits(model, completions, shares_prompts=True, max_tokens=max_tokens)
 
@@ -222,7 +223,7 @@ def test_log_probs_of_a_base_that_trains_are_the_trainers_bit_for_bit_after_ever
     set_full_training(model)
     sampler, before = Sampler(model, [1], max_batch=5, seed=3, shares_prompts=True), None
     for _ in range(2):
-        completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=100, temperature=0.7)
+        completions = sampler.generate(prompts, SamplingParams(max_new_tokens=100, temperature=0.7), step=0, num_samples=3)
         assert sampler._decoder._graphs and contents(completions) != before
         assert_trainers_bits(model, completions, shares_prompts=True, max_tokens=300)
         before = contents(completions)
@@ -236,14 +237,15 @@ def test_log_probs_of_a_base_that_trains_are_the_trainers_bit_for_bit_after_ever
 def test_log_probs_over_kept_sets_and_recorded_experts_are_the_trainers_bit_for_bit(settings):
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
     sampler = Sampler(model, [1], max_batch=6, seed=3, shares_prompts=True)
-    completions = sampler.generate(prompts, step=0, num_samples=3, max_new_tokens=60, temperature=0.7, **settings)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=60, temperature=0.7, **settings), step=0, num_samples=3)
     assert_trainers_bits(model, completions, shares_prompts=True, max_tokens=400)
 
 
 def test_greedy_log_probs_are_the_trainers_bit_for_bit_and_its_tokens_the_most_likely():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(5)]
     sampler = Sampler(model, [1], max_batch=4, seed=3)
-    completions = sampler.generate(prompts, step=0, num_samples=1, max_new_tokens=60, temperature=0.7, greedy=True)
+    completions = sampler.generate(prompts, SamplingParams(max_new_tokens=60, temperature=0.7, greedy=True), step=0,
+                                   num_samples=1)
     assert_trainers_bits(model, completions, shares_prompts=False, temperature=1.0)
     for completion in completions:
         ids = completion.prompt.token_ids + completion.completion_ids
@@ -256,7 +258,7 @@ def test_greedy_log_probs_are_the_trainers_bit_for_bit_and_its_tokens_the_most_l
 def test_an_update_of_the_adapter_shows_in_the_next_rollout():
     model, prompts = adapted_model(), [Prompt(0, [5, 6, 7], {})]
     sampler = Sampler(model, [], max_batch=4, seed=3)
-    sample = partial(sampler.generate, prompts, step=0, num_samples=4, max_new_tokens=20, temperature=1.0)
+    sample = partial(sampler.generate, prompts, SamplingParams(max_new_tokens=20), step=0, num_samples=4)
     before = [c.completion_ids for c in sample()]
     assert before == [c.completion_ids for c in sample()]
     with torch.no_grad():
@@ -274,12 +276,12 @@ def contents(completions):
 def test_preempted_completions_have_the_trainers_log_probs_bit_for_bit(shares_prompts):
     model = adapted_model()
     prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
-    settings = {"step": 2, "num_samples": 3, "max_new_tokens": 150, "temperature": 0.7}
+    params, settings = SamplingParams(max_new_tokens=150, temperature=0.7), {"step": 2, "num_samples": 3}
     make = partial(Sampler, model, [1], max_batch=18, seed=3, shares_prompts=shares_prompts)
-    expected = make().generate(prompts, **settings)
+    expected = make().generate(prompts, params, **settings)
     num_bytes = 18 * slot_bytes(model.config, model.dtype, max_len=256) + 10 * page_bytes(model.config, model.dtype)
     sampler = make(cache_gb=num_bytes / 1e9)
-    completions = sampler.generate(prompts, **settings)
+    completions = sampler.generate(prompts, params, **settings)
     assert sampler.last_stats.num_preemptions > 0 and contents(completions) == contents(expected)
     assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
 
@@ -290,13 +292,13 @@ def test_prompts_and_completions_prefilled_in_pieces_have_the_trainers_log_probs
     model = adapted_model()
     prompts = [Prompt(i, [5 + (7 * k + 3 * i) % 200 for k in range(length)], {})
                for i, length in enumerate([63, 64, 65, 200, 300])]
-    settings = {"step": 2, "num_samples": 3, "max_new_tokens": 150, "temperature": 0.7}
+    params, settings = SamplingParams(max_new_tokens=150, temperature=0.7), {"step": 2, "num_samples": 3}
     make = partial(Sampler, model, [1], max_batch=8, seed=3, shares_prompts=shares_prompts)
-    expected = make().generate(prompts, **settings)
+    expected = make().generate(prompts, params, **settings)
     num_bytes = 9 * slot_bytes(model.config, model.dtype, max_len=512) + 10 * page_bytes(model.config, model.dtype)
     for cache_gb in (None, num_bytes / 1e9):
         sampler = make(max_prefill_tokens=max_prefill_tokens, cache_gb=cache_gb)
-        completions = sampler.generate(prompts, **settings)
+        completions = sampler.generate(prompts, params, **settings)
         assert contents(completions) == contents(expected)
         assert (sampler.last_stats.num_preemptions > 0) == (cache_gb is not None)
     assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
@@ -318,7 +320,7 @@ def test_a_prefill_of_few_tokens_leaves_the_bits_of_others(monkeypatch, bounds):
 def test_steps_between_looks_change_nothing_and_graphs_serve_later_rollouts():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
     sampler = Sampler(model, [1, 7, 30], max_batch=6, seed=3)
-    sample = partial(sampler.generate, prompts, step=2, num_samples=4, max_new_tokens=60, temperature=1.0)
+    sample = partial(sampler.generate, prompts, SamplingParams(max_new_tokens=60), step=2, num_samples=4)
     sampler.look_steps = 1
     expected = contents(sample())
     decoder = sampler._decoder
@@ -337,7 +339,7 @@ def test_steps_between_looks_change_nothing_and_graphs_serve_later_rollouts():
 def test_rest_gives_the_memory_back():
     model, prompts = adapted_model(), [Prompt(0, [5, 6, 7], {})]
     sampler = Sampler(model, [], max_batch=4, seed=3)
-    sample = partial(sampler.generate, prompts, step=0, num_samples=4, max_new_tokens=20, temperature=1.0)
+    sample = partial(sampler.generate, prompts, SamplingParams(max_new_tokens=20), step=0, num_samples=4)
     sizes = []
     for _ in range(4):
         sample()

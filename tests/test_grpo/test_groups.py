@@ -10,6 +10,7 @@ from grpo.environment import EnvironmentFault, Score, check_known_prompts, held_
 from grpo.envs.data_files import DataError
 from grpo.groups import collect, length_metrics, reward_metrics
 from grpo.rewards.functions import RewardError
+from grpo.rollout.sampling import SamplingParams
 
 GROUP = 2
 
@@ -22,8 +23,8 @@ class Sampler:
     def __init__(self, max_len=100):
         self.asked, self.max_len = [], max_len
 
-    def generate(self, prompts, **settings):
-        self.asked.append(([prompt.id for prompt in prompts], settings))
+    def generate(self, prompts, params=None, **settings):
+        self.asked.append(([prompt.id for prompt in prompts], {"params": params} | settings))
         return [Completion(prompt, sample, [Segment([1], "prompt"), Segment([2] * (1 + sample), "policy", [-1.0] * (1 + sample))],
                            "stop" if sample else "length")
                 for prompt in prompts for sample in range(settings["num_samples"])]
@@ -68,8 +69,8 @@ def test_groups_with_a_spread_are_kept_with_their_advantages():
     assert ids == [0, 1, 2]
     settings.pop("should_stop")
     settings.pop("progress")
-    assert settings == {"step": 4, "num_samples": 2, "max_new_tokens": 5, "temperature": 0.9, "top_k": 7, "top_p": 0.8,
-                        "min_p": 0.1, "records_routing": True}
+    params = SamplingParams(max_new_tokens=5, temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, records_routing=True)
+    assert settings == {"step": 4, "num_samples": 2, "params": params}
 
 
 def test_groups_without_a_spread_are_dropped_counted_and_replaced_by_fresh_prompts():

@@ -16,6 +16,7 @@ from grpo.advantages import group_advantages
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.kl import kl_penalty
 from grpo.losses import LossInputs, dapo, dr_grpo, grpo
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -189,7 +190,7 @@ def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
     model, num_groups, group_size = tiny_model(), 5000, 2
     prompts = [Prompt(i, PROMPT, {}) for i in range(num_groups)]
     completions = Sampler(model, [0], max_batch=2 * num_groups, seed=0).generate(
-        prompts, step=0, num_samples=group_size, max_new_tokens=2, temperature=TEMPERATURE)
+        prompts, SamplingParams(max_new_tokens=2, temperature=TEMPERATURE), step=0, num_samples=group_size)
     rewards = [reward(completion.completion_ids) for completion in completions]
     batch = pack(completions, group_advantages(rewards, [completion.prompt.id for completion in completions],
                                                normalize_std=False))

@@ -35,8 +35,8 @@ def test_another_trainer_is_seen(policy, monkeypatch):
     original = rollout_cases.micro_log_probs
     monkeypatch.setattr(rollout_cases, "micro_log_probs", lambda *arguments: original(*arguments) - 0.5)
     sampler = rollout_cases.Sampler(policy, [], max_batch=4, seed=0)
-    completions = sampler.generate(rollout_cases.random_prompts(policy, [5, 9], seed=0), step=0, num_samples=2,
-                                   max_new_tokens=3, temperature=1.0)
+    completions = sampler.generate(rollout_cases.random_prompts(policy, [5, 9], seed=0),
+                                   rollout_cases.SamplingParams(max_new_tokens=3), step=0, num_samples=2)
     found = rollout_cases.compare_log_probs(policy, completions, shares_prompts=True)
     assert found == {"max_log_prob_diff": pytest.approx(0.5, abs=1e-5), "num_differing": 12, "tokens": 12}
 
@@ -46,8 +46,8 @@ def test_prompts_longer_than_a_micro_batch_are_compared(policy, monkeypatch):
 
     monkeypatch.setattr(rollout_cases, "MICRO_TOKENS", 8)
     sampler = rollout_cases.Sampler(policy, [], max_batch=2, seed=0)
-    completions = sampler.generate(rollout_cases.random_prompts(policy, [12, 20], seed=0), step=0, num_samples=1,
-                                   max_new_tokens=3, temperature=1.0)
+    completions = sampler.generate(rollout_cases.random_prompts(policy, [12, 20], seed=0),
+                                   rollout_cases.SamplingParams(max_new_tokens=3), step=0, num_samples=1)
     found = rollout_cases.compare_log_probs(policy, completions, shares_prompts=False)
     assert found["tokens"] == 6 and found["max_log_prob_diff"] < 1e-5
 

@@ -1,16 +1,20 @@
 """scripts/explain_mismatch.py: silent where sampler and trainer agree, and right about where they part."""
 
 
+from dataclasses import replace
+
 import pytest
 import torch
 from paths import FIXTURES, ROOT
 
 import models.keys
 from grpo.batch import Prompt, pack
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.formats.hugging_face import load_model
 from models.lora import LoraConfig, attach_lora
 
+PARAMS = SamplingParams(max_new_tokens=10, temperature=0.7)
 PROMPTS = [Prompt(0, [5, 6, 7, 8], {}), Prompt(1, list(range(20, 31)), {})]
 
 
@@ -33,16 +37,14 @@ def adapted_model(folder="tiny_mxfp4"):
 def settings(**changes):
     from explain_mismatch import Settings
 
-    values = {"num_samples": 2, "max_new_tokens": 10, "max_batch": 3, "max_tokens": 100, "temperature": 0.7,
-              "shares_prompts": False, "seed": 3}
+    values = {"num_samples": 2, "params": PARAMS, "max_batch": 3, "max_tokens": 100, "shares_prompts": False, "seed": 3}
     return Settings(**(values | changes))
 
 
 def sample(model, settings):
     sampler = Sampler(model, settings.stop_ids, max_batch=settings.max_batch, seed=settings.seed,
                       shares_prompts=settings.shares_prompts)
-    completions = sampler.generate(PROMPTS, step=0, num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens,
-                                   temperature=settings.temperature, **settings.filters)
+    completions = sampler.generate(PROMPTS, settings.params, step=0, num_samples=settings.num_samples)
     return completions, pack(completions, [0.0] * len(completions))
 
 
@@ -55,7 +57,7 @@ def test_a_checkpoint_whose_paths_agree_shows_no_difference(entry_points, folder
     assert done.out.startswith("no difference: the log-probs of 48 tokens of 4 completions"), done.out
 
 
-@pytest.mark.parametrize("changes", [{}, {"shares_prompts": True}, {"filters": {"top_k": 5}}])
+@pytest.mark.parametrize("changes", [{}, {"shares_prompts": True}, {"params": replace(PARAMS, top_k=5)}])
 @pytest.mark.parametrize("index", [0, 2, 3])
 def test_every_operation_of_a_token_is_seen_on_both_paths(scripts, changes, index):
     from explain_mismatch import Recorder, compare, run_sampler, run_trainer

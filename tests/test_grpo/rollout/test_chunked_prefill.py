@@ -3,6 +3,7 @@
 import pytest
 from rollout_problem import assert_equal, gigabytes, items, make_config, make_prompts, make_schedule, sample
 
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.schedule import Schedule
 from grpo.rollout.session import Interrupted, Sampler
 from models.gpt_oss import GptOss
@@ -97,11 +98,11 @@ def test_should_stop_is_asked_between_pieces(model):
         return len(asked) == 3
 
     sampler, prompts = Sampler(model, (), max_batch=4, seed=7, max_prefill_tokens=64), make_prompts([300])
-    settings = {"step": 3, "num_samples": 1, "max_new_tokens": 12, "temperature": 1.0}
+    params, settings = SamplingParams(max_new_tokens=12), {"step": 3, "num_samples": 1}
     with pytest.raises(Interrupted, match=r"while sampling \(0 of 1 completions were finished\)"):
-        sampler.generate(prompts, should_stop=stop_at_the_third_question, **settings)
+        sampler.generate(prompts, params, should_stop=stop_at_the_third_question, **settings)
     assert sampler._decoder.cache.num_free_pages < sampler._decoder.cache.num_pages  # two pieces are in
-    assert_equal(sampler.generate(prompts, **settings), sample(model, prompts)[0])
+    assert_equal(sampler.generate(prompts, params, **settings), sample(model, prompts)[0])
 
 
 def admit(schedule: Schedule) -> list[int]:

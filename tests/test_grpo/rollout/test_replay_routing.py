@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
-from grpo.rollout.sampling import draw
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler, _Rollout
 from grpo.update import routing_metrics
 from models.config import GptOssConfig
@@ -35,7 +35,7 @@ def prompts(count=3):
 
 def sample(model, *, max_batch, **settings):
     return Sampler(model, (3, 17), max_batch=max_batch, seed=7).generate(
-        prompts(), step=3, num_samples=4, max_new_tokens=20, temperature=1.0, **settings)
+        prompts(), SamplingParams(max_new_tokens=20, **settings), step=3, num_samples=4)
 
 
 def routing_of(completion) -> torch.Tensor:
@@ -80,9 +80,8 @@ def test_recording_changes_no_completion_and_is_off_unless_asked_for(model):
 
 
 def test_tokens_of_an_environment_are_recorded_as_they_are_fed(model):
-    rollout = _Rollout(Sampler(model, (), max_batch=4, seed=7), prompts(2), range(2), step=3, max_new_tokens=20,
-                       choose=lambda logits, keys: draw(logits, keys, temperature=1.0), temperature=1.0, plain=None,
-                       records_routing=True)
+    rollout = _Rollout(Sampler(model, (), max_batch=4, seed=7), prompts(2), range(2),
+                       SamplingParams(max_new_tokens=20, records_routing=True), step=3)
     for call, _ in enumerate(rollout.run(None)):
         if call == 4:
             rollout._extend(2, [30, 31, 32])

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo.rollout.sampling import Draw, draw, greedy, gumbel_noise
+from grpo.config import EvalConfig, RolloutConfig
+from grpo.rollout.sampling import Draw, SamplingParams, draw, greedy, gumbel_noise
 from kernels.head.sampling import draw_tokens_reference, gumbel_noise_reference
 from models.draw_key import key_words
 
@@ -213,3 +214,17 @@ def test_greedy_takes_the_largest_logit_with_its_log_prob_at_temperature_one():
 def test_kept_ids_split_into_rows_by_count_and_can_be_empty_lists_between_others():
     result = Draw(torch.zeros(3), torch.zeros(3), torch.tensor([4, 5, 6]), torch.tensor([2, 0, 1]))
     assert lists(result.kept) == [[4, 5], [], [6]]
+
+
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", 0.0), ("temperature", math.inf), ("top_k", -1),
+                                         ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.0)])
+def test_a_parameter_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}: must be"):
+        SamplingParams(**({"max_new_tokens": 1} | {name: value}))
+
+
+def test_evaluations_of_a_run_take_the_rollouts_parameters_where_they_set_none():
+    rollout = RolloutConfig(max_new_tokens=9, temperature=0.9, top_k=5, top_p=0.8, min_p=0.1)
+    evaluation = EvalConfig(temperature=0.6, top_k=0, min_p=0.2)
+    assert SamplingParams.of(rollout) == SamplingParams(max_new_tokens=9, temperature=0.9, top_k=5, top_p=0.8, min_p=0.1)
+    assert SamplingParams.of(rollout, evaluation) == SamplingParams(max_new_tokens=9, temperature=0.6, top_p=0.8, min_p=0.2)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from rollout_problem import MAX_LEN, assert_equal, gigabytes, items, make_config, make_prompts, make_schedule, sample
 
-from grpo.rollout.sampling import draw
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.schedule import Request, Schedule, plan_cache
 from grpo.rollout.session import Sampler, _Rollout
-from models.decoder import PlainDraw
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
@@ -141,7 +140,7 @@ def test_members_of_a_group_share_their_prompts_pages_and_write_into_their_own(m
     completions, _ = sample(model, prompts, num_samples=3, max_new_tokens=15)
     lone = Sampler(model, (), max_batch=1, seed=7)
     for completion in completions:
-        tokens = lone.stream(completion.prompt, step=3, sample=completion.sample, max_new_tokens=15, temperature=1.0)
+        tokens = lone.stream(completion.prompt, SamplingParams(max_new_tokens=15), step=3, sample=completion.sample)
         assert completion.completion_ids == list(tokens)
 
 
@@ -206,25 +205,25 @@ def test_the_longest_prompts_are_admitted_first(model, monkeypatch):
 
 def test_a_later_rollout_takes_the_cache_that_suffices_and_rest_gives_it_back(model):
     sampler = Sampler(model, (), max_batch=4, seed=7)
-    settings = {"step": 0, "num_samples": 2, "temperature": 1.0}
+    settings, params = {"step": 0, "num_samples": 2}, SamplingParams(max_new_tokens=20)
     prompts = make_prompts([20, 30])
-    first = sampler.generate(prompts, max_new_tokens=20, **settings)
+    first = sampler.generate(prompts, params, **settings)
     decoder = sampler._decoder
-    assert_equal(sampler.generate(prompts, max_new_tokens=20, **settings), first)
+    assert_equal(sampler.generate(prompts, params, **settings), first)
     assert sampler._decoder is decoder
-    sampler.generate(prompts, max_new_tokens=100, **settings)  # more tokens than its buffers hold
+    sampler.generate(prompts, SamplingParams(max_new_tokens=100), **settings)  # more tokens than its buffers hold
     assert sampler._decoder is not decoder
     sampler.rest()
     assert sampler._decoder is None
-    assert_equal(sampler.generate(prompts, max_new_tokens=20, **settings), first)
+    assert_equal(sampler.generate(prompts, params, **settings), first)
 
 
 def test_a_stream_that_is_left_open_keeps_its_rows_to_itself(model):
     sampler, prompts = Sampler(model, (), max_batch=4, seed=7), make_prompts([20, 30])
-    alone = list(sampler.stream(prompts[0], step=0, max_new_tokens=20, temperature=1.0))
-    stream = sampler.stream(prompts[0], step=0, max_new_tokens=20, temperature=1.0)
+    alone = list(sampler.stream(prompts[0], SamplingParams(max_new_tokens=20), step=0))
+    stream = sampler.stream(prompts[0], SamplingParams(max_new_tokens=20), step=0)
     tokens = [next(stream) for _ in range(5)]
-    sampler.generate(prompts, step=1, num_samples=2, max_new_tokens=20, temperature=1.0)
+    sampler.generate(prompts, SamplingParams(max_new_tokens=20), step=1, num_samples=2)
     assert tokens + list(stream) == alone
 
 
@@ -232,8 +231,7 @@ def test_a_preempted_completion_keeps_the_tokens_of_its_environment(model):
     """They are part of what is prefilled again."""
     def extended(cache_gb):
         sampler = Sampler(model, (), max_batch=4, seed=7, cache_gb=cache_gb)
-        rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), step=3, max_new_tokens=90,
-                           choose=partial(draw, temperature=1.0), temperature=1.0, plain=PlainDraw(1.0, False))
+        rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), SamplingParams(max_new_tokens=90), step=3)
         for _ in rollout.run(None):
             if rollout.requests[1].num_new == 4 and not rollout.env_columns[1]:
                 rollout._extend(1, [30, 31, 32])

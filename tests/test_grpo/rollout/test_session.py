@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.batch import Prompt, pack
-from grpo.rollout.sampling import draw
+from grpo.rollout.sampling import SamplingParams, draw
 from grpo.rollout.session import Interrupted, Sampler, _Rollout
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -59,7 +59,8 @@ def generate(
 ):
     sampler = Sampler(model, stop_ids, max_batch=max_batch, seed=seed, max_prefill_tokens=max_prefill_tokens)
     completions = sampler.generate(
-        prompts, step=step, num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature, **settings
+        prompts, SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, **settings), step=step,
+        num_samples=num_samples,
     )
     return completions, sampler.last_stats
 
@@ -235,9 +236,8 @@ def test_a_stop_token_at_the_length_limit_counts_as_stop(model):
 
 def test_max_len_ends_a_completion_where_the_sequence_is_full(model):
     prompts = make_prompts(2, lengths=(10, 10)) + [Prompt(id=9, token_ids=[1] * 15, row={})]
-    completions = Sampler(model, NO_STOP, max_batch=4, seed=7, max_len=16).generate(
-        prompts, step=3, num_samples=1, max_new_tokens=20, temperature=1.0
-    )
+    completions = Sampler(model, NO_STOP, max_batch=4, seed=7, max_len=16).generate(prompts, SamplingParams(max_new_tokens=20),
+                                                                                    step=3, num_samples=1)
     assert [len(c.completion_ids) for c in completions] == [6, 6, 1]
     assert {c.finish_reason for c in completions} == {"length"}
     longer, _ = generate(model, prompts)
@@ -277,16 +277,15 @@ def test_stream_yields_the_tokens_of_generate(model, sample):
     prompt = make_prompts(3)[2]
     completions, _ = generate(model, [prompt], num_samples=3, stop_ids=(3, 17), max_new_tokens=30, top_p=0.95)
     sampler = Sampler(model, (3, 17), max_batch=4, seed=7)
-    tokens = sampler.stream(prompt, step=3, sample=sample, max_new_tokens=30, temperature=1.0, top_p=0.95)
+    tokens = sampler.stream(prompt, SamplingParams(max_new_tokens=30, top_p=0.95), step=3, sample=sample)
     assert list(tokens) == completions[sample].completion_ids
     assert sampler.last_stats.prefill_tokens == len(prompt.token_ids)
 
 
 def test_stream_yields_each_token_before_the_next_model_call(model):
     asked = []
-    stream = Sampler(model, NO_STOP, max_batch=1, seed=7).stream(
-        make_prompts(1)[0], step=0, max_new_tokens=5, temperature=1.0, should_stop=lambda: asked.append(1)
-    )
+    stream = Sampler(model, NO_STOP, max_batch=1, seed=7).stream(make_prompts(1)[0], SamplingParams(max_new_tokens=5), step=0,
+                                                                 should_stop=lambda: asked.append(1))
     next(stream)
     assert len(asked) == 1
     next(stream)
@@ -302,11 +301,11 @@ def test_should_stop_ends_the_rollout_with_interrupted_and_the_next_one_is_unaff
         asked.append(1)
         return len(asked) == 5
 
-    settings = {"step": 3, "num_samples": 2, "max_new_tokens": 20, "temperature": 1.0}
+    params, settings = SamplingParams(max_new_tokens=20), {"step": 3, "num_samples": 2}
     with pytest.raises(Interrupted, match=r"while sampling \(0 of 8 completions were finished\)"):
-        sampler.generate(prompts, should_stop=stop_at_the_fifth_question, **settings)
+        sampler.generate(prompts, params, should_stop=stop_at_the_fifth_question, **settings)
     assert len(asked) == 5
-    again = sampler.generate(prompts, should_stop=lambda: False, **settings)
+    again = sampler.generate(prompts, params, should_stop=lambda: False, **settings)
     assert_same_completions(again, generate(model, prompts, num_samples=2)[0])
 
 
@@ -314,16 +313,7 @@ def test_a_row_extended_by_an_environment_goes_on_as_one_sequence(model):
     """Tokens of the environment become a segment of their own, and later draws see them."""
     prompts, reply = make_prompts(2, lengths=(5, 9)), [30, 31, 32]
     sampler = Sampler(model, NO_STOP, max_batch=4, seed=7)
-    rollout = _Rollout(
-        sampler,
-        prompts,
-        range(2),
-        step=3,
-        max_new_tokens=20,
-        choose=lambda logits, keys: draw(logits, keys, temperature=1.0, top_p=0.9),
-        temperature=1.0,
-        plain=None,
-    )
+    rollout = _Rollout(sampler, prompts, range(2), SamplingParams(max_new_tokens=20, top_p=0.9), step=3)
     for call, _ in enumerate(rollout.run(None)):
         if call == 4:  # every row has five tokens
             rollout._extend(2, reply)

@@ -11,6 +11,7 @@ from paths import FIXTURES
 from safetensors.torch import load_file, save_file
 
 from grpo.batch import Prompt
+from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.formats.hugging_face import CheckpointError, load_model, save_model
 from models.lora import LoraConfig, attach_lora, set_full_training
@@ -158,7 +159,7 @@ def test_adapters_train_on_packed_experts_as_on_dense_ones(pair):
 def sampled(model, count=3):
     sampler = Sampler(model, [], max_batch=4, seed=0, max_len=64)
     prompt = Prompt(0, [5, 6, 7, 8, 9], {})
-    return sampler.generate([prompt], step=0, num_samples=count, max_new_tokens=12, temperature=1.0)
+    return sampler.generate([prompt], SamplingParams(max_new_tokens=12), step=0, num_samples=count)
 
 
 def test_the_sampler_draws_what_it_draws_from_dense_experts(pair):
