@@ -29,7 +29,7 @@ from models.block import Block, Keys, RMSNorm
 from models.config import GptOssConfig
 from models.experts import EXPERTS
 from models.kept import TrainingPass
-from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PromptKeys, packed_positions
+from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
 from models.linear import Linear
 from models.memory_plan import MemoryBudget
@@ -267,20 +267,20 @@ class GptOss(nn.Module):
         return self._hidden(tokens, keys, record)[ends - 1]
 
     @torch.no_grad()
-    def prefill_piece(self, tokens: torch.Tensor, start: int, cache: KVCache, slot: int, *, prefix_len: int = 0,
-                      record: RoutingRecord | None = None) -> torch.Tensor:
-        """Runs tokens [n], the next of a sequence of which the slot holds the first `start`, and fills the slot, which must have
-        pages for them, and the `record` of their experts. Returns the final hidden state [1, D] after the last.
+    def prefill_chunks(self, tokens: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache, *,
+                       record: RoutingRecord | None = None) -> torch.Tensor:
+        """Runs packed tokens [T], the next of sequences in different slots, and fills those, which must have pages for them, and
+        the `record` of their experts. Returns the final hidden states [chunks, D] after each chunk's last token.
 
-        A sequence in pieces of any lengths gives what it gives in one, on a GPU bit for bit where attention runs by Triton.
-        `prefix_len`: how many of the sequence's first tokens, those of this piece included, are counted apart: a prompt whose
-        keys are added up before the others, as by prefill_hidden's prefixes; 0 for none."""
-        end = start + len(tokens)
-        if end > cache.max_len:
-            raise ValueError(f"a prompt of {end} tokens does not fit a cache of {cache.max_len} per sequence")
+        A sequence in chunks of any lengths gives what it gives in one, on a GPU bit for bit where attention runs by Triton."""
+        longest = max(chunk.end for chunk in chunks)
+        if longest > cache.max_len:
+            raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
         cache.flush()
-        angles = self._angles(torch.arange(start, end, device=tokens.device))
-        return self._hidden(tokens, ChunkKeys(angles, start, end, cache, slot, prefix_len), record)[-1:]
+        positions = to_device(torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks]), tokens.device)
+        hidden = self._hidden(tokens, ChunkKeys(self._angles(positions), positions, chunks, cache), record)
+        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
+        return hidden[to_device(ends - 1, tokens.device)]
 
     @torch.no_grad()
     def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,

@@ -7,6 +7,8 @@ Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, 
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kernels.attention.decode import SharedPrefixes, decode_attention
@@ -88,26 +90,40 @@ class PromptKeys:
         return packed_attention(attn, q, k, v, self.plan)
 
 
-class ChunkKeys:
-    """Tokens `start` .. `end` of a sequence of which a slot of the cache holds the first `start`. prefix_len: as in
-    GptOss.prefill_piece."""
+class PrefillChunk(NamedTuple):
+    """Tokens `start` .. `end` of a sequence of which a slot of the cache holds the first `start`. prefix_len: how many of the
+    sequence's first tokens, those of this chunk included, are counted apart, as a prompt whose keys are added up before the
+    others is by GptOss.prefill_hidden's prefixes; 0 for none."""
 
-    def __init__(self, angles: Angles, start: int, end: int, cache: KVCache, slot: int,
-                 prefix_len: int) -> None:
-        self.angles, self.cache, self.slot, self.start = angles, cache, slot, start
-        self.positions = torch.arange(start, end, device=angles[0].device)
-        self.slots = torch.full_like(self.positions, slot)
-        self.spans = {length: chunk_plan(start, end, length, prefix_len) for length in set(cache.lengths)}
+    slot: int
+    start: int
+    end: int
+    prefix_len: int = 0
+
+
+class ChunkKeys:
+    """The next chunks of several sequences, packed, at positions [T]."""
+
+    def __init__(self, angles: Angles, positions: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache) -> None:
+        self.angles, self.positions, self.chunks, self.cache = angles, positions, chunks, cache
+        device, counts = positions.device, torch.tensor([chunk.end - chunk.start for chunk in chunks])
+        self.slots = to_device(torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(counts), device)  # [T]
+        ends = counts.cumsum(0).tolist()
+        self.bounds = list(zip([0, *ends], ends))  # of the chunks' rows
+        self.spans = {length: [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
+                      for length in set(cache.lengths)}
 
     def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
         q, k, v = rotated(attn, qkv, self.angles)
-        length = self.cache.lengths[attn.layer]
-        first, plan = self.spans[length]
-        # read first: a ring's new entries replace some that the chunk's first tokens see
-        earlier_k, earlier_v = self.cache.read(attn.layer, self.slot, first, self.start)
-        lost = max(len(k) - length, 0)
-        self.cache.write(attn.layer, k[lost:], v[lost:], self.slots[lost:], self.positions[lost:])
-        return packed_attention(attn, q, torch.cat((earlier_k, k)), torch.cat((earlier_v, v)), plan)
+        cache, length, attended = self.cache, self.cache.lengths[attn.layer], []
+        for (begin, end), chunk, (first, plan) in zip(self.bounds, self.chunks, self.spans[length], strict=True):
+            # read first: a ring's new entries replace some that the chunk's first tokens see
+            earlier_k, earlier_v = cache.read(attn.layer, chunk.slot, first, chunk.start)
+            rows = slice(max(begin, end - length), end)  # a ring keeps the last entries only
+            cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
+            attended.append(packed_attention(attn, q[begin:end], torch.cat((earlier_k, k[begin:end])),
+                                             torch.cat((earlier_v, v[begin:end])), plan))
+        return torch.cat(attended)
 
 
 class CachedKeys:

@@ -23,6 +23,7 @@ from grpo.rollout.schedule import CacheShape, Group, Pieces, Request, Schedule, 
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.draw_key import POSITION
 from models.gpt_oss import GptOss, KeptSets
+from models.keys import PrefillChunk
 from models.routing_record import RoutingRecord, empty_routing
 
 # Steps between two looks, at which the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in between
@@ -303,8 +304,8 @@ class _Rollout:
         ids = (self.prompts[request.prompt].token_ids + self._drawn(request))[start:end]
         tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
         record = self._new_record(end - start)
-        hidden = self.model.prefill_piece(tokens, start, self.cache, request.slot, record=record,
-                                          prefix_len=request.prompt_len if self.shares_prompts else 0)  # [1, D]
+        chunk = PrefillChunk(request.slot, start, end, request.prompt_len if self.shares_prompts else 0)
+        hidden = self.model.prefill_chunks(tokens, [chunk], self.cache, record=record)  # [1, D]
         self.stats.prefill_tokens += end - start
         pieces.num_done, pieces.is_due = end, False
         if record is not None:

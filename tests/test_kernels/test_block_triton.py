@@ -27,7 +27,7 @@ from models.experts import PROJECTIONS
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
 from models.kept import TrainingPass
-from models.keys import rotated
+from models.keys import PrefillChunk, rotated
 from models.lora import LoraConfig, attach_lora, set_full_training
 from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, most_held, plan_layers, visible_pairs
 
@@ -303,7 +303,7 @@ def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monke
         assert cache.reserve(0, 20) and cache.reserve(1, 20)
         if start:  # the rest of one sequence
             model.prefill_hidden(tokens[:start], torch.tensor([0, start]), cache, torch.tensor([1]))
-            hidden = model.prefill_piece(tokens[start:], start, cache, 1)
+            hidden = model.prefill_chunks(tokens[start:], [PrefillChunk(1, start, 20)], cache)
         else:
             hidden = model.prefill_hidden(tokens, torch.tensor([0, 13, 20]), cache, torch.tensor([1, 0]))
         results.append([hidden, *cache.keys, *cache.values])

@@ -7,7 +7,7 @@ from paths import FIXTURES
 
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss, KeptSets, previous_rows
-from models.keys import chunk_plan, packed_positions
+from models.keys import PrefillChunk, chunk_plan, packed_positions
 from models.lora import LoraConfig, attach_lora, set_full_training
 from models.routing_record import RoutingRecord
 
@@ -159,24 +159,25 @@ def test_a_prefill_of_a_prompt_and_its_continuation_is_that_of_the_whole_sequenc
 @pytest.mark.parametrize("prefix_len", [0, 20, 75, 130])
 @pytest.mark.parametrize("cuts", [[64, 128], [1, 2, 20, 75], [7, 76, 100, 129]])
 @pytest.mark.parametrize("max_len", [160, 140])
-def test_a_prefill_in_pieces_is_that_of_the_whole_sequence(cuts, prefix_len, max_len):
+def test_a_prefill_in_chunks_is_that_of_the_whole_sequence(cuts, prefix_len, max_len):
     """The cache too, as the next tokens show; its rings (8 entries) are those of an earlier sequence before."""
     model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
     tokens = torch.randint(0, model.config.vocab_size, (132,), generator=torch.Generator().manual_seed(2))
     prompt, last = tokens[:130], tokens[130:]
     results = []
-    for bounds_of_pieces in ([0, *(cut for cut in cuts if cut < 130), 130], [0, 130]):
+    for bounds_of_chunks in ([0, *(cut for cut in cuts if cut < 130), 130], [0, 130]):
         cache = model.new_cache(3, max_len)
         for tensor in (*cache.keys, *cache.values):
             tensor.fill_(float("nan"))
         assert cache.reserve(2, 1) and cache.reserve(1, 132)
         records = []
-        for start, end in zip(bounds_of_pieces, bounds_of_pieces[1:]):
+        for start, end in zip(bounds_of_chunks, bounds_of_chunks[1:]):
             records.append(RoutingRecord(end - start, model.config, "cpu"))
-            if bounds_of_pieces == [0, 130]:
+            if bounds_of_chunks == [0, 130]:
                 hidden = model.prefill_hidden(prompt, torch.tensor([0, 130]), cache, torch.tensor([1]), record=records[-1])
             else:
-                hidden = model.prefill_piece(prompt[start:end], start, cache, 1, prefix_len=prefix_len, record=records[-1])
+                chunk = PrefillChunk(1, start, end, prefix_len)
+                hidden = model.prefill_chunks(prompt[start:end], [chunk], cache, record=records[-1])
         logits = [model.head(hidden)]
         for offset, token in enumerate(last):
             logits.append(model.decode_step(token[None], torch.tensor([130 + offset]), cache, torch.tensor([1])))
@@ -186,7 +187,30 @@ def test_a_prefill_in_pieces_is_that_of_the_whole_sequence(cuts, prefix_len, max
     assert torch.equal(experts, expected_experts) and expected.std() > 0.1
 
 
-def test_a_piece_takes_whole_tiles_of_keys_counted_from_where_the_whole_sequence_counts_them():
+@pytest.mark.parametrize("prefix_len", [0, 50])
+def test_chunks_of_several_sequences_give_what_each_gives_alone(prefix_len):
+    """Shorter and longer than the rings (8 entries), after slots that hold nothing, less and more than those."""
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    tokens = torch.randint(0, model.config.vocab_size, (3, 132), generator=torch.Generator().manual_seed(3))
+    bounds = [(0, 5), (60, 63), (7, 130)]  # what each slot holds, and the end of its chunk
+    results = []
+    for together in (True, False):
+        cache = model.new_cache(3, 160)
+        chunks = [PrefillChunk(slot, start, end, prefix_len) for slot, (start, end) in enumerate(bounds)]
+        for slot, start, _, _ in chunks:
+            assert cache.reserve(slot, 132)
+            if start:
+                model.prefill_chunks(tokens[slot, :start], [PrefillChunk(slot, 0, start, prefix_len)], cache)
+        parts = [tokens[slot, start:end] for slot, start, end, _ in chunks]
+        calls = [(torch.cat(parts), chunks)] if together else [(part, [chunk]) for part, chunk in zip(parts, chunks)]
+        logits = [model.head(torch.cat([model.prefill_chunks(*call, cache) for call in calls]))]
+        ends = torch.tensor([end for _, end in bounds])
+        logits.append(model.decode_step(tokens[torch.arange(3), ends], ends, cache, torch.arange(3)))
+        results.append(torch.cat(logits))
+    torch.testing.assert_close(*results, rtol=0, atol=2e-5)
+
+
+def test_a_chunk_takes_whole_tiles_of_keys_counted_from_where_the_whole_sequence_counts_them():
     def plan(start, end, length, prefix_len=0):
         first, plan = chunk_plan(start, end, length, prefix_len)
         return first, plan.cu_seqlens, plan.prefixes, plan.first_query
@@ -195,7 +219,7 @@ def test_a_piece_takes_whole_tiles_of_keys_counted_from_where_the_whole_sequence
     assert plan(256, 400, 10_000) == (0, [0, 400], None, 256)
     assert plan(256, 400, 128) == (128, [0, 272], None, 128)
     assert plan(300, 400, 100) == (192, [0, 208], None, 108)  # 200 and after are seen
-    # a prompt of 250 tokens counted apart: a piece of it, one that crosses its end, and pieces of the completion
+    # a prompt of 250 tokens counted apart: a chunk of it, one that crosses its end, and chunks of the completion
     assert plan(200, 250, 128, 250) == (64, [0, 186], None, 136)
     assert plan(200, 300, 128, 250) == (64, [0, 186, 236], [-1, 0], 136)
     assert plan(300, 350, 128, 250) == (128, [0, 122, 222], [-1, 0], 172)
