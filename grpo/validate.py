@@ -24,7 +24,7 @@ from grpo.config import (
 )
 from grpo.config_errors import UnknownKey
 from grpo.targets import fits
-from models.config import GptOssConfig
+from models.config import ARCHITECTURE_FIELDS, GptOssConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")
 MAX_NAME_BYTES = 200  # file systems take 255, with what others put before and after it
@@ -221,10 +221,9 @@ def is_hub_id(name: str) -> bool:
 
 def check_architecture(architecture: dict) -> None:
     hints = typing.get_type_hints(GptOssConfig)
-    allowed = [name for name in hints if name not in ("raw", "is_mxfp4", "is_nf4")]
     for name, value in architecture.items():
-        if name not in allowed:
-            raise UnknownKey(f"model.architecture.{name}", allowed)
+        if name not in ARCHITECTURE_FIELDS:
+            raise UnknownKey(f"model.architecture.{name}", ARCHITECTURE_FIELDS)
         if not fits(value, hints[name]):
             raise ConfigError(
                 f"model.architecture.{name} = {value!r} ({type(value).__name__}): expected {describe_type(hints[name])}"

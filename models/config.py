@@ -7,104 +7,118 @@ checkpoints say false.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-# hub config.json schema; extra keys of a checkpoint are kept in GptOssConfig.raw and written back
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "num_local_experts", "sliding_window")
-# far above any model: beyond them memory or time runs out before a tensor is compared with the files
-_LARGEST = {"num_hidden_layers": 1024, "num_local_experts": 2**16, "num_attention_heads": 2**16, "head_dim": 2**16,
-            "hidden_size": 2**20, "intermediate_size": 2**20, "vocab_size": 2**24}
-_MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
-                                                              "model.embed_tokens", "lm_head"]}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                             "model.embed_tokens", "lm_head"]}
+# OpenAI's name of each field -> ours
+ORIGINAL_NAMES = {
+    "num_hidden_layers": "num_hidden_layers", "num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok",
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+    "swiglu_limit": "swiglu_limit", "head_dim": "head_dim", "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads", "sliding_window": "sliding_window",
+    "initial_context_length": "initial_context_length", "rope_theta": "rope_theta"}
+ORIGINAL_ROPE_NAMES = {"rope_scaling_factor": "factor", "rope_ntk_alpha": "beta_slow", "rope_ntk_beta": "beta_fast"}
+
+
+def _count(largest: float = math.inf, default: Any = MISSING) -> Any:
+    """A positive integer. No gpt-oss model has more than `largest`: beyond it memory or time would run out before a tensor is
+    compared with the files."""
+    return field(default=default, metadata={"largest": largest})
+
+
+def _positive(default: float) -> Any:
+    """A finite number above 0."""
+    return field(default=default, metadata={"is_positive": True})
+
+
+def _range_problems(config: Any, prefix: str = "") -> list[str]:
+    problems = []
+    for own in fields(config):
+        name, value = prefix + own.name, vars(config)[own.name]
+        if "largest" in own.metadata:
+            if type(value) is not int or value < 1:
+                problems.append(f"{name}={value!r} must be a positive integer")
+            elif value > own.metadata["largest"]:
+                problems.append(f"{name}={value} is more than {own.metadata['largest']}, which no gpt-oss model has")
+        elif "is_positive" in own.metadata and (type(value) not in (int, float) or not 0 < value < math.inf):
+            problems.append(f"{name}={value!r} must be a number above 0")
+    return problems
 
 
 @dataclass
 class YarnScaling:
-    factor: float = 32.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    original_max_position_embeddings: int = 4096
+    factor: float = _positive(32.0)
+    beta_fast: float = _positive(32.0)
+    beta_slow: float = _positive(1.0)
+    original_max_position_embeddings: int = _positive(4096)
     truncate: bool = False
 
 
 @dataclass
 class GptOssConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    num_local_experts: int
-    num_experts_per_tok: int
-    sliding_window: int  # keys visible on windowed layers, the query's own included
-    layer_types: list[str]  # "sliding_attention" | "full_attention"
-    rms_norm_eps: float = 1e-5
-    swiglu_limit: float = 7.0
-    swiglu_alpha: float = 1.702
-    max_position_embeddings: int = 131072
-    initial_context_length: int = 4096
-    rope_theta: float = 150000.0
+    vocab_size: int = _count(2**24)
+    hidden_size: int = _count(2**20)
+    intermediate_size: int = _count(2**20)
+    num_hidden_layers: int = _count(1024)
+    num_attention_heads: int = _count(2**16)
+    num_key_value_heads: int = _count()
+    head_dim: int = _count(2**16)
+    num_local_experts: int = _count(2**16)
+    sliding_window: int = _count()  # keys visible on windowed layers, the query's own included
+    num_experts_per_tok: int = _count()
+    layer_types: list[str] = field(default_factory=list)  # "sliding_attention" | "full_attention"; empty: by turns
+    rms_norm_eps: float = _positive(1e-5)
+    swiglu_limit: float = _positive(7.0)
+    swiglu_alpha: float = _positive(1.702)
+    max_position_embeddings: int = _count(default=131072)
+    initial_context_length: int = _count(default=4096)
+    rope_theta: float = _positive(150000.0)
     rope_scaling: YarnScaling = field(default_factory=YarnScaling)
     eos_token_id: int | list[int] = 200002
     pad_token_id: int | None = 199999
-    is_mxfp4: bool = False
-    is_nf4: bool = False
+    stored_experts: str = "bf16"  # how the checkpoint holds its experts: "bf16" | "mxfp4" | "nf4"
     raw: dict = field(default_factory=dict)  # config.json as read
 
     def __post_init__(self) -> None:
-        sizes = (*_REQUIRED, "num_experts_per_tok", "max_position_embeddings", "initial_context_length")
-        problems = [f"{name}={value!r} must be a positive integer" for name in sizes
-                    if type(value := self.__dict__[name]) is not int or value < 1]
-        problems += [f"{name}={self.__dict__[name]} is more than {largest}, which no gpt-oss model has"
-                     for name, largest in _LARGEST.items() if not problems and self.__dict__[name] > largest]
-        positive = {name: self.__dict__[name] for name in ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "rope_theta")}
-        positive |= {f"rope_scaling.{name}": self.rope_scaling.__dict__[name] for name in
-                     ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")}
-        problems += [f"{name}={value!r} must be a number above 0" for name, value in positive.items()
-                     if type(value) not in (int, float) or not 0 < value < math.inf]
+        problems = _range_problems(self) + _range_problems(self.rope_scaling, "rope_scaling.")
         if type(self.rope_scaling.truncate) is not bool:
             problems.append(f"rope_scaling.truncate={self.rope_scaling.truncate!r} must be true or false")
-        if not isinstance(self.layer_types, list):
+        if self.layer_types and not isinstance(self.layer_types, list):
             problems.append(f"layer_types={self.layer_types!r} must be a list")
         if not all(type(token) is int for token in self.stop_ids):
             problems.append(f"eos_token_id={self.eos_token_id!r} must be an integer or a list of integers")
         if self.pad_token_id is not None and type(self.pad_token_id) is not int:
             problems.append(f"pad_token_id={self.pad_token_id!r} must be an integer")
-        problems = problems or self._contradictions()
+        if not problems:
+            self.layer_types = self.layer_types or self.alternating_layers()
+            problems = self._contradictions()
         if problems:
             raise ValueError("model config: " + "; ".join(problems))
 
-    def _contradictions(self) -> list[str]:
-        problems = []
-        if self.num_attention_heads % self.num_key_value_heads:
-            problems.append(f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                            f"num_key_value_heads={self.num_key_value_heads}")
-        if self.head_dim % 2:
-            problems.append(f"head_dim={self.head_dim} must be even (rotary halves)")
-        if self.num_experts_per_tok > self.num_local_experts:
-            problems.append(f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_local_experts="
-                            f"{self.num_local_experts}")
-        if len(self.layer_types) != self.num_hidden_layers:
-            problems.append(f"layer_types has {len(self.layer_types)} entries for num_hidden_layers="
-                            f"{self.num_hidden_layers}")
-        if unknown := sorted({str(kind) for kind in self.layer_types} - {"sliding_attention", "full_attention"}):
-            problems.append(f"layer_types holds {unknown}; allowed: sliding_attention, full_attention")
-        if self.is_mxfp4 and (self.hidden_size % 32 or self.intermediate_size % 32):
-            problems.append(f"MXFP4 needs hidden_size={self.hidden_size} and intermediate_size="
-                            f"{self.intermediate_size} to be multiples of 32")
-        if self.is_nf4 and self.hidden_size * self.intermediate_size % 64:
-            problems.append(f"NF4 needs hidden_size={self.hidden_size} times intermediate_size="
-                            f"{self.intermediate_size} to be a multiple of 64")
-        return problems
+    def alternating_layers(self) -> list[str]:
+        """What the published models have: windowed layers first and by turns."""
+        return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(self.num_hidden_layers)]
 
-    @property
-    def stored_experts(self) -> str:
-        """How a checkpoint of this config holds its experts."""
-        return "mxfp4" if self.is_mxfp4 else "nf4" if self.is_nf4 else "bf16"
+    def _contradictions(self) -> list[str]:
+        width, inner = self.hidden_size, self.intermediate_size
+        unknown = sorted({str(kind) for kind in self.layer_types} - {"sliding_attention", "full_attention"})
+        rules = {
+            f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}":
+                self.num_attention_heads % self.num_key_value_heads,
+            f"head_dim={self.head_dim} must be even (rotary halves)": self.head_dim % 2,
+            f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_local_experts={self.num_local_experts}":
+                self.num_experts_per_tok > self.num_local_experts,
+            f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}":
+                len(self.layer_types) != self.num_hidden_layers,
+            f"layer_types holds {unknown}; allowed: sliding_attention, full_attention": unknown,
+            f"MXFP4 needs hidden_size={width} and intermediate_size={inner} to be multiples of 32":
+                self.stored_experts == "mxfp4" and (width % 32 or inner % 32),
+            f"NF4 needs hidden_size={width} times intermediate_size={inner} to be a multiple of 64":
+                self.stored_experts == "nf4" and width * inner % 64}
+        return [problem for problem, is_broken in rules.items() if is_broken]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -120,10 +134,9 @@ class GptOssConfig:
         source, raw = raw, _without_nulls(raw)
         if raw.get("model_type") != "gpt_oss":
             raise ValueError(f"config.json: model_type={raw.get('model_type')!r}; only 'gpt_oss' is supported")
-        experts_per_token = raw.get("num_experts_per_tok", raw.get("experts_per_token"))
-        missing = [key for key in _REQUIRED if key not in raw]
-        missing += ["num_experts_per_tok"] if experts_per_token is None else []
-        if missing:
+        if "experts_per_token" in raw:
+            raw.setdefault("num_experts_per_tok", raw["experts_per_token"])
+        if missing := [key for key in REQUIRED if key not in raw]:
             raise ValueError(f"config.json: missing keys {missing} (or null); fetch the file again")
         for key in ("quantization_config", "rope_scaling", "rope_parameters"):
             if not isinstance(raw.get(key) or {}, dict):
@@ -148,72 +161,53 @@ class GptOssConfig:
             raise ValueError(f"config.json: {given} of the rope scaling are not supported; gpt-oss has none")
         known = {name: rope[name] for name in YarnScaling.__dataclass_fields__ if name in rope}
         scaling = YarnScaling(**{"truncate": bool(rope), **known})
-        optional = ("rms_norm_eps", "swiglu_limit", "swiglu_alpha", "max_position_embeddings", "eos_token_id",
-                    "initial_context_length")
-        return GptOssConfig(
-            **{key: raw[key] for key in _REQUIRED}, **{key: raw[key] for key in optional if key in raw},
-            num_experts_per_tok=experts_per_token, rope_scaling=scaling, is_mxfp4=method == "mxfp4",
-            pad_token_id=raw.get("pad_token_id"), is_nf4=method == "bitsandbytes", raw=source,
-            rope_theta=raw.get("rope_theta", rope.get("rope_theta", 150000.0)),
-            layer_types=raw.get("layer_types") or _alternating(raw["num_hidden_layers"]))
+        if "rope_theta" in rope:
+            raw.setdefault("rope_theta", rope["rope_theta"])
+        read = set(ARCHITECTURE_FIELDS) - {"rope_scaling", "pad_token_id"}
+        values = {key: value for key, value in raw.items() if key in read}
+        stored = {None: "bf16", "mxfp4": "mxfp4", "bitsandbytes": "nf4"}[method]
+        return GptOssConfig(**values, rope_scaling=scaling, pad_token_id=raw.get("pad_token_id"), stored_experts=stored,
+                            raw=source)
 
     @staticmethod
     def from_original(raw: dict) -> GptOssConfig:
         """Reads `original/config.json` (field names of OpenAI's ModelConfig). Its checkpoints store experts as MXFP4."""
         raw = _without_nulls(raw)
-        needed = ("num_hidden_layers", "num_experts", "experts_per_token", "vocab_size", "hidden_size",
-                  "intermediate_size", "head_dim", "num_attention_heads", "num_key_value_heads", "sliding_window")
-        if missing := [key for key in needed if key not in raw]:
+        if missing := [key for key, ours in ORIGINAL_NAMES.items() if ours in REQUIRED and key not in raw]:
             raise ValueError(f"original config.json: missing keys {missing} (or null); fetch the file again")
-        context = raw.get("initial_context_length", 4096)
-        scaling = YarnScaling(factor=raw.get("rope_scaling_factor", 32.0), beta_fast=raw.get("rope_ntk_beta", 32.0),
-                              beta_slow=raw.get("rope_ntk_alpha", 1.0), original_max_position_embeddings=context,
-                              truncate=False)
-        return GptOssConfig(
-            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=raw["num_key_value_heads"], head_dim=raw["head_dim"],
-            num_local_experts=raw["num_experts"], num_experts_per_tok=raw["experts_per_token"],
-            sliding_window=raw["sliding_window"], layer_types=_alternating(raw["num_hidden_layers"]),
-            swiglu_limit=raw.get("swiglu_limit", 7.0), rope_theta=raw.get("rope_theta", 150000.0),
-            rope_scaling=scaling, initial_context_length=context, is_mxfp4=True,
-            eos_token_id=raw.get("eos_token_id", 200002), pad_token_id=raw.get("pad_token_id", 199999))
+        values = {ours: raw[key] for key, ours in ORIGINAL_NAMES.items() if key in raw}
+        values |= {key: raw[key] for key in ("eos_token_id", "pad_token_id") if key in raw}
+        scaling = {ours: raw[key] for key, ours in ORIGINAL_ROPE_NAMES.items() if key in raw}
+        if "initial_context_length" in raw:
+            scaling["original_max_position_embeddings"] = raw["initial_context_length"]
+        return GptOssConfig(**values, rope_scaling=YarnScaling(**scaling), stored_experts="mxfp4")
 
     @staticmethod
-    def from_architecture(fields: dict) -> GptOssConfig:
+    def from_architecture(architecture: dict) -> GptOssConfig:
         """Builds a config for a model initialised from scratch; unknown or missing fields are a ValueError."""
-        allowed = set(GptOssConfig.__dataclass_fields__) - {"raw", "is_mxfp4", "is_nf4"}
-        if unknown := sorted(set(fields) - allowed):
-            raise ValueError(f"model.architecture: unknown keys {unknown}; allowed: {sorted(allowed)}")
-        needed = (set(_REQUIRED) | {"num_experts_per_tok"}) - set(fields)
-        if needed:
-            raise ValueError(f"model.architecture: missing keys {sorted(needed)}")
-        values = dict(fields)
-        values.setdefault("layer_types", _alternating(values["num_hidden_layers"]))
+        _check_known("model.architecture", architecture, ARCHITECTURE_FIELDS)
+        if missing := sorted(set(REQUIRED) - set(architecture)):
+            raise ValueError(f"model.architecture: missing keys {missing}")
+        values, known = dict(architecture), list(YarnScaling.__dataclass_fields__)
         if (scaling := values.pop("rope_scaling", None)) is not None:
             if not isinstance(scaling, dict):
-                raise ValueError(f"model.architecture.rope_scaling={scaling!r} must hold "
-                                 f"{list(YarnScaling.__dataclass_fields__)}")
-            if unknown := sorted(set(scaling) - set(YarnScaling.__dataclass_fields__)):
-                raise ValueError(f"model.architecture.rope_scaling: unknown keys {unknown}; allowed: "
-                                 f"{sorted(YarnScaling.__dataclass_fields__)}")
+                raise ValueError(f"model.architecture.rope_scaling={scaling!r} must hold {known}")
+            _check_known("model.architecture.rope_scaling", scaling, known)
             values["rope_scaling"] = YarnScaling(**scaling)
         return GptOssConfig(**values)
 
-    def to_hf(self, *, is_mxfp4: bool) -> dict:
-        """config.json in the hub's schema (readable by transformers 4.55+ and vLLM), unknown keys of the source kept."""
-        scaling = {"beta_fast": self.rope_scaling.beta_fast, "beta_slow": self.rope_scaling.beta_slow,
-                   "factor": self.rope_scaling.factor,
-                   "original_max_position_embeddings": self.rope_scaling.original_max_position_embeddings,
-                   "rope_type": "yarn", "truncate": self.rope_scaling.truncate}
+    def to_hf(self, *, experts: str) -> dict:
+        """config.json in the hub's schema (readable by transformers 4.55+ and vLLM) of a checkpoint that holds its experts as
+        "bf16" or "mxfp4"; unknown keys of the source are kept."""
         theta = int(self.rope_theta) if float(self.rope_theta).is_integer() else self.rope_theta
         written = {
             "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True,
-            "tie_word_embeddings": False, **{key: self.__dict__[key] for key in _REQUIRED},
-            "num_experts_per_tok": self.num_experts_per_tok, "experts_per_token": self.num_experts_per_tok,
+            "tie_word_embeddings": False, **{key: vars(self)[key] for key in REQUIRED},
+            "experts_per_token": self.num_experts_per_tok,
             "layer_types": list(self.layer_types), "rms_norm_eps": self.rms_norm_eps,
             "swiglu_limit": self.swiglu_limit, "max_position_embeddings": self.max_position_embeddings,
-            "initial_context_length": self.initial_context_length, "rope_theta": theta, "rope_scaling": scaling,
+            "initial_context_length": self.initial_context_length, "rope_theta": theta,
+            "rope_scaling": dict(sorted({"rope_type": "yarn", **vars(self.rope_scaling)}.items())),
             "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id, "torch_dtype": "bfloat16"}
         if self.swiglu_alpha != 1.702:  # not a key of the hub: written where results need it
             written["swiglu_alpha"] = self.swiglu_alpha
@@ -221,19 +215,38 @@ class GptOssConfig:
                     "output_router_logits": False, "router_aux_loss_coef": 0.9, "use_cache": True}
         dropped = ("quantization_config", "rope_parameters", "dtype")
         kept = {key: value for key, value in self.raw.items() if key not in dropped}
-        given = self.raw.get("quantization_config") if self.is_mxfp4 else None
-        quantization = {"quantization_config": given or _MXFP4} if is_mxfp4 else {}
+        given = self.raw.get("quantization_config") if self.stored_experts == "mxfp4" else None
+        quantization = {"quantization_config": given or MXFP4} if experts == "mxfp4" else {}
         return {**defaults, **kept, **written, **quantization}
+
+    def to_original(self) -> dict:
+        """config.json of the original layout. Raises ValueError where the model has a property that layout has no field for."""
+        scaling = self.rope_scaling
+        kept = {
+            "layer_types (sliding on even layers)": self.layer_types == self.alternating_layers(),
+            "rms_norm_eps=1e-5": self.rms_norm_eps == 1e-5,
+            "rope_scaling.truncate=false": not scaling.truncate,
+            "swiglu_alpha=1.702": self.swiglu_alpha == 1.702,
+            "original_max_position_embeddings=initial_context_length":
+                scaling.original_max_position_embeddings == self.initial_context_length}
+        if broken := [rule for rule, holds in kept.items() if not holds]:
+            raise ValueError(f"the original layout assumes {', '.join(broken)}, which this model does not keep; use the Hugging "
+                             "Face layout")
+        return {key: vars(self)[ours] for key, ours in ORIGINAL_NAMES.items()} | {
+            key: vars(scaling)[ours] for key, ours in ORIGINAL_ROPE_NAMES.items()}
+
+
+REQUIRED = [own.name for own in fields(GptOssConfig) if own.default is MISSING and own.default_factory is MISSING]
+ARCHITECTURE_FIELDS = [own.name for own in fields(GptOssConfig) if own.name not in ("raw", "stored_experts")]
+
+
+def _check_known(key: str, given: dict, known: list[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"{key}: unknown keys {unknown}; allowed: {sorted(known)}")
 
 
 def _without_nulls(content: dict) -> dict:
     return {key: value for key, value in content.items() if value is not None}
-
-
-def _alternating(num_layers: int) -> list[str]:
-    if type(num_layers) is not int or num_layers > _LARGEST["num_hidden_layers"]:
-        return []  # GptOssConfig says what is wrong with it
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
 
 
 def read_config(folder: str | Path) -> GptOssConfig:

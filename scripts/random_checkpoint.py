@@ -263,7 +263,7 @@ def main() -> None:
                 pattern="model-{number:05d}-of-{count:05d}.safetensors",
             )
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-            described = config.to_hf(is_mxfp4=arguments.experts == "mxfp4")
+            described = config.to_hf(experts=arguments.experts)
             described |= {"quantization_config": NF4_CONFIG} if arguments.experts == "nf4" else {}
             write_json(folder / "config.json", described)
             write_json(

@@ -40,7 +40,7 @@ from models.formats.files import (
     write_json,
     write_shards,
 )
-from models.formats.original import from_hugging_face, is_original, original_config, to_hugging_face
+from models.formats.original import from_hugging_face, is_original, to_hugging_face
 from models.formats.peft import has_expert_adapter, merged_weight, save_adapter
 from models.gpt_oss import GptOss
 
@@ -163,11 +163,12 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | 
     if is_original(stored):
         stored = to_hugging_face(stored, config)
         # that layout's config.json does not say how the experts are stored
-        config = replace(config, is_mxfp4=any(name.endswith("_blocks") for name in stored))
-    if config.is_nf4 or is_bitsandbytes(stored):
+        is_packed = any(name.endswith("_blocks") for name in stored)
+        config = replace(config, stored_experts="mxfp4" if is_packed else "bf16")
+    if config.stored_experts == "nf4" or is_bitsandbytes(stored):
         stored = unpacked_names(stored, config)
-        if config.is_nf4 and any(name.endswith(EXPERT_WEIGHTS) for name in stored):
-            config = replace(config, is_nf4=False)  # dense projections alone are packed
+        if config.stored_experts == "nf4" and any(name.endswith(EXPERT_WEIGHTS) for name in stored):
+            config = replace(config, stored_experts="bf16")  # dense projections alone are packed
     return config, stored
 
 
@@ -339,7 +340,10 @@ def save_original(
         lost=(lost := _Requantized()),
     )
     plan = from_hugging_face(plan, model.config)
-    described = original_config(model.config)
+    try:
+        described = model.config.to_original()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan) + 2**20) as temporary:
         write_shards(
             temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model--{number:05d}-of-{count:05d}.safetensors"
@@ -456,7 +460,7 @@ def tokenizer_files(folder: str | Path | None) -> list[Path]:
 
 
 def _hub_config(config: GptOssConfig, form: str, dtype: torch.dtype) -> dict:
-    described = config.to_hf(is_mxfp4=form == "mxfp4") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    described = config.to_hf(experts=form) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     # the original layout names no token ids, and transformers refuses ids beyond a small vocabulary
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         described["pad_token_id"] = None

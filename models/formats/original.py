@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from models.config import GptOssConfig
-from models.formats.files import CheckpointError, StoredTensor, TensorToWrite
+from models.formats.files import StoredTensor, TensorToWrite
 
 _TOP = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -93,43 +93,3 @@ def from_hugging_face(plan: list[TensorToWrite], config: GptOssConfig) -> list[T
             renamed.append(dataclasses.replace(tensor, name=f"block.{layer}.{ours}"))
     assert not by_name, f"tensors without a name in the original layout: {sorted(by_name)}"
     return renamed
-
-
-def original_config(config: GptOssConfig) -> dict:
-    """config.json of the original layout (the fields of OpenAI's ModelConfig).
-
-    Raises CheckpointError where the model has a property that layout has no field for.
-    """
-    scaling = config.rope_scaling
-    fixed = {
-        "layer_types (sliding on even layers)": config.layer_types
-        == ["full_attention" if layer % 2 else "sliding_attention" for layer in range(config.num_hidden_layers)],
-        "rms_norm_eps=1e-5": config.rms_norm_eps == 1e-5,
-        "rope_scaling.truncate=false": not scaling.truncate,
-        "swiglu_alpha=1.702": config.swiglu_alpha == 1.702,
-        "original_max_position_embeddings=initial_context_length": scaling.original_max_position_embeddings
-        == config.initial_context_length,
-    }
-    if broken := [rule for rule, holds in fixed.items() if not holds]:
-        raise CheckpointError(
-            f"the original layout assumes {', '.join(broken)}, which this model does not keep; "
-            "use the Hugging Face layout"
-        )
-    return {
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_experts": config.num_local_experts,
-        "experts_per_token": config.num_experts_per_tok,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "swiglu_limit": config.swiglu_limit,
-        "head_dim": config.head_dim,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "sliding_window": config.sliding_window,
-        "initial_context_length": config.initial_context_length,
-        "rope_theta": config.rope_theta,
-        "rope_scaling_factor": config.rope_scaling.factor,
-        "rope_ntk_alpha": config.rope_scaling.beta_slow,
-        "rope_ntk_beta": config.rope_scaling.beta_fast,
-    }

@@ -37,8 +37,8 @@ def test_hugging_face_layout():
     assert [config.is_windowed(layer) for layer in range(4)] == [True, False, True, False]
     assert config.rope_scaling == YarnScaling(32.0, 32.0, 1.0, 4096, truncate=False)
     assert (config.rope_theta, config.swiglu_limit, config.swiglu_alpha, config.rms_norm_eps) == (150000, 7.0, 1.702, 1e-5)
-    assert config.stop_ids == [2] and config.pad_token_id == 0 and not config.is_mxfp4
-    assert read_config(FIXTURES / "tiny_mxfp4").is_mxfp4
+    assert config.stop_ids == [2] and config.pad_token_id == 0 and config.stored_experts == "bf16"
+    assert read_config(FIXTURES / "tiny_mxfp4").stored_experts == "mxfp4"
 
 
 def test_original_layout_says_the_same_as_the_hub_layout(tmp_path):
@@ -173,22 +173,22 @@ def test_unreadable_files_are_named(tmp_path):
 
 def test_the_hub_config_is_written_back_as_it_was():
     raw = hub()
-    written = GptOssConfig.from_hf(raw).to_hf(is_mxfp4=False)
+    written = GptOssConfig.from_hf(raw).to_hf(experts="bf16")
     assert written == raw
     raw = hub("tiny_mxfp4")
-    assert GptOssConfig.from_hf(raw).to_hf(is_mxfp4=True) == raw
-    assert "quantization_config" not in GptOssConfig.from_hf(raw).to_hf(is_mxfp4=False)
+    assert GptOssConfig.from_hf(raw).to_hf(experts="mxfp4") == raw
+    assert "quantization_config" not in GptOssConfig.from_hf(raw).to_hf(experts="bf16")
 
 
 def test_transformers_5_spelling_is_written_in_the_hub_schema():
     raw = hub()
     rope = raw.pop("rope_scaling") | {"rope_theta": raw.pop("rope_theta")}
-    written = GptOssConfig.from_hf(raw | {"rope_parameters": rope, "dtype": "bfloat16"}).to_hf(is_mxfp4=False)
+    written = GptOssConfig.from_hf(raw | {"rope_parameters": rope, "dtype": "bfloat16"}).to_hf(experts="bf16")
     assert written == hub()
 
 
 def test_unknown_keys_and_a_dense_model_packed_later():
-    written = GptOssConfig.from_hf(hub() | {"my_note": [1]}).to_hf(is_mxfp4=True)
+    written = GptOssConfig.from_hf(hub() | {"my_note": [1]}).to_hf(experts="mxfp4")
     assert written["my_note"] == [1]
     assert written["quantization_config"] == hub("tiny_mxfp4")["quantization_config"]
 
@@ -202,7 +202,7 @@ def test_values_survive_writing_and_reading():
         "rope_scaling": {"factor": 4.0, "truncate": True, "beta_fast": 16.0, "beta_slow": 2.0,
                          "original_max_position_embeddings": 128},
         "eos_token_id": [3, 4], "pad_token_id": None})
-    again = GptOssConfig.from_hf(json.loads(json.dumps(config.to_hf(is_mxfp4=False))))
+    again = GptOssConfig.from_hf(json.loads(json.dumps(config.to_hf(experts="bf16"))))
     assert dict(again.__dict__, raw=None) == dict(config.__dict__, raw=None)
 
 
