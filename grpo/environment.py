@@ -1,14 +1,15 @@
-"""The boundary to an environment: how it is built and called, with the process protected (grpo/rewards/guests.py); what it hands
-back, checked and in plain numbers; and what its faults become."""
+"""What an environment is, and the boundary to it: how it is built and called, with the process protected
+(grpo/rewards/guests.py), how what it hands back is checked and made plain, and what its faults become."""
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from grpo.batch import Completion, Prompt
-from grpo.config import TrainConfig
+from grpo.config import ConfigError, TrainConfig
 from grpo.envs.data_files import DataError
 from grpo.rewards.guests import GuestFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
@@ -20,27 +21,74 @@ MOST_PROMPT_ID = 2**63 - 1  # it is part of a sampling key
 
 @dataclass
 class Score:
-    """An environment's verdict on one completion.
+    """An environment's verdict on one completion."""
 
-    `reward` None: no reward could be computed, so the completion is left out of its group. `parts` are unweighted values,
-    `metrics` further numbers (a key may be absent from some scores: average over those that have it), `extra` anything
-    else worth a column in the log of completions."""
+    reward: float | None  # None: no reward could be computed, so the completion is left out of its group
+    parts: dict[str, float]  # unweighted values that the reward is made of
+    metrics: dict[str, float]  # further numbers; each is averaged over the scores that have it
+    is_correct: bool | None  # None: not judged
+    extra: dict[str, object] = field(default_factory=dict)  # anything else worth a column in the log of completions
 
-    reward: float | None
-    parts: dict[str, float]
-    metrics: dict[str, float]
-    is_correct: bool | None
-    extra: dict[str, object] = field(default_factory=dict)
+
+class Environment(Protocol):
+    """Where prompts come from and what completions are worth: any class with these methods, named by `env._target_`.
+
+    It is built with the other keys of its YAML, `tokenizer` (models.chat.tokenizer.Tokenizer) and `seed` as keywords, and with
+    `total_steps`, the steps of the run (0 where nothing is trained), if its constructor takes that. A run that resumes asks again
+    for later steps alone, so what a method returns should follow from its arguments and the seed. Token ids, numbers and lists
+    may be of any library; they are checked and made plain. An exception ends the run with exit code 4 and says where it was
+    raised; a grpo.envs.data_files.DataError says it itself, with exit code 3."""
+
+    def prompts(self, step: int, *, num_prompts: int, attempt: int) -> list[Prompt]:
+        """Prompts to train on in step `step` (from 0): at least one; those beyond `num_prompts` are not used. `attempt` > 0 asks
+        for others, in place of groups that were dropped. No two prompts of a step have the same id, those of all attempts
+        included."""
+
+    def eval_prompts(self) -> list[Prompt]:
+        """Prompts to evaluate on, at least one, each with an id of its own; the same whenever it is asked."""
+
+    def score(self, completions: list[Completion]) -> list[Score]:
+        """One verdict on each completion, in their order; completions of several prompts come at once. `completion.prompt.row` is
+        what `prompts` gave it, `completion_ids` its tokens, and `finish_reason` is "length" where it was cut off."""
+
+
+class OptionalMethods(Protocol):
+    """What an environment may have besides. Whoever wants one looks whether it is there."""
+
+    @staticmethod
+    def build_tokenizer() -> Tokenizer:
+        """A tokenizer for models without a checkpoint; without it those need model.tokenizer."""
+
+    def summary(self) -> str:
+        """About itself, for the first lines of a run."""
+
+    def describe(self, completion: Completion) -> dict[str, object]:
+        """Further entries of a completion in the log; of a name that is taken they get the prefix `env/`."""
+
+    def fingerprint(self) -> str:
+        """A digest of its data, which a resumed run must find again."""
+
+    def train_prompts(self) -> Iterable[Prompt]:
+        """All prompts that `prompts` can give, where they are fixed: their lengths, and those of `eval_prompts`, are then checked
+        before the model is loaded."""
+
+    def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, completion ids) for a step of the supervised warm-up; without it `warmup` must be null."""
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """A question asked in the chat as a prompt's token ids; a ValueError tells the user what is wrong with the question."""
+
+
+REQUIRED = ("prompts", "eval_prompts", "score")
 
 
 class EnvironmentFault(GuestFault):
     """The environment raised, or handed back something that cannot be trained on."""
 
 
-def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int):
-    """The environment that `node` describes; one whose constructor takes `total_steps` is told how many steps the run has (0:
-    nothing is trained). Raises ConfigError for its keywords, and EnvironmentFault for what its constructor raises, but for a
-    ValueError, which names key or file by itself."""
+def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int) -> Environment:
+    """The environment that `node` describes. Raises ConfigError for its keywords, and EnvironmentFault for what its constructor
+    raises, but for a ValueError, which names key or file by itself."""
     make = bind(node, "env")
     supplied = {"tokenizer": tokenizer, "seed": seed}
     if "total_steps" in keyword_parameters(make.func):
@@ -57,8 +105,27 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps
                                f"({_place(error)}); correct its keywords under env, or its code") from error
 
 
-def summary(env) -> str:
-    """What the environment says about itself for the first lines of a run; empty, if it does not."""
+def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vocab_size: int) -> None:
+    """What can be told of a run's environment before its model is loaded: whether it has the methods, and where its prompts are
+    fixed, whether they can be answered. Raises ConfigError, DataError and EnvironmentFault.
+
+    max_len: tokens of the model's longest sequence"""
+    if config.warmup is not None and not hasattr(env, "demonstrations"):
+        raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
+    missing = [method for method in REQUIRED if not hasattr(env, method)]
+    if missing:
+        raise EnvironmentFault(f"environment {type(env).__name__} has no {', '.join(missing)}; grpo.environment.Environment says "
+                               "what each takes and returns")
+    if not hasattr(env, "train_prompts"):
+        return
+    with calling(env, "train_prompts"):
+        check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len,
+                      max_new_tokens=config.rollout.max_new_tokens, max_tokens=config.optim.max_tokens)
+    held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
+
+
+def summary(env: Environment) -> str:
+    """What the environment says about itself; empty, if it does not."""
     if not hasattr(env, "summary"):
         return ""
     with calling(env, "summary"):
@@ -66,7 +133,7 @@ def summary(env) -> str:
 
 
 @contextmanager
-def calling(env, method: str) -> Iterator[None]:
+def calling(env: Environment | type, method: str) -> Iterator[None]:
     """Around a call of the environment's `method`, with the process protected: what it raises becomes an EnvironmentFault that
     says where. Errors that already name function and row, or file and line, pass."""
     try:
@@ -80,7 +147,7 @@ def calling(env, method: str) -> Iterator[None]:
         raise EnvironmentFault(f"{_name(env, method)} raised {type(error).__name__}: {error} ({_place(error)})") from error
 
 
-def _name(env, method: str) -> str:
+def _name(env: Environment | type, method: str) -> str:
     kind = env if isinstance(env, type) else type(env)
     return f"environment {kind.__name__}.{method}"
 
@@ -96,7 +163,7 @@ def _place(error: BaseException) -> str:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def held_out_prompts(env, *, max_prompts: int, max_len: int, vocab_size: int) -> list[Prompt]:
+def held_out_prompts(env: Environment, *, max_prompts: int, max_len: int, vocab_size: int) -> list[Prompt]:
     """The first prompts that the environment evaluates on, of a model whose sequences have at most `max_len` tokens."""
     with calling(env, "eval_prompts"):
         prompts = env.eval_prompts()
@@ -105,9 +172,9 @@ def held_out_prompts(env, *, max_prompts: int, max_len: int, vocab_size: int) ->
     return prompts
 
 
-def checked_prompts(env, method: str, prompts: list[Prompt], *, vocab_size: int,
+def checked_prompts(env: Environment, method: str, prompts: list[Prompt], *, vocab_size: int,
                     taken: set[int] | None = None) -> list[Prompt]:
-    """The prompts with plain integers for ids and tokens. `taken`: ids that stand for other prompts of the step.
+    """The prompts with plain integers for ids and tokens. taken: ids of the step's earlier prompts.
 
     Raises EnvironmentFault naming method and prompt."""
     is_list = isinstance(prompts, list)
@@ -129,7 +196,7 @@ def checked_prompts(env, method: str, prompts: list[Prompt], *, vocab_size: int,
     return prompts
 
 
-def check_lengths(env, method: str, prompts: Iterable[Prompt], *, max_len: int, max_new_tokens: int | None = None,
+def check_lengths(env: Environment, method: str, prompts: Iterable[Prompt], *, max_len: int, max_new_tokens: int | None = None,
                   max_tokens: int | None = None) -> None:
     """Raises for prompts that cannot be answered in `max_len` tokens (the model's longest sequence), or that, with a completion
     of `max_new_tokens`, make sequences which no micro-batch of `max_tokens` holds: DataError if the prompt tells its file and
@@ -156,16 +223,6 @@ def check_lengths(env, method: str, prompts: Iterable[Prompt], *, max_len: int, 
     raise EnvironmentFault(f"{_name(env, method)}: {text}; prompt {long[0].id} ({shorten(long[0].row, 80)})")
 
 
-def check_known_prompts(env, config: TrainConfig, *, max_len: int, vocab_size: int) -> None:
-    """`check_lengths` of all that an environment with fixed prompts will ask, before anything is loaded or sampled."""
-    if not hasattr(env, "train_prompts"):
-        return
-    with calling(env, "train_prompts"):
-        check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len,
-                      max_new_tokens=config.rollout.max_new_tokens, max_tokens=config.optim.max_tokens)
-    held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
-
-
 def checked_ids(who: str, token_ids: object, *, vocab_size: int) -> list[int]:
     """Token ids (a list, tuple, array or tensor of integers) as a plain list. Raises EnvironmentFault starting with `who`."""
     values = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
@@ -178,7 +235,7 @@ def checked_ids(who: str, token_ids: object, *, vocab_size: int) -> list[int]:
     return [operator.index(value) for value in values]
 
 
-def demonstrations(env, step: int, batch_size: int, *, vocab_size: int) -> list[tuple[list[int], list[int]]]:
+def demonstrations(env: Environment, step: int, batch_size: int, *, vocab_size: int) -> list[tuple[list[int], list[int]]]:
     """The environment's (prompt ids, completion ids) for a step of the warm-up, checked."""
     with calling(env, "demonstrations"):
         pairs = env.demonstrations(step, batch_size)
@@ -190,7 +247,7 @@ def demonstrations(env, step: int, batch_size: int, *, vocab_size: int) -> list[
                   for part, ids in zip(("prompt", "completion"), pair)) for i, pair in enumerate(pairs)]
 
 
-def encode_question(env, question: str, *, vocab_size: int) -> list[int]:
+def encode_question(env: Environment, question: str, *, vocab_size: int) -> list[int]:
     """The environment's prompt for a question asked by hand. Raises ValueError for a question that it cannot encode."""
     try:
         with calling(env, "encode_prompt"):
@@ -215,7 +272,7 @@ def tiny_tokenizer(target) -> Tokenizer:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def score(env, completions: list[Completion]) -> list[Score]:
+def score(env: Environment, completions: list[Completion]) -> list[Score]:
     """The environment's scores, checked and in plain numbers; sets each completion's reward and parts."""
     with calling(env, "score"):
         scores = env.score(completions)
@@ -265,7 +322,7 @@ def _items(values: object, what: str) -> list[tuple]:
     return list(values.items())
 
 
-def describe(env, completion: Completion) -> dict[str, object]:
+def describe(env: Environment, completion: Completion) -> dict[str, object]:
     """What the environment adds to a completion in the log; nothing, if it describes none."""
     if not hasattr(env, "describe"):
         return {}

@@ -23,7 +23,7 @@ import torch
 
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
-from grpo.environment import Score, held_out_prompts, make_environment, score
+from grpo.environment import Environment, Score, held_out_prompts, make_environment, score
 from grpo.groups import length_metrics, reward_metrics
 from grpo.launch import launch
 from grpo.record.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
@@ -47,7 +47,7 @@ RESERVED = re.compile(r"reward|mean_length|clipped_ratio|greedy_accuracy|(avg|pa
 Z95 = 1.959964
 
 
-def evaluate(env, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, num_samples: int, greedy: bool,
+def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, num_samples: int, greedy: bool,
              should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
              ) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
 from grpo.config import TrainConfig
-from grpo.environment import Score, calling, check_lengths, checked_prompts, describe, score
+from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, describe, score
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.chat.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ class Groups:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def collect(env, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
+def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
             progress: Callable[[int, int], None] | None = None) -> Groups:
     """Samples and scores the groups of one step; `progress` is told how many completions of a round are finished. Raises
     EnvironmentFault, and rollout.Interrupted when should_stop says so."""
@@ -108,7 +108,7 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
             "completions/max_length": max(lengths), "completions/clipped_ratio": statistics.fmean(clipped)}
 
 
-def completion_record(tokenizer: Tokenizer, env, completion: Completion, verdict: Score, *, split: str) -> dict:
+def completion_record(tokenizer: Tokenizer, env: Environment, completion: Completion, verdict: Score, *, split: str) -> dict:
     """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds. A name of
     its own that is taken gets a prefix."""
     record = {"split": split, "prompt_id": completion.prompt.id, "sample": completion.sample,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -20,14 +21,14 @@ MAX_REF_RATIO = 10.0  # pi_ref / pi beyond which k3 goes on along its tangent
 REFERENCE = "reference."  # prefix of the reference's tensors in a run's checkpoint
 
 
+@dataclass(frozen=True)
 class Reference:
-    """A frozen state of the policy. What the policy shares with it, a base that does not train, stands in memory once; of what
-    trains the reference has a copy in host memory, which takes the place of the policy's for the length of a pass."""
+    """A frozen state of the policy: a copy of what trains, in host memory, which takes the policy's place for the length of a
+    pass. The base, which does not train, stands in memory once.
 
-    def __init__(self, policy: GptOss, tensors: dict[str, torch.Tensor]) -> None:
-        """tensors: trained parameters by name. Without any of an adapter, the reference is the model with its adapter off."""
-        self.policy, self.tensors = policy, tensors
-        self._has_adapter = any(_is_adapter(name) for name in tensors)
+    tensors: by parameter name. Without any of an adapter, the reference is the model with its adapter off."""
+
+    tensors: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, policy: GptOss, parameters: dict[str, torch.Tensor] | None = None) -> Reference:
@@ -36,23 +37,23 @@ class Reference:
         parameters: all that will change, by name; those that train unless given."""
         parameters = policy.trainable_parameters() if parameters is None else parameters
         adds = any(bool(parameter.any()) for name, parameter in parameters.items() if name.endswith("lora_B"))
-        return cls(policy, {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
-                            if adds or not _is_adapter(name)})
+        return cls({name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
+                    if adds or not _is_adapter(name)})
 
     @classmethod
-    def load(cls, policy: GptOss, tensors: dict[str, torch.Tensor]) -> Reference:
+    def load(cls, tensors: dict[str, torch.Tensor]) -> Reference:
         """The reference in a checkpoint's tensors, where `state_dict` put it."""
-        return cls(policy, {name.removeprefix(REFERENCE): tensor for name, tensor in tensors.items()
-                            if name.startswith(REFERENCE)})
+        return cls({name.removeprefix(REFERENCE): tensor for name, tensor in tensors.items() if name.startswith(REFERENCE)})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {REFERENCE + name: tensor for name, tensor in self.tensors.items()}
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place_of(self, policy: GptOss) -> Iterator[None]:
         """Inside, the policy is the reference. For passes without gradients, while no graph of the policy waits for its
         backward."""
-        with self.policy.exchanged(self.tensors), nullcontext() if self._has_adapter else self.policy.adapter_disabled():
+        has_adapter = any(_is_adapter(name) for name in self.tensors)
+        with policy.exchanged(self.tensors), nullcontext() if has_adapter else policy.adapter_disabled():
             yield
 
 

@@ -173,7 +173,8 @@ def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: i
     batch.ref_log_probs = 1.2 * batch.sampler_log_probs if has_reference else None
     log_probs = (1.1 * batch.sampler_log_probs).requires_grad_()
     try:
-        inputs = LossInputs.of(batch, log_probs, -log_probs, old_log_probs=batch.sampler_log_probs, max_new_tokens=max_new_tokens)
+        inputs = LossInputs.of(batch, log_probs, torch.ones_like(log_probs), old_log_probs=batch.sampler_log_probs,
+                               max_new_tokens=max_new_tokens)
         checked_loss(loss_fn(inputs), path)
     except ConfigError:
         raise

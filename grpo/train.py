@@ -14,18 +14,18 @@ import time
 
 import torch
 
+from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
-from grpo.environment import held_out_prompts
+from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import collect, completion_record
-from grpo.launch import PREEMPTED, launch
-from grpo.record.console import print_error
+from grpo.launch import launch
 from grpo.record.metrics import peak_memory_gb
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
 from grpo.run.failures import describe_failure
-from grpo.run.finish import export_policy, keep_finished_steps, next_commands, resume_command, save
+from grpo.run.finish import export_policy, keep_finished_steps, next_commands, report_failure, resume_command, save
 from grpo.run.lock import RunInUseError, lock_run
 from grpo.run.signals import GracefulStop
 from grpo.run.start import Run, claim_run_dir, prepare_weights, start
@@ -42,8 +42,7 @@ def train(run: Run) -> None:
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)
-        run.step += 1
-        run.is_between_steps = True
+        run.step, run.is_between_steps = run.step + 1, True
         finished = time.perf_counter()
         run.num_tokens += sum(len(completion.prompt.token_ids) + completion.num_policy_tokens for completion, _ in groups.scored)
         stats |= {"num_tokens": run.num_tokens, "time/update": finished - updated, "time/step": finished - started,
@@ -51,8 +50,7 @@ def train(run: Run) -> None:
                   "memory/peak_gb": peak_memory_gb(run.policy.device)}
         metrics.log(run.step, {**stats, **groups.metrics})
         if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):
-            metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="train")
-                                               for completion, score in groups.scored[:config.log.num_completions]])
+            log_completions(run, groups.scored, split="train")
         evaluate_if_due(run)
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
             save(run)
@@ -74,8 +72,13 @@ def evaluate_if_due(run: Run) -> None:
         run.env, run.sampler, prompts, SamplingParams.of(config.rollout, settings), num_samples=settings.num_samples,
         greedy=settings.greedy, should_stop=run.should_stop, progress=run.metrics.progress("evaluating"))
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
-    run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split="eval")
-                                           for completion, score in scored[:config.log.num_completions]])
+    log_completions(run, scored, split="eval")
+
+
+def log_completions(run: Run, scored: list[tuple[Completion, Score]], *, split: str) -> None:
+    """The first of them, as many as are asked for, into completions.jsonl."""
+    run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split=split)
+                                           for completion, score in scored[:run.config.log.num_completions]])
 
 
 def run_training(config: TrainConfig) -> int:
@@ -111,16 +114,7 @@ def run_training(config: TrainConfig) -> int:
         run = state = None  # a sweep's next job needs the memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if failure is None:
-        return 0
-    label = "error"
-    if failure.code == PREEMPTED:
-        is_saved = any((run_dir / "checkpoints").glob("step_*"))
-        label = "stopped"
-        failure.message += (f"; resume with: {resume_command(config)}" if is_saved
-                            else "; nothing was learnt yet, so there is nothing to resume: start again with the same command")
-    print_error(label, failure.message)
-    return failure.code
+    return 0 if failure is None else report_failure(failure, config)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:
-        with run.reference.in_place():
+        with run.reference.in_place_of(run.policy):
             # it routes for itself: it is another policy, not this one's weights on another's routes
             batch.ref_log_probs = score_batch(run, batch, replays_routing=False)
     allowed = allowed_difference(run.policy)

@@ -19,21 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
-from grpo.config import ConfigError, TrainConfig, to_dict
-from grpo.environment import demonstrations
+from grpo.config import TrainConfig, to_dict
+from grpo.environment import Environment, demonstrations
 from grpo.optim import Optimizer, check_finite, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Interrupted
 from models.gpt_oss import GptOss
 
 
-def check_demonstrations(env) -> None:
-    """Raises ConfigError for an environment that has none."""
-    if not hasattr(env, "demonstrations"):
-        raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
-
-
-def warm_up(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> None:
+def warm_up(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> None:
     """Trains the policy in place, or loads what an equal warm-up left. Raises rollout.Interrupted when should_stop says so."""
     settings = config.warmup
     cached = None
@@ -52,7 +46,8 @@ def warm_up(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_s
             metrics.print(f"warning: the warm-up is not kept in {cached} ({error}); the run goes on")
 
 
-def _train(policy: GptOss, env, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> list[dict]:
+def _train(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metrics,
+           should_stop: Callable[[], bool]) -> list[dict]:
     settings = config.warmup
     num_decay = round(settings.steps * settings.decay_fraction)
     optimizer = Optimizer(
@@ -92,7 +87,7 @@ def pack_demonstrations(pairs: list[tuple[list[int], list[int]]]) -> RolloutBatc
     return pack(completions, [0.0] * len(completions))
 
 
-def _digest(policy: GptOss, env, config: TrainConfig) -> str:
+def _digest(policy: GptOss, env: Environment, config: TrainConfig) -> str:
     """A hash of the settings, the code, torch's version and the threads: an equal warm-up gives equal bits."""
     settings = {name: value for name, value in dataclasses.asdict(config.warmup).items() if name != "cache_dir"}
     beside = Path(inspect.getsourcefile(GptOss)).parent.parent  # the folder of `models` and `kernels`, in a wheel too

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import TrainConfig, shown
-from grpo.launch import typed_words
+from grpo.config import TrainConfig, run_folder, shown
+from grpo.launch import PREEMPTED, typed_words
+from grpo.record.console import print_error
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import SaveError, remove, save_run
 from grpo.run.export_files import write_adapter, write_model
+from grpo.run.failures import Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import has_initial_adapter, parameter_tensors
 from grpo.run.start import OPTIM, Run
@@ -64,6 +66,18 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
     except (SaveError, OSError) as failure:
         return f"; and {failure}"
     return f"; saved after step {run.step}"
+
+
+def report_failure(failure: Failure, config: TrainConfig) -> int:
+    """Prints why a run ended, of one that a signal stopped with how to go on. Returns the exit code."""
+    if failure.code != PREEMPTED:
+        print_error("error", failure.message)
+        return failure.code
+    is_saved = any((run_folder(config) / "checkpoints").glob("step_*"))
+    print_error("stopped", failure.message + (
+        f"; resume with: {resume_command(config)}" if is_saved
+        else "; nothing was learnt yet, so there is nothing to resume: start again with the same command"))
+    return failure.code
 
 
 def resume_command(config: TrainConfig) -> str:

@@ -21,7 +21,7 @@ from grpo.config import (
     shown,
     to_dict,
 )
-from grpo.environment import check_known_prompts, make_environment, summary
+from grpo.environment import Environment, check_environment, make_environment, summary
 from grpo.kl import Reference
 from grpo.launch import is_sweep
 from grpo.losses import try_loss
@@ -45,7 +45,7 @@ from grpo.run.policy import (
     select_dtype,
 )
 from grpo.targets import bind
-from grpo.warmup import check_demonstrations, warm_up
+from grpo.warmup import warm_up
 from models.chat.tokenizer import Tokenizer
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
@@ -62,7 +62,7 @@ class Run:
     run_dir: Path
     policy: GptOss
     tokenizer: Tokenizer
-    env: object
+    env: Environment
     loss_fn: Callable
     sampler: Sampler
     metrics: Metrics
@@ -93,10 +93,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
              has_reference=config.kl.coefficient > 0)
     tokenizer = build_tokenizer(config.model, config.env)
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
-    if config.warmup is not None:
-        check_demonstrations(env)
     architecture = read_architecture(config.model, tokenizer)
-    check_known_prompts(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
+    check_environment(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
     state = load_run(run_dir) if config.resume else None
     if state is None:
         check_initial_adapter(config.model)
@@ -126,7 +124,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     has_penalty = config.kl.coefficient > 0
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
-        run.reference = Reference.load(run.policy, state.tensors) if has_penalty else None
+        run.reference = Reference.load(state.tensors) if has_penalty else None
     else:
         if has_penalty and config.kl.reference == KlReference.base:
             changed = parameters_of_run(run.policy, has_initial_adapter=has_initial_adapter(config.model))
@@ -154,7 +152,7 @@ def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
         loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
 
 
-def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: object, *, resumed_step: int | None) -> str:
+def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environment, *, resumed_step: int | None) -> str:
     """The first lines of a run."""
     rollout, num_threads = config.rollout, torch.get_num_threads()
     device = f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"

@@ -15,6 +15,7 @@ from grpo.config import ConfigError
 from grpo.environment import (
     EnvironmentFault,
     Score,
+    check_environment,
     checked_prompts,
     demonstrations,
     encode_question,
@@ -233,6 +234,22 @@ def test_a_summary_is_a_text_or_names_the_environment():
     assert [summary(env) for env in (object(), SimpleNamespace(summary=lambda: 3))] == ["", "3"]
     with pytest.raises(EnvironmentFault, match="SimpleNamespace.summary raised KeyError"):
         summary(SimpleNamespace(summary=broken))
+
+
+# --- the start of a run -----------------------------------------------------------------------------------------------
+
+
+def test_an_environment_that_lacks_a_method_is_named_with_what_to_read():
+    config = SimpleNamespace(warmup=None)
+    with pytest.raises(EnvironmentFault, match="environment SimpleNamespace has no prompts, score; grpo.environment.Environment"):
+        check_environment(SimpleNamespace(eval_prompts=list), config, max_len=9, vocab_size=VOCAB)
+    check_environment(SimpleNamespace(prompts=list, eval_prompts=list, score=list), config, max_len=9, vocab_size=VOCAB)
+
+
+def test_a_warm_up_wants_demonstrations():
+    env = SimpleNamespace(prompts=list, eval_prompts=list, score=list)
+    with pytest.raises(ConfigError, match=r"warmup: SimpleNamespace has no demonstrations\(step, batch_size\)"):
+        check_environment(env, SimpleNamespace(warmup=object()), max_len=9, vocab_size=VOCAB)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_a_pass_of_the_kl_reference_leaves_the_policy_and_its_graphs_as_they_wer
         for parameter in model.trainable_parameters().values():  # in place, as the optimizer updates
             parameter.mul_(1.1)
     updated = log_probs_of(before)
-    with reference.in_place():
+    with reference.in_place_of(model):
         assert torch.equal(log_probs_of(before), at_start)
     assert torch.equal(log_probs_of(before), updated) and not torch.equal(updated, at_start)
     after = sampler.generate(prompts, SamplingParams(max_new_tokens=40, temperature=0.7), step=0, num_samples=4)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.environment import EnvironmentFault, Score, check_known_prompts, held_out_prompts, score
+from grpo.environment import EnvironmentFault, Score, check_environment, held_out_prompts, score
 from grpo.envs.data_files import DataError
 from grpo.groups import collect, length_metrics, reward_metrics
 from grpo.rewards.functions import RewardError
@@ -48,7 +48,7 @@ def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100, mask_tru
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
                                 temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True),
         optim=SimpleNamespace(max_tokens=max_tokens, mask_truncated=mask_truncated), eval=SimpleNamespace(max_prompts=2),
-        advantage=SimpleNamespace(normalize_std=normalize_std))
+        advantage=SimpleNamespace(normalize_std=normalize_std), warmup=None)
 
 
 def run(rewards, **settings):
@@ -234,10 +234,10 @@ def of_a_file(i):
 ])
 def test_known_prompts_that_are_too_long_are_refused_by_file_and_line(max_tokens, max_len, limit, words):
     fitting = Data([1, limit, 2], of_a_file)
-    check_known_prompts(fitting, config(max_tokens=max_tokens), max_len=max_len, vocab_size=3)
+    check_environment(fitting, config(max_tokens=max_tokens), max_len=max_len, vocab_size=3)
     with pytest.raises(DataError, match=rf"^data.jsonl:2: a prompt has {limit + 1} tokens: .*{words}.*2 such of 4 prompts, the "
                                         rf"longest 50.*env.on_long_prompt=skip env.max_prompt_tokens={limit}$"):
-        check_known_prompts(Data([1, limit + 1, 2, 50], of_a_file), config(max_tokens=max_tokens), max_len=max_len, vocab_size=3)
+        check_environment(Data([1, limit + 1, 2, 50], of_a_file), config(max_tokens=max_tokens), max_len=max_len, vocab_size=3)
 
 
 def test_evaluation_prompts_need_only_fit_the_model():
@@ -245,14 +245,14 @@ def test_evaluation_prompts_need_only_fit_the_model():
         def eval_prompts(self):
             return [Prompt(0, [1] * 9, of_a_file(6)), Prompt(1, [1] * 9, {}), Prompt(2, [1] * 20, {})]  # two are asked
 
-    check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=10, vocab_size=3)
+    check_environment(Evaluated([1], of_a_file), config(max_tokens=8), max_len=10, vocab_size=3)
     with pytest.raises(DataError, match="^data.jsonl:7: a prompt has 9 tokens: the model's sequences end at 9"):
-        check_known_prompts(Evaluated([1], of_a_file), config(max_tokens=8), max_len=9, vocab_size=3)
+        check_environment(Evaluated([1], of_a_file), config(max_tokens=8), max_len=9, vocab_size=3)
 
 
 def test_other_prompts_that_are_too_long_are_refused_where_they_enter():
     env = Lengths([3, 8, 3], lambda i: {"n": i})
-    check_known_prompts(env, config(max_tokens=12), max_len=100, vocab_size=3)  # not known yet
+    check_environment(env, config(max_tokens=12), max_len=100, vocab_size=3)  # not known yet
     with pytest.raises(EnvironmentFault, match=r"Lengths.prompts: a prompt has 8 tokens: .*optim.max_tokens=12.*prompt 1 "
                                                r"\(\"{'n': 1}\"\)$"):
         collect(env, Sampler(), config(max_tokens=12), 0, lambda: False)

@@ -319,6 +319,7 @@ def returning(result):
     (returning(lambda x: (x, {})), "its loss is a tensor of shape [16]"),
     (returning(lambda x: (1.5, {})), "its loss is of type float"),
     (returning(lambda x: (x.detach().sum(), {})), "its loss is one that no gradient reaches log_probs from"),
+    (lambda inputs: (inputs.entropy.sum(), {}), "its loss is one that no gradient reaches log_probs from"),
     (returning(lambda x: (x.sum(), None)), "its stats are of type NoneType"),
     (returning(lambda x: (x.sum(), {"a": x})), "stats['a'] is a tensor of shape [16]"),
     (returning(lambda x: (x.sum(), {"a": "b"})), "stats['a'] is of type str"),

@@ -290,11 +290,15 @@ def test_a_loss_may_use_the_entropy_and_gets_its_gradient(config, tmp_path, shar
     move(policy, seed=3, size=0.2)
     completions, advantages = draw_completions(policy)
     parameters = policy.trainable_parameters()
-    entropies = torch.stack([entropy for completion in completions for _, entropy in score(policy, completion)])
-    expected = dict(zip(parameters, torch.autograd.grad(entropies.mean(), list(parameters.values()))))
-    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), share_prompts=share_prompts,
-                   loss_fn=lambda inputs: (inputs.entropy[inputs.loss_mask].sum() / inputs.num_policy_tokens, {}))
-    assert update(run, Groups(completions, advantages, []))["loss"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    scores = [pair for completion in completions for pair in score(policy, completion)]
+    terms = torch.stack([-log_prob - 2 * entropy for log_prob, entropy in scores])
+    expected = dict(zip(parameters, torch.autograd.grad(terms.mean(), list(parameters.values()))))
+
+    def loss_fn(inputs):
+        return (-inputs.log_probs - 2 * inputs.entropy)[inputs.loss_mask].sum() / inputs.num_policy_tokens, {}
+
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), share_prompts=share_prompts, loss_fn=loss_fn)
+    assert update(run, Groups(completions, advantages, []))["loss"] == pytest.approx(terms.mean().item(), rel=1e-5)
     for name, gradient in run.optimizer.gradients[0].items():
         assert float((gradient - expected[name]).norm()) < 3e-4 * float(expected[name].norm()) + 1e-5 * norm(expected), name
 
