@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config_errors import ConfigError, UnknownKey
+from models.formats.atomic import write_text
 
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
@@ -469,9 +470,7 @@ def plain(node: Any) -> Any:
 
 def save_config(config: Any, path: Path) -> None:
     """Writes YAML that `read_saved_config` reads back to an equal config."""
-    temporary = path.with_name(path.name + ".tmp")  # a kill in the middle must leave the old file whole
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(escaped(to_dict(config)))))
 
 
 def read_saved_config(path: Path) -> TrainConfig:

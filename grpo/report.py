@@ -14,11 +14,11 @@ import base64
 import html
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
 from grpo.record.plots import headline, is_lower_better, plots, series
+from models.formats.atomic import write_text
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -152,12 +152,6 @@ def _side(row: dict | None) -> dict | None:
     return {"step": row["step"], "completion": row["completion"], "reward": reward}
 
 
-def write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
-
-
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #f6f7f9; margin: 0; }
@@ -286,7 +280,7 @@ def write_report(run_dir: Path, summary: dict) -> Path:
 </main></body></html>
 """
     path = run_dir / REPORT_FILE
-    write_atomic(path, page)
+    write_text(path, page)
     return path
 
 
@@ -338,7 +332,7 @@ def main(arguments: list[str]) -> int:
         runs = RunTable([run_dir for folder in options.folders for run_dir in find_runs(folder)])
         print(runs.text(options.columns.split(",") if options.columns else None))
         if options.csv is not None:
-            write_atomic(options.csv, runs.csv())
+            write_text(options.csv, runs.csv())
             print(options.csv)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,6 +24,7 @@ from grpo.environment import Environment, demonstrations
 from grpo.optim import Optimizer, check_finite, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Interrupted
+from models.formats.atomic import new_file
 from models.gpt_oss import GptOss
 
 
@@ -102,10 +103,9 @@ def _digest(policy: GptOss, env: Environment, config: TrainConfig) -> str:
 
 def _save(policy: GptOss, path: Path, history: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".tmp-{os.getpid()}")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable_parameters().items()}
-    save_file(tensors, partial, metadata={"history": json.dumps(history)})
-    os.replace(partial, path)
+    with new_file(path, suffix=f".tmp-{os.getpid()}") as partial:
+        save_file(tensors, partial, metadata={"history": json.dumps(history)})
 
 
 @torch.no_grad()

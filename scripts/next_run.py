@@ -36,7 +36,7 @@ def next_run(arguments: list[str]) -> list[str]:
                 continue
         except ConfigError:
             continue
-        steps = [int(name[5:]) for name in checkpoints if name[5:].isdigit()]  # others: a save cut short
+        steps = [int(name[5:]) for name in checkpoints if name[5:].isdigit()]  # no copies with other names
         if max(steps, default=0) < config.steps:
             return [f"name={config.name}", "resume=true"]
 

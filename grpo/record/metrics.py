@@ -36,9 +36,9 @@ from grpo.report import (
     parse_record,
     read_metrics,
     summarize,
-    write_atomic,
     write_report,
 )
+from models.formats.atomic import new_file, write_text
 
 
 class Metrics:
@@ -203,7 +203,7 @@ class Metrics:
         self.summary["config"] = self.summary.pop("config")  # last, because it is long
         try:
             text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)
-            write_atomic(self.run_dir / SUMMARY_FILE, text + "\n")
+            write_text(self.run_dir / SUMMARY_FILE, text + "\n")
             write_report(self.run_dir, self.summary)
         except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
             reason = f"{type(error).__name__}: {error}"
@@ -283,9 +283,8 @@ class _JsonlFile:
         if all(is_cut[first:]):
             os.truncate(self.path, sum(map(len, lines[:first])))
         else:
-            partial = Path(f"{self.path}.tmp")
-            partial.write_bytes(b"".join(line for line, cut in zip(lines, is_cut) if not cut))
-            os.replace(partial, self.path.resolve())
+            with new_file(self.path.resolve()) as partial:
+                partial.write_bytes(b"".join(line for line, cut in zip(lines, is_cut) if not cut))
 
     def sync(self) -> None:
         os.fsync(self._open())

@@ -11,7 +11,8 @@ import statistics
 from pathlib import Path
 
 from grpo.record.plots import headline, headline_first, is_lower_better
-from grpo.report import METRICS_FILE, SUMMARY_FILE, read_summary, write_atomic
+from grpo.report import METRICS_FILE, SUMMARY_FILE, read_summary
+from models.formats.atomic import write_text
 
 MAX_KEYS = 5  # columns of a table for keys of the config, unless others are asked for
 PLACES = ("name", "output_dir", "resume")  # keys in which any two runs differ
@@ -111,10 +112,10 @@ class RunTable:
 def sweep_summary(sweep_dir: Path, run_dirs: list[Path]) -> Path:
     """Writes sweep_summary.md (what `RunTable.text` shows) and sweep_summary.csv (everything); returns the path of the first."""
     runs = RunTable(run_dirs)
-    write_atomic(sweep_dir / "sweep_summary.csv", runs.csv())
+    write_text(sweep_dir / "sweep_summary.csv", runs.csv())
     note = "Eval metrics are the last values of each run; the best run by the first of them comes first."
     title = f"# {sweep_dir.resolve().name}: {len(runs.rows)} runs"
-    write_atomic(sweep_dir / "sweep_summary.md", f"{title}\n\n{runs.text()}\n\n{note}\n")
+    write_text(sweep_dir / "sweep_summary.md", f"{title}\n\n{runs.text()}\n\n{note}\n")
     return sweep_dir / "sweep_summary.md"
 
 

@@ -1,21 +1,16 @@
-"""Run state on disk: save, load, prune. What it holds is the caller's; weights for others go through
-models/formats/hugging_face.py.
+"""A run's checkpoints on disk: save, load, prune. What they hold is the caller's; weights for others go through models/formats/.
 
     <run_dir>/checkpoints/step_000040/tensors.safetensors   trained parameters, optimizer state
                                       state.json            everything else: step, cursors, best values
                                       manifest.json         bytes and SHA-256 of the two files above
 
-A checkpoint is written into a folder of another name, flushed to the disk and renamed, so that under its final name it
-is whole whenever the process is killed; the manifest finds what a disk did to it later.
+Under its final name a checkpoint is whole whenever the process is killed; the manifest finds what a disk did to it later.
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +19,11 @@ import safetensors
 import safetensors.torch
 import torch
 
+from models.formats.atomic import free_bytes, name_of_leftover, new_folder, recover, remove_at_once
+
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT_VERSION = 2  # 2: the state says what the run is made of
 _NAME = re.compile(r"step_(\d{6,})")
-_LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old|gone)-\d+")
 
 
 class SaveError(RuntimeError):
@@ -50,28 +46,22 @@ class RunState:
 
 
 def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
-    """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it; returns its
-    folder.
+    """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it; returns its folder.
 
-    tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises ValueError for keep <
-    2 (the newest may be the one a disk damages) and SaveError, which names the path and the free space, when the disk
-    does not take it; nothing that was there before is touched then."""
+    tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises ValueError for keep < 2 (the
+    newest may be the one a disk damages) and SaveError, which names the path and the free space, when the disk does not take it;
+    nothing that was there before is touched then."""
     if keep < 2:
         raise ValueError(f"checkpoint.keep={keep}: must be at least 2, so that a damaged checkpoint has a predecessor")
     root = Path(run_dir) / "checkpoints"
     final = root / _name(step)
-    temporary = root / f"{final.name}.tmp-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-        temporary.mkdir()
-        _write(temporary, step, tensors, state)
-        _publish(temporary, final)
+        with new_folder(final) as folder:
+            _write(folder, step, tensors, state)
     except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            remove(temporary)
-        raise SaveError(f"cannot save {final}: {error} ({_free(root)}). Earlier checkpoints are untouched; free some "
-                        "space or lower checkpoint.keep, then resume") from error
+        raise SaveError(f"cannot save {final}: {error} ({free_bytes(root):,} bytes free in {root}). Earlier checkpoints are "
+                        "untouched; free some space or lower checkpoint.keep, then resume") from error
     _prune(root, step, keep)
     return final
 
@@ -79,9 +69,9 @@ def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor]
 def load_run(run_dir: str | Path, *, step: int | None = None) -> RunState | None:
     """The newest whole checkpoint of a run, or that of `step`; None if it has none at all.
 
-    A newer one that does not match its manifest is passed over with a CheckpointFallbackWarning that names it and the
-    damage. Raises LoadError if there are checkpoints and none is whole: starting afresh is the user's decision.
-    Also raises it for a `step` that is not there or damaged."""
+    A newer one that does not match its manifest is passed over with a CheckpointFallbackWarning that names it and the damage.
+    Raises LoadError if there are checkpoints and none is whole: starting afresh is the user's decision. Also raises it for a
+    `step` that is not there or damaged."""
     root = Path(run_dir) / "checkpoints"
     damage: list[str] = []
     found = _checkpoints(root)
@@ -103,32 +93,16 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> RunState | None
     return None
 
 
-def clean_stale(run_dir: str | Path) -> list[Path]:
-    """Deletes what a killed process left half-written; for the holder of the lock only. Returns the paths."""
+def clean_stale(run_dir: str | Path) -> None:
+    """Cleans up after a process that was killed while it saved; for the holder of the lock only."""
     root = Path(run_dir) / "checkpoints"
-    removed = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        match = _LEFTOVER.fullmatch(path.name)
-        if match is None:
-            continue
-        final = root / match[1]
-        try:
-            if match[2] == "old" and not os.path.lexists(final):
-                os.replace(path, final)  # killed between the two renames of a replacement
-            else:
-                remove(path)
-                removed.append(path)
-        except OSError as error:
-            warnings.warn(f"cannot delete {path}, left by a killed process: {error}", stacklevel=2)
-    return removed
-
-
-def remove(path: Path) -> None:
-    """Deletes a folder, a file or a link (never what it leads to), if there is one. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        name = name_of_leftover(path.name)
+        if name is not None and _NAME.fullmatch(name):
+            try:
+                recover(root / name)
+            except OSError as error:
+                warnings.warn(f"cannot delete {path}, left by a killed process: {error}", stacklevel=2)
 
 
 def _name(step: int) -> str:
@@ -136,10 +110,9 @@ def _name(step: int) -> str:
 
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder), oldest first; half-written ones have other names."""
-    found = [(int(match[1]), path) for path in (root.iterdir() if root.is_dir() else [])
-             if (match := _NAME.fullmatch(path.name))]
-    return sorted(found)
+    """(step, folder), oldest first."""
+    return sorted((int(match[1]), path) for path in (root.iterdir() if root.is_dir() else [])
+                  if (match := _NAME.fullmatch(path.name)))
 
 
 def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -150,34 +123,13 @@ def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dic
              for name in (TENSORS, STATE)}
     (folder / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files},
                                               indent=1) + "\n")
-    for name in (TENSORS, STATE, MANIFEST):
-        _fsync(folder / name)
-    _fsync(folder)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Gives the folder its final name; one that has it (the same step saved again) makes room first."""
-    old = final.with_name(f"{final.name}.old-{os.getpid()}")
-    if os.path.lexists(final):
-        os.replace(final, old)
-    try:
-        os.replace(temporary, final)
-    except OSError:
-        if os.path.lexists(old):
-            os.replace(old, final)
-        raise
-    _fsync(final.parent)
-    with contextlib.suppress(OSError):
-        remove(old)
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
     # newer ones than this step are damaged (or it would not be the newest): they must not count among those kept
     for _, folder in [item for item in _checkpoints(root) if item[0] <= step][:-keep]:
-        gone = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
         try:
-            os.replace(folder, gone)
-            remove(gone)
+            remove_at_once(folder)
         except OSError as error:
             warnings.warn(f"cannot delete the old checkpoint {folder}: {error}", stacklevel=3)
 
@@ -207,23 +159,9 @@ def _verify(folder: Path) -> str | None:
 
 def _read(folder: Path) -> RunState:
     document = json.loads((folder / STATE).read_text())
-    return RunState(step=document["step"], tensors=safetensors.torch.load_file(folder / TENSORS),
-                    state=document["state"])
+    return RunState(document["step"], safetensors.torch.load_file(folder / TENSORS), document["state"])
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _free(path: Path) -> str:
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return f"{shutil.disk_usage(existing).free:,} bytes free in {existing}"

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from grpo.rewards.guests import GuestFault
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import LoadError, SaveError
 from grpo.run.lock import RunInUseError
+from models.formats.atomic import free_bytes
 from models.formats.hugging_face import CheckpointError
 
 DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
@@ -60,7 +60,7 @@ def describe_failure(error: BaseException, *, config: object, log: Path | None, 
     message = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and log is not None:
         hint = "" if "resume=true" in message else ": free some space, then go on with resume=true"
-        message += f"; {shutil.disk_usage(log.parent).free:,} bytes are free in {log.parent}{hint}"
+        message += f"; {free_bytes(log.parent):,} bytes are free in {log.parent}{hint}"
     elif reason == "failed" or not message:
         message = f"{type(error).__name__}: {message}"
     is_clear = isinstance(error, SELF_EXPLAINING) or (isinstance(error, ValueError) and not is_started)

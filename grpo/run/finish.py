@@ -10,12 +10,13 @@ from grpo.config import TrainConfig, run_folder, shown
 from grpo.launch import PREEMPTED, typed_words
 from grpo.record.console import print_error
 from grpo.rollout.session import Interrupted
-from grpo.run.checkpoint import SaveError, remove, save_run
+from grpo.run.checkpoint import SaveError, save_run
 from grpo.run.export_files import write_adapter, write_model
 from grpo.run.failures import Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import has_initial_adapter, parameter_tensors
 from grpo.run.start import OPTIM, Run
+from models.formats.atomic import remove
 
 
 def save(run: Run) -> None:

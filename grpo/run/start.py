@@ -28,7 +28,7 @@ from grpo.losses import try_loss
 from grpo.optim import Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Sampler
-from grpo.run.checkpoint import RunState, load_run, remove
+from grpo.run.checkpoint import RunState, load_run
 from grpo.run.identity import PLACES, check_same, identify, provenance
 from grpo.run.lock import RunLock
 from grpo.run.policy import (
@@ -47,6 +47,7 @@ from grpo.run.policy import (
 from grpo.targets import bind
 from grpo.warmup import warm_up
 from models.chat.tokenizer import Tokenizer
+from models.formats.atomic import remove
 from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
 

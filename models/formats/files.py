@@ -1,4 +1,4 @@
-"""Folders of safetensors files: what they hold, one tensor at a time out of them, and folders written atomically."""
+"""Folders of safetensors files: what they hold, one tensor at a time out of them, and folders that are written whole."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from models.formats.atomic import free_bytes, new_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -176,59 +178,27 @@ def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] 
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
     num_bytes: what will be written, compared with the free space first. A target that exists and is not empty is
-    refused, unless every entry in it is named in `replaceable`: then it is exchanged for the new folder. Files and
-    folder are synced to disk before the rename. Raises CheckpointError naming the path, also when the disk is full.
+    refused, unless every entry in it is named in `replaceable`: then it is exchanged for the new folder. Raises
+    CheckpointError naming the path, also when the disk is full.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file; choose a folder")
     present = sorted(os.listdir(target)) if target.exists() else []
     if foreign := [name for name in present if name not in replaceable]:
         raise CheckpointError(f"{target}: exists and holds {shortened(foreign, 5)}; choose another folder or remove it")
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while writing
-        free = shutil.disk_usage(target.parent).free
+        free = free_bytes(target.parent)
         if num_bytes > free:
             raise CheckpointError(f"{target}: needs {num_bytes:,} bytes, {free:,} are free; free some space")
-        temporary.mkdir()
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        _exchange(temporary, target, is_occupied=bool(present))
-        _sync(target.parent)
+        with new_folder(target) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(_existing_parent(target)).free
         raise CheckpointError(
-            f"{target}: could not be written ({error}); {free:,} bytes are free there. "
+            f"{target}: could not be written ({error}); {free_bytes(target):,} bytes are free there. "
             "Nothing that was there before has changed"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(temporary: Path, target: Path, *, is_occupied: bool) -> None:
-    if not is_occupied:
-        os.rename(temporary, target)  # an empty folder at the target is replaced by rename itself
-        return
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(target, old)
-    os.rename(temporary, target)
-    shutil.rmtree(old)
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

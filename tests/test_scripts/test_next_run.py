@@ -49,8 +49,8 @@ def test_a_run_of_another_configuration_is_left_alone(tmp_path):
 
 
 def test_a_run_killed_in_its_first_save_starts_over_under_its_name(tmp_path):
-    leave_run(tmp_path, DEFAULT, "step_000000.tmp-123")
-    assert next_run([f"output_dir={tmp_path}"]) == [f"name={DEFAULT}", "resume=true"]
+    leave_run(tmp_path, DEFAULT, ".step_000000.tmp")
+    assert next_run([f"output_dir={tmp_path}"]) == []
 
 
 @pytest.mark.parametrize("arguments", [["name=mine"], ["resume=true"], ["-m", "seed=0,1"], ["stepz=3"]])

@@ -67,8 +67,8 @@ PHASES = {
     "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
     "logging": ("grpo.record.metrics", "module._JsonlFile", "append", True, (1, 5)),
-    "writing a checkpoint": ("grpo.run.checkpoint", "module", "_fsync", False, (1, 5)),
-    "publishing a checkpoint": ("grpo.run.checkpoint", "module", "_publish", False, (2, 2)),
+    "writing a checkpoint": ("models.formats.atomic", "module", "sync", False, (1, 5)),
+    "publishing a checkpoint": ("models.formats.atomic", "module", "_exchange", False, (2, 2)),
     "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),
     "pruning": ("grpo.run.checkpoint", "module", "_prune", False, (1, 1)),
 }
@@ -230,11 +230,11 @@ def test_an_interrupted_evaluation_is_made_again(train, never_killed, tmp_path):
 
 def test_a_second_signal_leaves_at_once_and_harms_nothing(train, never_killed, tmp_path):
     expected, _ = never_killed(CARRY)
-    stuck = "import grpo.run.checkpoint, time; grpo.run.checkpoint._publish = lambda *a: time.sleep(10_000)\n"
+    stuck = "import models.formats.atomic as atomic, time; atomic._exchange = lambda *a: time.sleep(10_000)\n"
     command = train([*CARRY, "eval.at_start=false", "checkpoint.every=0"], tmp_path,
                     stuck + signal_at("rollout", 20, signal.SIGTERM))
     deadline = time.monotonic() + 600
-    while not list(tmp_path.glob("run/checkpoints/*.tmp-*/manifest.json")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("run/checkpoints/.*.tmp/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "SIGTERM: saves at the next safe moment" in command.error_text()
     command.send(signal.SIGTERM)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,9 +158,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(tmp_path)
 def test_leftovers_of_a_killed_process_are_ignored_then_cleaned(tmp_path):
     save(tmp_path, 10)
     root = tmp_path / "checkpoints"
-    (root / "step_000020.tmp-77").mkdir()
-    (root / "step_000020.tmp-77" / "state.json").write_text("{")
-    (root / "step_000005.gone-77").mkdir()
+    (root / ".step_000020.tmp").mkdir()
+    (root / ".step_000020.tmp" / "state.json").write_text("{")
+    (root / ".step_000005.gone").mkdir()
     (root / "notes.txt").write_text("mine")
     assert_is_step(load_run(tmp_path), 10)
     lock_run(tmp_path).release()
@@ -169,8 +170,8 @@ def test_leftovers_of_a_killed_process_are_ignored_then_cleaned(tmp_path):
 def test_a_replacement_killed_between_its_renames_is_undone(tmp_path):
     save(tmp_path, 10)
     root = tmp_path / "checkpoints"
-    (root / "step_000010").rename(root / "step_000010.old-77")
-    assert clean_stale(tmp_path) == []
+    (root / "step_000010").rename(root / ".step_000010.old")
+    clean_stale(tmp_path)
     assert_is_step(load_run(tmp_path), 10)
 
 
@@ -179,7 +180,7 @@ def out_of_space(*_, **__):
 
 
 @pytest.mark.parametrize("owner, function", [
-    (grpo.run.checkpoint.safetensors.torch, "save_file"), (grpo.run.checkpoint.os, "fsync"), (grpo.run.checkpoint.os, "replace"),
+    (grpo.run.checkpoint.safetensors.torch, "save_file"), (os, "fsync"), (os, "replace"),
     (Path, "write_text"), (Path, "mkdir"),
 ])
 def test_a_full_disk_at_any_moment_of_a_save_leaves_the_old_checkpoints(tmp_path, monkeypatch, owner, function):
@@ -201,8 +202,7 @@ def test_a_failed_replacement_puts_the_old_checkpoint_back(tmp_path, monkeypatch
     save(tmp_path, 20)
     replace = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(grpo.run.checkpoint.os, "replace",
-                      lambda old, new: out_of_space() if ".tmp-" in str(old) else replace(old, new))
+        patch.setattr(os, "replace", lambda old, new: out_of_space() if ".tmp" in str(old) else replace(old, new))
         with pytest.raises(SaveError, match="step_000020"):
             save_run(tmp_path, step=20, tensors={}, state={"other": 1}, keep=2)
     assert saved_names(tmp_path) == ["step_000010", "step_000020"]
@@ -270,7 +270,7 @@ for previous in (10.0, 20.0):
         child = os.fork()
         if child == 0:
             countdown = operation
-            for owner, name in ((os, "replace"), (os, "fsync"), (c.shutil, "rmtree"), (Path, "write_text"),
+            for owner, name in ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "write_text"),
                                 (Path, "mkdir"), (c.safetensors.torch, "save_file")):
                 arm(owner, name)
             save(run, 20, 21.0)
@@ -378,14 +378,14 @@ def test_links_and_stray_files_among_the_checkpoints_hinder_nothing_and_are_neve
     root = run_dir / "checkpoints"
     (root / "step_000010").rename(elsewhere / "ten")
     (root / "step_000010").symlink_to(elsewhere / "ten")
-    (root / "step_000020.tmp-7").write_text("a file")
-    (root / "step_000008.gone-7").symlink_to(elsewhere)
+    (root / ".step_000020.tmp").write_text("a file")
+    (root / ".step_000008.gone").symlink_to(elsewhere)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lock_run(run_dir).release()
         assert saved_names(run_dir) == ["step_000010"]
         assert_is_step(load_run(run_dir), 10)
-        (root / f"step_000010.tmp-{os.getpid()}").write_text("a file")
+        (root / ".step_000010.tmp").write_text("a file")
         save(run_dir, 10)  # in the place of the link
         save(run_dir, 11, keep=2)
         (root / "step_000010").rename(elsewhere / "other ten")
@@ -409,9 +409,9 @@ def test_a_folder_of_checkpoints_may_be_a_link_to_another_disk(tmp_path):
 
 def test_a_leftover_that_cannot_be_deleted_is_a_warning_that_names_it(tmp_path, monkeypatch):
     save(tmp_path, 10)
-    (tmp_path / "checkpoints/step_000020.tmp-77").mkdir()
-    monkeypatch.setattr(grpo.run.checkpoint.shutil, "rmtree", out_of_space)
-    with pytest.warns(UserWarning, match=r"cannot delete .*step_000020\.tmp-77"):
+    (tmp_path / "checkpoints/.step_000020.tmp").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", out_of_space)
+    with pytest.warns(UserWarning, match=r"cannot delete .*\.step_000020\.tmp"):
         lock_run(tmp_path).release()
 
 
