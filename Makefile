@@ -19,8 +19,8 @@ quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resum
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
 # Without ARGS in two processes side by side, of about the same length: the tests below the trainer with some of its, and everything else.
-LOWER := tests/test_kernels tests/test_models $(addprefix tests/,test_scripts test_configs.py test_wheel.py) \
-	$(addprefix tests/test_grpo/,test_command_line.py test_sweeps.py test_bad_inputs.py)
+LOWER := tests/test_kernels tests/test_models $(addprefix tests/,test_scripts test_wheel.py) \
+	$(addprefix tests/test_grpo/,configuration test_bad_inputs.py)
 test: $(INSTALLED) ## all tests that need no GPU
 ifeq ($(strip $(ARGS)),)
 	@log=$$(mktemp); \

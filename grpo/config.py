@@ -1,8 +1,8 @@
 """The configuration of a run: its dataclass schema with units, and the typed conversion.
 
-YAML under `configs/` holds values, this file holds types. `grpo/launch.py` composes the one into the other for the
-entry points, `grpo/validate.py` checks ranges and contradictions. Nothing here imports torch, so a bad configuration
-fails in a second. After `to_typed`, code sees dataclasses only.
+YAML under `configs/` holds values, this file holds types. `grpo/configuration/` composes the one into the other for the entry
+points and checks the result. Nothing here imports torch, so a bad configuration fails in a second. After `to_typed`, code
+sees dataclasses only.
 """
 
 import dataclasses
@@ -19,8 +19,35 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config_errors import ConfigError, UnknownKey
+from grpo.configuration.suggestions import suggest
 from models.formats.atomic import write_text
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, its value, what is allowed and what to do."""
+
+
+class UnknownKey(ConfigError):
+    """A key that its node lacks; `typed` goes on below it. `keys`: all there are, for suggestions from elsewhere; `origin`: where
+    the key comes from, if not from the command line. Whoever knows them fills them in. `also`: names unknown beside it."""
+
+    def __init__(self, key: str, allowed: list[str], *, typed: str | None = None, also: list[str] | None = None) -> None:
+        self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(set(allowed)), ""
+        self.parent, _, self.name = key.rpartition(".")
+        self.also = [f"{self.parent}.{name}" for name in also or []]
+        self.siblings = [f"{self.parent}.{name}" if self.parent else name for name in self.allowed]
+        self.keys = self.siblings
+
+    def __str__(self) -> str:
+        others = [key for key in self.keys if key != self.key]
+        siblings = self.siblings if self.typed == self.key else []
+        # of a path into another trainer's tree, what is above its last part is no slip of the fingers for a key elsewhere
+        meant = suggest(self.typed, others, siblings) or suggest(self.key, others if siblings else self.siblings, self.siblings)
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        origin = f" ({self.origin})" if self.origin else ""
+        where = f" in {self.parent}" if self.parent else ""
+        return f"unknown key {self.key}{origin}{hint or '.'} Allowed{where}: {', '.join(self.allowed)}"
+
 
 # Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
 RESUMABLE_KEYS = (
@@ -97,7 +124,7 @@ class ReasoningEffort(StrEnum):
 
 def number(interval: str, hint: str = "", *, default: Any = MISSING) -> Any:
     """A field for numbers in `interval`, such as "(0, 1]"; "inf" stands for any finite number, and for less than 2^31 where
-    the field is an integer. `hint` ends the complaint about others. `grpo.validate` checks it."""
+    the field is an integer. `hint` ends the complaint about others. `grpo.configuration.validate` checks it."""
     return field(default=default, metadata={"interval": interval, "hint": hint})
 
 

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, TrainConfig
+from grpo.configuration.targets import bind, keyword_parameters
 from grpo.envs.data_files import DataError
 from grpo.rewards.guests import GuestFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
-from grpo.targets import bind, keyword_parameters
 from models.chat.tokenizer import Tokenizer
 
 MOST_PROMPT_ID = 2**63 - 1  # it is part of a sampling key

@@ -23,9 +23,9 @@ import torch
 
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
+from grpo.configuration.launch import launch
 from grpo.environment import Environment, Score, held_out_prompts, make_environment, score
 from grpo.groups import length_metrics, reward_metrics
-from grpo.launch import launch
 from grpo.record.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
 from grpo.record.plots import is_interval
 from grpo.rollout.sampling import SamplingParams

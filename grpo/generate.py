@@ -26,8 +26,9 @@ import torch
 
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
+from grpo.configuration.launch import FAILED, launch
+from grpo.configuration.targets import resolve_target
 from grpo.environment import encode_question, make_environment
-from grpo.launch import FAILED, launch
 from grpo.record.console import clean, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -41,7 +42,6 @@ from grpo.run.policy import (
     select_device,
     select_dtype,
 )
-from grpo.targets import resolve_target
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import REPLACEMENT, Tokenizer

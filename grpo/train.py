@@ -16,10 +16,10 @@ import torch
 
 from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
+from grpo.configuration.launch import launch
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import collect, completion_record
-from grpo.launch import launch
 from grpo.record.metrics import peak_memory_gb
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.sampling import SamplingParams

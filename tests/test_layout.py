@@ -14,8 +14,7 @@ PACKAGES = ("kernels", "models", "grpo")
 PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 FORBIDDEN_PACKAGES = {"kernels": {"models", "grpo"}, "models": {"grpo"}, "grpo": {"kernels"}}
-ENTRY_POINTS = {"grpo/train.py", "grpo/evaluate.py", "grpo/generate.py"}
-HYDRA_FILES = {*(f"grpo/{name}.py" for name in ("config", "command_line", "launch", "sweeps")), *ENTRY_POINTS}
+HYDRA_FILES = {"grpo/config.py", *(f"grpo/configuration/{name}.py" for name in ("command_line", "launch", "sweeps"))}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "base", "common", "misc"}
 
 

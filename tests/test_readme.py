@@ -8,7 +8,7 @@ import pytest
 from paths import ROOT
 
 from grpo.config import ConfigError
-from grpo.launch import load_config
+from grpo.configuration.launch import load_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)

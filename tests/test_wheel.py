@@ -168,9 +168,9 @@ def test_an_editable_install_runs_from_any_folder(tmp_path):
     environment = Environment(tmp_path)
     environment.install("--editable", checkout)
     assert "num_experts_per_tok" in environment.module("grpo.train", "--cfg", "job")
-    found = environment.code("import grpo.launch as g, kernels as k, models.config as m; print(g.__file__, k.__file__, "
-                             "m.__file__)")
-    names = ("grpo/launch.py", "kernels/__init__.py", "models/config.py")
+    found = environment.code("import grpo.configuration.launch as g, kernels as k, models.config as m; "
+                             "print(g.__file__, k.__file__, m.__file__)")
+    names = ("grpo/configuration/launch.py", "kernels/__init__.py", "models/config.py")
     assert found.split() == [str(checkout / name) for name in names]
 
 

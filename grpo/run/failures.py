@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from grpo.config import ConfigError, TrainConfig, flatten, to_dict
+from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.envs.data_files import DataError
-from grpo.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.optim import NonFiniteError
 from grpo.rewards.functions import RewardError
 from grpo.rewards.guests import GuestFault

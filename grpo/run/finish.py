@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from grpo.config import TrainConfig, run_folder, shown
-from grpo.launch import PREEMPTED, typed_words
+from grpo.configuration.launch import PREEMPTED, typed_words
 from grpo.record.console import print_error
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import SaveError, save_run

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from grpo.config import ConfigError, TrainConfig, settings_of_steps
+from grpo.configuration.launch import typed_words
 from grpo.environment import calling
-from grpo.launch import typed_words
 from models.chat.tokenizer import Tokenizer
 from models.formats.files import has_tensor_files, list_tensors
 from models.formats.hugging_face import checkpoint_folder

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config
+from grpo.configuration.targets import resolve_target
 from grpo.environment import tiny_tokenizer
 from grpo.run.checkpoint import RunState, load_run
-from grpo.targets import resolve_target
 from models.chat.tokenizer import Tokenizer
 from models.config import GptOssConfig
 from models.formats.hugging_face import checkpoint_folder, load_model, read_checkpoint_config

@@ -21,9 +21,10 @@ from grpo.config import (
     shown,
     to_dict,
 )
+from grpo.configuration.launch import is_sweep
+from grpo.configuration.targets import bind
 from grpo.environment import Environment, check_environment, make_environment, summary
 from grpo.kl import Reference
-from grpo.launch import is_sweep
 from grpo.losses import try_loss
 from grpo.optim import Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
@@ -44,7 +45,6 @@ from grpo.run.policy import (
     select_device,
     select_dtype,
 )
-from grpo.targets import bind
 from grpo.warmup import warm_up
 from models.chat.tokenizer import Tokenizer
 from models.formats.atomic import remove

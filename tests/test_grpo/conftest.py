@@ -23,8 +23,8 @@ if yaml.__with_libyaml__:  # libyaml reads the same in a third of the time
     yaml.SafeLoader = yaml.CSafeLoader
 import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, safetensors.torch
 import models.formats.hugging_face, models.lora
-import grpo.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
-grpo.launch.load_config("train", [])  # fills the caches of Hydra's parsers
+import grpo.configuration.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
+grpo.configuration.launch.load_config("train", [])  # fills the caches of Hydra's parsers
 children = set()
 
 def run(command):

@@ -449,7 +449,8 @@ def test_a_small_disk_fills_up_without_harm(train, tmp_path, num_bytes):
 def test_a_bad_experiment_file_ends_in_one_message(entry_points, folder, tmp_path, name, part):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copyfile(folder / f"experiment/{name}.yaml", tmp_path / f"configs/experiment/{name}.yaml")
-    other_configs = f"import grpo.launch, pathlib; grpo.launch.CONFIG_DIR = pathlib.Path({str(tmp_path / 'configs')!r})"
+    other_configs = ("import grpo.configuration.launch as module, pathlib; "
+                     f"module.CONFIG_DIR = pathlib.Path({str(tmp_path / 'configs')!r})")
     check(entry_points.run("grpo.train", f"experiment={name}", f"output_dir={tmp_path}", before=other_configs), 2, [part])
 
 

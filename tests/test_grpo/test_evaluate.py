@@ -13,10 +13,10 @@ import torch
 
 from grpo.batch import Completion, Prompt, Segment
 from grpo.config import save_config
+from grpo.configuration.launch import load_config
 from grpo.environment import Score
 from grpo.envs.carry import Carry
 from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation, writable_file
-from grpo.launch import load_config
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run

@@ -14,6 +14,7 @@ from paths import FIXTURES, ROOT
 
 from grpo.batch import Prompt
 from grpo.config import save_config
+from grpo.configuration.launch import load_config
 from grpo.envs.carry import Carry
 from grpo.generate import (
     GENERATE_STEP,
@@ -24,7 +25,6 @@ from grpo.generate import (
     questions,
     run_generation,
 )
-from grpo.launch import load_config
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import grpo.train
-from grpo.launch import load_config
+from grpo.configuration.launch import load_config
 
 STEP_METRICS = {
     "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "rewards/format/std", "reward/errors",

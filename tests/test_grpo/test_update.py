@@ -16,9 +16,9 @@ import torch
 
 from grpo.batch import Completion, Prompt, Segment
 from grpo.config import ConfigError, KlConfig, KlReference, OldLogProbs, Schedule
+from grpo.configuration.launch import load_config
 from grpo.groups import Groups
 from grpo.kl import Reference
-from grpo.launch import load_config
 from grpo.losses import dapo, grpo
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run, make_optimizer

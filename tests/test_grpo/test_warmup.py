@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo.configuration.launch import load_config
 from grpo.environment import EnvironmentFault
-from grpo.launch import load_config
 from grpo.optim import NonFiniteError
 from grpo.rollout.session import Interrupted
 from grpo.warmup import pack_demonstrations, warm_up

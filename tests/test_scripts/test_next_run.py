@@ -9,7 +9,7 @@ import pytest
 from paths import ROOT
 
 from grpo.config import save_config
-from grpo.launch import load_config
+from grpo.configuration.launch import load_config
 
 SCRIPT = ROOT / "scripts/next_run.py"
 next_run = runpy.run_path(str(SCRIPT))["next_run"]

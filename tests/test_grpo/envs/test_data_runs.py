@@ -7,9 +7,9 @@ import pytest
 from paths import FIXTURES
 
 from grpo.batch import Completion, Segment
+from grpo.configuration.launch import load_config
+from grpo.configuration.targets import bind
 from grpo.envs.data_files import DataError
-from grpo.launch import load_config
-from grpo.targets import bind
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
 
 QUIET = ("wandb.mode=disabled", "eval.at_start=false", "eval.at_end=false", "name=run")

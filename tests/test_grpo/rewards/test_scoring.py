@@ -5,7 +5,7 @@ import os
 import pytest
 
 from grpo.config import settings_of_steps
-from grpo.launch import load_config
+from grpo.configuration.launch import load_config
 from grpo.rewards.forms import Sample, TrainerState
 from grpo.rewards.functions import RewardError
 from grpo.rewards.scoring import Scorer

@@ -16,7 +16,7 @@ from paths import FIXTURES, ROOT
 from safetensors.torch import load_file
 
 from grpo.config import anchor_paths, run_folder
-from grpo.launch import load_config
+from grpo.configuration.launch import load_config
 
 # An environment that walks away while it scores.
 WANDERING = """

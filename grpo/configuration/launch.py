@@ -31,7 +31,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.command_line import (
+from grpo.config import (
+    RESUMABLE_KEYS,
+    ConfigError,
+    EvaluateConfig,
+    GenerateConfig,
+    TrainConfig,
+    UnknownKey,
+    check_keys,
+    dataclass_of,
+    key_matches,
+    run_folder,
+    to_typed,
+)
+from grpo.configuration.command_line import (
     DEFAULT_EXPERIMENT,
     CommandLine,
     as_typed,
@@ -41,21 +54,8 @@ from grpo.command_line import (
     read_command_line,
     to_override,
 )
-from grpo.config import (
-    RESUMABLE_KEYS,
-    EvaluateConfig,
-    GenerateConfig,
-    TrainConfig,
-    check_keys,
-    dataclass_of,
-    key_matches,
-    run_folder,
-    to_typed,
-)
-from grpo.config_errors import OTHER_NAMES, ConfigError, UnknownKey
-from grpo.record.console import print_error
-from grpo.run.signals import hold_standard_streams
-from grpo.sweeps import (
+from grpo.configuration.suggestions import OTHER_NAMES
+from grpo.configuration.sweeps import (
     FAILED,
     MAX_CHECKED,
     PREEMPTED,
@@ -70,11 +70,13 @@ from grpo.sweeps import (
     replace_params,
     values_of,
 )
-from grpo.targets import bind, keyword_parameters, resolve_target
-from grpo.validate import validate, validate_inference
+from grpo.configuration.targets import bind, keyword_parameters, resolve_target
+from grpo.configuration.validate import validate, validate_inference
+from grpo.record.console import print_error
+from grpo.run.signals import hold_standard_streams
 
-_HERE = Path(__file__).resolve().parent
-CONFIG_DIR = next(path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir())  # of a wheel, a checkout
+_GRPO = Path(__file__).resolve().parent.parent
+CONFIG_DIR = next(path for path in (_GRPO / "configs", _GRPO.parent / "configs") if path.is_dir())  # of a wheel, a checkout
 # exit codes, beside those of sweeps.py
 CONFIG_ERROR = 2
 INTERRUPTED = 128 + 2  # as of a process that SIGINT ends

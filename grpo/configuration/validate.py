@@ -20,10 +20,10 @@ from grpo.config import (
     ModelConfig,
     Train,
     TrainConfig,
+    UnknownKey,
     describe_type,
 )
-from grpo.config_errors import UnknownKey
-from grpo.targets import fits
+from grpo.configuration.targets import fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")

@@ -12,14 +12,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from paths import ROOT
 
 from grpo.config import ConfigError
-from grpo.launch import check, jobs_planned, load_config, prepare
-from grpo.sweeps import JobResult, jobs_of, objective_of, outcome
+from grpo.configuration.launch import check, jobs_planned, load_config, prepare
+from grpo.configuration.sweeps import JobResult, jobs_of, objective_of, outcome
 
 # A training run in a moment: leaves a summary, and ends as its seed says.
 TASK = """
 import json
 from grpo.config import run_folder, to_dict
-from grpo.launch import typed_words
+from grpo.configuration.launch import typed_words
 
 def task(config):
     print("ran", config.name, *typed_words(), flush=True)
@@ -73,7 +73,7 @@ class Elsewhere(Launcher):
 def sweep(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
     (cwd / "job_task.py").write_text(TASK)
     program = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(cwd)!r}]\nfrom grpo.launch import launch\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(cwd)!r}]\nfrom grpo.configuration.launch import launch\n"
         "from job_task import task\nsys.exit(launch('train', task))"
     )
     environment = {"PYTHONPATH": f"{ROOT}:{cwd}", "PATH": "/usr/bin:/bin", "HOME": str(cwd)}

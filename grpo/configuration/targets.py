@@ -9,8 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from grpo.config import describe_type
-from grpo.config_errors import ConfigError, UnknownKey
+from grpo.config import ConfigError, UnknownKey, describe_type
 from grpo.rewards.functions import load_function
 from grpo.rewards.guests import import_guest
 from grpo.rewards.values import describe_error

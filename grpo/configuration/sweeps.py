@@ -20,9 +20,9 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 
-from grpo.command_line import as_typed, quoted
 from grpo.config import ConfigError, EvalConfig
-from grpo.config_errors import near
+from grpo.configuration.command_line import as_typed, quoted
+from grpo.configuration.suggestions import near
 from grpo.record.plots import headline_first
 from grpo.record.run_table import sweep_summary
 from grpo.report import SUMMARY_FILE, read_summary

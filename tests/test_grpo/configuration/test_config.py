@@ -21,8 +21,8 @@ from grpo.config import (
     settings_of_steps,
     to_dict,
 )
-from grpo.launch import CONFIG_DIR, load_config
-from grpo.targets import bind
+from grpo.configuration.launch import CONFIG_DIR, load_config
+from grpo.configuration.targets import bind
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
 
@@ -361,7 +361,7 @@ def test_evaluate_and_generate_take_a_run_or_a_model():
 LIBYAML = "import yaml; yaml.SafeLoader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"  # the conftest's, in a new interpreter
 TASK = """
 import sys
-from grpo.launch import launch
+from grpo.configuration.launch import launch
 def task(config):
     print("ran", config.name, config.optim.lr, config.seed, flush=True)
     if config.seed == 7:

@@ -20,8 +20,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from grpo.config import dataclass_of, escaped
-from grpo.config_errors import ConfigError, suggest
+from grpo.config import ConfigError, dataclass_of, escaped
+from grpo.configuration.suggestions import suggest
 
 DEFAULT_EXPERIMENT = "quickstart"
 INFO_FLAGS = ("--info", "-i")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from grpo.command_line import as_typed, quoted, to_override, unquoted
 from grpo.config import ConfigError
-from grpo.launch import load_config
+from grpo.configuration.command_line import as_typed, quoted, to_override, unquoted
+from grpo.configuration.launch import load_config
 
 TEXTS = [
     "####",
@@ -177,7 +177,8 @@ def launch(*arguments: str, cwd: Path, code: str = "return 0") -> subprocess.Com
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import yaml; yaml.SafeLoader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader\n"
-        f"from grpo.launch import launch, typed_words\ndef task(config):\n    {code}\nsys.exit(launch('train', task))"
+        "from grpo.configuration.launch import launch, typed_words\n"
+        f"def task(config):\n    {code}\nsys.exit(launch('train', task))"
     )
     return subprocess.run([sys.executable, "-c", program, *arguments], cwd=cwd, capture_output=True, text=True)
 

@@ -1,4 +1,4 @@
-"""Complaints about a configuration, and which key somebody means who writes one that there is not."""
+"""Which key somebody means who writes one that there is not: names that other trainers use, and slips of the fingers."""
 
 import difflib
 
@@ -49,34 +49,6 @@ OTHER_NAMES = {
     "wandb.project": "project_name wandb_project",
 }
 MEANT = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
-
-
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, its value, what is allowed and what to do."""
-
-
-class UnknownKey(ConfigError):
-    """A key that its node lacks; `typed` goes on below it. `keys`: all there are, for suggestions from elsewhere; `origin`: where
-    the key comes from, if not from the command line. Whoever knows them fills them in. `also`: names unknown beside it."""
-
-    def __init__(self, key: str, allowed: list[str], *, typed: str | None = None, also: list[str] | None = None) -> None:
-        self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(set(allowed)), ""
-        self.parent, _, self.name = key.rpartition(".")
-        self.also = [f"{self.parent}.{name}" for name in also or []]
-        self.siblings = [f"{self.parent}.{name}" if self.parent else name for name in self.allowed]
-        self.keys = self.siblings
-
-    def __str__(self) -> str:
-        others = [key for key in self.keys if key != self.key]
-        siblings = self.siblings if self.typed == self.key else []
-        # of a path into another trainer's tree, what is above its last part is no slip of the fingers for a key elsewhere
-        meant = suggest(self.typed, others, siblings) or suggest(self.key, others if siblings else self.siblings, self.siblings)
-        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-        origin = f" ({self.origin})" if self.origin else ""
-        where = f" in {self.parent}" if self.parent else ""
-        return f"unknown key {self.key}{origin}{hint or '.'} Allowed{where}: {', '.join(self.allowed)}"
 
 
 def suggest(key: str, keys: list[str], siblings: list[str], *, limit: int = 3) -> list[str]:
