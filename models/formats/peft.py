@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from models.block import Block
 from models.experts import PROJECTIONS
 from models.formats.files import (
     CheckpointError,
@@ -42,7 +43,10 @@ from models.lora import TARGETS, LoraConfig, attach_lora
 WEIGHTS_NAME = "adapter_model.safetensors"
 TRAINED_NAME = "trained_weights.safetensors"
 ATTENTION = TARGETS[:4]
-_EXPERT_KEYS = {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
+# what an adapter can change in a layer -> its path there, and its path in an adapter's file
+PATHS = {**{name: f"self_attn.{name}" for name in ATTENTION}, "router": "mlp.router",
+         **{name: f"mlp.experts.{name}" for name in PROJECTIONS}}
+_STORED_PATHS = PATHS | {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
 # a tensor of an adapter in a gpt-oss layer; experts in one wrapper (two: the inner one is gate_up_proj) or matrix by matrix, as
 # unsloth's NF4 models hold them, whose router is router.linear
 _KEY = re.compile(
@@ -133,7 +137,7 @@ def save_adapter(
 
 
 def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in config.targets else []
+    parameters = [PATHS[name] for name in PROJECTIONS] if "experts" in config.targets else []
     parameters += ["mlp.router.weight"] if "router" in config.targets else []
     return {
         "peft_type": "LORA",
@@ -153,29 +157,25 @@ def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
     }
 
 
-def _peft_key(layer: int, module: str, side: str) -> str:
-    return f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
+def _adapter_of(block: Block, leaf: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] of a projection, [E, r, in] and [E, out, r] of experts."""
+    stem = f"{PATHS[leaf]}_lora_" if leaf in PROJECTIONS else f"{PATHS[leaf]}.lora_"
+    return block.get_parameter(f"{stem}A"), block.get_parameter(f"{stem}B")
 
 
 def peft_tensors(
     model: GptOss, targets: list[str], *, read: Callable[[torch.nn.Parameter], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """`read` of each adapter parameter (itself, its gradient) under PEFT's names, in its layout, fp32 on the CPU."""
+    leaves = [leaf for target in targets for leaf in (PROJECTIONS if target == "experts" else (target,))]
     tensors = {}
     for layer, block in enumerate(model.model.layers):
-        for target in targets:
-            if target == "experts":
-                for name in PROJECTIONS:
-                    lora_A = read(block.mlp.experts.get_parameter(f"{name}_lora_A"))  # [E, r, in]
-                    lora_B = read(block.mlp.experts.get_parameter(f"{name}_lora_B"))  # [E, out, r]
-                    tensors[_peft_key(layer, _EXPERT_KEYS[name], "A")] = lora_A.flatten(0, 1)  # [E * r, in]
-                    tensors[_peft_key(layer, _EXPERT_KEYS[name], "B")] = lora_B.permute(1, 2, 0).flatten(
-                        1
-                    )  # [out, r * E]
-                continue
-            path = "mlp.router" if target == "router" else f"self_attn.{target}"
-            for side in "AB":
-                tensors[_peft_key(layer, path, side)] = read(block.get_parameter(f"{path}.lora_{side}"))
+        for leaf in leaves:
+            lora_A, lora_B = (read(parameter) for parameter in _adapter_of(block, leaf))
+            if leaf in PROJECTIONS:
+                lora_A, lora_B = lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)  # [E * r, in], [out, r * E]
+            key = f"base_model.model.model.layers.{layer}.{_STORED_PATHS[leaf]}"
+            tensors |= {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
@@ -254,19 +254,26 @@ def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[st
 
 def _identify(settings: PeftSettings, found: re.Match, *, has_inner: bool) -> tuple[str, str]:
     """What a wrapper adapts, and its name as PEFT's patterns see it."""
-    prefix = f"model.layers.{found['layer']}."
-    if found["attention"]:
-        module = f"{prefix}self_attn.{found['attention']}"
-        return found["attention"], settings.chosen_name(module) or module
-    if found["router"]:
-        return "router", f"{prefix}mlp.router.weight"
     if found["matrix"]:
-        return f"{found['matrix']}_proj", f"{prefix}mlp.experts.{found['matrix']}_projs.{found['expert']}"
-    gate_up, down = (f"{prefix}mlp.experts.{name}" for name in PROJECTIONS)
-    is_alone = not found["inner"] and not has_inner  # then nothing but the settings tells which it is
-    if found["inner"] or (is_alone and settings.selects_parameter(gate_up) and not settings.selects_parameter(down)):
-        return "gate_up_proj", gate_up
-    return "down_proj", down
+        matrix = f"mlp.experts.{found['matrix']}_projs.{found['expert']}"
+        return f"{found['matrix']}_proj", f"model.layers.{found['layer']}.{matrix}"
+    leaf = found["attention"] or found["router"]
+    if leaf is None:
+        is_alone = not found["inner"] and not has_inner  # then nothing but the settings tells which it is
+        gate_up_is_chosen, down_is_chosen = (_name_of(settings, found["layer"], name)[1] for name in PROJECTIONS)
+        is_gate_up = found["inner"] or (is_alone and gate_up_is_chosen and not down_is_chosen)
+        leaf = "gate_up_proj" if is_gate_up else "down_proj"
+    return leaf, _name_of(settings, found["layer"], leaf)[0]
+
+
+def _name_of(settings: PeftSettings, layer: int | str, leaf: str) -> tuple[str, bool]:
+    """The name of a projection as PEFT's patterns see it, as a module or as a parameter, and whether the settings choose it."""
+    module = f"model.layers.{layer}.{PATHS[leaf]}"
+    if leaf in ATTENTION and settings.selects(module):
+        return module, True
+    parameter = module if leaf in PROJECTIONS else f"{module}.weight"
+    is_chosen = settings.selects_parameter(parameter)
+    return module if leaf in ATTENTION and not is_chosen else parameter, is_chosen
 
 
 def load_adapter(model: GptOss, folder: str | Path) -> None:
@@ -284,7 +291,10 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
     foreign += [pair.key for pair in pairs if pair.layer >= len(model.model.layers)]
     pairs = [pair for pair in pairs if pair.layer < len(model.model.layers)]
     wanted = _lora_config(settings, pairs)
-    missing = missing or _chosen_but_missing(settings, model, {pair.name for pair in pairs})
+    if not missing:  # what the settings choose and the file does not hold: a file cut short would load without a word
+        present = {pair.name for pair in pairs}
+        named = [_name_of(settings, layer, leaf) for layer in range(len(model.model.layers)) for leaf in PATHS]
+        missing = [name for name, is_chosen in named if is_chosen and name not in present]
     misshapen = [problem for pair in pairs for problem in _shape_problems(pair, model, settings.rank_of(pair.name))]
     if missing or foreign or misshapen:
         raise CheckpointError(
@@ -309,44 +319,18 @@ def check_adapter(folder: str | Path, held: LoraConfig) -> None:
     _check_same(Path(folder), held, read_adapter_config(folder))
 
 
-def _chosen_but_missing(settings: PeftSettings, model: GptOss, found: set[str]) -> list[str]:
-    """What the settings choose and the file does not hold: a file cut short would load without a word."""
-    missing = []
-    for layer in range(len(model.model.layers)):
-        prefix = f"model.layers.{layer}."
-        chosen = [settings.chosen_name(f"{prefix}self_attn.{name}") for name in ATTENTION]
-        parameters = [f"{prefix}mlp.router.weight", *(f"{prefix}mlp.experts.{name}" for name in PROJECTIONS)]
-        chosen += [name for name in parameters if settings.selects_parameter(name)]
-        missing += [name for name in chosen if name is not None and name not in found]
-    return missing
-
-
-def _parameters(pair: _Pair, model: GptOss) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B in the model that a pair goes to, those of its expert where it has one alone."""
-    block = model.model.layers[pair.layer]
-    stem = {"experts": f"mlp.experts.{pair.leaf}_lora_", "router": "mlp.router.lora_"}.get(
-        pair.target, f"self_attn.{pair.leaf}.lora_"
-    )
-    lora_A, lora_B = (block.get_parameter(stem + side) for side in "AB")
-    return (lora_A, lora_B) if pair.expert is None else (lora_A[pair.expert], lora_B[pair.expert])
-
-
 def _shape_problems(pair: _Pair, model: GptOss, rank: int) -> list[str]:
-    block, num = model.model.layers[pair.layer], model.config.num_local_experts
+    block, num_experts = model.model.layers[pair.layer], model.config.num_local_experts
     if pair.target == "experts":
         size_in, size_out = block.mlp.experts.sizes[pair.leaf]
-        if pair.expert is not None and pair.expert >= num:
-            return [f"{pair.key} is of expert {pair.expert}, the model has {num}"]
-        rank *= 1 if pair.expert is not None else num
+        if pair.expert is None:
+            rank *= num_experts
+        elif pair.expert >= num_experts:
+            return [f"{pair.key} is of expert {pair.expert}, the model has {num_experts}"]
     else:
-        module = block.mlp.router if pair.leaf == "router" else block.self_attn.get_submodule(pair.leaf)
-        size_out, size_in = module.weight.shape
-    expected = {"A": (rank, size_in), "B": (size_out, rank)}
-    return [
-        f"{tensor.name} is {list(tensor.shape)}, expected {list(expected[side])}"
-        for side, tensor in (("A", pair.A), ("B", pair.B))
-        if tensor.shape != expected[side]
-    ]
+        size_out, size_in = block.get_submodule(PATHS[pair.leaf]).weight.shape
+    expected = ((pair.A, (rank, size_in)), (pair.B, (size_out, rank)))
+    return [f"{found.name} is {list(found.shape)}, expected {list(shape)}" for found, shape in expected if found.shape != shape]
 
 
 @torch.no_grad()
@@ -355,7 +339,9 @@ def _fill(model: GptOss, settings: PeftSettings, pairs: list[_Pair], config: Lor
         if name.endswith("lora_B"):
             parameter.zero_()
     for pair in pairs:
-        lora_A, lora_B = _parameters(pair, model)
+        lora_A, lora_B = _adapter_of(model.model.layers[pair.layer], pair.leaf)
+        if pair.expert is not None:
+            lora_A, lora_B = lora_A[pair.expert], lora_B[pair.expert]
         stored_A, stored_B = pair.A.read().float(), pair.B.read().float()
         rank = settings.rank_of(pair.name)
         if lora_A.ndim == 3:  # all experts
@@ -382,13 +368,10 @@ def _left_out(pairs: list[_Pair], model: GptOss) -> list[str]:
 
 
 def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:
-    different = []
-    if held.rank != wanted.rank:
-        different.append(f"rank: {held.rank} in the model, {wanted.rank} in the adapter")
-    if not math.isclose(held.alpha, wanted.alpha, rel_tol=1e-6):
-        different.append(f"alpha: {held.alpha:g} in the model, {wanted.alpha:g} in the adapter")
-    if set(held.targets) != set(wanted.targets):
-        different.append(f"targets: {sorted(held.targets)} in the model, {sorted(wanted.targets)} in the adapter")
+    pairs = {"rank": (held.rank, wanted.rank), "alpha": (f"{held.alpha:g}", f"{wanted.alpha:g}"),
+             "targets": (sorted(held.targets), sorted(wanted.targets))}
+    different = [f"{key}: {ours} in the model, {theirs} in the adapter" for key, (ours, theirs) in pairs.items()
+                 if ours != theirs]
     if different:
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: not the adapter this model was set up for: {'; '.join(different)}; set "

@@ -19,6 +19,10 @@ _WITHOUT_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name
                    "lora_dropout", "megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config",
                    "lora_dtype", "lorap_lr_ratio",
                    "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # fmt: skip
+# setting -> type of a value that is no list, type of a list's entries, both in words
+_KINDS = {"target_modules": (str, str, "text or a list"), "exclude_modules": (str, str, "text or a list"),
+          "layers_pattern": (str, str, "text or a list"), "layers_to_transform": (int, int, "a number or a list"),
+          "target_parameters": ((), str, "a list")}
 _KEEPS_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")  # ways to start that leave the base as it is
 _ADAPTED = (".gate_up_proj", ".down_proj", ".router.weight", *(f".{name}_proj.weight" for name in "qkvo"))
 _MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and use the result as model.path"
@@ -46,9 +50,7 @@ class PeftSettings:
 
     def scale_of(self, name: str) -> float:
         """What PEFT multiplies B A by."""
-        return self.scale(self._by_pattern("alpha_pattern", name, self.content["lora_alpha"]), self.rank_of(name))
-
-    def scale(self, alpha: float, rank: int) -> float:
+        alpha, rank = self._by_pattern("alpha_pattern", name, self.content["lora_alpha"]), self.rank_of(name)
         return alpha / math.sqrt(rank) if self.content.get("use_rslora") else alpha / rank
 
     def selects(self, module: str) -> bool:
@@ -63,12 +65,6 @@ class PeftSettings:
     def selects_parameter(self, name: str) -> bool:
         """Whether target_parameters chooses a parameter."""
         return _ends_in(name, self.content.get("target_parameters") or [])
-
-    def chosen_name(self, module: str) -> str | None:
-        """The name under which a projection is chosen, as a module or by its weight; None where it is not."""
-        if self.selects(module):
-            return module
-        return f"{module}.weight" if self.selects_parameter(f"{module}.weight") else None
 
     def _selects_layer(self, module: str) -> bool:
         layers, patterns = self.content.get("layers_to_transform"), self.content.get("layers_pattern") or r"[^.]*"
@@ -134,14 +130,11 @@ def _check_values(path: Path, content: dict) -> None:
         if not isinstance(pattern, dict) or not all(_is_positive(v, integer=integer) for v in pattern.values()):
             what = "positive integers" if integer else "positive numbers"
             raise CheckpointError(f"{path}: {key}={pattern!r:.200} must map names to {what}; correct it")
-    kinds = {"target_modules": (str, list), "exclude_modules": (str, list), "layers_pattern": (str, list),
-             "layers_to_transform": (int, list), "target_parameters": (list,)}  # fmt: skip
-    for key, allowed in kinds.items():
-        value, entries = content.get(key), int if key == "layers_to_transform" else str
-        is_list = isinstance(value, list) and all(isinstance(entry, entries) for entry in value)
-        if value is not None and not is_list and not isinstance(value, tuple(set(allowed) - {list})):
-            raise CheckpointError(f"{path}: {key}={value!r:.200} must be " + " or ".join(
-                "a list" if kind is list else "text" if kind is str else "a number" for kind in allowed) + "; correct it")
+    for key, (single, entry, kinds) in _KINDS.items():
+        value = content.get(key)
+        is_list = isinstance(value, list) and all(isinstance(each, entry) for each in value)
+        if value is not None and not is_list and not isinstance(value, single):
+            raise CheckpointError(f"{path}: {key}={value!r:.200} must be {kinds}; correct it")
     patterns = [content.get(key) for key in ("target_modules", "exclude_modules") if isinstance(content.get(key), str)]
     for pattern in [*patterns, *(content.get("rank_pattern") or {}), *(content.get("alpha_pattern") or {})]:
         try:
