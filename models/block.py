@@ -21,8 +21,9 @@ from kernels.device import is_few
 from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.sorting import Routing, route, route_backward
 from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
+from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
-from models.experts import EXPERTS
+from models.experts import RoutedExperts
 from models.kept import Kept, TrainingPass
 from models.keys import PackedKeys
 from models.linear import Gradients, Linear, Router, linear, linear_backward, linears
@@ -88,12 +89,12 @@ class Attention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    def __init__(self, config: GptOssConfig, layer: int, experts: str, **factory) -> None:
+    def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], **factory) -> None:
         super().__init__()
         self.layer, self.experts_per_token = layer, config.num_experts_per_tok
         (router,) = linears(config.hidden_size, [config.num_local_experts], **factory)
         self.router = Router(router.weight, router.bias)
-        self.experts = EXPERTS[experts](config, **factory)
+        self.experts = RoutedExperts(config, expert_format, **factory)
 
     def route(self, x: torch.Tensor, recorded: RoutingRecord | RoutingReplay | None,
               kept: Kept | None) -> tuple[torch.Tensor, Routing]:
@@ -116,12 +117,12 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GptOssConfig, layer: int, experts: str, **factory) -> None:
+    def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], **factory) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config, **factory)
         self.self_attn = Attention(config, layer, **factory)
         self.post_attention_layernorm = RMSNorm(config, **factory)
-        self.mlp = MixtureOfExperts(config, layer, experts, **factory)
+        self.mlp = MixtureOfExperts(config, layer, expert_format, **factory)
 
     def forward(self, x: torch.Tensor, keys: Keys, recorded: RoutingRecord | RoutingReplay | None,
                 run: TrainingPass | None = None) -> torch.Tensor:

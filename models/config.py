@@ -11,8 +11,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
-                                                             "model.embed_tokens", "lm_head"]}
 # OpenAI's name of each field -> ours
 ORIGINAL_NAMES = {
     "num_hidden_layers": "num_hidden_layers", "num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok",
@@ -79,7 +77,6 @@ class GptOssConfig:
     rope_scaling: YarnScaling = field(default_factory=YarnScaling)
     eos_token_id: int | list[int] = 200002
     pad_token_id: int | None = 199999
-    stored_experts: str = "bf16"  # how the checkpoint holds its experts: "bf16" | "mxfp4" | "nf4"
     raw: dict = field(default_factory=dict)  # config.json as read
 
     def __post_init__(self) -> None:
@@ -103,7 +100,6 @@ class GptOssConfig:
         return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(self.num_hidden_layers)]
 
     def _contradictions(self) -> list[str]:
-        width, inner = self.hidden_size, self.intermediate_size
         unknown = sorted({str(kind) for kind in self.layer_types} - {"sliding_attention", "full_attention"})
         rules = {
             f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}":
@@ -113,11 +109,7 @@ class GptOssConfig:
                 self.num_experts_per_tok > self.num_local_experts,
             f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}":
                 len(self.layer_types) != self.num_hidden_layers,
-            f"layer_types holds {unknown}; allowed: sliding_attention, full_attention": unknown,
-            f"MXFP4 needs hidden_size={width} and intermediate_size={inner} to be multiples of 32":
-                self.stored_experts == "mxfp4" and (width % 32 or inner % 32),
-            f"NF4 needs hidden_size={width} times intermediate_size={inner} to be a multiple of 64":
-                self.stored_experts == "nf4" and width * inner % 64}
+            f"layer_types holds {unknown}; allowed: sliding_attention, full_attention": unknown}
         return [problem for problem, is_broken in rules.items() if is_broken]
 
     @property
@@ -141,13 +133,6 @@ class GptOssConfig:
         for key in ("quantization_config", "rope_scaling", "rope_parameters"):
             if not isinstance(raw.get(key) or {}, dict):
                 raise ValueError(f"config.json: {key}={raw[key]!r} must be an object")
-        method = (raw.get("quantization_config") or {}).get("quant_method")
-        if method not in (None, "mxfp4", "bitsandbytes"):
-            raise ValueError(f"config.json: quantization_config.quant_method={method!r}; supported: mxfp4, bitsandbytes "
-                             "(NF4), or none")
-        if method == "bitsandbytes" and (kind := raw["quantization_config"].get("bnb_4bit_quant_type")) != "nf4":
-            raise ValueError(f"config.json: quantization_config.bnb_4bit_quant_type={kind!r}; of bitsandbytes' formats nf4 "
-                             "is supported")
         if raw.get("tie_word_embeddings", False):
             raise ValueError("config.json: tie_word_embeddings=true; gpt-oss has an untied lm_head")
         if raw.get("attention_bias", True) is not True:
@@ -165,13 +150,11 @@ class GptOssConfig:
             raw.setdefault("rope_theta", rope["rope_theta"])
         read = set(ARCHITECTURE_FIELDS) - {"rope_scaling", "pad_token_id"}
         values = {key: value for key, value in raw.items() if key in read}
-        stored = {None: "bf16", "mxfp4": "mxfp4", "bitsandbytes": "nf4"}[method]
-        return GptOssConfig(**values, rope_scaling=scaling, pad_token_id=raw.get("pad_token_id"), stored_experts=stored,
-                            raw=source)
+        return GptOssConfig(**values, rope_scaling=scaling, pad_token_id=raw.get("pad_token_id"), raw=source)
 
     @staticmethod
     def from_original(raw: dict) -> GptOssConfig:
-        """Reads `original/config.json` (field names of OpenAI's ModelConfig). Its checkpoints store experts as MXFP4."""
+        """Reads `original/config.json` (field names of OpenAI's ModelConfig)."""
         raw = _without_nulls(raw)
         if missing := [key for key, ours in ORIGINAL_NAMES.items() if ours in REQUIRED and key not in raw]:
             raise ValueError(f"original config.json: missing keys {missing} (or null); fetch the file again")
@@ -180,7 +163,7 @@ class GptOssConfig:
         scaling = {ours: raw[key] for key, ours in ORIGINAL_ROPE_NAMES.items() if key in raw}
         if "initial_context_length" in raw:
             scaling["original_max_position_embeddings"] = raw["initial_context_length"]
-        return GptOssConfig(**values, rope_scaling=YarnScaling(**scaling), stored_experts="mxfp4")
+        return GptOssConfig(**values, rope_scaling=YarnScaling(**scaling))
 
     @staticmethod
     def from_architecture(architecture: dict) -> GptOssConfig:
@@ -196,9 +179,14 @@ class GptOssConfig:
             values["rope_scaling"] = YarnScaling(**scaling)
         return GptOssConfig(**values)
 
-    def to_hf(self, *, experts: str) -> dict:
-        """config.json in the hub's schema (readable by transformers 4.55+ and vLLM) of a checkpoint that holds its experts as
-        "bf16" or "mxfp4"; unknown keys of the source are kept."""
+    @property
+    def quantization(self) -> dict:
+        """The quantization_config of the config.json that was read, {} where there is none."""
+        return self.raw.get("quantization_config") or {}
+
+    def to_hf(self, *, quantization: dict) -> dict:
+        """config.json in the hub's schema (readable by transformers 4.55+ and vLLM), unknown keys of the source kept, with this
+        quantization_config unless it is {}."""
         theta = int(self.rope_theta) if float(self.rope_theta).is_integer() else self.rope_theta
         written = {
             "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True,
@@ -215,9 +203,7 @@ class GptOssConfig:
                     "output_router_logits": False, "router_aux_loss_coef": 0.9, "use_cache": True}
         dropped = ("quantization_config", "rope_parameters", "dtype")
         kept = {key: value for key, value in self.raw.items() if key not in dropped}
-        given = self.raw.get("quantization_config") if self.stored_experts == "mxfp4" else None
-        quantization = {"quantization_config": given or MXFP4} if experts == "mxfp4" else {}
-        return {**defaults, **kept, **written, **quantization}
+        return {**defaults, **kept, **written, **({"quantization_config": quantization} if quantization else {})}
 
     def to_original(self) -> dict:
         """config.json of the original layout. Raises ValueError where the model has a property that layout has no field for."""
@@ -237,7 +223,7 @@ class GptOssConfig:
 
 
 REQUIRED = [own.name for own in fields(GptOssConfig) if own.default is MISSING and own.default_factory is MISSING]
-ARCHITECTURE_FIELDS = [own.name for own in fields(GptOssConfig) if own.name not in ("raw", "stored_experts")]
+ARCHITECTURE_FIELDS = [own.name for own in fields(GptOssConfig) if own.name != "raw"]
 
 
 def _check_known(key: str, given: dict, known: list[str]) -> None:

@@ -65,7 +65,7 @@ def can_decode_by_graph(model: GptOss) -> bool:
     """Whether steps of this model can be captured: on a GPU, through Triton, with experts that serve few tokens."""
     weight = model.lm_head.weight
     return (weight.is_cuda and product_path(weight) == "triton"
-            and all(block.mlp.experts.serves_few_rows() for block in model.model.layers))
+            and all(block.mlp.experts.layout.serves_few_rows for block in model.model.layers))
 
 
 def share_prefixes(prompts: list[int], *, size: int, num_tiles: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
-"""Mixture-of-experts weights in the formats a checkpoint can hold: bf16 (or fp32) tensors, packed MXFP4 and packed NF4.
+"""The routed experts of a layer, in any format of kernels/packed/weights.py.
 
-The classes share constructor and forward and name their parameters as the checkpoint does. LoRA on experts is one A and one B for
-each expert, never merged, whatever the format of the base.
+Parameters and buffers are named as in the checkpoint. LoRA on experts is one A and one B for each expert, never merged, whatever
+the format of the base.
 
 Shapes: E experts, T tokens, A experts per token, R routed rows, D model width, F expert width.
 """
@@ -15,10 +15,7 @@ from kernels.experts.few_rows import moe_decode
 from kernels.experts.forward import MoeKept, moe_backward, moe_forward
 from kernels.experts.gemm import grouped_linear
 from kernels.experts.sorting import Routing, combine, dispatch
-from kernels.packed import nf4
-from kernels.packed.fragments import can_permute, from_fragments, is_foldable, to_fragments_
-from kernels.packed.mxfp4 import dequantize
-from kernels.packed.weights import Dense, Mxfp4, Mxfp4Fragments, Nf4, Packed
+from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 from models.kept import Kept
@@ -26,14 +23,28 @@ from models.linear import Gradients
 from models.memory_plan import SCRATCH_BYTES
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-PACKED_SUFFIXES = {Mxfp4: ("_blocks", "_scales"), Mxfp4Fragments: ("_block_fragments", "_scale_fragments"),
-                   Nf4: ("_codes", "_absmax")}
+FORMATS: dict[str, type[ExpertWeights]] = {weights.name: weights for weights in (Dense, Mxfp4, Nf4)}
 
 
-class _Experts(nn.Module):
-    """Biases, LoRA and the activation; a subclass holds the weights and projects rows with them."""
+def stored_format(quantization: dict, config: GptOssConfig) -> type[ExpertWeights]:
+    """The format of a checkpoint whose config.json has this quantization_config ({}: none). Raises ValueError where there is no
+    such format, or where it does not have the model's sizes."""
+    method = quantization.get("quant_method")
+    found = next((weights for weights in FORMATS.values() if weights.quant_method == method), None)
+    if found is None:
+        known = {weights.name: weights.quant_method for weights in FORMATS.values() if weights.quant_method is not None}
+        listed = ", ".join(method if method == name else f"{method} ({name.upper()})" for name, method in known.items())
+        raise ValueError(f"config.json: quantization_config.quant_method={method!r}; supported: {listed}, or none")
+    found.check(quantization, config.hidden_size, config.intermediate_size)
+    return found
 
-    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+
+class RoutedExperts(nn.Module):
+    """Weights, biases, LoRA and activation. weight_format: what the weights are held in; `layout`, the same or a layout of it,
+    says how they lie."""
+
+    def __init__(self, config: GptOssConfig, weight_format: type[ExpertWeights], *, device: torch.device | str,
+                 dtype: torch.dtype) -> None:
         super().__init__()
         num, width, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
@@ -44,6 +55,11 @@ class _Experts(nn.Module):
             self.register_parameter(f"{name}_lora_A", None)  # [E, r, in] fp32
             self.register_parameter(f"{name}_lora_B", None)  # [E, out, r] fp32
         self.lora_scale, self.adapter_enabled = 0.0, True
+        self.weight_format = self.layout = weight_format
+        self._layout_settings: tuple[bool, ...] = ()
+        for name, sizes in self.sizes.items():
+            self._hold(name, [torch.empty(shape, device=device, dtype=own or dtype)
+                              for shape, own in weight_format.stored(num, *sizes)])
 
     def _lora(self, name: str) -> dict[str, torch.Tensor | float | None]:
         """The adapter of a projection as grouped_linear takes it."""
@@ -61,7 +77,7 @@ class _Experts(nn.Module):
             rows = self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
             return combine(rows, weights, routing, residual=residual)
         projections = [self.weights(name) for name in PROJECTIONS]
-        if kept is None and is_few(x) and self.serves_few_rows():
+        if kept is None and is_few(x) and self.layout.serves_few_rows:
             few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
             return moe_decode(x, weights, routing, *few, residual, **self._settings())
         y, moe = moe_forward(x, weights, routing, *projections, residual,
@@ -99,112 +115,49 @@ class _Experts(nn.Module):
         return any(parameter.requires_grad for name, parameter in self._parameters.items()
                    if parameter is not None and "lora" not in name)
 
-    def serves_few_rows(self) -> bool:
-        """Whether kernels for few rows read these weights as they are held."""
-        return all(self.weights(name).serves_few_rows for name in PROJECTIONS)
-
     def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
         """The reference: rows x [R, in] in expert order, offsets [E + 1] -> [R, out]."""
         return grouped_linear(x, self.weights(name), offsets, **self._lora(name))
 
+    def _hold(self, name: str, tensors: list[torch.Tensor]) -> None:
+        for suffix, tensor in zip(self.layout.suffixes, tensors, strict=True):
+            if self.layout.is_packed:
+                self.register_buffer(name + suffix, tensor)
+            else:
+                self.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=False))
 
-class Bf16Experts(_Experts):
-    """Dense weights [E, in, out] in the model's dtype; trainable."""
+    def held(self, name: str) -> list[str]:
+        """The names of the parameters or buffers that hold a projection's weights."""
+        return [name + suffix for suffix in self.layout.suffixes]
 
-    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(config, device=device, dtype=dtype)
-        for name, (size_in, size_out) in self.sizes.items():
-            weight = torch.empty(config.num_local_experts, size_in, size_out, device=device, dtype=dtype)
-            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-
-    def weights(self, name: str) -> Dense:
+    def weights(self, name: str) -> ExpertWeights:
         """A projection as the kernels take it."""
-        return Dense(self._parameters[name], self._parameters[f"{name}_bias"])
+        tensors = self._buffers if self.layout.is_packed else self._parameters
+        return self.layout(*(tensors[held] for held in self.held(name)), self._parameters[f"{name}_bias"],
+                           *self._layout_settings)
 
-    def dense(self, name: str, expert: int) -> torch.Tensor:
-        """[out, in] fp32 of one expert."""
-        return self._parameters[name].detach()[expert].float().T
-
-
-class _PackedExperts(_Experts):
-    """Frozen weights as a checkpoint packs them, dequantised where they are used; `layout` is how they lie, a class of
-    kernels/packed/weights.py, and `settings` what it takes beside two tensors and the bias."""
-
-    layout: type[Packed]
-    settings: tuple[bool, ...] = ()
-
-    def _hold(self, name: str, *tensors: torch.Tensor) -> None:
-        for suffix, tensor in zip(PACKED_SUFFIXES[self.layout], tensors):
-            self.register_buffer(name + suffix, tensor)
-
-    def _packed(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both tensors in the layout they are held in."""
-        return tuple(self._buffers[name + suffix] for suffix in PACKED_SUFFIXES[self.layout])
-
-    def weights(self, name: str) -> Packed:
-        return self.layout(*self._packed(name), self._parameters[f"{name}_bias"], *self.settings)
-
-
-class Mxfp4Experts(_PackedExperts):
-    """Packed weights, uint8, frozen: blocks [E, out, in/32, 16] and scales [E, out, in/32].
-
-    They lie as in a checkpoint or, after to_fragments(), permuted in place for the tensor cores (kernels/packed/fragments.py).
-    The buffers are named after it, NAME_blocks and NAME_scales or NAME_block_fragments and NAME_scale_fragments, so that bytes
-    in one layout are never read or loaded as the other. packed() gives the checkpoint's."""
-
-    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(config, device=device, dtype=dtype)
-        self.layout = Mxfp4
-        for name, (size_in, size_out) in self.sizes.items():
-            shape = (config.num_local_experts, size_out, size_in // 32)
-            blocks = torch.empty(*shape, 16, device=device, dtype=torch.uint8)
-            self._hold(name, blocks, torch.empty(shape, device=device, dtype=torch.uint8))
-
-    def to_fragments(self) -> None:
-        """Permutes the weights in place, where their sizes allow, and finds out how they unpack. For loading: waits for the
-        device."""
-        assert self.layout is Mxfp4, f"packed weights lie as {self.layout.__name__} already"
-        pairs = {name: self._packed(name) for name in PROJECTIONS}
-        if not all(can_permute(blocks) for blocks, _ in pairs.values()):
+    def arrange(self) -> None:
+        """Brings packed weights, in place, into the layout that Triton's kernels want, where there is one for their sizes. For
+        loading: may wait for the device."""
+        arranged = self.layout.arranged([self.weights(name) for name in PROJECTIONS])
+        if type(arranged[0]) is self.layout:
             return
-        self.settings = (all(is_foldable(scales) for _, scales in pairs.values()),)
-        for name, pair in pairs.items():
-            for suffix in PACKED_SUFFIXES[Mxfp4]:
-                del self._buffers[name + suffix]
-            to_fragments_(*pair)
-        self.layout = Mxfp4Fragments
-        for name, pair in pairs.items():
-            self._hold(name, *pair)
+        for name in PROJECTIONS:
+            for held in self.held(name):
+                del self._buffers[held]
+        self.layout, self._layout_settings = type(arranged[0]), arranged[0].settings()
+        for name, weights in zip(PROJECTIONS, arranged):
+            self._hold(name, weights.tensors())
 
-    def packed(self, name: str, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks [out, in/32, 16] and scales [out, in/32] of one expert as a checkpoint holds them; new tensors or views."""
-        part = slice(expert, expert + 1)
-        blocks, scales = (tensor[part] for tensor in self._packed(name))
-        if self.layout is Mxfp4Fragments:
-            blocks, scales = from_fragments(blocks, scales)
-        return blocks[0], scales[0]
+    def as_stored(self, name: str, expert: int) -> tuple[torch.Tensor, ...]:
+        """One expert's tensors as a checkpoint of the format holds them; new ones or views."""
+        return self.weights(name).as_stored(expert)
 
     def dense(self, name: str, expert: int) -> torch.Tensor:
         """[out, in] fp32 of one expert."""
-        return dequantize(*self.packed(name, expert), torch.float32)
+        return self.weight_format.unpack(*self.as_stored(name, expert), dtype=torch.float32)
 
-
-class Nf4Experts(_PackedExperts):
-    """Packed weights, frozen: codes [E, out, in/2] uint8 and absmax [E, out * in/64] fp32 (kernels/packed/nf4.py)."""
-
-    layout = Nf4
-
-    def __init__(self, config: GptOssConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__(config, device=device, dtype=dtype)
-        for name, (size_in, size_out) in self.sizes.items():
-            codes = torch.empty(config.num_local_experts, size_out, size_in // 2, device=device, dtype=torch.uint8)
-            absmax = torch.empty(len(codes), size_out * size_in // nf4.BLOCK_SIZE, device=device, dtype=torch.float32)
-            self._hold(name, codes, absmax)
-
-    def dense(self, name: str, expert: int) -> torch.Tensor:
-        """[out, in] fp32 of one expert."""
-        codes, absmax = (tensor[expert] for tensor in self._packed(name))
-        return nf4.dequantize_nf4(codes, absmax, absmax.new_empty(codes.shape[0], 2 * codes.shape[1]))
-
-
-EXPERTS = {"bf16": Bf16Experts, "mxfp4": Mxfp4Experts, "nf4": Nf4Experts}
+    def num_packed_weights(self) -> int:
+        """Weights that are packed, as many as they stand for; 0 where they are parameters."""
+        num_experts = len(self.gate_up_proj_bias)
+        return sum(num_experts * size_in * size_out for size_in, size_out in self.sizes.values()) * self.layout.is_packed

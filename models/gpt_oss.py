@@ -25,9 +25,10 @@ from kernels.device import is_triton, to_device
 from kernels.embedding import embedding
 from kernels.head.draw import draw, head_logits
 from kernels.head.log_probs import log_probs
+from kernels.packed.weights import ExpertWeights
 from models.block import Block, Keys, RMSNorm
 from models.config import GptOssConfig
-from models.experts import EXPERTS
+from models.experts import FORMATS, RoutedExperts
 from models.kept import TrainingPass
 from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
@@ -64,17 +65,17 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: GptOssConfig, experts: str, **factory) -> None:
+    def __init__(self, config: GptOssConfig, expert_format: type[ExpertWeights], **factory) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = nn.ModuleList(Block(config, i, experts, **factory) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i, expert_format, **factory) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, **factory)
 
 
 class GptOss(nn.Module):
     """The policy. Base weights start frozen; models/lora.py decides what trains.
 
-    `experts` is the format they are held in, "bf16" (dense, in `dtype`), "mxfp4" or "nf4" (packed). Parameters are left
+    `experts` names the format they are held in, of models/experts.py's FORMATS. Parameters are left
     uninitialised: load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` recomputes
     layers in the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given, and `host_gb` of
     pinned host memory take the input embedding and more of what layers keep."""
@@ -82,15 +83,15 @@ class GptOss(nn.Module):
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
                  activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:
         super().__init__()
-        if experts not in EXPERTS:
-            raise ValueError(f"experts={experts!r}; allowed: {', '.join(EXPERTS)}")
+        if experts not in FORMATS:
+            raise ValueError(f"experts={experts!r}; allowed: {', '.join(FORMATS)}")
         factory = {"device": device, "dtype": dtype}
-        self.config, self.dtype, self.expert_format = config, dtype, experts
+        self.config, self.dtype, self.expert_format = config, dtype, FORMATS[experts]
         self.activation_checkpointing = activation_checkpointing
         self.memory = MemoryBudget(config, recomputes=activation_checkpointing, memory_gb=memory_gb, host_gb=host_gb)
         # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
         self.inv_freq = inverse_frequencies(config, torch.device("cpu"))
-        self.model = Decoder(config, experts, **factory)
+        self.model = Decoder(config, self.expert_format, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
     @property
@@ -100,7 +101,7 @@ class GptOss(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Random weights for a tiny model trained from scratch: linear N(0, 0.7 / sqrt(fan_in)), experts
         N(0, 0.5 / sqrt(fan_in)), embedding N(0, 0.5), head N(0, 0.02); norms 1, biases and sinks 0."""
-        if self.expert_format != "bf16":
+        if self.expert_format.is_packed:
             raise ValueError("init_weights: packed experts cannot be initialised; use experts='bf16'")
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -144,7 +145,7 @@ class GptOss(nn.Module):
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """Inside, the model computes as if it carried no adapter."""
-        carriers = [module for module in self.modules() if isinstance(module, (Linear, *EXPERTS.values()))]
+        carriers = [module for module in self.modules() if isinstance(module, (Linear, RoutedExperts))]
         for module in carriers:
             module.adapter_enabled = False
         try:
@@ -177,7 +178,7 @@ class GptOss(nn.Module):
         for name, parameter in trainable.items():
             if name.startswith("model.layers."):
                 of_layers[int(name.split(".", 3)[2])].append(parameter)
-        places = self.memory.plan(x, keys.plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format != "bf16")
+        places = self.memory.plan(x, keys.plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format.is_packed)
         run = TrainingPass(places.layers, of_layers, places.scratch_bytes, self.memory.store, places.max_pending_bytes,
                            self.memory.after_backward)
         for block in self.model.layers:

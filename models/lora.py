@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from models.experts import PACKED_SUFFIXES, PROJECTIONS
+from models.experts import PROJECTIONS
 from models.gpt_oss import GptOss
 from models.linear import Linear, side_by_side
 
@@ -87,9 +87,10 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
 
 def set_full_training(model: GptOss) -> None:
     """Makes every parameter trainable; raises ValueError where the experts are packed (frozen by nature)."""
-    if model.expert_format != "bf16":
+    if model.expert_format.is_packed:
         raise ValueError("model.train=full needs dense experts, this model holds them packed as "
-                         f"{model.expert_format.upper()}: set model.experts=bf16 (dequantises on loading) or model.train=lora")
+                         f"{model.expert_format.name.upper()}: set model.experts=bf16 (dequantises on loading) or "
+                         "model.train=lora")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
@@ -111,22 +112,20 @@ def describe_trainable(model: GptOss) -> str:
     return "\n".join([*lines, f"  trainable parameters: {total:,} of {count_parameters(model):,}"])
 
 
-def _is_blocks(name: str) -> bool:
-    return name.endswith(tuple(blocks for blocks, _ in PACKED_SUFFIXES.values()))
+def _num_packed_weights(model: GptOss) -> int:
+    return sum(block.mlp.experts.num_packed_weights() for block in model.model.layers)
 
 
 def count_parameters(model: GptOss) -> int:
     """Parameters of the model, packed weights counted as the values they stand for."""
-    packed = sum(2 * buffer.numel() for name, buffer in model.named_buffers() if _is_blocks(name))
-    return packed + sum(parameter.numel() for parameter in model.parameters())
+    return _num_packed_weights(model) + sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_active_parameters(model: GptOss) -> int:
     """Parameters that one token uses: everything but the experts it is not routed to and the other rows of the embedding."""
     config = model.config
-    packed = {name: 2 * buffer.numel() for name, buffer in model.named_buffers() if _is_blocks(name)}
-    dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    experts = sum(size for name, size in (packed | dense).items() if ".experts." in name)
+    experts = _num_packed_weights(model)
+    experts += sum(parameter.numel() for block in model.model.layers for parameter in block.mlp.experts.parameters())
     embedding = config.vocab_size * config.hidden_size
     idle = experts * (config.num_local_experts - config.num_experts_per_tok) // config.num_local_experts
     return count_parameters(model) - idle - embedding + config.hidden_size

@@ -231,11 +231,11 @@ def compare(
         return model
 
     model = load("auto")
-    result = {"experts": model.expert_format}
+    result = {"experts": model.expert_format.name}
     for part in (compare_rows, compare_packed, compare_log_probs, compare_generation):
         result |= part(model, golden)
     gradients = compare_gradients(model, golden)
-    if model.expert_format != "bf16":
+    if model.expert_format.is_packed:
         result |= {
             name.replace("grad_", "grad_packed_", 1): value
             for name, value in gradients.items()
@@ -244,7 +244,7 @@ def compare(
         del model
         model = load("bf16")
         gradients = compare_gradients(model, golden)
-    result |= {"experts_grad": model.expert_format, **gradients} if gradients else {}
+    result |= {"experts_grad": model.expert_format.name, **gradients} if gradients else {}
     result |= compare_dequantized(model, golden)
     if len(result) == 1:
         raise ValueError(f"nothing to compare in the golden file; it holds {sorted(golden)[:20]}")

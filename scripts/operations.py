@@ -22,7 +22,7 @@ import kernels.linear_few_rows  # noqa: E402
 import models.block  # noqa: E402
 import models.keys  # noqa: E402
 from kernels.experts.sorting import Routing  # noqa: E402
-from models.experts import EXPERTS  # noqa: E402
+from models.experts import RoutedExperts  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 from models.kv_cache import KVCache  # noqa: E402
 
@@ -139,7 +139,7 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
         (kernels.experts.forward, "_project", recorder.note_experts),
         (kernels.experts.few_rows, "low_rank_rows", recorder.note_experts_low_rank),
         (kernels.experts.few_rows, "decode_projection", recorder.note_experts),
-        *((kind, "project", recorder.note_experts_project) for kind in EXPERTS.values()),
+        (RoutedExperts, "project", recorder.note_experts_project),
         *((getattr(models.keys, name), "attend", recorder.note_attend)
           for name in ("PackedKeys", "PromptKeys", "ChunkKeys", "CachedKeys")),
     ]  # fmt: skip

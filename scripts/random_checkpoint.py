@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE  # noqa: E402
 from kernels.packed.nf4 import CODE as NF4_CODE  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
+from models.experts import FORMATS  # noqa: E402
 from models.formats.files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
 
 SIZES = {
@@ -263,8 +264,8 @@ def main() -> None:
                 pattern="model-{number:05d}-of-{count:05d}.safetensors",
             )
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-            described = config.to_hf(experts=arguments.experts)
-            described |= {"quantization_config": NF4_CONFIG} if arguments.experts == "nf4" else {}
+            described = config.to_hf(quantization=NF4_CONFIG if arguments.experts == "nf4" else
+                                     FORMATS[arguments.experts].quantization or {})
             write_json(folder / "config.json", described)
             write_json(
                 folder / "generation_config.json",

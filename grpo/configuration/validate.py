@@ -28,7 +28,6 @@ from models.config import ARCHITECTURE_FIELDS, GptOssConfig
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")
 MAX_NAME_BYTES = 200  # file systems take 255, with what others put before and after it
-_PACKED = (Experts.mxfp4, Experts.nf4)
 
 
 class Problems:
@@ -166,7 +165,7 @@ def check_model(model: ModelConfig, problems: Problems, *, reads_adapter: bool) 
     if model.architecture is not None:
         check_architecture(model.architecture)
         need(
-            model.experts not in _PACKED,
+            not is_packed(model.experts),
             "model.experts",
             str(model.experts),
             "packed experts come from a checkpoint only; set model.experts=bf16 with model.architecture",
@@ -181,7 +180,7 @@ def check_model(model: ModelConfig, problems: Problems, *, reads_adapter: bool) 
             "contradict model.train=full; set model.lora=null or model.train=lora",
         )
         need(
-            model.experts not in _PACKED,
+            not is_packed(model.experts),
             "model.experts",
             str(model.experts),
             "packed experts cannot be trained in full; set model.experts=bf16 or model.train=lora",
@@ -217,6 +216,13 @@ def is_there(name: str, test: Callable[[Path], bool]) -> bool:
 def is_hub_id(name: str) -> bool:
     is_one = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and len(name) <= 96  # the hub's limit
     return is_one and not is_there(name, Path.exists)
+
+
+def is_packed(experts: Experts) -> bool:
+    """Whether the word names a format of packed experts."""
+    from models.experts import FORMATS  # not at the top: it imports torch, and a bad setting fails before
+
+    return experts != Experts.auto and FORMATS[experts].is_packed
 
 
 def check_architecture(architecture: dict) -> None:

@@ -163,7 +163,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         f"run      {config.name} in {shown(run_dir)}, "
         + (f"resumed after step {resumed_step}" if resumed_step is not None
            else "from the beginning: no checkpoint had been saved" if config.resume else "new"),
-        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format}, "
+        f"device   {device}, {str(policy.dtype).removeprefix('torch.')}, experts {policy.expert_format.name}, "
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",

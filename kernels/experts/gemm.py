@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
 from kernels.device import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
-from kernels.packed.weights import Dense, ExpertWeights, Packed
+from kernels.packed.weights import Dense, ExpertWeights
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
 
@@ -64,7 +64,7 @@ def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up,
     return out
 
 
-def _weight_of(weight: torch.Tensor | None, packed: Packed | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
+def _weight_of(weight: torch.Tensor | None, packed: ExpertWeights | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] of one expert."""
     if packed is None:
         return weight[expert].T

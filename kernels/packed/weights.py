@@ -1,25 +1,30 @@
-"""One projection of all experts in each form and layout that its weights are held in.
+"""The formats of experts' weights: what a checkpoint stores of them, how they become dense, how kernels take them.
 
     Dense           weight [E, I, O], of the model's dtype, the only one that trains
-    Mxfp4           blocks [E, O, I / 32, 16] and scales [E, O, I / 32] uint8, as in a checkpoint (mxfp4.py)
-    Mxfp4Fragments  the same bytes in another order (fragments.py)
+    Mxfp4           blocks [E, O, I / 32, 16] and scales [E, O, I / 32] uint8 (mxfp4.py)
+    Mxfp4Fragments  the same bytes in the order of the tensor cores (fragments.py): how the kernels want Mxfp4 to lie
     Nf4             codes [E, O, I / 2] uint8 and absmax [E, O * I / 64] fp32 (nf4.py)
 
-Each has `bias` [E, O]; `dense`, the weights [E, O, I] where they are held so, else None; `shape`: E, O and I. Where it
-`serves_few_rows`, few_rows() gives what the kernels for few rows take, for rows of x with offsets [E + 1]; the packed ones have
-dequantize().
+An object holds one projection of all experts. The class answers what is asked of the format itself.
 
 Shapes: E experts, O output features, I input features.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from kernels.packed.fragments import dequantize_fragments, unpacks_by_asm
-from kernels.packed.mxfp4 import BLOCK_SIZE, dequantize_experts
-from kernels.packed.nf4 import dequantize_nf4
+from kernels.packed import mxfp4, nf4
+from kernels.packed.fragments import (
+    can_permute,
+    dequantize_fragments,
+    from_fragments,
+    is_foldable,
+    to_fragments_,
+    unpacks_by_asm,
+)
 
 
 class Projection(NamedTuple):
@@ -33,10 +38,82 @@ class Projection(NamedTuple):
     unpacks_by_asm: bool
 
 
-class Dense(NamedTuple):
+class ExpertWeights:
+    """What every format answers. A subclass is a dataclass of its tensors, in the order of `suffixes`, and the bias [E, O]."""
+
+    name: ClassVar[str]  # the user's word
+    description: ClassVar[str]  # "the checkpoint holds ..."
+    suffixes: ClassVar[tuple[str, ...]]  # of the tensors' names, after the projection's
+    quant_method: ClassVar[str | None] = None  # quantization_config.quant_method of a checkpoint
+    quantization: ClassVar[dict | None] = None  # quantization_config of an export; None: none
+    is_packed: ClassVar[bool] = True  # frozen, and dequantised wherever it is used
+    is_written: ClassVar[bool] = True  # exports can have it
+    serves_few_rows: ClassVar[bool] = True  # few_rows() is there
+
+    bias: torch.Tensor | None
+
+    @property
+    def dense(self) -> torch.Tensor | None:
+        """The weights [E, O, I] where they are held so."""
+        return None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, O and I."""
+        raise NotImplementedError
+
+    @staticmethod
+    def stored(num_experts: int, size_in: int, size_out: int) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shape and dtype of each tensor of a checkpoint, None for the model's dtype."""
+        raise NotImplementedError
+
+    @staticmethod
+    def check(quantization: dict, hidden_size: int, intermediate_size: int) -> None:
+        """Raises ValueError for a quantization_config or sizes that the format does not have."""
+
+    @staticmethod
+    def unpack(*tensors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[O, I] of one expert, from its tensors as stored."""
+        raise NotImplementedError
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inverse of unpack, with rounding, where the format is written."""
+        raise NotImplementedError
+
+    @staticmethod
+    def arranged(projections: list[ExpertWeights]) -> list[ExpertWeights]:
+        """The same weights, in the same memory, in the layout that Triton's kernels want. May wait for the device."""
+        return projections
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those of `suffixes`."""
+        return tuple(vars(self).values())[:len(self.suffixes)]
+
+    def settings(self) -> tuple[bool, ...]:
+        """What follows tensors and bias."""
+        return tuple(vars(self).values())[len(self.suffixes) + 1:]
+
+    def as_stored(self, expert: int) -> tuple[torch.Tensor, ...]:
+        """The tensors of one expert as a checkpoint holds them; new ones or views."""
+        return tuple(tensor.detach()[expert] for tensor in self.tensors())
+
+    def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
+        """Writes the weights of some experts into out [e, O, I], contiguous, and returns it. Packed formats only."""
+        raise NotImplementedError
+
+    def few_rows(self, x: torch.Tensor, offsets: torch.Tensor) -> Projection:
+        """What the kernels for few rows take, for rows of x with offsets [E + 1]."""
+        raise NotImplementedError
+
+
+@dataclass
+class Dense(ExpertWeights):
     weight: torch.Tensor
     bias: torch.Tensor | None
-    serves_few_rows = True
+
+    name, description, suffixes = "bf16", "dense ones", ("",)
+    is_packed = False
 
     @property
     def dense(self) -> torch.Tensor:
@@ -46,32 +123,85 @@ class Dense(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         return tuple(self.dense.shape)
 
+    @staticmethod
+    def stored(num_experts: int, size_in: int, size_out: int) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        return [((num_experts, size_in, size_out), None)]
+
+    @staticmethod
+    def unpack(*tensors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return tensors[0].to(dtype).T
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (weight.T,)
+
     def few_rows(self, x: torch.Tensor, offsets: torch.Tensor) -> Projection:
         return Projection(self.weight, None, None, self.bias, False)
 
 
-class Mxfp4(NamedTuple):
+@dataclass
+class Mxfp4(ExpertWeights):
     blocks: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor
-    dense, serves_few_rows = None, False
+
+    name, description, suffixes = "mxfp4", "packed ones (MXFP4)", ("_blocks", "_scales")
+    quant_method = "mxfp4"
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}
+    serves_few_rows = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return *self.scales.shape[:2], BLOCK_SIZE * self.scales.shape[2]
+        return *self.scales.shape[:2], mxfp4.BLOCK_SIZE * self.scales.shape[2]
+
+    @staticmethod
+    def stored(num_experts: int, size_in: int, size_out: int) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        scales = (num_experts, size_out, size_in // mxfp4.BLOCK_SIZE)
+        return [((*scales, mxfp4.BLOCK_SIZE // 2), torch.uint8), (scales, torch.uint8)]
+
+    @staticmethod
+    def check(quantization: dict, hidden_size: int, intermediate_size: int) -> None:
+        if hidden_size % mxfp4.BLOCK_SIZE or intermediate_size % mxfp4.BLOCK_SIZE:
+            raise ValueError(f"model config: MXFP4 needs hidden_size={hidden_size} and intermediate_size={intermediate_size} to "
+                             f"be multiples of {mxfp4.BLOCK_SIZE}")
+
+    @staticmethod
+    def unpack(*tensors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return mxfp4.dequantize(*tensors, dtype)
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return mxfp4.quantize(weight)
+
+    @staticmethod
+    def arranged(projections: list[Mxfp4]) -> list[ExpertWeights]:
+        if not all(can_permute(projection.blocks) for projection in projections):
+            return projections
+        folds = all(is_foldable(projection.scales) for projection in projections)
+        for projection in projections:
+            to_fragments_(projection.blocks, projection.scales)
+        return [Mxfp4Fragments(projection.blocks, projection.scales, projection.bias, folds) for projection in projections]
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
-        """Writes the weights of some experts into out [e, O, I], contiguous, and returns it."""
-        return dequantize_experts(self.blocks[experts], self.scales[experts], out)
+        return mxfp4.dequantize_experts(self.blocks[experts], self.scales[experts], out)
 
 
-class Mxfp4Fragments(NamedTuple):
-    blocks: torch.Tensor
-    scales: torch.Tensor
-    bias: torch.Tensor
+@dataclass
+class Mxfp4Fragments(Mxfp4):
     folds: bool  # what fragments.is_foldable said of the scales
-    dense, serves_few_rows = None, True
-    shape = Mxfp4.shape
+
+    # names of their own: bytes in one layout are never read or loaded as the other
+    suffixes = ("_block_fragments", "_scale_fragments")
+    serves_few_rows = True
+
+    @staticmethod
+    def arranged(projections: list[ExpertWeights]) -> list[ExpertWeights]:
+        return projections
+
+    def as_stored(self, expert: int) -> tuple[torch.Tensor, ...]:
+        part = slice(expert, expert + 1)
+        return tuple(tensor[0] for tensor in from_fragments(self.blocks[part], self.scales[part]))
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
         is_asm = unpacks_by_asm(out, is_foldable=self.folds)
@@ -81,24 +211,43 @@ class Mxfp4Fragments(NamedTuple):
         return Projection(None, self.blocks, self.scales, self.bias, unpacks_by_asm(x, is_foldable=self.folds))
 
 
-class Nf4(NamedTuple):
+@dataclass
+class Nf4(ExpertWeights):
     codes: torch.Tensor
     absmax: torch.Tensor
     bias: torch.Tensor
-    dense, serves_few_rows = None, True
+
+    name, description, suffixes = "nf4", "packed ones (NF4)", ("_codes", "_absmax")
+    quant_method = "bitsandbytes"
+    is_written = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return *self.codes.shape[:2], 2 * self.codes.shape[2]
 
+    @staticmethod
+    def stored(num_experts: int, size_in: int, size_out: int) -> list[tuple[tuple[int, ...], torch.dtype | None]]:
+        return [((num_experts, size_out, size_in // 2), torch.uint8),
+                ((num_experts, size_out * size_in // nf4.BLOCK_SIZE), torch.float32)]
+
+    @staticmethod
+    def check(quantization: dict, hidden_size: int, intermediate_size: int) -> None:
+        if (kind := quantization.get("bnb_4bit_quant_type")) != "nf4":
+            raise ValueError(f"config.json: quantization_config.bnb_4bit_quant_type={kind!r}; of bitsandbytes' formats nf4 is "
+                             "supported")
+        if hidden_size * intermediate_size % nf4.BLOCK_SIZE:
+            raise ValueError(f"model config: NF4 needs hidden_size={hidden_size} times intermediate_size={intermediate_size} to "
+                             f"be a multiple of {nf4.BLOCK_SIZE}")
+
+    @staticmethod
+    def unpack(*tensors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        codes, absmax = tensors
+        return nf4.dequantize_nf4(codes, absmax, torch.empty(len(codes), 2 * codes.shape[1], dtype=dtype, device=codes.device))
+
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
-        return dequantize_nf4(self.codes[experts], self.absmax[experts], out)
+        return nf4.dequantize_nf4(self.codes[experts], self.absmax[experts], out)
 
     def few_rows(self, x: torch.Tensor, offsets: torch.Tensor) -> Projection:
         """Dense weights of the experts that have rows; of the others nothing is written or read."""
-        dense = dequantize_nf4(self.codes, self.absmax, x.new_empty(self.shape), offsets=offsets)
+        dense = nf4.dequantize_nf4(self.codes, self.absmax, x.new_empty(self.shape), offsets=offsets)
         return Projection(dense.transpose(1, 2), None, None, self.bias, False)
-
-
-Packed = Mxfp4 | Mxfp4Fragments | Nf4
-ExpertWeights = Dense | Packed

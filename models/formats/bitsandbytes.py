@@ -92,8 +92,8 @@ class Derived:
         return dequantize_nf4_reference(part.weight.read().view(part.shape[0], -1), absmax, torch.float32)
 
 
-def is_bitsandbytes(tensors: dict[str, StoredTensor]) -> bool:
-    return any(name.endswith(_STATE) for name in tensors)
+def is_bitsandbytes(tensors: dict[str, StoredTensor], config: GptOssConfig) -> bool:
+    return config.quantization.get("quant_method") == "bitsandbytes" or any(name.endswith(_STATE) for name in tensors)
 
 
 def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, StoredTensor | Derived]:

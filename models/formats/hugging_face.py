@@ -11,20 +11,17 @@ same bits back. Adapters are in models/formats/peft.py.
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from kernels.device import product_path
-from kernels.packed.mxfp4 import BLOCK_SIZE, dequantize, quantize
-from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
-from kernels.packed.nf4 import dequantize_nf4_reference
-from kernels.packed.weights import Mxfp4, Nf4
+from kernels.packed.weights import ExpertWeights
 from models.chat.tokenizer import TOKENIZER_FILES
 from models.config import GptOssConfig, read_config
-from models.experts import PACKED_SUFFIXES, Mxfp4Experts
+from models.experts import FORMATS, PROJECTIONS, RoutedExperts, stored_format
 from models.formats.bitsandbytes import Derived, is_bitsandbytes, unpacked_names
 from models.formats.files import (
     INDEX_NAME,
@@ -46,7 +43,6 @@ from models.gpt_oss import GptOss
 
 EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_FORMS = {"bf16": "dense ones", "mxfp4": "packed ones (MXFP4)", "nf4": "packed ones (NF4)"}
 
 
 def checkpoint_folder(source: str | Path) -> Path:
@@ -105,19 +101,19 @@ def load_model(
     Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
     the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
     """
-    if experts not in ("auto", "mxfp4", "nf4", "bf16"):
-        raise ValueError(f"experts={experts!r}; allowed: auto, mxfp4, nf4, bf16")
+    if experts not in ("auto", *FORMATS):
+        raise ValueError(f"experts={experts!r}; allowed: auto, {', '.join(FORMATS)}")
     folder = _weights_folder(source)
-    config, stored = _read_headers(folder)
-    form = config.stored_experts if experts == "auto" else experts
-    if form != "bf16" and form != config.stored_experts:
-        how = ", or pack them first with scripts/export.py --experts mxfp4" if form == "mxfp4" else ""
+    config, stored, held = _read_headers(folder)
+    form = held if experts == "auto" else FORMATS[experts]
+    if form.is_packed and form is not held:
+        how = f", or pack them first with scripts/export.py --experts {form.name}" if form.is_written else ""
         raise CheckpointError(
-            f"{folder}: experts={form}, but the checkpoint holds {_FORMS[config.stored_experts]}; use experts=auto{how}"
+            f"{folder}: experts={form.name}, but the checkpoint holds {held.description}; use experts=auto{how}"
         )
-    make = partial(GptOss, config, dtype=dtype, experts=form, activation_checkpointing=activation_checkpointing,
+    make = partial(GptOss, config, dtype=dtype, experts=form.name, activation_checkpointing=activation_checkpointing,
                    memory_gb=memory_gb, host_gb=host_gb)
-    _check_tensors(folder, stored, _expected_tensors(make(device="meta"), config.stored_experts), config)
+    _check_tensors(folder, stored, _expected_tensors(make(device="meta"), held), held)
     model = make(device=device)
     embedding = model.model.embed_tokens
     size = embedding.weight.numel() * embedding.weight.element_size()
@@ -126,15 +122,14 @@ def load_model(
         embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
-        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored)):
+        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored, held)):
             if name in stored:
                 target.copy_(stored[name].read())
             else:
-                _dequantize_into(target, name, stored)
+                _dequantize_into(target, name, stored, held)
     if product_path(model.lm_head.weight) == "triton":
-        for module in model.modules():
-            if isinstance(module, Mxfp4Experts):
-                module.to_fragments()
+        for block in model.model.layers:
+            block.mlp.experts.arrange()
     return model
 
 
@@ -149,42 +144,45 @@ def _weights_folder(source: str | Path) -> Path:
     return folder / "original" if is_in_original else folder
 
 
-def _first_source(name: str, stored: dict[str, StoredTensor | Derived]) -> tuple[str, str]:
+def _first_source(name: str, stored: dict[str, StoredTensor | Derived], held: type[ExpertWeights]) -> tuple[str, str]:
     """Sorts tensors by file, so that each file is read once from end to end."""
-    return str(next(stored[name + suffix] for suffix in ("", "_blocks", "_codes") if name + suffix in stored).path), name
+    return str(stored[name if name in stored else name + held.suffixes[0]].path), name
 
 
-def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | Derived]]:
+def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | Derived], type[ExpertWeights]]:
+    """Config, stored tensors under the model's names, and the format that experts are stored in."""
     try:
         config = read_config(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    try:
+        held = stored_format(config.quantization, config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     stored = list_tensors(folder, allow_unindexed=not config.raw)  # only Hugging Face configs are kept raw
-    if is_original(stored):
+    if is_original(stored):  # its config.json does not say how the experts are stored
         stored = to_hugging_face(stored, config)
-        # that layout's config.json does not say how the experts are stored
-        is_packed = any(name.endswith("_blocks") for name in stored)
-        config = replace(config, stored_experts="mxfp4" if is_packed else "bf16")
-    if config.stored_experts == "nf4" or is_bitsandbytes(stored):
+        held = _format_in(stored) or held
+    if is_bitsandbytes(stored, config):
         stored = unpacked_names(stored, config)
-        if config.stored_experts == "nf4" and any(name.endswith(EXPERT_WEIGHTS) for name in stored):
-            config = replace(config, stored_experts="bf16")  # dense projections alone are packed
-    return config, stored
+        if (found := _format_in(stored)) is not None and not found.is_packed:
+            held = found  # dense projections alone are packed
+    return config, stored, held
 
 
-def _expected_tensors(model: GptOss, stored_experts: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _format_in(stored: dict[str, StoredTensor | Derived]) -> type[ExpertWeights] | None:
+    """The format of the experts that files hold, None where they hold none."""
+    return next((form for form in FORMATS.values() for name in stored
+                 if name.endswith(tuple(weight + form.suffixes[0] for weight in EXPERT_WEIGHTS))), None)
+
+
+def _expected_tensors(model: GptOss, held: type[ExpertWeights]) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name -> (shape, is uint8) of the tensors a checkpoint of this model must hold."""
     expected = {}
     for name, tensor in model.state_dict().items():
-        if stored_experts == "nf4" and name.endswith(EXPERT_WEIGHTS):
-            num, size_in, size_out = tensor.shape
-            expected[name + "_codes"] = ((num, size_out, size_in // 2), True)
-            expected[name + "_absmax"] = ((num, size_out * size_in // NF4_BLOCK_SIZE), False)
-        elif stored_experts == "mxfp4" and name.endswith(EXPERT_WEIGHTS):
-            num, size_in, size_out = tensor.shape
-            scales = (num, size_out, size_in // BLOCK_SIZE)
-            expected[name + "_blocks"] = ((*scales, BLOCK_SIZE // 2), True)
-            expected[name + "_scales"] = (scales, True)
+        if name.endswith(EXPERT_WEIGHTS):  # dense in the model
+            expected |= {name + suffix: (shape, dtype == torch.uint8)
+                         for suffix, (shape, dtype) in zip(held.suffixes, held.stored(*tensor.shape))}
         else:
             expected[name] = (tuple(tensor.shape), tensor.dtype == torch.uint8)
     return expected
@@ -194,7 +192,7 @@ def _check_tensors(
     folder: Path,
     stored: dict[str, StoredTensor | Derived],
     expected: dict[str, tuple[tuple[int, ...], bool]],
-    config: GptOssConfig,
+    held: type[ExpertWeights],
 ) -> None:
     missing = [name for name in expected if name not in stored]
     unused = [f"{name} ({found.path.name})" for name, found in stored.items() if name not in expected]
@@ -214,11 +212,9 @@ def _check_tensors(
         return
     lines = [f"{folder}: the tensors do not fit the model that its config.json describes"]
     lines += [f"  {kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
-    held = next((form for form, suffix in (("bf16", ""), ("mxfp4", "_blocks"), ("nf4", "_codes"))
-                 if any(name.endswith(tuple(weight + suffix for weight in EXPERT_WEIGHTS)) for name in stored)), None)
-    if held not in (None, config.stored_experts):
+    if (found := _format_in(stored)) not in (None, held):
         lines.append(
-            f"  config.json says the experts are {_FORMS[config.stored_experts]}, the files hold {_FORMS[held]}: "
+            f"  config.json says the experts are {held.description}, the files hold {found.description}: "
             "correct quantization_config in config.json"
         )
     else:
@@ -226,13 +222,12 @@ def _check_tensors(
     raise CheckpointError("\n".join(lines))
 
 
-def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, StoredTensor | Derived]) -> None:
-    is_nf4 = name + "_codes" in stored
-    suffixes = PACKED_SUFFIXES[Nf4 if is_nf4 else Mxfp4]
-    packed, factors = (stored[name + suffix].read().to(target.device) for suffix in suffixes)
-    convert = dequantize_nf4_reference if is_nf4 else dequantize
+def _dequantize_into(
+    target: torch.Tensor, name: str, stored: dict[str, StoredTensor | Derived], held: type[ExpertWeights]
+) -> None:
+    parts = [stored[name + suffix].read().to(target.device) for suffix in held.suffixes]
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
-        weight.copy_(convert(packed[expert], factors[expert], target.dtype).T)
+        weight.copy_(held.unpack(*(part[expert] for part in parts), dtype=target.dtype).T)
 
 
 @dataclass
@@ -272,11 +267,12 @@ def save_model(
     name: hub id of the export, for the adapter of experts that goes with it; None: its path.
     Host memory beyond the model: one shard, max_shard_bytes. Raises CheckpointError, with nothing changed on disk.
     """
-    if experts not in ("as_loaded", "bf16", "mxfp4"):
-        raise ValueError(f"experts={experts!r}; allowed: as_loaded, bf16, mxfp4")
-    form = model.expert_format if experts == "as_loaded" else experts
+    written = [form.name for form in FORMATS.values() if form.is_written]
+    if experts not in ("as_loaded", *written):
+        raise ValueError(f"experts={experts!r}; allowed: as_loaded, {', '.join(written)}")
+    form = model.expert_format if experts == "as_loaded" else FORMATS[experts]
     lost = _Requantized()
-    keeps_expert_adapter = experts == "as_loaded" and form == "mxfp4" and merge_lora and has_expert_adapter(model)
+    keeps_expert_adapter = experts == "as_loaded" and form.is_packed and merge_lora and has_expert_adapter(model)
     plan = _plan_export(
         model,
         form=form,
@@ -304,11 +300,11 @@ def save_model(
             save_adapter(model, temporary / "expert_adapter", only_experts=True, base_model=base)
     if keeps_expert_adapter:
         warnings.warn(
-            f"{folder}: the experts stay as they were (MXFP4) and their adapter is in expert_adapter/; "
+            f"{folder}: the experts stay as they were ({form.name.upper()}) and their adapter is in expert_adapter/; "
             "--experts bf16 merges it",
             stacklevel=2,
         )
-    _warn_of_rounding(folder, lost)
+    _warn_of_rounding(folder, form, lost)
 
 
 def save_original(
@@ -325,7 +321,8 @@ def save_original(
     OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError,
     also where an adapter on packed experts would have to be merged into them as they are.
     """
-    if merge_lora and experts == "as_loaded" and model.expert_format == "mxfp4" and has_expert_adapter(model):
+    form = model.expert_format if experts == "as_loaded" else FORMATS[experts]
+    if merge_lora and experts == "as_loaded" and form.is_packed and form.is_written and has_expert_adapter(model):
         raise CheckpointError(
             f"{folder}: the adapter of packed experts cannot be merged into them as they are, and the original layout has no "
             "place beside: give --experts bf16 (dense ones, 4 times the size) or --experts mxfp4 (packed again, which rounds), "
@@ -333,7 +330,7 @@ def save_original(
         )
     plan = _plan_export(
         model,
-        form=model.expert_format if experts == "as_loaded" else experts,
+        form=form,
         merge_lora=merge_lora,
         merge_experts=merge_lora,
         dtype=torch.bfloat16,
@@ -350,49 +347,45 @@ def save_original(
         )
         write_json(temporary / "config.json", described)
         write_beside(temporary, beside or {})
-    _warn_of_rounding(folder, lost)
+    _warn_of_rounding(folder, form, lost)
 
 
-def _warn_of_rounding(folder: str | Path, lost: _Requantized) -> None:
+def _warn_of_rounding(folder: str | Path, form: type[ExpertWeights], lost: _Requantized) -> None:
     if lost.weights > 0:
         change = (
             f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
         )
         warnings.warn(
-            f"{folder}: packing experts into MXFP4 rounded them by {math.sqrt(lost.error / lost.weights):.2%} (rms, "
-            f"of their own size){change}",
+            f"{folder}: packing experts into {form.name.upper()} rounded them by "
+            f"{math.sqrt(lost.error / lost.weights):.2%} (rms, of their own size){change}",
             stacklevel=3,
         )
 
 
 def _plan_export(
-    model: GptOss, *, form: str, merge_lora: bool, merge_experts: bool, dtype: torch.dtype, lost: _Requantized
+    model: GptOss, *, form: type[ExpertWeights], merge_lora: bool, merge_experts: bool, dtype: torch.dtype, lost: _Requantized
 ) -> list[TensorToWrite]:
     """The tensors of an export in Hugging Face names, each made when it is asked for."""
-    if form == "nf4":
-        raise CheckpointError("experts packed as NF4 are read, not written; export with --experts bf16 or mxfp4, in the "
-                              "Hugging Face layout")
-    plan = []
+    if not form.is_written:
+        written = " or ".join(other.name for other in FORMATS.values() if other.is_written)
+        raise CheckpointError(f"experts packed as {form.name.upper()} are read, not written; export with --experts {written}, in "
+                              "the Hugging Face layout")
+    plan, experts = [], {f"model.layers.{layer}.mlp.experts.{held}": (block.mlp.experts, leaf, number)
+                         for layer, block in enumerate(model.model.layers) for leaf in PROJECTIONS
+                         for number, held in enumerate(block.mlp.experts.held(leaf))}
     held = {
         name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
     }
     for name, tensor in held.items():
-        weight, suffix = _expert_weight_of(name)
-        if weight is None:
+        module, leaf, number = experts.get(name, (None, "", 0))
+        if module is None:
             plan.append(
                 TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype))
             )
-        elif suffix not in [second for _, second in PACKED_SUFFIXES.values()]:  # scales are planned with their blocks
-            plan += _plan_experts(model, weight, form=form, merge=merge_experts, dtype=dtype, lost=lost)
+        elif number == 0:  # a projection's tensors are planned together
+            weight = f"{name.rpartition('.')[0]}.{leaf}"
+            plan += _plan_experts(model, weight, module, form=form, merge=merge_experts, dtype=dtype, lost=lost)
     return plan
-
-
-def _expert_weight_of(name: str) -> tuple[str | None, str]:
-    """The expert weight that a tensor of the model holds or belongs to, None for others, and what its name adds to it."""
-    for suffix in ("", *(suffix for pair in PACKED_SUFFIXES.values() for suffix in pair)):
-        if name.endswith(tuple(weight + suffix for weight in EXPERT_WEIGHTS)):
-            return name.removesuffix(suffix), suffix
-    return None, ""
 
 
 def _dense(
@@ -402,51 +395,38 @@ def _dense(
 
 
 def _plan_experts(
-    model: GptOss, name: str, *, form: str, merge: bool, dtype: torch.dtype, lost: _Requantized
+    model: GptOss, name: str, experts: RoutedExperts, *, form: type[ExpertWeights], merge: bool, dtype: torch.dtype,
+    lost: _Requantized
 ) -> list[TensorToWrite]:
-    path, _, leaf = name.rpartition(".")
-    experts = model.get_submodule(path)
-    shape = num, size_in, size_out = (model.config.num_local_experts, *experts.sizes[leaf])
-    num_values = math.prod(shape)
-    is_untouched = isinstance(experts, Mxfp4Experts) and not (merge and has_expert_adapter(model, name))
+    """A projection's tensors in a format; merged, of the model's dtype or packed expert by expert as they are made."""
+    leaf, num = name.rpartition(".")[2], model.config.num_local_experts
+    shapes = [(shape, own or dtype) for shape, own in form.stored(num, *experts.sizes[leaf])]
+    is_untouched = form is experts.weight_format and not (merge and has_expert_adapter(model, name))
 
-    def base(expert: int) -> torch.Tensor:
-        """[in, out] fp32."""
-        return experts.dense(leaf, expert).T
+    def parts(expert: int) -> tuple[torch.Tensor, ...]:
+        if is_untouched:
+            return experts.as_stored(leaf, expert)
+        base = experts.dense(leaf, expert)  # [out, in] fp32
+        wanted = merged_weight(model, name, base.T, expert=expert).T if merge else base
+        packed = form.pack(wanted)
+        if form.is_packed:
+            lost.error += (form.unpack(*packed, dtype=torch.float32) - wanted).square().sum().item()
+            lost.change += (wanted - base).square().sum().item()
+            lost.weights += wanted.square().sum().item()
+        return packed
 
-    def weight(expert: int) -> torch.Tensor:
-        return merged_weight(model, name, base(expert), expert=expert) if merge else base(expert)
+    waiting: list[torch.Tensor] = []  # a projection's tensors are made at once and handed out one after the other
 
-    def dense() -> torch.Tensor:
-        result = torch.empty(shape, dtype=dtype)
-        for expert in range(num):
-            result[expert].copy_(weight(expert))
-        return result
+    def make() -> torch.Tensor:
+        if not waiting:
+            waiting.extend(torch.empty(shape, dtype=own) for shape, own in shapes)
+            for expert in range(num):
+                for whole, part in zip(waiting, parts(expert), strict=True):
+                    whole[expert].copy_(part)
+        return waiting.pop(0)
 
-    def pack(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = weight(expert)
-        blocks, scales = quantize(wanted.T)
-        lost.error += (dequantize(blocks, scales, torch.float32).T - wanted).square().sum().item()
-        lost.change += (wanted - base(expert)).square().sum().item()
-        lost.weights += wanted.square().sum().item()
-        return blocks, scales
-
-    waiting = {}  # both halves are made at once and handed out one after the other
-
-    def all_blocks() -> torch.Tensor:
-        waiting["scales"] = torch.empty(num, size_out, size_in // BLOCK_SIZE, dtype=torch.uint8)
-        blocks = torch.empty(*waiting["scales"].shape, BLOCK_SIZE // 2, dtype=torch.uint8)
-        for expert in range(num):
-            pair = experts.packed(leaf, expert) if is_untouched else pack(expert)
-            blocks[expert], waiting["scales"][expert] = pair
-        return blocks
-
-    if form == "bf16":
-        return [TensorToWrite(name, num_values * dtype.itemsize, dense)]
-    return [
-        TensorToWrite(name + "_blocks", num_values // 2, all_blocks),
-        TensorToWrite(name + "_scales", num_values // BLOCK_SIZE, lambda: waiting.pop("scales")),
-    ]
+    return [TensorToWrite(name + suffix, math.prod(shape) * own.itemsize, make)
+            for suffix, (shape, own) in zip(form.suffixes, shapes)]
 
 
 def tokenizer_files(folder: str | Path | None) -> list[Path]:
@@ -459,8 +439,10 @@ def tokenizer_files(folder: str | Path | None) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
 
 
-def _hub_config(config: GptOssConfig, form: str, dtype: torch.dtype) -> dict:
-    described = config.to_hf(experts=form) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+def _hub_config(config: GptOssConfig, form: type[ExpertWeights], dtype: torch.dtype) -> dict:
+    is_as_read = form.is_packed and config.quantization.get("quant_method") == form.quant_method
+    quantization = config.quantization if is_as_read else form.quantization or {}
+    described = config.to_hf(quantization=quantization) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     # the original layout names no token ids, and transformers refuses ids beyond a small vocabulary
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         described["pad_token_id"] = None

@@ -67,7 +67,7 @@ def build(architecture, experts="mxfp4", *, targets=EVERYTHING, device="cpu", dt
     model.load_state_dict(state)
     if in_fragments:
         for block in model.model.layers:
-            block.mlp.experts.to_fragments()
+            block.mlp.experts.arrange()
     if targets is None:
         set_full_training(model)
     else:
@@ -102,10 +102,10 @@ def by_autograd(model, monkeypatch, dtype=None, **settings):
             patch.delenv(name, raising=False)
         if model.device.type == "cpu" and dtype is None:
             return gradients(model, **settings)
-        other = GptOss(model.config, dtype=dtype or model.dtype, device="cpu", experts=model.expert_format)
+        other = GptOss(model.config, dtype=dtype or model.dtype, device="cpu", experts=model.expert_format.name)
         for block, source in zip(other.model.layers, model.model.layers):
             if source.mlp.experts.weights("down_proj").__class__ is Mxfp4Fragments:
-                block.mlp.experts.to_fragments()
+                block.mlp.experts.arrange()
         targets = sorted({name.split(".")[-2] for name in model.trainable_parameters() if name.endswith("proj.lora_A")})
         kinds = {"router.lora_A": "router", "gate_up_proj_lora_A": "experts"}
         targets += [kind for end, kind in kinds.items() if any(name.endswith(end) for name in model.trainable_parameters())]

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from paths import FIXTURES
 
+from kernels.packed.weights import Mxfp4
 from models.config import GptOssConfig, YarnScaling, read_config
+from models.formats.hugging_face import read_checkpoint_config
 
 # the fields of OpenAI's ModelConfig at the size of tests/fixtures/tiny_mxfp4
 ORIGINAL = {
@@ -37,8 +39,8 @@ def test_hugging_face_layout():
     assert [config.is_windowed(layer) for layer in range(4)] == [True, False, True, False]
     assert config.rope_scaling == YarnScaling(32.0, 32.0, 1.0, 4096, truncate=False)
     assert (config.rope_theta, config.swiglu_limit, config.swiglu_alpha, config.rms_norm_eps) == (150000, 7.0, 1.702, 1e-5)
-    assert config.stop_ids == [2] and config.pad_token_id == 0 and config.stored_experts == "bf16"
-    assert read_config(FIXTURES / "tiny_mxfp4").stored_experts == "mxfp4"
+    assert config.stop_ids == [2] and config.pad_token_id == 0 and config.quantization == {}
+    assert read_config(FIXTURES / "tiny_mxfp4").quantization["quant_method"] == "mxfp4"
 
 
 def test_original_layout_says_the_same_as_the_hub_layout(tmp_path):
@@ -124,7 +126,6 @@ def test_a_missing_key_of_the_original_layout_is_named(key):
 
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llama"}, "model_type='llama'"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq'"),
     ({"quantization_config": "mxfp4"}, "quantization_config='mxfp4' must be an object"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings=true"),
     ({"attention_bias": False}, "attention_bias=false"),
@@ -149,11 +150,22 @@ def test_a_missing_key_of_the_original_layout_is_named(key):
     ({"num_hidden_layers": 10**7, "layer_types": None}, "num_hidden_layers=10000000 is more than 1024"),
     ({"num_local_experts": 10**9}, "num_local_experts=1000000000 is more than"),
     ({"vocab_size": 4 * 10**9}, "vocab_size=4000000000 is more than"),
-    ({"hidden_size": 48, "quantization_config": {"quant_method": "mxfp4"}}, "hidden_size=48 .* multiples of 32"),
 ])
 def test_what_cannot_be_served_is_refused_with_file_key_and_value(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         read_config(write(tmp_path, hub() | change))
+    assert str(tmp_path / "config.json") in str(raised.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"quantization_config": {"quant_method": "awq"}},
+     r"quantization_config.quant_method='awq'; supported: mxfp4, bitsandbytes \(NF4\), or none"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}}, "bnb_4bit_quant_type='fp4'"),
+    ({"hidden_size": 48, "quantization_config": {"quant_method": "mxfp4"}}, "hidden_size=48 .* multiples of 32"),
+])
+def test_a_format_of_experts_that_is_not_there_is_refused_with_file_key_and_value(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as raised:
+        read_checkpoint_config(write(tmp_path, hub() | change))
     assert str(tmp_path / "config.json") in str(raised.value)
 
 
@@ -173,22 +185,22 @@ def test_unreadable_files_are_named(tmp_path):
 
 def test_the_hub_config_is_written_back_as_it_was():
     raw = hub()
-    written = GptOssConfig.from_hf(raw).to_hf(experts="bf16")
+    written = GptOssConfig.from_hf(raw).to_hf(quantization={})
     assert written == raw
     raw = hub("tiny_mxfp4")
-    assert GptOssConfig.from_hf(raw).to_hf(experts="mxfp4") == raw
-    assert "quantization_config" not in GptOssConfig.from_hf(raw).to_hf(experts="bf16")
+    assert GptOssConfig.from_hf(raw).to_hf(quantization=raw["quantization_config"]) == raw
+    assert "quantization_config" not in GptOssConfig.from_hf(raw).to_hf(quantization={})
 
 
 def test_transformers_5_spelling_is_written_in_the_hub_schema():
     raw = hub()
     rope = raw.pop("rope_scaling") | {"rope_theta": raw.pop("rope_theta")}
-    written = GptOssConfig.from_hf(raw | {"rope_parameters": rope, "dtype": "bfloat16"}).to_hf(experts="bf16")
+    written = GptOssConfig.from_hf(raw | {"rope_parameters": rope, "dtype": "bfloat16"}).to_hf(quantization={})
     assert written == hub()
 
 
 def test_unknown_keys_and_a_dense_model_packed_later():
-    written = GptOssConfig.from_hf(hub() | {"my_note": [1]}).to_hf(experts="mxfp4")
+    written = GptOssConfig.from_hf(hub() | {"my_note": [1]}).to_hf(quantization=Mxfp4.quantization)
     assert written["my_note"] == [1]
     assert written["quantization_config"] == hub("tiny_mxfp4")["quantization_config"]
 
@@ -202,7 +214,7 @@ def test_values_survive_writing_and_reading():
         "rope_scaling": {"factor": 4.0, "truncate": True, "beta_fast": 16.0, "beta_slow": 2.0,
                          "original_max_position_embeddings": 128},
         "eos_token_id": [3, 4], "pad_token_id": None})
-    again = GptOssConfig.from_hf(json.loads(json.dumps(config.to_hf(experts="bf16"))))
+    again = GptOssConfig.from_hf(json.loads(json.dumps(config.to_hf(quantization={}))))
     assert dict(again.__dict__, raw=None) == dict(config.__dict__, raw=None)
 
 

@@ -7,7 +7,7 @@ from paths import FIXTURES
 
 from kernels.packed.weights import Mxfp4, Mxfp4Fragments
 from models.config import GptOssConfig
-from models.experts import PROJECTIONS, Mxfp4Experts
+from models.experts import PROJECTIONS, RoutedExperts
 from models.formats.hugging_face import load_model, save_model, save_original
 from models.lora import LoraConfig, attach_lora, count_active_parameters, count_parameters
 
@@ -18,7 +18,7 @@ def load(*, in_fragments):
     model = load_model(MXFP4, device="cpu", dtype=torch.float32)
     if in_fragments:
         for block in model.model.layers:
-            block.mlp.experts.to_fragments()
+            block.mlp.experts.arrange()
     return model
 
 
@@ -34,7 +34,7 @@ def pair():
     return stored, permuted
 
 
-def test_the_permutation_moves_bytes_and_packed_brings_them_back(pair):
+def test_the_permutation_moves_bytes_and_as_stored_brings_them_back(pair):
     stored, permuted = (model.model.layers[1].mlp.experts for model in pair)
     for name in PROJECTIONS:
         blocks, scales = stored._buffers[f"{name}_blocks"], stored._buffers[f"{name}_scales"]
@@ -42,7 +42,7 @@ def test_the_permutation_moves_bytes_and_packed_brings_them_back(pair):
         assert fragments.shape == blocks.shape and not torch.equal(fragments, blocks)
         for expert in range(len(blocks)):
             for experts in (stored, permuted):
-                ours = experts.packed(name, expert)
+                ours = experts.as_stored(name, expert)
                 assert torch.equal(ours[0], blocks[expert]) and torch.equal(ours[1], scales[expert])
 
 
@@ -50,11 +50,11 @@ def test_the_permutation_happens_in_place():
     model = load(in_fragments=False)
     experts = model.model.layers[0].mlp.experts
     places = {experts._buffers[f"{name}{suffix}"].data_ptr() for name in PROJECTIONS for suffix in ("_blocks", "_scales")}
-    experts.to_fragments()
+    experts.arrange()
     assert {buffer.data_ptr() for buffer in experts.buffers()} == places
     assert experts.weights("down_proj").folds
-    with pytest.raises(AssertionError, match="already"):
-        experts.to_fragments()
+    experts.arrange()  # they lie so already
+    assert {buffer.data_ptr() for buffer in experts.buffers()} == places and experts.layout is Mxfp4Fragments
 
 
 @pytest.mark.parametrize("settings", [{"experts": "as_loaded"}, {"experts": "bf16"}, {"experts": "mxfp4"},
@@ -112,8 +112,8 @@ def test_sizes_without_a_fragment_order_stay_as_stored():
         "pad_token_id": 0, "rope_scaling": {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
                                             "original_max_position_embeddings": 64},
     })  # fmt: skip
-    experts = Mxfp4Experts(config, device="cpu", dtype=torch.float32)
+    experts = RoutedExperts(config, Mxfp4, device="cpu", dtype=torch.float32)
     for name, tensor in list(experts._buffers.items()):
         experts._buffers[name] = tensor[:, :40] if "gate_up" in name else tensor[:, :24]  # no multiples of 16
-    experts.to_fragments()
-    assert experts.layout is Mxfp4 and not experts.serves_few_rows()
+    experts.arrange()
+    assert experts.layout is Mxfp4 and not experts.layout.serves_few_rows
