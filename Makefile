@@ -51,10 +51,8 @@ generate: $(INSTALLED) ## chat with a run: make generate RUN=runs/NAME
 	@test -n "$(RUN)" || { echo "which run? make generate RUN=runs/NAME" >&2; exit 2; }
 	$(BIN)/python -m grpo.generate run="$(RUN)" $(ARGS)
 
-bench: $(INSTALLED) ## every scripts/bench_*.py
-	@shopt -s nullglob; scripts=(scripts/bench_*.py); \
-	test $${#scripts[@]} -gt 0 || { echo "no scripts/bench_*.py here" >&2; exit 1; }; \
-	for script in "$${scripts[@]}"; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: $(INSTALLED) ## every kernel on this GPU: make bench ARGS="--only attention,head"
+	$(BIN)/python scripts/bench_kernels.py $(ARGS)
 
 lint: $(INSTALLED) ## ruff's checks
 	$(BIN)/ruff check .

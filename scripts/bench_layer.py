@@ -198,7 +198,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench_layer: needs a CUDA GPU")
     if arguments.only != "errors":
-        peak_tflops, _ = measure_ceilings(REPORT)
+        peak_tflops = measure_ceilings(REPORT).tflops
         for kind, num_tokens in itertools.product(KINDS, arguments.tokens):
             REPORT.guarded("layer", time_layer, kind, num_tokens, peak_tflops)
             torch.cuda.empty_cache()

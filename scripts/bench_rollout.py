@@ -50,7 +50,7 @@ from rollout_cases import (
     start_up_case,
     timed,
 )
-from timing import copy_gb_per_s, product_tflops
+from timing import Ceilings, Report, measure_ceilings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.rollout.sampling import SamplingParams  # noqa: E402
@@ -62,11 +62,6 @@ CASES = (*ALWAYS, "grpo_step_large", "exact", "exact_whole", "memory", "requests
 BATCHES = (1, 8, 32, 128, 512)
 PROMPT_LEN, SHORT, LONG = 512, 16, 144
 TRAINING_SHARE = 0.85  # of the GPU's memory, for the update of a large step
-
-
-class Ceilings(NamedTuple):
-    bandwidth: float  # bytes per second
-    flops: float  # per second
 
 
 class Stage(NamedTuple):
@@ -91,7 +86,7 @@ def decode_stages(config: GptOssConfig, batch: int, context: float) -> list[Stag
 
 
 def least_seconds(stages: list[Stage], ceilings: Ceilings) -> float:
-    return sum(max(stage.num_bytes / ceilings.bandwidth, stage.flops / ceilings.flops) for stage in stages)
+    return sum(max(stage.num_bytes / ceilings.gb_per_s / 1e9, stage.flops / ceilings.tflops / 1e12) for stage in stages)
 
 
 def decode_case(policy, batch: int, prompt_len: int, ceilings: Ceilings) -> dict:
@@ -107,7 +102,7 @@ def decode_case(policy, batch: int, prompt_len: int, ceilings: Ceilings) -> dict
     sampler.rest()
     rate = batch * (LONG - SHORT) / (long - short)
     stages = decode_stages(policy.config, batch, prompt_len + (SHORT + LONG) / 2)
-    reading = sum(stage.num_bytes for stage in stages) / ceilings.bandwidth
+    reading = sum(stage.num_bytes for stage in stages) / ceilings.gb_per_s / 1e9
     return {"prompt_len": prompt_len, "tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
             "roofline_fraction": round(rate * least_seconds(stages, ceilings) / batch, 3),
             "bandwidth_fraction": round(rate * reading / batch, 3),
@@ -123,7 +118,7 @@ def prefill_case(policy, batch: int, ceilings: Ceilings) -> dict:
     sampler.rest()
     # a prompt's average token sees half of it; the head takes its last one alone, which is little
     experts, dense, attention, _ = decode_stages(policy.config, 1, PROMPT_LEN / 2)
-    least = batch * PROMPT_LEN * (experts.flops + dense.flops + attention.flops) / ceilings.flops
+    least = batch * PROMPT_LEN * (experts.flops + dense.flops + attention.flops) / ceilings.tflops / 1e12
     return {"tokens_per_s": round(batch * PROMPT_LEN / seconds), "seconds": round(seconds, 4),
             "roofline_fraction": round(least / seconds, 3)}
 
@@ -175,9 +170,7 @@ def main() -> None:
         guarded_line("start_up", 8, arguments.lora[0],
                      partial(start_up_case, arguments.checkpoint, lora=arguments.lora[0], imports_s=process_seconds()))
         return
-    ceilings = Ceilings(1e9 * copy_gb_per_s(), 1e12 * product_tflops())
-    print(json.dumps({"what": "ceilings", "GB_per_s": round(ceilings.bandwidth / 1e9), "tflops": round(ceilings.flops / 1e12),
-                      "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
+    ceilings = measure_ceilings(Report())
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora="all" if lora == "none" else lora)
         with policy.adapter_disabled() if lora == "none" else nullcontext():

@@ -23,7 +23,7 @@ from typing import NamedTuple
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # reserves what it needs, not segments of it
 
 import torch
-from timing import median_ms, product_tflops
+from timing import Report, measure_ceilings, median_ms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.config import GptOssConfig  # noqa: E402
@@ -135,8 +135,7 @@ def main() -> None:
                         help="pinned host memory for embedding and activations (default: 48)")
     parser.add_argument("--iterations", type=int, default=3, help="timed steps of a case (default: 3; 1 above 65,536 tokens)")
     arguments = parser.parse_args()
-    peak_flops, gpu = 1e12 * product_tflops(), torch.cuda.get_device_name()
-    print(json.dumps({"what": "peak", "gpu": gpu, "tflops": round(peak_flops / 1e12), "torch": torch.__version__}), flush=True)
+    peak_flops, gpu = 1e12 * measure_ceilings(Report()).tflops, torch.cuda.get_device_name()
     for lora in arguments.lora:
         policy = load_policy(arguments.checkpoint, lora=lora, rank=arguments.rank, host_gb=arguments.host_gb)
         for case in arguments.cases:

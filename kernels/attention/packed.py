@@ -373,7 +373,7 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
     tl.store(dv + offset + offsets, dv_acc.to(dv.dtype.element_ty), mask=inside)
 
 
-_BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64; scripts/bench_attention.py compares others
+_BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64; scripts/bench_kernels.py --blocks tries others
     ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, True),
                                     Blocks(64, 64, 4, 3, True, in_registers=True)),
     ("hopper", True): KernelBlocks(Blocks(64, 32, 4, 3, False), Blocks(64, 32, 4, 3, False), Blocks(64, 64, 4, 3, False)),

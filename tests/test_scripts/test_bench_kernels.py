@@ -1,4 +1,4 @@
-"""The kernel benchmark: its counts of work, its table, and every case once in Triton's interpreter."""
+"""The kernel benchmark: its counts of work, its table, and every case once in Triton's interpreter, against its peer."""
 
 import json
 import os
@@ -9,37 +9,22 @@ import pytest
 import torch
 from paths import ROOT
 
-# runs the cases of every group at tiny sizes: "cuda" means the CPU, where the interpreter serves the kernels
+# every case at tiny sizes; then one whose kernel is off by a thousandth, and other block sizes
 IN_THE_INTERPRETER = """
-import sys
+import os, sys
 sys.path[:0] = ["scripts", "tests/test_kernels"]
-import torch
+os.environ["TRITON_INTERPRET"] = "1"
 from interpreter import save_time
 save_time()
-from torch.overrides import TorchFunctionMode
-
-class OnCpu(TorchFunctionMode):
-    def __torch_function__(self, function, types, arguments=(), settings=None):
-        settings = settings or {}
-        return function(*arguments, **settings | ({"device": "cpu"} if settings.get("device") == "cuda" else {}))
-
-generator = torch.Generator
-torch.Generator = lambda device="cpu": generator("cpu")
-import bench_attention, bench_elementwise, bench_grouped_gemm, bench_log_probs
-bench_elementwise.WIDTH = bench_grouped_gemm.WIDTH = bench_log_probs.WIDTH = 64
-bench_elementwise.EXPERTS = bench_grouped_gemm.NUM_EXPERTS = 4
-bench_elementwise.PER_TOKEN = bench_grouped_gemm.EXPERTS_PER_TOKEN = 2
-bench_elementwise.HEADS = bench_attention.HEADS = 4
-bench_elementwise.KV_HEADS = bench_attention.KV_HEADS = 2
-inputs = bench_log_probs.inputs
-bench_log_probs.inputs = lambda num_tokens: inputs(num_tokens, vocab=96)
 import bench_kernels
-bench_kernels.LENGTHS = (20, 40)
-bench_kernels.PROJECTIONS = (("q", 64, 96), ("k, v", 64, 32), ("o", 96, 64))
-bench_kernels.device_milliseconds = lambda function: (function(), 1.0)[1]
-with OnCpu():
-    for group in bench_kernels.CASES:
-        bench_kernels.REPORT.guarded(group, bench_kernels.time_group, group, 40, bench_kernels.Ceilings(700.0, 4000.0))
+all_right = bench_kernels.main(["--size", "tiny", "--json", sys.argv[1] + "/all.json"])
+import kernel_cases
+rotate = kernel_cases.rotate
+kernel_cases.rotate = lambda *arguments, **settings: [1.001 * x for x in rotate(*arguments, **settings)]
+is_wrong = bench_kernels.main(["--size", "tiny", "--only", "rope backward,norm of", "--json", sys.argv[1] + "/wrong.json"])
+bench_kernels.main(["--size", "tiny", "--only", "experts LoRA act A2", "--blocks", "32x32x32x1x4x1x1x1", "--no-peers",
+                    "--json", sys.argv[1] + "/blocks.json"])
+sys.exit(10 * all_right + is_wrong)
 """
 
 
@@ -48,44 +33,93 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The exit codes' sum, and the lines of the three runs without their ceilings."""
+    folder = tmp_path_factory.mktemp("bench")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", IN_THE_INTERPRETER, folder], cwd=ROOT, env=environment, capture_output=True,
+                          text=True)
+    assert (folder / "blocks.json").exists(), done.stderr[-3000:]
+    return done.returncode, *(json.loads((folder / f"{name}.json").read_text())[1:] for name in ("all", "wrong", "blocks"))
+
+
+def test_every_case_computes_what_its_peer_does(measured):
+    code, lines, _, _ = measured
+    assert [line for line in lines if "error" in line or not line.get("is_right", True)] == [] and code // 10 == 0
+    unchecked = {line["what"] for line in lines if "is_right" not in line}
+    assert all(name.startswith("attention") and (" dq " in name or " dkv " in name) for name in unchecked)  # parts of a backward
+    groups = {line["what"].split()[0] for line in lines}
+    assert groups == {"attention", "combine", "decode", "dense", "dequantize", "embedding", "experts", "head", "norm", "rope",
+                      "route", "router", "swiglu"}
+    assert len(lines) > 60
+
+
+def test_a_kernel_that_is_off_by_a_thousandth_is_wrong(measured):
+    code, _, lines, _ = measured
+    assert {line["what"]: line["is_right"] for line in lines} == {
+        "norm of sum": True, "norm of sum backward": True, "norm of sum backward full": True, "rope backward": False}
+    assert lines[-1]["relative_error"] == pytest.approx(1e-3, rel=0.01) and code % 10 == 1
+
+
+def test_other_block_sizes_are_a_line_of_their_own(measured):
+    default, other = measured[3]
+    assert "blocks" not in default and other["blocks"] == "32x32x32x1x4x1x1x1" and other["has_same_bits"] is True
+    assert "peer" not in default
+
+
 def test_the_roofline_is_the_slower_of_products_and_memory(scripts):
-    from bench_kernels import Case, Ceilings, result
+    from bench_kernels import rates
+    from kernel_cases import Work
+    from timing import Ceilings
 
     ceilings = Ceilings(tflops=500.0, gb_per_s=4000.0)
     # 1e12 operations take 2 ms at 500 TFLOP/s, 4e9 bytes 1 ms at 4,000 GB/s
-    line = result(Case("x", 1e12, 4e9, print), 2.5, ceilings)
+    line = rates(Work([], 1e12, 4e9), 2.5, ceilings)
     assert (line["roofline_ms"], line["lost_ms"], line["fraction"], line["bound"]) == (2.0, 0.5, 0.8, "compute")
     assert (line["TFLOP/s"], line["GB/s"]) == (400.0, 1600.0)
-    line = result(Case("x", 1e12, 16e9, print), 5.0, ceilings)
+    line = rates(Work([], 1e12, 16e9), 5.0, ceilings)
     assert (line["roofline_ms"], line["lost_ms"], line["fraction"], line["bound"]) == (4.0, 1.0, 0.8, "memory")
 
 
 def test_the_table_starts_with_the_most_time_lost_and_ends_with_failures(scripts):
     from bench_kernels import table
 
-    def line(what, ms, least):
+    def line(what, ms, least, **others):
         return {"what": what, "ms": ms, "roofline_ms": least, "lost_ms": ms - least, "fraction": least / ms, "bound": "memory",
-                "TFLOP/s": 0.0, "GB/s": 100.0}
+                "TFLOP/s": 0.0, "GB/s": 100.0, **others}
 
     lines = [{"what": "broken", "error": "RuntimeError: no"}, line("slow but near", 9.0, 8.8), line("quick, far", 1.0, 0.1),
-             {"what": "ceilings", "tflops": 700}, line("fine", 0.5, 0.5)]
+             {"what": "ceilings", "tflops": 700}, line("fine", 0.5, 0.5, is_right=False, relative_error=0.5)]
     rows = table(lines)
     assert [row.split("  ")[0] for row in rows[1:]] == ["quick, far", "slow but near", "fine", "broken"]
+    assert rows[3].endswith("WRONG by 0.5")
 
 
 def test_work_of_products_and_attention_at_20b_shapes(scripts):
-    from bench_attention import FLOPS_PER_PAIR
-    from bench_kernels import attention_bytes, grouped_flops, pair_flops, size_of
+    from kernel_cases import FLOPS_PER_PAIR, attention_bytes, size_of, visible_pairs
+    from random_checkpoint import model_config
 
-    assert FLOPS_PER_PAIR == {"forward": 256, "dq": 384, "dkv": 512, "backward": 640}
-    assert pair_flops("dq", 10) == 3840
-    # 32,768 rows through gate_up with LoRA of rank 16: 2 (2880 * 5760 + 16 * 5760) operations a row
-    assert grouped_flops(32_768, 2880, 5760, 16) == 32_768 * 33_361_920
+    assert FLOPS_PER_PAIR == {"forward": 4, "dq": 6, "dkv": 8, "backward": 10}
+    # 3 tokens see 1, 2, 3 keys, 5 of them within 3 keys 1, 2, 3, 3, 3
+    assert visible_pairs([3], 100) == 6 and visible_pairs([3, 5], 3) == 6 + 12
     # a token: 64 * 64 bf16 values are 8,192 bytes, 8 * 64 are 1,024, a fp32 statistic of 64 heads is 256
-    assert attention_bytes("forward", 1) == 2 * 8192 + 2 * 1024 + 256
-    assert attention_bytes("dq", 2) == 2 * (4 * 8192 + 2 * 1024 + 3 * 256)
-    assert attention_bytes("dkv", 1) == 2 * 8192 + 4 * 1024 + 2 * 256
+    assert attention_bytes("forward", model_config("20b"), 1, 2) == 2 * 8192 + 2 * 1024 + 256
+    assert attention_bytes("dq", model_config("20b"), 2, 2) == 2 * (4 * 8192 + 2 * 1024 + 3 * 256)
+    assert attention_bytes("dkv", model_config("20b"), 1, 2) == 2 * 8192 + 4 * 1024 + 2 * 256
     assert size_of(torch.empty(3, 5, dtype=torch.bfloat16), torch.empty(2)) == 38
+
+
+@pytest.mark.parametrize("size, num_experts", [("20b", 32), ("120b", 128)])
+def test_the_table_has_the_cases_of_a_model(scripts, capsys, size, num_experts):
+    import bench_kernels
+    from kernel_cases import sizes_of
+
+    assert sizes_of(size, "cpu").config.num_local_experts == num_experts
+    assert bench_kernels.main(["--size", size, "--list", "--only", "attention full forward,experts few whole LoRA"]) == 0
+    names = [line[:48].strip() for line in capsys.readouterr().out.splitlines()]
+    assert "attention full forward 1 x 32768" in names
+    assert names[-5:] == [f"experts few whole LoRA {rows}" for rows in (1, 8, 32, 128, 512)]
 
 
 def test_a_failing_case_becomes_a_line_and_the_run_goes_on(scripts, capsys):
@@ -107,13 +141,3 @@ def test_relative_errors(scripts):
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(exact, torch.zeros(2)) == torch.inf
     assert relative_error(torch.tensor([3.0, torch.nan]), exact) == torch.inf
-
-
-def test_every_case_runs():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", IN_THE_INTERPRETER], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line for line in lines if "error" in line] == []
-    assert {line["group"] for line in lines} >= {"norm", "products", "low_rank", "attention", "log_probs", "weight_gradients"}
-    assert len(lines) > 50

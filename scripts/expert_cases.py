@@ -1,0 +1,374 @@
+"""The cases of scripts/bench_kernels.py about experts: router, choice and sort, and products of many rows and of few.
+
+Shapes: T tokens, D model width, E experts, A experts per token, R = T A routed rows, r LoRA's rank.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from kernel_cases import LORA_SCALE, Case, Sizes, Work, backward_of, leaf, size_of
+
+from kernels.experts.few_rows import DecodeBlocks, decode_projection, low_rank_rows, moe_decode
+from kernels.experts.few_sorting import can_route_few, route_few
+from kernels.experts.forward import activation_grad
+from kernels.experts.gemm import Blocks as GemmBlocks
+from kernels.experts.gemm import grouped_gemm
+from kernels.experts.outer import OuterBlocks, grouped_outer
+from kernels.experts.sorting import make_routing, route, route_backward, sum_rows
+from kernels.packed.fragments import from_fragments
+from kernels.packed.mxfp4 import dequantize_reference
+from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
+from kernels.packed.nf4 import dequantize_nf4_reference
+from kernels.packed.weights import Mxfp4, Mxfp4Fragments, Nf4
+from kernels.router import router_backward, router_forward
+
+ACTIVATION = {"alpha": 1.702, "limit": 7.0}
+MAX_LAYERS = 6  # of packed experts, whose weights a case of few rows goes through
+
+
+def routed(s: Sizes, num_tokens: int) -> SimpleNamespace:
+    """Tokens routed uniformly at random: x and grad [T, D], gates [T, A] fp32, routing; expert_of [R]; rows: R."""
+    num, per_token = s.config.num_local_experts, s.config.num_experts_per_tok
+    indices = torch.rand(num_tokens, num, device=s.device).topk(per_token).indices
+    routing = make_routing(indices, num_experts=num)
+    return SimpleNamespace(
+        x=s.normal(num_tokens, s.config.hidden_size), grad=s.normal(num_tokens, s.config.hidden_size), routing=routing,
+        gates=torch.softmax(torch.randn(num_tokens, per_token, device=s.device), -1), offsets=routing.offsets_device,
+        expert_of=indices.flatten()[routing.order.long()], tokens=routing.tokens.long(), rows=num_tokens * per_token,
+        touched=indices.unique().numel(), residual=s.normal(num_tokens, s.config.hidden_size))
+
+
+def router_tensors(s: Sizes, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width, num = s.config.hidden_size, s.config.num_local_experts
+    return s.normal(num_tokens, width), s.normal(num, width, scale=width**-0.5), s.normal(num)
+
+
+def eager_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.linear(x.float(), weight.float(), bias.float())
+
+
+def eager_route(s: Sizes, logits: torch.Tensor | None, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Gate weights (none without logits), indices, order of the routed rows by expert, and offsets."""
+    if logits is None:
+        values = torch.empty(len(indices), 0, device=s.device)
+    else:
+        values, indices = logits.topk(s.config.num_experts_per_tok)
+    counts = indices.flatten().bincount(minlength=s.config.num_local_experts)
+    return torch.softmax(values, -1), indices, indices.flatten().argsort(stable=True), F.pad(counts.cumsum(0), (1, 0))
+
+
+def router(s: Sizes) -> Work:
+    x, weight, bias = router_tensors(s, s.tokens)
+    return Work([lambda: router_forward(x, weight, bias)], 0, size_of(x) + 4 * s.tokens * len(weight),
+                lambda: eager_logits(x, weight, bias))
+
+
+def router_gradient(s: Sizes) -> Work:
+    x, weight, _ = router_tensors(s, s.tokens)
+    grad = torch.randn(s.tokens, len(weight), device=s.device)
+    return Work([lambda: router_backward(grad, weight, x, adds=True)], 0, 2 * size_of(x) + size_of(grad),
+                lambda: (x.float() + grad @ weight.float()).to(x.dtype),
+                result=lambda: router_backward(grad, weight, x.clone(), adds=True))
+
+
+def route_rows(s: Sizes, *, sorts_only: bool) -> Work:
+    logits = torch.randn(s.tokens, s.config.num_local_experts, device=s.device)
+    indices = logits.topk(s.config.num_experts_per_tok).indices
+
+    def call():
+        if sorts_only:
+            gates, routing = logits[:, :0], make_routing(indices, num_experts=logits.shape[1])
+        else:
+            gates, routing = route(logits, experts_per_token=indices.shape[1])
+        return gates, routing.indices, routing.order, routing.offsets_device
+
+    num_bytes = 20 * indices.numel() + (0 if sorts_only else size_of(logits, indices))
+    return Work([call], 0, num_bytes, lambda: eager_route(s, None if sorts_only else logits, indices))
+
+
+def route_gradient(s: Sizes) -> Work:
+    d = routed(s, s.tokens)
+    grad, logits = torch.randn_like(d.gates), torch.randn(s.tokens, s.config.num_local_experts, device=s.device)
+    weights = torch.softmax(logits.gather(1, d.routing.indices), -1)
+    return Work([lambda: route_backward(grad, weights, d.routing.indices, logits.shape[1])], 0, size_of(logits),
+                backward_of(lambda logits: torch.softmax(logits.gather(1, d.routing.indices), -1), [logits], [grad]))
+
+
+def route_few_rows(s: Sizes, num_rows: int) -> Work:
+    layers = [router_tensors(s, num_rows) for _ in range(s.max_layers)]
+
+    def call(x, weight, bias):
+        _, gates, routing = route_few(x, weight, bias, experts_per_token=s.config.num_experts_per_tok)
+        return gates, routing.indices, routing.order, routing.offsets_device
+
+    return Work([partial(call, *layer) for layer in layers], 0, size_of(*layers[0]),
+                lambda: eager_route(s, eager_logits(*layers[0])))
+
+
+def combine(s: Sizes, *, is_backward: bool) -> Work:
+    """Rows of experts summed by token: with gate weights and the residual, or as the gradient of the rows' copies."""
+    d = routed(s, s.tokens)
+    rows, inverse = s.normal(d.rows, s.config.hidden_size), d.routing.inverse
+    gates, residual = (None, None) if is_backward else (d.gates, d.residual)
+
+    def eager():
+        picked = rows[inverse.long()].float()  # [T, A, D]
+        return picked.sum(1).to(rows.dtype) if is_backward else ((picked * gates[..., None]).sum(1) + residual).to(rows.dtype)
+
+    return Work([lambda: sum_rows(rows, gates, inverse, residual)], 0, size_of(rows, d.x) + (0 if is_backward else size_of(d.x)),
+                eager)
+
+
+def swiglu(h: torch.Tensor) -> torch.Tensor:
+    alpha, limit = ACTIVATION.values()
+    gate, up = h[..., 0::2].float().clamp(max=limit), h[..., 1::2].float().clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(h.dtype)
+
+
+def swiglu_gradient(s: Sizes) -> Work:
+    d, inner = routed(s, s.tokens), s.config.intermediate_size
+    grad, h, order = s.normal(d.rows, inner), 3 * s.normal(d.rows, 2 * inner), d.routing.order
+    row_gates = d.gates.flatten()[order.long()][:, None]  # [R, 1]
+
+    def call(grad, h):
+        return grad, h, activation_grad(grad, h, d.gates, order, **ACTIVATION, dots=torch.zeros_like(d.gates))
+
+    def eager():
+        with torch.enable_grad():
+            source = leaf(h)
+            activation = swiglu(source)
+            (grad_h,) = torch.autograd.grad(activation, source, (grad.float() * row_gates).to(grad.dtype))
+        dots = torch.zeros_like(d.gates).flatten()
+        dots[order.long()] = (grad.float() * activation.float()).sum(1)
+        return activation.detach(), grad_h, dots.view_as(d.gates)
+
+    kept = grad.clone(), h.clone()
+    return Work([lambda: call(grad, h)], 0, 2 * size_of(grad, h) + 2 * size_of(d.gates) + size_of(order), eager,
+                result=lambda: call(*(tensor.clone() for tensor in kept)))
+
+
+def packed_weights(s: Sizes, layout: type, size_in: int, size_out: int) -> Mxfp4 | Mxfp4Fragments | Nf4:
+    """Random codes, products of the size of their inputs. Any bytes are weights in every layout."""
+    num, bias = s.config.num_local_experts, s.normal(s.config.num_local_experts, size_out)
+    if layout is Nf4:
+        codes = s.below(256, num, size_out, size_in // 2).to(torch.uint8)
+        absmax = 2 * torch.rand(num, size_out * size_in // NF4_BLOCK_SIZE, device=s.device) * size_in**-0.5
+        return Nf4(codes, absmax, bias)
+    scales = (119 + s.below(4, num, size_out, size_in // 32)).to(torch.uint8)
+    blocks = s.below(256, *scales.shape, 16).to(torch.uint8)
+    return Mxfp4(blocks, scales, bias) if layout is Mxfp4 else Mxfp4Fragments(blocks, scales, bias, True)
+
+
+def unpacked(s: Sizes, weights: Mxfp4 | Mxfp4Fragments | Nf4) -> torch.Tensor:
+    """[E, out, in] in the model's dtype, by eager PyTorch."""
+    if isinstance(weights, Nf4):
+        return dequantize_nf4_reference(weights.codes, weights.absmax, s.dtype)
+    if isinstance(weights, Mxfp4Fragments):
+        return dequantize_reference(*from_fragments(weights.blocks, weights.scales), s.dtype)
+    return dequantize_reference(weights.blocks, weights.scales, s.dtype)
+
+
+def dequantize(s: Sizes, layout: type) -> Work:
+    weights = packed_weights(s, layout, s.config.hidden_size, 2 * s.config.intermediate_size)
+    out = torch.empty(weights.shape, dtype=s.dtype, device=s.device)
+    return Work([lambda: weights.dequantize(slice(None), out)], 0, size_of(*weights[:2], out), lambda: unpacked(s, weights))
+
+
+def expert_lora(s: Sizes) -> tuple[torch.Tensor, ...]:
+    """A [E, r, in] and B [E, out, r] of gate_up and of down, fp32."""
+    width, inner = s.config.hidden_size, s.config.intermediate_size
+    pairs = [(s.normal(s.config.num_local_experts, s.rank, size_in, scale=size_in**-0.5, dtype=torch.float32),
+              s.normal(s.config.num_local_experts, size_out, s.rank, scale=0.1, dtype=torch.float32))
+             for size_in, size_out in ((width, 2 * inner), (inner, width))]
+    return pairs[0] + pairs[1]
+
+
+def grouped(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The library's: rows [R, in] in expert order by weight [E, in, out]."""
+    return torch._grouped_mm(rows, weight.to(rows.dtype), offs=offsets[1:])
+
+
+def eager_experts(d: SimpleNamespace, x: torch.Tensor, gates: torch.Tensor, W1: torch.Tensor, b1: torch.Tensor, W2: torch.Tensor,
+                  b2: torch.Tensor, lora: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    """All experts of x [T, D] without the residual; W [E, in, out]."""
+    rows = x[d.tokens]
+    h = grouped(rows, W1, d.offsets) + b1[d.expert_of]
+    if lora is not None:
+        low_rank = LORA_SCALE * grouped(rows, lora[0].transpose(1, 2), d.offsets)
+        h = h + grouped(low_rank, lora[1].transpose(1, 2), d.offsets)
+    activation = swiglu(h)
+    y = grouped(activation, W2, d.offsets) + b2[d.expert_of]
+    if lora is not None:
+        low_rank = LORA_SCALE * grouped(activation, lora[2].transpose(1, 2), d.offsets)
+        y = y + grouped(low_rank, lora[3].transpose(1, 2), d.offsets)
+    return (y[d.routing.inverse.long()].float() * gates[..., None]).sum(1).to(x.dtype)
+
+
+def expert_flops(s: Sizes, num_rows: int, *, has_lora: bool) -> float:
+    """Of gate_up and down for so many routed rows."""
+    width, inner = s.config.hidden_size, s.config.intermediate_size
+    return 2.0 * num_rows * (3 * width * inner + (s.rank * (2 * width + 3 * inner) if has_lora else 0))
+
+
+def widths(s: Sizes, name: str) -> tuple[int, int]:
+    """Inputs and outputs of gate_up or down."""
+    width, inner = s.config.hidden_size, s.config.intermediate_size
+    return (width, 2 * inner) if name == "gate_up" else (inner, width)
+
+
+def product(s: Sizes, name: str, side: str = "W", *, back: bool = False, gathers: bool = False, has_lora: bool = False,
+            activates: bool = False, keeps_h: bool = False) -> Work:
+    """Rows by their expert's weights, by LoRA's A or back through its B (side), or back through the weights. has_lora: with the
+    second product of LoRA in the accumulator and, forwards, the bias."""
+    d, num, (size_in, size_out) = routed(s, s.tokens), s.config.num_local_experts, widths(s, name)
+    size_in, size_out = {"W": (size_in, size_out), "A": (size_in, s.rank), "B": (s.rank, size_out)}[side]
+    weight = s.normal(num, size_out, size_in, scale=size_in**-0.5, dtype=None if side == "W" else torch.float32)
+    weight = weight if back else weight.transpose(1, 2)  # [E, in, out] of this product
+    size_in, size_out = weight.shape[1:]
+    x, low_rank = s.normal(s.tokens if gathers else d.rows, size_in), s.normal(d.rows, s.rank)
+    up = s.normal(num, s.rank, size_out, scale=0.1, dtype=torch.float32)
+    options = {"low_rank": low_rank, "lora_up": up} if has_lora else {}
+    options |= {"gather": d.routing.tokens} if gathers else {}
+    options |= {"bias": s.normal(num, size_out)} if has_lora and not back else {}
+    options |= {"swiglu": tuple(ACTIVATION.values())} if activates else {}
+    options |= {} if side == "W" else {"scale": LORA_SCALE}
+    h = s.normal(d.rows, size_out) if keeps_h else None
+    out = s.normal(d.rows, size_out // 2 if activates else size_out)
+
+    def call(blocks=None):
+        grouped_gemm(x, weight, d.offsets, **options, pre_activation=h, out=out, blocks=blocks)
+        return (out, h) if keeps_h else out
+
+    def eager():
+        y = options.get("scale", 1) * grouped(x[d.tokens] if gathers else x, weight, d.offsets)
+        if has_lora:
+            y = y + grouped(low_rank, up, d.offsets) + (0 if back else options["bias"][d.expert_of])
+        return (swiglu(y), y) if keeps_h else swiglu(y) if activates else y
+
+    moved = [x, weight, out] + ([low_rank, up] if has_lora else []) + ([h] if keeps_h else [])
+    return Work([call], 2.0 * d.rows * size_out * (size_in + s.rank * has_lora), size_of(*moved), eager, blocks=GemmBlocks)
+
+
+def gradient(s: Sizes, size_a: int, size_b: int, *, gathers: bool = False, scales: bool = False,
+                    is_lora: bool = True) -> Work:
+    """The sum over an expert's rows of a^T b: gradients of LoRA's A and B (fp32, b the low-rank rows) and of weights."""
+    d = routed(s, s.tokens)
+    a, b = s.normal(s.tokens if gathers else d.rows, size_a), s.normal(d.rows, size_b)
+    out = torch.empty(s.config.num_local_experts, size_a, size_b, device=s.device, dtype=torch.float32 if is_lora else s.dtype)
+    scale, gather = d.gates.flatten()[d.routing.order.long()] if scales else None, d.routing.tokens if gathers else None
+
+    def eager():
+        rows, scaled = a[d.tokens] if gathers else a, b if scale is None else (b * scale[:, None]).to(b.dtype)
+        return torch._grouped_mm(rows.T, scaled, offs=d.offsets[1:])
+
+    return Work([lambda blocks=None: grouped_outer(a, b, d.offsets, out, gather=gather, row_scale=scale, blocks=blocks)],
+                2.0 * d.rows * size_a * size_b, size_of(a, b, out), eager, blocks=OuterBlocks)
+
+
+def touched_bytes(d: SimpleNamespace, weights: Mxfp4Fragments) -> float:
+    """Of the experts that have rows."""
+    return size_of(*weights[:2]) * d.touched / len(weights.bias)
+
+
+def few_projection(s: Sizes, num_rows: int, name: str) -> Work:
+    """gate_up with its activation, or down, straight from packed weights."""
+    d, (size_in, size_out) = routed(s, num_rows), widths(s, name)
+    first = packed_weights(s, Mxfp4Fragments, size_in, size_out)
+    num_bytes = touched_bytes(d, first)
+    num_layers = min(s.num_layers(num_bytes), MAX_LAYERS)
+    layers = [first, *(packed_weights(s, Mxfp4Fragments, size_in, size_out) for _ in range(num_layers - 1))]
+    is_first = name == "gate_up"
+    x = d.x if is_first else s.normal(d.rows, size_in)
+    options = {"gather": d.routing.tokens, "swiglu": tuple(ACTIVATION.values())} if is_first else {}
+    dense = cache(lambda: unpacked(s, first).transpose(1, 2))
+
+    def eager():
+        y = grouped(x[d.tokens] if is_first else x, dense(), d.offsets) + first.bias[d.expert_of]
+        return swiglu(y) if is_first else y
+
+    return Work([lambda blocks=None, layer=layer: decode_projection(x, layer.few_rows(x, d.offsets), d.offsets, blocks=blocks,
+                                                                    **options) for layer in layers],
+                2.0 * d.rows * size_in * size_out, num_bytes + size_of(x), eager, blocks=DecodeBlocks)
+
+
+def few_low_rank(s: Sizes, num_rows: int) -> Work:
+    d = routed(s, num_rows)
+    shape, options = (s.config.num_local_experts, s.rank, d.x.shape[1]), {"scale": LORA_SCALE, "gather": d.routing.tokens}
+    layers = [s.normal(*shape, dtype=torch.float32) for _ in range(s.max_layers)]
+    return Work([lambda blocks=None, A=A: low_rank_rows(d.x, A, d.offsets, blocks=blocks, **options) for A in layers],
+                2.0 * d.rows * d.x.shape[1] * s.rank, size_of(layers[0][0]) * d.touched,
+                lambda: LORA_SCALE * grouped(d.x[d.tokens], layers[0].transpose(1, 2), d.offsets), blocks=DecodeBlocks)
+
+
+def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
+    """The whole operation of a decode step."""
+    d, names = routed(s, num_rows), ("gate_up", "down")
+    pairs = [[packed_weights(s, Mxfp4Fragments, *widths(s, name)) for name in names]]
+    num_bytes = sum(touched_bytes(d, weights) for weights in pairs[0])
+    pairs += [[packed_weights(s, Mxfp4Fragments, *widths(s, name)) for name in names]
+              for _ in range(min(s.num_layers(num_bytes), MAX_LAYERS) - 1)]
+    loras = [expert_lora(s) if has_lora else None for _ in pairs]
+    dense = cache(lambda: [unpacked(s, weights).transpose(1, 2) for weights in pairs[0]])
+
+    def call(pair, lora):
+        return moe_decode(d.x, d.gates, d.routing, *(weights.few_rows(d.x, d.offsets) for weights in pair), d.residual, lora=lora,
+                          lora_scale=LORA_SCALE, **ACTIVATION)
+
+    return Work([partial(call, *layer) for layer in zip(pairs, loras)], expert_flops(s, d.rows, has_lora=has_lora),
+                num_bytes + (size_of(*loras[0]) * d.touched / s.config.num_local_experts if has_lora else 0),
+                lambda: d.residual + eager_experts(d, d.x, d.gates, dense()[0], pairs[0][0].bias, dense()[1], pairs[0][1].bias,
+                                                   loras[0]))
+
+
+def cases_of(s: Sizes) -> list[Case]:
+    """The rows of the table that are about experts."""
+    width, inner, many, library = s.config.hidden_size, s.config.intermediate_size, f"{s.tokens} tokens", "torch._grouped_mm"
+
+    def case(name: str, computes: str, peer: str, function: Callable, *arguments, **settings) -> Case:
+        return Case(name, computes, peer, partial(function, s, *arguments, **settings))
+
+    found = [
+        case("router", f"{many}, logits in fp32", "eager", router),
+        case("router backward", f"{many}, added to x's gradient", "eager", router_gradient),
+        case("route", f"{many}, choice, gate weights and sort", "eager", route_rows, sorts_only=False),
+        case("route sort", f"{many}, the sort by expert alone", "eager", route_rows, sorts_only=True),
+        case("route backward", many, "eager", route_gradient),
+        case("combine", f"{many}, rows by gate weight, and the residual", "eager", combine, is_backward=False),
+        case("combine backward of dispatch", f"{many}, rows summed", "eager", combine, is_backward=True),
+        case("swiglu backward", f"{many}, activation, its gradient, the gate weights'", "eager", swiglu_gradient),
+        case("dequantize MXFP4", "gate_up of a layer", "eager", dequantize, Mxfp4),
+        case("dequantize MXFP4 fragments", "gate_up of a layer", "eager", dequantize, Mxfp4Fragments),
+        case("dequantize NF4", "gate_up of a layer", "eager", dequantize, Nf4),
+        case("experts gate_up plain", f"{many}, rows in order", library, product, "gate_up"),
+        case("experts gate_up", f"{many}, gather, LoRA, SwiGLU", library, product, "gate_up", gathers=True, has_lora=True,
+             activates=True),
+        case("experts gate_up keeps h", f"{many}, gather, LoRA, SwiGLU", library, product, "gate_up", gathers=True, has_lora=True,
+             activates=True, keeps_h=True),
+        case("experts down", f"{many}, LoRA", library, product, "down", has_lora=True),
+        case("experts down backward", f"{many}, gather, LoRA", library, product, "down", back=True, gathers=True, has_lora=True),
+        case("experts gate_up backward", f"{many}, LoRA", library, product, "gate_up", back=True, has_lora=True),
+        case("experts LoRA x A1", f"{many}, gather", library, product, "gate_up", "A", gathers=True),
+        case("experts LoRA act A2", many, library, product, "down", "A"),
+        case("experts LoRA dh B1", many, library, product, "gate_up", "B", back=True),
+        case("experts LoRA dy B2", f"{many}, gather", library, product, "down", "B", back=True, gathers=True),
+        case("experts LoRA dA1", f"{many}, gather", library, gradient, width, s.rank, gathers=True),
+        case("experts LoRA dB1", many, library, gradient, 2 * inner, s.rank),
+        case("experts LoRA dA2", f"{many}, row weights", library, gradient, inner, s.rank, scales=True),
+        case("experts LoRA dB2", f"{many}, gather, row weights", library, gradient, width, s.rank, gathers=True, scales=True),
+        case("experts dW gate_up", many, library, gradient, width, 2 * inner, is_lora=False),
+        case("experts dW down", many, library, gradient, inner, width, is_lora=False),
+    ]
+    for rows in s.rows:
+        if can_route_few(rows, s.config.num_local_experts, s.config.num_experts_per_tok):
+            found.append(case(f"route few {rows}", f"{rows} rows, logits, choice and sort", "eager", route_few_rows, rows))
+        found += [
+            case(f"experts few gate_up {rows}", f"{rows} rows, MXFP4, gather, SwiGLU", library, few_projection, rows, "gate_up"),
+            case(f"experts few down {rows}", f"{rows} rows, MXFP4", library, few_projection, rows, "down"),
+            case(f"experts few LoRA x A1 {rows}", f"{rows} rows, gather", library, few_low_rank, rows),
+            case(f"experts few whole {rows}", f"{rows} rows, MXFP4", library, few_whole, rows, has_lora=False),
+            case(f"experts few whole LoRA {rows}", f"{rows} rows, MXFP4", library, few_whole, rows, has_lora=True),
+        ]
+    return found
