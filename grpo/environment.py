@@ -1,5 +1,5 @@
 """What an environment is, and the boundary to it: how it is built and called, with the process protected
-(grpo/rewards/guests.py), how what it hands back is checked and made plain, and what its faults become."""
+(grpo/rewards/user_code.py), how what it hands back is checked and made plain, and what its faults become."""
 from __future__ import annotations
 
 import operator
@@ -12,7 +12,7 @@ from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, TrainConfig
 from grpo.configuration.targets import bind, keyword_parameters
 from grpo.envs.data_files import DataError
-from grpo.rewards.guests import GuestFault, is_users_interrupt, protected
+from grpo.rewards.user_code import UserCodeFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
 from models.chat.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ class OptionalMethods(Protocol):
 REQUIRED = ("prompts", "eval_prompts", "score")
 
 
-class EnvironmentFault(GuestFault):
+class EnvironmentFault(UserCodeFault):
     """The environment raised, or handed back something that cannot be trained on."""
 
 
@@ -96,7 +96,7 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps
     try:
         with protected(f"environment {node['_target_']}"):
             return make(**supplied)
-    except (ValueError, GuestFault):
+    except (ValueError, UserCodeFault):
         raise
     except BaseException as error:
         if is_users_interrupt(error):
@@ -139,7 +139,7 @@ def calling(env: Environment | type, method: str) -> Iterator[None]:
     try:
         with protected(_name(env, method)):
             yield
-    except (GuestFault, DataError):
+    except (UserCodeFault, DataError):
         raise
     except BaseException as error:  # noqa: BLE001 - the boundary to foreign code: SystemExit and others of no Exception too
         if is_users_interrupt(error):

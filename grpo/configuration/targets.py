@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo.config import ConfigError, UnknownKey, describe_type
 from grpo.rewards.functions import load_function
-from grpo.rewards.guests import import_guest
+from grpo.rewards.user_code import import_user_code
 from grpo.rewards.values import describe_error
 
 
@@ -87,7 +87,7 @@ def resolve_target(path: Any, key: str) -> Callable:
             raise ConfigError(str(error)) from error
     module_name, _, name = path.rpartition(".")
     try:
-        module = import_guest(module_name)
+        module = import_user_code(module_name)
     except Exception as error:
         reason = describe_error(error)
         raise ConfigError(f"{key}._target_ = {path!r}: cannot import {module_name} ({reason}); check the path") from error

@@ -98,14 +98,10 @@ class Signature:
         """What the function is called with about one completion."""
         row = copy.deepcopy(sample.row)
         native = {"row": row, "text": sample.text, "thinking": sample.thinking, "is_truncated": sample.is_truncated}
-        if self.form == "verl":
-            standard = _verl_values(sample, row)
-        else:
-            standard = self._single_values(sample, row)
-        if self.takes_rest:  # **kwargs gets the form's standard names, not every column
-            rest = {} if self.form == "native" else standard
-            return rest | {name: value for name, value in (row | standard | native).items() if name in self.named}
-        return {name: value for name, value in (row | standard | native).items() if name in self.named}
+        standard = _verl_values(sample, row) if self.form == "verl" else self._single_values(sample, row)
+        named = {name: value for name, value in (row | standard | native).items() if name in self.named}
+        # **kwargs gets the form's standard names, not every column
+        return standard | named if self.takes_rest and self.form != "native" else named
 
     def values_of_all(self, samples: list[Sample], callbacks: dict) -> dict:
         """What the function is called with about a batch; `callbacks` has the values of CALLBACKS."""

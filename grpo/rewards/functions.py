@@ -6,7 +6,7 @@ signatures. A class, or a function that takes nothing of a completion (a factory
 that gives is the reward function.
 
 A value is a number or bool, None (not applicable: left out of the sum) or a dict with `score` and further entries: numbers
-become metrics, the rest goes to the log of completions. Functions run with the process protected (grpo/rewards/guests.py), and
+become metrics, the rest goes to the log of completions. Functions run with the process protected (grpo/rewards/user_code.py), and
 async ones in one event loop, which lasts as long as the process does.
 """
 
@@ -17,16 +17,18 @@ import inspect
 import math
 import re
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from grpo.rewards.forms import Sample, Signature, TrainerState
-from grpo.rewards.guests import GuestFault, call_guest, event_loop, import_guest
+from grpo.rewards.user_code import UserCodeFault, call_user_code, event_loop, import_user_code
 from grpo.rewards.values import describe_error, loggable, to_number
 
 
-class RewardError(GuestFault):
+class RewardError(UserCodeFault):
     """A reward function failed; the message names the function and the row."""
 
 
@@ -44,26 +46,22 @@ def load_function(path: str, *, key: str) -> Callable:
     """What a config value names: `package.module:function`, `package.module.function` or `file.py:function`.
 
     Raises ValueError naming `key` if the module, file or function cannot be found or the module fails to import."""
-    module_name, colon, function_name = path.rpartition(":")
-    if not colon:
-        module_name, _, function_name = path.rpartition(".")
+    module_name, _, function_name = path.rpartition(":" if ":" in path else ".")
     names = function_name.split(".")
     if not module_name or not all(name.isidentifier() for name in names):
-        raise ValueError(
-            f"{key}={path!r}: expected package.module:function, package.module.function or file.py:function"
-        )
+        raise ValueError(f"{key}={path!r}: expected package.module:function, package.module.function or file.py:function")
     try:
-        module = _import_file(Path(module_name).expanduser()) if module_name.endswith(".py") else import_guest(module_name)
+        module = _import_file(Path(module_name).expanduser()) if module_name.endswith(".py") else import_user_code(module_name)
     except Exception as error:  # noqa: BLE001 - the boundary to foreign code
         raise ValueError(f"{key}={path!r}: cannot import {module_name}: {describe_error(error)}") from error
     function = module
     for name in names:  # getattr, and not the module's dict: modules may make their attributes when they are asked for
-        owner = function
-        function = call_guest(f"the import of {path}", lambda owner=owner, name=name: getattr(owner, name))
+        function = call_user_code(f"the import of {path}", partial(getattr, function, name))
         if isinstance(function, AttributeError):
-            raise ValueError(
-                f"{key}={path!r}: {module_name} has no {function_name!r}; its functions: {_public_functions(module)}"
-            )
+            known = sorted(name for name, value in vars(module).items() if inspect.isfunction(value)
+                           and value.__module__ == module.__name__ and name[0] != "_")
+            raise ValueError(f"{key}={path!r}: {module_name} has no {function_name!r}; its functions: "
+                             f"{', '.join(known) or 'none'}")
         if isinstance(function, BaseException):
             raise ValueError(f"{key}={path!r}: cannot import {function_name}: {describe_error(function)}") from function
     if not callable(function):
@@ -71,16 +69,7 @@ def load_function(path: str, *, key: str) -> Callable:
     return function
 
 
-def _public_functions(module) -> str:
-    public = sorted(
-        name
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
-    )
-    return ", ".join(public) or "none"
-
-
-def _import_file(path: Path):
+def _import_file(path: Path) -> types.ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path.absolute()}")
     name = "reward_file_" + re.sub(r"\W", "_", str(path.resolve()))
@@ -89,37 +78,19 @@ def _import_file(path: Path):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickling look a class's module up there
-    outcome = call_guest(f"the import of {path}", lambda: spec.loader.exec_module(module))
+    outcome = call_user_code(f"the import of {path}", partial(spec.loader.exec_module, module))
     if isinstance(outcome, BaseException):
         del sys.modules[name]
-        is_exit = not isinstance(outcome, Exception)
-        raise ImportError(
-            f"{path} {'ends Python' if is_exit else 'fails'} while it is imported: {describe_error(outcome)}"
-        ) from outcome
+        how = "fails" if isinstance(outcome, Exception) else "ends Python"
+        raise ImportError(f"{path} {how} while it is imported: {describe_error(outcome)}") from outcome
     return module
 
 
-def load_reward(
-    path: str,
-    *,
-    key: str,
-    columns: set[str],
-    has_answer: bool,
-    name: str | None = None,
-    weight: float = 1.0,
-    kwargs: dict | None = None,
-) -> Reward:
+def load_reward(path: str, *, key: str, columns: set[str], has_answer: bool, name: str | None = None, weight: float = 1.0,
+                kwargs: dict | None = None) -> Reward:
     """The adapter of the function at `path`, its signature checked against the data's columns; see Reward."""
-    default_name = re.split(r"[:.]", path)[-1]
-    return Reward(
-        load_function(path, key=key),
-        key=key,
-        name=name or default_name,
-        weight=weight,
-        kwargs=kwargs or {},
-        columns=columns,
-        has_answer=has_answer,
-    )
+    return Reward(load_function(path, key=key), key=key, name=name or re.split(r"[:.]", path)[-1], weight=weight,
+                  kwargs=kwargs or {}, columns=columns, has_answer=has_answer)
 
 
 class Reward:
@@ -128,64 +99,50 @@ class Reward:
 
     Raises ValueError naming `key` if a required parameter is nothing that a completion or the data's columns can fill."""
 
-    def __init__(
-        self,
-        function: Callable,
-        *,
-        key: str,
-        name: str,
-        weight: float,
-        kwargs: dict,
-        columns: set[str],
-        has_answer: bool,
-    ):
+    def __init__(self, function: Callable, *, key: str, name: str, weight: float, kwargs: dict, columns: set[str],
+                 has_answer: bool):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"{key}: weight={weight!r} must be a finite number")
         if not isinstance(kwargs, dict) or not all(isinstance(parameter, str) for parameter in kwargs):
             raise ValueError(f"{key}: kwargs={kwargs!r}: expected names with values, {{threshold: 0.5}}")
         self.key, self.name, self.weight = key, name, float(weight)
-        signature = self._read(function, set(kwargs))
+        signature = self._read(function, kwargs)
         if inspect.isclass(function) or (signature.form is None and not signature.unfilled):
             function, kwargs = self._build(function, signature, kwargs), {}
-            signature = self._read(function, set())
+            signature = self._read(function, kwargs)
         if signature.form is None:
             raise ValueError(
-                f"{key}: the parameters of {name!r} ({', '.join(sorted(signature.named)) or 'none'}) name no "
+                f"{key}: the parameters of {name!r} ({_listed(signature.named)}) name no "
                 "completion; expected completions (a batch), solution_str, completion, or row and text; a class or a "
-                "function that makes the reward function gets its own parameters from kwargs"
-            )
+                "function that makes the reward function gets its own parameters from kwargs")
         self.function, self.signature, self.kwargs = function, signature, dict(kwargs)
         self._check_parameters(columns, has_answer)
 
-    def _read(self, function: Callable, given: set[str]) -> Signature:
+    def _read(self, function: Callable, kwargs: dict) -> Signature:
         try:
-            return Signature(function, given)
+            return Signature(function, set(kwargs))
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.key}: the signature of {self.name!r} cannot be read: {error}; wrap it in a function"
-            ) from error
+            raise ValueError(f"{self.key}: the signature of {self.name!r} cannot be read: {error}; wrap it in a "
+                             "function") from error
 
     def _build(self, factory: Callable, signature: Signature, kwargs: dict) -> Callable:
         """What a class or factory makes of the config's kwargs."""
-        self._check_known(signature, kwargs)
-        made = call_guest(f"reward {self.name!r}", lambda: factory(**kwargs))
+        self._check_kwargs(signature, kwargs)
+        made = call_user_code(f"reward {self.name!r}", partial(factory, **kwargs))
         if isinstance(made, BaseException):
             raise ValueError(f"{self.key}: {self.name!r} fails when it is called with its kwargs {kwargs}: "
                              f"{describe_error(made)}") from made
         if not callable(made):
             raise ValueError(
                 f"{self.key}: {self.name!r} names no completion among its parameters, so that it was called once with its "
-                f"kwargs to make a reward function; it made a {type(made).__name__}"
-            )
+                f"kwargs to make a reward function; it made a {type(made).__name__}")
         return made
 
-    def _check_known(self, signature: Signature, kwargs: dict) -> None:
+    def _check_kwargs(self, signature: Signature, kwargs: dict) -> None:
         unknown = [name for name in kwargs if name not in signature.named and not signature.takes_rest]
         if unknown:
-            raise ValueError(
-                f"{self.key}: kwargs {', '.join(map(repr, unknown))}: {self.name!r} has no such parameter; it takes "
-                f"{', '.join(sorted(signature.named)) or 'none'}"
-            )
+            raise ValueError(f"{self.key}: kwargs {', '.join(map(repr, unknown))}: {self.name!r} has no such parameter; it "
+                             f"takes {_listed(signature.named)}")
 
     def _check_parameters(self, columns: set[str], has_answer: bool) -> None:
         standard = self.signature.standard_names(has_answer=has_answer)
@@ -198,9 +155,8 @@ class Reward:
             raise ValueError(
                 f"{self.key}: nothing to call {self.name!r} with for its parameter {', '.join(map(repr, missing))}; "
                 f"known names are {', '.join(sorted(standard))} and the columns "
-                f"{', '.join(sorted(columns)) or '(none)'}; others come from kwargs in the config"
-            )
-        self._check_known(self.signature, self.kwargs)
+                f"{', '.join(sorted(columns)) or '(none)'}; others come from kwargs in the config")
+        self._check_kwargs(self.signature, self.kwargs)
 
     @property
     def is_batch(self) -> bool:
@@ -210,14 +166,13 @@ class Reward:
     def __call__(self, samples: list[Sample], *, state: TrainerState, retries: int) -> list[Result]:
         """One Result per sample. A call that raises is made `retries` times more; its exception, or a value that is no
         number, becomes the sample's `error`. A batch function that raises or returns a list of another length fails every
-        sample. Raises GuestFault for what cannot be put back after the call."""
+        sample. Raises UserCodeFault for what cannot be put back after the call."""
         if not samples:
             return []
         if self.is_batch:
             return self._call_batch(samples, state, retries)
-        calls = [lambda sample=sample: self.function(**{**self.signature.values_of(sample), **self.kwargs})
-                 for sample in samples]
-        return [_to_result(outcome, self.name) for outcome in self._outcomes(calls, retries)]
+        calls = [lambda sample=sample: self.function(**(self.signature.values_of(sample) | self.kwargs)) for sample in samples]
+        return [self._to_result(outcome) for outcome in self._outcomes(calls, retries)]
 
     def _call_batch(self, samples: list[Sample], state: TrainerState, retries: int) -> list[Result]:
         metrics: dict[str, object] = {}
@@ -235,7 +190,7 @@ class Reward:
             metrics.clear()
             extra.clear()
             callbacks = {"trainer_state": state, "log_metric": log_metric, "log_extra": log_extra}
-            return self.function(**{**self.signature.values_of_all(samples, callbacks), **self.kwargs})
+            return self.function(**(self.signature.values_of_all(samples, callbacks) | self.kwargs))
 
         [outcome] = self._outcomes([call], retries)
         if isinstance(outcome, BaseException):
@@ -244,11 +199,9 @@ class Reward:
             outcome = outcome.tolist()
         if not isinstance(outcome, (list, tuple)) or len(outcome) != len(samples):
             found = f"{len(outcome)} values" if isinstance(outcome, (list, tuple)) else f"a {type(outcome).__name__}"
-            return [
-                Result(None, f"returned {found} for {len(samples)} completions; expected a list with one value each")
-                for _ in samples
-            ]
-        results = [_to_result(value, self.name) for value in outcome]
+            return [Result(None, f"returned {found} for {len(samples)} completions; expected a list with one value each")
+                    for _ in samples]
+        results = [self._to_result(value) for value in outcome]
         for i, result in enumerate(results):
             for name, value in metrics.items():
                 _note(result, name, value)
@@ -262,28 +215,31 @@ class Reward:
         pending = list(range(len(calls)))
         for _ in range(retries + 1):
             for i in pending:
-                outcomes[i] = call_guest(who, calls[i])
+                outcomes[i] = call_user_code(who, calls[i])
             awaited = [i for i in pending if inspect.isawaitable(outcomes[i])]
             if awaited:
-                finished = call_guest(who, lambda awaited=awaited: event_loop().run([outcomes[i] for i in awaited]))
+                finished = call_user_code(who, lambda awaited=awaited: event_loop().run([outcomes[i] for i in awaited]))
                 for place, i in enumerate(awaited):
                     outcomes[i] = finished if isinstance(finished, BaseException) else finished[place]
             pending = [i for i in pending if isinstance(outcomes[i], BaseException)]
         return outcomes
 
+    def _to_result(self, outcome: object) -> Result:
+        if isinstance(outcome, BaseException):
+            return Result(None, describe_error(outcome))
+        entries = outcome if isinstance(outcome, dict) else {"score": outcome}
+        if "score" not in entries:
+            return Result(None, f"returned a dict without 'score' (keys: {', '.join(map(str, outcome)) or 'none'})")
+        number, problem = to_number(entries["score"])
+        result = Result(number, None if problem is None else f"returned {problem}")
+        for entry, value in entries.items():
+            if entry != "score":
+                _note(result, f"{self.name}/{entry}", value)
+        return result
 
-def _to_result(outcome: object, name: str) -> Result:
-    if isinstance(outcome, BaseException):
-        return Result(None, describe_error(outcome))
-    entries = outcome if isinstance(outcome, dict) else {"score": outcome}
-    if "score" not in entries:
-        return Result(None, f"returned a dict without 'score' (keys: {', '.join(map(str, outcome)) or 'none'})")
-    number, problem = to_number(entries["score"])
-    result = Result(number, None if problem is None else f"returned {problem}")
-    for entry, value in entries.items():
-        if entry != "score":
-            _note(result, f"{name}/{entry}", value)
-    return result
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _note(result: Result, name: str, value: object) -> None:

@@ -29,32 +29,21 @@ class MathMatch:
 
     def __init__(self, *, tolerance: float):
         if importlib.util.find_spec("math_verify") is None:
-            raise ValueError(
-                "env.match=math: needs the package math-verify, which is not installed; install the extra `math` "
-                "(pip install -e '.[math]') or set env.match to numeric or exact"
-            )
+            raise ValueError("env.match=math: needs the package math-verify, which is not installed; install the extra `math` "
+                             "(pip install -e '.[math]') or set env.match to numeric or exact")
         self.tolerance = tolerance
-        self.workers = Workers(
-            "grpo.rewards.expressions:are_equal",
-            num_workers=min(MAX_WORKERS, os.cpu_count() or 1),
-            timeout=ITEM_LIMIT,
-            setup="grpo.rewards.expressions:prepare",
-        )
+        self.workers = Workers("grpo.rewards.expressions:are_equal", setup="grpo.rewards.expressions:prepare",
+                               num_workers=min(MAX_WORKERS, os.cpu_count() or 1), timeout=ITEM_LIMIT)
 
     def __call__(self, texts: list[str], accepted: list[list[str]]) -> list[Result]:
         """A Result per text; `accepted` holds the answers of which any is right, for each text."""
         verdicts = [self._judge_here(text, answers) for text, answers in zip(texts, accepted)]
         items = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple)))
-        outcomes = dict(zip(items, self.workers.map(items, budget=CALL_LIMIT)))
-        results = []
-        for verdict in verdicts:
-            if not isinstance(verdict, tuple):
-                results.append(Result(float(verdict)))
-                continue
-            outcome = outcomes[verdict]
+        judged = {}
+        for item, outcome in zip(items, self.workers.map(items, budget=CALL_LIMIT)):
             is_judged = outcome.error is None or outcome.is_timeout or outcome.signal == "SIGVTALRM"
-            results.append(Result(float(outcome.value is True)) if is_judged else Result(None, outcome.error))
-        return results
+            judged[item] = Result(float(outcome.value is True)) if is_judged else Result(None, outcome.error)
+        return [judged[verdict] if isinstance(verdict, tuple) else Result(float(verdict)) for verdict in verdicts]
 
     def warm_up(self) -> None:
         """Starts the workers. Raises WorkerError if they cannot."""

@@ -37,17 +37,8 @@ class Scorer:
 
     Raises ValueError naming key and value for entries that cannot be used."""
 
-    def __init__(
-        self,
-        entries: str | dict | list | None,
-        *,
-        columns: set[str],
-        has_answer: bool,
-        max_error_rate: float,
-        timeout: float | None,
-        num_workers: int,
-        retries: int,
-    ):
+    def __init__(self, entries: str | dict | list | None, *, columns: set[str], has_answer: bool, max_error_rate: float,
+                 timeout: float | None, num_workers: int, retries: int):
         _check("max_error_rate", max_error_rate, 0 <= max_error_rate <= 1, "must lie in 0..1")
         _check("reward_timeout", timeout, timeout is None or timeout > 0, "must be seconds over 0, or null for no limit")
         _check("reward_workers", num_workers, num_workers >= 0, "must be a number of processes, 0 for none")
@@ -61,14 +52,10 @@ class Scorer:
         self._num_calls = 0
         self._workers = None
         if self.rewards and (num_workers or timeout is not None):
+            limit = timeout or math.inf
             self._workers = Workers(
-                f"{__name__}:call_in_worker",
-                num_workers=num_workers or 1,
-                timeout=timeout or math.inf,
-                setup=f"{__name__}:load_in_worker",
-                setup_arguments=(self._description,),
-                patience=PATIENCE * (timeout or math.inf),
-            )
+                f"{__name__}:call_in_worker", num_workers=num_workers or 1, timeout=limit, patience=PATIENCE * limit,
+                setup=f"{__name__}:load_in_worker", setup_arguments=(self._description,))
             weakref.finalize(self, self._workers.close)  # of a sweep's earlier run, say
 
     def results(self, samples: list[Sample], state: TrainerState) -> list[list[Result]]:
@@ -83,10 +70,8 @@ class Scorer:
             calls = [samples] if reward.is_batch else [[sample] for sample in samples]
             for sample, result in zip(samples, self._call(index, calls, state)):
                 if result.error is not None:
-                    raise RewardError(
-                        f"reward {reward.name!r} failed its dry run on row {sample.source}, called with the "
-                        f"completion {shorten(sample.text)}: {result.error}"
-                    )
+                    raise RewardError(f"reward {reward.name!r} failed its dry run on row {sample.source}, called with the "
+                                      f"completion {shorten(sample.text)}: {result.error}")
 
     def close(self) -> None:
         """Ends the workers; they start again when they are needed."""
@@ -143,8 +128,7 @@ class Scorer:
             sample, error = first
             raise RewardError(
                 f"reward {reward.name!r} failed on {len(failed)} of its last {len(recent)} completions (max_error_rate="
-                f"{self.max_error_rate}); now on row {sample.source}: {error}; completion: {shorten(sample.text)}"
-            )
+                f"{self.max_error_rate}); now on row {sample.source}: {error}; completion: {shorten(sample.text)}")
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:
@@ -162,28 +146,22 @@ def _checked(entries: str | dict | list | None) -> list[dict]:
         if isinstance(entry, str):
             entry = {"fn": entry}
         if not isinstance(entry, dict) or not isinstance(entry.get("fn"), str):
-            raise ValueError(
-                f"{key}={entry!r}: expected package.module:function, my_rewards.py:function or {{fn: one of them, weight: 1.0}}"
-            )
+            raise ValueError(f"{key}={entry!r}: expected package.module:function, my_rewards.py:function or "
+                             "{fn: one of them, weight: 1.0}")
         for name in entry:
             if name not in ("fn", "weight", "name", "kwargs"):
                 near = difflib.get_close_matches(str(name), ("weight", "name", "kwargs"), n=1)
-                raise ValueError(
-                    f"{key}.{name}: unknown key{f'; did you mean {near[0]}?' if near else ''} "
-                    "(allowed: fn, weight, name, kwargs)"
-                )
+                raise ValueError(f"{key}.{name}: unknown key{f'; did you mean {near[0]}?' if near else ''} "
+                                 "(allowed: fn, weight, name, kwargs)")
         checked.append(entry)
     return checked
 
 
 def load_rewards(entries: list[dict], columns: set[str], has_answer: bool) -> list[Reward]:
     """The reward functions of checked entries."""
-    rewards = []
-    for i, entry in enumerate(entries):
-        options = {name: value for name, value in entry.items() if name != "fn" and value is not None}
-        key = f"env.rewards[{i}].fn"
-        rewards.append(load_reward(entry["fn"], key=key, columns=columns, has_answer=has_answer, **options))
-    return rewards
+    return [load_reward(entry["fn"], key=f"env.rewards[{i}].fn", columns=columns, has_answer=has_answer,
+                        **{name: value for name, value in entry.items() if name != "fn" and value is not None})
+            for i, entry in enumerate(entries)]
 
 
 # --- in a worker process -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 import signal
@@ -16,8 +17,12 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+
+from grpo.rewards.functions import load_function
+from grpo.rewards.values import describe_error
 
 MOST_WORKERS = 16  # of a call whose items hold each other up
 START_LIMIT = 300.0  # seconds for a worker's imports and its setup, which may be the first to read a library from disk
@@ -35,8 +40,7 @@ class Outcome:
     value: object = None
     error: str | None = None
     is_timeout: bool = False  # the item ran over its own time limit
-    has_died: bool = False  # the worker's process ended while it held the item
-    signal: str | None = None  # that ended it, if one did: "SIGKILL"
+    signal: str | None = None  # that ended the worker's process while it held the item, if one did: "SIGKILL"
 
 
 @dataclass
@@ -58,16 +62,8 @@ class Workers:
     patience: seconds without an outcome after which items in hand keep others waiting no longer: those get as many workers
         again for the rest of the call, up to MOST_WORKERS"""
 
-    def __init__(
-        self,
-        function: str,
-        *,
-        num_workers: int,
-        timeout: float,
-        setup: str | None = None,
-        setup_arguments: tuple = (),
-        patience: float = float("inf"),
-    ):
+    def __init__(self, function: str, *, num_workers: int, timeout: float, setup: str | None = None,
+                 setup_arguments: tuple = (), patience: float = math.inf):
         assert num_workers >= 1 and timeout > 0, (num_workers, timeout)
         self.function, self.num_workers, self.timeout, self.setup = function, num_workers, timeout, setup
         self.setup_arguments, self.patience = setup_arguments, patience
@@ -84,17 +80,16 @@ class Workers:
             self._workers, self._owner = [], os.getpid()
         outcomes: list[Outcome | None] = [None] * len(items)
         waiting = deque(range(len(items)))
-        ends = None
-        stalls = time.monotonic() + self.patience
+        ends, stalls = math.inf, time.monotonic() + self.patience
         self._replace_the_dead(min(self.num_workers, len(items)))
         try:
             while num_open := len(waiting) + self._num_busy():
                 for worker in self._workers:
                     if worker.is_ready and worker.item is None and waiting:
-                        if ends is None:
-                            ends = time.monotonic() + (float("inf") if budget is None else budget)
+                        if ends == math.inf and budget is not None:
+                            ends = time.monotonic() + budget
                         self._hand_out(worker, waiting.popleft(), items, outcomes)
-                self._receive(outcomes, stalls if ends is None else min(ends, stalls))
+                self._receive(outcomes, min(ends, stalls))
                 is_stalled = time.monotonic() >= stalls
                 num_left = len(waiting) + self._num_busy()
                 is_moving = num_left < num_open or not all(worker.is_ready for worker in self._workers)
@@ -103,7 +98,7 @@ class Workers:
                     self._workers += [self._start() for _ in range(num_more)]
                 if is_stalled or is_moving:
                     stalls = time.monotonic() + self.patience
-                if ends is not None and time.monotonic() >= ends:
+                if time.monotonic() >= ends:
                     break
         finally:  # a worker with an item in hand would answer the next call
             for worker in [worker for worker in self._workers if worker.item is not None]:
@@ -172,7 +167,7 @@ class Workers:
         how = f"signal {name}" if name else f"exit status {status}"
         if not worker.is_ready:
             self._refuse_start(f"it died with {how}")
-        outcomes[worker.item] = Outcome(error=f"its worker died with {how}", has_died=True, signal=name)
+        outcomes[worker.item] = Outcome(error=f"its worker died with {how}", signal=name)
         self._replace(worker)
 
     def _refuse_start(self, reason: str) -> None:
@@ -197,11 +192,8 @@ class Workers:
         code = f"import sys; sys.path[:] = {sys.path!r}; from grpo.rewards.workers import serve; serve(*{arguments!r})"
         process = subprocess.Popen(
             [sys.executable, "-u", "-c", code],  # unbuffered: what it printed is seen though it is killed
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-            env={"OMP_NUM_THREADS": "1", **os.environ},  # several workers of all threads each would only wait
-        )
+            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+            env={"OMP_NUM_THREADS": "1", **os.environ})  # several workers of all threads each would only wait
         theirs.close()
         with contextlib.suppress(OSError):  # it has died already, which its stream's end will tell
             ours.send_bytes(pickle.dumps(self.setup_arguments))
@@ -221,9 +213,6 @@ def _kill(worker: _Worker) -> int:
 
 def serve(fd: int, parent: int, function: str, setup: str | None) -> None:
     """A worker's life: reports its start, then one (value, error) for each item that it reads, until its parent ends."""
-    from grpo.rewards.functions import load_function  # which itself uses workers
-    from grpo.rewards.values import describe_error
-
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before this took effect
         return
@@ -234,24 +223,24 @@ def serve(fd: int, parent: int, function: str, setup: str | None) -> None:
     os.set_inheritable(fd, False)
     os.register_at_fork(after_in_child=connection.close)  # so that the worker's death is always the end of its stream
 
-    def attempt(call, *arguments) -> bytes:
+    called = None
+
+    def start(setup_arguments: tuple) -> None:
+        nonlocal called
+        called = load_function(function, key="function")
+        if setup is not None:
+            load_function(setup, key="setup")(*setup_arguments)
+
+    def attempt(call: Callable[[object], object], message: bytes) -> bytes:
         try:
-            return pickle.dumps((call(*arguments), None))
+            return pickle.dumps((call(pickle.loads(message)), None))
         except BaseException as error:  # noqa: BLE001 - the boundary to foreign code
             return pickle.dumps((None, describe_error(error)))
 
-    loaded = []
-
-    def start(setup_arguments: bytes) -> None:
-        loaded.append(load_function(function, key="function"))
-        if setup is not None:
-            load_function(setup, key="setup")(*pickle.loads(setup_arguments))
-
-    message = connection.recv_bytes()
-    connection.send_bytes(attempt(start, message))
-    while loaded:
+    connection.send_bytes(attempt(start, connection.recv_bytes()))
+    while called is not None:
         try:
             message = connection.recv_bytes()
         except (EOFError, OSError):  # nobody is left to ask
             return
-        connection.send_bytes(attempt(lambda data: loaded[0](pickle.loads(data)), message))
+        connection.send_bytes(attempt(called, message))

@@ -14,7 +14,7 @@ from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.envs.data_files import DataError
 from grpo.optim import NonFiniteError
 from grpo.rewards.functions import RewardError
-from grpo.rewards.guests import GuestFault
+from grpo.rewards.user_code import UserCodeFault
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import LoadError, SaveError
 from grpo.run.lock import RunInUseError
@@ -28,7 +28,7 @@ KINDS: list[tuple[type | tuple[type, ...], str, int]] = [
     (Interrupted, "interrupted", PREEMPTED),
     ((NonFiniteError, FloatingPointError), "diverged", DIVERGED),
     (DataError, "bad data", DATA_ERROR),
-    (GuestFault, "environment failed", ENV_ERROR),
+    (UserCodeFault, "environment failed", ENV_ERROR),
     ((ConfigError, CheckpointError, LoadError, RunInUseError, ValueError), "configuration", CONFIG_ERROR),
     ((SaveError, OSError), "disk", FAILED)]
 # These say all there is to say; others leave a traceback in a file.

@@ -27,7 +27,7 @@ from grpo.environment import (
 )
 from grpo.evaluate import evaluate
 from grpo.groups import completion_record
-from grpo.rewards.guests import GuestFault
+from grpo.rewards.user_code import UserCodeFault
 from grpo.rollout.sampling import SamplingParams
 
 VOCAB = 5
@@ -276,7 +276,7 @@ def test_an_environment_is_told_the_number_of_steps_if_it_asks(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     built = [make_environment({"_target_": f"told_envs.{name}"}, None, seed=0, total_steps=40) for name in ("Told", "Plain")]
     assert [env.told for env in built] == [40, None]
-    with pytest.raises(GuestFault, match="environment told_envs.Leaves cannot be built: SystemExit: 3"):
+    with pytest.raises(UserCodeFault, match="environment told_envs.Leaves cannot be built: SystemExit: 3"):
         make_environment({"_target_": "told_envs.Leaves"}, None, seed=0, total_steps=40)
 
 

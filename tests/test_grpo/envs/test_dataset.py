@@ -693,7 +693,7 @@ def test_an_answer_that_could_not_be_judged_gets_no_reward_and_is_counted(tokeni
 
 class DeadWorkers:
     def map(self, items, *, budget):
-        return [Outcome(error="its worker died", has_died=True) for _ in items]
+        return [Outcome(error="its worker died") for _ in items]
 
 
 def test_answers_after_a_marker_are_cut_out(tokenizer, tmp_path):

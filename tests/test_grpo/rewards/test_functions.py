@@ -324,7 +324,7 @@ async def fails_async(text):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (fails_on_seven, "ZeroDivisionError: seven (test_rewards.py:"),
+        (fails_on_seven, "ZeroDivisionError: seven (test_functions.py:"),
         (exits, "SystemExit: 3"),
         (fails_async, "KeyError: 'k'"),
     ],

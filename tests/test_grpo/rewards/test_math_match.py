@@ -243,9 +243,9 @@ class ScriptedWorkers:
 
 def test_time_is_the_expressions_fault_but_a_dead_worker_is_not():
     match = MathMatch(tolerance=0.0)
-    died = Outcome(error="its worker died with signal SIGKILL", has_died=True)
+    died = Outcome(error="its worker died with signal SIGKILL")
     late = Outcome(error="not finished within the 120 s of the whole call")
-    over = [Outcome(error="ran over", is_timeout=True), Outcome(error="died", has_died=True, signal="SIGVTALRM")]
+    over = [Outcome(error="ran over", is_timeout=True), Outcome(error="died", signal="SIGVTALRM")]
     match.workers = ScriptedWorkers([Outcome(True), *over, died, late])
     results = match(["x+1", "x+2", "x+3", "x+4", "x+5", "x+1"], [["y"]] * 6)
     assert [result.value for result in results] == [1.0, 0.0, 0.0, None, None, 1.0]

@@ -206,7 +206,7 @@ def test_processes_that_the_function_started_die_with_its_worker(make, tmp_path)
 )
 def test_a_worker_that_dies_is_an_error_of_its_item_alone(make, item, words, name):
     outcomes = make().map([("echo", 1), item, ("echo", 2)])
-    assert outcomes == [Outcome(1), Outcome(error=words, has_died=True, signal=name), Outcome(2)]
+    assert outcomes == [Outcome(1), Outcome(error=words, signal=name), Outcome(2)]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_what_fails_inside_a_worker_leaves_the_worker_alive(make, item, words):
     workers = make()
     before, failed, after = workers.map([("seen", None), item, ("seen", None)])
     assert before.value["pid"] == after.value["pid"]
-    assert failed.value is None and words in failed.error and not failed.is_timeout and not failed.has_died
+    assert failed.value is None and words in failed.error and not failed.is_timeout and failed.signal is None
 
 
 def test_the_budget_of_a_call_ends_it_and_the_next_call_gets_its_own_answers(make):

@@ -24,8 +24,15 @@ from paths import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo.environment import EnvironmentFault, calling
-from grpo.rewards import guests
-from grpo.rewards.guests import GuestFault, call_guest, event_loop, import_guest, is_users_interrupt, protected
+from grpo.rewards import user_code
+from grpo.rewards.user_code import (
+    UserCodeFault,
+    call_user_code,
+    event_loop,
+    import_user_code,
+    is_users_interrupt,
+    protected,
+)
 from grpo.run.signals import GracefulStop
 
 FORK = multiprocessing.get_context("fork")
@@ -49,7 +56,7 @@ def lower_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
 
 
-# what a guest does, and how the state that it changes is read
+# what the user's code does, and how the state that it changes is read
 CHANGES = {
     "chdir": (lambda: os.chdir("/"), os.getcwd),
     "folder gone": (delete_folder, working_folder),
@@ -104,18 +111,18 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("raises", [False, True])
-def test_what_a_guest_changes_is_put_back_whether_it_returns_or_raises(name, raises):
+def test_what_user_code_changes_is_put_back_whether_it_returns_or_raises(name, raises):
     change, read = CHANGES[name]
     before = read()
 
-    def guest():
+    def call():
         change()
         assert read() != before, "the change did nothing: this test proves nothing"
         if raises:
             raise KeyError("x")
         return "value"
 
-    outcome = call_guest("reward 'r'", guest)
+    outcome = call_user_code("reward 'r'", call)
     assert isinstance(outcome, KeyError) if raises else outcome == "value"
     assert read() == before
 
@@ -125,45 +132,47 @@ def test_the_current_gpu_is_put_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device))
-    monkeypatch.setattr(guests, "_settings", guests._settings.__wrapped__)  # the table holds set_device itself
-    call_guest("reward 'judge'", lambda: torch.cuda.set_device(1))
+    monkeypatch.setattr(user_code, "_settings", user_code._settings.__wrapped__)  # the table holds set_device itself
+    call_user_code("reward 'judge'", lambda: torch.cuda.set_device(1))
     assert current == [0]
 
 
-def test_methods_of_an_environment_are_guests_too():
+def test_methods_of_an_environment_are_user_code_too():
     with calling(object(), "score"):
         torch.set_default_dtype(torch.float64)
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_what_cannot_be_put_back_ends_the_run_with_the_guests_name():
+def test_what_cannot_be_put_back_ends_the_run_with_its_name():
     mode = torch.inference_mode()
-    with pytest.raises(GuestFault, match="reward 'judge' changed the inference mode of this process, which cannot be put back"):
-        call_guest("reward 'judge'", mode.__enter__)
+    words = "reward 'judge' changed the inference mode of this process, which cannot be put back"
+    with pytest.raises(UserCodeFault, match=words):
+        call_user_code("reward 'judge'", mode.__enter__)
     mode.__exit__(None, None, None)
-    with pytest.raises(GuestFault, match="environment object.score changed the inference mode"):
+    with pytest.raises(UserCodeFault, match="environment object.score changed the inference mode"):
         with calling(object(), "score"):
             mode.__enter__()
     mode.__exit__(None, None, None)
     device = torch.device("meta")
-    with pytest.raises(GuestFault, match="reward 'judge' changed the stack of torch function modes"):
-        call_guest("reward 'judge'", device.__enter__)
+    with pytest.raises(UserCodeFault, match="reward 'judge' changed the stack of torch function modes"):
+        call_user_code("reward 'judge'", device.__enter__)
     device.__exit__(None, None, None)
     mode = FakeTensorMode()
-    with pytest.raises(GuestFault, match="reward 'judge' changed the stack of torch dispatch modes"), calling(object(), "score"):
-        call_guest("reward 'judge'", mode.__enter__)
+    words = "reward 'judge' changed the stack of torch dispatch modes"
+    with pytest.raises(UserCodeFault, match=words), calling(object(), "score"):
+        call_user_code("reward 'judge'", mode.__enter__)
     mode.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("close", ["sys.stdout.close()", "os.close(1)", "sys.stderr.close()", "os.close(2)"])
-def test_a_guest_that_closes_a_standard_stream_is_named_and_no_file_gets_its_number(close, tmp_path):
+def test_user_code_that_closes_a_standard_stream_is_named_and_no_file_gets_its_number(close, tmp_path):
     code = (f"import os, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
             "from grpo.record.console import print_error\n"
-            "from grpo.rewards.guests import GuestFault, call_guest\n"
+            "from grpo.rewards.user_code import UserCodeFault, call_user_code\n"
             "from grpo.run.signals import flush_standard_streams\n"
-            f"def guest(): {close}\n"
-            "try:\n    call_guest('reward x', guest)\n"
-            f"except GuestFault as fault:\n    open({str(tmp_path / 'fault')!r}, 'w').write(str(fault))\n"
+            f"def call(): {close}\n"
+            "try:\n    call_user_code('reward x', call)\n"
+            f"except UserCodeFault as fault:\n    open({str(tmp_path / 'fault')!r}, 'w').write(str(fault))\n"
             "print_error('error', 'at the end')\nflush_standard_streams()\n"
             f"os._exit(100 + os.open({str(tmp_path / 'file')!r}, os.O_CREAT))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -174,7 +183,7 @@ def test_a_guest_that_closes_a_standard_stream_is_named_and_no_file_gets_its_num
 
 def test_random_generators_go_on():
     torch.manual_seed(0)
-    draws = [call_guest("reward 'r'", lambda: torch.rand(1).item()) for _ in range(2)]
+    draws = [call_user_code("reward 'r'", lambda: torch.rand(1).item()) for _ in range(2)]
     assert draws[0] != draws[1]
 
 
@@ -185,17 +194,17 @@ class FunctionTimedOut(BaseException):
 @pytest.mark.parametrize("error", [FunctionTimedOut(), SystemExit(2), GeneratorExit(), StopIteration(), asyncio.CancelledError(),
                                    KeyError()])
 def test_exceptions_of_any_kind_are_outcomes(error):
-    def guest():
+    def call():
         raise error
 
-    assert call_guest("reward 'r'", guest) is error
+    assert call_user_code("reward 'r'", call) is error
     with pytest.raises(EnvironmentFault, match=f"environment object.score raised {type(error).__name__}"):
         with calling(object(), "score"):
             raise error
 
 
 def test_a_keyboard_interrupt_is_the_users_only_where_the_signal_raises_it(request):
-    def guest():
+    def call():
         raise KeyboardInterrupt
 
     # a shell that runs this in the background ignores the signal
@@ -203,16 +212,16 @@ def test_a_keyboard_interrupt_is_the_users_only_where_the_signal_raises_it(reque
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert is_users_interrupt(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        call_guest("reward 'r'", guest)
+        call_user_code("reward 'r'", call)
     with GracefulStop("resume"):  # in a run, the signal only asks it to stop
-        assert isinstance(call_guest("reward 'r'", guest), KeyboardInterrupt)
+        assert isinstance(call_user_code("reward 'r'", call), KeyboardInterrupt)
 
 
 def test_a_module_that_exits_while_it_is_imported_is_an_import_error(tmp_path, monkeypatch):
     (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="exits_at_import ends Python while it is imported"):
-        import_guest("exits_at_import")
+        import_user_code("exits_at_import")
 
 
 # --- forked children --------------------------------------------------------------------------------------------------
@@ -226,30 +235,30 @@ def raise_key_error():
     "leave, code",
     [(sys.exit, 0), (lambda: sys.exit(3), 3), (lambda: sys.exit("text"), 1), (raise_key_error, 1), (lambda: None, 0)],
 )
-def test_a_forked_child_never_returns_from_guest_code(leave, code):
+def test_a_forked_child_never_returns_from_user_code(leave, code):
     parent = os.getpid()
 
-    def guest():
+    def call():
         child = os.fork()
         if child == 0:
             leave()
         return child
 
     with protected("an environment that calls a reward"):
-        child = call_guest("reward 'r'", guest)
+        child = call_user_code("reward 'r'", call)
         if os.getpid() != parent:
             os._exit(99)  # what this test is about
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 def test_a_child_forked_by_a_coroutine_ends_too():
-    async def guest():
+    async def call():
         child = os.fork()
         if child == 0:
             sys.exit(5)
         return child
 
-    [child] = event_loop().run([guest()])
+    [child] = event_loop().run([call()])
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
 
@@ -340,10 +349,10 @@ def test_a_task_that_exits_does_not_end_the_loop():
     async def exits():
         sys.exit(1)
 
-    async def guest():
+    async def call():
         await asyncio.create_task(exits())
 
-    [outcome] = event_loop().run([guest()])
+    [outcome] = event_loop().run([call()])
     assert isinstance(outcome, SystemExit)
     assert event_loop().run([Client().post()]) == [1.0]
 
@@ -360,7 +369,7 @@ def test_a_forked_child_has_a_loop_of_its_own():
 def test_the_loop_ends_with_the_process_and_cancels_what_still_runs():
     code = """
 import asyncio
-from grpo.rewards.guests import event_loop
+from grpo.rewards.user_code import event_loop
 
 async def background():
     try:
@@ -370,11 +379,11 @@ async def background():
 
 tasks = []
 
-async def guest():
+async def call():
     tasks.append(asyncio.create_task(background()))
     await asyncio.sleep(0)
 
-event_loop().run([guest()])
+event_loop().run([call()])
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (result.returncode, result.stdout, result.stderr) == (0, "closed\n", "")

@@ -1,11 +1,11 @@
-"""Reward functions and environments are guests of the trainer's process: they may not change how it goes on.
+"""Calls the user's code, reward functions and environments, in the trainer's process without letting it change how that goes on.
 
 Put back after every call: working directory, umask, handlers and mask of the signals that the trainer or the operating system
 uses, a timer left running, limits of resources, stdout and stderr, sys.argv, recursion limit, garbage collection, functions of
 builtins, os, shutil, subprocess and time that were removed or replaced, filters of warnings, environment variables that CUDA,
 torch, Triton, wandb and home folders go by, and of torch: default dtype and device, current GPU, threads, grad mode, autocast,
 anomaly detection, deterministic algorithms, precision of matrix products, oneDNN, denormals. What cannot be put back ends the
-run with the guest's name. Left alone: other environment variables, import paths and the global random generators, which this
+run and names who changed it. Left alone: other environment variables, import paths and the global random generators, which this
 program does not use.
 """
 
@@ -39,7 +39,7 @@ VARIABLES = (b"CUDA_", b"NVIDIA_", b"TORCH", b"PYTORCH_", b"TRITON_", b"WANDB_",
 CLOSING_SECONDS = 5.0  # for what still runs in the event loop at exit
 
 
-class GuestFault(Exception):  # no RuntimeError, which contextlib takes for its own where its cause is a StopIteration
+class UserCodeFault(Exception):  # no RuntimeError, which contextlib takes for its own where its cause is a StopIteration
     """A reward function or an environment failed, or did what the trainer cannot go on with; the message names it."""
 
 
@@ -50,7 +50,7 @@ class GuestFault(Exception):  # no RuntimeError, which contextlib takes for its 
 def protected(who: str) -> Iterator[None]:
     """Around foreign code: the process goes on as it was. A child forked inside never leaves the block: it ends here.
 
-    Raises GuestFault naming `who` for a change that cannot be put back."""
+    Raises UserCodeFault naming `who` for a change that cannot be put back."""
     pid, raised = os.getpid(), None
     settings = _settings("torch" in sys.modules)
     before = [read() for _, read, _ in settings]
@@ -69,8 +69,8 @@ def protected(who: str) -> Iterator[None]:
                         continue
                 write(value)
             except Exception as error:  # noqa: BLE001 - whatever a setter raises, the state is not what it was
-                if not isinstance(raised, GuestFault):  # which names a guest of this one
-                    raise GuestFault(f"{who} changed the {name} of this process, which cannot be put back ({error}); "
+                if not isinstance(raised, UserCodeFault):  # which names a function that this one called
+                    raise UserCodeFault(f"{who} changed the {name} of this process, which cannot be put back ({error}); "
                                      "let it leave that alone, or do it in a process of its own") from error
 
 
@@ -193,14 +193,14 @@ def _torch_settings() -> list[tuple[str, Callable, Callable]]:
 # --- calling ----------------------------------------------------------------------------------------------------------
 
 
-def call_guest(who: str, call: Callable[[], object]) -> object:
+def call_user_code(who: str, call: Callable[[], object]) -> object:
     """What the call returns, or the exception that it raised, of whatever kind, with the process protected.
 
-    Raises GuestFault, see `protected`, and KeyboardInterrupt where it is the user's."""
+    Raises UserCodeFault, see `protected`, and KeyboardInterrupt where it is the user's."""
     try:
         with protected(who):
             return call()
-    except GuestFault:
+    except UserCodeFault:
         raise
     except BaseException as error:  # noqa: BLE001 - the boundary to foreign code: SystemExit and others of no Exception too
         if is_users_interrupt(error):
@@ -209,14 +209,14 @@ def call_guest(who: str, call: Callable[[], object]) -> object:
 
 
 def is_users_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C raised it: a run handles that signal otherwise, so there a KeyboardInterrupt is a guest's own."""
+    """Whether Ctrl-C raised it. A run handles that signal otherwise, so there a KeyboardInterrupt is the code's own."""
     return isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def import_guest(name: str):
+def import_user_code(name: str):
     """`importlib.import_module`, with the process protected. A module that ends Python, as by sys.exit(), is an ImportError
     naming it; what else an import raises is raised."""
-    outcome = call_guest(f"the import of {name}", lambda: importlib.import_module(name))
+    outcome = call_user_code(f"the import of {name}", lambda: importlib.import_module(name))
     if isinstance(outcome, Exception):
         raise outcome
     if isinstance(outcome, BaseException):
@@ -250,15 +250,14 @@ class EventLoop:
         """The value of each, or the exception that it raised."""
 
         async def finish(awaitable: Awaitable) -> object:
+            raised = None
             try:
-                return await awaitable
+                outcome = await awaitable
             except BaseException as error:  # noqa: BLE001 - the boundary to foreign code
-                if os.getpid() != self._pid:
-                    _end_child(error)
-                return error
-            finally:
-                if os.getpid() != self._pid:
-                    _end_child(None)
+                outcome = raised = error
+            if os.getpid() != self._pid:
+                _end_child(raised)
+            return outcome
 
         async def finish_all() -> list[object]:
             return await asyncio.gather(*(finish(awaitable) for awaitable in awaitables))

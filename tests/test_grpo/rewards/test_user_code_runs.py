@@ -35,7 +35,7 @@ hanging.marker = "has_hung"
 
 @pytest.fixture
 def run(entry_points, tmp_path):
-    (tmp_path / "guests.py").write_text(REWARDS)
+    (tmp_path / "mine.py").write_text(REWARDS)
 
     def run(name, *overrides):
         result = entry_points.run(
@@ -52,8 +52,8 @@ def run(entry_points, tmp_path):
 
 
 def test_a_reward_that_changes_the_process_and_forks_gives_the_run_of_one_that_does_not(run):
-    plain, weights = run("plain", "env.rewards=guests.py:even")
-    disturbed, same_weights = run("disturbed", "env.rewards={fn: guests.py:disturbing, name: even}")
+    plain, weights = run("plain", "env.rewards=mine.py:even")
+    disturbed, same_weights = run("disturbed", "env.rewards={fn: mine.py:disturbing, name: even}")
     assert [line["step"] for line in disturbed] == [1, 2]  # once each: a forked child takes no step
     names = [name for name in plain[1] if not name.startswith(("time/", "memory/")) and not name.endswith("_per_s")]
     assert plain[1]["grad_norm"] > 0
@@ -62,7 +62,7 @@ def test_a_reward_that_changes_the_process_and_forks_gives_the_run_of_one_that_d
 
 
 def test_a_completion_whose_reward_hangs_is_left_out_and_the_run_goes_on(run):
-    lines, _ = run("limited", "env.rewards=guests.py:hanging", "env.reward_timeout=3", "env.reward_workers=2",
+    lines, _ = run("limited", "env.rewards=mine.py:hanging", "env.reward_timeout=3", "env.reward_workers=2",
                    "env.dry_run=false")
     assert [line["step"] for line in lines] == [1, 2]
     assert [line["reward/errors"] for line in lines] == [1, 0]
