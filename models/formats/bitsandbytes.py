@@ -16,87 +16,73 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from kernels.packed.nf4 import BLOCK_SIZE, CODE, dequantize_nf4_reference
 from models.config import GptOssConfig
-from models.formats.files import CheckpointError, StoredTensor, read_all
+from models.formats.files import CheckpointError, DerivedTensor, StoredTensor, read_all
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up|down)_projs\.(\d+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
-class _Packed:
-    """A packed matrix [out, in]."""
+class _PackedMatrix:
+    """A packed matrix [out, in] and what lies beside it: state, absmax, quant_map and, with double quantisation, nested_absmax
+    and nested_quant_map."""
 
     weight: StoredTensor
-    state: StoredTensor
-    absmax: StoredTensor
-    quant_map: StoredTensor
-    nested: tuple[StoredTensor, StoredTensor] | None  # absmax and map of absmax
+    beside: dict[str, StoredTensor]
     shape: tuple[int, int]
 
-    def parts(self) -> list[StoredTensor]:
-        return [self.state, self.absmax, self.quant_map, *(self.nested or ())]
 
-    def factors(self, state: torch.Tensor, absmax: torch.Tensor, quant_map: torch.Tensor, *nested: torch.Tensor) -> torch.Tensor:
-        """absmax [out * in / 64] fp32 from the parts read."""
-        name, path = self.weight.name, self.weight.path
-        described = json.loads(bytes(state.tolist()))
-        found = {key: described.get(key) for key in ("quant_type", "blocksize", "shape")}
-        wanted = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "shape": list(self.shape)}
-        if found != wanted:
-            raise CheckpointError(f"{path}: {name} is packed as {found}, expected {wanted}; fetch a checkpoint of this model "
-                                  "in NF4")
-        if quant_map.tolist() != torch.tensor(CODE).tolist():
-            raise CheckpointError(f"{path}: {name}.quant_map is not NF4's; fetch a checkpoint in NF4")
-        if nested:
-            size = described["nested_blocksize"]
-            groups = nested[0].repeat_interleave(size)[:absmax.numel()]
-            absmax = nested[1][absmax.long().flatten()] * groups + described["nested_offset"]
-        if absmax.numel() * BLOCK_SIZE != self.shape[0] * self.shape[1]:
-            raise CheckpointError(f"{path}: {name}.absmax has {absmax.numel()} blocks, expected "
-                                  f"{self.shape[0] * self.shape[1] // BLOCK_SIZE}; fetch the checkpoint again")
-        return absmax.float().flatten()
+def _stack(tensors: list[StoredTensor]) -> torch.Tensor:
+    return torch.stack(read_all(tensors))
 
 
-@dataclass(frozen=True)
-class Derived:
-    """A tensor made of stored ones; `kind` says how. Used like a StoredTensor."""
+def _codes(matrices: list[_PackedMatrix]) -> torch.Tensor:
+    """[E, out, in / 2] uint8."""
+    return _stack([matrix.weight for matrix in matrices]).view(len(matrices), matrices[0].shape[0], -1)
 
-    name: str
-    kind: str  # "codes" | "absmax" | "dense" | "stack"
-    parts: tuple[_Packed | StoredTensor, ...]
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name
 
-    @property
-    def path(self) -> Path:
-        first = self.parts[0]
-        return first.weight.path if isinstance(first, _Packed) else first.path
+def _absmax(matrices: list[_PackedMatrix]) -> torch.Tensor:
+    """[E, out * in / 64] fp32. Reads all of it at once, so that each file is opened once."""
+    read = iter(read_all([stored for matrix in matrices for stored in matrix.beside.values()]))
+    return torch.stack([_absmax_of(matrix, {part: next(read) for part in matrix.beside}) for matrix in matrices])
 
-    def read(self) -> torch.Tensor:
-        if self.kind == "stack":
-            return torch.stack(read_all(self.parts))
-        if self.kind == "codes":
-            return torch.stack([codes.view(part.shape[0], -1) for part, codes in
-                                zip(self.parts, read_all([part.weight for part in self.parts]))])
-        tensors = iter(read_all([stored for part in self.parts for stored in part.parts()]))
-        factors = [part.factors(*(next(tensors) for _ in part.parts())) for part in self.parts]
-        if self.kind == "absmax":
-            return torch.stack(factors)
-        (part,), (absmax,) = self.parts, factors
-        return dequantize_nf4_reference(part.weight.read().view(part.shape[0], -1), absmax, torch.float32)
+
+def _absmax_of(matrix: _PackedMatrix, beside: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[out * in / 64] fp32 from what was read beside a matrix. Raises CheckpointError where that is no NF4 of its size."""
+    name, path = matrix.weight.name, matrix.weight.path
+    described = json.loads(bytes(beside["state"].tolist()))
+    found = {key: described.get(key) for key in ("quant_type", "blocksize", "shape")}
+    wanted = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "shape": list(matrix.shape)}
+    if found != wanted:
+        raise CheckpointError(f"{path}: {name} is packed as {found}, expected {wanted}; fetch a checkpoint of this model in NF4")
+    if beside["quant_map"].tolist() != torch.tensor(CODE).tolist():
+        raise CheckpointError(f"{path}: {name}.quant_map is not NF4's; fetch a checkpoint in NF4")
+    absmax, num_blocks = beside["absmax"], math.prod(matrix.shape) // BLOCK_SIZE
+    if "nested_absmax" in beside:
+        groups = beside["nested_absmax"].repeat_interleave(described["nested_blocksize"])[:absmax.numel()]
+        absmax = beside["nested_quant_map"][absmax.long().flatten()] * groups + described["nested_offset"]
+    if absmax.numel() != num_blocks:
+        raise CheckpointError(f"{path}: {name}.absmax has {absmax.numel()} blocks, expected {num_blocks}; fetch the checkpoint "
+                              "again")
+    return absmax.float().flatten()
+
+
+def _dense(matrix: _PackedMatrix) -> torch.Tensor:
+    """[out, in] fp32."""
+    return dequantize_nf4_reference(_codes([matrix])[0], _absmax([matrix])[0], torch.float32)
 
 
 def is_bitsandbytes(tensors: dict[str, StoredTensor], config: GptOssConfig) -> bool:
     return config.quantization.get("quant_method") == "bitsandbytes" or any(name.endswith(_STATE) for name in tensors)
 
 
-def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, StoredTensor | Derived]:
+def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, StoredTensor | DerivedTensor]:
     """The stored tensors under the model's names. What does not belong to a whole packed tensor keeps its own, and so is reported
     as missing and unused. Raises CheckpointError for a packed weight that lacks one of its parts or has another size."""
     remaining, renamed = dict(tensors), {}
@@ -105,20 +91,19 @@ def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> di
               "q_proj": (config.num_attention_heads * head, width), "k_proj": (config.num_key_value_heads * head, width),
               "v_proj": (config.num_key_value_heads * head, width)}
 
-    def take(name: str, kind: str) -> _Packed:
-        names = {part: f"{name}.{part}" for part in ("absmax", "quant_map")} | {"state": name + _STATE}
-        nested = [f"{name}.nested_{part}" for part in ("absmax", "quant_map")]
-        is_nested = any(part in remaining for part in nested)
-        wanted = [*names.values(), *(nested if is_nested else ())]
-        if missing := [part for part in wanted if part not in remaining]:
+    def take(name: str, kind: str) -> _PackedMatrix:
+        nested = ["nested_absmax", "nested_quant_map"]
+        is_nested = any(f"{name}.{part}" in remaining for part in nested)
+        names = {part: f"{name}.{part}" for part in ["absmax", "quant_map", *(nested if is_nested else [])]}
+        names["state"] = name + _STATE
+        if missing := [stored for stored in names.values() if stored not in remaining]:
             raise CheckpointError(f"{remaining[name].path}: {name} is packed, but {missing} are not there; fetch the checkpoint "
                                   "again")
-        parts = {part: remaining.pop(stored) for part, stored in names.items()}
         weight, shape = remaining.pop(name), shapes[kind]
-        if weight.dtype != "U8" or 2 * math.prod(weight.shape) != shape[0] * shape[1]:
+        if weight.dtype != "U8" or 2 * math.prod(weight.shape) != math.prod(shape):
             raise CheckpointError(f"{weight.path}: {name} is {weight.dtype} {list(weight.shape)}, expected U8 of "
-                                  f"{shape[0] * shape[1] // 2:,} bytes for {list(shape)}; config.json is of another model")
-        return _Packed(weight, **parts, nested=tuple(remaining.pop(part) for part in nested) if is_nested else None, shape=shape)
+                                  f"{math.prod(shape) // 2:,} bytes for {list(shape)}; config.json is of another model")
+        return _PackedMatrix(weight, {part: remaining.pop(stored) for part, stored in names.items()}, shape)
 
     experts: dict[str, dict[int, str]] = {}  # of a projection's weights or biases -> by expert
     for name in tensors:
@@ -131,19 +116,21 @@ def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> di
         stem, _, part = target.rpartition(".")
         ordered = [names[expert] for expert in range(config.num_local_experts)]
         if part == "bias":
-            stored = tuple(remaining.pop(name) for name in ordered)
-            renamed[f"{stem}_bias"] = Derived(f"{stem}_bias", "stack", stored, (len(stored), *stored[0].shape), stored[0].dtype)
+            biases = [remaining.pop(name) for name in ordered]
+            first = biases[0]
+            renamed[f"{stem}_bias"] = DerivedTensor(first.path, first.dtype, (len(biases), *first.shape), partial(_stack, biases))
             continue
-        parts = tuple(take(name, stem.rpartition(".")[2].removesuffix("_proj")) for name in ordered)
-        out, size_in = parts[0].shape
-        renamed[f"{stem}_codes"] = Derived(f"{stem}_codes", "codes", parts, (len(parts), out, size_in // 2), "U8")
-        shape = (len(parts), out * size_in // BLOCK_SIZE)
-        renamed[f"{stem}_absmax"] = Derived(f"{stem}_absmax", "absmax", parts, shape, "F32")
+        matrices = [take(name, stem.rpartition(".")[2].removesuffix("_proj")) for name in ordered]
+        path, (size_out, size_in) = matrices[0].weight.path, matrices[0].shape
+        shape = (len(matrices), size_out, size_in // 2)
+        renamed[f"{stem}_codes"] = DerivedTensor(path, "U8", shape, partial(_codes, matrices))
+        shape = (len(matrices), size_out * size_in // BLOCK_SIZE)
+        renamed[f"{stem}_absmax"] = DerivedTensor(path, "F32", shape, partial(_absmax, matrices))
     for name in [name.removesuffix(_STATE) for name in list(remaining) if name.endswith(_STATE)]:
         kind = name.removesuffix(".weight").rpartition(".")[2]
         if kind in shapes and name in remaining:
-            part = take(name, kind)
-            renamed[name] = Derived(name, "dense", (part,), part.shape, "F32")
+            matrix = take(name, kind)
+            renamed[name] = DerivedTensor(matrix.weight.path, "F32", matrix.shape, partial(_dense, matrix))
     for name, stored in remaining.items():
         renamed[name.replace(".mlp.router.linear.", ".mlp.router.")] = stored
     return renamed

@@ -31,7 +31,6 @@ class StoredTensor:
     dtype: str  # safetensors' name: BF16, F32, U8 ...
     shape: tuple[int, ...]  # of the rows in `rows`
     rows: tuple[int, int] | None = None  # first and one-past-last index on dimension 0; None = all
-    is_transposed: bool = False  # experts stored [E, out, in] where the Hugging Face form is [E, in, out]
 
     def read(self) -> torch.Tensor:
         """The tensor on the CPU, a view of the mapped file: copy it and drop it, so that its pages leave memory again.
@@ -40,8 +39,17 @@ class StoredTensor:
         resident.
         """
         with _opened(self.path) as file:
-            tensor = file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[slice(*self.rows)]
-        return tensor.transpose(1, 2) if self.is_transposed else tensor
+            return file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[slice(*self.rows)]
+
+
+@dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor that is made of stored ones when it is read."""
+
+    path: Path  # of the first of them
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
 
 
 def read_all(tensors: Sequence[StoredTensor]) -> list[torch.Tensor]:

@@ -22,10 +22,11 @@ from kernels.packed.weights import ExpertWeights
 from models.chat.tokenizer import TOKENIZER_FILES
 from models.config import GptOssConfig, read_config
 from models.experts import FORMATS, PROJECTIONS, RoutedExperts, stored_format
-from models.formats.bitsandbytes import Derived, is_bitsandbytes, unpacked_names
+from models.formats.bitsandbytes import is_bitsandbytes, unpacked_names
 from models.formats.files import (
     INDEX_NAME,
     CheckpointError,
+    DerivedTensor,
     StoredTensor,
     TensorToWrite,
     atomic_folder,
@@ -144,12 +145,12 @@ def _weights_folder(source: str | Path) -> Path:
     return folder / "original" if is_in_original else folder
 
 
-def _first_source(name: str, stored: dict[str, StoredTensor | Derived], held: type[ExpertWeights]) -> tuple[str, str]:
+def _first_source(name: str, stored: dict[str, StoredTensor | DerivedTensor], held: type[ExpertWeights]) -> tuple[str, str]:
     """Sorts tensors by file, so that each file is read once from end to end."""
     return str(stored[name if name in stored else name + held.suffixes[0]].path), name
 
 
-def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | Derived], type[ExpertWeights]]:
+def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | DerivedTensor], type[ExpertWeights]]:
     """Config, stored tensors under the model's names, and the format that experts are stored in."""
     try:
         config = read_config(folder)
@@ -170,7 +171,7 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | 
     return config, stored, held
 
 
-def _format_in(stored: dict[str, StoredTensor | Derived]) -> type[ExpertWeights] | None:
+def _format_in(stored: dict[str, StoredTensor | DerivedTensor]) -> type[ExpertWeights] | None:
     """The format of the experts that files hold, None where they hold none."""
     return next((form for form in FORMATS.values() for name in stored
                  if name.endswith(tuple(weight + form.suffixes[0] for weight in EXPERT_WEIGHTS))), None)
@@ -190,7 +191,7 @@ def _expected_tensors(model: GptOss, held: type[ExpertWeights]) -> dict[str, tup
 
 def _check_tensors(
     folder: Path,
-    stored: dict[str, StoredTensor | Derived],
+    stored: dict[str, StoredTensor | DerivedTensor],
     expected: dict[str, tuple[tuple[int, ...], bool]],
     held: type[ExpertWeights],
 ) -> None:
@@ -223,7 +224,7 @@ def _check_tensors(
 
 
 def _dequantize_into(
-    target: torch.Tensor, name: str, stored: dict[str, StoredTensor | Derived], held: type[ExpertWeights]
+    target: torch.Tensor, name: str, stored: dict[str, StoredTensor | DerivedTensor], held: type[ExpertWeights]
 ) -> None:
     parts = [stored[name + suffix].read().to(target.device) for suffix in held.suffixes]
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory

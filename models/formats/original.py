@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from models.config import GptOssConfig
-from models.formats.files import StoredTensor, TensorToWrite
+from models.formats.files import DerivedTensor, StoredTensor, TensorToWrite
 
 _TOP = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -41,7 +41,9 @@ def is_original(tensors: dict[str, StoredTensor]) -> bool:
     return "embedding.weight" in tensors or any(name.startswith("block.") for name in tensors)
 
 
-def to_hugging_face(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, StoredTensor]:
+def to_hugging_face(
+    tensors: dict[str, StoredTensor], config: GptOssConfig
+) -> dict[str, StoredTensor | DerivedTensor]:
     """The stored tensors under Hugging Face names, qkv as three ranges of rows; unknown names are kept as they are."""
     q_end = config.num_attention_heads * config.head_dim
     k_end = q_end + config.num_key_value_heads * config.head_dim
@@ -53,8 +55,8 @@ def to_hugging_face(tensors: dict[str, StoredTensor], config: GptOssConfig) -> d
             renamed[_TOP[name]] = stored
         elif name.startswith("block.") and part in _DENSE_EXPERTS and len(stored.shape) == 3:
             num, size_out, size_in = stored.shape
-            renamed[prefix + _BLOCK[part]] = dataclasses.replace(
-                stored, shape=(num, size_in, size_out), is_transposed=True
+            renamed[prefix + _BLOCK[part]] = DerivedTensor(
+                stored.path, stored.dtype, (num, size_in, size_out), lambda stored=stored: stored.read().transpose(1, 2)
             )
         elif name.startswith("block.") and part in _BLOCK:
             renamed[prefix + _BLOCK[part]] = stored
