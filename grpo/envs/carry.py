@@ -44,18 +44,8 @@ class Carry:
 
     build_tokenizer = staticmethod(build_tokenizer)
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Tokenizer,
-        seed: int,
-        digits: int,
-        format_reward: float,
-        fault_rate: float,
-        keep_no_carry: float,
-        held_out_fraction: float,
-        num_eval_prompts: int,
-    ):
+    def __init__(self, *, tokenizer: Tokenizer, seed: int, digits: int, format_reward: float, fault_rate: float,
+                 keep_no_carry: float, held_out_fraction: float, num_eval_prompts: int):
         if not 2 <= digits <= 9:
             raise ValueError(f"env.digits={digits}: must lie in 2..9; one column leaves nothing to carry to")
         for key, value in (("fault_rate", fault_rate), ("keep_no_carry", keep_no_carry)):
@@ -68,10 +58,8 @@ class Carry:
         self.lowest, self.highest = 10 ** (digits - 1), 10**digits - 1
         most = int(held_out_fraction * (self.highest - self.lowest + 1) ** 2 / 4)
         if not 1 <= num_eval_prompts <= most:
-            raise ValueError(
-                f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
-                f"held_out_fraction={held_out_fraction}"
-            )
+            raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
+                             f"held_out_fraction={held_out_fraction}")
         self.tokenizer, self.seed, self.format_reward, self.fault_rate = tokenizer, seed, format_reward, fault_rate
         self.keep_no_carry, self.held_out_fraction = keep_no_carry, held_out_fraction
         self.num_eval_prompts = num_eval_prompts
@@ -82,9 +70,7 @@ class Carry:
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
         rng = random.Random(f"carry prompts {self.seed} {step} {attempt}")
-        return [
-            self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)
-        ]
+        return [self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)]
 
     def eval_prompts(self) -> list[Prompt]:
         """The held-out problems, all different."""
@@ -111,13 +97,9 @@ class Carry:
 
     def describe(self, completion: Completion) -> dict:
         parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-        return {
-            "question": completion.prompt.row["question"],
-            "answer": completion.prompt.row["answer"],
-            "analysis": parsed.analysis,
-            "final": parsed.final,
-            "fault": parsed.fault,
-        }
+        row = completion.prompt.row
+        return {"question": row["question"], "answer": row["answer"], "analysis": parsed.analysis, "final": parsed.final,
+                "fault": parsed.fault}
 
     def encode_prompt(self, question: str) -> list[int]:
         """`14+49` as a user message and the start of the assistant's."""

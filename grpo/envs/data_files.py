@@ -69,10 +69,8 @@ def _decoded(data: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        raise DataError(
-            f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8 ({error.reason}); convert the file, e.g. "
-            f"iconv -f {encoding} -t utf-8"
-        ) from error
+        raise DataError(f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8 ({error.reason}); convert the file, e.g. "
+                        f"iconv -f {encoding} -t utf-8") from error
 
 
 def _parse_json(text: str) -> object:
@@ -126,9 +124,7 @@ def _refuse_one_object(text: str, path: Path) -> None:
         advice = (f"if its rows are those of {lists[0]!r}: jq -c '.[\"{lists[0]}\"][]' {path.name} > rows.jsonl" if lists else
                   f"if it is a table by columns: python -c \"import pandas; pandas.read_json('{path.name}').to_json("
                   "'rows.jsonl', orient='records', lines=True)\"")
-    raise DataError(
-        f"{path}: expected a JSON list of objects, found a {type(record).__name__}; {advice}"
-    )
+    raise DataError(f"{path}: expected a JSON list of objects, found a {type(record).__name__}; {advice}")
 
 
 def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[tuple[str, dict | str]]:
@@ -151,10 +147,8 @@ def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[tuple[str, dict
         raise DataError(f"{source}: the header names a column twice: {', '.join(header)}")
     others = [mark for mark in ",;\t|" if mark in header[0]] if len(header) == 1 else []
     if others:
-        raise DataError(
-            f"{source}: the header is one column, {header[0]!r}; its fields seem to be separated by {others[0]!r}: "
-            "tabs are read from a .tsv, commas from a .csv"
-        )
+        raise DataError(f"{source}: the header is one column, {header[0]!r}; its fields seem to be separated by {others[0]!r}: "
+                        "tabs are read from a .tsv, commas from a .csv")
     for source, fields in rows[1:]:
         fits = len(fields) == len(header)
         yield source, dict(zip(header, fields)) if fits else f"{len(fields)} fields where the header has {len(header)}"

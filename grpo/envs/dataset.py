@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from functools import partial
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
@@ -31,7 +32,7 @@ from grpo.rewards.functions import Result
 from grpo.rewards.match import exact_match, is_well_formed, numeric_match, stated_answer
 from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
-from models.chat.parse import parse_completion
+from models.chat.parse import Parsed, parse_completion
 from models.chat.render import Message, generation_prompt, render_message, system_content
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
 
@@ -64,45 +65,16 @@ class Dataset:
 
     Raises DataError for the data, ValueError for a keyword, RewardError if a dry run fails."""
 
-    def __init__(
-        self,
-        *,
-        tokenizer: Tokenizer,
-        seed: int,
-        path: str | list,
-        prompt_key: str,
-        answer_key: str | None,
-        match: str,
-        current_date: str,
-        reasoning_effort: str,
-        max_prompt_tokens: int,
-        subset: str | None = None,
-        split: str | None = None,
-        eval_path: str | list | None = None,
-        eval_split: str | None = None,
-        held_out_fraction: float | None = None,
-        num_eval_prompts: int | None = None,
-        question_template: str | None = None,
-        answer_after: str | None = None,
-        instructions: str | None = None,
-        reasoning_effort_key: str | None = None,
-        numeric_tolerance: float = 0.0,
-        match_reward: float = 1.0,
-        format_reward: float = 0.0,
-        total_steps: int = 0,
-        rewards: str | dict | list | None = None,
-        max_error_rate: float = 0.05,
-        reward_timeout: float | None = None,
-        reward_workers: int = 0,
-        reward_retries: int = 1,
-        correct_at: float | None = None,
-        max_bad_rows: float = 0.01,
-        on_bad_row: str = "error",
-        on_long_prompt: str = "error",
-        on_duplicate: str = "error",
-        on_overlap: str = "error",
-        dry_run: bool = True,
-    ):
+    def __init__(self, *, tokenizer: Tokenizer, seed: int, path: str | list, prompt_key: str, answer_key: str | None, match: str,
+                 current_date: str, reasoning_effort: str, max_prompt_tokens: int, subset: str | None = None,
+                 split: str | None = None, eval_path: str | list | None = None, eval_split: str | None = None,
+                 held_out_fraction: float | None = None, num_eval_prompts: int | None = None,
+                 question_template: str | None = None, answer_after: str | None = None, instructions: str | None = None,
+                 reasoning_effort_key: str | None = None, numeric_tolerance: float = 0.0, match_reward: float = 1.0,
+                 format_reward: float = 0.0, total_steps: int = 0, rewards: str | dict | list | None = None,
+                 max_error_rate: float = 0.05, reward_timeout: float | None = None, reward_workers: int = 0,
+                 reward_retries: int = 1, correct_at: float | None = None, max_bad_rows: float = 0.01, on_bad_row: str = "error",
+                 on_long_prompt: str = "error", on_duplicate: str = "error", on_overlap: str = "error", dry_run: bool = True):
         self.tokenizer, self.seed = tokenizer, seed
         self.answer_key, self.match, self.numeric_tolerance = answer_key, match, numeric_tolerance
         self.match_reward, self.format_reward = match_reward, format_reward
@@ -114,25 +86,20 @@ class Dataset:
             question_template=question_template, instructions=instructions, reasoning_effort=reasoning_effort,
             reasoning_effort_key=reasoning_effort_key, current_date=current_date, max_prompt_tokens=max_prompt_tokens,
             max_bad_rows=max_bad_rows, on_bad_row=on_bad_row, on_long_prompt=on_long_prompt, on_duplicate=on_duplicate,
-            on_overlap=on_overlap,
-        )
+            on_overlap=on_overlap)
         train = reader.read(path, "path", subset=subset, split=split)
         if held_out_fraction is not None:
             self.train_rows, held_out = _hold_out(train, held_out_fraction, path)
         else:
-            own_path = path if eval_path is None else eval_path
-            held_out = reader.read(
-                own_path, "eval_path", subset=subset if eval_path is None else None, split=eval_split
-            )
+            own_path, own_subset = (path, subset) if eval_path is None else (eval_path, None)
+            held_out = reader.read(own_path, "eval_path", subset=own_subset, split=eval_split)
             self.train_rows = reader.without_overlap(train, held_out)
         self.eval_rows = sorted(held_out, key=lambda row: row.rank)[:num_eval_prompts]
         self._num_skipped = reader.num_skipped
         self._rows = {row.source: row for row in self.train_rows + self.eval_rows}
         columns = {name for row in self._rows.values() for name in row.columns}
-        limits = {"max_error_rate": max_error_rate, "timeout": reward_timeout, "retries": reward_retries}
-        self.scorer = Scorer(
-            rewards, columns=columns, has_answer=answer_key is not None, num_workers=reward_workers, **limits
-        )
+        self.scorer = Scorer(rewards, columns=columns, has_answer=answer_key is not None, max_error_rate=max_error_rate,
+                             timeout=reward_timeout, num_workers=reward_workers, retries=reward_retries)
         self._check_rewards()
         self._epoch: tuple[int, list[int]] | None = None  # the last permutation asked for
         self._step, self._num_prompts = 0, 1  # of the last prompts; only shown to reward functions, as trainer_state
@@ -184,30 +151,15 @@ class Dataset:
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """The weighted sum of match, format and reward functions. Raises RewardError if too many of them fail."""
-        samples, parsed = [], []
-        for completion in completions:
-            row = self._rows[completion.prompt.row["_source"]]
-            parsed.append(parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy))
-            samples.append(
-                Sample(
-                    row=row.columns,
-                    source=row.source,
-                    prompt=row.prompt,
-                    text=parsed[-1].final,
-                    answer=row.answer,
-                    thinking=parsed[-1].analysis,
-                    completion_ids=completion.completion_ids,
-                    is_truncated=completion.finish_reason == "length",
-                )
-            )
+        parsed = [self._parse(completion) for completion in completions]
+        samples = [
+            _sample(self._row_of(completion), text=each.final, thinking=each.analysis, completion_ids=completion.completion_ids,
+                    is_truncated=completion.finish_reason == "length") for completion, each in zip(completions, parsed)]
         results = self.scorer.results(samples, self._trainer_state(len(samples)))
         if self.match != "none":
             results = [self._match([stated_answer(each) for each in parsed], completions), *results]
-        scores = [
-            self._combine(float(is_well_formed(each)), [of_reward[i] for of_reward in results])
-            for i, each in enumerate(parsed)
-        ]
-        return scores
+        return [self._combine(float(is_well_formed(each)), [of_reward[i] for of_reward in results])
+                for i, each in enumerate(parsed)]
 
     def summary(self) -> str:
         """How many rows there are, and how many were left out, for the first lines of a run."""
@@ -220,32 +172,27 @@ class Dataset:
         return digest_of({"train": self.train_rows, "eval": self.eval_rows})
 
     def describe(self, completion: Completion) -> dict:
-        row = self._rows[completion.prompt.row["_source"]]
-        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-        return {
-            "source": row.source,
-            "question": row.question,
-            "answer": row.answer,
-            "analysis": parsed.analysis,
-            "final": parsed.final,
-            "fault": parsed.fault,
-        }
+        row, parsed = self._row_of(completion), self._parse(completion)
+        return {"source": row.source, "question": row.question, "answer": row.answer, "analysis": parsed.analysis,
+                "final": parsed.final, "fault": parsed.fault}
+
+    def _row_of(self, completion: Completion) -> Row:
+        return self._rows[completion.prompt.row["_source"]]
+
+    def _parse(self, completion: Completion) -> Parsed:
+        return parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
 
     # --- rewards ----------------------------------------------------------------------------------------------------
 
     def _match(self, texts: list[str | None], completions: list[Completion]) -> list[Result]:
         """Whether each stated answer is one of its row's accepted ones."""
-        accepted = [self._rows[completion.prompt.row["_source"]].accepted for completion in completions]
+        accepted = [self._row_of(completion).accepted for completion in completions]
         stated = [i for i, text in enumerate(texts) if text is not None]
         if self._match_expressions is not None:
             found = self._match_expressions([texts[i] for i in stated], [accepted[i] for i in stated])
-        elif self.match == "exact":
-            found = [Result(max(exact_match(texts[i], answer) for answer in accepted[i])) for i in stated]
         else:
-            found = [
-                Result(max(numeric_match(texts[i], answer, tolerance=self.numeric_tolerance) for answer in accepted[i]))
-                for i in stated
-            ]
+            equals = exact_match if self.match == "exact" else partial(numeric_match, tolerance=self.numeric_tolerance)
+            found = [Result(max(equals(texts[i], answer) for answer in accepted[i])) for i in stated]
         results = dict(zip(stated, found))
         return [results.get(i, Result(0.0)) for i in range(len(texts))]
 
@@ -280,42 +227,22 @@ class Dataset:
         names = ["format", f"{self.match}_match", *(reward.name for reward in self.scorer.rewards)]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(
-                f"env.rewards: the name {repeated[0]!r} is taken twice; give one of them another with name:"
-            )
+            raise ValueError(f"env.rewards: the name {repeated[0]!r} is taken twice; give one of them another with name:")
         weights = [reward.weight for reward in self.scorer.rewards]
         if not any([self.format_reward, self.match_reward * (self.match != "none"), *weights]):
-            raise ValueError(
-                "env.rewards: every weight is 0, so there is nothing to learn; set match, match_reward or the "
-                "weight of a reward function"
-            )
+            raise ValueError("env.rewards: every weight is 0, so there is nothing to learn; set match, match_reward or the "
+                             "weight of a reward function")
 
     def _trainer_state(self, num_completions: int) -> TrainerState:
         epochs_per_step = self._num_prompts / len(self.train_rows)
         return TrainerState(
-            global_step=self._step,
-            max_steps=self.total_steps,
-            epoch=self._step * epochs_per_step,
-            num_train_epochs=math.ceil(self.total_steps * epochs_per_step),
-            train_batch_size=num_completions,
-        )
+            global_step=self._step, max_steps=self.total_steps, epoch=self._step * epochs_per_step,
+            num_train_epochs=math.ceil(self.total_steps * epochs_per_step), train_batch_size=num_completions)
 
     def _dry_run(self) -> None:
-        samples = []
-        for row in self.train_rows[:2]:
-            text = row.accepted[0] if row.accepted else ""
-            samples.append(
-                Sample(
-                    row=row.columns,
-                    source=row.source,
-                    prompt=row.prompt,
-                    text=text,
-                    thinking="",
-                    completion_ids=self.tokenizer.encode(text),
-                    is_truncated=False,
-                    answer=row.answer,
-                )
-            )
+        answers = [(row, row.accepted[0] if row.accepted else "") for row in self.train_rows[:2]]
+        samples = [_sample(row, text=text, thinking="", completion_ids=self.tokenizer.encode(text), is_truncated=False)
+                   for row, text in answers]
         self.scorer.try_out(samples, self._trainer_state(len(samples)))
         if self._match_expressions is not None:
             self._match_expressions.warm_up()
@@ -329,14 +256,12 @@ class Dataset:
             self._epoch = (epoch, order)
         return self._epoch[1]
 
-    def _check_keywords(
-        self, evaluation: str | list | None, held_out_fraction: float | None, num_eval_prompts: int | None
-    ) -> None:
+    def _check_keywords(self, evaluation: str | list | None, held_out_fraction: float | None,
+                        num_eval_prompts: int | None) -> None:
         if (evaluation is None) == (held_out_fraction is None):
             raise ValueError(
                 f"env.eval_path (or env.eval_split)={evaluation!r}, env.held_out_fraction={held_out_fraction}: set exactly "
-                "one, the other null: evaluation rows are a file or split of their own or a part of path"
-            )
+                "one, the other null: evaluation rows are a file or split of their own or a part of path")
         if held_out_fraction is not None and not 0 < held_out_fraction < 1:
             raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
         if num_eval_prompts is not None and num_eval_prompts < 1:
@@ -352,10 +277,14 @@ def _hold_out(rows: list[Row], fraction: float, path: str | list) -> tuple[list[
     if not train or not held_out:
         raise DataError(
             f"{path}: env.held_out_fraction={fraction} leaves {len(train)} training and {len(held_out)} evaluation rows of "
-            f"{len(rows)}; change it or give eval_path"
-        )
+            f"{len(rows)}; change it or give eval_path")
     return train, held_out
 
 
 def _prompt(prompt_id: int, row: Row) -> Prompt:
     return Prompt(prompt_id, row.token_ids.tolist(), {**row.columns, "_source": row.source})
+
+
+def _sample(row: Row, *, text: str, thinking: str, completion_ids: list[int], is_truncated: bool) -> Sample:
+    return Sample(row=row.columns, source=row.source, prompt=row.prompt, text=text, thinking=thinking,
+                  completion_ids=completion_ids, is_truncated=is_truncated, answer=row.answer)

@@ -20,10 +20,16 @@ from decimal import Decimal
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.rewards.numbers import stated_number
-from models.chat.render import Message, generation_prompt, harmony_messages, read_template_kwargs, render_message
+from models.chat.render import (
+    REASONING_EFFORTS,
+    Message,
+    generation_prompt,
+    harmony_messages,
+    read_template_kwargs,
+    render_message,
+)
 from models.chat.tokenizer import Tokenizer
 
-EFFORTS = ("low", "medium", "high")
 # what such columns are often called, the most telling first
 PROMPT_NAMES = ("prompt", "question", "problem", "messages", "query", "instruction", "input", "text")
 ANSWER_NAMES = ("answer", "reward_model.ground_truth", "ground_truth", "solution", "label", "target", "final_answer",
@@ -85,17 +91,11 @@ class RowReader:
             raise ValueError(f"env.max_prompt_tokens={self.max_prompt_tokens}: must be at least 1")
         if not 0 <= self.max_bad_rows <= 1:
             raise ValueError(f"env.max_bad_rows={self.max_bad_rows}: must lie in 0..1, a share of the rows")
-        choices = [
-            ("match", self.match, ("exact", "numeric", "math", "none")),
-            ("reasoning_effort", self.reasoning_effort, EFFORTS),
-        ]
-        choices += [
-            (key, vars(self)[key], ("error", "skip"))
-            for key in ("on_bad_row", "on_long_prompt", "on_duplicate", "on_overlap")
-        ]
-        for key, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"env.{key}={value!r}: must be one of {', '.join(allowed)}")
+        choices = {"match": ("exact", "numeric", "math", "none"), "reasoning_effort": REASONING_EFFORTS}
+        choices |= dict.fromkeys(("on_bad_row", "on_long_prompt", "on_duplicate", "on_overlap"), ("error", "skip"))
+        for key, allowed in choices.items():
+            if vars(self)[key] not in allowed:
+                raise ValueError(f"env.{key}={vars(self)[key]!r}: must be one of {', '.join(allowed)}")
         if self.match != "none" and self.answer_key is None:
             raise ValueError(f"env.match={self.match}: needs env.answer_key, the column with the reference answer")
         try:
@@ -105,15 +105,11 @@ class RowReader:
         if self.question_template is not None:
             names = {name for name in _PLACEHOLDER.findall(self.question_template) if name}
             if not names:
-                raise ValueError(
-                    f"env.question_template={self.question_template!r}: names no column; expected a placeholder "
-                    f"such as {{{self.prompt_key}}}"
-                )
+                raise ValueError(f"env.question_template={self.question_template!r}: names no column; expected a placeholder "
+                                 f"such as {{{self.prompt_key}}}")
             if self.answer_key in names:
-                raise ValueError(
-                    f"env.question_template: {{{self.answer_key}}} would put the answer into the prompt; write "
-                    f"{{{{{self.answer_key}}}}} for braces"
-                )
+                raise ValueError(f"env.question_template: {{{self.answer_key}}} would put the answer into the prompt; write "
+                                 f"{{{{{self.answer_key}}}}} for braces")
 
     def read(self, path: str | list, key: str, *, subset: str | None, split: str | None) -> list[Row]:
         """The checked rows, in their order; `key` is the config key that named the path."""
@@ -125,8 +121,9 @@ class RowReader:
             try:
                 if isinstance(record, str):
                     raise _BadRow(record)
-                columns |= dict.fromkeys(_paths_of(record) if wanted else record)
-                wanted = {name: option for name, option in wanted.items() if not _has(record, name)}
+                known = dict.fromkeys(_paths_of(record) if wanted else record)
+                columns |= known
+                wanted = {name: option for name, option in wanted.items() if name not in known}
                 rows.append(self._row(record, source))
             except _BadRow as problem:
                 bad.append(f"{source}: {problem}")
@@ -195,8 +192,8 @@ class RowReader:
         effort = self.reasoning_effort
         if self.reasoning_effort_key is not None:
             effort = _lookup(record, self.reasoning_effort_key, "reasoning_effort_key")
-            if effort not in EFFORTS:
-                raise _BadRow(f"{self.reasoning_effort_key!r} is {effort!r}; must be one of {', '.join(EFFORTS)}")
+            if effort not in REASONING_EFFORTS:
+                raise _BadRow(f"{self.reasoning_effort_key!r} is {effort!r}; must be one of {', '.join(REASONING_EFFORTS)}")
         # a null key is an absent one, so that a file and a table agree on what a prompt is
         messages = [{name: value for name, value in message.items() if value is not None}
                     if isinstance(message, dict) else message for message in _messages(prompt)]
@@ -212,9 +209,7 @@ class RowReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)  # of a message or call that the template leaves out
                 settings |= read_template_kwargs(row.columns.get("chat_template_kwargs"))
-                chat = harmony_messages(
-                    messages, instructions=self.instructions, tools=row.columns.get("tools"), **settings
-                )
+                chat = harmony_messages(messages, instructions=self.instructions, tools=row.columns.get("tools"), **settings)
             if chat[-1].role not in ("user", "tool"):
                 raise _BadRow(f"the prompt ends with a message of the {chat[-1].role}; the model needs one to answer. "
                               "Where that turn is the reference answer, set env.answer_key to this column too")
@@ -253,10 +248,8 @@ class RowReader:
 
     def _answer_text(self, value: object) -> str:
         if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
-            raise _BadRow(
-                f"{self.answer_key!r} is a {type(value).__name__}; expected text, a number, or a list or "
-                "{'target': ...} of accepted ones (env.match=none leaves others to reward functions)"
-            )
+            raise _BadRow(f"{self.answer_key!r} is a {type(value).__name__}; expected text, a number, or a list or "
+                          "{'target': ...} of accepted ones (env.match=none leaves others to reward functions)")
         answer = str(value)
         if not _is_encodable(answer):
             raise _BadRow(f"{self.answer_key!r} holds half of a surrogate pair, {answer[:60]!r}")
@@ -275,11 +268,8 @@ class RowReader:
         long = [row for row in rows if len(row.token_ids) > self.max_prompt_tokens]
         if long and self.on_long_prompt == "error":
             size = f"{len(long[0].token_ids)} tokens" if long[0].token_ids[0] >= 0 else "millions of characters"
-            raise DataError(
-                f"{long[0].source}: the prompt has {size}, more than env.max_prompt_tokens="
-                f"{self.max_prompt_tokens} ({len(long)} such of {len(rows)} rows); raise it or set "
-                "env.on_long_prompt=skip"
-            )
+            raise DataError(f"{long[0].source}: the prompt has {size}, more than env.max_prompt_tokens={self.max_prompt_tokens} "
+                            f"({len(long)} such of {len(rows)} rows); raise it or set env.on_long_prompt=skip")
         if len(long) == len(rows):
             raise DataError(f"{place}: no prompt fits env.max_prompt_tokens={self.max_prompt_tokens}")
         self._count("too long", len(long))
@@ -290,13 +280,9 @@ class RowReader:
         for row in rows:
             other = first.setdefault(row.digest, row)
             if other is not row and self.on_duplicate == "error":
-                answers = (
-                    "" if other.answer == row.answer else f", with another answer ({other.answer!r}, {row.answer!r})"
-                )
-                raise DataError(
-                    f"{row.source}: the same prompt as {other.source}{answers}; remove one, or set "
-                    "env.on_duplicate=skip to keep the first"
-                )
+                answers = "" if other.answer == row.answer else f", with another answer ({other.answer!r}, {row.answer!r})"
+                raise DataError(f"{row.source}: the same prompt as {other.source}{answers}; remove one, or set "
+                                "env.on_duplicate=skip to keep the first")
         self._count("repeated", len(rows) - len(first))
         return list(first.values())
 
@@ -306,12 +292,9 @@ class RowReader:
         if overlap and self.on_overlap == "error":
             raise DataError(
                 f"{overlap[0].source}: the prompt is also an evaluation row, {evaluated[overlap[0].digest].source} "
-                f"({len(overlap)} such of {len(train)} training rows); remove them, or set env.on_overlap=skip"
-            )
+                f"({len(overlap)} such of {len(train)} training rows); remove them, or set env.on_overlap=skip")
         if len(overlap) == len(train):
-            raise DataError(
-                f"{train[0].source}: every training prompt is also an evaluation row; nothing is left to train on"
-            )
+            raise DataError(f"{train[0].source}: every training prompt is also an evaluation row; nothing is left to train on")
         self._count("of the evaluation", len(overlap))
         return [row for row in train if row.digest not in evaluated]
 
@@ -353,30 +336,14 @@ def _fill(match: re.Match, record: dict) -> str:
 
 
 def _lookup(record: dict, name: str, key: str) -> object:
-    try:
-        value = _value_at(record, name)
-    except KeyError as error:
-        raise _BadRow(f"no column {name!r} (env.{key})") from error
+    value = record
+    for part in [name] if name in record else name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise _BadRow(f"no column {name!r} (env.{key})")
+        value = value[part]
     if value is None or isinstance(value, float) and math.isnan(value):  # pandas writes NaN for what is missing
         raise _BadRow(f"{name!r} is null (env.{key})")
     return value
-
-
-def _value_at(record: dict, name: str) -> object:
-    value = record
-    for part in [name] if name in record else name.split("."):
-        if not isinstance(value, dict):
-            raise KeyError(name)
-        value = value[part]
-    return value
-
-
-def _has(record: dict, name: str) -> bool:
-    try:
-        _value_at(record, name)
-    except KeyError:
-        return False
-    return True
 
 
 def _paths_of(record: dict, prefix: str = "") -> list[str]:
