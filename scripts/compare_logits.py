@@ -70,20 +70,14 @@ def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     ids = golden["input_ids"]
     check_positions(golden, ids, "position_ids")
     seen = [[] for _ in model.model.layers]
-    hooks = [
-        block.mlp.router.register_forward_hook(
-            lambda _, __, output, layer=layer: seen[layer].append(output.float().cpu())
-        )
-        for layer, block in enumerate(model.model.layers)
-    ]
+    hooks = [block.mlp.router.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output.float().cpu()))
+             for kept, block in zip(seen, model.model.layers)]
     # one batch, as the golden's: products of other sizes round otherwise
     logits = torch.stack(packed_logits(model, list(ids)))  # [B, L, V]
     for hook in hooks:
         hook.remove()
     result = {"logits_max_abs": max_abs(logits, golden["logits"])} if "logits" in golden else {}
-    routers = {
-        int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")
-    }
+    routers = {int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")}
     if routers:
         top = model.config.num_experts_per_tok
         flipped = torch.zeros(ids.shape, dtype=torch.bool)
@@ -135,10 +129,7 @@ def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     with torch.no_grad():
         for name in names:
             chosen, entropy = log_probs(model, golden["input_ids"], float(name))
-            for kind, key, values in (
-                ("logprobs", "logprob", chosen),
-                ("entropy", "entropy", entropy),
-            ):
+            for kind, key, values in (("logprobs", "logprob", chosen), ("entropy", "entropy", entropy)):
                 if f"{kind}_t{name}" in golden:
                     result[f"{key}_max_abs_t{name}"] = max_abs(values, golden[f"{kind}_t{name}"])
     for key in ("logprob", "entropy"):
@@ -151,10 +142,7 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     """Prefill, then decode over the golden continuation: the greedy choice at each step, and the log-probs at T=1."""
     if "gen.greedy_ids" not in golden:
         return {}
-    prompts, expected = (
-        golden["gen.prompt_ids"].to(model.device),
-        golden["gen.greedy_ids"].to(model.device),
-    )  # [B, P], [B, N]
+    prompts, expected = (golden[f"gen.{name}_ids"].to(model.device) for name in ("prompt", "greedy"))  # [B, P], [B, N]
     (num_rows, prompt_len), num_new = prompts.shape, expected.shape[1]
     cache = model.new_cache(num_rows, prompt_len + num_new)
     for row in range(num_rows):
@@ -191,18 +179,11 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     ours = {name: parameter.grad for name, parameter in base.items()}
     if has_adapter:
         ours |= peft_tensors(model, config.targets, read=lambda parameter: parameter.grad)
-    compared = {
-        name: max_abs(ours[name], wanted[name]) / max(wanted[name].abs().max().item(), 1e-30)
-        for name in wanted
-        if name in ours
-    }
+    compared = {name: max_abs(ours[name], tensor) / max(tensor.abs().max().item(), 1e-30)
+                for name, tensor in wanted.items() if name in ours}
     worst = max(compared, key=compared.get)
-    result = {
-        "grad_max_rel": compared[worst],
-        "grad_max_rel_tensor": worst,
-        "grad_num_tensors": len(compared),
-        "grad_not_compared": sorted(set(wanted) - set(compared)),
-    }
+    result = {"grad_max_rel": compared[worst], "grad_max_rel_tensor": worst, "grad_num_tensors": len(compared),
+              "grad_not_compared": sorted(set(wanted) - set(compared))}
     if "objective" in golden:
         expected = golden["objective"].item()
         result["objective_rel"] = abs(objective - expected) / abs(expected)
@@ -211,17 +192,12 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
 
 def compare_dequantized(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     parameters = dict(model.named_parameters())
-    each = [
-        max_abs(parameters[name.removeprefix("dequant.")].detach(), tensor)
-        for name, tensor in golden.items()
-        if name.startswith("dequant.")
-    ]
+    each = [max_abs(parameters[name.removeprefix("dequant.")].detach(), tensor)
+            for name, tensor in golden.items() if name.startswith("dequant.")]
     return {"dequant_max_abs": max(each)} if each else {}
 
 
-def compare(
-    checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | None, device: str, dtype: torch.dtype
-) -> dict:
+def compare(checkpoint: str, golden: dict[str, torch.Tensor], *, adapter: str | None, device: str, dtype: torch.dtype) -> dict:
     """All comparisons that the golden tensors allow. Raises ValueError where there are none."""
 
     def load(experts: str) -> GptOss:
@@ -236,11 +212,8 @@ def compare(
         result |= part(model, golden)
     gradients = compare_gradients(model, golden)
     if model.expert_format.is_packed:
-        result |= {
-            name.replace("grad_", "grad_packed_", 1): value
-            for name, value in gradients.items()
-            if name in ("grad_max_rel", "grad_max_rel_tensor", "grad_num_tensors")
-        }
+        result |= {name.replace("grad_", "grad_packed_", 1): value for name, value in gradients.items()
+                   if name in ("grad_max_rel", "grad_max_rel_tensor", "grad_num_tensors")}
         del model
         model = load("bf16")
         gradients = compare_gradients(model, golden)
@@ -260,28 +233,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     try:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
-        result = compare(
-            arguments.checkpoint,
-            read_golden(arguments.golden),
-            adapter=arguments.adapter,
-            device=arguments.device,
-            dtype=dtype,
-        )
+        result = compare(arguments.checkpoint, read_golden(arguments.golden), adapter=arguments.adapter, device=arguments.device,
+                         dtype=getattr(torch, arguments.dtype))
     except (CheckpointError, ValueError) as error:
         sys.exit(f"compare_logits: {error}")
-    print(
-        json.dumps(
-            {
-                "checkpoint": arguments.checkpoint,
-                "golden": str(arguments.golden),
-                "adapter": arguments.adapter,
-                "device": arguments.device,
-                "dtype": arguments.dtype,
-                **result,
-            }
-        )
-    )
+    print(json.dumps({key: str(value) if key == "golden" else value for key, value in vars(arguments).items()} | result))
 
 
 if __name__ == "__main__":

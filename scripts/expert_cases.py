@@ -18,11 +18,9 @@ from kernels.experts.gemm import Blocks as GemmBlocks
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import OuterBlocks, grouped_outer
 from kernels.experts.sorting import make_routing, route, route_backward, sum_rows
-from kernels.packed.fragments import from_fragments
 from kernels.packed.mxfp4 import dequantize_reference
-from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE
 from kernels.packed.nf4 import dequantize_nf4_reference
-from kernels.packed.weights import Mxfp4, Mxfp4Fragments, Nf4
+from kernels.packed.weights import ExpertWeights, Mxfp4, Mxfp4Fragments, Nf4
 from kernels.router import router_backward, router_forward
 
 ACTIVATION = {"alpha": 1.702, "limit": 7.0}
@@ -150,31 +148,27 @@ def swiglu_gradient(s: Sizes) -> Work:
                 result=lambda: call(*(tensor.clone() for tensor in kept)))
 
 
-def packed_weights(s: Sizes, layout: type, size_in: int, size_out: int) -> Mxfp4 | Mxfp4Fragments | Nf4:
+def packed_weights(s: Sizes, layout: type[ExpertWeights], size_in: int, size_out: int) -> ExpertWeights:
     """Random codes, products of the size of their inputs. Any bytes are weights in every layout."""
     num, bias = s.config.num_local_experts, s.normal(s.config.num_local_experts, size_out)
+    (codes, _), (scales, _) = layout.stored(num, size_in, size_out)
+    codes = s.below(256, *codes).to(torch.uint8)
     if layout is Nf4:
-        codes = s.below(256, num, size_out, size_in // 2).to(torch.uint8)
-        absmax = 2 * torch.rand(num, size_out * size_in // NF4_BLOCK_SIZE, device=s.device) * size_in**-0.5
-        return Nf4(codes, absmax, bias)
-    scales = (119 + s.below(4, num, size_out, size_in // 32)).to(torch.uint8)
-    blocks = s.below(256, *scales.shape, 16).to(torch.uint8)
-    return Mxfp4(blocks, scales, bias) if layout is Mxfp4 else Mxfp4Fragments(blocks, scales, bias, True)
+        return Nf4(codes, 2 * torch.rand(scales, device=s.device) * size_in**-0.5, bias)
+    scales = (119 + s.below(4, *scales)).to(torch.uint8)
+    return Mxfp4(codes, scales, bias) if layout is Mxfp4 else Mxfp4Fragments(codes, scales, bias, True)
 
 
-def unpacked(s: Sizes, weights: Mxfp4 | Mxfp4Fragments | Nf4) -> torch.Tensor:
+def unpacked(s: Sizes, weights: ExpertWeights) -> torch.Tensor:
     """[E, out, in] in the model's dtype, by eager PyTorch."""
-    if isinstance(weights, Nf4):
-        return dequantize_nf4_reference(weights.codes, weights.absmax, s.dtype)
-    if isinstance(weights, Mxfp4Fragments):
-        return dequantize_reference(*from_fragments(weights.blocks, weights.scales), s.dtype)
-    return dequantize_reference(weights.blocks, weights.scales, s.dtype)
+    reference = dequantize_nf4_reference if isinstance(weights, Nf4) else dequantize_reference
+    return torch.stack([reference(*weights.as_stored(expert), s.dtype) for expert in range(len(weights.bias))])
 
 
-def dequantize(s: Sizes, layout: type) -> Work:
+def dequantize(s: Sizes, layout: type[ExpertWeights]) -> Work:
     weights = packed_weights(s, layout, s.config.hidden_size, 2 * s.config.intermediate_size)
     out = torch.empty(weights.shape, dtype=s.dtype, device=s.device)
-    return Work([lambda: weights.dequantize(slice(None), out)], 0, size_of(*weights[:2], out), lambda: unpacked(s, weights))
+    return Work([lambda: weights.dequantize(slice(None), out)], 0, size_of(*weights.tensors(), out), lambda: unpacked(s, weights))
 
 
 def expert_lora(s: Sizes) -> tuple[torch.Tensor, ...]:
@@ -268,9 +262,9 @@ def gradient(s: Sizes, size_a: int, size_b: int, *, gathers: bool = False, scale
                 2.0 * d.rows * size_a * size_b, size_of(a, b, out), eager, blocks=OuterBlocks)
 
 
-def touched_bytes(d: SimpleNamespace, weights: Mxfp4Fragments) -> float:
+def touched_bytes(d: SimpleNamespace, weights: ExpertWeights) -> float:
     """Of the experts that have rows."""
-    return size_of(*weights[:2]) * d.touched / len(weights.bias)
+    return size_of(*weights.tensors()) * d.touched / len(weights.bias)
 
 
 def few_projection(s: Sizes, num_rows: int, name: str) -> Work:

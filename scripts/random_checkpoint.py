@@ -28,48 +28,17 @@ from models.config import GptOssConfig  # noqa: E402
 from models.experts import FORMATS  # noqa: E402
 from models.formats.files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
 
+_REAL = dict(hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
 SIZES = {
-    "20b": dict(
-        num_hidden_layers=24,
-        num_local_experts=32,
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=64,
-    ),
-    "120b": dict(
-        num_hidden_layers=36,
-        num_local_experts=128,
-        hidden_size=2880,
-        intermediate_size=2880,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=64,
-    ),
-    "tiny": dict(
-        num_hidden_layers=4,
-        num_local_experts=8,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-    ),
+    "20b": dict(num_hidden_layers=24, num_local_experts=32, **_REAL),
+    "120b": dict(num_hidden_layers=36, num_local_experts=128, **_REAL),
+    "tiny": dict(num_hidden_layers=4, num_local_experts=8, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=32),
 }
 VOCAB_SIZE = 201088
-SPECIAL_TOKENS = {
-    199998: "<|startoftext|>",
-    199999: "<|endoftext|>",
-    200002: "<|return|>",
-    200003: "<|constrain|>",
-    200005: "<|channel|>",
-    200006: "<|start|>",
-    200007: "<|end|>",
-    200008: "<|message|>",
-    200012: "<|call|>",
-    200018: "<|endofprompt|>",
-}
+SPECIAL_TOKENS = {199998: "<|startoftext|>", 199999: "<|endoftext|>", 200002: "<|return|>", 200003: "<|constrain|>",
+                  200005: "<|channel|>", 200006: "<|start|>", 200007: "<|end|>", 200008: "<|message|>", 200012: "<|call|>",
+                  200018: "<|endofprompt|>"}  # fmt: skip
 # a few words at the ids they have in o200k_harmony, so that prompts are about as long as real ones around their headers
 WORDS = {"assistant": 173781, "analysis": 35644, "final": 17196, "hello": 24912, "Ġworld": 2375, "Ġcode": 3490}
 NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
@@ -80,16 +49,8 @@ E2M1_RMS = math.sqrt((0.5**2 + 1 + 1.5**2 + 2**2 + 3**2 + 4**2 + 6**2) / 8)
 
 def model_config(size: str, *, num_layers: int | None = None) -> GptOssConfig:
     sizes = SIZES[size] if num_layers is None else SIZES[size] | {"num_hidden_layers": num_layers}
-    return GptOssConfig.from_architecture(
-        dict(
-            sizes,
-            vocab_size=VOCAB_SIZE,
-            num_experts_per_tok=4,
-            sliding_window=128,
-            eos_token_id=200002,
-            pad_token_id=199999,
-        )
-    )
+    return GptOssConfig.from_architecture(dict(sizes, vocab_size=VOCAB_SIZE, num_experts_per_tok=4, sliding_window=128,
+                                               eos_token_id=200002, pad_token_id=199999))
 
 
 def _generator(seed: int, place: int, device: torch.device) -> torch.Generator:
@@ -172,12 +133,8 @@ def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.dev
         if form == "mxfp4":
             place, blocks = len(plan), (num_experts, outputs, inputs // 32, 16)
             codes(name + "_blocks", *blocks)
-            add(
-                name + "_scales",
-                blocks[:3],
-                lambda: _scale_bytes(blocks[:3], inputs, _generator(seed, place + 1, device)),
-                bytes_each=1,
-            )
+            add(name + "_scales", blocks[:3], lambda: _scale_bytes(blocks[:3], inputs, _generator(seed, place + 1, device)),
+                bytes_each=1)
         else:
             normal(name, num_experts, inputs, outputs, std=1 / math.sqrt(inputs))
         normal(name + "_bias", num_experts, outputs, std=0.02)
@@ -189,12 +146,8 @@ def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.dev
         experts(prefix + "mlp.experts.gate_up_proj", 2 * width, hidden)
         linear(prefix + ("mlp.router.linear" if form == "nf4" else "mlp.router"), num_experts, hidden)
         ones(prefix + "post_attention_layernorm.weight")
-        for name, outputs, inputs in (
-            ("k", kv_width, hidden),
-            ("o", hidden, q_width),
-            ("q", q_width, hidden),
-            ("v", kv_width, hidden),
-        ):
+        for name, outputs, inputs in (("k", kv_width, hidden), ("o", hidden, q_width), ("q", q_width, hidden),
+                                      ("v", kv_width, hidden)):
             linear(f"{prefix}self_attn.{name}_proj", outputs, inputs)
         normal(prefix + "self_attn.sinks", config.num_attention_heads, std=1.0)
     normal("lm_head.weight", config.vocab_size, hidden, std=1 / math.sqrt(hidden))
@@ -217,36 +170,19 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials.values()])
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|return|>",
-            "pad_token": "<|endoftext|>",
-            "model_max_length": 131072,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|return|>",
+        "pad_token": "<|endoftext|>", "model_max_length": 131072, "clean_up_tokenization_spaces": False})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--size", choices=list(SIZES), required=True)
-    parser.add_argument(
-        "--dtype",
-        "--experts",
-        dest="experts",
-        choices=["mxfp4", "nf4", "bf16"],
-        default="mxfp4",
-        help="form of the expert weights; all other tensors are bf16",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where random numbers are drawn (default: cuda where there is one; it is far faster)",
-    )
+    parser.add_argument("--dtype", "--experts", dest="experts", choices=list(FORMATS), default="mxfp4",
+                        help="form of the expert weights; all other tensors are bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where random numbers are drawn (default: cuda where there is one; it is far faster)")
     parser.add_argument("--layers", type=int, help="fewer (or more) layers than the size has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-bytes", type=float, default=5e9)
@@ -257,25 +193,13 @@ def main() -> None:
     num_bytes = sum(tensor.num_bytes for tensor in plan)
     try:
         with atomic_folder(arguments.out, num_bytes=num_bytes + 2**24) as folder:
-            weight_map = write_shards(
-                folder,
-                plan,
-                max_shard_bytes=arguments.max_shard_bytes,
-                pattern="model-{number:05d}-of-{count:05d}.safetensors",
-            )
+            weight_map = write_shards(folder, plan, max_shard_bytes=arguments.max_shard_bytes,
+                                      pattern="model-{number:05d}-of-{count:05d}.safetensors")
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-            described = config.to_hf(quantization=NF4_CONFIG if arguments.experts == "nf4" else
-                                     FORMATS[arguments.experts].quantization or {})
-            write_json(folder / "config.json", described)
-            write_json(
-                folder / "generation_config.json",
-                {
-                    "bos_token_id": 199998,
-                    "do_sample": True,
-                    "eos_token_id": [200002, 199999, 200012],
-                    "pad_token_id": 199999,
-                },
-            )
+            quantization = NF4_CONFIG if arguments.experts == "nf4" else FORMATS[arguments.experts].quantization or {}
+            write_json(folder / "config.json", config.to_hf(quantization=quantization))
+            write_json(folder / "generation_config.json", {"bos_token_id": 199998, "do_sample": True, "pad_token_id": 199999,
+                                                           "eos_token_id": [200002, 199999, 200012]})
             write_tokenizer(folder)
     except ValueError as error:
         sys.exit(f"random_checkpoint: {error}")
