@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from kernels.device import is_few, is_triton
-from kernels.experts.few_rows import moe_decode
-from kernels.experts.forward import MoeKept, moe_backward, moe_forward
+from kernels.experts import sorting
+from kernels.experts.few_rows import few_rows_forward
+from kernels.experts.forward import MoeKept, local_backward, local_forward
 from kernels.experts.gemm import grouped_linear
-from kernels.experts.sorting import Routing, combine, dispatch
+from kernels.experts.transport import combine, dispatch
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
@@ -68,39 +69,44 @@ class RoutedExperts(nn.Module):
         return {"lora_A": self._parameters[f"{name}_lora_A"], "lora_B": self._parameters[f"{name}_lora_B"],
                 "lora_scale": self.lora_scale}
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: sorting.Routing, residual: torch.Tensor,
                 kept: Kept | None = None) -> torch.Tensor:
         """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32. On a GPU without gradient; kept: takes what
         backward() needs."""
+        rows = self.local_forward(*dispatch(x, routing), residual.dtype, kept)
+        return combine(rows, weights, routing, residual)
+
+    def local_forward(self, x: torch.Tensor, routing: sorting.Routing, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
+        """The experts' outputs [R, D], in expert order, for the rows of x routed to them; `dtype`: theirs on a GPU."""
         if not is_triton(x):
-            h = self.project("gate_up_proj", dispatch(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
-            rows = self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
-            return combine(rows, weights, routing, residual=residual)
+            h = self.project("gate_up_proj", sorting.dispatch(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
+            return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
         projections = [self.weights(name) for name in PROJECTIONS]
         if kept is None and is_few(x) and self.layout.serves_few_rows:
             few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
-            return moe_decode(x, weights, routing, *few, residual, **self._settings())
-        y, moe = moe_forward(x, weights, routing, *projections, residual,
-                             scratch_bytes=SCRATCH_BYTES if kept is None else kept.scratch_bytes,
-                             keeps_h=kept is not None and not kept.recomputes("h"), **self._settings())
+            return few_rows_forward(x, routing, *few, **self._settings())
+        rows, moe = local_forward(x, routing, *projections, dtype=dtype,
+                                  scratch_bytes=SCRATCH_BYTES if kept is None else kept.scratch_bytes,
+                                  keeps_h=kept is not None and not kept.recomputes("h"), **self._settings())
         if kept is not None:
             kept.keep({"h": moe.h, "low_rank_x": moe.low_rank_x, "low_rank_act": moe.low_rank_act})
-        return y
+        return rows
 
-    def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, kept: Kept,
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: sorting.Routing, kept: Kept,
                  grads: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x [T, D] and of the gate weights [T, A] from that of forward's result, which is also the residual's;
         those of what trains go to `grads`."""
         moe = MoeKept(*(kept.take(name) for name in ("h", "low_rank_x", "low_rank_act")))
-        grad_x, grad_weights, lora_grads, base_grads = moe_backward(
-            grad, x, weights, routing, *(self.weights(name) for name in PROJECTIONS), moe,
+        (grad, here), (x, _) = dispatch(grad, routing), dispatch(x, routing)
+        grad_rows, grad_weights, lora_grads, base_grads = local_backward(
+            grad, x, weights, here, *(self.weights(name) for name in PROJECTIONS), moe,
             scratch_bytes=kept.scratch_bytes, needs_base=self.trains_base(), **self._settings())
         if lora_grads is not None:
             grads.update(zip(self.lora_tensors(), lora_grads))
         if base_grads is not None:
             names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in PROJECTIONS)
             grads.update((self._parameters[name], grad) for name, grad in zip(names, base_grads) if grad is not None)
-        return grad_x, grad_weights
+        return combine(grad_rows, None, routing, None), grad_weights
 
     def _settings(self) -> dict:
         return {"lora": self.lora_tensors(), "lora_scale": self.lora_scale, "alpha": self.alpha, "limit": self.limit}

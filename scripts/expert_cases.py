@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import LORA_SCALE, Case, Sizes, Work, backward_of, leaf, size_of
 
-from kernels.experts.few_rows import DecodeBlocks, decode_projection, low_rank_rows, moe_decode
+from kernels.experts import transport
+from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
 from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.forward import activation_grad
 from kernels.experts.gemm import Blocks as GemmBlocks
@@ -308,8 +309,9 @@ def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
     dense = cache(lambda: [unpacked(s, weights).transpose(1, 2) for weights in pairs[0]])
 
     def call(pair, lora):
-        return moe_decode(d.x, d.gates, d.routing, *(weights.few_rows(d.x, d.offsets) for weights in pair), d.residual, lora=lora,
-                          lora_scale=LORA_SCALE, **ACTIVATION)
+        few = (weights.few_rows(d.x, d.offsets) for weights in pair)
+        rows = few_rows_forward(d.x, d.routing, *few, lora=lora, lora_scale=LORA_SCALE, **ACTIVATION)
+        return transport.combine(rows, d.gates, d.routing, d.residual)
 
     return Work([partial(call, *layer) for layer in zip(pairs, loras)], expert_flops(s, d.rows, has_lora=has_lora),
                 num_bytes + (size_of(*loras[0]) * d.touched / s.config.num_local_experts if has_lora else 0),

@@ -33,15 +33,14 @@ from kernels.device import (
     cdiv,
     check_served,
     gpu_family,
-    is_triton,
     launch,
     next_power_of_2,
     overlap_constants,
     prefetch,
     wait_for_launch_before,
 )
-from kernels.experts.gemm import DTYPES, grouped_gemm
-from kernels.experts.sorting import Routing, combine
+from kernels.experts.gemm import DTYPES
+from kernels.experts.sorting import Routing
 from kernels.packed.fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
 from kernels.packed.weights import Projection
 from kernels.swiglu import clamped_swiglu
@@ -479,21 +478,6 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     return out
 
 
-def moe_decode_reference(x, weights, routing, gate_up, down, residual, *, lora, lora_scale, alpha, limit):
-    """The training forward: grouped_gemm on dequantised weights. On a GPU the kernels' results equal it bit for bit."""
-    offsets, low, up = routing.offsets_device, [None, None], [None, None]
-    A1, B1, A2, B2 = lora or (None, None, None, None)
-    if lora is not None:
-        low[0] = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=routing.tokens, scale=lora_scale)
-        up = [B1.transpose(1, 2), B2.transpose(1, 2)]
-    act = grouped_gemm(x, dequantized(gate_up, x.dtype), offsets, gather=routing.tokens, bias=gate_up.bias, low_rank=low[0],
-                       lora_up=up[0], swiglu=(alpha, limit))
-    if lora is not None:
-        low[1] = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
-    rows = grouped_gemm(act, dequantized(down, x.dtype), offsets, bias=down.bias, low_rank=low[1], lora_up=up[1])
-    return combine(rows, weights, routing, residual=residual)
-
-
 def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor | None, *, scale: float,
                   gather: torch.Tensor | None = None, waits: int = FOR_ALL,
                   blocks: DecodeBlocks | None = None) -> torch.Tensor:
@@ -502,16 +486,13 @@ def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor |
     return decode_projection(x, projection, offsets, gather=gather, scale=scale, waits=waits, blocks=blocks)
 
 
-def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection,
-               residual: torch.Tensor, *, lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
-               lora_scale: float, alpha: float, limit: float) -> torch.Tensor:
-    """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D]. Without gradients.
+def few_rows_forward(x: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection, *,
+                     lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
+                     limit: float) -> torch.Tensor:
+    """The experts' outputs [R, D], in expert order, for x [T, D] routed to them. Triton only, no gradient.
 
     gate_up [E, D, 2F], gate and up interleaved, and down [E, F, D] as Projection says. lora: A [E, r, D] and B [E, 2F, r] of
     gate_up, A [E, r, F] and B [E, D, r] of down, fp32 masters or x's dtype."""
-    if not is_triton(x):
-        return moe_decode_reference(x, weights, routing, gate_up, down, residual, lora=lora, lora_scale=lora_scale, alpha=alpha,
-                                    limit=limit)
     offsets, tokens = routing.offsets_device, routing.tokens
     low_rank = lora_up = None
     waits = FOR_ALL, FOR_X  # the sort goes before gate_up, gate_up before down
@@ -524,5 +505,4 @@ def moe_decode(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up
     if lora is not None:
         low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, waits=FOR_X)
         lora_up = lora[3].transpose(1, 2)
-    rows = decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, waits=waits[1])
-    return combine(rows, weights, routing, residual=residual)
+    return decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, waits=waits[1])

@@ -1,9 +1,9 @@
-"""The routed experts on a GPU: gather, gate_up, clamped SwiGLU, down, weighted sum; LoRA. Forward and backward are plain
-functions: models/experts.py calls them from the layer's own.
+"""The experts' side on a GPU: routed rows in, their outputs out; gate_up, clamped SwiGLU, down, LoRA. What brings rows here and
+back is in transport.py. Forward and backward are plain functions: models/experts.py calls them from the layer's own.
 
-y_t = sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e), e the k-th expert of t, each W with its unmerged LoRA. The backward is given
+y_r = act(x_t W1_e + b1_e) W2_e + b2_e for the row r of token t at expert e, each W with its unmerged LoRA. The backward is given
 x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after
-h is needed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is <dy, y_r> = <g, act> + <dy_t, b2_e>
+h is needed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is <dy_t, y_r> = <g, act> + <dy_t, b2_e>
 (arXiv 2512.14080, SonicMoE, extended by the bias), so the down projection's output is neither kept nor recomputed. Packed
 weights are dequantised into a scratch of bounded size, some experts at a time. LoRA's gradients come in fp32. No atomics.
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from kernels.device import is_triton, launch, next_power_of_2
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import grouped_outer, grouped_row_sum
-from kernels.experts.sorting import Routing, sum_rows
+from kernels.experts.sorting import Routing
 from kernels.packed.weights import ExpertWeights
 from kernels.swiglu import clamped_swiglu_grad
 
@@ -117,7 +117,7 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
 
 @dataclass
 class MoeKept:
-    """What moe_forward leaves for moe_backward: small tensors always, the pre-activation h [R, 2F] where it is kept."""
+    """What local_forward leaves for local_backward: small tensors always, the pre-activation h [R, 2F] where it is kept."""
 
     h: torch.Tensor | None
     low_rank_x: torch.Tensor | None  # [R, r]: scale x A1^T
@@ -129,15 +129,14 @@ Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 BaseGrads = list[torch.Tensor | None]  # of the weights of gate_up and down, None of packed ones, and of their biases
 
 
-def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights,
-                residual: torch.Tensor, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float, scratch_bytes: int,
-                keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
-    """residual [T, D] (x's dtype or fp32) plus the experts of x [T, D] with gate weights [T, A] fp32 -> [T, D] in the residual's
-    dtype; and what moe_backward needs.
+def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights, *, dtype: torch.dtype,
+                  lora: Lora | None, lora_scale: float, alpha: float, limit: float, scratch_bytes: int,
+                  keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
+    """The experts' outputs [R, D] of `dtype`, in expert order, for x [T, D] routed to them; and what local_backward needs.
 
     lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. scratch_bytes: of dequantised
     weights held at once. Triton only, no gradient."""
-    assert is_triton(x), "moe: the reference composes dispatch, grouped_linear, swiglu and combine"
+    assert is_triton(x), "the reference composes grouped_linear and swiglu"
     offsets, num_rows, width = routing.offsets_device, routing.tokens.shape[0], down.bias.shape[1]
     A1, B1, A2, B2 = lora or (None,) * 4
     low_rank_x = low_rank_act = None
@@ -149,19 +148,18 @@ def moe_forward(x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_u
                    pre_activation=h, scratch_bytes=scratch_bytes)
     if lora is not None:
         low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
-    # in the stream's dtype: a float16 row can pass 65504
-    rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=residual.dtype), low_rank=low_rank_act,
+    # in the residual stream's dtype: a float16 row can pass 65504
+    rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=dtype), low_rank=low_rank_act,
                     lora_up=None if lora is None else B2.transpose(1, 2), scratch_bytes=scratch_bytes)
-    del act
-    return sum_rows(rows, weights, routing.inverse, residual), MoeKept(h, low_rank_x, low_rank_act)
+    return rows, MoeKept(h, low_rank_x, low_rank_act)
 
 
-def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
-                 down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
-                 scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, BaseGrads | None]:
-    """Gradients of x [T, D], of the gate weights [T, A], of LoRA's tensors (fp32) and, where asked for, of the base, from that of
-    the output, grad [T, D] in the output's dtype (which is also the residual's, as it is). Uses kept.h as scratch where it is
-    there, else computes h again. Triton only."""
+def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
+                   down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
+                   scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, BaseGrads | None]:
+    """Gradients of the routed rows of x [R, D], in expert order, of the gate weights [T, A], of LoRA's tensors (fp32) and, where
+    asked for, of the base, from that of what combine made, grad [T, D] in its dtype. Uses kept.h as scratch where it is there,
+    else computes h again. Triton only."""
     grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
@@ -204,4 +202,4 @@ def moe_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, rou
     out = act if x.shape[1] == inner else x.new_empty(num_rows, x.shape[1])
     grad_rows = _project(gate_up, h, offsets, out, is_transposed=True, low_rank=grad_low_rank, lora_up=A1, dense=dense,
                          scratch_bytes=scratch_bytes)
-    return sum_rows(grad_rows, None, routing.inverse, None), grad_weights, lora_grads, base_grads
+    return grad_rows, grad_weights, lora_grads, base_grads

@@ -1,10 +1,14 @@
-"""Inputs of the experts in float64, and the experts composed one by one, for the tests of training and of decoding."""
+"""Inputs of the experts in float64, the experts composed one by one, and the kernels' parts put together as a layer does it, for
+the tests of training and of decoding."""
 
 import math
 from functools import cache
 
 import torch
 
+from kernels.experts.few_rows import few_rows_forward
+from kernels.experts.forward import local_backward, local_forward
+from kernels.experts.transport import combine, dispatch
 from kernels.packed.mxfp4 import dequantize
 
 ALPHA, LIMIT, SCALE = 1.702, 7.0, 0.5
@@ -52,3 +56,21 @@ def composed(indices, packed, t, *, has_lora):
         out = (gate * torch.sigmoid(ALPHA * gate) * (up + 1)) @ w2[expert].T + t["b2"][expert]
         y = y.index_add(0, token, out * t["weights"][token, slot].unsqueeze(-1))
     return y
+
+
+def moe_forward(x, weights, routing, gate_up, down, residual, **settings):
+    """residual [T, D] plus the experts of x, and what moe_backward needs."""
+    rows, kept = local_forward(*dispatch(x, routing), gate_up, down, dtype=residual.dtype, **settings)
+    return combine(rows, weights, routing, residual), kept
+
+
+def moe_backward(grad, x, weights, routing, gate_up, down, kept, **settings):
+    """The gradients of x and of the gate weights, those of LoRA and of the base."""
+    grad, here = dispatch(grad, routing)
+    grad_rows, *others = local_backward(grad, x, weights, here, gate_up, down, kept, **settings)
+    return combine(grad_rows, None, routing, None), *others
+
+
+def moe_decode(x, weights, routing, gate_up, down, residual, **settings):
+    """moe_forward by the kernels for few rows."""
+    return combine(few_rows_forward(*dispatch(x, routing), gate_up, down, **settings), weights, routing, residual)

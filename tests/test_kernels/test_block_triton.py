@@ -230,8 +230,8 @@ def block_outputs(model, num_tokens, monkeypatch):
 
 def watch_few_rows(monkeypatch):
     """The experts' inputs for which their kernels for few rows were called from now on."""
-    seen, plain = [], models.experts.moe_decode
-    monkeypatch.setattr(models.experts, "moe_decode", lambda x, *arguments, **settings: seen.append(x)
+    seen, plain = [], models.experts.few_rows_forward
+    monkeypatch.setattr(models.experts, "few_rows_forward", lambda x, *arguments, **settings: seen.append(x)
                         or plain(x, *arguments, **settings))
     return seen
 

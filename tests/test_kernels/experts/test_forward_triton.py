@@ -5,11 +5,11 @@ import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 from interpreter import run_interpreter_tests
-from moe_problem import ALPHA, LIMIT, SCALE, composed, normal, problem
+from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_backward, moe_forward, normal, problem
 from paths import FIXTURES
 from safetensors.torch import load_file
 
-from kernels.experts.forward import _activation_grad_kernel, _bias_dots_kernel, moe_backward, moe_forward
+from kernels.experts.forward import _activation_grad_kernel, _bias_dots_kernel
 from kernels.experts.sorting import make_routing
 from kernels.packed.fragments import to_fragments_
 from kernels.packed.weights import Dense, Mxfp4, Mxfp4Fragments
