@@ -1,27 +1,19 @@
-"""Interpreter tests run where TRITON_INTERPRET=1, and nothing else of this folder does (see interpreter.py)."""
+"""Tests marked `interpreter` run their kernels in Triton's interpreter (interpreter.py); fixtures that tests of kernels share."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from interpreter import save_time
-
-FOLDER = Path(__file__).parent
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    save_time()
+from interpreter import interpret
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    left_out = [item for item in items if FOLDER in item.path.parents
-                and (item.get_closest_marker("interpreter") is not None) != interpreted]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+@pytest.fixture(autouse=True)
+def kernels_of_marked_tests_are_interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("interpreter"):
+        interpret(monkeypatch)
+    with numpy.errstate(over="ignore", invalid="ignore"):  # kernels compute infinities and NaN on purpose
+        yield
 
 
 @pytest.fixture

@@ -1,75 +1,36 @@
-"""Runs the tests of one file that are marked `interpreter`, in a process of their own.
+"""Runs kernels in Triton's interpreter, for tests marked `interpreter` (tests/test_kernels/conftest.py).
 
-Triton decides when a kernel is decorated whether it is interpreted, so one process cannot do both. A server process imports
-torch and Triton once, and forks a child for each file. Mark tests with
-`@pytest.mark.interpreter` (or a class or module of them) and let one plain test of the file call
-run_interpreter_tests(__file__). tests/test_kernels/conftest.py leaves marked tests out of a normal run, and keeps only
-them where TRITON_INTERPRET=1; to run one by hand: TRITON_INTERPRET=1 pytest tests/test_kernels/test_x_triton.py -k name.
-There, public functions run the kernels on CPU tensors (kernels.device.is_triton). Use float32: the interpreter's bfloat16
-is silently wrong."""
+Triton decides when a kernel is decorated whether it is interpreted. Here kernels are decorated for a GPU, so that other tests of
+the same process compile them; for the time of an interpreter test every kernel stands for its interpreted twin, and
+TRITON_INTERPRET=1 in the environment lets public functions run kernels on CPU tensors (kernels.device.is_triton). Use float32:
+the interpreter's bfloat16 is silently wrong."""
 
-import json
-import os
-import re
-import subprocess
+import functools
 import sys
-import tempfile
-from functools import cache
 
-SERVER = r"""
-import json, os, sys
-import numpy, pytest, safetensors.torch, torch, triton.language, triton.runtime.interpreter
+import pytest
+from paths import ROOT
+from triton.runtime import JITFunction, interpreter
 
-for line in sys.stdin:
-    command = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.environ.clear()
-        os.environ.update(command["environment"])
-        os.chdir(command["folder"])
-        descriptor = os.open(command["output"], os.O_WRONLY)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        code = 70
-        try:
-            code = int(pytest.main(command["arguments"]))
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-SETTINGS = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # pytest rewrites every file of a plugin's package
+twin_of = functools.cache(interpreter.InterpretedFunction)  # of the plain function that a kernel decorates
 
 
-@cache
-def _server() -> subprocess.Popen:
-    """Ends with this process, which closes its input."""
-    return subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            env=os.environ | SETTINGS)
+def interpret(patch: pytest.MonkeyPatch) -> None:
+    """From now on, until `patch` is undone, kernels of this project, of its tests and of Triton's own library are interpreted."""
+    patch.setenv("TRITON_INTERPRET", "1")
+    save_time(patch)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name.startswith("triton.language") or file.startswith(str(ROOT)):
+            for attribute, kernel in list(vars(module).items()):
+                if isinstance(kernel, JITFunction):
+                    patch.setattr(module, attribute, twin_of(kernel.fn))
 
 
-def run_interpreter_tests(file: str) -> None:
-    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-        arguments = ["-q", "--no-header", "-p", "no:cacheprovider", file]
-        command = {"arguments": arguments, "environment": os.environ | SETTINGS, "folder": os.getcwd(), "output": output.name}
-        server = _server()
-        server.stdin.write(json.dumps(command) + "\n")
-        server.stdin.flush()
-        code, text = int(server.stdout.readline()), output.read()
-    assert code == 0, f"in the interpreter, which ended with code {code}:\n{text[-8000:]}"
-    passed = re.search(r"(\d+) passed", text)
-    assert passed and int(passed.group(1)) > 0, f"no interpreter test ran:\n{text[-2000:]}"
-
-
-def save_time() -> None:
+def save_time(patch: pytest.MonkeyPatch) -> None:
     """Leaves out work of Triton's interpreter that changes no result; most of its time goes into such things, not numbers."""
-    from triton.runtime import interpreter
-
     # overflow is computed in int64 after each operation on integers, but looked at in debug mode only
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    patch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False))
 
     plain_dtype, dtypes = interpreter._get_np_dtype, {}
 
@@ -79,7 +40,7 @@ def save_time() -> None:
             dtypes[name] = plain_dtype(dtype)
         return dtypes[name]
 
-    interpreter._get_np_dtype = numpy_dtype
+    patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
 
     # every call of a function by a kernel patches triton.language again, which the launch and the first call have done
     first_call = interpreter.InterpretedFunction.__call__
@@ -92,4 +53,4 @@ def save_time() -> None:
         except Exception as error:
             raise interpreter.InterpreterError(repr(error)) from error
 
-    interpreter.InterpretedFunction.__call__ = call
+    patch.setattr(interpreter.InterpretedFunction, "__call__", call)

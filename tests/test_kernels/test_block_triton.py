@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 
 import kernels.device
@@ -19,7 +18,6 @@ import models.experts
 import models.host_store
 import models.memory_plan
 from kernels.attention.plan import AttentionPlan
-from kernels.device import product_path
 from kernels.packed.mxfp4 import quantize
 from kernels.packed.weights import Mxfp4Fragments
 from models.config import GptOssConfig
@@ -42,7 +40,6 @@ ARCHITECTURE = {
 WIDE = ARCHITECTURE | {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8,
                        "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 4, "sliding_window": 16,
                        "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size": 512}  # fmt: skip
-not_on_library_products = pytest.mark.skipif(product_path(torch.empty(0)) == "library", reason="the library decodes as it trains")
 EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
 
 
@@ -126,16 +123,15 @@ def assert_close(ours, theirs, tolerance):
         assert error <= tolerance, (name, error)
 
 
-def test_the_interpreter_agrees_with_autograd():
-    run_interpreter_tests(__file__)
-
-
-def test_the_interpreter_agrees_with_autograd_on_library_products(monkeypatch):
-    monkeypatch.setenv("GRPO_PRODUCTS", "library")
-    run_interpreter_tests(__file__)
+@pytest.fixture(params=["triton", "library"])
+def products(request, monkeypatch):
+    """Each way of making matrix products (kernels.device.product_path)."""
+    if request.param == "library":
+        monkeypatch.setenv("GRPO_PRODUCTS", "library")
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("experts, targets, recomputes, in_fragments", [
     ("mxfp4", EVERYTHING, True, True), ("mxfp4", EVERYTHING, False, False), ("bf16", EVERYTHING, True, False),
     ("nf4", EVERYTHING, True, False), ("bf16", None, True, False), ("bf16", None, False, False)])
@@ -147,6 +143,7 @@ def test_gradients_of_everything_that_may_train(experts, targets, recomputes, in
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
 def test_adapters_and_all_that_carries_them_may_train_together(experts, monkeypatch):
     model = build(ARCHITECTURE, experts, in_fragments=experts == "mxfp4")
@@ -158,6 +155,7 @@ def test_adapters_and_all_that_carries_them_may_train_together(experts, monkeypa
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "experts"], ["o_proj"]])
 def test_adapters_on_some_projections_only(targets, monkeypatch):
     model = build(ARCHITECTURE, targets=targets, trains_more=False, activation_checkpointing=True)
@@ -165,6 +163,7 @@ def test_adapters_on_some_projections_only(targets, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 def test_an_adapter_switched_off_leaves_the_base(monkeypatch):
     model, base = build(ARCHITECTURE), build(ARCHITECTURE)
     with torch.no_grad():
@@ -191,6 +190,7 @@ class MixingKeys:
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 def test_a_forward_whose_gradient_nobody_wants_leaves_nothing_behind(monkeypatch):
     model, made, plain = build(ARCHITECTURE, activation_checkpointing=False), [], TrainingPass.new
 
@@ -237,6 +237,7 @@ def watch_few_rows(monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 def test_packed_as_nf4_the_block_computes_what_it_does_on_the_same_dense_weights():
     packed, dense = build(ARCHITECTURE, "nf4"), build(ARCHITECTURE, "bf16")
     for block, other in zip(packed.model.layers, dense.model.layers):
@@ -247,7 +248,6 @@ def test_packed_as_nf4_the_block_computes_what_it_does_on_the_same_dense_weights
     assert_close(gradients(packed), gradients(dense), 2e-5)
 
 
-@not_on_library_products
 @pytest.mark.interpreter
 @pytest.mark.parametrize("experts, targets", [("mxfp4", EVERYTHING), ("mxfp4", ["q_proj", "v_proj"]), ("bf16", EVERYTHING),
                                               ("nf4", EVERYTHING)])
@@ -266,6 +266,7 @@ def test_a_decode_step_computes_what_training_does(experts, targets, monkeypatch
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("products")
 def test_more_rows_and_weights_in_the_order_of_a_checkpoint_take_the_experts_kernels_for_many(monkeypatch):
     by_few = watch_few_rows(monkeypatch)
     monkeypatch.setattr(kernels.device, "MAX_FEW_ROWS", 4)
@@ -276,7 +277,6 @@ def test_more_rows_and_weights_in_the_order_of_a_checkpoint_take_the_experts_ker
     assert by_few == []
 
 
-@not_on_library_products
 @pytest.mark.interpreter
 def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
     model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
@@ -290,7 +290,6 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
         torch.testing.assert_close(logits[0], model.logits(tokens, torch.tensor([0, 6]))[-1], rtol=1e-4, atol=1e-4)
 
 
-@not_on_library_products
 @pytest.mark.interpreter
 @pytest.mark.parametrize("start", [0, 9])
 def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monkeypatch):

@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 import torch
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 
 from models.formats.hugging_face import load_model
@@ -52,10 +51,6 @@ def check(device, boost):
     assert (peak > 65504) == (boost > 0)
     assert (ours - exact).abs().max() <= 0.15  # nats, of log-probs down to -20
     assert (gradients - exact_gradients).norm() <= 0.05 * exact_gradients.norm()
-
-
-def test_the_interpreter_agrees():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

@@ -4,7 +4,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half, stream
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -34,10 +33,6 @@ def outputs_and_gradients(function, tensors, grads) -> dict[str, torch.Tensor]:
 
 def ours(x, residual, weight):
     return add_rms_norm(x, residual, weight, eps=EPS)
-
-
-def test_the_interpreter_agrees_with_goldens_and_float64():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

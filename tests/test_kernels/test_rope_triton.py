@@ -4,7 +4,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -31,10 +30,6 @@ def rotate_plain(x, cos, sin):
 
 def gradient_plain(grad, cos, sin):
     return rotate_plain(grad, cos, -sin)
-
-
-def test_the_interpreter_agrees_with_goldens_and_float64():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

@@ -12,10 +12,11 @@ from paths import ROOT
 # every case at tiny sizes; then one whose kernel is off by a thousandth, and other block sizes
 IN_THE_INTERPRETER = """
 import os, sys
-sys.path[:0] = ["scripts", "tests/test_kernels"]
+sys.path[:0] = ["scripts", "tests", "tests/test_kernels"]
 os.environ["TRITON_INTERPRET"] = "1"
+import pytest
 from interpreter import save_time
-save_time()
+save_time(pytest.MonkeyPatch())
 import bench_kernels
 all_right = bench_kernels.main(["--size", "tiny", "--json", sys.argv[1] + "/all.json"])
 import kernel_cases

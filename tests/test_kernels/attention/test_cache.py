@@ -3,7 +3,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
-from interpreter import run_interpreter_tests
 
 from kernels.attention.cache import _rotate_and_write_kernel, _write_kernel, rotate_and_write, write, write_reference
 from kernels.rope import rope_reference, rotate
@@ -61,10 +60,6 @@ def test_keys_are_rounded_to_the_dtype_of_the_cache():
     k = torch.tensor([[[1.0, 1.0 + 2**-9]]])
     write(k, k + 1, keys, values, torch.tensor([0]), torch.tensor([3]))
     assert keys.flatten().tolist() == [0, 0, 1, 1] and values.flatten().tolist() == [0, 0, 2, 2]
-
-
-def test_the_interpreter_agrees():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

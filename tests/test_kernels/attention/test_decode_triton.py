@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from aot import ARCHITECTURES, check_fits, compile_for
 from attention_problem import compile_kernel, eager
-from interpreter import run_interpreter_tests
 from row_arithmetic import row_updates
 
 from kernels.attention.cache import write
@@ -59,10 +58,6 @@ def scattered(data, slots, positions, *, page) -> dict[str, torch.Tensor]:
                 pages = F.pad(kept, (0, 0, 0, 0, 0, num_after), value=float("nan")).view(count, page, *shape)
                 pool[numbers[slot, :count]] = pages
     return data | pools | {"page_table": table}
-
-
-def test_the_kernel_agrees_with_the_reference_in_the_interpreter():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

@@ -6,7 +6,6 @@ import pytest
 import torch
 from aot import ARCHITECTURES, check_fits, product_loops
 from attention_problem import compile_kernel, eager
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -63,10 +62,6 @@ def poisoned(monkeypatch):
 def use_blocks(monkeypatch, queries: int, keys: int, descriptor: bool) -> None:
     blocks = Blocks(queries, keys, 4, 1, descriptor, in_registers=descriptor)
     monkeypatch.setattr(kernels.attention.packed, "blocks_for", lambda *_, **__: KernelBlocks(blocks, blocks, blocks))
-
-
-def test_kernels_agree_with_goldens_and_the_reference_in_the_interpreter():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

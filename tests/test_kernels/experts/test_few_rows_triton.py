@@ -7,7 +7,6 @@ import pytest
 import torch
 import triton
 from aot import ARCHITECTURES, check_fits, compile_for, product_loops
-from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_decode, moe_forward, problem
 
 import kernels.device
@@ -38,10 +37,6 @@ def operands(indices, packed, t, form, *, has_lora):
     routing = make_routing(indices, num_experts=packed[0][0].shape[0])
     lora = tuple(t[name] for name in ("A1", "B1", "A2", "B2")) if has_lora else None
     return (t["x"], t["weights"], routing, *projections, t["residual"]), lora
-
-
-def test_the_interpreter_agrees_with_float64():
-    run_interpreter_tests(__file__)
 
 
 def relative_error(sizes, form, has_lora):

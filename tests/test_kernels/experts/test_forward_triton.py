@@ -4,7 +4,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
-from interpreter import run_interpreter_tests
 from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_backward, moe_forward, normal, problem
 from paths import FIXTURES
 from safetensors.torch import load_file
@@ -68,10 +67,6 @@ def errors_of(sizes, *, has_lora, keeps_h, dtype, device, num_dequantized=2, ord
     assert set(mine) == set(expected)
     return {name: tuple(((actual[name].double() - expected[name]).norm() / expected[name].norm()).item()
                         for actual in (mine, in_eager)) for name in expected}
-
-
-def test_the_interpreter_agrees_with_float64():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from grouped_products import outcome
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -37,10 +36,6 @@ def int32(offsets, device="cpu"):
 
 def assert_near(actual, expected, tolerance=2e-5):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * max(1.0, expected.abs().max().item()))
-
-
-def test_the_interpreter_agrees_with_float64():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

@@ -5,7 +5,6 @@ GPU."""
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, ARCHITECTURES, check_fits, compile_for, half, stream
-from interpreter import run_interpreter_tests
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -57,10 +56,6 @@ def assert_sorted(routing, indices, num_experts):
     assert routing.tokens.tolist() == [pair // per_token for pair in order]
     assert [order[row] for row in routing.inverse.flatten().tolist()] == list(range(len(flat)))
     assert routing.offsets == [sum(expert < bound for expert in flat) for bound in range(num_experts + 1)]
-
-
-def test_the_interpreter_agrees_with_goldens_and_float64():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
-from interpreter import run_interpreter_tests
 
 from kernels.head.advance import _BLOCK, IDLE, Rows, _advance_kernel, advance
 from kernels.head.sampling import as_words, key_sums
@@ -98,10 +97,6 @@ def test_words_are_those_of_the_whole_key():
     advance(rows, torch.tensor([0, 0]), torch.zeros(2), all_tokens=torch.zeros(10, dtype=torch.int64),
             all_log_probs=torch.zeros(10), stop_ids=torch.tensor([1]))
     assert torch.equal(as_words(rows.words), key_words(keys))
-
-
-def test_the_interpreter_agrees():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

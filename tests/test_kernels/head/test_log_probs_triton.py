@@ -4,7 +4,6 @@ a GPU against float64 and the same formula in eager bf16."""
 import pytest
 import torch
 from aot import ARCHITECTURES, check_fits, compile_for
-from interpreter import run_interpreter_tests
 
 import kernels.device
 import kernels.head.log_probs
@@ -79,10 +78,6 @@ def compare(num_tokens, width, vocab, *, filtered=False, weights=TARGETS_ONLY, t
     for actual, expected in zip(ours, exact):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=2e-5)
-
-
-def test_kernels_in_the_interpreter():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

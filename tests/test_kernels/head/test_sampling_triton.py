@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
-from interpreter import run_interpreter_tests
 
 from grpo.rollout.sampling import draw, gumbel_noise
 from kernels.head.sampling import _CHUNK, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
@@ -47,10 +46,6 @@ def noise_pairs(keys, vocab_size) -> list[tuple[int, int, int]]:
         at = ((ordered[1:] == ordered[:-1]) & (ordered[1:] < -0.7)).nonzero().squeeze(1)
         found += [(row, int(ids[i]), int(ids[i + 1])) for i in at.tolist()]
     return found
-
-
-def test_the_interpreter_agrees_with_the_draws_of_grpo():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

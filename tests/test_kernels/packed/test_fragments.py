@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from aot import ARCHITECTURES, check_fits, compile_for
-from interpreter import run_interpreter_tests
 
 from kernels.device import family_of
 from kernels.packed.fragments import (
@@ -137,10 +136,6 @@ def test_the_reference_unpacks_what_the_checkpoint_held():
     pair = packed(2, 32, 96)
     out = torch.empty(2, 32, 96)
     assert_same_bits(dequantize_fragments(*in_fragments(*pair), out, is_asm=False), dequantize(*pair, torch.float32))
-
-
-def test_the_interpreter_agrees_with_the_reference():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

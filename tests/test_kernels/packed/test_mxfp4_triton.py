@@ -3,7 +3,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
-from interpreter import run_interpreter_tests
 
 from kernels.packed.mxfp4 import (
     BLOCK_WORDS,
@@ -46,10 +45,6 @@ def random_experts(*shape, device="cpu"):
     blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(0, 250, shape, generator=generator, dtype=torch.uint8)
     return blocks.to(device), scales.to(device)
-
-
-def test_the_interpreter_gives_the_values_of_the_specification():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter

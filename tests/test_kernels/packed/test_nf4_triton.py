@@ -3,7 +3,6 @@
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
-from interpreter import run_interpreter_tests
 
 from kernels.packed.nf4 import (
     BLOCK_WORDS,
@@ -49,10 +48,6 @@ def test_the_code_is_that_of_the_paper():
 def test_the_reference_gives_each_element_its_value(dtype):
     codes, absmax = every_byte()
     assert torch.equal(dequantize_nf4_reference(codes, absmax, dtype), expected_weights(codes, absmax).to(dtype))
-
-
-def test_the_interpreter_gives_each_element_its_value():
-    run_interpreter_tests(__file__)
 
 
 @pytest.mark.interpreter
