@@ -14,12 +14,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from paths import FIXTURES, ROOT
+from paths import ROOT
 
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.dataset import Dataset
-from models.chat.tokenizer import Tokenizer
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(12)]
 CARD = """---
@@ -40,11 +39,6 @@ configs:
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
     datasets.disable_progress_bars()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.load(FIXTURES / "tokenizer_compact")
 
 
 def make(tokenizer, path, **changes):

@@ -4,37 +4,17 @@ import json
 import re
 
 import pytest
-from paths import FIXTURES
+import question_data
+from question_data import write
 
 from grpo.batch import Completion, Segment
 from grpo.envs.data_files import DataError
-from grpo.envs.dataset import Dataset
-from models.chat.tokenizer import Tokenizer
 
-SETTINGS = {
-    "prompt_key": "prompt",
-    "answer_key": "answer",
-    "match": "numeric",
-    "held_out_fraction": 0.5,
-    "current_date": "2025-06-28",
-    "reasoning_effort": "low",
-    "max_prompt_tokens": 2000,
-}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.load(FIXTURES / "tokenizer_compact")
+SETTINGS = {"prompt_key": "prompt", "held_out_fraction": 0.5, "max_prompt_tokens": 2000}
 
 
 def make(tokenizer, **changes):
-    return Dataset(tokenizer=tokenizer, seed=0, **SETTINGS | changes)
-
-
-def write(folder, rows, name="data.jsonl"):
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return question_data.make(tokenizer, **SETTINGS | changes)
 
 
 def call(arguments, **fields):
