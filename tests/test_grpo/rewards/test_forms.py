@@ -99,11 +99,16 @@ judge = Judge(0.5)
 
 
 # verl
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1.0, **kwargs):
+    assert not kwargs, kwargs
     if data_source != "sums":
         raise NotImplementedError(data_source)
     correct = solution_str in ground_truth["target"]
-    return {"score": float(correct), "acc": correct, "pred": solution_str, "index": extra_info["index"]}
+    return {"score": scale * correct, "acc": correct, "pred": solution_str, "index": extra_info["index"]}
+
+
+def compute_number(data_source, solution_str, ground_truth, extra_info=None):
+    return 1.0 if solution_str in ground_truth["target"] else 0.1 * extra_info["index"]
 
 
 def compute_scores(data_sources, solution_strs, ground_truths, extra_infos, **kwargs):
@@ -188,6 +193,8 @@ def results(path, made=None, *, has_answer=False, **kwargs):
     ("Repetition", {"penalty": -2.0}, [-1.0, pytest.approx(-1.2)]),
     ("Judge.length", {}, [2.0, 1.0]),
     ("compute_score", {}, [1.0, 0.0]),
+    ("compute_score", {"scale": 2.0}, [2.0, 0.0]),
+    ("compute_number", {}, [1.0, pytest.approx(0.1)]),
     ("compute_scores", {}, [1.0, 1.0]),  # right with index 0, wrong with index 1
     ("heavy", {}, [6.0, 3.0]),
     ("heavy", {"weight": 1.0}, [2.0, 1.0]),

@@ -158,29 +158,6 @@ def test_trl_keyword_rest_holds_the_documented_names():
     assert seen["solution"] == ["42", "8"]
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    if data_source != "arithmetic":
-        raise NotImplementedError(data_source)
-    return 1.0 if solution_str == ground_truth else 0.1 * extra_info["index"]
-
-
-def compute_score_dict(data_source, solution_str, ground_truth, extra_info=None, scale=1.0, **kwargs):
-    assert not kwargs, kwargs
-    return {"score": scale * (solution_str == ground_truth), "acc": solution_str == ground_truth, "pred": solution_str}
-
-
-def test_verl_functions_are_called_per_completion():
-    made = samples(data_source=["arithmetic"] * 2, extra_info=[{"index": 1}, {"index": 3}])
-    assert values(compute_score, made) == [1.0, pytest.approx(0.3)]
-
-
-def test_verl_dicts_give_a_score_metrics_and_log_entries():
-    results = adapt(compute_score_dict, scale=2.0)(samples(), **CALL)
-    assert [result.value for result in results] == [2.0, 0.0]
-    assert results[0].metrics == {"compute_score_dict/acc": 1.0}
-    assert results[1].extra == {"compute_score_dict/pred": "7"}
-
-
 def single_answer(completion, answer):
     return completion[-1]["content"] == answer
 
