@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.device import is_triton, launch, next_power_of_2
+from kernels.device import cdiv, is_triton, launch, next_power_of_2
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import grouped_outer, grouped_row_sum
 from kernels.experts.sorting import Routing
@@ -48,6 +48,34 @@ def _bias_dots(grad: torch.Tensor, bias: torch.Tensor, indices: torch.Tensor) ->
         launch(_bias_dots_kernel, (num_tokens,), grad, bias, indices, dots, grad.stride(0), WIDTH=width, PER_TOKEN=per_token,
                BLOCK=next_power_of_2(width), num_warps=8 if width > 1024 else 4)
     return dots
+
+
+@triton.jit
+def _routed_rows_kernel(x_ptr, weights_ptr, inverse_ptr, rows_ptr, stride_x, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
+                        BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr):
+    """Reads each token once and writes it, times the gate weights, to all its rows."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < WIDTH
+    x = tl.load(x_ptr + token * stride_x + cols, mask=mask, other=0.0)
+    for slot in tl.static_range(PER_TOKEN):
+        row = tl.load(inverse_ptr + token * PER_TOKEN + slot).to(tl.int64)
+        values = x
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + token * PER_TOKEN + slot)
+            values = (x.to(tl.float32) * weight).to(rows_ptr.dtype.element_ty)
+        tl.store(rows_ptr + row * WIDTH + cols, values, mask=mask)
+
+
+def routed_rows(x: torch.Tensor, weights: torch.Tensor | None, routing: Routing) -> torch.Tensor:
+    """x [T, D] as rows in expert order [R, D], times the gate weights [T, A] fp32 where they are given."""
+    (num_tokens, per_token), width = routing.inverse.shape, x.shape[1]
+    rows = x.new_empty(num_tokens * per_token, width)
+    block = min(next_power_of_2(width), 1024)
+    if num_tokens:
+        launch(_routed_rows_kernel, (num_tokens, cdiv(width, block)), x, weights, routing.inverse, rows, x.stride(0), WIDTH=width,
+               PER_TOKEN=per_token, BLOCK=block, HAS_WEIGHTS=weights is not None, num_warps=4)
+    return rows
 
 
 @triton.jit
@@ -176,22 +204,21 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
                    low_rank=grad_low_rank, lora_up=A2, scratch_bytes=scratch_bytes)
     grad_weights = activation_grad(act, h, weights, routing.order, alpha=alpha, limit=limit,
                                    dots=_bias_dots(grad, down.bias, routing.indices))
-    lora_grads = base_grads = row_weights = None
-    if lora is not None or needs_base:
-        row_weights = weights.flatten()[routing.order]  # [R] fp32
+    lora_grads = base_grads = None
     if needs_base:  # h now holds its own gradient
         base_grads = [None if part.dense is None else torch.empty_like(part.weight) for part in (gate_up, down)]
         base_grads += [torch.empty_like(part.bias) for part in (gate_up, down)]
         # wide products are faster on rows that lie in order
         if base_grads[0] is not None:
-            grouped_outer(x.index_select(0, tokens), h, offsets, base_grads[0])
-        rows = grad.index_select(0, tokens).mul_(row_weights[:, None])
+            grouped_outer(routed_rows(x, None, routing), h, offsets, base_grads[0])
+        rows = routed_rows(grad, weights, routing)
         if base_grads[1] is not None:
             grouped_outer(act, rows, offsets, base_grads[1])
         grouped_row_sum(h, offsets, base_grads[2])
         grouped_row_sum(rows, offsets, base_grads[3])
         del rows
     if lora is not None:
+        row_weights = weights.flatten()[routing.order]  # [R] fp32
         lora_grads = tuple(torch.empty_like(tensor) for tensor in lora)
         grouped_outer(grad, kept.low_rank_act, offsets, lora_grads[3], gather=tokens, row_scale=row_weights)
         grouped_outer(act, grad_low_rank, offsets, lora_grads[2].transpose(1, 2), row_scale=row_weights)

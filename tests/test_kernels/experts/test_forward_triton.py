@@ -8,7 +8,7 @@ from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_backward, moe_forward
 from paths import FIXTURES
 from safetensors.torch import load_file
 
-from kernels.experts.forward import _activation_grad_kernel, _bias_dots_kernel
+from kernels.experts.forward import _activation_grad_kernel, _bias_dots_kernel, _routed_rows_kernel, routed_rows
 from kernels.experts.sorting import make_routing
 from kernels.packed.fragments import to_fragments_
 from kernels.packed.weights import Dense, Mxfp4, Mxfp4Fragments
@@ -94,6 +94,24 @@ def test_dense_experts_agree_with_the_golden():
     y, _ = moe_forward(x, weights, routing, gate_up, down, torch.zeros_like(x), lora=None, lora_scale=0.0, alpha=ALPHA,
                        limit=LIMIT, scratch_bytes=0, keeps_h=True)
     torch.testing.assert_close(y, case["y"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreter
+def test_routed_rows_are_the_tokens_in_expert_order_times_their_gate_weights(poisoned):
+    x, weights = normal(3, 70, seed=0).float(), normal(3, 2, seed=1).float()
+    routing = make_routing(torch.tensor([[4, 1], [1, 0], [4, 2]]), num_experts=5)
+    # expert 0: token 1; expert 1: tokens 0 and 1; expert 2: token 2; expert 4: tokens 0 and 2
+    tokens, slots = [1, 0, 1, 2, 0, 2], [1, 1, 0, 1, 0, 0]
+    assert torch.equal(routed_rows(x, None, routing), x[tokens])
+    assert torch.equal(routed_rows(x, weights, routing), x[tokens] * weights[tokens, slots][:, None])
+
+
+@pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_the_routed_rows_compile_without_spills(arch, has_weights):
+    signature = {"x_ptr": half(arch), "weights_ptr": "*fp32", "inverse_ptr": "*i32", "rows_ptr": half(arch), "stride_x": "i32"}
+    check_fits(compile_for(_routed_rows_kernel, signature, {"WIDTH": 2880, "PER_TOKEN": 4, "BLOCK": 1024,
+                                                            "HAS_WEIGHTS": has_weights}, arch, num_warps=4, num_stages=3), arch)
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
