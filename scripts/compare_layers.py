@@ -55,7 +55,7 @@ def first_layers(checkpoint: Path, num_layers: int, folder: Path) -> Path:
         if is_kept(name):
             tensor = stored.read()
             plan.append(TensorToWrite(name, tensor.numel() * tensor.element_size(), stored.read))
-    write_shards(folder, plan, max_shard_bytes=1e11, pattern="model.safetensors")
+    write_shards(folder, plan, max_shard_bytes=1e11)
     config = replace(config, num_hidden_layers=num_layers, layer_types=config.layer_types[:num_layers])
     write_json(folder / "config.json", config.to_hf(quantization=config.quantization))
     return folder

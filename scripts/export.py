@@ -26,7 +26,8 @@ from grpo.run.export_files import write_adapter, write_model, write_original  # 
 from grpo.run.hub import check_push, push  # noqa: E402
 from grpo.run.model_card import Origin  # noqa: E402
 from grpo.run.policy import load_run_policy  # noqa: E402
-from models.formats.hugging_face import checkpoint_folder, load_model  # noqa: E402
+from models.formats.files import checkpoint_folder  # noqa: E402
+from models.formats.hugging_face import load_model  # noqa: E402
 from models.formats.peft import attached_config, load_adapter  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 

@@ -26,7 +26,7 @@ from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE  # noqa: E402
 from kernels.packed.nf4 import CODE as NF4_CODE  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 from models.experts import FORMATS  # noqa: E402
-from models.formats.files import INDEX_NAME, TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
+from models.formats.files import TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
 
 _REAL = dict(hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
 SIZES = {
@@ -193,9 +193,7 @@ def main() -> None:
     num_bytes = sum(tensor.num_bytes for tensor in plan)
     try:
         with atomic_folder(arguments.out, num_bytes=num_bytes + 2**24) as folder:
-            weight_map = write_shards(folder, plan, max_shard_bytes=arguments.max_shard_bytes,
-                                      pattern="model-{number:05d}-of-{count:05d}.safetensors")
-            write_json(folder / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+            write_shards(folder, plan, max_shard_bytes=arguments.max_shard_bytes)
             quantization = NF4_CONFIG if arguments.experts == "nf4" else FORMATS[arguments.experts].quantization or {}
             write_json(folder / "config.json", config.to_hf(quantization=quantization))
             write_json(folder / "generation_config.json", {"bos_token_id": 199998, "do_sample": True, "pad_token_id": 199999,

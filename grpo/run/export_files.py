@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from grpo.run.model_card import Origin, model_card
-from models.experts import FORMATS
-from models.formats.hugging_face import save_model, save_original, tokenizer_files
-from models.formats.peft import attached_config, has_expert_adapter, save_adapter
+from models.formats.hugging_face import keeps_expert_adapter, save_model, save_original, tokenizer_files, written_format
+from models.formats.peft import attached_config, save_adapter
 from models.gpt_oss import GptOss
 
 
@@ -36,7 +35,7 @@ def write_model(policy: GptOss, folder: Path, origin: Origin, *, merge_lora: boo
                 dtype: torch.dtype, max_shard_bytes: float = 5e9) -> str:
     """Writes the whole model in Hugging Face layout, arguments and result as those of hugging_face.save_model."""
     files, left_out = _files_beside(origin)
-    if merge_lora and experts == "as_loaded" and policy.expert_format.is_packed and has_expert_adapter(policy):
+    if merge_lora and keeps_expert_adapter(policy, experts):
         left_out.append("the experts' adapter (in expert_adapter/, for PEFT on top of this model; --experts bf16 merges it)")
     files["README.md"] = model_card(origin, attached_config(policy), left_out, is_adapter=False, is_merged=merge_lora)
     save_model(policy, folder, merge_lora=merge_lora, experts=experts, dtype=dtype, max_shard_bytes=max_shard_bytes,
@@ -48,11 +47,10 @@ def write_original(policy: GptOss, folder: Path, origin: Origin, *, merge_lora: 
                    max_shard_bytes: float) -> str:
     """Writes the whole model in OpenAI's original layout; returns the same."""
     left_out = ["tokenizer and generation settings (that layout has none)"]
-    is_packed = (policy.expert_format if experts == "as_loaded" else FORMATS[experts]).is_packed
     card = model_card(origin, attached_config(policy), left_out, is_adapter=False, is_merged=merge_lora)
     save_original(policy, folder, merge_lora=merge_lora, experts=experts, max_shard_bytes=max_shard_bytes,
                   beside={"README.md": card})
-    dense = "" if is_packed else " (dense experts: OpenAI's own loader reads packed ones only)"
+    dense = "" if written_format(policy, experts).is_packed else " (dense experts: OpenAI's own loader reads packed ones only)"
     return _in_words(f"a model in OpenAI's original layout{dense}", left_out)
 
 

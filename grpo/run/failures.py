@@ -19,7 +19,7 @@ from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import LoadError, SaveError
 from grpo.run.lock import RunInUseError
 from models.formats.atomic import free_bytes
-from models.formats.hugging_face import CheckpointError
+from models.formats.files import CheckpointError
 
 DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
 

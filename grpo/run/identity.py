@@ -21,8 +21,7 @@ from grpo.config import ConfigError, TrainConfig, settings_of_steps
 from grpo.configuration.launch import typed_words
 from grpo.environment import calling
 from models.chat.tokenizer import Tokenizer
-from models.formats.files import has_tensor_files, list_tensors
-from models.formats.hugging_face import checkpoint_folder
+from models.formats.files import list_tensors, weights_folder
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 WHOLE_BYTES = 1 << 26  # files up to this size are read whole
@@ -40,7 +39,7 @@ def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:
             data = {"rows": str(env.fingerprint())}
     settings = {key: value for key, value in settings_of_steps(config).items()
                 if key not in PLACES and not (data and key.startswith("env.") and key.endswith("path"))}
-    base = {} if config.model.path is None else digest_files(checkpoint_folder(config.model.path))
+    base = {} if config.model.path is None else digest_files(weights_folder(config.model.path))
     found = {"settings": settings, "base model": base, "tokenizer": {"vocabulary": tokenizer.fingerprint()}, "data": data}
     return json.loads(json.dumps(found, default=str))  # as a checkpoint gives it back
 
@@ -65,8 +64,6 @@ def check_same(recorded: dict[str, dict], found: dict[str, dict], *, source: Pat
 
 def digest_files(folder: Path) -> dict[str, str]:
     """File name -> digest of a checkpoint's config and tensor files."""
-    if not has_tensor_files(folder) and (folder / "original").is_dir():
-        folder = folder / "original"
     paths = {tensor.path for tensor in list_tensors(folder, allow_unindexed=True).values()} | {folder / "config.json"}
     return {path.name: digest_file(path) for path in sorted(paths) if path.exists()}
 

@@ -16,7 +16,8 @@ from grpo.environment import tiny_tokenizer
 from grpo.run.checkpoint import RunState, load_run
 from models.chat.tokenizer import Tokenizer
 from models.config import GptOssConfig
-from models.formats.hugging_face import checkpoint_folder, load_model, read_checkpoint_config
+from models.formats.files import checkpoint_folder
+from models.formats.hugging_face import load_model, read_checkpoint_config
 from models.formats.peft import check_adapter, load_adapter
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training

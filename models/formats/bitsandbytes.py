@@ -22,7 +22,7 @@ import torch
 
 from kernels.packed.nf4 import BLOCK_SIZE, CODE, dequantize_nf4_reference
 from models.config import GptOssConfig
-from models.formats.files import CheckpointError, DerivedTensor, StoredTensor, read_all
+from models.formats.files import CheckpointError, DerivedTensor, Stored, StoredTensor, read_all
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up|down)_projs\.(\d+)\.(weight|bias)")
@@ -82,7 +82,7 @@ def is_bitsandbytes(tensors: dict[str, StoredTensor], config: GptOssConfig) -> b
     return config.quantization.get("quant_method") == "bitsandbytes" or any(name.endswith(_STATE) for name in tensors)
 
 
-def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, StoredTensor | DerivedTensor]:
+def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, Stored]:
     """The stored tensors under the model's names. What does not belong to a whole packed tensor keeps its own, and so is reported
     as missing and unused. Raises CheckpointError for a packed weight that lacks one of its parts or has another size."""
     remaining, renamed = dict(tensors), {}

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,9 @@ class DerivedTensor:
     read: Callable[[], torch.Tensor]
 
 
+Stored = StoredTensor | DerivedTensor
+
+
 def read_all(tensors: Sequence[StoredTensor]) -> list[torch.Tensor]:
     """Whole tensors as read() gives them, each file opened once."""
     read = {}
@@ -84,8 +87,44 @@ def _opened(path: Path) -> Iterator[safe_open]:
         ) from None
 
 
-def has_tensor_files(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or (folder / INDEX_NAME).exists()
+def checkpoint_folder(source: str | Path) -> Path:
+    """The local folder of a checkpoint given as a folder or as a Hugging Face hub id (organisation/name).
+
+    A hub id is downloaded into the hub cache, Hugging Face layout only, unless it is there already. Raises
+    CheckpointError where neither a folder nor a reachable repository has that name.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    parts = str(source).split("/")
+    if path.exists() or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
+        raise CheckpointError(
+            f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md"],
+                ignore_patterns=["original/*", "metal/*"],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
+            "check the spelling, the network and (for private repositories) HF_TOKEN"
+        ) from None
+
+
+def weights_folder(source: str | Path) -> Path:
+    """Where the tensors of a checkpoint lie: in its folder, or in the `original/` subfolder of one that has none of its own."""
+    folder = checkpoint_folder(source)
+    has_tensors = any(folder.glob("*.safetensors")) or (folder / INDEX_NAME).exists()
+    return folder / "original" if not has_tensors and (folder / "original").is_dir() else folder
 
 
 def list_tensors(folder: Path, *, allow_unindexed: bool) -> dict[str, StoredTensor]:
@@ -148,6 +187,15 @@ def _list_indexed(index: Path) -> dict[str, StoredTensor]:
             f"present but not listed: {shortened(unlisted)}; fetch index and files of one version"
         )
     return {tensor: in_files[name][tensor] for tensor, name in weight_map.items()}
+
+
+def misshapen_tensors(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with the shapes of those expected tensors that are stored."""
+    return [
+        f"{name} is {list(stored[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
 
 
 def shortened(names: list[str], limit: int = 20) -> str:
@@ -215,10 +263,18 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
 
 
-def write_shards(folder: Path, tensors: list[TensorToWrite], *, max_shard_bytes: float, pattern: str) -> dict[str, str]:
-    """Writes tensors in the order given, as SINGLE_NAME if they fit into one file, else as shards named by `pattern`.
+def num_bytes_to_write(tensors: list[TensorToWrite], beside: dict[str, Path | str]) -> int:
+    """Of a checkpoint, with room for headers and small files."""
+    copied = sum(file.stat().st_size for file in beside.values() if isinstance(file, Path))
+    return sum(tensor.num_bytes for tensor in tensors) + copied + 2**20
 
-    pattern: a format string with {number} from 1 and {count}. Returns the file name of each tensor.
+
+def write_shards(
+    folder: Path, tensors: list[TensorToWrite], *, max_shard_bytes: float, is_original: bool = False
+) -> None:
+    """Writes tensors in the order given: as model.safetensors if they fit into one file, else as shards with their index.
+
+    is_original: shards are named as in OpenAI's original layout, which has no index.
     """
     shards, size = [[]], 0
     for tensor in tensors:
@@ -227,13 +283,15 @@ def write_shards(folder: Path, tensors: list[TensorToWrite], *, max_shard_bytes:
             size = 0
         shards[-1].append(tensor)
         size += tensor.num_bytes
-    weight_map = {}
+    weight_map, stem = {}, "model-" if is_original else "model"
     for number, shard in enumerate(shards, 1):
-        name = SINGLE_NAME if len(shards) == 1 else pattern.format(number=number, count=len(shards))
+        name = SINGLE_NAME if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         made = {tensor.name: tensor.make() for tensor in shard}
         sizes = {tensor.name: (made[tensor.name].nbytes, tensor.num_bytes) for tensor in shard}
         assert all(actual == planned for actual, planned in sizes.values()), f"bytes made and planned differ: {sizes}"
         write_tensors(folder / name, made)
         weight_map |= {tensor.name: name for tensor in shard}
         del made
-    return weight_map
+    if len(shards) > 1 and not is_original:
+        total_size = sum(tensor.num_bytes for tensor in tensors)
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})

@@ -10,7 +10,6 @@ same bits back. Adapters are in models/formats/peft.py.
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,16 +23,16 @@ from models.config import GptOssConfig, read_config
 from models.experts import FORMATS, PROJECTIONS, RoutedExperts, stored_format
 from models.formats.bitsandbytes import is_bitsandbytes, unpacked_names
 from models.formats.files import (
-    INDEX_NAME,
     CheckpointError,
-    DerivedTensor,
-    StoredTensor,
+    Stored,
     TensorToWrite,
     atomic_folder,
-    has_tensor_files,
     list_tensors,
+    misshapen_tensors,
+    num_bytes_to_write,
     read_json,
     shortened,
+    weights_folder,
     write_beside,
     write_json,
     write_shards,
@@ -44,39 +43,6 @@ from models.gpt_oss import GptOss
 
 EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-
-
-def checkpoint_folder(source: str | Path) -> Path:
-    """The local folder of a checkpoint given as a folder or as a Hugging Face hub id (organisation/name).
-
-    A hub id is downloaded into the hub cache, Hugging Face layout only, unless it is there already. Raises
-    CheckpointError where neither a folder nor a reachable repository has that name.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    parts = str(source).split("/")
-    if path.exists() or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
-        raise CheckpointError(
-            f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(source),
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md"],
-                ignore_patterns=["original/*", "metal/*"],
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
-            "check the spelling, the network and (for private repositories) HF_TOKEN"
-        ) from None
 
 
 def load_model(
@@ -104,7 +70,7 @@ def load_model(
     """
     if experts not in ("auto", *FORMATS):
         raise ValueError(f"experts={experts!r}; allowed: auto, {', '.join(FORMATS)}")
-    folder = _weights_folder(source)
+    folder = weights_folder(source)
     config, stored, held = _read_headers(folder)
     form = held if experts == "auto" else FORMATS[experts]
     if form.is_packed and form is not held:
@@ -112,10 +78,12 @@ def load_model(
         raise CheckpointError(
             f"{folder}: experts={form.name}, but the checkpoint holds {held.description}; use experts=auto{how}"
         )
-    make = partial(GptOss, config, dtype=dtype, experts=form.name, activation_checkpointing=activation_checkpointing,
-                   memory_gb=memory_gb, host_gb=host_gb)
-    _check_tensors(folder, stored, _expected_tensors(make(device="meta"), held), held)
-    model = make(device=device)
+    def make(form: type[ExpertWeights], device: torch.device | str) -> GptOss:
+        return GptOss(config, dtype=dtype, device=device, experts=form.name, activation_checkpointing=activation_checkpointing,
+                      memory_gb=memory_gb, host_gb=host_gb)
+
+    _check_tensors(folder, stored, make(held, "meta").state_dict(), held)
+    model = make(form, device)
     embedding = model.model.embed_tokens
     size = embedding.weight.numel() * embedding.weight.element_size()
     if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
@@ -136,21 +104,15 @@ def load_model(
 
 def read_checkpoint_config(source: str | Path) -> GptOssConfig:
     """The architecture of a checkpoint that `load_model` would load; raises CheckpointError like it."""
-    return _read_headers(_weights_folder(source))[0]
+    return _read_headers(weights_folder(source))[0]
 
 
-def _weights_folder(source: str | Path) -> Path:
-    folder = checkpoint_folder(source)
-    is_in_original = not has_tensor_files(folder) and (folder / "original").is_dir()
-    return folder / "original" if is_in_original else folder
-
-
-def _first_source(name: str, stored: dict[str, StoredTensor | DerivedTensor], held: type[ExpertWeights]) -> tuple[str, str]:
+def _first_source(name: str, stored: dict[str, Stored], held: type[ExpertWeights]) -> tuple[str, str]:
     """Sorts tensors by file, so that each file is read once from end to end."""
     return str(stored[name if name in stored else name + held.suffixes[0]].path), name
 
 
-def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | DerivedTensor], type[ExpertWeights]]:
+def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, Stored], type[ExpertWeights]]:
     """Config, stored tensors under the model's names, and the format that experts are stored in."""
     try:
         config = read_config(folder)
@@ -171,43 +133,24 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, StoredTensor | 
     return config, stored, held
 
 
-def _format_in(stored: dict[str, StoredTensor | DerivedTensor]) -> type[ExpertWeights] | None:
+def _format_in(stored: dict[str, Stored]) -> type[ExpertWeights] | None:
     """The format of the experts that files hold, None where they hold none."""
     return next((form for form in FORMATS.values() for name in stored
                  if name.endswith(tuple(weight + form.suffixes[0] for weight in EXPERT_WEIGHTS))), None)
 
 
-def _expected_tensors(model: GptOss, held: type[ExpertWeights]) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Name -> (shape, is uint8) of the tensors a checkpoint of this model must hold."""
-    expected = {}
-    for name, tensor in model.state_dict().items():
-        if name.endswith(EXPERT_WEIGHTS):  # dense in the model
-            expected |= {name + suffix: (shape, dtype == torch.uint8)
-                         for suffix, (shape, dtype) in zip(held.suffixes, held.stored(*tensor.shape))}
-        else:
-            expected[name] = (tuple(tensor.shape), tensor.dtype == torch.uint8)
-    return expected
-
-
 def _check_tensors(
-    folder: Path,
-    stored: dict[str, StoredTensor | DerivedTensor],
-    expected: dict[str, tuple[tuple[int, ...], bool]],
-    held: type[ExpertWeights],
+    folder: Path, stored: dict[str, Stored], expected: dict[str, torch.Tensor], held: type[ExpertWeights]
 ) -> None:
+    """Raises CheckpointError listing everything that keeps the stored tensors from being the expected ones."""
     missing = [name for name in expected if name not in stored]
     unused = [f"{name} ({found.path.name})" for name, found in stored.items() if name not in expected]
-    both = {name: (stored[name], *expected[name]) for name in expected if name in stored}
-    misshapen = [
-        f"{name} is {list(found.shape)}, expected {list(shape)}"
-        for name, (found, shape, _) in both.items()
-        if found.shape != shape
-    ]
-    mistyped = [
-        f"{name} is {found.dtype}, expected {'U8' if is_bytes else 'BF16 (or F16, F32)'}"
-        for name, (found, _, is_bytes) in both.items()
-        if found.dtype not in (("U8",) if is_bytes else _FLOAT_DTYPES)
-    ]
+    misshapen = misshapen_tensors(stored, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    mistyped = []
+    for name, tensor in expected.items():
+        is_bytes = tensor.dtype == torch.uint8
+        if name in stored and stored[name].dtype not in (("U8",) if is_bytes else _FLOAT_DTYPES):
+            mistyped.append(f"{name} is {stored[name].dtype}, expected {'U8' if is_bytes else 'BF16 (or F16, F32)'}")
     problems = {"missing": missing, "not used by the model": unused, "wrong shape": misshapen, "wrong dtype": mistyped}
     if not any(problems.values()):
         return
@@ -223,21 +166,99 @@ def _check_tensors(
     raise CheckpointError("\n".join(lines))
 
 
-def _dequantize_into(
-    target: torch.Tensor, name: str, stored: dict[str, StoredTensor | DerivedTensor], held: type[ExpertWeights]
-) -> None:
+def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored], held: type[ExpertWeights]) -> None:
     parts = [stored[name + suffix].read().to(target.device) for suffix in held.suffixes]
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
         weight.copy_(held.unpack(*(part[expert] for part in parts), dtype=target.dtype).T)
 
 
 @dataclass
-class _Requantized:
-    """What packing cost: sums over the packed weights of squared rounding errors, merged changes, and the weights."""
+class _Export:
+    """What is written of a model, and what packing it cost."""
 
-    error: float = 0.0
-    change: float = 0.0
-    weights: float = 0.0
+    model: GptOss
+    form: type[ExpertWeights]
+    dtype: torch.dtype  # of what is not packed
+    merges: bool  # the adapter, except that of experts
+    merges_experts: bool
+    error: float = 0.0  # sums of squares over the weights that were packed: of what rounding changed,
+    change: float = 0.0  # of what the adapter changed,
+    weights: float = 0.0  # and of the weights themselves
+
+    def plan(self) -> list[TensorToWrite]:
+        """The tensors in Hugging Face names, each made when it is asked for."""
+        experts: dict[str, list[TensorToWrite]] = {}  # a projection's tensors come where its first one is held
+        for layer, block in enumerate(self.model.model.layers):
+            for leaf in PROJECTIONS:
+                first, *others = (f"model.layers.{layer}.mlp.experts.{held}" for held in block.mlp.experts.held(leaf))
+                experts |= {first: self._expert_tensors(layer, leaf)} | {name: [] for name in others}
+        plan = []
+        for name, tensor in self.model.state_dict().items():
+            if name in experts:
+                plan += experts[name]
+            elif "lora_" not in name:
+                plan.append(TensorToWrite(name, tensor.numel() * self.dtype.itemsize, partial(self._dense, name, tensor)))
+        return plan
+
+    def _dense(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return (merged_weight(self.model, name, tensor) if self.merges else tensor).to("cpu", self.dtype)
+
+    def _expert_tensors(self, layer: int, leaf: str) -> list[TensorToWrite]:
+        """A projection's tensors: merged, and packed or rounded to the dtype, expert by expert as they are made."""
+        name, experts = f"model.layers.{layer}.mlp.experts.{leaf}", self.model.model.layers[layer].mlp.experts
+        num_experts = self.model.config.num_local_experts
+        shapes = [(shape, own or self.dtype) for shape, own in self.form.stored(num_experts, *experts.sizes[leaf])]
+        is_untouched = self.form is experts.weight_format and not (self.merges_experts and has_expert_adapter(self.model, name))
+        waiting: list[torch.Tensor] = []  # all are made at once and handed out one after the other
+
+        def make() -> torch.Tensor:
+            if not waiting:
+                waiting.extend(torch.empty(shape, dtype=own) for shape, own in shapes)
+                for expert in range(num_experts):
+                    parts = experts.as_stored(leaf, expert) if is_untouched else self._pack(name, experts, expert)
+                    for whole, part in zip(waiting, parts, strict=True):
+                        whole[expert].copy_(part)
+            return waiting.pop(0)
+
+        return [TensorToWrite(name + suffix, math.prod(shape) * own.itemsize, make)
+                for suffix, (shape, own) in zip(self.form.suffixes, shapes)]
+
+    def _pack(self, name: str, experts: RoutedExperts, expert: int) -> tuple[torch.Tensor, ...]:
+        base = experts.dense(name.rpartition(".")[2], expert)  # [out, in] fp32
+        wanted = merged_weight(self.model, name, base, expert=expert) if self.merges_experts else base
+        packed = self.form.pack(wanted)
+        if self.form.is_packed:
+            self.error += (self.form.unpack(*packed, dtype=torch.float32) - wanted).square().sum().item()
+            self.change += (wanted - base).square().sum().item()
+            self.weights += wanted.square().sum().item()
+        return packed
+
+    def warn_of_rounding(self, folder: str | Path) -> None:
+        if self.weights > 0:
+            error, change = (f"{math.sqrt(part / self.weights):.2%}" for part in (self.error, self.change))
+            warnings.warn(
+                f"{folder}: packing experts into {self.form.name.upper()} rounded them by {error} (rms, of their own size)"
+                + (f"; the merged adapter changed them by {change}" if self.change else ""),
+                stacklevel=3,
+            )
+
+
+def written_format(model: GptOss, experts: str) -> type[ExpertWeights]:
+    """The format in which an export holds the experts. Raises ValueError for a name that is none, CheckpointError for a format
+    that is not written."""
+    written = [form.name for form in FORMATS.values() if form.is_written]
+    if experts not in ("as_loaded", *written):
+        raise ValueError(f"experts={experts!r}; allowed: as_loaded, {', '.join(written)}")
+    form = model.expert_format if experts == "as_loaded" else FORMATS[experts]
+    if not form.is_written:
+        raise CheckpointError(f"experts packed as {form.name.upper()} are read, not written; export with --experts "
+                              f"{' or '.join(written)}, in the Hugging Face layout")
+    return form
+
+
+def keeps_expert_adapter(model: GptOss, experts: str) -> bool:
+    """Whether a merged export leaves the experts' adapter beside them: packed experts that stay as they are."""
+    return experts == "as_loaded" and model.expert_format.is_packed and has_expert_adapter(model)
 
 
 def save_model(
@@ -246,7 +267,6 @@ def save_model(
     *,
     merge_lora: bool,
     experts: str = "as_loaded",
-    tokenizer_folder: str | Path | None = None,
     max_shard_bytes: float = 5e9,
     dtype: torch.dtype = torch.bfloat16,
     beside: dict[str, Path | str] | None = None,
@@ -261,51 +281,31 @@ def save_model(
         adapter should be merged, it goes to FOLDER/expert_adapter in PEFT form instead (attention and router are merged), with a
         warning. "bf16" writes dense experts of `dtype`. "mxfp4" packs: what is not on the grid is rounded, 11 % rms
         for dense weights, more than most adapters change, hence a warning with the figures.
-    tokenizer_folder: its tokenizer, chat template and generation_config.json are copied verbatim.
     dtype: of all tensors that are not packed; the published checkpoints and vLLM use bfloat16. The dtype of the model
         itself (float32) gives an exact copy.
-    beside: more files of the folder by name, copies of others or text; before those of tokenizer_folder.
+    beside: more files of the folder by name (tokenizer_files, a model card), copies of others or text.
     name: hub id of the export, for the adapter of experts that goes with it; None: its path.
     Host memory beyond the model: one shard, max_shard_bytes. Raises CheckpointError, with nothing changed on disk.
     """
-    written = [form.name for form in FORMATS.values() if form.is_written]
-    if experts not in ("as_loaded", *written):
-        raise ValueError(f"experts={experts!r}; allowed: as_loaded, {', '.join(written)}")
-    form = model.expert_format if experts == "as_loaded" else FORMATS[experts]
-    lost = _Requantized()
-    keeps_expert_adapter = experts == "as_loaded" and form.is_packed and merge_lora and has_expert_adapter(model)
-    plan = _plan_export(
-        model,
-        form=form,
-        merge_lora=merge_lora,
-        merge_experts=merge_lora and not keeps_expert_adapter,
-        dtype=dtype,
-        lost=lost,
-    )
-    extra_files = {path.name: path for path in tokenizer_files(tokenizer_folder)} | (beside or {})
-    num_bytes = sum(tensor.num_bytes for tensor in plan)
-    extra_bytes = sum(file.stat().st_size for file in extra_files.values() if isinstance(file, Path))
-    with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20 + extra_bytes) as temporary:
-        weight_map = write_shards(
-            temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model-{number:05d}-of-{count:05d}.safetensors"
-        )
-        if len(set(weight_map.values())) > 1:
-            write_json(temporary / INDEX_NAME, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+    form, beside = written_format(model, experts), beside or {}
+    keeps_adapter = merge_lora and keeps_expert_adapter(model, experts)
+    export = _Export(model, form, dtype, merges=merge_lora, merges_experts=merge_lora and not keeps_adapter)
+    plan = export.plan()
+    with atomic_folder(Path(folder), num_bytes=num_bytes_to_write(plan, beside)) as temporary:
+        write_shards(temporary, plan, max_shard_bytes=max_shard_bytes)
         write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
-        if "generation_config.json" not in extra_files:
-            described = _generation_config(model.config, extra_files.get("tokenizer.json"))
-            write_json(temporary / "generation_config.json", described)
-        write_beside(temporary, extra_files)
-        if keeps_expert_adapter:
+        write_json(temporary / "generation_config.json", _generation_config(model.config, beside.get("tokenizer.json")))
+        write_beside(temporary, beside)
+        if keeps_adapter:
             base = name or str(Path(folder).absolute())
             save_adapter(model, temporary / "expert_adapter", only_experts=True, base_model=base)
-    if keeps_expert_adapter:
+    if keeps_adapter:
         warnings.warn(
             f"{folder}: the experts stay as they were ({form.name.upper()}) and their adapter is in expert_adapter/; "
             "--experts bf16 merges it",
             stacklevel=2,
         )
-    _warn_of_rounding(folder, form, lost)
+    export.warn_of_rounding(folder)
 
 
 def save_original(
@@ -322,112 +322,24 @@ def save_original(
     OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError,
     also where an adapter on packed experts would have to be merged into them as they are.
     """
-    form = model.expert_format if experts == "as_loaded" else FORMATS[experts]
-    if merge_lora and experts == "as_loaded" and form.is_packed and form.is_written and has_expert_adapter(model):
+    form = written_format(model, experts)
+    if merge_lora and keeps_expert_adapter(model, experts):
         raise CheckpointError(
             f"{folder}: the adapter of packed experts cannot be merged into them as they are, and the original layout has no "
             "place beside: give --experts bf16 (dense ones, 4 times the size) or --experts mxfp4 (packed again, which rounds), "
             "or leave --layout out"
         )
-    plan = _plan_export(
-        model,
-        form=form,
-        merge_lora=merge_lora,
-        merge_experts=merge_lora,
-        dtype=torch.bfloat16,
-        lost=(lost := _Requantized()),
-    )
-    plan = from_hugging_face(plan, model.config)
     try:
         described = model.config.to_original()
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan) + 2**20) as temporary:
-        write_shards(
-            temporary, plan, max_shard_bytes=max_shard_bytes, pattern="model--{number:05d}-of-{count:05d}.safetensors"
-        )
+    export = _Export(model, form, torch.bfloat16, merges=merge_lora, merges_experts=merge_lora)
+    plan = from_hugging_face(export.plan(), model.config)
+    with atomic_folder(Path(folder), num_bytes=num_bytes_to_write(plan, beside or {})) as temporary:
+        write_shards(temporary, plan, max_shard_bytes=max_shard_bytes, is_original=True)
         write_json(temporary / "config.json", described)
         write_beside(temporary, beside or {})
-    _warn_of_rounding(folder, form, lost)
-
-
-def _warn_of_rounding(folder: str | Path, form: type[ExpertWeights], lost: _Requantized) -> None:
-    if lost.weights > 0:
-        change = (
-            f"; the merged adapter changed them by {math.sqrt(lost.change / lost.weights):.2%}" if lost.change else ""
-        )
-        warnings.warn(
-            f"{folder}: packing experts into {form.name.upper()} rounded them by "
-            f"{math.sqrt(lost.error / lost.weights):.2%} (rms, of their own size){change}",
-            stacklevel=3,
-        )
-
-
-def _plan_export(
-    model: GptOss, *, form: type[ExpertWeights], merge_lora: bool, merge_experts: bool, dtype: torch.dtype, lost: _Requantized
-) -> list[TensorToWrite]:
-    """The tensors of an export in Hugging Face names, each made when it is asked for."""
-    if not form.is_written:
-        written = " or ".join(other.name for other in FORMATS.values() if other.is_written)
-        raise CheckpointError(f"experts packed as {form.name.upper()} are read, not written; export with --experts {written}, in "
-                              "the Hugging Face layout")
-    plan, experts = [], {f"model.layers.{layer}.mlp.experts.{held}": (block.mlp.experts, leaf, number)
-                         for layer, block in enumerate(model.model.layers) for leaf in PROJECTIONS
-                         for number, held in enumerate(block.mlp.experts.held(leaf))}
-    held = {
-        name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name and "_lora_" not in name
-    }
-    for name, tensor in held.items():
-        module, leaf, number = experts.get(name, (None, "", 0))
-        if module is None:
-            plan.append(
-                TensorToWrite(name, tensor.numel() * dtype.itemsize, _dense(model, name, tensor, merge_lora, dtype))
-            )
-        elif number == 0:  # a projection's tensors are planned together
-            weight = f"{name.rpartition('.')[0]}.{leaf}"
-            plan += _plan_experts(model, weight, module, form=form, merge=merge_experts, dtype=dtype, lost=lost)
-    return plan
-
-
-def _dense(
-    model: GptOss, name: str, tensor: torch.Tensor, merge: bool, dtype: torch.dtype
-) -> Callable[[], torch.Tensor]:
-    return lambda: (merged_weight(model, name, tensor) if merge else tensor).to("cpu", dtype)
-
-
-def _plan_experts(
-    model: GptOss, name: str, experts: RoutedExperts, *, form: type[ExpertWeights], merge: bool, dtype: torch.dtype,
-    lost: _Requantized
-) -> list[TensorToWrite]:
-    """A projection's tensors in a format; merged, of the model's dtype or packed expert by expert as they are made."""
-    leaf, num = name.rpartition(".")[2], model.config.num_local_experts
-    shapes = [(shape, own or dtype) for shape, own in form.stored(num, *experts.sizes[leaf])]
-    is_untouched = form is experts.weight_format and not (merge and has_expert_adapter(model, name))
-
-    def parts(expert: int) -> tuple[torch.Tensor, ...]:
-        if is_untouched:
-            return experts.as_stored(leaf, expert)
-        base = experts.dense(leaf, expert)  # [out, in] fp32
-        wanted = merged_weight(model, name, base.T, expert=expert).T if merge else base
-        packed = form.pack(wanted)
-        if form.is_packed:
-            lost.error += (form.unpack(*packed, dtype=torch.float32) - wanted).square().sum().item()
-            lost.change += (wanted - base).square().sum().item()
-            lost.weights += wanted.square().sum().item()
-        return packed
-
-    waiting: list[torch.Tensor] = []  # a projection's tensors are made at once and handed out one after the other
-
-    def make() -> torch.Tensor:
-        if not waiting:
-            waiting.extend(torch.empty(shape, dtype=own) for shape, own in shapes)
-            for expert in range(num):
-                for whole, part in zip(waiting, parts(expert), strict=True):
-                    whole[expert].copy_(part)
-        return waiting.pop(0)
-
-    return [TensorToWrite(name + suffix, math.prod(shape) * own.itemsize, make)
-            for suffix, (shape, own) in zip(form.suffixes, shapes)]
+    export.warn_of_rounding(folder)
 
 
 def tokenizer_files(folder: str | Path | None) -> list[Path]:

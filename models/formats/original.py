@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from models.config import GptOssConfig
-from models.formats.files import DerivedTensor, StoredTensor, TensorToWrite
+from models.formats.files import DerivedTensor, Stored, StoredTensor, TensorToWrite
 
 _TOP = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -41,9 +41,7 @@ def is_original(tensors: dict[str, StoredTensor]) -> bool:
     return "embedding.weight" in tensors or any(name.startswith("block.") for name in tensors)
 
 
-def to_hugging_face(
-    tensors: dict[str, StoredTensor], config: GptOssConfig
-) -> dict[str, StoredTensor | DerivedTensor]:
+def to_hugging_face(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, Stored]:
     """The stored tensors under Hugging Face names, qkv as three ranges of rows; unknown names are kept as they are."""
     q_end = config.num_attention_heads * config.head_dim
     k_end = q_end + config.num_key_value_heads * config.head_dim

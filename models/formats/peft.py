@@ -31,6 +31,7 @@ from models.formats.files import (
     StoredTensor,
     atomic_folder,
     list_file,
+    misshapen_tensors,
     shortened,
     write_beside,
     write_json,
@@ -76,29 +77,28 @@ def attached_config(model: GptOss) -> LoraConfig | None:
 
 def has_expert_adapter(model: GptOss, name: str | None = None) -> bool:
     """Whether an adapter changes any expert weight, or the one of Hugging Face name `name`; B = 0 changes nothing."""
-    suffix = "_lora_B" if name is None else f"{name}_lora_B"
     return any(
-        bool(tensor.any())
-        for key, tensor in model.state_dict().items()
-        if ".mlp.experts." in key and key.endswith(suffix)
+        bool(parameter.any())
+        for key, parameter in model.named_parameters()
+        if ".mlp.experts." in key and key.endswith("_lora_B" if name is None else f"{name}_lora_B")
     )
 
 
 def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int | None = None) -> torch.Tensor:
     """weight + (alpha / r) B A in fp32, or `weight` itself where no adapter changes it.
 
-    name: Hugging Face name of the tensor. weight: [out, in], or [in, out] of one `expert`.
+    name: Hugging Face name of the tensor. weight: [out, in], of one `expert` where the tensor holds all of them.
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     parameters = dict(module.named_parameters(recurse=False))
-    key = "lora_" if expert is None else f"{leaf}_lora_"
-    if (expert is None and leaf != "weight") or key + "A" not in parameters:
+    stem = "lora_" if expert is None else f"{leaf}_lora_"
+    if (expert is None and leaf != "weight") or stem + "A" not in parameters:
         return weight
-    lora_A, lora_B = parameters[key + "A"].detach().float(), parameters[key + "B"].detach().float()
-    if expert is None:
-        return weight.float() + module.lora_scale * (lora_B @ lora_A)
-    return weight.float() + module.lora_scale * (lora_B[expert] @ lora_A[expert]).T
+    lora_A, lora_B = (parameters[stem + side].detach() for side in "AB")
+    if expert is not None:
+        lora_A, lora_B = lora_A[expert], lora_B[expert]
+    return weight.float() + module.lora_scale * (lora_B.float() @ lora_A.float())
 
 
 def save_adapter(
@@ -329,8 +329,8 @@ def _shape_problems(pair: _Pair, model: GptOss, rank: int) -> list[str]:
             return [f"{pair.key} is of expert {pair.expert}, the model has {num_experts}"]
     else:
         size_out, size_in = block.get_submodule(PATHS[pair.leaf]).weight.shape
-    expected = ((pair.A, (rank, size_in)), (pair.B, (size_out, rank)))
-    return [f"{found.name} is {list(found.shape)}, expected {list(shape)}" for found, shape in expected if found.shape != shape]
+    stored = {tensor.name: tensor for tensor in (pair.A, pair.B)}
+    return misshapen_tensors(stored, {pair.A.name: (rank, size_in), pair.B.name: (size_out, rank)})
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from grpo.run.export_files import write_adapter, write_model
 from grpo.run.model_card import Origin
 from models.chat.tokenizer import Tokenizer
-from models.formats.hugging_face import load_model, save_model, save_original
+from models.formats.hugging_face import load_model, save_model, save_original, tokenizer_files
 from models.formats.peft import load_adapter, save_adapter
 from models.lora import LoraConfig, attach_lora
 
@@ -64,7 +64,8 @@ def peer_python():
 def exports(tmp_path_factory):
     """Name -> (checkpoint, adapter or None, our logits)."""
     folder, made = tmp_path_factory.mktemp("exports"), {}
-    save_model(load(BF16), folder / "bf16", merge_lora=False, tokenizer_folder=FIXTURES / "tokenizer_compact")
+    tokenizer = {path.name: path for path in tokenizer_files(FIXTURES / "tokenizer_compact")}
+    save_model(load(BF16), folder / "bf16", merge_lora=False, beside=tokenizer)
     made["bf16"] = (folder / "bf16", None, logits_of(load(BF16)))
     packed = load(MXFP4)
     save_model(packed, folder / "mxfp4", merge_lora=False, max_shard_bytes=100_000)

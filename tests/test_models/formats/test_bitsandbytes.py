@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from grpo.batch import Prompt
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
-from models.formats.hugging_face import CheckpointError, load_model, save_model
+from models.formats.files import CheckpointError
+from models.formats.hugging_face import load_model, save_model
 from models.lora import LoraConfig, attach_lora, set_full_training
 
 BF16 = FIXTURES / "tiny_bf16"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import models.formats.files as tensor_files
 from models.chat.tokenizer import Tokenizer
-from models.formats.files import StoredTensor
-from models.formats.hugging_face import CheckpointError, checkpoint_folder, load_model, save_model, save_original
+from models.formats.files import CheckpointError, StoredTensor, checkpoint_folder
+from models.formats.hugging_face import load_model, save_model, save_original, tokenizer_files
 from models.formats.peft import load_adapter
 from models.lora import LoraConfig, attach_lora, set_full_training
 
@@ -198,7 +198,8 @@ def test_packing_dense_experts_that_are_on_the_grid_keeps_their_values(tmp_path)
 
 def test_tokenizer_files_are_copied_verbatim_and_generation_stops_at_their_ids(tmp_path):
     tokenizer = FIXTURES / "tokenizer_compact"
-    save_model(load(BF16), tmp_path / "out", merge_lora=False, tokenizer_folder=tokenizer)
+    beside = {path.name: path for path in tokenizer_files(tokenizer)}
+    save_model(load(BF16), tmp_path / "out", merge_lora=False, beside=beside)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tokenizer / name).read_bytes()
     ids = {
@@ -208,7 +209,7 @@ def test_tokenizer_files_are_copied_verbatim_and_generation_stops_at_their_ids(t
     written = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert written["eos_token_id"] == [ids["<|return|>"], ids["<|endoftext|>"], ids["<|call|>"]]
     with pytest.raises(CheckpointError, match="no tokenizer.json"):
-        save_model(load(BF16), tmp_path / "other", merge_lora=False, tokenizer_folder=tmp_path)
+        tokenizer_files(tmp_path)
 
 
 def test_the_weights_of_a_full_training_run_come_back_bit_by_bit(tmp_path):

@@ -111,10 +111,10 @@ def test_merged_weights_follow_the_formula_of_the_file_layout():
     model, tensors = base_model(), load_file(LORA / "adapter_model.safetensors")
     load_adapter(model, LORA)
     name, expert = "model.layers.2.mlp.experts.down_proj", 5
-    weight = model.state_dict()[name][expert]  # [in, out]
+    weight = model.state_dict()[name][expert].T  # [out, in]
     A = tensors[f"{PREFIX}2.mlp.experts.lora_A.weight"].view(8, 4, 96)[expert]
     B = tensors[f"{PREFIX}2.mlp.experts.lora_B.weight"].view(64, 4, 8)[:, :, expert]
-    torch.testing.assert_close(merged_weight(model, name, weight, expert=expert), weight + 8 / 4 * (B @ A).T)
+    torch.testing.assert_close(merged_weight(model, name, weight, expert=expert), weight + 8 / 4 * B @ A)
     name = "model.layers.0.self_attn.k_proj.weight"
     A, B = (tensors[f"{PREFIX}0.self_attn.k_proj.lora_{side}.weight"] for side in "AB")
     weight = model.state_dict()[name]
