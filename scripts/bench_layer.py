@@ -1,12 +1,12 @@
-"""Times full fine-tuning of one gpt-oss-20b layer on one GPU, and checks the gradients of all its weights at a small size.
+"""Times training of one gpt-oss-20b layer on one GPU, with LoRA and in full, and checks all gradients at a small size.
 
-    python scripts/bench_layer.py [--tokens 2048 8192] [--only timings] [--rows 12]
+    python scripts/bench_layer.py [--tokens 2048 8192] [--only timings] [--json FILE]
 
-Timed: dense bf16 experts, every weight trainable, forward and backward of a model of one layer (full or windowed attention) and a
-vocabulary of 512, so that embedding and head are below 1% of the work. tflops counts the products with weights (forward, input
-and weight gradients) and attention (two products forward, five backward); fraction is of an 8192^3 bf16 product in the same run.
-peak_gb is the most memory allocated, in 1e9 bytes, 3.3 GB of weights and gradients included. The longest case of full attention
-is also profiled: share of each kernel, and idle time (a step starts by waiting for the GPU, then the host must keep ahead).
+Timed: forward and backward of a model of one layer (full or windowed attention) and a vocabulary of 512, so that embedding and
+head are below 1% of the work. lora: packed experts, adapters of rank 16 on attention and experts; full: dense bf16 experts, every
+weight trainable. tflops counts the products with weights (forward, for inputs and, in full, for weights) and attention (two
+products forward, five backward); fraction is of an 8192^3 bf16 product in the same run. peak_gb is the most memory allocated, in
+1e9 bytes.
 
 Errors: a model of two layers (windowed, full), 4 experts of which one has no token, on the GPU in bf16 and in float32, against
 the same bf16 weights in float64 on the CPU; one JSON line per kind of parameter with ||g - exact|| / ||exact||, and the error of
@@ -17,16 +17,14 @@ rounding must not choose others.
 
 import argparse
 import itertools
-import json
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from bench_train import flops_per_token, random_batch, train_step
-from profile_step import STEPS, record, summarize
 from random_checkpoint import model_config
+from random_policy import attach_random_lora
 from timing import Report, measure_ceilings, median_ms, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,9 +48,10 @@ def small_config() -> GptOssConfig:
                    head_dim=64, num_local_experts=4, num_experts_per_tok=2, vocab_size=384, sliding_window=32)
 
 
-def random_model(config: GptOssConfig, *, dtype: torch.dtype, device: str, seed: int = 0) -> GptOss:
-    """Fully trainable, matrices with rms 1 / sqrt(inputs), drawn on its device: weights depend on device and dtype."""
-    model = GptOss(config, dtype=dtype, device=device, experts="bf16")
+def random_model(config: GptOssConfig, *, trains: str, dtype: torch.dtype, device: str, seed: int = 0) -> GptOss:
+    """Fully trainable or with an adapter, matrices with rms 1 / sqrt(inputs), drawn on its device: weights depend on device and
+    dtype."""
+    model = GptOss(config, dtype=dtype, device=device, experts="bf16" if trains == "full" else "mxfp4")
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,7 +62,15 @@ def random_model(config: GptOssConfig, *, dtype: torch.dtype, device: str, seed:
             else:  # [out, in], experts [E, in, out], embeddings [V, D]
                 inputs = 1 if name == "model.embed_tokens.weight" else parameter.shape[1]
                 parameter.normal_(0.0, inputs**-0.5, generator=generator)
-    set_full_training(model)
+        for name, buffer in model.named_buffers():
+            if buffer.dtype == torch.uint8:  # codes, and scales around the one that gives them that rms
+                buffer.random_(*((119, 123) if name.endswith("scales") else (0, 256)), generator=generator)
+    if trains == "full":
+        set_full_training(model)
+        return model
+    for block in model.model.layers:
+        block.mlp.experts.arrange()
+    attach_random_lora(model, "all", 16)
     return model
 
 
@@ -113,7 +120,7 @@ def by_kind(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def check_gradients(lengths: list[int], device: str) -> None:
     config = small_config()
-    source = random_model(config, dtype=torch.bfloat16, device="cpu").state_dict()
+    source = random_model(config, trains="full", dtype=torch.bfloat16, device="cpu").state_dict()
     exact = by_kind(gradients(config, source, lengths, dtype=torch.float64, device="cpu"))
     eager = by_kind(gradients(config, source, lengths, dtype=torch.bfloat16, device="cpu"))
     for dtype in (torch.bfloat16, torch.float32):
@@ -128,56 +135,32 @@ def check_gradients(lengths: list[int], device: str) -> None:
 # ------------------------------------------------------------------------------------------------------------------ timings
 
 
-def time_layer(kind: str, num_tokens: int, peak_tflops: float) -> None:
+def time_layer(trains: str, kind: str, num_tokens: int, peak_tflops: float) -> None:
     config = layer_config(kind)
-    model = random_model(config, dtype=torch.bfloat16, device="cuda")
+    model = random_model(config, trains=trains, dtype=torch.bfloat16, device="cuda")
     batch = random_batch(model, 1, num_tokens)
-
-    def clear() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    def step() -> None:
-        clear()
-        train_step(model, batch)
 
     def forward() -> torch.Tensor:
         return model.log_probs(batch["tokens"], batch["cu_seqlens"], temperature=1.0, mask=batch["mask"])[0]
 
     torch.cuda.reset_peak_memory_stats()
-    ms = median_ms(step, warmup=3, iterations=10)
+    ms = median_ms(lambda: train_step(model, batch), warmup=3, iterations=10)
     peak = torch.cuda.max_memory_allocated() / 1e9
-    clear()
+    model.zero_grad()
     forward_ms = median_ms(forward, warmup=2, iterations=10)
-    rate = flops_per_token(config, num_tokens, trains_base=True) * num_tokens / ms / 1e9
-    REPORT("layer", attention=kind, tokens=num_tokens, ms=round(ms, 3), forward_ms=round(forward_ms, 3),
+    rate = flops_per_token(config, num_tokens, trains_base=trains == "full") * num_tokens / ms / 1e9
+    REPORT("layer", trains=trains, attention=kind, tokens=num_tokens, ms=round(ms, 3), forward_ms=round(forward_ms, 3),
            backward_ms=round(ms - forward_ms, 3), tflops=round(rate, 1), fraction=round(rate / peak_tflops, 3),
            peak_gb=round(peak, 2))
 
 
-def profile_layer(kind: str, num_tokens: int, rows: int) -> None:
-    model = random_model(layer_config(kind), dtype=torch.bfloat16, device="cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        record(model, random_batch(model, 1, num_tokens), trace)
-        span, idle, table = summarize(json.loads(trace.read_text())["traceEvents"])
-    REPORT("profile", attention=kind, tokens=num_tokens, span_ms=round(span / STEPS / 1e3, 3), idle=round(idle / span, 4),
-           kernels={name[:60]: round(time / STEPS / 1e3, 4) for name, _, time in table[:rows]})
-
-
 def print_table() -> None:
-    print(f"\n{torch.cuda.get_device_name()}")
-    print(f"{'attention':10} {'tokens':>6} {'ms':>8} {'forward':>8} {'backward':>8} {'TFLOP/s':>8} {'fraction':>8} {'GB':>7}")
+    print(f"\n{'trains':6} {'attention':10} {'tokens':>6} {'ms':>8} {'forward':>8} {'backward':>8} {'TFLOP/s':>8} "
+          f"{'fraction':>8} {'GB':>7}")
     for line in REPORT.lines:
         if line["what"] == "layer" and "ms" in line:
-            print(f"{line['attention']:10} {line['tokens']:6} {line['ms']:8.3f} {line['forward_ms']:8.3f} "
+            print(f"{line['trains']:6} {line['attention']:10} {line['tokens']:6} {line['ms']:8.3f} {line['forward_ms']:8.3f} "
                   f"{line['backward_ms']:8.3f} {line['tflops']:8.0f} {line['fraction']:8.3f} {line['peak_gb']:7.2f}")
-    for line in REPORT.lines:
-        if line["what"] == "profile" and "kernels" in line:
-            print(f"\nkernels of {line['attention']} attention, {line['tokens']} tokens: {line['span_ms']} ms a step, "
-                  f"idle {line['idle']:.1%}")
-            for name, time in line["kernels"].items():
-                print(f"{time:9.3f}  {name}")
     found = {(line["parameter"], line["dtype"]): line for line in REPORT.lines if line["what"] == "gradient"}
     if found:
         print(f"\n{'gradient of':52} {'bf16':>9} {'CPU bf16':>9} {'float32':>9}")
@@ -193,20 +176,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="lengths timed (default: 2048 8192)")
     parser.add_argument("--only", choices=["timings", "errors"], help="one part instead of both")
-    parser.add_argument("--rows", type=int, default=12, help="kernels listed of the profile (default: 12); 0 profiles nothing")
+    parser.add_argument("--trains", choices=["lora", "full"], help="time one instead of both")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all lines there, too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_layer: needs a CUDA GPU")
     if arguments.only != "errors":
         peak_tflops = measure_ceilings(REPORT).tflops
-        for kind, num_tokens in itertools.product(KINDS, arguments.tokens):
-            REPORT.guarded("layer", time_layer, kind, num_tokens, peak_tflops)
+        modes = [arguments.trains] if arguments.trains else ["lora", "full"]
+        for mode, kind, num_tokens in itertools.product(modes, KINDS, arguments.tokens):
+            REPORT.guarded("layer", time_layer, mode, kind, num_tokens, peak_tflops)
             torch.cuda.empty_cache()
-        if arguments.rows:
-            REPORT.guarded("profile", profile_layer, "full", max(arguments.tokens), arguments.rows)
     if arguments.only != "timings":
         REPORT.guarded("gradients", check_gradients, [77, 130, 64], "cuda")
     print_table()
+    REPORT.write(arguments.json)
 
 
 if __name__ == "__main__":

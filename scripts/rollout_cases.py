@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_train import load_policy, set_memory
+from random_policy import load_policy, num_tokens, random_prompts, set_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, micro_batches, pack  # noqa: E402
@@ -25,14 +25,8 @@ from models.gpt_oss import GptOss  # noqa: E402
 from models.kv_cache import PAGE_TOKENS, KVCache  # noqa: E402
 from models.routing_record import RoutingReplay  # noqa: E402
 
-MAX_TOKEN = 199_998  # control tokens start here
 MICRO_TOKENS = 16_384  # in a micro-batch; one longer sequence goes alone
-
-
-def random_prompts(policy: GptOss, lengths: list[int], *, seed: int) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(seed)
-    largest = min(policy.config.vocab_size, MAX_TOKEN)
-    return [Prompt(i, torch.randint(0, largest, (length,), generator=generator).tolist(), {}) for i, length in enumerate(lengths)]
+TRAINING_SHARE = 0.85  # of a GPU's memory
 
 
 def random_lengths(count: int, low: int, high: int, *, seed: int) -> list[int]:
@@ -43,7 +37,7 @@ def random_lengths(count: int, low: int, high: int, *, seed: int) -> list[int]:
 
 def random_stop_ids(policy: GptOss, mean_len: float, *, seed: int) -> list[int]:
     """So many ids that a policy that draws about uniformly, as one of random weights does, ends after mean_len tokens or so."""
-    vocab = min(policy.config.vocab_size, MAX_TOKEN)
+    vocab = num_tokens(policy)
     return random.Random(seed).sample(range(vocab), max(1, round(vocab / mean_len)))
 
 
@@ -68,7 +62,9 @@ def micro_log_probs(policy: GptOss, micro: RolloutBatch, routing: RoutingReplay 
 
 def compare_log_probs(policy: GptOss, completions: list[Completion], *, shares_prompts: bool,
                       replays: bool = False) -> dict[str, float]:
-    """The sampler's log-probs against the trainer's; with replays, of completions that recorded their routing."""
+    """The sampler's log-probs against the trainer's; with replays, of completions that recorded their routing. The trainer keeps
+    what fits into the GPU, however long the sequences are."""
+    set_memory(policy, training_gb())
     batch = pack(completions, [0.0] * len(completions)).to(policy.device)
     worst, num_differing, routings = 0.0, 0, []
     longest = max(completion.num_tokens for completion in completions)
@@ -84,6 +80,11 @@ def compare_log_probs(policy: GptOss, completions: list[Completion], *, shares_p
     return found
 
 
+def training_gb() -> float | None:
+    """What training may take, in 1e9 bytes; without a GPU there is no bound."""
+    return TRAINING_SHARE * torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else None
+
+
 def drawn(completion: Completion) -> tuple[list[int], list[float] | None]:
     return completion.completion_ids, completion.segments[1].log_probs
 
@@ -94,7 +95,6 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
     """Completions of random lengths through fewer rows: log-probs and routes against the trainer's, then some of them alone, all
     of them among large_batch, and all of them through a cache that holds a third of the longest rows, so that rows are preempted
     and resume."""
-    set_memory(policy, None)
     stop_ids = random_stop_ids(policy, 0.4 * max_new_tokens, seed=1)
     prompts = random_prompts(policy, random_lengths(large_batch, *prompt_lens, seed=2), seed=3)
 

@@ -37,7 +37,7 @@ def test_gradients_of_all_layers_are_compared_together(scripts):
 def test_assigned_experts_leave_one_idle_and_the_router_trainable(scripts):
     import bench_layer
 
-    model = bench_layer.random_model(bench_layer.small_config(), dtype=torch.float32, device="cpu")
+    model = bench_layer.random_model(bench_layer.small_config(), trains="full", dtype=torch.float32, device="cpu")
     bench_layer.assign_experts(model, 40)
     seen = []
     for block in model.model.layers:
@@ -81,3 +81,13 @@ def test_a_wrong_gradient_is_not_ok(scripts, monkeypatch):
     monkeypatch.setattr(bench_layer, "gradients", wrong)
     bench_layer.check_gradients([20], "elsewhere")
     assert {line["parameter"] for line in bench_layer.REPORT.lines if not line["ok"]} == {"model.norm.weight"}
+
+
+def test_a_layer_with_an_adapter_trains_it_alone_on_packed_experts(scripts):
+    import bench_layer
+    from bench_train import random_batch, train_step
+
+    model = bench_layer.random_model(bench_layer.small_config(), trains="lora", dtype=torch.float32, device="cpu")
+    assert model.expert_format.name == "mxfp4" and all("lora_" in name for name in model.trainable_parameters())
+    assert 0 < train_step(model, random_batch(model, 2, 20)).item() < 6  # nats; log 384 = 5.95
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.trainable_parameters().values())

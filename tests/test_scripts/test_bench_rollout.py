@@ -11,7 +11,7 @@ FOLDER = FIXTURES / "tiny_mxfp4"
 @pytest.fixture
 def policy(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench_train import load_policy
+    from random_policy import load_policy
 
     return load_policy(FOLDER, lora="all", rank=2, device="cpu", dtype=torch.float32)
 
@@ -31,11 +31,12 @@ def test_the_same_completions_come_alone_and_in_any_batch_with_the_trainers_log_
 
 def test_another_trainer_is_seen(policy, monkeypatch):
     import rollout_cases
+    from random_policy import random_prompts
 
     original = rollout_cases.micro_log_probs
     monkeypatch.setattr(rollout_cases, "micro_log_probs", lambda *arguments: original(*arguments) - 0.5)
     sampler = rollout_cases.Sampler(policy, [], max_batch=4, seed=0)
-    completions = sampler.generate(rollout_cases.random_prompts(policy, [5, 9], seed=0),
+    completions = sampler.generate(random_prompts(policy, [5, 9], seed=0),
                                    rollout_cases.SamplingParams(max_new_tokens=3), step=0, num_samples=2)
     found = rollout_cases.compare_log_probs(policy, completions, shares_prompts=True)
     assert found == {"max_log_prob_diff": pytest.approx(0.5, abs=1e-5), "num_differing": 12, "tokens": 12}
@@ -43,13 +44,16 @@ def test_another_trainer_is_seen(policy, monkeypatch):
 
 def test_prompts_longer_than_a_micro_batch_are_compared(policy, monkeypatch):
     import rollout_cases
+    from random_policy import random_prompts
 
     monkeypatch.setattr(rollout_cases, "MICRO_TOKENS", 8)
+    monkeypatch.setattr(rollout_cases, "training_gb", lambda: 1.5)
     sampler = rollout_cases.Sampler(policy, [], max_batch=2, seed=0)
-    completions = sampler.generate(rollout_cases.random_prompts(policy, [12, 20], seed=0),
+    completions = sampler.generate(random_prompts(policy, [12, 20], seed=0),
                                    rollout_cases.SamplingParams(max_new_tokens=3), step=0, num_samples=1)
     found = rollout_cases.compare_log_probs(policy, completions, shares_prompts=False)
     assert found["tokens"] == 6 and found["max_log_prob_diff"] < 1e-5
+    assert policy.memory.recomputes and policy.memory.memory_gb == 1.5  # a long sequence's activations need not all fit
 
 
 def test_a_step_is_timed_in_its_phases(policy):

@@ -24,7 +24,8 @@ def test_operations_per_token_of_the_20b_model(scripts):
 
 
 def test_a_step_gives_every_adapter_a_gradient(scripts):
-    from bench_train import load_policy, random_batch, train_step
+    from bench_train import random_batch, train_step
+    from random_policy import load_policy
 
     policy = load_policy(FIXTURES / "tiny_mxfp4", lora="all", rank=2, device="cpu", dtype=torch.float32)
     batch = random_batch(policy, 2, 12)
@@ -36,7 +37,7 @@ def test_a_step_gives_every_adapter_a_gradient(scripts):
 
 
 def test_idle_time_is_what_no_kernel_covers(scripts):
-    from profile_step import summarize
+    from bench_train import summarize
 
     def event(name, start, duration, category="kernel"):
         return {"name": name, "cat": category, "ts": start, "dur": duration}
@@ -49,13 +50,13 @@ def test_idle_time_is_what_no_kernel_covers(scripts):
 
 
 def test_the_timeline_holds_two_steps_and_nothing_of_the_warm_up(scripts, monkeypatch, tmp_path):
-    import profile_step
-    from bench_train import load_policy, random_batch
+    import bench_train
+    from random_policy import load_policy
 
     policy = load_policy(FIXTURES / "tiny_mxfp4", lora="all", rank=2, device="cpu", dtype=torch.float32)
-    steps, original = [], profile_step.train_step
-    monkeypatch.setattr(profile_step, "train_step", lambda *arguments: steps.append(1) or original(*arguments))
-    profile_step.record(policy, random_batch(policy, 2, 12), tmp_path / "trace.json")
+    steps, original = [], bench_train.train_step
+    monkeypatch.setattr(bench_train, "train_step", lambda *arguments: steps.append(1) or original(*arguments))
+    bench_train.record(policy, bench_train.random_batch(policy, 2, 12), tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert len(steps) == 5  # two to warm up, one that the profiler sees the start of
     names = [event["name"] for event in events if event["name"].startswith("ProfilerStep#") and event["ph"] == "X"]
