@@ -29,8 +29,7 @@ FACTORIALS = (sympy.factorial, sympy.factorial2, sympy.subfactorial, sympy.gamma
 NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w{1,9}\})|\^\{-1\})?'{0,3}(?:\([\w,]{0,20}\))?"
 NAMED = re.compile(
     r"(^|,|\\text\s?\{\s?(?:or|and)\s?\}|\bor\b|\band\b)\s*"
-    rf"(?:\([A-Za-z, ]{{1,20}}\)|\\text\s?\{{[^{{}}]*\}}|{NAME}(?:\s?[+-]\s?{NAME}){{0,4}})\s*="
-)
+    rf"(?:\([A-Za-z, ]{{1,20}}\)|\\text\s?\{{[^{{}}]*\}}|{NAME}(?:\s?[+-]\s?{NAME}){{0,4}})\s*=")
 PERCENT = re.compile(r"\s*\\?%\s*$")
 
 

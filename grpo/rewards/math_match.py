@@ -96,8 +96,7 @@ _HOSTILE = re.compile(
 )
 _FUNCTION_WORDS = "sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infty"
 _CLEANING = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
+    (re.compile(pattern), replacement) for pattern, replacement in (
         (r"\\[()\[\]]|(?<!\\)\$|\*\*(?=\s|$)|^\*\*|`", ""),
         (r"(?<=\d)(?:,?\\!\s?|\\[,:; ]|\{,\}|~|[\u00a0\u2009\u202f])(?=\d{3}(?:\D|$))|\\!", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -109,28 +108,12 @@ _CLEANING = [
         (r"\\?√\s?(?:\(([^()]{1,40})\)|(\w+))|\\sqrt\s?\(([^()]{1,40})\)", r"\\sqrt{\1\2\3}"),
         (r"\*\*\s?(?:\(([^()]{1,40})\)|(-?\w{1,40}))", r"^{\1\2}"),
         (r" {2,}", " "),
-        (r"^ |[ .]{1,9}$", ""),
-    )
-]
+        (r"^ |[ .]{1,9}$", ""))]
 _BRACKET = re.compile(r"[(\[]|\\\{")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_CHARACTERS = str.maketrans(
-    {
-        "\u2212": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": r"\div ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "∪": r"\cup ",
-        "²": "^{2}",
-        "³": "^{3}",
-        "½": r"\frac{1}{2}",
-        "°": r"^{\circ}",
-    }
-)
+_CHARACTERS = str.maketrans({
+    "\u2212": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
+    "∪": r"\cup ", "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}", "°": r"^{\circ}"})
 
 
 def _cleaned(text: str) -> str:

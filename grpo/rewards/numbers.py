@@ -84,8 +84,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a character
 _FRAC_PART = r"\s?(?:\{\s?([+-]?[\d,]{1,40}(?:\.\d{1,40})?)\s?\}|(\d))"
 _UNITS = "cm mm km kg mg ml mL ft yd lb oz hr Hz kW mi nm GB MB kB ms"
 _SPELLINGS: list[tuple[re.Pattern, object]] = [
-    (re.compile(pattern, re.ASCII), replacement)
-    for pattern, replacement in (
+    (re.compile(pattern, re.ASCII), replacement) for pattern, replacement in (
         ("\u2212", "-"),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|bf|rm|[lL]arge|huge)(?![A-Za-z])", ""),
         (r"\\(?:angle|measuredangle|triangle)(?![A-Za-z])", ""),
@@ -101,16 +100,11 @@ _SPELLINGS: list[tuple[re.Pattern, object]] = [
         (r"\\[()\[\]]|\$", " "),
         (r"\\(?:to|(?:long)?rightarrow|Rightarrow|implies|therefore)(?![A-Za-z])|[-=]{1,2}>|[→⇒∴]", " : "),
         (r"\\approx(?![A-Za-z])|≈|:=|\\equiv(?![A-Za-z])", "="),
-        (
-            r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|mbox|emph|underline)\s?"
-            r"\{((?:[^{}]|\{[^{}]*\})*)\}",
-            lambda match: f" {_LONE_LETTER.sub('unit', _UNIT_POWER.sub('', match[1]))} ",
-        ),
+        (r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|mbox|emph|underline)\s?"
+         r"\{((?:[^{}]|\{[^{}]*\})*)\}", lambda match: f" {_LONE_LETTER.sub('unit', _UNIT_POWER.sub('', match[1]))} "),
         (r"(?<![\w.,/])(\d{1,9}) (\d{1,9})/(\d{1,9})(?![\w/]|[.,]\d)", r"\1\\frac{\2}{\3}"),
-        (
-            rf"([+-]\s?)?(?:(?<![\w.,])(\d{{1,32}})\s?)?\\[dtc]?frac(?![A-Za-z]){_FRAC_PART}{_FRAC_PART}",
-            lambda match: _fraction(match),
-        ),
+        (rf"([+-]\s?)?(?:(?<![\w.,])(\d{{1,32}})\s?)?\\[dtc]?frac(?![A-Za-z]){_FRAC_PART}{_FRAC_PART}",
+         lambda match: _fraction(match)),
         (r"(?:\^\s?(?:\{\s?\\circ\s?\}|\\circ)|°|\\degree(?![A-Za-z]))(?:\s?[CF](?![A-Za-z]))?", " unit "),
         (r"[%€£¥]", " unit "),
         (rf"(?<=\d)(?=(?:{_UNITS.replace(' ', '|')})(?![A-Za-z]))", " "),
@@ -118,13 +112,8 @@ _SPELLINGS: list[tuple[re.Pattern, object]] = [
         (r"(?<=\d)\s?(?:\\times|\\cdot|×|\*)\s?10\s?\^\s?(?:\{\s?([+-]?\d{1,3})\s?\}|([+-]?\d))", r"e\1\2"),
         (r"(?<![\w)\]*])(\*{1,3})(?=[^\s*])([^*\n]*)\1(?![\w(*])", r" \2 "),  # Markdown
         (r"(^|=)\s{0,9}([+-])\s{0,9}(?=[.\d])", r"\1 \2"),
-        (
-            r"(?<![\d.,/])(\d[\d.,/]*\s{1,9}[A-Za-z]{2,}(?:[\s/.]{1,9}[A-Za-z]+){0,4})"
-            r"\s{0,9}(?:\^\s?(?:\{\s?-?[1-3]\s?\}|-?[1-3](?!\d))|[²³])",
-            r"\1",
-        ),
-    )
-]
+        (r"(?<![\d.,/])(\d[\d.,/]*\s{1,9}[A-Za-z]{2,}(?:[\s/.]{1,9}[A-Za-z]+){0,4})"
+         r"\s{0,9}(?:\^\s?(?:\{\s?-?[1-3]\s?\}|-?[1-3](?!\d))|[²³])", r"\1"))]
 _LONE_LETTER = re.compile(r"(?<![A-Za-z\\])(?![iek])[A-Za-z](?![A-Za-z])")  # an upright m is metres; e, i, k (1000) are not
 _UNIT_POWER = re.compile(r"(?<=[A-DF-Za-df-hj-z])\^(?:\{-?[1-9]\}|-?[1-9])")
 
@@ -152,24 +141,17 @@ def _fraction(match: re.Match) -> str:
 
 # Words that make another number of the one beside them.
 _FUNCTIONS = "sqrt root cbrt log ln lg exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh abs floor ceil mod pi"
-_BEFORE = frozenset(
-    (
-        f"{_FUNCTIONS} logarithm base sine cosine tangent square cube factorial plus minus negative times over half third "
-        "quarter twice double triple thrice sum product multiple multiples divided multiplied divisible raised power choose "
-        "reciprocal inverse opposite not never cannot than least most under above below except"
-    ).split()
-)
-_AFTER = frozenset(
-    (
-        f"{_FUNCTIONS} squared cubed factorial plus minus times over mod modulo choose hundred thousand million billion "
-        "trillion lakh crore dozen score hundreds thousands millions billions halves thirds quarters fourths fifths sixths "
-        "sevenths eighths ninths tenths hundredths thousandths to divided multiplied raised"
-    ).split()
-)
+_BEFORE = frozenset((
+    f"{_FUNCTIONS} logarithm base sine cosine tangent square cube factorial plus minus negative times over half third "
+    "quarter twice double triple thrice sum product multiple multiples divided multiplied divisible raised power choose "
+    "reciprocal inverse opposite not never cannot than least most under above below except").split())
+_AFTER = frozenset((
+    f"{_FUNCTIONS} squared cubed factorial plus minus times over mod modulo choose hundred thousand million billion "
+    "trillion lakh crore dozen score hundreds thousands millions billions halves thirds quarters fourths fifths sixths "
+    "sevenths eighths ninths tenths hundredths thousandths to divided multiplied raised").split())
 ALTERING_WORDS = (_BEFORE | _AFTER) - frozenset(_FUNCTIONS.split())
-_SHORT_WORDS = frozenset(  # words and units; others of two letters are products of variables
-    f"I is as by in so at on of if we it or an no he do us be up my me {_UNITS}".split()
-)
+# words and units; others of two letters are products of variables
+_SHORT_WORDS = frozenset(f"I is as by in so at on of if we it or an no he do us be up my me {_UNITS}".split())
 _NAME = r"\\?[A-Za-z]+(?:_(?:\w|\{\w{1,9}\}))?'{0,3}(?:\([\w,= ]{0,20}\))?"
 _LEFT_SIDE = re.compile(rf"(?<![\w\\}}')])({_NAME}(?:(?:\s[+-]\s|[+-]){_NAME}){{0,4}})\s{{0,9}}(?==)", re.ASCII)
 _RIGHT_SIDE = re.compile(rf"=\s{{0,9}}(?:{_NAME}\s*(?:$|[.,;:?\n])|[+-]?[.\d])", re.ASCII)
