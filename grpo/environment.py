@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,7 +53,7 @@ class Environment(Protocol):
 
 
 class OptionalMethods(Protocol):
-    """What an environment may have besides. Whoever wants one looks whether it is there."""
+    """What an environment may have besides. Whoever wants a method asks first whether it is there."""
 
     @staticmethod
     def build_tokenizer() -> Tokenizer:
@@ -93,16 +93,9 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps
     supplied = {"tokenizer": tokenizer, "seed": seed}
     if "total_steps" in keyword_parameters(make.func):
         supplied["total_steps"] = total_steps
-    try:
-        with protected(f"environment {node['_target_']}"):
-            return make(**supplied)
-    except (ValueError, UserCodeFault):
-        raise
-    except BaseException as error:
-        if is_users_interrupt(error):
-            raise
-        raise EnvironmentFault(f"environment {node['_target_']} cannot be built: {type(error).__name__}: {error} "
-                               f"({_place(error)}); correct its keywords under env, or its code") from error
+    with _named_faults(f"environment {node['_target_']}", "cannot be built:", passes=ValueError,
+                       advice="; correct its keywords under env, or its code"):
+        return make(**supplied)
 
 
 def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vocab_size: int) -> None:
@@ -132,19 +125,23 @@ def summary(env: Environment) -> str:
         return str(env.summary())
 
 
-@contextmanager
-def calling(env: Environment | type, method: str) -> Iterator[None]:
+def calling(env: Environment | type, method: str) -> AbstractContextManager[None]:
     """Around a call of the environment's `method`, with the process protected: what it raises becomes an EnvironmentFault that
     says where. Errors that already name function and row, or file and line, pass."""
+    return _named_faults(_name(env, method), "raised", passes=DataError)
+
+
+@contextmanager
+def _named_faults(who: str, what: str, *, passes: type[Exception], advice: str = "") -> Iterator[None]:
     try:
-        with protected(_name(env, method)):
+        with protected(who):
             yield
-    except (UserCodeFault, DataError):
+    except (UserCodeFault, passes):
         raise
-    except BaseException as error:  # noqa: BLE001 - the boundary to foreign code: SystemExit and others of no Exception too
+    except BaseException as error:  # the boundary to the user's code: SystemExit and others that are no Exception too
         if is_users_interrupt(error):
             raise
-        raise EnvironmentFault(f"{_name(env, method)} raised {type(error).__name__}: {error} ({_place(error)})") from error
+        raise EnvironmentFault(f"{who} {what} {type(error).__name__}: {error} ({_place(error)}){advice}") from error
 
 
 def _name(env: Environment | type, method: str) -> str:

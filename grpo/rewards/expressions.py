@@ -19,7 +19,7 @@ from latex2sympy2_extended import is_expr_of_only_symbols
 from math_verify import LatexExtractionConfig, parse, verify
 
 CPU_LIMIT = 0.5  # seconds for one item; of the process, so that a busy machine changes no verdict
-LAST_CPU_LIMIT = 1.0  # after which SIGVTALRM ends a process that cannot even look at the time, inside one call into C
+LAST_CPU_LIMIT = 1.0  # seconds, then SIGVTALRM ends the process: inside one call into C it does not see the first limit
 MEMORY_LIMIT = 4 << 30  # bytes of address space
 MAX_BITS = 20_000  # of the numbers that computing an expression would make
 MAX_TERMS = 500  # of a power of a sum, multiplied out

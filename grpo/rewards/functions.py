@@ -52,7 +52,7 @@ def load_function(path: str, *, key: str) -> Callable:
         raise ValueError(f"{key}={path!r}: expected package.module:function, package.module.function or file.py:function")
     try:
         module = _import_file(Path(module_name).expanduser()) if module_name.endswith(".py") else import_user_code(module_name)
-    except Exception as error:  # noqa: BLE001 - the boundary to foreign code
+    except Exception as error:  # the boundary to the user's code
         raise ValueError(f"{key}={path!r}: cannot import {module_name}: {describe_error(error)}") from error
     function = module
     for name in names:  # getattr, and not the module's dict: modules may make their attributes when they are asked for

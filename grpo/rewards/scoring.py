@@ -20,11 +20,11 @@ from grpo.rewards.functions import Result, Reward, RewardError, load_reward
 from grpo.rewards.values import shorten
 from grpo.rewards.workers import WorkerError, Workers
 
-WINDOW = 1000  # latest results of a function that its error rate is taken over
-CALLS = 16  # between two looks at the error rate
-PATIENCE = 0.25  # of the time limit: calls that hang keep others waiting no longer
-FEWEST = 100  # results it is taken over at least, where there are fewer: a first error is no rate of 1
-FEWEST_CALLS = 3  # that must have failed, where errors are allowed: one of a batch function costs many results
+WINDOW = 1000  # results of a function, the latest, that its error rate is taken over
+FEWEST = 100  # results that count at least, so that a first error is no rate of 1
+FEWEST_CALLS = 3  # calls that must have failed, where errors are allowed: one of a batch function costs many results
+CALLS = 16  # calls between two checks of the error rate
+PATIENCE = 0.25  # share of the time limit after which calls that hang keep others waiting no longer
 
 
 class Scorer:

@@ -48,7 +48,7 @@ class UserCodeFault(Exception):  # no RuntimeError, which contextlib takes for i
 
 @contextmanager
 def protected(who: str) -> Iterator[None]:
-    """Around foreign code: the process goes on as it was. A child forked inside never leaves the block: it ends here.
+    """Around the user's code: the process goes on as it was. A child forked inside never leaves the block: it ends here.
 
     Raises UserCodeFault naming `who` for a change that cannot be put back."""
     pid, raised = os.getpid(), None
@@ -68,7 +68,7 @@ def protected(who: str) -> Iterator[None]:
                     if read() == value:
                         continue
                 write(value)
-            except Exception as error:  # noqa: BLE001 - whatever a setter raises, the state is not what it was
+            except Exception as error:  # whatever a setter raises, the state is not what it was
                 if not isinstance(raised, UserCodeFault):  # which names a function that this one called
                     raise UserCodeFault(f"{who} changed the {name} of this process, which cannot be put back ({error}); "
                                      "let it leave that alone, or do it in a process of its own") from error
@@ -202,7 +202,7 @@ def call_user_code(who: str, call: Callable[[], object]) -> object:
             return call()
     except UserCodeFault:
         raise
-    except BaseException as error:  # noqa: BLE001 - the boundary to foreign code: SystemExit and others of no Exception too
+    except BaseException as error:  # the boundary to the user's code: SystemExit and others that are no Exception too
         if is_users_interrupt(error):
             raise
         return error
@@ -243,7 +243,7 @@ class EventLoop:
             try:
                 self._loop.run_forever()
                 is_stopped = True
-            except (SystemExit, KeyboardInterrupt):  # of a task that foreign code started: whoever awaits it sees it
+            except (SystemExit, KeyboardInterrupt):  # of a task that the user's code started: whoever awaits it sees it
                 pass
 
     def run(self, awaitables: list[Awaitable]) -> list[object]:
@@ -253,7 +253,7 @@ class EventLoop:
             raised = None
             try:
                 outcome = await awaitable
-            except BaseException as error:  # noqa: BLE001 - the boundary to foreign code
+            except BaseException as error:  # the boundary to the user's code
                 outcome = raised = error
             if os.getpid() != self._pid:
                 _end_child(raised)

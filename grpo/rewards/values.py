@@ -1,4 +1,4 @@
-"""What comes back from foreign code, made into what this program works with: finite floats, and entries for the log."""
+"""What comes back from the user's code, made into what this program works with: finite floats, and entries for the log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def to_number(value: object) -> tuple[float | None, str | None]:
         return None, f"a {type(value).__name__} ({shorten(value)}); expected a number, bool or None"
     try:
         number = float(value.item() if hasattr(value, "item") else value)  # arrays and tensors of one value, of any shape
-    except Exception as error:  # noqa: BLE001 - foreign classes: complex-like, huge integers, tensors of many values
+    except Exception as error:  # of any class: complex-like, huge integers, tensors of many values
         return None, f"{shorten(value)}, which is no number: {error}"
     if not math.isfinite(number):
         return None, f"{number}, which is not finite"
@@ -34,8 +34,8 @@ def to_number(value: object) -> tuple[float | None, str | None]:
 def loggable(value: object) -> object:
     """The value if JSON can hold it, else its text: the log of completions is JSON."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))  # a copy: foreign code may change its own later
-    except Exception:  # noqa: BLE001 - foreign classes; nesting without end
+        return json.loads(json.dumps(value, allow_nan=False))  # a copy: whose code may change its own later
+    except Exception:  # of any class; nesting without end
         return _text(value)[:500]
 
 
@@ -45,7 +45,7 @@ def describe_error(error: BaseException) -> str:
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     try:
         text = " ".join(str(error).split())[:300]
-    except Exception:  # noqa: BLE001 - a foreign class's __str__
+    except Exception:  # of any class's __str__
         text = "(its text cannot be made)"
     return f"{type(error).__name__}: {text}{place}"
 
@@ -59,5 +59,5 @@ def shorten(value: object, length: int = 60) -> str:
 def _text(value: object) -> str:
     try:
         return value if isinstance(value, str) else repr(value)
-    except Exception as error:  # noqa: BLE001 - a foreign class's __repr__
+    except Exception as error:  # of any class's __repr__
         return f"<{type(value).__name__} without repr: {type(error).__name__}>"

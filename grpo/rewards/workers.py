@@ -119,7 +119,7 @@ class Workers:
     def _hand_out(self, worker: _Worker, index: int, items: list, outcomes: list) -> None:
         try:
             message = pickle.dumps(items[index])
-        except Exception as error:  # noqa: BLE001 - pickling calls the classes of the item
+        except Exception as error:  # pickling calls the classes of the item
             outcomes[index] = Outcome(error=f"cannot be sent to a worker: {type(error).__name__}: {error}")
             return
         worker.item, worker.deadline = index, time.monotonic() + self.timeout
@@ -152,7 +152,7 @@ class Workers:
     def _note(self, worker: _Worker, message: bytes, outcomes: list) -> None:
         try:
             value, error = pickle.loads(message)
-        except Exception as problem:  # noqa: BLE001 - a class that only the worker can import, say
+        except Exception as problem:  # a class that only the worker can import, say
             value, error = None, f"returned a value that cannot be read here: {type(problem).__name__}: {problem}"
         if worker.is_ready:
             outcomes[worker.item] = Outcome(value, error)
@@ -234,7 +234,7 @@ def serve(fd: int, parent: int, function: str, setup: str | None) -> None:
     def attempt(call: Callable[[object], object], message: bytes) -> bytes:
         try:
             return pickle.dumps((call(pickle.loads(message)), None))
-        except BaseException as error:  # noqa: BLE001 - the boundary to foreign code
+        except BaseException as error:  # the boundary to the user's code
             return pickle.dumps((None, describe_error(error)))
 
     connection.send_bytes(attempt(start, connection.recv_bytes()))
