@@ -26,8 +26,9 @@ from grpo.config import ConfigError, EvaluateConfig
 from grpo.configuration.launch import launch
 from grpo.environment import Environment, Score, held_out_prompts, make_environment, score
 from grpo.groups import length_metrics, reward_metrics
-from grpo.record.console import PROGRESS_SECONDS, clean, print_error, progress_counter, with_interval
-from grpo.record.plots import is_interval
+from grpo.record.console import PROGRESS_SECONDS, progress_counter
+from grpo.record.summary import is_interval
+from grpo.record.text import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure

@@ -72,7 +72,7 @@ from grpo.configuration.sweeps import (
 )
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.configuration.validate import validate, validate_inference
-from grpo.record.console import print_error
+from grpo.record.text import print_error
 from grpo.run.signals import hold_standard_streams
 
 _GRPO = Path(__file__).resolve().parent.parent

@@ -23,9 +23,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from grpo.config import ConfigError, EvalConfig
 from grpo.configuration.command_line import as_typed, quoted
 from grpo.configuration.suggestions import near
-from grpo.record.plots import headline_first
 from grpo.record.run_table import sweep_summary
-from grpo.report import SUMMARY_FILE, read_summary
+from grpo.record.summary import SUMMARY_FILE, headline_first, read_summary
 
 MAX_CHECKED = 100  # jobs of a sweep that are composed before the first one starts
 # exit codes

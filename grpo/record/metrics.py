@@ -13,10 +13,7 @@ Keys of a completion that the console, the report and the final samples use: `pr
 and `split` ("train" or "eval"); any other key is recorded as it is.
 """
 
-import itertools
 import json
-import math
-import os
 import resource
 import shlex
 import time
@@ -27,18 +24,18 @@ import torch
 
 from grpo.config import WandbConfig, shown
 from grpo.record.console import Display, final_renderables
-from grpo.record.wandb_run import WandbRun
-from grpo.report import (
+from grpo.record.jsonl import JsonlFile, json_safe
+from grpo.record.summary import (
     COMPLETIONS_FILE,
     METRICS_FILE,
     SUMMARY_FILE,
     before_after_samples,
-    parse_record,
     read_metrics,
     summarize,
-    write_report,
 )
-from models.formats.atomic import new_file, write_text
+from grpo.record.wandb_run import WandbRun
+from grpo.report import write_report
+from models.formats.atomic import write_text
 
 
 class Metrics:
@@ -49,7 +46,6 @@ class Metrics:
         wandb: its mode, project, entity, group and tags.
         config: the resolved configuration as plain containers; shown in the report, kept in summary.json and by wandb.
         total_steps: GRPO steps of the whole run.
-        is_resumed_from_step: the finished steps of the checkpoint a run goes on from; 0 for a new run.
         wandb_id: the wandb run to go on with, from that checkpoint; None starts a new one.
         provenance: command, commit, versions and device, for summary.json.
         console: False prints nothing.
@@ -63,7 +59,6 @@ class Metrics:
         config: dict,
         run_name: str,
         total_steps: int,
-        is_resumed_from_step: int = 0,
         wandb_id: str | None = None,
         provenance: dict | None = None,
         console: bool = True,
@@ -77,15 +72,13 @@ class Metrics:
         self.display = Display(run_name, total_steps, is_enabled=console)
         self.summary: dict | None = None
         self.wandb = WandbRun(
-            self.run_dir, wandb, config=_json_safe(config), run_name=run_name, wandb_id=wandb_id, warn=self.display.print
+            self.run_dir, wandb, config=json_safe(config), run_name=run_name, wandb_id=wandb_id, warn=self.display.print
         )
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
         self._eval_names: dict[int, set[str]] = {}
-        self._metrics_file = _JsonlFile(self.run_dir / METRICS_FILE)
-        self._completions_file = _JsonlFile(self.run_dir / COMPLETIONS_FILE)
-        if is_resumed_from_step:
-            self.truncate_after(is_resumed_from_step)
+        self._metrics_file = JsonlFile(self.run_dir / METRICS_FILE)
+        self._completions_file = JsonlFile(self.run_dir / COMPLETIONS_FILE)
 
     @property
     def wandb_id(self) -> str | None:
@@ -153,7 +146,7 @@ class Metrics:
         rows = [{"step": step, **completion} for completion in completions]
         self._completions_file.append(rows)
         self.display.completion(step, completions[0])
-        self.wandb.log_table(step, _json_safe(rows))
+        self.wandb.log_table(step, json_safe(rows))
 
     def set_status(self, status: str) -> None:
         """Shows on the live display what the run is doing within a step, as "rollout" or "saving"."""
@@ -196,7 +189,7 @@ class Metrics:
             run_name=self.run_name,
             exit_reason=exit_reason,
             total_steps=self.total_steps,
-            config=_json_safe(self.config),
+            config=json_safe(self.config),
         )
         self.summary["peak_host_memory_gb"] = peak_memory_gb(torch.device("cpu"))
         self.summary |= {"wandb_id": self.wandb_id, **self.provenance}
@@ -230,77 +223,6 @@ class Metrics:
             show("", "next:", *(f"  {command}" for command in next_commands))
 
 
-class _JsonlFile:
-    """A file of JSON lines in the order of their `step`, each on its way to the disk when `append` returns. Lines of others
-    stay where they are."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor: int | None = None
-
-    def _open(self) -> int:
-        if self._descriptor is not None and self._was_replaced():
-            self.close()
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        return self._descriptor
-
-    def _was_replaced(self) -> bool:
-        """Whether an editor put another file in the place of the open one, or somebody deleted it."""
-        try:
-            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        except OSError:
-            return self.path.parent.is_dir()  # a folder that was moved away has the open file
-
-    def append(self, rows: list[dict]) -> None:
-        lines = [json.dumps(_json_safe(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
-        data = "".join(lines).encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
-        descriptor = self._open()
-        end = os.fstat(descriptor).st_size
-        if end > 0 and os.pread(descriptor, 1, end - 1) != b"\n":  # a line of others must not swallow ours
-            data = b"\n" + data
-        try:
-            while data:
-                data = data[os.write(descriptor, data) :]
-        except OSError as error:
-            hint = "free space, then go on with resume=true"
-            raise OSError(error.errno, f"cannot write ({error.strerror}): {hint}", str(self.path)) from error
-
-    def truncate_after(self, step: int) -> None:
-        """Takes out the records of later steps, and a last line that a kill cut short, into a file of their own beside it."""
-        if not self.path.exists():
-            return
-        self.close()
-        with self.path.open("rb") as file:
-            lines = file.readlines()
-        is_cut = [not line.endswith(b"\n") or _step_of(line) > step for line in lines]
-        if not any(is_cut):
-            return
-        beside = next(path for path in (Path(f"{self.path}.cut-{number}") for number in itertools.count(1))
-                      if not os.path.lexists(path))
-        beside.write_bytes(b"".join(itertools.compress(lines, is_cut)))
-        first = is_cut.index(True)
-        if all(is_cut[first:]):
-            os.truncate(self.path, sum(map(len, lines[:first])))
-        else:
-            with new_file(self.path.resolve()) as partial:
-                partial.write_bytes(b"".join(line for line, cut in zip(lines, is_cut) if not cut))
-
-    def sync(self) -> None:
-        os.fsync(self._open())
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _step_of(line: bytes) -> int:
-    """The step of a record; for lines that are none, before all steps."""
-    record = parse_record(line)
-    return -1 if record is None else record["step"]
-
-
 def _plain_number(value: object, name: str) -> float | int:
     """Returns a Python number for Python, numpy and one-element torch numbers."""
     if isinstance(value, int):
@@ -317,19 +239,6 @@ def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     return {
         name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()
     }
-
-
-def _json_safe(value: object) -> object:
-    """Returns a copy that JSON can hold: non-finite numbers become None, unknown objects their text."""
-    if isinstance(value, dict):
-        return {str(key): _json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    return str(value)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -10,8 +10,7 @@ import math
 import statistics
 from pathlib import Path
 
-from grpo.record.plots import headline, headline_first, is_lower_better
-from grpo.report import METRICS_FILE, SUMMARY_FILE, read_summary
+from grpo.record.summary import METRICS_FILE, SUMMARY_FILE, headline, headline_first, is_lower_better, read_summary
 from models.formats.atomic import write_text
 
 MAX_KEYS = 5  # columns of a table for keys of the config, unless others are asked for

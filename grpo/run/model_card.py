@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from grpo.config import Train, TrainConfig, to_dict
-from grpo.report import read_metrics
+from grpo.record.summary import read_metrics
 from models.lora import LoraConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

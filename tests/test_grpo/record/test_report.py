@@ -8,10 +8,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from grpo.config import WandbConfig
-from grpo.record.metrics import Metrics
+from made_up_run import make_metrics
+
 from grpo.record.plots import plots
-from grpo.report import before_after_samples, main, question_of, read_metrics, rebuild_report, summarize
+from grpo.record.summary import before_after_samples, question_of, read_metrics, summarize
+from grpo.report import main, rebuild_report
 
 HOSTILE = "<script>alert('x')</script> </pre> & \"quoted\""
 # Every greedy value, with its best in the middle; the loss falls; a value is missing at one step.
@@ -87,14 +88,7 @@ def test_the_earliest_of_equal_bests_is_named(tmp_path):
 
 
 def test_a_run_without_any_line_has_a_summary_and_a_report(tmp_path):
-    metrics = Metrics(
-        tmp_path,
-        wandb=WandbConfig(mode="disabled", project="p"),
-        config={},
-        run_name="empty",
-        total_steps=5,
-        console=False,
-    )
+    metrics = make_metrics(tmp_path)
     summary = metrics.finish("out of memory")
     assert (summary["steps"], summary["eval"], summary["peak_memory_gb"]) == (0, {}, None)
     assert "out of memory" in Page((tmp_path / "report.html").read_text()).text
@@ -103,7 +97,7 @@ def test_a_run_without_any_line_has_a_summary_and_a_report(tmp_path):
 
 
 def test_a_report_that_fails_is_a_warning_and_the_summary_stays(tmp_path, capsys):
-    metrics = Metrics(tmp_path, wandb=WandbConfig(mode="disabled", project="p"), config={}, run_name="r", total_steps=5)
+    metrics = make_metrics(tmp_path, console=True)
     metrics.log(1, {"reward": 1.0})
     (tmp_path / "report.html.tmp").mkdir()
     metrics.finish("finished")

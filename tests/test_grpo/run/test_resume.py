@@ -66,7 +66,7 @@ PHASES = {
     "rollout": ("models.gpt_oss", "module.GptOss", "decode_hidden", False, (3, 30)),
     "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
-    "logging": ("grpo.record.metrics", "module._JsonlFile", "append", True, (1, 5)),
+    "logging": ("grpo.record.jsonl", "module.JsonlFile", "append", True, (1, 5)),
     "writing a checkpoint": ("models.formats.atomic", "module", "sync", False, (1, 5)),
     "publishing a checkpoint": ("models.formats.atomic", "module", "_exchange", False, (2, 2)),
     "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),

@@ -1,0 +1,56 @@
+"""Numbers, durations and texts as a person reads them on a terminal, made safe to print.
+
+Model output is untrusted: every text that reaches the terminal goes through `clean`.
+"""
+
+import contextlib
+import math
+import sys
+
+
+def clean(text: str, encoding: str) -> str:
+    """Returns `text` safe to print: control and direction-changing characters become visible escapes, characters that
+    `encoding` lacks become `?`. Newlines stay."""
+    text = text if encoding.lower().startswith("utf") else text.replace("±", "+-")
+    visible = "".join(char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in text)
+    return visible.encode(encoding, "replace").decode(encoding)
+
+
+def print_error(label: str, message: str) -> None:
+    """Prints `label: message` to stderr: the way out for every failure, whose text may come from data, graders or paths."""
+    with contextlib.suppress(OSError, ValueError):  # a closed terminal or stream must not change how the program ends
+        print(clean(f"{label}: {message}", sys.stderr.encoding or "utf-8"), file=sys.stderr, flush=True)
+
+
+def one_line(text: str, limit: int) -> str:
+    """Returns `text` on one line of at most `limit` characters: newlines shown as `\\n`, the middle cut out."""
+    flat = text.replace("\n", "\\n")
+    if len(flat) <= limit:
+        return flat
+    tail = limit // 3
+    return f"{flat[: limit - tail - 5]} ... {flat[len(flat) - tail :]}"
+
+
+def format_number(value: float) -> str:
+    """Returns three or four significant digits, in the notation people read fastest at that size."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if 0 < size < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 100 else f"{value:,.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns `h:mm:ss`, or `m:ss` below one hour; `?` when it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def with_interval(metrics: dict[str, float], name: str) -> str:
+    """Returns the value with half the width of its 95 % interval where that was logged."""
+    width = f" ± {format_number(metrics[name + '/ci95'])}" if f"{name}/ci95" in metrics else ""
+    return format_number(metrics[name]) + width
