@@ -88,6 +88,7 @@ class GptOss(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, FORMATS[experts]
         self.activation_checkpointing = activation_checkpointing
+        self.adapter = None  # the LoraConfig of models/lora.py that is attached
         self.memory = MemoryBudget(config, recomputes=activation_checkpointing, memory_gb=memory_gb, host_gb=host_gb)
         # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
         self.inv_freq = inverse_frequencies(config, torch.device("cpu"))

@@ -65,8 +65,9 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
 
     Raises ValueError for a target that matches nothing or a model that already carries an adapter."""
     _check(config)
-    if any("lora_" in name for name, _ in model.named_parameters()):
+    if model.adapter is not None:
         raise ValueError("attach_lora: the model already carries an adapter")
+    model.adapter = config
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start on any device
     for block in model.model.layers:
         dense = {name: getattr(block.self_attn, name) for name in TARGETS[:4]} | {"router": block.mlp.router}

@@ -30,7 +30,7 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.formats.files import CheckpointError, list_file  # noqa: E402
 from models.formats.hugging_face import load_model  # noqa: E402
-from models.formats.peft import attached_config, load_adapter, peft_tensors  # noqa: E402
+from models.formats.peft import load_adapter, peft_tensors  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 
 PEFT_PREFIX = "base_model."
@@ -167,8 +167,7 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     wanted = {name.removeprefix("grad."): tensor for name, tensor in golden.items() if name.startswith("grad.")}
     parameters = dict(model.named_parameters())
     base = {name: parameter for name, parameter in parameters.items() if name in wanted}
-    config = attached_config(model)
-    has_adapter = config is not None and any(name.startswith(PEFT_PREFIX) for name in wanted)
+    has_adapter = model.adapter is not None and any(name.startswith(PEFT_PREFIX) for name in wanted)
     if not base and not has_adapter:
         return {}
     for parameter in base.values():
@@ -178,7 +177,7 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     objective = total.item()
     ours = {name: parameter.grad for name, parameter in base.items()}
     if has_adapter:
-        ours |= peft_tensors(model, config.targets, read=lambda parameter: parameter.grad)
+        ours |= peft_tensors(model, model.adapter.targets, read=lambda parameter: parameter.grad)
     compared = {name: max_abs(ours[name], tensor) / max(tensor.abs().max().item(), 1e-30)
                 for name, tensor in wanted.items() if name in ours}
     worst = max(compared, key=compared.get)

@@ -28,7 +28,7 @@ from grpo.run.model_card import Origin  # noqa: E402
 from grpo.run.policy import load_run_policy  # noqa: E402
 from models.formats.files import checkpoint_folder  # noqa: E402
 from models.formats.hugging_face import load_model  # noqa: E402
-from models.formats.peft import attached_config, load_adapter  # noqa: E402
+from models.formats.peft import load_adapter  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
 
 
@@ -61,7 +61,7 @@ def export(arguments: argparse.Namespace) -> str:
     if arguments.layout == "original" and arguments.dtype != "bfloat16":
         raise ValueError("--layout original is bfloat16: leave --dtype out")
     model, origin = load_source(arguments, dtype)
-    has_adapter = (config := attached_config(model)) is not None and bool(config.targets)
+    has_adapter = model.adapter is not None and bool(model.adapter.targets)
     if arguments.merge and not has_adapter:
         raise ValueError("--merge: there is no adapter to merge; leave it out")
     if has_adapter and not arguments.merge:

@@ -11,14 +11,14 @@ import torch
 
 from grpo.run.model_card import Origin, model_card
 from models.formats.hugging_face import keeps_expert_adapter, save_model, save_original, tokenizer_files, written_format
-from models.formats.peft import attached_config, save_adapter
+from models.formats.peft import save_adapter
 from models.gpt_oss import GptOss
 
 
 def write_adapter(policy: GptOss, folder: Path, origin: Origin) -> str:
     """Writes the policy's adapter and returns in words what the folder holds and what it leaves out."""
     files, left_out = _files_beside(origin)
-    config = attached_config(policy)
+    config = policy.adapter
     if config.train_norms or config.train_sinks:
         left_out.append("trained norms and sinks (in trained_weights.safetensors, which PEFT and vLLM do not read; a merged "
                         "export holds them)")
@@ -37,7 +37,7 @@ def write_model(policy: GptOss, folder: Path, origin: Origin, *, merge_lora: boo
     files, left_out = _files_beside(origin)
     if merge_lora and keeps_expert_adapter(policy, experts):
         left_out.append("the experts' adapter (in expert_adapter/, for PEFT on top of this model; --experts bf16 merges it)")
-    files["README.md"] = model_card(origin, attached_config(policy), left_out, is_adapter=False, is_merged=merge_lora)
+    files["README.md"] = model_card(origin, policy.adapter, left_out, is_adapter=False, is_merged=merge_lora)
     save_model(policy, folder, merge_lora=merge_lora, experts=experts, dtype=dtype, max_shard_bytes=max_shard_bytes,
                beside=files, name=origin.name)
     return _in_words("a model in Hugging Face layout", left_out)
@@ -47,7 +47,7 @@ def write_original(policy: GptOss, folder: Path, origin: Origin, *, merge_lora: 
                    max_shard_bytes: float) -> str:
     """Writes the whole model in OpenAI's original layout; returns the same."""
     left_out = ["tokenizer and generation settings (that layout has none)"]
-    card = model_card(origin, attached_config(policy), left_out, is_adapter=False, is_merged=merge_lora)
+    card = model_card(origin, policy.adapter, left_out, is_adapter=False, is_merged=merge_lora)
     save_original(policy, folder, merge_lora=merge_lora, experts=experts, max_shard_bytes=max_shard_bytes,
                   beside={"README.md": card})
     dense = "" if written_format(policy, experts).is_packed else " (dense experts: OpenAI's own loader reads packed ones only)"

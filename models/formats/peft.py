@@ -58,23 +58,6 @@ _KEY = re.compile(
 )
 
 
-def attached_config(model: GptOss) -> LoraConfig | None:
-    """The adapter a model carries, read off its tensors; None without one and without trainable norms or sinks."""
-    block = model.model.layers[0]
-    modules = {name: getattr(block.self_attn, name) for name in ATTENTION} | {"router": block.mlp.router}
-    found = {name: (module.lora_A, module.lora_scale) for name, module in modules.items() if module.lora_A is not None}
-    if block.mlp.experts.gate_up_proj_lora_A is not None:
-        found["experts"] = (block.mlp.experts.gate_up_proj_lora_A, block.mlp.experts.lora_scale)
-    train_sinks, train_norms = block.self_attn.sinks.requires_grad, block.input_layernorm.weight.requires_grad
-    if not found and not train_sinks and not train_norms:
-        return None
-    lora_A, scale = next(iter(found.values())) if found else (torch.empty(1, 1), 1.0)
-    rank = lora_A.shape[-2]
-    return LoraConfig(
-        rank=rank, alpha=round(scale * rank, 9), targets=list(found), train_sinks=train_sinks, train_norms=train_norms
-    )
-
-
 def has_expert_adapter(model: GptOss, name: str | None = None) -> bool:
     """Whether an adapter changes any expert weight, or the one of Hugging Face name `name`; B = 0 changes nothing."""
     return any(
@@ -115,7 +98,7 @@ def save_adapter(
     out. beside: more files of the folder by name, copies of others or text. Raises ValueError for a model without an
     adapter and CheckpointError where the folder cannot be written.
     """
-    config = attached_config(model)
+    config = model.adapter
     if config is None:
         raise ValueError("save_adapter: the model carries no adapter")
     if only_experts:
@@ -152,7 +135,7 @@ def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
         "use_dora": False,
         "use_rslora": False,
         "modules_to_save": None,
-        "target_modules": [name for name in config.targets if name in ATTENTION],
+        "target_modules": [name for name in ATTENTION if name in config.targets],
         "target_parameters": parameters or None,
     }
 
@@ -302,11 +285,10 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
             f"{shortened(foreign)}; wrong shape: {shortened(misshapen)}. The base has {len(model.model.layers)} layers; adapters "
             "are read on q_proj, k_proj, v_proj, o_proj, router and experts, by target_modules and target_parameters"
         )
-    held = attached_config(model)
-    if held is None:
+    if model.adapter is None:
         attach_lora(model, wanted, seed=0)
     else:
-        _check_same(folder, held, wanted)
+        _check_same(folder, model.adapter, wanted)
     _fill(model, settings, pairs, wanted)
     if absent := _left_out(pairs, model):
         warnings.warn(f"{folder}: holds nothing for {'; '.join(absent)}: there the adapter starts without effect", stacklevel=2)

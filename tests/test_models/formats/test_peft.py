@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from models.formats.files import CheckpointError
 from models.formats.hugging_face import load_model
 from models.formats.peft import (
-    attached_config,
     load_adapter,
     merged_weight,
     peft_tensors,
@@ -142,7 +141,7 @@ def test_router_norms_and_sinks_come_back(tmp_path):
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     assert (logits_of(base_model(), ids) - logits_of(model, ids)).abs().max() > 0.1
     assert again.trainable_parameters().keys() == model.trainable_parameters().keys()
-    assert attached_config(again) == config
+    assert again.adapter == config
 
 
 def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank(tmp_path):
