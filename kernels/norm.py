@@ -164,27 +164,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(grad.shape), grad_weight, None, None
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        weight = weight.contiguous()
-        y, total, inv_rms = norm_forward(_rows(x), _rows(residual), weight, eps, x.dtype)
-        ctx.save_for_backward(total, weight, inv_rms)
-        ctx.dtype = x.dtype
-        ctx.set_materialize_grads(False)
-        return y.view(x.shape), total.view(x.shape)
-
-    @staticmethod
-    def backward(ctx, grad, grad_total):
-        if grad is None:  # only the sum was used
-            return grad_total.to(ctx.dtype), grad_total, None, None
-        rows, weight, inv_rms = ctx.saved_tensors
-        grad_x, grad_weight = norm_backward(_rows(grad), _rows(grad_total) if grad_total is not None else None, rows,
-                                            weight, inv_rms, ctx.needs_input_grad[2])
-        grad_x = grad_x.view(grad.shape)
-        return grad_x.to(ctx.dtype), grad_x, grad_weight, None
-
-
 def _check(tensors: dict[str, torch.Tensor]) -> None:
     check_served("rms_norm", tensors, dtypes=DTYPES, tensor_cores=False)
     x, weight = tensors["x"], tensors["weight"]
@@ -205,10 +184,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *, eps: float, dtype: torch.
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *,
                  eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds x to the residual stream and normalises the sum: x [..., D], residual [..., D] in x's dtype or fp32, weight [D].
-    Returns rms_norm(residual + x) in x's dtype and residual + x in the residual's."""
+    Returns rms_norm(residual + x) in x's dtype and residual + x in the residual's. On a GPU without gradient (norm_backward)."""
     assert x.shape == residual.shape, f"x {x.shape} and residual {residual.shape} differ"
     assert residual.dtype in (x.dtype, torch.float32), f"residual {residual.dtype} beside x {x.dtype}: x's dtype or float32"
     if not is_triton(x):
         return add_rms_norm_reference(x, residual, weight, eps)
     _check({"x": x, "residual": residual, "weight": weight})
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+    y, total, _ = norm_forward(_rows(x), _rows(residual), weight.contiguous(), eps, x.dtype)
+    return y.view(x.shape), total.view(x.shape)

@@ -62,8 +62,8 @@ def _router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, s
 @triton.jit
 def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_weight, NUM_EXPERTS: tl.constexpr,
                         WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-                        PRECISION: tl.constexpr, ADDS: tl.constexpr):
-    """dx = dlogits W, or dx += dlogits W. The gradient keeps its fp32 bits: PRECISION is that of an fp32 product."""
+                        PRECISION: tl.constexpr):
+    """dx += dlogits W, where dlogits keeps its fp32 bits: PRECISION is that of an fp32 product."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token, is_col = tokens < num_tokens, cols < WIDTH
@@ -77,8 +77,7 @@ def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_wei
                          mask=is_expert[:, None] & is_col[None, :], other=0.0).to(tl.float32)
         grad_x = tl.dot(grad, weight, grad_x, input_precision=PRECISION)
     pointers, mask = grad_x_ptr + tokens[:, None] * WIDTH + cols[None, :], is_token[:, None] & is_col[None, :]
-    if ADDS:
-        grad_x += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    grad_x += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     tl.store(pointers, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -115,44 +114,20 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     return logits
 
 
-def router_backward(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, adds: bool) -> torch.Tensor:
-    """dx [T, D] of logits' gradient [T, E] fp32, written to `out` or, with adds, added to it; rounded once either way. By the
-    kernel, or in fp32 by the library."""
-    if product_path(out) == "library":
-        grad_x = grad @ weight.float()
-        return out.copy_(grad_x.add_(out) if adds else grad_x)
+def router_backward(grad: torch.Tensor, weight: torch.Tensor, grad_x: torch.Tensor) -> None:
+    """Adds dx [T, D], from the logits' gradient [T, E] fp32, to grad_x, which is rounded once. By the kernel, or in fp32 by the
+    library."""
+    if product_path(grad_x) == "library":
+        grad_x.copy_((grad @ weight.float()).add_(grad_x))
+        return
     num_tokens, num_experts, width = grad.shape[0], *weight.shape
     # bf16 weights are exact in TF32, so three TF32 products give what an fp32 one would
-    precision = "ieee" if out.dtype == torch.float32 else "tf32x3"
+    precision = "ieee" if grad_x.dtype == torch.float32 else "tf32x3"
     if num_tokens:
-        blocks = router_grad_blocks(gpu_family(out), num_experts)
+        blocks = router_grad_blocks(gpu_family(grad_x), num_experts)
         grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(width, blocks["BLOCK_N"]))
-        launch(_router_grad_kernel, grid, grad, weight, out, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts, WIDTH=width,
-               PRECISION=precision, ADDS=adds, **blocks)
-    return out
-
-
-class _RouterLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        x = x if x.stride(1) == 1 else x.contiguous()
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = bias.dtype
-        return router_forward(x, weight, bias.contiguous())
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = router_backward(grad, weight, torch.empty(x.shape, dtype=x.dtype, device=x.device), adds=False)
-        if ctx.needs_input_grad[1]:  # full fine-tuning only: cuBLAS in fp32
-            grad_weight = (grad.T @ x.float()).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias
+        launch(_router_grad_kernel, grid, grad, weight, grad_x, num_tokens, weight.stride(0), NUM_EXPERTS=num_experts,
+               WIDTH=width, PRECISION=precision, **blocks)
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -165,4 +140,5 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
         return router_logits_reference(x, weight, bias)
     assert x.dtype == weight.dtype, f"x {x.dtype} and weight {weight.dtype} differ"
     assert x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1], f"{x.shape}, {weight.shape}, {bias.shape}"
-    return _RouterLogits.apply(x, weight, bias)
+    x, weight = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, weight))
+    return router_forward(x, weight, bias.contiguous())

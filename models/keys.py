@@ -15,7 +15,7 @@ from kernels.attention.decode import SharedPrefixes, decode_attention
 from kernels.attention.packed import attention, attention_backward, attention_forward
 from kernels.attention.plan import AttentionPlan
 from kernels.device import is_triton, to_device
-from kernels.rope import rope_qk, rotate
+from kernels.rope import rope_reference, rotate_
 from models.kept import Kept
 from models.kv_cache import PAGE_TOKENS, KVCache
 
@@ -26,8 +26,8 @@ def rotated(attn, qkv: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torc
     """Rotated queries [T, H, head width] and keys [T, K, head width] of the product qkv [T, P], and values; in place on a GPU."""
     q, k, v = attn.heads(qkv)
     if not is_triton(q):
-        return *rope_qk(q, k, *angles), v
-    rotate(q, k, *angles, backward=False, out=(q, k))
+        return rope_reference(q, *angles), rope_reference(k, *angles), v
+    rotate_(q, k, *angles, backward=False)
     return q, k, v
 
 
@@ -64,7 +64,7 @@ class PackedKeys:
         grad_q, grad_k, grad_v = attn.heads(grad_qkv)
         *_, grad_sinks = attention_backward(q, k, v, attn.sinks, attended.view_as(q), lse, grad.view_as(q), self.plan,
                                             grads=(grad_q, grad_k, grad_v), **attn.settings())
-        rotate(grad_q, grad_k, *self.angles, backward=True, out=(grad_q, grad_k))
+        rotate_(grad_q, grad_k, *self.angles, backward=True)
         return grad_qkv, grad_sinks
 
 

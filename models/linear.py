@@ -140,7 +140,7 @@ class Router(Linear):
     def backward(self, grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, grads: Gradients) -> None:
         """Adds the logits' share to grad_x [T, D], from their gradient [T, E] fp32; those of what trains go to `grads`. On a
         GPU."""
-        router_backward(grad, self.weight, grad_x, adds=True)
+        router_backward(grad, self.weight, grad_x)
         if trains_base(self):
             grads |= {self.weight: (grad.T @ x.float()).to(self.weight.dtype), self.bias: grad.sum(0).to(self.bias.dtype)}
         adapter = adapter_of([self])

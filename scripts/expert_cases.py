@@ -68,9 +68,13 @@ def router(s: Sizes) -> Work:
 def router_gradient(s: Sizes) -> Work:
     x, weight, _ = router_tensors(s, s.tokens)
     grad = torch.randn(s.tokens, len(weight), device=s.device)
-    return Work([lambda: router_backward(grad, weight, x, adds=True)], 0, 2 * size_of(x) + size_of(grad),
-                lambda: (x.float() + grad @ weight.float()).to(x.dtype),
-                result=lambda: router_backward(grad, weight, x.clone(), adds=True))
+
+    def add_to(grad_x: torch.Tensor) -> torch.Tensor:
+        router_backward(grad, weight, grad_x)
+        return grad_x
+
+    return Work([lambda: add_to(x)], 0, 2 * size_of(x) + size_of(grad), lambda: (x.float() + grad @ weight.float()).to(x.dtype),
+                result=lambda: add_to(x.clone()))
 
 
 def route_rows(s: Sizes, *, sorts_only: bool) -> Work:

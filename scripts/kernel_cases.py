@@ -33,7 +33,7 @@ from kernels.embedding import gather_rows
 from kernels.head.draw import draw, head_logits
 from kernels.head.log_probs import log_probs
 from kernels.norm import norm_backward, norm_forward
-from kernels.rope import rotate
+from kernels.rope import rotate_
 from models.config import GptOssConfig
 from models.kv_cache import PAGE_TOKENS
 from models.linear import linear, linear_backward, linears, side_by_side
@@ -180,8 +180,13 @@ def heads_of(s: Sizes, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch
 def rope(s: Sizes, *, backward: bool) -> Work:
     (q, k, _), (cos, sin) = heads_of(s, s.tokens), angles_of(s, s.tokens)
     sign = -1 if backward else 1
-    return Work([lambda: rotate(q, k, cos, sin, backward=backward)], 0, 2 * size_of(q, k) + size_of(cos, sin),
-                lambda: [eager_rotation(x, cos, sign * sin) for x in (q, k)])
+
+    def turned(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rotate_(q, k, cos, sin, backward=backward)
+        return q, k
+
+    return Work([lambda: turned(q, k)], 0, 2 * size_of(q, k) + size_of(cos, sin),
+                lambda: [eager_rotation(x, cos, sign * sin) for x in (q, k)], result=lambda: turned(q.clone(), k.clone()))
 
 
 def embed(s: Sizes) -> Work:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.device import check_served, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
-from kernels.rope import DTYPES, _rotate, _rotated
+from kernels.rope import DTYPES, rotate_heads, rotated
 
 
 def write_reference(k, v, keys, values, slots, positions, page_table=None):
@@ -73,7 +73,7 @@ def _rotate_and_write_kernel(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr,
     heads = tl.arange(0, BLOCK_K)[:, None]
     places = heads * (2 * HALF) + cols
     mask = (heads < NUM_K) & (cols < HALF)
-    y1, y2 = _rotated(k_ptr + token * stride_k + places, mask, cos, sin, HALF)
+    y1, y2 = rotated(k_ptr + token * stride_k + places, mask, cos, sin, HALF)
     v1 = tl.load(v_ptr + token * stride_v + places, mask=mask, other=0.0)
     v2 = tl.load(v_ptr + token * stride_v + places + HALF, mask=mask, other=0.0)
     y1, y2 = y1.to(k_ptr.dtype.element_ty), y2.to(k_ptr.dtype.element_ty)
@@ -84,7 +84,7 @@ def _rotate_and_write_kernel(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr,
     tl.store(keys_ptr + start + places + HALF, y2, mask=mask)
     tl.store(values_ptr + start + places, v1, mask=mask)
     tl.store(values_ptr + start + places + HALF, v2, mask=mask)
-    _rotate(q_ptr, q_ptr, token, stride_q, 2 * HALF, stride_q, cos, sin, NUM_Q, HALF, BLOCK_Q, BLOCK_HALF)
+    rotate_heads(q_ptr, token, stride_q, cos, sin, NUM_Q, HALF, BLOCK_Q, BLOCK_HALF)
 
 
 def _check(tensors: dict[str, torch.Tensor], slots: torch.Tensor, positions: torch.Tensor,
@@ -121,7 +121,7 @@ def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Te
 def rotate_and_write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor,
                      values: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, *,
                      page_table: torch.Tensor | None = None) -> None:
-    """Rotates q [B, H, D] and k [B, K, D] in place by cos, sin [B, D / 2] fp32, as rope.rotate, and writes k and v [B, K, D] as
+    """Rotates q [B, H, D] and k [B, K, D] in place by cos, sin [B, D / 2] fp32, as rope.rotate_, and writes k and v [B, K, D] as
     write, of the caches' dtype. Triton only."""
     (num_tokens, num_q, width), num_k = q.shape, k.shape[1]
     assert keys.shape == values.shape and k.shape == v.shape == (len(slots), *keys.shape[2:]), (k.shape, v.shape, keys.shape)

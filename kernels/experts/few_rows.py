@@ -41,7 +41,7 @@ from kernels.device import (
 )
 from kernels.experts.gemm import DTYPES
 from kernels.experts.sorting import Routing
-from kernels.packed.fragments import ROWS, chunk_of, dequantize_fragments, unpack_fragments, word_views
+from kernels.packed.fragments import ROWS, chunk_of, unpack_fragments, word_views
 from kernels.packed.weights import Projection
 from kernels.swiglu import clamped_swiglu
 
@@ -397,15 +397,6 @@ def moe_decode_kernel(
     _finish(acc, rows, is_row, first, features, expert, out, bias, low_rank, lora_up, lora_groups, up, num_out, rank, slice_rank,
             scale, alpha, limit, stride_up_expert, stride_up_rank, stride_up_out, x.dtype.element_ty, ROWS, TOKENS, RANK,
             RANK_STEPS, IS_PACKED, HAS_BIAS, HAS_SCALE, HAS_LORA_GROUPS, HAS_SWIGLU)
-
-
-def dequantized(projection: Projection, dtype: torch.dtype) -> torch.Tensor:
-    """The projection's weights [E, K, N], a transposed view where they are packed."""
-    if projection.dense is not None:
-        return projection.dense
-    num_experts, num_out, num_blocks = projection.scales.shape
-    out = torch.empty((num_experts, num_out, num_blocks * 32), dtype=dtype, device=projection.scales.device)
-    return dequantize_fragments(projection.blocks, projection.scales, out, is_asm=projection.unpacks_by_asm).transpose(1, 2)
 
 
 def _shape_of(projection: Projection) -> tuple[int, int, int]:

@@ -32,7 +32,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @torch.no_grad()
-def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
+def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, swiglu,
                             pre_activation, out):
     """The library's path, and the reference: an expert at a time, its sums in fp32 until the one rounding. Reads the offsets on
     the host once a call, so a GPU's queue runs dry there: products on these GPUs are long, and no kernel takes all experts."""
@@ -52,8 +52,6 @@ def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up,
             y *= scale
         if bias is not None:
             y += bias[expert]
-        if row_scale is not None:
-            y *= row_scale[part, None]
         if swiglu is None:
             out[part] = y
             continue
@@ -157,13 +155,13 @@ def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: i
 
 @triton.jit
 def grouped_gemm_kernel(
-    x, weight, out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups, row_scale,
+    x, weight, out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups,
     num_rows, num_experts, num_in, num_out, rank, slice_rank, scale, alpha, limit,
     stride_x, stride_weight_expert, stride_weight, stride_up_expert, stride_up_rank, stride_up_out,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
     RANK_STEPS: tl.constexpr, GROUP: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr,
     X_TMA: tl.constexpr, WEIGHT_TMA: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SWIGLU: tl.constexpr,
     HAS_PRE_ACTIVATION: tl.constexpr, HAS_LORA_GROUPS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS x COLS per turn of the outer loop; x and weight are pointers or tensor descriptors."""
@@ -255,8 +253,6 @@ def grouped_gemm_kernel(
             acc = acc * scale
         if HAS_BIAS:
             acc += tl.load(bias + expert.to(tl.int64) * num_out + cols, mask=is_col, other=0.0).to(tl.float32)[None, :]
-        if HAS_ROW_SCALE:
-            acc = acc * tl.load(row_scale + rows, mask=is_row, other=0.0)[:, None]
         y = acc.to(out.dtype.element_ty)
         row_starts = rows.to(tl.int64)[:, None] * num_out
         if HAS_SWIGLU:
@@ -295,16 +291,16 @@ def _tma_serves(matrix: torch.Tensor, boxes: tuple[int, int]) -> bool:
 def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None, *,
                  gather: torch.Tensor | None = None, bias: torch.Tensor | None = None,
                  low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
-                 lora_groups: torch.Tensor | None = None, scale: float | None = None, row_scale: torch.Tensor | None = None,
+                 lora_groups: torch.Tensor | None = None, scale: float | None = None,
                  swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None,
                  out: torch.Tensor | None = None, blocks: Blocks | None = None) -> torch.Tensor:
-    """((x_r W_e + low_rank_r U_e) * scale + b_e) * row_scale_r for every routed row r of expert e, rounded once to out's dtype.
+    """(x_r W_e + low_rank_r U_e) * scale + b_e for every routed row r of expert e, rounded once to out's dtype.
 
     x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.
     weight [E, K, N], K or N contiguous, cast to x's dtype (LoRA's fp32 masters). offsets [E + 1] int32 on x's device; without
     it one expert owns all rows. bias [E, N]; low_rank [R, r] in x's dtype with lora_up [E, r, N], any strides, joins the
-    accumulator (scale it when you make it); row_scale [R] fp32 (gate weights). With lora_groups [N] int32, low_rank is several
-    slices of r side by side and column n takes slice lora_groups[n] alone, none where it is -1.
+    accumulator (scale it when you make it). With lora_groups [N] int32, low_rank is several slices of r side by side and column
+    n takes slice lora_groups[n] alone, none where it is -1.
     out is made in x's dtype unless given; a float32 one keeps what float16 cannot hold.
     swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; the row before it, as
     rounded, goes to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
@@ -317,7 +313,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     _check(x, weight, offsets, num_rows, {
         "bias": (bias, (num_experts, num_out)), "low_rank": (low_rank, (num_rows, rank)), "out": (out, out_shape),
         "lora_up": (lora_up, (num_experts, slice_rank, num_out)), "lora_groups": (lora_groups, (num_out,)),
-        "row_scale": (row_scale, (num_rows,)), "pre_activation": (pre_activation, (num_rows, num_out)),
+        "pre_activation": (pre_activation, (num_rows, num_out)),
     })  # fmt: skip
     assert (low_rank is None) == (lora_up is None), "low_rank and lora_up come together"
     assert pre_activation is None or swiglu is not None, "pre_activation is for swiglu"
@@ -327,7 +323,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     if out is None:
         out = x.new_empty(out_shape)
     if path != "triton":
-        return _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, row_scale, swiglu,
+        return _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, swiglu,
                                        pre_activation, out)
     assert out.is_contiguous() and (pre_activation is None or pre_activation.is_contiguous())
     if num_rows == 0 or num_out == 0:
@@ -357,15 +353,15 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     launch(
         grouped_gemm_kernel, (grid,), TensorDescriptor.from_tensor(x, [blocks.rows, blocks.inner]) if x_tma else x,
         TensorDescriptor.from_tensor(matrix.flatten(0, 1), list(weight_box)) if weight_tma else weight,
-        out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups, row_scale,
+        out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups,
         num_rows, num_experts, num_in, num_out, rank, slice_rank, 1.0 if scale is None else scale, alpha, limit,
         x.stride(0), weight.stride(0), weight.stride(2 if in_contiguous else 1), *up_strides,
         EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
         RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
-        HAS_ROW_SCALE=row_scale is not None, HAS_SWIGLU=swiglu is not None,
-        HAS_PRE_ACTIVATION=pre_activation is not None, HAS_LORA_GROUPS=lora_groups is not None, FLATTEN=blocks.flatten,
+        HAS_SWIGLU=swiglu is not None, HAS_PRE_ACTIVATION=pre_activation is not None, HAS_LORA_GROUPS=lora_groups is not None,
+        FLATTEN=blocks.flatten,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return out

@@ -139,8 +139,7 @@ def sum_chunks_kernel(partial, out, offsets, num_rows, num_experts, size,
 
 
 @triton.jit
-def grouped_row_sum_kernel(x, out, offsets, gather, row_scale, width, stride_x, ROWS: tl.constexpr, COLS: tl.constexpr,
-                           HAS_GATHER: tl.constexpr, HAS_ROW_SCALE: tl.constexpr):
+def grouped_row_sum_kernel(x, out, offsets, width, stride_x, ROWS: tl.constexpr, COLS: tl.constexpr):
     expert = tl.program_id(0)
     start = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
@@ -148,21 +147,10 @@ def grouped_row_sum_kernel(x, out, offsets, gather, row_scale, width, stride_x, 
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for row in range(start, end, ROWS):
         rows = row + tl.arange(0, ROWS)
-        is_row = rows < end
-        if HAS_GATHER:
-            source = tl.load(gather + rows, mask=is_row, other=0)
-        else:
-            source = rows
-        values = tl.load(x + source.to(tl.int64)[:, None] * stride_x + cols[None, :],
-                         mask=is_row[:, None] & (cols < width)[None, :], other=0.0).to(tl.float32)
-        if HAS_ROW_SCALE:
-            values *= tl.load(row_scale + rows, mask=is_row, other=0.0)[:, None]
-        acc += values
+        values = tl.load(x + rows.to(tl.int64)[:, None] * stride_x + cols[None, :],
+                         mask=(rows < end)[:, None] & (cols < width)[None, :], other=0.0)
+        acc += values.to(tl.float32)
     tl.store(out + expert.to(tl.int64) * width + cols, tl.sum(acc, 0).to(out.dtype.element_ty), mask=cols < width)
-
-
-def _rows_of(x: torch.Tensor, gather: torch.Tensor | None) -> torch.Tensor:
-    return x if gather is None else x[gather.long()]
 
 
 @torch.no_grad()
@@ -228,21 +216,16 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
     return out
 
 
-def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, *, gather: torch.Tensor | None = None,
-                    row_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """out_e [E, N] = sum over the rows r of expert e of row_scale_r x_r, in fp32, rounded to out's dtype: the gradient of a bias.
+def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes the sum over the rows r of expert e of x_r, in fp32 and rounded once, to out [E, N]: the gradient of a bias.
 
-    x, offsets, gather and row_scale as in grouped_outer."""
+    x [R, N] in expert order; offsets [E + 1] int32 on its device."""
     if not is_triton(x):  # no product: the kernel serves every GPU
-        rows = _rows_of(x, gather).float() if row_scale is None else _rows_of(x, gather).float() * row_scale[:, None]
         for expert, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
-            out[expert] = rows[start:end].sum(0)
-        return out
+            out[expert] = x[start:end].float().sum(0)
+        return
     check_served("grouped_row_sum", {"x": x, "out": out}, dtypes=DTYPES, tensor_cores=False)
     assert out.is_contiguous() and out.shape == (offsets.shape[0] - 1, x.shape[1]), (out.shape, out.stride(), x.shape)
     x = x if x.stride(1) == 1 else x.contiguous()
-    launch(
-        grouped_row_sum_kernel, (out.shape[0], cdiv(x.shape[1], 128)),
-        x, out, offsets, gather, row_scale, x.shape[1], x.stride(0), ROWS=32, COLS=128,
-        HAS_GATHER=gather is not None, HAS_ROW_SCALE=row_scale is not None, num_warps=4, num_stages=3)
-    return out
+    launch(grouped_row_sum_kernel, (out.shape[0], cdiv(x.shape[1], 128)), x, out, offsets, x.shape[1], x.stride(0), ROWS=32,
+           COLS=128, num_warps=4, num_stages=3)

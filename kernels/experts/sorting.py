@@ -1,8 +1,8 @@
 """Routing of tokens to experts: top-k of the router's logits, then softmax over the k values only.
 
-Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index. The gather of tokens into
-expert order and the weighted sum back use no atomics: the backward of each is a gather, and sums run in slot order.
-    w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j),  y = sum_k w_k f_k,  dw_k = <dy, f_k>,  df_k = w_k dy
+Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index.
+    w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j),  y = sum_k w_k f_k
+The weighted sum back, which is also what adds up a token's gradients, uses no atomics: it runs in slot order.
 
 Tokens are brought into expert order by a stable counting sort: a histogram of each chunk of choices, then every chunk adds up
 the chunks before it and ranks its own choices. Nothing waits for the host.
@@ -151,20 +151,6 @@ def route_backward(grad: torch.Tensor, weights: torch.Tensor, indices: torch.Ten
     return grad_logits
 
 
-class _Route(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, indices, experts_per_token):
-        weights, indices = route_forward(logits, indices, experts_per_token)
-        ctx.save_for_backward(weights, indices)
-        ctx.num_experts = logits.shape[1]
-        ctx.mark_non_differentiable(indices)
-        return weights, indices
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        return route_backward(grad, *ctx.saved_tensors, ctx.num_experts), None, None
-
-
 def route(logits: torch.Tensor, *, experts_per_token: int,
           indices: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
     """Picks experts for logits [T, E] fp32. Returns the gate weights [T, A] fp32 and the routing.
@@ -191,7 +177,7 @@ def _weigh(logits: torch.Tensor, indices: torch.Tensor | None, experts_per_token
     if num_experts > MAX_EXPERTS or experts_per_token > MAX_EXPERTS_PER_TOKEN:
         raise ValueError(f"route: {experts_per_token} of {num_experts} experts; the Triton kernel takes up to "
                          f"{MAX_EXPERTS_PER_TOKEN} of {MAX_EXPERTS}")
-    return _Route.apply(logits, indices, experts_per_token)
+    return route_forward(logits, indices, experts_per_token)
 
 
 def make_routing_reference(indices: torch.Tensor, num_experts: int) -> Routing:
@@ -294,24 +280,27 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     return Routing(indices, order, tokens, inverse, offsets)
 
 
-@triton.jit
-def _dispatch_kernel(x_ptr, inverse_ptr, rows_ptr, stride_x, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
-                     BLOCK: tl.constexpr):
-    """Reads each token once and writes it to all its rows."""
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < WIDTH
-    x = tl.load(x_ptr + token * stride_x + cols, mask=mask, other=0.0)
-    for slot in tl.static_range(PER_TOKEN):
-        row = tl.load(inverse_ptr + token * PER_TOKEN + slot).to(tl.int64)
-        tl.store(rows_ptr + row * WIDTH + cols, x, mask=mask)
+def dispatch(x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The reference: each token's row once for each of its experts, [T, D] -> [R, D] in expert order. On a GPU the products take
+    rows of x by routing.tokens themselves."""
+    per_token = routing.indices.shape[1]
+    copies = x.unsqueeze(1).expand(-1, per_token, -1).flatten(0, 1)  # [R, D]; a token's gradient is a sum in slot order
+    return copies.index_select(0, routing.order)
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
+            residual: torch.Tensor | None = None) -> torch.Tensor:
+    """The reference of sum_rows: the experts' outputs times the gate weights [T, A], [R, D] -> [T, D], and the residual."""
+    of_tokens = rows.index_select(0, routing.inverse.flatten()).unflatten(0, routing.inverse.shape).float()  # [T, A, D]
+    y = (of_tokens * weights.unsqueeze(-1)).sum(1).to(rows.dtype if residual is None else residual.dtype)
+    return y if residual is None else residual + y
 
 
 @triton.jit
 def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, stride_rows, stride_residual,
                      WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
                      HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
-    """Sums a token's rows in slot order in fp32: the combine, and the backward of the dispatch."""
+    """Sums a token's rows in slot order in fp32: the experts' outputs, or the gradients of what they were given."""
     wait_for_launch_before(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -330,47 +319,11 @@ def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, st
     tl.store(y_ptr + token * WIDTH + cols, y, mask=mask)
 
 
-@triton.jit
-def _combine_grad_kernel(grad_ptr, rows_ptr, weights_ptr, inverse_ptr, grad_rows_ptr, grad_weights_ptr, stride_grad,
-                         stride_rows, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
-                         BLOCK_A: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    slots = tl.arange(0, BLOCK_A)
-    is_slot = slots < PER_TOKEN
-    rows = tl.load(inverse_ptr + token * PER_TOKEN + slots, mask=is_slot, other=0).to(tl.int64)
-    weights = tl.load(weights_ptr + token * PER_TOKEN + slots, mask=is_slot, other=0.0)
-    products = tl.zeros([BLOCK_A, BLOCK], tl.float32)
-    for first in range(0, WIDTH, BLOCK):
-        cols = first + tl.arange(0, BLOCK)
-        is_col = cols < WIDTH
-        mask = is_slot[:, None] & is_col[None, :]
-        grad = tl.load(grad_ptr + token * stride_grad + cols, mask=is_col, other=0.0).to(tl.float32)
-        grad_rows = weights[:, None] * grad[None, :]
-        tl.store(grad_rows_ptr + rows[:, None] * WIDTH + cols[None, :], grad_rows.to(grad_rows_ptr.dtype.element_ty),
-                 mask=mask)
-        if NEEDS_WEIGHTS:
-            values = tl.load(rows_ptr + rows[:, None] * stride_rows + cols[None, :], mask=mask, other=0.0)
-            products += values.to(tl.float32) * grad[None, :]
-    if NEEDS_WEIGHTS:
-        tl.store(grad_weights_ptr + token * PER_TOKEN + slots, tl.sum(products, 1), mask=is_slot)
-
-
-def _columns(width: int) -> int:
-    """Columns that a program of 4 warps takes."""
-    return min(next_power_of_2(width), 1024)
-
-
-def combine_grad_blocks(per_token: int) -> dict[str, int]:
-    """Columns and warps of the combine's backward, which holds a column of every slot; the order of its dot product depends
-    on nothing else."""
-    slots = next_power_of_2(per_token)
-    return {"BLOCK": 2048, "BLOCK_A": slots, "num_warps": 8} if slots <= 4 else {"BLOCK": 1024, "BLOCK_A": slots, "num_warps": 4}
-
-
 def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
              residual: torch.Tensor | None) -> torch.Tensor:
-    """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A] and plus the residual [T, D] where they
-    are given: [T, D] in the residual's dtype, else the rows'. Triton only."""
+    """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A], contiguous fp32, where they are given:
+    [T, D]. A residual [T, D], of the rows' dtype or wider, is added to the sum rounded to its dtype, which is also the result's;
+    without one it is the rows'. Triton only, no gradient."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_tokens, per_token), width = inverse.shape, rows.shape[1]
     y = torch.empty((num_tokens, width), dtype=rows.dtype if residual is None else residual.dtype, device=rows.device)
@@ -379,87 +332,10 @@ def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Te
         residual = residual if residual.stride(1) == 1 else residual.contiguous()
         stride_residual = residual.stride(0)
     if y.numel():
-        block = _columns(width)
+        block = min(next_power_of_2(width), 1024)
         launch(
             _sum_rows_kernel, (num_tokens, cdiv(width, block)),
             rows, weights, inverse, residual, y, rows.stride(0), stride_residual, WIDTH=width, PER_TOKEN=per_token,
             BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4,
             **overlap_constants(rows, num_tokens))
     return y
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD, tokens, inverse):
-        ctx.save_for_backward(inverse)
-        (num_tokens, per_token), width = inverse.shape, x_TD.shape[1]
-        if not is_triton(x_TD):
-            return x_TD[tokens]
-        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-        rows = torch.empty((num_tokens * per_token, width), dtype=x_TD.dtype, device=x_TD.device)
-        if rows.numel():
-            block = _columns(width)
-            launch(
-                _dispatch_kernel, (num_tokens, cdiv(width, block)),
-                x_TD, inverse, rows, x_TD.stride(0), WIDTH=width, PER_TOKEN=per_token, BLOCK=block, num_warps=4)
-        return rows
-
-    @staticmethod
-    def backward(ctx, grad_RD):
-        (inverse,) = ctx.saved_tensors
-        if is_triton(grad_RD):
-            return sum_rows(grad_RD, None, inverse, None), None, None
-        return grad_RD[inverse].float().sum(1).to(grad_RD.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_RD, weights, order, inverse, residual):
-        weights = weights.contiguous()
-        ctx.save_for_backward(y_RD, weights, order, inverse)
-        if is_triton(y_RD):
-            return sum_rows(y_RD, weights, inverse, residual)
-        y_TD = (y_RD[inverse].float() * weights.unsqueeze(-1)).sum(1).to(y_RD.dtype if residual is None else residual.dtype)
-        return y_TD if residual is None else residual + y_TD
-
-    @staticmethod
-    def backward(ctx, grad_TD):
-        y_RD, weights, order, inverse = ctx.saved_tensors
-        grad_residual = grad_TD if ctx.needs_input_grad[4] else None
-        if is_triton(y_RD):
-            grads = combine_backward(grad_TD, y_RD, weights, inverse, needs_weights=ctx.needs_input_grad[1])
-            return *grads, None, None, grad_residual
-        token = order // inverse.shape[1]
-        grad_y = (grad_TD[token].float() * weights.reshape(-1)[order].unsqueeze(-1)).to(y_RD.dtype)
-        grad_weights = None
-        if ctx.needs_input_grad[1]:
-            grad_weights = (y_RD[inverse].float() * grad_TD.float().unsqueeze(1)).sum(-1)  # [T, A]
-        return grad_y, grad_weights, None, None, grad_residual
-
-
-def combine_backward(grad_TD: torch.Tensor, y_RD: torch.Tensor, weights: torch.Tensor, inverse: torch.Tensor, *,
-                     needs_weights: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the rows [R, D] and, where needed, of the gate weights [T, A] fp32, from one read of both. Triton only."""
-    grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
-    y_RD = y_RD if y_RD.stride(1) == 1 else y_RD.contiguous()
-    (num_tokens, per_token), width = inverse.shape, y_RD.shape[1]
-    grad_RD = torch.empty((num_tokens * per_token, width), dtype=y_RD.dtype, device=y_RD.device)
-    grad_weights = torch.empty_like(weights) if needs_weights else None
-    if num_tokens:
-        launch(
-            _combine_grad_kernel, (num_tokens,),
-            grad_TD, y_RD, weights, inverse, grad_RD, grad_weights, grad_TD.stride(0), y_RD.stride(0), WIDTH=width,
-            PER_TOKEN=per_token, NEEDS_WEIGHTS=needs_weights, **combine_grad_blocks(per_token))
-    return grad_RD, grad_weights
-
-
-def dispatch(x_TD: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Copies each token to its experts' rows: [T, D] -> [R, D] in expert order."""
-    return _Dispatch.apply(x_TD, routing.tokens, routing.inverse)
-
-
-def combine(y_RD: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
-            residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums the experts' outputs by gate weight [T, A] in slot order, in fp32: [R, D] -> [T, D].
-    `residual` [T, D], of the rows' dtype or wider, is added to the sum rounded to its dtype, which is also the result's."""
-    return _Combine.apply(y_RD, weights, routing.order, routing.inverse, residual)

@@ -5,7 +5,7 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
 
 from kernels.attention.cache import _rotate_and_write_kernel, _write_kernel, rotate_and_write, write, write_reference
-from kernels.rope import rope_reference, rotate
+from kernels.rope import rope_reference, rotate_
 
 SLOTS, POSITIONS = torch.tensor([3, 0, 1, 4, -1]), torch.tensor([0, 6, 19, -1, -5])  # the last two are idle
 LIVE = [(0, 3, 0), (1, 0, 6), (2, 1, 5)]  # row, slot, entry of a ring of 7
@@ -160,7 +160,7 @@ def test_one_launch_gives_the_bits_of_rotation_and_write_on_a_gpu(num_tokens, pa
     parts = [[part.unflatten(1, (-1, 64)) for part in x.split([4096, 512, 512], dim=1)] for x in (fused, fused.clone())]
     (q, k, v), (other_q, other_k, other_v) = parts
     rotate_and_write(q, k, v, cos, sin, *caches[:2], slots, positions, page_table=table)
-    rotate(other_q, other_k, cos, sin, backward=False, out=(other_q, other_k))
+    rotate_(other_q, other_k, cos, sin, backward=False)
     write(other_k, other_v, *caches[2:], slots, positions, page_table=table)
     for ours, theirs in ((q, other_q), (k, other_k), (v, other_v), (caches[0], caches[2]), (caches[1], caches[3])):
         assert torch.equal(ours, theirs)

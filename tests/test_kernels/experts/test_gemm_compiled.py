@@ -31,7 +31,7 @@ def compile_gemm(arch, *, num_in=2880, num_out=5760, num_rows=32768, dtype=torch
         "x": f"tensordesc<{kind}[{blocks.rows},{blocks.inner}]>" if x_tma else f"*{kind}",
         "weight": f"tensordesc<{kind}[{box[0]},{box[1]}]>" if weight_tma else f"*{weight_kind}", "out": f"*{kind}",
         "pre_activation": f"*{kind}", "offsets": "*i32", "gather": "*i32", "bias": f"*{kind}", "low_rank": f"*{kind}",
-        "lora_up": "*fp32", "lora_groups": "*i32", "row_scale": "*fp32", "rank": "i32", "slice_rank": "i32", "scale": "fp32",
+        "lora_up": "*fp32", "lora_groups": "*i32", "rank": "i32", "slice_rank": "i32", "scale": "fp32",
         "alpha": "fp32", "limit": "fp32",
     }  # fmt: skip
     rank_block = max(16, min(64, triton.next_power_of_2(rank)))
@@ -41,8 +41,8 @@ def compile_gemm(arch, *, num_in=2880, num_out=5760, num_rows=32768, dtype=torch
         "IN_CONTIGUOUS": in_contiguous, "EVEN_IN": num_in % blocks.inner == 0, "X_TMA": x_tma, "WEIGHT_TMA": weight_tma,
         "HAS_OFFSETS": num_experts > 1, "FLATTEN": blocks.flatten,
     }  # fmt: skip
-    constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "ROW_SCALE", "SWIGLU", "PRE_ACTIVATION",
-                                                         "LORA_GROUPS")}
+    possible = "GATHER", "BIAS", "SCALE", "SWIGLU", "PRE_ACTIVATION", "LORA_GROUPS"
+    constexprs |= {f"HAS_{flag}": flag in flags for flag in possible}
     del signature["stride_up_rank" if in_contiguous else "stride_up_out"]
     constexprs["stride_up_rank" if in_contiguous else "stride_up_out"] = 1
     divisible = tuple(name for name, type_ in signature.items() if type_.startswith("*") or name.startswith("stride"))
@@ -57,10 +57,10 @@ USES = {
     "gate_up at rank 64": dict(rank=64, flags=("GATHER", "BIAS")),
     "gate_up of few rows": dict(rank=16, num_rows=2048, flags=("GATHER", "BIAS", "SWIGLU", "PRE_ACTIVATION")),
     "gate_up of 128 experts": dict(rank=16, num_experts=128, flags=("GATHER", "BIAS", "SWIGLU")),
-    "down": dict(num_out=2880, rank=16, flags=("BIAS", "ROW_SCALE")),
+    "down": dict(num_out=2880, rank=16, flags=("BIAS",)),
     "queries, keys and values": dict(num_out=5120, num_experts=1, num_rows=8192, rank=48, flags=("BIAS", "LORA_GROUPS")),
     "gradient of rows": dict(num_in=5760, num_out=2880, rank=16, in_contiguous=False),
-    "gradient of gathered rows": dict(num_out=2880, rank=16, in_contiguous=False, flags=("GATHER", "ROW_SCALE")),
+    "gradient of gathered rows": dict(num_out=2880, rank=16, in_contiguous=False, flags=("GATHER",)),
     "gradient of few rows": dict(num_in=5760, num_out=2880, num_rows=2048, rank=16, in_contiguous=False),
     "fp16": dict(dtype=torch.float16, rank=16, flags=("BIAS",)),
     "x A of fp32 masters": dict(num_out=16, weight_dtype=torch.float32, flags=("GATHER", "SCALE")),
@@ -135,7 +135,5 @@ def test_sums_fit(arch):
 
 @pytest.mark.parametrize("arch", [75, 86, 90])
 def test_sums_of_rows_fit(arch):
-    signature = {"x": half(arch), "out": half(arch), "offsets": "*i32", "gather": "*i32", "row_scale": "*fp32", "width": "i32",
-                 "stride_x": "i32"}
-    constexprs = {"ROWS": 32, "COLS": 128, "HAS_GATHER": True, "HAS_ROW_SCALE": True}
-    check_fits(compile_for(grouped_row_sum_kernel, signature, constexprs, arch, num_warps=4, num_stages=3), arch)
+    signature = {"x": half(arch), "out": half(arch), "offsets": "*i32", "width": "i32", "stride_x": "i32"}
+    check_fits(compile_for(grouped_row_sum_kernel, signature, {"ROWS": 32, "COLS": 128}, arch, num_warps=4, num_stages=3), arch)

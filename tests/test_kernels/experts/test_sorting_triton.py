@@ -12,24 +12,22 @@ import kernels.experts.sorting
 from kernels.device import family_of
 from kernels.experts.few_sorting import _route_few_kernel, can_route_few, few_blocks, route_few
 from kernels.experts.sorting import (
-    _combine_grad_kernel,
     _count_kernel,
-    _dispatch_kernel,
     _route_blocks,
     _route_grad_kernel,
     _route_kernel,
     _sort_kernel,
     _sum_rows_kernel,
     choose_experts,
-    combine,
-    combine_grad_blocks,
-    dispatch,
     make_routing,
     route,
+    route_backward,
+    sum_rows,
 )
 from kernels.router import (
     _router_grad_kernel,
     _router_logits_kernel,
+    router_backward,
     router_blocks,
     router_grad_blocks,
     router_logits,
@@ -75,19 +73,14 @@ def test_logits_choices_and_weights_match_the_golden_ones(case, poisoned):
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("num_tokens, num_experts, width", [(1, 1, 1), (17, 5, 63), (33, 40, 96)])
-def test_router_logits_and_their_gradients_equal_float64(num_tokens, num_experts, width, poisoned):
-    given = [normal(num_tokens, width), normal(num_experts, width, seed=1), normal(num_experts, seed=2)]
-    ours, theirs = (
-        [tensor.detach().clone().to(dtype).requires_grad_() for tensor in given]
-        for dtype in (torch.float32, torch.float64)
-    )
-    grad = normal(num_tokens, num_experts, seed=3)
-    logits, expected = router_logits(*ours), theirs[0] @ theirs[1].T + theirs[2]
-    logits.backward(grad)
-    expected.backward(grad.double())
-    torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
-    for actual, exact in zip(ours, theirs):
-        torch.testing.assert_close(actual.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+def test_router_logits_and_their_gradient_equal_float64(num_tokens, num_experts, width, poisoned):
+    x, weight, bias = normal(num_tokens, width), normal(num_experts, width, seed=1), normal(num_experts, seed=2)
+    grad, others = normal(num_tokens, num_experts, seed=3), normal(num_tokens, width, seed=4)
+    expected = x.double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(router_logits(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+    grad_x = others.clone()  # that of the experts, to which the router's is added
+    router_backward(grad, weight, grad_x)
+    torch.testing.assert_close(grad_x.double(), others.double() + grad.double() @ weight.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.interpreter
@@ -96,16 +89,16 @@ def test_router_logits_and_their_gradients_equal_float64(num_tokens, num_experts
 )
 def test_weights_and_gradient_equal_a_renormalised_softmax(num_tokens, num_experts, per_token, poisoned):
     logits, grad = 3 * normal(num_tokens, num_experts), normal(num_tokens, per_token, seed=1)
-    ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    weights, routing = route(ours, experts_per_token=per_token)
+    theirs = logits.double().requires_grad_()
+    weights, routing = route(logits, experts_per_token=per_token)
     everything = torch.softmax(theirs, dim=-1)
     picked, indices = everything.topk(per_token)
     expected = picked / picked.sum(-1, keepdim=True)
-    weights.backward(grad)
     expected.backward(grad.double())
     assert torch.equal(routing.indices, indices)
     torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+    ours = route_backward(grad, weights, routing.indices, num_experts)
+    torch.testing.assert_close(ours.double(), theirs.grad, rtol=1e-5, atol=1e-6)
     assert_sorted(routing, indices, num_experts)
 
 
@@ -130,16 +123,15 @@ def test_extreme_logits_are_ordered_and_nan_reaches_the_weights(poisoned):
 
 @pytest.mark.interpreter
 def test_a_replayed_choice_keeps_its_order_and_takes_weights_from_the_new_logits(poisoned):
-    logits, indices = normal(7, 6).requires_grad_(), choices(7, 3, 6).flip(1).contiguous()
+    logits, indices = normal(7, 6), choices(7, 3, 6).flip(1).contiguous()
     weights, routing = route(logits, experts_per_token=3, indices=indices)
-    plain = logits.detach().double().requires_grad_()
+    plain = logits.double().requires_grad_()
     expected = torch.softmax(plain.gather(1, indices), dim=-1)
     grad = normal(7, 3, seed=1)
-    weights.backward(grad)
     expected.backward(grad.double())
     assert torch.equal(routing.indices, indices)
     torch.testing.assert_close(weights.double(), expected, rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(logits.grad.double(), plain.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(route_backward(grad, weights, indices, 6).double(), plain.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.interpreter
@@ -179,40 +171,28 @@ def check_route_few(x, weight, bias, per_token) -> torch.Tensor:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("num_tokens, per_token, width", [(1, 1, 1), (5, 3, 63), (3, 4, 1100), (4, 8, 130)])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_gather_and_weighted_sum_and_all_gradients_equal_float64(num_tokens, per_token, width, with_residual, poisoned):
-    num_experts = 9
-    routing = make_routing(choices(num_tokens, per_token, num_experts), num_experts=num_experts)
-    scale = normal(num_tokens * per_token, width, seed=1)  # what the experts do: row r times scale_r
-    given = [normal(num_tokens, width), normal(num_tokens, per_token, seed=2), normal(num_tokens, width, seed=3)]
-    grad = normal(num_tokens, width, seed=4)
-    ours, theirs = (
-        [tensor.detach().clone().to(dtype).requires_grad_() for tensor in given]
-        for dtype in (torch.float32, torch.float64)
-    )
-    x, weights, residual = ours
-    y = combine(dispatch(x, routing) * scale, weights, routing, residual=residual if with_residual else None)
-    y.backward(grad)
-    x, weights, residual = theirs
-    expected = torch.einsum("ta,taw,tw->tw", weights, scale.double()[routing.inverse.long()], x)
-    expected = expected + residual if with_residual else expected
-    expected.backward(grad.double())
+@pytest.mark.parametrize("has_weights, has_residual", [(True, True), (True, False), (False, False)])
+def test_a_tokens_rows_are_summed_by_their_weights(num_tokens, per_token, width, has_weights, has_residual, poisoned):
+    routing = make_routing(choices(num_tokens, per_token, 9), num_experts=9)
+    rows, residual = normal(num_tokens * per_token, width), normal(num_tokens, width, seed=1)
+    weights = normal(num_tokens, per_token, seed=2) if has_weights else None
+    y = sum_rows(rows, weights, routing.inverse, residual if has_residual else None)
+    factors = weights.double() if has_weights else torch.ones(num_tokens, per_token, dtype=torch.float64)
+    expected = residual.double() * has_residual
+    expected.index_add_(0, routing.tokens, rows.double() * factors.flatten()[routing.order.long()][:, None])
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-6)
-    for actual, exact in zip(ours if with_residual else ours[:2], theirs):
-        torch.testing.assert_close(actual.grad.double(), exact.grad, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.interpreter
 def test_strided_inputs_and_no_tokens(poisoned):
     weights, routing = route(normal(8, 12).T[:, ::2], experts_per_token=2)
-    x = normal(5, 12).T
-    rows = dispatch(x, routing)
-    assert torch.equal(rows, x[routing.tokens.long()])
+    rows, residual = normal(24, 5), normal(12, 5, seed=1)
     padded = torch.cat((rows, rows), dim=1)[:, :5]
-    assert torch.equal(combine(padded, weights, routing), combine(rows, weights, routing))
+    assert torch.equal(sum_rows(padded, weights, routing.inverse, residual.T.contiguous().T),
+                       sum_rows(rows, weights, routing.inverse, residual))
     weights, routing = route(torch.empty(0, 4), experts_per_token=2)
     assert routing.offsets == [0] * 5
-    assert combine(dispatch(torch.empty(0, 3), routing), weights, routing).shape == (0, 3)
+    assert sum_rows(torch.empty(0, 3), weights, routing.inverse, None).shape == (0, 3)
 
 
 @pytest.mark.interpreter
@@ -220,18 +200,10 @@ def test_strided_inputs_and_no_tokens(poisoned):
 def test_rows_of_either_dtype_are_summed_into_a_float32_stream(dtype, poisoned):
     weights, routing = route(normal(7, 5), experts_per_token=3)
     rows, residual = normal(21, 40, seed=1).to(dtype), normal(7, 40, seed=2) * 1e5
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (rows, weights, residual)]
-    y = combine(leaves[0], leaves[1], routing, residual=leaves[2])
-    exact = [tensor.detach().double().requires_grad_() for tensor in (rows, weights, residual)]
-    expected = exact[2] + (exact[0][routing.inverse.long()] * exact[1].unsqueeze(-1)).sum(1)
-    grad = normal(7, 40, seed=3)
-    y.backward(grad)
-    expected.backward(grad.double())
+    y = sum_rows(rows, weights, routing.inverse, residual)
+    expected = residual.double() + (rows.double()[routing.inverse.long()] * weights.double().unsqueeze(-1)).sum(1)
     assert y.dtype == torch.float32
     assert (y.double() - expected).abs().max() <= 1e-7 * expected.abs().max()
-    for mine, leaf in zip(leaves, exact):
-        assert mine.grad.dtype == mine.dtype
-        assert (mine.grad.double() - leaf.grad).norm() <= (1e-3 if mine.dtype == torch.float16 else 2e-6) * leaf.grad.norm()
 
 
 @pytest.mark.interpreter
@@ -245,7 +217,7 @@ def pointers(kind, *names):
 
 
 def elementwise_cases(num_experts, per_token, arch):
-    """kernel, signature, constexprs (num_warps among them where it is not 4) at gpt-oss shapes."""
+    """kernel, signature, constexprs at gpt-oss shapes."""
     integer = {"num_tokens": "i32"}
     experts = {"NUM_EXPERTS": num_experts, "PER_TOKEN": per_token}
     yield (
@@ -270,7 +242,6 @@ def elementwise_cases(num_experts, per_token, arch):
     )
     row = {"WIDTH": 2880, "PER_TOKEN": per_token, "BLOCK": 1024}
     inverse = pointers("*i32", "inverse")
-    yield _dispatch_kernel, pointers(half(arch), "x", "rows") | inverse | {"stride_x": "i32"}, row
     yield (
         _sum_rows_kernel,
         pointers(stream(arch), "rows", "residual", "y")
@@ -284,30 +255,17 @@ def elementwise_cases(num_experts, per_token, arch):
         pointers(half(arch), "rows", "y") | inverse | {"stride_rows": "i32"},
         row | {"weights_ptr": None, "residual_ptr": None, "stride_residual": 0, "HAS_WEIGHTS": False, "HAS_RESIDUAL": False},
     )
-    yield (
-        _combine_grad_kernel,
-        pointers(half(arch), "grad", "rows", "grad_rows")
-        | pointers("*fp32", "weights", "grad_weights")
-        | inverse
-        | {"stride_grad": "i32", "stride_rows": "i32"},
-        row | combine_grad_blocks(per_token) | {"NEEDS_WEIGHTS": True},
-    )
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch):
     for kernel, signature, constexprs in elementwise_cases(32, 4, arch):
-        check_fits(
-            compile_for(kernel, signature, constexprs, arch, num_warps=constexprs.pop("num_warps", 4), num_stages=3),
-            arch,
-        )
+        check_fits(compile_for(kernel, signature, constexprs, arch, num_warps=4, num_stages=3), arch)
 
 
 def test_kernels_fit_at_128_experts_and_8_per_token():
     for kernel, signature, constexprs in elementwise_cases(128, 8, 90):
-        check_fits(
-            compile_for(kernel, signature, constexprs, 90, num_warps=constexprs.pop("num_warps", 4), num_stages=3), 90
-        )
+        check_fits(compile_for(kernel, signature, constexprs, 90, num_warps=4, num_stages=3), 90)
 
 
 @pytest.mark.parametrize("num_experts", [32, 128])
@@ -321,7 +279,7 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
         *((_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2, num_tokens),
            {"PRECISION": "ieee", "LINES": 64, "OVERLAPS": arch == 90 and num_tokens == 1})
           for num_tokens in (1, 8192)),
-        (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), {"PRECISION": "tf32x3", "ADDS": True}),
+        (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), {"PRECISION": "tf32x3"}),
     )
     for kernel, signature, blocks, flags in cases:
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
@@ -359,20 +317,17 @@ def test_one_launch_routes_few_tokens_as_three_do_on_the_gpu(num_tokens, num_exp
 @pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (8191, 32), (2048, 128)])
 def test_router_logits_are_as_good_as_fp32_and_the_same_in_any_batch(num_tokens, num_experts, poisoned):
     given = [normal(num_tokens, 2880), normal(num_experts, 2880, seed=1) / 2880**0.5, normal(num_experts, seed=2)]
-    given = [tensor.to("cuda", torch.bfloat16) for tensor in given]
+    x, weight, bias = (tensor.to("cuda", torch.bfloat16) for tensor in given)
     grad = normal(num_tokens, num_experts, seed=3, device="cuda")
-    results = {}
-    for name, dtype in (("ours", None), ("eager", torch.bfloat16), ("exact", torch.float64)):
-        leaves = [tensor.clone().to(dtype or tensor.dtype).requires_grad_() for tensor in given]
-        logits = router_logits(*leaves) if dtype is None else leaves[0] @ leaves[1].T + leaves[2]
-        logits.backward(grad.to(logits.dtype))
-        results[name] = [logits.detach(), *(leaf.grad for leaf in leaves)]
-    exact = results["exact"][0]
-    assert (results["ours"][0].double() - exact).abs().max() <= 2e-5 * exact.abs().max()
-    for ours, eager, exact in zip(*(results[name] for name in ("ours", "eager", "exact"))):
-        assert (ours.double() - exact).norm() <= 2 * (eager.double() - exact).norm() + 1e-9 * exact.norm()
+    logits, grad_x = router_logits(x, weight, bias), torch.zeros_like(x)
+    router_backward(grad, weight, grad_x)
+    exact, eager = ([x.to(dtype) @ weight.to(dtype).T + bias.to(dtype), grad.to(dtype) @ weight.to(dtype)]
+                    for dtype in (torch.float64, torch.bfloat16))
+    assert (logits.double() - exact[0]).abs().max() <= 2e-5 * exact[0].abs().max()
+    for ours, rough, right in zip((logits, grad_x), eager, exact):
+        assert (ours.double() - right).norm() <= 2 * (rough.double() - right).norm() + 1e-9 * right.norm()
     for rows in (1, 17, 64, 512, 513, 1500):  # up to 512 take tiles of their own
-        assert torch.equal(router_logits(given[0][:rows], *given[1:]), results["ours"][0][:rows])
+        assert torch.equal(router_logits(x[:rows], weight, bias), logits[:rows])
 
 
 @pytest.mark.gpu
@@ -397,34 +352,19 @@ def test_choices_and_order_equal_the_reference_on_a_gpu(num_tokens, num_experts,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens, width", [(1, 2880), (4096, 2880), (63, 127)])
-def test_gather_and_weighted_sum_stay_within_twice_the_errors_of_eager_bf16(num_tokens, width, poisoned):
-    logits = normal(num_tokens, 32, device="cuda")
-    weights, routing = route(logits, experts_per_token=4)
-    inverse = routing.inverse.long()
-    given = [
-        normal(num_tokens, width, dtype=torch.bfloat16, device="cuda"),
-        weights,
-        normal(num_tokens, width, seed=1, dtype=torch.bfloat16, device="cuda"),
-    ]
-    scale = normal(4 * num_tokens, width, seed=2, dtype=torch.bfloat16, device="cuda")
-    grad = normal(num_tokens, width, seed=3, dtype=torch.bfloat16, device="cuda")
+def test_sums_of_rows_stay_within_twice_the_errors_of_eager_bf16(num_tokens, width, poisoned):
+    weights, routing = route(normal(num_tokens, 32, device="cuda"), experts_per_token=4)
+    rows, residual = (normal(size * num_tokens, width, seed=size, dtype=torch.bfloat16, device="cuda") for size in (4, 1))
 
-    def run(dtype):
-        """Through the kernels where no dtype is named, else the plain formula in it: y and all gradients."""
-        x, w, residual = leaves = [
-            tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_() for tensor in given
-        ]
-        if dtype is None:
-            y = combine(dispatch(x, routing) * scale, w, routing, residual=residual)
-        else:
-            y = (x[:, None] * scale.to(dtype)[inverse] * w[..., None]).sum(1) + residual
-        y.backward(grad.to(dtype or grad.dtype))
-        return [y.detach(), *(leaf.grad for leaf in leaves)]
+    def plain(dtype, has_weights):
+        of_tokens = rows.to(dtype)[routing.inverse.long()]
+        return (of_tokens * weights.to(dtype)[..., None]).sum(1) + residual.to(dtype) if has_weights else of_tokens.sum(1)
 
-    ours, eager, exact = run(None), run(torch.bfloat16), run(torch.float64)
-    for actual, other, expected in zip(ours, eager, exact):
-        assert (actual.double() - expected).norm() <= 2 * (other.double() - expected).norm() + 1e-9 * expected.norm()
-    assert all(map(torch.equal, run(None), ours))
+    for has_weights in (True, False):
+        arguments = (rows, weights, routing.inverse, residual) if has_weights else (rows, None, routing.inverse, None)
+        ours, exact, eager = sum_rows(*arguments), plain(torch.float64, has_weights), plain(torch.bfloat16, has_weights)
+        assert (ours.double() - exact).norm() <= 2 * (eager.double() - exact).norm() + 1e-9 * exact.norm()
+        assert torch.equal(sum_rows(*arguments), ours)
 
 
 @pytest.mark.gpu
