@@ -14,6 +14,7 @@ Departures: weight decay applies to every trained parameter, as torch.optim.Adam
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -52,23 +53,32 @@ def _describe(value: torch.Tensor) -> str:
     return f"{num_nan} NaN and {num_inf} infinite of {value.numel()} values"
 
 
-def learning_rate(update: int, *, lr: float, warmup_steps: int, schedule: str, decay_steps: int | None,
-                  final_lr_ratio: float, total_steps: int) -> float:
-    """The learning rate of update number `update` (from 0).
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate of each update of a run, numbered from 0.
 
-    Warm-up rises linearly, lr/warmup_steps to lr, over the first `warmup_steps` updates. "constant" stays there;
-    "linear" and "cosine" fall over the last `decay_steps` updates (None, or more than there are: all after the warm-up)
-    so that the last of `total_steps` updates has lr * final_lr_ratio; updates beyond keep that."""
-    if update < warmup_steps:
-        return lr * (update + 1) / warmup_steps
-    if schedule == "constant":
-        return lr
-    num_after_warmup = total_steps - warmup_steps
-    num_decay = num_after_warmup if decay_steps is None else min(decay_steps, num_after_warmup)
-    num_decayed = update + 1 - (total_steps - num_decay)
-    progress = min(max(num_decayed / num_decay, 0.0), 1.0) if num_decay > 0 else float(num_decayed >= 0)
-    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return lr * (final_lr_ratio + (1 - final_lr_ratio) * remaining)
+    It rises linearly, lr/warmup_steps to lr, over the first `warmup_steps` updates. "constant" stays there; "linear" and "cosine"
+    fall over the last `decay_steps` updates (None, or more than there are: all after the warm-up) so that the last of
+    `total_steps` updates has lr * final_lr_ratio; updates beyond keep that."""
+
+    lr: float
+    warmup_steps: int
+    schedule: str
+    decay_steps: int | None
+    final_lr_ratio: float
+    total_steps: int
+
+    def at(self, update: int) -> float:
+        if update < self.warmup_steps:
+            return self.lr * (update + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        num_after_warmup = self.total_steps - self.warmup_steps
+        num_decay = num_after_warmup if self.decay_steps is None else min(self.decay_steps, num_after_warmup)
+        num_decayed = update + 1 - (self.total_steps - num_decay)
+        progress = min(max(num_decayed / num_decay, 0.0), 1.0) if num_decay > 0 else float(num_decayed >= 0)
+        remaining = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * remaining)
 
 
 class Optimizer:
@@ -79,22 +89,19 @@ class Optimizer:
     construction the gradients of parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward
     has made them: read them from `gradients()`."""
 
-    def __init__(self, params: dict[str, torch.nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float,
-                 weight_decay: float, warmup_steps: int, schedule: str, decay_steps: int | None, final_lr_ratio: float,
-                 max_grad_norm: float, total_steps: int, loss_scale: float = 1.0) -> None:
+    def __init__(self, params: dict[str, torch.nn.Parameter], learning_rate: LearningRate, *, betas: tuple[float, float],
+                 eps: float, weight_decay: float, max_grad_norm: float, loss_scale: float = 1.0) -> None:
         """loss_scale: the power of two that `backward` multiplies losses by; gradients() are free of it.
         max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
-        total_steps: updates of the whole run. The rest as in `learning_rate` and torch.optim.AdamW."""
+        The rest as in torch.optim.AdamW."""
         if not params:
             raise ValueError("no trainable parameters: nothing to optimize; check model.train and model.lora.targets")
         frozen = [name for name, param in params.items() if not param.requires_grad]
         if frozen:
             raise ValueError(f"parameters without requires_grad given to the optimizer: {', '.join(frozen[:5])}")
-        self.params = dict(params)
-        self.base_lr, self.betas, self.eps, self.weight_decay = lr, (betas[0], betas[1]), eps, weight_decay
-        self.warmup_steps, self.schedule, self.decay_steps = warmup_steps, schedule, decay_steps
-        self.final_lr_ratio, self.max_grad_norm, self.total_steps = final_lr_ratio, max_grad_norm, total_steps
-        self.loss_scale = loss_scale
+        self.params, self.learning_rate = dict(params), learning_rate
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
         self.num_updates = self.position = 0
         self._masters: dict[str, torch.Tensor] = {}
         self._master_grads: dict[str, torch.Tensor] = {}
@@ -127,9 +134,7 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return learning_rate(self.position, lr=self.base_lr, warmup_steps=self.warmup_steps, schedule=self.schedule,
-                             decay_steps=self.decay_steps, final_lr_ratio=self.final_lr_ratio,
-                             total_steps=self.total_steps)
+        return self.learning_rate.at(self.position)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss to those accumulated since `zero_grad()`."""

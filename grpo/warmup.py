@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import TrainConfig, to_dict
 from grpo.environment import Environment, demonstrations
-from grpo.optim import Optimizer, check_finite, loss_scale_for
+from grpo.optim import LearningRate, Optimizer, check_finite, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Interrupted
 from models.formats.atomic import new_file
@@ -51,12 +51,12 @@ def _train(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metri
            should_stop: Callable[[], bool]) -> list[dict]:
     settings = config.warmup
     num_decay = round(settings.steps * settings.decay_fraction)
+    learning_rate = LearningRate(
+        settings.lr, settings.warmup_steps, "linear" if num_decay else "constant", num_decay or None, settings.final_lr_ratio,
+        total_steps=settings.steps)
     optimizer = Optimizer(
-        policy.trainable_parameters(), lr=settings.lr, betas=tuple(settings.betas), eps=1e-8,
-        weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps, max_grad_norm=settings.max_grad_norm,
-        schedule="linear" if num_decay else "constant", decay_steps=num_decay or None,
-        final_lr_ratio=settings.final_lr_ratio, total_steps=settings.steps,
-        loss_scale=loss_scale_for(policy.dtype, config.optim.loss_scale))
+        policy.trainable_parameters(), learning_rate, betas=tuple(settings.betas), eps=1e-8, weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm, loss_scale=loss_scale_for(policy.dtype, config.optim.loss_scale))
     history = []
     for step in range(settings.steps):
         if should_stop():

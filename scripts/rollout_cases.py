@@ -16,7 +16,7 @@ from random_policy import load_policy, num_tokens, random_prompts, set_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, micro_batches, pack  # noqa: E402
-from grpo.optim import Optimizer  # noqa: E402
+from grpo.optim import LearningRate, Optimizer  # noqa: E402
 from grpo.rollout.sampling import SamplingParams  # noqa: E402
 from grpo.rollout.session import Sampler  # noqa: E402
 from grpo.update import routing_metrics  # noqa: E402
@@ -135,8 +135,10 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
 
 
 def make_optimizer(policy: GptOss) -> Optimizer:
-    return Optimizer(policy.trainable_parameters(), lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=0,
-                     schedule="constant", decay_steps=None, final_lr_ratio=1.0, max_grad_norm=1.0, total_steps=10_000)
+    learning_rate = LearningRate(1e-6, warmup_steps=0, schedule="constant", decay_steps=None, final_lr_ratio=1.0,
+                                 total_steps=10_000)
+    return Optimizer(policy.trainable_parameters(), learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                     max_grad_norm=1.0)
 
 
 def train_on(policy: GptOss, optimizer: Optimizer, completions: list[Completion], *, micro_tokens: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from grpo.configuration.targets import bind
 from grpo.environment import Environment, check_environment, make_environment, summary
 from grpo.kl import Reference
 from grpo.losses import try_loss
-from grpo.optim import Optimizer, loss_scale_for
+from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import RunState, load_run
@@ -145,12 +145,12 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
 
 def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
     optim = config.optim
+    learning_rate = LearningRate(
+        optim.lr, optim.warmup_steps, str(optim.schedule), optim.decay_steps, optim.final_lr_ratio,
+        total_steps=config.steps * optim.minibatches * optim.epochs)
     return Optimizer(
-        policy.trainable_parameters(), lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps,
-        weight_decay=optim.weight_decay, warmup_steps=optim.warmup_steps, schedule=str(optim.schedule),
-        decay_steps=optim.decay_steps, final_lr_ratio=optim.final_lr_ratio, max_grad_norm=optim.max_grad_norm,
-        total_steps=config.steps * optim.minibatches * optim.epochs,
-        loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
+        policy.trainable_parameters(), learning_rate, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm, loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
 
 
 def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environment, *, resumed_step: int | None) -> str:

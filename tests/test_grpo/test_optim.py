@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from grpo.optim import FLOAT16_LOSS_SCALE, NonFiniteError, Optimizer, check_finite, learning_rate, loss_scale_for
+from grpo.optim import FLOAT16_LOSS_SCALE, LearningRate, NonFiniteError, Optimizer, check_finite, loss_scale_for
 
 SHAPES = {"a": (5, 7), "b": (3,), "experts": (2, 4, 3)}
 
@@ -19,9 +19,10 @@ def make_params(dtype=torch.float32, seed=0):
 
 
 def make_optimizer(params, **changes):
-    settings = dict(lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, warmup_steps=0, schedule="constant",
-                    decay_steps=None, final_lr_ratio=0.1, max_grad_norm=math.inf, total_steps=20)
-    return Optimizer(params, **{**settings, **changes})
+    rate = dict(lr=3e-3, warmup_steps=0, schedule="constant", decay_steps=None, final_lr_ratio=0.1, total_steps=20)
+    rate |= {name: changes.pop(name) for name in rate.keys() & changes.keys()}
+    settings = dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, max_grad_norm=math.inf)
+    return Optimizer(params, LearningRate(**rate), **{**settings, **changes})
 
 
 def random_gradients(step):
@@ -101,7 +102,7 @@ def test_a_closed_optimizer_leaves_its_parameters_to_the_next():
 
 def test_rates_of_each_schedule_are_those_worked_out_by_hand():
     def rates(**settings):
-        return [learning_rate(update, **settings) for update in range(settings["total_steps"])]
+        return [LearningRate(**settings).at(update) for update in range(settings["total_steps"])]
 
     common = dict(lr=1.0, warmup_steps=4, final_lr_ratio=0.1, total_steps=10)
     warm_up = [0.25, 0.5, 0.75, 1.0]
@@ -113,7 +114,7 @@ def test_rates_of_each_schedule_are_those_worked_out_by_hand():
     # cos(pi/3) = 1/2, cos(2 pi/3) = -1/2
     assert rates(schedule="cosine", decay_steps=3, **common) == pytest.approx(
         warm_up + [1.0, 1.0, 1.0, 0.775, 0.325, 0.1])
-    assert learning_rate(50, schedule="linear", decay_steps=3, **common) == pytest.approx(0.1)
+    assert LearningRate(schedule="linear", decay_steps=3, **common).at(50) == pytest.approx(0.1)
 
 
 def test_the_optimizer_uses_the_rate_of_its_update():
