@@ -5,14 +5,15 @@ from collections.abc import Iterator
 import numpy
 import pytest
 import torch
-from interpreter import interpret
+from interpreter import interpreted
 
 
 @pytest.fixture(autouse=True)
-def kernels_of_marked_tests_are_interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.node.get_closest_marker("interpreter"):
-        interpret(monkeypatch)
-    with numpy.errstate(over="ignore", invalid="ignore"):  # kernels compute infinities and NaN on purpose
+def kernels_of_marked_tests_are_interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.node.get_closest_marker("interpreter"):
+        yield
+        return
+    with interpreted(), numpy.errstate(over="ignore", invalid="ignore"):  # kernels compute infinities and NaN on purpose
         yield
 
 

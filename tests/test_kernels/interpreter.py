@@ -5,18 +5,42 @@ the same process compile them; for the time of an interpreter test every kernel 
 TRITON_INTERPRET=1 in the environment lets public functions run kernels on CPU tensors (kernels.device.is_triton). Use float32:
 the interpreter's bfloat16 is silently wrong."""
 
+import contextlib
 import functools
 import sys
+import types
+from collections.abc import Iterator
 
 import pytest
+import triton.language as tl
 from paths import ROOT
 from triton.runtime import JITFunction, interpreter
 
 twin_of = functools.cache(interpreter.InterpretedFunction)  # of the plain function that a kernel decorates
 
 
+# where the interpreter puts functions of its own
+LANGUAGE = (tl, tl.core, tl.math, tl.dtype, tl.tensor, tl.core.tensor_descriptor_base)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Here kernels of this project, of its tests and of Triton's own library are interpreted."""
+    before = [(part, dict(vars(part))) for part in LANGUAGE]
+    with pytest.MonkeyPatch.context() as patch:
+        interpret(patch)
+        try:
+            yield
+        finally:
+            for part, attributes in before:
+                for name in set(vars(part)) - set(attributes):
+                    delattr(part, name)
+                for name, value in attributes.items():
+                    if vars(part)[name] is not value:
+                        setattr(part, name, value)
+
+
 def interpret(patch: pytest.MonkeyPatch) -> None:
-    """From now on, until `patch` is undone, kernels of this project, of its tests and of Triton's own library are interpreted."""
     patch.setenv("TRITON_INTERPRET", "1")
     save_time(patch)
     for name, module in list(sys.modules.items()):
@@ -42,15 +66,7 @@ def save_time(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
 
-    # every call of a function by a kernel patches triton.language again, which the launch and the first call have done
-    first_call = interpreter.InterpretedFunction.__call__
-
-    def call(self, *arguments, **settings):
-        if self.fn not in self.rewritten_fn:
-            return first_call(self, *arguments, **settings)
-        try:
-            return self.rewritten_fn[self.fn](*arguments, **settings)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    # each launch, and each call of a function by a kernel, puts functions of the interpreter into triton.language: once is enough
+    function = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})  # sees all of the language
+    interpreter._patch_lang(function)
+    patch.setattr(interpreter, "_patch_lang", lambda _: types.SimpleNamespace(restore=lambda: None))
