@@ -1,4 +1,4 @@
-"""Folders of safetensors files: what they hold, one tensor at a time out of them, and folders that are written whole."""
+"""Checkpoint folders: found or downloaded, their tensors listed and read one at a time, new ones written whole."""
 
 import json
 import os

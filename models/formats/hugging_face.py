@@ -71,31 +71,28 @@ def load_model(
     if experts not in ("auto", *FORMATS):
         raise ValueError(f"experts={experts!r}; allowed: auto, {', '.join(FORMATS)}")
     folder = weights_folder(source)
-    config, stored, held = _read_headers(folder)
-    form = held if experts == "auto" else FORMATS[experts]
-    if form.is_packed and form is not held:
+    config, stored, stored_form = _read_headers(folder)
+    form = stored_form if experts == "auto" else FORMATS[experts]
+    if form.is_packed and form is not stored_form:
         how = f", or pack them first with scripts/export.py --experts {form.name}" if form.is_written else ""
         raise CheckpointError(
-            f"{folder}: experts={form.name}, but the checkpoint holds {held.description}; use experts=auto{how}"
+            f"{folder}: experts={form.name}, but the checkpoint holds {stored_form.description}; use experts=auto{how}"
         )
+
     def make(form: type[ExpertWeights], device: torch.device | str) -> GptOss:
         return GptOss(config, dtype=dtype, device=device, experts=form.name, activation_checkpointing=activation_checkpointing,
                       memory_gb=memory_gb, host_gb=host_gb)
 
-    _check_tensors(folder, stored, make(held, "meta").state_dict(), held)
+    _check_tensors(folder, stored, make(stored_form, "meta").state_dict(), stored_form)
     model = make(form, device)
-    embedding = model.model.embed_tokens
-    size = embedding.weight.numel() * embedding.weight.element_size()
-    if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
-        pinned = torch.empty(embedding.weight.shape, dtype=dtype, pin_memory=True)
-        embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
+    _pin_embedding(model)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
-        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored, held)):
+        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored, stored_form)):
             if name in stored:
                 target.copy_(stored[name].read())
             else:
-                _dequantize_into(target, name, stored, held)
+                _dequantize_into(target, name, stored, stored_form)
     if product_path(model.lm_head.weight) == "triton":
         for block in model.model.layers:
             block.mlp.experts.arrange()
@@ -107,9 +104,18 @@ def read_checkpoint_config(source: str | Path) -> GptOssConfig:
     return _read_headers(weights_folder(source))[0]
 
 
-def _first_source(name: str, stored: dict[str, Stored], held: type[ExpertWeights]) -> tuple[str, str]:
+def _pin_embedding(model: GptOss) -> None:
+    """Moves a GPU model's input embedding into pinned host memory, where host_gb has room for it."""
+    embedding = model.model.embed_tokens
+    size = embedding.weight.numel() * embedding.weight.element_size()
+    if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
+        pinned = torch.empty(embedding.weight.shape, dtype=model.dtype, pin_memory=True)
+        embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
+
+
+def _first_source(name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights]) -> tuple[str, str]:
     """Sorts tensors by file, so that each file is read once from end to end."""
-    return str(stored[name if name in stored else name + held.suffixes[0]].path), name
+    return str(stored[name if name in stored else name + stored_form.suffixes[0]].path), name
 
 
 def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, Stored], type[ExpertWeights]]:
@@ -119,18 +125,18 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, Stored], type[E
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     try:
-        held = stored_format(config.quantization, config)
+        stored_form = stored_format(config.quantization, config)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     stored = list_tensors(folder, allow_unindexed=not config.raw)  # only Hugging Face configs are kept raw
     if is_original(stored):  # its config.json does not say how the experts are stored
         stored = to_hugging_face(stored, config)
-        held = _format_in(stored) or held
+        stored_form = _format_in(stored) or stored_form
     if is_bitsandbytes(stored, config):
         stored = unpacked_names(stored, config)
         if (found := _format_in(stored)) is not None and not found.is_packed:
-            held = found  # dense projections alone are packed
-    return config, stored, held
+            stored_form = found  # dense projections alone are packed
+    return config, stored, stored_form
 
 
 def _format_in(stored: dict[str, Stored]) -> type[ExpertWeights] | None:
@@ -140,7 +146,7 @@ def _format_in(stored: dict[str, Stored]) -> type[ExpertWeights] | None:
 
 
 def _check_tensors(
-    folder: Path, stored: dict[str, Stored], expected: dict[str, torch.Tensor], held: type[ExpertWeights]
+    folder: Path, stored: dict[str, Stored], expected: dict[str, torch.Tensor], stored_form: type[ExpertWeights]
 ) -> None:
     """Raises CheckpointError listing everything that keeps the stored tensors from being the expected ones."""
     missing = [name for name in expected if name not in stored]
@@ -156,9 +162,9 @@ def _check_tensors(
         return
     lines = [f"{folder}: the tensors do not fit the model that its config.json describes"]
     lines += [f"  {kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
-    if (found := _format_in(stored)) not in (None, held):
+    if (found := _format_in(stored)) not in (None, stored_form):
         lines.append(
-            f"  config.json says the experts are {held.description}, the files hold {found.description}: "
+            f"  config.json says the experts are {stored_form.description}, the files hold {found.description}: "
             "correct quantization_config in config.json"
         )
     else:
@@ -166,10 +172,10 @@ def _check_tensors(
     raise CheckpointError("\n".join(lines))
 
 
-def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored], held: type[ExpertWeights]) -> None:
-    parts = [stored[name + suffix].read().to(target.device) for suffix in held.suffixes]
+def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights]) -> None:
+    parts = [stored[name + suffix].read().to(target.device) for suffix in stored_form.suffixes]
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
-        weight.copy_(held.unpack(*(part[expert] for part in parts), dtype=target.dtype).T)
+        weight.copy_(stored_form.unpack(*(part[expert] for part in parts), dtype=target.dtype).T)
 
 
 @dataclass
