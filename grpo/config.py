@@ -7,9 +7,11 @@ sees dataclasses only.
 
 import dataclasses
 import inspect
+import math
 import os
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -21,45 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.configuration.suggestions import suggest
 from models.formats.atomic import write_text
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, its value, what is allowed and what to do."""
-
-
-class UnknownKey(ConfigError):
-    """A key that its node lacks; `typed` goes on below it. `keys`: all there are, for suggestions from elsewhere; `origin`: where
-    the key comes from, if not from the command line. Whoever knows them fills them in. `also`: names unknown beside it."""
-
-    def __init__(self, key: str, allowed: list[str], *, typed: str | None = None, also: list[str] | None = None) -> None:
-        self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(set(allowed)), ""
-        self.parent, _, self.name = key.rpartition(".")
-        self.also = [f"{self.parent}.{name}" for name in also or []]
-        self.siblings = [f"{self.parent}.{name}" if self.parent else name for name in self.allowed]
-        self.keys = self.siblings
-
-    def __str__(self) -> str:
-        others = [key for key in self.keys if key != self.key]
-        siblings = self.siblings if self.typed == self.key else []
-        # of a path into another trainer's tree, what is above its last part is no slip of the fingers for a key elsewhere
-        meant = suggest(self.typed, others, siblings) or suggest(self.key, others if siblings else self.siblings, self.siblings)
-        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
-        origin = f" ({self.origin})" if self.origin else ""
-        where = f" in {self.parent}" if self.parent else ""
-        return f"unknown key {self.key}{origin}{hint or '.'} Allowed{where}: {', '.join(self.allowed)}"
-
-
-# Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
-RESUMABLE_KEYS = (
-    *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
-    # memory: rounding apart
-    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
-    *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
-    "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
-    # how reward functions are called, not what they say: to go on after a judge was down
-    *("env.reward_timeout", "env.reward_workers", "env.reward_retries", "env.max_error_rate"),
-    "warmup.cache_dir",  # a kept warm-up has the bits of one made again
-)
 
 
 class Device(StrEnum):
@@ -122,9 +85,17 @@ class ReasoningEffort(StrEnum):
     high = "high"
 
 
+# (interval, hint) of what several parts set
+SEED = ("[0, 9223372036854775807]", "")
+TOP_K = ("[0, inf)", "the number of tokens to keep; 0 is off")
+TOP_P = ("(0, 1]", "1 is off")
+MIN_P = ("[0, 1)", "0 is off")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts", "router")
+
+
 def number(interval: str, hint: str = "", *, default: Any = MISSING) -> Any:
     """A field for numbers in `interval`, such as "(0, 1]"; "inf" stands for any finite number, and for less than 2^31 where
-    the field is an integer. `hint` ends the complaint about others. `grpo.configuration.validate` checks it."""
+    the field is an integer. `hint` ends the complaint about others, which `out_of_range` makes."""
     return field(default=default, metadata={"interval": interval, "hint": hint})
 
 
@@ -132,7 +103,7 @@ def number(interval: str, hint: str = "", *, default: Any = MISSING) -> Any:
 class LoraSettings:
     rank: int = number("[1, inf)")
     alpha: float = number("(0, inf)", "the update is scaled by alpha / rank")
-    targets: List[str] = MISSING  # among q_proj k_proj v_proj o_proj experts router
+    targets: List[str] = MISSING  # distinct, among LORA_TARGETS
     train_sinks: bool = MISSING
     train_norms: bool = MISSING
     adapter: Optional[str] = None  # PEFT folder to start from; null: fresh (B = 0)
@@ -174,9 +145,9 @@ class RolloutConfig:
     group_size: int = number("[2, inf)", "an advantage is a reward against the others of its group; 8 or 16 is usual")
     max_new_tokens: int = number("[1, inf)")  # tokens
     temperature: float = number("(0, inf)", "rollouts are sampled, and log-probs are those at this temperature; 1.0 is usual")
-    top_k: int = number("[0, inf)", "the number of tokens to keep; 0 is off")
-    top_p: float = number("(0, 1]", "1 is off")
-    min_p: float = number("[0, 1)", "0 is off")
+    top_k: int = number(*TOP_K)
+    top_p: float = number(*TOP_P)
+    min_p: float = number(*MIN_P)
     max_batch: int = number("[1, inf)")  # completions decoded together; does not change what is sampled
     # most memory of the KV cache, 1e9 bytes: completions that find no room wait. null: on a GPU a share of what is free when a
     # rollout starts; never more than its completions need
@@ -232,9 +203,9 @@ class EvalConfig:
     num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     temperature: float = number("(0, inf)", "greedy is eval.greedy=true")
     # null, for these three: as in rollout
-    top_k: Optional[int] = number("[0, inf)", "the number of tokens to keep; 0 is off", default=None)
-    top_p: Optional[float] = number("(0, 1]", "1 is off", default=None)
-    min_p: Optional[float] = number("[0, 1)", "0 is off", default=None)
+    top_k: Optional[int] = number(*TOP_K, default=None)
+    top_p: Optional[float] = number(*TOP_P, default=None)
+    min_p: Optional[float] = number(*MIN_P, default=None)
     greedy: bool = MISSING
     max_prompts: int = number("[1, inf)")  # held-out prompts
     at_start: bool = MISSING
@@ -267,7 +238,7 @@ class WandbConfig:
 @dataclass
 class TrainConfig:
     name: str = MISSING  # the run's folder is output_dir/name
-    seed: int = number("[0, 9223372036854775807]")  # initial weights, prompts and samples
+    seed: int = number(*SEED)  # initial weights, prompts and samples
     steps: int = number("[1, inf)")  # GRPO steps
     device: Device = MISSING
     dtype: Dtype = MISSING
@@ -289,47 +260,101 @@ class TrainConfig:
 
 
 @dataclass
-class EvaluateConfig:
-    run: Optional[str] = None  # run folder: its model, weights and environment; null: `model` and `env` below
+class InferenceConfig:
+    """What evaluation and chat have in common."""
+
+    run: Optional[str] = None  # run folder: its model, weights and environment; null: `model` below
     step: Optional[int] = number("[0, inf)", default=None)  # the run's checkpoint of that step; null: the newest
     model: Optional[ModelConfig] = None
-    env: Optional[Dict[str, Any]] = None  # null: the run's
-    seed: int = number("[0, 9223372036854775807]")
+    seed: int = number(*SEED)
     device: Device = MISSING
     dtype: Dtype = MISSING
     threads: int = number("[0, inf)")  # CPU threads; 0: torch's choice
-    num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     greedy: bool = MISSING
     temperature: float = number("(0, inf)", "greedy is greedy=true")
-    top_k: int = number("[0, inf)", "the number of tokens to keep; 0 is off")
-    top_p: float = number("(0, 1]", "1 is off")
-    min_p: float = number("[0, 1)", "0 is off")
+    top_k: int = number(*TOP_K)
+    top_p: float = number(*TOP_P)
+    min_p: float = number(*MIN_P)
     max_new_tokens: int = number("[1, inf)")  # tokens
+
+
+@dataclass
+class EvaluateConfig(InferenceConfig):
+    env: Optional[Dict[str, Any]] = None  # null: the run's
+    num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     max_prompts: int = number("[1, inf)")  # held-out prompts
     max_batch: int = number("[1, inf)")  # completions decoded together
     output: Optional[str] = None  # JSON file for the result; null: print only
 
 
 @dataclass
-class GenerateConfig:
-    run: Optional[str] = None  # run folder; null: `model` below
-    step: Optional[int] = number("[0, inf)", default=None)  # the run's checkpoint of that step; null: the newest
-    model: Optional[ModelConfig] = None
+class GenerateConfig(InferenceConfig):
     prompt: Optional[str] = None  # null: read lines from the terminal and chat
     # null, for these three: as the run's environment has it; else none, medium, today
     instructions: Optional[str] = None  # developer message
     reasoning_effort: Optional[ReasoningEffort] = None
     current_date: Optional[str] = None  # YYYY-MM-DD, in the system message
-    seed: int = number("[0, 9223372036854775807]")
-    device: Device = MISSING
-    dtype: Dtype = MISSING
-    threads: int = number("[0, inf)")  # CPU threads; 0: torch's choice
-    greedy: bool = MISSING
-    temperature: float = number("(0, inf)", "greedy is greedy=true")
-    top_k: int = number("[0, inf)", "the number of tokens to keep; 0 is off")
-    top_p: float = number("(0, 1]", "1 is off")
-    min_p: float = number("[0, 1)", "0 is off")
-    max_new_tokens: int = number("[1, inf)")  # tokens
+
+
+# ---- errors
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, its value, what is allowed and what to do."""
+
+
+class UnknownKey(ConfigError):
+    """A key that its node lacks; `typed` goes on below it. `keys`: all there are, for suggestions from elsewhere; `origin`: where
+    the key comes from, if not from the command line. Whoever knows them fills them in. `also`: names unknown beside it."""
+
+    def __init__(self, key: str, allowed: list[str], *, typed: str | None = None, also: list[str] | None = None) -> None:
+        self.key, self.typed, self.allowed, self.origin = key, typed or key, sorted(set(allowed)), ""
+        self.parent, _, self.name = key.rpartition(".")
+        self.also = [f"{self.parent}.{name}" for name in also or []]
+        self.siblings = [f"{self.parent}.{name}" if self.parent else name for name in self.allowed]
+        self.keys = self.siblings
+
+    def __str__(self) -> str:
+        others = [key for key in self.keys if key != self.key]
+        siblings = self.siblings if self.typed == self.key else []
+        # of a path into another trainer's tree, what is above its last part is no slip of the fingers for a key elsewhere
+        meant = suggest(self.typed, others, siblings) or suggest(self.key, others if siblings else self.siblings, self.siblings)
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        origin = f" ({self.origin})" if self.origin else ""
+        where = f" in {self.parent}" if self.parent else ""
+        return f"unknown key {self.key}{origin}{hint or '.'} Allowed{where}: {', '.join(self.allowed)}"
+
+
+def out_of_range(node: object, prefix: str = "") -> Iterator[str]:
+    """A complaint for each field of the dataclass whose numbers leave its interval, those of nested nodes and lists included."""
+    for item in dataclasses.fields(node):
+        value, key = getattr(node, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            yield from out_of_range(value, f"{key}.")
+        elif "interval" in item.metadata:
+            interval, hint = item.metadata["interval"], item.metadata["hint"]
+            entries = value if isinstance(value, list) else [value]
+            wrong = [entry for entry in entries if entry is not None and not lies_in(entry, interval)]
+            if wrong:
+                yield f"{key} = {value!r}: {describe_interval(interval, wrong)}" + (f": {hint}" if hint else "")
+
+
+def lies_in(value: float, interval: str) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if isinstance(value, int) and high == math.inf:
+        high = 2.0**31
+    is_above = value >= low if interval[0] == "[" else value > low
+    return is_above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def describe_interval(interval: str, wrong: list[float]) -> str:
+    """What is allowed, in words that fit the numbers that are not: "[1, inf)" is "must be at least 1"."""
+    low, high = interval[1:-1].split(", ")
+    if high != "inf":
+        return f"must lie in {interval}"
+    is_too_large = any(entry > float(low) for entry in wrong)
+    most = "" if not is_too_large else " and less than 2^31" if isinstance(wrong[0], int) else " and finite"
+    return f"must be {'at least' if interval[0] == '[' else '>'} {low}{most}"
 
 
 # ---- from YAML to dataclasses
@@ -339,21 +364,22 @@ def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
     """The composed config as an instance of `schema`. Raises ConfigError for unknown keys (those added with `+` too),
     values of the wrong type, interpolations that lead nowhere and required values left out."""
     try:
-        container = OmegaConf.to_container(cfg, resolve=True)
+        values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}"
         ) from error
-    assert isinstance(container, dict), f"expected a mapping at the top, got {type(container).__name__}"
-    check_keys(container, schema, "")
-    check_missing(container, schema, "")
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), escaped(container)))
+        typed = OmegaConf.merge(OmegaConf.structured(schema), escaped(values))
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
-        value = value_at(container, key)
-        expected = describe_type(type_at(schema, key))
+        expected = describe_type(type_at(schema, key))  # raises where the key is what is wrong
+        value = value_at(values, key)
         raise ConfigError(f"{key} = {value!r} ({type(value).__name__}): expected {expected}") from error
+    missing = sorted(OmegaConf.missing_keys(typed))
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: required, no value given; set with `{missing[0]}=VALUE` or in the YAML")
+    return OmegaConf.to_object(typed)
 
 
 def escaped(node: Any) -> Any:
@@ -367,47 +393,21 @@ def escaped(node: Any) -> Any:
     return node
 
 
-def check_keys(container: dict, schema: type, prefix: str) -> None:
-    """Raises ConfigError at the first key that `schema` does not have, with the nearest ones that it has."""
-    hints = typing.get_type_hints(schema)
-    for key, value in container.items():
-        if key not in hints:
-            raise UnknownKey(join(prefix, str(key)), list(hints))
-        nested = dataclass_of(hints[key])
-        if nested is not None and isinstance(value, dict):
-            check_keys(value, nested, join(prefix, key))
-
-
-def check_missing(container: dict, schema: type, prefix: str) -> None:
-    """Raises ConfigError listing every required key that is left out or still `???`."""
-    missing = missing_keys(container, schema, prefix)
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)}: required, no value given; set with `{missing[0]}=VALUE` or in the YAML"
-        )
-
-
-def missing_keys(container: dict, schema: type, prefix: str) -> list[str]:
-    missing = []
-    hints = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        key = join(prefix, item.name)
-        nested = dataclass_of(hints[item.name])
-        is_optional = type(None) in typing.get_args(hints[item.name])
-        value = container.get(item.name, MISSING if item.default == MISSING else None)
-        if value == MISSING:
-            missing.append(key)
-        elif nested is not None and isinstance(value, dict):
-            missing += missing_keys(value, nested, key)
-        elif nested is not None and value is None and not is_optional:
-            missing += missing_keys({}, nested, key)
-        elif isinstance(value, dict):
-            missing += [join(key, str(name)) for name, inner in value.items() if inner == MISSING]
-    return missing
-
-
-def join(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix and key else prefix or key
+def type_at(schema: type, key: str) -> Any:
+    """The type of the value at a key such as `optim.betas[0]`; None below a mapping that takes any keys. Raises UnknownKey where
+    the schema has no such key."""
+    kind: Any = schema
+    walked: list[str] = []
+    for part in filter(None, re.split(r"[.\[]", key)):
+        node = dataclass_of(kind)
+        if node is None:
+            return typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+        hints = typing.get_type_hints(node)
+        walked.append(part)
+        if part not in hints:
+            raise UnknownKey(".".join(walked), list(hints), typed=key)
+        kind = hints[part]
+    return kind
 
 
 def dataclass_of(hint: Any) -> type | None:
@@ -418,23 +418,10 @@ def dataclass_of(hint: Any) -> type | None:
     return None
 
 
-def type_at(schema: type, key: str) -> Any:
-    hint: Any = schema
-    for part in re.split(r"[.\[]", key):
-        nested = dataclass_of(hint)
-        if nested is None:
-            return (typing.get_args(hint) or (hint,))[0]
-        hint = typing.get_type_hints(nested)[part]
-    return hint
-
-
-def value_at(container: Any, key: str) -> Any:
-    for part in filter(None, re.split(r"[.\[\]]+", key)):
-        if isinstance(container, list):
-            container = container[int(part)]
-        elif isinstance(container, dict) and part in container:
-            container = container[part]
-    return container
+def value_at(node: Any, key: str) -> Any:
+    for part in re.findall(r"[^.\[\]]+", key):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
 
 
 def describe_type(hint: Any) -> str:
@@ -451,6 +438,18 @@ def describe_type(hint: Any) -> str:
 
 
 # ---- a run's folder and its saved config
+
+# Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
+RESUMABLE_KEYS = (
+    *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
+    # memory: rounding apart
+    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
+    *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
+    "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
+    # how reward functions are called, not what they say: to go on after a judge was down
+    *("env.reward_timeout", "env.reward_workers", "env.reward_retries", "env.max_error_rate"),
+    "warmup.cache_dir",  # a kept warm-up has the bits of one made again
+)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -484,15 +483,8 @@ def anchored(value: Any) -> Any:
 
 def to_dict(config: Any) -> dict:
     """The config as plain dicts, lists, strings and numbers."""
-    return plain(dataclasses.asdict(config))
-
-
-def plain(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [plain(value) for value in node]
-    return str(node) if isinstance(node, StrEnum) else node
+    return dataclasses.asdict(config, dict_factory=lambda pairs: {
+        key: str(value) if isinstance(value, StrEnum) else value for key, value in pairs})
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -516,15 +508,15 @@ def read_saved_config(path: Path) -> TrainConfig:
 
 def settings_of_steps(config: TrainConfig) -> dict[str, Any]:
     """Key -> value of the settings that shape a run's steps: all but RESUMABLE_KEYS."""
-    return {key: value for key, value in flatten(to_dict(config), "").items() if not key_matches(key, RESUMABLE_KEYS)}
+    return {key: value for key, value in flatten(to_dict(config)).items() if not key_matches(key, RESUMABLE_KEYS)}
 
 
-def flatten(node: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    return {
-        key: value for name, inner in node.items() for key, value in flatten(inner, join(prefix, str(name))).items()
-    }
+def flatten(node: dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of all that is no mapping or an empty one."""
+    found = {}
+    for name, value in node.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + str(name): value}
+    return found
 
 
 def key_matches(key: str, patterns: tuple[str, ...]) -> bool:

@@ -8,6 +8,8 @@ key that does not hold text, is in Hydra's grammar: '++name="a, b"', '++name=lr-
 """
 
 import argparse
+import contextlib
+import json
 import re
 import types
 import typing
@@ -17,10 +19,12 @@ from typing import Any
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import ConfigError, dataclass_of, escaped
+from grpo.config import ConfigError, escaped
 from grpo.configuration.suggestions import suggest
 
 DEFAULT_EXPERIMENT = "quickstart"
@@ -90,62 +94,54 @@ def default_first(words: list[str], config_name: str) -> list[str]:
     return placed
 
 
-def to_override(word: str, hint: Any, *, is_sweep: bool) -> str:
+def to_override(word: str, kind: Any, *, is_sweep: bool) -> str:
     """One word in Hydra's grammar: text quoted, a key below a node (`env.path=x`, `warmup.steps=3`) set whether the YAML has it
-    or not (the schema and `bind` refuse unknown ones). hint: the type of the key's value, None where Hydra decides."""
+    or not (the schema and `bind` refuse unknown ones). kind: the type of the key's value, None where Hydra decides."""
     key, equals, value = word.partition("=")
     if not equals or key[:1] in ("+", "~") or key.startswith(("hydra.", "hydra/")):
         return word
-    if is_text(value, hint):
+    if is_text(value, kind):
         parts = re.split(r",(?!\s)", value)
         value = ",".join(map(quoted, parts)) if is_sweep and len(parts) > 1 and all(parts) else quoted(value)
     elif value[:1] in ("[", "{") and not is_in_grammar(value):
         value = rendered(value)
-    elif hint is None and not is_in_grammar(value):  # of a node that is not composed here, such as a run's environment
+    elif kind is None and not is_in_grammar(value):  # of a node that is not composed here, such as a run's environment
         value = quoted(value)
-    return f"++{key}={value}" if "." in key else f"{key}={value}"
+    return f"++{key}={value}" if "." in key or value[:1] == "{" else f"{key}={value}"
 
 
-def is_text(value: str, hint: Any) -> bool:
+def is_text(value: str, kind: Any) -> bool:
     """Whether the value of a key of this type is literal text. Of a key that also takes a list or a number, what looks like
     one is none."""
-    kinds = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else {hint}
+    kinds = set(typing.get_args(kind)) if typing.get_origin(kind) in (typing.Union, types.UnionType) else {kind}
     if str not in kinds or value == "null":
         return False
-    others = {typing.get_origin(kind) or kind for kind in kinds} - {str, type(None)}
+    others = {typing.get_origin(other) or other for other in kinds} - {str, type(None)}
     is_container = value[:1] + value[-1:] in ("[]", "{}")
     is_number = bool({int, float, bool} & others) and isinstance(yaml.safe_load(value or "''"), (int, float))
     return not (others & {list, dict} and is_container) and not is_number
 
 
 def quoted(text: str) -> str:
-    """The text as a quoted string of Hydra's grammar, where backslashes count only before a quote, the closing one included."""
-    inside = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), escaped(text))
-    return f"'{inside}'"
-
-
-def unquoted(value: str) -> str | None:
-    """The text that `quoted` wrote, None where it did not write this."""
-    if value[:1] != "'" or value[-1:] != "'" or len(value) < 2:
-        return None
-    text = re.sub(r"(\\+)('|$)", lambda match: match[1][:len(match[1]) // 2] + match[2], value[1:-1])
-    text = re.sub(r"(\\+)\$\{", lambda match: match[1][:len(match[1]) // 2] + "${", text)
-    return text if quoted(text) == value else None
+    """The text as a quoted string of Hydra's grammar."""
+    return QuotedString(escaped(text), Quote.single).with_quotes()
 
 
 def as_typed(override: str) -> str:
     """What one types for an override: the inverse of `to_override`."""
-    key, equals, value = override.partition("=")
-    text = unquoted(value)
-    if text is not None:
-        return f"{key.lstrip('+')}={text}"
-    return override[2:] if key.startswith("++") and "." in key and "${" not in value else override
+    key, _, value = override.partition("=")
+    if value[:1] == "'" and is_in_grammar(value):
+        with contextlib.suppress(OmegaConfBaseException):  # where it holds a ${...} that is no text
+            text = OmegaConf.create([parse([f"key={value}"])[0].value()])[0]
+            if quoted(text) == value:
+                return f"{key.lstrip('+')}={text}"
+    return override[2:] if key.startswith("++") and "${" not in value else override
 
 
 def is_in_grammar(value: str) -> bool:
     try:
-        OverridesParser.create().parse_override(f"key={value}")
-    except HydraException:
+        parse([f"key={value}"])
+    except ConfigError:
         return False
     return True
 
@@ -157,8 +153,7 @@ def rendered(value: str) -> str:
             return "{" + ",".join(f"{quoted(str(key))}:{render(item)}" for key, item in node.items()) + "}"
         if isinstance(node, list):
             return "[" + ",".join(map(render, node)) + "]"
-        return "null" if node is None else str(node).lower() if isinstance(node, bool) else (
-            quoted(node) if isinstance(node, str) else str(node))
+        return quoted(node) if isinstance(node, str) else json.dumps(node)
 
     try:
         node = yaml.safe_load(value)
@@ -173,14 +168,3 @@ def parse(overrides: list[str]) -> list[Override]:
     except HydraException as error:
         raise ConfigError(f"cannot read an argument: {str(error).splitlines()[0]}; write KEY=VALUE, a list as KEY=[a,b], "
                           "quoted for the shell where it has spaces or brackets") from error
-
-
-def hint_at(key: str, schema: type, keywords: dict[str, Any]) -> Any:
-    """The type of the value at a key: a field of the schema, or a keyword of a target from `keywords`; None where neither."""
-    node: Any = schema
-    if key in keywords:
-        return keywords[key]
-    for part in key.split("."):
-        nested = dataclass_of(node)
-        node = typing.get_type_hints(nested).get(part) if nested is not None else None
-    return node

@@ -1,12 +1,14 @@
-"""From a command line to a checked, typed config: what the three entry points share.
+"""From a command line to a checked, typed config and its run: what the three entry points share.
 
-Hydra composes `configs/` and the folders that a command line adds (--config-dir, hydra.searchpath). Before anything runs, the
-overrides are checked against the schema and every job's configuration is composed, typed and validated, so that a mistake ends
-in one message and exit code 2 before any folder is made and, unless a keyword of the loss or the environment is set, before
-torch is imported.
+`launch` follows the way: the words of the command line become overrides in Hydra's grammar (`prepare`), Hydra composes
+`configs/` and the folders that the command line adds (`compose`), `finish` makes the composed YAML a checked dataclass, and
+`run_one` or `run_sweep` hands it to the task. Every job is checked before the first one runs, so that a mistake ends in one
+message and exit code 2 before any folder is made and, unless a keyword of the loss or the environment is set, before torch is
+imported.
 """
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import os
@@ -14,18 +16,18 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -38,18 +40,18 @@ from grpo.config import (
     GenerateConfig,
     TrainConfig,
     UnknownKey,
-    check_keys,
     dataclass_of,
+    flatten,
     key_matches,
     run_folder,
     to_typed,
+    type_at,
 )
 from grpo.configuration.command_line import (
     DEFAULT_EXPERIMENT,
     CommandLine,
     as_typed,
     default_first,
-    hint_at,
     parse,
     read_command_line,
     to_override,
@@ -84,6 +86,34 @@ SCHEMAS = {"train": TrainConfig, "evaluate": EvaluateConfig, "generate": Generat
 NODES = ("env", "loss")  # nodes that name a target
 
 
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader, which composes the same files once: whoever asks for them again, Hydra's sweeper, launcher and --cfg
+    included, gets a copy with the values of its own overrides."""
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.composed: dict[tuple, DictConfig] = {}
+
+    def load_configuration(self, config_name: str, overrides: list[str], run_mode: RunMode, from_shell: bool = True,
+                           validate_sweep_overrides: bool = True) -> DictConfig:
+        parsed = parse(overrides)
+        tasks = [override for override in parsed if not override.is_hydra_override()]
+        choices = [override for override in tasks if self.repository.group_exists(override.key_or_group)]
+        chosen = [override.input_line for override in parsed if override.is_hydra_override()]
+        chosen += [override.input_line for override in choices]
+        key = (config_name, run_mode, *chosen)
+        if key not in self.composed:
+            self.composed[key] = super().load_configuration(config_name, chosen, run_mode, from_shell, validate_sweep_overrides)
+        cfg = copy.deepcopy(self.composed[key])
+        self._apply_overrides_to_config(
+            [override for override in tasks if override not in choices and not override.is_sweep_override()], cfg)
+        cfg.hydra.overrides.task = [override.input_line for override in tasks]
+        names = cfg.hydra.job.config.override_dirname
+        cfg.hydra.job.override_dirname = get_overrides_dirname(
+            tasks, kv_sep=names.kv_sep, item_sep=names.item_sep, exclude_keys=names.exclude_keys)
+        return cfg
+
+
 @dataclass
 class CommandPlan:
     """A command line ready to be composed."""
@@ -92,13 +122,13 @@ class CommandPlan:
     config_name: str
     line: CommandLine
     folders: list[str]  # of further configs
+    groups: list[str]  # folders of configs that hold choices: model, env, ...
+    keys: list[str]  # all that can be set, for suggestions
+    chosen: list[str] = field(default_factory=list)  # of the overrides those that choose files, targets, Hydra's settings
     overrides: list[str] = field(default_factory=list)  # as Hydra takes them
     params: dict[str, Any] = field(default_factory=dict)  # the sweeper's own
     is_sweep: bool = False
     is_grid: bool = True  # the sweeper takes every combination, and draws none
-    keys: list[str] = field(default_factory=list)  # all that can be set, for suggestions
-    chosen: list[str] = field(default_factory=list)  # of the overrides those that choose files, targets, Hydra's settings
-    composed: DictConfig | None = None  # of `overrides`, where it is there already
 
     @property
     def schema(self) -> type:
@@ -133,7 +163,195 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
 def load_config(config_name: str, arguments: list[str]) -> Any:
     """The checked config that `python -m grpo.<config_name> ARGUMENTS` would run first. Raises ConfigError."""
     with prepare(config_name, arguments) as plan:
-        return first_config(plan)
+        job = jobs_planned(plan)[0]
+        return finish(compose(plan, job), config_name, job)
+
+
+# ---- from words to overrides
+
+
+@contextlib.contextmanager
+def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
+    """The plan of a command line, while Hydra's global state is set up for it. Raises ConfigError; tells what raises UnknownKey
+    in the block which keys there are and where the unknown one comes from."""
+    schema = SCHEMAS[config_name]
+    promised = [key for key in OTHER_NAMES if key.partition(".")[0] in NODES]
+    keys = [*leaf_keys(schema, ""), *(key for key in promised if key.partition(".")[0] in typing.get_type_hints(schema))]
+    line = read_command_line(arguments, keys)
+    folders, words = added_folders(line)
+    search_path = create_config_search_path(os.path.abspath(line.flags.config_path or CONFIG_DIR))
+    for provider, folder in folders:
+        search_path.prepend(provider=provider, path=folder, anchor=SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    hydra = Hydra(task_name=config_name, config_loader=Loader(search_path))
+    GlobalHydra.instance().initialize(hydra)
+    groups = [name for name in hydra.config_loader.list_groups("") if name != "hydra"]
+    plan = CommandPlan(hydra, config_name, line, [folder for _, folder in folders], groups, [*keys, *groups])
+    try:
+        fill(plan, words)
+        yield plan
+    except UnknownKey as error:
+        if not error.parent:
+            error.allowed = sorted({*error.allowed, *groups})
+        error.keys = [*plan.keys, *keyword_types(compose(plan, plan.chosen), [])]
+        error.origin = origin_of(plan, error)
+        raise
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def added_folders(line: CommandLine) -> tuple[list[tuple[str, str]], list[str]]:
+    """(provider, URL) of each folder of configs that the command line adds, and its other words."""
+    folders = [("--config-dir", line.flags.config_dir)] if line.flags.config_dir else []
+    words = []
+    for word in line.words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "hydra.searchpath":
+            entries = parse([word])[0].value()
+            folders += [(key, str(entry)) for entry in (entries if isinstance(entries, list) else [entries])]
+        else:
+            words.append(word)
+    found = []
+    for provider, folder in folders:
+        scheme, has_scheme, path = folder.rpartition("://")
+        if has_scheme and scheme != "file":
+            found.append((provider, folder))
+        elif not os.path.isdir(os.path.expanduser(path)):
+            raise ConfigError(f"{provider} {folder}: no such folder; give one laid out as configs/, with experiment/, loss/, ...")
+        else:
+            found.append((provider, "file://" + os.path.abspath(os.path.expanduser(path))))
+    return found, words
+
+
+def fill(plan: CommandPlan, words: list[str]) -> None:
+    """Brings the words into Hydra's grammar. Which values are text depends on the environment and the loss, and what a comma
+    means on whether the command line is a sweep: so what the words choose is composed first."""
+    words = default_first(words, plan.config_name)
+    if plan.line.flags.multirun:
+        words.append("hydra.mode=MULTIRUN")
+    plan.chosen = chosen_of(plan, words)
+    base = compose(plan, plan.chosen)
+    plan.is_sweep = base.hydra.mode == RunMode.MULTIRUN
+    keywords = keyword_types(base, words)
+    kinds = {word: kind_of(plan, word, keywords) for word in words}
+    plan.overrides = [to_override(word, kinds[word], is_sweep=plan.is_sweep) for word in words]
+    for word, override in zip(words, parse(plan.overrides)):
+        key, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            if not plan.is_sweep:
+                raise ConfigError(f"{as_typed(str(override.input_line))}: several values for {key}; add -m for a sweep, or "
+                                  f"write a list as {key}=[...]")
+        elif dataclass_of(kinds[word]) and not (value is None or isinstance(value, dict) or override.is_delete()):
+            raise ConfigError(f"{key} = {value!r}: {key} holds keys; set {key}.KEY=VALUE")
+    sweeper = OmegaConf.to_container(base.hydra.sweeper, resolve=False)
+    plan.is_grid = str(sweeper.get("_target_", "")).endswith("BasicSweeper")
+    plan.params = sweeper.get("params") or {}
+    if plan.is_sweep and plan.params:
+        plan.overrides = replace_params(plan.overrides, plan.params)
+
+
+def chosen_of(plan: CommandPlan, words: list[str]) -> list[str]:
+    """The overrides among the words that choose files, targets and Hydra's settings; of several values the first."""
+    chosen = []
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        is_target = key.endswith("._target_")
+        if key.startswith(("hydra.", "hydra/")):
+            chosen.append(word)
+        elif is_target or key in plan.groups:
+            override = parse([to_override(word, str if is_target else None, is_sweep=bool(plan.line.flags.multirun))])[0]
+            choice = override.value()
+            if not (is_target or override.is_delete() or override.is_sweep_override() or isinstance(choice, (str, list))):
+                raise ConfigError(f"{key} = {choice!r}: no file of configs/{key}; keys below it are set as {key}.KEY=VALUE")
+            chosen.append(values_of(override)[0])
+    return chosen
+
+
+def kind_of(plan: CommandPlan, word: str, keywords: dict[str, Any]) -> Any:
+    """The type of the value that a word sets, None where Hydra decides. Raises UnknownKey for a key that the schema lacks."""
+    key = word.lstrip("+~").partition("=")[0]
+    if key in plan.groups or key.startswith(("hydra.", "hydra/")) or not ("=" in word or word.startswith("~")):
+        return None
+    return keywords[key] if key in keywords else type_at(plan.schema, key)
+
+
+def keyword_types(base: DictConfig, words: list[str]) -> dict[str, Any]:
+    """The types of the keywords of environment and loss by key (`env.path`): annotations of the target, which is imported only
+    where a word sets one of its keywords, and before that str where the YAML has text."""
+    types: dict[str, Any] = {}
+    for name in NODES:
+        node = OmegaConf.select(base, name)
+        values = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
+        types |= {f"{name}.{key}": str if isinstance(value, str) and value != "???" else None for key, value in values.items()}
+        if "_target_" in values and any(word.startswith(f"{name}.") for word in words):
+            with contextlib.suppress(ConfigError):  # `bind` says it better
+                parameters = keyword_parameters(resolve_target(values["_target_"], name))
+                known = {key: item.annotation for key, item in parameters.items() if item.annotation is not item.empty}
+                types |= {f"{name}.{key}": annotation for key, annotation in known.items()}
+    return types
+
+
+def jobs_planned(plan: CommandPlan) -> list[list[str]]:
+    """The overrides of each job."""
+    if not plan.is_sweep:
+        return [plan.overrides]
+    settings = [word for word in plan.overrides if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    return [[*settings, *job] for job in jobs_of(parse(plan.overrides), plan.params, is_grid=plan.is_grid)]
+
+
+# ---- from overrides to a config
+
+
+def compose(plan: CommandPlan, overrides: list[str]) -> DictConfig:
+    """The composed config with Hydra's node. Raises ConfigError."""
+    try:
+        return plan.hydra.config_loader.load_configuration(plan.primary, overrides, RunMode.RUN)
+    except MissingConfigException as error:
+        raise ConfigError(missing_file(error, plan)) from error
+    except (HydraException, OmegaConfBaseException, ValueError, AttributeError, yaml.YAMLError) as error:  # with file and line
+        raise ConfigError(explain(error)) from error
+
+
+def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
+    """The composed config as a dataclass that passed every check. Raises ConfigError."""
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    if config_name != "train":
+        config = to_typed(cfg, SCHEMAS[config_name])
+        validate_inference(config)
+        return config
+    if OmegaConf.select(cfg, "name") is None:
+        cfg.name = default_name(cfg, overrides)
+    config = to_typed(cfg, TrainConfig)
+    check_objective(config.eval)
+    validate(config)
+    return config
+
+
+def default_name(cfg: DictConfig, overrides: list[str]) -> str:
+    """EXPERIMENT-ENV-seedN, and four hex digits of the overrides that change results where there are any: the same
+    command finds its run again with resume=true, another one does not collide with it."""
+    experiment, relevant = DEFAULT_EXPERIMENT, []
+    for override in overrides:
+        key, _, value = as_typed(override).lstrip("+~").partition("=")
+        if key == "experiment":
+            experiment = re.sub(r"[^\w.]+", "-", value).strip("-")
+        elif key != "seed" and not key.startswith("hydra") and not key_matches(key, RESUMABLE_KEYS):
+            relevant.append(f"{key}={value}")
+    target = OmegaConf.select(cfg, "env._target_")
+    env = re.split("[.:]", str(target))[-1].lower()
+    digest = "-" + hashlib.sha256("\n".join(sorted(relevant)).encode()).hexdigest()[:4] if relevant else ""
+    return f"{experiment[:80]}-{env[:40]}-seed{OmegaConf.select(cfg, 'seed')}{digest}"
+
+
+def check(plan: CommandPlan) -> None:
+    """Composes and checks what is about to run. Raises ConfigError."""
+    jobs = jobs_planned(plan)[:MAX_CHECKED]
+    configs = [finish(compose(plan, job), plan.config_name, job) for job in jobs]
+    if plan.config_name == "train":
+        check_names([config.name for config in configs], jobs)
+        bind(configs[0].env, "env")
+        bind(configs[0].loss, "loss")
 
 
 # ---- running
@@ -174,15 +392,14 @@ class Job:
 
 
 def run_one(plan: CommandPlan, task: Callable[[Any], int]) -> int:
-    result = plan.hydra.run(plan.primary, Job(plan.config_name, task), with_mode(plan.overrides, RunMode.RUN))
-    return result.return_value.code
+    return plan.hydra.run(plan.primary, Job(plan.config_name, task), plan.overrides).return_value.code
 
 
 def run_sweep(plan: CommandPlan, task: Callable[[Any], int]) -> int:
     with recorded_results() as results:
         problem = None
         try:
-            plan.hydra.multirun(plan.primary, Job(plan.config_name, task), with_mode(plan.overrides, RunMode.MULTIRUN))
+            plan.hydra.multirun(plan.primary, Job(plan.config_name, task), plan.overrides)
         except Exception as error:  # of the sweeper or the launcher, each with kinds of its own
             problem = error
         code = end_sweep(results)
@@ -191,16 +408,10 @@ def run_sweep(plan: CommandPlan, task: Callable[[Any], int]) -> int:
     return code or (FAILED if problem is not None else 0)
 
 
-def with_mode(overrides: list[str], mode: RunMode) -> list[str]:
-    return [*(word for word in overrides if not word.lstrip("+").startswith("hydra.mode=")), f"hydra.mode={mode.name}"]
-
-
 def show(plan: CommandPlan) -> int:
-    """--help, --hydra-help, --cfg, --info and --shell-completion. Of a sweep, --cfg shows the first job."""
+    """--help, --hydra-help, --cfg, --info and --shell-completion. Of a sweep, what they show is the first job."""
     flags, hydra = plan.line.flags, plan.hydra
-    overrides = [word for word in plan.overrides if not flags.cfg or not word.lstrip("+").startswith("hydra.mode=")]
-    if flags.cfg and plan.is_sweep:
-        overrides = jobs_of(parse(overrides), plan.params, is_grid=plan.is_grid)[0]
+    overrides = jobs_planned(plan)[0]
     # what app_help and hydra_help read; the latter composes Hydra's own settings alone
     flags.overrides = [word for word in overrides if not flags.hydra_help or word.startswith("hydra")]
     try:
@@ -239,124 +450,15 @@ def typed_words() -> list[str]:
     return [word for word in words if word != f"+experiment={DEFAULT_EXPERIMENT}"]
 
 
-# ---- composing
+# ---- what a message says
 
 
-@contextlib.contextmanager
-def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
-    """The plan of a command line, while Hydra's global state is set up for it. Raises ConfigError; tells what raises UnknownKey
-    in the block which keys there are and where the unknown one comes from."""
-    schema = SCHEMAS[config_name]
-    promised = [key for key in OTHER_NAMES if key.partition(".")[0] in NODES]
-    keys = [*leaf_keys(schema, ""), *(key for key in promised if key.partition(".")[0] in typing.get_type_hints(schema))]
-    line = read_command_line(arguments, keys)
-    folders, words = added_folders(line)
-    search_path = create_config_search_path(os.path.abspath(line.flags.config_path or CONFIG_DIR))
-    for provider, folder in folders:
-        search_path.prepend(provider=provider, path=folder, anchor=SearchPathQuery(provider="schema"))
-    GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2(config_name, search_path)
-    plan = CommandPlan(hydra, config_name, line, [folder for _, folder in folders], keys=keys)
-    try:
-        fill(plan, words)
-        yield plan
-    except UnknownKey as error:
-        error.keys = [*plan.keys, *keyword_types(compose(plan, plan.chosen), [])]
-        error.origin = origin_of(plan, error.key, error.also)
-        raise
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def added_folders(line: CommandLine) -> tuple[list[tuple[str, str]], list[str]]:
-    """(provider, URL) of each folder of configs that the command line adds, and its other words."""
-    folders = [("--config-dir", line.flags.config_dir)] if line.flags.config_dir else []
-    words = []
-    for word in line.words:
-        key, _, value = word.lstrip("+").partition("=")
-        if key == "hydra.searchpath":
-            entries = parse([word])[0].value()
-            folders += [(key, str(entry)) for entry in (entries if isinstance(entries, list) else [entries])]
-        else:
-            words.append(word)
-    found = []
-    for provider, folder in folders:
-        scheme, has_scheme, path = folder.rpartition("://")
-        if has_scheme and scheme != "file":
-            found.append((provider, folder))
-        elif not os.path.isdir(os.path.expanduser(path)):
-            raise ConfigError(f"{provider} {folder}: no such folder; give one laid out as configs/, with experiment/, loss/, ...")
-        else:
-            found.append((provider, "file://" + os.path.abspath(os.path.expanduser(path))))
-    return found, words
-
-
-def fill(plan: CommandPlan, words: list[str]) -> None:
-    """Brings the words into Hydra's form. Where their meaning depends on it (keywords of environment and loss, values with
-    commas), what they choose is composed first: groups, targets, Hydra's own settings."""
-    words = default_first(words, plan.config_name)
-    groups = [name for name in plan.hydra.config_loader.list_groups("") if name != "hydra"]
-    plan.is_sweep = bool(plan.line.flags.multirun)
-    plan.keys += groups
-    plan.chosen = chosen_of(plan, words, groups)
-    depends = plan.is_sweep or any(word.startswith(("env.", "loss.")) or "," in word for word in words)
-    base = compose(plan, plan.chosen) if depends else None
-    keywords = keyword_types(base, words) if depends else {}
-    plan.is_sweep = plan.is_sweep or (depends and base.hydra.mode == RunMode.MULTIRUN)
-    hints = [hint_at(word.partition("=")[0], plan.schema, keywords) for word in words]
-    plan.overrides = [to_override(word, hint, is_sweep=plan.is_sweep) for word, hint in zip(words, hints)]
-    check_overrides(parse(plan.overrides), plan, groups)
-    if not depends:
-        base = plan.composed = compose(plan, plan.overrides)
-        plan.is_sweep = base.hydra.mode == RunMode.MULTIRUN
-    sweeper = OmegaConf.to_container(base.hydra.sweeper, resolve=False)
-    plan.is_grid = str(sweeper.get("_target_", "")).endswith("BasicSweeper")
-    plan.params = sweeper.get("params") or {}
-    if plan.is_sweep and plan.params:
-        plan.overrides = replace_params(plan.overrides, plan.params)
-
-
-def chosen_of(plan: CommandPlan, words: list[str], groups: list[str]) -> list[str]:
-    """The overrides among the words that choose files, targets and Hydra's settings; of several values the first."""
-    chosen = []
-    for word in words:
-        key = word.lstrip("+~").partition("=")[0]
-        is_target = key.endswith("._target_")
-        if is_target or key in groups or key.startswith(("hydra.", "hydra/")):
-            override = parse([to_override(word, str if is_target else None, is_sweep=plan.is_sweep)])[0]
-            choice = override.value()
-            is_value = not (word.startswith("~") or override.is_sweep_override() or isinstance(choice, (str, list)))
-            if key in groups and is_value:
-                raise ConfigError(f"{key} = {choice!r}: no file of configs/{key}; keys below it are set as {key}.KEY=VALUE")
-            chosen.append(values_of(override)[0] if key in groups or is_target else word)
-    return chosen
-
-
-def keyword_types(base: DictConfig, words: list[str]) -> dict[str, Any]:
-    """The types of the keywords of environment and loss by key (`env.path`): annotations of the target, which is imported only
-    where a word sets one of its keywords, and before that str where the YAML has text."""
-    types: dict[str, Any] = {}
-    for name in NODES:
-        node = OmegaConf.select(base, name)
-        values = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
-        types |= {f"{name}.{key}": str if isinstance(value, str) and value != "???" else None for key, value in values.items()}
-        if "_target_" in values and any(word.startswith(f"{name}.") for word in words):
-            with contextlib.suppress(ConfigError):  # `bind` says it better
-                parameters = keyword_parameters(resolve_target(values["_target_"], name))
-                known = {key: item.annotation for key, item in parameters.items() if item.annotation is not item.empty}
-                types |= {f"{name}.{key}": annotation for key, annotation in known.items()}
-    return types
-
-
-def compose(plan: CommandPlan, overrides: list[str]) -> DictConfig:
-    """The composed config with Hydra's node. Raises ConfigError."""
-    try:
-        return plan.hydra.compose_config(plan.primary, overrides, RunMode.RUN, with_log_configuration=False, from_shell=False,
-                                         validate_sweep_overrides=False)
-    except MissingConfigException as error:
-        raise ConfigError(missing_file(error, plan)) from error
-    except (HydraException, OmegaConfBaseException, ValueError, AttributeError, yaml.YAMLError) as error:  # with file and line
-        raise ConfigError(explain(error)) from error
+def leaf_keys(schema: type, prefix: str) -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(schema).items():
+        nested = dataclass_of(hint)
+        keys += [prefix + name] if nested is None else leaf_keys(nested, f"{prefix}{name}.")
+    return keys
 
 
 def missing_file(error: MissingConfigException, plan: CommandPlan) -> str:
@@ -376,126 +478,21 @@ def as_folder(url: str) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
-def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
-    with open_dict(cfg):
-        cfg.pop("hydra", None)
-    if config_name == "train":
-        if OmegaConf.select(cfg, "name") is None:
-            cfg.name = default_name(cfg, overrides)
-        config = to_typed(cfg, TrainConfig)
-        check_objective(config.eval)
-        validate(config)
-        return config
-    config = to_typed(cfg, SCHEMAS[config_name])
-    validate_inference(config)
-    return config
-
-
-def default_name(cfg: DictConfig, overrides: list[str]) -> str:
-    """EXPERIMENT-ENV-seedN, and four hex digits of the overrides that change results where there are any: the same
-    command finds its run again with resume=true, another one does not collide with it."""
-    experiment, relevant = DEFAULT_EXPERIMENT, []
-    for override in overrides:
-        key, _, value = as_typed(override).lstrip("+~").partition("=")
-        if key == "experiment":
-            experiment = re.sub(r"[^\w.]+", "-", value).strip("-")
-        elif key != "seed" and not key.startswith("hydra") and not key_matches(key, RESUMABLE_KEYS):
-            relevant.append(f"{key}={value}")
-    target = OmegaConf.select(cfg, "env._target_")
-    env = re.split("[.:]", str(target))[-1].lower()
-    digest = "-" + hashlib.sha256("\n".join(sorted(relevant)).encode()).hexdigest()[:4] if relevant else ""
-    return f"{experiment[:80]}-{env[:40]}-seed{OmegaConf.select(cfg, 'seed')}{digest}"
-
-
-# ---- checking
-
-
-def jobs_planned(plan: CommandPlan) -> list[list[str]]:
-    """The overrides of each job, Hydra's own settings aside."""
-    if not plan.is_sweep:
-        return [plan.overrides]
-    return jobs_of(parse(plan.overrides), plan.params, is_grid=plan.is_grid)
-
-
-def first_config(plan: CommandPlan) -> Any:
-    job = jobs_planned(plan)[0]
-    composed, plan.composed = plan.composed if job == plan.overrides else None, None
-    return finish(compose(plan, job) if composed is None else composed, plan.config_name, job)
-
-
-def check(plan: CommandPlan) -> None:
-    """Composes and checks what is about to run. Raises ConfigError."""
-    config = first_config(plan)
-    if plan.is_sweep and plan.config_name == "train":
-        jobs = jobs_planned(plan)[:MAX_CHECKED]
-        check_names([finish(compose(plan, job), plan.config_name, job).name for job in jobs], jobs)
-    if isinstance(config, TrainConfig):
-        for name in NODES:
-            bind({"loss": config.loss, "env": config.env}[name], name)
-
-
-def check_overrides(overrides: list[Override], plan: CommandPlan, groups: list[str]) -> None:
-    """Raises ConfigError for keys that the schema lacks, and for several values outside a sweep."""
-    for override in overrides:
-        key = override.key_or_group
-        if override.is_sweep_override() and not plan.is_sweep:
-            raise ConfigError(f"{as_typed(str(override.input_line))}: several values for {key}; add -m for a sweep, or write a "
-                              f"list as {key}=[...]")
-        if key in groups or key.split(".")[0] == "hydra" or key.startswith("hydra/"):
-            continue
-        node = check_path(key, plan.schema, groups)
-        value = override.value()
-        if node is not None and isinstance(value, dict):
-            check_keys(value, node, key)
-        elif node is not None and value is not None and not override.is_delete() and not override.is_sweep_override():
-            raise ConfigError(f"{key} = {value!r}: {key} holds keys; set {key}.KEY=VALUE")
-
-
-def check_path(key: str, schema: type, groups: list[str]) -> type | None:
-    """The dataclass at `key`, None for a value; raises ConfigError where the schema has no such key."""
-    walked, node = [], schema
-    for part in key.split("."):
-        hints = typing.get_type_hints(node)
-        walked.append(part)
-        if part not in hints:
-            extra = groups if node is schema else []
-            raise UnknownKey(".".join(walked), [*hints, *extra], typed=key)
-        nested = dataclass_of(hints[part])
-        if nested is None:
-            return None
-        node = nested
-    return node
-
-
-def leaf_keys(schema: type, prefix: str) -> list[str]:
-    keys = []
-    for name, hint in typing.get_type_hints(schema).items():
-        nested = dataclass_of(hint)
-        keys += [prefix + name] if nested is None else leaf_keys(nested, f"{prefix}{name}.")
-    return keys
-
-
-def origin_of(plan: CommandPlan, key: str, also: list[str]) -> str:
-    """Which file sets an unknown key, and how to leave it out, with `also` where it sets those too; empty where the
+def origin_of(plan: CommandPlan, error: UnknownKey) -> str:
+    """Which file sets the unknown key, and how to leave it out, with `error.also` where it sets those too; empty where the
     command line does."""
-    if any(word.lstrip("+~").partition("=")[0].startswith(key) for word in plan.overrides):
+    if any(word.lstrip("+~").partition("=")[0].startswith(error.key) for word in plan.overrides):
         return ""
     loader, origin = plan.hydra.config_loader, ""
-    overrides = [word for word in plan.overrides if not parse([word])[0].is_sweep_override()]
-    for default in loader.compute_defaults_list(plan.primary, overrides, RunMode.RUN).defaults:
+    for default in loader.compute_defaults_list(plan.primary, plan.chosen, RunMode.RUN).defaults:
         loaded = loader.repository.load_config(default.config_path)
-        package = f"{default.package}." if default.package else ""
-        if loaded is None or not key.startswith(package):
-            continue
-        node: Any = OmegaConf.to_container(loaded.config, resolve=False)
-        *parents, name = key.removeprefix(package).split(".")
-        for part in parents:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict) and name in node:
-            keys = [key, *(other for other in also if other.rpartition(".")[2] in node)]
+        values = OmegaConf.to_container(loaded.config, resolve=False) if loaded is not None else {}
+        names = flatten(values, f"{default.package}." if default.package else "")
+        keys = [key for key in (error.key, *error.also) if any(key_matches(name, (key,)) for name in names)]
+        if keys[:1] == [error.key]:
             folder = "configs" if str(loaded.path).removeprefix("file://") == str(CONFIG_DIR) else as_folder(str(loaded.path))
             origin = f"set by {folder}/{default.config_path}.yaml; " + (
-                f"~{key} leaves it out" if len(keys) == 1 else f"~{' ~'.join(keys)} leave them out")
+                f"~{error.key} leaves it out" if len(keys) == 1 else f"~{' ~'.join(keys)} leave them out")
     return origin
 
 

@@ -80,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe_out_of_memory(error: BaseException, config: object) -> str:
     """What was asked for, with which settings, and which to change."""
     is_gpu = "CUDA" in str(error) or "CUBLAS" in str(error) or "GPU" in str(error)
-    settings = {key: value for key, value in flatten(to_dict(config), "").items() if key in MEMORY_KEYS}
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if key in MEMORY_KEYS}
     advice = [f"set {key} (now null)" if value is None else f"{MEMORY_KEYS[key]} {key} (now {value})"
               for key, value in settings.items()
               if value is not True and (is_gpu or key not in ("model.memory_gb", "model.host_gb"))]

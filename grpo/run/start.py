@@ -214,7 +214,7 @@ def describe_runs(run_dir: Path) -> str:
 def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
     """Lines about settings that may differ from the resumed run's and do."""
     try:
-        before, now = (flatten(to_dict(item), "") for item in (read_saved_config(run_dir / "config.yaml"), config))
+        before, now = (flatten(to_dict(item)) for item in (read_saved_config(run_dir / "config.yaml"), config))
     except ConfigError:  # gone or damaged: the checkpoint knows what must not differ
         return []
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
