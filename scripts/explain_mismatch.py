@@ -22,6 +22,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from operations import Recorder, observed
+from random_policy import load_policy, random_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo.rollout.sampling  # noqa: E402
@@ -38,12 +39,7 @@ from kernels.head.advance import IDLE  # noqa: E402
 from models.chat.tokenizer import Tokenizer  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
 from models.formats.files import CheckpointError  # noqa: E402
-from models.formats.hugging_face import load_model  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
-from models.lora import LoraConfig, attach_lora  # noqa: E402
-
-MAX_TOKEN = 199_998  # control tokens start here
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -259,20 +255,11 @@ def check(model: GptOss, prompts: list[Prompt], settings: Settings) -> int:
 
 def random_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Settings]:
     """A checkpoint, with an adapter that is not zero where asked for, and random prompts."""
-    model = load_model(arguments.checkpoint, device=arguments.device, dtype=DTYPES[arguments.dtype])
-    generator = torch.Generator().manual_seed(arguments.seed)
-    if arguments.lora_rank:
-        attach_lora(model, LoraConfig(arguments.lora_rank, 2.0 * arguments.lora_rank), seed=arguments.seed)
-        with torch.no_grad():
-            for name, parameter in model.trainable_parameters().items():
-                if name.endswith("lora_B"):
-                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    largest = min(model.config.vocab_size, MAX_TOKEN)
-    prompts = [Prompt(i, torch.randint(0, largest, (length,), generator=generator).tolist(), {})
-               for i, length in enumerate(arguments.prompt_lens)]
-    return model, prompts, Settings(
-        arguments.num_samples, SamplingParams(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature),
-        arguments.max_batch, arguments.max_tokens, arguments.shares_prompts, arguments.seed)
+    model = load_policy(arguments.checkpoint, lora="all", rank=arguments.lora_rank, device=arguments.device,
+                        dtype=getattr(torch, arguments.dtype))
+    params = SamplingParams(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature)
+    return model, random_prompts(model, arguments.prompt_lens, seed=arguments.seed), Settings(
+        arguments.num_samples, params, arguments.max_batch, arguments.max_tokens, arguments.shares_prompts, arguments.seed)
 
 
 def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Settings]:
@@ -283,7 +270,7 @@ def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Setti
     rollout, tokenizer = config.rollout, Tokenizer.load(arguments.run / "tokenizer")
     state = load_run(arguments.run, step=arguments.step)
     model = build_model(config.model, tokenizer, seed=config.seed, device=torch.device(arguments.device),
-                        dtype=DTYPES[arguments.dtype])
+                        dtype=getattr(torch, arguments.dtype))
     if state is not None:
         load_parameters(model, state.tensors, str(arguments.run))
     step = 0 if state is None else state.step
@@ -302,7 +289,7 @@ def main() -> int:
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     has_gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if has_gpu else "float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16" if has_gpu else "float32")
     of_checkpoint = parser.add_argument_group("with --checkpoint")
     of_checkpoint.add_argument("--lora-rank", type=int, default=0, help="of a random adapter on attention and experts; 0: none")
     of_checkpoint.add_argument("--prompt-lens", type=int, nargs="+", default=[7, 40, 150], help="tokens of each prompt")

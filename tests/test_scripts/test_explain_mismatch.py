@@ -1,6 +1,7 @@
 """scripts/explain_mismatch.py: silent where sampler and trainer agree, and right about where they part."""
 
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -49,12 +50,14 @@ def sample(model, settings):
 
 
 @pytest.mark.parametrize("folder", ["tiny_mxfp4", "tiny_bf16"])
-def test_a_checkpoint_whose_paths_agree_shows_no_difference(entry_points, folder):
-    done = entry_points.run("explain_mismatch", "--checkpoint", FIXTURES / folder, "--lora-rank", "2", "--prompt-lens", "3", "20",
-                            "--max-new-tokens", "12", "--max-batch", "3", "--device", "cpu", "--dtype", "float32",
-                            "--shares-prompts", path=(ROOT / "scripts",))
-    assert done.code == 0, done.err
-    assert done.out.startswith("no difference: the log-probs of 48 tokens of 4 completions"), done.out
+def test_a_checkpoint_whose_paths_agree_shows_no_difference(scripts, monkeypatch, capsys, folder):
+    import explain_mismatch
+
+    monkeypatch.setattr(sys, "argv", ["explain_mismatch.py", "--checkpoint", str(FIXTURES / folder), "--lora-rank", "2",
+                                      "--prompt-lens", "3", "20", "--max-new-tokens", "12", "--max-batch", "3", "--device", "cpu",
+                                      "--dtype", "float32", "--shares-prompts"])
+    assert explain_mismatch.main() == 0
+    assert capsys.readouterr().out.startswith("no difference: the log-probs of 48 tokens of 4 completions")
 
 
 @pytest.mark.parametrize("changes", [{}, {"shares_prompts": True}, {"params": replace(PARAMS, top_k=5)}])
