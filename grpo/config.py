@@ -61,7 +61,7 @@ class KlReference(StrEnum):
     base = "base"  # the model before both, with the checkpoint's norms and sinks
 
 
-class Schedule(StrEnum):
+class LrSchedule(StrEnum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
@@ -165,7 +165,7 @@ class OptimConfig:
     eps: float = number("(0, inf)", "1e-8 is usual")
     weight_decay: float = number("[0, inf)")
     warmup_steps: int = number("[0, inf)")  # updates with linearly rising lr
-    schedule: Schedule = MISSING
+    schedule: LrSchedule = MISSING
     decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up")  # last updates, over which lr falls
     final_lr_ratio: float = number("[0, 1]")  # lr of the last update / lr
     max_grad_norm: float = number("(0, inf)", "1.0 is usual")  # global L2 norm that gradients are scaled down to

@@ -12,7 +12,7 @@ import torch
 from grpo.config import (
     ConfigError,
     KlReference,
-    Schedule,
+    LrSchedule,
     TrainConfig,
     flatten,
     key_matches,
@@ -222,7 +222,7 @@ def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
     lines = [f"changed on resume: {', '.join(changed)}"] if changed else []
     if before.get("model.lora.adapter") != now.get("model.lora.adapter"):
         lines.append("model.lora.adapter is not read on resume: the checkpoint holds what became of it")
-    if before["steps"] != now["steps"] and config.optim.schedule != Schedule.constant:
+    if before["steps"] != now["steps"] and config.optim.schedule != LrSchedule.constant:
         lines.append(f"the learning rate follows the {config.optim.schedule} schedule of {now['steps']} steps from here on: it "
                      f"jumps from that of {before['steps']} steps")
     return lines

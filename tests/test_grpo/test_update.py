@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.config import ConfigError, KlConfig, KlReference, OldLogProbs, Schedule
+from grpo.config import ConfigError, KlConfig, KlReference, LrSchedule, OldLogProbs
 from grpo.configuration.launch import load_config
 from grpo.groups import Groups
 from grpo.kl import Reference
@@ -237,7 +237,7 @@ def make_run(config, tmp_path, policy, *, optimizer, loss_fn=DAPO, **optim):
 
 def test_the_schedule_follows_the_steps_whether_or_not_they_have_a_live_group(config, tmp_path):
     policy = build_policy(trains="adapter")
-    settings = replace(config, steps=4, optim=replace(config.optim, lr=0.1, schedule=Schedule.linear, warmup_steps=0,
+    settings = replace(config, steps=4, optim=replace(config.optim, lr=0.1, schedule=LrSchedule.linear, warmup_steps=0,
                                                       minibatches=2, epochs=2, final_lr_ratio=0.0))
     run = make_run(settings, tmp_path, policy, optimizer=make_optimizer(settings, policy))
     completions, advantages = draw_completions(policy)
