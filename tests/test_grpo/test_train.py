@@ -231,10 +231,10 @@ def test_a_loss_of_ones_own_trains_and_a_wrong_one_is_refused_before_the_model_l
 def test_evaluation_has_filters_of_its_own_or_those_of_rollouts(monkeypatch, own, expected):
     config = load_config("train", ["name=x", "rollout.top_k=3", "rollout.top_p=0.9", "rollout.min_p=0.1"])
     config.eval.top_k, config.eval.top_p, config.eval.min_p = own
-    seen = {}
-    monkeypatch.setattr(grpo.train, "evaluate", lambda *_, **keywords: seen.update(keywords) or ({}, []))
+    seen = []
+    monkeypatch.setattr(grpo.train, "evaluate", lambda env, sampler, prompts, params, **_: seen.append(params) or ({}, []))
     monkeypatch.setattr(grpo.train, "held_out_prompts", lambda *_, **__: [])
     metrics = MagicMock(has_eval=lambda step: False)
     grpo.train.evaluate_if_due(SimpleNamespace(config=config, step=0, env=None, sampler=MagicMock(), policy=MagicMock(),
                                                should_stop=None, metrics=metrics))
-    assert (seen["top_k"], seen["top_p"], seen["min_p"]) == expected
+    assert [(params.top_k, params.top_p, params.min_p) for params in seen] == [expected]
