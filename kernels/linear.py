@@ -1,24 +1,70 @@
-"""Dense projection with an unmerged low-rank update: y = x W^T + b + scale * (x A^T) B^T (LoRA, arXiv 2106.09685).
+"""Dense projections with an unmerged low-rank update: y = x W^T + b + scale * (x A^T) B^T (LoRA, arXiv 2106.09685).
 
-A and B are fp32 master weights, cast to x's dtype at use. On a GPU the update joins the same fp32 sum as the base's product. Many
-rows take grouped_gemm, few rows (kernels/device.py: is_few) the kernels that read each weight once; both give the same bits.
-Several projections may be one product whose weights lie side by side: each adapted one then has its own slice of the low-rank
-row. On the CPU autograd differentiates lora_linear; on a GPU the backward is project_backward. Its gradients of A and B, sums
-over tokens that can pass float16's range, stay in fp32; those of W and b (full fine-tuning) are the library's.
+A and B are fp32 master weights, cast to x's dtype at use. Several projections of the same input may be one product whose weights
+lie side by side: each adapted one then has its own slice of the low-rank row.
+
+On a GPU the update joins the same fp32 sum as the base's product. Many rows take grouped_gemm. Few rows (kernels/device.py:
+is_few), where reading the weight is the cost, take the kernel of kernels/experts/few_rows.py with one expert that owns every row:
+the weight is the MMA's M side and is read once for up to 64 tokens, in tiles of so few rows that every multiprocessor streams
+some of it. Each output is one sum over the inputs in ascending order, then over LoRA's rank: the same bits either way, for every
+tile size. The backward is project_backward. Its gradients of A and B, sums over tokens that can pass float16's range, stay in
+fp32; those of W and b (full fine-tuning) are the library's. On the CPU autograd differentiates lora_linear.
 
 Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import NamedTuple, Protocol
 
 import torch
 
-from kernels.dense import linear
-from kernels.device import is_few
+from kernels.dense import linear as dense_linear
+from kernels.device import gpu_family, is_few, is_triton
+from kernels.experts.few_rows import (
+    FOR_LOW_RANK,
+    FOR_X,
+    DecodeBlocks,
+    Projection,
+    blocks_of,
+    decode_projection,
+    fit_blocks,
+    low_rank_rows,
+)
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import grouped_outer
-from kernels.linear_few_rows import decode_linear
+
+Gradients = dict[torch.nn.Parameter, torch.Tensor]
+
+# family -> (at most so many tokens, blocks where out is wider than in, other blocks), the last for all above. Tiles under 64 rows
+# are mma.sync's on every GPU
+_LINEAR = {
+    "ampere": ((16, DecodeBlocks(32, 16, 128, 4, 5), DecodeBlocks(32, 16, 128, 4, 5)),
+               (32, DecodeBlocks(32, 32, 128, 4, 4), DecodeBlocks(32, 32, 128, 4, 4)),
+               (128, DecodeBlocks(64, 64, 64, 4, 4), DecodeBlocks(64, 64, 64, 4, 4)),
+               (512, DecodeBlocks(128, 64, 64, 4, 3), DecodeBlocks(128, 64, 64, 4, 3))),
+    "consumer": ((16, DecodeBlocks(32, 16, 128, 4, 4), DecodeBlocks(32, 16, 128, 4, 4)),
+                 (32, DecodeBlocks(32, 32, 128, 4, 3), DecodeBlocks(32, 32, 128, 4, 3)),
+                 (512, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
+    "hopper": ((16, DecodeBlocks(64, 16, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
+               (32, DecodeBlocks(64, 32, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
+               (64, DecodeBlocks(64, 64, 128, 4, 4), DecodeBlocks(64, 32, 128, 4, 4)),
+               (128, DecodeBlocks(64, 64, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
+               (512, DecodeBlocks(128, 64, 64, 8, 4), DecodeBlocks(128, 64, 64, 8, 4))),
+    "blackwell": ((16, DecodeBlocks(128, 16, 64, 4, 6), DecodeBlocks(128, 16, 64, 4, 6)),
+                  (512, DecodeBlocks(128, 64, 64, 4, 5), DecodeBlocks(128, 64, 64, 4, 5))),
+    "interpreter": ((16, DecodeBlocks(16, 16, 32, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
+                    (512, DecodeBlocks(32, 32, 32, 4, 2), DecodeBlocks(32, 32, 32, 4, 2))),
+}  # fmt: skip
+# x A^T, at most so many tokens: few programs that each run through all inputs, in fp32 masters twice the bytes. What counts is
+# how many bytes a program has asked for at once
+_LOW_RANK = {
+    "ampere": ((512, DecodeBlocks(16, 16, 128, 4, 6)),),
+    "consumer": ((512, DecodeBlocks(16, 16, 128, 4, 4)),),
+    "hopper": ((32, DecodeBlocks(16, 16, 512, 2, 4)), (512, DecodeBlocks(32, 32, 256, 4, 4))),
+    "blackwell": ((512, DecodeBlocks(16, 16, 256, 4, 5)),),
+    "interpreter": ((512, DecodeBlocks(16, 16, 32, 4, 2)),),
+}
 
 
 class Adapter(NamedTuple):
@@ -42,8 +88,34 @@ class ProjectionGrads(NamedTuple):
 def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor | None,
                 lora_B: torch.Tensor | None, *, scale: float) -> torch.Tensor:
     """The reference. x [T, K], weight [N, K], bias [N] or none, lora_A [r, K] and lora_B [N, r] or neither -> [T, N]."""
-    y = linear(x, weight, bias)
-    return y if lora_A is None else y + scale * linear(linear(x, lora_A.to(x.dtype), None), lora_B.to(x.dtype), None)
+    y = dense_linear(x, weight, bias)
+    return y if lora_A is None else y + scale * dense_linear(dense_linear(x, lora_A.to(x.dtype), None), lora_B.to(x.dtype), None)
+
+
+def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, num_out: int, *,
+                         is_low_rank: bool) -> DecodeBlocks:
+    table = (_LOW_RANK if is_low_rank else _LINEAR)[family]
+    return fit_blocks(blocks_of(table, num_tokens, num_in, num_out), family, dtype, num_in)
+
+
+def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, lora_A: torch.Tensor | None = None,
+                  lora_B: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
+                  lora_scale: float | None = None) -> torch.Tensor:
+    """x [T, K] times weight [N, K] plus bias [N] -> [T, N] in x's dtype. Triton only, no gradient.
+
+    lora_A [G r, K] and lora_B [N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T. With lora_groups [N] int32, column n
+    takes slice lora_groups[n] of the low-rank row alone, none where it is -1; without, G is 1. Raises ValueError for dtypes and
+    GPUs that the kernel cannot serve."""
+    assert is_triton(x), "elsewhere lora_linear serves"
+    family, (num_tokens, num_in) = gpu_family(x), x.shape
+    blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(weight), is_low_rank=False)
+    projection = Projection(weight.T[None], None, None, bias[None], False)
+    if lora_A is None:
+        return decode_projection(x, projection, None, waits=FOR_X, blocks=blocks)
+    low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(lora_A), is_low_rank=True)
+    low_rank = low_rank_rows(x, lora_A[None], None, scale=lora_scale, waits=FOR_X, blocks=low_rank_blocks)
+    return decode_projection(x, projection, None, low_rank=low_rank, lora_up=lora_B.T[None], lora_groups=lora_groups,
+                             waits=FOR_LOW_RANK, blocks=blocks)
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Adapter | None, *,
@@ -87,3 +159,93 @@ def project_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, 
         grad_x = grouped_gemm(grad, weight[None], None, low_rank=low_rank_grad, lora_up=lora_up)
     grad_weight, grad_bias = (grad.T @ x, grad.sum(0)) if needs_base else (None, None)
     return ProjectionGrads(grad_x, grad_weight, grad_bias, grad_A, grad_Bs)
+
+
+class LinearModule(Protocol):
+    """A projection of a model, with weight [N, K], bias [N] and what LoRA adds."""
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+    lora_A: torch.nn.Parameter | None  # [r, K] fp32
+    lora_B: torch.nn.Parameter | None  # [N, r] fp32
+    lora_scale: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def has_adapter(self) -> bool: ...
+
+    def trains_base(self) -> bool: ...
+
+
+def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of all tensors, one below the other, without gradient: a view where they lie so in memory, else a copy."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
+            return torch.cat(tensors).detach()
+        end += tensor.nbytes
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # memory of others that happens to follow
+        return torch.cat(tensors).detach()
+    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+@cache
+def _columns(sizes: tuple[int, ...], has_adapter: tuple[bool, ...],
+             device: torch.device) -> tuple[torch.Tensor | None, list[slice]]:
+    """Adapter.groups and Adapter.columns of projections side by side."""
+    ends = [sum(sizes[:i + 1]) for i in range(len(sizes))]
+    columns = [slice(end - size, end) for size, end, has in zip(sizes, ends, has_adapter) if has]
+    if len(sizes) == 1:
+        return None, columns
+    numbers = [sum(has_adapter[:i]) if has else -1 for i, has in enumerate(has_adapter)]
+    return torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(sizes)).to(device), columns
+
+
+def adapter_of(modules: list[LinearModule]) -> Adapter | None:
+    """The adapter of projections side by side, None where none of them carries one that is switched on. Raises ValueError where
+    they differ in rank or scale."""
+    carriers = [module for module in modules if module.has_adapter()]
+    if not carriers:
+        return None
+    kinds = {(module.lora_A.shape[0], module.lora_scale) for module in carriers}
+    if len(kinds) > 1:
+        raise ValueError(f"adapters on q_proj, k_proj and v_proj of a layer differ in rank and scale ({sorted(kinds)}); on a GPU "
+                         "they must agree")
+    first, sizes = carriers[0], tuple(len(module.weight) for module in modules)
+    groups, columns = _columns(sizes, tuple(module.has_adapter() for module in modules), first.lora_A.device)
+    if len(carriers) == len(modules):
+        B = joined([module.lora_B for module in carriers])
+    else:
+        B = torch.empty(sum(sizes), first.lora_A.shape[0], dtype=torch.float32, device=first.lora_A.device)
+        for module, part in zip(carriers, columns):
+            B[part] = module.lora_B
+    return Adapter(joined([module.lora_A for module in carriers]), B, groups, columns, first.lora_scale)
+
+
+def linear(modules: list[LinearModule], x: torch.Tensor, *, keeps_low_rank: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The outputs [T, sum of out] of projections of x [T, in], side by side; and, on a GPU where they are asked for, the low-rank
+    rows [T, G r] that linear_backward needs."""
+    if not is_triton(x):
+        return torch.cat([module(x) for module in modules], 1) if len(modules) > 1 else modules[0](x), None
+    weight, bias = (joined([getattr(module, name) for module in modules]) for name in ("weight", "bias"))
+    return project(x, weight, bias, adapter_of(modules), keeps_low_rank=keeps_low_rank)
+
+
+def linear_backward(modules: list[LinearModule], grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None,
+                    grads: Gradients, *, needs_x: bool) -> torch.Tensor | None:
+    """The gradient of x [T, in], where it is needed, from that of linear's outputs; those of what trains go to `grads`."""
+    result = project_backward(grad, x, joined([module.weight for module in modules]), low_rank, adapter_of(modules),
+                              needs_x=needs_x, needs_base=any(module.trains_base() for module in modules))
+    note_adapters([module for module in modules if module.has_adapter()], result.A, result.Bs, grads)
+    if result.weight is not None:
+        sizes = [len(module.weight) for module in modules]
+        for module, weight, bias in zip(modules, result.weight.split(sizes), result.bias.split(sizes)):
+            grads |= {module.weight: weight, module.bias: bias}
+    return result.x
+
+
+def note_adapters(carriers: list[LinearModule], grad_A: torch.Tensor | None, grad_Bs: list[torch.Tensor],
+                  grads: Gradients) -> None:
+    for module, A, B in zip(carriers, () if grad_A is None else grad_A.split(len(carriers[0].lora_A)), grad_Bs):
+        grads |= {module.lora_A: A, module.lora_B: B}

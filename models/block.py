@@ -1,6 +1,6 @@
 """A layer of gpt-oss: x += attention(norm(x)); x += experts(norm(x)). One forward for training, prefill and decode, one backward.
 
-On the CPU autograd differentiates Block.compute, through the references inside the functions it calls. On a GPU these are
+On the CPU autograd differentiates Block.forward, through the references inside the functions it calls. On a GPU these are
 kernels without gradient, which choose by the number of rows and the layout of the weights and give the same bits either way;
 there Block.backward stands beside it. It computes again, with the same functions, what the forward did not keep
 (models/kept.py); the choice of experts is always kept. Adapters and base weights may train in any combination.
@@ -20,13 +20,14 @@ from torch import nn
 from kernels.device import is_few
 from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.sorting import Routing, route, route_backward
+from kernels.linear import Gradients, linear, linear_backward
 from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
 from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
 from models.experts import RoutedExperts
 from models.kept import Kept, TrainingPass
 from models.keys import PackedKeys
-from models.linear import Gradients, Linear, Router, linear, linear_backward, linears
+from models.projections import Linear, Router, linears
 from models.routing_record import RoutingRecord, RoutingReplay
 
 
@@ -125,16 +126,9 @@ class Block(nn.Module):
         self.mlp = MixtureOfExperts(config, layer, expert_format, **factory)
 
     def forward(self, x: torch.Tensor, keys: Keys, recorded: RoutingRecord | RoutingReplay | None,
-                run: TrainingPass | None = None) -> torch.Tensor:
-        """The layer's output [T, D] for x [T, D]. recorded: what notes or replays the choice of experts. run: on a GPU, where
-        gradients are to reach x and what trains in the layer."""
-        if run is None:
-            return self.compute(x, keys, recorded, None)
-        return _Trained.apply(x, self, keys, recorded, run, *run.parameters[self.self_attn.layer])
-
-    def compute(self, x: torch.Tensor, keys: Keys, recorded: RoutingRecord | RoutingReplay | None,
-                kept: Kept | None) -> torch.Tensor:
-        """kept: takes what the backward needs."""
+                kept: Kept | None = None) -> torch.Tensor:
+        """The layer's output [T, D] for x [T, D]. recorded: what notes or replays the choice of experts. kept: takes what the
+        backward needs."""
         attn = self.self_attn
         normed = self.input_layernorm(x)
         qkv, low_rank_qkv = linear(attn.qkv(), normed, keeps_low_rank=kept is not None)  # [T, P]
@@ -149,6 +143,10 @@ class Block(nn.Module):
                        "weights": weights})
             kept.routing = routing
         return self.mlp.experts(normed, weights, routing, middle, kept)
+
+    def trained(self, x: torch.Tensor, keys: PackedKeys, recorded: RoutingReplay | None, run: TrainingPass) -> torch.Tensor:
+        """forward() on a GPU, where gradients are to reach x and what trains in the layer."""
+        return _Trained.apply(x, self, keys, recorded, run, *run.parameters[self.self_attn.layer])
 
     def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
                  needs_x: bool) -> torch.Tensor | None:
@@ -190,7 +188,7 @@ class _Trained(torch.autograd.Function):
         ctx.block, ctx.keys, ctx.run, ctx.parameters = block, keys, run, parameters
         layer = block.self_attn.layer
         kept = run.new(layer)
-        y = block.compute(x, keys, recorded, kept)
+        y = block(x, keys, recorded, kept)
         run.put(layer, kept)
         return y
 

@@ -16,11 +16,11 @@ from kernels.experts.few_rows import few_rows_forward
 from kernels.experts.forward import MoeKept, local_backward, local_forward
 from kernels.experts.gemm import grouped_linear
 from kernels.experts.transport import combine, dispatch
+from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
 from models.kept import Kept
-from models.linear import Gradients
 from models.memory_plan import SCRATCH_BYTES
 
 PROJECTIONS = ("gate_up_proj", "down_proj")

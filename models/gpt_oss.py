@@ -32,8 +32,8 @@ from models.experts import FORMATS, RoutedExperts
 from models.kept import TrainingPass
 from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
-from models.linear import Linear
 from models.memory_plan import MemoryBudget
+from models.projections import Linear
 from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
 
@@ -183,7 +183,7 @@ class GptOss(nn.Module):
         run = TrainingPass(places.layers, of_layers, places.scratch_bytes, self.memory.store, places.max_pending_bytes,
                            self.memory.after_backward)
         for block in self.model.layers:
-            x = block(x, keys, routing, run)
+            x = block.trained(x, keys, routing, run)
         return self.model.norm(x)
 
     def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,

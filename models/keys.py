@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.attention.cache import rotate_and_write
 from kernels.attention.decode import SharedPrefixes, decode_attention
 from kernels.attention.packed import attention, attention_backward, attention_forward
 from kernels.attention.plan import AttentionPlan
@@ -140,7 +141,8 @@ class CachedKeys:
         cache, layer = self.cache, attn.layer
         if is_triton(qkv):
             q, k, v = attn.heads(qkv)
-            cache.rotate_and_write(layer, q, k, v, *self.angles, self.slots, self.positions)
+            rotate_and_write(q, k, v, *self.angles, cache.keys[layer], cache.values[layer], self.slots, self.positions,
+                             page_table=cache.table_of(layer))
         else:
             q, k, v = rotated(attn, qkv, self.angles)
             cache.write(layer, k, v, self.slots, self.positions)

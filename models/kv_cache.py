@@ -165,12 +165,6 @@ class KVCache:
         pair may occur twice; rows at a position below 0 are skipped."""
         cache_write.write(k, v, self.keys[layer], self.values[layer], slots, positions, page_table=self.table_of(layer))
 
-    def rotate_and_write(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor,
-                         sin: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """As write, of q [T, H, D] and k that are rotated in place first. Triton only."""
-        cache_write.rotate_and_write(q, k, v, cos, sin, self.keys[layer], self.values[layer], slots, positions,
-                                     page_table=self.table_of(layer))
-
     def read(self, layer: int, slot: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values [end - first, K, D] of positions first .. end of a slot, whose pages must be flushed. A
         ring must have been written up to `end`; in place of positions that it has lost, it gives those of later ones."""

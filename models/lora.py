@@ -14,7 +14,7 @@ from torch import nn
 
 from models.experts import PROJECTIONS
 from models.gpt_oss import GptOss
-from models.linear import Linear, side_by_side
+from models.projections import Linear, side_by_side
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "experts")
 

@@ -18,13 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels.experts.few_rows  # noqa: E402
 import kernels.experts.forward  # noqa: E402
-import kernels.linear_few_rows  # noqa: E402
+import kernels.linear  # noqa: E402
 import models.block  # noqa: E402
 import models.keys  # noqa: E402
 from kernels.experts.sorting import Routing  # noqa: E402
 from models.experts import RoutedExperts  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
-from models.kv_cache import KVCache  # noqa: E402
 
 
 class Recorder:
@@ -70,7 +69,7 @@ class Recorder:
             self.keep(operation, value)
 
     def note_rotate_and_write(self, arguments: tuple, settings: dict, _) -> None:
-        self.note_rotated((), settings, arguments[2:5])  # in place
+        self.note_rotated((), settings, arguments[:3])  # in place
 
     def note_attend(self, _, __, result: torch.Tensor) -> None:
         self.keep("attention", result)
@@ -95,13 +94,13 @@ class Recorder:
         if settings.get("scale") is None:
             self.keep_routed("down" if settings.get("swiglu") is None else "activation of gate_up", result)
 
-    def watched_block(self, compute: Callable) -> Callable:
+    def watched_block(self, forward: Callable) -> Callable:
         """A block's forward that notes its input and its output."""
 
         def watched(block, x, *arguments):
             self.layer = block.self_attn.layer
             self.keep("input", x)
-            result = compute(block, x, *arguments)
+            result = forward(block, x, *arguments)
             self.keep("block output", result)
             return result
 
@@ -133,8 +132,8 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
     notes = [
         (block.RMSNorm, "add", recorder.note_add_norm), (block, "linear", recorder.note_linear),
         (block, "route", recorder.note_route), (block, "route_few", recorder.note_route_few),
-        (models.keys, "rotated", recorder.note_rotated), (KVCache, "rotate_and_write", recorder.note_rotate_and_write),
-        (kernels.linear_few_rows, "low_rank_rows", recorder.hold_low_rank),
+        (models.keys, "rotated", recorder.note_rotated), (models.keys, "rotate_and_write", recorder.note_rotate_and_write),
+        (kernels.linear, "low_rank_rows", recorder.hold_low_rank),
         (kernels.experts.forward, "grouped_gemm", recorder.note_experts_low_rank),
         (kernels.experts.forward, "_project", recorder.note_experts),
         (kernels.experts.few_rows, "low_rank_rows", recorder.note_experts_low_rank),
@@ -144,7 +143,7 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
           for name in ("PackedKeys", "PromptKeys", "ChunkKeys", "CachedKeys")),
     ]  # fmt: skip
     with ExitStack() as stack:
-        stack.enter_context(patch.object(block.Block, "compute", recorder.watched_block(block.Block.compute)))
+        stack.enter_context(patch.object(block.Block, "forward", recorder.watched_block(block.Block.forward)))
         for owner, name, note in notes:
             stack.enter_context(patch.object(owner, name, _watched(getattr(owner, name), note)))
         modules = [(model.model.norm, recorder.hook("final norm", is_head=True))]

@@ -9,7 +9,7 @@ from aot import ARCHITECTURES, check_fits, compile_for
 from kernels.device import family_of
 from kernels.experts.few_rows import moe_decode_kernel
 from kernels.experts.gemm import grouped_gemm
-from kernels.linear_few_rows import choose_linear_blocks, decode_linear
+from kernels.linear import choose_linear_blocks, decode_linear
 
 SCALE = 0.5
 

@@ -7,11 +7,11 @@ import torch
 from paths import FIXTURES
 from safetensors.torch import load_file
 
+from kernels.linear import adapter_of
 from models.config import GptOssConfig
 from models.formats.hugging_face import load_model
 from models.formats.peft import load_adapter
 from models.gpt_oss import GptOss
-from models.linear import adapter_of
 from models.lora import (
     LoraConfig,
     attach_lora,
