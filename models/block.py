@@ -3,7 +3,7 @@
 On the CPU autograd differentiates Block.forward, through the references inside the functions it calls. On a GPU these are
 kernels without gradient, which choose by the number of rows and the layout of the weights and give the same bits either way;
 there Block.backward stands beside it. It computes again, with the same functions, what the forward did not keep
-(models/kept.py); the choice of experts is always kept. Adapters and base weights may train in any combination.
+(models/offload.py); the choice of experts is always kept. Adapters and base weights may train in any combination.
 
 The residual stream (x, middle, the output, and their gradients) may be fp32 beside a float16 model; products take its gradient
 rounded to the model's dtype.
@@ -25,8 +25,8 @@ from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
 from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
 from models.experts import RoutedExperts
-from models.kept import Kept, TrainingPass
 from models.keys import PackedKeys
+from models.offload import Kept, TrainingPass
 from models.projections import Linear, Router, linears
 from models.routing_record import RoutingRecord, RoutingReplay
 
@@ -144,9 +144,10 @@ class Block(nn.Module):
             kept.routing = routing
         return self.mlp.experts(normed, weights, routing, middle, kept)
 
-    def trained(self, x: torch.Tensor, keys: PackedKeys, recorded: RoutingReplay | None, run: TrainingPass) -> torch.Tensor:
-        """forward() on a GPU, where gradients are to reach x and what trains in the layer."""
-        return _Trained.apply(x, self, keys, recorded, run, *run.parameters[self.self_attn.layer])
+    def trained(self, x: torch.Tensor, keys: PackedKeys, recorded: RoutingReplay | None, run: TrainingPass,
+                parameters: list[nn.Parameter]) -> torch.Tensor:
+        """forward() on a GPU, where gradients are to reach x and `parameters`, what trains in the layer."""
+        return _Trained.apply(x, self, keys, recorded, run, *parameters)
 
     def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
                  needs_x: bool) -> torch.Tensor | None:

@@ -20,8 +20,7 @@ from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
-from models.kept import Kept
-from models.memory_plan import SCRATCH_BYTES
+from models.offload import SCRATCH_BYTES, Kept
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
 FORMATS: dict[str, type[ExpertWeights]] = {weights.name: weights for weights in (Dense, Mxfp4, Nf4)}

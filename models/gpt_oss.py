@@ -29,10 +29,9 @@ from kernels.packed.weights import ExpertWeights
 from models.block import Block, Keys, RMSNorm
 from models.config import GptOssConfig
 from models.experts import FORMATS, RoutedExperts
-from models.kept import TrainingPass
 from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
-from models.memory_plan import MemoryBudget
+from models.offload import MemoryBudget
 from models.projections import Linear
 from models.routing_record import RoutingRecord, RoutingReplay
 from models.yarn import concentration, cos_sin, inverse_frequencies
@@ -64,7 +63,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, width, **factory), requires_grad=False)
 
 
-class Decoder(nn.Module):
+class Backbone(nn.Module):
     def __init__(self, config: GptOssConfig, expert_format: type[ExpertWeights], **factory) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
@@ -92,7 +91,7 @@ class GptOss(nn.Module):
         self.memory = MemoryBudget(config, recomputes=activation_checkpointing, memory_gb=memory_gb, host_gb=host_gb)
         # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
         self.inv_freq = inverse_frequencies(config, torch.device("cpu"))
-        self.model = Decoder(config, self.expert_format, **factory)
+        self.model = Backbone(config, self.expert_format, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
     @property
@@ -179,11 +178,9 @@ class GptOss(nn.Module):
         for name, parameter in trainable.items():
             if name.startswith("model.layers."):
                 of_layers[int(name.split(".", 3)[2])].append(parameter)
-        places = self.memory.plan(x, keys.plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format.is_packed)
-        run = TrainingPass(places.layers, of_layers, places.scratch_bytes, self.memory.store, places.max_pending_bytes,
-                           self.memory.after_backward)
-        for block in self.model.layers:
-            x = block.trained(x, keys, routing, run)
+        run = self.memory.plan(x, keys.plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format.is_packed)
+        for block, parameters in zip(self.model.layers, of_layers):
+            x = block.trained(x, keys, routing, run, parameters)
         return self.model.norm(x)
 
     def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,

@@ -17,8 +17,8 @@ from kernels.attention.packed import attention, attention_backward, attention_fo
 from kernels.attention.plan import AttentionPlan
 from kernels.device import is_triton, to_device
 from kernels.rope import rope_reference, rotate_
-from models.kept import Kept
 from models.kv_cache import PAGE_TOKENS, KVCache
+from models.offload import Kept
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin [T, head width / 2] fp32
 

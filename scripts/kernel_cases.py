@@ -32,11 +32,12 @@ from kernels.device import gpu_family
 from kernels.embedding import gather_rows
 from kernels.head.draw import draw, head_logits
 from kernels.head.log_probs import log_probs
+from kernels.linear import linear, linear_backward
 from kernels.norm import norm_backward, norm_forward
 from kernels.rope import rotate_
 from models.config import GptOssConfig
 from models.kv_cache import PAGE_TOKENS
-from models.linear import linear, linear_backward, linears, side_by_side
+from models.projections import linears, side_by_side
 
 EPS, LORA_SCALE, TEMPERATURE = 1e-5, 2.0, 0.9
 GRAPH_BYTES = 2**28  # that a graph of few rows should read: more than any L2 cache holds

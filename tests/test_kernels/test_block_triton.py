@@ -15,8 +15,7 @@ from paths import FIXTURES
 
 import kernels.device
 import models.experts
-import models.host_store
-import models.memory_plan
+import models.offload
 from kernels.attention.plan import AttentionPlan
 from kernels.packed.mxfp4 import quantize
 from kernels.packed.weights import Mxfp4Fragments
@@ -24,10 +23,19 @@ from models.config import GptOssConfig
 from models.experts import PROJECTIONS
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
-from models.kept import TrainingPass
 from models.keys import PrefillChunk, rotated
 from models.lora import LoraConfig, attach_lora, set_full_training
-from models.memory_plan import NAMES, MemoryBudget, Pass, Place, bytes_of, most_held, plan_layers, visible_pairs
+from models.offload import (
+    NAMES,
+    MemoryBudget,
+    Place,
+    TrainingPass,
+    Workload,
+    bytes_of,
+    most_held,
+    plan_layers,
+    visible_pairs,
+)
 
 ARCHITECTURE = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -325,7 +333,7 @@ def test_visible_pairs_are_those_of_enumeration():
 
 def plan(*, gpu_bytes, host_bytes=0, host_rate=1e18, pending=float("inf")):
     config = GptOssConfig.from_architecture(WIDE)
-    run = Pass(1000, 500_000, 16_000, 2, 2, True, False, 1 << 30)
+    run = Workload(1000, 500_000, 16_000, 2, 2, True, False, 1 << 30)
     plans = plan_layers(config, run, gpu_bytes=gpu_bytes, host_bytes=host_bytes, host_rate=host_rate, pending=pending,
                         peak_flops=1e12)
     sizes = bytes_of(config, run)
@@ -335,7 +343,7 @@ def plan(*, gpu_bytes, host_bytes=0, host_rate=1e18, pending=float("inf")):
 
 def test_a_float32_stream_takes_twice_the_memory_of_a_half_one_and_nothing_else_does():
     config = GptOssConfig.from_architecture(WIDE)
-    half, full = (bytes_of(config, Pass(1000, 0, 0, 2, stream_size, True, False, 0)) for stream_size in (2, 4))
+    half, full = (bytes_of(config, Workload(1000, 0, 0, 2, stream_size, True, False, 0)) for stream_size in (2, 4))
     assert half["x"] == half["middle"] == 1000 * 256 * 2
     assert full == half | {"x": 1000 * 256 * 4, "middle": 1000 * 256 * 4}
 
@@ -478,13 +486,13 @@ def test_where_an_activation_waits_changes_no_bit(place, name, monkeypatch):
 
     def planned(self, *arguments, **settings):
         result = plain(self, *arguments, **settings)
-        result.layers = [models.memory_plan.everything(Place.gpu) | {name: place} for _ in result.layers]
+        result.layers = [models.offload.everything(Place.gpu) | {name: place} for _ in result.layers]
         self.store.reserve(8_000_000)
         result.max_pending_bytes = 100_000
         return result
 
     monkeypatch.setattr(MemoryBudget, "plan", planned)
-    monkeypatch.setattr(models.host_store, "_PIECE", 1 << 16)  # tensors lie across several pieces
+    monkeypatch.setattr(models.offload, "_SLAB", 1 << 16)  # tensors lie across several slabs
     for _ in range(2):
         ours = gradients(model, lengths=lengths)
         assert all(torch.equal(ours[key], expected[key]) for key in expected)

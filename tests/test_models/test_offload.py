@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from models.config import GptOssConfig
-from models.memory_plan import (
+from models.offload import (
     MemoryBudget,
-    Pass,
     Place,
+    Workload,
     bytes_of,
     everything,
     forward_workspace,
@@ -58,8 +58,8 @@ def test_a_step_that_keeps_everything_on_the_gpu_teaches_only_excess():
 CONFIG = GptOssConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                       num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, sliding_window=4,
                       layer_types=["sliding_attention", "full_attention"])
-RUN = Pass(num_tokens=10, full_pairs=55, windowed_pairs=34, element_size=2, stream_size=4, is_packed=True, keeps_h=True,
-           scratch_bytes=10**9)
+RUN = Workload(num_tokens=10, full_pairs=55, windowed_pairs=34, element_size=2, stream_size=4, is_packed=True, keeps_h=True,
+               scratch_bytes=10**9)
 LIBRARY = 100_000_000
 
 

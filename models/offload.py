@@ -1,25 +1,27 @@
-"""Where each activation waits for the backward: on the GPU, in host memory, or nowhere, to be computed again.
+"""What a layer's forward leaves for its backward on a GPU, and where it waits: on the GPU, in host memory, or nowhere, to be
+computed again.
 
-A block's backward needs its input x, the rotated queries, keys and values (qkv), the attention's output (attended), the residual
-stream between attention and experts (middle) and the experts' pre-activations (h). Only x is indispensable. A memory budget is
-spent where a byte saves most time; what does not fit goes to host memory if there is some, as long as the copies keep up with
-the computation. The choice changes no bit of the result: what is computed again comes from the same kernels.
+The backward needs the layer's input x, the rotated queries, keys and values (qkv), the attention's output (attended), the
+residual stream between attention and experts (middle) and the experts' pre-activations (h). Only x is indispensable. A memory
+budget is spent where a byte saves most time; what does not fit goes to host memory if there is some, as long as the copies keep
+up with the computation. The choice changes no bit of the result: what is computed again comes from the same kernels.
 
-Sizes in bytes, times in seconds.
+Sizes in bytes, times in seconds. Shapes: T tokens, D model width.
 """
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache
-from typing import Iterable
 
 import torch
 
 from kernels.attention.plan import AttentionPlan
+from kernels.experts.sorting import Routing
 from models.config import GptOssConfig
-from models.host_store import HostStore, transfer_rate
 
 NAMES = ("qkv", "attended", "middle", "h")
 # products with experts' weights and dense ones run at about this share of the GPU's peak, attention at this one
@@ -36,6 +38,8 @@ _FULL, _LEAST_MARGIN, _MOST_MARGIN = 0.99, 0.01, 0.15
 _LARGE = 0.05
 LOOKAHEAD = 2  # layers whose activations are on their way back while one runs backwards
 SCRATCH_BYTES = 1_100_000_000  # of dequantised weights of a projection held at once on a GPU: all of one in gpt-oss-20b
+_ALIGNMENT = 256  # bytes between the starts of tensors in host memory
+_SLAB = 1 << 30  # bytes; a power of two, which pinned allocations are rounded to
 
 
 class Place(Enum):
@@ -48,7 +52,7 @@ LayerPlan = dict[str, Place]  # of "x" and NAMES
 
 
 @dataclass
-class Pass:
+class Workload:
     """What a plan depends on."""
 
     num_tokens: int
@@ -61,19 +65,12 @@ class Pass:
     scratch_bytes: int  # of a projection's experts, dequantised at once
 
 
-@dataclass
-class Plan:
-    layers: list[LayerPlan]
-    scratch_bytes: int
-    max_pending_bytes: int  # on their way to the host at once
-
-
 def everything(place: Place) -> LayerPlan:
     """x on the GPU, all else in one place."""
     return {"x": Place.gpu} | {name: place for name in NAMES}
 
 
-def bytes_of(config: GptOssConfig, run: Pass) -> dict[str, int]:
+def bytes_of(config: GptOssConfig, run: Workload) -> dict[str, int]:
     """Size of each activation of a layer."""
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     stream = run.stream_size * config.hidden_size
@@ -83,7 +80,7 @@ def bytes_of(config: GptOssConfig, run: Pass) -> dict[str, int]:
     return {name: run.num_tokens * size for name, size in per_token.items()}
 
 
-def seconds_of(config: GptOssConfig, run: Pass, peak_flops: float, *, windowed: bool) -> dict[str, float]:
+def seconds_of(config: GptOssConfig, run: Workload, peak_flops: float, *, windowed: bool) -> dict[str, float]:
     """Time to compute each activation again."""
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     pairs = run.windowed_pairs if windowed else run.full_pairs
@@ -96,7 +93,7 @@ def seconds_of(config: GptOssConfig, run: Pass, peak_flops: float, *, windowed: 
             "h": 4 * rows * config.num_experts_per_tok * width * inner / product + dequantized / (peak_flops / 200)}
 
 
-def scratch(config: GptOssConfig, run: Pass) -> int:
+def scratch(config: GptOssConfig, run: Workload) -> int:
     """Dequantised weights alive at once: all of gate_up, if the scratch holds them and h is computed again, beside a part of
     down; else a part of either."""
     if not run.is_packed:
@@ -106,7 +103,7 @@ def scratch(config: GptOssConfig, run: Pass) -> int:
     return gate_up + down_part if gate_up <= run.scratch_bytes and not run.keeps_h else min(gate_up, run.scratch_bytes)
 
 
-def workspace(config: GptOssConfig, run: Pass) -> int:
+def workspace(config: GptOssConfig, run: Workload) -> int:
     """Memory that the backward of one layer cannot do without, beside what layers keep."""
     sizes = bytes_of(config, run)
     rows = run.num_tokens * config.num_experts_per_tok * run.element_size
@@ -117,7 +114,7 @@ def workspace(config: GptOssConfig, run: Pass) -> int:
     return layer + 100_000_000  # workspaces of the library
 
 
-def forward_workspace(config: GptOssConfig, run: Pass) -> int:
+def forward_workspace(config: GptOssConfig, run: Workload) -> int:
     """The same for the forward of one layer."""
     sizes = bytes_of(config, run)
     rows = run.num_tokens * config.num_experts_per_tok * run.element_size
@@ -143,7 +140,7 @@ def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, 
     return forward, backward
 
 
-def plan_layers(config: GptOssConfig, run: Pass, *, gpu_bytes: int, host_bytes: int, host_rate: float, pending: float,
+def plan_layers(config: GptOssConfig, run: Workload, *, gpu_bytes: int, host_bytes: int, host_rate: float, pending: float,
                 peak_flops: float) -> list[LayerPlan]:
     """A plan per layer. gpu_bytes: what all layers together may keep there, inputs included; host_bytes at host_rate likewise, of
     which `pending` may be on their way at once.
@@ -190,6 +187,182 @@ def _spread(layer: int, num_layers: int) -> int:
     return int(f"{layer:0{bits}b}"[::-1], 2)
 
 
+class HostTensor:
+    """A tensor in the store; fetch() starts its way back, get() returns it on the GPU. Frees its place when dropped."""
+
+    def __init__(self, store: HostStore, parts: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
+        self._store, self._parts, self._shape, self._dtype = store, parts, shape, dtype
+        self.num_bytes = shape.numel() * dtype.itemsize
+        self._fetched: torch.Tensor | None = None
+        self._is_back: torch.cuda.Event | None = None
+        store.num_held += 1
+
+    def __del__(self) -> None:
+        self._store.num_held -= 1
+
+    def fetch(self) -> None:
+        if self._fetched is not None:
+            return
+        store = self._store
+        self._fetched = torch.empty(self._shape, dtype=self._dtype, device=store.device)
+        store.incoming.wait_stream(torch.cuda.current_stream(store.device))  # who had this memory before may still use it
+        with torch.cuda.stream(store.incoming):
+            for part, target in zip(self._parts, _as_bytes(self._fetched).split([len(part) for part in self._parts])):
+                target.copy_(part, non_blocking=True)
+            self._is_back = store.incoming.record_event()
+
+    def get(self) -> torch.Tensor:
+        self.fetch()
+        torch.cuda.current_stream(self._store.device).wait_event(self._is_back)
+        fetched, self._fetched = self._fetched, None
+        return fetched
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+class HostStore:
+    """At most `capacity` bytes of pinned host memory, taken when first needed, for activations on their way from a forward to its
+    backward. A forward puts tensors in, layer by layer; the backward gets them back in the opposite order, each asked for one
+    layer ahead. Copies run beside the computation, on streams of their own. A tensor that is on its way out stays allocated until
+    its copy is done; the forward waits for the oldest copies once more than `max_pending_bytes` are on their way."""
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity, self.device = capacity, device
+        self.num_held = 0
+        self.outgoing, self.incoming = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._slabs: list[torch.Tensor] = []  # of _SLAB bytes each
+        self._used = 0  # bytes of the slabs, one after the other
+        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._pending_bytes = 0
+
+    def reserve(self, num_bytes: int) -> None:
+        """Makes room for so much more, to be put in by the next forward."""
+        assert num_bytes <= self.capacity, f"{num_bytes} bytes asked of a host store of {self.capacity}"
+        if self.num_held == 0:
+            self._used = 0
+        while len(self._slabs) * _SLAB < min(self._used + num_bytes, self.capacity):
+            try:
+                self._slabs.append(torch.empty(_SLAB, dtype=torch.uint8, pin_memory=True))
+            except RuntimeError as error:
+                raise RuntimeError(f"model.host_gb: the system refuses to pin another {_SLAB / 1e9:.1f} GB of host memory "
+                                   f"({str(error).splitlines()[0]}); set a smaller model.host_gb") from error
+
+    def _take(self, num_bytes: int) -> list[torch.Tensor] | None:
+        """The next bytes of the slabs, None where there are too few."""
+        if self._used + num_bytes > len(self._slabs) * _SLAB:
+            return None
+        parts = []
+        while num_bytes > 0:
+            slab, first = divmod(self._used, _SLAB)
+            parts.append(self._slabs[slab][first:first + num_bytes])
+            num_bytes -= len(parts[-1])
+            self._used += len(parts[-1])
+        self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        return parts
+
+    def put(self, tensor: torch.Tensor, *, max_pending_bytes: int) -> HostTensor | torch.Tensor:
+        """Starts copying a contiguous tensor out. Where the store has no room (another batch's tensors are still in it) the
+        tensor itself comes back, to be kept where it is."""
+        assert tensor.is_contiguous(), tensor.stride()
+        size = tensor.numel() * tensor.element_size()
+        parts = self._take(size)
+        if parts is None:
+            return tensor
+        self.outgoing.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.outgoing):
+            for part, source in zip(parts, _as_bytes(tensor).split([len(part) for part in parts])):
+                part.copy_(source, non_blocking=True)
+            done = self.outgoing.record_event()
+        self._pending.append((tensor, done))
+        self._pending_bytes += size
+        while self._pending_bytes > max_pending_bytes:
+            self._settle_oldest()
+        return HostTensor(self, parts, tensor.shape, tensor.dtype)
+
+    def settle(self) -> None:
+        """Lets the computation go on only after every copy so far, and lets go of the tensors copied."""
+        while self._pending:
+            self._settle_oldest()
+
+    def _settle_oldest(self) -> None:
+        tensor, done = self._pending.popleft()
+        torch.cuda.current_stream(self.device).wait_event(done)
+        self._pending_bytes -= tensor.numel() * tensor.element_size()
+
+
+class Kept:
+    """Tensors of one layer by name, and the choice of experts."""
+
+    def __init__(self, plan: LayerPlan, scratch_bytes: int) -> None:
+        self.plan, self.scratch_bytes = plan, scratch_bytes  # bytes: of dequantised experts held at once
+        self.tensors: dict[str, torch.Tensor | HostTensor] = {}
+        self.routing: Routing | None = None
+
+    def recomputes(self, name: str) -> bool:
+        return self.plan[name] == Place.again
+
+    def keep(self, tensors: dict[str, torch.Tensor | None]) -> None:
+        self.tensors |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def take(self, name: str) -> torch.Tensor | None:
+        """The tensor of that name, for good; None where it was not kept."""
+        tensor = self.tensors.pop(name, None)
+        return tensor.get() if isinstance(tensor, HostTensor) else tensor
+
+    def host_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values() if isinstance(tensor, HostTensor))
+
+    def fetch(self) -> None:
+        """Starts the way back of what is in host memory."""
+        for tensor in self.tensors.values():
+            if isinstance(tensor, HostTensor):
+                tensor.fetch()
+
+
+@dataclass
+class TrainingPass:
+    """What all layers of one forward and backward share."""
+
+    layers: list[LayerPlan]
+    scratch_bytes: int  # of dequantised experts held at once
+    max_pending_bytes: int  # on their way to the host, or back, at once
+    store: HostStore | None
+    at_end: Callable[[torch.device], None]  # called when the backward has run
+    kept: dict[int, Kept] = field(default_factory=dict)  # by layer, until its backward has run
+
+    def new(self, layer: int) -> Kept:
+        """For a layer's forward."""
+        return Kept(self.layers[layer], self.scratch_bytes)
+
+    def put(self, layer: int, kept: Kept) -> None:
+        """At the end of the forward of a layer: what its plan says goes, or goes to host memory."""
+        if kept.recomputes("attended"):
+            kept.tensors.pop("lse", None)
+        for name, place in kept.plan.items():
+            if place == Place.again:
+                kept.tensors.pop(name, None)
+            elif place == Place.host:
+                kept.tensors[name] = self.store.put(kept.tensors[name], max_pending_bytes=self.max_pending_bytes)
+        self.kept[layer] = kept
+
+    def take(self, layer: int) -> Kept:
+        """What a layer's forward has left, and starts the way back of what the next LOOKAHEAD layers of the backward want, as
+        many of them as may be on their way at once and at least one."""
+        kept = self.kept.pop(layer)
+        if self.store is None:
+            return kept
+        self.store.settle()  # what is still on its way out: the first time, since the forward did not wait
+        num_bytes = 0
+        for before in range(layer - 1, max(layer - LOOKAHEAD, 0) - 1, -1):
+            num_bytes += self.kept[before].host_bytes()
+            if num_bytes > self.max_pending_bytes and num_bytes > self.kept[before].host_bytes():
+                break
+            self.kept[before].fetch()
+        return kept
+
+
 class MemoryBudget:
     """How much GPU and host memory (1e9 bytes) a model may use, and the plans that follow from it.
 
@@ -214,10 +387,10 @@ class MemoryBudget:
         return True
 
     def plan(self, x: torch.Tensor, attention: AttentionPlan, trainable: Iterable[torch.nn.Parameter], *,
-             dtype: torch.dtype, is_packed: bool) -> Plan:
+             dtype: torch.dtype, is_packed: bool) -> TrainingPass:
         """For a forward and backward of the embedded tokens x [T, D], in the residual stream's dtype, by a model of `dtype`."""
         layers = self.config.num_hidden_layers
-        run = Pass(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(), is_packed,
+        run = Workload(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(), is_packed,
                    True, SCRATCH_BYTES)
         if x.is_cuda and self._product_rate is None:
             # whatever the plan: the library's first product takes a workspace for good, in each thread, which after a forward's
@@ -225,9 +398,9 @@ class MemoryBudget:
             self._product_rate = product_rate(x.device, dtype)
             _backward_once(x.device, dtype)
         if not self.recomputes:
-            return Plan([everything(Place.gpu)] * layers, SCRATCH_BYTES, 0)
+            return self._pass([everything(Place.gpu)] * layers, SCRATCH_BYTES, 0)
         if not x.is_cuda:
-            return Plan([everything(Place.again)] * layers, SCRATCH_BYTES, 0)
+            return self._pass([everything(Place.again)] * layers, SCRATCH_BYTES, 0)
         if self.host_bytes > 0 and self.store is None:
             self.store, self._host_rate = HostStore(self.host_bytes, x.device), transfer_rate(x.device)
         budget = self._budget(x.device)
@@ -249,7 +422,10 @@ class MemoryBudget:
         self._is_tight = any(place != Place.gpu for plan in plans for place in plan.values())
         if self.store is not None:
             self.store.reserve(sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host))
-        return Plan(plans, run.scratch_bytes, pending)
+        return self._pass(plans, run.scratch_bytes, pending)
+
+    def _pass(self, layers: list[LayerPlan], scratch_bytes: int, max_pending_bytes: int) -> TrainingPass:
+        return TrainingPass(layers, scratch_bytes, max_pending_bytes, self.store, self.after_backward)
 
     def _budget(self, device: torch.device) -> float:
         return self.memory_gb * 1e9 if self.memory_gb else 0.85 * torch.cuda.get_device_properties(device).total_memory
@@ -281,7 +457,7 @@ class MemoryBudget:
         elif self._is_tight:
             self._margin = max(self._margin + excess / 2, self._least_margin)
 
-    def _fit(self, run: Pass, free: int, *, gradients: int, pending: int) -> list[LayerPlan]:
+    def _fit(self, run: Workload, free: int, *, gradients: int, pending: int) -> list[LayerPlan]:
         """The plan that keeps most on the GPU while neither forward nor backward ever takes more than `free`."""
         sizes, room = bytes_of(self.config, run), max(0, free)
         while True:
@@ -329,3 +505,16 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     events[1].record()
     torch.cuda.synchronize(device)
     return times * 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)
+
+
+def transfer_rate(device: torch.device) -> float:
+    """Measured bytes per second from the GPU to pinned host memory."""
+    size = 1 << 26
+    source, target = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    target.copy_(source, non_blocking=True)
+    events[0].record()
+    target.copy_(source, non_blocking=True)
+    events[1].record()
+    torch.cuda.synchronize(device)
+    return size / (events[0].elapsed_time(events[1]) / 1e3)
