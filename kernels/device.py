@@ -1,8 +1,11 @@
 """Which path serves a tensor, and what the kernels know about a GPU.
 
 CUDA tensors run the Triton kernels, CPU tensors the PyTorch references; in Triton's interpreter (TRITON_INTERPRET=1 in the
-environment when the kernels are imported) CPU tensors run the kernels too. Block-size tables are kept beside each kernel and
-keyed by `gpu_family`, so that one entry serves the GPUs that share tensor cores and shared memory.
+environment when the kernels are imported) CPU tensors run the kernels too.
+
+Sizes of blocks stand in tables beside each kernel, by GPU family: one entry serves the GPUs that share tensor cores and shared
+memory. Every entry says whether it was chosen by measurement (Tuned). Kernels that only move memory (norm, rope, swiglu, the
+sort, unpacking) have one size for every family.
 
 Kernels with matrix products have a second path for GPUs below compute capability 8.0 (T4), whose tensor cores Triton does not
 drive: products by the vendor's library, what lies between them by Triton or PyTorch. `product_path` chooses. To test or compare
@@ -16,6 +19,7 @@ Everything else is the output of a norm, of a clamped activation or of attention
 """
 import os
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,6 +36,21 @@ _FAMILIES = {
 }
 # bytes of shared memory one program may use
 SHARED_MEMORY = {"turing": 65_536, "ampere": 166_912, "consumer": 101_376, "hopper": 232_448, "blackwell": 232_448}
+
+
+class Tuned(NamedTuple):
+    """An entry of a table: what a kernel is launched with on one GPU family."""
+
+    blocks: Any
+    is_measured: bool  # chosen by time on such a GPU; others are compiled for it ahead of time and known to fit, no more
+
+
+def measured(blocks: Any) -> Tuned:
+    return Tuned(blocks, True)
+
+
+def unmeasured(blocks: Any) -> Tuned:
+    return Tuned(blocks, False)
 
 
 # where launches for few rows overlap (programmatic dependent launch): each starts while the one before it ends, and waits for
@@ -119,6 +138,7 @@ def _trait(argument: object) -> object:
     raise TypeError(f"launch: an argument of {kind}; give tensors, descriptors, ints, floats or None")
 
 
+FP_FUSION = {"enable_fp_fusion": True}
 _COMPILED: dict[tuple, object] = {}  # what launch() compiled, by everything it was compiled for
 
 
@@ -132,16 +152,17 @@ def _constexprs(kernel, arguments: tuple, constants: dict) -> tuple:
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """kernel[grid](*arguments, **constants) at a third of its host time (6 to 12 us instead of 20 to 100): after the first launch
     the compiled kernel is called as it is. arguments: all runtime arguments, in order; constants: the constexprs and the
-    compiler's options (num_warps, num_stages)."""
+    compiler's options (num_warps, num_stages). Products and sums are contracted into fused multiply-adds unless enable_fp_fusion
+    says otherwise: bits depend on it, so neither Triton's default nor its environment variable decides."""
     if not isinstance(kernel, JITFunction):  # interpreted
         _constexprs(kernel, arguments, constants)
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, **FP_FUSION | constants)
         return
     key = (id(kernel), torch.cuda.current_device(), *constants.items(), *map(_trait, arguments))
     found = _COMPILED.get(key)
     if found is None:
         constexprs = _constexprs(kernel, arguments, constants)
-        _COMPILED[key] = kernel[grid](*arguments, **constants), constexprs
+        _COMPILED[key] = kernel[grid](*arguments, **FP_FUSION | constants), constexprs
         return
     compiled, constexprs = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs)

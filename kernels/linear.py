@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kernels.dense import linear as dense_linear
-from kernels.device import gpu_family, is_few, is_triton
+from kernels.device import gpu_family, is_few, is_triton, measured, unmeasured
 from kernels.experts.few_rows import (
     FOR_LOW_RANK,
     FOR_X,
@@ -36,34 +36,34 @@ from kernels.experts.outer import grouped_outer
 
 Gradients = dict[torch.nn.Parameter, torch.Tensor]
 
-# family -> (at most so many tokens, blocks where out is wider than in, other blocks), the last for all above. Tiles under 64 rows
-# are mma.sync's on every GPU
+# family -> (at most so many tokens, blocks where out is wider than in, other blocks if they differ), the last for all above.
+# Tiles of less than 64 rows are mma.sync's on every GPU
 _LINEAR = {
-    "ampere": ((16, DecodeBlocks(32, 16, 128, 4, 5), DecodeBlocks(32, 16, 128, 4, 5)),
-               (32, DecodeBlocks(32, 32, 128, 4, 4), DecodeBlocks(32, 32, 128, 4, 4)),
-               (128, DecodeBlocks(64, 64, 64, 4, 4), DecodeBlocks(64, 64, 64, 4, 4)),
-               (512, DecodeBlocks(128, 64, 64, 4, 3), DecodeBlocks(128, 64, 64, 4, 3))),
-    "consumer": ((16, DecodeBlocks(32, 16, 128, 4, 4), DecodeBlocks(32, 16, 128, 4, 4)),
-                 (32, DecodeBlocks(32, 32, 128, 4, 3), DecodeBlocks(32, 32, 128, 4, 3)),
-                 (512, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((16, DecodeBlocks(64, 16, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
-               (32, DecodeBlocks(64, 32, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
-               (64, DecodeBlocks(64, 64, 128, 4, 4), DecodeBlocks(64, 32, 128, 4, 4)),
-               (128, DecodeBlocks(64, 64, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
-               (512, DecodeBlocks(128, 64, 64, 8, 4), DecodeBlocks(128, 64, 64, 8, 4))),
-    "blackwell": ((16, DecodeBlocks(128, 16, 64, 4, 6), DecodeBlocks(128, 16, 64, 4, 6)),
-                  (512, DecodeBlocks(128, 64, 64, 4, 5), DecodeBlocks(128, 64, 64, 4, 5))),
-    "interpreter": ((16, DecodeBlocks(16, 16, 32, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
-                    (512, DecodeBlocks(32, 32, 32, 4, 2), DecodeBlocks(32, 32, 32, 4, 2))),
+    "ampere": unmeasured(((16, DecodeBlocks(32, 16, 128, 4, 5)),
+                          (32, DecodeBlocks(32, 32, 128, 4, 4)),
+                          (128, DecodeBlocks(64, 64, 64, 4, 4)),
+                          (512, DecodeBlocks(128, 64, 64, 4, 3)))),
+    "consumer": unmeasured(((16, DecodeBlocks(32, 16, 128, 4, 4)),
+                            (32, DecodeBlocks(32, 32, 128, 4, 3)),
+                            (512, DecodeBlocks(64, 64, 64, 4, 3)))),
+    "hopper": measured(((16, DecodeBlocks(64, 16, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
+                        (32, DecodeBlocks(64, 32, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
+                        (64, DecodeBlocks(64, 64, 128, 4, 4), DecodeBlocks(64, 32, 128, 4, 4)),
+                        (128, DecodeBlocks(64, 64, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
+                        (512, DecodeBlocks(128, 64, 64, 8, 4)))),
+    "blackwell": unmeasured(((16, DecodeBlocks(128, 16, 64, 4, 6)),
+                             (512, DecodeBlocks(128, 64, 64, 4, 5)))),
+    "interpreter": unmeasured(((16, DecodeBlocks(16, 16, 32, 4, 2)),
+                               (512, DecodeBlocks(32, 32, 32, 4, 2)))),
 }  # fmt: skip
 # x A^T, at most so many tokens: few programs that each run through all inputs, in fp32 masters twice the bytes. What counts is
 # how many bytes a program has asked for at once
 _LOW_RANK = {
-    "ampere": ((512, DecodeBlocks(16, 16, 128, 4, 6)),),
-    "consumer": ((512, DecodeBlocks(16, 16, 128, 4, 4)),),
-    "hopper": ((32, DecodeBlocks(16, 16, 512, 2, 4)), (512, DecodeBlocks(32, 32, 256, 4, 4))),
-    "blackwell": ((512, DecodeBlocks(16, 16, 256, 4, 5)),),
-    "interpreter": ((512, DecodeBlocks(16, 16, 32, 4, 2)),),
+    "ampere": unmeasured(((512, DecodeBlocks(16, 16, 128, 4, 6)),)),
+    "consumer": unmeasured(((512, DecodeBlocks(16, 16, 128, 4, 4)),)),
+    "hopper": measured(((32, DecodeBlocks(16, 16, 512, 2, 4)), (512, DecodeBlocks(32, 32, 256, 4, 4)))),
+    "blackwell": unmeasured(((512, DecodeBlocks(16, 16, 256, 4, 5)),)),
+    "interpreter": unmeasured(((512, DecodeBlocks(16, 16, 32, 4, 2)),)),
 }
 
 
@@ -94,7 +94,7 @@ def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_in: int, num_out: int, *,
                          is_low_rank: bool) -> DecodeBlocks:
-    table = (_LOW_RANK if is_low_rank else _LINEAR)[family]
+    table = (_LOW_RANK if is_low_rank else _LINEAR)[family].blocks
     return fit_blocks(blocks_of(table, num_tokens, num_in, num_out), family, dtype, num_in)
 
 

@@ -17,10 +17,12 @@ from kernels.device import (
     check_served,
     gpu_family,
     launch,
+    measured,
     next_power_of_2,
     overlap_constants,
     prefetch,
     product_path,
+    unmeasured,
     wait_for_launch_before,
 )
 
@@ -81,17 +83,29 @@ def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_wei
     tl.store(pointers, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
+# family -> tokens of a tile and steps in flight, for many tokens and for few; 64 are what wgmma and tcgen05 need
+_MANY = {
+    "ampere": unmeasured((64, 4)),
+    "consumer": unmeasured((64, 3)),
+    "hopper": measured((64, 4)),
+    "blackwell": unmeasured((64, 4)),
+}
+_FEW = {
+    "ampere": unmeasured((16, 8)),
+    "consumer": unmeasured((16, 6)),
+    "hopper": measured((64, 7)),
+    "blackwell": unmeasured((64, 7)),
+}
+
+
 def router_blocks(family: str, num_experts: int, itemsize: int, num_tokens: int) -> dict[str, int]:
-    """Blocks of the forward: a tile of weights and of tokens per stage, the K loop ascending and never split. 64 rows are what
-    wgmma and tcgen05 need, so few tokens keep them there."""
+    """Blocks of the forward: a tile of weights and of tokens per stage, the K loop ascending and never split."""
     if family == "interpreter":
         return {"BLOCK_T": 16, "BLOCK_E": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-    block_e = min(max(next_power_of_2(num_experts), 16), 128)
-    stages = {"ampere": 4, "consumer": 3, "hopper": 4, "blackwell": 4}[family]
-    if num_tokens <= FEW_TOKENS and itemsize == 2:
-        rows, stages = {"ampere": (16, 8), "consumer": (16, 6), "hopper": (64, 7), "blackwell": (64, 7)}[family]
-        return {"BLOCK_T": rows, "BLOCK_E": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
-    return {"BLOCK_T": 64, "BLOCK_E": block_e, "BLOCK_K": 128 // itemsize, "num_warps": 4, "num_stages": stages}
+    is_few = num_tokens <= FEW_TOKENS and itemsize == 2
+    block_t, stages = (_FEW if is_few else _MANY)[family].blocks
+    block_e, block_k = (16, 128) if is_few else (min(max(next_power_of_2(num_experts), 16), 128), 128 // itemsize)
+    return {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": block_k, "num_warps": 4, "num_stages": stages}
 
 
 def router_grad_blocks(family: str, num_experts: int) -> dict[str, int]:

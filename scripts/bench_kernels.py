@@ -11,9 +11,9 @@ products alone (attention: of visible pairs). peer_ms and times_peer = peer_ms /
 library (`peer` says which; --no-peers leaves them out). relative_error is against the peer's result; is_right says whether it is
 within what rounding explains, and a case that is not right makes the exit code 1. A table comes last, most time lost first.
 
---blocks 128x256x64x8x8x4x1x0 ... also times the chosen cases with other block sizes, in the order of the fields of Blocks,
-OuterBlocks or DecodeBlocks of their kernel, and says whether the bits are those of the default. --size tiny is for trying the
-script without a GPU, in Triton's interpreter.
+--blocks 128x256x64x8x8x4x1x0 ... also times the chosen cases with other block sizes, in the order of the fields of
+AttentionBlocks, GemmBlocks, OuterBlocks or DecodeBlocks of their kernel, and says whether the bits are those of the default.
+--size tiny is for trying the script without a GPU, in Triton's interpreter.
 """
 
 import argparse

@@ -15,8 +15,7 @@ from kernels.experts import transport
 from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
 from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.forward import activation_grad
-from kernels.experts.gemm import Blocks as GemmBlocks
-from kernels.experts.gemm import grouped_gemm
+from kernels.experts.gemm import GemmBlocks, grouped_gemm
 from kernels.experts.outer import OuterBlocks, grouped_outer
 from kernels.experts.sorting import make_routing, route, route_backward, sum_rows
 from kernels.packed.mxfp4 import dequantize_reference

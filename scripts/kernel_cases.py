@@ -17,8 +17,8 @@ from random_checkpoint import model_config
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels.attention.decode import SharedPrefixes, decode_attention, decode_attention_reference, rows_per_tile
-from kernels.attention.packed import Blocks as AttentionBlocks
 from kernels.attention.packed import (
+    AttentionBlocks,
     attention_backward,
     attention_forward,
     blocks_for,

@@ -41,10 +41,12 @@ from kernels.device import (
     check_served,
     gpu_family,
     launch,
+    measured,
     next_power_of_2,
     num_multiprocessors,
     overlap_constants,
     product_path,
+    unmeasured,
     wait_for_launch_before,
 )
 
@@ -53,8 +55,9 @@ _LOG2_E = 1.4426950408889634
 _STAGES = {False: 3, True: 4}
 # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
 _PREFIX_ROWS = 64
-# stages of its loads, where a program has a multiprocessor's shared memory to itself: nothing else hides them
-_PREFIX_STAGES = {"hopper": 8, "blackwell": 8}  # by GPU family; the others' is too small
+# GPU family -> stages of its loads, where a program has a multiprocessor's shared memory to itself: nothing else hides them
+_PREFIX_STAGES = {"ampere": unmeasured(3), "consumer": unmeasured(3), "hopper": measured(8), "blackwell": unmeasured(8),
+                  "interpreter": unmeasured(3)}
 
 
 class SharedPrefixes(NamedTuple):
@@ -71,7 +74,7 @@ def rows_per_tile(group: int) -> int:
 
 def _prefix_stages(x: torch.Tensor, num_programs: int) -> int:
     is_alone = num_programs <= 2 * num_multiprocessors(x) and x.element_size() == 2
-    return _PREFIX_STAGES.get(gpu_family(x), _STAGES[False]) if is_alone else _STAGES[False]
+    return _PREFIX_STAGES[gpu_family(x)].blocks if is_alone else _STAGES[False]
 
 
 def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, page_table=None):

@@ -32,13 +32,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.attention.library import library_backward, library_forward
 from kernels.attention.plan import AttentionPlan
 from kernels.attention.reference import attention_reference
-from kernels.device import check_served, gpu_family, launch, product_path
+from kernels.device import check_served, gpu_family, launch, measured, product_path, unmeasured
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
 
 
-class Blocks(NamedTuple):
+class AttentionBlocks(NamedTuple):
     queries: int  # rows of a query tile
     keys: int  # rows of a key tile
     warps: int
@@ -48,9 +48,9 @@ class Blocks(NamedTuple):
 
 
 class KernelBlocks(NamedTuple):
-    forward: Blocks
-    dq: Blocks
-    dkv: Blocks
+    forward: AttentionBlocks
+    dq: AttentionBlocks
+    dkv: AttentionBlocks
 
 
 @triton.jit
@@ -373,27 +373,40 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
     tl.store(dv + offset + offsets, dv_acc.to(dv.dtype.element_ty), mask=inside)
 
 
-_BLOCKS = {  # (GPU family, windowed) -> sizes for 2-byte dtypes up to width 64; scripts/bench_kernels.py --blocks tries others
-    ("hopper", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, True),
-                                    Blocks(64, 64, 4, 3, True, in_registers=True)),
-    ("hopper", True): KernelBlocks(Blocks(64, 32, 4, 3, False), Blocks(64, 32, 4, 3, False), Blocks(64, 64, 4, 3, False)),
-    ("blackwell", False): KernelBlocks(Blocks(128, 64, 8, 3, False), Blocks(64, 64, 4, 3, False), Blocks(64, 64, 8, 2, False)),
-    ("blackwell", True): KernelBlocks(Blocks(64, 64, 4, 3, False), Blocks(64, 64, 4, 2, False), Blocks(64, 64, 8, 2, False)),
-    ("ampere", False): KernelBlocks(Blocks(128, 64, 4, 3, False), Blocks(128, 32, 8, 2, False), Blocks(32, 128, 8, 2, False)),
-    ("ampere", True): KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
-    ("consumer", False): KernelBlocks(Blocks(128, 32, 8, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
-    ("consumer", True): KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 4, 2, False)),
+# family -> sizes for 2-byte dtypes up to width 64, without a window and with one; scripts/bench_kernels.py --blocks tries others
+_FULL = {
+    "ampere": unmeasured(KernelBlocks(AttentionBlocks(128, 64, 4, 3, False), AttentionBlocks(128, 32, 8, 2, False),
+                                      AttentionBlocks(32, 128, 8, 2, False))),
+    "consumer": unmeasured(KernelBlocks(AttentionBlocks(128, 32, 8, 2, False), AttentionBlocks(64, 32, 4, 2, False),
+                                        AttentionBlocks(32, 64, 4, 2, False))),
+    "hopper": measured(KernelBlocks(AttentionBlocks(128, 64, 8, 3, False), AttentionBlocks(64, 64, 4, 3, True),
+                                    AttentionBlocks(64, 64, 4, 3, True, in_registers=True))),
+    "blackwell": unmeasured(KernelBlocks(AttentionBlocks(128, 64, 8, 3, False), AttentionBlocks(64, 64, 4, 3, False),
+                                         AttentionBlocks(64, 64, 8, 2, False))),
 }
-_WIDE_BLOCKS = KernelBlocks(Blocks(64, 32, 4, 2, False), Blocks(64, 32, 4, 2, False), Blocks(32, 64, 8, 2, False))
+_WINDOWED = {
+    "ampere": unmeasured(KernelBlocks(AttentionBlocks(64, 32, 4, 2, False), AttentionBlocks(64, 32, 4, 2, False),
+                                      AttentionBlocks(32, 64, 4, 2, False))),
+    "consumer": unmeasured(KernelBlocks(AttentionBlocks(64, 32, 4, 2, False), AttentionBlocks(64, 32, 4, 2, False),
+                                        AttentionBlocks(32, 64, 4, 2, False))),
+    "hopper": measured(KernelBlocks(AttentionBlocks(64, 32, 4, 3, False), AttentionBlocks(64, 32, 4, 3, False),
+                                    AttentionBlocks(64, 64, 4, 3, False))),
+    "blackwell": unmeasured(KernelBlocks(AttentionBlocks(64, 64, 4, 3, False), AttentionBlocks(64, 64, 4, 2, False),
+                                         AttentionBlocks(64, 64, 8, 2, False))),
+}
+# wider heads on every family, unmeasured
+_WIDE_BLOCKS = KernelBlocks(AttentionBlocks(64, 32, 4, 2, False), AttentionBlocks(64, 32, 4, 2, False),
+                            AttentionBlocks(32, 64, 8, 2, False))
 # float32 has no tensor cores at full precision: it is there for comparisons, and for the interpreter
-_FLOAT32_BLOCKS = KernelBlocks(Blocks(32, 16, 4, 1, False), Blocks(32, 16, 4, 1, False), Blocks(16, 32, 4, 1, False))
+_FLOAT32_BLOCKS = KernelBlocks(AttentionBlocks(32, 16, 4, 1, False), AttentionBlocks(32, 16, 4, 1, False),
+                               AttentionBlocks(16, 32, 4, 1, False))
 
 
 def blocks_for(family: str, dtype: torch.dtype, *, windowed: bool, width: int) -> KernelBlocks:
     """Block sizes for a GPU family (kernels.device.gpu_family), a dtype and a head width."""
     if family == "interpreter" or dtype == torch.float32:
         return _FLOAT32_BLOCKS
-    return _WIDE_BLOCKS if width > 64 else _BLOCKS[family, windowed]
+    return _WIDE_BLOCKS if width > 64 else (_WINDOWED if windowed else _FULL)[family].blocks
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -402,7 +415,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and aligned else x.contiguous()
 
 
-def _tiles_of(x: torch.Tensor, rows: int, blocks: Blocks) -> TensorDescriptor | torch.Tensor:
+def _tiles_of(x: torch.Tensor, rows: int, blocks: AttentionBlocks) -> TensorDescriptor | torch.Tensor:
     """What the kernels take to load whole tiles of x through; x itself where they use pointers."""
     if not blocks.descriptor:
         return x
@@ -410,7 +423,7 @@ def _tiles_of(x: torch.Tensor, rows: int, blocks: Blocks) -> TensorDescriptor | 
 
 
 def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
-                   scale: float, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+                   scale: float, blocks: AttentionBlocks) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [Q, H, D] and lse [H, Q] fp32, nats, the sink included."""
     num_queries, num_heads, width = q.shape
     out = torch.empty((num_queries, num_heads, width), dtype=q.dtype, device=q.device)
@@ -426,7 +439,7 @@ def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
 
 
 def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, dout: torch.Tensor,
-              lse: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float, blocks: Blocks,
+              lse: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float, blocks: AttentionBlocks,
               dq: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq [T, H, D] (written where it is given), the sinks' gradient as a sum over the first dimension of [tiles, H] fp32, and
     [H, T, 2] fp32 for dkv_triton: lse in base 2, and delta."""
@@ -445,7 +458,7 @@ def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
 
 
 def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, row_stats: torch.Tensor,
-               plan: AttentionPlan, *, window: int, scale: float, blocks: Blocks,
+               plan: AttentionPlan, *, window: int, scale: float, blocks: AttentionBlocks,
                out: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv [T, K, D], written into `out` (of one row stride) where it is given."""
     num_tokens, num_kv_heads, width = k.shape

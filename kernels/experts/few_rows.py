@@ -34,9 +34,11 @@ from kernels.device import (
     check_served,
     gpu_family,
     launch,
+    measured,
     next_power_of_2,
     overlap_constants,
     prefetch,
+    unmeasured,
     wait_for_launch_before,
 )
 from kernels.experts.gemm import DTYPES
@@ -61,42 +63,43 @@ class DecodeBlocks(NamedTuple):
     more: int = 0  # tokens beyond `tokens` that a tile of packed weights takes along where an expert has them
 
 
-# family -> (at most so many routed rows per expert, blocks where out is wider than in, other blocks), the last for all above
+# family -> (at most so many routed rows per expert, blocks where out is wider than in, other blocks if they differ), the last for
+# all above
 _PACKED = {
-    "ampere": ((4, DecodeBlocks(64, 16, 64, 4, 5), DecodeBlocks(64, 16, 64, 4, 5)),
-               (16, DecodeBlocks(64, 32, 64, 4, 4), DecodeBlocks(64, 32, 64, 4, 4)),
-               (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "consumer": ((4, DecodeBlocks(64, 16, 64, 4, 4), DecodeBlocks(64, 16, 64, 4, 4)),
-                 (16, DecodeBlocks(64, 32, 64, 4, 3), DecodeBlocks(64, 32, 64, 4, 3)),
-                 (64, DecodeBlocks(64, 64, 64, 4, 3), DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((0.4, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 256, 4, 4)),
-               (1.5, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
-               (3, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(64, 16, 128, 4, 4)),
-               (6, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(64, 16, 256, 4, 3)),
-               (11, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 3)),
-               (23, DecodeBlocks(128, 32, 128, 4, 3), DecodeBlocks(128, 32, 128, 4, 3)),
-               (45, DecodeBlocks(128, 32, 128, 4, 3, 16), DecodeBlocks(128, 64, 64, 4, 4)),
-               (64, DecodeBlocks(128, 64, 64, 8, 4, 32), DecodeBlocks(128, 64, 64, 8, 4, 32))),
-    "blackwell": ((4, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 4)),
-                  (16, DecodeBlocks(128, 32, 128, 4, 4), DecodeBlocks(128, 32, 128, 4, 4)),
-                  (64, DecodeBlocks(128, 64, 128, 4, 4), DecodeBlocks(128, 64, 128, 4, 4))),
-    "interpreter": ((2, DecodeBlocks(32, 16, 64, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
-                    (64, DecodeBlocks(64, 32, 32, 4, 2, 16), DecodeBlocks(32, 16, 64, 4, 2))),
+    "ampere": unmeasured(((4, DecodeBlocks(64, 16, 64, 4, 5)),
+                          (16, DecodeBlocks(64, 32, 64, 4, 4)),
+                          (64, DecodeBlocks(64, 64, 64, 4, 3)))),
+    "consumer": unmeasured(((4, DecodeBlocks(64, 16, 64, 4, 4)),
+                            (16, DecodeBlocks(64, 32, 64, 4, 3)),
+                            (64, DecodeBlocks(64, 64, 64, 4, 3)))),
+    "hopper": measured(((0.4, DecodeBlocks(64, 16, 128, 4, 4), DecodeBlocks(64, 16, 256, 4, 4)),
+                        (1.5, DecodeBlocks(64, 16, 256, 4, 3)),
+                        (3, DecodeBlocks(64, 16, 256, 4, 3), DecodeBlocks(64, 16, 128, 4, 4)),
+                        (6, DecodeBlocks(64, 16, 256, 4, 3)),
+                        (11, DecodeBlocks(128, 16, 128, 4, 4), DecodeBlocks(128, 16, 128, 4, 3)),
+                        (23, DecodeBlocks(128, 32, 128, 4, 3)),
+                        (45, DecodeBlocks(128, 32, 128, 4, 3, 16), DecodeBlocks(128, 64, 64, 4, 4)),
+                        (64, DecodeBlocks(128, 64, 64, 8, 4, 32)))),
+    "blackwell": unmeasured(((4, DecodeBlocks(128, 16, 128, 4, 4)),
+                             (16, DecodeBlocks(128, 32, 128, 4, 4)),
+                             (64, DecodeBlocks(128, 64, 128, 4, 4)))),
+    "interpreter": unmeasured(((2, DecodeBlocks(32, 16, 64, 4, 2), DecodeBlocks(16, 16, 32, 4, 2)),
+                               (64, DecodeBlocks(64, 32, 32, 4, 2, 16), DecodeBlocks(32, 16, 64, 4, 2)))),
 }  # fmt: skip
 _DENSE = {
-    "ampere": ((8, DecodeBlocks(64, 16, 64, 4, 5)), (64, DecodeBlocks(64, 64, 64, 4, 4))),
-    "consumer": ((8, DecodeBlocks(64, 16, 64, 4, 4)), (64, DecodeBlocks(64, 64, 64, 4, 3))),
-    "hopper": ((8, DecodeBlocks(64, 16, 64, 4, 6)), (64, DecodeBlocks(64, 64, 64, 4, 5))),
-    "blackwell": ((8, DecodeBlocks(128, 16, 64, 4, 6)), (64, DecodeBlocks(128, 64, 64, 4, 5))),
-    "interpreter": ((64, DecodeBlocks(32, 16, 32, 4, 2)),),
+    "ampere": unmeasured(((8, DecodeBlocks(64, 16, 64, 4, 5)), (64, DecodeBlocks(64, 64, 64, 4, 4)))),
+    "consumer": unmeasured(((8, DecodeBlocks(64, 16, 64, 4, 4)), (64, DecodeBlocks(64, 64, 64, 4, 3)))),
+    "hopper": measured(((8, DecodeBlocks(64, 16, 64, 4, 6)), (64, DecodeBlocks(64, 64, 64, 4, 5)))),
+    "blackwell": unmeasured(((8, DecodeBlocks(128, 16, 64, 4, 6)), (64, DecodeBlocks(128, 64, 64, 4, 5)))),
+    "interpreter": unmeasured(((64, DecodeBlocks(32, 16, 32, 4, 2)),)),
 }
 # LoRA's first factors (rows: at least), as _DENSE: few programs that each run through all inputs
 _LOW_RANK = {
-    "ampere": ((64, DecodeBlocks(16, 16, 128, 4, 4)),),
-    "consumer": ((64, DecodeBlocks(16, 16, 128, 4, 3)),),
-    "hopper": ((4, DecodeBlocks(16, 16, 512, 2, 4)), (64, DecodeBlocks(16, 16, 128, 2, 4))),
-    "blackwell": ((64, DecodeBlocks(16, 16, 128, 4, 4)),),
-    "interpreter": ((64, DecodeBlocks(16, 16, 32, 4, 2)),),
+    "ampere": unmeasured(((64, DecodeBlocks(16, 16, 128, 4, 4)),)),
+    "consumer": unmeasured(((64, DecodeBlocks(16, 16, 128, 4, 3)),)),
+    "hopper": measured(((4, DecodeBlocks(16, 16, 512, 2, 4)), (64, DecodeBlocks(16, 16, 128, 2, 4)))),
+    "blackwell": unmeasured(((64, DecodeBlocks(16, 16, 128, 4, 4)),)),
+    "interpreter": unmeasured(((64, DecodeBlocks(16, 16, 32, 4, 2)),)),
 }
 
 
@@ -117,8 +120,8 @@ def fit_blocks(blocks: DecodeBlocks, family: str, dtype: torch.dtype, num_in: in
 def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
                          is_packed: bool) -> DecodeBlocks:
     is_low_rank = not is_packed and num_out <= 64
-    table = (_PACKED if is_packed else _LOW_RANK if is_low_rank else _DENSE)[family]
-    blocks = blocks_of(table, num_rows / num_experts, num_in, num_out)
+    table = _PACKED if is_packed else _LOW_RANK if is_low_rank else _DENSE
+    blocks = blocks_of(table[family].blocks, num_rows / num_experts, num_in, num_out)
     if is_low_rank:
         rows = max(blocks.rows, next_power_of_2(num_out))
         inner = max(blocks.inner * blocks.rows // rows, min(blocks.inner, 128))  # so many bytes, as far as it goes

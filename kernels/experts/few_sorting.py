@@ -9,13 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.device import cdiv, gpu_family, launch, next_power_of_2, overlap_constants
+from kernels.device import cdiv, gpu_family, launch, measured, next_power_of_2, overlap_constants, unmeasured
 from kernels.experts.sorting import SMALL_SORT, Routing, _route_kernel, _sort_kernel
 from kernels.router import _router_logits_kernel, router_forward
 
 MAX_TOKENS, MAX_EXPERTS = 64, 128  # of a router's product in one program
 _TILE = 4096  # tokens times experts of the top-k, in one tile
 _SORT_TILE = 8192  # choices times experts, as long as registers hold them
+# family -> the most inputs of a step of the router's product, as shared memory holds them
+_MAX_INNER = {"ampere": unmeasured(512), "consumer": unmeasured(256), "hopper": measured(512), "blackwell": unmeasured(512)}
 
 
 @triton.jit
@@ -45,9 +47,7 @@ def few_blocks(family: str, num_tokens: int, num_experts: int, per_token: int, i
     rows, columns = (16 if num_tokens <= 16 else 64), max(block_e, 16)
     if itemsize == 4 or family == "interpreter":
         return blocks | {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": 32, "num_stages": 2}
-    inner = 512 if rows + columns <= 48 else 128
-    if family == "consumer":
-        inner = min(inner, 256)
+    inner = min(512 if rows + columns <= 48 else 128, _MAX_INNER[family].blocks)
     return blocks | {"ROUTER_T": rows, "ROUTER_E": columns, "ROUTER_K": inner, "num_stages": 3}
 
 

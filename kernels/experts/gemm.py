@@ -23,7 +23,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
-from kernels.device import cdiv, check_served, gpu_family, launch, next_power_of_2, num_multiprocessors, product_path
+from kernels.device import (
+    cdiv,
+    check_served,
+    gpu_family,
+    launch,
+    measured,
+    next_power_of_2,
+    num_multiprocessors,
+    product_path,
+    unmeasured,
+)
 from kernels.packed.weights import Dense, ExpertWeights
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
@@ -107,7 +117,7 @@ class _ReferenceLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, grad_bias, None
 
 
-class Blocks(NamedTuple):
+class GemmBlocks(NamedTuple):
     """Sizes of a tile and how its loop is compiled. None of them changes a result's bits."""
 
     rows: int
@@ -123,31 +133,45 @@ class Blocks(NamedTuple):
 
 # family -> blocks at more than 128 rows per expert; `inner` divides 2880, gpt-oss's width
 _WIDE = {
-    "ampere": Blocks(128, 128, 64, 8, 8, 3, False, False),
-    "consumer": Blocks(128, 128, 32, 8, 8, 3, False, False),
-    "hopper": Blocks(128, 256, 64, 8, 8, 4, True, False),
-    "blackwell": Blocks(128, 128, 64, 8, 8, 4, True, False),
-    "interpreter": Blocks(32, 32, 32, 2, 4, 2, True, True),
+    "ampere": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 3, False, False)),
+    "consumer": unmeasured(GemmBlocks(128, 128, 32, 8, 8, 3, False, False)),
+    "hopper": measured(GemmBlocks(128, 256, 64, 8, 8, 4, True, False)),
+    "blackwell": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 4, True, False)),
+    "interpreter": unmeasured(GemmBlocks(32, 32, 32, 2, 4, 2, True, True)),
 }
-_FP32 = Blocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtures and checks
+# x A, up to 64 columns: reads x once, bound by memory
+_TO_RANK = {
+    "ampere": unmeasured(GemmBlocks(64, 64, 64, 1, 4, 5, False, False)),
+    "consumer": unmeasured(GemmBlocks(64, 64, 64, 1, 4, 3, False, False)),
+    "hopper": measured(GemmBlocks(64, 64, 64, 1, 4, 5, False, False)),
+    "blackwell": unmeasured(GemmBlocks(64, 64, 64, 1, 4, 5, False, False)),
+}
+# (x A) B: writes y once, bound by memory
+_FROM_RANK = {
+    "ampere": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
+    "consumer": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
+    "hopper": measured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
+    "blackwell": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
+}
+_FP32 = GemmBlocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtures and checks
 
 
-def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int) -> Blocks:
+def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int) -> GemmBlocks:
     if family == "interpreter":
-        return _WIDE[family]
+        return _WIDE[family].blocks
     inner = max(16, min(64, next_power_of_2(num_in)))
-    if num_out <= 64 or (num_out <= 256 and 8 * num_out <= num_in):  # x A: reads x once, bound by memory
-        cols = max(16, next_power_of_2(num_out))
+    if num_out <= 64 or (num_out <= 256 and 8 * num_out <= num_in):
+        blocks = _TO_RANK[family].blocks._replace(cols=max(16, next_power_of_2(num_out)), inner=inner)
         if dtype == torch.float32:
-            return Blocks(64, cols, min(inner, 32), 1, 4, 2, False, False)
-        if cols > 64:  # of fp32 masters: 4 + 32 KB a step at 256 columns
-            return Blocks(64, cols, min(inner, 32), 1, 4, 2 if family == "consumer" else 4, False, False)
-        return Blocks(64, cols, inner, 1, 4, 3 if family == "consumer" else 5, False, False)
+            return blocks._replace(inner=min(inner, 32), num_stages=2)
+        if blocks.cols > 64:  # of fp32 masters: 4 + 32 KB a step at 256 columns
+            return blocks._replace(inner=min(inner, 32), num_stages=blocks.num_stages - 1)
+        return blocks
     if dtype == torch.float32:
         return _FP32
-    if num_in <= 64:  # (x A) B: writes y once, bound by memory
-        return Blocks(128, 128, inner, 8, 8, 2, False, False)
-    blocks = _WIDE[family]
+    if num_in <= 64:
+        return _FROM_RANK[family].blocks._replace(inner=inner)
+    blocks = _WIDE[family].blocks
     if num_rows <= 128 * num_experts:
         blocks = blocks._replace(rows=64, cols=128, num_warps=4, num_stages=min(blocks.num_stages + 1, 4))
     return blocks
@@ -293,7 +317,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
                  low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None,
                  lora_groups: torch.Tensor | None = None, scale: float | None = None,
                  swiglu: tuple[float, float] | None = None, pre_activation: torch.Tensor | None = None,
-                 out: torch.Tensor | None = None, blocks: Blocks | None = None) -> torch.Tensor:
+                 out: torch.Tensor | None = None, blocks: GemmBlocks | None = None) -> torch.Tensor:
     """(x_r W_e + low_rank_r U_e) * scale + b_e for every routed row r of expert e, rounded once to out's dtype.
 
     x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.

@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 
 from kernels.dense import product
-from kernels.device import cdiv, check_served, gpu_family, is_triton, launch, next_power_of_2, product_path
+from kernels.device import (
+    cdiv,
+    check_served,
+    gpu_family,
+    is_triton,
+    launch,
+    measured,
+    next_power_of_2,
+    product_path,
+    unmeasured,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # rows of a partial sum, with experts and with all rows in one; part of the result's bits
@@ -39,23 +49,28 @@ def compiled_stages(blocks: OuterBlocks, *, has_gather: bool) -> int:
 
 # family -> blocks of a wide product (dW); rows per step divide both chunk sizes
 _WIDE = {
-    "ampere": OuterBlocks(128, 128, 64, 8, 3),
-    "consumer": OuterBlocks(128, 128, 32, 8, 3),
-    "hopper": OuterBlocks(128, 256, 64, 8, 4),
-    "blackwell": OuterBlocks(128, 256, 64, 8, 4),
-    "interpreter": OuterBlocks(32, 32, 32, 4, 2),
+    "ampere": unmeasured(OuterBlocks(128, 128, 64, 8, 3)),
+    "consumer": unmeasured(OuterBlocks(128, 128, 32, 8, 3)),
+    "hopper": measured(OuterBlocks(128, 256, 64, 8, 4)),
+    "blackwell": unmeasured(OuterBlocks(128, 256, 64, 8, 4)),
+    "interpreter": unmeasured(OuterBlocks(32, 32, 32, 4, 2)),
+}
+# with LoRA's rank as n: bound by memory, a is read once
+_OF_RANK = {
+    "ampere": unmeasured(OuterBlocks(128, 64, 64, 4, 4)),
+    "consumer": unmeasured(OuterBlocks(128, 64, 64, 4, 3)),
+    "hopper": measured(OuterBlocks(128, 64, 64, 4, 4)),
+    "blackwell": unmeasured(OuterBlocks(128, 64, 64, 4, 4)),
 }
 
 
 def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlocks:
     if family == "interpreter":
-        return _WIDE[family]
+        return _WIDE[family].blocks
+    n = max(16, min(64, next_power_of_2(num_n)))
     if dtype == torch.float32:
-        return OuterBlocks(64, max(16, min(64, next_power_of_2(num_n))), 32, 4, 2)
-    if num_n <= 64:  # bound by memory: a is read once
-        n = max(16, next_power_of_2(num_n))
-        return OuterBlocks(128, n, 64, 4, 3 if family == "consumer" else 4)
-    return _WIDE[family]
+        return OuterBlocks(64, n, 32, 4, 2)
+    return _OF_RANK[family].blocks._replace(n=n) if num_n <= 64 else _WIDE[family].blocks
 
 
 @triton.jit

@@ -33,7 +33,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import linear, product
-from kernels.device import cdiv, check_served, gpu_family, is_triton, launch, num_multiprocessors, product_path
+from kernels.device import (
+    cdiv,
+    check_served,
+    gpu_family,
+    is_triton,
+    launch,
+    measured,
+    num_multiprocessors,
+    product_path,
+    unmeasured,
+)
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
@@ -46,15 +56,15 @@ _MAX_EXCESS = {torch.bfloat16: 64.0, torch.float32: 64.0, torch.float16: 4.0}
 # tokens and vocabulary rows of a product, width of a step; TILE columns are reduced at a time (the whole or half of BN);
 # persistent programs overlap a product's end with the next one's start
 _BLOCKS = {
-    "hopper": dict(BM=128, BN=256, BK=64, TILE=128, num_warps=8, num_stages=3, IS_PERSISTENT=True, USE_TMA=True),
-    "blackwell": dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=True),
-    "ampere": dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False),
-    "consumer": dict(BM=128, BN=128, BK=32, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False),
-    "turing": dict(BM=16, BN=128, BK=16, TILE=128, num_warps=4, num_stages=1, IS_PERSISTENT=False, USE_TMA=False),
-    "interpreter": dict(BM=16, BN=32, BK=16, TILE=16, num_warps=4, num_stages=1, IS_PERSISTENT=True, USE_TMA=False),
+    "hopper": measured(dict(BM=128, BN=256, BK=64, TILE=128, num_warps=8, num_stages=3, IS_PERSISTENT=True, USE_TMA=True)),
+    "blackwell": unmeasured(dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=True)),
+    "ampere": unmeasured(dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False)),
+    "consumer": unmeasured(dict(BM=128, BN=128, BK=32, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False)),
+    "turing": unmeasured(dict(BM=16, BN=128, BK=16, TILE=128, num_warps=4, num_stages=1, IS_PERSISTENT=False, USE_TMA=False)),
+    "interpreter": unmeasured(dict(BM=16, BN=32, BK=16, TILE=16, num_warps=4, num_stages=1, IS_PERSISTENT=True, USE_TMA=False)),
 }
 # with marks of kept columns to read, or in the gradient's kernel, larger ones would spill registers
-_SMALL_PARTS = {"hopper": dict(BN=128, TILE=64)}
+_SMALL_PARTS = {"hopper": measured(dict(BN=128, TILE=64))}
 _FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
 
 
@@ -392,11 +402,11 @@ def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = F
     """Block sizes and options for products of hidden states with a head. Sums over a tile depend on its layout: only products
     alone may choose by the number of rows (fits_rows), scores have the same bits in any batch."""
     family = gpu_family(hidden)
-    blocks = dict(_BLOCKS[family])
+    blocks = dict(_BLOCKS[family].blocks)
     if weight.dtype == torch.float32 and hidden.is_cuda:
         blocks = dict(_FLOAT32_BLOCKS)
     elif small_parts and family in _SMALL_PARTS:
-        blocks |= _SMALL_PARTS[family]
+        blocks |= _SMALL_PARTS[family].blocks
     num_rows, width = hidden.shape
     if fits_rows and num_rows <= 64:  # the head is read once, whatever the tile
         blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))

@@ -4,10 +4,10 @@ import torch
 from aot import compile_for
 
 import kernels.attention.packed
-from kernels.attention.packed import Blocks
+from kernels.attention.packed import AttentionBlocks
 
 
-def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windowed: bool, prefixed: bool):
+def kernel_arguments(kind: str, dtype: str, blocks: AttentionBlocks, width: int, *, windowed: bool, prefixed: bool):
     tile_rows = blocks.queries if kind == "dkv" else blocks.keys
     whole = f"tensordesc<{dtype}[{tile_rows},{width}]>" if blocks.descriptor else f"*{dtype}"
     signature = {name: f"*{dtype}" for name in ("q", "k", "v")}
@@ -29,7 +29,7 @@ def kernel_arguments(kind: str, dtype: str, blocks: Blocks, width: int, *, windo
     return signature | strides | {"num_heads": "i32"} | rest, constexprs | {"PREFIXED": prefixed}
 
 
-def compile_kernel(kind: str, arch: int, blocks: Blocks, *, dtype="bf16", width=64, windowed=False, prefixed=False):
+def compile_kernel(kind: str, arch: int, blocks: AttentionBlocks, *, dtype="bf16", width=64, windowed=False, prefixed=False):
     kernel = {"forward": kernels.attention.packed._forward_kernel, "dq": kernels.attention.packed._dq_kernel,
               "dkv": kernels.attention.packed._dkv_kernel}[kind]
     signature, constexprs = kernel_arguments(kind, dtype, blocks, width, windowed=windowed, prefixed=prefixed)

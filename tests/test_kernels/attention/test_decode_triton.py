@@ -289,7 +289,7 @@ def compile_prefix(arch: int):
     signature |= {"page_table": "*i32", "tiles": "*i32", "slots": "*i64", "prefix_lens": "*i64", "scale_log2": "fp32"}
     signature |= dict.fromkeys(("stride_q", "pages_per_slot"), "i32")
     constexprs = {"STRIDE_KEY": 512, "GROUP": 8, "PAGE": 64, "D": 64, "ROWS": 8, "BLOCK_H": 8, "BLOCK_N": blocks.keys}
-    stages = _PREFIX_STAGES.get(family_of(arch), _STAGES[False])
+    stages = _PREFIX_STAGES[family_of(arch)].blocks
     return compile_for(_prefix_kernel, signature, constexprs, arch, num_warps=4, num_stages=stages)
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import kernels.attention.packed
 from kernels.attention.packed import (
+    AttentionBlocks,
     AttentionPlan,
-    Blocks,
     KernelBlocks,
     attention,
     blocks_for,
@@ -60,7 +60,7 @@ def poisoned(monkeypatch):
 
 
 def use_blocks(monkeypatch, queries: int, keys: int, descriptor: bool) -> None:
-    blocks = Blocks(queries, keys, 4, 1, descriptor, in_registers=descriptor)
+    blocks = AttentionBlocks(queries, keys, 4, 1, descriptor, in_registers=descriptor)
     monkeypatch.setattr(kernels.attention.packed, "blocks_for", lambda *_, **__: KernelBlocks(blocks, blocks, blocks))
 
 

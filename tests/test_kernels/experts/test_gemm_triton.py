@@ -8,7 +8,7 @@ from grouped_products import outcome
 from paths import FIXTURES
 from safetensors.torch import load_file
 
-from kernels.experts.gemm import Blocks, grouped_gemm
+from kernels.experts.gemm import GemmBlocks, grouped_gemm
 from kernels.experts.outer import CHUNK_ROWS, MAX_ROWS_UNSPLIT, grouped_outer, grouped_row_sum
 from kernels.swiglu import swiglu
 
@@ -57,8 +57,8 @@ def test_every_schedule_and_way_of_loading_gives_the_same_products(persistent, u
     """Bits are compared on a GPU: the interpreter's products have other last bits for other tiles on some processors."""
     offsets = OFFSETS[0]
     x, weight = normal(offsets[-1], 64), normal(4, 64, 48, seed=1)
-    plain = grouped_gemm(x, weight, int32(offsets), blocks=Blocks(16, 16, 32, 1, 4, 2, False, False))
-    other = grouped_gemm(x, weight, int32(offsets), blocks=Blocks(32, 16, 32, 2, 4, 2, use_tma, persistent))
+    plain = grouped_gemm(x, weight, int32(offsets), blocks=GemmBlocks(16, 16, 32, 1, 4, 2, False, False))
+    other = grouped_gemm(x, weight, int32(offsets), blocks=GemmBlocks(32, 16, 32, 2, 4, 2, use_tma, persistent))
     expected = product(x, weight, offsets)
     assert_near(plain, expected)
     assert_near(other, expected)
@@ -276,7 +276,7 @@ def test_a_rows_bits_depend_neither_on_tiles_nor_on_its_neighbours():
     y = grouped_gemm(x, weight, int32(offsets, "cuda"))
     alone = grouped_gemm(x[400:401], weight, int32([0, 0, 0, 1, 1], "cuda"))
     assert torch.equal(y[400:401], alone)
-    for blocks in (Blocks(64, 64, 64, 1, 4, 3, False, False), Blocks(128, 128, 32, 4, 8, 3, True, True)):
+    for blocks in (GemmBlocks(64, 64, 64, 1, 4, 3, False, False), GemmBlocks(128, 128, 32, 4, 8, 3, True, True)):
         assert torch.equal(y, grouped_gemm(x, weight, int32(offsets, "cuda"), blocks=blocks)), blocks
 
 

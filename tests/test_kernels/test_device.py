@@ -1,0 +1,47 @@
+"""What every kernel shares: marks on tuned sizes, and how a kernel is launched."""
+
+import importlib
+import pkgutil
+
+import torch
+
+import kernels
+from kernels.device import Tuned, launch
+
+FAMILIES = {"ampere", "consumer", "hopper", "blackwell"}
+
+
+def tables() -> dict[str, dict[str, Tuned]]:
+    """Every table of sizes by GPU family, under module and name."""
+    found = {}
+    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, dict) and any(isinstance(entry, Tuned) for entry in value.values()):
+                found[f"{module.name}.{name}"] = value
+    return found
+
+
+def test_every_size_by_gpu_family_says_whether_it_was_measured():
+    found = tables()
+    assert {name.split(".")[1] for name in found} == {"attention", "experts", "head", "linear", "router"}
+    for name, table in found.items():
+        assert all(isinstance(entry, Tuned) for entry in table.values()), name
+        assert FAMILIES <= set(table) or name == "kernels.head.log_probs._SMALL_PARTS", name
+        assert {family for family, entry in table.items() if entry.is_measured} == {"hopper"}, name
+
+
+class _Kernel:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    arg_names = ["x", "BLOCK"]
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.__dict__.update(constants)
+
+
+def test_a_launch_says_whether_multiply_adds_are_fused():
+    kernel = _Kernel()
+    launch(kernel, (1,), torch.ones(1), BLOCK=2)
+    assert kernel.enable_fp_fusion is True
+    launch(kernel, (1,), torch.ones(1), BLOCK=2, enable_fp_fusion=False)
+    assert kernel.enable_fp_fusion is False
