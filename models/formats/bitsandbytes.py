@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from kernels.packed.nf4 import BLOCK_SIZE, CODE, dequantize_nf4_reference
+from kernels.packed.weights import Nf4
 from models.config import GptOssConfig
 from models.formats.files import CheckpointError, DerivedTensor, Stored, StoredTensor, read_all
 
 _STATE = ".quant_state.bitsandbytes__nf4"
-_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up|down)_projs\.(\d+)\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -105,27 +104,21 @@ def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> di
                                   f"{math.prod(shape) // 2:,} bytes for {list(shape)}; config.json is of another model")
         return _PackedMatrix(weight, {part: remaining.pop(stored) for part, stored in names.items()}, shape)
 
-    experts: dict[str, dict[int, str]] = {}  # of a projection's weights or biases -> by expert
-    for name in tensors:
-        if match := _EXPERT.fullmatch(name):
-            prefix, kind, expert, part = match.groups()
-            experts.setdefault(f"{prefix}{kind}_proj.{part}", {})[int(expert)] = name
-    for target, names in experts.items():
-        if sorted(names) != list(range(config.num_local_experts)):
-            continue
-        stem, _, part = target.rpartition(".")
-        ordered = [names[expert] for expert in range(config.num_local_experts)]
-        if part == "bias":
-            biases = [remaining.pop(name) for name in ordered]
-            first = biases[0]
-            renamed[f"{stem}_bias"] = DerivedTensor(first.path, first.dtype, (len(biases), *first.shape), partial(_stack, biases))
-            continue
-        matrices = [take(name, stem.rpartition(".")[2].removesuffix("_proj")) for name in ordered]
-        path, (size_out, size_in) = matrices[0].weight.path, matrices[0].shape
-        shape = (len(matrices), size_out, size_in // 2)
-        renamed[f"{stem}_codes"] = DerivedTensor(path, "U8", shape, partial(_codes, matrices))
-        shape = (len(matrices), size_out * size_in // BLOCK_SIZE)
-        renamed[f"{stem}_absmax"] = DerivedTensor(path, "F32", shape, partial(_absmax, matrices))
+    for layer in range(config.num_hidden_layers):
+        for kind in ("gate_up", "down"):
+            stem = f"model.layers.{layer}.mlp.experts.{kind}_proj"
+            biases, weights = ([f"{stem}s.{expert}.{part}" for expert in range(config.num_local_experts)]
+                               for part in ("bias", "weight"))
+            if all(name in remaining for name in biases):
+                parts = [remaining.pop(name) for name in biases]
+                renamed[f"{stem}_bias"] = DerivedTensor(parts[0].path, parts[0].dtype, (len(parts), *parts[0].shape),
+                                                        partial(_stack, parts))
+            if all(name in remaining for name in weights):
+                matrices = [take(name, kind) for name in weights]
+                path, (size_out, size_in) = matrices[0].weight.path, shapes[kind]
+                (codes, _), (absmax, _) = Nf4.stored(len(matrices), size_in, size_out)
+                renamed[f"{stem}_codes"] = DerivedTensor(path, "U8", codes, partial(_codes, matrices))
+                renamed[f"{stem}_absmax"] = DerivedTensor(path, "F32", absmax, partial(_absmax, matrices))
     for name in [name.removesuffix(_STATE) for name in list(remaining) if name.endswith(_STATE)]:
         kind = name.removesuffix(".weight").rpartition(".")[2]
         if kind in shapes and name in remaining:
