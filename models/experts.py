@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from kernels.device import is_few, is_triton
-from kernels.experts import sorting
 from kernels.experts.few_rows import few_rows_forward
 from kernels.experts.forward import MoeKept, local_backward, local_forward
 from kernels.experts.gemm import grouped_linear
-from kernels.experts.transport import combine, dispatch
+from kernels.experts.sorting import Routing
+from kernels.experts.transport import combine, copy_rows, dispatch
 from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
@@ -68,17 +68,17 @@ class RoutedExperts(nn.Module):
         return {"lora_A": self._parameters[f"{name}_lora_A"], "lora_B": self._parameters[f"{name}_lora_B"],
                 "lora_scale": self.lora_scale}
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: sorting.Routing, residual: torch.Tensor,
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
                 kept: Kept | None = None) -> torch.Tensor:
         """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32. On a GPU without gradient; kept: takes what
         backward() needs."""
         rows = self.local_forward(*dispatch(x, routing), residual.dtype, kept)
         return combine(rows, weights, routing, residual)
 
-    def local_forward(self, x: torch.Tensor, routing: sorting.Routing, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
+    def local_forward(self, x: torch.Tensor, routing: Routing, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
         """The experts' outputs [R, D], in expert order, for the rows of x routed to them; `dtype`: theirs on a GPU."""
         if not is_triton(x):
-            h = self.project("gate_up_proj", sorting.dispatch(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
+            h = self.project("gate_up_proj", copy_rows(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
             return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
         projections = [self.weights(name) for name in PROJECTIONS]
         if kept is None and is_few(x) and self.layout.serves_few_rows:
@@ -91,7 +91,7 @@ class RoutedExperts(nn.Module):
             kept.keep({"h": moe.h, "low_rank_x": moe.low_rank_x, "low_rank_act": moe.low_rank_act})
         return rows
 
-    def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: sorting.Routing, kept: Kept,
+    def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, kept: Kept,
                  grads: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of x [T, D] and of the gate weights [T, A] from that of forward's result, which is also the residual's;
         those of what trains go to `grads`."""

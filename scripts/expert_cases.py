@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import LORA_SCALE, Case, Sizes, Work, backward_of, leaf, size_of
 
-from kernels.experts import transport
 from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
 from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.forward import activation_grad
 from kernels.experts.gemm import GemmBlocks, grouped_gemm
 from kernels.experts.outer import OuterBlocks, grouped_outer
-from kernels.experts.sorting import make_routing, route, route_backward, sum_rows
+from kernels.experts.sorting import make_routing, route, route_backward
+from kernels.experts.transport import combine as combine_rows
+from kernels.experts.transport import sum_rows
 from kernels.packed.mxfp4 import dequantize_reference
 from kernels.packed.nf4 import dequantize_nf4_reference
 from kernels.packed.weights import ExpertWeights, Mxfp4, Mxfp4Fragments, Nf4
@@ -314,7 +315,7 @@ def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
     def call(pair, lora):
         few = (weights.few_rows(d.x, d.offsets) for weights in pair)
         rows = few_rows_forward(d.x, d.routing, *few, lora=lora, lora_scale=LORA_SCALE, **ACTIVATION)
-        return transport.combine(rows, d.gates, d.routing, d.residual)
+        return combine_rows(rows, d.gates, d.routing, d.residual)
 
     return Work([partial(call, *layer) for layer in zip(pairs, loras)], expert_flops(s, d.rows, has_lora=has_lora),
                 num_bytes + (size_of(*loras[0]) * d.touched / s.config.num_local_experts if has_lora else 0),

@@ -1,8 +1,7 @@
 """Routing of tokens to experts: top-k of the router's logits, then softmax over the k values only.
 
 Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index.
-    w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j),  y = sum_k w_k f_k
-The weighted sum back, which is also what adds up a token's gradients, uses no atomics: it runs in slot order.
+    w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j)
 
 Tokens are brought into expert order by a stable counting sort: a histogram of each chunk of choices, then every chunk adds up
 the chunks before it and ranks its own choices. Nothing waits for the host.
@@ -278,64 +277,3 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     launch(_sort_kernel, (num_chunks,), experts, counts, order, tokens, inverse, offsets, num_rows, chunk_size, num_chunks,
            PER_TOKEN=indices.shape[1], BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
     return Routing(indices, order, tokens, inverse, offsets)
-
-
-def dispatch(x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The reference: each token's row once for each of its experts, [T, D] -> [R, D] in expert order. On a GPU the products take
-    rows of x by routing.tokens themselves."""
-    per_token = routing.indices.shape[1]
-    copies = x.unsqueeze(1).expand(-1, per_token, -1).flatten(0, 1)  # [R, D]; a token's gradient is a sum in slot order
-    return copies.index_select(0, routing.order)
-
-
-def combine(rows: torch.Tensor, weights: torch.Tensor, routing: Routing, *,
-            residual: torch.Tensor | None = None) -> torch.Tensor:
-    """The reference of sum_rows: the experts' outputs times the gate weights [T, A], [R, D] -> [T, D], and the residual."""
-    of_tokens = rows.index_select(0, routing.inverse.flatten()).unflatten(0, routing.inverse.shape).float()  # [T, A, D]
-    y = (of_tokens * weights.unsqueeze(-1)).sum(1).to(rows.dtype if residual is None else residual.dtype)
-    return y if residual is None else residual + y
-
-
-@triton.jit
-def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, stride_rows, stride_residual,
-                     WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-                     HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
-    """Sums a token's rows in slot order in fp32: the experts' outputs, or the gradients of what they were given."""
-    wait_for_launch_before(OVERLAPS)
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < WIDTH
-    total = tl.zeros([BLOCK], tl.float32)
-    for slot in tl.static_range(PER_TOKEN):
-        row = tl.load(inverse_ptr + token * PER_TOKEN + slot).to(tl.int64)
-        values = tl.load(rows_ptr + row * stride_rows + cols, mask=mask, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            values *= tl.load(weights_ptr + token * PER_TOKEN + slot)
-        total += values
-    y = total.to(y_ptr.dtype.element_ty)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + token * stride_residual + cols, mask=mask, other=0.0)
-        y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + token * WIDTH + cols, y, mask=mask)
-
-
-def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
-             residual: torch.Tensor | None) -> torch.Tensor:
-    """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A], contiguous fp32, where they are given:
-    [T, D]. A residual [T, D], of the rows' dtype or wider, is added to the sum rounded to its dtype, which is also the result's;
-    without one it is the rows'. Triton only, no gradient."""
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    (num_tokens, per_token), width = inverse.shape, rows.shape[1]
-    y = torch.empty((num_tokens, width), dtype=rows.dtype if residual is None else residual.dtype, device=rows.device)
-    stride_residual = 0
-    if residual is not None:
-        residual = residual if residual.stride(1) == 1 else residual.contiguous()
-        stride_residual = residual.stride(0)
-    if y.numel():
-        block = min(next_power_of_2(width), 1024)
-        launch(
-            _sum_rows_kernel, (num_tokens, cdiv(width, block)),
-            rows, weights, inverse, residual, y, rows.stride(0), stride_residual, WIDTH=width, PER_TOKEN=per_token,
-            BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4,
-            **overlap_constants(rows, num_tokens))
-    return y

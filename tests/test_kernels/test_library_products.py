@@ -9,7 +9,8 @@ import kernels.device
 from kernels.device import check_served, product_path
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.outer import grouped_outer, grouped_row_sum
-from kernels.experts.sorting import combine, make_routing
+from kernels.experts.sorting import make_routing
+from kernels.experts.transport import combine_reference
 from kernels.norm import add_rms_norm, rms_norm
 from kernels.router import router_backward, router_logits
 from kernels.swiglu import swiglu
@@ -200,11 +201,11 @@ def test_what_float16_cannot_hold_stays_in_float32():
     assert_near(rows, expected, 2e-6)
     routing = make_routing(torch.tensor([[0, 1], [0, 1], [0, 1], [1, 1]]), num_experts=2)
     gates, residual = torch.full((4, 2), 0.5), normal(4, 32, seed=2, std=1e5)
-    y = combine(rows, gates, routing, residual=residual)
+    y = combine_reference(rows, gates, routing, residual)
     assert y.dtype == torch.float32
     assert_near(y, residual.double() + expected[routing.inverse.long()].sum(1) / 2, 2e-6)
     # half rows beside a float32 residual are summed into it without a rounding between
-    halves = combine((rows / 1e3).half(), gates, routing, residual=residual)
+    halves = combine_reference((rows / 1e3).half(), gates, routing, residual)
     assert_near(halves, residual.double() + (rows / 1e3).half().double()[routing.inverse.long()].sum(1) / 2, 2e-7)
 
 

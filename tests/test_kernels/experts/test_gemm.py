@@ -7,7 +7,8 @@ from paths import FIXTURES
 from safetensors.torch import load_file
 
 from kernels.experts.gemm import grouped_linear
-from kernels.experts.sorting import combine, dispatch, route
+from kernels.experts.sorting import route
+from kernels.experts.transport import combine_reference, copy_rows
 from kernels.packed.mxfp4 import dequantize
 from kernels.packed.weights import Dense, Mxfp4
 from kernels.swiglu import swiglu
@@ -25,9 +26,9 @@ def golden(case: str) -> dict[str, torch.Tensor]:
 def mixture(x, router_w, router_b, w1, b1, w2, b2, *, experts_per_token):
     """Golden weights are [E, out, in]; ours are [E, in, out]."""
     weights, routing = route(x.float() @ router_w.float().T + router_b.float(), experts_per_token=experts_per_token)
-    h = grouped_linear(dispatch(x, routing), Dense(w1.transpose(1, 2), b1), routing.offsets)
+    h = grouped_linear(copy_rows(x, routing), Dense(w1.transpose(1, 2), b1), routing.offsets)
     y = grouped_linear(swiglu(h, alpha=1.702, limit=7.0), Dense(w2.transpose(1, 2), b2), routing.offsets)
-    return combine(y, weights, routing)
+    return combine_reference(y, weights, routing, None)
 
 
 @pytest.mark.parametrize("case", CASES)

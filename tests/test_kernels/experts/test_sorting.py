@@ -6,7 +6,8 @@ import torch
 from paths import FIXTURES
 from safetensors.torch import load_file
 
-from kernels.experts.sorting import choose_experts, combine, dispatch, make_routing, route
+from kernels.experts.sorting import choose_experts, make_routing, route
+from kernels.experts.transport import combine_reference, copy_rows
 
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
 CASES = ("top2of8", "top4of8_starved", "one_token")
@@ -54,14 +55,14 @@ def test_rows_are_sorted_by_expert_with_tokens_in_order():
     assert routing.offsets == [0, 2, 2, 4, 6, 6]
     assert (routing.order // 2).tolist() == [0, 1, 0, 2, 1, 2]
     assert routing.inverse.tolist() == [[2, 0], [1, 4], [3, 5]]
-    assert dispatch(torch.tensor([[10.0], [11.0], [12.0]]), routing).flatten().tolist() == [10, 11, 10, 12, 11, 12]
+    assert copy_rows(torch.tensor([[10.0], [11.0], [12.0]]), routing).flatten().tolist() == [10, 11, 10, 12, 11, 12]
 
 
 def test_combine_sums_each_token_by_its_own_weights():
     routing = make_routing(torch.tensor([[2, 0], [0, 3]]), num_experts=4)
     y = torch.tensor([[1.0], [10.0], [100.0], [1000.0]])  # rows: expert 0 of tokens 0, 1; expert 2; expert 3
     weights = torch.tensor([[0.5, 0.25], [0.125, 2.0]])
-    assert combine(y, weights, routing).flatten().tolist() == [0.5 * 100 + 0.25 * 1, 0.125 * 10 + 2 * 1000]
+    assert combine_reference(y, weights, routing, None).flatten().tolist() == [0.5 * 100 + 0.25 * 1, 0.125 * 10 + 2 * 1000]
 
 
 @pytest.mark.parametrize("num_tokens, num_experts, experts_per_token", [(1, 4, 2), (37, 8, 4), (5, 3, 3), (6, 4, 1)])
@@ -76,7 +77,7 @@ def test_gradients_of_dispatch_and_combine_equal_those_of_one_hot_products(num_t
 
     ours_x, ours_w = x.float().requires_grad_(), weights.clone().requires_grad_()
     owner = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(routing.offsets).diff())
-    y = combine(dispatch(ours_x, routing) * scale.float()[owner], ours_w, routing)
+    y = combine_reference(copy_rows(ours_x, routing) * scale.float()[owner], ours_w, routing, None)
     y.backward(grad.float())
 
     their_x, their_w = x.clone().requires_grad_(), weights.double().requires_grad_()
@@ -90,9 +91,9 @@ def test_gradients_of_dispatch_and_combine_equal_those_of_one_hot_products(num_t
 def test_bf16_rows_are_summed_in_fp32():
     routing = make_routing(torch.tensor([[0, 1, 2]]), num_experts=3)
     y = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
-    assert combine(y, torch.ones(1, 3), routing).item() == 258.0  # 256 + 1 = 256 in bf16
+    assert combine_reference(y, torch.ones(1, 3), routing, None).item() == 258.0  # 256 + 1 = 256 in bf16
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    dispatch(x, routing).backward(y)
+    copy_rows(x, routing).backward(y)
     assert x.grad.item() == 258.0
 
 
@@ -100,7 +101,8 @@ def test_strided_inputs():
     generator = torch.Generator().manual_seed(0)
     weights, routing = route(torch.randn(8, 12, generator=generator).T[:, ::2], experts_per_token=2)
     x = torch.randn(5, 12, generator=generator).T
-    rows = dispatch(x, routing)
-    assert torch.equal(rows, dispatch(x.contiguous(), routing))
+    rows = copy_rows(x, routing)
+    assert torch.equal(rows, copy_rows(x.contiguous(), routing))
     padded = torch.cat((rows, rows), dim=1)[:, :5]
-    assert torch.equal(combine(padded, weights, routing), combine(rows, weights.contiguous(), routing))
+    assert torch.equal(combine_reference(padded, weights, routing, None),
+                       combine_reference(rows, weights.contiguous(), routing, None))

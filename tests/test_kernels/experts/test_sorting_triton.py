@@ -17,13 +17,12 @@ from kernels.experts.sorting import (
     _route_grad_kernel,
     _route_kernel,
     _sort_kernel,
-    _sum_rows_kernel,
     choose_experts,
     make_routing,
     route,
     route_backward,
-    sum_rows,
 )
+from kernels.experts.transport import _sum_rows_kernel, sum_rows
 from kernels.router import (
     _router_grad_kernel,
     _router_logits_kernel,
