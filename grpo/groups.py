@@ -35,45 +35,44 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     scored: list[tuple[Completion, Score]] = []
+    rewarded: list[Completion] = []
     live: list[Completion] = []
-    num_groups = num_dropped = num_unscored = num_errors = 0
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
-    missing = rollout.prompts_per_step
     for attempt in range(rollout.refill_rounds + 1):
         with calling(env, "prompts"):
             prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=attempt)
         prompts = checked_prompts(env, "prompts", prompts, vocab_size=sampler.model.config.vocab_size,
-                                  taken={completion.prompt.id for completion, _ in scored})[:missing]
+                                  taken={completion.prompt.id for completion, _ in scored})
+        prompts = prompts[:rollout.prompts_per_step - _num_groups(live)]
         check_lengths(env, "prompts", prompts, max_len=sampler.max_len, max_new_tokens=rollout.max_new_tokens,
                       max_tokens=config.optim.max_tokens)
         started = time.perf_counter()
         completions = sampler.generate(
             prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
-        seconds["time/rollout"] += time.perf_counter() - started
-        started = time.perf_counter()
-        scores = score(env, completions)
-        seconds["time/reward"] += time.perf_counter() - started
-        scored += zip(completions, scores)
-        rewarded = [completion for completion in completions if completion.reward is not None]
-        num_errors += len(completions) - len(rewarded)
-        kept = _live_groups(rewarded)
-        live += kept
-        num_live = len({completion.prompt.id for completion in kept})
-        num_groups += len(prompts)
-        num_dropped += len(prompts) - num_live
-        num_unscored += len(prompts) - len({completion.prompt.id for completion in rewarded})
-        missing -= num_live
-        if missing == 0:
+        sampled = time.perf_counter()
+        scored += zip(completions, score(env, completions))
+        seconds["time/rollout"] += sampled - started
+        seconds["time/reward"] += time.perf_counter() - sampled
+        rewarded = [completion for completion, _ in scored if completion.reward is not None]
+        live = _live_groups(rewarded)
+        if _num_groups(live) == rollout.prompts_per_step:
             break
     advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
                                   normalize_std=config.advantage.normalize_std)
-    metrics = {**reward_metrics(scored), **length_metrics([completion for completion, _ in scored]),
-               "frac_reward_zero_std": num_dropped / num_groups, "groups/dropped": num_dropped,
-               "groups/live": num_groups - num_dropped, "groups/unscored": num_unscored, "reward/errors": num_errors, **seconds}
+    completions = [completion for completion, _ in scored]
+    num_groups, num_live = _num_groups(completions), _num_groups(live)
+    metrics = {**reward_metrics(scored), **length_metrics(completions),
+               "frac_reward_zero_std": (num_groups - num_live) / num_groups, "groups/dropped": num_groups - num_live,
+               "groups/live": num_live, "groups/unscored": num_groups - _num_groups(rewarded),
+               "reward/errors": len(scored) - len(rewarded), **seconds}
     if config.optim.mask_truncated:  # they have had their say in their group's mean and spread
         kept = [row for row, completion in enumerate(live) if completion.finish_reason != "length"]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
     return Groups(live, advantages, scored, metrics)
+
+
+def _num_groups(completions: list[Completion]) -> int:
+    return len({completion.prompt.id for completion in completions})
 
 
 def _live_groups(completions: list[Completion]) -> list[Completion]:

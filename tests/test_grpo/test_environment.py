@@ -2,6 +2,7 @@
 
 import decimal
 import fractions
+import inspect
 import json
 from array import array
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import torch
 from grpo.batch import Completion, Prompt, Segment
 from grpo.config import ConfigError
 from grpo.environment import (
+    Environment,
     EnvironmentFault,
+    OptionalMethods,
     Score,
     check_environment,
     checked_prompts,
@@ -25,6 +28,8 @@ from grpo.environment import (
     summary,
     tiny_tokenizer,
 )
+from grpo.envs.carry import Carry
+from grpo.envs.dataset import Dataset
 from grpo.evaluate import evaluate
 from grpo.groups import completion_record
 from grpo.rewards.user_code import UserCodeFault
@@ -250,6 +255,20 @@ def test_a_warm_up_wants_demonstrations():
     env = SimpleNamespace(prompts=list, eval_prompts=list, score=list)
     with pytest.raises(ConfigError, match=r"warmup: SimpleNamespace has no demonstrations\(step, batch_size\)"):
         check_environment(env, SimpleNamespace(warmup=object()), max_len=9, vocab_size=VOCAB)
+
+
+def parameters(method):
+    return {name: item.kind for name, item in inspect.signature(method).parameters.items()}
+
+
+@pytest.mark.parametrize("env", [Carry, Dataset])
+def test_the_environments_here_have_the_methods_of_the_protocols_with_their_parameters(env):
+    optional = [name for name in vars(OptionalMethods) if not name.startswith("_") and hasattr(env, name)]
+    assert len(optional) >= 4
+    assert {name for name in vars(Environment) if not name.startswith("_")} == {"prompts", "eval_prompts", "score"}
+    for protocol, names in ((Environment, ("prompts", "eval_prompts", "score")), (OptionalMethods, optional)):
+        for name in names:
+            assert parameters(getattr(env, name)) == parameters(getattr(protocol, name)), name
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
