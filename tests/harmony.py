@@ -1,10 +1,11 @@
-"""Conversations rendered as the hub's chat template is called, for tests that compare with it."""
+"""Conversations rendered as the hub's chat template is called, and ids of text that spells control tokens."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.chat.render import harmony_messages, render_message, render_prompt
-from models.chat.tokenizer import Tokenizer
+from models.chat.tokenizer import CONTROL_TOKENS, Tokenizer
 
 
 def render_chat(
@@ -16,3 +17,13 @@ def render_chat(
         return render_prompt(chat, tokenizer)
     ids = [id for message in chat for id in render_message(message, tokenizer)]
     return [*ids[:-1], tokenizer.return_] if chat[-1].channel == "final" else ids
+
+
+def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of text in which the control tokens that it spells are control tokens."""
+    ids = []
+    for piece in re.split(r"(<\|\w+\|>)", text):
+        name = piece[2:-2]
+        is_control = piece in CONTROL_TOKENS
+        ids += [getattr(tokenizer, "return_" if name == "return" else name)] if is_control else tokenizer.encode(piece)
+    return ids

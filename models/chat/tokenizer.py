@@ -130,16 +130,6 @@ class Tokenizer:
                 )
         return ids
 
-    def encode_with_special(self, text: str) -> list[int]:
-        """Ids of text in which spelled special tokens ARE control tokens: only for text the program itself wrote."""
-        ids = []
-        for piece in self._special_pattern.split(text):
-            if piece in self._special_id:
-                ids.append(self._special_id[piece])
-            elif piece:
-                ids += self.encode(piece)
-        return ids
-
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
         """Text of any ids, without raising: invalid UTF-8 and ids that have no token become U+FFFD.
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from harmony import encode_with_special
 from paths import FIXTURES
 
 from grpo.batch import Completion, Segment
@@ -33,7 +34,7 @@ def rows(num=20, start=0):
 
 
 def complete(env, prompt, text, finish_reason="stop"):
-    ids = env.tokenizer.encode_with_special(text)
+    ids = encode_with_special(env.tokenizer, text)
     return Completion(prompt, 0, [Segment(prompt.token_ids, "prompt"), Segment(ids, "policy")], finish_reason)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harmony import encode_with_special
 from paths import FIXTURES, ROOT
 
 from grpo.batch import Prompt
@@ -82,7 +83,7 @@ class ScriptedSampler:
 
 
 def answer(tokenizer: Tokenizer, analysis: str, final: str) -> list[int]:
-    return tokenizer.encode_with_special(f"<|channel|>analysis<|message|>{analysis}<|end|>"
+    return encode_with_special(tokenizer, f"<|channel|>analysis<|message|>{analysis}<|end|>"
                                          f"<|start|>assistant<|channel|>final<|message|>{final}<|return|>")
 
 
@@ -131,12 +132,12 @@ def test_messages_are_marked_by_their_channel(compact, capsys):
 
 
 def test_a_tool_call_shows_its_recipient(compact, capsys):
-    ids = compact.encode_with_special("<|channel|>commentary to=functions.f json<|message|>{}<|call|>")
+    ids = encode_with_special(compact, "<|channel|>commentary to=functions.f json<|message|>{}<|call|>")
     assert shown(compact, ids, capsys) == "[commentary to=functions.f json] {}\n"
 
 
 def test_control_characters_of_the_model_are_shown_as_escapes(compact, capsys):
-    ids = compact.encode_with_special("<|channel|>final<|message|>") + compact.encode("a\x1b[2J\r\u202eb\tc\nd")
+    ids = encode_with_special(compact, "<|channel|>final<|message|>") + compact.encode("a\x1b[2J\r\u202eb\tc\nd")
     assert shown(compact, ids, capsys) == "[final] a\\x1b[2J\\r\\u202eb\tc\nd\n"
 
 
@@ -157,7 +158,7 @@ def test_control_characters_in_a_header_are_shown_as_escapes(compact, capsys):
     ],
 )
 def test_malformed_completions_lose_no_text(compact, capsys, completion, expected):
-    assert shown(compact, compact.encode_with_special(completion), capsys) == expected.replace("stray", "strayassistant")
+    assert shown(compact, encode_with_special(compact, completion), capsys) == expected.replace("stray", "strayassistant")
 
 
 def test_text_that_never_becomes_a_header_appears_before_the_end(compact, capsys):
@@ -192,7 +193,7 @@ def test_control_tokens_spelled_by_the_user_stay_text(compact, capsys):
 
 
 def test_an_answer_without_a_final_message_leaves_no_history(compact, capsys):
-    sampler = ScriptedSampler(compact.encode_with_special("<|channel|>analysis<|message|>hm<|return|>"),
+    sampler = ScriptedSampler(encode_with_special(compact, "<|channel|>analysis<|message|>hm<|return|>"),
                               answer(compact, "a", "b"))
     chat = conversation(compact, sampler)
     chat.ask("lost?")
@@ -312,7 +313,7 @@ def test_control_c_cuts_an_answer_short_and_the_chat_goes_on(compact, monkeypatc
                     raise KeyboardInterrupt
                 yield token_id
 
-    half = [*compact.encode_with_special("<|channel|>final<|message|>ha"), -1]
+    half = [*encode_with_special(compact, "<|channel|>final<|message|>ha"), -1]
     chat = conversation(compact, Interrupting(half, answer(compact, "a", "b")))
     monkeypatch.setattr("grpo.generate.load_conversation", lambda config: chat)
     type_in(monkeypatch, "first", "second")

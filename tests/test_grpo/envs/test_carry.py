@@ -1,4 +1,5 @@
 import pytest
+from harmony import encode_with_special
 
 from grpo.batch import Completion, Segment
 from grpo.envs.carry import Carry, build_tokenizer, demonstration, implied_answer, needs_carry
@@ -35,7 +36,7 @@ def question_prompt(env, question, answer, carries):
 
 def score_text(env, text, *, question="14+49", answer="63", carries=True, finish_reason="stop"):
     prompt = question_prompt(env, question, answer, carries)
-    segments = [Segment(prompt.token_ids, "prompt"), Segment(env.tokenizer.encode_with_special(text), "policy")]
+    segments = [Segment(prompt.token_ids, "prompt"), Segment(encode_with_special(env.tokenizer, text), "policy")]
     return env.score([Completion(prompt, 0, segments, finish_reason)])[0]
 
 
@@ -50,7 +51,7 @@ def test_a_prompt_is_a_user_message_and_the_assistants_start(env, tokenizer):
 def test_a_completion_reasons_in_analysis_and_answers_in_final(env, tokenizer):
     ids = env.encode_completion("4+9=13,1+4+1=6", "63")
     assert tokenizer.decode(ids, keep_special=True) == RIGHT
-    assert ids == tokenizer.encode_with_special(RIGHT)
+    assert ids == encode_with_special(tokenizer, RIGHT)
 
 
 @pytest.mark.parametrize(

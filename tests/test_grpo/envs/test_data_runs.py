@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from harmony import encode_with_special
 from paths import FIXTURES
 
 from grpo.batch import Completion, Segment
@@ -65,7 +66,7 @@ def test_gsm8k_as_shipped_reads_answers_after_the_marker_and_evaluates_on_the_te
     assert "Reasoning: low" in text and "# Instructions\n\nPut the final answer, a single number, in \\boxed{}.\n\n" in text
     scores = []
     for final in ("It is \\boxed{1,682}.", "\\boxed{1682}", "Half of 58 is 29, so \\boxed{841}", "1,682 of 58"):
-        ids = tokenizer.encode_with_special(f"<|channel|>final<|message|>{final}<|return|>")
+        ids = encode_with_special(tokenizer, f"<|channel|>final<|message|>{final}<|return|>")
         completion = Completion(prompt, 0, [Segment(prompt.token_ids, "prompt"), Segment(ids, "policy")], "stop")
         scores += [verdict.reward for verdict in env.score([completion])]
     assert scores == [1.0, 1.0, 0.0, 0.0]  # 58 * 58 / 2 = 1,682; two numbers without a box are a hedge

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import question_data
+from harmony import encode_with_special
 from question_data import write
 
 from grpo.batch import Completion, Segment
@@ -191,7 +192,7 @@ def test_match_format_reward_functions_and_log_agree_on_the_final_text(tokenizer
         rewards=[{"fn": f"{file}:said"}],
     )
     prompt = env.prompts(0, num_prompts=1)[0]
-    segments = [Segment(tokenizer.encode_with_special(text), source) for source, text in pieces]
+    segments = [Segment(encode_with_special(tokenizer, text), source) for source, text in pieces]
     completion = Completion(prompt, 0, [Segment(prompt.token_ids, "prompt"), *segments], "stop")
     score = env.score([completion])[0]
     assert (score.reward, score.is_correct, score.metrics["said/chars"]) == ((1.25, True, 1) if is_answer else (0, False, 0))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from harmony import encode_with_special
 from paths import FIXTURES
 
 from grpo.batch import Completion, Segment
@@ -301,7 +302,7 @@ def environment(tokenizer, folder, rows, **settings):
 
 def score(env, text):
     prompt = env.prompts(3, num_prompts=1)[0]
-    ids = env.tokenizer.encode_with_special(f"<|channel|>final<|message|>{text}<|return|>")
+    ids = encode_with_special(env.tokenizer, f"<|channel|>final<|message|>{text}<|return|>")
     return env.score([Completion(prompt, 0, [Segment(prompt.token_ids, "prompt"), Segment(ids, "policy")], "stop")])[0]
 
 

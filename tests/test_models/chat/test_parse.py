@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from harmony import encode_with_special
 from paths import FIXTURES
 
 from grpo.rewards.match import is_well_formed, stated_answer
@@ -20,7 +21,7 @@ def as_dicts(messages: list[Message]) -> list[dict]:
 
 @pytest.mark.parametrize("case", PARSE_CASES, ids=lambda case: case["name"])
 def test_completions_parse_as_the_golden_cases(case, tokenizer):
-    ids = tokenizer.encode_with_special(case["text"])
+    ids = encode_with_special(tokenizer, case["text"])
     parsed = parse_completion(ids, tokenizer, role=case["role"])
     if isinstance(case["strict"], list):
         assert (as_dicts(parsed.messages), parsed.error) == (case["strict"], None)
@@ -54,7 +55,7 @@ def test_completions_parse_as_the_golden_cases(case, tokenizer):
     ],
 )  # fmt: skip
 def test_malformed_completions_give_what_can_be_read_and_the_error(text, messages, error, tokenizer):
-    ids = tokenizer.encode_with_special(text)
+    ids = encode_with_special(tokenizer, text)
     parsed = parse_completion(ids, tokenizer)
     assert [(message.channel, message.content) for message in parsed.messages] == messages
     assert parsed.error.startswith(error)
@@ -63,7 +64,7 @@ def test_malformed_completions_give_what_can_be_read_and_the_error(text, message
 
 def test_completeness_means_well_formed_and_stopped_by_the_model(tokenizer):
     def is_complete(text):
-        return parse_completion(tokenizer.encode_with_special(text), tokenizer).is_complete
+        return parse_completion(encode_with_special(tokenizer, text), tokenizer).is_complete
 
     assert is_complete("<|channel|>final<|message|>4<|return|>")
     assert is_complete("<|channel|>commentary to=functions.f<|message|>{}<|call|>")
@@ -75,11 +76,11 @@ def test_completeness_means_well_formed_and_stopped_by_the_model(tokenizer):
 
 
 def test_endoftext_ends_a_completion_and_is_no_content(tokenizer):
-    ids = tokenizer.encode_with_special("<|channel|>final<|message|>4<|endoftext|>")
+    ids = encode_with_special(tokenizer, "<|channel|>final<|message|>4<|endoftext|>")
     parsed = parse_completion(ids, tokenizer)
     assert (parsed.messages[0].content, parsed.error) == ("4", None)
     assert (parsed.final, parsed.fault) == ("", "cut off in the final message")
-    inside = tokenizer.encode_with_special("<|channel|>final<|message|>4<|endoftext|>5<|return|>")
+    inside = encode_with_special(tokenizer, "<|channel|>final<|message|>4<|endoftext|>5<|return|>")
     assert parse_completion(inside, tokenizer).messages[0].content == "4<|endoftext|>5"
 
 
@@ -101,7 +102,7 @@ RESULT = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>42<|e
     ],
 )
 def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
-    parsed = parse_completion(tokenizer.encode_with_special(text), tokenizer)
+    parsed = parse_completion(encode_with_special(tokenizer, text), tokenizer)
     assert (parsed.fault, parsed.final, stated_answer(parsed), is_well_formed(parsed)) == (None, "42", "42", True)
 
 
@@ -156,14 +157,14 @@ def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
     ],
 )  # fmt: skip
 def test_what_is_no_finished_answer_in_the_right_form_has_no_final_text(text, fault, tokenizer):
-    parsed = parse_completion(tokenizer.encode_with_special(text), tokenizer)
+    parsed = parse_completion(encode_with_special(tokenizer, text), tokenizer)
     assert parsed.fault.startswith(fault)
     assert (parsed.final, stated_answer(parsed), is_well_formed(parsed)) == ("", None, False)
 
 
 def test_a_spelled_constrain_marker_names_no_content_type(tokenizer):
-    ids = tokenizer.encode_with_special("<|channel|>") + tokenizer.encode("final <|constrain|>json")
-    ids += tokenizer.encode_with_special("<|message|>42<|return|>")
+    ids = encode_with_special(tokenizer, "<|channel|>") + tokenizer.encode("final <|constrain|>json")
+    ids += encode_with_special(tokenizer, "<|message|>42<|return|>")
     parsed = parse_completion(ids, tokenizer)
     assert (parsed.messages[0].recipient, parsed.fault) == (
         "<|constrain|>json",
@@ -175,7 +176,7 @@ def sampled_and_given(tokenizer, *parts) -> tuple[list[int], list[bool]]:
     """Ids of texts, alternately the policy's and the environment's, and whose each id is."""
     ids, is_policy = [], []
     for index, text in enumerate(parts):
-        piece = tokenizer.encode_with_special(text)
+        piece = encode_with_special(tokenizer, text)
         ids += piece
         is_policy += [index % 2 == 0] * len(piece)
     return ids, is_policy
@@ -200,9 +201,9 @@ def test_a_final_message_of_the_environment_is_no_answer(tokenizer):
 
 
 def test_spans_say_where_messages_stand_and_how_they_ended(tokenizer):
-    ids = tokenizer.encode_with_special(THOUGHT + "<|start|>assistant<|channel|>final<|message|>42")
+    ids = encode_with_special(tokenizer, THOUGHT + "<|start|>assistant<|channel|>final<|message|>42")
     parsed = parse_completion(ids, tokenizer)
-    length = len(tokenizer.encode_with_special(THOUGHT))
+    length = len(encode_with_special(tokenizer, THOUGHT))
     content = tokenizer.encode("42")
     assert parsed.spans == [
         Span(0, ids.index(tokenizer.message) + 1, length, tokenizer.end, True),
@@ -213,11 +214,11 @@ def test_spans_say_where_messages_stand_and_how_they_ended(tokenizer):
 
 def test_analysis_is_what_the_policy_thought_and_not_what_it_had_computed(tokenizer):
     text = THOUGHT + "<|start|>assistant<|channel|>analysis to=python code<|message|>1+1<|call|>"
-    assert parse_completion(tokenizer.encode_with_special(text), tokenizer).analysis == "x"
+    assert parse_completion(encode_with_special(tokenizer, text), tokenizer).analysis == "x"
     ids, is_policy = sampled_and_given(tokenizer, THOUGHT, "<|start|>assistant" + THOUGHT.replace(">x<", ">given<"))
     assert parse_completion(ids, tokenizer, is_policy=is_policy).analysis == "x"
     two = THOUGHT + "<|start|>assistant" + THOUGHT.replace(">x<", ">y<") + FINAL
-    assert parse_completion(tokenizer.encode_with_special(two), tokenizer).analysis == "x\ny"
+    assert parse_completion(encode_with_special(tokenizer, two), tokenizer).analysis == "x\ny"
 
 
 def test_spelled_control_tokens_do_not_delimit(tokenizer):
@@ -270,7 +271,7 @@ def test_any_ids_are_read_and_only_well_formed_ones_are_complete(tokenizer):
     ]
     texts = ("assistant", "final", " to=functions.f", " json", "hello ", "👋", "functions.f")
     words = [tokenizer.encode(text) for text in texts]
-    well_formed_start = tokenizer.encode_with_special("<|channel|>final<|message|>x<|end|>")
+    well_formed_start = encode_with_special(tokenizer, "<|channel|>final<|message|>x<|end|>")
     num_well_formed = 0
     for _ in range(2000):
         ids: list[int] = []
@@ -332,7 +333,7 @@ def test_messages_survive_rendering_and_parsing(tokenizer):
 
 def test_a_tiny_tokenizer_speaks_harmony():
     tiny = build_tiny_tokenizer([], "0123456789+=,")
-    ids = tiny.encode_with_special(
+    ids = encode_with_special(tiny,
         "<|channel|>analysis<|message|>4+9=13<|end|><|start|>assistant<|channel|>final<|message|>63<|return|>"
     )
     parsed = parse_completion(ids, tiny)

