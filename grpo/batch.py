@@ -73,9 +73,9 @@ _ON_HOST = ("cu_seqlens", "host_mask")
 class RolloutBatch:
     """Sequences end to end: of all that a step trains on, of one of its optimizer steps, or of a micro-batch.
 
-    A tensor [N] and `sequence_ids` speak of the N completions that were packed, in every part of them. The counts are those of
-    the optimizer step in each of its micro-batches: a loss divides by them, so that its value and gradient do not depend on the
-    split."""
+    Tensors [N] describe all completions that were packed, in every part too; `sequence_ids` are places in them. The counts are
+    those of the optimizer step in each of its micro-batches: a loss divides by them, so that its value and gradient do not depend
+    on the split."""
 
     tokens: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [S + 1] int32, on the host wherever the others are
@@ -112,8 +112,8 @@ class RolloutBatch:
         return replace(self, **moved)
 
     def select(self, rows: list[int], *, share_prompts: bool = False) -> RolloutBatch:
-        """The given sequences, in the given order; the normalisers stay those of the step. With `share_prompts`, neighbours
-        that begin with the same prompt become that prompt, once, and a sequence each that continues it."""
+        """The given sequences, in the given order; the counts stay those of the step. With `share_prompts`, completions of one
+        prompt that stand side by side have one copy of it: it is a sequence, and each completion is one that continues it."""
         assert self.prefixes is None, "select takes a batch of whole sequences"
         bounds = self.cu_seqlens.tolist()
         spans: list[tuple[int, int]] = []  # of this batch's tokens
@@ -144,7 +144,7 @@ class RolloutBatch:
 
 
 def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch:
-    """Packs completions (with one advantage each) end to end; counts the step's normalisers."""
+    """Packs completions, each with its advantage, end to end, and counts what losses divide by."""
     if len(completions) != len(advantages):
         raise ValueError(f"pack: {len(completions)} completions but {len(advantages)} advantages")
     if not completions:
@@ -185,7 +185,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
 
 
 def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:
-    """The records of all segments end to end, empty ones for segments without; None if there are none at all."""
+    """The records of all segments end to end, with empty ones for segments that have none; None if no segment has one."""
     segments = [segment for completion in completions for segment in completion.segments]
     known = next((segment.routing for segment in segments if segment.routing is not None), None)
     if known is None:
@@ -247,7 +247,7 @@ def _first_fit(bundles: list[tuple[list[int], int]], capacity: int) -> list[tupl
 
 
 def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatch]:
-    """Shuffles the sequences and splits them into `num` optimizer steps, each with normalisers of its own."""
+    """Shuffles the sequences and splits them into `num` optimizer steps, each with counts of its own."""
     if num == 1:
         return [batch]
     rows = list(range(batch.num_rows))

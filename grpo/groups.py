@@ -76,7 +76,7 @@ def _num_groups(completions: list[Completion]) -> int:
 
 
 def _live_groups(completions: list[Completion]) -> list[Completion]:
-    """Without groups that have no spread of rewards or fewer than two rewards."""
+    """Those of groups with at least two rewards that are not all equal."""
     ids = [completion.prompt.id for completion in completions]
     dead = set(zero_variance_groups([completion.reward for completion in completions], ids))
     return [completion for completion in completions if completion.prompt.id not in dead]
@@ -108,8 +108,8 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
 
 
 def completion_record(tokenizer: Tokenizer, env: Environment, completion: Completion, verdict: Score, *, split: str) -> dict:
-    """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds. A name of
-    its own that is taken gets a prefix."""
+    """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds. A name
+    that is taken gets a prefix there."""
     record = {"split": split, "prompt_id": completion.prompt.id, "sample": completion.sample,
               "prompt": tokenizer.decode(completion.prompt.token_ids, keep_special=True),
               "completion": tokenizer.decode(completion.completion_ids, keep_special=True),

@@ -26,7 +26,7 @@ class Reference:
     """A frozen state of the policy: a copy of what trains, in host memory, which takes the policy's place for the length of a
     pass. The base, which does not train, stands in memory once.
 
-    tensors: by parameter name. Without any of an adapter, the reference is the model with its adapter off."""
+    tensors: by parameter name. If none is an adapter's, the reference is the model with its adapter off."""
 
     tensors: dict[str, torch.Tensor]
 
@@ -76,7 +76,8 @@ def kl_penalty(inputs: LossInputs, *, coefficient: float,
     detached ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one
     batch (as in DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
 
-    Policy and reference are of the same support. Returns the scalar and {"kl": sum in nats}."""
+    Both log-probs are of distributions over the same tokens, those that a sampling filter kept. Returns the scalar and
+    {"kl": sum in nats}."""
     mask = inputs.loss_mask
     difference = torch.where(mask, inputs.log_probs - inputs.ref_log_probs.detach(), 0.0)  # [T] nats
     if estimator == Estimator.k1:

@@ -84,10 +84,9 @@ class LearningRate:
 class Optimizer:
     """AdamW over named parameters.
 
-    `step()` makes one update from the gradients accumulated since `zero_grad()`. `num_updates` counts them; `position` is that of
-    the next one in the learning-rate schedule, and may be set further where updates were left out. After the
-    construction the gradients of parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward
-    has made them: read them from `gradients()`."""
+    `step()` makes one update from the gradients accumulated since `zero_grad()`. `num_updates` counts the updates; `position` is
+    the place of the next one in the learning-rate schedule, and may be set further on where updates were left out. Gradients of
+    parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward has made them: `gradients()` has all."""
 
     def __init__(self, params: dict[str, torch.nn.Parameter], learning_rate: LearningRate, *, betas: tuple[float, float],
                  eps: float, weight_decay: float, max_grad_norm: float, loss_scale: float = 1.0) -> None:

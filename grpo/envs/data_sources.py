@@ -38,7 +38,8 @@ def read_rows(path: str | list, key: str, *, subset: str | None, split: str | No
 
 
 def locations(path: str | list, key: str) -> list[Path | str]:
-    """The files and folders, in order, and as text the hub ids, that `path` names: a list, a text with commas, globs."""
+    """What `path` names, in order: files and folders as Path, ids of the hub as text. It may be a list, a text with commas, a
+    glob."""
     if isinstance(path, list):
         if not path or not all(isinstance(part, str) for part in path):
             raise ValueError(f"env.{key}={path!r}: expected a file, folder or hub id, or a list of them")

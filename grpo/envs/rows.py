@@ -168,7 +168,7 @@ class RowReader:
                 + (f"set {' '.join(advice)}" if advice else "correct the key"))
 
     def _refuse(self, bad: list[str], num_records: int, columns: list[str]) -> None:
-        """Raises DataError if there are bad rows, or more than on_bad_row=skip puts up with."""
+        """Raises DataError if there are bad rows; with on_bad_row=skip, if there are too many."""
         share = len(bad) / num_records
         if not bad or (share <= self.max_bad_rows and self.on_bad_row == "skip"):
             return
@@ -347,7 +347,7 @@ def _lookup(record: dict, name: str, key: str) -> object:
 
 
 def _paths_of(record: dict, prefix: str = "") -> list[str]:
-    """The names of all columns, those inside a struct dotted."""
+    """The names of all columns; of a struct also those inside it, dotted."""
     names = []
     for name, value in record.items():
         names.append(f"{prefix}{name}")
@@ -365,7 +365,7 @@ def _shown(name: str) -> str:
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether it is free of halves of surrogate pairs, which JSON's escapes can spell and no tokenizer reads."""
+    """False for half a surrogate pair, which JSON's escapes can spell and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError:

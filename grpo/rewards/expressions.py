@@ -69,7 +69,8 @@ def are_equal(item: tuple[list[str], list[str]]) -> bool:
 
 
 def _equals(text: str, answer: str) -> bool:
-    """Where the answer is no equation, each side of one is an answer of its own ("41 = 42" is two), names aside."""
+    """Where the accepted answer is no equation, each side of an equation in the text counts as an answer of its own ("41 = 42" is
+    two), but for names ("x = 42" is one)."""
     sides = [text] if "=" in answer else NAMED.sub(r"\1", text).split("=")
     wanted = _parse(answer)
     return bool(wanted) and all(_is_value(side, wanted) for side in sides)
@@ -125,7 +126,7 @@ def _two_to(bits: float) -> float:
 
 
 def _differ(expected: object, found: object) -> bool:
-    """Whether two expressions have values that lie apart, at one point of all variables. False is no verdict."""
+    """Whether two expressions have different values at one point of all variables. False: they may differ all the same."""
     if not (isinstance(expected, sympy.Expr) and isinstance(found, sympy.Expr)):
         return False
     if any(e.has(sympy.UnevaluatedExpr) or is_expr_of_only_symbols(e) for e in (expected, found)):

@@ -70,7 +70,7 @@ class TrainerState:
 
 
 class Signature:
-    """What a function's parameters ask for. `given`: the names that its settings in the config fill.
+    """What a function's parameters ask for. given: the parameters that kwargs in the config fill.
 
     Raises TypeError or ValueError where Python cannot tell the parameters."""
 
@@ -154,8 +154,8 @@ class Signature:
 
 
 def _verl_values(sample: Sample, row: dict) -> dict:
-    """verl's four values. Its ground truth may be a dict or a list, and stands in `reward_model`; where an answer column is
-    mapped, that counts."""
+    """verl's four values. The ground truth, a text, list or dict, is the mapped answer column; without one, what the column
+    `reward_model` has."""
     truth = copy.deepcopy(sample.answer)
     if truth is None:
         model = row.get("reward_model")

@@ -88,14 +88,14 @@ def _import_file(path: Path) -> types.ModuleType:
 
 def load_reward(path: str, *, key: str, columns: set[str], has_answer: bool, name: str | None = None, weight: float = 1.0,
                 kwargs: dict | None = None) -> Reward:
-    """The adapter of the function at `path`, its signature checked against the data's columns; see Reward."""
+    """The function that `path` names, ready to be called; see Reward."""
     return Reward(load_function(path, key=key), key=key, name=name or re.split(r"[:.]", path)[-1], weight=weight,
                   kwargs=kwargs or {}, columns=columns, has_answer=has_answer)
 
 
 class Reward:
-    """Calls one reward function with what its parameters name. `weight` 0 makes it a metric only. `function` may be a class
-    or a factory.
+    """Calls one reward function with what its parameters name. `weight` 0 makes it a metric only. `function` may be a class or a
+    factory, which `kwargs` build then.
 
     Raises ValueError naming `key` if a required parameter is nothing that a completion or the data's columns can fill."""
 

@@ -59,8 +59,8 @@ class Workers:
     function: `package.module:function` or `path/to/file.py:function`, see grpo/rewards/functions.py
     timeout: seconds for one item; a worker past it is killed, with all processes of its group, and replaced
     setup: a function named likewise, called with `setup_arguments` when a worker starts, outside any item's time
-    patience: seconds without an outcome after which items in hand keep others waiting no longer: those get as many workers
-        again for the rest of the call, up to MOST_WORKERS"""
+    patience: seconds without an outcome, after which as many workers again start for the items that wait, up to MOST_WORKERS in
+        all and for the rest of the call"""
 
     def __init__(self, function: str, *, num_workers: int, timeout: float, setup: str | None = None,
                  setup_arguments: tuple = (), patience: float = math.inf):
@@ -73,9 +73,10 @@ class Workers:
     def map(self, items: list, *, budget: float | None = None) -> list[Outcome]:
         """One Outcome per item, in order; an idle worker takes the next item. Not to be called from two threads at once.
 
-        budget: seconds for the whole call, from the moment that the first worker has started; items that have no value
-        by then get an error. An exception of the function, a value that cannot be pickled, a worker that dies or runs out
-        of time is the error of that item alone. Raises WorkerError if no worker can start."""
+        budget: seconds for the whole call, from the start of the first worker on; items without a value by then get an error
+
+        An exception of the function, a value that cannot be pickled, a worker that dies or runs out of time is the error of that
+        item alone. Raises WorkerError if no worker can start."""
         if self._owner != os.getpid():  # this is a forked copy of the owner, whose workers are not ours to use
             self._workers, self._owner = [], os.getpid()
         outcomes: list[Outcome | None] = [None] * len(items)
