@@ -138,10 +138,10 @@ def rebuild_report(run_dir: Path) -> Path:
     unknown = {"run_name": run_dir.resolve().name, "exit_reason": "unknown (still running, or killed)", "total_steps": 0,
                "config": {}}
     old = read_summary(run_dir)
-    summary = summarize(run_dir, **{key: (old or unknown)[key] for key in unknown})
+    summary = summarize(run_dir, **{key: (old or unknown)[key] for key in ("run_name", "exit_reason", "total_steps")})
     if not old:
         summary["total_steps"] = summary["steps"]
-    return write_report(run_dir, summary)
+    return write_report(run_dir, {**summary, "config": (old or unknown)["config"]})
 
 
 def main(arguments: list[str]) -> int:

@@ -105,9 +105,9 @@ def run_training(config: TrainConfig) -> int:
                 failure.message += keep_finished_steps(run, error)
             finally:
                 if run is not None:
-                    summary = run.metrics.finish("finished" if failure is None else failure.reason)
+                    run.metrics.finish("finished" if failure is None else failure.reason)
         if failure is None:
-            run.metrics.print_final(summary, run.metrics.samples(), next_commands(run, exported))
+            run.metrics.print_final(next_commands(run, exported))
     except (ConfigError, RunInUseError, OSError) as error:
         failure = describe_failure(error, config=config, log=None)
     finally:

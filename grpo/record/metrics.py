@@ -17,7 +17,7 @@ import json
 import resource
 import shlex
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from grpo.record.summary import (
     SUMMARY_FILE,
     before_after_samples,
     read_metrics,
+    series,
     summarize,
 )
 from grpo.record.wandb_run import WandbRun
@@ -46,62 +47,43 @@ class Metrics:
         wandb: its mode, project, entity, group and tags.
         config: the resolved configuration as plain containers; shown in the report, kept in summary.json and by wandb.
         total_steps: GRPO steps of the whole run.
-        wandb_id: the wandb run to go on with, from that checkpoint; None starts a new one.
+        wandb_id: the wandb run to go on with; None starts a new one.
         provenance: command, commit, versions and device, for summary.json.
         console: False prints nothing.
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        *,
-        wandb: WandbConfig,
-        config: dict,
-        run_name: str,
-        total_steps: int,
-        wandb_id: str | None = None,
-        provenance: dict | None = None,
-        console: bool = True,
-    ):
+    def __init__(self, run_dir: str | Path, *, wandb: WandbConfig, config: dict, run_name: str, total_steps: int,
+                 wandb_id: str | None = None, provenance: dict | None = None, console: bool = True):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.run_name = run_name
-        self.config = config
+        self.config = json_safe(config)
         self.provenance = provenance or {}
         self.total_steps = total_steps
         self.display = Display(run_name, total_steps, is_enabled=console)
+        self.print, self.warn, self.notice = self.display.print, self.display.warn, self.display.notice
+        self.set_status, self.progress = self.display.set_status, self.display.progress
+        self.wandb = WandbRun(self.run_dir, wandb, config=self.config, run_name=run_name, wandb_id=wandb_id, warn=self.print)
         self.summary: dict | None = None
-        self.wandb = WandbRun(
-            self.run_dir, wandb, config=json_safe(config), run_name=run_name, wandb_id=wandb_id, warn=self.display.print
-        )
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
-        self._eval_names: dict[int, set[str]] = {}
+        self._eval_names: defaultdict[int, set[str]] = defaultdict(set)  # by step
         self._metrics_file = JsonlFile(self.run_dir / METRICS_FILE)
         self._completions_file = JsonlFile(self.run_dir / COMPLETIONS_FILE)
-
-    @property
-    def wandb_id(self) -> str | None:
-        """The id of the wandb run, kept in checkpoints; None when wandb is disabled."""
-        return self.wandb.run_id
 
     def truncate_after(self, step: int) -> None:
         """Takes the records of later steps (of all, with -1), and a last line that a kill cut short, out of both files."""
         self._metrics_file.truncate_after(step)
         self._completions_file.truncate_after(step)
         rows = read_metrics(self.run_dir)
-        self._earlier_seconds = max((row["time/total"] for row in rows if "time/total" in row), default=0.0)
-        self._eval_names = {}
+        self._earlier_seconds = max(series(rows, "time/total")[1], default=0.0)
+        self._eval_names.clear()
         for row in rows:
-            names = {name for name in row if name.startswith("eval/")}
-            if names:
-                self._eval_names.setdefault(row["step"], set()).update(names)
+            self._eval_names[row["step"]].update(name for name in row if name.startswith("eval/"))
         last_step = max((row["step"] for row in rows), default=0)
         if last_step < step:
-            self.display.print(
-                f"warning: {self._metrics_file.path} ends at step {last_step} but the checkpoint is of step {step}: "
-                "the lines between are lost"
-            )
+            self.print(f"warning: {self._metrics_file.path} ends at step {last_step} but the checkpoint is of step {step}: "
+                       "the lines between are lost")
         self.display.restore(rows)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -125,13 +107,13 @@ class Metrics:
 
     def has_eval(self, step: int) -> bool:
         """Whether an evaluation at this step is on record, perhaps from before a resume."""
-        return step in self._eval_names
+        return bool(self._eval_names[step])
 
     def log_eval(self, step: int, metrics: dict[str, float]) -> None:
         """Records held-out metrics as `eval/<name>` (timing keeps its name). What is on record for the step already is
         not written again: a run resumed at its last step may repeat the last evaluation."""
         metrics = _prefixed("eval/", metrics)
-        known = self._eval_names.setdefault(step, set())
+        known = self._eval_names[step]
         new = {name: value for name, value in metrics.items() if name not in known}
         if any(name.startswith("eval/") for name in new):
             self._metrics_file.append([{"step": step, **new}])
@@ -147,26 +129,6 @@ class Metrics:
         self._completions_file.append(rows)
         self.display.completion(step, completions[0])
         self.wandb.log_table(step, json_safe(rows))
-
-    def set_status(self, status: str) -> None:
-        """Shows on the live display what the run is doing within a step, as "rollout" or "saving"."""
-        self.display.set_status(status)
-
-    def progress(self, activity: str) -> Callable[[int, int], None]:
-        """Returns what takes (finished, all) counts of completions and shows them as a status with this name."""
-        return self.display.progress(activity)
-
-    def print(self, *texts: str) -> None:
-        """Prints lines above the live display."""
-        self.display.print(*texts)
-
-    def notice(self, text: str) -> bool:
-        """Keeps a line in the live panel, if there is one; safe in a signal's handler."""
-        return self.display.notice(text)
-
-    def warn(self, text: str) -> None:
-        """Prints what must not be overlooked."""
-        self.display.warn(text)
 
     def sync(self) -> None:
         """Returns when both files are on disk; called before a checkpoint is saved, so that they reach as far."""
@@ -184,16 +146,9 @@ class Metrics:
         self.display.stop()
         self._metrics_file.close()
         self._completions_file.close()
-        self.summary = summarize(
-            self.run_dir,
-            run_name=self.run_name,
-            exit_reason=exit_reason,
-            total_steps=self.total_steps,
-            config=json_safe(self.config),
-        )
-        self.summary["peak_host_memory_gb"] = peak_memory_gb(torch.device("cpu"))
-        self.summary |= {"wandb_id": self.wandb_id, **self.provenance}
-        self.summary["config"] = self.summary.pop("config")  # last, because it is long
+        summary = summarize(self.run_dir, run_name=self.run_name, exit_reason=exit_reason, total_steps=self.total_steps)
+        summary |= {"peak_host_memory_gb": peak_memory_gb(torch.device("cpu")), "wandb_id": self.wandb.run_id, **self.provenance}
+        self.summary = {**summary, "config": self.config}
         try:
             text = json.dumps(self.summary, indent=2, allow_nan=False, ensure_ascii=False)
             write_text(self.run_dir / SUMMARY_FILE, text + "\n")
@@ -201,26 +156,21 @@ class Metrics:
         except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
             reason = f"{type(error).__name__}: {error}"
             command = shlex.join(["python", "-m", "grpo.report", str(shown(self.run_dir))])
-            self.display.print(f"warning: no report ({reason}); rebuild it with: {command}")
+            self.print(f"warning: no report ({reason}); rebuild it with: {command}")
         self.wandb.finish(self.summary)
         return self.summary
 
-    def samples(self) -> list[dict]:
-        """Returns up to three prompts with a completion from the start and one from the end of the run."""
-        return before_after_samples(self.run_dir, limit=3)
-
-    def print_final(self, summary: dict, samples: list[dict], next_commands: list[str]) -> None:
-        """Prints before and after, samples, where the report is, and what to type next."""
-        show = self.display.print
+    def print_final(self, next_commands: list[str]) -> None:
+        """Prints values and samples before and after, where the report is, and what to type next; after `finish`."""
+        summary, folder = self.summary, shown(self.run_dir)
         seconds = f"{summary['seconds']:.0f} s" if summary["seconds"] < 600 else f"{summary['seconds'] / 60:.0f} min"
-        show("", f"{summary['run_name']}: {summary['exit_reason']} after {summary['steps']} steps, {seconds}", "")
-        show(*final_renderables(summary, samples, encoding=self.display.encoding))
-        folder = shown(self.run_dir)
-        show("", f"report   {folder / 'report.html'}", f"metrics  {folder / METRICS_FILE}")
+        self.print("", f"{summary['run_name']}: {summary['exit_reason']} after {summary['steps']} steps, {seconds}", "")
+        self.print(*final_renderables(summary, before_after_samples(self.run_dir, limit=3), encoding=self.display.encoding))
+        self.print("", f"report   {folder / 'report.html'}", f"metrics  {folder / METRICS_FILE}")
         if self.wandb.hint:
-            show(f"wandb    {self.wandb.hint}")
+            self.print(f"wandb    {self.wandb.hint}")
         if next_commands:
-            show("", "next:", *(f"  {command}" for command in next_commands))
+            self.print("", "next:", *(f"  {command}" for command in next_commands))
 
 
 def _plain_number(value: object, name: str) -> float | int:
@@ -236,9 +186,7 @@ def _plain_number(value: object, name: str) -> float | int:
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     """Timing metrics keep their names: those are how a comparison of two runs knows them."""
     kept = (prefix, "time/", "memory/")
-    return {
-        name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()
-    }
+    return {name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

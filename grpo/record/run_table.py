@@ -8,13 +8,15 @@ import io
 import json
 import math
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
+from grpo.config import flatten
 from grpo.record.summary import METRICS_FILE, SUMMARY_FILE, headline, headline_first, is_lower_better, read_summary
 from models.formats.atomic import write_text
 
 MAX_KEYS = 5  # columns of a table for keys of the config, unless others are asked for
-PLACES = ("name", "output_dir", "resume")  # keys in which any two runs differ
+NAMES_OF_A_RUN = ("name", "output_dir", "resume")  # keys in which any two runs differ
 # 97.5 % quantiles of Student's t with 1, 2, ... 9 degrees of freedom (R. A. Fisher, Statistical Methods, table IV)
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -36,8 +38,8 @@ class RunTable:
     def __init__(self, run_dirs: list[Path]) -> None:
         summaries = {run_dir: read_summary(run_dir) for run_dir in run_dirs}
         done = {run_dir: summary for run_dir, summary in summaries.items() if summary is not None}
-        configs = {run_dir: _flatten(summary["config"]) for run_dir, summary in done.items()}
-        keys = dict.fromkeys(key for config in configs.values() for key in config if key not in PLACES)
+        configs = {run_dir: flatten(summary["config"], "") if summary["config"] else {} for run_dir, summary in done.items()}
+        keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NAMES_OF_A_RUN)
         self.keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
         # a key that some runs lack tells apart environments or models, which the keys that all have tell too
         self.shared_keys = [key for key in self.keys if all(key in config for config in configs.values())]
@@ -53,11 +55,11 @@ class RunTable:
                     "exit_reason": summary["exit_reason"], "steps": summary["steps"], "seconds": round(summary["seconds"], 1)}
                 values |= {name: record["last"]["value"] for name, record in summary["eval"].items()}
             self.rows.append({column: values.get(column) for column in columns})
-        if self.evals:
-            self.rows.sort(key=lambda row: self._rank(row[self.evals[0]]))
+        self.rows.sort(key=self._rank)
 
-    def _rank(self, value: float | None) -> float:
-        return math.inf if value is None else value if is_lower_better(self.evals[0]) else -value
+    def _rank(self, row: dict) -> float:
+        value = row[self.evals[0]] if self.evals else 0.0
+        return math.inf if value is None else value if self.evals and is_lower_better(self.evals[0]) else -value
 
     def text(self, columns: list[str] | None = None) -> str:
         """The runs as a Markdown table that reads as well on a terminal, and the means over seeds where seeds differ.
@@ -73,27 +75,23 @@ class RunTable:
         left_out = [key for key in self.keys if key not in chosen]
         if left_out and not columns:
             parts.append(f"{len(left_out)} more keys differ: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''}")
-        over_seeds = self._over_seeds([key for key in (columns or keys) if key in self.keys], [
-            name for name in (columns or scores) if name in self.evals])
+        over_seeds = self._over_seeds([key for key in (columns or keys) if key in self.keys and key != "seed"],
+                                      [name for name in (columns or scores) if name in self.evals])
         if over_seeds:
             parts.append("Means over seeds, with 95 % intervals (Student's t):\n\n" + _markdown(over_seeds))
         return "\n\n".join(parts)
 
-    def _over_seeds(self, shown: list[str], scores: list[str]) -> list[dict[str, str]]:
-        groups: dict[str, list[dict]] = {}
-        others = [key for key in self.keys if key != "seed"]
+    def _over_seeds(self, keys: list[str], scores: list[str]) -> list[dict[str, str]]:
+        """A line for the finished runs that differ in their seed alone, best first; none where every run differs otherwise."""
+        equal: dict[str, list[dict]] = defaultdict(list)
         for row in self.rows:
             if row["exit_reason"] == "finished":
-                groups.setdefault(json.dumps([row[key] for key in others]), []).append(row)
-        if "seed" not in self.keys or not any(len(group) > 1 for group in groups.values()):
+                equal[json.dumps([row[key] for key in self.keys if key != "seed"])].append(row)
+        if "seed" not in self.keys or not any(len(rows) > 1 for rows in equal.values()):
             return []
-        table = []
-        for group in groups.values():
-            line = {key: _cell(group[0][key]) for key in shown if key != "seed"} | {"seeds": str(len(group))}
-            for name in scores:
-                line[name] = _mean([row[name] for row in group if row[name] is not None])
-            table.append((statistics.fmean([self._rank(row[self.evals[0]]) for row in group]) if self.evals else 0.0, line))
-        return [line for _, line in sorted(table, key=lambda pair: pair[0])]
+        return [{key: _cell(rows[0][key]) for key in keys} | {"seeds": str(len(rows))}
+                | {name: _mean([row[name] for row in rows if row[name] is not None]) for name in scores}
+                for rows in sorted(equal.values(), key=lambda rows: statistics.fmean(map(self._rank, rows)))]
 
     def _cell(self, row: dict, column: str) -> str:
         width = row.get(f"{column}/ci95")
@@ -132,16 +130,6 @@ def _mean(values: list[float]) -> str:
     if not values:
         return ""
     return _cell(statistics.fmean(values)) + (f" ± {_cell(mean_half_width(values))}" if len(values) > 1 else "")
-
-
-def _flatten(config: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _markdown(rows: list[dict[str, str]]) -> str:

@@ -62,8 +62,8 @@ def series(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[f
     return [step for step, _ in points], [value for _, value in points]
 
 
-def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: int, config: dict) -> dict:
-    """Returns the contents of summary.json, computed from metrics.jsonl.
+def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: int) -> dict:
+    """Returns what summary.json says of metrics.jsonl.
 
     `eval` and `train` map a metric to its first, last and best {value, step}; `num_tokens` counts the prompt and completion
     tokens of all steps; `seconds` is wall time over all sessions of the run; memory is in GB (1e9 bytes).
@@ -82,7 +82,6 @@ def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: in
         "peak_memory_gb": max(peaks, default=None),
         "eval": {name: _first_last_best(rows, name) for name in logged if name.startswith("eval/")},
         "train": {name: _first_last_best(rows, name) for name in train},
-        "config": config,
     }
 
 

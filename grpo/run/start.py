@@ -28,6 +28,7 @@ from grpo.kl import Reference
 from grpo.losses import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
+from grpo.record.run_table import NAMES_OF_A_RUN
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import RunState, load_run
 from grpo.run.identity import PLACES, check_same, identify, provenance
@@ -52,7 +53,6 @@ from models.gpt_oss import GptOss
 from models.lora import count_active_parameters, count_parameters, describe_trainable
 
 OPTIM = "optim."  # prefix of optimizer tensors in a run's checkpoint
-NAMES_OF_A_RUN = ("name", "output_dir", "resume")
 
 
 @dataclass

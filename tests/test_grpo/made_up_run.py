@@ -37,8 +37,8 @@ try:
     metrics.log_completions(4, [{"prompt": "1+1", "completion": "second", "reward": 1.0, "token_ids": [5]}])
     print("a line of the loop")
 finally:
-    summary = metrics.finish("finished")
-metrics.print_final(summary, metrics.samples(), ["python -m grpo.generate run=" + "x" * 100])
+    metrics.finish("finished")
+metrics.print_final(["python -m grpo.generate run=" + "x" * 100])
 """
 
 

@@ -69,9 +69,9 @@ def test_what_was_first_evaluated_after_updates_is_not_called_before(tmp_path, c
         metrics.log(step, {"reward": step / 4})
     metrics.log_eval(2, {"greedy_accuracy": 0.875, "greedy_accuracy/ci95": 0.0625})
     metrics.log_completions(2, [{"prompt": "p", "completion": "learnt", "reward": 1.0, "split": "eval"}])
-    summary = metrics.finish("finished")
+    metrics.finish("finished")
     capsys.readouterr()
-    metrics.print_final(summary, metrics.samples(), [])
+    metrics.print_final([])
     lines = [line.replace(" ", "") for line in capsys.readouterr().out.splitlines()]
     assert "│eval/greedy_accuracy││0.875±0.062│0.875@2│" in lines and "│reward│0.250│0.500││" in lines
     assert "after[1.000]learnt" in lines and not any(line.startswith("before") for line in lines)

@@ -10,7 +10,7 @@ from made_up_run import make_metrics
 
 from grpo.record.jsonl import JsonlFile
 from grpo.record.metrics import Metrics
-from grpo.record.summary import read_metrics
+from grpo.record.summary import before_after_samples, read_metrics
 
 
 def run_steps(metrics: Metrics, first: int, last: int) -> None:
@@ -143,7 +143,7 @@ def test_a_line_added_during_a_run_swallows_no_line_of_it_and_ends_nothing(tmp_p
     metrics.log_completions(2, [{"prompt": "p", "completion": "c", "reward": 0.5}])
     assert metrics.finish("finished")["steps"] == 2
     assert [row["reward"] for row in read_metrics(tmp_path)] == [0.25, 0.5]
-    assert metrics.samples()[0]["after"]["completion"] == "c"
+    assert before_after_samples(tmp_path, limit=1)[0]["after"]["completion"] == "c"
     assert b"# no newline\n" in (tmp_path / "metrics.jsonl").read_bytes()
 
 

@@ -37,7 +37,7 @@ def write_run(folder: Path, lines: list[dict] = LINES, completions: list[dict] |
 
 
 def summary_of(folder: Path, **changes) -> dict:
-    arguments = {"run_name": "r", "exit_reason": "finished", "total_steps": 3, "config": {}} | changes
+    arguments = {"run_name": "r", "exit_reason": "finished", "total_steps": 3} | changes
     return summarize(folder, **arguments)
 
 
@@ -111,7 +111,7 @@ def test_texts_of_the_run_are_escaped_in_the_report(tmp_path):
     ]
     write_run(tmp_path, completions=completions)
     (tmp_path / "summary.json").write_text(
-        json.dumps(summary_of(tmp_path, run_name=HOSTILE, exit_reason=HOSTILE, config={"k": HOSTILE}))
+        json.dumps({**summary_of(tmp_path, run_name=HOSTILE, exit_reason=HOSTILE), "config": {"k": HOSTILE}})
     )
     text = rebuild_report(tmp_path).read_text()
     page = Page(text)

@@ -104,7 +104,7 @@ def test_disabled_never_touches_wandb(fake_wandb, tmp_path):
     metrics = make_metrics(tmp_path, mode="disabled")
     metrics.log(1, {"reward": 1.0})
     metrics.finish("finished")
-    assert wandb.modes == [] and metrics.wandb_id is None
+    assert wandb.modes == [] and metrics.wandb.run_id is None
 
 
 def test_values_go_to_wandb_over_our_own_step(fake_wandb, tmp_path):
@@ -115,7 +115,7 @@ def test_values_go_to_wandb_over_our_own_step(fake_wandb, tmp_path):
     metrics.log_eval(1, {"greedy": 0.5})
     metrics.finish("interrupted")
     assert ("*", "step") in wandb.defined and ("warmup/*", "warmup/step") in wandb.defined
-    assert wandb.arguments["id"] == metrics.wandb_id == "abc123" and wandb.arguments["resume"] == "allow"
+    assert wandb.arguments["id"] == metrics.wandb.run_id == "abc123" and wandb.arguments["resume"] == "allow"
     assert wandb.lines[0] == {"step": 0, "warmup/step": 1, "warmup/loss": 2.0}
     assert (wandb.lines[1]["step"], wandb.lines[1]["kl"]) == (1, math.inf)
     assert wandb.lines[2] == {"step": 1, "eval/greedy": 0.5}
