@@ -7,9 +7,10 @@ One JSON line per case: ms, the median on the GPU without what the host takes, t
 go through the weights of several layers); TFLOP/s and GB/s of the useful work; roofline_ms, the larger of useful operations over
 the rate of an 8192^3 product and useful bytes over that of a 2 GiB copy, both measured first; fraction = roofline_ms / ms;
 lost_ms = ms - roofline_ms. Useful bytes are every input once and every output once, gathered or not; useful operations those of
-products alone (attention: of visible pairs). peer_ms and times_peer = peer_ms / ms: the same computation by eager PyTorch or a
-library (`peer` says which; --no-peers leaves them out). relative_error is against the peer's result; is_right says whether it is
-within what rounding explains, and a case that is not right makes the exit code 1. A table comes last, most time lost first.
+products alone (attention: of visible pairs). peak_gb is the most memory allocated, in 1e9 bytes. peer_ms and times_peer =
+peer_ms / ms: the same computation by eager PyTorch or a library (`peer` says which; --no-peers leaves them out). relative_error
+is against the peer's result; is_right says whether it is within what rounding explains, and a case that is not right makes the
+exit code 1. A table comes last, most time lost first.
 
 --blocks 128x256x64x8x8x4x1x0 ... also times the chosen cases with other block sizes, in the order of the fields of
 AttentionBlocks, GemmBlocks, OuterBlocks or DecodeBlocks of their kernel, and says whether the bits are those of the default.
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from timing import Ceilings, Report, call_milliseconds, free_memory, measure_ceilings, relative_error
+from timing import Ceilings, Report, call_milliseconds, free_memory, measure_ceilings, relative_error, with_peak_gb
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -52,9 +53,10 @@ def largest_error(ours: object, theirs: object) -> float:
 def measure(case, sizes, ceilings: Ceilings, *, with_peers: bool, blocks: list[str]) -> list[dict]:
     """Lines of one case: its own, and one for each of the other block sizes."""
     torch.manual_seed(0)
-    work, line = case.make(), {"computes": case.computes}
+    work, line = case.make(), {}
     has_peer = with_peers and work.peer is not None
-    ours = [tensor.detach().clone() for tensor in results((work.result or work.calls[0])())]
+    found, line["peak_gb"] = with_peak_gb(work.result or work.calls[0])
+    ours = [tensor.detach().clone() for tensor in results(found)]
     if has_peer:
         error = largest_error(ours, (work.expected or work.peer)())
         line |= {"relative_error": error, "is_right": error <= TOLERANCE[sizes.dtype]}
@@ -71,9 +73,9 @@ def measure(case, sizes, ceilings: Ceilings, *, with_peers: bool, blocks: list[s
     return lines
 
 
-def report_case(report: Report, case, sizes, ceilings: Ceilings, **settings) -> None:
+def report_case(report: Report, size: str, case, sizes, ceilings: Ceilings, **settings) -> None:
     for line in measure(case, sizes, ceilings, **settings):
-        report(case.name, **line)
+        report(case.name, size=size, tokens=sizes.tokens, **line)
 
 
 def table(lines: list[dict]) -> list[str]:
@@ -101,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all lines there, too")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    if device == "cpu" and not options.list:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     import expert_cases
     import kernel_cases
@@ -121,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report()
     ceilings = measure_ceilings(report)
     for case in cases:
-        report.guarded(case.name, report_case, report, case, sizes, ceilings, with_peers=not options.no_peers,
+        report.guarded(case.name, report_case, report, options.size, case, sizes, ceilings, with_peers=not options.no_peers,
                        blocks=options.blocks)
         free_memory()
     print("\n" + "\n".join(table(report.lines)))

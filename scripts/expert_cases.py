@@ -3,13 +3,12 @@
 Shapes: T tokens, D model width, E experts, A experts per token, R = T A routed rows, r LoRA's rank.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import LORA_SCALE, Case, Sizes, Work, backward_of, leaf, size_of
+from kernel_cases import LORA_SCALE, Case, Sizes, Work, backward_of, case, leaf, size_of
 
 from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
 from kernels.experts.few_sorting import can_route_few, route_few
@@ -60,12 +59,14 @@ def eager_route(s: Sizes, logits: torch.Tensor | None, indices: torch.Tensor | N
 
 
 def router(s: Sizes) -> Work:
+    """Logits in fp32"""
     x, weight, bias = router_tensors(s, s.tokens)
     return Work([lambda: router_forward(x, weight, bias)], 0, size_of(x) + 4 * s.tokens * len(weight),
                 lambda: eager_logits(x, weight, bias))
 
 
 def router_gradient(s: Sizes) -> Work:
+    """Added to the gradient of x"""
     x, weight, _ = router_tensors(s, s.tokens)
     grad = torch.randn(s.tokens, len(weight), device=s.device)
 
@@ -78,6 +79,7 @@ def router_gradient(s: Sizes) -> Work:
 
 
 def route_rows(s: Sizes, *, sorts_only: bool) -> Work:
+    """Choice, gate weights and sort by expert"""
     logits = torch.randn(s.tokens, s.config.num_local_experts, device=s.device)
     indices = logits.topk(s.config.num_experts_per_tok).indices
 
@@ -93,6 +95,7 @@ def route_rows(s: Sizes, *, sorts_only: bool) -> Work:
 
 
 def route_gradient(s: Sizes) -> Work:
+    """Gradient of the logits from that of the gate weights"""
     d = routed(s, s.tokens)
     grad, logits = torch.randn_like(d.gates), torch.randn(s.tokens, s.config.num_local_experts, device=s.device)
     weights = torch.softmax(logits.gather(1, d.routing.indices), -1)
@@ -101,6 +104,7 @@ def route_gradient(s: Sizes) -> Work:
 
 
 def route_few_rows(s: Sizes, num_rows: int) -> Work:
+    """Logits, choice and sort"""
     layers = [router_tensors(s, num_rows) for _ in range(s.max_layers)]
 
     def call(x, weight, bias):
@@ -112,7 +116,7 @@ def route_few_rows(s: Sizes, num_rows: int) -> Work:
 
 
 def combine(s: Sizes, *, is_backward: bool) -> Work:
-    """Rows of experts summed by token: with gate weights and the residual, or as the gradient of the rows' copies."""
+    """Rows of each token summed; with gate weights and the residual"""
     d = routed(s, s.tokens)
     rows, inverse = s.normal(d.rows, s.config.hidden_size), d.routing.inverse
     gates, residual = (None, None) if is_backward else (d.gates, d.residual)
@@ -132,6 +136,7 @@ def swiglu(h: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_gradient(s: Sizes) -> Work:
+    """Activation, its gradient and that of the gate weights"""
     d, inner = routed(s, s.tokens), s.config.intermediate_size
     grad, h, order = s.normal(d.rows, inner), 3 * s.normal(d.rows, 2 * inner), d.routing.order
     row_gates = d.gates.flatten()[order.long()][:, None]  # [R, 1]
@@ -171,6 +176,7 @@ def unpacked(s: Sizes, weights: ExpertWeights) -> torch.Tensor:
 
 
 def dequantize(s: Sizes, layout: type[ExpertWeights]) -> Work:
+    """Gate_up of a layer"""
     weights = packed_weights(s, layout, s.config.hidden_size, 2 * s.config.intermediate_size)
     out = torch.empty(weights.shape, dtype=s.dtype, device=s.device)
     return Work([lambda: weights.dequantize(slice(None), out)], 0, size_of(*weights.tensors(), out), lambda: unpacked(s, weights))
@@ -220,8 +226,8 @@ def widths(s: Sizes, name: str) -> tuple[int, int]:
 
 def product(s: Sizes, name: str, side: str = "W", *, back: bool = False, gathers: bool = False, has_lora: bool = False,
             activates: bool = False, keeps_h: bool = False) -> Work:
-    """Rows by their expert's weights, by LoRA's A or back through its B (side), or back through the weights. has_lora: with the
-    second product of LoRA in the accumulator and, forwards, the bias."""
+    """Rows by their expert's weights, by LoRA's A, or back through these or its B"""
+    # has_lora: LoRA's second product joins the accumulator, and forwards the bias
     d, num, (size_in, size_out) = routed(s, s.tokens), s.config.num_local_experts, widths(s, name)
     size_in, size_out = {"W": (size_in, size_out), "A": (size_in, s.rank), "B": (s.rank, size_out)}[side]
     weight = s.normal(num, size_out, size_in, scale=size_in**-0.5, dtype=None if side == "W" else torch.float32)
@@ -253,7 +259,7 @@ def product(s: Sizes, name: str, side: str = "W", *, back: bool = False, gathers
 
 def gradient(s: Sizes, size_a: int, size_b: int, *, gathers: bool = False, scales: bool = False,
                     is_lora: bool = True) -> Work:
-    """The sum over an expert's rows of a^T b: gradients of LoRA's A and B (fp32, b the low-rank rows) and of weights."""
+    """Sums over an expert's rows: gradients of LoRA's A and B, or of weights"""
     d = routed(s, s.tokens)
     a, b = s.normal(s.tokens if gathers else d.rows, size_a), s.normal(d.rows, size_b)
     out = torch.empty(s.config.num_local_experts, size_a, size_b, device=s.device, dtype=torch.float32 if is_lora else s.dtype)
@@ -273,7 +279,7 @@ def touched_bytes(d: SimpleNamespace, weights: ExpertWeights) -> float:
 
 
 def few_projection(s: Sizes, num_rows: int, name: str) -> Work:
-    """gate_up with its activation, or down, straight from packed weights."""
+    """Gate_up with its activation, or down, from packed weights"""
     d, (size_in, size_out) = routed(s, num_rows), widths(s, name)
     first = packed_weights(s, Mxfp4Fragments, size_in, size_out)
     num_bytes = touched_bytes(d, first)
@@ -294,6 +300,7 @@ def few_projection(s: Sizes, num_rows: int, name: str) -> Work:
 
 
 def few_low_rank(s: Sizes, num_rows: int) -> Work:
+    """Gathered rows by LoRA's A"""
     d = routed(s, num_rows)
     shape, options = (s.config.num_local_experts, s.rank, d.x.shape[1]), {"scale": LORA_SCALE, "gather": d.routing.tokens}
     layers = [s.normal(*shape, dtype=torch.float32) for _ in range(s.max_layers)]
@@ -303,7 +310,7 @@ def few_low_rank(s: Sizes, num_rows: int) -> Work:
 
 
 def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
-    """The whole operation of a decode step."""
+    """All of a layer's experts from packed weights"""
     d, names = routed(s, num_rows), ("gate_up", "down")
     pairs = [[packed_weights(s, Mxfp4Fragments, *widths(s, name)) for name in names]]
     num_bytes = sum(touched_bytes(d, weights) for weights in pairs[0])
@@ -325,50 +332,44 @@ def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
 
 def cases_of(s: Sizes) -> list[Case]:
     """The rows of the table that are about experts."""
-    width, inner, many, library = s.config.hidden_size, s.config.intermediate_size, f"{s.tokens} tokens", "torch._grouped_mm"
-
-    def case(name: str, computes: str, peer: str, function: Callable, *arguments, **settings) -> Case:
-        return Case(name, computes, peer, partial(function, s, *arguments, **settings))
-
+    width, inner, library, row = s.config.hidden_size, s.config.intermediate_size, "torch._grouped_mm", partial(case, s)
     found = [
-        case("router", f"{many}, logits in fp32", "eager", router),
-        case("router backward", f"{many}, added to x's gradient", "eager", router_gradient),
-        case("route", f"{many}, choice, gate weights and sort", "eager", route_rows, sorts_only=False),
-        case("route sort", f"{many}, the sort by expert alone", "eager", route_rows, sorts_only=True),
-        case("route backward", many, "eager", route_gradient),
-        case("combine", f"{many}, rows by gate weight, and the residual", "eager", combine, is_backward=False),
-        case("combine backward of dispatch", f"{many}, rows summed", "eager", combine, is_backward=True),
-        case("swiglu backward", f"{many}, activation, its gradient, the gate weights'", "eager", swiglu_gradient),
-        case("dequantize MXFP4", "gate_up of a layer", "eager", dequantize, Mxfp4),
-        case("dequantize MXFP4 fragments", "gate_up of a layer", "eager", dequantize, Mxfp4Fragments),
-        case("dequantize NF4", "gate_up of a layer", "eager", dequantize, Nf4),
-        case("experts gate_up plain", f"{many}, rows in order", library, product, "gate_up"),
-        case("experts gate_up", f"{many}, gather, LoRA, SwiGLU", library, product, "gate_up", gathers=True, has_lora=True,
-             activates=True),
-        case("experts gate_up keeps h", f"{many}, gather, LoRA, SwiGLU", library, product, "gate_up", gathers=True, has_lora=True,
-             activates=True, keeps_h=True),
-        case("experts down", f"{many}, LoRA", library, product, "down", has_lora=True),
-        case("experts down backward", f"{many}, gather, LoRA", library, product, "down", back=True, gathers=True, has_lora=True),
-        case("experts gate_up backward", f"{many}, LoRA", library, product, "gate_up", back=True, has_lora=True),
-        case("experts LoRA x A1", f"{many}, gather", library, product, "gate_up", "A", gathers=True),
-        case("experts LoRA act A2", many, library, product, "down", "A"),
-        case("experts LoRA dh B1", many, library, product, "gate_up", "B", back=True),
-        case("experts LoRA dy B2", f"{many}, gather", library, product, "down", "B", back=True, gathers=True),
-        case("experts LoRA dA1", f"{many}, gather", library, gradient, width, s.rank, gathers=True),
-        case("experts LoRA dB1", many, library, gradient, 2 * inner, s.rank),
-        case("experts LoRA dA2", f"{many}, row weights", library, gradient, inner, s.rank, scales=True),
-        case("experts LoRA dB2", f"{many}, gather, row weights", library, gradient, width, s.rank, gathers=True, scales=True),
-        case("experts dW gate_up", many, library, gradient, width, 2 * inner, is_lora=False),
-        case("experts dW down", many, library, gradient, inner, width, is_lora=False),
+        row("router", "eager", router),
+        row("router backward", "eager", router_gradient),
+        row("route", "eager", route_rows, sorts_only=False),
+        row("route sort alone", "eager", route_rows, sorts_only=True),
+        row("route backward", "eager", route_gradient),
+        row("combine", "eager", combine, is_backward=False),
+        row("combine backward of dispatch", "eager", combine, is_backward=True),
+        row("swiglu backward", "eager", swiglu_gradient),
+        row("dequantize MXFP4", "eager", dequantize, Mxfp4),
+        row("dequantize MXFP4 fragments", "eager", dequantize, Mxfp4Fragments),
+        row("dequantize NF4", "eager", dequantize, Nf4),
+        row("experts gate_up plain", library, product, "gate_up"),
+        row("experts gate_up", library, product, "gate_up", gathers=True, has_lora=True, activates=True),
+        row("experts gate_up keeps h", library, product, "gate_up", gathers=True, has_lora=True, activates=True, keeps_h=True),
+        row("experts down", library, product, "down", has_lora=True),
+        row("experts down backward", library, product, "down", back=True, gathers=True, has_lora=True),
+        row("experts gate_up backward", library, product, "gate_up", back=True, has_lora=True),
+        row("experts LoRA x A1", library, product, "gate_up", "A", gathers=True),
+        row("experts LoRA act A2", library, product, "down", "A"),
+        row("experts LoRA dh B1", library, product, "gate_up", "B", back=True),
+        row("experts LoRA dy B2", library, product, "down", "B", back=True, gathers=True),
+        row("experts LoRA dA1", library, gradient, width, s.rank, gathers=True),
+        row("experts LoRA dB1", library, gradient, 2 * inner, s.rank),
+        row("experts LoRA dA2", library, gradient, inner, s.rank, scales=True),
+        row("experts LoRA dB2", library, gradient, width, s.rank, gathers=True, scales=True),
+        row("experts dW gate_up", library, gradient, width, 2 * inner, is_lora=False),
+        row("experts dW down", library, gradient, inner, width, is_lora=False),
     ]
     for rows in s.rows:
         if can_route_few(rows, s.config.num_local_experts, s.config.num_experts_per_tok):
-            found.append(case(f"route few {rows}", f"{rows} rows, logits, choice and sort", "eager", route_few_rows, rows))
+            found.append(row(f"route few {rows}", "eager", route_few_rows, rows))
         found += [
-            case(f"experts few gate_up {rows}", f"{rows} rows, MXFP4, gather, SwiGLU", library, few_projection, rows, "gate_up"),
-            case(f"experts few down {rows}", f"{rows} rows, MXFP4", library, few_projection, rows, "down"),
-            case(f"experts few LoRA x A1 {rows}", f"{rows} rows, gather", library, few_low_rank, rows),
-            case(f"experts few whole {rows}", f"{rows} rows, MXFP4", library, few_whole, rows, has_lora=False),
-            case(f"experts few whole LoRA {rows}", f"{rows} rows, MXFP4", library, few_whole, rows, has_lora=True),
+            row(f"experts few gate_up {rows}", library, few_projection, rows, "gate_up"),
+            row(f"experts few down {rows}", library, few_projection, rows, "down"),
+            row(f"experts few LoRA x A1 {rows}", library, few_low_rank, rows),
+            row(f"experts few whole {rows}", library, few_whole, rows, has_lora=False),
+            row(f"experts few whole LoRA {rows}", library, few_whole, rows, has_lora=True),
         ]
     return found

@@ -8,12 +8,15 @@ heads, r LoRA's rank.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import accumulate, product
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bench_train import flops_per_token, random_batch, train_step
 from random_checkpoint import model_config
+from random_policy import attach_random_lora
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kernels.attention.decode import SharedPrefixes, decode_attention, decode_attention_reference, rows_per_tile
@@ -36,9 +39,12 @@ from kernels.linear import linear, linear_backward
 from kernels.norm import norm_backward, norm_forward
 from kernels.rope import rotate_
 from models.config import GptOssConfig
+from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS
-from models.projections import linears, side_by_side
+from models.lora import set_full_training
+from models.projections import Linear, linears, side_by_side
 
+LAYER_TYPES = {"full": "full_attention", "windowed": "sliding_attention"}
 EPS, LORA_SCALE, TEMPERATURE = 1e-5, 2.0, 0.9
 GRAPH_BYTES = 2**28  # that a graph of few rows should read: more than any L2 cache holds
 
@@ -101,10 +107,17 @@ class Work:
 
 
 class Case(NamedTuple):
+    """A row of the table."""
+
     name: str  # starts with its group
     computes: str
     peer: str  # what it is compared with
     make: Callable[[], Work]
+
+
+def case(s: Sizes, name: str, peer: str, function: Callable, *arguments, **settings) -> Case:
+    """A row that a function of this docstring makes."""
+    return Case(name, function.__doc__.splitlines()[0], peer, partial(function, s, *arguments, **settings))
 
 
 def size_of(*tensors: torch.Tensor) -> int:
@@ -136,15 +149,16 @@ def eager_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def norm(s: Sizes, *, adds: bool) -> Work:
-    x, residual, weight = s.normal(s.tokens, s.config.hidden_size), None, s.normal(s.config.hidden_size)
+    """The norm of x, or residual + x and its norm"""
+    x, residual, weight = *(s.normal(s.tokens, s.config.hidden_size) for _ in range(2)), s.normal(s.config.hidden_size)
     if not adds:
         return Work([lambda: norm_forward(x, None, weight, EPS, x.dtype)[0]], 0, 2 * size_of(x), lambda: eager_norm(x, weight))
-    residual = torch.randn_like(x)
     return Work([lambda: norm_forward(x, residual, weight, EPS, x.dtype)[:2]], 0, 4 * size_of(x),
                 lambda: (eager_norm(x + residual, weight), x + residual))
 
 
 def norm_gradient(s: Sizes, *, adds: bool, trains: bool) -> Work:
+    """Gradients of x and, in full training, of the weight"""
     x, grad, grad_x = (s.normal(s.tokens, s.config.hidden_size) for _ in range(3))
     weight = s.normal(s.config.hidden_size)
     inv_rms = norm_forward(x, None, weight, EPS, x.dtype)[2]
@@ -179,6 +193,7 @@ def heads_of(s: Sizes, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def rope(s: Sizes, *, backward: bool) -> Work:
+    """Rotation of queries and keys"""
     (q, k, _), (cos, sin) = heads_of(s, s.tokens), angles_of(s, s.tokens)
     sign = -1 if backward else 1
 
@@ -191,6 +206,7 @@ def rope(s: Sizes, *, backward: bool) -> Work:
 
 
 def embed(s: Sizes) -> Work:
+    """Rows from pinned host memory"""
     table, tokens = s.normal(s.config.vocab_size, s.config.hidden_size), s.below(s.config.vocab_size, s.tokens)
     held = table.cpu().pin_memory() if table.is_cuda else table
     return Work([lambda: gather_rows(tokens, held)], 0, 2 * s.tokens * size_of(table[0]), lambda: F.embedding(tokens, table))
@@ -199,66 +215,58 @@ def embed(s: Sizes) -> Work:
 # -------------------------------------------------------------------------------------------------------- dense projections
 
 
-def projections(s: Sizes, name: str, *, has_lora: bool, trains_base: bool = False) -> list:
-    """The modules of q, k and v, which are one product, or of o."""
+def projections(s: Sizes, name: str, *, has_lora: bool) -> list[Linear]:
+    """The modules of q, k and v, which are one product, or of o; with LoRA, or trainable themselves."""
     c = s.config
     q, kv = (heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads))
     size_in, sizes_out = (c.hidden_size, [q, kv, kv]) if name == "q k v" else (q, [c.hidden_size])
-    modules = linears(size_in, sizes_out, device=s.device, dtype=s.dtype)
-    ranks = [s.rank] * len(modules)
+    modules, ranks = linears(size_in, sizes_out, device=s.device, dtype=s.dtype), [s.rank] * len(sizes_out)
     downs = side_by_side(s.normal(sum(ranks), size_in, scale=size_in**-0.5, dtype=torch.float32), ranks)
     ups = side_by_side(s.normal(sum(sizes_out), s.rank, scale=0.1, dtype=torch.float32), sizes_out)
     for module, down, up in zip(modules, downs, ups):
         module.weight.data.normal_(0, size_in**-0.5)
         module.bias.data.normal_()
-        module.weight.requires_grad_(trains_base)
-        module.bias.requires_grad_(trains_base)
         if has_lora:
             module.lora_A, module.lora_B, module.lora_scale = down, up, LORA_SCALE
+        for tensor in trained([module]):
+            tensor.requires_grad_()
     return modules
 
 
-def eager_projections(x: torch.Tensor, *tensors: torch.Tensor, modules: list, has_lora: bool) -> torch.Tensor:
-    """tensors: A and B of each module, or weight and bias, in place of its own."""
-    parts = []
-    for module, first, second in zip(modules, tensors[0::2], tensors[1::2]):
-        if has_lora:
-            low_rank = F.linear(x, first.to(x.dtype))
-            parts.append(F.linear(x, module.weight, module.bias) + LORA_SCALE * F.linear(low_rank, second.to(x.dtype)))
-        else:
-            parts.append(F.linear(x, first, second))
+def trained(modules: list[Linear]) -> list[torch.Tensor]:
+    return [tensor for module in modules
+            for tensor in ((module.lora_A, module.lora_B) if module.has_adapter() else (module.weight, module.bias))]
+
+
+def eager_projections(modules: list[Linear], x: torch.Tensor) -> torch.Tensor:
+    parts = [F.linear(x, module.weight, module.bias) for module in modules]
+    if modules[0].has_adapter():
+        ups = [F.linear(F.linear(x, module.lora_A.to(x.dtype)), module.lora_B.to(x.dtype)) for module in modules]
+        parts = [part + LORA_SCALE * up for part, up in zip(parts, ups)]
     return torch.cat(parts, 1)
 
 
-def trained(modules: list, *, has_lora: bool) -> list[torch.Tensor]:
-    """What eager_projections takes."""
-    return [tensor for module in modules
-            for tensor in ((module.lora_A, module.lora_B) if has_lora else (module.weight, module.bias))]
-
-
-def dense_forward(s: Sizes, name: str, *, has_lora: bool, num_rows: int | None = None) -> Work:
-    """num_rows: of decode steps; without, of training."""
-    count = 1
-    if num_rows is not None:
-        count = s.num_layers(size_of(*(module.weight for module in projections(s, name, has_lora=False))))
-    layers = [projections(s, name, has_lora=has_lora) for _ in range(count)]
-    x = s.normal(num_rows or s.tokens, layers[0][0].weight.shape[1])
-    keeps = has_lora and num_rows is None
+def dense(s: Sizes, name: str, *, has_lora: bool, num_rows: int | None = None) -> Work:
+    """A projection, with LoRA in the same sum"""
+    first = projections(s, name, has_lora=has_lora)
+    weights, adapters = [module.weight for module in first], trained(first) if has_lora else []
+    count = 1 if num_rows is None else s.num_layers(size_of(*weights))
+    layers = [first, *(projections(s, name, has_lora=has_lora) for _ in range(count - 1))]
+    x, keeps = s.normal(num_rows or s.tokens, weights[0].shape[1]), has_lora and num_rows is None
     calls = [lambda modules=modules: linear(modules, x, keeps_low_rank=keeps)[0] for modules in layers]
-    tensors, weights = trained(layers[0], has_lora=has_lora), [module.weight for module in layers[0]]
-    num_out = sum(map(len, weights))
-    flops = 2.0 * len(x) * (sum(map(torch.numel, weights)) + (sum(map(torch.numel, tensors)) if has_lora else 0))
-    return Work(calls, flops, size_of(x, *weights, *(tensors if has_lora else ())) + len(x) * num_out * s.dtype.itemsize,
-                lambda: eager_projections(x, *tensors, modules=layers[0], has_lora=has_lora))
+    num_bytes = size_of(x, *weights, *adapters) + len(x) * sum(map(len, weights)) * s.dtype.itemsize
+    return Work(calls, 2.0 * len(x) * sum(map(torch.numel, [*weights, *adapters])), num_bytes,
+                torch.no_grad()(lambda: eager_projections(first, x)))
 
 
 def dense_backward(s: Sizes, name: str, *, has_lora: bool) -> Work:
-    """With LoRA, or of the weights themselves."""
-    modules = projections(s, name, has_lora=has_lora, trains_base=not has_lora)
-    tensors, weights = trained(modules, has_lora=has_lora), [module.weight for module in modules]
+    """Gradients of x and of A and B, or of weight and bias"""
+    modules = projections(s, name, has_lora=has_lora)
+    tensors, weights = trained(modules), [module.weight for module in modules]
     x = s.normal(s.tokens, weights[0].shape[1])
     y, low_rank = linear(modules, x, keeps_low_rank=has_lora)
-    grad = torch.randn_like(y)
+    grad, source = torch.randn_like(y), leaf(x)
+    eager = cache(lambda: eager_projections(modules, source))
 
     def call():
         grads = {}
@@ -267,7 +275,7 @@ def dense_backward(s: Sizes, name: str, *, has_lora: bool) -> Work:
 
     products, low = (2.0 * s.tokens * sum(map(torch.numel, some)) for some in (weights, tensors))
     return Work([call], products + (2 * low if has_lora else products), size_of(x, x, grad, *weights) + 2 * size_of(*tensors),
-                backward_of(partial(eager_projections, modules=modules, has_lora=has_lora), [x, *tensors], [grad]))
+                lambda: torch.autograd.grad(eager(), [source, *tensors], grad, retain_graph=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- attention
@@ -283,20 +291,13 @@ def visible_pairs(lengths: list[int], reach: int) -> int:
     return sum(part * (part + 1) // 2 + (length - part) * part for length, part in zip(lengths, short))
 
 
-def attention_bytes(kernel: str, config: GptOssConfig, num_tokens: int, itemsize: int) -> int:
-    """Bytes that an attention kernel must read and write; statistics are fp32."""
-    wide, narrow = (itemsize * num_tokens * heads * config.head_dim
-                    for heads in (config.num_attention_heads, config.num_key_value_heads))
-    stats = 4 * num_tokens * config.num_attention_heads
-    sizes = {"forward": 2 * wide + 2 * narrow + stats,  # q, k, v to out and lse
-             "dq": 4 * wide + 2 * narrow + 3 * stats,  # q, k, v, out, dout, lse to dq and two statistics
-             "dkv": 2 * wide + 4 * narrow + 2 * stats}  # q, k, v, dout, statistics to dk and dv
-    return sizes["dq"] + sizes["dkv"] if kernel == "backward" else sizes[kernel]
+def bounds_of(lengths: list[int]) -> list[int]:
+    return [0, *accumulate(lengths)]
 
 
 def packed_peer(s: Sizes, lengths: list[int], window: int, scale: float) -> Callable:
     """Attention with sinks by flex_attention on a GPU, where it is compiled, by the eager reference elsewhere."""
-    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    bounds = bounds_of(lengths)
     if s.device == "cpu":
         return lambda q, k, v, sinks: attention_reference(q, k, v, sinks, bounds, window, scale)
     sequence = torch.arange(len(lengths), device=s.device).repeat_interleave(torch.tensor(lengths, device=s.device))
@@ -317,34 +318,37 @@ def packed_peer(s: Sizes, lengths: list[int], window: int, scale: float) -> Call
 
 
 def packed_attention(s: Sizes, packing: str, kernel: str, *, is_windowed: bool) -> Work:
-    lengths, window = s.packings[packing], s.config.sliding_window if is_windowed else 0
-    plan, scale = AttentionPlan(torch.tensor([0, *lengths]).cumsum(0).tolist()), s.config.head_dim**-0.5
-    (q, k, v), num_tokens = heads_of(s, sum(lengths)), sum(lengths)
-    sinks, dout, settings = s.normal(q.shape[1]), torch.randn_like(q), {"window": window, "scale": scale}
-    blocks_now = blocks_for(gpu_family(q), q.dtype, windowed=is_windowed, width=s.config.head_dim)
-    flops = float(FLOPS_PER_PAIR[kernel] * s.config.head_dim * q.shape[1] * visible_pairs(lengths, window or num_tokens))
-    num_bytes, attend = attention_bytes(kernel, s.config, num_tokens, s.dtype.itemsize), packed_peer(s, lengths, window, scale)
-    if kernel == "forward":
-        def forward(blocks=None):
-            if blocks is None:
-                return attention_forward(q, k, v, sinks, plan, **settings)[0]
-            return forward_triton(q, k, v, sinks, plan, blocks=blocks, **settings)[0]
-        return Work([forward], flops, num_bytes, lambda: attend(q, k, v, sinks), blocks=AttentionBlocks)
+    """Packed sequences, with sinks"""
+    lengths, window, heads = s.packings[packing], s.config.sliding_window if is_windowed else 0, s.config.num_attention_heads
+    plan, settings = AttentionPlan(bounds_of(lengths)), {"window": window, "scale": s.config.head_dim**-0.5}
+    (q, k, v), sinks = heads_of(s, sum(lengths)), s.normal(heads)
+    dout, attend = torch.randn_like(q), packed_peer(s, lengths, **settings)
+    default = blocks_for(gpu_family(q), q.dtype, windowed=is_windowed, width=s.config.head_dim)
     out, lse = attention_forward(q, k, v, sinks, plan, **settings)
-    if kernel == "backward":
-        def backward():
-            *grads, grad_sinks = attention_backward(q, k, v, sinks, out, lse, dout, plan, **settings)
-            return *grads, grad_sinks.sum(0)
-        return Work([backward], flops, num_bytes, backward_of(attend, [q, k, v, sinks], [dout]))
+    stats = torch.empty(heads, len(q), 2, device=s.device)  # fp32
 
-    def dq(blocks=None):
-        return dq_triton(q, k, v, sinks, out, dout, lse, plan, blocks=blocks or blocks_now.dq, **settings)
+    def forward(blocks=default.forward):
+        return forward_triton(q, k, v, sinks, plan, blocks=blocks, **settings)[0]
 
-    if kernel == "dq":
-        return Work([dq], flops, num_bytes, blocks=AttentionBlocks)
-    stats = dq()[2]
-    return Work([lambda blocks=None: dkv_triton(q, k, v, dout, stats, plan, blocks=blocks or blocks_now.dkv, **settings)], flops,
-                num_bytes, blocks=AttentionBlocks)
+    def dq(blocks=default.dq):
+        return dq_triton(q, k, v, sinks, out, dout, lse, plan, blocks=blocks, **settings)
+
+    def dkv(blocks=default.dkv):
+        return dkv_triton(q, k, v, dout, dq_stats(), plan, blocks=blocks, **settings)
+
+    def backward():
+        *grads, grad_sinks = attention_backward(q, k, v, sinks, out, lse, dout, plan, **settings)
+        return *grads, grad_sinks.sum(0)
+
+    dq_stats = cache(lambda: dq()[2])
+    bytes_dq, bytes_dkv = size_of(q, k, v, out, dout, lse, q, stats), size_of(q, k, v, dout, stats, k, v)
+    call, peer, num_bytes = {
+        "forward": (forward, lambda: attend(q, k, v, sinks), size_of(q, k, v, out, lse)),
+        "dq": (dq, None, bytes_dq), "dkv": (dkv, None, bytes_dkv),
+        "backward": (backward, backward_of(attend, [q, k, v, sinks], [dout]), bytes_dq + bytes_dkv),
+    }[kernel]
+    flops = float(FLOPS_PER_PAIR[kernel] * s.config.head_dim * heads * visible_pairs(lengths, window or len(q)))
+    return Work([call], flops, num_bytes, peer, blocks=None if kernel == "backward" else AttentionBlocks)
 
 
 def paged_cache(s: Sizes, num_rows: int, num_keys: int) -> SimpleNamespace:
@@ -359,7 +363,7 @@ def paged_cache(s: Sizes, num_rows: int, num_keys: int) -> SimpleNamespace:
 
 def decode(s: Sizes, num_rows: int, num_keys: int, *, is_windowed: bool = False, in_parts: bool = False,
            prompt_len: int = 0) -> Work:
-    """prompt_len: of a prompt that all rows share and read once for many of them."""
+    """A new token of each row over its cached keys, with sinks"""
     (q, _, _), sinks, scale = heads_of(s, num_rows), s.normal(s.config.num_attention_heads), s.config.head_dim**-0.5
     c = paged_cache(s, num_rows, num_keys)
     if is_windowed:
@@ -403,7 +407,7 @@ def eager_log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.T
 
 
 def head(s: Sizes, *, for_gradient: bool) -> Work:
-    """The forward; for_gradient: with the sums that the log-probs' gradient takes."""
+    """Log-probs and entropy; for a gradient, with the sums that it takes"""
     hidden, weight, targets = head_tensors(s, s.tokens)
     product = 2.0 * s.tokens * weight.numel()
 
@@ -416,7 +420,7 @@ def head(s: Sizes, *, for_gradient: bool) -> Work:
 
 
 def head_gradient(s: Sizes, *, trains_head: bool = False, has_entropy_loss: bool = False) -> Work:
-    """The backward; of the log-probs alone it takes the sums that the forward has made."""
+    """Gradients of hidden states and, in full training, of the head"""
     hidden, weight, targets = head_tensors(s, s.tokens)
     leaves = [leaf(hidden), *([leaf(weight)] if trains_head else [])]
     grads = [torch.randn(s.tokens, device=s.device) for _ in range(2 if has_entropy_loss else 1)]
@@ -433,7 +437,7 @@ def head_gradient(s: Sizes, *, trains_head: bool = False, has_entropy_loss: bool
 
 
 def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
-    """Logits of a decode step's rows, or their tokens and log-probs."""
+    """Logits, or drawn tokens and their log-probs"""
     hidden, weight, _ = head_tensors(s, num_rows)
     product, moved = 2.0 * num_rows * weight.numel(), size_of(hidden, weight)
     if not draws:
@@ -456,54 +460,73 @@ def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
     return Work([call], product, moved + 8 * num_rows * len(weight), eager, result=lambda: call()[1], expected=expected)
 
 
+# -------------------------------------------------------------------------------------------------------------------- layer
+
+
+def layer(s: Sizes, kind: str, *, trains_base: bool, with_backward: bool) -> Work:
+    """A model of one layer with a small vocabulary: LoRA on packed experts, or everything trains"""
+    config = replace(s.config, num_hidden_layers=1, layer_types=[LAYER_TYPES[kind]], vocab_size=min(s.config.vocab_size, 512))
+    model = GptOss(config, dtype=s.dtype, device=s.device, experts="bf16" if trains_base else "mxfp4")
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(0, 0.02 if parameter.ndim == 1 or "embed" in name else parameter.shape[1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if buffer.dtype == torch.uint8:  # codes, and scales around the one that gives them that rms
+            buffer.random_(*((119, 123) if name.endswith("scales") else (0, 256)))
+    if trains_base:
+        set_full_training(model)
+    else:
+        model.model.layers[0].mlp.experts.arrange()
+        attach_random_lora(model, "all", s.rank)
+    batch = random_batch(model, 1, s.tokens)
+
+    def forward():
+        return model.log_probs(batch["tokens"], batch["cu_seqlens"], temperature=1.0, mask=batch["mask"])[0]
+
+    flops = flops_per_token(config, s.tokens, trains_base=trains_base) * s.tokens
+    num_bytes = size_of(*model.parameters(), *model.buffers()) * (2 if with_backward and trains_base else 1)
+    if with_backward:
+        return Work([lambda: train_step(model, batch)], flops, num_bytes)
+    return Work([forward], flops / 3 if trains_base else flops / 2, num_bytes)
+
+
 # -------------------------------------------------------------------------------------------------------------------- table
 
 
 def cases_of(s: Sizes) -> list[Case]:
     """The rows of the table that are not about experts."""
-    many = f"{s.tokens} tokens"
-
-    def case(name: str, computes: str, peer: str, function: Callable, *arguments, **settings) -> Case:
-        return Case(name, computes, peer, partial(function, s, *arguments, **settings))
-
+    row, layers = partial(case, s), ("windowed",) if s.device == "cpu" else ("full", "windowed")
     found = [
-        case("embedding from host memory", many, "F.embedding on the GPU", embed),
-        case("norm", many, "eager", norm, adds=False),
-        case("norm of sum", f"{many}, residual + x and its norm", "eager", norm, adds=True),
-        case("norm backward", many, "eager", norm_gradient, adds=False, trains=False),
-        case("norm of sum backward", many, "eager", norm_gradient, adds=True, trains=False),
-        case("norm of sum backward full", f"{many}, the weight's gradient too", "eager", norm_gradient, adds=True, trains=True),
-        case("rope", f"{many}, queries and keys", "eager", rope, backward=False),
-        case("rope backward", f"{many}, queries and keys", "eager", rope, backward=True),
-        case("head log-probs", many, "eager", head, for_gradient=False),
-        case("head log-probs for a gradient", f"{many}, with the sums of their gradient", "eager", head, for_gradient=True),
-        case("head backward", f"{many}, hidden states", "eager", head_gradient),
-        case("head backward with entropy", f"{many}, hidden states", "eager", head_gradient, has_entropy_loss=True),
-        case("head backward full", f"{many}, hidden states and head", "eager", head_gradient, trains_head=True),
+        row("embedding", "F.embedding on the GPU", embed),
+        row("norm", "eager", norm, adds=False),
+        row("norm of sum", "eager", norm, adds=True),
+        row("norm backward", "eager", norm_gradient, adds=False, trains=False),
+        row("norm of sum backward", "eager", norm_gradient, adds=True, trains=False),
+        row("norm of sum backward full", "eager", norm_gradient, adds=True, trains=True),
+        row("rope", "eager", rope, backward=False),
+        row("rope backward", "eager", rope, backward=True),
+        row("head log-probs", "eager", head, for_gradient=False),
+        row("head log-probs for a gradient", "eager", head, for_gradient=True),
+        row("head backward", "eager", head_gradient),
+        row("head backward with entropy", "eager", head_gradient, has_entropy_loss=True),
+        row("head backward full", "eager", head_gradient, trains_head=True),
     ]
-    for name in ("q k v", "o"):
-        found += [
-            case(f"dense {name}", many, "cuBLAS", dense_forward, name, has_lora=False),
-            case(f"dense {name} LoRA", many, "cuBLAS", dense_forward, name, has_lora=True),
-            case(f"dense {name} LoRA backward", f"{many}, x, A and B", "cuBLAS", dense_backward, name, has_lora=True),
-            case(f"dense {name} full backward", f"{many}, x, weight and bias", "cuBLAS", dense_backward, name, has_lora=False),
-        ]
-        found += [case(f"dense {name}{' LoRA' * has_lora} few {rows}", f"{rows} rows", "cuBLAS", dense_forward, name,
-                       has_lora=has_lora, num_rows=rows) for has_lora in (False, True) for rows in s.rows]
-    found += [case(f"head {what} {rows}", f"{rows} rows", "eager", head_rows, rows, draws=what == "draw")
-              for what in ("logits", "draw") for rows in s.rows]
-    found += [case(f"attention {layer} {kernel} {packing}", f"packed sequences, {packing}", PACKED_PEERS[kernel],
-                   packed_attention, packing, kernel, is_windowed=layer == "windowed")
-              for layer in ("full", "windowed") for packing in s.packings for kernel in FLOPS_PER_PAIR]
-    for rows, keys in s.contexts:
-        name, computes = f"{rows} x {keys}", f"{rows} rows of {keys} keys"
-        found.append(case(f"decode attention full {name}", computes, "SDPA without sinks", decode, rows, keys))
-        if keys <= 1024:
-            found.append(case(f"decode attention windowed {name}", computes, "SDPA without sinks", decode, rows, keys,
-                              is_windowed=True))
-        if rows <= 8:
-            found.append(case(f"decode attention in parts {name}", computes, "SDPA without sinks", decode, rows, keys,
-                              in_parts=True))
-    return found + [case(f"decode attention shared {rows} x {prompt} + {after}", "a prompt and the keys after it",
-                         "SDPA without sinks", decode, rows, prompt + after, prompt_len=prompt)
-                    for rows, prompt, after in s.shared]
+    found += [row(f"head {what} {rows}", "eager", head_rows, rows, draws=what == "draw")
+              for what, rows in product(("logits", "draw"), s.rows)]
+    found += [row(f"layer {kind} {'full training' if trains_base else 'LoRA'} {part}", "", layer, kind, trains_base=trains_base,
+                  with_backward=part == "step")
+              for kind, trains_base, part in product(layers, (False, True), ("forward", "step"))]
+    for name, has_lora in product(("q k v", "o"), (False, True)):
+        label = f"dense {name}{' LoRA' * has_lora}"
+        found += [row(label, "cuBLAS", dense, name, has_lora=has_lora),
+                  row(f"{label} backward", "cuBLAS", dense_backward, name, has_lora=has_lora)]
+        found += [row(f"{label} few {rows}", "cuBLAS", dense, name, has_lora=has_lora, num_rows=rows) for rows in s.rows]
+    found += [row(f"attention {layer} {kernel} {packing}", PACKED_PEERS[kernel], packed_attention, packing, kernel,
+                  is_windowed=layer == "windowed")
+              for layer, packing, kernel in product(("full", "windowed"), s.packings, FLOPS_PER_PAIR)]
+    kinds = {"full": {}, "windowed": {"is_windowed": True}, "in parts": {"in_parts": True}}
+    for (rows, keys), (kind, settings) in product(s.contexts, kinds.items()):
+        if not (kind == "windowed" and keys > 1024 or kind == "in parts" and rows > 8):
+            found.append(row(f"decode attention {kind} {rows} x {keys}", "SDPA without sinks", decode, rows, keys, **settings))
+    found += [row(f"decode attention shared {rows} x {prompt} + {after}", "SDPA without sinks", decode, rows, prompt + after,
+                  prompt_len=prompt) for rows, prompt, after in s.shared]
+    return found

@@ -60,6 +60,15 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def with_peak_gb(function: Callable) -> tuple[object, float]:
+    """A result, and the most memory that was allocated until it was there, in 1e9 bytes; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return function(), 0.0
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    return result, round(torch.cuda.max_memory_allocated() / 1e9, 3)
+
+
 def call_milliseconds(calls: list[Callable[[], object]], *, rep: float = 40.0) -> float:
     """Median time of a call. rep: time to spend, in milliseconds.
 

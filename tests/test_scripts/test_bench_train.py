@@ -1,6 +1,7 @@
 """The training benchmark: its count of operations, its step, and the reading of a timeline."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,19 @@ def test_operations_per_token_of_the_20b_model(scripts):
     linear = 2 * (24 * (53_084_160 + 199_065_600 + 184_320) + 1_158_266_880)
     attention = 3.5 * 4 * 4096 * 12 * (1024.5 + (128 * 129 / 2 + 1920 * 128) / 2048)
     assert flops_per_token(model_config("20b"), 2048) == pytest.approx(linear + attention, rel=1e-9)
+
+
+def test_operations_per_token_of_a_fully_trained_layer(scripts):
+    from bench_train import flops_per_token
+    from random_checkpoint import model_config
+
+    # by hand, per token and product: attention projections 26,542,080, four experts 99,532,800, router 92,160, head 1,474,560;
+    # three products each; a token of 2,048 sees 1,024.5 keys, of 128 in a window 124.03
+    weights = 26_542_080 + 99_532_800 + 92_160 + 1_474_560
+    for kind, keys in (("full_attention", 1024.5), ("sliding_attention", (128 * 129 / 2 + 1920 * 128) / 2048)):
+        config = replace(model_config("20b", num_layers=1), layer_types=[kind], vocab_size=512)
+        expected = 3 * 2 * weights + 3.5 * 4 * 4096 * keys
+        assert flops_per_token(config, 2048, trains_base=True) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_step_gives_every_adapter_a_gradient(scripts):
