@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import FIXTURES
 from safetensors.torch import load_file, save_file
+from tiny_models import BF16, load, logits_of
 
 from grpo.batch import Prompt
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.formats.files import CheckpointError
-from models.formats.hugging_face import load_model, save_model
+from models.formats.hugging_face import save_model
 from models.lora import LoraConfig, attach_lora, set_full_training
 
-BF16 = FIXTURES / "tiny_bf16"
 # QLoRA's values to the digits that single precision needs
 CODE = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.079580300, 0.16093020,
         0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]  # fmt: skip
@@ -84,14 +83,7 @@ def pair(request, tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp("pair"), nested=request.param)
 
 
-def load(folder, *, experts="auto", dtype=torch.float32, device="cpu"):
-    return load_model(folder, device=device, dtype=dtype, experts=experts)
-
-
-def logits_of(model, length=24):
-    tokens = torch.arange(7, 7 + length, device=model.device)
-    with torch.no_grad():
-        return model.logits(tokens, torch.tensor([0, length]))
+IDS = torch.arange(7, 31)[None]
 
 
 def test_every_weight_is_what_its_codes_stand_for(pair):
@@ -108,10 +100,10 @@ def test_every_weight_is_what_its_codes_stand_for(pair):
 
 
 def test_packed_and_dense_on_loading_the_model_is_the_same(pair):
-    expected = logits_of(load(pair[1]))
-    torch.testing.assert_close(logits_of(load(pair[0])), expected, rtol=1e-5, atol=1e-5)
+    expected = logits_of(load(pair[1]), IDS)
+    torch.testing.assert_close(logits_of(load(pair[0]), IDS), expected, rtol=1e-5, atol=1e-5)
     dense = load(pair[0], experts="bf16")
-    torch.testing.assert_close(logits_of(dense), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(dense, IDS), expected, rtol=0, atol=0)
     set_full_training(dense)
     with pytest.raises(ValueError, match="holds them packed as NF4"):
         set_full_training(load(pair[0]))
@@ -131,7 +123,7 @@ def test_dense_projections_alone_may_be_packed(pair, tmp_path):
         tensors |= {name: tensor for name, tensor in dense.items() if ".mlp.experts." in name}
 
     model = load(damaged(pair, tmp_path, unpack_experts))
-    assert model.expert_format.name == "bf16" and torch.equal(logits_of(model), logits_of(load(pair[1])))
+    assert model.expert_format.name == "bf16" and torch.equal(logits_of(model, IDS), logits_of(load(pair[1]), IDS))
 
 
 def trained(model):
@@ -190,7 +182,7 @@ def test_experts_go_out_as_other_formats(pair, tmp_path):
     assert not (tmp_path / "same").exists()
     save_model(model, tmp_path / "out", merge_lora=False, experts="bf16", dtype=torch.float32)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
-    assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(load(pair[1])))
+    assert torch.equal(logits_of(load(tmp_path / "out"), IDS), logits_of(load(pair[1]), IDS))
     with pytest.warns(UserWarning, match="packing experts into MXFP4"):
         save_model(model, tmp_path / "mxfp4", merge_lora=False, experts="mxfp4")
     assert load(tmp_path / "mxfp4").expert_format.name == "mxfp4"

@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 import torch
-from paths import FIXTURES
 from safetensors.torch import load_file, save_file
+from tiny_models import BF16, LORA, MXFP4, fill_trainable, golden, load, logits_of
 
 from models.formats.files import CheckpointError
-from models.formats.hugging_face import load_model
 from models.formats.peft import (
     load_adapter,
     merged_weight,
@@ -21,18 +20,7 @@ from models.formats.peft import (
 )
 from models.lora import LoraConfig, attach_lora
 
-BF16, LORA = FIXTURES / "tiny_bf16", FIXTURES / "tiny_bf16_lora"
 PREFIX = "base_model.model.model.layers."
-
-
-def base_model():
-    return load_model(BF16, device="cpu", dtype=torch.float32)
-
-
-def logits_of(model, ids):
-    bounds = torch.arange(0, ids.numel() + 1, ids.shape[1], dtype=torch.int32)
-    with torch.no_grad():
-        return model.logits(ids.flatten(), bounds).view(*ids.shape, -1)
 
 
 def adapter_copy(tmp_path, *, settings=None, change=None):
@@ -48,23 +36,16 @@ def adapter_copy(tmp_path, *, settings=None, change=None):
     return folder
 
 
-def filled(model, seed=0):
-    """Random values in everything that trains."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.trainable_parameters().values():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-
-
 def test_the_fixtures_adapter_gives_its_golden_logits():
-    model, golden = base_model(), load_file(LORA / "golden.safetensors")
+    model, expected = load(BF16), golden(LORA)
     load_adapter(model, LORA)
-    torch.testing.assert_close(logits_of(model, golden["input_ids"]), golden["logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of(model, expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4)
     with model.adapter_disabled():
-        assert (logits_of(model, golden["input_ids"]) - golden["logits"]).abs().max() > 1
+        assert (logits_of(model, expected["input_ids"]) - expected["logits"]).abs().max() > 1
 
 
 def test_an_adapter_read_and_saved_again_is_byte_identical(tmp_path):
-    model = base_model()
+    model = load(BF16)
     load_adapter(model, LORA)
     save_adapter(model, tmp_path / "out", base_model="openai/gpt-oss-tiny")
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", LORA))
@@ -90,9 +71,9 @@ def test_an_adapter_read_and_saved_again_is_byte_identical(tmp_path):
 
 
 def test_expert_tensors_are_expert_major_in_A_and_rank_major_in_B():
-    model = base_model()
+    model = load(BF16)
     attach_lora(model, LoraConfig(rank=3, alpha=6.0, targets=["experts"]), seed=0)
-    filled(model)
+    fill_trainable(model)
     experts = model.model.layers[1].mlp.experts
     tensors = peft_tensors(model, ["experts"], read=lambda parameter: parameter)
     A = tensors[f"{PREFIX}1.mlp.experts.base_layer.lora_A.weight"]  # gate_up_proj
@@ -105,7 +86,7 @@ def test_expert_tensors_are_expert_major_in_A_and_rank_major_in_B():
 
 
 def test_merged_weights_follow_the_formula_of_the_file_layout():
-    model, tensors = base_model(), load_file(LORA / "adapter_model.safetensors")
+    model, tensors = load(BF16), load_file(LORA / "adapter_model.safetensors")
     load_adapter(model, LORA)
     name, expert = "model.layers.2.mlp.experts.down_proj", 5
     weight = model.state_dict()[name][expert].T  # [out, in]
@@ -122,9 +103,9 @@ def test_merged_weights_follow_the_formula_of_the_file_layout():
 
 def test_router_norms_and_sinks_come_back(tmp_path):
     config = LoraConfig(rank=2, alpha=3.0, targets=["v_proj", "router"], train_sinks=True, train_norms=True)
-    model = base_model()
+    model = load(BF16)
     attach_lora(model, config, seed=1)
-    filled(model)
+    fill_trainable(model)
     save_adapter(model, tmp_path / "out")
     stored = load_file(tmp_path / "out/adapter_model.safetensors")
     assert torch.equal(stored[f"{PREFIX}3.mlp.router.lora_B.weight"], model.model.layers[3].mlp.router.lora_B)
@@ -133,11 +114,11 @@ def test_router_norms_and_sinks_come_back(tmp_path):
     assert len(trained) == 4 * 3 + 1 and "model.norm.weight" in trained
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_parameters"] == ["mlp.router.weight"]
     assert read_adapter_config(tmp_path / "out") == config
-    again = base_model()
+    again = load(BF16)
     load_adapter(again, tmp_path / "out")
     ids = torch.arange(30).view(2, 15)
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
-    assert (logits_of(base_model(), ids) - logits_of(model, ids)).abs().max() > 0.1
+    assert (logits_of(load(BF16), ids) - logits_of(model, ids)).abs().max() > 0.1
     assert again.trainable_parameters().keys() == model.trainable_parameters().keys()
     assert again.adapter == config
 
@@ -145,7 +126,7 @@ def test_router_norms_and_sinks_come_back(tmp_path):
 def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank(tmp_path):
     folder = adapter_copy(tmp_path, settings={"use_rslora": True})
     assert read_adapter_config(folder).alpha == pytest.approx(8 * math.sqrt(4))
-    model = base_model()
+    model = load(BF16)
     load_adapter(model, folder)
     assert model.model.layers[0].self_attn.q_proj.lora_scale == pytest.approx(8 / math.sqrt(4))
     assert model.model.layers[0].mlp.experts.lora_scale == pytest.approx(4.0)
@@ -165,7 +146,7 @@ def test_an_adapter_on_one_expert_projection_leaves_the_other_without_effect(tmp
         }  # as peft names a single wrapper
 
     folder = adapter_copy(tmp_path, settings={"target_parameters": [f"mlp.experts.{half}"]}, change=only_half)
-    model, whole = base_model(), base_model()
+    model, whole = load(BF16), load(BF16)
     with pytest.warns(UserWarning, match=f"holds nothing for {other} in layers 0, 1, 2, 3:"):
         load_adapter(model, folder)
     load_adapter(whole, LORA)
@@ -217,7 +198,7 @@ def test_an_adapter_on_one_expert_projection_leaves_the_other_without_effect(tmp
 def test_settings_that_would_change_the_result_are_refused_by_name(tmp_path, settings, named):
     folder = adapter_copy(tmp_path, settings=settings)
     with pytest.raises(CheckpointError, match=rf"adapter_config\.json: .*{named}"):
-        load_adapter(base_model(), folder)
+        load_adapter(load(BF16), folder)
 
 
 def only(*parts, layers=(0, 1, 2, 3)):
@@ -250,7 +231,7 @@ def test_targets_are_those_of_the_tensors_however_the_settings_spell_them(tmp_pa
     settings = {"target_modules": modules, "target_parameters": None, "setting_of_2031": None}
     folder = adapter_copy(tmp_path, settings=settings, change=only("self_attn"))
     assert read_adapter_config(folder).targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model, whole = base_model(), base_model()
+    model, whole = load(BF16), load(BF16)
     load_adapter(model, folder)
     load_adapter(whole, LORA)
     name = "model.layers.3.self_attn.v_proj.lora_B"
@@ -263,7 +244,7 @@ def test_experts_of_some_layers_load_and_the_others_start_without_effect(tmp_pat
     experts = only("experts", layers=(1, 3))
     settings = {"target_parameters": parameters}
     folder = adapter_copy(tmp_path, settings=settings, change=lambda all: only("self_attn")(all) | experts(all))
-    model, whole = base_model(), base_model()
+    model, whole = load(BF16), load(BF16)
     with pytest.warns(UserWarning, match="nothing for gate_up_proj in layers 0, 2; down_proj in layers 0, 2:"):
         load_adapter(model, folder)
     load_adapter(whole, LORA)
@@ -290,7 +271,7 @@ def test_ranks_and_alphas_of_single_modules_load_into_one_rank(tmp_path):
     settings = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {r"layers\.1\..*\.q_proj": 12}}
     folder = adapter_copy(tmp_path, settings=settings, change=change)
     assert (read_adapter_config(folder).rank, read_adapter_config(folder).alpha) == (4, 8)
-    model, tensors = base_model(), load_file(folder / "adapter_model.safetensors")
+    model, tensors = load(BF16), load_file(folder / "adapter_model.safetensors")
     load_adapter(model, folder)
     weight = model.get_parameter(f"{q}.weight")
     wanted = weight + 6 * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
@@ -308,7 +289,7 @@ def test_a_pair_of_matrices_for_each_expert_goes_to_its_expert(tmp_path):
     folder = adapter_copy(
         tmp_path, settings=settings, change=lambda tensors: {f"{key}A.weight": A, f"{key}B.weight": B}
     )
-    model = base_model()
+    model = load(BF16)
     with pytest.warns(UserWarning, match="down_proj in layers 0, 1, 3; 63 of 64 expert matrices"):
         load_adapter(model, folder)
     experts = model.model.layers[2].mlp.experts
@@ -336,10 +317,10 @@ def test_a_tensor_that_the_settings_choose_must_be_in_the_file(tmp_path, setting
     folder = adapter_copy(tmp_path, settings={"target_parameters": None, **settings}, change=change)
     if present:
         with pytest.raises(CheckpointError, match="missing: model.layers.3.self_attn.v_proj;"):
-            load_adapter(base_model(), folder)
+            load_adapter(load(BF16), folder)
     else:
         with pytest.warns(UserWarning, match="nothing for v_proj in layers 3:"):
-            load_adapter(base_model(), folder)
+            load_adapter(load(BF16), folder)
 
 
 def test_an_adapter_of_a_deeper_model_is_refused(tmp_path):
@@ -347,7 +328,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(tmp_path):
         return tensors | {name.replace(".3.", ".4."): tensor.clone() for name, tensor in tensors.items() if ".3.self" in name}
 
     with pytest.raises(CheckpointError, match=r"not used: .*layers\.4\.self_attn.*The base has 4 layers"):
-        load_adapter(base_model(), adapter_copy(tmp_path, change=change))
+        load_adapter(load(BF16), adapter_copy(tmp_path, change=change))
 
 
 def test_a_pickled_adapter_is_refused_with_the_way_to_convert_it(tmp_path, monkeypatch):
@@ -356,17 +337,17 @@ def test_a_pickled_adapter_is_refused_with_the_way_to_convert_it(tmp_path, monke
     (folder / "adapter_model.safetensors").unlink()
     torch.save(tensors, folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="adapter_model.bin is not read; convert it with: (.*) in that folder") as caught:
-        load_adapter(base_model(), folder)
+        load_adapter(load(BF16), folder)
     command = str(caught.value).partition("convert it with: ")[2].removesuffix(" in that folder")
     python, option, code = shlex.split(command)
     assert (python, option) == ("python", "-c")
     monkeypatch.chdir(folder)
     exec(code, {})
-    load_adapter(base_model(), folder)
+    load_adapter(load(BF16), folder)
 
 
 def test_an_adapter_whose_settings_differ_from_the_models_is_refused():
-    model = base_model()
+    model = load(BF16)
     attach_lora(model, LoraConfig(rank=8, alpha=16.0, targets=["q_proj"]), seed=0)
     with pytest.raises(CheckpointError) as caught:
         load_adapter(model, LORA)
@@ -386,7 +367,7 @@ def test_tensors_that_do_not_fit_are_listed_together(tmp_path):
         return tensors | {misshapen: torch.zeros(4, 65), "base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}
 
     with pytest.raises(CheckpointError) as caught:
-        load_adapter(base_model(), adapter_copy(tmp_path, change=change))
+        load_adapter(load(BF16), adapter_copy(tmp_path, change=change))
     message = str(caught.value)
     assert f"missing: {missing};" in message and f"{misshapen} is [4, 65], expected [4, 64]" in message
     assert "not used: base_model.model.lm_head.lora_A.weight;" in message
@@ -397,22 +378,22 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     with open(folder / "adapter_model.safetensors", "rb+") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="adapter_model.safetensors: .*truncated or damaged"):
-        load_adapter(base_model(), folder)
+        load_adapter(load(BF16), folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="adapter_model.safetensors: not found"):
-        load_adapter(base_model(), folder)
+        load_adapter(load(BF16), folder)
     with pytest.raises(CheckpointError, match="adapter_config.json: not found"):
-        load_adapter(base_model(), tmp_path)
+        load_adapter(load(BF16), tmp_path)
 
 
 def test_saving_replaces_an_adapter_and_nothing_else(tmp_path):
-    model = base_model()
+    model = load(BF16)
     attach_lora(model, LoraConfig(rank=2, alpha=4.0, targets=["q_proj"], train_norms=True), seed=0)
     save_adapter(model, tmp_path / "out")
-    filled(model)
+    fill_trainable(model)
     model.model.norm.weight.requires_grad_(False)
     save_adapter(model, tmp_path / "out")
-    again = base_model()
+    again = load(BF16)
     load_adapter(again, tmp_path / "out")
     assert torch.equal(again.model.layers[0].self_attn.q_proj.lora_B, model.model.layers[0].self_attn.q_proj.lora_B)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -420,17 +401,14 @@ def test_saving_replaces_an_adapter_and_nothing_else(tmp_path):
     with pytest.raises(CheckpointError, match="exists and holds README.md"):
         save_adapter(model, tmp_path / "out")
     with pytest.raises(ValueError, match="carries no adapter"):
-        save_adapter(base_model(), tmp_path / "other")
+        save_adapter(load(BF16), tmp_path / "other")
 
 
 def test_an_adapter_loads_over_a_packed_base(tmp_path):
     """The same adapter on packed and on dequantised experts gives the same function."""
-    packed, dense = (
-        load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32, experts=form)
-        for form in ("mxfp4", "bf16")
-    )
+    packed, dense = load(MXFP4), load(MXFP4, experts="bf16")
     attach_lora(packed, LoraConfig(rank=2, alpha=4.0, targets=["experts", "o_proj"]), seed=0)
-    filled(packed)
+    fill_trainable(packed)
     save_adapter(packed, tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     load_adapter(dense, tmp_path / "copy")

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import FIXTURES
 from safetensors.torch import load_file
+from tiny_models import BF16, load
 
 from models.formats.files import CheckpointError
-from models.formats.hugging_face import load_model
 from models.formats.peft import load_adapter
 
 HERE = Path(__file__).parent
-BF16 = FIXTURES / "tiny_bf16"  # 4 layers, 8 experts
 IDS = torch.randint(0, 384, (1, 24), generator=torch.Generator().manual_seed(0))
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -112,10 +110,6 @@ def written(tmp_path_factory):
     return folder, load_file(folder / "log_probs.safetensors"), json.loads((folder / "refused.json").read_text())
 
 
-def base_model():
-    return load_model(BF16, device="cpu", dtype=torch.float32)
-
-
 def log_probs_of(model):
     bounds = torch.tensor([0, IDS.numel()], dtype=torch.int32)
     with torch.no_grad():
@@ -126,7 +120,7 @@ def log_probs_of(model):
 def test_an_adapter_that_peft_wrote_gives_its_log_probs(written, name):
     folder, theirs, unmade = written
     assert name in theirs, unmade.get(name)
-    model = base_model()
+    model = load(BF16)
     before = log_probs_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about layers that the adapter leaves out
@@ -141,4 +135,4 @@ def test_an_adapter_that_peft_wrote_is_refused_by_the_name_of_the_setting(writte
     if not (folder / name / "adapter_config.json").exists():
         pytest.skip(f"this PEFT does not write it: {unmade.get(name)}")
     with pytest.raises(CheckpointError, match=REFUSED[name][1]):
-        load_adapter(base_model(), folder / name)
+        load_adapter(load(BF16), folder / name)
