@@ -12,13 +12,11 @@ so the forward makes that sum too, from unnormalised probabilities in a bounded 
 A trainable head, or a loss that uses the entropy, has its logits recomputed in the backward, one range of the vocabulary at
 a time (four products, three with a frozen head).
 
-The log-sum-exp is a reduction in two levels: each tile of the vocabulary leaves its maximum, sum and sum of weighted logits per
-token, and one program per token reduces these in the order of the vocabulary. Maxima are rounded up to whole powers of two:
-then a change of reference scales every term exactly. Exponentials and logarithms are base 2 inside, nats outside.
+The log-sum-exp is a reduction in two levels, tile by tile of the vocabulary (tiles.py).
 
 The probabilities in the scratch are relative to a power of two near the chosen token's own (found by a dot product
 beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any
-reference near the maximum keeps all its digits. Tiles 2^_MAX_EXCESS above it take their own maximum, and the row is rescaled.
+reference near the maximum keeps all its digits. Tiles 2^MAX_EXCESS above it take their own maximum, and the row is rescaled.
 
 Paths: "triton" forms logits in the kernel; "library" (kernels/device.py: product_path; and float16 anywhere) takes fp32 logits
 from torch.mm. The sum is torch.mm in both.
@@ -30,49 +28,33 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.dense import linear, product
-from kernels.device import (
-    cdiv,
-    check_served,
-    gpu_family,
-    is_triton,
-    launch,
-    measured,
-    num_multiprocessors,
-    product_path,
-    unmeasured,
+from kernels.dense import linear
+from kernels.device import is_triton, launch
+from kernels.head.tiles import (
+    LN2,
+    MAX_EXCESS,
+    add_up_tiles,
+    grid_of,
+    head_blocks,
+    logits_tile,
+    multiply,
+    operands,
+    part_of,
+    path_of,
+    score_tiles,
 )
 
 # logits held at once by the reference, in elements
 _MAX_LOGITS = 1 << 27
 SCRATCH_BYTES = 600_000_000  # what the kernels may hold at once: 1,408 tokens of gpt-oss in bf16
-_LN2 = tl.constexpr(math.log(2))
-_NEVER = tl.constexpr(-1e30)  # a logit of probability 0 that needs no care for infinities
-# powers of two that a stored probability may exceed its reference by: sums of 2^18 of them stay finite
-_MAX_EXCESS = {torch.bfloat16: 64.0, torch.float32: 64.0, torch.float16: 4.0}
-
-# tokens and vocabulary rows of a product, width of a step; TILE columns are reduced at a time (the whole or half of BN);
-# persistent programs overlap a product's end with the next one's start
-_BLOCKS = {
-    "hopper": measured(dict(BM=128, BN=256, BK=64, TILE=128, num_warps=8, num_stages=3, IS_PERSISTENT=True, USE_TMA=True)),
-    "blackwell": unmeasured(dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=True)),
-    "ampere": unmeasured(dict(BM=128, BN=128, BK=64, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False)),
-    "consumer": unmeasured(dict(BM=128, BN=128, BK=32, TILE=64, num_warps=8, num_stages=3, IS_PERSISTENT=False, USE_TMA=False)),
-    "turing": unmeasured(dict(BM=16, BN=128, BK=16, TILE=128, num_warps=4, num_stages=1, IS_PERSISTENT=False, USE_TMA=False)),
-    "interpreter": unmeasured(dict(BM=16, BN=32, BK=16, TILE=16, num_warps=4, num_stages=1, IS_PERSISTENT=True, USE_TMA=False)),
-}
-# with marks of kept columns to read, or in the gradient's kernel, larger ones would spill registers
-_SMALL_PARTS = {"hopper": measured(dict(BN=128, TILE=64))}
-_FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
 
 
 def head_logits_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype == torch.float32:
         return linear(hidden.float(), weight, None)
     logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
-    rows = 1 << 14  # an fp32 copy of the head is made piece by piece
+    rows = 1 << 14  # of the head, of which an fp32 copy is made at a time
     for start in range(0, weight.shape[0], rows):
         logits[:, start:start + rows] = linear(hidden.float(), weight[start:start + rows].float(), None)
     return logits
@@ -141,42 +123,6 @@ class _LogProbsReference(torch.autograd.Function):
 
 
 @triton.jit
-def _logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stride_hidden, stride_weight,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr):
-    """Products [BM, BN] fp32 of the hidden states from `row` with the head's rows from `column`, the width ascending."""
-    products = tl.zeros((BM, BN), dtype=tl.float32)
-    if USE_TMA:
-        for k in range(0, width, BK):
-            products = tl.dot(hidden.load([row, k]), weight.load([column, k]).T, products)
-    else:
-        rows, columns, ks = row + tl.arange(0, BM), column + tl.arange(0, BN), tl.arange(0, BK)
-        hidden_at = hidden + rows.to(tl.int64)[:, None] * stride_hidden + ks[None, :]
-        weight_at = weight + columns.to(tl.int64)[None, :] * stride_weight + ks[:, None]
-        for k in range(0, width, BK):
-            row_mask, column_mask = (rows < num_rows)[:, None], (columns < num_columns)[None, :]
-            if not IS_EVEN:
-                row_mask = row_mask & (ks < width - k)[None, :]
-                column_mask = column_mask & (ks < width - k)[:, None]
-            x = tl.load(hidden_at + k, mask=row_mask, other=0.0)
-            w = tl.load(weight_at + k, mask=column_mask, other=0.0)
-            products = tl.dot(x, w, products, input_precision="ieee")
-    return products
-
-
-@triton.jit
-def _halves(x):
-    """Left and right half of the columns."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
-
-
-@triton.jit
-def _store_tile(products, logits, rows, row_mask, column, num_columns, stride_logits):
-    columns = column + tl.arange(0, products.shape[1])
-    at = logits + rows[:, None] * stride_logits + columns[None, :]
-    tl.store(at, products, mask=row_mask[:, None] & (columns < num_columns)[None, :])
-
-
-@triton.jit
 def _reference_kernel(hidden, weight, targets, reference, scale, width, stride_hidden, stride_weight, BLOCK: tl.constexpr):
     """The power of two below the chosen token's unnormalised probability, for the row of this program."""
     row = tl.program_id(0).to(tl.int64)
@@ -205,133 +151,6 @@ def _kept_kernel(ids, offsets, scratch, num_columns, first_column, stride_scratc
 
 
 @triton.jit
-def _score_tile(products, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits,
-                other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT: tl.constexpr, STORES: tl.constexpr):
-    """What one tile of the vocabulary, of products [BM, TILE] from `column` on, leaves of its tokens."""
-    TILE: tl.constexpr = products.shape[1]
-    columns = column + tl.arange(0, TILE)
-    row_mask = row_mask & (column + tl.zeros_like(rows) < vocab)  # the last tile may be half outside
-    target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
-    is_target = columns[None, :] == target[:, None]
-    has_target = row_mask & (target >= column) & (target < column + TILE)
-    z = tl.where((columns < vocab)[None, :], products * scale, _NEVER)
-    tl.store(target_logits + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=has_target)
-    at = rows * tl.cdiv(vocab, TILE) + column // TILE
-    maximum = tl.ceil(tl.max(z, 1))
-    p = tl.exp2(z - maximum[:, None])
-    tl.store(maxima + at, maximum, mask=row_mask)
-    tl.store(sums + at, tl.sum(p, 1), mask=row_mask)
-    tl.store(dots + at, tl.sum(p * (z - maximum[:, None]), 1), mask=row_mask)
-    if HAS_KEPT or STORES:
-        scratch_at = scratch + rows[:, None] * stride_scratch + columns[None, :]
-        mask = row_mask[:, None] & (columns < vocab)[None, :]
-    if HAS_KEPT:
-        is_kept = tl.load(scratch_at, mask=mask, other=0.0) > 0
-        maximum = tl.ceil(tl.max(tl.where(is_kept, z, _NEVER), 1))
-        p = tl.where(is_kept, tl.exp2(tl.minimum(z - maximum[:, None], 0.0)), 0.0)
-        tl.store(kept_maxima + at, maximum, mask=row_mask)
-        tl.store(kept_sums + at, tl.sum(p, 1), mask=row_mask)
-    if STORES:
-        p = tl.where(is_target, 0.0, p)
-        tl.store(other_sums + rows, tl.sum(p, 1), mask=has_target)
-        wanted = tl.load(reference + rows, mask=row_mask, other=0.0)
-        used = tl.where(maximum - wanted > max_excess, maximum, wanted)
-        p *= tl.exp2(maximum - used)[:, None]
-        tl.store(scratch_at, p.to(scratch.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits,
-                     other_sums, scratch, scale, max_excess, num_rows, vocab, width, stride_hidden, stride_weight,
-                     stride_logits, stride_scratch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                     TILE: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
-                     HAS_LOGITS: tl.constexpr, HAS_KEPT: tl.constexpr, STORES: tl.constexpr,
-                     KEEPS_LOGITS: tl.constexpr):
-    """Per token and TILE columns of the vocabulary: maximum, sum and weighted sum; and probabilities into the scratch (STORES),
-    which holds the marks of kept columns before (HAS_KEPT). Logits are formed here, and stored (KEEPS_LOGITS), or read
-    (HAS_LOGITS)."""
-    num_row_tiles = tl.cdiv(num_rows, BM)
-    num_tiles = num_row_tiles * tl.cdiv(vocab, BN)
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
-        # neighbouring programs share a tile of the head
-        row, column = (tile % num_row_tiles) * BM, (tile // num_row_tiles) * BN
-        rows = row + tl.arange(0, BM)
-        row_mask, rows = rows < num_rows, rows.to(tl.int64)
-        if HAS_LOGITS:
-            columns = column + tl.arange(0, BN)
-            mask = row_mask[:, None] & (columns < vocab)[None, :]
-            products = tl.load(logits + rows[:, None] * stride_logits + columns[None, :], mask=mask, other=0.0)
-        else:
-            products = _logits_tile(hidden, weight, row, column, num_rows, vocab, width, stride_hidden, stride_weight,
-                                    BM, BN, BK, IS_EVEN, USE_TMA)
-        # part by part, so that a tile's logits and probabilities need not be in registers at once
-        if BN == TILE:
-            _score_tile(products, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
-                        target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
-            if KEEPS_LOGITS:
-                _store_tile(products, logits, rows, row_mask, column, vocab, stride_logits)
-        else:
-            tl.static_assert(BN == 2 * TILE)
-            left, right = _halves(products)
-            _score_tile(left, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
-                        target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
-            if KEEPS_LOGITS:
-                _store_tile(left, logits, rows, row_mask, column, vocab, stride_logits)
-            _score_tile(right, rows, row_mask, column + TILE, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
-                        target_logits, other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT, STORES)
-            if KEEPS_LOGITS:
-                _store_tile(right, logits, rows, row_mask, column + TILE, vocab, stride_logits)
-
-
-@triton.jit
-def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums, scratch,
-                   log_probs, entropy, lse, kept_lse, target_factor, sum_factor, max_excess, vocab, num_tiles,
-                   stride_scratch, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, HAS_KEPT: tl.constexpr,
-                   STORES: tl.constexpr):
-    """Everything a token's tiles add up to; one program per token."""
-    row = tl.program_id(0).to(tl.int64)
-    tiles = tl.arange(0, TILES)
-    mask = tiles < num_tiles
-    at = row * num_tiles + tiles
-    tile_max = tl.load(maxima + at, mask=mask, other=_NEVER)
-    maximum = tl.max(tile_max, 0)
-    weight = tl.exp2(tile_max - maximum)
-    tile_sum = tl.load(sums + at, mask=mask, other=0.0)
-    total = tl.sum(tile_sum * weight, 0)
-    dot = tl.sum(weight * (tl.load(dots + at, mask=mask, other=0.0) + (tile_max - maximum) * tile_sum), 0)
-    tl.store(lse + row, maximum + tl.log2(total))
-    tl.store(entropy + row, (tl.log2(total) - dot / total) * _LN2)
-    if HAS_KEPT:
-        tile_max = tl.load(kept_maxima + at, mask=mask, other=_NEVER)
-        maximum = tl.max(tile_max, 0)
-        weight = tl.exp2(tile_max - maximum)
-        tile_sum = tl.load(kept_sums + at, mask=mask, other=0.0)
-        total = tl.sum(tile_sum * weight, 0)
-    normalizer = maximum + tl.log2(total)
-    tl.store(kept_lse + row, normalizer)
-    tl.store(log_probs + row, (tl.load(target_logits + row) - normalizer) * _LN2)
-    if STORES:
-        # without the chosen token: 1 - p_y keeps its digits where p_y is near 1
-        others = tl.where(tiles == tl.load(targets + row) // TILE, tl.load(other_sums + row), tile_sum)
-        tl.store(target_factor + row, tl.sum(others * weight, 0) / total)
-        wanted = tl.load(reference + row)
-        largest = tl.max(tl.where(tile_max - wanted > max_excess, tile_max, wanted), 0)
-        tl.store(sum_factor + row, tl.exp2(largest - maximum) / total)
-        if largest > wanted:
-            for block in range(0, vocab, BLOCK):
-                columns = block + tl.arange(0, BLOCK)
-                inside = columns < vocab
-                maximum_at = maxima
-                if HAS_KEPT:
-                    maximum_at = kept_maxima
-                tile_max_at = tl.load(maximum_at + row * num_tiles + columns // TILE, mask=inside, other=_NEVER)
-                used = tl.where(tile_max_at - wanted > max_excess, tile_max_at, wanted)
-                p_at = scratch + row * stride_scratch + columns
-                p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32) * tl.exp2(used - largest)
-                tl.store(p_at, p.to(scratch.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _hidden_gradient_kernel(grad, target_factor, sum_factor, weighted_sum, weight, targets, grad_hidden, width,
                             temperature, stride_sum, stride_weight, stride_grad, BLOCK: tl.constexpr):
     """grad / temperature * (target_factor W_y - sum_factor * sum_{i != y} p_i W_i), one program per token."""
@@ -357,7 +176,7 @@ def _differentiate_tile(products, rows, row_mask, column, targets, lse, kept_lse
     if HAS_ENTROPY:
         log2_p = z - tl.load(lse + rows, mask=row_mask, other=0.0)[:, None]
         factor = tl.load(grad_entropy + rows, mask=row_mask, other=0.0)[:, None]
-        distance = log2_p * _LN2 + tl.load(entropy + rows, mask=row_mask, other=0.0)[:, None]
+        distance = log2_p * LN2 + tl.load(entropy + rows, mask=row_mask, other=0.0)[:, None]
         grad -= factor * tl.exp2(log2_p) * distance
     if HAS_LOG_PROBS:
         factor = tl.load(grad_log_probs + rows, mask=row_mask, other=0.0)[:, None]
@@ -380,71 +199,14 @@ def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, gra
     num_tiles = num_row_tiles * tl.cdiv(num_columns, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
         row, column = (tile % num_row_tiles) * BM, (tile // num_row_tiles) * BN
-        products = _logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stride_hidden, stride_weight,
+        products = logits_tile(hidden, weight, row, column, num_rows, num_columns, width, stride_hidden, stride_weight,
                                 BM, BN, BK, IS_EVEN, USE_TMA)
         rows = row + tl.arange(0, BM)
         row_mask, rows = rows < num_rows, rows.to(tl.int64)
-        if BN == TILE:
-            _differentiate_tile(products, rows, row_mask, column, targets, lse, kept_lse, entropy, grad_log_probs,
-                                grad_entropy, grad_logits, scale, temperature, first_column, num_columns, stride_grad,
-                                HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
-        else:
-            left, right = _halves(products)
-            _differentiate_tile(left, rows, row_mask, column, targets, lse, kept_lse, entropy, grad_log_probs, grad_entropy,
-                                grad_logits, scale, temperature, first_column, num_columns, stride_grad, HAS_KEPT,
-                                HAS_LOG_PROBS, HAS_ENTROPY)
-            _differentiate_tile(right, rows, row_mask, column + TILE, targets, lse, kept_lse, entropy, grad_log_probs,
-                                grad_entropy, grad_logits, scale, temperature, first_column, num_columns, stride_grad,
-                                HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
-
-
-def _blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False, fits_rows: bool = False) -> dict:
-    """Block sizes and options for products of hidden states with a head. Sums over a tile depend on its layout: only products
-    alone may choose by the number of rows (fits_rows), scores have the same bits in any batch."""
-    family = gpu_family(hidden)
-    blocks = dict(_BLOCKS[family].blocks)
-    if weight.dtype == torch.float32 and hidden.is_cuda:
-        blocks = dict(_FLOAT32_BLOCKS)
-    elif small_parts and family in _SMALL_PARTS:
-        blocks |= _SMALL_PARTS[family].blocks
-    num_rows, width = hidden.shape
-    if fits_rows and num_rows <= 64:  # the head is read once, whatever the tile
-        blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
-    aligned = width * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0 and hidden.data_ptr() % 16 == 0
-    blocks["USE_TMA"] = blocks["USE_TMA"] and aligned
-    return blocks | dict(IS_EVEN=width % blocks["BK"] == 0)
-
-
-def _operands(hidden: torch.Tensor, weight: torch.Tensor, blocks: dict) -> tuple:
-    """The kernels' view of both: descriptors for the copy engine, or the tensors."""
-    if not blocks["USE_TMA"]:
-        return hidden, weight
-    return (TensorDescriptor.from_tensor(hidden, [blocks["BM"], blocks["BK"]]),
-            TensorDescriptor.from_tensor(weight, [blocks["BN"], blocks["BK"]]))
-
-
-def _grid(num_rows: int, num_columns: int, blocks: dict, hidden: torch.Tensor) -> tuple[int]:
-    num_tiles = cdiv(num_rows, blocks["BM"]) * cdiv(num_columns, blocks["BN"])
-    return (min(num_tiles, num_multiprocessors(hidden)) if blocks["IS_PERSISTENT"] else num_tiles,)
-
-
-def _check(hidden: torch.Tensor, weight: torch.Tensor) -> str:
-    """The path that serves these tensors: "triton" or "library"."""
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"log_probs: hidden states are {hidden.dtype}, the head {weight.dtype}; they must be equal")
-    path = "library" if weight.dtype == torch.float16 else product_path(hidden)
-    check_served("log_probs", {"hidden": hidden, "weight": weight}, dtypes=tuple(_MAX_EXCESS), tensor_cores=path == "triton")
-    return path
-
-
-def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b with fp32 sums, rounded to out's dtype."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # in the interpreter
-        out.copy_(product(a, b))
+        for part in tl.static_range(BN // TILE):
+            _differentiate_tile(part_of(products, part, TILE), rows, row_mask, column + part * TILE, targets, lse, kept_lse,
+                                entropy, grad_log_probs, grad_entropy, grad_logits, scale, temperature, first_column,
+                                num_columns, stride_grad, HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
 
 
 def _num_rows(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
@@ -463,30 +225,20 @@ def _mark_kept(scratch: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torc
 def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, outputs, makes_sum) -> None:
     """Fills `outputs` (log_probs, entropy, lse, kept_lse, target_factor, sum_factor: [n] each) for the tokens of one chunk.
     scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "library" path."""
-    (num_rows, width), vocab, has_kept = hidden.shape, weight.shape[0], kept is not None
-    blocks, scale = _blocks(hidden, weight, small_parts=has_kept), math.log2(math.e) / temperature
-    num_tiles = cdiv(vocab, blocks["TILE"])
-    maxima, sums, dots, kept_maxima, kept_sums = torch.empty(5, num_rows, num_tiles, dtype=torch.float32, device=hidden.device)
-    reference, target_logits, other_sums = torch.empty(3, num_rows, dtype=torch.float32, device=hidden.device)
-    max_excess, block = _MAX_EXCESS[weight.dtype], triton.next_power_of_2(width)
+    has_kept, scale, (num_rows, width) = kept is not None, math.log2(math.e) / temperature, hidden.shape
+    blocks, reference = head_blocks(hidden, weight, small_parts=has_kept), None
     if has_kept:
         _mark_kept(scratch, *kept, 0)
     if makes_sum:
+        reference = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
         launch(_reference_kernel, (num_rows,), hidden, weight, targets, reference, scale, width, hidden.stride(0),
-               weight.stride(0), BLOCK=block, num_warps=8)
+               weight.stride(0), BLOCK=triton.next_power_of_2(width), num_warps=8)
     if logits is not None:
-        _mm(hidden, weight.T, logits)
-    stride_scratch, stride_logits = (0 if room is None else room.stride(0) for room in (scratch, logits))
-    launch(
-        _partials_kernel, _grid(num_rows, vocab, blocks, hidden),
-        *_operands(hidden, weight, blocks), logits, targets, reference, maxima, sums, dots, kept_maxima, kept_sums,
-        target_logits, other_sums, scratch, scale, max_excess, num_rows, vocab, width, hidden.stride(0), weight.stride(0),
-        stride_logits, stride_scratch, HAS_LOGITS=logits is not None, HAS_KEPT=has_kept, STORES=makes_sum, KEEPS_LOGITS=False,
-        **blocks)
-    launch(
-        _reduce_kernel, (num_rows,), targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits, other_sums,
-        scratch, *outputs, max_excess, vocab, num_tiles, stride_scratch, TILE=blocks["TILE"],
-        TILES=triton.next_power_of_2(num_tiles), BLOCK=1024, HAS_KEPT=has_kept, STORES=makes_sum)
+        multiply(hidden, weight.T, logits)
+    sums = score_tiles(hidden, weight, targets, reference, scratch, logits, blocks=blocks, scale=scale, has_kept=has_kept,
+                       stores=makes_sum, keeps_logits=False)
+    add_up_tiles(targets, reference, sums, scratch, outputs, vocab=weight.shape[0], tile=blocks["TILE"],
+                 max_excess=MAX_EXCESS[weight.dtype], has_kept=has_kept, stores=makes_sum)
 
 
 def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -503,7 +255,7 @@ def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tenso
     if grad_log_probs is None and grad_entropy is None or num_tokens == 0:
         return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
     grads = [None if grad is None else grad.contiguous() for grad in (grad_log_probs, grad_entropy)]
-    blocks = _blocks(hidden, weight, small_parts=True)
+    blocks = head_blocks(hidden, weight, small_parts=True)
     columns = ctx.scratch_bytes // (num_tokens * weight.element_size())
     columns = min(vocab, max(columns - columns % blocks["BN"], blocks["BN"]))
     scratch = torch.empty(num_tokens, columns, dtype=weight.dtype, device=hidden.device)
@@ -514,8 +266,8 @@ def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tenso
         if has_kept:
             _mark_kept(grad_logits, kept_ids, kept_offsets, first)
         launch(
-            _logits_gradient_kernel, _grid(num_tokens, part.shape[0], blocks, hidden),
-            *_operands(hidden, part, blocks), targets, lse, kept_lse, entropy, *grads, grad_logits,
+            _logits_gradient_kernel, grid_of(num_tokens, part.shape[0], blocks, hidden),
+            *operands(hidden, part, blocks), targets, lse, kept_lse, entropy, *grads, grad_logits,
             math.log2(math.e) / ctx.temperature, ctx.temperature, first, num_tokens, part.shape[0], width, hidden.stride(0),
             weight.stride(0), grad_logits.stride(0), HAS_KEPT=has_kept, HAS_LOG_PROBS=grads[0] is not None,
             HAS_ENTROPY=grads[1] is not None, **blocks)
@@ -529,7 +281,7 @@ def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tenso
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, kept_ids, kept_offsets, makes_sum, scratch_bytes):
-        path, has_kept, (num_tokens, width), vocab = _check(hidden, weight), kept_ids is not None, hidden.shape, weight.shape[0]
+        path, has_kept, (num_tokens, width), vocab = path_of(hidden, weight), kept_ids is not None, hidden.shape, weight.shape[0]
         # log_probs, entropy, lse, kept_lse (both base 2), target_factor, sum_factor
         outputs = [torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(6)]
         sum_dtype = torch.float32 if path == "library" else weight.dtype  # float16 might overflow
@@ -545,7 +297,7 @@ class _LogProbs(torch.autograd.Function):
             _score_chunk(hidden[part], weight, targets[part], temperature, kept, room, chunk_logits,
                          [output[part] for output in outputs], makes_sum)
             if makes_sum:
-                _mm(room, weight, weighted_sum[part])
+                multiply(room, weight, weighted_sum[part])
         ctx.save_for_backward(hidden, weight, targets, kept_ids, kept_offsets, weighted_sum, *outputs[1:])
         ctx.temperature, ctx.makes_sum, ctx.scratch_bytes = temperature, makes_sum, scratch_bytes
         ctx.set_materialize_grads(False)  # an output nobody differentiates costs nothing

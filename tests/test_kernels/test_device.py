@@ -26,7 +26,7 @@ def test_every_size_by_gpu_family_says_whether_it_was_measured():
     assert {name.split(".")[1] for name in found} == {"attention", "experts", "head", "linear", "router"}
     for name, table in found.items():
         assert all(isinstance(entry, Tuned) for entry in table.values()), name
-        assert FAMILIES <= set(table) or name == "kernels.head.log_probs._SMALL_PARTS", name
+        assert FAMILIES <= set(table) or name == "kernels.head.tiles._SMALL_PARTS", name
         assert {family for family, entry in table.items() if entry.is_measured} == {"hopper"}, name
 
 

@@ -7,21 +7,17 @@ from aot import ARCHITECTURES, check_fits, compile_for
 
 import kernels.device
 import kernels.head.log_probs
-from kernels.device import family_of
+from kernels.device import family_of, unmeasured
 from kernels.head.draw import _logits_kernel, draw, head_logits
 from kernels.head.log_probs import (
-    _BLOCKS,
-    _FLOAT32_BLOCKS,
-    _SMALL_PARTS,
     _hidden_gradient_kernel,
     _kept_kernel,
     _logits_gradient_kernel,
-    _partials_kernel,
-    _reduce_kernel,
     _reference_kernel,
     log_probs,
 )
 from kernels.head.sampling import draw_tokens
+from kernels.head.tiles import _BLOCKS, _FLOAT32_BLOCKS, _SMALL_PARTS, _partials_kernel, _reduce_kernel, path_of
 
 TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
 
@@ -136,9 +132,9 @@ def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(poisoned):
 
 @pytest.mark.interpreter
 def test_library_products_serve_gpus_without_tensor_cores(poisoned, monkeypatch):
-    assert kernels.head.log_probs._check(*inputs(2, 16, 16)[:2]) == "triton"
+    assert path_of(*inputs(2, 16, 16)[:2]) == "triton"
     monkeypatch.setenv("GRPO_PRODUCTS", "library")
-    assert kernels.head.log_probs._check(*inputs(2, 16, 16)[:2]) == "library"
+    assert path_of(*inputs(2, 16, 16)[:2]) == "library"
     compare(17, 24, 70, scratch_bytes=10_000)
     compare(17, 24, 70, filtered=True)
     compare(17, 24, 70, weights=ENTROPY_TOO)
@@ -204,7 +200,7 @@ def test_head_logits_of_any_number_of_rows(num_tokens, poisoned):
 def test_descriptors_give_the_same_bits_as_pointers(poisoned, monkeypatch):
     tensors, choices = inputs(35, 48, 127), dict(weights=ENTROPY_TOO, trains_head=True, temperature=0.7)
     pointers = gradients(log_probs, *tensors, **choices)
-    monkeypatch.setitem(_BLOCKS, "interpreter", _BLOCKS["interpreter"] | dict(USE_TMA=True))
+    monkeypatch.setitem(_BLOCKS, "interpreter", unmeasured(_BLOCKS["interpreter"].blocks | dict(USE_TMA=True)))
     for ours, expected in zip(gradients(log_probs, *tensors, **choices), pointers):
         assert torch.equal(ours, expected)
 
@@ -243,7 +239,9 @@ def test_drawn_tokens_have_the_log_probs_of_training(poisoned):
 def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=False):
     """A kernel as the launches of this GPU family would have it."""
     family = family_of(arch)
-    blocks = _FLOAT32_BLOCKS if dtype == "fp32" else _BLOCKS[family] | (_SMALL_PARTS.get(family, {}) if small_parts else {})
+    blocks = _FLOAT32_BLOCKS if dtype == "fp32" else _BLOCKS[family].blocks
+    if dtype != "fp32" and small_parts and family in _SMALL_PARTS:
+        blocks = blocks | _SMALL_PARTS[family].blocks
     blocks = dict(blocks) | (dict(BM=16, BN=min(blocks["BN"], 128)) if few_rows else {})
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     scalars = dict(targets="*i64", scratch=f"*{dtype}", grad_logits=f"*{dtype}", scale="fp32", temperature="fp32",
