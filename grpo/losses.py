@@ -53,7 +53,7 @@ class LossInputs:
     ref_log_probs: torch.Tensor | None  # [T] fp32 nats, of the reference of the KL penalty; None without one (grpo/kl.py)
     advantages: torch.Tensor  # [T] fp32, that of the token's completion
     loss_mask: torch.Tensor  # [T] bool
-    sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: an index into the four [N]
+    sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: a place in each [N]
     sequence_lengths: torch.Tensor  # [N] int64, trained tokens
     rewards: torch.Tensor  # [N] fp32, raw; NaN without one
     group_ids: torch.Tensor  # [N] int64, equal within a group
@@ -69,9 +69,11 @@ class LossInputs:
         assert log_probs.shape == entropy.shape == old_log_probs.shape == batch.loss_mask.shape, (
             log_probs.shape, entropy.shape, old_log_probs.shape, batch.loss_mask.shape)
         return cls(
-            log_probs, entropy, old_log_probs.detach(), batch.sampler_log_probs, batch.ref_log_probs, batch.advantages,
-            batch.loss_mask, batch.sequence_ids, batch.sequence_lengths, batch.rewards, batch.group_ids, batch.num_policy_tokens,
-            batch.num_sequences, batch.num_prompts, max_new_tokens)
+            log_probs=log_probs, entropy=entropy, old_log_probs=old_log_probs.detach(), max_new_tokens=max_new_tokens,
+            sampler_log_probs=batch.sampler_log_probs, ref_log_probs=batch.ref_log_probs, advantages=batch.advantages,
+            loss_mask=batch.loss_mask, sequence_ids=batch.sequence_ids, sequence_lengths=batch.sequence_lengths,
+            rewards=batch.rewards, group_ids=batch.group_ids, num_policy_tokens=batch.num_policy_tokens,
+            num_sequences=batch.num_sequences, num_prompts=batch.num_prompts)
 
 
 def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -158,9 +158,6 @@ def _torch_settings() -> list[tuple[str, Callable, Callable]]:
         torch.set_float32_matmul_precision("highest")  # the older interface, which keeps a record of its own
         torch.backends.fp32_precision, matmul.fp32_precision, mkldnn.fp32_precision = values
 
-    def write_reduction(value: bool) -> None:
-        matmul.allow_bf16_reduced_precision_reduction = value
-
     def refuse(value: object) -> None:
         raise RuntimeError(f"it was {value}")
 
@@ -185,7 +182,8 @@ def _torch_settings() -> list[tuple[str, Callable, Callable]]:
          lambda values: torch.use_deterministic_algorithms(values[0], warn_only=values[1])),
         ("precision of matrix products",
          lambda: (torch.backends.fp32_precision, matmul.fp32_precision, mkldnn.fp32_precision), write_precision),
-        ("reduced precision of bfloat16 products", lambda: matmul.allow_bf16_reduced_precision_reduction, write_reduction),
+        ("reduced precision of bfloat16 products", *(functools.partial(access, matmul, "allow_bf16_reduced_precision_reduction")
+                                                     for access in (getattr, setattr))),
         ("use of oneDNN", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
         ("flushing of denormals", lambda: tiny / 2 == 0.0, torch.set_flush_denormal)]
 
