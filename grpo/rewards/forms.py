@@ -88,11 +88,15 @@ class Signature:
             forms = ["batch"]
         self.form = forms[0] if forms else None  # None: the function scores nothing; it may make one that does
 
-    def standard_names(self, *, has_answer: bool) -> set[str]:
-        """The names that every completion can fill, columns aside."""
-        names = set(FORMS[self.form])
-        names |= {"batch": set(CALLBACKS), "single": {*FORMS["native"]}, "native": {"answer"}}.get(self.form, set())
-        return names if has_answer else names - {"answer", "answers"}
+    def standard_names(self, columns: set[str], *, has_answer: bool) -> set[str]:
+        """The names that every completion can fill, beside those of the data's columns."""
+        more = {"batch": CALLBACKS, "single": FORMS["native"], "native": ("answer",)}
+        names = {*FORMS[self.form], *more.get(self.form, ())}
+        if not has_answer:
+            names -= {"answer", "answers"}
+            if not columns & {"reward_model", "ground_truth"}:
+                names -= {"ground_truth", "ground_truths"}
+        return names
 
     def values_of(self, sample: Sample) -> dict:
         """What the function is called with about one completion."""

@@ -145,18 +145,15 @@ class Reward:
                              f"takes {_listed(signature.named)}")
 
     def _check_parameters(self, columns: set[str], has_answer: bool) -> None:
-        standard = self.signature.standard_names(has_answer=has_answer)
-        if not has_answer and not columns & {"reward_model", "ground_truth"}:
-            standard -= {"ground_truth", "ground_truths"}
-        positional_only = self.signature.unfilled - self.signature.named
-        available = standard | columns | ({"answer"} if has_answer else set())
-        missing = sorted(positional_only | (self.signature.unfilled - available))
+        signature, standard = self.signature, self.signature.standard_names(columns, has_answer=has_answer)
+        available = (standard | columns | ({"answer"} if has_answer else set())) & signature.named  # no name fills others
+        missing = sorted(signature.unfilled - available)
         if missing:
             raise ValueError(
                 f"{self.key}: nothing to call {self.name!r} with for its parameter {', '.join(map(repr, missing))}; "
                 f"known names are {', '.join(sorted(standard))} and the columns "
                 f"{', '.join(sorted(columns)) or '(none)'}; others come from kwargs in the config")
-        self._check_kwargs(self.signature, self.kwargs)
+        self._check_kwargs(signature, self.kwargs)
 
     @property
     def is_batch(self) -> bool:
