@@ -14,7 +14,7 @@ from grpo.run.checkpoint import SaveError, save_run
 from grpo.run.export_files import write_adapter, write_model
 from grpo.run.failures import Failure
 from grpo.run.model_card import Origin
-from grpo.run.policy import has_initial_adapter, parameter_tensors
+from grpo.run.policy import parameter_tensors
 from grpo.run.start import OPTIM, Run
 from models.formats.atomic import remove
 
@@ -26,7 +26,7 @@ def save(run: Run) -> None:
     if run.saved_step == run.step:
         return
     run.metrics.set_status("saving")
-    tensors = parameter_tensors(run.policy, has_initial_adapter=has_initial_adapter(run.config.model))
+    tensors = parameter_tensors(run.policy, run.config.model)
     tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
     tensors |= run.reference.state_dict() if run.reference is not None else {}
     for name, tensor in tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import yaml
 
 from grpo.config import Train, TrainConfig, to_dict
 from grpo.record.summary import read_metrics
+from grpo.run.identity import version_of
 from models.lora import LoraConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -136,7 +136,8 @@ def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> l
                                                              [f"The environment `{env['_target_']}` writes them."]), ""]
     lines += _results(origin)
     lines += ["## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
-    return [*lines, "Versions: " + ", ".join(_versions()) + ".", ""]
+    versions = [f"{library} {version}" for library in LIBRARIES if (version := version_of(library))]  # triton is for GPUs
+    return [*lines, "Versions: " + ", ".join(versions) + ".", ""]
 
 
 def _reward(entry: dict | str) -> str:
@@ -181,13 +182,3 @@ def _public(value: object) -> object:
     if isinstance(value, list):
         return ", ".join(str(_public(item)) for item in value)
     return Path(value).name + " (local)" if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _versions() -> list[str]:
-    found = []
-    for library in LIBRARIES:
-        try:
-            found.append(f"{library} {importlib.metadata.version(library)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue  # triton is for GPUs
-    return found

@@ -111,33 +111,33 @@ def _lora_config(model: ModelConfig) -> LoraConfig:
     return LoraConfig(lora.rank, lora.alpha, list(lora.targets), lora.train_sinks, lora.train_norms)
 
 
+def has_initial_adapter(model: ModelConfig) -> bool:
+    """Whether training begins with an adapter that somebody else wrote."""
+    return model.lora is not None and model.lora.adapter is not None
+
+
 def check_initial_adapter(model: ModelConfig) -> None:
-    """Compares the adapter that the config starts from, if it names one, with model.lora; before the base is loaded."""
-    if model.lora is not None and model.lora.adapter is not None:
+    """Compares that adapter, if the config names one, with model.lora; before the base is loaded."""
+    if has_initial_adapter(model):
         check_adapter(Path(model.lora.adapter).expanduser(), _lora_config(model))
 
 
 def load_initial_adapter(policy: GptOss, model: ModelConfig) -> None:
-    """Reads the adapter that the config starts from, if it names one; of a run, its checkpoints have what became of it."""
+    """Reads that adapter into the policy. A checkpoint of the run has what became of it."""
     if has_initial_adapter(model):
         load_adapter(policy, Path(model.lora.adapter).expanduser())
 
 
-def has_initial_adapter(model: ModelConfig) -> bool:
-    return model.lora is not None and model.lora.adapter is not None
-
-
-def parameters_of_run(policy: GptOss, *, has_initial_adapter: bool) -> dict[str, torch.nn.Parameter]:
+def parameters_of_run(policy: GptOss, model: ModelConfig) -> dict[str, torch.nn.Parameter]:
     """What a run changes in its base: the trained parameters and, where training begins with an adapter, the norms and sinks that
     may come with it."""
     return {name: parameter for name, parameter in policy.named_parameters()
-            if parameter.requires_grad or (has_initial_adapter and name.endswith(("norm.weight", "sinks")))}
+            if parameter.requires_grad or (has_initial_adapter(model) and name.endswith(("norm.weight", "sinks")))}
 
 
-def parameter_tensors(policy: GptOss, *, has_initial_adapter: bool = False) -> dict[str, torch.Tensor]:
+def parameter_tensors(policy: GptOss, model: ModelConfig) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of the policy, so that the run needs the adapter that it began with no more."""
-    changed = parameters_of_run(policy, has_initial_adapter=has_initial_adapter)
-    return {PARAM + name: parameter.detach() for name, parameter in changed.items()}
+    return {PARAM + name: parameter.detach() for name, parameter in parameters_of_run(policy, model).items()}
 
 
 @torch.no_grad()

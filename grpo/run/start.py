@@ -38,7 +38,6 @@ from grpo.run.policy import (
     build_tokenizer,
     check_initial_adapter,
     check_trainable,
-    has_initial_adapter,
     load_initial_adapter,
     load_parameters,
     parameters_of_run,
@@ -128,8 +127,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.reference = Reference.load(state.tensors) if has_penalty else None
     else:
         if has_penalty and config.kl.reference == KlReference.base:
-            changed = parameters_of_run(run.policy, has_initial_adapter=has_initial_adapter(config.model))
-            run.reference = Reference.of(run.policy, changed)
+            run.reference = Reference.of(run.policy, parameters_of_run(run.policy, config.model))
         load_initial_adapter(run.policy, config.model)
         if config.warmup is not None:
             warm_up(run.policy, run.env, config, run.metrics, run.should_stop)

@@ -211,7 +211,7 @@ def run_dir(tmp_path_factory) -> Path:
     config = load_config("train", ["+experiment=smoke", "name=run", f"output_dir={folder}"])
     tokenizer = build_tokenizer(config.model, config.env)
     policy = build_model(config.model, tokenizer, seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    save_run(folder / "run", step=1, tensors=parameter_tensors(policy), state={"wandb_id": None}, keep=2)
+    save_run(folder / "run", step=1, tensors=parameter_tensors(policy, config.model), state={"wandb_id": None}, keep=2)
     save_config(config, folder / "run/config.yaml")
     tokenizer.save(folder / "run/tokenizer")
     return folder / "run"

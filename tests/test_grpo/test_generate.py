@@ -14,7 +14,7 @@ from harmony import encode_with_special
 from paths import FIXTURES, ROOT
 
 from grpo.batch import Prompt
-from grpo.config import save_config
+from grpo.config import read_saved_config, save_config
 from grpo.configuration.launch import load_config
 from grpo.envs.carry import Carry
 from grpo.generate import (
@@ -51,7 +51,7 @@ def make_run(folder: Path, *overrides: str) -> Path:
         policy = build_model(config.model, tokenizer, seed=step, device=torch.device("cpu"), dtype=torch.float32)
         with torch.no_grad():
             policy.lm_head.weight.mul_(40.0)  # lively logits
-        save_run(run_dir, step=step, tensors=parameter_tensors(policy), state={"wandb_id": None}, keep=2)
+        save_run(run_dir, step=step, tensors=parameter_tensors(policy, config.model), state={"wandb_id": None}, keep=2)
     return run_dir
 
 
@@ -362,7 +362,8 @@ def test_mistakes_end_in_one_message_and_exit_code_2(carry_run, capsys, override
 def test_weights_that_are_not_finite_end_with_the_exit_code_of_a_diverged_run(tmp_path, capsys):
     run_dir = make_run(tmp_path)
     chat = load_conversation(load_config("generate", [f"run={run_dir}"]))
-    tensors = {name: tensor * float("nan") for name, tensor in parameter_tensors(chat.sampler.model).items()}
+    model = read_saved_config(run_dir / "config.yaml").model
+    tensors = {name: tensor * float("nan") for name, tensor in parameter_tensors(chat.sampler.model, model).items()}
     save_run(run_dir, step=2, tensors=tensors, state={"wandb_id": None}, keep=2)
     assert run_generation(load_config("generate", [f"run={run_dir}", "prompt=1+1"])) == 6
     assert "error: rollout: the log-prob of a sampled token is not finite" in capsys.readouterr().err

@@ -1,22 +1,19 @@
-"""Saving, resuming, pruning and locking a run, with damage done on purpose; and stopping on signals."""
+"""Saving, resuming and pruning checkpoints, with damage done on purpose."""
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
+from child_process import run_python
 
 import grpo.run.checkpoint
 from grpo.run.checkpoint import (
@@ -27,8 +24,7 @@ from grpo.run.checkpoint import (
     load_run,
     save_run,
 )
-from grpo.run.lock import RunInUseError, lock_run
-from grpo.run.signals import GracefulStop
+from grpo.run.lock import lock_run
 
 
 def contents(step):
@@ -52,12 +48,6 @@ def assert_is_step(loaded, step):
     assert set(loaded.tensors) == set(expected)
     for name, tensor in expected.items():
         assert loaded.tensors[name].dtype == tensor.dtype and torch.equal(loaded.tensors[name], tensor), name
-
-
-def run_python(code, *arguments, **options):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=environment, **options)
 
 
 def test_a_run_without_checkpoints_loads_nothing(tmp_path):
@@ -322,55 +312,6 @@ while True:
         last_step = loaded.step
 
 
-def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
-    code = "import sys, time; from grpo.run.lock import lock_run; lock = lock_run(sys.argv[1]); " \
-           "print('locked', flush=True); time.sleep(60)"
-    process = run_python(code, tmp_path)
-    try:
-        assert process.stdout.readline() == "locked\n", process.stderr.read()
-        with pytest.raises(RunInUseError, match=rf"{tmp_path} is in use by process {process.pid} on .* choose another"):
-            lock_run(tmp_path)
-    finally:
-        process.kill()
-        process.communicate()
-    with lock_run(tmp_path):
-        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
-            lock_run(tmp_path)
-    lock_run(tmp_path).release()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_first_signal_asks_the_loop_to_stop_and_old_handlers_come_back(number, capfd):
-    before = signal.getsignal(number)
-    with GracefulStop("python -m x resume=true") as stop:
-        assert stop() is False
-        signal.raise_signal(number)
-        assert stop() is True and stop.signal_name == signal.Signals(number).name
-    assert signal.getsignal(number) is before
-    assert "Resume with: python -m x resume=true" in capfd.readouterr().err
-
-
-def test_the_second_signal_leaves_at_once():
-    code = """
-import time
-from grpo.run.signals import GracefulStop
-with GracefulStop("make resume") as stop:
-    print("ready", flush=True)
-    while not stop():
-        time.sleep(0.01)
-    print("stopping", flush=True)
-    time.sleep(10_000)
-"""
-    process = run_python(code)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "stopping\n"
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert errors.count("make resume") == 2 and "without saving" in errors
-
-
 def test_links_and_stray_files_among_the_checkpoints_hinder_nothing_and_are_never_followed(tmp_path):
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     save(run_dir, 10)
@@ -420,63 +361,3 @@ def test_a_renamed_checkpoint_is_passed_over_and_named(tmp_path):
     save(tmp_path, 11).rename(tmp_path / "checkpoints/step_000030")
     with pytest.warns(CheckpointFallbackWarning, match="step_000030 is damaged .it was saved as step_000011"):
         assert_is_step(load_run(tmp_path), 10)
-
-
-def test_a_lock_on_a_folder_that_holds_nothing_else_leaves_nothing(tmp_path):
-    with lock_run(tmp_path / "run"):
-        pass
-    assert not (tmp_path / "run").exists()
-    with lock_run(tmp_path / "run"):
-        (tmp_path / "run/config.yaml").write_text("seed: 1")
-    assert (tmp_path / "run/config.yaml").exists()
-
-
-@pytest.mark.parametrize("what", ["moved", "replaced", "deleted"])
-def test_a_lock_notices_that_its_folder_is_no_longer_in_its_place(tmp_path, what):
-    run_dir = tmp_path / "run"
-    with lock_run(run_dir) as lock:
-        lock.check_in_place()
-        if what == "deleted":
-            (run_dir / ".lock").unlink()
-            run_dir.rmdir()
-        else:
-            run_dir.rename(tmp_path / "moved away")
-        if what == "replaced":
-            run_dir.mkdir()
-        place = "" if what == "deleted" else f"; it is now {tmp_path / 'moved away'}"
-        with pytest.raises(SaveError, match=re.escape(str(run_dir)) + f" was moved, replaced or deleted .*{place}"):
-            lock.check_in_place()
-
-
-def test_a_hangup_counts_once_however_often_it_comes_and_stays_ignored_under_nohup(capfd):
-    with GracefulStop("python -m x resume=true") as stop:
-        for _ in range(3):
-            signal.raise_signal(signal.SIGHUP)
-        assert stop() and stop.signal_name == "SIGHUP"
-    assert capfd.readouterr().err.count("SIGHUP") == 1
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with GracefulStop("python -m x resume=true") as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_what_a_signal_says_never_lands_in_a_file_that_got_the_number_of_a_closed_stream(tmp_path):
-    code = """
-import os, signal, sys
-from grpo.run.signals import GracefulStop, hold_standard_streams
-hold_standard_streams()
-file = open(sys.argv[1], "w")
-assert file.fileno() > 2
-with GracefulStop("make resume"):
-    signal.raise_signal(signal.SIGTERM)
-print("to nobody", flush=True)
-print("to nobody", file=sys.stderr, flush=True)
-file.write("mine")
-"""
-    command = f'exec "{sys.executable}" -c "$1" "$2" <&- >&- 2>&-'
-    result = subprocess.run(["sh", "-c", command, "sh", code, tmp_path / "file"], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0
-    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,53 @@
+"""A run's folder belongs to one process, which notices when it is taken away."""
+
+import os
+import re
+
+import pytest
+from child_process import run_python
+
+from grpo.run.checkpoint import SaveError
+from grpo.run.lock import RunInUseError, lock_run
+
+
+def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
+    code = "import sys, time; from grpo.run.lock import lock_run; lock = lock_run(sys.argv[1]); " \
+           "print('locked', flush=True); time.sleep(60)"
+    process = run_python(code, tmp_path)
+    try:
+        assert process.stdout.readline() == "locked\n", process.stderr.read()
+        with pytest.raises(RunInUseError, match=rf"{tmp_path} is in use by process {process.pid} on .* choose another"):
+            lock_run(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    with lock_run(tmp_path):
+        with pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
+            lock_run(tmp_path)
+    lock_run(tmp_path).release()
+
+
+def test_a_lock_on_a_folder_that_holds_nothing_else_leaves_nothing(tmp_path):
+    with lock_run(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with lock_run(tmp_path / "run"):
+        (tmp_path / "run/config.yaml").write_text("seed: 1")
+    assert (tmp_path / "run/config.yaml").exists()
+
+
+@pytest.mark.parametrize("what", ["moved", "replaced", "deleted"])
+def test_a_lock_notices_that_its_folder_is_no_longer_in_its_place(tmp_path, what):
+    run_dir = tmp_path / "run"
+    with lock_run(run_dir) as lock:
+        lock.check_in_place()
+        if what == "deleted":
+            (run_dir / ".lock").unlink()
+            run_dir.rmdir()
+        else:
+            run_dir.rename(tmp_path / "moved away")
+        if what == "replaced":
+            run_dir.mkdir()
+        place = "" if what == "deleted" else f"; it is now {tmp_path / 'moved away'}"
+        with pytest.raises(SaveError, match=re.escape(str(run_dir)) + f" was moved, replaced or deleted .*{place}"):
+            lock.check_in_place()
