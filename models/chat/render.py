@@ -9,9 +9,11 @@ Where template and OpenAI's `openai-harmony` library differ, the template wins:
   template's own line breaks and spaces;
 * analysis of every earlier turn is dropped (the library: only what stands before the first final message); while a tool
   call has no final message after it, its analysis stays;
-* what the template renders for training, without a generation prompt, keeps the last turn's analysis;
 * results of functions are written as JSON: a string comes out as a quoted JSON string;
 * a call's recipient stands in the role part, its content type is `json` without <|constrain|>.
+
+Only prompts are rendered. The template also renders an answer for training, but drops analysis that the answer's own prompt
+held: train on prompt ids + sampled ids instead.
 
 Departures from the template: special tokens spelled in content stay text; the date is an argument; system and developer
 messages that open a conversation together are joined by a blank line (it loses all but the first); arguments given as the
@@ -63,7 +65,6 @@ def harmony_messages(
     instructions: str | None = None,
     tools: Sequence[Mapping[str, Any]] | str | None = None,
     builtin_tools: Sequence[str] | None = None,
-    keeps_last_analysis: bool = False,
 ) -> list[Message]:
     """A conversation as the messages that the hub's chat template writes. The one check of conversations.
 
@@ -72,8 +73,6 @@ def harmony_messages(
     and maybe `thinking` (or `reasoning_content`, `reasoning`), or has `tool_calls`; `tool` has content, any JSON value.
     Content is text or a list of text parts, which are joined. Keys with value None are as absent.
     `tools`: see `read_tools`. `builtin_tools`: of browser, python. `current_date`: YYYY-MM-DD.
-    `keeps_last_analysis`: as the template does without a generation prompt. It then drops analysis that the last answer's own
-    prompt held, so train on prompt ids + sampled ids instead.
     Raises ValueError naming the message (by index) and key that cannot be rendered.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
@@ -105,9 +104,7 @@ def harmony_messages(
         elif message["role"] == "tool":
             parts = [_tool_result(message, index, call, call_id)]
         elif _is_answer(message):
-            if keeps_last_analysis and index == len(chat) - 1 and "thinking" in message:
-                parts = [Message("assistant", _text(message, "thinking", index), "analysis")]
-            parts.append(Message("assistant", _text(message, "content", index), "final"))
+            parts = [Message("assistant", _text(message, "content", index), "final")]
             call = None
         elif message["role"] == "assistant":
             thought, call = _read_tool_call(message, index, builtin_tools or ())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from harmony import encode_with_special, render_chat
-from paths import FIXTURES, ROOT
+from paths import FIXTURES
 
 from models.chat.parse import parse_completion
 from models.chat.render import (
@@ -220,13 +220,6 @@ def test_a_training_render_need_not_continue_its_own_prompt(tokenizer):
     prompt = render_text(asked, tokenizer)
     trained = render_text([*asked, answer], tokenizer, add_generation_prompt=False)
     assert ">T1<" in prompt and ">T1<" not in trained and not trained.startswith(prompt)
-
-
-def test_the_product_renders_prompts_only():
-    sources = [path for package in ("grpo", "models", "scripts") for path in (ROOT / package).rglob("*.py")]
-    assert len(sources) > 30
-    renders_answers = [path.name for path in sources if "keeps_last_analysis" in path.read_text(encoding="utf-8")]
-    assert renders_answers == ["render.py"]
 
 
 def test_keys_with_value_none_and_empty_tool_calls_are_as_absent(tokenizer):
