@@ -20,8 +20,8 @@ import torch
 
 from kernels.attention.decode import SharedPrefixes, rows_per_tile
 from kernels.device import cdiv, next_power_of_2, product_path, to_device
-from kernels.head.advance import IDLE, Rows, advance, next_words
-from kernels.head.sampling import as_words, key_sums
+from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
+from kernels.head.sampling import as_pairs, key_sums
 from models.gpt_oss import GptOss
 from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord
@@ -133,7 +133,7 @@ class Decoder:
         positions, sums = prompt_lens + num_new - 1, key_sums(torch.tensor([row.key for row in new], dtype=torch.int64))
         rows = Rows(tokens=torch.zeros_like(items), positions=positions, num_new=num_new, is_stopped=torch.zeros_like(items),
                     slots=slots, prompt_lens=prompt_lens, limits=limits, places=places, key_sums=sums,
-                    words=next_words(sums, positions), items=items)
+                    rng_keys=next_rng_keys(sums, positions), items=items)
         count, start, device = len(new), self.num_rows, self.model.device
         assert start + count <= self._table.shape[1], (start, count, self._table.shape)
         table = torch.stack(rows)
@@ -174,7 +174,7 @@ class Decoder:
                          lambda: self._advance(rows, self._feed(rows, None, reading), self.plain_draw(plain)))
 
     def plain_draw(self, plain: PlainDraw) -> DrawTokens:
-        return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_words(rows.words),
+        return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_pairs(rows.rng_keys),
                                                     temperature=plain.temperature)
 
     def look(self) -> tuple[list[bool], list[int], list[bool]]:
@@ -203,7 +203,7 @@ class Decoder:
             one.tokens.fill_(token)
             one.num_new.add_(1)
             one.positions.add_(1)
-        one.words.copy_(next_words(one.key_sums, one.positions))
+        one.rng_keys.copy_(next_rng_keys(one.key_sums, one.positions))
 
     def _num_tiles(self, num_rows: int) -> int:
         """Tiles of shared prefixes that a step of so many rows has room for: twice those that full ones would be."""

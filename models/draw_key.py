@@ -10,7 +10,7 @@ from kernels.head import sampling
 POSITION = 4  # column
 
 
-def key_words(keys: torch.Tensor) -> torch.Tensor:
-    """The two words [B, 2] int32 that a draw takes, of keys [B, 5] int64."""
+def mix_keys(keys: torch.Tensor) -> torch.Tensor:
+    """The RNG keys [B, 2] int32 that a draw takes, of keys [B, 5] int64."""
     assert keys.shape[1] == POSITION + 1, keys.shape
-    return sampling.as_words(sampling.mix_sums(sampling.key_sums(keys)))
+    return sampling.as_pairs(sampling.mix_sums(sampling.key_sums(keys)))

@@ -316,11 +316,12 @@ class GptOss(nn.Module):
                          kept_offsets=kept.offsets)[0]
 
     @torch.no_grad()
-    def draw(self, hidden: torch.Tensor, words: torch.Tensor | None, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of words [B, 2] int32
-        (kernels/head/sampling.py), or takes the most likely one where words is None. Returns the tokens [B] and their log-probs
-        [B] fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
-        return draw(hidden, self.lm_head.weight, words, temperature=temperature)
+    def draw(self, hidden: torch.Tensor, rng_keys: torch.Tensor | None, *,
+             temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws a token from the whole vocabulary at `temperature` for each of hidden [B, D], by the noise of RNG keys [B, 2]
+        int32 (kernels/head/sampling.py), or takes the most likely one where rng_keys is None. Returns the tokens [B] and their
+        log-probs [B] fp32, nats: those that log_probs computes for the same hidden state, bit for bit."""
+        return draw(hidden, self.lm_head.weight, rng_keys, temperature=temperature)
 
 
 def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None = None) -> torch.Tensor:

@@ -101,9 +101,9 @@ def run_trainer(model: GptOss, batch: RolloutBatch, settings: Settings, recorder
 def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The log-probs [B] that the sampler records where it draws `tokens` [B]: its own functions, with the draw made for them."""
     if can_decode_by_graph(model) and settings.params.plain is not None and not settings.params.records_routing:
-        words = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
+        rng_keys = torch.zeros(len(tokens), 2, dtype=torch.int32, device=model.device)
         with patch.object(kernels.head.draw, "draw_tokens", lambda *_, **__: tokens):
-            return model.draw(hidden, words, temperature=settings.params.temperature)[1]
+            return model.draw(hidden, rng_keys, temperature=settings.params.temperature)[1]
     keys = torch.zeros(len(tokens), 5, dtype=torch.int64, device=model.device)
     keys[:, 0] = tokens
 

@@ -443,7 +443,7 @@ def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
     if not draws:
         return Work([lambda: head_logits(hidden, weight)], product, moved + 4 * num_rows * len(weight),
                     lambda: F.linear(hidden, weight).float())
-    words = torch.randint(-(2**31), 2**31 - 1, (num_rows, 2), device=s.device, dtype=torch.int32)
+    rng_keys = torch.randint(-(2**31), 2**31 - 1, (num_rows, 2), device=s.device, dtype=torch.int32)
 
     def eager():
         full = torch.log_softmax(F.linear(hidden, weight).float() / TEMPERATURE, -1)
@@ -455,7 +455,7 @@ def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
         return full.gather(1, call()[0][:, None])[:, 0]
 
     def call():
-        return draw(hidden, weight, words, temperature=TEMPERATURE)
+        return draw(hidden, weight, rng_keys, temperature=TEMPERATURE)
 
     return Work([call], product, moved + 8 * num_rows * len(weight), eager, result=lambda: call()[1], expected=expected)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from grpo.config import EvalConfig, EvaluateConfig, GenerateConfig, RolloutConfig
 from models.decoder import PlainDraw
-from models.draw_key import key_words
+from models.draw_key import mix_keys
 
 # Rows are handled in blocks of at most this many logits, which bounds the temporaries (4 bytes per element each).
 _MAX_BLOCK_ELEMENTS = 1 << 24
@@ -142,7 +142,7 @@ def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
     31 hash bits h give w = (h + 1/2) / 2^31 and noise -log(-log(1 - w)). Large noise, which decides the draw, comes
     from small w, where a float keeps all its digits: the largest value is 22.2, the smallest -2.8.
     """
-    first, second = key_words(keys).unbind(1)  # [B], [B] int32
+    first, second = mix_keys(keys).unbind(1)  # [B], [B] int32
     ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9)  # [V]
     bits = ids[None, :] ^ first[:, None]  # [B, V] int32
     shifted = torch.bitwise_right_shift(bits, 16).bitwise_and_(0xFFFF)

@@ -1,8 +1,8 @@
 """From drawn tokens to the state of the next decode step, without the host.
 
-A live row stores what was drawn, takes it as its newest token, and asks for the words of the next draw
-(kernels/head/sampling.py). It ends with a stop id or at its limit, and is idle from then on, at position -1: neither this
-kernel nor a decode step touches anything for it, and its `num_new` and `is_stopped` keep what it ended with.
+A live row stores what was drawn, takes it as its newest token, and gets the RNG key of the next draw (sampling.py). It ends with
+a stop id or at its limit, and is idle from then on, at position -1: neither this kernel nor a decode step touches anything for
+it, and its `num_new` and `is_stopped` keep what it ended with.
 
 Shapes: B rows.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.device import cdiv, is_triton, launch
-from kernels.head.sampling import POSITION_MULTIPLIER, _signed, mix_sum, mix_sums
+from kernels.head.sampling import POSITION_MULTIPLIER, mix_sum, mix_sums, signed
 
 IDLE = -1  # position of a row that is not there, or has ended
 _BLOCK = 128
@@ -30,14 +30,14 @@ class Rows(NamedTuple):
     prompt_lens: torch.Tensor  # tokens
     limits: torch.Tensor  # most tokens after the prompt
     places: torch.Tensor  # of the first token after the prompt in the output buffers
-    key_sums: torch.Tensor  # kernels/head/sampling.py, of all but the position
-    words: torch.Tensor  # the mixed key of the next draw: two words of 32 bits
+    key_sums: torch.Tensor  # sampling.py, of all but the position
+    rng_keys: torch.Tensor  # of the next draw
     items: torch.Tensor  # the caller's name of the row
 
 
-def next_words(key_sums: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Mixed keys [B] int64 of draws after `positions` [B]."""
-    return mix_sums(key_sums + (positions + 1) * _signed(POSITION_MULTIPLIER.value, 64))
+def next_rng_keys(key_sums: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """RNG keys [B] int64 of draws after `positions` [B]."""
+    return mix_sums(key_sums + (positions + 1) * signed(POSITION_MULTIPLIER.value, 64))
 
 
 def advance_reference(rows, tokens, log_probs, all_tokens, all_log_probs, stop_ids):
@@ -49,12 +49,12 @@ def advance_reference(rows, tokens, log_probs, all_tokens, all_log_probs, stop_i
     is_finished = is_stopped | (num_new + 1 >= rows.limits[live])
     positions = rows.positions[live] + 1
     rows.tokens[live], rows.num_new[live], rows.is_stopped[live] = drawn, num_new + 1, is_stopped.long()
-    rows.words[live] = next_words(rows.key_sums[live], positions)
+    rows.rng_keys[live] = next_rng_keys(rows.key_sums[live], positions)
     rows.positions[live] = positions.masked_fill(is_finished, IDLE)
 
 
 @triton.jit
-def _advance_kernel(tokens_ptr, positions_ptr, num_new_ptr, is_stopped_ptr, limits_ptr, places_ptr, key_sums_ptr, words_ptr,
+def _advance_kernel(tokens_ptr, positions_ptr, num_new_ptr, is_stopped_ptr, limits_ptr, places_ptr, key_sums_ptr, rng_keys_ptr,
                     drawn_ptr, log_probs_ptr, all_tokens_ptr, all_log_probs_ptr, stop_ids_ptr, num_stop_ids, num_rows,
                     BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -76,8 +76,8 @@ def _advance_kernel(tokens_ptr, positions_ptr, num_new_ptr, is_stopped_ptr, limi
     tl.store(is_stopped_ptr + row, is_stopped, mask=is_live)
     tl.store(positions_ptr + row, tl.where(is_finished, -1, position), mask=is_live)
     key_sum = tl.load(key_sums_ptr + row, mask=is_live, other=0).to(tl.uint64, bitcast=True)
-    word = mix_sum(key_sum + (position + 1).to(tl.uint64, bitcast=True) * POSITION_MULTIPLIER)
-    tl.store(words_ptr + row, word.to(tl.int64, bitcast=True), mask=is_live)
+    rng_key = mix_sum(key_sum + (position + 1).to(tl.uint64, bitcast=True) * POSITION_MULTIPLIER)
+    tl.store(rng_keys_ptr + row, rng_key.to(tl.int64, bitcast=True), mask=is_live)
 
 
 def advance(rows: Rows, tokens: torch.Tensor, log_probs: torch.Tensor, *, all_tokens: torch.Tensor, all_log_probs: torch.Tensor,
@@ -86,7 +86,7 @@ def advance(rows: Rows, tokens: torch.Tensor, log_probs: torch.Tensor, *, all_to
 
     They are stored in all_tokens int64 and all_log_probs fp32, one-dimensional, at `places + num_new`; no two live rows may
     have the same place. stop_ids [n] int64. A row that goes on stands at the next position, the drawn token its newest, with the
-    words of the next draw. Waits for nothing; a CUDA graph can hold it."""
+    RNG key of the next draw. Waits for nothing; a CUDA graph can hold it."""
     shapes = {name: (tensor.shape, tensor.dtype, tensor.stride()) for name, tensor in rows._asdict().items()}
     assert set(shapes.values()) == {(tokens.shape, torch.int64, (1,))}, (shapes, tokens.shape)
     assert tokens.dtype == all_tokens.dtype == stop_ids.dtype == torch.int64, (tokens.dtype, all_tokens.dtype, stop_ids.dtype)
@@ -97,5 +97,5 @@ def advance(rows: Rows, tokens: torch.Tensor, log_probs: torch.Tensor, *, all_to
         return
     if len(tokens):
         launch(_advance_kernel, (cdiv(len(tokens), _BLOCK),), rows.tokens, rows.positions, rows.num_new, rows.is_stopped,
-               rows.limits, rows.places, rows.key_sums, rows.words, tokens.contiguous(), log_probs.contiguous(), all_tokens,
+               rows.limits, rows.places, rows.key_sums, rows.rng_keys, tokens.contiguous(), log_probs.contiguous(), all_tokens,
                all_log_probs, stop_ids, len(stop_ids), len(tokens), BLOCK=_BLOCK, num_warps=4)

@@ -60,20 +60,20 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _choose(logits: torch.Tensor, words: torch.Tensor | None, temperature: float) -> torch.Tensor:
-    if words is None:
+def _choose(logits: torch.Tensor, rng_keys: torch.Tensor | None, temperature: float) -> torch.Tensor:
+    if rng_keys is None:
         return logits.argmax(dim=-1)  # of equal ones the lowest id
-    return draw_tokens(logits, words, temperature=temperature)
+    return draw_tokens(logits, rng_keys, temperature=temperature)
 
 
-def draw(hidden: torch.Tensor, weight: torch.Tensor, words: torch.Tensor | None, *,
+def draw(hidden: torch.Tensor, weight: torch.Tensor, rng_keys: torch.Tensor | None, *,
          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] int64 drawn from softmax(W h / temperature) for hidden [B, D] and the head's weight [V, D] by the noise of words
-    [B, 2] int32 (sampling.py), the most likely ones without it, and their log-probs [B] fp32, nats. Nothing waits for the host.
-    No gradient. Raises what draw_tokens and log_probs raise."""
+    """Tokens [B] int64 drawn from softmax(W h / temperature) for hidden [B, D] and the head's weight [V, D] by the noise of RNG
+    keys [B, 2] int32 (sampling.py), the most likely ones without any, and their log-probs [B] fp32, nats. Nothing waits for the
+    host. No gradient. Raises what draw_tokens and log_probs raise."""
     hidden, weight, num_rows, vocab = hidden.detach(), weight.detach(), len(hidden), weight.shape[0]
     if not is_triton(hidden) or path_of(hidden, weight) == "library" or num_rows == 0:
-        tokens = _choose(head_logits(hidden, weight), words, temperature)
+        tokens = _choose(head_logits(hidden, weight), rng_keys, temperature)
         return tokens, log_probs(hidden, weight, tokens, temperature=temperature)[0]
     hidden, weight = hidden.contiguous(), weight.contiguous()
     blocks, scale = head_blocks(hidden, weight), math.log2(math.e) / temperature
@@ -81,7 +81,7 @@ def draw(hidden: torch.Tensor, weight: torch.Tensor, words: torch.Tensor | None,
     undrawn = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
     settings = {"has_kept": False, "stores": False}
     sums = score_tiles(hidden, weight, undrawn, None, None, logits, blocks=blocks, scale=scale, keeps_logits=True, **settings)
-    tokens = _choose(logits, words, temperature)
+    tokens = _choose(logits, rng_keys, temperature)
     sums = sums._replace(target_logits=logits.gather(1, tokens[:, None]).squeeze(1) * scale)
     outputs = torch.empty(6, num_rows, dtype=torch.float32, device=hidden.device)  # log-probs first
     add_up_tiles(tokens, None, sums, None, list(outputs), vocab=vocab, tile=blocks["TILE"], max_excess=0.0, **settings)

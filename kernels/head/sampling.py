@@ -1,7 +1,8 @@
 """Draws of tokens from softmax(logits / temperature) by the Gumbel-max trick, as grpo/rollout/sampling.py defines them.
 
   token_b = argmax_v (s_bv - max_v s_bv) + noise_bv,  s = logits / temperature,  noise = -log(-log1p(-w)),  w = (h + 1/2) / 2^31
-with h the lower 31 bits of a hash of the row's two words and of v (multiply and xorshift, Chris Wellons' lowbias32).
+with h the lower 31 bits of a hash of the row's RNG key, taken as two numbers of 32 bits, and of v (multiply and xorshift, Chris
+Wellons' lowbias32).
 
 The logits are read once. A first kernel finds the winner of each chunk of a row, relative to the chunk's own largest s, which it
 leaves beside it; a second scores the winners of a row again, now relative to the row's largest s, in the order of the chunks.
@@ -12,8 +13,8 @@ be another one only where the reference's scores of the two are equal up to thei
 On a GPU all other roundings are PyTorch's too: its division by a number is a product with the fp32 reciprocal, its log and log1p
 are libdevice's, and nothing is contracted into fused multiply-adds. On the CPU PyTorch divides and has logarithms of its own.
 
-The two words of a row are the halves of its mixed key: seed, step, prompt id, sample and position, each times an odd number of
-its own, are summed modulo 2^64 and mixed by the finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014).
+The RNG key of a row: seed, step, prompt id, sample and position, each times an odd number of its own, are summed modulo 2^64 and
+mixed by the finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014).
 
 Shapes: B rows, V vocabulary, C chunks of a row.
 """
@@ -33,7 +34,7 @@ _MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111
 _CHUNK = {"gpu": 4096, "interpreter": 512}  # logits that one program compares
 
 
-def _signed(value: int, bits: int = 32) -> int:
+def signed(value: int, bits: int = 32) -> int:
     return value - (1 << bits) if value >= 1 << (bits - 1) else value
 
 
@@ -42,55 +43,55 @@ def key_sums(keys: torch.Tensor) -> torch.Tensor:
     them. Sums of parts of a key add up."""
     sums = keys.new_zeros(keys.shape[0])
     for column, multiplier in zip(keys.unbind(1), _KEY_MULTIPLIERS):
-        sums += column * _signed(multiplier, 64)
+        sums += column * signed(multiplier, 64)
     return sums
 
 
 def mix_sums(sums: torch.Tensor) -> torch.Tensor:
-    """[B] int64: the mixed keys whose sums [B] are given."""
-    words = (sums ^ _shift_right(sums, 30)) * _signed(_MIX_1.value, 64)
-    words = (words ^ _shift_right(words, 27)) * _signed(_MIX_2.value, 64)
-    return words ^ _shift_right(words, 31)
+    """[B] int64: the RNG keys whose sums [B] are given."""
+    keys = (sums ^ _shift_right(sums, 30)) * signed(_MIX_1.value, 64)
+    keys = (keys ^ _shift_right(keys, 27)) * signed(_MIX_2.value, 64)
+    return keys ^ _shift_right(keys, 31)
 
 
-def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:
-    return (words >> bits) & ((1 << (64 - bits)) - 1)  # >> repeats the sign bit of an int64
+def _shift_right(keys: torch.Tensor, bits: int) -> torch.Tensor:
+    return (keys >> bits) & ((1 << (64 - bits)) - 1)  # >> repeats the sign bit of an int64
 
 
-def as_words(mixed: torch.Tensor) -> torch.Tensor:
-    """Mixed keys [B] int64 as words [B, 2] int32, the lower half first; the memory is shared where it is contiguous."""
-    return mixed.contiguous().view(torch.int32).view(-1, 2)
+def as_pairs(rng_keys: torch.Tensor) -> torch.Tensor:
+    """RNG keys [B] int64 as halves [B, 2] int32, the lower one first; the memory is shared where it is contiguous."""
+    return rng_keys.contiguous().view(torch.int32).view(-1, 2)
 
 
 @triton.jit
-def mix_sum(word):
+def mix_sum(key):
     """mix_sums, of uint64."""
-    word = (word ^ (word >> 30)) * _MIX_1
-    word = (word ^ (word >> 27)) * _MIX_2
-    return word ^ (word >> 31)
+    key = (key ^ (key >> 30)) * _MIX_1
+    key = (key ^ (key >> 27)) * _MIX_2
+    return key ^ (key >> 31)
 
 
-def gumbel_noise_reference(words: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise [B, V] fp32 of words [B, 2] int32."""
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=words.device) * _signed(_ID_MULTIPLIER.value)  # [V]
-    first, second = words[:, :1], words[:, 1:]
+def gumbel_noise_reference(rng_keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise [B, V] fp32 of RNG keys [B, 2] int32."""
+    ids = torch.arange(vocab_size, dtype=torch.int32, device=rng_keys.device) * signed(_ID_MULTIPLIER.value)  # [V]
+    first, second = rng_keys[:, :1], rng_keys[:, 1:]
     bits = ids ^ first  # [B, V] int32, whose >> repeats the sign bit
-    bits = (bits ^ (bits >> 16 & 0xFFFF)) * _signed(_MULTIPLIER_1.value) + second
-    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * _signed(_MULTIPLIER_2.value)
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * signed(_MULTIPLIER_1.value) + second
+    bits = (bits ^ (bits >> 15 & 0x1FFFF)) * signed(_MULTIPLIER_2.value)
     w = ((bits ^ bits >> 16) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=_LARGEST_W.value)
     return w.neg_().log1p_().neg_().log_().neg_()
 
 
-def draw_tokens_reference(logits: torch.Tensor, words: torch.Tensor, temperature: float) -> torch.Tensor:
+def draw_tokens_reference(logits: torch.Tensor, rng_keys: torch.Tensor, temperature: float) -> torch.Tensor:
     scores = logits / temperature  # [B, V]
     largest = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(dim=-1, keepdim=True)
     scores -= largest.masked_fill_(largest == -torch.inf, 0.0)
-    return scores.add_(gumbel_noise_reference(words, logits.shape[1])).argmax(dim=-1)  # NaN counts as the largest
+    return scores.add_(gumbel_noise_reference(rng_keys, logits.shape[1])).argmax(dim=-1)  # NaN counts as the largest
 
 
 @triton.jit
 def _noise(ids, first, second, HAS_LIBDEVICE: tl.constexpr):
-    """Noise of vocabulary ids [N] int32, for the two words int32 of their row."""
+    """Noise of vocabulary ids [N] int32, for both halves int32 of their row's RNG key."""
     bits = ids.to(tl.uint32, bitcast=True) * _ID_MULTIPLIER ^ first.to(tl.uint32, bitcast=True)
     bits = (bits ^ (bits >> 16)) * _MULTIPLIER_1 + second.to(tl.uint32, bitcast=True)
     bits = (bits ^ (bits >> 15)) * _MULTIPLIER_2
@@ -114,7 +115,7 @@ def _scores(s, largest, ids, first, second, HAS_LIBDEVICE: tl.constexpr):
 
 
 @triton.jit
-def _chunk_kernel(logits_ptr, words_ptr, largest_ptr, winners_ptr, temperature, vocab_size, num_chunks, stride_logits,
+def _chunk_kernel(logits_ptr, rng_keys_ptr, largest_ptr, winners_ptr, temperature, vocab_size, num_chunks, stride_logits,
                   CHUNK: tl.constexpr, HAS_LIBDEVICE: tl.constexpr):
     program = tl.program_id(0)
     row, start = (program // num_chunks).to(tl.int64), program % num_chunks * CHUNK
@@ -122,14 +123,14 @@ def _chunk_kernel(logits_ptr, words_ptr, largest_ptr, winners_ptr, temperature, 
     logits = tl.load(logits_ptr + row * stride_logits + ids, mask=ids < vocab_size, other=float("-inf"))
     s = logits * tl.div_rn(1.0, temperature)
     largest = tl.max(tl.where(s != s, float("-inf"), s), 0)
-    first, second = tl.load(words_ptr + 2 * row), tl.load(words_ptr + 2 * row + 1)
+    first, second = tl.load(rng_keys_ptr + 2 * row), tl.load(rng_keys_ptr + 2 * row + 1)
     scores = _scores(s, largest, ids, first, second, HAS_LIBDEVICE)
     tl.store(largest_ptr + program.to(tl.int64), largest)
     tl.store(winners_ptr + program.to(tl.int64), start + tl.argmax(scores, 0))
 
 
 @triton.jit
-def _row_kernel(logits_ptr, words_ptr, largest_ptr, winners_ptr, tokens_ptr, temperature, num_chunks, stride_logits,
+def _row_kernel(logits_ptr, rng_keys_ptr, largest_ptr, winners_ptr, tokens_ptr, temperature, num_chunks, stride_logits,
                 BLOCK: tl.constexpr, HAS_LIBDEVICE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, BLOCK)
@@ -137,16 +138,16 @@ def _row_kernel(logits_ptr, words_ptr, largest_ptr, winners_ptr, tokens_ptr, tem
     ids = tl.load(winners_ptr + row * num_chunks + chunks, mask=is_chunk, other=0)
     largest = tl.max(tl.load(largest_ptr + row * num_chunks + chunks, mask=is_chunk, other=float("-inf")), 0)
     logits = tl.load(logits_ptr + row * stride_logits + ids, mask=is_chunk, other=float("-inf"))
-    first, second = tl.load(words_ptr + 2 * row), tl.load(words_ptr + 2 * row + 1)
+    first, second = tl.load(rng_keys_ptr + 2 * row), tl.load(rng_keys_ptr + 2 * row + 1)
     scores = _scores(logits * tl.div_rn(1.0, temperature), largest, ids, first, second, HAS_LIBDEVICE)
     best = tl.argmax(scores, 0)  # of equals the first: ids rise from chunk to chunk
     tl.store(tokens_ptr + row, tl.sum(tl.where(chunks == best, ids, 0), 0).to(tl.int64))
 
 
-def draw_tokens(logits: torch.Tensor, words: torch.Tensor, *, temperature: float) -> torch.Tensor:
+def draw_tokens(logits: torch.Tensor, rng_keys: torch.Tensor, *, temperature: float) -> torch.Tensor:
     """Tokens [B] int64 drawn from softmax(logits / temperature), the lowest id among equal scores; a function of each row alone.
 
-    logits [B, V] fp32, rows may be strided; words [B, 2] int32: the 64 bits that a row's key was mixed to, lower half first. An
+    logits [B, V] fp32, rows may be strided; rng_keys [B, 2] int32: a row's RNG key, its lower half first. An
     id of logit -inf is drawn only where a row has nothing else (then it is 0); of a row with NaN or +inf, the first such id.
     Nothing waits for the host and the grids follow from shapes, so that a CUDA graph can hold it. No gradient. Raises ValueError
     for a temperature that is not above 0 and for logits that are not fp32."""
@@ -155,11 +156,11 @@ def draw_tokens(logits: torch.Tensor, words: torch.Tensor, *, temperature: float
         raise ValueError(f"{operation}: temperature={temperature}; must be above 0")
     check_served(operation, {"logits": logits}, dtypes=(torch.float32,), tensor_cores=False)
     assert vocab_size > 0, f"{operation}: logits are {tuple(logits.shape)}"
-    expected = (num_rows, 2), torch.int32, logits.device
-    assert (words.shape, words.dtype, words.device) == expected, f"{words.shape, words.dtype, words.device} {expected}"
-    logits, words = logits.detach(), words.contiguous()
+    given, expected = (rng_keys.shape, rng_keys.dtype, rng_keys.device), ((num_rows, 2), torch.int32, logits.device)
+    assert given == expected, f"{given} {expected}"
+    logits, rng_keys = logits.detach(), rng_keys.contiguous()
     if not is_triton(logits):
-        return draw_tokens_reference(logits, words, temperature)
+        return draw_tokens_reference(logits, rng_keys, temperature)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     chunk = _CHUNK["gpu" if logits.is_cuda else "interpreter"]
     num_chunks = cdiv(vocab_size, chunk)
@@ -169,8 +170,8 @@ def draw_tokens(logits: torch.Tensor, words: torch.Tensor, *, temperature: float
     if num_rows == 0:
         return tokens
     constants = {"HAS_LIBDEVICE": not is_interpreted(), "enable_fp_fusion": False}
-    launch(_chunk_kernel, (num_rows * num_chunks,), logits, words, largest, winners, float(temperature), vocab_size, num_chunks,
-           logits.stride(0), CHUNK=chunk, num_warps=8, **constants)
-    launch(_row_kernel, (num_rows,), logits, words, largest, winners, tokens, float(temperature), num_chunks, logits.stride(0),
+    launch(_chunk_kernel, (num_rows * num_chunks,), logits, rng_keys, largest, winners, float(temperature), vocab_size,
+           num_chunks, logits.stride(0), CHUNK=chunk, num_warps=8, **constants)
+    launch(_row_kernel, (num_rows,), logits, rng_keys, largest, winners, tokens, float(temperature), num_chunks, logits.stride(0),
            BLOCK=next_power_of_2(num_chunks), num_warps=1, **constants)
     return tokens

@@ -5,8 +5,8 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
 
 from kernels.head.advance import _BLOCK, IDLE, Rows, _advance_kernel, advance
-from kernels.head.sampling import as_words, key_sums
-from models.draw_key import key_words
+from kernels.head.sampling import as_pairs, key_sums
+from models.draw_key import mix_keys
 
 STOP_IDS = [3, 17]
 CAPACITY = 5  # tokens of a row in the output buffers
@@ -24,7 +24,7 @@ def make_rows(num_rows: int, device="cpu") -> tuple[Rows, torch.Tensor]:
     limits = limits.clamp(max=CAPACITY)
     rows = Rows(tokens=count + 100, positions=positions, num_new=num_new, is_stopped=torch.zeros_like(count), slots=count + 7,
                 prompt_lens=prompt_lens, limits=limits, places=count.flip(0) * CAPACITY, key_sums=key_sums(keys),
-                words=count + 1, items=count + 9)
+                rng_keys=count + 1, items=count + 9)
     return Rows(*(tensor.contiguous().to(device) for tensor in rows)), keys
 
 
@@ -43,7 +43,7 @@ def advance_in_python(rows: Rows, keys, drawn: list[int], log_probs: list[float]
             is_finished = row["is_stopped"] or row["num_new"] >= row["limits"]
             row["positions"] = IDLE if is_finished else position
             key = torch.tensor([[*keys[b].tolist(), position + 1]])
-            row["words"] = int(key_words(key).view(torch.int64))
+            row["rng_keys"] = int(mix_keys(key).view(torch.int64))
         after.append(row)
     return after, stored
 
@@ -96,7 +96,7 @@ def test_words_are_those_of_the_whole_key():
                          limits=torch.full((2,), 5))
     advance(rows, torch.tensor([0, 0]), torch.zeros(2), all_tokens=torch.zeros(10, dtype=torch.int64),
             all_log_probs=torch.zeros(10), stop_ids=torch.tensor([1]))
-    assert torch.equal(as_words(rows.words), key_words(keys))
+    assert torch.equal(as_pairs(rows.rng_keys), mix_keys(keys))
 
 
 @pytest.mark.interpreter
@@ -112,7 +112,7 @@ def test_the_kernel_without_stop_ids():
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_kernel_fits_every_gpu(arch):
-    names = ("tokens", "positions", "num_new", "is_stopped", "limits", "places", "key_sums", "words", "drawn", "all_tokens",
+    names = ("tokens", "positions", "num_new", "is_stopped", "limits", "places", "key_sums", "rng_keys", "drawn", "all_tokens",
              "stop_ids")
     signature = {f"{name}_ptr": "*i64" for name in names} | {"log_probs_ptr": "*fp32", "all_log_probs_ptr": "*fp32"}
     signature |= {"num_stop_ids": "i32", "num_rows": "i32"}

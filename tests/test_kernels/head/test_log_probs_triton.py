@@ -217,13 +217,13 @@ def test_a_row_does_not_depend_on_its_batch(poisoned):
 def check_draw(hidden, weight, *, temperature, rows) -> None:
     """Tokens are those of the logits, log-probs those of log_probs, in any batch, bit for bit."""
     generator = torch.Generator().manual_seed(9)
-    words = torch.randint(-(1 << 31), (1 << 31) - 1, (len(hidden), 2), generator=generator).to(hidden.device, torch.int32)
-    tokens, drawn = draw(hidden, weight, words, temperature=temperature)
-    assert torch.equal(tokens, draw_tokens(head_logits(hidden, weight), words, temperature=temperature))
+    rng_keys = torch.randint(-(1 << 31), (1 << 31) - 1, (len(hidden), 2), generator=generator).to(hidden.device, torch.int32)
+    tokens, drawn = draw(hidden, weight, rng_keys, temperature=temperature)
+    assert torch.equal(tokens, draw_tokens(head_logits(hidden, weight), rng_keys, temperature=temperature))
     assert len(tokens.unique()) > len(tokens) // 2
     assert torch.equal(drawn, log_probs(hidden, weight, tokens, temperature=temperature)[0])
     for part in rows:
-        alone = draw(hidden[part], weight, words[part], temperature=temperature)
+        alone = draw(hidden[part], weight, rng_keys[part], temperature=temperature)
         assert torch.equal(alone[0], tokens[part]) and torch.equal(alone[1], drawn[part])
     likely, values = draw(hidden, weight, None, temperature=temperature)
     assert torch.equal(likely, head_logits(hidden, weight).argmax(1))

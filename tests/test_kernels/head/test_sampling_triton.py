@@ -11,7 +11,7 @@ from aot import ALL_ARCHITECTURES, check_fits, compile_for
 
 from grpo.rollout.sampling import draw, gumbel_noise
 from kernels.head.sampling import _CHUNK, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
-from models.draw_key import key_words as make_words
+from models.draw_key import mix_keys as make_rng_keys
 
 CHUNK = _CHUNK["interpreter"]
 
@@ -53,7 +53,7 @@ def noise_pairs(keys, vocab_size) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("vocab_size", [1, 127, CHUNK, CHUNK + 1, 5000])
 def test_tokens_are_those_that_torch_draws(vocab_size, temperature, poisoned):
     keys, logits = make_keys(24), normal(24, vocab_size, scale=3.0) + 20
-    tokens = draw_tokens(logits, make_words(keys), temperature=temperature)
+    tokens = draw_tokens(logits, make_rng_keys(keys), temperature=temperature)
     assert_equal_but_for_near_ties(tokens, logits, keys, temperature)
     assert vocab_size == 1 or len(tokens.unique()) > 5
 
@@ -62,7 +62,7 @@ def test_tokens_are_those_that_torch_draws(vocab_size, temperature, poisoned):
 def test_large_logits_round_as_those_of_torch_relative_to_the_largest(poisoned):
     # at 30,000 a float's step is 1/512: noise added to it would tie half of the rows, and the lowest id would win
     keys, logits = make_keys(64), torch.full((64, 700), 30_000.0)
-    tokens = draw_tokens(logits, make_words(keys), temperature=1.0)
+    tokens = draw_tokens(logits, make_rng_keys(keys), temperature=1.0)
     assert torch.equal(tokens, draw(logits, keys, temperature=1.0).tokens)
 
 
@@ -77,19 +77,19 @@ def test_of_equal_scores_the_lowest_id_wins_within_a_chunk_and_across(poisoned):
     logits = torch.full((len(chosen), 5000), -math.inf)
     for place, (_, low, high) in enumerate(chosen):
         logits[place, [low, high]] = 1.5
-    words = make_words(keys[[row for row, _, _ in chosen]])
-    assert draw_tokens(logits, words, temperature=1.0).tolist() == [low for _, low, _ in chosen]
+    rng_keys = make_rng_keys(keys[[row for row, _, _ in chosen]])
+    assert draw_tokens(logits, rng_keys, temperature=1.0).tolist() == [low for _, low, _ in chosen]
 
 
 @pytest.mark.interpreter
 def test_masked_logits_are_never_drawn_even_where_whole_chunks_are_masked(poisoned):
     keys, logits = make_keys(24), torch.full((24, 4 * CHUNK - 5), -math.inf)
     logits[:, 2 * CHUNK + 3 : 2 * CHUNK + 40 : 2] = normal(24, 19)
-    tokens = draw_tokens(logits, make_words(keys), temperature=1.0)
+    tokens = draw_tokens(logits, make_rng_keys(keys), temperature=1.0)
     assert torch.equal(tokens, draw(logits, keys, temperature=1.0).tokens)
     assert logits.gather(1, tokens[:, None]).isfinite().all()
     logits[:, -1] = 3.0e38  # far above the rest, in a chunk after theirs
-    assert (draw_tokens(logits, make_words(keys), temperature=1.0) == logits.shape[1] - 1).all()
+    assert (draw_tokens(logits, make_rng_keys(keys), temperature=1.0) == logits.shape[1] - 1).all()
 
 
 def rows_with_infinities_and_nan() -> tuple[torch.Tensor, list[int]]:
@@ -107,37 +107,37 @@ def rows_with_infinities_and_nan() -> tuple[torch.Tensor, list[int]]:
 @pytest.mark.interpreter
 def test_the_first_nan_or_infinity_wins_and_rows_without_a_logit_give_id_0(poisoned):
     logits, expected = rows_with_infinities_and_nan()
-    assert draw_tokens(logits, make_words(make_keys(6)), temperature=0.5).tolist() == expected
+    assert draw_tokens(logits, make_rng_keys(make_keys(6)), temperature=0.5).tolist() == expected
 
 
 def test_the_reference_treats_infinities_and_nan_as_the_kernel():
     logits, expected = rows_with_infinities_and_nan()
-    assert draw_tokens_reference(logits, make_words(make_keys(6)), 0.5).tolist() == expected
+    assert draw_tokens_reference(logits, make_rng_keys(make_keys(6)), 0.5).tolist() == expected
 
 
 @pytest.mark.interpreter
 def test_a_row_draws_alone_whatever_the_strides(poisoned):
-    words, logits = make_words(make_keys(9)), normal(9, 1300, scale=2.0)
-    tokens = draw_tokens(logits, words, temperature=0.9)
+    rng_keys, logits = make_rng_keys(make_keys(9)), normal(9, 1300, scale=2.0)
+    tokens = draw_tokens(logits, rng_keys, temperature=0.9)
     order = torch.tensor([4, 0, 8, 2])
     wide = torch.full((4, 1500), math.inf)
     wide[:, 100:1400] = logits[order]
-    assert torch.equal(draw_tokens(wide[:, 100:1400], words[order], temperature=0.9), tokens[order])
+    assert torch.equal(draw_tokens(wide[:, 100:1400], rng_keys[order], temperature=0.9), tokens[order])
     columns = logits.T.contiguous().T
-    assert torch.equal(draw_tokens(columns, words.T.contiguous().T, temperature=0.9), tokens)
-    assert draw_tokens(logits[:0], words[:0], temperature=0.9).shape == (0,)
+    assert torch.equal(draw_tokens(columns, rng_keys.T.contiguous().T, temperature=0.9), tokens)
+    assert draw_tokens(logits[:0], rng_keys[:0], temperature=0.9).shape == (0,)
 
 
 def test_a_temperature_of_zero_and_other_dtypes_are_refused():
-    words = make_words(make_keys(2))
+    rng_keys = make_rng_keys(make_keys(2))
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature"):
-            draw_tokens(torch.zeros(2, 5), words, temperature=temperature)
+            draw_tokens(torch.zeros(2, 5), rng_keys, temperature=temperature)
     with pytest.raises(ValueError, match="logits is torch.float64"):
-        draw_tokens(torch.zeros(2, 5, dtype=torch.float64), words, temperature=1.0)
+        draw_tokens(torch.zeros(2, 5, dtype=torch.float64), rng_keys, temperature=1.0)
 
 
-POINTERS = {"logits_ptr": "*fp32", "words_ptr": "*i32", "largest_ptr": "*fp32", "winners_ptr": "*i32"}
+POINTERS = {"logits_ptr": "*fp32", "rng_keys_ptr": "*i32", "largest_ptr": "*fp32", "winners_ptr": "*i32"}
 NUMBERS = {"temperature": "fp32", "num_chunks": "i32", "stride_logits": "i32"}
 
 
@@ -177,36 +177,36 @@ def test_no_product_is_contracted_with_the_subtraction(arch):
 def test_gpu_draws_are_those_of_torch_up_to_near_ties(num_rows, vocab_size, temperature, poisoned):
     keys = make_keys(num_rows, "cuda")
     logits = normal(num_rows, vocab_size, scale=3.0, device="cuda") + 20
-    words = make_words(keys)
-    tokens = draw_tokens(logits, words, temperature=temperature)
+    rng_keys = make_rng_keys(keys)
+    tokens = draw_tokens(logits, rng_keys, temperature=temperature)
     assert_equal_but_for_near_ties(tokens, logits, keys, temperature)
-    assert torch.equal(draw_tokens(logits, words, temperature=temperature), tokens)
+    assert torch.equal(draw_tokens(logits, rng_keys, temperature=temperature), tokens)
     half = num_rows // 2
-    assert torch.equal(draw_tokens(logits[half:], words[half:], temperature=temperature), tokens[half:])
+    assert torch.equal(draw_tokens(logits[half:], rng_keys[half:], temperature=temperature), tokens[half:])
 
 
 @pytest.mark.gpu
 def test_gpu_rows_with_infinities_and_nan(poisoned):
     logits, expected = rows_with_infinities_and_nan()
-    words = make_words(make_keys(6))
-    assert draw_tokens(logits.cuda(), words.cuda(), temperature=0.5).tolist() == expected
+    rng_keys = make_rng_keys(make_keys(6))
+    assert draw_tokens(logits.cuda(), rng_keys.cuda(), temperature=0.5).tolist() == expected
     wide = torch.full((6, 20_000), -math.inf)  # with the same rows in other chunks
     wide[:, 12_000 : 12_000 + logits.shape[1]] = logits
     expected = [token + 12_000 if row != 3 else 0 for row, token in enumerate(expected)]
-    assert draw_tokens(wide.cuda(), words.cuda(), temperature=0.5).tolist() == expected
+    assert draw_tokens(wide.cuda(), rng_keys.cuda(), temperature=0.5).tolist() == expected
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_draws_from_what_its_inputs_hold(poisoned):
     keys, logits = make_keys(16, "cuda"), normal(16, 20_000, device="cuda")
-    words = make_words(keys)
-    draw_tokens(logits, words, temperature=1.0)  # compiles
+    rng_keys = make_rng_keys(keys)
+    draw_tokens(logits, rng_keys, temperature=1.0)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens = draw_tokens(logits, words, temperature=1.0)
+        tokens = draw_tokens(logits, rng_keys, temperature=1.0)
     for seed in (1, 2):
         logits.copy_(normal(16, 20_000, seed=seed, device="cuda"))
         keys[:, 4] += 1000
-        words.copy_(make_words(keys))
+        rng_keys.copy_(make_rng_keys(keys))
         graph.replay()
-        assert torch.equal(tokens, draw_tokens(logits, words, temperature=1.0))
+        assert torch.equal(tokens, draw_tokens(logits, rng_keys, temperature=1.0))
