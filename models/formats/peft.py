@@ -140,6 +140,10 @@ def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
     }
 
 
+def _leaves(targets: list[str]) -> list[str]:
+    return [leaf for target in targets for leaf in (PROJECTIONS if target == "experts" else (target,))]
+
+
 def _adapter_of(block: Block, leaf: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, in] and B [out, r] of a projection, [E, r, in] and [E, out, r] of experts."""
     stem = f"{PATHS[leaf]}_lora_" if leaf in PROJECTIONS else f"{PATHS[leaf]}.lora_"
@@ -150,10 +154,9 @@ def peft_tensors(
     model: GptOss, targets: list[str], *, read: Callable[[torch.nn.Parameter], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """`read` of each adapter parameter (itself, its gradient) under PEFT's names, in its layout, fp32 on the CPU."""
-    leaves = [leaf for target in targets for leaf in (PROJECTIONS if target == "experts" else (target,))]
     tensors = {}
     for layer, block in enumerate(model.model.layers):
-        for leaf in leaves:
+        for leaf in _leaves(targets):
             lora_A, lora_B = (read(parameter) for parameter in _adapter_of(block, leaf))
             if leaf in PROJECTIONS:
                 lora_A, lora_B = lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)  # [E * r, in], [out, r * E]
@@ -170,6 +173,8 @@ class _Pair:
     leaf: str  # q_proj, k_proj, v_proj, o_proj, router, gate_up_proj or down_proj
     expert: int | None  # of a pair that belongs to one expert alone
     name: str  # as PEFT's patterns see it
+    rank: int
+    scale: float  # of B A
     key: str  # in the file, without .lora_A.weight
     A: StoredTensor
     B: StoredTensor
@@ -192,7 +197,7 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
 
 def _lora_config(settings: PeftSettings, pairs: list[_Pair]) -> LoraConfig:
     folder = settings.path.parent
-    rank = max((settings.rank_of(pair.name) for pair in pairs), default=settings.rank)
+    rank = max((pair.rank for pair in pairs), default=settings.rank)
     targets = {pair.target for pair in pairs}
     trained = list(list_file(folder / TRAINED_NAME)) if (folder / TRAINED_NAME).exists() else []
     return LoraConfig(
@@ -231,7 +236,8 @@ def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[st
         if len(both) == 2:
             leaf, name = _identify(settings, found, has_inner=f"{key}.base_layer" in halves)
             expert = None if found["expert"] is None else int(found["expert"])
-            pairs.append(_Pair(int(found["layer"]), leaf, expert, name, key, both["A"], both["B"]))
+            rank, scale = settings.rank_of(name), settings.scale_of(name)
+            pairs.append(_Pair(int(found["layer"]), leaf, expert, name, rank, scale, key, both["A"], both["B"]))
     return pairs, alone, foreign
 
 
@@ -278,7 +284,7 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
         present = {pair.name for pair in pairs}
         named = [_name_of(settings, layer, leaf) for layer in range(len(model.model.layers)) for leaf in PATHS]
         missing = [name for name, is_chosen in named if is_chosen and name not in present]
-    misshapen = [problem for pair in pairs for problem in _shape_problems(pair, model, settings.rank_of(pair.name))]
+    misshapen = [problem for pair in pairs for problem in _shape_problems(pair, model)]
     if missing or foreign or misshapen:
         raise CheckpointError(
             f"{folder / WEIGHTS_NAME}: does not fit the model: missing: {shortened(missing)}; not used: "
@@ -289,8 +295,8 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
         attach_lora(model, wanted, seed=0)
     else:
         _check_same(folder, model.adapter, wanted)
-    _fill(model, settings, pairs, wanted)
-    if absent := _left_out(pairs, model):
+    _fill(model, pairs, wanted)
+    if absent := _left_out(pairs, wanted.targets, model):
         warnings.warn(f"{folder}: holds nothing for {'; '.join(absent)}: there the adapter starts without effect", stacklevel=2)
     _load_trained(model, folder / TRAINED_NAME)
 
@@ -301,8 +307,8 @@ def check_adapter(folder: str | Path, held: LoraConfig) -> None:
     _check_same(Path(folder), held, read_adapter_config(folder))
 
 
-def _shape_problems(pair: _Pair, model: GptOss, rank: int) -> list[str]:
-    block, num_experts = model.model.layers[pair.layer], model.config.num_local_experts
+def _shape_problems(pair: _Pair, model: GptOss) -> list[str]:
+    block, num_experts, rank = model.model.layers[pair.layer], model.config.num_local_experts, pair.rank
     if pair.target == "experts":
         size_in, size_out = block.mlp.experts.sizes[pair.leaf]
         if pair.expert is None:
@@ -316,7 +322,7 @@ def _shape_problems(pair: _Pair, model: GptOss, rank: int) -> list[str]:
 
 
 @torch.no_grad()
-def _fill(model: GptOss, settings: PeftSettings, pairs: list[_Pair], config: LoraConfig) -> None:
+def _fill(model: GptOss, pairs: list[_Pair], config: LoraConfig) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             parameter.zero_()
@@ -325,28 +331,23 @@ def _fill(model: GptOss, settings: PeftSettings, pairs: list[_Pair], config: Lor
         if pair.expert is not None:
             lora_A, lora_B = lora_A[pair.expert], lora_B[pair.expert]
         stored_A, stored_B = pair.A.read().float(), pair.B.read().float()
-        rank = settings.rank_of(pair.name)
         if lora_A.ndim == 3:  # all experts
-            stored_A = stored_A.view(len(lora_A), rank, -1)
-            stored_B = stored_B.view(-1, rank, len(lora_A)).permute(2, 0, 1)
-        lora_A[..., :rank, :] = stored_A
-        lora_B[..., :rank] = stored_B * (settings.scale_of(pair.name) * config.rank / config.alpha)
+            stored_A = stored_A.view(len(lora_A), pair.rank, -1)
+            stored_B = stored_B.view(-1, pair.rank, len(lora_A)).permute(2, 0, 1)
+        lora_A[..., : pair.rank, :] = stored_A
+        lora_B[..., : pair.rank] = stored_B * (pair.scale * config.rank / config.alpha)
 
 
-def _left_out(pairs: list[_Pair], model: GptOss) -> list[str]:
+def _left_out(pairs: list[_Pair], targets: list[str], model: GptOss) -> list[str]:
     """The layers that an adapter leaves out, of each projection it targets; matrices, where it holds experts one by one."""
-    layers: dict[str, set[int]] = {}
-    for pair in pairs:
-        for leaf in PROJECTIONS if pair.target == "experts" else (pair.leaf,):
-            layers.setdefault(leaf, set())
-        layers[pair.leaf].add(pair.layer)
-    every = set(range(len(model.model.layers)))
-    said = [
-        f"{leaf} in layers {', '.join(map(str, sorted(every - held)))}" for leaf, held in layers.items() if every - held
-    ]
-    num_single = sum(pair.expert is not None for pair in pairs)
-    num_all = len(PROJECTIONS) * len(every) * model.config.num_local_experts
-    return said + ([f"{num_all - num_single} of {num_all} expert matrices"] if num_single else [])
+    said, num_layers = [], len(model.model.layers)
+    for leaf in _leaves(targets):
+        if absent := sorted(set(range(num_layers)) - {pair.layer for pair in pairs if pair.leaf == leaf}):
+            said.append(f"{leaf} in layers {', '.join(map(str, absent))}")
+    if num_single := sum(pair.expert is not None for pair in pairs):
+        num_all = len(PROJECTIONS) * num_layers * model.config.num_local_experts
+        said.append(f"{num_all - num_single} of {num_all} expert matrices")
+    return said
 
 
 def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:
@@ -366,9 +367,8 @@ def _load_trained(model: GptOss, path: Path) -> None:
         return
     parameters = dict(model.named_parameters())
     stored = list_file(path)
-    wrong = [
-        name for name, found in stored.items() if name not in parameters or found.shape != tuple(parameters[name].shape)
-    ]
+    wrong = [name for name in stored if name not in parameters]
+    wrong += misshapen_tensors(stored, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
     if wrong:
         raise CheckpointError(f"{path}: tensors that do not fit the model: {shortened(wrong)}")
     with torch.no_grad():
