@@ -23,17 +23,18 @@ from models.formats.files import CheckpointError
 
 DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
 
-# The first kind that fits counts. ValueError: by this project's rule its message names the key or file and what to do.
-KINDS: list[tuple[type | tuple[type, ...], str, int]] = [
-    (Interrupted, "interrupted", PREEMPTED),
-    ((NonFiniteError, FloatingPointError), "diverged", DIVERGED),
-    (DataError, "bad data", DATA_ERROR),
-    (UserCodeFault, "environment failed", ENV_ERROR),
-    ((ConfigError, CheckpointError, LoadError, RunInUseError, ValueError), "configuration", CONFIG_ERROR),
-    ((SaveError, OSError), "disk", FAILED)]
-# These say all there is to say; others leave a traceback in a file.
-SELF_EXPLAINING = (Interrupted, NonFiniteError, FloatingPointError, DataError, RewardError, ConfigError, CheckpointError,
-                   LoadError, RunInUseError, SaveError, OSError)
+# Kind of error, reason, exit code, and whether its message says all there is to say; others leave a traceback in a file. The
+# first that fits counts. ValueError: by this project's rule its message names the key or file and what to do.
+KINDS: list[tuple[type | tuple[type, ...], str, int, bool]] = [
+    (Interrupted, "interrupted", PREEMPTED, True),
+    ((NonFiniteError, FloatingPointError), "diverged", DIVERGED, True),
+    (DataError, "bad data", DATA_ERROR, True),
+    (RewardError, "environment failed", ENV_ERROR, True),
+    (UserCodeFault, "environment failed", ENV_ERROR, False),
+    ((ConfigError, CheckpointError, LoadError, RunInUseError), "configuration", CONFIG_ERROR, True),
+    (ValueError, "configuration", CONFIG_ERROR, False),
+    ((SaveError, OSError), "disk", FAILED, True),
+    (BaseException, "failed", FAILED, False)]
 # What torch and the libraries below it say when memory ends, in errors that have no type of their own.
 MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
                 "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
@@ -56,14 +57,14 @@ def describe_failure(error: BaseException, *, config: object, log: Path | None, 
     from anywhere."""
     if is_out_of_memory(error):
         return Failure("out of memory", OUT_OF_MEMORY, describe_out_of_memory(error, config))
-    reason, code = next(((reason, code) for kind, reason, code in KINDS if isinstance(error, kind)), ("failed", FAILED))
+    reason, code, is_clear = next(found for kind, *found in KINDS if isinstance(error, kind))
     message = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and log is not None:
         hint = "" if "resume=true" in message else ": free some space, then go on with resume=true"
         message += f"; {free_bytes(log.parent):,} bytes are free in {log.parent}{hint}"
     elif reason == "failed" or not message:
         message = f"{type(error).__name__}: {message}"
-    is_clear = isinstance(error, SELF_EXPLAINING) or (isinstance(error, ValueError) and not is_started)
+    is_clear = is_clear or (isinstance(error, ValueError) and not is_started)
     if log is not None and log.parent.is_dir() and not is_clear:
         with contextlib.suppress(OSError):  # a full disk must not hide the message
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from grpo.run.checkpoint import SaveError, clean_stale
@@ -18,20 +19,17 @@ class RunInUseError(ValueError):
 
 
 class RunLock:
-    """A run's folder, held by this process until `release` or the end of a `with` block."""
+    """A run's folder, while this process holds it."""
 
-    def __init__(self, run_dir: Path, folder: int, descriptor: int) -> None:
+    def __init__(self, run_dir: Path, folder: int) -> None:
         self.run_dir = run_dir
         self._folder = folder
-        self._descriptor: int | None = descriptor
 
     def check_in_place(self) -> None:
         """Raises SaveError where the folder no longer lies at its path: whoever moved it would look for the rest of the run
         there, and this process would make a second one."""
-        held = os.fstat(self._folder)
         try:
-            found = os.stat(self.run_dir)
-            if os.path.samestat(held, found):
+            if os.path.samestat(os.fstat(self._folder), os.stat(self.run_dir)):
                 return
             what = "another folder has its place"
         except OSError as error:
@@ -42,45 +40,36 @@ class RunLock:
         raise SaveError(f"the run's folder {self.run_dir} was moved, replaced or deleted ({what}){place}. Nothing is saved any "
                         "more: put it back and resume from its last checkpoint")
 
-    def release(self) -> None:
-        """Gives the folder up; one that holds nothing but the lock, after a start that failed, is removed."""
-        if self._descriptor is None:
-            return
-        with contextlib.suppress(OSError):
-            if os.listdir(self._folder) == [LOCK]:
-                os.unlink(LOCK, dir_fd=self._folder)
-                os.rmdir(self.run_dir)
-        os.close(self._descriptor)
-        os.close(self._folder)
-        self._descriptor = None
 
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def lock_run(run_dir: str | Path) -> RunLock:
-    """Takes the run for this process (creating its folder) and cleans up after a killed one (`clean_stale`). The caller
-    keeps what is returned: the lock ends with it.
+@contextlib.contextmanager
+def lock_run(run_dir: str | Path) -> Iterator[RunLock]:
+    """Holds the run for this process (creating its folder), after cleaning up what a killed one left (`clean_stale`). A folder
+    that holds nothing but the lock at the end, since a start failed, is removed.
 
     Raises RunInUseError naming the process that has it. The kernel drops the lock with the process, so a killed run
     leaves none behind (its file stays and means nothing)."""
     run_dir = Path(run_dir)
-    while (lock := _try_lock(run_dir)) is None:
-        pass  # a start that failed removed the folder between two of our calls
-    clean_stale(run_dir)
-    return lock
+    with contextlib.ExitStack() as opened:
+        while (folder := _try_lock(run_dir, opened)) is None:
+            pass  # a start that failed removed the folder between two of our calls
+        clean_stale(run_dir)
+        try:
+            yield RunLock(run_dir, folder)
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [LOCK]:
+                    os.unlink(LOCK, dir_fd=folder)
+                    os.rmdir(run_dir)
 
 
-def _try_lock(run_dir: Path) -> RunLock | None:
+def _try_lock(run_dir: Path, opened: contextlib.ExitStack) -> int | None:
+    """The descriptor of the folder, which `opened` closes with that of the lock."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as attempt:
         folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        opened.callback(os.close, folder)
+        attempt.callback(os.close, folder)
         descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644, dir_fd=folder)
-        opened.callback(os.close, descriptor)
+        attempt.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -91,6 +80,6 @@ def _try_lock(run_dir: Path) -> RunLock | None:
             owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, owner.encode(), 0)
-            opened.pop_all()
-            return RunLock(run_dir, folder, descriptor)
+            opened.enter_context(attempt.pop_all())
+            return folder
     return None

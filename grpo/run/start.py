@@ -198,8 +198,8 @@ def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
 
 def describe_runs(run_dir: Path) -> str:
     """The runs beside run_dir, those of a similar name first."""
-    names = sorted((path.parent for path in run_dir.parent.glob("*/config.yaml")), key=lambda path: -path.stat().st_mtime)
-    names = [path.name for path in names]
+    run_dirs = sorted((path.parent for path in run_dir.parent.glob("*/config.yaml")), key=lambda path: -path.stat().st_mtime)
+    names = [path.name for path in run_dirs]
     near = difflib.get_close_matches(run_dir.name, names, n=3)
     listed = near + [name for name in names if name not in near]
     if not listed:

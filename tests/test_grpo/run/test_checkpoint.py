@@ -153,7 +153,8 @@ def test_leftovers_of_a_killed_process_are_ignored_then_cleaned(tmp_path):
     (root / ".step_000005.gone").mkdir()
     (root / "notes.txt").write_text("mine")
     assert_is_step(load_run(tmp_path), 10)
-    lock_run(tmp_path).release()
+    with lock_run(tmp_path):
+        pass
     assert saved_names(tmp_path) == ["notes.txt", "step_000010"]
 
 
@@ -266,7 +267,8 @@ for previous in (10.0, 20.0):
             save(run, 20, 21.0)
             os._exit(0)
         was_killed = os.waitpid(child, 0)[1] == signal.SIGKILL
-        grpo.run.lock.lock_run(run).release()
+        with grpo.run.lock.lock_run(run):
+            pass
         loaded = c.load_run(run)
         value = loaded.state["value"]
         assert torch.equal(loaded.tensors["w"], torch.full((50,), value)), operation
@@ -288,6 +290,7 @@ import sys, torch
 from grpo.run.checkpoint import load_run, save_run
 from grpo.run.lock import lock_run
 lock = lock_run(sys.argv[1])
+lock.__enter__()
 loaded = load_run(sys.argv[1])
 step = 0 if loaded is None else loaded.step
 print("ready", flush=True)
@@ -323,7 +326,8 @@ def test_links_and_stray_files_among_the_checkpoints_hinder_nothing_and_are_neve
     (root / ".step_000008.gone").symlink_to(elsewhere)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lock_run(run_dir).release()
+        with lock_run(run_dir):
+            pass
         assert saved_names(run_dir) == ["step_000010"]
         assert_is_step(load_run(run_dir), 10)
         (root / ".step_000010.tmp").write_text("a file")
@@ -343,7 +347,8 @@ def test_a_folder_of_checkpoints_may_be_a_link_to_another_disk(tmp_path):
     (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
     for step in (1, 2, 3):
         save(tmp_path / "run", step, keep=2)
-    lock_run(tmp_path / "run").release()
+    with lock_run(tmp_path / "run"):
+        pass
     assert_is_step(load_run(tmp_path / "run"), 3)
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["step_000002", "step_000003"]
 
@@ -353,7 +358,8 @@ def test_a_leftover_that_cannot_be_deleted_is_a_warning_that_names_it(tmp_path, 
     (tmp_path / "checkpoints/.step_000020.tmp").mkdir()
     monkeypatch.setattr(shutil, "rmtree", out_of_space)
     with pytest.warns(UserWarning, match=r"cannot delete .*\.step_000020\.tmp"):
-        lock_run(tmp_path).release()
+        with lock_run(tmp_path):
+            pass
 
 
 def test_a_renamed_checkpoint_is_passed_over_and_named(tmp_path):

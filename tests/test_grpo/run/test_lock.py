@@ -12,19 +12,20 @@ from grpo.run.lock import RunInUseError, lock_run
 
 def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
     code = "import sys, time; from grpo.run.lock import lock_run; lock = lock_run(sys.argv[1]); " \
-           "print('locked', flush=True); time.sleep(60)"
+           "lock.__enter__(); print('locked', flush=True); time.sleep(60)"
     process = run_python(code, tmp_path)
     try:
         assert process.stdout.readline() == "locked\n", process.stderr.read()
         with pytest.raises(RunInUseError, match=rf"{tmp_path} is in use by process {process.pid} on .* choose another"):
-            lock_run(tmp_path)
+            lock_run(tmp_path).__enter__()
     finally:
         process.kill()
         process.communicate()
     with lock_run(tmp_path):
         with pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
-            lock_run(tmp_path)
-    lock_run(tmp_path).release()
+            lock_run(tmp_path).__enter__()
+    with lock_run(tmp_path):
+        pass
 
 
 def test_a_lock_on_a_folder_that_holds_nothing_else_leaves_nothing(tmp_path):
