@@ -3,11 +3,11 @@
     python scripts/bits.py --checkpoint /dev/shm/gpt-oss-20b > after.json
     git worktree add ../before COMMIT && cp scripts/bits.py ../before/scripts && cd ../before && python scripts/bits.py ...
 
-Samples completions of mixed lengths (random prompts; random stop ids end them) with an adapter on attention and experts, then
+Samples 64 completions of mixed lengths (random prompts; random stop ids end them) with an adapter on attention and experts, then
 takes the gradient of a policy loss over them. tokens, log_probs and gradients are SHA-256: equal ones are equal to the last bit.
 max_log_prob_diff is the largest difference between sampler and trainer, nats. Rates are those of a second time; first_step_s is
-the first rollout and the first gradient, kernels compiled or read from Triton's cache. It needs little of the product, and finds
-what has moved: it runs on older commits too.
+the first rollout and the first gradient, kernels compiled or read from Triton's cache. Older commits run it too: it needs little
+of the product, and looks where that was before.
 """
 
 import argparse
@@ -58,22 +58,20 @@ def load(checkpoint: Path, device: str, dtype: torch.dtype):
 
 def timed(function):
     """The function's result, and its seconds."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
     start = time.perf_counter()
     result = function()
-    wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
 
-def sample(policy, *, count: int, prompt_lens: tuple[int, int], max_new_tokens: int, seed: int):
+def sample(policy, *, count: int, prompt_lens: tuple[int, int], max_new_tokens: int):
     """A function that samples: the same completions at each call."""
-    draw, vocab = random.Random(seed), min(policy.config.vocab_size, MAX_TOKEN)
-    low, high = prompt_lens
+    draw, vocab, (low, high) = random.Random(0), min(policy.config.vocab_size, MAX_TOKEN), prompt_lens
     prompts = [Prompt(i, [draw.randrange(vocab) for _ in range(round(low * (high / low) ** draw.random()))], {})
                for i in range(count)]
     stop_ids = draw.sample(range(vocab), max(1, round(vocab / (0.4 * max_new_tokens))))
-    sampler = find("Sampler", "grpo.rollout.session", "grpo.rollout")(policy, stop_ids, max_batch=24, seed=seed,
+    sampler = find("Sampler", "grpo.rollout.session", "grpo.rollout")(policy, stop_ids, max_batch=24, seed=0,
                                                                       max_len=high + max_new_tokens)
     params = find("SamplingParams", "grpo.rollout.sampling")
     if params is None:
@@ -104,8 +102,9 @@ def train(policy, completions: list, micro_batch: int) -> tuple[list[torch.Tenso
     return [parameters[name].grad for name in sorted(parameters)], worst
 
 
-def measure(policy, *, micro_batch: int, **sizes) -> dict:
-    rollout = sample(policy, **sizes)
+def measure(policy, *, count: int = 64, prompt_lens: tuple[int, int] = (16, 1500), max_new_tokens: int = 1024,
+            micro_batch: int = 8) -> dict:
+    rollout = sample(policy, count=count, prompt_lens=prompt_lens, max_new_tokens=max_new_tokens)
     _, first_rollout = timed(rollout)
     completions, rollout_s = timed(rollout)
     _, first_gradient = timed(lambda: train(policy, completions, micro_batch))
@@ -124,16 +123,9 @@ def measure(policy, *, micro_batch: int, **sizes) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a gpt-oss checkpoint")
-    parser.add_argument("--count", type=int, default=64, help="completions (default: 64)")
-    parser.add_argument("--prompt-lens", type=int, nargs=2, default=[16, 1500], metavar=("LEAST", "MOST"))
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=8, help="completions of a forward and backward (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    found = measure(load(options.checkpoint, device, dtype), count=options.count, prompt_lens=tuple(options.prompt_lens),
-                    max_new_tokens=options.max_new_tokens, micro_batch=options.micro_batch, seed=options.seed)
-    print(json.dumps(found | {"gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}))
+    checkpoint, is_cuda = parser.parse_args().checkpoint, torch.cuda.is_available()
+    policy = load(checkpoint, *(("cuda", torch.bfloat16) if is_cuda else ("cpu", torch.float32)))
+    print(json.dumps(measure(policy) | {"gpu": torch.cuda.get_device_name() if is_cuda else "cpu", "torch": torch.__version__}))
 
 
 if __name__ == "__main__":
