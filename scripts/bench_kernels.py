@@ -54,14 +54,17 @@ def measure(case, sizes, ceilings: Ceilings, *, with_peers: bool, blocks: list[s
     """Lines of one case: its own, and one for each of the other block sizes."""
     torch.manual_seed(0)
     work, line = case.make(), {}
-    has_peer = with_peers and work.peer is not None
     found, line["peak_gb"] = with_peak_gb(work.result or work.calls[0])
     ours = [tensor.detach().clone() for tensor in results(found)]
-    if has_peer:
-        error = largest_error(ours, (work.expected or work.peer)())
-        line |= {"relative_error": error, "is_right": error <= TOLERANCE[sizes.dtype]}
+    compares = with_peers and work.peer is not None
+    if compares:  # before anything is timed: some calls work in place
+        try:
+            error = largest_error(ours, (work.expected or work.peer)())
+            line |= {"relative_error": error, "is_right": error <= TOLERANCE[sizes.dtype]}
+        except Exception as error:  # what is timed is the other; a peer may want more memory than there is
+            compares, line["peer_error"] = False, f"{type(error).__name__}: {str(error)[:300]}"
     line |= rates(work, call_milliseconds(work.calls), ceilings)
-    if has_peer:
+    if compares:
         peer_ms = call_milliseconds([work.peer])
         line |= {"peer": case.peer, "peer_ms": round(peer_ms, 4), "times_peer": round(peer_ms / line["ms"], 2)}
     lines = [line]
@@ -84,7 +87,8 @@ def table(lines: list[dict]) -> list[str]:
             f"{'times peer':>10}"]
     for line in sorted((line for line in lines if "lost_ms" in line), key=lambda line: -line["lost_ms"]):
         tflops = f"{line['TFLOP/s']:.0f}" if line["TFLOP/s"] else ""
-        notes = f"{line.get('times_peer', ''):>10} {line.get('peer', '')} {line.get('blocks', '')}".rstrip()
+        peer = "failed" if "peer_error" in line else line.get("peer", "")
+        notes = f"{line.get('times_peer', ''):>10} {peer} {line.get('blocks', '')}".rstrip()
         wrong = "" if line.get("is_right", True) else f"  WRONG by {line['relative_error']:.2g}"
         rows.append(f"{line['what']:48} {line['ms']:9.4f} {tflops:>8} {line['GB/s']:7.0f} {line['roofline_ms']:9.4f} "
                     f"{line['fraction']:8.3f} {line['lost_ms']:8.4f} {line['bound']:8} {notes}{wrong}")

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import LORA_SCALE, Case, Sizes, Work, backward_of, case, leaf, size_of
+from kernel_cases import LORA_SCALE, Case, Sizes, Work, case, leaf, size_of
 
 from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
 from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.forward import activation_grad
 from kernels.experts.gemm import GemmBlocks, grouped_gemm
 from kernels.experts.outer import OuterBlocks, grouped_outer
-from kernels.experts.sorting import make_routing, route, route_backward
+from kernels.experts.sorting import Routing, make_routing, route
 from kernels.experts.transport import combine as combine_rows
 from kernels.experts.transport import sum_rows
 from kernels.packed.mxfp4 import dequantize_reference
@@ -48,14 +48,19 @@ def eager_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     return F.linear(x.float(), weight.float(), bias.float())
 
 
-def eager_route(s: Sizes, logits: torch.Tensor | None, indices: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Gate weights (none without logits), indices, order of the routed rows by expert, and offsets."""
-    if logits is None:
-        values = torch.empty(len(indices), 0, device=s.device)
-    else:
-        values, indices = logits.topk(s.config.num_experts_per_tok)
+def eager_sort(s: Sizes, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As parts_of a routing."""
     counts = indices.flatten().bincount(minlength=s.config.num_local_experts)
-    return torch.softmax(values, -1), indices, indices.flatten().argsort(stable=True), F.pad(counts.cumsum(0), (1, 0))
+    return indices, indices.flatten().argsort(stable=True), F.pad(counts.cumsum(0), (1, 0))
+
+
+def eager_route(s: Sizes, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    values, indices = logits.topk(s.config.num_experts_per_tok)
+    return torch.softmax(values, -1), *eager_sort(s, indices)
+
+
+def parts_of(routing: Routing) -> tuple[torch.Tensor, ...]:
+    return routing.indices, routing.order, routing.offsets_device
 
 
 def router(s: Sizes) -> Work:
@@ -78,29 +83,22 @@ def router_gradient(s: Sizes) -> Work:
                 result=lambda: add_to(x.clone()))
 
 
-def route_rows(s: Sizes, *, sorts_only: bool) -> Work:
+def route_rows(s: Sizes) -> Work:
     """Choice, gate weights and sort by expert"""
     logits = torch.randn(s.tokens, s.config.num_local_experts, device=s.device)
-    indices = logits.topk(s.config.num_experts_per_tok).indices
 
     def call():
-        if sorts_only:
-            gates, routing = logits[:, :0], make_routing(indices, num_experts=logits.shape[1])
-        else:
-            gates, routing = route(logits, experts_per_token=indices.shape[1])
-        return gates, routing.indices, routing.order, routing.offsets_device
+        gates, routing = route(logits, experts_per_token=s.config.num_experts_per_tok)
+        return gates, *parts_of(routing)
 
-    num_bytes = 20 * indices.numel() + (0 if sorts_only else size_of(logits, indices))
-    return Work([call], 0, num_bytes, lambda: eager_route(s, None if sorts_only else logits, indices))
+    return Work([call], 0, size_of(logits) + 28 * s.tokens * s.config.num_experts_per_tok, lambda: eager_route(s, logits))
 
 
-def route_gradient(s: Sizes) -> Work:
-    """Gradient of the logits from that of the gate weights"""
-    d = routed(s, s.tokens)
-    grad, logits = torch.randn_like(d.gates), torch.randn(s.tokens, s.config.num_local_experts, device=s.device)
-    weights = torch.softmax(logits.gather(1, d.routing.indices), -1)
-    return Work([lambda: route_backward(grad, weights, d.routing.indices, logits.shape[1])], 0, size_of(logits),
-                backward_of(lambda logits: torch.softmax(logits.gather(1, d.routing.indices), -1), [logits], [grad]))
+def sort_rows(s: Sizes) -> Work:
+    """The sort by expert alone"""
+    indices, num = routed(s, s.tokens).routing.indices, s.config.num_local_experts
+    return Work([lambda: parts_of(make_routing(indices, num_experts=num))], 0, 20 * indices.numel(),
+                lambda: eager_sort(s, indices))
 
 
 def route_few_rows(s: Sizes, num_rows: int) -> Work:
@@ -109,7 +107,7 @@ def route_few_rows(s: Sizes, num_rows: int) -> Work:
 
     def call(x, weight, bias):
         _, gates, routing = route_few(x, weight, bias, experts_per_token=s.config.num_experts_per_tok)
-        return gates, routing.indices, routing.order, routing.offsets_device
+        return gates, *parts_of(routing)
 
     return Work([partial(call, *layer) for layer in layers], 0, size_of(*layers[0]),
                 lambda: eager_route(s, eager_logits(*layers[0])))
@@ -336,9 +334,8 @@ def cases_of(s: Sizes) -> list[Case]:
     found = [
         row("router", "eager", router),
         row("router backward", "eager", router_gradient),
-        row("route", "eager", route_rows, sorts_only=False),
-        row("route sort alone", "eager", route_rows, sorts_only=True),
-        row("route backward", "eager", route_gradient),
+        row("route", "eager", route_rows),
+        row("route sort alone", "eager", sort_rows),
         row("combine", "eager", combine, is_backward=False),
         row("combine backward of dispatch", "eager", combine, is_backward=True),
         row("swiglu backward", "eager", swiglu_gradient),

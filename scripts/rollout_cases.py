@@ -9,7 +9,10 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from random_policy import load_policy, num_tokens, random_prompts, set_memory
@@ -156,25 +159,18 @@ def train_on(policy: GptOss, optimizer: Optimizer, completions: list[Completion]
             "max_log_prob_diff": torch.stack(worst).max().item()}
 
 
-class PrefillClock:
-    """The seconds that a policy spends in prefill, which it waits for."""
+@contextmanager
+def prefill_clock(policy: GptOss) -> Iterator[list[float]]:
+    """Inside, the seconds of each prefill of the policy are added to the list, which takes waiting for it."""
+    prefill, seconds = policy.prefill_hidden, []
 
-    def __init__(self, policy: GptOss) -> None:
-        self.policy, self.seconds = policy, 0.0
+    def clocked(*arguments, **settings):
+        hidden, took = timed(lambda: prefill(*arguments, **settings))
+        seconds.append(took)
+        return hidden
 
-    def __enter__(self) -> PrefillClock:
-        prefill = self.policy.prefill_hidden
-
-        def clocked(*arguments, **settings):
-            hidden, seconds = timed(lambda: prefill(*arguments, **settings))
-            self.seconds += seconds
-            return hidden
-
-        self.policy.prefill_hidden = clocked
-        return self
-
-    def __exit__(self, *_) -> None:
-        del self.policy.prefill_hidden
+    with patch.object(policy, "prefill_hidden", clocked):
+        yield seconds
 
 
 def grpo_step_case(policy: GptOss, *, prompts: int, group: int, prompt_len: int, length: int, micro_tokens: int,
@@ -186,33 +182,27 @@ def grpo_step_case(policy: GptOss, *, prompts: int, group: int, prompt_len: int,
 
     def step(index: int) -> dict:
         asked = random_prompts(policy, [prompt_len] * prompts, seed=index)
-        with PrefillClock(policy) as clock:
+        with prefill_clock(policy) as clock:
             completions, rollout = timed(lambda: sampler.generate(asked, SamplingParams(max_new_tokens=length), step=index,
                                                                   num_samples=group))
         _, handover = timed(sampler.rest)
         update = train_on(policy, optimizer, completions, micro_tokens=micro_tokens)
-        total = rollout + handover + update["forward_backward_s"] + update["optimizer_s"]
-        return {"seconds": round(total, 3), "rollout_s": round(rollout, 3), "prefill_s": round(clock.seconds, 3),
-                "decode_s": round(rollout - clock.seconds, 3), "handover_s": round(handover, 3), **update,
-                "rollout_tokens_per_s": round(prompts * group * length / rollout)}
+        times = {"seconds": rollout + handover + update["forward_backward_s"] + update["optimizer_s"], "rollout_s": rollout,
+                 "prefill_s": sum(clock), "decode_s": rollout - sum(clock), "handover_s": handover}
+        return {name: round(value, 3) for name, value in times.items()} | update | {
+            "rollout_tokens_per_s": round(prompts * group * length / rollout)}
 
     step(0)
     return step(1) | {"prompts": prompts, "group": group, "prompt_len": prompt_len, "length": length}
 
 
-def reserved_gb(*, peak: bool = False) -> float:
-    """GPU memory that torch holds, in 1e9 bytes; 0 without a GPU."""
+def memory_gb() -> tuple[float, float, float]:
+    """GPU memory in 1e9 bytes: what torch holds, the most that it has held, and what is in use by whoever it is, whether torch
+    counts it or not; 0 without a GPU."""
     if not torch.cuda.is_available():
-        return 0.0
-    return (torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()) / 1e9
-
-
-def used_gb() -> float:
-    """GPU memory in use by whoever it is, memory that torch does not count included, in 1e9 bytes; 0 without a GPU."""
-    if not torch.cuda.is_available():
-        return 0.0
+        return 0.0, 0.0, 0.0
     free, total = torch.cuda.mem_get_info()
-    return (total - free) / 1e9
+    return torch.cuda.memory_reserved() / 1e9, torch.cuda.max_memory_reserved() / 1e9, (total - free) / 1e9
 
 
 def undrawn_completions(policy: GptOss, group: int, prompt_len: int, length: int) -> list[Completion]:
@@ -233,7 +223,7 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         train_on(policy, optimizer, fixed, micro_tokens=MICRO_TOKENS)
-        return reserved_gb(peak=True), used_gb()
+        return memory_gb()[1:]
 
     peak_of_update()  # the optimizer's state comes with the first
     alone = peak_of_update()
@@ -252,14 +242,13 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
     for step in range(num_steps):
         completions = sample(1 + step, lengths[2 * step], lengths[2 * step + 1])
         train_on(policy, optimizer, completions, micro_tokens=MICRO_TOKENS)
-        reserved.append(reserved_gb())
+        reserved.append(memory_gb()[0])
     sample(0, prompt_len, length)
     late = peak_of_update()
-    return {"training_alone_gb": round(alone[0], 3), "training_after_rollout_gb": round(after[0], 3),
-            "difference_gb": round(after[0] - alone[0], 3), "steps": num_steps, "training_after_steps_gb": round(late[0], 3),
-            "growth_gb": round(late[0] - after[0], 3), "reserved_in_steps_gb": round(max(reserved), 3),
-            "used_alone_gb": round(alone[1], 3), "used_after_rollout_gb": round(after[1], 3),
-            "used_after_steps_gb": round(late[1], 3)}
+    found = {"training_alone": alone[0], "training_after_rollout": after[0], "difference": after[0] - alone[0],
+             "training_after_steps": late[0], "growth": late[0] - after[0], "reserved_in_steps": max(reserved),
+             "used_alone": alone[1], "used_after_rollout": after[1], "used_after_steps": late[1]}
+    return {"steps": num_steps} | {f"{name}_gb": round(value, 3) for name, value in found.items()}
 
 
 def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: int) -> float:
@@ -297,12 +286,6 @@ def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 40
             "tokens_per_s": round(sum(num_new) / bound_s), "unbounded_tokens_per_s": round(sum(num_new) / free_s)}
 
 
-def kernel_cache_is_warm() -> bool:
-    """Whether Triton's cache on disk holds anything."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    return folder.is_dir() and any(folder.iterdir())
-
-
 def process_seconds() -> float:
     """Since this process began."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, since the machine started
@@ -312,7 +295,8 @@ def process_seconds() -> float:
 def start_up_case(checkpoint: Path, *, lora: str, imports_s: float, group: int = 8, prompt_len: int = 220, length: int = 512,
                   **settings) -> dict:
     """From the start of the process to the end of the first step. imports_s: what came before; settings: load_policy's."""
-    is_warm = kernel_cache_is_warm()
+    kernel_cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    is_warm = kernel_cache.is_dir() and any(kernel_cache.iterdir())
     policy, load = timed(lambda: load_policy(checkpoint, lora=lora, **settings))
     set_memory(policy, None)
     optimizer = make_optimizer(policy)
@@ -322,6 +306,6 @@ def start_up_case(checkpoint: Path, *, lora: str, imports_s: float, group: int =
                                                           num_samples=group))
     sampler.rest()
     _, update = timed(lambda: train_on(policy, optimizer, completions, micro_tokens=MICRO_TOKENS))
-    return {"seconds": round(imports_s + load + rollout + update, 2), "imports_s": round(imports_s, 2), "load_s": round(load, 2),
-            "first_rollout_s": round(rollout, 2), "first_update_s": round(update, 2),
-            "kernel_cache": "warm" if is_warm else "cold"}
+    parts = {"imports_s": imports_s, "load_s": load, "first_rollout_s": rollout, "first_update_s": update}
+    found = {"seconds": sum(parts.values())} | parts
+    return {name: round(value, 2) for name, value in found.items()} | {"kernel_cache": "warm" if is_warm else "cold"}
