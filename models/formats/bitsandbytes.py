@@ -64,8 +64,8 @@ def _absmax_of(matrix: _PackedMatrix, beside: dict[str, torch.Tensor]) -> torch.
         raise CheckpointError(f"{path}: {name}.quant_map is not NF4's; fetch a checkpoint in NF4")
     absmax, num_blocks = beside["absmax"], math.prod(matrix.shape) // BLOCK_SIZE
     if "nested_absmax" in beside:
-        groups = beside["nested_absmax"].repeat_interleave(described["nested_blocksize"])[:absmax.numel()]
-        absmax = beside["nested_quant_map"][absmax.long().flatten()] * groups + described["nested_offset"]
+        factors = beside["nested_absmax"].repeat_interleave(described["nested_blocksize"])[:absmax.numel()]
+        absmax = beside["nested_quant_map"][absmax.long().flatten()] * factors + described["nested_offset"]
     if absmax.numel() != num_blocks:
         raise CheckpointError(f"{path}: {name}.absmax has {absmax.numel()} blocks, expected {num_blocks}; fetch the checkpoint "
                               "again")

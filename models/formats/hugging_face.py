@@ -300,7 +300,9 @@ def save_model(
     with atomic_folder(Path(folder), num_bytes=num_bytes_to_write(plan, beside)) as temporary:
         write_shards(temporary, plan, max_shard_bytes=max_shard_bytes)
         write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
-        write_json(temporary / "generation_config.json", _generation_config(model.config, beside.get("tokenizer.json")))
+        if "generation_config.json" not in beside:
+            described = _generation_config(model.config, beside.get("tokenizer.json"))
+            write_json(temporary / "generation_config.json", described)
         write_beside(temporary, beside)
         if keeps_adapter:
             base = name or str(Path(folder).absolute())
