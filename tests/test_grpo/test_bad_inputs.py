@@ -192,25 +192,13 @@ def write_experiments(folder: Path) -> None:
     (folder / "experiment/not_yaml.yaml").write_text(f"{head}optim: [\n")
 
 
-# arguments after `python -m grpo.train`, exit code, parts of the message
+# arguments after `python -m grpo.train`, exit code, parts of the message; tests/test_grpo/configuration/ has those of the schema
 CONFIG = [
-    ("lr=1e-4", 2, ["unknown key lr"]),
     ("optim.lrr=1e-4", 2, ["optim.lrr", "did you mean optim.lr?"]),
-    ("+optim.typo=1", 2, ["unknown key optim.typo"]),
-    ("++rollout.groupsize=4", 2, ["rollout.groupsize", "did you mean rollout.group_size?"]),
     ("env.digit=2", 2, ["unknown key env.digit", "did you mean env.digits?"]),
     ("+loss.clip=0.1", 2, ["unknown key loss.clip", "clip_low"]),
-    ("model.architecture.hidden=64", 2, ["model.architecture.hidden", "did you mean model.architecture.hidden_size?"]),
-    ("model.architecture.rope_scaling.factr=2", 2, ["rope_scaling", "factr"]),
-    ("warmup.stepz=5", 2, ["warmup.stepz", "did you mean warmup.steps?"]),
     ("losss=grpo", 2, ["unknown key losss", "did you mean loss?"]),
-    ("loss=ppo", 2, ["configs/loss/ppo.yaml", "dapo, dr_grpo, grpo"]),
-    ("experiment=smok", 2, ["smok", "did you mean experiment=smoke?"]),
-    ("optim.lr=fast", 2, ["optim.lr = 'fast' (str): expected a number"]),
-    ("rollout.group_size=2.5", 2, ["rollout.group_size = 2.5 (float): expected an integer"]),
     ("env.digits=two", 2, ["env.digits = 'two' (str)", "an integer"]),
-    ("rollout.group_size=1", 2, ["rollout.group_size = 1: must be at least 2"]),
-    ("rollout.temperature=0", 2, ["rollout.temperature = 0.0: must be > 0"]),
     ("env._target_=grpo.envs.carry.Cary", 2, ["env._target_ = 'grpo.envs.carry.Cary'", "did you mean grpo.envs.carry.Carry?"]),
     ("env._target_=nowhere.Env", 2, ["env._target_ = 'nowhere.Env'", "cannot import nowhere"]),
     ("model.architecture.num_key_value_heads=3", 2, ["model.architecture", "num_key_value_heads"]),
@@ -218,7 +206,6 @@ CONFIG = [
     ("env.digits=1", 2, ["env.digits=1: must lie in 2..9"]),
     ("output_dir={folder}/a_file", 2, ["output_dir = ", "a_file", "choose a folder"]),
     ("name=../elsewhere", 2, ["name = '../elsewhere'", "choose one with name=NAME"]),
-    ("rollout.max_new_tokens=300 optim.max_tokens=310 rollout.prompts_per_step=9999999 steps=0", 2, ["steps = 0"]),
 ]
 MODEL = [
     ("model.lora.rnk=2", 2, ["model.lora.rnk", "did you mean model.lora.rank?"]),

@@ -4,12 +4,9 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from paths import ROOT
 
 from grpo.config import ConfigError
 from grpo.configuration.command_line import as_typed, to_override
@@ -172,16 +169,6 @@ def test_an_argument_that_is_not_utf_8_is_refused():
 # ---- flags
 
 
-def launch(*arguments: str, cwd: Path, code: str = "return 0") -> subprocess.CompletedProcess:
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import yaml; yaml.SafeLoader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader\n"
-        "from grpo.configuration.launch import launch, typed_words\n"
-        f"def task(config):\n    {code}\nsys.exit(launch('train', task))"
-    )
-    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=cwd, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -193,10 +180,10 @@ def launch(*arguments: str, cwd: Path, code: str = "return 0") -> subprocess.Com
         "--package _global_ seed=7 --cfg job",
     ],
 )
-def test_the_composed_config_is_shown_wherever_the_flag_stands(tmp_path, words):
-    result = launch(*words.split(), cwd=tmp_path)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert "\nseed: 7\n" in result.stdout and "warmup:\n" in result.stdout  # of quickstart, not only train.yaml
+def test_the_composed_config_is_shown_wherever_the_flag_stands(launched, words):
+    result = launched(*words.split())
+    assert result.code == 0 and result.err == "", result.err
+    assert "\nseed: 7\n" in result.out and "warmup:\n" in result.out  # of quickstart, not only train.yaml
 
 
 @pytest.mark.parametrize(
@@ -214,16 +201,16 @@ def test_the_composed_config_is_shown_wherever_the_flag_stands(tmp_path, words):
         ("--cfg job experiment=quickstart_sweep", "lr: 0.0001"),
     ],
 )
-def test_flags_that_show_something_stand_anywhere(tmp_path, words, part):
-    result = launch(*words.split(), cwd=tmp_path, code="raise SystemExit('ran')")
-    assert result.returncode == 0 and part in result.stdout, result.stderr
+def test_flags_that_show_something_stand_anywhere(launched, tmp_path, words, part):
+    result = launched(*words.split(), task="raise SystemExit('ran')")
+    assert result.code == 0 and part in result.out, result.err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("words", ["seed=1,2 -m", "-m seed=1,2", "seed=1,2 --multirun steps=5", "steps=5 -m seed=1,2"])
-def test_a_sweep_runs_wherever_its_flag_stands(tmp_path, words):
-    result = launch(*words.split(), cwd=tmp_path, code="print('ran', config.seed); return 0")
-    assert [line for line in result.stdout.splitlines() if line.startswith("ran")] == ["ran 1", "ran 2"], result.stderr
+def test_a_sweep_runs_wherever_its_flag_stands(launched, words):
+    result = launched(*words.split(), task="print('ran', config.seed); return 0")
+    assert [line for line in result.out.splitlines() if line.startswith("ran")] == ["ran 1", "ran 2"], result.err
 
 
 @pytest.mark.parametrize(
@@ -366,38 +353,38 @@ def test_mistakes_in_configs_of_another_folder_get_the_same_messages(conf, monke
             load_config("train", [place, *words.split()])
 
 
-def test_an_unknown_keyword_says_which_file_brought_it(conf):
-    result = launch("--config-dir=conf", "experiment=own_loss", "~loss.clip_high", cwd=conf.parent)
-    assert result.returncode == 2 and result.stdout == ""
-    assert "unknown key loss.length_normaliser (set by conf/experiment/own_loss.yaml; " in result.stderr
-    assert "~loss.length_normaliser leaves it out); did you mean loss.length_normalizer?" in result.stderr
+def test_an_unknown_keyword_says_which_file_brought_it(launched, conf):
+    result = launched("--config-dir=conf", "experiment=own_loss", "~loss.clip_high")
+    assert result.code == 2 and result.out == ""
+    assert "unknown key loss.length_normaliser (set by conf/experiment/own_loss.yaml; " in result.err
+    assert "~loss.length_normaliser leaves it out); did you mean loss.length_normalizer?" in result.err
     (conf.parent / "own.py").write_text("def own(inputs, *, scale: float):\n    pass\n")
-    result = launch("loss._target_=own.own", "loss.scale=2", "~loss.clip_high", cwd=conf.parent, code="return 0")
-    assert result.returncode == 2, result.stdout
+    result = launched("loss._target_=own.own", "loss.scale=2", "~loss.clip_high")
+    assert result.code == 2, result.out
     assert (
         "unknown key loss.clip_low (set by configs/loss/dapo.yaml; ~loss.clip_low leaves it out). "
         "Allowed in loss: scale"
-    ) in result.stderr
+    ) in result.err
 
 
-def test_all_keywords_that_a_file_sets_for_another_function_are_named_at_once(conf):
+def test_all_keywords_that_a_file_sets_for_another_function_are_named_at_once(launched, conf):
     (conf.parent / "own.py").write_text(
         "class Own:\n    def __init__(self, tokenizer, seed, size=1):\n        pass\n\n\n"
         "def swapped(inputs, batch):\n    pass\n\n\ndef own(inputs):\n    pass\n"
     )
-    result = launch("loss._target_=own:own", cwd=conf.parent, code="return 0")
-    assert "(set by configs/loss/dapo.yaml; ~loss.clip_low ~loss.clip_high leave them out). " in result.stderr
-    result = launch("env._target_=own.py:Own", "~env.digits", "++env.sise=3", cwd=conf.parent, code="return 0")
-    assert "(set by configs/env/carry.yaml; ~env.fault_rate ~env.keep_no_carry ~env.held_out_fraction " in result.stderr
-    assert " ~env.digits" not in result.stderr and " ~env.sise" not in result.stderr
-    result = launch("loss._target_=own.py:swapped", "~loss.clip_low", "~loss.clip_high", cwd=conf.parent, code="return 0")
-    assert "loss.batch: required by own.py:swapped; set with `loss.batch=VALUE` or in the YAML" in result.stderr
+    result = launched("loss._target_=own:own")
+    assert "(set by configs/loss/dapo.yaml; ~loss.clip_low ~loss.clip_high leave them out). " in result.err
+    result = launched("env._target_=own.py:Own", "~env.digits", "++env.sise=3")
+    assert "(set by configs/env/carry.yaml; ~env.fault_rate ~env.keep_no_carry ~env.held_out_fraction " in result.err
+    assert " ~env.digits" not in result.err and " ~env.sise" not in result.err
+    result = launched("loss._target_=own.py:swapped", "~loss.clip_low", "~loss.clip_high")
+    assert "loss.batch: required by own.py:swapped; set with `loss.batch=VALUE` or in the YAML" in result.err
 
 
 # ---- commands
 
 
-def test_printed_commands_are_as_one_would_type_them(tmp_path):
+def test_printed_commands_are_as_one_would_type_them(launched):
     words = [
         "experiment=smoke",
         "optim.lr=1e-3",
@@ -405,8 +392,8 @@ def test_printed_commands_are_as_one_would_type_them(tmp_path):
         "env.digits=3",
         "model.architecture.head_dim=8",
     ]
-    result = launch(*words, cwd=tmp_path, code="print('typed', __import__('json').dumps(typed_words())); return 0")
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("typed ")]
+    result = launched(*words, task="print('typed', __import__('json').dumps(typed_words())); return 0")
+    (line,) = [line for line in result.out.splitlines() if line.startswith("typed ")]
     typed = json.loads(line.removeprefix("typed "))
     assert typed == [
         "+experiment=smoke",
@@ -419,8 +406,8 @@ def test_printed_commands_are_as_one_would_type_them(tmp_path):
     assert again == load_config("train", words)
 
 
-def test_the_default_experiment_is_not_spelled_out_and_added_folders_are(tmp_path, conf):
+def test_the_default_experiment_is_not_spelled_out_and_added_folders_are(launched, conf):
     code = "print('typed', *typed_words()); return 0"
-    assert "typed seed=3\n" in launch("seed=3", cwd=tmp_path, code=code).stdout
-    result = launch("seed=3", "--config-dir", "conf", "experiment=mine", cwd=tmp_path, code=code)
-    assert f"typed --config-dir {conf} +experiment=mine seed=3\n" in result.stdout, result.stderr
+    assert "typed seed=3\n" in launched("seed=3", task=code).out
+    result = launched("seed=3", "--config-dir", "conf", "experiment=mine", task=code)
+    assert f"typed --config-dir {conf} +experiment=mine seed=3\n" in result.out, result.err

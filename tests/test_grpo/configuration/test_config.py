@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import typing
-from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -358,58 +357,23 @@ def test_evaluate_and_generate_take_a_run_or_a_model():
             load_config(config_name, arguments)
 
 
-LIBYAML = "import yaml; yaml.SafeLoader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)"  # the conftest's, in a new interpreter
-TASK = """
-import sys
-from grpo.configuration.launch import launch
-def task(config):
-    print("ran", config.name, config.optim.lr, config.seed, flush=True)
-    if config.seed == 7:
-        raise RuntimeError("broken")
-    return {8: 6, 9: 75}.get(config.seed, 0)
-code = launch("train", task)
-print("torch imported" if "torch" in sys.modules else "no torch")
-sys.exit(code)
-"""
-
-
-def run_launch(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{LIBYAML}\n{TASK}"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True)
-
-
 def test_a_bad_key_ends_with_code_2_without_torch_or_folders(tmp_path):
-    result = run_launch(["+optim.typo=1"], tmp_path)
-    assert result.returncode == 2 and result.stdout == "no torch\n"
-    assert result.stderr.startswith("config error: unknown key optim.typo.") and result.stderr.count("\n") == 1
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom grpo.configuration.launch import launch\n"
+            "code = launch('train', print)\nprint('torch imported' if 'torch' in sys.modules else 'no torch')\nsys.exit(code)")
+    for argument, message in (("+optim.typo=1", "unknown key optim.typo."), ("steps=0", "steps = 0: must be at least 1")):
+        result = subprocess.run([sys.executable, "-c", code, argument], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 2 and result.stdout == "no torch\n"
+        assert result.stderr.startswith(f"config error: {message}") and result.stderr.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_keyword_of_the_loss_ends_with_code_2_and_without_folders(launched, tmp_path):
+    result = launched("loss.clip_hihg=0.3", task="print('ran')")
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("config error: unknown key loss.clip_hihg; did you mean loss.clip_high?")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_keyword_of_the_loss_ends_with_code_2_and_without_folders(tmp_path):
-    result = run_launch(["loss.clip_hihg=0.3"], tmp_path)
-    assert result.returncode == 2 and result.stdout.count("ran ") == 0
-    assert result.stderr.startswith("config error: unknown key loss.clip_hihg; did you mean loss.clip_high?")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_sweep_runs_every_job_under_a_name_of_its_own(tmp_path):
-    result = run_launch(["experiment=quickstart_sweep"], tmp_path)
-    ran = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("ran ")]
-    assert sorted((float(lr), int(seed)) for _, lr, seed in ran) == [
-        (lr, seed) for lr in (1e-4, 3e-4, 6e-4) for seed in (0, 1)
-    ]
-    assert len({name for name, _, _ in ran}) == 6
-    assert result.returncode == 0
-
-
-def test_a_failing_job_leaves_the_rest_of_a_sweep_running_and_its_code_is_returned(tmp_path):
-    result = run_launch(["-m", "seed=0,7,8,1"], tmp_path)
-    assert result.stdout.count("ran ") == 4 and "RuntimeError: broken" in result.stderr
-    assert result.returncode == 1
-    preempted = run_launch(["-m", "seed=0,9,1"], tmp_path)
-    assert preempted.stdout.count("ran ") == 2 and preempted.returncode == 75
-
-
-def test_a_single_run_leaves_no_folders_of_hydra_behind(tmp_path):
-    assert run_launch(["seed=8"], tmp_path).returncode == 6
+def test_a_single_run_leaves_no_folders_of_hydra_behind(launched, tmp_path):
+    assert launched(task="return 6").code == 6
     assert list(tmp_path.iterdir()) == []

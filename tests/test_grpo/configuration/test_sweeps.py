@@ -1,15 +1,14 @@
 """Sweeps: their jobs before they start, and what is told of them when they end, whichever launcher and sweeper ran them."""
 
+import functools
 import importlib.util
 import json
+import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from paths import ROOT
 
 from grpo.config import ConfigError
 from grpo.configuration.launch import check, jobs_planned, load_config, prepare
@@ -17,22 +16,17 @@ from grpo.configuration.sweeps import JobResult, jobs_of, objective_of, outcome
 
 # A training run in a moment: leaves a summary, and ends as its seed says.
 TASK = """
-import json
-from grpo.config import run_folder, to_dict
-from grpo.configuration.launch import typed_words
-
-def task(config):
-    print("ran", config.name, *typed_words(), flush=True)
-    run_dir = run_folder(config)
-    run_dir.mkdir(parents=True)
-    value = config.optim.lr * 1000
-    record = {key: {"value": value, "step": 1} for key in ("first", "last", "best")}
-    (run_dir / "summary.json").write_text(json.dumps({
-        "run_name": config.name, "exit_reason": "finished", "steps": 1, "seconds": 1.0, "config": to_dict(config), "train": {},
-        "eval": {"eval/greedy_accuracy": record, "eval/greedy_accuracy/ci95": record, "eval/reward": record}}))
-    if config.seed == 7:
-        raise RuntimeError("broken")
-    return {8: 6, 9: 75}.get(config.seed, 0)
+print("ran", config.name, *typed_words(), flush=True)
+run_dir = run_folder(config)
+run_dir.mkdir(parents=True)
+value = config.optim.lr * 1000
+record = {key: {"value": value, "step": 1} for key in ("first", "last", "best")}
+(run_dir / "summary.json").write_text(json.dumps({
+    "run_name": config.name, "exit_reason": "finished", "steps": 1, "seconds": 1.0, "config": to_dict(config), "train": {},
+    "eval": {"eval/greedy_accuracy": record, "eval/greedy_accuracy/ci95": record, "eval/reward": record}}))
+if config.seed == 7:
+    raise RuntimeError("broken")
+return {8: 6, 9: 75}.get(config.seed, 0)
 """
 # A launcher as those of others are: every job in a process of its own, only its pickled result comes back.
 LAUNCHER = """
@@ -70,47 +64,46 @@ class Elsewhere(Launcher):
 """
 
 
-def sweep(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
-    (cwd / "job_task.py").write_text(TASK)
-    program = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(cwd)!r}]\nfrom grpo.configuration.launch import launch\n"
-        "from job_task import task\nsys.exit(launch('train', task))"
-    )
-    environment = {"PYTHONPATH": f"{ROOT}:{cwd}", "PATH": "/usr/bin:/bin", "HOME": str(cwd)}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=cwd, capture_output=True, text=True, env=environment
-    )
+@pytest.fixture
+def sweep(launched):
+    return functools.partial(launched, task=TASK)
 
 
-def ran(result: subprocess.CompletedProcess) -> list[str]:
-    return [line.removeprefix("ran ") for line in result.stdout.splitlines() if line.startswith("ran ")]
+def ran(result) -> list[str]:
+    return [line.removeprefix("ran ") for line in result.out.splitlines() if line.startswith("ran ")]
 
 
-def settings(result: subprocess.CompletedProcess) -> set[tuple[float, int]]:
+def settings(result) -> set[tuple[float, int]]:
     """(learning rate, seed) of each job."""
     return {
         (float(re.search(r"optim\.lr=(\S+)", line)[1]), int(re.search(r"seed=(\S+)", line)[1])) for line in ran(result)
     }
 
 
-def test_values_of_the_command_line_replace_those_of_the_experiment(tmp_path):
-    result = sweep(tmp_path, "-m", "+experiment=quickstart_sweep", "optim.lr=1e-4,2e-4")
+def test_a_sweep_of_an_experiment_runs_every_job_under_a_name_of_its_own(sweep):
+    result = sweep("experiment=quickstart_sweep")
+    assert settings(result) == {(lr, seed) for lr in (1e-4, 3e-4, 6e-4) for seed in (0, 1)} and result.code == 0
+    assert len({line.split()[0] for line in ran(result)}) == 6
+
+
+def test_values_of_the_command_line_replace_those_of_the_experiment(sweep):
+    result = sweep("-m", "+experiment=quickstart_sweep", "optim.lr=1e-4,2e-4")
     assert settings(result) == {(lr, seed) for lr in (1e-4, 2e-4) for seed in (0, 1)} and len(ran(result)) == 4
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
 
 
-def test_one_value_fixes_a_key_that_the_experiment_sweeps(tmp_path):
-    result = sweep(tmp_path, "experiment=quickstart_sweep", "optim.lr=5e-4", "seed=3,4")
+def test_one_value_fixes_a_key_that_the_experiment_sweeps(sweep):
+    result = sweep("experiment=quickstart_sweep", "optim.lr=5e-4", "seed=3,4")
     assert settings(result) == {(5e-4, 3), (5e-4, 4)} and len(ran(result)) == 2
 
 
-def test_each_job_has_a_command_of_its_own_that_runs_it_alone(tmp_path):
-    (one, other) = ran(sweep(tmp_path, "-m", "experiment=smoke", "seed=1,2", "wandb.group=a b"))
+def test_each_job_has_a_command_of_its_own_that_runs_it_alone(sweep):
+    (one, other) = ran(sweep("-m", "experiment=smoke", "seed=1,2", "wandb.group=a b"))
     assert [line.split(" ", 1)[1] for line in (one, other)] == [
         "+experiment=smoke seed=1 wandb.group=a b",
         "+experiment=smoke seed=2 wandb.group=a b",
     ]
-    sweeping = ran(sweep(tmp_path, "experiment=quickstart_sweep", "seed=5", "optim.lr=1e-4"))
+    sweeping = ran(sweep("experiment=quickstart_sweep", "seed=5", "optim.lr=1e-4"))
     words = sweeping[0].split(" ")[1:]
     with prepare("train", words) as plan:
         (job,) = jobs_planned(plan)
@@ -121,15 +114,15 @@ def test_each_job_has_a_command_of_its_own_that_runs_it_alone(tmp_path):
     "words",
     ["name=x seed=0,1", "++name=lr${optim.lr} optim.lr=1e-4,2e-4 seed=0,1", "experiment=quickstart_sweep steps=3,4"],
 )
-def test_two_jobs_of_one_name_are_refused_before_any_starts(tmp_path, words):
-    result = sweep(tmp_path, "-m", *words.split())
-    assert result.returncode == 2 and ran(result) == []
-    assert "two jobs of the sweep would share it" in result.stderr and "Traceback" not in result.stderr
+def test_two_jobs_of_one_name_are_refused_before_any_starts(sweep, words):
+    result = sweep("-m", *words.split())
+    assert result.code == 2 and ran(result) == []
+    assert "two jobs of the sweep would share it" in result.err and "Traceback" not in result.err
 
 
-def test_a_bad_value_of_a_later_job_is_found_before_any_starts(tmp_path):
-    result = sweep(tmp_path, "-m", "rollout.group_size=8,1")
-    assert result.returncode == 2 and ran(result) == [] and "rollout.group_size = 1" in result.stderr
+def test_a_bad_value_of_a_later_job_is_found_before_any_starts(sweep):
+    result = sweep("-m", "rollout.group_size=8,1")
+    assert result.code == 2 and ran(result) == [] and "rollout.group_size = 1" in result.err
 
 
 def test_texts_are_swept_by_commas_without_a_space(tmp_path):
@@ -156,37 +149,37 @@ def test_jobs_of_a_sweeper_that_draws_values_are_its_ends():
 
 
 def test_an_outcome_is_the_number_and_carries_code_and_folder_through_a_pickle():
-    import pickle
-
     copy = pickle.loads(pickle.dumps(outcome(4, 0.5, Path("runs/x"))))
     assert (float(copy), copy.code, copy.run_dir) == (0.5, 4, Path("runs/x")) and isinstance(copy, JobResult)
 
 
-def test_failed_jobs_are_listed_with_their_codes_and_the_others_have_their_table(tmp_path):
-    result = sweep(tmp_path, "-m", "seed=0,7,8", "wandb.group=a b")
-    assert result.returncode == 1 and len(ran(result)) == 3
-    assert "sweep: 2 of 3 runs failed\n  seed=7 'wandb.group=a b': exit code 1\n" in result.stderr.replace(
+def test_failed_jobs_are_listed_with_their_codes_and_the_others_have_their_table(sweep, tmp_path):
+    result = sweep("-m", "seed=0,7,8", "wandb.group=a b")
+    assert result.code == 1 and len(ran(result)) == 3 and "RuntimeError: broken" in result.err
+    assert "sweep: 2 of 3 runs failed\n  seed=7 'wandb.group=a b': exit code 1\n" in result.err.replace(
         "+experiment=quickstart ", ""
     )
-    assert "exit code 6" in result.stderr and "sweep: " in result.stdout
+    assert "exit code 6" in result.err and "sweep: " in result.out
     assert (tmp_path / "runs/sweep_summary.md").is_file()
 
 
-def test_a_signal_in_one_job_keeps_the_others_from_starting(tmp_path):
-    result = sweep(tmp_path, "-m", "seed=0,9,1,2")
-    assert result.returncode == 75 and [line.split()[1] for line in ran(result)] == ["seed=0", "seed=9"]
+def test_a_signal_in_one_job_keeps_the_others_from_starting(sweep):
+    result = sweep("-m", "seed=0,9,1,2")
+    assert result.code == 75 and [line.split()[1] for line in ran(result)] == ["seed=0", "seed=9"]
 
 
-def test_jobs_of_other_processes_report_by_their_results(tmp_path):
+def test_jobs_of_other_processes_report_by_their_results(sweep, tmp_path):
     pytest.importorskip("cloudpickle", reason="the launcher of this test pickles jobs with it")
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins/elsewhere.py").write_text(LAUNCHER)
-    result = sweep(tmp_path, "-m", "hydra/launcher=elsewhere", "seed=0,8,7")
-    assert result.returncode == 6, result.stderr
+    register = ("import hydra_plugins.elsewhere\nfrom hydra.core.plugins import Plugins\n"
+                "Plugins.instance().register(hydra_plugins.elsewhere.Elsewhere)")
+    result = sweep("-m", "hydra/launcher=elsewhere", "seed=0,8,7", before=register)
+    assert result.code == 6, result.err
     assert (
-        "sweep: 2 of 3 runs failed" in result.stderr
-        and "exit code 6" in result.stderr
-        and "exit code 1" in result.stderr
+        "sweep: 2 of 3 runs failed" in result.err
+        and "exit code 6" in result.err
+        and "exit code 1" in result.err
     )
     assert (tmp_path / "runs/sweep_summary.md").is_file() and len(ran(result)) == 3
 
@@ -199,15 +192,15 @@ def has_plugin(name: str) -> bool:
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_jobs_of_a_plugin_report_by_their_results(tmp_path, launcher):
+def test_jobs_of_a_plugin_report_by_their_results(sweep, tmp_path, launcher):
     if not has_plugin(f"hydra_{launcher.removesuffix('_local')}_launcher"):
         pytest.skip(f"hydra's {launcher} plugin is not installed")
-    result = sweep(tmp_path, "-m", f"hydra/launcher={launcher}", "seed=0,8")
-    assert result.returncode == 6, result.stderr
-    assert "sweep: 1 of 2 runs failed" in result.stderr and (tmp_path / "runs/sweep_summary.md").is_file()
+    result = sweep("-m", f"hydra/launcher={launcher}", "seed=0,8")
+    assert result.code == 6, result.err
+    assert "sweep: 1 of 2 runs failed" in result.err and (tmp_path / "runs/sweep_summary.md").is_file()
 
 
-def test_optuna_judges_runs_by_the_objective_and_ends_in_words_where_all_fail(tmp_path):
+def test_optuna_judges_runs_by_the_objective_and_ends_in_words_where_all_fail(sweep):
     if not has_plugin("hydra_optuna_sweeper"):
         pytest.skip("hydra's optuna plugin is not installed")
     drawn = [
@@ -217,16 +210,16 @@ def test_optuna_judges_runs_by_the_objective_and_ends_in_words_where_all_fail(tm
         "hydra.sweeper.n_jobs=1",
         "eval.objective=reward",
     ]
-    result = sweep(tmp_path, *drawn, "optim.lr=interval(0.001,0.002)", "hydra.sweeper.direction=maximize")
-    assert result.returncode == 0 and len(ran(result)) == 4, result.stderr
+    result = sweep(*drawn, "optim.lr=interval(0.001,0.002)", "hydra.sweeper.direction=maximize")
+    assert result.code == 0 and len(ran(result)) == 4, result.err
     rates = [float(re.search(r"optim\.lr=(\S+)", line)[1]) for line in ran(result)]
-    best = float(re.search(r"Best value: (\S+)", result.stdout + result.stderr)[1])
+    best = float(re.search(r"Best value: (\S+)", result.out + result.err)[1])
     assert best == pytest.approx(1000 * max(rates)) and max(rates) > min(rates)
-    result = sweep(tmp_path, *drawn, "optim.lr=interval(0.001,0.002)", "seed=8", "output_dir=failing")
-    assert result.returncode == 6 and "4 of 4 runs failed" in result.stderr and "Traceback" not in result.stderr, (
-        result.stderr
+    result = sweep(*drawn, "optim.lr=interval(0.001,0.002)", "seed=8", "output_dir=failing")
+    assert result.code == 6 and "4 of 4 runs failed" in result.err and "Traceback" not in result.err, (
+        result.err
     )
-    assert "sweep: No trials are completed yet" in result.stderr
+    assert "sweep: No trials are completed yet" in result.err
 
 
 def test_an_outcome_without_a_number_cannot_be_taken_for_one():
