@@ -184,6 +184,8 @@ def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
         if tensor.data_ptr() != end or not tensor.is_contiguous():
             return torch.cat(tensors).detach()
         end += tensor.nbytes
+    if len(tensors) == 1:
+        return first.detach()
     storage = first.untyped_storage()
     if end > storage.data_ptr() + storage.nbytes():  # memory of others that happens to follow
         return torch.cat(tensors).detach()

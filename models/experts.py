@@ -15,7 +15,7 @@ from kernels.experts.few_rows import few_rows_forward
 from kernels.experts.forward import MoeKept, local_backward, local_forward
 from kernels.experts.gemm import grouped_linear
 from kernels.experts.sorting import Routing
-from kernels.experts.transport import combine, copy_rows, dispatch
+from kernels.experts.transport import combine, copy_rows, dispatch, return_weights
 from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
@@ -61,21 +61,14 @@ class RoutedExperts(nn.Module):
             self._hold(name, [torch.empty(shape, device=device, dtype=own or dtype)
                               for shape, own in weight_format.stored(num, *sizes)])
 
-    def _lora(self, name: str) -> dict[str, torch.Tensor | float | None]:
-        """The adapter of a projection as grouped_linear takes it."""
-        if not self.adapter_enabled:
-            return {}
-        return {"lora_A": self._parameters[f"{name}_lora_A"], "lora_B": self._parameters[f"{name}_lora_B"],
-                "lora_scale": self.lora_scale}
-
     def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
                 kept: Kept | None = None) -> torch.Tensor:
         """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32. On a GPU without gradient; kept: takes what
         backward() needs."""
-        rows = self.local_forward(*dispatch(x, routing), residual.dtype, kept)
+        rows = self.local_forward(*dispatch(routing, x), residual.dtype, kept)
         return combine(rows, weights, routing, residual)
 
-    def local_forward(self, x: torch.Tensor, routing: Routing, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
+    def local_forward(self, routing: Routing, x: torch.Tensor, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
         """The experts' outputs [R, D], in expert order, for the rows of x routed to them; `dtype`: theirs on a GPU."""
         if not is_triton(x):
             h = self.project("gate_up_proj", copy_rows(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
@@ -96,7 +89,7 @@ class RoutedExperts(nn.Module):
         """The gradients of x [T, D] and of the gate weights [T, A] from that of forward's result, which is also the residual's;
         those of what trains go to `grads`."""
         moe = MoeKept(*(kept.take(name) for name in ("h", "low_rank_x", "low_rank_act")))
-        (grad, here), (x, _) = dispatch(grad, routing), dispatch(x, routing)
+        here, grad, x, weights = dispatch(routing, grad, x, weights)
         grad_rows, grad_weights, lora_grads, base_grads = local_backward(
             grad, x, weights, here, *(self.weights(name) for name in PROJECTIONS), moe,
             scratch_bytes=kept.scratch_bytes, needs_base=self.trains_base(), **self._settings())
@@ -105,7 +98,7 @@ class RoutedExperts(nn.Module):
         if base_grads is not None:
             names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in PROJECTIONS)
             grads.update((self._parameters[name], grad) for name, grad in zip(names, base_grads) if grad is not None)
-        return combine(grad_rows, None, routing, None), grad_weights
+        return combine(grad_rows, None, routing, None), return_weights(grad_weights, routing)
 
     def _settings(self) -> dict:
         return {"lora": self.lora_tensors(), "lora_scale": self.lora_scale, "alpha": self.alpha, "limit": self.limit}
@@ -122,7 +115,9 @@ class RoutedExperts(nn.Module):
 
     def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
         """The reference: rows x [R, in] in expert order, offsets [E + 1] -> [R, out]."""
-        return grouped_linear(x, self.weights(name), offsets, **self._lora(name))
+        has_lora = self.lora_tensors() is not None
+        lora_A, lora_B = (self._parameters[f"{name}_lora_{side}"] if has_lora else None for side in "AB")
+        return grouped_linear(x, self.weights(name), offsets, lora_A=lora_A, lora_B=lora_B, lora_scale=self.lora_scale)
 
     def _hold(self, name: str, tensors: list[torch.Tensor]) -> None:
         for suffix, tensor in zip(self.layout.suffixes, tensors, strict=True):

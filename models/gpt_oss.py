@@ -74,10 +74,10 @@ class Backbone(nn.Module):
 class GptOss(nn.Module):
     """The policy. Base weights start frozen; models/lora.py decides what trains.
 
-    `experts` names the format they are held in, of models/experts.py's FORMATS. Parameters are left
-    uninitialised: load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` recomputes
-    layers in the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given, and `host_gb` of
-    pinned host memory take the input embedding and more of what layers keep."""
+    `experts` names the format that experts are held in, one of models/experts.py's FORMATS. Parameters are left uninitialised:
+    load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` computes layers again in
+    the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given, and `host_gb` of pinned
+    host memory take the input embedding and more of what layers keep."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
                  activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:

@@ -491,30 +491,32 @@ def _backward_once(device: torch.device, dtype: torch.dtype) -> None:
         (a @ a).sum().backward()
 
 
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    """Measured time of a second call on a GPU, once its clocks have risen."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    function()
+    events[0].record()
+    function()
+    events[1].record()
+    torch.cuda.synchronize(device)
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP per second of a matrix product, once the GPU's clocks have risen."""
+    """Measured FLOP per second of a matrix product."""
     size, times = 4096, 20
     a = torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(a)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for _ in range(times):
-        torch.mm(a, a, out=out)
-    events[0].record()
-    for _ in range(times):
-        torch.mm(a, a, out=out)
-    events[1].record()
-    torch.cuda.synchronize(device)
-    return times * 2 * size**3 / (events[0].elapsed_time(events[1]) / 1e3)
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(a, a, out=out)
+
+    return times * 2 * size**3 / _seconds(multiply, device)
 
 
 def transfer_rate(device: torch.device) -> float:
     """Measured bytes per second from the GPU to pinned host memory."""
     size = 1 << 26
     source, target = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    target.copy_(source, non_blocking=True)
-    events[0].record()
-    target.copy_(source, non_blocking=True)
-    events[1].record()
-    torch.cuda.synchronize(device)
-    return size / (events[0].elapsed_time(events[1]) / 1e3)
+    return size / _seconds(lambda: target.copy_(source, non_blocking=True), device)

@@ -1,11 +1,11 @@
 """What lies around the experts: tokens go to them, and their rows come back. Forward and backward pass the same two doors:
 
-    y = combine(experts(dispatch(x)), weights) + residual        dx = combine(experts' backward(dispatch(dy)))
+    y = combine(experts(dispatch(x)), weights) + residual        dx = combine(experts' backward(dispatch(dy, x, weights)))
 
 This transport is the identity: one process holds all experts. Nothing is copied on the way there, since the experts' products
-read the rows of x through routing.tokens. Where several GPUs share the experts, dispatch and combine are where rows travel:
-the experts then get rows of other GPUs with a Routing of their own, and combine sums at the token's owner. The sum uses no
-atomics: it runs in slot order.
+read the rows of x through routing.tokens. Where several GPUs share the experts, these functions are where rows travel: the
+experts then get rows of other GPUs with a Routing of their own, and combine sums at the token's owner. The sum uses no atomics:
+it runs in slot order.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width.
 """
@@ -19,9 +19,15 @@ from kernels.device import cdiv, is_triton, launch, next_power_of_2, overlap_con
 from kernels.experts.sorting import Routing
 
 
-def dispatch(x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Routing]:
-    """The rows that the experts of this process read, and which expert takes which."""
-    return x, routing
+def dispatch(routing: Routing, *of_tokens: torch.Tensor) -> tuple[Routing | torch.Tensor, ...]:
+    """What the experts of this process work on: their Routing and, of each tensor of the tokens (x or a gradient [T, D], gate
+    weights [T, A]), what belongs to its rows."""
+    return routing, *of_tokens
+
+
+def return_weights(grad: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """The gradient of the gate weights [T, A] at the tokens, from that at the experts."""
+    return grad
 
 
 def combine(rows: torch.Tensor, weights: torch.Tensor | None, routing: Routing,

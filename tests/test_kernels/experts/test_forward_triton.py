@@ -1,6 +1,7 @@
 """The experts as one operation: in the interpreter and on a GPU against a composition in float64, goldens included."""
 
 
+import moe_problem
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
@@ -75,6 +76,30 @@ def errors_of(sizes, *, has_lora, keeps_h, dtype, device, num_dequantized=2, ord
 def test_the_composition_and_every_gradient(has_lora, keeps_h, order):
     errors = errors_of((9, 5, 2, 32, 32, 4), has_lora=has_lora, keeps_h=keeps_h, dtype=torch.float32, device="cpu", order=order)
     assert all(ours <= 3e-6 for ours, _ in errors.values()), errors
+
+
+@pytest.mark.interpreter
+def test_experts_that_are_given_copied_rows_compute_the_same_as_with_rows_read_where_they_are(monkeypatch):
+    """As a transport between GPUs would give them: a row for each choice, each with one expert and its own gate weight."""
+    indices, packed, tensors = problem(9, 5, 2, 32, 32, 4)
+    t, grad = leaves(tensors, torch.float32, "cpu", []), normal(9, 32, seed=12).float()
+    settings = {"has_lora": True, "keeps_h": False, "num_experts": 5}
+    expected = run(indices, packed, t, grad, **settings)
+
+    def dispatch(routing, *of_tokens):
+        experts = routing.indices.flatten()[routing.order]  # [R]
+        rows = [tensor.flatten()[routing.order, None] if tensor.shape == routing.indices.shape else tensor[routing.tokens]
+                for tensor in of_tokens]
+        return make_routing(experts[:, None], num_experts=5), *rows
+
+    def return_weights(grad, routing):
+        return grad.flatten()[routing.inverse]
+
+    monkeypatch.setattr(moe_problem, "dispatch", dispatch)
+    monkeypatch.setattr(moe_problem, "return_weights", return_weights)
+    ours = run(indices, packed, t, grad, **settings)
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.interpreter
