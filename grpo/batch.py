@@ -157,7 +157,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         prompts.append((number, len(prompt_ids)))
         for segment in completion.segments:
             length = len(segment.token_ids)
-            _check_segment(segment, length)
+            _check_segment(segment)
             is_policy = segment.source == "policy"
             tokens += segment.token_ids
             mask += [is_policy] * length
@@ -195,20 +195,15 @@ def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:
         else segment.routing for segment in segments])
 
 
-def _check_segment(segment: Segment, length: int) -> None:
+def _check_segment(segment: Segment) -> None:
     if segment.source not in ("prompt", "policy", "env"):
         raise ValueError(f"a segment's source is {segment.source!r}; allowed: prompt, policy, env")
-    if segment.routing is not None and len(segment.routing) != length:
-        raise ValueError(f"a {segment.source} segment of {length} tokens has {len(segment.routing)} rows of routing; each token "
-                         "needs its own")
-    if segment.source != "policy":
-        return
-    for name, values in (("log_probs", segment.log_probs), ("kept_ids", segment.kept_ids)):
-        if values is None and name == "kept_ids":
-            continue  # nothing was filtered
-        if values is None or len(values) != length:
-            raise ValueError(f"a policy segment of {length} tokens has {0 if values is None else len(values)} {name}; each "
-                             "sampled token needs its own")
+    length, records = len(segment.token_ids), {"rows of routing": segment.routing}
+    if segment.source == "policy":
+        records |= {"log_probs": [] if segment.log_probs is None else segment.log_probs, "kept_ids": segment.kept_ids}
+    for name, record in records.items():
+        if record is not None and len(record) != length:
+            raise ValueError(f"a {segment.source} segment of {length} tokens has {len(record)} {name}; each token needs its own")
 
 
 def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool = False) -> list[RolloutBatch]:
