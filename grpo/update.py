@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -39,7 +40,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             # it routes for itself: it is another policy, not this one's weights on another's routes
             batch.ref_log_probs = score_batch(run, batch, replays_routing=False)
     allowed = allowed_difference(run.policy)
-    stats, sampling_stats, found, replays, grad_norms, num_packed, num_whole, num_trained = [], [], [], [], [], 0, 0, 0
+    stats, before_update, grad_norms, num_packed, num_whole, num_trained = [], [], [], 0, 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
@@ -54,9 +55,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
                 run.optimizer.backward(loss)
                 stats.append(micro_stats)
                 if not grad_norms:  # after an update the policy is no longer the one that sampled
-                    sampling_stats.append(token_stats(inputs))
-                    found.append(differences(log_probs, micro, allowed=allowed))
-                    replays += [routing] if routing is not None else []
+                    before_update.append((token_stats(inputs), differences(log_probs, micro, allowed=allowed), routing))
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
                     raise Interrupted(f"step {run.step + 1} abandoned before its update")
@@ -64,13 +63,14 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             grad_norms.append(run.optimizer.step())
             run.is_between_steps = False
             run.optimizer.zero_grad()
+    sampling_stats, found, replays = zip(*before_update)
     sampling = reduce_stats(sampling_stats, num_updates=1)
-    if not run.has_warned:
-        warning = describe_mismatch(found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir, allowed=allowed,
-                                    largest=sampling["sampling/log_prob_diff/max"])
-        if warning is not None:
-            run.metrics.warn(warning)
-            run.has_warned = True
+    warning = None if run.has_warned else describe_mismatch(
+        found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir, allowed=allowed,
+        largest=sampling["sampling/log_prob_diff/max"])
+    if warning is not None:
+        run.metrics.warn(warning)
+        run.has_warned = True
     return {**reduce_stats(stats, num_updates=num_updates), **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed, "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
@@ -87,12 +87,10 @@ def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
     return None if micro.routing is None else RoutingReplay(micro.routing)
 
 
-def routing_metrics(replays: list[RoutingReplay]) -> dict[str, float]:
-    """The share of the recorded choices of an expert that the trainer's router would have made otherwise."""
-    if not replays:
-        return {}
-    num_choices = sum(int(replay.num_choices) for replay in replays)
-    return {"routing/flips": sum(int(replay.num_flips) for replay in replays) / num_choices}
+def routing_metrics(replays: Iterable[RoutingReplay | None]) -> dict[str, float]:
+    """The share of the recorded choices of an expert that the trainer's router would have made otherwise, if there are any."""
+    counts = [(int(replay.num_flips), int(replay.num_choices)) for replay in replays if replay is not None]
+    return {"routing/flips": sum(flips for flips, _ in counts) / sum(choices for _, choices in counts)} if counts else {}
 
 
 def loss_inputs(run: Run, micro: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, num_updates: int) -> LossInputs:
