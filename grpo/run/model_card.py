@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from grpo.config import Train, TrainConfig, to_dict
-from grpo.record.summary import read_metrics
+from grpo.record.summary import read_metrics, series
 from grpo.run.identity import version_of
 from models.lora import LoraConfig
 
@@ -155,17 +155,13 @@ def _trained(config: TrainConfig | None, lora: LoraConfig | None) -> str:
 
 def _results(origin: Origin) -> list[str]:
     """The first and the last value of each evaluation and of the reward, up to the step that is exported."""
-    first, last = {}, {}
-    for row in read_metrics(origin.run_dir) if origin.run_dir else []:
-        if row["step"] <= origin.step:
-            found = {key: (value, int(row["step"])) for key, value in row.items()
-                     if (key == "reward" or key.startswith("eval/") and "/time" not in key)
-                     and isinstance(value, int | float) and math.isfinite(value)}
-            first, last = found | first, last | found
-    if not last:
-        return []
-    shown = [(key, *(f"{value:.3f} (step {step})" for value, step in (first[key], last[key]))) for key in sorted(last)]
-    return ["## Results", "", *_table(("metric", "first", "last"), shown), ""]
+    rows = [row for row in read_metrics(origin.run_dir) if row["step"] <= origin.step] if origin.run_dir else []
+    shown = []
+    for name in sorted({name for row in rows for name in row if name == "reward" or name.startswith("eval/")}):
+        values = [f"{value:.3f} (step {step})" for step, value in zip(*series(rows, name)) if math.isfinite(value)]
+        if values:
+            shown.append((name, values[0], values[-1]))
+    return ["## Results", "", *_table(("metric", "first", "last"), shown), ""] if shown else []
 
 
 def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
