@@ -67,7 +67,7 @@ class GptOssConfig:
     num_local_experts: int = _count(2**16)
     sliding_window: int = _count()  # keys visible on windowed layers, the query's own included
     num_experts_per_tok: int = _count()
-    layer_types: list[str] = field(default_factory=list)  # "sliding_attention" | "full_attention"; empty: by turns
+    layer_types: list[str] = field(default_factory=list)  # "sliding_attention" | "full_attention"; [] means alternating_layers()
     rms_norm_eps: float = _positive(1e-5)
     swiglu_limit: float = _positive(7.0)
     swiglu_alpha: float = _positive(1.702)
@@ -96,7 +96,7 @@ class GptOssConfig:
             raise ValueError("model config: " + "; ".join(problems))
 
     def alternating_layers(self) -> list[str]:
-        """What the published models have: windowed layers first and by turns."""
+        """Windowed and full layers by turns, the first one windowed, as in the published models."""
         return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(self.num_hidden_layers)]
 
     def _contradictions(self) -> list[str]:
