@@ -38,7 +38,7 @@ def train(run: Run) -> None:
     while run.step < config.steps:
         started = time.perf_counter()
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"))
-        run.sampler.rest()  # rollout and update need not fit into memory together
+        run.sampler.offload()  # rollout and update need not fit into memory together
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)

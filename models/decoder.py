@@ -1,7 +1,8 @@
 """Rows being decoded: their state on the device, and steps of all of them, on a GPU as CUDA graphs that wait for nobody.
 
 A step feeds every row's newest token to the model, draws the next one, stores it, and moves the row on (kernels/head/advance.py).
-A row that ends inside a run of steps is idle from then on and costs its place only; the host learns of it when it looks.
+A row that a stop id or its limit ends inside a run of steps is idle from then on and costs its place only; the host learns of it
+at its next sync.
 
 A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. There is one graph for each
 bucket of batch sizes. The first step of a bucket runs as it is (kernels are compiled) and is captured afterwards. Rows between
@@ -27,8 +28,8 @@ from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# what a look copies: neighbours in Rows
-_SEEN = slice(Rows._fields.index("positions"), Rows._fields.index("is_stopped") + 1)
+# what a sync copies: neighbours in Rows
+_SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") + 1)
 # a shorter prefix comes from the L2 cache for all who share it, faster than a launch of its own is
 _SHARED_TOKENS = 1024
 # up to so many rows, many programs go through the keys of each from so many tokens on: else most of a GPU waits for a few
@@ -89,25 +90,24 @@ class NewRow:
     prompt_len: int  # tokens
     num_new: int
     limit: int  # most tokens after the prompt
-    place: int  # of the first token after the prompt in the output buffers
+    place: int  # of the first token after the prompt in `tokens` and `log_probs` of the decoder
     key: tuple[int, int, int, int]  # seed, step, prompt id, sample
 
 
 class Decoder:
-    """Up to `max_rows` rows over a cache, and what they have drawn: `tokens` int64 and `log_probs` fp32, one-dimensional, of
-    `num_outputs` elements. Needs the cache and the model's weights to stay where they are, for as long as its graphs are used.
-    counts_prompts_apart: attention adds up a prompt's keys before the others, as it does in training where completions share
-    their prompt; the bits of log-probs are then those of such training, else those of whole sequences."""
+    """Up to `max_rows` rows over a cache, and what they have drawn: `tokens` int64 and `log_probs` fp32, one-dimensional, with
+    cache.max_len elements for each slot. Needs the cache and the model's weights to stay where they are, for as long as its
+    graphs are used. counts_prompts_apart: attention adds up a prompt's keys before the others, as it does in training where
+    completions share their prompt; the bits of log-probs are then those of such training, else those of whole sequences."""
 
-    def __init__(self, model: GptOss, cache: KVCache, *, max_rows: int, num_outputs: int, stop_ids: list[int],
-                 counts_prompts_apart: bool) -> None:
-        self.model, self.cache, self.max_rows, self.num_outputs = model, cache, max_rows, num_outputs
+    def __init__(self, model: GptOss, cache: KVCache, *, max_rows: int, stop_ids: list[int], counts_prompts_apart: bool) -> None:
+        self.model, self.cache, self.max_rows = model, cache, max_rows
         self.num_rows = 0
         self._counts_prompts_apart, device = counts_prompts_apart, model.device
         self._table = _empty_table(bucket_of(max_rows), device)
-        self._seen = torch.zeros(self._table[_SEEN].shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.tokens = torch.zeros(num_outputs, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(num_outputs, dtype=torch.float32, device=device)
+        self._synced = torch.zeros(self._table[_SYNCED].shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.tokens = torch.zeros(cache.num_slots * cache.max_len, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(cache.num_slots * cache.max_len, dtype=torch.float32, device=device)
         self._stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=device)
         config = model.config
         self._tile_rows = rows_per_tile(config.num_attention_heads // config.num_key_value_heads)
@@ -117,8 +117,14 @@ class Decoder:
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, object]] = {}  # each with what it returns
         self._pool = None  # of memory that all graphs share: one runs at a time
 
-    def reset(self) -> None:
-        """Forgets all rows and takes their pages."""
+    def reset(self, stop_ids: list[int]) -> None:
+        """Forgets all rows and takes their pages. Rows end with these ids from now on; graphs stay where they are as many."""
+        stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=self.model.device)
+        if len(stop_ids) == len(self._stop_ids):
+            self._stop_ids.copy_(stop_ids)  # in place: graphs hold its address
+        else:
+            self._stop_ids, self._pool = stop_ids, None
+            self._graphs.clear()
         self._table[Rows._fields.index("positions")] = IDLE
         self.num_rows = 0
         for slot in range(self.cache.num_slots):
@@ -177,13 +183,21 @@ class Decoder:
         return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_pairs(rows.rng_keys),
                                                     temperature=plain.temperature)
 
-    def look(self) -> tuple[list[bool], list[int], list[bool]]:
-        """Of every row: whether it goes on, its tokens after the prompt, whether a stop id has ended it. Waits for the steps."""
-        self._seen.copy_(self._table[_SEEN], non_blocking=True)  # whole: a part of the columns would be no single copy
+    def sync(self) -> tuple[list[int], list[bool], list[int], list[bool]]:
+        """Of every row: its newest token, whether it goes on, its tokens after the prompt, whether a stop id has ended it. Waits
+        for the steps."""
+        self._synced.copy_(self._table[_SYNCED], non_blocking=True)  # whole: a part of the columns would be no single copy
         if self._table.is_cuda:
             torch.cuda.current_stream(self._table.device).synchronize()
-        positions, num_new, is_stopped = self._seen[:, :self.num_rows]
-        return (positions != IDLE).tolist(), num_new.tolist(), (is_stopped != 0).tolist()
+        tokens, positions, num_new, is_stopped = self._synced[:, :self.num_rows]
+        return tokens.tolist(), (positions != IDLE).tolist(), num_new.tolist(), (is_stopped != 0).tolist()
+
+    def fetch(self, spans: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Parts of `tokens` and `log_probs`, on the host, each from the first place to before the second. Waits for the steps."""
+        lengths = [end - first for first, end in spans]
+        places = to_device(torch.cat([torch.arange(first, end) for first, end in spans]), self.tokens.device)
+        drawn = (column[places].cpu().split(lengths) for column in (self.tokens, self.log_probs))
+        return list(zip(*drawn, strict=True))
 
     def compact(self, rows: list[int]) -> None:
         """Keeps these rows, in this order. Their keys and values stay where they are."""
@@ -191,19 +205,6 @@ class Decoder:
         self._table[:, :len(rows)] = self._table[:, index]
         self._table[Rows._fields.index("positions"), len(rows):self.num_rows] = IDLE
         self.num_rows = len(rows)
-
-    @torch.no_grad()
-    def extend(self, row: int, token_ids: list[int], records: list[RoutingRecord | None]) -> None:
-        """Appends tokens that nobody drew to a row, one by one; their log-probs are 0."""
-        one = Rows(*self._table[:, row:row + 1])
-        for token, record in zip(token_ids, records, strict=True):
-            self._feed(one, record, _ROW_BY_ROW)
-            place = one.places + one.num_new
-            self.tokens[place], self.log_probs[place] = token, 0.0
-            one.tokens.fill_(token)
-            one.num_new.add_(1)
-            one.positions.add_(1)
-        one.rng_keys.copy_(next_rng_keys(one.key_sums, one.positions))
 
     def _num_tiles(self, num_rows: int) -> int:
         """Tiles of shared prefixes that a step of so many rows has room for: twice those that full ones would be."""

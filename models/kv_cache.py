@@ -73,15 +73,15 @@ class KVCache:
         return torch.zeros(shape, device=device, dtype=dtype)
 
     @property
-    def can_rest(self) -> bool:
+    def can_offload(self) -> bool:
         """Whether the memory of keys and values can be given back."""
         return self._arena is not None
 
-    def rest(self) -> None:
-        """Gives the memory of keys and values back; nothing may touch them until wake()."""
+    def offload(self) -> None:
+        """Gives the memory of keys and values back, and what it holds up; nothing may touch them until reload()."""
         self._arena.give_back()
 
-    def wake(self) -> None:
+    def reload(self) -> None:
         """Takes the memory again, with zeros in it. Raises torch.OutOfMemoryError where there is not enough."""
         if self._arena is not None:
             self._arena.take()
@@ -93,6 +93,9 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return self.num_pages * self.bytes_per_page + self.num_slots * self.bytes_per_slot
+
+    def num_pages_of(self, slot: int) -> int:
+        return len(self._pages[slot])
 
     @staticmethod
     def pages_for(num_tokens: int) -> int:

@@ -99,7 +99,7 @@ def decode_case(policy, batch: int, prompt_len: int, ceilings: Ceilings) -> dict
     for count in (SHORT, LONG):  # the better of two: the prefill of long prompts, which differs, takes longer than the decoding
         tries = [timed(partial(rollout, count, 1)) for _ in range(2)]
         completions, seconds[count] = tries[0][0], min(took for _, took in tries)
-    sampler.rest()
+    sampler.offload()
     rate = batch * (LONG - SHORT) / (seconds[LONG] - seconds[SHORT])
     stages = decode_stages(policy.config, batch, prompt_len + (SHORT + LONG) / 2)
     reading = sum(stage.num_bytes for stage in stages) / ceilings.gb_per_s / 1e9
@@ -114,7 +114,7 @@ def prefill_case(policy, batch: int, ceilings: Ceilings) -> dict:
     prompts = random_prompts(policy, [PROMPT_LEN] * batch, seed=batch)
     for _ in range(2):  # the first compiles
         _, seconds = timed(lambda: sampler.generate(prompts, SamplingParams(max_new_tokens=1), step=0, num_samples=1))
-    sampler.rest()
+    sampler.offload()
     # a prompt's average token sees half of it; the head takes its last one alone, which is little
     experts, dense, attention, _ = decode_stages(policy.config, 1, PROMPT_LEN / 2)
     least = batch * PROMPT_LEN * (experts.flops + dense.flops + attention.flops) / ceilings.tflops / 1e12

@@ -108,7 +108,7 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
                           shares_prompts=shares_prompts, cache_gb=cache_gb)
         completions = sampler.generate(some, SamplingParams(max_new_tokens=num_tokens, records_routing=records), step=0,
                                        num_samples=1)
-        sampler.rest()
+        sampler.offload()
         num_preemptions = sampler.last_stats.num_preemptions
         return completions
 
@@ -185,7 +185,7 @@ def grpo_step_case(policy: GptOss, *, prompts: int, group: int, prompt_len: int,
         with prefill_clock(policy) as clock:
             completions, rollout = timed(lambda: sampler.generate(asked, SamplingParams(max_new_tokens=length), step=index,
                                                                   num_samples=group))
-        _, handover = timed(sampler.rest)
+        _, handover = timed(sampler.offload)
         update = train_on(policy, optimizer, completions, micro_tokens=micro_tokens)
         times = {"seconds": rollout + handover + update["forward_backward_s"] + update["optimizer_s"], "rollout_s": rollout,
                  "prefill_s": sum(clock), "decode_s": rollout - sum(clock), "handover_s": handover}
@@ -232,7 +232,7 @@ def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length
     def sample(step: int, prompt_len: int, length: int) -> list[Completion]:
         completions = sampler.generate(random_prompts(policy, [prompt_len], seed=step), SamplingParams(max_new_tokens=length),
                                        step=step, num_samples=group)
-        sampler.rest()
+        sampler.offload()
         return completions
 
     sample(0, prompt_len, length)
@@ -269,7 +269,7 @@ def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 40
                           shares_prompts=True, cache_gb=cache_gb)
         completions, seconds = timed(lambda: sampler.generate(prompts, SamplingParams(max_new_tokens=max_new_tokens), step=0,
                                                               num_samples=1))
-        sampler.rest()
+        sampler.offload()
         return completions, seconds, sampler
 
     free, free_s, _ = sample(None)
@@ -304,7 +304,7 @@ def start_up_case(checkpoint: Path, *, lora: str, imports_s: float, group: int =
     prompts = random_prompts(policy, [prompt_len], seed=0)
     completions, rollout = timed(lambda: sampler.generate(prompts, SamplingParams(max_new_tokens=length), step=0,
                                                           num_samples=group))
-    sampler.rest()
+    sampler.offload()
     _, update = timed(lambda: train_on(policy, optimizer, completions, micro_tokens=MICRO_TOKENS))
     parts = {"imports_s": imports_s, "load_s": load, "first_rollout_s": rollout, "first_update_s": update}
     found = {"seconds": sum(parts.values())} | parts

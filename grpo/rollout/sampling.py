@@ -44,6 +44,8 @@ class SamplingParams:
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
     greedy: bool = False  # the most likely token; the four above do not apply, and log-probs are at temperature 1
+    # rows park where they draw one of these, stop id or not (grpo/rollout/session.py)
+    park_ids: tuple[int, ...] = ()
     records_routing: bool = False  # segments hold the experts that their tokens went to
 
     def __post_init__(self) -> None:

@@ -1,15 +1,33 @@
-"""The sampler: admits prompts, prefills each once, fans it out to its group, decodes live rows, retires finished ones.
+"""The sampler, and its sessions: prompts come in, rows are decoded together, completions come out.
 
-A row is one completion being decoded and holds one slot of the KV cache. Its state lies on the device (models/decoder.py), which
-takes several steps before the host looks: a row that has finished leaves the batch then, and its slot goes to a waiting
-completion (schedule.py). Every draw is keyed by (seed, step, prompt id, sample, position), so a completion does not depend
-on the other rows, on the order of admission, on the size of the cache or on a restart.
+A row is one completion while it is sampled. Its state lies on the device (models/decoder.py), which takes several steps between
+two syncs with the host: a row that has finished leaves the batch then, and its slot goes to a waiting one
+(grpo/rollout/scheduler.py). A row also leaves the batch when it draws one of `park_ids`: it is parked until its caller appends
+tokens that nobody drew, an environment's, and lets it go on, or ends it. Others are decoded meanwhile.
 
-N completions of this rollout, B live rows, V vocabulary, P prompts in one prefill.
+    params = SamplingParams(max_new_tokens=512, park_ids=(tokenizer.call,))
+    with sampler.open(params, step=step) as session:
+        session.submit(prompts, num_samples=8)
+        while session.is_running:
+            for row in session.poll():  # rows that finished or parked in this model call
+                if row.is_parked:
+                    reply = answer(session.completion(row))
+                    if len(reply) <= row.room:
+                        session.continue_with(row, reply)
+                    else:
+                        session.finish(row, "length")
+        completions = session.drain()
+
+Replies may also come later, and more prompts at any time. Every draw is keyed by (seed, step, prompt id, sample, position), so a
+completion depends neither on the other rows nor on when it was admitted, parked, continued or preempted, nor on the size of the
+cache.
+
+N rows of a session, B live ones, V vocabulary, P prompts in one prefill, L layers, A experts per token.
 """
 
-import functools
+import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,18 +36,20 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment
+from grpo.rollout.cache_plan import CacheShape, plan_cache
 from grpo.rollout.sampling import Draw, SamplingParams, choose
-from grpo.rollout.schedule import CacheShape, Group, Pieces, Request, Schedule, plan_cache
+from grpo.rollout.scheduler import Group, Row, Scheduler
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.draw_key import POSITION
 from models.gpt_oss import GptOss, KeptSets
 from models.keys import PrefillChunk
+from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord, empty_routing
 
-# Steps between two looks, at which the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in between
+# Steps between two syncs, at which the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in between
 # stays idle for 3.5 steps on average, 1% of a completion of 350 tokens. Where completions wait for its slot they start as much
-# later, but together with others, which makes their prefill cheaper: more looks would not pay.
-LOOK_STEPS = 8
+# later, but together with others, which makes their prefill cheaper: more syncs would not pay.
+SYNC_STEPS = 8
 # Of a GPU's free memory: the rest is for prefill, the head's logits and graphs.
 CACHE_SHARE = 0.7
 
@@ -41,7 +61,8 @@ class Interrupted(Exception):
 @dataclass
 class RolloutStats:
     num_completions: int = 0
-    # each prompt once, however large its group; and what was preempted, a prompt in pieces included, as often as it begins again
+    # each prompt once, however large its group; what was appended; and all of a row that lost its pages, a prompt in chunks
+    # included, as often as it begins again
     prefill_tokens: int = 0
     decode_tokens: int = 0  # drawn in decode steps
     decode_steps: int = 0
@@ -55,15 +76,15 @@ class Sampler:
 
     stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the
     longest sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens:
-    prompts are prefilled together up to this many tokens, which bounds the memory of activations; a longer one in pieces of as
+    prompts are prefilled together up to this many tokens, which bounds the memory of activations; a longer one in chunks of as
     many, between which live rows are decoded. shares_prompts: training computes a prompt once for its completions; attention on
     a GPU then adds up in the same order. cache_gb: most memory of the KV cache, in 1e9 bytes; None: on a GPU a share of what is
     free when a rollout starts, and never more than its completions need. Completions that find no room wait. Results depend on
     none of max_batch, max_prefill_tokens and cache_gb.
 
     On a GPU, draws from the whole vocabulary and greedy decoding replay CUDA graphs of whole steps (models/decoder.py); filters
-    and recorded routing, which the host looks at after every step, graphs of all but the draw. Cache and graphs serve later calls
-    that they suffice for; rest() gives the cache's memory back.
+    and recorded routing, which the host needs after every step, graphs of all but the draw. Cache and graphs serve later rollouts
+    that they suffice for; offload() gives the cache's memory back.
     """
 
     def __init__(
@@ -84,391 +105,457 @@ class Sampler:
         self.model, self.stop_ids, self.seed, self.cache_gb = model, list(stop_ids), seed, cache_gb
         self.max_batch, self.max_prefill_tokens, self.shares_prompts = max_batch, max_prefill_tokens, shares_prompts
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
-        self.look_steps: int | None = None  # most steps between two looks; None: LOOK_STEPS of a graph, else 1
+        self.sync_steps: int | None = None  # most steps between two syncs; None: SYNC_STEPS of a graph, else 1
         self.last_stats = RolloutStats()
         self._decoder: Decoder | None = None  # of the last rollout, while none runs
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Gives the cache's memory back, for training; that of graphs too, where the cache would come back elsewhere."""
-        if self._decoder is not None and self._decoder.cache.can_rest:
-            self._decoder.cache.rest()
+        if self._decoder is not None and self._decoder.cache.can_offload:
+            self._decoder.cache.offload()
         else:
             self._forget()
+
+    def open(self, params: SamplingParams, *, step: int, should_stop: Callable[[], bool] | None = None,
+             progress: Callable[[int, int], None] | None = None) -> "Session":
+        """A session of completions that are drawn as `params` say, to be used in a `with`.
+
+        `should_stop` is asked before each model call (a run of decode steps counts as one); where it says so, the call raises
+        Interrupted. `progress` is told after each how many completions of how many are finished."""
+        return Session(self, params, step=step, should_stop=should_stop, progress=progress)
+
+    def generate(self, prompts: list[Prompt], params: SamplingParams, *, step: int, num_samples: int,
+                 should_stop: Callable[[], bool] | None = None,
+                 progress: Callable[[int, int], None] | None = None) -> list[Completion]:
+        """`num_samples` completions of every prompt, ordered by prompt (as given), then sample. Raises as a session does."""
+        with self.open(params, step=step, should_stop=should_stop, progress=progress) as session:
+            session.submit(prompts, num_samples)
+            return session.drain()
+
+    def stream(self, prompt: Prompt, params: SamplingParams, *, step: int, sample: int = 0,
+               should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
+        """Yields the token ids of one completion as they are drawn, a final stop token included: the same ids as
+        completion `sample` of `generate`. On a GPU they come a few at a time. Raises as a session does."""
+        with self.open(params, step=step, should_stop=should_stop) as session:
+            row, = session.submit([prompt], 1, first_sample=sample)
+            num_yielded = 0
+            while session.is_running:
+                session.poll()
+                new = session.completion_ids(row)[num_yielded:]
+                num_yielded += len(new)
+                yield from new
+
+    def take_decoder(self, rows: list[Row], stop_ids: list[int]) -> tuple[Decoder, int]:
+        """A decoder for these rows, and how many of them it can run at once: the last rollout's, with its graphs, where it
+        suffices, else a new one. The one place that allocates caches. Until a session hands it back, no other has it."""
+        shape = self.plan(rows)
+        decoder, self._decoder = self._decoder, None
+        longest = max(row.max_tokens for row in rows)
+        if decoder is not None and not (_suffices(decoder, shape, longest=longest) and _reloads(decoder)):
+            decoder = None
+        if decoder is None:
+            self._forget()
+            if self.cache_gb is None and self.model.device.type == "cuda":
+                shape = self.plan(rows, CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
+            cache = self.model.new_cache(shape.num_slots, self._max_len_of(rows), shape.num_pages)
+            decoder = Decoder(self.model, cache, max_rows=shape.num_rows, stop_ids=stop_ids,
+                              counts_prompts_apart=self.shares_prompts)
+        decoder.reset(stop_ids)
+        return decoder, shape.num_rows
+
+    def plan(self, rows: list[Row], num_bytes: float | None = None) -> CacheShape:
+        """The cache for these rows, within cache_gb, or else `num_bytes`. Raises ValueError where one of them does not fit."""
+        num_bytes = num_bytes if self.cache_gb is None else 1e9 * self.cache_gb
+        return plan_cache(self.model.config, self.model.dtype, rows, num_bytes=num_bytes, num_rows=self.max_batch,
+                          max_len=self._max_len_of(rows))
+
+    def _max_len_of(self, rows: list[Row]) -> int:
+        # a power of two: the page table's width costs little, and a conversation that grows keeps its graphs
+        return min(self.max_len, 1 << (max(row.max_tokens for row in rows) - 1).bit_length())
 
     def _forget(self) -> None:
         self._decoder = None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
 
-    def generate(
-        self,
-        prompts: list[Prompt],
-        params: SamplingParams,
-        *,
-        step: int,
-        num_samples: int,
-        should_stop: Callable[[], bool] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[Completion]:
-        """`num_samples` completions of every prompt, ordered by prompt (as given), then sample.
 
-        A completion ends with a stop token ("stop"), or after max_new_tokens tokens or where its sequence reaches
-        max_len ("length"). Log-probs are those of the distribution really drawn from (sampling.py). Where routing is recorded,
-        the last token of a completion has none: it was not fed to the model. `should_stop` is asked between model calls (a run of
-        decode steps counts as one), and `progress` told how many completions of how many are finished.
-
-        Raises ValueError for a repeated prompt id, an empty prompt, one that does not fit, or a cache that does not hold one
-        sequence; Interrupted when should_stop says so; FloatingPointError when the model's logits are not finite.
-        """
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples}: must be at least 1")
-        if not prompts:
-            self.last_stats = RolloutStats()
-            return []
-        start = time.perf_counter()
-        rollout = _Rollout(self, prompts, range(num_samples), params, step=step)
-        try:
-            for _ in rollout.run(should_stop):
-                if progress is not None:
-                    progress(sum(request.is_finished for request in rollout.requests), len(rollout.requests))
-            completions = rollout.completions()
-        finally:
-            self._decoder = rollout.decoder
-        self.last_stats = rollout.stats
-        self.last_stats.seconds = time.perf_counter() - start
-        return completions
-
-    def stream(self, prompt: Prompt, params: SamplingParams, *, step: int, sample: int = 0,
-               should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
-        """Yields the token ids of one completion as they are drawn, a final stop token included: the same ids as
-        completion `sample` of `generate`. On a GPU they come a few at a time. Raises as `generate` does."""
-        start = time.perf_counter()
-        rollout = _Rollout(self, [prompt], range(sample, sample + 1), params, step=step)
-        request, num_yielded = rollout.requests[0], 0
-        try:
-            for _ in rollout.run(should_stop):
-                rollout.check_finite()
-                new = rollout.decoder.tokens[request.place + num_yielded:request.place + request.num_new].tolist()
-                num_yielded = request.num_new
-                yield from new
-        finally:
-            self._decoder = rollout.decoder
-        self.last_stats = rollout.stats
-        self.last_stats.seconds = time.perf_counter() - start
-
-    def take_decoder(self, requests: list[Request]) -> tuple[Decoder, int]:
-        """A decoder for these requests, and how many of them it can run at once: the last rollout's, with its graphs, where it
-        suffices, else a new one. The one place that allocates caches. Until the rollout hands it back, no other has it."""
-        longest = max(request.prompt_len + request.limit for request in requests)
-        # a power of two: the page table's width costs little, and a conversation that grows keeps its graphs
-        max_len = min(self.max_len, 1 << (longest - 1).bit_length())
-        plan = functools.partial(plan_cache, self.model.config, self.model.dtype, requests, num_rows=self.max_batch,
-                                 max_len=max_len)
-        shape = plan(num_bytes=None if self.cache_gb is None else 1e9 * self.cache_gb)
-        num_outputs = requests[-1].place + requests[-1].limit
-        decoder, self._decoder = self._decoder, None
-        if decoder is not None and not (_suffices(decoder, shape, longest=longest, num_outputs=num_outputs) and _wakes(decoder)):
-            decoder = None
-        if decoder is None:
-            self._forget()
-            if self.cache_gb is None and self.model.device.type == "cuda":
-                shape = plan(num_bytes=CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
-            cache = self.model.new_cache(shape.num_slots, max_len, shape.num_pages)
-            decoder = Decoder(self.model, cache, max_rows=shape.num_rows, num_outputs=num_outputs, stop_ids=self.stop_ids,
-                              counts_prompts_apart=self.shares_prompts)
-        decoder.reset()
-        return decoder, shape.num_rows
-
-
-def _wakes(decoder: Decoder) -> bool:
+def _reloads(decoder: Decoder) -> bool:
     """Takes the cache's memory again; False where something else has it now."""
     try:
-        decoder.cache.wake()
+        decoder.cache.reload()
     except torch.OutOfMemoryError:
         return False
     return True
 
 
-def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int, num_outputs: int) -> bool:
+def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:
     cache = decoder.cache
     return (decoder.max_rows >= shape.num_rows and cache.num_slots >= shape.num_slots and cache.num_pages >= shape.num_pages
-            and cache.max_len >= longest and decoder.num_outputs >= num_outputs)
+            and cache.max_len >= longest)
 
 
-class _Rollout:
-    """The state of one generate() or stream() call."""
+class Session:
+    """Rows of one rollout, from their prompts to their completions (Sampler.open).
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        prompts: list[Prompt],
-        samples: range,
-        params: SamplingParams,
-        *,
-        step: int,
-    ) -> None:
-        _check_prompts(prompts, max_len=sampler.max_len)
-        self.model, self.prompts, self.samples, self.params = sampler.model, prompts, samples, params
-        self.max_prefill_tokens, self.shares_prompts = sampler.max_prefill_tokens, sampler.shares_prompts
-        self.device = device = sampler.model.device
-        self.requests: list[Request] = []
-        place = 0
-        for index, prompt in enumerate(prompts):
-            length = len(prompt.token_ids)
-            limit = min(params.max_new_tokens, sampler.max_len - length)
-            for _ in samples:
-                self.requests.append(Request(len(self.requests), index, length, limit, place))
-                place += limit
-        num_items, width, capacity = len(self.requests), len(samples), max(request.limit for request in self.requests)
-        keys = [[sampler.seed, step, prompt.id, i, len(prompt.token_ids)] for prompt in prompts for i in samples]
-        self.keys, self.key_table = keys, torch.tensor(keys, dtype=torch.int64, device=device)  # [N, 5], of the first draws
-        self.env_columns: list[set[int]] = [set() for _ in self.requests]  # of tokens that an environment gave
-        self.kept: list[list[Tensor]] | None = None  # per completion and drawn token; None without filters
-        self.routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
-        self.prompt_routing: dict[int, Tensor] = {}  # [tokens, L, A] on the host, by index of the prompt
-        if params.records_routing:
-            self.routing = empty_routing(num_items * capacity, self.model.config, "cpu").unflatten(0, (num_items, capacity))
-        # taken last: what was checked before must not cost the sampler its decoder
-        self.decoder, num_rows = sampler.take_decoder(self.requests)
-        self.cache = self.decoder.cache
-        self.has_graphs = can_decode_by_graph(self.model)
-        self.plain = params.plain if self.has_graphs else None  # None: the host draws
-        self.has_whole_steps = self.plain is not None and not params.records_routing
-        # else a look costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
-        self.look_steps = LOOK_STEPS if self.has_whole_steps else 1
-        if sampler.look_steps is not None and params.plain is not None and not params.records_routing:
-            self.look_steps = sampler.look_steps
-        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].token_ids), prompts[index].id))
-        groups = [Group(index, len(prompts[index].token_ids), self.requests[index * width:(index + 1) * width])
-                  for index in order]
-        self.schedule = Schedule(groups, self.cache, num_rows=num_rows)
-        self.stats = RolloutStats(num_completions=num_items, cache_bytes=self.cache.num_bytes)
+    A completion ends with a stop token ("stop"), or where it has max_new_tokens tokens, those of an environment included, or its
+    sequence reaches the sampler's max_len ("length"), or as its caller says. A row that draws a park token with no room to go on
+    ends there ("length"). Log-probs are those of the distribution really drawn from (grpo/rollout/sampling.py).
 
-    def run(self, should_stop: Callable[[], bool] | None) -> Iterator[None]:
-        """Runs to the end, yielding after every model call; a run of decode steps counts as one."""
-        schedule = self.schedule
-        while not schedule.is_done:
-            if should_stop is not None and should_stop():
-                finished = sum(request.is_finished for request in self.requests)
-                raise Interrupted(f"while sampling ({finished} of {len(self.requests)} completions were finished)")
-            pieces = schedule.pieces
-            if pieces is not None and (pieces.is_due or not schedule.live):
-                self._prefill_piece(pieces)
-            elif pieces is None and self._admit():
-                pass
-            elif schedule.live:
-                self._decode()
-            else:
-                assert schedule.clear_for_one(), (schedule.preempted, schedule.groups, self.cache.num_free_pages)
-                continue
-            self._look()
-            yield
+    Raises FloatingPointError when the model's logits are not finite."""
+
+    def __init__(self, sampler: Sampler, params: SamplingParams, *, step: int, should_stop: Callable[[], bool] | None,
+                 progress: Callable[[int, int], None] | None) -> None:
+        self.params, self.rows, self.stats = params, [], RolloutStats()
+        self._sampler, self._model, self._device, self._step = sampler, sampler.model, sampler.model.device, step
+        self._should_stop, self._progress, self._start_time = should_stop, progress, time.perf_counter()
+        self._decoder: Decoder | None = None  # from the first prompts to the end
+        self._scheduler: Scheduler | None = None
+        self._has_full_cache = False  # with rows for max_batch, or as many as memory allows
+        self._prompt_ids: set[int] = set()
+        self._num_finished = 0
+        self._keys = torch.empty(0, POSITION + 1, dtype=torch.int64, device=self._device)  # [N, 5], of the first draws
+        self._partial_hidden: Tensor | None = None  # [D], after the prompt of the partial group
+        self._kept: dict[int, list[Tensor]] = {}  # by row: kept ids of drawn tokens that its segments do not have yet
+        self._routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
+        self._prompt_routing: list[Tensor] = []  # of each group [tokens, L, A] on the host
+        self._has_graphs = can_decode_by_graph(self._model)
+        self._plain = params.plain if self._has_graphs else None  # None: the host draws
+        self._has_whole_steps = self._plain is not None and not params.records_routing
+        # else a sync costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
+        self._sync_steps = SYNC_STEPS if self._has_whole_steps else 1
+        if sampler.sync_steps is not None and params.plain is not None and not params.records_routing:
+            self._sync_steps = sampler.sync_steps
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Hands cache and graphs back to the sampler, for later rollouts."""
+        if self._decoder is not None:
+            self._sampler._decoder, self._decoder = self._decoder, None
+        self.stats.seconds = time.perf_counter() - self._start_time
+        self._sampler.last_stats = self.stats
+
+    @property
+    def is_running(self) -> bool:
+        """Whether any row is neither finished nor parked."""
+        return self._scheduler is not None and not self._scheduler.is_done
+
+    # ---- what callers do
+
+    def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0) -> list[Row]:
+        """Queues `num_samples` completions of every prompt, beside what runs. Returns their rows, by prompt, then sample.
+
+        Raises ValueError for a prompt id that the session has, an empty prompt, one that does not fit, or a cache that does not
+        hold one sequence."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}: must be at least 1")
+        _check_prompts(prompts, max_len=self._sampler.max_len, taken=self._prompt_ids)
+        if not prompts:
+            return []
+        capacity = min(self.params.max_new_tokens, self._sampler.max_len)
+        groups = [[Row(0, group, prompt, sample, min(capacity, self._sampler.max_len - len(prompt.token_ids)))
+                   for sample in range(first_sample, first_sample + num_samples)]
+                  for group, prompt in enumerate(prompts, start=len(self._prompt_ids))]
+        rows = list(itertools.chain(*groups))
+        for index, row in enumerate(rows, start=len(self.rows)):
+            row.index = index
+        self._make_cache_hold(rows)
+        self.rows += rows
+        self._prompt_ids |= {prompt.id for prompt in prompts}
+        keys = torch.tensor([(*self._key(row), row.prompt_len) for row in rows], device=self._device)
+        self._keys = torch.cat([self._keys, keys])
+        if self.params.records_routing:
+            new = empty_routing(len(rows) * capacity, self._model.config, "cpu").unflatten(0, (len(rows), capacity))
+            self._routing = new if self._routing is None else torch.cat([self._routing, new])
+            self._prompt_routing += [empty_routing(len(prompt.token_ids), self._model.config, "cpu") for prompt in prompts]
+        self._scheduler.add([Group(members[0].prompt_len, members) for members in groups])
+        self.stats.num_completions = len(self.rows)
+        return rows
+
+    def poll(self) -> list[Row]:
+        """Makes one model call, a run of decode steps or a prefill, if anything can run. Returns the rows that finished or parked
+        in it, in no particular order."""
+        if not self.is_running:
+            return []
+        if self._should_stop is not None and self._should_stop():
+            raise Interrupted(f"while sampling ({self._num_finished} of {len(self.rows)} completions were finished)")
+        self._call_model()
+        left = self._sync()
+        if self._progress is not None:
+            self._progress(self._num_finished, len(self.rows))
+        return left
+
+    def continue_with(self, row: Row, token_ids: list[int]) -> None:
+        """Appends tokens that nobody drew to a parked row and lets it go on. They become a segment of the environment and are
+        prefilled in chunks, with those of other rows. Raises ValueError for a row that is not parked, more tokens than row.room,
+        or an id outside the vocabulary."""
+        _check_parked(row)
+        vocab_size = self._model.config.vocab_size
+        if len(token_ids) > row.room:
+            raise ValueError(f"{len(token_ids)} tokens for {row}: it has room for {row.room} and one to be drawn; finish it")
+        if wrong := [token for token in token_ids if not 0 <= token < vocab_size]:
+            raise ValueError(f"token ids {wrong[:5]} for {row}: must lie in [0, {vocab_size})")
+        if token_ids:
+            row.segments.append(Segment(list(token_ids), "env"))
+            row.num_new += len(token_ids)
+        self._scheduler.unpark(row)
+
+    def finish(self, row: Row, reason: str) -> None:
+        """Ends a parked row, with this reason. Raises ValueError for a row that is not parked."""
+        _check_parked(row)
+        row.finish_reason = reason
+        self._num_finished += 1
+        self._scheduler.unpark(row)
+
+    def drain(self) -> list[Completion]:
+        """Runs to the end. Returns the completions of all rows, in the order of submission. Raises ValueError where rows are left
+        parked."""
+        while self.is_running:
+            self.poll()
+        if parked := [row for row in self.rows if row.is_parked]:
+            raise ValueError(f"{len(parked)} of {len(self.rows)} rows are parked, {parked[0]} first: continue or finish them")
+        return [self.completion(row) for row in self.rows]
+
+    def completion(self, row: Row) -> Completion:
+        """A finished row as a completion, or a parked one with what it has so far ("parked"). Where routing is recorded, the last
+        token of a completion has none: it was not fed to the model."""
+        assert row.is_finished or row.is_parked, row
+        segments, start = copy.deepcopy([Segment(row.prompt.token_ids, "prompt"), *row.segments]), 0
+        if self._routing is not None:
+            segments[0].routing = self._prompt_routing[row.group]
+            for segment in segments[1:]:
+                end = start + len(segment.token_ids)
+                segment.routing, start = self._routing[row.index, start:end].clone(), end
+        return Completion(row.prompt, row.sample, segments, row.finish_reason or "parked")
+
+    def completion_ids(self, row: Row) -> list[int]:
+        """The tokens that a row has after its prompt."""
+        self._fetch([row])
+        return row.completion_ids
+
+    # ---- model calls
+
+    def _call_model(self) -> None:
+        scheduler = self._scheduler
+        while True:
+            chunked = scheduler.chunked
+            if chunked is not None and (chunked.is_due or not scheduler.live):
+                return self._prefill_next_chunk()
+            if chunked is None and self._admit():
+                return None
+            if chunked is not None or not scheduler.make_way():
+                return self._decode()
 
     def _admit(self) -> bool:
-        """Starts what finds room, or begins to prefill it in pieces. Returns whether anything did."""
-        schedule = self.schedule
-        if resumed := schedule.resume(self.max_prefill_tokens):
-            self._resume(resumed)
-        elif admitted := schedule.admit_standing():
-            group, members = admitted
-            self._start(members, group.hidden.expand(len(members), -1))
-        elif admitted := schedule.admit_groups(self.max_prefill_tokens):
-            self._admit_groups(admitted)
-        elif schedule.begin_pieces(self.max_prefill_tokens):
-            self._prefill_piece(schedule.pieces)
+        """Starts what finds room, or begins to prefill it in chunks. Returns whether anything did."""
+        scheduler, max_tokens = self._scheduler, self._sampler.max_prefill_tokens
+        if resumed := scheduler.resume(max_tokens):
+            if resumed[0].num_held:
+                hidden = self._prefill_chunks(resumed, [row.num_tokens for row in resumed])
+            else:
+                hidden = self._prefill(resumed)
+            self._start(resumed, hidden)
+        elif admitted := scheduler.admit_partial_group():
+            _, members = admitted
+            self._start(members, self._partial_hidden.expand(len(members), -1))
+        elif admitted := scheduler.admit_groups(max_tokens):
+            hidden = self._prefill([members[0] for _, members in admitted])  # [P, D]
+            for (group, members), state in zip(admitted, hidden, strict=True):
+                self._share(group, members, state)
+            counts = torch.tensor([len(members) for _, members in admitted], device=self._device)
+            rows = [row for _, members in admitted for row in members]
+            self._start(rows, hidden.repeat_interleave(counts, dim=0, output_size=len(rows)))
+        elif scheduler.begin_chunked(max_tokens):
+            self._prefill_next_chunk()
         else:
             return False
         return True
 
-    def _admit_groups(self, admitted: list[tuple[Group, list[Request]]]) -> None:
-        """Prefills prompts and starts their completions."""
-        prompts = [self.prompts[group.prompt].token_ids for group, _ in admitted]
-        hidden, routing = self._prefill([[ids] for ids in prompts], [members[0].slot for _, members in admitted])  # [P, D]
-        for row, (group, members) in enumerate(admitted):
-            self._share(group, members, hidden[row], None if routing is None else routing[row])
-        counts = torch.tensor([len(members) for _, members in admitted], device=self.device)
-        requests = [request for _, members in admitted for request in members]
-        self._start(requests, hidden.repeat_interleave(counts, dim=0, output_size=len(requests)))
+    def _share(self, group: Group, members: list[Row], hidden: Tensor) -> None:
+        """Fans a prefilled prompt out, and keeps the hidden state [D] after it for members that wait."""
+        self._scheduler.share(group, members)
+        if group.waiting:
+            self._partial_hidden = hidden.clone()
 
-    def _share(self, group: Group, members: list[Request], hidden: Tensor, routing: Tensor | None) -> None:
-        """Fans a prefilled prompt out, and keeps what its members need: the hidden state [D] after it, and its routing."""
-        if routing is not None:
-            self.prompt_routing[group.prompt] = routing
-        self.schedule.share(group, members)
-        group.hidden = hidden.clone() if group.waiting else None
-
-    def _prefill_piece(self, pieces: Pieces) -> None:
-        """Prefills the next piece; after the last one, its completions start."""
-        request, start = pieces.request, pieces.num_done
-        end = min(start + self.max_prefill_tokens, pieces.num_tokens)
-        ids = (self.prompts[request.prompt].token_ids + self._drawn(request))[start:end]
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        record = self._new_record(end - start)
-        chunk = PrefillChunk(request.slot, start, end, request.prompt_len if self.shares_prompts else 0)
-        hidden = self.model.prefill_chunks(tokens, [chunk], self.cache, record=record)  # [1, D]
-        self.stats.prefill_tokens += end - start
-        pieces.num_done, pieces.is_due = end, False
-        if record is not None:
-            pieces.routing.append(record.indices.cpu())
-        if end < pieces.num_tokens:
+    def _prefill_next_chunk(self) -> None:
+        """Prefills the next chunk of what is prefilled in chunks; after the last one, its completions start."""
+        chunked = self._scheduler.chunked
+        row, chunked.is_due = chunked.row, False
+        hidden = self._prefill_chunks([row], [min(row.num_held + self._sampler.max_prefill_tokens, chunked.num_tokens)])
+        if row.num_held < chunked.num_tokens:
             return
-        routing = None if record is None else torch.cat(pieces.routing)
-        group, members = self.schedule.end_pieces()
+        group, members = self._scheduler.end_chunked()
         if group is not None:
-            self._share(group, members, hidden[0], routing)
-        elif routing is not None:
-            self.routing[request.item, :request.num_new] = routing[request.prompt_len:]
+            self._share(group, members, hidden[0])
         self._start(members, hidden.expand(len(members), -1))
 
-    def _resume(self, requests: list[Request]) -> None:
-        """Prefills prompts and the tokens drawn after them, and goes on."""
-        sequences = [[self.prompts[request.prompt].token_ids, self._drawn(request)] for request in requests]
-        if not self.shares_prompts:
-            sequences = [[prompt + drawn] for prompt, drawn in sequences]
-        hidden, routing = self._prefill(sequences, [request.slot for request in requests])
-        if routing is not None:
-            for request, rows in zip(requests, routing, strict=True):
-                self.routing[request.item, :request.num_new] = rows[request.prompt_len:]
-        self._start(requests, hidden)
+    def _prefill_chunks(self, rows: list[Row], ends: list[int]) -> Tensor:
+        """Prefills tokens of rows, from those that their slots hold to `ends`. Returns the hidden states [n, D] after them."""
+        chunks = [PrefillChunk(row.slot, row.num_held, end, row.prompt_len if self._sampler.shares_prompts else 0)
+                  for row, end in zip(rows, ends, strict=True)]
+        parts = [row.token_ids[row.num_held:end] for row, end in zip(rows, ends)]
+        tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
+        record = self._new_record(len(tokens))
+        hidden = self._model.prefill_chunks(tokens, chunks, self._decoder.cache, record=record)
+        self._keep_routing(rows, [row.num_held for row in rows], [len(part) for part in parts], record)
+        self.stats.prefill_tokens += len(tokens)
+        for row, end in zip(rows, ends):
+            row.num_held = end
+        return hidden
 
-    def _prefill(self, sequences: list[list[list[int]]], slots: list[int]) -> tuple[Tensor, list[Tensor] | None]:
-        """Prefills each sequence, given in parts of which each continues the first, into its slot. Returns the hidden states
-        [n, D] after them, and where it is recorded the routing of each, on the host."""
-        parts, prefixes, part_slots = [], [], []
-        for sequence, slot in zip(sequences, slots, strict=True):
+    def _prefill(self, rows: list[Row]) -> Tensor:
+        """Prefills all tokens of rows whose slots hold none. Returns the hidden states [n, D] after them."""
+        parts, prefixes, slots = [], [], []
+        for row in rows:
+            sequence = [row.token_ids]
+            if self._sampler.shares_prompts and row.num_new:
+                sequence = [row.prompt.token_ids, row.completion_ids]
             prefixes += [-1] + [len(parts)] * (len(sequence) - 1)
-            part_slots += [slot] * len(sequence)
+            slots += [row.slot] * len(sequence)
             parts += sequence
         bounds = torch.tensor([0, *itertools.accumulate(map(len, parts))], dtype=torch.int32)
-        tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int64, device=self.device)
+        tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
         record = self._new_record(len(tokens))
-        hidden = self.model.prefill_hidden(tokens, bounds, self.cache, torch.tensor(part_slots, device=self.device),
-                                           prefixes=prefixes, record=record)
+        hidden = self._model.prefill_hidden(tokens, bounds, self._decoder.cache, torch.tensor(slots, device=self._device),
+                                            prefixes=prefixes, record=record)
+        self._keep_routing(rows, [0] * len(rows), [row.num_tokens for row in rows], record)
         self.stats.prefill_tokens += len(tokens)
-        lengths = [sum(map(len, sequence)) for sequence in sequences]
-        return hidden, None if record is None else list(record.indices.cpu().split(lengths))
+        return hidden
 
-    def _start(self, requests: list[Request], hidden: Tensor) -> None:
-        """Draws the next token of requests that are in their slots; hidden [n, D]."""
-        new = [NewRow(item=request.item, slot=request.slot, prompt_len=request.prompt_len, num_new=request.num_new,
-                      limit=request.limit, place=request.place, key=tuple(self.keys[request.item][:POSITION]))
-               for request in requests]
-        self.decoder.admit(new, hidden, self._draw)
-        for request in requests:
-            request.num_new += 1
+    def _start(self, rows: list[Row], hidden: Tensor) -> None:
+        """Draws the next token of rows that are in their slots; hidden [n, D]."""
+        for row in rows:
+            row.place = row.slot * self._decoder.cache.max_len
+        new = [NewRow(item=row.index, slot=row.slot, prompt_len=row.prompt_len, num_new=row.num_new, limit=row.limit,
+                      place=row.place, key=self._key(row)) for row in rows]
+        self._decoder.admit(new, hidden, self._draw)
+        for row in rows:
+            row.num_new += 1
 
     def _decode(self) -> None:
-        """Some steps of all live rows, as many as fit before the next look."""
-        if self.schedule.pieces is not None:
-            self.schedule.pieces.is_due = True
-        live = self.schedule.live
-        num_steps = min(self.look_steps, max(request.limit - request.num_new for request in live))
-        if self.schedule.make_room(num_steps):
-            live = self.schedule.live
-            self.decoder.compact(list(range(len(live))))
+        """Some steps of all live rows, as many as fit before the next sync."""
+        scheduler, decoder = self._scheduler, self._decoder
+        if scheduler.chunked is not None:
+            scheduler.chunked.is_due = True
+        num_steps = min(self._sync_steps, max(row.limit - row.num_new for row in scheduler.live))
+        preempted = scheduler.make_room(num_steps)
+        live = scheduler.live
+        if preempted:
+            self._fetch(preempted)
+            decoder.compact(list(range(len(live))))
         self.stats.decode_steps += num_steps
-        self.cache.flush()
-        prompts = [(request.prompt, request.prompt_len) for request in live]
-        longest = max(request.prompt_len + request.num_new for request in live) + num_steps
-        if self.has_whole_steps:
-            self.decoder.run(num_steps, self.plain, prompts, longest=longest)
+        decoder.cache.flush()
+        prompts = [(row.group, row.prompt_len) for row in live]
+        longest = max(row.num_tokens for row in live) + num_steps
+        if self._has_whole_steps:
+            decoder.run(num_steps, self._plain, prompts, longest=longest)
             return
         for _ in range(num_steps):
-            indices = self.decoder.step(self._draw, prompts, longest=longest, by_graph=self.has_graphs,
-                                        records=self.routing is not None)
+            indices = decoder.step(self._draw, prompts, longest=longest, by_graph=self._has_graphs,
+                                   records=self._routing is not None)
             if indices is not None:
-                items = [request.item for request in live]
-                self.routing[items, [request.num_new - 1 for request in live]] = indices.cpu()
-
-    def _look(self) -> None:
-        """Learns what has become of the live rows; those that finished leave."""
-        for request, is_live, num_new, is_stopped in zip(self.schedule.live, *self.decoder.look(), strict=True):
-            self.stats.decode_tokens += num_new - request.num_new
-            request.num_new, request.is_stopped, request.is_finished = num_new, is_stopped, not is_live
-        self.stats.num_preemptions = self.schedule.num_preemptions
-        rows = self.schedule.retire()
-        if rows is not None:
-            self.decoder.compact(rows)
-
-    def _new_record(self, num_tokens: int) -> RoutingRecord | None:
-        return None if self.routing is None else RoutingRecord(num_tokens, self.model.config, self.device)
+                self._routing[[row.index for row in live], [row.num_new - 1 for row in live]] = indices.cpu()
 
     def _draw(self, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The next token of each row [B] and its log-prob [B], from hidden states [B, D]."""
-        if self.plain is not None:
-            return self.decoder.plain_draw(self.plain)(hidden, rows)
-        keys = self.key_table[rows.items]
+        if self._plain is not None:
+            return self._decoder.plain_draw(self._plain)(hidden, rows)
+        keys = self._keys[rows.items]
         keys[:, POSITION] = rows.positions + 1
-        result = choose(self.model.head(hidden), keys, self.params)
+        result = choose(self._model.head(hidden), keys, self.params)
         if result.kept_ids is None:
             return result.tokens, result.log_probs
-        if self.kept is None:
-            self.kept = [[] for _ in self.requests]
         for item, ids in zip(rows.items.tolist(), result.kept, strict=True):
-            self.kept[item].append(ids)
-        return result.tokens, filtered_log_probs(self.model, hidden, result, temperature=self.params.temperature)
+            self._kept.setdefault(item, []).append(ids)
+        return result.tokens, filtered_log_probs(self._model, hidden, result, temperature=self.params.temperature)
 
-    def _extend(self, item: int, token_ids: list[int]) -> None:
-        """Appends an environment's tokens to a live completion, which then goes on sampling after them.
+    # ---- what the host learns
 
-        They are fed one by one at the row's next positions and recorded as an `env` segment.
-        """
-        request = self.requests[item]
-        row, first = self.schedule.live.index(request), request.num_new
-        assert first + len(token_ids) < request.limit, (first, len(token_ids), request.limit)
-        if not self.cache.reserve(request.slot, request.num_cached + len(token_ids)):
-            raise ValueError(f"rollout.cache_gb: no room for {len(token_ids)} tokens of an environment; raise it")
-        records = [self._new_record(1) for _ in token_ids]
-        self.decoder.extend(row, token_ids, records)
-        if self.routing is not None:
-            fed = torch.cat([record.indices for record in records])
-            self.routing[item, first - 1:first - 1 + len(token_ids)] = fed.cpu()
-        self.env_columns[item] |= set(range(first, first + len(token_ids)))
-        request.num_new += len(token_ids)
+    def _sync(self) -> list[Row]:
+        """Learns what has become of the live rows. Returns those that finished or parked, which leave the batch."""
+        left = []
+        for row, token, goes_on, num_new, is_stopped in zip(self._scheduler.live, *self._decoder.sync(), strict=True):
+            self.stats.decode_tokens += num_new - row.num_new
+            row.num_new = num_new
+            if goes_on:
+                continue
+            left.append(row)
+            is_park_token = token in self.params.park_ids
+            if is_park_token and row.room > 0:
+                row.is_parked = True
+            else:
+                row.finish_reason = "stop" if is_stopped and not is_park_token else "length"
+                self._num_finished += 1
+        self._fetch(left)
+        self.stats.num_preemptions = self._scheduler.num_preemptions
+        stays = self._scheduler.retire()
+        if stays is not None:
+            self._decoder.compact(stays)
+        return left
 
-    def _drawn(self, request: Request) -> list[int]:
-        return self.decoder.tokens[request.place:request.place + request.num_new].tolist()
-
-    def check_finite(self) -> None:
-        """Raises FloatingPointError naming the first recorded log-prob that is not finite."""
-        is_finite = self.decoder.log_probs.isfinite().cpu()
-        for request in self.requests:
-            bad = (~is_finite[request.place:request.place + request.num_new]).nonzero()
-            if len(bad) > 0:
-                _, step, prompt_id, sample, position = self.keys[request.item]
+    def _fetch(self, rows: list[Row]) -> None:
+        """Takes what rows have drawn into their segments. Raises FloatingPointError where a log-prob is not finite, naming it."""
+        rows = [row for row in rows if row.num_new > len(row.completion_ids)]
+        if not rows:
+            return
+        starts = [len(row.completion_ids) for row in rows]
+        spans = [(row.place + start, row.place + row.num_new) for row, start in zip(rows, starts)]
+        for row, start, (tokens, log_probs) in zip(rows, starts, self._decoder.fetch(spans), strict=True):
+            if bad := [index for index, value in enumerate(log_probs.tolist()) if not math.isfinite(value)]:
                 raise FloatingPointError(
-                    f"rollout: the log-prob of a sampled token is not finite (step {step}, prompt {prompt_id}, sample "
-                    f"{sample}, position {position + int(bad[0])}): the weights or activations hold NaN or infinity"
-                )
+                    f"rollout: the log-prob of a sampled token is not finite (step {self._step}, prompt {row.prompt.id}, sample "
+                    f"{row.sample}, position {row.prompt_len + start + bad[0]}): the weights or activations hold NaN or infinity")
+            if not row.segments or row.segments[-1].source != "policy":
+                row.segments.append(Segment([], "policy", [], None if self.params.plain is not None else []))
+            segment = row.segments[-1]
+            segment.token_ids += tokens.tolist()
+            segment.log_probs += log_probs.tolist()
+            if segment.kept_ids is not None:
+                segment.kept_ids += self._kept.pop(row.index)
 
-    def completions(self) -> list[Completion]:
-        """All completions, once every row has finished."""
-        unfinished = [request.item for request in self.requests if not request.is_finished]
-        assert not unfinished, f"completions {unfinished} unfinished, expected none"
-        self.check_finite()
-        num_outputs = self.requests[-1].place + self.requests[-1].limit
-        tokens, log_probs = self.decoder.tokens[:num_outputs].cpu(), self.decoder.log_probs[:num_outputs].cpu()
-        completions = []
-        for request in self.requests:
-            prompt, item = self.prompts[request.prompt], request.item
-            kept = iter(self.kept[item]) if self.kept is not None else None
-            routing = None if self.routing is None else self.prompt_routing[request.prompt]
-            segments = [Segment(list(prompt.token_ids), "prompt", routing=routing)]
-            for from_env, columns in itertools.groupby(range(request.num_new), key=self.env_columns[item].__contains__):
-                columns = list(columns)
-                start, end = columns[0], columns[-1] + 1
-                routing = None if self.routing is None else self.routing[item, start:end].clone()
-                ids = tokens[request.place + start:request.place + end].tolist()
-                if from_env:
-                    segments.append(Segment(ids, "env", routing=routing))
-                else:
-                    kept_ids = None if kept is None else list(itertools.islice(kept, len(columns)))
-                    values = log_probs[request.place + start:request.place + end].tolist()
-                    segments.append(Segment(ids, "policy", values, kept_ids, routing))
-            finish_reason = "stop" if request.is_stopped else "length"
-            sample = self.keys[item][POSITION - 1]
-            completions.append(Completion(prompt, sample=sample, segments=segments, finish_reason=finish_reason))
-        return completions
+    def _new_record(self, num_tokens: int) -> RoutingRecord | None:
+        return None if self._routing is None else RoutingRecord(num_tokens, self._model.config, self._device)
+
+    def _keep_routing(self, rows: list[Row], starts: list[int], lengths: list[int], record: RoutingRecord | None) -> None:
+        """Keeps the experts of packed tokens of rows, so many of each, from so many tokens after its start on."""
+        if record is None:
+            return
+        for row, start, indices in zip(rows, starts, record.indices.cpu().split(lengths), strict=True):
+            num_prompt = min(max(row.prompt_len - start, 0), len(indices))
+            self._prompt_routing[row.group][start:start + num_prompt] = indices[:num_prompt]
+            first = start + num_prompt - row.prompt_len
+            if num_prompt < len(indices):
+                self._routing[row.index, first:first + len(indices) - num_prompt] = indices[num_prompt:]
+
+    def _make_cache_hold(self, new: list[Row]) -> None:
+        """Takes a cache for the first rows, and a larger one where later rows need it: what runs is then preempted."""
+        rows = [row for row in self.rows if not row.is_finished] + new
+        stop_ids = list(dict.fromkeys([*self._sampler.stop_ids, *self.params.park_ids]))
+        if self._decoder is None:
+            self._decoder, num_rows = self._sampler.take_decoder(rows, stop_ids)
+            self._scheduler = Scheduler(self._decoder.cache, num_rows=num_rows)
+        elif not self._cache_holds(rows):
+            # for all that may still come; one row more than can run, so that there is a prompt slot
+            rows += [max(rows, key=lambda row: row.max_tokens)] * (self._sampler.max_batch + 1 - len(rows))
+            self._sampler.plan(rows)  # before anything is given up
+            self._fetch(self._scheduler.live)
+            self._scheduler.leave_cache()
+            self._decoder, self._has_full_cache = None, True
+            self._decoder, num_rows = self._sampler.take_decoder(rows, stop_ids)
+            self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
+        self.stats.cache_bytes = self._decoder.cache.num_bytes
+
+    def _cache_holds(self, rows: list[Row]) -> bool:
+        """Whether these rows can run in the cache that there is: each of them, and all at once unless no larger one helps."""
+        cache, pages = self._decoder.cache, [KVCache.pages_for(row.max_tokens) for row in rows]
+        if max(row.max_tokens for row in rows) > cache.max_len or max(pages) > cache.num_pages:
+            return False
+        return self._has_full_cache or (len(rows) <= self._scheduler.num_rows and sum(pages) <= cache.num_pages)
+
+    def _key(self, row: Row) -> tuple[int, int, int, int]:
+        """Of draws, without their position."""
+        return self._sampler.seed, self._step, row.prompt.id, row.sample
 
 
 def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperature: float) -> Tensor:
@@ -477,8 +564,13 @@ def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperatu
     return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
 
 
-def _check_prompts(prompts: list[Prompt], *, max_len: int) -> None:
-    seen = set()
+def _check_parked(row: Row) -> None:
+    if not row.is_parked:
+        raise ValueError(f"{row} is not parked")
+
+
+def _check_prompts(prompts: list[Prompt], *, max_len: int, taken: set[int]) -> None:
+    seen = set(taken)
     for prompt in prompts:
         if prompt.id in seen:
             raise ValueError(

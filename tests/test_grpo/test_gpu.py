@@ -288,7 +288,7 @@ def test_preempted_completions_have_the_trainers_log_probs_bit_for_bit(shares_pr
 
 @pytest.mark.parametrize("shares_prompts", [False, True])
 @pytest.mark.parametrize("max_prefill_tokens", [64, 100])
-def test_prompts_and_completions_prefilled_in_pieces_have_the_trainers_log_probs_bit_for_bit(shares_prompts, max_prefill_tokens):
+def test_prompts_and_completions_prefilled_in_chunks_have_the_trainers_log_probs_bit_for_bit(shares_prompts, max_prefill_tokens):
     model = adapted_model()
     prompts = [Prompt(i, [5 + (7 * k + 3 * i) % 200 for k in range(length)], {})
                for i, length in enumerate([63, 64, 65, 200, 300])]
@@ -317,33 +317,33 @@ def test_a_prefill_of_few_tokens_leaves_the_bits_of_others(monkeypatch, bounds):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results)) and results[0][0].any()
 
 
-def test_steps_between_looks_change_nothing_and_graphs_serve_later_rollouts():
+def test_steps_between_syncs_change_nothing_and_graphs_serve_later_rollouts():
     model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
     sampler = Sampler(model, [1, 7, 30], max_batch=6, seed=3)
     sample = partial(sampler.generate, prompts, SamplingParams(max_new_tokens=60), step=2, num_samples=4)
-    sampler.look_steps = 1
+    sampler.sync_steps = 1
     expected = contents(sample())
     decoder = sampler._decoder
     graphs = dict(decoder._graphs)
-    for look_steps in (None, 3, 64):
-        sampler.look_steps = look_steps
+    for sync_steps in (None, 3, 64):
+        sampler.sync_steps = sync_steps
         assert contents(sample()) == expected
     assert sampler._decoder is decoder and {key: decoder._graphs[key] for key in graphs} == graphs
     with model.adapter_disabled():
         assert contents(sample()) != expected
     assert contents(sample()) == expected
-    sampler.rest()
+    sampler.offload()
     assert contents(sample()) == expected
 
 
-def test_rest_gives_the_memory_back():
+def test_offload_gives_the_memory_back():
     model, prompts = adapted_model(), [Prompt(0, [5, 6, 7], {})]
     sampler = Sampler(model, [], max_batch=4, seed=3)
     sample = partial(sampler.generate, prompts, SamplingParams(max_new_tokens=20), step=0, num_samples=4)
     sizes = []
     for _ in range(4):
         sample()
-        sampler.rest()
+        sampler.offload()
         sizes.append(torch.cuda.memory_reserved())
     assert sizes[1:] == sizes[1:2] * 3, sizes
 

@@ -44,8 +44,8 @@ def make_decoder(model, prompts: list[list[int]], *, limits: list[int], stop_ids
     slots = [2, 1, 0][:len(prompts)]
     for slot in slots:
         assert cache.reserve(slot, 64)
-    decoder = Decoder(model, cache, max_rows=3, num_outputs=30, stop_ids=stop_ids, counts_prompts_apart=False)
-    new = [NewRow(item=i, slot=slot, prompt_len=len(prompt), num_new=0, limit=limit, place=10 * i, key=(7, 3, i, 0))
+    decoder = Decoder(model, cache, max_rows=3, stop_ids=stop_ids, counts_prompts_apart=False)
+    new = [NewRow(item=i, slot=slot, prompt_len=len(prompt), num_new=0, limit=limit, place=64 * slot, key=(7, 3, i, 0))
            for i, (slot, prompt, limit) in enumerate(zip(slots, prompts, limits, strict=True))]
     bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0)
     hidden = model.prefill_hidden(torch.tensor(sum(prompts, [])), bounds, cache, torch.tensor(slots))
@@ -57,19 +57,20 @@ def test_rows_store_what_they_draw_and_end_with_a_stop_id_or_at_their_limit(mode
     decoder.admit(new, hidden, scripted([20, 21, 22]))
     for drawn in ([30, 31, 1], [40, 1, 99], [1, 99, 99]):  # the last two have ended when they "draw" 99
         decoder.step(scripted(drawn), [], longest=0, by_graph=False, records=False)
-    assert decoder.look() == ([False] * 3, [4, 3, 2], [True, True, True])
-    drawn = [decoder.tokens[10 * row:10 * row + count].tolist() for row, count in enumerate((4, 3, 2))]
-    assert drawn == [[20, 30, 40, 1], [21, 31, 1], [22, 1]]
-    assert decoder.log_probs[10:13].tolist() == [-21, -31, -1] and 99 not in decoder.tokens
+    assert decoder.sync() == ([1, 1, 1], [False] * 3, [4, 3, 2], [True, True, True])
+    drawn = decoder.fetch([(row.place, row.place + count) for row, count in zip(new, (4, 3, 2))])
+    assert [tokens.tolist() for tokens, _ in drawn] == [[20, 30, 40, 1], [21, 31, 1], [22, 1]]
+    assert drawn[1][1].tolist() == [-21, -31, -1] and 99 not in decoder.tokens
 
 
 def test_a_limit_ends_a_row_without_a_stop_and_may_do_so_at_once(model):
     decoder, new, hidden = make_decoder(model, [[5, 6], [7]], limits=[1, 2], stop_ids=[])
     decoder.admit(new, hidden, scripted([20, 21]))
-    assert decoder.look() == ([False, True], [1, 1], [False, False])
+    assert decoder.sync() == ([20, 21], [False, True], [1, 1], [False, False])
     decoder.step(scripted([30, 31]), [], longest=0, by_graph=False, records=False)
-    assert decoder.look() == ([False, False], [1, 2], [False, False])
-    assert decoder.tokens[:1].tolist() == [20] and decoder.tokens[10:12].tolist() == [21, 31]
+    assert decoder.sync() == ([20, 31], [False, False], [1, 2], [False, False])
+    drawn = decoder.fetch([(new[0].place, new[0].place + 1), (new[1].place, new[1].place + 2)])
+    assert [tokens.tolist() for tokens, _ in drawn] == [[20], [21, 31]]
 
 
 def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_draws(model):
@@ -81,11 +82,11 @@ def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_d
         decoder.admit(new, hidden, draw)
         for _ in range(5):
             decoder.step(draw, [], longest=0, by_graph=False, records=False)
-            live = [row for row, goes_on in enumerate(decoder.look()[0]) if goes_on]
+            live = [row for row, goes_on in enumerate(decoder.sync()[1]) if goes_on]
             if compacts and len(live) < decoder.num_rows:
                 decoder.compact(live[::-1])
         assert decoder.num_rows == (2 if compacts else 3)
-        results.append([decoder.tokens[start:start + 6] for start in (10, 20)] + [decoder.log_probs[10:16]])
+        results.append([part for row in new[1:] for part in decoder.fetch([(row.place, row.place + 6)])[0]])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -93,6 +94,6 @@ def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_d
 def test_a_reset_forgets_rows_and_frees_their_pages(model):
     decoder, new, hidden = make_decoder(model, [[5, 6], [7]], limits=[9, 9], stop_ids=[])
     decoder.admit(new, hidden, scripted([20, 21]))
-    decoder.reset()
-    assert decoder.num_rows == 0 and decoder.look() == ([], [], [])
+    decoder.reset([5])
+    assert decoder.num_rows == 0 and decoder.sync() == ([], [], [], [])
     assert decoder.cache.num_free_pages == decoder.cache.num_pages

@@ -8,7 +8,7 @@ import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.rollout.sampling import SamplingParams
-from grpo.rollout.session import Sampler, _Rollout
+from grpo.rollout.session import Sampler
 from grpo.update import routing_metrics
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -77,19 +77,6 @@ def test_recording_changes_no_completion_and_is_off_unless_asked_for(model):
         assert ours.completion_ids == theirs.completion_ids
         assert ours.segments[1].log_probs == theirs.segments[1].log_probs
         assert all(segment.routing is None for segment in ours.segments)
-
-
-def test_tokens_of_an_environment_are_recorded_as_they_are_fed(model):
-    rollout = _Rollout(Sampler(model, (), max_batch=4, seed=7), prompts(2), range(2),
-                       SamplingParams(max_new_tokens=20, records_routing=True), step=3)
-    for call, _ in enumerate(rollout.run(None)):
-        if call == 4:
-            rollout._extend(2, [30, 31, 32])
-    extended = rollout.completions()[2]
-    assert [segment.source for segment in extended.segments] == ["prompt", "policy", "env", "policy"]
-    ids = extended.prompt.token_ids + extended.completion_ids
-    assert torch.equal(routing_of(extended)[:-1].long(), own_choices(model, ids)[:-1])
-    assert (routing_of(extended)[-1] == NOT_RECORDED).all()
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])

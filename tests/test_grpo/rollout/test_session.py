@@ -7,7 +7,7 @@ import torch
 
 from grpo.batch import Prompt, pack
 from grpo.rollout.sampling import SamplingParams, draw
-from grpo.rollout.session import Interrupted, Sampler, _Rollout
+from grpo.rollout.session import Interrupted, Sampler
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 
@@ -307,34 +307,6 @@ def test_should_stop_ends_the_rollout_with_interrupted_and_the_next_one_is_unaff
     assert len(asked) == 5
     again = sampler.generate(prompts, params, should_stop=lambda: False, **settings)
     assert_same_completions(again, generate(model, prompts, num_samples=2)[0])
-
-
-def test_a_row_extended_by_an_environment_goes_on_as_one_sequence(model):
-    """Tokens of the environment become a segment of their own, and later draws see them."""
-    prompts, reply = make_prompts(2, lengths=(5, 9)), [30, 31, 32]
-    sampler = Sampler(model, NO_STOP, max_batch=4, seed=7)
-    rollout = _Rollout(sampler, prompts, range(2), SamplingParams(max_new_tokens=20, top_p=0.9), step=3)
-    for call, _ in enumerate(rollout.run(None)):
-        if call == 4:  # every row has five tokens
-            rollout._extend(2, reply)
-    completions = rollout.completions()
-    extended = completions[2]
-    assert [(s.source, len(s.token_ids)) for s in extended.segments] == [
-        ("prompt", len(prompts[1].token_ids)),
-        ("policy", 5),
-        ("env", 3),
-        ("policy", 12),
-    ]
-    assert extended.segments[2].token_ids == reply and extended.segments[2].log_probs is None
-    assert [len(s.kept_ids) for s in extended.segments if s.source == "policy"] == [5, 12]
-    assert [len(c.segments) for c in completions] == [2, 2, 4, 2]
-    batch, log_probs = trainer_log_probs(model, completions, 1.0)
-    torch.testing.assert_close(batch.sampler_log_probs, log_probs, rtol=0, atol=1e-5)
-    # The draw right after the reply, from a forward of the whole sequence, at its absolute position.
-    ids = [token for segment in extended.segments[:3] for token in segment.token_ids]
-    key = torch.tensor([[7, 3, 1, 0, len(ids)]])
-    expected = draw(full_logits(model, ids)[None], key, temperature=1.0, top_p=0.9).tokens.item()
-    assert extended.segments[3].token_ids[0] == expected
 
 
 def test_no_prompts_give_no_completions(model):

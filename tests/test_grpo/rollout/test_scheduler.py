@@ -1,15 +1,26 @@
-"""Who runs when: the schedule by itself, and rollouts whose cache is too small for them against ones whose is not."""
+"""Who runs when: the scheduler by itself, and rollouts whose cache is too small for them against ones whose is not."""
 
 import random
 from functools import partial
 
 import pytest
 import torch
-from rollout_problem import MAX_LEN, assert_equal, gigabytes, items, make_config, make_prompts, make_schedule, sample
+from rollout_problem import (
+    MAX_LEN,
+    assert_equal,
+    gigabytes,
+    indices,
+    make_config,
+    make_prompts,
+    make_rows,
+    make_scheduler,
+    sample,
+)
 
+from grpo.rollout.cache_plan import plan_cache
 from grpo.rollout.sampling import SamplingParams
-from grpo.rollout.schedule import Request, Schedule, plan_cache
-from grpo.rollout.session import Sampler, _Rollout
+from grpo.rollout.scheduler import Scheduler
+from grpo.rollout.session import Sampler
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
@@ -19,96 +30,95 @@ def model(lively_model):
     return lively_model(make_config(), head_factor=20.0)
 
 
-def admit(schedule: Schedule) -> list[int]:
-    admitted = schedule.admit_groups(10_000)
+def admit(scheduler: Scheduler) -> list[int]:
+    admitted = scheduler.admit_groups(10_000)
     for group, members in admitted:
-        schedule.share(group, members)
-        for request in members:
-            request.num_new = 1
-    return items(request for _, members in admitted for request in members)
+        scheduler.share(group, members)
+        for row in members:
+            row.num_new = 1
+    return indices(row for _, members in admitted for row in members)
 
 
 def test_groups_start_while_slots_and_a_page_to_grow_into_are_there():
-    schedule = make_schedule([60, 60, 60, 60], num_rows=3, num_pages=5)
-    assert admit(schedule) == [0, 1]  # a page each, and one more for each
-    assert schedule.cache.num_free_pages == 3 and len(schedule.groups) == 2
-    schedule = make_schedule([60] * 4, num_rows=3, num_pages=50)
-    assert admit(schedule) == [0, 1, 2] and admit(schedule) == []
+    scheduler = make_scheduler([60, 60, 60, 60], num_rows=3, num_pages=5)
+    assert admit(scheduler) == [0, 1]  # a page each, and one more for each
+    assert scheduler.cache.num_free_pages == 3 and len(scheduler.groups) == 2
+    scheduler = make_scheduler([60] * 4, num_rows=3, num_pages=50)
+    assert admit(scheduler) == [0, 1, 2] and admit(scheduler) == []
 
 
 def test_requests_that_never_need_another_page_leave_none_free():
-    schedule = make_schedule([10] * 4, num_rows=4, num_pages=4, limit=PAGE_TOKENS - 9)  # the last token is not cached
-    assert admit(schedule) == [0, 1, 2, 3] and schedule.cache.num_free_pages == 0
-    assert schedule.make_room(100) == 0
+    scheduler = make_scheduler([10] * 4, num_rows=4, num_pages=4, limit=PAGE_TOKENS - 9)  # the last token is not cached
+    assert admit(scheduler) == [0, 1, 2, 3] and scheduler.cache.num_free_pages == 0
+    assert scheduler.make_room(100) == []
 
 
 def test_pages_come_for_the_next_steps_only():
-    schedule = make_schedule([60], num_rows=1, num_pages=5, limit=200)
-    admit(schedule)
-    request, = schedule.live  # 60 tokens in the cache, the 61st to be fed
+    scheduler = make_scheduler([60], num_rows=1, num_pages=5, limit=200)
+    admit(scheduler)
+    row, = scheduler.live  # 60 tokens in the cache, the 61st to be fed
     for num_steps, num_pages in ((4, 1), (5, 2), (68, 2), (69, 3), (1000, 5)):
-        assert schedule.make_room(num_steps) == 0 and schedule.cache.num_free_pages == 5 - num_pages
+        assert scheduler.make_room(num_steps) == [] and scheduler.cache.num_free_pages == 5 - num_pages
 
 
 def test_the_rows_admitted_last_are_preempted_and_come_back_before_others_in_their_order():
-    schedule = make_schedule([60, 60, 60, 60], num_rows=3, num_pages=6)
-    assert admit(schedule) == [0, 1, 2]
-    for request in schedule.live:
-        request.num_new = 70  # 129 tokens cached, 3 pages
-    assert schedule.make_room(1) == 1 and items(schedule.preempted) == [2]
-    assert items(schedule.live) == [0, 1] and schedule.cache.num_free_pages == 0
-    assert schedule.resume(10_000) == [] and admit(schedule) == []  # nobody passes the one that waits
-    schedule.live[0].is_finished = True
-    assert schedule.retire() == [1]
-    assert items(schedule.resume(10_000)) == [2] and items(schedule.live) == [1, 2]
-    schedule.live[0].is_finished = True
-    assert schedule.retire() == [1] and admit(schedule) == [3]
+    scheduler = make_scheduler([60, 60, 60, 60], num_rows=3, num_pages=6)
+    assert admit(scheduler) == [0, 1, 2]
+    for row in scheduler.live:
+        row.num_new = 70  # 129 tokens cached, 3 pages
+    assert indices(scheduler.make_room(1)) == [2] and indices(scheduler.returning) == [2]
+    assert indices(scheduler.live) == [0, 1] and scheduler.cache.num_free_pages == 0
+    assert scheduler.resume(10_000) == [] and admit(scheduler) == []  # nobody passes the one that waits
+    scheduler.live[0].finish_reason = "stop"
+    assert scheduler.retire() == [1]
+    assert indices(scheduler.resume(10_000)) == [2] and indices(scheduler.live) == [1, 2]
+    scheduler.live[0].finish_reason = "stop"
+    assert scheduler.retire() == [1] and admit(scheduler) == [3]
 
 
 def test_several_preempted_rows_resume_in_the_order_of_their_admission():
-    schedule = make_schedule([60] * 4, num_rows=4, num_pages=8, limit=200)
-    assert admit(schedule) == [0, 1, 2, 3]
-    for request in schedule.live:
-        request.num_new = 70
-    assert schedule.make_room(1) == 2 and items(schedule.preempted) == [2, 3]
-    for request in schedule.live:
-        request.is_finished = True
-    schedule.retire()
-    assert schedule.resume(129) == []  # 130 tokens are longer than a prefill may be
-    assert items(schedule.resume(259)) == [2]
-    assert items(schedule.resume(10_000)) == [3]
+    scheduler = make_scheduler([60] * 4, num_rows=4, num_pages=8, limit=200)
+    assert admit(scheduler) == [0, 1, 2, 3]
+    for row in scheduler.live:
+        row.num_new = 70
+    assert indices(scheduler.make_room(1)) == [3, 2] and indices(scheduler.returning) == [2, 3]
+    for row in scheduler.live:
+        row.finish_reason = "stop"
+    scheduler.retire()
+    assert scheduler.resume(129) == []  # 130 tokens are longer than a prefill may be
+    assert indices(scheduler.resume(259)) == [2]
+    assert indices(scheduler.resume(10_000)) == [3]
 
 
 def test_a_group_that_does_not_fit_waits_in_the_spare_slot_and_shares_whole_pages():
-    schedule = make_schedule([70, 10], num_rows=2, num_pages=20, width=3)
-    assert admit(schedule) == [0, 1] and schedule.standing.prompt == 0
-    assert schedule.cache.num_free_pages == 20 - 1 - 3  # the first page once, the tails of two rows and of the spare slot
-    assert schedule.admit_standing() is None
-    schedule.live[0].is_finished = True
-    schedule.retire()
-    group, members = schedule.admit_standing()
-    assert items(members) == [2] and schedule.standing is None and schedule.cache.num_free_pages == 20 - 1 - 2
+    scheduler = make_scheduler([70, 10], num_rows=2, num_pages=20, width=3)
+    assert admit(scheduler) == [0, 1] and indices(scheduler.partial_group.waiting) == [2]
+    assert scheduler.cache.num_free_pages == 20 - 1 - 3  # the first page once, the tails of two rows and of the prompt slot
+    assert scheduler.admit_partial_group() is None
+    scheduler.live[0].finish_reason = "stop"
+    scheduler.retire()
+    group, members = scheduler.admit_partial_group()
+    assert indices(members) == [2] and scheduler.partial_group is None and scheduler.cache.num_free_pages == 20 - 1 - 2
 
 
 def test_the_spare_slot_is_given_up_for_the_only_row_that_runs():
-    schedule = make_schedule([70], num_rows=1, num_pages=3, limit=120, width=2)
-    assert admit(schedule) == [0] and schedule.standing is not None and schedule.cache.num_free_pages == 0
-    assert schedule.make_room(60) == 0  # a third page for it alone
-    assert schedule.standing is None and [items(group.waiting) for group in schedule.groups] == [[1]]
+    scheduler = make_scheduler([70], num_rows=1, num_pages=3, limit=120, width=2)
+    assert admit(scheduler) == [0] and scheduler.partial_group is not None and scheduler.cache.num_free_pages == 0
+    assert scheduler.make_room(60) == []  # a third page for it alone
+    assert scheduler.partial_group is None and [indices(group.waiting) for group in scheduler.groups] == [[1]]
 
 
 def test_a_cache_for_all_is_no_larger_than_all_need_and_a_smaller_one_spends_what_it_may():
     config, dtype = make_config(), torch.float32
     per_page, per_slot = page_bytes(config, dtype), slot_bytes(config, dtype, max_len=MAX_LEN)
-    requests = [Request(i, i, prompt_len, limit, 0) for i, (prompt_len, limit) in
-                enumerate([(100, 100), (90, 10), (1, 59), (2, 8)])]
-    plan = partial(plan_cache, config, dtype, requests, max_len=MAX_LEN)
+    rows = make_rows([(100, 100), (90, 10), (1, 59), (2, 8)])
+    plan = partial(plan_cache, config, dtype, rows, max_len=MAX_LEN)
 
     def numbers(num_bytes, num_rows):
         shape = plan(num_bytes=num_bytes, num_rows=num_rows)
         return shape.num_rows, shape.num_slots, shape.num_pages
 
-    assert numbers(1e12, 3) == (3, 4, 4 + 2 + 1 + 4)  # the spare slot may hold the longest
+    assert numbers(1e12, 3) == (3, 4, 4 + 2 + 1 + 4)  # the prompt slot may hold the longest
     assert numbers(None, 9) == (4, 4, 8)
     assert numbers(4 * per_slot + 6.5 * per_page, 3) == (3, 4, 6)
     assert numbers(4 * per_slot + 5.5 * per_page, 3) == (2, 3, 5 + int((per_slot + per_page // 2) // per_page))
@@ -123,13 +133,13 @@ def test_a_cache_that_does_not_hold_one_sequence_is_refused_with_what_would_do(m
     assert len(sample(model, prompts, cache_gb=enough, max_new_tokens=50)[0]) == 2
 
 
-@pytest.mark.parametrize("look_steps", [1, 5])
-def test_rows_that_end_between_two_looks_change_nothing(model, look_steps):
+@pytest.mark.parametrize("sync_steps", [1, 5])
+def test_rows_that_end_between_two_syncs_change_nothing(model, sync_steps):
     prompts = make_prompts([5, 40, 3, 17])
     settings = {"num_samples": 3, "stop_ids": (3, 17), "max_new_tokens": 40}
     expected, _ = sample(model, prompts, **settings)
     assert len({len(completion.completion_ids) for completion in expected}) > 4
-    actual, stats = sample(model, prompts, look_steps=look_steps, max_batch=5, **settings)
+    actual, stats = sample(model, prompts, sync_steps=sync_steps, max_batch=5, **settings)
     assert_equal(actual, expected)
     assert stats.decode_tokens == sum(len(completion.completion_ids) - 1 for completion in expected)
 
@@ -173,7 +183,7 @@ def test_a_tenth_of_the_pages_finishes_everything_with_the_results_of_a_whole_ca
     settings = {"num_samples": 2, "stop_ids": (3,), "max_new_tokens": 190}  # random lengths through the stop id
     expected, _ = sample(model, prompts, **settings)
     num_pages = sum(2 * KVCache.pages_for(len(prompt.token_ids) + 190) for prompt in prompts)
-    actual, stats = sample(model, prompts, cache_gb=gigabytes(30, num_pages // 10), look_steps=8, **settings)
+    actual, stats = sample(model, prompts, cache_gb=gigabytes(30, num_pages // 10), sync_steps=8, **settings)
     assert [(c.prompt.id, c.sample) for c in actual] == [(p, s) for p in range(15) for s in range(2)]
     assert_equal(actual, expected)
     assert stats.num_preemptions > 0
@@ -184,8 +194,8 @@ def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(model)
     # 440 tokens and the copy of their last page fill the cache's 8 pages: the second member has none to grow into
     config, prompts, settings = make_config(), make_prompts([440, 1]), {"num_samples": 2, "max_new_tokens": 20}
     size = 5 * slot_bytes(config, torch.float32, max_len=MAX_LEN) + 8 * page_bytes(config, torch.float32)
-    requests = [Request(i, i // 2, length, 20, 20 * i) for i, length in enumerate([440, 440, 1, 1])]
-    shape = plan_cache(config, torch.float32, requests, num_bytes=size, num_rows=64, max_len=MAX_LEN)
+    rows = make_rows([(440, 20), (1, 20)], width=2)
+    shape = plan_cache(config, torch.float32, rows, num_bytes=size, num_rows=64, max_len=MAX_LEN)
     assert (shape.num_rows, shape.num_slots, shape.num_pages) == (4, 5, 8)
     assert_equal(sample(model, prompts, cache_gb=size / 1e9, **settings)[0], sample(model, prompts, **settings)[0])
 
@@ -203,7 +213,7 @@ def test_the_longest_prompts_are_admitted_first(model, monkeypatch):
     assert [completion.prompt.id for completion in completions] == [0, 1, 2, 3]
 
 
-def test_a_later_rollout_takes_the_cache_that_suffices_and_rest_gives_it_back(model):
+def test_a_later_rollout_takes_the_cache_that_suffices_and_offload_gives_it_back(model):
     sampler = Sampler(model, (), max_batch=4, seed=7)
     settings, params = {"step": 0, "num_samples": 2}, SamplingParams(max_new_tokens=20)
     prompts = make_prompts([20, 30])
@@ -211,9 +221,9 @@ def test_a_later_rollout_takes_the_cache_that_suffices_and_rest_gives_it_back(mo
     decoder = sampler._decoder
     assert_equal(sampler.generate(prompts, params, **settings), first)
     assert sampler._decoder is decoder
-    sampler.generate(prompts, SamplingParams(max_new_tokens=100), **settings)  # more tokens than its buffers hold
+    sampler.generate(prompts, SamplingParams(max_new_tokens=100), **settings)  # longer sequences than it holds
     assert sampler._decoder is not decoder
-    sampler.rest()
+    sampler.offload()
     assert sampler._decoder is None
     assert_equal(sampler.generate(prompts, params, **settings), first)
 
@@ -225,20 +235,3 @@ def test_a_stream_that_is_left_open_keeps_its_rows_to_itself(model):
     tokens = [next(stream) for _ in range(5)]
     sampler.generate(prompts, SamplingParams(max_new_tokens=20), step=1, num_samples=2)
     assert tokens + list(stream) == alone
-
-
-def test_a_preempted_completion_keeps_the_tokens_of_its_environment(model):
-    """They are part of what is prefilled again."""
-    def extended(cache_gb):
-        sampler = Sampler(model, (), max_batch=4, seed=7, cache_gb=cache_gb)
-        rollout = _Rollout(sampler, make_prompts([50, 30, 45]), range(1), SamplingParams(max_new_tokens=90), step=3)
-        for _ in rollout.run(None):
-            if rollout.requests[1].num_new == 4 and not rollout.env_columns[1]:
-                rollout._extend(1, [30, 31, 32])
-        return rollout
-
-    free, small = extended(None), extended(gigabytes(3, 4))
-    assert small.stats.num_preemptions > 0
-    completions = small.completions()
-    assert_equal(completions, free.completions())
-    assert completions[1].segments[2].token_ids == [30, 31, 32]

@@ -1,0 +1,53 @@
+"""How large a cache of keys and values a rollout takes: rows, slots and pages."""
+
+from dataclasses import dataclass
+
+import torch
+
+from grpo.rollout.scheduler import Row
+from models.config import GptOssConfig
+from models.kv_cache import KVCache, page_bytes, slot_bytes
+
+
+@dataclass
+class CacheShape:
+    num_rows: int  # that can run at once
+    num_slots: int
+    num_pages: int
+
+
+def plan_cache(config: GptOssConfig, dtype: torch.dtype, rows: list[Row], *, num_bytes: float | None, num_rows: int,
+               max_len: int) -> CacheShape:
+    """A cache of sequences of up to `max_len` tokens, for rows of which `num_rows` may run at once, within `num_bytes` (None: no
+    bound).
+
+    Never more than those take at full length. Raises ValueError where the longest row would not fit alone."""
+    per_page, per_slot = page_bytes(config, dtype), slot_bytes(config, dtype, max_len=max_len)
+    longest = max(row.max_tokens for row in rows)
+    pages = sorted((KVCache.pages_for(row.max_tokens) for row in rows), reverse=True)
+
+    def shape(num_rows: int, num_pages: int) -> CacheShape:
+        # pages too few for a whole group leave members waiting even where every one has a row
+        return CacheShape(num_rows, num_rows + (len(rows) > 1), num_pages)
+
+    def size(shape: CacheShape) -> int:
+        return shape.num_slots * per_slot + shape.num_pages * per_page
+
+    num_rows = min(num_rows, len(rows))
+    is_all = num_rows == len(rows)
+    whole = CacheShape(num_rows, num_rows + (not is_all), sum(pages[:num_rows]) + (not is_all) * pages[0])
+    if num_bytes is None or size(whole) <= num_bytes:
+        return whole
+    least = size(shape(1, pages[0]))
+    if least > num_bytes:
+        raise ValueError(
+            f"rollout.cache_gb: a cache of {num_bytes / 1e9:.3g} GB does not hold one sequence of {longest} tokens, which "
+            f"takes {least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free) or "
+            "lower rollout.max_new_tokens")
+    # rows whose prompt and first page after it find no room would only hold rings
+    per_row = 1 + KVCache.pages_for(min(row.prompt_len for row in rows))
+    while num_rows > 1 and size(shape(num_rows, max(pages[0], num_rows * per_row))) > num_bytes:
+        num_rows -= 1
+    fitting = shape(num_rows, pages[0])
+    fitting.num_pages += int((num_bytes - size(fitting)) // per_page)
+    return fitting
