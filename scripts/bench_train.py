@@ -78,9 +78,9 @@ def train_step(policy: GptOss, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return entropy.detach().mean()
 
 
-def flops_per_token(config: GptOssConfig, length: int, *, trains_base: bool = False) -> float:
+def flops_per_token(config: GptOssConfig, length: int, *, trains_base: bool = False, with_backward: bool = True) -> float:
     """Floating-point operations of a step, per token of a sequence of `length`: products with the base's weights forward, for
-    the gradient of their inputs and, where the base trains, for their own."""
+    the gradient of their inputs and, where the base trains, for their own; or of its forward alone."""
     width, inner = config.hidden_size, config.intermediate_size
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     layer = width * (q_width + 2 * kv_width) + q_width * width + width * config.num_local_experts
@@ -91,6 +91,8 @@ def flops_per_token(config: GptOssConfig, length: int, *, trains_base: bool = Fa
         window = min(config.sliding_window, length) if config.is_windowed(index) else length
         pairs += (window * (window + 1) / 2 + (length - window) * window) / length
     attention = 2 * 2 * q_width * pairs  # scores and values
+    if not with_backward:
+        return 2 * weights + attention
     return (3 if trains_base else 2) * 2 * weights + 3.5 * attention  # attention: two products forward, five backward
 
 

@@ -445,19 +445,18 @@ def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
                     lambda: F.linear(hidden, weight).float())
     rng_keys = torch.randint(-(2**31), 2**31 - 1, (num_rows, 2), device=s.device, dtype=torch.int32)
 
-    def eager():
-        full = torch.log_softmax(F.linear(hidden, weight).float() / TEMPERATURE, -1)
-        tokens = (full - torch.empty_like(full).exponential_().log()).argmax(-1)
-        return full.gather(1, tokens[:, None])[:, 0]
-
-    def expected():  # other noise draws other tokens; the log-probs of ours
-        full = torch.log_softmax(F.linear(hidden, weight).float() / TEMPERATURE, -1)
-        return full.gather(1, call()[0][:, None])[:, 0]
 
     def call():
         return draw(hidden, weight, rng_keys, temperature=TEMPERATURE)
 
-    return Work([call], product, moved + 8 * num_rows * len(weight), eager, result=lambda: call()[1], expected=expected)
+    def eager(tokens=None):
+        full = torch.log_softmax(F.linear(hidden, weight).float() / TEMPERATURE, -1)
+        if tokens is None:
+            tokens = (full - torch.empty_like(full).exponential_().log()).argmax(-1)
+        return full.gather(1, tokens[:, None])[:, 0]
+
+    return Work([call], product, moved + 8 * num_rows * len(weight), eager, result=lambda: call()[1],
+                expected=lambda: eager(call()[0]))  # other noise draws other tokens
 
 
 # -------------------------------------------------------------------------------------------------------------------- layer
@@ -468,7 +467,8 @@ def layer(s: Sizes, kind: str, *, trains_base: bool, with_backward: bool) -> Wor
     config = replace(s.config, num_hidden_layers=1, layer_types=[LAYER_TYPES[kind]], vocab_size=min(s.config.vocab_size, 512))
     model = GptOss(config, dtype=s.dtype, device=s.device, experts="bf16" if trains_base else "mxfp4")
     for name, parameter in model.named_parameters():
-        parameter.data.normal_(0, 0.02 if parameter.ndim == 1 or "embed" in name else parameter.shape[1] ** -0.5)
+        is_narrow = parameter.ndim == 1 or "embed" in name
+        parameter.data.normal_(name.endswith("norm.weight"), 0.02 if is_narrow else parameter.shape[1] ** -0.5)
     for name, buffer in model.named_buffers():
         if buffer.dtype == torch.uint8:  # codes, and scales around the one that gives them that rms
             buffer.random_(*((119, 123) if name.endswith("scales") else (0, 256)))
@@ -482,11 +482,9 @@ def layer(s: Sizes, kind: str, *, trains_base: bool, with_backward: bool) -> Wor
     def forward():
         return model.log_probs(batch["tokens"], batch["cu_seqlens"], temperature=1.0, mask=batch["mask"])[0]
 
-    flops = flops_per_token(config, s.tokens, trains_base=trains_base) * s.tokens
+    flops = s.tokens * flops_per_token(config, s.tokens, trains_base=trains_base, with_backward=with_backward)
     num_bytes = size_of(*model.parameters(), *model.buffers()) * (2 if with_backward and trains_base else 1)
-    if with_backward:
-        return Work([lambda: train_step(model, batch)], flops, num_bytes)
-    return Work([forward], flops / 3 if trains_base else flops / 2, num_bytes)
+    return Work([lambda: train_step(model, batch)] if with_backward else [forward], flops, num_bytes)
 
 
 # -------------------------------------------------------------------------------------------------------------------- table

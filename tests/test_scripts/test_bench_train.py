@@ -35,6 +35,8 @@ def test_operations_per_token_of_a_fully_trained_layer(scripts):
         config = replace(model_config("20b", num_layers=1), layer_types=[kind], vocab_size=512)
         expected = 3 * 2 * weights + 3.5 * 4 * 4096 * keys
         assert flops_per_token(config, 2048, trains_base=True) == pytest.approx(expected, rel=1e-9)
+        forward = flops_per_token(config, 2048, trains_base=True, with_backward=False)
+        assert forward == pytest.approx(2 * weights + 4 * 4096 * keys, rel=1e-9)
 
 
 def test_a_step_gives_every_adapter_a_gradient(scripts):
