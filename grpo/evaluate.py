@@ -28,7 +28,7 @@ from grpo.environment import Environment, Score, held_out_prompts, make_environm
 from grpo.groups import length_metrics, reward_metrics
 from grpo.record.console import PROGRESS_SECONDS, progress_counter
 from grpo.record.summary import is_interval
-from grpo.record.text import clean, print_error, with_interval
+from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure

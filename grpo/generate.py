@@ -29,7 +29,7 @@ from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.configuration.launch import FAILED, launch
 from grpo.configuration.targets import resolve_target
 from grpo.environment import encode_question, make_environment
-from grpo.record.text import clean, print_error
+from grpo.record.terminal import clean, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure

@@ -74,8 +74,7 @@ from grpo.configuration.sweeps import (
 )
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.configuration.validate import validate, validate_inference
-from grpo.record.text import print_error
-from grpo.run.signals import hold_standard_streams
+from grpo.record.terminal import hold_standard_streams, print_error
 
 _GRPO = Path(__file__).resolve().parent.parent
 CONFIG_DIR = next(path for path in (_GRPO / "configs", _GRPO.parent / "configs") if path.is_dir())  # of a wheel, a checkout

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from grpo.record.panel import RunPanel, length_text, part, reward_of, reward_text
 from grpo.record.summary import headline, question_of
-from grpo.record.text import clean, format_duration, format_number, one_line, with_interval
+from grpo.record.terminal import clean, format_duration, format_number, one_line, with_interval
 
 PROGRESS_SECONDS = 30.0  # between two lines where there is no live panel
 END_METRICS = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "entropy", "kl")

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo.record.summary import headline_first, question_of
-from grpo.record.text import clean, format_duration, format_number, one_line, with_interval
+from grpo.record.terminal import clean, format_duration, format_number, one_line, with_interval
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-~=+*#"

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo.config import WandbConfig
-from grpo.run.signals import flush_standard_streams
+from grpo.record.terminal import flush_standard_streams
 
 QUEUE_LEN = 10_000  # lines that wait for wandb before further ones are left out
 INIT_SECONDS = 60  # of each try to start

@@ -8,7 +8,7 @@ import torch
 
 from grpo.config import TrainConfig, run_folder, shown
 from grpo.configuration.launch import PREEMPTED, typed_words
-from grpo.record.text import print_error
+from grpo.record.terminal import print_error
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import SaveError, save_run
 from grpo.run.export_files import write_adapter, write_model

@@ -1,5 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP: the first asks the run to stop at the next good moment, the second ends the process at once; and
-the standard streams that may end with the terminal."""
+"""SIGTERM, SIGINT and SIGHUP: the first asks the run to stop at the next good moment, the second ends the process at once."""
 from __future__ import annotations
 
 import contextlib
@@ -71,27 +70,6 @@ def _restore_python_handlers() -> None:
 
 # Once for the process, since it cannot be undone; a child of a process that handles no signals finds nothing to do.
 os.register_at_fork(after_in_child=_restore_python_handlers)
-
-
-def hold_standard_streams() -> None:
-    """Gives standard streams that are closed /dev/null: a file of the run would get their numbers, and what is printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-        if vars(sys)[name] is None:
-            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (for the life of the process)
-
-
-def flush_standard_streams() -> None:
-    """Writes out what is buffered. Python would try again at its exit, and change the exit code where nobody reads any more."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if not stream.closed:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _say(text: str) -> None:

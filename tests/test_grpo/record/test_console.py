@@ -14,7 +14,7 @@ from made_up_run import SCRIPT, environment, make_metrics
 
 from grpo.record.console import Display, step_line
 from grpo.record.summary import read_metrics
-from grpo.record.text import clean, format_duration, format_number
+from grpo.record.terminal import clean, format_duration, format_number
 
 FULL = {
     "reward": 0.5,

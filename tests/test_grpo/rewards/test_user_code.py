@@ -167,9 +167,9 @@ def test_what_cannot_be_put_back_ends_the_run_with_its_name():
 @pytest.mark.parametrize("close", ["sys.stdout.close()", "os.close(1)", "sys.stderr.close()", "os.close(2)"])
 def test_user_code_that_closes_a_standard_stream_is_named_and_no_file_gets_its_number(close, tmp_path):
     code = (f"import os, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
-            "from grpo.record.text import print_error\n"
+            "from grpo.record.terminal import print_error\n"
             "from grpo.rewards.user_code import UserCodeFault, call_user_code\n"
-            "from grpo.run.signals import flush_standard_streams\n"
+            "from grpo.record.terminal import flush_standard_streams\n"
             f"def call(): {close}\n"
             "try:\n    call_user_code('reward x', call)\n"
             f"except UserCodeFault as fault:\n    open({str(tmp_path / 'fault')!r}, 'w').write(str(fault))\n"

@@ -62,7 +62,8 @@ def test_a_hangup_counts_once_however_often_it_comes_and_stays_ignored_under_noh
 def test_what_a_signal_says_never_lands_in_a_file_that_got_the_number_of_a_closed_stream(tmp_path):
     code = """
 import os, signal, sys
-from grpo.run.signals import GracefulStop, hold_standard_streams
+from grpo.record.terminal import hold_standard_streams
+from grpo.run.signals import GracefulStop
 hold_standard_streams()
 file = open(sys.argv[1], "w")
 assert file.fileno() > 2

@@ -1,11 +1,33 @@
-"""Numbers, durations and texts as a person reads them on a terminal, made safe to print.
+"""The terminal: standard streams that may end with it, texts made safe to print, numbers and durations as a person reads them.
 
 Model output is untrusted: every text that reaches the terminal goes through `clean`.
 """
 
 import contextlib
 import math
+import os
 import sys
+
+
+def hold_standard_streams() -> None:
+    """Gives standard streams that are closed /dev/null: a file of the run would get their numbers, and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if vars(sys)[name] is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  (for the life of the process)
+
+
+def flush_standard_streams() -> None:
+    """Writes out what is buffered. Python would try again at its exit, and change the exit code where nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def clean(text: str, encoding: str) -> str:
