@@ -35,7 +35,7 @@ def router_logits_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
 
 
 @triton.jit
-def _router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, stride_x, stride_weight,
+def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, stride_x, stride_weight,
                           NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
                           BLOCK_K: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -122,7 +122,7 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
     if num_tokens:
         blocks = router_blocks(gpu_family(x), num_experts, x.element_size(), num_tokens)
         grid = (cdiv(num_tokens, blocks["BLOCK_T"]), cdiv(num_experts, blocks["BLOCK_E"]))
-        launch(_router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
+        launch(router_logits_kernel, grid, x, weight, bias, logits, num_tokens, x.stride(0), weight.stride(0),
                NUM_EXPERTS=num_experts, WIDTH=width, LINES=next_power_of_2(cdiv(width, 64)), PRECISION="ieee", **blocks,
                **overlap_constants(x, num_tokens))
     return logits

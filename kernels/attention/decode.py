@@ -7,7 +7,7 @@ of a prefix in two; what pages they are is loaded one tile ahead. Which memory a
 
 The Triton kernel gives the bits that the forward kernel of kernels/attention/packed.py gives the same row, on GPUs whose products
 are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
-* the loop is that kernel's own (_forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
+* the loop is that kernel's own (forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
   sequence, and again from the end of a shared prefix where training counts so (`prefix_lens`);
 * tiles without a visible key leave maximum, sum and output as they are (the sink keeps the maximum finite, so their weights
   are 0 and the factor is 1): it does not matter that a tile of training queries visits more of them than one query;
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.decode_parts import decode_attention_parts
-from kernels.attention.packed import _forward_tiles, _load_rows, blocks_for
+from kernels.attention.packed import blocks_for, forward_tiles, load_rows
 from kernels.attention.reference import attend
 from kernels.device import (
     cdiv,
@@ -105,7 +105,7 @@ def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, k
         first = key_start + tl.maximum(position - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
     # all tiles are masked: one loop, whose loads never drain, for a few comparisons per tile
     rows = tl.zeros([BLOCK_H], tl.int32) + position
-    return _forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_key, stride_key, 0, rows, first, key_end, key_end,
+    return forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_key, stride_key, 0, rows, first, key_end, key_end,
                           scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED)
 
 
@@ -135,10 +135,10 @@ def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, pa
     # every row sees the whole prefix: only its last tile, if it is partial, needs a mask
     whole_end = end // BLOCK_N * BLOCK_N
     last = tl.zeros_like(rows) + end
-    acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
                                            last, 0, whole_end, end, scale_log2, 0, False, False, False, D, BLOCK_N, 0, PAGE,
                                            pages, True)
-    acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
                                            last, whole_end, end, end, scale_log2, 0, False, True, False, D, BLOCK_N, 0, PAGE,
                                            pages, True)
     state = states + (row * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
@@ -166,7 +166,7 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
     cache = slot * stride_slot + tl.program_id(0) * D
     if PAGE > 0:
         cache = tl.program_id(0) * D
-    q_tile = _load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
+    q_tile = load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
     heads, dims = tl.arange(0, BLOCK_H), tl.arange(0, D)
     row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
     row_sum = tl.full([BLOCK_H], 1.0, tl.float32)

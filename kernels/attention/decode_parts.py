@@ -11,7 +11,7 @@ weights are known, to the last bit, without the tiles before:
        which a product does not mix.
 
 Of a tile's products a program of step 3 has an eighth, of its exponentials one a row; all sums have the order they have in
-_forward_tiles (kernels/attention/packed.py), from the same layouts of one warp, and so the same bits. Costs: keys are read twice,
+forward_tiles (kernels/attention/packed.py), from the same layouts of one warp, and so the same bits. Costs: keys are read twice,
 weights written and read (a sixteenth of keys and values with gpt-oss's 8 query heads), two launches more.
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per page, H query heads, K key-value heads, D head width,
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.packed import _load_rows
+from kernels.attention.packed import load_rows
 from kernels.device import cdiv, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 
 TILES = 4  # of a part
@@ -74,9 +74,9 @@ def _tile_rows(pointer, page, next_page, start, end, STRIDE_KEY: tl.constexpr, P
                D: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile's keys or values [BLOCK_N, D], zeros from `end` on."""
     if PREFIXED:
-        return _load_rows(pointer, STRIDE_KEY, start, end, BLOCK_N, D, True, 0, PAGE, page, next_page)
+        return load_rows(pointer, STRIDE_KEY, start, end, BLOCK_N, D, True, 0, PAGE, page, next_page)
     else:
-        return _load_rows(pointer, STRIDE_KEY, start, end, BLOCK_N, D, True, 0, PAGE, page)
+        return load_rows(pointer, STRIDE_KEY, start, end, BLOCK_N, D, True, 0, PAGE, page)
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _part_max_kernel(q, keys, part_max, slots, positions, prefix_lens, page_tabl
     first = tl.program_id(2) * TILES
     if first >= num_tiles:
         return
-    q_tile = _load_rows(q + sequence * stride_q + kv_head * GROUP * D, D, 0, GROUP, BLOCK_H, D, True)
+    q_tile = load_rows(q + sequence * stride_q + kv_head * GROUP * D, D, 0, GROUP, BLOCK_H, D, True)
     largest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     page, next_page = _tile_pages(pages, first, num_tiles, num_keys, prefix, PREFIXED, PAGE, BLOCK_N)
     for tile in tl.range(first, tl.minimum(first + TILES, num_tiles)):
@@ -125,7 +125,7 @@ def _weights_kernel(q, keys, sinks, part_max, weights, tile_max, tile_sum, slots
     if first >= num_tiles:
         return
     heads = tl.arange(0, BLOCK_H)
-    q_tile = _load_rows(q + sequence * stride_q + kv_head * GROUP * D, D, 0, GROUP, BLOCK_H, D, True)
+    q_tile = load_rows(q + sequence * stride_q + kv_head * GROUP * D, D, 0, GROUP, BLOCK_H, D, True)
     row_max = tl.load(sinks + kv_head * GROUP + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
     place = (sequence * tl.num_programs(0) + kv_head) * tl.num_programs(2)
     for start in range(0, part, 32):

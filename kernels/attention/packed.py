@@ -63,7 +63,7 @@ def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
                RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None):
     """Rows first .. first + BLOCK of one head: [BLOCK, D]; zeros from `end` on where MASKED, else all must exist. Row p stands
     at p % RING where RING is not 0; where PAGE is not 0, at p % PAGE of `page`, and those after its last in `next_page`,
@@ -113,11 +113,11 @@ def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M:
 
 
 @triton.jit
-def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
+def forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
                    scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
                    D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, pages=None,
                    ALIGNED: tl.constexpr = True):
-    """PAGE, pages: the keys of position p stand in page pages[p // PAGE], as _load_rows takes it; ALIGNED: no tile has keys of
+    """PAGE, pages: the keys of position p stand in page pages[p // PAGE], as load_rows takes it; ALIGNED: no tile has keys of
     two pages."""
     page, next_page = 0, None
     if PAGE > 0:
@@ -128,7 +128,7 @@ def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
         if DESCRIPTOR and not MASKED:
             k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
         else:
-            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
+            k_tile = load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             cols = start + tl.arange(0, BLOCK_N)
@@ -141,7 +141,7 @@ def _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
         if DESCRIPTOR and not MASKED:
             v_tile = v_tiles.load([start, column])
         else:
-            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
+            v_tile = load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
         if PAGE > 0:
             # one tile ahead, so that loads of keys need not wait for it
             page = tl.load(pages + tl.minimum(start + BLOCK_N, key_end - 1) // PAGE)
@@ -159,10 +159,10 @@ def _forward_range(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
     rows = row + tl.arange(0, BLOCK_M)
     first, whole_end, last = _key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
     if not WINDOWED:
-        acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
+        acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
                                                rows, first, whole_end, key_end, scale_log2, window, WINDOWED, False,
                                                DESCRIPTOR, D, BLOCK_N)
-    return _forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, whole_end, last,
+    return forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, whole_end, last,
                           key_end, scale_log2, window, WINDOWED, True, DESCRIPTOR, D, BLOCK_N)
 
 
@@ -180,7 +180,7 @@ def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q,
     k += column
     v += column
     query = first - first_query
-    q_tile = _load_rows(q + head * D, stride_q, query, end - first_query, BLOCK_M, D, True)
+    q_tile = load_rows(q + head * D, stride_q, query, end - first_query, BLOCK_M, D, True)
     # the sink is one more score, whose value is 0
     row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
     row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -211,8 +211,8 @@ def _dq_tiles(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stri
             k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
             v_tile = v_tiles.load([start, column])
         else:
-            k_tile = _load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED)
-            v_tile = _load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED)
+            k_tile = load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED)
+            v_tile = load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         dweights = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
         weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
@@ -250,9 +250,9 @@ def _dq_kernel(q, k, v, k_tiles, v_tiles, sinks, out, dout, lse, row_stats, dsin
     column = head // GROUP * D
     k += column
     v += column
-    q_tile = _load_rows(q + head * D, stride_q, first, end, BLOCK_M, D, True)
-    dout_tile = _load_rows(dout + head * D, stride_out, first, end, BLOCK_M, D, True)
-    out_tile = _load_rows(out + head * D, stride_out, first, end, BLOCK_M, D, True)
+    q_tile = load_rows(q + head * D, stride_q, first, end, BLOCK_M, D, True)
+    dout_tile = load_rows(dout + head * D, stride_out, first, end, BLOCK_M, D, True)
+    out_tile = load_rows(out + head * D, stride_out, first, end, BLOCK_M, D, True)
     rows = tl.arange(0, BLOCK_M)
     inside = first + rows < end
     per_row = head.to(tl.int64) * num_tokens + first
@@ -295,8 +295,8 @@ def _dkv_tiles(dk, dv, k_tile, v_tile, q, dout, q_tiles, dout_tiles, row_stats, 
             q_tile = q_tiles.load([row, head * D])  # [BLOCK_M, D]
             dout_tile = dout_tiles.load([row, head * D])
         else:
-            q_tile = _load_rows(q + head * D, stride_q, row, end, BLOCK_M, D, MASKED)
-            dout_tile = _load_rows(dout + head * D, stride_out, row, end, BLOCK_M, D, MASKED)
+            q_tile = load_rows(q + head * D, stride_q, row, end, BLOCK_M, D, MASKED)
+            dout_tile = load_rows(dout + head * D, stride_out, row, end, BLOCK_M, D, MASKED)
         rows = row + tl.arange(0, BLOCK_M)
         # one load for both: alone, each would be too small for the compiler to spread over the threads
         stats = row_stats + (tl.cast(head, tl.int64) * num_tokens + row) * 2
@@ -335,8 +335,8 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
     first, end, first_reader, last_reader = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     cols = first + tl.arange(0, BLOCK_N)
     last_key = tl.minimum(first + BLOCK_N, end) - 1
-    k_tile = _load_rows(k + kv_head * D, stride_k, first, end, BLOCK_N, D, True)
-    v_tile = _load_rows(v + kv_head * D, stride_v, first, end, BLOCK_N, D, True)
+    k_tile = load_rows(k + kv_head * D, stride_k, first, end, BLOCK_N, D, True)
+    v_tile = load_rows(v + kv_head * D, stride_v, first, end, BLOCK_N, D, True)
     if IN_REGISTERS:
         k_tile = _in_registers(k_tile, D)
         v_tile = _in_registers(v_tile, D)

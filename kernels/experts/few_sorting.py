@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from kernels.device import cdiv, gpu_family, launch, measured, next_power_of_2, overlap_constants, unmeasured
-from kernels.experts.sorting import SMALL_SORT, Routing, _route_kernel, _sort_kernel
-from kernels.router import _router_logits_kernel, router_forward
+from kernels.experts.sorting import SMALL_SORT, Routing, route_kernel, sort_kernel
+from kernels.router import router_forward, router_logits_kernel
 
 MAX_TOKENS, MAX_EXPERTS = 64, 128  # of a router's product in one program
 _TILE = 4096  # tokens times experts of the top-k, in one tile
@@ -28,13 +28,13 @@ def _route_few_kernel(x, weight, bias, logits, indices, gate_weights, order, tok
                       BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_R: tl.constexpr,
                       PRECISION: tl.constexpr, HAS_LOGITS: tl.constexpr, OVERLAPS: tl.constexpr):
     if not HAS_LOGITS:
-        _router_logits_kernel(x, weight, bias, logits, num_tokens, stride_x, stride_weight, NUM_EXPERTS, WIDTH, ROUTER_T,
+        router_logits_kernel(x, weight, bias, logits, num_tokens, stride_x, stride_weight, NUM_EXPERTS, WIDTH, ROUTER_T,
                               ROUTER_E, ROUTER_K, LINES, PRECISION, OVERLAPS)
         tl.debug_barrier()  # what other threads have stored is read from here on
-    _route_kernel(logits, indices, gate_weights, num_tokens, NUM_EXPERTS, NUM_EXPERTS, PER_TOKEN, BLOCK_T, BLOCK_E, BLOCK_A,
+    route_kernel(logits, indices, gate_weights, num_tokens, NUM_EXPERTS, NUM_EXPERTS, PER_TOKEN, BLOCK_T, BLOCK_E, BLOCK_A,
                   False, HAS_LOGITS and OVERLAPS)
     tl.debug_barrier()
-    _sort_kernel(indices, indices, order, tokens, inverse, offsets, num_rows, chunk_size, 1, NUM_EXPERTS, PER_TOKEN, BLOCK_R, 1,
+    sort_kernel(indices, indices, order, tokens, inverse, offsets, num_rows, chunk_size, 1, NUM_EXPERTS, PER_TOKEN, BLOCK_R, 1,
                  BLOCK_E, True, False)
 
 

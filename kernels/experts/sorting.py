@@ -56,7 +56,7 @@ def route_reference(logits: torch.Tensor, experts_per_token: int,
 
 
 @triton.jit
-def _route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logits, NUM_EXPERTS: tl.constexpr,
+def route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logits, NUM_EXPERTS: tl.constexpr,
                   PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
                   REPLAY: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_launch_before(OVERLAPS)
@@ -132,7 +132,7 @@ def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,
     weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=logits.device)
     blocks = _route_blocks(num_experts)
     if num_tokens:
-        launch(_route_kernel, (cdiv(num_tokens, blocks["BLOCK_T"]),), logits, indices, weights, num_tokens,
+        launch(route_kernel, (cdiv(num_tokens, blocks["BLOCK_T"]),), logits, indices, weights, num_tokens,
                logits.stride(0), NUM_EXPERTS=num_experts, PER_TOKEN=experts_per_token,
                BLOCK_A=next_power_of_2(experts_per_token), REPLAY=is_replay, num_warps=4, **blocks,
                **overlap_constants(logits, num_tokens))
@@ -213,7 +213,7 @@ def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl
 
 
 @triton.jit
-def _sort_kernel(experts_ptr, counts_ptr, order_ptr, tokens_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size,
+def sort_kernel(experts_ptr, counts_ptr, order_ptr, tokens_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size,
                  num_chunks, NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, IS_SINGLE: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_launch_before(OVERLAPS)
@@ -274,6 +274,6 @@ def make_routing(indices: torch.Tensor, *, num_experts: int) -> Routing:
     if not is_single:
         counts = torch.empty((num_chunks, num_experts), dtype=torch.int32, device=indices.device)
         launch(_count_kernel, (num_chunks,), experts, counts, num_rows, chunk_size, **sizes)
-    launch(_sort_kernel, (num_chunks,), experts, counts, order, tokens, inverse, offsets, num_rows, chunk_size, num_chunks,
+    launch(sort_kernel, (num_chunks,), experts, counts, order, tokens, inverse, offsets, num_rows, chunk_size, num_chunks,
            PER_TOKEN=indices.shape[1], BLOCK_C=max(SORT_TILE // block_e, 4), IS_SINGLE=is_single, **sizes)
     return Routing(indices, order, tokens, inverse, offsets)

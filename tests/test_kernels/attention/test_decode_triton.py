@@ -29,7 +29,7 @@ from kernels.attention.decode_parts import (
     _sum_kernel,
     _weights_kernel,
 )
-from kernels.attention.packed import AttentionPlan, _forward_tiles, _load_rows, attention, blocks_for
+from kernels.attention.packed import AttentionPlan, attention, blocks_for, forward_tiles, load_rows
 from kernels.device import family_of
 
 
@@ -248,10 +248,10 @@ def test_what_the_kernel_cannot_serve_is_refused_with_the_reason():
 def _visit_kernel(q, k, v, out, first, position, window, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """A row's output and sum from all tiles from `first` on."""
     rows = tl.zeros([BLOCK_H], tl.int32) + position
-    q_tile = _load_rows(q, D, 0, BLOCK_H, BLOCK_H, D, True)
+    q_tile = load_rows(q, D, 0, BLOCK_H, BLOCK_H, D, True)
     acc, row_max = tl.zeros([BLOCK_H, D], tl.float32), tl.zeros([BLOCK_H], tl.float32)
     row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
-    acc, row_max, row_sum = _forward_tiles(acc, row_max, row_sum, q_tile, k, v, k, v, D, D, 0, rows, first, position + 40,
+    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, k, v, k, v, D, D, 0, rows, first, position + 40,
                                            position + 40, 0.4, window, True, True, False, D, BLOCK_N)
     heads = tl.arange(0, BLOCK_H)
     tl.store(out + heads[:, None] * (D + 1) + tl.arange(0, D)[None, :], acc)

@@ -15,21 +15,21 @@ from kernels.experts.sorting import (
     _count_kernel,
     _route_blocks,
     _route_grad_kernel,
-    _route_kernel,
-    _sort_kernel,
     choose_experts,
     make_routing,
     route,
     route_backward,
+    route_kernel,
+    sort_kernel,
 )
 from kernels.experts.transport import _sum_rows_kernel, sum_rows
 from kernels.router import (
     _router_grad_kernel,
-    _router_logits_kernel,
     router_backward,
     router_blocks,
     router_grad_blocks,
     router_logits,
+    router_logits_kernel,
 )
 
 GOLDEN = load_file(FIXTURES / "kernels.safetensors")
@@ -220,7 +220,7 @@ def elementwise_cases(num_experts, per_token, arch):
     integer = {"num_tokens": "i32"}
     experts = {"NUM_EXPERTS": num_experts, "PER_TOKEN": per_token}
     yield (
-        _route_kernel,
+        route_kernel,
         pointers("*fp32", "logits", "weights") | pointers("*i64", "indices") | integer | {"stride_logits": "i32"},
         experts | _route_blocks(num_experts) | {"BLOCK_A": per_token, "REPLAY": False},
     )
@@ -235,7 +235,7 @@ def elementwise_cases(num_experts, per_token, arch):
     yield _count_kernel, pointers("*i64", "experts") | pointers("*i32", "counts") | sizes, blocks
     outputs = pointers("*i64", "experts") | pointers("*i32", "counts", "order", "tokens", "inverse", "offsets")
     yield (
-        _sort_kernel,
+        sort_kernel,
         outputs | sizes | {"num_chunks": "i32"},
         blocks | {"PER_TOKEN": per_token, "BLOCK_C": tile, "IS_SINGLE": False},
     )
@@ -275,7 +275,7 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
     forward = pointers("*bf16", "x", "weight", "bias") | pointers("*fp32", "logits") | strides | {"stride_x": "i32"}
     backward = pointers("*bf16", "weight", "grad_x") | pointers("*fp32", "grad") | strides
     cases = (
-        *((_router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2, num_tokens),
+        *((router_logits_kernel, forward, router_blocks(family_of(arch), num_experts, 2, num_tokens),
            {"PRECISION": "ieee", "LINES": 64, "OVERLAPS": arch == 90 and num_tokens == 1})
           for num_tokens in (1, 8192)),
         (_router_grad_kernel, backward, router_grad_blocks(family_of(arch), num_experts), {"PRECISION": "tf32x3"}),
