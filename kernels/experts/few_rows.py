@@ -43,6 +43,7 @@ from kernels.device import (
 )
 from kernels.experts.gemm import DTYPES
 from kernels.experts.sorting import Routing
+from kernels.experts.tiles import owner_of_tile, tiles_of_experts
 from kernels.packed.fragments import ROWS, chunk_of, unpack_fragments, word_views
 from kernels.packed.weights import Projection
 from kernels.swiglu import clamped_swiglu
@@ -320,27 +321,15 @@ def moe_decode_kernel(
     not contiguous. WAITS: one of FOR_ALL to FOR_LOW_RANK."""
     if WAITS == 0:
         wait_for_launch_before(OVERLAPS)
-    experts = tl.arange(0, EXPERTS)
-    if HAS_OFFSETS:
-        starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-        counts = tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts
-        token_tiles_of = (counts + TOKENS + MORE - 1) // (TOKENS + MORE)
-    else:  # one expert owns every row
-        token_tiles_of = tl.where(experts == 0, tl.cdiv(num_rows, TOKENS + MORE), 0)
+    token_tiles_of = tiles_of_experts(offsets, num_rows, num_experts, TOKENS + MORE, EXPERTS, HAS_OFFSETS)
     ends_of = tl.cumsum(token_tiles_of, 0)
     feature_tiles = tl.cdiv(num_out, ROWS)
     tile = tl.program_id(0)
     if tile >= tl.sum(token_tiles_of, 0) * feature_tiles:
         return
     # an expert's tiles with the same weights follow each other, for the L2 cache
-    expert = tl.sum((ends_of * feature_tiles <= tile).to(tl.int32), 0)
-    within = tile - tl.sum(tl.where(experts < expert, token_tiles_of, 0), 0) * feature_tiles
-    if HAS_OFFSETS:
-        start = tl.load(offsets + expert)
-        end = tl.load(offsets + expert + 1)
-    else:
-        start = 0
-        end = num_rows
+    expert, within, start, end = owner_of_tile(tile, token_tiles_of, ends_of, offsets, num_rows, feature_tiles, EXPERTS,
+                                               HAS_OFFSETS)
     token_tiles = tl.cdiv(end - start, TOKENS + MORE)
     first = within // token_tiles * ROWS
     first_row = start + within % token_tiles * (TOKENS + MORE)

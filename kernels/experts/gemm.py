@@ -34,6 +34,7 @@ from kernels.device import (
     product_path,
     unmeasured,
 )
+from kernels.experts.tiles import owner_of_tile, tiles_of_experts
 from kernels.packed.weights import Dense, ExpertWeights
 from kernels.swiglu import clamped_swiglu
 from kernels.swiglu import swiglu as activate
@@ -191,25 +192,14 @@ def grouped_gemm_kernel(
     """One tile of ROWS x COLS per turn of the outer loop; x and weight are pointers or tensor descriptors."""
     dtype: tl.constexpr = x.dtype if X_TMA else x.dtype.element_ty
     col_tiles = tl.cdiv(num_out, COLS)
-    experts = tl.arange(0, EXPERTS)
-    if HAS_OFFSETS:
-        starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-        row_tiles_of = (tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0) - starts + ROWS - 1) // ROWS
-    else:  # one expert owns every row
-        row_tiles_of = tl.where(experts == 0, tl.cdiv(num_rows, ROWS), 0)
+    row_tiles_of = tiles_of_experts(offsets, num_rows, num_experts, ROWS, EXPERTS, HAS_OFFSETS)
     ends_of = tl.cumsum(row_tiles_of, 0)
     inner = tl.arange(0, INNER)
 
     for tile in tl.range(tl.program_id(0), tl.sum(row_tiles_of, 0) * col_tiles, tl.num_programs(0), flatten=FLATTEN):
         # expert by expert; in an expert, GROUP row tiles go through all columns before the next ones
-        expert = tl.sum((ends_of * col_tiles <= tile).to(tl.int32), 0)
-        within = tile - tl.sum(tl.where(experts < expert, row_tiles_of, 0), 0) * col_tiles
-        if HAS_OFFSETS:
-            start = tl.load(offsets + expert)
-            end = tl.load(offsets + expert + 1)
-        else:
-            start = 0
-            end = num_rows
+        expert, within, start, end = owner_of_tile(tile, row_tiles_of, ends_of, offsets, num_rows, col_tiles, EXPERTS,
+                                                   HAS_OFFSETS)
         first_row_tile = within // (GROUP * col_tiles) * GROUP
         group_rows = tl.minimum(tl.cdiv(end - start, ROWS) - first_row_tile, GROUP)
         within = within % (GROUP * col_tiles)

@@ -27,6 +27,7 @@ from kernels.device import (
     product_path,
     unmeasured,
 )
+from kernels.experts.tiles import owner_of_tile, tiles_of_experts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # rows of a partial sum, with experts and with all rows in one; part of the result's bits
@@ -86,20 +87,13 @@ def grouped_outer_kernel(
     tile = tl.program_id(0) % (m_tiles * n_tiles)
     part = tl.program_id(0) // (m_tiles * n_tiles)
     if CHUNK > 0:
-        experts = tl.arange(0, EXPERTS)
-        if HAS_OFFSETS:
-            starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-            ends = tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0)
-        else:
-            starts = tl.zeros((EXPERTS,), tl.int32)
-            ends = tl.where(experts == 0, num_rows, 0)
-        chunks_of = (ends - starts + CHUNK - 1) // CHUNK
-        expert = tl.sum((tl.cumsum(chunks_of, 0) <= part).to(tl.int32), 0)
-        if expert >= num_experts:  # the grid is an upper bound
+        chunks_of = tiles_of_experts(offsets, num_rows, num_experts, CHUNK, EXPERTS, HAS_OFFSETS)
+        ends_of = tl.cumsum(chunks_of, 0)
+        if part >= tl.sum(chunks_of, 0):  # the grid is an upper bound
             return
-        first = part - tl.sum(tl.where(experts < expert, chunks_of, 0), 0)
-        start = tl.sum(tl.where(experts == expert, starts, 0), 0) + first * CHUNK
-        end = tl.minimum(tl.sum(tl.where(experts == expert, ends, 0), 0), start + CHUNK)
+        _, within, start, end = owner_of_tile(part, chunks_of, ends_of, offsets, num_rows, 1, EXPERTS, HAS_OFFSETS)
+        start += within * CHUNK
+        end = tl.minimum(end, start + CHUNK)
     elif HAS_OFFSETS:
         start = tl.load(offsets + part)
         end = tl.load(offsets + part + 1)
@@ -135,12 +129,7 @@ def sum_chunks_kernel(partial, out, offsets, num_rows, num_experts, size,
     """out[e] = sum of the expert's chunks, ascending; size elements each, in the same memory order."""
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
-    if HAS_OFFSETS:
-        starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
-        ends = tl.load(offsets + 1 + experts, mask=experts < num_experts, other=0)
-        chunks_of = (ends - starts + CHUNK - 1) // CHUNK
-    else:
-        chunks_of = tl.where(experts == 0, (num_rows + CHUNK - 1) // CHUNK, 0)
+    chunks_of = tiles_of_experts(offsets, num_rows, num_experts, CHUNK, EXPERTS, HAS_OFFSETS)
     first = tl.sum(tl.where(experts < expert, chunks_of, 0), 0)
     count = tl.sum(tl.where(experts == expert, chunks_of, 0), 0)
     elements = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
