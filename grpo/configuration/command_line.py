@@ -13,7 +13,6 @@ import json
 import re
 import types
 import typing
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -31,22 +30,9 @@ DEFAULT_EXPERIMENT = "quickstart"
 INFO_FLAGS = ("--info", "-i")
 
 
-@dataclass
-class CommandLine:
-    flags: argparse.Namespace  # Hydra's
-    words: list[str]  # KEY=VALUE as typed, and Hydra's +KEY=VALUE, ++KEY=VALUE, ~KEY
-    parser: argparse.ArgumentParser
-
-    @property
-    def shows_only(self) -> bool:
-        """Whether it asks for information and runs nothing."""
-        flags = self.flags
-        return bool(flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
-
-
-def read_command_line(argv: list[str], keys: list[str]) -> CommandLine:
-    """Tells Hydra's flags from the settings. `keys`: the settings there are. Raises ConfigError for unknown flags and for flags
-    that contradict each other."""
+def read_flags(argv: list[str], keys: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Hydra's flags, whose `overrides` are the other words (KEY=VALUE, +KEY=VALUE, ++KEY=VALUE, ~KEY), and the parser that knows
+    them. `keys`: the settings there are. Raises ConfigError for unknown flags and for flags that contradict each other."""
     parser = get_args_parser()
     parser.allow_abbrev = False
 
@@ -71,7 +57,7 @@ def read_command_line(argv: list[str], keys: list[str]) -> CommandLine:
     for word in flags.overrides:
         if not word.isprintable() and any("\ud800" <= character <= "\udfff" for character in word):
             raise ConfigError(f"cannot read {ascii(word)}: it is not valid UTF-8")
-    return CommandLine(flags, flags.overrides, parser)
+    return flags, parser
 
 
 def unknown_option(option: str, words: list[str], keys: list[str]) -> ConfigError:

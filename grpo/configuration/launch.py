@@ -7,6 +7,7 @@ message and exit code 2 before any folder is made and, unless a keyword of the l
 imported.
 """
 
+import argparse
 import contextlib
 import copy
 import difflib
@@ -49,11 +50,10 @@ from grpo.config import (
 )
 from grpo.configuration.command_line import (
     DEFAULT_EXPERIMENT,
-    CommandLine,
     as_typed,
     default_first,
     parse,
-    read_command_line,
+    read_flags,
     to_override,
 )
 from grpo.configuration.suggestions import OTHER_NAMES
@@ -86,8 +86,8 @@ NODES = ("env", "loss")  # nodes that name a target
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's loader, which composes the same files once: whoever asks for them again, Hydra's sweeper, launcher and --cfg
-    included, gets a copy with the values of its own overrides."""
+    """Hydra's loader, which composes a choice of files once. Whoever asks for the same files again (each job of a sweep, Hydra's
+    launcher, --cfg) gets a copy with the values of its own overrides."""
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
@@ -119,7 +119,8 @@ class CommandPlan:
 
     hydra: Hydra
     config_name: str
-    line: CommandLine
+    flags: argparse.Namespace  # Hydra's
+    parser: argparse.ArgumentParser
     folders: list[str]  # of further configs
     groups: list[str]  # folders of configs that hold choices: model, env, ...
     keys: list[str]  # all that can be set, for suggestions
@@ -130,12 +131,15 @@ class CommandPlan:
     is_grid: bool = True  # the sweeper takes every combination, and draws none
 
     @property
-    def schema(self) -> type:
-        return SCHEMAS[self.config_name]
+    def primary(self) -> str:
+        """The name of the file that is composed first."""
+        return self.flags.config_name or self.config_name
 
     @property
-    def primary(self) -> str:
-        return self.line.flags.config_name or self.config_name
+    def shows_only(self) -> bool:
+        """Whether the command line asks for information and runs nothing."""
+        flags = self.flags
+        return bool(flags.help or flags.hydra_help or flags.cfg or flags.info or flags.shell_completion)
 
 
 def launch(config_name: str, task: Callable[[Any], int]) -> int:
@@ -147,7 +151,7 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
     hold_standard_streams()
     try:
         with prepare(config_name, sys.argv[1:]) as plan:
-            if plan.line.shows_only:
+            if plan.shows_only:
                 return show(plan)
             check(plan)
             return run_sweep(plan, task) if plan.is_sweep else run_one(plan, task)
@@ -176,16 +180,16 @@ def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
     schema = SCHEMAS[config_name]
     promised = [key for key in OTHER_NAMES if key.partition(".")[0] in NODES]
     keys = [*leaf_keys(schema, ""), *(key for key in promised if key.partition(".")[0] in typing.get_type_hints(schema))]
-    line = read_command_line(arguments, keys)
-    folders, words = added_folders(line)
-    search_path = create_config_search_path(os.path.abspath(line.flags.config_path or CONFIG_DIR))
+    flags, parser = read_flags(arguments, keys)
+    folders, words = added_folders(flags)
+    search_path = create_config_search_path(os.path.abspath(flags.config_path or CONFIG_DIR))
     for provider, folder in folders:
         search_path.prepend(provider=provider, path=folder, anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     hydra = Hydra(task_name=config_name, config_loader=Loader(search_path))
     GlobalHydra.instance().initialize(hydra)
     groups = [name for name in hydra.config_loader.list_groups("") if name != "hydra"]
-    plan = CommandPlan(hydra, config_name, line, [folder for _, folder in folders], groups, [*keys, *groups])
+    plan = CommandPlan(hydra, config_name, flags, parser, [folder for _, folder in folders], groups, [*keys, *groups])
     try:
         fill(plan, words)
         yield plan
@@ -199,11 +203,11 @@ def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
         GlobalHydra.instance().clear()
 
 
-def added_folders(line: CommandLine) -> tuple[list[tuple[str, str]], list[str]]:
+def added_folders(flags: argparse.Namespace) -> tuple[list[tuple[str, str]], list[str]]:
     """(provider, URL) of each folder of configs that the command line adds, and its other words."""
-    folders = [("--config-dir", line.flags.config_dir)] if line.flags.config_dir else []
+    folders = [("--config-dir", flags.config_dir)] if flags.config_dir else []
     words = []
-    for word in line.words:
+    for word in flags.overrides:
         key, _, value = word.lstrip("+").partition("=")
         if key == "hydra.searchpath":
             entries = parse([word])[0].value()
@@ -226,7 +230,7 @@ def fill(plan: CommandPlan, words: list[str]) -> None:
     """Brings the words into Hydra's grammar. Which values are text depends on the environment and the loss, and what a comma
     means on whether the command line is a sweep: so what the words choose is composed first."""
     words = default_first(words, plan.config_name)
-    if plan.line.flags.multirun:
+    if plan.flags.multirun:
         words.append("hydra.mode=MULTIRUN")
     plan.chosen = chosen_of(plan, words)
     base = compose(plan, plan.chosen)
@@ -258,7 +262,7 @@ def chosen_of(plan: CommandPlan, words: list[str]) -> list[str]:
         if key.startswith(("hydra.", "hydra/")):
             chosen.append(word)
         elif is_target or key in plan.groups:
-            override = parse([to_override(word, str if is_target else None, is_sweep=bool(plan.line.flags.multirun))])[0]
+            override = parse([to_override(word, str if is_target else None, is_sweep=bool(plan.flags.multirun))])[0]
             choice = override.value()
             if not (is_target or override.is_delete() or override.is_sweep_override() or isinstance(choice, (str, list))):
                 raise ConfigError(f"{key} = {choice!r}: no file of configs/{key}; keys below it are set as {key}.KEY=VALUE")
@@ -271,7 +275,7 @@ def kind_of(plan: CommandPlan, word: str, keywords: dict[str, Any]) -> Any:
     key = word.lstrip("+~").partition("=")[0]
     if key in plan.groups or key.startswith(("hydra.", "hydra/")) or not ("=" in word or word.startswith("~")):
         return None
-    return keywords[key] if key in keywords else type_at(plan.schema, key)
+    return keywords[key] if key in keywords else type_at(SCHEMAS[plan.config_name], key)
 
 
 def keyword_types(base: DictConfig, words: list[str]) -> dict[str, Any]:
@@ -409,15 +413,15 @@ def run_sweep(plan: CommandPlan, task: Callable[[Any], int]) -> int:
 
 def show(plan: CommandPlan) -> int:
     """--help, --hydra-help, --cfg, --info and --shell-completion. Of a sweep, what they show is the first job."""
-    flags, hydra = plan.line.flags, plan.hydra
+    flags, hydra = plan.flags, plan.hydra
     overrides = jobs_planned(plan)[0]
     # what app_help and hydra_help read; the latter composes Hydra's own settings alone
     flags.overrides = [word for word in overrides if not flags.hydra_help or word.startswith("hydra")]
     try:
         if flags.help:
-            hydra.app_help(config_name=plan.primary, args_parser=plan.line.parser, args=flags)
+            hydra.app_help(config_name=plan.primary, args_parser=plan.parser, args=flags)
         elif flags.hydra_help:
-            hydra.hydra_help(config_name=plan.primary, args_parser=plan.line.parser, args=flags)
+            hydra.hydra_help(config_name=plan.primary, args_parser=plan.parser, args=flags)
         elif flags.cfg:
             hydra.show_cfg(plan.primary, overrides, flags.cfg, package=flags.package, resolve=flags.resolve)
         elif flags.info:

@@ -10,8 +10,8 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -111,18 +111,15 @@ def recorded_results() -> Iterator[list[JobReturn]]:
     results: list[JobReturn] = []
     instantiate = Plugins.instantiate_launcher
 
-    @dataclass
-    class RecordingLauncher:
-        launcher: Any
+    def instantiate_recording(self: Plugins, hydra_context: Any, task_function: Callable, config: Any) -> SimpleNamespace:
+        launcher = instantiate(self, hydra_context=hydra_context, task_function=task_function, config=config)
 
-        def launch(self, job_overrides: Any, initial_job_idx: int) -> Any:
-            returned = self.launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
+        def launch(job_overrides: Any, initial_job_idx: int) -> Any:
+            returned = launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
             results.extend(returned)
             return returned
 
-    def instantiate_recording(self: Plugins, hydra_context: Any, task_function: Callable, config: Any) -> RecordingLauncher:
-        return RecordingLauncher(
-            instantiate(self, hydra_context=hydra_context, task_function=task_function, config=config))
+        return SimpleNamespace(launch=launch)
 
     Plugins.instantiate_launcher = instantiate_recording
     try:
