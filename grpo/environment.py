@@ -45,7 +45,8 @@ class Environment(Protocol):
         included."""
 
     def eval_prompts(self) -> list[Prompt]:
-        """Prompts to evaluate on, at least one, each with an id of its own; the same whenever it is asked."""
+        """Prompts to evaluate on, at least one, each with an id of its own; the same whenever they are asked for. Those beyond
+        `eval.max_prompts` are not used."""
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """One verdict on each completion, in their order; completions of several prompts come at once. `completion.prompt.row` is

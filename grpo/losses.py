@@ -47,7 +47,9 @@ class LossInputs:
     the whole optimizer step; a loss divides by one of them."""
 
     log_probs: torch.Tensor  # [T] fp32 nats, of the policy as it is now: the gradient goes through them
-    entropy: torch.Tensor  # [T] fp32 nats, of the full vocabulary; differentiable, at the price of a second pass over the logits
+    # [T] fp32 nats, of the full vocabulary. A loss that uses it gets its gradient (but for float16 models), at the price of
+    # computing the logits a second time in the backward; others pay nothing for it
+    entropy: torch.Tensor
     old_log_probs: torch.Tensor  # [T] fp32 nats, of the policy before the step's first update, or the sampler's; no gradient
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, as recorded when the token was drawn
     ref_log_probs: torch.Tensor | None  # [T] fp32 nats, of the reference of the KL penalty; None without one (grpo/kl.py)
