@@ -144,10 +144,10 @@ class Block(nn.Module):
             kept.routing = routing
         return self.mlp.experts(normed, weights, routing, middle, kept)
 
-    def trained(self, x: torch.Tensor, keys: PackedKeys, recorded: RoutingReplay | None, run: TrainingPass,
-                parameters: list[nn.Parameter]) -> torch.Tensor:
-        """forward() on a GPU, where gradients are to reach x and `parameters`, what trains in the layer."""
-        return _Trained.apply(x, self, keys, recorded, run, *parameters)
+    def trained(self, x: torch.Tensor, keys: PackedKeys, recorded: RoutingReplay | None, run: TrainingPass) -> torch.Tensor:
+        """forward() on a GPU, where gradients are to reach x and what trains in the layer."""
+        trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        return _Trained.apply(x, self, keys, recorded, run, *trainable)
 
     def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
                  needs_x: bool) -> torch.Tensor | None:

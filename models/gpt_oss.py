@@ -173,14 +173,10 @@ class GptOss(nn.Module):
 
     def _trained_hidden(self, tokens: torch.Tensor, keys: PackedKeys, routing: RoutingReplay | None) -> torch.Tensor:
         """_hidden with gradients on a GPU."""
-        x, trainable = self._embedded(tokens), self.trainable_parameters()
-        of_layers: list[list[nn.Parameter]] = [[] for _ in self.model.layers]
-        for name, parameter in trainable.items():
-            if name.startswith("model.layers."):
-                of_layers[int(name.split(".", 3)[2])].append(parameter)
-        run = self.memory.plan(x, keys.plan, trainable.values(), dtype=self.dtype, is_packed=self.expert_format.is_packed)
-        for block, parameters in zip(self.model.layers, of_layers):
-            x = block.trained(x, keys, routing, run, parameters)
+        x, trainable = self._embedded(tokens), self.trainable_parameters().values()
+        run = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed)
+        for block in self.model.layers:
+            x = block.trained(x, keys, routing, run)
         return self.model.norm(x)
 
     def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,

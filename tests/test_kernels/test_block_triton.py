@@ -4,6 +4,7 @@ on a GPU; and the kernels for few rows against those for many.
 The references are themselves compared with golden tensors elsewhere."""
 
 import gc
+import sys
 import weakref
 from collections import Counter
 from contextlib import nullcontext
@@ -405,6 +406,30 @@ def test_the_most_held_counts_what_waits_what_is_on_its_way_and_what_is_done():
 REAL = ARCHITECTURE | {"hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 1, "num_attention_heads": 64,
                        "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 8, "num_experts_per_tok": 4,
                        "sliding_window": 128, "layer_types": ["full_attention"], "vocab_size": 64}  # fmt: skip
+
+
+@pytest.mark.interpreter
+def test_a_decode_step_reaches_every_kernel_through_few_calls_and_files(monkeypatch):
+    """Of the product's own, from GptOss.decode_hidden to launch: at most 10 calls, in at most 5 files."""
+    model = build(ARCHITECTURE, targets=EVERYTHING[:4] + ["experts"], trains_more=False, in_fragments=True)
+    cache, slots, ways, plain = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64), set(), kernels.device.launch
+
+    def launch(*arguments, **constants):
+        way, frame = ["kernels.device"], sys._getframe(1)
+        while frame.f_globals["__name__"] != __name__:
+            way += [frame.f_globals["__name__"]] if frame.f_globals["__name__"].startswith(("models.", "kernels.")) else []
+            frame = frame.f_back
+        ways.add(tuple(way))
+        plain(*arguments, **constants)
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("kernels.")]:
+        if vars(module).get("launch") is plain:
+            monkeypatch.setattr(module, "launch", launch)
+    assert cache.reserve(0, 6)
+    model.decode_hidden(torch.zeros(1, dtype=torch.int64), slots, cache, slots)
+    assert len(ways) >= 8
+    for way in ways:
+        assert len(way) <= 10 and len(set(way)) <= 5, way
 
 
 @pytest.mark.gpu
