@@ -2,8 +2,8 @@
 
 The formula is that of kernels/attention/packed.py with a single query row. A windowed layer's cache is a ring: the key of
 position p stands at entry p % L of its slot. A full layer's cache may consist of pages: the key of position p stands at entry p
-% L of page page_table[slot, p // L]. Tiles counted from the start of the sequence lie within pages, those counted from the end
-of a prefix in two; what pages they are is loaded one tile ahead. Which memory a key comes from changes no bit.
+% L of page page_table[slot, p // L]. A tile counted from the start of the sequence lies within one page, one counted from the end
+of a prefix may lie in two. The numbers of those pages are loaded one tile ahead. Where a key lies changes no bit.
 
 The Triton kernel gives the bits that the forward kernel of kernels/attention/packed.py gives the same row, on GPUs whose products
 are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
@@ -15,12 +15,12 @@ are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
   the next of its row, adds its own, and a butterfly adds those of four lanes. That holds here too as long as all warps
   lie along the rows; 16 rows fill one warp.
 
-One program of one warp per sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows of the
-smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits: where
-those are long, kernels/attention/decode_parts.py takes what is no chain of sums out of the loop (`longest`).
+There is one program of one warp for each sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows
+of the smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits;
+where they are long, kernels/attention/decode_parts.py shares a sequence between programs (`longest`).
 
-Where sequences share a prefix, a launch before it may go through the prefix for several of them at once, 64 rows to a product
-(SharedPrefixes); each goes on from there with its own keys. The order of its sums stays the same, and so do its bits.
+Where sequences share a prefix, another launch may first go through it for several of them at once, 64 rows to a product
+(SharedPrefixes); each sequence goes on from there with its own keys. Its sums keep their order, and so their bits.
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per slot or page, H query heads, K key-value heads, D head
 width.

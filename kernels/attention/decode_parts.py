@@ -1,18 +1,18 @@
-"""Attention of one new token of few, long sequences: by many programs, in the order of one.
+"""Attention of one new token where sequences are few and long: many programs share a sequence, with the sums of one program.
 
 kernels/attention/decode.py goes through a sequence's keys with one program per key-value head: maximum, sum and output change
 tile by tile, and training adds up in the same order. With few sequences most of a GPU waits for that chain, which gets longer
-with every token. Little of it has to be a chain. The maximum before a tile is the same however it is found, and with it a tile's
-weights are known, to the last bit, without the tiles before:
+with every token. Little of it has to be a chain: the maximum before a tile is the same however it is found, and once it is known,
+a tile's weights follow to the last bit without the tiles before. So there are three steps:
 
     1. the largest score of every part of TILES tiles, in parallel;
     2. the weights of every tile, after the maximum of the parts and tiles before it, in parallel; their sum; the new maximum;
     3. output and sum, tile by tile: out = out * 2^(old maximum - new) + weights V, in slices of the head's width in parallel,
        which a product does not mix.
 
-Of a tile's products a program of step 3 has an eighth, of its exponentials one a row; all sums have the order they have in
-forward_tiles (kernels/attention/packed.py), from the same layouts of one warp, and so the same bits. Costs: keys are read twice,
-weights written and read (a sixteenth of keys and values with gpt-oss's 8 query heads), two launches more.
+A program of step 3 computes a slice of the products and one exponential a row. All sums have the order that they have in
+forward_tiles (kernels/attention/packed.py), from the same layouts of one warp, and so the same bits. It costs two more launches;
+keys are read twice, weights written and read (a sixteenth of keys and values with gpt-oss's 8 query heads).
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per page, H query heads, K key-value heads, D head width,
 R rows of a product: a key-value head's query heads, padded.

@@ -93,8 +93,8 @@ def _centred(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def _add_rows(total: torch.Tensor, parts: list[slice], rows: torch.Tensor) -> None:
     """Adds rows [K, m, D] to the parts of total [T, K, D] that they belong to."""
     rows = rows.transpose(0, 1)
-    for part, piece in zip(parts, rows.split([part.stop - part.start for part in parts])):
-        total[part] += piece
+    for part, own in zip(parts, rows.split([part.stop - part.start for part in parts])):
+        total[part] += own
 
 
 def library_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,

@@ -1,6 +1,6 @@
-"""attention.py's definition in plain torch: what the CPU runs, and what tests compare the kernels with.
+"""The definition of packed.py in plain PyTorch: what the CPU runs, and what tests compare the kernels with.
 
-Shapes: as in attention.py; S sequences, L their tokens.
+Shapes: as in packed.py; S sequences, L their tokens.
 """
 import torch
 import torch.nn.functional as F

@@ -3,21 +3,22 @@ unpacked in registers.
 
     y_t = residual_t + sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e),  e the k-th expert of t, each W with its unmerged LoRA
 
-The weights are the MMA's M side and a few tokens its N side, so no tile is mostly padding. Each output is one accumulator that
-runs over the inputs in ascending order, then over LoRA's rank, as grouped_gemm's do, and bias, rounding and activation follow in
-the same order: results are bit for bit those of the training forward (moe.py) on dequantised weights, for every tile size and
-every set of other tokens in the batch. Splitting the inputs of one output over programs would break that, so nothing here does.
+The weights are the M side of a matrix instruction (MMA) and a few tokens its N side, so no tile is mostly padding. Each output is
+one accumulator that runs over the inputs in ascending order, then over LoRA's rank, as grouped_gemm's do; bias, rounding and
+activation follow in the same order. Results are therefore bit for bit those of the training forward (forward.py) on dequantised
+weights, for every tile size and every set of other tokens in the batch. Nothing here splits the inputs of one output over
+programs, which would break that.
 
-Packed weights lie in fragment order (mxfp4_fragments.py): a thread's 32-bit word is its part of an MMA operand, which goes from
-unpacking to the tensor core without passing shared memory. Two forms unpack it: inline assembly, for bfloat16 on some GPUs with
-scales up to 128, and arithmetic in fp32 for everything else; the bits are the same. Dense weights, and LoRA's
-first factors, take the same kernel.
+Packed weights lie in fragment layout (kernels/packed/fragments.py): a thread's 32-bit word is its part of an MMA operand, which
+goes from unpacking to the tensor core without passing shared memory. Two forms unpack it with the same bits: inline assembly, for
+bfloat16 on some GPUs with scales up to 128, and arithmetic in fp32 for everything else. Dense weights, and LoRA's first factors,
+take the same kernel.
 
 Expert offsets stay on the device and grids depend on the number of tokens alone: a CUDA graph can replay the launches. Programs
 beyond the work there is exit at once.
 
-Where launches overlap (launch.py), x A^T and the product with W run side by side: the latter waits just before it adds LoRA. A
-launch without LoRA asks for its first weights, then waits for x.
+Where launches overlap (kernels/device.py), x A^T and the product with W run side by side: the latter waits just before it adds
+LoRA. A launch without LoRA asks for its first weights, then waits for x.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
 """

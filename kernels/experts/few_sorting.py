@@ -1,7 +1,7 @@
 """From hidden states to sorted choices of experts in one launch, for few tokens: the router's logits, their top-k with gate
 weights, and the sort by expert; for some more tokens in two, the logits apart.
 
-One program runs the kernels of router_logits.py and routing.py one after the other. No tile changes a bit of any of them.
+One program runs the kernels of kernels/router.py and sorting.py one after the other. No tile changes a bit of any of them.
 
 Shapes: T tokens, E experts, A experts per token, D model width.
 """

@@ -6,7 +6,7 @@ forward and as it lies in the backward. Expert offsets stay on the device: the g
 and each program finds its expert itself. Sums over `in` run in ascending order and are never split. LoRA enters as further
 steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is one rounding. Where one product serves several
 projections side by side (queries, keys, values), each column names the slice of the low-rank row that is its own. Gradients
-of weights are in grouped_outer.py.
+of weights are in outer.py.
 
 The library's path (kernels/device.py: product_path) takes one expert at a time. So does the reference, grouped_linear, which
 dequantises frozen packed weights in the forward and again in the backward so that no dequantised copy outlives its use.

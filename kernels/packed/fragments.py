@@ -1,4 +1,4 @@
-"""MXFP4 weights in the order in which tensor cores take them: the same bytes as the checkpoint's, permuted in place.
+"""MXFP4 weights in the layout in which tensor cores take them: the same bytes as the checkpoint's, permuted in place.
 
 The unit is a tile of 16 output rows x C inputs (C = 64, or 32 where the width is no multiple of 64). Thread (g, c), g < 8, c < 4,
 of a warp holds of each 16 x 16 step of the MMA's weight operand (mma.m16n8k16 and wgmma.m64nNk16 alike) 8 elements:
@@ -68,7 +68,7 @@ def unpacks_by_asm(x: torch.Tensor, *, is_foldable: bool) -> bool:
 
 
 def can_permute(blocks: torch.Tensor) -> bool:
-    """Whether packed blocks [..., O, N, 16] have a fragment order: O is a multiple of 16."""
+    """Whether packed blocks [..., O, N, 16] have a fragment layout: O is a multiple of 16."""
     return blocks.shape[-3] % ROWS == 0
 
 
@@ -137,7 +137,7 @@ def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 
 
 def to_fragments_(blocks: torch.Tensor, scales: torch.Tensor) -> None:
-    """Brings blocks [E, O, N, 16] and scales [E, O, N] uint8 from the checkpoint's order into fragment order, in place.
+    """Brings blocks [E, O, N, 16] and scales [E, O, N] uint8 from the checkpoint's layout into fragment layout, in place.
 
     Works expert by expert: about 20 bytes of working memory per byte of one expert. Raises ValueError where O is no multiple
     of 16."""
@@ -149,7 +149,7 @@ def to_fragments_(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 
 
 def from_fragments(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks and scales in the checkpoint's order again, as new tensors: the exact inverse of to_fragments_, for export."""
+    """Blocks and scales in the checkpoint's layout again, as new tensors: the exact inverse of to_fragments_, for export."""
     _check(blocks, scales)
     out_blocks, out_scales = torch.empty_like(blocks), torch.empty_like(scales)
     for expert in range(blocks.shape[0]):
@@ -247,15 +247,15 @@ def _dequantize_fragments_kernel(words, scales, out, num_groups, num_chunks, GRO
 
 
 def word_views(blocks: torch.Tensor, scales: torch.Tensor, is_asm: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks and scales in fragment order with the element types that the kernels load."""
+    """Blocks and scales in fragment layout with the element types that the kernels load."""
     chunk = chunk_of(blocks.shape[-2] * BLOCK_SIZE)
     words, scales = blocks.view(-1), scales.view(-1)
     return words.view(torch.int16 if is_asm else torch.int32), scales.view(torch.int32 if chunk == 64 else torch.int16)
 
 
 def dequantize_fragments(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, *, is_asm: bool) -> torch.Tensor:
-    """Writes the weights of blocks [E, O, N, 16] and scales [E, O, N] in fragment order into out [E, O, I], contiguous, fp32,
-    bf16 or fp16, and returns it: the bits of mxfp4.dequantize_experts on the checkpoint's order. is_asm unpacks by inline
+    """Writes the weights of blocks [E, O, N, 16] and scales [E, O, N] in fragment layout into out [E, O, I], contiguous, fp32,
+    bf16 or fp16, and returns it: the bits of mxfp4.dequantize_experts on the checkpoint's layout. is_asm unpacks by inline
     assembly: bf16 on a GPU and scales up to 128 only (is_foldable)."""
     _check(blocks, scales)
     num_experts, num_out, num_blocks = scales.shape

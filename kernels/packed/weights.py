@@ -2,7 +2,7 @@
 
     Dense           weight [E, I, O], of the model's dtype, the only one that trains
     Mxfp4           blocks [E, O, I / 32, 16] and scales [E, O, I / 32] uint8 (mxfp4.py)
-    Mxfp4Fragments  the same bytes in the order of the tensor cores (fragments.py): how the kernels want Mxfp4 to lie
+    Mxfp4Fragments  the same bytes in the layout of the tensor cores (fragments.py): how the kernels want Mxfp4 to lie
     Nf4             codes [E, O, I / 2] uint8 and absmax [E, O * I / 64] fp32 (nf4.py)
 
 An object holds one projection of all experts. The class answers what is asked of the format itself.
@@ -28,7 +28,7 @@ from kernels.packed.fragments import (
 
 
 class Projection(NamedTuple):
-    """Weights as the kernels for few rows take them: dense [E, I, O], or blocks and scales in fragment order. unpacks_by_asm:
+    """Weights as the kernels for few rows take them: dense [E, I, O], or blocks and scales in fragment layout. unpacks_by_asm:
     what fragments.unpacks_by_asm said of them."""
 
     dense: torch.Tensor | None

@@ -20,7 +20,7 @@ def normal(*shape, seed, std=1.0):
 
 @cache
 def packed_weights(num_experts, width, inner):
-    """Blocks and scales of both projections, in the checkpoint's order."""
+    """Blocks and scales of both projections, in the checkpoint's layout."""
     generator, packed = torch.Generator().manual_seed(0), []
     for size, size_in in ((2 * inner, width), (width, inner)):
         exponent = 126 - round(math.log2(size_in**0.5))  # products of the size of their inputs

@@ -27,7 +27,7 @@ def log_probs_and_gradients(dtype, device, *, boost, loss_scale):
             parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(device)
     for block in model.model.layers:
         for name, buffer in block.mlp.experts.named_buffers():
-            if name.startswith("down_proj_scale"):  # in either order of packed weights
+            if name.startswith("down_proj_scale"):  # in either layout of packed weights
                 buffer += boost
     model.model.norm.register_forward_hook(lambda module, inputs, output: peaks.append(inputs[0].abs().max().item()))
     tokens = torch.randint(0, model.config.vocab_size, (40,), generator=torch.Generator().manual_seed(2)).to(device)

@@ -123,8 +123,8 @@ def test_continuations_of_a_prefix_match_sequences_with_the_prefix_repeated(wind
     assert_close(ours, theirs)
 
 
-def attention_in_pieces(inputs, cuts, *, prefix_len, window, scale) -> torch.Tensor:
-    """The output of one sequence whose first `prefix_len` tokens are counted apart, from the queries of one piece after the other
+def attention_in_chunks(inputs, cuts, *, prefix_len, window, scale) -> torch.Tensor:
+    """The output of one sequence whose first `prefix_len` tokens are counted apart, from the queries of one chunk after the other
     and the keys that they see; before those stand others, up to a tile's end."""
     outputs = []
     for start, end in zip([0, *cuts], [*cuts, len(inputs["q"])]):
@@ -152,14 +152,14 @@ def attention_at_once(inputs, *, prefix_len, window, scale) -> torch.Tensor:
 @pytest.mark.parametrize("window, queries, keys", [(0, 32, 16), (0, 16, 64), (1, 16, 16), (20, 32, 16), (64, 32, 32),
                                                    (100, 16, 64)])
 @pytest.mark.parametrize("prefix_len", [0, 90])
-def test_a_sequence_in_pieces_has_the_bits_of_the_whole(window, queries, keys, prefix_len, monkeypatch, poisoned,
+def test_a_sequence_in_chunks_has_the_bits_of_the_whole(window, queries, keys, prefix_len, monkeypatch, poisoned,
                                                         ordered_products):
     use_blocks(monkeypatch, queries, keys, queries > keys)
     inputs = random_inputs(300, heads=2, kv_heads=1)
     settings = {"prefix_len": prefix_len, "window": window, "scale": 0.3}
     whole = attention_at_once(inputs, **settings)
     for cuts in ([64, 128, 256], [1, 70, 90, 91, 231]):
-        assert torch.equal(attention_in_pieces(inputs, cuts, **settings), whole), cuts
+        assert torch.equal(attention_in_chunks(inputs, cuts, **settings), whole), cuts
 
 
 @pytest.mark.interpreter
@@ -328,9 +328,9 @@ def test_continuations_match_repeated_prefixes_on_the_gpu(window, poisoned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [0, 8, 100, 128])
 @pytest.mark.parametrize("prefix_len", [0, 700])
-def test_a_sequence_in_pieces_has_the_bits_of_the_whole_on_the_gpu(window, prefix_len, dtype, poisoned):
+def test_a_sequence_in_chunks_has_the_bits_of_the_whole_on_the_gpu(window, prefix_len, dtype, poisoned):
     inputs = random_inputs(2000, heads=16, kv_heads=2, width=64, dtype=dtype, device="cuda")
     settings = {"prefix_len": prefix_len, "window": window, "scale": 0.125}
     whole = attention_at_once(inputs, **settings)
     for cuts in ([64, 640, 1600], [1, 127, 700, 701, 1333]):
-        assert torch.equal(attention_in_pieces(inputs, cuts, **settings), whole), cuts
+        assert torch.equal(attention_in_chunks(inputs, cuts, **settings), whole), cuts

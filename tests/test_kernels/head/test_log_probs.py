@@ -145,7 +145,7 @@ def test_strided_hidden_states_and_head():
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_bf16_head_larger_than_one_piece_has_fp32_logits():
+def test_a_bf16_head_larger_than_one_range_has_fp32_logits():
     hidden, weight, _ = inputs(dtype=torch.bfloat16, vocab=40_000)
     logits = head_logits(hidden, weight)
     assert logits.dtype == torch.float32

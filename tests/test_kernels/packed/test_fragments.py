@@ -1,4 +1,4 @@
-"""MXFP4 in fragment order: against the definition, back again, and every byte under every scale through the kernels."""
+"""MXFP4 in fragment layout: against the definition, back again, and every byte under every scale through the kernels."""
 
 import re
 
