@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from paths import FIXTURES, ROOT
-from rollout_problem import assert_equal
+from rollout_problem import assert_equal, converse
 
 import grpo.rollout.session
 import kernels.device
@@ -302,6 +302,34 @@ def test_prompts_and_completions_prefilled_in_chunks_have_the_trainers_log_probs
         assert contents(completions) == contents(expected)
         assert (sampler.last_stats.num_preemptions > 0) == (cache_gb is not None)
     assert_trainers_bits(model, completions, shares_prompts=shares_prompts)
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_rows_that_park_have_the_trainers_log_probs_bit_for_bit_however_they_go_on(shares_prompts):
+    """Replies shorter and longer than a window and than a prefill; graphs of whole steps; pages kept, given up, taken again."""
+    model = adapted_model()
+    prompts = [Prompt(i, [5 + (7 * k + 3 * i) % 200 for k in range(length)], {}) for i, length in enumerate([63, 64, 130, 20])]
+    settings = {"park_ids": tuple(range(40, 48)), "stop_ids": [1], "num_samples": 3, "max_new_tokens": 250, "temperature": 0.7,
+                "shares_prompts": shares_prompts, "sync_steps": None}
+
+    def reply(completion):
+        length = [1, 3, 40, 90][(completion.prompt.id + completion.sample + len(completion.segments)) % 4]
+        return [100 + (11 * k + completion.sample) % 200 for k in range(length)]
+
+    expected, _ = converse(model, prompts, reply=reply, **settings)
+    assert_trainers_bits(model, expected, shares_prompts=shares_prompts)
+    lengths = [len(segment.token_ids) for completion in expected for segment in completion.segments if segment.source == "env"]
+    assert len(lengths) > 12 and max(lengths) == 90
+    num_bytes = 13 * slot_bytes(model.config, model.dtype, max_len=512) + 9 * page_bytes(model.config, model.dtype)
+    for changes in ({"max_batch": 1}, {"max_batch": 5, "delay": 6}, {"max_prefill_tokens": 64}, {"cache_gb": num_bytes / 1e9},
+                    {"cache_gb": num_bytes / 1e9, "delay": 12, "max_prefill_tokens": 100}, {"sync_steps": 1}):
+        completions, stats = converse(model, prompts, reply=reply, **settings | changes)
+        assert [segments_of(c) for c in completions] == [segments_of(c) for c in expected], changes
+        assert stats.num_preemptions > 0 or "cache_gb" not in changes
+
+
+def segments_of(completion):
+    return completion.finish_reason, [(part.source, part.token_ids, part.log_probs) for part in completion.segments]
 
 
 @pytest.mark.parametrize("bounds", [[0, 1], [0, 23, 70], [0, 211, 512]], ids=str)
