@@ -13,9 +13,6 @@ Filters apply to the tempered distribution in this order, each on what the one b
 Hugging Face `generate` uses this order (temperature, top-k, top-p, min-p). vLLM applies min-p before top-k and top-p,
 so top-p there sees the mass that min-p left, and the kept set can be smaller when both are active.
 
-The hash follows the multiply-and-xorshift family: the key is mixed as models/draw_key.py says, the vocabulary id by a
-32-bit hash with the multipliers of Chris Wellons' `lowbias32`.
-
 B rows, V vocabulary.
 """
 
@@ -27,7 +24,7 @@ from torch import Tensor
 
 from grpo.config import EvalConfig, EvaluateConfig, GenerateConfig, RolloutConfig
 from models.decoder import PlainDraw
-from models.draw_key import mix_keys
+from models.draw_key import gumbel_noise
 
 # Rows are handled in blocks of at most this many logits, which bounds the temporaries (4 bytes per element each).
 _MAX_BLOCK_ELEMENTS = 1 << 24
@@ -117,15 +114,8 @@ def draw(
         _draw_block(block, block_keys, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         for block, block_keys in zip(logits.split(num_rows), keys.split(num_rows), strict=True)
     ]
-    if len(blocks) == 1:
-        return blocks[0]
-    is_filtered = blocks[0].kept_ids is not None
-    return Draw(
-        tokens=torch.cat([block.tokens for block in blocks]),
-        log_probs=torch.cat([block.log_probs for block in blocks]),
-        kept_ids=torch.cat([block.kept_ids for block in blocks]) if is_filtered else None,
-        kept_counts=torch.cat([block.kept_counts for block in blocks]) if is_filtered else None,
-    )
+    columns = zip(*((block.tokens, block.log_probs, block.kept_ids, block.kept_counts) for block in blocks))
+    return blocks[0] if len(blocks) == 1 else Draw(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def greedy(logits: Tensor) -> Draw:
@@ -136,27 +126,6 @@ def greedy(logits: Tensor) -> Draw:
     assert logits.dtype == torch.float32, f"logits are {logits.dtype}, expected torch.float32"
     best, tokens = logits.max(dim=-1)  # [B], [B]
     return Draw(tokens=tokens, log_probs=best - logits.logsumexp(dim=-1))
-
-
-def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, a pure function of (key, vocabulary id): [B, V] fp32 for keys [B, 5] int64.
-
-    31 hash bits h give w = (h + 1/2) / 2^31 and noise -log(-log(1 - w)). Large noise, which decides the draw, comes
-    from small w, where a float keeps all its digits: the largest value is 22.2, the smallest -2.8.
-    """
-    first, second = mix_keys(keys).unbind(1)  # [B], [B] int32
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B9)  # [V]
-    bits = ids[None, :] ^ first[:, None]  # [B, V] int32
-    shifted = torch.bitwise_right_shift(bits, 16).bitwise_and_(0xFFFF)
-    bits.bitwise_xor_(shifted).mul_(0x7FEB352D).add_(second[:, None])
-    torch.bitwise_right_shift(bits, 15, out=shifted).bitwise_and_(0x1FFFF)
-    bits.bitwise_xor_(shifted).mul_(_signed(0x846CA68B))
-    # Here the shift may carry the sign bit along: xor with it is still one-to-one on the lower 31 bits.
-    torch.bitwise_right_shift(bits, 16, out=shifted)
-    noise = bits.bitwise_xor_(shifted).bitwise_and_(0x7FFFFFFF).float()
-    # The bound keeps the logarithm finite where h + 1/2 rounds up to 2^31.
-    noise.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    return noise.neg_().log1p_().neg_().log_().neg_()
 
 
 def _draw_block(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Draw:
@@ -192,7 +161,3 @@ def _kept_mask(scores: Tensor, *, top_k: int, top_p: float, min_p: float) -> Ten
     if min_p > 0.0:
         kept &= scores >= math.log(min_p)
     return kept
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 32) if value >= 1 << 31 else value

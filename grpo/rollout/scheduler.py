@@ -269,16 +269,12 @@ class Scheduler:
         Returns whether there was any."""
         if not self.is_waiting:
             return False
-        if self._evict(self.parked):
+        if self._evict(self.parked) or not self.live and self._evict(self.returning[1:]):
             return True
-        if self.live:
+        if self.live or self.partial_group is None:
             return False
-        if self._evict(self.returning[1:]):
-            return True
-        if self.partial_group is not None:
-            self._drop_partial_group()
-            return True
-        return False
+        self._drop_partial_group()
+        return True
 
     def retire(self) -> list[int] | None:
         """Takes slots and pages of finished rows; parked ones keep them. Returns where in `live` the rows stand that go on, None

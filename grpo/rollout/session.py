@@ -40,7 +40,6 @@ from grpo.rollout.cache_plan import CacheShape, plan_cache
 from grpo.rollout.sampling import Draw, SamplingParams, choose
 from grpo.rollout.scheduler import Group, Row, Scheduler
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
-from models.draw_key import POSITION
 from models.gpt_oss import GptOss, KeptSets
 from models.keys import PrefillChunk
 from models.kv_cache import KVCache
@@ -87,18 +86,9 @@ class Sampler:
     that they suffice for; offload() gives the cache's memory back.
     """
 
-    def __init__(
-        self,
-        model: GptOss,
-        stop_ids: list[int] | tuple[int, ...],
-        *,
-        max_batch: int,
-        seed: int,
-        max_len: int | None = None,
-        max_prefill_tokens: int = 16384,
-        shares_prompts: bool = False,
-        cache_gb: float | None = None,
-    ) -> None:
+    def __init__(self, model: GptOss, stop_ids: list[int] | tuple[int, ...], *, max_batch: int, seed: int,
+                 max_len: int | None = None, max_prefill_tokens: int = 16384, shares_prompts: bool = False,
+                 cache_gb: float | None = None) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -151,7 +141,7 @@ class Sampler:
         shape = self.plan(rows)
         decoder, self._decoder = self._decoder, None
         longest = max(row.max_tokens for row in rows)
-        if decoder is not None and not (_suffices(decoder, shape, longest=longest) and _reloads(decoder)):
+        if decoder is not None and not _suffices(decoder, shape, longest=longest):
             decoder = None
         if decoder is None:
             self._forget()
@@ -179,19 +169,17 @@ class Sampler:
             torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
 
 
-def _reloads(decoder: Decoder) -> bool:
-    """Takes the cache's memory again; False where something else has it now."""
+def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:
+    """Whether the decoder's cache is as large; its memory then is taken again, unless something else has it now."""
+    cache = decoder.cache
+    if (decoder.max_rows < shape.num_rows or cache.num_slots < shape.num_slots or cache.num_pages < shape.num_pages
+            or cache.max_len < longest):
+        return False
     try:
-        decoder.cache.reload()
+        cache.reload()
     except torch.OutOfMemoryError:
         return False
     return True
-
-
-def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:
-    cache = decoder.cache
-    return (decoder.max_rows >= shape.num_rows and cache.num_slots >= shape.num_slots and cache.num_pages >= shape.num_pages
-            and cache.max_len >= longest)
 
 
 class Session:
@@ -213,7 +201,6 @@ class Session:
         self._has_full_cache = False  # with rows for max_batch, or as many as memory allows
         self._prompt_ids: set[int] = set()
         self._num_finished = 0
-        self._keys = torch.empty(0, POSITION + 1, dtype=torch.int64, device=self._device)  # [N, 5], of the first draws
         self._partial_hidden: Tensor | None = None  # [D], after the prompt of the partial group
         self._kept: dict[int, list[Tensor]] = {}  # by row: kept ids of drawn tokens that its segments do not have yet
         self._routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
@@ -263,8 +250,6 @@ class Session:
         self._make_cache_hold(rows)
         self.rows += rows
         self._prompt_ids |= {prompt.id for prompt in prompts}
-        keys = torch.tensor([(*self._key(row), row.prompt_len) for row in rows], device=self._device)
-        self._keys = torch.cat([self._keys, keys])
         if self.params.records_routing:
             new = empty_routing(len(rows) * capacity, self._model.config, "cpu").unflatten(0, (len(rows), capacity))
             self._routing = new if self._routing is None else torch.cat([self._routing, new])
@@ -461,13 +446,14 @@ class Session:
         """The next token of each row [B] and its log-prob [B], from hidden states [B, D]."""
         if self._plain is not None:
             return self._decoder.plain_draw(self._plain)(hidden, rows)
-        keys = self._keys[rows.items]
-        keys[:, POSITION] = rows.positions + 1
+        indices = rows.items.tolist()
+        keys = torch.tensor([self._key(self.rows[index]) for index in indices], device=self._device)  # [B, 4]
+        keys = torch.cat([keys, (rows.positions + 1).unsqueeze(1)], dim=1)
         result = choose(self._model.head(hidden), keys, self.params)
         if result.kept_ids is None:
             return result.tokens, result.log_probs
-        for item, ids in zip(rows.items.tolist(), result.kept, strict=True):
-            self._kept.setdefault(item, []).append(ids)
+        for index, ids in zip(indices, result.kept, strict=True):
+            self._kept.setdefault(index, []).append(ids)
         return result.tokens, filtered_log_probs(self._model, hidden, result, temperature=self.params.temperature)
 
     # ---- what the host learns
@@ -573,17 +559,13 @@ def _check_prompts(prompts: list[Prompt], *, max_len: int, taken: set[int]) -> N
     seen = set(taken)
     for prompt in prompts:
         if prompt.id in seen:
-            raise ValueError(
-                f"prompt id {prompt.id} occurs twice: ids must be unique within a rollout, since equal "
-                "ids would draw equal completions and merge two groups"
-            )
+            raise ValueError(f"prompt id {prompt.id} occurs twice: ids must be unique within a rollout, since equal "
+                             "ids would draw equal completions and merge two groups")
         seen.add(prompt.id)
         length = len(prompt.token_ids)
         if length == 0:
             raise ValueError(f"prompt {prompt.id} has no tokens: a prompt needs at least one")
         if length >= max_len:
-            raise ValueError(
-                f"prompt {prompt.id} has {length} tokens, but a sequence may have {max_len} at most (max_len, "
-                "by default the model's max_position_embeddings) and needs one for the completion: shorten "
-                "the prompt or drop it"
-            )
+            raise ValueError(f"prompt {prompt.id} has {length} tokens, but a sequence may have {max_len} at most (max_len, "
+                             "by default the model's max_position_embeddings) and needs one for the completion: shorten "
+                             "the prompt or drop it")

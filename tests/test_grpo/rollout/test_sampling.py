@@ -7,7 +7,7 @@ import torch
 
 from grpo.config import EvalConfig, RolloutConfig
 from grpo.rollout.sampling import Draw, SamplingParams, draw, greedy, gumbel_noise
-from kernels.head.sampling import draw_tokens_reference, gumbel_noise_reference
+from kernels.head.sampling import draw_tokens_reference
 from models.draw_key import mix_keys
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
@@ -77,10 +77,9 @@ def test_noise_is_uniform_and_independent_along_every_key_column(column):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_kernels_reference_has_the_same_noise_and_draws(temperature):
+def test_the_kernels_reference_has_the_same_draws(temperature):
     keys = make_keys(40, seed=-5, step=2**40, prompt=torch.arange(40) % 3, sample=7, position=torch.arange(40))
     rng_keys = mix_keys(keys)
-    assert torch.equal(gumbel_noise_reference(rng_keys, 5000), gumbel_noise(keys, 5000))
     logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0)) * 4
     tokens = draw(logits, keys, temperature=temperature).tokens
     assert torch.equal(draw_tokens_reference(logits, rng_keys, temperature), tokens) and len(tokens.unique()) > 20
