@@ -98,23 +98,18 @@ def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_i
     return fit_blocks(blocks_of(table, num_tokens, num_in, num_out), family, dtype, num_in)
 
 
-def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, lora_A: torch.Tensor | None = None,
-                  lora_B: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
-                  lora_scale: float | None = None) -> torch.Tensor:
-    """x [T, K] times weight [N, K] plus bias [N] -> [T, N] in x's dtype. Triton only, no gradient.
-
-    lora_A [G r, K] and lora_B [N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T. With lora_groups [N] int32, column n
-    takes slice lora_groups[n] of the low-rank row alone, none where it is -1; without, G is 1. Raises ValueError for dtypes and
-    GPUs that the kernel cannot serve."""
+def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
+    """project for few rows of x [T, K]: weight [N, K], bias [N] -> [T, N] in x's dtype. Triton only, no gradient. Raises
+    ValueError for dtypes and GPUs that the kernel cannot serve."""
     assert is_triton(x), "elsewhere lora_linear serves"
     family, (num_tokens, num_in) = gpu_family(x), x.shape
     blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(weight), is_low_rank=False)
     projection = Projection(weight.T[None], None, None, bias[None], False)
-    if lora_A is None:
+    if adapter is None:
         return decode_projection(x, projection, None, waits=FOR_X, blocks=blocks)
-    low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(lora_A), is_low_rank=True)
-    low_rank = low_rank_rows(x, lora_A[None], None, scale=lora_scale, waits=FOR_X, blocks=low_rank_blocks)
-    return decode_projection(x, projection, None, low_rank=low_rank, lora_up=lora_B.T[None], lora_groups=lora_groups,
+    low_rank_blocks = choose_linear_blocks(family, x.dtype, num_tokens, num_in, len(adapter.A), is_low_rank=True)
+    low_rank = low_rank_rows(x, adapter.A[None], None, scale=adapter.scale, waits=FOR_X, blocks=low_rank_blocks)
+    return decode_projection(x, projection, None, low_rank=low_rank, lora_up=adapter.B.T[None], lora_groups=adapter.groups,
                              waits=FOR_LOW_RANK, blocks=blocks)
 
 
@@ -123,9 +118,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ad
     """x [T, K] times weight [N, K] plus bias [N] or none, with its adapter: [T, N], without gradient; and, for project_backward,
     the low-rank rows scale * x A^T [T, G r] where there is an adapter and they are asked for."""
     if is_few(x) and bias is not None and not keeps_low_rank:
-        lora = {} if adapter is None else {"lora_A": adapter.A, "lora_B": adapter.B, "lora_groups": adapter.groups,
-                                           "lora_scale": adapter.scale}
-        return decode_linear(x, weight, bias, **lora), None
+        return decode_linear(x, weight, bias, adapter), None
     bias = None if bias is None else bias[None]
     if adapter is None:
         return grouped_gemm(x, weight.T[None], None, bias=bias), None

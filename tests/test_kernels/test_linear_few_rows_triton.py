@@ -9,7 +9,7 @@ from aot import ARCHITECTURES, check_fits, compile_for
 from kernels.device import family_of
 from kernels.experts.few_rows import moe_decode_kernel
 from kernels.experts.gemm import grouped_gemm
-from kernels.linear import choose_linear_blocks, decode_linear
+from kernels.linear import Adapter, choose_linear_blocks, decode_linear
 
 SCALE = 0.5
 
@@ -41,6 +41,11 @@ def in_float64(t, sizes, rank, adapted):
     return y
 
 
+def decoded(t):
+    adapter = Adapter(t["lora_A"], t["lora_B"], t.get("lora_groups"), [], t["lora_scale"]) if "lora_A" in t else None
+    return decode_linear(t["x"], t["weight"], t["bias"], adapter)
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("num_tokens, num_in, sizes, rank, adapted", [
@@ -51,7 +56,7 @@ def test_a_product_with_its_adapters(num_tokens, num_in, sizes, rank, adapted):
     t = problem(num_tokens, num_in, sizes, rank, adapted)
     if adapted and len(adapted) < len(sizes):  # rows of columns without an adapter are not read
         t["lora_B"][t["lora_groups"] < 0] = torch.nan
-    torch.testing.assert_close(decode_linear(**t).double(), in_float64(t, sizes, rank, adapted), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decoded(t).double(), in_float64(t, sizes, rank, adapted), rtol=1e-5, atol=1e-5)
 
 
 USES = {"qkv": (2880, 5120, 48, True), "o_proj": (4096, 2880, 16, False), "x A^T": (2880, 48, 0, False)}
@@ -100,5 +105,5 @@ def test_bits_are_those_of_the_training_product(num_in, sizes, adapted, rank):
         if adapted:
             low_rank = grouped_gemm(t["x"], t["lora_A"].T[None], None, scale=SCALE)
             lora = {"low_rank": low_rank, "lora_up": t["lora_B"].T[None], "lora_groups": t.get("lora_groups")}
-        expected, y = grouped_gemm(t["x"], t["weight"].T[None], None, bias=t["bias"][None], **lora), decode_linear(**t)
+        expected, y = grouped_gemm(t["x"], t["weight"].T[None], None, bias=t["bias"][None], **lora), decoded(t)
         assert torch.equal(y, expected), f"{num_tokens} tokens: {(y != expected).float().mean():.2%} of the values differ"
