@@ -422,6 +422,12 @@ def _tiles_of(x: torch.Tensor, rows: int, blocks: AttentionBlocks) -> TensorDesc
     return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]])
 
 
+def _constants(q: torch.Tensor, k: torch.Tensor, window: int, blocks: AttentionBlocks) -> dict[str, int]:
+    """What all three kernels are compiled for."""
+    return {"GROUP": q.shape[1] // k.shape[1], "WINDOWED": window > 0, "DESCRIPTOR": blocks.descriptor, "D": q.shape[2],
+            "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
+
+
 def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
                    scale: float, blocks: AttentionBlocks) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [Q, H, D] and lse [H, Q] fp32, nats, the sink included."""
@@ -433,8 +439,7 @@ def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
         _forward_kernel, (len(tiles) * num_heads,), q, k, v, _tiles_of(k, blocks.keys, blocks),
         _tiles_of(v, blocks.keys, blocks), sinks, out, lse, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
         num_heads, num_queries, plan.first_query, scale * _LOG2_E, window,
-        GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
-        D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
+        PREFIXED=plan.prefixes is not None, **_constants(q, k, window, blocks))
     return out, lse
 
 
@@ -452,8 +457,7 @@ def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
         _dq_kernel, (len(tiles) * num_heads,), q, k, v, _tiles_of(k, blocks.keys, blocks), _tiles_of(v, blocks.keys, blocks),
         sinks, out, dout, lse, row_stats, dsinks, dq, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0), dq.stride(0),
         num_heads, num_tokens, scale, scale * _LOG2_E, window,
-        GROUP=num_heads // k.shape[1], WINDOWED=window > 0, PREFIXED=plan.prefixes is not None, DESCRIPTOR=blocks.descriptor,
-        D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages)
+        PREFIXED=plan.prefixes is not None, **_constants(q, k, window, blocks))
     return dq, dsinks, row_stats
 
 
@@ -469,9 +473,7 @@ def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
         _dkv_kernel, (len(tiles) * num_kv_heads,), q, k, v, _tiles_of(q, blocks.queries, blocks),
         _tiles_of(dout, blocks.queries, blocks), dout, row_stats, dk, dv, tiles, readers, q.stride(0), k.stride(0), v.stride(0),
         dout.stride(0), dk.stride(0), num_kv_heads, num_tokens, scale, scale * _LOG2_E, window,
-        GROUP=q.shape[1] // num_kv_heads, WINDOWED=window > 0, DESCRIPTOR=blocks.descriptor,
-        IN_REGISTERS=blocks.in_registers, D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys, num_warps=blocks.warps,
-        num_stages=blocks.stages)
+        IN_REGISTERS=blocks.in_registers, **_constants(q, k, window, blocks))
     return dk, dv
 
 
