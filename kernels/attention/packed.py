@@ -35,7 +35,6 @@ from kernels.attention.reference import attention_reference
 from kernels.device import check_served, gpu_family, launch, measured, product_path, unmeasured
 
 _LOG2_E = 1.4426950408889634
-_LN_2 = 0.6931471805599453
 
 
 class AttentionBlocks(NamedTuple):
