@@ -125,8 +125,8 @@ def forward_workspace(config: GptOssConfig, run: Workload) -> int:
 
 
 def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, pending: int) -> tuple[int, int]:
-    """The most that stands beside the workspace of the layer that runs, in the forward and in the backward: what the layers
-    before it keep, what is on its way (at most `pending`, or one layer's), and the gradients of the layers that are done."""
+    """The most memory in use beside the running layer's workspace, in the forward and in the backward: what the layers before it
+    keep, what is being copied (at most `pending`, or one layer's), and the gradients of the layers that are done."""
     num_layers = len(plans)
     gpu, host = ([sum(sizes[name] for name, where in plan.items() if where == place) for plan in plans]
                  for place in (Place.gpu, Place.host))
@@ -142,10 +142,9 @@ def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, 
 
 def plan_layers(config: GptOssConfig, run: Workload, *, gpu_bytes: int, host_bytes: int, host_rate: float, pending: float,
                 peak_flops: float) -> list[LayerPlan]:
-    """A plan per layer. gpu_bytes: what all layers together may keep there, inputs included; host_bytes at host_rate likewise, of
-    which `pending` may be on their way at once.
-
-    Inputs are kept come what may, on the GPU if the host has no room for them."""
+    """A plan for each layer. All layers together, their inputs included, keep at most gpu_bytes on the GPU and host_bytes in host
+    memory. Copies go there at host_rate, and at most `pending` bytes may wait for theirs. Inputs are always kept: on the GPU if
+    the host has no room for them."""
     sizes = bytes_of(config, run)
     layers = range(config.num_hidden_layers)
     of_kinds = [seconds_of(config, run, peak_flops, windowed=windowed) for windowed in (False, True)]
@@ -181,14 +180,14 @@ def plan_layers(config: GptOssConfig, run: Workload, *, gpu_bytes: int, host_byt
 
 @cache
 def _spread(layer: int, num_layers: int) -> int:
-    """An order of the layers in which any first few are far apart, so that copies of large tensors do not queue up: by the
-    bits of the layer's number, reversed."""
+    """A rank of the layer by the reversed bits of its number. Layers of the lowest ranks are far apart, so that copies of large
+    tensors do not queue up."""
     bits = max(1, (num_layers - 1).bit_length())
     return int(f"{layer:0{bits}b}"[::-1], 2)
 
 
 class HostTensor:
-    """A tensor in the store; fetch() starts its way back, get() returns it on the GPU. Frees its place when dropped."""
+    """A tensor in the store. fetch() starts the copy back, get() returns it on the GPU. Dropping it frees its place."""
 
     def __init__(self, store: HostStore, parts: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
         self._store, self._parts, self._shape, self._dtype = store, parts, shape, dtype
@@ -238,7 +237,7 @@ class HostStore:
         self._pending_bytes = 0
 
     def reserve(self, num_bytes: int) -> None:
-        """Makes room for so much more, to be put in by the next forward."""
+        """Makes room for `num_bytes` more, which the next forward puts in."""
         assert num_bytes <= self.capacity, f"{num_bytes} bytes asked of a host store of {self.capacity}"
         if self.num_held == 0:
             self._used = 0
@@ -263,8 +262,8 @@ class HostStore:
         return parts
 
     def put(self, tensor: torch.Tensor, *, max_pending_bytes: int) -> HostTensor | torch.Tensor:
-        """Starts copying a contiguous tensor out. Where the store has no room (another batch's tensors are still in it) the
-        tensor itself comes back, to be kept where it is."""
+        """Starts copying a contiguous tensor out. Returns the tensor itself where the store has no room, because another batch's
+        tensors are still in it: it is then kept where it is."""
         assert tensor.is_contiguous(), tensor.stride()
         size = tensor.numel() * tensor.element_size()
         parts = self._take(size)
@@ -282,7 +281,7 @@ class HostStore:
         return HostTensor(self, parts, tensor.shape, tensor.dtype)
 
     def settle(self) -> None:
-        """Lets the computation go on only after every copy so far, and lets go of the tensors copied."""
+        """Makes the computation wait for every copy so far, and drops the tensors that were copied."""
         while self._pending:
             self._settle_oldest()
 
@@ -315,7 +314,7 @@ class Kept:
         return sum(tensor.num_bytes for tensor in self.tensors.values() if isinstance(tensor, HostTensor))
 
     def fetch(self) -> None:
-        """Starts the way back of what is in host memory."""
+        """Starts the copies back of what is in host memory."""
         for tensor in self.tensors.values():
             if isinstance(tensor, HostTensor):
                 tensor.fetch()
@@ -337,7 +336,7 @@ class TrainingPass:
         return Kept(self.layers[layer], self.scratch_bytes)
 
     def put(self, layer: int, kept: Kept) -> None:
-        """At the end of the forward of a layer: what its plan says goes, or goes to host memory."""
+        """Ends a layer's forward: drops what its plan computes again, and starts copying what it sends to host memory."""
         if kept.recomputes("attended"):
             kept.tensors.pop("lse", None)
         for name, place in kept.plan.items():
@@ -348,8 +347,8 @@ class TrainingPass:
         self.kept[layer] = kept
 
     def take(self, layer: int) -> Kept:
-        """What a layer's forward has left, and starts the way back of what the next LOOKAHEAD layers of the backward want, as
-        many of them as may be on their way at once and at least one."""
+        """Returns what a layer's forward has left. Starts the copies back for the next LOOKAHEAD layers of the backward: for as
+        many as max_pending_bytes allows, and at least one."""
         kept = self.kept.pop(layer)
         if self.store is None:
             return kept
@@ -366,8 +365,8 @@ class TrainingPass:
 class MemoryBudget:
     """How much GPU and host memory (1e9 bytes) a model may use, and the plans that follow from it.
 
-    recomputes: whether layers may compute activations again; without it all of them stay on the GPU. memory_gb: of the GPU, in
-    all; None: 85 % of what it has. host_gb: of pinned host memory."""
+    recomputes: whether layers may compute activations again; otherwise all activations stay on the GPU. memory_gb: all that the
+    process may use of the GPU; None: 85 % of what it has. host_gb: pinned host memory."""
 
     def __init__(self, config: GptOssConfig, *, recomputes: bool, memory_gb: float | None, host_gb: float) -> None:
         self.config, self.recomputes, self.memory_gb = config, recomputes, memory_gb
@@ -431,9 +430,9 @@ class MemoryBudget:
         return self.memory_gb * 1e9 if self.memory_gb else 0.85 * torch.cuda.get_device_properties(device).total_memory
 
     def before_backward(self, grad: torch.Tensor) -> None:
-        """A hook for the gradient that a backward begins with. Its tensors have other sizes than the forward's: holes between
-        those that stay would be held beside new memory, 7 of 60 GB for a sequence of 131,072 tokens. Giving them back
-        costs some 20 ms: done only where tensors are large."""
+        """A hook for the gradient that a backward begins with. The backward's tensors have other sizes than the forward's. The
+        allocator would hold the holes that the forward leaves beside new memory: 7 of 60 GB for a sequence of 131,072 tokens.
+        Giving them back costs some 20 ms, so it is done only where tensors are large."""
         if not (grad.is_cuda and self.recomputes):
             return
         reserved, budget = torch.cuda.memory_reserved(grad.device), self._budget(grad.device)
