@@ -53,11 +53,11 @@ def unmeasured(blocks: Any) -> Tuned:
     return Tuned(blocks, False)
 
 
-# where launches for few rows overlap (programmatic dependent launch): each starts while the one before it ends, and waits for
-# it where its own inputs begin. Elsewhere 1 to 2 us stand between two of them
+# where launches for few rows overlap (programmatic dependent launch): a launch starts while the one before it ends, and waits
+# before it reads what that one wrote. Elsewhere a GPU idles for 1 to 2 us between two launches
 OVERLAP_FAMILIES = ("hopper",)
-MAX_OVERLAPPING_ROWS = 1024  # above, a launch takes long enough
-# up to so many rows, products are bound by the reading of their weights; their bits were compared on a GPU up to here
+MAX_OVERLAPPING_ROWS = 1024  # launches for more rows take so long that there is nothing to gain
+# up to so many rows, reading the weights is what a product costs; bits were compared with those of many rows up to here
 MAX_FEW_ROWS = 512
 
 
@@ -125,7 +125,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def _trait(argument: object) -> object:
-    """What a kernel is compiled for, of a runtime argument. At least as fine as Triton's own distinctions."""
+    """What of a runtime argument a kernel is compiled for: at least what Triton itself tells apart."""
     kind = type(argument)
     if kind is int:
         return (argument & 15 == 0) + 2 * (argument == 1) + 4 * (-(2**31) <= argument < 2**31)
@@ -192,8 +192,8 @@ def prefetch(pointers):
 
 @triton.jit
 def wait_for_launch_before(OVERLAPS: tl.constexpr):
-    """Waits until everything before this launch is complete, then lets the next one start: in this order, whoever starts finds
-    all but the launch right before it complete. To be called before anything is read that a launch wrote, or written."""
+    """Waits until every launch before this one is complete, then lets the next one start. In this order a launch that starts can
+    rely on all launches but the one right before it. Call it before reading what a launch wrote, and before writing anything."""
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

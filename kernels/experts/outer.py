@@ -1,9 +1,9 @@
 """Gradients of grouped linear layers' weights: sums of outer products over the rows of each expert, and sums of the rows.
 
-G_e = sum over the rows r of expert e of a_r^T b_r, which is dW for a_r = x_r and b_r = dy_r, and the gradients of LoRA's A and B
-with a low-rank row on one side. Every element has one owner and rows are added in ascending order, so results do not depend
-on scheduling. Low-rank products with few, long experts are cut into chunks of fixed length, whose fp32 partial sums are
-added in ascending order.
+G_e = sum over the rows r of expert e of a_r^T b_r. This is dW for a_r = x_r and b_r = dy_r, and the gradient of LoRA's A or B
+with a low-rank row on one side. One program owns each element and adds rows in ascending order, so results do not depend on
+scheduling. Where a low-rank product has few programs with many rows each, rows are cut into chunks of fixed length, whose fp32
+sums are added in ascending order.
 
 Shapes: R routed rows, E experts, M and N the widths of a and b.
 """

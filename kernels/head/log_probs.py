@@ -14,9 +14,9 @@ a time (four products, three with a frozen head).
 
 The log-sum-exp is a reduction in two levels, tile by tile of the vocabulary (tiles.py).
 
-The probabilities in the scratch are relative to a power of two near the chosen token's own (found by a dot product
-beforehand), not to a maximum that is only known once all tiles are done: bf16 has the exponents of fp32, so that any
-reference near the maximum keeps all its digits. Tiles 2^MAX_EXCESS above it take their own maximum, and the row is rescaled.
+The maximum of a row is known only once all its tiles are done. The probabilities in the scratch are therefore relative to a power
+of two near the chosen token's own, which a dot product finds beforehand. Any reference near the maximum keeps all digits, since
+bf16 has the exponents of fp32. A tile more than 2^MAX_EXCESS above it takes its own maximum, and the row is rescaled at the end.
 
 Paths: "triton" forms logits in the kernel; "library" (kernels/device.py: product_path; and float16 anywhere) takes fp32 logits
 from torch.mm. The sum is torch.mm in both.

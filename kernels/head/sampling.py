@@ -4,11 +4,11 @@
 with h the lower 31 bits of a hash of the row's RNG key, taken as two numbers of 32 bits, and of v (multiply and xorshift, Chris
 Wellons' lowbias32).
 
-The logits are read once. A first kernel finds the winner of each chunk of a row, relative to the chunk's own largest s, which it
-leaves beside it; a second scores the winners of a row again, now relative to the row's largest s, in the order of the chunks.
-Subtraction rounds, so the reference point is part of the result: the second kernel's scores are the reference's, to the bit, and
-so are those of the chunk that holds the row's largest s. In other chunks the point is nearer and rounds finer: their winner can
-be another one only where the reference's scores of the two are equal up to their last bits.
+The logits are read once. A first kernel finds the winner of each chunk of a row, with scores relative to the chunk's own largest
+s, and leaves both. A second one scores the winners of a row again, in the order of the chunks, now relative to the row's largest
+s. Subtraction rounds, so what is subtracted is part of the result. The second kernel's scores are the reference's to the bit, and
+so are the first one's in the chunk that holds the row's largest s. In other chunks a smaller number is subtracted, which rounds
+finer: their winner can differ from the reference's only where the two have scores that are equal up to their last bits.
 
 On a GPU all other roundings are PyTorch's too: its division by a number is a product with the fp32 reciprocal, its log and log1p
 are libdevice's, and nothing is contracted into fused multiply-adds. On the CPU PyTorch divides and has logarithms of its own.
