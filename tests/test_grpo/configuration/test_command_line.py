@@ -7,10 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from grpo.config import ConfigError
 from grpo.configuration.command_line import as_typed, to_override
-from grpo.configuration.launch import load_config
+from grpo.configuration.launch import load_config, prepare
 
 TEXTS = [
     "####",
@@ -411,3 +414,39 @@ def test_the_default_experiment_is_not_spelled_out_and_added_folders_are(launche
     assert "typed seed=3\n" in launched("seed=3", task=code).out
     result = launched("seed=3", "--config-dir", "conf", "experiment=mine", task=code)
     assert f"typed --config-dir {conf} +experiment=mine seed=3\n" in result.out, result.err
+
+
+# ---- composing
+
+COUNTED = """
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+original = ConfigLoaderImpl.load_configuration
+
+def load_configuration(self, *arguments, **keywords):
+    print("composed")
+    return original(self, *arguments, **keywords)
+
+ConfigLoaderImpl.load_configuration = load_configuration
+"""
+
+
+@pytest.mark.parametrize("words, times", [
+    ("env.digits=3 seed=1", 1), ("--cfg job seed=1", 1), ("optim.lrr=1", 1),
+    ("-m seed=1,2,3", 2), ("-m loss=dapo,grpo seed=1,2", 3),  # a sweep itself, and each choice of files
+])  # fmt: skip
+def test_a_choice_of_files_is_composed_once(launched, words, times):
+    assert launched(*words.split(), before=COUNTED).out.count("composed") == times
+
+
+@pytest.mark.parametrize("words", [
+    "seed=3 env.digits=3 hydra.job.config.override_dirname.kv_sep=-", "+experiment=quickstart_sweep ~wandb.group loss=grpo",
+    "~env +env._target_=own.Env eval={every:3} ++name=lr-${optim.lr}",
+])  # fmt: skip
+def test_a_copy_with_its_own_values_is_what_hydra_composes(words):
+    with prepare("train", words.split()) as plan:
+        loader = plan.hydra.config_loader
+        plain = ConfigLoaderImpl(loader.config_search_path)
+        for overrides in (plan.overrides, [*plan.overrides, "++seed=5"]):
+            copy, composed = (it.load_configuration("train", overrides, RunMode.RUN) for it in (loader, plain))
+            assert OmegaConf.to_container(copy, resolve=False) == OmegaConf.to_container(composed, resolve=False)
