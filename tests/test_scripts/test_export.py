@@ -8,6 +8,9 @@ import pytest
 import torch
 import yaml
 from paths import FIXTURES, ROOT
+from tiny_models import BF16, golden, load
+from tiny_models import LORA as ADAPTER
+from tiny_models import logits_of as tiny_logits
 
 from grpo.config import read_saved_config
 from grpo.run.model_card import Origin, hub_id, model_card
@@ -240,3 +243,12 @@ def test_requests_that_make_no_sense_end_in_one_line(export, run_dir, tmp_path, 
     done = export(run_dir, tmp_path / "out", *arguments)
     assert done.code == 1 and message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_merges_into_the_checkpoint_that_it_belongs_to(export, tmp_path):
+    done = export(BF16, tmp_path / "merged", "--adapter", ADAPTER, "--merge", "--dtype", "float32")
+    assert done.code == 0, done.err
+    expected, merged = golden(ADAPTER), load(tmp_path / "merged")
+    torch.testing.assert_close(tiny_logits(merged, expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4)
+    done = export(BF16, tmp_path / "again", "--merge")
+    assert done.code == 1 and done.err.startswith("export: ") and "no adapter to merge" in done.err

@@ -1,20 +1,17 @@
 """Checkpoints in and out: golden fixtures, byte equality of what nothing touched, and damaged files."""
 
-import importlib
 import json
 import re
 import shutil
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from paths import FIXTURES, ROOT
+from paths import FIXTURES
 from safetensors.torch import load_file, save_file
 from tiny_models import BF16, LORA, MXFP4, fill_trainable, golden, load, logits_of
 
-from models.chat.tokenizer import Tokenizer
 from models.formats.files import CheckpointError, StoredTensor
 from models.formats.hugging_face import save_model, save_original, tokenizer_files
 from models.formats.peft import load_adapter
@@ -351,49 +348,3 @@ def test_a_malformed_config_is_named(damaged, content):
     (damaged / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json: "):
         load(damaged)
-
-
-# ---- the scripts
-
-
-@pytest.fixture
-def run_script(monkeypatch):
-    def call(name, *arguments):
-        monkeypatch.syspath_prepend(ROOT / "scripts")
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        importlib.import_module(name).main()
-
-    return call
-
-
-@pytest.mark.parametrize("form", ["mxfp4", "nf4"])
-def test_a_random_checkpoint_loads_and_stays_finite_and_its_tokenizer_round_trips(form, run_script, tmp_path):
-    out = tmp_path / "tiny"
-    run_script("random_checkpoint", out, "--size", "tiny", "--experts", form, "--device", "cpu", "--max-shard-bytes", "2e7")
-    model = load(out)
-    assert model.expert_format.name == form and len(list(out.glob("*.safetensors"))) > 1
-    logits = logits_of(model, torch.arange(24).view(2, 12))
-    assert torch.isfinite(logits).all() and 0.3 < logits.std().item() < 3
-    tokenizer = Tokenizer.load(out)
-    text = "hello world, ¿qué tal? 🙂\n\n\tdef f(x): return x ** 2"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.stop_ids == (200002, 200012, 199999) and tokenizer.start == 200006
-
-
-def test_random_checkpoints_have_the_published_sizes(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import random_checkpoint as script
-
-    for size, num_bytes, num_tensors in (("20b", 13_761_264_768, 459), ("120b", 65_248_815_744, 687)):
-        plan = script.tensor_plan(script.model_config(size), form="mxfp4", seed=0, device=torch.device("cpu"))
-        assert (sum(tensor.num_bytes for tensor in plan), len(plan)) == (num_bytes, num_tensors)
-
-
-def test_the_export_script_writes_what_it_is_asked_for(run_script, tmp_path):
-    run_script("export", BF16, tmp_path / "merged", "--adapter", LORA, "--merge", "--dtype", "float32")
-    expected = golden(LORA)
-    torch.testing.assert_close(
-        logits_of(load(tmp_path / "merged"), expected["input_ids"]), expected["logits"], rtol=0, atol=1e-4
-    )
-    with pytest.raises(SystemExit, match="^export: .*no adapter to merge"):  # a text goes to stderr, with code 1
-        run_script("export", BF16, tmp_path / "merged", "--merge")
