@@ -140,20 +140,8 @@ _WIDE = {
     "blackwell": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 4, True, False)),
     "interpreter": unmeasured(GemmBlocks(32, 32, 32, 2, 4, 2, True, True)),
 }
-# x A, up to 64 columns: reads x once, bound by memory
-_TO_RANK = {
-    "ampere": unmeasured(GemmBlocks(64, 64, 64, 1, 4, 5, False, False)),
-    "consumer": unmeasured(GemmBlocks(64, 64, 64, 1, 4, 3, False, False)),
-    "hopper": measured(GemmBlocks(64, 64, 64, 1, 4, 5, False, False)),
-    "blackwell": unmeasured(GemmBlocks(64, 64, 64, 1, 4, 5, False, False)),
-}
-# (x A) B: writes y once, bound by memory
-_FROM_RANK = {
-    "ampere": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
-    "consumer": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
-    "hopper": measured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
-    "blackwell": unmeasured(GemmBlocks(128, 128, 64, 8, 8, 2, False, False)),
-}
+# family -> stages of x A, which reads x once and is bound by memory
+_STAGES_TO_RANK = {"ampere": unmeasured(5), "consumer": unmeasured(3), "hopper": measured(5), "blackwell": unmeasured(5)}
 _FP32 = GemmBlocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtures and checks
 
 
@@ -162,7 +150,7 @@ def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: i
         return _WIDE[family].blocks
     inner = max(16, min(64, next_power_of_2(num_in)))
     if num_out <= 64 or (num_out <= 256 and 8 * num_out <= num_in):
-        blocks = _TO_RANK[family].blocks._replace(cols=max(16, next_power_of_2(num_out)), inner=inner)
+        blocks = GemmBlocks(64, max(16, next_power_of_2(num_out)), inner, 1, 4, _STAGES_TO_RANK[family].blocks, False, False)
         if dtype == torch.float32:
             return blocks._replace(inner=min(inner, 32), num_stages=2)
         if blocks.cols > 64:  # of fp32 masters: 4 + 32 KB a step at 256 columns
@@ -170,8 +158,8 @@ def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: i
         return blocks
     if dtype == torch.float32:
         return _FP32
-    if num_in <= 64:
-        return _FROM_RANK[family].blocks._replace(inner=inner)
+    if num_in <= 64:  # (x A) B: writes y once, bound by memory on every family
+        return GemmBlocks(128, 128, inner, 8, 8, 2, False, False)
     blocks = _WIDE[family].blocks
     if num_rows <= 128 * num_experts:
         blocks = blocks._replace(rows=64, cols=128, num_warps=4, num_stages=min(blocks.num_stages + 1, 4))

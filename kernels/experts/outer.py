@@ -56,13 +56,8 @@ _WIDE = {
     "blackwell": unmeasured(OuterBlocks(128, 256, 64, 8, 4)),
     "interpreter": unmeasured(OuterBlocks(32, 32, 32, 4, 2)),
 }
-# with LoRA's rank as n: bound by memory, a is read once
-_OF_RANK = {
-    "ampere": unmeasured(OuterBlocks(128, 64, 64, 4, 4)),
-    "consumer": unmeasured(OuterBlocks(128, 64, 64, 4, 3)),
-    "hopper": measured(OuterBlocks(128, 64, 64, 4, 4)),
-    "blackwell": unmeasured(OuterBlocks(128, 64, 64, 4, 4)),
-}
+# family -> stages with LoRA's rank as n, where a is read once and memory is the bound
+_STAGES_OF_RANK = {"ampere": unmeasured(4), "consumer": unmeasured(3), "hopper": measured(4), "blackwell": unmeasured(4)}
 
 
 def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlocks:
@@ -71,7 +66,7 @@ def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlo
     n = max(16, min(64, next_power_of_2(num_n)))
     if dtype == torch.float32:
         return OuterBlocks(64, n, 32, 4, 2)
-    return _OF_RANK[family].blocks._replace(n=n) if num_n <= 64 else _WIDE[family].blocks
+    return OuterBlocks(128, n, 64, 4, _STAGES_OF_RANK[family].blocks) if num_n <= 64 else _WIDE[family].blocks
 
 
 @triton.jit
