@@ -43,7 +43,7 @@ class Completion:
     prompt: Prompt
     sample: int  # index within the group
     segments: list[Segment]
-    finish_reason: str  # "stop" (a stop token was sampled) | "length"
+    finish_reason: str  # "stop" (a stop token was sampled) | "length" | what the caller of a rollout session says
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
 

@@ -25,7 +25,6 @@ cache.
 N rows of a session, B live ones, V vocabulary, P prompts in one prefill, L layers, A experts per token.
 """
 
-import copy
 import itertools
 import math
 import time
@@ -306,12 +305,17 @@ class Session:
         """A finished row as a completion, or a parked one with what it has so far ("parked"). Where routing is recorded, the last
         token of a completion has none: it was not fed to the model."""
         assert row.is_finished or row.is_parked, row
-        segments, start = copy.deepcopy([Segment(row.prompt.token_ids, "prompt"), *row.segments]), 0
-        if self._routing is not None:
-            segments[0].routing = self._prompt_routing[row.group]
-            for segment in segments[1:]:
-                end = start + len(segment.token_ids)
-                segment.routing, start = self._routing[row.index, start:end].clone(), end
+        is_recorded = self._routing is not None
+        prompt_routing = self._prompt_routing[row.group] if is_recorded else None
+        segments = [Segment(list(row.prompt.token_ids), "prompt", routing=prompt_routing)]
+        start = 0
+        for part in row.segments:
+            end = start + len(part.token_ids)
+            # lists of its own: those of a parked row may grow
+            log_probs, kept_ids = (None if values is None else list(values) for values in (part.log_probs, part.kept_ids))
+            routing = self._routing[row.index, start:end].clone() if is_recorded else None
+            segments.append(Segment(list(part.token_ids), part.source, log_probs, kept_ids, routing))
+            start = end
         return Completion(row.prompt, row.sample, segments, row.finish_reason or "parked")
 
     def completion_ids(self, row: Row) -> list[int]:
