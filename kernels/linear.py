@@ -7,7 +7,7 @@ On a GPU the update joins the same fp32 sum as the base's product. Many rows tak
 is_few), where reading the weight is the cost, take the kernel of kernels/experts/few_rows.py with one expert that owns every row:
 the weight is the MMA's M side and is read once for up to 64 tokens, in tiles of so few rows that every multiprocessor streams
 some of it. Each output is one sum over the inputs in ascending order, then over LoRA's rank: the same bits either way, for every
-tile size. The backward is project_backward. Its gradients of A and B, sums over tokens that can pass float16's range, stay in
+tile size. The backward is linear_backward. Its gradients of A and B, sums over tokens that can pass float16's range, stay in
 fp32; those of W and b (full fine-tuning) are the library's. On the CPU autograd differentiates lora_linear.
 
 Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
@@ -77,14 +77,6 @@ class Adapter(NamedTuple):
     scale: float
 
 
-class ProjectionGrads(NamedTuple):
-    x: torch.Tensor | None  # [T, K]
-    weight: torch.Tensor | None  # [N, K]
-    bias: torch.Tensor | None  # [N]
-    A: torch.Tensor | None  # [G r, K]
-    Bs: list[torch.Tensor]  # of each adapted projection
-
-
 def lora_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_A: torch.Tensor | None,
                 lora_B: torch.Tensor | None, *, scale: float) -> torch.Tensor:
     """The reference. x [T, K], weight [N, K], bias [N] or none, lora_A [r, K] and lora_B [N, r] or neither -> [T, N]."""
@@ -115,7 +107,7 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ada
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Adapter | None, *,
             keeps_low_rank: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, K] times weight [N, K] plus bias [N] or none, with its adapter: [T, N], without gradient; and, for project_backward,
+    """x [T, K] times weight [N, K] plus bias [N] or none, with its adapter: [T, N], without gradient; and, for the backward,
     the low-rank rows scale * x A^T [T, G r] where there is an adapter and they are asked for."""
     if is_few(x) and bias is not None and not keeps_low_rank:
         return decode_linear(x, weight, bias, adapter), None
@@ -125,33 +117,6 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ad
     low_rank = grouped_gemm(x, adapter.A.T[None], None, scale=adapter.scale)
     return grouped_gemm(x, weight.T[None], None, bias=bias, low_rank=low_rank, lora_up=adapter.B.T[None],
                         lora_groups=adapter.groups), low_rank
-
-
-def adapter_backward(grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor,
-                     adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """From the gradient [T, N] of a product with an adapter: that of x A^T [T, G r], of A [G r, K] and of each projection's B."""
-    parts = [grouped_gemm(grad[:, columns], adapter.B[columns][None], None, scale=adapter.scale) for columns in adapter.columns]
-    low_rank_grad = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    grad_A, grad_Bs, rank = torch.empty_like(adapter.A), [], adapter.B.shape[1]
-    grouped_outer(x, low_rank_grad, None, grad_A.T[None])
-    for group, columns in enumerate(adapter.columns):
-        grad_Bs.append(torch.empty_like(adapter.B[columns]))
-        grouped_outer(grad[:, columns], low_rank[:, group * rank:(group + 1) * rank], None, grad_Bs[-1][None])
-    return low_rank_grad, grad_A, grad_Bs
-
-
-def project_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, low_rank: torch.Tensor | None,
-                     adapter: Adapter | None, *, needs_x: bool, needs_base: bool) -> ProjectionGrads:
-    """The gradients of project from that of its result, grad [T, N]; of weight and bias where `needs_base`."""
-    low_rank_grad = grad_A = grad_x = None
-    grad_Bs = []
-    if adapter is not None:
-        low_rank_grad, grad_A, grad_Bs = adapter_backward(grad, x, low_rank, adapter)
-    if needs_x:
-        lora_up = None if adapter is None else adapter.A[None]
-        grad_x = grouped_gemm(grad, weight[None], None, low_rank=low_rank_grad, lora_up=lora_up)
-    grad_weight, grad_bias = (grad.T @ x, grad.sum(0)) if needs_base else (None, None)
-    return ProjectionGrads(grad_x, grad_weight, grad_bias, grad_A, grad_Bs)
 
 
 class LinearModule(Protocol):
@@ -227,20 +192,32 @@ def linear(modules: list[LinearModule], x: torch.Tensor, *, keeps_low_rank: bool
     return project(x, weight, bias, adapter_of(modules), keeps_low_rank=keeps_low_rank)
 
 
+def adapter_backward(modules: list[LinearModule], adapter: Adapter, grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor,
+                     grads: Gradients) -> torch.Tensor:
+    """The gradient of x A^T [T, G r] from that of a product with an adapter, grad [T, N]; those of A and B go to `grads`."""
+    parts = [grouped_gemm(grad[:, columns], adapter.B[columns][None], None, scale=adapter.scale) for columns in adapter.columns]
+    low_rank_grad = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    grad_A, rank = torch.empty_like(adapter.A), adapter.B.shape[1]
+    grouped_outer(x, low_rank_grad, None, grad_A.T[None])
+    carriers = [module for module in modules if module.has_adapter()]
+    for module, columns, own_A, own_low_rank in zip(carriers, adapter.columns, grad_A.split(rank), low_rank.split(rank, 1)):
+        grad_B = torch.empty_like(adapter.B[columns])
+        grouped_outer(grad[:, columns], own_low_rank, None, grad_B[None])
+        grads |= {module.lora_A: own_A, module.lora_B: grad_B}
+    return low_rank_grad
+
+
 def linear_backward(modules: list[LinearModule], grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None,
                     grads: Gradients, *, needs_x: bool) -> torch.Tensor | None:
-    """The gradient of x [T, in], where it is needed, from that of linear's outputs; those of what trains go to `grads`."""
-    result = project_backward(grad, x, joined([module.weight for module in modules]), low_rank, adapter_of(modules),
-                              needs_x=needs_x, needs_base=any(module.trains_base() for module in modules))
-    note_adapters([module for module in modules if module.has_adapter()], result.A, result.Bs, grads)
-    if result.weight is not None:
+    """The gradient of x [T, K], where it is needed, from that of linear's outputs [T, N]; those of what trains go to `grads`."""
+    adapter, low_rank_grad, grad_x = adapter_of(modules), None, None
+    if adapter is not None:
+        low_rank_grad = adapter_backward(modules, adapter, grad, x, low_rank, grads)
+    if needs_x:
+        weight, lora_up = joined([module.weight for module in modules]), None if adapter is None else adapter.A[None]
+        grad_x = grouped_gemm(grad, weight[None], None, low_rank=low_rank_grad, lora_up=lora_up)
+    if any(module.trains_base() for module in modules):
         sizes = [len(module.weight) for module in modules]
-        for module, weight, bias in zip(modules, result.weight.split(sizes), result.bias.split(sizes)):
+        for module, weight, bias in zip(modules, (grad.T @ x).split(sizes), grad.sum(0).split(sizes)):
             grads |= {module.weight: weight, module.bias: bias}
-    return result.x
-
-
-def note_adapters(carriers: list[LinearModule], grad_A: torch.Tensor | None, grad_Bs: list[torch.Tensor],
-                  grads: Gradients) -> None:
-    for module, A, B in zip(carriers, () if grad_A is None else grad_A.split(len(carriers[0].lora_A)), grad_Bs):
-        grads |= {module.lora_A: A, module.lora_B: B}
+    return grad_x

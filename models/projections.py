@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kernels.device import is_triton
-from kernels.linear import Gradients, adapter_backward, adapter_of, lora_linear, note_adapters, project
+from kernels.linear import Gradients, adapter_backward, adapter_of, lora_linear, project
 from kernels.router import router_backward, router_logits
 
 
@@ -69,6 +69,5 @@ class Router(Linear):
         adapter = adapter_of([self])
         if adapter is not None:
             x = x.float()
-            low_rank_grad, grad_A, grad_Bs = adapter_backward(grad, x, adapter.scale * self._product(x, adapter.A), adapter)
-            note_adapters([self], grad_A, grad_Bs, grads)
+            low_rank_grad = adapter_backward([self], adapter, grad, x, adapter.scale * self._product(x, adapter.A), grads)
             grad_x += self._product(low_rank_grad, adapter.A.T).to(grad_x.dtype)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.linear import Adapter, project, project_backward
+from kernels.linear import Adapter, linear, linear_backward, project
+from models.projections import Linear
 
 
 def tensors(*, num_tokens, size_in, size_out, rank, dtype=torch.float32, device="cpu"):
@@ -26,12 +27,13 @@ def merged(given, scale):
 
 def outcome(given, grad, scale):
     """The output and the gradients by name."""
-    x, weight, bias, lora_A, lora_B = (None if tensor is None else tensor.detach() for tensor in given.values())
-    adapter = None if lora_A is None else Adapter(lora_A, lora_B, None, [slice(0, len(weight))], scale)
-    y, low_rank = project(x, weight, bias, adapter, keeps_low_rank=True)
-    grads = project_backward(grad, x, weight, low_rank, adapter, needs_x=True, needs_base=True)
-    return {"y": y, "x": grads.x, "weight": grads.weight, "bias": grads.bias} | (
-        {} if adapter is None else {"lora_A": grads.A, "lora_B": grads.Bs[0]})
+    x, *parameters = (None if tensor is None else torch.nn.Parameter(tensor.detach()) for tensor in given.values())
+    module, grads, x = Linear(*parameters[:2]), {}, x.detach()
+    module.lora_A, module.lora_B, module.lora_scale = *parameters[2:], scale
+    with torch.no_grad():
+        y, low_rank = linear([module], x, keeps_low_rank=True)
+        grad_x = linear_backward([module], grad, x, low_rank, grads, needs_x=True)
+    return {"y": y, "x": grad_x} | {name: grads[parameter] for name, parameter in module.named_parameters()}
 
 
 @pytest.mark.interpreter
