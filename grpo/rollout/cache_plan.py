@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.rollout.scheduler import Row
+from grpo.rollout.scheduler import RolloutRow
 from models.config import GptOssConfig
 from models.kv_cache import KVCache, page_bytes, slot_bytes
 
@@ -16,7 +16,7 @@ class CacheShape:
     num_pages: int
 
 
-def plan_cache(config: GptOssConfig, dtype: torch.dtype, rows: list[Row], *, num_bytes: float | None, num_rows: int,
+def plan_cache(config: GptOssConfig, dtype: torch.dtype, rows: list[RolloutRow], *, num_bytes: float | None, num_rows: int,
                max_len: int) -> CacheShape:
     """A cache of sequences of up to `max_len` tokens, for rows of which `num_rows` may run at once, within `num_bytes` (None: no
     bound).

@@ -24,7 +24,7 @@ from models.kv_cache import PAGE_TOKENS, KVCache
 
 
 @dataclass(eq=False)
-class Row:
+class RolloutRow:
     """One completion, from its submission to its end. Numbers are tokens."""
 
     index: int  # among the rows of its session
@@ -81,7 +81,7 @@ class Group:
     """The completions of one prompt that have not started."""
 
     prompt_len: int  # tokens
-    waiting: list[Row]
+    waiting: list[RolloutRow]
 
 
 @dataclass
@@ -89,7 +89,7 @@ class ChunkedPrefill:
     """What is being prefilled in chunks: a group's prompt, into the slot of its first member, or a row that returns. It stays the
     first of those that wait, and is not live."""
 
-    row: Row
+    row: RolloutRow
     group: Group | None
     num_tokens: int
     is_due: bool = True  # whether the next chunk comes before other steps of live rows
@@ -100,9 +100,9 @@ class Scheduler:
     one (grpo/rollout/cache_plan.py)."""
 
     def __init__(self, cache: KVCache, *, num_rows: int) -> None:
-        self.live: list[Row] = []  # in the order of admission, which is that of the decoder's rows
-        self.parked: list[Row] = []  # in the order of parking
-        self.returning: list[Row] = []  # preempted or continued, in the order in which they go on
+        self.live: list[RolloutRow] = []  # in the order of admission, which is that of the decoder's rows
+        self.parked: list[RolloutRow] = []  # in the order of parking
+        self.returning: list[RolloutRow] = []  # preempted or continued, in the order in which they go on
         self.groups: list[Group] = []  # in the order of admission
         self.partial_group: Group | None = None  # some of its members have started; its prompt is in the prompt slot
         self.chunked: ChunkedPrefill | None = None
@@ -143,7 +143,7 @@ class Scheduler:
 
     # ---- admission
 
-    def resume(self, max_tokens: int) -> list[Row]:
+    def resume(self, max_tokens: int) -> list[RolloutRow]:
         """Returning rows that go on, with pages for what they have. What their slots do not hold is to be prefilled, together at
         most `max_tokens`; it is all of each, or the end of each."""
         resumed, num_tokens = [], 0
@@ -157,7 +157,7 @@ class Scheduler:
             resumed.append(row)
         return resumed
 
-    def admit_partial_group(self) -> tuple[Group, list[Row]] | None:
+    def admit_partial_group(self) -> tuple[Group, list[RolloutRow]] | None:
         """Members of the partial group that start now, fanned out from the prompt slot."""
         group = self.partial_group
         if group is None or self.returning or not self._free_slots:
@@ -177,7 +177,7 @@ class Scheduler:
             self.partial_group = None
         return group, members
 
-    def admit_groups(self, max_tokens: int) -> list[tuple[Group, list[Row]]]:
+    def admit_groups(self, max_tokens: int) -> list[tuple[Group, list[RolloutRow]]]:
         """The next groups, each with the members that start now: the prompt is to be prefilled into the slot of the first, which
         has pages for it; then `share` is to be called. Together at most `max_tokens`."""
         admitted, num_tokens, promised = [], 0, 0
@@ -197,7 +197,7 @@ class Scheduler:
             num_tokens += group.prompt_len
         return admitted
 
-    def share(self, group: Group, members: list[Row]) -> None:
+    def share(self, group: Group, members: list[RolloutRow]) -> None:
         """Fans a prompt out, once it is prefilled, to all members that start and to the prompt slot where some do not."""
         targets = [row.slot for row in members[1:]]
         if group.waiting:
@@ -227,7 +227,7 @@ class Scheduler:
         self.chunked = chunked
         return True
 
-    def end_chunked(self) -> tuple[Group | None, list[Row]]:
+    def end_chunked(self) -> tuple[Group | None, list[RolloutRow]]:
         """Admits what has been prefilled in chunks. Returns the group, for which `share` is to be called, and the members that
         start now; or None and the row that returns."""
         chunked, self.chunked = self.chunked, None
@@ -244,7 +244,7 @@ class Scheduler:
 
     # ---- rows that run, and rows that give way
 
-    def make_room(self, num_steps: int) -> list[Row]:
+    def make_room(self, num_steps: int) -> list[RolloutRow]:
         """Gives every live row pages for the next `num_steps` steps, the first admitted first. Returns the live rows that were
         preempted for it, the last ones; before them, what does not run gives way."""
         preempted, index = [], 0
@@ -291,7 +291,7 @@ class Scheduler:
         self.live = [self.live[place] for place in stays]
         return stays
 
-    def unpark(self, row: Row) -> None:
+    def unpark(self, row: RolloutRow) -> None:
         """Lets a parked row return, or go for good where it is finished."""
         self.parked.remove(row)
         row.is_parked = False
@@ -309,7 +309,7 @@ class Scheduler:
             count -= 1
         return count
 
-    def _begin(self, group: Group, count: int) -> list[Row]:
+    def _begin(self, group: Group, count: int) -> list[RolloutRow]:
         """Starts members of a group, the first with pages for the prompt; the prompt slot waits for those that are left."""
         members, group.waiting = group.waiting[:count], group.waiting[count:]
         for index, row in enumerate(members):
@@ -318,13 +318,13 @@ class Scheduler:
             self.partial_group = group
         return members
 
-    def _begin_alone(self, group: Group) -> tuple[Group, list[Row]]:
+    def _begin_alone(self, group: Group) -> tuple[Group, list[RolloutRow]]:
         """Starts one member of a group whose others will need another prefill."""
         row = group.waiting.pop(0)
         self._start(row, group.prompt_len)
         return Group(group.prompt_len, []), [row]
 
-    def _has_room(self, num_pages: int, new: list[Row]) -> bool:
+    def _has_room(self, num_pages: int, new: list[RolloutRow]) -> bool:
         """Whether so many pages can go to new rows and leave one for each that grows: without it, what is admitted would soon be
         preempted. A row that is alone has the whole cache."""
         spare = self.cache.num_free_pages - num_pages
@@ -332,7 +332,7 @@ class Scheduler:
             return spare >= 0
         return spare >= sum(row.is_growing for row in (*self.live, *new))
 
-    def _has_room_to_return(self, row: Row) -> bool:
+    def _has_room_to_return(self, row: RolloutRow) -> bool:
         num_pages = KVCache.pages_for(row.num_tokens)
         if row.slot is not None:
             return self._has_room(num_pages - self.cache.num_pages_of(row.slot), [row])
@@ -343,25 +343,25 @@ class Scheduler:
         """Whether the prompt ends within a page, which every member then copies."""
         return group.prompt_len % PAGE_TOKENS > 0
 
-    def _occupy(self, row: Row, num_tokens: int) -> None:
+    def _occupy(self, row: RolloutRow, num_tokens: int) -> None:
         """Gives the row a slot, if it has none, with pages for so many tokens."""
         if row.slot is None:
             row.slot = self._free_slots.pop()
         assert self.cache.reserve(row.slot, num_tokens), (row, num_tokens, self.cache.num_free_pages)
 
-    def _start(self, row: Row, num_tokens: int) -> None:
+    def _start(self, row: RolloutRow, num_tokens: int) -> None:
         self._occupy(row, num_tokens)
         self.live.append(row)
 
     def _fan_out(self, source: int, targets: list[int], num_tokens: int) -> None:
         assert self.cache.fan_out(source, targets, num_tokens), (targets, num_tokens, self.cache.num_free_pages)
 
-    def _preempt(self, row: Row) -> None:
+    def _preempt(self, row: RolloutRow) -> None:
         self._vacate(row)
         self.returning.insert(0, row)
         self.num_preemptions += 1
 
-    def _evict(self, rows: list[Row]) -> bool:
+    def _evict(self, rows: list[RolloutRow]) -> bool:
         """Takes slot and pages of the last of these rows that has any. Returns whether one had."""
         held = [row for row in rows if row.slot is not None and (self.chunked is None or row is not self.chunked.row)]
         if held:
@@ -369,7 +369,7 @@ class Scheduler:
             self.num_preemptions += 1
         return bool(held)
 
-    def _vacate(self, row: Row) -> None:
+    def _vacate(self, row: RolloutRow) -> None:
         self.cache.release(row.slot)
         self._free_slots.append(row.slot)
         row.slot, row.num_held = None, 0

@@ -37,7 +37,7 @@ from torch import Tensor
 from grpo.batch import Completion, Prompt, Segment
 from grpo.rollout.cache_plan import CacheShape, plan_cache
 from grpo.rollout.sampling import Draw, SamplingParams, choose
-from grpo.rollout.scheduler import Group, Row, Scheduler
+from grpo.rollout.scheduler import Group, RolloutRow, Scheduler
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.gpt_oss import GptOss, KeptSets
 from models.keys import PrefillChunk
@@ -134,7 +134,7 @@ class Sampler:
                 num_yielded += len(new)
                 yield from new
 
-    def take_decoder(self, rows: list[Row], stop_ids: list[int]) -> tuple[Decoder, int]:
+    def take_decoder(self, rows: list[RolloutRow], stop_ids: list[int]) -> tuple[Decoder, int]:
         """A decoder for these rows, and how many of them it can run at once: the last rollout's, with its graphs, where it
         suffices, else a new one. The one place that allocates caches. Until a session hands it back, no other has it."""
         shape = self.plan(rows)
@@ -152,13 +152,13 @@ class Sampler:
         decoder.reset(stop_ids)
         return decoder, shape.num_rows
 
-    def plan(self, rows: list[Row], num_bytes: float | None = None) -> CacheShape:
+    def plan(self, rows: list[RolloutRow], num_bytes: float | None = None) -> CacheShape:
         """The cache for these rows, within cache_gb, or else `num_bytes`. Raises ValueError where one of them does not fit."""
         num_bytes = num_bytes if self.cache_gb is None else 1e9 * self.cache_gb
         return plan_cache(self.model.config, self.model.dtype, rows, num_bytes=num_bytes, num_rows=self.max_batch,
                           max_len=self._max_len_of(rows))
 
-    def _max_len_of(self, rows: list[Row]) -> int:
+    def _max_len_of(self, rows: list[RolloutRow]) -> int:
         # a power of two: the page table's width costs little, and a conversation that grows keeps its graphs
         return min(self.max_len, 1 << (max(row.max_tokens for row in rows) - 1).bit_length())
 
@@ -229,7 +229,7 @@ class Session:
 
     # ---- what callers do
 
-    def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0) -> list[Row]:
+    def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0) -> list[RolloutRow]:
         """Queues `num_samples` completions of every prompt, beside what runs. Returns their rows, by prompt, then sample.
 
         Raises ValueError for a prompt id that the session has, an empty prompt, one that does not fit, or a cache that does not
@@ -240,7 +240,7 @@ class Session:
         if not prompts:
             return []
         capacity = min(self.params.max_new_tokens, self._sampler.max_len)
-        groups = [[Row(0, group, prompt, sample, min(capacity, self._sampler.max_len - len(prompt.token_ids)))
+        groups = [[RolloutRow(0, group, prompt, sample, min(capacity, self._sampler.max_len - len(prompt.token_ids)))
                    for sample in range(first_sample, first_sample + num_samples)]
                   for group, prompt in enumerate(prompts, start=len(self._prompt_ids))]
         rows = list(itertools.chain(*groups))
@@ -257,7 +257,7 @@ class Session:
         self.stats.num_completions = len(self.rows)
         return rows
 
-    def poll(self) -> list[Row]:
+    def poll(self) -> list[RolloutRow]:
         """Makes one model call, a run of decode steps or a prefill, if anything can run. Returns the rows that finished or parked
         in it, in no particular order."""
         if not self.is_running:
@@ -270,7 +270,7 @@ class Session:
             self._progress(self._num_finished, len(self.rows))
         return left
 
-    def continue_with(self, row: Row, token_ids: list[int]) -> None:
+    def continue_with(self, row: RolloutRow, token_ids: list[int]) -> None:
         """Appends tokens that nobody drew to a parked row and lets it go on. They become a segment of the environment and are
         prefilled in chunks, with those of other rows. Raises ValueError for a row that is not parked, more tokens than row.room,
         or an id outside the vocabulary."""
@@ -285,7 +285,7 @@ class Session:
             row.num_new += len(token_ids)
         self._scheduler.unpark(row)
 
-    def finish(self, row: Row, reason: str) -> None:
+    def finish(self, row: RolloutRow, reason: str) -> None:
         """Ends a parked row, with this reason. Raises ValueError for a row that is not parked."""
         _check_parked(row)
         row.finish_reason = reason
@@ -301,7 +301,7 @@ class Session:
             raise ValueError(f"{len(parked)} of {len(self.rows)} rows are parked, {parked[0]} first: continue or finish them")
         return [self.completion(row) for row in self.rows]
 
-    def completion(self, row: Row) -> Completion:
+    def completion(self, row: RolloutRow) -> Completion:
         """A finished row as a completion, or a parked one with what it has so far ("parked"). Where routing is recorded, the last
         token of a completion has none: it was not fed to the model."""
         assert row.is_finished or row.is_parked, row
@@ -318,7 +318,7 @@ class Session:
             start = end
         return Completion(row.prompt, row.sample, segments, row.finish_reason or "parked")
 
-    def completion_ids(self, row: Row) -> list[int]:
+    def completion_ids(self, row: RolloutRow) -> list[int]:
         """The tokens that a row has after its prompt."""
         self._fetch([row])
         return row.completion_ids
@@ -361,7 +361,7 @@ class Session:
             return False
         return True
 
-    def _share(self, group: Group, members: list[Row], hidden: Tensor) -> None:
+    def _share(self, group: Group, members: list[RolloutRow], hidden: Tensor) -> None:
         """Fans a prefilled prompt out, and keeps the hidden state [D] after it for members that wait."""
         self._scheduler.share(group, members)
         if group.waiting:
@@ -379,7 +379,7 @@ class Session:
             self._share(group, members, hidden[0])
         self._start(members, hidden.expand(len(members), -1))
 
-    def _prefill_chunks(self, rows: list[Row], ends: list[int]) -> Tensor:
+    def _prefill_chunks(self, rows: list[RolloutRow], ends: list[int]) -> Tensor:
         """Prefills tokens of rows, from those that their slots hold to `ends`. Returns the hidden states [n, D] after them."""
         chunks = [PrefillChunk(row.slot, row.num_held, end, row.prompt_len if self._sampler.shares_prompts else 0)
                   for row, end in zip(rows, ends, strict=True)]
@@ -393,7 +393,7 @@ class Session:
             row.num_held = end
         return hidden
 
-    def _prefill(self, rows: list[Row]) -> Tensor:
+    def _prefill(self, rows: list[RolloutRow]) -> Tensor:
         """Prefills all tokens of rows whose slots hold none. Returns the hidden states [n, D] after them."""
         parts, prefixes, slots = [], [], []
         for row in rows:
@@ -412,7 +412,7 @@ class Session:
         self.stats.prefill_tokens += len(tokens)
         return hidden
 
-    def _start(self, rows: list[Row], hidden: Tensor) -> None:
+    def _start(self, rows: list[RolloutRow], hidden: Tensor) -> None:
         """Draws the next token of rows that are in their slots; hidden [n, D]."""
         for row in rows:
             row.place = row.slot * self._decoder.cache.max_len
@@ -462,7 +462,7 @@ class Session:
 
     # ---- what the host learns
 
-    def _sync(self) -> list[Row]:
+    def _sync(self) -> list[RolloutRow]:
         """Learns what has become of the live rows. Returns those that finished or parked, which leave the batch."""
         left = []
         for row, token, goes_on, num_new, is_stopped in zip(self._scheduler.live, *self._decoder.sync(), strict=True):
@@ -484,7 +484,7 @@ class Session:
             self._decoder.compact(stays)
         return left
 
-    def _fetch(self, rows: list[Row]) -> None:
+    def _fetch(self, rows: list[RolloutRow]) -> None:
         """Takes what rows have drawn into their segments. Raises FloatingPointError where a log-prob is not finite, naming it."""
         rows = [row for row in rows if row.num_new > len(row.completion_ids)]
         if not rows:
@@ -507,7 +507,7 @@ class Session:
     def _new_record(self, num_tokens: int) -> RoutingRecord | None:
         return None if self._routing is None else RoutingRecord(num_tokens, self._model.config, self._device)
 
-    def _keep_routing(self, rows: list[Row], starts: list[int], lengths: list[int], record: RoutingRecord | None) -> None:
+    def _keep_routing(self, rows: list[RolloutRow], starts: list[int], lengths: list[int], record: RoutingRecord | None) -> None:
         """Keeps the experts of packed tokens of rows, so many of each, from so many tokens after its start on."""
         if record is None:
             return
@@ -518,7 +518,7 @@ class Session:
             if num_prompt < len(indices):
                 self._routing[row.index, first:first + len(indices) - num_prompt] = indices[num_prompt:]
 
-    def _make_cache_hold(self, new: list[Row]) -> None:
+    def _make_cache_hold(self, new: list[RolloutRow]) -> None:
         """Takes a cache for the first rows, and a larger one where later rows need it: what runs is then preempted."""
         rows = [row for row in self.rows if not row.is_finished] + new
         stop_ids = list(dict.fromkeys([*self._sampler.stop_ids, *self.params.park_ids]))
@@ -536,14 +536,14 @@ class Session:
             self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
         self.stats.cache_bytes = self._decoder.cache.num_bytes
 
-    def _cache_holds(self, rows: list[Row]) -> bool:
+    def _cache_holds(self, rows: list[RolloutRow]) -> bool:
         """Whether these rows can run in the cache that there is: each of them, and all at once unless no larger one helps."""
         cache, pages = self._decoder.cache, [KVCache.pages_for(row.max_tokens) for row in rows]
         if max(row.max_tokens for row in rows) > cache.max_len or max(pages) > cache.num_pages:
             return False
         return self._has_full_cache or (len(rows) <= self._scheduler.num_rows and sum(pages) <= cache.num_pages)
 
-    def _key(self, row: Row) -> tuple[int, int, int, int]:
+    def _key(self, row: RolloutRow) -> tuple[int, int, int, int]:
         """Of draws, without their position."""
         return self._sampler.seed, self._step, row.prompt.id, row.sample
 
@@ -554,7 +554,7 @@ def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperatu
     return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
 
 
-def _check_parked(row: Row) -> None:
+def _check_parked(row: RolloutRow) -> None:
     if not row.is_parked:
         raise ValueError(f"{row} is not parked")
 

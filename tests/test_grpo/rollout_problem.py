@@ -7,7 +7,7 @@ import torch
 
 from grpo.batch import Prompt
 from grpo.rollout.sampling import SamplingParams
-from grpo.rollout.scheduler import Group, Row, Scheduler
+from grpo.rollout.scheduler import Group, RolloutRow, Scheduler
 from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
 from models.kv_cache import KVCache, page_bytes, slot_bytes
@@ -56,8 +56,8 @@ def assert_equal(actual, expected) -> None:
             assert segment.routing is None or torch.equal(segment.routing, other.routing)
 
 
-def make_rows(lengths_and_limits: list[tuple[int, int]], *, width=1) -> list[Row]:
-    return [Row(index * width + i, index, Prompt(index, [1] * length, {}), i, limit)
+def make_rows(lengths_and_limits: list[tuple[int, int]], *, width=1) -> list[RolloutRow]:
+    return [RolloutRow(index * width + i, index, Prompt(index, [1] * length, {}), i, limit)
             for index, (length, limit) in enumerate(lengths_and_limits) for i in range(width)]
 
 

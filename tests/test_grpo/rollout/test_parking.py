@@ -17,7 +17,7 @@ from rollout_problem import (
 
 from grpo.batch import Prompt, pack
 from grpo.rollout.sampling import SamplingParams, draw
-from grpo.rollout.scheduler import Row, Scheduler
+from grpo.rollout.scheduler import RolloutRow, Scheduler
 from grpo.rollout.session import Sampler
 from models.gpt_oss import GptOss
 
@@ -170,7 +170,7 @@ def test_a_reply_longer_than_a_prefill_comes_in_chunks_between_which_others_are_
 # ---- who gives way
 
 
-def start(scheduler: Scheduler) -> list[Row]:
+def start(scheduler: Scheduler) -> list[RolloutRow]:
     """Admits what finds room, each row with one token."""
     rows = scheduler.resume(10_000)
     for group, members in [] if rows else scheduler.admit_groups(10_000):
@@ -181,7 +181,7 @@ def start(scheduler: Scheduler) -> list[Row]:
     return rows
 
 
-def park(scheduler: Scheduler, row: Row) -> None:
+def park(scheduler: Scheduler, row: RolloutRow) -> None:
     row.is_parked = True
     scheduler.retire()
 
@@ -336,7 +336,7 @@ def test_a_row_that_parks_without_room_to_go_on_ends_for_its_length(model):
 
 def test_what_cannot_be_appended_is_refused_and_the_row_stays_parked(model):
     session, row = one_parked(model)
-    with pytest.raises(ValueError, match=r"19 tokens for Row\(.*room for 18"):
+    with pytest.raises(ValueError, match=r"19 tokens for RolloutRow\(.*room for 18"):
         session.continue_with(row, [1] * 19)
     with pytest.raises(ValueError, match=rf"token ids \[{VOCAB}, -1\] .* must lie in \[0, {VOCAB}\)"):
         session.continue_with(row, [1, VOCAB, -1])
