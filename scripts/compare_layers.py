@@ -18,12 +18,16 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from compare_logits import chosen_experts, packed, packed_log_probs
 from random_checkpoint import SPECIAL_TOKENS
 from timing import Report, relative_error
 
@@ -46,15 +50,10 @@ def first_layers(checkpoint: Path, num_layers: int, folder: Path) -> Path:
     if config.num_hidden_layers == num_layers:
         return checkpoint
 
-    def is_kept(name: str) -> bool:
-        parts = name.split(".")
-        return parts[:2] != ["model", "layers"] or int(parts[2]) < num_layers
-
     plan = []
     for name, stored in list_tensors(checkpoint, allow_unindexed=False).items():
-        if is_kept(name):
-            tensor = stored.read()
-            plan.append(TensorToWrite(name, tensor.numel() * tensor.element_size(), stored.read))
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < num_layers:
+            plan.append(TensorToWrite(name, stored.read().nbytes, stored.read))
     write_shards(folder, plan, max_shard_bytes=1e11)
     config = replace(config, num_hidden_layers=num_layers, layer_types=config.layer_types[:num_layers])
     write_json(folder / "config.json", config.to_hf(quantization=config.quantization))
@@ -66,61 +65,46 @@ def random_tokens(lengths: list[int], config: GptOssConfig, device: str) -> tupl
     generator = torch.Generator().manual_seed(sum(lengths))
     tokens = torch.randint(0, min(config.vocab_size, min(SPECIAL_TOKENS)), (sum(lengths),), generator=generator)
     factors = torch.randn(sum(lengths), generator=generator)
-    factors[[sum(lengths[:index]) for index in range(len(lengths))]] = 0.0
+    for part in factors.split(lengths):
+        part[0] = 0.0
     return tokens.to(device), factors.to(device)
 
 
-class Capture:
-    """Records hidden states and the router's choices, and makes the embeddings a leaf whose gradient can be read.
+@contextmanager
+def captured(model: torch.nn.Module) -> Iterator[SimpleNamespace]:
+    """Inside, hidden states [T, D] by name and router logits [T, E] by layer are recorded, and the embeddings become a leaf that
+    gets a gradient. Both implementations name their parts alike, so that one set of hooks serves both."""
+    found, layers = SimpleNamespace(states={}, routers={}, embeddings=None), model.model.layers
 
-    Both implementations name their parts alike, so that one set of hooks serves both."""
+    def make_leaf(_, arguments: tuple) -> tuple:
+        found.embeddings = arguments[0].detach().requires_grad_()
+        return (found.embeddings, *arguments[1:])
 
-    def __init__(self, model: torch.nn.Module, experts_per_token: int) -> None:
-        self.states: Quantities = {}
-        self.routes: list[torch.Tensor] = []  # [T, A] sorted, layer by layer
-        self.embeddings: torch.Tensor | None = None
-        layers = model.model.layers
-        self.handles = [layers[0].register_forward_pre_hook(self._make_leaf)]
-        for index, layer in enumerate(layers):
-            self.handles.append(layer.register_forward_hook(partial(self._keep, f"layer {index}")))
-            self.handles.append(layer.mlp.router.register_forward_hook(partial(self._keep_route, experts_per_token)))
-        self.handles.append(model.model.norm.register_forward_hook(partial(self._keep, "final norm")))
-
-    def _make_leaf(self, _, arguments: tuple) -> tuple:
-        self.embeddings = arguments[0].detach().requires_grad_()
-        return (self.embeddings, *arguments[1:])
-
-    def _keep(self, name: str, _, __, output) -> None:
+    def keep(place: dict, name: str | int, _, __, output) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        self.states[name] = output.detach().flatten(0, -2).float()  # [T, D]
+        place[name] = output.detach().flatten(0, -2).float()
 
-    def _keep_route(self, experts_per_token: int, _, __, output) -> None:
-        logits = output[0] if isinstance(output, tuple) else output  # [T, E]
-        self.routes.append(logits.detach().flatten(0, -2).topk(experts_per_token).indices.sort().values)
-
-    def __enter__(self) -> "Capture":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for handle in self.handles:
+    handles = [layers[0].register_forward_pre_hook(make_leaf),
+               model.model.norm.register_forward_hook(partial(keep, found.states, "final norm"))]
+    for index, layer in enumerate(layers):
+        handles += [layer.register_forward_hook(partial(keep, found.states, f"layer {index}")),
+                    layer.mlp.router.register_forward_hook(partial(keep, found.routers, index))]
+    try:
+        yield found
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def gradient(self) -> torch.Tensor:
-        return self.embeddings.grad.flatten(0, -2).float()
 
 
 def run_ours(model: GptOss, tokens: torch.Tensor, factors: torch.Tensor, lengths: list[int]) -> tuple[Quantities, torch.Tensor]:
     """Every quantity of one packed batch, and the experts chosen [layers, T, A]."""
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(tokens.device, torch.int32)
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    mask[bounds[:-1].long()] = False
-    with Capture(model, model.config.num_experts_per_tok) as capture:
-        chosen, _ = model.log_probs(tokens, bounds, temperature=1.0, mask=mask)
-        (chosen * factors).sum().backward()
+    rows = tokens.split(lengths)
+    with captured(model) as capture:
+        log_probs, _ = packed_log_probs(model, rows, 1.0)
+        (log_probs * factors).sum().backward()
     with torch.no_grad():
-        logits = model.logits(tokens, bounds)
-    found = capture.states | {"logits": logits, "log-probs": chosen.detach(), "gradient at embeddings": capture.gradient()}
-    return found, torch.stack(capture.routes)
+        logits = model.logits(*packed(rows, model.device))
+    return quantities(capture, logits, log_probs), routes_of(capture, model)
 
 
 def run_transformers(model: torch.nn.Module, tokens: torch.Tensor, factors: torch.Tensor,
@@ -129,15 +113,22 @@ def run_transformers(model: torch.nn.Module, tokens: torch.Tensor, factors: torc
     parts: list[Quantities] = []
     routes: list[torch.Tensor] = []
     for ids, weights in zip(tokens.split(lengths), factors.split(lengths)):
-        with Capture(model, model.config.num_experts_per_tok) as capture:
+        with captured(model) as capture:
             logits = model(input_ids=ids[None], use_cache=False).logits[0].float()  # [L, V]
-            log_probs = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0]
-            (log_probs * weights[1:]).sum().backward()
-        chosen = torch.cat([log_probs.new_zeros(1), log_probs.detach()])
-        parts.append(capture.states | {"logits": logits.detach(), "log-probs": chosen,
-                                       "gradient at embeddings": capture.gradient()})
-        routes.append(torch.stack(capture.routes))
+            log_probs = F.pad(torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0], (1, 0))
+            (log_probs * weights).sum().backward()
+        parts.append(quantities(capture, logits, log_probs))
+        routes.append(routes_of(capture, model))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, torch.cat(routes, dim=1)
+
+
+def quantities(capture: SimpleNamespace, logits: torch.Tensor, log_probs: torch.Tensor) -> Quantities:
+    return capture.states | {"logits": logits.detach(), "log-probs": log_probs.detach(),
+                             "gradient at embeddings": capture.embeddings.grad.flatten(0, -2).float()}
+
+
+def routes_of(capture: SimpleNamespace, model: torch.nn.Module) -> torch.Tensor:
+    return torch.stack([chosen_experts(logits, model.config.num_experts_per_tok) for logits in capture.routers.values()])
 
 
 def build_transformers(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> torch.nn.Module:

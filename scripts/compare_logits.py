@@ -22,6 +22,7 @@ from a model loaded with experts=bf16, and grad_packed_max_rel(_tensor) from the
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,13 +44,29 @@ def read_golden(path: Path) -> dict[str, torch.Tensor]:
         return {name: opened.get_tensor(name) for name in names}
 
 
-def packed_logits(model: GptOss, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits [L, V] fp32 on the CPU of each row of ids, the rows run as one packed batch."""
-    lengths = torch.tensor([0, *(len(row) for row in rows)])
-    cu_seqlens = lengths.cumsum(0).to(model.device, torch.int32)
+def packed(rows: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids end to end [T], and their bounds [B + 1]."""
+    bounds = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    return torch.cat(tuple(rows)).to(device), bounds.to(device, torch.int32)
+
+
+def packed_logits(model: GptOss, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits [T, V] fp32 on the CPU of rows of ids, run as one packed batch."""
     with torch.enable_grad():  # as in training, where no kernel for few rows takes the place of a router that has hooks
-        logits = model.logits(torch.cat(rows).to(model.device), cu_seqlens)
-    return list(logits.detach().float().cpu().split(lengths[1:].tolist()))
+        return model.logits(*packed(rows, model.device)).detach().float().cpu()
+
+
+def packed_log_probs(model: GptOss, rows: Sequence[torch.Tensor], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropy [T] of all tokens but the first of each row, where both are 0, run as one packed batch; nats."""
+    tokens, bounds = packed(rows, model.device)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[bounds[:-1].long()] = False
+    return model.log_probs(tokens, bounds, temperature=temperature, mask=mask)
+
+
+def chosen_experts(logits: torch.Tensor, experts_per_token: int) -> torch.Tensor:
+    """Router logits [..., E] -> the experts [..., A] that they choose, ascending."""
+    return logits.topk(experts_per_token).indices.sort().values
 
 
 def max_abs(ours: torch.Tensor, golden: torch.Tensor) -> float:
@@ -58,35 +75,26 @@ def max_abs(ours: torch.Tensor, golden: torch.Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf).max().item() if difference.numel() else 0.0
 
 
-def check_positions(golden: dict[str, torch.Tensor], ids: torch.Tensor, name: str) -> None:
-    if name in golden and not torch.equal(golden[name], torch.arange(ids.shape[-1]).expand_as(ids)):
-        raise ValueError(f"{name}: only positions 0, 1, 2 ... of each row are supported")
-
-
 def compare_rows(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     """Logits of all rows in one packed batch, and what the routers said on the way."""
-    if "logits" not in golden and "router_logits.0" not in golden:
+    routers = {int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")}
+    if "logits" not in golden and not routers:
         return {}
-    ids = golden["input_ids"]
-    check_positions(golden, ids, "position_ids")
-    seen = [[] for _ in model.model.layers]
-    hooks = [block.mlp.router.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output.float().cpu()))
-             for kept, block in zip(seen, model.model.layers)]
+    ids, seen = golden["input_ids"], []
+    if "position_ids" in golden and not torch.equal(golden["position_ids"], torch.arange(ids.shape[-1]).expand_as(ids)):
+        raise ValueError("position_ids: only positions 0, 1, 2 ... of each row are supported")
+    hooks = [block.mlp.router.register_forward_hook(lambda _, __, output: seen.append(output.detach().float().cpu()))
+             for block in model.model.layers]
     # one batch, as the golden's: products of other sizes round otherwise
-    logits = torch.stack(packed_logits(model, list(ids)))  # [B, L, V]
+    logits = packed_logits(model, list(ids)).view(*ids.shape, -1)  # [B, L, V]
     for hook in hooks:
         hook.remove()
     result = {"logits_max_abs": max_abs(logits, golden["logits"])} if "logits" in golden else {}
-    routers = {int(name.rpartition(".")[2]): tensor for name, tensor in golden.items() if name.startswith("router_logits.")}
     if routers:
-        top = model.config.num_experts_per_tok
-        flipped = torch.zeros(ids.shape, dtype=torch.bool)
-        worst = 0.0
-        for layer, expected in routers.items():
-            ours = torch.cat(seen[layer]).view(*ids.shape, -1)  # [B, L, E]
-            worst = max(worst, max_abs(ours, expected))
-            flipped |= (ours.topk(top).indices.sort().values != expected.topk(top).indices.sort().values).any(-1)
-        result |= {"router_max_abs": worst, "route_flips": int(flipped.sum())}
+        pairs = [(seen[layer].view(*ids.shape, -1), expected) for layer, expected in routers.items()]  # [B, L, E] each
+        routes = [[chosen_experts(some, model.config.num_experts_per_tok) for some in pair] for pair in pairs]
+        flipped = torch.stack([(ours != expected).any(-1) for ours, expected in routes]).any(0)  # [B, L]
+        result |= {"router_max_abs": max(max_abs(*pair) for pair in pairs), "route_flips": int(flipped.sum())}
         if "logits" in golden:
             result["logits_max_abs_same_routes"] = max_abs(logits[~flipped], golden["logits"][~flipped])
     return result
@@ -96,45 +104,31 @@ def compare_packed(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     result = {}
     if "packed.logits" in golden:
         bounds = golden["packed.cu_seqlens"].long()
-        rows = list(golden["packed.input_ids"].split((bounds[1:] - bounds[:-1]).tolist()))
-        result["packed_max_abs"] = max_abs(torch.cat(packed_logits(model, rows)), golden["packed.logits"])
+        rows = golden["packed.input_ids"].split(bounds.diff().tolist())
+        result["packed_max_abs"] = max_abs(packed_logits(model, rows), golden["packed.logits"])
     for side in ("pad_left", "pad_right"):
         if f"{side}.logits" in golden:
             masks = golden[f"{side}.attention_mask"].bool()
             rows = [row[mask] for row, mask in zip(golden[f"{side}.input_ids"], masks)]
-            result[f"{side}_max_abs"] = max_abs(torch.cat(packed_logits(model, rows)), golden[f"{side}.logits"][masks])
+            result[f"{side}_max_abs"] = max_abs(packed_logits(model, rows), golden[f"{side}.logits"][masks])
     return result
 
 
 def log_probs(model: GptOss, ids: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs [B, L - 1] of ids[:, 1:], and the entropy [B, L] of the distribution after each of the ids [B, L]; nats."""
-    def run(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, L'] tokens -> log-prob and entropy [B, L' - 1] of all but the first of each row, run as one packed batch."""
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        mask[:, 0] = False
-        bounds = torch.arange(0, tokens.numel() + 1, tokens.shape[1], dtype=torch.int32)
-        chosen, entropy = model.log_probs(tokens.flatten().to(model.device), bounds.to(model.device),
-                                          temperature=temperature, mask=mask.flatten().to(model.device))
-        return chosen.view_as(tokens)[:, 1:], entropy.view_as(tokens)[:, 1:]
-
-    chosen, entropy = run(ids)
-    with torch.no_grad():  # one more token, whatever it is, asks for the last distribution
-        _, longer = run(torch.cat([ids, ids[:, :1]], dim=1))
-    return chosen, torch.cat([entropy, longer[:, -1:]], dim=1)
+    longer = torch.cat([ids, ids[:, :1]], dim=1)  # one more token, whatever it is, asks for the last distribution
+    chosen, entropy = (found.view_as(longer)[:, 1:] for found in packed_log_probs(model, list(longer), temperature))
+    return chosen[:, :-1], entropy
 
 
 def compare_log_probs(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
-    result = {}
-    names = sorted({name.partition("_t")[2] for name in golden if name.startswith(("logprobs_t", "entropy_t"))})
+    result, temperatures = {}, {name.partition("_t")[2] for name in golden if name.startswith(("logprobs_t", "entropy_t"))}
     with torch.no_grad():
-        for name in names:
-            chosen, entropy = log_probs(model, golden["input_ids"], float(name))
-            for kind, key, values in (("logprobs", "logprob", chosen), ("entropy", "entropy", entropy)):
-                if f"{kind}_t{name}" in golden:
-                    result[f"{key}_max_abs_t{name}"] = max_abs(values, golden[f"{kind}_t{name}"])
-    for key in ("logprob", "entropy"):
-        each = [value for name, value in result.items() if name.startswith(f"{key}_max_abs_t")]
-        result |= {f"{key}_max_abs": max(each)} if each else {}
+        found = {text: log_probs(model, golden["input_ids"], float(text)) for text in sorted(temperatures)}
+    for index, (kind, key) in enumerate((("logprobs", "logprob"), ("entropy", "entropy"))):
+        each = {f"{key}_max_abs_t{text}": max_abs(values[index], golden[f"{kind}_t{text}"])
+                for text, values in found.items() if f"{kind}_t{text}" in golden}
+        result |= each | ({f"{key}_max_abs": max(each.values())} if each else {})
     return result
 
 
