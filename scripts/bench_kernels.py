@@ -127,8 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report()
     ceilings = measure_ceilings(report)
     for case in cases:
-        report.guarded(case.name, report_case, report, options.size, case, sizes, ceilings, with_peers=not options.no_peers,
-                       blocks=options.blocks)
+        report.guarded(case.name, partial(report_case, report, options.size, case, sizes, ceilings,
+                                          with_peers=not options.no_peers, blocks=options.blocks))
         free_memory()
     print("\n" + "\n".join(table(report.lines)))
     report.write(options.json)

@@ -31,13 +31,13 @@ class Report:
         self.lines.append({"what": what, **values})
         print(json.dumps(self.lines[-1]), flush=True)
 
-    def guarded(self, what: str, function: Callable, *arguments, **settings):
-        """The result of one case; an error becomes a line of its own, and None."""
+    def guarded(self, what: str, function: Callable, **about):
+        """The result of one case; an error becomes a line of its own with the values of `about`, and None."""
         try:
-            return function(*arguments, **settings)
+            return function()
         except Exception as error:  # one failing case must not hide the others
             traceback.print_exc()
-            self(what, error=f"{type(error).__name__}: {str(error)[:300]}")
+            self(what, **about, error=f"{type(error).__name__}: {str(error)[:300]}")
         return None
 
     def write(self, file: Path | None) -> None:
@@ -59,6 +59,18 @@ def free_memory() -> None:
     """Gives unused memory back, before the next case."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def timed(function: Callable) -> tuple[object, float]:
+    """A result, and the seconds until it was there, on the GPU too."""
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if has_gpu:
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
 
 
 def with_peak_gb(function: Callable) -> tuple[object, float]:

@@ -124,10 +124,11 @@ def test_a_failing_case_becomes_a_line_and_the_run_goes_on(scripts, capsys):
     from timing import Report
 
     report = Report()
-    assert report.guarded("division", lambda a, b: a / b, 1, 0) is None
-    assert report.guarded("division", lambda a, b: a / b, 6, b=3) == 2
+    assert report.guarded("division", lambda: 1 / 0, size=3) is None
+    assert report.guarded("division", lambda: 6 / 3) == 2
     report("done", ms=1.5)
-    assert report.lines == [{"what": "division", "error": "ZeroDivisionError: division by zero"}, {"what": "done", "ms": 1.5}]
+    failed = {"what": "division", "size": 3, "error": "ZeroDivisionError: division by zero"}
+    assert report.lines == [failed, {"what": "done", "ms": 1.5}]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == report.lines
 
 

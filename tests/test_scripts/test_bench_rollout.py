@@ -17,7 +17,7 @@ def policy(monkeypatch):
 
 
 def test_the_same_completions_come_alone_and_in_any_batch_with_the_trainers_log_probs(policy):
-    from rollout_cases import exact_case
+    from bench_rollout import exact_case
 
     found = exact_case(policy, count=8, prompt_lens=(3, 30), max_new_tokens=16, max_batch=3, large_batch=12,
                        shares_prompts=True)
@@ -30,34 +30,34 @@ def test_the_same_completions_come_alone_and_in_any_batch_with_the_trainers_log_
 
 
 def test_another_trainer_is_seen(policy, monkeypatch):
-    import rollout_cases
+    import bench_rollout
     from random_policy import random_prompts
 
-    original = rollout_cases.micro_log_probs
-    monkeypatch.setattr(rollout_cases, "micro_log_probs", lambda *arguments: original(*arguments) - 0.5)
-    sampler = rollout_cases.Sampler(policy, [], max_batch=4, seed=0)
+    original = bench_rollout.micro_log_probs
+    monkeypatch.setattr(bench_rollout, "micro_log_probs", lambda *arguments: original(*arguments) - 0.5)
+    sampler = bench_rollout.Sampler(policy, [], max_batch=4, seed=0)
     completions = sampler.generate(random_prompts(policy, [5, 9], seed=0),
-                                   rollout_cases.SamplingParams(max_new_tokens=3), step=0, num_samples=2)
-    found = rollout_cases.compare_log_probs(policy, completions, shares_prompts=True)
+                                   bench_rollout.SamplingParams(max_new_tokens=3), step=0, num_samples=2)
+    found = bench_rollout.compare_log_probs(policy, completions, shares_prompts=True)
     assert found == {"max_log_prob_diff": pytest.approx(0.5, abs=1e-5), "num_differing": 12, "tokens": 12}
 
 
 def test_prompts_longer_than_a_micro_batch_are_compared(policy, monkeypatch):
-    import rollout_cases
+    import bench_rollout
     from random_policy import random_prompts
 
-    monkeypatch.setattr(rollout_cases, "MICRO_TOKENS", 8)
-    monkeypatch.setattr(rollout_cases, "training_gb", lambda: 1.5)
-    sampler = rollout_cases.Sampler(policy, [], max_batch=2, seed=0)
+    monkeypatch.setattr(bench_rollout, "MICRO_TOKENS", 8)
+    monkeypatch.setattr(bench_rollout, "training_gb", lambda: 1.5)
+    sampler = bench_rollout.Sampler(policy, [], max_batch=2, seed=0)
     completions = sampler.generate(random_prompts(policy, [12, 20], seed=0),
-                                   rollout_cases.SamplingParams(max_new_tokens=3), step=0, num_samples=1)
-    found = rollout_cases.compare_log_probs(policy, completions, shares_prompts=False)
+                                   bench_rollout.SamplingParams(max_new_tokens=3), step=0, num_samples=1)
+    found = bench_rollout.compare_log_probs(policy, completions, shares_prompts=False)
     assert found["tokens"] == 6 and found["max_log_prob_diff"] < 1e-5
     assert policy.memory.recomputes and policy.memory.memory_gb == 1.5  # a long sequence's activations need not all fit
 
 
 def test_a_step_is_timed_in_its_phases(policy):
-    from rollout_cases import grpo_step_case
+    from bench_rollout import grpo_step_case
 
     before = {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}
     found = grpo_step_case(policy, prompts=2, group=2, prompt_len=9, length=6, micro_tokens=40, memory_gb=None)
@@ -69,7 +69,7 @@ def test_a_step_is_timed_in_its_phases(policy):
 
 
 def test_memory_is_measured_over_steps_of_mixed_lengths(policy):
-    from rollout_cases import memory_case
+    from bench_rollout import memory_case
 
     found = memory_case(policy, group=2, prompt_len=9, length=6, num_steps=4, short_lens=(2, 8))
     assert found["steps"] == 4
@@ -77,7 +77,7 @@ def test_memory_is_measured_over_steps_of_mixed_lengths(policy):
 
 
 def test_requests_through_a_small_cache_are_those_of_a_large_one(policy):
-    from rollout_cases import requests_case
+    from bench_rollout import requests_case
 
     found = requests_case(policy, count=12, max_new_tokens=150, prompt_lens=(2, 9), max_batch=12, share=0.5)
     assert found["requests"] == found["finished"] == found["different"] == 12 and found["same_tokens"]
@@ -86,7 +86,7 @@ def test_requests_through_a_small_cache_are_those_of_a_large_one(policy):
 
 
 def test_the_cache_of_sequences_by_hand(policy):
-    from rollout_cases import cache_gb_of
+    from bench_rollout import cache_gb_of
 
     # layers 0 and 2 keep 8 of 20 tokens, 1 and 3 all; 2 heads of 32, keys and values, 4 bytes
     assert policy.config.sliding_window == 8
@@ -94,7 +94,7 @@ def test_the_cache_of_sequences_by_hand(policy):
 
 
 def test_start_up_counts_from_the_start_of_the_process(policy):
-    from rollout_cases import process_seconds, start_up_case
+    from bench_rollout import process_seconds, start_up_case
 
     imports = process_seconds()
     assert 0 < imports < 3600
@@ -104,7 +104,7 @@ def test_start_up_counts_from_the_start_of_the_process(policy):
 
 
 def test_lengths_and_stop_ids_are_spread_as_asked(policy):
-    from rollout_cases import random_lengths, random_stop_ids
+    from bench_rollout import random_lengths, random_stop_ids
 
     lengths = random_lengths(400, 16, 1500, seed=2)
     assert 16 <= min(lengths) < 20 and 1200 < max(lengths) <= 1500
