@@ -14,10 +14,10 @@ Departures: weight decay applies to every trained parameter, as torch.optim.Adam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 # at 1e4 tokens an update, a token's gradient of 1e-4 becomes 100 at its logits: 600 times below float16's largest number, a
 # million times above the smallest that has all its digits
@@ -102,33 +102,21 @@ class Optimizer:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
         self.num_updates = self.position = 0
-        self._masters: dict[str, torch.Tensor] = {}
-        self._master_grads: dict[str, torch.Tensor] = {}
-        self._exp_avg: dict[str, torch.Tensor] = {}
-        self._exp_avg_sq: dict[str, torch.Tensor] = {}
-        self._hooks: list[RemovableHandle] = []
-        for name, param in self.params.items():
-            self._exp_avg[name] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-            self._exp_avg_sq[name] = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
-            if param.dtype != torch.float32:
-                self._masters[name] = param.detach().float()
-                self._hooks.append(param.register_post_accumulate_grad_hook(self._accumulator(name)))
+        # What an update acts on and where an fp32 gradient accumulates: the parameter, or the master of one that is not fp32.
+        self._targets = {name: param if param.dtype == torch.float32 else param.detach().float()
+                         for name, param in self.params.items()}
+        masters = {name: target for name, target in self._targets.items() if target is not self.params[name]}
+        self._state = {f"{moment}.{name}": torch.zeros_like(target)
+                       for moment in ("exp_avg", "exp_avg_sq") for name, target in self._targets.items()}
+        self._state |= {f"master.{name}": master for name, master in masters.items()}
+        self._hooks = [self.params[name].register_post_accumulate_grad_hook(_gradient_mover(master))
+                       for name, master in masters.items()]
 
     def close(self) -> None:
         """Leaves the parameters to another optimizer: takes the hooks off them and drops the gradients."""
         for hook in self._hooks:
             hook.remove()
         self.zero_grad()
-
-    def _accumulator(self, name: str):
-        def accumulate(param: torch.Tensor) -> None:
-            if name in self._master_grads:
-                self._master_grads[name] += param.grad
-            else:
-                self._master_grads[name] = param.grad.float()
-            param.grad = None
-
-        return accumulate
 
     @property
     def lr(self) -> float:
@@ -141,8 +129,7 @@ class Optimizer:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Name -> fp32 gradient accumulated so far, without the loss scale; raises ValueError for a parameter that got none."""
-        gradients = {name: self._master_grads.get(name) if name in self._masters else param.grad
-                     for name, param in self.params.items()}
+        gradients = {name: target.grad for name, target in self._targets.items()}
         missing = [name for name, gradient in gradients.items() if gradient is None]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameters got no gradient, so they cannot learn: "
@@ -153,9 +140,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drops the gradients."""
-        self._master_grads.clear()
-        for param in self.params.values():
-            param.grad = None
+        for tensor in (*self.params.values(), *self._targets.values()):
+            tensor.grad = None
 
     @torch.no_grad()
     def step(self) -> float:
@@ -177,10 +163,16 @@ class Optimizer:
         lr = self.lr
         self.num_updates += 1
         self.position += 1
+        beta1, beta2 = self.betas
+        correction1, correction2 = 1 - beta1 ** self.num_updates, 1 - beta2 ** self.num_updates
         for name, param in self.params.items():
-            target = self._masters[name] if name in self._masters else param
-            self._update(target, gradients[name].mul_(scale), self._exp_avg[name], self._exp_avg_sq[name], lr)
-            if name in self._masters:
+            target, gradient = self._targets[name], gradients[name].mul_(scale)
+            exp_avg, exp_avg_sq = self._state[f"exp_avg.{name}"], self._state[f"exp_avg_sq.{name}"]
+            target.mul_(1 - lr * self.weight_decay)
+            exp_avg.lerp_(gradient, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            target.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / correction2 ** 0.5).add_(self.eps), value=-lr / correction1)
+            if target is not param:
                 param.copy_(target)
         return grad_norm
 
@@ -189,25 +181,11 @@ class Optimizer:
             return ""
         return f"; the loss was scaled by {self.loss_scale:g}: if float16 gradients overflowed, lower optim.loss_scale"
 
-    def _update(self, param: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                lr: float) -> None:
-        beta1, beta2 = self.betas
-        param.mul_(1 - lr * self.weight_decay)
-        exp_avg.lerp_(gradient, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction1 = 1 - beta1 ** self.num_updates
-        correction2 = 1 - beta2 ** self.num_updates
-        denominator = (exp_avg_sq.sqrt() / correction2 ** 0.5).add_(self.eps)
-        param.addcdiv_(exp_avg, denominator, value=-lr / correction1)
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Moments, masters and the update count: a flat dict of tensors (not copies), ready for safetensors.
 
         Parameters are not in it; gradients neither: save between `step()` and the next backward."""
-        state = {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64)}
-        for prefix, tensors in self._tensors().items():
-            state.update({f"{prefix}.{name}": tensor for name, tensor in tensors.items()})
-        return state
+        return {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64), **self._state}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -224,11 +202,20 @@ class Optimizer:
             raise ValueError(f"optimizer state does not fit the trained parameters ({len(problems)} problems): "
                              + "; ".join(problems[:10]))
         self.num_updates = self.position = int(state["num_updates"])
-        for prefix, tensors in self._tensors().items():
-            for name, tensor in tensors.items():
-                tensor.copy_(state[f"{prefix}.{name}"])
-        for name, master in self._masters.items():
-            self.params[name].copy_(master)
+        for name, tensor in self._state.items():
+            tensor.copy_(state[name])
+        for name, param in self.params.items():
+            if self._targets[name] is not param:
+                param.copy_(self._targets[name])
 
-    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "master": self._masters}
+
+def _gradient_mover(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's new gradient to its master's."""
+    def move(param: torch.Tensor) -> None:
+        if master.grad is None:
+            master.grad = param.grad.float()
+        else:
+            master.grad += param.grad
+        param.grad = None
+
+    return move
