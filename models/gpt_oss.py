@@ -52,9 +52,8 @@ class KeptSets:
     def select(self, rows: torch.Tensor) -> KeptSets:
         """The given rows [n], in their order."""
         starts, counts = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        within = torch.arange(int(offsets[-1]), device=rows.device) - torch.repeat_interleave(offsets[:-1], counts)
-        return KeptSets(self.ids[torch.repeat_interleave(starts, counts) + within], offsets)
+        shifts = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)  # from where ids go to where they are
+        return KeptSets.of_counts(self.ids[torch.arange(len(shifts), device=rows.device) + shifts], counts)
 
 
 class Embedding(nn.Module):
@@ -171,21 +170,17 @@ class GptOss(nn.Module):
             x = run(block, x, keys, routing)
         return self.model.norm(x)
 
-    def _trained_hidden(self, tokens: torch.Tensor, keys: PackedKeys, routing: RoutingReplay | None) -> torch.Tensor:
-        """_hidden with gradients on a GPU."""
+    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
+                       routing: RoutingReplay | None) -> torch.Tensor:
+        angles = self._angles(packed_positions(cu_seqlens, tokens.device, prefixes))
+        keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
+        if not (is_triton(tokens) and torch.is_grad_enabled()):
+            return self._hidden(tokens, keys, routing)
         x, trainable = self._embedded(tokens), self.trainable_parameters().values()
         run = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed)
         for block in self.model.layers:
             x = block.trained(x, keys, routing, run)
         return self.model.norm(x)
-
-    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
-                       routing: RoutingReplay | None) -> torch.Tensor:
-        angles = self._angles(packed_positions(cu_seqlens, tokens.device, prefixes))
-        keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
-        if is_triton(tokens) and torch.is_grad_enabled():
-            return self._trained_hidden(tokens, keys, routing)
-        return self._hidden(tokens, keys, routing)
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
@@ -227,16 +222,10 @@ class GptOss(nn.Module):
                        dtype=self.dtype)
 
     @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                record: RoutingRecord | None = None) -> torch.Tensor:
-        """Runs packed prompts tokens [T] and fills slots [S] of the cache, which must have pages for them, and the `record` of
-        their experts. Returns the logits [S, V] fp32 after each."""
-        return self.head(self.prefill_hidden(tokens, cu_seqlens, cache, slots, record=record))
-
-    @torch.no_grad()
     def prefill_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
                        prefixes: list[int] | None = None, record: RoutingRecord | None = None) -> torch.Tensor:
-        """As prefill, but returns the final hidden states [S, D] that the logits come from.
+        """Runs packed prompts tokens [T] and fills slots [S] of the cache, which must have pages for them, and the `record` of
+        their experts. Returns the final hidden states [S, D] after each.
 
         `prefixes` [S]: the sequence that each one continues, in the same slot and at most one of them, -1 for none; as in
         log_probs, a prompt's keys are then added up before the others. Returned are the states after the sequences that no
@@ -278,20 +267,14 @@ class GptOss(nn.Module):
         return hidden[to_device(ends - 1, tokens.device)]
 
     @torch.no_grad()
-    def decode_step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                    record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None) -> torch.Tensor:
-        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
-        experts. Returns logits [B, V] fp32. Rows at a position below 0 are idle: they touch no slot, their logits mean nothing.
-        On a GPU attention and cache wait for no value, so nothing checks that slots have pages for positions: the caller must.
-        `prefix_lens` [B]: see decode_attention."""
-        return self.head(self.decode_hidden(tokens, positions, cache, slots, record=record, prefix_lens=prefix_lens))
-
-    @torch.no_grad()
     def decode_hidden(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
                       record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None,
                       shared: SharedPrefixes | None = None, longest: int = 0) -> torch.Tensor:
-        """As decode_step, but returns the final hidden states [B, D] that the logits come from. `shared`, `longest`: see
-        decode_attention; layers with a window have no use for them."""
+        """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
+        experts. Returns the final hidden states [B, D]. Rows at a position below 0 are idle: they touch no slot, their states
+        mean nothing. On a GPU attention and cache wait for no value, so nothing checks that slots have pages for positions: the
+        caller must. `prefix_lens` [B], `shared`, `longest`: see decode_attention; layers with a window have no use for the last
+        two."""
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
         cache.flush()  # does nothing in a graph: who replays one flushes before

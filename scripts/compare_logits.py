@@ -143,11 +143,11 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         cache.reserve(row, cache.max_len)
     slots = torch.arange(num_rows, device=model.device)
     cu_seqlens = torch.arange(0, (num_rows + 1) * prompt_len, prompt_len, dtype=torch.int32, device=model.device)
-    logits, steps = model.prefill(prompts.flatten(), cu_seqlens, cache, slots), []
+    logits, steps = model.head(model.prefill_hidden(prompts.flatten(), cu_seqlens, cache, slots)), []
     for step in range(num_new):
         steps.append(logits)
         if step + 1 < num_new:
-            logits = model.decode_step(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots)
+            logits = model.head(model.decode_hidden(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots))
     logits = torch.stack(steps, dim=1)  # [B, N, V]
     result = {"greedy_equal": bool(torch.equal(logits.argmax(-1), expected))}
     if "gen.logprobs_t1" in golden:

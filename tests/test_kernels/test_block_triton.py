@@ -293,8 +293,8 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
     tokens = torch.arange(3, 9)
     cache, slots = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64)
     assert cache.reserve(0, 16)
-    model.prefill(tokens[:-1], torch.tensor([0, 5]), cache, slots)
-    logits = model.decode_step(tokens[-1:], torch.tensor([5]), cache, slots)
+    model.prefill_hidden(tokens[:-1], torch.tensor([0, 5]), cache, slots)
+    logits = model.head(model.decode_hidden(tokens[-1:], torch.tensor([5]), cache, slots))
     with torch.no_grad():
         torch.testing.assert_close(logits[0], model.logits(tokens, torch.tensor([0, 6]))[-1], rtol=1e-4, atol=1e-4)
 

@@ -140,13 +140,13 @@ def test_greedy_decoding_from_the_cache_matches_the_golden_tokens_and_log_probs(
     cache = model.new_cache(num_rows, prompt_len + expected.shape[1])
     slots = torch.tensor([2, 0, 1])
     assert all(cache.reserve(slot, cache.max_len) for slot in range(num_rows))
-    logits = model.prefill(*pack(list(prompts)), cache, slots)
+    logits = model.head(model.prefill_hidden(*pack(list(prompts)), cache, slots))
     for step in range(expected.shape[1]):
         tokens = logits.argmax(-1)
         assert tokens.tolist() == expected[:, step].tolist(), step
         chosen = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(chosen, data["gen.logprobs_t1"][:, step], rtol=0, atol=2.5e-5)
-        logits = model.decode_step(tokens, torch.full((num_rows,), prompt_len + step), cache, slots)
+        logits = model.head(model.decode_hidden(tokens, torch.full((num_rows,), prompt_len + step), cache, slots))
 
 
 @torch.no_grad()
@@ -212,11 +212,11 @@ def test_prefill_and_decode_agree_with_the_trainer_on_log_probs(pair):
     chosen, _ = model.log_probs(tokens, cu_seqlens, temperature=0.7, mask=all_but_first(cu_seqlens))
     cache, slot = model.new_cache(1, 40), torch.tensor([0])
     assert cache.reserve(0, 40)
-    logits = model.prefill(row[:5], torch.tensor([0, 5]), cache, slot)
+    logits = model.head(model.prefill_hidden(row[:5], torch.tensor([0, 5]), cache, slot))
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
         assert abs(sampled - chosen[position]) <= 5e-6, position
-        logits = model.decode_step(row[position : position + 1], torch.tensor([position]), cache, slot)
+        logits = model.head(model.decode_hidden(row[position : position + 1], torch.tensor([position]), cache, slot))
 
 
 @torch.no_grad()

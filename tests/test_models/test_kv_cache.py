@@ -231,13 +231,13 @@ def test_decoding_past_the_window_equals_full_recomputation(model, prompt_length
     assert all(cache.reserve(slot, total) for slot in slots.tolist())
     prompts = [row[:length] for row, length in zip(rows, prompt_lengths)]
     cu_seqlens = torch.tensor([0, *prompt_lengths]).cumsum(0).int()
-    logits = model.prefill(torch.cat(prompts), cu_seqlens, cache, slots)
+    logits = model.head(model.prefill_hidden(torch.cat(prompts), cu_seqlens, cache, slots))
     for row, length in enumerate(prompt_lengths):
         torch.testing.assert_close(logits[row], expected[row][length - 1], rtol=1e-5, atol=2e-5)
     positions = torch.tensor(prompt_lengths)
     while (alive := (positions < total).nonzero().flatten()).numel():
         tokens = rows[alive, positions[alive]]
-        logits = model.decode_step(tokens, positions[alive], cache, slots[alive])
+        logits = model.head(model.decode_hidden(tokens, positions[alive], cache, slots[alive]))
         for row, result in zip(alive.tolist(), logits):
             torch.testing.assert_close(result, expected[row][positions[row]], rtol=1e-5, atol=2e-5)
         positions[alive] += 1
@@ -252,12 +252,12 @@ def test_copies_of_a_prompt_go_on_independently(model, prompt_len):
         tensor.fill_(float("nan"))
     assert cache.reserve(2, 1) and cache.reserve(0, prompt_len)
     cache.release(2)  # so that pages are not in order
-    model.prefill(prompt, torch.tensor([0, prompt_len], dtype=torch.int32), cache, torch.tensor([0]))
+    model.prefill_hidden(prompt, torch.tensor([0, prompt_len], dtype=torch.int32), cache, torch.tensor([0]))
     assert cache.fan_out(0, [1, 2], prompt_len)
     ends = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
     for step in range(4):
         assert all(cache.reserve(slot, prompt_len + step + 1) for slot in range(3))  # pages as they are needed
-        logits = model.decode_step(ends[:, step], torch.full((3,), prompt_len + step), cache, torch.arange(3))
+        logits = model.head(model.decode_hidden(ends[:, step], torch.full((3,), prompt_len + step), cache, torch.arange(3)))
     for row, end in enumerate(ends):
         expected = model.logits(torch.cat((prompt, end)), torch.tensor([0, prompt_len + 4]))[-1]
         torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=2e-5)
@@ -267,6 +267,6 @@ def test_what_does_not_fit_is_refused(model):
     cache = model.new_cache(num_slots=1, max_len=5)
     slot = torch.tensor([0])
     with pytest.raises(ValueError, match="a prompt of 6 tokens does not fit a cache of 5"):
-        model.prefill(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6]), cache, slot)
+        model.prefill_hidden(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6]), cache, slot)
     with pytest.raises(ValueError, match="position 5 does not fit a cache of 5"):
-        model.decode_step(torch.tensor([1]), torch.tensor([5]), cache, slot)
+        model.decode_hidden(torch.tensor([1]), torch.tensor([5]), cache, slot)

@@ -59,8 +59,8 @@ def test_sampler_and_trainer_agree(library):
     chosen, _ = model.log_probs(row, torch.tensor([0, 40]), temperature=0.7, mask=mask)
     cache, slot = model.new_cache(1, 40), torch.tensor([0])
     assert cache.reserve(0, 40)
-    logits = model.prefill(row[:5], torch.tensor([0, 5]), cache, slot)
+    logits = model.head(model.prefill_hidden(row[:5], torch.tensor([0, 5]), cache, slot))
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
         assert abs(sampled - chosen[position]) <= 5e-5, position
-        logits = model.decode_step(row[position:position + 1], torch.tensor([position]), cache, slot)
+        logits = model.head(model.decode_hidden(row[position:position + 1], torch.tensor([position]), cache, slot))

@@ -45,11 +45,11 @@ def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
     cache, slots = model.new_cache(3, 40), torch.arange(3)
     assert all(cache.reserve(slot, 40) for slot in range(3))
     record = RoutingRecord(3 * 30, model.config, "cpu")
-    model.prefill(tokens[:, :30].flatten(), torch.tensor([0, 30, 60, 90], dtype=torch.int32), cache, slots, record=record)
+    model.prefill_hidden(tokens[:, :30].flatten(), torch.tensor([0, 30, 60, 90], dtype=torch.int32), cache, slots, record=record)
     assert torch.equal(record.indices.unflatten(0, (3, 30)), expected[:, :30])
     for position in range(30, 40):
         record = RoutingRecord(3, model.config, "cpu")
-        model.decode_step(tokens[:, position], torch.full((3,), position), cache, slots, record=record)
+        model.decode_hidden(tokens[:, position], torch.full((3,), position), cache, slots, record=record)
         assert torch.equal(record.indices, expected[:, position]), position
 
 
@@ -59,7 +59,7 @@ def test_recording_changes_no_bit_of_the_logits(pair):
     tokens, bounds = data["input_ids"][0], torch.tensor([0, 40], dtype=torch.int32)
     cache = model.new_cache(1, 40)
     assert cache.reserve(0, 40)
-    plain, recorded = (model.prefill(tokens, bounds, cache, torch.tensor([0]), record=record)
+    plain, recorded = (model.head(model.prefill_hidden(tokens, bounds, cache, torch.tensor([0]), record=record))
                        for record in (None, RoutingRecord(40, model.config, "cpu")))
     assert torch.equal(plain, recorded)
 
