@@ -192,12 +192,12 @@ def main() -> None:
     plan = tensor_plan(config, form=arguments.experts, seed=arguments.seed, device=torch.device(arguments.device))
     num_bytes = sum(tensor.num_bytes for tensor in plan)
     try:
-        with atomic_folder(arguments.out, num_bytes=num_bytes + 2**24) as folder:
+        quantization = NF4_CONFIG if arguments.experts == "nf4" else FORMATS[arguments.experts].quantization or {}
+        files = {"config.json": config.to_hf(quantization=quantization),
+                 "generation_config.json": {"bos_token_id": 199998, "do_sample": True, "pad_token_id": 199999,
+                                            "eos_token_id": [200002, 199999, 200012]}}
+        with atomic_folder(arguments.out, num_bytes=num_bytes + 2**24, files=files) as folder:
             write_shards(folder, plan, max_shard_bytes=arguments.max_shard_bytes)
-            quantization = NF4_CONFIG if arguments.experts == "nf4" else FORMATS[arguments.experts].quantization or {}
-            write_json(folder / "config.json", config.to_hf(quantization=quantization))
-            write_json(folder / "generation_config.json", {"bos_token_id": 199998, "do_sample": True, "pad_token_id": 199999,
-                                                           "eos_token_id": [200002, 199999, 200012]})
             write_tokenizer(folder)
     except ValueError as error:
         sys.exit(f"random_checkpoint: {error}")

@@ -24,13 +24,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, or some of its rows."""
+    """A tensor in a file."""
 
     path: Path
     name: str  # in the file
     dtype: str  # safetensors' name: BF16, F32, U8 ...
-    shape: tuple[int, ...]  # of the rows in `rows`
-    rows: tuple[int, int] | None = None  # first and one-past-last index on dimension 0; None = all
+    shape: tuple[int, ...]
 
     def read(self) -> torch.Tensor:
         """The tensor on the CPU, a view of the mapped file: copy it and drop it, so that its pages leave memory again.
@@ -39,7 +38,7 @@ class StoredTensor:
         resident.
         """
         with _opened(self.path) as file:
-            return file.get_tensor(self.name) if self.rows is None else file.get_slice(self.name)[slice(*self.rows)]
+            return file.get_tensor(self.name)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ Stored = StoredTensor | DerivedTensor
 
 
 def read_all(tensors: Sequence[StoredTensor]) -> list[torch.Tensor]:
-    """Whole tensors as read() gives them, each file opened once."""
+    """Tensors as read() gives them, each file opened once."""
     read = {}
     for path in {tensor.path for tensor in tensors}:
         with _opened(path) as file:
@@ -220,23 +219,18 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_beside(folder: Path, files: dict[str, Path | str]) -> None:
-    """Files by name: copies of others, or text."""
-    for name, content in files.items():
-        if isinstance(content, str):
-            (folder / name).write_text(content, encoding="utf-8")
-        else:
-            shutil.copyfile(content, folder / name)
-
-
 @contextmanager
-def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] = ()) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, *, num_bytes: int, files: dict[str, Path | str | dict], replaceable: tuple[str, ...] = ()
+) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
-    num_bytes: what will be written, compared with the free space first. A target that exists and is not empty is
-    refused, unless every entry in it is named in `replaceable`: then it is exchanged for the new folder. Raises
-    CheckpointError naming the path, also when the disk is full.
+    num_bytes: of the tensors that will be written; with copied files and room for headers and small ones, they are
+    compared with the free space first. files: written after them, by name: copies of others, text, JSON objects. A
+    target that exists and is not empty is refused, unless every entry in it is named in `replaceable`: then it is
+    exchanged for the new folder. Raises CheckpointError naming the path, also when the disk is full.
     """
+    num_bytes += sum(file.stat().st_size for file in files.values() if isinstance(file, Path)) + 2**20
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file; choose a folder")
@@ -250,6 +244,13 @@ def atomic_folder(target: Path, *, num_bytes: int, replaceable: tuple[str, ...] 
             raise CheckpointError(f"{target}: needs {num_bytes:,} bytes, {free:,} are free; free some space")
         with new_folder(target) as folder:
             yield folder
+            for name, content in files.items():
+                if isinstance(content, Path):
+                    shutil.copyfile(content, folder / name)
+                elif isinstance(content, str):
+                    (folder / name).write_text(content, encoding="utf-8")
+                else:
+                    write_json(folder / name, content)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target}: could not be written ({error}); {free_bytes(target):,} bytes are free there. "
@@ -261,12 +262,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes one safetensors file that group and others may read as the folder's mode allows."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
-
-
-def num_bytes_to_write(tensors: list[TensorToWrite], beside: dict[str, Path | str]) -> int:
-    """Of a checkpoint, with room for headers and small files."""
-    copied = sum(file.stat().st_size for file in beside.values() if isinstance(file, Path))
-    return sum(tensor.num_bytes for tensor in tensors) + copied + 2**20
 
 
 def write_shards(

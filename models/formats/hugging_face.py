@@ -29,19 +29,15 @@ from models.formats.files import (
     atomic_folder,
     list_tensors,
     misshapen_tensors,
-    num_bytes_to_write,
     read_json,
     shortened,
     weights_folder,
-    write_beside,
-    write_json,
     write_shards,
 )
 from models.formats.original import from_hugging_face, is_original, to_hugging_face
 from models.formats.peft import has_expert_adapter, merged_weight, save_adapter
 from models.gpt_oss import GptOss
 
-EXPERT_WEIGHTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")  # [E, in, out] in the dense form
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
@@ -142,7 +138,7 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, Stored], type[E
 def _format_in(stored: dict[str, Stored]) -> type[ExpertWeights] | None:
     """The format of the experts that files hold, None where they hold none."""
     return next((form for form in FORMATS.values() for name in stored
-                 if name.endswith(tuple(weight + form.suffixes[0] for weight in EXPERT_WEIGHTS))), None)
+                 if name.endswith(tuple(f".mlp.experts.{leaf}{form.suffixes[0]}" for leaf in PROJECTIONS))), None)
 
 
 def _check_tensors(
@@ -294,16 +290,14 @@ def save_model(
     Host memory beyond the model: one shard, max_shard_bytes. Raises CheckpointError, with nothing changed on disk.
     """
     form, beside = written_format(model, experts), beside or {}
+    files = {"config.json": _hub_config(model.config, form, dtype), **beside}
+    if "generation_config.json" not in beside:
+        files["generation_config.json"] = _generation_config(model.config, beside.get("tokenizer.json"))
     keeps_adapter = merge_lora and keeps_expert_adapter(model, experts)
     export = _Export(model, form, dtype, merges=merge_lora, merges_experts=merge_lora and not keeps_adapter)
     plan = export.plan()
-    with atomic_folder(Path(folder), num_bytes=num_bytes_to_write(plan, beside)) as temporary:
+    with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan), files=files) as temporary:
         write_shards(temporary, plan, max_shard_bytes=max_shard_bytes)
-        write_json(temporary / "config.json", _hub_config(model.config, form, dtype))
-        if "generation_config.json" not in beside:
-            described = _generation_config(model.config, beside.get("tokenizer.json"))
-            write_json(temporary / "generation_config.json", described)
-        write_beside(temporary, beside)
         if keeps_adapter:
             base = name or str(Path(folder).absolute())
             save_adapter(model, temporary / "expert_adapter", only_experts=True, base_model=base)
@@ -338,15 +332,13 @@ def save_original(
             "or leave --layout out"
         )
     try:
-        described = model.config.to_original()
+        files = {"config.json": model.config.to_original(), **(beside or {})}
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     export = _Export(model, form, torch.bfloat16, merges=merge_lora, merges_experts=merge_lora)
     plan = from_hugging_face(export.plan(), model.config)
-    with atomic_folder(Path(folder), num_bytes=num_bytes_to_write(plan, beside or {})) as temporary:
+    with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan), files=files) as temporary:
         write_shards(temporary, plan, max_shard_bytes=max_shard_bytes, is_original=True)
-        write_json(temporary / "config.json", described)
-        write_beside(temporary, beside or {})
     export.warn_of_rounding(folder)
 
 

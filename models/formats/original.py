@@ -60,10 +60,10 @@ def to_hugging_face(tensors: dict[str, StoredTensor], config: GptOssConfig) -> d
             renamed[prefix + _BLOCK[part]] = stored
         elif name.startswith("block.") and part in ("attn.qkv.weight", "attn.qkv.bias"):
             ranges = {"q": (0, q_end), "k": (q_end, k_end), "v": (k_end, max(k_end, stored.shape[0]))}
-            for projection, rows in ranges.items():
-                shape = (rows[1] - rows[0], *stored.shape[1:])
-                renamed[f"{prefix}self_attn.{projection}_proj.{part.rpartition('.')[2]}"] = dataclasses.replace(
-                    stored, rows=rows, shape=shape
+            for projection, (first, end) in ranges.items():
+                renamed[f"{prefix}self_attn.{projection}_proj.{part.rpartition('.')[2]}"] = DerivedTensor(
+                    stored.path, stored.dtype, (end - first, *stored.shape[1:]),
+                    lambda stored=stored, first=first, end=end: stored.read()[first:end],
                 )
         else:
             renamed[name] = stored

@@ -33,8 +33,6 @@ from models.formats.files import (
     list_file,
     misshapen_tensors,
     shortened,
-    write_beside,
-    write_json,
     write_tensors,
 )
 from models.formats.peft_config import CONFIG_NAME, PeftSettings, read_settings
@@ -110,13 +108,12 @@ def save_adapter(
         if not only_experts and "lora_" not in name and name.endswith(("norm.weight", ".sinks"))
     }
     num_bytes = sum(tensor.nbytes for tensor in [*tensors.values(), *trained.values()])
-    files = (CONFIG_NAME, WEIGHTS_NAME, TRAINED_NAME)
-    with atomic_folder(Path(folder), num_bytes=num_bytes + 2**20, replaceable=files) as temporary:
+    files = {**(beside or {}), CONFIG_NAME: _peft_config(config, base_model)}
+    replaceable = (CONFIG_NAME, WEIGHTS_NAME, TRAINED_NAME)
+    with atomic_folder(Path(folder), num_bytes=num_bytes, files=files, replaceable=replaceable) as temporary:
         write_tensors(temporary / WEIGHTS_NAME, tensors)
         if trained:
             write_tensors(temporary / TRAINED_NAME, trained)
-        write_beside(temporary, beside or {})
-        write_json(temporary / CONFIG_NAME, _peft_config(config, base_model))
 
 
 def _peft_config(config: LoraConfig, base_model: str | None) -> dict:
