@@ -67,6 +67,8 @@ class Completion:
 
 
 _ON_HOST = ("cu_seqlens", "host_mask")
+_PER_TOKEN = ("tokens", "loss_mask", "advantages", "sampler_log_probs", "old_log_probs", "ref_log_probs", "token_index",
+              "sequence_ids", "routing")
 
 
 @dataclass
@@ -131,11 +133,7 @@ class RolloutBatch:
         host_index = torch.cat([torch.arange(start, end) for start, end in spans])  # [T']
         index = host_index.to(self.tokens.device)
         lengths = torch.tensor([end - start for start, end in spans])
-        per_token = {name: None if value is None else value[index] for name, value in
-                     (("tokens", self.tokens), ("loss_mask", self.loss_mask), ("advantages", self.advantages),
-                      ("sampler_log_probs", self.sampler_log_probs), ("old_log_probs", self.old_log_probs),
-                      ("ref_log_probs", self.ref_log_probs), ("token_index", self.token_index),
-                      ("sequence_ids", self.sequence_ids), ("routing", self.routing))}
+        per_token = {name: value[index] for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
         return replace(
             self, **per_token,
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), host_mask=self.host_mask[host_index],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -142,20 +143,14 @@ def _named_faults(who: str, what: str, *, passes: type[Exception], advice: str =
     except BaseException as error:  # the boundary to the user's code: SystemExit and others that are no Exception too
         if is_users_interrupt(error):
             raise
-        raise EnvironmentFault(f"{who} {what} {type(error).__name__}: {error} ({_place(error)}){advice}") from error
+        place = traceback.extract_tb(error.__traceback__)[-1]  # where it was raised
+        raise EnvironmentFault(f"{who} {what} {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+                               f"{advice}") from error
 
 
 def _name(env: Environment | type, method: str) -> str:
     kind = env if isinstance(env, type) else type(env)
     return f"environment {kind.__name__}.{method}"
-
-
-def _place(error: BaseException) -> str:
-    """file:line where it was raised."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

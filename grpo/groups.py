@@ -35,7 +35,6 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     scored: list[tuple[Completion, Score]] = []
-    rewarded: list[Completion] = []
     live: list[Completion] = []
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
     for attempt in range(rollout.refill_rounds + 1):
@@ -54,7 +53,9 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         seconds["time/rollout"] += sampled - started
         seconds["time/reward"] += time.perf_counter() - sampled
         rewarded = [completion for completion, _ in scored if completion.reward is not None]
-        live = _live_groups(rewarded)
+        dead = set(zero_variance_groups([completion.reward for completion in rewarded],
+                                        [completion.prompt.id for completion in rewarded]))
+        live = [completion for completion in rewarded if completion.prompt.id not in dead]
         if _num_groups(live) == rollout.prompts_per_step:
             break
     advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
@@ -73,13 +74,6 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
 
 def _num_groups(completions: list[Completion]) -> int:
     return len({completion.prompt.id for completion in completions})
-
-
-def _live_groups(completions: list[Completion]) -> list[Completion]:
-    """Those of groups with at least two rewards that are not all equal."""
-    ids = [completion.prompt.id for completion in completions]
-    dead = set(zero_variance_groups([completion.reward for completion in completions], ids))
-    return [completion for completion in completions if completion.prompt.id not in dead]
 
 
 def reward_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ import re
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
-from grpo.rewards.match import is_well_formed, stated_answer
+from grpo.rewards.match import stated_answer
 from models.chat.parse import parse_completion
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
@@ -132,7 +132,7 @@ class Carry:
         a, b = map(int, row["question"].split("+"))
         parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
         answer = stated_answer(parsed)
-        is_correct, has_format = answer == row["answer"], is_well_formed(parsed)
+        is_correct, has_format = answer == row["answer"], parsed.fault is None
         forgetful = demonstration(a, b, forgets_carry=True)
         metrics = {
             "reasoning_correct": float(parsed.analysis == demonstration(a, b, forgets_carry=False)[0]),

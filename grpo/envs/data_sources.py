@@ -24,11 +24,11 @@ def read_rows(path: str | list, key: str, *, subset: str | None, split: str | No
     read at all. `key` is the config key that named the path; `subset` and `split` choose within folders and hub ids."""
     for location in locations(path, key):
         if isinstance(location, Path) and location.is_file() and (subset or split):
-            name, value = ("subset", subset) if subset else ("split" if key == "path" else "eval_split", split)
+            name, value = ("subset", subset) if subset else (_split_option(key), split)
             raise DataError(f"{location}: env.{name}={value} chooses a part of a hub id or of a folder, and this is a file; "
                             f"set env.{name}=null")
         if isinstance(location, str):
-            yield from _read_hub(location, key, subset, split)
+            yield from _load(location, key, subset, split)
         elif location.is_dir():
             yield from _read_folder(location, key, subset, split)
         elif text_format(location) is not None:
@@ -113,6 +113,9 @@ def _read_folder(path: Path, key: str, subset: str | None, split: str | None) ->
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
+    if split is not None and isinstance(found, datasets.Dataset):
+        option = _split_option(key)
+        raise DataError(f"{path}: env.{option}={split}: the folder holds one data set without splits; set env.{option}=null")
     yield from _split_of(found, str(path), key, split)
 
 
@@ -137,15 +140,7 @@ def _text_files(path: Path, key: str, subset: str | None) -> dict[str, list[Path
     return files if all(text_format(file) is not None for file in read) else {}
 
 
-def _read_hub(name: str, key: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
-    advice = ("\nThere is no such file or folder here, so it was taken for a data set of the hub. Check the spelling and, "
-              "for a private one, HF_TOKEN. Without a network it must be in the cache; or, where there is one, "
-              f"python -c \"import datasets; datasets.load_dataset('{name}', {subset!r}).save_to_disk('FOLDER')\", and "
-              f"env.{key}=FOLDER here (with env.subset=null)")
-    yield from _load(name, key, subset, split, advice)
-
-
-def _load(name: str, key: str, subset: str | None, split: str | None, advice: str = "") -> Iterator[tuple[str, dict]]:
+def _load(name: str, key: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
     import datasets
 
     try:
@@ -156,46 +151,47 @@ def _load(name: str, key: str, subset: str | None, split: str | None, advice: st
         if "Config name is missing" in text or "BuilderConfig" in text:
             advice = "; choose with env.subset=NAME"
         elif "plit" in text and isinstance(error, ValueError):
-            advice = f"; choose with env.{'split' if key == 'path' else 'eval_split'}=NAME"
+            advice = f"; choose with env.{_split_option(key)}=NAME"
+        elif Path(name).is_dir():
+            advice = ""
+        else:
+            advice = ("\nThere is no such file or folder here, so it was taken for a data set of the hub. Check the spelling "
+                      "and, for a private one, HF_TOKEN. Without a network it must be in the cache; or, where there is one, "
+                      f"python -c \"import datasets; datasets.load_dataset('{name}', {subset!r}).save_to_disk('FOLDER')\", and "
+                      f"env.{key}=FOLDER here (with env.subset=null)")
         raise DataError(f"{name}: env.{key} cannot be read: {type(error).__name__}: {text}{advice}") from error
-    if split is None:
-        yield from _split_of(found, name, key, split)
-    else:
-        yield from _named(found.to_list(), f"{name}/{split}", found.features.arrow_schema)
+    yield from _split_of(found, name, key, split)
 
 
 def _split_of(found, name: str, key: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    """The rows of the chosen split: without a choice the only one, or `train`."""
+    """The rows of a data set, which is that split, or of the chosen one of several: without a choice the only one, or `train`."""
     import datasets
 
-    option = "split" if key == "path" else "eval_split"
     if isinstance(found, datasets.DatasetDict):
         if split is None:
             split = next(iter(found)) if len(found) == 1 else "train"
         if split not in found:
-            raise DataError(f"{name}: it has no split {split!r}; choose with env.{option} among {', '.join(found)}")
+            raise DataError(f"{name}: it has no split {split!r}; choose with env.{_split_option(key)} among {', '.join(found)}")
         found = found[split]
-    elif split is not None:
-        raise DataError(f"{name}: env.{option}={split}: the folder holds one data set without splits; set env.{option}=null")
     yield from _named(found.to_list(), f"{name}/{split}" if split else name, found.features.arrow_schema)
+
+
+def _split_option(key: str) -> str:
+    return "split" if key == "path" else "eval_split"
 
 
 def _named(rows: list[dict], place: str, schema) -> Iterator[tuple[str, dict]]:
     """The rows with their places. Floats of fewer than 64 bits become the shortest decimal that they are, 0.1."""
     narrow = {field.name: field.type.to_pandas_dtype() for field in schema if str(field.type) in ("halffloat", "float")}
     for i, row in enumerate(rows):
-        columns = {name: _without_filled_nulls(value) for name, value in row.items()}
+        # a column that is one struct keeps its nulls
+        columns = {name: _without_nulls(value) if isinstance(value, list) else value for name, value in row.items()}
         short = {name: float(str(kind(columns[name]))) for name, kind in narrow.items() if columns[name] is not None}
         yield f"{place}[{i}]", columns | short
 
 
-def _without_filled_nulls(value: object) -> object:
-    """A table gives every message and tool of a list the keys of all the others, as null; a column that is one struct keeps
-    its nulls."""
-    return [_dropped(item) for item in value] if isinstance(value, list) else value
-
-
-def _dropped(value: object) -> object:
+def _without_nulls(value: object) -> object:
+    """A list without the null keys that a table gives to its messages and tools: each gets the keys of all the others."""
     if isinstance(value, dict):
-        return {key: _dropped(item) for key, item in value.items() if item is not None}
-    return [_dropped(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -29,7 +29,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.rows import Row, RowReader, digest_of
 from grpo.rewards.forms import Sample, TrainerState
 from grpo.rewards.functions import Result
-from grpo.rewards.match import exact_match, is_well_formed, numeric_match, stated_answer
+from grpo.rewards.match import exact_match, numeric_match, stated_answer
 from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
 from models.chat.parse import Parsed, parse_completion
@@ -158,7 +158,7 @@ class Dataset:
         results = self.scorer.results(samples, self._trainer_state(len(samples)))
         if self.match != "none":
             results = [self._match([stated_answer(each) for each in parsed], completions), *results]
-        return [self._combine(float(is_well_formed(each)), [of_reward[i] for of_reward in results])
+        return [self._combine(float(each.fault is None), [of_reward[i] for of_reward in results])
                 for i, each in enumerate(parsed)]
 
     def summary(self) -> str:

@@ -13,6 +13,7 @@ import re
 import shlex
 import warnings
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
@@ -86,7 +87,7 @@ class RowReader:
         self._render_shared = functools.lru_cache(maxsize=64)(
             lambda role, content: render_message(Message(role, content), self.tokenizer))
         self._generation_prompt = generation_prompt(self.tokenizer)
-        self.num_skipped: dict[str, int] = {}  # rows left out, by the reason
+        self.num_skipped = Counter[str]()  # rows left out, by the reason
         if self.max_prompt_tokens < 1:
             raise ValueError(f"env.max_prompt_tokens={self.max_prompt_tokens}: must be at least 1")
         if not 0 <= self.max_bad_rows <= 1:
@@ -139,12 +140,8 @@ class RowReader:
             except _BadRow as problem:
                 bad.append(f"{row.source}: {problem}")
         self._refuse(bad, num_records, list(columns))
-        self._count("bad", len(bad))
+        self.num_skipped += Counter({"bad": len(bad)})  # which drops a reason with no rows, as adding counters does
         return self._without_long_prompts([row for row in rows if row.token_ids], place)
-
-    def _count(self, reason: str, num: int) -> None:
-        if num:
-            self.num_skipped[reason] = self.num_skipped.get(reason, 0) + num
 
     def _wanted_columns(self) -> dict[str, str]:
         """The columns that every row must have, each with the key that asks for it."""
@@ -185,7 +182,10 @@ class RowReader:
         if self.question_template is None:
             prompt = _lookup(record, self.prompt_key, "prompt_key")
             if self.answer_key == self.prompt_key:
-                prompt = _without_last_answer(prompt, self.prompt_key)
+                if not _is_conversation(prompt) or prompt[-1]["role"] != "assistant":
+                    raise _BadRow(f"{self.prompt_key!r} is prompt and answer at once (env.prompt_key, env.answer_key), so it "
+                                  "must be messages of which the last is the assistant's")
+                prompt = prompt[:-1]
         else:
             prompt = _PLACEHOLDER.sub(lambda m: _fill(m, record), self.question_template)
         answer, accepted = (None, []) if self.answer_key is None else self._answer(record)
@@ -251,7 +251,7 @@ class RowReader:
             raise _BadRow(f"{self.answer_key!r} is a {type(value).__name__}; expected text, a number, or a list or "
                           "{'target': ...} of accepted ones (env.match=none leaves others to reward functions)")
         answer = str(value)
-        if not _is_encodable(answer):
+        if any("\ud800" <= char <= "\udfff" for char in answer):  # JSON's escapes can spell it, and no tokenizer reads it
             raise _BadRow(f"{self.answer_key!r} holds half of a surrogate pair, {answer[:60]!r}")
         if self.answer_after is not None:
             _, found, answer = answer.rpartition(self.answer_after)
@@ -272,7 +272,7 @@ class RowReader:
                             f"({len(long)} such of {len(rows)} rows); raise it or set env.on_long_prompt=skip")
         if len(long) == len(rows):
             raise DataError(f"{place}: no prompt fits env.max_prompt_tokens={self.max_prompt_tokens}")
-        self._count("too long", len(long))
+        self.num_skipped += Counter({"too long": len(long)})
         return [row for row in rows if len(row.token_ids) <= self.max_prompt_tokens]
 
     def _without_duplicates(self, rows: list[Row]) -> list[Row]:
@@ -283,7 +283,7 @@ class RowReader:
                 answers = "" if other.answer == row.answer else f", with another answer ({other.answer!r}, {row.answer!r})"
                 raise DataError(f"{row.source}: the same prompt as {other.source}{answers}; remove one, or set "
                                 "env.on_duplicate=skip to keep the first")
-        self._count("repeated", len(rows) - len(first))
+        self.num_skipped += Counter({"repeated": len(rows) - len(first)})
         return list(first.values())
 
     def without_overlap(self, train: list[Row], held_out: list[Row]) -> list[Row]:
@@ -295,7 +295,7 @@ class RowReader:
                 f"({len(overlap)} such of {len(train)} training rows); remove them, or set env.on_overlap=skip")
         if len(overlap) == len(train):
             raise DataError(f"{train[0].source}: every training prompt is also an evaluation row; nothing is left to train on")
-        self._count("of the evaluation", len(overlap))
+        self.num_skipped += Counter({"of the evaluation": len(overlap)})
         return [row for row in train if row.digest not in evaluated]
 
 
@@ -356,33 +356,13 @@ def _paths_of(record: dict, prefix: str = "") -> list[str]:
 
 
 def _listed(columns: list[str]) -> str:
-    shown = [name if len(name) <= 60 else name[:57] + "..." for name in map(_shown, columns[:20])]
+    names = [name if name.isprintable() else repr(name) for name in columns[:20]]
+    shown = [name if len(name) <= 60 else name[:57] + "..." for name in names]
     return (", ".join(shown) or "none") + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else repr(name)
-
-
-def _is_encodable(text: str) -> bool:
-    """False for half a surrogate pair, which JSON's escapes can spell and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
-
-
-def _without_last_answer(prompt: object, key: str) -> list[dict]:
-    """The messages before the last assistant turn, which is the answer."""
-    if not _is_conversation(prompt) or prompt[-1]["role"] != "assistant":
-        raise _BadRow(f"{key!r} is prompt and answer at once (env.prompt_key, env.answer_key), so it must be messages of which "
-                      "the last is the assistant's")
-    return prompt[:-1]
 
 
 def _messages(prompt: object) -> list[dict]:

@@ -84,15 +84,11 @@ def _is_value(side: str, wanted: list) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(text: str) -> tuple:
+def _parse(text: str) -> list:
     is_percent = PERCENT.search(text) is not None
     latex = f"${PERCENT.sub('', text)}$" + r"\%" * is_percent
     found = parse(latex, CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
-    return tuple(expression for expression in found if not expression.has(sympy.nan, sympy.zoo))
-
-
-def _parse(text: str) -> list:
-    return list(_parsed(text))
+    return [expression for expression in found if not expression.has(sympy.nan, sympy.zoo)]
 
 
 def _num_bits(node: sympy.Basic | sympy.MatrixBase) -> float:

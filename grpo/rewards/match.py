@@ -6,15 +6,10 @@ from grpo.rewards.numbers import is_close, stated_number
 from models.chat.parse import Parsed
 
 
-def is_well_formed(parsed: Parsed) -> bool:
-    """Whether a completion is a finished answer in the right form; `parsed.fault` says what it lacks."""
-    return parsed.fault is None
-
-
 def stated_answer(parsed: Parsed) -> str | None:
     """The text to match, `parsed.final`; None for a completion that is no finished answer in the right form: one that was
     cut off (42 may have been about to become 421), has no final message or several (a second guess), speaks for others."""
-    return parsed.final if is_well_formed(parsed) else None
+    return parsed.final if parsed.fault is None else None
 
 
 # --- matching -------------------------------------------------------------------------------------------------------
