@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable, Iterable
 
 from grpo.record.summary import headline_first, is_lower_better, series
 
@@ -18,25 +19,6 @@ STYLE = {
 Rows = list[dict[str, float]]
 
 
-def _axes(title: str, unit: str):
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    axes = Figure().add_subplot()
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
-    return axes
-
-
-def _png(axes) -> bytes:
-    buffer = io.BytesIO()
-    axes.figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def _add_legend(axes, *, min_entries: int = 2) -> None:
     num_entries = len(axes.get_legend_handles_labels()[1])
     if num_entries >= min_entries:
@@ -51,12 +33,9 @@ def _fill_around(axes, rows: Rows, name: str, width_name: str, color: str, alpha
         axes.fill_between(steps, low, high, color=color, alpha=alpha, linewidth=0, label=label)
 
 
-def _plot_lines(rows: Rows, title: str, unit: str, lines: list[tuple[str, str, str]]) -> bytes | None:
-    """One line for each (metric, label, color) that was logged; None when none was."""
+def _draw_lines(axes, rows: Rows, lines: Iterable[tuple[str, str, str]]) -> None:
+    """One line for each (metric, label, color) that was logged."""
     drawn = [(*series(rows, name), label, color) for name, label, color in lines if any(name in row for row in rows)]
-    if not drawn:
-        return None
-    axes = _axes(title, unit)
     for index, (steps, values, label, color) in enumerate(drawn):
         style = "-" if index == 0 else "--"  # a line drawn over an equal one stays readable
         axes.plot(steps, values, style, color=color, linewidth=1.6, label=label, marker="." if len(steps) < 15 else None)
@@ -64,14 +43,12 @@ def _plot_lines(rows: Rows, title: str, unit: str, lines: list[tuple[str, str, s
     if finite and min(finite) >= 0:  # from zero, so that a jitter does not look like a trend
         axes.set_ylim(0, 1.08 * max(finite) if max(finite) > 0 else 0.1)
     _add_legend(axes)
-    return _png(axes)
 
 
-def _plot_reward(rows: Rows) -> bytes | None:
+def _draw_reward(axes, rows: Rows) -> None:
     steps, rewards = series(rows, "reward")
     if not steps:
-        return None
-    axes = _axes("Reward", "reward")
+        return
     axes.plot(steps, rewards, color=BLUE, linewidth=1.8, label="mean over the batch")
     _fill_around(axes, rows, "reward", "reward_std", BLUE, 0.15, "± reward_std")
     held_out, dropped = series(rows, "eval/reward"), series(rows, "frac_reward_zero_std")
@@ -80,29 +57,23 @@ def _plot_reward(rows: Rows) -> bytes | None:
     if dropped[0]:
         axes.plot(*dropped, ":", color=GREY, linewidth=1, label="groups without spread")
     _add_legend(axes)
-    return _png(axes)
 
 
-def _plot_eval(rows: Rows) -> bytes | None:
+def _draw_eval(axes, rows: Rows) -> None:
     names = headline_first(dict.fromkeys(name for row in rows for name in row if name.startswith("eval/")))
     scores = [name for name in names if not is_lower_better(name) and not name.endswith(("reward", "length"))
               and all(0 <= value <= 1 for value in series(rows, name)[1] if math.isfinite(value))]
-    if not scores:
-        return None
-    axes = _axes("Held-out evaluation", "score")
     for name, color in zip(scores, COLORS):
         axes.plot(*series(rows, name), color=color, marker="o", markersize=3.5, label=name.removeprefix("eval/"))
         _fill_around(axes, rows, name, f"{name}/ci95", color, 0.12)
     axes.set_ylim(-0.03, 1.03)
     _add_legend(axes, min_entries=1)
-    return _png(axes)
 
 
-def _plot_lengths(rows: Rows) -> bytes | None:
+def _draw_lengths(axes, rows: Rows) -> None:
     steps, means = series(rows, "completions/mean_length")
     if not steps:
-        return None
-    axes = _axes("Completion length and truncation", "tokens")
+        return
     handles = axes.plot(steps, means, color=BLUE, linewidth=1.8, label="mean length")
     (low_steps, low), (high_steps, high) = (series(rows, f"completions/{end}_length") for end in ("min", "max"))
     if low_steps == high_steps == steps:
@@ -120,33 +91,29 @@ def _plot_lengths(rows: Rows) -> bytes | None:
         right.grid(False)
         right.spines["right"].set_visible(True)
     axes.legend(handles=handles, loc="upper left", ncols=3)
-    return _png(axes)
 
 
-def _plot_time(rows: Rows) -> bytes | None:
+def _draw_time(axes, rows: Rows) -> None:
     timed = [row for row in rows if "time/step" in row and "warmup/step" not in row]
     names = {name for row in timed for name in row if name.startswith("time/")} - {"time/step", "time/total"}
     if not names:
-        return None
+        return
     names = sorted(names, key=lambda name: (PHASES.index(name) if name in PHASES else len(PHASES), name))
     parts = [[row.get(name, 0.0) for row in timed] for name in names]
     parts.append([max(row["time/step"] - sum(row.get(name, 0.0) for name in names), 0.0) for row in timed])
-    axes = _axes("Time per step", "seconds")
     colors = [PHASE_COLORS[index % len(PHASE_COLORS)] for index in range(len(names))] + ["#c9ccd1"]
     labels = [name.removeprefix("time/") for name in names] + ["other"]
     axes.stackplot([row["step"] for row in timed], *parts, labels=labels, colors=colors, linewidth=0, alpha=0.85)
     axes.set_ylim(0, 1.3 * max(row["time/step"] for row in timed))  # room for the legend
     axes.legend(loc="upper left", ncols=4)
-    return _png(axes)
 
 
-def _plot_grad_norm(rows: Rows) -> bytes | None:
+def _draw_grad_norm(axes, rows: Rows) -> None:
     from matplotlib.ticker import LogFormatter
 
     steps, values = series(rows, "grad_norm")
     if not steps:
-        return None
-    axes = _axes("Gradient norm (before clipping)", "L2 norm")
+        return
     axes.plot(steps, values, color=BLUE, linewidth=1.5)
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > 50 * min(positive):
@@ -154,47 +121,65 @@ def _plot_grad_norm(rows: Rows) -> bytes | None:
         axes.yaxis.set_major_formatter(LogFormatter())  # the usual one writes powers as formulas
     else:
         axes.set_ylim(bottom=0)
-    return _png(axes)
 
 
 def plots(rows: Rows) -> dict[str, tuple[bytes, str]]:
     """Returns {name: (PNG, caption)} for every plot whose metrics were logged."""
     from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
+    drawn = {}
     with rc_context(STYLE):
-        drawn = _draw_all(rows)
-    return {name: (png, caption) for name, png, caption in drawn if png is not None}
+        for name, title, unit, draw, caption in _contents(rows):
+            axes = Figure().add_subplot()
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.set_ylabel(unit)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+            draw(axes, rows)
+            if axes.has_data():
+                buffer = io.BytesIO()
+                axes.figure.savefig(buffer, format="png")
+                drawn[name] = (buffer.getvalue(), caption)
+    return drawn
 
 
-def _draw_all(rows: Rows) -> list[tuple[str, bytes | None, str]]:
+def _contents(rows: Rows) -> list[tuple[str, str, str, Callable[..., None], str]]:
+    """(name, title, unit, what draws it, caption) of each plot."""
     warmup = [{**row, "step": row["warmup/step"]} for row in rows if "warmup/step" in row]
     parts = dict.fromkeys(name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean"))
     part_lines = [(name, name.split("/")[1], COLORS[index % len(COLORS)]) for index, name in enumerate(parts)]
     clip_lines = [("clip_ratio/low", "below 1 - low", BLUE), ("clip_ratio/high", "above 1 + high", ORANGE)]
     gap_lines = [("sampling/log_prob_diff/max", "max", RED), ("sampling/log_prob_diff/mean", "mean", BLUE)]
 
-    def line(name: str, title: str, unit: str) -> bytes | None:
-        return _plot_lines(rows, title, unit, [(name, name, BLUE)])
+    def lines(*shown: tuple[str, str, str], of: Rows = rows) -> Callable[..., None]:
+        return lambda axes, _: _draw_lines(axes, of, shown)
 
     return [
-        ("reward", _plot_reward(rows),
+        ("reward", "Reward", "reward", _draw_reward,
          "Mean reward of the batch with one standard deviation; share of groups whose rewards are all equal."),
-        ("eval", _plot_eval(rows), "Scores on held-out prompts, which are never trained on, with 95 % intervals."),
-        ("reward_parts", _plot_lines(rows, "Reward parts", "reward", part_lines) if len(parts) > 1 else None,
+        ("eval", "Held-out evaluation", "score", _draw_eval,
+         "Scores on held-out prompts, which are never trained on, with 95 % intervals."),
+        ("reward_parts", "Reward parts", "reward", lines(*part_lines if len(part_lines) > 1 else ()),
          "Mean of each part of the reward."),
-        ("entropy", line("entropy", "Entropy", "nats per token"),
+        ("entropy", "Entropy", "nats per token", lines(("entropy", "entropy", BLUE)),
          "Entropy of the next-token distribution, mean over completion tokens. A fall to zero ends exploration."),
-        ("kl", line("kl", "KL to the reference", "nats per token"),
+        ("kl", "KL to the reference", "nats per token", lines(("kl", "kl", BLUE)),
          "Estimated KL divergence of the policy from the reference (the adapter switched off)."),
-        ("lengths", _plot_lengths(rows), "Completion lengths, and the share cut off at the length limit."),
-        ("grad_norm", _plot_grad_norm(rows), "L2 norm of the whole gradient before clipping."),
-        ("clip", _plot_lines(rows, "Clip fraction", "share of tokens", clip_lines),
+        ("lengths", "Completion length and truncation", "tokens", _draw_lengths,
+         "Completion lengths, and the share cut off at the length limit."),
+        ("grad_norm", "Gradient norm (before clipping)", "L2 norm", _draw_grad_norm,
+         "L2 norm of the whole gradient before clipping."),
+        ("clip", "Clip fraction", "share of tokens", lines(*clip_lines),
          "Share of completion tokens whose probability ratio was clipped. Zero when each batch gets one update."),
-        ("time", _plot_time(rows), "Where the wall time of a step goes."),
-        ("sampling_gap", _plot_lines(rows, "Sampler against trainer", "nats", gap_lines),
+        ("time", "Time per step", "seconds", _draw_time, "Where the wall time of a step goes."),
+        ("sampling_gap", "Sampler against trainer", "nats", lines(*gap_lines),
          "Absolute difference between log-probs recorded while sampling and computed in training: rounding only."),
-        ("speed", line("tokens_per_s", "Throughput", "tokens per second"), "Tokens of the step over its wall time."),
-        ("lr", line("lr", "Learning rate", ""), "Learning rate after the schedule."),
-        ("warmup", _plot_lines(warmup, "Supervised warm-up", "nats per token", [("warmup/loss", "loss", BLUE)]),
+        ("speed", "Throughput", "tokens per second", lines(("tokens_per_s", "tokens_per_s", BLUE)),
+         "Tokens of the step over its wall time."),
+        ("lr", "Learning rate", "", lines(("lr", "lr", BLUE)), "Learning rate after the schedule."),
+        ("warmup", "Supervised warm-up", "nats per token", lines(("warmup/loss", "loss", BLUE), of=warmup),
          "Cross-entropy of the supervised warm-up before GRPO, by warm-up step."),
     ]
