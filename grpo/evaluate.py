@@ -19,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
 from grpo.configuration.launch import launch
@@ -32,15 +30,7 @@ from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure
-from grpo.run.policy import (
-    build_model,
-    build_tokenizer,
-    check_initial_adapter,
-    load_initial_adapter,
-    load_run_policy,
-    select_device,
-    select_dtype,
-)
+from grpo.run.policy import load_policy
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 # An environment's metrics of these names keep their `env/`: evaluation has its own.
@@ -143,19 +133,9 @@ def run_evaluation(config: EvaluateConfig) -> int:
     code."""
     try:
         output = None if config.output is None else writable_file(config.output)
-        device = select_device(config.device)
-        dtype = select_dtype(config.dtype, device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if config.run is not None:
-            policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
-            node, what = config.env or trained.env, {"run": config.run, "step": state.step}
-        else:
-            tokenizer, node, what = build_tokenizer(config.model, config.env), config.env, {"model": config.model.path}
-            check_initial_adapter(config.model)
-            policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
-            load_initial_adapter(policy, config.model)
-        env = make_environment(node, tokenizer, seed=config.seed, total_steps=0)
+        policy, tokenizer, trained, step = load_policy(config, config.env)
+        what = {"model": config.model.path} if trained is None else {"run": config.run, "step": step}
+        env = make_environment(config.env or trained.env, tokenizer, seed=config.seed, total_steps=0)
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
         prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len,
                                    vocab_size=policy.config.vocab_size)

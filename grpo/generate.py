@@ -22,8 +22,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch
-
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.configuration.launch import FAILED, launch
@@ -33,15 +31,7 @@ from grpo.record.terminal import clean, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure
-from grpo.run.policy import (
-    build_model,
-    build_tokenizer,
-    check_initial_adapter,
-    load_initial_adapter,
-    load_run_policy,
-    select_device,
-    select_dtype,
-)
+from grpo.run.policy import load_policy
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
@@ -64,20 +54,17 @@ class TextStream:
 
     def feed(self, token_id: int) -> str:
         self.pending.append(token_id)
-        text = self.tokenizer.decode(self.pending, keep_special=True)
         # U+FFFD at the end may be the beginning of a character; all before it is final
-        piece, self.num_shown = self._from_shown(text.rstrip(REPLACEMENT))
+        text = self.tokenizer.decode(self.pending, keep_special=True)
         if not text.endswith(REPLACEMENT):
-            self.pending, self.num_shown = [], 0
-        return piece
+            return self.flush()
+        start, self.num_shown = self.num_shown, max(self.num_shown, len(text.rstrip(REPLACEMENT)))
+        return text[start:self.num_shown]
 
     def flush(self) -> str:
-        piece, _ = self._from_shown(self.tokenizer.decode(self.pending, keep_special=True))
+        piece = self.tokenizer.decode(self.pending, keep_special=True)[self.num_shown:]
         self.pending, self.num_shown = [], 0
         return piece
-
-    def _from_shown(self, text: str) -> tuple[str, int]:
-        return text[self.num_shown:], max(self.num_shown, len(text))
 
 
 class CompletionView:
@@ -175,25 +162,16 @@ def note(text: str) -> None:
 
 def load_conversation(config: GenerateConfig) -> Conversation:
     """Loads the run or the checkpoint that the config names."""
-    device = select_device(config.device)
-    dtype = select_dtype(config.dtype, device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    policy, tokenizer, trained, step = load_policy(config, None)
     env: dict = {}
     encode_prompt = None
-    if config.run is not None:
-        policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
+    if trained is not None:
         env = trained.env
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
             encode_prompt = functools.partial(
                 encode_question, make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps),
                 vocab_size=policy.config.vocab_size)
-        note(f"{config.run}, step {state.step} of {trained.steps}")
-    else:
-        tokenizer = build_tokenizer(config.model, None)
-        check_initial_adapter(config.model)
-        policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
-        load_initial_adapter(policy, config.model)
+        note(f"{config.run}, step {step} of {trained.steps}")
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
              "current_date": config.current_date}
     useless = [f"{key} = {str(value)!r}" for key, value in given.items() if value is not None]

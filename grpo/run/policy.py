@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import ConfigError, Device, Dtype, ModelConfig, Train, TrainConfig, read_saved_config
+from grpo.config import ConfigError, Device, Dtype, InferenceConfig, ModelConfig, Train, TrainConfig, read_saved_config
 from grpo.configuration.targets import resolve_target
 from grpo.environment import tiny_tokenizer
 from grpo.run.checkpoint import RunState, load_run
@@ -23,6 +23,14 @@ from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training
 
 PARAM = "param."  # prefix of trained parameters in a run's checkpoint
+
+
+def prepare_device(config: TrainConfig | InferenceConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that the config asks for. Sets the number of threads as well. Raises ConfigError."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = select_device(config.device)
+    return device, select_dtype(config.dtype, device)
 
 
 def select_device(device: Device) -> torch.device:
@@ -152,6 +160,20 @@ def load_parameters(policy: GptOss, tensors: dict[str, torch.Tensor], source: st
                           "use the config of the run that saved them")
     for name, tensor in stored.items():
         parameters[name].copy_(tensor)
+
+
+def load_policy(config: InferenceConfig, env: dict | None) -> tuple[GptOss, Tokenizer, TrainConfig | None, int | None]:
+    """The policy and tokenizer of the run that the config names, with that run's config and the step; or those of the model that
+    it names, with None for both. `env` may bring a tokenizer for that model."""
+    device, dtype = prepare_device(config)
+    if config.run is not None:
+        policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
+        return policy, tokenizer, trained, state.step
+    tokenizer = build_tokenizer(config.model, env)
+    check_initial_adapter(config.model)
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    load_initial_adapter(policy, config.model)
+    return policy, tokenizer, None, None
 
 
 def load_run_policy(run_dir: str | Path, *, step: int | None, device: torch.device,

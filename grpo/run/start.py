@@ -41,9 +41,8 @@ from grpo.run.policy import (
     load_initial_adapter,
     load_parameters,
     parameters_of_run,
+    prepare_device,
     read_architecture,
-    select_device,
-    select_dtype,
 )
 from grpo.warmup import warm_up
 from models.chat.tokenizer import Tokenizer
@@ -83,11 +82,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded, and
     the folder gets its first file after it."""
     run_dir = lock.run_dir
-    device = select_device(config.device)
-    dtype = select_dtype(config.dtype, device)
+    device, dtype = prepare_device(config)
     check_trainable(config.model, dtype)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
              has_reference=config.kl.coefficient > 0)
