@@ -14,19 +14,27 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from operations import Recorder, observed
 from random_policy import load_policy, random_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo.rollout.sampling  # noqa: E402
+import kernels.experts.few_rows  # noqa: E402
+import kernels.experts.forward  # noqa: E402
 import kernels.head.draw  # noqa: E402
+import kernels.linear  # noqa: E402
+import models.block  # noqa: E402
+import models.keys  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.environment import make_environment  # noqa: E402
@@ -35,11 +43,140 @@ from grpo.rollout.session import Sampler, filtered_log_probs  # noqa: E402
 from grpo.run.checkpoint import load_run  # noqa: E402
 from grpo.run.policy import build_model, load_parameters  # noqa: E402
 from grpo.update import make_replay  # noqa: E402
+from kernels.experts.sorting import Routing  # noqa: E402
 from kernels.head.advance import IDLE  # noqa: E402
 from models.chat.tokenizer import Tokenizer  # noqa: E402
 from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
+from models.experts import RoutedExperts  # noqa: E402
 from models.formats.files import CheckpointError  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
+
+LOG_PROB = "log-prob of the next token"
+
+
+# ------------------------------------------------------------------------------------------------------------------- recording
+
+
+class Recorder:
+    """Rows of the results of operations, by layer (the head counts as one more) and operation, in the order they come in.
+
+    The methods note_... take the result, the arguments and the keywords of a call of the function that they are named after.
+    Shapes: T rows of a model call, R routed rows, A experts per token."""
+
+    def __init__(self, model: GptOss) -> None:
+        self.head = len(model.model.layers)
+        self.rows: torch.Tensor | None = None  # of the model call under way that are of interest, by position
+        self.found: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self.layer, self.routing, self.low_rank = self.head, None, None  # of the call under way
+
+    def keep(self, operation: str, value: torch.Tensor) -> None:
+        """value [T, ...]"""
+        self.keep_rows(operation, value.detach()[self.rows])
+
+    def keep_routed(self, operation: str, value: torch.Tensor) -> None:
+        """value [R, ...] in expert order; kept as [rows, A, ...]."""
+        self.keep_rows(operation, value.detach()[self.routing.inverse[self.rows].long()])
+
+    def keep_rows(self, operation: str, rows: torch.Tensor) -> None:
+        self.found.setdefault((self.layer, operation), []).append(rows.clone())
+
+    def keep_log_probs(self, values: torch.Tensor) -> None:
+        self.layer = self.head
+        self.keep_rows(LOG_PROB, values)
+
+    def note_input(self, layer: int, _, arguments: tuple) -> None:
+        self.layer = layer
+        self.keep("input", arguments[0])
+
+    def note_output(self, operation: str, _, __, result: torch.Tensor) -> None:
+        self.layer = self.head if operation == "final norm" else self.layer
+        self.keep(operation, result)
+
+    def note_add_norm(self, result: tuple[torch.Tensor, ...], *_) -> None:
+        self.keep("stream after attention", result[1])
+        self.keep("post-attention norm", result[0])
+
+    def hold_low_rank(self, result: torch.Tensor, *_, **__) -> None:
+        self.low_rank = result
+
+    def note_linear(self, result: tuple[torch.Tensor, torch.Tensor | None], modules: list, *_, **__) -> None:
+        name = "o_proj" if len(modules) == 1 else "queries, keys and values"
+        low_rank = self.low_rank if result[1] is None else result[1]
+        if low_rank is not None:
+            self.keep(f"low-rank rows of {name}", low_rank)
+        self.keep(name, result[0])
+        self.low_rank = None
+
+    def note_rotated(self, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *_) -> None:
+        for operation, value in zip(("rotated queries", "rotated keys", "values"), result):
+            self.keep(operation, value)
+
+    def note_rotate_and_write(self, _, *in_place, **__) -> None:
+        self.note_rotated(in_place[:3])
+
+    def note_attend(self, result: torch.Tensor, *_) -> None:
+        self.keep("attention", result)
+
+    def note_route(self, result: tuple[torch.Tensor, Routing], *_, **__) -> None:
+        self.routing = result[1]
+        self.keep("chosen experts", result[1].indices)
+        self.keep("gate weights", result[0])
+
+    def note_route_few(self, result: tuple[torch.Tensor, torch.Tensor, Routing], *_, **__) -> None:
+        self.keep("router logits", result[0])
+        self.note_route(result[1:])
+
+    def note_experts_project(self, result: torch.Tensor, _, name: str, *__) -> None:
+        self.keep_routed({"gate_up_proj": "gate and up", "down_proj": "down"}[name], result)
+
+    def note_experts_low_rank(self, result: torch.Tensor, *_, scale: float | None = None, gather: torch.Tensor | None = None,
+                              **__) -> None:
+        if scale is not None:
+            self.keep_routed("low-rank rows of " + ("down" if gather is None else "gate_up"), result)
+
+    def note_experts(self, result: torch.Tensor, *_, scale: float | None = None, swiglu: tuple | None = None, **__) -> None:
+        if scale is None:
+            self.keep_routed("down" if swiglu is None else "activation of gate_up", result)
+
+
+def watched(function: Callable, note: Callable) -> Callable:
+    def call(*arguments, **settings):
+        result = function(*arguments, **settings)
+        note(result, *arguments, **settings)
+        return result
+
+    return call
+
+
+@contextmanager
+def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
+    """Inside, what the model computes goes to the recorder. Nothing in the product knows of it: functions and methods of modules
+    are replaced, and hooks are added."""
+    block, keys, few_rows, forward = models.block, models.keys, kernels.experts.few_rows, kernels.experts.forward
+    notes = [
+        (block.RMSNorm, "add", recorder.note_add_norm), (block, "linear", recorder.note_linear),
+        (block, "route", recorder.note_route), (block, "route_few", recorder.note_route_few),
+        (keys, "rotated", recorder.note_rotated), (keys, "rotate_and_write", recorder.note_rotate_and_write),
+        (kernels.linear, "low_rank_rows", recorder.hold_low_rank), (RoutedExperts, "project", recorder.note_experts_project),
+        (forward, "grouped_gemm", recorder.note_experts_low_rank), (forward, "_project", recorder.note_experts),
+        (few_rows, "low_rank_rows", recorder.note_experts_low_rank), (few_rows, "decode_projection", recorder.note_experts),
+        *((owner, "attend", recorder.note_attend)
+          for owner in (keys.PackedKeys, keys.PromptKeys, keys.ChunkKeys, keys.CachedKeys)),
+    ]  # fmt: skip
+    modules = [(model.model.norm, "final norm")]
+    for layer in model.model.layers:
+        modules += [(layer.input_layernorm, "input norm"), (layer.mlp.router, "router logits"), (layer, "block output")]
+    with ExitStack() as stack:
+        for owner, name, note in notes:
+            stack.enter_context(patch.object(owner, name, watched(getattr(owner, name), note)))
+        for index, layer in enumerate(model.model.layers):
+            stack.callback(layer.register_forward_pre_hook(partial(recorder.note_input, index)).remove)
+        for module, operation in modules:
+            stack.callback(module.register_forward_hook(partial(recorder.note_output, operation)).remove)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------------ both paths
 
 
 @dataclass
@@ -80,22 +217,18 @@ def differing_tokens(model: GptOss, batch: RolloutBatch, settings: Settings) -> 
 def run_trainer(model: GptOss, batch: RolloutBatch, settings: Settings, recorder: Recorder, *, start: int, prompt_len: int,
                 num_positions: int) -> None:
     """Records the first positions of the sequence that stands at `start` of the batch, in the micro-batch it trains in."""
-    for micro in split(batch, settings):
-        place = (micro.token_index == start + prompt_len).nonzero().flatten()
-        if len(place) == 0:
-            continue
-        bounds, row = micro.cu_seqlens.tolist(), int(place)
-        sequence = next(i for i, end in enumerate(bounds[1:]) if row < end)
-        rows = list(range(bounds[sequence], bounds[sequence + 1]))
-        if micro.prefixes is not None and micro.prefixes[sequence] >= 0:
-            prefix = micro.prefixes[sequence]
-            rows = list(range(bounds[prefix], bounds[prefix + 1])) + rows
-        rows = torch.tensor(rows, device=model.device)
-        recorder.rows = rows[:num_positions]
-        with observed(model, recorder):
-            log_probs = trainer_log_probs(model, micro, settings)
-        recorder.layer = recorder.head
-        recorder.keep_rows("log-prob of the next token", log_probs[rows[prompt_len:num_positions + 1]])
+    micro = next(micro for micro in split(batch, settings) if (micro.token_index == start + prompt_len).any())
+    bounds, row = micro.cu_seqlens.tolist(), int((micro.token_index == start + prompt_len).nonzero()[0])
+    sequence = bisect(bounds, row) - 1
+    rows = list(range(bounds[sequence], bounds[sequence + 1]))
+    if micro.prefixes is not None and micro.prefixes[sequence] >= 0:
+        prefix = micro.prefixes[sequence]
+        rows = list(range(bounds[prefix], bounds[prefix + 1])) + rows
+    rows = torch.tensor(rows, device=model.device)
+    recorder.rows = rows[:num_positions]
+    with observed(model, recorder):
+        log_probs = trainer_log_probs(model, micro, settings)
+    recorder.keep_log_probs(log_probs[rows[prompt_len:num_positions + 1]])
 
 
 def sampler_log_probs(model: GptOss, hidden: torch.Tensor, tokens: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -135,8 +268,7 @@ def run_sampler(model: GptOss, completions: list[Completion], settings: Settings
         lengths = [len(together[row].prompt.token_ids) for row in rows]
         tokens = [sequences[row][length + num_new] for row, length in zip(rows, lengths)]
         log_probs = sampler_log_probs(model, hidden[:len(rows)], on_device(tokens), settings)
-        recorder.layer = recorder.head
-        recorder.keep_rows("log-prob of the next token", log_probs[rows.index(index - first)].reshape(1))
+        recorder.keep_log_probs(log_probs[rows.index(index - first)].reshape(1))
 
     bounds = [0]
     for ids in prompts.values():
