@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE  # noqa: E402
 from kernels.packed.nf4 import CODE as NF4_CODE  # noqa: E402
+from models.chat.tokenizer import Tokenizer  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 from models.experts import FORMATS  # noqa: E402
 from models.formats.files import TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
@@ -53,18 +55,12 @@ def model_config(size: str, *, num_layers: int | None = None) -> GptOssConfig:
                                                eos_token_id=200002, pad_token_id=199999))
 
 
-def _generator(seed: int, place: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(seed * 1_000_003 + place)
-
-
-def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> torch.Tensor:
-    """Normal bf16 values on the CPU, drawn along dimension 0 in pieces so that fp32 copies stay small."""
+def _normal(shape: tuple[int, ...], generator: torch.Generator, *, std: float) -> torch.Tensor:
+    """Normal bf16 values on the CPU, drawn some rows of dimension 0 at a time so that fp32 copies stay small."""
     result = torch.empty(shape, dtype=torch.bfloat16)
-    rows = max(1, 2**26 * shape[0] // math.prod(shape))
-    for start in range(0, shape[0], rows):
-        piece = result[start : start + rows]
-        noise = torch.empty(piece.shape, dtype=torch.float32, device=generator.device)
-        piece.copy_(noise.normal_(0.0, std, generator=generator))
+    for part in result.split(max(1, 2**26 * shape[0] // math.prod(shape))):
+        noise = torch.empty(part.shape, dtype=torch.float32, device=generator.device)
+        part.copy_(noise.normal_(0.0, std, generator=generator))
     return result
 
 
@@ -75,7 +71,7 @@ def _codes(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return words.view(torch.uint8)[: math.prod(shape)].view(shape).cpu()
 
 
-def _scale_bytes(shape: tuple[int, ...], num_inputs: int, generator: torch.Generator) -> torch.Tensor:
+def _scale_bytes(shape: tuple[int, ...], generator: torch.Generator, *, num_inputs: int) -> torch.Tensor:
     """Two neighbouring scales around the one that gives uniform codes an rms of 1 / sqrt(inputs)."""
     exponent = math.floor(math.log2(1 / math.sqrt(num_inputs) / E2M1_RMS)) + 127
     scales = torch.randint(exponent, exponent + 2, shape, generator=generator, device=generator.device)
@@ -101,19 +97,21 @@ def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.dev
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     plan = []
 
-    def add(name: str, shape: tuple[int, ...], make, *, bytes_each: int = 2) -> None:
-        plan.append(TensorToWrite(name, math.prod(shape) * bytes_each, make))
+    def add(name: str, tensor_bytes: int, make: Callable[[], torch.Tensor]) -> None:
+        plan.append(TensorToWrite(name, tensor_bytes, make))
+
+    def drawn(name: str, shape: tuple[int, ...], draw: Callable, *, bytes_each: int) -> None:
+        seed_here = seed * 1_000_003 + len(plan)
+        add(name, math.prod(shape) * bytes_each, lambda: draw(shape, torch.Generator(device=device).manual_seed(seed_here)))
 
     def normal(name: str, *shape: int, std: float) -> None:
-        place = len(plan)
-        add(name, shape, lambda: _normal(shape, std, _generator(seed, place, device)))
+        drawn(name, shape, partial(_normal, std=std), bytes_each=2)
 
     def codes(name: str, *shape: int) -> None:
-        place = len(plan)
-        add(name, shape, lambda: _codes(shape, _generator(seed, place, device)), bytes_each=1)
+        drawn(name, shape, _codes, bytes_each=1)
 
     def ones(name: str) -> None:
-        add(name, (hidden,), partial(torch.ones, hidden, dtype=torch.bfloat16))
+        add(name, 2 * hidden, partial(torch.ones, hidden, dtype=torch.bfloat16))
 
     def linear(name: str, outputs: int, inputs: int) -> None:
         normal(name + ".weight", outputs, inputs, std=1 / math.sqrt(inputs))
@@ -127,14 +125,13 @@ def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.dev
                 codes(one + ".weight", outputs * inputs // 2, 1)
                 codes(one + ".weight.absmax", outputs * inputs // NF4_BLOCK_SIZE)
                 for suffix, value in parts.items():
-                    add(one + ".weight" + suffix, tuple(value.shape), value.clone, bytes_each=value.element_size())
+                    add(one + ".weight" + suffix, value.nbytes, value.clone)
                 normal(one + ".bias", outputs, std=0.02)
             return
         if form == "mxfp4":
-            place, blocks = len(plan), (num_experts, outputs, inputs // 32, 16)
-            codes(name + "_blocks", *blocks)
-            add(name + "_scales", blocks[:3], lambda: _scale_bytes(blocks[:3], inputs, _generator(seed, place + 1, device)),
-                bytes_each=1)
+            scales = num_experts, outputs, inputs // 32
+            codes(name + "_blocks", *scales, 16)
+            drawn(name + "_scales", scales, partial(_scale_bytes, num_inputs=inputs), bytes_each=1)
         else:
             normal(name, num_experts, inputs, outputs, std=1 / math.sqrt(inputs))
         normal(name + "_bias", num_experts, outputs, std=0.02)
@@ -158,21 +155,19 @@ def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.dev
 
 def write_tokenizer(folder: Path) -> None:
     """A byte-level tokenizer, harmony specials at their real ids; the other ids up to 199997 are unused fillers."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
 
     vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | WORDS
     taken = set(vocab.values())
     vocab |= {f"filler{i}": i for i in range(199998) if i not in taken}
     specials = {i: SPECIAL_TOKENS.get(i, f"<|reserved_{i}|>") for i in range(199998, 200019)}
     vocab |= {content: i for i, content in specials.items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials.values()])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "eos_token": "<|return|>",
-        "pad_token": "<|endoftext|>", "model_max_length": 131072, "clean_up_tokenization_spaces": False})
+    backend = Backend(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials.values()])
+    Tokenizer(backend, name="of a random checkpoint", source=None).save(folder)
 
 
 def main() -> None:
