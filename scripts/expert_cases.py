@@ -7,7 +7,6 @@ from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from kernel_cases import LORA_SCALE, Case, Sizes, Work, case, leaf, size_of
 
 from kernels.experts.few_rows import DecodeBlocks, decode_projection, few_rows_forward, low_rank_rows
@@ -15,13 +14,14 @@ from kernels.experts.few_sorting import can_route_few, route_few
 from kernels.experts.forward import activation_grad
 from kernels.experts.gemm import GemmBlocks, grouped_gemm
 from kernels.experts.outer import OuterBlocks, grouped_outer
-from kernels.experts.sorting import Routing, make_routing, route
+from kernels.experts.sorting import Routing, make_routing, make_routing_reference, route, route_reference
 from kernels.experts.transport import combine as combine_rows
-from kernels.experts.transport import sum_rows
+from kernels.experts.transport import combine_reference, sum_rows
 from kernels.packed.mxfp4 import dequantize_reference
 from kernels.packed.nf4 import dequantize_nf4_reference
 from kernels.packed.weights import ExpertWeights, Mxfp4, Mxfp4Fragments, Nf4
-from kernels.router import router_backward, router_forward
+from kernels.router import router_backward, router_forward, router_logits_reference
+from kernels.swiglu import swiglu_reference
 
 ACTIVATION = {"alpha": 1.702, "limit": 7.0}
 MAX_LAYERS = 6  # of packed experts, whose weights a case of few rows goes through
@@ -44,19 +44,10 @@ def router_tensors(s: Sizes, num_tokens: int) -> tuple[torch.Tensor, torch.Tenso
     return s.normal(num_tokens, width), s.normal(num, width, scale=width**-0.5), s.normal(num)
 
 
-def eager_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return F.linear(x.float(), weight.float(), bias.float())
-
-
-def eager_sort(s: Sizes, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As parts_of a routing."""
-    counts = indices.flatten().bincount(minlength=s.config.num_local_experts)
-    return indices, indices.flatten().argsort(stable=True), F.pad(counts.cumsum(0), (1, 0))
-
-
 def eager_route(s: Sizes, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    values, indices = logits.topk(s.config.num_experts_per_tok)
-    return torch.softmax(values, -1), *eager_sort(s, indices)
+    """Gate weights, and parts_of the routing."""
+    gates, indices = route_reference(logits, s.config.num_experts_per_tok, None)
+    return gates, *parts_of(make_routing_reference(indices, s.config.num_local_experts))
 
 
 def parts_of(routing: Routing) -> tuple[torch.Tensor, ...]:
@@ -67,7 +58,7 @@ def router(s: Sizes) -> Work:
     """Logits in fp32"""
     x, weight, bias = router_tensors(s, s.tokens)
     return Work([lambda: router_forward(x, weight, bias)], 0, size_of(x) + 4 * s.tokens * len(weight),
-                lambda: eager_logits(x, weight, bias))
+                lambda: router_logits_reference(x, weight, bias))
 
 
 def router_gradient(s: Sizes) -> Work:
@@ -98,7 +89,7 @@ def sort_rows(s: Sizes) -> Work:
     """The sort by expert alone"""
     indices, num = routed(s, s.tokens).routing.indices, s.config.num_local_experts
     return Work([lambda: parts_of(make_routing(indices, num_experts=num))], 0, 20 * indices.numel(),
-                lambda: eager_sort(s, indices))
+                lambda: parts_of(make_routing_reference(indices, num)))
 
 
 def route_few_rows(s: Sizes, num_rows: int) -> Work:
@@ -110,27 +101,22 @@ def route_few_rows(s: Sizes, num_rows: int) -> Work:
         return gates, *parts_of(routing)
 
     return Work([partial(call, *layer) for layer in layers], 0, size_of(*layers[0]),
-                lambda: eager_route(s, eager_logits(*layers[0])))
+                lambda: eager_route(s, router_logits_reference(*layers[0])))
 
 
 def combine(s: Sizes, *, is_backward: bool) -> Work:
     """Rows of each token summed; with gate weights and the residual"""
     d = routed(s, s.tokens)
-    rows, inverse = s.normal(d.rows, s.config.hidden_size), d.routing.inverse
+    rows = s.normal(d.rows, s.config.hidden_size)
     gates, residual = (None, None) if is_backward else (d.gates, d.residual)
-
-    def eager():
-        picked = rows[inverse.long()].float()  # [T, A, D]
-        return picked.sum(1).to(rows.dtype) if is_backward else ((picked * gates[..., None]).sum(1) + residual).to(rows.dtype)
-
-    return Work([lambda: sum_rows(rows, gates, inverse, residual)], 0, size_of(rows, d.x) + (0 if is_backward else size_of(d.x)),
-                eager)
+    factors = torch.ones_like(d.gates) if is_backward else d.gates
+    return Work([lambda: sum_rows(rows, gates, d.routing.inverse, residual)], 0,
+                size_of(rows, d.x) + (0 if is_backward else size_of(d.x)),
+                lambda: combine_reference(rows, factors, d.routing, residual))
 
 
 def swiglu(h: torch.Tensor) -> torch.Tensor:
-    alpha, limit = ACTIVATION.values()
-    gate, up = h[..., 0::2].float().clamp(max=limit), h[..., 1::2].float().clamp(-limit, limit)
-    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(h.dtype)
+    return swiglu_reference(h, **ACTIVATION)
 
 
 def swiglu_gradient(s: Sizes) -> Work:
@@ -194,20 +180,18 @@ def grouped(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
     return torch._grouped_mm(rows, weight.to(rows.dtype), offs=offsets[1:])
 
 
-def eager_experts(d: SimpleNamespace, x: torch.Tensor, gates: torch.Tensor, W1: torch.Tensor, b1: torch.Tensor, W2: torch.Tensor,
-                  b2: torch.Tensor, lora: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-    """All experts of x [T, D] without the residual; W [E, in, out]."""
-    rows = x[d.tokens]
-    h = grouped(rows, W1, d.offsets) + b1[d.expert_of]
-    if lora is not None:
-        low_rank = LORA_SCALE * grouped(rows, lora[0].transpose(1, 2), d.offsets)
-        h = h + grouped(low_rank, lora[1].transpose(1, 2), d.offsets)
-    activation = swiglu(h)
-    y = grouped(activation, W2, d.offsets) + b2[d.expert_of]
-    if lora is not None:
-        low_rank = LORA_SCALE * grouped(activation, lora[2].transpose(1, 2), d.offsets)
-        y = y + grouped(low_rank, lora[3].transpose(1, 2), d.offsets)
-    return (y[d.routing.inverse.long()].float() * gates[..., None]).sum(1).to(x.dtype)
+def eager_experts(d: SimpleNamespace, dense: list[torch.Tensor], biases: list[torch.Tensor],
+                  lora: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+    """All experts of d.x; of gate_up and down each a weight [E, in, out] and a bias [E, out]."""
+
+    def projected(rows: torch.Tensor, index: int) -> torch.Tensor:
+        y = grouped(rows, dense[index], d.offsets) + biases[index][d.expert_of]
+        if lora is None:
+            return y
+        A, B = (tensor.transpose(1, 2) for tensor in lora[2 * index:2 * index + 2])
+        return y + grouped(LORA_SCALE * grouped(rows, A, d.offsets), B, d.offsets)
+
+    return combine_reference(projected(swiglu(projected(d.x[d.tokens], 0)), 1), d.gates, d.routing, d.residual)
 
 
 def expert_flops(s: Sizes, num_rows: int, *, has_lora: bool) -> float:
@@ -324,8 +308,7 @@ def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
 
     return Work([partial(call, *layer) for layer in zip(pairs, loras)], expert_flops(s, d.rows, has_lora=has_lora),
                 num_bytes + (size_of(*loras[0]) * d.touched / s.config.num_local_experts if has_lora else 0),
-                lambda: d.residual + eager_experts(d, d.x, d.gates, dense()[0], pairs[0][0].bias, dense()[1], pairs[0][1].bias,
-                                                   loras[0]))
+                lambda: eager_experts(d, dense(), [weights.bias for weights in pairs[0]], loras[0]))
 
 
 def cases_of(s: Sizes) -> list[Case]:

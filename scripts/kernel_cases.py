@@ -36,8 +36,8 @@ from kernels.embedding import gather_rows
 from kernels.head.draw import draw, head_logits
 from kernels.head.log_probs import log_probs
 from kernels.linear import linear, linear_backward
-from kernels.norm import norm_backward, norm_forward
-from kernels.rope import rotate_
+from kernels.norm import add_rms_norm_reference, norm_backward, norm_forward, rms_norm_reference
+from kernels.rope import rope_reference, rotate_
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS
@@ -144,17 +144,14 @@ def backward_of(function: Callable, inputs: list[torch.Tensor], grads: list[torc
 # ---------------------------------------------------------------------------------------------- norm, rotation, embedding
 
 
-def eager_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * weight.float()).to(x.dtype)
-
-
 def norm(s: Sizes, *, adds: bool) -> Work:
     """The norm of x, or residual + x and its norm"""
     x, residual, weight = *(s.normal(s.tokens, s.config.hidden_size) for _ in range(2)), s.normal(s.config.hidden_size)
     if not adds:
-        return Work([lambda: norm_forward(x, None, weight, EPS, x.dtype)[0]], 0, 2 * size_of(x), lambda: eager_norm(x, weight))
+        return Work([lambda: norm_forward(x, None, weight, EPS, x.dtype)[0]], 0, 2 * size_of(x),
+                    lambda: rms_norm_reference(x, weight, EPS, x.dtype))
     return Work([lambda: norm_forward(x, residual, weight, EPS, x.dtype)[:2]], 0, 4 * size_of(x),
-                lambda: (eager_norm(x + residual, weight), x + residual))
+                lambda: add_rms_norm_reference(x, residual, weight, EPS))
 
 
 def norm_gradient(s: Sizes, *, adds: bool, trains: bool) -> Work:
@@ -164,7 +161,8 @@ def norm_gradient(s: Sizes, *, adds: bool, trains: bool) -> Work:
     inv_rms = norm_forward(x, None, weight, EPS, x.dtype)[2]
 
     def eager(x, weight=weight):
-        return (eager_norm(x, weight), x.clone()) if adds else eager_norm(x, weight)
+        normed = rms_norm_reference(x, weight, EPS, x.dtype)
+        return (normed, x.clone()) if adds else normed
 
     def call():
         found = norm_backward(grad, grad_x if adds else None, x, weight, inv_rms, trains)
@@ -179,11 +177,6 @@ def angles_of(s: Sizes, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     half = s.config.head_dim // 2
     angles = torch.arange(num_rows, device=s.device)[:, None] * 150000.0 ** (-torch.arange(half, device=s.device) / half)
     return angles.cos(), angles.sin()
-
-
-def eager_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    (first, second), cos, sin = x.float().chunk(2, -1), cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 def heads_of(s: Sizes, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -202,7 +195,7 @@ def rope(s: Sizes, *, backward: bool) -> Work:
         return q, k
 
     return Work([lambda: turned(q, k)], 0, 2 * size_of(q, k) + size_of(cos, sin),
-                lambda: [eager_rotation(x, cos, sign * sin) for x in (q, k)], result=lambda: turned(q.clone(), k.clone()))
+                lambda: [rope_reference(x, cos, sign * sin) for x in (q, k)], result=lambda: turned(q.clone(), k.clone()))
 
 
 def embed(s: Sizes) -> Work:
@@ -239,11 +232,8 @@ def trained(modules: list[Linear]) -> list[torch.Tensor]:
 
 
 def eager_projections(modules: list[Linear], x: torch.Tensor) -> torch.Tensor:
-    parts = [F.linear(x, module.weight, module.bias) for module in modules]
-    if modules[0].has_adapter():
-        ups = [F.linear(F.linear(x, module.lora_A.to(x.dtype)), module.lora_B.to(x.dtype)) for module in modules]
-        parts = [part + LORA_SCALE * up for part, up in zip(parts, ups)]
-    return torch.cat(parts, 1)
+    """By the library, each module alone."""
+    return torch.cat([module(x) for module in modules], 1)
 
 
 def dense(s: Sizes, name: str, *, has_lora: bool, num_rows: int | None = None) -> Work:
@@ -291,16 +281,11 @@ def visible_pairs(lengths: list[int], reach: int) -> int:
     return sum(part * (part + 1) // 2 + (length - part) * part for length, part in zip(lengths, short))
 
 
-def bounds_of(lengths: list[int]) -> list[int]:
-    return [0, *accumulate(lengths)]
-
-
-def packed_peer(s: Sizes, lengths: list[int], window: int, scale: float) -> Callable:
+def packed_peer(s: Sizes, bounds: list[int], window: int, scale: float) -> Callable:
     """Attention with sinks by flex_attention on a GPU, where it is compiled, by the eager reference elsewhere."""
-    bounds = bounds_of(lengths)
     if s.device == "cpu":
         return lambda q, k, v, sinks: attention_reference(q, k, v, sinks, bounds, window, scale)
-    sequence = torch.arange(len(lengths), device=s.device).repeat_interleave(torch.tensor(lengths, device=s.device))
+    sequence = torch.bucketize(torch.arange(bounds[-1], device=s.device), torch.tensor(bounds, device=s.device), right=True)
 
     def is_visible(_, __, query, key):
         is_near = query - key < (window or bounds[-1])
@@ -320,9 +305,9 @@ def packed_peer(s: Sizes, lengths: list[int], window: int, scale: float) -> Call
 def packed_attention(s: Sizes, packing: str, kernel: str, *, is_windowed: bool) -> Work:
     """Packed sequences, with sinks"""
     lengths, window, heads = s.packings[packing], s.config.sliding_window if is_windowed else 0, s.config.num_attention_heads
-    plan, settings = AttentionPlan(bounds_of(lengths)), {"window": window, "scale": s.config.head_dim**-0.5}
-    (q, k, v), sinks = heads_of(s, sum(lengths)), s.normal(heads)
-    dout, attend = torch.randn_like(q), packed_peer(s, lengths, **settings)
+    bounds, settings = [0, *accumulate(lengths)], {"window": window, "scale": s.config.head_dim**-0.5}
+    (q, k, v), sinks, plan = heads_of(s, sum(lengths)), s.normal(heads), AttentionPlan(bounds)
+    dout, attend = torch.randn_like(q), packed_peer(s, bounds, **settings)
     default = blocks_for(gpu_family(q), q.dtype, windowed=is_windowed, width=s.config.head_dim)
     out, lse = attention_forward(q, k, v, sinks, plan, **settings)
     stats = torch.empty(heads, len(q), 2, device=s.device)  # fp32
@@ -445,18 +430,15 @@ def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
                     lambda: F.linear(hidden, weight).float())
     rng_keys = torch.randint(-(2**31), 2**31 - 1, (num_rows, 2), device=s.device, dtype=torch.int32)
 
-
     def call():
         return draw(hidden, weight, rng_keys, temperature=TEMPERATURE)
 
-    def eager(tokens=None):
+    def eager():
         full = torch.log_softmax(F.linear(hidden, weight).float() / TEMPERATURE, -1)
-        if tokens is None:
-            tokens = (full - torch.empty_like(full).exponential_().log()).argmax(-1)
-        return full.gather(1, tokens[:, None])[:, 0]
+        return full.gather(1, (full - torch.empty_like(full).exponential_().log()).argmax(-1, keepdim=True))[:, 0]
 
     return Work([call], product, moved + 8 * num_rows * len(weight), eager, result=lambda: call()[1],
-                expected=lambda: eager(call()[0]))  # other noise draws other tokens
+                expected=lambda: eager_log_probs(hidden, weight, call()[0])[0])  # other noise draws other tokens
 
 
 # -------------------------------------------------------------------------------------------------------------------- layer
