@@ -76,11 +76,6 @@ def measure(case, sizes, ceilings: Ceilings, *, with_peers: bool, blocks: list[s
     return lines
 
 
-def report_case(report: Report, size: str, case, sizes, ceilings: Ceilings, **settings) -> None:
-    for line in measure(case, sizes, ceilings, **settings):
-        report(case.name, size=size, tokens=sizes.tokens, **line)
-
-
 def table(lines: list[dict]) -> list[str]:
     """The lines that were timed, most time lost first, as text; those that failed last."""
     rows = [f"{'case':48} {'ms':>9} {'TFLOP/s':>8} {'GB/s':>7} {'least ms':>9} {'fraction':>8} {'lost ms':>8} {'bound':8} "
@@ -127,8 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report()
     ceilings = measure_ceilings(report)
     for case in cases:
-        report.guarded(case.name, partial(report_case, report, options.size, case, sizes, ceilings,
-                                          with_peers=not options.no_peers, blocks=options.blocks))
+        measured = partial(measure, case, sizes, ceilings, with_peers=not options.no_peers, blocks=options.blocks)
+        for line in report.guarded(case.name, measured) or []:
+            report(case.name, size=options.size, tokens=sizes.tokens, **line)
         free_memory()
     print("\n" + "\n".join(table(report.lines)))
     report.write(options.json)

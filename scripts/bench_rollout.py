@@ -191,9 +191,7 @@ def prefill_case(policy: GptOss, batch: int, ceilings: Ceilings) -> dict:
 def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] = (16, 1500), max_new_tokens: int = 1024,
                max_batch: int = 24, large_batch: int = 128, num_alone: int = 3, num_recorded: int = 16,
                recorded_tokens: int = 128, shares_prompts: bool) -> dict:
-    """Completions of random lengths through fewer rows: log-probs and routes against the trainer's, then some of them alone, all
-    of them among large_batch, and all of them through a cache that holds a third of the longest rows, so that rows are preempted
-    and resume."""
+    """Preemptions come from a cache that holds a third of the longest rows."""
     stop_ids = random_stop_ids(policy, 0.4 * max_new_tokens, seed=1)
     prompts = random_prompts(policy, random_lengths(large_batch, *prompt_lens, seed=2), seed=3)
     max_len = prompt_lens[1] + max_new_tokens
@@ -238,7 +236,7 @@ def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: i
 
 def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 4096, prompt_lens: tuple[int, int] = (16, 256),
                   max_batch: int = 512, share: float = 0.1) -> dict:
-    """Requests of random lengths, without a bound on the cache and through one that holds a share of them all."""
+    """share: of all requests' keys and values, that the bounded cache holds."""
     stop_ids = random_stop_ids(policy, max_new_tokens / 6, seed=1)
     prompts = random_prompts(policy, random_lengths(count, *prompt_lens, seed=2), seed=3)
 
@@ -333,8 +331,7 @@ def undrawn_completions(policy: GptOss, group: int, prompt_len: int, length: int
 
 def memory_case(policy: GptOss, *, group: int = 8, prompt_len: int = 512, length: int = 1024, num_steps: int = 200,
                 short_lens: tuple[int, int] = (16, 256)) -> dict:
-    """What torch reserves in one and the same update, in 1e9 bytes: before any rollout of this process, after one as large, and
-    after steps of mixed lengths. 0 without a GPU."""
+    """In 1e9 bytes; 0 without a GPU."""
     set_memory(policy, None)
     optimizer, fixed = make_optimizer(policy), undrawn_completions(policy, group, prompt_len, length)
     has_gpu = torch.cuda.is_available()
@@ -379,7 +376,7 @@ def process_seconds() -> float:
 
 def start_up_case(checkpoint: Path, *, lora: str, imports_s: float, group: int = 8, prompt_len: int = 220, length: int = 512,
                   **settings) -> dict:
-    """From the start of the process to the end of the first step. imports_s: what came before; settings: load_policy's."""
+    """imports_s: what came before; settings: load_policy's."""
     kernel_cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     is_warm = kernel_cache.is_dir() and any(kernel_cache.iterdir())
     policy, load = timed(lambda: load_policy(checkpoint, lora=lora, **settings))

@@ -18,7 +18,7 @@ import argparse
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from compare_logits import chosen_experts, packed, packed_log_probs
 from random_checkpoint import SPECIAL_TOKENS
-from timing import Report, relative_error
+from timing import Report, free_memory, relative_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.config import GptOssConfig, read_config  # noqa: E402
@@ -170,25 +170,22 @@ def compare_all(folder: Path, lengths: list[int], device: str) -> None:
         raise ValueError(f"--tokens {lengths}: one must be above {2 * config.sliding_window}, twice the sliding window")
     tokens, factors = random_tokens(lengths, config, device)
 
-    def our_model(dtype: torch.dtype, experts: str) -> GptOss:
-        return load_model(folder, device=device, dtype=dtype, experts=experts)
-
-    def checked(run: str, build: Callable[[], torch.nn.Module], evaluate: Callable) -> None:
-        result = REPORT.guarded(run, lambda: evaluate(build(), tokens, factors, lengths))
-        if result is not None:
-            compare(run, result, reference)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-
-    dense = our_model(torch.float32, "bf16")
+    batch = tokens, factors, lengths
+    dense = load_model(folder, device=device, dtype=torch.float32, experts="bf16")
     weights = {name: parameter.detach() for name, parameter in dense.named_parameters()}
-    reference = run_transformers(build_transformers(folder, weights, torch.float32, device), tokens, factors, lengths)
+    reference = run_transformers(build_transformers(folder, weights, torch.float32, device), *batch)
     REPORT("reference", run=REFERENCE, sequences=lengths, window=config.sliding_window, layers=config.layer_types,
            norms={name: value.norm().item() for name, value in reference[0].items()})
-    checked("float32", lambda: dense, run_ours)
-    checked("transformers bf16", lambda: build_transformers(folder, weights, torch.bfloat16, device), run_transformers)
-    checked("bf16", lambda: our_model(torch.bfloat16, "auto"), run_ours)
+    runs = {"float32": lambda: run_ours(dense, *batch),
+            "transformers bf16": lambda: run_transformers(build_transformers(folder, weights, torch.bfloat16, device), *batch),
+            "bf16": lambda: run_ours(load_model(folder, device=device, dtype=torch.bfloat16, experts="auto"), *batch)}
+    for run, evaluate in runs.items():
+        result = REPORT.guarded(run, evaluate)
+        if result is not None:
+            compare(run, result, reference)
+        del result
+        gc.collect()
+        free_memory()
 
 
 def print_table() -> None:

@@ -143,11 +143,10 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         cache.reserve(row, cache.max_len)
     slots = torch.arange(num_rows, device=model.device)
     cu_seqlens = torch.arange(0, (num_rows + 1) * prompt_len, prompt_len, dtype=torch.int32, device=model.device)
-    logits, steps = model.head(model.prefill_hidden(prompts.flatten(), cu_seqlens, cache, slots)), []
-    for step in range(num_new):
-        steps.append(logits)
-        if step + 1 < num_new:
-            logits = model.head(model.decode_hidden(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots))
+    steps = [model.head(model.prefill_hidden(prompts.flatten(), cu_seqlens, cache, slots))]
+    for step in range(num_new - 1):
+        hidden = model.decode_hidden(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots)
+        steps.append(model.head(hidden))
     logits = torch.stack(steps, dim=1)  # [B, N, V]
     result = {"greedy_equal": bool(torch.equal(logits.argmax(-1), expected))}
     if "gen.logprobs_t1" in golden:
@@ -168,7 +167,6 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
         parameter.requires_grad_(True)
     total = log_probs(model, golden["input_ids"], 1.0)[0].sum()
     total.backward()
-    objective = total.item()
     ours = {name: parameter.grad for name, parameter in base.items()}
     if has_adapter:
         ours |= peft_tensors(model, model.adapter.targets, read=lambda parameter: parameter.grad)
@@ -179,7 +177,7 @@ def compare_gradients(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
               "grad_not_compared": sorted(set(wanted) - set(compared))}
     if "objective" in golden:
         expected = golden["objective"].item()
-        result["objective_rel"] = abs(objective - expected) / abs(expected)
+        result["objective_rel"] = abs(total.item() - expected) / abs(expected)
     return result
 
 

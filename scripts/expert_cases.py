@@ -28,15 +28,15 @@ MAX_LAYERS = 6  # of packed experts, whose weights a case of few rows goes throu
 
 
 def routed(s: Sizes, num_tokens: int) -> SimpleNamespace:
-    """Tokens routed uniformly at random: x and grad [T, D], gates [T, A] fp32, routing; expert_of [R]; rows: R."""
+    """Tokens routed uniformly at random: x and residual [T, D], gates [T, A] fp32, routing; expert_of [R]; rows: R."""
     num, per_token = s.config.num_local_experts, s.config.num_experts_per_tok
     indices = torch.rand(num_tokens, num, device=s.device).topk(per_token).indices
     routing = make_routing(indices, num_experts=num)
     return SimpleNamespace(
-        x=s.normal(num_tokens, s.config.hidden_size), grad=s.normal(num_tokens, s.config.hidden_size), routing=routing,
+        x=s.normal(num_tokens, s.config.hidden_size), residual=s.normal(num_tokens, s.config.hidden_size), routing=routing,
         gates=torch.softmax(torch.randn(num_tokens, per_token, device=s.device), -1), offsets=routing.offsets_device,
         expert_of=indices.flatten()[routing.order.long()], tokens=routing.tokens.long(), rows=num_tokens * per_token,
-        touched=indices.unique().numel(), residual=s.normal(num_tokens, s.config.hidden_size))
+        touched=indices.unique().numel())
 
 
 def router_tensors(s: Sizes, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -239,8 +239,7 @@ def product(s: Sizes, name: str, side: str = "W", *, back: bool = False, gathers
     return Work([call], 2.0 * d.rows * size_out * (size_in + s.rank * has_lora), size_of(*moved), eager, blocks=GemmBlocks)
 
 
-def gradient(s: Sizes, size_a: int, size_b: int, *, gathers: bool = False, scales: bool = False,
-                    is_lora: bool = True) -> Work:
+def gradient(s: Sizes, size_a: int, size_b: int, *, gathers: bool = False, scales: bool = False, is_lora: bool = True) -> Work:
     """Sums over an expert's rows: gradients of LoRA's A and B, or of weights"""
     d = routed(s, s.tokens)
     a, b = s.normal(s.tokens if gathers else d.rows, size_a), s.normal(d.rows, size_b)
@@ -255,19 +254,22 @@ def gradient(s: Sizes, size_a: int, size_b: int, *, gathers: bool = False, scale
                 2.0 * d.rows * size_a * size_b, size_of(a, b, out), eager, blocks=OuterBlocks)
 
 
-def touched_bytes(d: SimpleNamespace, weights: ExpertWeights) -> float:
-    """Of the experts that have rows."""
-    return size_of(*weights.tensors()) * d.touched / len(weights.bias)
+def packed_layers(s: Sizes, d: SimpleNamespace, *names: str) -> tuple[list[list[ExpertWeights]], float]:
+    """Gate_up, down or both of as many layers as a graph goes through, and the bytes of one layer's experts that have rows."""
+
+    def one() -> list[ExpertWeights]:
+        return [packed_weights(s, Mxfp4Fragments, *widths(s, name)) for name in names]
+
+    first = one()
+    num_bytes = sum(size_of(*weights.tensors()) for weights in first) * d.touched / s.config.num_local_experts
+    return [first, *(one() for _ in range(min(s.num_layers(num_bytes), MAX_LAYERS) - 1))], num_bytes
 
 
 def few_projection(s: Sizes, num_rows: int, name: str) -> Work:
     """Gate_up with its activation, or down, from packed weights"""
     d, (size_in, size_out) = routed(s, num_rows), widths(s, name)
-    first = packed_weights(s, Mxfp4Fragments, size_in, size_out)
-    num_bytes = touched_bytes(d, first)
-    num_layers = min(s.num_layers(num_bytes), MAX_LAYERS)
-    layers = [first, *(packed_weights(s, Mxfp4Fragments, size_in, size_out) for _ in range(num_layers - 1))]
-    is_first = name == "gate_up"
+    layers, num_bytes = packed_layers(s, d, name)
+    is_first, (first,) = name == "gate_up", layers[0]
     x = d.x if is_first else s.normal(d.rows, size_in)
     options = {"gather": d.routing.tokens, "swiglu": tuple(ACTIVATION.values())} if is_first else {}
     dense = cache(lambda: unpacked(s, first).transpose(1, 2))
@@ -277,7 +279,7 @@ def few_projection(s: Sizes, num_rows: int, name: str) -> Work:
         return swiglu(y) if is_first else y
 
     return Work([lambda blocks=None, layer=layer: decode_projection(x, layer.few_rows(x, d.offsets), d.offsets, blocks=blocks,
-                                                                    **options) for layer in layers],
+                                                                    **options) for (layer,) in layers],
                 2.0 * d.rows * size_in * size_out, num_bytes + size_of(x), eager, blocks=DecodeBlocks)
 
 
@@ -293,11 +295,8 @@ def few_low_rank(s: Sizes, num_rows: int) -> Work:
 
 def few_whole(s: Sizes, num_rows: int, *, has_lora: bool) -> Work:
     """All of a layer's experts from packed weights"""
-    d, names = routed(s, num_rows), ("gate_up", "down")
-    pairs = [[packed_weights(s, Mxfp4Fragments, *widths(s, name)) for name in names]]
-    num_bytes = sum(touched_bytes(d, weights) for weights in pairs[0])
-    pairs += [[packed_weights(s, Mxfp4Fragments, *widths(s, name)) for name in names]
-              for _ in range(min(s.num_layers(num_bytes), MAX_LAYERS) - 1)]
+    d = routed(s, num_rows)
+    pairs, num_bytes = packed_layers(s, d, "gate_up", "down")
     loras = [expert_lora(s) if has_lora else None for _ in pairs]
     dense = cache(lambda: [unpacked(s, weights).transpose(1, 2) for weights in pairs[0]])
 

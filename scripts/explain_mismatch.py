@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from unittest.mock import patch
 
@@ -270,9 +271,7 @@ def run_sampler(model: GptOss, completions: list[Completion], settings: Settings
         log_probs = sampler_log_probs(model, hidden[:len(rows)], on_device(tokens), settings)
         recorder.keep_log_probs(log_probs[rows.index(index - first)].reshape(1))
 
-    bounds = [0]
-    for ids in prompts.values():
-        bounds.append(bounds[-1] + len(ids))
+    bounds = [0, *accumulate(map(len, prompts.values()))]
     start = bounds[owners[index - first]]
     prompt_len = len(completions[index].prompt.token_ids)
     recorder.rows = torch.arange(start, start + prompt_len, device=model.device)
