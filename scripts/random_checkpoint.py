@@ -28,7 +28,7 @@ from kernels.packed.nf4 import CODE as NF4_CODE  # noqa: E402
 from models.chat.tokenizer import Tokenizer  # noqa: E402
 from models.config import GptOssConfig  # noqa: E402
 from models.experts import FORMATS  # noqa: E402
-from models.formats.files import TensorToWrite, atomic_folder, write_json, write_shards  # noqa: E402
+from models.formats.files import TensorToWrite, atomic_folder, write_shards  # noqa: E402
 
 _REAL = dict(hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
 SIZES = {
