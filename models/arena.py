@@ -32,13 +32,9 @@ class _Access(ctypes.Structure):
     _fields_ = [("location", _Location), ("flags", ctypes.c_int)]
 
 
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
-
-
 def _call(name: str, *arguments) -> int:
     """A function of the driver; its result code is 0 or that of lacking memory."""
-    code = getattr(_driver(), name)(*arguments)
+    code = getattr(ctypes.CDLL("libcuda.so.1"), name)(*arguments)
     if code not in (0, _OUT_OF_MEMORY):
         raise RuntimeError(f"{name} failed with CUDA error {code}")
     return code
@@ -79,14 +75,10 @@ class Arena:
             raise RuntimeError(f"no addresses for {self.num_bytes:,} bytes")
         self._address, self._used, self._handle = address.value, 0, None
 
-    @property
-    def is_taken(self) -> bool:
-        return self._handle is not None
-
     def take(self) -> None:
         """Puts memory, of zeros, behind the addresses. Raises torch.OutOfMemoryError, and changes nothing, where there is not
         enough."""
-        if self.is_taken:
+        if self._handle is not None:
             return
         size, handle = ctypes.c_size_t(self.num_bytes), ctypes.c_uint64()
         with torch.cuda.device(self.device):
@@ -103,7 +95,7 @@ class Arena:
 
     def give_back(self) -> None:
         """Frees the memory, once the GPU is done with it; tensors in it must not be touched until it is taken again."""
-        if not self.is_taken:
+        if self._handle is None:
             return
         with torch.cuda.device(self.device):
             torch.cuda.synchronize(self.device)
@@ -115,7 +107,7 @@ class Arena:
         """The next tensor of the arena, which must be taken; at an address of its own as long as the arena lives."""
         num_bytes = math.prod(shape) * dtype.itemsize
         start, self._used = self._used, self._used + space_of(num_bytes)
-        assert self.is_taken and self._used <= self.num_bytes, (self.is_taken, self._used, self.num_bytes)
+        assert self._handle is not None and self._used <= self.num_bytes, (self._handle, self._used, self.num_bytes)
         return self._bytes(self._address + start, num_bytes).view(dtype).view(shape)
 
     def _bytes(self, address: int, num_bytes: int) -> torch.Tensor:

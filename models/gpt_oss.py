@@ -89,7 +89,7 @@ class GptOss(nn.Module):
         self.adapter = None  # the LoraConfig of models/lora.py that is attached
         self.memory = MemoryBudget(config, recomputes=activation_checkpointing, memory_gb=memory_gb, host_gb=host_gb)
         # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
-        self.inv_freq = inverse_frequencies(config, torch.device("cpu"))
+        self.inv_freq = inverse_frequencies(config)
         self.model = Backbone(config, self.expert_format, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 

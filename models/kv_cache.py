@@ -58,8 +58,6 @@ class KVCache:
             self._arena.take()
         # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
         self.keys, self.values = ([self._new(shape, device, dtype) for shape in shapes] for _ in range(2))
-        self.bytes_per_page = page_bytes(config, dtype)  # over all full layers
-        self.bytes_per_slot = slot_bytes(config, dtype, max_len=max_len)  # over all windowed layers
         # -1 where a slot has no page. Graphs hold its address: it is written in place only
         self.page_table = torch.full((num_slots, self.pages_for(max_len)), -1, dtype=torch.int32, device=device)  # [N, W]
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]  # of each slot, in the order of its tokens
@@ -92,7 +90,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_pages * self.bytes_per_page + self.num_slots * self.bytes_per_slot
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def num_pages_of(self, slot: int) -> int:
         return len(self._pages[slot])

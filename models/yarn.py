@@ -10,8 +10,8 @@ import torch
 from models.config import GptOssConfig
 
 
-def inverse_frequencies(config: GptOssConfig, device: torch.device) -> torch.Tensor:
-    """Radians per position for each rotated pair: [head_dim / 2] fp32."""
+def inverse_frequencies(config: GptOssConfig) -> torch.Tensor:
+    """Radians per position for each rotated pair: [head_dim / 2] fp32, on the CPU: devices may differ in a power's last bit."""
     scaling, dim = config.rope_scaling, config.head_dim
     low, high = (dim * math.log(scaling.original_max_position_embeddings / (rotations * 2 * math.pi))
                  / (2 * math.log(config.rope_theta)) for rotations in (scaling.beta_fast, scaling.beta_slow))
@@ -20,11 +20,9 @@ def inverse_frequencies(config: GptOssConfig, device: torch.device) -> torch.Ten
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001  # a ramp of zero width
-    # on the CPU first: devices may differ in the last bit of a power
     base = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    inv_freq = (1.0 / (scaling.factor * base)) * ramp + (1.0 / base) * (1 - ramp)
-    return inv_freq.to(device)
+    return (1.0 / (scaling.factor * base)) * ramp + (1.0 / base) * (1 - ramp)
 
 
 def concentration(config: GptOssConfig) -> float:

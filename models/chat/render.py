@@ -158,37 +158,29 @@ def generation_prompt(tokenizer: Tokenizer) -> list[int]:
 
 def system_content(
     *,
-    current_date: str | None,
-    reasoning_effort: str | None,
-    model_identity: str | None = MODEL_IDENTITY,
-    knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF,
+    current_date: str,
+    reasoning_effort: str,
+    model_identity: str = MODEL_IDENTITY,
     builtin_tools: Sequence[str] | None = None,
-    channels: Sequence[str] = CHANNELS,
     has_functions: bool = False,
 ) -> str:
-    """Text of the system message. A part given as None (or no channels) vanishes together with its blank line."""
+    """Text of the system message."""
     try:
-        is_date = current_date is None or date.fromisoformat(current_date).isoformat() == current_date
+        is_date = date.fromisoformat(current_date).isoformat() == current_date
     except (TypeError, ValueError):
         is_date = False
     if not is_date:
         raise ValueError(f"current_date is {current_date!r}; it must be a date as YYYY-MM-DD")
-    if reasoning_effort is not None and reasoning_effort not in REASONING_EFFORTS:
+    if reasoning_effort not in REASONING_EFFORTS:
         raise ValueError(f"reasoning_effort is {reasoning_effort!r}; allowed: {', '.join(REASONING_EFFORTS)}")
-    if model_identity is not None and not isinstance(model_identity, str):
+    if not isinstance(model_identity, str):
         raise ValueError(f"model_identity is {model_identity!r:.80}; it must be a string")
-    head = {"": model_identity, "Knowledge cutoff: ": knowledge_cutoff, "Current date: ": current_date}
-    sections = ["\n".join(start + text for start, text in head.items() if text is not None)]
-    if reasoning_effort is not None:
-        sections.append(f"Reasoning: {reasoning_effort}")
+    head = f"{model_identity}\nKnowledge cutoff: {KNOWLEDGE_CUTOFF}\nCurrent date: {current_date}"
     tools = builtin_sections(builtin_tools)
-    sections += ["# Tools", *tools] if tools else []
-    if channels:
-        line = f"# Valid channels: {', '.join(channels)}. Channel must be included for every message."
-        if has_functions:
-            line += "\nCalls to these tools must go to the commentary channel: 'functions'."
-        sections.append(line)
-    return "\n\n".join(section for section in sections if section)
+    channels = f"# Valid channels: {', '.join(CHANNELS)}. Channel must be included for every message."
+    if has_functions:
+        channels += "\nCalls to these tools must go to the commentary channel: 'functions'."
+    return "\n\n".join([head, f"Reasoning: {reasoning_effort}", *(["# Tools", *tools] if tools else []), channels])
 
 
 def developer_content(instructions: str, functions: Sequence[Mapping[str, Any]]) -> str:

@@ -35,7 +35,7 @@ def exact_frequencies(scaling: YarnScaling, *, dim: int, theta: float) -> list[f
 
 
 def test_frequencies_match_all_three_golden_tables():
-    ours = inverse_frequencies(CONFIG, torch.device("cpu"))
+    ours = inverse_frequencies(CONFIG)
     assert ours.dtype == torch.float32
     # a few last bits: processors differ in their powers
     for name in ("hf_inv_freq_f32", "official_inv_freq_f32", "inv_freq_f64"):
@@ -50,7 +50,7 @@ def test_tables_equal_those_of_transformers_and_openai(name):
 
 
 def test_tables_follow_the_float64_ones_up_to_fp32_angles():
-    cos, sin = cos_sin(POSITIONS, inverse_frequencies(CONFIG, torch.device("cpu")), concentration(CONFIG))
+    cos, sin = cos_sin(POSITIONS, inverse_frequencies(CONFIG), concentration(CONFIG))
     # an angle has an error of position * 2^-24 or so
     tolerance = (1.35 * 3e-7 * POSITIONS.double() + 1e-6)[:, None]
     for ours, name in ((cos, "cos"), (sin, "sin")):
@@ -76,10 +76,10 @@ def test_the_concentration_grows_with_the_logarithm_of_the_factor():
 def test_frequencies_follow_the_settings(scaling, dim, theta):
     config = replace(CONFIG, head_dim=dim, rope_theta=theta, rope_scaling=scaling)
     expected = torch.tensor(exact_frequencies(scaling, dim=dim, theta=theta), dtype=torch.float64)
-    torch.testing.assert_close(inverse_frequencies(config, torch.device("cpu")).double(), expected, rtol=3e-6, atol=0)
+    torch.testing.assert_close(inverse_frequencies(config).double(), expected, rtol=3e-6, atol=0)
 
 
 def test_truncating_the_ramp_changes_frequencies():
-    rounded = inverse_frequencies(replace(CONFIG, rope_scaling=YarnScaling(truncate=True)), torch.device("cpu"))
-    change = (rounded / inverse_frequencies(CONFIG, torch.device("cpu")) - 1).abs()
+    rounded = inverse_frequencies(replace(CONFIG, rope_scaling=YarnScaling(truncate=True)))
+    change = (rounded / inverse_frequencies(CONFIG) - 1).abs()
     assert change.max() > 0.5 and (change > 1e-3).nonzero().flatten().tolist() == list(range(9, 18))

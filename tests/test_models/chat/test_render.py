@@ -76,15 +76,6 @@ def test_preamble_and_constrained_call_render_message_by_message(tokenizer):
     assert ids == encode_with_special(tokenizer, expected)
 
 
-def test_absent_sections_of_the_system_message_vanish(tokenizer):
-    case = BY_NAME["13_custom_identity_no_channels"]
-    system = system_content(
-        model_identity="You are a test.", knowledge_cutoff=None, current_date=DATE, reasoning_effort="high", channels=()
-    )
-    ids = render_message(Message("system", system), tokenizer) + render_message(Message("user", "hi"), tokenizer)
-    assert tokenizer.decode(ids + generation_prompt(tokenizer), keep_special=True) == case["harmony_text"]
-
-
 def test_reasoning_effort_and_date_are_chosen_per_prompt(tokenizer):
     texts = {
         effort: tokenizer.decode(render_chat(ASK, tokenizer, current_date="2031-02-03", reasoning_effort=effort))
