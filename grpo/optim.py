@@ -153,11 +153,12 @@ class Optimizer:
         total_norm = torch.linalg.vector_norm(norms)
         grad_norm = float(total_norm)
         if not math.isfinite(grad_norm):
+            hint = "" if self.loss_scale == 1.0 else (
+                f"; the loss was scaled by {self.loss_scale:g}: if float16 gradients overflowed, lower optim.loss_scale")
             for (name, gradient), norm in zip(gradients.items(), norms.tolist()):
                 if not math.isfinite(norm):
-                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient) + self._scale_hint())
-            raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together",
-                                 _describe(norms) + self._scale_hint())
+                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient) + hint)
+            raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together", _describe(norms) + hint)
         # the same operations as torch.nn.utils.clip_grad_norm_, so that clipping agrees with it bit for bit
         scale = torch.clamp(self.max_grad_norm / (total_norm + 1e-6), max=1.0)
         lr = self.lr
@@ -175,11 +176,6 @@ class Optimizer:
             if target is not param:
                 param.copy_(target)
         return grad_norm
-
-    def _scale_hint(self) -> str:
-        if self.loss_scale == 1.0:
-            return ""
-        return f"; the loss was scaled by {self.loss_scale:g}: if float16 gradients overflowed, lower optim.loss_scale"
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Moments, masters and the update count: a flat dict of tensors (not copies), ready for safetensors.

@@ -42,7 +42,10 @@ def warm_up(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metr
     history = _train(policy, env, config, metrics, should_stop)
     if cached is not None:
         try:
-            _save(policy, cached, history)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable_parameters().items()}
+            with new_file(cached, suffix=f".tmp-{os.getpid()}") as partial:
+                save_file(tensors, partial, metadata={"history": json.dumps(history)})
         except (OSError, SafetensorError) as error:
             metrics.print(f"warning: the warm-up is not kept in {cached} ({error}); the run goes on")
 
@@ -99,13 +102,6 @@ def _digest(policy: GptOss, env: Environment, config: TrainConfig) -> str:
     shaped = [settings, plain["model"], plain["env"], config.seed, str(policy.dtype), str(policy.device),
               torch.__version__, torch.get_num_threads(), code]
     return hashlib.sha256(json.dumps(shaped, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _save(policy: GptOss, path: Path, history: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in policy.trainable_parameters().items()}
-    with new_file(path, suffix=f".tmp-{os.getpid()}") as partial:
-        save_file(tensors, partial, metadata={"history": json.dumps(history)})
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ that starts with file:line, or file[row] for tables. Training rows are visited i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from functools import partial
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
 from grpo.envs.data_files import DataError
-from grpo.envs.rows import Row, RowReader, digest_of
+from grpo.envs.rows import Row, RowReader
 from grpo.rewards.forms import Sample, TrainerState
 from grpo.rewards.functions import Result
 from grpo.rewards.match import exact_match, numeric_match, stated_answer
@@ -168,8 +170,14 @@ class Dataset:
                 + (f" (left out: {skipped})" if skipped else ""))
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that a run takes from the data; a file that moved or was packed otherwise keeps it."""
-        return digest_of({"train": self.train_rows, "eval": self.eval_rows})
+        """SHA-256 of the rows in order: split, answer, columns and rendered prompt; file names and formats do not count."""
+        digest = hashlib.sha256()
+        for split, rows in (("train", self.train_rows), ("eval", self.eval_rows)):
+            for row in rows:
+                columns = json.dumps(row.columns, sort_keys=True, default=repr)
+                digest.update(json.dumps([split, row.answer, columns, len(row.token_ids)], default=repr).encode())
+                digest.update(row.token_ids.tobytes())
+        return digest.hexdigest()
 
     def describe(self, completion: Completion) -> dict:
         row, parsed = self._row_of(completion), self._parse(completion)

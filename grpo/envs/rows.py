@@ -307,17 +307,6 @@ def content_of(message: dict) -> str:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
-def digest_of(rows_of_split: dict[str, list[Row]]) -> str:
-    """SHA-256 of rows in their order: split, answer, columns and rendered prompt; neither file names nor formats count."""
-    digest = hashlib.sha256()
-    for split, rows in rows_of_split.items():
-        for row in rows:
-            columns = json.dumps(row.columns, sort_keys=True, default=repr)
-            digest.update(json.dumps([split, row.answer, columns, len(row.token_ids)], default=repr).encode())
-            digest.update(row.token_ids.tobytes())
-    return digest.hexdigest()
-
-
 class _BadRow(Exception):
     """Why one row cannot be used."""
 

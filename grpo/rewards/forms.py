@@ -24,15 +24,11 @@ FORMS = {
     "batch": ("completions", "prompts", "completion_ids", "answers", "infos", "states", "tasks"),
     "verl batch": ("solution_strs", "ground_truths", "data_sources", "extra_infos"),
     "verl": ("solution_str", "ground_truth", "data_source", "extra_info"),
-    "single": ("completion", "prompt", "info", "state", "task", "answer"),
-    "native": ("row", "text", "thinking", "is_truncated"),
-}
-TELLING = {  # parameters that tell the form; others may be columns or settings of a function of another form
-    **FORMS,
-    "verl": ("solution_str", "ground_truth"),
     "single": ("completion", "prompt", "info", "state", "task"),
-    "native": (*FORMS["native"], "answer"),
+    "native": ("row", "text", "thinking", "is_truncated", "answer"),
 }
+# parameters that tell the form; verl's others may be columns or settings of a function of another form
+TELLING = FORMS | {"verl": ("solution_str", "ground_truth")}
 CALLBACKS = ("trainer_state", "log_extra", "log_metric")
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -90,7 +86,7 @@ class Signature:
 
     def standard_names(self, columns: set[str], *, has_answer: bool) -> set[str]:
         """The names that every completion can fill, beside those of the data's columns."""
-        more = {"batch": CALLBACKS, "single": FORMS["native"], "native": ("answer",)}
+        more = {"batch": CALLBACKS, "single": FORMS["native"]}
         names = {*FORMS[self.form], *more.get(self.form, ())}
         if not has_answer:
             names -= {"answer", "answers"}

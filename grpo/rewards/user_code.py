@@ -1,11 +1,7 @@
 """Calls the user's code, reward functions and environments, in the trainer's process without letting it change how that goes on.
 
-Put back after every call: working directory, umask, handlers and mask of the signals that the trainer or the operating system
-uses, a timer left running, limits of resources, stdout and stderr, sys.argv, recursion limit, garbage collection, functions of
-builtins, os, shutil, subprocess and time that were removed or replaced, filters of warnings, environment variables that CUDA,
-torch, Triton, wandb and home folders go by, and of torch: default dtype and device, current GPU, threads, grad mode, autocast,
-anomaly detection, deterministic algorithms, precision of matrix products, oneDNN, denormals. What cannot be put back ends the
-run and names who changed it. Left alone: other environment variables, import paths and the global random generators, which this
+What `_settings` and `_torch_settings` list is put back after every call; what cannot be put back ends the run and names who
+changed it. Left alone: environment variables other than VARIABLES, import paths and the global random generators, which this
 program does not use.
 """
 
@@ -236,13 +232,10 @@ class EventLoop:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        is_stopped = False
-        while not is_stopped and os.getpid() == self._pid:
-            try:
+        while os.getpid() == self._pid:
+            with suppress(SystemExit, KeyboardInterrupt):  # of a task that the user's code started: whoever awaits it sees it
                 self._loop.run_forever()
-                is_stopped = True
-            except (SystemExit, KeyboardInterrupt):  # of a task that the user's code started: whoever awaits it sees it
-                pass
+                return
 
     def run(self, awaitables: list[Awaitable]) -> list[object]:
         """The value of each, or the exception that it raised."""

@@ -82,7 +82,10 @@ class Workers:
         outcomes: list[Outcome | None] = [None] * len(items)
         waiting = deque(range(len(items)))
         ends, stalls = math.inf, time.monotonic() + self.patience
-        self._replace_the_dead(min(self.num_workers, len(items)))
+        for worker in [worker for worker in self._workers if worker.is_ready and worker.connection.poll()]:
+            self._replace(worker)  # an idle worker says nothing: one that can be heard has ended
+        while len(self._workers) < min(self.num_workers, len(items)):
+            self._workers.append(self._start())
         try:
             while num_open := len(waiting) + self._num_busy():
                 for worker in self._workers:
@@ -175,13 +178,6 @@ class Workers:
         self.close()
         setup = f" (setup {self.setup})" if self.setup else ""
         raise WorkerError(f"a worker process for {self.function}{setup} cannot start: {reason}")
-
-    def _replace_the_dead(self, num_wanted: int) -> None:
-        """Idle workers say nothing: one that can be heard has ended."""
-        for worker in [worker for worker in self._workers if worker.is_ready and worker.connection.poll()]:
-            self._replace(worker)
-        while len(self._workers) < num_wanted:
-            self._workers.append(self._start())
 
     def _replace(self, worker: _Worker) -> None:
         _kill(worker)
