@@ -93,7 +93,7 @@ class Recorder:
         self.layer = self.head if operation == "final norm" else self.layer
         self.keep(operation, result)
 
-    def note_add_norm(self, result: tuple[torch.Tensor, ...], *_) -> None:
+    def note_add_norm(self, result: tuple[torch.Tensor, ...], *_, **__) -> None:
         self.keep("stream after attention", result[1])
         self.keep("post-attention norm", result[0])
 
@@ -108,14 +108,14 @@ class Recorder:
         self.keep(name, result[0])
         self.low_rank = None
 
-    def note_rotated(self, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *_) -> None:
+    def note_rotated(self, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *_, **__) -> None:
         for operation, value in zip(("rotated queries", "rotated keys", "values"), result):
             self.keep(operation, value)
 
     def note_rotate_and_write(self, _, *in_place, **__) -> None:
         self.note_rotated(in_place[:3])
 
-    def note_attend(self, result: torch.Tensor, *_) -> None:
+    def note_attend(self, result: torch.Tensor, *_, **__) -> None:
         self.keep("attention", result)
 
     def note_route(self, result: tuple[torch.Tensor, Routing], *_, **__) -> None:
