@@ -64,10 +64,10 @@ TRAINING_SHARE = 0.85  # of a GPU's memory
 # ----------------------------------------------------------------------------------------------- sampling and training forward
 
 
-def random_lengths(count: int, low: int, high: int, *, seed: int) -> list[int]:
+def random_lengths(num: int, low: int, high: int, *, seed: int) -> list[int]:
     """Uniform in the logarithm: many short ones, some long."""
     draw = random.Random(seed)
-    return [round(low * (high / low) ** draw.random()) for _ in range(count)]
+    return [round(low * (high / low) ** draw.random()) for _ in range(num)]
 
 
 def random_stop_ids(policy: GptOss, mean_len: float, *, seed: int) -> list[int]:
@@ -188,7 +188,7 @@ def prefill_case(policy: GptOss, batch: int, ceilings: Ceilings) -> dict:
 # ------------------------------------------------------------------------------------------------------------------- equal bits
 
 
-def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] = (16, 1500), max_new_tokens: int = 1024,
+def exact_case(policy: GptOss, *, num_prompts: int = 64, prompt_lens: tuple[int, int] = (16, 1500), max_new_tokens: int = 1024,
                max_batch: int = 24, large_batch: int = 128, num_alone: int = 3, num_recorded: int = 16,
                recorded_tokens: int = 128, shares_prompts: bool) -> dict:
     """Preemptions come from a cache that holds a third of the longest rows."""
@@ -204,7 +204,7 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
         sampler.offload()
         return completions, sampler.last_stats.num_preemptions
 
-    (completions, _), seconds = timed(lambda: sampled(prompts[:count], max_batch))
+    (completions, _), seconds = timed(lambda: sampled(prompts[:num_prompts], max_batch))
     lengths = [completion.num_policy_tokens for completion in completions]
     found = compare_log_probs(policy, completions, shares_prompts=shares_prompts)
     recorded, _ = sampled(prompts[:num_recorded], max_batch, num_tokens=recorded_tokens, records_routing=True)
@@ -213,16 +213,17 @@ def exact_case(policy: GptOss, *, count: int = 64, prompt_lens: tuple[int, int] 
     longest = sorted((completion.num_tokens for completion in completions), reverse=True)[:max_batch]
     one = PAGE_TOKENS * KVCache.pages_for(max_len)
     share, least = (cache_gb_of(policy.config, lens, bytes_per_number=policy.dtype.itemsize) for lens in (longest, [one, one]))
-    preempted, num_preemptions = sampled(prompts[:count], max_batch, cache_gb=max(share / 3, least))
-    by_length = sorted(range(count), key=lengths.__getitem__)
-    alone = [by_length[i * (count - 1) // max(num_alone - 1, 1)] for i in range(num_alone)]  # the shortest to the longest
+    preempted, num_preemptions = sampled(prompts[:num_prompts], max_batch, cache_gb=max(share / 3, least))
+    by_length = sorted(range(num_prompts), key=lengths.__getitem__)
+    alone = [by_length[i * (num_prompts - 1) // max(num_alone - 1, 1)] for i in range(num_alone)]  # the shortest to the longest
     return found | {
         "preempted_same_bits": have_same_bits(preempted, completions), "preemptions": num_preemptions,
         "route_flips": routes["route_flips"], "routes": routes["routes"],
         "recorded_same_tokens": all(one.completion_ids == other.completion_ids[:recorded_tokens]
                                     for one, other in zip(recorded, completions)),
         "alone_same_bits": all(have_same_bits(sampled([prompts[i]], 1)[0], [completions[i]]) for i in alone),
-        "alone": len(alone), "large_batch": large_batch, "large_batch_same_bits": have_same_bits(among[:count], completions),
+        "alone": len(alone), "large_batch": large_batch,
+        "large_batch_same_bits": have_same_bits(among[:num_prompts], completions),
         "shares_prompts": shares_prompts, "max_batch": max_batch, "min_len": min(lengths), "max_len": max(lengths),
         "seconds": round(seconds, 2)}
 
@@ -234,11 +235,11 @@ def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: i
     return 2 * config.num_key_value_heads * config.head_dim * bytes_per_number * entries / 1e9
 
 
-def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 4096, prompt_lens: tuple[int, int] = (16, 256),
-                  max_batch: int = 512, share: float = 0.1) -> dict:
+def requests_case(policy: GptOss, *, num_requests: int = 4096, max_new_tokens: int = 4096,
+                  prompt_lens: tuple[int, int] = (16, 256), max_batch: int = 512, share: float = 0.1) -> dict:
     """share: of all requests' keys and values, that the bounded cache holds."""
     stop_ids = random_stop_ids(policy, max_new_tokens / 6, seed=1)
-    prompts = random_prompts(policy, random_lengths(count, *prompt_lens, seed=2), seed=3)
+    prompts = random_prompts(policy, random_lengths(num_requests, *prompt_lens, seed=2), seed=3)
 
     def sampled(cache_gb: float | None) -> tuple[list[Completion], float, Sampler]:
         sampler = make_sampler(policy, max_batch, prompt_lens[1] + max_new_tokens, stop_ids=stop_ids, cache_gb=cache_gb)
@@ -251,7 +252,7 @@ def requests_case(policy: GptOss, *, count: int = 4096, max_new_tokens: int = 40
     cache_gb = share * cache_gb_of(policy.config, lengths, bytes_per_number=policy.dtype.itemsize)
     bound, bound_s, sampler = sampled(cache_gb)
     num_new, stats = [completion.num_policy_tokens for completion in bound], sampler.last_stats
-    return {"requests": count, "finished": len(bound), "different": len({completion.prompt.id for completion in bound}),
+    return {"requests": num_requests, "finished": len(bound), "different": len({completion.prompt.id for completion in bound}),
             "same_tokens": [c.completion_ids for c in bound] == [c.completion_ids for c in free],
             "same_bits": have_same_bits(bound, free), "tokens": sum(num_new), "min_new": min(num_new), "max_new": max(num_new),
             "cache_gb": round(cache_gb, 6), "cache_used_gb": round(stats.cache_bytes / 1e9, 6),

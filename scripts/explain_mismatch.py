@@ -194,10 +194,9 @@ class Settings:
 
 def trainer_log_probs(model: GptOss, micro: RolloutBatch, settings: Settings) -> torch.Tensor:
     """[T] fp32, by the forward that a step trains with."""
-    routing = make_replay(micro)
     with torch.set_grad_enabled(bool(model.trainable_parameters())):
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.params.temperature,
-                                       mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes, routing=routing)
+                                       mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes, routing=make_replay(micro))
     return log_probs.detach()
 
 

@@ -19,7 +19,7 @@ def policy(monkeypatch):
 def test_the_same_completions_come_alone_and_in_any_batch_with_the_trainers_log_probs(policy):
     from bench_rollout import exact_case
 
-    found = exact_case(policy, count=8, prompt_lens=(3, 30), max_new_tokens=16, max_batch=3, large_batch=12,
+    found = exact_case(policy, num_prompts=8, prompt_lens=(3, 30), max_new_tokens=16, max_batch=3, large_batch=12,
                        shares_prompts=True)
     assert found["max_log_prob_diff"] == found["num_differing"] == found["route_flips"] == 0
     assert found["recorded_same_tokens"] and found["alone_same_bits"] and found["large_batch_same_bits"]
@@ -79,7 +79,7 @@ def test_memory_is_measured_over_steps_of_mixed_lengths(policy):
 def test_requests_through_a_small_cache_are_those_of_a_large_one(policy):
     from bench_rollout import requests_case
 
-    found = requests_case(policy, count=12, max_new_tokens=150, prompt_lens=(2, 9), max_batch=12, share=0.5)
+    found = requests_case(policy, num_requests=12, max_new_tokens=150, prompt_lens=(2, 9), max_batch=12, share=0.5)
     assert found["requests"] == found["finished"] == found["different"] == 12 and found["same_tokens"]
     assert 1 <= found["min_new"] < found["max_new"] <= 150
     assert 0 < found["cache_used_gb"] <= found["cache_gb"]
