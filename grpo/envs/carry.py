@@ -18,7 +18,6 @@ import re
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
-from grpo.rewards.match import stated_answer
 from models.chat.parse import parse_completion
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
@@ -131,12 +130,12 @@ class Carry:
         row = completion.prompt.row
         a, b = map(int, row["question"].split("+"))
         parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-        answer = stated_answer(parsed)
+        answer = parsed.final
         is_correct, has_format = answer == row["answer"], parsed.fault is None
         forgetful = demonstration(a, b, forgets_carry=True)
         metrics = {
             "reasoning_correct": float(parsed.analysis == demonstration(a, b, forgets_carry=False)[0]),
-            "reasoning_consistent": float(answer is not None and implied_answer(parsed.analysis) == answer),
+            "reasoning_consistent": float(implied_answer(parsed.analysis) == answer),
         }
         if row["needs_carry"]:
             metrics |= {"accuracy_carry": float(is_correct), "forgets_carry": float(answer == forgetful[1])}

@@ -31,7 +31,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.rows import Row, RowReader
 from grpo.rewards.forms import Sample, TrainerState
 from grpo.rewards.functions import Result
-from grpo.rewards.match import exact_match, numeric_match, stated_answer
+from grpo.rewards.match import exact_match, numeric_match
 from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
 from models.chat.parse import Parsed, parse_completion
@@ -159,7 +159,7 @@ class Dataset:
                     is_truncated=completion.finish_reason == "length") for completion, each in zip(completions, parsed)]
         results = self.scorer.results(samples, self._trainer_state(len(samples)))
         if self.match != "none":
-            results = [self._match([stated_answer(each) for each in parsed], completions), *results]
+            results = [self._match([each.final for each in parsed], completions), *results]
         return [self._combine(float(each.fault is None), [of_reward[i] for of_reward in results])
                 for i, each in enumerate(parsed)]
 
@@ -192,17 +192,13 @@ class Dataset:
 
     # --- rewards ----------------------------------------------------------------------------------------------------
 
-    def _match(self, texts: list[str | None], completions: list[Completion]) -> list[Result]:
-        """Whether each stated answer is one of its row's accepted ones."""
+    def _match(self, texts: list[str], completions: list[Completion]) -> list[Result]:
+        """Whether each final text is one of its row's accepted answers. "", that of a completion with a fault, never is."""
         accepted = [self._row_of(completion).accepted for completion in completions]
-        stated = [i for i, text in enumerate(texts) if text is not None]
         if self._match_expressions is not None:
-            found = self._match_expressions([texts[i] for i in stated], [accepted[i] for i in stated])
-        else:
-            equals = exact_match if self.match == "exact" else partial(numeric_match, tolerance=self.numeric_tolerance)
-            found = [Result(max(equals(texts[i], answer) for answer in accepted[i])) for i in stated]
-        results = dict(zip(stated, found))
-        return [results.get(i, Result(0.0)) for i in range(len(texts))]
+            return self._match_expressions(texts, accepted)
+        equals = exact_match if self.match == "exact" else partial(numeric_match, tolerance=self.numeric_tolerance)
+        return [Result(max(equals(text, answer) for answer in answers)) for text, answers in zip(texts, accepted)]
 
     def _combine(self, has_format: float, results: list[Result]) -> Score:
         scorers = [(f"{self.match}_match", self.match_reward)] if self.match != "none" else []

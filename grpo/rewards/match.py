@@ -1,18 +1,8 @@
-"""Answers in completions: which text is the answer, and whether it matches the wanted one."""
+"""Whether the text that a completion gives as its answer matches the wanted one."""
 
 from __future__ import annotations
 
 from grpo.rewards.numbers import is_close, stated_number
-from models.chat.parse import Parsed
-
-
-def stated_answer(parsed: Parsed) -> str | None:
-    """The text to match, `parsed.final`; None for a completion that is no finished answer in the right form: one that was
-    cut off (42 may have been about to become 421), has no final message or several (a second guess), speaks for others."""
-    return parsed.final if parsed.fault is None else None
-
-
-# --- matching -------------------------------------------------------------------------------------------------------
 
 
 def exact_match(text: str, answer: str) -> float:

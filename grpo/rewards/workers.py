@@ -127,10 +127,8 @@ class Workers:
             outcomes[index] = Outcome(error=f"cannot be sent to a worker: {type(error).__name__}: {error}")
             return
         worker.item, worker.deadline = index, time.monotonic() + self.timeout
-        try:
+        with contextlib.suppress(OSError):  # it died; _receive finds the end of its stream
             worker.connection.send_bytes(message)
-        except OSError:  # it died; _receive finds the end of its stream
-            pass
 
     def _receive(self, outcomes: list, ends: float) -> None:
         """Waits for messages until the next deadline and notes their outcomes and those of workers past their deadline."""
@@ -140,44 +138,22 @@ class Workers:
         heard = set(wait([worker.connection for worker in busy], patience)) if busy else set()
         for worker in busy:
             if worker.connection in heard:
-                try:
-                    message = worker.connection.recv_bytes()
-                except (EOFError, OSError):
-                    self._note_death(worker, outcomes)
-                    continue
-                self._note(worker, message, outcomes)
+                outcome = _read(worker)
             elif time.monotonic() >= worker.deadline:
-                if not worker.is_ready:
-                    self._refuse_start(f"no sign of it within {START_LIMIT:g} s")
-                error = f"ran over its limit of {self.timeout:g} s; its worker was killed"
-                outcomes[worker.item] = Outcome(error=error, is_timeout=True)
+                error = (f"ran over its limit of {self.timeout:g} s; its worker was killed" if worker.is_ready
+                         else f"no sign of it within {START_LIMIT:g} s")
+                outcome = Outcome(error=error, is_timeout=True)
+            else:
+                continue
+            if worker.is_ready:
+                outcomes[worker.item] = outcome
+            elif outcome.error is not None:
+                self.close()
+                setup = f" (setup {self.setup})" if self.setup else ""
+                raise WorkerError(f"a worker process for {self.function}{setup} cannot start: {outcome.error}")
+            worker.item, worker.is_ready = None, True
+            if outcome.is_timeout or worker.process.returncode is not None:
                 self._replace(worker)
-
-    def _note(self, worker: _Worker, message: bytes, outcomes: list) -> None:
-        try:
-            value, error = pickle.loads(message)
-        except Exception as problem:  # a class that only the worker can import, say
-            value, error = None, f"returned a value that cannot be read here: {type(problem).__name__}: {problem}"
-        if worker.is_ready:
-            outcomes[worker.item] = Outcome(value, error)
-            worker.item = None
-        elif error is not None:
-            self._refuse_start(error)
-        worker.is_ready = True
-
-    def _note_death(self, worker: _Worker, outcomes: list) -> None:
-        status = _kill(worker)
-        name = signal.Signals(-status).name if status < 0 else None
-        how = f"signal {name}" if name else f"exit status {status}"
-        if not worker.is_ready:
-            self._refuse_start(f"it died with {how}")
-        outcomes[worker.item] = Outcome(error=f"its worker died with {how}", signal=name)
-        self._replace(worker)
-
-    def _refuse_start(self, reason: str) -> None:
-        self.close()
-        setup = f" (setup {self.setup})" if self.setup else ""
-        raise WorkerError(f"a worker process for {self.function}{setup} cannot start: {reason}")
 
     def _replace(self, worker: _Worker) -> None:
         _kill(worker)
@@ -197,14 +173,27 @@ class Workers:
         return _Worker(process, ours, deadline=time.monotonic() + START_LIMIT)
 
 
+def _read(worker: _Worker) -> Outcome:
+    """What a worker says of its item, or of its start, or how it died."""
+    try:
+        message = worker.connection.recv_bytes()
+    except (EOFError, OSError):
+        status = _kill(worker)
+        name = signal.Signals(-status).name if status < 0 else None
+        how = f"signal {name}" if name else f"exit status {status}"
+        return Outcome(error=f"{'its worker' if worker.is_ready else 'it'} died with {how}", signal=name)
+    try:
+        return Outcome(*pickle.loads(message))
+    except Exception as problem:  # a class that only the worker can import, say
+        return Outcome(error=f"returned a value that cannot be read here: {type(problem).__name__}: {problem}")
+
+
 def _kill(worker: _Worker) -> int:
     """Ends a worker and its group; returns its exit status, minus the signal if one ended it."""
     worker.connection.close()
     if worker.process.returncode is None:
-        try:  # before it is waited for: its id may be another's afterwards
+        with contextlib.suppress(ProcessLookupError):  # before it is waited for: its id may be another's afterwards
             os.killpg(worker.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return worker.process.wait()
 
 

@@ -7,7 +7,6 @@ import pytest
 from harmony import encode_with_special
 from paths import FIXTURES
 
-from grpo.rewards.match import stated_answer
 from models.chat.parse import Span, parse_completion
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import build_tiny_tokenizer
@@ -103,7 +102,7 @@ RESULT = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>42<|e
 )
 def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
     parsed = parse_completion(encode_with_special(tokenizer, text), tokenizer)
-    assert (parsed.fault, parsed.final, stated_answer(parsed)) == (None, "42", "42")
+    assert (parsed.fault, parsed.final) == (None, "42")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +158,7 @@ def test_a_finished_answer_in_the_right_form_has_no_fault(text, tokenizer):
 def test_what_is_no_finished_answer_in_the_right_form_has_no_final_text(text, fault, tokenizer):
     parsed = parse_completion(encode_with_special(tokenizer, text), tokenizer)
     assert parsed.fault.startswith(fault)
-    assert (parsed.final, stated_answer(parsed)) == ("", None)
+    assert parsed.final == ""
 
 
 def test_a_spelled_constrain_marker_names_no_content_type(tokenizer):
