@@ -7,8 +7,6 @@ nearly unsolved prompts most. Groups are told apart by id, never by the prompt's
 Departures: the paper does not say which standard deviation; here it is that of a sample (n - 1 in the denominator, as
 most trainers have it; sqrt(8/7) = 7% above the population's for 8 completions), plus STD_EPS.
 """
-from __future__ import annotations
-
 import math
 
 STD_EPS = 1e-6  # in units of reward

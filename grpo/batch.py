@@ -8,8 +8,6 @@ and a sequence per completion that continues it (models/gpt_oss.py: log_probs, `
 
 Shapes: T packed tokens, S sequences.
 """
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -105,7 +103,7 @@ class RolloutBatch:
         """Sequences in this (micro-)batch."""
         return len(self.cu_seqlens) - 1
 
-    def to(self, device: torch.device) -> RolloutBatch:
+    def to(self, device: torch.device) -> "RolloutBatch":
         """Every tensor on `device` but those that stay on the host."""
         moved = {f.name: value.to(device) for f in fields(self)
                  if isinstance(value := getattr(self, f.name), torch.Tensor) and f.name not in _ON_HOST}
@@ -113,7 +111,7 @@ class RolloutBatch:
             moved["kept"] = KeptSets(self.kept.ids.to(device), self.kept.offsets.to(device))
         return replace(self, **moved)
 
-    def select(self, rows: list[int], *, share_prompts: bool = False) -> RolloutBatch:
+    def select(self, rows: list[int], *, share_prompts: bool = False) -> "RolloutBatch":
         """The given sequences, in the given order; the counts stay those of the step. With `share_prompts`, completions of one
         prompt that stand side by side have one copy of it: it is a sequence, and each completion is one that continues it."""
         assert self.prefixes is None, "select takes a batch of whole sequences"

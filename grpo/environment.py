@@ -1,7 +1,5 @@
 """What an environment is, and the boundary to it: how it is built and called, with the process protected
 (grpo/rewards/user_code.py), how what it hands back is checked and made plain, and what its faults become."""
-from __future__ import annotations
-
 import operator
 import traceback
 from collections.abc import Iterable, Iterator

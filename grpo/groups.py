@@ -3,8 +3,6 @@
 Prompts are sampled in groups and scored; groups whose rewards are all equal carry no gradient, so they are dropped, counted, and
 replaced by fresh prompts for a bounded number of rounds.
 """
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -3,8 +3,6 @@
 Departures from GRPO (arXiv 2402.03300): the penalty is averaged over the tokens of the step whatever the policy loss averages
 over, and its exponential is bounded.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +29,7 @@ class Reference:
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, policy: GptOss, parameters: dict[str, torch.Tensor] | None = None) -> Reference:
+    def of(cls, policy: GptOss, parameters: dict[str, torch.Tensor] | None = None) -> "Reference":
         """The policy as it is now. An adapter that adds nothing yet, since every B is zero, is left out.
 
         parameters: all that will change, by name; those that train unless given."""
@@ -41,7 +39,7 @@ class Reference:
                     if adds or not _is_adapter(name)})
 
     @classmethod
-    def load(cls, tensors: dict[str, torch.Tensor]) -> Reference:
+    def load(cls, tensors: dict[str, torch.Tensor]) -> "Reference":
         """The reference in a checkpoint's tensors, where `state_dict` put it."""
         return cls({name.removeprefix(REFERENCE): tensor for name, tensor in tensors.items() if name.startswith(REFERENCE)})
 

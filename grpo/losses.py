@@ -18,8 +18,6 @@ Statistics are sums, so that micro-batches add up: see `reduce_stats`. A loss of
 
 Shapes: T packed tokens of a micro-batch, N completions of the whole step.
 """
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Callable
@@ -66,7 +64,7 @@ class LossInputs:
 
     @classmethod
     def of(cls, batch: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, *, old_log_probs: torch.Tensor,
-           max_new_tokens: int) -> LossInputs:
+           max_new_tokens: int) -> "LossInputs":
         """Of a micro-batch and what the policy says about it. log_probs, entropy, old_log_probs: [T] fp32 nats."""
         assert log_probs.shape == entropy.shape == old_log_probs.shape == batch.loss_mask.shape, (
             log_probs.shape, entropy.shape, old_log_probs.shape, batch.loss_mask.shape)

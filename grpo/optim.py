@@ -11,8 +11,6 @@ exactly, from gradients that are fp32 by then (mixed precision training, arXiv 1
 
 Departures: weight decay applies to every trained parameter, as torch.optim.AdamW has it by default.
 """
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 For small models trained from scratch, which need to speak the format before a reward can say anything. The result is kept under a
 hash of all that shaped it, so that a rerun starts at GRPO.
 """
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import inspect

@@ -10,8 +10,6 @@ Everything drawn is a pure function of (seed, step, attempt): there is no state 
 for every seed, and never occur in prompts or demonstrations, mirrored (49+14) or not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

@@ -1,7 +1,5 @@
 """Rows of text files, each with the place it stands at: JSON lines, a JSON list, CSV or TSV, plain or compressed, in UTF-8."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

@@ -5,8 +5,6 @@ Text files are read here (grpo/envs/data_files.py), since their errors shall nam
 openai/gsm8k/train[7]. Images and audio stay bytes. Nothing is streamed: a run needs to know its rows when it starts.
 """
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Iterator

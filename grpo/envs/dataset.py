@@ -16,8 +16,6 @@ that starts with file:line, or file[row] for tables. Training rows are visited i
 (seed, epoch); everything is a pure function of (seed, step, attempt), so there is no state to save.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -3,8 +3,6 @@
 Every problem is a DataError that starts with the place of the row, such as file:line.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

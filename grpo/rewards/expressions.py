@@ -5,8 +5,6 @@ a simplification for seconds. So an expression is measured before it is computed
 by their values alone, and CPU time is limited.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

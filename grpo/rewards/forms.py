@@ -13,8 +13,6 @@ A function's parameters say its form (sync or async alike):
 nothing. Completions have the form of their prompt, text or messages, unless the parameter's annotation asks for one of them.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable

@@ -10,8 +10,6 @@ become metrics, the rest goes to the log of completions. Functions run with the 
 async ones in one event loop, which lasts as long as the process does.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import math
@@ -84,13 +82,6 @@ def _import_file(path: Path) -> types.ModuleType:
         how = "fails" if isinstance(outcome, Exception) else "ends Python"
         raise ImportError(f"{path} {how} while it is imported: {describe_error(outcome)}") from outcome
     return module
-
-
-def load_reward(path: str, *, key: str, columns: set[str], has_answer: bool, name: str | None = None, weight: float = 1.0,
-                kwargs: dict | None = None) -> Reward:
-    """The function that `path` names, ready to be called; see Reward."""
-    return Reward(load_function(path, key=key), key=key, name=name or re.split(r"[:.]", path)[-1], weight=weight,
-                  kwargs=kwargs or {}, columns=columns, has_answer=has_answer)
 
 
 class Reward:
@@ -233,6 +224,13 @@ class Reward:
             if entry != "score":
                 _note(result, f"{self.name}/{entry}", value)
         return result
+
+
+def load_reward(path: str, *, key: str, columns: set[str], has_answer: bool, name: str | None = None, weight: float = 1.0,
+                kwargs: dict | None = None) -> Reward:
+    """The function that `path` names, ready to be called; see Reward."""
+    return Reward(load_function(path, key=key), key=key, name=name or re.split(r"[:.]", path)[-1], weight=weight,
+                  kwargs=kwargs or {}, columns=columns, has_answer=has_answer)
 
 
 def _listed(names: set[str]) -> str:

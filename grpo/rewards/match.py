@@ -1,7 +1,5 @@
 """Whether the text that a completion gives as its answer matches the wanted one."""
 
-from __future__ import annotations
-
 from grpo.rewards.numbers import is_close, stated_number
 
 

@@ -1,7 +1,5 @@
 """Expressions that match an answer: what can be told from texts and numbers here, the rest by math-verify in workers."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

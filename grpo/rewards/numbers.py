@@ -4,8 +4,6 @@ A number is taken only where it stands for itself: next to an operator, a functi
 an expression, whose value is another. Nothing is evaluated, and time is linear in the length of the text.
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 

@@ -5,8 +5,6 @@ A completion whose weighted reward function raised, ran over its time or returne
 all (never silently 0): it is dropped from its group and counted. A function that fails too often stops the run.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import itertools

@@ -5,8 +5,6 @@ changed it. Left alone: environment variables other than VARIABLES, import paths
 program does not use.
 """
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import builtins

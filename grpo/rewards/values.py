@@ -1,7 +1,5 @@
 """What comes back from the user's code, made into what this program works with: finite floats, and entries for the log."""
 
-from __future__ import annotations
-
 import json
 import math
 import numbers

@@ -5,8 +5,6 @@ a session of its own: a terminal's Ctrl-C goes to the trainer alone. Pickled mes
 worker's Python holds, so what the function prints goes where the trainer prints. A worker dies with its parent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math
