@@ -29,7 +29,7 @@ from kernels.packed.weights import ExpertWeights
 from models.block import Block, Keys, RMSNorm
 from models.config import GptOssConfig
 from models.experts import FORMATS, RoutedExperts
-from models.keys import Angles, CachedKeys, ChunkKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
+from models.keys import Angles, CachedKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
 from models.offload import MemoryBudget
 from models.projections import Linear
@@ -222,37 +222,8 @@ class GptOss(nn.Module):
                        dtype=self.dtype)
 
     @torch.no_grad()
-    def prefill_hidden(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                       prefixes: list[int] | None = None, record: RoutingRecord | None = None) -> torch.Tensor:
-        """Runs packed prompts tokens [T] and fills slots [S] of the cache, which must have pages for them, and the `record` of
-        their experts. Returns the final hidden states [S, D] after each.
-
-        `prefixes` [S]: the sequence that each one continues, in the same slot and at most one of them, -1 for none; as in
-        log_probs, a prompt's keys are then added up before the others. Returned are the states after the sequences that no
-        other continues, in their order."""
-        bounds = cu_seqlens.tolist()
-        prefixes = prefixes or [-1] * (len(bounds) - 1)
-        lengths = torch.tensor(bounds).diff()
-        continued = torch.tensor(prefixes)
-        totals = lengths + torch.where(continued >= 0, lengths[continued], 0)
-        if totals.max() > cache.max_len:
-            raise ValueError(f"a prompt of {totals.max()} tokens does not fit a cache of {cache.max_len} per sequence")
-        cache.flush()
-        positions = packed_positions(bounds, tokens.device, prefixes)
-        is_last = torch.ones(len(prefixes), dtype=torch.bool)
-        for sequence, prefix in enumerate(prefixes):
-            if prefix >= 0:
-                totals[prefix], is_last[prefix] = totals[sequence], False
-        counts, totals = to_device(lengths, tokens.device), to_device(totals, tokens.device)
-        token_slots, token_totals = (x.repeat_interleave(counts, output_size=len(tokens)) for x in (slots, totals))
-        keys = PromptKeys(self._angles(positions), AttentionPlan(bounds, prefixes=prefixes), cache, token_slots, positions,
-                          token_totals)
-        ends = to_device(torch.tensor(bounds[1:])[is_last], tokens.device)
-        return self._hidden(tokens, keys, record)[ends - 1]
-
-    @torch.no_grad()
-    def prefill_chunks(self, tokens: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache, *,
-                       record: RoutingRecord | None = None) -> torch.Tensor:
+    def prefill(self, tokens: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache, *,
+                record: RoutingRecord | None = None) -> torch.Tensor:
         """Runs packed tokens [T], the next of sequences in different slots, and fills those, which must have pages for them, and
         the `record` of their experts. Returns the final hidden states [chunks, D] after each chunk's last token.
 
@@ -262,7 +233,7 @@ class GptOss(nn.Module):
             raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
         cache.flush()
         positions = to_device(torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks]), tokens.device)
-        hidden = self._hidden(tokens, ChunkKeys(self._angles(positions), positions, chunks, cache), record)
+        hidden = self._hidden(tokens, PromptKeys(self._angles(positions), positions, chunks, cache), record)
         ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
         return hidden[to_device(ends - 1, tokens.device)]
 

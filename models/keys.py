@@ -74,27 +74,10 @@ def packed_attention(attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pl
     return attention(q, k, v, attn.sinks, cu_seqlens=plan.cu_seqlens, plan=plan, **attn.settings()).flatten(1)
 
 
-class PromptKeys:
-    """Whole prompts, packed, whose keys and values go to slots [T] of a cache at positions [T]; totals [T]: how many tokens the
-    sequence in a token's slot has."""
-
-    def __init__(self, angles: Angles, plan: AttentionPlan, cache: KVCache, slots: torch.Tensor,
-                 positions: torch.Tensor, totals: torch.Tensor) -> None:
-        self.angles, self.plan, self.cache, self.slots, self.positions = angles, plan, cache, slots, positions
-        # a ring keeps the last entries only; which tokens those are depends on the ring's length alone
-        self.last = {length: (positions >= totals - length).nonzero().squeeze(1) for length in set(cache.lengths)}
-
-    def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
-        q, k, v = rotated(attn, qkv, self.angles)
-        rows = self.last[self.cache.lengths[attn.layer]]
-        self.cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
-        return packed_attention(attn, q, k, v, self.plan)
-
-
 class PrefillChunk(NamedTuple):
     """Tokens `start` .. `end` of a sequence of which a slot of the cache holds the first `start`. prefix_len: how many of the
     sequence's first tokens, those of this chunk included, are counted apart, as a prompt whose keys are added up before the
-    others is by GptOss.prefill_hidden's prefixes; 0 for none."""
+    others is in training by AttentionPlan's prefixes; 0 for none."""
 
     slot: int
     start: int
@@ -102,8 +85,9 @@ class PrefillChunk(NamedTuple):
     prefix_len: int = 0
 
 
-class ChunkKeys:
-    """The next chunks of several sequences, packed, at positions [T]."""
+class PromptKeys:
+    """The next chunks of several sequences, packed, at positions [T]. Where all of them begin their sequences, one call attends
+    for all, else one for each, which takes earlier keys and values from the cache."""
 
     def __init__(self, angles: Angles, positions: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache) -> None:
         self.angles, self.positions, self.chunks, self.cache = angles, positions, chunks, cache
@@ -111,20 +95,29 @@ class ChunkKeys:
         self.slots = to_device(torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(counts), device)  # [T]
         ends = counts.cumsum(0).tolist()
         self.bounds = list(zip([0, *ends], ends))  # of the chunks' rows
-        self.spans = {length: [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
-                      for length in set(cache.lengths)}
+        self.plan = whole_plan(chunks) if all(chunk.start == 0 for chunk in chunks) else None
+        self.rows, self.spans = {}, {}
+        for length in set(cache.lengths):
+            rows = [torch.arange(max(begin, end - length), end) for begin, end in self.bounds]
+            self.rows[length] = to_device(torch.cat(rows), device)  # a ring keeps the last entries only
+            self.spans[length] = [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
 
     def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
         q, k, v = rotated(attn, qkv, self.angles)
-        cache, length, attended = self.cache, self.cache.lengths[attn.layer], []
-        for (begin, end), chunk, (first, plan) in zip(self.bounds, self.chunks, self.spans[length], strict=True):
-            # read first: a ring's new entries replace some that the chunk's first tokens see
-            earlier_k, earlier_v = cache.read(attn.layer, chunk.slot, first, chunk.start)
-            rows = slice(max(begin, end - length), end)  # a ring keeps the last entries only
-            cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
-            attended.append(packed_attention(attn, q[begin:end], torch.cat((earlier_k, k[begin:end])),
-                                             torch.cat((earlier_v, v[begin:end])), plan))
-        return torch.cat(attended)
+        cache, length = self.cache, self.cache.lengths[attn.layer]
+        if self.plan is not None:
+            attended = packed_attention(attn, q, k, v, self.plan)
+        else:
+            parts = []
+            for (begin, end), chunk, (first, plan) in zip(self.bounds, self.chunks, self.spans[length], strict=True):
+                earlier_k, earlier_v = cache.read(attn.layer, chunk.slot, first, chunk.start)
+                parts.append(packed_attention(attn, q[begin:end], torch.cat((earlier_k, k[begin:end])),
+                                              torch.cat((earlier_v, v[begin:end])), plan))
+            attended = torch.cat(parts)
+        # written last: a ring's new entries replace some that a chunk's first tokens see
+        rows = self.rows[length]
+        cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
+        return attended
 
 
 class CachedKeys:
@@ -162,6 +155,20 @@ def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list
         continued = torch.tensor(prefixes)
         starts = starts - torch.where(continued >= 0, lengths[continued], 0)
     return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
+
+
+def whole_plan(chunks: list[PrefillChunk]) -> AttentionPlan:
+    """For chunks that begin their sequences, packed."""
+    cu_seqlens, prefixes = [0], []
+    for chunk in chunks:
+        begin = cu_seqlens[-1]
+        if 0 < chunk.prefix_len < chunk.end:
+            cu_seqlens.append(begin + chunk.prefix_len)
+            prefixes += [-1, len(prefixes)]
+        else:
+            prefixes.append(-1)
+        cu_seqlens.append(begin + chunk.end)
+    return AttentionPlan(cu_seqlens, prefixes=prefixes)
 
 
 def chunk_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:

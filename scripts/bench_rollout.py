@@ -293,14 +293,14 @@ def train_on(policy: GptOss, optimizer: Optimizer, completions: list[Completion]
 @contextmanager
 def prefill_clock(policy: GptOss) -> Iterator[list[float]]:
     """Inside, the seconds of each prefill of the policy are added to the list, which takes waiting for it."""
-    prefill, seconds = policy.prefill_hidden, []
+    prefill, seconds = policy.prefill, []
 
     def clocked(*arguments, **settings):
         hidden, took = timed(lambda: prefill(*arguments, **settings))
         seconds.append(took)
         return hidden
 
-    with patch.object(policy, "prefill_hidden", clocked):
+    with patch.object(policy, "prefill", clocked):
         yield seconds
 
 

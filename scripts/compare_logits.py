@@ -33,6 +33,7 @@ from models.formats.files import CheckpointError, list_file  # noqa: E402
 from models.formats.hugging_face import load_model  # noqa: E402
 from models.formats.peft import load_adapter, peft_tensors  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
+from models.keys import PrefillChunk  # noqa: E402
 
 PEFT_PREFIX = "base_model."
 
@@ -142,8 +143,8 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     for row in range(num_rows):
         cache.reserve(row, cache.max_len)
     slots = torch.arange(num_rows, device=model.device)
-    cu_seqlens = torch.arange(0, (num_rows + 1) * prompt_len, prompt_len, dtype=torch.int32, device=model.device)
-    steps = [model.head(model.prefill_hidden(prompts.flatten(), cu_seqlens, cache, slots))]
+    chunks = [PrefillChunk(row, 0, prompt_len) for row in range(num_rows)]
+    steps = [model.head(model.prefill(prompts.flatten(), chunks, cache))]
     for step in range(num_new - 1):
         hidden = model.decode_hidden(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots)
         steps.append(model.head(hidden))

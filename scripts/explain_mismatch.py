@@ -51,6 +51,7 @@ from models.decoder import bucket_of, can_decode_by_graph  # noqa: E402
 from models.experts import RoutedExperts  # noqa: E402
 from models.formats.files import CheckpointError  # noqa: E402
 from models.gpt_oss import GptOss  # noqa: E402
+from models.keys import PrefillChunk  # noqa: E402
 
 LOG_PROB = "log-prob of the next token"
 
@@ -162,7 +163,7 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
         (forward, "grouped_gemm", recorder.note_experts_low_rank), (forward, "_project", recorder.note_experts),
         (few_rows, "low_rank_rows", recorder.note_experts_low_rank), (few_rows, "decode_projection", recorder.note_experts),
         *((owner, "attend", recorder.note_attend)
-          for owner in (keys.PackedKeys, keys.PromptKeys, keys.ChunkKeys, keys.CachedKeys)),
+          for owner in (keys.PackedKeys, keys.PromptKeys, keys.CachedKeys)),
     ]  # fmt: skip
     modules = [(model.model.norm, "final norm")]
     for layer in model.model.layers:
@@ -278,8 +279,8 @@ def run_sampler(model: GptOss, completions: list[Completion], settings: Settings
     for slot, ids in zip(slots, prompts.values()):
         cache.reserve(slot, len(ids))
     with observed(model, recorder):
-        hidden = model.prefill_hidden(on_device([token for ids in prompts.values() for token in ids]), on_device(bounds).int(),
-                                      cache, on_device(slots))
+        hidden = model.prefill(on_device([token for ids in prompts.values() for token in ids]),
+                               [PrefillChunk(slot, 0, len(ids)) for slot, ids in zip(slots, prompts.values())], cache)
     for prompt, slot in enumerate(slots):
         cache.fan_out(slot, [row for row, owner in enumerate(owners) if owner == prompt and row != slot],
                       bounds[prompt + 1] - bounds[prompt])

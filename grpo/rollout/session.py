@@ -340,16 +340,14 @@ class Session:
         """Starts what finds room, or begins to prefill it in chunks. Returns whether anything did."""
         scheduler, max_tokens = self._scheduler, self._sampler.max_prefill_tokens
         if resumed := scheduler.resume(max_tokens):
-            if resumed[0].num_held:
-                hidden = self._prefill_chunks(resumed, [row.num_tokens for row in resumed])
-            else:
-                hidden = self._prefill(resumed)
+            hidden = self._prefill(resumed, [row.num_tokens for row in resumed])
             self._start(resumed, hidden)
         elif admitted := scheduler.admit_partial_group():
             _, members = admitted
             self._start(members, self._partial_hidden.expand(len(members), -1))
         elif admitted := scheduler.admit_groups(max_tokens):
-            hidden = self._prefill([members[0] for _, members in admitted])  # [P, D]
+            first = [members[0] for _, members in admitted]
+            hidden = self._prefill(first, [row.num_tokens for row in first])  # [P, D]
             for (group, members), state in zip(admitted, hidden, strict=True):
                 self._share(group, members, state)
             counts = torch.tensor([len(members) for _, members in admitted], device=self._device)
@@ -371,7 +369,7 @@ class Session:
         """Prefills the next chunk of what is prefilled in chunks; after the last one, its completions start."""
         chunked = self._scheduler.chunked
         row, chunked.is_due = chunked.row, False
-        hidden = self._prefill_chunks([row], [min(row.num_held + self._sampler.max_prefill_tokens, chunked.num_tokens)])
+        hidden = self._prefill([row], [min(row.num_held + self._sampler.max_prefill_tokens, chunked.num_tokens)])
         if row.num_held < chunked.num_tokens:
             return
         group, members = self._scheduler.end_chunked()
@@ -379,37 +377,18 @@ class Session:
             self._share(group, members, hidden[0])
         self._start(members, hidden.expand(len(members), -1))
 
-    def _prefill_chunks(self, rows: list[RolloutRow], ends: list[int]) -> Tensor:
+    def _prefill(self, rows: list[RolloutRow], ends: list[int]) -> Tensor:
         """Prefills tokens of rows, from those that their slots hold to `ends`. Returns the hidden states [n, D] after them."""
         chunks = [PrefillChunk(row.slot, row.num_held, end, row.prompt_len if self._sampler.shares_prompts else 0)
                   for row, end in zip(rows, ends, strict=True)]
         parts = [row.token_ids[row.num_held:end] for row, end in zip(rows, ends)]
         tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
         record = self._new_record(len(tokens))
-        hidden = self._model.prefill_chunks(tokens, chunks, self._decoder.cache, record=record)
+        hidden = self._model.prefill(tokens, chunks, self._decoder.cache, record=record)
         self._keep_routing(rows, [row.num_held for row in rows], [len(part) for part in parts], record)
         self.stats.prefill_tokens += len(tokens)
         for row, end in zip(rows, ends):
             row.num_held = end
-        return hidden
-
-    def _prefill(self, rows: list[RolloutRow]) -> Tensor:
-        """Prefills all tokens of rows whose slots hold none. Returns the hidden states [n, D] after them."""
-        parts, prefixes, slots = [], [], []
-        for row in rows:
-            sequence = [row.token_ids]
-            if self._sampler.shares_prompts and row.num_new:
-                sequence = [row.prompt.token_ids, row.completion_ids]
-            prefixes += [-1] + [len(parts)] * (len(sequence) - 1)
-            slots += [row.slot] * len(sequence)
-            parts += sequence
-        bounds = torch.tensor([0, *itertools.accumulate(map(len, parts))], dtype=torch.int32)
-        tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
-        record = self._new_record(len(tokens))
-        hidden = self._model.prefill_hidden(tokens, bounds, self._decoder.cache, torch.tensor(slots, device=self._device),
-                                            prefixes=prefixes, record=record)
-        self._keep_routing(rows, [0] * len(rows), [row.num_tokens for row in rows], record)
-        self.stats.prefill_tokens += len(tokens)
         return hidden
 
     def _start(self, rows: list[RolloutRow], hidden: Tensor) -> None:

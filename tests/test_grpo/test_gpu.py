@@ -20,6 +20,7 @@ from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.update import make_replay
 from models.formats.hugging_face import load_model
+from models.keys import PrefillChunk
 from models.kv_cache import page_bytes, slot_bytes
 from models.lora import LoraConfig, attach_lora, set_full_training
 
@@ -340,7 +341,8 @@ def test_a_prefill_of_few_tokens_leaves_the_bits_of_others(monkeypatch, bounds):
         monkeypatch.setattr(kernels.device, "MAX_FEW_ROWS", most)
         cache = model.new_cache(2, 512)
         assert cache.reserve(0, 512) and cache.reserve(1, 512)
-        hidden = model.prefill_hidden(tokens, torch.tensor(bounds), cache, torch.arange(len(bounds) - 1, device="cuda"))
+        chunks = [PrefillChunk(slot, 0, end - first) for slot, (first, end) in enumerate(zip(bounds, bounds[1:]))]
+        hidden = model.prefill(tokens, chunks, cache)
         results.append([hidden, *(tensor.clone() for tensor in (*cache.keys, *cache.values))])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results)) and results[0][0].any()
 

@@ -293,7 +293,7 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
     tokens = torch.arange(3, 9)
     cache, slots = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64)
     assert cache.reserve(0, 16)
-    model.prefill_hidden(tokens[:-1], torch.tensor([0, 5]), cache, slots)
+    model.prefill(tokens[:-1], [PrefillChunk(0, 0, 5)], cache)
     logits = model.head(model.decode_hidden(tokens[-1:], torch.tensor([5]), cache, slots))
     with torch.no_grad():
         torch.testing.assert_close(logits[0], model.logits(tokens, torch.tensor([0, 6]))[-1], rtol=1e-4, atol=1e-4)
@@ -310,10 +310,10 @@ def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monke
         cache = model.new_cache(2, 40)
         assert cache.reserve(0, 20) and cache.reserve(1, 20)
         if start:  # the rest of one sequence
-            model.prefill_hidden(tokens[:start], torch.tensor([0, start]), cache, torch.tensor([1]))
-            hidden = model.prefill_chunks(tokens[start:], [PrefillChunk(1, start, 20)], cache)
+            model.prefill(tokens[:start], [PrefillChunk(1, 0, start)], cache)
+            hidden = model.prefill(tokens[start:], [PrefillChunk(1, start, 20)], cache)
         else:
-            hidden = model.prefill_hidden(tokens, torch.tensor([0, 13, 20]), cache, torch.tensor([1, 0]))
+            hidden = model.prefill(tokens, [PrefillChunk(1, 0, 13), PrefillChunk(0, 0, 7)], cache)
         results.append([hidden, *cache.keys, *cache.values])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

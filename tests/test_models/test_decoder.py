@@ -7,6 +7,7 @@ from paths import FIXTURES
 
 from models.decoder import BUCKETS, Decoder, NewRow, PlainDraw, bucket_of, can_decode_by_graph, share_prefixes
 from models.formats.hugging_face import load_model
+from models.keys import PrefillChunk
 
 
 def test_a_batch_takes_the_smallest_bucket_that_holds_it():
@@ -47,8 +48,8 @@ def make_decoder(model, prompts: list[list[int]], *, limits: list[int], stop_ids
     decoder = Decoder(model, cache, max_rows=3, stop_ids=stop_ids, counts_prompts_apart=False)
     new = [NewRow(item=i, slot=slot, prompt_len=len(prompt), num_new=0, limit=limit, place=64 * slot, key=(7, 3, i, 0))
            for i, (slot, prompt, limit) in enumerate(zip(slots, prompts, limits, strict=True))]
-    bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0)
-    hidden = model.prefill_hidden(torch.tensor(sum(prompts, [])), bounds, cache, torch.tensor(slots))
+    chunks = [PrefillChunk(slot, 0, len(prompt)) for slot, prompt in zip(slots, prompts)]
+    hidden = model.prefill(torch.tensor(sum(prompts, [])), chunks, cache)
     return decoder, new, hidden
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import models.gpt_oss
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss, KeptSets
+from models.keys import PrefillChunk
 from models.lora import LoraConfig, attach_lora, set_full_training
 
 NAMES = ("tiny_bf16", "tiny_mxfp4")
@@ -140,7 +141,7 @@ def test_greedy_decoding_from_the_cache_matches_the_golden_tokens_and_log_probs(
     cache = model.new_cache(num_rows, prompt_len + expected.shape[1])
     slots = torch.tensor([2, 0, 1])
     assert all(cache.reserve(slot, cache.max_len) for slot in range(num_rows))
-    logits = model.head(model.prefill_hidden(*pack(list(prompts)), cache, slots))
+    logits = model.head(model.prefill(prompts.flatten(), [PrefillChunk(slot, 0, prompt_len) for slot in slots.tolist()], cache))
     for step in range(expected.shape[1]):
         tokens = logits.argmax(-1)
         assert tokens.tolist() == expected[:, step].tolist(), step
@@ -212,7 +213,7 @@ def test_prefill_and_decode_agree_with_the_trainer_on_log_probs(pair):
     chosen, _ = model.log_probs(tokens, cu_seqlens, temperature=0.7, mask=all_but_first(cu_seqlens))
     cache, slot = model.new_cache(1, 40), torch.tensor([0])
     assert cache.reserve(0, 40)
-    logits = model.head(model.prefill_hidden(row[:5], torch.tensor([0, 5]), cache, slot))
+    logits = model.head(model.prefill(row[:5], [PrefillChunk(0, 0, 5)], cache))
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
         assert abs(sampled - chosen[position]) <= 5e-6, position

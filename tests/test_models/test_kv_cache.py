@@ -5,6 +5,7 @@ import torch
 
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
+from models.keys import PrefillChunk
 from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
 WINDOW = 4
@@ -228,8 +229,8 @@ def test_decoding_past_the_window_equals_full_recomputation(model, prompt_length
     slots = torch.tensor([4, 0, 2])
     assert all(cache.reserve(slot, total) for slot in slots.tolist())
     prompts = [row[:length] for row, length in zip(rows, prompt_lengths)]
-    cu_seqlens = torch.tensor([0, *prompt_lengths]).cumsum(0).int()
-    logits = model.head(model.prefill_hidden(torch.cat(prompts), cu_seqlens, cache, slots))
+    chunks = [PrefillChunk(slot, 0, length) for slot, length in zip(slots.tolist(), prompt_lengths)]
+    logits = model.head(model.prefill(torch.cat(prompts), chunks, cache))
     for row, length in enumerate(prompt_lengths):
         torch.testing.assert_close(logits[row], expected[row][length - 1], rtol=1e-5, atol=2e-5)
     positions = torch.tensor(prompt_lengths)
@@ -250,7 +251,7 @@ def test_copies_of_a_prompt_go_on_independently(model, prompt_len):
         tensor.fill_(float("nan"))
     assert cache.reserve(2, 1) and cache.reserve(0, prompt_len)
     cache.release(2)  # so that pages are not in order
-    model.prefill_hidden(prompt, torch.tensor([0, prompt_len], dtype=torch.int32), cache, torch.tensor([0]))
+    model.prefill(prompt, [PrefillChunk(0, 0, prompt_len)], cache)
     assert cache.fan_out(0, [1, 2], prompt_len)
     ends = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
     for step in range(4):
@@ -265,6 +266,6 @@ def test_what_does_not_fit_is_refused(model):
     cache = model.new_cache(num_slots=1, max_len=5)
     slot = torch.tensor([0])
     with pytest.raises(ValueError, match="a prompt of 6 tokens does not fit a cache of 5"):
-        model.prefill_hidden(torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6]), cache, slot)
+        model.prefill(torch.zeros(6, dtype=torch.int64), [PrefillChunk(0, 0, 6)], cache)
     with pytest.raises(ValueError, match="position 5 does not fit a cache of 5"):
         model.decode_hidden(torch.tensor([1]), torch.tensor([5]), cache, slot)

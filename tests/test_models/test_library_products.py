@@ -7,6 +7,7 @@ from paths import FIXTURES
 from safetensors.torch import load_file
 
 from models.formats.hugging_face import load_model
+from models.keys import PrefillChunk
 from models.lora import TARGETS, LoraConfig, attach_lora
 
 NAMES = ("tiny_bf16", "tiny_mxfp4")
@@ -59,7 +60,7 @@ def test_sampler_and_trainer_agree(library):
     chosen, _ = model.log_probs(row, torch.tensor([0, 40]), temperature=0.7, mask=mask)
     cache, slot = model.new_cache(1, 40), torch.tensor([0])
     assert cache.reserve(0, 40)
-    logits = model.head(model.prefill_hidden(row[:5], torch.tensor([0, 5]), cache, slot))
+    logits = model.head(model.prefill(row[:5], [PrefillChunk(0, 0, 5)], cache))
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
         assert abs(sampled - chosen[position]) <= 5e-5, position

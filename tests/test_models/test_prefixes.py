@@ -140,11 +140,11 @@ def test_a_prefill_of_a_prompt_and_its_continuation_is_that_of_the_whole_sequenc
     alone, prompt, continuation, last = (torch.randint(0, model.config.vocab_size, (length,), generator=generator)
                                          for length in (9, prompt_len, lengths, 2))
     results = []
-    for parts, prefixes, slots in (([alone, prompt, continuation], [-1, -1, 1], [2, 0, 0]),
-                                   ([alone, torch.cat([prompt, continuation])], None, [2, 0])):
+    for prefix_len in (prompt_len, 0):
         cache = model.new_cache(3, 64)
         assert cache.reserve(0, 64) and cache.reserve(2, 64)
-        hidden = model.prefill_hidden(torch.cat(parts), bounds(parts), cache, torch.tensor(slots), prefixes=prefixes)
+        chunks = [PrefillChunk(2, 0, 9), PrefillChunk(0, 0, prompt_len + lengths, prefix_len)]
+        hidden = model.prefill(torch.cat([alone, prompt, continuation]), chunks, cache)
         logits = [model.head(hidden)]
         for offset, token in enumerate(last):
             positions = torch.tensor([9, prompt_len + lengths]) + offset
@@ -173,11 +173,8 @@ def test_a_prefill_in_chunks_is_that_of_the_whole_sequence(cuts, prefix_len, max
         records = []
         for start, end in zip(bounds_of_chunks, bounds_of_chunks[1:]):
             records.append(RoutingRecord(end - start, model.config, "cpu"))
-            if bounds_of_chunks == [0, 130]:
-                hidden = model.prefill_hidden(prompt, torch.tensor([0, 130]), cache, torch.tensor([1]), record=records[-1])
-            else:
-                chunk = PrefillChunk(1, start, end, prefix_len)
-                hidden = model.prefill_chunks(prompt[start:end], [chunk], cache, record=records[-1])
+            chunk = PrefillChunk(1, start, end, prefix_len if len(bounds_of_chunks) > 2 else 0)
+            hidden = model.prefill(prompt[start:end], [chunk], cache, record=records[-1])
         logits = [model.head(hidden)]
         for offset, token in enumerate(last):
             logits.append(model.head(model.decode_hidden(token[None], torch.tensor([130 + offset]), cache, torch.tensor([1]))))
@@ -200,10 +197,10 @@ def test_chunks_of_several_sequences_give_what_each_gives_alone(prefix_len):
         for slot, start, _, _ in chunks:
             assert cache.reserve(slot, 132)
             if start:
-                model.prefill_chunks(tokens[slot, :start], [PrefillChunk(slot, 0, start, prefix_len)], cache)
+                model.prefill(tokens[slot, :start], [PrefillChunk(slot, 0, start, prefix_len)], cache)
         parts = [tokens[slot, start:end] for slot, start, end, _ in chunks]
         calls = [(torch.cat(parts), chunks)] if together else [(part, [chunk]) for part, chunk in zip(parts, chunks)]
-        logits = [model.head(torch.cat([model.prefill_chunks(*call, cache) for call in calls]))]
+        logits = [model.head(torch.cat([model.prefill(*call, cache) for call in calls]))]
         ends = torch.tensor([end for _, end in bounds])
         logits.append(model.head(model.decode_hidden(tokens[torch.arange(3), ends], ends, cache, torch.arange(3))))
         results.append(torch.cat(logits))

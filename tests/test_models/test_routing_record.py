@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import models.routing_record
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
+from models.keys import PrefillChunk
 from models.lora import LoraConfig, attach_lora
 from models.routing_record import RoutingRecord, RoutingReplay, empty_routing, no_record
 
@@ -45,7 +46,7 @@ def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
     cache, slots = model.new_cache(3, 40), torch.arange(3)
     assert all(cache.reserve(slot, 40) for slot in range(3))
     record = RoutingRecord(3 * 30, model.config, "cpu")
-    model.prefill_hidden(tokens[:, :30].flatten(), torch.tensor([0, 30, 60, 90], dtype=torch.int32), cache, slots, record=record)
+    model.prefill(tokens[:, :30].flatten(), [PrefillChunk(slot, 0, 30) for slot in slots.tolist()], cache, record=record)
     assert torch.equal(record.indices.unflatten(0, (3, 30)), expected[:, :30])
     for position in range(30, 40):
         record = RoutingRecord(3, model.config, "cpu")
@@ -56,10 +57,9 @@ def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
 @torch.no_grad()
 def test_recording_changes_no_bit_of_the_logits(pair):
     model, data = pair
-    tokens, bounds = data["input_ids"][0], torch.tensor([0, 40], dtype=torch.int32)
-    cache = model.new_cache(1, 40)
+    tokens, cache = data["input_ids"][0], model.new_cache(1, 40)
     assert cache.reserve(0, 40)
-    plain, recorded = (model.head(model.prefill_hidden(tokens, bounds, cache, torch.tensor([0]), record=record))
+    plain, recorded = (model.head(model.prefill(tokens, [PrefillChunk(0, 0, 40)], cache, record=record))
                        for record in (None, RoutingRecord(40, model.config, "cpu")))
     assert torch.equal(plain, recorded)
 

@@ -65,7 +65,7 @@ def test_a_step_is_timed_in_its_phases(policy):
     assert min(phases) >= 0 and sum(phases) == pytest.approx(found["seconds"], abs=0.005)
     assert found["max_log_prob_diff"] < 1e-5 and found["rollout_tokens_per_s"] > 0
     assert any(not parameter.equal(before[name]) for name, parameter in policy.trainable_parameters().items())
-    assert "prefill_hidden" not in vars(policy)
+    assert "prefill" not in vars(policy)
 
 
 def test_memory_is_measured_over_steps_of_mixed_lengths(policy):

@@ -81,12 +81,12 @@ def test_live_rows_decode_between_chunks(model, monkeypatch):
 
         monkeypatch.setattr(GptOss, name, spy)
 
-    for name in ("prefill_hidden", "prefill_chunks", "decode_hidden"):
+    for name in ("prefill", "decode_hidden"):
         spied(name)
     sample(model, make_prompts([150, 140, 10]), max_prefill_tokens=64, num_samples=2, max_new_tokens=5)
-    assert calls == [("prefill_chunks", 64), ("prefill_chunks", 64), ("prefill_chunks", 22),
-                     ("prefill_chunks", 64), ("decode_hidden", 2), ("prefill_chunks", 64), ("decode_hidden", 2),
-                     ("prefill_chunks", 12), ("prefill_hidden", 10),
+    assert calls == [("prefill", 64), ("prefill", 64), ("prefill", 22),
+                     ("prefill", 64), ("decode_hidden", 2), ("prefill", 64), ("decode_hidden", 2),
+                     ("prefill", 12), ("prefill", 10),
                      ("decode_hidden", 6), ("decode_hidden", 6), ("decode_hidden", 4), ("decode_hidden", 4)]
 
 

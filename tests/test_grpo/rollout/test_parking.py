@@ -132,7 +132,7 @@ def spied_calls(monkeypatch) -> list[tuple[str, int]]:
 
         monkeypatch.setattr(GptOss, name, spy)
 
-    for name in ("prefill_hidden", "prefill_chunks", "decode_hidden"):
+    for name in ("prefill", "decode_hidden"):
         spy_on(name)
     return calls
 
@@ -148,7 +148,7 @@ def test_appended_tokens_of_several_rows_are_prefilled_in_one_call_after_the_tok
         assert session.is_running and set(session.poll()) == set(rows)
         session.continue_with(rows[1], [])
         assert session.poll() == rows[1:]
-    assert calls == [("prefill_hidden", 50), ("prefill_chunks", 4 + 21), ("prefill_chunks", 1)]
+    assert calls == [("prefill", 50), ("prefill", 4 + 21), ("prefill", 1)]
     assert sampler.last_stats.prefill_tokens == 76 and sampler.last_stats.decode_steps == 0
 
 
@@ -164,7 +164,7 @@ def test_a_reply_longer_than_a_prefill_comes_in_chunks_between_which_others_are_
         session.continue_with(*parked, [8] * 34)
         for _ in range(4):
             session.poll()
-    assert calls == [("prefill_chunks", 32), ("decode_hidden", 2), ("prefill_chunks", 3), ("decode_hidden", 3)]
+    assert calls == [("prefill", 32), ("decode_hidden", 2), ("prefill", 3), ("decode_hidden", 3)]
 
 
 # ---- who gives way

@@ -201,13 +201,13 @@ def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(model)
 
 
 def test_the_longest_prompts_are_admitted_first(model, monkeypatch):
-    lengths, prefill_hidden = [], GptOss.prefill_hidden
+    lengths, prefill = [], GptOss.prefill
 
-    def spy(self, tokens, cu_seqlens, *arguments, **settings):
-        lengths.append(cu_seqlens.diff().tolist())
-        return prefill_hidden(self, tokens, cu_seqlens, *arguments, **settings)
+    def spy(self, tokens, chunks, *arguments, **settings):
+        lengths.append([chunk.end - chunk.start for chunk in chunks])
+        return prefill(self, tokens, chunks, *arguments, **settings)
 
-    monkeypatch.setattr(GptOss, "prefill_hidden", spy)
+    monkeypatch.setattr(GptOss, "prefill", spy)
     completions, _ = sample(model, make_prompts([5, 9, 30, 9]), max_batch=2, max_new_tokens=3)
     assert lengths == [[30, 9], [9, 5]]
     assert [completion.prompt.id for completion in completions] == [0, 1, 2, 3]

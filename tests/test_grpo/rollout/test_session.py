@@ -178,19 +178,19 @@ def test_groups_larger_than_the_batch_finish_and_every_prompt_is_prefilled_once(
 
 def test_finished_rows_leave_the_batch_and_waiting_ones_take_their_slots(model, monkeypatch):
     sizes, prefills = [], []
-    decode_hidden, prefill_hidden = GptOss.decode_hidden, GptOss.prefill_hidden
+    decode_hidden, prefill = GptOss.decode_hidden, GptOss.prefill
 
     def spy_decode(self, tokens, positions, cache, slots, **settings):
         assert len(slots.unique()) == len(slots)
         sizes.append(len(tokens))
         return decode_hidden(self, tokens, positions, cache, slots, **settings)
 
-    def spy_prefill(self, tokens, cu_seqlens, cache, slots, **settings):
+    def spy_prefill(self, tokens, chunks, cache, **settings):
         prefills.append(len(tokens))
-        return prefill_hidden(self, tokens, cu_seqlens, cache, slots, **settings)
+        return prefill(self, tokens, chunks, cache, **settings)
 
     monkeypatch.setattr(GptOss, "decode_hidden", spy_decode)
-    monkeypatch.setattr(GptOss, "prefill_hidden", spy_prefill)
+    monkeypatch.setattr(GptOss, "prefill", spy_prefill)
     prompts = make_prompts(10, lengths=(6, 6))
     completions, stats = generate(model, prompts, stop_ids=(3, 17), max_batch=4, max_prefill_tokens=12)
     lengths = [len(c.completion_ids) for c in completions]
