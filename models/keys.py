@@ -100,7 +100,8 @@ class PromptKeys:
         for length in set(cache.lengths):
             rows = [torch.arange(max(begin, end - length), end) for begin, end in self.bounds]
             self.rows[length] = to_device(torch.cat(rows), device)  # a ring keeps the last entries only
-            self.spans[length] = [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
+            if self.plan is None:
+                self.spans[length] = [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
 
     def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
         q, k, v = rotated(attn, qkv, self.angles)
