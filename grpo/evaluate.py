@@ -7,8 +7,6 @@ pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n sam
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
 same keys, so that they differ by the policy only.
 """
-from __future__ import annotations
-
 import json
 import math
 import os

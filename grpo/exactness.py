@@ -2,8 +2,6 @@
 
 T packed tokens of a micro-batch.
 """
-from __future__ import annotations
-
 import math
 import shlex
 from pathlib import Path

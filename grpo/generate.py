@@ -12,8 +12,6 @@ without their analysis, their <|return|> an <|end|>.
 A message's header stands in brackets before its text: [analysis], [final]. What the model writes is untrusted: control
 characters are shown as escapes. Notes and errors go to stderr.
 """
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools

@@ -7,8 +7,6 @@ a step can be repeated from the weights before it and a checkpoint needs no stat
 Exit codes: 0 finished, 1 disk or an error of this program, 2 configuration or checkpoint, 3 data, 4 environment or reward,
 5 out of memory, 6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
 """
-from __future__ import annotations
-
 import sys
 import time
 

@@ -1,6 +1,4 @@
 """The update of a step: a batch of scored completions to losses, gradients and optimizer steps, with their metrics."""
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -11,8 +11,6 @@ shows in the next step.
 
 Shapes: B rows, R rows that there is room for, D model width, V vocabulary.
 """
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

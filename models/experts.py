@@ -5,8 +5,6 @@ the format of the base.
 
 Shapes: E experts, T tokens, A experts per token, R routed rows, D model width, F expert width.
 """
-from __future__ import annotations
-
 import torch
 from torch import nn
 

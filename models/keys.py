@@ -5,8 +5,6 @@ attends. `attn` is the attention of a layer (models/block.py): its index, window
 
 Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, B decoded sequences.
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -9,8 +9,6 @@ key of position p stands at p modulo that number.
 
 Shapes: N slots, M pages, W pages per slot, L entries of a ring, K key-value heads, D head width.
 """
-from __future__ import annotations
-
 import math
 
 import torch

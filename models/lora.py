@@ -3,8 +3,6 @@
 An adapter is never merged: y += (alpha / rank) * B (A x). On experts there is an A and a B for each expert. A starts
 Kaiming-uniform (a = sqrt 5, as PEFT does), B at zero, both fp32 whatever the base.
 """
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, field

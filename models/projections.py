@@ -2,8 +2,6 @@
 
 Shapes: T tokens, r LoRA's rank, E experts.
 """
-from __future__ import annotations
-
 import torch
 from torch import nn
 

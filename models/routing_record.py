@@ -9,8 +9,6 @@ Both classes answer the same question of models/gpt_oss.py, which experts a laye
 
 Shapes: T tokens, L layers, A experts per token, E experts.
 """
-from __future__ import annotations
-
 import torch
 
 from kernels.experts.sorting import choose_experts

@@ -6,8 +6,6 @@
 
 Under its final name a checkpoint is whole whenever the process is killed; the manifest finds what a disk did to it later.
 """
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -3,8 +3,6 @@
 The end of a run and scripts/export.py write it here, each into one folder that is ready for the hub (grpo/run/hub.py).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,6 +1,4 @@
 """How an entry point ends when something goes wrong: the exit code of each kind of failure, and its one message."""
-from __future__ import annotations
-
 import contextlib
 import errno
 import traceback

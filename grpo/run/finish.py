@@ -1,6 +1,4 @@
 """How a training run ends: its checkpoints, what others load of it, and what to type next."""
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

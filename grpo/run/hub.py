@@ -1,7 +1,5 @@
 """Uploads an export to the Hugging Face hub. The folder on this machine stays as it is, whatever happens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token

@@ -4,8 +4,6 @@ and the command, code, versions and device that made it, for summary.json.
 A resume on anything else would end in weights that no single command gives, so it is refused. Where files lie is not part of
 it: a base or a data file that moved is the same.
 """
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -1,6 +1,4 @@
 """A run's folder belongs to one process at a time."""
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The README.md of an export: a front matter that the hub parses, and how the policy was trained, prompted and measured."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

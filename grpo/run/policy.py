@@ -3,8 +3,6 @@
 Shared by the three entry points. Trained parameters of a run live in its checkpoints; the base comes from `model.path`, or from
 `model.architecture` and the seed.
 """
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,6 +1,4 @@
 """How a training run starts: its folder, what it is built of, and the weights that it goes on from, those of a checkpoint too."""
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable

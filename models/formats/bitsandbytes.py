@@ -10,8 +10,6 @@ Experts become one tensor a projection: codes [E, out, in / 2] and absmax [E, ou
 
 Source: bitsandbytes, functional.py (QuantState.as_dict, dequantize_4bit); unsloth's checkpoints of gpt-oss-20b.
 """
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
