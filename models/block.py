@@ -25,7 +25,7 @@ from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
 from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
 from models.experts import RoutedExperts
-from models.keys import PackedKeys
+from models.keys import PackedKeys, rotated
 from models.offload import Kept, TrainingPass
 from models.projections import Linear, Router, linears
 from models.routing_record import RoutingRecord, RoutingReplay
@@ -158,7 +158,7 @@ class Block(nn.Module):
         normed, _, inv_rms = norm.again(x)
         if qkv is None:
             qkv, _ = linear(attn.qkv(), normed, keeps_low_rank=True)
-            keys.rotate(attn, qkv)
+            rotated(attn, qkv, keys.angles)
         if attended is None:
             attended, lse = keys.attend_rotated(attn, qkv)
         if middle is None:

@@ -274,7 +274,7 @@ class GptOss(nn.Module):
         return draw(hidden, self.lm_head.weight, rng_keys, temperature=temperature)
 
 
-def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None = None) -> torch.Tensor:
+def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None) -> torch.Tensor:
     """The row of the token before each packed token, -1 where there is none: [T] int64. Before a continuation's first token
     stands the last one of its prefix."""
     rows = torch.arange(cu_seqlens[-1]) - 1

@@ -40,14 +40,10 @@ class PackedKeys:
         """The heads' outputs side by side [T, H * head width]. kept: as Block.forward has it."""
         if kept is None:
             return packed_attention(attn, *rotated(attn, qkv, self.angles), self.plan)
-        self.rotate(attn, qkv)
+        rotated(attn, qkv, self.angles)
         attended, lse = self.attend_rotated(attn, qkv)
         kept.keep({"qkv": qkv, "attended": attended, "lse": lse})
         return attended
-
-    def rotate(self, attn, qkv: torch.Tensor) -> None:
-        """On a GPU, in place."""
-        rotated(attn, qkv, self.angles)
 
     def attend_rotated(self, attn, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What attend returns, for a product that has been rotated, and what backward takes beside it."""
@@ -145,7 +141,7 @@ class CachedKeys:
                                 **attn.settings()).flatten(1)
 
 
-def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None = None) -> torch.Tensor:
+def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None) -> torch.Tensor:
     """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
     bounds = torch.tensor(cu_seqlens)
     lengths = bounds.diff()

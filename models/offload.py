@@ -103,25 +103,16 @@ def scratch(config: GptOssConfig, run: Workload) -> int:
     return gate_up + down_part if gate_up <= run.scratch_bytes and not run.keeps_h else min(gate_up, run.scratch_bytes)
 
 
-def workspace(config: GptOssConfig, run: Workload) -> int:
-    """Memory that the backward of one layer cannot do without, beside what layers keep."""
-    sizes = bytes_of(config, run)
+def workspaces(config: GptOssConfig, run: Workload) -> tuple[int, int]:
+    """Memory that the forward and the backward of one layer cannot do without, beside what layers keep."""
+    sizes, width, inner = bytes_of(config, run), config.hidden_size, config.intermediate_size
     rows = run.num_tokens * config.num_experts_per_tok * run.element_size
-    width = config.intermediate_size  # the activation, and in its place the rows of the input's gradient
-    if config.intermediate_size != config.hidden_size:
-        width += config.hidden_size
-    layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + rows * width + 6 * sizes["x"] + scratch(config, run)
-    return layer + 100_000_000  # workspaces of the library
-
-
-def forward_workspace(config: GptOssConfig, run: Workload) -> int:
-    """The same for the forward of one layer."""
-    sizes = bytes_of(config, run)
-    rows = run.num_tokens * config.num_experts_per_tok * run.element_size
-    layer = sizes["qkv"] + sizes["attended"] + sizes["h"] + 4 * sizes["x"]
-    layer += rows * (config.intermediate_size + config.hidden_size)
-    # nothing is computed again: never two projections' weights at once
-    return layer + scratch(config, replace(run, keeps_h=True)) + 100_000_000
+    both = sizes["qkv"] + sizes["attended"] + sizes["h"] + 100_000_000  # with workspaces of the library
+    # nothing is computed again in the forward: never two projections' weights at once
+    forward = both + rows * (inner + width) + 4 * sizes["x"] + scratch(config, replace(run, keeps_h=True))
+    # in the backward the rows of the input's gradient take the activation's place, where they have its size
+    backward = both + rows * (inner if inner == width else inner + width) + 6 * sizes["x"] + scratch(config, run)
+    return forward, backward
 
 
 def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, pending: int) -> tuple[int, int]:
@@ -411,11 +402,11 @@ class MemoryBudget:
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
-        if free - workspace(self.config, run) - gradients < layers * sum(sizes.values()):
+        if free - workspaces(self.config, run)[1] - gradients < layers * sum(sizes.values()):
             run.keeps_h = False
         # gradients grow as what layers keep goes: only what they exceed it by is extra
         wanted = gradients if layers * sizes["x"] <= self.host_bytes else max(gradients, layers * sizes["x"])
-        while free - workspace(self.config, run) < wanted and run.scratch_bytes > 1 << 26:
+        while free - workspaces(self.config, run)[1] < wanted and run.scratch_bytes > 1 << 26:
             run.scratch_bytes //= 2
         plans = self._fit(run, free, gradients=gradients, pending=pending)
         self._is_tight = any(place != Place.gpu for plan in plans for place in plan.values())
@@ -462,12 +453,12 @@ class MemoryBudget:
         while True:
             plans = plan_layers(self.config, run, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._host_rate,
                                 pending=pending, peak_flops=self._product_rate)
-            forward, backward = most_held(plans, sizes, gradients=gradients, pending=pending)
-            excess = max(forward + forward_workspace(self.config, run), backward + workspace(self.config, run)) - free
+            held = most_held(plans, sizes, gradients=gradients, pending=pending)
+            excess = max(map(sum, zip(held, workspaces(self.config, run)))) - free
             if excess <= 0 or room == 0:
                 return plans
-            held = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.gpu)
-            room = max(0, min(room, held) - excess)  # of room beyond what is held, nothing would change
+            kept = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.gpu)
+            room = max(0, min(room, kept) - excess)  # of room beyond what is kept, nothing would change
 
 
 def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:

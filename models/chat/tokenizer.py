@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",  # names the ids that end a completion
 )
-LARGEST_ID = 2**24  # memory is taken per id
+LARGEST_ID = 2**24  # a model takes memory per id
 REPLACEMENT = "\ufffd"
 
 
@@ -66,10 +66,7 @@ class Tokenizer:
                 f"tokenizer {name} has a token of id {self.vocab_size - 1}; no gpt-oss vocabulary passes {LARGEST_ID}: copy the "
                 "tokenizer files of the checkpoint again"
             )
-        self._is_ordinary = bytearray(self.vocab_size)  # by id: whether it is a token of text
-        for id in ids:
-            self._is_ordinary[id] = id not in self._special_text
-
+        self._ordinary = set(ids) - self._special_text.keys()  # tokens of text
         (self.startoftext, self.endoftext, self.return_, self.constrain, self.channel, self.start, self.end, self.message,
          self.call) = (self._special_id[text] for text in CONTROL_TOKENS)
         self.stop_ids = (self.return_, self.call, self.endoftext)
@@ -137,16 +134,13 @@ class Tokenizer:
         into one character.
         """
         pieces: list[str] = []
-        for is_text, run in groupby(ids, self._is_text):
+        for is_text, run in groupby(ids, self._ordinary.__contains__):
             if is_text:
                 pieces.append(self._backend.decode(list(run), skip_special_tokens=False))
             else:
                 shown = (id for id in run if keep_special or id not in self._special_text)
                 pieces += [self._special_text.get(id, REPLACEMENT) for id in shown]
         return "".join(pieces)
-
-    def _is_text(self, id: int) -> bool:
-        return 0 <= id < self.vocab_size and bool(self._is_ordinary[id])
 
     def is_special(self, id: int) -> bool:
         """Whether this id is a control token (harmony's or reserved)."""

@@ -11,10 +11,9 @@ from models.offload import (
     Workload,
     bytes_of,
     everything,
-    forward_workspace,
     most_held,
     scratch,
-    workspace,
+    workspaces,
 )
 
 BUDGET = 20_000_000_000
@@ -79,12 +78,12 @@ def test_dequantised_weights_take_what_stands_at_once(is_packed, keeps_h, scratc
 
 def test_a_layers_workspace_is_the_sum_of_what_its_passes_cannot_do_without():
     # backward: qkv, attended, h; per token and expert 24 of the activation and 16 of the rows; 6 streams; weights
-    assert workspace(CONFIG, RUN) == 640 + 400 + 1920 + 40 * (24 + 16) + 6 * 640 + 4608 + LIBRARY
-    assert workspace(CONFIG, replace(RUN, keeps_h=False)) - workspace(CONFIG, RUN) == 2304
+    assert workspaces(CONFIG, RUN)[1] == 640 + 400 + 1920 + 40 * (24 + 16) + 6 * 640 + 4608 + LIBRARY
+    assert workspaces(CONFIG, replace(RUN, keeps_h=False))[1] - workspaces(CONFIG, RUN)[1] == 2304
     square = replace(CONFIG, intermediate_size=16)  # the rows take the activation's place
-    assert workspace(square, replace(RUN, is_packed=False)) == 640 + 400 + 1280 + 40 * 16 + 6 * 640 + LIBRARY
-    assert forward_workspace(CONFIG, RUN) == 640 + 400 + 1920 + 4 * 640 + 40 * (24 + 16) + 4608 + LIBRARY
-    assert forward_workspace(CONFIG, replace(RUN, keeps_h=False)) == forward_workspace(CONFIG, RUN)
+    assert workspaces(square, replace(RUN, is_packed=False))[1] == 640 + 400 + 1280 + 40 * 16 + 6 * 640 + LIBRARY
+    assert workspaces(CONFIG, RUN)[0] == 640 + 400 + 1920 + 4 * 640 + 40 * (24 + 16) + 4608 + LIBRARY
+    assert workspaces(CONFIG, replace(RUN, keeps_h=False))[0] == workspaces(CONFIG, RUN)[0]
 
 
 def test_most_is_held_before_the_last_layer_or_by_gradients_after_it():
@@ -102,7 +101,7 @@ def test_a_plan_keeps_everything_where_that_just_fits_and_less_with_a_byte_less(
     memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=1.0, host_gb=0.0)
     memory._product_rate = 1e12
     one_layer = 640 + 640 + 400 + 640 + 1920
-    free = one_layer + workspace(CONFIG, RUN)  # while the second layer runs, the first keeps all
+    free = one_layer + workspaces(CONFIG, RUN)[1]  # while the second layer runs, the first keeps all
     whole, tight = (memory._fit(RUN, free - less, gradients=0, pending=0) for less in (0, 1))
     assert whole[0] == everything(Place.gpu)
     assert sum(place == Place.gpu for plan in tight for place in plan.values()) < sum(

@@ -117,12 +117,12 @@ def test_kept_sets_stay_with_their_tokens():
 def test_positions_of_a_continuation_go_on_after_its_prompt():
     device = torch.device("cpu")
     assert packed_positions([0, 3, 5, 6, 8], device, [-1, 0, 0, -1]).tolist() == [0, 1, 2, 3, 4, 3, 0, 1]
-    assert packed_positions([0, 2, 5], device).tolist() == [0, 1, 0, 1, 2]
+    assert packed_positions([0, 2, 5], device, None).tolist() == [0, 1, 0, 1, 2]
 
 
 def test_the_token_before_a_continuation_is_the_last_of_its_prompt():
     assert previous_rows([0, 3, 5, 6, 8], [-1, 0, 0, -1]).tolist() == [-1, 0, 1, 2, 3, 2, -1, 6]
-    assert previous_rows([0, 2, 2, 4]).tolist() == [-1, 0, -1, 2]  # the sequence without tokens has no first
+    assert previous_rows([0, 2, 2, 4], None).tolist() == [-1, 0, -1, 2]  # the sequence without tokens has no first
 
 
 def test_the_first_token_of_a_shared_prompt_has_no_log_prob():
