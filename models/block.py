@@ -12,8 +12,6 @@ Shapes: T packed tokens, D model width, H query heads, K key-value heads, P = (H
 """
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
@@ -25,16 +23,10 @@ from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
 from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
 from models.experts import RoutedExperts
-from models.keys import PackedKeys, rotated
+from models.keys import Keys, PackedKeys, rotated
 from models.offload import Kept, TrainingPass
 from models.projections import Linear, Router, linears
 from models.routing_record import RoutingRecord, RoutingReplay
-
-
-class Keys(Protocol):
-    """What a layer's queries attend to (models/keys.py)."""
-
-    def attend(self, attn: Attention, qkv: torch.Tensor, kept: Kept | None) -> torch.Tensor: ...
 
 
 class RMSNorm(nn.Module):

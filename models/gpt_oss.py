@@ -26,10 +26,10 @@ from kernels.embedding import embedding
 from kernels.head.draw import draw, head_logits
 from kernels.head.log_probs import log_probs
 from kernels.packed.weights import ExpertWeights
-from models.block import Block, Keys, RMSNorm
+from models.block import Block, RMSNorm
 from models.config import GptOssConfig
 from models.experts import FORMATS, RoutedExperts
-from models.keys import Angles, CachedKeys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
+from models.keys import Angles, CachedKeys, Keys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
 from models.offload import MemoryBudget
 from models.projections import Linear

@@ -141,6 +141,9 @@ class CachedKeys:
                                 **attn.settings()).flatten(1)
 
 
+Keys = PackedKeys | PromptKeys | CachedKeys
+
+
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None) -> torch.Tensor:
     """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
     bounds = torch.tensor(cu_seqlens)
