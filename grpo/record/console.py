@@ -1,6 +1,7 @@
 """What a run prints: a live panel on a terminal, one plain line per step everywhere else, and its results at the end."""
 
 import atexit
+import contextlib
 import math
 import sys
 import time
@@ -17,6 +18,7 @@ from grpo.record.summary import headline, question_of
 from grpo.record.terminal import clean, format_duration, format_number, one_line, with_interval
 
 PROGRESS_SECONDS = 30.0  # between two lines where there is no live panel
+CLOSED = (OSError, SystemExit)  # what a write to a terminal or pipe that is gone raises; the second is rich's
 END_METRICS = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "entropy", "kl")
 
 
@@ -64,12 +66,11 @@ def _main_evals(evals: dict) -> list[str]:
 class Display:
     """The console of one run. It never raises because of the terminal: a closed pipe or a lost session silences it."""
 
-    def __init__(self, run_name: str, total_steps: int, *, is_enabled: bool):
+    def __init__(self, run_name: str, total_steps: int):
         self.console = Console(highlight=False)
         self.total_steps = total_steps
-        self.is_enabled = is_enabled
-        is_terminal = self.console.is_terminal and sys.stdout.isatty() and not self.console.is_dumb_terminal
-        self.is_live = is_enabled and is_terminal
+        self.is_closed = False
+        self.is_live = self.console.is_terminal and sys.stdout.isatty() and not self.console.is_dumb_terminal
         self.encoding = self.console.encoding
         self.panel = RunPanel(run_name, total_steps, encoding=self.encoding)
         self.live: Live | None = None
@@ -77,7 +78,7 @@ class Display:
     def restore(self, lines: list[dict]) -> None:
         """Takes over the metric lines of a resumed run, so that curves and first evaluations go on where they were."""
         for line in lines:
-            self.panel.record(line["step"], {name: value for name, value in line.items() if name != "step"})
+            self.panel.record(line["step"], line)
             self.panel.phase_step = line["step"]
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -120,14 +121,9 @@ class Display:
 
     def print(self, *renderables: object) -> None:
         """Prints renderables or plain strings (never parsed as markup), unbroken by the width of the terminal."""
-        if not self.is_enabled:
-            return
-        try:
-            for item in renderables:
-                item = Text(clean(item, self.encoding)) if isinstance(item, str) else item
-                self.console.print(item, soft_wrap=isinstance(item, Text))
-        except OSError:
-            self.is_enabled = self.is_live = False
+        for item in renderables:
+            item = Text(clean(item, self.encoding)) if isinstance(item, str) else item
+            self._write(self.console.print, item, soft_wrap=isinstance(item, Text))
 
     def warn(self, text: str) -> None:
         """Prints text in red, apart from the lines around it."""
@@ -145,10 +141,8 @@ class Display:
         live, self.live = self.live, None
         atexit.unregister(self.stop)
         self.panel.status, self.is_live = "", False
-        try:
+        with contextlib.suppress(*CLOSED):
             live.stop()
-        except OSError:
-            self.is_enabled = False
 
     def render(self) -> Panel:
         """Returns the live panel at the terminal's present width and height."""
@@ -156,19 +150,21 @@ class Display:
 
     def _show(self, line: str) -> None:
         """Prints the line, or draws the panel anew in its place."""
-        if not self.is_enabled:
-            return
-        try:
-            if not self.is_live:
-                print(clean(line, self.encoding), flush=True)
-            elif self.live is None:
-                self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
-                atexit.register(self.stop)  # a run that dies on its way to `finish` must not leave the cursor hidden
-                self.live.start(refresh=True)
-            else:
-                self.live.refresh()
-        except OSError:
-            self.is_enabled = self.is_live = False
+        if not self.is_live:
+            self._write(print, clean(line, self.encoding), flush=True)
+        elif self.live is not None:
+            self._write(self.live.refresh)
+        elif not self.is_closed:
+            self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
+            atexit.register(self.stop)  # a run that dies on its way to `finish` must not leave the cursor hidden
+            self._write(self.live.start, refresh=True)
+
+    def _write(self, write: Callable, *arguments: object, **options: bool) -> None:
+        if not self.is_closed:
+            try:
+                write(*arguments, **options)
+            except CLOSED:
+                self.is_closed = True
 
 
 def final_renderables(summary: dict, samples: list[dict], *, encoding: str) -> list[object]:

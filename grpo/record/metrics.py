@@ -49,18 +49,17 @@ class Metrics:
         total_steps: GRPO steps of the whole run.
         wandb_id: the wandb run to go on with; None starts a new one.
         provenance: command, commit, versions and device, for summary.json.
-        console: False prints nothing.
     """
 
     def __init__(self, run_dir: str | Path, *, wandb: WandbConfig, config: dict, run_name: str, total_steps: int,
-                 wandb_id: str | None = None, provenance: dict | None = None, console: bool = True):
+                 wandb_id: str | None = None, provenance: dict | None = None):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.run_name = run_name
         self.config = json_safe(config)
         self.provenance = provenance or {}
         self.total_steps = total_steps
-        self.display = Display(run_name, total_steps, is_enabled=console)
+        self.display = Display(run_name, total_steps)
         self.print, self.warn, self.notice = self.display.print, self.display.warn, self.display.notice
         self.set_status, self.progress = self.display.set_status, self.display.progress
         self.wandb = WandbRun(self.run_dir, wandb, config=self.config, run_name=run_name, wandb_id=wandb_id, warn=self.print)
@@ -88,7 +87,7 @@ class Metrics:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of training step `step` (finished steps, so the first is 1)."""
-        metrics = {name: _plain_number(value, name) for name, value in metrics.items()}
+        metrics = {name: _plain_number(value) for name, value in metrics.items()}
         metrics["time/total"] = round(self._earlier_seconds + time.monotonic() - self._start_time, 3)
         self._metrics_file.append([{"step": step, **metrics}])
         self.display.step(step, metrics)
@@ -154,9 +153,8 @@ class Metrics:
             write_text(self.run_dir / SUMMARY_FILE, text + "\n")
             write_report(self.run_dir, self.summary)
         except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
-            reason = f"{type(error).__name__}: {error}"
             command = shlex.join(["python", "-m", "grpo.report", str(shown(self.run_dir))])
-            self.print(f"warning: no report ({reason}); rebuild it with: {command}")
+            self.print(f"warning: no report ({type(error).__name__}: {error}); rebuild it with: {command}")
         self.wandb.finish(self.summary)
         return self.summary
 
@@ -173,20 +171,15 @@ class Metrics:
             self.print("", "next:", *(f"  {command}" for command in next_commands))
 
 
-def _plain_number(value: object, name: str) -> float | int:
-    """Returns a Python number for Python, numpy and one-element torch numbers."""
-    if isinstance(value, int):
-        return int(value)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__} {value!r}") from error
+def _plain_number(value: object) -> float | int:
+    """A Python number for Python, numpy and one-element torch numbers."""
+    return int(value) if isinstance(value, int) else float(value)
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     """Timing metrics keep their names: those are how a comparison of two runs knows them."""
     kept = (prefix, "time/", "memory/")
-    return {name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()}
+    return {name if name.startswith(kept) else prefix + name: _plain_number(value) for name, value in metrics.items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

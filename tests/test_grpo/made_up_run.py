@@ -9,11 +9,11 @@ from grpo.config import WandbConfig
 from grpo.record.metrics import Metrics
 
 
-def make_metrics(run_dir: Path, *, mode: str = "disabled", console: bool = False, resumed_after: int | None = None,
+def make_metrics(run_dir: Path, *, mode: str = "disabled", resumed_after: int | None = None,
                  wandb_id: str | None = None) -> Metrics:
     """resumed_after: the finished steps of the checkpoint that the run goes on from."""
     metrics = Metrics(run_dir, wandb=WandbConfig(mode=mode, project="test"), config={"seed": 0}, run_name="r", total_steps=6,
-                      console=console, wandb_id=wandb_id)
+                      wandb_id=wandb_id)
     if resumed_after is not None:
         metrics.truncate_after(resumed_after)
     return metrics

@@ -34,7 +34,7 @@ FULL = {
 
 
 def test_plain_lines_name_what_matters(capsys, tmp_path):
-    metrics = make_metrics(tmp_path, console=True)
+    metrics = make_metrics(tmp_path)
     metrics.log(2, FULL)
     metrics.log_eval(
         2, {"mean_length": 7.0, "is_odd": 0.5, "accuracy": 0.75, "accuracy/ci95": 0.03125, "time/eval": 2.5}
@@ -64,7 +64,7 @@ def test_numbers_and_durations_read_well():
 
 
 def test_what_was_first_evaluated_after_updates_is_not_called_before(tmp_path, capsys):
-    metrics = make_metrics(tmp_path, console=True)
+    metrics = make_metrics(tmp_path)
     for step in (1, 2):
         metrics.log(step, {"reward": step / 4})
     metrics.log_eval(2, {"greedy_accuracy": 0.875, "greedy_accuracy/ci95": 0.0625})
@@ -80,7 +80,7 @@ def test_what_was_first_evaluated_after_updates_is_not_called_before(tmp_path, c
 def test_long_work_is_counted_in_a_line_every_half_minute(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("grpo.record.console.time.monotonic", lambda: now[0])
-    count = Display("r", 10, is_enabled=True).progress("evaluating")
+    count = Display("r", 10).progress("evaluating")
     for seconds, finished in ((1, 1), (29, 31), (40, 64), (69, 100), (71, 128)):
         now[0] = seconds
         count(finished, 256)
@@ -95,7 +95,7 @@ def test_control_characters_of_completions_never_reach_the_terminal():
 def test_warmup_steps_may_be_left_out_and_keep_the_names_of_timing(tmp_path, monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("grpo.record.console.time.monotonic", lambda: now[0])
-    metrics = make_metrics(tmp_path, console=True)
+    metrics = make_metrics(tmp_path)
     for step in (1, 11, 21):
         metrics.log_warmup(step, {"loss": 2.0, "time/step": 0.5}, num_steps=41, prints_line=step > 1)
         now[0] += 5.0
@@ -151,11 +151,13 @@ def test_a_terminal_gets_the_live_panel_and_lines_of_the_loop_above_it(tmp_path,
     assert "before [0.000]" in plain and "after  [1.000] second" in plain
 
 
-def test_a_closed_output_does_not_stop_the_run(tmp_path):
+@pytest.mark.parametrize("first", ["", 'metrics.print("first")'])
+def test_a_closed_output_does_not_stop_the_run(tmp_path, first):
+    script = SCRIPT.replace('print("a line of the loop")', "").replace("try:", f"{first}\ntry:")
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", SCRIPT.replace('print("a line of the loop")', "")] + [str(tmp_path), "disabled"],
+        [sys.executable, "-u", "-c", script, str(tmp_path), "disabled"],
         stdout=writer,
         stderr=subprocess.PIPE,
         env=environment(),

@@ -161,7 +161,7 @@ def test_a_file_that_an_editor_replaced_or_somebody_deleted_gets_the_lines_that_
 
 def test_files_that_end_before_the_checkpoint_are_reported(tmp_path, capsys):
     run_steps(make_metrics(tmp_path), 1, 2)
-    make_metrics(tmp_path, console=True, resumed_after=5)
+    make_metrics(tmp_path, resumed_after=5)
     assert "ends at step 2 but the checkpoint is of step 5" in capsys.readouterr().out
 
 

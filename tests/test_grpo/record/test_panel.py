@@ -24,7 +24,7 @@ def panel_of(display: Display, width: int) -> list[str]:
 
 
 def test_the_panel_fits_80_by_24_with_nothing_cut():
-    display = Display("r", 100, is_enabled=False)
+    display = Display("r", 100)
     names = ("eval/greedy_accuracy", "eval/greedy_accuracy/ci95", "eval/avg@1", "eval/avg@1/ci95")
     display.eval(0, dict(zip(names, (0.348, 0.058, 0.484, 0.061))))
     display.step(57, {
@@ -46,7 +46,7 @@ def test_the_panel_fits_80_by_24_with_nothing_cut():
 
 
 def test_the_curve_of_the_rewards_stands_apart_from_their_text():
-    display = Display("r", 10, is_enabled=False)
+    display = Display("r", 10)
     for step, spread in ((1, 0.1), (2, 0.0)):
         display.step(step, {"reward": step - 1.0, "reward_std": spread, "groups/live": 0, "groups/dropped": 4})
     assert any("1.000 ± 0.000, live 0/4  ▁█ " in line for line in panel_of(display, 80))
@@ -55,7 +55,7 @@ def test_the_curve_of_the_rewards_stands_apart_from_their_text():
 def test_time_left_counts_the_steps_that_remain(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("grpo.record.panel.time.monotonic", lambda: now[0])
-    display = Display("r", 10, is_enabled=False)
+    display = Display("r", 10)
     for step in (1, 2, 3):
         now[0] += 4.0
         display.step(step, {"time/step": 4.0})

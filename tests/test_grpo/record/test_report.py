@@ -97,7 +97,7 @@ def test_a_run_without_any_line_has_a_summary_and_a_report(tmp_path):
 
 
 def test_a_report_that_fails_is_a_warning_and_the_summary_stays(tmp_path, capsys):
-    metrics = make_metrics(tmp_path, console=True)
+    metrics = make_metrics(tmp_path)
     metrics.log(1, {"reward": 1.0})
     (tmp_path / "report.html.tmp").mkdir()
     metrics.finish("finished")

@@ -94,7 +94,7 @@ def test_auto_is_online_with_a_key_and_offline_without(fake_wandb, monkeypatch, 
 
 def test_online_without_a_key_logs_offline_with_a_warning(fake_wandb, tmp_path, capsys):
     wandb = fake_wandb()
-    make_metrics(tmp_path, mode="online", console=True).finish("finished")
+    make_metrics(tmp_path, mode="online").finish("finished")
     assert wandb.modes == ["offline"]
     assert capsys.readouterr().out.count("warning: wandb.mode=online but no API key") == 1
 
@@ -123,7 +123,7 @@ def test_values_go_to_wandb_over_our_own_step(fake_wandb, tmp_path):
 
 
 def log_three_steps(run_dir: Path, *, has_completions: bool) -> dict:
-    metrics = make_metrics(run_dir, mode="auto", console=True)
+    metrics = make_metrics(run_dir, mode="auto")
     for step in range(1, 4):
         metrics.log(step, {"reward": float(step)})
         metrics.log_completions(step, [{"prompt": "p", "completion": "c", "reward": 0.0}] * has_completions)
@@ -163,7 +163,7 @@ def test_a_full_queue_leaves_lines_out_and_says_so_once(fake_wandb, monkeypatch,
     monkeypatch.setattr(grpo.record.wandb_run, "CALL_SECONDS", 60.0)
     monkeypatch.setattr(grpo.record.wandb_run, "FINISH_SECONDS", 0.2)
     monkeypatch.setattr(grpo.record.wandb_run, "QUEUE_LEN", 2)
-    metrics = make_metrics(tmp_path, mode="offline", console=True)
+    metrics = make_metrics(tmp_path, mode="offline")
     for step in range(1, 9):
         metrics.log(step, {"reward": 0.5})
     metrics.finish("finished")
@@ -219,7 +219,7 @@ def test_a_run_ends_with_its_exit_code_although_wandb_holds_on_to_the_process(tm
 
 def test_a_missing_wandb_is_one_warning(fake_wandb, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    metrics = make_metrics(tmp_path, mode="auto", console=True)
+    metrics = make_metrics(tmp_path, mode="auto")
     metrics.log(1, {"reward": 1.0})
     metrics.finish("finished")
     assert capsys.readouterr().out.count("warning: wandb") == 1
