@@ -60,11 +60,9 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
         sampled = list(zip(completions, score(env, completions)))
         rows = [_values(sampled[i:i + num_samples]) for i in range(0, len(sampled), num_samples)]
         metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows if row])
-        k = 2
-        while k <= num_samples:
+        for k in (2**power for power in range(1, num_samples.bit_length())):
             shares = [pass_at_k(len(row), sum(value >= 1 for value in row), k) for row in rows if len(row) >= k]
             metrics |= _mean_with_interval(f"pass@{k}", shares)
-            k *= 2
         metrics |= _details(sampled, "")
         scored += sampled
     num_unscored = len(scored) - len(_values(scored))
@@ -121,9 +119,8 @@ def results_table(result: dict[str, object]) -> str:
 
 def show_progress(activity: str) -> Callable[[int, int], None]:
     """Counts on stderr: in place on a terminal, else a line every half a minute."""
-    if sys.stderr.isatty():
-        return progress_counter(activity, lambda text: print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True), every=0.5)
-    return progress_counter(activity, lambda text: print(text, file=sys.stderr, flush=True), every=PROGRESS_SECONDS)
+    form, every = ("\r\x1b[K{}\r", 0.5) if sys.stderr.isatty() else ("{}\n", PROGRESS_SECONDS)
+    return progress_counter(activity, lambda text: print(form.format(text), end="", file=sys.stderr, flush=True), every=every)
 
 
 def run_evaluation(config: EvaluateConfig) -> int:

@@ -25,7 +25,7 @@ from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.configuration.launch import FAILED, launch
 from grpo.configuration.targets import resolve_target
 from grpo.environment import encode_question, make_environment
-from grpo.record.terminal import clean, print_error
+from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.failures import describe_failure
@@ -230,7 +230,7 @@ def run_generation(config: GenerateConfig) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # as in `... | head`: nobody reads on, and Python's flush at exit must not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush_standard_streams()
         return FAILED
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)

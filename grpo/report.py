@@ -135,13 +135,10 @@ def _number(value: float | None) -> str:
 
 def rebuild_report(run_dir: Path) -> Path:
     """Rewrites report.html of a run from its files; numbers come from metrics.jsonl, so a killed run gets one as well."""
-    unknown = {"run_name": run_dir.resolve().name, "exit_reason": "unknown (still running, or killed)", "total_steps": 0,
-               "config": {}}
-    old = read_summary(run_dir)
-    summary = summarize(run_dir, **{key: (old or unknown)[key] for key in ("run_name", "exit_reason", "total_steps")})
-    if not old:
-        summary["total_steps"] = summary["steps"]
-    return write_report(run_dir, {**summary, "config": (old or unknown)["config"]})
+    known = read_summary(run_dir) or {
+        "run_name": run_dir.resolve().name, "exit_reason": "unknown (still running, or killed)", "total_steps": 0, "config": {}}
+    summary = summarize(run_dir, **{key: known[key] for key in ("run_name", "exit_reason", "total_steps")})
+    return write_report(run_dir, {**summary, "total_steps": known["total_steps"] or summary["steps"], "config": known["config"]})
 
 
 def main(arguments: list[str]) -> int:

@@ -1,8 +1,7 @@
 """The one Metrics object of a run: console, metrics.jsonl, completions.jsonl, wandb, and at the end summary and report.
 
 `metrics.jsonl` is the source of truth: one object a line, `step` first. Training metrics, evaluations and the
-supervised warm-up (`step` 0, `warmup/step`) are lines of their own. NaN and infinities are written as null, because
-JSON has no name for them; wandb and the console get them as they are.
+supervised warm-up (`step` 0, `warmup/step`) are lines of their own.
 
 A step's lines are logged before its checkpoint is saved (log, log_eval, log_completions, sync, then save): then
 `truncate_after(step)` on resume puts both files back to what they were at that checkpoint, and a resumed run's files
@@ -87,7 +86,7 @@ class Metrics:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of training step `step` (finished steps, so the first is 1)."""
-        metrics = {name: _plain_number(value) for name, value in metrics.items()}
+        metrics = {name: _plain_number(value, name) for name, value in metrics.items()}
         metrics["time/total"] = round(self._earlier_seconds + time.monotonic() - self._start_time, 3)
         self._metrics_file.append([{"step": step, **metrics}])
         self.display.step(step, metrics)
@@ -171,15 +170,18 @@ class Metrics:
             self.print("", "next:", *(f"  {command}" for command in next_commands))
 
 
-def _plain_number(value: object) -> float | int:
+def _plain_number(value: object, name: str) -> float | int:
     """A Python number for Python, numpy and one-element torch numbers."""
-    return int(value) if isinstance(value, int) else float(value)
+    try:
+        return int(value) if isinstance(value, int) else float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__} {value!r}") from error
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
     """Timing metrics keep their names: those are how a comparison of two runs knows them."""
     kept = (prefix, "time/", "memory/")
-    return {name if name.startswith(kept) else prefix + name: _plain_number(value) for name, value in metrics.items()}
+    return {name if name.startswith(kept) else prefix + name: _plain_number(value, name) for name, value in metrics.items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -84,8 +84,7 @@ class RunPanel:
         self.status = ""  # what the run is doing within a step
         self.notice: str | None = None
         self.metrics: dict[str, float] = {}
-        self.rewards: list[float] = []
-        self.losses: list[float] = []  # of the warm-up
+        self.curves: dict[str, list[float]] = {"reward": [], "warmup/loss": []}
         self.first_eval: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
         self.last_eval_step = 0
@@ -99,7 +98,7 @@ class RunPanel:
             self.last_eval = self.last_eval | evals
             self.last_eval_step = step
         self.metrics = self.metrics | metrics
-        for name, curve in (("reward", self.rewards), ("warmup/loss", self.losses)):
+        for name, curve in self.curves.items():
             if name in metrics:
                 curve.append(metrics[name])
 
@@ -129,8 +128,8 @@ class RunPanel:
         metrics = self.metrics
         rows = [
             ("progress", self._progress(room)),
-            ("loss", self._curve(part(metrics, "warmup/loss", ""), self.losses, room) if self.phase == "warm-up" else None),
-            ("reward", self._curve(reward_text(metrics), self.rewards, room)),
+            ("loss", self._curve("warmup/loss", part(metrics, "warmup/loss", ""), room) if self.phase == "warm-up" else None),
+            ("reward", self._curve("reward", reward_text(metrics), room)),
             ("eval", self._parts(self._evals(), room, style="bold")),
             ("length", self._line(length_text(metrics) or "")),
             ("policy", self._parts(self._policy(), room)),
@@ -138,7 +137,9 @@ class RunPanel:
             ("signal", self._line(self.notice or "", style="bold yellow")),
         ]
         if self.sample is not None and height >= 18:
-            rows += [("prompt", self._prompt(room)), ("sample", self._completion(room, 2 if height >= 24 else 1))]
+            prompt = clean(question_of(str(self.sample.get("prompt", ""))), self.encoding)
+            rows.append(("prompt", self._line(one_line(prompt, room))))
+            rows.append(("sample", self._completion(room, 2 if height >= 24 else 1)))
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(no_wrap=True, style="dim", width=LABEL_WIDTH)
         grid.add_column(ratio=1)
@@ -163,11 +164,11 @@ class RunPanel:
             text.append(full * done, style="green").append(empty * (bar_width - done), style="dim")
         return text.append(times, style="not bold").append(clean(status, self.encoding), style="not bold dim")
 
-    def _curve(self, text: str | None, values: list[float], room: int) -> Text | None:
+    def _curve(self, name: str, text: str | None, room: int) -> Text | None:
         if text is None:
             return None
         line = self._line(f"{text:<15}  ")
-        return line.append(sparkline(values, min(40, room - len(line)), ascii_only=self.ascii_only), style="green")
+        return line.append(sparkline(self.curves[name], min(40, room - len(line)), ascii_only=self.ascii_only), style="green")
 
     def _parts(self, parts: list[str | None], room: int, style: str = "") -> Text:
         """The parts that are there side by side, none cut, as many as fit on two lines."""
@@ -198,9 +199,6 @@ class RunPanel:
                       for name in ("rollout", "reward", "update") if f"time/{name}" in metrics]
         return [part(metrics, "tokens_per_s", "", " tok/s"), part(metrics, "time/step", "", " s/step"),
                 part(metrics, "memory/peak_gb", "memory", " GB"), f"({', '.join(shares)})" if shares else None]
-
-    def _prompt(self, room: int) -> Text:
-        return self._line(one_line(clean(question_of(str(self.sample.get("prompt", ""))), self.encoding), room))
 
     def _completion(self, room: int, num_lines: int) -> Text:
         reward = reward_of(self.sample)

@@ -1,7 +1,4 @@
-"""What the files of a run say: metrics and samples read back, its summary, and which of its evaluations come first.
-
-`metrics.jsonl` is the source of truth: everything here can be made again from it, also for a run that was killed.
-"""
+"""What the files of a run say: metrics and samples read back, its summary, and which of its evaluations come first."""
 
 import json
 import math

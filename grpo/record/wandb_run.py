@@ -4,6 +4,7 @@ A daemon thread takes from the queue and makes each call in a thread of its own,
 failure is more than one warning for each kind of call, shown at the run's next line.
 """
 
+import contextlib
 import inspect
 import json
 import netrc
@@ -68,7 +69,7 @@ class WandbRun:
         self._put("log", lambda: self._run.log(line))
 
     def log_table(self, step: int, rows: list[dict]) -> None:
-        """Appends rows to the table `completions`; its columns are those of the first row logged, token ids left out."""
+        """Appends rows to the table `completions`, whose columns are those of the first row without its token ids."""
         self._put("table", lambda: self._append(step, rows))
 
     def finish(self, summary: dict) -> None:
@@ -76,12 +77,10 @@ class WandbRun:
         if self.run_id is None:
             return
         deadline = time.monotonic() + FINISH_SECONDS
-        try:
+        with contextlib.suppress(queue.Full):
             self._jobs.put(("finish", lambda: self._finish(summary)), timeout=FINISH_SECONDS)
             self._jobs.put(None, timeout=max(deadline - time.monotonic(), 0))
             self._thread.join(max(deadline - time.monotonic(), 0))
-        except queue.Full:
-            pass
         if self._thread.is_alive():
             self._note("finish", f"has not finished after {FINISH_SECONDS} s", "its files keep what it did not upload")
         self._show_warnings()
@@ -164,7 +163,9 @@ class WandbRun:
             kind = {"log_mode": "INCREMENTAL"} if appends else {}
             self._table = wandb.Table(columns=self._columns, allow_mixed_types=True, **kind)
         for row in rows:
-            self._table.add_data(*(_table_cell(row.get(column)) for column in self._columns))
+            cells = (row.get(column) for column in self._columns)
+            texts = (json.dumps(cell, ensure_ascii=False) if isinstance(cell, (dict, list)) else cell for cell in cells)
+            self._table.add_data(*texts)
         self._run.log({"completions": self._table, "step": step})
 
     def _finish(self, summary: dict) -> None:
@@ -199,13 +200,7 @@ def _has_wandb_key() -> bool:
 
 def _resolve_mode(mode: str) -> str:
     """`auto`: what WANDB_MODE says, else online with a key, else offline."""
-    if mode != "auto":
-        return str(mode)
-    asked = os.environ.get("WANDB_MODE", "")
+    asked = os.environ.get("WANDB_MODE", "") if mode == "auto" else str(mode)
     if asked in ("online", "offline", "disabled"):
         return asked
     return "online" if _has_wandb_key() else "offline"
-
-
-def _table_cell(value: object) -> object:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else value

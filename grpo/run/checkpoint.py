@@ -46,13 +46,10 @@ class RunState:
 def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
     """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it; returns its folder.
 
-    tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises ValueError for keep < 2 (the
-    newest may be the one a disk damages) and SaveError, which names the path and the free space, when the disk does not take it;
-    nothing that was there before is touched then."""
-    if keep < 2:
-        raise ValueError(f"checkpoint.keep={keep}: must be at least 2, so that a damaged checkpoint has a predecessor")
+    tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises SaveError, which names the path
+    and the free space, when the disk does not take it; nothing that was there before is touched then."""
     root = Path(run_dir) / "checkpoints"
-    final = root / _name(step)
+    final = root / f"step_{step:06d}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with new_folder(final) as folder:
@@ -74,16 +71,17 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> RunState | None
     damage: list[str] = []
     found = _checkpoints(root)
     if step is not None and found:
-        if step not in dict(found):
-            raise LoadError(f"step = {step}: no such checkpoint in {root}; there are {[number for number, _ in found]}")
-        found = [(step, dict(found)[step])]
-    for _, folder in reversed(found):
+        if step not in found:
+            raise LoadError(f"step = {step}: no such checkpoint in {root}; there are {list(found)}")
+        found = {step: found[step]}
+    for folder in reversed(found.values()):
         problem = _verify(folder)
         if problem is None:
             if damage:
                 warnings.warn(f"resuming from {folder.name}, because " + "; ".join(damage), CheckpointFallbackWarning,
                               stacklevel=2)
-            return _read(folder)
+            document = json.loads((folder / STATE).read_text())
+            return RunState(document["step"], safetensors.torch.load_file(folder / TENSORS), document["state"])
         damage.append(f"{folder} is damaged ({problem})")
     if damage:
         raise LoadError(f"no usable checkpoint in {root}: " + "; ".join(damage)
@@ -103,14 +101,10 @@ def clean_stale(run_dir: str | Path) -> None:
                 warnings.warn(f"cannot delete {path}, left by a killed process: {error}", stacklevel=2)
 
 
-def _name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def _checkpoints(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder), oldest first."""
-    return sorted((int(match[1]), path) for path in (root.iterdir() if root.is_dir() else [])
-                  if (match := _NAME.fullmatch(path.name)))
+def _checkpoints(root: Path) -> dict[int, Path]:
+    """Step -> folder, oldest first."""
+    return dict(sorted((int(match[1]), path) for path in (root.iterdir() if root.is_dir() else [])
+                       if (match := _NAME.fullmatch(path.name))))
 
 
 def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -125,7 +119,7 @@ def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dic
 
 def _prune(root: Path, step: int, keep: int) -> None:
     # newer ones than this step are damaged (or it would not be the newest): they must not count among those kept
-    for _, folder in [item for item in _checkpoints(root) if item[0] <= step][:-keep]:
+    for folder in [folder for number, folder in _checkpoints(root).items() if number <= step][:-keep]:
         try:
             remove_at_once(folder)
         except OSError as error:
@@ -138,8 +132,8 @@ def _verify(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{MANIFEST} has format_version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
-        if folder.name != _name(manifest["step"]):
-            return f"it was saved as {_name(manifest['step'])}: give it that name again"
+        if folder.name != (name := f"step_{manifest['step']:06d}"):
+            return f"it was saved as {name}: give it that name again"
         for name in (TENSORS, STATE):
             expected, path = manifest["files"][name], folder / name
             if path.stat().st_size != expected["bytes"]:
@@ -153,11 +147,6 @@ def _verify(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is not readable: {type(error).__name__} {error}"
     return None
-
-
-def _read(folder: Path) -> RunState:
-    document = json.loads((folder / STATE).read_text())
-    return RunState(document["step"], safetensors.torch.load_file(folder / TENSORS), document["state"])
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,20 +64,21 @@ def hub_id(source: str) -> str | None:
 
 def model_card(origin: Origin, lora: LoraConfig | None, left_out: list[str], *, is_adapter: bool, is_merged: bool) -> str:
     """The text of README.md for an export of a policy that carries `lora`."""
-    name = origin.name or (origin.config.name if origin.config else None) or "gpt-oss export"
+    config = origin.config
+    name = origin.name or (config.name if config else None) or "gpt-oss export"
     kind = "A LoRA adapter" if is_adapter else "A model with its LoRA adapter merged" if is_merged else "A model"
     base = f"[{origin.base_id}](https://huggingface.co/{origin.base_id})" if origin.base_id else (
         "weights drawn from a seed" if origin.base is None else f"a local checkpoint, {Path(origin.base).name}")
-    lines = [f"# {name.rpartition('/')[2]}", "", f"{kind} of gpt-oss, from {base}"
-             + (f", trained with GRPO for {origin.step} steps." if origin.config else "."), ""]
-    lines += ["## Use", "", "```python", *_usage(origin, is_adapter), "```", ""]
-    if origin.config is not None:
-        lines += _training(origin, origin.config, lora)
+    trained = f", trained with GRPO for {origin.step} steps" if config else ""
+    about = f"{kind} of gpt-oss, from {base}{trained}."
+    paragraphs = [f"# {name.rpartition('/')[2]}", about, "## Use", _usage(origin, is_adapter)]
+    if config is not None:
+        paragraphs += _training(origin, config, lora)
     elif lora is not None:
-        lines += [_trained(None, lora) + ".", ""]
+        paragraphs.append(f"{_trained(None, lora)}.")
     if left_out:
-        lines += ["## Left out", "", *(f"- {item}" for item in left_out), ""]
-    return f"---\n{_front_matter(origin, is_adapter)}\n---\n\n" + "\n".join(lines)
+        paragraphs += ["## Left out", "\n".join(f"- {item}" for item in left_out)]
+    return f"---\n{_front_matter(origin, is_adapter)}\n---\n\n" + "\n\n".join(paragraphs) + "\n"
 
 
 def _front_matter(origin: Origin, is_adapter: bool) -> str:
@@ -105,13 +107,15 @@ def _license(origin: Origin) -> dict[str, str]:
     return {key: stated[key] for key in LICENSE_KEYS if isinstance(stated.get(key), str)}
 
 
-def _usage(origin: Origin, is_adapter: bool) -> list[str]:
+def _usage(origin: Origin, is_adapter: bool) -> str:
     name, base = origin.name or "FOLDER", origin.base_id or "BASE"
-    load = 'AutoModelForCausalLM.from_pretrained("{}", dtype="auto", device_map="auto")'
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", *(["from peft import PeftModel"] * is_adapter), "",
+    lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
              f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-             f"model = {load.format(base if is_adapter else name)}"]
-    return lines + ([f'model = PeftModel.from_pretrained(model, "{name}")'] if is_adapter else [])
+             f'model = AutoModelForCausalLM.from_pretrained("{base if is_adapter else name}", dtype="auto", device_map="auto")']
+    if is_adapter:
+        lines.insert(2, "from peft import PeftModel")
+        lines.append(f'model = PeftModel.from_pretrained(model, "{name}")')
+    return "\n".join([*lines, "```"])
 
 
 def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> list[str]:
@@ -128,14 +132,14 @@ def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> l
     prompts = {key: env[key] for key in PROMPT_KEYS if env.get(key) is not None}
     settings = {key: value for key, value in to_dict(config).items() if key in SETTINGS and value is not None}
     settings.get("warmup", {}).pop("cache_dir", None)
-    lines = ["## Training", "", *_table(("", ""), recipe.items()), "", "## Data", "", *_table(("", ""), data.items()), ""]
-    lines += ["## Prompts", "", "Prompts are harmony messages, as the chat template of gpt-oss renders them. Other settings than "
-              "those of training give other results.", "", *(_table(("setting", "value"), prompts.items()) if prompts else
-                                                             [f"The environment `{env['_target_']}` writes them."]), ""]
-    lines += _results(origin)
-    lines += ["## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
     versions = [f"{library} {version}" for library in LIBRARIES if (version := version_of(library))]  # triton is for GPUs
-    return [*lines, "Versions: " + ", ".join(versions) + ".", ""]
+    return [
+        "## Training", _table(("", ""), recipe.items()), "## Data", _table(("", ""), data.items()), "## Prompts",
+        "Prompts are harmony messages, as the chat template of gpt-oss renders them. Other settings than those of training give "
+        "other results.",
+        _table(("setting", "value"), prompts.items()) if prompts else f"The environment `{env['_target_']}` writes them.",
+        *_results(origin), "## Settings", f"```yaml\n{yaml.safe_dump(settings, sort_keys=False).strip()}\n```",
+        f"Versions: {', '.join(versions)}."]
 
 
 def _reward(entry: dict | str) -> str:
@@ -159,12 +163,12 @@ def _results(origin: Origin) -> list[str]:
         values = [f"{value:.3f} (step {step})" for step, value in zip(*series(rows, name)) if math.isfinite(value)]
         if values:
             shown.append((name, values[0], values[-1]))
-    return ["## Results", "", *_table(("metric", "first", "last"), shown), ""] if shown else []
+    return ["## Results", _table(("metric", "first", "last"), shown)] if shown else []
 
 
-def _table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Iterable[tuple]) -> str:
     cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
 
 
 def _is_hub_id(path: object) -> bool:

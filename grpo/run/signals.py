@@ -50,14 +50,15 @@ class GracefulStop:
         if self.signal_name is not None and number == signal.SIGHUP:
             return
         if self.signal_name is not None:
-            _say(f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}")
+            text = f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}"
+            _write(sys.stderr, f"\n{text}\n")
             if os.isatty(1):
                 _write(sys.stdout, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
         text = f"{name}: saves at the next safe moment; again: leaves at once"
         if self.show is None or not self.show(text):
-            _say(f"{text}. Resume with: {self.resume_hint}")
+            _write(sys.stderr, f"\n{text}. Resume with: {self.resume_hint}\n")
 
 
 def _restore_python_handlers() -> None:
@@ -70,10 +71,6 @@ def _restore_python_handlers() -> None:
 
 # Once for the process, since it cannot be undone; a child of a process that handles no signals finds nothing to do.
 os.register_at_fork(after_in_child=_restore_python_handlers)
-
-
-def _say(text: str) -> None:
-    _write(sys.stderr, f"\n{text}\n")
 
 
 def _write(stream: TextIO, text: str) -> None:

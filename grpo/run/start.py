@@ -151,6 +151,12 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
     device = f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"
     if policy.device.type == "cuda":
         device = torch.cuda.get_device_name(policy.device)
+    penalty = []
+    if config.kl.coefficient > 0:
+        whom = {KlReference.start: "the policy as GRPO starts", KlReference.base: "the base model"}[config.kl.reference]
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable_parameters().values())
+        penalty = [f"kl       {config.kl.coefficient:g} x {config.kl.estimator} to {whom}, whose copy of what trains takes up to "
+                   f"{num_bytes / 1e9:.3g} GB of host memory"]
     return "\n".join([
         f"run      {config.name} in {shown(run_dir)}, "
         + (f"resumed after step {resumed_step}" if resumed_step is not None
@@ -162,15 +168,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         f"env      {config.env['_target_']}" + (f", {about}" if (about := summary(env)) else ""),
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
-        *([describe_penalty(config, policy)] if config.kl.coefficient > 0 else []),
-        "trains", describe_trainable(policy)])
-
-
-def describe_penalty(config: TrainConfig, policy: GptOss) -> str:
-    whom = {KlReference.start: "the policy as GRPO starts", KlReference.base: "the base model"}[config.kl.reference]
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable_parameters().values())
-    return (f"kl       {config.kl.coefficient:g} x {config.kl.estimator} to {whom}, whose copy of what trains takes up to "
-            f"{num_bytes / 1e9:.3g} GB of host memory")
+        *penalty, "trains", describe_trainable(policy)])
 
 
 def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:

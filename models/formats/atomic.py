@@ -43,26 +43,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield partial
         for item in [*partial.rglob("*"), partial]:
             sync(item)
-        _exchange(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove(partial)
-        raise
-
-
-def _exchange(partial: Path, path: Path) -> None:
-    old = _beside(path, "old")
-    if os.path.lexists(path):
-        os.replace(path, old)
-    try:
+        if os.path.lexists(path):
+            os.replace(path, _beside(path, "old"))
         os.replace(partial, path)
-    except OSError:
-        if os.path.lexists(old):
-            os.replace(old, path)
-        raise
-    sync(path.parent)
-    with contextlib.suppress(OSError):
-        remove(old)
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            recover(path)
 
 
 def remove_at_once(path: Path) -> None:
@@ -73,7 +60,7 @@ def remove_at_once(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Cleans up after a process that was killed while it wrote or deleted `path`. Raises OSError."""
+    """Cleans up after a process that wrote or deleted `path`, wherever it was killed. Raises OSError."""
     partial, old, gone = (_beside(path, kind) for kind in ("tmp", "old", "gone"))
     if os.path.lexists(old) and not os.path.lexists(path):
         os.replace(old, path)  # killed between the two renames of an exchange
