@@ -46,18 +46,18 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
     scored: list[tuple[Completion, Score]] = []
     total = len(prompts) * (greedy + num_samples)
 
-    def sample(params: SamplingParams, count: int, *, num_before: int) -> list[Completion]:
-        count_all = None if progress is None else lambda finished, _: progress(num_before + finished, total)
-        return sampler.generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop, progress=count_all)
+    def sample(params: SamplingParams, count: int) -> list[tuple[Completion, Score]]:
+        count_all = None if progress is None else lambda finished, _: progress(len(scored) + finished, total)
+        completions = sampler.generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
+                                       progress=count_all)
+        return list(zip(completions, score(env, completions)))
 
     if greedy:
-        completions = sample(replace(params, greedy=True), 1, num_before=0)
-        scored = list(zip(completions, score(env, completions)))
+        scored += sample(replace(params, greedy=True), 1)
         metrics |= _mean_with_interval("greedy_accuracy", _values(scored))
         metrics |= _details(scored, "greedy/")
     if num_samples:
-        completions = sample(params, num_samples, num_before=len(scored))
-        sampled = list(zip(completions, score(env, completions)))
+        sampled = sample(params, num_samples)
         rows = [_values(sampled[i:i + num_samples]) for i in range(0, len(sampled), num_samples)]
         metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows if row])
         for k in (2**power for power in range(1, num_samples.bit_length())):

@@ -161,10 +161,8 @@ def note(text: str) -> None:
 def load_conversation(config: GenerateConfig) -> Conversation:
     """Loads the run or the checkpoint that the config names."""
     policy, tokenizer, trained, step = load_policy(config, None)
-    env: dict = {}
-    encode_prompt = None
+    env, encode_prompt = {} if trained is None else trained.env, None
     if trained is not None:
-        env = trained.env
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
             encode_prompt = functools.partial(
                 encode_question, make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps),

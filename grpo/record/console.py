@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from rich.console import Console
 from rich.live import Live
@@ -123,7 +124,7 @@ class Display:
         """Prints renderables or plain strings (never parsed as markup), unbroken by the width of the terminal."""
         for item in renderables:
             item = Text(clean(item, self.encoding)) if isinstance(item, str) else item
-            self._write(self.console.print, item, soft_wrap=isinstance(item, Text))
+            self._write(partial(self.console.print, item, soft_wrap=isinstance(item, Text)))
 
     def warn(self, text: str) -> None:
         """Prints text in red, apart from the lines around it."""
@@ -151,18 +152,18 @@ class Display:
     def _show(self, line: str) -> None:
         """Prints the line, or draws the panel anew in its place."""
         if not self.is_live:
-            self._write(print, clean(line, self.encoding), flush=True)
+            self._write(partial(print, clean(line, self.encoding), flush=True))
         elif self.live is not None:
             self._write(self.live.refresh)
         elif not self.is_closed:
             self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
             atexit.register(self.stop)  # a run that dies on its way to `finish` must not leave the cursor hidden
-            self._write(self.live.start, refresh=True)
+            self._write(partial(self.live.start, refresh=True))
 
-    def _write(self, write: Callable, *arguments: object, **options: bool) -> None:
+    def _write(self, write: Callable[[], object]) -> None:
         if not self.is_closed:
             try:
-                write(*arguments, **options)
+                write()
             except CLOSED:
                 self.is_closed = True
 
