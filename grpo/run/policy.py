@@ -24,21 +24,17 @@ PARAM = "param."  # prefix of trained parameters in a run's checkpoint
 
 
 def prepare_device(config: TrainConfig | InferenceConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that the config asks for. Sets the number of threads as well. Raises ConfigError."""
+    """The device and dtype that the config asks for; sets the number of CPU threads as well. Raises ConfigError for a GPU that is
+    not there, and for a dtype that the device does not compute in."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = select_device(config.device)
-    return device, select_dtype(config.dtype, device)
-
-
-def select_device(device: Device) -> torch.device:
-    """The torch device; raises ConfigError for a GPU that is not there."""
     # read at the first use of a GPU: memory is reserved as it is needed, not in segments that fit badly
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    if device == Device.cuda and not torch.cuda.is_available():
+    if config.device == Device.cuda and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; set device=cpu (or auto), or install a CUDA "
                           "build of torch")
-    return torch.device("cuda" if device != Device.cpu and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if config.device != Device.cpu and torch.cuda.is_available() else "cpu")
+    return device, select_dtype(config.dtype, device)
 
 
 def select_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

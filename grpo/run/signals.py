@@ -1,5 +1,4 @@
 """SIGTERM, SIGINT and SIGHUP: the first asks the run to stop at the next good moment, the second ends the process at once."""
-from __future__ import annotations
 
 import contextlib
 import inspect
@@ -8,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import TextIO
+from typing import Self, TextIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -32,7 +31,7 @@ class GracefulStop:
     def __call__(self) -> bool:
         return self.signal_name is not None
 
-    def __enter__(self) -> GracefulStop:
+    def __enter__(self) -> Self:
         for number in SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
