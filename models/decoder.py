@@ -232,9 +232,9 @@ class Decoder:
         num_rows, shared = len(rows.tokens), None
         if reading.shares:
             shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows])
-        return self.model.decode_hidden(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
-                                        prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
-                                        longest=reading.longest)
+        return self.model.decode(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
+                                 prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
+                                 longest=reading.longest)
 
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)

@@ -238,9 +238,9 @@ class GptOss(nn.Module):
         return hidden[to_device(ends - 1, tokens.device)]
 
     @torch.no_grad()
-    def decode_hidden(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
-                      record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None,
-                      shared: SharedPrefixes | None = None, longest: int = 0) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,
+               record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None,
+               shared: SharedPrefixes | None = None, longest: int = 0) -> torch.Tensor:
         """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
         experts. Returns the final hidden states [B, D]. Rows at a position below 0 are idle: they touch no slot, their states
         mean nothing. On a GPU attention and cache wait for no value, so nothing checks that slots have pages for positions: the

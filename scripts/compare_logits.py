@@ -146,7 +146,7 @@ def compare_generation(model: GptOss, golden: dict[str, torch.Tensor]) -> dict:
     chunks = [PrefillChunk(row, 0, prompt_len) for row in range(num_rows)]
     steps = [model.head(model.prefill(prompts.flatten(), chunks, cache))]
     for step in range(num_new - 1):
-        hidden = model.decode_hidden(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots)
+        hidden = model.decode(expected[:, step], torch.full_like(slots, prompt_len + step), cache, slots)
         steps.append(model.head(hidden))
     logits = torch.stack(steps, dim=1)  # [B, N, V]
     result = {"greedy_equal": bool(torch.equal(logits.argmax(-1), expected))}

@@ -295,8 +295,8 @@ def run_sampler(model: GptOss, completions: list[Completion], settings: Settings
         prefix_lens = on_device([position - num_new for position in positions] + idle) if settings.shares_prompts else None
         recorder.rows = on_device([rows.index(index - first)])
         with observed(model, recorder):
-            hidden = model.decode_hidden(on_device(tokens + idle), on_device(positions + [IDLE] * len(idle)), cache,
-                                         on_device(rows + idle), prefix_lens=prefix_lens)
+            hidden = model.decode(on_device(tokens + idle), on_device(positions + [IDLE] * len(idle)), cache,
+                                  on_device(rows + idle), prefix_lens=prefix_lens)
         note_head(hidden, rows, num_new + 1)
 
 

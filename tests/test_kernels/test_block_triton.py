@@ -294,7 +294,7 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
     cache, slots = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64)
     assert cache.reserve(0, 16)
     model.prefill(tokens[:-1], [PrefillChunk(0, 0, 5)], cache)
-    logits = model.head(model.decode_hidden(tokens[-1:], torch.tensor([5]), cache, slots))
+    logits = model.head(model.decode(tokens[-1:], torch.tensor([5]), cache, slots))
     with torch.no_grad():
         torch.testing.assert_close(logits[0], model.logits(tokens, torch.tensor([0, 6]))[-1], rtol=1e-4, atol=1e-4)
 
@@ -410,7 +410,7 @@ REAL = ARCHITECTURE | {"hidden_size": 2880, "intermediate_size": 2880, "num_hidd
 
 @pytest.mark.interpreter
 def test_a_decode_step_reaches_every_kernel_through_few_calls_and_files(monkeypatch):
-    """Of the product's own, from GptOss.decode_hidden to launch: at most 10 calls, in at most 5 files."""
+    """Of the product's own, from GptOss.decode to launch: at most 10 calls, in at most 5 files."""
     model = build(ARCHITECTURE, targets=EVERYTHING[:4] + ["experts"], trains_more=False, in_fragments=True)
     cache, slots, ways, plain = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64), set(), kernels.device.launch
 
@@ -426,7 +426,7 @@ def test_a_decode_step_reaches_every_kernel_through_few_calls_and_files(monkeypa
         if vars(module).get("launch") is plain:
             monkeypatch.setattr(module, "launch", launch)
     assert cache.reserve(0, 6)
-    model.decode_hidden(torch.zeros(1, dtype=torch.int64), slots, cache, slots)
+    model.decode(torch.zeros(1, dtype=torch.int64), slots, cache, slots)
     assert len(ways) >= 8
     for way in ways:
         assert len(way) <= 10 and len(set(way)) <= 5, way

@@ -147,7 +147,7 @@ def test_greedy_decoding_from_the_cache_matches_the_golden_tokens_and_log_probs(
         assert tokens.tolist() == expected[:, step].tolist(), step
         chosen = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(chosen, data["gen.logprobs_t1"][:, step], rtol=0, atol=2.5e-5)
-        logits = model.head(model.decode_hidden(tokens, torch.full((num_rows,), prompt_len + step), cache, slots))
+        logits = model.head(model.decode(tokens, torch.full((num_rows,), prompt_len + step), cache, slots))
 
 
 @torch.no_grad()
@@ -217,7 +217,7 @@ def test_prefill_and_decode_agree_with_the_trainer_on_log_probs(pair):
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
         assert abs(sampled - chosen[position]) <= 5e-6, position
-        logits = model.head(model.decode_hidden(row[position : position + 1], torch.tensor([position]), cache, slot))
+        logits = model.head(model.decode(row[position : position + 1], torch.tensor([position]), cache, slot))
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_decoding_past_the_window_equals_full_recomputation(model, prompt_length
     positions = torch.tensor(prompt_lengths)
     while (alive := (positions < total).nonzero().flatten()).numel():
         tokens = rows[alive, positions[alive]]
-        logits = model.head(model.decode_hidden(tokens, positions[alive], cache, slots[alive]))
+        logits = model.head(model.decode(tokens, positions[alive], cache, slots[alive]))
         for row, result in zip(alive.tolist(), logits):
             torch.testing.assert_close(result, expected[row][positions[row]], rtol=1e-5, atol=2e-5)
         positions[alive] += 1
@@ -256,7 +256,7 @@ def test_copies_of_a_prompt_go_on_independently(model, prompt_len):
     ends = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
     for step in range(4):
         assert all(cache.reserve(slot, prompt_len + step + 1) for slot in range(3))  # pages as they are needed
-        logits = model.head(model.decode_hidden(ends[:, step], torch.full((3,), prompt_len + step), cache, torch.arange(3)))
+        logits = model.head(model.decode(ends[:, step], torch.full((3,), prompt_len + step), cache, torch.arange(3)))
     for row, end in enumerate(ends):
         expected = model.logits(torch.cat((prompt, end)), torch.tensor([0, prompt_len + 4]))[-1]
         torch.testing.assert_close(logits[row], expected, rtol=1e-5, atol=2e-5)
@@ -268,4 +268,4 @@ def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match="a prompt of 6 tokens does not fit a cache of 5"):
         model.prefill(torch.zeros(6, dtype=torch.int64), [PrefillChunk(0, 0, 6)], cache)
     with pytest.raises(ValueError, match="position 5 does not fit a cache of 5"):
-        model.decode_hidden(torch.tensor([1]), torch.tensor([5]), cache, slot)
+        model.decode(torch.tensor([1]), torch.tensor([5]), cache, slot)

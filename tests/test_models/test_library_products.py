@@ -64,4 +64,4 @@ def test_sampler_and_trainer_agree(library):
     for position in range(5, 40):
         sampled = torch.log_softmax(logits[0] / 0.7, dim=-1)[row[position]]
         assert abs(sampled - chosen[position]) <= 5e-5, position
-        logits = model.head(model.decode_hidden(row[position:position + 1], torch.tensor([position]), cache, slot))
+        logits = model.head(model.decode(row[position:position + 1], torch.tensor([position]), cache, slot))

@@ -148,7 +148,7 @@ def test_a_prefill_of_a_prompt_and_its_continuation_is_that_of_the_whole_sequenc
         logits = [model.head(hidden)]
         for offset, token in enumerate(last):
             positions = torch.tensor([9, prompt_len + lengths]) + offset
-            logits.append(model.head(model.decode_hidden(token.repeat(2), positions, cache, torch.tensor([2, 0]))))
+            logits.append(model.head(model.decode(token.repeat(2), positions, cache, torch.tensor([2, 0]))))
         results.append(torch.stack(logits))
     assert results[0].shape == (3, 2, model.config.vocab_size)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-5)
@@ -177,7 +177,7 @@ def test_a_prefill_in_chunks_is_that_of_the_whole_sequence(cuts, prefix_len, max
             hidden = model.prefill(prompt[start:end], [chunk], cache, record=records[-1])
         logits = [model.head(hidden)]
         for offset, token in enumerate(last):
-            logits.append(model.head(model.decode_hidden(token[None], torch.tensor([130 + offset]), cache, torch.tensor([1]))))
+            logits.append(model.head(model.decode(token[None], torch.tensor([130 + offset]), cache, torch.tensor([1]))))
         results.append((torch.cat(logits), torch.cat([record.indices for record in records])))
     (logits, experts), (expected, expected_experts) = results
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
@@ -202,7 +202,7 @@ def test_chunks_of_several_sequences_give_what_each_gives_alone(prefix_len):
         calls = [(torch.cat(parts), chunks)] if together else [(part, [chunk]) for part, chunk in zip(parts, chunks)]
         logits = [model.head(torch.cat([model.prefill(*call, cache) for call in calls]))]
         ends = torch.tensor([end for _, end in bounds])
-        logits.append(model.head(model.decode_hidden(tokens[torch.arange(3), ends], ends, cache, torch.arange(3))))
+        logits.append(model.head(model.decode(tokens[torch.arange(3), ends], ends, cache, torch.arange(3))))
         results.append(torch.cat(logits))
     torch.testing.assert_close(*results, rtol=0, atol=2e-5)
 

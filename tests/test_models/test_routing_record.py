@@ -50,7 +50,7 @@ def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
     assert torch.equal(record.indices.unflatten(0, (3, 30)), expected[:, :30])
     for position in range(30, 40):
         record = RoutingRecord(3, model.config, "cpu")
-        model.decode_hidden(tokens[:, position], torch.full((3,), position), cache, slots, record=record)
+        model.decode(tokens[:, position], torch.full((3,), position), cache, slots, record=record)
         assert torch.equal(record.indices, expected[:, position]), position
 
 

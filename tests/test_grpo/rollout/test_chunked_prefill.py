@@ -81,13 +81,13 @@ def test_live_rows_decode_between_chunks(model, monkeypatch):
 
         monkeypatch.setattr(GptOss, name, spy)
 
-    for name in ("prefill", "decode_hidden"):
+    for name in ("prefill", "decode"):
         spied(name)
     sample(model, make_prompts([150, 140, 10]), max_prefill_tokens=64, num_samples=2, max_new_tokens=5)
     assert calls == [("prefill", 64), ("prefill", 64), ("prefill", 22),
-                     ("prefill", 64), ("decode_hidden", 2), ("prefill", 64), ("decode_hidden", 2),
+                     ("prefill", 64), ("decode", 2), ("prefill", 64), ("decode", 2),
                      ("prefill", 12), ("prefill", 10),
-                     ("decode_hidden", 6), ("decode_hidden", 6), ("decode_hidden", 4), ("decode_hidden", 4)]
+                     ("decode", 6), ("decode", 6), ("decode", 4), ("decode", 4)]
 
 
 def test_should_stop_is_asked_between_chunks(model):

@@ -132,7 +132,7 @@ def spied_calls(monkeypatch) -> list[tuple[str, int]]:
 
         monkeypatch.setattr(GptOss, name, spy)
 
-    for name in ("prefill", "decode_hidden"):
+    for name in ("prefill", "decode"):
         spy_on(name)
     return calls
 
@@ -164,7 +164,7 @@ def test_a_reply_longer_than_a_prefill_comes_in_chunks_between_which_others_are_
         session.continue_with(*parked, [8] * 34)
         for _ in range(4):
             session.poll()
-    assert calls == [("prefill", 32), ("decode_hidden", 2), ("prefill", 3), ("decode_hidden", 3)]
+    assert calls == [("prefill", 32), ("decode", 2), ("prefill", 3), ("decode", 3)]
 
 
 # ---- who gives way

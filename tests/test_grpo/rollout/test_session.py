@@ -178,18 +178,18 @@ def test_groups_larger_than_the_batch_finish_and_every_prompt_is_prefilled_once(
 
 def test_finished_rows_leave_the_batch_and_waiting_ones_take_their_slots(model, monkeypatch):
     sizes, prefills = [], []
-    decode_hidden, prefill = GptOss.decode_hidden, GptOss.prefill
+    decode, prefill = GptOss.decode, GptOss.prefill
 
     def spy_decode(self, tokens, positions, cache, slots, **settings):
         assert len(slots.unique()) == len(slots)
         sizes.append(len(tokens))
-        return decode_hidden(self, tokens, positions, cache, slots, **settings)
+        return decode(self, tokens, positions, cache, slots, **settings)
 
     def spy_prefill(self, tokens, chunks, cache, **settings):
         prefills.append(len(tokens))
         return prefill(self, tokens, chunks, cache, **settings)
 
-    monkeypatch.setattr(GptOss, "decode_hidden", spy_decode)
+    monkeypatch.setattr(GptOss, "decode", spy_decode)
     monkeypatch.setattr(GptOss, "prefill", spy_prefill)
     prompts = make_prompts(10, lengths=(6, 6))
     completions, stats = generate(model, prompts, stop_ids=(3, 17), max_batch=4, max_prefill_tokens=12)
@@ -334,15 +334,15 @@ def test_repeated_prompt_ids_are_refused(model):
 
 
 def test_logits_that_are_not_finite_stop_the_rollout_naming_where(model, monkeypatch):
-    decode_hidden = GptOss.decode_hidden
+    decode = GptOss.decode
 
     def broken(self, tokens, positions, cache, slots, **settings):
-        hidden = decode_hidden(self, tokens, positions, cache, slots, **settings)
+        hidden = decode(self, tokens, positions, cache, slots, **settings)
         if positions[1] == 8:
             hidden[1, 5] = float("nan")
         return hidden
 
-    monkeypatch.setattr(GptOss, "decode_hidden", broken)
+    monkeypatch.setattr(GptOss, "decode", broken)
     prompts = make_prompts(2, lengths=(5, 5))
     with pytest.raises(FloatingPointError, match="step 3, prompt 1, sample 0, position 9"):
         generate(model, prompts, greedy=False)

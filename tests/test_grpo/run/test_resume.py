@@ -63,7 +63,7 @@ setattr(owner, {name!r}, counted)
 # phase -> (module, owner, function, after it, range of the call number within one process)
 PHASES = {
     "warm-up": ("grpo.optim", "module.Optimizer", "step", True, (1, 3)),
-    "rollout": ("models.gpt_oss", "module.GptOss", "decode_hidden", False, (3, 30)),
+    "rollout": ("models.gpt_oss", "module.GptOss", "decode", False, (3, 30)),
     "backward": ("grpo.losses", "module", "token_stats", False, (1, 2)),
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
     "logging": ("grpo.record.jsonl", "module.JsonlFile", "append", True, (1, 5)),
