@@ -1,4 +1,4 @@
-"""Prompts and answers from data: JSON lines, JSON, CSV, Parquet, Arrow, folders and ids of the Hugging Face hub.
+"""Prompts and answers from data: JSON lines, JSON, CSV, TSV, Parquet, Arrow, folders and ids of the Hugging Face hub.
 
     {"question": "What is 17 + 25?", "answer": "42"}        # a line of tests/fixtures/arithmetic.jsonl, say
     python -m grpo.train +experiment=gpt_oss_20b_lora model.path=FOLDER env.path=tests/fixtures/arithmetic.jsonl
