@@ -118,9 +118,9 @@ class ModelConfig:
     architecture: Optional[Dict[str, Any]] = None
     experts: Experts = MISSING
     train: Train = MISSING
-    activation_checkpointing: bool = MISSING  # recompute each layer in backward: less memory, same numbers
-    # with activation_checkpointing on a GPU and a frozen base, layers keep what fits into memory_gb (1e9 bytes; null: 85 % of
-    # the GPU's memory), and in host_gb of pinned host memory, which takes the input embedding first
+    activation_checkpointing: bool = MISSING  # recompute layers in the backward: less memory, same numbers
+    # with activation_checkpointing on a GPU, layers still keep what fits into memory_gb (1e9 bytes; null: 85 % of the GPU's
+    # memory) and, with a frozen base, into host_gb of pinned host memory, where the input embedding goes first
     memory_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null", default=None)
     host_gb: float = number("[0, inf)", "in 1e9 bytes", default=0.0)
     lora: Optional[LoraSettings] = None
@@ -135,7 +135,7 @@ class AdvantageConfig:
 class KlConfig:
     coefficient: float = number("[0, inf)", "0 is off")  # loss per nat; 0 skips the reference pass
     estimator: Estimator = MISSING
-    reference: KlReference = KlReference.start  # whom the policy is held to
+    reference: KlReference = KlReference.start  # the policy that the penalty measures the distance to
 
 
 @dataclass
@@ -149,16 +149,17 @@ class RolloutConfig:
     top_p: float = number(*TOP_P)
     min_p: float = number(*MIN_P)
     max_batch: int = number("[1, inf)")  # completions decoded together; does not change what is sampled
-    # most memory of the KV cache, 1e9 bytes: completions that find no room wait. null: on a GPU a share of what is free when a
-    # rollout starts; never more than its completions need
+    # largest size of the KV cache, 1e9 bytes; completions that do not fit wait. null: on a GPU a share of the memory that is free
+    # when a rollout starts, but never more than its completions need
     cache_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null for a share of the GPU's free memory", default=None)
-    refill_rounds: int = number("[0, inf)", "0 is off")  # further draws of prompts to replace groups whose rewards are all equal
+    refill_rounds: int = number("[0, inf)", "0 is off")  # most further draws of prompts, to replace groups with equal rewards
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 
 @dataclass
 class OptimConfig:
-    """AdamW, its schedule, and how a batch becomes updates. One step here is one GRPO step, whatever its updates."""
+    """AdamW, its schedule, and how a batch becomes updates. A GRPO step makes minibatches x epochs updates; warmup_steps and
+    decay_steps count updates."""
 
     lr: float = number("(0, inf)")
     betas: List[float] = number("[0, 1)")
@@ -166,18 +167,18 @@ class OptimConfig:
     weight_decay: float = number("[0, inf)")
     warmup_steps: int = number("[0, inf)")  # updates with linearly rising lr
     schedule: LrSchedule = MISSING
-    decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up")  # last updates, over which lr falls
+    decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up")  # number of last updates in which lr falls
     final_lr_ratio: float = number("[0, 1]")  # lr of the last update / lr
     max_grad_norm: float = number("(0, inf)", "1.0 is usual")  # global L2 norm that gradients are scaled down to
     max_tokens: int = number("[1, inf)")  # tokens in one micro-batch: bounds activation memory; does not change the gradient
-    # a group's prompt stands once in a micro-batch, before all its completions: fewer tokens, the same gradient
+    # a micro-batch has a group's prompt once, before all its completions: fewer tokens, the same gradient
     share_prompts: bool = False
     minibatches: int = number("[1, inf)")  # updates each epoch
     epochs: int = number("[1, inf)")  # passes over a batch
     old_log_probs: OldLogProbs = MISSING
     mask_truncated: bool = False  # completions cut off by rollout.max_new_tokens count in their group, but are not trained on
-    # power of two that the loss carries through the backward, so that float16 gradients do not underflow; null: grpo.optim's
-    # for float16, 1 for other dtypes. Lower it when gradients overflow
+    # power of two that multiplies the loss before the backward, so that float16 gradients do not underflow; null: the constant of
+    # grpo/optim.py for float16, 1 for other dtypes. Lower it when gradients overflow
     loss_scale: Optional[float] = number("(0, inf)", "null for the dtype's own", default=None)
 
 
@@ -191,7 +192,7 @@ class WarmupConfig:
     betas: List[float] = number("[0, 1)")
     weight_decay: float = number("[0, inf)")
     warmup_steps: int = number("[0, inf)")
-    decay_fraction: float = number("[0, 1]")  # the last part of the steps, over which lr falls linearly
+    decay_fraction: float = number("[0, 1]")  # share of the steps, the last ones, in which lr falls linearly
     final_lr_ratio: float = number("[0, 1]")
     max_grad_norm: float = number("(0, inf)", "1.0 is usual")
     cache_dir: Optional[str] = None  # keeps the result, so that a rerun starts at GRPO; null: no cache
@@ -210,7 +211,7 @@ class EvalConfig:
     max_prompts: int = number("[1, inf)")  # held-out prompts
     at_start: bool = MISSING
     at_end: bool = MISSING
-    # metric that a sweeper such as Optuna's judges a run by, its last value: greedy_accuracy, reward, avg@4, ...; null: the first
+    # metric whose last value a sweeper such as Optuna's optimises: greedy_accuracy, reward, avg@4, ...; null: the first
     objective: Optional[str] = None
 
 
@@ -439,16 +440,17 @@ def describe_type(hint: Any) -> str:
 
 # ---- a run's folder and its saved config
 
-# Keys that may differ between a saved run and the command that resumes it: none of them changes what a step computes.
+# Keys that may differ between a saved run and the command that resumes it. They do not change what a step computes, except that
+# `steps` moves the learning rates of linear and cosine schedules.
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
-    # memory: rounding apart
+    # memory: these may change how numbers are rounded
     *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
-    # how reward functions are called, not what they say: to go on after a judge was down
+    # how reward functions are called, not what they return: to go on after a judge was down
     *("env.reward_timeout", "env.reward_workers", "env.reward_retries", "env.max_error_rate"),
-    "warmup.cache_dir",  # a kept warm-up has the bits of one made again
+    "warmup.cache_dir",  # a cached warm-up has the same bits as a new one
 )
 
 

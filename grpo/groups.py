@@ -1,7 +1,7 @@
 """Scored groups of completions: what a step trains on.
 
-Prompts are sampled in groups and scored; groups whose rewards are all equal carry no gradient, so they are dropped, counted, and
-replaced by fresh prompts for a bounded number of rounds.
+Each prompt gets a group of completions, which are scored. A group whose rewards are all equal has no gradient: it is dropped,
+counted, and replaced by another prompt, for at most `rollout.refill_rounds` rounds.
 """
 import math
 import statistics
@@ -20,7 +20,7 @@ from models.chat.tokenizer import Tokenizer
 
 @dataclass
 class Groups:
-    completions: list[Completion]  # of live groups, with their rewards: what is trained on
+    completions: list[Completion]  # to train on: those of groups with different rewards
     advantages: list[float]
     scored: list[tuple[Completion, Score]]  # everything sampled this step, dropped groups included
     metrics: dict[str, float] = field(default_factory=dict)
@@ -28,8 +28,8 @@ class Groups:
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
             progress: Callable[[int, int], None] | None = None) -> Groups:
-    """Samples and scores the groups of one step; `progress` is told how many completions of a round are finished. Raises
-    EnvironmentFault, and rollout.Interrupted when should_stop says so."""
+    """Samples and scores the groups of one step. `progress` is called with the number of finished completions of a round, and of
+    all. Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     scored: list[tuple[Completion, Score]] = []
@@ -64,7 +64,7 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
                "frac_reward_zero_std": (num_groups - num_live) / num_groups, "groups/dropped": num_groups - num_live,
                "groups/live": num_live, "groups/unscored": num_groups - _num_groups(rewarded),
                "reward/errors": len(scored) - len(rewarded), **seconds}
-    if config.optim.mask_truncated:  # they have had their say in their group's mean and spread
+    if config.optim.mask_truncated:  # truncated completions count in their group's mean and spread, but are not trained on
         kept = [row for row, completion in enumerate(live) if completion.finish_reason != "length"]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
     return Groups(live, advantages, scored, metrics)
@@ -75,8 +75,8 @@ def _num_groups(completions: list[Completion]) -> int:
 
 
 def reward_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:
-    """Means of rewards, their parts and the environment's metrics, over the completions that have them; NaN where none has. The
-    standard deviation of a part is that of a sample, as TRL's of the same name."""
+    """Means of rewards, their parts and the environment's metrics, over the completions that have them; NaN if none has. A part's
+    standard deviation divides by n - 1, as TRL's metric of the same name does."""
     rewards = [verdict.reward for _, verdict in scored if verdict.reward is not None]
     metrics = {"reward": statistics.fmean(rewards) if rewards else math.nan,
                "reward_std": statistics.pstdev(rewards) if rewards else math.nan}
@@ -100,8 +100,8 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
 
 
 def completion_record(tokenizer: Tokenizer, env: Environment, completion: Completion, verdict: Score, *, split: str) -> dict:
-    """A completion as completions.jsonl keeps it: text, token ids, reward and its parts, and what the environment adds. A name
-    that is taken gets a prefix there."""
+    """A completion's line in completions.jsonl: text, token ids, reward and its parts, and the environment's own entries, which
+    get a prefix if their name is taken."""
     record = {"split": split, "prompt_id": completion.prompt.id, "sample": completion.sample,
               "prompt": tokenizer.decode(completion.prompt.token_ids, keep_special=True),
               "completion": tokenizer.decode(completion.completion_ids, keep_special=True),

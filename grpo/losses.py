@@ -4,7 +4,7 @@ A loss maps one micro-batch, as `LossInputs`, to a scalar to minimise. Each divi
 by one of the micro-batch, so summing losses and gradients over micro-batches gives the same result for any split, packing or
 order.
 
-With A the advantage, o_i the trained tokens of sequence i, B the sequences of the step, and
+With A the advantage, o_i the trained tokens of sequence i, B the sequences of the optimizer step, and
     ratio r = exp(log pi - log pi_old),   surrogate J = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A):
     grpo      -1/B sum_i 1/|o_i| sum_t J     DeepSeekMath, arXiv 2402.03300, eq. 3 (its KL term: grpo/kl.py)
     dr_grpo   -1/(B L) sum_i sum_t J         Dr. GRPO, arXiv 2503.20783; L is a constant length in tokens
@@ -14,9 +14,9 @@ and the gradient is REINFORCE's, A grad log pi.
 
 Departure from the papers: log-ratios are clamped to +-20 before the exponential.
 
-Statistics are sums, so that micro-batches add up: see `reduce_stats`. A loss of one's own keeps to CONTRACT.
+Statistics are sums over a micro-batch, which `reduce_stats` adds up. CONTRACT says what a user's own loss must return.
 
-Shapes: T packed tokens of a micro-batch, N completions of the whole step.
+Shapes: T packed tokens of a micro-batch, N completions of the whole GRPO step.
 """
 import math
 import numbers
@@ -37,23 +37,23 @@ MAX_LOG_RATIO = 20.0  # nats; exp(20) = 5e8 is still far from overflow when summ
 
 @dataclass
 class LossInputs:
-    """All that a loss may ask about one micro-batch of a step.
+    """What a loss gets for one micro-batch.
 
-    [T] speaks of the packed tokens, prompts and an environment's tokens among them: `loss_mask` is true for those that the policy
-    sampled, and log-probs and entropy are 0 elsewhere. [N] speaks of all completions of the step, those in other micro-batches
-    too, so that a loss may have a baseline of its own: `(rewards - rewards.mean())[sequence_ids]` is [T]. The counts are those of
-    the whole optimizer step; a loss divides by one of them."""
+    [T]: one entry for each packed token, those of prompts and of an environment included. `loss_mask` is true for tokens that the
+    policy sampled; log-probs and entropy are 0 elsewhere. [N]: one entry for each completion of the GRPO step, those of other
+    minibatches and micro-batches included, so a loss can compute its own baseline: `(rewards - rewards.mean())[sequence_ids]` is
+    [T]. Counts are of one optimizer step (one minibatch): a loss divides by one of them."""
 
     log_probs: torch.Tensor  # [T] fp32 nats, of the policy as it is now: the gradient goes through them
-    # [T] fp32 nats, of the full vocabulary. A loss that uses it gets its gradient (but for float16 models), at the price of
-    # computing the logits a second time in the backward; others pay nothing for it
+    # [T] fp32 nats, of the full vocabulary. A loss that uses it gets its gradient (except for float16 models); the backward then
+    # computes the logits a second time. Other losses cost no more
     entropy: torch.Tensor
     old_log_probs: torch.Tensor  # [T] fp32 nats, of the policy before the step's first update, or the sampler's; no gradient
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, as recorded when the token was drawn
     ref_log_probs: torch.Tensor | None  # [T] fp32 nats, of the reference of the KL penalty; None without one (grpo/kl.py)
     advantages: torch.Tensor  # [T] fp32, that of the token's completion
     loss_mask: torch.Tensor  # [T] bool
-    sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: a place in each [N]
+    sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: an index into each [N]
     sequence_lengths: torch.Tensor  # [N] int64, trained tokens
     rewards: torch.Tensor  # [N] fp32, raw; NaN without one
     group_ids: torch.Tensor  # [N] int64, equal within a group
@@ -65,7 +65,7 @@ class LossInputs:
     @classmethod
     def of(cls, batch: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, *, old_log_probs: torch.Tensor,
            max_new_tokens: int) -> "LossInputs":
-        """Of a micro-batch and what the policy says about it. log_probs, entropy, old_log_probs: [T] fp32 nats."""
+        """The inputs for a micro-batch. log_probs, entropy (both of the policy as it is now), old_log_probs: [T] fp32 nats."""
         assert log_probs.shape == entropy.shape == old_log_probs.shape == batch.loss_mask.shape, (
             log_probs.shape, entropy.shape, old_log_probs.shape, batch.loss_mask.shape)
         return cls(
@@ -77,7 +77,7 @@ class LossInputs:
 
 
 def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over sequences of the mean over a sequence's tokens; long completions weigh less per token.
+    """Mean over sequences of the mean over a sequence's tokens: a token of a long completion weighs less.
 
     Returns the scalar loss and the sums of `reduce_stats`."""
     surrogate, stats = _surrogate(inputs, clip_low, clip_high)
@@ -87,7 +87,7 @@ def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torc
 
 def dr_grpo(inputs: LossInputs, *, clip_low: float, clip_high: float,
             length_normalizer: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum over tokens divided by a constant, sequences times `length_normalizer` tokens: no bias by length.
+    """Sum over tokens, divided by (number of sequences x `length_normalizer` tokens): no bias by length.
 
     `length_normalizer` is usually the longest completion allowed. Returns the scalar loss and the sums of `reduce_stats`."""
     if not 0 < length_normalizer < math.inf:
@@ -98,7 +98,7 @@ def dr_grpo(inputs: LossInputs, *, clip_low: float, clip_high: float,
 
 
 def dapo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over all trained tokens of the step: every token weighs the same.
+    """Mean over all trained tokens of the optimizer step: every token weighs the same.
 
     Returns the scalar loss and the sums of `reduce_stats`."""
     surrogate, stats = _surrogate(inputs, clip_low, clip_high)
@@ -111,7 +111,7 @@ def _surrogate(inputs: LossInputs, clip_low: float, clip_high: float) -> tuple[t
         raise ConfigError(f"loss.clip_low = {clip_low}, loss.clip_high = {clip_high}: the ratio is kept within "
                           "[1 - clip_low, 1 + clip_high], so 0 <= clip_low <= 1 and clip_high >= 0 (DAPO: 0.2 and 0.28)")
     mask, advantages = inputs.loss_mask, inputs.advantages
-    # masked before the exponential: what stands outside the mask, even NaN, reaches neither value nor gradient
+    # masked before the exponential, so that values outside the mask, even NaN, reach neither value nor gradient
     log_ratio = torch.where(mask, inputs.log_probs - inputs.old_log_probs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -167,7 +167,7 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
 
 
 def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: int, has_reference: bool) -> None:
-    """Calls the loss that `path` names on two made-up groups. Raises ConfigError where it fails or does not keep to CONTRACT."""
+    """Calls the loss that `path` names on two made-up groups. Raises ConfigError if it fails or breaks CONTRACT."""
     segments = [Segment([1, 2], "prompt"), Segment([3, 4], "policy", [-1.0, -2.0])]
     completions = [Completion(Prompt(group, [1, 2], {}), sample, segments, "stop", reward=float(sample))
                    for group in range(2) for sample in range(group_size)]
@@ -185,13 +185,13 @@ def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: i
 
 
 def checked_loss(returned: object, path: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What a loss returned, as it is; raises ConfigError where that is not what CONTRACT says."""
+    """Returns what a loss returned, unchanged. Raises ConfigError if it breaks CONTRACT."""
     is_pair = isinstance(returned, tuple) and len(returned) == 2
     loss, stats = returned if is_pair else (None, None)
     wrong = "" if is_pair else f"what it returned is {_kind(returned)}, no pair"
-    if is_pair and not (isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.requires_grad):
-        what = "one that no gradient reaches log_probs from" if isinstance(loss, torch.Tensor) and loss.ndim == 0 else _kind(loss)
-        wrong = f"its loss is {what}"
+    is_scalar = isinstance(loss, torch.Tensor) and loss.ndim == 0
+    if is_pair and not (is_scalar and loss.requires_grad):
+        wrong = f"its loss is {'a scalar that does not depend on inputs.log_probs' if is_scalar else _kind(loss)}"
     elif is_pair and not isinstance(stats, dict):
         wrong = f"its stats are {_kind(stats)}"
     elif is_pair:

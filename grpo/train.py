@@ -1,8 +1,8 @@
 """GRPO on gpt-oss: python -m grpo.train +experiment=NAME [KEY=VALUE ...]
 
-One process samples groups of completions, scores them and trains on them. `train` is the algorithm; grpo/update.py has the
-update, grpo/run/ what starts, saves, resumes and ends a run. Everything random is keyed by (seed, step, prompt, sample), so
-a step can be repeated from the weights before it and a checkpoint needs no state of generators.
+One process samples groups of completions, scores them and trains on them. `train` is the algorithm, grpo/update.py the update;
+grpo/run/ starts, saves, resumes and ends a run. Every random number is keyed by (seed, step, prompt, sample), so a step can be
+repeated from the weights before it, and a checkpoint holds no generator states.
 
 Exit codes: 0 finished, 1 disk or an error of this program, 2 configuration or checkpoint, 3 data, 4 environment or reward,
 5 out of memory, 6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
@@ -31,12 +31,13 @@ from grpo.update import update
 
 
 def train(run: Run) -> None:
-    """Takes the remaining GRPO steps. Raises rollout.Interrupted at the first safe moment after a stop signal."""
+    """Takes the remaining GRPO steps. After a stop signal raises grpo.rollout.session.Interrupted once the current model call,
+    micro-batch or step is done."""
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"))
-        run.sampler.offload()  # rollout and update need not fit into memory together
+        run.sampler.offload()  # gives the KV cache's memory to the update
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)
@@ -57,7 +58,7 @@ def train(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run) -> None:
-    """Evaluates where the schedule says so and no evaluation of this step is on record."""
+    """Evaluates if the schedule says so and this step has no evaluation on record."""
     settings, config = run.config.eval, run.config
     is_due = (settings.at_start if run.step == 0 else settings.at_end if run.step == config.steps
               else settings.every > 0 and run.step % settings.every == 0)
@@ -74,7 +75,7 @@ def evaluate_if_due(run: Run) -> None:
 
 
 def log_completions(run: Run, scored: list[tuple[Completion, Score]], *, split: str) -> None:
-    """The first of them, as many as are asked for, into completions.jsonl."""
+    """Writes the first `log.num_completions` of them to completions.jsonl."""
     run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split=split)
                                            for completion, score in scored[:run.config.log.num_completions]])
 

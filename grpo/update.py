@@ -15,13 +15,13 @@ from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
 from models.routing_record import RoutingReplay
 
-PATIENCE = 5  # steps in a row without an update, until a warning
+PATIENCE = 5  # a warning comes after this many steps in a row without an update
 
 
 def update(run: Run, groups: Groups) -> dict[str, float]:
     """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
     optim = run.config.optim
-    # schedules follow steps, whether or not those before had a gradient
+    # the learning rate follows the step number, even if earlier steps made no update
     run.optimizer.position = run.step * optim.minibatches * optim.epochs
     run.steps_without_update = 0 if groups.completions else run.steps_without_update + 1
     if not groups.completions:
@@ -35,10 +35,10 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
         batch.old_log_probs = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:
         with run.reference.in_place_of(run.policy):
-            # it routes for itself: it is another policy, not this one's weights on another's routes
+            # no replay: the reference is another policy and uses its own routing
             batch.ref_log_probs = score_batch(run, batch, replays_routing=False)
     allowed = allowed_difference(run.policy)
-    stats, before_update, grad_norms, num_packed, num_whole, num_trained = [], [], [], 0, 0, 0
+    stats, before_update, grad_norms, num_packed, num_whole, num_trained, has_updated = [], [], [], 0, 0, 0, False
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
@@ -52,14 +52,14 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 run.optimizer.backward(loss)
                 stats.append(micro_stats)
-                if not grad_norms:  # after an update the policy is no longer the one that sampled
+                if not has_updated:  # after an update the policy is no longer the one that sampled
                     before_update.append((token_stats(inputs), differences(log_probs, micro, allowed=allowed), routing))
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
                     raise Interrupted(f"step {run.step + 1} abandoned before its update")
             lr = run.optimizer.lr
             grad_norms.append(run.optimizer.step())
-            run.is_between_steps = False
+            has_updated, run.is_between_steps = True, False
             run.optimizer.zero_grad()
     sampling_stats, found, replays = zip(*before_update)
     sampling = reduce_stats(sampling_stats, num_updates=1)
@@ -81,19 +81,19 @@ def policy_log_probs(run: Run, micro: RolloutBatch, routing: RoutingReplay | Non
 
 
 def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
-    """A replay of what the sampler recorded, for one forward and its backward."""
+    """A replay of the recorded choices of experts, for one forward and its backward; None if they are not recorded."""
     return None if micro.routing is None else RoutingReplay(micro.routing)
 
 
 def routing_metrics(replays: Iterable[RoutingReplay | None]) -> dict[str, float]:
-    """The share of the recorded choices of an expert that the trainer's router would have made otherwise, if there are any."""
+    """The share of the recorded choices of an expert that the trainer's router would not have made; {} without a record."""
     counts = [(int(replay.num_flips), int(replay.num_choices)) for replay in replays if replay is not None]
     return {"routing/flips": sum(flips for flips, _ in counts) / sum(choices for _, choices in counts)} if counts else {}
 
 
 def loss_inputs(run: Run, micro: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, num_updates: int) -> LossInputs:
-    """What a loss is told of a micro-batch. With one update the policy is still what it was at the start of the step, so its own
-    log-probs are the old ones, and the ratio is exactly 1."""
+    """The inputs of the loss for a micro-batch. If the step makes one update, the policy is as the step began: its
+    own log-probs are the old ones, and the ratio is exactly 1."""
     if run.config.optim.old_log_probs == OldLogProbs.sampler:
         old_log_probs = micro.sampler_log_probs
     else:
@@ -103,7 +103,7 @@ def loss_inputs(run: Run, micro: RolloutBatch, log_probs: torch.Tensor, entropy:
 
 
 def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy loss, with the KL penalty where it is on, and statistics of one micro-batch."""
+    """The policy loss of one micro-batch, plus the KL penalty if it is on, and the statistics."""
     loss, stats = checked_loss(run.loss_fn(inputs), run.config.loss["_target_"])
     if inputs.ref_log_probs is not None:
         kl = run.config.kl
@@ -114,7 +114,7 @@ def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str
 
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool) -> torch.Tensor:
-    """Log-probs [T] of the policy as it is now, of a `batch` as `pack` made it, before the step's first update."""
+    """Log-probs [T] of a packed batch under the policy as it is now."""
     optim, log_probs = run.config.optim, torch.zeros_like(batch.sampler_log_probs)
     for micro in micro_batches(batch, optim.max_tokens, share_prompts=optim.share_prompts):
         log_probs[micro.token_index] = policy_log_probs(run, micro, make_replay(micro) if replays_routing else None)[0]

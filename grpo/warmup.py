@@ -1,7 +1,7 @@
 """Supervised warm-up on an environment's demonstrations, before GRPO: next-token cross-entropy on completions.
 
-For small models trained from scratch, which need to speak the format before a reward can say anything. The result is kept under a
-hash of all that shaped it, so that a rerun starts at GRPO.
+A small model trained from scratch must first learn the format: before that no completion earns a reward. The result is cached
+under a hash of everything that it depends on, so a rerun starts at GRPO.
 """
 import dataclasses
 import hashlib
@@ -27,7 +27,8 @@ from models.gpt_oss import GptOss
 
 
 def warm_up(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metrics, should_stop: Callable[[], bool]) -> None:
-    """Trains the policy in place, or loads what an equal warm-up left. Raises rollout.Interrupted when should_stop says so."""
+    """Trains the policy in place, or loads the result of an equal warm-up. Raises grpo.rollout.session.Interrupted if should_stop
+    returns true."""
     settings = config.warmup
     cached = None
     if settings.cache_dir is not None:
@@ -82,7 +83,7 @@ def _train(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metri
 
 
 def pack_demonstrations(pairs: list[tuple[list[int], list[int]]]) -> RolloutBatch:
-    """(prompt ids, completion ids) pairs as a batch that trains on the completions."""
+    """Packs (prompt ids, completion ids) pairs into a batch that trains on the completions."""
     completions = [
         Completion(Prompt(i, prompt, {}), 0, [Segment(prompt, "prompt"), Segment(target, "policy", [0.0] * len(target))], "stop")
         for i, (prompt, target) in enumerate(pairs)]
@@ -90,7 +91,7 @@ def pack_demonstrations(pairs: list[tuple[list[int], list[int]]]) -> RolloutBatc
 
 
 def _digest(policy: GptOss, env: Environment, config: TrainConfig) -> str:
-    """A hash of the settings, the code, torch's version and the threads: an equal warm-up gives equal bits."""
+    """A hash of settings, code, torch's version and the number of threads: equal hashes mean equal bits."""
     settings = {name: value for name, value in dataclasses.asdict(config.warmup).items() if name != "cache_dir"}
     beside = Path(inspect.getsourcefile(GptOss)).parent.parent  # the folder of `models` and `kernels`, in a wheel too
     folders = (beside / "kernels", beside / "models", Path(__file__).parent)
@@ -104,7 +105,7 @@ def _digest(policy: GptOss, env: Environment, config: TrainConfig) -> str:
 
 @torch.no_grad()
 def _load(policy: GptOss, path: Path) -> list[dict] | None:
-    """The history of a cached warm-up, its weights put into the policy; None if there is none that can be read."""
+    """Loads a cached warm-up's weights into the policy. Returns its history, or None if no readable cache exists."""
     if not path.is_file():
         return None
     parameters = policy.trainable_parameters()
@@ -115,7 +116,7 @@ def _load(policy: GptOss, path: Path) -> list[dict] | None:
             tensors = {name: file.get_tensor(name) for name in parameters}
             history = json.loads(file.metadata()["history"])
     except SafetensorError:
-        return None  # cut short by a kill long ago: training again is right, only slower
+        return None  # a damaged file, as a kill can leave it: train again
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
     return history
