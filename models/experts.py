@@ -154,8 +154,3 @@ class RoutedExperts(nn.Module):
     def dense(self, name: str, expert: int) -> torch.Tensor:
         """[out, in] fp32 of one expert."""
         return self.weight_format.unpack(*self.as_stored(name, expert), dtype=torch.float32)
-
-    def num_packed_weights(self) -> int:
-        """Weights that are packed, as many as they stand for; 0 where they are parameters."""
-        num_experts = len(self.gate_up_proj_bias)
-        return sum(num_experts * size_in * size_out for size_in, size_out in self.sizes.values()) * self.layout.is_packed

@@ -97,7 +97,10 @@ def describe_trainable(model: GptOss) -> str:
 
 
 def _num_packed_weights(model: GptOss) -> int:
-    return sum(block.mlp.experts.num_packed_weights() for block in model.model.layers)
+    """Gate, up and down of all experts; 0 where they are parameters."""
+    config = model.config
+    num_layers = config.num_hidden_layers * model.expert_format.is_packed
+    return num_layers * config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
 
 
 def count_parameters(model: GptOss) -> int:
