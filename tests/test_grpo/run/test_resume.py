@@ -68,7 +68,8 @@ PHASES = {
     "after the weights moved": ("grpo.optim", "module.Optimizer", "step", True, (1, 2)),
     "logging": ("grpo.record.jsonl", "module.JsonlFile", "append", True, (1, 5)),
     "writing a checkpoint": ("models.formats.atomic", "module", "sync", False, (1, 5)),
-    "publishing a checkpoint": ("models.formats.atomic", "module", "_exchange", False, (2, 2)),
+    # the second one: its three files and their folder are synced, as those of the first and the folder that this went to
+    "publishing a checkpoint": ("models.formats.atomic", "module", "sync", True, (9, 9)),
     "evaluation": ("grpo.evaluate", "module", "score", False, (3, 3)),
     "pruning": ("grpo.run.checkpoint", "module", "_prune", False, (1, 1)),
 }
@@ -230,7 +231,7 @@ def test_an_interrupted_evaluation_is_made_again(train, never_killed, tmp_path):
 
 def test_a_second_signal_leaves_at_once_and_harms_nothing(train, never_killed, tmp_path):
     expected, _ = never_killed(CARRY)
-    stuck = "import models.formats.atomic as atomic, time; atomic._exchange = lambda *a: time.sleep(10_000)\n"
+    stuck = "import models.formats.atomic as atomic, time; atomic.sync = lambda *a: time.sleep(10_000)\n"
     command = train([*CARRY, "eval.at_start=false", "checkpoint.every=0"], tmp_path,
                     stuck + signal_at("rollout", 20, signal.SIGTERM))
     deadline = time.monotonic() + 600
