@@ -1,4 +1,4 @@
-"""How large a cache of keys and values a rollout takes: rows, slots and pages."""
+"""The size of a rollout's cache of keys and values: rows, slots and pages."""
 
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ class CacheShape:
 
 def plan_cache(config: GptOssConfig, dtype: torch.dtype, rows: list[RolloutRow], *, num_bytes: float | None, num_rows: int,
                max_len: int) -> CacheShape:
-    """A cache of sequences of up to `max_len` tokens, for rows of which `num_rows` may run at once, within `num_bytes` (None: no
-    bound).
+    """The cache for rows with sequences of up to `max_len` tokens, `num_rows` of them at once, within `num_bytes` (None: no
+    limit).
 
-    Never more than those take at full length. Raises ValueError where the longest row would not fit alone."""
+    It is never larger than those rows need at full length. Raises ValueError if the longest row alone does not fit."""
     per_page, per_slot = page_bytes(config, dtype), slot_bytes(config, dtype, max_len=max_len)
     longest = max(row.max_tokens for row in rows)
     pages = sorted((KVCache.pages_for(row.max_tokens) for row in rows), reverse=True)
 
     def shape(num_rows: int, num_pages: int) -> CacheShape:
-        # pages too few for a whole group leave members waiting even where every one has a row
+        # a prompt slot: if pages are too few for a whole group, members wait even if each has a row
         return CacheShape(num_rows, num_rows + (len(rows) > 1), num_pages)
 
     def size(shape: CacheShape) -> int:
@@ -44,7 +44,7 @@ def plan_cache(config: GptOssConfig, dtype: torch.dtype, rows: list[RolloutRow],
             f"rollout.cache_gb: a cache of {num_bytes / 1e9:.3g} GB does not hold one sequence of {longest} tokens, which "
             f"takes {least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free) or "
             "lower rollout.max_new_tokens")
-    # rows whose prompt and first page after it find no room would only hold rings
+    # each row needs pages for its prompt and one more; without them its slot would only use memory
     per_row = 1 + KVCache.pages_for(min(row.prompt_len for row in rows))
     while num_rows > 1 and size(shape(num_rows, max(pages[0], num_rows * per_row))) > num_bytes:
         num_rows -= 1

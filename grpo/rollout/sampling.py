@@ -1,17 +1,18 @@
-"""How completions are drawn: the parameters, and logits to tokens, each with its log-prob under the distribution that it was
-really drawn from.
+"""Sampling parameters, and draws from logits: tokens, each with its log-prob under the distribution that it was drawn from.
+
+The draws here serve the CPU, and filters on a GPU; all other draws on a GPU are kernels/head/draw.py's (Session decides).
 
 A draw is the Gumbel-max trick: token = argmax(logits / temperature + noise). The noise is a pure integer hash of
 (seed, step, prompt id, sample, position) and the vocabulary id, so a draw needs no generator state: it does not
 depend on the other rows of the batch, on the order of admission, on the device or on a restart.
 
-Filters apply to the tempered distribution in this order, each on what the one before it left:
+Filters apply to the tempered distribution in this order, each to the tokens that the one before it kept:
   1. top-k: the k largest logits (ties with the k-th are all kept);
   2. top-p: the shortest prefix, by falling probability, whose mass reaches top_p; the masses are those of the
      distribution renormalised after top-k (equal probabilities count in order of vocabulary id);
   3. min-p: every token with at least min_p times the largest probability.
-Hugging Face `generate` uses this order (temperature, top-k, top-p, min-p). vLLM applies min-p before top-k and top-p,
-so top-p there sees the mass that min-p left, and the kept set can be smaller when both are active.
+Hugging Face `generate` uses this order (temperature, top-k, top-p, min-p). vLLM applies min-p first: its top-p works on the mass
+that min-p kept, so with both active its kept set can be smaller.
 
 B rows, V vocabulary.
 """
@@ -40,10 +41,10 @@ class SamplingParams:
     top_k: int = 0  # the number of tokens to keep; 0 is off
     top_p: float = 1.0  # 1 is off
     min_p: float = 0.0  # 0 is off
-    greedy: bool = False  # the most likely token; the four above do not apply, and log-probs are at temperature 1
-    # rows park where they draw one of these, stop id or not (grpo/rollout/session.py)
+    greedy: bool = False  # takes the most likely token; the four above do not apply, and log-probs are at temperature 1
+    # a row parks when it draws one of these, even a stop id (grpo/rollout/session.py)
     park_ids: tuple[int, ...] = ()
-    records_routing: bool = False  # segments hold the experts that their tokens went to
+    records_routing: bool = False  # segments record the experts of their tokens
 
     def __post_init__(self) -> None:
         for name, value, is_allowed, allowed in (
@@ -57,14 +58,14 @@ class SamplingParams:
 
     @property
     def plain(self) -> PlainDraw | None:
-        """How tokens are chosen from the whole vocabulary; None where a filter leaves less."""
+        """How tokens are drawn from the whole vocabulary; None if a filter is active."""
         if self.greedy:
             return PlainDraw(1.0, True)
         return None if self.top_k or self.top_p < 1 or self.min_p > 0 else PlainDraw(self.temperature, False)
 
     @staticmethod
     def of(node: RolloutConfig | EvaluateConfig | GenerateConfig, evaluation: EvalConfig | None = None) -> "SamplingParams":
-        """Those of a part of the configuration; with `evaluation`, what a run's evaluations set for themselves goes before."""
+        """The parameters of a part of the configuration; values that `evaluation` sets replace them."""
         names = ("temperature", "top_k", "top_p", "min_p")
         values = {name: getattr(node, name) for name in names}
         if evaluation is not None:
@@ -91,7 +92,7 @@ class Draw:
 
 
 def choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Draw:
-    """One token per row, as the parameters say; shapes as draw has them."""
+    """One token per row, greedy or drawn, as the parameters say; shapes as in draw()."""
     if params.greedy:
         return greedy(logits)
     return draw(logits, keys, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
@@ -137,7 +138,7 @@ def _draw_block(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int,
         tempered.masked_fill_(~kept, -math.inf)
     noise = gumbel_noise(keys, logits.shape[1])
     tokens = noise.add_(scores).argmax(dim=-1)  # [B]
-    # in the trainer's operations (kernels/head/log_probs.py), so that its bits are the same
+    # the same operations as in training (kernels/head/log_probs.py), so the same bits
     log_probs = torch.log_softmax(tempered, dim=-1).gather(1, tokens[:, None]).squeeze(1)
     if kept is None:
         return Draw(tokens=tokens, log_probs=log_probs)

@@ -1,20 +1,19 @@
 """Which rows of a rollout run: slots, pages of the cache, admission, preemption. Knows no tensors.
 
-A row is one completion, and runs in a slot of its own. The longest prompts are admitted first (the lengths of completions are
-unknown): what is long should not be left for the end, and a want of pages is met while there is most to rearrange. A prompt is
-prefilled once for its group. Members of a group that find no slot wait while a slot of its own, the prompt slot, keeps their
-prompt, from which they are fanned out.
+A row is one completion, and runs in a slot of its own. Long prompts are admitted first (the lengths of completions are unknown):
+they should not run alone at the end, and if pages run out, there are still many rows to move. A prompt is prefilled once for its
+group. If a group has more members than there are free slots, the prompt slot keeps the prompt, and the other members start from
+it later.
 
-Pages are handed out for the next few steps only. Where they run out, the row admitted last is preempted: it gives slot and pages
-back and is prefilled again, prompt and tokens so far, when there is room; it then goes on with the same bits.
+A row gets pages for the next few steps only. If pages run out, the row admitted last is preempted: it gives slot and pages back.
+When there is room, its prompt and its tokens so far are prefilled again, and it continues with the same bits.
 
-A parked row waits for its caller. It keeps slot and pages until somebody else needs them, and is then the first to give way.
-Rows that were preempted, and parked rows that were continued, return in this order, before all that has not started, so that
-nobody is passed over for ever.
+A parked row waits for its caller. It keeps slot and pages until others need them; parked rows lose theirs first.
+Preempted rows and continued parked rows return in this order, before any group that has not started, so no row waits for ever.
 
-What is too long for one prefill is prefilled in chunks, between which live rows are decoded. It has a slot and all of its pages
-from the beginning, is admitted after the last chunk, and nothing else is admitted meanwhile. Where live rows need its pages it
-gives way, being the last that came, and begins again later.
+A prompt or row that is too long for one prefill is prefilled in chunks, and live rows are decoded between them. It has a slot and
+all of its pages from the first chunk, is admitted after the last one, and nothing else is admitted in between. If live rows need
+its pages, it loses them, as the newest, and begins again later.
 """
 
 from dataclasses import dataclass, field
@@ -32,13 +31,13 @@ class RolloutRow:
     prompt: Prompt = field(repr=False)
     sample: int  # index within the group
     limit: int  # most tokens after the prompt
-    num_new: int = 0  # tokens after the prompt, as far as the host knows
+    num_new: int = 0  # tokens after the prompt, as of the last sync
     is_parked: bool = False  # it waits for its caller
     finish_reason: str | None = None  # None while it is not finished
-    segments: list[Segment] = field(default_factory=list, repr=False)  # after the prompt, as far as they are on the host
-    slot: int | None = None  # where it has one
-    place: int = 0  # of its first token after the prompt in the decoder's buffers
-    num_held: int = 0  # of a row that does not run: tokens that its slot holds
+    segments: list[Segment] = field(default_factory=list, repr=False)  # after the prompt; those already on the host
+    slot: int | None = None  # None without a slot
+    place: int = 0  # index of its first token after the prompt in the decoder's buffers
+    num_held: int = 0  # for a row that does not run: how many of its tokens its slot holds
 
     @property
     def is_finished(self) -> bool:
@@ -50,7 +49,7 @@ class RolloutRow:
 
     @property
     def completion_ids(self) -> list[int]:
-        """All that is on the host after the prompt."""
+        """The tokens after the prompt that are on the host."""
         return [token for segment in self.segments for token in segment.token_ids]
 
     @property
@@ -72,7 +71,7 @@ class RolloutRow:
 
     @property
     def is_growing(self) -> bool:
-        """Whether it will need another page. The last token of all is drawn, but not fed."""
+        """Whether it will need another page. Its last token is drawn, but never fed to the model."""
         return KVCache.pages_for(self.max_tokens - 1) > KVCache.pages_for(self.num_tokens)
 
 
@@ -86,8 +85,8 @@ class Group:
 
 @dataclass
 class ChunkedPrefill:
-    """What is being prefilled in chunks: a group's prompt, into the slot of its first member, or a row that returns. It stays the
-    first of those that wait, and is not live."""
+    """A prefill in chunks: of a group's prompt, into the slot of its first member, or of a row that returns. The group or row
+    stays first in its queue, and is not live."""
 
     row: RolloutRow
     group: Group | None
@@ -96,8 +95,8 @@ class ChunkedPrefill:
 
 
 class Scheduler:
-    """Rows run in the first slots of the cache, `num_rows` at once; the slot after them is the prompt slot, where the cache has
-    one (grpo/rollout/cache_plan.py)."""
+    """At most `num_rows` rows run at once, in the first slots of the cache; the next slot, if there is one, is the prompt slot
+    (grpo/rollout/cache_plan.py)."""
 
     def __init__(self, cache: KVCache, *, num_rows: int) -> None:
         self.live: list[RolloutRow] = []  # in the order of admission, which is that of the decoder's rows
@@ -114,7 +113,7 @@ class Scheduler:
         self._free_slots, self._prompt_slot = list(range(num_rows))[::-1], num_rows
 
     def leave_cache(self) -> None:
-        """Preempts all that has a slot: another cache comes."""
+        """Takes the slots and pages of all rows and prompts, before another cache comes."""
         for row in self.live[::-1]:
             self._preempt(row)
         self.live = []
@@ -144,8 +143,8 @@ class Scheduler:
     # ---- admission
 
     def resume(self, max_tokens: int) -> list[RolloutRow]:
-        """Returning rows that go on, with pages for what they have. What their slots do not hold is to be prefilled, together at
-        most `max_tokens`; it is all of each, or the end of each."""
+        """Returning rows that continue now, with pages for their tokens. The caller prefills the tokens that their slots do not
+        hold, at most `max_tokens` together: either every row has all to prefill, or every row only its end."""
         resumed, num_tokens = [], 0
         while self.returning:
             row = self.returning[0]
@@ -178,8 +177,8 @@ class Scheduler:
         return group, members
 
     def admit_groups(self, max_tokens: int) -> list[tuple[Group, list[RolloutRow]]]:
-        """The next groups, each with the members that start now: the prompt is to be prefilled into the slot of the first, which
-        has pages for it; then `share` is to be called. Together at most `max_tokens`."""
+        """The next groups, at most `max_tokens` together, each with the members that start now. The caller prefills the prompt
+        into the slot of the first member, which has pages for it, and then calls `share`."""
         admitted, num_tokens, promised = [], 0, 0
         while self.groups and self._free_slots and not (self.returning or self.partial_group):
             group = self.groups[0]
@@ -198,7 +197,7 @@ class Scheduler:
         return admitted
 
     def share(self, group: Group, members: list[RolloutRow]) -> None:
-        """Fans a prompt out, once it is prefilled, to all members that start and to the prompt slot where some do not."""
+        """Fans a prefilled prompt out to all members that start, and to the prompt slot if some members wait."""
         targets = [row.slot for row in members[1:]]
         if group.waiting:
             targets.append(self._prompt_slot)
@@ -206,8 +205,8 @@ class Scheduler:
             self._fan_out(members[0].slot, targets, group.prompt_len)
 
     def begin_chunked(self, max_tokens: int) -> bool:
-        """Gives what comes next, where more than `max_tokens` of it are to be prefilled and it finds room, a slot and all of its
-        pages: it is to be prefilled in chunks, and then `end_chunked` to be called. Returns whether it did."""
+        """If the next group or row has more than `max_tokens` to prefill and there is room, gives it a slot and all of its pages.
+        The caller prefills it in chunks and calls `end_chunked` after the last one. Returns whether it began."""
         num_slots = len(self._free_slots)
         if self.returning:
             row = self.returning[0]
@@ -228,14 +227,14 @@ class Scheduler:
         return True
 
     def end_chunked(self) -> tuple[Group | None, list[RolloutRow]]:
-        """Admits what has been prefilled in chunks. Returns the group, for which `share` is to be called, and the members that
-        start now; or None and the row that returns."""
+        """Admits the group or row that was prefilled in chunks. Returns the group, for which the caller calls `share`, and the
+        members that start now; or None and the row that returns."""
         chunked, self.chunked = self.chunked, None
         assert chunked.row.num_held == chunked.num_tokens, (chunked.row.num_held, chunked.num_tokens)
         if chunked.group is None:
             self.live.append(self.returning.pop(0))
             return None, [chunked.row]
-        # the first member has its slot and pages; live rows may have taken those that others were to get
+        # the first member has its slot and pages; live rows may have taken those of the others
         group = chunked.group
         count = max(self._num_members(group, 0, 1 + len(self._free_slots)), 1)
         if self._has_tail(group) * min(count, len(group.waiting) - 1) > self.cache.num_free_pages:
@@ -245,8 +244,9 @@ class Scheduler:
     # ---- rows that run, and rows that give way
 
     def make_room(self, num_steps: int) -> list[RolloutRow]:
-        """Gives every live row pages for the next `num_steps` steps, the first admitted first. Returns the live rows that were
-        preempted for it, the last ones; before them, what does not run gives way."""
+        """Gives every live row pages for the next `num_steps` steps, the first admitted first. If pages run out, these lose
+        theirs, in this order: parked rows, returning rows, the chunked prefill, the live rows admitted last. Returns the
+        preempted live rows."""
         preempted, index = [], 0
         while index < len(self.live):
             row = self.live[index]
@@ -265,8 +265,8 @@ class Scheduler:
         return preempted
 
     def make_way(self) -> bool:
-        """Where what waits finds no room, takes slot and pages of a parked row, or, where nothing runs, of another that waits.
-        Returns whether there was any."""
+        """If groups or rows wait, frees a parked row's slot and pages or, if nothing runs, those of another that waits. Returns
+        whether it freed any."""
         if not self.is_waiting:
             return False
         if self._evict(self.parked) or not self.live and self._evict(self.returning[1:]):
@@ -277,8 +277,8 @@ class Scheduler:
         return True
 
     def retire(self) -> list[int] | None:
-        """Takes slots and pages of finished rows; parked ones keep them. Returns where in `live` the rows stand that go on, None
-        where all do."""
+        """Takes slots and pages of finished rows; parked ones keep them. Returns the indices in `live` of the rows that continue,
+        None if all do."""
         stays = [place for place, row in enumerate(self.live) if not (row.is_finished or row.is_parked)]
         if len(stays) == len(self.live):
             return None
@@ -292,7 +292,7 @@ class Scheduler:
         return stays
 
     def unpark(self, row: RolloutRow) -> None:
-        """Lets a parked row return, or go for good where it is finished."""
+        """Queues a parked row to return, or takes its slot and pages if it is finished."""
         self.parked.remove(row)
         row.is_parked = False
         if not row.is_finished:
@@ -301,16 +301,16 @@ class Scheduler:
             self._vacate(row)
 
     def _num_members(self, group: Group, num_pages: int, num_slots: int) -> int:
-        """How many members can start in so many slots, where `num_pages` are to be taken for prompts."""
+        """How many members can start in `num_slots` slots if prompts take `num_pages` pages."""
         count = min(len(group.waiting), num_slots)
-        # all that start but the first, and the prompt slot where some do not, take a page for the prompt's tail
+        # each member except the first takes a page for the prompt's tail, and so does the prompt slot if members wait
         while count and not self._has_room(num_pages + self._has_tail(group) * min(count, len(group.waiting) - 1),
                                            group.waiting[:count]):
             count -= 1
         return count
 
     def _begin(self, group: Group, count: int) -> list[RolloutRow]:
-        """Starts members of a group, the first with pages for the prompt; the prompt slot waits for those that are left."""
+        """Starts `count` members of a group, the first with pages for the prompt. If others wait, it is the partial group."""
         members, group.waiting = group.waiting[:count], group.waiting[count:]
         for index, row in enumerate(members):
             self._start(row, 0 if index else group.prompt_len)
@@ -325,8 +325,8 @@ class Scheduler:
         return Group(group.prompt_len, []), [row]
 
     def _has_room(self, num_pages: int, new: list[RolloutRow]) -> bool:
-        """Whether so many pages can go to new rows and leave one for each that grows: without it, what is admitted would soon be
-        preempted. A row that is alone has the whole cache."""
+        """Whether new rows can take `num_pages` pages and leave one for each row that grows; without those, new rows would soon
+        be preempted. A row that runs alone may take the whole cache."""
         spare = self.cache.num_free_pages - num_pages
         if len(self.live) + len(new) == 1:
             return spare >= 0
@@ -344,7 +344,7 @@ class Scheduler:
         return group.prompt_len % PAGE_TOKENS > 0
 
     def _occupy(self, row: RolloutRow, num_tokens: int) -> None:
-        """Gives the row a slot, if it has none, with pages for so many tokens."""
+        """Gives the row a slot, if it has none, and pages for `num_tokens` tokens."""
         if row.slot is None:
             row.slot = self._free_slots.pop()
         assert self.cache.reserve(row.slot, num_tokens), (row, num_tokens, self.cache.num_free_pages)

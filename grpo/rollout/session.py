@@ -1,9 +1,9 @@
 """The sampler, and its sessions: prompts come in, rows are decoded together, completions come out.
 
-A row is one completion while it is sampled. Its state lies on the device (models/decoder.py), which takes several steps between
-two syncs with the host: a row that has finished leaves the batch then, and its slot goes to a waiting one
-(grpo/rollout/scheduler.py). A row also leaves the batch when it draws one of `park_ids`: it is parked until its caller appends
-tokens that nobody drew, an environment's, and lets it go on, or ends it. Others are decoded meanwhile.
+A row is one completion while it is sampled. Its state is on the device (models/decoder.py), which takes several steps between two
+syncs with the host. At a sync, finished rows leave the batch and waiting ones take their slots (grpo/rollout/scheduler.py). A row
+also leaves the batch when it draws one of `park_ids`: it is parked until its caller appends an environment's tokens and continues
+it, or ends it. Other rows are decoded meanwhile.
 
     params = SamplingParams(max_new_tokens=512, park_ids=(tokenizer.call,))
     with sampler.open(params, step=step) as session:
@@ -44,11 +44,11 @@ from models.keys import PrefillChunk
 from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord, empty_routing
 
-# Steps between two syncs, at which the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in between
-# stays idle for 3.5 steps on average, 1% of a completion of 350 tokens. Where completions wait for its slot they start as much
-# later, but together with others, which makes their prefill cheaper: more syncs would not pay.
+# Decode steps between two syncs. At a sync the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in
+# between stays idle for 3.5 steps on average, 1% of a completion of 350 tokens. Waiting completions start that much later, but
+# together with others, which makes their prefill cheaper: more syncs would not pay.
 SYNC_STEPS = 8
-# Of a GPU's free memory: the rest is for prefill, the head's logits and graphs.
+# The cache's share of a GPU's free memory; the rest is for prefill, the head's logits and graphs.
 CACHE_SHARE = 0.7
 
 
@@ -59,8 +59,7 @@ class Interrupted(Exception):
 @dataclass
 class RolloutStats:
     num_completions: int = 0
-    # each prompt once, however large its group; what was appended; and all of a row that lost its pages, a prompt in chunks
-    # included, as often as it begins again
+    # prompts (once for a group), appended tokens, and everything that is prefilled again after its pages were taken
     prefill_tokens: int = 0
     decode_tokens: int = 0  # drawn in decode steps
     decode_steps: int = 0
@@ -72,17 +71,17 @@ class RolloutStats:
 class Sampler:
     """Samples completions from `model` with its current weights.
 
-    stop_ids: token ids that end a completion (they are part of it). max_batch: rows decoded at once. max_len: the
-    longest sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens:
-    prompts are prefilled together up to this many tokens, which bounds the memory of activations; a longer one in chunks of as
-    many, between which live rows are decoded. shares_prompts: training computes a prompt once for its completions; attention on
-    a GPU then adds up in the same order. cache_gb: most memory of the KV cache, in 1e9 bytes; None: on a GPU a share of what is
-    free when a rollout starts, and never more than its completions need. Completions that find no room wait. Results depend on
-    none of max_batch, max_prefill_tokens and cache_gb.
+    stop_ids: token ids that end a completion (they are part of it). max_batch: most rows decoded at once. max_len: the longest
+    sequence in tokens, prompt included (default: the model's max_position_embeddings). max_prefill_tokens: most tokens in one
+    prefill, which bounds the memory of activations; longer prompts are prefilled in chunks, and live rows are decoded between
+    them. shares_prompts: training computes a prompt once for its completions; attention on a GPU then sums in the same order.
+    cache_gb: largest size of the KV cache, in 1e9 bytes; None: on a GPU a share of the memory that is free when a rollout starts,
+    but never more than its completions need. Completions that do not fit wait. Results do not depend on max_batch,
+    max_prefill_tokens or cache_gb.
 
-    On a GPU, draws from the whole vocabulary and greedy decoding replay CUDA graphs of whole steps (models/decoder.py); filters
-    and recorded routing, which the host needs after every step, graphs of all but the draw. Cache and graphs serve later rollouts
-    that they suffice for; offload() gives the cache's memory back.
+    On a GPU, greedy decoding and draws without filters replay CUDA graphs of whole steps (models/decoder.py). Filters and
+    recorded routing, which the host needs after every step, replay graphs that end before the draw. Later rollouts use the same
+    cache and graphs if they are large enough; offload() gives the cache's memory back.
     """
 
     def __init__(self, model: GptOss, stop_ids: list[int] | tuple[int, ...], *, max_batch: int, seed: int,
@@ -94,12 +93,12 @@ class Sampler:
         self.model, self.stop_ids, self.seed, self.cache_gb = model, list(stop_ids), seed, cache_gb
         self.max_batch, self.max_prefill_tokens, self.shares_prompts = max_batch, max_prefill_tokens, shares_prompts
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
-        self.sync_steps: int | None = None  # most steps between two syncs; None: SYNC_STEPS of a graph, else 1
+        self.sync_steps: int | None = None  # for tests: steps between two syncs; None: SYNC_STEPS with whole-step graphs, else 1
         self.last_stats = RolloutStats()
         self._decoder: Decoder | None = None  # of the last rollout, while none runs
 
     def offload(self) -> None:
-        """Gives the cache's memory back, for training; that of graphs too, where the cache would come back elsewhere."""
+        """Gives the cache's memory back, for training; also the graphs' memory, if the cache cannot return to its addresses."""
         if self._decoder is not None and self._decoder.cache.can_offload:
             self._decoder.cache.offload()
         else:
@@ -107,10 +106,10 @@ class Sampler:
 
     def open(self, params: SamplingParams, *, step: int, should_stop: Callable[[], bool] | None = None,
              progress: Callable[[int, int], None] | None = None) -> "Session":
-        """A session of completions that are drawn as `params` say, to be used in a `with`.
+        """A session that draws completions as `params` say, for a `with` statement.
 
-        `should_stop` is asked before each model call (a run of decode steps counts as one); where it says so, the call raises
-        Interrupted. `progress` is told after each how many completions of how many are finished."""
+        `should_stop` is called before each model call (the decode steps up to a sync are one call); if it returns true, poll()
+        raises Interrupted. `progress` is called after each with the number of finished completions and of all."""
         return Session(self, params, step=step, should_stop=should_stop, progress=progress)
 
     def generate(self, prompts: list[Prompt], params: SamplingParams, *, step: int, num_samples: int,
@@ -135,8 +134,8 @@ class Sampler:
                 yield from new
 
     def take_decoder(self, rows: list[RolloutRow], stop_ids: list[int]) -> tuple[Decoder, int]:
-        """A decoder for these rows, and how many of them it can run at once: the last rollout's, with its graphs, where it
-        suffices, else a new one. The one place that allocates caches. Until a session hands it back, no other has it."""
+        """A decoder for these rows, and how many rows it can run at once: the last rollout's, with its graphs, if it is large
+        enough, else a new one. Only here are caches allocated. The session owns the decoder until it hands it back."""
         shape = self.plan(rows)
         decoder, self._decoder = self._decoder, None
         longest = max(row.max_tokens for row in rows)
@@ -153,7 +152,7 @@ class Sampler:
         return decoder, shape.num_rows
 
     def plan(self, rows: list[RolloutRow], num_bytes: float | None = None) -> CacheShape:
-        """The cache for these rows, within cache_gb, or else `num_bytes`. Raises ValueError where one of them does not fit."""
+        """The cache for these rows, within cache_gb or, if that is None, `num_bytes`. Raises ValueError if a row does not fit."""
         num_bytes = num_bytes if self.cache_gb is None else 1e9 * self.cache_gb
         return plan_cache(self.model.config, self.model.dtype, rows, num_bytes=num_bytes, num_rows=self.max_batch,
                           max_len=self._max_len_of(rows))
@@ -165,11 +164,11 @@ class Sampler:
     def _forget(self) -> None:
         self._decoder = None
         if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()  # graphs' memory serves nothing else until it is given back
+            torch.cuda.empty_cache()  # else nothing but graphs could use the graphs' memory
 
 
 def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:
-    """Whether the decoder's cache is as large; its memory then is taken again, unless something else has it now."""
+    """Whether the decoder's cache is large enough and its memory, if it was offloaded, can be taken again; takes it."""
     cache = decoder.cache
     if (decoder.max_rows < shape.num_rows or cache.num_slots < shape.num_slots or cache.num_pages < shape.num_pages
             or cache.max_len < longest):
@@ -184,9 +183,9 @@ def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:
 class Session:
     """Rows of one rollout, from their prompts to their completions (Sampler.open).
 
-    A completion ends with a stop token ("stop"), or where it has max_new_tokens tokens, those of an environment included, or its
-    sequence reaches the sampler's max_len ("length"), or as its caller says. A row that draws a park token with no room to go on
-    ends there ("length"). Log-probs are those of the distribution really drawn from (grpo/rollout/sampling.py).
+    A completion ends with a stop token ("stop"); or when it has max_new_tokens tokens, an environment's included, or its sequence
+    has the sampler's max_len tokens ("length"); or when its caller says so. A row that draws a park token but has no room to
+    continue ends there ("length"). Log-probs are those of the distribution drawn from (grpo/rollout/sampling.py).
 
     Raises FloatingPointError when the model's logits are not finite."""
 
@@ -197,17 +196,17 @@ class Session:
         self._should_stop, self._progress, self._start_time = should_stop, progress, time.perf_counter()
         self._decoder: Decoder | None = None  # from the first prompts to the end
         self._scheduler: Scheduler | None = None
-        self._has_full_cache = False  # with rows for max_batch, or as many as memory allows
+        self._has_full_cache = False  # the cache is already as large as max_batch and memory allow
         self._prompt_ids: set[int] = set()
         self._num_finished = 0
         self._partial_hidden: Tensor | None = None  # [D], after the prompt of the partial group
         self._kept: dict[int, list[Tensor]] = {}  # by row: kept ids of drawn tokens that its segments do not have yet
-        self._routing: Tensor | None = None  # [N, capacity, L, A] on the host; None where it is not recorded
+        self._routing: Tensor | None = None  # [N, capacity, L, A] on the host; None if it is not recorded
         self._prompt_routing: list[Tensor] = []  # of each group [tokens, L, A] on the host
         self._has_graphs = can_decode_by_graph(self._model)
-        self._plain = params.plain if self._has_graphs else None  # None: the host draws
+        self._plain = params.plain if self._has_graphs else None  # drawn by kernels/head/draw.py; None: by choose()
         self._has_whole_steps = self._plain is not None and not params.records_routing
-        # else a sync costs little beside a step, and idle rows as much as live ones; kept sets and routing are fetched anyway
+        # without whole-step graphs a sync after each step is cheap, and idle rows would cost as much as live ones
         self._sync_steps = SYNC_STEPS if self._has_whole_steps else 1
         if sampler.sync_steps is not None and params.plain is not None and not params.records_routing:
             self._sync_steps = sampler.sync_steps
@@ -230,10 +229,10 @@ class Session:
     # ---- what callers do
 
     def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0) -> list[RolloutRow]:
-        """Queues `num_samples` completions of every prompt, beside what runs. Returns their rows, by prompt, then sample.
+        """Queues `num_samples` completions of every prompt, beside the rows that run. Returns their rows, by prompt, then sample.
 
-        Raises ValueError for a prompt id that the session has, an empty prompt, one that does not fit, or a cache that does not
-        hold one sequence."""
+        Raises ValueError for a prompt id that the session already has, an empty prompt, one that does not fit, or a cache that
+        does not hold one sequence."""
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: must be at least 1")
         _check_prompts(prompts, max_len=self._sampler.max_len, taken=self._prompt_ids)
@@ -258,8 +257,8 @@ class Session:
         return rows
 
     def poll(self) -> list[RolloutRow]:
-        """Makes one model call, a run of decode steps or a prefill, if anything can run. Returns the rows that finished or parked
-        in it, in no particular order."""
+        """Makes one model call, if anything can run: a prefill, or the decode steps up to the next sync. Returns the rows that
+        finished or parked in it, in no particular order."""
         if not self.is_running:
             return []
         if self._should_stop is not None and self._should_stop():
@@ -271,8 +270,8 @@ class Session:
         return left
 
     def continue_with(self, row: RolloutRow, token_ids: list[int]) -> None:
-        """Appends tokens that nobody drew to a parked row and lets it go on. They become a segment of the environment and are
-        prefilled in chunks, with those of other rows. Raises ValueError for a row that is not parked, more tokens than row.room,
+        """Appends an environment's tokens to a parked row, as a segment of their own, and lets the row continue. They are
+        prefilled together with those of other rows. Raises ValueError for a row that is not parked, more tokens than row.room,
         or an id outside the vocabulary."""
         _check_parked(row)
         vocab_size = self._model.config.vocab_size
@@ -293,8 +292,8 @@ class Session:
         self._scheduler.unpark(row)
 
     def drain(self) -> list[Completion]:
-        """Runs to the end. Returns the completions of all rows, in the order of submission. Raises ValueError where rows are left
-        parked."""
+        """Runs to the end. Returns the completions of all rows, in the order of submission. Raises ValueError if rows are still
+        parked then."""
         while self.is_running:
             self.poll()
         if parked := [row for row in self.rows if row.is_parked]:
@@ -302,8 +301,8 @@ class Session:
         return [self.completion(row) for row in self.rows]
 
     def completion(self, row: RolloutRow) -> Completion:
-        """A finished row as a completion, or a parked one with what it has so far ("parked"). Where routing is recorded, the last
-        token of a completion has none: it was not fed to the model."""
+        """A finished row as a completion, or a parked one with its tokens so far ("parked"). If routing is recorded, the last
+        token of a completion has none, because it was not fed to the model."""
         assert row.is_finished or row.is_parked, row
         is_recorded = self._routing is not None
         prompt_routing = self._prompt_routing[row.group] if is_recorded else None
@@ -311,7 +310,7 @@ class Session:
         start = 0
         for part in row.segments:
             end = start + len(part.token_ids)
-            # lists of its own: those of a parked row may grow
+            # copies: the lists of a parked row may still grow
             log_probs, kept_ids = (None if values is None else list(values) for values in (part.log_probs, part.kept_ids))
             routing = self._routing[row.index, start:end].clone() if is_recorded else None
             segments.append(Segment(list(part.token_ids), part.source, log_probs, kept_ids, routing))
@@ -337,7 +336,7 @@ class Session:
                 return self._decode()
 
     def _admit(self) -> bool:
-        """Starts what finds room, or begins to prefill it in chunks. Returns whether anything did."""
+        """Starts rows for which there is room, or begins a chunked prefill. Returns whether it did either."""
         scheduler, max_tokens = self._scheduler, self._sampler.max_prefill_tokens
         if resumed := scheduler.resume(max_tokens):
             hidden = self._prefill(resumed, [row.num_tokens for row in resumed])
@@ -360,13 +359,13 @@ class Session:
         return True
 
     def _share(self, group: Group, members: list[RolloutRow], hidden: Tensor) -> None:
-        """Fans a prefilled prompt out, and keeps the hidden state [D] after it for members that wait."""
+        """Fans a prefilled prompt out, and keeps the hidden state [D] of its last token for members that wait."""
         self._scheduler.share(group, members)
         if group.waiting:
             self._partial_hidden = hidden.clone()
 
     def _prefill_next_chunk(self) -> None:
-        """Prefills the next chunk of what is prefilled in chunks; after the last one, its completions start."""
+        """Prefills the next chunk of the chunked prefill; after the last one, its completions start."""
         chunked = self._scheduler.chunked
         row, chunked.is_due = chunked.row, False
         hidden = self._prefill([row], [min(row.num_held + self._sampler.max_prefill_tokens, chunked.num_tokens)])
@@ -378,7 +377,8 @@ class Session:
         self._start(members, hidden.expand(len(members), -1))
 
     def _prefill(self, rows: list[RolloutRow], ends: list[int]) -> Tensor:
-        """Prefills tokens of rows, from those that their slots hold to `ends`. Returns the hidden states [n, D] after them."""
+        """Prefills each row from the first token that its slot does not hold up to its end in `ends`. Returns the hidden states
+        [n, D] of the last tokens."""
         chunks = [PrefillChunk(row.slot, row.num_held, end, row.prompt_len if self._sampler.shares_prompts else 0)
                   for row, end in zip(rows, ends, strict=True)]
         parts = [row.token_ids[row.num_held:end] for row, end in zip(rows, ends)]
@@ -402,7 +402,7 @@ class Session:
             row.num_new += 1
 
     def _decode(self) -> None:
-        """Some steps of all live rows, as many as fit before the next sync."""
+        """Takes the decode steps of all live rows up to the next sync."""
         scheduler, decoder = self._scheduler, self._decoder
         if scheduler.chunked is not None:
             scheduler.chunked.is_due = True
@@ -442,7 +442,7 @@ class Session:
     # ---- what the host learns
 
     def _sync(self) -> list[RolloutRow]:
-        """Learns what has become of the live rows. Returns those that finished or parked, which leave the batch."""
+        """Fetches the state of the live rows. Returns those that finished or parked, which leave the batch."""
         left = []
         for row, token, goes_on, num_new, is_stopped in zip(self._scheduler.live, *self._decoder.sync(), strict=True):
             self.stats.decode_tokens += num_new - row.num_new
@@ -464,7 +464,7 @@ class Session:
         return left
 
     def _fetch(self, rows: list[RolloutRow]) -> None:
-        """Takes what rows have drawn into their segments. Raises FloatingPointError where a log-prob is not finite, naming it."""
+        """Copies drawn tokens into the rows' segments. Raises FloatingPointError if a log-prob is not finite; it says which."""
         rows = [row for row in rows if row.num_new > len(row.completion_ids)]
         if not rows:
             return
@@ -487,7 +487,7 @@ class Session:
         return None if self._routing is None else RoutingRecord(num_tokens, self._model.config, self._device)
 
     def _keep_routing(self, rows: list[RolloutRow], starts: list[int], lengths: list[int], record: RoutingRecord | None) -> None:
-        """Keeps the experts of packed tokens of rows, so many of each, from so many tokens after its start on."""
+        """Keeps the recorded experts of packed tokens: of each row `lengths` tokens, from its token number `starts` on."""
         if record is None:
             return
         for row, start, indices in zip(rows, starts, record.indices.cpu().split(lengths), strict=True):
@@ -498,14 +498,14 @@ class Session:
                 self._routing[row.index, first:first + len(indices) - num_prompt] = indices[num_prompt:]
 
     def _make_cache_hold(self, new: list[RolloutRow]) -> None:
-        """Takes a cache for the first rows, and a larger one where later rows need it: what runs is then preempted."""
+        """Takes a cache for the first rows, and a larger one if later rows need it: running rows are then preempted."""
         rows = [row for row in self.rows if not row.is_finished] + new
         stop_ids = list(dict.fromkeys([*self._sampler.stop_ids, *self.params.park_ids]))
         if self._decoder is None:
             self._decoder, num_rows = self._sampler.take_decoder(rows, stop_ids)
             self._scheduler = Scheduler(self._decoder.cache, num_rows=num_rows)
         elif not self._cache_holds(rows):
-            # for all that may still come; one row more than can run, so that there is a prompt slot
+            # plan for max_batch + 1 rows of the longest length: one more than can run, so that there is a prompt slot
             rows += [max(rows, key=lambda row: row.max_tokens)] * (self._sampler.max_batch + 1 - len(rows))
             self._sampler.plan(rows)  # before anything is given up
             self._fetch(self._scheduler.live)
@@ -516,14 +516,14 @@ class Session:
         self.stats.cache_bytes = self._decoder.cache.num_bytes
 
     def _cache_holds(self, rows: list[RolloutRow]) -> bool:
-        """Whether these rows can run in the cache that there is: each of them, and all at once unless no larger one helps."""
+        """Whether each of these rows fits into the present cache, and all at once unless that cache is already the largest."""
         cache, pages = self._decoder.cache, [KVCache.pages_for(row.max_tokens) for row in rows]
         if max(row.max_tokens for row in rows) > cache.max_len or max(pages) > cache.num_pages:
             return False
         return self._has_full_cache or (len(rows) <= self._scheduler.num_rows and sum(pages) <= cache.num_pages)
 
     def _key(self, row: RolloutRow) -> tuple[int, int, int, int]:
-        """Of draws, without their position."""
+        """The RNG key of a row's draws, without the position."""
         return self._sampler.seed, self._step, row.prompt.id, row.sample
 
 
