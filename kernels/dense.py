@@ -1,10 +1,10 @@
-"""Products on the vendor's library: dense projections y = x W^T + b, rounded alike however few rows there are, and products whose
-fp32 sums are kept."""
+"""Products by the vendor's library: dense projections y = x W^T + b, which round in the same way for any number of rows, and
+products that return their fp32 sums."""
 import torch
 import torch.nn.functional as F
 
-# for fewer rows, BLAS libraries choose kernels that sum in another order, on some CPUs up to 15: a token would depend on how many
-# run beside it
+# for fewer rows (on some CPUs up to 15) BLAS libraries choose kernels that sum in another order: a token's bits would depend on
+# the number of rows
 _MIN_ROWS = 16
 
 
@@ -17,10 +17,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of two matrices, or of two batches of them, of one dtype: summed in fp32 and left in fp32.
+    """a @ b of two matrices, or of two batches of them, of one dtype: summed and returned in fp32.
 
-    So neither overflow nor the library's freedom to add partial sums in half precision (PyTorch's
-    allow_fp16_reduced_precision_reduction) touches a sum; round it once, when everything has been added."""
+    So sums neither overflow nor are partly added in half precision (PyTorch's allow_fp16_reduced_precision_reduction). Round the
+    result once, after everything has been added."""
     assert a.dtype == b.dtype and a.dim() == b.dim(), (a.dtype, b.dtype, a.shape, b.shape)
     if a.is_cuda and a.dtype != torch.float32:
         return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)

@@ -1,21 +1,21 @@
 """Which path serves a tensor, and what the kernels know about a GPU.
 
-CUDA tensors run the Triton kernels, CPU tensors the PyTorch references; in Triton's interpreter (TRITON_INTERPRET=1 in the
+CUDA tensors run the Triton kernels, CPU tensors the PyTorch references. In Triton's interpreter (TRITON_INTERPRET=1 in the
 environment when the kernels are imported) CPU tensors run the kernels too.
 
-Sizes of blocks stand in tables beside each kernel, by GPU family: one entry serves the GPUs that share tensor cores and shared
-memory. Every entry says whether it was chosen by measurement (Tuned). Kernels that only move memory (norm, rope, swiglu, the
-sort, unpacking) have one size for every family.
+Block sizes are in tables beside each kernel, by GPU family: GPUs with the same tensor cores and shared memory have one entry.
+Every entry says whether it was measured (Tuned). Kernels that only move memory (norm, rope, swiglu, the sort, unpacking) have one
+size for every family.
 
-Kernels with matrix products have a second path for GPUs below compute capability 8.0 (T4), whose tensor cores Triton does not
-drive: products by the vendor's library, what lies between them by Triton or PyTorch. `product_path` chooses. To test or compare
-that path, GRPO_PRODUCTS=library in the environment chooses it on any other GPU and on the CPU too; nothing else does.
+Triton does not drive the tensor cores of GPUs below compute capability 8.0 (T4). There the vendor's library computes matrix
+products, and Triton or PyTorch the rest. `product_path` chooses. To test that path, GRPO_PRODUCTS=library in the environment
+chooses it on any other GPU and on the CPU.
 
-Those GPUs have no bfloat16 either, so a model is float16 there. Two tensors of gpt-oss go beyond float16's 65504: the residual
-stream, into which single channels of a few tokens grow large, and the down projection's output, which is what makes them grow.
-Both are kept in float32: grouped_gemm writes into an `out` of any dtype, sum_rows and combine give the residual's dtype,
-add_rms_norm takes a float32 residual beside a float16 x, and rms_norm returns another dtype than x's where asked to.
-Everything else is the output of a norm, of a clamped activation or of attention, and stays far below.
+Those GPUs have no bfloat16 either, so a model is float16 there. Two tensors of gpt-oss exceed float16's 65504: the residual
+stream, in which a few channels of a few tokens grow large, and the down projection's output, which makes them grow. Both are kept
+in float32: grouped_gemm writes into an `out` of any dtype, sum_rows and combine return the residual's dtype, add_rms_norm takes a
+float32 residual with a float16 x, and rms_norm returns the dtype that it is asked for. All other tensors are outputs of a norm, a
+clamped activation or attention, and stay far below.
 """
 import os
 from functools import cache
@@ -42,7 +42,7 @@ class Tuned(NamedTuple):
     """An entry of a table: what a kernel is launched with on one GPU family."""
 
     blocks: Any
-    is_measured: bool  # chosen by time on such a GPU; others are compiled for it ahead of time and known to fit, no more
+    is_measured: bool  # the fastest on a GPU of the family (Hopper: H200); if false, only known to compile and to fit
 
 
 def measured(blocks: Any) -> Tuned:
@@ -53,11 +53,11 @@ def unmeasured(blocks: Any) -> Tuned:
     return Tuned(blocks, False)
 
 
-# where launches for few rows overlap (programmatic dependent launch): a launch starts while the one before it ends, and waits
-# before it reads what that one wrote. Elsewhere a GPU idles for 1 to 2 us between two launches
+# families on which launches for few rows overlap (programmatic dependent launch): a launch starts while the one before it ends,
+# and waits before it reads the other's results. Without overlap a GPU idles for 1 to 2 us between two launches
 OVERLAP_FAMILIES = ("hopper",)
-MAX_OVERLAPPING_ROWS = 1024  # launches for more rows take so long that there is nothing to gain
-# up to so many rows, reading the weights is what a product costs; bits were compared with those of many rows up to here
+MAX_OVERLAPPING_ROWS = 1024  # launches for more rows are too long to gain anything
+# up to this many rows, a product costs as much as reading its weights; tests compare bits with the many-rows kernels up to here
 MAX_FEW_ROWS = 512
 
 
@@ -71,7 +71,7 @@ def is_triton(x: torch.Tensor) -> bool:
 
 
 def product_path(x: torch.Tensor) -> str:
-    """How matrix products with x are made: "reference" (CPU), "triton" or "library"; see the head of this file.
+    """What computes matrix products with x: "reference" (CPU), "triton" or "library"; see the head of this file.
 
     Raises ValueError for a GRPO_PRODUCTS that is neither unset nor "library"."""
     forced = os.environ.get("GRPO_PRODUCTS")
@@ -88,7 +88,7 @@ def family_of(capability: int) -> str:
 
 
 def gpu_family(x: torch.Tensor) -> str:
-    """The family of x's GPU; "interpreter" for CPU tensors, whose blocks should be tiny."""
+    """The family of x's GPU; "interpreter" for CPU tensors."""
     return _family_of_device(x.device) if x.is_cuda else "interpreter"
 
 
@@ -109,8 +109,8 @@ def _multiprocessors_of_device(device: torch.device) -> int:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device. On a GPU it goes by pinned memory: a copy from any other waits, and the host with it, for
-    all that the GPU has to do before."""
+    """A host tensor on a device. For a GPU it is pinned first: a copy from unpinned memory makes the host wait until the GPU has
+    done all earlier work."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -120,12 +120,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n, 1 for n = 0; as triton.next_power_of_2, at a tenth of its time."""
+    """The smallest power of two >= n, 1 for n = 0; triton.next_power_of_2 takes ten times as long."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def _trait(argument: object) -> object:
-    """What of a runtime argument a kernel is compiled for: at least what Triton itself tells apart."""
+    """The properties of a runtime argument that a kernel is compiled for: at least those that Triton specialises on."""
     kind = type(argument)
     if kind is int:
         return (argument & 15 == 0) + 2 * (argument == 1) + 4 * (-(2**31) <= argument < 2**31)
@@ -139,7 +139,7 @@ def _trait(argument: object) -> object:
 
 
 FP_FUSION = {"enable_fp_fusion": True}
-_COMPILED: dict[tuple, object] = {}  # what launch() compiled, by everything it was compiled for
+_COMPILED: dict[tuple, object] = {}  # kernels that launch() compiled, by everything that they were compiled for
 
 
 def _constexprs(kernel, arguments: tuple, constants: dict) -> tuple:
@@ -150,10 +150,10 @@ def _constexprs(kernel, arguments: tuple, constants: dict) -> tuple:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """kernel[grid](*arguments, **constants) at a third of its host time (6 to 12 us instead of 20 to 100): after the first launch
-    the compiled kernel is called as it is. arguments: all runtime arguments, in order; constants: the constexprs and the
-    compiler's options (num_warps, num_stages). Products and sums are contracted into fused multiply-adds unless enable_fp_fusion
-    says otherwise: bits depend on it, so neither Triton's default nor its environment variable decides."""
+    """Does kernel[grid](*arguments, **constants) in 6 to 12 us of host time instead of 20 to 100: after the first launch it calls
+    the compiled kernel directly. arguments: all runtime arguments, in order; constants: the constexprs and the compiler's options
+    (num_warps, num_stages). Products and sums become fused multiply-adds unless enable_fp_fusion is false: bits depend on it, so
+    it is set here, not by Triton's default or environment variable."""
     if not isinstance(kernel, JITFunction):  # interpreted
         _constexprs(kernel, arguments, constants)
         kernel[grid](*arguments, **FP_FUSION | constants)
@@ -169,8 +169,8 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
 
 
 def is_few(x: torch.Tensor) -> bool:
-    """Whether kernels for few rows serve x [rows, width]: so few that reading weights is the cost. They give the bits of the
-    kernels for many. Not in float16, whose routed rows are float32."""
+    """Whether kernels for few rows serve x [rows, width]. They give the same bits as the kernels for many rows. Never in float16,
+    whose routed rows are float32."""
     return len(x) <= MAX_FEW_ROWS and x.dtype != torch.float16 and product_path(x) == "triton"
 
 
@@ -179,21 +179,21 @@ def can_overlap(x: torch.Tensor, num_rows: int) -> bool:
 
 
 def overlap_constants(x: torch.Tensor, num_rows: int) -> dict[str, bool]:
-    """What launch() takes for a kernel that calls wait_for_launch_before(OVERLAPS), to be launched for so many rows of x."""
+    """The constants that launch() needs for a kernel that calls wait_for_launch_before(OVERLAPS), for `num_rows` rows of x."""
     return {"OVERLAPS": True, "launch_pdl": True} if can_overlap(x, num_rows) else {"OVERLAPS": False}
 
 
 @triton.jit
 def prefetch(pointers):
-    """Asks for the lines of global memory that hold these elements, into the L2 cache."""
+    """Starts loading the lines of global memory that hold these elements into the L2 cache."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
                               is_pure=False, pack=1)
 
 
 @triton.jit
 def wait_for_launch_before(OVERLAPS: tl.constexpr):
-    """Waits until every launch before this one is complete, then lets the next one start. In this order a launch that starts can
-    rely on all launches but the one right before it. Call it before reading what a launch wrote, and before writing anything."""
+    """Waits until every launch before this one is complete, then lets the next one start. So when a launch starts, all launches
+    are complete except the one directly before it. Call this before reading another launch's results and before any write."""
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -201,7 +201,7 @@ def wait_for_launch_before(OVERLAPS: tl.constexpr):
 
 def check_served(operation: str, tensors: dict[str, torch.Tensor], *, dtypes: tuple[torch.dtype, ...],
                  tensor_cores: bool) -> None:
-    """Raises ValueError, with the reason, where a kernel cannot serve these tensors: several devices, a dtype it has no code for,
+    """Raises ValueError, with the reason, if a kernel cannot serve these tensors: several devices, a dtype that it does not have,
     bfloat16 on a GPU without it, or (`tensor_cores`: products in Triton) a GPU whose tensor cores Triton does not drive."""
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Rows of the input embedding, which may lie in pinned host memory: y_t = W[token_t].
+"""Rows of the input embedding, which may be in pinned host memory: y_t = W[token_t].
 
-A frozen embedding is read a few rows at a time, so it need not take GPU memory (1.16 GB in gpt-oss): the kernel reads pinned host
-memory over the bus, 51 GB/s of rows on an H200's PCIe 5.
+Only a few rows of a frozen embedding are read at a time, so it need not take GPU memory (1.16 GB in gpt-oss): the kernel reads
+pinned host memory over the bus, at 51 GB/s on an H200's PCIe 5.
 
 Shapes: T tokens, V vocabulary, D model width.
 """
@@ -34,7 +34,7 @@ def gather_rows(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """tokens [T] int64, weight [V, D] -> [T, D] on the tokens' device. The weight is on that device too, where it may train, or
+    """tokens [T] int64, weight [V, D] -> [T, D] on the tokens' device. The weight is on that device, and may train, or it is
     frozen in pinned host memory."""
     if weight.device == tokens.device:
         return F.embedding(tokens, weight)

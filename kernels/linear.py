@@ -1,14 +1,14 @@
 """Dense projections with an unmerged low-rank update: y = x W^T + b + scale * (x A^T) B^T (LoRA, arXiv 2106.09685).
 
-A and B are fp32 master weights, cast to x's dtype at use. Several projections of the same input may be one product whose weights
-lie side by side: each adapted one then has its own slice of the low-rank row.
+A and B are fp32 master weights, cast to x's dtype at use. Several projections of the same input may be one product, with their
+weights side by side; each adapted projection then has its own slice of the low-rank row.
 
-On a GPU the update joins the same fp32 sum as the base's product. Many rows take grouped_gemm. Few rows (kernels/device.py:
-is_few), where reading the weight is the cost, take the kernel of kernels/experts/few_rows.py with one expert that owns every row:
-the weight is the MMA's M side and is read once for up to 64 tokens, in tiles of so few rows that every multiprocessor streams
-some of it. Each output is one sum over the inputs in ascending order, then over LoRA's rank: the same bits either way, for every
-tile size. The backward is linear_backward. Its gradients of A and B, sums over tokens that can pass float16's range, stay in
-fp32; those of W and b (full fine-tuning) are the library's. On the CPU autograd differentiates lora_linear.
+On a GPU the update is added to the same fp32 sum as the base's product. Many rows use grouped_gemm. Few rows (kernels/device.py:
+is_few), where time goes into reading the weight, use the kernel of kernels/experts/few_rows.py with one expert that owns every
+row: the weight is the MMA's M side and is read once for up to 64 tokens, in tiles small enough that every multiprocessor gets
+one. Each output is one sum over the inputs in ascending order, then over LoRA's rank: both ways and all tile sizes give the same
+bits. The backward is linear_backward. Its gradients of A and B, sums over tokens that can exceed float16's range, stay in fp32;
+the library computes those of W and b (full fine-tuning). On the CPU autograd differentiates lora_linear.
 
 Shapes: T tokens, K in, N out, r LoRA's rank, G adapted projections of a product.
 """
@@ -36,8 +36,8 @@ from kernels.experts.outer import grouped_outer
 
 Gradients = dict[torch.nn.Parameter, torch.Tensor]
 
-# family -> (at most so many tokens, blocks where out is wider than in, other blocks if they differ), the last for all above.
-# Tiles of less than 64 rows are mma.sync's on every GPU
+# family -> entries (max tokens, blocks if out > in, blocks otherwise); with two items the same blocks serve both; the last entry
+# also serves more tokens. Tiles of less than 64 rows use mma.sync on every GPU
 _LINEAR = {
     "ampere": unmeasured(((16, DecodeBlocks(32, 16, 128, 4, 5)),
                           (32, DecodeBlocks(32, 32, 128, 4, 4)),
@@ -56,8 +56,8 @@ _LINEAR = {
     "interpreter": unmeasured(((16, DecodeBlocks(16, 16, 32, 4, 2)),
                                (512, DecodeBlocks(32, 32, 32, 4, 2)))),
 }  # fmt: skip
-# x A^T, at most so many tokens: few programs that each run through all inputs, in fp32 masters twice the bytes. What counts is
-# how many bytes a program has asked for at once
+# the same for x A^T: few programs, each of which reads all inputs, and A in fp32, twice the bytes. Speed depends on how many
+# bytes a program loads at once
 _LOW_RANK = {
     "ampere": unmeasured(((512, DecodeBlocks(16, 16, 128, 4, 6)),)),
     "consumer": unmeasured(((512, DecodeBlocks(16, 16, 128, 4, 4)),)),
@@ -68,11 +68,11 @@ _LOW_RANK = {
 
 
 class Adapter(NamedTuple):
-    """LoRA on a product of one or more projections side by side."""
+    """The LoRA of one product, which may be several projections side by side."""
 
     A: torch.Tensor  # [G r, K] fp32
     B: torch.Tensor  # [N, r] fp32; rows of columns without an adapter are not read
-    groups: torch.Tensor | None  # [N] int32: which slice of the low-rank row a column takes, -1 for none; None for one projection
+    groups: torch.Tensor | None  # [N] int32: a column's slice of the low-rank row, -1 for none; None for one projection
     columns: list[slice]  # of each adapted projection
     scale: float
 
@@ -91,7 +91,7 @@ def choose_linear_blocks(family: str, dtype: torch.dtype, num_tokens: int, num_i
 
 
 def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, adapter: Adapter | None) -> torch.Tensor:
-    """project for few rows of x [T, K]: weight [N, K], bias [N] -> [T, N] in x's dtype. Triton only, no gradient. Raises
+    """project() for few rows x [T, K]: weight [N, K], bias [N] -> [T, N] in x's dtype. Triton only, no gradient. Raises
     ValueError for dtypes and GPUs that the kernel cannot serve."""
     assert is_triton(x), "elsewhere lora_linear serves"
     family, (num_tokens, num_in) = gpu_family(x), x.shape
@@ -107,8 +107,8 @@ def decode_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ada
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Adapter | None, *,
             keeps_low_rank: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [T, K] times weight [N, K] plus bias [N] or none, with its adapter: [T, N], without gradient; and, for the backward,
-    the low-rank rows scale * x A^T [T, G r] where there is an adapter and they are asked for."""
+    """x [T, K] times weight [N, K] plus bias [N] or none, with its adapter: [T, N], without gradient. If there is an adapter and
+    keeps_low_rank, also the low-rank rows scale * x A^T [T, G r], for the backward."""
     if is_few(x) and bias is not None and not keeps_low_rank:
         return decode_linear(x, weight, bias, adapter), None
     bias = None if bias is None else bias[None]
@@ -120,7 +120,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ad
 
 
 class LinearModule(Protocol):
-    """A projection of a model, with weight [N, K], bias [N] and what LoRA adds."""
+    """A projection of a model, with weight [N, K], bias [N] and its LoRA."""
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter
@@ -136,7 +136,7 @@ class LinearModule(Protocol):
 
 
 def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of all tensors, one below the other, without gradient: a view where they lie so in memory, else a copy."""
+    """The tensors joined along their rows, without gradient: a view if they are adjacent in memory, else a copy."""
     first, end = tensors[0], tensors[0].data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != end or not tensor.is_contiguous():
@@ -163,15 +163,15 @@ def _columns(sizes: tuple[int, ...], has_adapter: tuple[bool, ...],
 
 
 def adapter_of(modules: list[LinearModule]) -> Adapter | None:
-    """The adapter of projections side by side, None where none of them carries one that is switched on. Raises ValueError where
-    they differ in rank or scale."""
+    """The adapter of projections side by side, None if none of them has an enabled one. Raises ValueError if they differ in
+    rank or scale."""
     carriers = [module for module in modules if module.has_adapter()]
     if not carriers:
         return None
     kinds = {(module.lora_A.shape[0], module.lora_scale) for module in carriers}
     if len(kinds) > 1:
         raise ValueError(f"adapters on q_proj, k_proj and v_proj of a layer differ in rank and scale ({sorted(kinds)}); on a GPU "
-                         "they must agree")
+                         "they must agree")  # no other projections are joined
     first, sizes = carriers[0], tuple(len(module.weight) for module in modules)
     groups, columns = _columns(sizes, tuple(module.has_adapter() for module in modules), first.lora_A.device)
     if len(carriers) == len(modules):
@@ -184,8 +184,8 @@ def adapter_of(modules: list[LinearModule]) -> Adapter | None:
 
 
 def linear(modules: list[LinearModule], x: torch.Tensor, *, keeps_low_rank: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The outputs [T, sum of out] of projections of x [T, in], side by side; and, on a GPU where they are asked for, the low-rank
-    rows [T, G r] that linear_backward needs."""
+    """The outputs [T, sum of out] of projections of x [T, in], side by side; and, on a GPU with keeps_low_rank, the low-rank rows
+    [T, G r] that linear_backward needs."""
     if not is_triton(x):
         return torch.cat([module(x) for module in modules], 1) if len(modules) > 1 else modules[0](x), None
     weight, bias = (joined([getattr(module, name) for module in modules]) for name in ("weight", "bias"))
@@ -194,7 +194,7 @@ def linear(modules: list[LinearModule], x: torch.Tensor, *, keeps_low_rank: bool
 
 def adapter_backward(modules: list[LinearModule], adapter: Adapter, grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor,
                      grads: Gradients) -> torch.Tensor:
-    """The gradient of x A^T [T, G r] from that of a product with an adapter, grad [T, N]; those of A and B go to `grads`."""
+    """Returns the gradient of x A^T [T, G r]; puts those of A and B into `grads`. grad [T, N]: of the product's output."""
     parts = [grouped_gemm(grad[:, columns], adapter.B[columns][None], None, scale=adapter.scale) for columns in adapter.columns]
     low_rank_grad = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     grad_A, rank = torch.empty_like(adapter.A), adapter.B.shape[1]
@@ -209,7 +209,8 @@ def adapter_backward(modules: list[LinearModule], adapter: Adapter, grad: torch.
 
 def linear_backward(modules: list[LinearModule], grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None,
                     grads: Gradients, *, needs_x: bool) -> torch.Tensor | None:
-    """The gradient of x [T, K], where it is needed, from that of linear's outputs [T, N]; those of what trains go to `grads`."""
+    """Returns the gradient of x [T, K] if needs_x; puts those of trainable parameters into `grads`. grad [T, N]: of the
+    outputs."""
     adapter, low_rank_grad, grad_x = adapter_of(modules), None, None
     if adapter is not None:
         low_rank_grad = adapter_backward(modules, adapter, grad, x, low_rank, grads)

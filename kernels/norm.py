@@ -1,12 +1,12 @@
 """RMSNorm: y = x * rsqrt(mean(x^2) + eps) * weight, computed in fp32 with one rounding at the end.
 
-Unlike Llama's, the weight multiplies before the cast (openai/gpt-oss, gpt_oss/torch/model.py). With xhat = x * inv_rms:
+Unlike in Llama, the weight multiplies before the cast (openai/gpt-oss, gpt_oss/torch/model.py). With xhat = x * inv_rms:
     dx = inv_rms * (weight * dy - xhat * mean(weight * dy * xhat)),  dweight = sum over rows of dy * xhat.
-add_rms_norm also adds the residual stream first, and normalises the sum as it is stored (rounded). A float16 model keeps that
-stream in float32 (kernels/device.py): the sum then has the stream's dtype, and y another.
+add_rms_norm first adds x to the residual stream, and normalises the stored (rounded) sum. A float16 model keeps that stream in
+float32 (kernels/device.py): the sum is then float32 and y float16.
 
-A row is reduced by one program whose size depends on the width alone, so a row gets the same bits in any batch. dweight is
-computed only where it is needed: each of up to 256 programs sums its rows in order, then those sums are added in order.
+One program reduces a row, and its size depends on the width alone, so a row gets the same bits in any batch. dweight is computed
+only if it is needed: each of up to 256 programs sums its rows in order, then those sums are added in order.
 
 Shapes: R rows (any leading dimensions), D model width.
 """
@@ -26,7 +26,7 @@ from kernels.device import (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 16384  # a row stays in one program's registers
-NUM_PARTIALS = 256  # programs that share the rows where dweight is needed
+NUM_PARTIALS = 256  # programs that share the rows if dweight is needed
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
@@ -128,7 +128,7 @@ def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
 
 def norm_backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
                   inv_rms: torch.Tensor, needs_weight: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dx [R, D] in x's dtype, grad_total included, and dweight [D] where it is needed, of norm_forward. Triton only."""
+    """The gradients of norm_forward: dx [R, D] in x's dtype, grad_total included, and dweight [D] if needed. Triton only."""
     num_rows, width = x.shape
     grad_x = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows == 0:

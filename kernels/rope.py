@@ -3,8 +3,7 @@
 o1 = x1 cos - x2 sin, o2 = x2 cos + x1 sin, in fp32, rounded once. cos and sin carry YaRN's concentration
 (arXiv 2309.00071; models/yarn.py makes them). The gradient is the rotation by the negative angle, same concentration.
 
-On the CPU autograd differentiates the reference. On a GPU queries and keys, or their gradients, share a launch and are rotated
-where they lie.
+On the CPU autograd differentiates the reference. On a GPU one launch rotates queries and keys, or their gradients, in place.
 
 Shapes: T tokens, H query heads, K key-value heads, D head width.
 """
@@ -26,7 +25,7 @@ def rope_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tor
 
 @triton.jit
 def rotated(x_ptrs, mask, cos, sin, HALF: tl.constexpr):
-    """Both halves of the elements at x_ptrs and HALF further, rotated, fp32."""
+    """The pairs (element at x_ptrs, element HALF further), rotated: both halves in fp32."""
     x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
@@ -61,8 +60,8 @@ def _rope_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, stride_q, stride_k, NUM_Q: tl.c
 
 
 def rotate_(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool) -> None:
-    """Rotates queries q [T, H, D] and keys k [T, K, D] in place by cos, sin [T, D / 2] fp32, or their gradients back. A token's
-    heads lie side by side; both may be slices of one product. Triton only, no gradient."""
+    """Rotates queries q [T, H, D] and keys k [T, K, D] in place by cos, sin [T, D / 2] fp32; with `backward`, their gradients the
+    other way. A token's heads are contiguous; q and k may be slices of one product. Triton only, no gradient."""
     (num_tokens, num_q, width), num_k = q.shape, k.shape[1]
     assert q.stride()[1:] == k.stride()[1:] == (width, 1), (q.stride(), k.stride())
     block_q, block_half = next_power_of_2(num_q), next_power_of_2(width // 2)

@@ -129,7 +129,7 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 
 
 def router_backward(grad: torch.Tensor, weight: torch.Tensor, grad_x: torch.Tensor) -> None:
-    """Adds dx [T, D], from the logits' gradient [T, E] fp32, to grad_x, which is rounded once. By the kernel, or in fp32 by the
+    """Adds dx to grad_x [T, D], which is rounded once; grad [T, E] fp32 is the logits' gradient. By the kernel, or in fp32 by the
     library."""
     if product_path(grad_x) == "library":
         grad_x.copy_((grad @ weight.float()).add_(grad_x))

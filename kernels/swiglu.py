@@ -5,8 +5,8 @@ The gate is clamped on its upper side only; gradients pass at the limit itself a
 (openai/gpt-oss, gpt_oss/torch/model.py: swiglu). Computed in fp32, rounded once. With G, U the clamped values and
 s = sigmoid(alpha G):
     dg = dy (U + 1) s (1 + alpha G (1 - s)) [g <= limit],  du = dy G s [|u| <= limit].
-Where products are Triton's, the kernels that make h or read its gradient call clamped_swiglu and clamped_swiglu_grad; swiglu()
-serves the CPU and the products of the vendor's library.
+Triton kernels that compute h or its gradient call clamped_swiglu and clamped_swiglu_grad; swiglu() serves the CPU and products of
+the vendor's library.
 
 Shapes: R routed rows, F expert width.
 """
@@ -28,7 +28,7 @@ def swiglu_reference(h: torch.Tensor, alpha: float, limit: float) -> torch.Tenso
 
 @triton.jit
 def clamped_swiglu(gate, up, alpha, limit):
-    """The activation of raw gate and up values in fp32, NaN kept."""
+    """The activation of raw gate and up values in fp32; NaN stays NaN."""
     gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
     up = tl.clamp(up, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     sigmoid = 1.0 / (1.0 + tl.exp2(gate * (-1.4426950408889634 * alpha)))  # log2(e)
@@ -73,7 +73,7 @@ def swiglu(h: torch.Tensor, *, alpha: float, limit: float) -> torch.Tensor:
         return swiglu_reference(h, alpha, limit)
     check_served("swiglu", {"h": h}, dtypes=DTYPES, tensor_cores=False)
     h = h.contiguous()
-    h = h if h.storage_offset() % 2 == 0 else h.clone()  # it starts on a whole pair
+    h = h if h.storage_offset() % 2 == 0 else h.clone()  # must start on a whole pair
     y = torch.empty((*h.shape[:-1], h.shape[-1] // 2), dtype=h.dtype, device=h.device)
     if y.numel():
         pairs = h.view(torch.int32) if h.element_size() == 2 else h

@@ -1,8 +1,8 @@
 """From drawn tokens to the state of the next decode step, without the host.
 
-A live row stores what was drawn, takes it as its newest token, and gets the RNG key of the next draw (sampling.py). It ends with
-a stop id or at its limit, and is idle from then on, at position -1: neither this kernel nor a decode step touches anything for
-it, and its `num_new` and `is_stopped` keep what it ended with.
+A live row stores the drawn token, takes it as its newest token, and gets the RNG key of the next draw (sampling.py). It ends with
+a stop id or at its limit, and is then idle, at position -1: neither this kernel nor a decode step writes anything for it, and its
+`num_new` and `is_stopped` stay as they are.
 
 Shapes: B rows.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from kernels.device import cdiv, is_triton, launch
 from kernels.head.sampling import POSITION_MULTIPLIER, mix_sum, mix_sums, signed
 
-IDLE = -1  # position of a row that is not there, or has ended
+IDLE = -1  # position of a row that is empty or has ended
 _BLOCK = 128
 
 
@@ -23,14 +23,14 @@ class Rows(NamedTuple):
     """Each [B] int64, with unit stride."""
 
     tokens: torch.Tensor  # the newest token, not yet in the cache
-    positions: torch.Tensor  # of that token in its sequence; IDLE where there is no row
+    positions: torch.Tensor  # of that token in its sequence, or IDLE
     num_new: torch.Tensor  # tokens after the prompt
-    is_stopped: torch.Tensor  # 1 where a stop id has ended the row
+    is_stopped: torch.Tensor  # 1 if a stop id has ended the row
     slots: torch.Tensor  # of the cache
     prompt_lens: torch.Tensor  # tokens
     limits: torch.Tensor  # most tokens after the prompt
-    places: torch.Tensor  # of the first token after the prompt in the output buffers
-    key_sums: torch.Tensor  # sampling.py, of all but the position
+    places: torch.Tensor  # index of the first token after the prompt in the output buffers
+    key_sums: torch.Tensor  # of all parts of the RNG key except the position (sampling.py)
     rng_keys: torch.Tensor  # of the next draw
     items: torch.Tensor  # the caller's name of the row
 
@@ -82,11 +82,12 @@ def _advance_kernel(tokens_ptr, positions_ptr, num_new_ptr, is_stopped_ptr, limi
 
 def advance(rows: Rows, tokens: torch.Tensor, log_probs: torch.Tensor, *, all_tokens: torch.Tensor, all_log_probs: torch.Tensor,
             stop_ids: torch.Tensor) -> None:
-    """Takes tokens [B] int64 and log_probs [B] fp32 that rows [B] drew, after their newest tokens were fed to the model.
+    """Updates rows [B] with the tokens [B] int64 and log_probs [B] fp32 that they drew, after their newest tokens were fed to the
+    model.
 
-    They are stored in all_tokens int64 and all_log_probs fp32, one-dimensional, at `places + num_new`; no two live rows may
-    have the same place. stop_ids [n] int64. A row that goes on stands at the next position, the drawn token its newest, with the
-    RNG key of the next draw. Waits for nothing; a CUDA graph can hold it."""
+    Both are stored in all_tokens int64 and all_log_probs fp32, one-dimensional, at `places + num_new`; no two live rows may write
+    to one index. stop_ids [n] int64. A row that continues has the next position, the drawn token as its newest, and the RNG key
+    of the next draw. Waits for nothing; a CUDA graph can capture it."""
     shapes = {name: (tensor.shape, tensor.dtype, tensor.stride()) for name, tensor in rows._asdict().items()}
     assert set(shapes.values()) == {(tokens.shape, torch.int64, (1,))}, (shapes, tokens.shape)
     assert tokens.dtype == all_tokens.dtype == stop_ids.dtype == torch.int64, (tokens.dtype, all_tokens.dtype, stop_ids.dtype)

@@ -1,7 +1,8 @@
 """Hidden states to logits, and to drawn tokens and their log-probs in one pass over the head.
 
-draw() keeps the logits beside the tiles' sums (tiles.py); tokens are drawn from them (sampling.py), and the same reduction as in
-training makes the log-probs: equal hidden states give equal bits in both. head_logits() is for what needs nothing but logits.
+draw() keeps the logits beside the tiles' sums (tiles.py), draws tokens from them (sampling.py), and computes log-probs by the
+same reduction as training: equal hidden states give equal bits in both. It serves draws on a GPU from the whole vocabulary;
+filters, and the CPU's rollouts, use head_logits() and grpo/rollout/sampling.py.
 
 Shapes: B rows, D model width, V vocabulary.
 """
@@ -62,15 +63,15 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _choose(logits: torch.Tensor, rng_keys: torch.Tensor | None, temperature: float) -> torch.Tensor:
     if rng_keys is None:
-        return logits.argmax(dim=-1)  # of equal ones the lowest id
+        return logits.argmax(dim=-1)  # the lowest id among equals
     return draw_tokens(logits, rng_keys, temperature=temperature)
 
 
 def draw(hidden: torch.Tensor, weight: torch.Tensor, rng_keys: torch.Tensor | None, *,
          temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] int64 drawn from softmax(W h / temperature) for hidden [B, D] and the head's weight [V, D] by the noise of RNG
-    keys [B, 2] int32 (sampling.py), the most likely ones without any, and their log-probs [B] fp32, nats. Nothing waits for the
-    host. No gradient. Raises what draw_tokens and log_probs raise."""
+    """Tokens [B] int64 drawn from softmax(W h / temperature), and their log-probs [B] fp32, nats, for hidden [B, D] and the
+    head's weight [V, D]. rng_keys [B, 2] int32 give the noise (sampling.py); None: the most likely tokens. Nothing waits for
+    the host. No gradient. Raises what draw_tokens and log_probs raise."""
     hidden, weight, num_rows, vocab = hidden.detach(), weight.detach(), len(hidden), weight.shape[0]
     if not is_triton(hidden) or path_of(hidden, weight) == "library" or num_rows == 0:
         tokens = _choose(head_logits(hidden, weight), rng_keys, temperature)

@@ -1,17 +1,17 @@
 """Draws of tokens from softmax(logits / temperature) by the Gumbel-max trick, as grpo/rollout/sampling.py defines them.
 
   token_b = argmax_v (s_bv - max_v s_bv) + noise_bv,  s = logits / temperature,  noise = -log(-log1p(-w)),  w = (h + 1/2) / 2^31
-with h the lower 31 bits of a hash of the row's RNG key, taken as two numbers of 32 bits, and of v (multiply and xorshift, Chris
-Wellons' lowbias32).
+where h is the lower 31 bits of a hash (multiply and xorshift, Chris Wellons' lowbias32) of v and of the row's RNG key, taken as
+two numbers of 32 bits.
 
-The logits are read once. A first kernel finds the winner of each chunk of a row, with scores relative to the chunk's own largest
-s, and leaves both. A second one scores the winners of a row again, in the order of the chunks, now relative to the row's largest
-s. Subtraction rounds, so what is subtracted is part of the result. The second kernel's scores are the reference's to the bit, and
-so are the first one's in the chunk that holds the row's largest s. In other chunks a smaller number is subtracted, which rounds
-finer: their winner can differ from the reference's only where the two have scores that are equal up to their last bits.
+The logits are read once. The first kernel finds the winner of each chunk of a row, with scores relative to the chunk's largest s,
+and stores winner and largest s. The second kernel scores the winners of a row again, in the order of the chunks, relative to the
+row's largest s. Subtraction rounds, so the result depends on what is subtracted. The second kernel's scores equal the reference's
+to the bit, and so do the first kernel's in the chunk with the row's largest s. In other chunks a smaller number is subtracted,
+which rounds finer: their winner can differ from the reference's only if the two scores are equal up to their last bits.
 
-On a GPU all other roundings are PyTorch's too: its division by a number is a product with the fp32 reciprocal, its log and log1p
-are libdevice's, and nothing is contracted into fused multiply-adds. On the CPU PyTorch divides and has logarithms of its own.
+On a GPU all other roundings are PyTorch's too: it divides by multiplying with the fp32 reciprocal, its log and log1p are
+libdevice's, and nothing becomes a fused multiply-add. On the CPU PyTorch really divides and has other logarithms.
 
 The RNG key of a row: seed, step, prompt id, sample and position, each times an odd number of its own, are summed modulo 2^64 and
 mixed by the finaliser of SplitMix (Steele, Lea, Flood, OOPSLA 2014).
@@ -27,7 +27,7 @@ from kernels.device import cdiv, check_served, is_interpreted, is_triton, launch
 
 _ID_MULTIPLIER, _MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(0x9E3779B9), tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
 _LARGEST_W = tl.constexpr(1 - 2.0**-24)  # keeps the logarithm finite where h + 1/2 rounds up to 2^31
-# by column of a key; the last one is the position's
+# one for each column of a key; the last is the position's
 _KEY_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xABC98388FB8FAC03, 0x8CB92BA72F3D8DD7, 0xF1357AEA2E62A9C5)
 POSITION_MULTIPLIER = tl.constexpr(_KEY_MULTIPLIERS[4])
 _MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
@@ -39,8 +39,8 @@ def signed(value: int, bits: int = 32) -> int:
 
 
 def key_sums(keys: torch.Tensor) -> torch.Tensor:
-    """[B] int64: the weighted sums, modulo 2^64, of keys [B, n] int64: seed, step, prompt id, sample, position, or the first n of
-    them. Sums of parts of a key add up."""
+    """[B] int64: the weighted sums, modulo 2^64, of keys [B, n] int64: the first n of seed, step, prompt id, sample, position.
+    The sums of parts of a key add up to the sum of the key."""
     sums = keys.new_zeros(keys.shape[0])
     for column, multiplier in zip(keys.unbind(1), _KEY_MULTIPLIERS):
         sums += column * signed(multiplier, 64)
@@ -59,13 +59,13 @@ def _shift_right(keys: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def as_pairs(rng_keys: torch.Tensor) -> torch.Tensor:
-    """RNG keys [B] int64 as halves [B, 2] int32, the lower one first; the memory is shared where it is contiguous."""
+    """RNG keys [B] int64 as halves [B, 2] int32, the lower one first; a view if they are contiguous."""
     return rng_keys.contiguous().view(torch.int32).view(-1, 2)
 
 
 @triton.jit
 def mix_sum(key):
-    """mix_sums, of uint64."""
+    """mix_sums for uint64."""
     key = (key ^ (key >> 30)) * _MIX_1
     key = (key ^ (key >> 27)) * _MIX_2
     return key ^ (key >> 31)
@@ -100,7 +100,7 @@ def _noise(ids, first, second, HAS_LIBDEVICE: tl.constexpr):
     w = tl.minimum((w + 0.5) * (2.0**-31), _LARGEST_W)
     if HAS_LIBDEVICE:
         return -libdevice.log(-libdevice.log1p(-w))
-    # libdevice is not there; 1 - w rounds, and the quotient makes good for it (Kahan)
+    # without libdevice: 1 - w rounds, and the quotient corrects that (Kahan)
     rest = 1.0 - w
     is_one = rest == 1.0
     return -tl.log(tl.where(is_one, w, tl.log(rest) * (w / tl.where(is_one, 1.0, rest - 1.0))))
@@ -108,8 +108,8 @@ def _noise(ids, first, second, HAS_LIBDEVICE: tl.constexpr):
 
 @triton.jit
 def _scores(s, largest, ids, first, second, HAS_LIBDEVICE: tl.constexpr):
-    """What a draw compares, relative to the `largest` s; NaN comes out above everything, and infinity minus itself is one."""
-    largest = tl.where(largest == float("-inf"), 0.0, largest)  # nothing to draw, or NaN alone
+    """The scores that a draw compares, relative to the `largest` s. NaN (also infinity minus infinity) counts as the largest."""
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # all logits are -inf or NaN
     scores = (s - largest) + _noise(ids, first, second, HAS_LIBDEVICE)
     return tl.where(scores != scores, float("inf"), scores)
 
@@ -140,17 +140,17 @@ def _row_kernel(logits_ptr, rng_keys_ptr, largest_ptr, winners_ptr, tokens_ptr, 
     logits = tl.load(logits_ptr + row * stride_logits + ids, mask=is_chunk, other=float("-inf"))
     first, second = tl.load(rng_keys_ptr + 2 * row), tl.load(rng_keys_ptr + 2 * row + 1)
     scores = _scores(logits * tl.div_rn(1.0, temperature), largest, ids, first, second, HAS_LIBDEVICE)
-    best = tl.argmax(scores, 0)  # of equals the first: ids rise from chunk to chunk
+    best = tl.argmax(scores, 0)  # the first among equals: ids rise from chunk to chunk
     tl.store(tokens_ptr + row, tl.sum(tl.where(chunks == best, ids, 0), 0).to(tl.int64))
 
 
 def draw_tokens(logits: torch.Tensor, rng_keys: torch.Tensor, *, temperature: float) -> torch.Tensor:
     """Tokens [B] int64 drawn from softmax(logits / temperature), the lowest id among equal scores; a function of each row alone.
 
-    logits [B, V] fp32, rows may be strided; rng_keys [B, 2] int32: a row's RNG key, its lower half first. An
-    id of logit -inf is drawn only where a row has nothing else (then it is 0); of a row with NaN or +inf, the first such id.
-    Nothing waits for the host and the grids follow from shapes, so that a CUDA graph can hold it. No gradient. Raises ValueError
-    for a temperature that is not above 0 and for logits that are not fp32."""
+    logits [B, V] fp32, rows may be strided; rng_keys [B, 2] int32: a row's RNG key, its lower half first. If all logits of a row
+    are -inf, its token is 0; if some are NaN or +inf, the first of those. Nothing waits for the host and grids depend on shapes
+    alone, so a CUDA graph can capture it. No gradient. Raises ValueError for a temperature that is not above 0 and for logits
+    that are not fp32."""
     (num_rows, vocab_size), operation = logits.shape, "draw_tokens"
     if not temperature > 0:
         raise ValueError(f"{operation}: temperature={temperature}; must be above 0")
