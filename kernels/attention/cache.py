@@ -1,7 +1,7 @@
 """Writes the keys and values of new tokens into a cache of slots or of pages.
 
-Token b of slot s at position p goes to entry p % L: of slot s, or of page page_table[s, p // L]. Nothing reaches the host, so a
-CUDA graph can hold the launch; rows of it that are idle, at a position below 0, touch no cache, nor do rows without a page.
+Token b of slot s at position p goes to entry p % L of slot s, or of page page_table[s, p // L]. Nothing is read back to the host,
+so a CUDA graph can capture the launch. Idle rows, at a position below 0, and rows without a page write nothing.
 
 A decode step rotates its queries and keys (rope.py) in the same launch.
 
@@ -28,7 +28,7 @@ def write_reference(k, v, keys, values, slots, positions, page_table=None):
 @triton.jit
 def _place(slots_ptr, position, page_table_ptr, token, stride_block, num_entries, pages_per_slot, PAGED: tl.constexpr,
            SIZE: tl.constexpr):
-    """Where a token's SIZE elements go, from the start of the cache, and whether they have a place."""
+    """The offset in the cache at which a token's SIZE elements go, and whether they are to be written."""
     block = tl.load(slots_ptr + token).to(tl.int64)
     is_live = position >= 0
     if PAGED:
@@ -89,7 +89,7 @@ def _rotate_and_write_kernel(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, cos_ptr,
 
 def _check(tensors: dict[str, torch.Tensor], slots: torch.Tensor, positions: torch.Tensor,
            page_table: torch.Tensor | None) -> None:
-    """What both launches need of their tensors: k, v, keys, values and q, if there is one."""
+    """Checks the tensors of both launches: k, v, keys, values and q, if there is one."""
     check_served("cache_write", tensors, dtypes=DTYPES, tensor_cores=False)
     k, keys, values = tensors["k"], tensors["keys"], tensors["values"]
     assert slots.shape == positions.shape == (len(k),), (slots.shape, positions.shape, k.shape)
@@ -99,9 +99,9 @@ def _check(tensors: dict[str, torch.Tensor], slots: torch.Tensor, positions: tor
 
 def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor,
           positions: torch.Tensor, *, page_table: torch.Tensor | None = None) -> None:
-    """Stores k and v [B, K, D] of tokens at positions [B] of slots [B] in the caches [N, L, K, D]: of slots without page_table,
-    of pages with page_table [S, W] int32. No (slot, entry) pair may occur twice; rows at a position below 0 are skipped. A row
-    whose slot has no page there is refused on the CPU and skipped on a GPU, where no value reaches the host."""
+    """Stores k and v [B, K, D] of tokens at positions [B] of slots [B] in the caches [N, L, K, D]; N counts slots or, with
+    page_table [S, W] int32, pages. No (slot, entry) pair may occur twice; rows at a position below 0 are skipped. A row whose
+    slot has no page for its position is an error on the CPU and skipped on a GPU, where no value is read back to the host."""
     assert keys.shape == values.shape and k.shape == v.shape == (len(slots), *keys.shape[2:]), (k.shape, v.shape, keys.shape)
     if not is_triton(k):
         write_reference(k, v, keys, values, slots, positions, page_table)
@@ -121,8 +121,8 @@ def write(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Te
 def rotate_and_write(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, keys: torch.Tensor,
                      values: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, *,
                      page_table: torch.Tensor | None = None) -> None:
-    """Rotates q [B, H, D] and k [B, K, D] in place by cos, sin [B, D / 2] fp32, as rope.rotate_, and writes k and v [B, K, D] as
-    write, of the caches' dtype. Triton only."""
+    """Rotates q [B, H, D] and k [B, K, D] in place by cos, sin [B, D / 2] fp32, as rope.rotate_ does, and stores k and v [B, K,
+    D] as write does. All have the caches' dtype. Triton only."""
     (num_tokens, num_q, width), num_k = q.shape, k.shape[1]
     assert keys.shape == values.shape and k.shape == v.shape == (len(slots), *keys.shape[2:]), (k.shape, v.shape, keys.shape)
     assert q.dtype == k.dtype == v.dtype == keys.dtype == values.dtype, (q.dtype, k.dtype, keys.dtype)

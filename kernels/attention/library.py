@@ -1,16 +1,15 @@
 """Attention by the vendor's products, for GPUs whose tensor cores Triton does not drive: chunks of queries against the keys that
-they see, everything between the products in fp32.
+they see, and fp32 between the products.
 
-Formula and gradients are those of kernels/attention/packed.py; prefixes too. The scores of a chunk are made again in the
-backward, so that scratch is bounded whatever the length. A windowed chunk takes no keys that its window does not reach, so its
-cost grows with the length alone. Chunks run one after the other and add to the gradients of the keys in that order: two runs
-give the same bits. A query's bits may depend on its chunk's shape, hence on its neighbours.
+Formula, gradients and prefixes are those of kernels/attention/packed.py. The backward computes a chunk's scores again, so scratch
+does not grow with the length. A windowed chunk takes only keys in its window, so its cost grows linearly with the length. Chunks
+run one after the other and add to the gradients of the keys in that order: two runs give the same bits. A query's bits may depend
+on its chunk's shape, and so on its neighbours.
 
-With top_i = max_j s_ij, p_ij = exp(s_ij - top_i) share_i and share_i = exp(top_i - lse_i); the forward has it, with digits that
-lse lost in its rounding, as sigmoid(l_i - sink) / sum_j exp(s_ij - top_i), l_i = top_i + log(sum_j exp(s_ij - top_i)). So what
-enters a product in half precision has 1 as its largest element, however much a sink takes, and the share is applied in fp32.
-Gradients of scores, products of small numbers, are moved to the top of float16's range by an exact power of two on their way
-through the products.
+With top_i = max_j s_ij, p_ij = exp(s_ij - top_i) share_i and share_i = exp(top_i - lse_i). The forward computes it, without lse's
+rounding, as sigmoid(l_i - sink) / sum_j exp(s_ij - top_i), l_i = top_i + log(sum_j exp(s_ij - top_i)). So the largest element
+of a half-precision operand is 1, however large the sink is, and the share is applied in fp32. Gradients of scores are small: an
+exact power of two moves them to the top of float16's range for the products.
 
 Shapes: T packed tokens, Q queries (T, or the last of them), H query heads, K key-value heads, G = H / K, D head width, n queries
 of a chunk, m keys that it sees.
@@ -25,14 +24,14 @@ import torch
 from kernels.attention.plan import AttentionPlan
 from kernels.dense import product
 
-MAX_SCORES = 1 << 23  # scores of a chunk, in elements: some 200 MB with everything that is made of them
+MAX_SCORES = 1 << 23  # scores of a chunk, in elements: about 200 MB with all tensors of that size
 _MIN_CHUNK = 64  # queries of a windowed chunk, for windows too short to fill a product
 
 
 class Chunk(NamedTuple):
     queries: slice  # rows of q
     keys: list[slice]  # rows of k and v, a part of the prefix and a part of the sequence, in order of position
-    lead: int  # how far the first query stands behind the first key
+    lead: int  # position of the first query minus position of the first key
 
 
 def chunks(plan: AttentionPlan, num_heads: int, window: int) -> Iterator[Chunk]:
@@ -80,12 +79,12 @@ def _scores(q: torch.Tensor, k: torch.Tensor, lead: int, window: int, group: int
 
 
 def _centred(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """x [K, rows, columns] fp32 in `dtype`, moved by a power of two that keeps float16 from underflowing, and what undoes it."""
+    """x [K, rows, columns] fp32 in `dtype`, times a power of two that prevents underflow in float16; and its inverse."""
     if dtype != torch.float16:
         return x.to(dtype), 1.0
     exponent = torch.frexp(x.abs().amax((1, 2), keepdim=True)).exponent
     shift = (12 - exponent).clamp(-100, 100)  # magnitudes below 2^12
-    # from the bits of a float: exact, as no library's exp2 has to be
+    # from the bits of a float, which is exact; a library's exp2 need not be
     factor, undo = ((127 + sign * shift).int().bitwise_left_shift(23).view(torch.float32) for sign in (1, -1))
     return (x * factor).to(dtype), undo
 
@@ -121,7 +120,7 @@ def library_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: t
                      lse: torch.Tensor, dout: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
                      grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, written into `grads` (any strides) where it is given, and the sinks' gradient [1, H] fp32."""
+    """dq, dk and dv, written into `grads` (any strides) if given, and the sinks' gradient [1, H] fp32."""
     num_heads, num_kv = q.shape[1], k.shape[1]
     group = num_heads // num_kv
     dq, dk_out, dv_out = grads or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))

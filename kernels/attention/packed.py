@@ -1,21 +1,21 @@
 """Causal attention of packed sequences with a learned sink per head, an optional sliding window and grouped queries.
 
 p_ij = exp(s_ij - m) / (sum_j exp(s_ij - m) + exp(sink_h - m)) for the visible j, s_ij = scale * q_i . k_j: the sink takes
-probability and gives no value (openai/gpt-oss, gpt_oss/torch/model.py: sdpa). Equivalently the plain attention output times
-sigmoid(lse - sink). With a window W, i sees j iff 0 <= i - j < W: W keys, its own included.
+probability but has no value (openai/gpt-oss, gpt_oss/torch/model.py: sdpa). That is plain attention times sigmoid(lse - sink).
+With a window W, i sees j iff 0 <= i - j < W: W keys, its own included.
 
 Gradients, with lse_i = log(sum_j exp(s_ij) + exp(sink_h)), P_ij = exp(s_ij - lse_i) and delta_i = do_i . o_i:
 dv_j = sum_i P_ij do_i, ds_ij = P_ij (do_i . v_j - delta_i), dq_i = scale sum_j ds_ij k_j, dk_j = scale sum_i ds_ij q_i, and
 dsink_h = -sum_i exp(sink_h - lse_i) delta_i (FlashAttention-2, arXiv 2307.08691, algorithm 2, with the sink in lse).
 
-The kernels: forward and dq take one tile of queries of one head each, dk and dv one tile of keys of one key-value head, over
-every query head that reads it. Seven products instead of the five of a fused backward, and no atomics: two runs give the same
-bits. Which tiles meet is worked out once per batch on the host (AttentionPlan); a windowed layer visits only the tiles its
-window touches.
+The kernels: a program of forward or dq takes one tile of queries of one head; a program of dk and dv takes one tile of keys of
+one key-value head, for every query head that reads it. That is seven products instead of the five of a fused backward, but no
+atomics: two runs give the same bits. The host computes once per batch which tiles meet (AttentionPlan); a windowed layer visits
+only the tiles in its window.
 
-The forward also takes the queries of the last rows only (AttentionPlan, first_query): those of a sequence whose other keys were
-kept. Tiles of keys are counted from the start of the keys either way, and a tile of which a query sees nothing leaves its
-maximum, sum and output as they are: such queries get the bits that they get among all others.
+The forward can also take the last queries only (AttentionPlan, first_query), if the earlier keys of a sequence are in a cache.
+Key tiles are counted from the start of the keys in both cases, and a tile that a query does not see changes neither its maximum
+nor its sum nor its output: these queries get the same bits as in the whole sequence.
 
 Shapes: T packed tokens, Q queries (T, or the last of them), H query heads, K key-value heads, D head width; query head h reads
 key-value head h // (H / K).
@@ -42,7 +42,7 @@ class AttentionBlocks(NamedTuple):
     keys: int  # rows of a key tile
     warps: int
     stages: int
-    descriptor: bool  # whether whole tiles come through tensor descriptors (TMA on Hopper and later)
+    descriptor: bool  # whether whole tiles are loaded through tensor descriptors (TMA on Hopper and later)
     in_registers: bool = False  # dk and dv: whether the tiles of keys and values stay in registers
 
 
@@ -54,7 +54,7 @@ class KernelBlocks(NamedTuple):
 
 @triton.jit
 def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
-    """[rows, cols] bool; rows counted from the start of the keys' sequence or prefix."""
+    """[rows, cols] bool; rows are counted from the start of the keys' sequence or prefix."""
     visible = (cols <= rows) & (cols < col_end)
     if WINDOWED:
         visible = visible & (cols > rows - window)
@@ -64,20 +64,20 @@ def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
 @triton.jit
 def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
                RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None):
-    """Rows first .. first + BLOCK of one head: [BLOCK, D]; zeros from `end` on where MASKED, else all must exist. Row p stands
-    at p % RING where RING is not 0; where PAGE is not 0, at p % PAGE of `page`, and those after its last in `next_page`,
-    which is None if there are none."""
+    """Rows first .. first + BLOCK of one head: [BLOCK, D]. If MASKED, rows from `end` on are zeros; else all rows must exist.
+    With RING, row p is at p % RING; with PAGE, at p % PAGE of `page`, and rows beyond that page are in `next_page` (None: there
+    are none)."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, D)
     if RING > 0:
         pointers = pointer + ((first + rows) % RING)[:, None] * stride + dims[None, :]
     elif PAGE > 0:
-        # a page that is not there reads as page 0: its rows mean nothing, but they exist
+        # a missing page reads as page 0: its rows are not used, but the addresses are valid
         place = tl.maximum(page, 0) * PAGE + first % PAGE
         if next_page is not None:
             next_place = (tl.maximum(next_page, 0) - 1) * PAGE + first % PAGE
             places = tl.where(first % PAGE + rows < PAGE, place, next_place) + rows
-            # in this order an address is one multiplication and addition where the stride is a constant
+            # in this order an address takes one multiplication and addition if the stride is a constant
             pointers = pointer + dims[None, :] + places.to(tl.int64)[:, None] * stride
         else:
             pointers = pointer + place.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
@@ -91,8 +91,8 @@ def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def _in_registers(tile, D: tl.constexpr):
-    """The same tile, [rows, D], as a result of a product: in the registers of the products that it is the left operand of. One
-    that was loaded stands in shared memory, where wgmma reads it again at every step."""
+    """The same tile, [rows, D], as the result of a product, and so in registers, for products with it on the left. A loaded
+    tile is in shared memory, where wgmma would read it again at every step."""
     dims = tl.arange(0, D)
     identity = (dims[:, None] == dims[None, :]).to(tile.dtype)
     return tl.dot(tile, identity, input_precision="ieee").to(tile.dtype)
@@ -100,8 +100,8 @@ def _in_registers(tile, D: tl.constexpr):
 
 @triton.jit
 def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the query tile that starts at `row`: its first key tile, the end of the tiles that all its queries see whole, and
-    the end of the keys that any sees. Tiles are counted from key_start."""
+    """For the query tile that starts at `row`: the start of its first key tile, the end of the tiles that all its queries see
+    completely, and the end of the keys that any of them sees. Tiles are counted from key_start."""
     first = key_start
     if WINDOWED:
         first = key_start + tl.maximum(row - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
@@ -116,8 +116,7 @@ def forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, st
                    scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
                    D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, pages=None,
                    ALIGNED: tl.constexpr = True):
-    """PAGE, pages: the keys of position p stand in page pages[p // PAGE], as load_rows takes it; ALIGNED: no tile has keys of
-    two pages."""
+    """PAGE, pages: the key of position p is in page pages[p // PAGE] (load_rows); ALIGNED: no tile has keys of two pages."""
     page, next_page = 0, None
     if PAGE > 0:
         page = tl.load(pages + first // PAGE, mask=first < last, other=0)
@@ -241,8 +240,8 @@ def _dq_kernel(q, k, v, k_tiles, v_tiles, sinks, out, dout, lse, row_stats, dsin
                stride_out, stride_dq, num_heads, num_tokens, scale, scale_log2, window, GROUP: tl.constexpr,
                WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr):
-    """Also writes what the kernel of dk and dv needs of each query, (lse in base 2, delta): [H, T, 2]; and each tile's share of
-    the sinks' gradient [tiles, H]."""
+    """Also writes, for the kernel of dk and dv, each query's (lse in base 2, delta): [H, T, 2]; and each tile's part of the
+    sinks' gradient [tiles, H]."""
     head = tl.program_id(0) % num_heads
     tile = tiles + tl.program_id(0) // num_heads * 5
     first, end, start = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -409,20 +408,20 @@ def blocks_for(family: str, dtype: torch.dtype, *, windowed: bool, width: int) -
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, D] with a token's heads side by side at a row stride that the kernels' wide loads can use."""
+    """x [T, heads, D] with a token's heads contiguous and rows aligned to 16 bytes, as the kernels' loads need them."""
     aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] and aligned else x.contiguous()
 
 
 def _tiles_of(x: torch.Tensor, rows: int, blocks: AttentionBlocks) -> TensorDescriptor | torch.Tensor:
-    """What the kernels take to load whole tiles of x through; x itself where they use pointers."""
+    """A tensor descriptor for whole tiles of x; x itself if the kernels use pointers."""
     if not blocks.descriptor:
         return x
     return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]])
 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, blocks: AttentionBlocks) -> dict[str, int]:
-    """What all three kernels are compiled for."""
+    """The constants of all three kernels."""
     return {"GROUP": q.shape[1] // k.shape[1], "WINDOWED": window > 0, "DESCRIPTOR": blocks.descriptor, "D": q.shape[2],
             "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
@@ -445,8 +444,8 @@ def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
 def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, dout: torch.Tensor,
               lse: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float, blocks: AttentionBlocks,
               dq: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq [T, H, D] (written where it is given), the sinks' gradient as a sum over the first dimension of [tiles, H] fp32, and
-    [H, T, 2] fp32 for dkv_triton: lse in base 2, and delta."""
+    """dq [T, H, D] (in the given tensor, if any); [tiles, H] fp32, whose sum over tiles is the sinks' gradient; and [H, T, 2]
+    fp32 for dkv_triton: lse in base 2, and delta."""
     num_tokens, num_heads, width = q.shape
     dq = torch.empty((num_tokens, num_heads, width), dtype=q.dtype, device=q.device) if dq is None else dq
     row_stats = torch.empty((num_heads, num_tokens, 2), dtype=torch.float32, device=q.device)
@@ -463,7 +462,7 @@ def dq_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
 def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, row_stats: torch.Tensor,
                plan: AttentionPlan, *, window: int, scale: float, blocks: AttentionBlocks,
                out: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk and dv [T, K, D], written into `out` (of one row stride) where it is given."""
+    """dk and dv [T, K, D], written into `out` (both with one row stride) if given."""
     num_tokens, num_kv_heads, width = k.shape
     dk, dv = out or (torch.empty((num_tokens, num_kv_heads, width), dtype=k.dtype, device=k.device) for _ in range(2))
     assert dk.stride() == dv.stride(), (dk.stride(), dv.stride())
@@ -478,7 +477,7 @@ def dkv_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Te
 
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *,
                       window: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [Q, H, D] and lse [H, Q] fp32, nats, of rows that _rows() would leave as they are. By the kernels or the library
+    """The output [Q, H, D] and lse [H, Q] fp32, nats, of tensors aligned as _rows() makes them. By the kernels or the library
     (kernels/device.py: product_path), no gradient."""
     if product_path(q) == "library":
         return library_forward(q, k, v, sinks, plan, window=window, scale=scale)
@@ -490,7 +489,7 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks:
                        lse: torch.Tensor, dout: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
                        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, written into `grads` where it is given, and the sinks' gradient in parts [parts, H] fp32. By the kernels or
+    """dq, dk and dv, written into `grads` if given, and parts [parts, H] fp32 whose sum is the sinks' gradient. By the kernels or
     the library, as attention_forward."""
     assert plan.first_query == 0, f"keys without queries have no gradient here: {plan.first_query} rows before the first query"
     settings = {"window": window, "scale": scale}
@@ -536,8 +535,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
     """Attention within each packed sequence. q [Q, H, D], k and v [T, K, D], sinks [H]; cu_seqlens [S + 1] on the host;
     window 0 means none; scale above 0. Returns [Q, H, D] in q's dtype; gradients reach q, k, v and the sinks.
 
-    `plan` is AttentionPlan(cu_seqlens), to be made once where several layers see the same batch; with prefixes in it,
-    sequences continue others. Q is T unless it has a first_query; then there is no gradient."""
+    `plan` is AttentionPlan(cu_seqlens), made once for all layers; it may have prefixes, which other sequences continue. Q is T
+    unless the plan has a first_query; then there is no gradient."""
     plan = AttentionPlan(cu_seqlens) if plan is None else plan
     assert plan.cu_seqlens == cu_seqlens, (plan.cu_seqlens, cu_seqlens)
     assert cu_seqlens[-1] == plan.first_query + q.shape[0] == k.shape[0] == v.shape[0], (

@@ -12,10 +12,10 @@ from kernels.device import to_device
 class AttentionPlan:
     """Which tiles of queries meet which tiles of keys in one packed batch: made once, read by every layer.
 
-    cu_seqlens [S + 1]: bounds of the sequences. prefixes [S]: the index of the sequence that sequence s continues, -1 for
-    none. The queries of a continuation see the whole prefix, as if it stood right before them, and then their own sequence:
-    a prompt is computed once for all of its completions (its gradient is their sum). A prefix continues no other sequence.
-    first_query: the row of the first query. Rows before it are keys only, and q begins there; forward only.
+    cu_seqlens [S + 1]: bounds of the sequences. prefixes [S]: the index of the sequence that sequence s continues, -1 for none.
+    The queries of a continuation see the whole prefix, as if it came directly before them, then their own sequence: a prompt is
+    computed once for all of its completions (its gradient is their sum). A prefix continues no other sequence. first_query: the
+    row of the first query, where q begins; rows before it are only keys. Forward only.
 
     Tile lists are made for a block size when a kernel first asks, heaviest tiles first, and kept on the device."""
 
@@ -49,9 +49,9 @@ class AttentionPlan:
         return self._tensors["queries", block, device][0]
 
     def key_tiles(self, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tiles, 4] int32: first key, end of its sequence, first and end of its readers; and the readers [R, 3] int32:
-        first and end of a sequence whose queries see those keys, and what to add to a query's row to count it from the
-        keys' sequence."""
+        """[tiles, 4] int32: first key, end of its sequence, first and end of its readers; and the readers [R, 3] int32: first
+        and end of a sequence whose queries see those keys, and the number that turns a query's row into its position in the keys'
+        sequence, when added."""
         if ("keys", block, device) not in self._tensors:
             readers, tiles, work = [], [], {}
             for sequence, (start, end) in enumerate(self.bounds):

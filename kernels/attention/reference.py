@@ -13,9 +13,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tenso
            scale: float) -> torch.Tensor:
     """q [S, Lq, H, D], k and v [S, Lk, K, D], visible [Lq, Lk] bool or [S, 1, 1, Lk] -> [S, Lq, H, D].
 
-    Scores are fp32; softmax and weighted sum have twice the digits of q's dtype. With fp32 in both, the number of keys
-    in a tensor would show in the sums, and log-probs of sampler and trainer would drift apart. For the same reason the product
-    of queries and keys has whole vectors: libraries sum odd rows and columns in another order."""
+    Scores are fp32; softmax and weighted sum have twice the digits of q's dtype. With only fp32, sums would depend on the
+    number of keys in a tensor, and log-probs of sampler and trainer would differ. For the same reason queries and keys are
+    padded for their product: libraries sum the last odd rows and columns in another order."""
     num_seqs, q_len, num_heads, width = q.shape
     precision = torch.float64 if q.dtype == torch.float32 else torch.float32
     num_kv = k.shape[2]
@@ -51,8 +51,7 @@ def _long_sequence(q, k, v, sinks, window, scale):
 
 
 def _continued(cu_seqlens, prefixes):
-    """Row numbers that put each sequence's prefix before it, the bounds that gives, and which of its rows are the packed
-    ones."""
+    """Row numbers that put each sequence's prefix before it, the new bounds, and the new indices of the packed rows."""
     rows, bounds, own = [], [0], []
     for start, end, prefix in zip(cu_seqlens, cu_seqlens[1:], prefixes):
         prefix_rows = range(cu_seqlens[prefix], cu_seqlens[prefix + 1]) if prefix != -1 else range(0)
@@ -73,7 +72,7 @@ def attention_reference(q, k, v, sinks, cu_seqlens, window, scale, prefixes=None
     num_heads, outputs = q.shape[1], []
     bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
     while bounds:
-        # neighbouring sequences are padded to one length as long as their scores fit
+        # as many neighbouring sequences as fit are padded to one length
         longest, count = 0, 0
         for start, end in bounds:
             padded = max(longest, end - start)

@@ -1,24 +1,23 @@
-"""The routed experts for few tokens, where reading the weights is the cost: packed MXFP4 is read once per touched expert and
-unpacked in registers.
+"""The routed experts for few tokens, where time goes into reading the weights: packed MXFP4 is read once for each expert that has
+tokens, and unpacked in registers.
 
     y_t = residual_t + sum_k w_tk (act(x_t W1_e + b1_e) W2_e + b2_e),  e the k-th expert of t, each W with its unmerged LoRA
 
 The weights are the M side of a matrix instruction (MMA) and a few tokens its N side, so no tile is mostly padding. Each output is
-one accumulator that runs over the inputs in ascending order, then over LoRA's rank, as grouped_gemm's do; bias, rounding and
-activation follow in the same order. Results are therefore bit for bit those of the training forward (forward.py) on dequantised
-weights, for every tile size and every set of other tokens in the batch. Nothing here splits the inputs of one output over
-programs, which would break that.
+one sum over the inputs in ascending order, then over LoRA's rank, as in grouped_gemm; bias, rounding and activation follow in the
+same order. So the bits are those of the training forward (forward.py) on dequantised weights, for every tile size and whatever
+other tokens are in the batch. For this, the inputs of one output are never split over programs.
 
-Packed weights lie in fragment layout (kernels/packed/fragments.py): a thread's 32-bit word is its part of an MMA operand, which
-goes from unpacking to the tensor core without passing shared memory. Two forms unpack it with the same bits: inline assembly, for
-bfloat16 on some GPUs with scales up to 128, and arithmetic in fp32 for everything else. Dense weights, and LoRA's first factors,
-take the same kernel.
+Packed weights are in fragment layout (kernels/packed/fragments.py): a thread's 32-bit word is its part of an MMA operand, and
+needs no shared memory between unpacking and the tensor core. Two ways of unpacking give the same bits: inline assembly, for
+bfloat16 on some GPUs with scales up to 128, and arithmetic in fp32 otherwise. The same kernel takes dense weights, and LoRA's
+first factors.
 
-Expert offsets stay on the device and grids depend on the number of tokens alone: a CUDA graph can replay the launches. Programs
-beyond the work there is exit at once.
+Expert offsets stay on the device and grids depend on the number of tokens alone, so a CUDA graph can replay the launches.
+Programs without work exit at once.
 
-Where launches overlap (kernels/device.py), x A^T and the product with W run side by side: the latter waits just before it adds
-LoRA. A launch without LoRA asks for its first weights, then waits for x.
+If launches overlap (kernels/device.py), x A^T and the product with W run at the same time: the latter waits just before it adds
+LoRA. A launch without LoRA starts loading its first weights, then waits for x.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank, K in, N out.
 """
@@ -49,9 +48,9 @@ from kernels.packed.fragments import ROWS, chunk_of, unpack_fragments, word_view
 from kernels.packed.weights import Projection
 from kernels.swiglu import clamped_swiglu
 
-# what the launch before writes, where launches overlap: any input; x; low_rank
+# inputs that the launch before may write, if launches overlap: any; x; low_rank
 FOR_ALL, FOR_X, FOR_LOW_RANK = 0, 1, 2
-PREFETCH = tl.constexpr(512)  # inputs whose weights are asked for while x is waited for
+PREFETCH = tl.constexpr(512)  # inputs whose weights are prefetched before the wait for x
 
 
 class DecodeBlocks(NamedTuple):
@@ -62,11 +61,11 @@ class DecodeBlocks(NamedTuple):
     inner: int  # step along K
     num_warps: int
     num_stages: int
-    more: int = 0  # tokens beyond `tokens` that a tile of packed weights takes along where an expert has them
+    more: int = 0  # further tokens that a tile of packed weights takes if its expert has more than `tokens`
 
 
-# family -> (at most so many routed rows per expert, blocks where out is wider than in, other blocks if they differ), the last for
-# all above
+# family -> entries (max routed rows per expert, blocks if out > in, blocks otherwise); with two items the same blocks serve both;
+# the last entry also serves more rows
 _PACKED = {
     "ampere": unmeasured(((4, DecodeBlocks(64, 16, 64, 4, 5)),
                           (16, DecodeBlocks(64, 32, 64, 4, 4)),
@@ -95,7 +94,7 @@ _DENSE = {
     "blackwell": unmeasured(((8, DecodeBlocks(128, 16, 64, 4, 6)), (64, DecodeBlocks(128, 64, 64, 4, 5)))),
     "interpreter": unmeasured(((64, DecodeBlocks(32, 16, 32, 4, 2)),)),
 }
-# LoRA's first factors (rows: at least), as _DENSE: few programs that each run through all inputs
+# the same for LoRA's first factors (`rows` is a minimum): few programs, each of which reads all inputs
 _LOW_RANK = {
     "ampere": unmeasured(((64, DecodeBlocks(16, 16, 128, 4, 4)),)),
     "consumer": unmeasured(((64, DecodeBlocks(16, 16, 128, 4, 3)),)),
@@ -106,14 +105,13 @@ _LOW_RANK = {
 
 
 def blocks_of(table: tuple, amount: float, num_in: int, num_out: int) -> DecodeBlocks:
-    """From rows (at most so much, blocks where out is wider than in, other blocks if they differ): those of the first row that
-    holds the amount, else of the last."""
+    """The blocks of a table's first entry whose maximum is at least `amount`, else of its last entry."""
     _, wide, *narrow = next((row for row in table if amount <= row[0]), table[-1])
     return narrow[0] if narrow and num_out <= num_in else wide
 
 
 def fit_blocks(blocks: DecodeBlocks, family: str, dtype: torch.dtype, num_in: int) -> DecodeBlocks:
-    """Blocks of a table as this dtype and so many inputs can have them."""
+    """A table's blocks, made small enough for this dtype and `num_in` inputs."""
     if dtype == torch.float32 and family != "interpreter":  # no tensor cores: for fixtures and checks
         blocks = DecodeBlocks(min(blocks.rows, 64), min(blocks.tokens, 32), 32, 4, 2)
     return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
@@ -126,14 +124,14 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_exp
     blocks = blocks_of(table[family].blocks, num_rows / num_experts, num_in, num_out)
     if is_low_rank:
         rows = max(blocks.rows, next_power_of_2(num_out))
-        inner = max(blocks.inner * blocks.rows // rows, min(blocks.inner, 128))  # so many bytes, as far as it goes
+        inner = max(blocks.inner * blocks.rows // rows, min(blocks.inner, 128))  # the same number of bytes, if possible
         blocks = blocks._replace(rows=rows, inner=inner)
     blocks = fit_blocks(blocks, family, dtype, num_in)
     if not is_packed:
         return blocks
     inner, chunk = max(blocks.inner, chunk_of(num_in)), chunk_of(num_in)
     while inner > chunk and (inner > num_in or (num_in % inner) & (num_in % inner - 1)):
-        inner //= 2  # what a last short step leaves must be a power of two
+        inner //= 2  # the number of inputs of a shorter last step must be a power of two
     return blocks._replace(inner=inner)
 
 
@@ -167,9 +165,9 @@ def _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_
 
 @triton.jit
 def _when_multiplied(acc, IS_WGMMA: tl.constexpr):
-    """The sum, once the tensor cores have read the operands of its last product: wgmma reads unpacked weights from registers
-    while the program goes on, and Triton 3.6 and 3.7 let the next step's unpacking overwrite them too early. Any use of the sum
-    makes it wait, so also that by no instruction at all."""
+    """Returns the sum after the tensor cores have read the operands of its last product. wgmma reads unpacked weights from
+    registers while the program continues, and Triton 3.6 and 3.7 let the next step's unpacking overwrite them too early. Any use
+    of the sum makes the program wait, even an empty instruction."""
     if IS_WGMMA:
         return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
@@ -182,8 +180,8 @@ def _packed_sums(
     CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr,
     WAITS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all inputs of ROWS features: [ROWS, TOKENS], and [ROWS, MORE] from the same unpacked weights (where MORE is 0,
-    the first again)."""
+    """The sums over all inputs for ROWS features: [ROWS, TOKENS], and [ROWS, MORE] from the same unpacked weights (if MORE is
+    0, the first sums again)."""
     dtype: tl.constexpr = x.dtype.element_ty
     GROUPS: tl.constexpr = ROWS // 16
     per_input: tl.constexpr = 4 if IS_ASM else 2
@@ -203,7 +201,7 @@ def _packed_sums(
         groups = tl.minimum(tl.arange(0, GROUPS), (num_out - first) // 16 - 1) * group_stride
         prefetch(weight_base + groups[:, None] + lines[None, :])
         wait_for_launch_before(OVERLAPS)
-    if TAIL:  # loaded before the loop, so that nothing waits for it after
+    if TAIL:  # loaded before the loop, so that nothing waits for it after the loop
         tail_words, tail_scales = _packed_tile(weight_base, scale_base, group_stride, scale_stride, main, is_group, GROUPS,
                                                TAIL, CHUNK, IS_ASM, EVEN_OUT)
         tail_x = tl.load(x_rows + main + tl.arange(0, TAIL)[:, None], mask=is_row[None, :], other=0.0)
@@ -317,9 +315,9 @@ def moe_decode_kernel(
     HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS output features of one expert for TOKENS of its rows, and for MORE where it has as many. Packed weights: words and
-    scales as unpack_fragments takes them, the last TAIL inputs apart; dense ones: stride_weight is that of the dimension that is
-    not contiguous. WAITS: one of FOR_ALL to FOR_LOW_RANK."""
+    """ROWS output features of one expert for TOKENS of its rows, and for MORE further ones if it has them. Packed weights:
+    words and scales as unpack_fragments takes them; the last TAIL inputs are a step of their own. Dense weights: stride_weight
+    is the stride of the dimension that is not contiguous. WAITS: FOR_ALL, FOR_X or FOR_LOW_RANK."""
     if WAITS == 0:
         wait_for_launch_before(OVERLAPS)
     token_tiles_of = tiles_of_experts(offsets, num_rows, num_experts, TOKENS + MORE, EXPERTS, HAS_OFFSETS)
@@ -346,7 +344,7 @@ def moe_decode_kernel(
         index = tl.arange(0, ROWS)
         features = first + index // 16 * 16 + index % 8 * 2 + index // 8 % 2
     up = None
-    if RANK_STEPS == 1 and RANK == 16:  # as what the tail needs, before the loop; more would not fit into registers
+    if RANK_STEPS == 1 and RANK == 16:  # loaded before the loop, as the tail is; a larger rank would not fit into registers
         up = _lora_up(lora_up, lora_groups, expert, features, 0, num_out, rank, slice_rank, stride_up_expert, stride_up_rank,
                       stride_up_out, RANK, HAS_LORA_GROUPS)
     more_rows, more_sources, is_more = rows, sources, is_row
@@ -383,7 +381,7 @@ def moe_decode_kernel(
     else:
         acc = _dense_sum(x, sources, is_row, weight + expert * stride_weight_expert, features, num_out, stride_x, stride_weight,
                          NUM_IN, ROWS, TOKENS, INNER, IN_CONTIGUOUS, EVEN_IN, OVERLAPS, WAITS)
-    if NUM_IN - TAIL <= INNER:  # where one step covers all inputs, and only there, the compiler would begin the sum with the bias
+    if NUM_IN - TAIL <= INNER:  # if one step covers all inputs, the compiler would start the sum with the bias: other bits
         acc = acc * one
     if WAITS == 2:
         wait_for_launch_before(OVERLAPS)
@@ -394,8 +392,8 @@ def moe_decode_kernel(
 
 def _shape_of(projection: Projection) -> tuple[int, int, int]:
     """E, K, N."""
-    if projection.dense is not None:
-        return projection.dense.shape
+    if projection.weight is not None:
+        return projection.weight.shape
     num_experts, num_out, num_blocks = projection.scales.shape
     return num_experts, num_blocks * 32, num_out
 
@@ -408,14 +406,14 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
     of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
 
-    x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None where one expert
-    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. waits: which inputs
-    the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); the others must be older. Triton only. Raises
-    ValueError for dtypes and GPUs that the kernel cannot serve."""
+    x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None if one expert
+    owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. waits: the inputs
+    that the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); earlier launches must have written the others.
+    Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     rank = 0 if low_rank is None else low_rank.shape[1]
-    is_packed, is_asm, bias = projection.dense is None, projection.unpacks_by_asm, projection.bias
+    is_packed, is_asm, bias = projection.weight is None, projection.unpacks_by_asm, projection.bias
     slice_rank = rank if lora_groups is None else lora_up.shape[1]
     assert x.shape[1] == num_in, f"x {x.shape}: {num_in} inputs needed"
     assert num_experts == 1 if offsets is None else offsets.shape == (num_experts + 1,), f"offsets of {num_experts} experts"
@@ -438,7 +436,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         tail = num_in % blocks.inner
         assert num_out % ROWS == 0 and blocks.inner % chunk == 0 and tail & (tail - 1) == 0, f"{blocks} for {num_in}, {num_out}"
     else:
-        weight = projection.dense
+        weight = projection.weight
         in_contiguous = weight.stride(1) == 1
         assert in_contiguous or weight.stride(2) == 1, f"strides {weight.stride()}: in or out must be contiguous"
         strides = (weight.stride(0), weight.stride(2 if in_contiguous else 1))
@@ -475,11 +473,11 @@ def few_rows_forward(x: torch.Tensor, routing: Routing, gate_up: Projection, dow
                      limit: float) -> torch.Tensor:
     """The experts' outputs [R, D], in expert order, for x [T, D] routed to them. Triton only, no gradient.
 
-    gate_up [E, D, 2F], gate and up interleaved, and down [E, F, D] as Projection says. lora: A [E, r, D] and B [E, 2F, r] of
+    gate_up [E, D, 2F], gate and up interleaved, and down [E, F, D] are Projections. lora: A [E, r, D] and B [E, 2F, r] of
     gate_up, A [E, r, F] and B [E, D, r] of down, fp32 masters or x's dtype."""
     offsets, tokens = routing.offsets_device, routing.tokens
     low_rank = lora_up = None
-    waits = FOR_ALL, FOR_X  # the sort goes before gate_up, gate_up before down
+    waits = FOR_ALL, FOR_X  # gate_up waits for the sort, down for gate_up
     if lora is not None:
         waits = FOR_LOW_RANK, FOR_LOW_RANK
         low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens)

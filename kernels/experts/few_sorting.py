@@ -1,7 +1,7 @@
 """From hidden states to sorted choices of experts in one launch, for few tokens: the router's logits, their top-k with gate
-weights, and the sort by expert; for some more tokens in two, the logits apart.
+weights, and the sort by expert. Above MAX_TOKENS the logits are a launch of their own.
 
-One program runs the kernels of kernels/router.py and sorting.py one after the other. No tile changes a bit of any of them.
+One program runs the kernels of kernels/router.py and sorting.py one after the other, with the same bits.
 
 Shapes: T tokens, E experts, A experts per token, D model width.
 """
@@ -39,7 +39,7 @@ def _route_few_kernel(x, weight, bias, logits, indices, gate_weights, order, tok
 
 
 def few_blocks(family: str, num_tokens: int, num_experts: int, per_token: int, itemsize: int) -> dict[str, int]:
-    """Blocks of the router's product, all experts and tokens in one tile and few steps along the width, and of what follows."""
+    """Block sizes of the router's product (all experts and tokens in one tile, few steps along the width) and of the sort."""
     block_e, num_rows = next_power_of_2(num_experts), num_tokens * per_token
     block_t = max(16, next_power_of_2(num_tokens))
     block_r = min(max(_SORT_TILE // block_e, 4), max(next_power_of_2(num_rows), 16))
@@ -52,15 +52,15 @@ def few_blocks(family: str, num_tokens: int, num_experts: int, per_token: int, i
 
 
 def can_route_few(num_tokens: int, num_experts: int, experts_per_token: int) -> bool:
-    """Whether one program serves so many tokens."""
+    """Whether one program can route `num_tokens` tokens."""
     return (num_experts <= MAX_EXPERTS and next_power_of_2(num_tokens) * next_power_of_2(num_experts) <= _TILE
             and num_tokens * experts_per_token <= SMALL_SORT)
 
 
 def route_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *,
               experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-    """The router's logits [T, E] fp32 of x [T, D] by weight [E, D] and bias [E], gate weights [T, A] fp32 and the routing.
-    Triton only, no gradient, for what can_route_few says."""
+    """The router's logits [T, E] fp32 for x [T, D], weight [E, D] and bias [E]; gate weights [T, A] fp32; and the routing. Triton
+    only, no gradient; can_route_few must be true."""
     (num_tokens, width), num_experts, device = x.shape, weight.shape[0], x.device
     assert can_route_few(num_tokens, num_experts, experts_per_token) and num_tokens > 0, (num_tokens, num_experts)
     assert x.dtype == weight.dtype and x.stride(1) == 1 and weight.stride(1) == 1, (x.dtype, weight.dtype, x.stride())

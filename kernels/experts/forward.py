@@ -1,11 +1,11 @@
-"""The experts' side on a GPU: routed rows in, their outputs out; gate_up, clamped SwiGLU, down, LoRA. What brings rows here and
-back is in transport.py. Forward and backward are plain functions: models/experts.py calls them from the layer's own.
+"""The experts' computation on a GPU, for many rows: gate_up, clamped SwiGLU, down, LoRA (few rows: few_rows.py). transport.py
+brings rows here and back. Forward and backward are plain functions, which models/experts.py calls.
 
-y_r = act(x_t W1_e + b1_e) W2_e + b2_e for the row r of token t at expert e, each W with its unmerged LoRA. The backward is given
-x, the gate weights and the routing, and the pre-activation h where memory allows; h is otherwise computed again. Nothing after
-h is needed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is <dy_t, y_r> = <g, act> + <dy_t, b2_e>
-(arXiv 2512.14080, SonicMoE, extended by the bias), so the down projection's output is neither kept nor recomputed. Packed
-weights are dequantised into a scratch of bounded size, some experts at a time. LoRA's gradients come in fp32. No atomics.
+y_r = act(x_t W1_e + b1_e) W2_e + b2_e for the row r of token t at expert e, each W with its unmerged LoRA. The backward gets x,
+the gate weights, the routing and, if memory allows, the pre-activation h; otherwise it computes h again. The output of the down
+projection is neither kept nor computed again: with g = dy_t W2_e^T (LoRA included), the gate weight's gradient is
+<dy_t, y_r> = <g, act> + <dy_t, b2_e> (arXiv 2512.14080, SonicMoE, extended by the bias). Packed weights are dequantised into a
+scratch of bounded size, some experts at a time. LoRA's gradients are fp32. No atomics.
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width, F expert width, E experts, r rank.
 """
@@ -68,7 +68,7 @@ def _routed_rows_kernel(x_ptr, weights_ptr, inverse_ptr, rows_ptr, stride_x, WID
 
 
 def routed_rows(x: torch.Tensor, weights: torch.Tensor | None, routing: Routing) -> torch.Tensor:
-    """x [T, D] as rows in expert order [R, D], times the gate weights [T, A] fp32 where they are given."""
+    """x [T, D] as rows in expert order [R, D], times the gate weights [T, A] fp32 if given."""
     (num_tokens, per_token), width = routing.inverse.shape, x.shape[1]
     rows = x.new_empty(num_tokens * per_token, width)
     block = min(next_power_of_2(width), 1024)
@@ -81,7 +81,7 @@ def routed_rows(x: torch.Tensor, weights: torch.Tensor | None, routing: Routing)
 @triton.jit
 def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, alpha, limit, WIDTH: tl.constexpr,
                             BLOCK: tl.constexpr):
-    """A routed row: g and h come in; w dh replaces h, the activation replaces g, <g, act> is added to the row's slot."""
+    """For a routed row: w dh replaces h, the activation replaces g, and <g, act> is added to the row's entry in dots."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     weight = tl.load(weights_ptr + slot)
@@ -104,8 +104,8 @@ def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, a
 
 def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, *, alpha: float,
                     limit: float, dots: torch.Tensor) -> torch.Tensor:
-    """grad [R, F], the gradient of the unweighted activation, becomes the activation; h [R, 2F] becomes its gradient times the
-    gate weight; <grad, activation> is added to dots [T, A] fp32, which is returned."""
+    """In place: grad [R, F], the gradient of the activation without the gate weight, becomes the activation; h [R, 2F] becomes
+    h's gradient times the gate weight. Adds <grad, activation> to dots [T, A] fp32, and returns dots."""
     width = grad.shape[1]
     if grad.shape[0]:
         launch(_activation_grad_kernel, (grad.shape[0],), grad, h, weights, order, dots, alpha, limit, WIDTH=width,
@@ -114,7 +114,7 @@ def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, 
 
 
 def _all_dense(weights: ExpertWeights, x: torch.Tensor, scratch_bytes: int) -> torch.Tensor | None:
-    """The dequantised weights [E, out, in] of a packed projection, where the scratch holds all of them."""
+    """The dequantised weights [E, out, in] of a packed projection if the scratch can hold all of them, else None."""
     if weights.dense is not None or math.prod(weights.shape) * x.element_size() > scratch_bytes:
         return None
     return weights.dequantize(slice(None), x.new_empty(weights.shape))
@@ -124,8 +124,8 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
              is_transposed: bool = False, dense: torch.Tensor | None = None, gather: torch.Tensor | None = None,
              low_rank: torch.Tensor | None = None, lora_up: torch.Tensor | None = None, swiglu: tuple[float, float] | None = None,
              pre_activation: torch.Tensor | None = None) -> torch.Tensor:
-    """grouped_gemm through W or, transposed, W^T, packed weights dequantised some experts at a time unless `dense` [E, out, in]
-    holds them all. lora_up [E, r, out]."""
+    """grouped_gemm with W or, if is_transposed, W^T. Packed weights are dequantised some experts at a time, unless `dense`
+    [E, out, in] has all of them. lora_up [E, r, out]."""
     bias = None if is_transposed else weights.bias
     dense = weights.dense if dense is None else dense
     if dense is not None:
@@ -145,25 +145,25 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
 
 @dataclass
 class MoeKept:
-    """What local_forward leaves for local_backward: small tensors always, the pre-activation h [R, 2F] where it is kept."""
+    """What local_forward keeps for local_backward."""
 
-    h: torch.Tensor | None
+    h: torch.Tensor | None  # [R, 2F], the pre-activation; None: local_backward computes it
     low_rank_x: torch.Tensor | None  # [R, r]: scale x A1^T
     low_rank_act: torch.Tensor | None  # [R, r]: scale act A2^T
 
 
 Lora = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-BaseGrads = list[torch.Tensor | None]  # of the weights of gate_up and down, None of packed ones, and of their biases
+BaseGrads = list[torch.Tensor | None]  # of the weights of gate_up and down (None if packed), and of their biases
 
 
 def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights, *, dtype: torch.dtype,
                   lora: Lora | None, lora_scale: float, alpha: float, limit: float, scratch_bytes: int,
                   keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
-    """The experts' outputs [R, D] of `dtype`, in expert order, for x [T, D] routed to them; and what local_backward needs.
+    """The outputs [R, D] of this process's experts in `dtype`, in expert order, for x [T, D]; and what local_backward needs.
 
-    lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. scratch_bytes: of dequantised
-    weights held at once. Triton only, no gradient."""
+    lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. scratch_bytes: most bytes of
+    dequantised weights at once. Triton only, no gradient."""
     assert is_triton(x), "the reference composes grouped_linear and swiglu"
     offsets, num_rows, width = routing.offsets_device, routing.tokens.shape[0], down.bias.shape[1]
     A1, B1, A2, B2 = lora or (None,) * 4
@@ -176,7 +176,7 @@ def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, dow
                    pre_activation=h, scratch_bytes=scratch_bytes)
     if lora is not None:
         low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
-    # in the residual stream's dtype: a float16 row can pass 65504
+    # in the residual stream's dtype: values can exceed float16's 65504
     rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=dtype), low_rank=low_rank_act,
                     lora_up=None if lora is None else B2.transpose(1, 2), scratch_bytes=scratch_bytes)
     return rows, MoeKept(h, low_rank_x, low_rank_act)
@@ -185,9 +185,9 @@ def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, dow
 def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
                    down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
                    scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, BaseGrads | None]:
-    """Gradients of the routed rows of x [R, D], in expert order, of the gate weights [T, A], of LoRA's tensors (fp32) and, where
-    asked for, of the base, from that of what combine made, grad [T, D] in its dtype. Uses kept.h as scratch where it is there,
-    else computes h again. Triton only."""
+    """grad [T, D]: the gradient of combine's result. Returns the gradients of the routed rows of x [R, D] in expert order, of the
+    gate weights [T, A], of LoRA's tensors (fp32) and, if needs_base, of the base. Computes h if kept.h is None, else overwrites
+    it. Triton only."""
     grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
@@ -199,16 +199,16 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
         _project(gate_up, x, offsets, h, gather=tokens, low_rank=kept.low_rank_x, dense=dense, scratch_bytes=scratch_bytes,
                  lora_up=None if lora is None else B1.transpose(1, 2))
     grad_low_rank = None if lora is None else grouped_gemm(grad, B2, offsets, gather=tokens, scale=lora_scale)  # [R, r]
-    # through the down projection, before the gate weight
+    # `act` first holds the gradient of the activation without the gate weight; activation_grad replaces it by the activation
     act = _project(down, grad, offsets, x.new_empty(num_rows, inner), is_transposed=True, gather=tokens,
                    low_rank=grad_low_rank, lora_up=A2, scratch_bytes=scratch_bytes)
     grad_weights = activation_grad(act, h, weights, routing.order, alpha=alpha, limit=limit,
                                    dots=_bias_dots(grad, down.bias, routing.indices))
     lora_grads = base_grads = None
-    if needs_base:  # h now holds its own gradient
+    if needs_base:  # from here on h holds the gradient of h
         base_grads = [None if part.dense is None else torch.empty_like(part.weight) for part in (gate_up, down)]
         base_grads += [torch.empty_like(part.bias) for part in (gate_up, down)]
-        # wide products are faster on rows that lie in order
+        # wide products are faster on rows in expert order
         if base_grads[0] is not None:
             grouped_outer(routed_rows(x, None, routing), h, offsets, base_grads[0])
         rows = routed_rows(grad, weights, routing)
@@ -225,7 +225,7 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
         grad_low_rank = grouped_gemm(h, B1, offsets, scale=lora_scale)  # [R, r]
         grouped_outer(h, kept.low_rank_x, offsets, lora_grads[1])
         grouped_outer(x, grad_low_rank, offsets, lora_grads[0].transpose(1, 2), gather=tokens)
-    # the activation is no longer needed: its memory takes the rows of the input's gradient, if the widths agree
+    # the activation is no longer needed: if the widths agree, its memory takes the gradient of x's rows
     out = act if x.shape[1] == inner else x.new_empty(num_rows, x.shape[1])
     grad_rows = _project(gate_up, h, offsets, out, is_transposed=True, low_rank=grad_low_rank, lora_up=A1, dense=dense,
                          scratch_bytes=scratch_bytes)

@@ -1,15 +1,15 @@
 """Linear layers of many experts on rows sorted by expert: y_r = x_r W_e + b_e for the expert e that owns row r.
 
-One kernel serves the forward, the gradient of the rows and the low-rank products of LoRA (arXiv 2106.09685): weights are taken
-as [E, in, out] with either of the last two dimensions contiguous, so a frozen [E, out, in] tensor is used transposed in the
-forward and as it lies in the backward. Expert offsets stay on the device: the grid is an upper bound of the number of tiles
-and each program finds its expert itself. Sums over `in` run in ascending order and are never split. LoRA enters as further
-steps of the same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is one rounding. Where one product serves several
-projections side by side (queries, keys, values), each column names the slice of the low-rank row that is its own. Gradients
-of weights are in outer.py.
+One kernel serves the forward, the gradient of the rows and the low-rank products of LoRA (arXiv 2106.09685). It takes weights as
+[E, in, out] with either of the last two dimensions contiguous, so a frozen [E, out, in] tensor is a transposed view in the
+forward and itself in the backward. Expert offsets stay on the device: the grid is an upper bound of the number of tiles, and
+each program finds its expert. Sums over `in` run in ascending order and are never split. LoRA is added in further steps of the
+same accumulator, y_r = x_r W_e + (s x_r A_e^T) B_e^T, so there is one rounding. If one product serves several projections side
+by side (queries, keys, values), each column has the number of its slice of the low-rank row. outer.py has the gradients of
+weights.
 
-The library's path (kernels/device.py: product_path) takes one expert at a time. So does the reference, grouped_linear, which
-dequantises frozen packed weights in the forward and again in the backward so that no dequantised copy outlives its use.
+The library's path (kernels/device.py: product_path) computes one expert at a time. So does the reference, grouped_linear, which
+dequantises frozen packed weights in the forward and again in the backward, so no dequantised copy stays in memory.
 
 Shapes: R routed rows, E experts, K in, N out, r LoRA's rank.
 """
@@ -45,8 +45,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @torch.no_grad()
 def _grouped_gemm_by_expert(x, weight, offsets, gather, bias, low_rank, lora_up, lora_groups, scale, swiglu,
                             pre_activation, out):
-    """The library's path, and the reference: an expert at a time, its sums in fp32 until the one rounding. Reads the offsets on
-    the host once a call, so a GPU's queue runs dry there: products on these GPUs are long, and no kernel takes all experts."""
+    """The library's path, and the reference: one expert at a time, with fp32 sums and one rounding. Each call reads the offsets
+    on the host, so the GPU waits there once; its products are long, and the library has no kernel for all experts."""
     bounds = [0, out.shape[0]] if offsets is None else offsets.tolist()
     for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
         if start == end:
@@ -82,7 +82,7 @@ def _weight_of(weight: torch.Tensor | None, packed: ExpertWeights | None, expert
 
 
 class _ReferenceLinear(torch.autograd.Function):
-    """weight [E, K, N], or frozen packed ones, dequantised again in the backward."""
+    """With weight [E, K, N], or with frozen packed weights, which the backward dequantises again."""
 
     @staticmethod
     def forward(ctx, x, weight, packed, bias, offsets):
@@ -202,7 +202,7 @@ def grouped_gemm_kernel(
             if HAS_GATHER:
                 source = tl.load(gather + rows, mask=is_row, other=0)
             else:
-                source = tl.where(is_row, rows, 0)  # rows past the end compute what nobody stores
+                source = tl.where(is_row, rows, 0)  # results of rows past the end are not stored
             x_pointers = x + source.to(tl.int64)[:, None] * stride_x + inner[None, :]
         if not WEIGHT_TMA:
             weight_base = weight + expert.to(tl.int64) * stride_weight_expert
@@ -271,7 +271,7 @@ def grouped_gemm_kernel(
 
 
 def _check(x, weight, offsets, num_rows, optional: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]) -> None:
-    """Refuses shapes that do not belong together; `optional` maps a name to its tensor and the shape it must have."""
+    """Raises ValueError for shapes that do not fit together; `optional` maps a name to its tensor and the shape it must have."""
     if weight.dim() != 3 or x.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"grouped_gemm: x {list(x.shape)} and weight {list(weight.shape)}; give [rows, in] and [E, in, out]")
     if offsets is None and weight.shape[0] != 1:
@@ -301,11 +301,11 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     x [R, K] in expert order, or with gather [R] (int32 or int64) any [T, K] whose row gather[r] belongs to routed row r.
     weight [E, K, N], K or N contiguous, cast to x's dtype (LoRA's fp32 masters). offsets [E + 1] int32 on x's device; without
     it one expert owns all rows. bias [E, N]; low_rank [R, r] in x's dtype with lora_up [E, r, N], any strides, joins the
-    accumulator (scale it when you make it). With lora_groups [N] int32, low_rank is several slices of r side by side and column
-    n takes slice lora_groups[n] alone, none where it is -1.
-    out is made in x's dtype unless given; a float32 one keeps what float16 cannot hold.
-    swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; the row before it, as
-    rounded, goes to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
+    accumulator (it must already be scaled). With lora_groups [N] int32, low_rank is several slices of r side by side, and column
+    n uses only slice lora_groups[n], or none if that is -1.
+    Without `out` the result has x's dtype; a float32 `out` can hold values that float16 cannot.
+    swiglu = (alpha, limit) returns the clamped activation [R, N / 2] of interleaved gate and up columns; its rounded input goes
+    to pre_activation [R, N] if given. No gradient: callers build autograd Functions from this.
     Raises ValueError for shapes that do not fit and for dtypes and GPUs that the kernel cannot serve."""
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     num_experts, num_in, num_out = weight.shape
@@ -340,7 +340,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
     if low_rank is not None:
         low_rank = low_rank.contiguous()
     blocks = blocks or choose_blocks(gpu_family(x), x.dtype, num_rows, num_experts, num_in, num_out)
-    matrix = weight.transpose(1, 2) if in_contiguous else weight  # as it lies in memory
+    matrix = weight.transpose(1, 2) if in_contiguous else weight  # last dimension contiguous
     weight_box = (blocks.cols, blocks.inner) if in_contiguous else (blocks.inner, blocks.cols)
     weight_tma = (blocks.use_tma and matrix.is_contiguous() and weight.dtype == x.dtype
                   and _tma_serves(matrix.flatten(0, 1), weight_box)
@@ -372,8 +372,8 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
 def grouped_linear(x: torch.Tensor, weights: ExpertWeights, offsets: list[int], *, lora_A: torch.Tensor | None = None,
                    lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
     """The reference, with gradients of x, LoRA, biases and dense weights: x [R, K] in expert order, offsets [E + 1] -> [R, N] in
-    x's dtype. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T; their gradients come
-    in their own dtype."""
+    x's dtype. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T; their gradients have
+    their dtype."""
     weight, packed = (weights.weight, None) if isinstance(weights, Dense) else (None, weights)
     y = _ReferenceLinear.apply(x, weight, packed, weights.bias, offsets)
     if lora_A is None:

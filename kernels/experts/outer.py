@@ -1,9 +1,9 @@
 """Gradients of grouped linear layers' weights: sums of outer products over the rows of each expert, and sums of the rows.
 
-G_e = sum over the rows r of expert e of a_r^T b_r. This is dW for a_r = x_r and b_r = dy_r, and the gradient of LoRA's A or B
-with a low-rank row on one side. One program owns each element and adds rows in ascending order, so results do not depend on
-scheduling. Where a low-rank product has few programs with many rows each, rows are cut into chunks of fixed length, whose fp32
-sums are added in ascending order.
+G_e = sum over the rows r of expert e of a_r^T b_r. This is dW for a_r = x_r and b_r = dy_r, and the gradient of LoRA's A or B if
+one side is the low-rank row. One program owns each element and adds rows in ascending order, so results do not depend on
+scheduling. A low-rank product with many rows would have few, long programs: its rows are cut into chunks of fixed length, whose
+fp32 sums are added in ascending order.
 
 Shapes: R routed rows, E experts, M and N the widths of a and b.
 """
@@ -30,9 +30,9 @@ from kernels.device import (
 from kernels.experts.tiles import owner_of_tile, tiles_of_experts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# rows of a partial sum, with experts and with all rows in one; part of the result's bits
+# rows of a partial sum, with several experts and with one; the result's bits depend on them
 CHUNK_ROWS, CHUNK_ROWS_DENSE = 2048, 512
-MAX_ROWS_UNSPLIT = 8192  # up to here the longest possible expert is short enough for one program
+MAX_ROWS_UNSPLIT = 8192  # up to this many rows one program can take an expert that has all of them
 
 
 class OuterBlocks(NamedTuple):
@@ -121,7 +121,7 @@ def grouped_outer_kernel(
 @triton.jit
 def sum_chunks_kernel(partial, out, offsets, num_rows, num_experts, size,
                       EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSETS: tl.constexpr):
-    """out[e] = sum of the expert's chunks, ascending; size elements each, in the same memory order."""
+    """out[e] = the sum of the expert's chunks in ascending order; a chunk has `size` elements, in out's memory order."""
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     chunks_of = tiles_of_experts(offsets, num_rows, num_experts, CHUNK, EXPERTS, HAS_OFFSETS)
@@ -216,7 +216,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None
 
 
 def grouped_row_sum(x: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes the sum over the rows r of expert e of x_r, in fp32 and rounded once, to out [E, N]: the gradient of a bias.
+    """Writes the sum of each expert's rows, in fp32 and rounded once, to out [E, N]: the gradient of a bias.
 
     x [R, N] in expert order; offsets [E + 1] int32 on its device."""
     if not is_triton(x):  # no product: the kernel serves every GPU

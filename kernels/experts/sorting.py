@@ -3,8 +3,8 @@
 Equal to a softmax over all experts, top-k, renormalised. Ties go to the lower expert index.
     w = softmax(chosen logits),  dlogit_k = w_k (dw_k - sum_j w_j dw_j)
 
-Tokens are brought into expert order by a stable counting sort: a histogram of each chunk of choices, then every chunk adds up
-the chunks before it and ranks its own choices. Nothing waits for the host.
+A stable counting sort puts tokens into expert order: first a histogram of each chunk of choices, then every chunk adds up the
+histograms before it and ranks its own choices. Nothing waits for the host.
 
 Shapes: T tokens, E experts, A experts per token, R = T * A routed rows, D model width, C chunks.
 """
@@ -122,7 +122,8 @@ def _route_blocks(num_experts: int) -> dict[str, int]:
 
 def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,
                   experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate weights [T, A] fp32 and the indices [T, A], given or chosen here, of logits [T, E] fp32. Triton only, no gradient."""
+    """Gate weights [T, A] fp32 and indices [T, A] for logits [T, E] fp32; indices are chosen here if None. Triton only, no
+    gradient."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     num_tokens, num_experts = logits.shape
     is_replay = indices is not None
@@ -154,7 +155,7 @@ def route(logits: torch.Tensor, *, experts_per_token: int,
           indices: torch.Tensor | None = None) -> tuple[torch.Tensor, Routing]:
     """Picks experts for logits [T, E] fp32. Returns the gate weights [T, A] fp32 and the routing.
 
-    `indices` [T, A] int64 replays a choice made before (each in 0..E-1): only the weights are computed then."""
+    `indices` [T, A] int64 (each in 0..E-1) replays an earlier choice: only the weights are computed then."""
     if indices is not None:
         assert indices.shape == (logits.shape[0], experts_per_token), f"{indices.shape}, {logits.shape}, {experts_per_token}"
     weights, indices = _weigh(logits, indices, experts_per_token)
@@ -192,7 +193,7 @@ def make_routing_reference(indices: torch.Tensor, num_experts: int) -> Routing:
 
 @triton.jit
 def _histogram(experts_ptr, first, chunk_size, num_rows, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Choices of each expert among rows first:first + chunk_size, [BLOCK_E] int32."""
+    """How often rows first:first + chunk_size chose each expert, [BLOCK_E] int32."""
     experts = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, chunk_size, BLOCK_R):

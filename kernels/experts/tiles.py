@@ -1,6 +1,6 @@
-"""Which expert's rows a program takes: rows in expert order are cut into tiles, each of one expert, which programs count through.
+"""Which expert's rows a program takes: rows in expert order are cut into tiles, each with rows of one expert only.
 
-Offsets stay on the device, so a grid is an upper bound of the tiles there are, and each program finds its own.
+Offsets stay on the device, so a grid is an upper bound of the number of tiles, and each program finds its own.
 
 Shapes: E experts; EXPERTS, the power of two that holds them.
 """
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def tiles_of_experts(offsets, num_rows, num_experts, SIZE: tl.constexpr, EXPERTS: tl.constexpr, HAS_OFFSETS: tl.constexpr):
-    """The number of tiles of SIZE rows of each expert [EXPERTS]; without offsets [E + 1] the first one owns every row."""
+    """Each expert's number of tiles of SIZE rows [EXPERTS]; without offsets [E + 1] the first expert owns every row."""
     experts = tl.arange(0, EXPERTS)
     if HAS_OFFSETS:
         starts = tl.load(offsets + experts, mask=experts < num_experts, other=0)
@@ -22,8 +22,8 @@ def tiles_of_experts(offsets, num_rows, num_experts, SIZE: tl.constexpr, EXPERTS
 
 @triton.jit
 def owner_of_tile(tile, tiles_of, ends_of, offsets, num_rows, PER_TILE, EXPERTS: tl.constexpr, HAS_OFFSETS: tl.constexpr):
-    """Expert of a program's tile, the tile's number within it, and the expert's first row and end. Each tile of rows stands for
-    PER_TILE programs; ends_of: tiles_of summed up to each expert."""
+    """The expert of a program's tile, the tile's number within the expert, and the expert's first row and end. Each tile of rows
+    takes PER_TILE programs; ends_of: the running sums of tiles_of."""
     expert = tl.sum((ends_of * PER_TILE <= tile).to(tl.int32), 0)
     within = tile - tl.sum(tl.where(tl.arange(0, EXPERTS) < expert, tiles_of, 0), 0) * PER_TILE
     if HAS_OFFSETS:

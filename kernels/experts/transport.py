@@ -1,11 +1,11 @@
-"""What lies around the experts: tokens go to them, and their rows come back. Forward and backward pass the same two doors:
+"""Sends tokens to the experts, and brings their rows back. Forward and backward both go through dispatch and combine:
 
     y = combine(experts(dispatch(x)), weights) + residual        dx = combine(experts' backward(dispatch(dy, x, weights)))
 
-This transport is the identity: one process holds all experts. Nothing is copied on the way there, since the experts' products
-read the rows of x through routing.tokens. Where several GPUs share the experts, these functions are where rows travel: the
-experts then get rows of other GPUs with a Routing of their own, and combine sums at the token's owner. The sum uses no atomics:
-it runs in slot order.
+Today dispatch returns its arguments: one process holds all experts. It copies nothing, since the experts' products read the rows
+of x through routing.tokens. If several GPUs share the experts, these functions will move rows: experts will get rows of other
+GPUs, with a Routing for those, and combine will sum on the GPU that has the token. The sum has no atomics: a token's experts are
+added in the order in which it chose them (slot order).
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width.
 """
@@ -20,27 +20,28 @@ from kernels.experts.sorting import Routing
 
 
 def dispatch(routing: Routing, *of_tokens: torch.Tensor) -> tuple[Routing | torch.Tensor, ...]:
-    """What the experts of this process work on: their Routing and, of each tensor of the tokens (x or a gradient [T, D], gate
-    weights [T, A]), what belongs to its rows."""
+    """The Routing of this process's experts and, of each tensor of the tokens (x or a gradient [T, D], gate weights [T, A]), the
+    part that those experts need."""
     return routing, *of_tokens
 
 
 def return_weights(grad: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The gradient of the gate weights [T, A] at the tokens, from that at the experts."""
+    """Sends the gradient of the gate weights [T, A] from the experts back to the tokens."""
     return grad
 
 
 def combine(rows: torch.Tensor, weights: torch.Tensor | None, routing: Routing,
             residual: torch.Tensor | None) -> torch.Tensor:
-    """Each token's rows [R, D] summed in slot order in fp32: [T, D]. Times the gate weights [T, A] and plus the residual [T, D]
-    where they are given. On a GPU without gradient."""
+    """Each token's rows [R, D], times the gate weights [T, A], summed in slot order in fp32: [T, D]; plus the residual [T, D]
+    if it is given. weights may be None on a GPU only. On a GPU without gradient."""
     if is_triton(rows):
         return sum_rows(rows, weights, routing.inverse, residual)
     return combine_reference(rows, weights, routing, residual)
 
 
 def copy_rows(x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """The reference's way to the experts: each token's row once for each of its experts, [T, D] -> [R, D] in expert order."""
+    """Copies each token's row for each of its experts, [T, D] -> [R, D] in expert order. The reference, with gradient; on a GPU
+    products read rows through routing.tokens, or forward.routed_rows copies them."""
     per_token = routing.indices.shape[1]
     copies = x.unsqueeze(1).expand(-1, per_token, -1).flatten(0, 1)  # [R, D]; a token's gradient is a sum in slot order
     return copies.index_select(0, routing.order)
@@ -77,9 +78,9 @@ def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, st
 
 def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
              residual: torch.Tensor | None) -> torch.Tensor:
-    """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A], contiguous fp32, where they are given:
-    [T, D]. A residual [T, D], of the rows' dtype or wider, is added to the sum rounded to its dtype, which is also the result's;
-    without one it is the rows'. Triton only, no gradient."""
+    """Sums each token's rows [R, D] in slot order in fp32, times the gate weights [T, A] (contiguous, fp32) if given: [T, D] in
+    the rows' dtype. With a residual [T, D], of the rows' dtype or wider, the sum is rounded to the residual's dtype, added to
+    it, and returned in that dtype. Triton only, no gradient."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     (num_tokens, per_token), width = inverse.shape, rows.shape[1]
     y = torch.empty((num_tokens, width), dtype=rows.dtype if residual is None else residual.dtype, device=rows.device)

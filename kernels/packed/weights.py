@@ -1,11 +1,12 @@
-"""The formats of experts' weights: what a checkpoint stores of them, how they become dense, how kernels take them.
+"""The formats of experts' weights: what a checkpoint stores, how it becomes dense, what kernels take.
 
-    Dense           weight [E, I, O], of the model's dtype, the only one that trains
+    Dense           weight [E, I, O], in the model's dtype; the only format that trains
     Mxfp4           blocks [E, O, I / 32, 16] and scales [E, O, I / 32] uint8 (mxfp4.py)
-    Mxfp4Fragments  the same bytes in the layout of the tensor cores (fragments.py): how the kernels want Mxfp4 to lie
+    Mxfp4Fragments  the same bytes permuted into the layout of the tensor cores (fragments.py), which the kernels take
     Nf4             codes [E, O, I / 2] uint8 and absmax [E, O * I / 64] fp32 (nf4.py)
 
-An object holds one projection of all experts. The class answers what is asked of the format itself.
+An object holds one projection of all experts. Class attributes and static methods describe the format itself. Weights called
+`dense` are [E, O, I], output features first.
 
 Shapes: E experts, O output features, I input features.
 """
@@ -28,10 +29,10 @@ from kernels.packed.fragments import (
 
 
 class Projection(NamedTuple):
-    """Weights as the kernels for few rows take them: dense [E, I, O], or blocks and scales in fragment layout. unpacks_by_asm:
-    what fragments.unpacks_by_asm said of them."""
+    """Weights as the kernels for few rows take them: weight [E, I, O], or blocks and scales in fragment layout. unpacks_by_asm:
+    the result of fragments.unpacks_by_asm for them."""
 
-    dense: torch.Tensor | None
+    weight: torch.Tensor | None
     blocks: torch.Tensor | None
     scales: torch.Tensor | None
     bias: torch.Tensor | None  # [E, O]
@@ -39,22 +40,22 @@ class Projection(NamedTuple):
 
 
 class ExpertWeights:
-    """What every format answers. A subclass is a dataclass of its tensors, in the order of `suffixes`, and the bias [E, O]."""
+    """The interface of a format. A subclass is a dataclass of its tensors, in the order of `suffixes`, and the bias [E, O]."""
 
-    name: ClassVar[str]  # the user's word
-    description: ClassVar[str]  # "the checkpoint holds ..."
-    suffixes: ClassVar[tuple[str, ...]]  # of the tensors' names, after the projection's
+    name: ClassVar[str]  # its name in model.experts=
+    description: ClassVar[str]  # completes "the checkpoint holds ..."
+    suffixes: ClassVar[tuple[str, ...]]  # of the tensors' names: they follow the projection's name
     quant_method: ClassVar[str | None] = None  # quantization_config.quant_method of a checkpoint
     quantization: ClassVar[dict | None] = None  # quantization_config of an export; None: none
-    is_packed: ClassVar[bool] = True  # frozen, and dequantised wherever it is used
-    is_written: ClassVar[bool] = True  # exports can have it
-    serves_few_rows: ClassVar[bool] = True  # few_rows() is there
+    is_packed: ClassVar[bool] = True  # frozen, and dequantised at each use
+    is_written: ClassVar[bool] = True  # exports can be in this format
+    serves_few_rows: ClassVar[bool] = True  # it has few_rows()
 
     bias: torch.Tensor | None
 
     @property
     def dense(self) -> torch.Tensor | None:
-        """The weights [E, O, I] where they are held so."""
+        """The weights [E, O, I] as a view; None if they are packed."""
         return None
 
     @property
@@ -69,33 +70,33 @@ class ExpertWeights:
 
     @staticmethod
     def check(quantization: dict, hidden_size: int, intermediate_size: int) -> None:
-        """Raises ValueError for a quantization_config or sizes that the format does not have."""
+        """Raises ValueError for a quantization_config or sizes that the format does not support."""
 
     @staticmethod
     def unpack(*tensors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[O, I] of one expert, from its tensors as stored."""
+        """The weights [O, I] of one expert, from its tensors as stored."""
         raise NotImplementedError
 
     @staticmethod
     def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inverse of unpack, with rounding, where the format is written."""
+        """The inverse of unpack, with rounding; only if is_written."""
         raise NotImplementedError
 
     @staticmethod
     def arranged(projections: list[ExpertWeights]) -> list[ExpertWeights]:
-        """The same weights, in the same memory, in the layout that Triton's kernels want. May wait for the device."""
+        """The same weights, in the same memory, in the layout that the Triton kernels take. May wait for the device."""
         return projections
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Those of `suffixes`."""
+        """The tensors, in the order of `suffixes`."""
         return tuple(vars(self).values())[:len(self.suffixes)]
 
     def settings(self) -> tuple[bool, ...]:
-        """What follows tensors and bias."""
+        """The constructor's arguments after the tensors and the bias."""
         return tuple(vars(self).values())[len(self.suffixes) + 1:]
 
     def as_stored(self, expert: int) -> tuple[torch.Tensor, ...]:
-        """The tensors of one expert as a checkpoint holds them; new ones or views."""
+        """The tensors of one expert as a checkpoint stores them; new tensors or views."""
         return tuple(tensor.detach()[expert] for tensor in self.tensors())
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ class ExpertWeights:
         raise NotImplementedError
 
     def few_rows(self, x: torch.Tensor, offsets: torch.Tensor) -> Projection:
-        """What the kernels for few rows take, for rows of x with offsets [E + 1]."""
+        """The weights for the kernels for few rows, for rows of x with offsets [E + 1]."""
         raise NotImplementedError
 
 
@@ -189,7 +190,7 @@ class Mxfp4(ExpertWeights):
 
 @dataclass
 class Mxfp4Fragments(Mxfp4):
-    folds: bool  # what fragments.is_foldable said of the scales
+    folds: bool  # the result of fragments.is_foldable for the scales
 
     # names of their own: bytes in one layout are never read or loaded as the other
     suffixes = ("_block_fragments", "_scale_fragments")
@@ -248,6 +249,6 @@ class Nf4(ExpertWeights):
         return nf4.dequantize_nf4(self.codes[experts], self.absmax[experts], out)
 
     def few_rows(self, x: torch.Tensor, offsets: torch.Tensor) -> Projection:
-        """Dense weights of the experts that have rows; of the others nothing is written or read."""
+        """Dense weights of the experts that have rows; those of other experts are not written, and not read."""
         dense = nf4.dequantize_nf4(self.codes, self.absmax, x.new_empty(self.shape), offsets=offsets)
         return Projection(dense.transpose(1, 2), None, None, self.bias, False)
