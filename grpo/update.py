@@ -45,15 +45,15 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
             for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
                 num_packed += len(micro.tokens)
-                routing = make_replay(micro)
-                log_probs, entropy = policy_log_probs(run, micro, routing)
+                replay = make_replay(micro)
+                log_probs, entropy = policy_log_probs(run, micro, replay)
                 inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)
                 loss, micro_stats = loss_and_stats(run, inputs)
                 check_finite(loss, step=run.step, what="loss", name="the policy")
                 run.optimizer.backward(loss)
                 stats.append(micro_stats)
                 if not has_updated:  # after an update the policy is no longer the one that sampled
-                    before_update.append((token_stats(inputs), differences(log_probs, micro, allowed=allowed), routing))
+                    before_update.append((token_stats(inputs), differences(log_probs, micro, allowed=allowed), replay))
                 if run.is_between_steps and run.should_stop():
                     run.optimizer.zero_grad()
                     raise Interrupted(f"step {run.step + 1} abandoned before its update")
@@ -74,10 +74,10 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
 
 
-def policy_log_probs(run: Run, micro: RolloutBatch, routing: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
+def policy_log_probs(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs [T] of the sampled tokens and entropy [T] of the policy as it is now, in nats."""
     return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
-                                routing=routing, temperature=run.config.rollout.temperature)
+                                record=replay, temperature=run.config.rollout.temperature)
 
 
 def make_replay(micro: RolloutBatch) -> RoutingReplay | None:

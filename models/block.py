@@ -1,12 +1,12 @@
 """A layer of gpt-oss: x += attention(norm(x)); x += experts(norm(x)). One forward for training, prefill and decode, one backward.
 
-On the CPU autograd differentiates Block.forward, through the references inside the functions it calls. On a GPU these are
-kernels without gradient, which choose by the number of rows and the layout of the weights and give the same bits either way;
-there Block.backward stands beside it. It computes again, with the same functions, what the forward did not keep
+On the CPU autograd differentiates Block.forward, through the references. On a GPU the same functions run kernels that autograd
+does not see, and Block.backward computes the gradients. Which kernel runs depends on the number of rows and the layout of the
+weights; the bits do not. Block.backward calls the same functions again for whatever the forward did not keep
 (models/offload.py); the choice of experts is always kept. Adapters and base weights may train in any combination.
 
-The residual stream (x, middle, the output, and their gradients) may be fp32 beside a float16 model; products take its gradient
-rounded to the model's dtype.
+The residual stream (x, middle, the output, and their gradients) is fp32 in a float16 model; products take its gradient rounded to
+the model's dtype.
 
 Shapes: T packed tokens, D model width, H query heads, K key-value heads, P = (H + 2 K) * head width, A experts per token.
 """
@@ -42,14 +42,15 @@ class RMSNorm(nn.Module):
         """The norm of residual + x, and residual + x itself."""
         return add_rms_norm(x, residual, self.weight, eps=self.eps)
 
-    def again(self, x: torch.Tensor,
-              residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """On a GPU, for the backward: the norm of x, or of residual + x and that sum, and what backward() takes beside it."""
+    def recompute(self, x: torch.Tensor,
+                  residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """For the backward, on a GPU: the norm of x, None and inv_rms [T] for backward(); with a residual, the norm of residual
+        + x, that sum and inv_rms."""
         return norm_forward(x, residual, self.weight, self.eps, self.weight.dtype)
 
     def backward(self, grad: torch.Tensor, grad_total: torch.Tensor, x: torch.Tensor, inv_rms: torch.Tensor,
                  grads: Gradients) -> torch.Tensor:
-        """The gradient of x, that of the residual stream beside it included."""
+        """The gradient of x, including grad_total, which comes from the residual stream."""
         grad_x, grad_weight = norm_backward(grad, grad_total, x, self.weight, inv_rms, self.weight.requires_grad)
         if grad_weight is not None:
             grads[self.weight] = grad_weight
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
 
     def qkv(self) -> list[Linear]:
-        """The projections that are one product."""
+        """The projections that are computed as one product."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         return tuple(part.unflatten(1, (-1, self.head_dim)) for part in qkv.split(self.widths, 1))
 
     def settings(self) -> dict[str, float]:
-        """What the kernels take beside tensors."""
+        """The keyword arguments of the attention kernels."""
         return {"window": self.window, "scale": self.head_dim ** -0.5}
 
 
@@ -89,19 +90,19 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(router.weight, router.bias)
         self.experts = RoutedExperts(config, expert_format, **factory)
 
-    def route(self, x: torch.Tensor, recorded: RoutingRecord | RoutingReplay | None,
+    def route(self, x: torch.Tensor, record: RoutingRecord | RoutingReplay | None,
               kept: Kept | None) -> tuple[torch.Tensor, Routing]:
         """Gate weights [T, A] fp32 and the routing of x [T, D]."""
         router = self.router
-        if (kept is None and recorded is None and is_few(x) and not router.has_adapter()
+        if (kept is None and record is None and is_few(x) and not router.has_adapter()
                 and can_route_few(len(x), len(router.weight), self.experts_per_token)):
             return route_few(x, router.weight, router.bias, experts_per_token=self.experts_per_token)[1:]
         logits = router(x)
-        indices = None if recorded is None else recorded.choose(self.layer, logits)
+        indices = None if record is None else record.choose(self.layer, logits)
         return route(logits, experts_per_token=self.experts_per_token, indices=indices)
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, kept: Kept, grads: Gradients) -> torch.Tensor:
-        """The gradient of x [T, D], the norm's output, from that of the layer's output."""
+        """The gradient of x [T, D], the norm's output. grad: the gradient of the layer's output."""
         weights, routing = kept.take("weights"), kept.routing
         grad_x, grad_weights = self.experts.backward(grad, x, weights, routing, kept, grads)
         grad_logits = route_backward(grad_weights, weights, routing.indices, len(self.router.weight))
@@ -117,10 +118,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, **factory)
         self.mlp = MixtureOfExperts(config, layer, expert_format, **factory)
 
-    def forward(self, x: torch.Tensor, keys: Keys, recorded: RoutingRecord | RoutingReplay | None,
+    def forward(self, x: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None,
                 kept: Kept | None = None) -> torch.Tensor:
-        """The layer's output [T, D] for x [T, D]. recorded: what notes or replays the choice of experts. kept: takes what the
-        backward needs."""
+        """The layer's output [T, D] for x [T, D]. record: records or replays the choice of experts. kept: gets the tensors that
+        the backward needs."""
         attn = self.self_attn
         normed = self.input_layernorm(x)
         qkv, low_rank_qkv = linear(attn.qkv(), normed, keeps_low_rank=kept is not None)  # [T, P]
@@ -128,26 +129,28 @@ class Block(nn.Module):
         projected, low_rank_o = linear([attn.o_proj], attended, keeps_low_rank=kept is not None)
         normed, middle = self.post_attention_layernorm.add(projected, x)
         del projected
-        weights, routing = self.mlp.route(normed, recorded, kept)
+        weights, routing = self.mlp.route(normed, record, kept)
         if kept is not None:
-            # x without its history, which leads back to what earlier layers keep: a forward without a backward would never go
+            # detached: x's graph would keep earlier layers' tensors alive if no backward follows
             kept.keep({"x": x.detach(), "middle": middle, "low_rank_qkv": low_rank_qkv, "low_rank_o": low_rank_o,
                        "weights": weights})
             kept.routing = routing
         return self.mlp.experts(normed, weights, routing, middle, kept)
 
-    def trained(self, x: torch.Tensor, keys: PackedKeys, recorded: RoutingReplay | None, run: TrainingPass) -> torch.Tensor:
-        """forward() on a GPU, where gradients are to reach x and what trains in the layer."""
+    def forward_with_grad(self, x: torch.Tensor, keys: PackedKeys, record: RoutingReplay | None,
+                          training_pass: TrainingPass) -> torch.Tensor:
+        """forward() on a GPU, with gradients of x and of the layer's trainable parameters."""
         trainable = (parameter for parameter in self.parameters() if parameter.requires_grad)
-        return _Trained.apply(x, self, keys, recorded, run, *trainable)
+        return _Trained.apply(x, self, keys, record, training_pass, *trainable)
 
     def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
                  needs_x: bool) -> torch.Tensor | None:
-        """The gradient of x from that of the layer's output, [T, D] each; those of what trains go to `grads`."""
+        """Returns the gradient of x [T, D]; puts those of trainable parameters into `grads`. grad [T, D]: of the layer's
+        output."""
         attn, norm, post_norm = self.self_attn, self.input_layernorm, self.post_attention_layernorm
         x, qkv, attended, middle, lse = (kept.take(name) for name in ("x", "qkv", "attended", "middle", "lse"))
         # what the forward did not keep
-        normed, _, inv_rms = norm.again(x)
+        normed, _, inv_rms = norm.recompute(x)
         if qkv is None:
             qkv, _ = linear(attn.qkv(), normed, keeps_low_rank=True)
             rotated(attn, qkv, keys.angles)
@@ -155,10 +158,10 @@ class Block(nn.Module):
             attended, lse = keys.attend_rotated(attn, qkv)
         if middle is None:
             projected, _ = linear([attn.o_proj], attended, keeps_low_rank=True)
-            normed_middle, middle, inv_rms_middle = post_norm.again(projected, x)
+            normed_middle, middle, inv_rms_middle = post_norm.recompute(projected, x)
             del projected
         else:
-            normed_middle, _, inv_rms_middle = post_norm.again(middle)
+            normed_middle, _, inv_rms_middle = post_norm.recompute(middle)
         # experts
         grad_normed = self.mlp.backward(grad, normed_middle, kept, grads)
         grad_middle = post_norm.backward(grad_normed, grad, middle, inv_rms_middle, grads)
@@ -177,19 +180,19 @@ class Block(nn.Module):
 
 class _Trained(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, block, keys, recorded, run, *parameters):
-        ctx.block, ctx.keys, ctx.run, ctx.parameters = block, keys, run, parameters
+    def forward(ctx, x, block, keys, record, training_pass, *parameters):
+        ctx.block, ctx.keys, ctx.training_pass, ctx.parameters = block, keys, training_pass, parameters
         layer = block.self_attn.layer
-        kept = run.new(layer)
-        y = block(x, keys, recorded, kept)
-        run.put(layer, kept)
+        kept = training_pass.new(layer)
+        y = block(x, keys, record, kept)
+        training_pass.put(layer, kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        kept, grads = ctx.run.take(ctx.block.self_attn.layer), {}
+        kept, grads = ctx.training_pass.take(ctx.block.self_attn.layer), {}
         grad_x = ctx.block.backward(grad.contiguous(), ctx.keys, kept, grads, needs_x=ctx.needs_input_grad[0])
-        if not ctx.run.kept:
-            ctx.run.at_end(grad.device)
+        if not ctx.training_pass.kept:
+            ctx.training_pass.at_end(grad.device)
         return grad_x, None, None, None, None, *(grads.get(parameter) for parameter in ctx.parameters)

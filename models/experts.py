@@ -1,7 +1,7 @@
 """The routed experts of a layer, in any format of kernels/packed/weights.py.
 
-Parameters and buffers are named as in the checkpoint. LoRA on experts is one A and one B for each expert, never merged, whatever
-the format of the base.
+Parameters and buffers are named as in the checkpoint. Each expert has its own A and B of LoRA, which are never merged, whatever
+the base's format.
 
 Shapes: E experts, T tokens, A experts per token, R routed rows, D model width, F expert width.
 """
@@ -25,8 +25,8 @@ FORMATS: dict[str, type[ExpertWeights]] = {weights.name: weights for weights in 
 
 
 def stored_format(quantization: dict, config: GptOssConfig) -> type[ExpertWeights]:
-    """The format of a checkpoint whose config.json has this quantization_config ({}: none). Raises ValueError where there is no
-    such format, or where it does not have the model's sizes."""
+    """The format that a config.json with this quantization_config ({}: none) names; models/formats/hugging_face.py may find
+    another in the files. Raises ValueError if there is no such format, or if it does not support the model's sizes."""
     method = quantization.get("quant_method")
     found = next((weights for weights in FORMATS.values() if weights.quant_method == method), None)
     if found is None:
@@ -38,8 +38,8 @@ def stored_format(quantization: dict, config: GptOssConfig) -> type[ExpertWeight
 
 
 class RoutedExperts(nn.Module):
-    """Weights, biases, LoRA and activation. weight_format: what the weights are held in; `layout`, the same or a layout of it,
-    says how they lie."""
+    """Weights, biases, LoRA and activation. weight_format: as in the checkpoint. layout: how the weights are in memory now;
+    arrange() may change it."""
 
     def __init__(self, config: GptOssConfig, weight_format: type[ExpertWeights], *, device: torch.device | str,
                  dtype: torch.dtype) -> None:
@@ -61,13 +61,13 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
                 kept: Kept | None = None) -> torch.Tensor:
-        """residual [T, D] plus the experts of x [T, D] with gate weights [T, A] fp32. On a GPU without gradient; kept: takes what
-        backward() needs."""
+        """residual [T, D] plus the experts' outputs for x [T, D] with gate weights [T, A] fp32. On a GPU without gradient;
+        kept: gets the tensors that backward() needs."""
         rows = self.local_forward(*dispatch(routing, x), residual.dtype, kept)
         return combine(rows, weights, routing, residual)
 
     def local_forward(self, routing: Routing, x: torch.Tensor, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
-        """The experts' outputs [R, D], in expert order, for the rows of x routed to them; `dtype`: theirs on a GPU."""
+        """The outputs [R, D] of this process's experts, in expert order. dtype: of the result on a GPU; the CPU keeps x's."""
         if not is_triton(x):
             h = self.project("gate_up_proj", copy_rows(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
             return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
@@ -84,8 +84,8 @@ class RoutedExperts(nn.Module):
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, kept: Kept,
                  grads: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of x [T, D] and of the gate weights [T, A] from that of forward's result, which is also the residual's;
-        those of what trains go to `grads`."""
+        """Returns the gradients of x [T, D] and of the gate weights [T, A]; puts those of trainable parameters into `grads`. grad
+        [T, D]: of forward's result, and so also of the residual."""
         moe = MoeKept(*(kept.take(name) for name in ("h", "low_rank_x", "low_rank_act")))
         here, grad, x, weights = dispatch(routing, grad, x, weights)
         grad_rows, grad_weights, lora_grads, base_grads = local_backward(
@@ -102,7 +102,7 @@ class RoutedExperts(nn.Module):
         return {"lora": self.lora_tensors(), "lora_scale": self.lora_scale, "alpha": self.alpha, "limit": self.limit}
 
     def lora_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """A and B of gate_up, A and B of down; None without an adapter or with it switched off."""
+        """A and B of gate_up, A and B of down; None without an enabled adapter."""
         if self.gate_up_proj_lora_A is None or not self.adapter_enabled:
             return None
         return self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.down_proj_lora_A, self.down_proj_lora_B
@@ -135,8 +135,8 @@ class RoutedExperts(nn.Module):
                            *self._layout_settings)
 
     def arrange(self) -> None:
-        """Brings packed weights, in place, into the layout that Triton's kernels want, where there is one for their sizes. For
-        loading: may wait for the device."""
+        """Permutes packed weights in place into the layout that the Triton kernels take, if their sizes allow it. For loading:
+        may wait for the device."""
         arranged = self.layout.arranged([self.weights(name) for name in PROJECTIONS])
         if type(arranged[0]) is self.layout:
             return
@@ -148,7 +148,7 @@ class RoutedExperts(nn.Module):
             self._hold(name, weights.tensors())
 
     def as_stored(self, name: str, expert: int) -> tuple[torch.Tensor, ...]:
-        """One expert's tensors as a checkpoint of the format holds them; new ones or views."""
+        """One expert's tensors as a checkpoint of the format stores them; new tensors or views."""
         return self.weights(name).as_stored(expert)
 
     def dense(self, name: str, expert: int) -> torch.Tensor:

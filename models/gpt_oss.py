@@ -39,7 +39,7 @@ from models.yarn import concentration, cos_sin, inverse_frequencies
 
 @dataclass
 class KeptSets:
-    """The ids a sampling filter kept, row by row; an empty row means the full vocabulary."""
+    """The ids that a sampling filter kept, row by row; an empty row means the full vocabulary."""
 
     ids: torch.Tensor  # [N] int32
     offsets: torch.Tensor  # [T + 1] int64: row t keeps ids[offsets[t]:offsets[t + 1]]
@@ -75,8 +75,8 @@ class GptOss(nn.Module):
 
     `experts` names the format that experts are held in, one of models/experts.py's FORMATS. Parameters are left uninitialised:
     load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` computes layers again in
-    the backward; on a GPU, layers keep what fits into `memory_gb` (1e9 bytes) instead, if it is given, and `host_gb` of pinned
-    host memory take the input embedding and more of what layers keep."""
+    the backward; on a GPU, layers still keep what fits into `memory_gb` (1e9 bytes; None: 85 % of the GPU) and into `host_gb` of
+    pinned host memory, where the input embedding goes first."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
                  activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:
@@ -124,8 +124,8 @@ class GptOss(nn.Module):
 
     @contextmanager
     def exchanged(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Inside, the parameters of these names hold these tensors, copied to the model's device. They are exchanged and not
-        overwritten: what they held stays at its address, which CUDA graphs hold."""
+        """Inside the `with`, the named parameters have these tensors as data, copied to the model's device. Their own tensors
+        are not overwritten and stay at their addresses, which CUDA graphs use."""
         parameters = dict(self.named_parameters())
         own = {name: parameters[name].data for name in tensors}
         try:
@@ -143,7 +143,7 @@ class GptOss(nn.Module):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """Inside, the model computes as if it carried no adapter."""
+        """Inside the `with`, the model computes without its adapter."""
         carriers = [module for module in self.modules() if isinstance(module, (Linear, RoutedExperts))]
         for module in carriers:
             module.adapter_enabled = False
@@ -161,25 +161,25 @@ class GptOss(nn.Module):
         x = embedding(tokens, self.model.embed_tokens.weight)
         return x.float() if self.dtype == torch.float16 else x
 
-    def _hidden(self, tokens: torch.Tensor, keys: Keys, routing: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T]. Without gradient on a GPU."""
-        x, run = self._embedded(tokens), Block.__call__
+        x, call = self._embedded(tokens), Block.__call__
         if self.activation_checkpointing and torch.is_grad_enabled():
-            run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in self.model.layers:
-            x = run(block, x, keys, routing)
+            x = call(block, x, keys, record)
         return self.model.norm(x)
 
     def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
-                       routing: RoutingReplay | None) -> torch.Tensor:
+                       record: RoutingReplay | None) -> torch.Tensor:
         angles = self._angles(packed_positions(cu_seqlens, tokens.device, prefixes))
         keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
         if not (is_triton(tokens) and torch.is_grad_enabled()):
-            return self._hidden(tokens, keys, routing)
+            return self._hidden(tokens, keys, record)
         x, trainable = self._embedded(tokens), self.trainable_parameters().values()
-        run = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed)
+        training_pass = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed)
         for block in self.model.layers:
-            x = block.trained(x, keys, routing, run)
+            x = block.forward_with_grad(x, keys, record, training_pass)
         return self.model.norm(x)
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -189,22 +189,23 @@ class GptOss(nn.Module):
 
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
                   kept: KeptSets | None = None, prefixes: list[int] | None = None,
-                  routing: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                  record: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
         distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
-        cu_seqlens and mask are wanted on the host, which waits for them where they are on a GPU, and for nothing else.
-        `kept` renormalises over the sets a sampling filter left. `prefixes` [S]: the sequence, itself whole, that each sequence
-        continues, -1 for none: a prompt computed once for all its completions. The first token of a sequence that continues
-        none has no log-prob. `routing` sends tokens through recorded experts and counts where the router would not have."""
+        cu_seqlens and mask should be on the host: it waits for them if they are on a GPU, and for nothing else. `kept`
+        renormalises over the sets that a sampling filter kept. `prefixes` [S]: the sequence that each sequence continues, -1
+        for none: so a prompt is computed once for all its completions; a prefix continues no other. The first token of a
+        sequence without prefix has no log-prob. `record` sends tokens through recorded experts, and counts those that the
+        router would not have chosen."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
         bounds, rows = cu_seqlens.tolist(), mask.cpu().nonzero().squeeze(1)  # [N]
         before = previous_rows(bounds, prefixes)[rows]
         assert (before >= 0).all(), "mask is true on the first token of a sequence"
         rows, before = to_device(rows, tokens.device), to_device(before, tokens.device)
-        hidden = self._packed_hidden(tokens, bounds, prefixes, routing)
-        # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add those with atomics, in
-        # any order, that of indexing adds them in one
+        hidden = self._packed_hidden(tokens, bounds, prefixes, record)
+        # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add them with atomics, in
+        # any order; that of indexing adds them in a fixed one
         hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
         kept = kept.select(rows) if kept is not None else None
         chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
@@ -224,10 +225,10 @@ class GptOss(nn.Module):
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache, *,
                 record: RoutingRecord | None = None) -> torch.Tensor:
-        """Runs packed tokens [T], the next of sequences in different slots, and fills those, which must have pages for them, and
-        the `record` of their experts. Returns the final hidden states [chunks, D] after each chunk's last token.
+        """Runs packed tokens [T], the next ones of sequences in different slots. Fills the slots, which must have pages for
+        them, and the `record` of their experts. Returns the final hidden states [chunks, D] of each chunk's last token.
 
-        A sequence in chunks of any lengths gives what it gives in one, on a GPU bit for bit where attention runs by Triton."""
+        A sequence gives the same result in chunks of any lengths, on a GPU bit for bit if attention runs by Triton."""
         longest = max(chunk.end for chunk in chunks)
         if longest > cache.max_len:
             raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
@@ -242,13 +243,12 @@ class GptOss(nn.Module):
                record: RoutingRecord | None = None, prefix_lens: torch.Tensor | None = None,
                shared: SharedPrefixes | None = None, longest: int = 0) -> torch.Tensor:
         """Appends one token to each of B sequences: tokens [B] at positions [B] of slots [B]; fills the `record` of their
-        experts. Returns the final hidden states [B, D]. Rows at a position below 0 are idle: they touch no slot, their states
-        mean nothing. On a GPU attention and cache wait for no value, so nothing checks that slots have pages for positions: the
-        caller must. `prefix_lens` [B], `shared`, `longest`: see decode_attention; layers with a window have no use for the last
-        two."""
+        experts. Returns the final hidden states [B, D]. Rows at a position below 0 are idle: they write to no slot, and their
+        states are not to be used. On a GPU no value is read back, so the caller must make sure that slots have pages for the
+        positions. `prefix_lens` [B], `shared`, `longest`: see decode_attention; layers with a window ignore the last two."""
         if not positions.is_cuda and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
-        cache.flush()  # does nothing in a graph: who replays one flushes before
+        cache.flush()  # does nothing in a graph: the caller flushes before a replay
         keys = CachedKeys(self._angles(positions), cache, slots, positions, prefix_lens=prefix_lens, shared=shared,
                           longest=longest)
         return self._hidden(tokens, keys, record)
@@ -260,8 +260,8 @@ class GptOss(nn.Module):
 
     @torch.no_grad()
     def score(self, hidden: torch.Tensor, tokens: torch.Tensor, *, temperature: float, kept: KeptSets) -> torch.Tensor:
-        """The log-probs [B] fp32, nats, of tokens [B] after hidden [B, D], renormalised over what each row keeps: those that
-        log_probs computes for the same hidden state, on a GPU bit for bit."""
+        """The log-probs [B] fp32, nats, of tokens [B] after hidden [B, D], renormalised over each row's kept set. log_probs
+        computes the same for the same hidden state, on a GPU bit for bit."""
         return log_probs(hidden, self.lm_head.weight, tokens, temperature=temperature, kept_ids=kept.ids,
                          kept_offsets=kept.offsets)[0]
 
@@ -275,8 +275,8 @@ class GptOss(nn.Module):
 
 
 def previous_rows(cu_seqlens: list[int], prefixes: list[int] | None) -> torch.Tensor:
-    """The row of the token before each packed token, -1 where there is none: [T] int64. Before a continuation's first token
-    stands the last one of its prefix."""
+    """The row of the token before each packed token, -1 if there is none: [T] int64. The token before a continuation's first
+    one is the last of its prefix."""
     rows = torch.arange(cu_seqlens[-1]) - 1
     bounds = list(zip(cu_seqlens, cu_seqlens[1:]))
     for (start, end), prefix in zip(bounds, prefixes or [-1] * len(bounds)):

@@ -1,7 +1,7 @@
 """Which keys and values the queries of a forward attend to, and where new ones go: one object for each kind of forward.
 
-Each has attend(): it rotates queries and keys, on a GPU in place, stores keys and values where later tokens look for them, and
-attends. `attn` is the attention of a layer (models/block.py): its index, window, head width and sinks.
+Each has attend(), which rotates queries and keys (on a GPU in place), stores keys and values for later tokens, and attends.
+`attn` is a layer's Attention (models/block.py): its index, window, head width and sinks.
 
 Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, B decoded sequences.
 """
@@ -46,14 +46,14 @@ class PackedKeys:
         return attended
 
     def attend_rotated(self, attn, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attend returns, for a product that has been rotated, and what backward takes beside it."""
+        """What attend returns, for a product that is already rotated, and lse for backward."""
         out, lse = attention_forward(*attn.heads(qkv), attn.sinks, self.plan, **attn.settings())
         return out.flatten(1), lse
 
     def backward(self, attn, grad: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor,
                  lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of the product before the rotation [T, P] and, in parts [parts, H] fp32, of the sinks, from that of
-        attend's result."""
+        """The gradients of the product before the rotation [T, P] and of the sinks, as parts [parts, H] fp32 to be summed.
+        grad: of attend's result."""
         q, k, v = attn.heads(qkv)
         grad_qkv = torch.empty_like(qkv)
         grad_q, grad_k, grad_v = attn.heads(grad_qkv)
@@ -69,9 +69,9 @@ def packed_attention(attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pl
 
 
 class PrefillChunk(NamedTuple):
-    """Tokens `start` .. `end` of a sequence of which a slot of the cache holds the first `start`. prefix_len: how many of the
-    sequence's first tokens, those of this chunk included, are counted apart, as a prompt whose keys are added up before the
-    others is in training by AttentionPlan's prefixes; 0 for none."""
+    """Tokens `start` .. `end` of a sequence; a slot of the cache has the first `start`. prefix_len: length of the prompt if its
+    keys are summed before all others, as training does with AttentionPlan's prefixes; else 0. The prompt may end inside this
+    chunk."""
 
     slot: int
     start: int
@@ -80,8 +80,8 @@ class PrefillChunk(NamedTuple):
 
 
 class PromptKeys:
-    """The next chunks of several sequences, packed, at positions [T]. Where all of them begin their sequences, one call attends
-    for all, else one for each, which takes earlier keys and values from the cache."""
+    """The next chunks of several sequences, packed, at positions [T]. If all of them begin their sequences, one call attends
+    for all; else one call for each, with earlier keys and values from the cache."""
 
     def __init__(self, angles: Angles, positions: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache) -> None:
         self.angles, self.positions, self.chunks, self.cache = angles, positions, chunks, cache
@@ -109,16 +109,16 @@ class PromptKeys:
                 parts.append(packed_attention(attn, q[begin:end], torch.cat((earlier_k, k[begin:end])),
                                               torch.cat((earlier_v, v[begin:end])), plan))
             attended = torch.cat(parts)
-        # written last: a ring's new entries replace some that a chunk's first tokens see
+        # written last: in a ring new entries replace keys that the chunk's first tokens still need
         rows = self.rows[length]
         cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
         return attended
 
 
 class CachedKeys:
-    """One new token for each of B sequences, at positions [B] of slots [B] of a cache. They read nothing back to the host: once a
-    call has gone before, a CUDA graph can hold one. The rest as decode_attention takes it; layers with a window have no use for
-    `shared` and `longest`."""
+    """One new token for each of B sequences, at positions [B] of slots [B] of a cache. Nothing is read back to the host, so a
+    call can be captured in a CUDA graph, after one normal call. Other arguments: see decode_attention; layers with a window
+    ignore `shared` and `longest`."""
 
     def __init__(self, angles: Angles, cache: KVCache, slots: torch.Tensor, positions: torch.Tensor, *,
                  prefix_lens: torch.Tensor | None, shared: SharedPrefixes | None, longest: int) -> None:
@@ -145,7 +145,7 @@ Keys = PackedKeys | PromptKeys | CachedKeys
 
 
 def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list[int] | None) -> torch.Tensor:
-    """Position of each packed token in its own sequence, its prefix counted: [T] int64."""
+    """Position of each packed token in its sequence, with the prefix before it: [T] int64."""
     bounds = torch.tensor(cu_seqlens)
     lengths = bounds.diff()
     starts = bounds[:-1]
@@ -170,9 +170,10 @@ def whole_plan(chunks: list[PrefillChunk]) -> AttentionPlan:
 
 
 def chunk_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:
-    """For a chunk start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key the
-    chunk's attention takes, and its plan from there on. Tiles of keys lie as in the whole sequence, so what is left out is whole
-    tiles, counted from its start or from the prefix's end. Keys taken that the layer has lost are hidden from every query."""
+    """For a chunk start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key
+    attention reads, and the plan from there on. Key tiles start where they start for the whole sequence (counted from its start
+    or from the prefix's end), so only whole tiles are left out. The first tile may have keys that the ring has overwritten; the
+    mask hides them."""
     kept = max(start - length, 0)
     origin = prefix_len if prefix_len <= kept else 0
     first = origin + (kept - origin) // PAGE_TOKENS * PAGE_TOKENS

@@ -1,4 +1,5 @@
-"""Dense projections that may carry LoRA: their parameters. On a GPU kernels/linear.py computes them, several as one product.
+"""Parameters of dense projections and their LoRA. The computation is linear and linear_backward of kernels/linear.py;
+Linear.forward is the CPU's path.
 
 Shapes: T tokens, r LoRA's rank, E experts.
 """
@@ -21,7 +22,7 @@ class Linear(nn.Module):
         self.lora_scale, self.adapter_enabled = 0.0, True
 
     def has_adapter(self) -> bool:
-        """Whether it carries an adapter that is switched on."""
+        """Whether it has an adapter that is enabled."""
         return self.lora_A is not None and self.adapter_enabled
 
     def trains_base(self) -> bool:
@@ -33,7 +34,8 @@ class Linear(nn.Module):
 
 
 def side_by_side(whole: torch.Tensor, sizes: list[int]) -> list[nn.Parameter]:
-    """Frozen parameters of so many rows each that are views of one tensor: what takes them as one product needs no copy."""
+    """Splits `whole` into frozen parameters of `sizes` rows. They stay views, so linear() can multiply by all at once,
+    uncopied."""
     return [nn.Parameter(part, requires_grad=False) for part in whole.split(sizes)]
 
 
@@ -59,8 +61,8 @@ class Router(Linear):
         return project(x, weight, None, None, keeps_low_rank=False)[0]
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, grads: Gradients) -> None:
-        """Adds the logits' share to grad_x [T, D], from their gradient [T, E] fp32; those of what trains go to `grads`. On a
-        GPU."""
+        """Adds the router's part to grad_x [T, D]; puts gradients of trainable parameters into `grads`. grad [T, E] fp32: of the
+        logits. On a GPU."""
         router_backward(grad, self.weight, grad_x)
         if self.trains_base():
             grads |= {self.weight: (grad.T @ x.float()).to(self.weight.dtype), self.bias: grad.sum(0).to(self.bias.dtype)}

@@ -1,11 +1,11 @@
 """The experts that tokens went to: recorded while sampling, replayed in training ("R3", arXiv 2510.11370).
 
-Where sampler and trainer round differently a router's near tie may fall to either side, and a token then runs through other
-weights. A replay sends it through the recorded experts; their gate weights come from the trainer's router, which so keeps its
+If sampler and trainer round differently, the router may decide a near tie differently, and a token then runs through other
+weights. A replay sends it through the recorded experts; the trainer's router computes their gate weights, and so keeps its
 gradient. Departure from the paper: a token without a record (the last of a completion, never fed to the sampler) is routed by
-the trainer and not left out of the loss; its log-prob depends on the tokens before it alone.
+the trainer and not left out of the loss; its log-prob depends only on the tokens before it.
 
-Both classes answer the same question of models/gpt_oss.py, which experts a layer takes.
+The layers (models/block.py) call `choose` of either class for the experts to take.
 
 Shapes: T tokens, L layers, A experts per token, E experts.
 """
@@ -16,14 +16,14 @@ from models.config import GptOssConfig
 
 
 def empty_routing(num_tokens: int, config: GptOssConfig, device: torch.device | str) -> torch.Tensor:
-    """[num_tokens, L, A] without a record; uint8 where that holds every expert, else int16."""
+    """[num_tokens, L, A] with no record yet; uint8 if there are few enough experts, else int16."""
     dtype = torch.uint8 if config.num_local_experts <= torch.iinfo(torch.uint8).max else torch.int16
     shape = (num_tokens, config.num_hidden_layers, config.num_experts_per_tok)
     return torch.full(shape, no_record(dtype), dtype=dtype, device=device)
 
 
 def no_record(dtype: torch.dtype) -> int:
-    """What stands for "not recorded": the largest number, which no expert has."""
+    """The number that means "not recorded": the largest, which no expert has."""
     return torch.iinfo(dtype).max
 
 
@@ -45,14 +45,14 @@ class RoutingReplay:
 
     def __init__(self, recorded: torch.Tensor) -> None:
         self.recorded = recorded
-        # choices, one for each recorded token, layer and slot: all of them, and those that the trainer would have made otherwise
+        # recorded choices (token, layer, k-th expert): all of them, and those that the trainer's router would not have made
         self.num_choices = torch.zeros((), dtype=torch.int64, device=recorded.device)
         self.num_flips = torch.zeros_like(self.num_choices)
         self._chosen: dict[int, torch.Tensor] = {}  # by layer
 
     def choose(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
-        """The experts [T, A] int64 of a layer: the recorded ones, the trainer's own for tokens without a record. Asked again
-        for a layer (it is computed again for the backward), the same."""
+        """The experts [T, A] int64 of a layer: the recorded ones, and the trainer's own for tokens without a record. A second
+        call for a layer, when the backward computes it again, returns the same."""
         if layer in self._chosen:
             return self._chosen[layer].long()
         recorded = self.recorded[:, layer]

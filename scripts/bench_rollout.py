@@ -97,7 +97,7 @@ def have_same_bits(ours: list[Completion], theirs: list[Completion]) -> bool:
 def micro_log_probs(policy: GptOss, micro: RolloutBatch, routing: RoutingReplay | None = None) -> torch.Tensor:
     """[T], by the forward that trains."""
     return policy.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.host_mask, prefixes=micro.prefixes,
-                            routing=routing)[0]
+                            record=routing)[0]
 
 
 def compare_log_probs(policy: GptOss, completions: list[Completion], *, shares_prompts: bool,

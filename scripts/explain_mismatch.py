@@ -197,7 +197,7 @@ def trainer_log_probs(model: GptOss, micro: RolloutBatch, settings: Settings) ->
     """[T] fp32, by the forward that a step trains with."""
     with torch.set_grad_enabled(bool(model.trainable_parameters())):
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=settings.params.temperature,
-                                       mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes, routing=make_replay(micro))
+                                       mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes, record=make_replay(micro))
     return log_probs.detach()
 
 

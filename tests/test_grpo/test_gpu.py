@@ -78,7 +78,7 @@ def assert_trainers_bits(model, completions, *, shares_prompts, temperature=0.7,
     for micro in micro_batches(batch, max_tokens, share_prompts=shares_prompts):
         routing = make_replay(micro)
         log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=temperature, mask=micro.host_mask,
-                                       kept=micro.kept, prefixes=micro.prefixes, routing=routing)
+                                       kept=micro.kept, prefixes=micro.prefixes, record=routing)
         assert torch.equal(log_probs[micro.loss_mask], micro.sampler_log_probs[micro.loss_mask])
         assert routing is None or (int(routing.num_flips) == 0 and int(routing.num_choices) > 0)
 

@@ -355,25 +355,25 @@ def test_a_plan_stays_within_its_budget_and_keeps_every_input():
         plans, used, _ = plan(gpu_bytes=gpu_bytes)
         assert used[Place.host] == 0 and 0 < used[Place.gpu] <= gpu_bytes
         assert all(layer["x"] == Place.gpu for layer in plans)
-    assert used[Place.again] == 0  # everything fits the last
+    assert used[Place.recompute] == 0  # everything fits the last
 
 
 def test_a_plan_prefers_what_saves_most_time_per_byte():
     sizes = plan(gpu_bytes=0)[2]
     plans, _, _ = plan(gpu_bytes=4 * sizes["x"] + 2 * sizes["attended"])
     # full attention over 500,000 pairs is the dearest to compute again; a windowed layer's is not
-    assert [layer["attended"] for layer in plans] == [Place.again, Place.gpu, Place.again, Place.gpu]
-    assert all(layer["h"] == Place.again for layer in plans)
+    assert [layer["attended"] for layer in plans] == [Place.recompute, Place.gpu, Place.recompute, Place.gpu]
+    assert all(layer["h"] == Place.recompute for layer in plans)
 
 
 def test_what_has_no_room_on_the_gpu_goes_to_the_host_first_layers_first():
     sizes = plan(gpu_bytes=0)[2]
     total = 4 * sum(sizes.values())
     plans, used, _ = plan(gpu_bytes=total // 2, host_bytes=total)
-    assert used[Place.again] == 0 and used[Place.gpu] <= total // 2
+    assert used[Place.recompute] == 0 and used[Place.gpu] <= total // 2
     assert all(place == Place.host for place in plans[0].values()) and all(place == Place.gpu for place in plans[3].values())
     _, slow, _ = plan(gpu_bytes=total // 2, host_bytes=total, host_rate=1.0)  # a host too slow to be of use
-    assert slow[Place.host] == 0 and slow[Place.again] > 0
+    assert slow[Place.host] == 0 and slow[Place.recompute] > 0
 
 
 def test_copies_to_the_host_are_spread_over_the_layers_where_they_take_time():
@@ -390,7 +390,7 @@ def test_copies_to_the_host_are_spread_over_the_layers_where_they_take_time():
 def test_the_most_held_counts_what_waits_what_is_on_its_way_and_what_is_done():
     # sizes of 1, 10, 100 ... tell who is counted; three layers with x on the GPU, in host memory, on the GPU
     sizes = {"x": 1, "qkv": 10, "attended": 100, "middle": 1000, "h": 10_000}
-    gpu, host, again = Place.gpu, Place.host, Place.again
+    gpu, host, again = Place.gpu, Place.host, Place.recompute
     plans = [{"x": gpu, "qkv": gpu, "attended": again, "middle": host, "h": again},
              {"x": host, "qkv": again, "attended": gpu, "middle": again, "h": host},
              {"x": gpu, "qkv": again, "attended": again, "middle": gpu, "h": again}]  # fmt: skip
@@ -502,7 +502,7 @@ def test_in_bf16_gradients_are_as_near_to_float64_as_those_of_autograd(experts, 
 @pytest.mark.parametrize("name", ["x", *NAMES])
 def test_where_an_activation_waits_changes_no_bit(place, name, monkeypatch):
     """One activation of every layer there, the rest on the GPU; two batches, so that memory is used again."""
-    if name == "x" and place == Place.again:
+    if name == "x" and place == Place.recompute:
         pytest.skip("a block's input cannot be computed again")
     model = build(WIDE, device="cuda", dtype=torch.bfloat16, activation_checkpointing=True, host_gb=0.1)
     lengths = (70, 1, 130, 33)

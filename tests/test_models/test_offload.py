@@ -88,7 +88,7 @@ def test_a_layers_workspace_is_the_sum_of_what_its_passes_cannot_do_without():
 
 def test_most_is_held_before_the_last_layer_or_by_gradients_after_it():
     sizes = {"x": 1, "qkv": 10, "attended": 100, "middle": 1000, "h": 10_000}
-    kept, again = everything(Place.gpu), everything(Place.again)
+    kept, again = everything(Place.gpu), everything(Place.recompute)
     host = everything(Place.host) | {"x": Place.gpu}
     # before the last of three layers, two keep 11,111 each; gradients of 30 come a third at a time: 10 beside both, 30 at last
     assert most_held([kept] * 3, sizes, gradients=30, pending=0) == (22_222, 22_232)

@@ -36,7 +36,7 @@ def golden_routing(model: GptOss, data: dict[str, torch.Tensor]) -> torch.Tensor
 def log_probs(model: GptOss, data: dict[str, torch.Tensor], routing: RoutingReplay | None) -> torch.Tensor:
     mask = torch.ones(120, dtype=torch.bool)
     mask[BOUNDS[:-1].long()] = False
-    return model.log_probs(data["input_ids"].flatten(), BOUNDS, temperature=1.0, mask=mask, routing=routing)[0]
+    return model.log_probs(data["input_ids"].flatten(), BOUNDS, temperature=1.0, mask=mask, record=routing)[0]
 
 
 @torch.no_grad()

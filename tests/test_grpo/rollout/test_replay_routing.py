@@ -89,7 +89,7 @@ def test_on_policy_the_replay_has_the_sampler_s_log_probs_and_no_flips(model, sh
         replays.append(RoutingReplay(micro.routing))
         with torch.no_grad():
             log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.loss_mask,
-                                           prefixes=micro.prefixes, routing=replays[-1])
+                                           prefixes=micro.prefixes, record=replays[-1])
         torch.testing.assert_close(log_probs, micro.sampler_log_probs, rtol=0, atol=1e-5)
     assert len(micros) > 1 and routing_metrics(replays) == {"routing/flips": 0.0}
     num_tokens = sum(len(micro.tokens) for micro in micros)
