@@ -1,5 +1,5 @@
-"""What an environment is, and the boundary to it: how it is built and called, with the process protected
-(grpo/rewards/user_code.py), how what it hands back is checked and made plain, and what its faults become."""
+"""The protocol of an environment; safe calls into it (grpo/rewards/user_code.py protects the process); checks of its results,
+which become plain Python values; and the types of its errors."""
 import operator
 import traceback
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from grpo.rewards.user_code import UserCodeFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
 from models.chat.tokenizer import Tokenizer
 
-MOST_PROMPT_ID = 2**63 - 1  # it is part of a sampling key
+MOST_PROMPT_ID = 2**63 - 1  # ids are part of RNG keys, which are int64
 
 
 @dataclass
@@ -32,44 +32,44 @@ class Score:
 class Environment(Protocol):
     """Where prompts come from and what completions are worth: any class with these methods, named by `env._target_`.
 
-    It is built with the other keys of its YAML, `tokenizer` (models.chat.tokenizer.Tokenizer) and `seed` as keywords, and with
-    `total_steps`, the steps of the run (0 where nothing is trained), if its constructor takes that. A run that resumes asks again
-    for later steps alone, so what a method returns should follow from its arguments and the seed. Token ids, numbers and lists
-    may be of any library; they are checked and made plain. An exception ends the run with exit code 4 and says where it was
-    raised; a grpo.envs.data_files.DataError says it itself, with exit code 3."""
+    Its constructor gets the other keys of its YAML, `tokenizer` (models.chat.tokenizer.Tokenizer) and `seed` as keywords, and, if
+    it takes it, `total_steps`, the steps of the run (0 without training). A resumed run asks only for later steps, so results
+    should depend only on the arguments and the seed. Token ids, numbers and lists may be of any library; they are checked and
+    become plain Python values. An exception ends the run with exit code 4 and says where it was raised; a
+    grpo.envs.data_files.DataError is shown as it is, with exit code 3, and a ValueError of the constructor with exit code 2."""
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int) -> list[Prompt]:
-        """Prompts to train on in step `step` (from 0): at least one; those beyond `num_prompts` are not used. `attempt` > 0 asks
-        for others, in place of groups that were dropped. No two prompts of a step have the same id, those of all attempts
-        included."""
+        """Prompts to train on in step `step` (from 0): at least one; those beyond `num_prompts` are not used. `attempt` > 0
+        asks for other prompts, which replace dropped groups. No two prompts of a step, over all attempts, may have the same
+        id."""
 
     def eval_prompts(self) -> list[Prompt]:
-        """Prompts to evaluate on, at least one, each with an id of its own; the same whenever they are asked for. Those beyond
-        `eval.max_prompts` are not used."""
+        """Prompts to evaluate on, at least one, with distinct ids; the same at every call. Those beyond `eval.max_prompts` are
+        not used."""
 
     def score(self, completions: list[Completion]) -> list[Score]:
-        """One verdict on each completion, in their order; completions of several prompts come at once. `completion.prompt.row` is
-        what `prompts` gave it, `completion_ids` its tokens, and `finish_reason` is "length" where it was cut off."""
+        """One Score for each completion, in their order; a call has completions of several prompts. `completion.prompt.row` is
+        the row that `prompts` gave it, `completion_ids` its tokens; `finish_reason` is "length" if it was cut off."""
 
 
 class OptionalMethods(Protocol):
-    """What an environment may have besides. Whoever wants a method asks first whether it is there."""
+    """Methods that an environment may also have. All are optional: callers test with hasattr."""
 
     @staticmethod
     def build_tokenizer() -> Tokenizer:
-        """A tokenizer for models without a checkpoint; without it those need model.tokenizer."""
+        """A tokenizer for models without a checkpoint; without this method they need model.tokenizer."""
 
     def summary(self) -> str:
-        """About itself, for the first lines of a run."""
+        """A short text about the environment, for the first lines of a run."""
 
     def describe(self, completion: Completion) -> dict[str, object]:
-        """Further entries of a completion in the log; of a name that is taken they get the prefix `env/`."""
+        """Further entries for a completion in the log; a name that is taken gets the prefix `env/`."""
 
     def fingerprint(self) -> str:
         """A digest of its data, which a resumed run must find again."""
 
     def train_prompts(self) -> Iterable[Prompt]:
-        """All prompts that `prompts` can give, where they are fixed: their lengths, and those of `eval_prompts`, are then checked
+        """All prompts that `prompts` can return, if they are fixed: their lengths, and those of `eval_prompts`, are then checked
         before the model is loaded."""
 
     def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
@@ -83,12 +83,12 @@ REQUIRED = ("prompts", "eval_prompts", "score")
 
 
 class EnvironmentFault(UserCodeFault):
-    """The environment raised, or handed back something that cannot be trained on."""
+    """The environment raised, or returned something that cannot be trained on."""
 
 
 def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int) -> Environment:
-    """The environment that `node` describes. Raises ConfigError for its keywords, and EnvironmentFault for what its constructor
-    raises, but for a ValueError, which names key or file by itself."""
+    """The environment that `node` describes. Raises ConfigError for wrong keywords, and EnvironmentFault if its constructor
+    raises, except for a ValueError, which is raised unchanged: it should name key or file."""
     make = bind(node, "env")
     supplied = {"tokenizer": tokenizer, "seed": seed}
     if "total_steps" in keyword_parameters(make.func):
@@ -99,10 +99,8 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps
 
 
 def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vocab_size: int) -> None:
-    """What can be told of a run's environment before its model is loaded: whether it has the methods, and where its prompts are
-    fixed, whether they can be answered. Raises ConfigError, DataError and EnvironmentFault.
-
-    max_len: tokens of the model's longest sequence"""
+    """Checks a run's environment before its model is loaded: its methods and, if its prompts are fixed, their lengths. Raises
+    ConfigError, DataError and EnvironmentFault. max_len: tokens of the model's longest sequence."""
     if config.warmup is not None and not hasattr(env, "demonstrations"):
         raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
     missing = [method for method in REQUIRED if not hasattr(env, method)]
@@ -117,8 +115,8 @@ def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vo
     held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
 
 
-def summary(env: Environment) -> str:
-    """What the environment says about itself; empty, if it does not."""
+def summary_of(env: Environment) -> str:
+    """The environment's summary; empty if it has none."""
     if not hasattr(env, "summary"):
         return ""
     with calling(env, "summary"):
@@ -126,8 +124,8 @@ def summary(env: Environment) -> str:
 
 
 def calling(env: Environment | type, method: str) -> AbstractContextManager[None]:
-    """Around a call of the environment's `method`, with the process protected: what it raises becomes an EnvironmentFault that
-    says where. Errors that already name function and row, or file and line, pass."""
+    """A context for a call of the environment's `method`, with the process protected: an exception becomes an EnvironmentFault
+    that says where it was raised. Errors that already name function and row, or file and line, are raised unchanged."""
     return _named_faults(_name(env, method), "raised", passes=DataError)
 
 
@@ -138,7 +136,7 @@ def _named_faults(who: str, what: str, *, passes: type[Exception], advice: str =
             yield
     except (UserCodeFault, passes):
         raise
-    except BaseException as error:  # the boundary to the user's code: SystemExit and others that are no Exception too
+    except BaseException as error:  # user code: SystemExit and others that are not Exceptions, too
         if is_users_interrupt(error):
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]  # where it was raised
@@ -155,7 +153,7 @@ def _name(env: Environment | type, method: str) -> str:
 
 
 def held_out_prompts(env: Environment, *, max_prompts: int, max_len: int, vocab_size: int) -> list[Prompt]:
-    """The first prompts that the environment evaluates on, of a model whose sequences have at most `max_len` tokens."""
+    """The environment's first `max_prompts` prompts to evaluate on, checked. max_len: tokens of the model's longest sequence."""
     with calling(env, "eval_prompts"):
         prompts = env.eval_prompts()
     prompts = checked_prompts(env, "eval_prompts", prompts, vocab_size=vocab_size)[:max_prompts]
@@ -189,9 +187,9 @@ def checked_prompts(env: Environment, method: str, prompts: list[Prompt], *, voc
 
 def check_lengths(env: Environment, method: str, prompts: Iterable[Prompt], *, max_len: int, max_new_tokens: int | None = None,
                   max_tokens: int | None = None) -> None:
-    """Raises for prompts that cannot be answered in `max_len` tokens (the model's longest sequence), or that, with a completion
-    of `max_new_tokens`, make sequences which no micro-batch of `max_tokens` holds: DataError if the prompt tells its file and
-    line, EnvironmentFault otherwise."""
+    """Raises if a prompt leaves no room for a completion in `max_len` tokens (the model's longest sequence), or if prompt and a
+    completion of `max_new_tokens` do not fit a micro-batch of `max_tokens`: DataError if the prompt has its file and line,
+    EnvironmentFault otherwise."""
     limit = max_len - 1
     reason = f"the model's sequences end at {max_len} (max_position_embeddings), and a completion needs one"
     advice = "shorten it"
@@ -226,8 +224,8 @@ def checked_ids(who: str, token_ids: object, *, vocab_size: int) -> list[int]:
     return [operator.index(value) for value in values]
 
 
-def demonstrations(env: Environment, step: int, batch_size: int, *, vocab_size: int) -> list[tuple[list[int], list[int]]]:
-    """The environment's (prompt ids, completion ids) for a step of the warm-up, checked."""
+def checked_demonstrations(env: Environment, step: int, batch_size: int, *, vocab_size: int) -> list[tuple[list[int], list[int]]]:
+    """The environment's (prompt ids, completion ids) pairs for a step of the warm-up, checked."""
     with calling(env, "demonstrations"):
         pairs = env.demonstrations(step, batch_size)
     name = _name(env, "demonstrations")
@@ -239,7 +237,7 @@ def demonstrations(env: Environment, step: int, batch_size: int, *, vocab_size: 
 
 
 def encode_question(env: Environment, question: str, *, vocab_size: int) -> list[int]:
-    """The environment's prompt for a question asked by hand. Raises ValueError for a question that it cannot encode."""
+    """The token ids of the environment's prompt for a question. Raises ValueError for a question that it cannot encode."""
     try:
         with calling(env, "encode_prompt"):
             token_ids = env.encode_prompt(question)
@@ -251,7 +249,7 @@ def encode_question(env: Environment, question: str, *, vocab_size: int) -> list
 
 
 def tiny_tokenizer(target) -> Tokenizer:
-    """The tokenizer that an environment's class brings for models without a checkpoint."""
+    """The tokenizer that an environment's class has for models without a checkpoint."""
     with calling(target, "build_tokenizer"):
         tokenizer = target.build_tokenizer()
     if not isinstance(tokenizer, Tokenizer):
@@ -263,7 +261,7 @@ def tiny_tokenizer(target) -> Tokenizer:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def score(env: Environment, completions: list[Completion]) -> list[Score]:
+def checked_scores(env: Environment, completions: list[Completion]) -> list[Score]:
     """The environment's scores, checked and in plain numbers; sets each completion's reward and parts."""
     with calling(env, "score"):
         scores = env.score(completions)
@@ -292,7 +290,7 @@ def score(env: Environment, completions: list[Completion]) -> list[Score]:
 
 
 def _numbers(values: object, what: str) -> dict[str, float]:
-    """Plain numbers by name, without what was not measured: None and NaN."""
+    """Plain numbers by name; None and NaN, which mean "not measured", are left out."""
     numbers = {}
     for name, value in _items(values, what):
         number, problem = (None, None) if isinstance(value, float) and value != value else to_number(value)
@@ -313,8 +311,8 @@ def _items(values: object, what: str) -> list[tuple]:
     return list(values.items())
 
 
-def describe(env: Environment, completion: Completion) -> dict[str, object]:
-    """What the environment adds to a completion in the log; nothing, if it describes none."""
+def description_of(env: Environment, completion: Completion) -> dict[str, object]:
+    """The environment's further entries for a completion in the log; {} if it has no describe()."""
     if not hasattr(env, "describe"):
         return {}
     with calling(env, "describe"):

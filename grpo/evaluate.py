@@ -20,7 +20,7 @@ from pathlib import Path
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
 from grpo.configuration.launch import launch
-from grpo.environment import Environment, Score, held_out_prompts, make_environment, score
+from grpo.environment import Environment, Score, checked_scores, held_out_prompts, make_environment
 from grpo.groups import length_metrics, reward_metrics
 from grpo.record.console import PROGRESS_SECONDS, progress_counter
 from grpo.record.summary import is_interval
@@ -50,7 +50,7 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
         count_all = None if progress is None else lambda finished, _: progress(len(scored) + finished, total)
         completions = sampler.generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
                                        progress=count_all)
-        return list(zip(completions, score(env, completions)))
+        return list(zip(completions, checked_scores(env, completions)))
 
     if greedy:
         scored += sample(replace(params, greedy=True), 1)

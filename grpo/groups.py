@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
 from grpo.config import TrainConfig
-from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, describe, score
+from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, checked_scores, description_of
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.chat.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         completions = sampler.generate(
             prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
         sampled = time.perf_counter()
-        scored += zip(completions, score(env, completions))
+        scored += zip(completions, checked_scores(env, completions))
         seconds["time/rollout"] += sampled - started
         seconds["time/reward"] += time.perf_counter() - sampled
         rewarded = [completion for completion, _ in scored if completion.reward is not None]
@@ -108,6 +108,6 @@ def completion_record(tokenizer: Tokenizer, env: Environment, completion: Comple
               "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
               "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
               "token_ids": completion.completion_ids}
-    for prefix, added in (("env/", describe(env, completion)), ("extra/", verdict.extra)):
+    for prefix, added in (("env/", description_of(env, completion)), ("extra/", verdict.extra)):
         record |= {prefix + name if name in record or name == "step" else name: value for name, value in added.items()}
     return record

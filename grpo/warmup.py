@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from grpo.batch import Completion, Prompt, RolloutBatch, Segment, pack
 from grpo.config import TrainConfig, to_dict
-from grpo.environment import Environment, demonstrations
+from grpo.environment import Environment, checked_demonstrations
 from grpo.optim import LearningRate, Optimizer, check_finite, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Interrupted
@@ -64,7 +64,7 @@ def _train(policy: GptOss, env: Environment, config: TrainConfig, metrics: Metri
         if should_stop():
             raise Interrupted(f"warm-up stopped at step {step} of {settings.steps}, it starts again")
         started = time.perf_counter()
-        pairs = demonstrations(env, step, settings.batch_size, vocab_size=policy.config.vocab_size)
+        pairs = checked_demonstrations(env, step, settings.batch_size, vocab_size=policy.config.vocab_size)
         batch = pack_demonstrations(pairs).to(policy.device)
         log_probs, _ = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.host_mask)
         loss = -log_probs.sum() / batch.num_policy_tokens

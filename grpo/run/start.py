@@ -21,7 +21,7 @@ from grpo.config import (
 )
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind
-from grpo.environment import Environment, check_environment, make_environment, summary
+from grpo.environment import Environment, check_environment, make_environment, summary_of
 from grpo.kl import Reference
 from grpo.losses import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
@@ -165,7 +165,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",
-        f"env      {config.env['_target_']}" + (f", {about}" if (about := summary(env)) else ""),
+        f"env      {config.env['_target_']}" + (f", {about}" if (about := summary_of(env)) else ""),
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
         *penalty, "trains", describe_trainable(policy)])

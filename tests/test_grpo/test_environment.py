@@ -19,13 +19,13 @@ from grpo.environment import (
     OptionalMethods,
     Score,
     check_environment,
+    checked_demonstrations,
     checked_prompts,
-    demonstrations,
+    checked_scores,
     encode_question,
     held_out_prompts,
     make_environment,
-    score,
-    summary,
+    summary_of,
     tiny_tokenizer,
 )
 from grpo.envs.carry import Carry
@@ -45,7 +45,7 @@ def completions(num=2):
 
 def scored(**fields):
     verdict = Score(**{"reward": 1.0, "parts": {}, "metrics": {}, "is_correct": None, **fields})
-    [found] = score(SimpleNamespace(score=lambda _: [verdict]), completions(1))
+    [found] = checked_scores(SimpleNamespace(score=lambda _: [verdict]), completions(1))
     return found
 
 
@@ -201,12 +201,12 @@ def test_evaluation_prompts_are_checked_alike():
 def test_demonstrations_that_cannot_be_trained_on_name_the_pair(pairs, words):
     env = SimpleNamespace(demonstrations=lambda step, size: pairs)
     with pytest.raises(EnvironmentFault, match=f"SimpleNamespace.demonstrations.*{words}"):
-        demonstrations(env, 0, 2, vocab_size=VOCAB)
+        checked_demonstrations(env, 0, 2, vocab_size=VOCAB)
 
 
 def test_demonstrations_of_arrays_become_lists():
     env = SimpleNamespace(demonstrations=lambda step, size: [(np.array([1]), torch.tensor([2, 3]))])
-    assert demonstrations(env, 0, 1, vocab_size=VOCAB) == [([1], [2, 3])]
+    assert checked_demonstrations(env, 0, 1, vocab_size=VOCAB) == [([1], [2, 3])]
 
 
 def test_a_question_asked_by_hand_is_checked_alike():
@@ -236,9 +236,9 @@ def test_a_summary_is_a_text_or_names_the_environment():
     def broken():
         raise KeyError("rows")
 
-    assert [summary(env) for env in (object(), SimpleNamespace(summary=lambda: 3))] == ["", "3"]
+    assert [summary_of(env) for env in (object(), SimpleNamespace(summary=lambda: 3))] == ["", "3"]
     with pytest.raises(EnvironmentFault, match="SimpleNamespace.summary raised KeyError"):
-        summary(SimpleNamespace(summary=broken))
+        summary_of(SimpleNamespace(summary=broken))
 
 
 # --- the start of a run -----------------------------------------------------------------------------------------------

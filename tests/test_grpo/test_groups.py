@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.environment import EnvironmentFault, Score, check_environment, held_out_prompts, score
+from grpo.environment import EnvironmentFault, Score, check_environment, checked_scores, held_out_prompts
 from grpo.envs.data_files import DataError
 from grpo.groups import collect, length_metrics, reward_metrics
 from grpo.rewards.functions import RewardError
@@ -168,7 +168,7 @@ def scoring(result):
 def test_scores_that_cannot_be_trained_on_are_faults_of_the_environment(result, message):
     completions = Sampler().generate([Prompt(0, [1], {})], num_samples=2)
     with pytest.raises(EnvironmentFault, match=message):
-        score(scoring(result), completions)
+        checked_scores(scoring(result), completions)
 
 
 def raising(error):
