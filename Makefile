@@ -18,20 +18,8 @@ help: ## this list
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
-# Without ARGS in two processes side by side, of about the same length: the tests below the trainer with some of its, and everything else.
-LOWER := tests/test_kernels tests/test_models $(addprefix tests/,test_scripts test_wheel.py) \
-	$(addprefix tests/test_grpo/,configuration test_bad_inputs.py)
-test: $(INSTALLED) ## all tests that need no GPU
-ifeq ($(strip $(ARGS)),)
-	@log=$$(mktemp); \
-	$(BIN)/python -m pytest -m "not gpu" $(LOWER) >"$$log" 2>&1 & lower=$$!; \
-	trap 'kill $$lower 2>/dev/null || true; rm -f "$$log"' EXIT; \
-	others=0; $(BIN)/python -m pytest -m "not gpu" $(LOWER:%=--ignore=%) || others=$$?; \
-	status=0; wait $$lower || status=$$?; cat "$$log"; \
-	test $$others -eq 0 && test $$status -eq 0
-else
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
-endif
+test: $(INSTALLED) ## all tests that need no GPU, on all cores
+	$(BIN)/python -m pytest -m "not gpu" $(if $(strip $(ARGS)),$(ARGS),-n auto --dist loadfile)
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
