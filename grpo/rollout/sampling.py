@@ -48,7 +48,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, value, is_allowed, allowed in (
-                ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+                ("max_new_tokens", self.max_new_tokens, type(self.max_new_tokens) is int and self.max_new_tokens >= 1,
+                 "an integer of at least 1"),
                 ("temperature", self.temperature, 0 < self.temperature < math.inf, "above 0; greedy takes the likeliest token"),
                 ("top_k", self.top_k, self.top_k >= 0, "at least 0, which is off"),
                 ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]; 1 is off"),

@@ -191,7 +191,9 @@ class Session:
 
     def __init__(self, sampler: Sampler, params: SamplingParams, *, step: int, should_stop: Callable[[], bool] | None,
                  progress: Callable[[int, int], None] | None) -> None:
+        _check_ids("park_ids", params.park_ids, vocab_size=sampler.model.config.vocab_size)
         self.params, self.rows, self.stats = params, [], RolloutStats()
+        self._has_ended = False
         self._sampler, self._model, self._device, self._step = sampler, sampler.model, sampler.model.device, step
         self._should_stop, self._progress, self._start_time = should_stop, progress, time.perf_counter()
         self._decoder: Decoder | None = None  # from the first prompts to the end
@@ -218,6 +220,7 @@ class Session:
         """Hands cache and graphs back to the sampler, for later rollouts."""
         if self._decoder is not None:
             self._sampler._decoder, self._decoder = self._decoder, None
+        self._has_ended = True
         self.stats.seconds = time.perf_counter() - self._start_time
         self._sampler.last_stats = self.stats
 
@@ -231,10 +234,13 @@ class Session:
     def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0) -> list[RolloutRow]:
         """Queues `num_samples` completions of every prompt, beside the rows that run. Returns their rows, by prompt, then sample.
 
-        Raises ValueError for a prompt id that the session already has, an empty prompt, one that does not fit, or a cache that
-        does not hold one sequence."""
+        Raises ValueError for a prompt id that the session already has, an empty prompt, one that does not fit, a token id outside
+        the vocabulary, or a cache that does not hold one sequence."""
+        self._check_open()
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: must be at least 1")
+        for prompt in prompts:
+            _check_ids(f"prompt {prompt.id}", prompt.token_ids, vocab_size=self._model.config.vocab_size)
         _check_prompts(prompts, max_len=self._sampler.max_len, taken=self._prompt_ids)
         if not prompts:
             return []
@@ -259,6 +265,7 @@ class Session:
     def poll(self) -> list[RolloutRow]:
         """Makes one model call, if anything can run: a prefill, or the decode steps up to the next sync. Returns the rows that
         finished or parked in it, in no particular order."""
+        self._check_open()
         if not self.is_running:
             return []
         if self._should_stop is not None and self._should_stop():
@@ -271,22 +278,22 @@ class Session:
 
     def continue_with(self, row: RolloutRow, token_ids: list[int]) -> None:
         """Appends an environment's tokens to a parked row, as a segment of their own, and lets the row continue. They are
-        prefilled together with those of other rows. Raises ValueError for a row that is not parked, more tokens than row.room,
-        or an id outside the vocabulary."""
-        _check_parked(row)
-        vocab_size = self._model.config.vocab_size
+        prefilled together with those of other rows. Raises ValueError for a row that is not this session's or not parked, more
+        tokens than row.room, or an id outside the vocabulary."""
+        self._check_parked(row)
+        _check_ids(str(row), token_ids, vocab_size=self._model.config.vocab_size)
         if len(token_ids) > row.room:
             raise ValueError(f"{len(token_ids)} tokens for {row}: it has room for {row.room} and one to be drawn; finish it")
-        if wrong := [token for token in token_ids if not 0 <= token < vocab_size]:
-            raise ValueError(f"token ids {wrong[:5]} for {row}: must lie in [0, {vocab_size})")
         if token_ids:
             row.segments.append(Segment(list(token_ids), "env"))
             row.num_new += len(token_ids)
         self._scheduler.unpark(row)
 
     def finish(self, row: RolloutRow, reason: str) -> None:
-        """Ends a parked row, with this reason. Raises ValueError for a row that is not parked."""
-        _check_parked(row)
+        """Ends a parked row, with this reason. Raises ValueError for a row that is not this session's or not parked."""
+        self._check_parked(row)
+        if not isinstance(reason, str) or not reason:
+            raise ValueError(f"reason={reason!r} to finish {row}: must be a word, such as \"length\"")
         row.finish_reason = reason
         self._num_finished += 1
         self._scheduler.unpark(row)
@@ -294,6 +301,7 @@ class Session:
     def drain(self) -> list[Completion]:
         """Runs to the end. Returns the completions of all rows, in the order of submission. Raises ValueError if rows are still
         parked then."""
+        self._check_open()
         while self.is_running:
             self.poll()
         if parked := [row for row in self.rows if row.is_parked]:
@@ -302,8 +310,9 @@ class Session:
 
     def completion(self, row: RolloutRow) -> Completion:
         """A finished row as a completion, or a parked one with its tokens so far ("parked"). If routing is recorded, the last
-        token of a completion has none, because it was not fed to the model."""
-        assert row.is_finished or row.is_parked, row
+        token of a completion has none, because it was not fed to the model. Raises ValueError for a row that still runs."""
+        if not (row.is_finished or row.is_parked):
+            raise ValueError(f"{row} has neither finished nor parked: poll() until it has")
         is_recorded = self._routing is not None
         prompt_routing = self._prompt_routing[row.group] if is_recorded else None
         segments = [Segment(list(row.prompt.token_ids), "prompt", routing=prompt_routing)]
@@ -319,8 +328,23 @@ class Session:
 
     def completion_ids(self, row: RolloutRow) -> list[int]:
         """The tokens that a row has after its prompt."""
+        self._check_own(row)
         self._fetch([row])
         return row.completion_ids
+
+    def _check_open(self) -> None:
+        if self._has_ended:
+            raise ValueError("the session has ended, with its `with` statement; open another one")
+
+    def _check_own(self, row: RolloutRow) -> None:
+        self._check_open()
+        if not any(row is own for own in self.rows[row.index:row.index + 1]):
+            raise ValueError(f"{row} is a row of another session")
+
+    def _check_parked(self, row: RolloutRow) -> None:
+        self._check_own(row)
+        if not row.is_parked:
+            raise ValueError(f"{row} is not parked")
 
     # ---- model calls
 
@@ -533,9 +557,11 @@ def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperatu
     return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
 
 
-def _check_parked(row: RolloutRow) -> None:
-    if not row.is_parked:
-        raise ValueError(f"{row} is not parked")
+def _check_ids(what: str, token_ids: object, *, vocab_size: int) -> None:
+    if not isinstance(token_ids, (list, tuple)):
+        raise ValueError(f"token ids for {what}: expected a list of integers, found {type(token_ids).__name__}")
+    if wrong := [token for token in token_ids if type(token) is not int or not 0 <= token < vocab_size]:
+        raise ValueError(f"token ids {wrong[:5]} for {what}: must be integers and must lie in [0, {vocab_size})")
 
 
 def _check_prompts(prompts: list[Prompt], *, max_len: int, taken: set[int]) -> None:

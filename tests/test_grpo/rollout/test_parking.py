@@ -346,6 +346,56 @@ def test_what_cannot_be_appended_is_refused_and_the_row_stays_parked(model):
     assert session.drain()[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("token_ids", [[True], [1.0], [None], ["1"], [torch.tensor(1)], torch.tensor([1]), None, "ab", 3])
+def test_what_are_no_token_ids_is_refused_and_the_row_stays_parked(model, token_ids):
+    session, row = one_parked(model)
+    with pytest.raises(ValueError, match="token ids .*integers"):
+        session.continue_with(row, token_ids)
+    assert row.is_parked and row.num_new == 1 and sources(session.completion(row)) == ["prompt", "policy"]
+    session.continue_with(row, [1] * 18)
+    assert session.drain()[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("reason", ["", None, 3, True])
+def test_a_reason_that_is_no_word_is_refused_and_the_row_stays_parked(model, reason):
+    session, row = one_parked(model)
+    with pytest.raises(ValueError, match=f"reason={reason!r} to finish"):
+        session.finish(row, reason)
+    assert row.is_parked and not row.is_finished
+
+
+def test_a_row_of_another_session_is_refused_and_neither_session_changes(model):
+    session, row = one_parked(model)
+    other, own = one_parked(model)
+    for act in (lambda: other.continue_with(row, [1]), lambda: other.finish(row, "length"), lambda: other.completion_ids(row)):
+        with pytest.raises(ValueError, match="is a row of another session"):
+            act()
+    assert row.is_parked and own.is_parked and not other.is_running
+    for each, its in ((session, row), (other, own)):
+        each.finish(its, "length")
+        assert len(each.drain()[0].completion_ids) == 1
+
+
+def test_a_session_that_has_ended_says_so_and_takes_nothing_from_its_sampler(model):
+    session, row = one_parked(model)
+    with session:
+        session.submit([Prompt(9, [1, 2], {})], 1)
+    decoder = session._sampler._decoder
+    for act in (session.poll, session.drain, lambda: session.completion_ids(row), lambda: session.continue_with(row, [1]),
+                lambda: session.finish(row, "length"), lambda: session.submit(make_prompts([3]), 1),
+                lambda: session.submit([], 1)):
+        with pytest.raises(ValueError, match="the session has ended"):
+            act()
+    assert session._sampler._decoder is decoder is not None and row.is_parked
+
+
+def test_a_row_that_still_runs_has_no_completion_yet(model):
+    session = Sampler(model, (), max_batch=2, seed=7).open(SamplingParams(max_new_tokens=5), step=3)
+    row, = session.submit(make_prompts([6]), 1)
+    with pytest.raises(ValueError, match=r"RolloutRow\(.* has neither finished nor parked: poll\(\)"):
+        session.completion(row)
+
+
 def test_a_partial_completion_keeps_what_it_had_when_its_row_goes_on(model):
     session, row = one_parked(model)
     before = session.completion(row)

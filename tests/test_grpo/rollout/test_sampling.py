@@ -215,7 +215,8 @@ def test_kept_ids_split_into_rows_by_count_and_can_be_empty_lists_between_others
     assert lists(result.kept) == [[4, 5], [], [6]]
 
 
-@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("temperature", 0.0), ("temperature", math.inf), ("top_k", -1),
+@pytest.mark.parametrize("name, value", [("max_new_tokens", 0), ("max_new_tokens", 2.0),
+                                         ("max_new_tokens", True), ("temperature", 0.0), ("temperature", math.inf), ("top_k", -1),
                                          ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.0)])
 def test_a_parameter_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: must be"):

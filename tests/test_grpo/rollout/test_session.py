@@ -318,6 +318,11 @@ def test_no_prompts_give_no_completions(model):
     [
         ([[1] * 64], {}, "prompt 0 has 64 tokens, but a sequence may have 64"),
         ([[1], []], {}, "prompt 1 has no tokens"),
+        ([[1], [2, VOCAB]], {}, rf"token ids \[{VOCAB}\] for prompt 1: must be integers and must lie in \[0, {VOCAB}\)"),
+        ([None], {}, "token ids for prompt 0: expected a list of integers, found NoneType"),
+        ([[1]], {"park_ids": (3, VOCAB)}, rf"token ids \[{VOCAB}\] for park_ids"),
+        ([[1]], {"park_ids": (3.0,)}, r"token ids \[3.0\] for park_ids"),
+        ([[1]], {"park_ids": 3}, "token ids for park_ids: expected a list of integers, found int"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
         ([[1]], {"num_samples": 0}, "num_samples=0"),
         ([[1]], {"max_batch": 0}, "max_batch=0"),
