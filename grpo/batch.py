@@ -52,7 +52,7 @@ class Completion:
 
     @property
     def is_policy(self) -> list[bool]:
-        """Of each of `completion_ids`, whether the policy sampled it."""
+        """For each of `completion_ids`, whether the policy sampled it."""
         return [segment.source == "policy" for segment in self.segments[1:] for _ in segment.token_ids]
 
     @property
@@ -71,7 +71,7 @@ _PER_TOKEN = ("tokens", "loss_mask", "advantages", "sampler_log_probs", "old_log
 
 @dataclass
 class RolloutBatch:
-    """Sequences end to end: of all that a step trains on, of one of its optimizer steps, or of a micro-batch.
+    """Sequences end to end: all that a GRPO step trains on, a minibatch (one optimizer step), or a micro-batch.
 
     Tensors [N] describe all completions that were packed, in every part too; `sequence_ids` are places in them. The counts are
     those of the optimizer step in each of its micro-batches: a loss divides by them, so that its value and gradient do not depend
@@ -79,24 +79,24 @@ class RolloutBatch:
 
     tokens: torch.Tensor  # [T] int64
     cu_seqlens: torch.Tensor  # [S + 1] int32, on the host wherever the others are
-    loss_mask: torch.Tensor  # [T] bool, true for the tokens the policy sampled
-    host_mask: torch.Tensor  # [T] bool, loss_mask on the host: a forward is planned there, and need not wait for a GPU
+    loss_mask: torch.Tensor  # [T] bool, true for the tokens that the policy sampled
+    host_mask: torch.Tensor  # [T] bool, loss_mask on the host: so the host can plan a forward without waiting for the GPU
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, 0 where the mask is false
     advantages: torch.Tensor  # [T] fp32
-    token_index: torch.Tensor  # [T] int64, where a token stands in the batch that was packed
+    token_index: torch.Tensor  # [T] int64, a token's index in the whole packed batch
     sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to; of a shared prompt, the first
     sequence_lengths: torch.Tensor  # [N] int64, policy tokens of each completion
     rewards: torch.Tensor  # [N] fp32, NaN without
     group_ids: torch.Tensor  # [N] int64, equal within a group
-    prompts: list[tuple[int, int]]  # [S] which prompt (equal numbers: equal prompts), and how many of its tokens are here
-    num_policy_tokens: int  # of the optimizer step, as the next two
+    prompts: list[tuple[int, int]]  # [S] the prompt's number (equal prompts have equal numbers), and its tokens in the sequence
+    num_policy_tokens: int  # of the optimizer step, like the next two
     num_sequences: int
     num_prompts: int
-    prefixes: list[int] | None = None  # [S] the sequence, a shared prompt, that each continues, -1 for none; None: all whole
+    prefixes: list[int] | None = None  # [S] index of the shared prompt that each sequence continues, -1 for none; None: all whole
     kept: KeptSets | None = None
     routing: torch.Tensor | None = None  # [T, L, A] uint8 or int16: the experts that the sampler chose, for a replay
     old_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy at the start of the update
-    ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy that a KL penalty holds on to (grpo/kl.py)
+    ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the reference of the KL penalty (grpo/kl.py)
 
     @property
     def num_rows(self) -> int:
@@ -104,7 +104,7 @@ class RolloutBatch:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device) -> "RolloutBatch":
-        """Every tensor on `device` but those that stay on the host."""
+        """The batch with every tensor on `device`, except those that stay on the host."""
         moved = {f.name: value.to(device) for f in fields(self)
                  if isinstance(value := getattr(self, f.name), torch.Tensor) and f.name not in _ON_HOST}
         if self.kept is not None:
@@ -112,15 +112,15 @@ class RolloutBatch:
         return replace(self, **moved)
 
     def select(self, rows: list[int], *, share_prompts: bool = False) -> "RolloutBatch":
-        """The given sequences, in the given order; the counts stay those of the step. With `share_prompts`, completions of one
-        prompt that stand side by side have one copy of it: it is a sequence, and each completion is one that continues it."""
+        """The given sequences, in the given order; the counts stay those of the step. With `share_prompts`, neighbouring
+        completions of one prompt have one copy of it: it is a sequence of its own, which each completion continues."""
         assert self.prefixes is None, "select takes a batch of whole sequences"
         bounds = self.cu_seqlens.tolist()
         spans: list[tuple[int, int]] = []  # of this batch's tokens
         prompts, prefixes = [], []  # of each span
         for (prompt, length), neighbours in itertools.groupby(rows, key=self.prompts.__getitem__):
             members, prefix, shared = list(neighbours), -1, 0
-            if share_prompts:  # a lone one too: attention adds up a prompt's keys apart, so it rounds alike in any micro-batch
+            if share_prompts:  # even for one completion: attention then rounds in the same way in any micro-batch
                 prefix, shared = len(spans), length
                 spans.append((bounds[members[0]], bounds[members[0]] + length))
                 prompts.append((prompt, length))
@@ -148,7 +148,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
     tokens, mask, log_probs, kept_ids, kept_counts, prompts, numbers = [], [], [], [], [], [], {}
     for completion in completions:
         prompt_ids = completion.segments[0].token_ids if completion.segments[0].source == "prompt" else []
-        # by its tokens too: an id alone does not make two prompts one
+        # id and tokens: equal ids alone do not make prompts equal
         number = numbers.setdefault((completion.prompt.id, *prompt_ids), len(numbers))
         prompts.append((number, len(prompt_ids)))
         for segment in completion.segments:

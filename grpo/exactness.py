@@ -1,4 +1,4 @@
-"""How far the sampler's log-probs may be from the trainer's, and what to say where they are farther.
+"""How far the sampler's log-probs may be from the trainer's, and the warning if they are farther.
 
 T packed tokens of a micro-batch.
 """
@@ -17,25 +17,25 @@ _NONE = torch.iinfo(torch.int64).max
 
 
 def allowed_difference(policy: GptOss) -> float:
-    """The largest difference, in nats, that two paths without a fault have before the first update; infinity where nothing is
-    known. 0 on a GPU, where the kernels are made for it: a model whose decode steps are captured (models/decoder.py) and not
-    float16, whose residual stream those do not serve."""
+    """The largest difference, in nats, that sampler and trainer may have before the first update; infinity if none is known. 0
+    on a GPU if the kernels promise it: for a model whose decode steps are captured (models/decoder.py), except in float16, whose
+    residual stream those kernels do not serve."""
     if policy.device.type == "cuda" and policy.dtype != torch.float16 and can_decode_by_graph(policy):
         return 0.0
     return FLOAT32_ROUNDING if policy.dtype == torch.float32 else math.inf
 
 
 def differences(log_probs: torch.Tensor, micro: RolloutBatch, *, allowed: float) -> torch.Tensor:
-    """[2] int64, on the device: how many of the trained tokens have a log-prob [T] farther than allowed from what the sampler
-    recorded, and which of the batch that was packed is the first (the largest integer where none)."""
+    """[2] int64, on the device: the number of trained tokens whose log-prob [T] is farther than `allowed` from the sampler's,
+    and the index of the first one in the packed batch (the largest integer if there is none)."""
     differs = micro.loss_mask & ((log_probs.detach() - micro.sampler_log_probs).abs() > allowed)
     return torch.stack([differs.sum(), torch.where(differs, micro.token_index, _NONE).min()])
 
 
 def describe_mismatch(found: list[torch.Tensor], batch: RolloutBatch, completions: list[Completion], *, step: int,
                       largest: float, allowed: float, run_dir: Path) -> str | None:
-    """The warning for what `differences` found in the micro-batches of a batch packed from `completions`; None where it found
-    nothing. largest: of the differences, nats."""
+    """The warning for what `differences` found in the micro-batches of a batch packed from `completions`; None if it found
+    nothing. largest: the largest difference, in nats."""
     counts, firsts = torch.stack(found).cpu().unbind(1)
     if not counts.any():
         return None

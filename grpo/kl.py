@@ -1,4 +1,4 @@
-"""The KL penalty that ties the policy to a reference, and that reference.
+"""The KL penalty that keeps the policy near a reference, and the reference.
 
 Departures from GRPO (arXiv 2402.03300): the penalty is averaged over the tokens of the step whatever the policy loss averages
 over, and its exponential is bounded.
@@ -15,14 +15,14 @@ from grpo.losses import MAX_LOG_RATIO, LossInputs
 from models.gpt_oss import GptOss
 
 MAX_KL_WEIGHT = 10.0  # of pi / pi_sampler
-MAX_REF_RATIO = 10.0  # pi_ref / pi beyond which k3 goes on along its tangent
+MAX_REF_RATIO = 10.0  # above this pi_ref / pi, k3 continues along its tangent
 REFERENCE = "reference."  # prefix of the reference's tensors in a run's checkpoint
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A frozen state of the policy: a copy of what trains, in host memory, which takes the policy's place for the length of a
-    pass. The base, which does not train, stands in memory once.
+    """A frozen state of the policy: a copy of the trainable parameters, in host memory, which replace the policy's for a pass.
+    The frozen base is not copied.
 
     tensors: by parameter name. If none is an adapter's, the reference is the model with its adapter off."""
 
@@ -32,7 +32,7 @@ class Reference:
     def of(cls, policy: GptOss, parameters: dict[str, torch.Tensor] | None = None) -> "Reference":
         """The policy as it is now. An adapter that adds nothing yet, since every B is zero, is left out.
 
-        parameters: all that will change, by name; those that train unless given."""
+        parameters: all that will change, by name; None: the trainable ones."""
         parameters = policy.trainable_parameters() if parameters is None else parameters
         adds = any(bool(parameter.any()) for name, parameter in parameters.items() if name.endswith("lora_B"))
         return cls({name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
@@ -40,7 +40,7 @@ class Reference:
 
     @classmethod
     def load(cls, tensors: dict[str, torch.Tensor]) -> "Reference":
-        """The reference in a checkpoint's tensors, where `state_dict` put it."""
+        """The reference from a checkpoint's tensors, as `state_dict` wrote it."""
         return cls({name.removeprefix(REFERENCE): tensor for name, tensor in tensors.items() if name.startswith(REFERENCE)})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -48,8 +48,8 @@ class Reference:
 
     @contextmanager
     def in_place_of(self, policy: GptOss) -> Iterator[None]:
-        """Inside, the policy is the reference. For passes without gradients, while no graph of the policy waits for its
-        backward."""
+        """Inside the `with`, the policy computes as the reference. For passes without gradients, while no forward of the policy
+        waits for its backward."""
         has_adapter = any(_is_adapter(name) for name in self.tensors)
         with policy.exchanged(self.tensors), nullcontext() if has_adapter else policy.adapter_disabled():
             yield

@@ -1,13 +1,11 @@
-"""Rows being decoded: their state on the device, and steps of all of them, on a GPU as CUDA graphs that wait for nobody.
+"""Rows being decoded: their state on the device, and steps of all of them, on a GPU as CUDA graphs that never wait for the host.
 
-A step feeds every row's newest token to the model, draws the next one, stores it, and moves the row on (kernels/head/advance.py).
-A row that a stop id or its limit ends inside a run of steps is idle from then on and costs its place only; the host learns of it
-at its next sync.
+A step feeds every row's newest token to the model, draws the next one, stores it, and advances the row (kernels/head/advance.py).
+A row that ends between two syncs, by a stop id or its limit, is idle for the remaining steps; the host sees it at the next sync.
 
 A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. There is one graph for each
-bucket of batch sizes. The first step of a bucket runs as it is (kernels are compiled) and is captured afterwards. Rows between
-the batch and its bucket are idle: they touch no slot and mean nothing. Adapters are read where they lie, so an update of them
-shows in the next step.
+bucket of batch sizes. The first step of a bucket runs normally (kernels are compiled) and is then captured. A bucket's rows
+beyond the batch are idle: they write to no slot. Graphs read adapters at their addresses, so the next step uses updated ones.
 
 Shapes: B rows, R rows that there is room for, D model width, V vocabulary.
 """
@@ -26,11 +24,11 @@ from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# what a sync copies: neighbours in Rows
+# the fields that a sync copies, adjacent in Rows
 _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") + 1)
-# a shorter prefix comes from the L2 cache for all who share it, faster than a launch of its own is
+# shorter prefixes are not read once for all: they come from the L2 cache, which is faster than another launch
 _SHARED_TOKENS = 1024
-# up to so many rows, many programs go through the keys of each from so many tokens on: else most of a GPU waits for a few
+# with at most this many rows, one of which has at least this many tokens, many programs share each row's keys (decode_parts.py)
 _PARTS_ROWS, _PARTS_TOKENS = 4, 2048
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
@@ -39,24 +37,24 @@ DrawTokens = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
 
 
 class PlainDraw(NamedTuple):
-    """How tokens are chosen from the whole vocabulary, with the log-probs whose bits training computes at `temperature`."""
+    """A draw from the whole vocabulary. Training computes the same bits for its log-probs at `temperature`."""
 
     temperature: float
     is_greedy: bool  # the most likely token instead of a drawn one
 
 
 class KeyReading(NamedTuple):
-    """How steps read the keys of full layers. It changes no bit."""
+    """How steps read the keys of full layers. The bits do not depend on it."""
 
-    shares: bool  # prompts are read once for the tiles of rows that share them
-    longest: int  # tokens; above 0: by many programs a row, of which none has more
+    shares: bool  # a prompt is read once for a tile of rows that share it
+    longest: int  # above 0: many programs read each row, and no row has more tokens than this
 
 
 _ROW_BY_ROW = KeyReading(shares=False, longest=0)
 
 
 def bucket_of(num_rows: int) -> int:
-    """The smallest bucket that holds so many rows; above the largest, a multiple of 128."""
+    """The smallest bucket for `num_rows` rows; above the largest, a multiple of 128."""
     return next((bucket for bucket in BUCKETS if bucket >= num_rows), cdiv(num_rows, 128) * 128)
 
 
@@ -68,8 +66,8 @@ def can_decode_by_graph(model: GptOss) -> bool:
 
 
 def share_prefixes(prompts: list[int], *, size: int, num_tiles: int) -> list[tuple[int, int]]:
-    """First row and number of rows of at most `num_tiles` tiles of neighbours with the same prompt, at least 2 and at most `size`
-    of them, the largest there are. Rows with a prompt below 0 are in none."""
+    """The largest tiles, at most `num_tiles`, of neighbouring rows with the same prompt: (first row, number of rows), the number
+    from 2 to `size`. Rows with a prompt below 0 are in none."""
     tiles, first = [], 0
     for row in range(1, len(prompts) + 1):
         if row == len(prompts) or prompts[row] != prompts[first] or row - first == size:
@@ -81,22 +79,22 @@ def share_prefixes(prompts: list[int], *, size: int, num_tiles: int) -> list[tup
 
 @dataclass
 class NewRow:
-    """A sequence whose prompt, and the `num_new` tokens it may have after it, are in its slot."""
+    """A sequence whose prompt and `num_new` further tokens are in its slot."""
 
-    item: int  # the caller's name of it
+    item: int  # the caller's number for it
     slot: int
     prompt_len: int  # tokens
     num_new: int
     limit: int  # most tokens after the prompt
-    place: int  # of the first token after the prompt in `tokens` and `log_probs` of the decoder
+    place: int  # index of its first token after the prompt in `tokens` and `log_probs` of the decoder
     key: tuple[int, int, int, int]  # seed, step, prompt id, sample
 
 
 class Decoder:
-    """Up to `max_rows` rows over a cache, and what they have drawn: `tokens` int64 and `log_probs` fp32, one-dimensional, with
-    cache.max_len elements for each slot. Needs the cache and the model's weights to stay where they are, for as long as its
-    graphs are used. counts_prompts_apart: attention adds up a prompt's keys before the others, as it does in training where
-    completions share their prompt; the bits of log-probs are then those of such training, else those of whole sequences."""
+    """Up to `max_rows` rows over a cache, and their drawn `tokens` int64 and `log_probs` fp32, one-dimensional, with
+    cache.max_len elements for each slot. Cache and weights must keep their addresses while its graphs are used.
+    counts_prompts_apart: attention sums a prompt's keys before all others, as in training with shared prompts, and log-probs
+    have the bits of that training; otherwise those of whole sequences."""
 
     def __init__(self, model: GptOss, cache: KVCache, *, max_rows: int, stop_ids: list[int], counts_prompts_apart: bool) -> None:
         self.model, self.cache, self.max_rows = model, cache, max_rows
@@ -111,12 +109,13 @@ class Decoder:
         self._tile_rows = rows_per_tile(config.num_attention_heads // config.num_key_value_heads)
         self._tiles = torch.zeros(self._num_tiles(self._table.shape[1]), 2, dtype=torch.int32, device=device)
         self._is_shared = torch.zeros(self._table.shape[1], dtype=torch.int32, device=device)
-        self._shared: list[tuple[int, int]] = []  # what stands in those two
+        self._shared: list[tuple[int, int]] = []  # the content of those two
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, object]] = {}  # each with what it returns
         self._pool = None  # of memory that all graphs share: one runs at a time
 
     def reset(self, stop_ids: list[int]) -> None:
-        """Forgets all rows and takes their pages. Rows end with these ids from now on; graphs stay where they are as many."""
+        """Drops all rows and their pages. Rows end with these ids from now on; graphs are kept if the number of ids is the
+        same."""
         stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=self.model.device)
         if len(stop_ids) == len(self._stop_ids):
             self._stop_ids.copy_(stop_ids)  # in place: graphs hold its address
@@ -130,8 +129,8 @@ class Decoder:
 
     @torch.no_grad()
     def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: DrawTokens) -> None:
-        """Draws the next token of sequences after whose newest token the final hidden states [n, D] are, and decodes those that
-        go on as the last rows from then on."""
+        """Draws the next token of new sequences, from the final hidden states [n, D] of their newest tokens. They become the last
+        rows; those that end with this token are idle."""
         items, slots, prompt_lens, num_new, limits, places = torch.tensor(
             [(row.item, row.slot, row.prompt_len, row.num_new, row.limit, row.place) for row in new]).unbind(1)
         positions, sums = prompt_lens + num_new - 1, key_sums(torch.tensor([row.key for row in new], dtype=torch.int64))
@@ -150,8 +149,8 @@ class Decoder:
     @torch.no_grad()
     def step(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, longest: int, by_graph: bool,
              records: bool) -> torch.Tensor | None:
-        """One step of all rows, for whatever draws from their hidden states. by_graph: a graph makes those; the cache must be
-        flushed; prompts and longest as run takes them. With `records`, returns the experts [B, L, A] of the rows, until the next
+        """One step of all rows, with `draw` outside any graph. by_graph: a graph computes the hidden states; the cache must be
+        flushed. prompts, longest: as in run. With `records`, returns the experts [B, L, A] of the rows, valid until the next
         step."""
         num_rows = bucket_of(self.num_rows) if by_graph else self.num_rows
         reading = self._reading(prompts, num_rows, longest) if by_graph else _ROW_BY_ROW
@@ -168,9 +167,9 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, num_steps: int, plain: PlainDraw, prompts: list[tuple[int, int]], *, longest: int) -> None:
-        """Steps of all rows by a graph; nothing waits, and the cache must be flushed. prompts: of every row, which prompt it has
-        and how many tokens that has; long ones are read once for neighbours that share them. longest: the most tokens that a row
-        will have."""
+        """Takes `num_steps` steps of all rows by a graph; nothing waits, and the cache must be flushed. prompts: for every row,
+        its prompt's number and length; neighbouring rows read a long prompt once. longest: the most tokens that a row will
+        have."""
         bucket = bucket_of(self.num_rows)
         reading, rows = self._reading(prompts, bucket, longest), Rows(*self._table[:, :bucket])
         for _ in range(num_steps):
@@ -182,40 +181,40 @@ class Decoder:
                                                     temperature=plain.temperature)
 
     def sync(self) -> tuple[list[int], list[bool], list[int], list[bool]]:
-        """Of every row: its newest token, whether it goes on, its tokens after the prompt, whether a stop id has ended it. Waits
-        for the steps."""
-        self._synced.copy_(self._table[_SYNCED], non_blocking=True)  # whole: a part of the columns would be no single copy
+        """For every row: its newest token, whether it continues, its number of tokens after the prompt, whether a stop id ended
+        it. Waits for the steps."""
+        self._synced.copy_(self._table[_SYNCED], non_blocking=True)  # all columns: only then it is a single copy
         if self._table.is_cuda:
             torch.cuda.current_stream(self._table.device).synchronize()
         tokens, positions, num_new, is_stopped = self._synced[:, :self.num_rows]
         return tokens.tolist(), (positions != IDLE).tolist(), num_new.tolist(), (is_stopped != 0).tolist()
 
     def fetch(self, spans: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Parts of `tokens` and `log_probs`, on the host, each from the first place to before the second. Waits for the steps."""
+        """Parts first .. end of `tokens` and `log_probs`, on the host. Waits for the steps."""
         lengths = [end - first for first, end in spans]
         places = to_device(torch.cat([torch.arange(first, end) for first, end in spans]), self.tokens.device)
         drawn = (column[places].cpu().split(lengths) for column in (self.tokens, self.log_probs))
         return list(zip(*drawn, strict=True))
 
     def compact(self, rows: list[int]) -> None:
-        """Keeps these rows, in this order. Their keys and values stay where they are."""
+        """Keeps these rows, in this order. Their keys and values stay in their slots."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
         self._table[:, :len(rows)] = self._table[:, index]
         self._table[Rows._fields.index("positions"), len(rows):self.num_rows] = IDLE
         self.num_rows = len(rows)
 
     def _num_tiles(self, num_rows: int) -> int:
-        """Tiles of shared prefixes that a step of so many rows has room for: twice those that full ones would be."""
+        """The number of tiles of shared prefixes in a step of `num_rows` rows: twice as many as full tiles would need."""
         return 2 * cdiv(num_rows, self._tile_rows)
 
     def _reading(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> KeyReading:
-        """That of a graph of so many rows, none of which will have more than `longest` tokens."""
+        """The reading for a graph of `num_rows` rows, none of which will have more than `longest` tokens."""
         if num_rows <= _PARTS_ROWS and longest >= _PARTS_TOKENS:
-            return KeyReading(shares=False, longest=next_power_of_2(longest))  # few values, for every one has a graph
+            return KeyReading(shares=False, longest=next_power_of_2(longest))  # few values: each needs a graph
         return KeyReading(shares=self._share(prompts, self._num_tiles(num_rows)), longest=0)
 
     def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:
-        """Brings the device's tiles of shared prefixes up to date; whether there are any."""
+        """Updates the device's tiles of shared prefixes. Returns whether there are any."""
         if not self._counts_prompts_apart:
             return False
         shared = share_prefixes([prompt if length >= _SHARED_TOKENS else -1 for prompt, length in prompts], size=self._tile_rows,
@@ -240,8 +239,8 @@ class Decoder:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)
 
     def _replay(self, key: tuple, function: Callable[[], object]) -> object:
-        """What the function returns, by the graph of that key. The first time it runs as it is, which compiles kernels, and is
-        captured for the next."""
+        """Returns the function's result by replaying the graph of that key. The first call runs the function, which compiles
+        kernels, and captures it for the next."""
         if key in self._graphs:
             graph, result = self._graphs[key]
             graph.replay()

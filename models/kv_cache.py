@@ -1,11 +1,11 @@
 """Key-value cache of the sampler: pages that sequences share on full layers, a ring per slot on windowed layers.
 
-A slot is a sequence. On a full layer the token at position p of slot s stands in page page_table[s, p // PAGE_TOKENS], entry
-p % PAGE_TOKENS; all full layers use one table. Which page is whose is kept on the host, in plain lists; flush() brings the
-device's table up to date. Sequences that start alike share whole pages, counted by reference; a page that is not full belongs
-to one slot, so nobody writes into a shared one. On GPUs that can, the memory of keys and values is given back between two
-rollouts, and taken again at the same addresses. A windowed layer keeps min(sliding_window, max_len) entries of each slot: the
-key of position p stands at p modulo that number.
+A slot has one sequence. On a full layer the token at position p of slot s is in page page_table[s, p // PAGE_TOKENS], entry
+p % PAGE_TOKENS; all full layers use one table. The host knows each slot's pages, in plain lists; flush() copies changes to the
+device's table. Sequences with the same beginning share whole pages, counted by reference; a page that is not full belongs to one
+slot, so shared pages are never written. On GPUs that can, the memory of keys and values is given back between two rollouts, and
+taken again at the same addresses. A windowed layer keeps min(sliding_window, max_len) entries of each slot: the key of position p
+is at p modulo that number.
 
 Shapes: N slots, M pages, W pages per slot, L entries of a ring, K key-value heads, D head width.
 """
@@ -39,13 +39,13 @@ def slot_bytes(config: GptOssConfig, dtype: torch.dtype, *, max_len: int) -> int
 
 
 class KVCache:
-    """`num_pages` are those of each full layer; slots start without any."""
+    """num_pages: pages of each full layer; slots start without pages."""
 
     def __init__(self, config: GptOssConfig, *, num_slots: int, max_len: int, num_pages: int, device: torch.device,
                  dtype: torch.dtype) -> None:
         self.num_slots, self.max_len, self.num_pages = num_slots, max_len, num_pages  # slots; tokens per slot; pages
         self.is_paged = [not config.is_windowed(layer) for layer in range(config.num_hidden_layers)]
-        # tokens of a sequence that a layer keeps
+        # how many tokens of a sequence each layer keeps
         self.lengths = [max_len if paged else min(config.sliding_window, max_len) for paged in self.is_paged]
         heads = config.num_key_value_heads, config.head_dim
         shapes = [(num_pages, PAGE_TOKENS, *heads) if paged else (num_slots, length, *heads)
@@ -56,7 +56,7 @@ class KVCache:
             self._arena.take()
         # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
         self.keys, self.values = ([self._new(shape, device, dtype) for shape in shapes] for _ in range(2))
-        # -1 where a slot has no page. Graphs hold its address: it is written in place only
+        # -1: no page. It is only written in place, since graphs hold its address
         self.page_table = torch.full((num_slots, self.pages_for(max_len)), -1, dtype=torch.int32, device=device)  # [N, W]
         self._pages: list[list[int]] = [[] for _ in range(num_slots)]  # of each slot, in the order of its tokens
         self._num_users = [0] * num_pages  # slots that refer to a page
@@ -74,11 +74,11 @@ class KVCache:
         return self._arena is not None
 
     def offload(self) -> None:
-        """Gives the memory of keys and values back, and what it holds up; nothing may touch them until reload()."""
+        """Gives the memory of keys and values back; their content is lost, and nothing may use them until reload()."""
         self._arena.give_back()
 
     def reload(self) -> None:
-        """Takes the memory again, with zeros in it. Raises torch.OutOfMemoryError where there is not enough."""
+        """Takes the memory again, filled with zeros. Raises torch.OutOfMemoryError if there is not enough."""
         if self._arena is not None:
             self._arena.take()
 
@@ -95,16 +95,16 @@ class KVCache:
 
     @staticmethod
     def pages_for(num_tokens: int) -> int:
-        """Pages that hold so many tokens of one sequence."""
+        """The number of pages for `num_tokens` tokens of one sequence."""
         return -(-num_tokens // PAGE_TOKENS)
 
     def table_of(self, layer: int) -> torch.Tensor | None:
-        """The page table where the layer is paged, None where it has rings: what the kernels take."""
+        """The page table, as the kernels take it, if the layer is paged; None if it has rings."""
         return self.page_table if self.is_paged[layer] else None
 
     def reserve(self, slot: int, num_tokens: int) -> bool:
-        """Gives the slot pages for its first `num_tokens` tokens, those it has included. Returns False, and changes nothing,
-        where too few are free. Raises ValueError above max_len."""
+        """Makes sure that the slot has pages for its first `num_tokens` tokens. Returns False, and changes nothing, if too few
+        are free. Raises ValueError above max_len."""
         if num_tokens > self.max_len:
             raise ValueError(f"{num_tokens} tokens do not fit a cache of {self.max_len} per sequence")
         pages = self._pages[slot]
@@ -116,9 +116,9 @@ class KVCache:
         return True
 
     def fan_out(self, source: int, targets: list[int], num_tokens: int) -> bool:
-        """Makes `targets`, slots without pages, continue the `num_tokens` tokens that slot `source` holds. Whole pages are
-        shared. The last page, where it is not full, and the rings are copied, now: every target appends to its own. Returns
-        False, and changes nothing, where too few pages are free."""
+        """Gives `targets`, slots without pages, the first `num_tokens` tokens of slot `source`. Whole pages are shared. A last
+        page that is not full and the rings are copied now, since every target appends to its own. Returns False, and changes
+        nothing, if too few pages are free."""
         num_whole, num_left = divmod(num_tokens, PAGE_TOKENS)
         pages = self._pages[source]
         assert len(pages) >= self.pages_for(num_tokens), f"slot {source} has {len(pages)} pages, {num_tokens} tokens need more"
@@ -141,7 +141,7 @@ class KVCache:
         return True
 
     def release(self, slot: int) -> None:
-        """Takes the slot's pages away; those that no other slot refers to are free again."""
+        """Takes the slot's pages; those that no other slot uses are free again."""
         pages, self._pages[slot] = self._pages[slot], []
         first = slot * self.page_table.shape[1]
         for column, page in enumerate(pages):
@@ -151,8 +151,8 @@ class KVCache:
                 self._free.append(page)
 
     def flush(self) -> None:
-        """Brings the device's page table up to date, in one copy that the host does not wait for. To be called before a launch
-        that reads the table, outside of graphs."""
+        """Updates the device's page table, in one copy that the host does not wait for. Call it before a launch that reads the
+        table, outside of graphs."""
         if not self._changed:
             return
         entries, pages = self._upload([list(self._changed), list(self._changed.values())])
@@ -166,7 +166,7 @@ class KVCache:
 
     def read(self, layer: int, slot: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values [end - first, K, D] of positions first .. end of a slot, whose pages must be flushed. A
-        ring must have been written up to `end`; in place of positions that it has lost, it gives those of later ones."""
+        ring must have been written up to `end`; positions that it no longer has get the entries of later ones."""
         assert self.pages_for(end) <= len(self._pages[slot]), f"slot {slot} has {len(self._pages[slot])} pages, not {end} tokens"
         positions = torch.arange(first, end, device=self.page_table.device)
         if self.is_paged[layer]:
