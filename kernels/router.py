@@ -1,9 +1,9 @@
 """Logits of the router, a product with few columns: logits = x W^T + b in fp32, from exact products in any dtype.
 
-The K loop ascends and is never split, and every tile multiplies with the same instructions: a token gets the same bits in any
-batch. Few tokens take narrow tiles of experts, so that more programs share a loop that waits for memory. The gradient
-dx = dlogits W keeps the fp32 bits of dlogits; that of W and b (full fine-tuning only) is left to cuBLAS.
-Where products are the library's (kernels/device.py: product_path), it runs the reference: fp32 throughout.
+The loop over inputs ascends and is never split, and every tile uses the same instructions: a token gets the same bits in any
+batch. Few tokens use narrow tiles of experts, so that more programs share the wait for memory. The gradient dx = dlogits W
+keeps the fp32 bits of dlogits; cuBLAS computes that of W and b (full fine-tuning only). On the library's path (kernels/device.py:
+product_path) the reference runs, in fp32.
 
 Shapes: T tokens, E experts, D model width.
 """
@@ -41,7 +41,7 @@ def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, st
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     cols = tl.arange(0, BLOCK_K)
-    if OVERLAPS:  # the tile's weights are asked for, in lines of 64 elements, while x is waited for
+    if OVERLAPS:  # prefetches the tile's weights, in lines of 64 elements, before the wait for x
         lines = tl.arange(0, LINES) * 64
         rows = tl.minimum(experts, NUM_EXPERTS - 1)
         prefetch(weight_ptr + rows[:, None] * stride_weight + tl.minimum(lines, WIDTH - 1)[None, :])
@@ -49,7 +49,8 @@ def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, st
     x_ptrs = x_ptr + tokens[:, None] * stride_x + cols[None, :]
     weight_ptrs = weight_ptr + experts[None, :] * stride_weight + cols[:, None]  # [BLOCK_K, BLOCK_E]
     is_token, is_expert = tokens < num_tokens, experts < NUM_EXPERTS
-    # the sum begins with the bias: added last, the compiler would move it there itself, but only where one step covers the width
+    # the sum begins with the bias: if it were added last, the compiler would move it to the front, but only if one step covers
+    # the width
     bias = tl.load(bias_ptr + experts, mask=is_expert, other=0.0).to(tl.float32)
     logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32) + bias[None, :]
     for first in range(0, WIDTH, BLOCK_K):
@@ -65,7 +66,7 @@ def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, st
 def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_weight, NUM_EXPERTS: tl.constexpr,
                         WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
                         PRECISION: tl.constexpr):
-    """dx += dlogits W, where dlogits keeps its fp32 bits: PRECISION is that of an fp32 product."""
+    """dx += dlogits W; PRECISION keeps the fp32 bits of dlogits."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token, is_col = tokens < num_tokens, cols < WIDTH

@@ -1,26 +1,26 @@
 """Attention of one new token per sequence over its key-value cache, with sinks, a sliding window and grouped queries.
 
 The formula is that of kernels/attention/packed.py with a single query row. A windowed layer's cache is a ring: the key of
-position p stands at entry p % L of its slot. A full layer's cache may consist of pages: the key of position p stands at entry p
-% L of page page_table[slot, p // L]. A tile counted from the start of the sequence lies within one page, one counted from the end
-of a prefix may lie in two. The numbers of those pages are loaded one tile ahead. Where a key lies changes no bit.
+position p is entry p % L of its slot. A full layer's cache may consist of pages: the key of position p is entry p % L of page
+page_table[slot, p // L]. A tile counted from the start of the sequence is in one page, a tile counted from the end of a prefix
+may be in two. The numbers of those pages are loaded one tile ahead. The bits do not depend on where a key is stored.
 
-The Triton kernel gives the bits that the forward kernel of kernels/attention/packed.py gives the same row, on GPUs whose products
-are mma.sync or wgmma in that kernel (sm_80 to sm_90, sm_120), in bf16 and fp16:
-* the loop is that kernel's own (forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
-  sequence, and again from the end of a shared prefix where training counts so (`prefix_lens`);
-* tiles without a visible key leave maximum, sum and output as they are (the sink keeps the maximum finite, so their weights
-  are 0 and the factor is 1): it does not matter that a tile of training queries visits more of them than one query;
-* the one sum whose order a layout decides is that of a row's weights. There, a thread holds columns 8 j + 2 (lane % 4) and
-  the next of its row, adds its own, and a butterfly adds those of four lanes. That holds here too as long as all warps
-  lie along the rows; 16 rows fill one warp.
+The Triton kernel gives a row the same bits as the forward kernel of kernels/attention/packed.py, on GPUs on which that kernel's
+products are mma.sync or wgmma (sm_80 to sm_90, sm_120), in bf16 and fp16:
+* it uses that kernel's loop (forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
+  sequence and, if training shares prompts, again from the end of the prefix (`prefix_lens`);
+* tiles without a visible key do not change maximum, sum and output (the sink keeps the maximum finite, so their weights are 0
+  and the factor is 1): a tile of training queries may visit more of them than one query does;
+* only one sum's order depends on the layout, that of a row's weights. In both kernels a thread has columns 8 j + 2 (lane % 4) and
+  the next one of its row, adds its own, and a butterfly adds those of four lanes. This holds as long as all warps are along the
+  rows; 16 rows fill one warp.
 
 There is one program of one warp for each sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows
-of the smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU waits;
-where they are long, kernels/attention/decode_parts.py shares a sequence between programs (`longest`).
+of the smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU is
+idle; if they are long, kernels/attention/decode_parts.py shares a sequence between programs (`longest`).
 
-Where sequences share a prefix, another launch may first go through it for several of them at once, 64 rows to a product
-(SharedPrefixes); each sequence goes on from there with its own keys. Its sums keep their order, and so their bits.
+If sequences share a prefix, another launch may first read it for several of them at once, 64 rows to a product (SharedPrefixes);
+each sequence then continues with its own keys. Its sums keep their order, and so their bits.
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per slot or page, H query heads, K key-value heads, D head
 width.
@@ -55,13 +55,13 @@ _LOG2_E = 1.4426950408889634
 _STAGES = {False: 3, True: 4}
 # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
 _PREFIX_ROWS = 64
-# GPU family -> stages of its loads, where a program has a multiprocessor's shared memory to itself: nothing else hides them
+# GPU family -> stages of its loads if a program has a multiprocessor's shared memory to itself: only stages hide the loads then
 _PREFIX_STAGES = {"ampere": unmeasured(3), "consumer": unmeasured(3), "hopper": measured(8), "blackwell": unmeasured(8),
                   "interpreter": unmeasured(3)}
 
 
 class SharedPrefixes(NamedTuple):
-    """Which rows have the same prefix, to be read once for several of them."""
+    """Rows with the same prefix, which is then read once for several of them."""
 
     tiles: torch.Tensor  # [N, 2] int32: first row and number of neighbouring rows of one prefix, at most rows_per_tile; 0: none
     is_shared: torch.Tensor  # [B] int32, 0 or 1: whether a row is in one of the tiles
@@ -91,7 +91,7 @@ def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, 
         entries = pages.clamp(min=0).unsqueeze(2) * keys.shape[1] + torch.arange(keys.shape[1], device=q.device)
         entries = entries.flatten(1)[:, :max_keys]  # [B, max_keys]
         k, v = (cache.flatten(0, 1).index_select(0, entries.flatten()).unflatten(0, entries.shape) for cache in (keys, values))
-    # entries past num_keys were never written by this sequence: they must not turn 0 * inf into NaN
+    # the sequence never wrote entries from num_keys on: 0 * inf must not give NaN
     v = v.masked_fill(~visible[:, :, None, None], 0.0)
     return attend(q.unsqueeze(1), k, v, sinks, visible[:, None, None, None, :], scale).squeeze(1).to(q.dtype)
 
@@ -103,7 +103,7 @@ def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, k
     first = key_start
     if WINDOWED:
         first = key_start + tl.maximum(position - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
-    # all tiles are masked: one loop, whose loads never drain, for a few comparisons per tile
+    # all tiles are masked: one loop that always loads ahead costs only a few comparisons per tile
     rows = tl.zeros([BLOCK_H], tl.int32) + position
     return forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_key, stride_key, 0, rows, first, key_end, key_end,
                           scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED)
@@ -113,8 +113,8 @@ def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, k
 def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, page_table, stride_q, scale_log2, pages_per_slot,
                    STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
                    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
-    """A prefix for up to ROWS sequences that share it, read once: what _decode_kernel goes on from, the output so far, its
-    maximum and its sum, goes to states [B, H, D + 2]."""
+    """Reads a prefix once for up to ROWS sequences that share it. Writes the output so far, its maximum and its sum, from which
+    _decode_kernel continues, to states [B, H, D + 2]."""
     wait_for_launch_before(OVERLAPS)
     first_head = tl.program_id(0) * GROUP
     first_row, num_rows = tl.load(tiles + tl.program_id(1) * 2), tl.load(tiles + tl.program_id(1) * 2 + 1)
@@ -132,7 +132,7 @@ def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, pa
     acc = tl.zeros([ROWS * BLOCK_H, D], tl.float32)
     keys += tl.program_id(0) * D
     values += tl.program_id(0) * D
-    # every row sees the whole prefix: only its last tile, if it is partial, needs a mask
+    # every row sees the whole prefix: only a partial last tile needs a mask
     whole_end = end // BLOCK_N * BLOCK_N
     last = tl.zeros_like(rows) + end
     acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
@@ -156,10 +156,10 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
     # the key-value heads of a sequence run side by side: their keys share pages of memory
     first_head = tl.program_id(0) * GROUP
     sequence = tl.program_id(1).to(tl.int64)
-    # an idle row stands at a position below 0: it has no tiles and ends as 0 / 1
+    # an idle row has a position below 0: it has no tiles, and its output is 0 / 1
     position = tl.load(positions + sequence).to(tl.int32)
     if PAGE > 0:
-        # a row past its table means nothing, but must not read past it
+        # the result of a row past its table is not used, but it must not read past the table
         position = tl.minimum(position, pages_per_slot * PAGE - 1)
     slot = tl.load(slots + sequence).to(tl.int64)
     pages = page_table + slot * pages_per_slot
@@ -200,16 +200,16 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
                      positions: torch.Tensor, window: int, scale: float, prefix_lens: torch.Tensor | None = None,
                      page_table: torch.Tensor | None = None, shared: SharedPrefixes | None = None,
                      longest: int = 0) -> torch.Tensor:
-    """q [B, H, D] of new tokens at positions [B] of slots [B], which the caches already hold; sinks [H]; window 0 means none.
-    The caches are [N, L, K, D], of N slots, with L at most the window if there is one; or, without a window, [M, L, K, D] of M
-    pages, of which page_table [N, W] int32 names those of each slot. Rows at a position below 0 are idle and give zeros; without
-    a window, positions must be below L, or W * L, and in pages that the slot has: nothing checks that on a GPU, where no value
-    reaches the host. Returns [B, H, D] in q's dtype.
+    """q [B, H, D] of new tokens at positions [B] of slots [B], whose keys and values are already in the caches; sinks [H];
+    window 0 means none. The caches are [N, L, K, D], of N slots, with L at most the window if there is one; or, without a window,
+    [M, L, K, D] of M pages, and page_table [N, W] int32 has the pages of each slot. Rows at a position below 0 are idle and give
+    zeros. Without a window, positions must be below L, or W * L, and in pages that the slot has: nothing checks that on a GPU,
+    where no value is read back. Returns [B, H, D] in q's dtype.
 
-    prefix_lens [B]: tokens of each sequence that training computes once for several (AttentionPlan, prefixes), 0 for none.
-    Without them the bits are those of training on whole sequences; on the CPU they change nothing. shared: whose prefixes are the
-    same and are read once, in pages; their rows must have the whole prefix. longest: where it is above 0, no row has more tokens,
-    and many programs go through a row's pages. Neither changes a bit."""
+    prefix_lens [B]: length of each sequence's prefix that training computes once for several sequences (AttentionPlan, prefixes),
+    0 for none. Without them the bits are those of training on whole sequences; on the CPU they change nothing. shared: rows whose
+    prefixes are equal and are read once, in pages; those rows must have the whole prefix. longest: if above 0, no row has more
+    tokens, and many programs share a row's pages. The bits depend on neither."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
     assert page_table is None or window == 0, (page_table.shape, window)
     assert shared is None or (page_table is not None and prefix_lens is not None), "shared prefixes need pages and prefix_lens"

@@ -1,18 +1,18 @@
-"""Attention of one new token where sequences are few and long: many programs share a sequence, with the sums of one program.
+"""Attention of one new token for few, long sequences: many programs share a sequence, with the sums of one program.
 
-kernels/attention/decode.py goes through a sequence's keys with one program per key-value head: maximum, sum and output change
-tile by tile, and training adds up in the same order. With few sequences most of a GPU waits for that chain, which gets longer
-with every token. Little of it has to be a chain: the maximum before a tile is the same however it is found, and once it is known,
-a tile's weights follow to the last bit without the tiles before. So there are three steps:
+kernels/attention/decode.py reads a sequence's keys with one program per key-value head: maximum, sum and output change tile by
+tile, and training adds in the same order. With few sequences most of a GPU waits for that chain, which grows with every token.
+But most of the work needs no chain: the maximum before a tile can be computed in any order, and with it a tile's weights have the
+same bits without the tiles before. So there are three steps:
 
     1. the largest score of every part of TILES tiles, in parallel;
-    2. the weights of every tile, after the maximum of the parts and tiles before it, in parallel; their sum; the new maximum;
-    3. output and sum, tile by tile: out = out * 2^(old maximum - new) + weights V, in slices of the head's width in parallel,
-       which a product does not mix.
+    2. for every tile, in parallel, from the maximum of the parts and tiles before it: its weights, their sum, the new maximum;
+    3. output and sum, tile by tile: out = out * 2^(old maximum - new) + weights V; slices of the head's width in parallel, which
+       are independent.
 
-A program of step 3 computes a slice of the products and one exponential a row. All sums have the order that they have in
-forward_tiles (kernels/attention/packed.py), from the same layouts of one warp, and so the same bits. It costs two more launches;
-keys are read twice, weights written and read (a sixteenth of keys and values with gpt-oss's 8 query heads).
+A program of step 3 computes a slice of the products and one exponential a row. All sums have the order and the layouts of one
+warp that they have in forward_tiles (kernels/attention/packed.py), and so the same bits. The price: two more launches, keys are
+read twice, and weights are written and read (a sixteenth of keys and values with gpt-oss's 8 query heads).
 
 Shapes: B sequences, N slots, M pages, W pages per slot, L entries per page, H query heads, K key-value heads, D head width,
 R rows of a product: a key-value head's query heads, padded.
@@ -34,8 +34,8 @@ SCORE_STAGES, SUM_STAGES = 3, 6
 @triton.jit
 def _sequence(slots, positions, prefix_lens, page_table, sequence, pages_per_slot, PREFIXED: tl.constexpr, PAGE: tl.constexpr,
               BLOCK_N: tl.constexpr):
-    """Of a sequence: the number of its keys, those of its prefix, its tiles of keys, its pages. An idle one has no tiles."""
-    # a row past its table means nothing, but must not read past it
+    """A sequence's number of keys, of keys in its prefix, of key tiles (0 if it is idle), and the pointer to its pages."""
+    # the result of a row past its table is not used, but it must not read past the table
     num_keys = tl.minimum(tl.load(positions + sequence).to(tl.int32) + 1, pages_per_slot * PAGE)
     prefix = 0
     if PREFIXED:
@@ -47,7 +47,7 @@ def _sequence(slots, positions, prefix_lens, page_table, sequence, pages_per_slo
 
 @triton.jit
 def _tile_keys(tile, num_keys, prefix, PREFIXED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first key of a tile, and the end of those that it may have: a prefix's tiles come first, the others count from its
+    """A tile's first key, and the end of the keys that it may have: the prefix's tiles come first, others are counted from its
     end."""
     start, end = tile * BLOCK_N, num_keys
     if PREFIXED:
@@ -60,7 +60,7 @@ def _tile_keys(tile, num_keys, prefix, PREFIXED: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def _tile_pages(pages, tile, num_tiles, num_keys, prefix, PREFIXED: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of a tile's first and last key, asked for one tile ahead: loads of keys need not wait for them then."""
+    """The pages of a tile's first and last key, loaded one tile ahead so that loads of keys need not wait."""
     start, end = _tile_keys(tile, num_keys, prefix, PREFIXED, BLOCK_N)
     page = tl.load(pages + start // PAGE, mask=tile < num_tiles, other=0)
     next_page = page
@@ -82,7 +82,7 @@ def _tile_rows(pointer, page, next_page, start, end, STRIDE_KEY: tl.constexpr, P
 @triton.jit
 def _scores(q_tile, keys, page, next_page, tile, num_keys, prefix, STRIDE_KEY: tl.constexpr, PREFIXED: tl.constexpr,
             PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Products [R, BLOCK_N] of the queries with a tile's keys, minus infinity for those it does not have."""
+    """Products [R, BLOCK_N] of the queries with a tile's keys, minus infinity beyond the last key."""
     start, end = _tile_keys(tile, num_keys, prefix, PREFIXED, BLOCK_N)
     k_tile = _tile_rows(keys, page, next_page, start, end, STRIDE_KEY, PREFIXED, PAGE, D, BLOCK_N)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
@@ -185,8 +185,8 @@ def _sum_kernel(values, sinks, out, weights, tile_max, tile_sum, slots, position
         v_tile = _tile_rows(values, page, next_page, start, end, STRIDE_KEY, PREFIXED, PAGE, SLICE, BLOCK_N)
         page, next_page = _tile_pages(pages, tile + 1, num_tiles, num_keys, prefix, PREFIXED, PAGE, BLOCK_N)
         next_largest, next_total = _tile_numbers(tile_max, tile_sum, tile + 1, num_tiles, BLOCK_H)  # a tile ahead, too
-        # never below the last; as the result of an operation, for the compiler overlaps no iterations where a variable that
-        # they hand on becomes another
+        # `largest` is never below row_max; the maximum is taken because the compiler overlaps no iterations if a variable that
+        # they pass on is only renamed
         new_max = tl.maximum(row_max, largest)
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + total
@@ -201,9 +201,9 @@ def _sum_kernel(values, sinks, out, weights, tile_max, tile_sum, slots, position
 def decode_attention_parts(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, out: torch.Tensor, *,
                            slots: torch.Tensor, positions: torch.Tensor, prefixes: torch.Tensor, is_prefixed: bool,
                            page_table: torch.Tensor, longest: int, scale_log2: float, tile: int) -> None:
-    """What decode_attention gives without a window, written to out [B, H, D]: the same bits. q [B, H, D], keys and values
-    [M, L, K, D] in pages; prefixes [B]: its prefix_lens, any numbers unless is_prefixed; no row has more than `longest` tokens;
-    tile: the keys of one. Triton only, arguments as decode_attention has checked them."""
+    """Writes decode_attention's result without a window to out [B, H, D], with the same bits. q [B, H, D], keys and values
+    [M, L, K, D] in pages; prefixes [B]: its prefix_lens, ignored unless is_prefixed; no row has more than `longest` tokens; tile:
+    keys of a tile. Triton only; decode_attention has checked the arguments."""
     num_rows, num_heads, width = q.shape
     page, num_kv_heads = keys.shape[1:3]
     group = num_heads // num_kv_heads

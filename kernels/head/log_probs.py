@@ -1,25 +1,25 @@
 """Log-probability of chosen tokens and entropy of the whole distribution, from hidden states, without keeping logits.
 
 z = W h / temperature; log p(y) = z_y - logsumexp_{i in kept} z_i; entropy = -sum_i p_i log p_i over the full vocabulary.
-`kept` is the set a sampling filter left (empty: the whole vocabulary), so that the trainer scores under the distribution that was
-sampled from. Logits are fp32 sums that never leave the kernel:
+`kept` is the set that a sampling filter kept (empty: the whole vocabulary), so the trainer scores under the distribution that was
+sampled from. Logits are fp32 sums inside the kernel and are not stored:
   dz_i += g_logp (1[i = y] - p_i^kept),  dz_i += -g_entropy p_i (log p_i + entropy).
 
 With a frozen head the gradient of log p(y) is its factor times a direction known in the forward,
   dh = g_logp / temperature * ((1 - p_y) W_y - sum_{i != y} p_i W_i),
-so the forward makes that sum too, from unnormalised probabilities in a bounded scratch, and the whole costs two matrix products
-(logits, sum) instead of three. The chosen token stays out of the sum: at p_y near 1 the two terms would cancel in bf16.
-A trainable head, or a loss that uses the entropy, has its logits recomputed in the backward, one range of the vocabulary at
-a time (four products, three with a frozen head).
+so the forward also computes that sum, from unnormalised probabilities in a bounded scratch, and the whole costs two matrix
+products (logits, sum) instead of three. The chosen token is not in the sum: at p_y near 1 the two terms would cancel in bf16.
+With a trainable head, or a loss that uses the entropy, the backward computes the logits again, one range of the vocabulary at a
+time (four products, three with a frozen head).
 
 The log-sum-exp is a reduction in two levels, tile by tile of the vocabulary (tiles.py).
 
-The maximum of a row is known only once all its tiles are done. The probabilities in the scratch are therefore relative to a power
-of two near the chosen token's own, which a dot product finds beforehand. Any reference near the maximum keeps all digits, since
-bf16 has the exponents of fp32. A tile more than 2^MAX_EXCESS above it takes its own maximum, and the row is rescaled at the end.
+A row's maximum is known only after all its tiles. So the probabilities in the scratch are relative to a power of two near the
+chosen token's own probability, which a dot product finds first. Any reference near the maximum keeps all digits, since bf16 has
+the exponents of fp32. A tile more than 2^MAX_EXCESS above it uses its own maximum, and the row is rescaled at the end.
 
-Paths: "triton" forms logits in the kernel; "library" (kernels/device.py: product_path; and float16 anywhere) takes fp32 logits
-from torch.mm. The sum is torch.mm in both.
+Paths: "triton" computes logits in the kernel; "library" (kernels/device.py: product_path; and float16 everywhere) takes fp32
+logits from torch.mm. Both compute the sum by torch.mm.
 
 Shapes: N tokens, D model width, V vocabulary, n tokens of a chunk, C columns of a range of the vocabulary.
 """
@@ -45,9 +45,9 @@ from kernels.head.tiles import (
     score_tiles,
 )
 
-# logits held at once by the reference, in elements
+# most logits that the reference has in memory at once, in elements
 _MAX_LOGITS = 1 << 27
-SCRATCH_BYTES = 600_000_000  # what the kernels may hold at once: 1,408 tokens of gpt-oss in bf16
+SCRATCH_BYTES = 600_000_000  # of the kernels' scratch: 1,408 tokens of gpt-oss in bf16
 
 
 def head_logits_reference(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _kept_mask(z: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tens
 
 def _kept_log_probs(z: torch.Tensor, log_p: torch.Tensor, kept_ids: torch.Tensor | None, kept_offsets: torch.Tensor | None,
                     part: slice) -> torch.Tensor:
-    """log p [n, V] of rows `part`, renormalised over what each row keeps; log_p itself where nothing is filtered."""
+    """log p [n, V] of rows `part`, renormalised over each row's kept set; log_p itself without a filter."""
     if kept_ids is None:
         return log_p
     mask = _kept_mask(z, kept_ids, kept_offsets[part.start:part.start + z.shape[0] + 1])
@@ -87,14 +87,14 @@ class _LogProbsReference(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             z = head_logits_reference(hidden[part], weight).div_(temperature)
-            # rounds as the sampler does: the maximum is taken off before the logarithm
+            # rounds as the sampler does, which subtracts the maximum before the logarithm
             log_p = torch.log_softmax(z, dim=-1)
             kept_log_p = _kept_log_probs(z, log_p, kept_ids, kept_offsets, part)
             log_probs[part] = kept_log_p.gather(1, targets[part].unsqueeze(1)).squeeze(1)
             entropy[part] = -(log_p.exp() * log_p).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, entropy, kept_ids, kept_offsets)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.set_materialize_grads(False)  # an output nobody differentiates costs nothing
+        ctx.set_materialize_grads(False)  # an output that no loss uses costs nothing
         return log_probs, entropy
 
     @staticmethod
@@ -135,7 +135,7 @@ def _reference_kernel(hidden, weight, targets, reference, scale, width, stride_h
 
 @triton.jit
 def _kept_kernel(ids, offsets, scratch, num_columns, first_column, stride_scratch, BLOCK: tl.constexpr):
-    """Marks kept columns of a zeroed scratch row with 1: all of them where the row has no filter."""
+    """Marks kept columns of a zeroed scratch row with 1; all columns if the row has no filter."""
     row = tl.program_id(0).to(tl.int64)
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     at = scratch + row * stride_scratch
@@ -194,7 +194,7 @@ def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, gra
                             stride_grad, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,
                             IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
                             HAS_KEPT: tl.constexpr, HAS_LOG_PROBS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
-    """Gradient of the logits (before the temperature) of a range of the vocabulary, over the marks of kept columns."""
+    """Gradient of the logits (before the temperature) of a range of the vocabulary; it replaces the marks of kept columns."""
     num_row_tiles = tl.cdiv(num_rows, BM)
     num_tiles = num_row_tiles * tl.cdiv(num_columns, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
@@ -210,13 +210,13 @@ def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, gra
 
 
 def _num_rows(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
-    """Tokens of a chunk: as many as fit, in whole tiles of 128."""
+    """The number of tokens in a chunk: as many as fit, in whole tiles of 128."""
     rows = scratch_bytes // row_bytes if row_bytes else 1 << 14
     return max(1, min(num_tokens, rows - rows % 128 if rows > 128 else rows))
 
 
 def _mark_kept(scratch: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torch.Tensor, first_column: int) -> None:
-    """scratch [n, C] becomes 1 at the kept ids among the columns from first_column on, 0 elsewhere."""
+    """Sets scratch [n, C] to 1 at the kept ids among the columns from first_column on, to 0 elsewhere."""
     scratch.zero_()
     launch(_kept_kernel, (scratch.shape[0],), kept_ids, kept_offsets, scratch, scratch.shape[1], first_column, scratch.stride(0),
            BLOCK=1024)
@@ -224,7 +224,7 @@ def _mark_kept(scratch: torch.Tensor, kept_ids: torch.Tensor, kept_offsets: torc
 
 def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, outputs, makes_sum) -> None:
     """Fills `outputs` (log_probs, entropy, lse, kept_lse, target_factor, sum_factor: [n] each) for the tokens of one chunk.
-    scratch [n, V] is left with the other tokens' probabilities (makes_sum); logits [n, V] fp32 is room for the "library" path."""
+    With makes_sum, scratch [n, V] gets the other tokens' probabilities; logits [n, V] fp32 is scratch for the "library" path."""
     has_kept, scale, (num_rows, width) = kept is not None, math.log2(math.e) / temperature, hidden.shape
     blocks, reference = head_blocks(hidden, weight, small_parts=has_kept), None
     if has_kept:
@@ -242,8 +242,8 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
 
 
 def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the hidden states and of the head, from logits formed again, one range of the vocabulary at a time: a range's
-    rows of the head's gradient are complete at once, and only that of the hidden states is summed over ranges."""
+    """Gradients of the hidden states and of the head, from logits computed again, one range of the vocabulary at a time. Only the
+    gradient of the hidden states is summed over ranges: a range gives its rows of the head's gradient completely."""
     hidden, weight, targets, kept_ids, kept_offsets, _, entropy, lse, kept_lse, _, _ = ctx.saved_tensors
     if weight.dtype == torch.float16:
         raise ValueError("log_probs: in float16 the gradients of the entropy and of the head would underflow; "
@@ -300,7 +300,7 @@ class _LogProbs(torch.autograd.Function):
                 multiply(room, weight, weighted_sum[part])
         ctx.save_for_backward(hidden, weight, targets, kept_ids, kept_offsets, weighted_sum, *outputs[1:])
         ctx.temperature, ctx.makes_sum, ctx.scratch_bytes = temperature, makes_sum, scratch_bytes
-        ctx.set_materialize_grads(False)  # an output nobody differentiates costs nothing
+        ctx.set_materialize_grads(False)  # an output that no loss uses costs nothing
         return outputs[0], outputs[1]
 
     @staticmethod
@@ -324,9 +324,10 @@ def log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     """hidden [N, D], weight [V, D], targets [N] int64; kept_ids int32 with kept_offsets [N + 1] int64 (row n keeps
     kept_ids[kept_offsets[n]:kept_offsets[n + 1]]). Returns log-probs [N] and entropy [N], fp32 nats, both differentiable.
 
-    has_entropy_loss announces that the entropy's gradient will be asked for (it may be all the same): the forward then
-    saves itself the product that only the log-probs' gradient needs. scratch_bytes bounds the kernels' scratch on a GPU.
-    A target outside the vocabulary gives an undefined result there. Raises ValueError for dtypes and GPUs without a path."""
+    has_entropy_loss: the backward will need the entropy's gradient, so the forward leaves out the product that only the
+    log-probs' gradient needs; without it the entropy's gradient is right, too, only slower. scratch_bytes bounds the kernels'
+    scratch on a GPU, where a target outside the vocabulary gives an undefined result. Raises ValueError for dtypes and GPUs
+    without a path."""
     if not is_triton(hidden):
         return _LogProbsReference.apply(hidden, weight, targets, temperature, kept_ids, kept_offsets)
     makes_sum = torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad and not has_entropy_loss

@@ -1,9 +1,9 @@
-"""Logits of hidden states, formed tile by tile of the vocabulary, and what a tile leaves of its tokens. Scoring (log_probs.py)
-and drawing (draw.py) share it, so that equal hidden states give equal bits in both.
+"""Logits of hidden states, computed tile by tile of the vocabulary, and sums over each tile. Scoring (log_probs.py) and drawing
+(draw.py) share them, so equal hidden states give equal bits in both.
 
-Per token and tile of the vocabulary _partials_kernel leaves the maximum, the sum of probabilities relative to it and the sum of
-weighted logits; _reduce_kernel adds these up in the order of the vocabulary. Maxima are rounded up to whole powers of two: then a
-change of reference scales every term exactly. Exponentials and logarithms are base 2 inside, nats outside.
+For each token and tile of the vocabulary _partials_kernel stores the maximum, the sum of probabilities relative to it and the sum
+of weighted logits; _reduce_kernel adds these up in the order of the vocabulary. Maxima are rounded up to whole powers of two,
+so a change of reference scales every term exactly. Exponentials and logarithms are base 2 inside, nats outside.
 
 Shapes: N tokens, D model width, V vocabulary, C columns of a range of the vocabulary.
 """
@@ -28,8 +28,8 @@ from kernels.device import (
 )
 
 LN2 = tl.constexpr(math.log(2))
-_NEVER = tl.constexpr(-1e30)  # a logit of probability 0 that needs no care for infinities
-# powers of two that a stored probability may exceed its reference by: sums of 2^18 of them stay finite
+_NEVER = tl.constexpr(-1e30)  # a logit of probability 0; finite, so that differences are never NaN
+# most powers of two by which a stored probability may exceed its reference: sums of 2^18 of them stay finite
 MAX_EXCESS = {torch.bfloat16: 64.0, torch.float32: 64.0, torch.float16: 4.0}
 
 # tokens and vocabulary rows of a product, width of a step; TILE columns are reduced at a time (the whole or half of BN);
@@ -42,7 +42,7 @@ _BLOCKS = {
     "turing": unmeasured(dict(BM=16, BN=128, BK=16, TILE=128, num_warps=4, num_stages=1, IS_PERSISTENT=False, USE_TMA=False)),
     "interpreter": unmeasured(dict(BM=16, BN=32, BK=16, TILE=16, num_warps=4, num_stages=1, IS_PERSISTENT=True, USE_TMA=False)),
 }
-# with marks of kept columns to read, or in the gradient's kernel, larger ones would spill registers
+# smaller blocks with marks of kept columns, and in the gradient's kernel, where larger ones would spill registers
 _SMALL_PARTS = {"hopper": measured(dict(BN=128, TILE=64))}
 _FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
 
@@ -93,7 +93,7 @@ def store_tile(products, logits, rows, row_mask, column, num_columns, stride_log
 @triton.jit
 def _score_tile(products, rows, row_mask, column, targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits,
                 other_sums, scratch, scale, max_excess, vocab, stride_scratch, HAS_KEPT: tl.constexpr, STORES: tl.constexpr):
-    """What one tile of the vocabulary, of products [BM, TILE] from `column` on, leaves of its tokens."""
+    """Stores the sums of one tile of the vocabulary: products [BM, TILE], from `column` on."""
     TILE: tl.constexpr = products.shape[1]
     columns = column + tl.arange(0, TILE)
     row_mask = row_mask & (column + tl.zeros_like(rows) < vocab)  # the last tile may be half outside
@@ -133,9 +133,9 @@ def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, d
                      TILE: tl.constexpr, IS_EVEN: tl.constexpr, USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr,
                      HAS_LOGITS: tl.constexpr, HAS_KEPT: tl.constexpr, STORES: tl.constexpr,
                      KEEPS_LOGITS: tl.constexpr):
-    """Per token and TILE columns of the vocabulary: maximum, sum and weighted sum; and probabilities into the scratch (STORES),
-    which holds the marks of kept columns before (HAS_KEPT). Logits are formed here, and stored (KEEPS_LOGITS), or read
-    (HAS_LOGITS)."""
+    """For each token and TILE columns of the vocabulary: maximum, sum and weighted sum. STORES: also writes probabilities into
+    the scratch. HAS_KEPT: the scratch first has the marks of kept columns. Logits are computed here, and stored if
+    KEEPS_LOGITS; or, if HAS_LOGITS, read."""
     num_row_tiles = tl.cdiv(num_rows, BM)
     num_tiles = num_row_tiles * tl.cdiv(vocab, BN)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=IS_PERSISTENT):
@@ -150,7 +150,7 @@ def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, d
         else:
             products = logits_tile(hidden, weight, row, column, num_rows, vocab, width, stride_hidden, stride_weight,
                                     BM, BN, BK, IS_EVEN, USE_TMA)
-        # tile by tile, so that a product's logits and probabilities need not be in registers at once
+        # tile by tile, so that a product's logits and probabilities are not in registers at once
         for part in tl.static_range(BN // TILE):
             logits_part = part_of(products, part, TILE)
             _score_tile(logits_part, rows, row_mask, column + part * TILE, targets, reference, maxima, sums, dots, kept_maxima,
@@ -164,7 +164,7 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
                    log_probs, entropy, lse, kept_lse, target_factor, sum_factor, max_excess, vocab, num_tiles,
                    stride_scratch, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, HAS_KEPT: tl.constexpr,
                    STORES: tl.constexpr):
-    """Everything a token's tiles add up to; one program per token."""
+    """Adds up a token's tiles; one program per token."""
     row = tl.program_id(0).to(tl.int64)
     tiles = tl.arange(0, TILES)
     mask = tiles < num_tiles
@@ -208,8 +208,8 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
 
 
 def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False, fits_rows: bool = False) -> dict:
-    """Block sizes and options for products of hidden states with a head. Sums over a tile depend on its layout: only products
-    alone may choose by the number of rows (fits_rows), scores have the same bits in any batch."""
+    """Block sizes and options for products of hidden states with a head. fits_rows: they may depend on the number of rows; only
+    for plain products, since sums over a tile depend on its layout, and scores must have the same bits in any batch."""
     family = gpu_family(hidden)
     blocks = dict(_BLOCKS[family].blocks)
     if weight.dtype == torch.float32 and hidden.is_cuda:
@@ -225,7 +225,7 @@ def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool
 
 
 def operands(hidden: torch.Tensor, weight: torch.Tensor, blocks: dict) -> tuple:
-    """The kernels' view of both: descriptors for the copy engine, or the tensors."""
+    """Both as the kernels take them: tensor descriptors, or the tensors."""
     if not blocks["USE_TMA"]:
         return hidden, weight
     return (TensorDescriptor.from_tensor(hidden, [blocks["BM"], blocks["BK"]]),
@@ -257,7 +257,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class TileSums(NamedTuple):
-    """What the tiles leave of each token: [N, tiles] fp32 each, the last two [N]. Without a filter kept_* are not read."""
+    """The tiles' sums for each token: [N, tiles] fp32 each, the last two [N]. Without a filter kept_* are not read."""
 
     maxima: torch.Tensor
     sums: torch.Tensor
@@ -271,9 +271,9 @@ class TileSums(NamedTuple):
 def score_tiles(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reference: torch.Tensor | None,
                 scratch: torch.Tensor | None, logits: torch.Tensor | None, *, blocks: dict, scale: float, has_kept: bool,
                 stores: bool, keeps_logits: bool) -> TileSums:
-    """The tiles' sums for targets [N], of logits times `scale` (to base 2, over the temperature). scratch [N, V] has the marks of
-    kept columns (has_kept) and gets probabilities relative to 2^reference (stores); logits [N, V] fp32 are written (keeps_logits)
-    or, where they are given, read instead of formed."""
+    """The tiles' sums for targets [N], of logits times `scale` (base 2, divided by the temperature). scratch [N, V]: with
+    has_kept it has the marks of kept columns, with `stores` it gets probabilities relative to 2^reference. logits [N, V] fp32
+    are written if keeps_logits, else read if given."""
     (num_rows, width), vocab = hidden.shape, weight.shape[0]
     tiles = torch.empty(5 if has_kept else 3, num_rows, cdiv(vocab, blocks["TILE"]), dtype=torch.float32, device=hidden.device)
     of_rows = torch.empty(2, num_rows, dtype=torch.float32, device=hidden.device)
@@ -288,8 +288,8 @@ def score_tiles(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
 
 def add_up_tiles(targets: torch.Tensor, reference: torch.Tensor | None, sums: TileSums, scratch: torch.Tensor | None,
                  outputs: list[torch.Tensor], *, vocab: int, tile: int, max_excess: float, has_kept: bool, stores: bool) -> None:
-    """Fills outputs, [N] fp32 each: log_probs and entropy in nats, lse and kept_lse in base 2; where probabilities were stored,
-    also target_factor and sum_factor, and the scratch then has one reference for a row."""
+    """Fills outputs, [N] fp32 each: log_probs and entropy in nats, lse and kept_lse in base 2. If probabilities were stored, also
+    target_factor and sum_factor, and rescales the scratch to one reference for each row."""
     num_rows, num_tiles = sums.maxima.shape
     launch(_reduce_kernel, (num_rows,), targets, reference, *sums, scratch, *outputs, max_excess, vocab, num_tiles,
            0 if scratch is None else scratch.stride(0), TILE=tile, TILES=triton.next_power_of_2(num_tiles), BLOCK=1024,

@@ -1,4 +1,4 @@
-"""MXFP4 weights in the layout in which tensor cores take them: the same bytes as the checkpoint's, permuted in place.
+"""MXFP4 weights in the layout that tensor cores take: the checkpoint's bits, permuted in place.
 
 The unit is a tile of 16 output rows x C inputs (C = 64, or 32 where the width is no multiple of 64). Thread (g, c), g < 8, c < 4,
 of a warp holds of each 16 x 16 step of the MMA's weight operand (mma.m16n8k16 and wgmma.m64nNk16 alike) 8 elements:
@@ -57,7 +57,7 @@ def chunk_of(num_in: int) -> int:
 
 
 def is_foldable(scales: torch.Tensor) -> bool:
-    """Whether every scale lets 2^126 be folded into it. Waits for the device: for loading."""
+    """Whether 2^126 can be folded into every scale. For loading: waits for the device."""
     return scales.numel() == 0 or int(scales.max()) <= MAX_FOLDED_SCALE
 
 
@@ -73,14 +73,14 @@ def can_permute(blocks: torch.Tensor) -> bool:
 
 
 def _sources(code: int, half: int) -> list[int]:
-    """Where bits 3 (sign), 2, 1 and 0 of code j of a half are stored in the word."""
+    """The positions in the word of bits 3 (sign), 2, 1 and 0 of code j of a half."""
     rotations = ROTATIONS[code]
     targets = zip((15, 8, 7, 6), (rotations[0], rotations[1], rotations[1], rotations[2]))
     return [(target + 16 * half - rotation) % 32 for target, rotation in targets]
 
 
 def _word_tables(device: torch.device) -> torch.Tensor:
-    """What each of the 256 bytes of two codes contributes to a word as code j of both halves: [4, 256] int64."""
+    """The bits that each of the 256 bytes, two codes, sets in a word as code j of both halves: [4, 256] int64."""
     byte = torch.arange(256, device=device)
     tables = torch.zeros(4, 256, dtype=torch.int64, device=device)
     for code in range(4):
@@ -139,8 +139,8 @@ def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 def to_fragments_(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Brings blocks [E, O, N, 16] and scales [E, O, N] uint8 from the checkpoint's layout into fragment layout, in place.
 
-    Works expert by expert: about 20 bytes of working memory per byte of one expert. Raises ValueError where O is no multiple
-    of 16."""
+    Works expert by expert: about 20 bytes of working memory per byte of one expert. Raises ValueError if O is no multiple of
+    16."""
     _check(blocks, scales)
     tables = _word_tables(blocks.device)
     for expert in range(blocks.shape[0]):
@@ -149,7 +149,7 @@ def to_fragments_(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 
 
 def from_fragments(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks and scales in the checkpoint's layout again, as new tensors: the exact inverse of to_fragments_, for export."""
+    """Blocks and scales in the checkpoint's layout, as new tensors: the exact inverse of to_fragments_, for export."""
     _check(blocks, scales)
     out_blocks, out_scales = torch.empty_like(blocks), torch.empty_like(scales)
     for expert in range(blocks.shape[0]):

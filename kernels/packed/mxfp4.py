@@ -45,7 +45,7 @@ def _scale_values(device: torch.device) -> torch.Tensor:
 
 
 def dequantize_reference(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Working memory beyond the result: 4 bytes per byte of `blocks`; convert expert by expert where that matters."""
+    """Needs 4 bytes of working memory per byte of `blocks`, besides the result; convert expert by expert if that is too much."""
     work_dtype = torch.float32 if dtype == torch.float16 else dtype  # 2^(scale - 127) itself may not exist in float16
     table = _byte_values(blocks.device).to(work_dtype)
     values = torch.nn.functional.embedding(blocks.int(), table)  # [..., O, N, 16, 2]

@@ -1,7 +1,7 @@
 """NF4 (4-bit NormalFloat, QLoRA, arXiv 2305.14314) to floating point, in the packing of bitsandbytes.
 
-A block is 64 consecutive elements of a matrix [O, I], its rows one after the other: 32 bytes of codes and one fp32 absmax. Blocks
-go on from row to row where I is no multiple of 64.
+A block is 64 consecutive elements of a matrix [O, I], its rows one after the other: 32 bytes of codes and one fp32 absmax. If I
+is no multiple of 64, a block may have elements of two rows.
 
     value = CODE[code] * absmax, in fp32, rounded once
     element 2j is the HIGH nibble of byte j, element 2j + 1 the LOW (MXFP4 has them the other way round)
@@ -43,7 +43,7 @@ def dequantize_nf4_reference(codes: torch.Tensor, absmax: torch.Tensor, dtype: t
 @triton.jit
 def _dequantize_nf4_kernel(words_ptr, absmax_ptr, code_ptr, offsets_ptr, out_ptr, num_words, BLOCK_WORDS: tl.constexpr,
                            HAS_OFFSETS: tl.constexpr):
-    """num_words of each matrix; with offsets only of the experts that have rows."""
+    """num_words words of each matrix; with offsets only of experts that have rows."""
     matrix, start = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK_WORDS
     if HAS_OFFSETS:
         if tl.load(offsets_ptr + matrix + 1) == tl.load(offsets_ptr + matrix):
@@ -65,7 +65,7 @@ def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor,
     """Writes the weights of codes [..., O, I / 2] uint8 with absmax [..., O * I / 64] fp32 into out [..., O, I], contiguous,
     fp32, bf16 or fp16, and returns it. Memory besides `out`: none on a GPU.
 
-    offsets [E + 1] int32: of experts [E, O, I] only those are written that own a routed row; Triton only."""
+    offsets [E + 1] int32: only experts of [E, O, I] that own a routed row are written; Triton only."""
     assert codes.dtype == torch.uint8 and absmax.dtype == torch.float32, f"codes {codes.dtype}, absmax {absmax.dtype}"
     assert absmax.shape == (*codes.shape[:-2], 2 * codes.shape[-2] * codes.shape[-1] // BLOCK_SIZE), (codes.shape, absmax.shape)
     assert 2 * codes.shape[-2] * codes.shape[-1] % BLOCK_SIZE == 0, f"{codes.shape}: not a whole number of blocks"
