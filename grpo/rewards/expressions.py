@@ -1,8 +1,8 @@
 """Whether LaTeX expressions are equal, by math-verify. For worker processes, which alone import this file and can be killed.
 
-math-verify tells 1/2 and 0.5, sets, intervals and equations, but it also computes what it is given: 9^{9^{9^9}} for ever,
-a simplification for seconds. So an expression is measured before it is computed, two that differ in value are told apart
-by their values alone, and CPU time is limited.
+math-verify knows that 1/2 equals 0.5, and compares sets, intervals and equations. But it computes whatever it gets: 9^{9^{9^9}}
+for ever, a simplification for seconds. So the cost of an expression is estimated before it is computed, expressions with
+different values are not simplified, and CPU time is limited.
 """
 
 import logging
@@ -52,7 +52,7 @@ def _end(number: int, frame: object) -> None:
 def are_equal(item: tuple[list[str], list[str]]) -> bool:
     """Whether all texts of item[0] equal one and the same accepted answer of item[1].
 
-    False for what cannot be read, and for what takes more than CPU_LIMIT or MEMORY_LIMIT to tell."""
+    False also for texts that cannot be parsed, or if the comparison needs more than CPU_LIMIT or MEMORY_LIMIT."""
     texts, answers = item
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, LAST_CPU_LIMIT)
@@ -67,8 +67,8 @@ def are_equal(item: tuple[list[str], list[str]]) -> bool:
 
 
 def _equals(text: str, answer: str) -> bool:
-    """Where the accepted answer is no equation, each side of an equation in the text counts as an answer of its own ("41 = 42" is
-    two), but for names ("x = 42" is one)."""
+    """If the accepted answer is no equation, each side of an equation in the text counts as an answer ("41 = 42" is two), except
+    for names ("x = 42" is one)."""
     sides = [text] if "=" in answer else NAMED.sub(r"\1", text).split("=")
     wanted = _parse(answer)
     return bool(wanted) and all(_is_value(side, wanted) for side in sides)
@@ -90,8 +90,8 @@ def _parse(text: str) -> list:
 
 
 def _num_bits(node: sympy.Basic | sympy.MatrixBase) -> float:
-    """An upper bound of the size of the numbers and sums that computing an expression makes; infinite for what may never
-    end."""
+    """An upper bound of the size of the numbers and sums that come up while an expression is computed; infinite if computing it
+    may never end."""
     if isinstance(node, sympy.MatrixBase):
         return sum(map(_num_bits, node.flat()))
     if isinstance(node, UNBOUNDED):

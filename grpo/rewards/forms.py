@@ -1,6 +1,6 @@
-"""The signatures that reward functions come with, and what each is called with.
+"""The signatures of reward functions, and the arguments that each is called with.
 
-A function's parameters say its form (sync or async alike):
+A function's parameters tell its form (sync or async):
   batch       `f(completions, prompts, completion_ids, trainer_state, log_extra, log_metric, <column>, **kwargs) -> list`
               once per batch, columns as lists (TRL); `answers, infos, states, tasks` are lists too (verifiers, group);
               a function that takes nothing but **kwargs is of this form
@@ -9,8 +9,8 @@ A function's parameters say its form (sync or async alike):
   single      `f(completion, prompt, answer, info, state, task) -> float` once per completion (verifiers)
   native      `f(row, text) -> float | dict` once per completion; also `thinking`, `is_truncated`, any column
 
-`text`, `solution_str` and a completion's content are the final channel only, so an answer that stands in the reasoning earns
-nothing. Completions have the form of their prompt, text or messages, unless the parameter's annotation asks for one of them.
+`text`, `solution_str` and a completion's content are the final channel only, so an answer in the reasoning earns nothing. A
+completion is text or messages, as its prompt is, unless the parameter's annotation asks for one of them.
 """
 
 import copy
@@ -33,7 +33,7 @@ BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ON
 
 @dataclass
 class Sample:
-    """All that a reward function may ask about one completion."""
+    """Everything that a reward function can get about one completion."""
 
     row: dict  # columns of the data row
     source: str  # "file:line" of the row
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass
 class TrainerState:
-    """The trainer's state as functions written for TRL ask for it."""
+    """The trainer's state, with TRL's names."""
 
     global_step: int  # finished steps
     max_steps: int
@@ -64,16 +64,16 @@ class TrainerState:
 
 
 class Signature:
-    """What a function's parameters ask for. given: the parameters that kwargs in the config fill.
+    """A function's parameters, and the form that they tell. given: the parameters that the config's kwargs fill.
 
-    Raises TypeError or ValueError where Python cannot tell the parameters."""
+    Raises TypeError or ValueError if Python cannot tell the parameters."""
 
     def __init__(self, function: Callable, given: set[str]):
         self.parameters = inspect.signature(function).parameters
         kinds = self.parameters.values()
         self.named = {parameter.name for parameter in kinds if parameter.kind in BY_NAME}
         self.takes_rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in kinds)
-        # what only a position can fill is never filled: functions are called by name
+        # positional-only parameters are never filled: functions are called with keywords
         self.unfilled = {parameter.name for parameter in kinds if parameter.default is parameter.empty
                          and parameter.kind in (*BY_NAME, parameter.POSITIONAL_ONLY)} - given
         asked = self.named - given
@@ -83,7 +83,7 @@ class Signature:
         self.form = forms[0] if forms else None  # None: the function scores nothing; it may make one that does
 
     def standard_names(self, columns: set[str], *, has_answer: bool) -> set[str]:
-        """The names that every completion can fill, beside those of the data's columns."""
+        """The parameter names that every completion can fill, besides the data's columns."""
         more = {"batch": CALLBACKS, "single": FORMS["native"]}
         names = {*FORMS[self.form], *more.get(self.form, ())}
         if not has_answer:
@@ -93,7 +93,7 @@ class Signature:
         return names
 
     def values_of(self, sample: Sample) -> dict:
-        """What the function is called with about one completion."""
+        """The arguments for one completion."""
         row = copy.deepcopy(sample.row)
         native = {"row": row, "text": sample.text, "thinking": sample.thinking, "is_truncated": sample.is_truncated}
         standard = _verl_values(sample, row) if self.form == "verl" else self._single_values(sample, row)
@@ -102,7 +102,7 @@ class Signature:
         return standard | named if self.takes_rest and self.form != "native" else named
 
     def values_of_all(self, samples: list[Sample], callbacks: dict) -> dict:
-        """What the function is called with about a batch; `callbacks` has the values of CALLBACKS."""
+        """The arguments for a batch of completions; `callbacks` has the values of CALLBACKS."""
         if self.form == "verl batch":
             rows = [_verl_values(sample, copy.deepcopy(sample.row)) for sample in samples]
             values = {f"{name}s": [row[name] for row in rows] for name in FORMS["verl"]}

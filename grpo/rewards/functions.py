@@ -1,9 +1,9 @@
-"""Reward functions: found by the name in the config, built where that names a class or a factory, and called.
+"""Reward functions: found by the name in the config, built if it names a class or a factory, and called.
 
 A reward function is plain Python, named as `package.module:function`, `package.module.function` or
 `path/to/file.py:function`; after the colon it may be an attribute's path (`judge.score`). grpo/rewards/forms.py has the
-signatures. A class, or a function that takes nothing of a completion (a factory), is called once with its `kwargs`, and what
-that gives is the reward function.
+signatures. A class, or a function without any parameter of a completion (a factory), is called once with its `kwargs`, and
+returns the reward function.
 
 A value is a number or bool, None (not applicable: left out of the sum) or a dict with `score` and further entries: numbers
 become metrics, the rest goes to the log of completions. Functions run with the process protected (grpo/rewards/user_code.py), and
@@ -32,7 +32,7 @@ class RewardError(UserCodeFault):
 
 @dataclass
 class Result:
-    """What one reward function said about one completion. `value` None: not applicable, or `error`."""
+    """One reward function's result for one completion. `value` is None if it is not applicable or there is an `error`."""
 
     value: float | None
     error: str | None = None
@@ -41,7 +41,7 @@ class Result:
 
 
 def load_function(path: str, *, key: str) -> Callable:
-    """What a config value names: `package.module:function`, `package.module.function` or `file.py:function`.
+    """The object that a config value names: `package.module:function`, `package.module.function` or `file.py:function`.
 
     Raises ValueError naming `key` if the module, file or function cannot be found or the module fails to import."""
     module_name, _, function_name = path.rpartition(":" if ":" in path else ".")
@@ -117,7 +117,7 @@ class Reward:
                              "function") from error
 
     def _build(self, factory: Callable, signature: Signature, kwargs: dict) -> Callable:
-        """What a class or factory makes of the config's kwargs."""
+        """The function that a class or factory builds from the config's kwargs."""
         self._check_kwargs(signature, kwargs)
         made = call_user_code(f"reward {self.name!r}", partial(factory, **kwargs))
         if isinstance(made, BaseException):
@@ -238,7 +238,7 @@ def _listed(names: set[str]) -> str:
 
 
 def _note(result: Result, name: str, value: object) -> None:
-    """A number is a metric, anything else but None an entry of the log."""
+    """A number is a metric; anything else, except None, is an entry of the log."""
     number, problem = to_number(value)
     if number is not None:
         result.metrics[name] = number

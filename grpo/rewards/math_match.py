@@ -1,4 +1,4 @@
-"""Expressions that match an answer: what can be told from texts and numbers here, the rest by math-verify in workers."""
+"""Whether expressions match an answer: simple cases are decided here from texts and numbers, others by math-verify in workers."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ class MathMatch:
 
     The candidates are the text's boxes, else its parts between dollar signs, else all of it; several different ones are a
     hedge, as for numbers. An expression that is too long, too deep, or takes too much time or memory to compute is a wrong
-    answer. One whose worker died, or that the call's time did not reach, is not judged: its Result has an error.
+    answer. If its worker dies, or the call's time ends first, it is not judged: its Result has an error.
 
     Raises ValueError if math-verify is not installed."""
 
@@ -34,7 +34,7 @@ class MathMatch:
                                num_workers=min(MAX_WORKERS, os.cpu_count() or 1), timeout=ITEM_LIMIT)
 
     def __call__(self, texts: list[str], accepted: list[list[str]]) -> list[Result]:
-        """A Result per text; `accepted` holds the answers of which any is right, for each text."""
+        """A Result for each text; `accepted` has each text's accepted answers, any of which is right."""
         verdicts = [self._judge_here(text, answers) for text, answers in zip(texts, accepted)]
         items = list(dict.fromkeys(verdict for verdict in verdicts if isinstance(verdict, tuple)))
         judged = {}

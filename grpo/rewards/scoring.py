@@ -1,8 +1,7 @@
-"""The reward functions of an environment together: read from the config, called here or in worker processes, their errors
-counted.
+"""All reward functions of an environment: reads them from the config, calls them here or in worker processes, counts errors.
 
-A completion whose weighted reward function raised, ran over its time or returned something that is no number gets no reward at
-all (never silently 0): it is dropped from its group and counted. A function that fails too often stops the run.
+If a weighted reward function raises, exceeds its time or returns something that is no number, the completion gets no reward
+(never silently 0): it is dropped from its group and counted. A function that fails too often stops the run.
 """
 
 import difflib
@@ -18,11 +17,11 @@ from grpo.rewards.functions import Result, Reward, RewardError, load_reward
 from grpo.rewards.values import shorten
 from grpo.rewards.workers import WorkerError, Workers
 
-WINDOW = 1000  # results of a function, the latest, that its error rate is taken over
-FEWEST = 100  # results that count at least, so that a first error is no rate of 1
-FEWEST_CALLS = 3  # calls that must have failed, where errors are allowed: one of a batch function costs many results
+WINDOW = 1000  # an error rate is taken over this many latest results of a function
+FEWEST = 100  # and counts at least this many results, so that a first error is not a rate of 1
+FEWEST_CALLS = 3  # if errors are allowed, this many calls must have failed: one call of a batch function has many results
 CALLS = 16  # calls between two checks of the error rate
-PATIENCE = 0.25  # share of the time limit after which calls that hang keep others waiting no longer
+PATIENCE = 0.25  # after this share of the time limit further workers start for calls that wait behind hanging ones
 
 
 class Scorer:
@@ -93,7 +92,7 @@ class Scorer:
         return results
 
     def _call(self, index: int, calls: list[list[Sample]], state: TrainerState) -> list[Result]:
-        """The results of all samples of some calls, in order."""
+        """The results of the samples of these calls, in order."""
         reward = self.rewards[index]
         if self._workers is None:
             return [result for call in calls for result in reward(call, state=state, retries=self.retries)]

@@ -1,8 +1,8 @@
-"""Calls the user's code, reward functions and environments, in the trainer's process without letting it change how that goes on.
+"""Calls the user's code, reward functions and environments, in the trainer's process, and protects the process from it.
 
-What `_settings` and `_torch_settings` list is put back after every call; what cannot be put back ends the run and names who
-changed it. Left alone: environment variables other than VARIABLES, import paths and the global random generators, which this
-program does not use.
+After every call the settings of `_settings` and `_torch_settings` are put back; a change that cannot be put back ends the run
+with an error that names the code. Not put back: environment variables other than VARIABLES, import paths and the global random
+generators, which this program does not use.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM, signal.
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE,
           resource.RLIMIT_NPROC, resource.RLIMIT_STACK)
 VARIABLES = (b"CUDA_", b"NVIDIA_", b"TORCH", b"PYTORCH_", b"TRITON_", b"WANDB_", b"HOME", b"TMPDIR")  # prefixes
-CLOSING_SECONDS = 5.0  # for what still runs in the event loop at exit
+CLOSING_SECONDS = 5.0  # at exit, for tasks that still run in the event loop
 
 
 class UserCodeFault(Exception):  # no RuntimeError, which contextlib takes for its own where its cause is a StopIteration
-    """A reward function or an environment failed, or did what the trainer cannot go on with; the message names it."""
+    """A reward function or an environment failed, or changed something that the trainer cannot put back; the message names it."""
 
 
 # --- the state that a call must not change ---------------------------------------------------------------------------
@@ -42,7 +42,7 @@ class UserCodeFault(Exception):  # no RuntimeError, which contextlib takes for i
 
 @contextmanager
 def protected(who: str) -> Iterator[None]:
-    """Around the user's code: the process goes on as it was. A child forked inside never leaves the block: it ends here.
+    """A context for the user's code: afterwards the process is as before. A child process forked inside ends with the block.
 
     Raises UserCodeFault naming `who` for a change that cannot be put back."""
     pid, raised = os.getpid(), None
@@ -186,22 +186,22 @@ def _torch_settings() -> list[tuple[str, Callable, Callable]]:
 
 
 def call_user_code(who: str, call: Callable[[], object]) -> object:
-    """What the call returns, or the exception that it raised, of whatever kind, with the process protected.
+    """Calls with the process protected. Returns the result, or the exception of any kind that was raised.
 
-    Raises UserCodeFault, see `protected`, and KeyboardInterrupt where it is the user's."""
+    Raises UserCodeFault (see `protected`), and KeyboardInterrupt if it comes from Ctrl-C."""
     try:
         with protected(who):
             return call()
     except UserCodeFault:
         raise
-    except BaseException as error:  # the boundary to the user's code: SystemExit and others that are no Exception too
+    except BaseException as error:  # user code: SystemExit and others that are not Exceptions, too
         if is_users_interrupt(error):
             raise
         return error
 
 
 def is_users_interrupt(error: BaseException) -> bool:
-    """Whether Ctrl-C raised it. A run handles that signal otherwise, so there a KeyboardInterrupt is the code's own."""
+    """Whether Ctrl-C raised it. A run handles that signal itself, so there a KeyboardInterrupt comes from the user's code."""
     return isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -220,7 +220,7 @@ def import_user_code(name: str):
 
 
 class EventLoop:
-    """A loop in a thread of its own, so that what belongs to it (a client's connections, say) lasts from call to call."""
+    """An event loop in its own thread, so that its objects (a client's connections, say) live from call to call."""
 
     def __init__(self):
         self._loop = asyncio.new_event_loop()
@@ -236,7 +236,7 @@ class EventLoop:
                 return
 
     def run(self, awaitables: list[Awaitable]) -> list[object]:
-        """The value of each, or the exception that it raised."""
+        """The value of each coroutine, or the exception that it raised."""
 
         async def finish(awaitable: Awaitable) -> object:
             raised = None
@@ -254,7 +254,7 @@ class EventLoop:
         return asyncio.run_coroutine_threadsafe(finish_all(), self._loop).result()
 
     def close(self) -> None:
-        """Cancels what still runs and ends the thread."""
+        """Cancels the tasks that still run, and ends the thread."""
         if os.getpid() != self._pid or not self._thread.is_alive():
             return
 

@@ -1,4 +1,4 @@
-"""What comes back from the user's code, made into what this program works with: finite floats, and entries for the log."""
+"""Converts values from the user's code: to finite floats, and to entries for the log."""
 
 import json
 import math
@@ -11,8 +11,8 @@ MAX_MAGNITUDE = 1e9
 
 
 def to_number(value: object) -> tuple[float | None, str | None]:
-    """(number, None) for what is a number (Python's, numpy's, Fraction, Decimal, bool, tensors and arrays of one value),
-    (None, None) for None, and (None, why not) for everything else, for NaN and for magnitudes over MAX_MAGNITUDE."""
+    """(number, None) for a number (Python's, numpy's, Fraction, Decimal, bool, tensors and arrays of one value), (None, None) for
+    None, and (None, the reason) for everything else, for NaN and for magnitudes over MAX_MAGNITUDE."""
     if value is None:
         return None, None
     is_complex = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)

@@ -1,8 +1,8 @@
 """Worker processes that can be killed: a function, named by a string, called on items with a time limit for each.
 
-A worker is a clean interpreter (the caller's main module is not imported again, nor torch unless the function does it) in
-a session of its own: a terminal's Ctrl-C goes to the trainer alone. Pickled messages travel over a socket that only the
-worker's Python holds, so what the function prints goes where the trainer prints. A worker dies with its parent.
+A worker is a new Python process (it does not import the caller's main module, nor torch unless the function does) in its own
+session: a terminal's Ctrl-C goes to the trainer alone. Pickled messages use a socket that only the worker's Python has, so the
+function's prints go where the trainer's go. A worker dies with its parent.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ class WorkerError(RuntimeError):
 
 @dataclass
 class Outcome:
-    """What became of one item: `value`, or why there is none."""
+    """The result of one item: `value`, or the reason why there is none."""
 
     value: object = None
     error: str | None = None
     is_timeout: bool = False  # the item ran over its own time limit
-    signal: str | None = None  # that ended the worker's process while it held the item, if one did: "SIGKILL"
+    signal: str | None = None  # name of the signal that ended the worker's process during the item, if any: "SIGKILL"
 
 
 @dataclass
@@ -51,8 +51,8 @@ class _Worker:
 
 
 class Workers:
-    """Up to `num_workers` processes that call `function(item)`; they start with the first map() and stay for the next, but
-    no longer than the thread that started them.
+    """Up to `num_workers` processes that call `function(item)`. They start with the first map() and stay for the next ones, until
+    the thread that started them ends.
 
     function: `package.module:function` or `path/to/file.py:function`, see grpo/rewards/functions.py
     timeout: seconds for one item; a worker past it is killed, with all processes of its group, and replaced
@@ -172,7 +172,7 @@ class Workers:
 
 
 def _read(worker: _Worker) -> Outcome:
-    """What a worker says of its item, or of its start, or how it died."""
+    """A worker's message about its item or its start, or how it died."""
     try:
         message = worker.connection.recv_bytes()
     except (EOFError, OSError):

@@ -21,8 +21,8 @@ from models.formats.files import CheckpointError
 
 DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
 
-# Kind of error, reason, exit code, and whether its message says all there is to say; others leave a traceback in a file. The
-# first that fits counts. ValueError: by this project's rule its message names the key or file and what to do.
+# Kind of error, reason, exit code, and whether its message is enough; if not, a file gets the traceback. The first kind that fits
+# is used. ValueError: by this project's rule its message names the key or file and what to do.
 KINDS: list[tuple[type | tuple[type, ...], str, int, bool]] = [
     (Interrupted, "interrupted", PREEMPTED, True),
     ((NonFiniteError, FloatingPointError), "diverged", DIVERGED, True),
@@ -33,10 +33,10 @@ KINDS: list[tuple[type | tuple[type, ...], str, int, bool]] = [
     (ValueError, "configuration", CONFIG_ERROR, False),
     ((SaveError, OSError), "disk", FAILED, True),
     (BaseException, "failed", FAILED, False)]
-# What torch and the libraries below it say when memory ends, in errors that have no type of their own.
+# Texts of out-of-memory errors of torch and its libraries, for errors without a type of their own.
 MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
                 "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
-# What decides how much is needed -> what to do with it.
+# Key that decides how much memory is needed -> how to change it.
 MEMORY_KEYS = {"optim.max_tokens": "lower", "rollout.max_batch": "lower", "max_batch": "lower", "rollout.cache_gb": "lower",
                "model.memory_gb": "lower", "max_new_tokens": "lower", "model.host_gb": "raise",
                "model.activation_checkpointing": "set to true"}
@@ -50,9 +50,9 @@ class Failure:
 
 
 def describe_failure(error: BaseException, *, config: object, log: Path | None, is_started: bool = False) -> Failure:
-    """What to print and return for an error. Where the message may not suffice, its traceback is written to `log`, if that
-    is given and its folder exists. config: of the entry point. is_started: everything is loaded, so that a ValueError may come
-    from anywhere."""
+    """The message and exit code for an error. If the message may not be enough, the traceback is written to `log`, if that is
+    given and its folder exists. config: of the entry point. is_started: everything is loaded, so a ValueError may come from
+    anywhere."""
     if is_out_of_memory(error):
         return Failure("out of memory", OUT_OF_MEMORY, describe_out_of_memory(error, config))
     reason, code, is_clear = next(found for kind, *found in KINDS if isinstance(error, kind))
@@ -77,7 +77,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_out_of_memory(error: BaseException, config: object) -> str:
-    """What was asked for, with which settings, and which to change."""
+    """Says how much memory was asked for, with which settings, and which to change."""
     is_gpu = "CUDA" in str(error) or "CUBLAS" in str(error) or "GPU" in str(error)
     settings = {key: value for key, value in flatten(to_dict(config)).items() if key in MEMORY_KEYS}
     advice = [f"set {key} (now null)" if value is None else f"{MEMORY_KEYS[key]} {key} (now {value})"

@@ -1,4 +1,4 @@
-"""How a training run ends: its checkpoints, what others load of it, and what to type next."""
+"""The end of a training run: its checkpoints, its export, and the next commands to type."""
 import shlex
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from models.formats.atomic import remove
 
 
 def save(run: Run) -> None:
-    """A checkpoint of the finished steps, metrics on disk first. Raises FloatingPointError where a tensor is not finite, and
-    SaveError where the run's folder is no longer in its place."""
+    """Saves a checkpoint of the finished steps, after the metrics. Raises FloatingPointError if a tensor is not finite, and
+    SaveError if the run's folder was moved."""
     run.lock.check_in_place()
     if run.saved_step == run.step:
         return
@@ -39,8 +39,8 @@ def save(run: Run) -> None:
 
 
 def export_policy(run: Run) -> tuple[Path, str]:
-    """Writes what others load at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model.
-    Returns its folder and, in words, what it holds and leaves out."""
+    """Exports the policy at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model. Returns the
+    folder and a text about its content."""
     if run.optimizer.num_updates == 0:
         run.metrics.warn("no step made an update: what is exported has learnt nothing from rewards")
     is_lora = run.config.model.lora is not None
@@ -53,7 +53,7 @@ def export_policy(run: Run) -> tuple[Path, str]:
 
 
 def keep_finished_steps(run: Run | None, error: BaseException) -> str:
-    """Saves the steps that had finished when something else went wrong. Returns what to tell about it."""
+    """Saves the finished steps after an error. Returns a text about it for the error's message."""
     if run is None or run.optimizer is None or not run.is_between_steps or isinstance(error, (SaveError, OSError)):
         return ""
     if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
@@ -68,7 +68,7 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
 
 
 def report_failure(failure: Failure, config: TrainConfig) -> int:
-    """Prints why a run ended, of one that a signal stopped with how to go on. Returns the exit code."""
+    """Prints why a run ended and, if a signal stopped it, the command that resumes it. Returns the exit code."""
     if failure.code != PREEMPTED:
         print_error("error", failure.message)
         return failure.code
@@ -85,7 +85,7 @@ def resume_command(config: TrainConfig) -> str:
 
 
 def train_command(*words: str) -> str:
-    """This run's command line with other words in place of its own for these keys, for `name` and for `resume`."""
+    """This run's command line, with these words instead of its own for their keys, and for `name` and `resume`."""
     replaced = {"name", "resume", *(word.partition("=")[0] for word in words)}
     kept = [word for word in typed_words() if word.lstrip("+").partition("=")[0] not in replaced]
     return shlex.join(["python", "-m", "grpo.train", *kept, *words])

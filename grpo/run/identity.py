@@ -43,7 +43,8 @@ def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:
 
 
 def check_same(recorded: dict[str, dict], found: dict[str, dict], *, source: Path) -> None:
-    """Raises ConfigError listing what differs between a checkpoint's record and the run that would go on from it."""
+    """Raises ConfigError listing what differs between a checkpoint's record and the run that would continue it, except for
+    RESUMABLE_KEYS (grpo/config.py)."""
     differing = []
     for kind, now in found.items():
         before = recorded[kind]

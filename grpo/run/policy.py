@@ -88,7 +88,7 @@ def read_architecture(model: ModelConfig, tokenizer: Tokenizer) -> GptOssConfig:
 
 def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
                 dtype: torch.dtype) -> GptOss:
-    """The policy before anything is learnt: base weights, with fresh adapters or full training switched on."""
+    """The untrained policy: base weights, with fresh adapters or with full training enabled."""
     if dtype == torch.float16:  # the library would add partial sums in float16, and they can pass its 65504
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     architecture = read_architecture(model, tokenizer)
@@ -125,14 +125,14 @@ def check_initial_adapter(model: ModelConfig) -> None:
 
 
 def load_initial_adapter(policy: GptOss, model: ModelConfig) -> None:
-    """Reads that adapter into the policy. A checkpoint of the run has what became of it."""
+    """Reads that adapter into the policy. For a resumed run the checkpoint has its trained values."""
     if has_initial_adapter(model):
         load_adapter(policy, Path(model.lora.adapter).expanduser())
 
 
 def parameters_of_run(policy: GptOss, model: ModelConfig) -> dict[str, torch.nn.Parameter]:
-    """What a run changes in its base: the trained parameters and, where training begins with an adapter, the norms and sinks that
-    may come with it."""
+    """The parameters that a run changes: the trained ones and, if training begins with an adapter, the norms and sinks that it
+    may have."""
     return {name: parameter for name, parameter in policy.named_parameters()
             if parameter.requires_grad or (has_initial_adapter(model) and name.endswith(("norm.weight", "sinks")))}
 

@@ -1,4 +1,5 @@
-"""SIGTERM, SIGINT and SIGHUP: the first asks the run to stop at the next good moment, the second ends the process at once."""
+"""SIGTERM, SIGINT and SIGHUP: the first signal asks the run to stop after the current model call, micro-batch or step; a second
+SIGTERM or SIGINT ends the process at once."""
 
 import contextlib
 import inspect

@@ -1,4 +1,4 @@
-"""How a training run starts: its folder, what it is built of, and the weights that it goes on from, those of a checkpoint too."""
+"""The start of a training run: its folder, its parts, and the weights that it starts from, also those of a checkpoint."""
 import difflib
 import os
 from collections.abc import Callable
@@ -65,20 +65,20 @@ class Run:
     metrics: Metrics
     should_stop: Callable[[], bool]
     lock: RunLock | None = None  # of its folder; None: nothing is saved
-    made_of: dict[str, dict] = field(default_factory=dict)  # what its checkpoints say about it (grpo/run/identity.py)
-    optimizer: Optimizer | None = None  # once the weights are there
+    made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
+    optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
     num_tokens: int = 0  # of prompts and completions, in all of them
-    steps_without_update: int = 0  # the last so many
+    steps_without_update: int = 0  # number of last steps in a row
     saved_step: int = -1  # steps finished at the newest checkpoint
     has_warned: bool = False  # that sampler and trainer differ
     is_between_steps: bool = True  # false while weights hold part of a step's updates
 
 
 def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -> tuple[Run, RunState | None]:
-    """Builds the run; with it the checkpoint to go on from, if there is one. Cheap checks come before the model is loaded, and
-    the folder gets its first file after it."""
+    """Builds the run. Returns it and the checkpoint to continue, if there is one. Cheap checks come before the model is loaded,
+    and the folder gets its first file after that."""
     run_dir = lock.run_dir
     device, dtype = prepare_device(config)
     check_trainable(config.model, dtype)
@@ -110,7 +110,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
-    """The weights that training goes on from, those of the checkpoint or of the warm-up, and their optimizer."""
+    """Prepares the weights that training starts from, the checkpoint's or the warm-up's, and their optimizer."""
     config = run.config
     # -1: lines of a run killed before its first checkpoint
     run.metrics.truncate_after(state.step if state else -1)
@@ -172,7 +172,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
 
 
 def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
-    """Makes the run's folder. Raises ConfigError where another run lives in it, or none to resume."""
+    """Makes the run's folder. Raises ConfigError if it has another run, or no run to resume."""
     try:
         has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
         if has_checkpoints and not config.resume:
