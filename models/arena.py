@@ -120,5 +120,5 @@ class Arena:
 
 
 def space_of(num_bytes: int) -> int:
-    """What a tensor of so many bytes takes of an arena."""
+    """The bytes of an arena that a tensor of `num_bytes` bytes takes."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -34,7 +34,7 @@ def _pair(lead: tuple[int, ...], size_in: int, size_out: int, rank: int, generat
 
 
 def _attach(modules: list[Linear], config: LoraConfig, generator: torch.Generator) -> None:
-    """Adapters of projections of the same input, side by side."""
+    """Attaches adapters to projections of the same input, with their tensors side by side."""
     if not modules:
         return
     pairs = [_pair((), *module.weight.shape[::-1], config.rank, generator, module.weight.device) for module in modules]
@@ -45,8 +45,8 @@ def _attach(modules: list[Linear], config: LoraConfig, generator: torch.Generato
 
 
 def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
-    """Adds adapters to the targets of every layer and marks what trains; everything else stays frozen. Raises ValueError for a
-    model that already carries an adapter."""
+    """Adds adapters to the targets of every layer and marks trainable parameters; all others stay frozen. Raises ValueError for a
+    model that already has an adapter."""
     assert set(config.targets) <= set(TARGETS), f"targets {config.targets} of an adapter; there are {TARGETS}"
     if model.adapter is not None:
         raise ValueError("attach_lora: the model already carries an adapter")

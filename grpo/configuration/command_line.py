@@ -1,4 +1,4 @@
-"""What the words of a command line mean, before Hydra composes them.
+"""Reads the words of a command line, before Hydra composes them.
 
 A word KEY=VALUE sets a key. Where the key holds text (a string or a path, by the schema or by the keyword's annotation) the
 value is taken literally, as the shell passed it: quotes, commas, `${...}` and `#` are characters like others. Two values are
@@ -114,7 +114,7 @@ def quoted(text: str) -> str:
 
 
 def as_typed(override: str) -> str:
-    """What one types for an override: the inverse of `to_override`."""
+    """The word to type for an override: the inverse of `to_override`."""
     key, _, value = override.partition("=")
     if value[:1] == "'" and is_in_grammar(value):
         with contextlib.suppress(OmegaConfBaseException):  # where it holds a ${...} that is no text

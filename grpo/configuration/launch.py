@@ -362,7 +362,7 @@ def check(plan: CommandPlan) -> None:
 
 @dataclass
 class Job:
-    """What Hydra runs for each job, in this process or, pickled, in another one."""
+    """The function that Hydra calls for each job, in this process or, pickled, in another one."""
 
     config_name: str
     task: Callable[[Any], int]

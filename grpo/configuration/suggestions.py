@@ -1,4 +1,4 @@
-"""Which key somebody means who writes one that there is not: names that other trainers use, and slips of the fingers."""
+"""Suggestions for an unknown key: from the names of other trainers, and for typing errors."""
 
 import difflib
 
@@ -52,8 +52,7 @@ MEANT = {name: key for key, names in OTHER_NAMES.items() for name in names.split
 
 
 def suggest(key: str, keys: list[str], siblings: list[str], *, limit: int = 3) -> list[str]:
-    """The keys that somebody who writes `key` may mean, likeliest first: what others call so, the same last part, a slip of the
-    fingers."""
+    """The keys that `key` may stand for, the likeliest first: another trainer's name, the same last part, a typing error."""
     name = key.rpartition(".")[2]
     meant = MEANT.get(".".join(key.split(".")[-2:])) or MEANT.get(name, MEANT.get(name.lower(), ""))
     found = [other for other in keys if other == key]

@@ -1,4 +1,4 @@
-"""What contradicts between the keys of a configuration, and what lies outside it: folders that must exist, this machine.
+"""Checks for contradictions between keys of a configuration, and of things outside it: folders that must exist, this machine.
 
 The range of a number stands at its field in grpo/config.py. All checks run before torch is imported or anything is loaded;
 every complaint names the key, its value and what is allowed.

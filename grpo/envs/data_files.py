@@ -1,4 +1,4 @@
-"""Rows of text files, each with the place it stands at: JSON lines, a JSON list, CSV or TSV, plain or compressed, in UTF-8."""
+"""Rows of text files, each with its file and line: JSON lines, a JSON list, CSV or TSV, plain or compressed, in UTF-8."""
 
 import bz2
 import csv

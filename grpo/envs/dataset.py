@@ -125,7 +125,7 @@ class Dataset:
         return [_prompt(attempt * num_prompts + i, self.train_rows[index]) for i, index in enumerate(indices)]
 
     def train_prompts(self) -> Iterator[Prompt]:
-        """All that `prompts` can give, in the order of the data."""
+        """All prompts that `prompts` can return, in the order of the data."""
         return (_prompt(i, row) for i, row in enumerate(self.train_rows))
 
     def eval_prompts(self) -> list[Prompt]:
@@ -133,8 +133,8 @@ class Dataset:
         return [_prompt(i, row) for i, row in enumerate(self.eval_rows)]
 
     def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, completion ids) of rows drawn at random: their answers as final messages, so that a model made from
-        scratch learns to give some before rewards judge them."""
+        """(prompt ids, completion ids) of rows drawn at random, with their answers as final messages: so a model trained from
+        scratch learns to give answers before rewards judge them."""
         if self.answer_key is None:
             raise DataError("warmup: demonstrations need env.answer_key, the column with the answers; or set warmup=null")
         rng = random.Random(f"dataset demonstrations {self.seed} {step}")

@@ -24,7 +24,7 @@ END_METRICS = ("reward", "reward_std", "completions/mean_length", "completions/c
 
 
 def progress_counter(activity: str, show: Callable[[str], None], *, every: float) -> Callable[[int, int], None]:
-    """Returns what takes (finished, all) counts of completions as often as they come, and shows them every so many seconds."""
+    """Returns a function of (finished, all) counts of completions that shows them once in some seconds."""
     started = shown = time.monotonic()
 
     def count(finished: int, total: int) -> None:
@@ -58,7 +58,7 @@ def step_line(step: int, total_steps: int, metrics: dict[str, float], seconds_le
 
 
 def _main_evals(evals: dict) -> list[str]:
-    """The eval metrics that lines and the final table have room for; files and report have all of them."""
+    """The eval metrics in lines and in the final table; files and report have all of them."""
     shown = headline(evals)
     others = ("eval/reward", "eval/mean_length", "eval/clipped_ratio")
     return shown + [name for name in others if name in evals and name not in shown]
@@ -77,7 +77,7 @@ class Display:
         self.live: Live | None = None
 
     def restore(self, lines: list[dict]) -> None:
-        """Takes over the metric lines of a resumed run, so that curves and first evaluations go on where they were."""
+        """Reads the metric lines of a resumed run, so that curves and first evaluations continue."""
         for line in lines:
             self.panel.record(line["step"], line)
             self.panel.phase_step = line["step"]
@@ -114,7 +114,7 @@ class Display:
             self._show("")
 
     def progress(self, activity: str) -> Callable[[int, int], None]:
-        """Returns what takes (finished, all) counts: the panel's status shows them, else a line every half a minute."""
+        """Returns a function of (finished, all) counts: the panel's status shows them, or a line every half a minute."""
         self.set_status(activity)
         if self.is_live:
             return progress_counter(activity, self.set_status, every=0.5)
@@ -131,8 +131,8 @@ class Display:
         self.print("", Text(clean(text, self.encoding), style="bold red"), "")
 
     def notice(self, text: str) -> bool:
-        """Keeps a line in the live panel from now on; False where there is none. Safe in a signal's handler: the panel is not
-        drawn here, since what else writes to the terminal beside it leaves half a panel behind."""
+        """Keeps a line in the live panel from now on; returns False without a panel. Safe in a signal's handler: it does not
+        draw the panel, since other output at that moment could leave half a panel behind."""
         self.panel.notice = text
         return self.live is not None
 

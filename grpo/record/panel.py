@@ -41,7 +41,7 @@ def sparkline(values: list[float], width: int, *, ascii_only: bool) -> str:
 
 
 def part(metrics: dict[str, float], name: str, label: str, unit: str = "") -> str | None:
-    """`label value unit`; None where the metric was not logged, or is NaN: a step without a live group has no gradient."""
+    """`label value unit`; None if the metric was not logged or is NaN, as a gradient norm in a step without update."""
     value = metrics.get(name, math.nan)
     return None if math.isnan(value) else f"{label} {format_number(value)}{unit}".strip()
 
@@ -72,7 +72,7 @@ def reward_of(sample: dict) -> float:
 
 
 class RunPanel:
-    """What is known of a run while it trains. The metrics of a step stay until they are logged again."""
+    """The state of a run while it trains. A metric keeps its value until it is logged again."""
 
     def __init__(self, run_name: str, total_steps: int, *, encoding: str):
         self.run_name = run_name
@@ -122,7 +122,7 @@ class RunPanel:
         return (last_time - first_time) / max(last_step - first_step, 1) * (self.phase_total - self.phase_step)
 
     def render(self, width: int, height: int) -> Panel:
-        """Returns the panel for a terminal of so many columns and rows."""
+        """Returns the panel for a terminal of `width` columns and `height` rows."""
         width = min(width - 2, MAX_WIDTH)  # room for the ^C that a terminal echoes behind the panel
         room = max(width - 15, 10)
         metrics = self.metrics
@@ -171,7 +171,7 @@ class RunPanel:
         return line.append(sparkline(self.curves[name], min(40, room - len(line)), ascii_only=self.ascii_only), style="green")
 
     def _parts(self, parts: list[str | None], room: int, style: str = "") -> Text:
-        """The parts that are there side by side, none cut, as many as fit on two lines."""
+        """The non-empty parts side by side, as many whole ones as fit on two lines."""
         text = "  ".join(item.replace(" ", NO_BREAK) for item in parts if item)
         lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
         return self._line("\n".join(lines[:2]).replace(NO_BREAK, " "), style)

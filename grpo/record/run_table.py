@@ -82,7 +82,7 @@ class RunTable:
         return "\n\n".join(parts)
 
     def _over_seeds(self, keys: list[str], scores: list[str]) -> list[dict[str, str]]:
-        """A line for the finished runs that differ in their seed alone, best first; none where every run differs otherwise."""
+        """A line for each set of finished runs that differ only in their seed, best first; none if there is no such set."""
         equal: dict[str, list[dict]] = defaultdict(list)
         for row in self.rows:
             if row["exit_reason"] == "finished":

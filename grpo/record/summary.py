@@ -1,4 +1,4 @@
-"""What the files of a run say: metrics and samples read back, its summary, and which of its evaluations come first."""
+"""Reads a run's files: its metrics and samples, its summary, and which of its evaluations come first."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def headline_first(names: Iterable[str]) -> list[str]:
 
 
 def headline(names: Iterable[str]) -> list[str]:
-    """Returns the eval metrics that have an interval; the first four where none has."""
+    """Returns the eval metrics that have an interval; if none has, the first four."""
     names = list(names)
     ordered = headline_first(names)
     return [name for name in ordered if f"{name}/ci95" in names] or ordered[:4]

@@ -10,7 +10,8 @@ import sys
 
 
 def hold_standard_streams() -> None:
-    """Gives standard streams that are closed /dev/null: a file of the run would get their numbers, and what is printed."""
+    """Replaces closed standard streams by /dev/null: else a file of the run could get their numbers, and prints would go
+    there."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

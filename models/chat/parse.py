@@ -1,4 +1,4 @@
-"""Harmony, gpt-oss's chat format: sampled ids -> messages, and whether they are an answer in the form that is wanted.
+"""Harmony, gpt-oss's chat format: sampled ids -> messages, and whether they are a well-formed answer.
 
 Parsing follows the state machine and error texts of OpenAI's `openai-harmony`, on ids: only control ids delimit, spelled
 ones do not. One departure: a lone header word behind <|constrain|> is a content type (the library: a recipient).
@@ -20,7 +20,7 @@ class _Malformed(Exception):
 
 @dataclass
 class Span:
-    """Where a message stands in the parsed ids, and who wrote it."""
+    """A message's position in the parsed ids, and who wrote it."""
 
     start: int  # of the header, behind its <|start|>
     content_start: int
@@ -31,7 +31,7 @@ class Span:
 
 @dataclass
 class Parsed:
-    """What a completion says: `error` is None iff the ids are well-formed; `messages` holds all that could be read."""
+    """A parsed completion: `error` is None iff the ids are well-formed; `messages` has all messages that could be read."""
 
     messages: list[Message]
     spans: list[Span]  # one for each message
@@ -41,8 +41,8 @@ class Parsed:
 
     @property
     def final(self) -> str:
-        """The final text, the one that is matched, shown to reward functions and put into the history of a chat: content
-        of the final message of a completion without fault, else ""."""
+        """The content of the final message if the completion has no fault, else "". It is matched with the answer, shown to
+        reward functions and put into the history of a chat."""
         return self.messages[-1].content if self.fault is None else ""
 
     @property
@@ -93,8 +93,8 @@ def parse_completion(
 def _find_fault(
     messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer, role: str | None
 ) -> str | None:
-    """What keeps well-formed ids from being an answer: the policy's analysis, preambles and calls, each call answered by
-    the environment, then one final message that ends in <|return|>. None if nothing does."""
+    """The reason why well-formed ids are no answer, None if they are one. An answer is the policy's analysis, preambles and
+    calls, each call answered by the environment, then one final message that ends in <|return|>."""
     if not messages:
         return "no message"
     was_called = False

@@ -46,7 +46,7 @@ SPELLED_HEADER = re.compile(r"<\|channel\|>(analysis|final)<\|message\|>")
 
 @dataclass
 class Message:
-    """One message. `recipient` is whom it calls or answers; `name` is a tool message's author (`functions.f`)."""
+    """One message. `recipient`: the function or role that it is written to; `name`: a tool message's author (`functions.f`)."""
 
     role: str
     content: str
@@ -292,7 +292,7 @@ def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Seque
 
 
 def _tool_result(message: Mapping[str, Any], index: int, call: Message | None, call_id: object) -> Message:
-    """The result of the last call; where it says whose result it is, that must be this call."""
+    """The result of the last call; if it names a call, that must be this one."""
     if call is None:
         raise ValueError(f"messages[{index}] has role 'tool', but no assistant message before it has tool_calls")
     if "content" not in message:

@@ -197,7 +197,7 @@ def build_byte_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """A regular expression: longest first, so that no text hides one that it begins."""
+    """A regular expression for these texts, the longest first, since one may be the beginning of another."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 def new_file(path: Path, *, suffix: str = ".tmp") -> Iterator[Path]:
     """Gives a path to write to. The file there becomes `path` when the block ends well, and is deleted otherwise.
 
-    suffix: of its name; one for each process where several may write the same file at a time.
+    suffix: of the temporary name; different for each process if several may write the same file at once.
     """
     partial = path.with_name(path.name + suffix)
     try:
@@ -34,8 +34,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill. When the block ends well, its files are synced to the disk and it takes the place of
-    `path`, whatever is there; otherwise it is deleted, and what is there stays. For one process at a time."""
+    """Gives an empty folder to fill. When the block ends well, its files are synced to the disk and it replaces `path`;
+    otherwise it is deleted, and `path` stays. For one process at a time."""
     partial = _beside(path, "tmp")
     try:
         recover(path)
@@ -53,14 +53,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_at_once(path: Path) -> None:
-    """Deletes a folder so that none of its name is ever there in part. Raises OSError."""
+    """Deletes a folder so that no incomplete folder ever has its name. Raises OSError."""
     gone = _beside(path, "gone")
     os.replace(path, gone)
     remove(gone)
 
 
 def recover(path: Path) -> None:
-    """Cleans up after a process that wrote or deleted `path`, wherever it was killed. Raises OSError."""
+    """Cleans up after a process that was killed while it wrote or deleted `path`. Raises OSError."""
     partial, old, gone = (_beside(path, kind) for kind in ("tmp", "old", "gone"))
     if os.path.lexists(old) and not os.path.lexists(path):
         os.replace(old, path)  # killed between the two renames of an exchange
@@ -73,13 +73,13 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def name_of_leftover(name: str) -> str | None:
-    """The final name of what a killed process left behind under `name`; None where it is nothing of that kind."""
+    """The final name of a file or folder that a killed process left under `name`; None if `name` is not of that form."""
     stem, _, kind = name.removeprefix(".").rpartition(".")
     return stem if name.startswith(".") and kind in ("tmp", "old", "gone") else None
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder, a file or a link (never what it leads to), if there is one. Raises OSError."""
+    """Deletes a folder, a file or a link (never its target), if it exists. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -27,7 +27,7 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 
 @dataclass(frozen=True)
 class _PackedMatrix:
-    """A packed matrix [out, in] and what lies beside it: state, absmax, quant_map and, with double quantisation, nested_absmax
+    """A packed matrix [out, in] and its further tensors: state, absmax, quant_map and, with double quantisation, nested_absmax
     and nested_quant_map."""
 
     weight: StoredTensor
@@ -51,7 +51,7 @@ def _absmax(matrices: list[_PackedMatrix]) -> torch.Tensor:
 
 
 def _absmax_of(matrix: _PackedMatrix, beside: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[out * in / 64] fp32 from what was read beside a matrix. Raises CheckpointError where that is no NF4 of its size."""
+    """absmax [out * in / 64] fp32 from a matrix's further tensors. Raises CheckpointError if they are not NF4 of its size."""
     name, path = matrix.weight.name, matrix.weight.path
     described = json.loads(bytes(beside["state"].tolist()))
     found = {key: described.get(key) for key in ("quant_type", "blocksize", "shape")}
@@ -80,8 +80,8 @@ def is_bitsandbytes(tensors: dict[str, StoredTensor], config: GptOssConfig) -> b
 
 
 def unpacked_names(tensors: dict[str, StoredTensor], config: GptOssConfig) -> dict[str, Stored]:
-    """The stored tensors under the model's names. What does not belong to a whole packed tensor keeps its own, and so is reported
-    as missing and unused. Raises CheckpointError for a packed weight that lacks one of its parts or has another size."""
+    """The stored tensors under the model's names. Tensors that are not part of a complete packed tensor keep their names, and
+    so are reported as unused. Raises CheckpointError for a packed weight that lacks one of its parts or has another size."""
     remaining, renamed = dict(tensors), {}
     width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     shapes = {"gate_up": (2 * inner, width), "down": (width, inner), "o_proj": (width, config.num_attention_heads * head),

@@ -43,7 +43,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class DerivedTensor:
-    """A tensor that is made of stored ones when it is read."""
+    """A tensor that is computed from stored ones when it is read."""
 
     path: Path  # of the first of them
     dtype: str  # safetensors' name
@@ -55,7 +55,7 @@ Stored = StoredTensor | DerivedTensor
 
 
 def read_all(tensors: Sequence[StoredTensor]) -> list[torch.Tensor]:
-    """Tensors as read() gives them, each file opened once."""
+    """Reads tensors; opens each file once."""
     read = {}
     for path in {tensor.path for tensor in tensors}:
         with _opened(path) as file:
@@ -120,7 +120,7 @@ def checkpoint_folder(source: str | Path) -> Path:
 
 
 def weights_folder(source: str | Path) -> Path:
-    """Where the tensors of a checkpoint lie: in its folder, or in the `original/` subfolder of one that has none of its own."""
+    """The folder with a checkpoint's tensors: its own, or its subfolder `original/` if it has no tensors itself."""
     folder = checkpoint_folder(source)
     has_tensors = any(folder.glob("*.safetensors")) or (folder / INDEX_NAME).exists()
     return folder / "original" if not has_tensors and (folder / "original").is_dir() else folder
@@ -189,7 +189,7 @@ def _list_indexed(index: Path) -> dict[str, StoredTensor]:
 
 
 def misshapen_tensors(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with the shapes of those expected tensors that are stored."""
+    """The problems with the shapes of expected tensors that are stored."""
     return [
         f"{name} is {list(stored[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -203,7 +203,7 @@ def shortened(names: list[str], limit: int = 20) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; CheckpointError naming the file where it is missing or not an object."""
+    """The JSON object in a file. Raises CheckpointError, with the file's name, if it is missing or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -259,7 +259,7 @@ def atomic_folder(
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes one safetensors file that group and others may read as the folder's mode allows."""
+    """Writes one safetensors file, with the read permissions of its folder."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
 

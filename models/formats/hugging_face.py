@@ -101,7 +101,7 @@ def read_checkpoint_config(source: str | Path) -> GptOssConfig:
 
 
 def _pin_embedding(model: GptOss) -> None:
-    """Moves a GPU model's input embedding into pinned host memory, where host_gb has room for it."""
+    """Moves a GPU model's input embedding into pinned host memory, if host_gb has room for it."""
     embedding = model.model.embed_tokens
     size = embedding.weight.numel() * embedding.weight.element_size()
     if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
@@ -110,7 +110,7 @@ def _pin_embedding(model: GptOss) -> None:
 
 
 def _first_source(name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights]) -> tuple[str, str]:
-    """Sorts tensors by file, so that each file is read once from end to end."""
+    """Sorts tensors by file, so that each file is read once from beginning to end."""
     return str(stored[name if name in stored else name + stored_form.suffixes[0]].path), name
 
 
@@ -136,7 +136,7 @@ def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, Stored], type[E
 
 
 def _format_in(stored: dict[str, Stored]) -> type[ExpertWeights] | None:
-    """The format of the experts that files hold, None where they hold none."""
+    """The format of the experts in the files, None if they have none."""
     return next((form for form in FORMATS.values() for name in stored
                  if name.endswith(tuple(f".mlp.experts.{leaf}{form.suffixes[0]}" for leaf in PROJECTIONS))), None)
 
@@ -144,7 +144,7 @@ def _format_in(stored: dict[str, Stored]) -> type[ExpertWeights] | None:
 def _check_tensors(
     folder: Path, stored: dict[str, Stored], expected: dict[str, torch.Tensor], stored_form: type[ExpertWeights]
 ) -> None:
-    """Raises CheckpointError listing everything that keeps the stored tensors from being the expected ones."""
+    """Raises CheckpointError listing every difference between the stored tensors and the expected ones."""
     missing = [name for name in expected if name not in stored]
     unused = [f"{name} ({found.path.name})" for name, found in stored.items() if name not in expected]
     misshapen = misshapen_tensors(stored, {name: tuple(tensor.shape) for name, tensor in expected.items()})
@@ -176,7 +176,7 @@ def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored],
 
 @dataclass
 class _Export:
-    """What is written of a model, and what packing it cost."""
+    """The tensors of an export, and the error that packing them makes."""
 
     model: GptOss
     form: type[ExpertWeights]
@@ -246,8 +246,8 @@ class _Export:
 
 
 def written_format(model: GptOss, experts: str) -> type[ExpertWeights]:
-    """The format in which an export holds the experts. Raises ValueError for a name that is none, CheckpointError for a format
-    that is not written."""
+    """The format of the experts in an export. Raises ValueError for an unknown name, CheckpointError for a format that is not
+    written."""
     written = [form.name for form in FORMATS.values() if form.is_written]
     if experts not in ("as_loaded", *written):
         raise ValueError(f"experts={experts!r}; allowed: as_loaded, {', '.join(written)}")
@@ -343,7 +343,7 @@ def save_original(
 
 
 def tokenizer_files(folder: str | Path | None) -> list[Path]:
-    """The files of a tokenizer that a folder holds; raises CheckpointError where it holds none."""
+    """The tokenizer files in a folder. Raises CheckpointError if there are none."""
     if folder is None:
         return []
     folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
@@ -365,7 +365,7 @@ def _hub_config(config: GptOssConfig, form: type[ExpertWeights], dtype: torch.dt
 
 
 def _generation_config(config: GptOssConfig, tokenizer: Path | None) -> dict:
-    """Stop ids for generation: config.json alone names one, and a model that ends in a call would run on."""
+    """Stop ids for generation: config.json names only one, with which a model would not stop after a call."""
     added = read_json(tokenizer).get("added_tokens", []) if tokenizer is not None else []
     ids = {token["content"]: token["id"] for token in added}
     named = [ids[token] for token in ("<|return|>", "<|endoftext|>", "<|call|>") if token in ids]

@@ -66,7 +66,7 @@ def has_expert_adapter(model: GptOss, name: str | None = None) -> bool:
 
 
 def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int | None = None) -> torch.Tensor:
-    """weight + (alpha / r) B A in fp32, or `weight` itself where no adapter changes it.
+    """weight + (alpha / r) B A in fp32, or `weight` itself if no adapter changes it.
 
     name: Hugging Face name of the tensor. weight: [out, in], of one `expert` where the tensor holds all of them.
     """
@@ -182,7 +182,7 @@ class _Pair:
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:
-    """What an adapter in PEFT form targets, with which rank and scale.
+    """The targets, rank and scale of an adapter in PEFT form.
 
     rank: the largest of its modules. alpha: such that alpha / rank is the scale that PEFT gives a module of that rank
     without an entry in alpha_pattern. Raises CheckpointError naming the file and the setting for anything this project's
@@ -207,7 +207,7 @@ def _lora_config(settings: PeftSettings, pairs: list[_Pair]) -> LoraConfig:
 
 
 def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[str]]:
-    """The pairs of an adapter's file, the names that have no other half, and those that are no adapter of a gpt-oss layer."""
+    """The (A, B) pairs of an adapter's file, the names without their other half, and the names that fit no gpt-oss layer."""
     folder = settings.path.parent
     path = folder / WEIGHTS_NAME
     if not path.exists():
@@ -239,7 +239,7 @@ def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[st
 
 
 def _identify(settings: PeftSettings, found: re.Match, *, has_inner: bool) -> tuple[str, str]:
-    """What a wrapper adapts, and its name as PEFT's patterns see it."""
+    """The tensor that a wrapper adapts, and the wrapper's name as PEFT's patterns see it."""
     if found["matrix"]:
         matrix = f"mlp.experts.{found['matrix']}_projs.{found['expert']}"
         return f"{found['matrix']}_proj", f"model.layers.{found['layer']}.{matrix}"
@@ -263,7 +263,7 @@ def _name_of(settings: PeftSettings, layer: int | str, leaf: str) -> tuple[str, 
 
 
 def load_adapter(model: GptOss, folder: str | Path) -> None:
-    """Reads an adapter into a model, attaching one of its rank, alpha and targets where the model carries none yet.
+    """Reads an adapter into a model. If the model has none yet, attaches one with its rank, alpha and targets.
 
     Where a module's rank or scale is not the model's (rank_pattern, alpha_pattern), B takes up the difference, and the rank
     that is left over starts with B = 0; so do targets that the file leaves out in some layers or experts, with a warning: they
@@ -299,8 +299,8 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
 
 
 def check_adapter(folder: str | Path, held: LoraConfig) -> None:
-    """Raises CheckpointError where an adapter cannot be read into a model that carries `held`, as far as settings and the names
-    in its file tell: cheap, before the base is loaded."""
+    """Raises CheckpointError if an adapter's settings or the names in its file show that it cannot be read into a model that has
+    `held`: a cheap check before the base is loaded."""
     _check_same(Path(folder), held, read_adapter_config(folder))
 
 
@@ -336,7 +336,7 @@ def _fill(model: GptOss, pairs: list[_Pair], config: LoraConfig) -> None:
 
 
 def _left_out(pairs: list[_Pair], targets: list[str], model: GptOss) -> list[str]:
-    """The layers that an adapter leaves out, of each projection it targets; matrices, where it holds experts one by one."""
+    """The layers that an adapter leaves out, for each projection it targets; single matrices if it has experts one by one."""
     said, num_layers = [], len(model.model.layers)
     for leaf in _leaves(targets):
         if absent := sorted(set(range(num_layers)) - {pair.layer for pair in pairs if pair.leaf == leaf}):

@@ -49,7 +49,7 @@ class PeftSettings:
         return self._by_pattern("rank_pattern", name, self.rank)
 
     def scale_of(self, name: str) -> float:
-        """What PEFT multiplies B A by."""
+        """The factor by which PEFT multiplies B A."""
         alpha, rank = self._by_pattern("alpha_pattern", name, self.content["lora_alpha"]), self.rank_of(name)
         return alpha / math.sqrt(rank) if self.content.get("use_rslora") else alpha / rank
 
