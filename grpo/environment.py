@@ -40,12 +40,10 @@ class Environment(Protocol):
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int) -> list[Prompt]:
         """Prompts to train on in step `step` (from 0): at least one; those beyond `num_prompts` are not used. `attempt` > 0
-        asks for other prompts, which replace dropped groups. No two prompts of a step, over all attempts, may have the same
-        id."""
+        asks for other prompts, which replace dropped groups. All prompts of a step, over all attempts, have different ids."""
 
     def eval_prompts(self) -> list[Prompt]:
-        """Prompts to evaluate on, at least one, with distinct ids; the same at every call. Those beyond `eval.max_prompts` are
-        not used."""
+        """Prompts to evaluate on, at least one, with distinct ids; the same at every call. `eval.max_prompts` limits them."""
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """One Score for each completion, in their order; a call has completions of several prompts. `completion.prompt.row` is

@@ -70,8 +70,7 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
 
 
 def _values(scored: list[tuple[Completion, Score]]) -> list[float]:
-    """Correctness if the environment judges it, else the reward. A completion with neither is left out: a failed scoring says
-    nothing about the policy."""
+    """Correctness if the environment judges it, else the reward. A completion with neither is left out."""
     values = [verdict.reward if verdict.is_correct is None else float(verdict.is_correct) for _, verdict in scored]
     return [value for value in values if value is not None]
 

@@ -31,8 +31,7 @@ from grpo.update import update
 
 
 def train(run: Run) -> None:
-    """Takes the remaining GRPO steps. After a stop signal raises grpo.rollout.session.Interrupted once the current model call,
-    micro-batch or step is done."""
+    """Takes the remaining GRPO steps. After a stop signal and the current model call, micro-batch or step, raises Interrupted."""
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()

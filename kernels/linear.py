@@ -163,8 +163,7 @@ def _columns(sizes: tuple[int, ...], has_adapter: tuple[bool, ...],
 
 
 def adapter_of(modules: list[LinearModule]) -> Adapter | None:
-    """The adapter of projections side by side, None if none of them has an enabled one. Raises ValueError if they differ in
-    rank or scale."""
+    """The adapter of projections side by side, None without an enabled one. Raises ValueError if ranks or scales differ."""
     carriers = [module for module in modules if module.has_adapter()]
     if not carriers:
         return None
@@ -209,8 +208,7 @@ def adapter_backward(modules: list[LinearModule], adapter: Adapter, grad: torch.
 
 def linear_backward(modules: list[LinearModule], grad: torch.Tensor, x: torch.Tensor, low_rank: torch.Tensor | None,
                     grads: Gradients, *, needs_x: bool) -> torch.Tensor | None:
-    """Returns the gradient of x [T, K] if needs_x; puts those of trainable parameters into `grads`. grad [T, N]: of the
-    outputs."""
+    """Returns the gradient of x [T, K] if needs_x; puts those of trainable parameters into `grads`. grad [T, N]: of outputs."""
     adapter, low_rank_grad, grad_x = adapter_of(modules), None, None
     if adapter is not None:
         low_rank_grad = adapter_backward(modules, adapter, grad, x, low_rank, grads)

@@ -49,8 +49,7 @@ def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, st
     x_ptrs = x_ptr + tokens[:, None] * stride_x + cols[None, :]
     weight_ptrs = weight_ptr + experts[None, :] * stride_weight + cols[:, None]  # [BLOCK_K, BLOCK_E]
     is_token, is_expert = tokens < num_tokens, experts < NUM_EXPERTS
-    # the sum begins with the bias: if it were added last, the compiler would move it to the front, but only if one step covers
-    # the width
+    # the sum begins with the bias: the compiler would move it there itself, but only if one step covers the width
     bias = tl.load(bias_ptr + experts, mask=is_expert, other=0.0).to(tl.float32)
     logits = tl.zeros([BLOCK_T, BLOCK_E], tl.float32) + bias[None, :]
     for first in range(0, WIDTH, BLOCK_K):
@@ -130,8 +129,7 @@ def router_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 
 
 def router_backward(grad: torch.Tensor, weight: torch.Tensor, grad_x: torch.Tensor) -> None:
-    """Adds dx to grad_x [T, D], which is rounded once; grad [T, E] fp32 is the logits' gradient. By the kernel, or in fp32 by the
-    library."""
+    """Adds dx to grad_x [T, D], rounded once; grad [T, E] fp32: of the logits. By the kernel or, in fp32, the library."""
     if product_path(grad_x) == "library":
         grad_x.copy_((grad @ weight.float()).add_(grad_x))
         return

@@ -120,8 +120,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None,
                 kept: Kept | None = None) -> torch.Tensor:
-        """The layer's output [T, D] for x [T, D]. record: records or replays the choice of experts. kept: gets the tensors that
-        the backward needs."""
+        """The layer's output [T, D]. record: records or replays the choice of experts. kept: gets what the backward needs."""
         attn = self.self_attn
         normed = self.input_layernorm(x)
         qkv, low_rank_qkv = linear(attn.qkv(), normed, keeps_low_rank=kept is not None)  # [T, P]
@@ -145,8 +144,7 @@ class Block(nn.Module):
 
     def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
                  needs_x: bool) -> torch.Tensor | None:
-        """Returns the gradient of x [T, D]; puts those of trainable parameters into `grads`. grad [T, D]: of the layer's
-        output."""
+        """Returns the gradient of x [T, D]; puts those of trainable parameters into `grads`. grad [T, D]: of the output."""
         attn, norm, post_norm = self.self_attn, self.input_layernorm, self.post_attention_layernorm
         x, qkv, attended, middle, lse = (kept.take(name) for name in ("x", "qkv", "attended", "middle", "lse"))
         # what the forward did not keep

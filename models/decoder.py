@@ -114,8 +114,7 @@ class Decoder:
         self._pool = None  # of memory that all graphs share: one runs at a time
 
     def reset(self, stop_ids: list[int]) -> None:
-        """Drops all rows and their pages. Rows end with these ids from now on; graphs are kept if the number of ids is the
-        same."""
+        """Drops all rows and their pages. Rows end with these ids from now on; an equal number of ids keeps the graphs."""
         stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=self.model.device)
         if len(stop_ids) == len(self._stop_ids):
             self._stop_ids.copy_(stop_ids)  # in place: graphs hold its address
@@ -150,8 +149,7 @@ class Decoder:
     def step(self, draw: DrawTokens, prompts: list[tuple[int, int]], *, longest: int, by_graph: bool,
              records: bool) -> torch.Tensor | None:
         """One step of all rows, with `draw` outside any graph. by_graph: a graph computes the hidden states; the cache must be
-        flushed. prompts, longest: as in run. With `records`, returns the experts [B, L, A] of the rows, valid until the next
-        step."""
+        flushed. prompts, longest: as in run. With `records`, returns the experts [B, L, A], until the next step."""
         num_rows = bucket_of(self.num_rows) if by_graph else self.num_rows
         reading = self._reading(prompts, num_rows, longest) if by_graph else _ROW_BY_ROW
 

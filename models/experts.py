@@ -135,8 +135,7 @@ class RoutedExperts(nn.Module):
                            *self._layout_settings)
 
     def arrange(self) -> None:
-        """Permutes packed weights in place into the layout that the Triton kernels take, if their sizes allow it. For loading:
-        may wait for the device."""
+        """Permutes packed weights in place into the layout that the Triton kernels take, if possible. May wait for the device."""
         arranged = self.layout.arranged([self.weights(name) for name in PROJECTIONS])
         if type(arranged[0]) is self.layout:
             return

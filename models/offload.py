@@ -175,8 +175,7 @@ def plan_layers(config: GptOssConfig, workload: Workload, *, gpu_bytes: int, hos
 
 @cache
 def _spread(layer: int, num_layers: int) -> int:
-    """The layer's number with its bits reversed. Layers of the lowest ranks are far apart, so copies of large tensors do not
-    queue up."""
+    """The layer's number with its bits reversed. Layers of the lowest ranks are far apart, so large copies do not queue up."""
     bits = max(1, (num_layers - 1).bit_length())
     return int(f"{layer:0{bits}b}"[::-1], 2)
 
@@ -383,8 +382,7 @@ class MemoryBudget:
 
     def plan(self, x: torch.Tensor, attention: AttentionPlan, trainable: Iterable[torch.nn.Parameter], *,
              dtype: torch.dtype, is_packed: bool) -> TrainingPass:
-        """The plan for a forward and backward of embedded tokens x [T, D], in the residual stream's dtype, by a model of
-        `dtype`."""
+        """The plan for a forward and backward of embedded tokens x [T, D], by a model of `dtype`."""
         layers = self.config.num_hidden_layers
         workload = Workload(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(),
                             is_packed, True, SCRATCH_BYTES)

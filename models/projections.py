@@ -34,8 +34,7 @@ class Linear(nn.Module):
 
 
 def side_by_side(whole: torch.Tensor, sizes: list[int]) -> list[nn.Parameter]:
-    """Splits `whole` into frozen parameters of `sizes` rows. They stay views, so linear() can multiply by all at once,
-    uncopied."""
+    """Splits `whole` into frozen parameters of `sizes` rows. They stay views, so linear() joins them without a copy."""
     return [nn.Parameter(part, requires_grad=False) for part in whole.split(sizes)]
 
 
@@ -61,8 +60,7 @@ class Router(Linear):
         return project(x, weight, None, None, keeps_low_rank=False)[0]
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, grad_x: torch.Tensor, grads: Gradients) -> None:
-        """Adds the router's part to grad_x [T, D]; puts gradients of trainable parameters into `grads`. grad [T, E] fp32: of the
-        logits. On a GPU."""
+        """On a GPU: adds the router's part to grad_x [T, D], puts trainable parameters' into `grads`. grad [T, E] fp32."""
         router_backward(grad, self.weight, grad_x)
         if self.trains_base():
             grads |= {self.weight: (grad.T @ x.float()).to(self.weight.dtype), self.bias: grad.sum(0).to(self.bias.dtype)}

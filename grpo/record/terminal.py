@@ -10,8 +10,7 @@ import sys
 
 
 def hold_standard_streams() -> None:
-    """Replaces closed standard streams by /dev/null: else a file of the run could get their numbers, and prints would go
-    there."""
+    """Replaces closed standard streams by /dev/null: else prints could go into a file of the run."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

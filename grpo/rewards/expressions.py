@@ -90,8 +90,7 @@ def _parse(text: str) -> list:
 
 
 def _num_bits(node: sympy.Basic | sympy.MatrixBase) -> float:
-    """An upper bound of the size of the numbers and sums that come up while an expression is computed; infinite if computing it
-    may never end."""
+    """An upper bound of the size of the numbers and sums in computing an expression; infinite if that may never end."""
     if isinstance(node, sympy.MatrixBase):
         return sum(map(_num_bits, node.flat()))
     if isinstance(node, UNBOUNDED):

@@ -265,8 +265,7 @@ class Scheduler:
         return preempted
 
     def make_way(self) -> bool:
-        """If groups or rows wait, frees a parked row's slot and pages or, if nothing runs, those of another that waits. Returns
-        whether it freed any."""
+        """If groups or rows wait, takes a parked row's slot and pages or, if nothing runs, a waiting row's. Returns whether."""
         if not self.is_waiting:
             return False
         if self._evict(self.parked) or not self.live and self._evict(self.returning[1:]):

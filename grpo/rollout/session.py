@@ -299,8 +299,7 @@ class Session:
         self._scheduler.unpark(row)
 
     def drain(self) -> list[Completion]:
-        """Runs to the end. Returns the completions of all rows, in the order of submission. Raises ValueError if rows are still
-        parked then."""
+        """Runs to the end. Returns all rows' completions, in the order of submission. Raises ValueError if rows stay parked."""
         self._check_open()
         while self.is_running:
             self.poll()

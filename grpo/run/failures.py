@@ -51,8 +51,7 @@ class Failure:
 
 def describe_failure(error: BaseException, *, config: object, log: Path | None, is_started: bool = False) -> Failure:
     """The message and exit code for an error. If the message may not be enough, the traceback is written to `log`, if that is
-    given and its folder exists. config: of the entry point. is_started: everything is loaded, so a ValueError may come from
-    anywhere."""
+    given and its folder exists. config: of the entry point. is_started: a ValueError may come from anywhere."""
     if is_out_of_memory(error):
         return Failure("out of memory", OUT_OF_MEMORY, describe_out_of_memory(error, config))
     reason, code, is_clear = next(found for kind, *found in KINDS if isinstance(error, kind))

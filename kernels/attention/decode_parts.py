@@ -47,8 +47,7 @@ def _sequence(slots, positions, prefix_lens, page_table, sequence, pages_per_slo
 
 @triton.jit
 def _tile_keys(tile, num_keys, prefix, PREFIXED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile's first key, and the end of the keys that it may have: the prefix's tiles come first, others are counted from its
-    end."""
+    """A tile's first key, and the end of the keys that it may have: the prefix's tiles come first."""
     start, end = tile * BLOCK_N, num_keys
     if PREFIXED:
         num_before = tl.cdiv(prefix, BLOCK_N)

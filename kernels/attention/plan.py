@@ -50,8 +50,7 @@ class AttentionPlan:
 
     def key_tiles(self, block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """[tiles, 4] int32: first key, end of its sequence, first and end of its readers; and the readers [R, 3] int32: first
-        and end of a sequence whose queries see those keys, and the number that turns a query's row into its position in the keys'
-        sequence, when added."""
+        and end of a sequence whose queries see those keys, and the offset from a query's row to its position among the keys."""
         if ("keys", block, device) not in self._tensors:
             readers, tiles, work = [], [], {}
             for sequence, (start, end) in enumerate(self.bounds):

@@ -180,8 +180,7 @@ def _packed_sums(
     CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr,
     WAITS: tl.constexpr,
 ):  # fmt: skip
-    """The sums over all inputs for ROWS features: [ROWS, TOKENS], and [ROWS, MORE] from the same unpacked weights (if MORE is
-    0, the first sums again)."""
+    """Sums over all inputs for ROWS features: [ROWS, TOKENS] and, from the same weights, [ROWS, MORE] (0: the first again)."""
     dtype: tl.constexpr = x.dtype.element_ty
     GROUPS: tl.constexpr = ROWS // 16
     per_input: tl.constexpr = 4 if IS_ASM else 2

@@ -372,8 +372,7 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
 def grouped_linear(x: torch.Tensor, weights: ExpertWeights, offsets: list[int], *, lora_A: torch.Tensor | None = None,
                    lora_B: torch.Tensor | None = None, lora_scale: float | None = None) -> torch.Tensor:
     """The reference, with gradients of x, LoRA, biases and dense weights: x [R, K] in expert order, offsets [E + 1] -> [R, N] in
-    x's dtype. lora_A [E, r, K] and lora_B [E, N, r], fp32 masters or x's dtype, add lora_scale (x A^T) B^T; their gradients have
-    their dtype."""
+    x's dtype. lora_A [E, r, K] and lora_B [E, N, r], fp32 or x's dtype like their gradients, add lora_scale (x A^T) B^T."""
     weight, packed = (weights.weight, None) if isinstance(weights, Dense) else (None, weights)
     y = _ReferenceLinear.apply(x, weight, packed, weights.bias, offsets)
     if lora_A is None:

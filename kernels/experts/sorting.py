@@ -122,8 +122,7 @@ def _route_blocks(num_experts: int) -> dict[str, int]:
 
 def route_forward(logits: torch.Tensor, indices: torch.Tensor | None,
                   experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gate weights [T, A] fp32 and indices [T, A] for logits [T, E] fp32; indices are chosen here if None. Triton only, no
-    gradient."""
+    """Gate weights [T, A] fp32 and indices [T, A] for logits [T, E] fp32; None: chosen here. Triton only, no gradient."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     num_tokens, num_experts = logits.shape
     is_replay = indices is not None

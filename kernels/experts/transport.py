@@ -20,8 +20,7 @@ from kernels.experts.sorting import Routing
 
 
 def dispatch(routing: Routing, *of_tokens: torch.Tensor) -> tuple[Routing | torch.Tensor, ...]:
-    """The Routing of this process's experts and, of each tensor of the tokens (x or a gradient [T, D], gate weights [T, A]), the
-    part that those experts need."""
+    """The Routing of this process's experts, and their part of each of the tokens' tensors (x, gradients, gate weights)."""
     return routing, *of_tokens
 
 

@@ -139,8 +139,7 @@ def _check(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 def to_fragments_(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     """Brings blocks [E, O, N, 16] and scales [E, O, N] uint8 from the checkpoint's layout into fragment layout, in place.
 
-    Works expert by expert: about 20 bytes of working memory per byte of one expert. Raises ValueError if O is no multiple of
-    16."""
+    Works expert by expert: about 20 bytes of working memory per byte of one expert. Raises ValueError unless 16 divides O."""
     _check(blocks, scales)
     tables = _word_tables(blocks.device)
     for expert in range(blocks.shape[0]):
