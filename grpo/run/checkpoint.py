@@ -8,6 +8,7 @@ Under its final name a checkpoint is whole whenever the process is killed; the m
 """
 import hashlib
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from models.formats.atomic import free_bytes, name_of_leftover, new_folder, reco
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT_VERSION = 2  # 2: the state says what the run is made of
 _NAME = re.compile(r"step_(\d{6,})")
+_OLDER_LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old|gone)-\d+")  # of versions that named them after their process
 
 
 class SaveError(RuntimeError):
@@ -93,9 +95,12 @@ def clean_stale(run_dir: str | Path) -> None:
     """Cleans up after a process that was killed while it saved; for the holder of the lock only."""
     root = Path(run_dir) / "checkpoints"
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        name = name_of_leftover(path.name)
+        older = _OLDER_LEFTOVER.fullmatch(path.name)
+        name = older[1] if older else name_of_leftover(path.name)
         if name is not None and _NAME.fullmatch(name):
             try:
+                if older:
+                    os.replace(path, root / f".{name}.{older[2]}")
                 recover(root / name)
             except OSError as error:
                 warnings.warn(f"cannot delete {path}, left by a killed process: {error}", stacklevel=2)

@@ -164,6 +164,22 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path):
     assert_is_step(load_run(tmp_path), 10)
 
 
+def test_leftovers_of_an_older_version_are_restored_or_cleaned(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    root = tmp_path / "checkpoints"
+    (root / "step_000030").rename(root / "step_000030.old-71")  # killed between the two renames of an exchange
+    (root / "step_000030.tmp-71").mkdir()
+    (root / "step_000030.tmp-71" / "state.json").write_text("{")
+    for name in ("step_000005.gone-7", "step_000020.old-7", "step_000020.old-8"):
+        (root / name).mkdir()
+    (root / "step_000040.tmp-mine").mkdir()
+    assert_is_step(load_run(tmp_path), 20)
+    with lock_run(tmp_path):
+        assert_is_step(load_run(tmp_path), 30)
+    assert saved_names(tmp_path) == ["step_000010", "step_000020", "step_000030", "step_000040.tmp-mine"]
+
+
 def out_of_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
