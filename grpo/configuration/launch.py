@@ -194,10 +194,10 @@ def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
         fill(plan, words)
         yield plan
     except UnknownKey as error:
-        if not error.parent:
+        error.origin = origin_of(plan, error)
+        if not error.parent and not error.origin:  # a file chooses no experiment
             error.allowed = sorted({*error.allowed, *groups})
         error.keys = [*plan.keys, *keyword_types(compose(plan, plan.chosen), [])]
-        error.origin = origin_of(plan, error)
         raise
     finally:
         GlobalHydra.instance().clear()
@@ -239,12 +239,13 @@ def fill(plan: CommandPlan, words: list[str]) -> None:
     kinds = {word: kind_of(plan, word, keywords) for word in words}
     plan.overrides = [to_override(word, kinds[word], is_sweep=plan.is_sweep) for word in words]
     for word, override in zip(words, parse(plan.overrides)):
-        key, value = override.key_or_group, override.value()
+        key, value, is_optional = override.key_or_group, override.value(), type(None) in typing.get_args(kinds[word])
         if override.is_sweep_override():
             if not plan.is_sweep:
                 raise ConfigError(f"{as_typed(str(override.input_line))}: several values for {key}; add -m for a sweep, or "
                                   f"write a list as {key}=[...]")
-        elif dataclass_of(kinds[word]) and not (value is None or isinstance(value, dict) or override.is_delete()):
+        elif dataclass_of(kinds[word]) and not (
+                isinstance(value, dict) or override.is_delete() or (value is None and is_optional)):
             raise ConfigError(f"{key} = {value!r}: {key} holds keys; set {key}.KEY=VALUE")
     sweeper = OmegaConf.to_container(base.hydra.sweeper, resolve=False)
     plan.is_grid = str(sweeper.get("_target_", "")).endswith("BasicSweeper")
@@ -273,6 +274,8 @@ def chosen_of(plan: CommandPlan, words: list[str]) -> list[str]:
 def kind_of(plan: CommandPlan, word: str, keywords: dict[str, Any]) -> Any:
     """The type of the value that a word sets, None where Hydra decides. Raises UnknownKey for a key that the schema lacks."""
     key = word.lstrip("+~").partition("=")[0]
+    if not key.strip():
+        raise ConfigError(f"unknown key {key!r} in {word!r}: write KEY=VALUE")
     if key in plan.groups or key.startswith(("hydra.", "hydra/")) or not ("=" in word or word.startswith("~")):
         return None
     return keywords[key] if key in keywords else type_at(SCHEMAS[plan.config_name], key)
@@ -323,8 +326,9 @@ def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
         config = to_typed(cfg, SCHEMAS[config_name])
         validate_inference(config)
         return config
-    if OmegaConf.select(cfg, "name") is None:
-        cfg.name = default_name(cfg, overrides)
+    with contextlib.suppress(OmegaConfBaseException):  # an interpolation that leads nowhere, which `to_typed` says better
+        if OmegaConf.select(cfg, "name") is None:
+            cfg.name = default_name(cfg, overrides)
     config = to_typed(cfg, TrainConfig)
     check_objective(config.eval)
     validate(config)

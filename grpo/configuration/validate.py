@@ -15,6 +15,7 @@ from pathlib import Path
 from grpo.config import (
     LORA_TARGETS,
     ConfigError,
+    EvalConfig,
     EvaluateConfig,
     Experts,
     InferenceConfig,
@@ -147,9 +148,12 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
     scale = optim.loss_scale
     if scale is not None and 0 < scale < math.inf and math.frexp(scale)[0] != 0.5:
         yield "optim.loss_scale", scale, "must be null or a power of two, such as 65536"
-    is_evaluating = evaluation.every > 0 or evaluation.at_start or evaluation.at_end
-    if is_evaluating and evaluation.num_samples == 0 and not evaluation.greedy:
+    if is_evaluating(evaluation) and evaluation.num_samples == 0 and not evaluation.greedy:
         yield "eval.num_samples", 0, "nothing to measure with eval.greedy=false; set eval.num_samples=1 or eval.greedy=true"
+
+
+def is_evaluating(evaluation: EvalConfig) -> bool:
+    return evaluation.every > 0 or evaluation.at_start or evaluation.at_end
 
 
 def inference_problems(config: InferenceConfig) -> Iterator[Problem]:

@@ -356,6 +356,12 @@ def test_mistakes_in_configs_of_another_folder_get_the_same_messages(conf, monke
             load_config("train", [place, *words.split()])
 
 
+def test_only_the_command_line_is_told_that_it_may_choose_an_experiment(conf):
+    for word, keys in (("+experiment=typo", "eval, kl"), ("stepz=2", "eval, experiment, kl")):
+        with pytest.raises(ConfigError, match=f"unknown key stepz.* Allowed: advantage, .*{keys}"):
+            load_config("train", [f"--config-dir={conf}", word])
+
+
 def test_an_unknown_keyword_says_which_file_brought_it(launched, conf):
     result = launched("--config-dir=conf", "experiment=own_loss", "~loss.clip_high")
     assert result.code == 2 and result.out == ""

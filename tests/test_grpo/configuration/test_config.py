@@ -112,10 +112,13 @@ BAD_ARGUMENTS = [
     ("optim=3", "optim = 3: no file of configs/optim"),
     ("loss=null", "loss = None: no file of configs/loss"),
     ("wandb=offline", "wandb = 'offline': wandb holds keys; set wandb.KEY=VALUE"),
+    ("log=null", "log = None: log holds keys; set log.KEY=VALUE"),
     ("env=dataset", "env.path: required, no value given; set with `env.path=VALUE`"),
     ("optim.lr=???", "optim.lr: required"),
     ("~rollout.temperature", "rollout.temperature: required"),
     ("optim.lr=${optim.nothing}", "optim.lr: Interpolation key 'optim.nothing' not found"),
+    ("++name=lr-${optim.lrx}", "name: Interpolation key 'optim.lrx' not found; give it a value or fix the ${...}"),
+    ("++seed=${sed}", "seed: Interpolation key 'sed' not found"),  # part of the name that a run gets
     # types
     ("optim.lr=abc", "optim.lr = 'abc' (str): expected a number"),
     ("rollout.group_size=2.5", "rollout.group_size = 2.5 (float): expected an integer"),
@@ -165,6 +168,7 @@ BAD_ARGUMENTS = [
     # the command line itself
     ("optim.lr=1e-4,2e-4", "optim.lr"),
     ("seed", "cannot read an argument: Error parsing override 'seed'"),
+    ("=5", "unknown key '' in '=5': write KEY=VALUE"),
 ]
 
 
