@@ -2,7 +2,7 @@
 which become plain Python values; and the types of its errors."""
 import operator
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, TrainConfig
 from grpo.configuration.targets import bind, keyword_parameters
+from grpo.configuration.validate import is_evaluating
 from grpo.envs.data_files import DataError
 from grpo.rewards.user_code import UserCodeFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
@@ -43,7 +44,8 @@ class Environment(Protocol):
         asks for other prompts, which replace dropped groups. All prompts of a step, over all attempts, have different ids."""
 
     def eval_prompts(self) -> list[Prompt]:
-        """Prompts to evaluate on, at least one, with distinct ids; the same at every call. `eval.max_prompts` limits them."""
+        """Prompts to evaluate on, at least one, with distinct ids; the same at every call. `eval.max_prompts` limits them. Needed
+        only where something is evaluated."""
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """One Score for each completion, in their order; a call has completions of several prompts. `completion.prompt.row` is
@@ -101,16 +103,27 @@ def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vo
     ConfigError, DataError and EnvironmentFault. max_len: tokens of the model's longest sequence."""
     if config.warmup is not None and not hasattr(env, "demonstrations"):
         raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
-    missing = [method for method in REQUIRED if not hasattr(env, method)]
-    if missing:
-        raise EnvironmentFault(f"environment {type(env).__name__} has no {', '.join(missing)}; grpo.environment.Environment says "
-                               "what each takes and returns")
+    is_evaluated = hasattr(env, "eval_prompts") or is_evaluating(config.eval)
+    check_methods(env, [method for method in REQUIRED if method != "eval_prompts" or is_evaluated])
     if not hasattr(env, "train_prompts"):
         return
     with calling(env, "train_prompts"):
         check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len,
                       max_new_tokens=config.rollout.max_new_tokens, max_tokens=config.optim.max_tokens)
-    held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
+    if is_evaluated:
+        held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
+
+
+def check_methods(env: Environment, methods: Sequence[str]) -> None:
+    """Raises EnvironmentFault for methods that it lacks, and for a property in a method's place that raises."""
+    for method in methods:
+        if hasattr(type(env), method):  # where hasattr(env) would hide an AttributeError of a property
+            with calling(env, method):
+                getattr(env, method)
+    missing = [method for method in methods if not hasattr(env, method)]
+    if missing:
+        raise EnvironmentFault(f"environment {type(env).__name__} has no {', '.join(missing)}; grpo.environment.Environment says "
+                               "what each takes and returns")
 
 
 def summary_of(env: Environment) -> str:

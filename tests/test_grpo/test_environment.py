@@ -251,6 +251,34 @@ def test_an_environment_that_lacks_a_method_is_named_with_what_to_read():
     check_environment(SimpleNamespace(prompts=list, eval_prompts=list, score=list), config, max_len=9, vocab_size=VOCAB)
 
 
+def evaluated(**changes):
+    schedule = SimpleNamespace(every=0, at_start=False, at_end=False, max_prompts=2)
+    return SimpleNamespace(warmup=None, eval=SimpleNamespace(**vars(schedule) | changes),
+                           rollout=SimpleNamespace(max_new_tokens=5), optim=SimpleNamespace(max_tokens=100))
+
+
+@pytest.mark.parametrize("fixed", [{}, {"train_prompts": lambda: [Prompt(0, [1], {})]}])
+def test_an_environment_without_evaluation_prompts_trains_where_nothing_is_evaluated(fixed):
+    env = SimpleNamespace(prompts=list, score=list, **fixed)
+    check_environment(env, evaluated(), max_len=9, vocab_size=VOCAB)
+    for change in ({"every": 3}, {"at_start": True}, {"at_end": True}):
+        with pytest.raises(EnvironmentFault, match="environment SimpleNamespace has no eval_prompts; grpo.environment.Envir"):
+            check_environment(env, evaluated(**change), max_len=9, vocab_size=VOCAB)
+
+
+def test_a_property_in_a_methods_place_that_raises_is_named_with_its_line():
+    class Scorer:
+        prompts = eval_prompts = list
+
+        @property
+        def score(self):
+            return self.weights
+
+    with pytest.raises(EnvironmentFault, match=r"environment Scorer.score raised AttributeError: 'Scorer' object has no "
+                                               r"attribute 'weights' \(.*test_environment.py:\d+\)"):
+        check_environment(Scorer(), evaluated(at_end=True), max_len=9, vocab_size=VOCAB)
+
+
 def test_a_warm_up_wants_demonstrations():
     env = SimpleNamespace(prompts=list, eval_prompts=list, score=list)
     with pytest.raises(ConfigError, match=r"warmup: SimpleNamespace has no demonstrations\(step, batch_size\)"):

@@ -255,6 +255,14 @@ def test_mistakes_end_in_one_message_and_exit_code_2(run_dir, capsys, overrides,
     assert captured.out == "" and "Traceback" not in captured.err
 
 
+def test_an_environment_without_evaluation_prompts_is_named_with_what_to_read(run_dir, capsys, monkeypatch):
+    monkeypatch.delattr(Carry, "eval_prompts")
+    assert run_evaluation(load_config("evaluate", [f"run={run_dir}"])) == 4
+    captured = capsys.readouterr()
+    assert "environment Carry has no eval_prompts; grpo.environment.Environment says" in captured.err
+    assert "Traceback" not in captured.err
+
+
 def test_an_environment_that_raises_is_named(run_dir, capsys, monkeypatch):
     monkeypatch.setattr(Carry, "score", lambda self, completions: 1 / 0)
     assert run_evaluation(load_config("evaluate", [f"run={run_dir}", "max_new_tokens=2", "max_prompts=1"])) == 4
