@@ -180,7 +180,7 @@ def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: i
         checked_loss(loss_fn(inputs), path)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"loss._target_ = {path!r}: raised {type(error).__name__}: {error}. {CONTRACT}") from error
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -326,6 +327,7 @@ def returning(result):
     (lambda log_probs, batch: (log_probs.sum(), {}), "raised TypeError"),
     (lambda inputs: (inputs.log_prob.sum(), {}), "raised AttributeError"),
     (returning(lambda x: 1 / 0), "raised ZeroDivisionError: division by zero"),
+    (returning(lambda x: sys.exit("enough")), "raised SystemExit: enough"),
 ])
 def test_a_loss_that_breaks_the_contract_is_refused_with_what_it_must_do(loss_fn, problem):
     with pytest.raises(ConfigError) as caught:
