@@ -288,6 +288,7 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
             f"{shortened(foreign)}; wrong shape: {shortened(misshapen)}. The base has {len(model.model.layers)} layers; adapters "
             "are read on q_proj, k_proj, v_proj, o_proj, router and experts, by target_modules and target_parameters"
         )
+    _check_holds_something(folder, wanted)
     if model.adapter is None:
         attach_lora(model, wanted, seed=0)
     else:
@@ -300,8 +301,10 @@ def load_adapter(model: GptOss, folder: str | Path) -> None:
 
 def check_adapter(folder: str | Path, held: LoraConfig) -> None:
     """Raises CheckpointError if an adapter's settings or the names in its file show that it cannot be read into a model that has
-    `held`: a cheap check before the base is loaded."""
-    _check_same(Path(folder), held, read_adapter_config(folder))
+    `held`, or that there is nothing to read: a cheap check before the base is loaded."""
+    wanted = read_adapter_config(folder)
+    _check_holds_something(Path(folder), wanted)
+    _check_same(Path(folder), held, wanted)
 
 
 def _shape_problems(pair: _Pair, model: GptOss) -> list[str]:
@@ -345,6 +348,11 @@ def _left_out(pairs: list[_Pair], targets: list[str], model: GptOss) -> list[str
         num_all = len(PROJECTIONS) * num_layers * model.config.num_local_experts
         said.append(f"{num_all - num_single} of {num_all} expert matrices")
     return said
+
+
+def _check_holds_something(folder: Path, wanted: LoraConfig) -> None:
+    if not (wanted.targets or wanted.train_norms or wanted.train_sinks):
+        raise CheckpointError(f"{folder}: the adapter targets nothing and holds no norms or sinks, so nothing would train")
 
 
 def _check_same(folder: Path, held: LoraConfig, wanted: LoraConfig) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 
@@ -12,6 +13,7 @@ from tiny_models import BF16, LORA, MXFP4, fill_trainable, golden, load, logits_
 
 from models.formats.files import CheckpointError
 from models.formats.peft import (
+    check_adapter,
     load_adapter,
     merged_weight,
     peft_tensors,
@@ -357,6 +359,15 @@ def test_an_adapter_whose_settings_differ_from_the_models_is_refused():
     )
     assert "targets: ['q_proj'] in the model" in message
     assert "set model.lora.rank=4 model.lora.alpha=8 model.lora.targets=[q_proj,k_proj,v_proj,o_proj,experts]" in message
+
+
+def test_an_adapter_that_targets_and_holds_nothing_is_refused_by_its_folder(tmp_path):
+    folder = adapter_copy(tmp_path, settings={"target_modules": [], "target_parameters": []}, change=lambda tensors: {})
+    message = f"^{re.escape(str(folder))}: the adapter targets nothing and holds no norms or sinks, so nothing would train"
+    with pytest.raises(CheckpointError, match=message):
+        check_adapter(folder, LoraConfig(rank=4, alpha=8.0))
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(load(BF16), folder)
 
 
 def test_tensors_that_do_not_fit_are_listed_together(tmp_path):
