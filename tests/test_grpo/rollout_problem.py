@@ -10,6 +10,7 @@ from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import Group, RolloutRow, Scheduler
 from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
+from models.gpt_oss import GptOss
 from models.kv_cache import KVCache, page_bytes, slot_bytes
 
 VOCAB, WINDOW, MAX_LEN = 40, 8, 512
@@ -103,3 +104,21 @@ def converse(model, prompts, *, park_ids=(5, 6, 7), delay=0, reply=reply_to, max
                     session.finish(row, "length")
             num_calls += 1
         return session.drain(), session.stats
+
+
+def spied_calls(monkeypatch) -> list[tuple[str, int]]:
+    """From now on, each call of the model: its method and the number of its tokens."""
+    calls = []
+
+    def spy_on(name):
+        function = getattr(GptOss, name)
+
+        def spy(self, tokens, *arguments, **settings):
+            calls.append((name, len(tokens)))
+            return function(self, tokens, *arguments, **settings)
+
+        monkeypatch.setattr(GptOss, name, spy)
+
+    for name in ("prefill", "decode"):
+        spy_on(name)
+    return calls

@@ -1,12 +1,20 @@
 """What is longer than a prefill and so prefilled in chunks: who runs meanwhile, what gives way, and that nothing else changes."""
 
 import pytest
-from rollout_problem import assert_equal, gigabytes, indices, make_config, make_prompts, make_scheduler, sample
+from rollout_problem import (
+    assert_equal,
+    gigabytes,
+    indices,
+    make_config,
+    make_prompts,
+    make_scheduler,
+    sample,
+    spied_calls,
+)
 
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import Scheduler
 from grpo.rollout.session import Interrupted, Sampler
-from models.gpt_oss import GptOss
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +78,7 @@ def test_a_prompt_that_gives_way_between_chunks_begins_again(model):
 
 
 def test_live_rows_decode_between_chunks(model, monkeypatch):
-    calls = []
-
-    def spied(name):
-        function = getattr(GptOss, name)
-
-        def spy(self, tokens, *arguments, **settings):
-            calls.append((name, len(tokens)))
-            return function(self, tokens, *arguments, **settings)
-
-        monkeypatch.setattr(GptOss, name, spy)
-
-    for name in ("prefill", "decode"):
-        spied(name)
+    calls = spied_calls(monkeypatch)
     sample(model, make_prompts([150, 140, 10]), max_prefill_tokens=64, num_samples=2, max_new_tokens=5)
     assert calls == [("prefill", 64), ("prefill", 64), ("prefill", 22),
                      ("prefill", 64), ("decode", 2), ("prefill", 64), ("decode", 2),

@@ -13,13 +13,13 @@ from rollout_problem import (
     make_scheduler,
     reply_to,
     sample,
+    spied_calls,
 )
 
 from grpo.batch import Prompt, pack
 from grpo.rollout.sampling import SamplingParams, draw
 from grpo.rollout.scheduler import RolloutRow, Scheduler
 from grpo.rollout.session import Sampler
-from models.gpt_oss import GptOss
 
 LENGTHS = [50, 30, 64, 7]
 
@@ -118,23 +118,6 @@ def test_kept_sets_and_recorded_experts_lie_at_their_tokens(model):
     with torch.no_grad():
         log_probs, _ = model.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.loss_mask, kept=batch.kept)
     torch.testing.assert_close(batch.sampler_log_probs, log_probs, rtol=0, atol=1e-5)
-
-
-def spied_calls(monkeypatch) -> list[tuple[str, int]]:
-    calls = []
-
-    def spy_on(name):
-        function = getattr(GptOss, name)
-
-        def spy(self, tokens, *arguments, **settings):
-            calls.append((name, len(tokens)))
-            return function(self, tokens, *arguments, **settings)
-
-        monkeypatch.setattr(GptOss, name, spy)
-
-    for name in ("prefill", "decode"):
-        spy_on(name)
-    return calls
 
 
 def test_appended_tokens_of_several_rows_are_prefilled_in_one_call_after_the_token_that_was_not_fed(model, monkeypatch):
