@@ -179,10 +179,10 @@ class Mxfp4(ExpertWeights):
     def arranged(projections: list[Mxfp4]) -> list[ExpertWeights]:
         if not all(can_permute(projection.blocks) for projection in projections):
             return projections
-        folds = all(is_foldable(projection.scales) for projection in projections)
+        are_foldable = all(is_foldable(projection.scales) for projection in projections)
         for projection in projections:
             to_fragments_(projection.blocks, projection.scales)
-        return [Mxfp4Fragments(projection.blocks, projection.scales, projection.bias, folds) for projection in projections]
+        return [Mxfp4Fragments(projection.blocks, projection.scales, projection.bias, are_foldable) for projection in projections]
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
         return mxfp4.dequantize_experts(self.blocks[experts], self.scales[experts], out)
@@ -190,7 +190,7 @@ class Mxfp4(ExpertWeights):
 
 @dataclass
 class Mxfp4Fragments(Mxfp4):
-    folds: bool  # the result of fragments.is_foldable for the scales
+    is_foldable: bool  # the result of fragments.is_foldable for the scales
 
     # names of their own: bytes in one layout are never read or loaded as the other
     suffixes = ("_block_fragments", "_scale_fragments")
@@ -205,11 +205,11 @@ class Mxfp4Fragments(Mxfp4):
         return tuple(tensor[0] for tensor in from_fragments(self.blocks[part], self.scales[part]))
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
-        is_asm = unpacks_by_asm(out, is_foldable=self.folds)
+        is_asm = unpacks_by_asm(out, is_foldable=self.is_foldable)
         return dequantize_fragments(self.blocks[experts], self.scales[experts], out, is_asm=is_asm)
 
     def few_rows(self, x: torch.Tensor, offsets: torch.Tensor) -> Projection:
-        return Projection(None, self.blocks, self.scales, self.bias, unpacks_by_asm(x, is_foldable=self.folds))
+        return Projection(None, self.blocks, self.scales, self.bias, unpacks_by_asm(x, is_foldable=self.is_foldable))
 
 
 @dataclass

@@ -52,7 +52,7 @@ def test_the_permutation_happens_in_place():
     places = {experts._buffers[f"{name}{suffix}"].data_ptr() for name in PROJECTIONS for suffix in ("_blocks", "_scales")}
     experts.arrange()
     assert {buffer.data_ptr() for buffer in experts.buffers()} == places
-    assert experts.weights("down_proj").folds
+    assert experts.weights("down_proj").is_foldable
     experts.arrange()  # they lie so already
     assert {buffer.data_ptr() for buffer in experts.buffers()} == places and experts.layout is Mxfp4Fragments
 
