@@ -1,4 +1,4 @@
-"""NF4 (4-bit NormalFloat, QLoRA, arXiv 2305.14314) to floating point, in the packing of bitsandbytes.
+"""NF4 (4-bit NormalFloat, QLoRA, arXiv 2305.14314) to and from floating point, in the packing of bitsandbytes.
 
 A block is 64 consecutive elements of a matrix [O, I], its rows one after the other: 32 bytes of codes and one fp32 absmax. If I
 is no multiple of 64, a block may have elements of two rows.
@@ -85,3 +85,25 @@ def dequantize_nf4(codes: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor,
                _code_values(codes.device), offsets, out, num_words, BLOCK_WORDS=BLOCK_WORDS, HAS_OFFSETS=offsets is not None,
                num_warps=NUM_WARPS)
     return out
+
+
+def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packs weights into NF4: the inverse of `dequantize_nf4`, with rounding.
+
+    weight: [..., O, I] floating point, finite, I even and O * I a multiple of 64.
+    Returns codes [..., O, I / 2] uint8 and absmax [..., O * I / 64] fp32, the largest magnitude of each block. Each element goes
+    to the nearest value of the code; if two are equally near, to the lower one. A block of zeros has absmax 0.
+    """
+    size_out, size_in = weight.shape[-2:]
+    if size_in % 2 or size_out * size_in % BLOCK_SIZE:
+        raise ValueError(f"NF4 packs two elements of a row into a byte and {BLOCK_SIZE} of a matrix into a block: a matrix of "
+                         f"{size_out} x {size_in} is no whole number of them")
+    if not torch.isfinite(weight).all():
+        raise ValueError("NF4 cannot hold infinite or NaN weights")
+    values = weight.float().contiguous().view(*weight.shape[:-2], -1, BLOCK_SIZE)
+    absmax = values.abs().amax(-1)  # [..., O * I / 64]
+    scaled = values / torch.where(absmax > 0, absmax, 1.0)[..., None]
+    code = _code_values(weight.device)
+    nibbles = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+    nibbles = nibbles.view(*weight.shape[:-1], size_in // 2, 2)
+    return (nibbles[..., 0] << 4 | nibbles[..., 1]).contiguous(), absmax

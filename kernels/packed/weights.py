@@ -46,7 +46,7 @@ class ExpertWeights:
     description: ClassVar[str]  # completes "the checkpoint holds ..."
     suffixes: ClassVar[tuple[str, ...]]  # of the tensors' names: they follow the projection's name
     quant_method: ClassVar[str | None] = None  # quantization_config.quant_method of a checkpoint
-    quantization: ClassVar[dict | None] = None  # quantization_config of an export; None: none
+    quantization: ClassVar[dict | None] = None  # quantization_config of a checkpoint that is packed here; None: none
     is_packed: ClassVar[bool] = True  # frozen, and dequantised at each use
     is_written: ClassVar[bool] = True  # exports can be in this format
     serves_few_rows: ClassVar[bool] = True  # it has few_rows()
@@ -79,7 +79,7 @@ class ExpertWeights:
 
     @staticmethod
     def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inverse of unpack, with rounding; only if is_written."""
+        """The inverse of unpack, with rounding."""
         raise NotImplementedError
 
     @staticmethod
@@ -220,6 +220,7 @@ class Nf4(ExpertWeights):
 
     name, description, suffixes = "nf4", "packed ones (NF4)", ("_codes", "_absmax")
     quant_method = "bitsandbytes"
+    quantization = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
     is_written = False
 
     @property
@@ -244,6 +245,10 @@ class Nf4(ExpertWeights):
     def unpack(*tensors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         codes, absmax = tensors
         return nf4.dequantize_nf4(codes, absmax, torch.empty(len(codes), 2 * codes.shape[1], dtype=dtype, device=codes.device))
+
+    @staticmethod
+    def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return nf4.quantize_nf4(weight)
 
     def dequantize(self, experts: slice, out: torch.Tensor) -> torch.Tensor:
         return nf4.dequantize_nf4(self.codes[experts], self.absmax[experts], out)

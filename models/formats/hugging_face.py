@@ -57,7 +57,8 @@ def load_model(
         original layout or with an `original/` subfolder and no weights of its own, or a hub id.
     dtype: of every tensor but packed ones.
     experts: "auto" keeps the form of the checkpoint; "bf16" dequantises packed experts into dense [E, in, out] of
-        `dtype` (4 times the memory in bfloat16); "mxfp4" and "nf4" insist on those.
+        `dtype` (4 times the memory in bfloat16); "mxfp4" and "nf4" insist on those, and pack dense ones with a warning that
+        states the rounding.
     activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
         it is large enough (pinned allocations are rounded up to a power of two).
     Where Triton makes the products, packed experts are brought into fragment order at the end, in place (models/experts.py).
@@ -69,11 +70,17 @@ def load_model(
     folder = weights_folder(source)
     config, stored, stored_form = _read_headers(folder)
     form = stored_form if experts == "auto" else FORMATS[experts]
-    if form.is_packed and form is not stored_form:
+    if form.is_packed and stored_form.is_packed and form is not stored_form:
         how = f", or pack them first with scripts/export.py --experts {form.name}" if form.is_written else ""
         raise CheckpointError(
             f"{folder}: experts={form.name}, but the checkpoint holds {stored_form.description}; use experts=auto{how}"
         )
+
+    if form is not stored_form and form.is_packed:
+        try:
+            form.check(form.quantization, config.hidden_size, config.intermediate_size)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: experts={form.name}: {error}; use experts=bf16") from None
 
     def make(form: type[ExpertWeights], device: torch.device | str) -> GptOss:
         return GptOss(config, dtype=dtype, device=device, experts=form.name, activation_checkpointing=activation_checkpointing,
@@ -83,12 +90,17 @@ def load_model(
     model = make(form, device)
     _pin_embedding(model)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    rounding = _Rounding(form)
     with torch.no_grad():
-        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored, stored_form)):
+        for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored, stored_form, form)):
             if name in stored:
                 target.copy_(stored[name].read())
-            else:
+            elif not form.is_packed:
                 _dequantize_into(target, name, stored, stored_form)
+            elif name.endswith(form.suffixes[0]):  # a projection's tensors are packed at once
+                dense = name.removesuffix(form.suffixes[0])
+                _pack_into([targets[dense + suffix] for suffix in form.suffixes], stored[dense], rounding)
+    rounding.warn(folder)
     if product_path(model.lm_head.weight) == "triton":
         for block in model.model.layers:
             block.mlp.experts.arrange()
@@ -109,9 +121,41 @@ def _pin_embedding(model: GptOss) -> None:
         embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
 
 
-def _first_source(name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights]) -> tuple[str, str]:
+def _first_source(name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights],
+                  form: type[ExpertWeights]) -> tuple[str, str]:
     """Sorts tensors by file, so that each file is read once from beginning to end."""
-    return str(stored[name if name in stored else name + stored_form.suffixes[0]].path), name
+    if name in stored:
+        return str(stored[name].path), name
+    projection = next(name.removesuffix(suffix) for suffix in form.suffixes if name.endswith(suffix))
+    return str(stored[projection + stored_form.suffixes[0]].path), name
+
+
+@dataclass
+class _Rounding:
+    """Packs weights and adds up the error that this makes."""
+
+    form: type[ExpertWeights]
+    error: float = 0.0  # sums of squares over the weights that were packed: of what rounding changed,
+    change: float = 0.0  # of what the adapter changed,
+    weights: float = 0.0  # and of the weights themselves
+
+    def pack(self, wanted: torch.Tensor, base: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """One expert's tensors; wanted [out, in] fp32, with the adapter merged into `base` if there is one."""
+        packed = self.form.pack(wanted)
+        if self.form.is_packed:
+            self.error += (self.form.unpack(*packed, dtype=torch.float32) - wanted).square().sum().item()
+            self.change += (wanted - base).square().sum().item() if base is not None else 0.0
+            self.weights += wanted.square().sum().item()
+        return packed
+
+    def warn(self, folder: str | Path) -> None:
+        if self.weights > 0:
+            error, change = (f"{math.sqrt(part / self.weights):.2%}" for part in (self.error, self.change))
+            warnings.warn(
+                f"{folder}: packing experts into {self.form.name.upper()} rounded them by {error} (rms, of their own size)"
+                + (f"; the merged adapter changed them by {change}" if self.change else ""),
+                stacklevel=3,
+            )
 
 
 def _read_headers(folder: Path) -> tuple[GptOssConfig, dict[str, Stored], type[ExpertWeights]]:
@@ -174,18 +218,24 @@ def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored],
         weight.copy_(stored_form.unpack(*(part[expert] for part in parts), dtype=target.dtype).T)
 
 
+def _pack_into(targets: list[torch.Tensor], stored: Stored, rounding: _Rounding) -> None:
+    """Packs a projection's dense weights, stored as [E, in, out], into its tensors; one expert at a time."""
+    for expert, weight in enumerate(stored.read()):
+        packed = rounding.pack(weight.to(targets[0].device).T.float())
+        for target, part in zip(targets, packed, strict=True):
+            target[expert].copy_(part)
+
+
 @dataclass
 class _Export:
-    """The tensors of an export, and the error that packing them makes."""
+    """The tensors of an export."""
 
     model: GptOss
     form: type[ExpertWeights]
     dtype: torch.dtype  # of what is not packed
     merges: bool  # the adapter, except that of experts
     merges_experts: bool
-    error: float = 0.0  # sums of squares over the weights that were packed: of what rounding changed,
-    change: float = 0.0  # of what the adapter changed,
-    weights: float = 0.0  # and of the weights themselves
+    rounding: _Rounding
 
     def plan(self) -> list[TensorToWrite]:
         """The tensors in Hugging Face names, each made when it is asked for."""
@@ -228,21 +278,7 @@ class _Export:
     def _pack(self, name: str, experts: RoutedExperts, expert: int) -> tuple[torch.Tensor, ...]:
         base = experts.dense(name.rpartition(".")[2], expert)  # [out, in] fp32
         wanted = merged_weight(self.model, name, base, expert=expert) if self.merges_experts else base
-        packed = self.form.pack(wanted)
-        if self.form.is_packed:
-            self.error += (self.form.unpack(*packed, dtype=torch.float32) - wanted).square().sum().item()
-            self.change += (wanted - base).square().sum().item()
-            self.weights += wanted.square().sum().item()
-        return packed
-
-    def warn_of_rounding(self, folder: str | Path) -> None:
-        if self.weights > 0:
-            error, change = (f"{math.sqrt(part / self.weights):.2%}" for part in (self.error, self.change))
-            warnings.warn(
-                f"{folder}: packing experts into {self.form.name.upper()} rounded them by {error} (rms, of their own size)"
-                + (f"; the merged adapter changed them by {change}" if self.change else ""),
-                stacklevel=3,
-            )
+        return self.rounding.pack(wanted, base)
 
 
 def written_format(model: GptOss, experts: str) -> type[ExpertWeights]:
@@ -294,7 +330,8 @@ def save_model(
     if "generation_config.json" not in beside:
         files["generation_config.json"] = _generation_config(model.config, beside.get("tokenizer.json"))
     keeps_adapter = merge_lora and keeps_expert_adapter(model, experts)
-    export = _Export(model, form, dtype, merges=merge_lora, merges_experts=merge_lora and not keeps_adapter)
+    export = _Export(model, form, dtype, merges=merge_lora, merges_experts=merge_lora and not keeps_adapter,
+                     rounding=_Rounding(form))
     plan = export.plan()
     with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan), files=files) as temporary:
         write_shards(temporary, plan, max_shard_bytes=max_shard_bytes)
@@ -307,7 +344,7 @@ def save_model(
             "--experts bf16 merges it",
             stacklevel=2,
         )
-    export.warn_of_rounding(folder)
+    export.rounding.warn(folder)
 
 
 def save_original(
@@ -335,11 +372,11 @@ def save_original(
         files = {"config.json": model.config.to_original(), **(beside or {})}
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    export = _Export(model, form, torch.bfloat16, merges=merge_lora, merges_experts=merge_lora)
+    export = _Export(model, form, torch.bfloat16, merges=merge_lora, merges_experts=merge_lora, rounding=_Rounding(form))
     plan = from_hugging_face(export.plan(), model.config)
     with atomic_folder(Path(folder), num_bytes=sum(tensor.num_bytes for tensor in plan), files=files) as temporary:
         write_shards(temporary, plan, max_shard_bytes=max_shard_bytes, is_original=True)
-    export.warn_of_rounding(folder)
+    export.rounding.warn(folder)
 
 
 def tokenizer_files(folder: str | Path | None) -> list[Path]:

@@ -231,5 +231,9 @@ def test_what_is_wrong_with_a_checkpoint_is_named(pair, tmp_path, change, messag
 def test_a_form_that_the_checkpoint_does_not_hold_is_refused(pair):
     with pytest.raises(CheckpointError, match=r"experts=mxfp4, but the checkpoint holds packed ones \(NF4\).*--experts mxfp4"):
         load(pair[0], experts="mxfp4")
-    with pytest.raises(CheckpointError, match=r"experts=nf4, but the checkpoint holds dense ones; use experts=auto$"):
-        load(pair[1], experts="nf4")
+
+
+@pytest.mark.filterwarnings("ignore:.*rounded them by 0.00%")
+def test_dense_weights_on_the_grid_are_packed_into_the_bytes_that_they_come_from(tmp_path):
+    packed, dense = (load(folder, experts="nf4").state_dict() for folder in write_pair(tmp_path, nested=False))
+    assert packed.keys() == dense.keys() and all(torch.equal(tensor, dense[name]) for name, tensor in packed.items())

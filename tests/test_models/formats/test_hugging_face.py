@@ -56,6 +56,44 @@ def test_every_loaded_tensor_equals_the_stored_one(folder):
         assert torch.equal(state[name], tensor.to(state[name].dtype)), name
 
 
+@pytest.mark.filterwarnings("ignore:.*rounded them by")
+def test_experts_packed_while_loading_equal_those_packed_by_an_export(tmp_path):
+    save_model(load(BF16), tmp_path / "packed", merge_lora=False, experts="mxfp4")
+    loaded = load(BF16, experts="mxfp4")
+    assert loaded.expert_format.name == "mxfp4"
+    same_bytes(loaded.state_dict(), load(tmp_path / "packed").state_dict())
+
+
+def test_experts_are_packed_as_nf4_while_loading_with_the_error_stated():
+    with pytest.warns(UserWarning, match="packing experts into NF4 rounded them by") as caught:
+        packed = load(BF16, experts="nf4")
+    errors, sizes = 0.0, 0.0
+    for block, dense in zip(packed.model.layers, load(BF16).model.layers):
+        for leaf in ("gate_up_proj", "down_proj"):
+            wanted = dense.mlp.experts.state_dict()[leaf].transpose(1, 2)  # [E, out, in]
+            codes, absmax = (block.mlp.experts.state_dict()[leaf + suffix] for suffix in ("_codes", "_absmax"))
+            # an absmax is the largest magnitude of 64 elements of a matrix
+            assert torch.equal(absmax, wanted.reshape(len(wanted), -1, 64).abs().amax(2))
+            values = torch.stack([block.mlp.experts.dense(leaf, expert) for expert in range(len(wanted))])
+            errors, sizes = errors + (values - wanted).square().sum().item(), sizes + wanted.square().sum().item()
+            assert codes.shape == (*wanted.shape[:2], wanted.shape[2] // 2)
+    assert f"by {(errors / sizes) ** 0.5:.2%}" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("experts, width, message", [
+    ("mxfp4", 80, "experts=mxfp4: model config: MXFP4 needs hidden_size=64 and intermediate_size=80 to be multiples of 32"),
+    ("nf4", 81, "experts=nf4: model config: NF4 needs hidden_size=64 times intermediate_size=81")])
+def test_experts_whose_width_is_no_whole_number_of_blocks_are_not_packed(tmp_path, experts, width, message):
+    config = json.loads((BF16 / "config.json").read_text()) | {"intermediate_size": width}
+    if experts == "nf4":
+        config["hidden_size"] = 60
+        message = message.replace("64", "60")
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message + ".*use experts=bf16"):
+        load(tmp_path, experts=experts)
+
+
 def test_layers_that_straddle_shards_load_to_the_golden_logits():
     index = json.loads((MXFP4 / "model.safetensors.index.json").read_text())["weight_map"]
     files = {
@@ -337,8 +375,6 @@ def test_a_config_of_the_other_expert_form_is_named(damaged):
     (damaged / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="correct quantization_config"):
         load(damaged)
-    with pytest.raises(CheckpointError, match="experts=mxfp4, but the checkpoint holds dense"):
-        load(BF16, experts="mxfp4")
     with pytest.raises(ValueError, match="allowed: auto, bf16, mxfp4, nf4"):
         load(BF16, experts="fp8")
 
