@@ -40,9 +40,9 @@ class Dtype(StrEnum):
 
 class Experts(StrEnum):
     auto = "auto"  # what the checkpoint holds
-    mxfp4 = "mxfp4"
+    mxfp4 = "mxfp4"  # this one and the next pack dense experts while they are loaded
     nf4 = "nf4"
-    bf16 = "bf16"
+    bf16 = "bf16"  # unpacks packed ones
 
 
 class Train(StrEnum):
