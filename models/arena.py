@@ -59,9 +59,11 @@ class _Bytes:
 
 
 class Arena:
-    """num_bytes of addresses on a GPU; memory is there between take() and give_back()."""
+    """num_bytes of addresses on a GPU; memory is there between take() and give_back(). content, advice: for the error where it is
+    short: what the memory is for, and what would need less."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, num_bytes: int, device: torch.device, *, content: str, advice: str) -> None:
+        self._content, self._advice = content, advice
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.empty(1, device=self.device)  # PyTorch makes the context that the driver's functions work in
         location = _Location(_DEVICE, self.device.index)
@@ -86,8 +88,8 @@ class Arena:
                 torch.cuda.empty_cache()  # what PyTorch holds unused
                 if _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), ctypes.c_uint64(0)):
                     free, _ = torch.cuda.mem_get_info(self.device)
-                    raise torch.OutOfMemoryError(f"the sampler's cache wants {self.num_bytes / 1e9:.2f} GB, the GPU has "
-                                                 f"{free / 1e9:.2f} GB free: lower rollout.cache_gb")
+                    raise torch.OutOfMemoryError(f"{self._content} wants {self.num_bytes / 1e9:.2f} GB, the GPU has "
+                                                 f"{free / 1e9:.2f} GB free: {self._advice}")
             _call("cuMemMap", ctypes.c_uint64(self._address), size, ctypes.c_size_t(0), handle, ctypes.c_uint64(0))
             _call("cuMemSetAccess", ctypes.c_uint64(self._address), size, ctypes.byref(self._access), ctypes.c_size_t(1))
             self._handle = handle

@@ -83,12 +83,13 @@ class Attention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], **factory) -> None:
+    def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], *,
+                 experts_device: torch.device | str, **factory) -> None:
         super().__init__()
         self.layer, self.experts_per_token = layer, config.num_experts_per_tok
         (router,) = linears(config.hidden_size, [config.num_local_experts], **factory)
         self.router = Router(router.weight, router.bias)
-        self.experts = RoutedExperts(config, expert_format, **factory)
+        self.experts = RoutedExperts(config, expert_format, weights_device=experts_device, **factory)
 
     def route(self, x: torch.Tensor, record: RoutingRecord | RoutingReplay | None,
               kept: Kept | None) -> tuple[torch.Tensor, Routing]:
@@ -111,12 +112,13 @@ class MixtureOfExperts(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], **factory) -> None:
+    def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], *,
+                 experts_device: torch.device | str, **factory) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config, **factory)
         self.self_attn = Attention(config, layer, **factory)
         self.post_attention_layernorm = RMSNorm(config, **factory)
-        self.mlp = MixtureOfExperts(config, layer, expert_format, **factory)
+        self.mlp = MixtureOfExperts(config, layer, expert_format, experts_device=experts_device, **factory)
 
     def forward(self, x: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None,
                 kept: Kept | None = None) -> torch.Tensor:

@@ -3,6 +3,9 @@
 Parameters and buffers are named as in the checkpoint. Each expert has its own A and B of LoRA, which are never merged, whatever
 the base's format.
 
+Experts of some layers may lie in host memory (models/expert_store.py); there the parameters and buffers are, and for a forward or
+backward they arrive on the GPU.
+
 Shapes: E experts, T tokens, A experts per token, R routed rows, D model width, F expert width.
 """
 import torch
@@ -18,6 +21,7 @@ from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
+from models.expert_store import ExpertStore, views
 from models.offload import SCRATCH_BYTES, Kept
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -39,10 +43,10 @@ def stored_format(quantization: dict, config: GptOssConfig) -> type[ExpertWeight
 
 class RoutedExperts(nn.Module):
     """Weights, biases, LoRA and activation. weight_format: as in the checkpoint. layout: how the weights are in memory now;
-    arrange() may change it."""
+    arrange() may change it. weights_device: where the weights are made; "meta" for those that place() puts elsewhere."""
 
     def __init__(self, config: GptOssConfig, weight_format: type[ExpertWeights], *, device: torch.device | str,
-                 dtype: torch.dtype) -> None:
+                 dtype: torch.dtype, weights_device: torch.device | str | None = None) -> None:
         super().__init__()
         num, width, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
@@ -55,8 +59,10 @@ class RoutedExperts(nn.Module):
         self.lora_scale, self.adapter_enabled = 0.0, True
         self.weight_format = self.layout = weight_format
         self._layout_settings: tuple[bool, ...] = ()
+        self._store: ExpertStore | None = None  # of weights that stream, and the number of this layer in it
+        self._layer = -1
         for name, sizes in self.sizes.items():
-            self._hold(name, [torch.empty(shape, device=device, dtype=own or dtype)
+            self._hold(name, [torch.empty(shape, device=weights_device or device, dtype=own or dtype)
                               for shape, own in weight_format.stored(num, *sizes)])
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
@@ -69,9 +75,11 @@ class RoutedExperts(nn.Module):
     def local_forward(self, routing: Routing, x: torch.Tensor, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
         """The outputs [R, D] of this process's experts, in expert order. dtype: of the result on a GPU; the CPU keeps x's."""
         if not is_triton(x):
-            h = self.project("gate_up_proj", copy_rows(x, routing), routing.offsets)  # [R, 2F], gate and up interleaved
-            return self.project("down_proj", swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
-        projections = [self.weights(name) for name in PROJECTIONS]
+            # autograd would keep weights that arrived until the backward, when others are in their place
+            gate_up, down = [self.weights(name) for name in PROJECTIONS] if torch.is_grad_enabled() else self.arrived(1)
+            h = self.project("gate_up_proj", gate_up, copy_rows(x, routing), routing.offsets)  # [R, 2F], gate, up interleaved
+            return self.project("down_proj", down, swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
+        projections = self.arrived(1)
         if kept is None and is_few(x) and self.layout.serves_few_rows:
             few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
             return few_rows_forward(x, routing, *few, **self._settings())
@@ -89,8 +97,8 @@ class RoutedExperts(nn.Module):
         moe = MoeKept(*(kept.take(name) for name in ("h", "low_rank_x", "low_rank_act")))
         here, grad, x, weights = dispatch(routing, grad, x, weights)
         grad_rows, grad_weights, lora_grads, base_grads = local_backward(
-            grad, x, weights, here, *(self.weights(name) for name in PROJECTIONS), moe,
-            scratch_bytes=kept.scratch_bytes, needs_base=self.trains_base(), **self._settings())
+            grad, x, weights, here, *self.arrived(-1), moe, scratch_bytes=kept.scratch_bytes, needs_base=self.trains_base(),
+            **self._settings())
         if lora_grads is not None:
             grads.update(zip(self.lora_tensors(), lora_grads))
         if base_grads is not None:
@@ -111,11 +119,11 @@ class RoutedExperts(nn.Module):
         return any(parameter.requires_grad for name, parameter in self._parameters.items()
                    if parameter is not None and "lora" not in name)
 
-    def project(self, name: str, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+    def project(self, name: str, weights: ExpertWeights, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
         """The reference: rows x [R, in] in expert order, offsets [E + 1] -> [R, out]."""
         has_lora = self.lora_tensors() is not None
         lora_A, lora_B = (self._parameters[f"{name}_lora_{side}"] if has_lora else None for side in "AB")
-        return grouped_linear(x, self.weights(name), offsets, lora_A=lora_A, lora_B=lora_B, lora_scale=self.lora_scale)
+        return grouped_linear(x, weights, offsets, lora_A=lora_A, lora_B=lora_B, lora_scale=self.lora_scale)
 
     def _hold(self, name: str, tensors: list[torch.Tensor]) -> None:
         for suffix, tensor in zip(self.layout.suffixes, tensors, strict=True):
@@ -128,27 +136,53 @@ class RoutedExperts(nn.Module):
         """The names of the parameters or buffers that hold a projection's weights."""
         return [name + suffix for suffix in self.layout.suffixes]
 
-    def weights(self, name: str) -> ExpertWeights:
-        """A projection as the kernels take it."""
-        tensors = self._buffers if self.layout.is_packed else self._parameters
-        return self.layout(*(tensors[held] for held in self.held(name)), self._parameters[f"{name}_bias"],
-                           *self._layout_settings)
+    def weights(self, name: str, arrived: dict[str, torch.Tensor] | None = None) -> ExpertWeights:
+        """A projection as the kernels take it: with the parameters or buffers, which may be in host memory, or with tensors that
+        arrived on the GPU."""
+        held = arrived or (self._buffers if self.layout.is_packed else self._parameters)
+        return self.layout(*(held[full] for full in self.held(name)), self._parameters[f"{name}_bias"], *self._layout_settings)
+
+    def place(self, store: ExpertStore, layer: int) -> None:
+        """Makes the weights, which are not loaded yet, in the host memory that the store has for this layer, if it has some."""
+        home = store.home(layer)
+        if home is None:
+            return
+        self._store, self._layer = store, layer
+        made = [self.weights(name).tensors() for name in PROJECTIONS]
+        parts = iter(views(home, [tensor for tensors in made for tensor in tensors]))
+        for name, tensors in zip(PROJECTIONS, made):
+            self._hold(name, [next(parts) for _ in tensors])
+
+    def arrived(self, step: int) -> list[ExpertWeights]:
+        """Both projections on the GPU. If they stream, they are there until the next layer that streams arrives; step as of
+        ExpertStore.arrive."""
+        if self._store is None:
+            return [self.weights(name) for name in PROJECTIONS]
+        held = [tensor for name in PROJECTIONS for tensor in self.weights(name).tensors()]
+        names = [full for name in PROJECTIONS for full in self.held(name)]
+        arrived = dict(zip(names, views(self._store.arrive(self._layer, step), held), strict=True))
+        return [self.weights(name, arrived) for name in PROJECTIONS]
 
     def arrange(self) -> None:
         """Permutes packed weights in place into the layout that the Triton kernels take, if possible. May wait for the device."""
-        arranged = self.layout.arranged([self.weights(name) for name in PROJECTIONS])
+        arranged = self.layout.arranged(self.arrived(0))
         if type(arranged[0]) is self.layout:
             return
+        if self._store is not None:
+            self._store.write_back(self._layer)
+        held = [self.weights(name).tensors() for name in PROJECTIONS]
         for name in PROJECTIONS:
-            for held in self.held(name):
-                del self._buffers[held]
+            for full in self.held(name):
+                del self._buffers[full]
         self.layout, self._layout_settings = type(arranged[0]), arranged[0].settings()
-        for name, weights in zip(PROJECTIONS, arranged):
-            self._hold(name, weights.tensors())
+        for name, tensors in zip(PROJECTIONS, held):
+            self._hold(name, tensors)
 
     def as_stored(self, name: str, expert: int) -> tuple[torch.Tensor, ...]:
-        """One expert's tensors as a checkpoint of the format stores them; new tensors or views."""
-        return self.weights(name).as_stored(expert)
+        """One expert's tensors, on the model's device, as a checkpoint of the format stores them; new tensors or views."""
+        weights = self.weights(name)
+        of_expert = (tensor[expert:expert + 1].to(weights.bias.device) for tensor in weights.tensors())
+        return type(weights)(*of_expert, weights.bias, *weights.settings()).as_stored(0)
 
     def dense(self, name: str, expert: int) -> torch.Tensor:
         """[out, in] fp32 of one expert."""

@@ -28,6 +28,7 @@ from kernels.head.log_probs import log_probs
 from kernels.packed.weights import ExpertWeights
 from models.block import Block, RMSNorm
 from models.config import GptOssConfig
+from models.expert_store import ExpertStore, Placement, layer_bytes
 from models.experts import FORMATS, RoutedExperts
 from models.keys import Angles, CachedKeys, Keys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
 from models.kv_cache import KVCache
@@ -63,10 +64,14 @@ class Embedding(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: GptOssConfig, expert_format: type[ExpertWeights], **factory) -> None:
+    def __init__(self, config: GptOssConfig, expert_format: type[ExpertWeights], store: ExpertStore, **factory) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = nn.ModuleList(Block(config, i, expert_format, **factory) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i, expert_format, **factory,
+                                          experts_device=factory["device"] if store.home(i) is None else "meta")
+                                    for i in range(config.num_hidden_layers))
+        for i, block in enumerate(self.layers):
+            block.mlp.experts.place(store, i)
         self.norm = RMSNorm(config, **factory)
 
 
@@ -76,10 +81,12 @@ class GptOss(nn.Module):
     `experts` names the format that experts are held in, one of models/experts.py's FORMATS. Parameters are left uninitialised:
     load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` computes layers again in
     the backward; on a GPU, layers still keep what fits into `memory_gb` (1e9 bytes; None: 85 % of the GPU) and into `host_gb` of
-    pinned host memory, where the input embedding goes first."""
+    pinned host memory, where the input embedding goes first. `placement`: which layers' experts stream from host memory; call
+    expert_store.for_sampling() and for_update() between the two."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
-                 activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0) -> None:
+                 activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0,
+                 placement: Placement | None = None) -> None:
         super().__init__()
         if experts not in FORMATS:
             raise ValueError(f"experts={experts!r}; allowed: {', '.join(FORMATS)}")
@@ -90,7 +97,9 @@ class GptOss(nn.Module):
         self.memory = MemoryBudget(config, recomputes=activation_checkpointing, memory_gb=memory_gb, host_gb=host_gb)
         # a plain attribute: it follows from the config, so no checkpoint holds it, and a model on "meta" has it too
         self.inv_freq = inverse_frequencies(config)
-        self.model = Backbone(config, self.expert_format, **factory)
+        self.expert_store = ExpertStore(placement or Placement(), config.num_hidden_layers,
+                                        layer_bytes(config, self.expert_format, dtype), torch.device(device))
+        self.model = Backbone(config, self.expert_format, self.expert_store, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
     @property
@@ -163,6 +172,7 @@ class GptOss(nn.Module):
 
     def _hidden(self, tokens: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T]. Without gradient on a GPU."""
+        self.expert_store.begin()
         x, call = self._embedded(tokens), Block.__call__
         if self.activation_checkpointing and torch.is_grad_enabled():
             call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -176,6 +186,7 @@ class GptOss(nn.Module):
         keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
         if not (is_triton(tokens) and torch.is_grad_enabled()):
             return self._hidden(tokens, keys, record)
+        self.expert_store.begin()
         x, trainable = self._embedded(tokens), self.trainable_parameters().values()
         training_pass = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed)
         for block in self.model.layers:

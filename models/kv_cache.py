@@ -52,7 +52,8 @@ class KVCache:
                   for paged, length in zip(self.is_paged, self.lengths)]
         self._arena = None
         if has_arenas(device):
-            self._arena = Arena(2 * sum(space_of(math.prod(shape) * dtype.itemsize) for shape in shapes), device)
+            self._arena = Arena(2 * sum(space_of(math.prod(shape) * dtype.itemsize) for shape in shapes), device,
+                                content="the sampler's cache", advice="lower rollout.cache_gb")
             self._arena.take()
         # per layer [M, PAGE_TOKENS, K, D] or [N, L, K, D]
         self.keys, self.values = ([self._new(shape, device, dtype) for shape in shapes] for _ in range(2))

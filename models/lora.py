@@ -75,6 +75,9 @@ def set_full_training(model: GptOss) -> None:
         raise ValueError("model.train=full needs dense experts, this model holds them packed as "
                          f"{model.expert_format.name.upper()}: set model.experts=bf16 (dequantises on loading) or "
                          "model.train=lora")
+    if streamed := model.expert_store.placement.num_streamed_update:
+        raise ValueError(f"model.train=full: the experts of {streamed} layers stream from host memory, which only frozen ones "
+                         "can: give the model more GPU memory (model.memory_gb), or set model.train=lora")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 

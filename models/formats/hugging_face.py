@@ -20,6 +20,7 @@ from kernels.device import product_path
 from kernels.packed.weights import ExpertWeights
 from models.chat.tokenizer import TOKENIZER_FILES
 from models.config import GptOssConfig, read_config
+from models.expert_store import Placement
 from models.experts import FORMATS, PROJECTIONS, RoutedExperts, stored_format
 from models.formats.bitsandbytes import is_bitsandbytes, unpacked_names
 from models.formats.files import (
@@ -50,6 +51,7 @@ def load_model(
     activation_checkpointing: bool = False,
     memory_gb: float | None = None,
     host_gb: float = 0.0,
+    placement: Placement | None = None,
 ) -> GptOss:
     """Reads a checkpoint into a frozen model.
 
@@ -59,11 +61,12 @@ def load_model(
     experts: "auto" keeps the form of the checkpoint; "bf16" dequantises packed experts into dense [E, in, out] of
         `dtype` (4 times the memory in bfloat16); "mxfp4" and "nf4" insist on those, and pack dense ones with a warning that
         states the rounding.
-    activation_checkpointing, memory_gb, host_gb: as GptOss takes them. On a GPU, host_gb takes the input embedding first, if
-        it is large enough (pinned allocations are rounded up to a power of two).
+    activation_checkpointing, memory_gb, host_gb, placement: as GptOss takes them. On a GPU, host_gb takes the input
+        embedding first, if it is large enough (pinned allocations are rounded up to a power of two).
     Where Triton makes the products, packed experts are brought into fragment order at the end, in place (models/experts.py).
-    Beyond the model, host and device memory hold one tensor at a time. Raises CheckpointError (a ValueError) naming
-    the file and what to do; every missing, unused, misshapen and mistyped tensor is listed in one message.
+    Beyond the model, host and device memory hold one tensor at a time; experts that stream are read into host memory, and
+    the GPU holds two layers of them at most. Raises CheckpointError (a ValueError) naming the file and what to do; every
+    missing, unused, misshapen and mistyped tensor is listed in one message.
     """
     if experts not in ("auto", *FORMATS):
         raise ValueError(f"experts={experts!r}; allowed: auto, {', '.join(FORMATS)}")
@@ -82,12 +85,10 @@ def load_model(
         except ValueError as error:
             raise CheckpointError(f"{folder}: experts={form.name}: {error}; use experts=bf16") from None
 
-    def make(form: type[ExpertWeights], device: torch.device | str) -> GptOss:
-        return GptOss(config, dtype=dtype, device=device, experts=form.name, activation_checkpointing=activation_checkpointing,
-                      memory_gb=memory_gb, host_gb=host_gb)
-
-    _check_tensors(folder, stored, make(stored_form, "meta").state_dict(), stored_form)
-    model = make(form, device)
+    expected = GptOss(config, dtype=dtype, device="meta", experts=stored_form.name).state_dict()
+    _check_tensors(folder, stored, expected, stored_form)
+    model = GptOss(config, dtype=dtype, device=device, experts=form.name, activation_checkpointing=activation_checkpointing,
+                   memory_gb=memory_gb, host_gb=host_gb, placement=placement)
     _pin_embedding(model)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     rounding = _Rounding(form)
@@ -96,10 +97,10 @@ def load_model(
             if name in stored:
                 target.copy_(stored[name].read())
             elif not form.is_packed:
-                _dequantize_into(target, name, stored, stored_form)
+                _dequantize_into(target, name, stored, stored_form, model.device)
             elif name.endswith(form.suffixes[0]):  # a projection's tensors are packed at once
                 dense = name.removesuffix(form.suffixes[0])
-                _pack_into([targets[dense + suffix] for suffix in form.suffixes], stored[dense], rounding)
+                _pack_into([targets[dense + suffix] for suffix in form.suffixes], stored[dense], rounding, model.device)
     rounding.warn(folder)
     if product_path(model.lm_head.weight) == "triton":
         for block in model.model.layers:
@@ -212,16 +213,17 @@ def _check_tensors(
     raise CheckpointError("\n".join(lines))
 
 
-def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights]) -> None:
-    parts = [stored[name + suffix].read().to(target.device) for suffix in stored_form.suffixes]
+def _dequantize_into(target: torch.Tensor, name: str, stored: dict[str, Stored], stored_form: type[ExpertWeights],
+                     device: torch.device) -> None:
+    parts = [stored[name + suffix].read().to(device) for suffix in stored_form.suffixes]
     for expert, weight in enumerate(target):  # [in, out]; one expert at a time bounds the working memory
         weight.copy_(stored_form.unpack(*(part[expert] for part in parts), dtype=target.dtype).T)
 
 
-def _pack_into(targets: list[torch.Tensor], stored: Stored, rounding: _Rounding) -> None:
+def _pack_into(targets: list[torch.Tensor], stored: Stored, rounding: _Rounding, device: torch.device) -> None:
     """Packs a projection's dense weights, stored as [E, in, out], into its tensors; one expert at a time."""
     for expert, weight in enumerate(stored.read()):
-        packed = rounding.pack(weight.to(targets[0].device).T.float())
+        packed = rounding.pack(weight.to(device).T.float())
         for target, part in zip(targets, packed, strict=True):
             target[expert].copy_(part)
 
