@@ -4,6 +4,7 @@
     python -m grpo.report FOLDER [FOLDER ...]          print a table of the runs at or below these folders, best first
         --columns optim.lr,eval/reward    of these keys and metrics
         --csv FILE                        and write all of them
+        --plot FILE.svg                   and draw their curves, means over seeds (.svg, .png or .pdf)
 """
 
 import argparse
@@ -147,6 +148,7 @@ def main(arguments: list[str]) -> int:
                         help="a run: rebuild its report; others: a table of runs")
     parser.add_argument("--columns", metavar="KEY,...", help="keys of the config and metrics that the table shows")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every key that differs and every metric there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw reward and first metric of the runs there")
     options = parser.parse_args(arguments)
     try:
         if len(options.folders) == 1 and (options.folders[0] / METRICS_FILE).exists():
@@ -157,6 +159,9 @@ def main(arguments: list[str]) -> int:
         if options.csv is not None:
             write_text(options.csv, runs.csv())
             print(options.csv)
+        if options.plot is not None:
+            options.plot.write_bytes(runs.plot(options.plot.suffix.removeprefix(".")))
+            print(options.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

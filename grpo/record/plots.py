@@ -1,7 +1,8 @@
-"""The plots of a run's report, each a PNG drawn from the lines of metrics.jsonl (matplotlib, no display needed)."""
+"""The plots of a run's report and of several runs, drawn from the lines of metrics.jsonl (matplotlib, no display needed)."""
 
 import io
 import math
+import statistics
 from collections.abc import Callable, Iterable
 
 from grpo.record.summary import headline_first, is_lower_better, series
@@ -144,6 +145,32 @@ def plots(rows: Rows) -> dict[str, tuple[bytes, str]]:
                 axes.figure.savefig(buffer, format="png")
                 drawn[name] = (buffer.getvalue(), caption)
     return drawn
+
+
+def comparison(curves: dict[str, list[Rows]], names: list[str], *, title: str, file_format: str) -> bytes:
+    """A panel for each of the metrics `names`, with a line for each label of `curves`: the mean over its runs, in a band from the
+    lowest to the highest. title: of the legend. file_format: a suffix that matplotlib knows, such as svg."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({**STYLE, "figure.figsize": (4.6 * len(names), 3.1), "svg.hashsalt": "grpo", "svg.fonttype": "none"}):
+        panels = Figure().subplots(1, len(names), squeeze=False)[0]
+        for axes, name in zip(panels, names):
+            for index, (label, runs) in enumerate(curves.items()):
+                values: dict[float, list[float]] = {}
+                for rows in runs:
+                    for step, value in zip(*series(rows, name)):
+                        values.setdefault(step, []).append(value)
+                steps, color = sorted(values), COLORS[index % len(COLORS)]
+                axes.plot(steps, [statistics.fmean(values[step]) for step in steps], color=color, linewidth=1.5, label=label)
+                axes.fill_between(steps, *([end(values[step]) for step in steps] for end in (min, max)), color=color, alpha=0.15,
+                                  linewidth=0)
+            axes.set_title(name)
+            axes.set_xlabel("step")
+        panels[-1].legend(title=title, loc="lower right")
+        buffer = io.BytesIO()
+        panels[0].figure.savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+        return buffer.getvalue()
 
 
 def _contents(rows: Rows) -> list[tuple[str, str, str, Callable[..., None], str]]:

@@ -12,7 +12,16 @@ from collections import defaultdict
 from pathlib import Path
 
 from grpo.config import flatten
-from grpo.record.summary import METRICS_FILE, SUMMARY_FILE, headline, headline_first, is_lower_better, read_summary
+from grpo.record.plots import comparison
+from grpo.record.summary import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    headline,
+    headline_first,
+    is_lower_better,
+    read_metrics,
+    read_summary,
+)
 from models.formats.atomic import write_text
 
 MAX_KEYS = 5  # columns of a table for keys of the config, unless others are asked for
@@ -40,7 +49,8 @@ class RunTable:
         done = {run_dir: summary for run_dir, summary in summaries.items() if summary is not None}
         configs = {run_dir: flatten(summary["config"], "") if summary["config"] else {} for run_dir, summary in done.items()}
         keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NAMES_OF_A_RUN)
-        self.keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+        self.keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1
+                     and not _follows_seed(key, list(configs.values()))]
         # a key that some runs lack tells apart environments or models, which the keys that all have tell too
         self.shared_keys = [key for key in self.keys if all(key in config for config in configs.values())]
         logged = list(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
@@ -56,6 +66,7 @@ class RunTable:
                 values |= {name: record["last"]["value"] for name, record in summary["eval"].items()}
             self.rows.append({column: values.get(column) for column in columns})
         self.rows.sort(key=self._rank)
+        self._folders = {run_dir.resolve().name: run_dir for run_dir in summaries}
 
     def _rank(self, row: dict) -> float:
         value = row[self.evals[0]] if self.evals else 0.0
@@ -82,16 +93,30 @@ class RunTable:
         return "\n\n".join(parts)
 
     def _over_seeds(self, keys: list[str], scores: list[str]) -> list[dict[str, str]]:
-        """A line for each set of finished runs that differ only in their seed, best first; none if there is no such set."""
+        """A line for each variant, none if no variant has several seeds."""
+        variants = self._variants()
+        if "seed" not in self.keys or not any(len(rows) > 1 for rows in variants):
+            return []
+        return [{key: _cell(rows[0][key]) for key in keys} | {"seeds": str(len(rows))}
+                | {name: _mean([row[name] for row in rows if row[name] is not None]) for name in scores} for rows in variants]
+
+    def _variants(self) -> list[list[dict]]:
+        """The finished runs, those that differ only in their seed together; best first."""
         equal: dict[str, list[dict]] = defaultdict(list)
         for row in self.rows:
             if row["exit_reason"] == "finished":
                 equal[json.dumps([row[key] for key in self.keys if key != "seed"])].append(row)
-        if "seed" not in self.keys or not any(len(rows) > 1 for rows in equal.values()):
-            return []
-        return [{key: _cell(rows[0][key]) for key in keys} | {"seeds": str(len(rows))}
-                | {name: _mean([row[name] for row in rows if row[name] is not None]) for name in scores}
-                for rows in sorted(equal.values(), key=lambda rows: statistics.fmean(map(self._rank, rows)))]
+        return sorted(equal.values(), key=lambda rows: statistics.fmean(map(self._rank, rows)))
+
+    def plot(self, file_format: str) -> bytes:
+        """Curves of the training reward and of the first headline metric, a line for each variant of the finished runs. Raises
+        ValueError if no run has finished."""
+        if not (variants := self._variants()):
+            raise ValueError("--plot draws finished runs, and there is none")
+        keys = [key for key in self.shared_keys if key != "seed"][:MAX_KEYS]
+        curves = {", ".join(_cell(rows[0][key]) for key in keys) or "all runs":
+                  [read_metrics(self._folders[row["run"]]) for row in rows] for rows in variants}
+        return comparison(curves, ["reward", *self.evals[:1]], title=", ".join(keys), file_format=file_format)
 
     def _cell(self, row: dict, column: str) -> str:
         width = row.get(f"{column}/ci95")
@@ -104,6 +129,12 @@ class RunTable:
         writer.writeheader()
         writer.writerows(self.rows)
         return buffer.getvalue()
+
+
+def _follows_seed(key: str, configs: list[dict]) -> bool:
+    """Whether the key has one value for each seed, in more runs than there are seeds: it tells no more than the seed does."""
+    pairs = {(config.get("seed"), json.dumps(config.get(key))) for config in configs}
+    return key != "seed" and len(pairs) == len({seed for seed, _ in pairs}) < len(configs)
 
 
 def sweep_summary(sweep_dir: Path, run_dirs: list[Path]) -> Path:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from grpo.record.run_table import RunTable, find_runs, mean_half_width, sweep_summary
 from grpo.report import main
@@ -91,3 +92,43 @@ def test_a_sweep_leaves_its_table_as_text_and_as_csv(tmp_path):
     path = sweep_summary(tmp_path, [tmp_path / "r0", tmp_path / "r2"])
     assert [line[0] for line in lines_of(path.read_text())[2:]] == ["r2", "r0"]
     assert (tmp_path / "sweep_summary.csv").read_text().startswith("run,optim.lr,exit_reason,")
+
+
+def write_variants(folder: Path) -> None:
+    """Two settings of two seeds, whose base follows the seed: rewards 0.2 and 0.4, then 0.6 and 0.8."""
+    for seed in (0, 1):
+        for alpha in (8, 16):
+            run = write_run(folder / f"a{alpha}-seed{seed}", {"seed": seed, "model": {"path": f"warm-{seed}", "alpha": alpha}},
+                            {"eval/greedy": 0.1 * alpha / 8 + 0.5 * seed})
+            lines = [{"step": step, "reward": 0.2 * (seed + 1) + 0.4 * (step - 1)} for step in (1, 2)]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_key_that_follows_from_the_seed_does_not_keep_seeds_apart(tmp_path):
+    write_variants(tmp_path)
+    lines = lines_of(RunTable(find_runs(tmp_path)).text().partition("Means over seeds")[2])
+    assert lines[0] == ["model.alpha", "seeds", "eval/greedy"]
+    # 0.1 and 0.6: 12.706 * 0.353553 / sqrt(2)
+    assert lines[2:] == [["16", "2", "0.45 ± 3.176"], ["8", "2", "0.35 ± 3.176"]]
+
+
+def test_curves_are_means_over_seeds_in_a_band(tmp_path, monkeypatch, capsys):
+    write_variants(tmp_path)
+    drawn, bands = [], []
+    plot, fill_between = Axes.plot, Axes.fill_between
+    monkeypatch.setattr(Axes, "plot", lambda axes, *values, **style: [drawn.append((style["label"], *values)),
+                                                                      plot(axes, *values, **style)][1])
+    monkeypatch.setattr(Axes, "fill_between", lambda axes, *values, **style: [bands.append(values),
+                                                                              fill_between(axes, *values, **style)][1])
+    assert main([str(tmp_path), "--plot", str(tmp_path / "curves.svg")]) == 0
+    assert (tmp_path / "curves.svg").read_bytes().startswith(b"<?xml")
+    assert drawn[0] == ("16", [1, 2], pytest.approx([0.3, 0.7])) and drawn[1][0] == "8"  # the panel of the reward
+    assert bands[0] == ([1, 2], pytest.approx([0.2, 0.6]), pytest.approx([0.4, 0.8]))
+    assert main([str(tmp_path), "--plot", str(tmp_path / "curves.doc")]) == 2
+    assert "'doc' is not supported" in capsys.readouterr().err
+
+
+def test_runs_that_did_not_finish_are_not_drawn(tmp_path, capsys):
+    write_run(tmp_path / "a", {"seed": 0}, {"eval/greedy": 0.5}, "interrupted")
+    assert main([str(tmp_path), str(tmp_path), "--plot", str(tmp_path / "x.svg")]) == 2
+    assert "draws finished runs" in capsys.readouterr().err
