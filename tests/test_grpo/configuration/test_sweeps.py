@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.config import ConfigError
-from grpo.configuration.launch import check, jobs_planned, load_config, prepare
+from grpo.configuration.launch import check, compose, finish, jobs_planned, load_config, prepare
 from grpo.configuration.sweeps import JobResult, jobs_of, objective_of, outcome
 
 # A training run in a moment: leaves a summary, and ends as its seed says.
@@ -95,6 +95,19 @@ def test_values_of_the_command_line_replace_those_of_the_experiment(sweep):
 def test_one_value_fixes_a_key_that_the_experiment_sweeps(sweep):
     result = sweep("experiment=quickstart_sweep", "optim.lr=5e-4", "seed=3,4")
     assert settings(result) == {(5e-4, 3), (5e-4, 4)} and len(ran(result)) == 2
+
+
+def test_the_sweep_of_formats_trains_each_seed_in_full_and_with_adapters_on_experts_of_each_format(tmp_path):
+    for seed in range(3):
+        (tmp_path / f"warm-seed{seed}/start").mkdir(parents=True)
+    with prepare("train", ["+experiment=formats_sweep", f"output_dir={tmp_path}"]) as plan:
+        configs = [finish(compose(plan, job), "train", job) for job in jobs_planned(plan)]
+    variants = [("bf16", "full", None), ("bf16", "lora", 8), ("mxfp4", "lora", 8), ("nf4", "lora", 8)]
+    assert [(config.seed, config.model.experts, config.model.train, config.model.lora and config.model.lora.rank)
+            for config in configs] == [(seed, *variant) for seed in range(3) for variant in variants]
+    assert {(config.model.path, config.optim.lr, config.warmup) for config in configs[4:8]} == {
+        (str(tmp_path / "warm-seed1/start"), 3e-4, None)}
+    assert len({config.name for config in configs}) == 12
 
 
 def test_each_job_has_a_command_of_its_own_that_runs_it_alone(sweep):
