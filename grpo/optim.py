@@ -1,9 +1,13 @@
-"""AdamW with fp32 masters, learning-rate schedule, global clipping and a guard against non-finite numbers.
+"""AdamW, learning-rate schedule, global clipping, gradient buffers and a guard against non-finite numbers.
 
-AdamW is Loshchilov and Hutter's (arXiv 1711.05101) with the operations in the order of torch.optim.AdamW, so that fp32
-parameters agree with it bit for bit. A parameter that is not fp32 gets an fp32 master copy that the update acts on (at
-lr 1e-6 a bf16 weight of 0.02 would lose the whole step to rounding) and fp32 accumulation of its gradient over
-micro-batches; it is rounded from the master after each update.
+The update of a parameter is that of kernels/adamw.py, its state that of models/adam_state.py: with fp32 moments, fp32 parameters
+agree with torch.optim.AdamW bit for bit. A parameter that is not fp32 gets an fp32 master copy that the update acts on and fp32
+accumulation of its gradient over micro-batches; it is rounded from the master after each update. Without master (stochastic or
+compensated weights) its gradients add up in its own dtype, rounded after each micro-batch: the error is below 2^-9 of the sum for
+each micro-batch, as large as that of the bf16 gradients themselves.
+
+Gradients lie in one flat buffer a dtype, which exists from the first micro-batch of an update to its end. The backward adds each
+layer's gradients to it before it goes on, so those of one layer at most exist twice.
 
 Activation gradients of a float16 model are float16, whose smallest number is 6e-8: at a loss of 1 / tokens they would underflow.
 The loss therefore carries a constant power of two, the loss scale, through the backward, and `gradients()` takes it off again,
@@ -12,14 +16,18 @@ exactly, from gradients that are fp32 by then (mixed precision training, arXiv 1
 Departures: weight decay applies to every trained parameter, as torch.optim.AdamW has it by default.
 """
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from models.adam_state import AdamState, gradient_dtype
+
 # at 1e4 tokens an update, a token's gradient of 1e-4 becomes 100 at its logits: 600 times below float16's largest number, a
 # million times above the smallest that has all its digits
 FLOAT16_LOSS_SCALE = 2.0**20
+_ALIGNMENT = 128  # elements between the starts of gradients in their buffer
 
 
 def loss_scale_for(dtype: torch.dtype, configured: float | None) -> float:
@@ -83,32 +91,30 @@ class Optimizer:
     """AdamW over named parameters.
 
     `step()` makes one update from the gradients accumulated since `zero_grad()`. `num_updates` counts the updates; `position` is
-    the place of the next one in the learning-rate schedule, and may be set further on where updates were left out. Gradients of
-    parameters that are not fp32 move from `.grad` into fp32 buffers as soon as backward has made them: `gradients()` has all."""
+    the place of the next one in the learning-rate schedule, and may be set further on where updates were left out."""
 
     def __init__(self, params: dict[str, torch.nn.Parameter], learning_rate: LearningRate, *, betas: tuple[float, float],
-                 eps: float, weight_decay: float, max_grad_norm: float, loss_scale: float = 1.0) -> None:
+                 eps: float, weight_decay: float, max_grad_norm: float, loss_scale: float = 1.0, moments: str = "fp32",
+                 weights: str = "master", state_on_host: bool = False, seed: int = 0) -> None:
         """loss_scale: the power of two that `backward` multiplies losses by; gradients() are free of it.
         max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
-        The rest as in torch.optim.AdamW."""
+        moments, weights: how the state is kept, and how updates of bf16 parameters add up; among MOMENTS and WEIGHTS of
+        models/adam_state.py. state_on_host: a GPU's state lies in pinned host memory; changes no bit. seed: of stochastic
+        rounding. The rest as in torch.optim.AdamW."""
         if not params:
             raise ValueError("no trainable parameters: nothing to optimize; check model.train and model.lora.targets")
         frozen = [name for name, param in params.items() if not param.requires_grad]
         if frozen:
             raise ValueError(f"parameters without requires_grad given to the optimizer: {', '.join(frozen[:5])}")
         self.params, self.learning_rate = dict(params), learning_rate
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
         self.num_updates = self.position = 0
-        # What an update acts on and where an fp32 gradient accumulates: the parameter, or the master of one that is not fp32.
-        self._targets = {name: param if param.dtype == torch.float32 else param.detach().float()
-                         for name, param in self.params.items()}
-        masters = {name: target for name, target in self._targets.items() if target is not self.params[name]}
-        self._state = {f"{moment}.{name}": torch.zeros_like(target)
-                       for moment in ("exp_avg", "exp_avg_sq") for name, target in self._targets.items()}
-        self._state |= {f"master.{name}": master for name, master in masters.items()}
-        self._hooks = [self.params[name].register_post_accumulate_grad_hook(_gradient_mover(master))
-                       for name, master in masters.items()]
+        self._state = AdamState(self.params, moments, weights, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed,
+                                on_host=state_on_host)
+        self._gradients: dict[str, torch.Tensor] = {}  # the buffer's parts; empty between updates
+        self._received: set[str] = set()  # parameters that got a gradient since zero_grad()
+        self._unfinished: _Unfinished | None = None  # the update that step() has begun
+        self._hooks = [param.register_post_accumulate_grad_hook(self._receiver(name)) for name, param in self.params.items()]
 
     def close(self) -> None:
         """Leaves the parameters to another optimizer: takes the hooks off them and drops the gradients."""
@@ -121,71 +127,118 @@ class Optimizer:
         """Learning rate of the next update."""
         return self.learning_rate.at(self.position)
 
+    def allocate_gradients(self) -> None:
+        """Makes the buffer of the gradients, if there is none. Called before an update's first forward, so that the forward sees
+        how much memory is left; else the first gradient does it. A parameter's `.grad` is its part, if it has the same dtype."""
+        if self._gradients:
+            return
+        dtypes = {name: gradient_dtype(param.dtype, self._state.weights) for name, param in self.params.items()}
+        for dtype in sorted(set(dtypes.values()), key=str):
+            names = [name for name, own in dtypes.items() if own == dtype]
+            starts, total = {}, 0
+            for name in names:
+                starts[name] = total
+                total += -(-self.params[name].numel() // _ALIGNMENT) * _ALIGNMENT
+            flat = torch.zeros(total, dtype=dtype, device=self._state.device)
+            self._gradients |= {name: flat[start:start + self.params[name].numel()].view(self.params[name].shape)
+                                for name, start in starts.items()}
+        for name, param in self.params.items():
+            param.grad = self._gradients[name] if param.dtype == dtypes[name] else None
+
+    def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
+        """A hook that brings a parameter's new gradient into the buffer, if autograd did not add it there."""
+        reference = weakref.ref(self)  # parameters must not keep the state alive
+
+        def receive(param: torch.Tensor) -> None:
+            self, gradient = reference(), param.grad
+            if self is None:
+                return
+            if not self._gradients:
+                param.grad = None
+                self.allocate_gradients()
+            part = self._gradients[name]
+            if gradient.data_ptr() != part.data_ptr():
+                part += gradient
+                param.grad = part if part.dtype == param.dtype else None
+            self._received.add(name)
+
+        return receive
+
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a loss to those accumulated since `zero_grad()`."""
         (loss if self.loss_scale == 1.0 else loss * self.loss_scale).backward()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Name -> fp32 gradient accumulated so far, without the loss scale; raises ValueError for a parameter that got none."""
-        gradients = {name: target.grad for name, target in self._targets.items()}
-        missing = [name for name, gradient in gradients.items() if gradient is None]
+        """Name -> gradient accumulated so far, without the loss scale; raises ValueError for a parameter that got none."""
+        self._check_received()
+        if self.loss_scale != 1.0:
+            return {name: gradient / self.loss_scale for name, gradient in self._gradients.items()}
+        return dict(self._gradients)
+
+    def _check_received(self) -> None:
+        missing = [name for name in self.params if name not in self._received]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameters got no gradient, so they cannot learn: "
                              f"{', '.join(missing[:5])}; run backward first, and train only what the loss depends on")
-        if self.loss_scale != 1.0:
-            return {name: gradient / self.loss_scale for name, gradient in gradients.items()}
-        return gradients
 
     def zero_grad(self) -> None:
-        """Drops the gradients."""
-        for tensor in (*self.params.values(), *self._targets.values()):
-            tensor.grad = None
+        """Drops the gradients and frees their buffer."""
+        assert not self.is_updating, "zero_grad() after a part of an update: call step() again first"
+        self._gradients, self._received, self._unfinished = {}, set(), None
+        for param in self.params.values():
+            param.grad = None
 
     @torch.no_grad()
     def step(self) -> float:
         """Clips, updates every parameter, counts; returns the global gradient norm before clipping.
 
-        Raises NonFiniteError, with the first parameter whose gradient is to blame, before anything changes."""
-        gradients = self.gradients()
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+        Raises NonFiniteError, with the first parameter whose gradient is to blame, before anything changes. After any other error
+        (out of memory, say) step() may be called again and goes on where it was, with the same result."""
+        if self._unfinished is None:
+            self._unfinished = self._begin_update()
+        update = self._unfinished
+        self._state.begin()
+        for index in range(update.num_done, len(self._state.pieces)):
+            self._state.update(index, self._gradients[self._state.pieces[index].name], lr=update.lr, scale=update.scale,
+                               num_updates=self.num_updates + 1)
+            update.num_done = index + 1
+        self._state.end()
+        self.num_updates, self.position, self._unfinished = self.num_updates + 1, self.position + 1, None
+        return update.grad_norm
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether step() was left by an error after it had changed weights: call it again."""
+        return self._unfinished is not None and self._unfinished.num_done > 0
+
+    def _begin_update(self) -> "_Unfinished":
+        self._check_received()
+        norms = torch.stack([torch.linalg.vector_norm(self._gradients[name], dtype=torch.float32) for name in self.params])
+        norms = norms if self.loss_scale == 1.0 else norms / self.loss_scale
         total_norm = torch.linalg.vector_norm(norms)
         grad_norm = float(total_norm)
         if not math.isfinite(grad_norm):
             hint = "" if self.loss_scale == 1.0 else (
                 f"; the loss was scaled by {self.loss_scale:g}: if float16 gradients overflowed, lower optim.loss_scale")
-            for (name, gradient), norm in zip(gradients.items(), norms.tolist()):
+            for name, norm in zip(self.params, norms.tolist()):
                 if not math.isfinite(norm):
-                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient) + hint)
+                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(self._gradients[name]) + hint)
             raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together", _describe(norms) + hint)
         # the same operations as torch.nn.utils.clip_grad_norm_, so that clipping agrees with it bit for bit
-        scale = torch.clamp(self.max_grad_norm / (total_norm + 1e-6), max=1.0)
-        lr = self.lr
-        self.num_updates += 1
-        self.position += 1
-        beta1, beta2 = self.betas
-        correction1, correction2 = 1 - beta1 ** self.num_updates, 1 - beta2 ** self.num_updates
-        for name, param in self.params.items():
-            target, gradient = self._targets[name], gradients[name].mul_(scale)
-            exp_avg, exp_avg_sq = self._state[f"exp_avg.{name}"], self._state[f"exp_avg_sq.{name}"]
-            target.mul_(1 - lr * self.weight_decay)
-            exp_avg.lerp_(gradient, 1 - beta1)
-            exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            target.addcdiv_(exp_avg, (exp_avg_sq.sqrt() / correction2 ** 0.5).add_(self.eps), value=-lr / correction1)
-            if target is not param:
-                param.copy_(target)
-        return grad_norm
+        scale = float(torch.clamp(self.max_grad_norm / (total_norm + 1e-6), max=1.0)) / self.loss_scale
+        return _Unfinished(grad_norm, self.lr, scale)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Moments, masters and the update count: a flat dict of tensors (not copies), ready for safetensors.
 
         Parameters are not in it; gradients neither: save between `step()` and the next backward."""
-        return {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64), **self._state}
+        self._state.wait()
+        return {"num_updates": torch.tensor(self.num_updates, dtype=torch.int64), **self._state.tensors}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restores what `state_dict` gave, exactly; parameters with a master are rounded from it, fp32 parameters are
-        the caller's to restore. Raises ValueError naming what is missing, unexpected or misshapen, with nothing
-        changed."""
+        """Restores what `state_dict` gave, exactly; parameters with a master are rounded from it, all others are the caller's to
+        restore. Raises ValueError naming what is missing, unexpected or misshapen, with nothing changed."""
         expected = self.state_dict()
         problems = [f"missing {name}" for name in expected if name not in state]
         problems += [f"unexpected {name}" for name in state if name not in expected]
@@ -196,20 +249,17 @@ class Optimizer:
             raise ValueError(f"optimizer state does not fit the trained parameters ({len(problems)} problems): "
                              + "; ".join(problems[:10]))
         self.num_updates = self.position = int(state["num_updates"])
-        for name, tensor in self._state.items():
+        for name, tensor in self._state.tensors.items():
             tensor.copy_(state[name])
-        for name, param in self.params.items():
-            if self._targets[name] is not param:
-                param.copy_(self._targets[name])
+        self._state.round_masters()
+        self._state.wait()
 
 
-def _gradient_mover(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a parameter's new gradient to its master's."""
-    def move(param: torch.Tensor) -> None:
-        if master.grad is None:
-            master.grad = param.grad.float()
-        else:
-            master.grad += param.grad
-        param.grad = None
+@dataclass
+class _Unfinished:
+    """An update that step() has begun."""
 
-    return move
+    grad_norm: float
+    lr: float
+    scale: float  # of the gradients
+    num_done: int = 0  # pieces of the state

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
+import models.adam_state
 from grpo.optim import FLOAT16_LOSS_SCALE, LearningRate, NonFiniteError, Optimizer, check_finite, loss_scale_for
+from models.adam_state import optimizer_bytes
 
 SHAPES = {"a": (5, 7), "b": (3,), "experts": (2, 4, 3)}
 
@@ -124,8 +127,9 @@ def test_the_optimizer_uses_the_rate_of_its_update():
     moves = []
     for _ in range(4):
         before = params["w"].item()
-        params["w"].grad = torch.ones(1)
+        optimizer.backward(params["w"].sum())
         optimizer.step()
+        optimizer.zero_grad()
         moves.append(before - params["w"].item())  # Adam moves by the rate itself while gradients are all equal
     assert moves == pytest.approx([0.5, 1.0, 0.5, 0.0], abs=1e-6)
     assert optimizer.num_updates == 4
@@ -288,3 +292,166 @@ def test_the_learning_rate_is_that_of_the_position_which_may_run_ahead_of_the_up
     assert rates == pytest.approx([0.09, 0.05, 0.0]) and (optimizer.num_updates, optimizer.position) == (3, 10)
     # a constant gradient moves Adam by the learning rate, its moments corrected for the updates made
     assert params["w"].item() == pytest.approx(1 - 0.09 - 0.05, abs=1e-5)
+
+
+def test_gradients_share_a_buffer_that_is_there_from_the_first_backward_to_the_end_of_the_update():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    set_gradients(params, 0)
+    parts = [param.grad for param in params.values()]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    once = {name: gradient.clone() for name, gradient in optimizer.gradients().items()}
+    set_gradients(params, 1)
+    assert [param.grad.data_ptr() for param in params.values()] == [part.data_ptr() for part in parts]  # added in place
+    for name, gradient in random_gradients(1).items():
+        assert torch.equal(optimizer.gradients()[name], once[name] + gradient)
+    optimizer.step()
+    del parts
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in params.values())
+    set_gradients(params, 1)  # the next update starts at zero
+    assert torch.equal(optimizer.gradients()["b"], random_gradients(1)["b"])
+
+
+def test_gradients_of_weights_without_master_add_up_in_their_own_dtype():
+    param = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = make_optimizer({"w": param}, weights="stochastic")
+    for factor in (256.0, 1.0, 4.0):  # 256 + 1 rounds to 256
+        (param * factor).sum().backward()
+    assert optimizer.gradients()["w"].dtype == torch.bfloat16 and optimizer.gradients()["w"].item() == 260.0
+
+
+def train(optimizer, params, steps):
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+KINDS = [(torch.float32, "fp32", "master"), (torch.float32, "int8", "master"), (torch.bfloat16, "int8", "master"),
+         (torch.bfloat16, "fp32", "stochastic"), (torch.bfloat16, "int8", "stochastic"), (torch.bfloat16, "int8", "compensated")]
+
+
+@pytest.mark.parametrize("dtype, moments, weights", KINDS)
+def test_every_kind_of_state_resumes_to_the_same_bytes(dtype, moments, weights):
+    kind = dict(moments=moments, weights=weights, seed=4)
+    straight, first, resumed = make_params(dtype), make_params(dtype), make_params(dtype, seed=1)
+    optimizers = [make_optimizer(params, **kind) for params in (straight, first, resumed)]
+    train(optimizers[0], straight, range(6))
+    train(optimizers[1], first, range(3))
+    stored = load(save(optimizers[1].state_dict()))
+    with torch.no_grad():
+        for name, param in resumed.items():
+            param.copy_(first[name])
+    optimizers[2].load_state_dict(stored)
+    train(optimizers[2], resumed, range(3, 6))
+    assert save(optimizers[0].state_dict()) == save(optimizers[2].state_dict())
+    assert all(torch.equal(straight[name], resumed[name]) for name in SHAPES)
+    assert any(not torch.equal(straight[name], first[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("dtype, moments, weights", KINDS)
+def test_the_bytes_of_gradients_and_state_are_those_that_are_counted(dtype, moments, weights):
+    params = make_params(dtype)
+    optimizer = make_optimizer(params, moments=moments, weights=weights)
+    set_gradients(params, 0)
+    counted = optimizer_bytes([param.numel() for param in params.values()], dtype, moments, weights)
+    held = {name: tensor.numel() * tensor.element_size() for name, tensor in optimizer.state_dict().items()}
+    del held["num_updates"]
+    assert counted.gradients == sum(tensor.numel() * tensor.element_size() for tensor in optimizer.gradients().values())
+    assert counted.moments == sum(size for name, size in held.items() if name.startswith("exp_avg"))
+    assert counted.masters == sum(held.values()) - counted.moments
+
+
+def test_gpt_oss_20b_in_full_takes_the_bytes_of_its_table():
+    """20.9e9 parameters in bf16: 8-bit moments with an absmax for 256 elements are 2 + 8 / 256 bytes each."""
+    counted = optimizer_bytes([20_900_000_000], torch.bfloat16, "int8", "stochastic")
+    assert counted.gradients == 41_800_000_000 and counted.moments == 42_453_125_000 and counted.masters == 0
+
+
+@pytest.mark.parametrize("dtype, moments, weights", KINDS)
+def test_parameters_updated_in_pieces_have_the_same_bits(monkeypatch, dtype, moments, weights):
+    whole, parts = ({"w": torch.nn.Parameter(torch.linspace(-1, 1, 2000).to(dtype))} for _ in range(2))
+    found = []
+    for params, piece in ((whole, 1 << 23), (parts, 512)):
+        monkeypatch.setattr(models.adam_state, "PIECE", piece)
+        optimizer = make_optimizer(params, moments=moments, weights=weights)
+        for step in range(3):
+            optimizer.backward((params["w"] * torch.linspace(step, 3, 2000).to(dtype)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(save({**optimizer.state_dict(), "w": params["w"].detach()}))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype, moments, weights", KINDS)
+@pytest.mark.parametrize("num_fine", [0, 1, 2])
+def test_a_step_that_runs_out_of_memory_goes_on_where_it_was(monkeypatch, dtype, moments, weights, num_fine):
+    plain, disturbed = make_params(dtype), make_params(dtype)
+    kind = dict(moments=moments, weights=weights, max_grad_norm=0.5)
+    optimizers = [make_optimizer(params, **kind) for params in (plain, disturbed)]
+    for params in (plain, disturbed):
+        set_gradients(params, 1)
+    norm = optimizers[0].step()
+    original, calls = models.adam_state.adamw, []
+
+    def fails_once(*args, **settings):
+        calls.append(None)
+        if len(calls) == num_fine + 1:
+            raise torch.OutOfMemoryError("made up")
+        original(*args, **settings)
+
+    monkeypatch.setattr(models.adam_state, "adamw", fails_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizers[1].step()
+    assert optimizers[1].is_updating == (num_fine > 0) and optimizers[1].num_updates == 0
+    assert optimizers[1].step() == norm and not optimizers[1].is_updating and optimizers[1].num_updates == 1
+    assert save(optimizers[0].state_dict()) == save(optimizers[1].state_dict())
+    assert all(torch.equal(plain[name], disturbed[name]) for name in SHAPES)
+
+
+def test_parameters_do_not_keep_an_optimizer_alive():
+    params = make_params()
+    gone = weakref.ref(make_optimizer(params))
+    assert gone() is None
+    set_gradients(params, 0)
+    assert all(torch.equal(params[name].grad, gradient) for name, gradient in random_gradients(0).items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, moments, weights", KINDS)
+def test_state_in_host_memory_has_the_bits_of_state_on_the_gpu(monkeypatch, dtype, moments, weights):
+    monkeypatch.setattr(models.adam_state, "PIECE", 1 << 16)  # many pieces
+    sizes = {"a": 500_000, "b": 3, "c": 70_000, "d": (1 << 16) + 1}
+    found = []
+    for on_host in (False, True):
+        params = {name: torch.nn.Parameter(torch.linspace(-1, 1, size).to("cuda", dtype)) for name, size in sizes.items()}
+        optimizer = make_optimizer(params, moments=moments, weights=weights, state_on_host=on_host)
+        for step in range(4):
+            for micro in range(2):
+                waves = {name: torch.arange(size, device="cuda").mul(step + micro + 1.0).sin() for name, size in sizes.items()}
+                optimizer.backward(sum((param.float() * waves[name]).sum() for name, param in params.items()))
+            optimizer.step()
+            optimizer.zero_grad()
+        state = optimizer.state_dict()
+        assert all(tensor.is_pinned() for name, tensor in state.items() if name != "num_updates") == on_host
+        found.append(save({name: tensor.cpu() for name, tensor in state.items()} | {f"p.{name}": param.detach().cpu()
+                                                                                  for name, param in params.items()}))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_gradients_during_an_update_only_and_a_streamed_state_not_at_all():
+    params = {f"w{i}": torch.nn.Parameter(torch.zeros(1 << 20, device="cuda")) for i in range(16)}
+    before = torch.cuda.memory_allocated()
+    optimizer = make_optimizer(params, state_on_host=True)
+    assert torch.cuda.memory_allocated() == before
+    optimizer.allocate_gradients()
+    assert torch.cuda.memory_allocated() == before + 16 * (4 << 20)
+    optimizer.backward(sum(param.sum() for param in params.values()))
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    optimizer.zero_grad()
+    counted = optimizer_bytes([1 << 20] * 16, torch.float32, "fp32", "master")
+    assert torch.cuda.max_memory_allocated() <= before + counted.gradients + counted.scratch + counted.buffers + (1 << 20)
+    assert torch.cuda.memory_allocated() == before

@@ -1,0 +1,215 @@
+"""The state that AdamW keeps for each parameter: in fp32 or 8 bits, on the parameter's device or in pinned host memory.
+
+State in host memory passes through the GPU when an update needs it, piece by piece: while one piece is updated, the next one is
+copied in and the one before it out. The bits are those of a state on the GPU.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kernels.adamw import BLOCK, AdamNumbers, Moments8, adamw, rng_key
+
+PIECE = 1 << 23  # most elements updated at once: bounds scratch and copies
+_NUM_BUFFERS = 3  # pieces on the GPU at once: one copied in, one updated, one copied out
+_ALIGNMENT = 256  # bytes
+_LEAST_SLAB = 1 << 20  # bytes
+
+
+MOMENTS = ("fp32", "int8")
+# how updates of bf16 weights add up (kernels/adamw.py): by an fp32 copy, by stochastic rounding, or with a bf16 tensor of what
+# rounding took. fp32 weights need none of them
+WEIGHTS = ("master", "stochastic", "compensated")
+
+
+class OptimizerBytes(NamedTuple):
+    gradients: int  # during an update
+    moments: int
+    masters: int  # or what compensated weights need
+    scratch: int  # of step()
+    buffers: int  # of step(), if the state is on the host
+
+
+def gradient_dtype(dtype: torch.dtype, weights: str) -> torch.dtype:
+    """The dtype that gradients of a parameter add up in."""
+    return torch.float32 if weights == "master" else dtype
+
+
+def state_tensors(num_elements: int, dtype: torch.dtype, moments: str, weights: str) -> dict[str, tuple[int, torch.dtype]]:
+    """Name -> elements and dtype of what is kept for a parameter."""
+    blocks = -(-num_elements // BLOCK)
+    if moments == "fp32":
+        kept = {"exp_avg": (num_elements, torch.float32), "exp_avg_sq": (num_elements, torch.float32)}
+    else:
+        kept = {"exp_avg": (num_elements, torch.uint8), "exp_avg_absmax": (blocks, torch.float32),
+                "exp_avg_root": (num_elements, torch.uint8), "exp_avg_root_absmax": (blocks, torch.float32)}
+    if dtype != torch.float32 and weights == "master":
+        kept["master"] = num_elements, torch.float32
+    elif dtype != torch.float32 and weights == "compensated":
+        kept["compensation"] = num_elements, dtype
+    return kept
+
+
+def optimizer_bytes(sizes: Iterable[int], dtype: torch.dtype, moments: str, weights: str) -> OptimizerBytes:
+    """Bytes for parameters of these numbers of elements, all of one dtype."""
+    sizes, largest = list(sizes), min(max(sizes, default=0), PIECE)
+    kept = [(name, count * kind.itemsize) for size in sizes
+            for name, (count, kind) in state_tensors(size, dtype, moments, weights).items()]
+    of_piece = sum(count * kind.itemsize for count, kind in state_tensors(largest, dtype, moments, weights).values())
+    scratch = 4 * largest if moments == "fp32" and (dtype == torch.float32 or weights == "master") else (
+        0 if moments == "int8" else 48 * largest)
+    return OptimizerBytes(
+        sum(sizes) * gradient_dtype(dtype, weights).itemsize,
+        sum(size for name, size in kept if name.startswith("exp_avg")),
+        sum(size for name, size in kept if not name.startswith("exp_avg")), scratch, _NUM_BUFFERS * of_piece)
+
+
+def pinned_tensors(wanted: list[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
+    """Zeros in pinned host memory, in few allocations: each is rounded up to a power of two, so sizes are powers of two that the
+    tensors fill."""
+    sizes = [-(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for count, dtype in wanted]
+    found, left, slab, used = [], sum(sizes), torch.empty(0, dtype=torch.uint8), 0
+    for size, (count, dtype) in zip(sizes, wanted):
+        if used + size > len(slab):
+            num_bytes = max(1 << (left.bit_length() - 1), 1 << (size - 1).bit_length(), _LEAST_SLAB)
+            try:
+                slab, used = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True), 0
+            except RuntimeError as error:
+                raise RuntimeError(f"the optimizer's state does not fit pinned host memory: the system refuses another "
+                                   f"{num_bytes / 1e9:.1f} GB ({str(error).splitlines()[0]})") from error
+        found.append(slab[used:used + count * dtype.itemsize].view(dtype))
+        used, left = used + size, left - size
+    return found
+
+
+@dataclass
+class Piece:
+    """Consecutive elements of a parameter."""
+
+    name: str
+    number: int  # of the parameter
+    first: int  # element
+    end: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(-1)[self.first:self.end]
+
+
+class AdamState:
+    """The state of named parameters and its updates. `tensors`: what a checkpoint holds, by name (kind.parameter)."""
+
+    def __init__(self, params: dict[str, torch.nn.Parameter], moments: str, weights: str, *,
+                 betas: tuple[float, float], eps: float, weight_decay: float, seed: int, on_host: bool) -> None:
+        assert moments in MOMENTS and weights in WEIGHTS, (moments, weights)
+        self.params, self.moments, self.weights, self.seed = params, moments, weights, seed
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.device = next(iter(params.values())).device
+        self.is_streamed = on_host and self.device.type == "cuda"
+        wanted = {name: state_tensors(param.numel(), param.dtype, moments, weights) for name, param in params.items()}
+        flat = [spec for kept in wanted.values() for spec in kept.values()]
+        made = iter(pinned_tensors(flat) if self.is_streamed else [
+            torch.zeros(count, dtype=dtype, device=self.device) for count, dtype in flat])
+        self._kept = {name: {kind: next(made) for kind in kept} for name, kept in wanted.items()}
+        for name, kept in self._kept.items():
+            if "master" in kept:
+                kept["master"].copy_(params[name].detach().view(-1))
+        self.pieces = [Piece(name, number, first, min(first + PIECE, param.numel()))
+                       for number, (name, param) in enumerate(params.items()) for first in range(0, param.numel(), PIECE)]
+        self._incoming, self._outgoing = ((torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))
+                                          if self.is_streamed else (None, None))
+        self._buffers: list[torch.Tensor] = []  # each takes the state of a piece
+        self._arrived: dict[int, torch.cuda.Event] = {}  # by piece
+        self._left: dict[int, torch.cuda.Event] = {}  # by buffer: its last copy out
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """In the shapes of the parameters, absmax apart."""
+        return {f"{kind}.{name}": tensor.view(self.params[name].shape) if tensor.numel() == self.params[name].numel() else tensor
+                for name, kept in self._kept.items() for kind, tensor in kept.items()}
+
+    def begin(self) -> None:
+        """Takes the GPU memory that updates of pieces need. An error comes before anything is changed."""
+        if self.is_streamed and not self._buffers:
+            size = max(self._bytes_of(piece) for piece in self.pieces)
+            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(_NUM_BUFFERS)]
+            self._incoming.wait_stream(torch.cuda.current_stream(self.device))  # earlier work may still use this memory
+
+    def end(self) -> None:
+        """Gives it back."""
+        if self.is_streamed:
+            torch.cuda.current_stream(self.device).wait_stream(self._outgoing)
+            self._buffers, self._arrived, self._left = [], {}, {}
+
+    def wait(self) -> None:
+        """Waits until the state in host memory may be read or written."""
+        if self.is_streamed:
+            torch.cuda.synchronize(self.device)
+
+    def update(self, index: int, grad: torch.Tensor, *, lr: float, scale: float, num_updates: int) -> None:
+        """Makes update number `num_updates`, from 1, of piece number `index`, in place. grad: of its parameter, to be multiplied
+        by `scale`; is overwritten. An error comes before anything is changed."""
+        piece, key = self.pieces[index], None
+        numbers = AdamNumbers(lr, *self.betas, self.eps, self.weight_decay, scale, num_updates)
+        param = self.params[piece.name]
+        if self.is_streamed:
+            self._fetch(index)
+            self._fetch(index + 1)
+            torch.cuda.current_stream(self.device).wait_event(self._arrived[index])
+        state, weight = self._on_device(index), piece.of(param.detach())
+        if param.dtype != torch.float32 and self.weights == "stochastic":
+            key = rng_key(self.seed, num_updates, piece.number)
+        master = state.get("master")
+        kept = [tensor for kind, tensor in state.items() if kind.startswith("exp_avg")]
+        adamw(weight if master is None else master, piece.of(grad), Moments8(*kept) if self.moments == "int8" else tuple(kept),
+              state.get("compensation"), numbers, first=piece.first, key=key)
+        if master is not None:
+            weight.copy_(master)
+        if self.is_streamed:
+            self._put_back(index, state)
+
+    def round_masters(self) -> None:
+        """Sets parameters with a master from it."""
+        for name, kept in self._kept.items():
+            if "master" in kept:
+                self.params[name].detach().view(-1).copy_(kept["master"])
+
+    def _held(self, piece: Piece) -> dict[str, torch.Tensor]:
+        """Where a piece's state lies."""
+        return {kind: tensor[piece.first // BLOCK:-(-piece.end // BLOCK)] if kind.endswith("absmax")
+                else tensor[piece.first:piece.end] for kind, tensor in self._kept[piece.name].items()}
+
+    def _bytes_of(self, piece: Piece) -> int:
+        return sum(-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT for tensor in self._held(piece).values())
+
+    def _on_device(self, index: int) -> dict[str, torch.Tensor]:
+        """A piece's state as the update takes it: in place, or in a buffer."""
+        held, found, used = self._held(self.pieces[index]), {}, 0
+        if not self.is_streamed:
+            return held
+        buffer = self._buffers[index % _NUM_BUFFERS]
+        for kind, tensor in held.items():
+            size = tensor.numel() * tensor.element_size()
+            found[kind] = buffer[used:used + size].view(tensor.dtype)
+            used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return found
+
+    def _fetch(self, index: int) -> None:
+        """Starts copying a piece's state to its buffer."""
+        if index in self._arrived or index >= len(self.pieces):
+            return
+        if (left := self._left.get(index % _NUM_BUFFERS)) is not None:
+            self._incoming.wait_event(left)
+        with torch.cuda.stream(self._incoming):
+            for target, source in zip(self._on_device(index).values(), self._held(self.pieces[index]).values()):
+                target.copy_(source, non_blocking=True)
+            self._arrived[index] = self._incoming.record_event()
+
+    def _put_back(self, index: int, state: dict[str, torch.Tensor]) -> None:
+        self._outgoing.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._outgoing):
+            for target, source in zip(self._held(self.pieces[index]).values(), state.values()):
+                target.copy_(source, non_blocking=True)
+            self._left[index % _NUM_BUFFERS] = self._outgoing.record_event()
