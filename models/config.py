@@ -246,3 +246,14 @@ def read_config(folder: str | Path) -> GptOssConfig:
             GptOssConfig.from_hf(raw)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def released(name: str) -> GptOssConfig | None:
+    """The architecture of openai/gpt-oss-20b or openai/gpt-oss-120b, as published; None for other names."""
+    sizes = {"openai/gpt-oss-20b": (24, 32), "openai/gpt-oss-120b": (36, 128)}
+    if name not in sizes:
+        return None
+    layers, experts = sizes[name]
+    return GptOssConfig(vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=layers,
+                        num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=experts, sliding_window=128,
+                        num_experts_per_tok=4, raw={"quantization_config": {"quant_method": "mxfp4"}})

@@ -1,0 +1,97 @@
+"""Where a run's memory would go, without a GPU and without weights:
+
+    python -m grpo.plan +experiment=gpt_oss_20b_lora gpu=4090 [prompt_tokens=N] [KEY=VALUE ...]
+
+gpu: T4, L4, 4090, A100-40, A100-80, H100, H200, or a number of GB (1e9 bytes). The other words are those of grpo.train;
+model.memory_gb caps a larger GPU, model.host_gb the host memory (null: as much as the plan wants). prompt_tokens: the longest
+prompt; without it what the environment allows. Of a checkpoint config.json alone is read; the sizes of openai/gpt-oss-20b and
+-120b are known without it. Exit code 2 where the run does not fit.
+"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from grpo.config import ConfigError, ModelConfig, TrainConfig
+from grpo.configuration.launch import CONFIG_ERROR, load_config
+from grpo.record.terminal import print_error
+from grpo.run.memory import UNLIMITED, make_plan, needs_of, prompt_len_of
+from grpo.run.policy import build_tokenizer, read_architecture
+from models.config import GptOssConfig, read_config, released
+from models.memory_plan import GPUS, Gpu, table
+
+
+def main(words: list[str]) -> int:
+    if not words or "--help" in words or "-h" in words:
+        print(__doc__)
+        return 0
+    try:
+        print(report(words))
+    except ValueError as error:
+        print_error("config error", str(error))
+        return CONFIG_ERROR
+    return 0
+
+
+def report(words: list[str]) -> str:
+    """What the command prints. Raises ConfigError where the run does not fit, and for bad keys."""
+    own = dict(word.split("=", 1) for word in words if word.startswith(("gpu=", "prompt_tokens=")))
+    config = load_config("train", [word for word in words if word.partition("=")[0] not in own])
+    gpu = parse_gpu(own.get("gpu"))
+    architecture = architecture_of(config)
+    prompt_len = parse_count(own["prompt_tokens"]) if "prompt_tokens" in own else prompt_len_of(
+        config, max_len=architecture.max_position_embeddings)
+    element_size = 4 if config.dtype == "float32" else 2
+    needs = needs_of(config, architecture, prompt_len=prompt_len, element_size=element_size,
+                     stream_size=element_size if gpu.has_tensor_cores else 4)  # without them the model is float16
+    plan = make_plan(needs, gpu, config.model, host_bytes=UNLIMITED)
+    lengths = f"prompts of up to {prompt_len} tokens, completions of up to {config.rollout.max_new_tokens}"
+    return "\n".join([f"{config.model.path or 'from scratch'}, experts {needs.experts}, on {own['gpu']}; {lengths}",
+                      table(plan, architecture.num_hidden_layers)])
+
+
+def parse_gpu(name: str | None) -> Gpu:
+    known = f"gpu=NAME with one of {', '.join(GPUS)}, or a number of GB (1e9 bytes)"
+    if name is None:
+        raise ConfigError(f"gpu: required; give {known}")
+    if name in GPUS:
+        return GPUS[name]
+    try:
+        size = float(name)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise ConfigError(f"gpu = {name!r}: give {known}")
+    return replace(GPUS["L4"], num_bytes=int(1e9 * size), bandwidth=1e12)
+
+
+def parse_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"prompt_tokens = {text!r}: must be a number of tokens, at least 1")
+    return int(text)
+
+
+def architecture_of(config: TrainConfig) -> GptOssConfig:
+    """The sizes of the model, from config.json alone."""
+    model: ModelConfig = config.model
+    if model.path is None:
+        return read_architecture(model, build_tokenizer(model, config.env))
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        return read_config(folder if (folder / "config.json").exists() else folder / "original")
+    return released(model.path) or read_config(hub_folder(model.path))
+
+
+def hub_folder(name: str) -> Path:
+    """The folder with the config.json of a repository of the hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent
+    except Exception as error:  # the hub's own kinds, and those of the network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"model.path = {name!r}: the hub did not deliver its config.json ({reason}); give a folder with that "
+                          "file") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,428 @@
+"""Where everything lies before anything is loaded: a GPU's memory, byte by byte, while sampling and in the update.
+
+`plan` takes what a run needs (`Needs`) and a limit on all of the process's GPU memory, context and modules included, and moves
+things to pinned host memory in the order of what that costs in time:
+  1. the input embedding: a few rows cross the bus for each batch of tokens;
+  2. prefill in small chunks, which need no scratch for dequantised weights;
+  3. the optimizer's state: it crosses the bus twice in an update;
+  4. in the update: layers' inputs, then the experts of some layers. They cross the bus twice in a micro-batch, beside products
+     that take longer;
+  5. while sampling: fewer rows at once, or the experts of some layers, whichever makes a rollout shorter. A streamed layer
+     crosses the bus in every decode step, so few rows are often better.
+Streamed layers take turns in two slots of one layer each. What layers keep for the backward in the memory that is left is the
+business of models/offload.py, at run time.
+
+Pure arithmetic: nothing here touches a GPU. Sizes in bytes, times in seconds.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from kernels.device import MAX_FEW_ROWS
+from kernels.head.log_probs import SCRATCH_BYTES as HEAD_SCRATCH_BYTES
+from models.config import GptOssConfig
+from models.experts import FORMATS
+from models.kv_cache import PAGE_TOKENS
+from models.offload import SCRATCH_BYTES, Place, Workload, bytes_of, everything, most_held, scratch, workspaces
+
+# Beside torch: the CUDA context, and what modules (kernels, the vendor's libraries) take once all of them have run. Measured on
+# an H200 (torch 2.11) after a training step: 0.55 and 0.32 GB. Other GPUs have fewer multiprocessors, and contexts no larger.
+CONTEXT_BYTES, MODULE_BYTES = 550_000_000, 320_000_000
+NUM_SLOTS = 2  # layers of experts on the GPU while some are streamed
+MAX_PREFILL_TOKENS, FEW_PREFILL_TOKENS = 16_384, MAX_FEW_ROWS
+# memory that torch reserves and cannot use: of all that it holds; as a share of the largest activation (as in models/offload.py)
+_UNUSED, _UNUSED_IN_UPDATE, _HOLES = 0.01, 0.025, 0.6
+_LEAST_SCRATCH = 1 << 26
+_LAUNCHES = 1e-3  # least time of a decode step
+
+
+@dataclass(frozen=True)
+class Gpu:
+    num_bytes: int  # that CUDA reports in all: nvidia-smi's number less what the driver keeps for itself
+    bandwidth: float  # of its memory, bytes per second
+    host_rate: float  # of copies from pinned host memory, bytes per second
+    has_tensor_cores: bool = True  # that Triton drives: without, sampling dequantises weights as training does
+
+
+def _gib(number: float) -> int:
+    return int(number * 2**30)
+
+
+# memory as torch reports it; rates as their makers give them (H200: measured)
+GPUS = {
+    "T4": Gpu(_gib(14.74), 0.32e12, 12e9, has_tensor_cores=False),
+    "L4": Gpu(_gib(22.16), 0.30e12, 25e9),
+    "4090": Gpu(_gib(23.64), 1.0e12, 25e9),
+    "A100-40": Gpu(_gib(39.39), 1.5e12, 25e9),
+    "A100-80": Gpu(_gib(79.15), 2.0e12, 25e9),
+    "H100": Gpu(_gib(79.10), 3.3e12, 55e9),
+    "H200": Gpu(_gib(139.72), 4.2e12, 55e9)}
+
+
+@dataclass
+class Needs:
+    """What a plan is for: the model, what trains, and the sizes of batches. Lengths in tokens."""
+
+    config: GptOssConfig
+    experts: str  # their format, a key of models.experts.FORMATS
+    num_prompts: int  # of a step
+    group_size: int  # completions of each
+    max_rows: int  # decoded at once
+    prompt_len: int
+    new_len: int
+    eval_rows: int = 0  # completions of an evaluation
+    element_size: int = 2  # of the model's dtype
+    stream_size: int = 2  # of an element of the residual stream
+    filters: bool = False  # draws are filtered, so the logits are stored
+    cache_bytes: int | None = None  # most of the cache; None: no limit of its own
+    lora_rank: int = 0  # 0: no adapter
+    lora_targets: Sequence[str] = ()
+    trains_norms: bool = False
+    trains_sinks: bool = False
+    trains_all: bool = False
+    max_tokens: int = 0  # most in a micro-batch, unless one sequence has more; 0: nothing trains
+    shares_prompts: bool = False  # a micro-batch has a group's prompt once
+    recomputes: bool = True  # layers may compute activations again
+
+    @property
+    def sequence_len(self) -> int:
+        return self.prompt_len + self.new_len
+
+    @property
+    def num_rows(self) -> int:
+        """Completions of the largest rollout."""
+        return max(self.num_prompts * self.group_size, self.eval_rows)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        copies = 1 if self.shares_prompts else self.group_size
+        step = self.num_prompts * (copies * self.prompt_len + self.group_size * self.new_len)
+        return max(self.sequence_len, min(self.max_tokens, step))
+
+
+@dataclass
+class Phase:
+    """The GPU's memory at the peak of one phase."""
+
+    lines: dict[str, int]  # what takes it -> bytes
+    num_streamed: int = 0  # layers whose experts are streamed
+
+    @property
+    def peak(self) -> int:
+        return sum(self.lines.values())
+
+
+@dataclass
+class MemoryPlan:
+    limit: int  # of everything on the GPU
+    embedding_on_host: bool
+    state_on_host: bool  # the optimizer's
+    prefill_tokens: int  # most in one prefill
+    num_rows: int  # that the cache holds at full length
+    cache_bytes: int  # most that the cache may take
+    seconds: float  # of decoding a rollout, by the cost model
+    sampling: Phase
+    update: Phase | None  # None: nothing trains
+    activations_on_host: int = 0  # bytes
+    host: dict[str, int] = field(default_factory=dict)  # what takes pinned host memory -> bytes
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+class DoesNotFit(ValueError):
+    """No placement keeps the needs within the limits."""
+
+
+# ---- sizes of the model
+
+
+def attention_widths(config: GptOssConfig) -> tuple[int, int]:
+    """Widths of queries, and of keys."""
+    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+
+def expert_layer_bytes(config: GptOssConfig, experts: str, element_size: int) -> int:
+    """The experts' weights of one layer, without biases."""
+    sizes = (config.hidden_size, 2 * config.intermediate_size), (config.intermediate_size, config.hidden_size)
+    return sum(math.prod(shape) * (element_size if dtype is None else dtype.itemsize)
+               for size in sizes for shape, dtype in FORMATS[experts].stored(config.num_local_experts, *size))
+
+
+def rest_parameters(config: GptOssConfig) -> int:
+    """Attention, norms, sinks, routers and the experts' biases, of all layers."""
+    width, (q_width, kv_width) = config.hidden_size, attention_widths(config)
+    attention = (width + 1) * (q_width + 2 * kv_width) + (q_width + 1) * width + config.num_attention_heads
+    router, biases = (width + 1) * config.num_local_experts, config.num_local_experts * (2 * config.intermediate_size + width)
+    return config.num_hidden_layers * (attention + 2 * width + router + biases) + width
+
+
+def embedding_parameters(config: GptOssConfig) -> int:
+    """The input embedding, or the head: they are of one size."""
+    return config.vocab_size * config.hidden_size
+
+
+def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str]) -> int:
+    width, inner, (q_width, kv_width) = config.hidden_size, config.intermediate_size, attention_widths(config)
+    experts = config.num_local_experts
+    sizes = {"q_proj": width + q_width, "k_proj": width + kv_width, "v_proj": width + kv_width, "o_proj": q_width + width,
+             "router": width + experts, "experts": experts * (width + 2 * inner + inner + width)}
+    return config.num_hidden_layers * rank * sum(sizes[target] for target in targets)
+
+
+def cache_bytes(needs: Needs, num_rows: int) -> int:
+    """The cache in which so many of the rows run at once, at full length."""
+    config, per_token = needs.config, 2 * attention_widths(needs.config)[1] * needs.element_size
+    num_windowed = sum(map(config.is_windowed, range(config.num_hidden_layers)))
+    window = min(config.sliding_window, needs.sequence_len)
+    pages = -(-needs.sequence_len // PAGE_TOKENS)
+    num_slots = num_rows + (num_rows < needs.num_rows)  # a prompt whose completions wait has a slot of its own
+    return num_slots * per_token * (num_windowed * window + (config.num_hidden_layers - num_windowed) * pages * PAGE_TOKENS)
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What one pinned allocation of torch takes: a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+# ---- one phase
+
+
+@dataclass(frozen=True)
+class _Homes:
+    """What may lie elsewhere, at no or little cost."""
+
+    embedding_on_host: bool
+    state_on_host: bool
+    prefill_tokens: int
+
+
+def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
+    """What both phases hold."""
+    config, size, layers = needs.config, needs.element_size, needs.config.num_hidden_layers
+    per_layer, matrix = expert_layer_bytes(config, needs.experts, size), embedding_parameters(config) * size
+    trained, small = _trained(needs)
+    lines = {"context and modules": CONTEXT_BYTES + MODULE_BYTES,
+             "attention and the rest": rest_parameters(config) * size,
+             "head": matrix,
+             "embedding": 0 if homes.embedding_on_host else matrix,
+             "experts": (layers - num_streamed) * per_layer,
+             "expert slots": min(NUM_SLOTS, num_streamed) * per_layer,
+             "LoRA": lora_parameters(config, needs.lora_rank, needs.lora_targets) * 4}
+    if needs.max_tokens:
+        lines["optimizer"] = 0 if homes.state_on_host else state_bytes(trained, small)
+    return lines
+
+
+def _trained(needs: Needs) -> tuple[int, int]:
+    """Trained parameters in fp32 (LoRA), and in the model's dtype."""
+    config, layers = needs.config, needs.config.num_hidden_layers
+    if needs.trains_all:
+        experts = layers * config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
+        return 0, rest_parameters(config) + 2 * embedding_parameters(config) + experts
+    norms = needs.trains_norms * (2 * layers + 1) * config.hidden_size
+    return lora_parameters(config, needs.lora_rank, needs.lora_targets), norms + needs.trains_sinks * layers * (
+        config.num_attention_heads)
+
+
+def state_bytes(fp32: int, others: int) -> int:
+    """AdamW's two fp32 moments, and an fp32 master of each parameter that is not fp32 itself."""
+    return 8 * fp32 + 12 * others
+
+
+def _plan_sampling(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, most_streamed: int) -> tuple[float, int, int, Phase]:
+    """The fastest way to sample: its seconds, rows at once, bytes that the cache may take, and the phase. Raises DoesNotFit."""
+    best, wanted = None, min(needs.num_rows, needs.max_rows)
+    for num_streamed in range(most_streamed + 1):
+        lines = _weights(needs, homes, num_streamed) | {"prefill and logits": _sampling_workspace(needs, homes, gpu, wanted)}
+        lines["unused by torch"] = int(_UNUSED * _torch_bytes(lines))
+        room = limit - sum(lines.values())
+        room = room if needs.cache_bytes is None else min(room, needs.cache_bytes)
+        num_rows = largest(partial(_fits_cache, needs, room), wanted)
+        seconds = _rollout_seconds(needs, gpu, num_rows, num_streamed) if num_rows else math.inf
+        if num_rows and (best is None or seconds < best[0]):
+            best = seconds, num_rows, room, Phase(lines | {"cache": cache_bytes(needs, num_rows)}, num_streamed)
+    if best is None:
+        raise DoesNotFit("sampling")
+    return best
+
+
+def _fits_cache(needs: Needs, room: int, num_rows: int) -> bool:
+    return cache_bytes(needs, num_rows) <= room
+
+
+def _torch_bytes(lines: dict[str, int]) -> int:
+    return sum(size for name, size in lines.items() if name not in ("context and modules", "cache"))
+
+
+def largest(fits: Callable[[int], bool], highest: int) -> int:
+    """The largest number up to `highest` that fits, where all smaller ones fit too; 0 if none does."""
+    low, high = 0, highest
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _sampling_workspace(needs: Needs, homes: _Homes, gpu: Gpu, num_rows: int) -> int:
+    tokens = min(homes.prefill_tokens, max(needs.num_prompts, needs.eval_rows) * needs.prompt_len)
+    tokens = max(tokens, min(num_rows, needs.max_rows))
+    dequantizes = FORMATS[needs.experts].is_packed and (tokens > MAX_FEW_ROWS or not gpu.has_tensor_cores)
+    layer = workspaces(needs.config, replace(_workload(needs, SCRATCH_BYTES), num_tokens=tokens, is_packed=dequantizes))[0]
+    logits = 4 * needs.config.vocab_size * num_rows
+    return layer + logits * (4 if needs.filters else 2)  # in graphs and outside
+
+
+def _rollout_seconds(needs: Needs, gpu: Gpu, num_rows: int, num_streamed: int) -> float:
+    """A simple model of the time to decode: a step reads the weights of the experts that its tokens go to, all other weights and
+    the cache, and waits for the streamed layers where those take longer."""
+    config, size = needs.config, needs.element_size
+    per_layer = expert_layer_bytes(config, needs.experts, size)
+    touched = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** num_rows
+    read = touched * config.num_hidden_layers * per_layer + (rest_parameters(config) + embedding_parameters(config)) * size
+    read += cache_bytes(needs, num_rows)
+    step = max(_LAUNCHES + read / gpu.bandwidth, num_streamed * per_layer / gpu.host_rate)
+    return needs.num_rows / num_rows * needs.new_len * step
+
+
+def _workload(needs: Needs, scratch_bytes: int) -> Workload:
+    """full_pairs and windowed_pairs matter for times only, which are not asked for."""
+    return Workload(num_tokens=needs.micro_tokens, full_pairs=0, windowed_pairs=0, element_size=needs.element_size,
+                    stream_size=needs.stream_size, is_packed=FORMATS[needs.experts].is_packed, keeps_h=True,
+                    scratch_bytes=scratch_bytes)
+
+
+def _update_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dict[str, int]:
+    """The peak of a micro-batch beside weights, gradients and state, if layers keep everything in one place and their inputs in
+    another: in the forward, at the head or in the backward."""
+    config, workload = needs.config, replace(_workload(needs, scratch_bytes), keeps_h=kept == Place.gpu)
+    sizes, plans = bytes_of(config, workload), [everything(kept) | {"x": x}] * config.num_hidden_layers
+    pending = sum(sizes.values()) - sizes["qkv"] if x == Place.host else 0
+    held = most_held(plans, sizes, gradients=0, pending=pending)
+    dequantized = scratch(config, replace(workload, keeps_h=True)), scratch(config, workload)
+    moments = [{"kept activations": kept_bytes, "a layer's workspace": space - weights, "scratch of weights": weights}
+               for kept_bytes, space, weights in zip(held, workspaces(config, workload), dequantized)]
+    whole = sum(sizes[name] for plan in plans[:1] for name, place in plan.items() if place == Place.gpu) * len(plans)
+    moments.append({"kept activations": whole + 4 * sizes["x"], "scratch of the head": HEAD_SCRATCH_BYTES})
+    return max(moments, key=lambda lines: sum(lines.values()))
+
+
+def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, streamed: Sequence[int],
+                 is_last: bool) -> tuple[int, Phase]:
+    """Bytes of activations in host memory, and the phase. streamed: the numbers of streamed layers to choose from. is_last: all
+    else has been tried. Raises DoesNotFit."""
+    layers = needs.config.num_hidden_layers
+    trained, others = _trained(needs)
+    sizes = bytes_of(needs.config, _workload(needs, SCRATCH_BYTES))
+    inputs, whole = layers * sizes["x"], layers * sum(sizes.values())
+
+    def phase(kept: Place, x: Place, num_streamed: int, scratch_bytes: int) -> Phase:
+        lines = _weights(needs, homes, num_streamed) | {"gradients": 4 * (trained + others)}
+        lines |= _update_moment(needs, kept, x, scratch_bytes)
+        torch_bytes = _torch_bytes(lines)
+        lines["unused by torch"] = int(_UNUSED * torch_bytes if kept == Place.gpu else max(
+            _UNUSED_IN_UPDATE * torch_bytes, _HOLES * max(sizes.values())))
+        return Phase(lines, num_streamed)
+
+    tries = [(Place.gpu, Place.gpu, streamed[0], SCRATCH_BYTES)]
+    x = Place.host if inputs <= host_bytes else Place.gpu
+    if needs.recomputes:
+        tries += [(Place.recompute, Place.gpu, streamed[0], SCRATCH_BYTES)]
+    if needs.recomputes and is_last:
+        tries += [(Place.recompute, x, streamed[0], SCRATCH_BYTES)]
+        tries += [(Place.recompute, x, number, SCRATCH_BYTES // 2) for number in streamed]
+        tries += [(Place.recompute, x, streamed[-1], SCRATCH_BYTES >> halvings)
+                  for halvings in range(2, (SCRATCH_BYTES // _LEAST_SCRATCH).bit_length())]
+    for kept, x, num_streamed, scratch_bytes in tries:
+        found = phase(kept, x, num_streamed, scratch_bytes)
+        if found.peak <= limit:
+            if kept != Place.gpu:  # layers keep what there is room for
+                found.lines["kept activations"] += min(limit - found.peak, max(0, whole - found.lines["kept activations"]))
+            return inputs if x == Place.host else 0, found
+    raise DoesNotFit("update")
+
+
+# ---- the plan
+
+
+def plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> MemoryPlan:
+    """The placement that costs least time such that neither phase takes more than `limit` bytes of the GPU, nor both more than
+    host_bytes of pinned host memory. Raises DoesNotFit."""
+    embedding, state = not needs.trains_all, needs.max_tokens > 0  # whether they can lie in host memory
+    ladder = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(embedding, False, MAX_PREFILL_TOKENS),
+              _Homes(embedding, False, FEW_PREFILL_TOKENS), _Homes(embedding, state, FEW_PREFILL_TOKENS)]
+    ladder = [homes for homes in dict.fromkeys(ladder) if sum(_host(needs, homes).values()) <= host_bytes]
+    for homes in ladder:
+        is_last = homes == ladder[-1]
+        try:
+            found = _plan_with(needs, homes, gpu, limit, host_bytes, is_last=is_last)
+        except DoesNotFit:
+            if is_last:
+                raise
+            continue
+        if is_last or found.num_rows == min(needs.num_rows, needs.max_rows):
+            return found
+    raise DoesNotFit("host memory")
+
+
+def _host(needs: Needs, homes: _Homes) -> dict[str, int]:
+    embedding = pinned_bytes(embedding_parameters(needs.config) * needs.element_size)
+    return {"embedding": homes.embedding_on_host * embedding, "optimizer": homes.state_on_host * state_bytes(*_trained(needs))}
+
+
+def _plan_with(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, host_bytes: int, *, is_last: bool) -> MemoryPlan:
+    per_layer, layers = expert_layer_bytes(needs.config, needs.experts, needs.element_size), needs.config.num_hidden_layers
+    host = _host(needs, homes)
+    free = host_bytes - sum(host.values())
+    inputs = layers * bytes_of(needs.config, _workload(needs, SCRATCH_BYTES))["x"]  # of the update, which may go there too
+    most = min(layers, max(0, free - inputs * needs.recomputes) // per_layer) if is_last and not needs.trains_all else 0
+    seconds, num_rows, room, sampling = _plan_sampling(needs, homes, gpu, limit, most)
+    update, activations, num_streamed = None, 0, sampling.num_streamed
+    if needs.max_tokens:  # what streams while sampling streams in the update too
+        activations, update = _plan_update(needs, homes, limit, free - most * per_layer, range(num_streamed, most + 1), is_last)
+        num_streamed = update.num_streamed
+    host |= {"experts": per_layer * num_streamed, "activations": activations}
+    return MemoryPlan(limit, homes.embedding_on_host, homes.state_on_host, homes.prefill_tokens, num_rows, room, seconds,
+                      sampling, update, activations, host)
+
+
+def least_limit(needs: Needs, gpu: Gpu, *, host_bytes: int) -> int | None:
+    """The smallest limit, to 10 MB, for which there is a plan; None if there is none for any."""
+    step = 10_000_000
+
+    def fits(number: int) -> bool:
+        return has_plan(needs, gpu, limit=number * step, host_bytes=host_bytes)
+
+    highest = 200_000
+    return None if not fits(highest) else step * (1 + largest(lambda number: not fits(number), highest))
+
+
+def has_plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> bool:
+    try:
+        plan(needs, gpu, limit=limit, host_bytes=host_bytes)
+    except DoesNotFit:
+        return False
+    return True
+
+
+def table(found: MemoryPlan, num_layers: int) -> str:
+    """The plan as lines of text: GB on the GPU in both phases, then host memory."""
+    phases = [found.sampling] + ([found.update] if found.update else [])
+    names = list(dict.fromkeys(name for phase in phases for name in phase.lines))
+    names.append(names.pop(names.index("unused by torch")))
+    rows = [("GPU memory in GB", "sampling", "update"[:6 * len(phases) - 6])]
+    rows += [(name, *(f"{phase.lines.get(name, 0) / 1e9:.3f}" for phase in phases)) for name in names
+             if any(phase.lines.get(name) for phase in phases)]
+    rows.append((f"in all, of {found.limit / 1e9:.2f}", *(f"{phase.peak / 1e9:.2f}" for phase in phases)))
+    rows.append((f"layers streamed, of {num_layers}", *(str(phase.num_streamed) for phase in phases)))
+    lines = [f"  {row[0]:<26}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    on_host = [f"{name} {size / 1e9:.2f}" for name, size in found.host.items() if size]
+    lines.append(f"  rows decoded at once: {found.num_rows}; tokens in a prefill: {found.prefill_tokens:,}")
+    lines.append(f"  pinned host memory in GB: {', '.join(on_host)}; in all {found.host_bytes / 1e9:.2f}" if on_host else
+                 "  pinned host memory: none")
+    return "\n".join(lines)

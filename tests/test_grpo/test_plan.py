@@ -1,0 +1,76 @@
+"""python -m grpo.plan: a table for every GPU, refusals with ways that do fit, and plain errors."""
+
+import json
+
+import pytest
+
+from grpo.config import ConfigError
+from grpo.plan import main, report
+from models.config import released
+from models.memory_plan import GPUS
+
+SMALL = ["rollout.prompts_per_step=1", "rollout.max_new_tokens=512", "model.lora.rank=8", "optim.max_tokens=4096",
+         "prompt_tokens=200", "eval.at_start=false", "eval.at_end=false", "eval.every=0"]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_20b_is_planned_on_every_gpu(gpu):
+    text = report([f"gpu={gpu}", "+experiment=gpt_oss_20b_lora", *SMALL])
+    assert text.startswith(f"openai/gpt-oss-20b, experts mxfp4, on {gpu}; prompts of up to 200 tokens")
+    assert "rows decoded at once: 8" in text
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_120b_is_planned_or_refused_on_every_gpu(gpu):
+    words = [f"gpu={gpu}", "+experiment=gpt_oss_120b_lora", *SMALL]
+    if GPUS[gpu].num_bytes > 16e9:
+        assert "layers streamed, of 36" in report(words)
+    else:
+        with pytest.raises(ConfigError, match=r"^model.memory_gb = null: 15.51 GB of the GPU do not hold this run."):
+            report([*words, "optim.max_tokens=65536", "rollout.prompts_per_step=16"])
+
+
+def test_each_way_that_a_refusal_names_does_fit():
+    words = ["gpu=24", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=6", "optim.max_tokens=16384", "rollout.group_size=32"]
+    with pytest.raises(ConfigError) as raised:
+        report(words)
+    assert str(raised.value).startswith("model.memory_gb = 6: 6.00 GB of the GPU do not hold this run. Each of these alone fits: ")
+    ways = [way.split(" ")[0] for way in str(raised.value).partition("fits: ")[2].split("; ")]
+    assert {way.partition("=")[0] for way in ways} >= {"model.memory_gb", "optim.max_tokens"}
+    for way in ways:
+        report([word for word in words if word.partition("=")[0] != way.partition("=")[0]] + [way])
+
+
+def test_a_folder_with_config_json_alone_is_enough(tmp_path):
+    config = released("openai/gpt-oss-20b")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf(quantization=config.quantization)))
+    there, known = (report(["gpu=L4", "+experiment=gpt_oss_20b_lora", *SMALL, *path])
+                    for path in ([f"model.path={tmp_path}"], []))  # fmt: skip
+    assert there.splitlines()[1:] == known.splitlines()[1:]
+
+
+def test_a_larger_gpu_is_capped_and_memory_beyond_the_gpu_is_not_planned_with():
+    assert "in all, of 15.00" in report(["gpu=H200", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=15"])
+    assert "in all, of 24.00" in report(["gpu=24", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=500"])
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "gpu: required; give gpu=NAME with one of T4, L4, 4090, "),
+    (["gpu=H20"], "gpu = 'H20': give gpu=NAME with one of T4, "),
+    (["gpu=-3"], "gpu = '-3': give "),
+    (["gpu=L4", "prompt_tokens=many"], "prompt_tokens = 'many': must be a number of tokens, at least 1"),
+    (["gpu=L4", "optim.max_token=5"], "unknown key optim.max_token; did you mean optim.max_tokens?"),
+    (["gpu=L4", "rollout.group_size=1"], "rollout.group_size = 1: must be at least 2"),
+])  # fmt: skip
+def test_mistakes_are_config_errors(words, message):
+    with pytest.raises(ConfigError) as raised:
+        report(["+experiment=gpt_oss_20b_lora", *words])
+    assert str(raised.value).startswith(message)
+
+
+def test_the_command_prints_its_table_and_ends_with_2_where_nothing_fits(capsys):
+    assert main(["gpu=L4", "+experiment=gpt_oss_20b_lora", *SMALL]) == 0
+    assert "GPU memory in GB            sampling    update" in capsys.readouterr().out
+    assert main(["gpu=4", "+experiment=gpt_oss_20b_lora"]) == 2
+    assert "config error: model.memory_gb = null: 3.92 GB of the GPU do not hold this run" in capsys.readouterr().err
+    assert main([]) == 0 and "python -m grpo.plan" in capsys.readouterr().out

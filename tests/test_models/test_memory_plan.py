@@ -1,0 +1,153 @@
+"""Bytes against numbers worked out by hand, and placements: what moves first, what never gets slower, where nothing fits."""
+
+from dataclasses import replace
+
+import pytest
+
+from models.config import released
+from models.memory_plan import (
+    GPUS,
+    DoesNotFit,
+    Needs,
+    cache_bytes,
+    embedding_parameters,
+    expert_layer_bytes,
+    has_plan,
+    least_limit,
+    lora_parameters,
+    pinned_bytes,
+    plan,
+    rest_parameters,
+    state_bytes,
+    table,
+)
+
+B20, B120 = released("openai/gpt-oss-20b"), released("openai/gpt-oss-120b")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+HOST = 120_000_000_000
+# LoRA r = 8 on attention and experts, 8 completions of one prompt, 2,048 tokens each
+RUN = Needs(B20, "mxfp4", num_prompts=1, group_size=8, max_rows=64, prompt_len=148, new_len=1900, lora_rank=8,
+            lora_targets=(*ATTENTION, "experts"), max_tokens=8192, shares_prompts=True)
+RUN_120B = replace(RUN, config=B120)
+
+
+def planned(needs: Needs, gb: float, *, gpu: str = "H200", host_bytes: int = HOST):
+    return plan(needs, GPUS[gpu], limit=int(1e9 * gb), host_bytes=host_bytes)
+
+
+def test_bytes_of_experts():
+    # 32 experts x (2880 x 5760 + 2880 x 2880) weights: 17 bytes of MXFP4 for 32 of them, 9 of NF4 for 16, 2 of bf16 for each
+    assert expert_layer_bytes(B20, "mxfp4", 2) == 796_262_400 * 17 // 32
+    assert 24 * expert_layer_bytes(B20, "mxfp4", 2) == 10_152_345_600
+    assert expert_layer_bytes(B20, "nf4", 2) == 796_262_400 * 9 // 16
+    assert expert_layer_bytes(B20, "bf16", 2) == 2 * 796_262_400
+    assert 36 * expert_layer_bytes(B120, "mxfp4", 2) == 60_914_073_600
+
+
+def test_bytes_of_everything_else():
+    # a layer: qkv 2881 x 5120, o 4097 x 2880, 64 sinks, 2 norms, router 2881 x 32, biases 32 x 8640; the last norm
+    layer = 2881 * 5120 + 4097 * 2880 + 64 + 2 * 2880 + 2881 * 32 + 32 * 8640
+    assert rest_parameters(B20) == 24 * layer + 2880
+    assert embedding_parameters(B20) == 201_088 * 2880
+    assert lora_parameters(B20, 8, RUN.lora_targets) == 24 * (32 * 8 * 14_400 + 8 * 20_736)
+    assert lora_parameters(B20, 4, ("router",)) == 24 * 4 * (2880 + 32)
+    assert state_bytes(100, 10) == 8 * 100 + 12 * 10
+    assert [pinned_bytes(size) for size in (0, 1, 5, 64, 65)] == [0, 1, 8, 64, 128]
+
+
+def test_bytes_of_the_cache():
+    # keys and values of a token in a layer are 2 x 8 x 64 x 2 bytes; 12 layers keep whole pages of 64 tokens, 12 keep 128 tokens
+    long = replace(RUN, num_prompts=1, group_size=2, prompt_len=1, new_len=1023)
+    row = 12 * 2048 * 1024 + 12 * 2048 * 128
+    assert cache_bytes(long, 2) == 2 * row
+    assert cache_bytes(long, 1) == 2 * row  # and the slot of the prompt that the other completion waits for
+    assert cache_bytes(replace(long, new_len=1024), 2) - 2 * row == 2 * 12 * 2048 * 64
+    assert cache_bytes(replace(long, new_len=62), 2) == 2 * (12 * 2048 * 64 + 12 * 2048 * 63)
+
+
+def test_micro_batches_hold_what_the_settings_allow_and_one_sequence_at_least():
+    assert RUN.micro_tokens == 8192
+    assert replace(RUN, max_tokens=100_000).micro_tokens == 148 + 8 * 1900
+    assert replace(RUN, max_tokens=100_000, shares_prompts=False).micro_tokens == 8 * 2048
+    assert replace(RUN, max_tokens=1000).micro_tokens == 2048
+
+
+def test_with_room_for_everything_nothing_moves():
+    found = planned(RUN, 140)
+    assert (found.embedding_on_host, found.state_on_host, found.host_bytes) == (False, False, 0)
+    assert (found.sampling.num_streamed, found.update.num_streamed, found.num_rows) == (0, 0, 8)
+    lines = found.update.lines
+    assert lines["experts"] == 10_152_345_600 and lines["head"] == lines["embedding"] == 1_158_266_880
+    assert lines["gradients"] == lines["LoRA"] == 369_819_648 and lines["optimizer"] == 2 * 369_819_648
+    assert found.update.peak == sum(lines.values()) < 40e9
+    assert found.sampling.lines["cache"] == cache_bytes(RUN, 8) and "gradients" not in found.sampling.lines
+
+
+def test_20b_within_15_gb_streams_in_the_update_only():
+    found = planned(RUN, 15)
+    assert found.embedding_on_host and found.state_on_host and found.num_rows == 8
+    assert found.sampling.num_streamed == 0 and 0 < found.update.num_streamed <= 8
+    assert max(found.sampling.peak, found.update.peak) <= 15e9
+    assert found.host["embedding"] == 1 << 31 and found.host["optimizer"] == 2 * 369_819_648
+    assert found.host["experts"] >= found.update.num_streamed * 423_014_400
+
+
+@pytest.mark.parametrize("needs, gb", [
+    (RUN, 10), (RUN, 8), (RUN_120B, 80), (RUN_120B, 48), (RUN_120B, 24),
+    (replace(RUN, group_size=16, new_len=876, max_rows=16), 15),
+    (replace(RUN, group_size=2, prompt_len=50, new_len=718, lora_rank=4, lora_targets=ATTENTION), 14),
+    (replace(RUN, group_size=1, prompt_len=1072, new_len=130_000, max_tokens=131_072), 60)])
+def test_runs_that_must_fit_do_and_stay_within_their_limit(needs, gb):
+    found = planned(needs, gb)
+    assert max(found.sampling.peak, found.update.peak) <= 1e9 * gb and found.host_bytes <= HOST
+    assert found.sampling.num_streamed <= found.update.num_streamed
+
+
+@pytest.mark.parametrize("needs", [RUN, RUN_120B, replace(RUN, num_prompts=16), replace(RUN, experts="nf4")])
+def test_more_memory_never_plans_slower(needs):
+    least = least_limit(needs, GPUS["H200"], host_bytes=HOST) / 1e9
+    plans = [planned(needs, least + 1.7 * step) for step in range(50)]
+    seconds, streamed = [found.seconds for found in plans], [found.update.num_streamed for found in plans]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+    assert streamed == sorted(streamed, reverse=True) and streamed[0] == needs.config.num_hidden_layers and streamed[-1] == 0
+
+
+def test_rows_wait_before_decoding_streams():
+    # 16 prompts: all 128 completions at once want 7 GB more than there is
+    found = planned(replace(RUN, num_prompts=16, max_rows=128), 16)
+    assert 16 < found.num_rows < 128 and found.sampling.num_streamed == 0
+    assert planned(replace(RUN, num_prompts=16, max_rows=128), 10).sampling.num_streamed > 0
+
+
+def test_little_host_memory_keeps_things_on_the_gpu():
+    found = planned(RUN, 40, host_bytes=0)
+    assert found.host_bytes == 0 and not found.embedding_on_host
+    with pytest.raises(DoesNotFit):
+        planned(RUN, 14, host_bytes=0)
+    few = planned(RUN, 16.2, host_bytes=5_000_000_000)
+    assert few.host_bytes <= 5_000_000_000 and few.update.num_streamed <= 2
+
+
+@pytest.mark.parametrize("needs", [
+    RUN, RUN_120B, replace(RUN, lora_targets=ATTENTION), replace(RUN, max_tokens=0), replace(RUN, recomputes=False),
+    replace(RUN, group_size=1, prompt_len=1072, new_len=130_000, max_tokens=131_072), replace(RUN, experts="bf16")])
+def test_half_a_gigabyte_below_the_least_is_refused(needs):
+    gpu = GPUS["H200"]
+    least = least_limit(needs, gpu, host_bytes=HOST)
+    assert has_plan(needs, gpu, limit=least, host_bytes=HOST)
+    for below in (500_000_000, 10_000_000):
+        with pytest.raises(DoesNotFit):
+            plan(needs, gpu, limit=least - below, host_bytes=HOST)
+
+
+def test_a_gpu_without_triton_products_has_scratch_while_it_decodes():
+    without, with_them = (planned(RUN, 15.5, gpu=gpu).sampling.lines["prefill and logits"] for gpu in ("T4", "L4"))
+    assert without - with_them == 32 * 5760 * 2880 * 2  # all of gate_up dequantised
+
+
+def test_the_table_has_a_line_for_all_that_takes_memory():
+    found = planned(RUN, 15)
+    text = table(found, 24)
+    for name, size in found.update.lines.items():
+        assert not size or f"{name:<26}" in text
+    assert "in all, of 15.00" in text and "rows decoded at once: 8" in text and "optimizer 0.74" in text
