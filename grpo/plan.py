@@ -11,7 +11,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from grpo.config import ConfigError, ModelConfig, TrainConfig
+import torch
+
+from grpo.config import ConfigError, Dtype, ModelConfig, TrainConfig
 from grpo.configuration.launch import CONFIG_ERROR, load_config
 from grpo.record.terminal import print_error
 from grpo.run.memory import UNLIMITED, make_plan, needs_of, prompt_len_of
@@ -40,9 +42,8 @@ def report(words: list[str]) -> str:
     architecture = architecture_of(config)
     prompt_len = parse_count(own["prompt_tokens"]) if "prompt_tokens" in own else prompt_len_of(
         config, max_len=architecture.max_position_embeddings)
-    element_size = 4 if config.dtype == "float32" else 2
-    needs = needs_of(config, architecture, prompt_len=prompt_len, element_size=element_size,
-                     stream_size=element_size if gpu.has_tensor_cores else 4)  # without them the model is float16
+    half = torch.bfloat16 if gpu.has_tensor_cores else torch.float16
+    needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=torch.float32 if config.dtype == Dtype.float32 else half)
     plan = make_plan(needs, gpu, config.model, host_bytes=UNLIMITED)
     lengths = f"prompts of up to {prompt_len} tokens, completions of up to {config.rollout.max_new_tokens}"
     return "\n".join([f"{config.model.path or 'from scratch'}, experts {needs.experts}, on {own['gpu']}; {lengths}",

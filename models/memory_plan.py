@@ -21,9 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
+
 from kernels.device import MAX_FEW_ROWS
 from kernels.head.log_probs import SCRATCH_BYTES as HEAD_SCRATCH_BYTES
 from models.config import GptOssConfig
+from models.expert_store import NUM_SLOTS, Placement, layer_bytes
 from models.experts import FORMATS
 from models.kv_cache import PAGE_TOKENS
 from models.offload import SCRATCH_BYTES, Place, Workload, bytes_of, everything, most_held, scratch, workspaces
@@ -31,7 +34,6 @@ from models.offload import SCRATCH_BYTES, Place, Workload, bytes_of, everything,
 # Beside torch: the CUDA context, and what modules (kernels, the vendor's libraries) take once all of them have run. Measured on
 # an H200 (torch 2.11) after a training step: 0.55 and 0.32 GB. Other GPUs have fewer multiprocessors, and contexts no larger.
 CONTEXT_BYTES, MODULE_BYTES = 550_000_000, 320_000_000
-NUM_SLOTS = 2  # layers of experts on the GPU while some are streamed
 MAX_PREFILL_TOKENS, FEW_PREFILL_TOKENS = 16_384, MAX_FEW_ROWS
 # memory that torch reserves and cannot use: of all that it holds; as a share of the largest activation (as in models/offload.py)
 _UNUSED, _UNUSED_IN_UPDATE, _HOLES = 0.01, 0.025, 0.6
@@ -74,8 +76,7 @@ class Needs:
     prompt_len: int
     new_len: int
     eval_rows: int = 0  # completions of an evaluation
-    element_size: int = 2  # of the model's dtype
-    stream_size: int = 2  # of an element of the residual stream
+    dtype: torch.dtype = torch.bfloat16
     filters: bool = False  # draws are filtered, so the logits are stored
     cache_bytes: int | None = None  # most of the cache; None: no limit of its own
     lora_rank: int = 0  # 0: no adapter
@@ -86,6 +87,10 @@ class Needs:
     max_tokens: int = 0  # most in a micro-batch, unless one sequence has more; 0: nothing trains
     shares_prompts: bool = False  # a micro-batch has a group's prompt once
     recomputes: bool = True  # layers may compute activations again
+
+    @property
+    def expert_layer_bytes(self) -> int:
+        return layer_bytes(self.config, FORMATS[self.experts], self.dtype)
 
     @property
     def sequence_len(self) -> int:
@@ -134,6 +139,11 @@ class MemoryPlan:
     def host_bytes(self) -> int:
         return sum(self.host.values())
 
+    @property
+    def placement(self) -> Placement:
+        sampling = self.sampling.num_streamed
+        return Placement(sampling, self.update.num_streamed if self.update else sampling)
+
 
 class DoesNotFit(ValueError):
     """No placement keeps the needs within the limits."""
@@ -145,13 +155,6 @@ class DoesNotFit(ValueError):
 def attention_widths(config: GptOssConfig) -> tuple[int, int]:
     """Widths of queries, and of keys."""
     return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-
-
-def expert_layer_bytes(config: GptOssConfig, experts: str, element_size: int) -> int:
-    """The experts' weights of one layer, without biases."""
-    sizes = (config.hidden_size, 2 * config.intermediate_size), (config.intermediate_size, config.hidden_size)
-    return sum(math.prod(shape) * (element_size if dtype is None else dtype.itemsize)
-               for size in sizes for shape, dtype in FORMATS[experts].stored(config.num_local_experts, *size))
 
 
 def rest_parameters(config: GptOssConfig) -> int:
@@ -177,7 +180,7 @@ def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str]) -> 
 
 def cache_bytes(needs: Needs, num_rows: int) -> int:
     """The cache in which so many of the rows run at once, at full length."""
-    config, per_token = needs.config, 2 * attention_widths(needs.config)[1] * needs.element_size
+    config, per_token = needs.config, 2 * attention_widths(needs.config)[1] * needs.dtype.itemsize
     num_windowed = sum(map(config.is_windowed, range(config.num_hidden_layers)))
     window = min(config.sliding_window, needs.sequence_len)
     pages = -(-needs.sequence_len // PAGE_TOKENS)
@@ -204,8 +207,8 @@ class _Homes:
 
 def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
     """What both phases hold."""
-    config, size, layers = needs.config, needs.element_size, needs.config.num_hidden_layers
-    per_layer, matrix = expert_layer_bytes(config, needs.experts, size), embedding_parameters(config) * size
+    config, size, layers = needs.config, needs.dtype.itemsize, needs.config.num_hidden_layers
+    per_layer, matrix = needs.expert_layer_bytes, embedding_parameters(config) * size
     trained, small = _trained(needs)
     lines = {"context and modules": CONTEXT_BYTES + MODULE_BYTES,
              "attention and the rest": rest_parameters(config) * size,
@@ -281,8 +284,8 @@ def _sampling_workspace(needs: Needs, homes: _Homes, gpu: Gpu, num_rows: int) ->
 def _rollout_seconds(needs: Needs, gpu: Gpu, num_rows: int, num_streamed: int) -> float:
     """A simple model of the time to decode: a step reads the weights of the experts that its tokens go to, all other weights and
     the cache, and waits for the streamed layers where those take longer."""
-    config, size = needs.config, needs.element_size
-    per_layer = expert_layer_bytes(config, needs.experts, size)
+    config, size = needs.config, needs.dtype.itemsize
+    per_layer = needs.expert_layer_bytes
     touched = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** num_rows
     read = touched * config.num_hidden_layers * per_layer + (rest_parameters(config) + embedding_parameters(config)) * size
     read += cache_bytes(needs, num_rows)
@@ -292,9 +295,10 @@ def _rollout_seconds(needs: Needs, gpu: Gpu, num_rows: int, num_streamed: int) -
 
 def _workload(needs: Needs, scratch_bytes: int) -> Workload:
     """full_pairs and windowed_pairs matter for times only, which are not asked for."""
-    return Workload(num_tokens=needs.micro_tokens, full_pairs=0, windowed_pairs=0, element_size=needs.element_size,
-                    stream_size=needs.stream_size, is_packed=FORMATS[needs.experts].is_packed, keeps_h=True,
-                    scratch_bytes=scratch_bytes)
+    size = needs.dtype.itemsize
+    return Workload(num_tokens=needs.micro_tokens, full_pairs=0, windowed_pairs=0, element_size=size,
+                    stream_size=4 if needs.dtype == torch.float16 else size, is_packed=FORMATS[needs.experts].is_packed,
+                    keeps_h=True, scratch_bytes=scratch_bytes)
 
 
 def _update_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dict[str, int]:
@@ -330,7 +334,7 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
         return Phase(lines, num_streamed)
 
     tries = [(Place.gpu, Place.gpu, streamed[0], SCRATCH_BYTES)]
-    x = Place.host if inputs <= host_bytes else Place.gpu
+    x = Place.host if inputs <= host_bytes and not needs.trains_all else Place.gpu
     if needs.recomputes:
         tries += [(Place.recompute, Place.gpu, streamed[0], SCRATCH_BYTES)]
     if needs.recomputes and is_last:
@@ -371,23 +375,25 @@ def plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> MemoryPlan:
 
 
 def _host(needs: Needs, homes: _Homes) -> dict[str, int]:
-    embedding = pinned_bytes(embedding_parameters(needs.config) * needs.element_size)
+    embedding = pinned_bytes(embedding_parameters(needs.config) * needs.dtype.itemsize)
     return {"embedding": homes.embedding_on_host * embedding, "optimizer": homes.state_on_host * state_bytes(*_trained(needs))}
 
 
 def _plan_with(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, host_bytes: int, *, is_last: bool) -> MemoryPlan:
-    per_layer, layers = expert_layer_bytes(needs.config, needs.experts, needs.element_size), needs.config.num_hidden_layers
+    per_layer, layers = needs.expert_layer_bytes, needs.config.num_hidden_layers
     host = _host(needs, homes)
     free = host_bytes - sum(host.values())
     inputs = layers * bytes_of(needs.config, _workload(needs, SCRATCH_BYTES))["x"]  # of the update, which may go there too
-    most = min(layers, max(0, free - inputs * needs.recomputes) // per_layer) if is_last and not needs.trains_all else 0
-    seconds, num_rows, room, sampling = _plan_sampling(needs, homes, gpu, limit, most)
+    room = free - inputs * needs.recomputes if is_last and not needs.trains_all else 0
+    most = largest(lambda number: Placement(0, number).host_bytes(per_layer) <= room, layers)
+    seconds, num_rows, cache_room, sampling = _plan_sampling(needs, homes, gpu, limit, most)
     update, activations, num_streamed = None, 0, sampling.num_streamed
     if needs.max_tokens:  # what streams while sampling streams in the update too
-        activations, update = _plan_update(needs, homes, limit, free - most * per_layer, range(num_streamed, most + 1), is_last)
+        activations, update = _plan_update(needs, homes, limit, free - Placement(0, most).host_bytes(per_layer),
+                                           range(num_streamed, most + 1), is_last)
         num_streamed = update.num_streamed
-    host |= {"experts": per_layer * num_streamed, "activations": activations}
-    return MemoryPlan(limit, homes.embedding_on_host, homes.state_on_host, homes.prefill_tokens, num_rows, room, seconds,
+    host |= {"experts": Placement(0, num_streamed).host_bytes(per_layer), "activations": activations}
+    return MemoryPlan(limit, homes.embedding_on_host, homes.state_on_host, homes.prefill_tokens, num_rows, cache_room, seconds,
                       sampling, update, activations, host)
 
 

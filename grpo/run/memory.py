@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import ConfigError, InferenceConfig, ModelConfig, Train, TrainConfig
+from grpo.config import ConfigError, Experts, InferenceConfig, ModelConfig, Train, TrainConfig
 from grpo.configuration.validate import is_evaluating
 from models.config import GptOssConfig
 from models.experts import stored_format
@@ -31,12 +31,12 @@ _HOST_SHARE, _HOST_MARGIN = 0.9, 2_000_000_000
 # ---- what a run needs
 
 
-def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int, stream_size: int, element_size: int) -> Needs:
-    """What a training run needs, for prompts of up to prompt_len tokens. Sizes in bytes of an element."""
+def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int, dtype: torch.dtype) -> Needs:
+    """What a training run needs, for prompts of up to prompt_len tokens."""
     rollout, evaluation, optim = config.rollout, config.eval, config.optim
     eval_rows = evaluation.max_prompts * max(1, evaluation.num_samples) if is_evaluating(evaluation) else 0
     return replace(
-        _needs_of_model(config.model, architecture, element_size=element_size, stream_size=stream_size),
+        _needs_of_model(config.model, architecture, dtype=dtype),
         num_prompts=rollout.prompts_per_step, group_size=rollout.group_size, max_rows=rollout.max_batch, prompt_len=prompt_len,
         new_len=rollout.max_new_tokens, eval_rows=eval_rows, filters=_filters(rollout),
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
@@ -44,22 +44,22 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
 
 
 def needs_of_inference(config: InferenceConfig, model: ModelConfig, architecture: GptOssConfig, *, max_rows: int,
-                       stream_size: int, element_size: int) -> Needs:
+                       dtype: torch.dtype) -> Needs:
     """What evaluation and chat need: nothing trains."""
-    return replace(_needs_of_model(model, architecture, element_size=element_size, stream_size=stream_size),
+    return replace(_needs_of_model(model, architecture, dtype=dtype),
                    num_prompts=max_rows, max_rows=max_rows, new_len=config.max_new_tokens, filters=_filters(config))
 
 
-def _needs_of_model(model: ModelConfig, architecture: GptOssConfig, *, element_size: int, stream_size: int) -> Needs:
+def _needs_of_model(model: ModelConfig, architecture: GptOssConfig, *, dtype: torch.dtype) -> Needs:
     is_full, lora = model.train == Train.full, model.lora
-    return Needs(
-        architecture, _expert_format(model, architecture), 1, 1, 1, DEFAULT_PROMPT_LEN, 1, element_size=element_size,
-        stream_size=stream_size, lora_rank=0 if is_full else lora.rank, lora_targets=() if is_full else tuple(lora.targets),
-        trains_norms=not is_full and lora.train_norms, trains_sinks=not is_full and lora.train_sinks, trains_all=is_full)
+    needs = Needs(architecture, _expert_format(model, architecture), 1, 1, 1, DEFAULT_PROMPT_LEN, 1, dtype=dtype,
+                  trains_all=is_full)
+    return needs if is_full else replace(needs, lora_rank=lora.rank, lora_targets=tuple(lora.targets),
+                                         trains_norms=lora.train_norms, trains_sinks=lora.train_sinks)
 
 
 def _expert_format(model: ModelConfig, architecture: GptOssConfig) -> str:
-    if str(model.experts) != "auto":
+    if model.experts != Experts.auto:
         return str(model.experts)
     if model.path is not None and not architecture.raw:  # OpenAI's layout, whose config.json does not name the format
         return "mxfp4"
@@ -150,4 +150,4 @@ def _refusal(needs: Needs, gpu: Gpu, model: ModelConfig, *, limit: int, host: in
     value = "null" if model.memory_gb is None else f"{model.memory_gb:g}"
     beside = "" if host >= UNLIMITED else f", with {host / 1e9:.1f} GB of host memory,"
     return (f"model.memory_gb = {value}: {limit / 1e9:.2f} GB of the GPU{beside} do not hold this "
-            + (f"run. Each of these alone fits: {'; '.join(ways)}" if ways else "run, whatever a single setting is"))
+            + (f"run; each of these alone fits: {'; '.join(ways)}" if ways else "run, whatever one setting is"))

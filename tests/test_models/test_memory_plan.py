@@ -11,7 +11,6 @@ from models.memory_plan import (
     Needs,
     cache_bytes,
     embedding_parameters,
-    expert_layer_bytes,
     has_plan,
     least_limit,
     lora_parameters,
@@ -37,11 +36,11 @@ def planned(needs: Needs, gb: float, *, gpu: str = "H200", host_bytes: int = HOS
 
 def test_bytes_of_experts():
     # 32 experts x (2880 x 5760 + 2880 x 2880) weights: 17 bytes of MXFP4 for 32 of them, 9 of NF4 for 16, 2 of bf16 for each
-    assert expert_layer_bytes(B20, "mxfp4", 2) == 796_262_400 * 17 // 32
-    assert 24 * expert_layer_bytes(B20, "mxfp4", 2) == 10_152_345_600
-    assert expert_layer_bytes(B20, "nf4", 2) == 796_262_400 * 9 // 16
-    assert expert_layer_bytes(B20, "bf16", 2) == 2 * 796_262_400
-    assert 36 * expert_layer_bytes(B120, "mxfp4", 2) == 60_914_073_600
+    assert RUN.expert_layer_bytes == 796_262_400 * 17 // 32
+    assert 24 * RUN.expert_layer_bytes == 10_152_345_600
+    assert replace(RUN, experts="nf4").expert_layer_bytes == 796_262_400 * 9 // 16
+    assert replace(RUN, experts="bf16").expert_layer_bytes == 2 * 796_262_400
+    assert 36 * RUN_120B.expert_layer_bytes == 60_914_073_600
 
 
 def test_bytes_of_everything_else():
