@@ -80,6 +80,17 @@ def test_experts_are_packed_as_nf4_while_loading_with_the_error_stated():
     assert f"by {(errors / sizes) ** 0.5:.2%}" in str(caught[0].message)
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*rounded them by")
+@pytest.mark.parametrize("experts", ["mxfp4", "nf4"])
+def test_experts_packed_on_a_gpu_have_the_bytes_of_those_packed_on_the_cpu(experts):
+    models = [load(BF16, experts=experts, dtype=torch.bfloat16, device=device) for device in ("cpu", "cuda")]
+    for blocks in zip(*(model.model.layers for model in models)):
+        for leaf, expert in (("gate_up_proj", 0), ("gate_up_proj", 7), ("down_proj", 3)):
+            ours, theirs = (block.mlp.experts.as_stored(leaf, expert) for block in blocks)
+            assert all(torch.equal(here, there.cpu()) for here, there in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("experts, width, message", [
     ("mxfp4", 80, "experts=mxfp4: model config: MXFP4 needs hidden_size=64 and intermediate_size=80 to be multiples of 32"),
     ("nf4", 81, "experts=nf4: model config: NF4 needs hidden_size=64 times intermediate_size=81")])
