@@ -103,6 +103,17 @@ class RolloutBatch:
         """Sequences in this (micro-)batch."""
         return len(self.cu_seqlens) - 1
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each sequence."""
+        return self.cu_seqlens.diff().tolist()
+
+    def num_tokens_of(self, rows: list[int], *, share_prompts: bool) -> int:
+        """The tokens of a micro-batch of these sequences."""
+        lengths = self.lengths
+        shared = {self.prompts[row]: self.prompts[row][1] for row in rows} if share_prompts else {}
+        return sum(shared.values()) + sum(lengths[row] - shared.get(self.prompts[row], 0) for row in rows)
+
     def to(self, device: torch.device) -> "RolloutBatch":
         """The batch with every tensor on `device`, except those that stay on the host."""
         moved = {f.name: value.to(device) for f in fields(self)
@@ -207,8 +218,13 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool =
 
     With `share_prompts` a prompt's completions stay together, behind one copy of it, where they fit; a group too long for one
     micro-batch repeats its prompt in each that it needs. Raises ValueError if one sequence alone exceeds the budget."""
-    bounds = batch.cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    return [batch.select(rows, share_prompts=share_prompts)
+            for rows in rows_of_micro_batches(batch, max_tokens, share_prompts=share_prompts)]
+
+
+def rows_of_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool) -> list[list[int]]:
+    """The rows of the batch that each of its micro-batches has, in the order for `select`."""
+    lengths = batch.lengths
     if max(lengths) > max_tokens:
         raise ValueError(f"optim.max_tokens={max_tokens}: a sequence of {max(lengths)} tokens does not fit; raise "
                          "optim.max_tokens or lower rollout.max_new_tokens")
@@ -221,8 +237,14 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool =
             own = [([row], lengths[row] - prompt_len) for row in rows]
             bundles += [(part, prompt_len + load) for part, load in _first_fit(own, max_tokens - prompt_len)]
     # neighbours share, so the completions of a prompt must stand together, wherever the batch has them
-    return [batch.select(sorted(rows, key=lambda row: (batch.prompts[row][0], row)), share_prompts=share_prompts)
-            for rows, _ in _first_fit(bundles, max_tokens)]
+    return [sorted(rows, key=lambda row: (batch.prompts[row][0], row)) for rows, _ in _first_fit(bundles, max_tokens)]
+
+
+def halves(batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
+    """At least two rows of a batch, in the same order, in two parts of about as many tokens."""
+    ends = list(itertools.accumulate(batch.lengths[row] for row in rows))
+    first = min(range(1, len(rows)), key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
+    return [rows[:first], rows[first:]]
 
 
 def _first_fit(bundles: list[tuple[list[int], int]], capacity: int) -> list[tuple[list[int], int]]:

@@ -1,16 +1,19 @@
 """The update of a step: a batch of scored completions to losses, gradients and optimizer steps, with their metrics."""
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from grpo.batch import RolloutBatch, micro_batches, minibatches, pack
+from grpo.batch import RolloutBatch, halves, minibatches, pack, rows_of_micro_batches
 from grpo.config import OldLogProbs
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
 from grpo.kl import kl_penalty
 from grpo.losses import LossInputs, checked_loss, reduce_stats, token_stats
 from grpo.optim import check_finite
+from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
 from models.routing_record import RoutingReplay
@@ -29,49 +32,109 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             run.metrics.warn(f"nothing was learnt in the last {PATIENCE} steps: the rewards of each group were equal or missing "
                              "(or its completions cut off, with optim.mask_truncated); look at completions.jsonl")
         return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
-    batch = pack(groups.completions, groups.advantages).to(run.policy.device)
+    batch = attempt_twice(lambda: pack(groups.completions, groups.advantages).to(run.policy.device))
     num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:
-        with run.reference.in_place_of(run.policy):
-            # no replay: the reference is another policy and uses its own routing
-            batch.ref_log_probs = score_batch(run, batch, replays_routing=False)
+        batch.ref_log_probs = attempt_twice(lambda: score_by_reference(run, batch))
     allowed = allowed_difference(run.policy)
-    stats, before_update, grad_norms, num_packed, num_whole, num_trained, has_updated = [], [], [], 0, 0, 0, False
+    trained, grad_norms, num_whole, num_trained = [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
             num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
-            for micro in micro_batches(part, optim.max_tokens, share_prompts=optim.share_prompts):
-                num_packed += len(micro.tokens)
-                replay = make_replay(micro)
-                log_probs, entropy = policy_log_probs(run, micro, replay)
-                inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)
-                loss, micro_stats = loss_and_stats(run, inputs)
-                check_finite(loss, step=run.step, what="loss", name="the policy")
-                run.optimizer.backward(loss)
-                stats.append(micro_stats)
-                if not has_updated:  # after an update the policy is no longer the one that sampled
-                    before_update.append((token_stats(inputs), differences(log_probs, micro, allowed=allowed), replay))
-                if run.is_between_steps and run.should_stop():
-                    run.optimizer.zero_grad()
-                    raise Interrupted(f"step {run.step + 1} abandoned before its update")
+            trained.append(train_minibatch(run, part, num_updates=num_updates, allowed=allowed))
             lr = run.optimizer.lr
-            grad_norms.append(run.optimizer.step())
-            has_updated, run.is_between_steps = True, False
+            grad_norms.append(attempt_twice(run.optimizer.step))
+            run.is_between_steps = False
             run.optimizer.zero_grad()
-    sampling_stats, found, replays = zip(*before_update)
-    sampling = reduce_stats(sampling_stats, num_updates=1)
+    # after an update the policy is no longer the one that sampled
+    sampling = reduce_stats([micro.sampling_stats for micro in trained[0]], num_updates=1)
     warning = None if run.has_warned else describe_mismatch(
-        found, batch, groups.completions, step=run.step + 1, run_dir=run.run_dir, allowed=allowed,
-        largest=sampling["sampling/log_prob_diff/max"])
+        [micro.differences for micro in trained[0]], batch, groups.completions, step=run.step + 1, run_dir=run.run_dir,
+        allowed=allowed, largest=sampling["sampling/log_prob_diff/max"])
     if warning is not None:
         run.metrics.warn(warning)
         run.has_warned = True
+    stats, num_packed = zip(*((micro.stats, micro.num_tokens) for part in trained for micro in part))
     return {**reduce_stats(stats, num_updates=num_updates), **sampling,
-            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": num_packed, "update/trained_tokens": num_trained,
-            "update/frac_tokens_shared": 1 - num_packed / num_whole, **routing_metrics(replays)}
+            "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
+            "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
+
+
+@dataclass
+class TrainedMicroBatch:
+    """What is left of a micro-batch after its backward."""
+
+    num_tokens: int
+    stats: dict[str, torch.Tensor]  # of the loss
+    sampling_stats: dict[str, torch.Tensor]  # of sampler and trainer
+    differences: torch.Tensor
+    replay: RoutingReplay | None
+
+
+def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: float) -> list[TrainedMicroBatch]:
+    """Leaves the gradient of a minibatch's loss in the optimizer.
+
+    A micro-batch that does not fit into memory may have added the gradients of some layers. So the minibatch begins again with
+    its first micro-batch: no gradient counts twice, and none needs a second buffer. First the memory plan becomes tighter, which
+    changes no bit. Where the tightest does not fit, the micro-batch is split by sequences: log-probs and each token's loss keep
+    their bits, since losses divide by the minibatch's counts, and the gradient is the same sum in fp32 in another order (it
+    differs by a few 1e-7 of its norm). Later steps keep tighter plans and smaller micro-batches; a resumed run finds them
+    again."""
+    work, changes = divide(run, part), []
+    while True:
+        trained = []
+        for rows in work:
+            micro, refusal = attempt(partial(train_micro_batch, run, part, rows, num_updates=num_updates, allowed=allowed))
+            if refusal is not None:
+                break
+            trained.append(micro)
+            if run.is_between_steps and run.should_stop():
+                run.optimizer.zero_grad()
+                raise Interrupted(f"step {run.step + 1} abandoned before its update")
+        else:
+            for text in (*changes[-1:], *run.policy.memory.take_notes()):
+                run.metrics.warn(text)
+            return trained
+        run.optimizer.zero_grad()
+        run.sampler.forget()  # memory of graphs
+        change = run.policy.retreat()
+        if change is None:
+            work[len(trained):len(trained) + 1] = split(run, part, rows, refusal)
+            change = f"a micro-batch has at most {run.most_tokens:,} tokens"
+        changes.append(f"out of memory in the update of step {run.step + 1} ({refusal}): it was done again; from now on {change}")
+
+
+def divide(run: Run, batch: RolloutBatch) -> list[list[int]]:
+    """The rows of each micro-batch, as large as optim.max_tokens and what did not fit so far allow."""
+    optim = run.config.optim
+    max_tokens = min(optim.max_tokens, max(run.most_tokens, *batch.lengths))
+    return rows_of_micro_batches(batch, max_tokens, share_prompts=optim.share_prompts)
+
+
+def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[list[int]]:
+    """A micro-batch that does not fit, in two; later ones are as small. Raises StillOutOfMemory for a single sequence."""
+    if len(rows) == 1:
+        raise StillOutOfMemory(f"{refusal}. The least that was tried is a micro-batch of one sequence of "
+                               f"{batch.lengths[rows[0]]:,} tokens whose layers are computed again")
+    parts = halves(batch, rows)
+    run.most_tokens = max(batch.num_tokens_of(half, share_prompts=run.config.optim.share_prompts) for half in parts)
+    return parts
+
+
+def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_updates: int, allowed: float) -> TrainedMicroBatch:
+    """Adds the gradient of some sequences of a minibatch to the optimizer's."""
+    micro = part.select(rows, share_prompts=run.config.optim.share_prompts)
+    replay = make_replay(micro)
+    log_probs, entropy = policy_log_probs(run, micro, replay)
+    inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)
+    loss, stats = loss_and_stats(run, inputs)
+    check_finite(loss, step=run.step, what="loss", name="the policy")
+    run.optimizer.backward(loss)
+    found = differences(log_probs, micro, allowed=allowed)
+    return TrainedMicroBatch(len(micro.tokens), stats, token_stats(inputs), found, replay)
 
 
 def policy_log_probs(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,8 +177,28 @@ def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str
 
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool) -> torch.Tensor:
-    """Log-probs [T] of a packed batch under the policy as it is now."""
-    optim, log_probs = run.config.optim, torch.zeros_like(batch.sampler_log_probs)
-    for micro in micro_batches(batch, optim.max_tokens, share_prompts=optim.share_prompts):
-        log_probs[micro.token_index] = policy_log_probs(run, micro, make_replay(micro) if replays_routing else None)[0]
-    return log_probs
+    """Log-probs [T] of a packed batch under the policy as it is now. Micro-batches that do not fit into memory are split."""
+    work, result = divide(run, batch), torch.zeros_like(batch.sampler_log_probs)
+
+    def score(rows: list[int]) -> None:
+        micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
+        result[micro.token_index] = policy_log_probs(run, micro, make_replay(micro) if replays_routing else None)[0]
+
+    while work:
+        _, refusal = attempt(partial(score, work[0]))
+        if refusal is not None:
+            run.sampler.forget()  # memory of graphs
+            _, refusal = attempt(partial(score, work[0]))
+        if refusal is None:
+            work.pop(0)
+        else:
+            work[:1] = split(run, batch, work[0], refusal)
+            run.metrics.warn(f"out of memory while step {run.step + 1} computed log-probs ({refusal}): from now on a micro-batch "
+                             f"has at most {run.most_tokens:,} tokens")
+    return result
+
+
+def score_by_reference(run: Run, batch: RolloutBatch) -> torch.Tensor:
+    """Log-probs [T] of a packed batch under the reference of the KL penalty."""
+    with run.reference.in_place_of(run.policy):
+        return score_batch(run, batch, replays_routing=False)  # the reference is another policy and uses its own routing

@@ -145,6 +145,17 @@ class GptOss(nn.Module):
             for name, tensor in own.items():
                 parameters[name].data = tensor
 
+    def retreat(self) -> str | None:
+        """Makes later passes with gradients need less memory, with the same bits, after one that was aborted for lack of memory
+        and that left nothing behind but what its backward has added to gradients. Returns what changes; None if they already need
+        as little as they can."""
+        if self.device.type == "cuda":
+            return self.memory.retreat()
+        if self.activation_checkpointing:
+            return None
+        self.activation_checkpointing = True
+        return "the backward computes each layer again"
+
     @property
     def adapter_is_enabled(self) -> bool:
         """False inside adapter_disabled()."""

@@ -10,11 +10,13 @@ Sizes in bytes, times in seconds. Shapes: T tokens, D model width.
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -38,6 +40,7 @@ _MARGIN, _HOLES = 0.04, 0.6
 _FULL, _LEAST_MARGIN, _MOST_MARGIN = 0.99, 0.01, 0.15
 # share of the budget: larger tensors leave holes that a backward's tensors do not fit into and that exceed the margin
 _LARGE = 0.05
+_RETREAT = 0.7  # after a plan that did not fit, plans take this share of its bytes
 LOOKAHEAD = 2  # layers whose activations are copied back while one runs backwards
 _COPYING = 3  # layers whose activations may still be copied out in the forward
 SCRATCH_BYTES = 1_100_000_000  # most bytes of dequantised weights at once on a GPU: holds one projection of gpt-oss-20b
@@ -231,17 +234,25 @@ class HostStore:
         self._pending: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self._pending_bytes = 0
 
-    def reserve(self, num_bytes: int) -> None:
-        """Makes room for `num_bytes` more, for the next forward."""
+    def abandon(self) -> None:
+        """Makes the store usable after a pass that was aborted and whose tensors are gone."""
+        torch.cuda.synchronize(self.device)
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Makes room for `num_bytes` more, for the next forward. Returns False if the system does not pin as much; the capacity
+        is then what it has pinned."""
         assert num_bytes <= self.capacity, f"{num_bytes} bytes asked of a host store of {self.capacity}"
         if self.num_held == 0:
             self._used = 0
         while len(self._slabs) * _SLAB < min(self._used + num_bytes, self.capacity):
             try:
                 self._slabs.append(torch.empty(_SLAB, dtype=torch.uint8, pin_memory=True))
-            except RuntimeError as error:
-                raise RuntimeError(f"model.host_gb: the system refuses to pin another {_SLAB / 1e9:.1f} GB of host memory "
-                                   f"({str(error).splitlines()[0]}); set a smaller model.host_gb") from error
+            except RuntimeError:
+                self.capacity = len(self._slabs) * _SLAB
+                return False
+        return True
 
     def _take(self, num_bytes: int) -> list[torch.Tensor] | None:
         """The next free bytes of the slabs, None if there are too few."""
@@ -357,6 +368,13 @@ class TrainingPass:
         return kept
 
 
+class NewestPlan(NamedTuple):
+    layers: list[LayerPlan]
+    workload: Workload
+    gradients: int  # bytes
+    pending: int  # bytes
+
+
 class MemoryBudget:
     """How much GPU and host memory (1e9 bytes) a model may use, and the plans that follow from it.
 
@@ -372,6 +390,9 @@ class MemoryBudget:
         self._largest_bytes = 0  # of the newest plan's activations
         self._margin, self._least_margin = _MARGIN, _LEAST_MARGIN  # shares of the budget
         self._is_tight = False  # whether the newest plan keeps less than everything on the GPU
+        self._newest: NewestPlan | None = None
+        self._most_bytes = sys.maxsize  # of a plan's activations and workspaces: less than what did not fit
+        self.notes: list[str] = []
 
     def claim_host(self, num_bytes: int) -> bool:
         """Takes host memory for something else than activations; returns False if there is not enough."""
@@ -406,17 +427,51 @@ class MemoryBudget:
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
+        free = min(free, self._most_bytes)
+        while True:
+            plans, chosen = self._choose(workload, free, gradients=gradients, pending=pending)
+            on_host = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host)
+            if self.store is None or self.store.reserve(on_host):
+                break
+            self.host_bytes = self.store.capacity
+            self.notes.append(f"model.host_gb: the system pins only {self.host_bytes / 1e9:.1f} GB of host memory for "
+                              "activations; others are computed again")
+        self._is_tight = any(place != Place.gpu for plan in plans for place in plan.values())
+        self._newest = NewestPlan(plans, chosen, gradients, pending)
+        return self._pass(plans, chosen.scratch_bytes, pending)
+
+    def _choose(self, workload: Workload, free: int, *, gradients: int, pending: int) -> tuple[list[LayerPlan], Workload]:
+        """The plans for `free` bytes, and the workload with the scratch that goes with them."""
+        sizes, layers = bytes_of(self.config, workload), self.config.num_hidden_layers
         if free - workspaces(self.config, workload)[1] - gradients < layers * sum(sizes.values()):
-            workload.keeps_h = False
+            workload = replace(workload, keeps_h=False)
         # kept activations are freed as gradients appear, so only the excess of gradients counts
         wanted = gradients if layers * sizes["x"] <= self.host_bytes else max(gradients, layers * sizes["x"])
         while free - workspaces(self.config, workload)[1] < wanted and workload.scratch_bytes > 1 << 26:
-            workload.scratch_bytes //= 2
-        plans = self._fit(workload, free, gradients=gradients, pending=pending)
-        self._is_tight = any(place != Place.gpu for plan in plans for place in plan.values())
+            workload = replace(workload, scratch_bytes=workload.scratch_bytes // 2)
+        return self._fit(workload, free, gradients=gradients, pending=pending), workload
+
+    def retreat(self) -> str | None:
+        """The newest plan did not fit: later ones take fewer bytes. Returns what changes; None if there is no smaller plan for
+        that batch."""
         if self.store is not None:
-            self.store.reserve(sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host))
-        return self._pass(plans, workload.scratch_bytes, pending)
+            self.store.abandon()
+        if not self.recomputes:
+            self.recomputes = True
+            return "the backward computes again what does not fit"
+        if self._newest is None:
+            return None
+        newest = self._newest
+        self._most_bytes = int(_RETREAT * self._needed(newest.layers, newest.workload, newest.gradients, newest.pending))
+        least, workload = self._choose(newest.workload, 0, gradients=newest.gradients, pending=newest.pending)
+        if (least, workload.scratch_bytes) == (newest.layers, newest.workload.scratch_bytes):
+            return None
+        return f"a micro-batch's activations and workspaces take at most {self._most_bytes / 1e9:.2f} GB of the GPU"
+
+    def take_notes(self) -> list[str]:
+        """What the run should be told, once."""
+        notes, self.notes = self.notes, []
+        return notes
 
     def _pass(self, layers: list[LayerPlan], scratch_bytes: int, max_pending_bytes: int) -> TrainingPass:
         return TrainingPass(layers, scratch_bytes, max_pending_bytes, self.store, self.after_backward)
@@ -457,12 +512,16 @@ class MemoryBudget:
         while True:
             plans = plan_layers(self.config, workload, gpu_bytes=room, host_bytes=self.host_bytes, host_rate=self._host_rate,
                                 pending=pending, peak_flops=self._product_rate)
-            held = most_held(plans, sizes, gradients=gradients, pending=pending)
-            excess = max(map(sum, zip(held, workspaces(self.config, workload)))) - free
+            excess = self._needed(plans, workload, gradients, pending) - free
             if excess <= 0 or room == 0:
                 return plans
             kept = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.gpu)
             room = max(0, min(room, kept) - excess)  # less room changes nothing until it is below what is kept
+
+    def _needed(self, plans: list[LayerPlan], workload: Workload, gradients: int, pending: int) -> int:
+        """The most bytes that a forward and backward take."""
+        held = most_held(plans, bytes_of(self.config, workload), gradients=gradients, pending=pending)
+        return max(map(sum, zip(held, workspaces(self.config, workload))))
 
 
 def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:

@@ -102,7 +102,7 @@ class Sampler:
         if self._decoder is not None and self._decoder.cache.can_offload:
             self._decoder.cache.offload()
         else:
-            self._forget()
+            self.forget()
 
     def open(self, params: SamplingParams, *, step: int, should_stop: Callable[[], bool] | None = None,
              progress: Callable[[int, int], None] | None = None) -> "Session":
@@ -142,7 +142,7 @@ class Sampler:
         if decoder is not None and not _suffices(decoder, shape, longest=longest):
             decoder = None
         if decoder is None:
-            self._forget()
+            self.forget()
             if self.cache_gb is None and self.model.device.type == "cuda":
                 shape = self.plan(rows, CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
             cache = self.model.new_cache(shape.num_slots, self._max_len_of(rows), shape.num_pages)
@@ -161,10 +161,12 @@ class Sampler:
         # a power of two: the page table's width costs little, and a conversation that grows keeps its graphs
         return min(self.max_len, 1 << (max(row.max_tokens for row in rows) - 1).bit_length())
 
-    def _forget(self) -> None:
-        self._decoder = None
+    def forget(self) -> bool:
+        """Gives the memory of cache and graphs back. Returns whether there was any."""
+        had_any, self._decoder = self._decoder is not None, None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()  # else nothing but graphs could use the graphs' memory
+        return had_any
 
 
 def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:

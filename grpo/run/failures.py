@@ -5,12 +5,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from grpo.config import ConfigError, TrainConfig, flatten, to_dict
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.envs.data_files import DataError
 from grpo.optim import NonFiniteError
+from grpo.out_of_memory import is_out_of_memory
 from grpo.rewards.functions import RewardError
 from grpo.rewards.user_code import UserCodeFault
 from grpo.rollout.session import Interrupted
@@ -33,9 +32,6 @@ KINDS: list[tuple[type | tuple[type, ...], str, int, bool]] = [
     (ValueError, "configuration", CONFIG_ERROR, False),
     ((SaveError, OSError), "disk", FAILED, True),
     (BaseException, "failed", FAILED, False)]
-# Texts of out-of-memory errors of torch and its libraries, for errors without a type of their own.
-MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
-                "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
 # Key that decides how much memory is needed -> how to change it.
 MEMORY_KEYS = {"optim.max_tokens": "lower", "rollout.max_batch": "lower", "max_batch": "lower", "rollout.cache_gb": "lower",
                "model.memory_gb": "lower", "max_new_tokens": "lower", "model.host_gb": "raise",
@@ -67,12 +63,6 @@ def describe_failure(error: BaseException, *, config: object, log: Path | None, 
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             message += f" [details in {log}]"
     return Failure(reason, code, message)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return True
-    return type(error) in (RuntimeError, torch.AcceleratorError) and any(text in str(error) for text in MEMORY_TEXTS)
 
 
 def describe_out_of_memory(error: BaseException, config: object) -> str:

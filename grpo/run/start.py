@@ -1,6 +1,7 @@
 """The start of a training run: its folder, its parts, and the weights that it starts from, also those of a checkpoint."""
 import difflib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,7 @@ class Run:
     step: int = 0  # steps finished
     num_tokens: int = 0  # of prompts and completions, in all of them
     steps_without_update: int = 0  # number of last steps in a row
+    most_tokens: int = sys.maxsize  # of a micro-batch of several sequences: larger ones did not fit into memory
     saved_step: int = -1  # steps finished at the newest checkpoint
     has_warned: bool = False  # that sampler and trainer differ
     is_between_steps: bool = True  # false while weights hold part of a step's updates

@@ -7,6 +7,7 @@ import pytest
 from models.config import GptOssConfig
 from models.offload import (
     MemoryBudget,
+    NewestPlan,
     Place,
     Workload,
     bytes_of,
@@ -106,6 +107,23 @@ def test_a_plan_keeps_everything_where_that_just_fits_and_less_with_a_byte_less(
     assert whole[0] == everything(Place.gpu)
     assert sum(place == Place.gpu for plan in tight for place in plan.values()) < sum(
         place == Place.gpu for plan in whole for place in plan.values())
+
+
+def test_each_retreat_gives_a_plan_that_takes_less_until_nothing_but_inputs_is_kept():
+    memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=1.0, host_gb=0.0)
+    memory._product_rate, free = 1e12, 10**9
+    sizes, texts = [], []
+    while not texts or texts[-1] is not None:
+        plans, workload = memory._choose(RUN, min(free, memory._most_bytes), gradients=0, pending=0)
+        sizes.append(memory._needed(plans, workload, 0, 0))
+        memory._newest = NewestPlan(plans, workload, 0, 0)
+        texts.append(memory.retreat())
+    assert plans == [everything(Place.recompute)] * 2 and workload.scratch_bytes <= 1 << 26
+    assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
+    assert memory._most_bytes == int(0.7 * sizes[-1])  # for a batch of fewer tokens
+    assert texts[0] == f"a micro-batch's activations and workspaces take at most {0.7 * sizes[0] / 1e9:.2f} GB of the GPU"
+    memory.recomputes = False
+    assert memory.retreat() == "the backward computes again what does not fit" and memory.recomputes
 
 
 def test_host_memory_is_granted_as_long_as_there_is_some():
