@@ -67,6 +67,19 @@ class LrSchedule(StrEnum):
     cosine = "cosine"
 
 
+class Moments(StrEnum):
+    fp32 = "fp32"
+    int8 = "int8"  # 8 bits and an absmax for each 256 elements: a quarter of the memory
+
+
+class WeightUpdates(StrEnum):
+    """How updates of bf16 weights, each smaller than a weight's last bit, add up; fp32 weights (LoRA) need none of it."""
+
+    master = "master"  # in an fp32 copy
+    stochastic = "stochastic"  # by stochastic rounding, in no more memory
+    compensated = "compensated"  # in a second bf16 tensor of what rounding took
+
+
 class OldLogProbs(StrEnum):
     sampler = "sampler"  # the log-probs recorded while sampling
     trainer = "trainer"  # a pass of the policy before its first update on the batch
@@ -169,7 +182,11 @@ class OptimConfig:
     schedule: LrSchedule = MISSING
     decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up")  # number of last updates in which lr falls
     final_lr_ratio: float = number("[0, 1]")  # lr of the last update / lr
-    max_grad_norm: float = number("(0, inf)", "1.0 is usual")  # global L2 norm that gradients are scaled down to
+    # global L2 norm that gradients are scaled down to
+    max_grad_norm: Optional[float] = number("(0, inf)", "1.0 is usual, null is off")
+    # Adam's moments, and how bf16 weights are updated; kernels/adamw.py states the error of each choice
+    moments: Moments = Moments.fp32
+    weights: WeightUpdates = WeightUpdates.master
     max_tokens: int = number("[1, inf)")  # tokens in one micro-batch: bounds activation memory; does not change the gradient
     # a micro-batch has a group's prompt once, before all its completions: fewer tokens, the same gradient
     share_prompts: bool = False

@@ -1,5 +1,6 @@
 """The start of a training run: its folder, its parts, and the weights that it starts from, also those of a checkpoint."""
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -137,14 +138,16 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     run.optimizer = optimizer
 
 
-def make_optimizer(config: TrainConfig, policy: GptOss) -> Optimizer:
+def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False) -> Optimizer:
     optim = config.optim
     learning_rate = LearningRate(
         optim.lr, optim.warmup_steps, str(optim.schedule), optim.decay_steps, optim.final_lr_ratio,
         total_steps=config.steps * optim.minibatches * optim.epochs)
     return Optimizer(
         policy.trainable_parameters(), learning_rate, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm, loss_scale=loss_scale_for(policy.dtype, optim.loss_scale))
+        max_grad_norm=math.inf if optim.max_grad_norm is None else optim.max_grad_norm,
+        loss_scale=loss_scale_for(policy.dtype, optim.loss_scale), moments=str(optim.moments), weights=str(optim.weights),
+        state_on_host=state_on_host, seed=config.seed)
 
 
 def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environment, *, resumed_step: int | None) -> str:

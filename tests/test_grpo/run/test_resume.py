@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from paths import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -83,6 +84,9 @@ LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32
         "rollout.group_size=2", "rollout.max_new_tokens=6", "eval.every=2", "eval.max_prompts=2", "checkpoint.every=1",
         "log.completions_every=1", "wandb.mode=disabled")
 
+FULL = ("+experiment=gpt_oss_20b_full", "dtype=bfloat16", "optim.lr=0.001",
+        *(word for word in LORA[1:] if not word.startswith(("dtype=", "steps=", "model.lora.", "kl."))))
+
 
 def signal_at(phase: str, count: int, number: signal.Signals) -> str:
     module, owner, name, after, _ = PHASES[phase]
@@ -151,6 +155,20 @@ def test_the_runs_compared_here_do_learn_something(never_killed):
         paths = sorted((run_dir / "checkpoints").glob("step_*/tensors.safetensors"))
         with safe_open(paths[0], framework="pt") as older, safe_open(paths[1], framework="pt") as newer:
             assert sum(not older.get_tensor(name).equal(newer.get_tensor(name)) for name in newer.keys()) > 10
+
+
+def test_full_training_in_bf16_with_8_bit_moments_resumes_to_the_same_bytes(train, never_killed, tmp_path):
+    expected, _ = never_killed((*FULL, "steps=3"))
+    for more in (("steps=2",), ("steps=3", "resume=true")):
+        result = train((*FULL, *more), tmp_path).wait()
+        assert result.code == 0, result.err
+    newest = Path("run/checkpoints/step_000003/tensors.safetensors")
+    assert filecmp.cmp(tmp_path / newest, expected.parent / newest, shallow=False)
+    with safe_open(tmp_path / newest, framework="pt") as file:
+        kept = {name.split(".")[1] for name in file.keys() if name.startswith("optim.")}
+        assert kept == {"num_updates", "exp_avg", "exp_avg_absmax", "exp_avg_root", "exp_avg_root_absmax"}
+        weight = "model.layers.0.mlp.experts.gate_up_proj"
+        assert file.get_tensor(f"param.{weight}").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("arguments", [CARRY, UPDATES, LORA], ids=["carry", "several updates", "lora"])
