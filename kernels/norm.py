@@ -127,10 +127,14 @@ def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
 
 
 def norm_backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
-                  inv_rms: torch.Tensor, needs_weight: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of norm_forward: dx [R, D] in x's dtype, grad_total included, and dweight [D] if needed. Triton only."""
+                  inv_rms: torch.Tensor, needs_weight: bool, *,
+                  in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of norm_forward: dx [R, D] in x's dtype, grad_total included, and dweight [D] if needed. in_place: dx takes
+    grad_total's memory. Triton only."""
     num_rows, width = x.shape
-    grad_x = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
+    if in_place:
+        assert grad_total.dtype == x.dtype and grad_total.is_contiguous(), (grad_total.dtype, x.dtype, grad_total.stride())
+    grad_x = grad_total if in_place else torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return grad_x, torch.zeros_like(weight) if needs_weight else None
     rows_per_program = cdiv(num_rows, NUM_PARTIALS) if needs_weight else 1

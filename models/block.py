@@ -5,6 +5,11 @@ does not see, and Block.backward computes the gradients. Which kernel runs depen
 weights; the bits do not. Block.backward calls the same functions again for whatever the forward did not keep
 (models/offload.py); the choice of experts is always kept. Adapters and base weights may train in any combination.
 
+A mixture of experts needs several times the memory of the rest of its layer, and its tokens are independent: more than
+CHUNK_TOKENS run in chunks of that many, in the forward and in the backward, whatever memory there is. The forward's bits are
+those of all tokens at once (not if the library multiplies). Each chunk gives gradients of the parameters in their dtype; their
+sum is fp32, rounded at the end.
+
 The residual stream (x, middle, the output, and their gradients) is fp32 in a float16 model; products take its gradient rounded to
 the model's dtype.
 
@@ -24,7 +29,7 @@ from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
 from models.experts import RoutedExperts
 from models.keys import Keys, PackedKeys, rotated
-from models.offload import Kept, TrainingPass
+from models.offload import Kept, TrainingPass, chunks_of
 from models.projections import Linear, Router, linears
 from models.routing_record import RoutingRecord, RoutingReplay
 
@@ -48,10 +53,11 @@ class RMSNorm(nn.Module):
         + x, that sum and inv_rms."""
         return norm_forward(x, residual, self.weight, self.eps, self.weight.dtype)
 
-    def backward(self, grad: torch.Tensor, grad_total: torch.Tensor, x: torch.Tensor, inv_rms: torch.Tensor,
-                 grads: Gradients) -> torch.Tensor:
-        """The gradient of x, including grad_total, which comes from the residual stream."""
-        grad_x, grad_weight = norm_backward(grad, grad_total, x, self.weight, inv_rms, self.weight.requires_grad)
+    def backward(self, grad: torch.Tensor, grad_total: torch.Tensor, x: torch.Tensor, inv_rms: torch.Tensor, grads: Gradients,
+                 *, in_place: bool = False) -> torch.Tensor:
+        """The gradient of x, including grad_total, which comes from the residual stream; in place of that if asked."""
+        grad_x, grad_weight = norm_backward(grad, grad_total, x, self.weight, inv_rms, self.weight.requires_grad,
+                                            in_place=in_place)
         if grad_weight is not None:
             grads[self.weight] = grad_weight
         return grad_x
@@ -91,7 +97,16 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(router.weight, router.bias)
         self.experts = RoutedExperts(config, expert_format, weights_device=experts_device, **factory)
 
-    def route(self, x: torch.Tensor, record: RoutingRecord | RoutingReplay | None,
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, rows: slice, record: RoutingRecord | RoutingReplay | None,
+                kept: Kept | None) -> torch.Tensor:
+        """residual [T, D] plus the experts' outputs for x [T, D]: tokens `rows` of the layer's. kept: of this chunk."""
+        weights, routing = self.route(x, rows, record, kept)
+        if kept is not None:
+            kept.keep({"weights": weights})
+            kept.routing = routing
+        return self.experts(x, weights, routing, residual, kept)
+
+    def route(self, x: torch.Tensor, rows: slice, record: RoutingRecord | RoutingReplay | None,
               kept: Kept | None) -> tuple[torch.Tensor, Routing]:
         """Gate weights [T, A] fp32 and the routing of x [T, D]."""
         router = self.router
@@ -99,7 +114,7 @@ class MixtureOfExperts(nn.Module):
                 and can_route_few(len(x), len(router.weight), self.experts_per_token)):
             return route_few(x, router.weight, router.bias, experts_per_token=self.experts_per_token)[1:]
         logits = router(x)
-        indices = None if record is None else record.choose(self.layer, logits)
+        indices = None if record is None else record.choose(self.layer, logits, rows)
         return route(logits, experts_per_token=self.experts_per_token, indices=indices)
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, kept: Kept, grads: Gradients) -> torch.Tensor:
@@ -126,17 +141,20 @@ class Block(nn.Module):
         attn = self.self_attn
         normed = self.input_layernorm(x)
         qkv, low_rank_qkv = linear(attn.qkv(), normed, keeps_low_rank=kept is not None)  # [T, P]
+        del normed
         attended = keys.attend(attn, qkv, kept)  # [T, H * head width]
+        del qkv
         projected, low_rank_o = linear([attn.o_proj], attended, keeps_low_rank=kept is not None)
+        del attended
         normed, middle = self.post_attention_layernorm.add(projected, x)
         del projected
-        weights, routing = self.mlp.route(normed, record, kept)
         if kept is not None:
             # detached: x's graph would keep earlier layers' tensors alive if no backward follows
-            kept.keep({"x": x.detach(), "middle": middle, "low_rank_qkv": low_rank_qkv, "low_rank_o": low_rank_o,
-                       "weights": weights})
-            kept.routing = routing
-        return self.mlp.experts(normed, weights, routing, middle, kept)
+            kept.keep({"x": x.detach(), "middle": middle, "low_rank_qkv": low_rank_qkv, "low_rank_o": low_rank_o})
+        parts = []
+        for rows in chunks_of(len(x)):
+            parts.append(self.mlp(normed[rows], middle[rows], rows, record, None if kept is None else kept.new_chunk()))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward_with_grad(self, x: torch.Tensor, keys: PackedKeys, record: RoutingReplay | None,
                           training_pass: TrainingPass) -> torch.Tensor:
@@ -146,36 +164,54 @@ class Block(nn.Module):
 
     def backward(self, grad: torch.Tensor, keys: PackedKeys, kept: Kept, grads: Gradients, *,
                  needs_x: bool) -> torch.Tensor | None:
-        """Returns the gradient of x [T, D]; puts those of trainable parameters into `grads`. grad [T, D]: of the output."""
-        attn, norm, post_norm = self.self_attn, self.input_layernorm, self.post_attention_layernorm
-        x, qkv, attended, middle, lse = (kept.take(name) for name in ("x", "qkv", "attended", "middle", "lse"))
+        """Returns the gradient of x [T, D]; puts those of trainable parameters into `grads`. grad [T, D]: of the output; it is
+        overwritten."""
+        attn, norm = self.self_attn, self.input_layernorm
+        x, qkv, attended, lse = (kept.take(name) for name in ("x", "qkv", "attended", "lse"))
         # what the forward did not keep
-        normed, _, inv_rms = norm.recompute(x)
         if qkv is None:
-            qkv, _ = linear(attn.qkv(), normed, keeps_low_rank=True)
+            qkv, _ = linear(attn.qkv(), norm.recompute(x)[0], keeps_low_rank=True)
             rotated(attn, qkv, keys.angles)
         if attended is None:
             attended, lse = keys.attend_rotated(attn, qkv)
-        if middle is None:
-            projected, _ = linear([attn.o_proj], attended, keeps_low_rank=True)
-            normed_middle, middle, inv_rms_middle = post_norm.recompute(projected, x)
-            del projected
-        else:
-            normed_middle, _, inv_rms_middle = post_norm.recompute(middle)
-        # experts
-        grad_normed = self.mlp.backward(grad, normed_middle, kept, grads)
-        grad_middle = post_norm.backward(grad_normed, grad, middle, inv_rms_middle, grads)
-        del grad, grad_normed, normed_middle, middle
+        # experts: `grad` becomes the gradient of middle
+        self._backward_in_chunks(grad, x, attended, kept, grads)
         # attention
-        grad_attended = linear_backward([attn.o_proj], grad_middle.to(attended.dtype), attended, kept.take("low_rank_o"), grads,
+        grad_attended = linear_backward([attn.o_proj], grad.to(attended.dtype), attended, kept.take("low_rank_o"), grads,
                                         needs_x=True)
         grad_qkv, grad_sinks = keys.backward(attn, grad_attended, qkv, attended, lse)
         if attn.sinks.requires_grad:
             grads[attn.sinks] = grad_sinks.sum(0).to(attn.sinks.dtype)
-        del attended, grad_attended, qkv
+        del attended, grad_attended, qkv, lse
         needs_normed = needs_x or norm.weight.requires_grad
+        normed, _, inv_rms = norm.recompute(x)
         grad_normed = linear_backward(attn.qkv(), grad_qkv, normed, kept.take("low_rank_qkv"), grads, needs_x=needs_normed)
-        return norm.backward(grad_normed, grad_middle, x, inv_rms, grads) if needs_normed else None
+        del grad_qkv, normed
+        return norm.backward(grad_normed, grad, x, inv_rms, grads) if needs_normed else None
+
+    def _backward_in_chunks(self, grad: torch.Tensor, x: torch.Tensor, attended: torch.Tensor, kept: Kept,
+                            grads: Gradients) -> None:
+        """The backward from the output to middle: grad [T, D] of the one becomes that of the other, in place. Adds the chunks'
+        gradients of trainable parameters in fp32, and puts the sums, in the parameters' dtype, into `grads`."""
+        norm, middle, chunks, sums = self.post_attention_layernorm, kept.take("middle"), chunks_of(len(x)), {}
+        for rows, chunk in zip(chunks, kept.chunks, strict=True):
+            if middle is None:
+                projected, _ = linear([self.self_attn.o_proj], attended[rows], keeps_low_rank=True)
+                normed, residual, inv_rms = norm.recompute(projected, x[rows])
+                del projected
+            else:
+                residual = middle[rows]
+                normed, _, inv_rms = norm.recompute(residual)
+            own: Gradients = {}
+            grad_normed = self.mlp.backward(grad[rows], normed, chunk, own)
+            norm.backward(grad_normed, grad[rows], residual, inv_rms, own, in_place=True)
+            del normed, residual, grad_normed
+            for parameter, part in own.items():
+                if parameter in sums:
+                    sums[parameter] += part
+                else:
+                    sums[parameter] = part if len(chunks) == 1 else part.float()
+        grads |= {parameter: total.to(parameter.dtype) for parameter, total in sums.items()}
 
 
 class _Trained(torch.autograd.Function):

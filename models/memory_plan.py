@@ -29,7 +29,18 @@ from models.config import GptOssConfig
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
 from models.experts import FORMATS
 from models.kv_cache import PAGE_TOKENS
-from models.offload import SCRATCH_BYTES, Place, Workload, bytes_of, everything, most_held, scratch, workspaces
+from models.offload import (
+    SCRATCH_BYTES,
+    Place,
+    Workload,
+    bytes_of,
+    everything,
+    largest_tensor,
+    layer_memory,
+    most_held,
+    scratch,
+    workspaces,
+)
 
 # Beside torch: the CUDA context, and what modules (kernels, the vendor's libraries) take once all of them have run. Measured on
 # an H200 (torch 2.11) after a training step: 0.55 and 0.32 GB. Other GPUs have fewer multiprocessors, and contexts no larger.
@@ -310,7 +321,7 @@ def _update_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> d
     held = most_held(plans, sizes, gradients=0, pending=pending)
     dequantized = scratch(config, replace(workload, keeps_h=True)), scratch(config, workload)
     moments = [{"kept activations": kept_bytes, "a layer's workspace": space - weights, "scratch of weights": weights}
-               for kept_bytes, space, weights in zip(held, workspaces(config, workload), dequantized)]
+               for kept_bytes, space, weights in zip(held, layer_memory(config, workload, plans[0]), dequantized)]
     whole = sum(sizes[name] for plan in plans[:1] for name, place in plan.items() if place == Place.gpu) * len(plans)
     moments.append({"kept activations": whole + 4 * sizes["x"], "scratch of the head": HEAD_SCRATCH_BYTES})
     return max(moments, key=lambda lines: sum(lines.values()))
@@ -330,7 +341,7 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
         lines |= _update_moment(needs, kept, x, scratch_bytes)
         torch_bytes = _torch_bytes(lines)
         lines["unused by torch"] = int(_UNUSED * torch_bytes if kept == Place.gpu else max(
-            _UNUSED_IN_UPDATE * torch_bytes, _HOLES * max(sizes.values())))
+            _UNUSED_IN_UPDATE * torch_bytes, _HOLES * largest_tensor(needs.config, _workload(needs, SCRATCH_BYTES))))
         return Phase(lines, num_streamed)
 
     tries = [(Place.gpu, Place.gpu, streamed[0], SCRATCH_BYTES)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -23,6 +22,7 @@ import torch
 from kernels.attention.plan import AttentionPlan
 from kernels.experts.sorting import Routing
 from models.config import GptOssConfig
+from models.host_store import HostStore, HostTensor
 
 NAMES = ("qkv", "attended", "middle", "h")
 # shares of the GPU's peak that matrix products, and attention, reach
@@ -41,11 +41,12 @@ _FULL, _LEAST_MARGIN, _MOST_MARGIN = 0.99, 0.01, 0.15
 # share of the budget: larger tensors leave holes that a backward's tensors do not fit into and that exceed the margin
 _LARGE = 0.05
 _RETREAT = 0.7  # after a plan that did not fit, plans take this share of its bytes
+# most tokens that go through the experts at once; the rest of a layer takes all tokens at once. At least as many as micro-batches
+# commonly have: the bits of gradients depend on it, and so it does not follow the memory
+CHUNK_TOKENS = 16_384
 LOOKAHEAD = 2  # layers whose activations are copied back while one runs backwards
 _COPYING = 3  # layers whose activations may still be copied out in the forward
 SCRATCH_BYTES = 1_100_000_000  # most bytes of dequantised weights at once on a GPU: holds one projection of gpt-oss-20b
-_ALIGNMENT = 256  # bytes between the starts of tensors in host memory
-_SLAB = 1 << 30  # bytes; a power of two, which pinned allocations are rounded to
 
 
 class Place(Enum):
@@ -71,6 +72,11 @@ class Workload:
     scratch_bytes: int  # most bytes of dequantised weights at once
 
 
+def chunks_of(num_tokens: int) -> list[slice]:
+    """The chunks of tokens that go through the experts together; one, if there are no tokens."""
+    return [slice(first, min(first + CHUNK_TOKENS, num_tokens)) for first in range(0, max(num_tokens, 1), CHUNK_TOKENS)]
+
+
 def everything(place: Place) -> LayerPlan:
     """x on the GPU, all else in one place."""
     return {"x": Place.gpu} | {name: place for name in NAMES}
@@ -84,6 +90,12 @@ def bytes_of(config: GptOssConfig, workload: Workload) -> dict[str, int]:
                  "attended": workload.element_size * q_width + 4 * config.num_attention_heads,  # with lse
                  "h": workload.element_size * 2 * config.intermediate_size * config.num_experts_per_tok}
     return {name: workload.num_tokens * size for name, size in per_token.items()}
+
+
+def largest_tensor(config: GptOssConfig, workload: Workload) -> int:
+    """Bytes of the largest tensor of a layer: of h a chunk has one."""
+    of_a_chunk = bytes_of(config, replace(workload, num_tokens=min(workload.num_tokens, CHUNK_TOKENS)))
+    return max((bytes_of(config, workload) | {"h": of_a_chunk["h"]}).values())
 
 
 def seconds_of(config: GptOssConfig, workload: Workload, peak_flops: float, *, windowed: bool) -> dict[str, float]:
@@ -111,15 +123,38 @@ def scratch(config: GptOssConfig, workload: Workload) -> int:
 
 
 def workspaces(config: GptOssConfig, workload: Workload) -> tuple[int, int]:
-    """Memory that the forward and the backward of one layer need in addition to what layers keep."""
+    """Memory that the forward and the backward of one layer need in addition to what other layers keep: of a layer that keeps
+    everything or, if not all layers keep their h, nothing but x."""
+    return layer_memory(config, workload, everything(Place.gpu if workload.keeps_h else Place.recompute))
+
+
+def layer_memory(config: GptOssConfig, workload: Workload, plan: LayerPlan) -> tuple[int, int]:
+    """Most memory that the forward and the backward of one layer need, with its input and all that it keeps
+    (scripts/EXPERIMENTS.md: "What a layer holds" has the tensors in a table, in bytes per token)."""
     sizes, width, inner = bytes_of(config, workload), config.hidden_size, config.intermediate_size
-    rows = workload.num_tokens * config.num_experts_per_tok * workload.element_size
-    both = sizes["qkv"] + sizes["attended"] + sizes["h"] + _LIBRARY_BYTES
-    # the forward computes nothing again, so it never needs two projections' weights at once
-    forward = both + rows * (inner + width) + 4 * sizes["x"] + scratch(config, replace(workload, keeps_h=True))
-    # in the backward the rows of the input's gradient take the activation's memory if they have its size
-    backward = both + rows * (inner if inner == width else inner + width) + 6 * sizes["x"] + scratch(config, workload)
-    return forward, backward
+    kept = {name: size * (plan[name] != Place.recompute) for name, size in sizes.items()}
+    stream, attention = sizes["x"], sizes["qkv"] + sizes["attended"]
+    narrow = workload.num_tokens * width * workload.element_size  # a norm's output or its gradient
+    # of the experts, for one chunk of tokens
+    chunk = replace(workload, num_tokens=min(workload.num_tokens, CHUNK_TOKENS))
+    rows = chunk.num_tokens * config.num_experts_per_tok  # routed
+    activation, chunk_narrow = rows * inner * workload.element_size, chunk.num_tokens * width * workload.element_size
+    # forward: x, middle, the sum and the experts' input, their activation and their outputs in the stream's dtype. It computes
+    # nothing again, so it never needs two projections' weights at once
+    experts = (3 * stream + narrow + sum(kept[name] for name in ("qkv", "attended", "h")) + activation
+               + rows * width * workload.stream_size + scratch(config, replace(workload, keeps_h=True)))
+    forward = max(experts, stream + attention)
+    # backward through the experts: x, grad, what attention's backward will need; of a chunk the norm's output and its gradient,
+    # the activation, and the rows of the input's gradient, which take the activation's memory if they have its size
+    chunk_sizes = bytes_of(config, chunk)
+    experts = (2 * stream + attention + kept["middle"] + kept["h"] + 2 * chunk_narrow + activation
+               + (rows * width * workload.element_size if inner != width else 0) + scratch(config, workload))
+    experts += sum(chunk_sizes[name] for name in ("middle", "h") if not kept[name])
+    # through attention: x, grad, the gradients of its inputs and of its output, two more numbers for each head; then through the
+    # norm before it
+    through_attention = 2 * stream + 2 * attention + 4 * config.num_attention_heads * workload.num_tokens
+    through_norm = 3 * stream + 2 * narrow + sizes["qkv"]
+    return forward + _LIBRARY_BYTES, max(experts, through_attention, through_norm) + _LIBRARY_BYTES
 
 
 def most_held(plans: list[LayerPlan], sizes: dict[str, int], *, gradients: int, pending: int) -> tuple[int, int]:
@@ -183,147 +218,49 @@ def _spread(layer: int, num_layers: int) -> int:
     return int(f"{layer:0{bits}b}"[::-1], 2)
 
 
-class HostTensor:
-    """A tensor in the store. fetch() starts the copy back, get() returns it on the GPU. The store's memory is free again once all
-    of its tensors are gone."""
-
-    def __init__(self, store: HostStore, parts: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype) -> None:
-        self._store, self._parts, self._shape, self._dtype = store, parts, shape, dtype
-        self.num_bytes = shape.numel() * dtype.itemsize
-        self._fetched: torch.Tensor | None = None
-        self._is_back: torch.cuda.Event | None = None
-        store.num_held += 1
-
-    def __del__(self) -> None:
-        self._store.num_held -= 1
-
-    def fetch(self) -> None:
-        if self._fetched is not None:
-            return
-        store = self._store
-        self._fetched = torch.empty(self._shape, dtype=self._dtype, device=store.device)
-        store.incoming.wait_stream(torch.cuda.current_stream(store.device))  # earlier work may still use this memory
-        with torch.cuda.stream(store.incoming):
-            for part, target in zip(self._parts, _as_bytes(self._fetched).split([len(part) for part in self._parts])):
-                target.copy_(part, non_blocking=True)
-            self._is_back = store.incoming.record_event()
-
-    def get(self) -> torch.Tensor:
-        self.fetch()
-        torch.cuda.current_stream(self._store.device).wait_event(self._is_back)
-        fetched, self._fetched = self._fetched, None
-        return fetched
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)
-
-
-class HostStore:
-    """At most `capacity` bytes of pinned host memory, allocated when first needed, for activations between a forward and its
-    backward. A forward puts tensors in, layer by layer; the backward gets them back in the opposite order, each requested up to
-    LOOKAHEAD layers ahead. Copies run on their own streams, during the computation. A tensor stays allocated until its copy out
-    is done; if more than `max_pending_bytes` are being copied, the forward waits for the oldest copies."""
-
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        self.capacity, self.device = capacity, device
-        self.num_held = 0
-        self.outgoing, self.incoming = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._slabs: list[torch.Tensor] = []  # of _SLAB bytes each
-        self._used = 0  # bytes of the slabs, one after the other
-        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
-        self._pending_bytes = 0
-
-    def abandon(self) -> None:
-        """Makes the store usable after a pass that was aborted and whose tensors are gone."""
-        torch.cuda.synchronize(self.device)
-        self._pending.clear()
-        self._pending_bytes = 0
-
-    def reserve(self, num_bytes: int) -> bool:
-        """Makes room for `num_bytes` more, for the next forward. Returns False if the system does not pin as much; the capacity
-        is then what it has pinned."""
-        assert num_bytes <= self.capacity, f"{num_bytes} bytes asked of a host store of {self.capacity}"
-        if self.num_held == 0:
-            self._used = 0
-        while len(self._slabs) * _SLAB < min(self._used + num_bytes, self.capacity):
-            try:
-                self._slabs.append(torch.empty(_SLAB, dtype=torch.uint8, pin_memory=True))
-            except RuntimeError:
-                self.capacity = len(self._slabs) * _SLAB
-                return False
-        return True
-
-    def _take(self, num_bytes: int) -> list[torch.Tensor] | None:
-        """The next free bytes of the slabs, None if there are too few."""
-        if self._used + num_bytes > len(self._slabs) * _SLAB:
-            return None
-        parts = []
-        while num_bytes > 0:
-            slab, first = divmod(self._used, _SLAB)
-            parts.append(self._slabs[slab][first:first + num_bytes])
-            num_bytes -= len(parts[-1])
-            self._used += len(parts[-1])
-        self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        return parts
-
-    def put(self, tensor: torch.Tensor, *, max_pending_bytes: int) -> HostTensor | torch.Tensor:
-        """Starts copying a contiguous tensor out. Returns the tensor itself, which then stays on the GPU, if the store has no
-        room because another batch's tensors are still in it."""
-        assert tensor.is_contiguous(), tensor.stride()
-        size = tensor.numel() * tensor.element_size()
-        parts = self._take(size)
-        if parts is None:
-            return tensor
-        self.outgoing.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.outgoing):
-            for part, source in zip(parts, _as_bytes(tensor).split([len(part) for part in parts])):
-                part.copy_(source, non_blocking=True)
-            done = self.outgoing.record_event()
-        self._pending.append((tensor, done))
-        self._pending_bytes += size
-        while self._pending_bytes > max_pending_bytes:
-            self._settle_oldest()
-        return HostTensor(self, parts, tensor.shape, tensor.dtype)
-
-    def settle(self) -> None:
-        """Makes the computation wait for every copy out so far, and drops the tensors that were copied."""
-        while self._pending:
-            self._settle_oldest()
-
-    def _settle_oldest(self) -> None:
-        tensor, done = self._pending.popleft()
-        torch.cuda.current_stream(self.device).wait_event(done)
-        self._pending_bytes -= tensor.numel() * tensor.element_size()
-
-
 class Kept:
-    """Tensors of one layer by name, and the choice of experts."""
+    """Tensors of one layer by name, and for each chunk of its tokens those of the experts and the choice of them."""
 
     def __init__(self, plan: LayerPlan, scratch_bytes: int) -> None:
         self.plan, self.scratch_bytes = plan, scratch_bytes  # most bytes of dequantised weights at once
         self.tensors: dict[str, torch.Tensor | HostTensor] = {}
-        self.routing: Routing | None = None
+        self.chunks: list[Kept] = []
+        self.routing: Routing | None = None  # of a chunk
+
+    def new_chunk(self) -> Kept:
+        """For the forward of the next chunk."""
+        self.chunks.append(Kept(self.plan, self.scratch_bytes))
+        return self.chunks[-1]
 
     def recomputes(self, name: str) -> bool:
-        return self.plan[name] == Place.recompute
+        return self.plan.get("attended" if name == "lse" else name) == Place.recompute
 
     def keep(self, tensors: dict[str, torch.Tensor | None]) -> None:
-        self.tensors |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        """Keeps the tensors that are not to be computed again."""
+        self.tensors |= {name: tensor for name, tensor in tensors.items() if tensor is not None and not self.recomputes(name)}
 
     def take(self, name: str) -> torch.Tensor | None:
         """Removes and returns the tensor of that name; None if it was not kept."""
         tensor = self.tensors.pop(name, None)
         return tensor.get() if isinstance(tensor, HostTensor) else tensor
 
+    def put(self, store: HostStore, *, max_pending_bytes: int) -> None:
+        """Starts copying the tensors that go to host memory."""
+        for part in (self, *self.chunks):
+            for name, tensor in part.tensors.items():
+                if self.plan.get(name) == Place.host:
+                    part.tensors[name] = store.put(tensor, max_pending_bytes=max_pending_bytes)
+
+    def _on_host(self) -> list[HostTensor]:
+        return [tensor for part in (self, *self.chunks) for tensor in part.tensors.values() if isinstance(tensor, HostTensor)]
+
     def host_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.tensors.values() if isinstance(tensor, HostTensor))
+        return sum(tensor.num_bytes for tensor in self._on_host())
 
     def fetch(self) -> None:
         """Starts the copies back of the tensors in host memory."""
-        for tensor in self.tensors.values():
-            if isinstance(tensor, HostTensor):
-                tensor.fetch()
+        for tensor in self._on_host():
+            tensor.fetch()
 
 
 @dataclass
@@ -342,14 +279,9 @@ class TrainingPass:
         return Kept(self.layers[layer], self.scratch_bytes)
 
     def put(self, layer: int, kept: Kept) -> None:
-        """Ends a layer's forward: drops the tensors that its plan recomputes, and starts copying those that go to host memory."""
-        if kept.recomputes("attended"):
-            kept.tensors.pop("lse", None)
-        for name, place in kept.plan.items():
-            if place == Place.recompute:
-                kept.tensors.pop(name, None)
-            elif place == Place.host:
-                kept.tensors[name] = self.store.put(kept.tensors[name], max_pending_bytes=self.max_pending_bytes)
+        """Ends a layer's forward: starts copying the tensors that go to host memory."""
+        if self.store is not None:
+            kept.put(self.store, max_pending_bytes=self.max_pending_bytes)
         self.kept[layer] = kept
 
     def take(self, layer: int) -> Kept:
@@ -422,7 +354,7 @@ class MemoryBudget:
         if torch.cuda.memory_reserved(x.device) > budget:  # only what is allocated is needed
             torch.cuda.empty_cache()
         sizes = bytes_of(self.config, workload)
-        self._largest_bytes = max(sizes.values())
+        self._largest_bytes = largest_tensor(self.config, workload)
         # being copied: to the host in the forward, or back ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
@@ -436,6 +368,7 @@ class MemoryBudget:
             self.host_bytes = self.store.capacity
             self.notes.append(f"model.host_gb: the system pins only {self.host_bytes / 1e9:.1f} GB of host memory for "
                               "activations; others are computed again")
+        pending = self._allowed_pending(plans, chosen, free, gradients=gradients)
         self._is_tight = any(place != Place.gpu for plan in plans for place in plan.values())
         self._newest = NewestPlan(plans, chosen, gradients, pending)
         return self._pass(plans, chosen.scratch_bytes, pending)
@@ -443,11 +376,11 @@ class MemoryBudget:
     def _choose(self, workload: Workload, free: int, *, gradients: int, pending: int) -> tuple[list[LayerPlan], Workload]:
         """The plans for `free` bytes, and the workload with the scratch that goes with them."""
         sizes, layers = bytes_of(self.config, workload), self.config.num_hidden_layers
-        if free - workspaces(self.config, workload)[1] - gradients < layers * sum(sizes.values()):
+        if free - max(workspaces(self.config, workload)) - gradients < layers * sum(sizes.values()):
             workload = replace(workload, keeps_h=False)
         # kept activations are freed as gradients appear, so only the excess of gradients counts
         wanted = gradients if layers * sizes["x"] <= self.host_bytes else max(gradients, layers * sizes["x"])
-        while free - workspaces(self.config, workload)[1] < wanted and workload.scratch_bytes > 1 << 26:
+        while free - max(workspaces(self.config, workload)) < wanted and workload.scratch_bytes > 1 << 26:
             workload = replace(workload, scratch_bytes=workload.scratch_bytes // 2)
         return self._fit(workload, free, gradients=gradients, pending=pending), workload
 
@@ -521,7 +454,18 @@ class MemoryBudget:
     def _needed(self, plans: list[LayerPlan], workload: Workload, gradients: int, pending: int) -> int:
         """The most bytes that a forward and backward take."""
         held = most_held(plans, bytes_of(self.config, workload), gradients=gradients, pending=pending)
-        return max(map(sum, zip(held, workspaces(self.config, workload))))
+        running = map(max, zip(*(layer_memory(self.config, workload, plan) for plan in plans)))
+        return max(map(sum, zip(held, running)))
+
+    def _allowed_pending(self, plans: list[LayerPlan], workload: Workload, free: int, *, gradients: int) -> int:
+        """Most bytes that are being copied at once: those of _COPYING layers, so that no tensor stays when its copy must be done;
+        less, down to one layer's, if that does not fit into `free` bytes."""
+        sizes = bytes_of(self.config, workload)
+        host = [sum(sizes[name] for name, place in plan.items() if place == Place.host) for plan in plans]
+        pending = max(sum(host[first:first + _COPYING]) for first in range(len(host)))
+        while pending > max(host) and self._needed(plans, workload, gradients, pending) > free:
+            pending = max(pending // 2, max(host))
+        return pending
 
 
 def visible_pairs(attention: AttentionPlan, window: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ the trainer and not left out of the loss; its log-prob depends only on the token
 
 The layers (models/block.py) call `choose` of either class for the experts to take.
 
-Shapes: T tokens, L layers, A experts per token, E experts.
+Shapes: T tokens, n of them at a time, L layers, A experts per token, E experts.
 """
 import torch
 
@@ -33,10 +33,10 @@ class RoutingRecord:
     def __init__(self, num_tokens: int, config: GptOssConfig, device: torch.device | str) -> None:
         self.indices = empty_routing(num_tokens, config, device)
 
-    def choose(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
-        """The experts [T, A] int64 of a layer, for the router's logits [T, E] fp32."""
+    def choose(self, layer: int, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The experts [n, A] int64 of a layer, for the router's logits [n, E] fp32 of the tokens `rows`."""
         own = choose_experts(logits, experts_per_token=self.indices.shape[2])
-        self.indices[:, layer] = own.to(self.indices.dtype)
+        self.indices[rows, layer] = own.to(self.indices.dtype)
         return own
 
 
@@ -48,19 +48,19 @@ class RoutingReplay:
         # recorded choices (token, layer, k-th expert): all of them, and those that the trainer's router would not have made
         self.num_choices = torch.zeros((), dtype=torch.int64, device=recorded.device)
         self.num_flips = torch.zeros_like(self.num_choices)
-        self._chosen: dict[int, torch.Tensor] = {}  # by layer
+        self._chosen: dict[tuple[int, int], torch.Tensor] = {}  # by layer and first token
 
-    def choose(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
-        """The experts [T, A] int64 of a layer: the recorded ones, and the trainer's own for tokens without a record. A second
-        call for a layer, when the backward computes it again, returns the same."""
-        if layer in self._chosen:
-            return self._chosen[layer].long()
-        recorded = self.recorded[:, layer]
+    def choose(self, layer: int, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The experts [n, A] int64 of a layer for the tokens `rows`: the recorded ones, and the trainer's own for tokens without
+        a record. A second call, when the backward computes the layer again, returns the same."""
+        if (layer, rows.start) in self._chosen:
+            return self._chosen[layer, rows.start].long()
+        recorded = self.recorded[rows, layer]
         is_recorded = recorded[:, :1] != no_record(recorded.dtype)  # [T, 1]
         own = choose_experts(logits, experts_per_token=recorded.shape[1])
         is_flip = is_recorded & (own.unsqueeze(2) != recorded.unsqueeze(1)).all(2)  # [T, A], as sets
         self.num_choices += is_recorded.sum() * recorded.shape[1]
         self.num_flips += is_flip.sum()
         chosen = torch.where(is_recorded, recorded.long(), own)
-        self._chosen[layer] = chosen.to(recorded.dtype)
+        self._chosen[layer, rows.start] = chosen.to(recorded.dtype)
         return chosen

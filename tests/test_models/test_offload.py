@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+import models.offload
 from models.config import GptOssConfig
 from models.offload import (
     MemoryBudget,
@@ -11,7 +12,9 @@ from models.offload import (
     Place,
     Workload,
     bytes_of,
+    chunks_of,
     everything,
+    layer_memory,
     most_held,
     scratch,
     workspaces,
@@ -78,13 +81,48 @@ def test_dequantised_weights_take_what_stands_at_once(is_packed, keeps_h, scratc
 
 
 def test_a_layers_workspace_is_the_sum_of_what_its_passes_cannot_do_without():
-    # backward: qkv, attended, h; per token and expert 24 of the activation and 16 of the rows; 6 streams; weights
-    assert workspaces(CONFIG, RUN)[1] == 640 + 400 + 1920 + 40 * (24 + 16) + 6 * 640 + 4608 + LIBRARY
+    # backward: x, middle and grad in 4 bytes; qkv, attended, h; per token and expert 24 of the activation and 16 of the rows; the
+    # norm's output and its gradient in 2 bytes; weights
+    assert workspaces(CONFIG, RUN)[1] == 3 * 640 + 640 + 400 + 1920 + 40 * (24 + 16) + 2 * 320 + 4608 + LIBRARY
     assert workspaces(CONFIG, replace(RUN, keeps_h=False))[1] - workspaces(CONFIG, RUN)[1] == 2304
     square = replace(CONFIG, intermediate_size=16)  # the rows take the activation's place
-    assert workspaces(square, replace(RUN, is_packed=False))[1] == 640 + 400 + 1280 + 40 * 16 + 6 * 640 + LIBRARY
-    assert workspaces(CONFIG, RUN)[0] == 640 + 400 + 1920 + 4 * 640 + 40 * (24 + 16) + 4608 + LIBRARY
-    assert workspaces(CONFIG, replace(RUN, keeps_h=False))[0] == workspaces(CONFIG, RUN)[0]
+    assert workspaces(square, replace(RUN, is_packed=False))[1] == 3 * 640 + 640 + 400 + 1280 + 40 * 16 + 2 * 320 + LIBRARY
+    # forward: x, middle and the sum in 4 bytes, as the rows; the norm's output; qkv, attended and h only if they are kept
+    assert workspaces(CONFIG, RUN)[0] == 3 * 640 + 320 + 640 + 400 + 1920 + 40 * 24 + 80 * 16 + 4608 + LIBRARY
+    assert workspaces(CONFIG, replace(RUN, keeps_h=False))[0] == 3 * 640 + 320 + 40 * 24 + 80 * 16 + 4608 + LIBRARY
+
+
+def test_of_the_experts_tensors_only_a_chunk_is_there_at_once(monkeypatch):
+    monkeypatch.setattr(models.offload, "CHUNK_TOKENS", 4)
+    assert chunks_of(10) == [slice(0, 4), slice(4, 8), slice(8, 10)] and chunks_of(4) == [slice(0, 4)]
+    again, run = everything(Place.recompute), replace(RUN, is_packed=False)
+    # of 4 tokens in 8 rows: activation, rows; in the backward h and middle, too, and the norm's output and its gradient
+    assert layer_memory(CONFIG, run, again)[0] == 3 * 640 + 320 + 16 * 24 + 32 * 16 + LIBRARY
+    assert layer_memory(CONFIG, run, again)[1] == max(
+        2 * 640 + 640 + 400 + 16 * (24 + 16) + 2 * 128 + 256 + 768,  # the experts'
+        2 * 640 + 2 * (640 + 400) + 80,  # attention's
+        3 * 640 + 2 * 320 + 640) + LIBRARY
+    # a kept h is there for all tokens, and not once more for a chunk
+    with_h = layer_memory(CONFIG, run, again | {"h": Place.host})
+    assert with_h[1] == 2 * 640 + 640 + 400 + 1920 + 16 * (24 + 16) + 2 * 128 + 256 + LIBRARY
+
+
+def test_a_layer_of_20b_takes_a_few_gigabytes_for_its_longest_sequence():
+    config = GptOssConfig(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+                          num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32,
+                          num_experts_per_tok=4, sliding_window=128)
+    tokens = 131_072
+    workload = Workload(tokens, 0, 0, element_size=2, stream_size=2, is_packed=True, keeps_h=False, scratch_bytes=10**9)
+    forward, backward = layer_memory(config, workload, everything(Place.recompute))
+    # a token's x and grad: 5,760 bytes each; qkv: 10,240; attended: 8,192; lse and delta: 2 x 256 and once more
+    assert backward == tokens * (2 * 5760 + 2 * 10_240 + 2 * 8192 + 3 * 256) + LIBRARY
+    # four streams; a chunk of 16,384: twice four rows of 5,760 a token
+    assert forward == tokens * 4 * 5760 + 16_384 * 8 * 5760 + 10**9 + LIBRARY
+    # with more dequantised weights at once the experts take most: a chunk has h, too, twice four rows, and three more streams
+    workload.scratch_bytes = 1_100_000_000
+    weights = 32 * 3 * 2880 * 2880 * 2
+    assert layer_memory(config, workload, everything(Place.recompute))[1] == (
+        tokens * (2 * 5760 + 10_240 + 8_448) + 16_384 * (3 * 4 + 3) * 5760 + weights + LIBRARY)
 
 
 def test_most_is_held_before_the_last_layer_or_by_gradients_after_it():
@@ -102,7 +140,7 @@ def test_a_plan_keeps_everything_where_that_just_fits_and_less_with_a_byte_less(
     memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=1.0, host_gb=0.0)
     memory._product_rate = 1e12
     one_layer = 640 + 640 + 400 + 640 + 1920
-    free = one_layer + workspaces(CONFIG, RUN)[1]  # while the second layer runs, the first keeps all
+    free = one_layer + max(workspaces(CONFIG, RUN))  # while the second layer runs, the first keeps all
     whole, tight = (memory._fit(RUN, free - less, gradients=0, pending=0) for less in (0, 1))
     assert whole[0] == everything(Place.gpu)
     assert sum(place == Place.gpu for plan in tight for place in plan.values()) < sum(
@@ -124,6 +162,16 @@ def test_each_retreat_gives_a_plan_that_takes_less_until_nothing_but_inputs_is_k
     assert texts[0] == f"a micro-batch's activations and workspaces take at most {0.7 * sizes[0] / 1e9:.2f} GB of the GPU"
     memory.recomputes = False
     assert memory.retreat() == "the backward computes again what does not fit" and memory.recomputes
+
+
+def test_few_layers_are_on_their_way_to_the_host_and_fewer_where_that_takes_too_much():
+    memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=1.0, host_gb=1.0)
+    host = everything(Place.recompute) | {"x": Place.host}
+    plans = [host] * 4 + [everything(Place.recompute)]
+    running = max(layer_memory(CONFIG, RUN, host))
+    # the backward, which needs more, has two layers of 640 bytes on their way back; a byte less, and it is half of three
+    allowed = [memory._allowed_pending(plans, RUN, running + free, gradients=0) for free in (2 * 640, 2 * 640 - 1, 0)]
+    assert allowed == [3 * 640, 3 * 640 // 2, 640]
 
 
 def test_host_memory_is_granted_as_long_as_there_is_some():

@@ -7,6 +7,7 @@ import torch
 from paths import FIXTURES
 from safetensors.torch import load_file
 
+import models.offload
 import models.routing_record
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
@@ -40,7 +41,9 @@ def log_probs(model: GptOss, data: dict[str, torch.Tensor], routing: RoutingRepl
 
 
 @torch.no_grad()
-def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair):
+@pytest.mark.parametrize("chunk_tokens", [models.offload.CHUNK_TOKENS, 50])
+def test_prefill_and_decode_record_the_experts_of_the_golden_router(pair, chunk_tokens, monkeypatch):
+    monkeypatch.setattr(models.offload, "CHUNK_TOKENS", chunk_tokens)
     model, data = pair
     tokens, expected = data["input_ids"], golden_routing(model, data).unflatten(0, (3, 40))
     cache, slots = model.new_cache(3, 40), torch.arange(3)
@@ -74,6 +77,16 @@ def test_replaying_the_own_choices_gives_the_same_bits_and_no_flips(pair):
 
 
 @torch.no_grad()
+def test_a_replay_in_chunks_of_tokens_is_that_of_all_at_once(pair, monkeypatch):
+    model, data = pair
+    routing = golden_routing(model, data)
+    whole, parts = RoutingReplay(routing), RoutingReplay(routing)
+    expected = log_probs(model, data, whole)
+    monkeypatch.setattr(models.offload, "CHUNK_TOKENS", 50)
+    torch.testing.assert_close(log_probs(model, data, parts), expected, rtol=0, atol=1e-6)
+    assert parts.num_choices == whole.num_choices == routing.numel() and parts.num_flips == 0
+
+
 def test_a_changed_record_changes_the_log_probs_and_counts_as_flips(pair):
     model, data = pair
     recorded = golden_routing(model, data)
