@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import safetensors
@@ -22,6 +23,8 @@ from models.formats.atomic import free_bytes, name_of_leftover, new_folder, reco
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT_VERSION = 2  # 2: the state says what the run is made of
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
+           torch.uint8: "U8", torch.float64: "F64", torch.bool: "BOOL"}  # safetensors' names
 _NAME = re.compile(r"step_(\d{6,})")
 _OLDER_LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old|gone)-\d+")  # of versions that named them after their process
 
@@ -113,13 +116,32 @@ def _checkpoints(root: Path) -> dict[int, Path]:
 
 
 def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    safetensors.torch.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                                folder / TENSORS)
+    digests = {TENSORS: _write_tensors(folder / TENSORS, tensors)}
     (folder / STATE).write_text(json.dumps({"step": step, "state": state}, indent=1) + "\n")
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-             for name in (TENSORS, STATE)}
+    digests[STATE] = _sha256(folder / STATE)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
     (folder / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files},
                                               indent=1) + "\n")
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """Writes a safetensors file one tensor after the other, and returns its SHA-256. Beyond the tensors, host memory holds one of
+    those that are on a GPU; the library's function would hold two copies of all."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so every tensor is aligned
+    header, offset, digest = {}, 0, hashlib.sha256()
+    for name in order:
+        size = tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        parts = (tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data for name in order)
+        for part in chain((len(text).to_bytes(8, "little"), text), parts):
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
