@@ -92,6 +92,13 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+class SandboxMode(StrEnum):
+    auto = "auto"  # refuses to start where the kernel cannot confine model-written code
+    strict = "strict"  # refuses where any of the layers against files, system calls, memory and root is missing
+    process = "process"  # unsafe: a process of its own, and the layers that there are
+    off = "off"  # runs no model-written code: refuses tasks that need it
+
+
 class ReasoningEffort(StrEnum):
     low = "low"
     medium = "medium"
@@ -254,6 +261,11 @@ class WandbConfig:
 
 
 @dataclass
+class SandboxConfig:
+    mode: SandboxMode = SandboxMode.auto  # of the processes that run code that the model writes (grpo/sandbox/)
+
+
+@dataclass
 class TrainConfig:
     name: str = MISSING  # the run's folder is output_dir/name
     seed: int = number(*SEED)  # initial weights, prompts and samples
@@ -272,6 +284,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     warmup: Optional[WarmupConfig] = None
     output_dir: str = "runs"
     resume: bool = False  # continue output_dir/name from its newest checkpoint
@@ -299,6 +312,7 @@ class InferenceConfig:
 @dataclass
 class EvaluateConfig(InferenceConfig):
     env: Optional[Dict[str, Any]] = None  # null: the run's
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     max_prompts: int = number("[1, inf)")  # held-out prompts
     max_batch: int = number("[1, inf)")  # completions decoded together
@@ -460,7 +474,7 @@ def describe_type(hint: Any) -> str:
 # Keys that may differ between a saved run and the command that resumes it. They do not change what a step computes, except that
 # `steps` moves the learning rates of linear and cosine schedules.
 RESUMABLE_KEYS = (
-    *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb"),
+    *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb", "sandbox"),
     # memory: these may change how numbers are rounded
     *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),

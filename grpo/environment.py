@@ -9,11 +9,12 @@ from typing import Protocol
 
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, TrainConfig
-from grpo.configuration.targets import bind, keyword_parameters
+from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.configuration.validate import is_evaluating
 from grpo.envs.data_files import DataError
 from grpo.rewards.user_code import UserCodeFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
+from grpo.sandbox.pool import Sandbox
 from models.chat.tokenizer import Tokenizer
 
 MOST_PROMPT_ID = 2**63 - 1  # ids are part of RNG keys, which are int64
@@ -34,8 +35,9 @@ class Environment(Protocol):
     """Where prompts come from and what completions are worth: any class with these methods, named by `env._target_`.
 
     Its constructor gets the other keys of its YAML, `tokenizer` (models.chat.tokenizer.Tokenizer) and `seed` as keywords, and, if
-    it takes it, `total_steps`, the steps of the run (0 without training). A resumed run asks only for later steps, so results
-    should depend only on the arguments and the seed. Token ids, numbers and lists may be of any library; they are checked and
+    it takes them, `total_steps`, the steps of the run (0 without training), and `sandbox`, a grpo.sandbox.pool.Sandbox that runs
+    code which the model writes (None in a chat). A resumed run asks only for later steps, so results should depend only on the
+    arguments and the seed. Token ids, numbers and lists may be of any library; they are checked and
     become plain Python values. An exception ends the run with exit code 4 and says where it was raised; a
     grpo.envs.data_files.DataError is shown as it is, with exit code 3, and a ValueError of the constructor with exit code 2."""
 
@@ -86,16 +88,24 @@ class EnvironmentFault(UserCodeFault):
     """The environment raised, or returned something that cannot be trained on."""
 
 
-def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int) -> Environment:
+def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int,
+                     sandbox: Sandbox | None = None) -> Environment:
     """The environment that `node` describes. Raises ConfigError for wrong keywords, and EnvironmentFault if its constructor
     raises, except for a ValueError, which is raised unchanged: it should name key or file."""
     make = bind(node, "env")
     supplied = {"tokenizer": tokenizer, "seed": seed}
     if "total_steps" in keyword_parameters(make.func):
         supplied["total_steps"] = total_steps
+    if "sandbox" in keyword_parameters(make.func):
+        supplied["sandbox"] = sandbox
     with _named_faults(f"environment {node['_target_']}", "cannot be built:", passes=ValueError,
                        advice="; correct its keywords under env, or its code"):
         return make(**supplied)
+
+
+def make_sandbox(node: dict, mode: str) -> Sandbox | None:
+    """The sandbox for an environment whose constructor takes one. Raises SandboxRefused, which says what to do."""
+    return Sandbox(mode) if "sandbox" in keyword_parameters(resolve_target(node.get("_target_"), "env")) else None
 
 
 def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vocab_size: int) -> None:

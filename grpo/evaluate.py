@@ -20,7 +20,15 @@ from pathlib import Path
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
 from grpo.configuration.launch import launch
-from grpo.environment import Environment, Score, check_methods, checked_scores, held_out_prompts, make_environment
+from grpo.environment import (
+    Environment,
+    Score,
+    check_methods,
+    checked_scores,
+    held_out_prompts,
+    make_environment,
+    make_sandbox,
+)
 from grpo.groups import length_metrics, reward_metrics
 from grpo.record.console import PROGRESS_SECONDS, progress_counter
 from grpo.record.summary import is_interval
@@ -129,7 +137,8 @@ def run_evaluation(config: EvaluateConfig) -> int:
         output = None if config.output is None else writable_file(config.output)
         policy, tokenizer, trained, step = load_policy(config, config.env)
         what = {"model": config.model.path} if trained is None else {"run": config.run, "step": step}
-        env = make_environment(config.env or trained.env, tokenizer, seed=config.seed, total_steps=0)
+        env = make_environment(config.env or trained.env, tokenizer, seed=config.seed, total_steps=0,
+                               sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode))
         check_methods(env, ("eval_prompts", "score"))
         sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
         prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len,

@@ -17,12 +17,12 @@ from grpo.rewards.values import describe_error
 
 def bind(node: dict, key: str) -> Callable:
     """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself (env:
-    tokenizer, seed, total_steps; loss: its first parameter, whatever its name) is left open and cannot be set from YAML. Raises
-    ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
+    tokenizer, seed, total_steps, sandbox; loss: its first parameter, whatever its name) is left open and cannot be set from YAML.
+    Raises ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
     parameters = keyword_parameters(target)
-    supplied = ("tokenizer", "seed", "total_steps") if key == "env" else _first_of_loss(path, parameters)
+    supplied = ("tokenizer", "seed", "total_steps", "sandbox") if key == "env" else _first_of_loss(path, parameters)
     allowed = [name for name in parameters if name not in supplied]
     for name, value in keywords.items():
         if name in supplied:
@@ -36,7 +36,7 @@ def bind(node: dict, key: str) -> Callable:
     required = [name for name in allowed if parameters[name].default is inspect.Parameter.empty]
     missing = [f"{key}.{name}" for name in required if name not in keywords]
     if missing:
-        lacking = [name for name in supplied if name != "total_steps" and name not in parameters]
+        lacking = [name for name in supplied if name not in ("total_steps", "sandbox") and name not in parameters]
         contract = f"; it does not take {', '.join(lacking)}, with which the loop calls it" if lacking else ""
         raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `{missing[0]}=VALUE` or in the YAML{contract}")
     return functools.partial(target, **keywords)

@@ -23,7 +23,7 @@ from grpo.config import (
 )
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind
-from grpo.environment import Environment, check_environment, make_environment, summary_of
+from grpo.environment import Environment, check_environment, make_environment, make_sandbox, summary_of
 from grpo.kl import Reference
 from grpo.losses import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
@@ -44,6 +44,7 @@ from grpo.run.policy import (
     prepare_device,
     read_architecture,
 )
+from grpo.sandbox.pool import Sandbox
 from grpo.warmup import warm_up
 from models.chat.tokenizer import Tokenizer
 from models.formats.atomic import remove
@@ -68,6 +69,7 @@ class Run:
     should_stop: Callable[[], bool]
     lock: RunLock | None = None  # of its folder; None: nothing is saved
     made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
+    sandbox: Sandbox | None = None  # of an environment that runs code that the model writes
     optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
@@ -89,7 +91,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
              has_reference=config.kl.coefficient > 0)
     tokenizer = build_tokenizer(config.model, config.env)
-    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
+    sandbox = make_sandbox(config.env, config.sandbox.mode)
+    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox)
     architecture = read_architecture(config.model, tokenizer)
     check_environment(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
     state = load_run(run_dir) if config.resume else None
@@ -107,9 +110,10 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
         remove(run_dir / "tokenizer")
     tokenizer.save(run_dir / "tokenizer")
     metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
-                      wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device))
+                      wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
+                      | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
     metrics.print(*changes)
-    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of), state
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox), state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -118,6 +122,8 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     # -1: lines of a run killed before its first checkpoint
     run.metrics.truncate_after(state.step if state else -1)
     run.metrics.print(describe(config, run.run_dir, run.policy, run.env, resumed_step=state.step if state else None))
+    if run.sandbox is not None:
+        run.metrics.print(f"sandbox  {run.sandbox.describe()}")
     has_penalty = config.kl.coefficient > 0
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
