@@ -1,7 +1,9 @@
 """Which path serves a tensor, and what the kernels know about a GPU.
 
 CUDA tensors run the Triton kernels, CPU tensors the PyTorch references. In Triton's interpreter (TRITON_INTERPRET=1 in the
-environment when the kernels are imported) CPU tensors run the kernels too.
+environment when the kernels are imported) CPU tensors run the kernels too. Tensors on the device "meta", which have no memory,
+stand for those of a GPU that need not be there: inside `with recording(...)` launches are recorded, so that kernels can be
+compiled before they are needed (ahead.py).
 
 Block sizes are in tables beside each kernel, by GPU family: GPUs with the same tensor cores and shared memory have one entry.
 Every entry says whether it was measured (Tuned). Kernels that only move memory (norm, rope, swiglu, the sort, unpacking) have one
@@ -18,6 +20,8 @@ float32 residual with a float16 x, and rms_norm returns the dtype that it is ask
 clamped activation or attention, and stay far below.
 """
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,13 +65,38 @@ MAX_OVERLAPPING_ROWS = 1024  # launches for more rows are too long to gain anyth
 MAX_FEW_ROWS = 512
 
 
+class Gpu(NamedTuple):
+    """What launches depend on."""
+
+    capability: int  # 90 for 9.0
+    num_multiprocessors: int
+
+
+_RECORDINGS: list[tuple[Gpu, Callable]] = []  # the innermost last
+
+
+@contextmanager
+def recording(gpu: Gpu, record: Callable) -> Iterator[None]:
+    """Inside the `with`, tensors on "meta" count as tensors of this GPU, and launch() calls record(kernel, arguments, constants)
+    instead of compiling and launching."""
+    _RECORDINGS.append((gpu, record))
+    try:
+        yield
+    finally:
+        _RECORDINGS.pop()
+
+
+def is_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda or x.is_meta
+
+
 def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_triton(x: torch.Tensor) -> bool:
     """Whether x is served by Triton kernels rather than by the PyTorch references."""
-    return x.is_cuda or is_interpreted()
+    return is_gpu(x) or is_interpreted()
 
 
 def product_path(x: torch.Tensor) -> str:
@@ -89,23 +118,25 @@ def family_of(capability: int) -> str:
 
 def gpu_family(x: torch.Tensor) -> str:
     """The family of x's GPU; "interpreter" for CPU tensors."""
-    return _family_of_device(x.device) if x.is_cuda else "interpreter"
-
-
-@cache
-def _family_of_device(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return family_of(10 * major + minor)
+    return family_of(_gpu_of(x).capability) if is_gpu(x) else "interpreter"
 
 
 def num_multiprocessors(x: torch.Tensor) -> int:
     """Multiprocessors of x's GPU, the size of a persistent grid; 2 in the interpreter."""
-    return _multiprocessors_of_device(x.device) if x.is_cuda else 2
+    return _gpu_of(x).num_multiprocessors if is_gpu(x) else 2
+
+
+def _gpu_of(x: torch.Tensor) -> Gpu:
+    if x.is_cuda:
+        return gpu_of_device(x.device)
+    assert _RECORDINGS, "a tensor on meta stands for a GPU's only while launches are recorded"
+    return _RECORDINGS[-1][0]
 
 
 @cache
-def _multiprocessors_of_device(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def gpu_of_device(device: torch.device) -> Gpu:
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -124,6 +155,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def aligned_rows(count: int, num_rows: int, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`count` uninitialised tensors [num_rows, ...] in one allocation, each at a multiple of 16 bytes for any number of rows:
+    otherwise kernels would be compiled for several alignments."""
+    return torch.empty(count, cdiv(num_rows, 16 // dtype.itemsize) * (16 // dtype.itemsize), *shape, dtype=dtype,
+                       device=device)[:, :num_rows]
+
+
 def _trait(argument: object) -> object:
     """The properties of a runtime argument that a kernel is compiled for: at least those that Triton specialises on."""
     kind = type(argument)
@@ -136,6 +174,32 @@ def _trait(argument: object) -> object:
     if isinstance(argument, torch.Tensor):
         return argument.dtype if argument.data_ptr() & 15 == 0 else (argument.dtype,)
     raise TypeError(f"launch: an argument of {kind}; give tensors, descriptors, ints, floats or None")
+
+
+def _trait_without_alignment(argument: object) -> object:
+    """The same for an argument in do_not_specialize_on_alignment."""
+    if type(argument) is int:
+        return 2 * (argument == 1) + 4 * (-(2**31) <= argument < 2**31)
+    return argument.dtype if isinstance(argument, torch.Tensor) else _trait(argument)
+
+
+def _type(argument: object) -> object:
+    """The same for an argument in do_not_specialize: lengths and counts, which change from batch to batch."""
+    if type(argument) is int:
+        return -(2**31) <= argument < 2**31
+    return argument.dtype if isinstance(argument, torch.Tensor) else _trait(argument)
+
+
+@cache
+def _traits_of(kernel: JITFunction) -> tuple[Callable[[object], object], ...]:
+    """For each parameter of a kernel, the function that gives the properties of its argument."""
+    return tuple(_type if parameter.do_not_specialize else _trait_without_alignment if parameter.do_not_specialize_on_alignment
+                 else _trait for parameter in kernel.params)
+
+
+def launch_key(kernel: JITFunction, arguments: tuple, constants: dict) -> tuple:
+    """Equal for launches of one kernel on one GPU that run the same machine code."""
+    return *constants.items(), *[trait(argument) for trait, argument in zip(_traits_of(kernel), arguments)]
 
 
 FP_FUSION = {"enable_fp_fusion": True}
@@ -158,7 +222,11 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
         _constexprs(kernel, arguments, constants)
         kernel[grid](*arguments, **FP_FUSION | constants)
         return
-    key = (id(kernel), torch.cuda.current_device(), *constants.items(), *map(_trait, arguments))
+    if _RECORDINGS:
+        _constexprs(kernel, arguments, constants)
+        _RECORDINGS[-1][1](kernel, arguments, constants)
+        return
+    key = (id(kernel), torch.cuda.current_device(), *launch_key(kernel, arguments, constants))
     found = _COMPILED.get(key)
     if found is None:
         constexprs = _constexprs(kernel, arguments, constants)

@@ -60,7 +60,7 @@ def _norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, inv_rms_ptr,
     tl.store(y_ptr + row * WIDTH + cols, (x * inv_rms * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows_per_program"])
 def _norm_grad_kernel(grad_ptr, grad_total_ptr, x_ptr, weight_ptr, inv_rms_ptr, grad_x_ptr, partial_ptr, num_rows,
                       rows_per_program, stride_grad, stride_total, stride_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                       HAS_TOTAL: tl.constexpr, NEEDS_WEIGHT: tl.constexpr):
@@ -89,7 +89,7 @@ def _norm_grad_kernel(grad_ptr, grad_total_ptr, x_ptr, weight_ptr, inv_rms_ptr, 
         tl.store(partial_ptr + program * WIDTH + cols, partial, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_partials"])
 def _sum_partials_kernel(partial_ptr, grad_weight_ptr, num_partials, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
                          BLOCK_COLS: tl.constexpr):
     cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)

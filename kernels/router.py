@@ -34,7 +34,7 @@ def router_logits_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.T
     return linear(x.float(), weight.float(), bias.float())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, stride_x, stride_weight,
                           NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
                           BLOCK_K: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr):
@@ -61,7 +61,7 @@ def router_logits_kernel(x_ptr, weight_ptr, bias_ptr, logits_ptr, num_tokens, st
              mask=is_token[:, None] & is_expert[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _router_grad_kernel(grad_ptr, weight_ptr, grad_x_ptr, num_tokens, stride_weight, NUM_EXPERTS: tl.constexpr,
                         WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
                         PRECISION: tl.constexpr):

@@ -171,8 +171,18 @@ class Decoder:
         bucket = bucket_of(self.num_rows)
         reading, rows = self._reading(prompts, bucket, longest), Rows(*self._table[:, :bucket])
         for _ in range(num_steps):
-            self._replay((plain, bucket, self.model.adapter_is_enabled, reading),
-                         lambda: self._advance(rows, self._feed(rows, None, reading), self.plain_draw(plain)))
+            self._replay((plain, bucket, self.model.adapter_is_enabled, reading), lambda: self._step(rows, plain, reading))
+
+    @torch.no_grad()
+    def rehearse(self, num_rows: int, plain: PlainDraw, *, longest: int) -> None:
+        """Takes a step of `num_rows` idle rows, without a graph, for each way of reading keys that they may need."""
+        readings = [_ROW_BY_ROW]
+        if num_rows <= _PARTS_ROWS and longest >= _PARTS_TOKENS:
+            readings.append(KeyReading(shares=False, longest=_PARTS_TOKENS))
+        if num_rows > 1 and self._counts_prompts_apart and longest > _SHARED_TOKENS:
+            readings.append(KeyReading(shares=True, longest=0))
+        for reading in readings:
+            self._step(Rows(*self._table[:, :num_rows]), plain, reading)
 
     def plain_draw(self, plain: PlainDraw) -> DrawTokens:
         return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_pairs(rows.rng_keys),
@@ -232,6 +242,9 @@ class Decoder:
         return self.model.decode(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
                                  prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
                                  longest=reading.longest)
+
+    def _step(self, rows: Rows, plain: PlainDraw, reading: KeyReading) -> None:
+        self._advance(rows, self._feed(rows, None, reading), self.plain_draw(plain))
 
     def _advance(self, rows: Rows, hidden: torch.Tensor, draw: DrawTokens) -> None:
         advance(rows, *draw(hidden, rows), all_tokens=self.tokens, all_log_probs=self.log_probs, stop_ids=self._stop_ids)

@@ -268,7 +268,7 @@ class GptOss(nn.Module):
         experts. Returns the final hidden states [B, D]. Rows at a position below 0 are idle: they write to no slot, and their
         states are not to be used. On a GPU no value is read back, so the caller must make sure that slots have pages for the
         positions. `prefix_lens` [B], `shared`, `longest`: see decode_attention; layers with a window ignore the last two."""
-        if not positions.is_cuda and int(positions.max()) >= cache.max_len:
+        if positions.device.type == "cpu" and int(positions.max()) >= cache.max_len:
             raise ValueError(f"position {int(positions.max())} does not fit a cache of {cache.max_len} tokens per sequence")
         cache.flush()  # does nothing in a graph: the caller flushes before a replay
         keys = CachedKeys(self._angles(positions), cache, slots, positions, prefix_lens=prefix_lens, shared=shared,

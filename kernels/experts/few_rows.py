@@ -303,7 +303,7 @@ def _finish(
                  mask=is_row[None, :] & (natural < num_out)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def moe_decode_kernel(
     x, weight, scales, out, offsets, gather, bias, low_rank, lora_up, lora_groups,
     num_rows, num_experts, num_out, rank, slice_rank, scale, alpha, limit, one,

@@ -9,7 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.device import cdiv, gpu_family, launch, measured, next_power_of_2, overlap_constants, unmeasured
+from kernels.device import (
+    aligned_rows,
+    cdiv,
+    gpu_family,
+    launch,
+    measured,
+    next_power_of_2,
+    overlap_constants,
+    unmeasured,
+)
 from kernels.experts.sorting import SMALL_SORT, Routing, route_kernel, sort_kernel
 from kernels.router import router_forward, router_logits_kernel
 
@@ -20,7 +29,7 @@ _SORT_TILE = 8192  # choices times experts, as long as registers hold them
 _MAX_INNER = {"ampere": unmeasured(512), "consumer": unmeasured(256), "hopper": measured(512), "blackwell": unmeasured(512)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _route_few_kernel(x, weight, bias, logits, indices, gate_weights, order, tokens, inverse, offsets, num_tokens, num_rows,
                       chunk_size, stride_x, stride_weight, NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr,
                       PER_TOKEN: tl.constexpr, ROUTER_T: tl.constexpr, ROUTER_E: tl.constexpr,
@@ -71,7 +80,7 @@ def route_few(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *,
         logits = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=device)
     gate_weights = torch.empty((num_tokens, experts_per_token), dtype=torch.float32, device=device)
     indices = torch.empty((num_tokens, experts_per_token), dtype=torch.int64, device=device)
-    order, tokens = torch.empty((2, num_rows), dtype=torch.int32, device=device)
+    order, tokens = aligned_rows(2, num_rows, dtype=torch.int32, device=device)
     inverse = torch.empty((num_tokens, experts_per_token), dtype=torch.int32, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     blocks = few_blocks(gpu_family(x), num_tokens, num_experts, experts_per_token, x.element_size())

@@ -133,6 +133,7 @@ def _project(weights: ExpertWeights, x: torch.Tensor, offsets: torch.Tensor, out
                             low_rank=low_rank, lora_up=lora_up, swiglu=swiglu, pre_activation=pre_activation, out=out)
     num_experts, size_out, size_in = weights.shape
     chunk = max(1, min(num_experts, scratch_bytes // (size_out * size_in * x.element_size())))
+    chunk = num_experts if chunk == num_experts else 1 << (chunk.bit_length() - 1)  # few sizes: each is compiled
     scratch = x.new_empty(chunk, size_out, size_in)
     for first in range(0, num_experts, chunk):
         part = slice(first, min(first + chunk, num_experts))

@@ -142,6 +142,8 @@ _WIDE = {
 }
 # family -> stages of x A, which reads x once and is bound by memory
 _STAGES_TO_RANK = {"ampere": unmeasured(5), "consumer": unmeasured(3), "hopper": measured(5), "blackwell": unmeasured(5)}
+# lanes that search a tile's expert, at least: any number of experts up to it, as a scratch holds them, is one compilation
+_LEAST_EXPERTS = 32
 _FP32 = GemmBlocks(64, 64, 32, 8, 8, 2, False, False)  # no tensor cores: for fixtures and checks
 
 
@@ -166,7 +168,7 @@ def choose_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: i
     return blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_experts"], do_not_specialize_on_alignment=["offsets"])
 def grouped_gemm_kernel(
     x, weight, out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups,
     num_rows, num_experts, num_in, num_out, rank, slice_rank, scale, alpha, limit,
@@ -358,7 +360,8 @@ def grouped_gemm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | 
         out, pre_activation, offsets, gather, bias, low_rank, lora_up, lora_groups,
         num_rows, num_experts, num_in, num_out, rank, slice_rank, 1.0 if scale is None else scale, alpha, limit,
         x.stride(0), weight.stride(0), weight.stride(2 if in_contiguous else 1), *up_strides,
-        EXPERTS=next_power_of_2(num_experts), ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
+        EXPERTS=1 if offsets is None else max(next_power_of_2(num_experts), _LEAST_EXPERTS),
+        ROWS=blocks.rows, COLS=blocks.cols, INNER=blocks.inner,
         RANK=rank_block, RANK_STEPS=cdiv(rank, rank_block), GROUP=blocks.group, IN_CONTIGUOUS=in_contiguous,
         EVEN_IN=num_in % blocks.inner == 0, X_TMA=x_tma, WEIGHT_TMA=weight_tma, HAS_OFFSETS=offsets is not None,
         HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,

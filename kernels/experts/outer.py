@@ -69,7 +69,7 @@ def choose_outer_blocks(family: str, dtype: torch.dtype, num_n: int) -> OuterBlo
     return OuterBlocks(128, n, 64, 4, _STAGES_OF_RANK[family].blocks) if num_n <= 64 else _WIDE[family].blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grouped_outer_kernel(
     a, b, out, offsets, gather, row_scale, num_rows, num_experts, num_m, num_n,
     stride_a, stride_b, stride_out_expert, stride_out_m, stride_out_n,
@@ -118,7 +118,7 @@ def grouped_outer_kernel(
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=(ms < num_m)[:, None] & (ns < num_n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def sum_chunks_kernel(partial, out, offsets, num_rows, num_experts, size,
                       EXPERTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSETS: tl.constexpr):
     """out[e] = the sum of the expert's chunks in ascending order; a chunk has `size` elements, in out's memory order."""

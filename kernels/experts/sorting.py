@@ -55,7 +55,7 @@ def route_reference(logits: torch.Tensor, experts_per_token: int,
     return torch.softmax(values[:, :experts_per_token], dim=-1), indices[:, :experts_per_token]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logits, NUM_EXPERTS: tl.constexpr,
                   PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr,
                   REPLAY: tl.constexpr, OVERLAPS: tl.constexpr):
@@ -95,7 +95,7 @@ def route_kernel(logits_ptr, indices_ptr, weights_ptr, num_tokens, stride_logits
     tl.store(weights_ptr + pairs, exponents / total[:, None], mask=is_slot)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route_grad_kernel(grad_ptr, weights_ptr, indices_ptr, grad_logits_ptr, num_tokens, NUM_EXPERTS: tl.constexpr,
                        PER_TOKEN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -202,7 +202,7 @@ def _histogram(experts_ptr, first, chunk_size, num_rows, BLOCK_R: tl.constexpr, 
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr,
                   BLOCK_E: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_launch_before(OVERLAPS)
@@ -212,7 +212,7 @@ def _count_kernel(experts_ptr, counts_ptr, num_rows, chunk_size, NUM_EXPERTS: tl
     tl.store(counts_ptr + chunk * NUM_EXPERTS + experts, counts, mask=experts < NUM_EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_chunks"])
 def sort_kernel(experts_ptr, counts_ptr, order_ptr, tokens_ptr, inverse_ptr, offsets_ptr, num_rows, chunk_size,
                  num_chunks, NUM_EXPERTS: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr,
                  BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, IS_SINGLE: tl.constexpr, OVERLAPS: tl.constexpr):

@@ -53,7 +53,7 @@ def advance_reference(rows, tokens, log_probs, all_tokens, all_log_probs, stop_i
     rows.positions[live] = positions.masked_fill(is_finished, IDLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_stop_ids", "num_rows"])
 def _advance_kernel(tokens_ptr, positions_ptr, num_new_ptr, is_stopped_ptr, limits_ptr, places_ptr, key_sums_ptr, rng_keys_ptr,
                     drawn_ptr, log_probs_ptr, all_tokens_ptr, all_log_probs_ptr, stop_ids_ptr, num_stop_ids, num_rows,
                     BLOCK: tl.constexpr):

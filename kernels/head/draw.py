@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.device import is_triton, launch
+from kernels.device import aligned_rows, is_triton, launch
 from kernels.head.log_probs import head_logits_reference, log_probs
 from kernels.head.sampling import draw_tokens
 from kernels.head.tiles import (
@@ -29,7 +29,7 @@ from kernels.head.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _logits_kernel(hidden, weight, logits, num_rows, num_columns, width, stride_hidden, stride_weight, stride_logits,
                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr, IS_EVEN: tl.constexpr,
                    USE_TMA: tl.constexpr, IS_PERSISTENT: tl.constexpr):
@@ -84,6 +84,6 @@ def draw(hidden: torch.Tensor, weight: torch.Tensor, rng_keys: torch.Tensor | No
     sums = score_tiles(hidden, weight, undrawn, None, None, logits, blocks=blocks, scale=scale, keeps_logits=True, **settings)
     tokens = _choose(logits, rng_keys, temperature)
     sums = sums._replace(target_logits=logits.gather(1, tokens[:, None]).squeeze(1) * scale)
-    outputs = torch.empty(6, num_rows, dtype=torch.float32, device=hidden.device)  # log-probs first
+    outputs = aligned_rows(6, num_rows, dtype=torch.float32, device=hidden.device)  # log-probs first
     add_up_tiles(tokens, None, sums, None, list(outputs), vocab=vocab, tile=blocks["TILE"], max_excess=0.0, **settings)
     return tokens, outputs[0]

@@ -188,7 +188,7 @@ def _differentiate_tile(products, rows, row_mask, column, targets, lse, kept_lse
     tl.store(at, (grad / temperature).to(grad_logits.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, grad_log_probs, grad_entropy, grad_logits, scale,
                             temperature, first_column, num_rows, num_columns, width, stride_hidden, stride_weight,
                             stride_grad, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILE: tl.constexpr,

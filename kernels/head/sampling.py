@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from kernels.device import cdiv, check_served, is_interpreted, is_triton, launch, next_power_of_2
+from kernels.device import cdiv, check_served, is_gpu, is_interpreted, is_triton, launch, next_power_of_2
 
 _ID_MULTIPLIER, _MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(0x9E3779B9), tl.constexpr(0x7FEB352D), tl.constexpr(0x846CA68B)
 _LARGEST_W = tl.constexpr(1 - 2.0**-24)  # keeps the logarithm finite where h + 1/2 rounds up to 2^31
@@ -162,7 +162,7 @@ def draw_tokens(logits: torch.Tensor, rng_keys: torch.Tensor, *, temperature: fl
     if not is_triton(logits):
         return draw_tokens_reference(logits, rng_keys, temperature)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    chunk = _CHUNK["gpu" if logits.is_cuda else "interpreter"]
+    chunk = _CHUNK["gpu" if is_gpu(logits) else "interpreter"]
     num_chunks = cdiv(vocab_size, chunk)
     largest = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
     winners = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)

@@ -17,9 +17,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.dense import product
 from kernels.device import (
+    aligned_rows,
     cdiv,
     check_served,
     gpu_family,
+    is_gpu,
     launch,
     measured,
     num_multiprocessors,
@@ -126,7 +128,7 @@ def _score_tile(products, rows, row_mask, column, targets, reference, maxima, su
         tl.store(scratch_at, p.to(scratch.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _partials_kernel(hidden, weight, logits, targets, reference, maxima, sums, dots, kept_maxima, kept_sums, target_logits,
                      other_sums, scratch, scale, max_excess, num_rows, vocab, width, stride_hidden, stride_weight,
                      stride_logits, stride_scratch, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -212,7 +214,7 @@ def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool
     for plain products, since sums over a tile depend on its layout, and scores must have the same bits in any batch."""
     family = gpu_family(hidden)
     blocks = dict(_BLOCKS[family].blocks)
-    if weight.dtype == torch.float32 and hidden.is_cuda:
+    if weight.dtype == torch.float32 and is_gpu(hidden):
         blocks = dict(_FLOAT32_BLOCKS)
     elif small_parts and family in _SMALL_PARTS:
         blocks |= _SMALL_PARTS[family].blocks
@@ -275,8 +277,8 @@ def score_tiles(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     has_kept it has the marks of kept columns, with `stores` it gets probabilities relative to 2^reference. logits [N, V] fp32
     are written if keeps_logits, else read if given."""
     (num_rows, width), vocab = hidden.shape, weight.shape[0]
-    tiles = torch.empty(5 if has_kept else 3, num_rows, cdiv(vocab, blocks["TILE"]), dtype=torch.float32, device=hidden.device)
-    of_rows = torch.empty(2, num_rows, dtype=torch.float32, device=hidden.device)
+    tiles = aligned_rows(5 if has_kept else 3, num_rows, cdiv(vocab, blocks["TILE"]), dtype=torch.float32, device=hidden.device)
+    of_rows = aligned_rows(2, num_rows, dtype=torch.float32, device=hidden.device)
     sums = TileSums(*tiles[:3], *tiles[-2:], *of_rows)
     stride_scratch, stride_logits = (0 if room is None else room.stride(0) for room in (scratch, logits))
     launch(_partials_kernel, grid_of(num_rows, vocab, blocks, hidden), *operands(hidden, weight, blocks), logits, targets,

@@ -57,8 +57,9 @@ def chunk_of(num_in: int) -> int:
 
 
 def is_foldable(scales: torch.Tensor) -> bool:
-    """Whether 2^126 can be folded into every scale. For loading: waits for the device."""
-    return scales.numel() == 0 or int(scales.max()) <= MAX_FOLDED_SCALE
+    """Whether 2^126 can be folded into every scale. For loading: waits for the device. Scales without memory count as the
+    published ones, which can."""
+    return scales.is_meta or scales.numel() == 0 or int(scales.max()) <= MAX_FOLDED_SCALE
 
 
 def unpacks_by_asm(x: torch.Tensor, *, is_foldable: bool) -> bool:
@@ -141,6 +142,8 @@ def to_fragments_(blocks: torch.Tensor, scales: torch.Tensor) -> None:
 
     Works expert by expert: about 20 bytes of working memory per byte of one expert. Raises ValueError unless 16 divides O."""
     _check(blocks, scales)
+    if blocks.is_meta:
+        return
     tables = _word_tables(blocks.device)
     for expert in range(blocks.shape[0]):
         blocks[expert].copy_(_pack_expert(blocks[expert], tables))
@@ -225,7 +228,7 @@ def unpack_fragments(words, scales, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, 
     return tl.reshape(values, (16 * GROUPS, CHUNKS * CHUNK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def _dequantize_fragments_kernel(words, scales, out, num_groups, num_chunks, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
                                  IS_ASM: tl.constexpr):
     """16 * GROUPS rows of CHUNK inputs; words and scales as unpack_fragments takes them."""

@@ -1,0 +1,94 @@
+"""A rehearsal finds every kernel that a run of gpt-oss-20b compiles, whatever the lengths of its prompts and completions."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from kernels.ahead import Recording
+from kernels.device import Gpu
+from models.config import GptOssConfig
+from models.decoder import BUCKETS, PlainDraw
+from models.lora import LoraConfig
+from models.rehearsal import Rehearsal, build, rehearse, rehearse_rollout, rehearse_training
+
+H200, A100 = Gpu(90, 132), Gpu(80, 108)
+SAMPLED, GREEDY = PlainDraw(1.0, False), PlainDraw(1.0, True)
+
+
+def plan_of(num_experts: int = 32, **settings) -> Rehearsal:
+    config = GptOssConfig(
+        vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=4, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=64, num_local_experts=num_experts, num_experts_per_tok=4, sliding_window=128)
+    lora = LoraConfig(16, 32.0, ["q_proj", "k_proj", "v_proj", "o_proj", "experts"])
+    return Rehearsal(**dict(config=config, dtype=torch.bfloat16, experts="mxfp4", lora=lora, activation_checkpointing=True,
+                            max_rows=64, max_len=4096, num_stop_ids=2, draws=[SAMPLED, GREEDY], shares_prompts=True,
+                            scores=True) | settings)
+
+
+def rehearsed(plan: Rehearsal, gpu: Gpu):
+    """The recording of a rehearsal, and its model."""
+    recording = Recording(gpu)
+    with recording.on():
+        model = build(plan)
+        rehearse(model, plan)
+    return recording, model
+
+
+def names(keys) -> Counter:
+    return Counter(key[0].fn.__name__ for key in keys)
+
+
+@pytest.mark.parametrize(
+    "gpu, settings",
+    [
+        (H200, {}),
+        (H200, {"shares_prompts": False, "max_rows": 300, "experts": "bf16"}),
+        (H200, {"experts": "bf16", "lora": None, "num_experts": 128}),
+        (A100, {"experts": "nf4", "num_experts": 128}),
+    ],
+)
+def test_no_length_that_was_not_rehearsed_compiles_a_kernel(gpu, settings):
+    plan = plan_of(**settings)
+    recording, model = rehearsed(plan, gpu)
+    before, draw = set(recording.launches), random.Random(0)
+    few = [draw.randrange(1, 513) for _ in range(16)] + [3, 5, 7, 13, 17, 65, 129, 511]
+    many = [draw.randrange(513, 20_000) for _ in range(6)] + [513, 1024, 1025]
+    trained = [draw.randrange(8, 20_000) for _ in range(6)] + [9, 128, 129, 513, 1024, 1025, 2049]
+    plan.max_len = 32_768
+    with recording.on():
+        rehearse_rollout(model, plan, few=few, many=many)
+        rehearse_training(model, plan, lengths=trained)
+        for scratch_bytes in (1 << 29, 300_000_000, 1 << 26):  # for the dequantised weights, as memory allows
+            rehearse_training(model, plan, lengths=[700, 3001], scratch_bytes=scratch_bytes)
+    assert not names(set(recording.launches) - before)
+
+
+def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
+    """Of a layer without window and one with it, on a GPU whose launches for at most 1,024 rows overlap."""
+    recording, _ = rehearsed(plan_of(), H200)
+    found = Counter(variant.name for variant in recording.variants())
+    assert found["_norm_kernel"] == 2 * 2  # with a residual or without; overlapping or not
+    assert found["_rotate_and_write_kernel"] == 2  # rings, pages
+    assert found["_decode_kernel"] == 3  # a window, none, none with shared prefixes
+    assert found["_prefix_kernel"] == found["_part_max_kernel"] == found["_sum_kernel"] == 1
+    assert found["_dq_kernel"] == found["_dkv_kernel"] == 2  # a window, none
+    assert found["_advance_kernel"] == found["_chunk_kernel"] == found["_row_kernel"] == 1
+    # tokens and choices of a tile: 16 and 16, 32 or 64 (up to 4, 8 and 16 tokens), 32 and 128, 64 and 256, 128 and 256
+    assert found["_route_few_kernel"] == 6
+
+
+def test_every_number_of_rows_that_a_batch_can_have_is_rehearsed():
+    """Buckets up to that of the largest batch: 40 rows run as 48."""
+    counts = []
+
+    class Watched:
+        def rehearse(self, num_rows, draw, *, longest):
+            counts.append(num_rows)
+
+    plan = plan_of(max_rows=40)
+    with pytest.MonkeyPatch.context() as patch, Recording(H200).on():
+        patch.setattr("models.rehearsal.Decoder", lambda *_, **__: Watched())
+        rehearse_rollout(build(plan), plan, few=(), many=(600,))
+    assert sorted(set(counts)) == [bucket for bucket in BUCKETS if bucket <= 48]
