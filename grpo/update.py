@@ -127,6 +127,7 @@ def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[
 def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_updates: int, allowed: float) -> TrainedMicroBatch:
     """Adds the gradient of some sequences of a minibatch to the optimizer's."""
     micro = part.select(rows, share_prompts=run.config.optim.share_prompts)
+    run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)
     log_probs, entropy = policy_log_probs(run, micro, replay)
     inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)

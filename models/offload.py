@@ -359,6 +359,8 @@ class MemoryBudget:
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
+        # those of one layer at a time exist beside the buffer that they are added to
+        free -= sum(parameter.numel() * parameter.element_size() for parameter in trainable) // layers
         free = min(free, self._most_bytes)
         while True:
             plans, chosen = self._choose(workload, free, gradients=gradients, pending=pending)

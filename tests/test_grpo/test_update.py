@@ -40,6 +40,9 @@ class Sgd:
     def __init__(self, policy):
         self.params, self.gradients, self.lr = policy.trainable_parameters(), [], LR
 
+    def allocate_gradients(self):
+        pass
+
     def backward(self, loss):
         loss.backward()
 
@@ -316,3 +319,16 @@ def test_a_step_is_abandoned_before_its_first_update_and_finished_after_it(confi
     run.should_stop = lambda: len(run.optimizer.gradients) > 0
     update(run, groups)
     assert len(run.optimizer.gradients) == 2 and not run.is_between_steps
+
+
+def test_a_forward_finds_the_gradients_memory_taken_and_nothing_holds_it_after_the_update(config, tmp_path, monkeypatch):
+    policy = build_policy(trains="adapter")
+    parameters, seen, original = policy.trainable_parameters(), [], policy.log_probs
+
+    def log_probs(*args, **settings):
+        seen.append(all(parameter.grad is not None for parameter in parameters.values()))
+        return original(*args, **settings)
+
+    monkeypatch.setattr(policy, "log_probs", log_probs)
+    update(make_run(config, tmp_path, policy, optimizer=make_optimizer(config, policy)), Groups(*draw_completions(policy), []))
+    assert seen and all(seen) and all(parameter.grad is None for parameter in parameters.values())
