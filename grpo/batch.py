@@ -214,10 +214,11 @@ def _check_segment(segment: Segment) -> None:
 
 
 def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool = False) -> list[RolloutBatch]:
-    """Splits into micro-batches of whole sequences with at most `max_tokens` tokens each (first fit, longest first).
+    """Splits into micro-batches of whole sequences with at most `max_tokens` tokens each (first fit, longest first). A longer
+    sequence is a micro-batch of its own.
 
     With `share_prompts` a prompt's completions stay together, behind one copy of it, where they fit; a group too long for one
-    micro-batch repeats its prompt in each that it needs. Raises ValueError if one sequence alone exceeds the budget."""
+    micro-batch repeats its prompt in each that it needs."""
     return [batch.select(rows, share_prompts=share_prompts)
             for rows in rows_of_micro_batches(batch, max_tokens, share_prompts=share_prompts)]
 
@@ -225,9 +226,6 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool =
 def rows_of_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool) -> list[list[int]]:
     """The rows of the batch that each of its micro-batches has, in the order for `select`."""
     lengths = batch.lengths
-    if max(lengths) > max_tokens:
-        raise ValueError(f"optim.max_tokens={max_tokens}: a sequence of {max(lengths)} tokens does not fit; raise "
-                         "optim.max_tokens or lower rollout.max_new_tokens")
     bundles = [([row], length) for row, length in enumerate(lengths)]  # rows that stay together, with their tokens
     if share_prompts:
         bundles, rows_of_prompt = [], dict[tuple[int, int], list[int]]()
@@ -248,7 +246,8 @@ def halves(batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
 
 
 def _first_fit(bundles: list[tuple[list[int], int]], capacity: int) -> list[tuple[list[int], int]]:
-    """Puts bundles into bins of `capacity` tokens: the longest first, each into the first bin with room."""
+    """Puts bundles into bins of `capacity` tokens: the longest first, each into the first bin with room; a longer bundle alone
+    into one."""
     bins: list[tuple[list[int], int]] = []
     for rows, length in sorted(bundles, key=lambda bundle: -bundle[1]):
         slot = next((i for i, (_, load) in enumerate(bins) if load + length <= capacity), None)

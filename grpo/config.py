@@ -194,7 +194,8 @@ class OptimConfig:
     # Adam's moments, and how bf16 weights are updated; kernels/adamw.py states the error of each choice
     moments: Moments = Moments.fp32
     weights: WeightUpdates = WeightUpdates.master
-    max_tokens: int = number("[1, inf)")  # tokens in one micro-batch: bounds activation memory; does not change the gradient
+    # tokens in one micro-batch: bounds activation memory; does not change the gradient. A longer sequence is one of its own
+    max_tokens: int = number("[1, inf)")
     # a micro-batch has a group's prompt once, before all its completions: fewer tokens, the same gradient
     share_prompts: bool = False
     minibatches: int = number("[1, inf)")  # updates each epoch

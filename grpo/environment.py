@@ -118,8 +118,7 @@ def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vo
     if not hasattr(env, "train_prompts"):
         return
     with calling(env, "train_prompts"):
-        check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len,
-                      max_new_tokens=config.rollout.max_new_tokens, max_tokens=config.optim.max_tokens)
+        check_lengths(env, "train_prompts", env.train_prompts(), max_len=max_len)
     if is_evaluated:
         held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
 
@@ -206,27 +205,19 @@ def checked_prompts(env: Environment, method: str, prompts: list[Prompt], *, voc
     return prompts
 
 
-def check_lengths(env: Environment, method: str, prompts: Iterable[Prompt], *, max_len: int, max_new_tokens: int | None = None,
-                  max_tokens: int | None = None) -> None:
-    """Raises if a prompt leaves no room for a completion in `max_len` tokens (the model's longest sequence), or if prompt and a
-    completion of `max_new_tokens` do not fit a micro-batch of `max_tokens`: DataError if the prompt has its file and line,
-    EnvironmentFault otherwise."""
-    limit = max_len - 1
-    reason = f"the model's sequences end at {max_len} (max_position_embeddings), and a completion needs one"
-    advice = "shorten it"
-    if max_tokens is not None and max_tokens < max_len:
-        limit = max_tokens - max_new_tokens
-        reason = f"with rollout.max_new_tokens={max_new_tokens} it does not fit optim.max_tokens={max_tokens}"
-        advice = "raise optim.max_tokens, lower rollout.max_new_tokens or shorten it"
-    num_prompts, long = 0, []
+def check_lengths(env: Environment, method: str, prompts: Iterable[Prompt], *, max_len: int) -> None:
+    """Raises if a prompt leaves no room for a completion in `max_len` tokens (the model's longest sequence): DataError if the
+    prompt has its file and line, EnvironmentFault otherwise."""
+    limit, num_prompts, long = max_len - 1, 0, []
     for prompt in prompts:
         num_prompts += 1
         if len(prompt.token_ids) > limit:
             long.append(prompt)
     if not long:
         return
-    text = (f"a prompt has {len(long[0].token_ids)} tokens: {reason} ({len(long)} such of {num_prompts} prompts, the longest "
-            f"{max(len(prompt.token_ids) for prompt in long)}); {advice}")
+    text = (f"a prompt has {len(long[0].token_ids)} tokens: the model's sequences end at {max_len} (max_position_embeddings), "
+            f"and a completion needs one ({len(long)} such of {num_prompts} prompts, the longest "
+            f"{max(len(prompt.token_ids) for prompt in long)}); shorten it")
     if "_source" in long[0].row:
         raise DataError(f"{long[0].row['_source']}: {text}, or leave such rows out: env.on_long_prompt=skip "
                         f"env.max_prompt_tokens={limit}")

@@ -41,8 +41,7 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         prompts = checked_prompts(env, "prompts", prompts, vocab_size=sampler.model.config.vocab_size,
                                   taken={completion.prompt.id for completion, _ in scored})
         prompts = prompts[:rollout.prompts_per_step - _num_groups(live)]
-        check_lengths(env, "prompts", prompts, max_len=sampler.max_len, max_new_tokens=rollout.max_new_tokens,
-                      max_tokens=config.optim.max_tokens)
+        check_lengths(env, "prompts", prompts, max_len=sampler.max_len)
         started = time.perf_counter()
         completions = sampler.generate(
             prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)

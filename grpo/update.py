@@ -110,8 +110,7 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
 def divide(run: Run, batch: RolloutBatch) -> list[list[int]]:
     """The rows of each micro-batch, as large as optim.max_tokens and what did not fit so far allow."""
     optim = run.config.optim
-    max_tokens = min(optim.max_tokens, max(run.most_tokens, *batch.lengths))
-    return rows_of_micro_batches(batch, max_tokens, share_prompts=optim.share_prompts)
+    return rows_of_micro_batches(batch, min(optim.max_tokens, run.most_tokens), share_prompts=optim.share_prompts)
 
 
 def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[list[int]]:

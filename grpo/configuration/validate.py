@@ -139,9 +139,6 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
     if optim.minibatches > rollout.prompts_per_step:
         yield "optim.minibatches", optim.minibatches, (
             f"must not exceed rollout.prompts_per_step ({rollout.prompts_per_step}); lower it or sample more prompts")
-    if optim.max_tokens <= rollout.max_new_tokens:
-        yield "optim.max_tokens", optim.max_tokens, (
-            f"must hold a prompt and rollout.max_new_tokens ({rollout.max_new_tokens}); raise it")
     for key, node in (("optim", optim), ("warmup", config.warmup)):
         if node is not None and len(node.betas) != 2:
             yield f"{key}.betas", node.betas, "must be two numbers in [0, 1), such as [0.9,0.99]"

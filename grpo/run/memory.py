@@ -73,8 +73,7 @@ def _filters(settings: object) -> bool:
 def prompt_len_of(config: TrainConfig, *, max_len: int) -> int:
     """The longest prompt that the environment's settings and the sequence lengths allow."""
     given = config.env.get("max_prompt_tokens")
-    longest = min(max_len, config.optim.max_tokens) - config.rollout.max_new_tokens
-    return max(1, min(longest, given if isinstance(given, int) else DEFAULT_PROMPT_LEN))
+    return max(1, min(max_len - config.rollout.max_new_tokens, given if isinstance(given, int) else DEFAULT_PROMPT_LEN))
 
 
 # ---- what this machine has

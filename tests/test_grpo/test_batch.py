@@ -101,9 +101,9 @@ def test_the_longest_sequences_are_placed_first():
     assert [[int(part.tokens[start]) // 100 for start in part.cu_seqlens[:-1]] for part in parts] == [[0, 1], [2, 5], [3, 4]]
 
 
-def test_a_sequence_over_the_budget_is_refused():
-    with pytest.raises(ValueError, match="optim.max_tokens=8: a sequence of 9 tokens does not fit"):
-        micro_batches(of_lengths(3, 9), 8)
+def test_a_sequence_over_the_budget_is_a_micro_batch_of_its_own():
+    parts = micro_batches(of_lengths(3, 9, 5, 20), 8)
+    assert [len(part.tokens) for part in parts] == [20, 9, 8]
 
 
 def test_minibatches_partition_the_sequences_with_normalisers_of_their_own():

@@ -146,7 +146,6 @@ BAD_ARGUMENTS = [
     ("dtype=half", "dtype = 'half' (str): expected one of auto, float32, bfloat16, float16"),
     ("optim.betas=[0.9]", "optim.betas = [0.9]: must be two numbers in [0, 1)"),
     ("optim.betas=[0.9,1]", "optim.betas = [0.9, 1.0]: must lie in [0, 1)"),
-    ("optim.max_tokens=16", "optim.max_tokens = 16: must hold a prompt and"),
     ("checkpoint.keep=1", "checkpoint.keep = 1: must be at least 2"),
     ("seed=-1", "seed = -1: must lie in [0, 9223372036854775807]"),
     ("steps=0", "steps = 0: must be at least 1"),

@@ -73,9 +73,11 @@ def test_a_group_over_the_budget_repeats_its_prompt():
         [([0, 1, 2, 3, 4], -1), ([1200, 1201, 1202], 0), ([1300, 1301], 0)]]
 
 
-def test_a_sequence_over_the_budget_is_refused_whatever_it_shares():
-    with pytest.raises(ValueError, match="optim.max_tokens=8: a sequence of 9 tokens does not fit"):
-        micro_batches(of_groups((5, [4, 3])), 8, share_prompts=True)
+def test_a_sequence_over_the_budget_is_alone_behind_its_prompt():
+    for prompt_len in (5, 8, 20):  # a prompt alone may exceed the budget
+        parts = micro_batches(of_groups((prompt_len, [4, 3]), (2, [1])), 8, share_prompts=True)
+        assert [len(part.tokens) for part in parts] == [prompt_len + 4, prompt_len + 3, 3]
+        assert [part.prefixes for part in parts] == [[-1, 0]] * 3
 
 
 def test_a_group_scattered_over_the_batch_stands_together():
