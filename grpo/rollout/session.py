@@ -98,7 +98,9 @@ class Sampler:
         self._decoder: Decoder | None = None  # of the last rollout, while none runs
 
     def offload(self) -> None:
-        """Gives the cache's memory back, for training; also the graphs' memory, if the cache cannot return to its addresses."""
+        """Gives the cache's memory back, for training, and that of experts which stream then; also the graphs' memory, if the
+        cache cannot return to its addresses."""
+        self.model.expert_store.for_update()
         if self._decoder is not None and self._decoder.cache.can_offload:
             self._decoder.cache.offload()
         else:
@@ -137,6 +139,7 @@ class Sampler:
         """A decoder for these rows, and how many rows it can run at once: the last rollout's, with its graphs, if it is large
         enough, else a new one. Only here are caches allocated. The session owns the decoder until it hands it back."""
         shape = self.plan(rows)
+        self.model.expert_store.for_sampling()
         decoder, self._decoder = self._decoder, None
         longest = max(row.max_tokens for row in rows)
         if decoder is not None and not _suffices(decoder, shape, longest=longest):

@@ -9,6 +9,7 @@ from grpo.batch import Prompt, pack
 from grpo.rollout.sampling import SamplingParams, draw
 from grpo.rollout.session import Interrupted, Sampler
 from models.config import GptOssConfig
+from models.expert_store import Placement
 from models.gpt_oss import GptOss
 
 VOCAB = 40
@@ -351,3 +352,16 @@ def test_logits_that_are_not_finite_stop_the_rollout_naming_where(model, monkeyp
     prompts = make_prompts(2, lengths=(5, 5))
     with pytest.raises(FloatingPointError, match="step 3, prompt 1, sample 0, position 9"):
         generate(model, prompts, greedy=False)
+
+
+def test_experts_that_stream_in_the_update_only_are_there_for_a_rollout(model):
+    other = GptOss(model.config, dtype=torch.float32, device="cpu", experts="bf16", placement=Placement(0, 2))
+    other.load_state_dict(model.state_dict())
+    sampler, prompts = Sampler(other, NO_STOP, max_batch=64, seed=7), make_prompts(3)
+    for _ in range(2):
+        completions = sampler.generate(prompts, SamplingParams(max_new_tokens=9, temperature=1.0), step=3, num_samples=1)
+        assert other.expert_store.is_sampling
+        sampler.offload()
+        assert not other.expert_store.is_sampling
+    expected, _ = generate(model, prompts, max_new_tokens=9)
+    assert [c.completion_ids for c in completions] == [c.completion_ids for c in expected]
