@@ -139,10 +139,11 @@ class ModelConfig:
     experts: Experts = MISSING
     train: Train = MISSING
     activation_checkpointing: bool = MISSING  # recompute layers in the backward: less memory, same numbers
-    # with activation_checkpointing on a GPU, layers still keep what fits into memory_gb (1e9 bytes; null: 85 % of the GPU's
-    # memory) and, with a frozen base, into host_gb of pinned host memory, where the input embedding goes first
+    # most GPU memory of the process, the CUDA context included (1e9 bytes; null: what the GPU has), and most pinned host memory
+    # for what the GPU does not hold (null: what is free). Where everything lies is planned before the model is loaded (python -m
+    # grpo.plan). With activation_checkpointing layers keep for the backward what there is room for
     memory_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null", default=None)
-    host_gb: float = number("[0, inf)", "in 1e9 bytes", default=0.0)
+    host_gb: Optional[float] = number("[0, inf)", "in 1e9 bytes, or null", default=None)
     lora: Optional[LoraSettings] = None
 
 

@@ -123,6 +123,14 @@ def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vo
         held_out_prompts(env, max_prompts=config.eval.max_prompts, max_len=max_len, vocab_size=vocab_size)
 
 
+def longest_prompt(env: Environment) -> int | None:
+    """Tokens of the longest prompt that a run may train on, None if the environment does not know its prompts."""
+    if not hasattr(env, "train_prompts"):
+        return None
+    with calling(env, "train_prompts"):
+        return max((len(prompt.token_ids) for prompt in env.train_prompts()), default=None)
+
+
 def check_methods(env: Environment, methods: Sequence[str]) -> None:
     """Raises EnvironmentFault for methods that it lacks, and for a property in a method's place that raises."""
     for method in methods:

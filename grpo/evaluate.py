@@ -135,15 +135,15 @@ def run_evaluation(config: EvaluateConfig) -> int:
     code."""
     try:
         output = None if config.output is None else writable_file(config.output)
-        policy, tokenizer, trained, step = load_policy(config, config.env)
-        what = {"model": config.model.path} if trained is None else {"run": config.run, "step": step}
-        env = make_environment(config.env or trained.env, tokenizer, seed=config.seed, total_steps=0,
+        loaded = load_policy(config, config.env, max_batch=config.max_batch)
+        trained = loaded.trained
+        what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
+        env = make_environment(config.env or trained.env, loaded.tokenizer, seed=config.seed, total_steps=0,
                                sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode))
         check_methods(env, ("eval_prompts", "score"))
-        sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.max_batch, seed=config.seed)
-        prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=sampler.max_len,
-                                   vocab_size=policy.config.vocab_size)
-        metrics, _ = evaluate(env, sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
+        prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
+                                   vocab_size=loaded.policy.config.vocab_size)
+        metrics, _ = evaluate(env, loaded.sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
                               greedy=config.greedy, progress=show_progress("evaluating"))
         result = {**what, "num_prompts": len(prompts), **metrics}
         print(clean(results_table(result), sys.stdout.encoding), flush=True)

@@ -160,14 +160,15 @@ def note(text: str) -> None:
 
 def load_conversation(config: GenerateConfig) -> Conversation:
     """Loads the run or the checkpoint that the config names."""
-    policy, tokenizer, trained, step = load_policy(config, None)
+    loaded = load_policy(config, None, max_batch=1)
+    tokenizer, trained = loaded.tokenizer, loaded.trained
     env, encode_prompt = {} if trained is None else trained.env, None
     if trained is not None:
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
             encode_prompt = functools.partial(
                 encode_question, make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps),
-                vocab_size=policy.config.vocab_size)
-        note(f"{config.run}, step {step} of {trained.steps}")
+                vocab_size=loaded.policy.config.vocab_size)
+        note(f"{config.run}, step {loaded.step} of {trained.steps}")
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
              "current_date": config.current_date}
     useless = [f"{key} = {str(value)!r}" for key, value in given.items() if value is not None]
@@ -175,8 +176,7 @@ def load_conversation(config: GenerateConfig) -> Conversation:
         raise ConfigError(f"{', '.join(useless)}: this run's environment renders its own prompts; leave it out")
     default = {"reasoning_effort": str(ReasoningEffort.medium), "current_date": datetime.date.today().isoformat()}
     chat_settings = {key: value if value is not None else env.get(key) or default.get(key) for key, value in given.items()}
-    sampler = Sampler(policy, tokenizer.stop_ids, max_batch=1, seed=config.seed)
-    return Conversation(config, sampler, tokenizer, encode_prompt, chat_settings)
+    return Conversation(config, loaded.sampler, tokenizer, encode_prompt, chat_settings)
 
 
 def chat(conversation: Conversation) -> None:

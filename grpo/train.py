@@ -18,7 +18,6 @@ from grpo.configuration.launch import launch
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import collect, completion_record
-from grpo.record.metrics import peak_memory_gb
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
@@ -36,7 +35,7 @@ def train(run: Run) -> None:
     while run.step < config.steps:
         started = time.perf_counter()
         groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"))
-        run.sampler.offload()  # gives the KV cache's memory to the update
+        run.memory.for_update(run.policy, run.sampler)  # gives it the KV cache's memory
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)
@@ -45,7 +44,8 @@ def train(run: Run) -> None:
         run.num_tokens += sum(len(completion.prompt.token_ids) + completion.num_policy_tokens for completion, _ in groups.scored)
         stats |= {"num_tokens": run.num_tokens, "time/update": finished - updated, "time/step": finished - started,
                   "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
-                  "memory/peak_gb": peak_memory_gb(run.policy.device)}
+                  **run.memory.metrics()}
+        run.memory.for_sampling(run.policy)
         metrics.log(run.step, {**stats, **groups.metrics})
         if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):
             log_completions(run, groups.scored, split="train")
@@ -97,6 +97,7 @@ def run_training(config: TrainConfig) -> int:
                     save(run)
                 train(run)
                 save(run)
+                run.metrics.print(*run.memory.report())
                 exported = export_policy(run)
             except BaseException as error:
                 failure = describe_failure(error, config=config, log=run_dir / "error.log", is_started=run is not None)

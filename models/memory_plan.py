@@ -25,6 +25,7 @@ import torch
 
 from kernels.device import MAX_FEW_ROWS
 from kernels.head.log_probs import SCRATCH_BYTES as HEAD_SCRATCH_BYTES
+from models.adam_state import OptimizerBytes, optimizer_bytes
 from models.config import GptOssConfig
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
 from models.experts import FORMATS
@@ -98,6 +99,8 @@ class Needs:
     max_tokens: int = 0  # most in a micro-batch, unless one sequence has more; 0: nothing trains
     shares_prompts: bool = False  # a micro-batch has a group's prompt once
     recomputes: bool = True  # layers may compute activations again
+    moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
+    weights: str = "master"
 
     @property
     def expert_layer_bytes(self) -> int:
@@ -220,7 +223,6 @@ def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
     """What both phases hold."""
     config, size, layers = needs.config, needs.dtype.itemsize, needs.config.num_hidden_layers
     per_layer, matrix = needs.expert_layer_bytes, embedding_parameters(config) * size
-    trained, small = _trained(needs)
     lines = {"context and modules": CONTEXT_BYTES + MODULE_BYTES,
              "attention and the rest": rest_parameters(config) * size,
              "head": matrix,
@@ -229,24 +231,32 @@ def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
              "expert slots": min(NUM_SLOTS, num_streamed) * per_layer,
              "LoRA": lora_parameters(config, needs.lora_rank, needs.lora_targets) * 4}
     if needs.max_tokens:
-        lines["optimizer"] = 0 if homes.state_on_host else state_bytes(trained, small)
+        lines["optimizer"] = 0 if homes.state_on_host else state_bytes(needs)
     return lines
 
 
-def _trained(needs: Needs) -> tuple[int, int]:
-    """Trained parameters in fp32 (LoRA), and in the model's dtype."""
+def trained_sizes(needs: Needs) -> tuple[list[int], list[int]]:
+    """Elements of trained parameters in fp32 (LoRA), and in the model's dtype; small ones of a layer as one."""
     config, layers = needs.config, needs.config.num_hidden_layers
     if needs.trains_all:
-        experts = layers * config.num_local_experts * 3 * config.hidden_size * config.intermediate_size
-        return 0, rest_parameters(config) + 2 * embedding_parameters(config) + experts
+        experts = config.num_local_experts * config.hidden_size * config.intermediate_size
+        return [], [rest_parameters(config), *2 * [embedding_parameters(config)], *layers * [2 * experts, experts]]
     norms = needs.trains_norms * (2 * layers + 1) * config.hidden_size
-    return lora_parameters(config, needs.lora_rank, needs.lora_targets), norms + needs.trains_sinks * layers * (
-        config.num_attention_heads)
+    sinks = needs.trains_sinks * layers * config.num_attention_heads
+    adapter = lora_parameters(config, needs.lora_rank, needs.lora_targets)
+    return [adapter // layers] * layers if adapter else [], [size for size in (norms, sinks) if size]
 
 
-def state_bytes(fp32: int, others: int) -> int:
-    """AdamW's two fp32 moments, and an fp32 master of each parameter that is not fp32 itself."""
-    return 8 * fp32 + 12 * others
+def optimizer_needs(needs: Needs) -> OptimizerBytes:
+    fp32, others = trained_sizes(needs)
+    parts = [optimizer_bytes(fp32, torch.float32, needs.moments, needs.weights),
+             optimizer_bytes(others, needs.dtype, needs.moments, needs.weights)]
+    return OptimizerBytes(*(sum(pair) for pair in zip(*parts)))
+
+
+def state_bytes(needs: Needs) -> int:
+    optimizer = optimizer_needs(needs)
+    return optimizer.moments + optimizer.masters
 
 
 def _plan_sampling(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, most_streamed: int) -> tuple[float, int, int, Phase]:
@@ -312,7 +322,7 @@ def _workload(needs: Needs, scratch_bytes: int) -> Workload:
                     keeps_h=True, scratch_bytes=scratch_bytes)
 
 
-def _update_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dict[str, int]:
+def _pass_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dict[str, int]:
     """The peak of a micro-batch beside weights, gradients and state, if layers keep everything in one place and their inputs in
     another: in the forward, at the head or in the backward."""
     config, workload = needs.config, replace(_workload(needs, scratch_bytes), keeps_h=kept == Place.gpu)
@@ -332,13 +342,16 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
     """Bytes of activations in host memory, and the phase. streamed: the numbers of streamed layers to choose from. is_last: all
     else has been tried. Raises DoesNotFit."""
     layers = needs.config.num_hidden_layers
-    trained, others = _trained(needs)
+    optimizer = optimizer_needs(needs)
     sizes = bytes_of(needs.config, _workload(needs, SCRATCH_BYTES))
     inputs, whole = layers * sizes["x"], layers * sum(sizes.values())
 
     def phase(kept: Place, x: Place, num_streamed: int, scratch_bytes: int) -> Phase:
-        lines = _weights(needs, homes, num_streamed) | {"gradients": 4 * (trained + others)}
-        lines |= _update_moment(needs, kept, x, scratch_bytes)
+        # all, and those of the layer that has just run backwards, which autograd adds to them
+        lines = _weights(needs, homes, num_streamed) | {"gradients": optimizer.gradients + optimizer.gradients // layers}
+        step = optimizer.scratch + homes.state_on_host * optimizer.buffers
+        lines |= max(_pass_moment(needs, kept, x, scratch_bytes), {"scratch of the optimizer": step}, key=lambda part: sum(
+            part.values()))
         torch_bytes = _torch_bytes(lines)
         lines["unused by torch"] = int(_UNUSED * torch_bytes if kept == Place.gpu else max(
             _UNUSED_IN_UPDATE * torch_bytes, _HOLES * largest_tensor(needs.config, _workload(needs, SCRATCH_BYTES))))
@@ -357,7 +370,8 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
         found = phase(kept, x, num_streamed, scratch_bytes)
         if found.peak <= limit:
             if kept != Place.gpu:  # layers keep what there is room for
-                found.lines["kept activations"] += min(limit - found.peak, max(0, whole - found.lines["kept activations"]))
+                kept_bytes = found.lines.get("kept activations", 0)
+                found.lines["kept activations"] = kept_bytes + min(limit - found.peak, max(0, whole - kept_bytes))
             return inputs if x == Place.host else 0, found
     raise DoesNotFit("update")
 
@@ -387,7 +401,7 @@ def plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> MemoryPlan:
 
 def _host(needs: Needs, homes: _Homes) -> dict[str, int]:
     embedding = pinned_bytes(embedding_parameters(needs.config) * needs.dtype.itemsize)
-    return {"embedding": homes.embedding_on_host * embedding, "optimizer": homes.state_on_host * state_bytes(*_trained(needs))}
+    return {"embedding": homes.embedding_on_host * embedding, "optimizer": homes.state_on_host * state_bytes(needs)}
 
 
 def _plan_with(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, host_bytes: int, *, is_last: bool) -> MemoryPlan:

@@ -89,9 +89,6 @@ def model_problems(model: ModelConfig, *, reads_adapter: bool) -> Iterator[Probl
             yield "model.lora", None, (
                 "required by model.train=lora; set model.lora.rank and the other keys, or model.train=full")
     else:
-        if model.host_gb > 0:
-            yield "model.host_gb", model.host_gb, (
-                "host memory serves runs with a frozen base; set model.host_gb=0 or model.train=lora")
         if model.lora is not None:
             yield "model.lora", "settings", "contradict model.train=full; set model.lora=null or model.train=lora"
         if model.experts not in UNPACKED:

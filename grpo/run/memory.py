@@ -6,10 +6,16 @@ import torch
 
 from grpo.config import ConfigError, Experts, InferenceConfig, ModelConfig, Train, TrainConfig
 from grpo.configuration.validate import is_evaluating
+from grpo.record.metrics import peak_memory_gb
+from grpo.rollout.session import Sampler
+from models.arena import has_arenas
 from models.config import GptOssConfig
 from models.experts import stored_format
+from models.gpt_oss import GptOss
 from models.memory_plan import (
+    CONTEXT_BYTES,
     GPUS,
+    MODULE_BYTES,
     DoesNotFit,
     Gpu,
     MemoryPlan,
@@ -114,7 +120,7 @@ def make_plan(needs: Needs, gpu: Gpu, model: ModelConfig, *, host_bytes: int) ->
     """The plan within model.memory_gb and model.host_gb, or what the GPU and the host have. Raises ConfigError with the nearest
     settings that fit."""
     limit = min(int(_SHARE_OF_GPU * gpu.num_bytes) if model.memory_gb is None else int(1e9 * model.memory_gb), gpu.num_bytes)
-    host = min(host_bytes, int(1e9 * model.host_gb)) if model.host_gb else host_bytes
+    host = host_bytes if model.host_gb is None else min(host_bytes, int(1e9 * model.host_gb))
     try:
         return plan(needs, gpu, limit=limit, host_bytes=host)
     except DoesNotFit:
@@ -150,3 +156,116 @@ def _refusal(needs: Needs, gpu: Gpu, model: ModelConfig, *, limit: int, host: in
     beside = "" if host >= UNLIMITED else f", with {host / 1e9:.1f} GB of host memory,"
     return (f"model.memory_gb = {value}: {limit / 1e9:.2f} GB of the GPU{beside} do not hold this "
             + (f"run; each of these alone fits: {'; '.join(ways)}" if ways else "run, whatever one setting is"))
+
+
+def summary(plan: MemoryPlan, num_layers: int) -> str:
+    """The plan in a line or two."""
+    phases = {"sampling": plan.sampling} | ({"update": plan.update} if plan.update else {})
+    parts = [f"{name} {phase.peak / 1e9:.2f}" for name, phase in phases.items()]
+    lines = [f"memory   {', '.join(parts)} of {plan.limit / 1e9:.2f} GB; {plan.num_rows} rows decoded at once"]
+    if plan.host_bytes:
+        lines.append(f"         host: {', '.join(f'{name} {size / 1e9:.2f}' for name, size in plan.host.items() if size)} GB")
+    if plan.placement.num_streamed_update:
+        streamed = " and ".join(f"{phase.num_streamed} in {name}" for name, phase in phases.items())
+        lines.append(f"         experts of {streamed} of {num_layers} layers are streamed")
+    return "\n".join(lines)
+
+
+class GpuMemory:
+    """Keeps a process's GPU memory as planned from phase to phase, and measures what each phase takes: torch's, the context and
+    modules beside it, and the sampler's cache. On a CPU, without a plan, it does nothing."""
+
+    def __init__(self, plan: MemoryPlan | None, device: torch.device, *, others: int, limits_torch: bool) -> None:
+        """others: bytes that other processes take. limits_torch: torch must end at the plan's limit, not at the GPU's."""
+        self.plan, self.device, self._others, self._limits_torch = plan, device, others, limits_torch
+        self.peaks: dict[str, int] = {}  # of finished phases, bytes
+        self._phase = ""
+        if plan is not None:
+            self._allow_torch(plan.limit - CONTEXT_BYTES)
+
+    def for_sampling(self, policy: GptOss) -> None:
+        """Call it before sampling. Brings back to the GPU what the update had no room for."""
+        if self.plan is None or self._phase == "sampling":
+            return
+        self.measure()
+        self._phase = "sampling"
+        if self._limits_torch:
+            torch.cuda.empty_cache()
+        placement, in_arenas = self.plan.placement, 0
+        if has_arenas(self.device):
+            returning = placement.num_streamed_update - placement.num_streamed_sampling
+            in_arenas = self.plan.sampling.lines["cache"] + returning * policy.expert_store.layer_bytes
+        self._allow_torch(self.plan.limit - self._beside_torch() - in_arenas)
+        policy.expert_store.for_sampling()
+
+    def for_update(self, policy: GptOss, sampler: Sampler | None) -> None:
+        """Call it before training. Frees the cache, and experts that are streamed in the update: all memory is then torch's."""
+        if self.plan is None or self._phase == "update":
+            if sampler is not None:
+                sampler.offload()
+            return
+        self.measure()
+        self._phase = "update"
+        if sampler is not None:
+            sampler.offload()
+        policy.expert_store.for_update()
+        room = self.plan.limit - self._beside_torch()
+        self._allow_torch(room)
+        policy.memory.memory_gb = room / 1e9
+
+    def sampler_settings(self, cache_gb: float | None = None) -> dict[str, float | int]:
+        """Keywords of the Sampler: the size of its cache, as configured or planned, and most tokens of a prefill."""
+        if self.plan is None:
+            return {"cache_gb": cache_gb}
+        return {"cache_gb": self.plan.cache_bytes / 1e9, "max_prefill_tokens": self.plan.prefill_tokens}
+
+    def measure(self) -> None:
+        """Adds the peak since the phase began to `peaks`."""
+        if self._phase:
+            peak = torch.cuda.max_memory_reserved(self.device) + self._measured_beside()
+            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def metrics(self) -> dict[str, float]:
+        """Peak so far and what was planned, GB."""
+        if self.plan is None:
+            return {"memory/peak_gb": peak_memory_gb(self.device)}
+        self.measure()
+        planned = max(phase.peak for phase in (self.plan.sampling, self.plan.update) if phase)
+        return {"memory/peak_gb": max(self.peaks.values()) / 1e9, "memory/planned_gb": planned / 1e9}
+
+    def report(self) -> list[str]:
+        """A line with the planned and the measured peak of each phase."""
+        if self.plan is None:
+            return []
+        self.measure()
+        planned = {"sampling": self.plan.sampling, "update": self.plan.update}
+        return ["memory   " + "; ".join(f"{name}: planned {planned[name].peak / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB"
+                                        for name, peak in self.peaks.items() if planned[name])]
+
+    def _measured_beside(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free - self._others - torch.cuda.memory_reserved(self.device)
+
+    def _beside_torch(self) -> int:
+        """Context and modules, those that are still to be loaded too; call it while no cache is there."""
+        return max(self._measured_beside(), CONTEXT_BYTES + MODULE_BYTES)
+
+    def _allow_torch(self, num_bytes: int) -> None:
+        if self._limits_torch:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, num_bytes / total)), self.device)
+
+
+def unplanned(device: torch.device) -> GpuMemory:
+    return GpuMemory(None, device, others=0, limits_torch=False)
+
+
+def gpu_memory(needs: Needs, model: ModelConfig, device: torch.device) -> GpuMemory:
+    """Plans the memory of a policy that is about to be loaded. Raises ConfigError where it does not fit."""
+    torch.empty(1, device=device)  # makes the context
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
+    gpu = gpu_here(device)
+    plan = make_plan(needs, replace(gpu, num_bytes=gpu.num_bytes - others), model, host_bytes=free_host_bytes())
+    return GpuMemory(plan, device, others=others, limits_torch=model.memory_gb is not None)

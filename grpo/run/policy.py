@@ -4,6 +4,7 @@ Shared by the three entry points. Trained parameters of a run live in its checkp
 `model.architecture` and the seed.
 """
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from grpo.config import ConfigError, Device, Dtype, InferenceConfig, ModelConfig, Train, TrainConfig, read_saved_config
 from grpo.configuration.targets import resolve_target
 from grpo.environment import tiny_tokenizer
+from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import RunState, load_run
+from grpo.run.memory import GpuMemory, gpu_memory, needs_of_inference, unplanned
 from models.chat.tokenizer import Tokenizer
 from models.config import GptOssConfig
 from models.formats.files import checkpoint_folder
@@ -19,6 +22,7 @@ from models.formats.hugging_face import load_model, read_checkpoint_config
 from models.formats.peft import check_adapter, load_adapter
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training
+from models.memory_plan import MemoryPlan
 
 PARAM = "param."  # prefix of trained parameters in a run's checkpoint
 
@@ -86,20 +90,21 @@ def read_architecture(model: ModelConfig, tokenizer: Tokenizer) -> GptOssConfig:
     return architecture
 
 
-def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device,
-                dtype: torch.dtype) -> GptOss:
-    """The untrained policy: base weights, with fresh adapters or with full training enabled."""
+def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device, dtype: torch.dtype,
+                plan: MemoryPlan | None = None) -> GptOss:
+    """The untrained policy: base weights, with fresh adapters or with full training enabled. plan: where what lies on a GPU."""
     if dtype == torch.float16:  # the library would add partial sums in float16, and they can pass its 65504
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     architecture = read_architecture(model, tokenizer)
+    host_gb, placement = 0.0, None
+    if plan is not None:
+        host_gb, placement = (plan.host["embedding"] + plan.host["activations"]) / 1e9, plan.placement
+    settings = {"device": device, "dtype": dtype, "activation_checkpointing": model.activation_checkpointing,
+                "memory_gb": model.memory_gb, "host_gb": host_gb, "placement": placement}
     if model.path is not None:
-        policy = load_model(model.path, device=device, dtype=dtype, experts=str(model.experts),
-                            activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
-                            host_gb=model.host_gb)
+        policy = load_model(model.path, experts=str(model.experts), **settings)
     else:
-        policy = GptOss(architecture, dtype=dtype, device=device, experts="bf16",
-                        activation_checkpointing=model.activation_checkpointing, memory_gb=model.memory_gb,
-                        host_gb=model.host_gb)
+        policy = GptOss(architecture, experts="bf16", **settings)
         policy.init_weights(seed)
     if model.train == Train.full:
         set_full_training(policy)
@@ -156,22 +161,46 @@ def load_parameters(policy: GptOss, tensors: dict[str, torch.Tensor], source: st
         parameters[name].copy_(tensor)
 
 
-def load_policy(config: InferenceConfig, env: dict | None) -> tuple[GptOss, Tokenizer, TrainConfig | None, int | None]:
-    """The policy and tokenizer of the run that the config names, with that run's config and the step; or those of the model that
-    it names, with None for both. `env` may bring a tokenizer for that model."""
+@dataclass
+class Loaded:
+    """A policy that samples."""
+
+    policy: GptOss
+    tokenizer: Tokenizer
+    trained: TrainConfig | None  # the config of the run that it comes from
+    step: int | None  # of that run
+    sampler: Sampler
+
+
+def load_policy(config: InferenceConfig, env: dict | None, *, max_batch: int) -> Loaded:
+    """The policy of the run, or the model, that the config names, with a sampler of `max_batch` rows. `env` may bring a tokenizer
+    for a model."""
     device, dtype = prepare_device(config)
+    trained, state = None, None
+    memory = _plan_inference(config, max_batch, device, dtype) if device.type == "cuda" else unplanned(device)
     if config.run is not None:
-        policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype)
-        return policy, tokenizer, trained, state.step
-    tokenizer = build_tokenizer(config.model, env)
-    check_initial_adapter(config.model)
-    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
-    load_initial_adapter(policy, config.model)
-    return policy, tokenizer, None, None
+        policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype,
+                                                            plan=memory.plan)
+    else:
+        tokenizer = build_tokenizer(config.model, env)
+        check_initial_adapter(config.model)
+        policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
+        load_initial_adapter(policy, config.model)
+    memory.for_sampling(policy)
+    sampler = Sampler(policy, tokenizer.stop_ids, max_batch=max_batch, seed=config.seed, **memory.sampler_settings())
+    return Loaded(policy, tokenizer, trained, state and state.step, sampler)
 
 
-def load_run_policy(run_dir: str | Path, *, step: int | None, device: torch.device,
-                    dtype: torch.dtype) -> tuple[GptOss, Tokenizer, TrainConfig, RunState]:
+def _plan_inference(config: InferenceConfig, max_batch: int, device: torch.device, dtype: torch.dtype) -> GpuMemory:
+    model = config.model if config.run is None else read_saved_config(Path(config.run).expanduser() / "config.yaml").model
+    if model.path is None:  # a model from scratch is small
+        return unplanned(device)
+    needs = needs_of_inference(config, model, read_checkpoint_config(model.path), max_rows=max_batch, dtype=dtype)
+    return gpu_memory(needs, model, device)
+
+
+def load_run_policy(run_dir: str | Path, *, step: int | None, device: torch.device, dtype: torch.dtype,
+                    plan: MemoryPlan | None = None) -> tuple[GptOss, Tokenizer, TrainConfig, RunState]:
     """The policy of a run at a checkpoint (the newest by default), for evaluation, chat and export."""
     run_dir = Path(run_dir).expanduser()
     config = read_saved_config(run_dir / "config.yaml")
@@ -179,6 +208,6 @@ def load_run_policy(run_dir: str | Path, *, step: int | None, device: torch.devi
     if state is None:
         raise ConfigError(f"run = {str(run_dir)!r}: it has no checkpoint yet; wait for one or train with checkpoint.every=N")
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
-    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=plan)
     load_parameters(policy, state.tensors, f"{run_dir}, step {state.step}")
     return policy, tokenizer, config, state

@@ -23,7 +23,14 @@ from grpo.config import (
 )
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind
-from grpo.environment import Environment, check_environment, make_environment, make_sandbox, summary_of
+from grpo.environment import (
+    Environment,
+    check_environment,
+    longest_prompt,
+    make_environment,
+    make_sandbox,
+    summary_of,
+)
 from grpo.kl import Reference
 from grpo.losses import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
@@ -33,6 +40,7 @@ from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import RunState, load_run
 from grpo.run.identity import PLACES, check_same, identify, provenance
 from grpo.run.lock import RunLock
+from grpo.run.memory import GpuMemory, gpu_memory, needs_of, prompt_len_of, summary, unplanned
 from grpo.run.policy import (
     build_model,
     build_tokenizer,
@@ -70,6 +78,7 @@ class Run:
     lock: RunLock | None = None  # of its folder; None: nothing is saved
     made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
     sandbox: Sandbox | None = None  # of an environment that runs code that the model writes
+    memory: GpuMemory | None = None  # always, in a run that start() made
     optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
@@ -102,9 +111,13 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     if state is not None:
         check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
     changes = describe_changes(config, run_dir) if state is not None else []
-    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype)
+    memory = unplanned(device)
+    if device.type == "cuda":
+        prompt_len = longest_prompt(env) or prompt_len_of(config, max_len=architecture.max_position_embeddings)
+        memory = gpu_memory(needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype), config.model, device)
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed,
-                      shares_prompts=config.optim.share_prompts, cache_gb=config.rollout.cache_gb)
+                      shares_prompts=config.optim.share_prompts, **memory.sampler_settings(config.rollout.cache_gb))
     save_config(config, run_dir / "config.yaml")
     if (run_dir / "tokenizer").is_symlink():  # another's folder must not be written into
         remove(run_dir / "tokenizer")
@@ -113,7 +126,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
                       wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
                       | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
     metrics.print(*changes)
-    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox), state
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox, memory), state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -124,6 +137,8 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     run.metrics.print(describe(config, run.run_dir, run.policy, run.env, resumed_step=state.step if state else None))
     if run.sandbox is not None:
         run.metrics.print(f"sandbox  {run.sandbox.describe()}")
+    if run.memory.plan is not None:
+        run.metrics.print(summary(run.memory.plan, run.policy.config.num_hidden_layers))
     has_penalty = config.kl.coefficient > 0
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
@@ -133,6 +148,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
             run.reference = Reference.of(run.policy, parameters_of_run(run.policy, config.model))
         load_initial_adapter(run.policy, config.model)
         if config.warmup is not None:
+            run.memory.for_update(run.policy, None)
             warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
         if has_penalty and config.kl.reference == KlReference.start:
             run.reference = Reference.of(run.policy)
@@ -142,6 +158,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
                                    if name.startswith(OPTIM)})
         run.step, run.saved_step, run.num_tokens = state.step, state.step, state.state["num_tokens"]
     run.optimizer = optimizer
+    run.memory.for_sampling(run.policy)
 
 
 def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False) -> Optimizer:

@@ -14,11 +14,13 @@ from models.memory_plan import (
     has_plan,
     least_limit,
     lora_parameters,
+    optimizer_needs,
     pinned_bytes,
     plan,
     rest_parameters,
     state_bytes,
     table,
+    trained_sizes,
 )
 
 B20, B120 = released("openai/gpt-oss-20b"), released("openai/gpt-oss-120b")
@@ -50,7 +52,11 @@ def test_bytes_of_everything_else():
     assert embedding_parameters(B20) == 201_088 * 2880
     assert lora_parameters(B20, 8, RUN.lora_targets) == 24 * (32 * 8 * 14_400 + 8 * 20_736)
     assert lora_parameters(B20, 4, ("router",)) == 24 * 4 * (2880 + 32)
-    assert state_bytes(100, 10) == 8 * 100 + 12 * 10
+    assert state_bytes(RUN) == 8 * 92_454_912  # two fp32 moments
+    full = replace(RUN, trains_all=True, lora_rank=0, experts="bf16", moments="int8", weights="stochastic")
+    assert sum(trained_sizes(full)[1]) == 20_914_757_184
+    assert optimizer_needs(full).gradients == 2 * 20_914_757_184
+    assert state_bytes(full) == pytest.approx(2 * 20_914_757_184, rel=0.04)  # and an absmax for each 256
     assert [pinned_bytes(size) for size in (0, 1, 5, 64, 65)] == [0, 1, 8, 64, 128]
 
 
@@ -77,7 +83,8 @@ def test_with_room_for_everything_nothing_moves():
     assert (found.sampling.num_streamed, found.update.num_streamed, found.num_rows) == (0, 0, 8)
     lines = found.update.lines
     assert lines["experts"] == 10_152_345_600 and lines["head"] == lines["embedding"] == 1_158_266_880
-    assert lines["gradients"] == lines["LoRA"] == 369_819_648 and lines["optimizer"] == 2 * 369_819_648
+    assert lines["LoRA"] == 369_819_648 and lines["gradients"] == 25 * lines["LoRA"] // 24
+    assert lines["optimizer"] == 2 * lines["LoRA"]
     assert found.update.peak == sum(lines.values()) < 40e9
     assert found.sampling.lines["cache"] == cache_bytes(RUN, 8) and "gradients" not in found.sampling.lines
 

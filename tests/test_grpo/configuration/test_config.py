@@ -188,10 +188,6 @@ def test_contradictions_of_the_released_models_are_refused():
         (["model.lora.rank=0"], "model.lora.rank = 0: must be at least 1"),
         (["model.memory_gb=-1"], "model.memory_gb = -1.0: must be > 0"),
         (["model.host_gb=-1"], "model.host_gb = -1.0: must be at least 0"),
-        (
-            ["model.train=full", "model.lora=null", "model.experts=bf16", "model.host_gb=2"],
-            "model.host_gb = 2.0: host memory serves runs with a frozen base",
-        ),
         (["model.lora.adapter=/nowhere"], "model.lora.adapter = '/nowhere': no such folder"),
         (["model.train=full", "model.lora=null", "model.experts=mxfp4"], "packed experts cannot be trained in full"),
     ):
