@@ -46,7 +46,8 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
         num_prompts=rollout.prompts_per_step, group_size=rollout.group_size, max_rows=rollout.max_batch, prompt_len=prompt_len,
         new_len=rollout.max_new_tokens, eval_rows=eval_rows, filters=_filters(rollout),
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
-        max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing)
+        max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing,
+        moments=str(optim.moments), weights=str(optim.weights))
 
 
 def needs_of_inference(config: InferenceConfig, model: ModelConfig, architecture: GptOssConfig, *, max_rows: int,

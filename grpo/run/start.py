@@ -152,7 +152,9 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
             warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
         if has_penalty and config.kl.reference == KlReference.start:
             run.reference = Reference.of(run.policy)
-    optimizer = make_optimizer(config, run.policy)  # now: its fp32 masters are copies of the weights
+    # now: its fp32 masters are copies of the weights
+    plan = run.memory.plan
+    optimizer = make_optimizer(config, run.policy, state_on_host=plan is not None and plan.state_on_host)
     if state is not None:
         optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
                                    if name.startswith(OPTIM)})
