@@ -126,7 +126,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
                       wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
                       | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
     metrics.print(*changes)
-    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox, memory), state
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox,
+               memory), state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
