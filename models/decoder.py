@@ -254,6 +254,7 @@ class Decoder:
         kernels, and captures it for the next."""
         if key in self._graphs:
             graph, result = self._graphs[key]
+            self.model.expert_store.settle()
             graph.replay()
             return result
         result, graph = function(), torch.cuda.CUDAGraph()

@@ -121,7 +121,8 @@ class ExpertStore:
         torch.OutOfMemoryError, and leaves everything as for the update, if there is not enough memory."""
         if self.is_sampling or not self._homes:
             return
-        self._forget()
+        self.settle()
+        self._contents = [None] * NUM_SLOTS
         if not self._streamed_sampling:
             self._slots.clear()
         if self._returning:
@@ -133,7 +134,8 @@ class ExpertStore:
         replayed until for_sampling()."""
         if not self.is_sampling:
             return
-        self._forget()
+        self.settle()
+        self._contents = [None] * NUM_SLOTS
         self.is_sampling = False
         if self._arena is not None:
             self._arena.give_back()
@@ -153,10 +155,10 @@ class ExpertStore:
                                          self._arena.tensor((self.layer_bytes,), torch.uint8))
             self._returned[layer].copy_(self._homes[layer], non_blocking=True)
 
-    def _forget(self) -> None:
-        """Takes nothing for granted that the slots hold. A pass that failed may have left copies on their way."""
-        self._contents = [None] * NUM_SLOTS
-        if self.device.type == "cuda":
+    def settle(self) -> None:
+        """Lets the computation wait for copies that a pass which failed has left on their way. Call it before a graph is
+        replayed: the graph's own copies do not wait for those."""
+        if self.device.type == "cuda" and self._homes:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
 
     # ---- passes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from paths import FIXTURES, ROOT
 from rollout_problem import assert_equal, converse
+from streaming import assert_same, gradients
 
 import grpo.rollout.session
 import kernels.device
@@ -19,6 +20,7 @@ from grpo.kl import Reference
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.update import make_replay
+from models.expert_store import Placement
 from models.formats.hugging_face import load_model
 from models.keys import PrefillChunk
 from models.kv_cache import page_bytes, slot_bytes
@@ -60,9 +62,9 @@ def test_sampler_and_trainer_agree_on_cuda():
     assert (log_probs - batch.sampler_log_probs)[batch.loss_mask].abs().max() <= 5e-5
 
 
-def adapted_model(targets=("q_proj", "k_proj", "v_proj", "o_proj", "experts")):
+def adapted_model(targets=("q_proj", "k_proj", "v_proj", "o_proj", "experts"), **settings):
     """The tiny packed checkpoint in bf16 with adapters that are not zero."""
-    model = load_model(FIXTURES / "tiny_mxfp4", device="cuda", dtype=torch.bfloat16)
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cuda", dtype=torch.bfloat16, **settings)
     attach_lora(model, LoraConfig(rank=4, alpha=8.0, targets=list(targets)), seed=0)
     generator = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
@@ -92,6 +94,52 @@ def test_sampled_log_probs_are_the_trainers_bit_for_bit(shares_prompts):
     completions = sampler.generate(prompts, SamplingParams(max_new_tokens=150, temperature=0.7), step=2, num_samples=3)
     for max_tokens in (100_000, 300):
         assert_trainers_bits(model, completions, shares_prompts=shares_prompts, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("placement", [Placement(4, 4), Placement(2, 3), Placement(0, 4)], ids=str)
+def test_streamed_experts_give_the_bits_of_resident_ones_by_graphs_and_in_training(placement):
+    resident, model = adapted_model(), adapted_model(placement=placement, activation_checkpointing=True)
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
+    samplers, store = [Sampler(each, [1], max_batch=5, seed=3) for each in (resident, model)], model.expert_store
+    graphs, places = [], []
+    for step in range(3):
+        ours, theirs = (sampler.generate(prompts, SamplingParams(max_new_tokens=60, temperature=0.7), step=step, num_samples=3)
+                        for sampler in samplers)
+        assert contents(ours) == contents(theirs)
+        graphs.append({key: id(graph) for key, (graph, _) in samplers[1]._decoder._graphs.items()})
+        places.append([tensor.data_ptr() for tensor in (*store._slots, *store._returned.values())])
+        samplers[1].offload()
+        assert_same(gradients(model), gradients(resident))
+        for slot in store._slots:
+            slot.fill_(255)  # a graph must not read what it has not copied
+    assert graphs[0] and graphs[0].items() <= graphs[1].items() <= graphs[2].items() and places[1:] == places[:1] * 2
+
+
+def test_memory_of_experts_that_stream_in_the_update_only_is_given_back():
+    store = adapted_model(placement=Placement(0, 4)).expert_store
+    store.begin()
+    torch.cuda.synchronize()
+    for _ in range(2):
+        store.for_sampling()
+        before = torch.cuda.mem_get_info()[0]
+        store.for_update()
+        assert torch.cuda.mem_get_info()[0] - before >= store._arena.num_bytes >= 4 * store.layer_bytes
+
+
+@pytest.mark.parametrize("is_sampling", [False, True])
+def test_rollouts_after_a_pass_that_failed_have_the_bits_of_resident_experts(monkeypatch, is_sampling):
+    resident, model = adapted_model(), adapted_model(placement=Placement(4, 4))
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(3)]
+    samplers = [Sampler(each, [1], max_batch=5, seed=3) for each in (resident, model)]
+    for layer in range(4):
+        (model.expert_store.for_sampling if is_sampling else model.expert_store.for_update)()
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(model.model.layers[layer].mlp.experts, "local_forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model.logits(torch.arange(9, device="cuda"), torch.tensor([0, 9]))
+        ours, theirs = (contents(sampler.generate(prompts, SamplingParams(max_new_tokens=30), step=layer, num_samples=1))
+                        for sampler in samplers)
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("trains_base", [False, True])
