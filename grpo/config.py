@@ -195,6 +195,9 @@ class OptimConfig:
     # Adam's moments, and how bf16 weights are updated; kernels/adamw.py states the error of each choice
     moments: Moments = Moments.fp32
     weights: WeightUpdates = WeightUpdates.master
+    # update each parameter as soon as the backward has its gradient, which then needs no memory. Needs max_grad_norm=null; an
+    # update from several micro-batches keeps its gradients all the same
+    in_backward: bool = False
     # tokens in one micro-batch: bounds activation memory; does not change the gradient. A longer sequence is one of its own
     max_tokens: int = number("[1, inf)")
     # a micro-batch has a group's prompt once, before all its completions: fewer tokens, the same gradient
@@ -478,7 +481,7 @@ def describe_type(hint: Any) -> str:
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb", "sandbox"),
     # memory: these may change how numbers are rounded
-    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts"),
+    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts", "optim.in_backward"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
     # how reward functions are called, not what they return: to go on after a judge was down

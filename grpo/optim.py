@@ -38,11 +38,14 @@ def loss_scale_for(dtype: torch.dtype, configured: float | None) -> float:
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or infinity; raised before any weight moves."""
+    """A NaN or infinity; raised before any weight moves, except by an update in the backward."""
 
-    def __init__(self, step: int, what: str, name: str, detail: str) -> None:
-        super().__init__(f"{what} of {name} is not finite at update {step} ({detail}); no weight was changed. Lower "
-                         "optim.lr or optim.max_grad_norm, or look at this step's rewards and completions")
+    def __init__(self, step: int, what: str, name: str, detail: str, *, num_changed: int = 0) -> None:
+        """num_changed: parameters that an update in the backward has changed before."""
+        changed = f"{num_changed} parameters were changed before: the newest checkpoint stands" if num_changed else (
+            "no weight was changed")
+        super().__init__(f"{what} of {name} is not finite at update {step} ({detail}); {changed}. Lower optim.lr or "
+                         "optim.max_grad_norm, or look at this step's rewards and completions")
         self.step, self.what, self.name = step, what, name
 
 
@@ -114,6 +117,7 @@ class Optimizer:
         self._gradients: dict[str, torch.Tensor] = {}  # the buffer's parts; empty between updates
         self._received: set[str] = set()  # parameters that got a gradient since zero_grad()
         self._unfinished: _Unfinished | None = None  # the update that step() has begun
+        self._norms: list[float] | None = None  # of the gradients that an update in the backward had so far
         self._hooks = [param.register_post_accumulate_grad_hook(self._receiver(name)) for name, param in self.params.items()]
 
     def close(self) -> None:
@@ -153,6 +157,10 @@ class Optimizer:
             self, gradient = reference(), param.grad
             if self is None:
                 return
+            if self._norms is not None:
+                param.grad = None
+                self._update_now(name, gradient)
+                return
             if not self._gradients:
                 param.grad = None
                 self.allocate_gradients()
@@ -164,9 +172,28 @@ class Optimizer:
 
         return receive
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a loss to those accumulated since `zero_grad()`."""
+    def backward(self, loss: torch.Tensor, *, updates: bool = False) -> None:
+        """Adds the gradients of a loss to those accumulated since `zero_grad()`. updates: instead updates each parameter as soon
+        as it has its gradient, which then is dropped; step() only counts. For an update from one loss, without clipping; after an
+        error some parameters are updated and others are not."""
+        assert not updates or (math.isinf(self.max_grad_norm) and not self._received), "updates need one loss and no clipping"
+        self._norms = [] if updates else None
         (loss if self.loss_scale == 1.0 else loss * self.loss_scale).backward()
+
+    @torch.no_grad()
+    def _update_now(self, name: str, gradient: torch.Tensor) -> None:
+        assert name not in self._received, f"a second gradient of {name}"
+        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) / self.loss_scale
+        if not math.isfinite(norm):
+            raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient), num_changed=len(self._norms))
+        gradient = gradient.contiguous().to(gradient_dtype(gradient.dtype, self._state.weights))
+        self._state.begin()
+        self._received.add(name)
+        self._norms.append(norm)
+        pieces = self._state.pieces_of[name]
+        for index, upcoming in zip(pieces, [*pieces[1:], None]):
+            self._state.update(index, gradient, upcoming=upcoming, lr=self.lr, scale=1 / self.loss_scale,
+                               num_updates=self.num_updates + 1)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Name -> gradient accumulated so far, without the loss scale; raises ValueError for a parameter that got none."""
@@ -196,23 +223,27 @@ class Optimizer:
         (out of memory, say) step() may be called again and goes on where it was, with the same result."""
         if self._unfinished is None:
             self._unfinished = self._begin_update()
-        update = self._unfinished
+        update, num_pieces = self._unfinished, len(self._state.pieces)
         self._state.begin()
-        for index in range(update.num_done, len(self._state.pieces)):
+        for index in range(update.num_done, num_pieces):
             self._state.update(index, self._gradients[self._state.pieces[index].name], lr=update.lr, scale=update.scale,
-                               num_updates=self.num_updates + 1)
+                               upcoming=index + 1 if index + 1 < num_pieces else None, num_updates=self.num_updates + 1)
             update.num_done = index + 1
         self._state.end()
-        self.num_updates, self.position, self._unfinished = self.num_updates + 1, self.position + 1, None
+        self.num_updates, self.position = self.num_updates + 1, self.position + 1
+        self._unfinished = self._norms = None
         return update.grad_norm
 
     @property
     def is_updating(self) -> bool:
-        """Whether step() was left by an error after it had changed weights: call it again."""
-        return self._unfinished is not None and self._unfinished.num_done > 0
+        """Whether an update has changed some weights and not all: step() was left by an error, and must be called again, or a
+        backward that updates was, which cannot be repeated."""
+        return bool(self._norms) or (self._unfinished is not None and self._unfinished.num_done > 0)
 
     def _begin_update(self) -> "_Unfinished":
         self._check_received()
+        if self._norms is not None:  # the backward has made it
+            return _Unfinished(math.hypot(*self._norms), self.lr, 1.0, num_done=len(self._state.pieces))
         norms = torch.stack([torch.linalg.vector_norm(self._gradients[name], dtype=torch.float32) for name in self.params])
         norms = norms if self.loss_scale == 1.0 else norms / self.loss_scale
         total_norm = torch.linalg.vector_norm(norms)

@@ -82,12 +82,16 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
     changes no bit. Where the tightest does not fit, the micro-batch is split by sequences: log-probs and each token's loss keep
     their bits, since losses divide by the minibatch's counts, and the gradient is the same sum in fp32 in another order (it
     differs by a few 1e-7 of its norm). Later steps keep tighter plans and smaller micro-batches; a resumed run finds them
-    again."""
-    work, changes = divide(run, part), []
+    again.
+
+    With optim.in_backward, the backward of a minibatch's only micro-batch also makes the update."""
+    work, changes, is_between_steps = divide(run, part), [], run.is_between_steps
     while True:
-        trained = []
+        trained, updates = [], run.config.optim.in_backward and len(work) == 1
+        run.is_between_steps = is_between_steps and not updates
         for rows in work:
-            micro, refusal = attempt(partial(train_micro_batch, run, part, rows, num_updates=num_updates, allowed=allowed))
+            micro, refusal = attempt(partial(train_micro_batch, run, part, rows, num_updates=num_updates, allowed=allowed,
+                                             updates=updates))
             if refusal is not None:
                 break
             trained.append(micro)
@@ -98,6 +102,9 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
             for text in (*changes[-1:], *run.policy.memory.take_notes()):
                 run.metrics.warn(text)
             return trained
+        if run.optimizer.is_updating:
+            raise StillOutOfMemory(f"{refusal}, within an update in the backward, which cannot be done again; lower "
+                                   "optim.max_tokens, or set optim.in_backward=false")
         run.optimizer.zero_grad()
         run.sampler.forget()  # memory of graphs
         change = run.policy.retreat()
@@ -123,16 +130,19 @@ def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[
     return parts
 
 
-def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_updates: int, allowed: float) -> TrainedMicroBatch:
-    """Adds the gradient of some sequences of a minibatch to the optimizer's."""
+def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_updates: int, allowed: float,
+                      updates: bool) -> TrainedMicroBatch:
+    """Adds the gradient of some sequences of a minibatch to the optimizer's, or updates by it."""
     micro = part.select(rows, share_prompts=run.config.optim.share_prompts)
-    run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
+    run.policy.memory.keeps_gradients = not updates
+    if not updates:
+        run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)
     log_probs, entropy = policy_log_probs(run, micro, replay)
     inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)
     loss, stats = loss_and_stats(run, inputs)
     check_finite(loss, step=run.step, what="loss", name="the policy")
-    run.optimizer.backward(loss)
+    run.optimizer.backward(loss, updates=updates)
     found = differences(log_probs, micro, allowed=allowed)
     return TrainedMicroBatch(len(micro.tokens), stats, token_stats(inputs), found, replay)
 

@@ -118,6 +118,7 @@ class AdamState:
                 kept["master"].copy_(params[name].detach().view(-1))
         self.pieces = [Piece(name, number, first, min(first + PIECE, param.numel()))
                        for number, (name, param) in enumerate(params.items()) for first in range(0, param.numel(), PIECE)]
+        self.pieces_of = {name: [i for i, piece in enumerate(self.pieces) if piece.name == name] for name in params}
         self._incoming, self._outgoing = ((torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))
                                           if self.is_streamed else (None, None))
         self._buffers: list[torch.Tensor] = []  # each takes the state of a piece
@@ -148,17 +149,19 @@ class AdamState:
         if self.is_streamed:
             torch.cuda.synchronize(self.device)
 
-    def update(self, index: int, grad: torch.Tensor, *, lr: float, scale: float, num_updates: int) -> None:
+    def update(self, index: int, grad: torch.Tensor, *, upcoming: int | None, lr: float, scale: float, num_updates: int) -> None:
         """Makes update number `num_updates`, from 1, of piece number `index`, in place. grad: of its parameter, to be multiplied
-        by `scale`; is overwritten. An error comes before anything is changed."""
+        by `scale`; is overwritten. upcoming: the piece that is updated next. An error comes before anything is changed."""
         piece, key = self.pieces[index], None
         numbers = AdamNumbers(lr, *self.betas, self.eps, self.weight_decay, scale, num_updates)
         param = self.params[piece.name]
         if self.is_streamed:
             self._fetch(index)
-            self._fetch(index + 1)
+            if upcoming is not None:
+                self._fetch(upcoming)
             torch.cuda.current_stream(self.device).wait_event(self._arrived[index])
-        state, weight = self._on_device(index), piece.of(param.detach())
+        # data: autograd must not see the update of a parameter that shares memory with others whose backward is yet to come
+        state, weight = self._on_device(index), piece.of(param.data)
         if param.dtype != torch.float32 and self.weights == "stochastic":
             key = rng_key(self.seed, num_updates, piece.number)
         master = state.get("master")
@@ -198,7 +201,7 @@ class AdamState:
 
     def _fetch(self, index: int) -> None:
         """Starts copying a piece's state to its buffer."""
-        if index in self._arrived or index >= len(self.pieces):
+        if index in self._arrived:
             return
         if (left := self._left.get(index % _NUM_BUFFERS)) is not None:
             self._incoming.wait_event(left)

@@ -325,6 +325,7 @@ class MemoryBudget:
         self._newest: NewestPlan | None = None
         self._most_bytes = sys.maxsize  # of a plan's activations and workspaces: less than what did not fit
         self.notes: list[str] = []
+        self.keeps_gradients = True  # false: the backward drops a parameter's gradient as soon as it is there
 
     def claim_host(self, num_bytes: int) -> bool:
         """Takes host memory for something else than activations; returns False if there is not enough."""
@@ -357,7 +358,8 @@ class MemoryBudget:
         self._largest_bytes = largest_tensor(self.config, workload)
         # being copied: to the host in the forward, or back ahead of the backward
         pending = sum(sizes.values()) - sizes["qkv"] if self.store is not None else 0
-        gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
+        gradients = self.keeps_gradients * sum(
+            parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
         # those of one layer at a time exist beside the buffer that they are added to
         free -= sum(parameter.numel() * parameter.element_size() for parameter in trainable) // layers

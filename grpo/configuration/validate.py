@@ -136,6 +136,10 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
     if optim.minibatches > rollout.prompts_per_step:
         yield "optim.minibatches", optim.minibatches, (
             f"must not exceed rollout.prompts_per_step ({rollout.prompts_per_step}); lower it or sample more prompts")
+    if optim.in_backward and optim.max_grad_norm is not None:
+        yield "optim.in_backward", True, (
+            f"a parameter is updated before the norm of all gradients is known: set optim.max_grad_norm=null (now "
+            f"{optim.max_grad_norm:g}), or optim.in_backward=false")
     for key, node in (("optim", optim), ("warmup", config.warmup)):
         if node is not None and len(node.betas) != 2:
             yield f"{key}.betas", node.betas, "must be two numbers in [0, 1), such as [0.9,0.99]"

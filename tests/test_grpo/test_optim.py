@@ -410,6 +410,16 @@ def test_a_step_that_runs_out_of_memory_goes_on_where_it_was(monkeypatch, dtype,
     assert all(torch.equal(plain[name], disturbed[name]) for name in SHAPES)
 
 
+def test_an_update_in_the_backward_stops_at_a_gradient_that_is_not_finite_and_says_what_has_changed():
+    params = make_params()
+    optimizer = make_optimizer(params)
+    before = {name: param.detach().clone() for name, param in params.items()}
+    loss = (params["a"] * math.nan).sum() + params["b"].sum() + params["experts"].sum()  # the backward begins with the last
+    with pytest.raises(NonFiniteError, match="gradient of a is not finite.*2 parameters were changed before: the newest che"):
+        optimizer.backward(loss, updates=True)
+    assert torch.equal(params["a"], before["a"]) and optimizer.is_updating and optimizer.num_updates == 0
+
+
 def test_parameters_do_not_keep_an_optimizer_alive():
     params = make_params()
     gone = weakref.ref(make_optimizer(params))

@@ -43,7 +43,10 @@ class Sgd:
     def allocate_gradients(self):
         pass
 
-    def backward(self, loss):
+    is_updating = False
+
+    def backward(self, loss, *, updates):
+        assert not updates
         loss.backward()
 
     def zero_grad(self):
@@ -332,3 +335,39 @@ def test_a_forward_finds_the_gradients_memory_taken_and_nothing_holds_it_after_t
     monkeypatch.setattr(policy, "log_probs", log_probs)
     update(make_run(config, tmp_path, policy, optimizer=make_optimizer(config, policy)), Groups(*draw_completions(policy), []))
     assert seen and all(seen) and all(parameter.grad is None for parameter in parameters.values())
+
+
+def recorded(calls, function):
+    calls.append(function())
+
+
+@pytest.mark.parametrize("trains", ["adapter", "all"])
+def test_an_update_in_the_backward_has_the_bits_of_one_after_it_and_keeps_no_gradient(config, tmp_path, trains):
+    found = []
+    for in_backward in (False, True):
+        policy = build_policy(trains=trains)
+        move(policy, seed=3, size=0.2)
+        settings = replace(config, optim=replace(config.optim, max_grad_norm=None, lr=0.01, in_backward=in_backward))
+        run = make_run(settings, tmp_path, policy, optimizer=make_optimizer(settings, policy))
+        run.should_stop = partial(bool, in_backward)  # too late: the update is begun
+        allocated = []
+        run.optimizer.allocate_gradients = partial(recorded, allocated, run.optimizer.allocate_gradients)
+        metrics = update(run, Groups(*draw_completions(build_policy(trains=trains)), []))
+        assert bool(allocated) != in_backward and run.optimizer.num_updates == 1 and not run.is_between_steps
+        found.append((dict(policy.named_parameters()), run.optimizer.state_dict(), metrics["grad_norm"]))
+    (weights, state, norm), (weights_in, state_in, norm_in) = found
+    assert all(torch.equal(weights[name], weights_in[name]) for name in weights)
+    assert all(torch.equal(state[name], state_in[name]) for name in state)
+    assert norm_in == pytest.approx(norm, rel=1e-6) and norm > 0
+
+
+def test_an_update_in_the_backward_of_several_micro_batches_is_made_after_them(config, tmp_path):
+    weights = []
+    for in_backward in (False, True):
+        policy = build_policy(trains="all")
+        settings = replace(config, optim=replace(config.optim, max_grad_norm=None, in_backward=in_backward))
+        run = make_run(settings, tmp_path, policy, optimizer=make_optimizer(settings, policy))
+        run.config.optim.max_tokens = 20
+        update(run, Groups(*draw_completions(policy), []))
+        weights.append(list(policy.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*weights))

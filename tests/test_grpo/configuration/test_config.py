@@ -143,6 +143,9 @@ BAD_ARGUMENTS = [
     ("optim.lr=nan", "optim.lr = nan: must be > 0"),
     ("optim.lr=inf", "optim.lr = inf: must be > 0 and finite"),
     ("optim.loss_scale=1000", "optim.loss_scale = 1000.0: must be null or a power of two"),
+    ("optim.in_backward=true", "optim.in_backward = True: a parameter is updated before the norm of all gradients is known: set "
+                               "optim.max_grad_norm=null (now 1)"),
+    ("optim.moments=int4", "optim.moments = 'int4' (str): expected one of fp32, int8"),
     ("dtype=half", "dtype = 'half' (str): expected one of auto, float32, bfloat16, float16"),
     ("optim.betas=[0.9]", "optim.betas = [0.9]: must be two numbers in [0, 1)"),
     ("optim.betas=[0.9,1]", "optim.betas = [0.9, 1.0]: must lie in [0, 1)"),
