@@ -88,8 +88,8 @@ class Arena:
                 torch.cuda.empty_cache()  # what PyTorch holds unused
                 if _call("cuMemCreate", ctypes.byref(handle), size, ctypes.byref(self._properties), ctypes.c_uint64(0)):
                     free, _ = torch.cuda.mem_get_info(self.device)
-                    raise torch.OutOfMemoryError(f"{self._content} wants {self.num_bytes / 1e9:.2f} GB, the GPU has "
-                                                 f"{free / 1e9:.2f} GB free: {self._advice}")
+                    raise torch.OutOfMemoryError(f"{self._content}: {self.num_bytes / 1e9:.2f} GB are wanted, the GPU "
+                                                 f"has {free / 1e9:.2f} GB free; {self._advice}")
             _call("cuMemMap", ctypes.c_uint64(self._address), size, ctypes.c_size_t(0), handle, ctypes.c_uint64(0))
             _call("cuMemSetAccess", ctypes.c_uint64(self._address), size, ctypes.byref(self._access), ctypes.c_size_t(1))
             self._handle = handle

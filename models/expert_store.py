@@ -146,8 +146,8 @@ class ExpertStore:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # arenas take the driver's memory: what the update used must not count twice
             if self._arena is None:
-                self._arena = Arena(len(self._returning) * self.layer_bytes, self.device, content="what samples of the experts",
-                                    advice="let more layers stream while sampling")
+                self._arena = Arena(len(self._returning) * self.layer_bytes, self.device, advice="set a smaller model.memory_gb",
+                                    content=f"the experts of {len(self._returning)} layers for sampling")
             self._arena.take()
         for layer in self._returning:
             if layer not in self._returned:

@@ -20,7 +20,7 @@ from grpo.kl import Reference
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.update import make_replay
-from models.expert_store import Placement
+from models.expert_store import ExpertStore, Placement
 from models.formats.hugging_face import load_model
 from models.keys import PrefillChunk
 from models.kv_cache import page_bytes, slot_bytes
@@ -113,6 +113,35 @@ def test_streamed_experts_give_the_bits_of_resident_ones_by_graphs_and_in_traini
         for slot in store._slots:
             slot.fill_(255)  # a graph must not read what it has not copied
     assert graphs[0] and graphs[0].items() <= graphs[1].items() <= graphs[2].items() and places[1:] == places[:1] * 2
+
+
+@pytest.mark.parametrize("slow", ["computation", "copies"])
+def test_streamed_experts_and_their_copies_wait_for_each_other(monkeypatch, slow):
+    resident, model, cycles = adapted_model(), adapted_model(placement=Placement(4, 4)), 2_000_000
+    arrive, fetch = ExpertStore.arrive, ExpertStore._fetch
+
+    def slow_arrive(store, *arguments):
+        arrived = arrive(store, *arguments)
+        torch.cuda._sleep(cycles)  # between a layer's arrival and its products
+        return arrived
+
+    def slow_fetch(store, layer):
+        store._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(store._copies):
+            torch.cuda._sleep(cycles)
+        fetch(store, layer)
+
+    if slow == "computation":
+        monkeypatch.setattr(ExpertStore, "arrive", slow_arrive)
+    else:
+        monkeypatch.setattr(ExpertStore, "_fetch", slow_fetch)
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(3)]
+    samplers = [Sampler(each, [1], max_batch=3, seed=3) for each in (resident, model)]
+    for step in range(2):
+        ours, theirs = (contents(sampler.generate(prompts, SamplingParams(max_new_tokens=20), step=step, num_samples=1))
+                        for sampler in samplers)
+        assert ours == theirs
+        assert_same(gradients(model), gradients(resident))
 
 
 def test_memory_of_experts_that_stream_in_the_update_only_is_given_back():

@@ -5,6 +5,7 @@ import torch
 from streaming import add_adapter, assert_same, gradients, logits_of_decode, poison_slots
 from tiny_models import BF16, MXFP4, load
 
+import models.offload
 from kernels.packed.weights import Dense, Mxfp4, Nf4
 from models.config import GptOssConfig
 from models.expert_store import ExpertStore, Placement, layer_bytes, slabs
@@ -107,6 +108,15 @@ def test_each_layer_is_copied_once_in_a_forward(monkeypatch):
             copied.clear()
             model.logits(tokens, bounds)
             assert copied == model.expert_store.placement.layers(4, is_sampling=True) == [0, 2, 3]
+
+
+def test_chunks_of_tokens_read_the_layer_that_has_arrived(monkeypatch):
+    resident, model, rows = load(MXFP4), streamed(), (torch.arange(9), torch.tensor([0, 9]))
+    monkeypatch.setattr(models.offload, "CHUNK_TOKENS", 4)
+    arrivals, copied = poison_slots(monkeypatch), copies_of(model.expert_store, monkeypatch)
+    with torch.no_grad():
+        assert torch.equal(model.logits(*rows), resident.logits(*rows))
+    assert [layer for layer, _ in arrivals] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 and copied == [0, 1, 2, 3]
 
 
 def test_a_pass_that_failed_leaves_the_store_usable(monkeypatch):
