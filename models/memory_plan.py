@@ -333,7 +333,8 @@ def _pass_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dic
     moments = [{"kept activations": kept_bytes, "a layer's workspace": space - weights, "scratch of weights": weights}
                for kept_bytes, space, weights in zip(held, layer_memory(config, workload, plans[0]), dequantized)]
     whole = sum(sizes[name] for plan in plans[:1] for name, place in plan.items() if place == Place.gpu) * len(plans)
-    moments.append({"kept activations": whole + 4 * sizes["x"], "scratch of the head": HEAD_SCRATCH_BYTES})
+    moments.append({"kept activations": whole + 4 * sizes["x"], "scratch of the head": min(
+        HEAD_SCRATCH_BYTES, needs.micro_tokens * config.vocab_size * needs.dtype.itemsize)})
     return max(moments, key=lambda lines: sum(lines.values()))
 
 

@@ -97,11 +97,11 @@ def gpu_here(device: torch.device) -> Gpu:
 def free_host_bytes() -> int:
     """Host memory that may be pinned: what is available, or what a control group (of a container) leaves, less a margin."""
     found = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
-        numbers = [*_lines(limit), *_lines(used)]
+    for folder, limit, used in (("/sys/fs/cgroup", "memory.max", "memory.current"),
+                                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        numbers = [*_lines(f"{folder}/{limit}"), *_lines(f"{folder}/{used}")]
         if len(numbers) == 2 and numbers[0].isdigit():
-            stat = dict(line.split() for line in _lines(str(Path(used).parent / "memory.stat")))
+            stat = dict(line.split() for line in _lines(f"{folder}/memory.stat"))
             cached = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))  # pages of files, given up when needed
             found.append(int(numbers[0]) - int(numbers[1]) + cached)
     return max(0, int(_HOST_SHARE * min(found, default=0)) - _HOST_MARGIN)
@@ -181,7 +181,8 @@ class GpuMemory:
         self.plan, self.device, self._others, self._limits_torch = plan, device, others, limits_torch
         self.peaks: dict[str, int] = {}  # of finished phases, bytes
         self._phase = ""
-        if plan is not None:
+        if plan is not None:  # of a sweep's jobs, each has a limit of its own
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
             self._allow_torch(plan.limit - CONTEXT_BYTES)
 
     def for_sampling(self, policy: GptOss) -> None:
