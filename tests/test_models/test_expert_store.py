@@ -110,6 +110,14 @@ def test_each_layer_is_copied_once_in_a_forward(monkeypatch):
             assert copied == model.expert_store.placement.layers(4, is_sampling=True) == [0, 2, 3]
 
 
+@pytest.mark.parametrize("step, order", [(1, [0, 1, 2, 3]), (-1, [3, 2, 1, 0])])
+def test_the_next_layer_is_on_its_way_while_one_computes(step, order):
+    store = streamed().expert_store
+    for layer, next_layer in zip(order, [*order[1:], None]):
+        store.arrive(layer, step)
+        assert layer in store._contents and (next_layer is None or next_layer in store._contents)
+
+
 def test_chunks_of_tokens_read_the_layer_that_has_arrived(monkeypatch):
     resident, model, rows = load(MXFP4), streamed(), (torch.arange(9), torch.tensor([0, 9]))
     monkeypatch.setattr(models.offload, "CHUNK_TOKENS", 4)
