@@ -85,6 +85,7 @@ class ExpertStore:
     """The weights of the experts that stream, each layer's as one tensor of bytes. It starts in the phase of the update."""
 
     def __init__(self, placement: Placement, num_layers: int, layer_bytes: int, device: torch.device) -> None:
+        """Raises ValueError for numbers that do not fit, and if the system does not pin that much memory."""
         self.placement, self.device, self.layer_bytes, self.is_sampling = placement, device, layer_bytes, False
         has_gpu, can_return = device.type == "cuda", device.type == "cpu" or has_arenas(device)
         self._streamed_update = placement.layers(num_layers, is_sampling=False)
@@ -224,5 +225,6 @@ def _host_memory(num_bytes: int, *, is_pinned: bool) -> torch.Tensor:
     try:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
     except RuntimeError as error:
-        raise RuntimeError(f"the system refuses to pin {num_bytes / 1e9:.1f} GB of host memory for experts "
-                           f"({str(error).splitlines()[0]}); set a smaller model.host_gb, so that fewer layers stream") from error
+        raise ValueError(f"model.host_gb: the system refuses to pin {num_bytes / 1e9:.1f} GB of host memory for experts "
+                         f"({str(error).splitlines()[0]}); free some, or set a smaller model.host_gb, so that fewer layers stream"
+                         ) from error

@@ -78,6 +78,15 @@ def test_layers_that_always_stay_need_no_host_memory():
     assert [store.home(layer) is not None for layer in range(4)] == [True, False, True, True]
 
 
+def test_a_refusal_to_pin_memory_says_what_to_do(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nmore lines")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(ValueError, match=r"model.host_gb: .* pin 0.5 GB .*\(CUDA error: out of memory\); free some"):
+        ExpertStore(Placement(0, 1), 4, 500_000_000, torch.device("cpu"))
+
+
 # ---- the same bits
 
 
