@@ -191,8 +191,8 @@ class Optimizer:
         self._received.add(name)
         self._norms.append(norm)
         pieces = self._state.pieces_of[name]
-        for index, upcoming in zip(pieces, [*pieces[1:], None]):
-            self._state.update(index, gradient, upcoming=upcoming, lr=self.lr, scale=1 / self.loss_scale,
+        for index in pieces:
+            self._state.update(index, gradient, has_next=index < pieces[-1], lr=self.lr, scale=1 / self.loss_scale,
                                num_updates=self.num_updates + 1)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -227,7 +227,7 @@ class Optimizer:
         self._state.begin()
         for index in range(update.num_done, num_pieces):
             self._state.update(index, self._gradients[self._state.pieces[index].name], lr=update.lr, scale=update.scale,
-                               upcoming=index + 1 if index + 1 < num_pieces else None, num_updates=self.num_updates + 1)
+                               has_next=index + 1 < num_pieces, num_updates=self.num_updates + 1)
             update.num_done = index + 1
         self._state.end()
         self.num_updates, self.position = self.num_updates + 1, self.position + 1

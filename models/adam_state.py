@@ -149,16 +149,16 @@ class AdamState:
         if self.is_streamed:
             torch.cuda.synchronize(self.device)
 
-    def update(self, index: int, grad: torch.Tensor, *, upcoming: int | None, lr: float, scale: float, num_updates: int) -> None:
+    def update(self, index: int, grad: torch.Tensor, *, has_next: bool, lr: float, scale: float, num_updates: int) -> None:
         """Makes update number `num_updates`, from 1, of piece number `index`, in place. grad: of its parameter, to be multiplied
-        by `scale`; is overwritten. upcoming: the piece that is updated next. An error comes before anything is changed."""
+        by `scale`; is overwritten. has_next: piece index + 1 is updated next. An error comes before anything is changed."""
         piece, key = self.pieces[index], None
         numbers = AdamNumbers(lr, *self.betas, self.eps, self.weight_decay, scale, num_updates)
         param = self.params[piece.name]
         if self.is_streamed:
             self._fetch(index)
-            if upcoming is not None:
-                self._fetch(upcoming)
+            if has_next:
+                self._fetch(index + 1)
             torch.cuda.current_stream(self.device).wait_event(self._arrived[index])
         # data: autograd must not see the update of a parameter that shares memory with others whose backward is yet to come
         state, weight = self._on_device(index), piece.of(param.data)
