@@ -199,7 +199,8 @@ class GptOss(nn.Module):
             return self._hidden(tokens, keys, record)
         self.expert_store.begin()
         x, trainable = self._embedded(tokens), self.trainable_parameters().values()
-        training_pass = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed)
+        training_pass = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed,
+                                         rank=0 if self.adapter is None else self.adapter.rank)
         for block in self.model.layers:
             x = block.forward_with_grad(x, keys, record, training_pass)
         return self.model.norm(x)

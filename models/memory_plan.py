@@ -34,6 +34,7 @@ from models.offload import (
     SCRATCH_BYTES,
     Place,
     Workload,
+    always_kept,
     bytes_of,
     everything,
     largest_tensor,
@@ -328,12 +329,14 @@ def _pass_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dic
     config, workload = needs.config, replace(_workload(needs, scratch_bytes), keeps_h=kept == Place.gpu)
     sizes, plans = bytes_of(config, workload), [everything(kept) | {"x": x}] * config.num_hidden_layers
     pending = sum(sizes.values()) - sizes["qkv"] if x == Place.host else 0
-    held = most_held(plans, sizes, gradients=0, pending=pending)
+    small = config.num_hidden_layers * always_kept(config, num_tokens=workload.num_tokens, rank=needs.lora_rank,
+                                                   element_size=workload.element_size)
+    held = [small + kept_bytes for kept_bytes in most_held(plans, sizes, gradients=0, pending=pending)]
     dequantized = scratch(config, replace(workload, keeps_h=True)), scratch(config, workload)
     moments = [{"kept activations": kept_bytes, "a layer's workspace": space - weights, "scratch of weights": weights}
                for kept_bytes, space, weights in zip(held, layer_memory(config, workload, plans[0]), dequantized)]
     whole = sum(sizes[name] for plan in plans[:1] for name, place in plan.items() if place == Place.gpu) * len(plans)
-    moments.append({"kept activations": whole + 4 * sizes["x"], "scratch of the head": min(
+    moments.append({"kept activations": small + whole + 4 * sizes["x"], "scratch of the head": min(
         HEAD_SCRATCH_BYTES, needs.micro_tokens * config.vocab_size * needs.dtype.itemsize)})
     return max(moments, key=lambda lines: sum(lines.values()))
 

@@ -92,6 +92,12 @@ def bytes_of(config: GptOssConfig, workload: Workload) -> dict[str, int]:
     return {name: workload.num_tokens * size for name, size in per_token.items()}
 
 
+def always_kept(config: GptOssConfig, *, num_tokens: int, rank: int, element_size: int) -> int:
+    """What every layer keeps on the GPU whatever its plan: the choice of experts, gate weights, and the low-rank rows of an
+    adapter of this rank (0: none) on attention. h brings further low-rank rows, which are small beside it."""
+    return num_tokens * (24 * config.num_experts_per_tok + 4 * rank * element_size)
+
+
 def largest_tensor(config: GptOssConfig, workload: Workload) -> int:
     """Bytes of the largest tensor of a layer: of h a chunk has one."""
     of_a_chunk = bytes_of(config, replace(workload, num_tokens=min(workload.num_tokens, CHUNK_TOKENS)))
@@ -335,8 +341,9 @@ class MemoryBudget:
         return True
 
     def plan(self, x: torch.Tensor, attention: AttentionPlan, trainable: Iterable[torch.nn.Parameter], *,
-             dtype: torch.dtype, is_packed: bool) -> TrainingPass:
-        """The plan for a forward and backward of embedded tokens x [T, D], by a model of `dtype`."""
+             dtype: torch.dtype, is_packed: bool, rank: int) -> TrainingPass:
+        """The plan for a forward and backward of embedded tokens x [T, D], by a model of `dtype` with an adapter of this rank (0:
+        none)."""
         layers = self.config.num_hidden_layers
         workload = Workload(len(x), *visible_pairs(attention, self.config.sliding_window), dtype.itemsize, x.element_size(),
                             is_packed, True, SCRATCH_BYTES)
@@ -363,6 +370,7 @@ class MemoryBudget:
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
         # those of one layer at a time exist beside the buffer that they are added to
         free -= sum(parameter.numel() * parameter.element_size() for parameter in trainable) // layers
+        free -= layers * always_kept(self.config, num_tokens=len(x), rank=rank, element_size=dtype.itemsize)
         free = min(free, self._most_bytes)
         while True:
             plans, chosen = self._choose(workload, free, gradients=gradients, pending=pending)

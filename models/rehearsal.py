@@ -96,7 +96,7 @@ class _Memory:
     def __init__(self, layers: list[LayerPlan], scratch_bytes: int) -> None:
         self.layers, self.scratch_bytes = layers, scratch_bytes
 
-    def plan(self, *_, dtype: torch.dtype, is_packed: bool) -> TrainingPass:
+    def plan(self, *_, dtype: torch.dtype, is_packed: bool, rank: int) -> TrainingPass:
         return TrainingPass(self.layers, self.scratch_bytes, 0, None, lambda device: None)
 
     def before_backward(self, grad: torch.Tensor) -> None:

@@ -149,6 +149,7 @@ class MoeKept:
     """What local_forward keeps for local_backward."""
 
     h: torch.Tensor | None  # [R, 2F], the pre-activation; None: local_backward computes it
+    # kept with h, else computed again
     low_rank_x: torch.Tensor | None  # [R, r]: scale x A1^T
     low_rank_act: torch.Tensor | None  # [R, r]: scale act A2^T
 
@@ -180,24 +181,26 @@ def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, dow
     # in the residual stream's dtype: values can exceed float16's 65504
     rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=dtype), low_rank=low_rank_act,
                     lora_up=None if lora is None else B2.transpose(1, 2), scratch_bytes=scratch_bytes)
-    return rows, MoeKept(h, low_rank_x, low_rank_act)
+    return rows, MoeKept(h, low_rank_x, low_rank_act) if keeps_h else MoeKept(None, None, None)
 
 
 def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, gate_up: ExpertWeights,
                    down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
                    scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, BaseGrads | None]:
     """grad [T, D]: the gradient of combine's result. Returns the gradients of the routed rows of x [R, D] in expert order, of the
-    gate weights [T, A], of LoRA's tensors (fp32) and, if needs_base, of the base. Computes h if kept.h is None, else overwrites
-    it. Triton only."""
+    gate weights [T, A], of LoRA's tensors (fp32) and, if needs_base, of the base. Computes what was not kept; overwrites a kept
+    h. Triton only."""
     grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
     A1, B1, A2, B2 = lora or (None,) * 4
-    h, kept.h, dense = kept.h, None, None
+    h, low_rank_x, low_rank_act, kept.h, dense = kept.h, kept.low_rank_x, kept.low_rank_act, None, None
+    if lora is not None and low_rank_x is None:
+        low_rank_x = grouped_gemm(x, A1.transpose(1, 2), offsets, gather=tokens, scale=lora_scale)
     if h is None:
         h = x.new_empty(num_rows, 2 * inner)
         dense = _all_dense(gate_up, x, scratch_bytes)  # the input's gradient needs it again
-        _project(gate_up, x, offsets, h, gather=tokens, low_rank=kept.low_rank_x, dense=dense, scratch_bytes=scratch_bytes,
+        _project(gate_up, x, offsets, h, gather=tokens, low_rank=low_rank_x, dense=dense, scratch_bytes=scratch_bytes,
                  lora_up=None if lora is None else B1.transpose(1, 2))
     grad_low_rank = None if lora is None else grouped_gemm(grad, B2, offsets, gather=tokens, scale=lora_scale)  # [R, r]
     # `act` first holds the gradient of the activation without the gate weight; activation_grad replaces it by the activation
@@ -221,10 +224,12 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
     if lora is not None:
         row_weights = weights.flatten()[routing.order]  # [R] fp32
         lora_grads = tuple(torch.empty_like(tensor) for tensor in lora)
-        grouped_outer(grad, kept.low_rank_act, offsets, lora_grads[3], gather=tokens, row_scale=row_weights)
+        if low_rank_act is None:  # activation_grad's activation has the bits of the forward's
+            low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
+        grouped_outer(grad, low_rank_act, offsets, lora_grads[3], gather=tokens, row_scale=row_weights)
         grouped_outer(act, grad_low_rank, offsets, lora_grads[2].transpose(1, 2), row_scale=row_weights)
         grad_low_rank = grouped_gemm(h, B1, offsets, scale=lora_scale)  # [R, r]
-        grouped_outer(h, kept.low_rank_x, offsets, lora_grads[1])
+        grouped_outer(h, low_rank_x, offsets, lora_grads[1])
         grouped_outer(x, grad_low_rank, offsets, lora_grads[0].transpose(1, 2), gather=tokens)
     # the activation is no longer needed: if the widths agree, its memory takes the gradient of x's rows
     out = act if x.shape[1] == inner else x.new_empty(num_rows, x.shape[1])

@@ -11,6 +11,7 @@ from models.offload import (
     NewestPlan,
     Place,
     Workload,
+    always_kept,
     bytes_of,
     chunks_of,
     everything,
@@ -69,6 +70,11 @@ LIBRARY = 100_000_000
 def test_the_activations_of_a_layer_have_these_sizes():
     # a token: 16 x 4 bytes; (16 + 8 + 8) x 2; 16 x 2 and an fp32 log-sum of each head; 2 experts x 2 x 24 x 2
     assert bytes_of(CONFIG, RUN) == {"x": 640, "qkv": 640, "attended": 400, "middle": 640, "h": 1920}
+
+
+def test_each_layer_keeps_the_choice_of_experts_and_attentions_low_rank_rows():
+    # of 2 experts: int64, three int32 and a float32; of q, k, v and o 3 numbers of 2 bytes each
+    assert always_kept(CONFIG, num_tokens=10, rank=3, element_size=2) == 10 * (2 * (8 + 12 + 4) + 4 * 3 * 2)
 
 
 @pytest.mark.parametrize("is_packed, keeps_h, scratch_bytes, expected", [
