@@ -88,6 +88,7 @@ def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, f
     lengths = length_metrics([completion for completion, _ in scored])
     picked = {"reward": rewards["reward"], "mean_length": lengths["completions/mean_length"],
               "clipped_ratio": lengths["completions/clipped_ratio"]}
+    picked |= {name: value for name, value in rewards.items() if name.startswith("sandbox/")}
     for name, value in rewards.items():
         if name.startswith("env/"):
             own_name = name.removeprefix("env/")

@@ -84,7 +84,7 @@ def reward_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:
         for name, value in verdict.parts.items():
             values.setdefault(f"rewards/{name}/mean", []).append(value)
         for name, value in verdict.metrics.items():
-            values.setdefault(f"env/{name}", []).append(value)
+            values.setdefault(name if name.startswith("sandbox/") else f"env/{name}", []).append(value)
     spreads = {name.replace("/mean", "/std"): statistics.stdev(numbers) if len(numbers) > 1 else math.nan
                for name, numbers in values.items() if name.endswith("/mean")}
     return metrics | {name: statistics.fmean(numbers) for name, numbers in values.items()} | spreads
