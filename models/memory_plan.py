@@ -98,10 +98,12 @@ class Needs:
     trains_sinks: bool = False
     trains_all: bool = False
     max_tokens: int = 0  # most in a micro-batch, unless one sequence has more; 0: nothing trains
+    minibatches: int = 1  # updates of a step
     shares_prompts: bool = False  # a micro-batch has a group's prompt once
     recomputes: bool = True  # layers may compute activations again
     moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
     weights: str = "master"
+    in_backward: bool = False  # an update from one micro-batch keeps no gradients
 
     @property
     def expert_layer_bytes(self) -> int:
@@ -117,11 +119,20 @@ class Needs:
         return max(self.num_prompts * self.group_size, self.eval_rows)
 
     @property
-    def micro_tokens(self) -> int:
-        """Tokens of the largest micro-batch."""
+    def minibatch_tokens(self) -> int:
         copies = 1 if self.shares_prompts else self.group_size
         step = self.num_prompts * (copies * self.prompt_len + self.group_size * self.new_len)
-        return max(self.sequence_len, min(self.max_tokens, step))
+        return max(self.sequence_len, -(-step // self.minibatches))
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return min(max(self.sequence_len, self.max_tokens), self.minibatch_tokens)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients of all parameters are there at once."""
+        return not (self.in_backward and self.micro_tokens == self.minibatch_tokens)
 
 
 @dataclass
@@ -352,10 +363,12 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
 
     def phase(kept: Place, x: Place, num_streamed: int, scratch_bytes: int) -> Phase:
         # all, and those of the layer that has just run backwards, which autograd adds to them
-        lines = _weights(needs, homes, num_streamed) | {"gradients": optimizer.gradients + optimizer.gradients // layers}
-        step = optimizer.scratch + homes.state_on_host * optimizer.buffers
-        lines |= max(_pass_moment(needs, kept, x, scratch_bytes), {"scratch of the optimizer": step}, key=lambda part: sum(
-            part.values()))
+        gradients = needs.keeps_gradients * optimizer.gradients + optimizer.gradients // layers
+        lines = _weights(needs, homes, num_streamed) | {"gradients": gradients}
+        parts = [_pass_moment(needs, kept, x, scratch_bytes),
+                 {"scratch of the optimizer": optimizer.scratch + homes.state_on_host * optimizer.buffers}]
+        for part in [max(parts, key=lambda part: sum(part.values()))] if needs.keeps_gradients else parts:
+            lines |= part
         torch_bytes = _torch_bytes(lines)
         lines["unused by torch"] = int(_UNUSED * torch_bytes if kept == Place.gpu else max(
             _UNUSED_IN_UPDATE * torch_bytes, _HOLES * largest_tensor(needs.config, _workload(needs, SCRATCH_BYTES))))

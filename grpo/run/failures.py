@@ -71,7 +71,9 @@ def describe_out_of_memory(error: BaseException, config: object) -> str:
     settings = {key: value for key, value in flatten(to_dict(config)).items() if key in MEMORY_KEYS}
     advice = [f"set {key} (now null)" if value is None else f"{MEMORY_KEYS[key]} {key} (now {value})"
               for key, value in settings.items()
-              if value is not True and (is_gpu or key not in ("model.memory_gb", "model.host_gb"))]
+              if value is not True and (is_gpu or key not in ("model.memory_gb", "model.host_gb"))
+              # a limit is there already; null is all that is free
+              and not (key == "model.memory_gb" and value is not None or key == "model.host_gb" and value is None)]
     lines = str(error).splitlines() or [type(error).__name__]
     resumable = "; these keys may change on resume" if isinstance(config, TrainConfig) else ""
     return f"out of {'GPU' if is_gpu else 'host'} memory: {lines[0].rstrip('.')}. To need less, {', '.join(advice)}{resumable}"

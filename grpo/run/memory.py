@@ -27,6 +27,8 @@ from models.memory_plan import (
 )
 
 DEFAULT_PROMPT_LEN = 512  # tokens, where neither the environment nor the command line says how long prompts are
+# modules that are loaded while a phase runs, beside those that were there when it began
+_LATE_MODULES = 50_000_000
 # without model.memory_gb, the share of a GPU that a plan may fill: the driver hands memory out in blocks
 _SHARE_OF_GPU = 0.98
 UNLIMITED = 1 << 60  # bytes of host memory: a plan for another machine
@@ -47,7 +49,7 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
         new_len=rollout.max_new_tokens, eval_rows=eval_rows, filters=_filters(rollout),
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
         max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing,
-        moments=str(optim.moments), weights=str(optim.weights))
+        moments=str(optim.moments), weights=str(optim.weights), in_backward=optim.in_backward, minibatches=optim.minibatches)
 
 
 def needs_of_inference(config: InferenceConfig, model: ModelConfig, architecture: GptOssConfig, *, max_rows: int,
@@ -251,7 +253,7 @@ class GpuMemory:
 
     def _beside_torch(self) -> int:
         """Context and modules, those that are still to be loaded too; call it while no cache is there."""
-        return max(self._measured_beside(), CONTEXT_BYTES + MODULE_BYTES)
+        return max(self._measured_beside() + _LATE_MODULES, CONTEXT_BYTES + MODULE_BYTES)
 
     def _allow_torch(self, num_bytes: int) -> None:
         if self._limits_torch:

@@ -75,6 +75,13 @@ def test_micro_batches_hold_what_the_settings_allow_and_one_sequence_at_least():
     assert replace(RUN, max_tokens=100_000).micro_tokens == 148 + 8 * 1900
     assert replace(RUN, max_tokens=100_000, shares_prompts=False).micro_tokens == 8 * 2048
     assert replace(RUN, max_tokens=1000).micro_tokens == 2048
+    assert replace(RUN, max_tokens=100_000, num_prompts=4, minibatches=2).micro_tokens == 2 * (148 + 8 * 1900)
+
+
+def test_an_update_in_the_backward_keeps_the_gradients_of_a_layer():
+    at_once = replace(RUN, max_tokens=100_000, in_backward=True)
+    assert planned(at_once, 140).update.lines["gradients"] == 369_819_648 // 24
+    assert planned(replace(at_once, max_tokens=8192), 140).update.lines["gradients"] == 25 * 369_819_648 // 24
 
 
 def test_with_room_for_everything_nothing_moves():
