@@ -24,6 +24,7 @@ A bf16 weight without an fp32 master loses updates below half its last bit, 2^-9
 
 Shapes: n elements of a parameter, flat; B = n / 256 blocks, rounded up.
 """
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ class Moments8(NamedTuple):
     root_absmax: torch.Tensor  # [B] fp32
 
 
+@lru_cache(maxsize=1)  # the pieces of a parameter share it
 def rng_key(seed: int, update: int, parameter: int) -> tuple[int, int]:
     """The RNG key of stochastic rounding: two int32."""
     return tuple(as_pairs(mix_sums(key_sums(torch.tensor([[seed, update, parameter]]))))[0].tolist())

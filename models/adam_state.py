@@ -13,7 +13,7 @@ import torch
 
 from kernels.adamw import BLOCK, AdamNumbers, Moments8, adamw, rng_key
 
-PIECE = 1 << 23  # most elements updated at once: bounds scratch and copies
+PIECE = 1 << 23  # most elements updated at once, in 8 bits 4 times as many: bounds scratch and copies
 _NUM_BUFFERS = 3  # pieces on the GPU at once: one copied in, one updated, one copied out
 _ALIGNMENT = 256  # bytes
 _LEAST_SLAB = 1 << 20  # bytes
@@ -23,6 +23,10 @@ MOMENTS = ("fp32", "int8")
 # how updates of bf16 weights add up (kernels/adamw.py): by an fp32 copy, by stochastic rounding, or with a bf16 tensor of what
 # rounding took. fp32 weights need none of them
 WEIGHTS = ("master", "stochastic", "compensated")
+
+
+def piece_size(moments: str) -> int:
+    return PIECE * (4 if moments == "int8" else 1)
 
 
 class OptimizerBytes(NamedTuple):
@@ -55,7 +59,7 @@ def state_tensors(num_elements: int, dtype: torch.dtype, moments: str, weights: 
 
 def optimizer_bytes(sizes: Iterable[int], dtype: torch.dtype, moments: str, weights: str) -> OptimizerBytes:
     """Bytes for parameters of these numbers of elements, all of one dtype."""
-    sizes, largest = list(sizes), min(max(sizes, default=0), PIECE)
+    sizes, largest = list(sizes), min(max(sizes, default=0), piece_size(moments))
     kept = [(name, count * kind.itemsize) for size in sizes
             for name, (count, kind) in state_tensors(size, dtype, moments, weights).items()]
     of_piece = sum(count * kind.itemsize for count, kind in state_tensors(largest, dtype, moments, weights).values())
@@ -104,6 +108,10 @@ class AdamState:
     def __init__(self, params: dict[str, torch.nn.Parameter], moments: str, weights: str, *,
                  betas: tuple[float, float], eps: float, weight_decay: float, seed: int, on_host: bool) -> None:
         assert moments in MOMENTS and weights in WEIGHTS, (moments, weights)
+        half = [name for name, param in params.items() if param.dtype == torch.float16]
+        if half and weights != "master":
+            raise ValueError(f"optim.weights = {weights!r}: for bfloat16 and float32, and {half[0]} is float16; set "
+                             "optim.weights=master")
         self.params, self.moments, self.weights, self.seed = params, moments, weights, seed
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.device = next(iter(params.values())).device
@@ -116,8 +124,9 @@ class AdamState:
         for name, kept in self._kept.items():
             if "master" in kept:
                 kept["master"].copy_(params[name].detach().view(-1))
-        self.pieces = [Piece(name, number, first, min(first + PIECE, param.numel()))
-                       for number, (name, param) in enumerate(params.items()) for first in range(0, param.numel(), PIECE)]
+        most = piece_size(moments)
+        self.pieces = [Piece(name, number, first, min(first + most, param.numel()))
+                       for number, (name, param) in enumerate(params.items()) for first in range(0, param.numel(), most)]
         self.pieces_of = {name: [i for i, piece in enumerate(self.pieces) if piece.name == name] for name in params}
         self._incoming, self._outgoing = ((torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))
                                           if self.is_streamed else (None, None))

@@ -35,7 +35,7 @@ class Stream:
 
 @pytest.fixture
 def streams(monkeypatch):
-    monkeypatch.setattr(models.adam_state, "PIECE", 512)
+    monkeypatch.setattr(models.adam_state, "piece_size", lambda moments: 512)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
 
