@@ -47,7 +47,7 @@ def report(words: list[str]) -> str:
     plan = make_plan(needs, gpu, config.model, host_bytes=UNLIMITED)
     lengths = f"prompts of up to {prompt_len} tokens, completions of up to {config.rollout.max_new_tokens}"
     return "\n".join([f"{config.model.path or 'from scratch'}, experts {needs.experts}, on {own['gpu']}; {lengths}",
-                      table(plan, architecture.num_hidden_layers)])
+                      table(plan, needs)])
 
 
 def parse_gpu(name: str | None) -> Gpu:

@@ -458,7 +458,7 @@ def has_plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> bool:
     return True
 
 
-def table(found: MemoryPlan, num_layers: int) -> str:
+def table(found: MemoryPlan, needs: Needs) -> str:
     """The plan as lines of text: GB on the GPU in both phases, then host memory."""
     phases = [found.sampling] + ([found.update] if found.update else [])
     names = list(dict.fromkeys(name for phase in phases for name in phase.lines))
@@ -467,10 +467,11 @@ def table(found: MemoryPlan, num_layers: int) -> str:
     rows += [(name, *(f"{phase.lines.get(name, 0) / 1e9:.3f}" for phase in phases)) for name in names
              if any(phase.lines.get(name) for phase in phases)]
     rows.append((f"in all, of {found.limit / 1e9:.2f}", *(f"{phase.peak / 1e9:.2f}" for phase in phases)))
-    rows.append((f"layers streamed, of {num_layers}", *(str(phase.num_streamed) for phase in phases)))
+    rows.append((f"layers streamed, of {needs.config.num_hidden_layers}", *(str(phase.num_streamed) for phase in phases)))
     lines = [f"  {row[0]:<26}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
     on_host = [f"{name} {size / 1e9:.2f}" for name, size in found.host.items() if size]
-    lines.append(f"  rows decoded at once: {found.num_rows}; tokens in a prefill: {found.prefill_tokens:,}")
+    micro = f", in a micro-batch {needs.micro_tokens:,}" if found.update else ""
+    lines.append(f"  rows decoded at once: {found.num_rows}; tokens: in a prefill {found.prefill_tokens:,}{micro}")
     lines.append(f"  pinned host memory in GB: {', '.join(on_host)}; in all {found.host_bytes / 1e9:.2f}" if on_host else
                  "  pinned host memory: none")
     return "\n".join(lines)

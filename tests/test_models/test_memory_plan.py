@@ -160,7 +160,7 @@ def test_a_gpu_without_triton_products_has_scratch_while_it_decodes():
 
 def test_the_table_has_a_line_for_all_that_takes_memory():
     found = planned(RUN, 15)
-    text = table(found, 24)
+    text = table(found, RUN)
     for name, size in found.update.lines.items():
         assert not size or f"{name:<26}" in text
     assert "in all, of 15.00" in text and "rows decoded at once: 8" in text and "optimizer 0.74" in text
