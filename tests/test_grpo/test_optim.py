@@ -6,11 +6,14 @@ import weakref
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load, save
 
 import models.adam_state
 from grpo.optim import FLOAT16_LOSS_SCALE, LearningRate, NonFiniteError, Optimizer, check_finite, loss_scale_for
 from models.adam_state import optimizer_bytes
+from models.formats.hugging_face import load_model
+from models.lora import set_full_training
 
 SHAPES = {"a": (5, 7), "b": (3,), "experts": (2, 4, 3)}
 
@@ -470,3 +473,23 @@ def test_a_gpu_holds_gradients_during_an_update_only_and_a_streamed_state_not_at
     counted = optimizer_bytes([1 << 20] * 16, torch.float32, "fp32", "master")
     assert torch.cuda.max_memory_allocated() <= before + counted.gradients + counted.scratch + counted.buffers + (1 << 20)
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["stochastic", "compensated"])
+def test_updates_in_the_backward_from_state_in_host_memory_have_the_bits_of_those_after_it_from_the_gpu(weights):
+    found = []
+    for updates in (False, True):
+        policy = load_model(FIXTURES / "tiny_bf16", device="cuda", dtype=torch.bfloat16)
+        set_full_training(policy)
+        optimizer = make_optimizer(policy.trainable_parameters(), moments="int8", weights=weights, state_on_host=updates)
+        for step in range(3):
+            tokens = torch.randint(0, 30, (200,), generator=torch.Generator().manual_seed(step)).cuda()
+            mask = torch.ones(200, dtype=torch.bool)
+            mask[[0, 80]] = False
+            log_probs, _ = policy.log_probs(tokens, torch.tensor([0, 80, 200]), temperature=1.0, mask=mask)
+            optimizer.backward((log_probs * torch.linspace(-1, 1, 200, device="cuda")).sum(), updates=updates)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({**optimizer.state_dict(), **policy.trainable_parameters()})
+    assert all(torch.equal(found[0][name].cpu(), found[1][name].cpu()) for name in found[0])
