@@ -1,12 +1,13 @@
 """The size of a rollout's cache of keys and values: rows, slots and pages."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
 from grpo.rollout.scheduler import RolloutRow
 from models.config import GptOssConfig
-from models.kv_cache import KVCache, page_bytes, slot_bytes
+from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
 
 @dataclass
@@ -44,9 +45,15 @@ def plan_cache(config: GptOssConfig, dtype: torch.dtype, rows: list[RolloutRow],
             f"rollout.cache_gb: a cache of {num_bytes / 1e9:.3g} GB does not hold one sequence of {longest} tokens, which "
             f"takes {least / 1e9:.3g} GB: set rollout.cache_gb to {1.01 * least / 1e9:.3g} or more (null: what is free) or "
             "lower rollout.max_new_tokens")
-    # each row needs pages for its prompt and one more; without them its slot would only use memory
-    per_row = 1 + KVCache.pages_for(min(row.prompt_len for row in rows))
-    while num_rows > 1 and size(shape(num_rows, max(pages[0], num_rows * per_row))) > num_bytes:
+    # rows need pages for their prompts, whole ones once for a group, and each row one more; without them its slot would only use
+    # memory
+    shortest, width = min(row.prompt_len for row in rows), max(Counter(row.group for row in rows).values())
+    num_shared = shortest // PAGE_TOKENS
+    num_own = KVCache.pages_for(shortest) - num_shared + 1
+    while num_rows > 1:
+        least = max(pages[0], -(-num_rows // width) * num_shared + num_rows * num_own)
+        if size(shape(num_rows, least)) <= num_bytes:
+            break
         num_rows -= 1
     fitting = shape(num_rows, pages[0])
     fitting.num_pages += int((num_bytes - size(fitting)) // per_page)

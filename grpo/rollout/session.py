@@ -443,7 +443,7 @@ class Session:
         self.stats.decode_steps += num_steps
         decoder.cache.flush()
         prompts = [(row.group, row.prompt_len) for row in live]
-        longest = max(row.num_tokens for row in live) + num_steps
+        longest = min(max(row.num_tokens for row in live) + num_steps, max(row.max_tokens for row in live))
         if self._has_whole_steps:
             decoder.run(num_steps, self._plain, prompts, longest=longest)
             return

@@ -200,6 +200,17 @@ def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(model)
     assert_equal(sample(model, prompts, cache_gb=size / 1e9, **settings)[0], sample(model, prompts, **settings)[0])
 
 
+def test_a_group_runs_together_where_its_long_prompt_fits_once(model):
+    config, prompts, settings = make_config(), make_prompts([440]), {"num_samples": 4, "max_new_tokens": 20}
+    # 6 whole pages of the prompt; its tail and another page for each completion
+    size = 5 * slot_bytes(config, torch.float32, max_len=MAX_LEN) + (6 + 4 * 2) * page_bytes(config, torch.float32)
+    shape = plan_cache(config, torch.float32, make_rows([(440, 20)], width=4), num_bytes=size, num_rows=64, max_len=MAX_LEN)
+    assert (shape.num_rows, shape.num_slots, shape.num_pages) == (4, 5, 14)
+    completions, stats = sample(model, prompts, cache_gb=size / 1e9, **settings)
+    assert stats.prefill_tokens == 440 and stats.num_preemptions == 0
+    assert_equal(completions, sample(model, prompts, **settings)[0])
+
+
 def test_the_longest_prompts_are_admitted_first(model, monkeypatch):
     lengths, prefill = [], GptOss.prefill
 
