@@ -10,6 +10,7 @@ from paths import FIXTURES
 import grpo.run.memory
 from grpo.configuration.launch import load_config
 from grpo.run.memory import GpuMemory, free_host_bytes, gpu_here, needs_of, prompt_len_of, summary, unplanned
+from grpo.run.policy import build_model, build_tokenizer
 from grpo.train import run_training
 from models.config import released
 from models.memory_plan import GPUS, embedding_parameters, pinned_bytes, plan
@@ -150,6 +151,19 @@ def test_the_first_lines_say_where_things_are():
     assert "host: embedding 2.15, optimizer 0.74, experts " in text
     assert f"experts of 0 in sampling and {found.update.num_streamed} in update of 24 layers are streamed" in text
     assert "\n" not in summary(plan(needs_20b(), GPUS["H200"], limit=140 * GB, host_bytes=0), 24)
+
+
+def test_a_model_is_loaded_where_the_plan_says():
+    config = load_config("train", ["+experiment=gpt_oss_20b_lora", f"model.path={FIXTURES / 'tiny_mxfp4'}",
+                                   f"model.tokenizer={FIXTURES / 'tokenizer_compact'}"])  # fmt: skip
+    found = plan(needs_20b(), GPUS["H200"], limit=140 * GB, host_bytes=0)
+    found.sampling.num_streamed, found.update.num_streamed = 1, 3
+    found.host |= {"embedding": 1 << 20, "activations": 5000}
+    policy = build_model(config.model, build_tokenizer(config.model, None), seed=0, device=torch.device("cpu"),
+                         dtype=torch.float32, plan=found)  # fmt: skip
+    placement = policy.expert_store.placement
+    assert (placement.num_streamed_sampling, placement.num_streamed_update) == (1, 3)
+    assert policy.memory.host_bytes == (1 << 20) + 5000
 
 
 @pytest.mark.gpu
