@@ -27,10 +27,10 @@ LAYERS = ("seccomp", "landlock", "limits", "user", "namespaces")
 MODULES = (
     "abc", "array", "ast", "base64", "binascii", "bisect", "calendar", "cmath", "codecs", "collections", "collections.abc",
     "contextlib", "copy", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "__future__",
-    "graphlib", "heapq", "io", "itertools", "json", "keyword", "linecache", "math", "numbers", "operator", "pprint",
-    "random", "re", "reprlib", "statistics", "string", "_strptime", "struct", "sys", "textwrap", "time", "traceback",
-    "types", "typing", "unicodedata", "weakref", "zlib", "encodings.ascii", "encodings.latin_1", "encodings.utf_16",
-    "encodings.utf_8")
+    "graphlib", "hashlib", "heapq", "io", "itertools", "json", "keyword", "linecache", "math", "numbers", "operator",
+    "pprint", "random", "re", "reprlib", "statistics", "string", "_strptime", "struct", "sys", "textwrap", "time",
+    "traceback", "types", "typing", "unicodedata", "weakref", "zlib", "encodings.ascii", "encodings.latin_1",
+    "encodings.utf_16", "encodings.utf_8")
 VIOLATIONS = {
     "import": "it imports a module outside the standard ones that are allowed",
     "call": "it reached for files, the network, other processes or privileges",

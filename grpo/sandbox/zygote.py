@@ -14,6 +14,7 @@ On a call's socket the child reads {"code", "function", "calls"}, JSON until the
 import ctypes
 import gc
 import importlib
+import importlib.machinery
 import io
 import json
 import os
@@ -131,21 +132,35 @@ class Confinement:
 
 
 class Refusal:
-    """The only finder of modules: it finds none. Keeps a list of what was asked for: [kind of violation, name]."""
+    """The only finder of modules: it finds those that are hidden, for the standard library's own imports, and no others. Keeps a
+    list of what the code asked for: [kind of violation, name]."""
 
-    def __init__(self, loaded: dict):
+    def __init__(self, loaded: dict, hidden: dict):
         self.notes: list[list[str]] = []
+        self.hidden = hidden
         self.hides_resource = "resource" not in loaded  # which the zygote's wait4 looks up
         self.watches_files = "os" not in loaded
-        self.uncounted = ("<", os.path.dirname(os.__file__))  # a traceback looks for sources there
+        self.library = os.path.dirname(os.__file__)
 
-    def find_spec(self, name: str, path=None, target=None) -> None:
+    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename.startswith("<frozen importlib"):
+            frame = frame.f_back
+        if frame.f_code.co_filename.startswith(("<frozen", self.library)):
+            return importlib.machinery.ModuleSpec(name, self) if name in self.hidden else None
         if name.partition(".")[0] not in KEPT:
             self.notes.append(["import", name])
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return self.hidden[spec.name]
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """It has been executed."""
 
     def watch(self, event: str, arguments: tuple) -> None:
         """A hook for audit events (PEP 578)."""
-        if event in OPENINGS and not str(arguments[0]).startswith(self.uncounted):
+        if event in OPENINGS and not str(arguments[0]).startswith(("<", self.library)):  # tracebacks look there
             self.notes.append(["call", f"{event} {arguments[0]}"])
 
 
@@ -153,11 +168,12 @@ def hide_modules(loaded: dict) -> Refusal:
     """Leaves to import: the modules of `loaded`, and what they need that is private or part of them."""
     roots = {name.partition(".")[0] for name in loaded} | {"builtins", "warnings", "resource", *KEPT}
     own = {"_ctypes", "_socket", "_signal", "_posixsubprocess"}
+    hidden = {}
     for name in list(sys.modules):
         root = name.partition(".")[0]
         if root not in roots and (not root.startswith("_") or root in own):
-            del sys.modules[name]
-    refusal = Refusal(loaded)
+            hidden[name] = sys.modules.pop(name)
+    refusal = Refusal(loaded, hidden)
     sys.meta_path[:] = [refusal]
     sys.path.clear()
     sys.path_hooks.clear()

@@ -1,6 +1,7 @@
 """The matmul task: right and fast code earns, nothing else does."""
 
 import itertools
+import json
 import random
 import re
 import sys
@@ -125,7 +126,7 @@ def test_held_out_tasks_are_never_trained_on_and_ids_differ(env):
 # --- the reward -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("speedup, reward", [(1.0, 0.5), (0.5, 0.5), (2**0.5, 0.75), (2.0, 1.0), (9.0, 1.0)])
+@pytest.mark.parametrize("speedup, reward", [(1.0, 0.5), (0.5, 0.5), (1.75**0.5, 0.75), (1.75, 1.0), (9.0, 1.0)])
 def test_the_reward_is_half_for_a_right_function_and_half_by_the_logarithm_of_its_speed(
     env, monkeypatch, speedup, reward
 ):
@@ -154,6 +155,18 @@ def test_every_timed_call_has_inputs_of_its_own_and_is_checked(env, monkeypatch)
     inputs = [str(pair) for _, _, calls in seen for pair in calls]
     assert len(set(inputs)) == len(inputs) == len(checked) == 4 + 2 * SETTINGS["timed_trials"]
     assert [code == PLAIN.triple_loop() for code, _, _ in seen] == [False, *[True, False] * SETTINGS["timed_trials"]]
+
+
+def test_a_run_prints_and_records_the_layers_and_counts_violations(entry_points, tmp_path):
+    result = entry_points.run(
+        "grpo.train", "+experiment=smoke", "env=matmul", "warmup=null", "steps=1", "rollout.max_new_tokens=8", "name=run",
+        "output_dir=out", "optim.max_tokens=8192", "model.architecture.max_position_embeddings=4096", "eval.at_start=false",
+        "eval.max_prompts=2", folder=tmp_path, PYTHONPATH=str(ROOT))  # fmt: skip
+    assert result.code == 0, result.err
+    described = json.loads((tmp_path / "out/run/summary.json").read_text())["sandbox"]
+    assert described.startswith("auto: seccomp, ") and f"sandbox  {described}" in " ".join(result.out.split("\n"))
+    lines = [json.loads(line) for line in (tmp_path / "out/run/metrics.jsonl").read_text().splitlines()]
+    assert {f"sandbox/violations/{kind}" for kind in VIOLATIONS} <= lines[-1].keys() | lines[0].keys()
 
 
 # --- the audit --------------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ KNOWN = {
 }
 
 OWN = {
-    "closed socket, then a loop": (body("os.closerange(0, 64)", "while True: pass"), TIME),
+    "closed socket, then a loop": (body("os.closerange(0, 64)", "while True: pass"), (*TIME, *CALL)),
     "null pointer": (body("ctypes.string_at(0)", "return 'reached'"), CRASH),
     "abort": (body("os.abort()"), CRASH),
     "end without an answer": (body("os._exit(0)"), ("output", "crash")),
@@ -223,6 +223,62 @@ OWN = {
     ),
 }
 
+LIBRARY = r"""
+import sys
+from functools import singledispatch, lru_cache, reduce, cmp_to_key
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional, Protocol, get_type_hints
+import enum, json, re, math, random, heapq, bisect, itertools, string, pprint, contextlib, io, datetime, decimal
+import fractions, statistics, base64, ast, time, copy, calendar, traceback, warnings, collections, operator, struct
+import textwrap, numbers, weakref, graphlib, array, types, abc, codecs, unicodedata
+@dataclass(order=True, frozen=True)
+class P:
+    x: int
+    y: list = field(default_factory=list)
+@singledispatch
+def g(a): return 0
+@g.register
+def _(a: int): return 1
+class C(enum.Enum):
+    A=1
+class F(enum.Flag):
+    A=1
+    B=2
+class N(NamedTuple):
+    a: int = 1
+def f():
+    get_type_hints(P); pprint.pformat({1:[2]*40}); repr(P(1)); copy.deepcopy(P(1)); copy.copy(N())
+    ast.literal_eval("[1,2]"); ast.unparse(ast.parse("x=1")); ast.dump(ast.parse("x=1"))
+    json.dumps({"a":1}, indent=2); json.loads('{"a": 1}')
+    string.Template("$a").substitute(a=1); "{:>10,.3f}".format(3.0); f"{3:n}"
+    random.seed("x"); random.shuffle([1,2]); random.gauss(0,1); random.sample(range(9),2); random.choices([1],k=2)
+    statistics.NormalDist(0,1).cdf(1); statistics.median([1,2]); statistics.quantiles([1,2,3])
+    datetime.datetime.now().isoformat(); datetime.date.fromisoformat("2020-01-01"); time.strftime("%Y")
+    time.strptime("2020","%Y"); calendar.month(2020,1)
+    decimal.getcontext().prec=50; decimal.Decimal(2).sqrt(); fractions.Fraction("1/3"); math.isqrt(9)
+    base64.b64encode(b"x"); base64.b32encode(b"x"); "é".encode("utf-16"); "x".encode("ascii")
+    "x".encode("latin-1"); b"x".decode("utf-8","replace")
+    re.compile(r"(?P<a>\w+)").sub(lambda m: m.group("a"), "abc"); re.split(",","a,b");
+    list(graphlib.TopologicalSorter({1:{2}}).static_order()); array.array("d",[1.0]); struct.pack("d",1.0)
+    with contextlib.redirect_stdout(io.StringIO()): print(1)
+    with contextlib.suppress(ValueError): int("x")
+    try: 1/0
+    except ZeroDivisionError: traceback.format_exc(); traceback.print_exc()
+    warnings.warn("x"); "x\d"; eval("1+1"); exec("y=1"); compile("1","<s>","eval")
+    isinstance(1, numbers.Number); weakref.ref(P); types.SimpleNamespace(a=1); unicodedata.name("a")
+    textwrap.dedent(" a")
+    sum(x for x in map(operator.mul,[1],[2])); collections.Counter("aab").most_common(1)
+    collections.OrderedDict(a=1); repr(collections.deque([1]))
+    sys.setrecursionlimit(5000); sys.getsizeof(1); int("1"*100); str(10**100); hash("x"); id(1)
+    class E(Exception): pass
+    try: raise ExceptionGroup("g",[ValueError()])
+    except* ValueError: pass
+    async def co(): return 1
+    try: co().send(None)
+    except StopIteration: pass
+    return [g(1), C.A.name, str(F.A|F.B), sorted([P(2),P(1)])[0].x]
+"""
+
 BENIGN = {
     "sum": (body("return sum(range(10))"), 45),
     "standard modules": (
@@ -238,6 +294,7 @@ BENIGN = {
         ),
         [8, 2, "Sunday", "0.331/3a\nb", "cbta", 2, [3]],
     ),
+    "the library at large": (LIBRARY, [1, "A", "F.A|B", 1]),
 }
 
 

@@ -134,11 +134,11 @@ def test_reaching_for_a_file_is_a_violation_even_if_the_error_is_caught(sandbox)
 
 def test_what_python_does_on_its_own_is_no_violation(sandbox):
     code = (
-        "import copy, json, traceback, warnings\ndef f():\n    warnings.warn('careful')\n"
+        "import json, traceback, warnings\ndef f():\n    warnings.warn('careful')\n"
         "    try: json.loads('{')\n    except ValueError: traceback.print_exc()\n"
-        "    try: compile('def f(:', 'x.py', 'exec')\n    except SyntaxError: pass\n    return 'é'.encode('cp1252').hex()"
+        "    try: compile('def f(:', '<x>', 'exec')\n    except SyntaxError: pass\n    return 'é'.encode('latin-1').hex()"
     )
-    outcome = run(sandbox, code.replace("x.py", "<x>").replace("cp1252", "latin-1"))
+    outcome = run(sandbox, code)
     assert (outcome.values, outcome.violation, outcome.detail) == (["e9"], None, "")
     assert "careful" in outcome.printed and "JSONDecodeError" in outcome.printed
 
