@@ -52,15 +52,15 @@ class PackedKeys:
 
     def backward(self, attn, grad: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor,
                  lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of the product before the rotation [T, P] and of the sinks, as parts [parts, H] fp32 to be summed.
-        grad: of attend's result."""
+        """The gradients of the product before the rotation [T, P], in the memory of qkv, and of the sinks, as parts [parts, H]
+        fp32 to be summed. grad: of attend's result. Overwrites attended."""
         q, k, v = attn.heads(qkv)
-        grad_qkv = torch.empty_like(qkv)
-        grad_q, grad_k, grad_v = attn.heads(grad_qkv)
-        *_, grad_sinks = attention_backward(q, k, v, attn.sinks, attended.view_as(q), lse, grad.view_as(q), self.plan,
-                                            grads=(grad_q, grad_k, grad_v), **attn.settings())
-        rotate_(grad_q, grad_k, *self.angles, backward=True)
-        return grad_qkv, grad_sinks
+        out = attended.view_as(q)
+        *_, grad_sinks = attention_backward(q, k, v, attn.sinks, out, lse, grad.view_as(q), self.plan, grads=(out, k, v),
+                                            **attn.settings())
+        q.copy_(out)
+        rotate_(q, k, *self.angles, backward=True)
+        return qkv, grad_sinks
 
 
 def packed_attention(attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:

@@ -156,9 +156,9 @@ def layer_memory(config: GptOssConfig, workload: Workload, plan: LayerPlan) -> t
     experts = (2 * stream + attention + kept["middle"] + kept["h"] + 2 * chunk_narrow + activation
                + (rows * width * workload.element_size if inner != width else 0) + scratch(config, workload))
     experts += sum(chunk_sizes[name] for name in ("middle", "h") if not kept[name])
-    # through attention: x, grad, the gradients of its inputs and of its output, two more numbers for each head; then through the
+    # through attention: x, grad, its inputs, its output and that one's gradient, two more numbers for each head; then through the
     # norm before it
-    through_attention = 2 * stream + 2 * attention + 4 * config.num_attention_heads * workload.num_tokens
+    through_attention = 2 * stream + attention + sizes["attended"] + 4 * config.num_attention_heads * workload.num_tokens
     through_norm = 3 * stream + 2 * narrow + sizes["qkv"]
     return forward + _LIBRARY_BYTES, max(experts, through_attention, through_norm) + _LIBRARY_BYTES
 

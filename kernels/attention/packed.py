@@ -489,8 +489,9 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks:
                        lse: torch.Tensor, dout: torch.Tensor, plan: AttentionPlan, *, window: int, scale: float,
                        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, written into `grads` if given, and parts [parts, H] fp32 whose sum is the sinks' gradient. By the kernels or
-    the library, as attention_forward."""
+    """dq, dk and dv, written into `grads` if given, and parts [parts, H] fp32 whose sum is the sinks' gradient. `grads` may be
+    out, k and v: nobody reads what a program overwrites, and it has read that before. By the kernels or the library, as
+    attention_forward."""
     assert plan.first_query == 0, f"keys without queries have no gradient here: {plan.first_query} rows before the first query"
     settings = {"window": window, "scale": scale}
     if product_path(q) == "library":

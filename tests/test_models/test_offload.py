@@ -106,7 +106,7 @@ def test_of_the_experts_tensors_only_a_chunk_is_there_at_once(monkeypatch):
     assert layer_memory(CONFIG, run, again)[0] == 3 * 640 + 320 + 16 * 24 + 32 * 16 + LIBRARY
     assert layer_memory(CONFIG, run, again)[1] == max(
         2 * 640 + 640 + 400 + 16 * (24 + 16) + 2 * 128 + 256 + 768,  # the experts'
-        2 * 640 + 2 * (640 + 400) + 80,  # attention's
+        2 * 640 + 640 + 2 * 400 + 80,  # attention's
         3 * 640 + 2 * 320 + 640) + LIBRARY
     # a kept h is there for all tokens, and not once more for a chunk
     with_h = layer_memory(CONFIG, run, again | {"h": Place.host})
@@ -120,15 +120,18 @@ def test_a_layer_of_20b_takes_a_few_gigabytes_for_its_longest_sequence():
     tokens = 131_072
     workload = Workload(tokens, 0, 0, element_size=2, stream_size=2, is_packed=True, keeps_h=False, scratch_bytes=10**9)
     forward, backward = layer_memory(config, workload, everything(Place.recompute))
-    # a token's x and grad: 5,760 bytes each; qkv: 10,240; attended: 8,192; lse and delta: 2 x 256 and once more
-    assert backward == tokens * (2 * 5760 + 2 * 10_240 + 2 * 8192 + 3 * 256) + LIBRARY
     # four streams; a chunk of 16,384: twice four rows of 5,760 a token
     assert forward == tokens * 4 * 5760 + 16_384 * 8 * 5760 + 10**9 + LIBRARY
-    # with more dequantised weights at once the experts take most: a chunk has h, too, twice four rows, and three more streams
-    workload.scratch_bytes = 1_100_000_000
-    weights = 32 * 3 * 2880 * 2880 * 2
+    # a token's x and grad: 5,760 bytes each; qkv: 10,240; attended and lse: 8,448. A chunk has h, too, twice four rows, and three
+    # more streams
+    of_tokens, of_chunk = tokens * (2 * 5760 + 10_240 + 8_448), 16_384 * (3 * 4 + 3) * 5760
+    assert backward == of_tokens + of_chunk + 10**9 + LIBRARY
+    workload.scratch_bytes = 1_100_000_000  # holds gate_up; down comes to it
     assert layer_memory(config, workload, everything(Place.recompute))[1] == (
-        tokens * (2 * 5760 + 10_240 + 8_448) + 16_384 * (3 * 4 + 3) * 5760 + weights + LIBRARY)
+        of_tokens + of_chunk + 32 * 3 * 2880 * 2880 * 2 + LIBRARY)
+    # twice as many tokens need as much beside the experts: x, its norm, their gradients, those of middle and of qkv
+    workload.num_tokens, workload.scratch_bytes = 2 * tokens, 1 << 26
+    assert layer_memory(config, workload, everything(Place.recompute))[1] == 2 * tokens * (5 * 5760 + 10_240) + LIBRARY
 
 
 def test_most_is_held_before_the_last_layer_or_by_gradients_after_it():
