@@ -37,7 +37,8 @@ def prepare_device(config: TrainConfig | InferenceConfig) -> tuple[torch.device,
     if config.device == Device.cuda and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; set device=cpu (or auto), or install a CUDA "
                           "build of torch")
-    device = torch.device("cuda" if config.device != Device.cpu and torch.cuda.is_available() else "cpu")
+    is_gpu = config.device != Device.cpu and torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")  # some functions want its number
     return device, select_dtype(config.dtype, device)
 
 
