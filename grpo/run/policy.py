@@ -38,7 +38,7 @@ def prepare_device(config: TrainConfig | InferenceConfig) -> tuple[torch.device,
         raise ConfigError("device = 'cuda': torch sees no CUDA device here; set device=cpu (or auto), or install a CUDA "
                           "build of torch")
     is_gpu = config.device != Device.cpu and torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")  # some functions want its number
+    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")  # some calls want a number
     return device, select_dtype(config.dtype, device)
 
 
