@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu train sweep eval generate bench lint format clean
+.PHONY: help quickstart test test-gpu train warm sweep eval generate bench lint format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
-	@echo '  ARGS="KEY=VALUE ..." is passed on to quickstart, train, sweep, eval, generate and bench; to pytest in test and test-gpu'
+	@echo '  ARGS="KEY=VALUE ..." is passed on to quickstart, train, warm, sweep, eval, generate and bench; to pytest in test and test-gpu'
 
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
@@ -26,6 +26,10 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU
 
 train: $(INSTALLED) ## an experiment: make train EXP=gpt_oss_20b_lora ARGS="model.path=FOLDER"
 	$(BIN)/python -m grpo.train +experiment=$(EXP) $(ARGS)
+
+warm: EXP = gpt_oss_20b_lora
+warm: $(INSTALLED) ## compile a run's kernels beforehand: make warm EXP=gpt_oss_20b_lora GPU=H100 (without GPU: the one here)
+	$(BIN)/python -m grpo.warm $(if $(GPU),gpu=$(GPU)) +experiment=$(EXP) $(ARGS)
 
 sweep: EXP = quickstart_sweep
 sweep: $(INSTALLED) ## a sweep: make sweep EXP=quickstart_sweep

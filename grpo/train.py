@@ -25,8 +25,9 @@ from grpo.run.failures import describe_failure
 from grpo.run.finish import export_policy, keep_finished_steps, next_commands, report_failure, resume_command, save
 from grpo.run.lock import RunInUseError, lock_run
 from grpo.run.signals import GracefulStop
-from grpo.run.start import Run, claim_run_dir, prepare_weights, start
+from grpo.run.start import Run, await_kernels, claim_run_dir, prepare_weights, start
 from grpo.update import update
+from models.rehearsal import compiled_meanwhile
 
 
 def train(run: Run) -> None:
@@ -44,7 +45,7 @@ def train(run: Run) -> None:
         run.num_tokens += sum(len(completion.prompt.token_ids) + completion.num_policy_tokens for completion, _ in groups.scored)
         stats |= {"num_tokens": run.num_tokens, "time/update": finished - updated, "time/step": finished - started,
                   "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
-                  **run.memory.metrics()}
+                  "time/compile": seconds_of_compilation(run), **run.memory.metrics()}
         run.memory.for_sampling(run.policy)
         metrics.log(run.step, {**stats, **groups.metrics})
         if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):
@@ -54,6 +55,17 @@ def train(run: Run) -> None:
             save(run)
         if run.should_stop() and run.step < config.steps:
             raise Interrupted(f"after step {run.step} of {config.steps}")
+
+
+def seconds_of_compilation(run: Run) -> float:
+    """The seconds that launches spent on compiling kernels since the last call. After the first step there should be none; a line
+    names them."""
+    compiled = compiled_meanwhile()
+    seconds = sum(seconds for _, seconds in compiled)
+    if compiled and run.has_stepped:
+        run.metrics.print(f"compiled {', '.join(name for name, _ in compiled)} in step {run.step}: {seconds:.1f} s")
+    run.has_stepped = True
+    return seconds
 
 
 def evaluate_if_due(run: Run) -> None:
@@ -92,6 +104,7 @@ def run_training(config: TrainConfig) -> int:
                 run, state = start(config, lock, should_stop)
                 should_stop.show = run.metrics.notice
                 prepare_weights(run, state)
+                await_kernels(run)
                 evaluate_if_due(run)
                 if config.checkpoint.every:
                     save(run)

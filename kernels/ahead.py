@@ -4,13 +4,17 @@ then compiled into Triton's cache on disk, where launches find it.
 Launches are recorded by running code on "meta" tensors (kernels/device.py). Triton's own functions turn arguments into what a
 kernel is compiled for, so the keys of the cache are those of a launch.
 """
+import ctypes
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+import triton
 from triton import compile as compile_kernel
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -43,13 +47,35 @@ class Variant(NamedTuple):
         return hashlib.sha256(key.encode()).hexdigest()
 
     def is_cached(self) -> bool:
-        file = f"{self.name[:150]}.json"
-        return file in (get_cache_manager(self.cache_key()).get_group(file) or {})
+        return is_cached(self.name, self.cache_key())
 
     def compile(self) -> None:
         compiled = compile_kernel(self.source, target=self.target, options=self.options)
-        if hasattr(nvidia, "make_launcher"):  # Triton 3.6 and before: a function in C for each signature, kept in the same cache
+        if hasattr(nvidia, "make_launcher") and _has_driver():
+            # Triton 3.6 and before: a function in C for each signature, kept in the same cache
             nvidia.CudaLauncher(self.source, compiled.metadata)
+
+
+@cache
+def _has_driver() -> bool:
+    try:
+        return ctypes.CDLL("libcuda.so.1") is not None
+    except OSError:
+        return False
+
+
+def is_cached(name: str, cache_key: str) -> bool:
+    file = f"{name[:150]}.json"
+    return file in (get_cache_manager(cache_key).get_group(file) or {})
+
+
+def compiler() -> tuple[str, ...]:
+    """What compiles, apart from the sources; it is quick to find out."""
+    return triton.__version__, *map(str, sorted(get_cache_invalidating_env_vars().items()))
+
+
+def cache_folder() -> Path:
+    return Path(knobs.cache.dir)
 
 
 class Recording:
@@ -105,8 +131,11 @@ def compile_all(variants: list[Variant], *, num_processes: int, progress: Callab
     if not count:
         return failures
     progress(0, count)
-    with ProcessPoolExecutor(min(num_processes, count), mp_context=multiprocessing.get_context("fork")) as pool:
+    pool = ProcessPoolExecutor(min(num_processes, count), mp_context=multiprocessing.get_context("fork"))
+    try:
         for done, future in enumerate(as_completed([pool.submit(_compile, index) for index in range(count)]), start=1):
             failures += [future.result()] if future.result() else []
             progress(done, count)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failures

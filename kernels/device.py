@@ -20,6 +20,7 @@ float32 residual with a float16 x, and rms_norm returns the dtype that it is ask
 clamped activation or attention, and stay far below.
 """
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -204,6 +205,15 @@ def launch_key(kernel: JITFunction, arguments: tuple, constants: dict) -> tuple:
 
 FP_FUSION = {"enable_fp_fusion": True}
 _COMPILED: dict[tuple, object] = {}  # kernels that launch() compiled, by everything that they were compiled for
+_COMPILATIONS: list[tuple[str, float]] = []  # the names of those kernels, and the seconds that each took
+_COMPILE_SECONDS = 0.1  # a kernel that is in Triton's cache takes less
+
+
+def take_compilations() -> list[tuple[str, float]]:
+    """The kernels that launches have compiled since the last call, with the seconds of each."""
+    taken = [(name, seconds) for name, seconds in _COMPILATIONS if seconds > _COMPILE_SECONDS]
+    _COMPILATIONS.clear()
+    return taken
 
 
 def _constexprs(kernel, arguments: tuple, constants: dict) -> tuple:
@@ -229,8 +239,9 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     key = (id(kernel), torch.cuda.current_device(), *launch_key(kernel, arguments, constants))
     found = _COMPILED.get(key)
     if found is None:
-        constexprs = _constexprs(kernel, arguments, constants)
+        constexprs, started = _constexprs(kernel, arguments, constants), time.perf_counter()
         _COMPILED[key] = kernel[grid](*arguments, **FP_FUSION | constants), constexprs
+        _COMPILATIONS.append((kernel.fn.__name__, time.perf_counter() - started))
         return
     compiled, constexprs = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *constexprs)

@@ -1,20 +1,32 @@
 """What a run will launch, found out without weights and without a GPU: a model on "meta" goes through the passes of rollout and
 training, one layer of each kind, while launches are recorded (kernels/ahead.py).
 
+compile_beside() starts a process that rehearses and compiles, on all cores, while this one loads the weights.
+
 What a kernel is compiled for depends on a batch only through thresholds on its numbers of tokens and rows, so a few lengths stand
 for all. tests/test_models/test_rehearsal.py compares them with many others.
 """
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from kernels import ahead
 from kernels.ahead import Recording, Variant
-from kernels.device import Gpu
+from kernels.device import Gpu, gpu_of_device, take_compilations
+from kernels.embedding import gather_rows
+from kernels.head.log_probs import log_probs
 from models.config import GptOssConfig
 from models.decoder import BUCKETS, Decoder, PlainDraw, bucket_of
-from models.gpt_oss import GptOss
+from models.gpt_oss import GptOss, KeptSets
 from models.keys import PrefillChunk
 from models.kv_cache import PAGE_TOKENS
 from models.lora import LoraConfig, attach_lora, set_full_training
@@ -27,6 +39,10 @@ _MANY_TOKENS = (600, 2000)
 _TRAINED_TOKENS = (100, 600, 2000, 8192)
 
 
+GPUS = {"L4": Gpu(89, 58), "4090": Gpu(89, 128), "A100": Gpu(80, 108), "H100": Gpu(90, 132), "H200": Gpu(90, 132),
+        "B200": Gpu(100, 148)}
+
+
 @dataclass
 class Rehearsal:
     """The settings of a run that decide what it launches."""
@@ -37,9 +53,9 @@ class Rehearsal:
     lora: LoraConfig | None  # None: everything trains
     activation_checkpointing: bool
     max_rows: int  # decoded at once
-    max_len: int  # tokens of a sequence
-    num_stop_ids: int
+    max_len: int  # tokens of a sequence that the cache has room for
     draws: list[PlainDraw]
+    filters: bool  # draws from a part of the vocabulary, too
     shares_prompts: bool
     scores: bool  # log-probs without gradient: of a reference, or before several updates
 
@@ -77,17 +93,33 @@ def rehearse(model: GptOss, plan: Rehearsal) -> None:
 def rehearse_rollout(model: GptOss, plan: Rehearsal, *, few: tuple[int, ...] = _FEW_TOKENS,
                      many: tuple[int, ...] = _MANY_TOKENS) -> None:
     """Prefill and decode steps of every number of rows that a rollout can have."""
-    cache = model.new_cache(plan.max_rows + 1, plan.max_len, num_pages=1 + max(many) // PAGE_TOKENS)
-    decoder = Decoder(model, cache, max_rows=plan.max_rows, stop_ids=[0] * plan.num_stop_ids,
+    max_len = plan.max_len
+    num_slots = max(plan.max_rows, -(-max((*few, *many)) // max_len)) + 1
+    cache = model.new_cache(num_slots, max_len, num_pages=num_slots + max((*few, *many)) // PAGE_TOKENS)
+    decoder = Decoder(model, cache, max_rows=plan.max_rows, stop_ids=[0],
                       counts_prompts_apart=plan.shares_prompts)
     for num_tokens in (*few, *many):
-        end = min(num_tokens, plan.max_len)
-        cache.reserve(0, end)
-        chunks = [PrefillChunk(0, 0, end, end if plan.shares_prompts else 0)]
-        model.prefill(torch.zeros(end, dtype=torch.int64, device="meta"), chunks, cache)
+        ends = [max_len] * (num_tokens // max_len) + [num_tokens % max_len] * (num_tokens % max_len > 0)
+        chunks = [PrefillChunk(slot, 0, end, end if plan.shares_prompts else 0) for slot, end in enumerate(ends)]
+        model.prefill(torch.zeros(num_tokens, dtype=torch.int64, device="meta"), chunks, cache)
     for num_rows in sorted({bucket for bucket in BUCKETS if bucket < plan.max_rows} | {bucket_of(plan.max_rows)}):
-        for draw in plan.draws:
+        for draw in plan.draws or [PlainDraw(1.0, True)]:
             decoder.rehearse(num_rows, draw, longest=plan.max_len)
+    gather_rows(torch.zeros(8, dtype=torch.int64, device="meta"), model.model.embed_tokens.weight)  # it may be in host memory
+    if plan.filters:
+        rehearse_filters(model, plan.max_rows)
+
+
+def rehearse_filters(model: GptOss, max_rows: int) -> None:
+    """Draws from a part of the vocabulary, and the log-probs and gradients of what was drawn."""
+    weight = model.lm_head.weight
+    for num_rows in (*(1 << bits for bits in range(max_rows.bit_length())), max_rows):
+        model.head(torch.empty(num_rows, weight.shape[1], dtype=weight.dtype, device="meta"))
+    hidden = torch.empty(max_rows, weight.shape[1], dtype=weight.dtype, device="meta", requires_grad=True)
+    tokens, offsets = (torch.zeros(count, dtype=torch.int64, device="meta") for count in (max_rows, max_rows + 1))
+    kept = KeptSets(torch.zeros(64, dtype=torch.int32, device="meta"), offsets)
+    model.score(hidden, tokens, temperature=1.0, kept=kept)
+    log_probs(hidden, weight, tokens, temperature=1.0, kept_ids=kept.ids, kept_offsets=kept.offsets)[0].sum().backward()
 
 
 class _Memory:
@@ -119,3 +151,62 @@ def rehearse_training(model: GptOss, plan: Rehearsal, *, lengths: tuple[int, ...
             if plan.scores:
                 with torch.no_grad():
                     model.log_probs(tokens, bounds, **settings)
+
+
+# ---- compiled by another process
+
+
+def can_rehearse(gpu: Gpu) -> bool:
+    """Whether Triton computes products there (kernels/device.py: product_path)."""
+    return gpu.capability >= 80 and not os.environ.get("GRPO_PRODUCTS")
+
+
+def gpu_here(device: torch.device) -> Gpu:
+    return gpu_of_device(device)
+
+
+def compiled_meanwhile() -> list[tuple[str, float]]:
+    """The kernels that launches of this process compiled since the last call, each with its seconds."""
+    return take_compilations()
+
+
+def _list_file(plan: Rehearsal, gpu: Gpu) -> Path:
+    """Where the list of what was compiled for this plan is kept: in Triton's cache, until sources or compiler change."""
+    digest = hashlib.sha256(repr((plan, gpu, torch.__version__, ahead.compiler())).encode())
+    for folder in (Path(__file__).parent, Path(ahead.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return ahead.cache_folder() / f"rehearsed-{digest.hexdigest()[:32]}.json"
+
+
+def is_compiled(plan: Rehearsal, gpu: Gpu) -> bool:
+    """Whether everything of an earlier rehearsal of the same is still in Triton's cache; takes some milliseconds."""
+    try:
+        return all(ahead.is_cached(*pair) for pair in json.loads(_list_file(plan, gpu).read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+def compile_beside(plan: Rehearsal, gpu: Gpu) -> subprocess.Popen | None:
+    """Starts a process that compiles what the run will launch; None if all is compiled. Its output is a line of JSON for each
+    kernel that it has compiled, [done, all], and at the end the list of what went wrong."""
+    if is_compiled(plan, gpu):
+        return None
+    # its own session: Ctrl-C is for the run. No GPU: forked processes could not use it
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-c", f"from {__name__} import serve; serve()"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, start_new_session=True, env=environment)
+    pickle.dump((plan, gpu), process.stdin)
+    process.stdin.close()
+    return process
+
+
+def serve() -> None:
+    """What that process does."""
+    plan, gpu = pickle.load(sys.stdin.buffer)
+    found = variants(plan, gpu)
+    failures = ahead.compile_all(found, num_processes=len(os.sched_getaffinity(0)),
+                                 progress=lambda *counts: print(json.dumps(counts), flush=True))
+    if not failures:
+        _list_file(plan, gpu).write_text(json.dumps([(variant.name, variant.cache_key()) for variant in found]))
+    print(json.dumps(failures))

@@ -110,11 +110,11 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
     if model.train == Train.full:
         set_full_training(policy)
     else:
-        attach_lora(policy, _lora_config(model), seed=seed)
+        attach_lora(policy, lora_config(model), seed=seed)
     return policy
 
 
-def _lora_config(model: ModelConfig) -> LoraConfig:
+def lora_config(model: ModelConfig) -> LoraConfig:
     lora = model.lora
     return LoraConfig(lora.rank, lora.alpha, list(lora.targets), lora.train_sinks, lora.train_norms)
 
@@ -127,7 +127,7 @@ def has_initial_adapter(model: ModelConfig) -> bool:
 def check_initial_adapter(model: ModelConfig) -> None:
     """Compares that adapter, if the config names one, with model.lora; before the base is loaded."""
     if has_initial_adapter(model):
-        check_adapter(Path(model.lora.adapter).expanduser(), _lora_config(model))
+        check_adapter(Path(model.lora.adapter).expanduser(), lora_config(model))
 
 
 def load_initial_adapter(policy: GptOss, model: ModelConfig) -> None:

@@ -38,6 +38,7 @@ from grpo.record.metrics import Metrics
 from grpo.record.run_table import NAMES_OF_A_RUN
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import RunState, load_run
+from grpo.run.compilation import Compilation, begin_compiling, describe_failures
 from grpo.run.identity import PLACES, check_same, identify, provenance
 from grpo.run.lock import RunLock
 from grpo.run.memory import GpuMemory, gpu_memory, needs_of, prompt_len_of, summary, unplanned
@@ -79,6 +80,7 @@ class Run:
     made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
     sandbox: Sandbox | None = None  # of an environment that runs code that the model writes
     memory: GpuMemory | None = None  # always, in a run that start() made
+    compilation: Compilation | None = None  # of its kernels, in the background; None: there are none
     optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
     step: int = 0  # steps finished
@@ -86,6 +88,7 @@ class Run:
     steps_without_update: int = 0  # number of last steps in a row
     most_tokens: int = sys.maxsize  # of a micro-batch of several sequences: larger ones did not fit into memory
     saved_step: int = -1  # steps finished at the newest checkpoint
+    has_stepped: bool = False  # in this process
     has_warned: bool = False  # that sampler and trainer differ
     is_between_steps: bool = True  # false while weights hold part of a step's updates
 
@@ -111,10 +114,11 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     if state is not None:
         check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
     changes = describe_changes(config, run_dir) if state is not None else []
-    memory = unplanned(device)
+    memory, compilation = unplanned(device), None
     if device.type == "cuda":
         prompt_len = longest_prompt(env) or prompt_len_of(config, max_len=architecture.max_position_embeddings)
         memory = gpu_memory(needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype), config.model, device)
+        compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed,
                       shares_prompts=config.optim.share_prompts, **memory.sampler_settings(config.rollout.cache_gb))
@@ -127,7 +131,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
                       | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
     metrics.print(*changes)
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox,
-               memory), state
+               memory, compilation), state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -162,6 +166,17 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.step, run.saved_step, run.num_tokens = state.step, state.step, state.state["num_tokens"]
     run.optimizer = optimizer
     run.memory.for_sampling(run.policy)
+
+
+def await_kernels(run: Run) -> None:
+    """Returns when the kernels are compiled. Those that are not are compiled when they are needed."""
+    compilation, metrics = run.compilation, run.metrics
+    if compilation is None or compilation.process is None:
+        return
+    seconds = compilation.wait(metrics.progress("compiling kernels"))
+    metrics.print(f"kernels  {compilation.num_compiled} compiled, {seconds:.0f} s after the start")
+    if compilation.failures:
+        metrics.warn(describe_failures(compilation.failures))
 
 
 def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False) -> Optimizer:

@@ -23,7 +23,7 @@ def plan_of(num_experts: int = 32, **settings) -> Rehearsal:
         num_key_value_heads=8, head_dim=64, num_local_experts=num_experts, num_experts_per_tok=4, sliding_window=128)
     lora = LoraConfig(16, 32.0, ["q_proj", "k_proj", "v_proj", "o_proj", "experts"])
     return Rehearsal(**dict(config=config, dtype=torch.bfloat16, experts="mxfp4", lora=lora, activation_checkpointing=True,
-                            max_rows=64, max_len=4096, num_stop_ids=2, draws=[SAMPLED, GREEDY], shares_prompts=True,
+                            max_rows=64, max_len=4096, draws=[SAMPLED, GREEDY], filters=True, shares_prompts=True,
                             scores=True) | settings)
 
 

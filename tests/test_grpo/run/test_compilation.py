@@ -1,0 +1,100 @@
+"""The process that compiles beside a run: what it is asked for, what is read from it, and how it ends."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels.ahead
+import models.rehearsal
+from grpo.configuration.launch import load_config
+from grpo.run.compilation import Compilation, begin_compiling, describe_failures, rehearsal_of
+from grpo.warm import chosen_gpu
+from models.config import released
+from models.rehearsal import GPUS, compile_beside, is_compiled, variants
+
+
+def process(*lines: str, code: int = 0) -> subprocess.Popen:
+    """One that prints these lines and ends with this code."""
+    text = f"import sys; print({chr(10).join(lines)!r}); sys.exit({code})"
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
+
+
+def plan_of(*words: str):
+    config = load_config("train", ["+experiment=gpt_oss_20b_lora", *words])
+    return rehearsal_of(config, released("openai/gpt-oss-20b"), prompt_len=50, dtype=torch.bfloat16)
+
+
+def test_what_decides_about_kernels_follows_from_the_config():
+    plan = plan_of("rollout.prompts_per_step=2", "rollout.group_size=8", "rollout.max_new_tokens=100", "eval.max_prompts=3",
+                   "eval.num_samples=2")
+    assert (plan.experts, plan.max_rows, plan.max_len, plan.lora.rank) == ("mxfp4", 16, 256, 16)
+    assert [draw.is_greedy for draw in plan.draws] == [False, True] and not plan.filters
+    assert plan.shares_prompts and plan.activation_checkpointing and not plan.scores
+    assert plan_of("eval.max_prompts=40", "eval.num_samples=1", "rollout.prompts_per_step=1").max_rows == 40
+    assert plan_of("rollout.max_batch=24").max_rows == 24
+    assert plan_of("kl.coefficient=0.1").scores and plan_of("optim.minibatches=2").scores
+    filtered = plan_of("rollout.top_p=0.9", "eval.greedy=false")
+    assert filtered.filters and filtered.draws == []
+    unevaluated = plan_of("eval.every=0", "eval.at_start=false", "eval.at_end=false")
+    assert [draw.is_greedy for draw in unevaluated.draws] == [False]
+
+
+def test_progress_and_failures_are_read_until_the_process_ends():
+    counts, compilation = [], Compilation(process("[0, 3]", "[1, 3]", "[2, 3]", "[3, 3]", '["_norm_kernel: no"]'))
+    assert compilation.wait(lambda *pair: counts.append(pair)) > 0
+    assert counts == [(0, 3), (1, 3), (2, 3), (3, 3)] and compilation.num_compiled == 3
+    assert compilation.failures == ["_norm_kernel: no"] and "(_norm_kernel: no)" in describe_failures(compilation.failures)
+    assert compilation.wait(lambda *_: pytest.fail("it has ended")) > 0
+
+
+@pytest.mark.parametrize("broken", [("[0, 2]", "[1, 2]"), ("[0, 1]", "[1, 1]", "[]")])
+def test_a_process_that_dies_is_a_failure_and_not_an_error(broken):
+    compilation = Compilation(process(*broken, code=9))
+    compilation.wait(lambda *_: None)
+    assert compilation.failures == ["the process that compiles ended with code 9"]
+
+
+def test_no_process_starts_without_a_gpu():
+    config = load_config("train", ["+experiment=gpt_oss_20b_lora", "device=cpu"])
+    settings = {"prompt_len": 50, "device": torch.device("cpu"), "dtype": torch.float32}
+    compilation = begin_compiling(config, released("openai/gpt-oss-20b"), **settings)
+    assert compilation.process is None and compilation.wait(lambda *_: None) >= 0 and compilation.failures == []
+
+
+def test_what_is_compiled_is_not_rehearsed_again(tmp_path, monkeypatch):
+    """Until a kernel leaves Triton's cache, or the plan or the GPU is another."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    plan, gpu = plan_of(), GPUS["H100"]
+    some = [variant for variant in variants(plan, gpu) if variant.name in ("_advance_kernel", "_bias_dots_kernel")]
+    assert len(some) == 2 and not is_compiled(plan, gpu)
+    file = models.rehearsal._list_file(plan, gpu)
+    file.write_text(json.dumps([(variant.name, variant.cache_key()) for variant in some]))
+    assert not is_compiled(plan, gpu)
+    assert kernels.ahead.compile_all(some, num_processes=2, progress=lambda *_: None) == []
+    assert is_compiled(plan, gpu) and compile_beside(plan, gpu) is None
+    assert not is_compiled(plan_of("rollout.max_batch=24"), gpu) and not is_compiled(plan, GPUS["A100"])
+    next(tmp_path.rglob("_advance_kernel.json")).unlink()
+    next(tmp_path.rglob("__grp___advance_kernel.json")).unlink()
+    assert not is_compiled(plan, gpu)
+
+
+def test_the_process_says_what_it_cannot_do(tmp_path, monkeypatch, capfd):
+    """A plan that is no plan ends it; the run goes on."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compilation = Compilation(compile_beside("no plan", GPUS["H100"]))
+    compilation.wait(lambda *_: None)
+    assert compilation.failures == ["the process that compiles ended with code 1"]
+
+
+def test_gpus_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert chosen_gpu("H200").capability == 90
+    for name, reason in ((None, "torch sees none here"), ("V100", "gpu = 'V100': give one of L4")):
+        with pytest.raises(ValueError, match=reason):
+            chosen_gpu(name)
+    monkeypatch.setenv("GRPO_PRODUCTS", "library")
+    with pytest.raises(ValueError, match="little is compiled"):
+        chosen_gpu("H200")
