@@ -213,6 +213,29 @@ def _check_segment(segment: Segment) -> None:
             raise ValueError(f"a {segment.source} segment of {length} tokens has {len(record)} {name}; each token needs its own")
 
 
+def check_ids(what: str, token_ids: object, *, vocab_size: int) -> None:
+    if not isinstance(token_ids, (list, tuple)):
+        raise ValueError(f"token ids for {what}: expected a list of integers, found {type(token_ids).__name__}")
+    if wrong := [token for token in token_ids if type(token) is not int or not 0 <= token < vocab_size]:
+        raise ValueError(f"token ids {wrong[:5]} for {what}: must be integers and must lie in [0, {vocab_size})")
+
+
+def check_prompts(prompts: list[Prompt], *, max_len: int, taken: set[int]) -> None:
+    seen = set(taken)
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ValueError(f"prompt id {prompt.id} occurs twice: ids must be unique within a rollout, since equal "
+                             "ids would draw equal completions and merge two groups")
+        seen.add(prompt.id)
+        length = len(prompt.token_ids)
+        if length == 0:
+            raise ValueError(f"prompt {prompt.id} has no tokens: a prompt needs at least one")
+        if length >= max_len:
+            raise ValueError(f"prompt {prompt.id} has {length} tokens, but a sequence may have {max_len} at most (max_len, "
+                             "by default the model's max_position_embeddings) and needs one for the completion: shorten "
+                             "the prompt or drop it")
+
+
 def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool = False) -> list[RolloutBatch]:
     """Splits into micro-batches of whole sequences with at most `max_tokens` tokens each (first fit, longest first). A longer
     sequence is a micro-batch of its own.

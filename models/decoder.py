@@ -119,12 +119,17 @@ class Decoder:
         if len(stop_ids) == len(self._stop_ids):
             self._stop_ids.copy_(stop_ids)  # in place: graphs hold its address
         else:
-            self._stop_ids, self._pool = stop_ids, None
-            self._graphs.clear()
+            self._stop_ids = stop_ids
+            self.drop_graphs()
         self._table[Rows._fields.index("positions")] = IDLE
         self.num_rows = 0
         for slot in range(self.cache.num_slots):
             self.cache.release(slot)
+
+    def drop_graphs(self) -> None:
+        """Frees the graphs' memory. They are captured again when needed."""
+        self._graphs.clear()
+        self._pool = None
 
     @torch.no_grad()
     def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: DrawTokens) -> None:

@@ -39,8 +39,8 @@ import models.keys  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
 from grpo.environment import make_environment  # noqa: E402
-from grpo.rollout.sampling import SamplingParams, choose  # noqa: E402
-from grpo.rollout.session import Sampler, filtered_log_probs  # noqa: E402
+from grpo.rollout.sampling import SamplingParams, choose, filtered_log_probs  # noqa: E402
+from grpo.rollout.session import Sampler  # noqa: E402
 from grpo.run.checkpoint import load_run  # noqa: E402
 from grpo.run.policy import build_model, load_parameters  # noqa: E402
 from grpo.update import make_replay  # noqa: E402

@@ -26,6 +26,7 @@ from torch import Tensor
 from grpo.config import EvalConfig, EvaluateConfig, GenerateConfig, RolloutConfig
 from models.decoder import PlainDraw
 from models.draw_key import gumbel_noise
+from models.gpt_oss import GptOss, KeptSets
 
 # Rows are handled in blocks of at most this many logits, which bounds the temporaries (4 bytes per element each).
 _MAX_BLOCK_ELEMENTS = 1 << 24
@@ -163,3 +164,9 @@ def _kept_mask(scores: Tensor, *, top_k: int, top_p: float, min_p: float) -> Ten
     if min_p > 0.0:
         kept &= scores >= math.log(min_p)
     return kept
+
+
+def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperature: float) -> Tensor:
+    """The log-probs [B] of a filtered draw after hidden [B, D], by the function that training computes them with."""
+    sets = KeptSets.of_counts(result.kept_ids, result.kept_counts)
+    return model.score(hidden, result.tokens, temperature=temperature, kept=sets)

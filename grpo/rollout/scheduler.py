@@ -126,6 +126,11 @@ class Scheduler:
             self._drop_partial_group()
         self.cache = None
 
+    def take_back(self, num_rows: int) -> None:
+        """Preempts the live rows after the first `num_rows`, whose prefill has failed."""
+        while len(self.live) > num_rows:
+            self._preempt(self.live.pop())
+
     def add(self, groups: list[Group]) -> None:
         """Queues groups, the longest prompts first."""
         self.groups += sorted(groups, key=lambda group: (-group.prompt_len, group.waiting[0].prompt.id))
@@ -381,5 +386,6 @@ class Scheduler:
     def _drop_partial_group(self) -> None:
         """Its prompt will need another prefill."""
         self.cache.release(self._prompt_slot)
-        self.groups.insert(0, self.partial_group)
+        if self.partial_group.waiting:  # none, if memory was refused as the last ones began
+            self.groups.insert(0, self.partial_group)
         self.partial_group = None

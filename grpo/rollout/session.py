@@ -30,16 +30,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from grpo.batch import Completion, Prompt, Segment
-from grpo.rollout.cache_plan import CacheShape, plan_cache
-from grpo.rollout.sampling import Draw, SamplingParams, choose
+from grpo.batch import Completion, Prompt, Segment, check_ids, check_prompts
+from grpo.out_of_memory import attempt, attempt_twice, free_unused
+from grpo.rollout.cache_plan import CacheShape, Limits, bytes_of, least_bytes, plan_cache, suffices
+from grpo.rollout.sampling import SamplingParams, choose, filtered_log_probs
 from grpo.rollout.scheduler import Group, RolloutRow, Scheduler
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
-from models.gpt_oss import GptOss, KeptSets
+from models.gpt_oss import GptOss
 from models.keys import PrefillChunk
 from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord, empty_routing
@@ -77,7 +79,8 @@ class Sampler:
     them. shares_prompts: training computes a prompt once for its completions; attention on a GPU then sums in the same order.
     cache_gb: largest size of the KV cache, in 1e9 bytes; None: on a GPU a share of the memory that is free when a rollout starts,
     but never more than its completions need. Completions that do not fit wait. Results do not depend on max_batch,
-    max_prefill_tokens or cache_gb.
+    max_prefill_tokens or cache_gb. Where a GPU's memory does not suffice all the same, prefills or the cache become smaller for
+    good, and `warn` is called with a text about it.
 
     On a GPU, greedy decoding and draws without filters replay CUDA graphs of whole steps (models/decoder.py). Filters and
     recorded routing, which the host needs after every step, replay graphs that end before the draw. Later rollouts use the same
@@ -86,12 +89,12 @@ class Sampler:
 
     def __init__(self, model: GptOss, stop_ids: list[int] | tuple[int, ...], *, max_batch: int, seed: int,
                  max_len: int | None = None, max_prefill_tokens: int = 16384, shares_prompts: bool = False,
-                 cache_gb: float | None = None) -> None:
+                 cache_gb: float | None = None, warn: Callable[[str], None] = print) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.model, self.stop_ids, self.seed, self.cache_gb = model, list(stop_ids), seed, cache_gb
-        self.max_batch, self.max_prefill_tokens, self.shares_prompts = max_batch, max_prefill_tokens, shares_prompts
+        self.max_batch, self.shares_prompts, self.limits, self.warn = max_batch, shares_prompts, Limits(max_prefill_tokens), warn
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
         self.sync_steps: int | None = None  # for tests: steps between two syncs; None: SYNC_STEPS with whole-step graphs, else 1
         self.last_stats = RolloutStats()
@@ -141,24 +144,44 @@ class Sampler:
         shape = self.plan(rows)
         self.model.expert_store.for_sampling()
         decoder, self._decoder = self._decoder, None
-        longest = max(row.max_tokens for row in rows)
-        if decoder is not None and not _suffices(decoder, shape, longest=longest):
-            decoder = None
-        if decoder is None:
+        if decoder is None or not suffices(decoder, shape, longest=max(row.max_tokens for row in rows)):
+            decoder = None  # the new one needs the memory
             self.forget()
-            if self.cache_gb is None and self.model.device.type == "cuda":
-                shape = self.plan(rows, CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0])
-            cache = self.model.new_cache(shape.num_slots, self._max_len_of(rows), shape.num_pages)
-            decoder = Decoder(self.model, cache, max_rows=shape.num_rows, stop_ids=stop_ids,
-                              counts_prompts_apart=self.shares_prompts)
+            decoder, shape = self._new_decoder(rows, stop_ids)
         decoder.reset(stop_ids)
         return decoder, shape.num_rows
+
+    def _new_decoder(self, rows: list[RolloutRow], stop_ids: list[int]) -> tuple[Decoder, CacheShape]:
+        """A decoder with the largest cache for these rows that the memory allows."""
+        def allocate(shape: CacheShape) -> Decoder:
+            cache = self.model.new_cache(shape.num_slots, self._max_len_of(rows), shape.num_pages)
+            return Decoder(self.model, cache, max_rows=shape.num_rows, stop_ids=stop_ids,
+                           counts_prompts_apart=self.shares_prompts)
+
+        while True:
+            is_first = self.model.device.type == "cuda" and self.limits.cache_bytes == math.inf
+            shape = self.plan(rows, CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0] if is_first else None)
+            decoder, refusal = attempt(partial(allocate, shape))
+            if refusal is None:
+                return decoder, shape
+            self.retreat(rows, refusal, prefilled=0, cache_bytes=bytes_of(
+                shape, self.model.config, self.model.dtype, max_len=self._max_len_of(rows)))
+
+    def retreat(self, rows: list[RolloutRow], refusal: str, *, prefilled: int, cache_bytes: int) -> bool:
+        """Limits.lower, for these rows."""
+        return self.limits.lower(refusal, prefilled=prefilled, cache_bytes=cache_bytes, least_bytes=self._least_bytes(rows),
+                                 longest=max(row.max_tokens for row in rows))
 
     def plan(self, rows: list[RolloutRow], num_bytes: float | None = None) -> CacheShape:
         """The cache for these rows, within cache_gb or, if that is None, `num_bytes`. Raises ValueError if a row does not fit."""
         num_bytes = num_bytes if self.cache_gb is None else 1e9 * self.cache_gb
+        if self.limits.cache_bytes < math.inf:
+            num_bytes = min(math.inf if num_bytes is None else num_bytes, max(self.limits.cache_bytes, self._least_bytes(rows)))
         return plan_cache(self.model.config, self.model.dtype, rows, num_bytes=num_bytes, num_rows=self.max_batch,
                           max_len=self._max_len_of(rows))
+
+    def _least_bytes(self, rows: list[RolloutRow]) -> int:
+        return least_bytes(self.model.config, self.model.dtype, rows, max_len=self._max_len_of(rows))
 
     def _max_len_of(self, rows: list[RolloutRow]) -> int:
         # a power of two: the page table's width costs little, and a conversation that grows keeps its graphs
@@ -167,22 +190,8 @@ class Sampler:
     def forget(self) -> bool:
         """Gives the memory of cache and graphs back. Returns whether there was any."""
         had_any, self._decoder = self._decoder is not None, None
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()  # else nothing but graphs could use the graphs' memory
+        free_unused()  # else nothing but graphs could use the graphs' memory
         return had_any
-
-
-def _suffices(decoder: Decoder, shape: CacheShape, *, longest: int) -> bool:
-    """Whether the decoder's cache is large enough and its memory, if it was offloaded, can be taken again; takes it."""
-    cache = decoder.cache
-    if (decoder.max_rows < shape.num_rows or cache.num_slots < shape.num_slots or cache.num_pages < shape.num_pages
-            or cache.max_len < longest):
-        return False
-    try:
-        cache.reload()
-    except torch.OutOfMemoryError:
-        return False
-    return True
 
 
 class Session:
@@ -196,16 +205,18 @@ class Session:
 
     def __init__(self, sampler: Sampler, params: SamplingParams, *, step: int, should_stop: Callable[[], bool] | None,
                  progress: Callable[[int, int], None] | None) -> None:
-        _check_ids("park_ids", params.park_ids, vocab_size=sampler.model.config.vocab_size)
-        self.params, self.rows, self.stats = params, [], RolloutStats()
-        self._has_ended = False
+        check_ids("park_ids", params.park_ids, vocab_size=sampler.model.config.vocab_size)
+        self.params, self.rows, self.stats, self._has_ended = params, [], RolloutStats(), False
         self._sampler, self._model, self._device, self._step = sampler, sampler.model, sampler.model.device, step
         self._should_stop, self._progress, self._start_time = should_stop, progress, time.perf_counter()
+        sampler.limits.num_last_tries = 0
         self._decoder: Decoder | None = None  # from the first prompts to the end
         self._scheduler: Scheduler | None = None
+        self._stop_ids = list(dict.fromkeys([*sampler.stop_ids, *params.park_ids]))
         self._has_full_cache = False  # the cache is already as large as max_batch and memory allow
         self._prompt_ids: set[int] = set()
         self._num_finished = 0
+        self._num_prefilling = 0  # tokens of the prefill that runs
         self._partial_hidden: Tensor | None = None  # [D], after the prompt of the partial group
         self._kept: dict[int, list[Tensor]] = {}  # by row: kept ids of drawn tokens that its segments do not have yet
         self._routing: Tensor | None = None  # [N, capacity, L, A] on the host; None if it is not recorded
@@ -225,6 +236,9 @@ class Session:
         """Hands cache and graphs back to the sampler, for later rollouts."""
         if self._decoder is not None:
             self._sampler._decoder, self._decoder = self._decoder, None
+        if self._sampler.limits.change is not None:
+            self._sampler.warn(self._sampler.limits.change)
+            self._sampler.limits.change = None
         self._has_ended = True
         self.stats.seconds = time.perf_counter() - self._start_time
         self._sampler.last_stats = self.stats
@@ -245,8 +259,8 @@ class Session:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: must be at least 1")
         for prompt in prompts:
-            _check_ids(f"prompt {prompt.id}", prompt.token_ids, vocab_size=self._model.config.vocab_size)
-        _check_prompts(prompts, max_len=self._sampler.max_len, taken=self._prompt_ids)
+            check_ids(f"prompt {prompt.id}", prompt.token_ids, vocab_size=self._model.config.vocab_size)
+        check_prompts(prompts, max_len=self._sampler.max_len, taken=self._prompt_ids)
         if not prompts:
             return []
         capacity = min(self.params.max_new_tokens, self._sampler.max_len)
@@ -275,8 +289,12 @@ class Session:
             return []
         if self._should_stop is not None and self._should_stop():
             raise Interrupted(f"while sampling ({self._num_finished} of {len(self.rows)} completions were finished)")
-        self._call_model()
+        _, refusal = attempt(self._call_model)
+        if refusal is not None:
+            self._settle()
         left = self._sync()
+        if refusal is not None:
+            self._retreat(refusal)
         if self._progress is not None:
             self._progress(self._num_finished, len(self.rows))
         return left
@@ -286,7 +304,7 @@ class Session:
         prefilled together with those of other rows. Raises ValueError for a row that is not this session's or not parked, more
         tokens than row.room, or an id outside the vocabulary."""
         self._check_parked(row)
-        _check_ids(str(row), token_ids, vocab_size=self._model.config.vocab_size)
+        check_ids(str(row), token_ids, vocab_size=self._model.config.vocab_size)
         if len(token_ids) > row.room:
             raise ValueError(f"{len(token_ids)} tokens for {row}: it has room for {row.room} and one to be drawn; finish it")
         if token_ids:
@@ -363,9 +381,31 @@ class Session:
             if chunked is not None or not scheduler.make_way():
                 return self._decode()
 
+    def _settle(self) -> None:
+        """After a call that was refused memory: the decoder's rows are the live ones again, with the steps that were taken."""
+        self._decoder.drop_graphs()
+        free_unused()
+        self._scheduler.take_back(self._decoder.num_rows)
+        self._decoder.compact(list(range(len(self._scheduler.live))))
+
+    def _retreat(self, refusal: str) -> None:
+        """Goes on with smaller prefills or a smaller cache. Every row gives its slot up, and is prefilled again."""
+        prefilled, self._num_prefilling = self._num_prefilling, 0
+        if not (rows := [row for row in self.rows if not row.is_finished]):
+            return
+        self._fetch(rows)
+        self._kept.clear()  # of draws that came to nothing
+        self._scheduler.leave_cache()
+        if self._sampler.retreat(rows, refusal, prefilled=prefilled, cache_bytes=self._decoder.cache.num_bytes):
+            self._has_full_cache = True
+            self._take_cache(rows)
+        else:
+            self._decoder.reset(self._stop_ids)
+            self._scheduler.take_cache(self._decoder.cache, num_rows=self._scheduler.num_rows)
+
     def _admit(self) -> bool:
         """Starts rows for which there is room, or begins a chunked prefill. Returns whether it did either."""
-        scheduler, max_tokens = self._scheduler, self._sampler.max_prefill_tokens
+        scheduler, max_tokens = self._scheduler, self._sampler.limits.prefill_tokens
         if resumed := scheduler.resume(max_tokens):
             hidden = self._prefill(resumed, [row.num_tokens for row in resumed])
             self._start(resumed, hidden)
@@ -396,7 +436,7 @@ class Session:
         """Prefills the next chunk of the chunked prefill; after the last one, its completions start."""
         chunked = self._scheduler.chunked
         row, chunked.is_due = chunked.row, False
-        hidden = self._prefill([row], [min(row.num_held + self._sampler.max_prefill_tokens, chunked.num_tokens)])
+        hidden = self._prefill([row], [min(row.num_held + self._sampler.limits.prefill_tokens, chunked.num_tokens)])
         if row.num_held < chunked.num_tokens:
             return
         group, members = self._scheduler.end_chunked()
@@ -411,10 +451,11 @@ class Session:
                   for row, end in zip(rows, ends, strict=True)]
         parts = [row.token_ids[row.num_held:end] for row, end in zip(rows, ends)]
         tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
-        record = self._new_record(len(tokens))
+        self._num_prefilling, record = len(tokens), self._new_record(len(tokens))
         hidden = self._model.prefill(tokens, chunks, self._decoder.cache, record=record)
         self._keep_routing(rows, [row.num_held for row in rows], [len(part) for part in parts], record)
         self.stats.prefill_tokens += len(tokens)
+        self._num_prefilling = 0
         for row, end in zip(rows, ends):
             row.num_held = end
         return hidden
@@ -488,7 +529,7 @@ class Session:
         self.stats.num_preemptions = self._scheduler.num_preemptions
         stays = self._scheduler.retire()
         if stays is not None:
-            self._decoder.compact(stays)
+            attempt_twice(partial(self._decoder.compact, stays))
         return left
 
     def _fetch(self, rows: list[RolloutRow]) -> None:
@@ -498,7 +539,8 @@ class Session:
             return
         starts = [len(row.completion_ids) for row in rows]
         spans = [(row.place + start, row.place + row.num_new) for row, start in zip(rows, starts)]
-        for row, start, (tokens, log_probs) in zip(rows, starts, self._decoder.fetch(spans), strict=True):
+        drawn = attempt_twice(partial(self._decoder.fetch, spans))
+        for row, start, (tokens, log_probs) in zip(rows, starts, drawn, strict=True):
             if bad := [index for index, value in enumerate(log_probs.tolist()) if not math.isfinite(value)]:
                 raise FloatingPointError(
                     f"rollout: the log-prob of a sampled token is not finite (step {self._step}, prompt {row.prompt.id}, sample "
@@ -509,7 +551,7 @@ class Session:
             segment.token_ids += tokens.tolist()
             segment.log_probs += log_probs.tolist()
             if segment.kept_ids is not None:
-                segment.kept_ids += self._kept.pop(row.index)
+                segment.kept_ids += self._kept.pop(row.index)[:len(tokens)]
 
     def _new_record(self, num_tokens: int) -> RoutingRecord | None:
         return None if self._routing is None else RoutingRecord(num_tokens, self._model.config, self._device)
@@ -528,19 +570,24 @@ class Session:
     def _make_cache_hold(self, new: list[RolloutRow]) -> None:
         """Takes a cache for the first rows, and a larger one if later rows need it: running rows are then preempted."""
         rows = [row for row in self.rows if not row.is_finished] + new
-        stop_ids = list(dict.fromkeys([*self._sampler.stop_ids, *self.params.park_ids]))
         if self._decoder is None:
-            self._decoder, num_rows = self._sampler.take_decoder(rows, stop_ids)
+            self._decoder, num_rows = self._sampler.take_decoder(rows, self._stop_ids)
             self._scheduler = Scheduler(self._decoder.cache, num_rows=num_rows)
+            self.stats.cache_bytes = self._decoder.cache.num_bytes
         elif not self._cache_holds(rows):
             # plan for max_batch + 1 rows of the longest length: one more than can run, so that there is a prompt slot
             rows += [max(rows, key=lambda row: row.max_tokens)] * (self._sampler.max_batch + 1 - len(rows))
             self._sampler.plan(rows)  # before anything is given up
             self._fetch(self._scheduler.live)
             self._scheduler.leave_cache()
-            self._decoder, self._has_full_cache = None, True
-            self._decoder, num_rows = self._sampler.take_decoder(rows, stop_ids)
-            self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
+            self._has_full_cache = True
+            self._take_cache(rows)
+
+    def _take_cache(self, rows: list[RolloutRow]) -> None:
+        """Another cache for these rows, in the place of the one that they have left."""
+        self._decoder = None
+        self._decoder, num_rows = self._sampler.take_decoder(rows, self._stop_ids)
+        self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
         self.stats.cache_bytes = self._decoder.cache.num_bytes
 
     def _cache_holds(self, rows: list[RolloutRow]) -> bool:
@@ -553,32 +600,3 @@ class Session:
     def _key(self, row: RolloutRow) -> tuple[int, int, int, int]:
         """The RNG key of a row's draws, without the position."""
         return self._sampler.seed, self._step, row.prompt.id, row.sample
-
-
-def filtered_log_probs(model: GptOss, hidden: Tensor, result: Draw, *, temperature: float) -> Tensor:
-    """The log-probs [B] of a filtered draw after hidden [B, D], by the function that training computes them with."""
-    sets = KeptSets.of_counts(result.kept_ids, result.kept_counts)
-    return model.score(hidden, result.tokens, temperature=temperature, kept=sets)
-
-
-def _check_ids(what: str, token_ids: object, *, vocab_size: int) -> None:
-    if not isinstance(token_ids, (list, tuple)):
-        raise ValueError(f"token ids for {what}: expected a list of integers, found {type(token_ids).__name__}")
-    if wrong := [token for token in token_ids if type(token) is not int or not 0 <= token < vocab_size]:
-        raise ValueError(f"token ids {wrong[:5]} for {what}: must be integers and must lie in [0, {vocab_size})")
-
-
-def _check_prompts(prompts: list[Prompt], *, max_len: int, taken: set[int]) -> None:
-    seen = set(taken)
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ValueError(f"prompt id {prompt.id} occurs twice: ids must be unique within a rollout, since equal "
-                             "ids would draw equal completions and merge two groups")
-        seen.add(prompt.id)
-        length = len(prompt.token_ids)
-        if length == 0:
-            raise ValueError(f"prompt {prompt.id} has no tokens: a prompt needs at least one")
-        if length >= max_len:
-            raise ValueError(f"prompt {prompt.id} has {length} tokens, but a sequence may have {max_len} at most (max_len, "
-                             "by default the model's max_position_embeddings) and needs one for the completion: shorten "
-                             "the prompt or drop it")

@@ -54,7 +54,9 @@ def export_policy(run: Run) -> tuple[Path, str]:
 
 def keep_finished_steps(run: Run | None, error: BaseException) -> str:
     """Saves the finished steps after an error. Returns a text about it for the error's message."""
-    if run is None or run.optimizer is None or not run.is_between_steps or isinstance(error, (SaveError, OSError)):
+    if run is None or run.optimizer is None or isinstance(error, (SaveError, OSError)):
+        return ""
+    if not run.is_between_steps or run.optimizer.is_updating:
         return ""
     if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
         return ""  # nothing was learnt yet
