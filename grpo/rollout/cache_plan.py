@@ -51,6 +51,11 @@ class Limits:
         self.change = f"out of memory in a rollout ({refusal}): it went on with the same completions; from now on {what}"
         return not is_prefill
 
+    def take_change(self) -> str | None:
+        """The newest change, once."""
+        change, self.change = self.change, None
+        return change
+
 
 def bytes_of(shape: CacheShape, config: GptOssConfig, dtype: torch.dtype, *, max_len: int) -> int:
     return shape.num_slots * slot_bytes(config, dtype, max_len=max_len) + shape.num_pages * page_bytes(config, dtype)

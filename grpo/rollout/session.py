@@ -236,9 +236,8 @@ class Session:
         """Hands cache and graphs back to the sampler, for later rollouts."""
         if self._decoder is not None:
             self._sampler._decoder, self._decoder = self._decoder, None
-        if self._sampler.limits.change is not None:
-            self._sampler.warn(self._sampler.limits.change)
-            self._sampler.limits.change = None
+        if change := self._sampler.limits.take_change():
+            self._sampler.warn(change)
         self._has_ended = True
         self.stats.seconds = time.perf_counter() - self._start_time
         self._sampler.last_stats = self.stats
@@ -390,14 +389,12 @@ class Session:
 
     def _retreat(self, refusal: str) -> None:
         """Goes on with smaller prefills or a smaller cache. Every row gives its slot up, and is prefilled again."""
-        prefilled, self._num_prefilling = self._num_prefilling, 0
         if not (rows := [row for row in self.rows if not row.is_finished]):
             return
         self._fetch(rows)
         self._kept.clear()  # of draws that came to nothing
         self._scheduler.leave_cache()
-        if self._sampler.retreat(rows, refusal, prefilled=prefilled, cache_bytes=self._decoder.cache.num_bytes):
-            self._has_full_cache = True
+        if self._sampler.retreat(rows, refusal, prefilled=self._num_prefilling, cache_bytes=self._decoder.cache.num_bytes):
             self._take_cache(rows)
         else:
             self._decoder.reset(self._stop_ids)
@@ -580,12 +577,11 @@ class Session:
             self._sampler.plan(rows)  # before anything is given up
             self._fetch(self._scheduler.live)
             self._scheduler.leave_cache()
-            self._has_full_cache = True
             self._take_cache(rows)
 
     def _take_cache(self, rows: list[RolloutRow]) -> None:
         """Another cache for these rows, in the place of the one that they have left."""
-        self._decoder = None
+        self._decoder, self._has_full_cache = None, True
         self._decoder, num_rows = self._sampler.take_decoder(rows, self._stop_ids)
         self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
         self.stats.cache_bytes = self._decoder.cache.num_bytes
