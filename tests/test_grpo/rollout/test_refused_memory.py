@@ -41,7 +41,7 @@ def test_a_rollout_that_is_refused_memory_gives_the_same_completions(model, monk
         counting = RefusingCalls(patch, PLACES)
         expected, _ = run(model, make_prompts(PROMPTS), **settings)
     num_calls, places = counting.num_calls, set()
-    for first in [*range(5), *range(5, num_calls, num_calls // 6 + 1)]:
+    for first in [*range(5), *range(5, num_calls, num_calls // 6 | 1)]:
         with monkeypatch.context() as patch:
             calls = RefusingCalls(patch, PLACES, {first, first + 3}.__contains__)
             completions, _ = run(model, make_prompts(PROMPTS), **settings)
