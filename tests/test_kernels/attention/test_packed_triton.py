@@ -15,6 +15,8 @@ from kernels.attention.packed import (
     AttentionPlan,
     KernelBlocks,
     attention,
+    attention_backward,
+    attention_forward,
     blocks_for,
 )
 from kernels.attention.reference import attention_reference
@@ -185,6 +187,34 @@ def test_strided_inputs_and_gradients_match_the_reference(poisoned):
         out = attention(*leaves, **settings)
         out.backward(dout)
         assert_close([out.detach(), *(leaf.grad for leaf in leaves)], theirs)
+
+
+def check_gradients_in_place(heads, kv_heads, width, bounds, window, *, device, dtype):
+    """The gradients of a buffer of queries, keys and values, written over the output, keys and values; and elsewhere."""
+    settings, plan = {"window": window, "scale": width**-0.5}, AttentionPlan(bounds, prefixes=[-1, 0, 0, -1])
+    generator = torch.Generator().manual_seed(5)
+    fused, dout = (torch.randn(bounds[-1], number, width, generator=generator).to(device, dtype)
+                   for number in (heads + 2 * kv_heads, heads))
+    q, k, v = fused.split([heads, kv_heads, kv_heads], 1)
+    sinks = torch.randn(heads, generator=generator).to(device, dtype)
+    out, lse = attention_forward(q, k, v, sinks, plan, **settings)
+    expected = [tensor.clone() for tensor in attention_backward(q, k, v, sinks, out, lse, dout, plan, **settings)]
+    *_, dsinks = attention_backward(q, k, v, sinks, out, lse, dout, plan, grads=(out, k, v), **settings)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip((out, k, v, dsinks), expected, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window, descriptor", [(0, True), (0, False), (20, False)])
+def test_gradients_may_take_the_memory_of_the_output_keys_and_values(window, descriptor, monkeypatch, poisoned):
+    use_blocks(monkeypatch, 16, 32, descriptor)
+    check_gradients_in_place(4, 2, 16, [0, 37, 60, 61, 90], window, device="cpu", dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 128])
+def test_on_a_gpu_gradients_may_take_the_memory_of_the_output_keys_and_values(window, poisoned):
+    for _ in range(3):
+        check_gradients_in_place(64, 8, 64, [0, 700, 1600, 1601, 3000], window, device="cuda", dtype=torch.bfloat16)
 
 
 @pytest.mark.interpreter
