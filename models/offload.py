@@ -368,8 +368,9 @@ class MemoryBudget:
         gradients = self.keeps_gradients * sum(
             parameter.numel() * parameter.element_size() for parameter in trainable if parameter.grad is None)
         free = int(budget - max(self._margin * budget, _HOLES * self._largest_bytes)) - torch.cuda.memory_allocated(x.device)
-        # those of one layer at a time exist beside the buffer that they are added to
-        free -= sum(parameter.numel() * parameter.element_size() for parameter in trainable) // layers
+        # those of one layer at a time exist beside the buffer that they are added to; of several chunks their fp32 sums, too
+        has_sums = len(x) > CHUNK_TOKENS
+        free -= sum(parameter.numel() * (parameter.element_size() + 4 * has_sums) for parameter in trainable) // layers
         free -= layers * always_kept(self.config, num_tokens=len(x), rank=rank, element_size=dtype.itemsize)
         free = min(free, self._most_bytes)
         while True:
