@@ -224,8 +224,6 @@ class Matmul:
             raise Refused(f"violation: {VIOLATIONS[outcome.violation]}{detail}", outcome.violation)
         if outcome.error is not None:
             raise Refused(f"error: {outcome.error}")
-        if len(outcome.values) != len(inputs):
-            raise Refused("violation: a number of results that nobody asked for", "output")
         for value, (a, b) in zip(outcome.values, inputs):
             check_result(value, task.answer(a, b), {"int": int, "float": float}[task.number])
         return outcome

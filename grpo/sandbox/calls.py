@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.sandbox.seccomp import build_filter
-from grpo.sandbox.zygote import CALL, KILL, READY, RESULT
+from grpo.sandbox.zygote import CALL, KILL, MOST_ERROR, MOST_PRINTED, READY, RESULT
 
 LAYERS = ("seccomp", "landlock", "limits", "user", "namespaces")
 MODULES = (
@@ -43,7 +43,7 @@ VIOLATIONS = {
 MEMORY = 512 << 20  # bytes of address space
 MOST_OUTPUT = 1 << 20  # bytes
 MOST_DEPTH = 32  # of lists in lists
-PATIENCE = 20.0  # seconds that a zygote may take to start, and to report a child's end
+PATIENCE = 60.0  # seconds that a zygote may take to start, and to report a child's end
 ZYGOTE = Path(__file__).with_name("zygote.py")
 
 
@@ -167,14 +167,14 @@ def judge(received: bytes, stopped: str | None, status: int) -> Outcome:
     try:
         answer = json.loads(received)
         check_values(answer, MOST_DEPTH)
-        outcome = Outcome(printed=str(answer["printed"]))
+        outcome = Outcome(printed=str(answer["printed"])[:MOST_PRINTED])
         if answer["notes"]:
             kind, name = answer["notes"][0]
             outcome.violation, outcome.detail = known(kind), str(name)[:200]
         elif "violation" in answer:
             outcome.violation = known(answer["violation"])
         elif "error" in answer:
-            outcome.error = str(answer["error"])
+            outcome.error = str(answer["error"])[:MOST_ERROR]
         elif isinstance(answer["values"], list):
             outcome.values = answer["values"]
         else:

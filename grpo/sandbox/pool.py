@@ -48,7 +48,10 @@ class Sandbox:
             for is_last in (False, True):
                 try:
                     zygote = zygote or self._start()
-                    return zygote.call(request, seconds=seconds)
+                    outcome = zygote.call(request, seconds=seconds)
+                    if outcome.values is not None and len(outcome.values) != len(calls):  # no code of ours wrote that
+                        return Outcome(violation="output", detail=f"{len(outcome.values)} results of {len(calls)} calls")
+                    return outcome
                 except BaseException as error:  # an interrupt, too, leaves a call unfinished in it
                     if zygote is not None:
                         self._zygotes.remove(zygote)

@@ -7,7 +7,7 @@ from functools import cache
 from grpo.sandbox.calls import LAYERS, MODULES, SandboxError, Zygote, encode_call
 
 EXPOSED = ("os", "socket", "ctypes", "signal")  # that the attacks need and model-written code cannot import
-SECONDS = 0.5
+SECONDS = 10.0  # far more than an attack takes, whether it is stopped or not
 
 # Layer -> the bodies of functions that return if the layer lets them. {parent}: the number of this process.
 ATTACKS = {
@@ -50,7 +50,7 @@ def test_layer(layer: str) -> str | None:
         for attack in ATTACKS[layer]:
             code = f"import {', '.join(EXPOSED)}\ndef f():\n    {attack.format(**places)}\n    return 'reached'"
             outcome = zygote.call(encode_call(code, "f", [[]]), seconds=SECONDS)
-            if outcome.values is not None:
+            if outcome.values is not None or outcome.violation == "time":
                 return f"it does not stop {attack}"
     except (SandboxError, OSError) as error:
         return str(error)

@@ -29,9 +29,10 @@ import types
 KILL, READY = b"kill", b"\n"
 CALL, RESULT = struct.Struct("=d"), struct.Struct("=id")
 NOBODY = 65534
-MOST_PRINTED = 10_000  # characters
+MOST_PRINTED, MOST_ERROR = 10_000, 300  # characters
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38  # linux/prctl.h
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000  # linux/sched.h
+CAPABILITY_VERSION = 0x20080522  # linux/capability.h
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # the same numbers on every processor
 KEPT = ("encodings", "tracemalloc")  # that Python itself may ask for while code runs
 OPENINGS = ("open", "os.listdir", "os.scandir")  # audit events: files are reached for, which the layers refuse
@@ -46,10 +47,10 @@ def main(descriptor: int) -> None:
     libc.syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
     libc.syscall.restype = ctypes.c_long
     problems = {}
-    for name in settings["layers"]:
+    for name, enter in LAYERS.items():
         try:
-            if name in LAYERS:
-                LAYERS[name](libc)
+            if name in settings["layers"]:
+                enter(libc)
         except OSError as error:
             problems[name] = os.strerror(error.errno) if error.errno else str(error)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -79,11 +80,12 @@ def enter_namespaces(libc) -> None:
 
 
 def drop_user(libc) -> None:
-    """Root becomes nobody; anybody else stays who they are."""
+    """Root becomes nobody; anybody else stays who they are, without the capabilities that a user namespace gives."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+    checked(libc.capset(struct.pack("=Ii", CAPABILITY_VERSION, 0), bytes(24)))
 
 
 def restrict_files(libc) -> None:
@@ -198,6 +200,7 @@ def serve(control: socket.socket, confine: Confinement, refusal: Refusal) -> Non
         if pid == 0:
             status = 1
             try:
+                control.close()
                 confine(descriptors[0], seconds)
                 answer(descriptors[0], refusal)
                 status = 0
@@ -258,7 +261,7 @@ def run(code: str, function: str, calls: list[list]) -> str:
         return json.dumps({"violation": "memory"})
     except BaseException as error:
         text = f"no function {function}" if isinstance(error, KeyError) and function not in module.__dict__ else str(error)
-        return json.dumps({"error": f"{type(error).__name__}: {text}"[:300]})
+        return json.dumps({"error": f"{type(error).__name__}: {text}"[:MOST_ERROR]})
     try:
         return f'{{"values": {json.dumps(values, allow_nan=False)}}}'
     except MemoryError:

@@ -331,4 +331,10 @@ def run_all(folder: str, *, mode: str = "auto") -> dict[str, str]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    print(json.dumps({"user": os.getuid(), "came": run_all(sys.argv[1])}))
+    from grpo.sandbox.calls import LAYERS, MODULES, Zygote
+
+    zygote = Zygote(layers=LAYERS, modules=MODULES)
+    status = Path(f"/proc/{zygote.process.pid}/status").read_text().splitlines()
+    zygote.close()
+    held = [line.split()[1] for line in status if line.startswith(("CapEff", "CapPrm"))]
+    print(json.dumps({"user": os.getuid(), "capabilities": held, "came": run_all(sys.argv[1])}))

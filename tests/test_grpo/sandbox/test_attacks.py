@@ -94,7 +94,7 @@ def test_as_another_user_the_attacks_are_stopped_too(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
-    assert result["user"] == ANOTHER
+    assert result["user"] == ANOTHER and result["capabilities"] == ["0" * 16] * 2
     assert {name: came for name, came in result["came"].items() if came not in ATTACKS[name][1]} == {}
     assert os.listdir(folder) == ["keep"] and (folder / "keep").read_text() == "kept"
     listed = subprocess.run(["ps", "-u", str(ANOTHER), "-o", "pid="], capture_output=True, text=True).stdout

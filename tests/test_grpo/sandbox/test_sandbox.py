@@ -1,5 +1,6 @@
 """The sandbox: what each of its layers stops; what a call returns; modes; and that it outlives its processes."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -194,7 +195,18 @@ def test_bytes_and_ends_that_are_no_answer_are_violations(received, status, kind
     assert kind in VIOLATIONS
 
 
-def test_what_can_be_written_as_json_is_refused_before_a_call(sandbox):
+def test_results_of_calls_that_nobody_made_are_a_violation(sandbox):
+    forged = """import random
+def f():
+    for number in range(3, 64):
+        try: random._os.write(number, b'{"values": [1, 2], "notes": [], "printed": ""}')
+        except OSError: pass
+    random._os._exit(0)"""
+    assert run(sandbox, forged).violation == "output"
+    assert run(sandbox, forged.replace("[1, 2]", "[1]")).values == [1]  # as if f had returned it
+
+
+def test_what_cannot_be_written_as_json_is_refused_before_a_call(sandbox):
     with pytest.raises(ValueError):
         run(sandbox, PRODUCT, float("nan"), 1)
 
@@ -239,6 +251,13 @@ def test_a_zygote_that_dies_during_a_call_takes_its_child_with_it():
     assert ours == []
 
 
+def test_a_zygote_has_no_capabilities():
+    zygote = Zygote(layers=("namespaces", "user"), modules=[*MODULES, "os"])
+    listed = Path(f"/proc/{zygote.process.pid}/status").read_text().splitlines()
+    zygote.close()
+    assert [line for line in listed if line.startswith(("CapEff", "CapPrm")) and int(line.split()[1], 16)] == []
+
+
 def test_closing_ends_the_processes():
     sandbox = Sandbox("auto", num_zygotes=2)
     processes = [zygote.process for zygote in sandbox._zygotes]
@@ -249,8 +268,11 @@ def test_closing_ends_the_processes():
 
 def test_a_zygote_starts_without_environment_and_descriptors_of_the_trainer(monkeypatch):
     monkeypatch.setenv("SECRET", "of the trainer")
-    with open(os.devnull) as kept:
-        os.set_inheritable(kept.fileno(), True)
+    with contextlib.ExitStack() as opened:
+        kept = [
+            opened.enter_context(open(os.devnull)) for _ in range(200)
+        ]  # the control socket's number is above theirs
+        os.set_inheritable(kept[0].fileno(), True)
         zygote = Zygote(layers=(), modules=[*MODULES, "os"])
         code = (
             "import os\ndef f(): return [dict(os.environ), os.getcwd(), sorted(map(int, os.listdir('/proc/self/fd')))]"
