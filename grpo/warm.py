@@ -43,7 +43,7 @@ def warm(words: list[str]) -> int:
     if compilation.process is None:
         print("all kernels are compiled")
         return 0
-    seconds = compilation.wait(show)
+    seconds = compilation.wait(show, lambda: False)
     print(f"{compilation.num_compiled - len(compilation.failures)} kernels compiled, {seconds:.1f} s")
     if compilation.failures:
         print(describe_failures(compilation.failures), file=sys.stderr)

@@ -195,7 +195,7 @@ def compile_beside(plan: Rehearsal, gpu: Gpu) -> subprocess.Popen | None:
     # its own session: Ctrl-C is for the run. No GPU: forked processes could not use it
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-c", f"from {__name__} import serve; serve()"], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, start_new_session=True, env=environment)
+                               stdout=subprocess.PIPE, bufsize=0, start_new_session=True, env=environment)
     pickle.dump((plan, gpu), process.stdin)
     process.stdin.close()
     return process

@@ -1,6 +1,9 @@
 """The kernels of a run, compiled before its first step by processes side by side, while the weights are loaded
 (models/rehearsal.py). What fails here, or was not foreseen, is compiled by the launch that needs it."""
 import json
+import os
+import select
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -36,6 +39,9 @@ def rehearsal_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len:
         shares_prompts=optim.share_prompts, scores=config.kl.coefficient > 0 or optim.minibatches * optim.epochs > 1)
 
 
+SILENCE = 180  # seconds; a kernel takes a few, the rehearsal before the first up to a minute on a slow CPU
+
+
 class Compilation:
     """A process that compiles what a run will launch, if anything is missing in Triton's cache. wait() waits for its end."""
 
@@ -43,21 +49,32 @@ class Compilation:
         self.process, self._started = process, time.perf_counter()
         self.num_compiled, self.failures = 0, []
 
-    def wait(self, progress: Callable[[int, int], None]) -> float:
-        """Returns the seconds since the start. progress(compiled, all) is called after each kernel."""
+    def wait(self, progress: Callable[[int, int], None], should_stop: Callable[[], bool]) -> float:
+        """Returns the seconds since the start. progress(compiled, all) is called after each kernel. The process is ended if
+        should_stop() says so, or if it says nothing for SILENCE seconds."""
         if self.process is not None:
-            finished = False
-            for line in self.process.stdout:
-                match json.loads(line):
-                    case [int(done), int(count)]:
-                        self.num_compiled = done
-                        progress(done, count)
-                    case failures:
-                        finished, self.failures = True, failures
-            if self.process.wait() != 0 or not finished:
-                self.failures = [f"the process that compiles ended with code {self.process.returncode}"]
+            process, heard, self.failures, line = self.process, time.perf_counter(), None, b"[]"
+            while line:
+                if select.select([process.stdout], [], [], 0.5)[0]:
+                    heard, line = time.perf_counter(), process.stdout.readline()
+                    if line:
+                        self._read(json.loads(line), progress)
+                elif should_stop() or time.perf_counter() - heard > SILENCE:
+                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+                    break
+            code = process.wait()
+            if self.failures is None:
+                self.failures = [f"the process that compiles ended with code {code}"]
             self.process = None
         return time.perf_counter() - self._started
+
+    def _read(self, line: list, progress: Callable[[int, int], None]) -> None:
+        match line:
+            case [int(done), int(count)]:
+                self.num_compiled = done
+                progress(done, count)
+            case _:
+                self.failures = line
 
 
 def begin_compiling(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int, device: torch.device,

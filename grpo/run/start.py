@@ -174,9 +174,9 @@ def await_kernels(run: Run) -> None:
     compilation, metrics = run.compilation, run.metrics
     if compilation is None or compilation.process is None:
         return
-    seconds = compilation.wait(metrics.progress("compiling kernels"))
+    seconds = compilation.wait(metrics.progress("compiling kernels"), run.should_stop)
     metrics.print(f"kernels  {compilation.num_compiled} compiled, {seconds:.0f} s after the start")
-    if compilation.failures:
+    if compilation.failures and not run.should_stop():
         metrics.warn(describe_failures(compilation.failures))
 
 

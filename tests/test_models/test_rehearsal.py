@@ -6,12 +6,17 @@ from collections import Counter
 import pytest
 import torch
 
+import kernels.device
+from grpo.batch import Prompt, micro_batches, pack
+from grpo.rollout.sampling import SamplingParams
+from grpo.rollout.session import Sampler
 from kernels.ahead import Recording
 from kernels.device import Gpu
 from models.config import GptOssConfig
 from models.decoder import BUCKETS, PlainDraw
-from models.lora import LoraConfig
-from models.rehearsal import Rehearsal, build, rehearse, rehearse_rollout, rehearse_training
+from models.gpt_oss import GptOss
+from models.lora import LoraConfig, attach_lora
+from models.rehearsal import Rehearsal, build, gpu_here, rehearse, rehearse_rollout, rehearse_training
 
 H200, A100 = Gpu(90, 132), Gpu(80, 108)
 SAMPLED, GREEDY = PlainDraw(1.0, False), PlainDraw(1.0, True)
@@ -92,3 +97,33 @@ def test_every_number_of_rows_that_a_batch_can_have_is_rehearsed():
         patch.setattr("models.rehearsal.Decoder", lambda *_, **__: Watched())
         rehearse_rollout(build(plan), plan, few=(), many=(600,))
     assert sorted(set(counts)) == [bucket for bucket in BUCKETS if bucket <= 48]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_a_real_rollout_and_update_launch_nothing_that_was_not_rehearsed(shares_prompts):
+    """With prompts and completions of many lengths, on this GPU."""
+    lora = LoraConfig(8, 16.0)
+    config = GptOssConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, num_local_experts=8, num_experts_per_tok=4, sliding_window=128)
+    model = GptOss(config, dtype=torch.bfloat16, device="cuda", experts="bf16", activation_checkpointing=True)
+    model.init_weights(0)
+    attach_lora(model, lora, seed=0)
+    kernels.device._COMPILED.clear()
+    draw = random.Random(0)
+    prompts = [Prompt(i, [draw.randrange(2048) for _ in range(draw.randrange(3, 900))], {}) for i in range(11)]
+    sampler = Sampler(model, [1, 2, 3], max_batch=24, seed=0, shares_prompts=shares_prompts)
+    for step, settings in enumerate(({}, {"greedy": True})):
+        completions = sampler.generate(prompts, SamplingParams(max_new_tokens=200, **settings), step=step, num_samples=3)
+    batch = pack(completions, [1.0] * len(completions)).to(model.device)
+    for micro in micro_batches(batch, 4000, share_prompts=shares_prompts):
+        log_probs, _ = model.log_probs(micro.tokens, micro.cu_seqlens, temperature=1.0, mask=micro.host_mask,
+                                       prefixes=micro.prefixes)
+        log_probs.sum().backward()
+    torch.cuda.synchronize()
+    plan = Rehearsal(config, torch.bfloat16, "bf16", lora, True, 24, 2048, [SAMPLED, GREEDY], False, shares_prompts, False)
+    recording, _ = rehearsed(plan, gpu_here(model.device))
+    known = {(id(kernel), *rest) for kernel, *rest in recording.launches}
+    launched = {(kernel, *rest) for kernel, _, *rest in kernels.device._COMPILED}
+    assert len(launched) > 50 and [key for key in launched if key not in known] == []

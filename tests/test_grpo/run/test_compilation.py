@@ -16,10 +16,14 @@ from models.config import released
 from models.rehearsal import GPUS, compile_beside, is_compiled, variants
 
 
-def process(*lines: str, code: int = 0) -> subprocess.Popen:
+def process(*lines: str, code: int = 0, first: str = "pass") -> subprocess.Popen:
     """One that prints these lines and ends with this code."""
-    text = f"import sys; print({chr(10).join(lines)!r}); sys.exit({code})"
-    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE)
+    text = f"{first}; import os; print({chr(10).join(lines)!r}, flush=True); os._exit({code})"
+    return subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+
+
+def goes_on() -> bool:
+    return False
 
 
 def plan_of(*words: str):
@@ -44,24 +48,33 @@ def test_what_decides_about_kernels_follows_from_the_config():
 
 def test_progress_and_failures_are_read_until_the_process_ends():
     counts, compilation = [], Compilation(process("[0, 3]", "[1, 3]", "[2, 3]", "[3, 3]", '["_norm_kernel: no"]'))
-    assert compilation.wait(lambda *pair: counts.append(pair)) > 0
+    assert compilation.wait(lambda *pair: counts.append(pair), goes_on) > 0
     assert counts == [(0, 3), (1, 3), (2, 3), (3, 3)] and compilation.num_compiled == 3
     assert compilation.failures == ["_norm_kernel: no"] and "(_norm_kernel: no)" in describe_failures(compilation.failures)
-    assert compilation.wait(lambda *_: pytest.fail("it has ended")) > 0
+    assert compilation.wait(lambda *_: pytest.fail("it has ended"), goes_on) > 0
 
 
-@pytest.mark.parametrize("broken", [("[0, 2]", "[1, 2]"), ("[0, 1]", "[1, 1]", "[]")])
-def test_a_process_that_dies_is_a_failure_and_not_an_error(broken):
-    compilation = Compilation(process(*broken, code=9))
-    compilation.wait(lambda *_: None)
-    assert compilation.failures == ["the process that compiles ended with code 9"]
+@pytest.mark.parametrize("code", [0, 9])
+def test_a_process_that_dies_is_a_failure_and_not_an_error(code):
+    compilation = Compilation(process("[0, 2]", "[1, 2]", code=code))
+    compilation.wait(lambda *_: None, goes_on)
+    assert compilation.failures == [f"the process that compiles ended with code {code}"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_silent_process_is_ended_as_is_one_of_a_run_that_stops(stops, monkeypatch):
+    monkeypatch.setattr("grpo.run.compilation.SILENCE", 0.0 if not stops else 60.0)
+    asleep = process(first="import time; time.sleep(60)")
+    compilation = Compilation(asleep)
+    assert compilation.wait(lambda *_: None, lambda: stops) < 60 and asleep.returncode == -9
+    assert compilation.failures == ["the process that compiles ended with code -9"]
 
 
 def test_no_process_starts_without_a_gpu():
     config = load_config("train", ["+experiment=gpt_oss_20b_lora", "device=cpu"])
     settings = {"prompt_len": 50, "device": torch.device("cpu"), "dtype": torch.float32}
     compilation = begin_compiling(config, released("openai/gpt-oss-20b"), **settings)
-    assert compilation.process is None and compilation.wait(lambda *_: None) >= 0 and compilation.failures == []
+    assert compilation.process is None and compilation.wait(lambda *_: None, goes_on) >= 0 and compilation.failures == []
 
 
 def test_what_is_compiled_is_not_rehearsed_again(tmp_path, monkeypatch):
@@ -85,7 +98,7 @@ def test_the_process_says_what_it_cannot_do(tmp_path, monkeypatch, capfd):
     """A plan that is no plan ends it; the run goes on."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compilation = Compilation(compile_beside("no plan", GPUS["H100"]))
-    compilation.wait(lambda *_: None)
+    compilation.wait(lambda *_: None, goes_on)
     assert compilation.failures == ["the process that compiles ended with code 1"]
 
 
