@@ -181,7 +181,8 @@ class GpuMemory:
     def __init__(self, plan: MemoryPlan | None, device: torch.device, *, others: int, limits_torch: bool) -> None:
         """others: bytes that other processes take. limits_torch: torch must end at the plan's limit, not at the GPU's."""
         self.plan, self.device, self._others, self._limits_torch = plan, device, others, limits_torch
-        self.peaks: dict[str, int] = {}  # of finished phases, bytes
+        self.peaks: dict[str, int] = {}  # of each phase, bytes
+        self._most = 0  # bytes at once, at any time
         self._phase = ""
         if plan is not None:  # of a sweep's jobs, each has a limit of its own
             torch.cuda.set_per_process_memory_fraction(1.0, device)
@@ -201,6 +202,7 @@ class GpuMemory:
             in_arenas = self.plan.sampling.lines["cache"] + returning * policy.expert_store.layer_bytes
         self._allow_torch(self.plan.limit - self._beside_torch() - in_arenas)
         policy.expert_store.for_sampling()
+        torch.cuda.reset_peak_memory_stats(self.device)  # again: what the phase before had reserved is no part of this one
 
     def for_update(self, policy: GptOss, sampler: Sampler | None) -> None:
         """Call it before training. Frees the cache, and experts that are streamed in the update: all memory is then torch's."""
@@ -216,6 +218,7 @@ class GpuMemory:
         room = self.plan.limit - self._beside_torch()
         self._allow_torch(room)
         policy.memory.memory_gb = room / 1e9
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     def sampler_settings(self, cache_gb: float | None = None) -> dict[str, float | int]:
         """Keywords of the Sampler: the size of its cache, as configured or planned, and most tokens of a prefill."""
@@ -224,10 +227,13 @@ class GpuMemory:
         return {"cache_gb": self.plan.cache_bytes / 1e9, "max_prefill_tokens": self.plan.prefill_tokens}
 
     def measure(self) -> None:
-        """Adds the peak since the phase began to `peaks`."""
+        """Adds the peak since the phase began to `peaks`. Without a limit torch keeps, while sampling, what the update has
+        reserved: then only what sampling uses counts as its own."""
         if self._phase:
-            peak = torch.cuda.max_memory_reserved(self.device) + self._measured_beside()
-            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), peak)
+            reserved, beside = torch.cuda.max_memory_reserved(self.device), self._measured_beside()
+            used = reserved if self._limits_torch or self._phase == "update" else torch.cuda.max_memory_allocated(self.device)
+            self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), used + beside)
+            self._most = max(self._most, reserved + beside)
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def metrics(self) -> dict[str, float]:
@@ -236,7 +242,7 @@ class GpuMemory:
             return {"memory/peak_gb": peak_memory_gb(self.device)}
         self.measure()
         planned = max(phase.peak for phase in (self.plan.sampling, self.plan.update) if phase)
-        return {"memory/peak_gb": max(self.peaks.values()) / 1e9, "memory/planned_gb": planned / 1e9}
+        return {"memory/peak_gb": self._most / 1e9, "memory/planned_gb": planned / 1e9}
 
     def report(self) -> list[str]:
         """A line with the planned and the measured peak of each phase."""

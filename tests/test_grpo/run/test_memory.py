@@ -27,15 +27,20 @@ class FakeCuda:
         self.fractions: list[float] = []
         self.num_emptied = 0
 
+    def empty(self) -> None:
+        self.num_emptied += 1
+        self.reserved = min(self.reserved, 10 * GB)
+
     def install(self, monkeypatch) -> None:
         fakes = {
             "mem_get_info": lambda device: (24 * GB - self.reserved - self.beside, 24 * GB),
             "memory_reserved": lambda device: self.reserved,
             "max_memory_reserved": lambda device: self.peak,
+            "max_memory_allocated": lambda device: self.peak - 2 * GB,
             "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.reserved),
             "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GB),
             "set_per_process_memory_fraction": lambda share, device: self.fractions.append(share),
-            "empty_cache": lambda: setattr(self, "num_emptied", self.num_emptied + 1),
+            "empty_cache": self.empty,
             "get_device_name": lambda device: self.name,
             "get_device_capability": lambda device: (9, 0),
         }
@@ -98,6 +103,12 @@ def test_phases_allow_torch_what_is_beside_the_rest(monkeypatch):
     assert memory.metrics() == {"memory/peak_gb": 14.7, "memory/planned_gb": pytest.approx(15.0, rel=0.02)}
     assert memory.report() == [f"memory   sampling: planned {found.sampling.peak / GB:.2f} GB, measured 14.00 GB; "
                                f"update: planned {found.update.peak / GB:.2f} GB, measured 14.70 GB"]  # fmt: skip
+    # what the update had reserved is given back, and does not count as sampling's
+    cuda.reserved = 13 * GB
+    memory.for_sampling(policy)
+    cuda.beside = 3_500_000_000
+    memory.measure()
+    assert memory.peaks["sampling"] == 14 * GB and cuda.reserved == 10 * GB
 
 
 def test_other_processes_are_not_counted(monkeypatch):
@@ -107,7 +118,9 @@ def test_other_processes_are_not_counted(monkeypatch):
     memory.for_sampling(Recorder())
     cuda.beside, cuda.peak = 3 * GB, 5 * GB
     memory.measure()
-    assert memory.peaks == {"sampling": 6 * GB} and cuda.num_emptied == 0 and cuda.fractions == [1.0]
+    # without a limit torch keeps what it reserved before: what sampling uses is 2 GB less
+    assert memory.peaks == {"sampling": 4 * GB} and memory.metrics()["memory/peak_gb"] == 6.0
+    assert cuda.num_emptied == 0 and cuda.fractions == [1.0]
 
 
 def test_on_a_cpu_nothing_is_planned_and_the_cache_is_still_given_back():
