@@ -96,6 +96,7 @@ class Sampler:
         self.model, self.stop_ids, self.seed, self.cache_gb = model, list(stop_ids), seed, cache_gb
         self.max_batch, self.shares_prompts, self.limits, self.warn = max_batch, shares_prompts, Limits(max_prefill_tokens), warn
         self.max_len = model.config.max_position_embeddings if max_len is None else max_len
+        self.on_cache: Callable[[int], None] = lambda num_bytes: None  # called for a cache that takes another's place
         self.sync_steps: int | None = None  # for tests: steps between two syncs; None: SYNC_STEPS with whole-step graphs, else 1
         self.last_stats = RolloutStats()
         self._decoder: Decoder | None = None  # of the last rollout, while none runs
@@ -142,7 +143,7 @@ class Sampler:
         """A decoder for these rows, and how many rows it can run at once: the last rollout's, with its graphs, if it is large
         enough, else a new one. Only here are caches allocated. The session owns the decoder until it hands it back."""
         shape = self.plan(rows)
-        self.model.expert_store.for_sampling()
+        attempt_twice(self.model.expert_store.for_sampling)
         decoder, self._decoder = self._decoder, None
         if decoder is None or not suffices(decoder, shape, longest=max(row.max_tokens for row in rows)):
             decoder = None  # the new one needs the memory
@@ -157,7 +158,6 @@ class Sampler:
             cache = self.model.new_cache(shape.num_slots, self._max_len_of(rows), shape.num_pages)
             return Decoder(self.model, cache, max_rows=shape.num_rows, stop_ids=stop_ids,
                            counts_prompts_apart=self.shares_prompts)
-
         while True:
             is_first = self.model.device.type == "cuda" and self.limits.cache_bytes == math.inf
             shape = self.plan(rows, CACHE_SHARE * torch.cuda.mem_get_info(self.model.device)[0] if is_first else None)
@@ -585,6 +585,7 @@ class Session:
         self._decoder, num_rows = self._sampler.take_decoder(rows, self._stop_ids)
         self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
         self.stats.cache_bytes = self._decoder.cache.num_bytes
+        self._sampler.on_cache(self.stats.cache_bytes)
 
     def _cache_holds(self, rows: list[RolloutRow]) -> bool:
         """Whether each of these rows fits into the present cache, and all at once unless that cache is already the largest."""

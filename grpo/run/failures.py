@@ -5,11 +5,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.config import ConfigError, TrainConfig, flatten, to_dict
+from grpo.config import RESUMABLE_KEYS, ConfigError, TrainConfig, flatten, key_matches, to_dict
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED
 from grpo.envs.data_files import DataError
 from grpo.optim import NonFiniteError
-from grpo.out_of_memory import is_out_of_memory
+from grpo.out_of_memory import StillOutOfMemory, is_out_of_memory
 from grpo.rewards.functions import RewardError
 from grpo.rewards.user_code import UserCodeFault
 from grpo.rollout.session import Interrupted
@@ -36,6 +36,9 @@ KINDS: list[tuple[type | tuple[type, ...], str, int, bool]] = [
 MEMORY_KEYS = {"optim.max_tokens": "lower", "rollout.max_batch": "lower", "max_batch": "lower", "rollout.cache_gb": "lower",
                "model.memory_gb": "lower", "max_new_tokens": "lower", "model.host_gb": "raise",
                "model.activation_checkpointing": "set to true"}
+# The same where the least sizes of micro-batch, cache and prefill did not fit.
+LEAST_KEYS = {"rollout.max_new_tokens": "lower", "max_new_tokens": "lower", "model.lora.rank": "lower",
+              "model.lora.targets": "name fewer in", "model.memory_gb": "raise", "model.host_gb": "raise"}
 
 
 @dataclass
@@ -68,12 +71,18 @@ def describe_failure(error: BaseException, *, config: object, log: Path | None, 
 def describe_out_of_memory(error: BaseException, config: object) -> str:
     """Says how much memory was asked for, with which settings, and which to change."""
     is_gpu = "CUDA" in str(error) or "CUBLAS" in str(error) or "GPU" in str(error)
-    settings = {key: value for key, value in flatten(to_dict(config)).items() if key in MEMORY_KEYS}
-    advice = [f"set {key} (now null)" if value is None else f"{MEMORY_KEYS[key]} {key} (now {value})"
-              for key, value in settings.items()
-              if value is not True and (is_gpu or key not in ("model.memory_gb", "model.host_gb"))
-              # a limit is there already; null is all that is free
-              and not (key == "model.memory_gb" and value is not None or key == "model.host_gb" and value is None)]
+    keys = LEAST_KEYS if isinstance(error, StillOutOfMemory) else MEMORY_KEYS
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if key in keys and value is not True
+                and (is_gpu or key not in ("model.memory_gb", "model.host_gb"))}
+    if keys is MEMORY_KEYS and settings.get("model.memory_gb") is not None:
+        del settings["model.memory_gb"]  # a limit is there already
+    changes = {key: f"set {key} (now null)" if value is None else f"{keys[key]} {key} (now {value})"
+               for key, value in settings.items() if value is not None or keys[key] == "lower"}  # null: all that is there
     lines = str(error).splitlines() or [type(error).__name__]
-    resumable = "; these keys may change on resume" if isinstance(config, TrainConfig) else ""
-    return f"out of {'GPU' if is_gpu else 'host'} memory: {lines[0].rstrip('.')}. To need less, {', '.join(advice)}{resumable}"
+    where, hint = "GPU" if is_gpu else "host", ""
+    if isinstance(config, TrainConfig):
+        resumable = [key for key in changes if key_matches(key, RESUMABLE_KEYS)]
+        hint = ("; these keys may change on resume" if len(resumable) == len(changes)
+                else f"; on resume only {', '.join(resumable)} may change" if resumable
+                else "; a run resumes with none of these changes")
+    return f"out of {where} memory: {lines[0].rstrip('.')}. To need less, {', '.join(changes.values())}{hint}"

@@ -183,7 +183,7 @@ class GpuMemory:
         self.plan, self.device, self._others, self._limits_torch = plan, device, others, limits_torch
         self.peaks: dict[str, int] = {}  # of each phase, bytes
         self._most = 0  # bytes at once, at any time
-        self._phase = ""
+        self._phase, self._cache_bytes = "", 0 if plan is None else plan.sampling.lines["cache"]
         if plan is not None:  # of a sweep's jobs, each has a limit of its own
             torch.cuda.set_per_process_memory_fraction(1.0, device)
             self._allow_torch(plan.limit - CONTEXT_BYTES)
@@ -199,7 +199,7 @@ class GpuMemory:
         placement, in_arenas = self.plan.placement, 0
         if has_arenas(self.device):
             returning = placement.num_streamed_update - placement.num_streamed_sampling
-            in_arenas = self.plan.sampling.lines["cache"] + returning * policy.expert_store.layer_bytes
+            in_arenas = self._cache_bytes + returning * policy.expert_store.layer_bytes
         self._allow_torch(self.plan.limit - self._beside_torch() - in_arenas)
         policy.expert_store.for_sampling()
         torch.cuda.reset_peak_memory_stats(self.device)  # again: what the phase before had reserved is no part of this one
@@ -219,6 +219,15 @@ class GpuMemory:
         self._allow_torch(room)
         policy.memory.memory_gb = room / 1e9
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def cache_became(self, num_bytes: int) -> None:
+        """Gives torch what the sampler's cache leaves of its planned size, for good. Called where memory was refused."""
+        if self.plan is None or not has_arenas(self.device) or num_bytes >= self._cache_bytes:
+            return
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
+        self._allow_torch(int(allowed) + self._cache_bytes - num_bytes)
+        self._cache_bytes = num_bytes
 
     def sampler_settings(self, cache_gb: float | None = None) -> dict[str, float | int]:
         """Keywords of the Sampler: the size of its cache, as configured or planned, and most tokens of a prefill."""

@@ -189,6 +189,7 @@ def load_policy(config: InferenceConfig, env: dict | None, *, max_batch: int) ->
         load_initial_adapter(policy, config.model)
     memory.for_sampling(policy)
     sampler = Sampler(policy, tokenizer.stop_ids, max_batch=max_batch, seed=config.seed, **memory.sampler_settings())
+    sampler.on_cache = memory.cache_became
     return Loaded(policy, tokenizer, trained, state and state.step, sampler)
 
 

@@ -129,7 +129,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
                       wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
                       | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
-    sampler.warn = metrics.warn
+    sampler.warn, sampler.on_cache = metrics.warn, memory.cache_became
     metrics.print(*changes)
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox,
                memory, compilation), state

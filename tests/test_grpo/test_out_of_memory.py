@@ -10,12 +10,13 @@ from refused_memory import REFUSAL, Refusing
 from test_update import DAPO, Warnings, build_policy, draw_completions, move
 
 from grpo.batch import halves, micro_batches, pack
-from grpo.config import KlConfig, KlReference
+from grpo.config import KlConfig, KlReference, LoraSettings
 from grpo.configuration.launch import load_config
 from grpo.groups import Groups
 from grpo.kl import Reference
 from grpo.out_of_memory import StillOutOfMemory, attempt, is_out_of_memory
 from grpo.rollout.session import Sampler
+from grpo.run.failures import describe_failure
 from grpo.run.start import Run, make_optimizer
 from grpo.update import train_minibatch, update
 from models.block import Block
@@ -176,3 +177,17 @@ def test_halves_have_about_as_many_tokens_and_a_micro_batchs_tokens_are_counted(
         for share_prompts in (False, True):
             assert batch.num_tokens_of(rows, share_prompts=share_prompts) == len(
                 batch.select(rows, share_prompts=share_prompts).tokens)
+
+
+def test_the_message_names_what_still_helps(config):
+    first = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    message = describe_failure(first, config=config, log=None).message
+    assert message.startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. To need less, set")
+    assert "lower optim.max_tokens (now 40); these keys may change on resume" in message
+    least, adapter = StillOutOfMemory("CUDA out of memory"), LoraSettings(8, 16.0, ["q_proj", "experts"], False, False, None)
+    config = replace(config, model=replace(config.model, lora=adapter, memory_gb=15.0))
+    failure = describe_failure(least, config=config, log=None)
+    assert failure.code == 5 and failure.message == (
+        "out of GPU memory: CUDA out of memory. To need less, raise model.memory_gb (now 15.0), lower model.lora.rank (now 8), "
+        "name fewer in model.lora.targets (now ['q_proj', 'experts']), lower rollout.max_new_tokens (now 32); on resume only "
+        "model.memory_gb may change")

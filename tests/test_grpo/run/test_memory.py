@@ -40,6 +40,7 @@ class FakeCuda:
             "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.reserved),
             "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GB),
             "set_per_process_memory_fraction": lambda share, device: self.fractions.append(share),
+            "get_per_process_memory_fraction": lambda device: self.fractions[-1],
             "empty_cache": self.empty,
             "get_device_name": lambda device: self.name,
             "get_device_capability": lambda device: (9, 0),
@@ -109,6 +110,23 @@ def test_phases_allow_torch_what_is_beside_the_rest(monkeypatch):
     cuda.beside = 3_500_000_000
     memory.measure()
     assert memory.peaks["sampling"] == 14 * GB and cuda.reserved == 10 * GB
+
+
+def test_torch_may_have_what_a_smaller_cache_leaves(monkeypatch):
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    found = plan(needs_20b(), GPUS["H200"], limit=15 * GB, host_bytes=100 * GB)
+    planned, memory = found.sampling.lines["cache"], GpuMemory(found, CUDA, others=0, limits_torch=True)
+    memory.for_sampling(Recorder())
+    before = cuda.fractions[-1]
+    memory.cache_became(planned + 1)  # changes nothing
+    assert cuda.fractions[-1] == before
+    memory.cache_became(planned - 100_000_000)
+    memory.cache_became(planned - 150_000_000)
+    assert cuda.fractions[-1] - before == pytest.approx(0.15 / 24)
+    memory.for_update(Recorder(), None)
+    memory.for_sampling(Recorder())
+    assert cuda.fractions[-1] - before == pytest.approx(0.15 / 24)
 
 
 def test_other_processes_are_not_counted(monkeypatch):
