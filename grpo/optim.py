@@ -98,22 +98,22 @@ class Optimizer:
 
     def __init__(self, params: dict[str, torch.nn.Parameter], learning_rate: LearningRate, *, betas: tuple[float, float],
                  eps: float, weight_decay: float, max_grad_norm: float, loss_scale: float = 1.0, moments: str = "fp32",
-                 weights: str = "master", state_on_host: bool = False, seed: int = 0) -> None:
+                 weights: str = "master", state_on_host: bool = False, in_backward: bool = False, seed: int = 0) -> None:
         """loss_scale: the power of two that `backward` multiplies losses by; gradients() are free of it.
         max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
         moments, weights: how the state is kept, and how updates of bf16 parameters add up; among MOMENTS and WEIGHTS of
-        models/adam_state.py. state_on_host: a GPU's state lies in pinned host memory; changes no bit. seed: of stochastic
-        rounding. The rest as in torch.optim.AdamW."""
+        models/adam_state.py. state_on_host: a GPU's state lies in pinned host memory; changes no bit. in_backward: whether
+        backward() may update. seed: of stochastic rounding. The rest as in torch.optim.AdamW."""
         if not params:
             raise ValueError("no trainable parameters: nothing to optimize; check model.train and model.lora.targets")
         frozen = [name for name, param in params.items() if not param.requires_grad]
         if frozen:
             raise ValueError(f"parameters without requires_grad given to the optimizer: {', '.join(frozen[:5])}")
         self.params, self.learning_rate = dict(params), learning_rate
-        self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
+        self.max_grad_norm, self.loss_scale, self.in_backward = max_grad_norm, loss_scale, in_backward
         self.num_updates = self.position = 0
         self._state = AdamState(self.params, moments, weights, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed,
-                                on_host=state_on_host)
+                                on_host=state_on_host, in_order=not in_backward)
         self._gradients: dict[str, torch.Tensor] = {}  # the buffer's parts; empty between updates
         self._received: set[str] = set()  # parameters that got a gradient since zero_grad()
         self._unfinished: _Unfinished | None = None  # the update that step() has begun
@@ -176,7 +176,8 @@ class Optimizer:
         """Adds the gradients of a loss to those accumulated since `zero_grad()`. updates: instead updates each parameter as soon
         as it has its gradient, which then is dropped; step() only counts. For an update from one loss, without clipping; after an
         error some parameters are updated and others are not."""
-        assert not updates or (math.isinf(self.max_grad_norm) and not self._received), "updates need one loss and no clipping"
+        assert not updates or (self.in_backward and math.isinf(self.max_grad_norm) and not self._received), (
+            "updates need one loss and no clipping")
         self._norms = [] if updates else None
         (loss if self.loss_scale == 1.0 else loss * self.loss_scale).backward()
 
@@ -190,10 +191,8 @@ class Optimizer:
         self._state.begin()
         self._received.add(name)
         self._norms.append(norm)
-        pieces = self._state.pieces_of[name]
-        for index in pieces:
-            self._state.update(index, gradient, has_next=index < pieces[-1], lr=self.lr, scale=1 / self.loss_scale,
-                               num_updates=self.num_updates + 1)
+        for index in self._state.pieces_of[name]:
+            self._state.update(index, gradient, lr=self.lr, scale=1 / self.loss_scale, num_updates=self.num_updates + 1)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Name -> gradient accumulated so far, without the loss scale; raises ValueError for a parameter that got none."""
@@ -223,11 +222,11 @@ class Optimizer:
         (out of memory, say) step() may be called again and goes on where it was, with the same result."""
         if self._unfinished is None:
             self._unfinished = self._begin_update()
-        update, num_pieces = self._unfinished, len(self._state.pieces)
+        update = self._unfinished
         self._state.begin()
-        for index in range(update.num_done, num_pieces):
+        for index in range(update.num_done, len(self._state.pieces)):
             self._state.update(index, self._gradients[self._state.pieces[index].name], lr=update.lr, scale=update.scale,
-                               has_next=index + 1 < num_pieces, num_updates=self.num_updates + 1)
+                               num_updates=self.num_updates + 1)
             update.num_done = index + 1
         self._state.end()
         self.num_updates, self.position = self.num_updates + 1, self.position + 1

@@ -8,19 +8,22 @@ With g the gradient times `scale`, m and v the moments, t the number of the upda
 dynamic map like that paper's, with a finer grid in higher decades. With j = code + 1 = 2^i f, 1 <= f < 2, a code stands for
     y = 10^(i - L) (9 f - 8) times the block's absmax; code 0 stands for 0; the largest code stands for 1.
 m: L = 7, a sign and 7 bits, from 1e-6 to 1. v: the root r = sqrt(v) is stored, with L = 8 and no sign, from 1e-7 to 1.
-Departure from the paper, which stores v: a root has half the decades of v. Where the gradients in a block differ by more than
+Two departures from the paper. It stores v; a root has half the decades of v. Where the gradients in a block differ by more than
 three decades the paper's v is 0 while m is not, and m / eps is a thousand times the right update. For the same reason an r above
-0 never gets code 0. Against updates with fp32 moments the error (rms, relative) is 6 % of an update and 3 % of the sum of 300
-updates if the gradients' scales in a block spread by e^0.5 (the paper's map: 5 % and 2 %), 22 % and 12 % if they spread by e^2
-(the paper's map: many hundred times the update). Rounding is to nearest; stochastic rounding of the codes has 1.5 times the
-error.
+0 never gets code 0. And codes are rounded stochastically, not to nearest: most updates change a moment by less than half a step
+of the grid, and it would stay where it is.
+Measured: the sum of 300 to 400 updates against that with fp32 moments (rms, relative). Noisy gradients whose scales in a block
+spread by e^0.5: 4 % (to nearest 3 %, the paper's codes 2 %), by e^2: 12 % (12 %; the paper's update is hundreds of times too
+large). Gradients that fall smoothly: 1 to 5 % (to nearest 4 to 20 %).
 
 A bf16 weight without an fp32 master loses updates below half its last bit, 2^-9 of its size, to rounding: at lr 1e-6 a weight of
 0.02 never moves. Two ways out:
-    stochastic    rounds up with the probability that makes the expectation exact, by a hash of the RNG key and the element's
-                  number. The error of a sum of n updates of size d is a random walk: about sqrt(n d u), u the weight's last bit.
+    stochastic    rounds up with the probability that makes the expectation exact. The error of a sum of n updates of size d is a
+                  random walk: about sqrt(n d u), u the weight's last bit.
     compensated   a second bf16 tensor holds what rounding took (Kahan), 2 bytes a weight. The error of an update is at most 2^-18
                   of the weight, always in the same direction where updates are equal.
+
+Random bits are a hash of the RNG key (seed, update, parameter) and the element's number.
 
 Shapes: n elements of a parameter, flat; B = n / 256 blocks, rounded up.
 """
@@ -66,10 +69,11 @@ class Moments8(NamedTuple):
     root_absmax: torch.Tensor  # [B] fp32
 
 
-@lru_cache(maxsize=1)  # the pieces of a parameter share it
-def rng_key(seed: int, update: int, parameter: int) -> tuple[int, int]:
-    """The RNG key of stochastic rounding: two int32."""
-    return tuple(as_pairs(mix_sums(key_sums(torch.tensor([[seed, update, parameter]]))))[0].tolist())
+@lru_cache(maxsize=1)  # all parameters of an update together: one by one they take longer than their updates
+def rng_keys(seed: int, update: int, num_parameters: int) -> list[tuple[int, int]]:
+    """The RNG keys of parameters 0, 1, ...: two int32 each."""
+    keys = torch.tensor([[seed, update, parameter] for parameter in range(num_parameters)])
+    return [tuple(pair) for pair in as_pairs(mix_sums(key_sums(keys))).tolist()]
 
 
 # ---- reference
@@ -84,13 +88,15 @@ def _grid(levels: int, device: torch.device) -> torch.Tensor:
     return y
 
 
-def _encode(y: torch.Tensor, levels: int) -> torch.Tensor:
-    """The codes of y in [0, 1] as int32."""
+def _encode(y: torch.Tensor, levels: int, random: torch.Tensor) -> torch.Tensor:
+    """The codes of y in [0, 1] as int32, rounded up where the fraction exceeds `random`, of 16 bits."""
     knots = torch.tensor([10.0 ** (i - levels) for i in range(1, levels)], device=y.device)
     i = torch.bucketize(y, knots, right=True)
     up = torch.tensor([10.0 ** (levels - i) for i in range(levels)], device=y.device)[i]
     step = torch.tensor([2.0**i / 9 for i in range(levels)], device=y.device)[i]
-    return ((y * up + 8) * step + 0.5).floor().clamp(min=1).int() - 1
+    j = ((y * up + 8) * step).clamp(min=1)
+    low = j.floor()
+    return (low + (j - low > (random + 0.5) * 2.0**-16)).clamp(max=2.0**levels).int() - 1
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:
@@ -115,30 +121,34 @@ def dequantize(moments: Moments8) -> tuple[torch.Tensor, torch.Tensor]:
     return m, _grid(_ROOT_LEVELS.value, device)[moments.root.int()] * _each(moments.root_absmax, size)
 
 
-def quantize(m: torch.Tensor, root: torch.Tensor) -> Moments8:
+def quantize(m: torch.Tensor, root: torch.Tensor, random: torch.Tensor) -> Moments8:
+    """random [n] int32: 16 bits for each of m and r."""
     (y, m_absmax), (z, root_absmax) = _relative(m), _relative(root)
-    codes = _encode(y.abs(), _LEVELS.value) + 128 * (y < 0)
-    roots = _encode(z, _ROOT_LEVELS.value)
+    codes = _encode(y.abs(), _LEVELS.value, random & 0xFFFF) + 128 * (y < 0)
+    roots = _encode(z, _ROOT_LEVELS.value, random >> 16 & 0xFFFF)
     return Moments8(codes.to(torch.uint8), m_absmax, torch.where(z > 0, roots.clamp(min=1), 0).to(torch.uint8), root_absmax)
 
 
-def _random_bits(size: int, first: int, key: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """The lower 16 bits of a hash (Wellons' lowbias32, as in kernels/head/sampling.py) of elements first to first + size."""
+def random_bits(size: int, first: int, key: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two times [size] int32 for the elements from `first` on: a hash (Wellons' lowbias32, as in kernels/head/sampling.py), and
+    that mixed once more."""
     bits = torch.arange(first, first + size, dtype=torch.int32, device=device) * signed(_ID_MULTIPLIER.value) ^ key[0]
     bits = (bits ^ (bits >> 16 & 0xFFFF)) * signed(_MULTIPLIER_1.value) + key[1]
     bits = (bits ^ (bits >> 15 & 0x1FFFF)) * signed(_MULTIPLIER_2.value)
-    return (bits ^ bits >> 16) & 0xFFFF
+    bits ^= bits >> 16 & 0xFFFF
+    more = (bits ^ (bits >> 15 & 0x1FFFF)) * signed(_MULTIPLIER_1.value)
+    return bits, more ^ (more >> 16 & 0xFFFF)
 
 
-def round_bf16(x: torch.Tensor, first: int, key: tuple[int, int] | None) -> torch.Tensor:
-    """x [n] fp32 with the digits of bf16: to nearest, ties to even, or by stochastic rounding with an RNG key."""
+def round_bf16(x: torch.Tensor, random: torch.Tensor | None) -> torch.Tensor:
+    """x [n] fp32 with the digits of bf16: to nearest, ties to even, or stochastically by the lower 16 bits of `random` [n]."""
     bits = x.view(torch.int32)
-    bump = (bits >> 16 & 1) + 0x7FFF if key is None else _random_bits(len(x), first, key, x.device)
+    bump = (bits >> 16 & 1) + 0x7FFF if random is None else random & 0xFFFF
     return (bits + bump & ~0xFFFF).view(torch.float32)
 
 
 def adamw_reference(weight: torch.Tensor, grad: torch.Tensor, moments: Moments8 | tuple[torch.Tensor, torch.Tensor],
-                    compensation: torch.Tensor | None, numbers: AdamNumbers, *, first: int, key: tuple[int, int] | None) -> None:
+                    compensation: torch.Tensor | None, numbers: AdamNumbers, *, first: int, key: tuple[int, int]) -> None:
     decay, step_size, root_correction = numbers.factors()
     if not isinstance(moments, Moments8) and weight.dtype == torch.float32:
         exp_avg, exp_avg_sq = moments
@@ -159,9 +169,10 @@ def adamw_reference(weight: torch.Tensor, grad: torch.Tensor, moments: Moments8 
     root = v.sqrt()
     value = weight.float() if compensation is None else weight.float() + compensation.float()
     value = value * decay - m / (root * (1 / root_correction) + numbers.eps) * step_size
-    stored = quantize(m, root) if isinstance(moments, Moments8) else (m, v)
-    rounded = value if weight.dtype == torch.float32 else round_bf16(value, first, key)
-    rest = None if compensation is None else round_bf16(value - rounded, first, None)
+    random, more = random_bits(len(weight), first, key, weight.device)
+    stored = quantize(m, root, more) if isinstance(moments, Moments8) else (m, v)
+    rounded = value if weight.dtype == torch.float32 else round_bf16(value, random if compensation is None else None)
+    rest = None if compensation is None else round_bf16(value - rounded, None)
     # everything is computed: from here on nothing can fail
     for tensor, new in zip(moments, stored):
         tensor.copy_(new)
@@ -185,13 +196,16 @@ def _decode_codes(codes, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _encode_codes(y, LEVELS: tl.constexpr):
+def _encode_codes(y, random, LEVELS: tl.constexpr):
     up, step = tl.full(y.shape, 10.0**LEVELS, tl.float32), tl.full(y.shape, 1 / 9, tl.float32)
     for i in tl.static_range(1, LEVELS):
         is_above = y >= 10.0 ** (i - LEVELS)
         up = tl.where(is_above, 10.0 ** (LEVELS - i), up)
         step = tl.where(is_above, 2.0**i / 9, step)
-    return tl.maximum(tl.floor((y * up + 8) * step + 0.5), 1.0).to(tl.int32) - 1
+    j = tl.maximum((y * up + 8) * step, 1.0)
+    low = tl.floor(j)
+    above = j - low > ((random & 0xFFFF).to(tl.float32) + 0.5) * (2.0**-16)
+    return tl.minimum(low + above.to(tl.float32), 2.0**LEVELS).to(tl.int32) - 1
 
 
 @triton.jit
@@ -231,12 +245,14 @@ def _adamw8_kernel(weight_ptr, grad_ptr, m_ptr, m_absmax_ptr, root_ptr, root_abs
         value += tl.load(compensation_ptr + elements, mask=inside, other=0.0).to(tl.float32)
     value = value * decay - tl.div_rn(m, root * root_factor + eps) * step_size
     rounded = value
+    bits = (first + elements).to(tl.uint32) * _ID_MULTIPLIER ^ key_1.to(tl.uint32, bitcast=True)
+    bits = (bits ^ (bits >> 16)) * _MULTIPLIER_1 + key_2.to(tl.uint32, bitcast=True)
+    bits = (bits ^ (bits >> 15)) * _MULTIPLIER_2
+    bits = bits ^ (bits >> 16)
+    more = (bits ^ (bits >> 15)) * _MULTIPLIER_1
+    more = more ^ (more >> 16)
     if ROUNDING == "stochastic":
-        bits = (first + elements).to(tl.uint32) * _ID_MULTIPLIER ^ key_1.to(tl.uint32, bitcast=True)
-        bits = (bits ^ (bits >> 16)) * _MULTIPLIER_1 + key_2.to(tl.uint32, bitcast=True)
-        bits = (bits ^ (bits >> 15)) * _MULTIPLIER_2
-        bits = bits.to(tl.int32, bitcast=True)
-        rounded = _round_bits(value, (bits ^ (bits >> 16)) & 0xFFFF)
+        rounded = _round_bits(value, bits.to(tl.int32, bitcast=True) & 0xFFFF)
     if ROUNDING == "compensated":
         rounded = _nearest_bf16(value)
         rest = _nearest_bf16(value - rounded)
@@ -244,29 +260,29 @@ def _adamw8_kernel(weight_ptr, grad_ptr, m_ptr, m_absmax_ptr, root_ptr, root_abs
     tl.store(weight_ptr + elements, rounded.to(weight_ptr.dtype.element_ty), mask=inside)
     y, absmax = _relative_to_absmax(m)
     tl.store(m_absmax_ptr + blocks, absmax, mask=is_block)
-    codes = _encode_codes(tl.abs(y), _LEVELS) + tl.where(y < 0, 128, 0)
+    codes = _encode_codes(tl.abs(y), more, _LEVELS) + tl.where(y < 0, 128, 0)
     tl.store(m_ptr + elements, codes.to(tl.uint8), mask=inside)
     y, absmax = _relative_to_absmax(root)
     tl.store(root_absmax_ptr + blocks, absmax, mask=is_block)
-    codes = tl.where(y > 0, tl.maximum(_encode_codes(y, _ROOT_LEVELS), 1), 0)
+    codes = tl.where(y > 0, tl.maximum(_encode_codes(y, more >> 16, _ROOT_LEVELS), 1), 0)
     tl.store(root_ptr + elements, codes.to(tl.uint8), mask=inside)
 
 
 def adamw(weight: torch.Tensor, grad: torch.Tensor, moments: Moments8 | tuple[torch.Tensor, torch.Tensor],
-          compensation: torch.Tensor | None, numbers: AdamNumbers, *, first: int, key: tuple[int, int] | None) -> None:
+          compensation: torch.Tensor | None, numbers: AdamNumbers, *, first: int, key: tuple[int, int]) -> None:
     """Updates weight [n] fp32 or bf16, moments (8 bits, or m and v [n] fp32) and compensation [n] bf16 in place; overwrites grad
     [n] fp32 or bf16. All flat and contiguous; if they are a part of a parameter, it begins with element number `first`, which is
-    a multiple of BLOCK. key: for stochastic rounding of a bf16 weight, else None; a bf16 weight needs key or compensation.
+    a multiple of BLOCK. A bf16 weight without compensation is rounded stochastically, as are moments in 8 bits, by `key`.
 
     An error, such as one for want of memory, comes before anything is changed."""
     assert first % BLOCK == 0 and weight.ndim == 1 and weight.dtype in (torch.float32, torch.bfloat16), (first, weight.dtype)
-    assert (key is None) != (compensation is None) or weight.dtype == torch.float32, "a bf16 weight needs one way of rounding"
+    assert compensation is None or weight.dtype == torch.bfloat16, weight.dtype
     if not (is_triton(weight) and isinstance(moments, Moments8)):
         adamw_reference(weight, grad, moments, compensation, numbers, first=first, key=key)
         return
     check_served("adamw", {"weight": weight, "grad": grad}, dtypes=(torch.float32, torch.bfloat16), tensor_cores=False)
     (decay, step_size, root_correction), beta1, beta2 = numbers.factors(), numbers.beta1, numbers.beta2
-    rounding = "compensated" if compensation is not None else "stochastic" if key is not None else "exact"
+    rounding = "exact" if weight.dtype == torch.float32 else "stochastic" if compensation is None else "compensated"
     launch(_adamw8_kernel, (cdiv(len(weight), BLOCK * _ROWS),), weight, grad, *moments, compensation, len(weight), first,
-           *(key or (0, 0)), numbers.scale, beta1, 1 - beta1, beta2, 1 - beta2, numbers.eps, decay, step_size,
+           *key, numbers.scale, beta1, 1 - beta1, beta2, 1 - beta2, numbers.eps, decay, step_size,
            1 / root_correction, ROUNDING=rounding, BLOCK=BLOCK, ROWS=_ROWS, num_warps=4, enable_fp_fusion=False)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.adamw import BLOCK, AdamNumbers, Moments8, adamw, rng_key
+from kernels.adamw import BLOCK, AdamNumbers, Moments8, adamw, rng_keys
 
 PIECE = 1 << 23  # most elements updated at once, in 8 bits 4 times as many: bounds scratch and copies
-_NUM_BUFFERS = 3  # pieces on the GPU at once: one copied in, one updated, one copied out
+_NUM_BUFFERS = 3  # batches of pieces on the GPU at once: one copied in, one updated, one copied out
 _ALIGNMENT = 256  # bytes
 _LEAST_SLAB = 1 << 20  # bytes
 
@@ -62,19 +62,20 @@ def optimizer_bytes(sizes: Iterable[int], dtype: torch.dtype, moments: str, weig
     sizes, largest = list(sizes), min(max(sizes, default=0), piece_size(moments))
     kept = [(name, count * kind.itemsize) for size in sizes
             for name, (count, kind) in state_tensors(size, dtype, moments, weights).items()]
-    of_piece = sum(count * kind.itemsize for count, kind in state_tensors(largest, dtype, moments, weights).values())
+    batch = min(sum(sizes), piece_size(moments))
+    of_batch = sum(count * kind.itemsize for count, kind in state_tensors(batch, dtype, moments, weights).values())
     scratch = 4 * largest if moments == "fp32" and (dtype == torch.float32 or weights == "master") else (
         0 if moments == "int8" else 48 * largest)
     return OptimizerBytes(
         sum(sizes) * gradient_dtype(dtype, weights).itemsize,
         sum(size for name, size in kept if name.startswith("exp_avg")),
-        sum(size for name, size in kept if not name.startswith("exp_avg")), scratch, _NUM_BUFFERS * of_piece)
+        sum(size for name, size in kept if not name.startswith("exp_avg")), scratch, _NUM_BUFFERS * of_batch)
 
 
 def pinned_tensors(wanted: list[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
     """Zeros in pinned host memory, in few allocations: each is rounded up to a power of two, so sizes are powers of two that the
     tensors fill."""
-    sizes = [-(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for count, dtype in wanted]
+    sizes = [_aligned(count * dtype.itemsize) for count, dtype in wanted]
     found, left, slab, used = [], sum(sizes), torch.empty(0, dtype=torch.uint8), 0
     for size, (count, dtype) in zip(sizes, wanted):
         if used + size > len(slab):
@@ -105,8 +106,9 @@ class Piece:
 class AdamState:
     """The state of named parameters and its updates. `tensors`: what a checkpoint holds, by name (kind.parameter)."""
 
-    def __init__(self, params: dict[str, torch.nn.Parameter], moments: str, weights: str, *,
-                 betas: tuple[float, float], eps: float, weight_decay: float, seed: int, on_host: bool) -> None:
+    def __init__(self, params: dict[str, torch.nn.Parameter], moments: str, weights: str, *, betas: tuple[float, float],
+                 eps: float, weight_decay: float, seed: int, on_host: bool, in_order: bool) -> None:
+        """in_order: pieces are always updated one after the other, so that those of small parameters can be copied together."""
         assert moments in MOMENTS and weights in WEIGHTS, (moments, weights)
         half = [name for name, param in params.items() if param.dtype == torch.float16]
         if half and weights != "master":
@@ -115,10 +117,10 @@ class AdamState:
         self.params, self.moments, self.weights, self.seed = params, moments, weights, seed
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.device = next(iter(params.values())).device
-        self.is_streamed = on_host and self.device.type == "cuda"
+        is_streamed = on_host and self.device.type == "cuda"
         wanted = {name: state_tensors(param.numel(), param.dtype, moments, weights) for name, param in params.items()}
         flat = [spec for kept in wanted.values() for spec in kept.values()]
-        made = iter(pinned_tensors(flat) if self.is_streamed else [
+        made = iter(pinned_tensors(flat) if is_streamed else [
             torch.zeros(count, dtype=dtype, device=self.device) for count, dtype in flat])
         self._kept = {name: {kind: next(made) for kind in kept} for name, kept in wanted.items()}
         for name, kept in self._kept.items():
@@ -128,11 +130,9 @@ class AdamState:
         self.pieces = [Piece(name, number, first, min(first + most, param.numel()))
                        for number, (name, param) in enumerate(params.items()) for first in range(0, param.numel(), most)]
         self.pieces_of = {name: [i for i, piece in enumerate(self.pieces) if piece.name == name] for name in params}
-        self._incoming, self._outgoing = ((torch.cuda.Stream(self.device), torch.cuda.Stream(self.device))
-                                          if self.is_streamed else (None, None))
-        self._buffers: list[torch.Tensor] = []  # each takes the state of a piece
-        self._arrived: dict[int, torch.cuda.Event] = {}  # by piece
-        self._left: dict[int, torch.cuda.Event] = {}  # by buffer: its last copy out
+        self._held = [self._parts(piece) for piece in self.pieces]
+        self._stream = (_Stream(self.pieces, self._held, self.device, in_order=in_order, most=most) if is_streamed
+                        else None)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -142,45 +142,37 @@ class AdamState:
 
     def begin(self) -> None:
         """Takes the GPU memory that updates of pieces need. An error comes before anything is changed."""
-        if self.is_streamed and not self._buffers:
-            size = max(self._bytes_of(piece) for piece in self.pieces)
-            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(_NUM_BUFFERS)]
-            self._incoming.wait_stream(torch.cuda.current_stream(self.device))  # earlier work may still use this memory
+        if self._stream is not None:
+            self._stream.begin()
 
     def end(self) -> None:
         """Gives it back."""
-        if self.is_streamed:
-            torch.cuda.current_stream(self.device).wait_stream(self._outgoing)
-            self._buffers, self._arrived, self._left = [], {}, {}
+        if self._stream is not None:
+            self._stream.end()
 
     def wait(self) -> None:
         """Waits until the state in host memory may be read or written."""
-        if self.is_streamed:
+        if self._stream is not None:
             torch.cuda.synchronize(self.device)
 
-    def update(self, index: int, grad: torch.Tensor, *, has_next: bool, lr: float, scale: float, num_updates: int) -> None:
+    def update(self, index: int, grad: torch.Tensor, *, lr: float, scale: float, num_updates: int) -> None:
         """Makes update number `num_updates`, from 1, of piece number `index`, in place. grad: of its parameter, to be multiplied
-        by `scale`; is overwritten. has_next: piece index + 1 is updated next. An error comes before anything is changed."""
-        piece, key = self.pieces[index], None
+        by `scale`; is overwritten. An error comes before anything is changed."""
+        piece = self.pieces[index]
         numbers = AdamNumbers(lr, *self.betas, self.eps, self.weight_decay, scale, num_updates)
         param = self.params[piece.name]
-        if self.is_streamed:
-            self._fetch(index)
-            if has_next:
-                self._fetch(index + 1)
-            torch.cuda.current_stream(self.device).wait_event(self._arrived[index])
+        state = self._held[index] if self._stream is None else self._stream.get(index)
         # data: autograd must not see the update of a parameter that shares memory with others whose backward is yet to come
-        state, weight = self._on_device(index), piece.of(param.data)
-        if param.dtype != torch.float32 and self.weights == "stochastic":
-            key = rng_key(self.seed, num_updates, piece.number)
+        weight = piece.of(param.data)
         master = state.get("master")
         kept = [tensor for kind, tensor in state.items() if kind.startswith("exp_avg")]
         adamw(weight if master is None else master, piece.of(grad), Moments8(*kept) if self.moments == "int8" else tuple(kept),
-              state.get("compensation"), numbers, first=piece.first, key=key)
+              state.get("compensation"), numbers, first=piece.first,
+              key=rng_keys(self.seed, num_updates, len(self.params))[piece.number])
         if master is not None:
             weight.copy_(master)
-        if self.is_streamed:
-            self._put_back(index, state)
+        if self._stream is not None:
+            self._stream.put(index)
 
     def round_masters(self) -> None:
         """Sets parameters with a master from it."""
@@ -188,40 +180,98 @@ class AdamState:
             if "master" in kept:
                 self.params[name].detach().view(-1).copy_(kept["master"])
 
-    def _held(self, piece: Piece) -> dict[str, torch.Tensor]:
+    def _parts(self, piece: Piece) -> dict[str, torch.Tensor]:
         """Where a piece's state lies."""
         return {kind: tensor[piece.first // BLOCK:-(-piece.end // BLOCK)] if kind.endswith("absmax")
                 else tensor[piece.first:piece.end] for kind, tensor in self._kept[piece.name].items()}
 
-    def _bytes_of(self, piece: Piece) -> int:
-        return sum(-(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT for tensor in self._held(piece).values())
 
-    def _on_device(self, index: int) -> dict[str, torch.Tensor]:
-        """A piece's state as the update takes it: in place, or in a buffer."""
-        held, found, used = self._held(self.pieces[index]), {}, 0
-        if not self.is_streamed:
-            return held
-        buffer = self._buffers[index % _NUM_BUFFERS]
-        for kind, tensor in held.items():
-            size = tensor.numel() * tensor.element_size()
-            found[kind] = buffer[used:used + size].view(tensor.dtype)
-            used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return found
+class _Stream:
+    """The way of the state from host memory through buffers on the GPU and back, a batch of pieces at a time. Small parameters
+    that follow each other are one batch, and mostly one copy."""
 
-    def _fetch(self, index: int) -> None:
-        """Starts copying a piece's state to its buffer."""
-        if index in self._arrived:
-            return
-        if (left := self._left.get(index % _NUM_BUFFERS)) is not None:
+    def __init__(self, pieces: list[Piece], held: list[dict[str, torch.Tensor]], device: torch.device, *, in_order: bool,
+                 most: int) -> None:
+        """held: of each piece, in host memory. most: elements of a batch of several pieces."""
+        self.device, self.in_order = device, in_order
+        self._batches: list[list[int]] = []  # of pieces
+        self._places: list[dict[str, tuple[int, int, torch.dtype]]] = []  # of a piece's tensors in the buffer: from, to, dtype
+        self._segments: list[list[torch.Tensor]] = []  # of a batch in host memory: bytes that the buffer has one after the other
+        size = used = self._largest = 0
+        for index, (piece, tensors) in enumerate(zip(pieces, held)):
+            size += piece.end - piece.first
+            if index == 0 or not in_order or size > most:
+                self._batches.append([])
+                self._segments.append([])
+                size, used = piece.end - piece.first, 0
+            self._batches[-1].append(index)
+            self._places.append({})
+            for kind, tensor in tensors.items():
+                num_bytes = tensor.numel() * tensor.element_size()
+                self._places[index][kind] = used, used + num_bytes, tensor.dtype
+                used += _aligned(num_bytes)
+                _append(self._segments[-1], tensor.view(torch.uint8))
+            self._largest = max(self._largest, used)
+        self._batch_of = {index: number for number, batch in enumerate(self._batches) for index in batch}
+        self._incoming, self._outgoing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._buffers: list[torch.Tensor] = []  # each takes the state of a batch
+        self._arrived: dict[int, torch.cuda.Event] = {}  # by batch
+        self._left: dict[int, torch.cuda.Event] = {}  # by buffer: its last copy out
+
+    def begin(self) -> None:
+        if not self._buffers:
+            self._buffers = [torch.empty(self._largest, dtype=torch.uint8, device=self.device) for _ in range(_NUM_BUFFERS)]
+            self._incoming.wait_stream(torch.cuda.current_stream(self.device))  # earlier work may still use this memory
+
+    def end(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self._outgoing)
+        self._buffers, self._arrived, self._left = [], {}, {}
+
+    def get(self, index: int) -> dict[str, torch.Tensor]:
+        """A piece's state, on the GPU."""
+        number = self._batch_of[index]
+        if number not in self._arrived:
+            self._fetch(number)
+        if self.in_order and number + 1 < len(self._batches) and number + 1 not in self._arrived:
+            self._fetch(number + 1)
+        torch.cuda.current_stream(self.device).wait_event(self._arrived[number])
+        buffer = self._buffers[number % _NUM_BUFFERS]
+        return {kind: buffer[start:end].view(dtype) for kind, (start, end, dtype) in self._places[index].items()}
+
+    def put(self, index: int) -> None:
+        """Starts copying a batch back, if this is its last piece."""
+        number = self._batch_of[index]
+        if index == self._batches[number][-1]:
+            self._outgoing.wait_stream(torch.cuda.current_stream(self.device))
+            self._left[number % _NUM_BUFFERS] = self._copy(number, self._outgoing, is_out=True)
+
+    def _fetch(self, number: int) -> None:
+        """Starts copying a batch to its buffer."""
+        if (left := self._left.get(number % _NUM_BUFFERS)) is not None:
             self._incoming.wait_event(left)
-        with torch.cuda.stream(self._incoming):
-            for target, source in zip(self._on_device(index).values(), self._held(self.pieces[index]).values()):
-                target.copy_(source, non_blocking=True)
-            self._arrived[index] = self._incoming.record_event()
+        self._arrived[number] = self._copy(number, self._incoming, is_out=False)
 
-    def _put_back(self, index: int, state: dict[str, torch.Tensor]) -> None:
-        self._outgoing.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._outgoing):
-            for target, source in zip(self._held(self.pieces[index]).values(), state.values()):
+    def _copy(self, number: int, stream: torch.cuda.Stream, *, is_out: bool) -> torch.cuda.Event:
+        buffer, used = self._buffers[number % _NUM_BUFFERS], 0
+        with torch.cuda.stream(stream):
+            for segment in self._segments[number]:
+                part = buffer[used:used + len(segment)]
+                target, source = (segment, part) if is_out else (part, segment)
                 target.copy_(source, non_blocking=True)
-            self._left[index % _NUM_BUFFERS] = self._outgoing.record_event()
+                used += _aligned(len(segment))
+            return stream.record_event()
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _append(segments: list[torch.Tensor], part: torch.Tensor) -> None:
+    """Adds bytes to a list of segments: to the last one if they follow it in memory, at the next aligned place."""
+    if segments and segments[-1].data_ptr() + _aligned(len(segments[-1])) == part.data_ptr() and (
+            segments[-1].untyped_storage().data_ptr() == part.untyped_storage().data_ptr()):
+        start = segments[-1].storage_offset()
+        segments[-1] = torch.empty(0, dtype=torch.uint8).set_(
+            part.untyped_storage(), start, (part.storage_offset() + len(part) - start,))
+    else:
+        segments.append(part)

@@ -189,7 +189,7 @@ def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool =
         policy.trainable_parameters(), learning_rate, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay,
         max_grad_norm=math.inf if optim.max_grad_norm is None else optim.max_grad_norm,
         loss_scale=loss_scale_for(policy.dtype, optim.loss_scale), moments=str(optim.moments), weights=str(optim.weights),
-        state_on_host=state_on_host, seed=config.seed)
+        state_on_host=state_on_host, in_backward=optim.in_backward, seed=config.seed)
 
 
 def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environment, *, resumed_step: int | None) -> str:

@@ -420,7 +420,7 @@ def test_a_step_that_runs_out_of_memory_goes_on_where_it_was(monkeypatch, dtype,
 
 def test_an_update_in_the_backward_stops_at_a_gradient_that_is_not_finite_and_says_what_has_changed():
     params = make_params()
-    optimizer = make_optimizer(params)
+    optimizer = make_optimizer(params, in_backward=True)
     before = {name: param.detach().clone() for name, param in params.items()}
     loss = (params["a"] * math.nan).sum() + params["b"].sum() + params["experts"].sum()  # the backward begins with the last
     with pytest.raises(NonFiniteError, match="gradient of a is not finite.*2 parameters were changed before: the newest che"):
@@ -482,7 +482,8 @@ def test_updates_in_the_backward_from_state_in_host_memory_have_the_bits_of_thos
     for updates in (False, True):
         policy = load_model(FIXTURES / "tiny_bf16", device="cuda", dtype=torch.bfloat16)
         set_full_training(policy)
-        optimizer = make_optimizer(policy.trainable_parameters(), moments="int8", weights=weights, state_on_host=updates)
+        optimizer = make_optimizer(policy.trainable_parameters(), moments="int8", weights=weights, state_on_host=updates,
+                                   in_backward=updates)
         for step in range(3):
             tokens = torch.randint(0, 30, (200,), generator=torch.Generator().manual_seed(step)).cuda()
             mask = torch.ones(200, dtype=torch.bool)
