@@ -86,8 +86,8 @@ class Task:
     def draw(self, rng: random.Random, shape: tuple[int, int, int]) -> tuple[list[list], list[list]]:
         """Arguments for c of shape[0] rows and shape[2] columns."""
         rows, depth, columns = shape
-        scale = 1 if self.number == "int" else 0.125
-        a, b = ([[rng.randint(-99, 99) * scale for _ in range(width)] for _ in range(height)]
+        values = [number * (1 if self.number == "int" else 0.125) for number in range(-99, 100)]
+        a, b = ([rng.choices(values, k=width) for _ in range(height)]
                 for height, width in ((depth, rows) if self.a_is_columns else (rows, depth),
                                       (columns, depth) if self.b_is_columns else (depth, columns)))
         return a, b
