@@ -117,6 +117,8 @@ _VARIANTS: list[Variant] = []  # those of compile_all, which its processes inher
 def _compile(index: int) -> str | None:
     """Returns what went wrong."""
     try:
+        if index == 0 and _has_driver():
+            nvidia.CudaUtils()  # compiles functions in C that every launch needs
         _VARIANTS[index].compile()
     except Exception as error:  # whatever it is: the launch that needs the kernel will tell the whole
         return f"{_VARIANTS[index].name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -203,10 +203,15 @@ def compile_beside(plan: Rehearsal, gpu: Gpu) -> subprocess.Popen | None:
 
 def serve() -> None:
     """What that process does."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print is no report
+
+    def report(message: object) -> None:
+        print(json.dumps(message), file=output, flush=True)
+
     plan, gpu = pickle.load(sys.stdin.buffer)
     found = variants(plan, gpu)
-    failures = ahead.compile_all(found, num_processes=len(os.sched_getaffinity(0)),
-                                 progress=lambda *counts: print(json.dumps(counts), flush=True))
+    failures = ahead.compile_all(found, num_processes=len(os.sched_getaffinity(0)), progress=lambda *counts: report(counts))
     if not failures:
         _list_file(plan, gpu).write_text(json.dumps([(variant.name, variant.cache_key()) for variant in found]))
-    print(json.dumps(failures))
+    report(failures)
