@@ -25,6 +25,7 @@ from models.expert_store import ExpertStore, views
 from models.offload import SCRATCH_BYTES, Kept
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
+MOST_ROUTED = 0.8  # share of the experts: above it, copying all of them ahead is faster
 FORMATS: dict[str, type[ExpertWeights]] = {weights.name: weights for weights in (Dense, Mxfp4, Nf4)}
 
 
@@ -60,7 +61,7 @@ class RoutedExperts(nn.Module):
         self.weight_format = self.layout = weight_format
         self._layout_settings: tuple[bool, ...] = ()
         self._store: ExpertStore | None = None  # of weights that stream, and the number of this layer in it
-        self._layer = -1
+        self._layer, self._share = -1, config.num_experts_per_tok / num  # of the experts, that a token goes to
         for name, sizes in self.sizes.items():
             self._hold(name, [torch.empty(shape, device=weights_device or device, dtype=own or dtype)
                               for shape, own in weight_format.stored(num, *sizes)])
@@ -79,7 +80,7 @@ class RoutedExperts(nn.Module):
             gate_up, down = [self.weights(name) for name in PROJECTIONS] if torch.is_grad_enabled() else self.arrived(1)
             h = self.project("gate_up_proj", gate_up, copy_rows(x, routing), routing.offsets)  # [R, 2F], gate, up interleaved
             return self.project("down_proj", down, swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
-        projections = self.arrived(1)
+        projections = self.arrived(1, routing if kept is None and self.copies_routed(x) else None)
         if kept is None and is_few(x) and self.layout.serves_few_rows:
             few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
             return few_rows_forward(x, routing, *few, **self._settings())
@@ -153,14 +154,24 @@ class RoutedExperts(nn.Module):
         for name, tensors in zip(PROJECTIONS, made):
             self._hold(name, [next(parts) for _ in tensors])
 
-    def arrived(self, step: int) -> list[ExpertWeights]:
-        """Both projections on the GPU. If they stream, they are there until the next layer that streams arrives; step as of
-        ExpertStore.arrive."""
+    def copies_routed(self, x: torch.Tensor) -> bool:
+        """Whether a forward of x [T, D] without gradient copies only experts that have rows, if the weights stream: they are
+        expected to be few enough to pay for copies that nothing overlaps with."""
+        touched = 1 - (1 - self._share) ** len(x)
+        return self._store is not None and touched < MOST_ROUTED and is_few(x) and self.layout.serves_few_rows
+
+    def arrived(self, step: int, routing: Routing | None = None) -> list[ExpertWeights]:
+        """Both projections on the GPU, or of each its experts that have rows by `routing`. If they stream, they are there until
+        the next layer that streams arrives; step as of ExpertStore.arrive."""
         if self._store is None:
             return [self.weights(name) for name in PROJECTIONS]
         held = [tensor for name in PROJECTIONS for tensor in self.weights(name).tensors()]
         names = [full for name in PROJECTIONS for full in self.held(name)]
-        arrived = dict(zip(names, views(self._store.arrive(self._layer, step), held), strict=True))
+        if routing is None:
+            memory = self._store.arrive(self._layer, step)
+        else:
+            memory = self._store.arrive_routed(self._layer, routing.offsets_device, held)
+        arrived = dict(zip(names, views(memory, held), strict=True))
         return [self.weights(name, arrived) for name in PROJECTIONS]
 
     def arrange(self) -> None:

@@ -183,8 +183,8 @@ class GptOss(nn.Module):
 
     def _hidden(self, tokens: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T]. Without gradient on a GPU."""
-        self.expert_store.begin()
         x, call = self._embedded(tokens), Block.__call__
+        self.expert_store.begin(copies_routed=any(block.mlp.experts.copies_routed(x) for block in self.model.layers))
         if self.activation_checkpointing and torch.is_grad_enabled():
             call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in self.model.layers:
@@ -197,7 +197,7 @@ class GptOss(nn.Module):
         keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
         if not (is_triton(tokens) and torch.is_grad_enabled()):
             return self._hidden(tokens, keys, record)
-        self.expert_store.begin()
+        self.expert_store.begin(copies_routed=False)
         x, trainable = self._embedded(tokens), self.trainable_parameters().values()
         training_pass = self.memory.plan(x, keys.plan, trainable, dtype=self.dtype, is_packed=self.expert_format.is_packed,
                                          rank=0 if self.adapter is None else self.adapter.rank)

@@ -7,8 +7,8 @@ things to pinned host memory in the order of what that costs in time:
   3. the optimizer's state: it crosses the bus twice in an update;
   4. in the update: layers' inputs, then the experts of some layers. They cross the bus twice in a micro-batch, beside products
      that take longer;
-  5. while sampling: fewer rows at once, or the experts of some layers, whichever makes a rollout shorter. A streamed layer
-     crosses the bus in every decode step, so few rows are often better.
+  5. while sampling: fewer rows at once, or the experts of some layers, whichever makes a rollout shorter. A streamed layer,
+     or those of its experts that few rows need, crosses the bus in every decode step, so few rows are often better.
 Streamed layers take turns in two slots of one layer each. What layers keep for the backward in the memory that is left is the
 business of models/offload.py, at run time.
 
@@ -28,7 +28,7 @@ from kernels.head.log_probs import SCRATCH_BYTES as HEAD_SCRATCH_BYTES
 from models.adam_state import OptimizerBytes, optimizer_bytes
 from models.config import GptOssConfig
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
-from models.experts import FORMATS
+from models.experts import FORMATS, MOST_ROUTED
 from models.kv_cache import PAGE_TOKENS
 from models.offload import (
     SCRATCH_BYTES,
@@ -322,7 +322,8 @@ def _rollout_seconds(needs: Needs, gpu: Gpu, num_rows: int, num_streamed: int) -
     touched = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** num_rows
     read = touched * config.num_hidden_layers * per_layer + (rest_parameters(config) + embedding_parameters(config)) * size
     read += cache_bytes(needs, num_rows)
-    step = max(_LAUNCHES + read / gpu.bandwidth, num_streamed * per_layer / gpu.host_rate)
+    copied = touched if touched < MOST_ROUTED and gpu.has_tensor_cores else 1.0
+    step = max(_LAUNCHES + read / gpu.bandwidth, num_streamed * copied * per_layer / gpu.host_rate)
     return needs.num_rows / num_rows * needs.new_len * step
 
 

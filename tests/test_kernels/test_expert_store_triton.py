@@ -8,7 +8,7 @@ from streaming import add_adapter, assert_same, gradients, logits_of_decode, poi
 
 from kernels.packed.weights import Mxfp4Fragments
 from models.config import GptOssConfig
-from models.expert_store import Placement
+from models.expert_store import ExpertStore, Placement, views
 from models.gpt_oss import GptOss
 
 ARCHITECTURE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 16,
@@ -16,9 +16,9 @@ ARCHITECTURE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers":
 
 
 @functools.cache
-def random_state(experts):
+def random_state(experts, **sizes):
     """Tensors of a small model with such experts."""
-    dense = GptOss(GptOssConfig.from_architecture(ARCHITECTURE), dtype=torch.float32, device="cpu", experts="bf16")
+    dense = GptOss(GptOssConfig.from_architecture(ARCHITECTURE | sizes), dtype=torch.float32, device="cpu", experts="bf16")
     dense.init_weights(0)
     state, generator = dense.state_dict(), torch.Generator().manual_seed(4)
     for name, tensor in GptOss(dense.config, dtype=torch.float32, device="cpu", experts=experts).state_dict().items():
@@ -30,11 +30,11 @@ def random_state(experts):
     return state
 
 
-def make(experts, placement=None, **settings):
+def make(experts, placement=None, *, activation_checkpointing=False, **sizes):
     """The model, its packed experts in fragments."""
-    model = GptOss(GptOssConfig.from_architecture(ARCHITECTURE), dtype=torch.float32, device="cpu", experts=experts,
-                   placement=placement, **settings)
-    names, state = model.state_dict(), random_state(experts)
+    model = GptOss(GptOssConfig.from_architecture(ARCHITECTURE | sizes), dtype=torch.float32, device="cpu", experts=experts,
+                   placement=placement, activation_checkpointing=activation_checkpointing)
+    names, state = model.state_dict(), random_state(experts, **sizes)
     model.load_state_dict({name: state[name] for name in names})
     for block in model.model.layers:
         block.mlp.experts.arrange()
@@ -76,6 +76,28 @@ def test_a_decode_step_reads_fragments_from_the_slots(monkeypatch):
     model.expert_store.for_sampling()
     assert all(map(torch.equal, logits_of_decode(model), logits))
     assert [layer for layer, _ in arrivals] == [0, 1, 2] * 3
+
+
+@pytest.mark.interpreter
+def test_a_step_of_few_rows_copies_only_the_experts_that_have_some(monkeypatch):
+    many = {"num_local_experts": 4, "num_experts_per_tok": 1}  # of 2 rows: 44 % of the experts at most
+    (resident, model), seen = (make("mxfp4", placement, **many) for placement in (None, Placement(3, 3))), []
+    plain = ExpertStore.arrive_routed
+
+    def arrive_routed(store, layer, offsets, tensors):
+        for slot in store._slots:
+            slot.fill_(255)
+        arrived = plain(store, layer, offsets, tensors)
+        has_rows = offsets.diff() > 0
+        for part, home in zip(views(arrived, tensors), tensors, strict=True):
+            assert torch.equal(part[has_rows], home[has_rows]) and (part[~has_rows].view(torch.uint8) == 255).all()
+        seen.append((layer, int(has_rows.sum())))
+        return arrived
+
+    monkeypatch.setattr(ExpertStore, "arrive_routed", arrive_routed)
+    model.expert_store.for_sampling()
+    assert all(map(torch.equal, logits_of_decode(model), logits_of_decode(resident)))
+    assert [layer for layer, _ in seen] == [0, 1, 2] * 2 and all(1 <= count <= 2 for _, count in seen)
 
 
 @pytest.mark.interpreter

@@ -156,14 +156,14 @@ def test_a_pass_that_failed_leaves_the_store_usable(monkeypatch):
 
 def test_the_switch_frees_slots_that_sampling_does_not_need():
     store = streamed(placement=Placement(0, 3)).expert_store
-    store.begin()
+    store.begin(copies_routed=False)
     assert len(store._slots) == 2 and not store._returned
     store.for_sampling()
     assert store._slots == [] and sorted(store._returned) == [0, 2, 3]
     store.for_sampling()  # changes nothing
     store.for_update()
     assert not store._returned
-    store.begin()
+    store.begin(copies_routed=False)
     assert len(store._slots) == 2
 
 
@@ -172,7 +172,7 @@ def test_slots_that_sampling_needs_stay_where_they_are():
     places = []
     for switch in (store.for_update, store.for_sampling, store.for_update, store.for_sampling):
         switch()
-        store.begin()
+        store.begin(copies_routed=False)
         places.append([slot.data_ptr() for slot in store._slots])
     assert len(places[0]) == 2 and places == places[:1] * 4
 
