@@ -265,6 +265,8 @@ def chosen_of(plan: CommandPlan, words: list[str]) -> list[str]:
         elif is_target or key in plan.groups:
             override = parse([to_override(word, str if is_target else None, is_sweep=bool(plan.flags.multirun))])[0]
             choice = override.value()
+            if isinstance(choice, dict):  # keys of the node, and no choice of a file
+                continue
             if not (is_target or override.is_delete() or override.is_sweep_override() or isinstance(choice, (str, list))):
                 raise ConfigError(f"{key} = {choice!r}: no file of configs/{key}; keys below it are set as {key}.KEY=VALUE")
             chosen.append(values_of(override)[0])

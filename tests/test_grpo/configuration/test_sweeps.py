@@ -108,6 +108,10 @@ def test_the_sweep_of_formats_trains_each_seed_in_full_and_with_adapters_on_expe
     assert {(config.model.path, config.optim.lr, config.warmup) for config in configs[4:8]} == {
         (str(tmp_path / "warm-seed1/start"), 3e-4, None)}
     assert len({config.name for config in configs}) == 12
+    words = ["+experiment=formats_sweep", "model={experts: nf4}", "seed=2", f"output_dir={tmp_path}"]  # as a run names itself
+    with prepare("train", words) as plan:
+        (job,) = jobs_planned(plan)
+        assert finish(compose(plan, job), "train", job).name == "formats-nf4-lora-seed2"
 
 
 def test_each_job_has_a_command_of_its_own_that_runs_it_alone(sweep):
