@@ -462,12 +462,14 @@ class MemoryBudget:
             if excess <= 0 or room == 0:
                 return plans
             kept = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.gpu)
-            room = max(0, min(room, kept) - excess)  # less room changes nothing until it is below what is kept
+            # less room changes nothing until it is below what is kept, by a tensor at least
+            room = max(0, min(room, kept) - max(excess, min(sizes.values())))
 
     def _needed(self, plans: list[LayerPlan], workload: Workload, gradients: int, pending: int) -> int:
         """The most bytes that a forward and backward take."""
         held = most_held(plans, bytes_of(self.config, workload), gradients=gradients, pending=pending)
-        running = map(max, zip(*(layer_memory(self.config, workload, plan) for plan in plans)))
+        different = {tuple(plan.values()): plan for plan in plans}.values()
+        running = map(max, zip(*(layer_memory(self.config, workload, plan) for plan in different)))
         return max(map(sum, zip(held, running)))
 
     def _allowed_pending(self, plans: list[LayerPlan], workload: Workload, free: int, *, gradients: int) -> int:

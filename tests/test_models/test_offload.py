@@ -65,6 +65,8 @@ CONFIG = GptOssConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hi
 RUN = Workload(num_tokens=10, full_pairs=55, windowed_pairs=34, element_size=2, stream_size=4, is_packed=True, keeps_h=True,
                scratch_bytes=10**9)
 LIBRARY = 100_000_000
+OF_20B = GptOssConfig(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64,
+                      num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4, sliding_window=128)
 
 
 def test_the_activations_of_a_layer_have_these_sizes():
@@ -114,10 +116,7 @@ def test_of_the_experts_tensors_only_a_chunk_is_there_at_once(monkeypatch):
 
 
 def test_a_layer_of_20b_takes_a_few_gigabytes_for_its_longest_sequence():
-    config = GptOssConfig(vocab_size=201_088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
-                          num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32,
-                          num_experts_per_tok=4, sliding_window=128)
-    tokens = 131_072
+    config, tokens = OF_20B, 131_072
     workload = Workload(tokens, 0, 0, element_size=2, stream_size=2, is_packed=True, keeps_h=False, scratch_bytes=10**9)
     forward, backward = layer_memory(config, workload, everything(Place.recompute))
     # four streams; a chunk of 16,384: twice four rows of 5,760 a token
@@ -154,6 +153,18 @@ def test_a_plan_keeps_everything_where_that_just_fits_and_less_with_a_byte_less(
     assert whole[0] == everything(Place.gpu)
     assert sum(place == Place.gpu for plan in tight for place in plan.values()) < sum(
         place == Place.gpu for plan in whole for place in plan.values())
+
+
+def test_a_plan_is_found_in_few_steps_where_a_little_is_missing(monkeypatch):
+    memory = MemoryBudget(replace(OF_20B, num_hidden_layers=36, layer_types=OF_20B.layer_types[:2] * 18), recomputes=True,
+                          memory_gb=1.0, host_gb=48.0)
+    calls, plain = [], models.offload.plan_layers
+    memory._product_rate, memory._host_rate = 6e14, 5.5e10
+    monkeypatch.setattr(models.offload, "plan_layers", lambda *given, **settings: calls.append(1) or plain(*given, **settings))
+    run = Workload(8192, 8192**2 // 2, 8192 * 128, element_size=2, stream_size=2, is_packed=True, keeps_h=False,
+                   scratch_bytes=1_100_000_000)
+    memory._fit(run, 6 * 10**9, gradients=3 * 10**8, pending=10**10)  # the second plan takes 20 KB too much
+    assert len(calls) < 20
 
 
 def test_each_retreat_gives_a_plan_that_takes_less_until_nothing_but_inputs_is_kept():
