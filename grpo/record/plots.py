@@ -167,7 +167,7 @@ def comparison(curves: dict[str, list[Rows]], names: list[str], *, title: str, f
                                   linewidth=0)
             axes.set_title(name)
             axes.set_xlabel("step")
-        panels[-1].legend(title=title, loc="lower right")
+        panels[-1].legend(title=title, title_fontsize=8, loc="lower right")
         buffer = io.BytesIO()
         panels[0].figure.savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
         return buffer.getvalue()
