@@ -28,7 +28,7 @@ from kernels.head.log_probs import SCRATCH_BYTES as HEAD_SCRATCH_BYTES
 from models.adam_state import OptimizerBytes, optimizer_bytes
 from models.config import GptOssConfig
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
-from models.experts import FORMATS, MOST_ROUTED
+from models.experts import FORMATS
 from models.kv_cache import PAGE_TOKENS
 from models.offload import (
     SCRATCH_BYTES,
@@ -322,8 +322,10 @@ def _rollout_seconds(needs: Needs, gpu: Gpu, num_rows: int, num_streamed: int) -
     touched = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** num_rows
     read = touched * config.num_hidden_layers * per_layer + (rest_parameters(config) + embedding_parameters(config)) * size
     read += cache_bytes(needs, num_rows)
-    copied = touched if touched < MOST_ROUTED and gpu.has_tensor_cores else 1.0
-    step = max(_LAUNCHES + read / gpu.bandwidth, num_streamed * copied * per_layer / gpu.host_rate)
+    computing, copying = _LAUNCHES + read / gpu.bandwidth, num_streamed * per_layer / gpu.host_rate
+    step = max(computing, copying)  # whole layers are copied ahead; experts that have rows, when these are known
+    if gpu.has_tensor_cores:
+        step = min(step, computing + touched * copying)
     return needs.num_rows / num_rows * needs.new_len * step
 
 

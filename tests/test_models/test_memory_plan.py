@@ -116,7 +116,8 @@ def test_runs_that_must_fit_do_and_stay_within_their_limit(needs, gb):
     assert found.sampling.num_streamed <= found.update.num_streamed
 
 
-@pytest.mark.parametrize("needs", [RUN, RUN_120B, replace(RUN, num_prompts=16), replace(RUN, experts="nf4")])
+@pytest.mark.parametrize("needs", [RUN, RUN_120B, replace(RUN, num_prompts=16), replace(RUN, experts="nf4"),
+                                   replace(RUN_120B, num_prompts=8, max_rows=128)])
 def test_more_memory_never_plans_slower(needs):
     least = least_limit(needs, GPUS["H200"], host_bytes=HOST) / 1e9
     plans = [planned(needs, least + 1.7 * step) for step in range(50)]
