@@ -166,9 +166,10 @@ class AdamState:
         weight = piece.of(param.data)
         master = state.get("master")
         kept = [tensor for kind, tensor in state.items() if kind.startswith("exp_avg")]
+        is_random = self.moments == "int8" or self.weights == "stochastic"
         adamw(weight if master is None else master, piece.of(grad), Moments8(*kept) if self.moments == "int8" else tuple(kept),
               state.get("compensation"), numbers, first=piece.first,
-              key=rng_keys(self.seed, num_updates, len(self.params))[piece.number])
+              key=rng_keys(self.seed, num_updates, len(self.params))[piece.number] if is_random else (0, 0))
         if master is not None:
             weight.copy_(master)
         if self._stream is not None:
