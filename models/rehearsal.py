@@ -24,6 +24,7 @@ from kernels.ahead import Recording, Variant
 from kernels.device import Gpu, gpu_of_device, take_compilations
 from kernels.embedding import gather_rows
 from kernels.head.log_probs import log_probs
+from models.adam_state import AdamState, gradient_dtype
 from models.config import GptOssConfig
 from models.decoder import BUCKETS, Decoder, PlainDraw, bucket_of
 from models.gpt_oss import GptOss, KeptSets
@@ -58,6 +59,8 @@ class Rehearsal:
     filters: bool  # draws from a part of the vocabulary, too
     shares_prompts: bool
     scores: bool  # log-probs without gradient: of a reference, or before several updates
+    moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
+    weights: str = "master"
 
 
 def variants(plan: Rehearsal, gpu: Gpu) -> list[Variant]:
@@ -88,6 +91,19 @@ def rehearse(model: GptOss, plan: Rehearsal) -> None:
     rehearse_training(model, plan)
     if plan.config.num_local_experts > 32:  # fewer experts are dequantised at once where memory is short
         rehearse_training(model, plan, scratch_bytes=SCRATCH_BYTES // 2)
+    if plan.moments != "fp32":  # the others' operations are PyTorch's
+        rehearse_update(model, plan)
+
+
+def rehearse_update(model: GptOss, plan: Rehearsal) -> None:
+    """The optimizer's update of every trained parameter."""
+    params = model.trainable_parameters()
+    state = AdamState(params, plan.moments, plan.weights, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, seed=0, on_host=False,
+                      in_order=True)
+    for index, piece in enumerate(state.pieces):
+        param = params[piece.name]
+        grad = torch.empty_like(param, dtype=gradient_dtype(param.dtype, plan.weights))
+        state.update(index, grad, lr=1.0, scale=1.0, num_updates=1)
 
 
 def rehearse_rollout(model: GptOss, plan: Rehearsal, *, few: tuple[int, ...] = _FEW_TOKENS,

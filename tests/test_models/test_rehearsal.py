@@ -16,7 +16,7 @@ from models.config import GptOssConfig
 from models.decoder import BUCKETS, PlainDraw
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora
-from models.rehearsal import Rehearsal, build, gpu_here, rehearse, rehearse_rollout, rehearse_training
+from models.rehearsal import Rehearsal, build, gpu_here, rehearse, rehearse_rollout, rehearse_training, rehearse_update
 
 H200, A100 = Gpu(90, 132), Gpu(80, 108)
 SAMPLED, GREEDY = PlainDraw(1.0, False), PlainDraw(1.0, True)
@@ -82,6 +82,15 @@ def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     assert found["_advance_kernel"] == found["_chunk_kernel"] == found["_row_kernel"] == 1
     # tokens and choices of a tile: 16 and 16, 32 or 64 (up to 4, 8 and 16 tokens), 32 and 128, 64 and 256, 128 and 256
     assert found["_route_few_kernel"] == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": None, "experts": "bf16", "weights": "stochastic"},
+                                                   {"lora": None, "experts": "bf16", "weights": "compensated"}])
+def test_the_kernel_of_an_update_with_8_bit_moments_is_rehearsed(settings):
+    plan, recording = plan_of(moments="int8", **settings), Recording(H200)
+    with recording.on():
+        rehearse_update(build(plan), plan)
+    assert Counter(variant.name for variant in recording.variants()) == {"_adamw8_kernel": 1}
 
 
 def test_every_number_of_rows_that_a_batch_can_have_is_rehearsed():
