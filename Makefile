@@ -29,7 +29,7 @@ train: $(INSTALLED) ## an experiment: make train EXP=gpt_oss_20b_lora ARGS="mode
 
 warm: EXP = gpt_oss_20b_lora
 warm: $(INSTALLED) ## compile a run's kernels beforehand: make warm EXP=gpt_oss_20b_lora GPU=H100 (without GPU: the one here)
-	$(BIN)/python -m grpo.warm $(if $(GPU),gpu=$(GPU)) +experiment=$(EXP) $(ARGS)
+	$(BIN)/python -m grpo.warm $(if $(GPU),gpu=$(GPU)) $(if $(findstring +experiment=,$(ARGS)),,+experiment=$(EXP)) $(ARGS)
 
 sweep: EXP = quickstart_sweep
 sweep: $(INSTALLED) ## a sweep: make sweep EXP=quickstart_sweep

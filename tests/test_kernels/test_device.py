@@ -5,8 +5,8 @@ import pkgutil
 
 import torch
 
-import kernels
-from kernels.device import Tuned, launch
+import kernels.device
+from kernels.device import Tuned, aligned_rows, launch, take_compilations
 
 FAMILIES = {"ampere", "consumer", "hopper", "blackwell"}
 
@@ -45,3 +45,16 @@ def test_a_launch_says_whether_multiply_adds_are_fused():
     assert kernel.enable_fp_fusion is True
     launch(kernel, (1,), torch.ones(1), BLOCK=2, enable_fp_fusion=False)
     assert kernel.enable_fp_fusion is False
+
+
+def test_what_takes_long_at_its_first_launch_was_compiled(monkeypatch):
+    """What is in Triton's cache is read in some milliseconds."""
+    monkeypatch.setattr(kernels.device, "_COMPILATIONS", [("_norm_kernel", 0.02), ("_dq_kernel", 1.3)])
+    assert take_compilations() == [("_dq_kernel", 1.3)] and take_compilations() == []
+
+
+def test_tensors_of_one_allocation_are_aligned_for_any_number_of_rows():
+    for num_rows, dtype in ((1, torch.float32), (3, torch.int32), (5, torch.bfloat16)):
+        tensors = aligned_rows(3, num_rows, 7, dtype=dtype, device=torch.device("meta"))
+        assert tensors.shape == (3, num_rows, 7) and all(tensor.is_contiguous() for tensor in tensors)
+        assert [tensor.data_ptr() % 16 for tensor in tensors] == [0, 0, 0]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import kernels.ahead
 import models.rehearsal
 from grpo.configuration.launch import load_config
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures, rehearsal_of
+from grpo.train import seconds_of_compilation
 from grpo.warm import chosen_gpu
 from models.config import released
 from models.rehearsal import GPUS, compile_beside, is_compiled, variants
@@ -111,3 +113,14 @@ def test_gpus_are_named(monkeypatch):
     monkeypatch.setenv("GRPO_PRODUCTS", "library")
     with pytest.raises(ValueError, match="little is compiled"):
         chosen_gpu("H200")
+
+
+def test_a_line_names_what_is_compiled_after_the_first_step(monkeypatch):
+    compiled, lines = [("_dq_kernel", 1.25), ("sort_kernel", 0.5)], []
+    monkeypatch.setattr("grpo.train.compiled_meanwhile", lambda: compiled)
+    run = types.SimpleNamespace(has_stepped=False, step=1, metrics=types.SimpleNamespace(print=lines.append))
+    assert seconds_of_compilation(run) == 1.75 and lines == []
+    run.step = 2
+    assert seconds_of_compilation(run) == 1.75 and lines == ["compiled _dq_kernel, sort_kernel in step 2: 1.8 s"]
+    compiled.clear()
+    assert seconds_of_compilation(run) == 0 and len(lines) == 1
