@@ -8,9 +8,9 @@ With g the gradient times `scale`, m and v the moments, t the number of the upda
 dynamic map like that paper's, with a finer grid in higher decades. With j = code + 1 = 2^i f, 1 <= f < 2, a code stands for
     y = 10^(i - L) (9 f - 8) times the block's absmax; code 0 stands for 0; the largest code stands for 1.
 m: L = 7, a sign and 7 bits, from 1e-6 to 1. v: the root r = sqrt(v) is stored, with L = 8 and no sign, from 1e-7 to 1.
-Two departures from the paper. It stores v; a root has half the decades of v. Where the gradients in a block differ by more than
-three decades the paper's v is 0 while m is not, and m / eps is a thousand times the right update. For the same reason an r above
-0 never gets code 0. And codes are rounded stochastically, not to nearest: most updates change a moment by less than half a step
+Two departures. The paper stores v, which has twice the decades of its root: where the gradients in a block differ by more than
+three decades its v is 0 while m is not, and m / eps is a thousand times the right update. For the same reason an r above 0 never
+gets code 0. And codes are rounded stochastically, not to nearest: most updates change a moment by less than half a step
 of the grid, and it would stay where it is.
 Measured: the sum of 300 to 400 updates against that with fp32 moments (rms, relative). Noisy gradients whose scales in a block
 spread by e^0.5: 4 % (to nearest 3 %, the paper's codes 2 %), by e^2: 12 % (12 %; the paper's update is hundreds of times too

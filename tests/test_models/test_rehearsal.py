@@ -84,8 +84,8 @@ def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     assert found["_route_few_kernel"] == 6
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora": None, "experts": "bf16", "weights": "stochastic"},
-                                                   {"lora": None, "experts": "bf16", "weights": "compensated"}])
+@pytest.mark.parametrize("settings", [{}, *({"lora": None, "experts": "bf16", "weights": weights}
+                                            for weights in ("stochastic", "compensated"))])
 def test_the_kernel_of_an_update_with_8_bit_moments_is_rehearsed(settings):
     plan, recording = plan_of(moments="int8", **settings), Recording(H200)
     with recording.on():
