@@ -1,6 +1,7 @@
 """Out of memory is not the end: which errors mean it, and attempts that leave nothing behind when they fail so."""
 import errno
 import gc
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -52,3 +53,8 @@ def free_unused() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def say(text: str) -> None:
+    """For programs without a display of their own: what they print may be data."""
+    print(text, file=sys.stderr)

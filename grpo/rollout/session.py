@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completion, Prompt, Segment, check_ids, check_prompts
-from grpo.out_of_memory import attempt, attempt_twice, free_unused
+from grpo.out_of_memory import attempt, attempt_twice, free_unused, say
 from grpo.rollout.cache_plan import CacheShape, Limits, bytes_of, least_bytes, plan_cache, suffices
 from grpo.rollout.sampling import SamplingParams, choose, filtered_log_probs
 from grpo.rollout.scheduler import Group, RolloutRow, Scheduler
@@ -89,7 +89,7 @@ class Sampler:
 
     def __init__(self, model: GptOss, stop_ids: list[int] | tuple[int, ...], *, max_batch: int, seed: int,
                  max_len: int | None = None, max_prefill_tokens: int = 16384, shares_prompts: bool = False,
-                 cache_gb: float | None = None, warn: Callable[[str], None] = print) -> None:
+                 cache_gb: float | None = None, warn: Callable[[str], None] = say) -> None:
         for name, value in (("max_batch", max_batch), ("max_prefill_tokens", max_prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")

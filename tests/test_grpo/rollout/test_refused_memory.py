@@ -47,7 +47,7 @@ def test_a_rollout_that_is_refused_memory_gives_the_same_completions(model, monk
             completions, _ = run(model, make_prompts(PROMPTS), **settings)
         assert_equal(completions, expected)
         places |= set(calls.refused)
-        assert "it went on with the same completions; from now on" in capsys.readouterr().out
+        assert "it went on with the same completions; from now on" in capsys.readouterr().err
     assert {"new_cache", "prefill", "decode"} < places
     assert ("score" in places) == (name == "filters")
 
