@@ -37,13 +37,37 @@ class Segment:
 
 
 @dataclass
+class ToolCall:
+    name: str  # the recipient that the model wrote
+    arguments: str
+    result: str  # what the model was told
+    is_failed: bool  # that was an error
+
+
+@dataclass
+class Episode:
+    """What happened beside a completion's tokens, in an environment with tools."""
+
+    calls: list[ToolCall] = field(default_factory=list)
+    failure: str | None = None  # why it drops out of its group
+    seconds: float = 0.0  # in the environment's code
+    reward: object = None  # what its get_reward() returned
+
+
+@dataclass
 class Completion:
     prompt: Prompt
     sample: int  # index within the group
     segments: list[Segment]
-    finish_reason: str  # "stop" (a stop token was sampled) | "length" | what the caller of a rollout session says
+    finish_reason: str  # "stop" (a stop token was sampled) | "length" | with tools "turns" (the limit of turns) or "failed"
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
+    episode: Episode | None = None  # None without tools
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether a limit on tokens or turns cut it off."""
+        return self.finish_reason in ("length", "turns")
 
     @property
     def completion_ids(self) -> list[int]:

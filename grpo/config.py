@@ -85,6 +85,12 @@ class OldLogProbs(StrEnum):
     trainer = "trainer"  # a pass of the policy before its first update on the batch
 
 
+class ResultForm(StrEnum):
+    """How the results of functions are written."""
+    hub = "hub"  # as JSON, a text in quotes: the chat template of the hub's checkpoints
+    library = "library"  # a text as it is: openai-harmony
+
+
 class WandbMode(StrEnum):
     auto = "auto"  # online with a key, else offline
     online = "online"
@@ -175,6 +181,17 @@ class RolloutConfig:
     cache_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null for a share of the GPU's free memory", default=None)
     refill_rounds: int = number("[0, inf)", "0 is off")  # most further draws of prompts, to replace groups with equal rewards
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
+
+
+@dataclass
+class TurnsConfig:
+    """Limits of completions in which the model calls tools; of no account in an environment without tools."""
+
+    max_turns: int = number("[1, inf)", default=8)  # the model's turns; a call that ends the last one is not answered
+    max_result_tokens: int = number("[1, inf)", default=1024)  # tokens of a call's result; the rest is cut off
+    # time for a call; an environment that takes longer is given up, and its completion drops out of its group
+    call_seconds: float = number("(0, inf)", default=60.0)
+    form: ResultForm = ResultForm.hub
 
 
 @dataclass
@@ -284,6 +301,7 @@ class TrainConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -312,6 +330,7 @@ class InferenceConfig:
     top_p: float = number(*TOP_P)
     min_p: float = number(*MIN_P)
     max_new_tokens: int = number("[1, inf)")  # tokens
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
 
 
 @dataclass

@@ -51,7 +51,7 @@ class Environment(Protocol):
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """One Score for each completion, in their order; a call has completions of several prompts. `completion.prompt.row` is
-        the row that `prompts` gave it, `completion_ids` its tokens; `finish_reason` is "length" if it was cut off."""
+        the row that `prompts` gave it, `completion_ids` its tokens; `is_truncated` is true if it was cut off."""
 
 
 class OptionalMethods(Protocol):
@@ -76,6 +76,13 @@ class OptionalMethods(Protocol):
 
     def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids) for a step of the supervised warm-up; without it `warmup` must be null."""
+
+    def episode(self, prompt: Prompt, sample: int) -> object:
+        """The tools of one completion, if the model may call some: a new object, whose public methods, typed and documented, are
+        the functions, sync or async; `models.chat.functions.function_schema` describes one for the prompt. A ValueError is told
+        to the model; any other exception drops the completion out of its group. If it has get_reward(), that is called at the
+        end, and `score` finds the result in completion.episode.reward; close(), if it has one, is called last. All its code runs
+        in a thread of its own. It must depend on its arguments alone: nothing of it is saved."""
 
     def encode_prompt(self, question: str) -> list[int]:
         """A question asked in the chat as a prompt's token ids; a ValueError tells the user what is wrong with the question."""
@@ -282,7 +289,14 @@ def tiny_tokenizer(target) -> Tokenizer:
 
 
 def checked_scores(env: Environment, completions: list[Completion]) -> list[Score]:
-    """The environment's scores, checked and in plain numbers; sets each completion's reward and parts."""
+    """The environment's scores, checked and in plain numbers; sets each completion's reward and parts. A completion whose
+    episode failed gets none."""
+    failed = {index: completion.episode.failure for index, completion in enumerate(completions)
+              if completion.episode is not None and completion.episode.failure is not None}
+    if failed:
+        judged = iter(checked_scores(env, [completion for i, completion in enumerate(completions) if i not in failed]))
+        return [Score(None, {}, {}, None, {"failure": failed[i]}) if i in failed else next(judged)
+                for i in range(len(completions))]
     with calling(env, "score"):
         scores = env.score(completions)
     name = _name(env, "score")

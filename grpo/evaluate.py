@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from grpo.batch import Completion, Prompt
@@ -29,12 +30,13 @@ from grpo.environment import (
     make_environment,
     make_sandbox,
 )
-from grpo.groups import length_metrics, reward_metrics
+from grpo.groups import length_metrics, reward_metrics, turn_metrics
 from grpo.record.console import PROGRESS_SECONDS, progress_counter
 from grpo.record.summary import is_interval
 from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
+from grpo.rollout.turns import Turns
 from grpo.run.failures import describe_failure
 from grpo.run.policy import load_policy
 
@@ -46,18 +48,18 @@ Z95 = 1.959964
 
 def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, num_samples: int, greedy: bool,
              should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
-             ) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
+             turns: Turns | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
     scored, greedy completions first. `num_samples` 0 leaves sampling out, greedy=False greedy completions; `progress` is told how
-    many of all completions are finished."""
+    many of all completions are finished; `turns` lets the model call tools."""
     metrics: dict[str, float] = {}
     scored: list[tuple[Completion, Score]] = []
     total = len(prompts) * (greedy + num_samples)
 
     def sample(params: SamplingParams, count: int) -> list[tuple[Completion, Score]]:
         count_all = None if progress is None else lambda finished, _: progress(len(scored) + finished, total)
-        completions = sampler.generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
-                                       progress=count_all)
+        generate = sampler.generate if turns is None else partial(turns.generate, sampler)
+        completions = generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop, progress=count_all)
         return list(zip(completions, checked_scores(env, completions)))
 
     if greedy:
@@ -89,6 +91,8 @@ def _details(scored: list[tuple[Completion, Score]], prefix: str) -> dict[str, f
     picked = {"reward": rewards["reward"], "mean_length": lengths["completions/mean_length"],
               "clipped_ratio": lengths["completions/clipped_ratio"]}
     picked |= {name: value for name, value in rewards.items() if name.startswith("sandbox/")}
+    picked |= {name: value for name, value in turn_metrics([completion for completion, _ in scored]).items()
+               if not name.startswith("time/")}
     for name, value in rewards.items():
         if name.startswith("env/"):
             own_name = name.removeprefix("env/")
@@ -145,7 +149,8 @@ def run_evaluation(config: EvaluateConfig) -> int:
         prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
                                    vocab_size=loaded.policy.config.vocab_size)
         metrics, _ = evaluate(env, loaded.sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
-                              greedy=config.greedy, progress=show_progress("evaluating"))
+                              greedy=config.greedy, progress=show_progress("evaluating"),
+                              turns=Turns.of(env, loaded.tokenizer, config.turns))
         result = {**what, "num_prompts": len(prompts), **metrics}
         print(clean(results_table(result), sys.stdout.encoding), flush=True)
         if output is not None:

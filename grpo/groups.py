@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion
@@ -15,7 +16,10 @@ from grpo.config import TrainConfig
 from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, checked_scores, description_of
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
+from grpo.rollout.turns import Turns
 from models.chat.tokenizer import Tokenizer
+
+MOST_SHOWN = 1000  # characters of a call's arguments or result in the log
 
 
 @dataclass
@@ -27,11 +31,13 @@ class Groups:
 
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
-            progress: Callable[[int, int], None] | None = None) -> Groups:
+            progress: Callable[[int, int], None] | None = None, turns: Turns | None = None) -> Groups:
     """Samples and scores the groups of one step. `progress` is called with the number of finished completions of a round, and of
-    all. Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
+    all; `turns` lets the model call tools. Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns
+    true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
+    generate = sampler.generate if turns is None else partial(turns.generate, sampler)
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
@@ -43,7 +49,7 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         prompts = prompts[:rollout.prompts_per_step - _num_groups(live)]
         check_lengths(env, "prompts", prompts, max_len=sampler.max_len)
         started = time.perf_counter()
-        completions = sampler.generate(
+        completions = generate(
             prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
         sampled = time.perf_counter()
         scored += zip(completions, checked_scores(env, completions))
@@ -59,12 +65,12 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
                                   normalize_std=config.advantage.normalize_std)
     completions = [completion for completion, _ in scored]
     num_groups, num_live = _num_groups(completions), _num_groups(live)
-    metrics = {**reward_metrics(scored), **length_metrics(completions),
+    metrics = {**reward_metrics(scored), **length_metrics(completions), **turn_metrics(completions),
                "frac_reward_zero_std": (num_groups - num_live) / num_groups, "groups/dropped": num_groups - num_live,
                "groups/live": num_live, "groups/unscored": num_groups - _num_groups(rewarded),
                "reward/errors": len(scored) - len(rewarded), **seconds}
     if config.optim.mask_truncated:  # truncated completions count in their group's mean and spread, but are not trained on
-        kept = [row for row, completion in enumerate(live) if completion.finish_reason != "length"]
+        kept = [row for row, completion in enumerate(live) if not completion.is_truncated]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
     return Groups(live, advantages, scored, metrics)
 
@@ -93,9 +99,31 @@ def reward_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:
 def length_metrics(completions: list[Completion]) -> dict[str, float]:
     """Lengths of completions in tokens, and the share cut off by the length limit."""
     lengths = [len(completion.completion_ids) for completion in completions]
-    clipped = [completion.finish_reason == "length" for completion in completions]
+    clipped = [completion.is_truncated for completion in completions]
     return {"completions/mean_length": statistics.fmean(lengths), "completions/min_length": min(lengths),
             "completions/max_length": max(lengths), "completions/clipped_ratio": statistics.fmean(clipped)}
+
+
+def turn_metrics(completions: list[Completion]) -> dict[str, float]:
+    """Turns, calls and tokens of completions with tools; {} without. Means are over completions."""
+    episodes = [completion.episode for completion in completions if completion.episode is not None]
+    if not episodes:
+        return {}
+    num_turns = [num_turns_of(completion) for completion in completions]
+    calls = [call for episode in episodes for call in episode.calls]
+    num_policy = sum(completion.num_policy_tokens for completion in completions)
+    num_env = sum(len(completion.completion_ids) for completion in completions) - num_policy
+    return {"turns/mean": statistics.fmean(num_turns), "turns/max": max(num_turns),
+            "calls/mean": len(calls) / len(episodes),
+            "calls/share": statistics.fmean(bool(episode.calls) for episode in episodes),
+            "calls/failed": statistics.fmean(call.is_failed for call in calls) if calls else 0.0,
+            "episodes/failed": sum(episode.failure is not None for episode in episodes),
+            "tokens/policy": num_policy / len(completions), "tokens/env": num_env / len(completions),
+            "time/tools": sum(episode.seconds for episode in episodes)}
+
+
+def num_turns_of(completion: Completion) -> int:
+    return sum(segment.source == "policy" for segment in completion.segments)
 
 
 def completion_record(tokenizer: Tokenizer, env: Environment, completion: Completion, verdict: Score, *, split: str) -> dict:
@@ -107,6 +135,11 @@ def completion_record(tokenizer: Tokenizer, env: Environment, completion: Comple
               "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
               "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
               "token_ids": completion.completion_ids}
+    if completion.episode is not None:
+        record["turns"] = num_turns_of(completion)
+        record["calls"] = [{"name": call.name, "arguments": call.arguments[:MOST_SHOWN],
+                            "result": call.result[:MOST_SHOWN], "failed": call.is_failed}
+                           for call in completion.episode.calls]
     for prefix, added in (("env/", description_of(env, completion)), ("extra/", verdict.extra)):
         record |= {prefix + name if name in record or name == "step" else name: value for name, value in added.items()}
     return record

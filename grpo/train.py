@@ -35,7 +35,7 @@ def train(run: Run) -> None:
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
-        groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"))
+        groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"), run.turns)
         run.memory.for_update(run.policy, run.sampler)  # gives it the KV cache's memory
         updated = time.perf_counter()
         metrics.set_status("updating")
@@ -80,7 +80,7 @@ def evaluate_if_due(run: Run) -> None:
                                vocab_size=run.policy.config.vocab_size)
     result, scored = evaluate(
         run.env, run.sampler, prompts, SamplingParams.of(config.rollout, settings), num_samples=settings.num_samples,
-        greedy=settings.greedy, should_stop=run.should_stop, progress=run.metrics.progress("evaluating"))
+        greedy=settings.greedy, should_stop=run.should_stop, progress=run.metrics.progress("evaluating"), turns=run.turns)
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
     log_completions(run, scored, split="eval")
 

@@ -154,7 +154,7 @@ class Dataset:
         parsed = [self._parse(completion) for completion in completions]
         samples = [
             _sample(self._row_of(completion), text=each.final, thinking=each.analysis, completion_ids=completion.completion_ids,
-                    is_truncated=completion.finish_reason == "length") for completion, each in zip(completions, parsed)]
+                    is_truncated=completion.is_truncated) for completion, each in zip(completions, parsed)]
         results = self.scorer.results(samples, self._trainer_state(len(samples)))
         if self.match != "none":
             results = [self._match([each.final for each in parsed], completions), *results]

@@ -37,6 +37,7 @@ from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.record.run_table import NAMES_OF_A_RUN
 from grpo.rollout.session import Sampler
+from grpo.rollout.turns import Turns
 from grpo.run.checkpoint import RunState, load_run
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures
 from grpo.run.identity import PLACES, check_same, identify, provenance
@@ -78,6 +79,7 @@ class Run:
     should_stop: Callable[[], bool]
     lock: RunLock | None = None  # of its folder; None: nothing is saved
     made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
+    turns: Turns | None = None  # with an environment that has tools
     sandbox: Sandbox | None = None  # of an environment that runs code that the model writes
     memory: GpuMemory | None = None  # always, in a run that start() made
     compilation: Compilation | None = None  # of its kernels, in the background; None: there are none
@@ -131,7 +133,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
                       | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
     sampler.warn, sampler.on_cache = metrics.warn, memory.cache_became
     metrics.print(*changes)
-    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, sandbox,
+    turns = Turns.of(env, tokenizer, config.turns)
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, turns, sandbox,
                memory, compilation), state
 
 
@@ -215,6 +218,9 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         f"env      {config.env['_target_']}" + (f", {about}" if (about := summary_of(env)) else ""),
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
+        *([] if not hasattr(env, "episode") else [
+            f"turns    at most {config.turns.max_turns}, a call at most {config.turns.call_seconds:g} s and "
+            f"{config.turns.max_result_tokens} tokens of result, written as the {config.turns.form} does"]),
         *penalty, "trains", describe_trainable(policy)])
 
 

@@ -1,0 +1,170 @@
+"""The environment's side of completions with tools: one object for each completion, whose public methods are its tools.
+
+An object lives in a thread of its own, in which all of its code runs, coroutines too, beside the decoding of other completions.
+A thread that does not come back is given up. Processes that an episode leaves behind are killed: Linux lists the children of
+each thread.
+"""
+
+import asyncio
+import inspect
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from grpo.batch import ToolCall
+from models.chat.functions import public_methods, read_arguments
+from models.chat.tools import to_json
+
+PROTOCOL = ("reset", "get_reward", "close")  # public methods that are no tools
+MOST_CHARACTERS = 1_000_000  # of a result; more is a fault of the environment
+
+
+class EpisodeFault(Exception):
+    """Why an episode drops out of its group."""
+
+
+class EpisodeThread:
+    """One episode's object and its thread. One job at a time; `replies` gets (this, its outcome: a value or an exception)."""
+
+    def __init__(self, index: int, make: Callable[[], object], replies: queue.SimpleQueue, *, writes_json: bool) -> None:
+        self.index, self.started, self._make, self._writes_json = index, 0.0, make, writes_json
+        self._object: object = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._replies, self._pid, self._thread_id = replies, os.getpid(), 0
+        threading.Thread(target=self._serve, name="episode", daemon=True).start()
+
+    def call(self, name: str, arguments: str) -> None:
+        """Calls a tool; the outcome is a ToolCall."""
+        self._begin(lambda: self._call(name, arguments))
+
+    def end(self) -> None:
+        """Asks for the reward, if the object gives one, and closes it; the outcome is the reward."""
+        self._begin(self._end)
+
+    def leave(self) -> None:
+        """Lets the thread end after its job, and kills the processes that it has."""
+        if self._thread_id:
+            kill_children_of(self._thread_id)
+        self._jobs.put(None)
+
+    def _begin(self, job: Callable[[], object]) -> None:
+        self.started = time.monotonic()
+        self._jobs.put(job)
+
+    def _serve(self) -> None:
+        self._thread_id = threading.get_native_id()
+        while (job := self._jobs.get()) is not None:
+            try:
+                outcome = job()
+            except BaseException as error:  # the boundary to the user's code
+                outcome = error
+            if os.getpid() != self._pid:  # the user's code forked here
+                os._exit(0)
+            self._replies.put((self, outcome))
+        with suppress(BaseException):  # of an episode that has failed
+            self._close()
+        if self._loop is not None:
+            self._loop.close()
+
+    def _call(self, name: str, arguments: str) -> ToolCall:
+        tools = public_methods(self._opened(), without=PROTOCOL)
+        namespace, _, function = name.rpartition(".")
+        if namespace != "functions" or function not in tools:
+            there = ", ".join(f"functions.{tool}" for tool in tools)
+            return ToolCall(name, arguments, f"no tool {name!r}; there are: {there}", True)
+        try:
+            result = self._run(partial(tools[function], **read_arguments(tools[function], arguments)))
+        except ValueError as error:  # from read_arguments, or the tool's way to refuse what the model asked for
+            return ToolCall(name, arguments, _limited(str(error), name), True)
+        return ToolCall(name, arguments, self._text(result, name), False)
+
+    def _text(self, result: object, name: str) -> str:
+        if isinstance(result, str):
+            _limited(result, name)
+            if not self._writes_json:
+                return result
+        try:
+            return _limited(to_json(result, name), name)
+        except ValueError:  # an object that JSON does not know
+            return _limited(str(result), name)
+
+    def _end(self) -> object:
+        episode, reward = self._opened(), None
+        try:
+            if hasattr(episode, "get_reward"):
+                reward = self._run(episode.get_reward)
+        finally:
+            self._close()
+        if left := kill_children_of(self._thread_id):
+            raise EpisodeFault(f"left {len(left)} processes running ({', '.join(map(str, left))}), which were killed; end them "
+                               "in get_reward() or close()")
+        return reward
+
+    def _close(self) -> None:
+        episode, self._object = self._object, None
+        if hasattr(episode, "close"):
+            self._run(episode.close)
+
+    def _opened(self) -> object:
+        if self._object is None:
+            self._object = self._make()
+        return self._object
+
+    def _run(self, function: Callable[[], object]) -> object:
+        result = function()
+        if not inspect.isawaitable(result):
+            return result
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        return self._loop.run_until_complete(result)
+
+
+def _limited(text: str, name: str) -> str:
+    if len(text) > MOST_CHARACTERS:
+        raise EpisodeFault(f"{name} returned {len(text):,} characters; at most {MOST_CHARACTERS:,} are allowed")
+    return text
+
+
+def describe(error: BaseException) -> str:
+    """What an episode raised, and where."""
+    if isinstance(error, EpisodeFault):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+
+
+def kill_children_of(thread_id: int) -> list[int]:
+    """Kills the processes that a thread of this process has started, and those that they have. Returns the ids of the thread's
+    own that had not ended. Where Linux does not list the children of threads, nothing is found."""
+    children = _children(f"/proc/self/task/{thread_id}")
+    alive = []
+    for child in children:
+        with suppress(OSError):
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                alive.append(child)
+                _kill_tree(child)
+        with suppress(OSError):  # somebody else has waited for it
+            os.waitpid(child, 0)
+    return alive
+
+
+def _kill_tree(pid: int) -> None:
+    below = [child for task in Path(f"/proc/{pid}/task").glob("*") for child in _children(str(task))]
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in below:
+        _kill_tree(child)
+
+
+def _children(task: str) -> list[int]:
+    with suppress(OSError):
+        return [int(word) for word in Path(task, "children").read_text().split()]
+    return []
