@@ -285,7 +285,8 @@ def test_checkpoints_that_are_no_folder_are_refused_at_the_start(start, tmp_path
 def test_weights_that_are_not_finite_are_never_saved(meddle, tmp_path):
     spoil = ("import gc, torch\nfrom grpo.optim import Optimizer\n"
              "step = Optimizer.step\n"
-             "def spoiled(self):\n    norm = step(self)\n    self._state[next(iter(self._state))].flatten()[0] = float('inf')\n"
+             "def spoiled(self):\n    norm = step(self)\n"
+             "    next(iter(self._state.tensors.values())).flatten()[0] = float('inf')\n"
              "    return norm\n"
              "Optimizer.step = spoiled\n")
     result = meddle(spoil)
