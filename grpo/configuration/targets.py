@@ -21,6 +21,9 @@ def bind(node: dict, key: str) -> Callable:
     Raises ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
+    if key == "env" and hasattr(target, "reset") and not hasattr(target, "prompts"):
+        raise ConfigError(f"env._target_ = {path!r}: a class with reset() and tools is run by env=tool_class "
+                          f"env.environment={path} (without env._target_)")
     parameters = keyword_parameters(target)
     supplied = ("tokenizer", "seed", "total_steps", "sandbox") if key == "env" else _first_of_loss(path, parameters)
     allowed = [name for name in parameters if name not in supplied]

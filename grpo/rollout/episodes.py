@@ -115,7 +115,7 @@ class EpisodeThread:
 
     def _opened(self) -> object:
         if self._object is None:
-            self._object = self._make()
+            self._object = self._run(self._make)
         return self._object
 
     def _run(self, function: Callable[[], object]) -> object:

@@ -32,6 +32,7 @@ from grpo.rollout.session import Interrupted, Sampler, Session
 from models.chat.parse import parse_completion
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer
+from models.chat.tools import to_json
 
 MOST_JOBS = 64  # episodes whose code runs at the same time; others wait, and their time does not count
 PATIENCE = 0.1  # seconds between two looks at deadlines and stop signals
@@ -85,7 +86,9 @@ class Turns:
         name = self._encodable(re.sub(r"[^\w.-]", "", call.name)[:64]) or "functions"
         message = Message("tool", "", channel or "commentary", recipient="assistant", name=name)
         *header, end = render_message(message, tokenizer)
-        content = tokenizer.encode(self._encodable(call.result))
+        is_json = call.is_failed and self.limits.form == ResultForm.hub
+        text = to_json({"error": call.result}, call.name) if is_json else call.result
+        content = tokenizer.encode(self._encodable(text))
         if len(content) > self.limits.max_result_tokens:
             content = content[:self.limits.max_result_tokens] + tokenizer.encode(self._encodable(CUT))
         return [*header, *content, end, *generation_prompt(tokenizer)]

@@ -1,0 +1,190 @@
+"""A class of the user's whose public methods are tools: the form of TRL's `environment_factory`, run unmodified.
+
+    python -m grpo.train +experiment=gpt_oss_20b_lora env=tool_class env.environment=my_game.py:Game
+
+    class Game:  # my_game.py
+        def reset(self, seed: int, **row) -> str:
+            self.secret, self.guesses = random.Random(seed).randrange(100), 0
+            return "Guess my number, from 0 to 99."
+
+        def guess(self, number: int) -> str:
+            '''Says whether the number is too small, too large or right.'''
+            ...
+
+        def get_reward(self) -> float:
+            return float(self.found)
+
+`reset` is called with the row's columns, as many of them as it takes; what it returns is put behind the prompt of the row. Every
+completion has an object of its own, on which `reset` is called with the same row: so it must return the same text. Global random
+generators are seeded by the row before. What a tool draws from them later may differ from run to run.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import itertools
+import json
+import random
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+
+from grpo.batch import Completion, Prompt
+from grpo.environment import Score
+from grpo.envs.data_files import DataError
+from grpo.envs.data_sources import read_rows
+from grpo.rewards.functions import load_function
+from grpo.rewards.values import shorten
+from grpo.rollout.episodes import PROTOCOL, EpisodeFault
+from models.chat.functions import function_schema, public_methods
+from models.chat.parse import parse_completion
+from models.chat.render import harmony_messages, render_prompt, system_content
+from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
+
+_RESETS = threading.Lock()  # the global random generators are one for all threads
+
+
+class ToolClass:
+    """The environment.
+
+    environment: the class, or a function that makes an object, as package.module:name or file.py:name; `kwargs`: its keywords
+    path: rows for `reset`, as env=dataset takes them; null: the environment owns the problems, and a row is a number, `seed`
+    prompt_key: the column with the prompt, text or messages; a row without it has an empty prompt
+    instructions, reasoning_effort, current_date: of the developer's and the system's message
+    held_out_fraction: share of the rows of `path`, chosen by hash, that is kept from training
+
+    Raises ValueError for a value out of range and for a class that is none of this form."""
+
+    def __init__(self, *, tokenizer: Tokenizer, seed: int, environment: str, kwargs: dict | None, path: str | list | None,
+                 prompt_key: str, instructions: str | None, reasoning_effort: str, current_date: str, held_out_fraction: float,
+                 num_eval_prompts: int, subset: str | None = None, split: str | None = None):
+        if not 0 < held_out_fraction < 1:
+            raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
+        if num_eval_prompts < 1:
+            raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must be at least 1")
+        self.tokenizer, self.seed, self.name, self.prompt_key = tokenizer, seed, environment, prompt_key
+        factory = load_function(environment, key="env.environment")
+        self._make: Callable[[], object] = lambda: factory(**(kwargs or {}))
+        probe = self._make()
+        if missing := [f"{method}()" for method in ("reset", "get_reward") if not hasattr(type(probe), method)]:
+            raise ValueError(
+                f"env.environment={environment!r}: {type(probe).__name__} has no {' and no '.join(missing)}: reset(**row) begins "
+                "an episode and may return a text for the prompt, get_reward() returns its reward, and every other public method "
+                "is a tool")
+        functions = public_methods(probe, without=PROTOCOL)
+        if not functions:
+            raise ValueError(f"env.environment={environment!r}: {type(probe).__name__} has no public method that could be a tool")
+        self.tools = [function_schema(function) for function in functions.values()]
+        self._chat = {"instructions": instructions, "reasoning_effort": reasoning_effort, "current_date": current_date}
+        self.train_rows: list[dict] = []
+        self.eval_rows = [{"seed": number} for number in range(num_eval_prompts)]
+        if path is not None:
+            self.train_rows, self.eval_rows = _read(path, subset, split, held_out_fraction, num_eval_prompts)
+
+    @staticmethod
+    def build_tokenizer() -> Tokenizer:
+        """For models without a checkpoint: bytes, and the usual lines of the system message as a token each."""
+        lines = system_content(current_date="2025-08-05", reasoning_effort="low", has_functions=True).splitlines()
+        return build_byte_tokenizer([line for line in lines if line])
+
+    def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
+        """The step's rows, in epochs; new numbers without `path`. `attempt` > 0 draws others for groups that were dropped."""
+        rng = random.Random(f"tool_class prompts {self.seed} {step} {attempt}")
+        if not self.train_rows:
+            rows = [{"seed": rng.randrange(len(self.eval_rows), 2**31)} for _ in range(num_prompts)]
+        elif attempt:
+            rows = rng.choices(self.train_rows, k=num_prompts)
+        else:
+            rows = list(itertools.islice(self._from(step * num_prompts), num_prompts))
+        return [self._prompt(attempt * num_prompts + i, row) for i, row in enumerate(rows)]
+
+    def eval_prompts(self) -> list[Prompt]:
+        return [self._prompt(i, row) for i, row in enumerate(self.eval_rows)]
+
+    def episode(self, prompt: Prompt, sample: int) -> object:
+        episode, observation = self._begin(prompt.row["row"])
+        if inspect.isawaitable(observation):
+            return self._await(episode, observation, prompt)
+        return self._checked(episode, observation, prompt)
+
+    async def _await(self, episode: object, observation: Awaitable, prompt: Prompt) -> object:
+        return self._checked(episode, await observation, prompt)
+
+    def _checked(self, episode: object, observation: object, prompt: Prompt) -> object:
+        """The object of an episode. Raises EpisodeFault if its reset did not return what it did for the prompt."""
+        if observation != prompt.row["observation"]:
+            raise EpisodeFault(
+                f"reset() returned {shorten(observation)} and before, for the same row, {shorten(prompt.row['observation'])}: "
+                "the completions of a group share their prompt, so reset must depend on its arguments alone, such as `seed`")
+        return episode
+
+    def score(self, completions: list[Completion]) -> list[Score]:
+        """What get_reward() returned."""
+        return [Score(completion.episode.reward, {}, {}, None) for completion in completions]
+
+    def describe(self, completion: Completion) -> dict:
+        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
+        return {"row": completion.prompt.row["row"], "final": parsed.final, "fault": parsed.fault}
+
+    def summary(self) -> str:
+        rows = f"{len(self.train_rows):,} rows" if self.train_rows else "rows of its own"
+        return f"{self.name} with {', '.join(tool['name'] for tool in self.tools)}; {rows}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows and of what the model is told of the tools."""
+        return hashlib.sha256(_text([self.train_rows, self.eval_rows, self.tools]).encode()).hexdigest()
+
+    def _from(self, place: int) -> Iterator[dict]:
+        num_rows = len(self.train_rows)
+        for epoch in itertools.count(place // num_rows):
+            order = random.Random(f"tool_class epoch {self.seed} {epoch}").sample(self.train_rows, num_rows)
+            yield from order[place % num_rows:] if epoch == place // num_rows else order
+
+    def _prompt(self, prompt_id: int, row: dict) -> Prompt:
+        _, observation = self._begin(row)
+        if inspect.isawaitable(observation):
+            observation = asyncio.run(_awaited(observation))
+        if observation is not None and not isinstance(observation, str):
+            raise EpisodeFault(f"reset() returned a {type(observation).__name__}; it must return a text or None")
+        asked = row.get(self.prompt_key, "")
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else [*asked]
+        if observation is not None:
+            messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}{observation}"}
+        ids = render_prompt(harmony_messages(messages, tools=self.tools, **self._chat), self.tokenizer)
+        return Prompt(prompt_id, ids, {"row": row, "observation": observation})
+
+    def _begin(self, row: dict) -> tuple[object, object]:
+        """A new object, and what its reset returned, perhaps an awaitable."""
+        episode = self._make()
+        parameters = inspect.signature(episode.reset).parameters.values()
+        takes_all = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        names = row.keys() if takes_all else [parameter.name for parameter in parameters if parameter.name in row]
+        with _RESETS:
+            key = hashlib.sha256(f"{self.seed} {_text(row)}".encode()).digest()
+            random.seed(key)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(int.from_bytes(key[:4], "big"))
+            return episode, episode.reset(**{name: row[name] for name in names})
+
+
+async def _awaited(awaitable: Awaitable) -> object:
+    return await awaitable
+
+
+def _read(path: str | list, subset: str | None, split: str | None, fraction: float,
+          num_eval_prompts: int) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and held-out rows, told apart by their hash."""
+    train, held_out = [], []
+    for place, record in read_rows(path, "path", subset=subset, split=split):
+        if isinstance(record, str):
+            raise DataError(f"{place}: {record}")
+        rank = int.from_bytes(hashlib.sha256(_text(record).encode()).digest()[:8], "big")
+        (held_out if rank < fraction * 2**64 else train).append(record)
+    if not train or not held_out:
+        raise DataError(f"{path}: env.held_out_fraction={fraction} leaves {len(train)} training and {len(held_out)} evaluation "
+                        "rows; change it")
+    return train, held_out[:num_eval_prompts]
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=repr)

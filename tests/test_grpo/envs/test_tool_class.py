@@ -1,0 +1,199 @@
+"""Classes in the form of TRL's environment_factory, as they are."""
+
+import json
+import random
+
+import pytest
+import torch
+from harmony import encode_with_special
+
+from grpo.config import ConfigError, TurnsConfig
+from grpo.configuration.targets import bind
+from grpo.environment import EnvironmentFault, checked_prompts, make_environment
+from grpo.envs.data_files import DataError
+from grpo.envs.tool_class import ToolClass
+from grpo.rollout.sampling import SamplingParams
+from grpo.rollout.session import Sampler, Session
+from grpo.rollout.turns import Turns
+from models.config import GptOssConfig
+from models.gpt_oss import GptOss
+
+GAMES = '''
+import asyncio, random
+
+class Guess:
+    """The form that TRL's documentation gives, without a line for this program."""
+
+    def __init__(self, most: int = 99):
+        self.most = most
+
+    def reset(self, **kwargs) -> str | None:
+        self.secret, self.guesses, self.found = random.randint(0, self.most), 0, False
+        return f" Guess my number, from 0 to {self.most}; it is {'even' if self.secret % 2 == 0 else 'odd'}."
+
+    def guess(self, number: int) -> str:
+        """
+        Guesses the number.
+
+        Args:
+            number: The guess.
+
+        Returns:
+            Whether it is too small or too large.
+        """
+        if self.found:
+            raise ValueError("Game over.")
+        self.guesses, self.found = self.guesses + 1, number == self.secret
+        return "right" if self.found else "too small" if number < self.secret else "too large"
+
+    def get_reward(self) -> float:
+        return 1.0 / self.guesses if self.found else 0.0
+
+class Async(Guess):
+    async def reset(self, answer: str) -> None:
+        self.answer, self.seen = answer, []
+
+    async def guess(self, number: int) -> str:
+        """Guesses."""
+        await asyncio.sleep(0)
+        self.seen.append(number)
+        return self.answer
+
+    async def get_reward(self) -> float:
+        return float(len(self.seen))
+
+class Fickle(Guess):
+    made = 0
+
+    def reset(self):
+        Fickle.made += 1
+        return str(Fickle.made)
+
+class NoReset:
+    def f(self) -> None:
+        """Does nothing."""
+
+class NoTools:
+    def reset(self, **row): ...
+    def get_reward(self): ...
+
+class Untyped(Guess):
+    def look(self, where):
+        """Looks."""
+'''
+SETTINGS = {"kwargs": None, "path": None, "prompt_key": "prompt", "instructions": None, "reasoning_effort": "low",
+            "current_date": "2025-08-05", "held_out_fraction": 0.25, "num_eval_prompts": 4}
+TOKENIZER = ToolClass.build_tokenizer()
+
+
+@pytest.fixture
+def make(tmp_path):
+    (tmp_path / "games.py").write_text(GAMES)
+
+    def make(name, **changes):
+        return ToolClass(tokenizer=TOKENIZER, seed=0, **SETTINGS | {"environment": f"{tmp_path}/games.py:{name}"} | changes)
+
+    return make
+
+
+def text_of(prompt) -> str:
+    return TOKENIZER.decode(prompt.token_ids, keep_special=True)
+
+
+def play(env, prompts, monkeypatch, texts):
+    """Completions of one sample for each prompt, whose policy writes `texts(prompt)`."""
+    config = GptOssConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
+                          sliding_window=16, layer_types=["full_attention"], max_position_embeddings=2048)
+    model = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
+    model.init_weights(seed=0)
+    ids = {prompt.id: iter([id for text in texts(prompt) for id in encode_with_special(TOKENIZER, text)]) for prompt in prompts}
+
+    def scripted(session, hidden, rows):
+        drawn = torch.tensor([next(ids[session.rows[index].prompt.id]) for index in rows.items.tolist()])
+        return drawn, torch.zeros(len(drawn))
+
+    monkeypatch.setattr(Session, "_draw", scripted)
+    turns = Turns(env, TOKENIZER, TurnsConfig())
+    return turns.generate(Sampler(model, TOKENIZER.stop_ids, max_batch=8, seed=0), prompts, SamplingParams(max_new_tokens=900),
+                          step=0, num_samples=1)
+
+
+def calls(*numbers: int) -> list[str]:
+    return [f' to=functions.guess<|channel|>commentary json<|message|>{{"number": {number}}}<|call|>' for number in numbers] + [
+        "<|channel|>final<|message|>done<|return|>"]
+
+
+def test_a_prompt_declares_the_tools_and_ends_with_what_reset_returned(make):
+    env = make("Guess", instructions="Play.", kwargs={"most": 9})
+    prompt = env.prompts(0, num_prompts=2)[0]
+    assert ("# Instructions\n\nPlay.\n\n# Tools\n\n## functions\n\nnamespace functions {\n\n// Guesses the number.\n"
+            "type guess = (_: {\n// The guess.\nnumber: number,\n}) => any;") in text_of(prompt)
+    assert "<|start|>user<|message|> Guess my number, from 0 to 9; it is " in text_of(prompt)
+    assert text_of(prompt).endswith(".<|end|><|start|>assistant") and "guess" in env.summary()
+
+
+def test_an_unmodified_class_is_played_to_its_end(make, monkeypatch):
+    env = make("Guess")
+    prompts = checked_prompts(env, "prompts", env.prompts(3, num_prompts=3), vocab_size=TOKENIZER.vocab_size)
+    secrets = [env.episode(prompt, 0).secret for prompt in prompts]
+    assert secrets == [env.episode(prompt, 5).secret for prompt in prompts] and len(set(secrets)) > 1
+    completions = play(env, prompts, monkeypatch,
+                       lambda prompt: calls(101, -1, secrets[prompt.id], 5) if prompt.id else calls(3.5))
+    assert [score.reward for score in env.score(completions)] == [0.0, pytest.approx(1 / 3), pytest.approx(1 / 3)]
+    assert [call.result for call in completions[1].episode.calls] == ['"too large"', '"too small"', '"right"', "Game over."]
+    assert [call.is_failed for call in completions[1].episode.calls] == [False, False, False, True]
+    assert "must be integer" in completions[0].episode.calls[0].result
+    assert '{"error": "Game over."}<|end|>' in TOKENIZER.decode(completions[1].completion_ids, keep_special=True)
+
+
+def test_an_async_class_gets_the_columns_of_its_rows_that_it_takes(make, monkeypatch, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"row {i}"}], "answer": f"a{i}", "other": i} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = make("Async", path=str(tmp_path / "rows.jsonl"))
+    asked = [prompt for step in range(4) for prompt in env.prompts(step, num_prompts=4)]
+    held_out = [prompt.row["row"]["other"] for prompt in env.eval_prompts()]
+    seen = [prompt.row["row"]["other"] for prompt in asked]
+    assert set(seen).isdisjoint(held_out) and len(set(seen[:len(env.train_rows)])) == min(len(env.train_rows), 16)
+    prompts = env.prompts(0, num_prompts=2)
+    assert text_of(prompts[0]).endswith(f"<|message|>row {prompts[0].row['row']['other']}<|end|><|start|>assistant")
+    completions = play(env, prompts, monkeypatch, lambda prompt: calls(1, 2))
+    assert [score.reward for score in env.score(completions)] == [2.0, 2.0]
+    assert completions[0].episode.calls[0].result == json.dumps(prompts[0].row["row"]["answer"])
+
+
+def test_prompts_depend_on_seed_and_step_alone(make):
+    env, again = make("Guess"), make("Guess")
+    random.seed(1)
+    first = [text_of(prompt) for prompt in env.prompts(2, num_prompts=4)]
+    assert first == [text_of(prompt) for prompt in again.prompts(2, num_prompts=4)]
+    assert env.fingerprint() == again.fingerprint() != make("Guess", num_eval_prompts=5).fingerprint()
+    assert [p.row for p in env.prompts(2, num_prompts=4)] != [p.row for p in env.prompts(3, num_prompts=4)]
+
+
+def test_a_reset_that_returns_another_text_for_the_same_row_loses_the_episode(make, monkeypatch):
+    env = make("Fickle")
+    with pytest.raises(EnvironmentFault, match=r"reset\(\) returned '\d' and before, for the same row, '\d': the"):
+        play(env, env.prompts(0, num_prompts=1), monkeypatch, lambda prompt: calls(1))
+
+
+@pytest.mark.parametrize("name, message", [
+    ("NoReset", r"NoReset has no reset\(\) and no get_reward\(\)"), ("NoTools", "no public method that could be a tool"),
+    ("Untyped", "argument where has no type hint"), ("Nothing", "has no 'Nothing'")])
+def test_a_class_of_another_form_is_refused_by_name(make, name, message):
+    with pytest.raises(ValueError, match=message):
+        make(name)
+
+
+def test_rows_too_few_to_hold_some_out_are_refused(make, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"answer": "a"}\n')
+    with pytest.raises(DataError, match="leaves . training and . evaluation rows"):
+        make("Async", path=str(tmp_path / "one.jsonl"))
+
+
+def test_such_a_class_as_the_environment_itself_is_refused_with_the_way_to_run_it(tmp_path):
+    (tmp_path / "games.py").write_text(GAMES)
+    with pytest.raises(ConfigError, match="env=tool_class env.environment=.*games.py:Guess"):
+        bind({"_target_": f"{tmp_path}/games.py:Guess"}, "env")
+    node = {"_target_": "grpo.envs.tool_class.ToolClass", "environment": f"{tmp_path}/games.py:Guess", **SETTINGS}
+    assert isinstance(make_environment(node, TOKENIZER, seed=0, total_steps=1), ToolClass)
