@@ -110,10 +110,22 @@ def _sample(sample: dict) -> str:
         if (side := sample[when]) is not None:
             kind = "good" if (side["reward"] or 0) > 0 else "bad"
             sides.append(f'<div>{when}, step {side["step"]}: <span class="{kind}">reward {_number(side["reward"])}</span>'
-                         f"<pre>{escape(side['completion'])}</pre></div>")
+                         f"{_calls(side)}<pre>{escape(side['completion'])}</pre></div>")
     return (f'<div class="sample"><pre>{escape(question_of(sample["prompt"]))}</pre>'
             f"<details><summary>whole prompt</summary><pre>{escape(sample['prompt'])}</pre></details>"
             f'<div class="sides">{"".join(sides)}</div></div>')
+
+
+def _calls(side: dict) -> str:
+    """The turns and calls of a completion with tools, as the log has them."""
+    calls = side.get("calls")
+    if not isinstance(calls, list):
+        return ""
+    lines = [f"{call.get('name')} {call.get('arguments')} {'failed: ' if call.get('failed') else '= '}{call.get('result')}"
+             for call in calls if isinstance(call, dict)]
+    words = ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in (
+        (side.get("turns"), "turn"), (len(lines), "call")))
+    return f", {escape(words)}" + "".join(f"<pre>{escape(line)}</pre>" for line in lines)
 
 
 def _table(summary: dict) -> str:

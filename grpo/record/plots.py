@@ -96,7 +96,7 @@ def _draw_lengths(axes, rows: Rows) -> None:
 
 def _draw_time(axes, rows: Rows) -> None:
     timed = [row for row in rows if "time/step" in row and "warmup/step" not in row]
-    names = {name for row in timed for name in row if name.startswith("time/")} - {"time/step", "time/total"}
+    names = {name for row in timed for name in row if name.startswith("time/")} - {"time/step", "time/total", "time/tools"}
     if not names:
         return
     names = sorted(names, key=lambda name: (PHASES.index(name) if name in PHASES else len(PHASES), name))
@@ -197,6 +197,9 @@ def _contents(rows: Rows) -> list[tuple[str, str, str, Callable[..., None], str]
          "Estimated KL divergence of the policy from the reference (the adapter switched off)."),
         ("lengths", "Completion length and truncation", "tokens", _draw_lengths,
          "Completion lengths, and the share cut off at the length limit."),
+        ("turns", "Tools", "per completion", lines(("turns/mean", "turns", BLUE), ("calls/mean", "calls", GREEN),
+                                                   ("calls/failed", "share of calls that failed", RED)),
+         "Turns and calls of a completion, and the share of calls that were answered by an error."),
         ("grad_norm", "Gradient norm (before clipping)", "L2 norm", _draw_grad_norm,
          "L2 norm of the whole gradient before clipping."),
         ("clip", "Clip fraction", "share of tokens", lines(*clip_lines),

@@ -12,10 +12,11 @@ COMPLETIONS_FILE = "completions.jsonl"
 SUMMARY_FILE = "summary.json"
 TRAIN_METRICS = (
     *("reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"),
+    *("turns/mean", "calls/share", "calls/failed", "episodes/failed"),
     *("entropy", "kl", "grad_norm", "sampling/log_prob_diff/max"),
 )
 # A metric whose name ends in one of these is better when it is lower; every other one when it is higher.
-LOWER_IS_BETTER = ("loss", "error", "error_rate", "perplexity", "clipped_ratio", "kl")
+LOWER_IS_BETTER = ("loss", "error", "error_rate", "perplexity", "clipped_ratio", "kl", "failed")
 
 
 def is_lower_better(name: str) -> bool:
@@ -111,7 +112,8 @@ def question_of(prompt: str) -> str:
 
 
 def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
-    """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None.
+    """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None; with tools, a
+    side has "turns" and "calls" too.
 
     Before is what the policy wrote ahead of its first update, after is the last step in completions.jsonl: held-out completions
     (split "eval") where there are any, and of the prompts seen on both sides those whose reward rose most.
@@ -128,6 +130,7 @@ def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
     for row in rows:
         side = {"step": row["step"], "completion": row["completion"],
                 "reward": row["reward"] if _is_number(row.get("reward")) else None}
+        side |= {name: row[name] for name in ("turns", "calls") if name in row}
         if row["step"] == first_step and is_before:
             before.setdefault(row["prompt"], side)
         if row["step"] == last_step and not (is_before and last_step == first_step):

@@ -202,6 +202,20 @@ def test_samples_pair_the_same_held_out_prompt_before_and_after(tmp_path):
     assert samples[0]["after"] == {"step": 9, "completion": "b9", "reward": 1.0}
 
 
+def test_a_sample_shows_its_turns_and_calls(tmp_path):
+    made = [{"name": "functions.f", "arguments": HOSTILE, "result": "7", "failed": False},
+            {"name": "g", "arguments": "{}", "result": "no tool", "failed": True}]
+    row = {"split": "eval", "prompt": "p", "completion": "c", "reward": 1.0}
+    lines = [*LINES, {"step": 3, "turns/mean": 1.5, "calls/mean": 0.5, "time/tools": 9.0, "time/step": 1.0}]
+    run = write_run(tmp_path, lines=lines, completions=[
+        {"step": 0, **row, "turns": 1, "calls": []}, {"step": 9, **row, "turns": 3, "calls": made}])
+    page = Page(rebuild_report(run).read_text())
+    assert "1 turn, 0 calls" in page.text and "3 turns, 2 calls" in page.text
+    assert f"functions.f {HOSTILE} = 7" in page.text and "g {} failed: no tool" in page.text
+    drawn = plots(read_metrics(run))
+    assert "turns" in drawn and "time" not in drawn  # seconds of tools that run side by side are no part of a step's
+
+
 def test_the_command_line_rebuilds_the_report_of_a_run(tmp_path, capsys):
     write_run(tmp_path)
     assert main([str(tmp_path)]) == 0

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 # Rewards spread over every group, so that each step has a gradient although the tiny policy is never right.
 SPREAD = '''
 import gc, os, sys, zlib
+from grpo.envs.calculator import Calculator
 from grpo.envs.carry import Carry
 from grpo.environment import Score
 from models.gpt_oss import GptOss
@@ -41,6 +42,9 @@ class SpreadCarry(Carry):
 
     def score(self, completions):
         return [Score(zlib.crc32(repr(c.completion_ids).encode()) % 11 / 10, {"spread": 1.0}, {}, False) for c in completions]
+
+class SpreadCalculator(Calculator):
+    score = SpreadCarry.score
 '''
 
 # Sends the process a signal at call number COUNT of a function: before it, or after it has returned.
@@ -76,6 +80,9 @@ PHASES = {
 }
 CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",
          "eval.max_prompts=2", "rollout.max_new_tokens=8")
+CALLS = ("+experiment=smoke", "name=run", "steps=3", "env=calculator", "env._target_=spread.SpreadCalculator",
+         "env.call_rate=1.0", "rollout.max_new_tokens=80", "warmup.steps=40", "warmup.batch_size=16", "warmup.lr=0.005",
+         "eval.max_prompts=2")
 UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo")
 LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
         f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
@@ -169,6 +176,19 @@ def test_full_training_in_bf16_with_8_bit_moments_resumes_to_the_same_bytes(trai
         assert kept == {"num_updates", "exp_avg", "exp_avg_absmax", "exp_avg_root", "exp_avg_root_absmax"}
         weight = "model.layers.0.mlp.experts.gate_up_proj"
         assert file.get_tensor(f"param.{weight}").dtype == torch.bfloat16
+
+
+def test_a_run_with_tools_killed_amid_its_calls_resumes_to_the_same_bytes(train, never_killed, tmp_path):
+    expected, _ = never_killed(CALLS)
+    calls = [call for line in (expected / "completions.jsonl").read_text().splitlines() for call in json.loads(line)["calls"]]
+    assert any(not call["failed"] for call in calls) and max(line.get("turns/max", 0) for line in lines(
+        expected / "metrics.jsonl")) == 2
+    killed = train(CALLS, tmp_path, SIGNAL_AT.format(module="grpo.rollout.episodes", owner="module.EpisodeThread", name="_call",
+                                                     after=True, count=12, number=int(signal.SIGKILL))).wait()
+    assert killed.code == -signal.SIGKILL
+    result = train([*CALLS, "resume=true"], tmp_path).wait()
+    assert result.code == 0, result.err
+    assert_same_run(tmp_path / "run", expected)
 
 
 @pytest.mark.parametrize("arguments", [CARRY, UPDATES, LORA], ids=["carry", "several updates", "lora"])
