@@ -79,8 +79,9 @@ class OptionalMethods(Protocol):
 
     def episode(self, prompt: Prompt, sample: int) -> object:
         """The tools of one completion, if the model may call some: a new object, whose public methods, typed and documented, are
-        the functions, sync or async; `models.chat.functions.function_schema` describes one for the prompt. A ValueError is told
-        to the model; any other exception drops the completion out of its group. If it has get_reward(), that is called at the
+        the functions, sync or async; `models.chat.functions.function_schema` describes one for the prompt. A method python(code)
+        also answers harmony's built-in tool of that name (grpo/envs/python_tool.py). A ValueError of a function is told to the
+        model; any other exception drops the completion out of its group. If it has get_reward(), that is called at the
         end, and `score` finds the result in completion.episode.reward; close(), if it has one, is called last. All its code runs
         in a thread of its own. It must depend on its arguments alone: nothing of it is saved."""
 

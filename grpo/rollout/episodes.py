@@ -77,6 +77,8 @@ class EpisodeThread:
     def _call(self, name: str, arguments: str) -> ToolCall:
         tools = public_methods(self._opened(), without=PROTOCOL)
         namespace, _, function = name.rpartition(".")
+        if name == "python" and name in tools:  # the built-in one: the message is code, the result is plain text
+            return ToolCall(name, arguments, _limited(str(self._run(partial(tools[name], arguments))), name), False)
         if namespace != "functions" or function not in tools:
             there = ", ".join(f"functions.{tool}" for tool in tools)
             return ToolCall(name, arguments, f"no tool {name!r}; there are: {there}", True)

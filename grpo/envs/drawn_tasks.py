@@ -1,0 +1,102 @@
+"""What tasks share whose problems are drawn by a seed and asked in words: prompts, the held-out part, entries for the log."""
+
+import hashlib
+import random
+from collections.abc import Mapping
+
+from grpo.batch import Completion, Prompt
+from models.chat.parse import Parsed, parse_completion
+from models.chat.render import Message, harmony_messages, render_prompt
+from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
+
+MOST_DRAWS = 1000  # for each held-out problem
+
+
+def check_ranges(ranges: Mapping[str, tuple[float, float, float]]) -> None:
+    """Raises ValueError for the first key whose (value, lowest, highest) does not fit."""
+    for key, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise ValueError(f"env.{key}={value}: must lie in {low}..{high}")
+
+
+class DrawnTasks:
+    """A task draws a problem in `draw`, which returns the row of a prompt with its `question`, and scores completions.
+
+    held_out_fraction: share of the problems, chosen by a hash of `identity`, that is kept from training
+    num_eval_prompts: held-out problems to evaluate on; they are the same for every seed
+
+    Everything drawn is a pure function of (seed, step, attempt). Raises ValueError for a value out of range."""
+
+    INSTRUCTIONS: str | None = None  # for the developer message
+    TOOLS: tuple[Mapping, ...] = ()  # schemas of the functions that the model may call
+    BUILTIN_TOOLS: tuple[str, ...] = ()
+
+    def __init__(self, *, tokenizer: Tokenizer, seed: int, held_out_fraction: float, num_eval_prompts: int,
+                 reasoning_effort: str, current_date: str):
+        check_ranges({"held_out_fraction": (held_out_fraction, 0.01, 0.9), "num_eval_prompts": (num_eval_prompts, 1, 100_000)})
+        self.tokenizer, self.seed = tokenizer, seed
+        self.held_out_fraction, self.num_eval_prompts = held_out_fraction, num_eval_prompts
+        self.chat_settings = {"reasoning_effort": reasoning_effort, "current_date": current_date,
+                              "instructions": self.INSTRUCTIONS}
+
+    def draw(self, rng: random.Random) -> dict:
+        raise NotImplementedError
+
+    def identity(self, row: dict) -> str:
+        """What two askings of the same problem have in common."""
+        return row["question"]
+
+    @classmethod
+    def build_tokenizer(cls) -> Tokenizer:
+        """For models without a checkpoint: bytes, and the lines of the system's and the developer's message as a token each."""
+        messages = cls.messages("", current_date="2025-08-05", reasoning_effort="low", instructions=cls.INSTRUCTIONS)[:-1]
+        return build_byte_tokenizer([line for message in messages for line in message.content.splitlines() if line])
+
+    @classmethod
+    def messages(cls, question: str, *, current_date: str, reasoning_effort: str, instructions: str | None) -> list[Message]:
+        return harmony_messages([{"role": "user", "content": question}], current_date=current_date,
+                                reasoning_effort=reasoning_effort, instructions=instructions, tools=cls.TOOLS,
+                                builtin_tools=cls.BUILTIN_TOOLS)
+
+    def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
+        """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
+        rng = random.Random(f"{type(self).__name__} prompts {self.seed} {step} {attempt}")
+        rows = [self._draw(rng, is_held_out=False) for _ in range(num_prompts)]
+        return [self.prompt(attempt * num_prompts + i, row) for i, row in enumerate(rows)]
+
+    def eval_prompts(self) -> list[Prompt]:
+        """The held-out problems, all different."""
+        rng = random.Random(f"{type(self).__name__} evaluation")
+        rows: dict[str, dict] = {}
+        for _ in range(MOST_DRAWS * self.num_eval_prompts):
+            row = self._draw(rng, is_held_out=True)
+            rows.setdefault(self.identity(row), row)
+            if len(rows) == self.num_eval_prompts:
+                return [self.prompt(i, row) for i, row in enumerate(rows.values())]
+        raise ValueError(f"env.num_eval_prompts={self.num_eval_prompts}: only {len(rows)} different problems are held out; ask "
+                         "for fewer, or raise env.held_out_fraction")
+
+    def describe(self, completion: Completion) -> dict:
+        parsed = self.parse(completion)
+        return {"question": completion.prompt.row["question"], "analysis": parsed.analysis, "final": parsed.final,
+                "fault": parsed.fault}
+
+    def encode_prompt(self, question: str) -> list[int]:
+        return render_prompt(self.messages(question, **self.chat_settings), self.tokenizer)
+
+    def prompt(self, prompt_id: int, row: dict) -> Prompt:
+        return Prompt(prompt_id, self.encode_prompt(row["question"]), row)
+
+    def parse(self, completion: Completion) -> Parsed:
+        return parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
+
+    def is_held_out(self, row: dict) -> bool:
+        digest = hashlib.sha256(self.identity(row).encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.held_out_fraction * 2**64
+
+    def _draw(self, rng: random.Random, *, is_held_out: bool) -> dict:
+        for _ in range(MOST_DRAWS):
+            if self.is_held_out(row := self.draw(rng)) == is_held_out:
+                return row
+        part = "held out" if is_held_out else "to train on"
+        raise ValueError(f"env.held_out_fraction={self.held_out_fraction}: no problem {part} in {MOST_DRAWS} draws")
