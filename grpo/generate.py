@@ -3,6 +3,8 @@
     python -m grpo.generate run=runs/NAME [step=N] [prompt=14+49]
     python -m grpo.generate +model=gpt_oss_20b model.path=FOLDER prompt="Why is the sky blue?"
 
+With an environment that has tools, an answer appears when it is complete, its calls and their results in it.
+
 Without a prompt it chats: a line is a question, /new forgets the conversation, Ctrl-C cuts an answer short, Ctrl-D ends;
 from a pipe or a file, each line is a question. Prompts are rendered as in training: by the environment of a run that offers
 `encode_prompt(question)` (every question then stands alone), otherwise as a harmony conversation whose instructions,
@@ -17,7 +19,7 @@ import datetime
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from grpo.batch import Prompt
@@ -28,6 +30,7 @@ from grpo.environment import encode_question, make_environment
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
+from grpo.rollout.turns import Turns
 from grpo.run.failures import describe_failure
 from grpo.run.policy import load_policy
 from models.chat.parse import parse_completion
@@ -118,26 +121,26 @@ class Conversation:
     """Questions to one policy, and what it answered."""
 
     def __init__(self, config: GenerateConfig, sampler: Sampler, tokenizer: Tokenizer,
-                 encode_prompt: Callable[[str], list[int]] | None, chat_settings: dict) -> None:
+                 encode_prompt: Callable[[str], list[int]] | None, chat_settings: dict, turns: Turns | None = None) -> None:
         self.config, self.sampler, self.tokenizer = config, sampler, tokenizer
         self.params = replace(SamplingParams.of(config), greedy=config.greedy)
-        self.encode_prompt, self.chat_settings = encode_prompt, chat_settings
+        self.encode_prompt, self.chat_settings, self.turns = encode_prompt, chat_settings, turns
         self.messages: list[dict] = []
         self.num_asked = 0  # part of the sampling key: a question asked twice is answered anew
 
     def ask(self, question: str) -> None:
         """Streams an answer to stdout. Ctrl-C ends it early and leaves the turn out of the history. Raises ValueError for a
         question that cannot be encoded or does not fit."""
-        config, view, ids = self.config, CompletionView(self.tokenizer), []
+        config, view, ids, is_policy = self.config, CompletionView(self.tokenizer), [], []
         prompt = Prompt(self.num_asked, self.render(question), {})
         self.num_asked += 1
         try:
-            for token_id in self.sampler.stream(prompt, self.params, step=GENERATE_STEP):
+            for token_id in self.answer(prompt, is_policy):
                 ids.append(token_id)
                 view.feed(token_id)
         finally:
             view.end_message()
-        parsed = parse_completion(ids, self.tokenizer)
+        parsed = parse_completion(ids, self.tokenizer, is_policy=is_policy or None)
         if ids[-1] not in self.tokenizer.stop_ids:
             note(f"cut off after {len(ids)} tokens: raise max_new_tokens, unless the model's context is full")
         elif parsed.fault is not None:
@@ -146,6 +149,14 @@ class Conversation:
             self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": parsed.final}]
         elif self.encode_prompt is None and config.prompt is None:
             note("no final answer: this turn is left out of the conversation")
+
+    def answer(self, prompt: Prompt, is_policy: list[bool]) -> Iterable[int]:
+        """Token ids as they are drawn; with tools all at the end, and `is_policy` gets which of them the policy drew."""
+        if self.turns is None:
+            return self.sampler.stream(prompt, self.params, step=GENERATE_STEP)
+        completion, = self.turns.generate(self.sampler, [prompt], self.params, step=GENERATE_STEP, num_samples=1)
+        is_policy += completion.is_policy
+        return completion.completion_ids
 
     def render(self, question: str) -> list[int]:
         if self.encode_prompt is not None:
@@ -162,12 +173,12 @@ def load_conversation(config: GenerateConfig) -> Conversation:
     """Loads the run or the checkpoint that the config names."""
     loaded = load_policy(config, None, max_batch=1)
     tokenizer, trained = loaded.tokenizer, loaded.trained
-    env, encode_prompt = {} if trained is None else trained.env, None
+    env, encode_prompt, turns = {} if trained is None else trained.env, None, None
     if trained is not None:
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
-            encode_prompt = functools.partial(
-                encode_question, make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps),
-                vocab_size=loaded.policy.config.vocab_size)
+            asked = make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps)
+            encode_prompt = functools.partial(encode_question, asked, vocab_size=loaded.policy.config.vocab_size)
+            turns = Turns.of(asked, tokenizer, config.turns)
         note(f"{config.run}, step {loaded.step} of {trained.steps}")
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
              "current_date": config.current_date}
@@ -176,7 +187,7 @@ def load_conversation(config: GenerateConfig) -> Conversation:
         raise ConfigError(f"{', '.join(useless)}: this run's environment renders its own prompts; leave it out")
     default = {"reasoning_effort": str(ReasoningEffort.medium), "current_date": datetime.date.today().isoformat()}
     chat_settings = {key: value if value is not None else env.get(key) or default.get(key) for key, value in given.items()}
-    return Conversation(config, loaded.sampler, tokenizer, encode_prompt, chat_settings)
+    return Conversation(config, loaded.sampler, tokenizer, encode_prompt, chat_settings, turns)
 
 
 def chat(conversation: Conversation) -> None:

@@ -44,6 +44,7 @@ class Turns:
 
     def __init__(self, env: Environment, tokenizer: Tokenizer, limits: TurnsConfig) -> None:
         self.env, self.tokenizer, self.limits = env, tokenizer, limits
+        self.park_ids = (tokenizer.call,)
         try:
             tokenizer.encode("functions to=assistant commentary")
         except ValueError as error:
@@ -60,7 +61,7 @@ class Turns:
         """As Sampler.generate, with turns; each completion has its `episode`. Completions whose environment fails end with the
         reason "failed". Raises EnvironmentFault if all of them do."""
         name = type(self.env).__name__
-        params = replace(params, park_ids=(self.tokenizer.call,))
+        params = replace(params, park_ids=self.park_ids)
         with (sampler.open(params, step=step, should_stop=should_stop, progress=progress) as session,
               protected(f"environment {name}.episode")):
             rollout = _Rollout(self, session, overlaps=overlaps(sampler.model.device), should_stop=should_stop)

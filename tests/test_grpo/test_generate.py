@@ -13,7 +13,7 @@ import torch
 from harmony import encode_with_special
 from paths import FIXTURES, ROOT
 
-from grpo.batch import Prompt
+from grpo.batch import Completion, Prompt, Segment
 from grpo.config import read_saved_config, save_config
 from grpo.configuration.launch import load_config
 from grpo.envs.carry import Carry
@@ -374,3 +374,21 @@ def test_the_command_line_answers_a_prompt(carry_run):
                             cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and result.stdout.strip()
     assert "step 1 of 2" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_calls_and_results_are_shown_where_the_environment_has_tools(compact, capsys):
+    texts = (' to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>',
+             "<|start|>functions.f to=assistant<|channel|>commentary<|message|>7<|end|><|start|>assistant",
+             "<|channel|>final<|message|>7<|return|>")
+
+    class Tools:
+        def generate(self, sampler, prompts, params, *, step, num_samples):
+            segments = [Segment(encode_with_special(compact, text), source)
+                        for text, source in zip(texts, ("policy", "env", "policy"), strict=True)]
+            return [Completion(prompts[0], 0, [Segment(prompts[0].token_ids, "prompt"), *segments], "stop")]
+
+    conversation = Conversation(load_config("generate", ["run=r"]), None, compact, compact.encode, {}, turns=Tools())
+    conversation.ask("1*7")
+    shown = capsys.readouterr()
+    assert shown.out == ('[to=functions.f commentary json] {"a": 1}\n[functions.f to=assistant commentary] 7\n[final] 7\n')
+    assert shown.err == ""
