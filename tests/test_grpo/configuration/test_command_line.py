@@ -341,7 +341,7 @@ def test_configs_of_another_folder_are_found_by_flag_and_by_search_path(conf, mo
         (
             "+experiment=mime",
             "experiment = 'mime': no file configs/experiment/mime.yaml or conf/experiment/mime.yaml; "
-            "did you mean experiment=mine? Available: calculator, formats_sweep,",
+            "did you mean experiment=mine? Available: calculator, countdown_20b,",
         ),
         (
             "+experiment=missing",

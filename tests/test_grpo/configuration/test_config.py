@@ -107,7 +107,7 @@ BAD_ARGUMENTS = [
     (
         "experiment=quikstart",
         "experiment = 'quikstart': no file configs/experiment/quikstart.yaml; "
-        "did you mean experiment=quickstart? Available: calculator, formats_sweep,",
+        "did you mean experiment=quickstart? Available: calculator, countdown_20b,",
     ),
     ("loss=ppo", "loss = 'ppo': no file configs/loss/ppo.yaml. Available: dapo, dr_grpo, grpo"),
     ("optim=3", "optim = 3: no file of configs/optim"),
