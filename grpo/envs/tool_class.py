@@ -28,6 +28,7 @@ import random
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
@@ -35,7 +36,8 @@ from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.rewards.functions import load_function
 from grpo.rewards.values import shorten
-from grpo.rollout.episodes import PROTOCOL, EpisodeFault
+from grpo.rollout.episode_forms import PROTOCOL
+from grpo.rollout.episodes import EpisodeFault
 from models.chat.functions import function_schema, public_methods
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt, system_content
@@ -65,21 +67,12 @@ class ToolClass:
         self.tokenizer, self.seed, self.name, self.prompt_key = tokenizer, seed, environment, prompt_key
         factory = load_function(environment, key="env.environment")
         self._make: Callable[[], object] = lambda: factory(**(kwargs or {}))
-        probe = self._make()
-        if missing := [f"{method}()" for method in ("reset", "get_reward") if not hasattr(type(probe), method)]:
-            raise ValueError(
-                f"env.environment={environment!r}: {type(probe).__name__} has no {' and no '.join(missing)}: reset(**row) begins "
-                "an episode and may return a text for the prompt, get_reward() returns its reward, and every other public method "
-                "is a tool")
-        functions = public_methods(probe, without=PROTOCOL)
-        if not functions:
-            raise ValueError(f"env.environment={environment!r}: {type(probe).__name__} has no public method that could be a tool")
-        self.tools = [function_schema(function) for function in functions.values()]
         self._chat = {"instructions": instructions, "reasoning_effort": reasoning_effort, "current_date": current_date}
         self.train_rows: list[dict] = []
         self.eval_rows = [{"seed": number} for number in range(num_eval_prompts)]
         if path is not None:
             self.train_rows, self.eval_rows = _read(path, subset, split, held_out_fraction, num_eval_prompts)
+        self.tools = self._check_tools(environment)
 
     @staticmethod
     def build_tokenizer() -> Tokenizer:
@@ -153,18 +146,37 @@ class ToolClass:
         ids = render_prompt(harmony_messages(messages, tools=self.tools, **self._chat), self.tokenizer)
         return Prompt(prompt_id, ids, {"row": row, "observation": observation})
 
+    def _check_tools(self, environment: str) -> list[dict]:
+        """What a prompt says of the tools."""
+        probe = self._make()
+        if missing := [f"{method}()" for method in ("reset", "get_reward") if not hasattr(type(probe), method)]:
+            raise ValueError(
+                f"env.environment={environment!r}: {type(probe).__name__} has no {' and no '.join(missing)}: reset(**row) begins "
+                "an episode and may return a text for the prompt, get_reward() returns its reward, and every other public method "
+                "is a tool")
+        functions = public_methods(probe, without=PROTOCOL)
+        if not functions:
+            raise ValueError(f"env.environment={environment!r}: {type(probe).__name__} has no public method that could be a tool")
+        return [function_schema(function) for function in functions.values()]
+
     def _begin(self, row: dict) -> tuple[object, object]:
         """A new object, and what its reset returned, perhaps an awaitable."""
         episode = self._make()
         parameters = inspect.signature(episode.reset).parameters.values()
         takes_all = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         names = row.keys() if takes_all else [parameter.name for parameter in parameters if parameter.name in row]
+        with self._seeded(row):
+            return episode, episode.reset(**{name: row[name] for name in names})
+
+    @contextmanager
+    def _seeded(self, row: dict) -> Iterator[int]:
+        """Holds the global random generators, seeded by a row; gives a seed of 31 bits."""
+        key = hashlib.sha256(f"{self.seed} {_text(row)}".encode()).digest()
         with _RESETS:
-            key = hashlib.sha256(f"{self.seed} {_text(row)}".encode()).digest()
             random.seed(key)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed(int.from_bytes(key[:4], "big"))
-            return episode, episode.reset(**{name: row[name] for name in names})
+            yield int.from_bytes(key[:4], "big") >> 1
 
 
 async def _awaited(awaitable: Awaitable) -> object:

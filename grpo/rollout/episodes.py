@@ -1,4 +1,4 @@
-"""The environment's side of completions with tools: one object for each completion, whose public methods are its tools.
+"""The environment's side of completions with tools: one object for each completion, of a form in grpo/rollout/episode_forms.py.
 
 An object lives in a thread of its own, in which all of its code runs, coroutines too, beside the decoding of other completions.
 A thread that does not come back is given up. Processes that an episode leaves behind are killed: Linux lists the children of
@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from grpo.batch import ToolCall
-from models.chat.functions import public_methods, read_arguments
+from grpo.rollout.episode_forms import MethodForm, ResourceForm
 from models.chat.tools import to_json
 
-PROTOCOL = ("reset", "get_reward", "close")  # public methods that are no tools
 MOST_CHARACTERS = 1_000_000  # of a result; more is a fault of the environment
 
 
@@ -36,6 +35,7 @@ class EpisodeThread:
     def __init__(self, index: int, make: Callable[[], object], replies: queue.SimpleQueue, *, writes_json: bool) -> None:
         self.index, self.started, self._make, self._writes_json = index, 0.0, make, writes_json
         self._object: object = None
+        self._form: MethodForm | ResourceForm | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._replies, self._pid, self._thread_id = replies, os.getpid(), 0
@@ -45,9 +45,10 @@ class EpisodeThread:
         """Calls a tool; the outcome is a ToolCall."""
         self._begin(lambda: self._call(name, arguments))
 
-    def end(self) -> None:
-        """Asks for the reward, if the object gives one, and closes it; the outcome is the reward."""
-        self._begin(self._end)
+    def end(self, transcript: Callable[[], list[dict]]) -> None:
+        """Asks for the reward, if the object gives one, and closes it; the outcome is the reward. transcript: makes the
+        completion's messages."""
+        self._begin(partial(self._end, transcript))
 
     def leave(self) -> None:
         """Lets the thread end after its job, and kills the processes that it has."""
@@ -75,16 +76,17 @@ class EpisodeThread:
             self._loop.close()
 
     def _call(self, name: str, arguments: str) -> ToolCall:
-        tools = public_methods(self._opened(), without=PROTOCOL)
+        form = self._opened()
+        tools = form.tools()
         namespace, _, function = name.rpartition(".")
         if name == "python" and name in tools:  # the built-in one: the message is code, the result is plain text
             return ToolCall(name, arguments, _limited(str(self._run(partial(tools[name], arguments))), name), False)
         if namespace != "functions" or function not in tools:
             there = ", ".join(f"functions.{tool}" for tool in tools)
-            return ToolCall(name, arguments, f"no tool {name!r}; there are: {there}", True)
+            return ToolCall(name, arguments, f"no tool {name!r}; there are: {there or 'none'}", True)
         try:
-            result = self._run(partial(tools[function], **read_arguments(tools[function], arguments)))
-        except ValueError as error:  # from read_arguments, or the tool's way to refuse what the model asked for
+            result = form.call(tools[function], arguments)
+        except ValueError as error:  # of the arguments, or the tool's way to refuse what the model asked for
             return ToolCall(name, arguments, _limited(str(error), name), True)
         return ToolCall(name, arguments, self._text(result, name), False)
 
@@ -98,11 +100,10 @@ class EpisodeThread:
         except ValueError:  # an object that JSON does not know
             return _limited(str(result), name)
 
-    def _end(self) -> object:
-        episode, reward = self._opened(), None
+    def _end(self, transcript: Callable[[], list[dict]]) -> object:
+        form = self._opened()
         try:
-            if hasattr(episode, "get_reward"):
-                reward = self._run(episode.get_reward)
+            reward = form.reward(transcript)
         finally:
             self._close()
         if left := kill_children_of(self._thread_id):
@@ -115,10 +116,11 @@ class EpisodeThread:
         if hasattr(episode, "close"):
             self._run(episode.close)
 
-    def _opened(self) -> object:
+    def _opened(self) -> MethodForm | ResourceForm:
         if self._object is None:
             self._object = self._run(self._make)
-        return self._object
+            self._form = (ResourceForm if ResourceForm.fits(self._object) else MethodForm)(self._object, self._run)
+        return self._form
 
     def _run(self, function: Callable[[], object]) -> object:
         result = function()

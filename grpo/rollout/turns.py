@@ -29,7 +29,7 @@ from grpo.rollout.episodes import EpisodeFault, EpisodeThread, describe
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import RolloutRow
 from grpo.rollout.session import Interrupted, Sampler, Session
-from models.chat.parse import parse_completion
+from models.chat.parse import conversation, parse_completion
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer
 from models.chat.tools import to_json
@@ -104,6 +104,12 @@ class Turns:
             return None, "the message has no recipient; a call is written to=functions.NAME"
         return message, ""
 
+    def transcript(self, row: RolloutRow) -> list[dict]:
+        """A row's messages behind its prompt, as APIs have them."""
+        ids = [id for segment in row.segments for id in segment.token_ids]
+        is_policy = [segment.source == "policy" for segment in row.segments for _ in segment.token_ids]
+        return conversation(parse_completion(ids, self.tokenizer, is_policy=is_policy))
+
     def _encodable(self, text: str) -> str:
         """The text, without what the tokenizer cannot encode."""
         try:
@@ -156,15 +162,18 @@ class _Rollout:
         """Begins what follows a row's turn: a call, or the end."""
         turns = [segment.token_ids for segment in row.segments if segment.source == "policy"]
         if row.is_finished:
-            return self._enqueue(row, EpisodeThread.end)
+            return self._end(row)
         if len(turns) >= self.turns.limits.max_turns:
             self.session.finish(row, "turns")
-            return self._enqueue(row, EpisodeThread.end)
+            return self._end(row)
         message, problem = self.turns.read_call(turns[-1])
         if message is None:
             return self._answer(row, ToolCall("", self.turns.tokenizer.decode(turns[-1], keep_special=True), problem, True))
         self.channels[row.index] = message.channel
         self._enqueue(row, partial(EpisodeThread.call, name=message.recipient, arguments=message.content))
+
+    def _end(self, row: RolloutRow) -> None:
+        self._enqueue(row, partial(EpisodeThread.end, transcript=partial(self.turns.transcript, row)))
 
     def _answer(self, row: RolloutRow, call: ToolCall) -> None:
         """Continues a row with a call's result, or ends it where there is no room."""
@@ -174,7 +183,7 @@ class _Rollout:
             self.session.continue_with(row, ids)
         else:
             self.session.finish(row, "length")
-            self._enqueue(row, EpisodeThread.end)
+            self._end(row)
 
     def _fail(self, row: RolloutRow, reason: str) -> None:
         self.records[row.index].failure = reason

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
-OF_KIND = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list}
+OF_KIND = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list,
+           "null": type(None)}
 SECTION = re.compile(r"^[ \t]*(Args|Arguments|Parameters|Returns?|Raises|Yields|Examples?|Notes?)[ \t]*:?[ \t]*$", re.MULTILINE)
 ENTRY = re.compile(r"^[ \t]*(\w+)[ \t]*(?:\([^)\n]*\))?[ \t]*:[ \t]*", re.MULTILINE)
 
@@ -45,22 +46,30 @@ def function_schema(function: Callable) -> dict[str, Any]:
 
 def read_arguments(function: Callable, text: str) -> dict[str, Any]:
     """The keyword arguments that a call's JSON text gives the function. Raises ValueError with a text for the model."""
+    known = _arguments(function)
+    required = [key for key, (parameter, _) in known.items() if parameter.default is inspect.Parameter.empty]
+    parameters = {"properties": {key: schema for key, (_, schema) in known.items()}, "required": required}
+    return read_object(function.__name__, parameters, text)
+
+
+def read_object(name: str, parameters: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The arguments that a call's JSON text gives the function `name`, whose `parameters` are a JSON schema. Raises ValueError
+    with a text for the model."""
     try:
         values = json.loads(text, parse_constant=_refuse_constant) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the arguments are no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError("the arguments must be a JSON object")
-    known = _arguments(function)
-    missing = [key for key, (parameter, _) in known.items()
-               if parameter.default is inspect.Parameter.empty and key not in values]
-    unknown = [key for key in values if key not in known]
+    known = parameters.get("properties", {})
+    missing = [key for key in parameters.get("required", ()) if key not in values]
+    unknown = [key for key in values if key not in known and not parameters.get("additionalProperties")]
     if missing or unknown:
         what = [f"{word} {', '.join(keys)}" for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
-        raise ValueError(f"arguments of {function.__name__}: {'; '.join(what)}")
+        raise ValueError(f"arguments of {name}: {'; '.join(what)}")
     for key, value in values.items():
-        if (wanted := _misfit(value, known[key][1])) is not None:
-            raise ValueError(f"argument {key} of {function.__name__} must be {wanted}")
+        if (wanted := _misfit(value, known.get(key, {}))) is not None:
+            raise ValueError(f"argument {key} of {name} must be {wanted}")
     return values
 
 

@@ -90,6 +90,30 @@ def parse_completion(
     return Parsed(messages, spans, error, is_complete, fault)
 
 
+def conversation(parsed: Parsed) -> list[dict]:
+    """The messages as APIs have them: `assistant` with content, thinking and tool_calls, and `tool`. What the policy wrote in the
+    place of a tool, and a final message of a completion with a fault, are left out."""
+    found, thinking = [], []
+    for message, span in zip(parsed.messages, parsed.spans, strict=True):
+        if not span.is_policy:
+            found.append({"role": "tool", "name": message.name, "content": message.content})
+            continue
+        if message.role != "assistant" or message.channel == "final" and message.content != parsed.final:
+            continue
+        if message.channel == "analysis" and message.recipient is None:
+            thinking.append(message.content)
+            continue
+        entry = {"role": "assistant", "content": "" if message.recipient else message.content}
+        if thinking:
+            entry["thinking"] = "\n".join(thinking)
+        if message.recipient:
+            call = {"name": message.recipient.removeprefix("functions."), "arguments": message.content}
+            entry["tool_calls"] = [{"type": "function", "function": call}]
+        found.append(entry)
+        thinking = []
+    return [*found, {"role": "assistant", "content": "", "thinking": "\n".join(thinking)}] if thinking else found
+
+
 def _find_fault(
     messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer, role: str | None
 ) -> str | None:

@@ -4,19 +4,13 @@ import json
 import random
 
 import pytest
-import torch
-from harmony import encode_with_special
+from played_episodes import SETTINGS, TOKENIZER, call, final, play, text_of
 
-from grpo.config import ConfigError, TurnsConfig
+from grpo.config import ConfigError
 from grpo.configuration.targets import bind
 from grpo.environment import EnvironmentFault, checked_prompts, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.tool_class import ToolClass
-from grpo.rollout.sampling import SamplingParams
-from grpo.rollout.session import Sampler, Session
-from grpo.rollout.turns import Turns
-from models.config import GptOssConfig
-from models.gpt_oss import GptOss
 
 GAMES = '''
 import asyncio, random
@@ -81,9 +75,7 @@ class Untyped(Guess):
     def look(self, where):
         """Looks."""
 '''
-SETTINGS = {"kwargs": None, "path": None, "prompt_key": "prompt", "instructions": None, "reasoning_effort": "low",
-            "current_date": "2025-08-05", "held_out_fraction": 0.25, "num_eval_prompts": 4}
-TOKENIZER = ToolClass.build_tokenizer()
+
 
 
 @pytest.fixture
@@ -96,32 +88,8 @@ def make(tmp_path):
     return make
 
 
-def text_of(prompt) -> str:
-    return TOKENIZER.decode(prompt.token_ids, keep_special=True)
-
-
-def play(env, prompts, monkeypatch, texts):
-    """Completions of one sample for each prompt, whose policy writes `texts(prompt)`."""
-    config = GptOssConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                          num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
-                          sliding_window=16, layer_types=["full_attention"], max_position_embeddings=2048)
-    model = GptOss(config, dtype=torch.float32, device="cpu", experts="bf16")
-    model.init_weights(seed=0)
-    ids = {prompt.id: iter([id for text in texts(prompt) for id in encode_with_special(TOKENIZER, text)]) for prompt in prompts}
-
-    def scripted(session, hidden, rows):
-        drawn = torch.tensor([next(ids[session.rows[index].prompt.id]) for index in rows.items.tolist()])
-        return drawn, torch.zeros(len(drawn))
-
-    monkeypatch.setattr(Session, "_draw", scripted)
-    turns = Turns(env, TOKENIZER, TurnsConfig())
-    return turns.generate(Sampler(model, TOKENIZER.stop_ids, max_batch=8, seed=0), prompts, SamplingParams(max_new_tokens=900),
-                          step=0, num_samples=1)
-
-
 def calls(*numbers: int) -> list[str]:
-    return [f' to=functions.guess<|channel|>commentary json<|message|>{{"number": {number}}}<|call|>' for number in numbers] + [
-        "<|channel|>final<|message|>done<|return|>"]
+    return [*(call("guess", number=number) for number in numbers), final("done")]
 
 
 def test_a_prompt_declares_the_tools_and_ends_with_what_reset_returned(make):
