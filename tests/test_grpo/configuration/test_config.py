@@ -46,7 +46,9 @@ def test_every_experiment_begins_with_its_command_line(name):
 @pytest.mark.parametrize("group", ["model", "env", "loss", "optim", "rollout"])
 def test_every_file_of_a_group_can_be_chosen(group):
     for path in (CONFIG_DIR / group).glob("*.yaml"):
-        overrides = [f"{group}={path.stem}"] + (["env.path=x.jsonl"] if path.stem == "dataset" else [])
+        needed = {"dataset": ["env.path=x.jsonl"], "tool_class": ["env.environment=x.py:X"],
+                  "resource_sessions": ["env.environment=x.py:X"]}
+        overrides = [f"{group}={path.stem}", *needed.get(path.stem, [])]
         config = load_config("train", overrides)
         bind(config.loss, "loss")
         bind(config.env, "env")
