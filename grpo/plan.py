@@ -19,7 +19,7 @@ from grpo.record.terminal import print_error
 from grpo.run.memory import UNLIMITED, make_plan, needs_of, prompt_len_of
 from grpo.run.policy import build_tokenizer, read_architecture
 from models.config import GptOssConfig, read_config, released
-from models.memory_plan import GPUS, Gpu, table
+from models.memory_plan import GPU_SPECS, GpuSpec, table
 
 
 def main(words: list[str]) -> int:
@@ -50,19 +50,19 @@ def report(words: list[str]) -> str:
                       table(plan, needs)])
 
 
-def parse_gpu(name: str | None) -> Gpu:
-    known = f"gpu=NAME with one of {', '.join(GPUS)}, or a number of GB (1e9 bytes)"
+def parse_gpu(name: str | None) -> GpuSpec:
+    known = f"gpu=NAME with one of {', '.join(GPU_SPECS)}, or a number of GB (1e9 bytes)"
     if name is None:
         raise ConfigError(f"gpu: required; give {known}")
-    if name in GPUS:
-        return GPUS[name]
+    if name in GPU_SPECS:
+        return GPU_SPECS[name]
     try:
         size = float(name)
     except ValueError:
         size = 0.0
     if not 0 < size < 1e6:
         raise ConfigError(f"gpu = {name!r}: give {known}")
-    return replace(GPUS["L4"], num_bytes=int(1e9 * size), bandwidth=1e12)
+    return replace(GPU_SPECS["L4"], num_bytes=int(1e9 * size), bandwidth=1e12)
 
 
 def parse_count(text: str) -> int:

@@ -55,7 +55,7 @@ _LAUNCHES = 1e-3  # least time of a decode step
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuSpec:
     num_bytes: int  # that CUDA reports in all: nvidia-smi's number less what the driver keeps for itself
     bandwidth: float  # of its memory, bytes per second
     host_rate: float  # of copies from pinned host memory, bytes per second
@@ -67,14 +67,14 @@ def _gib(number: float) -> int:
 
 
 # memory as torch reports it; rates as their makers give them (H200: measured)
-GPUS = {
-    "T4": Gpu(_gib(14.74), 0.32e12, 12e9, has_tensor_cores=False),
-    "L4": Gpu(_gib(22.16), 0.30e12, 25e9),
-    "4090": Gpu(_gib(23.64), 1.0e12, 25e9),
-    "A100-40": Gpu(_gib(39.39), 1.5e12, 25e9),
-    "A100-80": Gpu(_gib(79.15), 2.0e12, 25e9),
-    "H100": Gpu(_gib(79.10), 3.3e12, 55e9),
-    "H200": Gpu(_gib(139.72), 4.2e12, 55e9)}
+GPU_SPECS = {
+    "T4": GpuSpec(_gib(14.74), 0.32e12, 12e9, has_tensor_cores=False),
+    "L4": GpuSpec(_gib(22.16), 0.30e12, 25e9),
+    "4090": GpuSpec(_gib(23.64), 1.0e12, 25e9),
+    "A100-40": GpuSpec(_gib(39.39), 1.5e12, 25e9),
+    "A100-80": GpuSpec(_gib(79.15), 2.0e12, 25e9),
+    "H100": GpuSpec(_gib(79.10), 3.3e12, 55e9),
+    "H200": GpuSpec(_gib(139.72), 4.2e12, 55e9)}
 
 
 @dataclass
@@ -271,7 +271,7 @@ def state_bytes(needs: Needs) -> int:
     return optimizer.moments + optimizer.masters
 
 
-def _plan_sampling(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, most_streamed: int) -> tuple[float, int, int, Phase]:
+def _plan_sampling(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, most_streamed: int) -> tuple[float, int, int, Phase]:
     """The fastest way to sample: its seconds, rows at once, bytes that the cache may take, and the phase. Raises DoesNotFit."""
     best, wanted = None, min(needs.num_rows, needs.max_rows)
     for num_streamed in range(most_streamed + 1):
@@ -305,7 +305,7 @@ def largest(fits: Callable[[int], bool], highest: int) -> int:
     return low
 
 
-def _sampling_workspace(needs: Needs, homes: _Homes, gpu: Gpu, num_rows: int) -> int:
+def _sampling_workspace(needs: Needs, homes: _Homes, gpu: GpuSpec, num_rows: int) -> int:
     tokens = min(homes.prefill_tokens, max(needs.num_prompts, needs.eval_rows) * needs.prompt_len)
     tokens = max(tokens, min(num_rows, needs.max_rows))
     dequantizes = FORMATS[needs.experts].is_packed and (tokens > MAX_FEW_ROWS or not gpu.has_tensor_cores)
@@ -314,7 +314,7 @@ def _sampling_workspace(needs: Needs, homes: _Homes, gpu: Gpu, num_rows: int) ->
     return layer + logits * (4 if needs.filters else 2)  # in graphs and outside
 
 
-def _rollout_seconds(needs: Needs, gpu: Gpu, num_rows: int, num_streamed: int) -> float:
+def _rollout_seconds(needs: Needs, gpu: GpuSpec, num_rows: int, num_streamed: int) -> float:
     """A simple model of the time to decode: a step reads the weights of the experts that its tokens go to, all other weights and
     the cache, and waits for the streamed layers where those take longer."""
     config, size = needs.config, needs.dtype.itemsize
@@ -399,7 +399,7 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
 # ---- the plan
 
 
-def plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> MemoryPlan:
+def plan(needs: Needs, gpu: GpuSpec, *, limit: int, host_bytes: int) -> MemoryPlan:
     """The placement that costs least time such that neither phase takes more than `limit` bytes of the GPU, nor both more than
     host_bytes of pinned host memory. Raises DoesNotFit."""
     embedding, state = not needs.trains_all, needs.max_tokens > 0  # whether they can lie in host memory
@@ -424,7 +424,7 @@ def _host(needs: Needs, homes: _Homes) -> dict[str, int]:
     return {"embedding": homes.embedding_on_host * embedding, "optimizer": homes.state_on_host * state_bytes(needs)}
 
 
-def _plan_with(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, host_bytes: int, *, is_last: bool) -> MemoryPlan:
+def _plan_with(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, host_bytes: int, *, is_last: bool) -> MemoryPlan:
     per_layer, layers = needs.expert_layer_bytes, needs.config.num_hidden_layers
     host = _host(needs, homes)
     free = host_bytes - sum(host.values())
@@ -442,7 +442,7 @@ def _plan_with(needs: Needs, homes: _Homes, gpu: Gpu, limit: int, host_bytes: in
                       sampling, update, activations, host)
 
 
-def least_limit(needs: Needs, gpu: Gpu, *, host_bytes: int) -> int | None:
+def least_limit(needs: Needs, gpu: GpuSpec, *, host_bytes: int) -> int | None:
     """The smallest limit, to 10 MB, for which there is a plan; None if there is none for any."""
     step = 10_000_000
 
@@ -453,7 +453,7 @@ def least_limit(needs: Needs, gpu: Gpu, *, host_bytes: int) -> int | None:
     return None if not fits(highest) else step * (1 + largest(lambda number: not fits(number), highest))
 
 
-def has_plan(needs: Needs, gpu: Gpu, *, limit: int, host_bytes: int) -> bool:
+def has_plan(needs: Needs, gpu: GpuSpec, *, limit: int, host_bytes: int) -> bool:
     try:
         plan(needs, gpu, limit=limit, host_bytes=host_bytes)
     except DoesNotFit:

@@ -109,7 +109,7 @@ TASKS = [Task(formula, number, *columns) for formula, number in itertools.produc
          if (formula, number) != ("modular", "float") for columns in itertools.product((False, True), repeat=3)]
 
 
-class Refused(Exception):
+class RefusedAnswer(Exception):
     """Why a function earns nothing; `violation` is the kind, or None for an honest failure."""
 
     def __init__(self, reason: str, violation: str | None = None):
@@ -193,7 +193,7 @@ class Matmul:
             speedup = self._speedup(TASKS[completion.prompt.row["task"]], code_of(parsed.final), rng)
             parts = {"correct": 1.0, "speed": min(max(math.log(speedup) / math.log(self.full_speedup), 0.0), 1.0)}
             metrics["speedup"] = speedup
-        except Refused as refused:
+        except RefusedAnswer as refused:
             extra["refused"] = str(refused)
             if refused.violation is not None:
                 metrics[f"sandbox/violations/{refused.violation}"] = 1.0
@@ -202,7 +202,7 @@ class Matmul:
         return Score(parts["correct"] * (RIGHT + (1 - RIGHT) * parts["speed"]), parts, metrics, bool(parts["correct"]), extra)
 
     def _speedup(self, task: Task, code: str, rng: random.Random) -> float:
-        """CPU time of the triple loop / CPU time of the function. Raises Refused for one that is not right."""
+        """CPU time of the triple loop / CPU time of the function. Raises RefusedAnswer for one that is not right."""
         small = [task.draw(rng, shape) for shape in ((1, 1, 1), *(tuple(rng.sample(range(1, 9), 3)) for _ in range(3)))]
         rng.shuffle(small)
         self._checked(task, code, small)
@@ -211,38 +211,38 @@ class Matmul:
         for _ in range(self.timed_trials):
             try:
                 seconds["loop"].append(self._checked(task, task.triple_loop(), [task.draw(rng, shape)]).cpu_seconds)
-            except Refused as refused:
+            except RefusedAnswer as refused:
                 raise SandboxError(f"the triple loop came to a wrong end: {refused}") from refused
             seconds["function"].append(self._checked(task, code, [task.draw(rng, shape)]).cpu_seconds)
         return max(min(seconds["loop"]), 1e-6) / max(min(seconds["function"]), 1e-6)
 
     def _checked(self, task: Task, code: str, inputs: list[tuple[list[list], list[list]]]) -> Outcome:
-        """Calls the function on each of the inputs in one process. Raises Refused unless every result is right."""
+        """Calls the function on each of the inputs in one process. Raises RefusedAnswer unless every result is right."""
         outcome = self.sandbox.call(code, "matmul", inputs, seconds=self.seconds)
         if outcome.violation is not None:
             detail = f" ({outcome.detail})" if outcome.detail else ""
-            raise Refused(f"violation: {VIOLATIONS[outcome.violation]}{detail}", outcome.violation)
+            raise RefusedAnswer(f"violation: {VIOLATIONS[outcome.violation]}{detail}", outcome.violation)
         if outcome.error is not None:
-            raise Refused(f"error: {outcome.error}")
+            raise RefusedAnswer(f"error: {outcome.error}")
         for value, (a, b) in zip(outcome.values, inputs):
             check_result(value, task.answer(a, b), {"int": int, "float": float}[task.number])
         return outcome
 
 
 def code_of(text: str) -> str:
-    """The code block of an answer. Raises Refused if it has none, several, or one that is too long."""
+    """The code block of an answer. Raises RefusedAnswer if it has none, several, or one that is too long."""
     blocks = BLOCK.findall(text)
     if len(blocks) != 1:
-        raise Refused(f"{len(blocks)} code blocks; one was asked for")
+        raise RefusedAnswer(f"{len(blocks)} code blocks; one was asked for")
     if len(blocks[0]) > MOST_CODE:
-        raise Refused(f"a code of {len(blocks[0])} characters; the limit is {MOST_CODE}")
+        raise RefusedAnswer(f"a code of {len(blocks[0])} characters; the limit is {MOST_CODE}")
     return blocks[0]
 
 
 def check_result(value: object, expected: Sequence[list], kind: type) -> None:
-    """Raises Refused unless the value is the expected list of lists, of numbers of exactly this kind."""
+    """Raises RefusedAnswer unless the value is the expected list of lists, of numbers of exactly this kind."""
     is_matrix = isinstance(value, list) and all(isinstance(line, list) for line in value)
     if not is_matrix or not all(type(entry) is kind for line in value for entry in line):
-        raise Refused(f"violation: the result is no list of lists of {kind.__name__}s", "type")
+        raise RefusedAnswer(f"violation: the result is no list of lists of {kind.__name__}s", "type")
     if value != expected:
-        raise Refused("a wrong result")
+        raise RefusedAnswer("a wrong result")

@@ -32,7 +32,7 @@ class WorkerError(RuntimeError):
 
 
 @dataclass
-class Outcome:
+class WorkerOutcome:
     """The result of one item: `value`, or the reason why there is none."""
 
     value: object = None
@@ -68,8 +68,8 @@ class Workers:
         self._workers: list[_Worker] = []
         self._owner = os.getpid()
 
-    def map(self, items: list, *, budget: float | None = None) -> list[Outcome]:
-        """One Outcome per item, in order; an idle worker takes the next item. Not to be called from two threads at once.
+    def map(self, items: list, *, budget: float | None = None) -> list[WorkerOutcome]:
+        """One WorkerOutcome per item, in order; an idle worker takes the next item. Not to be called from two threads at once.
 
         budget: seconds for the whole call, from the start of the first worker on; items without a value by then get an error
 
@@ -77,7 +77,7 @@ class Workers:
         item alone. Raises WorkerError if no worker can start."""
         if self._owner != os.getpid():  # this is a forked copy of the owner, whose workers are not ours to use
             self._workers, self._owner = [], os.getpid()
-        outcomes: list[Outcome | None] = [None] * len(items)
+        outcomes: list[WorkerOutcome | None] = [None] * len(items)
         waiting = deque(range(len(items)))
         ends, stalls = math.inf, time.monotonic() + self.patience
         for worker in [worker for worker in self._workers if worker.is_ready and worker.connection.poll()]:
@@ -108,7 +108,7 @@ class Workers:
             while len(self._workers) > self.num_workers:
                 _kill(self._workers.pop())
         late = f"not finished within the {budget} s of the whole call"
-        return [Outcome(error=late) if outcome is None else outcome for outcome in outcomes]
+        return [WorkerOutcome(error=late) if outcome is None else outcome for outcome in outcomes]
 
     def close(self) -> None:
         """Kills the workers; a later map() starts new ones."""
@@ -122,7 +122,7 @@ class Workers:
         try:
             message = pickle.dumps(items[index])
         except Exception as error:  # pickling calls the classes of the item
-            outcomes[index] = Outcome(error=f"cannot be sent to a worker: {type(error).__name__}: {error}")
+            outcomes[index] = WorkerOutcome(error=f"cannot be sent to a worker: {type(error).__name__}: {error}")
             return
         worker.item, worker.deadline = index, time.monotonic() + self.timeout
         with contextlib.suppress(OSError):  # it died; _receive finds the end of its stream
@@ -140,7 +140,7 @@ class Workers:
             elif time.monotonic() >= worker.deadline:
                 error = (f"ran over its limit of {self.timeout:g} s; its worker was killed" if worker.is_ready
                          else f"no sign of it within {START_LIMIT:g} s")
-                outcome = Outcome(error=error, is_timeout=True)
+                outcome = WorkerOutcome(error=error, is_timeout=True)
             else:
                 continue
             if worker.is_ready:
@@ -171,7 +171,7 @@ class Workers:
         return _Worker(process, ours, deadline=time.monotonic() + START_LIMIT)
 
 
-def _read(worker: _Worker) -> Outcome:
+def _read(worker: _Worker) -> WorkerOutcome:
     """A worker's message about its item or its start, or how it died."""
     try:
         message = worker.connection.recv_bytes()
@@ -179,11 +179,11 @@ def _read(worker: _Worker) -> Outcome:
         status = _kill(worker)
         name = signal.Signals(-status).name if status < 0 else None
         how = f"signal {name}" if name else f"exit status {status}"
-        return Outcome(error=f"{'its worker' if worker.is_ready else 'it'} died with {how}", signal=name)
+        return WorkerOutcome(error=f"{'its worker' if worker.is_ready else 'it'} died with {how}", signal=name)
     try:
-        return Outcome(*pickle.loads(message))
+        return WorkerOutcome(*pickle.loads(message))
     except Exception as problem:  # a class that only the worker can import, say
-        return Outcome(error=f"returned a value that cannot be read here: {type(problem).__name__}: {problem}")
+        return WorkerOutcome(error=f"returned a value that cannot be read here: {type(problem).__name__}: {problem}")
 
 
 def _kill(worker: _Worker) -> int:

@@ -14,10 +14,10 @@ from models.experts import stored_format
 from models.gpt_oss import GptOss
 from models.memory_plan import (
     CONTEXT_BYTES,
-    GPUS,
+    GPU_SPECS,
     MODULE_BYTES,
     DoesNotFit,
-    Gpu,
+    GpuSpec,
     MemoryPlan,
     Needs,
     has_plan,
@@ -88,11 +88,11 @@ def prompt_len_of(config: TrainConfig, *, max_len: int) -> int:
 # ---- what this machine has
 
 
-def gpu_here(device: torch.device) -> Gpu:
+def spec_of_gpu(device: torch.device) -> GpuSpec:
     """The device as a plan takes it: rates of a GPU that is listed, else cautious ones."""
     name, num_bytes = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
-    known = {key: gpu for key, gpu in GPUS.items() if key.split("-")[0] in name.replace("-", " ").split()}
-    nearest = min(known.values(), key=lambda gpu: abs(gpu.num_bytes - num_bytes), default=Gpu(num_bytes, 1e12, 25e9))
+    known = {key: gpu for key, gpu in GPU_SPECS.items() if key.split("-")[0] in name.replace("-", " ").split()}
+    nearest = min(known.values(), key=lambda gpu: abs(gpu.num_bytes - num_bytes), default=GpuSpec(num_bytes, 1e12, 25e9))
     return replace(nearest, num_bytes=num_bytes, has_tensor_cores=torch.cuda.get_device_capability(device) >= (8, 0))
 
 
@@ -119,7 +119,7 @@ def _lines(path: str) -> list[str]:
 # ---- the plan
 
 
-def make_plan(needs: Needs, gpu: Gpu, model: ModelConfig, *, host_bytes: int) -> MemoryPlan:
+def make_plan(needs: Needs, gpu: GpuSpec, model: ModelConfig, *, host_bytes: int) -> MemoryPlan:
     """The plan within model.memory_gb and model.host_gb, or what the GPU and the host have. Raises ConfigError with the nearest
     settings that fit."""
     limit = min(int(_SHARE_OF_GPU * gpu.num_bytes) if model.memory_gb is None else int(1e9 * model.memory_gb), gpu.num_bytes)
@@ -135,7 +135,7 @@ _SMALLER = (("rollout.max_new_tokens", "new_len", 16), ("optim.max_tokens", "max
             ("rollout.group_size", "group_size", 2), ("model.lora.rank", "lora_rank", 1))
 
 
-def _refusal(needs: Needs, gpu: Gpu, model: ModelConfig, *, limit: int, host: int) -> str:
+def _refusal(needs: Needs, gpu: GpuSpec, model: ModelConfig, *, limit: int, host: int) -> str:
     """What to say where no plan fits: the least memory for these settings, and the largest value of each setting that fits by
     itself."""
     least = least_limit(needs, gpu, host_bytes=host)
@@ -285,6 +285,6 @@ def gpu_memory(needs: Needs, model: ModelConfig, device: torch.device) -> GpuMem
     torch.empty(1, device=device)  # makes the context
     free, total = torch.cuda.mem_get_info(device)
     others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
-    gpu = gpu_here(device)
+    gpu = spec_of_gpu(device)
     plan = make_plan(needs, replace(gpu, num_bytes=gpu.num_bytes - others), model, host_bytes=free_host_bytes())
     return GpuMemory(plan, device, others=others, limits_torch=model.memory_gb is not None)

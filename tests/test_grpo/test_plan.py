@@ -7,23 +7,23 @@ import pytest
 from grpo.config import ConfigError
 from grpo.plan import main, report
 from models.config import released
-from models.memory_plan import GPUS
+from models.memory_plan import GPU_SPECS
 
 SMALL = ["rollout.prompts_per_step=1", "rollout.max_new_tokens=512", "model.lora.rank=8", "optim.max_tokens=4096",
          "prompt_tokens=200", "eval.at_start=false", "eval.at_end=false", "eval.every=0"]  # fmt: skip
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", GPU_SPECS)
 def test_20b_is_planned_on_every_gpu(gpu):
     text = report([f"gpu={gpu}", "+experiment=gpt_oss_20b_lora", *SMALL])
     assert text.startswith(f"openai/gpt-oss-20b, experts mxfp4, on {gpu}; prompts of up to 200 tokens")
     assert "rows decoded at once: 8" in text
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", GPU_SPECS)
 def test_120b_is_planned_or_refused_on_every_gpu(gpu):
     words = [f"gpu={gpu}", "+experiment=gpt_oss_120b_lora", *SMALL]
-    if GPUS[gpu].num_bytes > 16e9:
+    if GPU_SPECS[gpu].num_bytes > 16e9:
         assert "layers streamed, of 36" in report(words)
     else:
         with pytest.raises(ConfigError, match=r"^model.memory_gb = null: 15.51 GB of the GPU do not hold this run"):

@@ -6,7 +6,7 @@ import pytest
 
 from models.config import released
 from models.memory_plan import (
-    GPUS,
+    GPU_SPECS,
     DoesNotFit,
     Needs,
     cache_bytes,
@@ -33,7 +33,7 @@ RUN_120B = replace(RUN, config=B120)
 
 
 def planned(needs: Needs, gb: float, *, gpu: str = "H200", host_bytes: int = HOST):
-    return plan(needs, GPUS[gpu], limit=int(1e9 * gb), host_bytes=host_bytes)
+    return plan(needs, GPU_SPECS[gpu], limit=int(1e9 * gb), host_bytes=host_bytes)
 
 
 def test_bytes_of_experts():
@@ -119,7 +119,7 @@ def test_runs_that_must_fit_do_and_stay_within_their_limit(needs, gb):
 @pytest.mark.parametrize("needs", [RUN, RUN_120B, replace(RUN, num_prompts=16), replace(RUN, experts="nf4"),
                                    replace(RUN_120B, num_prompts=8, max_rows=128)])
 def test_more_memory_never_plans_slower(needs):
-    least = least_limit(needs, GPUS["H200"], host_bytes=HOST) / 1e9
+    least = least_limit(needs, GPU_SPECS["H200"], host_bytes=HOST) / 1e9
     plans = [planned(needs, least + 1.7 * step) for step in range(50)]
     seconds, streamed = [found.seconds for found in plans], [found.update.num_streamed for found in plans]
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
@@ -146,7 +146,7 @@ def test_little_host_memory_keeps_things_on_the_gpu():
     RUN, RUN_120B, replace(RUN, lora_targets=ATTENTION), replace(RUN, max_tokens=0), replace(RUN, recomputes=False),
     replace(RUN, group_size=1, prompt_len=1072, new_len=130_000, max_tokens=131_072), replace(RUN, experts="bf16")])
 def test_half_a_gigabyte_below_the_least_is_refused(needs):
-    gpu = GPUS["H200"]
+    gpu = GPU_SPECS["H200"]
     least = least_limit(needs, gpu, host_bytes=HOST)
     assert has_plan(needs, gpu, limit=least, host_bytes=HOST)
     for below in (500_000_000, 10_000_000):

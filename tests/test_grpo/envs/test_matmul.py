@@ -14,7 +14,7 @@ from grpo.batch import Completion, Segment
 from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
 from grpo.envs import matmul
-from grpo.envs.matmul import TASKS, Matmul, Refused, Task, check_result, code_of
+from grpo.envs.matmul import TASKS, Matmul, RefusedAnswer, Task, check_result, code_of
 from grpo.sandbox.calls import VIOLATIONS, Outcome, SandboxError
 from grpo.sandbox.pool import Sandbox
 from models.chat.render import Message, generation_prompt, render_message
@@ -272,11 +272,11 @@ def test_a_failure_of_the_sandbox_leaves_the_completion_out(env, monkeypatch):
 def test_a_result_of_other_numbers_is_refused():
     check_result([[1, 2]], [[1, 2]], int)
     for value in ([[1.0, 2.0]], [[True, 2]], [[1, None]], [1, 2], [[1, [2]]], "12", None):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RefusedAnswer) as refused:
             check_result(value, [[1, 2]], int)
         assert refused.value.violation == "type"
     for value in ([[1, 3]], [[1]], [[1, 2], [1, 2]], []):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RefusedAnswer) as refused:
             check_result(value, [[1, 2]], int)
         assert refused.value.violation is None
 
@@ -288,7 +288,7 @@ def test_an_answer_is_one_code_block(text, code):
     if code is not None:
         assert code_of(text) == code
         return
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedAnswer):
         code_of(text)
 
 

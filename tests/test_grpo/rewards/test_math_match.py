@@ -7,7 +7,7 @@ import pytest
 
 from grpo.rewards.functions import Result
 from grpo.rewards.math_match import MathMatch
-from grpo.rewards.workers import Outcome, Workers
+from grpo.rewards.workers import WorkerOutcome, Workers
 
 pytest.importorskip("math_verify", reason="the extra `math` is not installed")
 
@@ -221,7 +221,7 @@ def judge_with(tmp_path, equals):
 
 def test_an_expression_that_takes_too_long_is_false_by_the_workers_own_limit(tmp_path):
     patient = "    while True:\n        try:\n            sum(range(1000))\n        except Exception:\n            pass\n"
-    assert judge_with(tmp_path, patient) == Outcome(False)
+    assert judge_with(tmp_path, patient) == WorkerOutcome(False)
 
 
 def test_one_long_operation_ends_the_worker_by_cpu_time(tmp_path):
@@ -229,7 +229,7 @@ def test_one_long_operation_ends_the_worker_by_cpu_time(tmp_path):
 
 
 def test_an_expression_that_takes_too_much_memory_is_false(tmp_path):
-    assert judge_with(tmp_path, "    return bytearray(1 << 40)\n") == Outcome(False)
+    assert judge_with(tmp_path, "    return bytearray(1 << 40)\n") == WorkerOutcome(False)
 
 
 class ScriptedWorkers:
@@ -243,10 +243,10 @@ class ScriptedWorkers:
 
 def test_time_is_the_expressions_fault_but_a_dead_worker_is_not():
     match = MathMatch(tolerance=0.0)
-    died = Outcome(error="its worker died with signal SIGKILL")
-    late = Outcome(error="not finished within the 120 s of the whole call")
-    over = [Outcome(error="ran over", is_timeout=True), Outcome(error="died", signal="SIGVTALRM")]
-    match.workers = ScriptedWorkers([Outcome(True), *over, died, late])
+    died = WorkerOutcome(error="its worker died with signal SIGKILL")
+    late = WorkerOutcome(error="not finished within the 120 s of the whole call")
+    over = [WorkerOutcome(error="ran over", is_timeout=True), WorkerOutcome(error="died", signal="SIGVTALRM")]
+    match.workers = ScriptedWorkers([WorkerOutcome(True), *over, died, late])
     results = match(["x+1", "x+2", "x+3", "x+4", "x+5", "x+1"], [["y"]] * 6)
     assert [result.value for result in results] == [1.0, 0.0, 0.0, None, None, 1.0]
     assert results[3:5] == [Result(None, died.error), Result(None, late.error)]

@@ -9,7 +9,7 @@ import sys
 import pytest
 from paths import ROOT
 
-from grpo.rewards.workers import Outcome, WorkerError, Workers
+from grpo.rewards.workers import WorkerError, WorkerOutcome, Workers
 
 LONG = 100.0  # seconds; a limit that no test reaches
 
@@ -122,7 +122,7 @@ def pid_in(path):
 def test_values_come_in_the_order_of_the_items(make):
     big = "x" * 1_000_000  # more than a pipe holds
     items = [("echo", i) for i in range(20)] + [("echo", big)]
-    assert make(num_workers=2).map(items) == [Outcome(value) for _, value in items]
+    assert make(num_workers=2).map(items) == [WorkerOutcome(value) for _, value in items]
 
 
 def test_no_items_start_no_process(make):
@@ -159,7 +159,8 @@ def test_a_worker_is_a_clean_interpreter_in_a_session_of_its_own_with_default_si
 
 def test_what_the_function_prints_goes_where_the_trainer_prints(make, capfd):
     workers = make()
-    assert workers.map([("print", "hello"), ("read", None), ("echo", 1)]) == [Outcome("hello"), Outcome(""), Outcome(1)]
+    assert workers.map([("print", "hello"), ("read", None), ("echo", 1)]) == [
+        WorkerOutcome("hello"), WorkerOutcome(""), WorkerOutcome(1)]
     captured = capfd.readouterr()
     assert captured.out == "hello\nraw bytes\n" and captured.err == "hello\n"
 
@@ -206,7 +207,7 @@ def test_processes_that_the_function_started_die_with_its_worker(make, tmp_path)
 )
 def test_a_worker_that_dies_is_an_error_of_its_item_alone(make, item, words, name):
     outcomes = make().map([("echo", 1), item, ("echo", 2)])
-    assert outcomes == [Outcome(1), Outcome(error=words, signal=name), Outcome(2)]
+    assert outcomes == [WorkerOutcome(1), WorkerOutcome(error=words, signal=name), WorkerOutcome(2)]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +230,9 @@ def test_what_fails_inside_a_worker_leaves_the_worker_alive(make, item, words):
 def test_the_budget_of_a_call_ends_it_and_the_next_call_gets_its_own_answers(make):
     workers = make(num_workers=2)
     outcomes = workers.map([("echo", 0), *[("hang", None)] * 2, ("echo", 3)], budget=0.5)
-    assert outcomes[0] == Outcome(0)
+    assert outcomes[0] == WorkerOutcome(0)
     assert [outcome.error for outcome in outcomes[1:]] == ["not finished within the 0.5 s of the whole call"] * 3
-    assert workers.map([("echo", 4)]) == [Outcome(4)]
+    assert workers.map([("echo", 4)]) == [WorkerOutcome(4)]
 
 
 def test_an_interrupted_call_leaves_no_answers_to_the_next(make, tmp_path, monkeypatch):
@@ -245,7 +246,7 @@ def test_an_interrupted_call_leaves_no_answers_to_the_next(make, tmp_path, monke
         patch.setattr("grpo.rewards.workers.wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             workers.map([("echo", 1)])
-    assert workers.map([("echo", 2)]) == [Outcome(2)]
+    assert workers.map([("echo", 2)]) == [WorkerOutcome(2)]
 
 
 def test_an_idle_worker_that_was_killed_is_replaced(make):
@@ -276,7 +277,7 @@ def test_closing_kills_the_workers_and_a_later_call_starts_new_ones(make):
     [before] = workers.map([("seen", None)])
     workers.close()
     assert ended(before.value["pid"])
-    assert workers.map([("echo", 1)]) == [Outcome(1)]
+    assert workers.map([("echo", 1)]) == [WorkerOutcome(1)]
 
 
 def test_a_forked_copy_has_workers_of_its_own(make):

@@ -9,11 +9,11 @@ from paths import FIXTURES
 
 import grpo.run.memory
 from grpo.configuration.launch import load_config
-from grpo.run.memory import GpuMemory, free_host_bytes, gpu_here, needs_of, prompt_len_of, summary, unplanned
+from grpo.run.memory import GpuMemory, free_host_bytes, needs_of, prompt_len_of, spec_of_gpu, summary, unplanned
 from grpo.run.policy import build_model, build_tokenizer
 from grpo.train import run_training
 from models.config import released
-from models.memory_plan import GPUS, embedding_parameters, pinned_bytes, plan
+from models.memory_plan import GPU_SPECS, embedding_parameters, pinned_bytes, plan
 
 CUDA = torch.device("cuda", 0)
 GB = 1_000_000_000
@@ -81,7 +81,7 @@ def test_a_config_becomes_needs():
 def test_phases_allow_torch_what_is_beside_the_rest(monkeypatch):
     cuda, policy = FakeCuda(), Recorder()
     cuda.install(monkeypatch)
-    found = plan(needs_20b(), GPUS["H200"], limit=15 * GB, host_bytes=100 * GB)
+    found = plan(needs_20b(), GPU_SPECS["H200"], limit=15 * GB, host_bytes=100 * GB)
     returning = found.update.num_streamed
     assert found.sampling.num_streamed == 0 < returning
     memory = GpuMemory(found, CUDA, others=0, limits_torch=True)
@@ -115,7 +115,7 @@ def test_phases_allow_torch_what_is_beside_the_rest(monkeypatch):
 def test_torch_may_have_what_a_smaller_cache_leaves(monkeypatch):
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    found = plan(needs_20b(), GPUS["H200"], limit=15 * GB, host_bytes=100 * GB)
+    found = plan(needs_20b(), GPU_SPECS["H200"], limit=15 * GB, host_bytes=100 * GB)
     planned, memory = found.sampling.lines["cache"], GpuMemory(found, CUDA, others=0, limits_torch=True)
     memory.for_sampling(Recorder())
     before = cuda.fractions[-1]
@@ -132,7 +132,8 @@ def test_torch_may_have_what_a_smaller_cache_leaves(monkeypatch):
 def test_other_processes_are_not_counted(monkeypatch):
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    memory = GpuMemory(plan(needs_20b(), GPUS["H200"], limit=140 * GB, host_bytes=0), CUDA, others=2 * GB, limits_torch=False)
+    memory = GpuMemory(plan(needs_20b(), GPU_SPECS["H200"], limit=140 * GB, host_bytes=0), CUDA, others=2 * GB,
+                       limits_torch=False)
     memory.for_sampling(Recorder())
     cuda.beside, cuda.peak = 3 * GB, 5 * GB
     memory.measure()
@@ -156,9 +157,9 @@ def test_a_gpu_is_known_by_its_name(monkeypatch, name, key):
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     cuda.name = name
-    found = gpu_here(CUDA)
+    found = spec_of_gpu(CUDA)
     assert found.num_bytes == 24 * GB and found.has_tensor_cores
-    assert found.bandwidth == (GPUS[key].bandwidth if key else 1e12)
+    assert found.bandwidth == (GPU_SPECS[key].bandwidth if key else 1e12)
 
 
 @pytest.mark.parametrize("files, expected", [
@@ -176,18 +177,18 @@ def test_host_memory_that_is_free(monkeypatch, files, expected):
 
 
 def test_the_first_lines_say_where_things_are():
-    found = plan(needs_20b(), GPUS["H200"], limit=15 * GB, host_bytes=100 * GB)
+    found = plan(needs_20b(), GPU_SPECS["H200"], limit=15 * GB, host_bytes=100 * GB)
     text = summary(found, 24)
     assert text.startswith(f"memory   sampling {found.sampling.peak / GB:.2f}, update {found.update.peak / GB:.2f} of 15.00 GB")
     assert "host: embedding 2.15, optimizer 0.74, experts " in text
     assert f"experts of 0 in sampling and {found.update.num_streamed} in update of 24 layers are streamed" in text
-    assert "\n" not in summary(plan(needs_20b(), GPUS["H200"], limit=140 * GB, host_bytes=0), 24)
+    assert "\n" not in summary(plan(needs_20b(), GPU_SPECS["H200"], limit=140 * GB, host_bytes=0), 24)
 
 
 def test_a_model_is_loaded_where_the_plan_says():
     config = load_config("train", ["+experiment=gpt_oss_20b_lora", f"model.path={FIXTURES / 'tiny_mxfp4'}",
                                    f"model.tokenizer={FIXTURES / 'tokenizer_compact'}"])  # fmt: skip
-    found = plan(needs_20b(), GPUS["H200"], limit=140 * GB, host_bytes=0)
+    found = plan(needs_20b(), GPU_SPECS["H200"], limit=140 * GB, host_bytes=0)
     found.sampling.num_streamed, found.update.num_streamed = 1, 3
     found.host |= {"embedding": 1 << 20, "activations": 5000}
     policy = build_model(config.model, build_tokenizer(config.model, None), seed=0, device=torch.device("cpu"),
