@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 
 from grpo.batch import Completion, Prompt
+from models.chat.functions import public_methods, read_arguments
 from models.chat.parse import Parsed, parse_completion
 from models.chat.render import Message, harmony_messages, render_prompt
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
@@ -100,3 +101,20 @@ class DrawnTasks:
                 return row
         part = "held out" if is_held_out else "to train on"
         raise ValueError(f"env.held_out_fraction={self.held_out_fraction}: no problem {part} in {MOST_DRAWS} draws")
+
+
+def replay(game: object, completion: Completion) -> tuple[int, int]:
+    """Makes the moves of a completion's calls in a new game. Returns how many there were, and how many were refused."""
+    moves = public_methods(game, without=())
+    calls = completion.episode.calls if completion.episode is not None else []
+    num_moves = num_refused = 0
+    for call in calls:
+        namespace, _, name = call.name.rpartition(".")
+        if namespace != "functions" or name not in moves:
+            continue
+        num_moves += 1
+        try:
+            moves[name](**read_arguments(moves[name], call.arguments))
+        except ValueError:
+            num_refused += 1
+    return num_moves, num_refused
