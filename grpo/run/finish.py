@@ -6,6 +6,7 @@ import torch
 
 from grpo.config import TrainConfig, run_folder, shown
 from grpo.configuration.launch import PREEMPTED, typed_words
+from grpo.out_of_memory import is_out_of_memory
 from grpo.record.terminal import print_error
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import SaveError, save_run
@@ -66,6 +67,10 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
         return ""
     except (SaveError, OSError) as failure:
         return f"; and {failure}"
+    except (RuntimeError, MemoryError) as failure:
+        if not is_out_of_memory(failure):
+            raise
+        return f"; memory is not enough to save step {run.step} either: the newest checkpoint stands"
     return f"; saved after step {run.step}"
 
 

@@ -16,6 +16,7 @@ from grpo.groups import Groups
 from grpo.kl import Reference
 from grpo.out_of_memory import StillOutOfMemory, attempt, is_out_of_memory
 from grpo.rollout.session import Sampler
+from grpo.run import finish
 from grpo.run.failures import describe_failure
 from grpo.run.start import Run, make_optimizer
 from grpo.update import train_minibatch, update
@@ -177,6 +178,22 @@ def test_halves_have_about_as_many_tokens_and_a_micro_batchs_tokens_are_counted(
         for share_prompts in (False, True):
             assert batch.num_tokens_of(rows, share_prompts=share_prompts) == len(
                 batch.select(rows, share_prompts=share_prompts).tokens)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(REFUSAL), MemoryError()])
+def test_memory_that_does_not_suffice_to_save_either_does_not_hide_the_first_error(config, tmp_path, monkeypatch, error):
+    run = make_run(config, tmp_path)
+    run.step = 3
+
+    def refuse(run):
+        raise error
+
+    monkeypatch.setattr(finish, "save", refuse)
+    text = finish.keep_finished_steps(run, torch.OutOfMemoryError(REFUSAL))
+    assert text == "; memory is not enough to save step 3 either: the newest checkpoint stands"
+    error = RuntimeError("shapes")
+    with pytest.raises(RuntimeError, match="shapes"):
+        finish.keep_finished_steps(run, torch.OutOfMemoryError(REFUSAL))
 
 
 def test_the_message_names_what_still_helps(config):
