@@ -40,10 +40,12 @@ def report(words: list[str]) -> str:
     config = load_config("train", [word for word in words if word.partition("=")[0] not in own])
     gpu = parse_gpu(own.get("gpu"))
     architecture = architecture_of(config)
-    prompt_len = parse_count(own["prompt_tokens"]) if "prompt_tokens" in own else prompt_len_of(
-        config, max_len=architecture.max_position_embeddings)
+    max_len = architecture.max_position_embeddings
+    prompt_len = (parse_count(own["prompt_tokens"], below=max_len) if "prompt_tokens" in own
+                  else prompt_len_of(config, max_len=max_len))
     half = torch.bfloat16 if gpu.has_tensor_cores else torch.float16
-    needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=torch.float32 if config.dtype == Dtype.float32 else half)
+    dtype = {Dtype.float32: torch.float32, Dtype.float16: torch.float16}.get(config.dtype, half)
+    needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype)
     plan = make_plan(needs, gpu, config.model, host_bytes=UNLIMITED)
     lengths = f"prompts of up to {prompt_len} tokens, completions of up to {config.rollout.max_new_tokens}"
     return "\n".join([f"{config.model.path or 'from scratch'}, experts {needs.experts}, on {own['gpu']}; {lengths}",
@@ -65,9 +67,10 @@ def parse_gpu(name: str | None) -> GpuSpec:
     return replace(GPU_SPECS["L4"], num_bytes=int(1e9 * size), bandwidth=1e12)
 
 
-def parse_count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"prompt_tokens = {text!r}: must be a number of tokens, at least 1")
+def parse_count(text: str, *, below: int) -> int:
+    if not text.isdecimal() or not 0 < int(text) < below:
+        raise ConfigError(f"prompt_tokens = {text!r}: must be a number of tokens, at least 1 and below {below}, "
+                          "where the model's sequences end")
     return int(text)
 
 

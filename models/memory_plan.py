@@ -111,7 +111,7 @@ class Needs:
 
     @property
     def sequence_len(self) -> int:
-        return self.prompt_len + self.new_len
+        return min(self.prompt_len + self.new_len, self.config.max_position_embeddings)
 
     @property
     def num_rows(self) -> int:

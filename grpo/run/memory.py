@@ -1,4 +1,5 @@
 """From a config to a memory plan (models/memory_plan.py); what this machine has; and a GPU's memory kept as planned in a run."""
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from models.memory_plan import (
     GpuSpec,
     MemoryPlan,
     Needs,
+    cache_bytes,
     has_plan,
     largest,
     least_limit,
@@ -80,9 +82,10 @@ def _filters(settings: object) -> bool:
 
 
 def prompt_len_of(config: TrainConfig, *, max_len: int) -> int:
-    """The longest prompt that the environment's settings and the sequence lengths allow."""
+    """The longest prompt that the environment's settings and the model allow: where completions may be as long as the model's
+    sequences, they end where those do."""
     given = config.env.get("max_prompt_tokens")
-    return max(1, min(max_len - config.rollout.max_new_tokens, given if isinstance(given, int) else DEFAULT_PROMPT_LEN))
+    return max(1, min(max_len - 1, given if isinstance(given, int) else DEFAULT_PROMPT_LEN))
 
 
 # ---- what this machine has
@@ -150,6 +153,9 @@ def _refusal(needs: Needs, gpu: GpuSpec, model: ModelConfig, *, limit: int, host
         value = largest(lambda value, name=name: fits({name: value}), vars(needs)[name])
         if lowest <= value < vars(needs)[name] and (name != "max_tokens" or value >= needs.sequence_len):
             ways.append(f"{key}={value} (now {vars(needs)[name]})")
+    row_mb = math.ceil(cache_bytes(needs, 1) / 1e6)
+    if needs.cache_bytes is not None and fits({"cache_bytes": row_mb * 1_000_000}):
+        ways.append(f"rollout.cache_gb={row_mb / 1e3:g} (now {needs.cache_bytes / 1e9:g})")
     without = [target for target in needs.lora_targets if target != "experts"]
     if without and len(without) < len(needs.lora_targets) and fits({"lora_targets": without}):
         ways.append(f"model.lora.targets=[{','.join(without)}]")

@@ -60,6 +60,8 @@ def test_a_larger_gpu_is_capped_and_memory_beyond_the_gpu_is_not_planned_with():
     (["gpu=H20"], "gpu = 'H20': give gpu=NAME with one of T4, "),
     (["gpu=-3"], "gpu = '-3': give "),
     (["gpu=L4", "prompt_tokens=many"], "prompt_tokens = 'many': must be a number of tokens, at least 1"),
+    (["gpu=L4", "prompt_tokens=²"], "prompt_tokens = '²': must be a number of tokens, at least 1"),
+    (["gpu=L4", "prompt_tokens=131072"], "prompt_tokens = '131072': must be a number of tokens, at least 1 and below 131072"),
     (["gpu=L4", "optim.max_token=5"], "unknown key optim.max_token; did you mean optim.max_tokens?"),
     (["gpu=L4", "rollout.group_size=1"], "rollout.group_size = 1: must be at least 2"),
 ])  # fmt: skip
@@ -67,6 +69,25 @@ def test_mistakes_are_config_errors(words, message):
     with pytest.raises(ConfigError) as raised:
         report(["+experiment=gpt_oss_20b_lora", *words])
     assert str(raised.value).startswith(message)
+
+
+def test_completions_end_where_the_models_sequences_do():
+    for new_len in (131072, 500000):
+        text = report(["gpu=H200", "+experiment=gpt_oss_20b_lora", f"rollout.max_new_tokens={new_len}"])
+        assert "prompts of up to 1024 tokens" in text and "in a micro-batch 131,072\n" in text
+
+
+def test_a_cache_too_small_for_a_row_is_refused_by_the_key_that_makes_it_so():
+    words = ["gpu=L4", "+experiment=gpt_oss_20b_lora", *SMALL]
+    with pytest.raises(ConfigError, match=r"rollout.cache_gb=0.045 \(now 0.01\)$"):
+        report([*words, "rollout.cache_gb=0.01"])
+    assert "rows decoded at once: 1;" in report([*words, "rollout.cache_gb=0.045"])
+
+
+def test_the_plan_is_for_the_dtype_of_the_run():
+    words = ["gpu=H100", "+experiment=gpt_oss_20b_lora", *SMALL]
+    half, wide = report([*words, "dtype=float16"]), report([*words, "dtype=bfloat16"])
+    assert half != wide and half == report(["gpu=H100", *words[1:], "dtype=float16"])
 
 
 def test_the_command_prints_its_table_and_ends_with_2_where_nothing_fits(capsys):
