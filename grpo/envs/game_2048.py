@@ -46,50 +46,56 @@ class Game2048:
     """One game: a square board with two tiles. It ends with the goal, without a move left, or after `most_moves`."""
 
     def __init__(self, seed: int, size: int, goal: int, most_moves: int):
-        self._rng, self._goal, self._most_moves, self._num_moves = random.Random(f"2048 tiles {seed}"), goal, most_moves, 0
-        self._board: Board = [[0] * size for _ in range(size)]
+        self._rng, self.goal, self._most_moves, self.num_moves = random.Random(f"2048 tiles {seed}"), goal, most_moves, 0
+        self.board: Board = [[0] * size for _ in range(size)]
         self._add_tile()
         self._add_tile()
+
+    def make_move(self, direction: str) -> None:
+        """Raises ValueError for a move that changes nothing."""
+        slid = slide(self.board, direction)
+        if slid == self.board:
+            raise ValueError(f"{direction} moves no tile")
+        self.board, self.num_moves = slid, self.num_moves + 1
+        self._add_tile()
+
+    @property
+    def largest(self) -> int:
+        return max(map(max, self.board))
+
+    @property
+    def is_over(self) -> bool:
+        return (self.largest >= self.goal or self.num_moves >= self._most_moves
+                or all(slide(self.board, direction) == self.board for direction in DIRECTIONS))
+
+    def progress(self) -> float:
+        """From 0 for the first tiles to 1 for the goal, squared."""
+        return min(max((self.largest - FIRST_TILE) / (self.goal - FIRST_TILE), 0.0), 1.0) ** 2
+
+    def _add_tile(self) -> None:
+        empty = [(row, column) for row, line in enumerate(self.board) for column, tile in enumerate(line) if tile == 0]
+        row, column = self._rng.choice(empty)
+        self.board[row][column] = 4 if self._rng.random() < 0.1 else 2
+
+    def shown(self) -> str:
+        width = len(str(self.largest))
+        return "\n".join(" ".join(str(tile or ".").rjust(width) for tile in line) for line in self.board)
+
+
+class MoveTool:
+    """The tool of one completion."""
+
+    def __init__(self, game: Game2048):
+        self.game = game
 
     def move(self, direction: Literal["up", "down", "left", "right"]) -> str:
         """Slides the tiles and returns the board."""
-        if self._is_over:
+        if self.game.is_over:
             raise ValueError("the game is over")
-        self._make_move(direction)
-        if self._largest >= self._goal:
-            ending = f"\nThe goal of {self._goal} is reached."
-        else:
-            ending = "\nThe game is over." if self._is_over else ""
-        return self._shown() + ending
-
-    def _make_move(self, direction: str) -> None:
-        slid = slide(self._board, direction)
-        if slid == self._board:
-            raise ValueError(f"{direction} moves no tile")
-        self._board, self._num_moves = slid, self._num_moves + 1
-        self._add_tile()
-
-    @property
-    def _largest(self) -> int:
-        return max(map(max, self._board))
-
-    @property
-    def _is_over(self) -> bool:
-        return (self._largest >= self._goal or self._num_moves >= self._most_moves
-                or all(slide(self._board, direction) == self._board for direction in DIRECTIONS))
-
-    def _progress(self) -> float:
-        """From 0 for the first tiles to 1 for the goal, squared."""
-        return min(max((self._largest - FIRST_TILE) / (self._goal - FIRST_TILE), 0.0), 1.0) ** 2
-
-    def _add_tile(self) -> None:
-        empty = [(row, column) for row, line in enumerate(self._board) for column, tile in enumerate(line) if tile == 0]
-        row, column = self._rng.choice(empty)
-        self._board[row][column] = 4 if self._rng.random() < 0.1 else 2
-
-    def _shown(self) -> str:
-        width = len(str(self._largest))
-        return "\n".join(" ".join(str(tile or ".").rjust(width) for tile in line) for line in self._board)
+        self.game.make_move(direction)
+        if self.game.largest >= self.game.goal:
+            return f"{self.game.shown()}\nThe goal of {self.game.goal} is reached."
+        return self.game.shown() + ("\nThe game is over." if self.game.is_over else "")
 
 
 class Play2048(DrawnTasks):
@@ -102,7 +108,7 @@ class Play2048(DrawnTasks):
     INSTRUCTIONS = ("Play 2048 with the function move, one move a call, until the game is over. A move slides all tiles as far "
                     "as they go; two equal tiles that meet become one of their sum; then a 2, or seldom a 4, appears in an empty "
                     "cell. When the game is over, answer with its largest tile.")
-    TOOLS = (function_schema(Game2048(0, 3, 64, 1).move),)
+    TOOLS = (function_schema(MoveTool(Game2048(0, 3, 64, 1)).move),)
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, size: int, goal: int, most_moves: int, held_out_fraction: float,
                  num_eval_prompts: int, reasoning_effort: str, current_date: str):
@@ -116,22 +122,23 @@ class Play2048(DrawnTasks):
     def draw(self, rng: random.Random) -> dict:
         seed = rng.getrandbits(48)
         size, goal, most_moves = self.rules
-        board = Game2048(seed, *self.rules)._shown()
+        board = Game2048(seed, *self.rules).shown()
         return {"question": f"Reach a tile of {goal} within {most_moves} moves. The board:\n{board}", "game_seed": seed}
 
     def identity(self, row: dict) -> str:
         return str(row["game_seed"])
 
-    def episode(self, prompt: Prompt, sample: int) -> Game2048:
-        return Game2048(prompt.row["game_seed"], *self.rules)
+    def episode(self, prompt: Prompt, sample: int) -> MoveTool:
+        return MoveTool(Game2048(prompt.row["game_seed"], *self.rules))
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """See the module."""
         return [self._score(completion) for completion in completions]
 
     def _score(self, completion: Completion) -> Score:
-        game = self.episode(completion.prompt, completion.sample)
-        num_moves, num_refused = replay(game, completion)
-        metrics = {"moves": num_moves, "moves/refused": num_refused, "largest_tile": game._largest}
-        is_won = game._progress() == 1.0
-        return Score(game._progress(), {"progress": game._progress()}, metrics, is_won)
+        tool = self.episode(completion.prompt, completion.sample)
+        num_moves, num_refused = replay(tool, completion)
+        game = tool.game
+        metrics = {"moves": num_moves, "moves/refused": num_refused, "largest_tile": game.largest}
+        is_won = game.progress() == 1.0
+        return Score(game.progress(), {"progress": game.progress()}, metrics, is_won)

@@ -11,7 +11,7 @@ from players_2048 import best_move
 
 from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
-from grpo.envs.game_2048 import DIRECTIONS, Game2048, Play2048, slide
+from grpo.envs.game_2048 import DIRECTIONS, Game2048, MoveTool, Play2048, slide
 
 SETTINGS = load_config("train", ["+experiment=game_2048_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 
@@ -49,33 +49,33 @@ def test_a_line_slides_and_merges_each_pair_once(line, left):
 def test_a_game_begins_with_two_tiles_and_gets_one_with_each_move():
     rng, fours, tiles = random.Random(0), 0, 0
     for seed in range(60):
-        game = Game2048(seed, 4, 2048, 30)
-        assert sum(tile > 0 for line in game._board for tile in line) == 2
-        while not game._is_over:
-            before = sum(map(sum, game._board))
+        game = MoveTool(Game2048(seed, 4, 2048, 30))
+        assert sum(tile > 0 for line in game.game.board for tile in line) == 2
+        while not game.game.is_over:
+            before = sum(map(sum, game.game.board))
             try:
                 game.move(rng.choice(DIRECTIONS))
             except ValueError as error:
                 assert "moves no tile" in str(error)
                 continue
-            new = sum(map(sum, game._board)) - before
+            new = sum(map(sum, game.game.board)) - before
             assert new in (2, 4)
             tiles, fours = tiles + 1, fours + (new == 4)
-        assert game._num_moves == 30
+        assert game.game.num_moves == 30
     assert 0.05 < fours / tiles < 0.15
 
 
 def test_a_game_ends_with_the_goal_or_without_a_move_and_says_so():
-    game = Game2048(0, 2, 8, 100)
-    game._board = [[4, 4], [2, 2]]
-    assert game.move("left").endswith("\nThe goal of 8 is reached.") and game._progress() == 1.0
+    game = MoveTool(Game2048(0, 2, 8, 100))
+    game.game.board = [[4, 4], [2, 2]]
+    assert game.move("left").endswith("\nThe goal of 8 is reached.") and game.game.progress() == 1.0
     with pytest.raises(ValueError, match="the game is over"):
         game.move("left")
-    stuck = Game2048(0, 2, 64, 100)
-    stuck._board = [[8, 0], [16, 32]]
-    assert stuck.move("right").endswith("\nThe game is over.") and stuck._progress() == (28 / 60) ** 2
-    idle = Game2048(0, 2, 64, 100)
-    idle._board = [[2, 0], [4, 0]]
+    stuck = MoveTool(Game2048(0, 2, 64, 100))
+    stuck.game.board = [[8, 0], [16, 32]]
+    assert stuck.move("right").endswith("\nThe game is over.") and stuck.game.progress() == (28 / 60) ** 2
+    idle = MoveTool(Game2048(0, 2, 64, 100))
+    idle.game.board = [[2, 0], [4, 0]]
     with pytest.raises(ValueError, match="left moves no tile"):
         idle.move("left")
 
@@ -87,10 +87,10 @@ def test_the_oracle_reaches_the_goal_on_every_board(env, prompts):
     for prompt in prompts[:10]:
         for depth in (1, 2):  # the deeper one where the other fails
             game, directions = env.episode(prompt, 0), []
-            while not game._is_over:
-                directions.append(best_move(game._board, depth))
+            while not game.game.is_over:
+                directions.append(best_move(game.game.board, depth))
                 game.move(directions[-1])
-            if game._progress() == 1.0:
+            if game.game.progress() == 1.0:
                 break
         verdict = score(env, prompt, moving(*directions))
         assert verdict.reward == 1.0 and verdict.is_correct and verdict.metrics["largest_tile"] == 64
@@ -129,7 +129,7 @@ BAD_CALLS = [
 
 
 def test_garbage_and_hostile_calls_and_texts_earn_nothing_and_raise_nothing(env, prompts):
-    names = ["move", "functions._add_tile", "functions._make_move", "functions.__init__", "python", "functions."]
+    names = ["move", "functions.game", "functions.make_move", "functions.__init__", "python", "functions."]
     calls = tuple(("functions.move", arguments) for arguments in BAD_CALLS)
     calls += tuple((name, arguments) for name in names for arguments in ("{}", '{"direction": "left"}'))
     for text in GARBAGE:
@@ -141,7 +141,7 @@ def test_a_prompt_shows_the_board_and_not_the_seed(env, prompts):
     prompt = prompts[0]
     text = env.tokenizer.decode(prompt.token_ids, keep_special=True)
     assert 'type move = (_: {\ndirection: "up" | "down" | "left" | "right",\n}) => any;' in text
-    assert f"The board:\n{env.episode(prompt, 0)._shown()}<|end|>" in text and str(prompt.row["game_seed"]) not in text
+    assert f"The board:\n{env.episode(prompt, 0).game.shown()}<|end|>" in text and str(prompt.row["game_seed"]) not in text
 
 
 @pytest.mark.parametrize("key, value", [("size", 1), ("goal", 4), ("goal", 100), ("most_moves", 0)])
