@@ -12,7 +12,7 @@ import sys
 import torch
 
 from grpo.config import ConfigError, Dtype
-from grpo.configuration.launch import CONFIG_ERROR, load_config
+from grpo.configuration.launch import CONFIG_ERROR, INTERRUPTED, load_config
 from grpo.plan import architecture_of
 from grpo.record.terminal import print_error
 from grpo.run.compilation import Compilation, describe_failures, rehearsal_of
@@ -29,6 +29,9 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print_error("config error", str(error))
         return CONFIG_ERROR
+    except KeyboardInterrupt:
+        print_error("stopped", "what was compiled is kept; the same command goes on")
+        return INTERRUPTED
 
 
 def warm(words: list[str]) -> int:
@@ -44,7 +47,7 @@ def warm(words: list[str]) -> int:
         print("all kernels are compiled")
         return 0
     seconds = compilation.wait(show, lambda: False)
-    print(f"{compilation.num_compiled - len(compilation.failures)} kernels compiled, {seconds:.1f} s")
+    print(f"{max(0, compilation.num_compiled - len(compilation.failures))} kernels compiled, {seconds:.1f} s")
     if compilation.failures:
         print(describe_failures(compilation.failures), file=sys.stderr)
     return 1 if compilation.failures else 0

@@ -227,7 +227,10 @@ def serve() -> None:
 
     plan, gpu = pickle.load(sys.stdin.buffer)
     found = variants(plan, gpu)
-    failures = ahead.compile_all(found, num_processes=len(os.sched_getaffinity(0)), progress=lambda *counts: report(counts))
-    if not failures:
-        _list_file(plan, gpu).write_text(json.dumps([(variant.name, variant.cache_key()) for variant in found]))
+    try:
+        failures = ahead.compile_all(found, num_processes=len(os.sched_getaffinity(0)), progress=lambda *counts: report(counts))
+        if not failures:
+            _list_file(plan, gpu).write_text(json.dumps([(variant.name, variant.cache_key()) for variant in found]))
+    except OSError as error:
+        failures = [f"Triton's cache, {ahead.cache_folder()}: {error.strerror}; TRITON_CACHE_DIR names another folder"]
     report(failures)

@@ -52,17 +52,20 @@ class Compilation:
 
     def wait(self, progress: Callable[[int, int], None], should_stop: Callable[[], bool]) -> float:
         """Returns the seconds since the start. progress(compiled, all) is called after each kernel. The process is ended if
-        should_stop() says so, or if it says nothing for SILENCE seconds."""
+        should_stop() says so, if it says nothing for SILENCE seconds, and by Ctrl-C."""
         if self.process is not None:
             process, heard, self.failures, line = self.process, time.perf_counter(), None, b"[]"
-            while line:
-                if select.select([process.stdout], [], [], 0.5)[0]:
-                    heard, line = time.perf_counter(), process.stdout.readline()
-                    if line:
-                        self._read(json.loads(line), progress)
-                elif should_stop() or time.perf_counter() - heard > SILENCE:
+            try:
+                while line:
+                    if select.select([process.stdout], [], [], 0.5)[0]:
+                        heard, line = time.perf_counter(), process.stdout.readline()
+                        if line:
+                            self._read(json.loads(line), progress)
+                    elif should_stop() or time.perf_counter() - heard > SILENCE:
+                        break
+            finally:  # Ctrl-C too
+                if line:
                     os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
-                    break
             code = process.wait()
             if self.failures is None:
                 self.failures = [f"the process that compiles ended with code {code}"]

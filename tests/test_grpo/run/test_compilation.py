@@ -72,6 +72,24 @@ def test_a_silent_process_is_ended_as_is_one_of_a_run_that_stops(stops, monkeypa
     assert compilation.failures == ["the process that compiles ended with code -9"]
 
 
+def test_ctrl_c_ends_the_process_too():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    endless = process(first="import time; print([0, 3], flush=True); time.sleep(60)")
+    with pytest.raises(KeyboardInterrupt):
+        Compilation(endless).wait(interrupt, goes_on)
+    assert endless.wait(30) == -9
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, capfd):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")
+    compilation = Compilation(compile_beside(plan_of(), GPUS["H100"]))
+    compilation.wait(lambda *_: None, goes_on)
+    assert compilation.failures == ["Triton's cache, /dev/null/cache: Not a directory; TRITON_CACHE_DIR names another folder"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_no_process_starts_without_a_gpu():
     config = load_config("train", ["+experiment=gpt_oss_20b_lora", "device=cpu"])
     settings = {"prompt_len": 50, "device": torch.device("cpu"), "dtype": torch.float32}
