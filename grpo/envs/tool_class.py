@@ -25,8 +25,6 @@ import inspect
 import itertools
 import json
 import random
-import sys
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -34,6 +32,7 @@ from grpo.batch import Completion, Prompt
 from grpo.environment import Score
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
+from grpo.envs.global_random import HELD, seed_all
 from grpo.rewards.functions import load_function
 from grpo.rewards.values import shorten
 from grpo.rollout.episode_forms import PROTOCOL
@@ -42,8 +41,6 @@ from models.chat.functions import function_schema, public_methods
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt, system_content
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
-
-_RESETS = threading.Lock()  # the global random generators are one for all threads
 
 
 class ToolClass:
@@ -172,10 +169,8 @@ class ToolClass:
     def _seeded(self, row: dict) -> Iterator[int]:
         """Holds the global random generators, seeded by a row; gives a seed of 31 bits."""
         key = hashlib.sha256(f"{self.seed} {_text(row)}".encode()).digest()
-        with _RESETS:
-            random.seed(key)
-            if "numpy" in sys.modules:
-                sys.modules["numpy"].random.seed(int.from_bytes(key[:4], "big"))
+        with HELD:
+            seed_all(key)
             yield int.from_bytes(key[:4], "big") >> 1
 
 

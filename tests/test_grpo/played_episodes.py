@@ -47,5 +47,5 @@ def play(env, prompts, monkeypatch, texts, *, max_len: int = 2048) -> list[Compl
     monkeypatch.setattr(Session, "_draw", scripted)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     params = SamplingParams(max_new_tokens=max_len - longest)
-    turns = Turns(env, TOKENIZER, TurnsConfig())
+    turns = Turns(env, TOKENIZER, TurnsConfig(max_turns=20))
     return turns.generate(Sampler(model, TOKENIZER.stop_ids, max_batch=8, seed=0), prompts, params, step=0, num_samples=1)
