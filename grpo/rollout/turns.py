@@ -30,7 +30,7 @@ from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import RolloutRow
 from grpo.rollout.session import Interrupted, Sampler, Session
 from models.chat.parse import conversation, parse_completion
-from models.chat.render import Message, generation_prompt, render_message
+from models.chat.render import CHANNELS, Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer
 from models.chat.tools import to_json
 
@@ -85,7 +85,8 @@ class Turns:
         """Token ids that follow a sampled <|call|>: the tool's message, and the start of the assistant's."""
         tokenizer = self.tokenizer
         name = self._encodable(re.sub(r"[^\w.-]", "", call.name)[:64]) or "functions"
-        message = Message("tool", "", channel or "commentary", recipient="assistant", name=name)
+        channel = channel if channel in CHANNELS else "commentary"
+        message = Message("tool", "", channel, recipient="assistant", name=name)
         *header, end = render_message(message, tokenizer)
         is_json = call.is_failed and self.limits.form == ResultForm.hub
         text = to_json({"error": call.result}, call.name) if is_json else call.result

@@ -178,7 +178,8 @@ def test_a_call_is_answered_and_the_model_goes_on(play):
     (CALL.replace("echo", "reset"), "no tool 'functions.reset'; there are: functions.echo, functions.count"),
     (CALL.replace("functions.echo", "python"), "no tool 'python'"), (CALL.replace("echo", "refuse"), "game over"),
     ("<|channel|>commentary<|message|>hello<|call|>", "no recipient"), ("<|channel|>commentary<|call|>", "cannot be read"),
-    ("<|message|><|call|>", "no recipient"), ("<|channel|><|message|>x<|call|>", "cannot be read")])
+    ("<|message|><|call|>", "no recipient"), ("<|channel|><|message|>x<|call|>", "cannot be read"),
+    ("<|channel|>gossip to=functions.refuse<|message|>{}<|call|>", "game over")])
 def test_a_malformed_call_is_answered_by_an_error(play, turn, answer):
     (completion,), _ = play({(0, 0): [turn, FINAL.format("1")]})
     made, = completion.episode.calls
