@@ -25,7 +25,7 @@ from grpo.groups import collect, completion_record, turn_metrics
 from grpo.losses import LossInputs, dapo, dr_grpo, grpo
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import Scheduler
-from grpo.rollout.session import Sampler, Session
+from grpo.rollout.session import Interrupted, Sampler, Session
 from grpo.rollout.turns import Turns
 from models.chat.parse import parse_completion
 from models.chat.tokenizer import Tokenizer
@@ -35,6 +35,9 @@ CASES = json.loads((FIXTURES / "harmony" / "tool_turns.json").read_text(encoding
 TOKENIZER = Tokenizer.load(FIXTURES / "tokenizer_compact")
 CALL = "<|channel|>commentary to=functions.echo <|constrain|>json<|message|>{}<|call|>"
 FINAL = "<|channel|>final<|message|>{}<|return|>"
+
+
+HANGS = threading.Event()  # set by a tool that does not come back
 
 
 class Tools:
@@ -68,6 +71,7 @@ class Tools:
         if how == "exit":
             raise SystemExit(3)
         if how == "hang":
+            HANGS.set()
             threading.Event().wait(600)
         if how == "leak":
             self.children.append(subprocess.Popen(["sleep", "600"]))
@@ -98,7 +102,8 @@ def model(lively_model):
 def play(model, monkeypatch):
     """Plays scripts, texts of turns by (prompt id, sample), against an environment; returns completions and statistics."""
 
-    def play(scripts, *, env=None, limits=None, max_new_tokens=1500, prompt_len=12, records_routing=False, **settings):
+    def play(scripts, *, env=None, limits=None, max_new_tokens=1500, prompt_len=12, records_routing=False,
+             should_stop=None, **settings):
         ids = {key: [id for text in texts for id in encode_with_special(TOKENIZER, text)] for key, texts in scripts.items()}
         num_drawn = dict.fromkeys(ids, 0)
 
@@ -123,7 +128,7 @@ def play(model, monkeypatch):
         turns = Turns(Env() if env is None else env, TOKENIZER, limits or TurnsConfig())
         completions = turns.generate(sampler, prompts, SamplingParams(max_new_tokens=max_new_tokens,
                                                                       records_routing=records_routing),
-                                     step=3, num_samples=len(scripts) // len(prompts))
+                                     step=3, num_samples=len(scripts) // len(prompts), should_stop=should_stop)
         return completions, sampler.last_stats
 
     play.warnings = []
@@ -330,6 +335,12 @@ def children_of_this_process() -> list[str]:
 def test_if_all_episodes_fail_the_run_ends_and_says_why(play):
     with pytest.raises(EnvironmentFault, match="all 2 episodes failed, prompt 0 .*raised KeyError"):
         play({(0, 0): [misbehave("raise")], (0, 1): [misbehave("raise")]})
+
+
+def test_a_stop_signal_ends_the_wait_for_a_tool(play):
+    HANGS.clear()
+    with pytest.raises(Interrupted):
+        play({(0, 0): [misbehave("hang")]}, should_stop=HANGS.is_set)
 
 
 def test_groups_of_a_step_carry_turns_and_calls(play, model, monkeypatch):
