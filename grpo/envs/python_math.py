@@ -21,6 +21,7 @@ from grpo.sandbox.pool import Sandbox
 from models.chat.tokenizer import Tokenizer
 
 STATELESS = " Each call of python begins anew, without the names of earlier calls."
+MOST_CHARACTERS = 10_000  # of a final message; a longer one is wrong
 GATING = ("call", "crash")  # violations that no honest code commits
 
 
@@ -119,7 +120,9 @@ class PythonMath(DrawnTasks):
     def _score(self, completion: Completion) -> Score:
         found = completion.episode.reward if completion.episode is not None else None
         violations = found if isinstance(found, list) else []
-        match = numeric_match(self.parse(completion).final, completion.prompt.row["answer"], tolerance=0.0)
+        final = self.parse(completion).final
+        is_short = len(final) <= MOST_CHARACTERS
+        match = numeric_match(final, completion.prompt.row["answer"], tolerance=0.0) if is_short else 0.0
         is_allowed = not any(kind in GATING for kind in violations)
         metrics = {f"sandbox/violations/{kind}": float(kind in violations) for kind in VIOLATIONS}
         return Score(match * is_allowed, {"numeric_match": match}, metrics, bool(match) and is_allowed)

@@ -79,7 +79,7 @@ class EpisodeThread:
         form = self._opened()
         tools = form.tools()
         namespace, _, function = name.rpartition(".")
-        if name == "python" and name in tools:  # the built-in one: the message is code, the result is plain text
+        if name == "python" and callable(tools.get(name)):  # the built-in one: the message is code, the result is plain text
             return ToolCall(name, arguments, _limited(str(self._run(partial(tools[name], arguments))), name), False)
         if namespace != "functions" or function not in tools:
             there = ", ".join(f"functions.{tool}" for tool in tools)

@@ -95,7 +95,7 @@ def test_the_recipient_python_gets_the_text_as_it_is_and_answers_in_plain_text(s
     for name, arguments, result in (("python", "print('a b')", "a b"), ("functions.python", '{"code": "print(7)"}', '"7"')):
         thread.call(name, arguments)
         assert replies.get()[1] == ToolCall(name, arguments, result, False)
-    thread.end()
+    thread.end(list)
     assert replies.get()[1] == []
     thread.leave()
 
@@ -167,7 +167,7 @@ def test_no_constant_earns_half(env):
 
 def test_garbage_and_hostile_texts_earn_nothing_and_raise_nothing(env):
     prompt = Prompt(0, [1], {"question": "?", "answer": "42"})
-    for text in [*GARBAGE, "41 42", "42 or 43", "\\boxed{41} \\boxed{42}"]:
+    for text in [*GARBAGE, "41 42", "42 or 43", "\\boxed{41} \\boxed{42}", "42" + " " * 10_000]:
         (score,) = checked_scores(env, [answered(env, prompt, text)])
         assert score.reward == 0.0 and score.is_correct is False, text
 
