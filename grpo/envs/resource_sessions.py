@@ -14,7 +14,7 @@ generators are seeded before create().
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
-from grpo.envs.tool_class import ToolClass
+from grpo.envs.tool_class import ToolClass, hold_out
 from grpo.rollout.episode_forms import SESSION, tool_schemas
 from grpo.rollout.episodes import EpisodeFault
 from models.chat.render import harmony_messages, render_prompt
@@ -23,7 +23,8 @@ from models.chat.render import harmony_messages, render_prompt
 class ResourceSessions(ToolClass):
     """The environment. Its keywords are those of ToolClass; `environment` names the factory's class.
 
-    A row of `path` is the task; without `path` the task is None, and prompts differ by their seed.
+    A row of `path` is the task, or one of the rows that the factory's tasks() returns, if it has that; without either the task is
+    None, and prompts differ by their seed.
 
     Raises ValueError for a factory or session without the methods."""
 
@@ -49,6 +50,9 @@ class ResourceSessions(ToolClass):
         if not hasattr(self._factory, "create"):
             raise ValueError(f"env.environment={environment!r}: {type(self._factory).__name__} has no create(task, seed); "
                              "a class with reset() is run by env=tool_class")
+        if not self.train_rows and hasattr(self._factory, "tasks"):
+            rows = [(f"{environment}.tasks()", row) for row in self._factory.tasks()]
+            self.train_rows, self.eval_rows = hold_out(rows, environment, self.held_out_fraction, len(self.eval_rows))
         session = self._create(self.eval_rows[0])
         if missing := [f"{method}()" for method in SESSION if not hasattr(session, method)]:
             raise ValueError(f"env.environment={environment!r}: its session, {type(session).__name__}, has no "

@@ -25,7 +25,7 @@ import inspect
 import itertools
 import json
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from grpo.batch import Completion, Prompt
@@ -62,13 +62,15 @@ class ToolClass:
         if num_eval_prompts < 1:
             raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must be at least 1")
         self.tokenizer, self.seed, self.name, self.prompt_key = tokenizer, seed, environment, prompt_key
+        self.held_out_fraction = held_out_fraction
         factory = load_function(environment, key="env.environment")
         self._make: Callable[[], object] = lambda: factory(**(kwargs or {}))
         self._chat = {"instructions": instructions, "reasoning_effort": reasoning_effort, "current_date": current_date}
         self.train_rows: list[dict] = []
         self.eval_rows = [{"seed": number} for number in range(num_eval_prompts)]
         if path is not None:
-            self.train_rows, self.eval_rows = _read(path, subset, split, held_out_fraction, num_eval_prompts)
+            rows = read_rows(path, "path", subset=subset, split=split)
+            self.train_rows, self.eval_rows = hold_out(rows, path, held_out_fraction, num_eval_prompts)
         self.tools = self._check_tools(environment)
 
     @staticmethod
@@ -178,11 +180,11 @@ async def _awaited(awaitable: Awaitable) -> object:
     return await awaitable
 
 
-def _read(path: str | list, subset: str | None, split: str | None, fraction: float,
-          num_eval_prompts: int) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and held-out rows, told apart by their hash."""
+def hold_out(rows: Iterable[tuple[str, dict]], path: str | list, fraction: float,
+             num_eval_prompts: int) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and held-out rows, told apart by their hash. rows: each with its place."""
     train, held_out = [], []
-    for place, record in read_rows(path, "path", subset=subset, split=split):
+    for place, record in rows:
         if isinstance(record, str):
             raise DataError(f"{place}: {record}")
         rank = int.from_bytes(hashlib.sha256(_text(record).encode()).digest()[:8], "big")

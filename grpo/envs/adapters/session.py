@@ -66,11 +66,12 @@ class GameSession:
 class QuestionSession:
     """A session without tools: a question, and a function that scores the final message ("" where there is none)."""
 
-    def __init__(self, question: str, score: Callable[[str], tuple[float, dict]]) -> None:
-        self.question, self.score = question, score
+    def __init__(self, question: str, score: Callable[[str], tuple[float, dict]], *, system: str | None = None) -> None:
+        self.question, self.score, self.system = question, score, system
 
     def initial_messages(self) -> list[dict]:
-        return [{"role": "user", "content": self.question}]
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": self.question}]
 
     def list_tools(self) -> list[dict]:
         return []

@@ -1,7 +1,8 @@
 """Environments that others wrote, unmodified, played by a scripted policy on a tiny model.
 
 Tests of a library run where it is installed. GRPO_ENVS_PYTHON names a Python with this program's dependencies, pytest and
-libraries, in which they all run; GRPO_OPENENV_ENVS the folder `envs` of OpenEnv's repository: its environments are not on PyPI.
+libraries, in which they all run; GRPO_OPENENV_ENVS the folder `envs` of OpenEnv's repository and
+GRPO_VERIFIERS_ENVS `environments` of verifiers': what lies there is not on PyPI.
 """
 
 import os
@@ -275,6 +276,88 @@ def test_openenv(name, arguments, reward, monkeypatch):
         assert '"current_position": [0, 0]' not in calls[0].result and scores[0].reward < 0
     else:
         assert [score.reward for score in scores] == [pytest.approx(reward)] * 2 and '"done": true' in calls[-1].result
+
+
+def verifiers_folder(monkeypatch) -> None:
+    needs("verifiers")
+    folder = os.environ.get("GRPO_VERIFIERS_ENVS")
+    if not folder:
+        pytest.skip("GRPO_VERIFIERS_ENVS does not name the folder `environments` of verifiers' repository")
+    for name in ("kuhn_poker", "reverse_text"):
+        monkeypatch.syspath_prepend(f"{folder}/{name}")
+
+
+def test_verifiers_reverse_text(monkeypatch, tmp_path):
+    verifiers_folder(monkeypatch)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(f'{{"prompt": "abcd{i:02}"}}\n' for i in range(40)))
+    env = sessions("verifiers_tasks:VerifiersTasks", taskset="reverse_text",
+                   settings={"taskset": {"dataset_name": str(tmp_path / "data")}})
+    assert len(env.train_rows) + len(env.eval_rows) <= 40 and not any(row in env.train_rows for row in env.eval_rows)
+
+    def answer(session, text):
+        assert "# Instructions\n\nReverse the text character-by-character." in text
+        given = re.search(r"abcd\d\d", text).group()
+        asked.append(given)
+        return [final(f"<reversed_text>{given[::-1] if len(asked) == 1 else given[0]}</reversed_text>")]
+
+    asked = []
+    _, scores = played(env, monkeypatch, answer)
+    assert [score.reward for score in scores] == [1.0, pytest.approx(2 / 7)]  # one of 6 and 1 characters matches
+
+
+def test_verifiers_kuhn_poker(monkeypatch, tmp_path):
+    verifiers_folder(monkeypatch)
+    (tmp_path / "rival.py").write_text("import re\ndef passive(messages):\n"
+                                       "    legal = re.findall(r'\\[(\\w+)\\]', messages[-1]['content'])\n"
+                                       "    return f'[{legal[-2]}]'\n")  # of the two legal actions: check, or fold
+    settings = {"taskset": "kuhn_poker", "num_tasks": 40, "opponent": f"{tmp_path}/rival.py:passive"}
+    with pytest.raises(ValueError, match="kuhn_poker has the agents player0, player1; .*name a function"):
+        sessions("verifiers_tasks:VerifiersTasks", taskset="kuhn_poker", num_tasks=40)
+    with pytest.raises(ValueError, match="agent='dealer': allowed: player0, player1"):
+        sessions("verifiers_tasks:VerifiersTasks", **settings, agent="dealer")
+
+    env = sessions("verifiers_tasks:VerifiersTasks", **settings, agent="player0")
+
+    def bet(session, text):
+        assert "You are playing Kuhn poker as Player 0." in text and text.count("Your private card: ") == 1
+        assert text.endswith("Your legal actions: [check] or [bet].<|end|><|start|>assistant")
+        first = call("reply", message="I check or bet: [check] [bet]") if not seen else ""
+        seen.append(session)
+        return [first, call("reply", message="[bet]"), final("done")]
+
+    seen = []
+    completions, scores = played(env, monkeypatch, bet)
+    assert [score.reward for score in scores] == [1.0, 1.0] and scores[0].metrics == {"forfeit": 0.0}
+    calls = [call.result for call in completions[0].episode.calls]
+    assert "That was not a legal move." in calls[0] and calls[1] == '"The exchange is over."'
+
+    _, scores = played(env, monkeypatch, lambda session, text: [final("I do not play")])
+    assert [(score.reward, score.metrics) for score in scores] == [(-1.0, {"forfeit": 1.0})] * 2
+
+
+def test_verifiers_tasks_that_need_a_runtime_are_refused_by_name(monkeypatch, tmp_path):
+    needs("verifiers")
+    (tmp_path / "needy_tasks.py").write_text("""
+import verifiers.v1 as vf
+
+class NeedyTask(vf.Task[vf.TaskData]):
+    async def setup(self, trace, runtime):
+        pass
+
+    @vf.reward(weight=1.0)
+    async def tests_pass(self, trace, runtime) -> float:
+        return 1.0
+
+class NeedyTaskset(vf.Taskset[NeedyTask]):
+    def load(self):
+        return [NeedyTask(vf.TaskData(prompt="x", image="python:3"), self.config.task)]
+
+__all__ = ["NeedyTaskset"]
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=r"NeedyTask.setup\(\), NeedyTask.tests_pass\(runtime\), the image python:3"):
+        sessions("verifiers_tasks:VerifiersTasks", taskset="needy_tasks")
 
 
 def test_an_mcp_server_gives_each_episode_its_tools_afresh(monkeypatch, tmp_path):
