@@ -56,7 +56,7 @@ def sessions(adapter: str, *, path: str | None = None, **kwargs) -> ResourceSess
 
 def test_the_libraries_of_another_python():
     python = os.environ.get("GRPO_ENVS_PYTHON")
-    if not python or os.path.realpath(python) == os.path.realpath(sys.executable):
+    if not python or os.path.abspath(python) == os.path.abspath(sys.executable):  # links of two environments lead to one file
         pytest.skip("GRPO_ENVS_PYTHON does not name another Python")
     command = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__]
     environment = {name: value for name, value in os.environ.items() if name != "GRPO_ENVS_PYTHON"}
