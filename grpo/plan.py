@@ -2,7 +2,7 @@
 
     python -m grpo.plan +experiment=gpt_oss_20b_lora gpu=4090 [prompt_tokens=N] [KEY=VALUE ...]
 
-gpu: T4, L4, 4090, A100-40, A100-80, H100, H200, or a number of GB (1e9 bytes). The other words are those of grpo.train;
+gpu: T4, L4, 4090, A100-40, A100-80, H100, H200, B200, or a number of GB (1e9 bytes). The other words are those of grpo.train;
 model.memory_gb caps a larger GPU, model.host_gb the host memory (null: as much as the plan wants). prompt_tokens: the longest
 prompt; without it what the environment allows. Of a checkpoint config.json alone is read; the sizes of openai/gpt-oss-20b and
 -120b are known without it. Exit code 2 where the run does not fit.

@@ -2,10 +2,10 @@
 
     python -m grpo.warm [gpu=H100] +experiment=gpt_oss_20b_lora [KEY=VALUE ...]
 
-gpu: L4, 4090, A100, H100, H200 or B200, which need not be here; by default the GPU that is. The other words are those of
-grpo.train. Of a checkpoint config.json alone is read; the sizes of openai/gpt-oss-20b and -120b are known without it. A run does
-the same by itself while it loads; it finds what was compiled here if Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache) and
-the versions of Triton, PyTorch and this program are the same.
+gpu: L4, 4090, A100-40, A100-80, H100, H200 or B200, which need not be here; by default the GPU that is. The other words are
+those of grpo.train. Of a checkpoint config.json alone is read; the sizes of openai/gpt-oss-20b and -120b are known without it.
+A run does the same by itself while it loads; it finds what was compiled here if Triton's cache (TRITON_CACHE_DIR, else
+~/.triton/cache) and the versions of Triton, PyTorch and this program are the same.
 """
 import sys
 

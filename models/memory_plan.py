@@ -74,7 +74,8 @@ GPU_SPECS = {
     "A100-40": GpuSpec(_gib(39.39), 1.5e12, 25e9),
     "A100-80": GpuSpec(_gib(79.15), 2.0e12, 25e9),
     "H100": GpuSpec(_gib(79.10), 3.3e12, 55e9),
-    "H200": GpuSpec(_gib(139.72), 4.2e12, 55e9)}
+    "H200": GpuSpec(_gib(139.72), 4.2e12, 55e9),
+    "B200": GpuSpec(_gib(178.35), 8.0e12, 55e9)}
 
 
 @dataclass

@@ -40,8 +40,9 @@ _MANY_TOKENS = (600, 2000)
 _TRAINED_TOKENS = (100, 600, 2000, 8192)
 
 
-GPUS = {"L4": Gpu(89, 58), "4090": Gpu(89, 128), "A100": Gpu(80, 108), "H100": Gpu(90, 132), "H200": Gpu(90, 132),
-        "B200": Gpu(100, 148)}
+# by the names of models/memory_plan.py: GPU_SPECS
+GPUS = {"T4": Gpu(75, 40), "L4": Gpu(89, 58), "4090": Gpu(89, 128), "A100-40": Gpu(80, 108), "A100-80": Gpu(80, 108),
+        "H100": Gpu(90, 132), "H200": Gpu(90, 132), "B200": Gpu(100, 148)}
 
 
 @dataclass

@@ -8,9 +8,14 @@ from grpo.config import ConfigError
 from grpo.plan import main, report
 from models.config import released
 from models.memory_plan import GPU_SPECS
+from models.rehearsal import GPUS
 
 SMALL = ["rollout.prompts_per_step=1", "rollout.max_new_tokens=512", "model.lora.rank=8", "optim.max_tokens=4096",
          "prompt_tokens=200", "eval.at_start=false", "eval.at_end=false", "eval.every=0"]  # fmt: skip
+
+
+def test_plans_and_compilations_know_the_same_gpus():
+    assert list(GPU_SPECS) == list(GPUS)
 
 
 @pytest.mark.parametrize("gpu", GPU_SPECS)

@@ -108,7 +108,7 @@ def test_what_is_compiled_is_not_rehearsed_again(tmp_path, monkeypatch):
     assert not is_compiled(plan, gpu)
     assert kernels.ahead.compile_all(some, num_processes=2, progress=lambda *_: None) == []
     assert is_compiled(plan, gpu) and compile_beside(plan, gpu) is None
-    assert not is_compiled(plan_of("rollout.max_batch=24"), gpu) and not is_compiled(plan, GPUS["A100"])
+    assert not is_compiled(plan_of("rollout.max_batch=24"), gpu) and not is_compiled(plan, GPUS["A100-80"])
     next(tmp_path.rglob("_advance_kernel.json")).unlink()
     next(tmp_path.rglob("__grp___advance_kernel.json")).unlink()
     assert not is_compiled(plan, gpu)
@@ -125,7 +125,7 @@ def test_the_process_says_what_it_cannot_do(tmp_path, monkeypatch, capfd):
 def test_gpus_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen_gpu("H200").capability == 90
-    for name, reason in ((None, "torch sees none here"), ("V100", "gpu = 'V100': give one of L4")):
+    for name, reason in ((None, "torch sees none here"), ("V100", "gpu = 'V100': give one of T4"), ("T4", "little is compiled")):
         with pytest.raises(ValueError, match=reason):
             chosen_gpu(name)
     monkeypatch.setenv("GRPO_PRODUCTS", "library")
