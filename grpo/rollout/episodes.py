@@ -23,6 +23,7 @@ from grpo.rollout.episode_forms import MethodForm, ResourceForm
 from models.chat.tools import to_json
 
 MOST_CHARACTERS = 1_000_000  # of a result; more is a fault of the environment
+_GRACE = 0.25  # seconds for processes that are about to end
 
 
 class EpisodeFault(Exception):
@@ -147,12 +148,16 @@ def describe(error: BaseException) -> str:
 
 def kill_children_of(thread_id: int) -> list[int]:
     """Kills the processes that a thread of this process has started, and those that they have. Returns the ids of the thread's
-    own that had not ended. Where Linux does not list the children of threads, nothing is found."""
+    own that did not end within _GRACE. Where Linux does not list the children of threads, nothing is found."""
     children = _children(f"/proc/self/task/{thread_id}")
-    alive = []
+    alive, deadline = [], time.monotonic() + _GRACE
     for child in children:
         with suppress(OSError):
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while (is_alive := os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+            if is_alive:
                 alive.append(child)
                 _kill_tree(child)
         with suppress(OSError):  # somebody else has waited for it

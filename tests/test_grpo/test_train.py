@@ -236,5 +236,5 @@ def test_evaluation_has_filters_of_its_own_or_those_of_rollouts(monkeypatch, own
     monkeypatch.setattr(grpo.train, "held_out_prompts", lambda *_, **__: [])
     metrics = MagicMock(has_eval=lambda step: False)
     grpo.train.evaluate_if_due(SimpleNamespace(config=config, step=0, env=None, sampler=MagicMock(), policy=MagicMock(),
-                                               should_stop=None, metrics=metrics))
+                                               should_stop=None, metrics=metrics, turns=None))
     assert [(params.top_k, params.top_p, params.min_p) for params in seen] == [expected]

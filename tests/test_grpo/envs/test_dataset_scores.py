@@ -4,7 +4,7 @@ import pytest
 from question_data import GOOD, complete, final, make, problem, rows, write
 
 from grpo.rewards.functions import RewardError
-from grpo.rewards.workers import Outcome
+from grpo.rewards.workers import WorkerOutcome
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_an_answer_that_could_not_be_judged_gets_no_reward_and_is_counted(tokeni
 
 class DeadWorkers:
     def map(self, items, *, budget):
-        return [Outcome(error="its worker died") for _ in items]
+        return [WorkerOutcome(error="its worker died") for _ in items]
 
 
 def test_answers_after_a_marker_are_cut_out(tokenizer, tmp_path):

@@ -329,7 +329,7 @@ def test_an_environment_that_misbehaves_loses_its_episode_and_no_other(play, how
 
 def children_of_this_process() -> list[str]:
     return [child for task in os.listdir("/proc/self/task") for child in open(f"/proc/self/task/{task}/children").read().split()
-            if "sleep" in open(f"/proc/{child}/cmdline").read()]
+            if open(f"/proc/{child}/cmdline").read().startswith("sleep")]
 
 
 def test_if_all_episodes_fail_the_run_ends_and_says_why(play):
