@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-gpu train warm sweep eval generate bench lint format clean
+.PHONY: help quickstart test test-slow test-gpu train warm sweep eval generate bench lint format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,8 +18,11 @@ help: ## this list
 quickstart: $(INSTALLED) ## train the default task on the CPU, in minutes; resumes it if it was stopped
 	$(BIN)/python -m grpo.train $$($(BIN)/python scripts/next_run.py $(ARGS)) $(ARGS)
 
-test: $(INSTALLED) ## all tests that need no GPU, on all cores
-	$(BIN)/python -m pytest -m "not gpu" $(if $(strip $(ARGS)),$(ARGS),-n auto --dist loadfile)
+test: $(INSTALLED) ## all quick tests that need no GPU, on all cores; those that ARGS name, slow ones too
+	$(BIN)/python -m pytest $(if $(strip $(ARGS)),-m "not gpu" $(ARGS),-m "not gpu and not slow" -n auto --dist loadfile)
+
+test-slow: $(INSTALLED) ## the slow tests that need no GPU: refused memory, streamed experts, rehearsals, audits of tasks
+	$(BIN)/python -m pytest -m "slow and not gpu" $(if $(strip $(ARGS)),$(ARGS),-n auto --dist loadfile)
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

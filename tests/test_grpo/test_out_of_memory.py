@@ -22,6 +22,8 @@ from grpo.run.start import Run, make_optimizer
 from grpo.update import train_minibatch, update
 from models.block import Block
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config():

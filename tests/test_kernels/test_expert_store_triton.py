@@ -11,6 +11,8 @@ from models.config import GptOssConfig
 from models.expert_store import ExpertStore, Placement, views
 from models.gpt_oss import GptOss
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 16,
                 "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 4, "vocab_size": 16}
 

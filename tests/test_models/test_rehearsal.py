@@ -18,6 +18,8 @@ from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora
 from models.rehearsal import Rehearsal, build, gpu_here, rehearse, rehearse_rollout, rehearse_training, rehearse_update
 
+pytestmark = pytest.mark.slow
+
 H200, A100 = Gpu(90, 132), Gpu(80, 108)
 SAMPLED, GREEDY = PlainDraw(1.0, False), PlainDraw(1.0, True)
 

@@ -13,6 +13,8 @@ from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
 from grpo.envs.game_2048 import DIRECTIONS, Game2048, MoveTool, Play2048, slide
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = load_config("train", ["+experiment=game_2048_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 
 

@@ -22,6 +22,8 @@ from models.chat.render import Message, generation_prompt, render_message
 sys.path.insert(0, str(Path(__file__).parent))
 import matmul_answers as answers  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = load_config("train", ["+experiment=matmul_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 PLAIN = Task("product", "float", False, False, False)
 

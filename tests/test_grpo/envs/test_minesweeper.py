@@ -16,6 +16,8 @@ from grpo.environment import checked_scores, make_environment
 from grpo.envs.minesweeper import Minefield, Minesweeper
 from grpo.rollout.episodes import EpisodeThread
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = load_config("train", ["+experiment=minesweeper_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 CELLS = list(itertools.product(range(6), range(6)))
 

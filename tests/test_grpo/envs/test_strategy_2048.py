@@ -19,6 +19,8 @@ from grpo.sandbox.pool import Sandbox
 sys.path.insert(0, str(Path(__file__).parent))
 import strategy_answers as answers  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = load_config("train", ["+experiment=strategy_2048_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 PLAIN = Variant(3, "rows", 0, DIRECTIONS)
 

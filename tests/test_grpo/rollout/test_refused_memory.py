@@ -12,6 +12,8 @@ from grpo.rollout.session import Sampler
 from models.gpt_oss import GptOss
 from models.kv_cache import KVCache
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [70, 5, 130, 64, 33]
 PLACES = [(GptOss, "new_cache"), (GptOss, "prefill"), (GptOss, "decode"), (GptOss, "draw"), (GptOss, "head"), (GptOss, "score"),
           (KVCache, "_copy")]

@@ -31,6 +31,8 @@ from models.chat.parse import parse_completion
 from models.chat.tokenizer import Tokenizer
 from models.gpt_oss import KeptSets
 
+pytestmark = pytest.mark.slow
+
 CASES = json.loads((FIXTURES / "harmony" / "tool_turns.json").read_text(encoding="utf-8"))
 TOKENIZER = Tokenizer.load(FIXTURES / "tokenizer_compact")
 CALL = "<|channel|>commentary to=functions.echo <|constrain|>json<|message|>{}<|call|>"
