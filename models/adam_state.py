@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 
 from kernels.adamw import BLOCK, AdamNumbers, Moments8, adamw, rng_keys
+from models.arena import space_of
+from models.host_store import pinned_bytes
 
 PIECE = 1 << 23  # most elements updated at once, in 8 bits 4 times as many: bounds scratch and copies
 _NUM_BUFFERS = 3  # batches of pieces on the GPU at once: one copied in, one updated, one copied out
-_ALIGNMENT = 256  # bytes
 _LEAST_SLAB = 1 << 20  # bytes
 
 
@@ -75,11 +76,11 @@ def optimizer_bytes(sizes: Iterable[int], dtype: torch.dtype, moments: str, weig
 def pinned_tensors(wanted: list[tuple[int, torch.dtype]]) -> list[torch.Tensor]:
     """Zeros in pinned host memory, in few allocations: each is rounded up to a power of two, so sizes are powers of two that the
     tensors fill."""
-    sizes = [_aligned(count * dtype.itemsize) for count, dtype in wanted]
+    sizes = [space_of(count * dtype.itemsize) for count, dtype in wanted]
     found, left, slab, used = [], sum(sizes), torch.empty(0, dtype=torch.uint8), 0
     for size, (count, dtype) in zip(sizes, wanted):
         if used + size > len(slab):
-            num_bytes = max(1 << (left.bit_length() - 1), 1 << (size - 1).bit_length(), _LEAST_SLAB)
+            num_bytes = max(1 << (left.bit_length() - 1), pinned_bytes(size), _LEAST_SLAB)
             try:
                 slab, used = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True), 0
             except RuntimeError as error:
@@ -210,7 +211,7 @@ class _Stream:
             for kind, tensor in tensors.items():
                 num_bytes = tensor.numel() * tensor.element_size()
                 self._places[index][kind] = used, used + num_bytes, tensor.dtype
-                used += _aligned(num_bytes)
+                used += space_of(num_bytes)
                 _append(self._segments[-1], tensor.view(torch.uint8))
             self._largest = max(self._largest, used)
         self._batch_of = {index: number for number, batch in enumerate(self._batches) for index in batch}
@@ -259,17 +260,13 @@ class _Stream:
                 part = buffer[used:used + len(segment)]
                 target, source = (segment, part) if is_out else (part, segment)
                 target.copy_(source, non_blocking=True)
-                used += _aligned(len(segment))
+                used += space_of(len(segment))
             return stream.record_event()
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _append(segments: list[torch.Tensor], part: torch.Tensor) -> None:
     """Adds bytes to a list of segments: to the last one if they follow it in memory, at the next aligned place."""
-    if segments and segments[-1].data_ptr() + _aligned(len(segments[-1])) == part.data_ptr() and (
+    if segments and segments[-1].data_ptr() + space_of(len(segments[-1])) == part.data_ptr() and (
             segments[-1].untyped_storage().data_ptr() == part.untyped_storage().data_ptr()):
         start = segments[-1].storage_offset()
         segments[-1] = torch.empty(0, dtype=torch.uint8).set_(

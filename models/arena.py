@@ -122,5 +122,5 @@ class Arena:
 
 
 def space_of(num_bytes: int) -> int:
-    """The bytes of an arena that a tensor of `num_bytes` bytes takes."""
+    """The bytes that a tensor of `num_bytes` bytes takes among others in one allocation, whose starts are aligned."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

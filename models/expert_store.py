@@ -25,6 +25,7 @@ from kernels.experts.fetch import fetch_routed
 from kernels.packed.weights import ExpertWeights
 from models.arena import Arena, has_arenas, space_of
 from models.config import GptOssConfig
+from models.host_store import pinned_bytes
 
 NUM_SLOTS = 2
 _MOST_SLAB = 1 << 33  # bytes of one allocation of host memory, unless a layer is larger
@@ -55,7 +56,7 @@ class Placement:
 
     def host_bytes(self, layer_bytes: int) -> int:
         """Bytes of pinned host memory."""
-        return sum(_slab_bytes(count, layer_bytes) for count in slabs(self.num_streamed_update, layer_bytes))
+        return sum(pinned_bytes(count * layer_bytes) for count in slabs(self.num_streamed_update, layer_bytes))
 
 
 def layer_bytes(config: GptOssConfig, weight_format: type[ExpertWeights], dtype: torch.dtype) -> int:
@@ -71,13 +72,9 @@ def slabs(num_layers: int, layer_bytes: int) -> list[int]:
     counts = []
     while num_layers:
         fits = [count for count in range(1, num_layers + 1) if count == 1 or count * layer_bytes <= _MOST_SLAB]
-        counts.append(max(fits, key=lambda count: (count * layer_bytes / _slab_bytes(count, layer_bytes), count)))
+        counts.append(max(fits, key=lambda count: (count * layer_bytes / pinned_bytes(count * layer_bytes), count)))
         num_layers -= counts[-1]
     return counts
-
-
-def _slab_bytes(num_layers: int, layer_bytes: int) -> int:
-    return 1 << (num_layers * layer_bytes - 1).bit_length()
 
 
 def _spread(count: int, total: int) -> list[int]:

@@ -5,8 +5,15 @@ from collections import deque
 
 import torch
 
-_ALIGNMENT = 256  # bytes between the starts of tensors in host memory
-_SLAB = 1 << 30  # bytes; a power of two, which pinned allocations are rounded to
+from kernels.device import next_power_of_2
+from models.arena import space_of
+
+_SLAB = 1 << 30  # bytes; see pinned_bytes
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What one pinned allocation of torch takes: a power of two."""
+    return next_power_of_2(num_bytes) if num_bytes else 0
 
 
 class HostTensor:
@@ -90,7 +97,7 @@ class HostStore:
             parts.append(self._slabs[slab][first:first + num_bytes])
             num_bytes -= len(parts[-1])
             self._used += len(parts[-1])
-        self._used = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        self._used = space_of(self._used)
         return parts
 
     def put(self, tensor: torch.Tensor, *, max_pending_bytes: int) -> HostTensor | torch.Tensor:

@@ -29,6 +29,7 @@ from models.adam_state import OptimizerBytes, optimizer_bytes
 from models.config import GptOssConfig
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
 from models.experts import FORMATS
+from models.host_store import pinned_bytes
 from models.kv_cache import PAGE_TOKENS
 from models.offload import (
     SCRATCH_BYTES,
@@ -213,11 +214,6 @@ def cache_bytes(needs: Needs, num_rows: int) -> int:
     pages = -(-needs.sequence_len // PAGE_TOKENS)
     num_slots = num_rows + (num_rows < needs.num_rows)  # a prompt whose completions wait has a slot of its own
     return num_slots * per_token * (num_windowed * window + (config.num_hidden_layers - num_windowed) * pages * PAGE_TOKENS)
-
-
-def pinned_bytes(num_bytes: int) -> int:
-    """What one pinned allocation of torch takes: a power of two."""
-    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
 
 
 # ---- one phase

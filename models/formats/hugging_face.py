@@ -38,6 +38,7 @@ from models.formats.files import (
 from models.formats.original import from_hugging_face, is_original, to_hugging_face
 from models.formats.peft import has_expert_adapter, merged_weight, save_adapter
 from models.gpt_oss import GptOss
+from models.host_store import pinned_bytes
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
@@ -117,7 +118,7 @@ def _pin_embedding(model: GptOss) -> None:
     """Moves a GPU model's input embedding into pinned host memory, if host_gb has room for it."""
     embedding = model.model.embed_tokens
     size = embedding.weight.numel() * embedding.weight.element_size()
-    if embedding.weight.is_cuda and model.memory.claim_host(1 << (size - 1).bit_length()):
+    if embedding.weight.is_cuda and model.memory.claim_host(pinned_bytes(size)):
         pinned = torch.empty(embedding.weight.shape, dtype=model.dtype, pin_memory=True)
         embedding.weight = torch.nn.Parameter(pinned, requires_grad=False)
 

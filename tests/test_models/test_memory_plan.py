@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from models.config import released
+from models.host_store import pinned_bytes
 from models.memory_plan import (
     GPU_SPECS,
     DoesNotFit,
@@ -15,7 +16,6 @@ from models.memory_plan import (
     least_limit,
     lora_parameters,
     optimizer_needs,
-    pinned_bytes,
     plan,
     rest_parameters,
     state_bytes,

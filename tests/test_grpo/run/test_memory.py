@@ -13,7 +13,8 @@ from grpo.run.memory import GpuMemory, free_host_bytes, needs_of, prompt_len_of,
 from grpo.run.policy import build_model, build_tokenizer
 from grpo.train import run_training
 from models.config import released
-from models.memory_plan import GPU_SPECS, embedding_parameters, pinned_bytes, plan
+from models.host_store import pinned_bytes
+from models.memory_plan import GPU_SPECS, embedding_parameters, plan
 
 CUDA = torch.device("cuda", 0)
 GB = 1_000_000_000
