@@ -15,6 +15,11 @@ def answered(env, prompt, text: str, *, calls: tuple[tuple[str, str], ...] = (),
     return Completion(prompt, sample, [Segment(prompt.token_ids, "prompt"), Segment(ids, "policy")], "stop", episode=episode)
 
 
+def block(code: str) -> str:
+    """An answer with a code block."""
+    return f"Here it is:\n```python\n{code}\n```\n"
+
+
 GARBAGE = [
     "", " ", "\0", "null", "NaN", "inf", "-1", "yes", "\\boxed{}", "\\boxed{" * 100, "()" * 1000, "(" * 50_000, "9" * 10_000,
     "9**9**9**9", "1e308", "1/0", "x" * 100_000, "1 + " * 20_000, "\ud7ff\U0010ffff", "```python\n```", "```python\n" * 500,

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import math
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,11 +23,11 @@ import numpy as np
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
-from grpo.sandbox.calls import VIOLATIONS, Outcome, SandboxError
+from grpo.envs.code_answers import RefusedAnswer, code_of, refuse_violation, violation_metrics
+from grpo.envs.drawn_tasks import DrawnTasks, check_ranges
+from grpo.sandbox.calls import Outcome, SandboxError
 from grpo.sandbox.pool import Sandbox
-from models.chat.parse import parse_completion
-from models.chat.render import harmony_messages, render_prompt, system_content
-from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
+from models.chat.tokenizer import Tokenizer
 
 MODULUS = 997
 FORMULAS = {  # of an entry of the result; the triple loop's start and step, and what follows the steps
@@ -37,8 +36,6 @@ FORMULAS = {  # of an entry of the result; the triple loop's start and step, and
     "longest": ("the largest of {a} + {b} over all k", "-10**9", "max({c}, {a} + {b})", ""),
     "shortest": ("the smallest of {a} + {b} over all k", "10**9", "min({c}, {a} + {b})", "")}
 NUMBERS = {"int": "whole numbers from -99 to 99", "float": "multiples of 0.125 from -12.375 to 12.375"}
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)\n?```", re.DOTALL)
-MOST_CODE = 20_000  # characters
 RIGHT = 0.5  # reward of a right function that is no faster than the triple loop
 
 
@@ -109,15 +106,7 @@ TASKS = [Task(formula, number, *columns) for formula, number in itertools.produc
          if (formula, number) != ("modular", "float") for columns in itertools.product((False, True), repeat=3)]
 
 
-class RefusedAnswer(Exception):
-    """Why a function earns nothing; `violation` is the kind, or None for an honest failure."""
-
-    def __init__(self, reason: str, violation: str | None = None):
-        super().__init__(reason)
-        self.violation = violation
-
-
-class Matmul:
+class Matmul(DrawnTasks):
     """The environment.
 
     size: longest side of a timed matrix; sides are drawn from 3/4 of it upwards
@@ -130,23 +119,15 @@ class Matmul:
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, sandbox: Sandbox | None, size: int, timed_trials: int,
                  full_speedup: float, seconds: float, held_out_fraction: float, reasoning_effort: str, current_date: str):
-        ranges = {"size": (size, 8, 128), "timed_trials": (timed_trials, 1, 20), "full_speedup": (full_speedup, 1.1, 100),
-                  "seconds": (seconds, 0.1, 60), "held_out_fraction": (held_out_fraction, 0.05, 0.9)}
-        for key, (value, low, high) in ranges.items():
-            if not low <= value <= high:
-                raise ValueError(f"env.{key}={value}: must lie in {low}..{high}")
-        self.tokenizer, self.seed, self.sandbox = tokenizer, seed, sandbox
-        self.size, self.timed_trials, self.full_speedup, self.seconds = size, timed_trials, full_speedup, seconds
-        self.chat_settings = {"reasoning_effort": reasoning_effort, "current_date": current_date}
+        check_ranges({"size": (size, 8, 128), "timed_trials": (timed_trials, 1, 20), "full_speedup": (full_speedup, 1.1, 100),
+                      "seconds": (seconds, 0.1, 60), "held_out_fraction": (held_out_fraction, 0.05, 0.9)})
         ranked = sorted(TASKS, key=lambda task: hashlib.sha256(repr(task).encode()).digest())
         num_held_out = max(1, round(held_out_fraction * len(TASKS)))
         self.held_out, self.trained = ranked[:num_held_out], ranked[num_held_out:]
-
-    @staticmethod
-    def build_tokenizer() -> Tokenizer:
-        """For models without a checkpoint: bytes, and the lines of the system message as a token each."""
-        lines = system_content(current_date="2025-08-05", reasoning_effort="low").splitlines()
-        return build_byte_tokenizer([line for line in lines if line])
+        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_held_out,
+                         reasoning_effort=reasoning_effort, current_date=current_date)
+        self.sandbox, self.size, self.timed_trials = sandbox, size, timed_trials
+        self.full_speedup, self.seconds = full_speedup, seconds
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """Tasks of a step, all different while there are enough; `attempt` > 0 draws others for groups that were dropped."""
@@ -164,39 +145,25 @@ class Matmul:
         """See the module. A completion that the sandbox itself failed on gets no reward."""
         return self.sandbox.map(self._score, completions)
 
-    def describe(self, completion: Completion) -> dict:
-        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-        return {"question": completion.prompt.row["question"], "analysis": parsed.analysis, "final": parsed.final,
-                "fault": parsed.fault}
-
-    def encode_prompt(self, question: str) -> list[int]:
-        messages = harmony_messages([{"role": "user", "content": question}], **self.chat_settings)
-        return render_prompt(messages, self.tokenizer)
-
     def summary(self) -> str:
         return f"{len(self.trained)} tasks to train on and {len(self.held_out)} held out"
 
     def _prompt(self, prompt_id: int, task: Task) -> Prompt:
-        return Prompt(prompt_id, self.encode_prompt(task.question()), {"question": task.question(), "task": TASKS.index(task)})
+        return self.prompt(prompt_id, {"question": task.question(), "task": TASKS.index(task)})
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     def _score(self, completion: Completion) -> Score:
-        ids = completion.completion_ids
-        parsed = parse_completion(ids, self.tokenizer, is_policy=completion.is_policy)
-        digest = hashlib.sha256(repr(ids).encode()).hexdigest()
+        digest = hashlib.sha256(repr(completion.completion_ids).encode()).hexdigest()
         rng = random.Random(f"matmul inputs {self.seed} {completion.prompt.id} {completion.sample} {digest}")
         parts = {"correct": 0.0, "speed": 0.0}
-        metrics = {f"sandbox/violations/{kind}": 0.0 for kind in VIOLATIONS}
-        extra = {}
+        metrics, extra = violation_metrics([]), {}
         try:
-            speedup = self._speedup(TASKS[completion.prompt.row["task"]], code_of(parsed.final), rng)
+            speedup = self._speedup(TASKS[completion.prompt.row["task"]], code_of(self.parse(completion).final), rng)
             parts = {"correct": 1.0, "speed": min(max(math.log(speedup) / math.log(self.full_speedup), 0.0), 1.0)}
             metrics["speedup"] = speedup
         except RefusedAnswer as refused:
-            extra["refused"] = str(refused)
-            if refused.violation is not None:
-                metrics[f"sandbox/violations/{refused.violation}"] = 1.0
+            metrics, extra = violation_metrics([refused.violation]), {"refused": str(refused)}
         except SandboxError as error:
             return Score(None, {}, {}, None, {"refused": f"no verdict: {error}"})
         return Score(parts["correct"] * (RIGHT + (1 - RIGHT) * parts["speed"]), parts, metrics, bool(parts["correct"]), extra)
@@ -219,24 +186,12 @@ class Matmul:
     def _checked(self, task: Task, code: str, inputs: list[tuple[list[list], list[list]]]) -> Outcome:
         """Calls the function on each of the inputs in one process. Raises RefusedAnswer unless every result is right."""
         outcome = self.sandbox.call(code, "matmul", inputs, seconds=self.seconds)
-        if outcome.violation is not None:
-            detail = f" ({outcome.detail})" if outcome.detail else ""
-            raise RefusedAnswer(f"violation: {VIOLATIONS[outcome.violation]}{detail}", outcome.violation)
+        refuse_violation(outcome, outcome.violation)
         if outcome.error is not None:
             raise RefusedAnswer(f"error: {outcome.error}")
         for value, (a, b) in zip(outcome.values, inputs):
             check_result(value, task.answer(a, b), {"int": int, "float": float}[task.number])
         return outcome
-
-
-def code_of(text: str) -> str:
-    """The code block of an answer. Raises RefusedAnswer if it has none, several, or one that is too long."""
-    blocks = BLOCK.findall(text)
-    if len(blocks) != 1:
-        raise RefusedAnswer(f"{len(blocks)} code blocks; one was asked for")
-    if len(blocks[0]) > MOST_CODE:
-        raise RefusedAnswer(f"a code of {len(blocks[0])} characters; the limit is {MOST_CODE}")
-    return blocks[0]
 
 
 def check_result(value: object, expected: Sequence[list], kind: type) -> None:

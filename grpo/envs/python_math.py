@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
+from grpo.envs.code_answers import violation_metrics
 from grpo.envs.drawn_tasks import DrawnTasks, check_ranges
 from grpo.envs.python_tool import PythonTool
 from grpo.rewards.match import numeric_match
-from grpo.sandbox.calls import VIOLATIONS
 from grpo.sandbox.pool import Sandbox
 from models.chat.tokenizer import Tokenizer
 
@@ -124,5 +124,5 @@ class PythonMath(DrawnTasks):
         is_short = len(final) <= MOST_CHARACTERS
         match = numeric_match(final, completion.prompt.row["answer"], tolerance=0.0) if is_short else 0.0
         is_allowed = not any(kind in GATING for kind in violations)
-        metrics = {f"sandbox/violations/{kind}": float(kind in violations) for kind in VIOLATIONS}
+        metrics = violation_metrics(violations)
         return Score(match * is_allowed, {"numeric_match": match}, metrics, bool(match) and is_allowed)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from grpo.batch import Completion
 from grpo.environment import Score
+from grpo.envs.code_answers import RefusedAnswer, code_of, refuse_violation, violation_metrics
 from grpo.envs.drawn_tasks import DrawnTasks, check_ranges
 from grpo.envs.game_2048 import DIRECTIONS, Board, Game2048
-from grpo.envs.matmul import RefusedAnswer, code_of
-from grpo.sandbox.calls import VIOLATIONS, SandboxError
+from grpo.sandbox.calls import SandboxError
 from grpo.sandbox.pool import Sandbox
 from models.chat.tokenizer import Tokenizer
 
@@ -103,15 +103,12 @@ class Strategy2048(DrawnTasks):
         digest = hashlib.sha256(repr(completion.completion_ids).encode()).hexdigest()
         rng = random.Random(f"2048 games {self.seed} {completion.prompt.id} {completion.sample} {digest}")
         games = [Game2048(rng.getrandbits(64), variant.size, *GOALS[variant.size]) for _ in range(self.num_games)]
-        metrics = {f"sandbox/violations/{kind}": 0.0 for kind in VIOLATIONS}
-        extra, is_refused = {}, False
+        metrics, extra, is_refused = violation_metrics([]), {}, False
         try:
             if (problem := self._play(variant, code_of(self.parse(completion).final), games)) is not None:
                 extra["problem"] = problem
         except RefusedAnswer as refused:
-            is_refused, extra["refused"] = True, str(refused)
-            if refused.violation is not None:
-                metrics[f"sandbox/violations/{refused.violation}"] = 1.0
+            metrics, extra, is_refused = violation_metrics([refused.violation]), {"refused": str(refused)}, True
         except SandboxError as error:
             return Score(None, {}, {}, None, {"refused": f"no verdict: {error}"})
         progress = 0.0 if is_refused else sum(game.progress() for game in games) / len(games)
@@ -126,9 +123,7 @@ class Strategy2048(DrawnTasks):
             outcome = self.sandbox.call(code, "strategy", [[variant.view(game.board)] for game in playing],
                                         seconds=self.step_seconds)
             seconds += outcome.cpu_seconds
-            if outcome.violation is not None or seconds > self.seconds:
-                kind = outcome.violation or "time"
-                raise RefusedAnswer(f"violation: {VIOLATIONS[kind]}{f' ({outcome.detail})' if outcome.detail else ''}", kind)
+            refuse_violation(outcome, outcome.violation or ("time" if seconds > self.seconds else None))
             if outcome.error is not None:
                 return f"error: {outcome.error}"
             directions = [variant.direction(move) for move in outcome.values]

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from audit import answered, block
 from paths import ROOT
 
 from grpo.batch import Completion, Segment
 from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
 from grpo.envs import matmul
-from grpo.envs.matmul import TASKS, Matmul, RefusedAnswer, Task, check_result, code_of
+from grpo.envs.code_answers import RefusedAnswer, code_of
+from grpo.envs.matmul import TASKS, Matmul, Task, check_result
 from grpo.sandbox.calls import VIOLATIONS, Outcome, SandboxError
-from grpo.sandbox.pool import Sandbox
-from models.chat.render import Message, generation_prompt, render_message
 
 sys.path.insert(0, str(Path(__file__).parent))
 import matmul_answers as answers  # noqa: E402
@@ -29,33 +29,12 @@ PLAIN = Task("product", "float", False, False, False)
 
 
 @pytest.fixture(scope="module")
-def sandbox():
-    opened = Sandbox("auto", num_zygotes=1)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
 def env(sandbox):
     return make_environment(SETTINGS, Matmul.build_tokenizer(), seed=0, total_steps=1, sandbox=sandbox)
 
 
-def complete(env, task: Task, text: str, *, sample=0, analysis="I think.") -> Completion:
-    """A well-formed completion whose final message is `text`."""
-    start = len(generation_prompt(env.tokenizer))
-    thought = render_message(Message("assistant", analysis, channel="analysis"), env.tokenizer)
-    answer = render_message(Message("assistant", text, channel="final"), env.tokenizer)
-    prompt = env._prompt(0, task)
-    ids = thought[start:] + answer[:-1] + [env.tokenizer.return_]
-    return Completion(prompt, sample, [Segment(prompt.token_ids, "prompt"), Segment(ids, "policy")], "stop")
-
-
-def block(code: str) -> str:
-    return f"Here it is:\n```python\n{code}\n```\n"
-
-
 def score(env, task, text):
-    return checked_scores(env, [complete(env, task, text)])[0]
+    return checked_scores(env, [answered(env, env._prompt(0, task), text)])[0]
 
 
 def violations(verdict) -> dict[str, float]:

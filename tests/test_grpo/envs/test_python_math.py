@@ -17,18 +17,10 @@ from grpo.envs.python_math import KINDS, PythonMath
 from grpo.envs.python_tool import PythonTool
 from grpo.rollout.episodes import EpisodeThread
 from grpo.sandbox.calls import VIOLATIONS
-from grpo.sandbox.pool import Sandbox
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = load_config("train", ["+experiment=python_math_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    opened = Sandbox("auto", num_zygotes=1)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from audit import GARBAGE, answered
+from audit import GARBAGE, answered, block
 from paths import ROOT
 
 from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
+from grpo.envs.code_answers import RefusedAnswer
 from grpo.envs.game_2048 import DIRECTIONS, Game2048
-from grpo.envs.matmul import RefusedAnswer
 from grpo.envs.strategy_2048 import VARIANTS, Strategy2048, Variant
 from grpo.sandbox.calls import VIOLATIONS, Outcome, SandboxError
-from grpo.sandbox.pool import Sandbox
 
 sys.path.insert(0, str(Path(__file__).parent))
 import strategy_answers as answers  # noqa: E402
@@ -26,19 +25,8 @@ PLAIN = Variant(3, "rows", 0, DIRECTIONS)
 
 
 @pytest.fixture(scope="module")
-def sandbox():
-    opened = Sandbox("auto", num_zygotes=1)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(scope="module")
 def env(sandbox):
     return make_environment(SETTINGS, Strategy2048.build_tokenizer(), seed=0, total_steps=1, sandbox=sandbox)
-
-
-def block(code: str) -> str:
-    return f"Here it is:\n```python\n{code}\n```\n"
 
 
 def score(env, variant, text, *, sample=0):
