@@ -28,7 +28,7 @@ from triton.runtime.jit import create_function_from_signature
 from kernels.device import FP_FUSION, Gpu, launch_key, recording
 
 
-class Variant(NamedTuple):
+class KernelVariant(NamedTuple):
     """A kernel and what it is compiled for."""
 
     source: ASTSource
@@ -83,14 +83,14 @@ class Recording:
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu, self._target = gpu, GPUTarget("cuda", gpu.capability, 32)
-        self.launches: dict[tuple, Variant] = {}  # by kernel and launch_key
+        self.launches: dict[tuple, KernelVariant] = {}  # by kernel and launch_key
 
     @contextmanager
     def on(self) -> Iterator["Recording"]:
         with recording(self.gpu, self._record):
             yield self
 
-    def variants(self) -> list[Variant]:
+    def variants(self) -> list[KernelVariant]:
         """In the order of the first launches. Several launch keys may be one variant."""
         return list({variant.cache_key(): variant for variant in self.launches.values()}.values())
 
@@ -100,7 +100,7 @@ class Recording:
             self.launches[key] = variant_of(kernel, self._target, arguments, constants)
 
 
-def variant_of(kernel: JITFunction, target: GPUTarget, arguments: tuple, constants: dict) -> Variant:
+def variant_of(kernel: JITFunction, target: GPUTarget, arguments: tuple, constants: dict) -> KernelVariant:
     """What kernel[grid](*arguments, **constants) compiles on that GPU; follows JITFunction.run of Triton 3.6 and 3.7."""
     backend = make_backend(target)
     settings = FP_FUSION | constants | {"debug": kernel.debug or knobs.runtime.debug,
@@ -108,10 +108,10 @@ def variant_of(kernel: JITFunction, target: GPUTarget, arguments: tuple, constan
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*arguments, **settings)
     options, signature, constexprs, attributes = kernel._pack_args(backend, settings, bound, specialization, options)
-    return Variant(ASTSource(kernel, signature, constexprs, attributes), target, options.__dict__)
+    return KernelVariant(ASTSource(kernel, signature, constexprs, attributes), target, options.__dict__)
 
 
-_VARIANTS: list[Variant] = []  # those of compile_all, which its processes inherit
+_VARIANTS: list[KernelVariant] = []  # those of compile_all, which its processes inherit
 
 
 def _compile(index: int) -> str | None:
@@ -125,7 +125,7 @@ def _compile(index: int) -> str | None:
     return None
 
 
-def compile_all(variants: list[Variant], *, num_processes: int, progress: Callable[[int, int], None]) -> list[str]:
+def compile_all(variants: list[KernelVariant], *, num_processes: int, progress: Callable[[int, int], None]) -> list[str]:
     """Compiles variants that are not in Triton's cache. Returns what went wrong; those are compiled when they are needed.
     progress(done, all) is called after each. Processes are forked: this one must not have used a GPU."""
     _VARIANTS[:] = [variant for variant in variants if not variant.is_cached()]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from kernels import ahead
-from kernels.ahead import Recording, Variant
+from kernels.ahead import KernelVariant, Recording
 from kernels.device import Gpu, gpu_of_device, take_compilations
 from kernels.embedding import gather_rows
 from kernels.head.log_probs import log_probs
@@ -64,7 +64,7 @@ class Rehearsal:
     weights: str = "master"
 
 
-def variants(plan: Rehearsal, gpu: Gpu) -> list[Variant]:
+def variants(plan: Rehearsal, gpu: Gpu) -> list[KernelVariant]:
     """What the run compiles on this GPU, in the order of its launches."""
     recording = Recording(gpu)
     with recording.on():

@@ -39,7 +39,7 @@ class GymnasiumGames:
     def create(self, task: object, seed: int = 0, episode_id: str | None = None) -> GameSession:
         env = self.library.make(self.game, **self.settings)
         observation, _ = env.reset(seed=seed)
-        game = _Game(env)
+        game = _GymnasiumGame(env)
         return GameSession(game, f"{self.rules}\n\n{game.read(observation)}", self.tool)
 
     def _tool(self, space: object) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class GymnasiumGames:
         return tool("act", "Takes an action.", "action", action)
 
 
-class _Game:
+class _GymnasiumGame:
     def __init__(self, env: object) -> None:
         self.env, self.total = env, 0.0
 

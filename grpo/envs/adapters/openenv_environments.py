@@ -44,11 +44,11 @@ class OpenEnvEnvironments:
         self.rules = rules or inspect.cleandoc(vars(self.make).get("__doc__") or self.make.__name__)
 
     def create(self, task: object, seed: int = 0, episode_id: str | None = None) -> GameSession:
-        game = _Game(self, seed)
+        game = _OpenEnvGame(self, seed)
         return GameSession(game, f"{self.rules}\n\n{to_json(game.first, 'the first observation')}", self.tool)
 
 
-class _Game:
+class _OpenEnvGame:
     def __init__(self, owner: OpenEnvEnvironments, seed: int) -> None:
         self.action, self.reward_of, self.random = owner.action, owner.reward_of, OwnRandom(seed)
         self.rewards: list[float] = []

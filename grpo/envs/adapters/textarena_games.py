@@ -26,11 +26,11 @@ class TextArenaGames:
             raise ValueError(f"env.kwargs.game={game!r}: textarena has no such game; near: {', '.join(near) or 'none'}")
 
     def create(self, task: object, seed: int = 0, episode_id: str | None = None) -> GameSession:
-        game = _Game(self, seed)
+        game = _TextArenaGame(self, seed)
         return GameSession(game, game.observe(), PLAY)
 
 
-class _Game:
+class _TextArenaGame:
     def __init__(self, games: TextArenaGames, seed: int) -> None:
         self.kinds, self.random, self.outcome = games.library.core.ObservationType, OwnRandom(seed), None
         with self.random.held():
