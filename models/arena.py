@@ -44,6 +44,7 @@ def has_arenas(device: torch.device) -> bool:
     """Whether the device's memory can be managed so."""
     if device.type != "cuda":
         return False
+    torch.cuda.init()  # the driver's functions need it
     value = ctypes.c_int()
     _call("cuDeviceGetAttribute", ctypes.byref(value), _SUPPORTED, device.index or 0)
     return bool(value.value)
