@@ -1,7 +1,8 @@
 """Records of a rollout and their packed form.
 
 A completion is an append-only list of segments; what the policy sampled is what gets trained on, so the loss mask follows
-from the segments' source and token ids are never rendered or tokenised a second time.
+from the segments' source and token ids are never rendered or tokenised a second time. Where a user's turn drops earlier analysis
+from the context, the completion goes on with another prompt: it then has two sequences, and is still one of its group.
 
 `pack` lays out whole sequences, each with its prompt. A micro-batch may share prompts: a group then stands as its prompt, once,
 and a sequence per completion that continues it (models/gpt_oss.py: log_probs, `prefixes`). Same numbers, fewer tokens.
@@ -34,6 +35,7 @@ class Segment:
     log_probs: list[float] | None = None  # nats, under the distribution really sampled from; policy segments only
     kept_ids: list[torch.Tensor] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept: [n] int32 on the host
     routing: torch.Tensor | None = None  # [tokens, L, A] on the host: experts of each layer (models/routing_record.py)
+    num_repeated: int = 0  # of a later sequence's prompt: its first tokens, which the completion has had before
 
 
 @dataclass
@@ -71,13 +73,19 @@ class Completion:
 
     @property
     def completion_ids(self) -> list[int]:
-        """Everything after the prompt, policy and environment tokens alike."""
-        return [token for segment in self.segments[1:] for token in segment.token_ids]
+        """Everything after the prompt, policy and environment tokens alike, once."""
+        return [token for segment in self.segments[1:] for token in segment.token_ids[segment.num_repeated:]]
 
     @property
     def is_policy(self) -> list[bool]:
         """For each of `completion_ids`, whether the policy sampled it."""
-        return [segment.source == "policy" for segment in self.segments[1:] for _ in segment.token_ids]
+        return [segment.source == "policy" for segment in self.segments[1:] for _ in segment.token_ids[segment.num_repeated:]]
+
+    @property
+    def sequences(self) -> list[list[Segment]]:
+        """The segments of each sequence that is trained on: each begins with its prompt."""
+        starts = [0, *(place for place, segment in enumerate(self.segments) if place and segment.source == "prompt")]
+        return [self.segments[start:end] for start, end in zip(starts, [*starts[1:], None])]
 
     @property
     def num_policy_tokens(self) -> int:
@@ -113,8 +121,9 @@ class RolloutBatch:
     rewards: torch.Tensor  # [N] fp32, NaN without
     group_ids: torch.Tensor  # [N] int64, equal within a group
     prompts: list[tuple[int, int]]  # [S] the prompt's number (equal prompts have equal numbers), and its tokens in the sequence
+    owners: list[int]  # [S] the completion, as in sequence_ids; one with user turns has several sequences, which are neighbours
     num_policy_tokens: int  # of the optimizer step, like the next two
-    num_sequences: int
+    num_sequences: int  # completions
     num_prompts: int
     prefixes: list[int] | None = None  # [S] index of the shared prompt that each sequence continues, -1 for none; None: all whole
     kept: KeptSets | None = None
@@ -152,16 +161,18 @@ class RolloutBatch:
         assert self.prefixes is None, "select takes a batch of whole sequences"
         bounds = self.cu_seqlens.tolist()
         spans: list[tuple[int, int]] = []  # of this batch's tokens
-        prompts, prefixes = [], []  # of each span
+        prompts, owners, prefixes = [], [], []  # of each span
         for (prompt, length), neighbours in itertools.groupby(rows, key=self.prompts.__getitem__):
             members, prefix, shared = list(neighbours), -1, 0
             if share_prompts:  # even for one completion: attention then rounds in the same way in any micro-batch
                 prefix, shared = len(spans), length
                 spans.append((bounds[members[0]], bounds[members[0]] + length))
                 prompts.append((prompt, length))
+                owners.append(self.owners[members[0]])
                 prefixes.append(-1)
             spans += [(bounds[row] + shared, bounds[row + 1]) for row in members]
             prompts += [(prompt, length - shared)] * len(members)
+            owners += [self.owners[row] for row in members]
             prefixes += [prefix] * len(members)
         host_index = torch.cat([torch.arange(start, end) for start, end in spans])  # [T']
         index = host_index.to(self.tokens.device)
@@ -170,7 +181,7 @@ class RolloutBatch:
         return replace(
             self, **per_token,
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), host_mask=self.host_mask[host_index],
-            prompts=prompts, prefixes=prefixes if max(prefixes) >= 0 else None,
+            prompts=prompts, owners=owners, prefixes=prefixes if max(prefixes) >= 0 else None,
             kept=None if self.kept is None else self.kept.select(index))
 
 
@@ -180,12 +191,14 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         raise ValueError(f"pack: {len(completions)} completions but {len(advantages)} advantages")
     if not completions:
         raise ValueError("pack: no completions to train on; skip the update instead")
-    tokens, mask, log_probs, kept_ids, kept_counts, prompts, numbers = [], [], [], [], [], [], {}
-    for completion in completions:
-        prompt_ids = completion.segments[0].token_ids if completion.segments[0].source == "prompt" else []
-        # id and tokens: equal ids alone do not make prompts equal
-        number = numbers.setdefault((completion.prompt.id, *prompt_ids), len(numbers))
-        prompts.append((number, len(prompt_ids)))
+    tokens, mask, log_probs, kept_ids, kept_counts, prompts, owners, numbers = [], [], [], [], [], [], [], {}
+    for index, completion in enumerate(completions):
+        for sequence in completion.sequences:
+            prompt_ids = sequence[0].token_ids if sequence[0].source == "prompt" else []
+            # id and tokens: equal ids alone do not make prompts equal
+            number = numbers.setdefault((completion.prompt.id, *prompt_ids), len(numbers))
+            prompts.append((number, len(prompt_ids)))
+            owners.append(index)
         for segment in completion.segments:
             length = len(segment.token_ids)
             _check_segment(segment)
@@ -198,21 +211,28 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
                 kept_ids += segment.kept_ids
             else:
                 kept_counts += [0] * length
-    lengths = torch.tensor([completion.num_tokens for completion in completions])
+    totals = torch.tensor([completion.num_tokens for completion in completions])
+    lengths = torch.tensor([sum(len(segment.token_ids) for segment in sequence)
+                            for completion in completions for sequence in completion.sequences])
     policy_lengths = torch.tensor([completion.num_policy_tokens for completion in completions])
     loss_mask = torch.tensor(mask)
     return RolloutBatch(
         tokens=torch.tensor(tokens), cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), loss_mask=loss_mask, host_mask=loss_mask,
         sampler_log_probs=torch.tensor(log_probs, dtype=torch.float32),
-        advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), lengths),
-        token_index=torch.arange(len(tokens)), prompts=prompts,
-        sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), lengths), sequence_lengths=policy_lengths,
+        advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float32), totals),
+        token_index=torch.arange(len(tokens)), prompts=prompts, owners=owners,
+        sequence_ids=torch.repeat_interleave(torch.arange(len(completions)), totals), sequence_lengths=policy_lengths,
         rewards=torch.tensor([math.nan if completion.reward is None else completion.reward for completion in completions],
                              dtype=torch.float32),
         group_ids=torch.tensor([completion.prompt.id for completion in completions]),
-        num_policy_tokens=int(policy_lengths.sum()), num_sequences=len(completions), num_prompts=len(numbers),
+        num_policy_tokens=int(policy_lengths.sum()), num_sequences=len(completions), num_prompts=_num_prompts(prompts, owners),
         routing=_packed_routing(completions),
         kept=KeptSets.of_counts(torch.cat(kept_ids), torch.tensor(kept_counts)) if kept_ids else None)
+
+
+def _num_prompts(prompts: list[tuple[int, int]], owners: list[int]) -> int:
+    """How many prompts completions begin with; those of their later sequences do not count."""
+    return len({number for (number, _), owner, before in zip(prompts, owners, [None, *owners]) if owner != before})
 
 
 def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:
@@ -264,8 +284,8 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool =
     """Splits into micro-batches of whole sequences with at most `max_tokens` tokens each (first fit, longest first). A longer
     sequence is a micro-batch of its own.
 
-    With `share_prompts` a prompt's completions stay together, behind one copy of it, where they fit; a group too long for one
-    micro-batch repeats its prompt in each that it needs."""
+    The sequences of a completion stay together. With `share_prompts` a prompt's completions stay together, behind one copy of it,
+    where they fit; a group too long for one micro-batch repeats its prompt in each that it needs."""
     return [batch.select(rows, share_prompts=share_prompts)
             for rows in rows_of_micro_batches(batch, max_tokens, share_prompts=share_prompts)]
 
@@ -273,22 +293,30 @@ def micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool =
 def rows_of_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool) -> list[list[int]]:
     """The rows of the batch that each of its micro-batches has, in the order for `select`."""
     lengths = batch.lengths
-    bundles = [([row], length) for row, length in enumerate(lengths)]  # rows that stay together, with their tokens
+    owned = _rows_by_owner(batch)
+    bundles = [(rows, sum(lengths[row] for row in rows)) for rows in owned]  # rows that stay together, with their tokens
     if share_prompts:
-        bundles, rows_of_prompt = [], dict[tuple[int, int], list[int]]()
-        for row, prompt in enumerate(batch.prompts):
-            rows_of_prompt.setdefault(prompt, []).append(row)
-        for (_, prompt_len), rows in rows_of_prompt.items():
-            own = [([row], lengths[row] - prompt_len) for row in rows]
+        bundles, owned_of_prompt = [], dict[tuple[int, int], list[list[int]]]()
+        for rows in owned:
+            owned_of_prompt.setdefault(batch.prompts[rows[0]], []).append(rows)
+        for (_, prompt_len), members in owned_of_prompt.items():
+            own = [(rows, sum(lengths[row] for row in rows) - prompt_len) for rows in members]
             bundles += [(part, prompt_len + load) for part, load in _first_fit(own, max_tokens - prompt_len)]
     # neighbours share, so the completions of a prompt must stand together, wherever the batch has them
     return [sorted(rows, key=lambda row: (batch.prompts[row][0], row)) for rows, _ in _first_fit(bundles, max_tokens)]
 
 
+def _rows_by_owner(batch: RolloutBatch) -> list[list[int]]:
+    """The rows of each completion, which are neighbours."""
+    return [list(rows) for _, rows in itertools.groupby(range(batch.num_rows), key=batch.owners.__getitem__)]
+
+
 def halves(batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
-    """At least two rows of a batch, in the same order, in two parts of about as many tokens."""
+    """At least two rows of a batch, in the same order, in two parts of about as many tokens; a completion is split only alone."""
     ends = list(itertools.accumulate(batch.lengths[row] for row in rows))
-    first = min(range(1, len(rows)), key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
+    cuts = range(1, len(rows))
+    between = [cut for cut in cuts if batch.owners[rows[cut]] != batch.owners[rows[cut - 1]]]
+    first = min(between or cuts, key=lambda count: abs(2 * ends[count - 1] - ends[-1]))
     return [rows[:first], rows[first:]]
 
 
@@ -306,11 +334,11 @@ def _first_fit(bundles: list[tuple[list[int], int]], capacity: int) -> list[tupl
 
 
 def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatch]:
-    """Shuffles the sequences and splits them into `num` optimizer steps, each with counts of its own."""
+    """Shuffles the completions and splits them into `num` optimizer steps, each with counts of its own."""
     if num == 1:
         return [batch]
-    rows = list(range(batch.num_rows))
-    random.Random(seed).shuffle(rows)
-    parts = [batch.select(sorted(chosen)) for i in range(num) if (chosen := rows[i::num])]
-    return [replace(part, num_sequences=part.num_rows, num_policy_tokens=int(part.host_mask.sum()),
-                    num_prompts=len({number for number, _ in part.prompts})) for part in parts]
+    owned = _rows_by_owner(batch)
+    random.Random(seed).shuffle(owned)
+    parts = [batch.select(sorted(itertools.chain(*chosen))) for i in range(num) if (chosen := owned[i::num])]
+    return [replace(part, num_sequences=len(set(part.owners)), num_policy_tokens=int(part.host_mask.sum()),
+                    num_prompts=_num_prompts(part.prompts, part.owners)) for part in parts]

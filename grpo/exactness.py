@@ -40,8 +40,8 @@ def describe_mismatch(found: list[torch.Tensor], batch: RolloutBatch, completion
     if not counts.any():
         return None
     place = int(firsts.min())
-    row = int(batch.sequence_ids[place])
-    completion, position = completions[row], place - int(batch.cu_seqlens[row])
+    row = int(torch.searchsorted(batch.cu_seqlens, place, right=True)) - 1
+    completion, position = completions[batch.owners[row]], place - int(batch.cu_seqlens[row])
     return (
         f"warning: in step {step} the sampler's log-probs are not the trainer's, as on policy they must be: "
         f"{int(counts.sum()):,} of {batch.num_policy_tokens:,} tokens differ, by up to {largest:.3g} nats where {allowed:g} "

@@ -33,7 +33,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
                              "(or its completions cut off, with optim.mask_truncated); look at completions.jsonl")
         return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
     batch = attempt_twice(lambda: pack(groups.completions, groups.advantages).to(run.policy.device))
-    num_updates = min(optim.minibatches, batch.num_rows) * optim.epochs
+    num_updates = min(optim.minibatches, batch.num_sequences) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:

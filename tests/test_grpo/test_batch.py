@@ -169,3 +169,43 @@ def test_nothing_to_pack_and_a_missing_advantage_are_refused():
         pack([], [])
     with pytest.raises(ValueError, match="3 completions but 2 advantages"):
         pack(three(), [0.0, 1.0])
+
+
+# ---- completions of several sequences, with user turns
+
+
+def with_user_turn(prompt_id: int, start: int) -> Completion:
+    """A prompt of 2 tokens and 3 sampled ones, of which a user's turn keeps the last; then 2 tokens more and 1 sampled."""
+    first = completion([prompt_id, prompt_id], [start, start + 1, start + 2])
+    later = [Segment([prompt_id, prompt_id, start + 2, start + 3, start + 4], "prompt", num_repeated=3),
+             Segment([start + 5], "policy", [-7.0])]
+    return Completion(Prompt(prompt_id, [prompt_id, prompt_id], {}), 0, [*first.segments, *later], "stop")
+
+
+def test_a_completion_with_a_user_turn_has_two_sequences_and_is_one_completion():
+    long = with_user_turn(1, 10)
+    assert long.completion_ids == [10, 11, 12, 13, 14, 15]
+    assert long.is_policy == [True] * 3 + [False] * 2 + [True] and long.num_policy_tokens == 4
+    batch = pack([completion([5], [6]), long], [1.0, 2.0])
+    assert batch.tokens.tolist() == [5, 6, 1, 1, 10, 11, 12, 1, 1, 12, 13, 14, 15]
+    assert batch.cu_seqlens.tolist() == [0, 2, 7, 13] and batch.owners == [0, 1, 1]
+    assert batch.tokens[batch.loss_mask].tolist() == [6, 10, 11, 12, 15]  # each sampled token once
+    assert batch.sequence_ids.tolist() == [0] * 2 + [1] * 11 and batch.advantages.tolist() == [1.0] * 2 + [2.0] * 11
+    assert batch.sequence_lengths.tolist() == [1, 4]
+    assert (batch.num_sequences, batch.num_prompts, batch.num_rows, batch.num_policy_tokens) == (2, 2, 3, 5)
+    assert batch.prompts == [(0, 1), (1, 2), (2, 5)]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_its_sequences_stay_together_in_micro_batches_and_minibatches(share_prompts):
+    batch = pack([with_user_turn(index // 2, 10 * index) for index in range(6)], [0.0] * 6)
+    for part in micro_batches(batch, 22, share_prompts=share_prompts):  # 11 tokens each, 9 with a prompt that is there
+        rows = part.cu_seqlens.diff().tolist()
+        own = [owner for owner, prefix in zip(part.owners, part.prefixes or [-1] * len(rows), strict=True)
+               if not share_prompts or prefix >= 0]
+        assert sorted(own) == sorted([*dict.fromkeys(own)] * 2) and len(set(own)) == 2
+        assert int(part.host_mask.sum()) == 8
+    parts = minibatches(batch, 3, seed=0)
+    assert [part.num_sequences for part in parts] == [2, 2, 2] and [part.num_policy_tokens for part in parts] == [8, 8, 8]
+    assert sorted(owner for part in parts for owner in part.owners) == sorted([*range(6)] * 2)
+    assert [part.num_prompts for part in parts] == [len({owner // 2 for owner in part.owners}) for part in parts]
