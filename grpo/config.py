@@ -85,6 +85,17 @@ class OldLogProbs(StrEnum):
     trainer = "trainer"  # a pass of the policy before its first update on the batch
 
 
+class WeightKind(StrEnum):
+    none = "none"
+    truncate = "truncate"  # the ratio, kept within low and high
+    mask = "mask"  # the ratio, 0 outside of low and high
+
+
+class RatioLevel(StrEnum):
+    token = "token"
+    sequence = "sequence"  # the product over the sequence's tokens
+
+
 class ResultForm(StrEnum):
     """How the results of functions are written."""
     hub = "hub"  # as JSON, a text in quotes: the chat template of the hub's checkpoints
@@ -156,6 +167,31 @@ class ModelConfig:
 @dataclass
 class AdvantageConfig:
     normalize_std: bool = MISSING  # divide by the standard deviation of the group's rewards
+
+
+@dataclass
+class CorrectionsConfig:
+    """Weights of tokens by how likely the trainer's policy samples them, against the sampler's (grpo/corrections.py)."""
+
+    weight: WeightKind = WeightKind.none
+    level: RatioLevel = RatioLevel.token
+    low: float = number("[0, 1]", "0 is none; IcePop: 0.5", default=0.0)  # ratios
+    high: float = number("[1, inf)", "2 is usual; IcePop: 5", default=2.0)
+    # a sequence is left out unless the geometric mean of its ratios is within [low, high], such as [0.99,1.01]; null: none is
+    geometric: Optional[List[float]] = None
+    # a sequence is left out if the mean of its tokens' ratio - 1 - log ratio is larger; null: none is
+    max_k3: Optional[float] = number("(0, inf)", "in nats, or null; 0.001 to 0.01 is usual", default=None)
+    # a sequence with a negative advantage is left out if the policy has become less likely by more (mean over tokens); null: none
+    opsm_delta: Optional[float] = number("[0, inf)", "in nats, or null; 0.0001 is usual", default=None)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether anything but OPSM is on."""
+        return self.weight != WeightKind.none or self.geometric is not None or self.max_k3 is not None
+
+    @property
+    def is_on(self) -> bool:
+        return self.weighs or self.opsm_delta is not None
 
 
 @dataclass
@@ -299,6 +335,7 @@ class TrainConfig:
     env: Dict[str, Any] = MISSING  # _target_: a class; the other keys are its keywords
     loss: Dict[str, Any] = MISSING  # _target_: a function; the other keys are its keywords
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     turns: TurnsConfig = field(default_factory=TurnsConfig)

@@ -51,7 +51,7 @@ class LossInputs:
     old_log_probs: torch.Tensor  # [T] fp32 nats, of the policy before the step's first update, or the sampler's; no gradient
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, as recorded when the token was drawn
     ref_log_probs: torch.Tensor | None  # [T] fp32 nats, of the reference of the KL penalty; None without one (grpo/kl.py)
-    advantages: torch.Tensor  # [T] fp32, that of the token's completion
+    advantages: torch.Tensor  # [T] fp32, that of the token's completion, times its weight (grpo/corrections.py)
     loss_mask: torch.Tensor  # [T] bool
     sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: an index into each [N]
     sequence_lengths: torch.Tensor  # [N] int64, trained tokens

@@ -8,6 +8,7 @@ import torch
 
 from grpo.batch import RolloutBatch, halves, minibatches, pack, rows_of_micro_batches
 from grpo.config import OldLogProbs
+from grpo.corrections import correct
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
 from grpo.kl import kl_penalty
@@ -177,7 +178,9 @@ def loss_inputs(run: Run, micro: RolloutBatch, log_probs: torch.Tensor, entropy:
 
 def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The policy loss of one micro-batch, plus the KL penalty if it is on, and the statistics."""
+    inputs, corrections = correct(inputs, run.config.corrections)
     loss, stats = checked_loss(run.loss_fn(inputs), run.config.loss["_target_"])
+    stats = stats | corrections
     if inputs.ref_log_probs is not None:
         kl = run.config.kl
         penalty, kl_stats = kl_penalty(inputs, coefficient=kl.coefficient, estimator=kl.estimator)

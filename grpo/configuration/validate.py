@@ -20,6 +20,7 @@ from grpo.config import (
     Experts,
     InferenceConfig,
     ModelConfig,
+    OldLogProbs,
     Train,
     TrainConfig,
     UnknownKey,
@@ -140,6 +141,7 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.in_backward", True, (
             f"a parameter is updated before the norm of all gradients is known: set optim.max_grad_norm=null (now "
             f"{optim.max_grad_norm:g}), or optim.in_backward=false")
+    yield from correction_problems(config)
     for key, node in (("optim", optim), ("warmup", config.warmup)):
         if node is not None and len(node.betas) != 2:
             yield f"{key}.betas", node.betas, "must be two numbers in [0, 1), such as [0.9,0.99]"
@@ -148,6 +150,17 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.loss_scale", scale, "must be null or a power of two, such as 65536"
     if is_evaluating(evaluation) and evaluation.num_samples == 0 and not evaluation.greedy:
         yield "eval.num_samples", 0, "nothing to measure with eval.greedy=false; set eval.num_samples=1 or eval.greedy=true"
+
+
+def correction_problems(config: TrainConfig) -> Iterator[Problem]:
+    corrections = config.corrections
+    bounds = corrections.geometric
+    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1] < math.inf):
+        yield "corrections.geometric", bounds, "must be null or two ratios around 1, such as [0.99,1.01]"
+    if corrections.weighs and config.optim.old_log_probs == OldLogProbs.sampler:
+        yield "optim.old_log_probs", "sampler", (
+            "the loss then takes its ratio to the sampler itself, which corrections.weight, geometric and max_k3 would count "
+            "again: set optim.old_log_probs=trainer, or leave those off")
 
 
 def is_evaluating(evaluation: EvalConfig) -> bool:
