@@ -7,8 +7,9 @@ With rho_t = exp(log pi_old - log pi_sampler) of a trained token, pi_old the tra
     max_k3     sequences are left out if mean_t (rho_t - 1 - log rho_t) is larger
     opsm       sequences with A < 0 are left out if mean_t (log pi_sampler - log pi) is larger, pi the policy as it is now;
                DeepSeek-V3.2, arXiv 2512.02556
-`level: sequence` takes the product of a sequence's rho_t instead, one weight for all of its tokens. Its spread grows with the
-length: long sequences hit the bounds first. All of them may be combined; a sequence that any of them leaves out has weight 0.
+A sequence is all that the policy sampled in a completion. `level: sequence` takes the product of its rho_t instead, one weight
+for all of its tokens, whose spread grows with the length: long sequences hit the bounds first. All of them may be combined; a
+sequence that any of them leaves out has weight 0.
 
 With these weights a loss that clips around pi_old is decoupled PPO (arXiv 2110.00641): the ratio pi / pi_old is clipped, and
 pi_old / pi_sampler weighs it.
@@ -75,8 +76,8 @@ def correct(inputs: LossInputs, settings: CorrectionsConfig) -> tuple[LossInputs
 
 
 def _sums(values: torch.Tensor, inputs: LossInputs) -> torch.Tensor:
-    """[T] float64: at each token the sum of `values` [T], 0 where the mask is false, over its sequence. A micro-batch has all of a
-    sequence. Equal for any packing, and on a GPU at each run."""
+    """[T] float64: at each token the sum of `values` [T], 0 where the mask is false, over its completion, all of which a
+    micro-batch has, unless memory does not hold it. Equal for any packing, and on a GPU at each run."""
     sums = torch.zeros(len(inputs.sequence_lengths), dtype=torch.int64, device=values.device)
     sums.index_add_(0, inputs.sequence_ids, (values * _ONE).round().long())
     return (sums.double() / _ONE)[inputs.sequence_ids]

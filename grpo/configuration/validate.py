@@ -25,8 +25,8 @@ from grpo.config import (
     TrainConfig,
     UnknownKey,
     describe_type,
-    out_of_range,
 )
+from grpo.configuration.fields import out_of_range
 from grpo.configuration.targets import fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
 

@@ -101,7 +101,8 @@ def restated(ratios, drift, advantage, settings) -> list[float]:
 
 @pytest.mark.parametrize("share_prompts", [False, True], ids=["whole", "shared"])
 @pytest.mark.parametrize("settings", [
-    CorrectionsConfig(weight="truncate", low=0.7, high=1.2), CorrectionsConfig(weight="mask", level="sequence", low=0.4, high=1.5),
+    CorrectionsConfig(weight="truncate", low=0.7, high=1.2),
+    CorrectionsConfig(weight="mask", level="sequence", low=0.4, high=1.5),
     CorrectionsConfig(weight="truncate", geometric=[0.9, 1.15], max_k3=0.06, opsm_delta=0.05),
     CorrectionsConfig(opsm_delta=0.0), CorrectionsConfig(max_k3=0.04)], ids=["tis", "sequence mis", "all", "opsm", "k3"])
 def test_in_any_micro_batches_weights_and_metrics_are_those_of_loops(settings, share_prompts):
@@ -110,7 +111,8 @@ def test_in_any_micro_batches_weights_and_metrics_are_those_of_loops(settings, s
     generator = torch.Generator().manual_seed(1)
     batch.old_log_probs = torch.where(batch.loss_mask, batch.sampler_log_probs + 0.3 * torch.randn(
         batch.tokens.shape, generator=generator), 0.0)
-    log_probs = torch.where(batch.loss_mask, batch.old_log_probs + 0.3 * torch.randn(batch.tokens.shape, generator=generator), 0.0)
+    moves = 0.3 * torch.randn(batch.tokens.shape, generator=generator)
+    log_probs = torch.where(batch.loss_mask, batch.old_log_probs + moves, 0.0)
     expected, ratios_of, gone, k3, weight_sum = [], [], 0, 0.0, 0.0
     for row, (start, end) in enumerate(itertools.pairwise(batch.cu_seqlens.tolist())):
         own = [i for i in range(start, end) if batch.loss_mask[i]]
@@ -149,7 +151,8 @@ def test_on_policy_every_weight_is_one_and_without_a_correction_nothing_is_compu
     batch = pack(completions, advantages)
     log_probs = batch.sampler_log_probs.clone().requires_grad_()
     inputs = LossInputs.of(batch, log_probs, torch.zeros(len(log_probs)), old_log_probs=log_probs, max_new_tokens=10)
-    corrected, stats = correct(inputs, CorrectionsConfig(weight="truncate", geometric=[0.999, 1.001], max_k3=1e-3, opsm_delta=0.0))
+    settings = CorrectionsConfig(weight="truncate", geometric=[0.999, 1.001], max_k3=1e-3, opsm_delta=0.0)
+    corrected, stats = correct(inputs, settings)
     assert torch.equal(corrected.advantages, inputs.advantages * batch.loss_mask)
     assert stats["corrections/masked_tokens"] == stats["corrections/masked_sequences"] == 0
     assert correct(inputs, CorrectionsConfig()) == (inputs, {})
@@ -181,7 +184,8 @@ def test_the_expected_gradient_is_the_policy_gradient_only_with_whole_sequence_r
             group_ids=torch.zeros(1), num_policy_tokens=1, num_sequences=1, num_prompts=1, max_new_tokens=2)
         loss, _ = dapo(correct(inputs, settings)[0], clip_low=0.2, clip_high=0.2)
         surrogate = surrogate - others.sum().exp() * loss
-    exact, expected = (torch.cat([grad.flatten() for grad in torch.autograd.grad(total, policy, retain_graph=True)]) for total in (value, surrogate))
+    exact, expected = (torch.cat([grad.flatten() for grad in torch.autograd.grad(total, policy, retain_graph=True)])
+                       for total in (value, surrogate))
     error = float((expected - exact).norm() / exact.norm())
     assert error < 1e-8 if is_exact else error > 0.05, error
 
