@@ -154,12 +154,13 @@ def peft_tensors(
     tensors = {}
     for layer, block in enumerate(model.model.layers):
         for leaf in _leaves(targets):
-            lora_A, lora_B = (read(parameter) for parameter in _adapter_of(block, leaf))
+            # laid out anew on the CPU: the GPU may have no memory left
+            lora_A, lora_B = (read(parameter).detach().cpu() for parameter in _adapter_of(block, leaf))
             if leaf in PROJECTIONS:
                 lora_A, lora_B = lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)  # [E * r, in], [out, r * E]
             key = f"base_model.model.model.layers.{layer}.{_STORED_PATHS[leaf]}"
             tensors |= {f"{key}.lora_A.weight": lora_A, f"{key}.lora_B.weight": lora_B}
-    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
