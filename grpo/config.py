@@ -108,6 +108,11 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
+class BestIs(StrEnum):
+    max = "max"  # larger values are better
+    min = "min"
+
+
 class SandboxMode(StrEnum):
     auto = "auto"  # refuses to start where the kernel cannot confine model-written code
     strict = "strict"  # refuses where any of the layers against files, system calls, memory and root is missing
@@ -209,6 +214,14 @@ class RolloutConfig:
     # when a rollout starts, but never more than its completions need
     cache_gb: Optional[float] = number("(0, inf)", "in 1e9 bytes, or null for a share of the GPU's free memory", default=None)
     refill_rounds: int = number("[0, inf)", "0 is off")  # most further draws of prompts, to replace groups with equal rewards
+    # prompts sampled at a time / prompts still needed, rounded up; the first ones with different rewards are trained on
+    oversampling: float = number("[1, 16]", "1 is off", default=1.0)
+    # DAPO's soft punishment, added to a reward before its group is compared: it falls linearly from 0 to -overlong_penalty over
+    # the last overlong_buffer tokens before max_new_tokens. null is off
+    overlong_buffer: Optional[int] = number("[1, inf)", "in tokens, or null for off", default=None)
+    overlong_penalty: float = number("(0, inf)", "in units of reward; 1 is DAPO's", default=1.0)
+    # the run ends (exit code 7) after this many steps in a row without a group to train on; null: never
+    max_dead_steps: Optional[int] = number("[1, inf)", "null for never", default=None)
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 
@@ -291,15 +304,34 @@ class EvalConfig:
 
 
 @dataclass
+class CurriculumConfig:
+    """Which prompts are sampled, by their pass rate: the share of a group's completions that are correct, over the prompt's last
+    `window` groups. On if a prompt may rest or there are candidates; then checkpoints hold the pass rates."""
+
+    window: int = number("[1, inf)", default=2)  # groups
+    # a prompt rests from this pass rate on, if it has had `window` groups; null: none does
+    retire_at: Optional[float] = number("(0, 1]", "null for never; 0.9 is ScaleRL's", default=None)
+    # a prompt rests after so many groups in a row without a correct completion; null: none does
+    retire_unsolved: Optional[int] = number("[1, inf)", "null for never", default=None)
+    # prompts drawn / prompts needed: of those drawn, the ones nearest to `target` are sampled; new prompts come first
+    candidates: float = number("[1, 64]", "1 takes them as they come", default=1.0)
+    target: float = number("[0, 1]", "a pass rate; 0.5 gives the most gradient", default=0.5)
+
+
+@dataclass
 class CheckpointConfig:
     every: int = number("[0, inf)", "0 is at the end only")  # steps
     keep: int = number("[2, inf)", "the newest one may be the one that a crash cut short")  # newest ones kept
+    # held-out metric, such as eval/greedy_accuracy: the checkpoint of its best evaluation is saved, and kept; null: none
+    best: Optional[str] = None
+    best_is: BestIs = BestIs.max
 
 
 @dataclass
 class LogConfig:
     completions_every: int = number("[0, inf)", "0 is never")  # steps
     num_completions: int = number("[0, inf)")
+    tensorboard: bool = False  # also writes the metrics for TensorBoard, into the run's folder (the extra of that name)
 
 
 @dataclass
@@ -339,6 +371,7 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     warmup: Optional[WarmupConfig] = None
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     output_dir: str = "runs"
     resume: bool = False  # continue output_dir/name from its newest checkpoint
 
@@ -500,6 +533,7 @@ RESUMABLE_KEYS = (
     # memory: these may change how numbers are rounded
     *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts", "optim.in_backward"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
+    "rollout.max_dead_steps",
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it
     # how reward functions are called, not what they return: to go on after a judge was down
     *("env.reward_timeout", "env.reward_workers", "env.reward_retries", "env.max_error_rate"),

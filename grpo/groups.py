@@ -1,8 +1,11 @@
 """Scored groups of completions: what a step trains on.
 
 Each prompt gets a group of completions, which are scored. A group whose rewards are all equal has no gradient: it is dropped,
-counted, and replaced by another prompt, for at most `rollout.refill_rounds` rounds.
+counted, and replaced by another prompt, for at most `rollout.refill_rounds` rounds. With `rollout.oversampling` a round samples
+more prompts than it needs; of the groups that are live the first ones are trained on, in the order of their prompts, so neither
+rewards nor lengths choose among them.
 """
+import itertools
 import math
 import statistics
 import time
@@ -11,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from grpo.advantages import group_advantages, zero_variance_groups
-from grpo.batch import Completion
+from grpo.batch import Completion, Prompt
 from grpo.config import TrainConfig
+from grpo.curriculum import PromptHistory, key_of
 from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, checked_scores, description_of
+from grpo.overlong import soft_overlong_punishment
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
@@ -31,48 +36,96 @@ class Groups:
 
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
-            progress: Callable[[int, int], None] | None = None, turns: Turns | None = None) -> Groups:
+            progress: Callable[[int, int], None] | None = None, turns: Turns | None = None,
+            history: PromptHistory | None = None) -> Groups:
     """Samples and scores the groups of one step. `progress` is called with the number of finished completions of a round, and of
-    all; `turns` lets the model call tools. Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns
-    true."""
+    all; `turns` lets the model call tools; `history` chooses the prompts, and learns how they were answered. Raises
+    EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     generate = sampler.generate if turns is None else partial(turns.generate, sampler)
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
-    for attempt in range(rollout.refill_rounds + 1):
-        with calling(env, "prompts"):
-            prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=attempt)
-        prompts = checked_prompts(env, "prompts", prompts, vocab_size=sampler.model.config.vocab_size,
-                                  taken={completion.prompt.id for completion, _ in scored})
-        prompts = prompts[:rollout.prompts_per_step - _num_groups(live)]
+    prompts_of = prompt_source(env, config, step, vocab_size=sampler.model.config.vocab_size, history=history)
+    for _ in range(rollout.refill_rounds + 1):
+        prompts = prompts_of(math.ceil((rollout.prompts_per_step - _num_groups(live)) * rollout.oversampling))
         check_lengths(env, "prompts", prompts, max_len=sampler.max_len)
         started = time.perf_counter()
         completions = generate(
             prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
         sampled = time.perf_counter()
         scored += zip(completions, checked_scores(env, completions))
+        punish_overlong(completions, config)
         seconds["time/rollout"] += sampled - started
         seconds["time/reward"] += time.perf_counter() - sampled
         rewarded = [completion for completion, _ in scored if completion.reward is not None]
         dead = set(zero_variance_groups([completion.reward for completion in rewarded],
                                         [completion.prompt.id for completion in rewarded]))
         live = [completion for completion in rewarded if completion.prompt.id not in dead]
-        if _num_groups(live) == rollout.prompts_per_step:
+        if _num_groups(live) >= rollout.prompts_per_step:
             break
-    advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
-                                  normalize_std=config.advantage.normalize_std)
     completions = [completion for completion, _ in scored]
     num_groups, num_live = _num_groups(completions), _num_groups(live)
+    live = _first_groups(live, rollout.prompts_per_step)
+    advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
+                                  normalize_std=config.advantage.normalize_std)
     metrics = {**reward_metrics(scored), **length_metrics(completions), **turn_metrics(completions),
                "frac_reward_zero_std": (num_groups - num_live) / num_groups, "groups/dropped": num_groups - num_live,
-               "groups/live": num_live, "groups/unscored": num_groups - _num_groups(rewarded),
-               "reward/errors": len(scored) - len(rewarded), **seconds}
+               "groups/live": _num_groups(live), "groups/surplus": num_live - _num_groups(live),
+               "groups/unscored": num_groups - _num_groups(rewarded), "reward/errors": len(scored) - len(rewarded), **seconds}
+    if rollout.overlong_buffer is not None:
+        metrics["reward/overlong"] = statistics.fmean(completion.reward - verdict.reward for completion, verdict in scored
+                                                      if completion.reward is not None) if rewarded else math.nan
+    if history is not None:
+        history.record(scored)
+        metrics |= history.metrics()
     if config.optim.mask_truncated:  # truncated completions count in their group's mean and spread, but are not trained on
         kept = [row for row, completion in enumerate(live) if not completion.is_truncated]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
     return Groups(live, advantages, scored, metrics)
+
+
+def prompt_source(env: Environment, config: TrainConfig, step: int, *, vocab_size: int,
+                  history: PromptHistory | None) -> Callable[[int], list[Prompt]]:
+    """A function that returns so many prompts of the step, checked, with ids that no earlier call returned; the environment may
+    give fewer."""
+    rollout, attempts, taken, sampled = config.rollout, itertools.count(), set[int](), set[str]()
+    share = rollout.oversampling * (1.0 if history is None else history.settings.candidates)
+    num_drawn = math.ceil(rollout.prompts_per_step * share)
+
+    def draw() -> list[Prompt]:
+        with calling(env, "prompts"):
+            prompts = env.prompts(step, num_prompts=num_drawn, attempt=next(attempts))
+        prompts = checked_prompts(env, "prompts", prompts, vocab_size=vocab_size, taken=taken)
+        if history is not None:
+            taken.update(prompt.id for prompt in prompts)
+        return prompts
+
+    def prompts_of(num: int) -> list[Prompt]:
+        prompts = draw()[:num] if history is None else history.choose(draw, num, taken=sampled)
+        taken.update(prompt.id for prompt in prompts)
+        sampled.update(key_of(prompt) for prompt in prompts)
+        return prompts
+
+    return prompts_of
+
+
+def punish_overlong(completions: list[Completion], config: TrainConfig) -> None:
+    """Adds DAPO's soft punishment to the rewards that groups are compared by; those of the metrics stay the environment's."""
+    rollout = config.rollout
+    if rollout.overlong_buffer is None:
+        return
+    for completion in completions:
+        if completion.reward is not None:
+            completion.reward += rollout.overlong_penalty * soft_overlong_punishment(
+                len(completion.completion_ids), max_len=rollout.max_new_tokens, buffer=rollout.overlong_buffer)
+
+
+def _first_groups(completions: list[Completion], num: int) -> list[Completion]:
+    """The completions of the first `num` groups."""
+    kept = set(list(dict.fromkeys(completion.prompt.id for completion in completions))[:num])
+    return [completion for completion in completions if completion.prompt.id in kept]
 
 
 def _num_groups(completions: list[Completion]) -> int:

@@ -35,14 +35,15 @@ def train(run: Run) -> None:
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
-        groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"), run.turns)
+        groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"), run.turns,
+                         run.history)
         run.memory.for_update(run.policy, run.sampler)  # gives it the KV cache's memory
         updated = time.perf_counter()
         metrics.set_status("updating")
         stats = update(run, groups)
         run.step, run.is_between_steps = run.step + 1, True
         finished = time.perf_counter()
-        run.num_tokens += sum(len(completion.prompt.token_ids) + completion.num_policy_tokens for completion, _ in groups.scored)
+        run.num_tokens += sum(completion.num_tokens for completion, _ in groups.scored)
         stats |= {"num_tokens": run.num_tokens, "time/update": finished - updated, "time/step": finished - started,
                   "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
                   "time/compile": seconds_of_compilation(run), **run.memory.metrics()}

@@ -35,7 +35,9 @@ def save(run: Run) -> None:
                                      "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
     run.metrics.sync()
     save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep,
-             state={"wandb_id": run.metrics.wandb.run_id, "num_tokens": run.num_tokens, "made_of": run.made_of})
+             state={"wandb_id": run.metrics.wandb.run_id, "num_tokens": run.num_tokens, "made_of": run.made_of,
+                    "steps_without_update": run.steps_without_update,
+                    **({} if run.history is None else {"prompt_pass_rates": run.history.rates})})
     run.saved_step = run.step
 
 

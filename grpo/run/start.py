@@ -23,6 +23,7 @@ from grpo.config import (
 )
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind
+from grpo.curriculum import PromptHistory, is_on
 from grpo.environment import (
     Environment,
     check_environment,
@@ -85,6 +86,7 @@ class Run:
     compilation: Compilation | None = None  # of its kernels, in the background; None: there are none
     optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
+    history: PromptHistory | None = None  # of its prompts, with a curriculum
     step: int = 0  # steps finished
     num_tokens: int = 0  # of prompts and completions, in all of them
     steps_without_update: int = 0  # number of last steps in a row
@@ -134,8 +136,9 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     sampler.warn, sampler.on_cache = metrics.warn, memory.cache_became
     metrics.print(*changes)
     turns = Turns.of(env, tokenizer, config.turns)
+    history = PromptHistory(config.curriculum) if is_on(config.curriculum) else None
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, turns, sandbox,
-               memory, compilation), state
+               memory, compilation, history=history), state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -168,6 +171,9 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
                                    if name.startswith(OPTIM)})
         run.step, run.saved_step, run.num_tokens = state.step, state.step, state.state["num_tokens"]
+        run.steps_without_update = state.state.get("steps_without_update", 0)
+        if run.history is not None:
+            run.history.rates = state.state["prompt_pass_rates"]
     run.optimizer = optimizer
     run.memory.for_sampling(run.policy)
 

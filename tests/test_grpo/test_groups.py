@@ -43,10 +43,12 @@ class Env:
         return [Score(self.rewards[c.prompt.id][c.sample], {"exact": float(c.sample)}, {}, None) for c in completions]
 
 
-def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100, mask_truncated=False):
+def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100, mask_truncated=False, oversampling=1.0, overlong=None,
+           penalty=1.0):
     return SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
-                                temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True),
+                                temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True, oversampling=oversampling,
+                                overlong_buffer=overlong, overlong_penalty=penalty),
         optim=SimpleNamespace(max_tokens=max_tokens, mask_truncated=mask_truncated), eval=SimpleNamespace(max_prompts=2),
         advantage=SimpleNamespace(normalize_std=normalize_std), warmup=None)
 
