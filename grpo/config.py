@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.configuration.fields import number
+from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, WandbConfig
 from grpo.configuration.suggestions import suggest
 from models.formats.atomic import write_text
 
@@ -99,18 +100,6 @@ class ResultForm(StrEnum):
     """How the results of functions are written."""
     hub = "hub"  # as JSON, a text in quotes: the chat template of the hub's checkpoints
     library = "library"  # a text as it is: openai-harmony
-
-
-class WandbMode(StrEnum):
-    auto = "auto"  # online with a key, else offline
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
-class BestIs(StrEnum):
-    max = "max"  # larger values are better
-    min = "min"
 
 
 class SandboxMode(StrEnum):
@@ -301,46 +290,6 @@ class EvalConfig:
     at_end: bool = MISSING
     # metric whose last value a sweeper such as Optuna's optimises: greedy_accuracy, reward, avg@4, ...; null: the first
     objective: Optional[str] = None
-
-
-@dataclass
-class CurriculumConfig:
-    """Which prompts are sampled, by their pass rate: the share of a group's completions that are correct, over the prompt's last
-    `window` groups. On if a prompt may rest or there are candidates; then checkpoints hold the pass rates."""
-
-    window: int = number("[1, inf)", default=2)  # groups
-    # a prompt rests from this pass rate on, if it has had `window` groups; null: none does
-    retire_at: Optional[float] = number("(0, 1]", "null for never; 0.9 is ScaleRL's", default=None)
-    # a prompt rests after so many groups in a row without a correct completion; null: none does
-    retire_unsolved: Optional[int] = number("[1, inf)", "null for never", default=None)
-    # prompts drawn / prompts needed: of those drawn, the ones nearest to `target` are sampled; new prompts come first
-    candidates: float = number("[1, 64]", "1 takes them as they come", default=1.0)
-    target: float = number("[0, 1]", "a pass rate; 0.5 gives the most gradient", default=0.5)
-
-
-@dataclass
-class CheckpointConfig:
-    every: int = number("[0, inf)", "0 is at the end only")  # steps
-    keep: int = number("[2, inf)", "the newest one may be the one that a crash cut short")  # newest ones kept
-    # held-out metric, such as eval/greedy_accuracy: the checkpoint of its best evaluation is saved, and kept; null: none
-    best: Optional[str] = None
-    best_is: BestIs = BestIs.max
-
-
-@dataclass
-class LogConfig:
-    completions_every: int = number("[0, inf)", "0 is never")  # steps
-    num_completions: int = number("[0, inf)")
-    tensorboard: bool = False  # also writes the metrics for TensorBoard, into the run's folder (the extra of that name)
-
-
-@dataclass
-class WandbConfig:
-    mode: WandbMode = MISSING
-    project: str = MISSING
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    tags: List[str] = field(default_factory=list)
 
 
 @dataclass
