@@ -96,7 +96,7 @@ class Completion:
         return sum(len(segment.token_ids) for segment in self.segments)
 
 
-_ON_HOST = ("cu_seqlens", "host_mask")
+_ON_HOST = ("cu_seqlens", "host_mask", "ref_hidden")
 _PER_TOKEN = ("tokens", "loss_mask", "advantages", "sampler_log_probs", "old_log_probs", "ref_log_probs", "token_index",
               "sequence_ids", "routing")
 
@@ -130,6 +130,10 @@ class RolloutBatch:
     routing: torch.Tensor | None = None  # [T, L, A] uint8 or int16: the experts that the sampler chose, for a replay
     old_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the policy at the start of the update
     ref_log_probs: torch.Tensor | None = None  # [T] fp32 nats: the reference of the KL penalty (grpo/kl.py)
+    # for the KL over the full vocabulary: the reference's hidden states of the n trained tokens [n, D], on the host, and its head
+    # if that is not the policy's [V, D]
+    ref_hidden: torch.Tensor | None = None
+    ref_head: torch.Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -178,6 +182,9 @@ class RolloutBatch:
         index = host_index.to(self.tokens.device)
         lengths = torch.tensor([end - start for start, end in spans])
         per_token = {name: value[index] for name in _PER_TOKEN if (value := getattr(self, name)) is not None}
+        if self.ref_hidden is not None:
+            chosen = host_index[self.host_mask[host_index]]  # trained tokens
+            per_token["ref_hidden"] = self.ref_hidden[self.host_mask.cumsum(0)[chosen] - 1]
         return replace(
             self, **per_token,
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(), host_mask=self.host_mask[host_index],

@@ -54,6 +54,7 @@ class Estimator(StrEnum):
     k1 = "k1"
     k2 = "k2"
     k3 = "k3"
+    full = "full"  # no estimate: over the whole vocabulary, by a second product with the head
 
 
 class KlReference(StrEnum):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.config import Estimator
+from grpo.config import ConfigError, Estimator, KlConfig
 from grpo.losses import MAX_LOG_RATIO, LossInputs
 from models.gpt_oss import GptOss
 
@@ -54,14 +54,26 @@ class Reference:
         with policy.exchanged(self.tensors), nullcontext() if has_adapter else policy.adapter_disabled():
             yield
 
+    def head(self, policy: GptOss) -> torch.Tensor | None:
+        """The reference's head on the policy's device; None if it is the policy's own."""
+        head = self.tensors.get("lm_head.weight")
+        return None if head is None else head.to(policy.device)
+
 
 def _is_adapter(name: str) -> bool:
     return name.endswith(("lora_A", "lora_B"))
 
 
+def check_estimator(kl: KlConfig, dtype: torch.dtype) -> None:
+    """Raises ConfigError for an estimator that a model of this dtype cannot have."""
+    if kl.coefficient > 0 and kl.estimator == Estimator.full and dtype == torch.float16:
+        raise ConfigError("kl.estimator = 'full': its gradient would underflow in float16, the dtype of this run; set "
+                          "kl.estimator=k2, or dtype=bfloat16 on a GPU that has it")
+
+
 def kl_penalty(inputs: LossInputs, *, coefficient: float,
                estimator: Estimator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """coefficient times the mean over the step's tokens of an estimate of the KL between policy and reference.
+    """coefficient times the mean over the step's tokens of the KL between policy and reference, or of an estimate of it.
 
     With d = log pi - log pi_ref on tokens sampled from pi, `estimator` is
         k1  value d (unbiased, can be negative).  Gradient d grad log pi, that of KL(pi || pi_ref): the plain
@@ -70,13 +82,17 @@ def kl_penalty(inputs: LossInputs, *, coefficient: float,
         k3  value exp(-d) + d - 1 (unbiased, >= 0, GRPO's).  Gradient (1 - exp(-d)) grad log pi: that of the *other*
             direction, KL(pi_ref || pi). Where pi_ref > 10 pi it goes on along its tangent: one token cannot explode the
             step, and is still pulled back (capping the value, as is common, would let go of it)
-    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each token is weighted by the
+        full  KL(pi || pi_ref) itself, over the full vocabulary (no sampling filter), with its own gradient: no noise of the draw
+    (arXiv 2510.01555, 2512.21852; J. Schulman, "Approximating KL divergence", 2020.) Each estimate is weighted by the
     detached ratio pi / pi_sampler (at most 10; 1 on policy), which keeps the above true after several updates on one
     batch (as in DeepSeek-V3.2, arXiv 2512.02556) up to the prefix, whose distribution stays the sampler's.
 
-    Both log-probs are of distributions over the same tokens, those that a sampling filter kept. Returns the scalar and
-    {"kl": sum in nats}."""
+    Both log-probs of an estimate are of distributions over the same tokens, those that a sampling filter kept. Returns the scalar
+    and {"kl": sum in nats}."""
     mask = inputs.loss_mask
+    if estimator == Estimator.full:  # exact at each token's prefix, whichever token was drawn there: nothing to weight
+        total = torch.where(mask, inputs.full_kl, 0.0).sum()
+        return coefficient * total / inputs.num_policy_tokens, {"kl": total.detach()}
     difference = torch.where(mask, inputs.log_probs - inputs.ref_log_probs.detach(), 0.0)  # [T] nats
     if estimator == Estimator.k1:
         # value d; the bracket is zero in value and has the gradient d grad log pi

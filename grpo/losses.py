@@ -51,6 +51,8 @@ class LossInputs:
     old_log_probs: torch.Tensor  # [T] fp32 nats, of the policy before the step's first update, or the sampler's; no gradient
     sampler_log_probs: torch.Tensor  # [T] fp32 nats, as recorded when the token was drawn
     ref_log_probs: torch.Tensor | None  # [T] fp32 nats, of the reference of the KL penalty; None without one (grpo/kl.py)
+    # [T] fp32 nats, KL(policy, reference) over the full vocabulary, with its gradient; None unless kl.estimator is full
+    full_kl: torch.Tensor | None
     advantages: torch.Tensor  # [T] fp32, that of the token's completion, times its weight (grpo/corrections.py)
     loss_mask: torch.Tensor  # [T] bool
     sequence_ids: torch.Tensor  # [T] int64, the completion that a token belongs to: an index into each [N]
@@ -64,14 +66,15 @@ class LossInputs:
 
     @classmethod
     def of(cls, batch: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, *, old_log_probs: torch.Tensor,
-           max_new_tokens: int) -> "LossInputs":
-        """The inputs for a micro-batch. log_probs, entropy (both of the policy as it is now), old_log_probs: [T] fp32 nats."""
+           max_new_tokens: int, full_kl: torch.Tensor | None = None) -> "LossInputs":
+        """The inputs for a micro-batch. log_probs, entropy, full_kl (of the policy now), old_log_probs: [T] fp32 nats."""
         assert log_probs.shape == entropy.shape == old_log_probs.shape == batch.loss_mask.shape, (
             log_probs.shape, entropy.shape, old_log_probs.shape, batch.loss_mask.shape)
         return cls(
             log_probs=log_probs, entropy=entropy, old_log_probs=old_log_probs.detach(), max_new_tokens=max_new_tokens,
-            sampler_log_probs=batch.sampler_log_probs, ref_log_probs=batch.ref_log_probs, advantages=batch.advantages,
-            loss_mask=batch.loss_mask, sequence_ids=batch.sequence_ids, sequence_lengths=batch.sequence_lengths,
+            sampler_log_probs=batch.sampler_log_probs, ref_log_probs=batch.ref_log_probs, full_kl=full_kl,
+            advantages=batch.advantages, loss_mask=batch.loss_mask,
+            sequence_ids=batch.sequence_ids, sequence_lengths=batch.sequence_lengths,
             rewards=batch.rewards, group_ids=batch.group_ids, num_policy_tokens=batch.num_policy_tokens,
             num_sequences=batch.num_sequences, num_prompts=batch.num_prompts)
 
@@ -166,7 +169,8 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
             else value / num_tokens if num_tokens else 0.0 for name, value in values.items()}
 
 
-def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: int, has_reference: bool) -> None:
+def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: int, has_reference: bool,
+             has_full_kl: bool = False) -> None:
     """Calls the loss that `path` names on two made-up groups. Raises ConfigError if it fails or breaks CONTRACT."""
     segments = [Segment([1, 2], "prompt"), Segment([3, 4], "policy", [-1.0, -2.0])]
     completions = [Completion(Prompt(group, [1, 2], {}), sample, segments, "stop", reward=float(sample))
@@ -176,7 +180,7 @@ def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: i
     log_probs = (1.1 * batch.sampler_log_probs).requires_grad_()
     try:
         inputs = LossInputs.of(batch, log_probs, torch.ones_like(log_probs), old_log_probs=batch.sampler_log_probs,
-                               max_new_tokens=max_new_tokens)
+                               full_kl=torch.ones_like(log_probs) if has_full_kl else None, max_new_tokens=max_new_tokens)
         checked_loss(loss_fn(inputs), path)
     except ConfigError:
         raise

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from grpo.batch import RolloutBatch, halves, minibatches, pack, rows_of_micro_batches
-from grpo.config import OldLogProbs
+from grpo.config import Estimator, OldLogProbs
 from grpo.corrections import correct
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
@@ -17,6 +17,7 @@ from grpo.optim import check_finite
 from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
+from models.gpt_oss import HeadStates, Scores
 from models.routing_record import RoutingReplay
 
 PATIENCE = 5  # a warning comes after this many steps in a row without an update
@@ -36,9 +37,9 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
     batch = attempt_twice(lambda: pack(groups.completions, groups.advantages).to(run.policy.device))
     num_updates = min(optim.minibatches, batch.num_sequences) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
-        batch.old_log_probs = score_batch(run, batch, replays_routing=True)
+        batch.old_log_probs, _ = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:
-        batch.ref_log_probs = attempt_twice(lambda: score_by_reference(run, batch))
+        attempt_twice(lambda: score_by_reference(run, batch))
     allowed = allowed_difference(run.policy)
     trained, grad_norms, num_whole, num_trained = [], [], 0, 0
     for epoch in range(optim.epochs):
@@ -139,19 +140,24 @@ def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_upda
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)
-    log_probs, entropy = policy_log_probs(run, micro, replay)
-    inputs = loss_inputs(run, micro, log_probs, entropy, num_updates)
+    scores = policy_scores(run, micro, replay)
+    inputs = loss_inputs(run, micro, scores, num_updates)
     loss, stats = loss_and_stats(run, inputs)
     check_finite(loss, step=run.step, what="loss", name="the policy")
     run.optimizer.backward(loss, updates=updates)
-    found = differences(log_probs, micro, allowed=allowed)
+    found = differences(scores.log_probs, micro, allowed=allowed)
     return TrainedMicroBatch(len(micro.tokens), stats, token_stats(inputs), found, replay)
 
 
-def policy_log_probs(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [T] of the sampled tokens and entropy [T] of the policy as it is now, in nats."""
-    return run.policy.log_probs(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
-                                record=replay, temperature=run.config.rollout.temperature)
+def policy_scores(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -> Scores:
+    """Log-probs [T] of the sampled tokens, entropy [T] and, if the batch has the reference's states, KL [T] of the policy as
+    it is now, in nats."""
+    reference = None
+    if micro.ref_hidden is not None:
+        head = run.policy.lm_head.weight if micro.ref_head is None else micro.ref_head
+        reference = HeadStates(micro.ref_hidden, head)
+    return run.policy.scores(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
+                             record=replay, temperature=run.config.rollout.temperature, reference=reference)
 
 
 def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
@@ -165,14 +171,14 @@ def routing_metrics(replays: Iterable[RoutingReplay | None]) -> dict[str, float]
     return {"routing/flips": sum(flips for flips, _ in counts) / sum(choices for _, choices in counts)} if counts else {}
 
 
-def loss_inputs(run: Run, micro: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, num_updates: int) -> LossInputs:
+def loss_inputs(run: Run, micro: RolloutBatch, scores: Scores, num_updates: int) -> LossInputs:
     """The inputs of the loss for a micro-batch. If the step makes one update, the policy is as the step began: its
     own log-probs are the old ones, and the ratio is exactly 1."""
     if run.config.optim.old_log_probs == OldLogProbs.sampler:
         old_log_probs = micro.sampler_log_probs
     else:
-        old_log_probs = log_probs.detach() if num_updates == 1 else micro.old_log_probs
-    return LossInputs.of(micro, log_probs, entropy, old_log_probs=old_log_probs,
+        old_log_probs = scores.log_probs.detach() if num_updates == 1 else micro.old_log_probs
+    return LossInputs.of(micro, scores.log_probs, scores.entropy, full_kl=scores.kl, old_log_probs=old_log_probs,
                          max_new_tokens=run.config.rollout.max_new_tokens)
 
 
@@ -189,13 +195,21 @@ def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str
 
 
 @torch.no_grad()
-def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool) -> torch.Tensor:
-    """Log-probs [T] of a packed batch under the policy as it is now. Micro-batches that do not fit into memory are split."""
-    work, result = divide(run, batch), torch.zeros_like(batch.sampler_log_probs)
+def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
+                keeps_states: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs [T] of a packed batch under the policy as it is now and, with keeps_states, the n trained tokens' hidden states
+    [n, D] on the host. Micro-batches that do not fit into memory are split."""
+    work, result, states = divide(run, batch), torch.zeros_like(batch.sampler_log_probs), None
+    if keeps_states:
+        states = torch.empty(int(batch.host_mask.sum()), run.policy.config.hidden_size, dtype=run.policy.dtype)
+        rank = batch.host_mask.cumsum(0) - 1  # of a trained token among them
 
     def score(rows: list[int]) -> None:
         micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
-        result[micro.token_index] = policy_log_probs(run, micro, make_replay(micro) if replays_routing else None)[0]
+        scores = policy_scores(run, micro, make_replay(micro) if replays_routing else None)
+        result[micro.token_index] = scores.log_probs
+        if keeps_states:
+            states[rank[micro.token_index.cpu()[micro.host_mask]]] = scores.hidden.cpu()
 
     while work:
         _, refusal = attempt(partial(score, work[0]))
@@ -208,10 +222,12 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool) -> torc
             work[:1] = split(run, batch, work[0], refusal)
             run.metrics.warn(f"out of memory while step {run.step + 1} computed log-probs ({refusal}): from now on a micro-batch "
                              f"has at most {run.most_tokens:,} tokens")
-    return result
+    return result, states
 
 
-def score_by_reference(run: Run, batch: RolloutBatch) -> torch.Tensor:
-    """Log-probs [T] of a packed batch under the reference of the KL penalty."""
-    with run.reference.in_place_of(run.policy):
-        return score_batch(run, batch, replays_routing=False)  # the reference is another policy and uses its own routing
+def score_by_reference(run: Run, batch: RolloutBatch) -> None:
+    """Gives a packed batch what the KL penalty needs of its reference: log-probs, and for the full KL hidden states."""
+    is_full = run.config.kl.estimator == Estimator.full
+    with run.reference.in_place_of(run.policy):  # another policy: it uses its own routing
+        batch.ref_log_probs, batch.ref_hidden = score_batch(run, batch, replays_routing=False, keeps_states=is_full)
+    batch.ref_head = run.reference.head(run.policy) if is_full else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from kernels.attention.plan import AttentionPlan
 from kernels.device import is_triton, to_device
 from kernels.embedding import embedding
 from kernels.head.draw import draw, head_logits
+from kernels.head.kl import kl_divergence
 from kernels.head.log_probs import log_probs
 from kernels.packed.weights import ExpertWeights
 from models.block import Block, RMSNorm
@@ -55,6 +56,22 @@ class KeptSets:
         starts, counts = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
         shifts = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)  # from where ids go to where they are
         return KeptSets.of_counts(self.ids[torch.arange(len(shifts), device=rows.device) + shifts], counts)
+
+
+class Scores(NamedTuple):
+    """What GptOss.scores returns: [T] fp32 nats, 0 for tokens without a score."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    kl: torch.Tensor | None  # None without a reference
+    hidden: torch.Tensor  # [N, D] the states before the N scored tokens, which the head turns into logits; no gradient
+
+
+class HeadStates(NamedTuple):
+    """A reference's distributions of the scored tokens, as what its head computes them from."""
+
+    hidden: torch.Tensor  # [N, D], on the device or on the host
+    weight: torch.Tensor  # [V, D], the head's; it may be the policy's own
 
 
 class Embedding(nn.Module):
@@ -213,12 +230,20 @@ class GptOss(nn.Module):
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
                   kept: KeptSets | None = None, prefixes: list[int] | None = None,
                   record: RoutingReplay | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs [T] of the tokens where mask [T] is true, each given its sequence so far, and the entropy [T] of the
-        distribution each was drawn from (full vocabulary); fp32 nats at `temperature`, 0 elsewhere. Differentiable.
-        cu_seqlens and mask should be on the host: it waits for them if they are on a GPU, and for nothing else. `kept`
-        renormalises over the sets that a sampling filter kept. `prefixes` [S]: the sequence that each sequence continues, -1
-        for none: so a prompt is computed once for all its completions; a prefix continues no other. The first token of a
-        sequence without prefix has no log-prob. `record` sends tokens through recorded experts, and counts those that the
+        """The log-probs [T] and the entropy [T] of scores()."""
+        scores = self.scores(tokens, cu_seqlens, temperature=temperature, mask=mask, kept=kept, prefixes=prefixes, record=record)
+        return scores.log_probs, scores.entropy
+
+    def scores(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
+               kept: KeptSets | None = None, prefixes: list[int] | None = None, record: RoutingReplay | None = None,
+               reference: HeadStates | None = None) -> Scores:
+        """Log-probs of the tokens where mask [T] is true, each given its sequence so far, the entropy of the distribution each
+        was drawn from, and its KL divergence from the reference's, if there is one (both over the full vocabulary); at
+        `temperature`. All are differentiable. cu_seqlens and mask should be on the host: it waits for them if they are on a GPU,
+        and for nothing else. `kept`
+        renormalises log-probs over the sets that a sampling filter kept. `prefixes` [S]: the sequence that each sequence
+        continues, -1 for none: so a prompt is computed once for all its completions; a prefix continues no other. The first token
+        of a sequence without prefix has no log-prob. `record` sends tokens through recorded experts, and counts those that the
         router would not have chosen."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
@@ -231,12 +256,16 @@ class GptOss(nn.Module):
         # any order; that of indexing adds them in a fixed one
         hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
         kept = kept.select(rows) if kept is not None else None
-        chosen, entropy = log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
-                                    kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets)
-        if chosen.requires_grad:
-            chosen.register_hook(self.memory.before_backward)
+        scored = list(log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
+                                kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets))
+        if reference is not None:
+            scored.append(kl_divergence(hidden, self.lm_head.weight, to_device(reference.hidden, tokens.device),
+                                        reference.weight, temperature=temperature))
+        if scored[0].requires_grad:
+            scored[0].register_hook(self.memory.before_backward)
         zeros = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
-        return zeros.index_copy(0, rows, chosen), zeros.index_copy(0, rows, entropy)
+        scored = [zeros.index_copy(0, rows, values) for values in scored]
+        return Scores(*scored[:2], scored[2] if reference is not None else None, hidden.detach())
 
     def new_cache(self, num_slots: int, max_len: int, num_pages: int | None = None) -> KVCache:
         """An empty cache for `num_slots` sequences of up to `max_len` tokens, with pages for all of them at that length unless

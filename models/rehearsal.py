@@ -27,7 +27,7 @@ from kernels.head.log_probs import log_probs
 from models.adam_state import AdamState, gradient_dtype
 from models.config import GptOssConfig
 from models.decoder import BUCKETS, Decoder, PlainDraw, bucket_of
-from models.gpt_oss import GptOss, KeptSets
+from models.gpt_oss import GptOss, HeadStates, KeptSets
 from models.keys import PrefillChunk
 from models.kv_cache import PAGE_TOKENS
 from models.lora import LoraConfig, attach_lora, set_full_training
@@ -62,6 +62,7 @@ class Rehearsal:
     scores: bool  # log-probs without gradient: of a reference, or before several updates
     moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
     weights: str = "master"
+    full_kl: bool = False  # the KL to a reference over the whole vocabulary
 
 
 def variants(plan: Rehearsal, gpu: Gpu) -> list[KernelVariant]:
@@ -164,7 +165,13 @@ def rehearse_training(model: GptOss, plan: Rehearsal, *, lengths: tuple[int, ...
             mask[bounds[:1 if plan.shares_prompts else -1]] = False
             tokens = torch.zeros(length, dtype=torch.int64, device="meta")
             settings = {"temperature": 1.0, "mask": mask, "prefixes": prefixes}
-            model.log_probs(tokens, bounds, **settings)[0].sum().backward()
+            reference = None
+            if plan.full_kl:
+                head = model.lm_head.weight  # the reference's own, if it trains
+                states = torch.empty(int(mask.sum()), head.shape[1], dtype=head.dtype, device="meta")
+                reference = HeadStates(states, torch.empty_like(head) if head.requires_grad else head)
+            scores = model.scores(tokens, bounds, **settings, reference=reference)
+            sum(values.sum() for values in (scores.log_probs, scores.kl) if values is not None).backward()
             if plan.scores:
                 with torch.no_grad():
                     model.log_probs(tokens, bounds, **settings)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from grpo.config import Train, TrainConfig
+from grpo.config import Estimator, Train, TrainConfig
 from grpo.configuration.validate import is_evaluating
 from grpo.rollout.sampling import SamplingParams
 from grpo.run.memory import needs_of
@@ -37,7 +37,8 @@ def rehearsal_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len:
         max_len=min(architecture.max_position_embeddings, 1 << (needs.prompt_len + rollout.max_new_tokens - 1).bit_length()),
         draws=[draws[is_greedy] for is_greedy in sorted(draws)], filters=any(params.plain is None for params in settings),
         shares_prompts=optim.share_prompts, scores=config.kl.coefficient > 0 or optim.minibatches * optim.epochs > 1,
-        moments=str(optim.moments), weights=str(optim.weights))
+        moments=str(optim.moments), weights=str(optim.weights),
+        full_kl=config.kl.coefficient > 0 and config.kl.estimator == Estimator.full)
 
 
 SILENCE = 180  # seconds; a kernel takes a few, the rehearsal before the first up to a minute on a slow CPU

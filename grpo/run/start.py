@@ -11,6 +11,7 @@ import torch
 
 from grpo.config import (
     ConfigError,
+    Estimator,
     KlReference,
     LrSchedule,
     TrainConfig,
@@ -32,7 +33,7 @@ from grpo.environment import (
     make_sandbox,
     summary_of,
 )
-from grpo.kl import Reference
+from grpo.kl import Reference, check_estimator
 from grpo.losses import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
@@ -103,9 +104,11 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     run_dir = lock.run_dir
     device, dtype = prepare_device(config)
     check_trainable(config.model, dtype)
+    check_estimator(config.kl, dtype)
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
-             has_reference=config.kl.coefficient > 0)
+             has_reference=config.kl.coefficient > 0,
+             has_full_kl=config.kl.coefficient > 0 and config.kl.estimator == Estimator.full)
     tokenizer = build_tokenizer(config.model, config.env)
     sandbox = make_sandbox(config.env, config.sandbox.mode)
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox)

@@ -24,6 +24,7 @@ logits from torch.mm. Both compute the sum by torch.mm.
 Shapes: N tokens, D model width, V vocabulary, n tokens of a chunk, C columns of a range of the vocabulary.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -46,7 +47,7 @@ from kernels.head.tiles import (
 )
 
 # most logits that the reference has in memory at once, in elements
-_MAX_LOGITS = 1 << 27
+MAX_LOGITS = 1 << 27
 SCRATCH_BYTES = 600_000_000  # of the kernels' scratch: 1,408 tokens of gpt-oss in bf16
 
 
@@ -81,7 +82,7 @@ def _kept_log_probs(z: torch.Tensor, log_p: torch.Tensor, kept_ids: torch.Tensor
 class _LogProbsReference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, kept_ids, kept_offsets):
-        chunk = max(1, _MAX_LOGITS // weight.shape[0])
+        chunk = max(1, MAX_LOGITS // weight.shape[0])
         log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_probs)
         for start in range(0, len(targets), chunk):
@@ -209,7 +210,7 @@ def _logits_gradient_kernel(hidden, weight, targets, lse, kept_lse, entropy, gra
                                 num_columns, stride_grad, HAS_KEPT, HAS_LOG_PROBS, HAS_ENTROPY)
 
 
-def _num_rows(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
+def rows_of_chunks(num_tokens: int, row_bytes: int, scratch_bytes: int) -> int:
     """The number of tokens in a chunk: as many as fit, in whole tiles of 128."""
     rows = scratch_bytes // row_bytes if row_bytes else 1 << 14
     return max(1, min(num_tokens, rows - rows % 128 if rows > 128 else rows))
@@ -241,28 +242,43 @@ def _score_chunk(hidden, weight, targets, temperature, kept, scratch, logits, ou
                  max_excess=MAX_EXCESS[weight.dtype], has_kept=has_kept, stores=makes_sum)
 
 
+def gradients_by_ranges(hidden: torch.Tensor, weight: torch.Tensor, needs_grad: tuple[bool, ...], differentiate: Callable, *,
+                        multiple: int, scratch_bytes: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the hidden states [N, D] and of the head [V, D], each where needs_grad asks for it, from those of the logits:
+    one range of the vocabulary at a time, a multiple of `multiple` columns. differentiate(grad_logits [N, C], head [C, D], first)
+    writes them for the columns from `first` on. Only the gradient of the hidden states is summed over ranges: a range gives its
+    rows of the head's gradient completely."""
+    (num_tokens, width), vocab = hidden.shape, weight.shape[0]
+    needs_hidden, needs_weight = needs_grad[:2]
+    grad_hidden = torch.zeros(num_tokens, width, dtype=torch.float32, device=hidden.device) if needs_hidden else None
+    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    columns = scratch_bytes // (max(num_tokens, 1) * weight.element_size())
+    columns = min(vocab, max(columns - columns % multiple, multiple))
+    scratch = torch.empty(num_tokens, columns, dtype=weight.dtype, device=hidden.device)
+    for first in range(0, vocab if num_tokens else 0, columns):
+        part = weight[first:first + columns]
+        grad_logits = scratch[:, :part.shape[0]]
+        differentiate(grad_logits, part, first)
+        if needs_hidden:
+            grad_hidden += grad_logits @ part
+        if needs_weight:
+            torch.mm(grad_logits.T, hidden, out=grad_weight[first:first + columns])
+    return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+
+
 def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the hidden states and of the head, from logits computed again, one range of the vocabulary at a time. Only the
-    gradient of the hidden states is summed over ranges: a range gives its rows of the head's gradient completely."""
+    """Gradients of the hidden states and of the head, from logits computed again."""
     hidden, weight, targets, kept_ids, kept_offsets, _, entropy, lse, kept_lse, _, _ = ctx.saved_tensors
     if weight.dtype == torch.float16:
         raise ValueError("log_probs: in float16 the gradients of the entropy and of the head would underflow; "
                          "use bfloat16 or float32")
-    (num_tokens, width), vocab = hidden.shape, weight.shape[0]
-    needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-    grad_hidden = torch.zeros(num_tokens, width, dtype=torch.float32, device=hidden.device) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
-    if grad_log_probs is None and grad_entropy is None or num_tokens == 0:
-        return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+    num_tokens, width = hidden.shape
     grads = [None if grad is None else grad.contiguous() for grad in (grad_log_probs, grad_entropy)]
-    blocks = head_blocks(hidden, weight, small_parts=True)
-    columns = ctx.scratch_bytes // (num_tokens * weight.element_size())
-    columns = min(vocab, max(columns - columns % blocks["BN"], blocks["BN"]))
-    scratch = torch.empty(num_tokens, columns, dtype=weight.dtype, device=hidden.device)
-    for first in range(0, vocab, columns):
-        part = weight[first:first + columns]
-        grad_logits = scratch[:, :part.shape[0]]
-        has_kept = kept_ids is not None and grads[0] is not None
+    if grads == [None, None]:
+        return tuple(torch.zeros_like(tensor) if needs else None for tensor, needs in zip((hidden, weight), ctx.needs_input_grad))
+    blocks, has_kept = head_blocks(hidden, weight, small_parts=True), kept_ids is not None and grads[0] is not None
+
+    def differentiate(grad_logits: torch.Tensor, part: torch.Tensor, first: int) -> None:
         if has_kept:
             _mark_kept(grad_logits, kept_ids, kept_offsets, first)
         launch(
@@ -271,11 +287,9 @@ def _recompute_gradients(ctx, grad_log_probs, grad_entropy) -> tuple[torch.Tenso
             math.log2(math.e) / ctx.temperature, ctx.temperature, first, num_tokens, part.shape[0], width, hidden.stride(0),
             weight.stride(0), grad_logits.stride(0), HAS_KEPT=has_kept, HAS_LOG_PROBS=grads[0] is not None,
             HAS_ENTROPY=grads[1] is not None, **blocks)
-        if needs_hidden:
-            grad_hidden += grad_logits @ part
-        if needs_weight:
-            torch.mm(grad_logits.T, hidden, out=grad_weight[first:first + columns])
-    return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
+
+    return gradients_by_ranges(hidden, weight, ctx.needs_input_grad, differentiate, multiple=blocks["BN"],
+                               scratch_bytes=ctx.scratch_bytes)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -287,7 +301,7 @@ class _LogProbs(torch.autograd.Function):
         sum_dtype = torch.float32 if path == "library" else weight.dtype  # float16 might overflow
         weighted_sum = torch.empty(num_tokens if makes_sum else 0, width, dtype=sum_dtype, device=hidden.device)
         has_scratch, has_logits = makes_sum or has_kept, path == "library"
-        rows = _num_rows(num_tokens, vocab * (weight.element_size() * has_scratch + 4 * has_logits), scratch_bytes)
+        rows = rows_of_chunks(num_tokens, vocab * (weight.element_size() * has_scratch + 4 * has_logits), scratch_bytes)
         scratch = torch.empty(rows, vocab, dtype=weight.dtype, device=hidden.device) if has_scratch else None
         logits = torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device) if has_logits else None
         for start in range(0, num_tokens, rows):

@@ -30,7 +30,7 @@ from kernels.device import (
 )
 
 LN2 = tl.constexpr(math.log(2))
-_NEVER = tl.constexpr(-1e30)  # a logit of probability 0; finite, so that differences are never NaN
+NEVER = tl.constexpr(-1e30)  # a logit of probability 0; finite, so that differences are never NaN
 # most powers of two by which a stored probability may exceed its reference: sums of 2^18 of them stay finite
 MAX_EXCESS = {torch.bfloat16: 64.0, torch.float32: 64.0, torch.float16: 4.0}
 
@@ -102,7 +102,7 @@ def _score_tile(products, rows, row_mask, column, targets, reference, maxima, su
     target = tl.load(targets + rows, mask=row_mask, other=-1).to(tl.int32)
     is_target = columns[None, :] == target[:, None]
     has_target = row_mask & (target >= column) & (target < column + TILE)
-    z = tl.where((columns < vocab)[None, :], products * scale, _NEVER)
+    z = tl.where((columns < vocab)[None, :], products * scale, NEVER)
     tl.store(target_logits + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=has_target)
     at = rows * tl.cdiv(vocab, TILE) + column // TILE
     maximum = tl.ceil(tl.max(z, 1))
@@ -115,7 +115,7 @@ def _score_tile(products, rows, row_mask, column, targets, reference, maxima, su
         mask = row_mask[:, None] & (columns < vocab)[None, :]
     if HAS_KEPT:
         is_kept = tl.load(scratch_at, mask=mask, other=0.0) > 0
-        maximum = tl.ceil(tl.max(tl.where(is_kept, z, _NEVER), 1))
+        maximum = tl.ceil(tl.max(tl.where(is_kept, z, NEVER), 1))
         p = tl.where(is_kept, tl.exp2(tl.minimum(z - maximum[:, None], 0.0)), 0.0)
         tl.store(kept_maxima + at, maximum, mask=row_mask)
         tl.store(kept_sums + at, tl.sum(p, 1), mask=row_mask)
@@ -171,7 +171,7 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
     tiles = tl.arange(0, TILES)
     mask = tiles < num_tiles
     at = row * num_tiles + tiles
-    tile_max = tl.load(maxima + at, mask=mask, other=_NEVER)
+    tile_max = tl.load(maxima + at, mask=mask, other=NEVER)
     maximum = tl.max(tile_max, 0)
     weight = tl.exp2(tile_max - maximum)
     tile_sum = tl.load(sums + at, mask=mask, other=0.0)
@@ -180,7 +180,7 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
     tl.store(lse + row, maximum + tl.log2(total))
     tl.store(entropy + row, (tl.log2(total) - dot / total) * LN2)
     if HAS_KEPT:
-        tile_max = tl.load(kept_maxima + at, mask=mask, other=_NEVER)
+        tile_max = tl.load(kept_maxima + at, mask=mask, other=NEVER)
         maximum = tl.max(tile_max, 0)
         weight = tl.exp2(tile_max - maximum)
         tile_sum = tl.load(kept_sums + at, mask=mask, other=0.0)
@@ -202,7 +202,7 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
                 maximum_at = maxima
                 if HAS_KEPT:
                     maximum_at = kept_maxima
-                tile_max_at = tl.load(maximum_at + row * num_tiles + columns // TILE, mask=inside, other=_NEVER)
+                tile_max_at = tl.load(maximum_at + row * num_tiles + columns // TILE, mask=inside, other=NEVER)
                 used = tl.where(tile_max_at - wanted > max_excess, tile_max_at, wanted)
                 p_at = scratch + row * stride_scratch + columns
                 p = tl.load(p_at, mask=inside, other=0.0).to(tl.float32) * tl.exp2(used - largest)

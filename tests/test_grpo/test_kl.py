@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.kl import Reference
+from grpo.config import ConfigError, Estimator, KlConfig
+from grpo.kl import Reference, check_estimator
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.lora import LoraConfig, attach_lora, set_full_training
@@ -109,11 +110,13 @@ def test_the_base_has_its_own_norms_and_sinks_though_those_of_the_adapter_stay_f
     assert at_start[0] == at_start[1] > 1e-4
 
 
-def test_a_fully_trained_policy_has_a_reference_too(entry_points, spread_folder, tmp_path):
-    done = entry_points.run("grpo.train", *RUN, "model.train=full", f"output_dir={tmp_path}", path=(spread_folder,),
-                            writes_report=False)
+@pytest.mark.parametrize("estimator", ["k3", "full"])
+def test_a_fully_trained_policy_has_a_reference_too(entry_points, spread_folder, tmp_path, estimator):
+    done = entry_points.run("grpo.train", *RUN, "model.train=full", f"kl.estimator={estimator}", f"output_dir={tmp_path}",
+                            path=(spread_folder,), writes_report=False)
     assert done.code == 0, done.err
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["kl"] for row in rows if "kl" in row][0] == 0  # the reference is the policy: exactly
     assert [row["kl"] > 1e-4 for row in rows if "kl" in row] == [False, True]
 
 
@@ -131,3 +134,10 @@ def test_a_resumed_run_is_held_to_the_same_reference_without_the_adapter_and_the
     tensors = [load_file(tmp_path / name / "run/checkpoints/step_000003/tensors.safetensors") for name in ("whole", "parts")]
     assert any(name.startswith("reference.") for name in tensors[0])
     assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_an_estimator_that_float16_cannot_have_is_refused():
+    check_estimator(KlConfig(0.1, Estimator.full), torch.bfloat16)
+    check_estimator(KlConfig(0.0, Estimator.full), torch.float16)
+    with pytest.raises(ConfigError, match=r"kl.estimator = 'full': its gradient would underflow in float16.*set kl.estimator=k2"):
+        check_estimator(KlConfig(0.1, Estimator.full), torch.float16)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.config import ConfigError, KlConfig, KlReference, LrSchedule, OldLogProbs
+from grpo.config import ConfigError, Estimator, KlConfig, KlReference, LrSchedule, OldLogProbs
 from grpo.configuration.launch import load_config
 from grpo.groups import Groups
 from grpo.kl import Reference
@@ -107,28 +107,30 @@ def draw_completions(policy: GptOss) -> tuple[list[Completion], list[float]]:
         if sample == 1:
             segments += [Segment(tokens(2), "env"), Segment(tokens(3), "policy", [])]
         completion = Completion(prompt, sample, segments, "stop")
-        log_probs = iter([log_prob.item() + rng.gauss(0, 0.3) for log_prob, _ in score(policy, completion)])
+        log_probs = iter([log_prob.item() + rng.gauss(0, 0.3) for log_prob, *_ in score(policy, completion)])
         for segment in segments[1:]:
             segment.log_probs = [next(log_probs) for _ in segment.token_ids] if segment.source == "policy" else None
         completions.append(completion)
     return completions, [rng.gauss(0, 1) for _ in completions]
 
 
-def score(policy: GptOss, completion: Completion) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Log-prob and entropy at each of the policy's tokens, by a softmax over the logits of this sequence alone."""
+def score(policy: GptOss, completion: Completion) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Log-prob, entropy and all log-probs [V] at each of the policy's tokens, by a softmax over the logits of this sequence
+    alone."""
     ids = [token for segment in completion.segments for token in segment.token_ids]
     sampled = [segment.source == "policy" for segment in completion.segments for _ in segment.token_ids]
     logits = policy.logits(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
     table = (logits / TEMPERATURE).log_softmax(-1)
-    return [(table[i - 1, ids[i]], -(table[i - 1].exp() * table[i - 1]).sum()) for i in range(len(ids)) if sampled[i]]
+    entropy = -(table.exp() * table).sum(-1)
+    return [(table[i - 1, ids[i]], entropy[i - 1], table[i - 1]) for i in range(len(ids)) if sampled[i]]
 
 
-def restate(policy, reference, completions, advantages, *, name, minibatches, epochs, old_log_probs):
+def restate(policy, reference, completions, advantages, *, name, minibatches, epochs, old_log_probs, is_full):
     """The gradients of each update and the step's metrics."""
     num_updates, gradients, losses, tokens = minibatches * epochs, [], [], []
     with torch.no_grad():
-        start = [[float(log_prob) for log_prob, _ in score(policy, completion)] for completion in completions]
-        held = [[float(log_prob) for log_prob, _ in score(reference, completion)] for completion in completions]
+        start = [[float(log_prob) for log_prob, *_ in score(policy, completion)] for completion in completions]
+        held = [[(float(log_prob), table) for log_prob, _, table in score(reference, completion)] for completion in completions]
     sampled = [[x for segment in completion.segments for x in segment.log_probs or []] for completion in completions]
     for epoch in range(epochs):
         rows = list(range(len(completions)))
@@ -138,15 +140,17 @@ def restate(policy, reference, completions, advantages, *, name, minibatches, ep
             loss, num_tokens = torch.tensor(0.0), sum(len(start[row]) for row in part)
             for row in part:
                 weight = 1 / num_tokens if name == "dapo" else 1 / (len(part) * len(start[row]))
-                for t, (log_prob, entropy) in enumerate(score(policy, completions[row])):
+                for t, (log_prob, entropy, table) in enumerate(score(policy, completions[row])):
                     value, advantage = log_prob.detach(), advantages[row]
                     old = sampled[row][t] if old_log_probs == "sampler" else start[row][t] if num_updates > 1 else value
                     ratio = (log_prob - old).exp()
                     clipped = min(max(ratio, torch.tensor(1 - LOW)), torch.tensor(1 + HIGH))
                     loss = loss - weight * min(ratio * advantage, clipped * advantage)
-                    gap = log_prob - held[row][t]
+                    gap = log_prob - held[row][t][0]
                     k3 = (-gap).exp() - 1 + gap if gap > -math.log(10) else 9 + 10 * (-gap - math.log(10)) + gap  # its tangent
                     penalty = (value - sampled[row][t]).exp().clamp(max=10) * k3
+                    if is_full:
+                        penalty = (table.exp() * (table - held[row][t][1])).sum()
                     loss = loss + (COEFFICIENT * penalty / num_tokens if reference is not policy else 0)
                     tokens.append({"kl": penalty.item(), "ratio": ratio.item(), "low": advantage < 0 and ratio < 1 - LOW,
                                    "high": advantage > 0 and ratio > 1 + HIGH, "is_first": not gradients,
@@ -183,7 +187,8 @@ REFERENCES = {
     "full training": ("all", 0.0)}
 
 
-def compare(config, tmp_path, *, held_to, name, minibatches, epochs, old_log_probs, share_prompts, max_tokens=40):
+def compare(config, tmp_path, *, held_to, name, minibatches, epochs, old_log_probs, share_prompts, max_tokens=40,
+            estimator=Estimator.k3):
     trains, loaded = REFERENCES[held_to]
     policy = build_policy(trains=trains)
     base = copy.deepcopy(policy), Reference.of(policy)
@@ -194,10 +199,11 @@ def compare(config, tmp_path, *, held_to, name, minibatches, epochs, old_log_pro
     completions, advantages = draw_completions(policy)
     restated = copy.deepcopy(policy)
     gradients, metrics = restate(restated, restated if held_to == "no penalty" else held, completions, advantages, name=name,
-                                 minibatches=minibatches, epochs=epochs, old_log_probs=old_log_probs)
+                                 minibatches=minibatches, epochs=epochs, old_log_probs=old_log_probs,
+                                 is_full=estimator == Estimator.full)
 
     settings = replace(
-        config, kl=KlConfig(0.0 if held_to == "no penalty" else COEFFICIENT, config.kl.estimator, KlReference.start),
+        config, kl=KlConfig(0.0 if held_to == "no penalty" else COEFFICIENT, estimator, KlReference.start),
         optim=replace(config.optim, minibatches=minibatches, epochs=epochs, old_log_probs=OldLogProbs(old_log_probs),
                       share_prompts=share_prompts, max_tokens=max_tokens))
     run = Run(settings, tmp_path, policy, None, None, partial({"dapo": dapo, "grpo": grpo}[name], clip_low=LOW, clip_high=HIGH),
@@ -234,6 +240,15 @@ def test_gradients_loss_and_metrics_are_those_restated(config, tmp_path, held_to
 def test_the_mean_over_sequences_is_the_restated_one_in_any_micro_batches(config, tmp_path, share_prompts, max_tokens):
     compare(config, tmp_path, held_to="trained norms", name="grpo", minibatches=2, epochs=1, old_log_probs="sampler",
             share_prompts=share_prompts, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True], ids=["whole", "shared"])
+@pytest.mark.parametrize("held_to, epochs", [("a loaded adapter", 1), ("the base", 2), ("full training", 2)])
+def test_the_full_kl_is_the_restated_one_in_any_micro_batches(config, tmp_path, held_to, epochs, share_prompts):
+    for max_tokens in (15, 1000):
+        measured = compare(config, tmp_path, held_to=held_to, name="dapo", minibatches=epochs, epochs=epochs,
+                           estimator=Estimator.full, old_log_probs="sampler", share_prompts=share_prompts, max_tokens=max_tokens)
+        assert measured["kl"] > 1e-3
 
 
 def make_run(config, tmp_path, policy, *, optimizer, loss_fn=DAPO, **optim):
@@ -297,7 +312,7 @@ def test_a_loss_may_use_the_entropy_and_gets_its_gradient(config, tmp_path, shar
     completions, advantages = draw_completions(policy)
     parameters = policy.trainable_parameters()
     scores = [pair for completion in completions for pair in score(policy, completion)]
-    terms = torch.stack([-log_prob - 2 * entropy for log_prob, entropy in scores])
+    terms = torch.stack([-log_prob - 2 * entropy for log_prob, entropy, _ in scores])
     expected = dict(zip(parameters, torch.autograd.grad(terms.mean(), list(parameters.values()))))
 
     def loss_fn(inputs):
@@ -326,13 +341,13 @@ def test_a_step_is_abandoned_before_its_first_update_and_finished_after_it(confi
 
 def test_a_forward_finds_the_gradients_memory_taken_and_nothing_holds_it_after_the_update(config, tmp_path, monkeypatch):
     policy = build_policy(trains="adapter")
-    parameters, seen, original = policy.trainable_parameters(), [], policy.log_probs
+    parameters, seen, original = policy.trainable_parameters(), [], policy.scores
 
-    def log_probs(*args, **settings):
+    def scores(*args, **settings):
         seen.append(all(parameter.grad is not None for parameter in parameters.values()))
         return original(*args, **settings)
 
-    monkeypatch.setattr(policy, "log_probs", log_probs)
+    monkeypatch.setattr(policy, "scores", scores)
     update(make_run(config, tmp_path, policy, optimizer=make_optimizer(config, policy)), Groups(*draw_completions(policy), []))
     assert seen and all(seen) and all(parameter.grad is None for parameter in parameters.values())
 

@@ -72,7 +72,7 @@ def test_values_and_gradients_equal_those_of_a_plain_log_softmax(temperature, fi
 @pytest.mark.parametrize("rows", [1, 2, 4, 10, 11])
 @pytest.mark.parametrize("filtered", [False, True])
 def test_chunks_of_any_size_give_the_same_values_and_gradients(rows, filtered, monkeypatch):
-    monkeypatch.setattr(kernels.head.log_probs, "_MAX_LOGITS", rows * VOCAB)
+    monkeypatch.setattr(kernels.head.log_probs, "MAX_LOGITS", rows * VOCAB)
     compare(temperature=0.7, filtered=filtered)
 
 
@@ -83,7 +83,7 @@ def test_logits_held_at_once_stay_within_the_limit(monkeypatch):
         shapes.append((hidden.shape[0], weight.shape[0]))
         return plain_head(hidden, weight)
 
-    monkeypatch.setattr(kernels.head.log_probs, "_MAX_LOGITS", 4 * VOCAB + 3)
+    monkeypatch.setattr(kernels.head.log_probs, "MAX_LOGITS", 4 * VOCAB + 3)
     monkeypatch.setattr(kernels.head.log_probs, "head_logits_reference", measured)
     compare(temperature=1.0, filtered=False)
     assert shapes == [(4, VOCAB), (4, VOCAB), (3, VOCAB)] * 2  # forward, then again in the backward
