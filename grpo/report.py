@@ -27,10 +27,12 @@ from grpo.record.summary import (
     read_metrics,
     read_summary,
     summarize,
+    suspects_of,
 )
 from models.formats.atomic import write_text
 
 REPORT_FILE = "report.html"
+MOST_SUSPECTS = 8  # shown
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #f6f7f9; margin: 0; }
@@ -63,7 +65,12 @@ def write_report(run_dir: Path, summary: dict) -> Path:
         f'<figure id="{name}"><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
         for name, (png, caption) in plots(read_metrics(run_dir)).items())
-    samples = "".join(map(_sample, before_after_samples(run_dir, limit=4)))
+    samples = "".join(_sample(sample["prompt"], {f"{when}, step {side['step']}": side for when in ("before", "after")
+                                                 if (side := sample[when]) is not None})
+                      for sample in before_after_samples(run_dir, limit=4))
+    suspects = suspects_of(run_dir)
+    shown = "".join(_sample(row["prompt"], {f"{row['suspicion']}; {row.get('split')}, step {row['step']}": row})
+                    for row in suspects[:MOST_SUSPECTS])
     config = json.dumps(summary["config"], indent=2, ensure_ascii=False) if summary["config"] else ""
     if not config and (run_dir / "config.yaml").exists():
         config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
@@ -78,6 +85,9 @@ def write_report(run_dir: Path, summary: dict) -> Path:
 <div class="tiles">{_tiles(summary)}</div>
 <h2>Curves</h2><div class="plots">{figures or nothing}</div>
 <h2>The same prompts before and after</h2>{samples or '<p class="muted">No completions were logged.</p>'}
+<h2>What looks like reward hacking</h2>
+<p class="muted">Completions to read first; a suspicion is no proof. {len(suspects)} are logged{
+    f", the newest {MOST_SUSPECTS} are" if len(suspects) > MOST_SUSPECTS else ""}{":" if suspects else "."}</p>{shown}
 <h2>First, last, best</h2>{_table(summary) if summary["eval"] or summary["train"] else nothing}
 <h2>Configuration</h2>
 <details><summary>as resolved for this run</summary><pre>{escape(config)}</pre></details>
@@ -104,15 +114,16 @@ def _tiles(summary: dict) -> str:
     return "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles)
 
 
-def _sample(sample: dict) -> str:
+def _sample(prompt: str, completions: dict[str, dict]) -> str:
+    """A prompt and completions of it, each with its title."""
     sides = []
-    for when in ("before", "after"):
-        if (side := sample[when]) is not None:
-            kind = "good" if (side["reward"] or 0) > 0 else "bad"
-            sides.append(f'<div>{when}, step {side["step"]}: <span class="{kind}">reward {_number(side["reward"])}</span>'
-                         f"{_calls(side)}<pre>{escape(side['completion'])}</pre></div>")
-    return (f'<div class="sample"><pre>{escape(question_of(sample["prompt"]))}</pre>'
-            f"<details><summary>whole prompt</summary><pre>{escape(sample['prompt'])}</pre></details>"
+    for title, side in completions.items():
+        reward = side["reward"] if isinstance(side.get("reward"), (int, float)) else None
+        kind = "good" if (reward or 0) > 0 else "bad"
+        sides.append(f'<div>{escape(title)}: <span class="{kind}">reward {_number(reward)}</span>'
+                     f"{_calls(side)}<pre>{escape(side['completion'])}</pre></div>")
+    return (f'<div class="sample"><pre>{escape(question_of(prompt))}</pre>'
+            f"<details><summary>whole prompt</summary><pre>{escape(prompt)}</pre></details>"
             f'<div class="sides">{"".join(sides)}</div></div>')
 
 

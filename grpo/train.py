@@ -18,6 +18,7 @@ from grpo.configuration.launch import launch
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import collect, completion_record
+from grpo.record.suspects import find_suspects
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
@@ -87,9 +88,14 @@ def evaluate_if_due(run: Run) -> None:
 
 
 def log_completions(run: Run, scored: list[tuple[Completion, Score]], *, split: str) -> None:
-    """Writes the first `log.num_completions` of them to completions.jsonl."""
-    run.metrics.log_completions(run.step, [completion_record(run.tokenizer, run.env, completion, score, split=split)
-                                           for completion, score in scored[:run.config.log.num_completions]])
+    """Writes the first `log.num_completions` of them to completions.jsonl, and as many that look like reward hacking."""
+    limit = run.config.log.num_completions
+    suspects = find_suspects(scored, run.metrics.history if split == "train" else [], limit=limit)
+    records = {index: completion_record(run.tokenizer, run.env, *scored[index], split=split)
+               for index in dict.fromkeys([*range(min(limit, len(scored))), *suspects])}
+    for index, reason in suspects.items():
+        records[index]["suspicion"] = reason
+    run.metrics.log_completions(run.step, list(records.values()))
 
 
 def run_training(config: TrainConfig) -> int:

@@ -45,7 +45,7 @@ class CheckpointConfig:
 @dataclass
 class LogConfig:
     completions_every: int = number("[0, inf)", "0 is never")  # steps
-    num_completions: int = number("[0, inf)")
+    num_completions: int = number("[0, inf)")  # of a step: the first ones, and as many that look like reward hacking
     tensorboard: bool = False  # also writes the metrics for TensorBoard, into the run's folder (the extra of that name)
 
 

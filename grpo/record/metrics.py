@@ -9,7 +9,7 @@ end equal to those of a run that never stopped. What it takes out is kept in `me
 others stay. Timing metrics, which differ, start with `time/` or `memory/` or end in `_per_s`.
 
 Keys of a completion that the console, the report and the final samples use: `prompt` and `completion` (text), `reward`,
-and `split` ("train" or "eval"); any other key is recorded as it is.
+`split` ("train" or "eval"), and `suspicion` (why it looks like reward hacking); any other key is recorded as it is.
 """
 
 import json
@@ -62,6 +62,7 @@ class Metrics:
         self.print, self.warn, self.notice = self.display.print, self.display.warn, self.display.notice
         self.set_status, self.progress = self.display.set_status, self.display.progress
         self.wandb = WandbRun(self.run_dir, wandb, config=self.config, run_name=run_name, wandb_id=wandb_id, warn=self.print)
+        self.history: list[dict[str, float]] = []  # the lines of metrics.jsonl
         self.summary: dict | None = None
         self._start_time = time.monotonic()
         self._earlier_seconds = 0.0
@@ -73,7 +74,7 @@ class Metrics:
         """Takes the records of later steps (of all, with -1), and a last line that a kill cut short, out of both files."""
         self._metrics_file.truncate_after(step)
         self._completions_file.truncate_after(step)
-        rows = read_metrics(self.run_dir)
+        self.history = rows = read_metrics(self.run_dir)
         self._earlier_seconds = max(series(rows, "time/total")[1], default=0.0)
         self._eval_names.clear()
         for row in rows:
@@ -89,6 +90,7 @@ class Metrics:
         metrics = {name: _plain_number(value, name) for name, value in metrics.items()}
         metrics["time/total"] = round(self._earlier_seconds + time.monotonic() - self._start_time, 3)
         self._metrics_file.append([{"step": step, **metrics}])
+        self.history.append({"step": step, **metrics})
         self.display.step(step, metrics)
         self.wandb.log({"step": step, **metrics})
 
@@ -115,18 +117,22 @@ class Metrics:
         new = {name: value for name, value in metrics.items() if name not in known}
         if any(name.startswith("eval/") for name in new):
             self._metrics_file.append([{"step": step, **new}])
+            self.history.append({"step": step, **new})
             self.wandb.log({"step": step, **new})
         known.update(new)
         self.display.eval(step, metrics)
 
     def log_completions(self, step: int, completions: list[dict]) -> None:
-        """Appends completions to completions.jsonl and to the wandb table, and shows the first one."""
+        """Appends completions to completions.jsonl and to wandb's tables, and shows the first one."""
         if not completions:
             return
         rows = [{"step": step, **completion} for completion in completions]
         self._completions_file.append(rows)
         self.display.completion(step, completions[0])
-        self.wandb.log_table(step, json_safe(rows))
+        rows = json_safe(rows)
+        self.wandb.log_table("completions", step, rows)
+        if suspects := [row for row in rows if "suspicion" in row]:
+            self.wandb.log_table("suspects", step, suspects)
 
     def sync(self) -> None:
         """Returns when both files are on disk; called before a checkpoint is saved, so that they reach as far."""

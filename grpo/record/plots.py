@@ -178,6 +178,9 @@ def _contents(rows: Rows) -> list[tuple[str, str, str, Callable[..., None], str]
     warmup = [{**row, "step": row["warmup/step"]} for row in rows if "warmup/step" in row]
     parts = dict.fromkeys(name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean"))
     part_lines = [(name, name.split("/")[1], COLORS[index % len(COLORS)]) for index, name in enumerate(parts)]
+    kinds = [name for name in dict.fromkeys(name for row in rows for name in row) if name.startswith("sandbox/violations/")
+             and any(row.get(name, 0) > 0 for row in rows)]
+    violation_lines = [(name, name.split("/")[-1], COLORS[index % len(COLORS)]) for index, name in enumerate(kinds)]
     clip_lines = [("clip_ratio/low", "below 1 - low", BLUE), ("clip_ratio/high", "above 1 + high", ORANGE)]
     gap_lines = [("sampling/log_prob_diff/max", "max", RED), ("sampling/log_prob_diff/mean", "mean", BLUE)]
 
@@ -200,6 +203,8 @@ def _contents(rows: Rows) -> list[tuple[str, str, str, Callable[..., None], str]
         ("turns", "Tools", "per completion", lines(("turns/mean", "turns", BLUE), ("calls/mean", "calls", GREEN),
                                                    ("calls/failed", "share of calls that failed", RED)),
          "Turns and calls of a completion, and the share of calls that were answered by an error."),
+        ("violations", "Violations of the sandbox's rules", "share of completions", lines(*violation_lines),
+         "Share of the completions whose code broke a rule of the sandbox, by kind."),
         ("grad_norm", "Gradient norm (before clipping)", "L2 norm", _draw_grad_norm,
          "L2 norm of the whole gradient before clipping."),
         ("clip", "Clip fraction", "share of tokens", lines(*clip_lines),

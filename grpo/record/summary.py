@@ -111,6 +111,12 @@ def question_of(prompt: str) -> str:
     return rest.partition("<|end|>")[0] if start else prompt
 
 
+def suspects_of(run_dir: Path) -> list[dict]:
+    """The logged completions that look like reward hacking (grpo/record/suspects.py), the newest first."""
+    return [row for row in reversed(read_records(run_dir / COMPLETIONS_FILE))
+            if all(isinstance(row.get(key), str) for key in ("prompt", "completion", "suspicion"))]
+
+
 def before_after_samples(run_dir: Path, *, limit: int) -> list[dict]:
     """Returns up to `limit` of {"prompt", "before", "after"}, each side {"step", "completion", "reward"} or None; with tools, a
     side has "turns" and "calls" too.

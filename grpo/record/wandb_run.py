@@ -45,8 +45,8 @@ class WandbRun:
         self.run_id: str | None = None
         self.hint = ""  # where the run is to be seen, or how to upload it
         self._run = None  # of wandb; belongs to the thread
-        self._table = None
-        self._columns: list[str] = []
+        self._tables: dict[str, object] = {}
+        self._columns: dict[str, list[str]] = {}  # of each table
         self._warn = warn
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._failed: set[str] = set()
@@ -68,9 +68,9 @@ class WandbRun:
     def log(self, line: dict[str, float]) -> None:
         self._put("log", lambda: self._run.log(line))
 
-    def log_table(self, step: int, rows: list[dict]) -> None:
-        """Appends rows to the table `completions`, whose columns are those of the first row without its token ids."""
-        self._put("table", lambda: self._append(step, rows))
+    def log_table(self, name: str, step: int, rows: list[dict]) -> None:
+        """Appends rows to a table, whose columns are those of its first row without its token ids."""
+        self._put("table", lambda: self._append(name, step, rows))
 
     def finish(self, summary: dict) -> None:
         """Waits for wandb to take what is left, but not longer than FINISH_SECONDS."""
@@ -153,20 +153,19 @@ class WandbRun:
         self.hint = run.url if mode == "online" else f"offline; upload with: wandb sync {Path(run.dir).parent}"
         self._run = run
 
-    def _append(self, step: int, rows: list[dict]) -> None:
+    def _append(self, name: str, step: int, rows: list[dict]) -> None:
         import wandb
 
         appends = "log_mode" in inspect.signature(wandb.Table.__init__).parameters
-        if not self._columns:
-            self._columns = [name for name in rows[0] if name != "token_ids"]
-        if self._table is None or not appends:
+        columns = self._columns.setdefault(name, [column for column in rows[0] if column != "token_ids"])
+        if name not in self._tables or not appends:
             kind = {"log_mode": "INCREMENTAL"} if appends else {}
-            self._table = wandb.Table(columns=self._columns, allow_mixed_types=True, **kind)
+            self._tables[name] = wandb.Table(columns=columns, allow_mixed_types=True, **kind)
         for row in rows:
-            cells = (row.get(column) for column in self._columns)
+            cells = (row.get(column) for column in columns)
             texts = (json.dumps(cell, ensure_ascii=False) if isinstance(cell, (dict, list)) else cell for cell in cells)
-            self._table.add_data(*texts)
-        self._run.log({"completions": self._table, "step": step})
+            self._tables[name].add_data(*texts)
+        self._run.log({name: self._tables[name], "step": step})
 
     def _finish(self, summary: dict) -> None:
         for name, record in summary["eval"].items():

@@ -34,7 +34,8 @@ try:
     for step in range(1, 5):
         metrics.log(step, {"reward": step / 4, "reward_std": 0.1, "entropy": 0.5, "num_tokens": 10, "time/step": 0.1})
     metrics.log_eval(4, {"greedy": 0.875})
-    metrics.log_completions(4, [{"prompt": "1+1", "completion": "second", "reward": 1.0, "token_ids": [5]}])
+    metrics.log_completions(4, [{"prompt": "1+1", "completion": "second", "reward": 1.0, "token_ids": [5]},
+                                {"prompt": "1+2", "completion": "trick", "reward": 1.0, "suspicion": "a reason"}])
     print("a line of the loop")
 finally:
     metrics.finish("finished")

@@ -79,13 +79,35 @@ def test_the_reward_is_the_mean_over_the_completions(smoke):
     run_dir, _ = smoke
     completions = [row for row in rows(run_dir / "completions.jsonl") if row["split"] == "train" and row["step"] == 2]
     step = next(row for row in rows(run_dir / "metrics.jsonl") if row["step"] == 2 and "reward" in row)
-    assert len(completions) == 4  # log.num_completions of quickstart: the first of 2 groups of 4
+    first = [row["prompt_id"] for row in completions].count(completions[0]["prompt_id"])
+    assert first == 4  # log.num_completions of quickstart: the first of 2 groups of 4; suspects of the other may follow
     for row in completions:
         assert row["reward"] == pytest.approx(row["sample"] / 4 + row["num_tokens"] / 100)
         assert row["num_tokens"] == len(row["token_ids"]) <= 32
     assert step["completions/min_length"] <= min(row["num_tokens"] for row in completions)
     # samples 0..3 of each group give 0.375 on average
     assert step["reward"] == pytest.approx(0.375 + step["completions/mean_length"] / 100)
+
+
+def test_the_log_has_the_first_completions_and_suspects_among_all_others(monkeypatch):
+    monkeypatch.setattr(grpo.train, "completion_record", lambda tokenizer, env, *pair, split: {"pair": pair, "split": split})
+    seen = []
+    run = SimpleNamespace(step=7, tokenizer=None, env=None, config=SimpleNamespace(log=SimpleNamespace(num_completions=2)),
+                          metrics=SimpleNamespace(history=["lines"], log_completions=lambda *given: seen.append(given)))
+
+    def suspects(scored, history, *, limit):
+        seen.append((len(scored), history, limit))
+        return {5: "late", 1: "early"}
+
+    monkeypatch.setattr(grpo.train, "find_suspects", suspects)
+    grpo.train.log_completions(run, [(i, i) for i in range(6)], split="train")
+    grpo.train.log_completions(run, [(0, 0), (1, 1), *[(5, 5)] * 4], split="eval")
+
+    def expected(split):
+        return [{"pair": (i, i), "split": split, **({"suspicion": why} if why else {})}
+                for i, why in ((0, None), (1, "early"), (5, "late"))]
+
+    assert seen == [(6, ["lines"], 2), (7, expected("train")), (6, [], 2), (7, expected("eval"))]
 
 
 def test_warm_up_and_evaluations_are_on_record(smoke):

@@ -216,6 +216,21 @@ def test_a_sample_shows_its_turns_and_calls(tmp_path):
     assert "turns" in drawn and "time" not in drawn  # seconds of tools that run side by side are no part of a step's
 
 
+def test_suspects_stand_in_the_report_with_their_reasons_the_newest_first(tmp_path):
+    row = {"split": "train", "prompt": "<|start|>user<|message|>q<|end|>", "completion": "c", "reward": 0.5}
+    run = write_run(tmp_path, completions=[
+        {"step": step, **row, **({"suspicion": f"reason {step} {HOSTILE}"} if step != 5 else {})} for step in range(1, 11)])
+    text = Page(rebuild_report(run).read_text()).text
+    assert "9 are logged, the newest 8 are:" in text and "reason 1 " not in text
+    assert text.index(f"reason 10 {HOSTILE}; train, step 10: reward 0.5") < text.index("reason 2 ") and "reason 5" not in text
+    assert "0 are logged." in Page(rebuild_report(write_run(tmp_path, completions=[])).read_text()).text
+
+
+def test_violations_are_drawn_by_kind_where_there_were_any():
+    rows = [{"step": step, "sandbox/violations/time": 0.25 * step, "sandbox/violations/call": 0.0} for step in range(3)]
+    assert "violations" in plots(rows) and "violations" not in plots(rows[:1])
+
+
 def test_the_command_line_rebuilds_the_report_of_a_run(tmp_path, capsys):
     write_run(tmp_path)
     assert main([str(tmp_path)]) == 0

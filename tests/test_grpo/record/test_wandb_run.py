@@ -122,6 +122,31 @@ def test_values_go_to_wandb_over_our_own_step(fake_wandb, tmp_path):
     assert wandb.exit_code == 1 and wandb.summary["exit_reason"] == "interrupted"
 
 
+def test_suspects_have_a_table_of_their_own(fake_wandb, tmp_path):
+    wandb, tables = fake_wandb(), []
+
+    class Table:
+        def __init__(self, columns, allow_mixed_types):
+            self.columns, self.rows = columns, []
+            tables.append(self)
+
+        def add_data(self, *cells):
+            self.rows.append(cells)
+
+    wandb.Table = Table
+    metrics = make_metrics(tmp_path, mode="offline")
+    honest = {"prompt": "p", "completion": "c", "reward": 0.0}
+    metrics.log_completions(1, [honest])
+    metrics.log_completions(2, [honest, {**honest, "suspicion": "why"}])
+    metrics.finish("finished")
+    logged = [(line["step"], name, line[name].columns, line[name].rows)
+              for line in wandb.lines for name in line if name != "step"]
+    columns, row = ["step", "prompt", "completion", "reward"], ("p", "c", 0.0)
+    assert logged == [
+        (1, "completions", columns, [(1, *row)]), (2, "completions", columns, [(2, *row), (2, *row)]),
+        (2, "suspects", [*columns, "suspicion"], [(2, *row, "why")])]
+
+
 def log_three_steps(run_dir: Path, *, has_completions: bool) -> dict:
     metrics = make_metrics(run_dir, mode="auto")
     for step in range(1, 4):
@@ -245,5 +270,7 @@ def test_real_wandb_offline_records_metrics_and_a_table_that_appends(tmp_path):
     tables = [json.loads(path.read_text()) for path in (folder / "files/media/table").glob("completions_*.json")]
     rows = sorted([table["data"] for table in tables])
     assert tables[0]["columns"] == ["step", "prompt", "completion", "reward"]
-    assert [len(data) for data in rows] == [1, 1]  # each log holds its new rows only
-    assert rows[1] == [[4, "1+1", "second", 1]]
+    (suspects,) = (folder / "files/media/table").glob("suspects_*.json")
+    assert json.loads(suspects.read_text())["data"] == [[4, "1+2", "trick", 1.0, "a reason"]]
+    assert [len(data) for data in rows] == [1, 2]  # each log holds its new rows only
+    assert rows[1] == [[4, "1+1", "second", 1], [4, "1+2", "trick", 1]]
