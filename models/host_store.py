@@ -1,6 +1,7 @@
 """Pinned host memory for activations between a forward and its backward, with copies that run during the computation."""
 from __future__ import annotations
 
+import math
 from collections import deque
 
 import torch
@@ -56,7 +57,7 @@ class HostStore:
     """At most `capacity` bytes of pinned host memory, allocated when first needed, for activations between a forward and its
     backward. A forward puts tensors in, layer by layer; the backward gets them back in the opposite order, each requested up to
     LOOKAHEAD layers ahead. Copies run on their own streams, during the computation. A tensor stays allocated until its copy out
-    is done; if more than `max_pending_bytes` are being copied, the forward waits for the oldest copies."""
+    is done; the forward waits for the oldest copies if more than `max_pending_bytes` are being copied, or where it is told to."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity, self.device = capacity, device
@@ -64,7 +65,7 @@ class HostStore:
         self.outgoing, self.incoming = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._slabs: list[torch.Tensor] = []  # of _SLAB bytes each
         self._used = 0  # bytes of the slabs, one after the other
-        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event, int]] = deque()  # with the layer
         self._pending_bytes = 0
 
     def abandon(self) -> None:
@@ -100,9 +101,9 @@ class HostStore:
         self._used = space_of(self._used)
         return parts
 
-    def put(self, tensor: torch.Tensor, *, max_pending_bytes: int) -> HostTensor | torch.Tensor:
-        """Starts copying a contiguous tensor out. Returns the tensor itself, which then stays on the GPU, if the store has no
-        room because another batch's tensors are still in it."""
+    def put(self, tensor: torch.Tensor, *, layer: int, max_pending_bytes: int) -> HostTensor | torch.Tensor:
+        """Starts copying a layer's contiguous tensor out. Returns the tensor itself, which then stays on the GPU, if the store
+        has no room because another batch's tensors are still in it."""
         assert tensor.is_contiguous(), tensor.stride()
         size = tensor.numel() * tensor.element_size()
         parts = self._take(size)
@@ -113,18 +114,19 @@ class HostStore:
             for part, source in zip(parts, _as_bytes(tensor).split([len(part) for part in parts])):
                 part.copy_(source, non_blocking=True)
             done = self.outgoing.record_event()
-        self._pending.append((tensor, done))
+        self._pending.append((tensor, done, layer))
         self._pending_bytes += size
         while self._pending_bytes > max_pending_bytes:
             self._settle_oldest()
         return HostTensor(self, parts, tensor.shape, tensor.dtype)
 
-    def settle(self) -> None:
-        """Makes the computation wait for every copy out so far, and drops the tensors that were copied."""
-        while self._pending:
+    def settle(self, before: float = math.inf) -> None:
+        """Makes the computation wait for every copy out so far of the layers before that one, and drops the tensors that were
+        copied."""
+        while self._pending and self._pending[0][-1] < before:
             self._settle_oldest()
 
     def _settle_oldest(self) -> None:
-        tensor, done = self._pending.popleft()
+        tensor, done, _ = self._pending.popleft()
         torch.cuda.current_stream(self.device).wait_event(done)
         self._pending_bytes -= tensor.numel() * tensor.element_size()

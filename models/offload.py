@@ -250,12 +250,12 @@ class Kept:
         tensor = self.tensors.pop(name, None)
         return tensor.get() if isinstance(tensor, HostTensor) else tensor
 
-    def put(self, store: HostStore, *, max_pending_bytes: int) -> None:
+    def put(self, store: HostStore, layer: int, *, max_pending_bytes: int) -> None:
         """Starts copying the tensors that go to host memory."""
         for part in (self, *self.chunks):
             for name, tensor in part.tensors.items():
                 if self.plan.get(name) == Place.host:
-                    part.tensors[name] = store.put(tensor, max_pending_bytes=max_pending_bytes)
+                    part.tensors[name] = store.put(tensor, layer=layer, max_pending_bytes=max_pending_bytes)
 
     def _on_host(self) -> list[HostTensor]:
         return [tensor for part in (self, *self.chunks) for tensor in part.tensors.values() if isinstance(tensor, HostTensor)]
@@ -285,9 +285,11 @@ class TrainingPass:
         return Kept(self.layers[layer], self.scratch_bytes)
 
     def put(self, layer: int, kept: Kept) -> None:
-        """Ends a layer's forward: starts copying the tensors that go to host memory."""
+        """Ends a layer's forward: starts copying the tensors that go to host memory. While the next layer runs, the copies of at
+        most _COPYING layers are in flight, as the plan counts them."""
         if self.store is not None:
-            kept.put(self.store, max_pending_bytes=self.max_pending_bytes)
+            kept.put(self.store, layer, max_pending_bytes=self.max_pending_bytes)
+            self.store.settle(before=layer + 1 - _COPYING)
         self.kept[layer] = kept
 
     def take(self, layer: int) -> Kept:

@@ -1,15 +1,20 @@
 """Predicted sizes by hand, the plan that just fits, and the margin of a budget, which follows what steps have reserved."""
 
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 
 import models.offload
+from models import host_store
 from models.config import GptOssConfig
 from models.offload import (
     MemoryBudget,
     NewestPlan,
     Place,
+    TrainingPass,
     Workload,
     always_kept,
     bytes_of,
@@ -198,3 +203,39 @@ def test_host_memory_is_granted_as_long_as_there_is_some():
     memory = MemoryBudget(CONFIG, recomputes=True, memory_gb=None, host_gb=1e-6)
     assert [memory.claim_host(num_bytes) for num_bytes in (1001, 600, 401, 400, 1)] == [False, True, False, True, False]
     assert memory.host_bytes == 0
+
+
+class FakeStream:
+    """A stream whose copies are done when they are asked for."""
+
+    def __init__(self, *_) -> None:
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    wait_event = wait_stream
+
+    def record_event(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("host_layers", [range(2), range(6), (0, 3, 4)])
+def test_copies_to_the_host_hold_the_tensors_of_the_layers_that_the_plan_counts(monkeypatch, host_layers):
+    for name, fake in {"Stream": FakeStream, "current_stream": FakeStream, "stream": lambda _: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(host_store, "_SLAB", 1 << 12)
+    store = host_store.HostStore(1 << 12, torch.device("cpu"))
+    store._slabs.append(torch.empty(1 << 12, dtype=torch.uint8))
+    plans = [everything(Place.gpu) | ({"x": Place.host} if layer in host_layers else {}) for layer in range(8)]
+    training_pass = TrainingPass(plans, 0, 1 << 12, store, lambda device: None)
+    alive = []
+    for layer in range(8):
+        kept = training_pass.new(layer)
+        kept.keep({"x": torch.full([16], float(layer))})
+        alive.append(weakref.ref(kept.tensors["x"]))
+        training_pass.put(layer, kept)
+        held = {number for number, tensor in enumerate(alive) if tensor() is not None and number in host_layers}
+        assert held == {number for number in host_layers if layer - 2 <= number <= layer}  # three layers, the newest
+    for layer in reversed(range(8)):
+        assert torch.equal(training_pass.take(layer).take("x"), torch.full([16], float(layer)))
