@@ -4,7 +4,7 @@
     python scripts/bench_memory.py --checkpoint /dev/shm/gpt-oss-20b --cases free:2048x8 15.0:2048x8 10:512x8 [--out FOLDER]
 
 A case is GB:LENGTHxGROUP, then any keys of grpo.train after further colons: the process may use so many 1e9 bytes of the GPU
-(model.memory_gb; `free`: no bound) for a group of so many sequences of about LENGTH tokens, of which about 354 are the prompt.
+(model.memory_gb; `free`: no bound) for a group of so many sequences of about LENGTH tokens, the prompt's --prompt-tokens included.
 Weights are random, so the reward is one with spread (the share of even token ids).
 
 One JSON line per case. used_gb: the most memory of the GPU that nvidia-smi saw in use, everything counted, sampled every 20 ms or
@@ -28,8 +28,7 @@ REWARD = """
 def even(completions, completion_ids, **columns):
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 """
-PROMPT_NUMBERS = 30  # of three digits: a token for each character of a random checkpoint
-PROMPT_TOKENS = 354  # with those of the chat format
+CHAT_TOKENS = 235  # of a prompt beside its question, whose numbers of three digits take four tokens each with a random checkpoint
 
 
 class GpuWatch:
@@ -54,20 +53,21 @@ class GpuWatch:
         self._thread.join()
 
 
-def run_case(case: str, checkpoint: Path, folder: Path, *, steps: int, timeout: float) -> dict:
+def run_case(case: str, checkpoint: Path, folder: Path, *, prompt_tokens: int, steps: int, timeout: float) -> dict:
     """Trains, and returns the measurements."""
     budget, shape, *keys = case.split(":")
     length, group = map(int, shape.split("x"))
     folder.mkdir(parents=True)
     draw = random.Random(0)
-    questions = [" ".join(str(draw.randrange(100, 1000)) for _ in range(PROMPT_NUMBERS)) for _ in range(64)]
+    count = (prompt_tokens - CHAT_TOKENS + 1) // 4
+    questions = [" ".join(str(draw.randrange(100, 1000)) for _ in range(count)) for _ in range(64)]
     rows = [{"question": question, "answer": "1"} for question in questions]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rewards.py").write_text(REWARD)
     command = [
         sys.executable, "-m", "grpo.train", "+experiment=gpt_oss_20b_lora", f"model.path={checkpoint}",
         f"env.path={folder / 'data.jsonl'}", f"env.rewards={folder / 'rewards.py'}:even", f"steps={steps}",
-        "rollout.prompts_per_step=1", f"rollout.group_size={group}", f"rollout.max_new_tokens={length - PROMPT_TOKENS}",
+        "rollout.prompts_per_step=1", f"rollout.group_size={group}", f"rollout.max_new_tokens={length - prompt_tokens}",
         "rollout.refill_rounds=0", "eval.at_start=false", "eval.at_end=false", "eval.every=0", "checkpoint.every=0", "name=run",
         f"output_dir={folder}", "wandb.mode=disabled", *keys]
     if budget != "free":
@@ -99,14 +99,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=354)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a case")
     parser.add_argument("--out", type=Path, help="keeps the runs here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         free: dict[str, str] = {}  # the adapter of each free case, by shape and keys
         for number, case in enumerate(args.cases):
-            result = run_case(case, args.checkpoint, (args.out or Path(temporary)) / f"{number}", steps=args.steps,
-                              timeout=args.timeout)
+            result = run_case(case, args.checkpoint, (args.out or Path(temporary)) / f"{number}",
+                              prompt_tokens=args.prompt_tokens, steps=args.steps, timeout=args.timeout)
             budget, _, kind = case.partition(":")
             if budget == "free":
                 free[kind] = result["adapter"]
