@@ -4,7 +4,7 @@
     python scripts/bench_memory.py --checkpoint /dev/shm/gpt-oss-20b --cases free:2048x8 15.0:2048x8 10:512x8 [--out FOLDER]
 
 A case is GB:LENGTHxGROUP, then any keys of grpo.train after further colons: the process may use so many 1e9 bytes of the GPU
-(model.memory_gb; `free`: no bound) for a group of so many sequences of about LENGTH tokens, the prompt's --prompt-tokens included.
+(model.memory_gb; `free`: no bound) for a group of so many sequences of about LENGTH tokens with the prompt's --prompt-tokens.
 Weights are random, so the reward is one with spread (the share of even token ids).
 
 One JSON line per case. used_gb: the most memory of the GPU that nvidia-smi saw in use, everything counted, sampled every 20 ms or

@@ -1,5 +1,6 @@
 """The memory benchmark: its watch of the GPU, and the command of a case."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,11 @@ def test_a_case_names_budget_lengths_group_and_keys(smi: Path, tmp_path: Path, m
         return subprocess.CompletedProcess(command, 2)
 
     monkeypatch.setattr(bench_memory.subprocess, "run", record)
-    result = bench_memory.run_case("9.5:1024x4:model.lora.rank=8", Path("model"), tmp_path / "0", steps=2, timeout=1)
+    settings = {"prompt_tokens": 354, "steps": 2, "timeout": 1}
+    result = bench_memory.run_case("9.5:1024x4:model.lora.rank=8", Path("model"), tmp_path / "0", **settings)
     assert {"model.memory_gb=9.5", "model.lora.rank=8", "rollout.group_size=4", "rollout.max_new_tokens=670"} <= set(commands[0])
     assert result["exit"] == 2 and result["adapter"] is None and result["seconds"] == []
-    bench_memory.run_case("free:1024x4", Path("model"), tmp_path / "1", steps=2, timeout=1)
+    bench_memory.run_case("free:1024x4", Path("model"), tmp_path / "1", **settings)
     assert not any(key.startswith("model.memory_gb") for key in commands[1])
+    question = json.loads((tmp_path / "1/data.jsonl").read_text().splitlines()[0])["question"]
+    assert len(question) == 354 - 235  # a token each; the rest is the chat's
