@@ -212,6 +212,9 @@ class RolloutConfig:
     overlong_penalty: float = number("(0, inf)", "in units of reward; 1 is DAPO's", default=1.0)
     # the run ends (exit code 7) after this many steps in a row without a group to train on; null: never
     max_dead_steps: Optional[int] = number("[1, inf)", "null for never", default=None)
+    # a step trains on completions that the policy of so many steps before has sampled (at a run's start, of fewer); 0: its own.
+    # They come with `corrections`, and change with the number of steps that a finished run goes on for
+    max_staleness: int = number("[0, 64]", "0 is off", default=0)
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 

@@ -12,12 +12,13 @@ import time
 
 import torch
 
+from grpo.ahead import draw_and_update
 from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
 from grpo.configuration.launch import launch
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
-from grpo.groups import collect, completion_record
+from grpo.groups import completion_record
 from grpo.record.suspects import find_suspects
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.sampling import SamplingParams
@@ -27,7 +28,6 @@ from grpo.run.finish import export_policy, keep_finished_steps, next_commands, r
 from grpo.run.lock import RunInUseError, lock_run
 from grpo.run.signals import GracefulStop
 from grpo.run.start import Run, await_kernels, claim_run_dir, prepare_weights, start
-from grpo.update import update
 from models.rehearsal import compiled_meanwhile
 
 
@@ -36,18 +36,16 @@ def train(run: Run) -> None:
     config, metrics = run.config, run.metrics
     while run.step < config.steps:
         started = time.perf_counter()
-        groups = collect(run.env, run.sampler, config, run.step, run.should_stop, metrics.progress("sampling"), run.turns,
-                         run.history)
-        run.memory.for_update(run.policy, run.sampler)  # gives it the KV cache's memory
-        updated = time.perf_counter()
-        metrics.set_status("updating")
-        stats = update(run, groups)
+        groups, age, stats = draw_and_update(run)
+        run.rollouts.pop(0)
         run.step, run.is_between_steps = run.step + 1, True
         finished = time.perf_counter()
         run.num_tokens += sum(completion.num_tokens for completion, _ in groups.scored)
-        stats |= {"num_tokens": run.num_tokens, "time/update": finished - updated, "time/step": finished - started,
+        stats |= {"num_tokens": run.num_tokens, "time/step": finished - started,
                   "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
                   "time/compile": seconds_of_compilation(run), **run.memory.metrics()}
+        if config.rollout.max_staleness:
+            stats["rollout/staleness"] = age
         run.memory.for_sampling(run.policy)
         metrics.log(run.step, {**stats, **groups.metrics})
         if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):

@@ -17,14 +17,16 @@ from grpo.optim import check_finite
 from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
+from models.decoder import CAPTURING
 from models.gpt_oss import HeadStates, Scores
 from models.routing_record import RoutingReplay
 
 PATIENCE = 5  # a warning comes after this many steps in a row without an update
 
 
-def update(run: Run, groups: Groups) -> dict[str, float]:
-    """Packs the live groups and makes the step's updates. Returns the metrics of the update."""
+def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
+    """Packs the live groups and makes the step's updates. Returns the metrics of the update. staleness: how many steps older than
+    the policy is the one that sampled."""
     optim = run.config.optim
     # the learning rate follows the step number, even if earlier steps made no update
     run.optimizer.position = run.step * optim.minibatches * optim.epochs
@@ -40,7 +42,7 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
         batch.old_log_probs, _ = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:
         attempt_twice(lambda: score_by_reference(run, batch))
-    allowed = allowed_difference(run.policy)
+    allowed = allowed_difference(run.policy) if staleness == 0 else math.inf
     trained, grad_norms, num_whole, num_trained = [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
@@ -48,7 +50,8 @@ def update(run: Run, groups: Groups) -> dict[str, float]:
             num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
             trained.append(train_minibatch(run, part, num_updates=num_updates, allowed=allowed))
             lr = run.optimizer.lr
-            grad_norms.append(attempt_twice(run.optimizer.step))
+            with CAPTURING:
+                grad_norms.append(attempt_twice(run.optimizer.step))
             run.is_between_steps = False
             run.optimizer.zero_grad()
     # after an update the policy is no longer the one that sampled
@@ -135,7 +138,12 @@ def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[
 def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_updates: int, allowed: float,
                       updates: bool) -> TrainedMicroBatch:
     """Adds the gradient of some sequences of a minibatch to the optimizer's, or updates by it."""
-    micro = part.select(rows, share_prompts=run.config.optim.share_prompts)
+    with CAPTURING:
+        return train_now(run, part.select(rows, share_prompts=run.config.optim.share_prompts), num_updates=num_updates,
+                         allowed=allowed, updates=updates)
+
+
+def train_now(run: Run, micro: RolloutBatch, *, num_updates: int, allowed: float, updates: bool) -> TrainedMicroBatch:
     run.policy.memory.keeps_gradients = not updates
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
@@ -206,7 +214,8 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
 
     def score(rows: list[int]) -> None:
         micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
-        scores = policy_scores(run, micro, make_replay(micro) if replays_routing else None)
+        with CAPTURING:
+            scores = policy_scores(run, micro, make_replay(micro) if replays_routing else None)
         result[micro.token_index] = scores.log_probs
         if keeps_states:
             states[rank[micro.token_index.cpu()[micro.host_mask]]] = scores.hidden.cpu()

@@ -9,8 +9,10 @@ beyond the batch are idle: they write to no slot. Graphs read adapters at their 
 
 Shapes: B rows, R rows that there is room for, D model width, V vocabulary.
 """
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,6 +32,9 @@ _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") +
 _SHARED_TOKENS = 1024
 # with at most this many rows, one of which has at least this many tokens, many programs share each row's keys (decode_parts.py)
 _PARTS_ROWS, _PARTS_TOKENS = 4, 2048
+# Held while a graph is captured. A thread that computes beside the sampler's holds it too, a part of its work at a time: what
+# it asks of CUDA could end the capture
+CAPTURING = threading.RLock()
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
@@ -263,10 +268,18 @@ class Decoder:
             graph.replay()
             return result
         result, graph = function(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=first_served_stream(self.model.device),
+                                         capture_error_mode="thread_local"):
             captured = function()
         self._pool, self._graphs[key] = graph.pool(), (graph, captured)
         return result
+
+
+@cache
+def first_served_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of sampling: where training runs beside it, the GPU starts its small kernels first. Graphs captured on it keep
+    that order."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _empty_table(num_rows: int, device: torch.device) -> torch.Tensor:

@@ -52,6 +52,7 @@ MAX_PREFILL_TOKENS, FEW_PREFILL_TOKENS = 16_384, MAX_FEW_ROWS
 # memory that torch reserves and cannot use: of all that it holds; as a share of the largest activation (as in models/offload.py)
 _UNUSED, _UNUSED_IN_UPDATE, _HOLES = 0.01, 0.025, 0.6
 _LEAST_SCRATCH = 1 << 26
+_OF_SAMPLING = ("cache", "prefill and logits", "copy of what trains")  # what an update has not where nothing is sampled beside it
 _LAUNCHES = 1e-3  # least time of a decode step
 
 
@@ -106,6 +107,7 @@ class Needs:
     moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
     weights: str = "master"
     in_backward: bool = False  # an update from one micro-batch keeps no gradients
+    samples_beside: bool = False  # sampling goes on during the update, from a copy of what trains
 
     @property
     def expert_layer_bytes(self) -> int:
@@ -162,6 +164,7 @@ class MemoryPlan:
     update: Phase | None  # None: nothing trains
     activations_on_host: int = 0  # bytes
     host: dict[str, int] = field(default_factory=dict)  # what takes pinned host memory -> bytes
+    samples_beside: bool = False  # both phases at once: each one's lines have what the other one takes too
 
     @property
     def host_bytes(self) -> int:
@@ -399,6 +402,8 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
 def plan(needs: Needs, gpu: GpuSpec, *, limit: int, host_bytes: int) -> MemoryPlan:
     """The placement that costs least time such that neither phase takes more than `limit` bytes of the GPU, nor both more than
     host_bytes of pinned host memory. Raises DoesNotFit."""
+    if needs.samples_beside and needs.max_tokens:
+        return _plan_beside(needs, gpu, limit, host_bytes)
     embedding, state = not needs.trains_all, needs.max_tokens > 0  # whether they can lie in host memory
     ladder = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(embedding, False, MAX_PREFILL_TOKENS),
               _Homes(embedding, False, FEW_PREFILL_TOKENS), _Homes(embedding, state, FEW_PREFILL_TOKENS)]
@@ -437,6 +442,32 @@ def _plan_with(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, host_bytes
     host |= {"experts": Placement(0, num_streamed).host_bytes(per_layer), "activations": activations}
     return MemoryPlan(limit, homes.embedding_on_host, homes.state_on_host, homes.prefill_tokens, num_rows, cache_room, seconds,
                       sampling, update, activations, host)
+
+
+def _plan_beside(needs: Needs, gpu: GpuSpec, limit: int, host_bytes: int) -> MemoryPlan:
+    """The plan for both phases at once, with as many rows decoded together as that leaves room for. Nothing streams, since the
+    slots serve one pass at a time. Raises DoesNotFit."""
+    fp32, others = trained_sizes(needs)
+    lines = {"copy of what trains": 4 * sum(fp32) + needs.dtype.itemsize * sum(others)}
+    homes = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(False, False, FEW_PREFILL_TOKENS),
+             _Homes(False, True, FEW_PREFILL_TOKENS)]
+    homes = [home for home in homes if sum(_host(needs, home).values()) <= host_bytes]
+    num_rows, most = min(needs.num_rows, needs.max_rows), math.inf if needs.cache_bytes is None else needs.cache_bytes
+    for rows, home in ((num_rows >> halvings, home) for halvings in range(num_rows.bit_length()) for home in homes):
+        part, host = replace(needs, cache_bytes=min(most, cache_bytes(needs, rows))), _host(needs, home)
+        try:
+            seconds, fitting, cache_room, sampling = _plan_sampling(part, home, gpu, limit - sum(lines.values()), 0)
+            sampling.lines |= lines
+            beside = {name: sampling.lines[name] for name in _OF_SAMPLING}
+            activations, update = _plan_update(part, home, limit - sum(beside.values()), host_bytes - sum(host.values()), (0,),
+                                               is_last=True)
+        except DoesNotFit:
+            continue
+        update.lines |= beside
+        host |= {"experts": 0, "activations": activations}
+        return MemoryPlan(limit, False, home.state_on_host, home.prefill_tokens, fitting, cache_room, seconds, sampling, update,
+                          activations, host, samples_beside=True)
+    raise DoesNotFit("sampling and update at once")
 
 
 def least_limit(needs: Needs, gpu: GpuSpec, *, host_bytes: int) -> int | None:

@@ -24,7 +24,7 @@ from models.formats.atomic import free_bytes, name_of_leftover, new_folder, reco
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 FORMAT_VERSION = 2  # 2: the state says what the run is made of
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
-           torch.uint8: "U8", torch.float64: "F64", torch.bool: "BOOL"}  # safetensors' names
+           torch.int16: "I16", torch.uint8: "U8", torch.float64: "F64", torch.bool: "BOOL"}  # safetensors' names
 _NAME = re.compile(r"step_(\d{6,})")
 _OLDER_LEFTOVER = re.compile(r"(step_\d{6,})\.(tmp|old|gone)-\d+")  # of versions that named them after their process
 

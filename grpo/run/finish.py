@@ -14,6 +14,7 @@ from grpo.run.export_files import write_adapter, write_model
 from grpo.run.failures import Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import parameter_tensors
+from grpo.run.rollouts import write
 from grpo.run.start import OPTIM, Run
 from models.formats.atomic import remove
 
@@ -33,11 +34,14 @@ def save(run: Run) -> None:
         if tensor.is_floating_point() and tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
             raise FloatingPointError(f"step {run.step}: {name} is not finite after the update, so no checkpoint is saved and "
                                      "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
+    state = {"wandb_id": run.metrics.wandb.run_id, "num_tokens": run.num_tokens, "made_of": run.made_of,
+             "steps_without_update": run.steps_without_update,
+             **({} if run.history is None else {"prompt_pass_rates": run.history.rates})}
+    if run.config.rollout.max_staleness:
+        state["rollouts"], drawn = write(run.rollouts)
+        tensors |= drawn
     run.metrics.sync()
-    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep,
-             state={"wandb_id": run.metrics.wandb.run_id, "num_tokens": run.num_tokens, "made_of": run.made_of,
-                    "steps_without_update": run.steps_without_update,
-                    **({} if run.history is None else {"prompt_pass_rates": run.history.rates})})
+    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep, state=state)
     run.saved_step = run.step
 
 

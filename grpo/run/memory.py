@@ -51,7 +51,8 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
         new_len=rollout.max_new_tokens, eval_rows=eval_rows, filters=_filters(rollout),
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
         max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing,
-        moments=str(optim.moments), weights=str(optim.weights), in_backward=optim.in_backward, minibatches=optim.minibatches)
+        moments=str(optim.moments), weights=str(optim.weights), in_backward=optim.in_backward, minibatches=optim.minibatches,
+        samples_beside=rollout.max_staleness > 0)
 
 
 def needs_of_inference(config: InferenceConfig, model: ModelConfig, architecture: GptOssConfig, *, max_rows: int,
@@ -159,6 +160,8 @@ def _refusal(needs: Needs, gpu: GpuSpec, model: ModelConfig, *, limit: int, host
     without = [target for target in needs.lora_targets if target != "experts"]
     if without and len(without) < len(needs.lora_targets) and fits({"lora_targets": without}):
         ways.append(f"model.lora.targets=[{','.join(without)}]")
+    if needs.samples_beside and fits({"samples_beside": False}):
+        ways.append("rollout.max_staleness=0")
     if not needs.recomputes and fits({"recomputes": True}):
         ways.append("model.activation_checkpointing=true")
     value = "null" if model.memory_gb is None else f"{model.memory_gb:g}"
@@ -189,6 +192,7 @@ class GpuMemory:
         self.plan, self.device, self._others, self._limits_torch = plan, device, others, limits_torch
         self.peaks: dict[str, int] = {}  # of each phase, bytes
         self._most = 0  # bytes at once, at any time
+        self._is_shared = False  # sampling and updates run at the same time, and keep what they have
         self._phase, self._cache_bytes = "", 0 if plan is None else plan.sampling.lines["cache"]
         if plan is not None:  # of a sweep's jobs, each has a limit of its own
             torch.cuda.set_per_process_memory_fraction(1.0, device)
@@ -200,6 +204,8 @@ class GpuMemory:
             return
         self.measure()
         self._phase = "sampling"
+        if self._is_shared:
+            return
         if self._limits_torch:
             torch.cuda.empty_cache()
         placement, in_arenas = self.plan.placement, 0
@@ -208,16 +214,22 @@ class GpuMemory:
             in_arenas = self._cache_bytes + returning * policy.expert_store.layer_bytes
         self._allow_torch(self.plan.limit - self._beside_torch() - in_arenas)
         policy.expert_store.for_sampling()
+        if self.plan.samples_beside:  # from now on each phase has what the other one leaves
+            self._is_shared = True
+            room = self.plan.limit - self._beside_torch() - in_arenas - self.plan.sampling.lines["prefill and logits"]
+            policy.memory.memory_gb = room / 1e9
         torch.cuda.reset_peak_memory_stats(self.device)  # again: what the phase before had reserved is no part of this one
 
     def for_update(self, policy: GptOss, sampler: Sampler | None) -> None:
         """Call it before training. Frees the cache, and experts that are streamed in the update: all memory is then torch's."""
         if self.plan is None or self._phase == "update":
-            if sampler is not None:
+            if sampler is not None and not self._is_shared:
                 sampler.offload()
             return
         self.measure()
         self._phase = "update"
+        if self._is_shared:
+            return
         if sampler is not None:
             sampler.offload()
         policy.expert_store.for_update()

@@ -14,6 +14,7 @@ from grpo.config import (
     Estimator,
     KlReference,
     LrSchedule,
+    OldLogProbs,
     TrainConfig,
     flatten,
     key_matches,
@@ -56,8 +57,10 @@ from grpo.run.policy import (
     prepare_device,
     read_architecture,
 )
+from grpo.run.rollouts import Rollout, read
 from grpo.sandbox.pool import Sandbox
 from grpo.warmup import warm_up
+from models.behaviour import BehaviourCopy
 from models.chat.tokenizer import Tokenizer
 from models.formats.atomic import remove
 from models.gpt_oss import GptOss
@@ -83,12 +86,14 @@ class Run:
     made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
     turns: Turns | None = None  # with an environment that has tools
     sandbox: Sandbox | None = None  # of an environment that runs code that the model writes
+    behaviour: BehaviourCopy | None = None  # the sampler's policy, where it samples while the policy trains
     memory: GpuMemory | None = None  # always, in a run that start() made
     compilation: Compilation | None = None  # of its kernels, in the background; None: there are none
     optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
     history: PromptHistory | None = None  # of its prompts, with a curriculum
     step: int = 0  # steps finished
+    rollouts: list[Rollout] = field(default_factory=list)  # drawn and not trained on: of the next step, the one after it, ...
     num_tokens: int = 0  # of prompts and completions, in all of them
     steps_without_update: int = 0  # number of last steps in a row
     most_tokens: int = sys.maxsize  # of a micro-batch of several sequences: larger ones did not fit into memory
@@ -127,8 +132,10 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
         memory = gpu_memory(needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype), config.model, device)
         compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
-    sampler = Sampler(policy, tokenizer.stop_ids, max_batch=config.rollout.max_batch, seed=config.seed,
-                      shares_prompts=config.optim.share_prompts, **memory.sampler_settings(config.rollout.cache_gb))
+    behaviour = BehaviourCopy(policy) if samples_beside(config, device) else None
+    sampler = Sampler(policy if behaviour is None else behaviour.model, tokenizer.stop_ids, max_batch=config.rollout.max_batch,
+                      seed=config.seed, shares_prompts=config.optim.share_prompts,
+                      **memory.sampler_settings(config.rollout.cache_gb))
     save_config(config, run_dir / "config.yaml")
     if (run_dir / "tokenizer").is_symlink():  # another's folder must not be written into
         remove(run_dir / "tokenizer")
@@ -141,7 +148,12 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     turns = Turns.of(env, tokenizer, config.turns)
     history = PromptHistory(config.curriculum) if is_on(config.curriculum) else None
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, turns, sandbox,
-               memory, compilation, history=history), state
+               behaviour, memory, compilation, history=history), state
+
+
+def samples_beside(config: TrainConfig, device: torch.device) -> bool:
+    """Whether rollouts drawn ahead are sampled while the policy trains."""
+    return config.rollout.max_staleness > 0 and device.type == "cuda"
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -177,7 +189,11 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.steps_without_update = state.state.get("steps_without_update", 0)
         if run.history is not None:
             run.history.rates = state.state["prompt_pass_rates"]
+        if config.rollout.max_staleness:
+            run.rollouts = read(state.state["rollouts"], state.tensors)
     run.optimizer = optimizer
+    if run.behaviour is not None:
+        run.behaviour.refresh()
     run.memory.for_sampling(run.policy)
 
 
@@ -230,6 +246,10 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         *([] if not hasattr(env, "episode") else [
             f"turns    at most {config.turns.max_turns}, a call at most {config.turns.call_seconds:g} s and "
             f"{config.turns.max_result_tokens} tokens of result, written as the {config.turns.form} does"]),
+        *([] if not rollout.max_staleness else [
+            f"ahead    a step trains on what the policy of {rollout.max_staleness} steps before sampled, "
+            + ("corrected for that" if config.corrections.weighs or config.optim.old_log_probs == OldLogProbs.sampler
+               else "without a correction for that (corrections.weight=truncate would be one)")]),
         *penalty, "trains", describe_trainable(policy)])
 
 

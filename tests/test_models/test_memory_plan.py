@@ -159,6 +159,20 @@ def test_a_gpu_without_triton_products_has_scratch_while_it_decodes():
     assert without - with_them == 32 * 5760 * 2880 * 2  # all of gate_up dequantised
 
 
+def test_sampling_beside_the_update_counts_both_and_streams_nothing():
+    both = replace(RUN, samples_beside=True)
+    large, apart = planned(both, 100), planned(RUN, 100)
+    copy = 4 * lora_parameters(B20, 8, RUN.lora_targets)
+    for phase in (large.sampling, large.update):
+        assert phase.lines["copy of what trains"] == copy and phase.lines["cache"] == apart.sampling.lines["cache"]
+        assert phase.num_streamed == 0 and phase.peak <= large.limit
+    many = [planned(replace(both, group_size=64), gb) for gb in (100, 21)]  # with less, fewer rows are decoded together
+    assert 0 < many[1].num_rows < many[0].num_rows == 64 and many[1].update.peak <= 21e9 and many[1].samples_beside
+    least = [least_limit(needs, GPU_SPECS["H200"], host_bytes=HOST) for needs in (RUN, both)]
+    assert least[0] + 9e9 < least[1]  # where streaming is needed, both at once are refused
+    assert not has_plan(both, GPU_SPECS["H200"], limit=least[1] - 10_000_000, host_bytes=HOST)
+
+
 def test_the_table_has_a_line_for_all_that_takes_memory():
     found = planned(RUN, 15)
     text = table(found, RUN)

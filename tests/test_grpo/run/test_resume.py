@@ -84,6 +84,8 @@ CALLS = ("+experiment=smoke", "name=run", "steps=3", "env=calculator", "env._tar
          "env.call_rate=1.0", "rollout.max_new_tokens=80", "warmup.steps=40", "warmup.batch_size=16", "warmup.lr=0.005",
          "eval.max_prompts=2")
 UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo")
+AHEAD = (*UPDATES, "rollout.max_staleness=2", "rollout.replay_routing=true", "corrections.weight=mask", "steps=8",
+         "corrections.opsm_delta=0.001", "corrections.geometric=[0.9,1.1]")
 LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
         f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
         "model.lora.train_sinks=true", "model.lora.train_norms=true", f"env.path={FIXTURES / 'arithmetic.jsonl'}",
@@ -154,7 +156,7 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
 
 
 def test_the_runs_compared_here_do_learn_something(never_killed):
-    for arguments, num_steps in ((CARRY, 6), (UPDATES, 6), (LORA, 3)):
+    for arguments, num_steps in ((CARRY, 6), (UPDATES, 6), (LORA, 3), (AHEAD, 8)):
         run_dir, _ = never_killed(arguments)
         steps = [line for line in lines(run_dir / "metrics.jsonl") if "grad_norm" in line and "warmup/step" not in line]
         assert [line["step"] for line in steps] == list(range(1, num_steps + 1))
@@ -191,7 +193,7 @@ def test_a_run_with_tools_killed_amid_its_calls_resumes_to_the_same_bytes(train,
     assert_same_run(tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("arguments", [CARRY, UPDATES, LORA], ids=["carry", "several updates", "lora"])
+@pytest.mark.parametrize("arguments", [CARRY, UPDATES, LORA, AHEAD], ids=["carry", "several updates", "lora", "ahead"])
 def test_a_run_killed_in_five_phases_ends_like_one_never_killed(train, never_killed, tmp_path, arguments, request):
     expected, _ = never_killed(arguments)
     rng = random.Random(f"kill {request.node.callspec.id}")  # the same phases in whatever folder the project lies
@@ -254,6 +256,18 @@ def test_a_signal_saves_finished_steps_and_the_printed_command_goes_on(train, ne
     result = train(arguments, output_dir).wait()
     assert result.code == 0, result.err
     assert_same_run(run_dir, expected)
+
+
+def test_a_signal_amid_a_rollout_drawn_ahead_or_an_update_loses_no_rollout(train, never_killed, tmp_path):
+    expected, _ = never_killed(AHEAD)
+    arguments, output_dir = AHEAD, tmp_path
+    for phase, count in (("rollout", 20), ("backward", 2), ("after the weights moved", 5)):  # the warm-up makes four updates
+        result = train(arguments, output_dir, signal_at(phase, count, signal.SIGTERM)).wait()
+        assert result.code == 75, (phase, result)
+        arguments, output_dir = resume_arguments(result.err), None
+    result = train(arguments, output_dir).wait()
+    assert result.code == 0, result.err
+    assert_same_run(tmp_path / "run", expected)
 
 
 def test_an_interrupted_evaluation_is_made_again(train, never_killed, tmp_path):
