@@ -44,6 +44,7 @@ class ToolCall:
     arguments: str
     result: str  # what the model was told
     is_failed: bool  # that was an error
+    raised: str | None = None  # what the tool raised, and where, if it was no ValueError
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Episode:
     """What happened beside a completion's tokens, in an environment with tools."""
 
     calls: list[ToolCall] = field(default_factory=list)
-    failure: str | None = None  # why it drops out of its group
+    failure: str | None = None  # why it ended early and has no reward of its own
+    may_be_models: bool = False  # the failure came in a call that the model made, or after one had raised
+    failure_reward: float | None = None  # what it gets nevertheless; None: it drops out of its group
     seconds: float = 0.0  # in the environment's code
     reward: object = None  # what its get_reward() returned
 

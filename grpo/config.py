@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.configuration.fields import number
 from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, WandbConfig
 from grpo.configuration.suggestions import suggest
+from models.chat.form import Form
 from models.formats.atomic import write_text
 
 
@@ -95,12 +96,6 @@ class WeightKind(StrEnum):
 class RatioLevel(StrEnum):
     token = "token"
     sequence = "sequence"  # the product over the sequence's tokens
-
-
-class ResultForm(StrEnum):
-    """How the results of functions are written."""
-    hub = "hub"  # as JSON, a text in quotes: the chat template of the hub's checkpoints
-    library = "library"  # a text as it is: openai-harmony
 
 
 class SandboxMode(StrEnum):
@@ -226,7 +221,10 @@ class TurnsConfig:
     max_result_tokens: int = number("[1, inf)", default=1024)  # tokens of a call's result; the rest is cut off
     # time for a call; an environment that takes longer is given up, and its completion drops out of its group
     call_seconds: float = number("(0, inf)", default=60.0)
-    form: ResultForm = ResultForm.hub
+    # reward of a completion whose tool hangs, exits, returns too much or leaves processes in a call that the model made; null:
+    # it drops out of its group, which a model can use to avoid a bad reward if its arguments can do that
+    failed_call_reward: Optional[float] = number("(-inf, inf)", "or null", default=None)
+    form: Form = Form.hub
 
 
 @dataclass

@@ -80,10 +80,15 @@ class OptionalMethods(Protocol):
     def episode(self, prompt: Prompt, sample: int) -> object:
         """The tools of one completion, if the model may call some: a new object, whose public methods, typed and documented, are
         the functions, sync or async; `models.chat.functions.function_schema` describes one for the prompt. A method python(code)
-        also answers harmony's built-in tool of that name (grpo/envs/python_tool.py). A ValueError of a function is told to the
-        model; any other exception drops the completion out of its group. If it has get_reward(), that is called at the
-        end, and `score` finds the result in completion.episode.reward; close(), if it has one, is called last. All its code runs
-        in a thread of its own. It must depend on its arguments alone: nothing of it is saved."""
+        also answers harmony's built-in tool of that name (grpo/envs/python_tool.py). What a function raises is told to the
+        model, which chose the arguments: of a ValueError the text alone. A completion whose object fails otherwise drops out of
+        its group. If it has get_reward(), that is called at the end, and `score` finds the result in completion.episode.reward;
+        close(), if it has one, is called last. All its code runs in a thread of its own. It must depend on its arguments alone:
+        nothing of it is saved."""
+
+    has_user_turns: bool
+    """Whether the objects of `episode` have user_turn(answer), which returns what the user says to a final message, or None if
+    the episode ends with that."""
 
     def encode_prompt(self, question: str) -> list[int]:
         """A question asked in the chat as a prompt's token ids; a ValueError tells the user what is wrong with the question."""
@@ -290,13 +295,16 @@ def tiny_tokenizer(target) -> Tokenizer:
 
 
 def checked_scores(env: Environment, completions: list[Completion]) -> list[Score]:
-    """The environment's scores, checked and in plain numbers; sets each completion's reward and parts. A completion whose
-    episode failed gets none."""
-    failed = {index: completion.episode.failure for index, completion in enumerate(completions)
+    """The environment's scores, checked and in plain numbers; sets each completion's reward and parts. The environment does not
+    judge a completion whose episode failed."""
+    failed = {index: completion.episode for index, completion in enumerate(completions)
               if completion.episode is not None and completion.episode.failure is not None}
     if failed:
-        judged = iter(checked_scores(env, [completion for i, completion in enumerate(completions) if i not in failed]))
-        return [Score(None, {}, {}, None, {"failure": failed[i]}) if i in failed else next(judged)
+        others = [completion for i, completion in enumerate(completions) if i not in failed]
+        judged = iter(checked_scores(env, others) if others else [])
+        for index, episode in failed.items():
+            completions[index].reward = episode.failure_reward
+        return [Score(failed[i].failure_reward, {}, {}, None, {"failure": failed[i].failure}) if i in failed else next(judged)
                 for i in range(len(completions))]
     with calling(env, "score"):
         scores = env.score(completions)

@@ -179,6 +179,8 @@ def load_conversation(config: GenerateConfig) -> Conversation:
             asked = make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps)
             encode_prompt = functools.partial(encode_question, asked, vocab_size=loaded.policy.config.vocab_size)
             turns = Turns.of(asked, tokenizer, config.turns)
+            if turns is not None:
+                turns.has_user_turns = False  # the user sits here
         note(f"{config.run}, step {loaded.step} of {trained.steps}")
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
              "current_date": config.current_date}

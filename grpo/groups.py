@@ -163,6 +163,7 @@ def turn_metrics(completions: list[Completion]) -> dict[str, float]:
     if not episodes:
         return {}
     num_turns = [num_turns_of(completion) for completion in completions]
+    num_users = [len(completion.sequences) - 1 for completion in completions]
     calls = [call for episode in episodes for call in episode.calls]
     num_policy = sum(completion.num_policy_tokens for completion in completions)
     num_env = sum(len(completion.completion_ids) for completion in completions) - num_policy
@@ -170,7 +171,10 @@ def turn_metrics(completions: list[Completion]) -> dict[str, float]:
             "calls/mean": len(calls) / len(episodes),
             "calls/share": statistics.fmean(bool(episode.calls) for episode in episodes),
             "calls/failed": statistics.fmean(call.is_failed for call in calls) if calls else 0.0,
+            "calls/raised": statistics.fmean(call.raised is not None for call in calls) if calls else 0.0,
             "episodes/failed": sum(episode.failure is not None for episode in episodes),
+            "episodes/failed_in_call": sum(episode.may_be_models for episode in episodes),
+            **({"turns/user": statistics.fmean(num_users)} if any(num_users) else {}),
             "tokens/policy": num_policy / len(completions), "tokens/env": num_env / len(completions),
             "time/tools": sum(episode.seconds for episode in episodes)}
 

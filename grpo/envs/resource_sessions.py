@@ -6,9 +6,9 @@
         def create(self, task, seed=None, episode_id=None): ...  # a session, in which tools are called
 
 A session's initial_messages() are the prompt, list_tools() its functions, in the form of MCP; call_tool(name, arguments) gives an
-object with `data`, `done`, `metadata` and `error`; verify(transcript) one with `env_reward` and `metrics`; close() ends it. Every
-completion has a session of its own, created for the same task and seed: so its messages and tools must be the same. Global random
-generators are seeded before create().
+object with `data`, `done`, `metadata` and `error`; verify(transcript) one with `env_reward` and `metrics`; close() ends it. By
+user_turn(answer) -> str | None, which OpenEnv lacks, a user goes on. Every completion has a session of its own, created for
+the same task and seed: so its messages and tools must be the same. Global random generators are seeded before create().
 """
 
 
@@ -58,6 +58,7 @@ class ResourceSessions(ToolClass):
             raise ValueError(f"env.environment={environment!r}: its session, {type(session).__name__}, has no "
                              f"{' and no '.join(missing)}")
         _, tools = self._asked(session)
+        self.has_user_turns = hasattr(session, "user_turn")
         session.close()
         return tools
 

@@ -17,6 +17,8 @@
 `reset` is called with the row's columns, as many of them as it takes; what it returns is put behind the prompt of the row. Every
 completion has an object of its own, on which `reset` is called with the same row: so it must return the same text. Global random
 generators are seeded by the row before. What a tool draws from them later may differ from run to run.
+
+A method user_turn(answer) -> str | None is no tool: it returns what the user says to a final message, or None to end the episode.
 """
 
 import asyncio
@@ -148,13 +150,14 @@ class ToolClass:
     def _check_tools(self, environment: str) -> list[dict]:
         """What a prompt says of the tools."""
         probe = self._make()
+        self.has_user_turns = hasattr(probe, "user_turn")
         if missing := [f"{method}()" for method in ("reset", "get_reward") if not hasattr(type(probe), method)]:
             raise ValueError(
                 f"env.environment={environment!r}: {type(probe).__name__} has no {' and no '.join(missing)}: reset(**row) begins "
-                "an episode and may return a text for the prompt, get_reward() returns its reward, and every other public method "
-                "is a tool")
+                "an episode and may return a text for the prompt, get_reward() returns its reward, user_turn(answer), if it has "
+                "that, what the user says next, and every other public method is a tool")
         functions = public_methods(probe, without=PROTOCOL)
-        if not functions:
+        if not functions and not self.has_user_turns:
             raise ValueError(f"env.environment={environment!r}: {type(probe).__name__} has no public method that could be a tool")
         return [function_schema(function) for function in functions.values()]
 

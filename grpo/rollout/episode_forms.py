@@ -11,7 +11,7 @@ from typing import Any
 
 from models.chat.functions import public_methods, read_arguments, read_object
 
-PROTOCOL = ("reset", "get_reward", "close")  # public methods that are no tools
+PROTOCOL = ("reset", "get_reward", "user_turn", "close")  # public methods that are no tools
 SESSION = ("initial_messages", "list_tools", "call_tool", "verify", "close")  # methods of a ResourceSession
 MOST_NESTED = 16  # references within references of a schema
 Run = Callable[[Callable[[], object]], object]
@@ -35,6 +35,10 @@ class MethodForm:
     def call(self, tool: Callable, arguments: str) -> object:
         """The result of one of `tools`. Raises ValueError with a text for the model."""
         return self.run(partial(tool, **read_arguments(tool, arguments)))
+
+    def user_turn(self, answer: str) -> object:
+        """What the user says to an answer; None ends the episode."""
+        return self.run(partial(self.owner.user_turn, answer)) if hasattr(self.owner, "user_turn") else None
 
     def reward(self, transcript: Callable[[], list[dict]]) -> object:
         return self.run(self.owner.get_reward) if hasattr(self.owner, "get_reward") else None
@@ -68,6 +72,10 @@ class ResourceForm:
         if result.error is not None:
             raise ValueError(result.error)
         return "" if result.data is None else result.data
+
+    def user_turn(self, answer: str) -> object:
+        """As MethodForm's; not a part of OpenEnv's form."""
+        return self.run(partial(self.session.user_turn, answer)) if hasattr(self.session, "user_turn") else None
 
     def reward(self, transcript: Callable[[], list[dict]]) -> Verdict:
         messages = [*self.session.initial_messages(), *transcript()]

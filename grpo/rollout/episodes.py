@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,14 @@ _GRACE = 0.25  # seconds for processes that are about to end
 
 
 class EpisodeFault(Exception):
-    """Why an episode drops out of its group."""
+    """Why an episode has no reward."""
+
+
+@dataclass
+class UserTurn:
+    """What the user says to an answer."""
+
+    text: str
 
 
 class EpisodeThread:
@@ -35,6 +43,8 @@ class EpisodeThread:
 
     def __init__(self, index: int, make: Callable[[], object], replies: queue.SimpleQueue, *, writes_json: bool) -> None:
         self.index, self.started, self._make, self._writes_json = index, 0.0, make, writes_json
+        self.is_in_tool = False  # within a call of a tool, with arguments that the model chose
+        self._num_calls = 0
         self._object: object = None
         self._form: MethodForm | ResourceForm | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -50,6 +60,10 @@ class EpisodeThread:
         """Asks for the reward, if the object gives one, and closes it; the outcome is the reward. transcript: makes the
         completion's messages."""
         self._begin(partial(self._end, transcript))
+
+    def reply(self, answer: str, transcript: Callable[[], list[dict]]) -> None:
+        """Asks for the user's next turn; the outcome is a UserTurn, or as that of end() if there is none."""
+        self._begin(partial(self._reply, answer, transcript))
 
     def leave(self) -> None:
         """Lets the thread end after its job, and kills the processes that it has."""
@@ -80,16 +94,23 @@ class EpisodeThread:
         form = self._opened()
         tools = form.tools()
         namespace, _, function = name.rpartition(".")
-        if name == "python" and callable(tools.get(name)):  # the built-in one: the message is code, the result is plain text
-            return ToolCall(name, arguments, _limited(str(self._run(partial(tools[name], arguments))), name), False)
-        if namespace != "functions" or function not in tools:
+        is_code = name == "python" and callable(tools.get(name))  # harmony's own: the message is code, the result plain text
+        if not is_code and (namespace != "functions" or function not in tools):
             there = ", ".join(f"functions.{tool}" for tool in tools)
             return ToolCall(name, arguments, f"no tool {name!r}; there are: {there or 'none'}", True)
+        self.is_in_tool, self._num_calls = True, self._num_calls + 1
         try:
-            result = form.call(tools[function], arguments)
+            result = self._run(partial(tools[name], arguments)) if is_code else form.call(tools[function], arguments)
+            made = ToolCall(name, arguments, _limited(str(result), name) if is_code else self._text(result, name), False)
+        except EpisodeFault:
+            raise
         except ValueError as error:  # of the arguments, or the tool's way to refuse what the model asked for
-            return ToolCall(name, arguments, _limited(str(error), name), True)
-        return ToolCall(name, arguments, self._text(result, name), False)
+            made = ToolCall(name, arguments, _limited(str(error), name), True)
+        except Exception as error:  # the model chose the arguments: what they lead to is a result, and no way out of the episode
+            text = _limited(f"{type(error).__name__}: {error}", name)
+            made = ToolCall(name, arguments, text, True, describe(error))
+        self.is_in_tool = False
+        return made
 
     def _text(self, result: object, name: str) -> str:
         if isinstance(result, str):
@@ -101,6 +122,14 @@ class EpisodeThread:
         except ValueError:  # an object that JSON does not know
             return _limited(str(result), name)
 
+    def _reply(self, answer: str, transcript: Callable[[], list[dict]]) -> object:
+        text = self._opened().user_turn(answer)
+        if text is None:
+            return self._end(transcript)
+        if not isinstance(text, str):
+            raise EpisodeFault(f"user_turn() returned a {type(text).__name__}; it must return a text, or None to end")
+        return UserTurn(_limited(text, "user_turn"))
+
     def _end(self, transcript: Callable[[], list[dict]]) -> object:
         form = self._opened()
         try:
@@ -108,6 +137,7 @@ class EpisodeThread:
         finally:
             self._close()
         if left := kill_children_of(self._thread_id):
+            self.is_in_tool = self._num_calls > 0
             raise EpisodeFault(f"left {len(left)} processes running ({', '.join(map(str, left))}), which were killed; end them "
                                "in get_reward() or close()")
         return reward

@@ -249,8 +249,10 @@ class Session:
 
     # ---- what callers do
 
-    def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0) -> list[RolloutRow]:
+    def submit(self, prompts: list[Prompt], num_samples: int, *, first_sample: int = 0,
+               most_new_tokens: int | None = None) -> list[RolloutRow]:
         """Queues `num_samples` completions of every prompt, beside the rows that run. Returns their rows, by prompt, then sample.
+        `most_new_tokens` is for rows that take the place of finished ones, no shorter, for which the cache was planned.
 
         Raises ValueError for a prompt id that the session already has, an empty prompt, one that does not fit, a token id outside
         the vocabulary, or a cache that does not hold one sequence."""
@@ -262,14 +264,14 @@ class Session:
         check_prompts(prompts, max_len=self._sampler.max_len, taken=self._prompt_ids)
         if not prompts:
             return []
-        capacity = min(self.params.max_new_tokens, self._sampler.max_len)
-        groups = [[RolloutRow(0, group, prompt, sample, min(capacity, self._sampler.max_len - len(prompt.token_ids)))
+        capacity, numbers = min(self.params.max_new_tokens, self._sampler.max_len), itertools.count(len(self.rows))
+        most = capacity if most_new_tokens is None else most_new_tokens
+        groups = [[RolloutRow(next(numbers), group, prompt, sample, min(most, self._sampler.max_len - len(prompt.token_ids)))
                    for sample in range(first_sample, first_sample + num_samples)]
                   for group, prompt in enumerate(prompts, start=len(self._prompt_ids))]
         rows = list(itertools.chain(*groups))
-        for index, row in enumerate(rows, start=len(self.rows)):
-            row.index = index
-        self._make_cache_hold(rows)
+        if most_new_tokens is None:
+            self._make_cache_hold(rows)
         self.rows += rows
         self._prompt_ids |= {prompt.id for prompt in prompts}
         if self.params.records_routing:
@@ -448,7 +450,8 @@ class Session:
                   for row, end in zip(rows, ends, strict=True)]
         parts = [row.token_ids[row.num_held:end] for row, end in zip(rows, ends)]
         tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
-        self._num_prefilling, record = len(tokens), self._new_record(len(tokens))
+        self._num_prefilling = len(tokens)
+        record = None if self._routing is None else RoutingRecord(len(tokens), self._model.config, self._device)
         hidden = self._model.prefill(tokens, chunks, self._decoder.cache, record=record)
         self._keep_routing(rows, [row.num_held for row in rows], [len(part) for part in parts], record)
         self.stats.prefill_tokens += len(tokens)
@@ -549,9 +552,6 @@ class Session:
             segment.log_probs += log_probs.tolist()
             if segment.kept_ids is not None:
                 segment.kept_ids += self._kept.pop(row.index)[:len(tokens)]
-
-    def _new_record(self, num_tokens: int) -> RoutingRecord | None:
-        return None if self._routing is None else RoutingRecord(num_tokens, self._model.config, self._device)
 
     def _keep_routing(self, rows: list[RolloutRow], starts: list[int], lengths: list[int], record: RoutingRecord | None) -> None:
         """Keeps the recorded experts of packed tokens: of each row `lengths` tokens, from its token number `starts` on."""

@@ -91,14 +91,17 @@ def parse_completion(
 
 
 def conversation(parsed: Parsed) -> list[dict]:
-    """The messages as APIs have them: `assistant` with content, thinking and tool_calls, and `tool`. What the policy wrote in the
-    place of a tool, and a final message of a completion with a fault, are left out."""
+    """The messages as APIs have them: `assistant` with content, thinking and tool_calls, `tool` and `user`. What the policy wrote
+    in the place of others, and a final message with a fault, are left out."""
     found, thinking = [], []
-    for message, span in zip(parsed.messages, parsed.spans, strict=True):
+    later = zip(parsed.messages[1:], parsed.spans[1:])
+    is_answered = [*(message.role == "user" and not span.is_policy for message, span in later), parsed.fault is None]
+    for message, span, is_answer in zip(parsed.messages, parsed.spans, is_answered):
         if not span.is_policy:
-            found.append({"role": "tool", "name": message.name, "content": message.content})
+            name = {"name": message.name} if message.role == "tool" else {}
+            found.append({"role": message.role, **name, "content": message.content})
             continue
-        if message.role != "assistant" or message.channel == "final" and message.content != parsed.final:
+        if message.role != "assistant" or message.channel == "final" and not is_answer:
             continue
         if message.channel == "analysis" and message.recipient is None:
             thinking.append(message.content)
@@ -118,7 +121,8 @@ def _find_fault(
     messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer, role: str | None
 ) -> str | None:
     """The reason why well-formed ids are no answer, None if they are one. An answer is the policy's analysis, preambles and
-    calls, each call answered by the environment, then one final message that ends in <|return|>."""
+    calls, each call answered by the environment, then one final message that ends in <|return|>. If a user answers that, the same
+    again."""
     if not messages:
         return "no message"
     was_called = False
@@ -130,7 +134,7 @@ def _find_fault(
         is_final = message.channel == "final"
         wanted = tokenizer.call if is_call else tokenizer.return_ if is_final else tokenizer.end
         markers = [id for id in ids[span.start : span.content_start] if tokenizer.is_special(id)]
-        is_last = index == len(messages) - 1
+        goes_on = index + 1 < len(messages) and spans[index + 1].is_policy
         header = [tokenizer.channel, *[tokenizer.constrain] * (tokenizer.constrain in markers), tokenizer.message]
         fault = None
         if message.role != "assistant":
@@ -150,7 +154,7 @@ def _find_fault(
         elif span.closing != wanted:
             what = "call" if is_call else f"{message.channel} message"
             fault = f"{what} that ends in {tokenizer.decode([span.closing], keep_special=True)}"
-        elif is_final and not is_last:
+        elif is_final and goes_on:
             fault = "messages after the final one"
         if fault is not None:
             return fault

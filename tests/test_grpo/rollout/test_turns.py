@@ -4,8 +4,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,153 +14,47 @@ import pytest
 import torch
 from harmony import encode_with_special
 from paths import FIXTURES
-from rollout_problem import assert_equal, make_config
+from rollout_problem import assert_equal
+from scripted_turns import (
+    CALL,
+    FINAL,
+    HANGS,
+    TOKENIZER,
+    Env,
+    Player,
+    Tools,
+    call,
+    make_model,
+    misbehave,
+    random_scripts,
+    text_of,
+)
 
-from grpo.batch import Completion, Prompt, ToolCall, pack
-from grpo.config import ResultForm, TurnsConfig
-from grpo.environment import EnvironmentFault, Score, checked_scores
+from grpo.batch import Completion, ToolCall, pack
+from grpo.config import TurnsConfig
+from grpo.environment import EnvironmentFault, checked_scores
 from grpo.groups import collect, completion_record, turn_metrics
 from grpo.losses import LossInputs, dapo, dr_grpo, grpo
-from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import Scheduler
-from grpo.rollout.session import Interrupted, Sampler, Session
+from grpo.rollout.session import Interrupted, Sampler
 from grpo.rollout.turns import Turns
+from models.chat.form import Form
 from models.chat.parse import parse_completion
 from models.chat.tokenizer import Tokenizer
-from models.gpt_oss import KeptSets
 
 pytestmark = pytest.mark.slow
 
 CASES = json.loads((FIXTURES / "harmony" / "tool_turns.json").read_text(encoding="utf-8"))
-TOKENIZER = Tokenizer.load(FIXTURES / "tokenizer_compact")
-CALL = "<|channel|>commentary to=functions.echo <|constrain|>json<|message|>{}<|call|>"
-FINAL = "<|channel|>final<|message|>{}<|return|>"
-
-
-HANGS = threading.Event()  # set by a tool that does not come back
-
-
-class Tools:
-    """What answers calls in these tests."""
-
-    def __init__(self, prompt: Prompt, sample: int) -> None:
-        self.prompt, self.sample, self.num_calls = prompt, sample, 0
-        self.children: list[subprocess.Popen] = []
-
-    def reset(self) -> None:
-        """Not a tool."""
-
-    def echo(self, text: str, times: int = 1) -> str:
-        """Repeats."""
-        self.num_calls += 1
-        return text * times
-
-    async def count(self) -> int:
-        """Counts the calls."""
-        self.num_calls += 1
-        return self.num_calls
-
-    def refuse(self) -> None:
-        """Tells the model no."""
-        raise ValueError("game over")
-
-    def misbehave(self, how: str) -> object:
-        """Fails."""
-        if how == "raise":
-            raise KeyError("lost")
-        if how == "exit":
-            raise SystemExit(3)
-        if how == "hang":
-            HANGS.set()
-            threading.Event().wait(600)
-        if how == "leak":
-            self.children.append(subprocess.Popen(["sleep", "600"]))
-        if how == "fork" and os.fork() == 0:
-            return "in the child"
-        return "x" * 10_000_000 if how == "flood" else "fine"
-
-    def get_reward(self) -> float:
-        return self.num_calls + self.sample / 8
-
-
-class Env:
-    def episode(self, prompt, sample):
-        return Tools(prompt, sample)
-
-    def score(self, completions):
-        return [Score(float(completion.episode.reward), {}, {}, None) for completion in completions]
 
 
 @pytest.fixture(scope="module")
 def model(lively_model):
-    config = make_config()
-    config.vocab_size, config.max_position_embeddings = TOKENIZER.vocab_size, 2048
-    return lively_model(config, head_factor=5.0)
+    return make_model(lively_model)
 
 
 @pytest.fixture
 def play(model, monkeypatch):
-    """Plays scripts, texts of turns by (prompt id, sample), against an environment; returns completions and statistics."""
-
-    def play(scripts, *, env=None, limits=None, max_new_tokens=1500, prompt_len=12, records_routing=False,
-             should_stop=None, **settings):
-        ids = {key: [id for text in texts for id in encode_with_special(TOKENIZER, text)] for key, texts in scripts.items()}
-        num_drawn = dict.fromkeys(ids, 0)
-
-        def scripted(session, hidden, rows):
-            """The script's tokens, with the model's own log-probs."""
-            tokens = []
-            for index in rows.items.tolist():
-                key = session.rows[index].prompt.id, session.rows[index].sample
-                tokens.append(ids[key][num_drawn[key]])
-                num_drawn[key] += 1
-            tokens = torch.tensor(tokens)
-            everything = KeptSets.of_counts(torch.arange(TOKENIZER.vocab_size, dtype=torch.int32).repeat(len(tokens)),
-                                            torch.full((len(tokens),), TOKENIZER.vocab_size))
-            return tokens, session._model.score(hidden, tokens, temperature=1.0, kept=everything)
-
-        monkeypatch.setattr(Session, "_draw", scripted)
-        rng = random.Random(5)
-        prompts = [Prompt(id, [rng.randrange(256) for _ in range(prompt_len)], {"row": id}) for id in dict.fromkeys(
-            id for id, _ in scripts)]
-        sampler = Sampler(model, TOKENIZER.stop_ids, **{"max_batch": 64, "seed": 7} | settings)
-        sampler.warn = play.warnings.append
-        turns = Turns(Env() if env is None else env, TOKENIZER, limits or TurnsConfig())
-        completions = turns.generate(sampler, prompts, SamplingParams(max_new_tokens=max_new_tokens,
-                                                                      records_routing=records_routing),
-                                     step=3, num_samples=len(scripts) // len(prompts), should_stop=should_stop)
-        return completions, sampler.last_stats
-
-    play.warnings = []
-    return play
-
-
-def call(**arguments) -> str:
-    return CALL.replace("{}", json.dumps(arguments))
-
-
-def misbehave(how: str) -> str:
-    return call(how=how).replace("echo", "misbehave")
-
-
-def text_of(completion: Completion) -> str:
-    return TOKENIZER.decode(completion.completion_ids, keep_special=True)
-
-
-def random_scripts(num_prompts: int, num_samples: int, *, seed: int) -> dict[tuple[int, int], list[str]]:
-    """Turns with and without analysis, calls of all kinds, malformed ones among them, and an end."""
-    rng = random.Random(seed)
-    calls = [
-        lambda: call(text="ab", times=rng.randrange(4)), lambda: CALL.replace("echo", "count").replace("{}", "{}"),
-        lambda: call(text=rng.randrange(9)), lambda: CALL.replace("echo", "nothing"), lambda: CALL.replace("echo", "refuse"),
-        lambda: CALL.replace("{}", '{"text": '), lambda: "<|channel|>commentary<|message|>to whom?<|call|>",
-        lambda: "<|channel|>commentary<|channel|>x<|call|>", lambda: call(text="é<|end|>\n")]
-    scripts = {}
-    for key in [(prompt, sample) for prompt in range(num_prompts) for sample in range(num_samples)]:
-        thought = "<|channel|>analysis<|message|>hm {}<|end|><|start|>assistant"
-        turns = [rng.choice(["", thought.format(i)]) + rng.choice(calls)() for i in range(rng.randrange(6))]
-        scripts[key] = [*turns, FINAL.format(rng.randrange(99))]
-    return scripts
+    return Player(model, monkeypatch)
 
 
 def test_a_call_is_answered_and_the_model_goes_on(play):
@@ -197,7 +89,7 @@ def test_a_malformed_call_is_answered_by_an_error(play, turn, answer):
 
 @pytest.mark.parametrize("case", CASES["results"], ids=lambda case: case["name"])
 def test_results_are_written_as_the_library_writes_them(case):
-    turns = Turns(Env(), Tokenizer.load(FIXTURES / "tokenizer_real_ids"), TurnsConfig(form=ResultForm.library))
+    turns = Turns(Env(), Tokenizer.load(FIXTURES / "tokenizer_real_ids"), TurnsConfig(form=Form.library))
     ids = turns.reply(ToolCall(case["name"], "", case["content"], False), case["channel"])
     expected = encode_with_special(turns.tokenizer, case["text"].split("<|message|>")[0] + "<|message|>")
     assert ids[:len(expected)] == expected
@@ -308,7 +200,7 @@ def test_limits_of_turns_tokens_and_results(play):
 
 
 @pytest.mark.parametrize("how, reason", [
-    ("raise", r"raised KeyError: 'lost' \(.*test_turns.py"), ("exit", "raised SystemExit: 3"),
+    ("exit", "raised SystemExit: 3"),
     ("hang", r"ran over 0.5 s \(turns.call_seconds\)"), ("flood", "returned 10,000,000 characters"),
     ("leak", "left 1 processes running"), ("fork", "")])
 def test_an_environment_that_misbehaves_loses_its_episode_and_no_other(play, how, reason):
@@ -334,9 +226,58 @@ def children_of_this_process() -> list[str]:
             if open(f"/proc/{child}/cmdline").read().startswith("sleep")]
 
 
+def test_what_a_tool_raises_is_a_result_so_that_no_model_leaves_an_episode_by_it(play):
+    scripts = {(0, 0): [misbehave("raise"), FINAL.format("1")], (0, 1): [FINAL.format("2")]}
+    for _ in range(2):
+        (told, _), _ = play(scripts)
+        made, = told.episode.calls
+        assert (told.episode.failure, told.episode.reward, made.is_failed) == (None, 0.0, True)
+        assert made.result == "KeyError: 'lost'" and re.search(r"KeyError: 'lost' \(.*scripted_turns.py:\d+\)", made.raised)
+        assert """{"error": "KeyError: 'lost'"}<|end|>""" in text_of(told)
+    assert len(play.warnings) == 2 and "1 calls raised, which the model was told" in play.warnings[0]  # once for each Turns
+
+
+class Breaking(Tools):
+    """Its own code fails, in what is no call of the model's."""
+
+    def get_reward(self):
+        raise RuntimeError("no judge")
+
+
+def test_an_environment_that_crashes_by_itself_drops_its_episode_whatever_a_failed_call_earns(play):
+    class Half(Env):
+        def episode(self, prompt, sample):
+            if sample == 1:
+                raise OSError("no board")
+            return Breaking(prompt, sample) if sample == 2 else Tools(prompt, sample)
+
+    scripts = {(0, sample): [call(text="a"), FINAL.format("1")] for sample in range(3)} | {
+        (0, 3): [misbehave("exit")], (0, 4): [misbehave("leak"), FINAL.format("1")]}
+    completions, _ = play(scripts, env=Half(), limits=TurnsConfig(failed_call_reward=-1.0))
+    assert [completion.episode.failure and completion.episode.failure[:17] for completion in completions] == [
+        None, "raised OSError: n", "raised RuntimeErr", "raised SystemExit", "left 1 processes "]
+    assert [score.reward for score in checked_scores(Half(), completions)] == [1.0, None, None, -1.0, -1.0]
+    assert [completion.reward for completion in completions] == [1.0, None, None, -1.0, -1.0]
+    found = turn_metrics(completions)
+    assert (found["episodes/failed"], found["episodes/failed_in_call"], found["calls/raised"]) == (4, 2, 0.0)
+    assert "2 of 5 episodes failed and drop out" in play.warnings[0] and "no board" in play.warnings[0]
+    assert "2 of 5 episodes failed in the model's calls and get -1" in play.warnings[1]
+
+
+def test_a_judge_that_breaks_after_a_tool_has_raised_may_be_the_models_doing(play):
+    class Broken(Env):
+        def episode(self, prompt, sample):
+            return Breaking(prompt, sample) if sample == 0 else Tools(prompt, sample)
+
+    scripts = {(0, 0): [misbehave("raise"), FINAL.format("1")], (0, 1): [FINAL.format("1")]}
+    (broken, other), _ = play(scripts, env=Broken(), limits=TurnsConfig(failed_call_reward=0.0))
+    assert broken.episode.may_be_models and "RuntimeError: no judge" in broken.episode.failure
+    assert [score.reward for score in checked_scores(Broken(), [broken, other])] == [0.0, 0.125]
+
+
 def test_if_all_episodes_fail_the_run_ends_and_says_why(play):
-    with pytest.raises(EnvironmentFault, match="all 2 episodes failed, prompt 0 .*raised KeyError"):
-        play({(0, 0): [misbehave("raise")], (0, 1): [misbehave("raise")]})
+    with pytest.raises(EnvironmentFault, match="all 2 episodes failed, prompt 0 .*raised SystemExit"):
+        play({(0, 0): [misbehave("exit")], (0, 1): [misbehave("exit")]})
 
 
 def test_a_stop_signal_ends_the_wait_for_a_tool(play):
