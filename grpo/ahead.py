@@ -50,7 +50,7 @@ def fill(run: Run, *, num_ahead: int, should_stop: Callable[[], bool]) -> None:
     for step in range(run.step + len(run.rollouts), last + 1):
         with sampling_stream(run):
             groups = collect(run.env, run.sampler, run.config, step, should_stop, run.metrics.progress("sampling"), run.turns,
-                             run.history)
+                             run.history, run.ranks)
         run.rollouts.append(Rollout(step, run.step, groups))
         if settings.max_staleness and not run.has_stepped:
             write(run.rollouts[-1:])  # what no checkpoint can hold is refused now

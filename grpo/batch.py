@@ -316,6 +316,32 @@ def rows_of_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts
     return [sorted(rows, key=lambda row: (batch.prompts[row][0], row)) for rows, _ in _first_fit(bundles, max_tokens)]
 
 
+def even_rows_of_micro_batches(batch: RolloutBatch, max_tokens: int, *, share_prompts: bool, multiple: int) -> list[list[int]]:
+    """As rows_of_micro_batches, but of about equal length, and as many as a multiple of `multiple`, where there are enough
+    completions (longest first, each to the shortest)."""
+    lengths, owned = batch.lengths, _rows_by_owner(batch)
+    whole = [(rows, sum(lengths[row] for row in rows)) for rows in owned]
+    shared: dict[tuple[int, int], list[int]] = {}
+    for rows in owned if share_prompts else ():
+        shared.setdefault(batch.prompts[rows[0]], []).extend(rows)
+    groups = [(rows, batch.num_tokens_of(rows, share_prompts=True)) for rows in shared.values()]
+    for num in range(multiple, len(owned) + multiple, multiple):
+        for bundles in (groups, whole):  # with groups together if that suffices
+            bins = _longest_first(bundles, min(num, len(owned)))
+            if bins and (max(load for _, load in bins) <= max_tokens or num >= len(owned) and bundles is whole):
+                return [sorted(rows, key=lambda row: (batch.prompts[row][0], row)) for rows, _ in bins]
+    raise AssertionError(f"{len(owned)} completions do not fill micro-batches")
+
+
+def _longest_first(bundles: list[tuple[list[int], int]], num: int) -> list[tuple[list[int], int]]:
+    """The bundles in `num` bins, the longest first, each into the bin with the least; [] if there are fewer bundles."""
+    bins: list[tuple[list[int], int]] = [([], 0) for _ in range(num)] if len(bundles) >= num else []
+    for rows, length in sorted(bundles, key=lambda bundle: -bundle[1]) if bins else ():
+        place = min(range(num), key=lambda place: bins[place][1])
+        bins[place] = (bins[place][0] + rows, bins[place][1] + length)
+    return bins
+
+
 def _rows_by_owner(batch: RolloutBatch) -> list[list[int]]:
     """The rows of each completion, which are neighbours."""
     return [list(rows) for _, rows in itertools.groupby(range(batch.num_rows), key=batch.owners.__getitem__)]

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.configuration.fields import number
 from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, WandbConfig
 from grpo.configuration.suggestions import suggest
+from grpo.distributed.settings import DistributedConfig
 from models.chat.form import Form
 from models.formats.atomic import write_text
 
@@ -321,6 +322,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     warmup: Optional[WarmupConfig] = None
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     output_dir: str = "runs"
@@ -482,7 +484,7 @@ def describe_type(hint: Any) -> str:
 RESUMABLE_KEYS = (
     *("name", "output_dir", "resume", "steps", "eval", "checkpoint", "log", "wandb", "sandbox"),
     # memory: these may change how numbers are rounded
-    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts", "optim.in_backward"),
+    *("rollout.max_batch", "rollout.cache_gb", "optim.max_tokens", "optim.share_prompts", "optim.in_backward", "distributed"),
     *("model.activation_checkpointing", "model.memory_gb", "model.host_gb"),
     "rollout.max_dead_steps",
     "optim.loss_scale",  # to lower it after an overflow; the gradients do not depend on it

@@ -21,11 +21,12 @@ from pathlib import Path
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
 from grpo.configuration.launch import launch
+from grpo.distributed.ranks import Ranks
+from grpo.distributed.rollout import all_scored, own_completions
 from grpo.environment import (
     Environment,
     Score,
     check_methods,
-    checked_scores,
     held_out_prompts,
     make_environment,
     make_sandbox,
@@ -48,10 +49,10 @@ Z95 = 1.959964
 
 def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, num_samples: int, greedy: bool,
              should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
-             turns: Turns | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
+             turns: Turns | None = None, ranks: Ranks | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
     scored, greedy completions first. `num_samples` 0 leaves sampling out, greedy=False greedy completions; `progress` is told how
-    many of all completions are finished; `turns` lets the model call tools."""
+    many of all completions are finished; `turns` lets the model call tools; `ranks` share the prompts."""
     metrics: dict[str, float] = {}
     scored: list[tuple[Completion, Score]] = []
     total = len(prompts) * (greedy + num_samples)
@@ -59,8 +60,9 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
     def sample(params: SamplingParams, count: int) -> list[tuple[Completion, Score]]:
         count_all = None if progress is None else lambda finished, _: progress(len(scored) + finished, total)
         generate = sampler.generate if turns is None else partial(turns.generate, sampler)
-        completions = generate(prompts, params, step=EVAL_STEP, num_samples=count, should_stop=should_stop, progress=count_all)
-        return list(zip(completions, checked_scores(env, completions)))
+        generate_some = partial(generate, params=params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
+                                progress=count_all)
+        return all_scored(ranks, env, prompts, own_completions(ranks, sampler, generate_some, prompts))
 
     if greedy:
         scored += sample(replace(params, greedy=True), 1)

@@ -17,7 +17,9 @@ from grpo.advantages import group_advantages, zero_variance_groups
 from grpo.batch import Completion, Prompt
 from grpo.config import TrainConfig
 from grpo.curriculum import PromptHistory, key_of
-from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, checked_scores, description_of
+from grpo.distributed.ranks import Ranks
+from grpo.distributed.rollout import all_scored, own_completions
+from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, description_of
 from grpo.overlong import soft_overlong_punishment
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -37,13 +39,14 @@ class Groups:
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
             progress: Callable[[int, int], None] | None = None, turns: Turns | None = None,
-            history: PromptHistory | None = None) -> Groups:
+            history: PromptHistory | None = None, ranks: Ranks | None = None) -> Groups:
     """Samples and scores the groups of one step. `progress` is called with the number of finished completions of a round, and of
-    all; `turns` lets the model call tools; `history` chooses the prompts, and learns how they were answered. Raises
-    EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
+    all; `turns` lets the model call tools; `history` chooses the prompts, and learns how they were answered; `ranks` share them.
+    Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
-    generate = sampler.generate if turns is None else partial(turns.generate, sampler)
+    generate = partial(sampler.generate if turns is None else partial(turns.generate, sampler), params=params, step=step,
+                       num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}
@@ -52,11 +55,10 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         prompts = prompts_of(math.ceil((rollout.prompts_per_step - _num_groups(live)) * rollout.oversampling))
         check_lengths(env, "prompts", prompts, max_len=sampler.max_len)
         started = time.perf_counter()
-        completions = generate(
-            prompts, params, step=step, num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
+        completions = own_completions(ranks, sampler, generate, prompts)
         sampled = time.perf_counter()
-        scored += zip(completions, checked_scores(env, completions))
-        punish_overlong(completions, config)
+        scored += (found := all_scored(ranks, env, prompts, completions))
+        punish_overlong([completion for completion, _ in found], config)
         seconds["time/rollout"] += sampled - started
         seconds["time/reward"] += time.perf_counter() - sampled
         rewarded = [completion for completion, _ in scored if completion.reward is not None]

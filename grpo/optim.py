@@ -115,7 +115,8 @@ class Optimizer:
         self._state = AdamState(self.params, moments, weights, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed,
                                 on_host=state_on_host, in_order=not in_backward)
         self._gradients: dict[str, torch.Tensor] = {}  # the buffer's parts; empty between updates
-        self._received: set[str] = set()  # parameters that got a gradient since zero_grad()
+        self.buffers: list[torch.Tensor] = []  # [elements] of each dtype, which hold the gradients; empty between updates
+        self.received: set[str] = set()  # parameters that got a gradient since zero_grad()
         self._unfinished: _Unfinished | None = None  # the update that step() has begun
         self._norms: list[float] | None = None  # of the gradients that an update in the backward had so far
         self._hooks = [param.register_post_accumulate_grad_hook(self._receiver(name)) for name, param in self.params.items()]
@@ -144,6 +145,7 @@ class Optimizer:
                 starts[name] = total
                 total += -(-self.params[name].numel() // _ALIGNMENT) * _ALIGNMENT
             flat = torch.zeros(total, dtype=dtype, device=self._state.device)
+            self.buffers.append(flat)
             self._gradients |= {name: flat[start:start + self.params[name].numel()].view(self.params[name].shape)
                                 for name, start in starts.items()}
         for name, param in self.params.items():
@@ -168,7 +170,7 @@ class Optimizer:
             if gradient.data_ptr() != part.data_ptr():
                 part += gradient
                 param.grad = part if part.dtype == param.dtype else None
-            self._received.add(name)
+            self.received.add(name)
 
         return receive
 
@@ -176,20 +178,20 @@ class Optimizer:
         """Adds the gradients of a loss to those accumulated since `zero_grad()`. updates: instead updates each parameter as soon
         as it has its gradient, which then is dropped; step() only counts. For an update from one loss, without clipping; after an
         error some parameters are updated and others are not."""
-        assert not updates or (self.in_backward and math.isinf(self.max_grad_norm) and not self._received), (
+        assert not updates or (self.in_backward and math.isinf(self.max_grad_norm) and not self.received), (
             "updates need one loss and no clipping")
         self._norms = [] if updates else None
         (loss if self.loss_scale == 1.0 else loss * self.loss_scale).backward()
 
     @torch.no_grad()
     def _update_now(self, name: str, gradient: torch.Tensor) -> None:
-        assert name not in self._received, f"a second gradient of {name}"
+        assert name not in self.received, f"a second gradient of {name}"
         norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) / self.loss_scale
         if not math.isfinite(norm):
             raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient), num_changed=len(self._norms))
         gradient = gradient.contiguous().to(gradient_dtype(gradient.dtype, self._state.weights))
         self._state.begin()
-        self._received.add(name)
+        self.received.add(name)
         self._norms.append(norm)
         for index in self._state.pieces_of[name]:
             self._state.update(index, gradient, lr=self.lr, scale=1 / self.loss_scale, num_updates=self.num_updates + 1)
@@ -202,7 +204,7 @@ class Optimizer:
         return dict(self._gradients)
 
     def _check_received(self) -> None:
-        missing = [name for name in self.params if name not in self._received]
+        missing = [name for name in self.params if name not in self.received]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameters got no gradient, so they cannot learn: "
                              f"{', '.join(missing[:5])}; run backward first, and train only what the loss depends on")
@@ -210,7 +212,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Drops the gradients and frees their buffer."""
         assert not self.is_updating, "zero_grad() after a part of an update: call step() again first"
-        self._gradients, self._received, self._unfinished = {}, set(), None
+        self._gradients, self.buffers, self.received, self._unfinished = {}, [], set(), None
         for param in self.params.values():
             param.grad = None
 

@@ -15,7 +15,8 @@ import torch
 from grpo.ahead import draw_and_update
 from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
-from grpo.configuration.launch import launch
+from grpo.configuration.launch import is_sweep, launch
+from grpo.distributed.ranks import RankFault, Ranks, join
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import completion_record
@@ -23,11 +24,11 @@ from grpo.record.suspects import find_suspects
 from grpo.record.wandb_run import end_soon
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
-from grpo.run.failures import describe_failure
+from grpo.run.failures import Failure, describe_failure, settle
 from grpo.run.finish import export_policy, keep_finished_steps, next_commands, report_failure, resume_command, save
-from grpo.run.lock import RunInUseError, lock_run
+from grpo.run.lock import RunInUseError
 from grpo.run.signals import GracefulStop
-from grpo.run.start import Run, await_kernels, claim_run_dir, prepare_weights, start
+from grpo.run.start import Run, await_kernels, hold_run, leads, prepare_weights, start
 from models.rehearsal import compiled_meanwhile
 
 
@@ -73,20 +74,26 @@ def evaluate_if_due(run: Run) -> None:
     settings, config = run.config.eval, run.config
     is_due = (settings.at_start if run.step == 0 else settings.at_end if run.step == config.steps
               else settings.every > 0 and run.step % settings.every == 0)
-    if not is_due or run.metrics.has_eval(run.step):
+    if not is_due:
+        return
+    has_eval = run.metrics.has_eval(run.step)
+    if has_eval if run.ranks is None else run.ranks.exchange("the evaluation", has_eval)[0]:
         return
     started = time.perf_counter()
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len,
                                vocab_size=run.policy.config.vocab_size)
     result, scored = evaluate(
         run.env, run.sampler, prompts, SamplingParams.of(config.rollout, settings), num_samples=settings.num_samples,
-        greedy=settings.greedy, should_stop=run.should_stop, progress=run.metrics.progress("evaluating"), turns=run.turns)
+        greedy=settings.greedy, should_stop=run.should_stop, progress=run.metrics.progress("evaluating"), turns=run.turns,
+        ranks=run.ranks)
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
     log_completions(run, scored, split="eval")
 
 
 def log_completions(run: Run, scored: list[tuple[Completion, Score]], *, split: str) -> None:
     """Writes the first `log.num_completions` of them to completions.jsonl, and as many that look like reward hacking."""
+    if not leads(run.ranks):
+        return
     limit = run.config.log.num_completions
     suspects = find_suspects(scored, run.metrics.history if split == "train" else [], limit=limit)
     records = {index: completion_record(run.tokenizer, run.env, *scored[index], split=split)
@@ -98,15 +105,15 @@ def log_completions(run: Run, scored: list[tuple[Completion, Score]], *, split: 
 
 def run_training(config: TrainConfig) -> int:
     """One run from start to end. Returns its exit code; every failure ends in one message."""
-    run, failure = None, None
+    run, failure, ranks, exported = None, None, None, None
     anchor_paths(config)
     run_dir = run_folder(config)
     try:
-        claim_run_dir(config, run_dir)
-        with lock_run(run_dir) as lock, GracefulStop(resume_command(config)) as should_stop:
-            claim_run_dir(config, run_dir)  # another process may have finished it meanwhile
+        ranks = join(config, is_sweep=is_sweep())
+        with (hold_run(config, run_dir, ranks) as lock,
+              GracefulStop(resume_command(config), is_silent=not leads(ranks)) as should_stop):
             try:
-                run, state = start(config, lock, should_stop)
+                run, state = start(config, lock, should_stop, ranks)
                 should_stop.show = run.metrics.notice
                 prepare_weights(run, state)
                 await_kernels(run)
@@ -116,22 +123,32 @@ def run_training(config: TrainConfig) -> int:
                 train(run)
                 save(run)
                 run.metrics.print(*run.memory.report())
-                exported = export_policy(run)
+                exported = export_policy(run) if leads(ranks) else None
             except BaseException as error:
-                failure = describe_failure(error, config=config, log=run_dir / "error.log", is_started=run is not None)
+                failure = settle(ranks, describe_failure(error, config=config, log=run_dir / "error.log",
+                                                         is_started=run is not None))
                 failure.message += keep_finished_steps(run, error)
             finally:
                 if run is not None:
                     run.metrics.finish("finished" if failure is None else failure.reason)
-        if failure is None:
+        if failure is None and leads(ranks):
             run.metrics.print_final(next_commands(run, exported))
-    except (ConfigError, RunInUseError, OSError) as error:
-        failure = describe_failure(error, config=config, log=None)
+    except (ConfigError, RunInUseError, OSError, RankFault) as error:
+        failure = settle(ranks, describe_failure(error, config=config, log=None))
     finally:
         run = state = None  # a sweep's next job needs the memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return 0 if failure is None else report_failure(failure, config)
+    return end(failure, config, ranks)
+
+
+def end(failure: Failure | None, config: TrainConfig, ranks: Ranks | None) -> int:
+    """Says why a run failed, lets the other ranks go, and returns the exit code."""
+    speaks = ranks is None or ranks.speaks()
+    code = 0 if failure is None else report_failure(failure, config) if speaks else failure.code
+    if ranks is not None:
+        ranks.leave()
+    return code
 
 
 if __name__ == "__main__":

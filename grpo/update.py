@@ -1,14 +1,17 @@
 """The update of a step: a batch of scored completions to losses, gradients and optimizer steps, with their metrics."""
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from grpo.batch import RolloutBatch, halves, minibatches, pack, rows_of_micro_batches
+from grpo.batch import RolloutBatch, even_rows_of_micro_batches, halves, minibatches, pack, rows_of_micro_batches
 from grpo.config import Estimator, OldLogProbs
 from grpo.corrections import correct
+from grpo.distributed.gradients import train_together
+from grpo.distributed.settings import Reduction
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups
 from grpo.kl import kl_penalty
@@ -68,6 +71,13 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
 
 
+class FlipCounts(NamedTuple):
+    """What another rank learns of a replay."""
+
+    num_flips: int
+    num_choices: int
+
+
 @dataclass
 class TrainedMicroBatch:
     """What is left of a micro-batch after its backward."""
@@ -76,7 +86,14 @@ class TrainedMicroBatch:
     stats: dict[str, torch.Tensor]  # of the loss
     sampling_stats: dict[str, torch.Tensor]  # of sampler and trainer
     differences: torch.Tensor
-    replay: RoutingReplay | None
+    replay: RoutingReplay | FlipCounts | None
+
+    def on_host(self) -> "TrainedMicroBatch":
+        """The same, as another rank can read it."""
+        host = [{name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in stats.items()}
+                for stats in (self.stats, self.sampling_stats)]
+        flips = None if self.replay is None else FlipCounts(int(self.replay.num_flips), int(self.replay.num_choices))
+        return TrainedMicroBatch(self.num_tokens, *host, self.differences.cpu(), flips)
 
 
 def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: float) -> list[TrainedMicroBatch]:
@@ -92,18 +109,14 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
     With optim.in_backward, the backward of a minibatch's only micro-batch also makes the update."""
     work, changes, is_between_steps = divide(run, part), [], run.is_between_steps
     while True:
-        trained, updates = [], run.config.optim.in_backward and len(work) == 1
+        updates = run.config.optim.in_backward and len(work) == 1
         run.is_between_steps = is_between_steps and not updates
-        for rows in work:
-            micro, refusal = attempt(partial(train_micro_batch, run, part, rows, num_updates=num_updates, allowed=allowed,
-                                             updates=updates))
-            if refusal is not None:
-                break
-            trained.append(micro)
-            if run.is_between_steps and run.should_stop():
-                run.optimizer.zero_grad()
-                raise Interrupted(f"step {run.step + 1} abandoned before its update")
-        else:
+        train = partial(train_micro_batch, run, part, num_updates=num_updates, allowed=allowed, updates=updates)
+        trained, refusal, is_stopped = train_all(run, work, train)
+        if is_stopped:
+            run.optimizer.zero_grad()
+            raise Interrupted(f"step {run.step + 1} abandoned before its update")
+        if refusal is None:
             for text in (*changes[-1:], *run.policy.memory.take_notes()):
                 run.metrics.warn(text)
             return trained
@@ -112,17 +125,53 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
                                    "optim.max_tokens, or set optim.in_backward=false")
         run.optimizer.zero_grad()
         run.sampler.forget()  # memory of graphs
-        change = run.policy.retreat()
+        change = retreat(run)
         if change is None:
-            work[len(trained):len(trained) + 1] = split(run, part, rows, refusal)
+            work[len(trained):len(trained) + 1] = split(run, part, work[len(trained)], refusal)
             change = f"a micro-batch has at most {run.most_tokens:,} tokens"
         changes.append(f"out of memory in the update of step {run.step + 1} ({refusal}): it was done again; from now on {change}")
 
 
+def train_all(run: Run, work: list[list[int]],
+              train: Callable[[list[int]], TrainedMicroBatch]) -> tuple[list[TrainedMicroBatch], str | None, bool]:
+    """Trains on the micro-batches, with those of other ranks. Returns what is left of those before the first that memory was
+    refused to; that refusal, or None; and whether the run is to stop before the update."""
+    def should_stop() -> bool:
+        return run.is_between_steps and run.should_stop()
+
+    if run.ranks is not None:
+        def train_own(rows: list[int]) -> tuple[TrainedMicroBatch | None, str | None]:
+            micro, refusal = attempt(partial(train, rows))
+            return micro and micro.on_host(), refusal
+        return train_together(run.ranks, run.optimizer, work, train_own, reduction=run.config.distributed.reduction,
+                              should_stop=should_stop)
+    trained = []
+    for rows in work:
+        micro, refusal = attempt(partial(train, rows))
+        if refusal is not None:
+            return trained, refusal, False
+        trained.append(micro)
+        if should_stop():
+            return trained, None, True
+    return trained, None, False
+
+
+def retreat(run: Run) -> str | None:
+    """Makes the memory plan tighter, on all ranks. Returns what changed, None if one of them has the tightest already."""
+    change = run.policy.retreat()
+    changes = [change] if run.ranks is None else run.ranks.exchange("a tighter memory plan", change)
+    return None if None in changes else change
+
+
 def divide(run: Run, batch: RolloutBatch) -> list[list[int]]:
     """The rows of each micro-batch, as large as optim.max_tokens and what did not fit so far allow."""
-    optim = run.config.optim
-    return rows_of_micro_batches(batch, min(optim.max_tokens, run.most_tokens), share_prompts=optim.share_prompts)
+    optim, distributed = run.config.optim, run.config.distributed
+    most_tokens, multiple = min(optim.max_tokens, run.most_tokens), distributed.micro_batches
+    if run.ranks is not None and distributed.reduction == Reduction.fast:
+        multiple = multiple or run.ranks.num_ranks
+    if multiple:
+        return even_rows_of_micro_batches(batch, most_tokens, share_prompts=optim.share_prompts, multiple=multiple)
+    return rows_of_micro_batches(batch, most_tokens, share_prompts=optim.share_prompts)
 
 
 def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[list[int]]:
@@ -173,7 +222,7 @@ def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
     return None if micro.routing is None else RoutingReplay(micro.routing)
 
 
-def routing_metrics(replays: Iterable[RoutingReplay | None]) -> dict[str, float]:
+def routing_metrics(replays: Iterable[RoutingReplay | FlipCounts | None]) -> dict[str, float]:
     """The share of the recorded choices of an expert that the trainer's router would not have made; {} without a record."""
     counts = [(int(replay.num_flips), int(replay.num_choices)) for replay in replays if replay is not None]
     return {"routing/flips": sum(flips for flips, _ in counts) / sum(choices for _, choices in counts)} if counts else {}
@@ -209,8 +258,10 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
     [n, D] on the host. Micro-batches that do not fit into memory are split."""
     work, result, states = divide(run, batch), torch.zeros_like(batch.sampler_log_probs), None
     if keeps_states:
-        states = torch.empty(int(batch.host_mask.sum()), run.policy.config.hidden_size, dtype=run.policy.dtype)
+        states = torch.zeros(int(batch.host_mask.sum()), run.policy.config.hidden_size, dtype=run.policy.dtype)
         rank = batch.host_mask.cumsum(0) - 1  # of a trained token among them
+    if run.ranks is not None:
+        work = work[run.ranks.rank::run.ranks.num_ranks]
 
     def score(rows: list[int]) -> None:
         micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
@@ -231,6 +282,10 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
             work[:1] = split(run, batch, work[0], refusal)
             run.metrics.warn(f"out of memory while step {run.step + 1} computed log-probs ({refusal}): from now on a micro-batch "
                              f"has at most {run.most_tokens:,} tokens")
+    if run.ranks is not None:
+        run.most_tokens = min(run.ranks.exchange("the log-probs", run.most_tokens))
+        for tensor in (result, *([] if states is None else [states])):
+            run.ranks.fill_in(tensor)
     return result, states
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grpo.config import RESUMABLE_KEYS, ConfigError, TrainConfig, flatten, key_matches, to_dict
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED
+from grpo.distributed.ranks import RankFault, Ranks
 from grpo.envs.data_files import DataError
 from grpo.optim import NonFiniteError
 from grpo.out_of_memory import StillOutOfMemory, is_out_of_memory
@@ -51,6 +52,8 @@ class Failure:
 def describe_failure(error: BaseException, *, config: object, log: Path | None, is_started: bool = False) -> Failure:
     """The message and exit code for an error. If the message may not be enough, the traceback is written to `log`, if that is
     given and its folder exists. config: of the entry point. is_started: a ValueError may come from anywhere."""
+    if isinstance(error, RankFault):
+        return Failure(error.reason, error.code, str(error))
     if is_out_of_memory(error):
         return Failure("out of memory", OUT_OF_MEMORY, describe_out_of_memory(error, config))
     reason, code, is_clear = next(found for kind, *found in KINDS if isinstance(error, kind))
@@ -66,6 +69,14 @@ def describe_failure(error: BaseException, *, config: object, log: Path | None, 
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             message += f" [details in {log}]"
     return Failure(reason, code, message)
+
+
+def settle(ranks: Ranks | None, failure: Failure) -> Failure:
+    """How the run ends on all ranks, after this one has told the others how it ends here."""
+    if ranks is None:
+        return failure
+    fault = ranks.settle(failure.message, reason=failure.reason, code=failure.code, is_stopped=failure.code == PREEMPTED)
+    return failure if fault is None else Failure(fault.reason, fault.code, str(fault))
 
 
 def describe_out_of_memory(error: BaseException, config: object) -> str:

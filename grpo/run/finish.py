@@ -1,11 +1,14 @@
 """The end of a training run: its checkpoints, its export, and the next commands to type."""
+import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from grpo.config import TrainConfig, run_folder, shown
 from grpo.configuration.launch import PREEMPTED, typed_words
+from grpo.distributed.place import find_place
 from grpo.out_of_memory import is_out_of_memory
 from grpo.record.terminal import print_error
 from grpo.rollout.session import Interrupted
@@ -15,13 +18,15 @@ from grpo.run.failures import Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import parameter_tensors
 from grpo.run.rollouts import write
-from grpo.run.start import OPTIM, Run
+from grpo.run.start import OPTIM, Run, leads
 from models.formats.atomic import remove
 
 
 def save(run: Run) -> None:
     """Saves a checkpoint of the finished steps, after the metrics. Raises FloatingPointError if a tensor is not finite, and
-    SaveError if the run's folder was moved."""
+    SaveError if the run's folder was moved. Only rank 0 writes."""
+    if not leads(run.ranks):
+        return
     run.lock.check_in_place()
     if run.saved_step == run.step:
         return
@@ -101,7 +106,16 @@ def train_command(*words: str) -> str:
     """This run's command line, with these words instead of its own for their keys, and for `name` and `resume`."""
     replaced = {"name", "resume", *(word.partition("=")[0] for word in words)}
     kept = [word for word in typed_words() if word.lstrip("+").partition("=")[0] not in replaced]
-    return shlex.join(["python", "-m", "grpo.train", *kept, *words])
+    return " ".join([launcher(os.environ), shlex.join(["-m", "grpo.train", *kept, *words])])
+
+
+def launcher(variables: Mapping[str, str]) -> str:
+    """What starts Python as this process was started."""
+    if (place := find_place(variables)) is None:
+        return "python"
+    if not place.is_torchrun:
+        return "srun python"
+    return f"torchrun --nproc-per-node {place.num_local}" if place.num_local == place.num_ranks else "torchrun ..."
 
 
 def next_commands(run: Run, exported: tuple[Path, str]) -> list[str]:

@@ -19,7 +19,8 @@ class RunInUseError(ValueError):
 class RunLock:
     """A run's folder, while this process holds it."""
 
-    def __init__(self, run_dir: Path, folder: int) -> None:
+    def __init__(self, run_dir: Path, folder: int | None) -> None:
+        """folder: its descriptor; None: another rank of the run holds and writes it."""
         self.run_dir = run_dir
         self._folder = folder
 

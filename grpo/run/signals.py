@@ -23,8 +23,9 @@ class GracefulStop:
     SIGHUP several times, which counts as once; under nohup, which ignores it, it stays ignored. Main thread only, as Python
     requires."""
 
-    def __init__(self, resume_hint: str) -> None:
-        self.resume_hint = resume_hint
+    def __init__(self, resume_hint: str, *, is_silent: bool = False) -> None:
+        """is_silent: another process says what happens next."""
+        self.resume_hint, self.is_silent = resume_hint, is_silent
         self.signal_name: str | None = None
         self.show: Callable[[str], bool] | None = None  # of a live display: takes the text instead of the terminal, if it can
         self._previous: dict[signal.Signals, object] = {}
@@ -51,13 +52,14 @@ class GracefulStop:
             return
         if self.signal_name is not None:
             text = f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}"
-            _write(sys.stderr, f"\n{text}\n")
+            if not self.is_silent:
+                _write(sys.stderr, f"\n{text}\n")
             if os.isatty(1):
                 _write(sys.stdout, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
         text = f"{name}: saves at the next safe moment; again: leaves at once"
-        if self.show is None or not self.show(text):
+        if not self.is_silent and (self.show is None or not self.show(text)):
             _write(sys.stderr, f"\n{text}. Resume with: {self.resume_hint}\n")
 
 

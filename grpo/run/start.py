@@ -3,7 +3,8 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from grpo.config import (
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind
 from grpo.curriculum import PromptHistory, is_on
+from grpo.distributed.ranks import Ranks
+from grpo.distributed.silence import SilentMetrics
 from grpo.environment import (
     Environment,
     check_environment,
@@ -44,7 +47,7 @@ from grpo.rollout.turns import Turns
 from grpo.run.checkpoint import RunState, load_run
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures
 from grpo.run.identity import PLACES, check_same, identify, provenance
-from grpo.run.lock import RunLock
+from grpo.run.lock import RunLock, lock_run
 from grpo.run.memory import GpuMemory, gpu_memory, needs_of, prompt_len_of, summary, unplanned
 from grpo.run.policy import (
     build_model,
@@ -84,6 +87,7 @@ class Run:
     should_stop: Callable[[], bool]
     lock: RunLock | None = None  # of its folder; None: nothing is saved
     made_of: dict[str, dict] = field(default_factory=dict)  # its record in checkpoints (grpo/run/identity.py)
+    ranks: Ranks | None = None  # None: this process is alone
     turns: Turns | None = None  # with an environment that has tools
     sandbox: Sandbox | None = None  # of an environment that runs code that the model writes
     behaviour: BehaviourCopy | None = None  # the sampler's policy, where it samples while the policy trains
@@ -103,11 +107,15 @@ class Run:
     is_between_steps: bool = True  # false while weights hold part of a step's updates
 
 
-def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -> tuple[Run, RunState | None]:
+def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
+          ranks: Ranks | None = None) -> tuple[Run, RunState | None]:
     """Builds the run. Returns it and the checkpoint to continue, if there is one. Cheap checks come before the model is loaded,
     and the folder gets its first file after that."""
     run_dir = lock.run_dir
     device, dtype = prepare_device(config)
+    if ranks is not None:
+        should_stop = ranks.watch(should_stop)
+        ranks.begin(config, device)
     check_trainable(config.model, dtype)
     check_estimator(config.kl, dtype)
     loss_fn = bind(config.loss, "loss")
@@ -119,7 +127,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox)
     architecture = read_architecture(config.model, tokenizer)
     check_environment(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
-    state = load_run(run_dir) if config.resume else None
+    state = load_agreed(run_dir, ranks) if config.resume else None
     if state is None:
         check_initial_adapter(config.model)
     made_of = identify(config, tokenizer, env)
@@ -130,30 +138,71 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool]) -
     if device.type == "cuda":
         prompt_len = longest_prompt(env) or prompt_len_of(config, max_len=architecture.max_position_embeddings)
         memory = gpu_memory(needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype), config.model, device)
-        compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
+        if ranks is None or ranks.local_rank == 0:  # others of its node share its files
+            compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
     behaviour = BehaviourCopy(policy) if samples_beside(config, device) else None
     sampler = Sampler(policy if behaviour is None else behaviour.model, tokenizer.stop_ids, max_batch=config.rollout.max_batch,
                       seed=config.seed, shares_prompts=config.optim.share_prompts,
                       **memory.sampler_settings(config.rollout.cache_gb))
-    save_config(config, run_dir / "config.yaml")
-    if (run_dir / "tokenizer").is_symlink():  # another's folder must not be written into
-        remove(run_dir / "tokenizer")
-    tokenizer.save(run_dir / "tokenizer")
-    metrics = Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
-                      wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
-                      | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
+    metrics = open_record(config, run_dir, tokenizer, state, sandbox, device) if leads(ranks) else SilentMetrics(ranks.notes)
+    if ranks is not None:
+        ranks.show = metrics.warn if leads(ranks) else None
     sampler.warn, sampler.on_cache = metrics.warn, memory.cache_became
     metrics.print(*changes)
     turns = Turns.of(env, tokenizer, config.turns)
     history = PromptHistory(config.curriculum) if is_on(config.curriculum) else None
-    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, turns, sandbox,
-               behaviour, memory, compilation, history=history), state
+    return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, ranks, turns,
+               sandbox, behaviour, memory, compilation, history=history), state
 
 
 def samples_beside(config: TrainConfig, device: torch.device) -> bool:
     """Whether rollouts drawn ahead are sampled while the policy trains."""
     return config.rollout.max_staleness > 0 and device.type == "cuda"
+
+
+def open_record(config: TrainConfig, run_dir: Path, tokenizer: Tokenizer, state: RunState | None, sandbox: Sandbox | None,
+                device: torch.device) -> Metrics:
+    """Writes the first files of the run's folder, and returns the record."""
+    save_config(config, run_dir / "config.yaml")
+    if (run_dir / "tokenizer").is_symlink():  # another's folder must not be written into
+        remove(run_dir / "tokenizer")
+    tokenizer.save(run_dir / "tokenizer")
+    return Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
+                   wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
+                   | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
+
+
+def leads(ranks: Ranks | None) -> bool:
+    """Whether this process writes the run's folder and speaks: it is alone, or rank 0."""
+    return ranks is None or ranks.rank == 0
+
+
+@contextmanager
+def hold_run(config: TrainConfig, run_dir: Path, ranks: Ranks | None) -> Iterator[RunLock]:
+    """Holds the run's folder, as rank 0 does for all ranks. Raises as claim_run_dir and lock_run do."""
+    if not leads(ranks):
+        yield RunLock(run_dir, None)
+        return
+    claim_run_dir(config, run_dir)
+    with lock_run(run_dir) as lock:
+        claim_run_dir(config, run_dir)  # another process may have finished it meanwhile
+        yield lock
+
+
+def load_agreed(run_dir: Path, ranks: Ranks | None) -> RunState | None:
+    """The newest whole checkpoint; with several ranks, on all the one that rank 0 finds."""
+    if ranks is None:
+        return load_run(run_dir)
+    state = load_run(run_dir) if ranks.rank == 0 else None
+    step = ranks.exchange("the checkpoint", state and state.step)[0]
+    if step is None or ranks.rank == 0:
+        return state
+    state = load_run(run_dir, step=step)
+    if state is None:
+        raise ConfigError(f"output_dir: {ranks.place.name} finds no checkpoint in {run_dir}; the folder must be one that all "
+                          "nodes share")
+    return state
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
@@ -194,14 +243,32 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     run.optimizer = optimizer
     if run.behaviour is not None:
         run.behaviour.refresh()
+    if run.ranks is not None:
+        check_equal_weights(run)
     run.memory.for_sampling(run.policy)
 
 
 def await_kernels(run: Run) -> None:
     """Returns when the kernels are compiled. Those that are not are compiled when they are needed."""
-    compilation, metrics = run.compilation, run.metrics
-    if compilation is None or compilation.process is None:
-        return
+    if run.compilation is not None and run.compilation.process is not None:
+        wait_for_kernels(run, run.compilation)
+    if run.ranks is not None:
+        run.ranks.exchange("the kernels")
+
+
+def check_equal_weights(run: Run) -> None:
+    """Raises if another rank starts from other weights: its GPU or its code computes otherwise."""
+    total = sum(int(parameter.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) * (place + 1)
+                for place, parameter in enumerate(run.policy.trainable_parameters().values()))
+    found = run.ranks.exchange("the weights", total)
+    if len(set(found)) > 1:
+        different = next(rank for rank, value in enumerate(found) if value != found[0])
+        raise RuntimeError(f"rank {different} starts from other weights than rank 0 (sums {found[different]} and {found[0]}): "
+                           "its GPU, checkpoint or code is another one")
+
+
+def wait_for_kernels(run: Run, compilation: Compilation) -> None:
+    metrics = run.metrics
     seconds = compilation.wait(metrics.progress("compiling kernels"), run.should_stop)
     metrics.print(f"kernels  {compilation.num_compiled} compiled, {seconds:.0f} s after the start")
     if compilation.failures and not run.should_stop():

@@ -75,7 +75,7 @@ PHASES = {
     "writing a checkpoint": ("models.formats.atomic", "module", "sync", False, (1, 5)),
     # the second one: its three files and their folder are synced, as those of the first and the folder that this went to
     "publishing a checkpoint": ("models.formats.atomic", "module", "sync", True, (9, 9)),
-    "evaluation": ("grpo.evaluate", "module", "checked_scores", False, (3, 3)),
+    "evaluation": ("grpo.evaluate", "module", "all_scored", False, (3, 3)),
     "pruning": ("grpo.run.checkpoint", "module", "_prune", False, (1, 1)),
 }
 CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.SpreadCarry", "checkpoint.every=2", "eval.every=3",

@@ -1,0 +1,324 @@
+"""The ranks of a run: processes that each hold the whole run, and do the work of a step together.
+
+Every rank runs the same program. Where they need each other's results they meet: `exchange` gives each the values of all. Nothing
+waits without a limit. A rank that fails says so in the store, where all that wait look; so a failure on one rank ends the run on
+all, with one message that names it. A rank that was killed is found by the ranks of its node, and one that hangs by the time
+limit (distributed.timeout). Tensors travel by collectives of torch.distributed (NCCL between GPUs, gloo between CPUs), which
+start only after an exchange: then every rank has come, and none waits for one that failed before.
+
+Rank 0 speaks for all, and alone writes the run's folder.
+"""
+import contextlib
+import json
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from grpo.config import ConfigError, Device, TrainConfig, flatten, to_dict
+from grpo.distributed.place import Place, find_place
+from grpo.rollout.session import Interrupted
+
+MAIN, ROLLOUT = "main", "rollout"  # channels of exchanges: those of one do not wait for those of the other
+INLINE_BYTES = 1 << 16  # larger values do not pass through the store
+LONGEST_PAUSE = 0.02  # seconds between two looks at the store
+LOOK_SECONDS = 0.5  # between two looks at what is rare: stop signals, failures, dead processes
+GRACE_SECONDS = 20.0  # for a rank to end by itself after a failure or a stop signal; torchrun kills after 30
+LEAVE_SECONDS = 5.0  # for rank 0's process to end
+START_SECONDS = 300.0  # most for all ranks to start
+
+
+class RankFault(RuntimeError):
+    """A rank failed. reason, code: as in grpo.run.failures.Failure. rank: which. is_lost: it ended without a word, or hangs."""
+
+    def __init__(self, message: str, *, reason: str, code: int, rank: int, is_lost: bool) -> None:
+        super().__init__(message)
+        self.reason, self.code, self.rank, self.is_lost = reason, code, rank, is_lost
+
+
+class Ranks:
+    """This process among the others. rank, num_ranks, local_rank: its number, how many there are, its number on this node."""
+
+    def __init__(self, place: Place, store: dist.Store, timeout: float) -> None:
+        self.place, self.rank, self.num_ranks, self.local_rank = place, place.rank, place.num_ranks, place.local_rank
+        self.timeout, self.seconds_waited = min(timeout, START_SECONDS), 0.0  # for others
+        self.notes: list[str] = []  # warnings that rank 0 will show for this one, from the next exchange on
+        self.show: Callable[[str], None] | None = None  # of rank 0
+        self.is_leaving = False
+        self._store, self._peers = store, []
+        self._num_exchanges: dict[str, int] = {}  # by channel
+        self._groups: dict[str, dist.ProcessGroup] = {}  # by channel, between CPUs
+        self._stop: Callable[[], bool] = lambda: False
+        self._looked, self._seen_stop, self._stopped_at = 0.0, False, None
+
+    # ---- meeting
+
+    def exchange(self, what: str, value: object = None, *, channel: str = MAIN) -> list:
+        """The values of all ranks, by rank. what: names the place in the program, the same on all ranks. channel: ROLLOUT in what
+        may run beside an update, in a thread of its own. Raises RankFault if another rank failed or does not come in time, and
+        Interrupted if it was stopped."""
+        number = self._num_exchanges.get(channel, 0)
+        self._num_exchanges[channel] = number + 1
+        payload = pickle.dumps((self.notes, value))
+        self.notes.clear()
+        is_large = len(payload) > INLINE_BYTES
+        self._store.set(f"{channel}/{number}/{self.rank}", pickle.dumps((what, len(payload), None if is_large else payload)))
+        keys = [f"{channel}/{number}/{rank}" for rank in range(self.num_ranks)]
+        self._await(keys, what)
+        heads = [pickle.loads(self._store.get(key)) for key in keys]
+        if any(head[0] != what for head in heads):
+            raise AssertionError(f"ranks are at different places: {[head[0] for head in heads]}")
+        if number:
+            self._store.delete_key(f"{channel}/{number - 1}/{self.rank}")  # all have read it: they have come here
+        payloads = [head[2] for head in heads]
+        if None in payloads:
+            payloads = self._gather(payload, [head[1] for head in heads], what, channel)
+        found = [pickle.loads(item) for item in payloads]
+        for rank, (notes, _) in enumerate(found):
+            for note in notes if self.show is not None else ():
+                self.show(f"rank {rank}: {note}")
+        return [value for _, value in found]
+
+    def _gather(self, payload: bytes, sizes: list[int], what: str, channel: str) -> list[bytes]:
+        sent = torch.zeros(max(sizes), dtype=torch.uint8)
+        sent[:len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        received = [torch.empty_like(sent) for _ in sizes]
+        with self.collective(what):
+            dist.all_gather(received, sent, group=self._groups[channel])
+        return [tensor[:size].numpy().tobytes() for tensor, size in zip(received, sizes)]
+
+    @contextlib.contextmanager
+    def collective(self, what: str):
+        """A context for collectives of torch.distributed: an error in it is one of the ranks that did not finish it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            deadline = time.monotonic() + 2 * LOOK_SECONDS
+            while time.monotonic() < deadline:  # whoever broke it off may have said why
+                self._check(self._others(), what)
+                time.sleep(LONGEST_PAUSE)
+            raise
+
+    def fill_in(self, tensor: torch.Tensor) -> None:
+        """Writes into a contiguous tensor, of the same shape on all ranks, what others have there: each element is zero on all
+        ranks but one. After an exchange."""
+        with self.collective("filling in a tensor"):  # bytes: a sum with zeros of any dtype
+            dist.all_reduce(tensor.view(torch.uint8), group=self._groups[MAIN] if tensor.device.type == "cpu" else None)
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.num_ranks) if rank != self.rank]
+
+    def _await(self, keys: list[str], what: str) -> None:
+        """Returns when the store has all keys, one of each rank."""
+        started, pause, looked = time.monotonic(), 1e-4, time.monotonic()
+        while not self._has(*keys):
+            now = time.monotonic()
+            if now - looked > LOOK_SECONDS:
+                looked = now
+                missing = [rank for rank, key in enumerate(keys) if not self._has(key)]
+                self._check(missing, what)
+                if self._stop():
+                    self._spread_stop()
+                is_late = now - started > self.timeout
+                if missing and (is_late or self._stopped_at is not None and now - self._stopped_at > GRACE_SECONDS):
+                    limit = (f"{self.timeout:g} s (distributed.timeout)" if is_late
+                             else f"{GRACE_SECONDS:g} s after the stop signal")
+                    raise self._blame(missing[0], f"did not come to {what!r} within {limit}: it hangs, or is too slow there")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+        self.seconds_waited += time.monotonic() - started
+
+    def _has(self, *keys: str) -> bool:
+        try:
+            return self._store.check(list(keys))
+        except RuntimeError as error:  # the server is gone: torchrun ended, or rank 0 of a run under srun
+            raise RankFault(f"{self.place.name}: the store at {self.place.address}:{self.place.port}, by which the ranks meet, "
+                            f"is gone ({str(error).splitlines()[0]}); its process was killed", reason="failed", code=1, rank=0,
+                            is_lost=True) from error
+
+    def _check(self, missing: list[int], what: str) -> None:
+        """Raises if a rank has failed, or one of those that are missing can no longer come."""
+        if (fault := self.fault()) is not None:
+            raise fault
+        for rank in missing:
+            if self._has(f"stopped/{rank}"):
+                raise Interrupted(f"at {what!r}, since rank {rank} was stopped")
+            if self._is_beside(rank) and _is_gone(self._peers[rank]["pid"]):
+                raise self._blame(rank, "ended without a word: it was killed, or crashed")
+
+    def _is_beside(self, rank: int) -> bool:
+        """Whether it is another rank, on this node."""
+        return rank != self.rank and bool(self._peers) and self._peers[rank]["host"] == self._peers[self.rank]["host"]
+
+    # ---- failures and stop signals
+
+    def fault(self) -> RankFault | None:
+        """The first failure of a rank, if there is one."""
+        return RankFault(**json.loads(self._store.get("fault"))) if self._has("fault") else None
+
+    def report(self, message: str, *, reason: str, code: int, rank: int | None = None, is_lost: bool = False) -> RankFault:
+        """Tells all ranks of a failure, of this rank if none is given. Returns the first one that was told."""
+        fault = {"message": message, "reason": reason, "code": code, "rank": self.rank if rank is None else rank,
+                 "is_lost": is_lost}
+        return RankFault(**json.loads(self._store.compare_set("fault", "", json.dumps(fault))))
+
+    def _blame(self, rank: int, what: str) -> RankFault:
+        peer = self._peers[rank]["name"] if self._peers else f"rank {rank}"
+        return self.report(f"{peer} {what}", reason="failed", code=1, rank=rank, is_lost=True)
+
+    def watch(self, stop: Callable[[], bool]) -> Callable[[], bool]:
+        """What replaces `stop`, which says whether this process was told to stop: true if any rank was, or has failed."""
+        self._stop = stop
+        return self.should_stop
+
+    def should_stop(self) -> bool:
+        if self._stop():
+            self._spread_stop()
+        elif not self._seen_stop and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._seen_stop = self._has("stop") or self._has("fault")
+        return self._seen_stop
+
+    def _spread_stop(self) -> None:
+        if self._stopped_at is None:
+            self._stopped_at, self._seen_stop = time.monotonic(), True
+            self._store.set("stop", str(self.rank))
+
+    def leave(self) -> None:
+        """Called at the end of a run. Other ranks than 0 return when rank 0 has, so that a launcher, which ends all ranks as soon
+        as one has failed, does not interrupt it while it saves."""
+        with contextlib.suppress(RankFault, RuntimeError):
+            deadline = time.monotonic() + self.timeout
+            while self.rank and not self._has("left") and time.monotonic() < deadline:
+                fault = self.fault()
+                is_lost = fault is not None and fault.is_lost and fault.rank == 0
+                if is_lost or (self._is_beside(0) and _is_gone(self._peers[0]["pid"])):
+                    break
+                time.sleep(LONGEST_PAUSE)
+            has_failed = self.fault() is not None
+            if not self.rank:
+                self._store.set("left", "")
+            if not has_failed and dist.is_initialized():
+                dist.destroy_process_group()
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while has_failed and self._is_beside(0) and not _is_gone(self._peers[0]["pid"]) and time.monotonic() < deadline:
+                time.sleep(LONGEST_PAUSE)
+
+    def settle(self, message: str, *, reason: str, code: int, is_stopped: bool) -> RankFault | None:
+        """Tells the others that the run ends here, by an error or a stop signal. Returns the first failure of a rank, None if a
+        signal stopped the run."""
+        self.is_leaving = True
+        with contextlib.suppress(RankFault, RuntimeError):  # nobody is left to tell
+            if not is_stopped:
+                return self.report(f"{self.place.name}: {message}", reason=reason, code=code)
+            self._store.set(f"stopped/{self.rank}", "")
+            return self.fault()
+        return None
+
+    def speaks(self) -> bool:
+        """Whether this rank prints how the run ended: rank 0, or the next one if rank 0 is lost."""
+        with contextlib.suppress(RankFault):
+            fault = self.fault()
+            if fault is not None and fault.is_lost and fault.rank == 0:
+                return self.rank == 1
+        return self.rank == 0
+
+    # ---- the start
+
+    def begin(self, config: TrainConfig, device: torch.device) -> None:
+        """Meets the others, compares settings and GPUs, and opens the collectives. Raises ConfigError for what differs."""
+        about = {"name": self.place.name, "host": os.uname().nodename, "pid": os.getpid(), "torch": torch.__version__,
+                 "device": str(device), "gpu": None}
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            about |= {"device": properties.name, "gpu": str(properties.uuid)}
+        found = self.exchange("the start", (about, flatten(to_dict(config))))
+        self._peers = [peer for peer, _ in found]
+        self.timeout = config.distributed.timeout
+        for rank, (peer, settings) in enumerate(found):
+            self._compare(rank, peer, settings, found[0])
+            same = [other for other in range(rank) if peer["gpu"] and (found[other][0]["host"], found[other][0]["gpu"]) == (
+                peer["host"], peer["gpu"])]
+            if same:
+                raise ConfigError(f"ranks {same[0]} and {rank} have the same GPU: CUDA_VISIBLE_DEVICES must give each process of "
+                                  "a node its own; start as many processes as there are GPUs (--nproc-per-node)")
+        limit = timedelta(seconds=self.timeout)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("groups", self._store),
+                                rank=self.rank, world_size=self.num_ranks, timeout=limit)
+        self._groups = {channel: dist.new_group(backend="gloo", timeout=limit) for channel in (MAIN, ROLLOUT)}
+        threading.Thread(target=self._end_if_others_failed, daemon=True).start()
+
+    def _compare(self, rank: int, peer: dict, settings: dict, first: tuple[dict, dict]) -> None:
+        keys = [key for key in sorted(settings.keys() | first[1].keys()) if settings.get(key) != first[1].get(key)]
+        differing = [f"{key}: {first[1].get(key)!r} on rank 0, {settings.get(key)!r} on rank {rank}" for key in keys]
+        differing += [f"{key}: {first[0][key]} on rank 0, {peer[key]} on rank {rank}" for key in ("torch", "device")
+                      if peer[key] != first[0][key]]
+        if differing:
+            raise ConfigError("the ranks do not have the same settings:\n  " + "\n  ".join(differing) + "\nStart all with one "
+                              "command, version of torch and kind of GPU")
+
+    def _end_if_others_failed(self) -> None:
+        """In a thread: ends this process if it does not end by itself after a failure, since it hangs, or waits for a GPU that
+        waits for another rank."""
+        with contextlib.suppress(RuntimeError):
+            while not self._has("left"):
+                if (fault := self.fault()) is not None:
+                    time.sleep(GRACE_SECONDS)
+                    if not self.is_leaving:
+                        os._exit(fault.code)
+                time.sleep(LOOK_SECONDS)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process of this node has ended; one whose end nobody has noted yet counts."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
+    """This process among the ranks that torchrun or srun started, with its GPU chosen; None if it was started alone. Raises
+    ConfigError."""
+    place = find_place(os.environ)
+    if place is None:
+        return None
+    if is_sweep:
+        raise ConfigError("-m: a sweep runs its jobs one after the other in one process; under torchrun start one run")
+    if place.num_ranks > config.rollout.prompts_per_step:
+        raise ConfigError(f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: must be at least the number of ranks "
+                          f"({place.num_ranks}), which share the prompts of a step; a multiple keeps all busy")
+    if config.optim.in_backward and place.num_ranks > 1:
+        raise ConfigError("optim.in_backward = True: an update in the backward knows only one rank's gradients; set "
+                          "optim.in_backward=false with several ranks")
+    if config.device != Device.cpu and torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if place.local_rank >= num_gpus > 1 or (num_gpus == 1 and place.local_rank and place.is_torchrun):
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+            raise ConfigError(f"{place.name}: this node has {place.num_local} ranks, but they see {num_gpus} GPU"
+                              f"{'s' if num_gpus > 1 else ''} (CUDA_VISIBLE_DEVICES: {visible}); set --nproc-per-node to that")
+        torch.cuda.set_device(place.local_rank if num_gpus > 1 else 0)
+    return Ranks(place, _open_store(place, min(config.distributed.timeout, START_SECONDS)), config.distributed.timeout)
+
+
+def _open_store(place: Place, seconds: float) -> dist.Store:
+    """The store by which ranks meet: torchrun's own, else rank 0 serves one."""
+    is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(place.address, place.port, world_size=None, is_master=is_server, timeout=timedelta(seconds=seconds),
+                              wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        what = "cannot be served there, since another program has it" if is_server else "is not served by rank 0"
+        raise ConfigError(f"MASTER_PORT = {place.port} on {place.address}: the port {what} ({reason}); choose another with "
+                          "torchrun --master-port PORT, or --rdzv-endpoint HOST:PORT on several nodes; under srun set "
+                          "MASTER_PORT") from error
+    return dist.PrefixStore(f"grpo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -1,0 +1,53 @@
+"""The rollout of several ranks: each samples and scores the completions of some prompts, and then all ranks have all of them.
+
+Every draw is keyed by (seed, step, prompt id, sample), so who samples a prompt changes nothing. On a CPU, whose products round by
+the number of rows, a rank samples one prompt after the other: the rows beside it would otherwise depend on the number of ranks.
+"""
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from grpo.batch import Completion, Prompt
+from grpo.distributed.ranks import ROLLOUT, Ranks
+from grpo.environment import Environment, EnvironmentFault, Score, checked_scores
+from grpo.rollout.session import Sampler
+
+
+def own_completions(ranks: Ranks | None, sampler: Sampler, generate: Callable[[list[Prompt]], list[Completion]],
+                    prompts: list[Prompt]) -> list[Completion]:
+    """The completions of the prompts that this rank samples, by prompt, then sample. generate: samples those of some prompts."""
+    if ranks is None:
+        return generate(prompts)
+    own = prompts[ranks.rank::ranks.num_ranks]
+    parts = [own] if sampler.model.device.type == "cuda" else [[prompt] for prompt in own]
+    return [completion for part in parts if part for completion in generate(part)]
+
+
+def all_scored(ranks: Ranks | None, env: Environment, prompts: list[Prompt],
+               completions: list[Completion]) -> list[tuple[Completion, Score]]:
+    """Scores this rank's completions. Returns those of all ranks with their scores, by prompt, then sample. Raises
+    EnvironmentFault if the ranks do not have the same prompts."""
+    if ranks is None:
+        return list(zip(completions, checked_scores(env, completions)))
+    scores = checked_scores(env, completions) if completions else []
+    # rows stay: every rank has the prompts, and what is in a row may be anything
+    sent = [(replace(completion, prompt=None, episode=_sendable(completion)), completion.prompt.id, score)
+            for completion, score in zip(completions, scores)]
+    found = ranks.exchange("the scores", (_digest(prompts), sent), channel=ROLLOUT)
+    differing = [rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]]
+    if differing:
+        raise EnvironmentFault(f"environment {type(env).__name__}: rank {differing[0]} got other prompts than rank 0; prompts "
+                               "must depend on the arguments and the seed alone")
+    by_id = {prompt.id: prompt for prompt in prompts}
+    pairs = [(replace(completion, prompt=by_id[id]), score) for _, items in found for completion, id, score in items]
+    place = {prompt.id: place for place, prompt in enumerate(prompts)}
+    return sorted(pairs, key=lambda pair: (place[pair[0].prompt.id], pair[0].sample))
+
+
+def _sendable(completion: Completion):
+    """A completion's episode without what its code returned: that has been scored, and may be anything."""
+    return None if completion.episode is None else replace(completion.episode, reward=None)
+
+
+def _digest(prompts: list[Prompt]) -> str:
+    return hashlib.sha256(repr([(prompt.id, prompt.token_ids) for prompt in prompts]).encode()).hexdigest()
