@@ -32,6 +32,8 @@ def draw_and_update(run: Run) -> tuple[Groups, int, dict[str, float]]:
     """Draws the rollouts that are due, and makes the next step's update. Returns what it trained on, how many steps older the
     policy was that drew it, and the update's metrics. The step still counts as unfinished."""
     num_ahead, is_beside = run.config.rollout.max_staleness, run.behaviour is not None
+    if is_beside and run.policy.device.type == "cuda":  # an evaluation used the sampler on another stream
+        torch.cuda.synchronize(run.policy.device)
     fill(run, num_ahead=num_ahead - is_beside, should_stop=run.should_stop)
     rollout = run.rollouts[0]
     age = staleness(run, rollout)

@@ -38,8 +38,12 @@ class BehaviourCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the copy the policy as it is now. On a GPU it waits until every stream can see that."""
+        """Makes the copy the policy as it is now. On a GPU it waits for all streams, before and after: any may read it."""
+        self._wait()
         for own, source in self._pairs:
             own.copy_(source)
+        self._wait()
+
+    def _wait(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
