@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from grpo.groups import Groups, collect
+from grpo.recorded import collect_recorded, is_recorded
 from grpo.rollout.session import Interrupted
 from grpo.run.rollouts import Rollout, write
 from grpo.run.start import Run
@@ -51,8 +52,9 @@ def fill(run: Run, *, num_ahead: int, should_stop: Callable[[], bool]) -> None:
     last = min(run.step + num_ahead, run.config.steps - 1)
     for step in range(run.step + len(run.rollouts), last + 1):
         with sampling_stream(run):
-            groups = collect(run.env, run.sampler, run.config, step, should_stop, run.metrics.progress("sampling"), run.turns,
-                             run.history, run.ranks)
+            groups = collect_recorded(run.env, run.config, step) if is_recorded(run.env) else collect(
+                run.env, run.sampler, run.config, step, should_stop, run.metrics.progress("sampling"), run.turns, run.history,
+                run.ranks)
         run.rollouts.append(Rollout(step, run.step, groups))
         if settings.max_staleness and not run.has_stepped:
             write(run.rollouts[-1:])  # what no checkpoint can hold is refused now

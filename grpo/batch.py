@@ -137,6 +137,10 @@ class RolloutBatch:
     # if that is not the policy's [V, D]
     ref_hidden: torch.Tensor | None = None
     ref_head: torch.Tensor | None = None
+    # [N] float64 nats: the log-prob of each completion before the update, and the reference's (optim.sums_log_probs)
+    old_sums: torch.Tensor | None = None
+    ref_sums: torch.Tensor | None = None
+    is_recorded: bool = False  # of data: `sampler_log_probs` are no sampler's
 
     @property
     def num_rows(self) -> int:

@@ -256,6 +256,9 @@ class OptimConfig:
     minibatches: int = number("[1, inf)")  # updates each epoch
     epochs: int = number("[1, inf)")  # passes over a batch
     old_log_probs: OldLogProbs = MISSING
+    # a pass before the update gives the loss the log-prob of each completion, and the reference's: for losses over whole groups,
+    # such as dpo. A step then makes one update
+    sums_log_probs: bool = False
     mask_truncated: bool = False  # completions cut off by rollout.max_new_tokens count in their group, but are not trained on
     # power of two that multiplies the loss before the backward, so that float16 gradients do not underflow; null: the constant of
     # grpo/optim.py for float16, 1 for other dtypes. Lower it when gradients overflow

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from grpo.batch import Completion, Prompt
-from grpo.config import ConfigError, TrainConfig
+from grpo.config import ConfigError, OldLogProbs, TrainConfig
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.configuration.validate import is_evaluating
 from grpo.envs.data_files import DataError
@@ -74,6 +74,11 @@ class OptionalMethods(Protocol):
         """All prompts that `prompts` can return, if they are fixed: their lengths, and those of `eval_prompts`, are then checked
         before the model is loaded."""
 
+    def recorded_completions(self, step: int, *, num_prompts: int) -> list[Completion]:
+        """Completions of data that a step trains on, in place of sampled ones: an environment with this method needs no other
+        (grpo/envs/conversations.py). A completion's policy segments have any log-probs, 0 say; its reward is None, or within a
+        pair 1 for the better one and 0 for the other. `held_out_completions()`, if it has that, returns those to evaluate on."""
+
     def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids) for a step of the supervised warm-up; without it `warmup` must be null."""
 
@@ -126,6 +131,17 @@ def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vo
     ConfigError, DataError and EnvironmentFault. max_len: tokens of the model's longest sequence."""
     if config.warmup is not None and not hasattr(env, "demonstrations"):
         raise ConfigError(f"warmup: {type(env).__name__} has no demonstrations(step, batch_size) to train on; set warmup=null")
+    if hasattr(env, "recorded_completions"):
+        check_methods(env, ("recorded_completions",))
+        if config.rollout.max_staleness:
+            raise ConfigError(f"rollout.max_staleness = {config.rollout.max_staleness}: this environment's completions are data, "
+                              "which nothing samples ahead; set rollout.max_staleness=0")
+        if config.optim.old_log_probs == OldLogProbs.sampler:
+            raise ConfigError("optim.old_log_probs = 'sampler': this environment's completions are data, which no sampler has "
+                              "log-probs of; set optim.old_log_probs=trainer")
+        with calling(env, "train_prompts"):
+            check_lengths(env, "train_prompts", env.train_prompts() if hasattr(env, "train_prompts") else (), max_len=max_len)
+        return
     is_evaluated = hasattr(env, "eval_prompts") or is_evaluating(config.eval)
     check_methods(env, [method for method in REQUIRED if method != "eval_prompts" or is_evaluated])
     if not hasattr(env, "train_prompts"):

@@ -35,14 +35,15 @@ class Groups:
     advantages: list[float]
     scored: list[tuple[Completion, Score]]  # everything sampled this step, dropped groups included
     metrics: dict[str, float] = field(default_factory=dict)
+    is_recorded: bool = False  # they come from data (grpo/recorded.py): no sampler has log-probs of them
 
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
             progress: Callable[[int, int], None] | None = None, turns: Turns | None = None,
             history: PromptHistory | None = None, ranks: Ranks | None = None) -> Groups:
     """Samples and scores the groups of one step. `progress` is called with the number of finished completions of a round, and of
-    all; `turns` lets the model call tools; `history` chooses the prompts, and learns how they were answered; `ranks` share them.
-    Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
+    all; `turns` lets the model call tools; `history` chooses the prompts; `ranks` share them. Raises EnvironmentFault,
+    and grpo.rollout.session.Interrupted if should_stop returns true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     generate = partial(sampler.generate if turns is None else partial(turns.generate, sampler), params=params, step=step,
@@ -79,9 +80,6 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     if rollout.overlong_buffer is not None:
         metrics["reward/overlong"] = statistics.fmean(completion.reward - verdict.reward for completion, verdict in scored
                                                       if completion.reward is not None) if rewarded else math.nan
-    if history is not None:
-        history.record(scored)
-        metrics |= history.metrics()
     if config.optim.mask_truncated:  # truncated completions count in their group's mean and spread, but are not trained on
         kept = [row for row, completion in enumerate(live) if not completion.is_truncated]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]

@@ -63,6 +63,9 @@ class LossInputs:
     num_sequences: int  # completions of the optimizer step
     num_prompts: int  # prompts of the optimizer step, each with one or more of its completions
     max_new_tokens: int  # longest completion allowed, in tokens
+    # [N] float64 nats: log-prob of each completion before the update, and the reference's; with optim.sums_log_probs only
+    old_sums: torch.Tensor | None = None
+    ref_sums: torch.Tensor | None = None
 
     @classmethod
     def of(cls, batch: RolloutBatch, log_probs: torch.Tensor, entropy: torch.Tensor, *, old_log_probs: torch.Tensor,
@@ -76,7 +79,7 @@ class LossInputs:
             advantages=batch.advantages, loss_mask=batch.loss_mask,
             sequence_ids=batch.sequence_ids, sequence_lengths=batch.sequence_lengths,
             rewards=batch.rewards, group_ids=batch.group_ids, num_policy_tokens=batch.num_policy_tokens,
-            num_sequences=batch.num_sequences, num_prompts=batch.num_prompts)
+            num_sequences=batch.num_sequences, num_prompts=batch.num_prompts, old_sums=batch.old_sums, ref_sums=batch.ref_sums)
 
 
 def grpo(inputs: LossInputs, *, clip_low: float, clip_high: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -170,13 +173,16 @@ def reduce_stats(stats: list[dict[str, torch.Tensor]], *, num_updates: int) -> d
 
 
 def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: int, has_reference: bool,
-             has_full_kl: bool = False) -> None:
+             has_full_kl: bool = False, has_sums: bool = False) -> None:
     """Calls the loss that `path` names on two made-up groups. Raises ConfigError if it fails or breaks CONTRACT."""
     segments = [Segment([1, 2], "prompt"), Segment([3, 4], "policy", [-1.0, -2.0])]
     completions = [Completion(Prompt(group, [1, 2], {}), sample, segments, "stop", reward=float(sample))
                    for group in range(2) for sample in range(group_size)]
     batch = pack(completions, [sample - (group_size - 1) / 2 for _ in range(2) for sample in range(group_size)])
     batch.ref_log_probs = 1.2 * batch.sampler_log_probs if has_reference else None
+    if has_sums:
+        batch.old_sums = torch.full((2 * group_size,), -3.0, dtype=torch.float64)
+        batch.ref_sums = 1.2 * batch.old_sums
     log_probs = (1.1 * batch.sampler_log_probs).requires_grad_()
     try:
         inputs = LossInputs.of(batch, log_probs, torch.ones_like(log_probs), old_log_probs=batch.sampler_log_probs,

@@ -22,6 +22,7 @@ from grpo.evaluate import evaluate
 from grpo.groups import completion_record
 from grpo.record.suspects import find_suspects
 from grpo.record.wandb_run import end_soon
+from grpo.recorded import is_recorded
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
 from grpo.run.failures import Failure, describe_failure, settle
@@ -29,6 +30,7 @@ from grpo.run.finish import export_policy, keep_finished_steps, next_commands, r
 from grpo.run.lock import RunInUseError
 from grpo.run.signals import GracefulStop
 from grpo.run.start import Run, await_kernels, hold_run, leads, prepare_weights, start
+from grpo.update import evaluate_recorded
 from models.rehearsal import compiled_meanwhile
 
 
@@ -40,6 +42,9 @@ def train(run: Run) -> None:
         groups, age, stats = draw_and_update(run)
         run.rollouts.pop(0)
         run.step, run.is_between_steps = run.step + 1, True
+        if run.history is not None:
+            run.history.record(groups.scored)
+            stats |= run.history.metrics()
         finished = time.perf_counter()
         run.num_tokens += sum(completion.num_tokens for completion, _ in groups.scored)
         stats |= {"num_tokens": run.num_tokens, "time/step": finished - started,
@@ -80,6 +85,10 @@ def evaluate_if_due(run: Run) -> None:
     if has_eval if run.ranks is None else run.ranks.exchange("the evaluation", has_eval)[0]:
         return
     started = time.perf_counter()
+    if is_recorded(run.env):
+        if result := evaluate_recorded(run):
+            run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
+        return
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len,
                                vocab_size=run.policy.config.vocab_size)
     result, scored = evaluate(

@@ -18,6 +18,7 @@ from grpo.kl import kl_penalty
 from grpo.losses import LossInputs, checked_loss, reduce_stats, token_stats
 from grpo.optim import check_finite
 from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
+from grpo.recorded import held_out, held_out_metrics, pack_recorded, sums_of
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
 from models.decoder import CAPTURING
@@ -40,11 +41,16 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
                              "(or its completions cut off, with optim.mask_truncated); look at completions.jsonl")
         return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
     batch = attempt_twice(lambda: pack(groups.completions, groups.advantages).to(run.policy.device))
+    batch.is_recorded = groups.is_recorded
     num_updates = min(optim.minibatches, batch.num_sequences) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs, _ = score_batch(run, batch, replays_routing=True)
     if run.reference is not None:
         attempt_twice(lambda: score_by_reference(run, batch))
+    if optim.sums_log_probs:
+        old_log_probs, _ = score_batch(run, batch, replays_routing=True)
+        batch.old_sums, batch.ref_sums = (sums_of(batch, log_probs).to(run.policy.device)
+                                          for log_probs in (old_log_probs, batch.ref_log_probs))
     allowed = allowed_difference(run.policy) if staleness == 0 else math.inf
     trained, grad_norms, num_whole, num_trained = [], [], 0, 0
     for epoch in range(optim.epochs):
@@ -65,6 +71,8 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     if warning is not None:
         run.metrics.warn(warning)
         run.has_warned = True
+    if groups.is_recorded:
+        sampling = {name: value for name, value in sampling.items() if not name.startswith("sampling/")}
     stats, num_packed = zip(*((micro.stats, micro.num_tokens) for part in trained for micro in part))
     return {**reduce_stats(stats, num_updates=num_updates), **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
@@ -198,6 +206,8 @@ def train_now(run: Run, micro: RolloutBatch, *, num_updates: int, allowed: float
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)
     scores = policy_scores(run, micro, replay)
+    if micro.is_recorded:
+        micro.sampler_log_probs = scores.log_probs.detach()  # as if the policy had sampled them
     inputs = loss_inputs(run, micro, scores, num_updates)
     loss, stats = loss_and_stats(run, inputs)
     check_finite(loss, step=run.step, what="loss", name="the policy")
@@ -244,8 +254,8 @@ def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str
     inputs, corrections = correct(inputs, run.config.corrections)
     loss, stats = checked_loss(run.loss_fn(inputs), run.config.loss["_target_"])
     stats = stats | corrections
-    if inputs.ref_log_probs is not None:
-        kl = run.config.kl
+    kl = run.config.kl
+    if kl.coefficient > 0:
         penalty, kl_stats = kl_penalty(inputs, coefficient=kl.coefficient, estimator=kl.estimator)
         loss, stats = loss + penalty, stats | kl_stats
     return loss, stats | {"loss": loss.detach(), "num_tokens": inputs.loss_mask.sum()}
@@ -291,7 +301,22 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
 
 def score_by_reference(run: Run, batch: RolloutBatch) -> None:
     """Gives a packed batch what the KL penalty needs of its reference: log-probs, and for the full KL hidden states."""
-    is_full = run.config.kl.estimator == Estimator.full
+    is_full = run.config.kl.coefficient > 0 and run.config.kl.estimator == Estimator.full
     with run.reference.in_place_of(run.policy):  # another policy: it uses its own routing
         batch.ref_log_probs, batch.ref_hidden = score_batch(run, batch, replays_routing=False, keeps_states=is_full)
     batch.ref_head = run.reference.head(run.policy) if is_full else None
+
+
+def evaluate_recorded(run: Run) -> dict[str, float]:
+    """How likely the policy finds the rows that its environment holds out; {} if there are none."""
+    completions = held_out(run.env, most=run.config.eval.max_prompts)
+    if not completions:
+        return {}
+    run.memory.for_update(run.policy, run.sampler)
+    batch = attempt_twice(lambda: pack_recorded(completions).to(run.policy.device))
+    log_probs, _ = score_batch(run, batch, replays_routing=False)
+    if run.reference is not None:
+        score_by_reference(run, batch)
+    metrics = held_out_metrics(batch, log_probs, batch.ref_log_probs)
+    run.memory.for_sampling(run.policy)
+    return metrics

@@ -142,6 +142,10 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
             f"a parameter is updated before the norm of all gradients is known: set optim.max_grad_norm=null (now "
             f"{optim.max_grad_norm:g}), or optim.in_backward=false")
     yield from correction_problems(config)
+    if optim.sums_log_probs and optim.minibatches * optim.epochs > 1:
+        yield "optim.sums_log_probs", True, (
+            f"the log-probs before the update are those of one update: set optim.minibatches=1 (now {optim.minibatches}) and "
+            f"optim.epochs=1 (now {optim.epochs})")
     for key, node in (("optim", optim), ("warmup", config.warmup)):
         if node is not None and len(node.betas) != 2:
             yield f"{key}.betas", node.betas, "must be two numbers in [0, 1), such as [0.9,0.99]"

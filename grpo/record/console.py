@@ -43,7 +43,7 @@ def step_line(step: int, total_steps: int, metrics: dict[str, float], seconds_le
     reward, length = reward_text(metrics), length_text(metrics)
     parts = [
         f"step {step:>{len(str(total_steps))}}/{total_steps}",
-        reward and f"reward {reward}",
+        reward and f"reward {reward}" or part(metrics, "loss", "loss"),
         length and f"length {length}",
         part(metrics, "entropy", "entropy"),
         part(metrics, "kl", "kl"),

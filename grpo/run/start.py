@@ -120,7 +120,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     check_estimator(config.kl, dtype)
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
-             has_reference=config.kl.coefficient > 0,
+             has_reference=needs_reference(config), has_sums=config.optim.sums_log_probs,
              has_full_kl=config.kl.coefficient > 0 and config.kl.estimator == Estimator.full)
     tokenizer = build_tokenizer(config.model, config.env)
     sandbox = make_sandbox(config.env, config.sandbox.mode)
@@ -215,18 +215,18 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.metrics.print(f"sandbox  {run.sandbox.describe()}")
     if run.memory.plan is not None:
         run.metrics.print(summary(run.memory.plan, run.policy.config.num_hidden_layers))
-    has_penalty = config.kl.coefficient > 0
+    has_reference = needs_reference(config)
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
-        run.reference = Reference.load(state.tensors) if has_penalty else None
+        run.reference = Reference.load(state.tensors) if has_reference else None
     else:
-        if has_penalty and config.kl.reference == KlReference.base:
+        if has_reference and config.kl.reference == KlReference.base:
             run.reference = Reference.of(run.policy, parameters_of_run(run.policy, config.model))
         load_initial_adapter(run.policy, config.model)
         if config.warmup is not None:
             run.memory.for_update(run.policy, None)
             warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
-        if has_penalty and config.kl.reference == KlReference.start:
+        if has_reference and config.kl.reference == KlReference.start:
             run.reference = Reference.of(run.policy)
     # now: its fp32 masters are copies of the weights
     plan = run.memory.plan
@@ -246,6 +246,10 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     if run.ranks is not None:
         check_equal_weights(run)
     run.memory.for_sampling(run.policy)
+
+
+def needs_reference(config: TrainConfig) -> bool:
+    return config.kl.coefficient > 0 or config.optim.sums_log_probs
 
 
 def await_kernels(run: Run) -> None:
