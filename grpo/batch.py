@@ -101,7 +101,7 @@ class Completion:
 
 _ON_HOST = ("cu_seqlens", "host_mask", "ref_hidden")
 _PER_TOKEN = ("tokens", "loss_mask", "advantages", "sampler_log_probs", "old_log_probs", "ref_log_probs", "token_index",
-              "sequence_ids", "routing")
+              "sequence_ids", "routing", "channels")
 
 
 @dataclass
@@ -140,6 +140,7 @@ class RolloutBatch:
     # [N] float64 nats: the log-prob of each completion before the update, and the reference's (optim.sums_log_probs)
     old_sums: torch.Tensor | None = None
     ref_sums: torch.Tensor | None = None
+    channels: torch.Tensor | None = None  # [T] uint8 (grpo/channels.py)
     is_recorded: bool = False  # of data: `sampler_log_probs` are no sampler's
 
     @property

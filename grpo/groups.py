@@ -73,7 +73,8 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     live = _first_groups(live, rollout.prompts_per_step)
     advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
                                   normalize_std=config.advantage.normalize_std)
-    metrics = {**reward_metrics(scored), **length_metrics(completions), **turn_metrics(completions),
+    metrics = {**reward_metrics(scored), **length_metrics(completions), **outcome_metrics(scored), **turn_metrics(completions),
+               **advantage_metrics(advantages),
                "frac_reward_zero_std": (num_groups - num_live) / num_groups, "groups/dropped": num_groups - num_live,
                "groups/live": _num_groups(live), "groups/surplus": num_live - _num_groups(live),
                "groups/unscored": num_groups - _num_groups(rewarded), "reward/errors": len(scored) - len(rewarded), **seconds}
@@ -155,6 +156,24 @@ def length_metrics(completions: list[Completion]) -> dict[str, float]:
     clipped = [completion.is_truncated for completion in completions]
     return {"completions/mean_length": statistics.fmean(lengths), "completions/min_length": min(lengths),
             "completions/max_length": max(lengths), "completions/clipped_ratio": statistics.fmean(clipped)}
+
+
+def outcome_metrics(scored: list[tuple[Completion, Score]]) -> dict[str, float]:
+    """Mean lengths in tokens of the completions that ended by themselves, of the correct and of the wrong ones; those that there
+    are."""
+    chosen = {"terminated": [completion for completion, _ in scored if not completion.is_truncated],
+              "correct": [completion for completion, verdict in scored if verdict.is_correct],
+              "wrong": [completion for completion, verdict in scored if verdict.is_correct is False]}
+    return {f"completions/mean_length_{name}": statistics.fmean(len(completion.completion_ids) for completion in completions)
+            for name, completions in chosen.items() if completions}
+
+
+def advantage_metrics(advantages: list[float]) -> dict[str, float]:
+    """Of the completions of live groups, before truncated ones are masked; {} if there are none."""
+    if not advantages:
+        return {}
+    return {"advantages/mean": statistics.fmean(advantages), "advantages/std": statistics.pstdev(advantages),
+            "advantages/min": min(advantages), "advantages/max": max(advantages)}
 
 
 def turn_metrics(completions: list[Completion]) -> dict[str, float]:

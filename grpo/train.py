@@ -5,7 +5,8 @@ grpo/run/ starts, saves, resumes and ends a run. Every random number is keyed by
 repeated from the weights before it, and a checkpoint holds no generator states.
 
 Exit codes: 0 finished, 1 disk or an error of this program, 2 configuration or checkpoint, 3 data, 4 environment or reward,
-5 out of memory, 6 diverged (non-finite numbers), 75 stopped by a signal and resumable.
+5 out of memory, 6 diverged (non-finite numbers), 7 nothing to learn (rollout.max_dead_steps), 75 stopped by a signal and
+resumable.
 """
 import sys
 import time
@@ -25,8 +26,16 @@ from grpo.record.wandb_run import end_soon
 from grpo.recorded import is_recorded
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
-from grpo.run.failures import Failure, describe_failure, settle
-from grpo.run.finish import export_policy, keep_finished_steps, next_commands, report_failure, resume_command, save
+from grpo.run.failures import DeadRun, Failure, describe_failure, settle
+from grpo.run.finish import (
+    export_policy,
+    keep_finished_steps,
+    next_commands,
+    report_failure,
+    resume_command,
+    save,
+    save_best,
+)
 from grpo.run.lock import RunInUseError
 from grpo.run.signals import GracefulStop
 from grpo.run.start import Run, await_kernels, hold_run, leads, prepare_weights, start
@@ -59,8 +68,18 @@ def train(run: Run) -> None:
         evaluate_if_due(run)
         if config.checkpoint.every and run.step % config.checkpoint.every == 0:
             save(run)
+        end_if_dead(run)
         if run.should_stop() and run.step < config.steps:
             raise Interrupted(f"after step {run.step} of {config.steps}")
+
+
+def end_if_dead(run: Run) -> None:
+    """Raises DeadRun after `rollout.max_dead_steps` steps in a row without a group to train on."""
+    most, num_dead = run.config.rollout.max_dead_steps, run.steps_without_update
+    if most is not None and num_dead >= most and run.step < run.config.steps:
+        raise DeadRun(f"nothing was learnt in the last {num_dead} steps: no group had rewards that differ "
+                      f"(rollout.max_dead_steps = {most}). Look at completions.jsonl: easier or harder prompts, another "
+                      "reward or a longer rollout.max_new_tokens may help. resume=true with a higher limit goes on all the same")
 
 
 def seconds_of_compilation(run: Run) -> float:
@@ -88,6 +107,7 @@ def evaluate_if_due(run: Run) -> None:
     if is_recorded(run.env):
         if result := evaluate_recorded(run):
             run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
+            save_best(run)
         return
     prompts = held_out_prompts(run.env, max_prompts=settings.max_prompts, max_len=run.sampler.max_len,
                                vocab_size=run.policy.config.vocab_size)
@@ -97,6 +117,7 @@ def evaluate_if_due(run: Run) -> None:
         ranks=run.ranks)
     run.metrics.log_eval(run.step, {**result, "time/eval": time.perf_counter() - started})
     log_completions(run, scored, split="eval")
+    save_best(run)
 
 
 def log_completions(run: Run, scored: list[tuple[Completion, Score]], *, split: str) -> None:

@@ -1,13 +1,14 @@
 """The update of a step: a batch of scored completions to losses, gradients and optimizer steps, with their metrics."""
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from grpo.batch import RolloutBatch, even_rows_of_micro_batches, halves, minibatches, pack, rows_of_micro_batches
+from grpo.channels import channel_metrics, channel_stats, channels_of
 from grpo.config import Estimator, OldLogProbs
 from grpo.corrections import correct
 from grpo.distributed.gradients import train_together
@@ -40,8 +41,7 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
             run.metrics.warn(f"nothing was learnt in the last {PATIENCE} steps: the rewards of each group were equal or missing "
                              "(or its completions cut off, with optim.mask_truncated); look at completions.jsonl")
         return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
-    batch = attempt_twice(lambda: pack(groups.completions, groups.advantages).to(run.policy.device))
-    batch.is_recorded = groups.is_recorded
+    batch = attempt_twice(lambda: packed(run, groups))
     num_updates = min(optim.minibatches, batch.num_sequences) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
         batch.old_log_probs, _ = score_batch(run, batch, replays_routing=True)
@@ -71,12 +71,22 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     if warning is not None:
         run.metrics.warn(warning)
         run.has_warned = True
+    if batch.channels is not None:
+        means = {name: sampling.pop(name) for name in list(sampling) if name.startswith("channels/")}
+        sampling |= channel_metrics(means, num_tokens=batch.num_policy_tokens, num_completions=batch.num_sequences)
     if groups.is_recorded:
         sampling = {name: value for name, value in sampling.items() if not name.startswith("sampling/")}
     stats, num_packed = zip(*((micro.stats, micro.num_tokens) for part in trained for micro in part))
     return {**reduce_stats(stats, num_updates=num_updates), **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
+
+
+def packed(run: Run, groups: Groups) -> RolloutBatch:
+    """What a step trains on, on the policy's device."""
+    batch = pack(groups.completions, groups.advantages)
+    channels = None if run.tokenizer is None else channels_of(batch.tokens, batch.cu_seqlens, run.tokenizer)
+    return replace(batch, channels=channels, is_recorded=groups.is_recorded).to(run.policy.device)
 
 
 class FlipCounts(NamedTuple):
@@ -213,7 +223,10 @@ def train_now(run: Run, micro: RolloutBatch, *, num_updates: int, allowed: float
     check_finite(loss, step=run.step, what="loss", name="the policy")
     run.optimizer.backward(loss, updates=updates)
     found = differences(scores.log_probs, micro, allowed=allowed)
-    return TrainedMicroBatch(len(micro.tokens), stats, token_stats(inputs), found, replay)
+    sampling = token_stats(inputs)
+    if micro.channels is not None:
+        sampling |= channel_stats(inputs.entropy, inputs.loss_mask, micro.channels)
+    return TrainedMicroBatch(len(micro.tokens), stats, sampling, found, replay)
 
 
 def policy_scores(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -> Scores:

@@ -13,11 +13,6 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
-class BestIs(StrEnum):
-    max = "max"  # larger values are better
-    min = "min"
-
-
 @dataclass
 class CurriculumConfig:
     """Which prompts are sampled, by their pass rate: the share of a group's completions that are correct, over the prompt's last
@@ -37,9 +32,9 @@ class CurriculumConfig:
 class CheckpointConfig:
     every: int = number("[0, inf)", "0 is at the end only")  # steps
     keep: int = number("[2, inf)", "the newest one may be the one that a crash cut short")  # newest ones kept
-    # held-out metric, such as eval/greedy_accuracy: the checkpoint of its best evaluation is saved, and kept; null: none
+    # held-out metric, such as eval/greedy_accuracy: the checkpoint of its best evaluation is saved, and kept; null: none. Of
+    # losses, errors and their like the smallest value is the best
     best: Optional[str] = None
-    best_is: BestIs = BestIs.max
 
 
 @dataclass

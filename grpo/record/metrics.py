@@ -32,7 +32,9 @@ from grpo.record.summary import (
     read_metrics,
     series,
     summarize,
+    summarize_metric,
 )
+from grpo.record.tensorboard_run import TensorBoardRun
 from grpo.record.wandb_run import WandbRun
 from grpo.report import write_report
 from models.formats.atomic import write_text
@@ -51,7 +53,7 @@ class Metrics:
     """
 
     def __init__(self, run_dir: str | Path, *, wandb: WandbConfig, config: dict, run_name: str, total_steps: int,
-                 wandb_id: str | None = None, provenance: dict | None = None):
+                 wandb_id: str | None = None, provenance: dict | None = None, tensorboard: bool = False):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.run_name = run_name
@@ -61,6 +63,7 @@ class Metrics:
         self.display = Display(run_name, total_steps)
         self.print, self.warn, self.notice = self.display.print, self.display.warn, self.display.notice
         self.set_status, self.progress = self.display.set_status, self.display.progress
+        self.tensorboard = TensorBoardRun(self.run_dir) if tensorboard else None
         self.wandb = WandbRun(self.run_dir, wandb, config=self.config, run_name=run_name, wandb_id=wandb_id, warn=self.print)
         self.history: list[dict[str, float]] = []  # the lines of metrics.jsonl
         self.summary: dict | None = None
@@ -76,6 +79,8 @@ class Metrics:
         self._completions_file.truncate_after(step)
         self.history = rows = read_metrics(self.run_dir)
         self._earlier_seconds = max(series(rows, "time/total")[1], default=0.0)
+        if self.tensorboard is not None:
+            self.tensorboard.truncate_after(step)
         self._eval_names.clear()
         for row in rows:
             self._eval_names[row["step"]].update(name for name in row if name.startswith("eval/"))
@@ -92,7 +97,7 @@ class Metrics:
         self._metrics_file.append([{"step": step, **metrics}])
         self.history.append({"step": step, **metrics})
         self.display.step(step, metrics)
-        self.wandb.log({"step": step, **metrics})
+        self._log({"step": step, **metrics})
 
     def log_warmup(self, warmup_step: int, metrics: dict[str, float], *, num_steps: int, prints_line: bool) -> None:
         """Records a step of the supervised warm-up as `warmup/<name>` (timing keeps its name).
@@ -103,7 +108,21 @@ class Metrics:
         line = {"step": 0, "warmup/step": warmup_step, **metrics}
         self._metrics_file.append([line])
         self.display.warmup(warmup_step, num_steps, metrics, prints_line=prints_line)
+        self._log(line)
+
+    def _log(self, line: dict[str, float]) -> None:
         self.wandb.log(line)
+        if self.tensorboard is not None:
+            self.tensorboard.log(line)
+
+    def best(self, name: str) -> dict | None:
+        """The {"step", "value"} of the best evaluation on record by the metric `name`, the earliest among equals; None without
+        one. It follows from metrics.jsonl alone, so a resumed run finds the same."""
+        found = summarize_metric(read_metrics(self.run_dir), name)
+        return None if found is None or found["best"]["value"] is None else found["best"]
+
+    def eval_names(self, step: int) -> list[str]:
+        return sorted(self._eval_names[step])
 
     def has_eval(self, step: int) -> bool:
         """Whether an evaluation at this step is on record, perhaps from before a resume."""
@@ -118,7 +137,7 @@ class Metrics:
         if any(name.startswith("eval/") for name in new):
             self._metrics_file.append([{"step": step, **new}])
             self.history.append({"step": step, **new})
-            self.wandb.log({"step": step, **new})
+            self._log({"step": step, **new})
         known.update(new)
         self.display.eval(step, metrics)
 
@@ -160,6 +179,8 @@ class Metrics:
         except Exception as error:  # fonts, disk, ...: nothing here may hide how the run ended
             command = shlex.join(["python", "-m", "grpo.report", str(shown(self.run_dir))])
             self.print(f"warning: no report ({type(error).__name__}: {error}); rebuild it with: {command}")
+        if self.tensorboard is not None:
+            self.tensorboard.finish()
         self.wandb.finish(self.summary)
         return self.summary
 

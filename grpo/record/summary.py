@@ -78,14 +78,17 @@ def summarize(run_dir: Path, *, run_name: str, exit_reason: str, total_steps: in
         "num_tokens": int(max(series(rows, "num_tokens")[1], default=0)),
         "seconds": max(series(rows, "time/total")[1], default=0.0),
         "peak_memory_gb": max(peaks, default=None),
-        "eval": {name: _first_last_best(rows, name) for name in logged if name.startswith("eval/")},
-        "train": {name: _first_last_best(rows, name) for name in train},
+        "eval": {name: summarize_metric(rows, name) for name in logged if name.startswith("eval/")},
+        "train": {name: summarize_metric(rows, name) for name in train},
     }
 
 
-def _first_last_best(rows: list[dict[str, float]], name: str) -> dict:
-    """Among equals the earliest step is the best; NaN never is."""
+def summarize_metric(rows: list[dict[str, float]], name: str) -> dict | None:
+    """The {value, step} of the metric's first, last and best value; None if it was never logged. Among equals the earliest step
+    is the best; NaN never is."""
     steps, values = series(rows, name)
+    if not values:
+        return None
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
     sign = -1 if is_lower_better(name) else 1
     best = max(finite, key=lambda index: (sign * values[index], -index)) if finite else 0

@@ -48,8 +48,10 @@ class RunState:
     state: dict  # as JSON gives it back: tuples are lists, keys are strings
 
 
-def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> Path:
-    """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it; returns its folder.
+def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int,
+             spared: int | None = None) -> Path:
+    """Writes the checkpoint of `step` finished steps, then deletes all but the `keep` newest up to it and the one of step
+    `spared`; returns its folder.
 
     tensors: any dtypes and devices, written exactly. state: JSON (floats survive exactly). Raises SaveError, which names the path
     and the free space, when the disk does not take it; nothing that was there before is touched then."""
@@ -62,7 +64,7 @@ def save_run(run_dir: str | Path, *, step: int, tensors: dict[str, torch.Tensor]
     except (OSError, safetensors.SafetensorError) as error:
         raise SaveError(f"cannot save {final}: {error} ({free_bytes(root):,} bytes free in {root}). Earlier checkpoints are "
                         "untouched; free some space or lower checkpoint.keep, then resume") from error
-    _prune(root, step, keep)
+    _prune(root, step, keep, spared)
     return final
 
 
@@ -144,9 +146,11 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
+def _prune(root: Path, step: int, keep: int, spared: int | None) -> None:
     # newer ones than this step are damaged (or it would not be the newest): they must not count among those kept
-    for folder in [folder for number, folder in _checkpoints(root).items() if number <= step][:-keep]:
+    for number, folder in [(number, folder) for number, folder in _checkpoints(root).items() if number <= step][:-keep]:
+        if number == spared:
+            continue
         try:
             remove_at_once(folder)
         except OSError as error:

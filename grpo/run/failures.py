@@ -19,12 +19,17 @@ from grpo.run.lock import RunInUseError
 from models.formats.atomic import free_bytes
 from models.formats.files import CheckpointError
 
-DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED = 3, 4, 5, 6
+DATA_ERROR, ENV_ERROR, OUT_OF_MEMORY, DIVERGED, DEAD = 3, 4, 5, 6, 7
+
+class DeadRun(RuntimeError):
+    """So many steps in a row had nothing to learn from that the run ends (rollout.max_dead_steps)."""
+
 
 # Kind of error, reason, exit code, and whether its message is enough; if not, a file gets the traceback. The first kind that fits
 # is used. ValueError: by this project's rule its message names the key or file and what to do.
 KINDS: list[tuple[type | tuple[type, ...], str, int, bool]] = [
     (Interrupted, "interrupted", PREEMPTED, True),
+    (DeadRun, "nothing to learn", DEAD, True),
     ((NonFiniteError, FloatingPointError), "diverged", DIVERGED, True),
     (DataError, "bad data", DATA_ERROR, True),
     (RewardError, "environment failed", ENV_ERROR, True),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import TrainConfig, run_folder, shown
+from grpo.config import ConfigError, TrainConfig, run_folder, shown
 from grpo.configuration.launch import PREEMPTED, typed_words
 from grpo.distributed.place import find_place
 from grpo.out_of_memory import is_out_of_memory
@@ -46,8 +46,24 @@ def save(run: Run) -> None:
         state["rollouts"], drawn = write(run.rollouts)
         tensors |= drawn
     run.metrics.sync()
-    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep, state=state)
+    best = run.config.checkpoint.best and run.metrics.best(run.config.checkpoint.best)
+    save_run(run.run_dir, step=run.step, tensors=tensors, keep=run.config.checkpoint.keep, state=state,
+             spared=best["step"] if best else None)
     run.saved_step = run.step
+
+
+def save_best(run: Run) -> None:
+    """Saves a checkpoint if the evaluation of this step is the best so far by `checkpoint.best`. Raises ConfigError if
+    evaluations have no such metric."""
+    name = run.config.checkpoint.best
+    if name is None or not leads(run.ranks):
+        return
+    names = run.metrics.eval_names(run.step)
+    if name not in names:
+        raise ConfigError(f"checkpoint.best = {name!r}: evaluations have no such metric; they have {', '.join(names)}")
+    best = run.metrics.best(name)
+    if best is not None and best["step"] == run.step:
+        save(run)
 
 
 def export_policy(run: Run) -> tuple[Path, str]:

@@ -170,7 +170,7 @@ def open_record(config: TrainConfig, run_dir: Path, tokenizer: Tokenizer, state:
     tokenizer.save(run_dir / "tokenizer")
     return Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
                    wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
-                   | ({} if sandbox is None else {"sandbox": sandbox.describe()}))
+                   | ({} if sandbox is None else {"sandbox": sandbox.describe()}), tensorboard=config.log.tensorboard)
 
 
 def leads(ranks: Ranks | None) -> bool:
