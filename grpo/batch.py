@@ -123,6 +123,7 @@ class RolloutBatch:
     sequence_lengths: torch.Tensor  # [N] int64, policy tokens of each completion
     rewards: torch.Tensor  # [N] fp32, NaN without
     group_ids: torch.Tensor  # [N] int64, equal within a group
+    group_lengths: torch.Tensor  # [N] int64, policy tokens in the optimizer step of all completions of the group
     prompts: list[tuple[int, int]]  # [S] the prompt's number (equal prompts have equal numbers), and its tokens in the sequence
     owners: list[int]  # [S] the completion, as in sequence_ids; one with user turns has several sequences, which are neighbours
     num_policy_tokens: int  # of the optimizer step, like the next two
@@ -240,6 +241,7 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
         rewards=torch.tensor([math.nan if completion.reward is None else completion.reward for completion in completions],
                              dtype=torch.float32),
         group_ids=torch.tensor([completion.prompt.id for completion in completions]),
+        group_lengths=_lengths_of_groups([completion.prompt.id for completion in completions], policy_lengths, set(owners)),
         num_policy_tokens=int(policy_lengths.sum()), num_sequences=len(completions), num_prompts=_num_prompts(prompts, owners),
         routing=_packed_routing(completions),
         kept=KeptSets.of_counts(torch.cat(kept_ids), torch.tensor(kept_counts)) if kept_ids else None)
@@ -248,6 +250,14 @@ def pack(completions: list[Completion], advantages: list[float]) -> RolloutBatch
 def _num_prompts(prompts: list[tuple[int, int]], owners: list[int]) -> int:
     """How many prompts completions begin with; those of their later sequences do not count."""
     return len({number for (number, _), owner, before in zip(prompts, owners, [None, *owners]) if owner != before})
+
+
+def _lengths_of_groups(group_ids: list[int], lengths: torch.Tensor, owners: set[int]) -> torch.Tensor:
+    """[N]: for each completion the sum of the lengths of those of its group among `owners`."""
+    totals, host_lengths = dict[int, int](), lengths.tolist()
+    for owner in owners:
+        totals[group_ids[owner]] = totals.get(group_ids[owner], 0) + host_lengths[owner]
+    return torch.tensor([totals.get(group_id, 0) for group_id in group_ids]).to(lengths.device)
 
 
 def _packed_routing(completions: list[Completion]) -> torch.Tensor | None:
@@ -382,4 +392,6 @@ def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatc
     random.Random(seed).shuffle(owned)
     parts = [batch.select(sorted(itertools.chain(*chosen))) for i in range(num) if (chosen := owned[i::num])]
     return [replace(part, num_sequences=len(set(part.owners)), num_policy_tokens=int(part.host_mask.sum()),
-                    num_prompts=_num_prompts(part.prompts, part.owners)) for part in parts]
+                    num_prompts=_num_prompts(part.prompts, part.owners),
+                    group_lengths=_lengths_of_groups(batch.group_ids.tolist(), batch.sequence_lengths, set(part.owners)))
+            for part in parts]

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.configuration.algorithm import AdvantageConfig, EntropyConfig, KlConfig
 from grpo.configuration.fields import number
 from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, WandbConfig
 from grpo.configuration.suggestions import suggest
@@ -50,18 +51,6 @@ class Experts(StrEnum):
 class Train(StrEnum):
     lora = "lora"
     full = "full"
-
-
-class Estimator(StrEnum):
-    k1 = "k1"
-    k2 = "k2"
-    k3 = "k3"
-    full = "full"  # no estimate: over the whole vocabulary, by a second product with the head
-
-
-class KlReference(StrEnum):
-    start = "start"  # the policy as GRPO starts: with the adapter it was given, after a warm-up
-    base = "base"  # the model before both, with the checkpoint's norms and sinks
 
 
 class LrSchedule(StrEnum):
@@ -149,11 +138,6 @@ class ModelConfig:
 
 
 @dataclass
-class AdvantageConfig:
-    normalize_std: bool = MISSING  # divide by the standard deviation of the group's rewards
-
-
-@dataclass
 class CorrectionsConfig:
     """Weights of tokens by how likely the trainer's policy samples them, against the sampler's (grpo/corrections.py)."""
 
@@ -176,13 +160,6 @@ class CorrectionsConfig:
     @property
     def is_on(self) -> bool:
         return self.weighs or self.opsm_delta is not None
-
-
-@dataclass
-class KlConfig:
-    coefficient: float = number("[0, inf)", "0 is off")  # loss per nat; 0 skips the reference pass
-    estimator: Estimator = MISSING
-    reference: KlReference = KlReference.start  # the policy that the penalty measures the distance to
 
 
 @dataclass
@@ -316,6 +293,7 @@ class TrainConfig:
     loss: Dict[str, Any] = MISSING  # _target_: a function; the other keys are its keywords
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     corrections: CorrectionsConfig = field(default_factory=CorrectionsConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     turns: TurnsConfig = field(default_factory=TurnsConfig)

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from grpo.advantages import group_advantages, zero_variance_groups
+import torch
+
+from grpo.advantages import OF_THE_GROUP, component_advantages, group_advantages, whitened, zero_variance_groups
 from grpo.batch import Completion, Prompt
 from grpo.config import TrainConfig
+from grpo.configuration.algorithm import AdvantageConfig, Baseline, KlPlace, Whiten
 from grpo.curriculum import PromptHistory, key_of
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.rollout import all_scored, own_completions
@@ -36,6 +39,7 @@ class Groups:
     scored: list[tuple[Completion, Score]]  # everything sampled this step, dropped groups included
     metrics: dict[str, float] = field(default_factory=dict)
     is_recorded: bool = False  # they come from data (grpo/recorded.py): no sampler has log-probs of them
+    greedy_rewards: dict[int, float] = field(default_factory=dict)  # by prompt id, with advantage.baseline=greedy
 
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
@@ -63,16 +67,22 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         seconds["time/rollout"] += sampled - started
         seconds["time/reward"] += time.perf_counter() - sampled
         rewarded = [completion for completion, _ in scored if completion.reward is not None]
-        dead = set(zero_variance_groups([completion.reward for completion in rewarded],
-                                        [completion.prompt.id for completion in rewarded]))
+        dead = dead_groups(rewarded, config)
         live = [completion for completion in rewarded if completion.prompt.id not in dead]
         if _num_groups(live) >= rollout.prompts_per_step:
             break
     completions = [completion for completion, _ in scored]
     num_groups, num_live = _num_groups(completions), _num_groups(live)
     live = _first_groups(live, rollout.prompts_per_step)
-    advantages = group_advantages([completion.reward for completion in live], [completion.prompt.id for completion in live],
-                                  normalize_std=config.advantage.normalize_std)
+    greedy_rewards: dict[int, float] = {}
+    if config.advantage.baseline == Baseline.greedy and live:
+        prompts = list({completion.prompt.id: completion.prompt for completion in live}.values())
+        draw = partial(generate, params=replace(params, greedy=True, records_routing=False), num_samples=1)
+        greedy = [completion for completion, _ in all_scored(ranks, env, prompts, own_completions(ranks, sampler, draw, prompts))]
+        punish_overlong(greedy, config)
+        greedy_rewards = {completion.prompt.id: completion.reward for completion in greedy if completion.reward is not None}
+        live = [completion for completion in live if completion.prompt.id in greedy_rewards]
+    advantages = advantages_of(live, [completion.reward for completion in live], config.advantage, greedy_rewards)
     metrics = {**reward_metrics(scored), **length_metrics(completions), **outcome_metrics(scored), **turn_metrics(completions),
                **advantage_metrics(advantages),
                "frac_reward_zero_std": (num_groups - num_live) / num_groups, "groups/dropped": num_groups - num_live,
@@ -84,7 +94,39 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     if config.optim.mask_truncated:  # truncated completions count in their group's mean and spread, but are not trained on
         kept = [row for row, completion in enumerate(live) if not completion.is_truncated]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
-    return Groups(live, advantages, scored, metrics)
+    return Groups(live, advantages, scored, metrics, greedy_rewards)
+
+
+def dead_groups(completions: list[Completion], config: TrainConfig) -> set[int]:
+    """The ids of the groups without a gradient: their rewards are equal (of components: each part is), and nothing but the
+    group's own rewards makes its advantages. A group of one is dropped, too."""
+    ids, components = [completion.prompt.id for completion in completions], config.advantage.components
+    columns = [[completion.reward for completion in completions]]
+    if components is not None:
+        names = components or dict.fromkeys(name for completion in completions for name in completion.reward_parts)
+        columns = [[completion.reward_parts.get(name, 0.0) for completion in completions] for name in names]
+    dead = set.intersection(*(set(zero_variance_groups(column, ids)) for column in columns)) if columns else set()
+    if config.advantage.baseline not in OF_THE_GROUP or config.kl.coefficient > 0 and config.kl.place != KlPlace.loss:
+        return {group_id for group_id in dead if ids.count(group_id) < 2}
+    return dead
+
+
+def advantages_of(completions: list[Completion], rewards: list[float], settings: AdvantageConfig,
+                  greedy_rewards: dict[int, float]) -> list[float]:
+    """The advantage of each completion of whole groups, whose rewards are given in the same order."""
+    if not completions:
+        return []
+    ids = [completion.prompt.id for completion in completions]
+    of_rewards = partial(group_advantages, group_ids=ids, baseline=settings.baseline, scale=settings.scale, k=settings.k,
+                         greedy_rewards=greedy_rewards, lengths=[completion.num_policy_tokens for completion in completions])
+    if settings.components is not None:
+        parts = [completion.reward_parts for completion in completions]
+        advantages = component_advantages(parts, of_rewards, weights=settings.components)
+    else:
+        advantages = of_rewards(rewards)
+    if settings.whiten == Whiten.sequences:
+        advantages = whitened(torch.tensor(advantages, dtype=torch.float64), torch.ones(len(ids), dtype=torch.bool)).tolist()
+    return advantages
 
 
 def prompt_source(env: Environment, config: TrainConfig, step: int, *, vocab_size: int,

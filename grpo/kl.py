@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo.config import ConfigError, Estimator, KlConfig
+from grpo.batch import RolloutBatch
+from grpo.config import ConfigError
+from grpo.configuration.algorithm import Estimator, KlConfig
 from grpo.losses import MAX_LOG_RATIO, LossInputs
 from models.gpt_oss import GptOss
 
@@ -69,6 +71,17 @@ def check_estimator(kl: KlConfig, dtype: torch.dtype) -> None:
     if kl.coefficient > 0 and kl.estimator == Estimator.full and dtype == torch.float16:
         raise ConfigError("kl.estimator = 'full': its gradient would underflow in float16, the dtype of this run; set "
                           "kl.estimator=k2, or dtype=bfloat16 on a GPU that has it")
+
+
+def k1_to_go(batch: RolloutBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """k1 = log pi_sampler - log pi_ref in nats, on the host in float64: for each token [T] the sum over it and the trained tokens
+    after it in its completion, and for each completion [N] the sum over all of its trained tokens."""
+    mask, owners = batch.loss_mask.cpu(), batch.sequence_ids.cpu()
+    gap = torch.where(mask, (batch.sampler_log_probs - batch.ref_log_probs).cpu().double(), 0.0)
+    totals = torch.zeros(len(batch.rewards), dtype=torch.float64).index_add(0, owners, gap)
+    before = gap.cumsum(0) - gap  # a completion's tokens are neighbours, in order
+    starts = torch.full_like(totals, torch.inf).scatter_reduce(0, owners, torch.arange(len(gap)).double(), "amin").long()
+    return totals[owners] - (before - before[starts[owners]]), totals
 
 
 def kl_penalty(inputs: LossInputs, *, coefficient: float,

@@ -21,6 +21,7 @@ from grpo.distributed.ranks import RankFault, Ranks, join
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import completion_record
+from grpo.kl import Reference
 from grpo.record.suspects import find_suspects
 from grpo.record.wandb_run import end_soon
 from grpo.recorded import is_recorded
@@ -51,6 +52,8 @@ def train(run: Run) -> None:
         groups, age, stats = draw_and_update(run)
         run.rollouts.pop(0)
         run.step, run.is_between_steps = run.step + 1, True
+        if run.reference is not None and config.kl.refresh_every and run.step % config.kl.refresh_every == 0:
+            run.reference = Reference.of(run.policy)
         if run.history is not None:
             run.history.record(groups.scored)
             stats |= run.history.metrics()

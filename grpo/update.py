@@ -7,16 +7,20 @@ from typing import NamedTuple
 
 import torch
 
+from grpo.advantages import whitened
 from grpo.batch import RolloutBatch, even_rows_of_micro_batches, halves, minibatches, pack, rows_of_micro_batches
 from grpo.channels import channel_metrics, channel_stats, channels_of
-from grpo.config import Estimator, OldLogProbs
+from grpo.config import OldLogProbs
+from grpo.configuration.algorithm import Estimator, KlPlace, Whiten
 from grpo.corrections import correct
 from grpo.distributed.gradients import train_together
 from grpo.distributed.settings import Reduction
+from grpo.entropy import entropy_loss
 from grpo.exactness import allowed_difference, describe_mismatch, differences
-from grpo.groups import Groups
-from grpo.kl import kl_penalty
-from grpo.losses import LossInputs, checked_loss, reduce_stats, token_stats
+from grpo.groups import Groups, advantages_of
+from grpo.kl import k1_to_go, kl_penalty
+from grpo.loss_contract import call_loss, checked_loss, takes_step
+from grpo.losses import LossInputs, StepTokens, reduce_stats, token_stats, top_entropy
 from grpo.optim import check_finite
 from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
 from grpo.recorded import held_out, held_out_metrics, pack_recorded, sums_of
@@ -44,11 +48,15 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     batch = attempt_twice(lambda: packed(run, groups))
     num_updates = min(optim.minibatches, batch.num_sequences) * optim.epochs
     if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
-        batch.old_log_probs, _ = score_batch(run, batch, replays_routing=True)
+        batch.old_log_probs = score_batch(run, batch, replays_routing=True).log_probs
     if run.reference is not None:
         attempt_twice(lambda: score_by_reference(run, batch))
+        if run.config.kl.coefficient > 0 and run.config.kl.place != KlPlace.loss:
+            batch.advantages = advantages_with_kl(run, batch, groups)
+    if run.config.advantage.whiten == Whiten.tokens:
+        batch.advantages = whitened(batch.advantages, batch.loss_mask)
     if optim.sums_log_probs:
-        old_log_probs, _ = score_batch(run, batch, replays_routing=True)
+        old_log_probs = score_batch(run, batch, replays_routing=True).log_probs
         batch.old_sums, batch.ref_sums = (sums_of(batch, log_probs).to(run.policy.device)
                                           for log_probs in (old_log_probs, batch.ref_log_probs))
     allowed = allowed_difference(run.policy) if staleness == 0 else math.inf
@@ -57,7 +65,8 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
         for part in minibatches(batch, optim.minibatches, seed=seed):
             num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
-            trained.append(train_minibatch(run, part, num_updates=num_updates, allowed=allowed))
+            chosen = step_tokens(run, part, batch, num_updates=num_updates, seed=hash((seed, len(trained))))
+            trained.append(train_minibatch(run, part, chosen, num_updates=num_updates, allowed=allowed))
             lr = run.optimizer.lr
             with CAPTURING:
                 grad_norms.append(attempt_twice(run.optimizer.step))
@@ -77,6 +86,8 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     if groups.is_recorded:
         sampling = {name: value for name, value in sampling.items() if not name.startswith("sampling/")}
     stats, num_packed = zip(*((micro.stats, micro.num_tokens) for part in trained for micro in part))
+    if run.entropy is not None:
+        run.entropy.observe(sampling["entropy"])
     return {**reduce_stats(stats, num_updates=num_updates), **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
@@ -114,7 +125,33 @@ class TrainedMicroBatch:
         return TrainedMicroBatch(self.num_tokens, *host, self.differences.cpu(), flips)
 
 
-def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: float) -> list[TrainedMicroBatch]:
+def advantages_with_kl(run: Run, batch: RolloutBatch, groups: Groups) -> torch.Tensor:
+    """Advantages [T] of rewards that k1 to the reference has lowered. The KL of a completion is the sum over its tokens."""
+    coefficient, place = run.config.kl.coefficient, run.config.kl.place
+    to_go, totals = k1_to_go(batch)
+    rewards = [completion.reward - coefficient * total for completion, total in zip(groups.completions, totals.tolist())]
+    advantages = advantages_of(groups.completions, rewards, run.config.advantage, groups.greedy_rewards)
+    owners = batch.sequence_ids.cpu()
+    result = torch.tensor(advantages, dtype=torch.float64)[owners]
+    if place == KlPlace.reward_to_go:
+        result += coefficient * (totals[owners] - to_go)  # what came before a token is not its doing
+    return result.float().to(batch.advantages.device)
+
+
+def step_tokens(run: Run, part: RolloutBatch, batch: RolloutBatch, *, num_updates: int, seed: int) -> StepTokens | None:
+    """The tokens of the optimizer step `part` of a GRPO step's batch; None if nothing needs them."""
+    if not takes_step(run.loss_fn) and run.config.entropy.top_fraction == 1:
+        return None
+    scores = score_batch(run, part, replays_routing=True, num_tokens=len(batch.tokens))
+    old_log_probs = batch.sampler_log_probs
+    if run.config.optim.old_log_probs != OldLogProbs.sampler:
+        old_log_probs = scores.log_probs if num_updates == 1 else batch.old_log_probs
+    loss_mask = torch.zeros_like(batch.loss_mask).index_copy(0, part.token_index, part.loss_mask)
+    return StepTokens(scores.log_probs, scores.entropy, old_log_probs, batch.advantages, loss_mask, part.num_policy_tokens, seed)
+
+
+def train_minibatch(run: Run, part: RolloutBatch, step: StepTokens | None, *, num_updates: int,
+                    allowed: float) -> list[TrainedMicroBatch]:
     """Leaves the gradient of a minibatch's loss in the optimizer.
 
     A micro-batch that does not fit into memory may have added the gradients of some layers. So the minibatch begins again with
@@ -129,7 +166,7 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
     while True:
         updates = run.config.optim.in_backward and len(work) == 1
         run.is_between_steps = is_between_steps and not updates
-        train = partial(train_micro_batch, run, part, num_updates=num_updates, allowed=allowed, updates=updates)
+        train = partial(train_micro_batch, run, part, step=step, num_updates=num_updates, allowed=allowed, updates=updates)
         trained, refusal, is_stopped = train_all(run, work, train)
         if is_stopped:
             run.optimizer.zero_grad()
@@ -202,15 +239,16 @@ def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[
     return parts
 
 
-def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, num_updates: int, allowed: float,
-                      updates: bool) -> TrainedMicroBatch:
+def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, step: StepTokens | None, num_updates: int,
+                      allowed: float, updates: bool) -> TrainedMicroBatch:
     """Adds the gradient of some sequences of a minibatch to the optimizer's, or updates by it."""
     with CAPTURING:
-        return train_now(run, part.select(rows, share_prompts=run.config.optim.share_prompts), num_updates=num_updates,
+        return train_now(run, part.select(rows, share_prompts=run.config.optim.share_prompts), step, num_updates=num_updates,
                          allowed=allowed, updates=updates)
 
 
-def train_now(run: Run, micro: RolloutBatch, *, num_updates: int, allowed: float, updates: bool) -> TrainedMicroBatch:
+def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_updates: int, allowed: float,
+              updates: bool) -> TrainedMicroBatch:
     run.policy.memory.keeps_gradients = not updates
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
@@ -219,7 +257,7 @@ def train_now(run: Run, micro: RolloutBatch, *, num_updates: int, allowed: float
     if micro.is_recorded:
         micro.sampler_log_probs = scores.log_probs.detach()  # as if the policy had sampled them
     inputs = loss_inputs(run, micro, scores, num_updates)
-    loss, stats = loss_and_stats(run, inputs)
+    loss, stats = loss_and_stats(run, inputs, step)
     check_finite(loss, step=run.step, what="loss", name="the policy")
     run.optimizer.backward(loss, updates=updates)
     found = differences(scores.log_probs, micro, allowed=allowed)
@@ -262,24 +300,41 @@ def loss_inputs(run: Run, micro: RolloutBatch, scores: Scores, num_updates: int)
                          max_new_tokens=run.config.rollout.max_new_tokens)
 
 
-def loss_and_stats(run: Run, inputs: LossInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy loss of one micro-batch, plus the KL penalty if it is on, and the statistics."""
+def loss_and_stats(run: Run, inputs: LossInputs, step: StepTokens | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The policy loss of one micro-batch, plus the KL penalty and minus the entropy bonus if they are on, and the statistics."""
+    kl, share = run.config.kl, run.config.entropy.top_fraction
     inputs, corrections = correct(inputs, run.config.corrections)
-    loss, stats = checked_loss(run.loss_fn(inputs), run.config.loss["_target_"])
+    if share < 1:
+        inputs.advantages = inputs.advantages * top_entropy(step, share)[inputs.token_index]
+    loss, stats = checked_loss(call_loss(run.loss_fn, inputs, step), run.config.loss["_target_"])
     stats = stats | corrections
-    kl = run.config.kl
-    if kl.coefficient > 0:
+    if kl.coefficient > 0 and kl.place == KlPlace.loss:
         penalty, kl_stats = kl_penalty(inputs, coefficient=kl.coefficient, estimator=kl.estimator)
         loss, stats = loss + penalty, stats | kl_stats
+    elif kl.coefficient > 0:
+        stats["kl"] = torch.where(inputs.loss_mask, inputs.sampler_log_probs - inputs.ref_log_probs, 0.0).sum()
+    if run.entropy is not None and run.entropy.coefficient > 0:
+        loss = loss + entropy_loss(inputs, run.entropy.coefficient)
+        stats["entropy/coefficient"] = run.entropy.coefficient * inputs.loss_mask.sum()
     return loss, stats | {"loss": loss.detach(), "num_tokens": inputs.loss_mask.sum()}
 
 
+@dataclass
+class BatchScores:
+    """Of a packed batch under the policy as it is, without gradients."""
+
+    log_probs: torch.Tensor  # [T] nats
+    entropy: torch.Tensor  # [T] nats
+    states: torch.Tensor | None  # [n, D] hidden states of the n trained tokens, on the host
+
+
 @torch.no_grad()
-def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
-                keeps_states: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probs [T] of a packed batch under the policy as it is now and, with keeps_states, the n trained tokens' hidden states
-    [n, D] on the host. Micro-batches that do not fit into memory are split."""
-    work, result, states = divide(run, batch), torch.zeros_like(batch.sampler_log_probs), None
+def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_states: bool = False,
+                num_tokens: int | None = None) -> BatchScores:
+    """The scores of a batch, with `states` if keeps_states. Micro-batches that do not fit into memory are split. num_tokens: T
+    where `batch` is a part of a larger one, in which its tokens have their places."""
+    work, states = divide(run, batch), None
+    log_probs, entropy = (batch.sampler_log_probs.new_zeros(num_tokens or len(batch.tokens)) for _ in range(2))
     if keeps_states:
         states = torch.zeros(int(batch.host_mask.sum()), run.policy.config.hidden_size, dtype=run.policy.dtype)
         rank = batch.host_mask.cumsum(0) - 1  # of a trained token among them
@@ -290,7 +345,7 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
         micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
         with CAPTURING:
             scores = policy_scores(run, micro, make_replay(micro) if replays_routing else None)
-        result[micro.token_index] = scores.log_probs
+        log_probs[micro.token_index], entropy[micro.token_index] = scores.log_probs, scores.entropy
         if keeps_states:
             states[rank[micro.token_index.cpu()[micro.host_mask]]] = scores.hidden.cpu()
 
@@ -307,16 +362,17 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool,
                              f"has at most {run.most_tokens:,} tokens")
     if run.ranks is not None:
         run.most_tokens = min(run.ranks.exchange("the log-probs", run.most_tokens))
-        for tensor in (result, *([] if states is None else [states])):
+        for tensor in (log_probs, entropy, *([] if states is None else [states])):
             run.ranks.fill_in(tensor)
-    return result, states
+    return BatchScores(log_probs, entropy, states)
 
 
 def score_by_reference(run: Run, batch: RolloutBatch) -> None:
     """Gives a packed batch what the KL penalty needs of its reference: log-probs, and for the full KL hidden states."""
     is_full = run.config.kl.coefficient > 0 and run.config.kl.estimator == Estimator.full
     with run.reference.in_place_of(run.policy):  # another policy: it uses its own routing
-        batch.ref_log_probs, batch.ref_hidden = score_batch(run, batch, replays_routing=False, keeps_states=is_full)
+        scores = score_batch(run, batch, replays_routing=False, keeps_states=is_full)
+    batch.ref_log_probs, batch.ref_hidden = scores.log_probs, scores.states
     batch.ref_head = run.reference.head(run.policy) if is_full else None
 
 
@@ -327,7 +383,7 @@ def evaluate_recorded(run: Run) -> dict[str, float]:
         return {}
     run.memory.for_update(run.policy, run.sampler)
     batch = attempt_twice(lambda: pack_recorded(completions).to(run.policy.device))
-    log_probs, _ = score_batch(run, batch, replays_routing=False)
+    log_probs = score_batch(run, batch, replays_routing=False).log_probs
     if run.reference is not None:
         score_by_reference(run, batch)
     metrics = held_out_metrics(batch, log_probs, batch.ref_log_probs)

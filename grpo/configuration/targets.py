@@ -17,8 +17,9 @@ from grpo.rewards.values import describe_error
 
 def bind(node: dict, key: str) -> Callable:
     """The callable that `node["_target_"]` names, with the node's other keys as keywords. What the loop supplies itself (env:
-    tokenizer, seed, total_steps, sandbox; loss: its first parameter, whatever its name) is left open and cannot be set from YAML.
-    Raises ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another type."""
+    tokenizer, seed, total_steps, sandbox; loss: its first parameter, whatever its name, and `step`) is left open and cannot be
+    set from YAML. Raises ConfigError for a target that cannot be found and for keywords that are unknown, missing or of another
+    type."""
     keywords = {name: value for name, value in node.items() if name != "_target_"}
     path, target = node.get("_target_"), resolve_target(node.get("_target_"), key)
     if key == "env" and hasattr(target, "reset") and not hasattr(target, "prompts"):
@@ -39,14 +40,15 @@ def bind(node: dict, key: str) -> Callable:
     required = [name for name in allowed if parameters[name].default is inspect.Parameter.empty]
     missing = [f"{key}.{name}" for name in required if name not in keywords]
     if missing:
-        lacking = [name for name in supplied if name not in ("total_steps", "sandbox") and name not in parameters]
+        lacking = [name for name in supplied if name not in ("total_steps", "sandbox", "step") and name not in parameters]
         contract = f"; it does not take {', '.join(lacking)}, with which the loop calls it" if lacking else ""
         raise ConfigError(f"{', '.join(missing)}: required by {path}; set with `{missing[0]}=VALUE` or in the YAML{contract}")
     return functools.partial(target, **keywords)
 
 
 def _first_of_loss(path: str, parameters: dict[str, inspect.Parameter]) -> tuple[str, ...]:
-    """The name of the parameter that gets a loss's inputs. Raises ConfigError for the signature that losses had before."""
+    """The names of the parameters that get a loss's inputs and the step's tokens. Raises ConfigError for the signature that
+    losses had before."""
     positional = [name for name, parameter in parameters.items() if parameter.kind in (
         inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     if {"log_probs", "old_log_probs"} <= parameters.keys():
@@ -54,7 +56,7 @@ def _first_of_loss(path: str, parameters: dict[str, inspect.Parameter]) -> tuple
         raise ConfigError(
             f"loss._target_ = {path!r}: {name}({', '.join(parameters)}) must be {name}(inputs, *, KEYWORDS): inputs is a "
             "grpo.losses.LossInputs, which has log_probs, old_log_probs and the fields of the batch")
-    return tuple(positional[:1] or ["inputs"])
+    return (*(positional[:1] or ["inputs"]), "step")
 
 
 def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
@@ -81,7 +83,7 @@ def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
 
 def resolve_target(path: Any, key: str) -> Callable:
     if not isinstance(path, str) or not re.search("[.:]", path):
-        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.dapo, "
+        raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.ppo, "
                           "module:name or file.py:name")
     if ":" in path:
         try:

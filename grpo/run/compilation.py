@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from grpo.config import Estimator, Train, TrainConfig
+from grpo.config import Train, TrainConfig
+from grpo.configuration.algorithm import Estimator
 from grpo.configuration.validate import is_evaluating
 from grpo.rollout.sampling import SamplingParams
 from grpo.run.memory import needs_of

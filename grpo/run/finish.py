@@ -41,7 +41,8 @@ def save(run: Run) -> None:
                                      "the last one stands; start another run with a lower optim.lr or optim.weight_decay")
     state = {"wandb_id": run.metrics.wandb.run_id, "num_tokens": run.num_tokens, "made_of": run.made_of,
              "steps_without_update": run.steps_without_update,
-             **({} if run.history is None else {"prompt_pass_rates": run.history.rates})}
+             **({} if run.history is None else {"prompt_pass_rates": run.history.rates}),
+             **({} if run.entropy is None else {"entropy": run.entropy.state})}
     if run.config.rollout.max_staleness:
         state["rollouts"], drawn = write(run.rollouts)
         tensors |= drawn

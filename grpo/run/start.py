@@ -12,8 +12,6 @@ import torch
 
 from grpo.config import (
     ConfigError,
-    Estimator,
-    KlReference,
     LrSchedule,
     OldLogProbs,
     TrainConfig,
@@ -24,11 +22,13 @@ from grpo.config import (
     shown,
     to_dict,
 )
+from grpo.configuration.algorithm import Estimator, KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind
 from grpo.curriculum import PromptHistory, is_on
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.silence import SilentMetrics
+from grpo.entropy import EntropyBonus
 from grpo.environment import (
     Environment,
     check_environment,
@@ -38,7 +38,7 @@ from grpo.environment import (
     summary_of,
 )
 from grpo.kl import Reference, check_estimator
-from grpo.losses import try_loss
+from grpo.loss_contract import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.record.run_table import NAMES_OF_A_RUN
@@ -96,6 +96,7 @@ class Run:
     optimizer: Optimizer | None = None  # once the weights are loaded
     reference: Reference | None = None  # likewise, with a KL penalty
     history: PromptHistory | None = None  # of its prompts, with a curriculum
+    entropy: EntropyBonus | None = None  # likewise, with an entropy bonus
     step: int = 0  # steps finished
     rollouts: list[Rollout] = field(default_factory=list)  # drawn and not trained on: of the next step, the one after it, ...
     num_tokens: int = 0  # of prompts and completions, in all of them
@@ -241,6 +242,8 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         if config.rollout.max_staleness:
             run.rollouts = read(state.state["rollouts"], state.tensors)
     run.optimizer = optimizer
+    if config.entropy.coefficient > 0 or config.entropy.target is not None:
+        run.entropy = EntropyBonus.of(config.entropy, state.state["entropy"] if state is not None else None)
     if run.behaviour is not None:
         run.behaviour.refresh()
     if run.ranks is not None:

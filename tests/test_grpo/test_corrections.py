@@ -14,7 +14,9 @@ from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.config import ConfigError, CorrectionsConfig
 from grpo.configuration.launch import load_config
 from grpo.corrections import correct
-from grpo.losses import LossInputs, dapo, grpo, reduce_stats
+from grpo.losses import LossInputs, ppo, reduce_stats
+
+DAPO = partial(ppo, normalizer="token", clip_low=0.2, clip_high=0.28)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,10 @@ def golden_inputs(golden) -> LossInputs:
     return LossInputs(
         log_probs=golden["log_probs"].clone().requires_grad_(), entropy=torch.zeros(len(mask)),
         old_log_probs=golden["old_log_probs"], sampler_log_probs=golden["sampler_log_probs"], ref_log_probs=None,
-        advantages=golden["advantages"], loss_mask=mask, sequence_ids=ids, sequence_lengths=policy_lengths,
-        rewards=torch.zeros(len(lengths)), group_ids=torch.arange(len(lengths)) // 4, num_policy_tokens=int(mask.sum()),
+        full_kl=None, advantages=golden["advantages"], loss_mask=mask, sequence_ids=ids, sequence_lengths=policy_lengths,
+        rewards=torch.zeros(len(lengths)), group_ids=torch.arange(len(lengths)) // 4,
+        group_lengths=policy_lengths, token_index=torch.arange(len(mask)), spans=list(enumerate(lengths.tolist())),
+        num_policy_tokens=int(mask.sum()),
         num_sequences=len(lengths), num_prompts=6, max_new_tokens=24)
 
 
@@ -58,10 +62,11 @@ def test_weights_are_those_of_trl_and_verl(golden, case, settings):
 
 
 @pytest.mark.parametrize("case, loss_fn, settings", [
-    ("is_token_truncate", partial(dapo, clip_low=0.2, clip_high=0.28), dict(weight="truncate", high=3.0)),
-    ("is_token_mask", partial(dapo, clip_low=0.2, clip_high=0.28), dict(weight="mask", low=0.5, high=3.0)),
-    ("is_sequence_mask", partial(dapo, clip_low=0.2, clip_high=0.28), dict(weight="mask", level="sequence", high=3.0)),
-    ("opsm_sampler", partial(grpo, clip_low=0.2, clip_high=0.2), dict(weight="truncate", high=3.0, opsm_delta=0.02))])
+    ("is_token_truncate", DAPO, dict(weight="truncate", high=3.0)),
+    ("is_token_mask", DAPO, dict(weight="mask", low=0.5, high=3.0)),
+    ("is_sequence_mask", DAPO, dict(weight="mask", level="sequence", high=3.0)),
+    ("opsm_sampler", partial(ppo, normalizer="sequence", clip_low=0.2, clip_high=0.2),
+     dict(weight="truncate", high=3.0, opsm_delta=0.02))])
 def test_losses_and_gradients_with_corrections_are_trl_s(golden, case, loss_fn, settings):
     inputs = golden_inputs(golden)
     loss, _ = loss_fn(correct(inputs, CorrectionsConfig(**settings))[0])
@@ -179,10 +184,12 @@ def test_the_expected_gradient_is_the_policy_gradient_only_with_whole_sequence_r
         value = value + own.sum().exp() * rewards[first, second]
         inputs = LossInputs(
             log_probs=own, entropy=torch.zeros(2), old_log_probs=own.detach(), sampler_log_probs=others, ref_log_probs=None,
-            advantages=rewards[first, second].expand(2), loss_mask=torch.ones(2, dtype=torch.bool),
+            full_kl=None, advantages=rewards[first, second].expand(2), loss_mask=torch.ones(2, dtype=torch.bool),
             sequence_ids=torch.zeros(2, dtype=torch.int64), sequence_lengths=torch.tensor([2]), rewards=torch.zeros(1),
-            group_ids=torch.zeros(1), num_policy_tokens=1, num_sequences=1, num_prompts=1, max_new_tokens=2)
-        loss, _ = dapo(correct(inputs, settings)[0], clip_low=0.2, clip_high=0.2)
+            group_ids=torch.zeros(1), group_lengths=torch.tensor([2]),
+            token_index=torch.arange(2), spans=[(0, 2)],
+            num_policy_tokens=1, num_sequences=1, num_prompts=1, max_new_tokens=2)
+        loss, _ = DAPO(correct(inputs, settings)[0])
         surrogate = surrogate - others.sum().exp() * loss
     exact, expected = (torch.cat([grad.flatten() for grad in torch.autograd.grad(total, policy, retain_graph=True)])
                        for total in (value, surrogate))

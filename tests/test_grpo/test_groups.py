@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from grpo.batch import Completion, Prompt, Segment
+from grpo.configuration.algorithm import AdvantageConfig, Baseline, KlConfig, Scale
 from grpo.environment import EnvironmentFault, Score, check_environment, checked_scores, held_out_prompts
 from grpo.envs.data_files import DataError
 from grpo.groups import collect, length_metrics, reward_metrics
@@ -43,14 +44,14 @@ class Env:
         return [Score(self.rewards[c.prompt.id][c.sample], {"exact": float(c.sample)}, {}, None) for c in completions]
 
 
-def config(*, prompts=3, refill=2, normalize_std=False, max_tokens=100, mask_truncated=False, oversampling=1.0, overlong=None,
+def config(*, prompts=3, refill=2, scale="none", max_tokens=100, mask_truncated=False, oversampling=1.0, overlong=None,
            penalty=1.0):
     return SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
                                 temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True, oversampling=oversampling,
                                 overlong_buffer=overlong, overlong_penalty=penalty),
         optim=SimpleNamespace(max_tokens=max_tokens, mask_truncated=mask_truncated), eval=SimpleNamespace(max_prompts=2),
-        advantage=SimpleNamespace(normalize_std=normalize_std), warmup=None)
+        advantage=AdvantageConfig(Baseline.group, Scale(scale)), kl=KlConfig(0.0), warmup=None)
 
 
 def run(rewards, **settings):
@@ -112,7 +113,7 @@ def test_a_completion_without_a_reward_leaves_its_group_and_a_group_of_one_is_dr
 
 
 def test_advantages_are_divided_by_the_spread_when_asked():
-    groups, _ = run({0: [1.0, 0.0], 1: [0.0, 10.0], 2: [0.0, 0.5]}, normalize_std=True)
+    groups, _ = run({0: [1.0, 0.0], 1: [0.0, 10.0], 2: [0.0, 0.5]}, scale="group")
     assert groups.advantages == pytest.approx([0.5**0.5, -(0.5**0.5)] + [-(0.5**0.5), 0.5**0.5] * 2, rel=1e-4)
 
 

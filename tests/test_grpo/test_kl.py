@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.config import ConfigError, Estimator, KlConfig
+from grpo.config import ConfigError
+from grpo.configuration.algorithm import Estimator, KlConfig
 from grpo.kl import Reference, check_estimator
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss

@@ -12,11 +12,13 @@ import torch
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.config import ConfigError
 from grpo.kl import kl_penalty
-from grpo.losses import LossInputs, dapo, dr_grpo, grpo, reduce_stats, token_stats, try_loss
+from grpo.loss_contract import try_loss
+from grpo.losses import LossInputs, ppo, reduce_stats, token_stats
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
-LOSSES = {"grpo": partial(grpo, **CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=10.0, **CLIP),
-          "dapo": partial(dapo, **CLIP)}
+dapo, grpo = (partial(ppo, normalizer=normalizer) for normalizer in ("token", "sequence"))
+LOSSES = {name: partial(ppo, normalizer=normalizer, **CLIP)
+          for name, normalizer in {"grpo": "sequence", "dr_grpo": "constant", "dapo": "token"}.items()}
 
 # Two completions. The ratios of the first (advantage 1): 1.5, above 1.28, and 0.5, where min(r A, clip A) = r A.
 # Of the second (advantage -1): 0.5, below 0.8, then 2, 1 and 1, where min(r A, clip A) = r A.
@@ -264,17 +266,18 @@ def attempt(loss_fn, path, *, group_size=2, has_reference=False):
     (partial(dapo, clip_low=-0.1, clip_high=0.2), "loss.clip_low = -0.1"),
     (partial(dapo, clip_low=1.5, clip_high=0.2), "loss.clip_low = 1.5"),
     (partial(grpo, clip_low=0.2, clip_high=-0.2), "loss.clip_high = -0.2"),
-    (partial(dr_grpo, clip_low=0.2, clip_high=0.2, length_normalizer=0), "loss.length_normalizer = 0"),
-    (partial(dr_grpo, clip_low=0.2, clip_high=0.2, length_normalizer=math.inf), "loss.length_normalizer = inf"),
+    (partial(ppo, clip_low=0.2, clip_high=0.2, normalizer=0), "loss.normalizer = 0"),
+    (partial(ppo, clip_low=0.2, clip_high=0.2, normalizer=math.inf), "loss.normalizer = inf"),
+    (partial(ppo, clip_low=0.2, clip_high=0.2, normalizer="tokens"), "loss.normalizer = 'tokens': must be one of token, seq"),
 ])
 def test_bad_coefficients_are_refused_by_key_before_a_run(loss_fn, message):
     with pytest.raises(ConfigError, match=message):
-        attempt(loss_fn, "grpo.losses.dapo")
+        attempt(loss_fn, "grpo.losses.ppo")
 
 
 def test_the_ends_of_the_coefficients_ranges_are_inside():
-    attempt(partial(dapo, clip_low=0, clip_high=0), "grpo.losses.dapo")
-    attempt(partial(dapo, clip_low=1, clip_high=math.inf), "grpo.losses.dapo")
+    attempt(partial(dapo, clip_low=0, clip_high=0), "grpo.losses.ppo")
+    attempt(partial(dapo, clip_low=1, clip_high=math.inf), "grpo.losses.ppo")
 
 
 def reinforce(inputs):

@@ -10,7 +10,8 @@ from refused_memory import REFUSAL, Refusing
 from test_update import DAPO, Warnings, build_policy, draw_completions, move
 
 from grpo.batch import halves, micro_batches, pack
-from grpo.config import KlConfig, KlReference, LoraSettings
+from grpo.config import LoraSettings
+from grpo.configuration.algorithm import KlConfig, KlReference
 from grpo.configuration.launch import load_config
 from grpo.groups import Groups
 from grpo.kl import Reference

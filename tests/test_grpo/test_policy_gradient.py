@@ -15,7 +15,7 @@ import torch
 from grpo.advantages import group_advantages
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
 from grpo.kl import kl_penalty
-from grpo.losses import LossInputs, dapo, dr_grpo, grpo
+from grpo.losses import LossInputs, ppo
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.config import GptOssConfig
@@ -28,8 +28,8 @@ FIXED = [list(pair) for pair in itertools.product(range(3), repeat=2)]  # 0 does
 TEMPERATURE = 0.7
 NO_CLIP = dict(clip_low=0.2, clip_high=0.28)  # inactive while the old log-probs are the policy's own
 LENGTH = 5.0
-LOSSES = {"grpo": partial(grpo, **NO_CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=LENGTH, **NO_CLIP),
-          "dapo": partial(dapo, **NO_CLIP)}
+NORMALIZERS = {"grpo": "sequence", "dr_grpo": LENGTH, "dapo": "token"}
+LOSSES = {name: partial(ppo, normalizer=normalizer, **NO_CLIP) for name, normalizer in NORMALIZERS.items()}
 
 
 def tiny_model(vocab_size=3, seed=0):
@@ -81,17 +81,17 @@ def inputs_of(batch, log_probs, old_log_probs):
     return LossInputs.of(batch, log_probs, torch.zeros_like(log_probs), old_log_probs=old_log_probs, max_new_tokens=2)
 
 
-def group_loss(loss_fn, log_probs, space, group, *, normalize_std, old_log_probs=None):
+def group_loss(loss_fn, log_probs, space, group, *, scale, old_log_probs=None):
     """The loss of a step that consists of one group (indices into the completions)."""
     completions = completions_of([space[i] for i in group])
     rewards = [reward(space[i]) for i in group]
-    batch = pack(completions, group_advantages(rewards, [0] * len(group), normalize_std=normalize_std))
+    batch = pack(completions, group_advantages(rewards, [0] * len(group), baseline="group", scale=scale))
     packed = torch.cat([log_probs[i] for i in group])
     old = packed.detach() if old_log_probs is None else torch.cat([old_log_probs[i] for i in group])
     return loss_fn(inputs_of(batch, packed, old))[0]
 
 
-def exact_objective(name, log_p, space, group_size, *, normalize_std=False):
+def exact_objective(name, log_p, space, group_size, *, scale="none"):
     """A scalar whose gradient is the exact expectation of the loss's gradient for one group of `group_size`.
 
     E[sum_i A_i w_i grad log p_i] with A_i = R_i - mean: for weights w of the completion alone this is
@@ -107,7 +107,7 @@ def exact_objective(name, log_p, space, group_size, *, normalize_std=False):
     # or, divided by the sample standard deviation |R_a - R_b| / sqrt 2, its sign / sqrt 2
     assert group_size == 2, group_size
     gap = rewards[:, None] - rewards[None, :]
-    advantage = gap.sign() / 2 ** 0.5 if normalize_std else gap / 2
+    advantage = gap.sign() / 2 ** 0.5 if scale == "group" else gap / 2
     joint = (p[:, None] * p[None, :]).detach()
     pair = advantage * (log_p[:, None] - log_p[None, :]) / (lengths[:, None] + lengths[None, :])
     return -(joint * pair).sum()
@@ -133,7 +133,7 @@ def test_the_expected_gradient_over_all_groups_is_the_exact_one(name, group_size
     log_p = exact_log_probs(model, space)
     p = log_p.detach().exp()
     log_probs = trained_log_probs(model, space)
-    expectation = sum(p[list(group)].prod() * group_loss(LOSSES[name], log_probs, space, group, normalize_std=False)
+    expectation = sum(p[list(group)].prod() * group_loss(LOSSES[name], log_probs, space, group, scale="none")
                       for group in itertools.product(range(len(space)), repeat=group_size))
     exact = flat_gradient(exact_objective(name, log_p, space, group_size), model)
     assert_gradients_close(flat_gradient(expectation, model), exact, 1e-5)
@@ -144,9 +144,9 @@ def test_the_expected_gradient_with_standardised_advantages_is_the_exact_one():
     log_p = exact_log_probs(model, VARIABLE)
     p = log_p.detach().exp()
     log_probs = trained_log_probs(model, VARIABLE)
-    expectation = sum(p[a] * p[b] * group_loss(LOSSES["dapo"], log_probs, VARIABLE, (a, b), normalize_std=True)
+    expectation = sum(p[a] * p[b] * group_loss(LOSSES["dapo"], log_probs, VARIABLE, (a, b), scale="group")
                       for a in range(7) for b in range(7))
-    exact = flat_gradient(exact_objective("dapo", log_p, VARIABLE, 2, normalize_std=True), model)
+    exact = flat_gradient(exact_objective("dapo", log_p, VARIABLE, 2, scale="group"), model)
     assert_gradients_close(flat_gradient(expectation, model), exact, 2e-5)  # STD_EPS / smallest gap is 5e-6
 
 
@@ -157,7 +157,7 @@ def test_with_completions_of_one_length_every_loss_climbs_the_expected_reward(na
     log_p = exact_log_probs(model, FIXED)
     p = log_p.detach().exp()
     log_probs = trained_log_probs(model, FIXED)
-    expectation = sum(p[a] * p[b] * group_loss(LOSSES[name], log_probs, FIXED, (a, b), normalize_std=False)
+    expectation = sum(p[a] * p[b] * group_loss(LOSSES[name], log_probs, FIXED, (a, b), scale="none")
                       for a in range(9) for b in range(9))
     climb = flat_gradient((log_p.exp() * torch.tensor([reward(tokens) for tokens in FIXED])).sum(), model)
     assert_gradients_close(flat_gradient(expectation, model), -climb / 2 / (LENGTH if name == "dr_grpo" else 2), 1e-5)
@@ -173,7 +173,7 @@ def test_the_monte_carlo_gradient_converges_to_the_exact_one(name):
     exact = flat_gradient(exact_objective(name, log_p, VARIABLE, 2), model)
     # the gradient of each possible step, by the chain rule through the packed log-probs: [49, P]
     gradients = torch.stack([flat_gradient(group_loss(LOSSES[name], log_probs, VARIABLE, divmod(i, 7),
-                                                      normalize_std=False), model) for i in range(49)])
+                                                      scale="none"), model) for i in range(49)])
     probabilities = (p[:, None] * p[None, :]).flatten()
     deviation = (probabilities @ (gradients - exact).square().sum(1)).sqrt()  # of one group's gradient
     generator = torch.Generator().manual_seed(5)
@@ -193,7 +193,7 @@ def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
         prompts, SamplingParams(max_new_tokens=2, temperature=TEMPERATURE), step=0, num_samples=group_size)
     rewards = [reward(completion.completion_ids) for completion in completions]
     batch = pack(completions, group_advantages(rewards, [completion.prompt.id for completion in completions],
-                                               normalize_std=False))
+                                               baseline="group", scale="none"))
     log_probs, _ = model.log_probs(batch.tokens, batch.cu_seqlens, temperature=TEMPERATURE, mask=batch.loss_mask)
     assert (log_probs - batch.sampler_log_probs).abs().max() < 1e-5
 
@@ -217,9 +217,8 @@ def test_off_policy_ratios_correct_the_gradient_of_single_tokens(name):
     log_probs, old = trained_log_probs(model, space), [part.detach() for part in trained_log_probs(older, space)]
     assert (log_p.exp() / p_old - 1).abs().max() > 0.2
     wide = dict(clip_low=1.0, clip_high=1e6)
-    loss_fn = {"grpo": partial(grpo, **wide), "dapo": partial(dapo, **wide),
-               "dr_grpo": partial(dr_grpo, length_normalizer=1.0, **wide)}[name]
-    expectation = sum(p_old[a] * p_old[b] * group_loss(loss_fn, log_probs, space, (a, b), normalize_std=False,
+    loss_fn = partial(ppo, normalizer=1.0 if name == "dr_grpo" else NORMALIZERS[name], **wide)
+    expectation = sum(p_old[a] * p_old[b] * group_loss(loss_fn, log_probs, space, (a, b), scale="none",
                                                        old_log_probs=old) for a in range(3) for b in range(3))
     climb = flat_gradient((log_p.exp() * torch.tensor([reward(tokens) for tokens in space])).sum(), model)
     assert_gradients_close(flat_gradient(expectation, model), -climb / 2, 1e-5)

@@ -233,8 +233,8 @@ def test_a_loss_of_ones_own_trains_and_a_wrong_one_is_refused_before_the_model_l
 
     def run(name, *arguments):
         return entry_points.run("grpo.train", "+experiment=smoke", f"name={name}", f"output_dir={tmp_path}", "steps=1",
-                                "env._target_=spread.Spread", "eval.at_start=false", "eval.at_end=false", "~loss.clip_low",
-                                "~loss.clip_high", f"loss._target_={tmp_path}/losses.py:{name}", *arguments,
+                                "env._target_=spread.Spread", "eval.at_start=false", "eval.at_end=false", "loss=user",
+                                f"loss._target_={tmp_path}/losses.py:{name}", *arguments,
                                 path=(spread_folder,), writes_report=False)
 
     done = run("reinforce", "++loss.scale=2.0")

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.config import ConfigError, Estimator, KlConfig, KlReference, LrSchedule, OldLogProbs
+from grpo.config import ConfigError, LrSchedule, OldLogProbs
+from grpo.configuration.algorithm import Estimator, KlConfig, KlReference
 from grpo.configuration.launch import load_config
 from grpo.groups import Groups
 from grpo.kl import Reference
-from grpo.losses import dapo, grpo
+from grpo.losses import ppo
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run, make_optimizer
 from grpo.update import update
@@ -29,7 +30,8 @@ from models.lora import LoraConfig, attach_lora, set_full_training
 
 SEED, STEP, TEMPERATURE, LR = 5, 3, 0.7, 0.3
 LOW, HIGH, COEFFICIENT = 0.2, 0.28, 0.3
-DAPO = partial(dapo, clip_low=LOW, clip_high=HIGH)
+NORMALIZERS = {"dapo": "token", "grpo": "sequence"}
+DAPO = partial(ppo, normalizer="token", clip_low=LOW, clip_high=HIGH)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
 
 
@@ -206,7 +208,7 @@ def compare(config, tmp_path, *, held_to, name, minibatches, epochs, old_log_pro
         config, kl=KlConfig(0.0 if held_to == "no penalty" else COEFFICIENT, estimator, KlReference.start),
         optim=replace(config.optim, minibatches=minibatches, epochs=epochs, old_log_probs=OldLogProbs(old_log_probs),
                       share_prompts=share_prompts, max_tokens=max_tokens))
-    run = Run(settings, tmp_path, policy, None, None, partial({"dapo": dapo, "grpo": grpo}[name], clip_low=LOW, clip_high=HIGH),
+    run = Run(settings, tmp_path, policy, None, None, partial(ppo, normalizer=NORMALIZERS[name], clip_low=LOW, clip_high=HIGH),
               None, Warnings(), lambda: False, optimizer=Sgd(policy), step=STEP,
               reference=None if held_to == "no penalty" else reference)
     measured = update(run, Groups(completions, advantages, []))
@@ -286,7 +288,7 @@ def test_steps_without_a_live_group_have_no_loss_and_five_in_a_row_are_warned_of
 def test_a_loss_that_breaks_its_contract_in_the_middle_is_named(config, tmp_path):
     policy = build_policy(trains="adapter")
     run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), loss_fn=lambda inputs: inputs.log_probs.sum())
-    with pytest.raises(ConfigError, match=r"grpo.losses.dapo.*no pair. A loss is called as"):
+    with pytest.raises(ConfigError, match=r"grpo.losses.ppo.*no pair. A loss is called as"):
         update(run, Groups(*draw_completions(policy), []))
 
 

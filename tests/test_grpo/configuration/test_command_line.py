@@ -287,7 +287,7 @@ def test_a_slip_in_a_section_above_an_unknown_key_is_pointed_out():
 
 
 def test_a_function_given_as_a_file_of_configs_is_pointed_to_its_key():
-    with pytest.raises(ConfigError, match=re.escape("did you mean loss._target_=my_losses.py:own? Available: dapo,")):
+    with pytest.raises(ConfigError, match=re.escape("did you mean loss._target_=my_losses.py:own? Available: bnpo, cispo,")):
         load_config("train", ["loss=my_losses.py:own"])
 
 
@@ -306,9 +306,10 @@ def conf(tmp_path) -> Path:
         "# @package _global_\ndefaults: [smoke, override /loss: mime]\n"
     )
     (tmp_path / "conf/experiment/own_loss.yaml").write_text(
-        "# @package _global_\ndefaults: [smoke, _self_]\nloss: {_target_: grpo.losses.dr_grpo, length_normaliser: 3}\n"
+        "# @package _global_\ndefaults: [smoke, _self_]\nloss: {_target_: grpo.losses.ppo, normaliser: 3}\n"
     )
-    (tmp_path / "conf/loss/mine.yaml").write_text("_target_: grpo.losses.grpo\nclip_low: 0.1\nclip_high: 0.3\n")
+    (tmp_path / "conf/loss/mine.yaml").write_text(
+        "_target_: grpo.losses.ppo\nnormalizer: sequence\nclip_low: 0.1\nclip_high: 0.3\n")
     return tmp_path / "conf"
 
 
@@ -365,10 +366,10 @@ def test_only_the_command_line_is_told_that_it_may_choose_an_experiment(conf):
 def test_an_unknown_keyword_says_which_file_brought_it(launched, conf):
     result = launched("--config-dir=conf", "experiment=own_loss", "~loss.clip_high")
     assert result.code == 2 and result.out == ""
-    assert "unknown key loss.length_normaliser (set by conf/experiment/own_loss.yaml; " in result.err
-    assert "~loss.length_normaliser leaves it out); did you mean loss.length_normalizer?" in result.err
+    assert "unknown key loss.normaliser (set by conf/experiment/own_loss.yaml; " in result.err
+    assert "~loss.normaliser leaves it out); did you mean loss.normalizer?" in result.err
     (conf.parent / "own.py").write_text("def own(inputs, *, scale: float):\n    pass\n")
-    result = launched("loss._target_=own.own", "loss.scale=2", "~loss.clip_high")
+    result = launched("loss._target_=own.own", "loss.scale=2", "~loss.clip_high", "~loss.normalizer")
     assert result.code == 2, result.out
     assert (
         "unknown key loss.clip_low (set by configs/loss/dapo.yaml; ~loss.clip_low leaves it out). "
@@ -382,11 +383,11 @@ def test_all_keywords_that_a_file_sets_for_another_function_are_named_at_once(la
         "def swapped(inputs, batch):\n    pass\n\n\ndef own(inputs):\n    pass\n"
     )
     result = launched("loss._target_=own:own")
-    assert "(set by configs/loss/dapo.yaml; ~loss.clip_low ~loss.clip_high leave them out). " in result.err
+    assert "(set by configs/loss/dapo.yaml; ~loss.normalizer ~loss.clip_low ~loss.clip_high leave them out). " in result.err
     result = launched("env._target_=own.py:Own", "~env.digits", "++env.sise=3")
     assert "(set by configs/env/carry.yaml; ~env.fault_rate ~env.keep_no_carry ~env.held_out_fraction " in result.err
     assert " ~env.digits" not in result.err and " ~env.sise" not in result.err
-    result = launched("loss._target_=own.py:swapped", "~loss.clip_low", "~loss.clip_high")
+    result = launched("loss=user", "loss._target_=own.py:swapped")
     assert "loss.batch: required by own.py:swapped; set with `loss.batch=VALUE` or in the YAML" in result.err
 
 

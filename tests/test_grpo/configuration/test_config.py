@@ -47,7 +47,8 @@ def test_every_experiment_begins_with_its_command_line(name):
 def test_every_file_of_a_group_can_be_chosen(group):
     for path in (CONFIG_DIR / group).glob("*.yaml"):
         needed = {"dataset": ["env.path=x.jsonl"], "tool_class": ["env.environment=x.py:X"],
-                  "resource_sessions": ["env.environment=x.py:X"]}
+                  "resource_sessions": ["env.environment=x.py:X"],
+                  "user": ["loss._target_=grpo.losses.reinforce", "loss.normalizer=token"]}
         overrides = [f"{group}={path.stem}", *needed.get(path.stem, [])]
         config = load_config("train", overrides)
         bind(config.loss, "loss")
@@ -111,7 +112,7 @@ BAD_ARGUMENTS = [
         "experiment = 'quikstart': no file configs/experiment/quikstart.yaml; "
         "did you mean experiment=quickstart? Available: calculator, countdown_20b,",
     ),
-    ("loss=ppo", "loss = 'ppo': no file configs/loss/ppo.yaml. Available: dapo, dr_grpo, grpo"),
+    ("loss=ppo", "loss = 'ppo': no file configs/loss/ppo.yaml; did you mean loss=opo? Available: bnpo, cispo,"),
     ("optim=3", "optim = 3: no file of configs/optim"),
     ("loss=null", "loss = None: no file of configs/loss"),
     ("wandb=offline", "wandb = 'offline': wandb holds keys; set wandb.KEY=VALUE"),
@@ -248,12 +249,14 @@ BAD_NODES = [
     (
         "loss",
         {"clip_low": 0.2, "clip_hihg": 0.2},
-        "unknown key loss.clip_hihg; did you mean loss.clip_high? Allowed in loss: clip_high, clip_low",
+        "unknown key loss.clip_hihg; did you mean loss.clip_high? Allowed in loss: clip_high, clip_low, dual_clip, max_ratio, "
+        "normalizer",
     ),
-    ("loss", {"clip_low": 0.2}, "loss.clip_high: required by grpo.losses.dapo"),
-    ("loss", {"clip_low": "x", "clip_high": 0.2}, "loss.clip_low = 'x' (str): grpo.losses.dapo expects a number"),
+    ("loss", {"clip_low": 0.2, "normalizer": "token"}, "loss.clip_high: required by grpo.losses.ppo"),
+    ("loss", {"clip_low": "x", "clip_high": 0.2}, "loss.clip_low = 'x' (str): grpo.losses.ppo expects a number"),
+    ("loss", {"clip_low": 0.2, "clip_high": 0.2, "step": 1}, "loss.step = 1: the loop supplies step"),
     ("loss", {"clip_low": 0.2, "clip_high": 0.2, "inputs": 1}, "loss.inputs = 1: the loop supplies inputs"),
-    ("loss", {"_target_": "grpo.losses.dapoo"}, "has no function or class dapoo; did you mean grpo.losses.dapo?"),
+    ("loss", {"_target_": "grpo.losses.gspoo"}, "has no function or class gspoo; did you mean grpo.losses.gspo?"),
     ("loss", {"_target_": "grpo.lossess.dapo"}, "cannot import grpo.lossess"),
     ("loss", {"_target_": "dapo"}, "loss._target_ = 'dapo': expected a dotted path"),
     ("env", {"digitz": 2}, "unknown key env.digitz; did you mean env.digits?"),
@@ -265,7 +268,7 @@ BAD_NODES = [
 
 @pytest.mark.parametrize("key, node, expected", BAD_NODES)
 def test_a_bad_keyword_of_a_target_is_refused_by_name(key, node, expected):
-    target = {"loss": "grpo.losses.dapo", "env": "grpo.envs.carry.Carry"}[key]
+    target = {"loss": "grpo.losses.ppo", "env": "grpo.envs.carry.Carry"}[key]
     with pytest.raises(ConfigError, match=re.escape(expected)):
         bind({"_target_": target, **node}, key)
 

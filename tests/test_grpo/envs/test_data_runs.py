@@ -76,7 +76,7 @@ def test_gsm8k_as_shipped_trains_within_512_tokens_at_low_effort():
     config = load_config("train", ["+experiment=gsm8k_20b"])
     assert (config.rollout.max_new_tokens, config.rollout.temperature, config.env["reasoning_effort"]) == (512, 1.0, "low")
     assert (config.rollout.prompts_per_step, config.rollout.group_size, config.optim.lr) == (32, 16, 2e-5)
-    assert config.advantage.normalize_std is False and config.kl.coefficient == 0
+    assert config.advantage.scale == "none" and config.kl.coefficient == 0
     assert config.optim.max_tokens >= config.env["max_prompt_tokens"] + config.rollout.max_new_tokens
 
 

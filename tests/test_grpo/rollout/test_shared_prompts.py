@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, minibatches, pack
-from grpo.losses import LossInputs, dapo, dr_grpo, grpo, reduce_stats, token_stats
+from grpo.losses import NORMALIZERS, LossInputs, ppo, reduce_stats, token_stats
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 
 CLIP = dict(clip_low=0.2, clip_high=0.28)
-LOSSES = {"grpo": partial(grpo, **CLIP), "dr_grpo": partial(dr_grpo, length_normalizer=10.0, **CLIP),
-          "dapo": partial(dapo, **CLIP)}
+LOSSES = {normalizer: partial(ppo, normalizer=normalizer, **CLIP) for normalizer in NORMALIZERS}
 
 
 def completion(prompt_id, prompt_ids, *turns, sample=0) -> Completion:

@@ -32,9 +32,10 @@ from scripted_turns import (
 
 from grpo.batch import Completion, ToolCall, pack
 from grpo.config import TurnsConfig
+from grpo.configuration.algorithm import AdvantageConfig, Baseline, KlConfig, Scale
 from grpo.environment import EnvironmentFault, checked_scores
 from grpo.groups import collect, completion_record, turn_metrics
-from grpo.losses import LossInputs, dapo, dr_grpo, grpo
+from grpo.losses import NORMALIZERS, LossInputs, ppo
 from grpo.rollout.scheduler import Scheduler
 from grpo.rollout.session import Interrupted, Sampler
 from grpo.rollout.turns import Turns
@@ -130,7 +131,7 @@ def test_in_random_episodes_exactly_the_sampled_tokens_are_trained_on(play, mode
     assert log_probs[~batch.loss_mask].abs().max() == 0
 
 
-@pytest.mark.parametrize("loss_fn", [grpo, dapo, partial(dr_grpo, length_normalizer=100.0)], ids=["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_fn", [partial(ppo, normalizer=normalizer) for normalizer in NORMALIZERS], ids=NORMALIZERS)
 def test_what_stands_at_env_tokens_as_targets_changes_no_loss(play, loss_fn):
     """Their log-probs, entropies, advantages and what the sampler recorded are noise in one of two batches."""
     completions, _ = play(random_scripts(6, 2, seed=2))
@@ -296,8 +297,8 @@ def test_groups_of_a_step_carry_turns_and_calls(play, model, monkeypatch):
 
     config = SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=1, group_size=2, refill_rounds=0, max_new_tokens=400, temperature=1.0, top_k=0,
-                                top_p=1.0, min_p=0.0, replay_routing=False),
-        optim=SimpleNamespace(mask_truncated=False), advantage=SimpleNamespace(normalize_std=False))
+                                top_p=1.0, min_p=0.0, replay_routing=False, oversampling=1.0, overlong_buffer=None),
+        optim=SimpleNamespace(mask_truncated=False), advantage=AdvantageConfig(Baseline.group, Scale.none), kl=KlConfig(0.0))
     turns = Turns(Whole(), TOKENIZER, TurnsConfig())
     monkeypatch.setattr(turns, "generate", lambda sampler, *_, **__: completions)
     groups = collect(Whole(), Sampler(model, TOKENIZER.stop_ids, max_batch=4, seed=0), config, 0, lambda: False, turns=turns)
