@@ -384,13 +384,19 @@ def _first_fit(bundles: list[tuple[list[int], int]], capacity: int) -> list[tupl
     return bins
 
 
-def minibatches(batch: RolloutBatch, num: int, *, seed: int) -> list[RolloutBatch]:
-    """Shuffles the completions and splits them into `num` optimizer steps, each with counts of its own."""
+def minibatches(batch: RolloutBatch, num: int, *, seed: int, whole_prompts: bool = False) -> list[RolloutBatch]:
+    """Shuffles the completions, or with whole_prompts the groups, and splits them into `num` optimizer steps, each with counts of
+    its own."""
     if num == 1:
         return [batch]
-    owned = _rows_by_owner(batch)
-    random.Random(seed).shuffle(owned)
-    parts = [batch.select(sorted(itertools.chain(*chosen))) for i in range(num) if (chosen := owned[i::num])]
+    units = _rows_by_owner(batch)
+    if whole_prompts:
+        by_prompt = dict[tuple[int, int], list[int]]()
+        for rows in units:
+            by_prompt.setdefault(batch.prompts[rows[0]], []).extend(rows)
+        units = list(by_prompt.values())
+    random.Random(seed).shuffle(units)
+    parts = [batch.select(sorted(itertools.chain(*chosen))) for i in range(num) if (chosen := units[i::num])]
     return [replace(part, num_sequences=len(set(part.owners)), num_policy_tokens=int(part.host_mask.sum()),
                     num_prompts=_num_prompts(part.prompts, part.owners),
                     group_lengths=_lengths_of_groups(batch.group_ids.tolist(), batch.sequence_lengths, set(part.owners)))

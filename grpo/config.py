@@ -231,6 +231,9 @@ class OptimConfig:
     # a micro-batch has a group's prompt once, before all its completions: fewer tokens, the same gradient
     share_prompts: bool = False
     minibatches: int = number("[1, inf)")  # updates each epoch
+    whole_prompts: bool = False  # a minibatch has all completions of its prompts
+    # updates after the first send every token through the experts that the policy chose before it ("R2"); gate weights are new
+    replay_routing: bool = False
     epochs: int = number("[1, inf)")  # passes over a batch
     old_log_probs: OldLogProbs = MISSING
     # a pass before the update gives the loss the log-prob of each completion, and the reference's: for losses over whole groups,

@@ -28,7 +28,7 @@ from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
 from models.decoder import CAPTURING
 from models.gpt_oss import HeadStates, Scores
-from models.routing_record import RoutingReplay
+from models.routing_record import RoutingRecord, RoutingReplay, zero_routing
 
 PATIENCE = 5  # a warning comes after this many steps in a row without an update
 
@@ -46,9 +46,11 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
                              "(or its completions cut off, with optim.mask_truncated); look at completions.jsonl")
         return {"loss": math.nan, "grad_norm": math.nan, "lr": run.optimizer.lr, "update/tokens": 0, "update/trained_tokens": 0}
     batch = attempt_twice(lambda: packed(run, groups))
-    num_updates = min(optim.minibatches, batch.num_sequences) * optim.epochs
-    if num_updates > 1 and optim.old_log_probs == OldLogProbs.trainer:
-        batch.old_log_probs = score_batch(run, batch, replays_routing=True).log_probs
+    num_updates = min(optim.minibatches, batch.num_prompts if optim.whole_prompts else batch.num_sequences) * optim.epochs
+    if num_updates > 1 and (optim.old_log_probs == OldLogProbs.trainer or optim.replay_routing):
+        routing = zero_routing(len(batch.tokens), run.policy.config, run.policy.device) if optim.replay_routing else None
+        batch.old_log_probs = score_batch(run, batch, replays_routing=True, routing=routing).log_probs
+        batch.routing = batch.routing if routing is None else routing
     if run.reference is not None:
         attempt_twice(lambda: score_by_reference(run, batch))
         if run.config.kl.coefficient > 0 and run.config.kl.place != KlPlace.loss:
@@ -63,7 +65,7 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     trained, grad_norms, num_whole, num_trained = [], [], 0, 0
     for epoch in range(optim.epochs):
         seed = hash((run.config.seed, run.step, epoch))  # of integers: the same in every process
-        for part in minibatches(batch, optim.minibatches, seed=seed):
+        for part in minibatches(batch, optim.minibatches, seed=seed, whole_prompts=optim.whole_prompts):
             num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
             chosen = step_tokens(run, part, batch, num_updates=num_updates, seed=hash((seed, len(trained))))
             trained.append(train_minibatch(run, part, chosen, num_updates=num_updates, allowed=allowed))
@@ -85,10 +87,13 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
         sampling |= channel_metrics(means, num_tokens=batch.num_policy_tokens, num_completions=batch.num_sequences)
     if groups.is_recorded:
         sampling = {name: value for name, value in sampling.items() if not name.startswith("sampling/")}
+    of_updates = {} if num_updates == 1 else {
+        f"update_{number}/{name}": value for number, (part, grad_norm) in enumerate(zip(trained, grad_norms), start=1)
+        for name, value in {**reduce_stats([micro.stats for micro in part], num_updates=1), "grad_norm": grad_norm}.items()}
     stats, num_packed = zip(*((micro.stats, micro.num_tokens) for part in trained for micro in part))
     if run.entropy is not None:
         run.entropy.observe(sampling["entropy"])
-    return {**reduce_stats(stats, num_updates=num_updates), **sampling,
+    return {**of_updates, **reduce_stats(stats, num_updates=num_updates), **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
 
@@ -267,7 +272,7 @@ def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_upd
     return TrainedMicroBatch(len(micro.tokens), stats, sampling, found, replay)
 
 
-def policy_scores(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -> Scores:
+def policy_scores(run: Run, micro: RolloutBatch, record: RoutingReplay | RoutingRecord | None) -> Scores:
     """Log-probs [T] of the sampled tokens, entropy [T] and, if the batch has the reference's states, KL [T] of the policy as
     it is now, in nats."""
     reference = None
@@ -275,7 +280,7 @@ def policy_scores(run: Run, micro: RolloutBatch, replay: RoutingReplay | None) -
         head = run.policy.lm_head.weight if micro.ref_head is None else micro.ref_head
         reference = HeadStates(micro.ref_hidden, head)
     return run.policy.scores(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
-                             record=replay, temperature=run.config.rollout.temperature, reference=reference)
+                             record=record, temperature=run.config.rollout.temperature, reference=reference)
 
 
 def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
@@ -330,9 +335,10 @@ class BatchScores:
 
 @torch.no_grad()
 def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_states: bool = False,
-                num_tokens: int | None = None) -> BatchScores:
+                num_tokens: int | None = None, routing: torch.Tensor | None = None) -> BatchScores:
     """The scores of a batch, with `states` if keeps_states. Micro-batches that do not fit into memory are split. num_tokens: T
-    where `batch` is a part of a larger one, in which its tokens have their places."""
+    where `batch` is a part of a larger one, in which its tokens have their places. routing: of zeros, gets the experts of all
+    tokens."""
     work, states = divide(run, batch), None
     log_probs, entropy = (batch.sampler_log_probs.new_zeros(num_tokens or len(batch.tokens)) for _ in range(2))
     if keeps_states:
@@ -343,9 +349,14 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_s
 
     def score(rows: list[int]) -> None:
         micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
+        record = make_replay(micro) if replays_routing else None
+        if routing is not None:
+            record = RoutingRecord(len(micro.tokens), run.policy.config, run.policy.device)
         with CAPTURING:
-            scores = policy_scores(run, micro, make_replay(micro) if replays_routing else None)
+            scores = policy_scores(run, micro, record)
         log_probs[micro.token_index], entropy[micro.token_index] = scores.log_probs, scores.entropy
+        if routing is not None:
+            routing[micro.token_index] = record.indices
         if keeps_states:
             states[rank[micro.token_index.cpu()[micro.host_mask]]] = scores.hidden.cpu()
 
@@ -362,9 +373,21 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_s
                              f"has at most {run.most_tokens:,} tokens")
     if run.ranks is not None:
         run.most_tokens = min(run.ranks.exchange("the log-probs", run.most_tokens))
-        for tensor in (log_probs, entropy, *([] if states is None else [states])):
-            run.ranks.fill_in(tensor)
+        for tensor in (log_probs, entropy, states, routing):
+            if tensor is not None:
+                run.ranks.fill_in(tensor)
+    if routing is not None:
+        copy_to_equal_prompts(routing, batch)
     return BatchScores(log_probs, entropy, states)
+
+
+def copy_to_equal_prompts(values: torch.Tensor, batch: RolloutBatch) -> None:
+    """Gives every sequence the values [T, ...] of the first one with its prompt, at the prompt's tokens: where micro-batches
+    share prompts, others have none."""
+    first: dict[tuple[int, int], int] = {}
+    for prompt, start in zip(batch.prompts, batch.cu_seqlens.tolist()):
+        source = first.setdefault(prompt, start)
+        values[start:start + prompt[1]] = values[source:source + prompt[1]]
 
 
 def score_by_reference(run: Run, batch: RolloutBatch) -> None:

@@ -22,6 +22,11 @@ def empty_routing(num_tokens: int, config: GptOssConfig, device: torch.device | 
     return torch.full(shape, no_record(dtype), dtype=dtype, device=device)
 
 
+def zero_routing(num_tokens: int, config: GptOssConfig, device: torch.device | str) -> torch.Tensor:
+    """[num_tokens, L, A] of zeros, to be filled."""
+    return torch.zeros_like(empty_routing(num_tokens, config, device))
+
+
 def no_record(dtype: torch.dtype) -> int:
     """The number that means "not recorded": the largest, which no expert has."""
     return torch.iinfo(dtype).max

@@ -137,6 +137,12 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
     if optim.minibatches > rollout.prompts_per_step:
         yield "optim.minibatches", optim.minibatches, (
             f"must not exceed rollout.prompts_per_step ({rollout.prompts_per_step}); lower it or sample more prompts")
+    if optim.replay_routing and rollout.replay_routing:
+        yield "optim.replay_routing", True, (
+            "rollout.replay_routing=true already fixes the experts, to the sampler's choice: set one of the two to false")
+    if optim.replay_routing and optim.minibatches * optim.epochs == 1:
+        yield "optim.replay_routing", True, (
+            "a step makes one update, which needs no replay: set optim.minibatches or optim.epochs above 1, or leave it off")
     if optim.in_backward and optim.max_grad_norm is not None:
         yield "optim.in_backward", True, (
             f"a parameter is updated before the norm of all gradients is known: set optim.max_grad_norm=null (now "

@@ -115,6 +115,9 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     run_dir = lock.run_dir
     device, dtype = prepare_device(config)
     if ranks is not None:
+        if samples_beside(config, device):
+            raise ConfigError(f"rollout.max_staleness = {config.rollout.max_staleness}: several ranks do not sample while they "
+                              "train; set rollout.max_staleness=0, or start one process")
         should_stop = ranks.watch(should_stop)
         ranks.begin(config, device)
     check_trainable(config.model, dtype)

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from grpo.batch import Completion, Prompt, Segment
+from grpo.batch import Completion, Prompt, Segment, minibatches, pack
 from grpo.config import ConfigError, LrSchedule, OldLogProbs
 from grpo.configuration.algorithm import Estimator, KlConfig, KlReference
 from grpo.configuration.launch import load_config
@@ -388,3 +388,91 @@ def test_an_update_in_the_backward_of_several_micro_batches_is_made_after_them(c
         update(run, Groups(*draw_completions(policy), []))
         weights.append(list(policy.parameters()))
     assert all(torch.equal(*pair) for pair in zip(*weights))
+
+
+def spied_records(policy, monkeypatch):
+    """The record of each forward of the policy from now on."""
+    records, original = [], policy.scores
+
+    def scores(*args, record, **settings):
+        records.append(record)
+        return original(*args, record=record, **settings)
+
+    monkeypatch.setattr(policy, "scores", scores)
+    return records
+
+
+def own_choices(policy, completion):
+    """[tokens, L, A] of a forward of one sequence, read where each layer's router answers."""
+    found, ids = [], [token for segment in completion.segments for token in segment.token_ids]
+    hooks = [block.mlp.router.register_forward_hook(lambda module, args, logits: found.append(logits.topk(2)[1]))
+             for block in policy.model.layers]
+    with torch.no_grad():
+        policy.logits(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_later_updates_take_the_experts_of_the_policy_before_the_first_and_the_router_learns(config, tmp_path, monkeypatch,
+                                                                                             share_prompts):
+    gradients, chosen = [], []
+    for replays in (False, True):
+        policy = build_policy(trains="adapter")
+        move(policy, seed=3, size=0.2)
+        completions, advantages = draw_completions(policy)
+        before = torch.cat([own_choices(policy, completion) for completion in completions])
+        run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), epochs=3, minibatches=1, replay_routing=replays,
+                       share_prompts=share_prompts)
+        run.optimizer.lr = 3.0  # far enough for the router to choose others
+        with monkeypatch.context() as patched:
+            records = spied_records(policy, patched)
+            metrics = update(run, Groups(completions, advantages, []))
+        gradients.append(run.optimizer.gradients)
+        chosen.append([None if record is None else record.recorded for record in records[1:]])
+        after = torch.cat([own_choices(policy, completion) for completion in completions])
+        assert (before != after).any()
+        assert metrics["update_1/ratio/max"] == 1 < metrics["update_3/ratio/max"]
+    batch = pack(completions, advantages)
+    micro = batch.select(list(range(len(completions))), share_prompts=share_prompts)
+    assert chosen[0] == [None] * 3
+    for recorded in chosen[1]:
+        assert torch.equal(recorded.long().sort(-1)[0], before[micro.token_index].sort(-1)[0])
+    plain, replayed = gradients
+    assert all(torch.equal(plain[0][name], replayed[0][name]) for name in plain[0])  # the first update: nothing changes
+    assert any(not torch.equal(plain[2][name], replayed[2][name]) for name in plain[2])
+    routers = [name for name in plain[2] if "router.lora" in name]
+    assert routers and all(replayed[2][name].abs().max() > 0 for name in routers)
+
+
+def test_each_update_of_a_batch_has_metrics_of_its_own(config, tmp_path):
+    policy = build_policy(trains="adapter")
+    run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), epochs=2, minibatches=2)
+    completions, advantages = draw_completions(policy)
+    metrics = update(run, Groups(completions, advantages, []))
+    losses = [metrics[f"update_{number}/loss"] for number in (1, 2, 3, 4)]
+    assert metrics["loss"] == pytest.approx(sum(losses) / 4) and len(set(losses)) == 4
+    norms = [metrics[f"update_{number}/grad_norm"] for number in (1, 2, 3, 4)]
+    assert norms == [norm(gradients) for gradients in run.optimizer.gradients] and metrics["grad_norm"] == max(norms)
+    assert metrics["update_1/clip_ratio/low"] == metrics["update_1/clip_ratio/high"] == metrics["update_1/approx_kl"] == 0
+    assert metrics["update_4/approx_kl"] > 0
+    single = make_run(config, tmp_path, build_policy(trains="adapter"), optimizer=Sgd(policy))
+    single.optimizer = Sgd(single.policy)
+    assert not any(name.startswith("update_") for name in update(single, Groups(completions, advantages, [])))
+
+
+def test_minibatches_of_whole_prompts_are_of_groups_in_an_order_drawn_from_the_step():
+    completions, advantages = draw_completions(build_policy(trains="adapter"))
+    batch = pack(completions, advantages)
+    orders = []
+    for seed in range(4):
+        parts = minibatches(batch, 3, seed=seed, whole_prompts=True)
+        assert [(part.num_prompts, part.num_sequences) for part in parts] == [(1, 2)] * 3
+        assert [part.num_policy_tokens for part in parts] == [int(part.loss_mask.sum()) for part in parts]
+        orders.append([part.prompts[0][0] for part in parts])
+        assert sorted(orders[-1]) == [0, 1, 2]
+        assert [part.prompts for part in minibatches(batch, 3, seed=seed, whole_prompts=True)] == [part.prompts for part in parts]
+    assert len(set(map(tuple, orders))) > 1
+    apart = minibatches(batch, 3, seed=1)
+    assert any(len({number for number, _ in part.prompts}) > 1 for part in apart)

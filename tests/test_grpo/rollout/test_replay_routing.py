@@ -1,5 +1,6 @@
 """Routing from the sampler through packing to the update."""
 
+import copy
 import json
 import random
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, micro_batches, pack
+from grpo.config import ConfigError
+from grpo.configuration.launch import load_config
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.update import routing_metrics
@@ -95,6 +98,32 @@ def test_on_policy_the_replay_has_the_sampler_s_log_probs_and_no_flips(model, sh
     num_tokens = sum(len(micro.tokens) for micro in micros)
     num_unrecorded = len(completions)  # the last token of each
     assert sum(int(replay.num_choices) for replay in replays) == (num_tokens - num_unrecorded) * LAYERS * PER_TOKEN
+
+
+def test_off_policy_the_replay_keeps_the_sampler_s_experts_and_the_router_its_gradient(model):
+    completions = sample(model, max_batch=64, records_routing=True)
+    batch, moved = pack(completions, [0.0] * len(completions)), copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    for block in moved.model.layers:
+        block.mlp.router.weight.data += 0.3 * torch.randn(block.mlp.router.weight.shape, generator=generator)
+        block.mlp.router.weight.requires_grad_()
+    replay = RoutingReplay(batch.routing)
+    log_probs, _ = moved.log_probs(batch.tokens, batch.cu_seqlens, temperature=1.0, mask=batch.loss_mask, record=replay)
+    log_probs.sum().backward()
+    assert routing_metrics([replay])["routing/flips"] > 0.05
+    is_recorded = batch.routing[:, 0, 0] != NOT_RECORDED
+    for layer, block in enumerate(moved.model.layers):
+        taken = replay.choose(layer, None, slice(0, len(batch.tokens)))
+        assert torch.equal(taken[is_recorded], batch.routing[is_recorded, layer].long())
+        assert block.mlp.router.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["optim.minibatches=2", "rollout.replay_routing=true"], "already fixes the experts"),
+    ([], "one update, which needs no replay")])
+def test_replaying_the_trainer_s_routing_where_it_makes_no_sense_is_refused(words, reason):
+    with pytest.raises(ConfigError, match=rf"(?m)^optim.replay_routing = True: .*{reason}"):
+        load_config("train", ["name=x", "optim.replay_routing=true", *words])
 
 
 def test_routing_flips_is_a_share_of_the_choices_of_all_micro_batches():

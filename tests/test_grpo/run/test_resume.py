@@ -83,9 +83,10 @@ CARRY = ("+experiment=smoke", "name=run", "steps=6", "env._target_=spread.Spread
 CALLS = ("+experiment=smoke", "name=run", "steps=3", "env=calculator", "env._target_=spread.SpreadCalculator",
          "env.call_rate=1.0", "rollout.max_new_tokens=80", "warmup.steps=40", "warmup.batch_size=16", "warmup.lr=0.005",
          "eval.max_prompts=2")
-UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo")
-AHEAD = (*UPDATES, "rollout.max_staleness=2", "rollout.replay_routing=true", "corrections.weight=mask", "steps=8",
-         "corrections.opsm_delta=0.001", "corrections.geometric=[0.9,1.1]")
+UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3", "rollout.top_p=0.9", "loss=grpo",
+           "optim.whole_prompts=true", "optim.replay_routing=true")
+AHEAD = (*UPDATES, "optim.replay_routing=false", "rollout.max_staleness=2", "rollout.replay_routing=true", "steps=8",
+         "corrections.weight=mask", "corrections.opsm_delta=0.001", "corrections.geometric=[0.9,1.1]")
 LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
         f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
         "model.lora.train_sinks=true", "model.lora.train_norms=true", f"env.path={FIXTURES / 'arithmetic.jsonl'}",
