@@ -244,6 +244,15 @@ def num_turns_of(completion: Completion) -> int:
     return sum(segment.source == "policy" for segment in completion.segments)
 
 
+def recorded_log_probs(completion: Completion) -> list[float | None]:
+    """The sampler's log-prob of each of completion_ids, in nats, None for an environment's; in the nine digits of fp32."""
+    values = []
+    for segment in completion.segments[1:]:
+        values += [float(f"{value:.9g}") for value in segment.log_probs] if segment.log_probs is not None else [None] * (
+            len(segment.token_ids) - segment.num_repeated)
+    return values
+
+
 def completion_record(tokenizer: Tokenizer, env: Environment, completion: Completion, verdict: Score, *, split: str) -> dict:
     """A completion's line in completions.jsonl: text, token ids, reward and its parts, and the environment's own entries, which
     get a prefix if their name is taken."""
@@ -252,7 +261,7 @@ def completion_record(tokenizer: Tokenizer, env: Environment, completion: Comple
               "completion": tokenizer.decode(completion.completion_ids, keep_special=True),
               "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
               "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
-              "token_ids": completion.completion_ids}
+              "token_ids": completion.completion_ids, "log_probs": recorded_log_probs(completion)}
     if completion.episode is not None:
         record["turns"] = num_turns_of(completion)
         record["calls"] = [{"name": call.name, "arguments": call.arguments[:MOST_SHOWN],

@@ -20,7 +20,7 @@ from grpo.configuration.launch import is_sweep, launch
 from grpo.distributed.ranks import RankFault, Ranks, join
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
-from grpo.groups import completion_record
+from grpo.groups import Groups, completion_record
 from grpo.kl import Reference
 from grpo.record.suspects import find_suspects
 from grpo.record.wandb_run import end_soon
@@ -46,26 +46,10 @@ from models.rehearsal import compiled_meanwhile
 
 def train(run: Run) -> None:
     """Takes the remaining GRPO steps. After a stop signal and the current model call, micro-batch or step, raises Interrupted."""
-    config, metrics = run.config, run.metrics
+    config = run.config
     while run.step < config.steps:
-        started = time.perf_counter()
-        groups, age, stats = draw_and_update(run)
-        run.rollouts.pop(0)
-        run.step, run.is_between_steps = run.step + 1, True
-        if run.reference is not None and config.kl.refresh_every and run.step % config.kl.refresh_every == 0:
-            run.reference = Reference.of(run.policy)
-        if run.history is not None:
-            run.history.record(groups.scored)
-            stats |= run.history.metrics()
-        finished = time.perf_counter()
-        run.num_tokens += sum(completion.num_tokens for completion, _ in groups.scored)
-        stats |= {"num_tokens": run.num_tokens, "time/step": finished - started,
-                  "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
-                  "time/compile": seconds_of_compilation(run), **run.memory.metrics()}
-        if config.rollout.max_staleness:
-            stats["rollout/staleness"] = age
-        run.memory.for_sampling(run.policy)
-        metrics.log(run.step, {**stats, **groups.metrics})
+        stats, groups = take_step(run)
+        run.metrics.log(run.step, stats)
         if config.log.completions_every and (run.step % config.log.completions_every == 0 or run.step == 1):
             log_completions(run, groups.scored, split="train")
         evaluate_if_due(run)
@@ -74,6 +58,28 @@ def train(run: Run) -> None:
         end_if_dead(run)
         if run.should_stop() and run.step < config.steps:
             raise Interrupted(f"after step {run.step} of {config.steps}")
+
+
+def take_step(run: Run) -> tuple[dict[str, float], Groups]:
+    """Draws or takes the next step's groups and trains on them. Returns the step's metrics and the groups."""
+    started = time.perf_counter()
+    groups, age, stats = draw_and_update(run)
+    run.rollouts.pop(0)
+    run.step, run.is_between_steps = run.step + 1, True
+    if run.reference is not None and run.config.kl.refresh_every and run.step % run.config.kl.refresh_every == 0:
+        run.reference = Reference.of(run.policy)
+    if run.history is not None:
+        run.history.record(groups.scored)
+        stats |= run.history.metrics()
+    finished = time.perf_counter()
+    run.num_tokens += sum(completion.num_tokens for completion, _ in groups.scored)
+    stats |= {"num_tokens": run.num_tokens, "time/step": finished - started,
+              "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
+              "time/compile": seconds_of_compilation(run), **run.memory.metrics()}
+    if run.config.rollout.max_staleness:
+        stats["rollout/staleness"] = age
+    run.memory.for_sampling(run.policy)
+    return {**stats, **groups.metrics}, groups
 
 
 def end_if_dead(run: Run) -> None:

@@ -258,10 +258,12 @@ def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_upd
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)
-    scores = policy_scores(run, micro, replay)
+    scores = policy_scores(run, micro, replay if run.observer is None else run.observer.watch_routing(micro, replay))
     if micro.is_recorded:
         micro.sampler_log_probs = scores.log_probs.detach()  # as if the policy had sampled them
     inputs = loss_inputs(run, micro, scores, num_updates)
+    if run.observer is not None:
+        run.observer.watch_loss(micro, inputs)
     loss, stats = loss_and_stats(run, inputs, step)
     check_finite(loss, step=run.step, what="loss", name="the policy")
     run.optimizer.backward(loss, updates=updates)
@@ -272,7 +274,8 @@ def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_upd
     return TrainedMicroBatch(len(micro.tokens), stats, sampling, found, replay)
 
 
-def policy_scores(run: Run, micro: RolloutBatch, record: RoutingReplay | RoutingRecord | None) -> Scores:
+def policy_scores(run: Run, micro: RolloutBatch, record: RoutingReplay | RoutingRecord | None, *,
+                  keeps_hidden: bool = False) -> Scores:
     """Log-probs [T] of the sampled tokens, entropy [T] and, if the batch has the reference's states, KL [T] of the policy as
     it is now, in nats."""
     reference = None
@@ -280,7 +283,8 @@ def policy_scores(run: Run, micro: RolloutBatch, record: RoutingReplay | Routing
         head = run.policy.lm_head.weight if micro.ref_head is None else micro.ref_head
         reference = HeadStates(micro.ref_hidden, head)
     return run.policy.scores(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
-                             record=record, temperature=run.config.rollout.temperature, reference=reference)
+                             record=record, temperature=run.config.rollout.temperature, reference=reference,
+                             keeps_hidden=keeps_hidden)
 
 
 def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
@@ -353,7 +357,7 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_s
         if routing is not None:
             record = RoutingRecord(len(micro.tokens), run.policy.config, run.policy.device)
         with CAPTURING:
-            scores = policy_scores(run, micro, record)
+            scores = policy_scores(run, micro, record, keeps_hidden=keeps_states)
         log_probs[micro.token_index], entropy[micro.token_index] = scores.log_probs, scores.entropy
         if routing is not None:
             routing[micro.token_index] = record.indices

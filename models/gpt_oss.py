@@ -64,7 +64,7 @@ class Scores(NamedTuple):
     log_probs: torch.Tensor
     entropy: torch.Tensor
     kl: torch.Tensor | None  # None without a reference
-    hidden: torch.Tensor  # [N, D] the states before the N scored tokens, which the head turns into logits; no gradient
+    hidden: torch.Tensor | None  # [N, D] the states before the N scored tokens, which the head turns into logits; if asked for
 
 
 class HeadStates(NamedTuple):
@@ -236,7 +236,7 @@ class GptOss(nn.Module):
 
     def scores(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
                kept: KeptSets | None = None, prefixes: list[int] | None = None, record: RoutingReplay | None = None,
-               reference: HeadStates | None = None) -> Scores:
+               reference: HeadStates | None = None, keeps_hidden: bool = False) -> Scores:
         """Log-probs of the tokens where mask [T] is true, each given its sequence so far, the entropy of the distribution each
         was drawn from, and its KL divergence from the reference's, if there is one (both over the full vocabulary); at
         `temperature`. All are differentiable. cu_seqlens and mask should be on the host: it waits for them if they are on a GPU,
@@ -265,7 +265,7 @@ class GptOss(nn.Module):
             scored[0].register_hook(self.memory.before_backward)
         zeros = torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
         scored = [zeros.index_copy(0, rows, values) for values in scored]
-        return Scores(*scored[:2], scored[2] if reference is not None else None, hidden.detach())
+        return Scores(*scored[:2], scored[2] if reference is not None else None, hidden.detach() if keeps_hidden else None)
 
     def new_cache(self, num_slots: int, max_len: int, num_pages: int | None = None) -> KVCache:
         """An empty cache for `num_slots` sequences of up to `max_len` tokens, with pages for all of them at that length unless

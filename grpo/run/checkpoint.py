@@ -76,7 +76,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> RunState | None
     `step` that is not there or damaged."""
     root = Path(run_dir) / "checkpoints"
     damage: list[str] = []
-    found = _checkpoints(root)
+    found = checkpoints_of(run_dir)
     if step is not None and found:
         if step not in found:
             raise LoadError(f"step = {step}: no such checkpoint in {root}; there are {list(found)}")
@@ -111,8 +111,9 @@ def clean_stale(run_dir: str | Path) -> None:
                 warnings.warn(f"cannot delete {path}, left by a killed process: {error}", stacklevel=2)
 
 
-def _checkpoints(root: Path) -> dict[int, Path]:
+def checkpoints_of(run_dir: str | Path) -> dict[int, Path]:
     """Step -> folder, oldest first."""
+    root = Path(run_dir) / "checkpoints"
     return dict(sorted((int(match[1]), path) for path in (root.iterdir() if root.is_dir() else [])
                        if (match := _NAME.fullmatch(path.name))))
 
@@ -148,7 +149,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
 
 def _prune(root: Path, step: int, keep: int, spared: int | None) -> None:
     # newer ones than this step are damaged (or it would not be the newest): they must not count among those kept
-    for number, folder in [(number, folder) for number, folder in _checkpoints(root).items() if number <= step][:-keep]:
+    for number, folder in [(number, folder) for number, folder in checkpoints_of(root.parent).items() if number <= step][:-keep]:
         if number == spared:
             continue
         try:

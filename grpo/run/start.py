@@ -62,6 +62,7 @@ from grpo.run.policy import (
 )
 from grpo.run.rollouts import Rollout, read
 from grpo.sandbox.pool import Sandbox
+from grpo.token_record import UpdateObserver
 from grpo.warmup import warm_up
 from models.behaviour import BehaviourCopy
 from models.chat.tokenizer import Tokenizer
@@ -97,6 +98,7 @@ class Run:
     reference: Reference | None = None  # likewise, with a KL penalty
     history: PromptHistory | None = None  # of its prompts, with a curriculum
     entropy: EntropyBonus | None = None  # likewise, with an entropy bonus
+    observer: UpdateObserver | None = None  # of updates, for grpo/explain.py
     step: int = 0  # steps finished
     rollouts: list[Rollout] = field(default_factory=list)  # drawn and not trained on: of the next step, the one after it, ...
     num_tokens: int = 0  # of prompts and completions, in all of them
