@@ -15,6 +15,7 @@ from grpo.envs.data_files import DataError
 from grpo.rewards.user_code import UserCodeFault, is_users_interrupt, protected
 from grpo.rewards.values import loggable, shorten, to_number
 from grpo.sandbox.pool import Sandbox
+from models.chat.form import Form
 from models.chat.tokenizer import Tokenizer
 
 MOST_PROMPT_ID = 2**63 - 1  # ids are part of RNG keys, which are int64
@@ -35,8 +36,9 @@ class Environment(Protocol):
     """Where prompts come from and what completions are worth: any class with these methods, named by `env._target_`.
 
     Its constructor gets the other keys of its YAML, `tokenizer` (models.chat.tokenizer.Tokenizer) and `seed` as keywords, and, if
-    it takes them, `total_steps`, the steps of the run (0 without training), and `sandbox`, a grpo.sandbox.pool.Sandbox that runs
-    code which the model writes (None in a chat). A resumed run asks only for later steps, so results should depend only on the
+    it takes them, `total_steps`, the steps of the run (0 without training), `chat_form` (`turns.form`, for prompts rendered by
+    `models.chat.render.harmony_messages`), and `sandbox`, a grpo.sandbox.pool.Sandbox that runs code which the model writes (None
+    in a chat). A resumed run asks only for later steps, so results should depend only on the
     arguments and the seed. Token ids, numbers and lists may be of any library; they are checked and
     become plain Python values. An exception ends the run with exit code 4 and says where it was raised; a
     grpo.envs.data_files.DataError is shown as it is, with exit code 3, and a ValueError of the constructor with exit code 2."""
@@ -107,7 +109,7 @@ class EnvironmentFault(UserCodeFault):
 
 
 def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps: int,
-                     sandbox: Sandbox | None = None) -> Environment:
+                     sandbox: Sandbox | None = None, chat_form: Form = Form.hub) -> Environment:
     """The environment that `node` describes. Raises ConfigError for wrong keywords, and EnvironmentFault if its constructor
     raises, except for a ValueError, which is raised unchanged: it should name key or file."""
     make = bind(node, "env")
@@ -116,6 +118,8 @@ def make_environment(node: dict, tokenizer: Tokenizer, *, seed: int, total_steps
         supplied["total_steps"] = total_steps
     if "sandbox" in keyword_parameters(make.func):
         supplied["sandbox"] = sandbox
+    if "chat_form" in keyword_parameters(make.func):
+        supplied["chat_form"] = chat_form
     with _named_faults(f"environment {node['_target_']}", "cannot be built:", passes=ValueError,
                        advice="; correct its keywords under env, or its code"):
         return make(**supplied)

@@ -144,9 +144,10 @@ def run_evaluation(config: EvaluateConfig) -> int:
         output = None if config.output is None else writable_file(config.output)
         loaded = load_policy(config, config.env, max_batch=config.max_batch)
         trained = loaded.trained
+        config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
         what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
         env = make_environment(config.env or trained.env, loaded.tokenizer, seed=config.seed, total_steps=0,
-                               sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode))
+                               sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode), chat_form=config.turns.form)
         check_methods(env, ("eval_prompts", "score"))
         prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
                                    vocab_size=loaded.policy.config.vocab_size)

@@ -174,9 +174,10 @@ def load_conversation(config: GenerateConfig) -> Conversation:
     loaded = load_policy(config, None, max_batch=1)
     tokenizer, trained = loaded.tokenizer, loaded.trained
     env, encode_prompt, turns = {} if trained is None else trained.env, None, None
+    config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
     if trained is not None:
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
-            asked = make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps)
+            asked = make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps, chat_form=config.turns.form)
             encode_prompt = functools.partial(encode_question, asked, vocab_size=loaded.policy.config.vocab_size)
             turns = Turns.of(asked, tokenizer, config.turns)
             if turns is not None:
@@ -189,6 +190,7 @@ def load_conversation(config: GenerateConfig) -> Conversation:
         raise ConfigError(f"{', '.join(useless)}: this run's environment renders its own prompts; leave it out")
     default = {"reasoning_effort": str(ReasoningEffort.medium), "current_date": datetime.date.today().isoformat()}
     chat_settings = {key: value if value is not None else env.get(key) or default.get(key) for key, value in given.items()}
+    chat_settings["form"] = config.turns.form
     return Conversation(config, loaded.sampler, tokenizer, encode_prompt, chat_settings, turns)
 
 

@@ -405,7 +405,7 @@ def run_case(arguments: argparse.Namespace) -> tuple[GptOss, list[Prompt], Setti
     if state is not None:
         load_parameters(model, state.tensors, str(arguments.run))
     step = 0 if state is None else state.step
-    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps)
+    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, chat_form=config.turns.form)
     prompts = env.prompts(step, num_prompts=rollout.prompts_per_step, attempt=0)
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     return model, prompts, Settings(rollout.group_size, params, rollout.max_batch, config.optim.max_tokens,

@@ -26,7 +26,7 @@ def bind(node: dict, key: str) -> Callable:
         raise ConfigError(f"env._target_ = {path!r}: a class with reset() and tools is run by env=tool_class "
                           f"env.environment={path} (without env._target_)")
     parameters = keyword_parameters(target)
-    supplied = ("tokenizer", "seed", "total_steps", "sandbox") if key == "env" else _first_of_loss(path, parameters)
+    supplied = ("tokenizer", "seed", "total_steps", "sandbox", "chat_form") if key == "env" else _first_of_loss(path, parameters)
     allowed = [name for name in parameters if name not in supplied]
     for name, value in keywords.items():
         if name in supplied:

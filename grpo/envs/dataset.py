@@ -32,6 +32,7 @@ from grpo.rewards.functions import Result
 from grpo.rewards.match import exact_match, numeric_match
 from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
+from models.chat.form import Form
 from models.chat.parse import Parsed, parse_completion
 from models.chat.render import Message, generation_prompt, render_message, system_content
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
@@ -74,7 +75,8 @@ class Dataset:
                  format_reward: float = 0.0, total_steps: int = 0, rewards: str | dict | list | None = None,
                  max_error_rate: float = 0.05, reward_timeout: float | None = None, reward_workers: int = 0,
                  reward_retries: int = 1, correct_at: float | None = None, max_bad_rows: float = 0.01, on_bad_row: str = "error",
-                 on_long_prompt: str = "error", on_duplicate: str = "error", on_overlap: str = "error", dry_run: bool = True):
+                 on_long_prompt: str = "error", on_duplicate: str = "error", on_overlap: str = "error", dry_run: bool = True,
+                 chat_form: Form = Form.hub):
         self.tokenizer, self.seed = tokenizer, seed
         self.answer_key, self.match, self.numeric_tolerance = answer_key, match, numeric_tolerance
         self.match_reward, self.format_reward = match_reward, format_reward
@@ -86,7 +88,7 @@ class Dataset:
             question_template=question_template, instructions=instructions, reasoning_effort=reasoning_effort,
             reasoning_effort_key=reasoning_effort_key, current_date=current_date, max_prompt_tokens=max_prompt_tokens,
             max_bad_rows=max_bad_rows, on_bad_row=on_bad_row, on_long_prompt=on_long_prompt, on_duplicate=on_duplicate,
-            on_overlap=on_overlap)
+            on_overlap=on_overlap, chat_form=chat_form)
         train = reader.read(path, "path", subset=subset, split=split)
         if held_out_fraction is not None:
             self.train_rows, held_out = _hold_out(train, held_out_fraction, path)

@@ -19,6 +19,7 @@ from decimal import Decimal
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.rewards.numbers import stated_number
+from models.chat.form import Form
 from models.chat.render import (
     REASONING_EFFORTS,
     Message,
@@ -80,6 +81,7 @@ class RowReader:
     on_long_prompt: str
     on_duplicate: str
     on_overlap: str
+    chat_form: Form
 
     def __post_init__(self) -> None:
         self._render_shared = functools.lru_cache(maxsize=64)(
@@ -202,7 +204,7 @@ class RowReader:
 
     def _tokenize(self, row: Row) -> array:
         messages = _messages(row.prompt)
-        settings = {"reasoning_effort": row.effort, "current_date": self.current_date}
+        settings = {"reasoning_effort": row.effort, "current_date": self.current_date, "form": self.chat_form}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)  # of a message or call that the template leaves out

@@ -39,6 +39,7 @@ from grpo.rewards.functions import load_function
 from grpo.rewards.values import shorten
 from grpo.rollout.episode_forms import PROTOCOL
 from grpo.rollout.episodes import EpisodeFault
+from models.chat.form import Form
 from models.chat.functions import function_schema, public_methods
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt, system_content
@@ -58,7 +59,7 @@ class ToolClass:
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, environment: str, kwargs: dict | None, path: str | list | None,
                  prompt_key: str, instructions: str | None, reasoning_effort: str, current_date: str, held_out_fraction: float,
-                 num_eval_prompts: int, subset: str | None = None, split: str | None = None):
+                 num_eval_prompts: int, subset: str | None = None, split: str | None = None, chat_form: Form = Form.hub):
         if not 0 < held_out_fraction < 1:
             raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
         if num_eval_prompts < 1:
@@ -67,7 +68,8 @@ class ToolClass:
         self.held_out_fraction = held_out_fraction
         factory = load_function(environment, key="env.environment")
         self._make: Callable[[], object] = lambda: factory(**(kwargs or {}))
-        self._chat = {"instructions": instructions, "reasoning_effort": reasoning_effort, "current_date": current_date}
+        self._chat = {"instructions": instructions, "reasoning_effort": reasoning_effort, "current_date": current_date,
+                      "form": chat_form}
         self.train_rows: list[dict] = []
         self.eval_rows = [{"seed": number} for number in range(num_eval_prompts)]
         if path is not None:

@@ -24,7 +24,7 @@ from grpo.config import (
 )
 from grpo.configuration.algorithm import Estimator, KlReference
 from grpo.configuration.launch import is_sweep
-from grpo.configuration.targets import bind
+from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.silence import SilentMetrics
@@ -65,6 +65,7 @@ from grpo.sandbox.pool import Sandbox
 from grpo.token_record import UpdateObserver
 from grpo.warmup import warm_up
 from models.behaviour import BehaviourCopy
+from models.chat.form import Form
 from models.chat.tokenizer import Tokenizer
 from models.formats.atomic import remove
 from models.gpt_oss import GptOss
@@ -130,7 +131,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
              has_full_kl=config.kl.coefficient > 0 and config.kl.estimator == Estimator.full)
     tokenizer = build_tokenizer(config.model, config.env)
     sandbox = make_sandbox(config.env, config.sandbox.mode)
-    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox)
+    env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox,
+                           chat_form=config.turns.form)
     architecture = read_architecture(config.model, tokenizer)
     check_environment(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
     state = load_agreed(run_dir, ranks) if config.resume else None
@@ -325,11 +327,20 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         *([] if not hasattr(env, "episode") else [
             f"turns    at most {config.turns.max_turns}, a call at most {config.turns.call_seconds:g} s and "
             f"{config.turns.max_result_tokens} tokens of result, written as the {config.turns.form} does"]),
+        f"chat     prompts as {describe_form(config)}",
         *([] if not rollout.max_staleness else [
             f"ahead    a step trains on what the policy of {rollout.max_staleness} steps before sampled, "
             + ("corrected for that" if config.corrections.weighs or config.optim.old_log_probs == OldLogProbs.sampler
                else "without a correction for that (corrections.weight=truncate would be one)")]),
         *penalty, "trains", describe_trainable(policy)])
+
+
+def describe_form(config: TrainConfig) -> str:
+    """How an environment's prompts are written."""
+    writers = {Form.hub: "the hub's chat template writes them", Form.library: "openai-harmony writes them"}
+    if "chat_form" in keyword_parameters(resolve_target(config.env["_target_"], "env")):
+        return f"{writers[config.turns.form]} (turns.form={config.turns.form})"
+    return f"{writers[Form.hub]}, or as the environment itself does: it takes no chat_form"
 
 
 def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:

@@ -6,7 +6,7 @@ the first answer, calls of built-in tools and their results too; later analysis 
 
 from models.chat.form import Form
 from models.chat.parse import parse_completion
-from models.chat.render import Message, generation_prompt
+from models.chat.render import generation_prompt, kept_messages
 from models.chat.tokenizer import Tokenizer
 
 
@@ -26,15 +26,3 @@ def history_ids(prompt_ids: list[int], turn_ids: list[int], tokenizer: Tokenizer
     is_kept = kept_messages(parsed.messages, form)
     pieces = [ids[start:end] for start, end, is_wanted in zip([0, *ends], ends, is_kept) if is_wanted]
     return [*head, *(id for piece in pieces for id in piece)]
-
-
-def kept_messages(messages: list[Message], form: Form) -> list[bool]:
-    """Which messages of a conversation stand in a prompt that continues it, as the form has it."""
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.channel == "final"]
-    if form == Form.hub:
-        finished = answers[-1] if answers else -1
-        return [index > finished or message.role != "assistant" or message.channel != "analysis" or message.recipient is not None
-                for index, message in enumerate(messages)]
-    last = next((message for message in messages[::-1] if message.role == "assistant"), None)
-    first = answers[0] if answers and last is not None and last.channel == "final" else -1
-    return [index >= first or message.channel != "analysis" for index, message in enumerate(messages)]

@@ -13,6 +13,9 @@ from itertools import groupby
 from models.chat.render import CHANNELS, ROLES, Message
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
 
+SPACES = " \t\n\x0b\f\r\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"  # in Rust
+SPACES += "\u2028\u2029\u202f\u205f\u3000"
+
 
 class _Malformed(Exception):
     """Ids that are not well-formed harmony; the text is the library's."""
@@ -221,14 +224,14 @@ def _split_header(header_ids: list[int], tokenizer: Tokenizer) -> tuple[str | No
     if tokenizer.channel in pieces:
         at = pieces.index(tokenizer.channel)
         following = pieces[at + 1] if at + 1 < len(pieces) and isinstance(pieces[at + 1], str) else ""
-        channel = re.match(r"[^\s<]*", following).group()
+        channel = re.match(f"[^{SPACES}<]*", following).group()
         pieces[at : at + (2 if following else 1)] = [following[len(channel) :]]
     # <|constrain|> begins a word; any other control token is spelled where it stands.
     text = ""
     for piece in pieces:
         text += " " if piece == tokenizer.constrain else ""
         text += piece if isinstance(piece, str) else tokenizer.decode([piece], keep_special=True)
-    return channel, re.findall(r"[^ \t\n\r\f]+", text)
+    return channel, re.findall(r"[^ \t\n\r\f]+", text.strip(SPACES))
 
 
 def _parse_header(header_ids: list[int], tokenizer: Tokenizer, role: str | None, *, is_strict: bool) -> Message:

@@ -1,16 +1,18 @@
 """Harmony, gpt-oss's chat format: conversations -> messages -> prompt ids.
 
-Rendering follows the chat template of the hub checkpoints (`chat_template.jinja` of openai/gpt-oss-20b), because that
-is what other trainers feed the model; it builds ids, not text, so that text from users never becomes a control token.
-Where template and OpenAI's `openai-harmony` library differ, the template wins:
+Rendering builds ids, not text, so that text from users never becomes a control token. It has two forms: that of the chat template
+of the hub checkpoints (`chat_template.jinja` of openai/gpt-oss-20b), which other trainers feed the model, and that of OpenAI's
+`openai-harmony` library, which servers use. Where they differ:
 
-* instructions are followed by a blank line even without tools;
-* a default ends in a comma inside its comment (`days?: number, // default: 3,`), and nested schemas have the
-  template's own line breaks and spaces;
-* analysis of every earlier turn is dropped (the library: only what stands before the first final message); while a tool
-  call has no final message after it, its analysis stays;
-* results of functions are written as JSON: a string comes out as a quoted JSON string;
-* a call's recipient stands in the role part, its content type is `json` without <|constrain|>.
+* the template: instructions are followed by a blank line even without tools; a default ends in a comma inside its comment
+  (`days?: number, // default: 3,`), and nested schemas have the template's own line breaks and spaces; analysis of every earlier
+  turn is dropped, while a tool call has no final message after it, its analysis stays; results of functions are written as JSON,
+  a text in quotes;
+* the library: declarations as in models/chat/library_form.py; if the assistant's last message is a final one, everything on
+  the channel analysis before the first final message is dropped, and nothing else; results and arguments that are text stay as
+  they are.
+
+In both a call's recipient stands in the role part, and its content type is `json` without <|constrain|>.
 
 Only prompts are rendered. The template also renders an answer for training, but drops analysis that the answer's own prompt
 held: train on prompt ids + sampled ids instead.
@@ -31,6 +33,8 @@ from datetime import date
 from itertools import takewhile
 from typing import Any
 
+from models.chat.form import Form
+from models.chat.library_form import tools_section
 from models.chat.tokenizer import Tokenizer
 from models.chat.tools import builtin_sections, declare_functions, from_json, read_call, read_tools, to_json
 
@@ -46,10 +50,11 @@ SPELLED_HEADER = re.compile(r"<\|channel\|>(analysis|final)<\|message\|>")
 
 @dataclass
 class Message:
-    """One message. `recipient`: the function or role that it is written to; `name`: a tool message's author (`functions.f`)."""
+    """One message. `recipient`: the function or role that it is written to; `name`: a tool message's author (`functions.f`).
+    Content in several parts is text that is encoded part by part."""
 
     role: str
-    content: str
+    content: str | list[str]
     channel: str | None = None
     recipient: str | None = None
     content_type: str | None = None
@@ -65,8 +70,9 @@ def harmony_messages(
     instructions: str | None = None,
     tools: Sequence[Mapping[str, Any]] | str | None = None,
     builtin_tools: Sequence[str] | None = None,
+    form: Form = Form.hub,
 ) -> list[Message]:
-    """A conversation as the messages that the hub's chat template writes. The one check of conversations.
+    """A conversation as the messages that the hub's chat template, or openai-harmony, writes. The one check of conversations.
 
     `messages`: dicts as transformers and APIs have them. The first ones may be `system` and `developer` (together they
     become the developer message, which is `instructions` if there are none); `user` has content; `assistant` has content
@@ -92,9 +98,8 @@ def harmony_messages(
     if opening:
         parts = [_text(message, "content", i) for i, message in enumerate(opening) if message.get("content", "") != ""]
         instructions = "\n\n".join(parts)
-    if developer := developer_content(instructions or "", functions):
+    if developer := developer_content(instructions or "", functions, form):
         rendered.append(_encodable(Message("developer", developer), "instructions or tools"))
-    last_answer = max((i for i, message in enumerate(chat) if _is_answer(message)), default=-1)
     call: Message | None = None  # the last one, while no answer follows it
     call_id = None
     for index, message in list(enumerate(chat))[len(opening):]:
@@ -102,14 +107,15 @@ def harmony_messages(
         if message["role"] == "user":
             parts = [Message("user", _text(message, "content", index))]
         elif message["role"] == "tool":
-            parts = [_tool_result(message, index, call, call_id)]
+            parts = [_tool_result(message, index, call, call_id, form)]
         elif _is_answer(message):
-            parts = [Message("assistant", _text(message, "content", index), "final")]
+            thought = _text(message, "thinking", index) if form == Form.library and message.get("thinking") else ""
+            parts = [Message("assistant", thought, "analysis")] if thought else []
+            parts.append(Message("assistant", _text(message, "content", index), "final"))
             call = None
         elif message["role"] == "assistant":
-            thought, call = _read_tool_call(message, index, builtin_tools or ())
-            # Analysis is kept only while the turn it belongs to is unfinished.
-            parts = [Message("assistant", thought, "analysis")] if thought and index > last_answer else []
+            thought, call = _read_tool_call(message, index, builtin_tools or (), form)
+            parts = [Message("assistant", thought, "analysis")] if thought else []
             parts.append(call)
             call_id = message["tool_calls"][0].get("id")
         else:
@@ -119,7 +125,19 @@ def harmony_messages(
                 stacklevel=2,
             )
         rendered += [_encodable(part, f"messages[{index}]") for part in parts]
-    return rendered
+    return [message for message, is_kept in zip(rendered, kept_messages(rendered, form)) if is_kept]
+
+
+def kept_messages(messages: list[Message], form: Form) -> list[bool]:
+    """Which messages of a conversation stand in a prompt that continues it."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and message.channel == "final"]
+    if form == Form.hub:
+        finished = answers[-1] if answers else -1
+        return [index > finished or message.role != "assistant" or message.channel != "analysis" or message.recipient is not None
+                for index, message in enumerate(messages)]
+    last = next((message for message in messages[::-1] if message.role == "assistant"), None)
+    first = answers[0] if answers and last.channel == "final" else -1
+    return [index >= first or message.channel != "analysis" for index, message in enumerate(messages)]
 
 
 def render_prompt(messages: Iterable[Message], tokenizer: Tokenizer) -> list[int]:
@@ -138,7 +156,7 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
     if (message.role == "tool") != (message.name is not None):
         raise ValueError(f"a tool message needs `name` (such as functions.f), no other has one; got {message!r:.200}")
     author = message.name if message.role == "tool" else message.role
-    recipient = "" if message.recipient is None else f" to={message.recipient}"
+    recipient = "" if message.recipient in (None, "all") else f" to={message.recipient}"
     ids = [tokenizer.start, *tokenizer.encode(author + recipient)]
     ids += [] if message.channel is None else [tokenizer.channel]
     channel, content_type = message.channel or "", message.content_type
@@ -148,7 +166,9 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
     else:
         ids += tokenizer.encode(channel if content_type is None else f"{channel} {content_type}")
     is_call = message.role == "assistant" and message.recipient is not None
-    return [*ids, tokenizer.message, *tokenizer.encode(message.content), tokenizer.call if is_call else tokenizer.end]
+    parts = [message.content] if isinstance(message.content, str) else message.content
+    content = [id for part in parts for id in tokenizer.encode(part)]
+    return [*ids, tokenizer.message, *content, tokenizer.call if is_call else tokenizer.end]
 
 
 def generation_prompt(tokenizer: Tokenizer) -> list[int]:
@@ -175,16 +195,29 @@ def system_content(
         raise ValueError(f"reasoning_effort is {reasoning_effort!r}; allowed: {', '.join(REASONING_EFFORTS)}")
     if not isinstance(model_identity, str):
         raise ValueError(f"model_identity is {model_identity!r:.80}; it must be a string")
-    head = f"{model_identity}\nKnowledge cutoff: {KNOWLEDGE_CUTOFF}\nCurrent date: {current_date}"
-    tools = builtin_sections(builtin_tools)
-    channels = f"# Valid channels: {', '.join(CHANNELS)}. Channel must be included for every message."
-    if has_functions:
-        channels += "\nCalls to these tools must go to the commentary channel: 'functions'."
-    return "\n\n".join([head, f"Reasoning: {reasoning_effort}", *(["# Tools", *tools] if tools else []), channels])
+    return system_sections(model_identity, KNOWLEDGE_CUTOFF, current_date, reasoning_effort, CHANNELS,
+                           builtin_sections(builtin_tools), has_functions=has_functions)
 
 
-def developer_content(instructions: str, functions: Sequence[Mapping[str, Any]]) -> str:
+def system_sections(identity: str | None, cutoff: str | None, current_date: str | None, effort: str | None,
+                    channels: Sequence[str] | None, tools: Sequence[str], *, has_functions: bool) -> str:
+    """Text of a system message, without the parts that are None or empty, as the library can write it."""
+    head = [identity, cutoff and f"Knowledge cutoff: {cutoff}", current_date and f"Current date: {current_date}"]
+    calls = "\nCalls to these tools must go to the commentary channel: 'functions'." if has_functions else ""
+    sections = [
+        "\n".join(line for line in head if line is not None), effort and f"Reasoning: {effort}",
+        "\n\n".join(["# Tools", *tools]) if tools else "",
+        f"# Valid channels: {', '.join(channels)}. Channel must be included for every message.{calls}" if channels else ""]
+    return "\n\n".join(section for section in sections if section)
+
+
+def developer_content(instructions: str, functions: Sequence[Mapping[str, Any]], form: Form = Form.hub) -> str:
     """Text of the developer message, "" if empty: instructions (the user's "system prompt") and function schemas."""
+    if form == Form.library:
+        parts = [f"# Instructions\n\n{instructions}"] if instructions else []
+        own = [{**function, "name": function["name"].removeprefix("functions."),
+                "parameters": from_json(function.get("parameters"), "parameters")} for function in functions]
+        return "\n\n".join([*parts, *([tools_section([{"name": "functions", "tools": own}])] if own else [])])
     text = f"# Instructions\n\n{instructions}\n\n" if instructions else ""
     return text + (f"# Tools\n\n{declare_functions(functions)}" if functions else "")
 
@@ -271,7 +304,7 @@ def _encodable(message: Message, where: str) -> Message:
     return message
 
 
-def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Sequence[str]) -> tuple[str, Message]:
+def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Sequence[str], form: Form) -> tuple[str, Message]:
     """The analysis before the call ("" if none) and the call as a message."""
     where = f"messages[{index}].tool_calls"
     calls = message["tool_calls"]
@@ -287,11 +320,12 @@ def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Seque
         raise ValueError(f"messages[{index}] has content, thinking and tool_calls; give the analysis as thinking alone")
     key = "content" if message.get("content") else "thinking"
     thought = _text(message, key, index) if message.get(key) else ""
-    recipient, channel, content_type, content = read_call(calls[0], builtin_tools, f"{where}[0]")
+    recipient, channel, content_type, content = read_call(calls[0], builtin_tools, f"{where}[0]",
+                                                          keeps_text=form == Form.library)
     return thought, Message("assistant", content, channel, recipient, content_type)
 
 
-def _tool_result(message: Mapping[str, Any], index: int, call: Message | None, call_id: object) -> Message:
+def _tool_result(message: Mapping[str, Any], index: int, call: Message | None, call_id: object, form: Form) -> Message:
     """The result of the last call; if it names a call, that must be this one."""
     if call is None:
         raise ValueError(f"messages[{index}] has role 'tool', but no assistant message before it has tool_calls")
@@ -304,8 +338,8 @@ def _tool_result(message: Mapping[str, Any], index: int, call: Message | None, c
     if message.get("name", function) not in (call.recipient, function, namespace):
         raise ValueError(f"messages[{index}].name is {message['name']!r:.80}, but the call before it is {call.recipient}")
     content = message["content"]
-    if namespace != "functions" and isinstance(content, str):
-        text = content  # built-in tools answer in plain text
+    if isinstance(content, str) and (namespace != "functions" or form == Form.library):
+        text = content  # built-in tools answer in plain text in both forms
     else:
         text = to_json(content, f"messages[{index}].content")
     return Message("tool", text, call.channel, recipient="assistant", name=call.recipient)

@@ -85,11 +85,11 @@ def to_json(value: Any, where: str) -> str:
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def read_call(call: Any, builtin_tools: Sequence[str], where: str) -> tuple[str, str, str, str]:
+def read_call(call: Any, builtin_tools: Sequence[str], where: str, *, keeps_text: bool = False) -> tuple[str, str, str, str]:
     """(recipient, channel, content type, content) of a tool call as APIs return it.
 
     `arguments` are an object or its JSON text, which is read so that it is not encoded twice; null and "" stand for {}.
-    Python's may also be the code itself. Raises ValueError naming `where`.
+    Python's may also be the code itself. keeps_text: JSON text stays as it is. Raises ValueError naming `where`.
     """
     function = _function_of(call)
     if function is None or "arguments" not in function:
@@ -102,6 +102,8 @@ def read_call(call: Any, builtin_tools: Sequence[str], where: str) -> tuple[str,
         raise ValueError(f"{where} calls {name!r} of builtin_tools; allowed: python, {', '.join(BROWSER_FUNCTIONS)}")
     channel, content_type = ("analysis", "code") if is_builtin else ("commentary", "json")
     content = (_read_code if recipient == "python" else _read_arguments)(arguments, f"{where}.arguments")
+    if keeps_text and recipient != "python" and isinstance(arguments, str) and arguments:
+        content = arguments
     return recipient, channel, str(function.get("content_type") or content_type), content
 
 

@@ -12,9 +12,9 @@ from grpo.envs.tool_class import ToolClass
 from grpo.rollout.scheduler import Scheduler
 from grpo.rollout.session import Session
 from models.chat.form import Form
-from models.chat.history import history_ids, kept_messages
+from models.chat.history import history_ids
 from models.chat.parse import conversation, parse_completion
-from models.chat.render import Message, harmony_messages, render_prompt
+from models.chat.render import Message, harmony_messages, kept_messages, render_prompt
 
 THOUGHT = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
 USER = "<|start|>user<|message|>{}<|end|><|start|>assistant"
