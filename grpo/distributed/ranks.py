@@ -44,9 +44,9 @@ class RankFault(RuntimeError):
 class Ranks:
     """This process among the others. rank, num_ranks, local_rank: its number, how many there are, its number on this node."""
 
-    def __init__(self, place: Place, store: dist.Store, timeout: float) -> None:
+    def __init__(self, place: Place, store: dist.Store) -> None:
         self.place, self.rank, self.num_ranks, self.local_rank = place, place.rank, place.num_ranks, place.local_rank
-        self.timeout, self.seconds_waited = min(timeout, START_SECONDS), 0.0  # for others
+        self.timeout, self.seconds_waited = START_SECONDS, 0.0  # for others
         self.notes: list[str] = []  # warnings that rank 0 will show for this one, from the next exchange on
         self.show: Callable[[str], None] | None = None  # of rank 0
         self.is_leaving = False
@@ -128,7 +128,7 @@ class Ranks:
                     self._spread_stop()
                 is_late = now - started > self.timeout
                 if missing and (is_late or self._stopped_at is not None and now - self._stopped_at > GRACE_SECONDS):
-                    limit = (f"{self.timeout:g} s (distributed.timeout)" if is_late
+                    limit = (f"{self.timeout:g} s{' (distributed.timeout)' if self._groups else ''}" if is_late
                              else f"{GRACE_SECONDS:g} s after the stop signal")
                     raise self._blame(missing[0], f"did not come to {what!r} within {limit}: it hangs, or is too slow there")
             time.sleep(pause)
@@ -150,12 +150,16 @@ class Ranks:
         for rank in missing:
             if self._has(f"stopped/{rank}"):
                 raise Interrupted(f"at {what!r}, since rank {rank} was stopped")
-            if self._is_beside(rank) and _is_gone(self._peers[rank]["pid"]):
+            if self._is_dead(rank):
                 raise self._blame(rank, "ended without a word: it was killed, or crashed")
 
     def _is_beside(self, rank: int) -> bool:
         """Whether it is another rank, on this node."""
         return rank != self.rank and bool(self._peers) and self._peers[rank]["host"] == self._peers[self.rank]["host"]
+
+    def _is_dead(self, rank: int) -> bool:
+        """Whether it is another rank of this node, whose process has ended."""
+        return self._is_beside(rank) and _is_gone(self._peers[rank]["pid"])
 
     # ---- failures and stop signals
 
@@ -192,24 +196,29 @@ class Ranks:
             self._store.set("stop", str(self.rank))
 
     def leave(self) -> None:
-        """Called at the end of a run. Other ranks than 0 return when rank 0 has, so that a launcher, which ends all ranks as soon
-        as one has failed, does not interrupt it while it saves."""
-        with contextlib.suppress(RankFault, RuntimeError):
-            deadline = time.monotonic() + self.timeout
-            while self.rank and not self._has("left") and time.monotonic() < deadline:
-                fault = self.fault()
-                is_lost = fault is not None and fault.is_lost and fault.rank == 0
-                if is_lost or (self._is_beside(0) and _is_gone(self._peers[0]["pid"])):
-                    break
-                time.sleep(LONGEST_PAUSE)
-            has_failed = self.fault() is not None
-            if not self.rank:
+        """Called at the end of a run. Other ranks than 0 return after rank 0's process has ended, so that a launcher, which ends
+        all ranks as soon as one has failed, does not interrupt it while it saves; and rank 0, which may serve the store, after
+        the others have read it for the last time."""
+        self.is_leaving = True
+        with contextlib.suppress(RuntimeError):  # a RankFault: the store is gone
+            fault = self.fault()
+            lost = {fault.rank} if fault is not None and fault.is_lost else set()
+            if self.rank == 0:
                 self._store.set("left", "")
-            if not has_failed and dist.is_initialized():
+                others = [rank for rank in self._others() if rank not in lost]
+                self._wait(lambda: all(self._has(f"gone/{rank}") or self._is_dead(rank) for rank in others), LEAVE_SECONDS)
+            else:
+                self._wait(lambda: self._has("left") or self._is_dead(0) or 0 in lost, self.timeout)
+                self._store.set(f"gone/{self.rank}", "")
+                if fault is not None:
+                    self._wait(lambda: not self._is_beside(0) or self._is_dead(0), LEAVE_SECONDS)
+            if fault is None and dist.is_initialized():
                 dist.destroy_process_group()
-            deadline = time.monotonic() + LEAVE_SECONDS
-            while has_failed and self._is_beside(0) and not _is_gone(self._peers[0]["pid"]) and time.monotonic() < deadline:
-                time.sleep(LONGEST_PAUSE)
+
+    def _wait(self, is_over: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_over() and time.monotonic() < deadline:
+            time.sleep(LONGEST_PAUSE)
 
     def settle(self, message: str, *, reason: str, code: int, is_stopped: bool) -> RankFault | None:
         """Tells the others that the run ends here, by an error or a stop signal. Returns the first failure of a rank, None if a
@@ -224,11 +233,11 @@ class Ranks:
 
     def speaks(self) -> bool:
         """Whether this rank prints how the run ended: rank 0, or the next one if rank 0 is lost."""
-        with contextlib.suppress(RankFault):
+        try:
             fault = self.fault()
-            if fault is not None and fault.is_lost and fault.rank == 0:
-                return self.rank == 1
-        return self.rank == 0
+        except RankFault as gone:
+            fault = gone
+        return self.rank == (fault is not None and fault.is_lost and fault.rank == 0)
 
     # ---- the start
 
@@ -241,7 +250,6 @@ class Ranks:
             about |= {"device": properties.name, "gpu": str(properties.uuid)}
         found = self.exchange("the start", (about, flatten(to_dict(config))))
         self._peers = [peer for peer, _ in found]
-        self.timeout = config.distributed.timeout
         for rank, (peer, settings) in enumerate(found):
             self._compare(rank, peer, settings, found[0])
             same = [other for other in range(rank) if peer["gpu"] and (found[other][0]["host"], found[other][0]["gpu"]) == (
@@ -249,11 +257,12 @@ class Ranks:
             if same:
                 raise ConfigError(f"ranks {same[0]} and {rank} have the same GPU: CUDA_VISIBLE_DEVICES must give each process of "
                                   "a node its own; start as many processes as there are GPUs (--nproc-per-node)")
-        limit = timedelta(seconds=self.timeout)
+        limit = timedelta(seconds=max(config.distributed.timeout, START_SECONDS))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("groups", self._store),
                                 rank=self.rank, world_size=self.num_ranks, timeout=limit)
         self._groups = {channel: dist.new_group(backend="gloo", timeout=limit) for channel in (MAIN, ROLLOUT)}
-        threading.Thread(target=self._end_if_others_failed, daemon=True).start()
+        self.timeout = config.distributed.timeout
+        threading.Thread(target=self._end_with_the_others, daemon=True).start()
 
     def _compare(self, rank: int, peer: dict, settings: dict, first: tuple[dict, dict]) -> None:
         keys = [key for key in sorted(settings.keys() | first[1].keys()) if settings.get(key) != first[1].get(key)]
@@ -264,16 +273,20 @@ class Ranks:
             raise ConfigError("the ranks do not have the same settings:\n  " + "\n  ".join(differing) + "\nStart all with one "
                               "command, version of torch and kind of GPU")
 
-    def _end_if_others_failed(self) -> None:
-        """In a thread: ends this process if it does not end by itself after a failure, since it hangs, or waits for a GPU that
-        waits for another rank."""
-        with contextlib.suppress(RuntimeError):
-            while not self._has("left"):
-                if (fault := self.fault()) is not None:
-                    time.sleep(GRACE_SECONDS)
-                    if not self.is_leaving:
-                        os._exit(fault.code)
-                time.sleep(LOOK_SECONDS)
+    def _end_with_the_others(self) -> None:
+        """In a thread: ends this process some time after another rank has failed or rank 0 has left, if it does not end by
+        itself, since it hangs, or waits for a GPU that waits for another rank."""
+        while not self.is_leaving:
+            try:
+                fault = self.fault()
+                code = fault.code if fault is not None else 1 if self._has("left") else None
+            except RuntimeError:  # the store is gone
+                code = 1
+            if code is not None:
+                time.sleep(GRACE_SECONDS)
+                if not self.is_leaving:
+                    os._exit(code)
+            time.sleep(LOOK_SECONDS)
 
 
 def _is_gone(pid: int) -> bool:
@@ -306,15 +319,15 @@ def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
             raise ConfigError(f"{place.name}: this node has {place.num_local} ranks, but they see {num_gpus} GPU"
                               f"{'s' if num_gpus > 1 else ''} (CUDA_VISIBLE_DEVICES: {visible}); set --nproc-per-node to that")
         torch.cuda.set_device(place.local_rank if num_gpus > 1 else 0)
-    return Ranks(place, _open_store(place, min(config.distributed.timeout, START_SECONDS)), config.distributed.timeout)
+    return Ranks(place, _open_store(place))
 
 
-def _open_store(place: Place, seconds: float) -> dist.Store:
+def _open_store(place: Place) -> dist.Store:
     """The store by which ranks meet: torchrun's own, else rank 0 serves one."""
     is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = dist.TCPStore(place.address, place.port, world_size=None, is_master=is_server, timeout=timedelta(seconds=seconds),
-                              wait_for_workers=False)
+        store = dist.TCPStore(place.address, place.port, world_size=None, is_master=is_server,
+                              timeout=timedelta(seconds=START_SECONDS), wait_for_workers=False)
     except (dist.DistError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         what = "cannot be served there, since another program has it" if is_server else "is not served by rank 0"

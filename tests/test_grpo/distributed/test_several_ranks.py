@@ -1,0 +1,179 @@
+"""Runs of 1, 2 and 4 ranks on the CPU, by gloo: the same bytes for any number, and one message where a rank fails."""
+
+import json
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Every group has a spread, but for one now and then, which is replaced.
+SPREAD = """
+import zlib
+from grpo.envs.carry import Carry
+from grpo.environment import Score
+
+def judge(completion):
+    return zlib.crc32(repr(completion.completion_ids).encode()) % 11 / 10 if completion.prompt.id % 5 != 3 else 0.0
+
+class Spread(Carry):
+    def score(self, completions):
+        return [Score(judge(completion), {}, {}, False) for completion in completions]
+"""
+RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=spread.Spread", "rollout.prompts_per_step=4",
+       "rollout.group_size=3", "rollout.max_new_tokens=6", "rollout.refill_rounds=1", "optim.max_tokens=60",
+       "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=2", "eval.max_prompts=3", "eval.at_end=false",
+       "checkpoint.every=2", "log.num_completions=30", "distributed.timeout=60")
+BRIEF = ("eval.every=0", "eval.at_start=false", "kl.coefficient=0", "optim.minibatches=1")  # for runs that fail
+# Ends this process at the given call of a function: by a signal, or never.
+AT_CALL = """
+import os, signal, time
+import {module} as module
+original, calls = module.{name}, []
+def counted(*arguments, **keywords):
+    calls.append(None)
+    if len(calls) == {count}:
+        {action}
+    return original(*arguments, **keywords)
+module.{name} = counted
+"""
+KILL, HANG = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1e6)"
+# from then on, when both ranks are there: a limit for the start would depend on how busy the machine is
+SHORTEN = "import gc; [setattr(item, 'timeout', 1.0) for item in gc.get_objects() if type(item).__name__ == 'Ranks']"
+HURRY = "import grpo.distributed.ranks as ranks\nranks.GRACE_SECONDS = 0.2\nranks.LOOK_SECONDS = 0.1\n"
+
+
+def at_call(place: str, count: int, action: str) -> str:
+    module, _, name = place.rpartition(".")
+    return AT_CALL.format(module=module, name=name, count=count, action=action)
+
+
+@dataclass
+class Ended:
+    codes: list[int]
+    out: list[str]
+    errors: list[str]
+
+    @property
+    def message(self) -> str:
+        """The only error that the ranks printed together."""
+        lines = [line for text in self.errors for line in text.splitlines() if re.match(r"(error|stopped|config error):", line)]
+        assert len(lines) == 1, self.errors
+        return lines[0]
+
+
+@pytest.fixture(scope="module")
+def launch(entry_points, tmp_path_factory):
+    """Starts the ranks of a run, as torchrun would, and waits for all of them."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "spread.py").write_text(SPREAD)
+
+    def run(num_ranks: int, output_dir: Path, *arguments: str, before: dict[int, str] | None = None,
+            own: dict[int, tuple] | None = None, port: int | None = None) -> Ended:
+        port = port or free_port()
+        commands = [entry_points.start(
+            "grpo.train", *RUN, f"output_dir={output_dir}", *arguments, *(own or {}).get(rank, ()), writes_report=False,
+            before=HURRY + (before or {}).get(rank, ""), path=(folder,), RANK=str(rank), LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            for rank in range(num_ranks)]
+        results = [command.wait(120) for command in commands]
+        return Ended([result.code for result in results], [result.out for result in results], [result.err for result in results])
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items()
+             if not name.startswith(("time/", "memory/")) and not name.endswith("_per_s")} for line in lines]
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "checkpoints/step_000004/tensors.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def one(launch, tmp_path_factory):
+    """The folder of a run of one rank."""
+    folder = tmp_path_factory.mktemp("one")
+    ended = launch(1, folder)
+    assert ended.codes == [0], ended.errors
+    assert sum(line["groups/dropped"] for line in metrics(folder / "run") if "groups/dropped" in line) > 0  # some were replaced
+    return folder / "run"
+
+
+def test_a_run_of_four_ranks_has_the_bytes_of_one(launch, one, tmp_path):
+    ended = launch(4, tmp_path)
+    assert ended.codes == [0] * 4, ended.errors
+    assert ended.out[0].count("step 4/4") == 1 and ended.out[1:] == ["", "", ""]
+    run = tmp_path / "run"
+    assert metrics(run) == metrics(one)  # of log-probs, rewards and gradients
+    assert (run / "completions.jsonl").read_bytes() == (one / "completions.jsonl").read_bytes()
+    assert weights(run) == weights(one)
+    assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
+
+
+def test_a_rank_killed_in_the_backward_is_named_and_the_run_resumes_on_another_number(launch, one, tmp_path):
+    # one of the third step: the checkpoint of the second stands
+    ended = launch(2, tmp_path, before={1: at_call("grpo.update.token_stats", 5, KILL)})
+    assert ended.codes == [1, -9]
+    assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+    ended = launch(3, tmp_path, "resume=true")
+    assert ended.codes == [0] * 3, ended.errors
+    assert metrics(tmp_path / "run") == metrics(one)
+    assert weights(tmp_path / "run") == weights(one)
+
+
+def test_rank_0_killed_while_it_saves_leaves_the_last_checkpoint(launch, one, tmp_path):
+    ended = launch(2, tmp_path, before={0: at_call("grpo.run.checkpoint._write_tensors", 2, KILL)})
+    assert ended.codes[0] == -9 and ended.codes[1] == 1
+    assert re.match(r"error: (rank 0 .*ended without a word|rank 1 .*: the store at .* is gone)", ended.message)
+    ended = launch(1, tmp_path, "resume=true")
+    assert ended.codes == [0], ended.errors
+    assert weights(tmp_path / "run") == weights(one)
+
+
+def test_a_rank_that_fails_in_a_reward_ends_all_with_its_code_and_finished_steps_are_saved(launch, tmp_path):
+    ended = launch(2, tmp_path, *BRIEF, before={1: at_call("spread.judge", 14, "raise KeyError('no such answer')")})
+    assert ended.codes == [4, 4]
+    assert re.match(r"error: rank 1 \(.*\): environment Spread.score raised KeyError.*; saved after step \d", ended.message)
+
+
+def test_a_rank_that_hangs_in_a_reward_is_named_with_the_place(launch, tmp_path):
+    ended = launch(2, tmp_path, *BRIEF, before={0: at_call("spread.judge", 1, SHORTEN), 1: at_call("spread.judge", 1, HANG)})
+    assert ended.codes == [1, 1]
+    assert re.match(r"error: rank 1 \(.*\) did not come to 'the scores' within 1 s \(distributed.timeout\)", ended.message)
+
+
+def test_a_stop_signal_on_one_rank_stops_all_and_is_resumable(launch, tmp_path):
+    ended = launch(2, tmp_path, *BRIEF, before={1: at_call("grpo.update.token_stats", 3, "os.kill(os.getpid(), signal.SIGTERM)")})
+    assert ended.codes == [75, 75]
+    assert re.match(r"stopped: .*resume with: torchrun --nproc-per-node 2 -m grpo.train .*resume=true", ended.message)
+
+
+def test_unequal_settings_are_listed_before_a_model_is_loaded(launch, tmp_path):
+    ended = launch(2, tmp_path, own={1: ("optim.lr=0.5", "seed=7")})
+    assert ended.codes == [2, 2]
+    text = ended.errors[0] + ended.errors[1]
+    assert "optim.lr: 0.0003 on rank 0, 0.5 on rank 1" in text and "seed: 0 on rank 0, 7 on rank 1" in text
+    assert "trains" not in ended.out[0]
+
+
+def test_a_port_in_use_is_named(launch, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        ended = launch(1, tmp_path, port=port)
+    assert ended.codes == [2]
+    assert f"MASTER_PORT = {port} on 127.0.0.1: the port cannot be served there" in ended.message
+
+
