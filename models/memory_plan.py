@@ -449,9 +449,10 @@ def _plan_beside(needs: Needs, gpu: GpuSpec, limit: int, host_bytes: int) -> Mem
     slots serve one pass at a time. Raises DoesNotFit."""
     fp32, others = trained_sizes(needs)
     lines = {"copy of what trains": 4 * sum(fp32) + needs.dtype.itemsize * sum(others)}
-    homes = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(False, False, FEW_PREFILL_TOKENS),
-             _Homes(False, True, FEW_PREFILL_TOKENS)]
-    homes = [home for home in homes if sum(_host(needs, home).values()) <= host_bytes]
+    embedding = not needs.trains_all
+    homes = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(embedding, False, MAX_PREFILL_TOKENS),
+             _Homes(embedding, False, FEW_PREFILL_TOKENS), _Homes(embedding, True, FEW_PREFILL_TOKENS)]
+    homes = [home for home in dict.fromkeys(homes) if sum(_host(needs, home).values()) <= host_bytes]
     num_rows, most = min(needs.num_rows, needs.max_rows), math.inf if needs.cache_bytes is None else needs.cache_bytes
     for rows, home in ((num_rows >> halvings, home) for halvings in range(num_rows.bit_length()) for home in homes):
         part, host = replace(needs, cache_bytes=min(most, cache_bytes(needs, rows))), _host(needs, home)
@@ -460,13 +461,13 @@ def _plan_beside(needs: Needs, gpu: GpuSpec, limit: int, host_bytes: int) -> Mem
             sampling.lines |= lines
             beside = {name: sampling.lines[name] for name in _OF_SAMPLING}
             activations, update = _plan_update(part, home, limit - sum(beside.values()), host_bytes - sum(host.values()), (0,),
-                                               is_last=True)
+                                               is_last=home != homes[0])
         except DoesNotFit:
             continue
         update.lines |= beside
         host |= {"experts": 0, "activations": activations}
-        return MemoryPlan(limit, False, home.state_on_host, home.prefill_tokens, fitting, cache_room, seconds, sampling, update,
-                          activations, host, samples_beside=True)
+        return MemoryPlan(limit, home.embedding_on_host, home.state_on_host, home.prefill_tokens, fitting, cache_room, seconds,
+                          sampling, update, activations, host, samples_beside=True)
     raise DoesNotFit("sampling and update at once")
 
 
