@@ -6,7 +6,8 @@ The library accepts much that no answer should look like; `_find_fault` is the o
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -77,8 +78,8 @@ def parse_completion(
     """
     if role is not None and role not in ROLES:
         raise ValueError(f"role is {role!r}; allowed: {', '.join(ROLES)}, or None if the ids begin with <|start|>")
-    ids = [int(id) for id in ids]
-    sources = [True] * len(ids) if is_policy is None else [bool(source) for source in is_policy]
+    ids = list(map(int, ids))
+    sources = [True] * len(ids) if is_policy is None else list(map(bool, is_policy))
     assert len(sources) == len(ids), f"{len(sources)} sources of {len(ids)} ids"
     while ids and ids[-1] == tokenizer.endoftext:
         ids.pop()
@@ -150,7 +151,7 @@ def _find_fault(
             fault = "no channel" if message.channel is None else f"unknown channel {message.channel!r}"
         elif is_call and (is_final or not message.recipient or message.recipient in ROLES):
             fault = f"recipient {message.recipient!r} on channel {message.channel}"
-        elif markers != header or any(map(tokenizer.is_special, ids[span.content_start : span.stop - 1])):
+        elif markers != header or tokenizer.places_of_special(ids[span.content_start : span.stop - 1]):
             fault = f"a control token inside the {message.channel} message"
         elif span.closing is None:
             fault = f"cut off in the {message.channel} message"
@@ -170,20 +171,21 @@ def _parse(
 ) -> tuple[list[Message], list[Span]]:
     stops = {tokenizer.end, tokenizer.return_, tokenizer.call}
     header_ends = {tokenizer.message} if is_strict else {tokenizer.message, *stops}
+    specials = tokenizer.places_of_special(ids)
     messages: list[Message] = []
     spans: list[Span] = []
     position, author = 0, role
     while author is not None or position < len(ids):
         if author is None:
             if ids[position] != tokenizer.start:
-                run_end = _find(ids, tokenizer.is_special, position)
+                run_end = _find(ids, specials, None, position)
                 run = tokenizer.decode(ids[position : max(run_end, position + 1)], keep_special=True)
                 _complain(f"Unexpected token {run!r} while expecting start token", is_strict)
-                position = _find(ids, {tokenizer.start}.__contains__, position)
+                position = _find(ids, specials, {tokenizer.start}, position)
                 continue
             position += 1
         named, author = author, None  # the headers of all but the first message name their author
-        start, header_end = position, _find(ids, header_ends.__contains__, position)
+        start, header_end = position, _find(ids, specials, header_ends, position)
         if header_end == len(ids):
             _complain("Unexpected EOS while waiting for message header to complete", is_strict)
             break
@@ -195,7 +197,7 @@ def _parse(
                 spans.append(Span(start, start, position, ids[header_end], any(sources[start:position])))
             continue
         header = _parse_header(header_ids, tokenizer, named, is_strict=is_strict)
-        content_end = _find(ids, stops.__contains__, position)
+        content_end = _find(ids, specials, stops, position)
         messages.append(replace(header, content=tokenizer.decode(ids[position:content_end], keep_special=True)))
         closing = ids[content_end] if content_end < len(ids) else None
         stop = min(content_end + 1, len(ids))
@@ -209,9 +211,13 @@ def _complain(text: str, is_strict: bool) -> None:
         raise _Malformed(text)
 
 
-def _find(ids: list[int], is_wanted: Callable[[int], bool], position: int) -> int:
-    """Index of the first wanted id from `position` on, len(ids) if there is none."""
-    return next((index for index in range(position, len(ids)) if is_wanted(ids[index])), len(ids))
+def _find(ids: list[int], specials: list[int], wanted: set[int] | None, position: int) -> int:
+    """Index of the first wanted id from `position` on, len(ids) if there is none. specials: the places of all control ids;
+    wanted: some of those, None for any."""
+    for place in range(bisect_left(specials, position), len(specials)):
+        if wanted is None or ids[specials[place]] in wanted:
+            return specials[place]
+    return len(ids)
 
 
 def _split_header(header_ids: list[int], tokenizer: Tokenizer) -> tuple[str | None, list[str]]:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 
 import tokenizers
@@ -145,6 +145,10 @@ class Tokenizer:
     def is_special(self, id: int) -> bool:
         """Whether this id is a control token (harmony's or reserved)."""
         return id in self._special_text
+
+    def places_of_special(self, ids: list[int]) -> list[int]:
+        """The indices of the control tokens among the ids."""
+        return list(compress(range(len(ids)), map(self._special_text.__contains__, ids)))
 
     def _encode_ordinary(self, text: str) -> list[int]:
         try:
