@@ -74,7 +74,10 @@ class Sandbox:
         return f"{self.mode}{unsafe}: {', '.join(self.layers) or 'no layer'} hold{without}"
 
     def _start(self) -> Zygote:
-        zygote = Zygote(layers=self.layers, modules=self.modules)
+        """A new zygote, started by a thread that ends at once: so it is no child of the calling thread, which may be an episode's
+        and must leave no process behind."""
+        with ThreadPoolExecutor(1) as threads:
+            zygote = threads.submit(Zygote, layers=self.layers, modules=self.modules).result()
         self._zygotes.append(zygote)
         return zygote
 

@@ -17,6 +17,7 @@ from grpo.envs.python_math import KINDS, PythonMath
 from grpo.envs.python_tool import PythonTool
 from grpo.rollout.episodes import EpisodeThread
 from grpo.sandbox.calls import VIOLATIONS
+from grpo.sandbox.pool import Sandbox
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,21 @@ def test_the_recipient_python_gets_the_text_as_it_is_and_answers_in_plain_text(s
     thread.end(list)
     assert replies.get()[1] == []
     thread.leave()
+
+
+def test_a_zygote_that_is_started_anew_during_an_episode_is_none_of_its_processes():
+    own = Sandbox("auto", num_zygotes=1)
+    own._zygotes[0].process.kill()
+    own._zygotes[0].process.wait()
+    replies = queue.SimpleQueue()
+    thread = EpisodeThread(0, lambda: PythonTool(own, seconds=20.0, keeps_state=False), replies, writes_json=False)
+    thread.call("python", "6 * 7")
+    assert replies.get()[1].result == "42"
+    thread.end(list)
+    assert replies.get()[1] == []  # no fault that it left a process running
+    thread.leave()
+    assert own._zygotes[0].process.poll() is None
+    own.close()
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------
