@@ -154,12 +154,13 @@ class Matmul(DrawnTasks):
     # --- scoring ----------------------------------------------------------------------------------------------------
 
     def _score(self, completion: Completion) -> Score:
-        digest = hashlib.sha256(repr(completion.completion_ids).encode()).hexdigest()
-        rng = random.Random(f"matmul inputs {self.seed} {completion.prompt.id} {completion.sample} {digest}")
         parts = {"correct": 0.0, "speed": 0.0}
         metrics, extra = violation_metrics([]), {}
         try:
-            speedup = self._speedup(TASKS[completion.prompt.row["task"]], code_of(self.parse(completion).final), rng)
+            code = code_of(self.parse(completion).final)
+            digest = hashlib.sha256(repr(completion.completion_ids).encode()).hexdigest()
+            rng = random.Random(f"matmul inputs {self.seed} {completion.prompt.id} {completion.sample} {digest}")
+            speedup = self._speedup(TASKS[completion.prompt.row["task"]], code, rng)
             parts = {"correct": 1.0, "speed": min(max(math.log(speedup) / math.log(self.full_speedup), 0.0), 1.0)}
             metrics["speedup"] = speedup
         except RefusedAnswer as refused:

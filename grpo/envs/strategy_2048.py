@@ -1,7 +1,8 @@
 """Writing a strategy for 2048: the model answers with a function, which the sandbox runs and which plays several games.
 
-The games belong to this process. In each step a new process gets the boards as values and returns a move for each; nothing else
-of it comes back, and none of it lives on. The tiles are drawn here, by a seed that neither the prompt nor the function knows.
+The games belong to this process. In each step the function's process gets the boards as values and returns a move for each;
+nothing else of it comes back. The code runs anew in each step, and its process ends with the games. The tiles are drawn here, by
+a seed that neither the prompt nor the function knows.
 
 A task asks for one of 48 functions: boards of 3 x 3 or 4 x 4, as rows, columns or one list, with 0 or None for an empty cell, and
 moves by one of four sets of names. So no one answer fits many tasks, and some are held out. The reward is the mean, over the
@@ -75,7 +76,7 @@ class Strategy2048(DrawnTasks):
 
     num_games: that a function plays
     step_seconds: wall time for one step of all games
-    seconds: CPU time for all steps
+    seconds: CPU time for all steps (the system ends the process within two more)
     held_out_fraction: share of the variants that is kept for evaluation"""
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, sandbox: Sandbox | None, num_games: int, step_seconds: float,
@@ -100,39 +101,55 @@ class Strategy2048(DrawnTasks):
 
     def _score(self, completion: Completion) -> Score:
         variant = VARIANTS[completion.prompt.row["variant"]]
-        digest = hashlib.sha256(repr(completion.completion_ids).encode()).hexdigest()
-        rng = random.Random(f"2048 games {self.seed} {completion.prompt.id} {completion.sample} {digest}")
-        games = [Game2048(rng.getrandbits(64), variant.size, *GOALS[variant.size]) for _ in range(self.num_games)]
+        games: list[Game2048] = []
         metrics, extra, is_refused = violation_metrics([]), {}, False
         try:
-            if (problem := self._play(variant, code_of(self.parse(completion).final), games)) is not None:
+            code = code_of(self.parse(completion).final)
+            games += self._games(completion, variant)
+            if (problem := self._play(variant, code, games)) is not None:
                 extra["problem"] = problem
         except RefusedAnswer as refused:
             metrics, extra, is_refused = violation_metrics([refused.violation]), {"refused": str(refused)}, True
         except SandboxError as error:
             return Score(None, {}, {}, None, {"refused": f"no verdict: {error}"})
         progress = 0.0 if is_refused else sum(game.progress() for game in games) / len(games)
-        metrics |= {"moves": sum(game.num_moves for game in games) / len(games),
-                    "largest_tile": sum(game.largest for game in games) / len(games)}
+        if games:
+            metrics |= {"moves": sum(game.num_moves for game in games) / len(games),
+                        "largest_tile": sum(game.largest for game in games) / len(games)}
         return Score(progress, {"progress": progress}, metrics, progress == 1.0, extra)
+
+    def _games(self, completion: Completion, variant: Variant) -> list[Game2048]:
+        digest = hashlib.sha256(repr(completion.completion_ids).encode()).hexdigest()
+        rng = random.Random(f"2048 games {self.seed} {completion.prompt.id} {completion.sample} {digest}")
+        return [Game2048(rng.getrandbits(64), variant.size, *GOALS[variant.size]) for _ in range(self.num_games)]
 
     def _play(self, variant: Variant, code: str, games: list[Game2048]) -> str | None:
         """Plays the games to their ends. Returns what ended some of them early, if anything did."""
-        playing, problem, seconds = list(games), None, 0.0
-        while playing := [game for game in playing if not game.is_over]:
-            outcome = self.sandbox.call(code, "strategy", [[variant.view(game.board)] for game in playing],
-                                        seconds=self.step_seconds)
-            seconds += outcome.cpu_seconds
-            refuse_violation(outcome, outcome.violation or ("time" if seconds > self.seconds else None))
-            if outcome.error is not None:
-                return f"error: {outcome.error}"
-            directions = [variant.direction(move) for move in outcome.values]
-            for game, move, direction in list(zip(playing, outcome.values, directions)):
+        playing, problems, refusals = list(games), [], []
+
+        def step(moves: list) -> list[list] | None:
+            """Makes a move in each game. Returns the boards of those that go on, each the arguments of a call; None for none."""
+            try:
+                directions = [variant.direction(move) for move in moves]
+            except RefusedAnswer as refused:
+                refusals.append(refused)
+                return None
+            for game, move, direction in list(zip(playing, moves, directions)):
                 try:
                     if direction is None:
                         raise ValueError(f"{move!r:.40} is no move")
                     game.make_move(direction)
                 except ValueError as error:
-                    problem = str(error)
+                    problems.append(str(error))
                     playing.remove(game)
-        return problem
+            playing[:] = [game for game in playing if not game.is_over]
+            return [[variant.view(game.board)] for game in playing] or None
+
+        outcome = self.sandbox.converse(code, "strategy", [[variant.view(game.board)] for game in playing], step,
+                                        seconds=self.step_seconds, cpu_seconds=self.seconds)
+        refuse_violation(outcome, outcome.violation or ("time" if outcome.cpu_seconds > self.seconds else None))
+        for refused in refusals:
+            raise refused
+        if outcome.error is not None:
+            return f"error: {outcome.error}"
+        return problems[-1] if problems else None

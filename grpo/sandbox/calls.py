@@ -16,7 +16,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,10 @@ MEMORY = 512 << 20  # bytes of address space
 MOST_OUTPUT = 1 << 20  # bytes
 MOST_DEPTH = 32  # of lists in lists
 PATIENCE = 60.0  # seconds that a zygote may take to start, and to report a child's end
+END = b"\n"  # of a message on a call's socket
 ZYGOTE = Path(__file__).with_name("zygote.py")
+
+Respond = Callable[[list], Sequence[Sequence] | None]
 
 
 class SandboxError(RuntimeError):
@@ -90,16 +93,30 @@ class Zygote:
         report = json.loads(report)
         self.layers, self.problems = report["layers"], report["problems"]
 
-    def call(self, request: bytes, *, seconds: float) -> Outcome:
-        """One call. Raises SandboxError if the zygote fails; it is of no use then."""
+    def call(self, request: bytes, *, seconds: float, cpu_seconds: float | None = None,
+             respond: Respond | None = None) -> Outcome:
+        """One round of calls; or several, one after the other, in one process: `respond` gets the values of a round and returns
+        the arguments of the next one's calls, or None at the end, and must not raise. The outcome is that of the last round.
+
+        seconds: wall time for a round; cpu_seconds: for all of them, None: as `seconds`
+
+        Raises SandboxError if the zygote fails; it is of no use then."""
         try:
             ours, theirs = socket.socketpair()
             with ours:
                 with theirs:
-                    socket.send_fds(self.control, [CALL.pack(seconds)], [theirs.fileno()])
+                    socket.send_fds(self.control, [CALL.pack(cpu_seconds or seconds)], [theirs.fileno()])
                 started = time.monotonic()
-                received, stopped = exchange(ours, request, started + seconds)
-                is_closed_early = stopped is None and not self._is_over(started + seconds)
+                deadline = started + seconds
+                received, stopped = exchange(ours, request, deadline, is_last=respond is None)
+                is_confined = received.startswith(READY)  # else the code has not begun
+                while respond is not None and stopped is None and received.endswith(END):
+                    values = judge(received, None, 0).values
+                    calls = None if values is None else respond(values)
+                    deadline = time.monotonic() + seconds
+                    more, stopped = exchange(ours, b"" if calls is None else encode(calls), deadline, is_last=calls is None)
+                    received, respond = (more, respond) if calls is not None else (received + more, None)
+                is_closed_early = stopped is None and not self._is_over(deadline)
                 stopped = "time" if is_closed_early else stopped
                 wall_seconds = time.monotonic() - started
                 if stopped is not None:
@@ -108,7 +125,7 @@ class Zygote:
         except (OSError, struct.error) as error:
             self.close()
             raise SandboxError(f"the sandbox's process failed: {type(error).__name__}: {error}") from error
-        if not received.startswith(READY):  # the code had not begun
+        if not is_confined:
             self.close()
             raise SandboxError(f"a call's process could not be confined (status {status})")
         outcome = judge(received, stopped, status)
@@ -130,24 +147,30 @@ class Zygote:
 
 
 def encode_call(code: str, function: str, calls: Sequence[Sequence]) -> bytes:
-    return json.dumps({"code": code, "function": function, "calls": calls}, allow_nan=False).encode()
+    return encode({"code": code, "function": function, "calls": calls})
 
 
-def exchange(connection: socket.socket, request: bytes, deadline: float) -> tuple[bytes, str | None]:
-    """Sends the request and reads until the child closes its end. Returns what came, and "time" or "output" if it must be
-    stopped for that."""
+def encode(message: object) -> bytes:
+    return json.dumps(message, allow_nan=False).encode() + END
+
+
+def exchange(connection: socket.socket, request: bytes, deadline: float, *, is_last: bool) -> tuple[bytes, str | None]:
+    """Sends the request and reads the answer's line, the last time until the child closes its end. Returns what came, and "time"
+    or "output" if it must be stopped for that."""
     received = bytearray()
     try:
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended; its status says why
             connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-        while True:
+            if is_last:
+                connection.shutdown(socket.SHUT_WR)
+        while is_last or not (received.endswith(END) and received != READY):
             connection.settimeout(max(deadline - time.monotonic(), 0.001))
             part = connection.recv(1 << 18)
             received += part
             if not part or len(received) > MOST_OUTPUT:
                 return bytes(received), "output" if part else None
+        return bytes(received), None
     except TimeoutError:
         return bytes(received), "time"
     except ConnectionResetError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from grpo.sandbox.calls import MODULES, Outcome, SandboxError, Zygote, encode_call
+from grpo.sandbox.calls import MODULES, Outcome, Respond, SandboxError, Zygote, encode_call
 from grpo.sandbox.self_test import held_layers
 
 MOST_ZYGOTES = 4
@@ -42,22 +42,44 @@ class Sandbox:
     def call(self, code: str, function: str, calls: Sequence[Sequence], *, seconds: float) -> Outcome:
         """Runs `code`, then `function` on the arguments (JSON values) of each of the calls, all in one new process that may take
         `seconds`. Any thread may call it. Raises SandboxError if the sandbox fails twice."""
-        request = encode_call(code, function, calls)
+        return self._call(code, function, calls, None, seconds=seconds, cpu_seconds=seconds)
+
+    def converse(self, code: str, function: str, calls: Sequence[Sequence], respond: Respond, *, seconds: float,
+                 cpu_seconds: float) -> Outcome:
+        """As `call`, but `respond` gets the values and returns the arguments of the next calls in the same process, or None at
+        the end; it must not raise. The code runs anew for each of these rounds. Returns the outcome of the last one.
+
+        seconds: wall time for a round; cpu_seconds: for all of them
+
+        Raises SandboxError if the sandbox fails, at the first round twice."""
+        return self._call(code, function, calls, respond, seconds=seconds, cpu_seconds=cpu_seconds)
+
+    def _call(self, code: str, function: str, calls: Sequence[Sequence], respond: Respond | None, *, seconds: float,
+              cpu_seconds: float) -> Outcome:
+        request, pending, has_responded = encode_call(code, function, calls), len(calls), False
+
+        def checked(values: list) -> Sequence[Sequence] | None:
+            nonlocal pending, has_responded
+            has_responded = True
+            more = respond(values) if len(values) == pending else None
+            pending = pending if more is None else len(more)
+            return more
+
         zygote = self._idle.get()
         try:
             for is_last in (False, True):
                 try:
                     zygote = zygote or self._start()
-                    outcome = zygote.call(request, seconds=seconds)
-                    if outcome.values is not None and len(outcome.values) != len(calls):  # no code of ours wrote that
-                        return Outcome(violation="output", detail=f"{len(outcome.values)} results of {len(calls)} calls")
+                    outcome = zygote.call(request, seconds=seconds, cpu_seconds=cpu_seconds, respond=respond and checked)
+                    if outcome.values is not None and len(outcome.values) != pending:  # no code of ours wrote that
+                        return Outcome(violation="output", detail=f"{len(outcome.values)} results of {pending} calls")
                     return outcome
                 except BaseException as error:  # an interrupt, too, leaves a call unfinished in it
                     if zygote is not None:
                         self._zygotes.remove(zygote)
                         zygote.close()
                         zygote = None
-                    if is_last or not isinstance(error, SandboxError):
+                    if is_last or has_responded or not isinstance(error, SandboxError):
                         raise
         finally:
             self._idle.put(zygote)

@@ -7,15 +7,18 @@ finds another call's data in memory that it inherits. On the control socket (mes
     from it          {"layers": those in place, "problems": layer -> why not}
     to the zygote    a call: seconds of CPU time that its child may use, with the call's socket attached; or KILL
     from it          RESULT: the child's wait status and its CPU seconds, once it has ended
-On a call's socket the child reads {"code", "function", "calls"}, JSON until the end of the stream, and writes {"values"} or
-{"error"} or {"violation"}, with {"notes", "printed"}, behind a line end that says that it is confined.
+On a call's socket the child first writes a line end, which says that it is confined. It reads {"code", "function", "calls"}, a
+line of JSON, and writes a line with {"values"} or {"error"} or {"violation"}, and {"notes", "printed"}. Further lines, until the
+end of the stream, are further calls of the function, each answered likewise; for each line the code runs anew.
 """
 
 import ctypes
+import functools
 import gc
 import importlib
 import importlib.machinery
 import io
+import itertools
 import json
 import os
 import resource
@@ -25,6 +28,7 @@ import socket
 import struct
 import sys
 import types
+from collections.abc import Iterator
 
 KILL, READY = b"kill", b"\n"
 CALL, RESULT = struct.Struct("=d"), struct.Struct("=id")
@@ -232,22 +236,34 @@ class Printed(io.StringIO):
 
 
 def answer(descriptor: int, refusal: Refusal) -> None:
-    """The child's work: says that it is confined, reads the call, runs it, writes what came out."""
+    """The child's work: says that it is confined, reads calls, runs them, writes what came out."""
     if refusal.hides_resource:
         del sys.modules["resource"]
     os.write(descriptor, READY)
-    parts = []
-    while part := os.read(descriptor, 1 << 20):
-        parts.append(part)
-    request = json.loads(b"".join(parts))
-    sys.stdout = sys.stderr = printed = Printed()
+    lines = map(json.loads, read_lines(descriptor))
+    request = next(lines)
     if refusal.watches_files:
         sys.addaudithook(refusal.watch)
-    result = run(**request)
-    notes = json.dumps({"notes": refusal.notes[:10], "printed": printed.getvalue()})
-    message = memoryview(f"{result[:-1]}, {notes[1:]}".encode())
-    while message:
-        message = message[os.write(descriptor, message):]
+    for calls in itertools.chain([request["calls"]], lines):
+        sys.stdout = sys.stderr = printed = Printed()
+        result = run(request["code"], request["function"], calls)
+        notes = json.dumps({"notes": refusal.notes[:10], "printed": printed.getvalue()})
+        message = memoryview(f"{result[:-1]}, {notes[1:]}\n".encode())
+        while message:
+            message = message[os.write(descriptor, message):]
+
+
+def read_lines(descriptor: int) -> Iterator[bytes]:
+    """Each line as soon as it is whole, until the end of the stream."""
+    waiting = b""
+    while part := os.read(descriptor, 1 << 20):
+        *whole, waiting = (waiting + part).split(b"\n")
+        yield from whole
+
+
+@functools.cache
+def compiled(code: str) -> types.CodeType:
+    return compile(code, "<candidate>", "exec")
 
 
 def run(code: str, function: str, calls: list[list]) -> str:
@@ -255,7 +271,7 @@ def run(code: str, function: str, calls: list[list]) -> str:
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = sys.modules["__main__"] = module
     try:
-        exec(compile(code, "<candidate>", "exec"), module.__dict__)
+        exec(compiled(code), module.__dict__)
         values = [module.__dict__[function](*arguments) for arguments in calls]
     except MemoryError:
         return json.dumps({"violation": "memory"})

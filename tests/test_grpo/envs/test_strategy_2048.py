@@ -40,15 +40,19 @@ def violations(verdict) -> dict[str, float]:
 
 
 class Scripted:
-    """A sandbox whose function is `play`, in this process."""
+    """A sandbox whose function is `play`, in this process; `calls` has those of each round."""
 
     def __init__(self, play):
         self.play, self.calls = play, []
 
-    def call(self, code, function, calls, *, seconds):
-        self.calls.append(calls)
-        found = [self.play(*arguments) for arguments in calls]
-        return found[0] if isinstance(found[0], Outcome) else Outcome(values=found, cpu_seconds=0.01)
+    def converse(self, code, function, calls, respond, *, seconds, cpu_seconds):
+        while calls is not None:
+            self.calls.append(calls)
+            found = [self.play(*arguments) for arguments in calls]
+            if isinstance(found[0], Outcome):
+                return found[0]
+            calls = respond(found)
+        return Outcome(values=found, cpu_seconds=0.01)
 
     def map(self, function, items):
         return [function(item) for item in items]
@@ -141,9 +145,17 @@ def test_an_exception_ends_the_games_and_time_over_all_steps_is_a_violation(scri
     scripted(lambda board: Outcome(error="ValueError: no"))
     verdict = score(env, PLAIN, block("x"))
     assert (verdict.reward, verdict.extra, violations(verdict)) == (0.0, {"problem": "error: ValueError: no"}, {})
-    scripted(lambda board: Outcome(values=["up"] * 4, cpu_seconds=21.0))
+    scripted(lambda board: Outcome(values=["nowhere"] * 4, cpu_seconds=21.0))
     verdict = score(env, PLAIN, block("x"))
     assert verdict.reward == 0.0 and violations(verdict) == {"time": 1.0}
+
+
+def test_nothing_of_one_step_is_there_in_the_next(env):
+    """The names of the code are new in each step, though one process runs them all."""
+    start, end = answers.first_that_moves(PLAIN).rsplit("    return", 1)
+    counting = f"seen = []\n{start}    seen.append(1)\n    assert len(seen) <= {env.num_games}\n    return{end}"
+    verdict = score(env, PLAIN, block(counting))
+    assert verdict.reward == score(env, PLAIN, block(counting)).reward > 0 and "error" not in verdict.extra.get("problem", "")
 
 
 def test_a_failure_of_the_sandbox_leaves_the_completion_out(scripted, env):

@@ -206,6 +206,66 @@ def f():
     assert run(sandbox, forged.replace("[1, 2]", "[1]")).values == [1]  # as if f had returned it
 
 
+DOUBLE = "count = 0\ndef f(n):\n    global count\n    count += 1\n    return [n * 2, count]"
+
+
+def test_rounds_go_on_in_one_process_with_names_that_are_new_in_each(sandbox):
+    seen = []
+
+    def respond(values):
+        seen.append(values)
+        return [[values[0][0]]] if len(seen) < 4 else None
+
+    outcome = sandbox.converse(DOUBLE, "f", [[3], [5]], respond, seconds=20.0, cpu_seconds=20.0)
+    assert seen == [[[6, 1], [10, 2]], [[12, 1]], [[24, 1]], [[48, 1]]] and outcome.values == seen[-1]
+    assert outcome.violation is outcome.error is None and 0 < outcome.cpu_seconds
+
+
+@pytest.mark.parametrize(
+    "line, violation, error",
+    [
+        ("import numpy", "import", None),
+        ("while True: pass", "time", None),
+        ("raise ValueError", None, "ValueError: "),
+        ("import random; random._os._exit(0)", "output", None),
+        ("import random; random._os._exit(3)", "crash", None),
+        ("import random; random._os.write(3, b'{}')", "output", None),
+    ],
+)
+def test_what_happens_in_a_later_round_ends_all_of_them(sandbox, line, violation, error):
+    code = f"def f(n):\n    if n == 2:\n        {line}\n    return n"
+    seen = []
+    outcome = sandbox.converse(
+        code, "f", [[0]], lambda values: seen.append(values) or [[values[0] + 1]], seconds=1.0, cpu_seconds=20.0
+    )
+    assert (outcome.violation, outcome.error, seen) == (violation, error, [[0], [1]])
+    assert run(sandbox, PRODUCT, 6, 7).values == [42]
+
+
+def test_results_of_calls_that_nobody_made_end_the_rounds(sandbox):
+    forged = """import random
+def f():
+    for number in range(3, 64):
+        try: random._os.write(number, b'{"values": [1, 2], "notes": [], "printed": ""}\\n')
+        except OSError: pass"""
+    seen = []
+    assert sandbox.converse(forged, "f", [[]], seen.append, seconds=20.0, cpu_seconds=20.0).violation == "output"
+    assert seen == []
+
+
+def test_a_zygote_that_dies_between_rounds_is_an_error_and_the_next_call_finds_another():
+    sandbox = Sandbox("auto", num_zygotes=1)
+
+    def respond(values):
+        os.kill(sandbox._zygotes[0].process.pid, signal.SIGKILL)
+        return [[1]]
+
+    with pytest.raises(SandboxError):  # what has been answered cannot be asked again
+        sandbox.converse("def f(n): return n", "f", [[0]], respond, seconds=20.0, cpu_seconds=20.0)
+    assert run(sandbox, PRODUCT, 6, 7).values == [42]
+    sandbox.close()
+
+
 def test_what_cannot_be_written_as_json_is_refused_before_a_call(sandbox):
     with pytest.raises(ValueError):
         run(sandbox, PRODUCT, float("nan"), 1)
