@@ -35,7 +35,7 @@ class Carry:
     fault_rate: share of the carry problems that the teacher of the demonstrations gets wrong
     keep_no_carry: share of the problems without a carry that are kept (0.35: at two digits 70 % of problems carry)
     held_out_fraction: share of operand pairs, chosen by hash, that is kept from training
-    format_reward: reward for a well-formed completion, beside 1 for the right answer
+    format_reward: reward for a well-formed completion that answers with a number, beside 1 for the right answer
 
     Raises ValueError for a value out of range."""
 
@@ -89,7 +89,7 @@ class Carry:
         return pairs
 
     def score(self, completions: list[Completion]) -> list[Score]:
-        """1 for the right answer in the final channel plus `format_reward` for a well-formed completion."""
+        """1 for the right answer in the final channel plus `format_reward` for a number there, in a well-formed completion."""
         return [self._score(completion) for completion in completions]
 
     def describe(self, completion: Completion) -> dict:
@@ -129,7 +129,7 @@ class Carry:
         a, b = map(int, row["question"].split("+"))
         parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
         answer = parsed.final
-        is_correct, has_format = answer == row["answer"], parsed.fault is None
+        is_correct, has_format = answer == row["answer"], _NUMBER.fullmatch(answer) is not None
         forgetful = demonstration(a, b, forgets_carry=True)
         metrics = {
             "reasoning_correct": float(parsed.analysis == demonstration(a, b, forgets_carry=False)[0]),
@@ -160,6 +160,7 @@ def demonstration(a: int, b: int, *, forgets_carry: bool) -> tuple[str, str]:
     return ",".join(columns), f"{total}{digits[1:]}"
 
 
+_NUMBER = re.compile(r"[0-9]{1,10}")
 _COLUMNS = re.compile(r"\d\+\d(?:\+1)?=\d{1,2}(?:,\d\+\d(?:\+1)?=\d{1,2})*", re.ASCII)
 
 

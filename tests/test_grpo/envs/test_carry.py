@@ -195,7 +195,7 @@ def test_problems_without_a_carry_are_measured_apart(env):
         ("", 0.0),
         ("<|return|>", 0.0),
         ("<|channel|>", 0.0),
-        ("<|channel|>final<|message|><|return|>", 0.1),
+        ("<|channel|>final<|message|><|return|>", 0.0),
         ("<|channel|>analysis<|message|>63<|return|>", 0.0),  # the answer stands in the reasoning only
         (
             "<|channel|>final<|message|>53<|end|><|start|>assistant<|channel|>final<|message|>63<|return|>",
@@ -208,8 +208,8 @@ def test_problems_without_a_carry_are_measured_apart(env):
         ("<|channel|>finale<|message|>63<|return|>", 0.0),
         (RIGHT.replace("assistant", "user"), 0.0),
         ("<|channel|>final<|message|>063<|return|>", 0.1),
-        ("<|channel|>final<|message|>63 <|return|>", 0.1),
-        ("<|channel|>final<|message|>14+49<|return|>", 0.1),
+        ("<|channel|>final<|message|>63 <|return|>", 0.0),
+        ("<|channel|>final<|message|>14+49<|return|>", 0.0),
     ],
 )
 def test_only_one_finished_final_answer_counts(env, text, reward):
