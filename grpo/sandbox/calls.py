@@ -187,6 +187,8 @@ def judge(received: bytes, stopped: str | None, status: int) -> Outcome:
         return Outcome(violation=kind, detail=signal.strsignal(number) or str(number))
     if status != 0:
         return Outcome(violation="crash", detail=f"exit code {os.waitstatus_to_exitcode(status)}")
+    if not received.strip():
+        return Outcome(violation="crash", detail="it left without a word")
     try:
         answer = json.loads(received)
         check_values(answer, MOST_DEPTH)
