@@ -12,6 +12,7 @@ import grpo.ahead
 from grpo.ahead import beside, fill, staleness
 from grpo.batch import pack
 from grpo.config import read_saved_config
+from grpo.explain import Request, explain
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import load_run
 from grpo.run.policy import load_parameters, load_run_policy
@@ -146,3 +147,14 @@ def test_if_one_fails_the_other_stops_and_weights_never_move_without_their_rollo
     with pytest.raises(Interrupted if "signal" in failing else Stopped, match="abandoned" if "signal" in failing else failing):
         beside(run, update, draw)
     assert not drawn and run.should_stop == signal.is_set
+
+
+def test_a_step_on_an_older_policy_s_rollout_is_explained_from_its_checkpoint(ahead, monkeypatch, spread_folder):
+    monkeypatch.syspath_prepend(spread_folder)
+    num_threads = torch.get_num_threads()
+    try:
+        found = explain(Request(ahead, 3))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert found.is_reproduced, found.checks
+    assert found.metrics["rollout/staleness"] == 1
