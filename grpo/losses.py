@@ -168,11 +168,13 @@ def gspo(inputs: LossInputs, *, normalizer: str | float, clip_low: float, clip_h
     return -average(inputs, surrogate, normalizer), stats
 
 
-def cispo(inputs: LossInputs, *, normalizer: str | float, max_ratio: float) -> Result:
-    """REINFORCE by a detached ratio that is at most `max_ratio`, an absolute cap: no token loses its gradient."""
+def cispo(inputs: LossInputs, *, normalizer: str | float, max_ratio: float, min_ratio: float = 0.0) -> Result:
+    """REINFORCE by a detached ratio within [min_ratio, max_ratio], the bounds themselves: no token loses its gradient."""
     _check_cap(max_ratio)
+    if not 0 <= min_ratio <= 1:
+        raise ConfigError(f"loss.min_ratio = {min_ratio}: must lie in [0, 1]: it is the least ratio itself; 0 is off")
     ratio = _log_ratio(inputs).detach().exp()
-    objective = ratio.clamp(max=max_ratio) * inputs.advantages * inputs.log_probs
+    objective = ratio.clamp(min_ratio, max_ratio) * inputs.advantages * inputs.log_probs
     return -average(inputs, objective, normalizer), _ratio_stats(inputs) | {
         "clip_ratio/high": (inputs.loss_mask & (ratio > max_ratio)).sum()}
 

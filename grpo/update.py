@@ -68,7 +68,7 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
         for part in minibatches(batch, optim.minibatches, seed=seed, whole_prompts=optim.whole_prompts):
             num_whole, num_trained = num_whole + len(part.tokens), num_trained + part.num_policy_tokens
             chosen = step_tokens(run, part, batch, num_updates=num_updates, seed=hash((seed, len(trained))))
-            trained.append(train_minibatch(run, part, chosen, num_updates=num_updates, allowed=allowed))
+            trained.append(train_minibatch(run, part, num_updates=num_updates, allowed=allowed, step=chosen))
             lr = run.optimizer.lr
             with CAPTURING:
                 grad_norms.append(attempt_twice(run.optimizer.step))
@@ -155,8 +155,8 @@ def step_tokens(run: Run, part: RolloutBatch, batch: RolloutBatch, *, num_update
     return StepTokens(scores.log_probs, scores.entropy, old_log_probs, batch.advantages, loss_mask, part.num_policy_tokens, seed)
 
 
-def train_minibatch(run: Run, part: RolloutBatch, step: StepTokens | None, *, num_updates: int,
-                    allowed: float) -> list[TrainedMicroBatch]:
+def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: float,
+                    step: StepTokens | None = None) -> list[TrainedMicroBatch]:
     """Leaves the gradient of a minibatch's loss in the optimizer.
 
     A micro-batch that does not fit into memory may have added the gradients of some layers. So the minibatch begins again with

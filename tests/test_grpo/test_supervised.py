@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from grpo.batch import Completion, Prompt, Segment, pack
 from grpo.config import ConfigError
-from grpo.losses import LossInputs, try_loss
+from grpo.loss_contract import try_loss
+from grpo.losses import LossInputs
 from grpo.recorded import held_out_metrics, sums_of
 from grpo.supervised import dpo, sft
 
