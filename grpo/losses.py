@@ -185,7 +185,7 @@ def sapo(inputs: LossInputs, *, normalizer: str | float, temperature_positive: f
         raise ConfigError(f"loss.temperature_positive = {temperature_positive}, loss.temperature_negative = "
                           f"{temperature_negative}: must both be > 0 (the paper: 1.0 and 1.05)")
     ratio = _log_ratio(inputs).exp()
-    temperature = torch.where(inputs.advantages > 0, temperature_positive, temperature_negative)
+    temperature = _by_sign(inputs.advantages > 0, temperature_positive, temperature_negative, like=ratio)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return -average(inputs, gate * inputs.advantages, normalizer), _ratio_stats(inputs)
 
@@ -209,8 +209,8 @@ def vespo(inputs: LossInputs, *, normalizer: str | float, k_positive: float, lam
     with torch.no_grad():
         total = sequence_mean(inputs, _log_ratio(inputs)) * inputs.sequence_lengths[inputs.sequence_ids]
         log_weight, is_positive = total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), inputs.advantages >= 0
-        power = torch.where(is_positive, k_positive, k_negative)
-        rate = torch.where(is_positive, lambda_positive, lambda_negative)
+        power = _by_sign(is_positive, k_positive, k_negative, like=total)
+        rate = _by_sign(is_positive, lambda_positive, lambda_negative, like=total)
         weight = (power * log_weight + rate * (1 - log_weight.exp())).exp()
     return -average(inputs, weight * inputs.advantages * inputs.log_probs, normalizer), _ratio_stats(inputs)
 
@@ -289,6 +289,10 @@ def kl_cov(inputs: LossInputs, step: StepTokens, *, normalizer: str | float, sha
 def _log_ratio(inputs: LossInputs) -> torch.Tensor:
     """log pi - log pi_old. [T]"""
     return (inputs.log_probs - inputs.old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _by_sign(is_positive: torch.Tensor, positive: float, negative: float, *, like: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(like, negative).masked_fill(is_positive, positive)
 
 
 def _clipped(inputs: LossInputs, log_ratio: torch.Tensor, clip_low: float, clip_high: float, *, max_ratio: float | None = None,

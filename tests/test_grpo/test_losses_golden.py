@@ -2,8 +2,8 @@
 
 Where they differ from ours by intent:
   TRL: STD_EPS is 1e-4 (ours 1e-6); GMPO gives completions without a trained token the ratio 1, which moves the value by a
-       constant; a KL penalty's weight pi / pi_old has a gradient (k3's then is k2's: compared with our k2); bnpo counts a micro-batch only;
-       its RLOO trainer clips the product of a sequence's ratios (ours is REINFORCE: the same on policy).
+       constant; a KL penalty's weight pi / pi_old has a gradient (k3's then is k2's: compared with our k2); bnpo counts a
+       micro-batch only; its RLOO trainer clips the product of a sequence's ratios (ours is REINFORCE: the same on policy).
   verl: dual clip is always on; CISPO's bounds are 1 -+ epsilon (ours: a cap, the paper's); GPG's alpha counts rewards that are
        not 0; DPPO's anchor is old_log_prob (ours is the sampler); whitening has an epsilon of 1e-8 in the root.
 """
