@@ -48,6 +48,7 @@ from models.offload import (
 # Beside torch: the CUDA context, and what modules (kernels, the vendor's libraries) take once all of them have run. Measured on
 # an H200 (torch 2.11) after a training step: 0.55 and 0.32 GB. Other GPUs have fewer multiprocessors, and contexts no larger.
 CONTEXT_BYTES, MODULE_BYTES = 550_000_000, 320_000_000
+EXCHANGE_BYTES = 1 << 26  # of the buffers, two at most, in which ranks exchange gradients
 MAX_PREFILL_TOKENS, FEW_PREFILL_TOKENS = 16_384, MAX_FEW_ROWS
 # memory that torch reserves and cannot use: of all that it holds; as a share of the largest activation (as in models/offload.py)
 _UNUSED, _UNUSED_IN_UPDATE, _HOLES = 0.01, 0.025, 0.6
@@ -107,6 +108,7 @@ class Needs:
     moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
     weights: str = "master"
     in_backward: bool = False  # an update from one micro-batch keeps no gradients
+    num_ranks: int = 1  # processes that add their gradients
     samples_beside: bool = False  # sampling goes on during the update, from a copy of what trains
 
     @property
@@ -367,6 +369,8 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
     def phase(kept: Place, x: Place, num_streamed: int, scratch_bytes: int) -> Phase:
         # all, and those of the layer that has just run backwards, which autograd adds to them
         gradients = needs.keeps_gradients * optimizer.gradients + optimizer.gradients // layers
+        if needs.num_ranks > 1:  # this rank's part of the sum, and what is on its way
+            gradients += optimizer.gradients // needs.num_ranks + EXCHANGE_BYTES
         lines = _weights(needs, homes, num_streamed) | {"gradients": gradients}
         parts = [_pass_moment(needs, kept, x, scratch_bytes),
                  {"scratch of the optimizer": optimizer.scratch + homes.state_on_host * optimizer.buffers}]

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.settings import Reduction
 from grpo.optim import Optimizer
-
-CHUNK = 1 << 24  # elements of an all-to-all: bounds its buffers
+from models.memory_plan import EXCHANGE_BYTES
 
 
 class OrderedSum:
@@ -36,12 +35,14 @@ class OrderedSum:
         """Adds the buffers of the first `num_gradients` ranks, in their order, and zeroes this rank's."""
         for buffer, bounds, total in zip(self.buffers, self.bounds, self.sums):
             longest = max(high - low for low, high in zip(bounds, bounds[1:]))
-            for start in range(0, longest, max(1, CHUNK // self.ranks.num_ranks)):
-                self._add_chunk(buffer, bounds, total, num_gradients, start)
+            step = EXCHANGE_BYTES // 2 // buffer.element_size() // self.ranks.num_ranks
+            for start in range(0, longest, step):
+                self._add_chunk(buffer, bounds, total, num_gradients, start, step)
             buffer.zero_()
 
-    def _add_chunk(self, buffer: torch.Tensor, bounds: list[int], total: torch.Tensor, num_gradients: int, start: int) -> None:
-        length, rank = max(1, CHUNK // self.ranks.num_ranks), self.ranks.rank
+    def _add_chunk(self, buffer: torch.Tensor, bounds: list[int], total: torch.Tensor, num_gradients: int, start: int,
+                   length: int) -> None:
+        rank = self.ranks.rank
         parts = [buffer[min(low + start, high):min(low + start + length, high)] for low, high in zip(bounds, bounds[1:])]
         own = total[start:start + length]
         received = own.new_empty(self.ranks.num_ranks, len(own))

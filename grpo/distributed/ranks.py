@@ -258,8 +258,15 @@ class Ranks:
                 raise ConfigError(f"ranks {same[0]} and {rank} have the same GPU: CUDA_VISIBLE_DEVICES must give each process of "
                                   "a node its own; start as many processes as there are GPUs (--nproc-per-node)")
         limit = timedelta(seconds=max(config.distributed.timeout, START_SECONDS))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("groups", self._store),
-                                rank=self.rank, world_size=self.num_ranks, timeout=limit)
+        is_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if is_gpu else "gloo", store=dist.PrefixStore("groups", self._store), rank=self.rank,
+                                world_size=self.num_ranks, timeout=limit)
+        if is_gpu:  # NCCL takes its buffers now, so that the plan of the memory finds them taken
+            sent = torch.zeros(self.num_ranks, device=device)
+            dist.all_to_all_single(torch.empty_like(sent), sent)
+            dist.all_reduce(sent)
+            dist.broadcast(sent, src=0)
+            torch.cuda.synchronize(device)
         self._groups = {channel: dist.new_group(backend="gloo", timeout=limit) for channel in (MAIN, ROLLOUT)}
         self.timeout = config.distributed.timeout
         threading.Thread(target=self._end_with_the_others, daemon=True).start()

@@ -298,11 +298,13 @@ def unplanned(device: torch.device) -> GpuMemory:
     return GpuMemory(None, device, others=0, limits_torch=False)
 
 
-def gpu_memory(needs: Needs, model: ModelConfig, device: torch.device) -> GpuMemory:
-    """Plans the memory of a policy that is about to be loaded. Raises ConfigError where it does not fit."""
+def gpu_memory(needs: Needs, model: ModelConfig, device: torch.device, *, num_local: int = 1) -> GpuMemory:
+    """Plans the memory of a policy that is about to be loaded. num_local: processes that share the host's free memory. Raises
+    ConfigError where it does not fit."""
     torch.empty(1, device=device)  # makes the context
     free, total = torch.cuda.mem_get_info(device)
     others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
     gpu = spec_of_gpu(device)
-    plan = make_plan(needs, replace(gpu, num_bytes=gpu.num_bytes - others), model, host_bytes=free_host_bytes())
+    plan = make_plan(needs, replace(gpu, num_bytes=gpu.num_bytes - others), model,
+                     host_bytes=free_host_bytes() // num_local)
     return GpuMemory(plan, device, others=others, limits_torch=model.memory_gb is not None)

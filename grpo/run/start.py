@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -145,7 +145,10 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     memory, compilation = unplanned(device), None
     if device.type == "cuda":
         prompt_len = longest_prompt(env) or prompt_len_of(config, max_len=architecture.max_position_embeddings)
-        memory = gpu_memory(needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype), config.model, device)
+        needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype)
+        if ranks is not None:
+            needs = replace(needs, num_ranks=ranks.num_ranks)
+        memory = gpu_memory(needs, config.model, device, num_local=1 if ranks is None else ranks.place.num_local)
         if ranks is None or ranks.local_rank == 0:  # others of its node share its files
             compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
