@@ -68,7 +68,7 @@ def _is_adapter(name: str) -> bool:
 
 def check_estimator(kl: KlConfig, dtype: torch.dtype) -> None:
     """Raises ConfigError for an estimator that a model of this dtype cannot have."""
-    if kl.coefficient > 0 and kl.estimator == Estimator.full and dtype == torch.float16:
+    if kl.is_full and dtype == torch.float16:
         raise ConfigError("kl.estimator = 'full': its gradient would underflow in float16, the dtype of this run; set "
                           "kl.estimator=k2, or dtype=bfloat16 on a GPU that has it")
 

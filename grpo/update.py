@@ -11,7 +11,7 @@ from grpo.advantages import whitened
 from grpo.batch import RolloutBatch, even_rows_of_micro_batches, halves, minibatches, pack, rows_of_micro_batches
 from grpo.channels import channel_metrics, channel_stats, channels_of
 from grpo.config import OldLogProbs
-from grpo.configuration.algorithm import Estimator, KlPlace, Whiten
+from grpo.configuration.algorithm import KlPlace, Whiten
 from grpo.corrections import correct
 from grpo.distributed.gradients import train_together
 from grpo.distributed.settings import Reduction
@@ -258,7 +258,8 @@ def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_upd
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)
-    scores = policy_scores(run, micro, replay if run.observer is None else run.observer.watch_routing(micro, replay))
+    scores = policy_scores(run, micro, replay if run.observer is None else run.observer.watch_routing(micro, replay),
+                           has_entropy_loss=run.entropy is not None and run.entropy.coefficient > 0)
     if micro.is_recorded:
         micro.sampler_log_probs = scores.log_probs.detach()  # as if the policy had sampled them
     inputs = loss_inputs(run, micro, scores, num_updates)
@@ -275,7 +276,7 @@ def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_upd
 
 
 def policy_scores(run: Run, micro: RolloutBatch, record: RoutingReplay | RoutingRecord | None, *,
-                  keeps_hidden: bool = False) -> Scores:
+                  keeps_hidden: bool = False, has_entropy_loss: bool = False) -> Scores:
     """Log-probs [T] of the sampled tokens, entropy [T] and, if the batch has the reference's states, KL [T] of the policy as
     it is now, in nats."""
     reference = None
@@ -284,7 +285,7 @@ def policy_scores(run: Run, micro: RolloutBatch, record: RoutingReplay | Routing
         reference = HeadStates(micro.ref_hidden, head)
     return run.policy.scores(micro.tokens, micro.cu_seqlens, mask=micro.host_mask, kept=micro.kept, prefixes=micro.prefixes,
                              record=record, temperature=run.config.rollout.temperature, reference=reference,
-                             keeps_hidden=keeps_hidden)
+                             keeps_hidden=keeps_hidden, has_entropy_loss=has_entropy_loss)
 
 
 def make_replay(micro: RolloutBatch) -> RoutingReplay | None:
@@ -396,7 +397,7 @@ def copy_to_equal_prompts(values: torch.Tensor, batch: RolloutBatch) -> None:
 
 def score_by_reference(run: Run, batch: RolloutBatch) -> None:
     """Gives a packed batch what the KL penalty needs of its reference: log-probs, and for the full KL hidden states."""
-    is_full = run.config.kl.coefficient > 0 and run.config.kl.estimator == Estimator.full
+    is_full = run.config.kl.is_full
     with run.reference.in_place_of(run.policy):  # another policy: it uses its own routing
         scores = score_batch(run, batch, replays_routing=False, keeps_states=is_full)
     batch.ref_log_probs, batch.ref_hidden = scores.log_probs, scores.states

@@ -236,7 +236,7 @@ class GptOss(nn.Module):
 
     def scores(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
                kept: KeptSets | None = None, prefixes: list[int] | None = None, record: RoutingReplay | None = None,
-               reference: HeadStates | None = None, keeps_hidden: bool = False) -> Scores:
+               reference: HeadStates | None = None, keeps_hidden: bool = False, has_entropy_loss: bool = False) -> Scores:
         """Log-probs of the tokens where mask [T] is true, each given its sequence so far, the entropy of the distribution each
         was drawn from, and its KL divergence from the reference's, if there is one (both over the full vocabulary); at
         `temperature`. All are differentiable. cu_seqlens and mask should be on the host: it waits for them if they are on a GPU,
@@ -244,7 +244,7 @@ class GptOss(nn.Module):
         renormalises log-probs over the sets that a sampling filter kept. `prefixes` [S]: the sequence that each sequence
         continues, -1 for none: so a prompt is computed once for all its completions; a prefix continues no other. The first token
         of a sequence without prefix has no log-prob. `record` sends tokens through recorded experts, and counts those that the
-        router would not have chosen."""
+        router would not have chosen. has_entropy_loss: the loss will have the entropy's gradient; it costs less if announced."""
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}: log-probs need a temperature above 0")
         bounds, rows = cu_seqlens.tolist(), mask.cpu().nonzero().squeeze(1)  # [N]
@@ -257,7 +257,8 @@ class GptOss(nn.Module):
         hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]
         kept = kept.select(rows) if kept is not None else None
         scored = list(log_probs(hidden, self.lm_head.weight, tokens[rows], temperature=temperature,
-                                kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets))
+                                kept_ids=kept and kept.ids, kept_offsets=kept and kept.offsets,
+                                has_entropy_loss=has_entropy_loss))
         if reference is not None:
             scored.append(kl_divergence(hidden, self.lm_head.weight, to_device(reference.hidden, tokens.device),
                                         reference.weight, temperature=temperature))

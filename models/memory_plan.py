@@ -109,6 +109,7 @@ class Needs:
     weights: str = "master"
     in_backward: bool = False  # an update from one micro-batch keeps no gradients
     num_ranks: int = 1  # processes that add their gradients
+    full_kl: bool = False  # the loss has the KL to a reference over the whole vocabulary
     samples_beside: bool = False  # sampling goes on during the update, from a copy of what trains
 
     @property
@@ -354,6 +355,9 @@ def _pass_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dic
     whole = sum(sizes[name] for plan in plans[:1] for name, place in plan.items() if place == Place.gpu) * len(plans)
     moments.append({"kept activations": small + whole + 4 * sizes["x"], "scratch of the head": min(
         HEAD_SCRATCH_BYTES, needs.micro_tokens * config.vocab_size * needs.dtype.itemsize)})
+    if needs.full_kl:  # the reference's states, and gradients of the policy's: in fp32, rounded, and those of log-probs
+        moments[-1]["reference of the KL"] = 4 * sizes["x"] + needs.trains_all * (
+            embedding_parameters(config) * needs.dtype.itemsize)
     return max(moments, key=lambda lines: sum(lines.values()))
 
 

@@ -63,6 +63,7 @@ class Rehearsal:
     moments: str = "fp32"  # how the optimizer keeps its state (models/adam_state.py)
     weights: str = "master"
     full_kl: bool = False  # the KL to a reference over the whole vocabulary
+    entropy_loss: bool = False  # the loss has the entropy's gradient, at least in some steps
 
 
 def variants(plan: Rehearsal, gpu: Gpu) -> list[KernelVariant]:
@@ -93,6 +94,8 @@ def rehearse(model: GptOss, plan: Rehearsal) -> None:
     rehearse_training(model, plan)
     if plan.config.num_local_experts > 32:  # fewer experts are dequantised at once where memory is short
         rehearse_training(model, plan, scratch_bytes=SCRATCH_BYTES // 2)
+    if plan.entropy_loss:
+        rehearse_entropy(model)
     if plan.moments != "fp32":  # the others' operations are PyTorch's
         rehearse_update(model, plan)
 
@@ -106,6 +109,14 @@ def rehearse_update(model: GptOss, plan: Rehearsal) -> None:
         param = params[piece.name]
         grad = torch.empty_like(param, dtype=gradient_dtype(param.dtype, plan.weights))
         state.update(index, grad, lr=1.0, scale=1.0, num_updates=1)
+
+
+def rehearse_entropy(model: GptOss) -> None:
+    """The gradients of log-probs and entropy together; the other gradients are those of every training."""
+    weight = model.lm_head.weight
+    hidden = torch.empty(128, weight.shape[1], dtype=weight.dtype, device="meta", requires_grad=True)
+    tokens = torch.zeros(128, dtype=torch.int64, device="meta")
+    sum(log_probs(hidden, weight, tokens, temperature=1.0, has_entropy_loss=True)).sum().backward()
 
 
 def rehearse_rollout(model: GptOss, plan: Rehearsal, *, few: tuple[int, ...] = _FEW_TOKENS,

@@ -86,3 +86,8 @@ class KlConfig:
     # the reference becomes the policy of that moment every so many steps
     refresh_every: Optional[int] = number("[1, inf)", "null is never", default=None)
     place: KlPlace = KlPlace.loss
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the loss has the KL over the whole vocabulary."""
+        return self.coefficient > 0 and self.estimator == Estimator.full and self.place == KlPlace.loss

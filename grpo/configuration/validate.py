@@ -26,6 +26,7 @@ from grpo.config import (
     UnknownKey,
     describe_type,
 )
+from grpo.configuration.algorithm import Estimator, KlPlace
 from grpo.configuration.fields import out_of_range
 from grpo.configuration.targets import fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
@@ -148,6 +149,10 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
             f"a parameter is updated before the norm of all gradients is known: set optim.max_grad_norm=null (now "
             f"{optim.max_grad_norm:g}), or optim.in_backward=false")
     yield from correction_problems(config)
+    if config.kl.estimator == Estimator.full and config.kl.place != KlPlace.loss:
+        yield "kl.estimator", "full", (
+            f"its gradient is one of the loss, and a reward (kl.place={config.kl.place}) is lowered by k1: set kl.place=loss, or "
+            "another kl.estimator")
     if optim.sums_log_probs and optim.minibatches * optim.epochs > 1:
         yield "optim.sums_log_probs", True, (
             f"the log-probs before the update are those of one update: set optim.minibatches=1 (now {optim.minibatches}) and "

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 
 from grpo.config import Train, TrainConfig
-from grpo.configuration.algorithm import Estimator
 from grpo.configuration.validate import is_evaluating
 from grpo.rollout.sampling import SamplingParams
 from grpo.run.memory import needs_of
@@ -39,7 +38,7 @@ def rehearsal_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len:
         draws=[draws[is_greedy] for is_greedy in sorted(draws)], filters=any(params.plain is None for params in settings),
         shares_prompts=optim.share_prompts, scores=config.kl.coefficient > 0 or optim.minibatches * optim.epochs > 1,
         moments=str(optim.moments), weights=str(optim.weights),
-        full_kl=config.kl.coefficient > 0 and config.kl.estimator == Estimator.full)
+        full_kl=needs.full_kl, entropy_loss=config.entropy.coefficient > 0)
 
 
 SILENCE = 180  # seconds; a kernel takes a few, the rehearsal before the first up to a minute on a slow CPU

@@ -52,7 +52,8 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
         max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing,
         moments=str(optim.moments), weights=str(optim.weights), in_backward=optim.in_backward, minibatches=optim.minibatches,
-        samples_beside=rollout.max_staleness > 0)
+        samples_beside=rollout.max_staleness > 0,
+        full_kl=config.kl.is_full)
 
 
 def needs_of_inference(config: InferenceConfig, model: ModelConfig, architecture: GptOssConfig, *, max_rows: int,

@@ -22,7 +22,7 @@ from grpo.config import (
     shown,
     to_dict,
 )
-from grpo.configuration.algorithm import Estimator, KlReference
+from grpo.configuration.algorithm import KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
@@ -128,7 +128,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
              has_reference=needs_reference(config), has_sums=config.optim.sums_log_probs,
-             has_full_kl=config.kl.coefficient > 0 and config.kl.estimator == Estimator.full)
+             has_full_kl=config.kl.is_full)
     tokenizer = build_tokenizer(config.model, config.env)
     sandbox = make_sandbox(config.env, config.sandbox.mode)
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox,

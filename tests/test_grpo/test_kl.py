@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from grpo.config import ConfigError
 from grpo.configuration.algorithm import Estimator, KlConfig
+from grpo.configuration.launch import load_config
 from grpo.kl import Reference, check_estimator
 from models.config import GptOssConfig
 from models.gpt_oss import GptOss
@@ -135,6 +136,11 @@ def test_a_resumed_run_is_held_to_the_same_reference_without_the_adapter_and_the
     tensors = [load_file(tmp_path / name / "run/checkpoints/step_000003/tensors.safetensors") for name in ("whole", "parts")]
     assert any(name.startswith("reference.") for name in tensors[0])
     assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_the_full_kl_is_a_penalty_of_the_loss_only():
+    with pytest.raises(ConfigError, match=r"kl.estimator = 'full': its gradient is one of the loss, .* set kl.place=loss"):
+        load_config("train", ["kl.estimator=full", "kl.coefficient=0.1", "kl.place=reward"])
 
 
 def test_an_estimator_that_float16_cannot_have_is_refused():

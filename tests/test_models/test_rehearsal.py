@@ -74,7 +74,7 @@ def test_no_length_that_was_not_rehearsed_compiles_a_kernel(gpu, settings):
 
 def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     """Of a layer without window and one with it, on a GPU whose launches for at most 1,024 rows overlap."""
-    recording, _ = rehearsed(plan_of(full_kl=True), H200)
+    recording, _ = rehearsed(plan_of(full_kl=True, entropy_loss=True), H200)
     found = Counter(variant.name for variant in recording.variants())
     assert found["_norm_kernel"] == 2 * 2  # with a residual or without; overlapping or not
     assert found["_rotate_and_write_kernel"] == 2  # rings, pages
@@ -85,6 +85,7 @@ def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     # tokens and choices of a tile: 16 and 16, 32 or 64 (up to 4, 8 and 16 tokens), 32 and 128, 64 and 256, 128 and 256
     assert found["_route_few_kernel"] == 6
     assert found["_kl_partials_kernel"] == found["_kl_reduce_kernel"] == found["_kl_gradient_kernel"] == 1
+    assert found["_logits_gradient_kernel"] == 1  # the entropy's
 
 
 @pytest.mark.parametrize("settings", [{}, *({"lora": None, "experts": "bf16", "weights": weights}
