@@ -82,7 +82,8 @@ def beside(run: Run, train: Callable[[], dict[str, float]], draw: Callable[..., 
     with stopping_also(run, is_over), switching_often():
         thread.start()
         try:
-            draw(should_stop=is_over.is_set)
+            with run.behaviour.with_room():
+                draw(should_stop=is_over.is_set)
         except BaseException as error:
             is_over.set()
             thread.join()

@@ -20,6 +20,7 @@ float32 residual with a float16 x, and rms_norm returns the dtype that it is ask
 clamped activation or attention, and stay far below.
 """
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,8 +124,28 @@ def gpu_family(x: torch.Tensor) -> str:
 
 
 def num_multiprocessors(x: torch.Tensor) -> int:
-    """Multiprocessors of x's GPU, the size of a persistent grid; 2 in the interpreter."""
-    return _gpu_of(x).num_multiprocessors if is_gpu(x) else 2
+    """Multiprocessors of x's GPU that a persistent grid of this thread may fill; 2 in the interpreter."""
+    if not is_gpu(x):
+        return 2
+    count = _gpu_of(x).num_multiprocessors
+    if _ROOMS and threading.get_ident() != _ROOMS[-1][0]:
+        count -= int(_ROOMS[-1][1] * count)
+    return count
+
+
+_ROOMS: list[tuple[int, float]] = []  # a thread, and the share of the multiprocessors that others leave to it; the innermost last
+
+
+@contextmanager
+def room_for_this_thread(share: float) -> Iterator[None]:
+    """Inside the `with`, persistent grids that other threads launch leave this share of the multiprocessors free. Such a grid
+    runs for milliseconds and holds all that it fills: small kernels of another stream would wait for it to end, whatever their
+    priority. No bit depends on it: programs take tiles in turn, and each tile is computed alone."""
+    _ROOMS.append((threading.get_ident(), share))
+    try:
+        yield
+    finally:
+        _ROOMS.pop()
 
 
 def _gpu_of(x: torch.Tensor) -> Gpu:

@@ -4,11 +4,17 @@ The copy shares every frozen tensor, packed experts included, and has its own of
 graphs hold them.
 """
 import copy
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from kernels.device import room_for_this_thread
 from models.gpt_oss import GptOss
+
+# share of the multiprocessors that training leaves to decoding beside it: decode steps read more than they compute, and a part
+# of the multiprocessors reads nearly as fast as all (not measured yet)
+ROOM = 1 / 6
 
 
 class BehaviourCopy:
@@ -43,6 +49,10 @@ class BehaviourCopy:
         for own, source in self._pairs:
             own.copy_(source)
         self._wait()
+
+    def with_room(self) -> AbstractContextManager:
+        """For a `with`: training in other threads leaves this one some of the GPU."""
+        return room_for_this_thread(ROOM)
 
     def _wait(self) -> None:
         if self.model.device.type == "cuda":

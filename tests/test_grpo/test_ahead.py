@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +115,7 @@ class Stopped(Exception):
 def test_if_one_fails_the_other_stops_and_weights_never_move_without_their_rollout(failing):
     reached, signal = threading.Event(), threading.Event()
     run = Run(None, None, SimpleNamespace(device=torch.device("cpu")), *[None] * 5, signal.is_set)
-    run.behaviour = SimpleNamespace(refresh=lambda: None)
+    run.behaviour = SimpleNamespace(refresh=lambda: None, with_room=nullcontext)
     drawn = []
 
     def update():

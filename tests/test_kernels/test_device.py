@@ -2,11 +2,21 @@
 
 import importlib
 import pkgutil
+import threading
 
 import torch
 
 import kernels.device
-from kernels.device import Tuned, aligned_rows, launch, take_compilations
+from kernels.device import (
+    Gpu,
+    Tuned,
+    aligned_rows,
+    launch,
+    num_multiprocessors,
+    recording,
+    room_for_this_thread,
+    take_compilations,
+)
 
 FAMILIES = {"ampere", "consumer", "hopper", "blackwell"}
 
@@ -58,3 +68,15 @@ def test_tensors_of_one_allocation_are_aligned_for_any_number_of_rows():
         tensors = aligned_rows(3, num_rows, 7, dtype=dtype, device=torch.device("meta"))
         assert tensors.shape == (3, num_rows, 7) and all(tensor.is_contiguous() for tensor in tensors)
         assert [tensor.data_ptr() % 16 for tensor in tensors] == [0, 0, 0]
+
+
+def test_persistent_grids_of_other_threads_leave_room_and_this_one_s_do_not():
+    x, found = torch.empty(1, device="meta"), []
+    with recording(Gpu(90, 132), lambda *_: None):
+        with room_for_this_thread(1 / 6):
+            found.append(num_multiprocessors(x))
+            other = threading.Thread(target=lambda: found.append(num_multiprocessors(x)))
+            other.start()
+            other.join()
+        found.append(num_multiprocessors(x))
+    assert found == [132, 110, 132]
