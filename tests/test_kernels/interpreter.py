@@ -9,7 +9,7 @@ import contextlib
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import triton.language as tl
@@ -66,7 +66,31 @@ def save_time(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
 
+    # every value makes objects for its type and shape, which are those of many others
+    remember(patch, tl.block_type, lambda element_ty, shape: (element_ty.name, *map(tl.core._unwrap_if_constexpr, shape)),
+             lambda made, element_ty, shape: vars(made).update(element_ty=element_ty))
+    remember(patch, tl.tensor, lambda handle, type: type.name,
+             lambda made, handle, type: vars(made).update(handle=handle, type=type, dtype=type.scalar))
+    plain_unwrap, unwrapped = tl.core._unwrap_if_constexpr, frozenset((int, float, bool, tl.tensor, tl.dtype, type(None)))
+    patch.setattr(tl.core, "_unwrap_if_constexpr", lambda value: value if type(value) in unwrapped else plain_unwrap(value))
+
     # each launch, and each call of a function by a kernel, puts functions of the interpreter into triton.language: once is enough
     function = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})  # sees all of the language
     interpreter._patch_lang(function)
     patch.setattr(interpreter, "_patch_lang", lambda _: types.SimpleNamespace(restore=lambda: None))
+
+
+def remember(patch: pytest.MonkeyPatch, owner: type, key_of: Callable, fill: Callable) -> None:
+    """From now on a new object gets the attributes of the first with its key; `fill` sets those that are its own."""
+    plain, known = owner.__init__, {}
+
+    def initialize(made, *arguments):
+        key = key_of(*arguments)
+        if (attributes := known.get(key)) is None:
+            plain(made, *arguments)
+            known[key] = dict(vars(made))
+        else:
+            vars(made).update(attributes)
+            fill(made, *arguments)
+
+    patch.setattr(owner, "__init__", initialize)
