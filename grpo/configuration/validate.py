@@ -157,6 +157,9 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.sums_log_probs", True, (
             f"the log-probs before the update are those of one update: set optim.minibatches=1 (now {optim.minibatches}) and "
             f"optim.epochs=1 (now {optim.epochs})")
+    if rollout.overlong_buffer is not None and rollout.overlong_buffer > rollout.max_new_tokens:
+        yield "rollout.overlong_buffer", rollout.overlong_buffer, (
+            f"the last tokens before rollout.max_new_tokens ({rollout.max_new_tokens}) cannot be more than these; lower it")
     for key, node in (("optim", optim), ("warmup", config.warmup)):
         if node is not None and len(node.betas) != 2:
             yield f"{key}.betas", node.betas, "must be two numbers in [0, 1), such as [0.9,0.99]"

@@ -1,0 +1,211 @@
+"""TRL's GRPO (names of 1.16): GRPOConfig(...) in Python, a YAML of its command line, or that command line itself."""
+import ast
+
+import yaml
+
+from grpo.porting.recipe import (
+    Recipe,
+    Rule,
+    apply,
+    every,
+    real,
+    set_batch,
+    set_lora,
+    set_loss,
+    set_model,
+    set_rewards,
+    set_schedule,
+    top_k,
+    truth,
+    whole,
+)
+from grpo.porting.shell import calculate, flags_of, words_of
+
+CALLS = ("GRPOConfig", "LoraConfig", "GRPOTrainer", "ModelConfig", "ScriptArguments", "GRPOScriptArguments")
+TABLE = {
+    "learning_rate": Rule("optim.lr", real),
+    "adam_epsilon": Rule("optim.eps", real),
+    "weight_decay": Rule("optim.weight_decay", real),
+    "warmup_steps": Rule("optim.warmup_steps", whole),
+    "max_grad_norm": Rule("optim.max_grad_norm", real),
+    "max_steps": Rule("steps", lambda value: whole(value) if whole(value) > 0 else None),
+    "num_generations": Rule("rollout.group_size", whole),
+    "max_completion_length": Rule("rollout.max_new_tokens", whole),
+    "max_prompt_length": Rule("env.max_prompt_tokens", lambda value: None if value is None else whole(value),
+                              "TRL cuts longer ones off at their beginning; here they are an error, or env.on_long_prompt=skip"),
+    "temperature": Rule("rollout.temperature", real),
+    "top_p": Rule("rollout.top_p", real),
+    "top_k": Rule("rollout.top_k", top_k),
+    "min_p": Rule("rollout.min_p", lambda value: 0.0 if value is None else real(value)),
+    "beta": Rule("kl.coefficient", real),
+    "num_iterations": Rule("optim.epochs", whole),
+    "mask_truncated_completions": Rule("optim.mask_truncated", truth),
+    "entropy_coef": Rule("entropy.coefficient", real),
+    "entropy_target": Rule("entropy.target", real),
+    "top_entropy_quantile": Rule("entropy.top_fraction", real, "the quantile is of the whole step here, of a micro-batch in TRL"),
+    "off_policy_mask_threshold": Rule("corrections.opsm_delta", real),
+    "sync_ref_model": Rule(None), "ref_model_sync_steps": Rule(None), "ref_model_mixup_alpha": Rule(None),
+    "seed": Rule("seed", whole),
+    "save_steps": Rule("checkpoint.every", every),
+    "save_total_limit": Rule("checkpoint.keep", lambda value: max(2, whole(value))),
+    "eval_steps": Rule("eval.every", every),
+    "gradient_checkpointing": Rule("model.activation_checkpointing", truth),
+    "report_to": Rule("wandb.mode", lambda value: "auto" if "wandb" in str(value) or value == "all" else "disabled"),
+    "dataset_name": Rule("env.path", str), "train_dataset": Rule("env.path", str),
+    "dataset_config": Rule("env.subset", lambda value: None if value is None else str(value)),
+    "dataset_train_split": Rule("env.split", str), "dataset_test_split": Rule("env.eval_split", str),
+    "dataset_prompt_column": Rule("env.prompt_key", str),
+    "system_prompt": Rule("env.instructions", lambda value: str(value).strip()),
+    "router_aux_loss_coef": Rule(None, remark="no auxiliary loss on the router here; TRL's default for gpt-oss is 0.9"),
+    "use_bias_correction_kl": Rule(None),
+    **{name: Rule(None) for name in (
+        *("model_name_or_path", "model", "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta"),
+        *("scale_rewards", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+        *("generation_batch_size", "num_processes", "adam_beta1", "adam_beta2", "warmup_ratio", "lr_scheduler_type"),
+        *("lr_scheduler_kwargs", "reward_funcs", "reward_weights", "use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
+        *("LoraConfig.r", "LoraConfig.lora_alpha", "LoraConfig.target_modules", "sapo_temperature_pos"),
+        "sapo_temperature_neg", "num_train_epochs")},
+}
+NO_ACCOUNT = (r"output_dir|run_name|overwrite_output_dir|logging_\w+|log_\w+|num_completions_to_print|wandb_\w+|hub_\w+|"
+              r"push_to_hub|"
+              r"use_vllm|vllm_\w+|bf16|fp16|tf32|torch_dtype|dtype|attn_implementation|dataloader_\w+|ddp_\w+|fsdp\w*|deepspeed|"
+              r"save_strategy|eval_strategy|do_eval|per_device_eval_batch_size|remove_unused_columns|optim|"
+              r"gradient_checkpointing_kwargs|args|peft_config|processing_class|LoraConfig.(task_type|bias|lora_dropout)|"
+              r"model_revision|trust_remote_code|ds3_gather_for_generation|shuffle_dataset|disable_dropout")
+
+
+def read(text: str, name: str) -> dict[str, object]:
+    if name.endswith(".py"):
+        return _read_python(text)
+    if name.endswith(".sh"):
+        words = words_of(text)
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))  # before it: the launcher's
+        flags = flags_of(words[:script]) | flags_of(words[script + 1:])
+        return {key.replace("-", "_"): _plain(value) for key, value in flags.items()}
+    found = yaml.safe_load(text)
+    if not isinstance(found, dict):
+        raise ValueError("holds no mapping of names to values")
+    return found
+
+
+def _read_python(text: str) -> dict[str, object]:
+    """The keywords of the calls that make the configuration, as far as they are literals, or names with one value."""
+    tree, names, found = ast.parse(text), dict[str, object](), dict[str, object]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            try:
+                names[node.targets[0].id] = calculate(node.value, names)
+            except ValueError:
+                continue
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        kind = ast.unparse(node.func).split(".")[-1]
+        if kind == "load_dataset" and node.args:
+            found.setdefault("dataset_name", _literal(node.args[0], names))
+            found |= dict(zip(["dataset_config"], [_literal(argument, names) for argument in node.args[1:2]]))
+            for item in node.keywords:
+                if item.arg == "split":
+                    found["dataset_train_split"] = _literal(item.value, names)
+        prefix = "LoraConfig." if kind == "LoraConfig" else ""
+        for item in node.keywords if kind in CALLS else []:
+            if item.arg is not None and item.arg not in ("train_dataset", "eval_dataset"):
+                found[prefix + item.arg] = _literal(item.value, names)
+    if not found:
+        raise ValueError(f"calls none of {', '.join(CALLS)}")
+    return found
+
+
+def _literal(node: ast.expr, names: dict[str, object]) -> object:
+    try:
+        return calculate(node, names)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def _plain(value: object) -> object:
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
+def port(found: dict[str, object]) -> Recipe:
+    recipe = apply(found, TABLE, NO_ACCOUNT)
+    set_model(recipe, recipe.get("model_name_or_path", "model"))
+    set_lora(recipe, rank=recipe.get("lora_r", "LoraConfig.r", default=16 if recipe.get("use_peft") else None),
+             alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha"),
+             targets=recipe.get("lora_target_modules", "LoraConfig.target_modules"))
+    recipe.settings.setdefault("rollout.max_new_tokens", 512)
+    recipe.settings.setdefault("rollout.group_size", 8)
+    recipe.settings.setdefault("optim.lr", 1e-6)
+    recipe.settings["optim.betas"] = [recipe.number("adam_beta1", default=0.9), recipe.number("adam_beta2", default=0.999)]
+    _set_batch(recipe)
+    kwargs = recipe.get("lr_scheduler_kwargs")
+    set_schedule(recipe, recipe.get("lr_scheduler_type", default="linear"), warmup_share=recipe.number("warmup_ratio"),
+                 min_ratio=kwargs.get("min_lr_rate") if isinstance(kwargs, dict) else None)
+    _set_loss(recipe)
+    scale = recipe.get("scale_rewards", default="group")
+    recipe.settings["advantage.scale"] = {"true": "group", "group": "group", "batch": "batch"}.get(str(scale).lower(), "none")
+    if recipe.settings.get("kl.coefficient"):
+        unbiased = recipe.is_true("use_bias_correction_kl", default=True)
+        recipe.settings["kl.estimator"] = "k2" if unbiased else "k3"
+        if unbiased:
+            recipe.remarks.append("use_bias_correction_kl (on by default): TRL's k3 times the ratio has k2's gradient on policy, "
+                                  "so kl.estimator is k2")
+        if recipe.is_true("sync_ref_model", default=False):
+            recipe.settings["kl.refresh_every"] = whole(recipe.get("ref_model_sync_steps", default=512))
+            recipe.remarks.append("ref_model_mixup_alpha: the reference becomes the policy here, there a mixture")
+    names = recipe.get("reward_funcs", default=[])
+    if not isinstance(names, list):
+        names = [part for part in str(names).strip("[]").split(", ") if part]
+    names = [str(name) for name in names]
+    weights = recipe.get("reward_weights")
+    set_rewards(recipe, [f"trl.rewards:{name}" if name in TRL_REWARDS else name for name in names],
+                [real(weight) for weight in weights] if isinstance(weights, list) else None)
+    recipe.remarks.append("vllm_importance_sampling_*: the sampler here is the trainer, so the ratio that TRL corrects for is 1")
+    return recipe
+
+
+TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+
+
+def _set_batch(recipe: Recipe) -> None:
+    """A step of ours is a generation batch of TRL's, which may make several updates."""
+    accumulation = recipe.number("gradient_accumulation_steps", default=1)
+    rounds = recipe.number("steps_per_generation", default=accumulation)
+    processes = recipe.number("num_processes", default=1)
+    completions = recipe.number("generation_batch_size",
+                                default=recipe.number("per_device_train_batch_size", default=8) * rounds * processes)
+    set_batch(recipe, prompts=max(1, completions / recipe.settings["rollout.group_size"]), updates=rounds / accumulation)
+    if "num_processes" not in recipe.found:
+        recipe.remarks.append("batch sizes are of one process: multiply rollout.prompts_per_step by the number of TRL's "
+                              "processes")
+    if recipe.settings.get("optim.epochs", 1) * recipe.settings.get("optim.minibatches", 1) > 1:
+        recipe.remarks.append("max_steps counts updates in TRL, and steps counts generated batches here")
+        if "steps" in recipe.settings:
+            updates = recipe.settings.get("optim.epochs", 1) * recipe.settings.get("optim.minibatches", 1)
+            recipe.settings["steps"] = max(1, recipe.settings["steps"] // updates)
+    if "steps" not in recipe.settings and recipe.get("num_train_epochs") is not None:
+        recipe.remarks.append("num_train_epochs: steps counts batches here; rows x epochs / rollout.prompts_per_step of them")
+
+
+def _set_loss(recipe: Recipe) -> None:
+    name = str(recipe.get("loss_type", default="dapo"))
+    low = recipe.number("epsilon", default=0.2)
+    high = recipe.number("epsilon_high", default=low)
+    if name == "cispo":
+        set_loss(recipe, "cispo", max_ratio=float(high))
+        return
+    if recipe.get("importance_sampling_level") == "sequence" and name != "luspo":
+        if name not in ("grpo", "dapo"):
+            recipe.remarks.append(f"loss_type {name} with sequence-level ratios: gspo averages over sequences")
+        set_loss(recipe, "gspo", low=low, high=high, normalizer="token" if name in ("dapo", "bnpo") else None)
+        return
+    if name == "sapo":
+        set_loss(recipe, "sapo", temperature_positive=recipe.number("sapo_temperature_pos"),
+                 temperature_negative=recipe.number("sapo_temperature_neg"))
+        return
+    if name not in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "vespo"):
+        recipe.not_carried.append(f"loss_type = {name!r}: dapo in its place")
+        name = "dapo"
+    delta = recipe.number("delta")
+    set_loss(recipe, name, low=low, high=high, max_ratio=None if delta is None or name == "vespo" else float(delta))
+

@@ -1,0 +1,261 @@
+"""verl (names of 0.9): a launch script of Hydra overrides, or a YAML."""
+import re
+
+import yaml
+
+from grpo.porting.recipe import (
+    Recipe,
+    Rule,
+    apply,
+    every,
+    real,
+    set_batch,
+    set_lora,
+    set_loss,
+    set_model,
+    set_schedule,
+    top_k,
+    truth,
+    whole,
+)
+from grpo.porting.shell import words_of
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
+
+
+def path(value: object) -> object:
+    """A file, or a list of them, also as text."""
+    found = yaml.safe_load(value) if isinstance(value, str) and value.strip().startswith("[") else value
+    return [str(item) for item in found] if isinstance(found, list) else str(found)
+
+
+TABLE = {
+    "data.train_files": Rule("env.path", path), "data.val_files": Rule("env.eval_path", path),
+    "data.prompt_key": Rule("env.prompt_key", str),
+    "data.max_prompt_length": Rule("env.max_prompt_tokens", whole),
+    "data.max_response_length": Rule("rollout.max_new_tokens", whole),
+    "data.filter_overlong_prompts": Rule("env.on_long_prompt", lambda value: "skip" if truth(value) else "error"),
+    "data.truncation": Rule(None, remark="prompts are never cut off here: env.on_long_prompt is error or skip"),
+    "data.seed": Rule("seed", whole),
+    ACTOR + "optim.lr": Rule("optim.lr", real),
+    ACTOR + "optim.weight_decay": Rule("optim.weight_decay", real),
+    ACTOR + "optim.lr_warmup_steps": Rule("optim.warmup_steps", lambda value: whole(value) if whole(value) >= 0 else None),
+    ACTOR + "optim.total_training_steps": Rule(None),
+    ACTOR + "optim.betas": Rule("optim.betas", lambda value: [real(item) for item in path(value)]),
+    ACTOR + "optim.clip_grad": Rule("optim.max_grad_norm", real), ACTOR + "grad_clip": Rule("optim.max_grad_norm", real),
+    ACTOR + "ppo_epochs": Rule("optim.epochs", whole),
+    ACTOR + "entropy_coeff": Rule("entropy.coefficient", real),
+    ACTOR + "ppo_max_token_len_per_gpu": Rule("optim.max_tokens", whole),
+    ACTOR + "shuffle": Rule(None, remark="minibatches are shuffled here, by completions"),
+    ROLLOUT + "n": Rule("rollout.group_size", whole),
+    ROLLOUT + "temperature": Rule("rollout.temperature", real),
+    ROLLOUT + "top_p": Rule("rollout.top_p", real), ROLLOUT + "top_k": Rule("rollout.top_k", top_k),
+    ROLLOUT + "max_num_seqs": Rule("rollout.max_batch", whole),
+    ROLLOUT + "val_kwargs.n": Rule("eval.num_samples", whole),
+    ROLLOUT + "val_kwargs.temperature": Rule("eval.temperature", lambda value: real(value) or None),
+    ROLLOUT + "val_kwargs.top_p": Rule("eval.top_p", real), ROLLOUT + "val_kwargs.top_k": Rule("eval.top_k", top_k),
+    "algorithm.filter_groups.metric": Rule(None, remark="groups are dropped by their rewards here, a punished length included"),
+    "algorithm.gamma": Rule(None, remark="a completion has one reward here: no discount"),
+    "algorithm.lam": Rule(None, remark="no critic here"),
+    "trainer.total_training_steps": Rule("steps", lambda value: None if value is None else whole(value)),
+    "trainer.total_epochs": Rule(None, remark="steps counts batches here; rows x epochs / rollout.prompts_per_step of them"),
+    "trainer.save_freq": Rule("checkpoint.every", every),
+    "trainer.test_freq": Rule("eval.every", every),
+    "trainer.val_before_train": Rule("eval.at_start", truth),
+    "trainer.max_actor_ckpt_to_keep": Rule("checkpoint.keep", lambda value: None if value is None else max(2, whole(value))),
+    "trainer.logger": Rule("wandb.mode", lambda value: "auto" if "wandb" in str(value) else "disabled"),
+    "trainer.project_name": Rule("wandb.project", str),
+    "actor_rollout_ref.model.enable_gradient_checkpointing": Rule("model.activation_checkpointing", truth),
+    "actor_rollout_ref.router_replay.mode": Rule("rollout.replay_routing", lambda value: str(value) in ("R2", "R3"),
+                                                 "R3 is what rollout.replay_routing does; R2 needs nothing on policy"),
+    **{name: Rule(None) for name in (
+        *("data.train_batch_size", "data.gen_batch_size", "data.max_length", "actor_rollout_ref.model.path"),
+        *(f"actor_rollout_ref.model.{name}" for name in ("lora_rank", "lora_alpha", "target_modules")),
+        *(ACTOR + name for name in (
+            *("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "loss_agg_mode", "loss_scale_factor"),
+            *("use_kl_loss", "kl_loss_coef", "kl_loss_type", "ppo_mini_batch_size", "optim.lr_warmup_steps_ratio"),
+            *("optim.warmup_style", "optim.lr_scheduler_type", "optim.min_lr_ratio", "policy_loss.loss_mode", "tau_pos"),
+            *("use_token_level_loss", "policy_loss.clip_cov_ratio", "policy_loss.kl_cov_ratio", "tau_neg"))),
+        *("algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.use_kl_in_reward", "algorithm.kl_penalty"),
+        *("algorithm.kl_ctrl.kl_coef", "algorithm.filter_groups.enable", "algorithm.filter_groups.max_num_gen_batches"),
+        *("algorithm.rollout_correction.rollout_is", "algorithm.rollout_correction.rollout_is_threshold"),
+        *("custom_reward_function.path", "custom_reward_function.name"),
+        *(f"{node}.overlong_buffer.{name}" for node in ("reward_model", "custom_reward_function", "reward.reward_kwargs",
+                                                        "reward_model.reward_kwargs")
+          for name in ("enable", "len", "penalty_factor", "log")))},
+}
+NO_ACCOUNT = (r"critic\..*|ray\w*\..*|.*(fsdp|megatron|offload|parallel|micro_batch|dynamic_bsz|log_prob_).*|"
+              r"actor_rollout_ref\.(rollout\.(name|mode|gpu_memory_utilization|load_format|enforce_eager|free_cache_engine|"
+              r"enable_chunked_prefill|layered_summon|max_num_batched_tokens|max_model_len|dtype|engine_kwargs.*|val_kwargs\.do_sample)"
+              r"|model\.(use_shm|use_remove_padding|trust_remote_code|use_fused_kernels|override_config.*|external_lib)|hybrid_engine"
+              r"|actor\.(strategy|use_torch_compile|checkpoint.*|optim\.override_optimizer_config.*)|ref\..*)|"
+              r"trainer\.(critic_warmup|n_gpus_per_node|nnodes|experiment_name|default_local_dir|resume_mode|log_val_generations|"
+              r"balance_batch|default_hdfs_dir)|data\.(shuffle|return_raw_chat|trust_remote_code|dataloader_num_workers|"
+              r"filter_overlong_prompts_workers)|reward_model\.(reward_manager|enable)|global_profiler.*")
+
+
+def read(text: str, name: str) -> dict[str, object]:
+    if name.endswith((".yaml", ".yml")):
+        return _flat(yaml.safe_load(text))
+    found = {}
+    for word in words_of(text):
+        if match := re.fullmatch(r"\+{0,2}([a-z_]+(?:\.\w+)+)=(.*)", word, flags=re.DOTALL):
+            found[match[1]] = _plain(match[2])
+    if not found:
+        raise ValueError("has no overrides of the form name.name=value")
+    return found
+
+
+def _plain(value: str) -> object:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _flat(node: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(node, dict):
+        raise ValueError("holds no mapping of names to values")
+    found = {}
+    for name, value in node.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return {name: value for name, value in found.items() if not name.startswith(("defaults", "hydra."))}
+
+
+def port(found: dict[str, object]) -> Recipe:
+    recipe = apply(found, TABLE, NO_ACCOUNT)
+    set_model(recipe, recipe.get("actor_rollout_ref.model.path"))
+    set_lora(recipe, rank=recipe.get("actor_rollout_ref.model.lora_rank"), alpha=recipe.get("actor_rollout_ref.model.lora_alpha"),
+             targets=recipe.get("actor_rollout_ref.model.target_modules"))
+    recipe.settings.setdefault("env.prompt_key", "prompt")
+    for key, value in (("optim.lr", 1e-6), ("optim.weight_decay", 0.01), ("optim.betas", [0.9, 0.999])):
+        recipe.settings.setdefault(key, value)  # verl's
+    recipe.settings |= {"env.answer_key": "reward_model.ground_truth", "optim.old_log_probs": "trainer"}
+    if "env.eval_path" in recipe.settings:
+        recipe.settings["env.held_out_fraction"] = None
+    prompts = recipe.number("data.train_batch_size", default=1024)
+    updates = prompts / recipe.number(ACTOR + "ppo_mini_batch_size", default=256)
+    set_batch(recipe, prompts=prompts, updates=updates)
+    set_schedule(recipe, recipe.get(ACTOR + "optim.warmup_style", ACTOR + "optim.lr_scheduler_type", default="constant"),
+                 warmup_share=recipe.number(ACTOR + "optim.lr_warmup_steps_ratio"),
+                 min_ratio=recipe.number(ACTOR + "optim.min_lr_ratio"))
+    _set_loss(recipe)
+    _set_kl(recipe)
+    _set_groups(recipe, prompts)
+    _set_corrections(recipe)
+    function = recipe.get("custom_reward_function.path")
+    if function is not None:
+        recipe.settings["env.rewards"] = f"{function}:{recipe.get('custom_reward_function.name', default='compute_score')}"
+    else:
+        recipe.settings["env.rewards"] = "verl.utils.reward_score:default_compute_score"
+        recipe.remarks.append("the reward is verl's own scorer by data_source, which needs verl installed; env.match=math and "
+                              "env.rewards=null need nothing")
+    recipe.settings["env.match"] = "none"
+    return recipe
+
+
+def _set_loss(recipe: Recipe) -> None:
+    low = recipe.number(ACTOR + "clip_ratio_low", ACTOR + "clip_ratio", default=0.2)
+    high = recipe.number(ACTOR + "clip_ratio_high", ACTOR + "clip_ratio", default=0.2)
+    default = "token-mean" if recipe.is_true(ACTOR + "use_token_level_loss", default=True) else "seq-mean-token-mean"
+    how = str(recipe.get(ACTOR + "loss_agg_mode", default=default))
+    normalizer = {"token-mean": "token", "seq-mean-token-mean": "sequence", "seq-mean-token-sum-norm": "constant"}.get(how)
+    if normalizer is None:
+        recipe.not_carried.append(f"loss_agg_mode = {how!r}: the mean over tokens in its place")
+        normalizer = "token"
+    if normalizer == "constant":
+        recipe.remarks.append("seq-mean-token-sum-norm: divided by rollout.max_new_tokens here, in verl by the padded width "
+                              "unless loss_scale_factor is set")
+    mode = str(recipe.get(ACTOR + "policy_loss.loss_mode", default="vanilla"))
+    if mode == "vanilla":
+        dual = recipe.number(ACTOR + "clip_ratio_c", default=3.0)
+        set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer, dual_clip=float(dual))
+        if ACTOR + "clip_ratio_c" not in recipe.found:
+            recipe.remarks.append("verl's dual clip is always on: loss.dual_clip is its default, 3")
+    elif mode == "cispo":
+        set_loss(recipe, "cispo", max_ratio=1 + float(high))
+        recipe.remarks.append(f"cispo: verl also keeps ratios above {1 - low:g}; here there is a cap only")
+    elif mode == "gspo":
+        set_loss(recipe, "gspo", low=low, high=high, normalizer=normalizer)
+    elif mode == "sapo":
+        set_loss(recipe, "sapo", temperature_positive=recipe.number(ACTOR + "tau_pos", default=1.0),
+                 temperature_negative=recipe.number(ACTOR + "tau_neg", default=1.05))
+    elif mode in ("geo_mean", "dppo_tv", "dppo_kl"):
+        set_loss(recipe, {"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high)
+        if mode.startswith("dppo"):
+            recipe.remarks.append(f"{mode}: verl anchors on its old log-probs, here the anchor is the sampler; clip_ratio_c (3) "
+                                  "truncates there, here loss.max_ratio (20)")
+    elif mode == "clip_cov":
+        set_loss(recipe, "clip_cov", low=low, high=high, share=recipe.number(ACTOR + "policy_loss.clip_cov_ratio"))
+    elif mode == "kl_cov":
+        set_loss(recipe, "kl_cov", share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio"))
+    else:
+        recipe.not_carried.append(f"policy_loss.loss_mode = {mode!r}: dapo in its place")
+        set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer)
+    _set_advantage(recipe)
+
+
+def _set_advantage(recipe: Recipe) -> None:
+    estimator = str(recipe.get("algorithm.adv_estimator", default="gae")).removesuffix("_vectorized")
+    known = {"grpo": ("group", "group", "none"), "rloo": ("leave_one_out", "none", "none"), "gpg": ("group", "none", "none"),
+             "opo": ("length_weighted", "none", "none"), "remax": ("greedy", "none", "none"),
+             "reinforce_plus_plus": ("none", "none", "tokens"), "reinforce_plus_plus_baseline": ("group", "none", "tokens")}
+    if estimator not in known:
+        what = " (verl's default)" if estimator == "gae" else ""
+        recipe.not_carried.append(f"algorithm.adv_estimator = {estimator!r}{what}: grpo in its place, there is no critic here")
+        estimator = "grpo"
+    baseline, scale, whiten = known[estimator]
+    if estimator == "grpo" and not recipe.is_true("algorithm.norm_adv_by_std_in_grpo", default=True):
+        scale = "none"
+    recipe.settings |= {"advantage.baseline": baseline, "advantage.scale": scale, "advantage.whiten": whiten}
+
+
+def _set_kl(recipe: Recipe) -> None:
+    estimator = {"low_var_kl": "k3", "k3": "k3", "kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl+": "k2",
+                 "k3+": "k2", "full": "full"}
+    if recipe.is_true(ACTOR + "use_kl_loss", default=False):
+        kind = str(recipe.get(ACTOR + "kl_loss_type", default="low_var_kl"))
+        recipe.settings |= {"kl.coefficient": recipe.number(ACTOR + "kl_loss_coef", default=0.001),
+                            "kl.estimator": estimator.get(kind, "k3")}
+        if kind in ("kl", "k1"):
+            recipe.remarks.append("kl_loss_type k1: as a loss its expected gradient is zero in verl; here k1 has that of the KL")
+    elif recipe.is_true("algorithm.use_kl_in_reward", default=False):
+        recipe.settings |= {"kl.coefficient": recipe.number("algorithm.kl_ctrl.kl_coef", default=0.001),
+                            "kl.place": "reward", "kl.estimator": "k1"}
+    if recipe.is_true("algorithm.use_kl_in_reward", default=False) and recipe.is_true(ACTOR + "use_kl_loss", default=False):
+        recipe.not_carried.append("algorithm.use_kl_in_reward beside use_kl_loss: one place at a time")
+
+
+def _set_groups(recipe: Recipe, prompts: float) -> None:
+    if recipe.is_true("algorithm.filter_groups.enable", default=False):
+        rounds = recipe.number("algorithm.filter_groups.max_num_gen_batches", default=0)
+        recipe.settings["rollout.refill_rounds"] = int(rounds) - 1 if rounds else 10
+        if not rounds:
+            recipe.remarks.append("max_num_gen_batches 0 has no limit there: rollout.refill_rounds is 10")
+        generated = recipe.number("data.gen_batch_size", default=prompts)
+        if generated > prompts:
+            recipe.settings["rollout.oversampling"] = generated / prompts
+            recipe.remarks.append("data.gen_batch_size: a refill samples that many times the groups still missing, there a whole "
+                                  "batch")
+    else:
+        recipe.settings["rollout.refill_rounds"] = 0
+        recipe.remarks.append("groups with equal rewards are dropped here; there they count as zero in the mean over tokens")
+    for node in ("reward_model", "custom_reward_function", "reward.reward_kwargs", "reward_model.reward_kwargs"):
+        if recipe.is_true(f"{node}.overlong_buffer.enable", default=False):
+            recipe.settings["rollout.overlong_buffer"] = int(recipe.number(f"{node}.overlong_buffer.len", default=4096))
+            recipe.settings["rollout.overlong_penalty"] = recipe.number(f"{node}.overlong_buffer.penalty_factor", default=1.0)
+
+
+def _set_corrections(recipe: Recipe) -> None:
+    level = recipe.get("algorithm.rollout_correction.rollout_is")
+    if level in ("token", "sequence"):
+        bounds = str(recipe.get("algorithm.rollout_correction.rollout_is_threshold", default=2.0)).split("_")
+        try:
+            numbers = [real(bound) for bound in bounds]
+        except ValueError:
+            recipe.not_carried.append(f"rollout_is_threshold = {'_'.join(bounds)!r}")
+            return
+        recipe.settings |= {"corrections.weight": "mask" if len(numbers) == 2 else "truncate", "corrections.level": level,
+                            "corrections.low": numbers[0] if len(numbers) == 2 else 0.0, "corrections.high": numbers[-1]}
+        recipe.remarks.append("rollout_is: the sampler here is the trainer, so these ratios are 1 unless rollouts are drawn "
+                              "ahead")

@@ -1,0 +1,149 @@
+"""Recipes of other trainers become experiments that load, and nothing of them is passed over."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from paths import FIXTURES
+
+from grpo.config import flatten
+from grpo.configuration.launch import load_config
+from grpo.port import FRAMEWORKS, main, ported
+from grpo.porting.shell import flags_of, words_of
+
+RECIPES = sorted((FIXTURES / "recipes").iterdir())
+DATA = (f"env.path={FIXTURES / 'arithmetic.jsonl'}", "env.subset=null", "env.split=null", "env.prompt_key=question",
+        "env.answer_key=answer", "env.answer_after=null", "env.match=numeric", "env.rewards=null", "env.eval_path=null",
+        "env.held_out_fraction=0.25", f"model.path={FIXTURES / 'tiny_mxfp4'}",
+        f"model.tokenizer={FIXTURES / 'tokenizer_compact'}")
+
+
+def framework_of(path: Path) -> str:
+    return path.name.partition("_")[0]
+
+
+def settings(name: str) -> dict:
+    text = ported(framework_of(Path(name)), FIXTURES / "recipes" / name)
+    tree = yaml.safe_load(text)
+    groups = {key.removeprefix("override /"): value for item in tree.pop("defaults") for key, value in item.items()}
+    return flatten(tree) | {f"/{group}": value for group, value in groups.items()}
+
+
+def comments(name: str) -> str:
+    text = ported(framework_of(Path(name)), FIXTURES / "recipes" / name)
+    return " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+
+
+def place(path: Path, folder: Path) -> list[str]:
+    """Writes the ported recipe where the loader finds it; returns the words that choose it."""
+    (folder / "experiment").mkdir(exist_ok=True)
+    (folder / "experiment" / f"{path.stem}.yaml").write_text(ported(framework_of(path), path))
+    return ["--config-dir", str(folder), f"+experiment={path.stem}"]
+
+
+def test_there_are_ten_recipes_of_the_four_trainers():
+    assert len(RECIPES) == 10 and {framework_of(path) for path in RECIPES} == set(FRAMEWORKS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_what_is_printed_is_an_experiment(path, tmp_path):
+    config = load_config("train", [*place(path, tmp_path), *DATA])
+    wanted = yaml.safe_load(ported(framework_of(path), path))
+    assert (config.steps, config.rollout.group_size, config.optim.lr) == (
+        wanted["steps"], wanted["rollout"]["group_size"], wanted["optim"]["lr"])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_name_of_a_recipe_is_used_or_named(path):
+    module = FRAMEWORKS[framework_of(path)]
+    found = module.read(path.read_text(), path.name)
+    recipe = module.port(found)
+    told = recipe.no_account + recipe.not_carried
+    assert len(found) > 5
+    for name in found:
+        assert name in module.TABLE or any(entry.split(" ")[0] == name for entry in told), name
+
+
+def test_trl():
+    found = settings("trl_lora.py")
+    # 4 x 8 completions of groups of 8; a tenth of 100 updates
+    assert (found["rollout.prompts_per_step"], found["optim.warmup_steps"], found["steps"]) == (4, 10, 100)
+    assert (found["/loss"], found["advantage.scale"], found["loss.max_ratio"]) == ("dr_grpo", "none", 4.0)
+    assert (found["rollout.max_new_tokens"], found["rollout.top_k"], found["env.subset"]) == (1024, 0, "main")
+    assert (found["model.lora.rank"], found["model.lora.alpha"], found["optim.betas"]) == (32, 64.0, [0.9, 0.99])
+    assert "not carried: frobnicate = 3" in comments("trl_lora.py") and "reward 'brevity'" in comments("trl_lora.py")
+
+
+def test_trl_yaml_with_several_rewards_and_a_penalty():
+    found = settings("trl_math.yaml")
+    assert [(item["fn"], item["weight"]) for item in found["env.rewards"]] == [
+        ("trl.rewards:accuracy_reward", 1.0), ("trl.rewards:think_format_reward", 0.5), ("my_rewards.py:tag_count", 0.25)]
+    assert (found["kl.coefficient"], found["kl.estimator"], found["optim.epochs"]) == (0.04, "k2", 2)
+    assert (found["optim.schedule"], found["optim.final_lr_ratio"], found["checkpoint.keep"]) == ("cosine", 0.1, 2)
+    assert "only gpt-oss is trained here" in comments("trl_math.yaml")
+
+
+def test_trl_command_line_with_sequence_ratios():
+    found = settings("trl_sequence.sh")
+    # 2 x 8 rounds x 8 processes / groups of 16; 8 / 2 updates of each batch, so 300 / 4 steps
+    assert (found["rollout.prompts_per_step"], found["optim.minibatches"], found["steps"]) == (8, 4, 75)
+    assert (found["/loss"], found["loss.clip_low"], found["loss.clip_high"]) == ("gspo", 3e-4, 4e-4)
+    assert (found["rollout.max_new_tokens"], found["optim.mask_truncated"]) == (2048, True)
+
+
+def test_verl():
+    found = settings("verl_lora.sh")
+    assert (found["rollout.prompts_per_step"], found["optim.minibatches"], found["rollout.group_size"]) == (64, 4, 5)
+    assert (found["kl.coefficient"], found["kl.estimator"], found["loss.dual_clip"]) == (0.001, "k3", 3.0)
+    assert found["env.path"] == "~/data/train.parquet" and found["env.on_long_prompt"] == "skip"
+    assert "dual clip is always on" in comments("verl_lora.sh")
+
+
+def test_verl_with_variables_of_the_script():
+    found = settings("verl_dapo.sh")
+    assert (found["rollout.max_new_tokens"], found["rollout.overlong_buffer"]) == (4096, 1024)
+    assert found["rollout.overlong_penalty"] == 0.5
+    assert (found["rollout.refill_rounds"], found["rollout.oversampling"], found["loss.clip_high"]) == (9, 3.0, 0.28)
+    assert (found["/model"], found["model.path"], found["rollout.top_k"]) == ("gpt_oss_120b", "~/models/gpt-oss-120b", 0)
+
+
+def test_verl_yaml():
+    found = settings("verl_gspo.yaml")
+    assert (found["/loss"], found["loss.normalizer"], found["advantage.scale"]) == ("gspo", "sequence", "none")
+    assert (found["corrections.weight"], found["corrections.high"], found["optim.warmup_steps"]) == ("truncate", 2.0, 40)
+    assert found["env.rewards"] == "my_rewards.py:grade"
+    assert "not carried: actor_rollout_ref.actor.router_replay_speed = 2" in comments("verl_gspo.yaml")
+
+
+def test_slime():
+    found = settings("slime_gpt_oss.sh")
+    assert (found["steps"], found["rollout.prompts_per_step"], found["/loss"]) == (3000, 32, "grpo")
+    assert (found["kl.estimator"], found["optim.warmup_steps"], found["env.match"]) == ("k1", 30, "math")
+    assert "optim.minibatches" not in found  # 32 x 8 completions are one global batch
+    found = settings("slime_tis.sh")
+    assert (found["rollout.oversampling"], found["corrections.high"], found["corrections.opsm_delta"]) == (2.0, 3.0, 1e-4)
+    assert (found["optim.minibatches"], found["rollout.replay_routing"], found["advantage.scale"]) == (4, True, "none")
+    assert "not carried: brand-new-option = '7'" in comments("slime_tis.sh")
+
+
+def test_prime():
+    found = settings("prime_lora.toml")
+    assert (found["rollout.prompts_per_step"], found["rollout.max_staleness"], found["/loss"]) == (16, 2, "dppo_tv")
+    assert "orchestrator.train.env (alphabet)" in comments("prime_lora.toml")
+    found = settings("prime_math.toml")
+    assert (found["loss.clip_low"], found["loss.clip_high"], found["advantage.scale"]) == (0.1, 0.3, "mean")
+    assert (found["optim.schedule"], found["optim.decay_steps"], found["rollout.temperature"]) == ("linear", 100, 0.8)
+
+
+def test_shell_words_have_variables_arithmetic_arrays_and_defaults():
+    text = 'N=3\nARGS=(\n  --a $((N * 2))  # --gone 1\n  --b "x y"\n)\nM=${M:-7}\nrun.sh --c ${M} \\\n  --flag ${ARGS[@]}\n'
+    assert flags_of(words_of(text)) == {"a": "6", "b": "x y", "c": "7", "flag": True}
+
+
+def test_a_file_of_another_kind_is_refused_with_its_name(tmp_path, capsys):
+    files = (("trl", "a.py", "x = 1"), ("verl", "a.sh", "echo"), ("slime", "a.sh", "echo"), ("prime", "a.toml", "="))
+    for framework, name, text in files:
+        (tmp_path / name).write_text(text)
+        assert main([framework, str(tmp_path / name)]) == 2
+        assert f"{tmp_path / name}: cannot be read as a recipe of {framework}" in capsys.readouterr().err
+    assert main(["trlx", "a"]) == 2 and "expected: python -m grpo.port trl|verl|slime|prime FILE" in capsys.readouterr().err
