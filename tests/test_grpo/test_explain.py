@@ -162,3 +162,14 @@ def test_a_step_without_a_checkpoint_before_it_and_another_kind_of_device_are_re
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(ConfigError, match="it has no checkpoints, so no step can be made again; train with checkpoint.every=N"):
         explain(Request(run_dir, 3))
+
+
+@pytest.mark.gpu
+def test_a_step_with_the_full_kl_is_made_again_on_a_gpu(entry_points, spread_folder, tmp_path):
+    more = ("device=cuda", "dtype=bfloat16", "kl.coefficient=0.1", "kl.estimator=full", "entropy.coefficient=0.01", "name=gpu")
+    done = entry_points.run("grpo.train", *RUN, *more, f"output_dir={tmp_path}", path=(spread_folder,), writes_report=False)
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in (tmp_path / "gpu/metrics.jsonl").read_text().splitlines()]
+    assert [row["kl"] > 1e-4 for row in rows if "kl" in row] == [False, True, True]
+    done = entry_points.run("grpo.explain", f"run={tmp_path / 'gpu'}", "step=2", path=(spread_folder,))
+    assert done.code == 0 and "reproduced exactly" in done.out and "dL/dKL" in done.out and "dL/dH" in done.out, done.err
