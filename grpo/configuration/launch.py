@@ -323,6 +323,8 @@ def compose(plan: CommandPlan, overrides: list[str]) -> DictConfig:
 def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
     """The composed config as a dataclass that passed every check. Raises ConfigError."""
     with open_dict(cfg):
+        if "${hydra." in str(OmegaConf.to_container(cfg).get("name")):  # ${hydra.runtime.choices.loss} is the file of loss/
+            cfg.name = cfg.name
         cfg.pop("hydra", None)
     if config_name != "train":
         config = to_typed(cfg, SCHEMAS[config_name])
@@ -377,6 +379,8 @@ class Job:
     def __call__(self, cfg: DictConfig) -> JobResult:
         if self.is_stopped:
             return outcome(PREEMPTED)
+        with open_dict(cfg):  # for names such as ${hydra.runtime.choices.loss}; Hydra has taken the rest of its node away
+            cfg.hydra = {"runtime": {"choices": HydraConfig.get().runtime.choices}}
         try:
             config = finish(cfg, self.config_name, list(HydraConfig.get().overrides.task))
         except ConfigError as error:

@@ -147,14 +147,19 @@ def plots(rows: Rows) -> dict[str, tuple[bytes, str]]:
     return drawn
 
 
-def comparison(curves: dict[str, list[Rows]], names: list[str], *, title: str, file_format: str) -> bytes:
+def comparison(curves: dict[str, list[Rows]], names: list[str], *, title: str, scores: dict[str, tuple[float, float]],
+               file_format: str) -> bytes:
     """A panel for each of the metrics `names`, with a line for each label of `curves`: the mean over its runs, in a band from the
-    lowest to the highest. title: of the legend. file_format: a suffix that matplotlib knows, such as svg."""
+    lowest to the highest. Of more curves than there are colors, without bands, but with a panel of `scores`: for each label the
+    last value of the last metric and half of its interval. title: of the legend. file_format: a suffix that matplotlib knows,
+    such as svg."""
+    is_crowded = len(curves) > len(COLORS)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({**STYLE, "figure.figsize": (4.6 * len(names), 3.1), "svg.hashsalt": "grpo", "svg.fonttype": "none"}):
-        panels = Figure().subplots(1, len(names), squeeze=False)[0]
+        figure = Figure(figsize=(4.6 * (len(names) + is_crowded), max(3.1, 0.22 * len(curves))))
+        panels = figure.subplots(1, len(names) + is_crowded, squeeze=False)[0]
         for axes, name in zip(panels, names):
             for index, (label, runs) in enumerate(curves.items()):
                 values: dict[float, list[float]] = {}
@@ -162,12 +167,23 @@ def comparison(curves: dict[str, list[Rows]], names: list[str], *, title: str, f
                     for step, value in zip(*series(rows, name)):
                         values.setdefault(step, []).append(value)
                 steps, color = sorted(values), COLORS[index % len(COLORS)]
-                axes.plot(steps, [statistics.fmean(values[step]) for step in steps], color=color, linewidth=1.5, label=label)
-                axes.fill_between(steps, *([end(values[step]) for step in steps] for end in (min, max)), color=color, alpha=0.15,
-                                  linewidth=0)
+                style = ("-", "--", ":", "-.")[index // len(COLORS) % 4]
+                means = [statistics.fmean(values[step]) for step in steps]
+                axes.plot(steps, means, linestyle=style, color=color, linewidth=1.5, label=label)
+                if not is_crowded:
+                    axes.fill_between(steps, *([end(values[step]) for step in steps] for end in (min, max)), color=color,
+                                      alpha=0.15, linewidth=0)
             axes.set_title(name)
             axes.set_xlabel("step")
-        panels[-1].legend(title=title, title_fontsize=8, loc="lower right")
+        if is_crowded:
+            for place, (label, (mean, half)) in enumerate(reversed(scores.items())):
+                panels[-1].errorbar(mean, place, xerr=half, fmt="o", color=COLORS[list(curves).index(label) % len(COLORS)],
+                                    markersize=4, capsize=2)
+            panels[-1].set_yticks(range(len(scores)), list(reversed(scores)))
+            panels[-1].set_title(f"{names[-1]}, last step, 95 %")
+            panels[0].legend(fontsize=6, ncols=2)
+        else:
+            panels[-1].legend(title=title, title_fontsize=8, loc="lower right")
         buffer = io.BytesIO()
         panels[0].figure.savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
         return buffer.getvalue()

@@ -86,19 +86,35 @@ class RunTable:
         left_out = [key for key in self.keys if key not in chosen]
         if left_out and not columns:
             parts.append(f"{len(left_out)} more keys differ: {', '.join(left_out[:8])}{', ...' if len(left_out) > 8 else ''}")
-        over_seeds = self._over_seeds([key for key in (columns or keys) if key in self.keys and key != "seed"],
+        told_by = [] if self._is_told_by_name() and not columns else columns or keys
+        over_seeds = self._over_seeds([key for key in told_by if key in self.keys and key != "seed"],
                                       [name for name in (columns or scores) if name in self.evals])
         if over_seeds:
             parts.append("Means over seeds, with 95 % intervals (Student's t):\n\n" + _markdown(over_seeds))
         return "\n\n".join(parts)
 
     def _over_seeds(self, keys: list[str], scores: list[str]) -> list[dict[str, str]]:
-        """A line for each variant, none if no variant has several seeds."""
+        """A line for each variant, none if no variant has several seeds. keys: that tell variants apart; []: their names do."""
         variants = self._variants()
         if "seed" not in self.keys or not any(len(rows) > 1 for rows in variants):
             return []
-        return [{key: _cell(rows[0][key]) for key in keys} | {"seeds": str(len(rows))}
-                | {name: _mean([row[name] for row in rows if row[name] is not None]) for name in scores} for rows in variants]
+        labels = [{"runs": label} if not keys else {} for label in self._labels(variants)]
+        return [label | {key: _cell(rows[0][key]) for key in keys} | {"seeds": str(len(rows))}
+                | {name: _mean([row[name] for row in rows if row[name] is not None]) for name in scores}
+                for label, rows in zip(labels, variants)]
+
+    def _is_told_by_name(self) -> bool:
+        """Whether more keys differ than a table shows: then runs are told apart by what differs in their names."""
+        return len([key for key in self.shared_keys if key != "seed"]) > MAX_KEYS
+
+    def _labels(self, variants: list[list[dict]]) -> list[str]:
+        """A text for each variant: the values of its keys, or what its name has of its own."""
+        if self._is_told_by_name():
+            names = [str(rows[0]["run"]).replace(f"seed{rows[0].get('seed')}", "").split("-") for rows in variants]
+            shared = set.intersection(*map(set, names)) if len(names) > 1 else set()
+            return ["-".join(word for word in name if word and word not in shared) or "-".join(name) for name in names]
+        keys = [key for key in self.shared_keys if key != "seed"]
+        return [", ".join(_cell(rows[0][key]) for key in keys) or "all runs" for rows in variants]
 
     def _variants(self) -> list[list[dict]]:
         """The finished runs, those that differ only in their seed together; best first."""
@@ -113,10 +129,15 @@ class RunTable:
         ValueError if no run has finished."""
         if not (variants := self._variants()):
             raise ValueError("--plot draws finished runs, and there is none")
-        keys = [key for key in self.shared_keys if key != "seed"][:MAX_KEYS]
-        curves = {", ".join(_cell(rows[0][key]) for key in keys) or "all runs":
-                  [read_metrics(self._folders[row["run"]]) for row in rows] for rows in variants}
-        return comparison(curves, ["reward", *self.evals[:1]], title=", ".join(keys), file_format=file_format)
+        labels, scores = self._labels(variants), {}
+        curves = {label: [read_metrics(self._folders[row["run"]]) for row in rows] for label, rows in zip(labels, variants)}
+        for name in self.evals[:1]:
+            for label, rows in zip(labels, variants):
+                values = [row[name] for row in rows if row[name] is not None]
+                if values:
+                    scores[label] = statistics.fmean(values), mean_half_width(values) if len(values) > 1 else 0.0
+        title = "" if self._is_told_by_name() else ", ".join(key for key in self.shared_keys if key != "seed")
+        return comparison(curves, ["reward", *self.evals[:1]], title=title, scores=scores, file_format=file_format)
 
     def _cell(self, row: dict, column: str) -> str:
         width = row.get(f"{column}/ci95")

@@ -291,3 +291,8 @@ def test_a_glob_sweeps_over_the_files_of_a_group():
         assert [job[-1] for job in jobs_planned(plan)] == ["loss=dapo", "loss=dr_grpo"]
     with pytest.raises(ConfigError, match=r"loss=glob\(x\*\): no file of configs/loss matches"):
         load_config("train", ["-m", "loss=glob(x*)"])
+
+
+def test_a_name_may_hold_the_file_that_was_chosen_for_a_group():
+    assert load_config("train", ["+experiment=losses_sweep", "seed=2"]).name == "losses-dapo-seed2"
+    assert load_config("train", ["+experiment=losses_sweep", "loss=rloo"]).name == "losses-rloo-seed0"

@@ -132,3 +132,21 @@ def test_runs_that_did_not_finish_are_not_drawn(tmp_path, capsys):
     write_run(tmp_path / "a", {"seed": 0}, {"eval/greedy": 0.5}, "interrupted")
     assert main([str(tmp_path), str(tmp_path), "--plot", str(tmp_path / "x.svg")]) == 2
     assert "draws finished runs" in capsys.readouterr().err
+
+
+def test_variants_that_differ_in_more_keys_than_are_shown_go_by_what_their_names_have_of_their_own(tmp_path, monkeypatch):
+    for index, name in enumerate("dapo gspo rloo cispo sapo gmpo opo".split()):
+        for seed in (0, 1):
+            keys = {key: index for key in "abcdef"}
+            write_run(tmp_path / f"losses-{name}-seed{seed}", {"seed": seed, **keys}, {"eval/greedy": 0.1 * index + 0.2 * seed})
+    table = RunTable(find_runs(tmp_path))
+    lines = lines_of(table.text().partition("Means over seeds")[2])
+    assert lines[0] == ["runs", "seeds", "eval/greedy"]
+    assert [line[0] for line in lines[2:]] == ["opo", "gmpo", "sapo", "cispo", "rloo", "gspo", "dapo"]
+    # of 0.6 and 0.8: the standard deviation is 0.141421, / sqrt(2) * 12.706
+    assert lines[2][2] == "0.7 ± 1.271"
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, *values, **style: [drawn.append((values[0], style["xerr"])),
+                                                                          errorbar(axes, *values, **style)][1])
+    assert b"gmpo" in table.plot("svg")
+    assert drawn[-1] == (pytest.approx(0.7), pytest.approx(1.2706)) and len(drawn) == 7
