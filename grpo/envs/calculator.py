@@ -9,19 +9,17 @@ Everything drawn is a pure function of (seed, step, attempt). The held-out probl
 in prompts or demonstrations, mirrored (88*69) or not.
 """
 
-import hashlib
 import json
 import random
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
+from grpo.envs.drawn_tasks import DrawnTasks, check_ranges, is_chosen
 from models.chat.functions import function_schema
-from models.chat.parse import parse_completion
-from models.chat.render import Message, generation_prompt, harmony_messages, render_message, render_prompt
+from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
 
 CURRENT_DATE = "2025-08-05"  # in the system message; pinned, so that prompts do not change from day to day
-INSTRUCTIONS = "Answer with the product alone."
 WORDS = [" to=", "functions.", "multiply", " json", '{"a": ', ', "b": ']
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/=,.:;?!'\"()[]{}_<>|# \n"
 
@@ -36,12 +34,7 @@ class Multiplication:
         return a * b
 
 
-def prompt_of(question: str) -> list[Message]:
-    return harmony_messages([{"role": "user", "content": question}], current_date=CURRENT_DATE, reasoning_effort="low",
-                            instructions=INSTRUCTIONS, tools=[function_schema(Multiplication().multiply)])
-
-
-class Calculator:
+class Calculator(DrawnTasks):
     """The environment.
 
     digits: length of both numbers
@@ -50,42 +43,34 @@ class Calculator:
 
     Raises ValueError for a value out of range."""
 
+    KEY = "calculator"
+    INSTRUCTIONS = "Answer with the product alone."
+    TOOLS = (function_schema(Multiplication().multiply),)
+
     def __init__(self, *, tokenizer: Tokenizer, seed: int, digits: int, call_rate: float, held_out_fraction: float,
                  num_eval_prompts: int):
-        if not 1 <= digits <= 9:
-            raise ValueError(f"env.digits={digits}: must lie in 1..9")
-        if not 0 <= call_rate <= 1:
-            raise ValueError(f"env.call_rate={call_rate}: must lie in 0..1")
-        if not 0 < held_out_fraction < 1:
-            raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
-        self.lowest, self.highest = 10 ** (digits - 1), 10**digits - 1
+        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_eval_prompts,
+                         reasoning_effort="low", current_date=CURRENT_DATE)
+        check_ranges({"digits": (digits, 1, 9), "call_rate": (call_rate, 0, 1)})
+        self.lowest, self.highest, self.call_rate = 10 ** (digits - 1), 10**digits - 1, call_rate
         most = int(held_out_fraction * (self.highest - self.lowest + 1) ** 2 / 4)
-        if not 1 <= num_eval_prompts <= most:
-            raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
-                             f"held_out_fraction={held_out_fraction}")
-        self.tokenizer, self.seed, self.call_rate = tokenizer, seed, call_rate
-        self.held_out_fraction, self.num_eval_prompts = held_out_fraction, num_eval_prompts
+        check_ranges({"num_eval_prompts": (num_eval_prompts, 1, most)})
 
-    @staticmethod
-    def build_tokenizer() -> Tokenizer:
+    def draw(self, rng: random.Random) -> dict:
+        a, b = rng.randint(self.lowest, self.highest), rng.randint(self.lowest, self.highest)
+        return {"question": f"{a}*{b}", "answer": str(a * b)}
+
+    def is_held_out(self, row: dict) -> bool:
+        low, high = sorted(factors(row))
+        return is_chosen(f"{low}*{high}", self.held_out_fraction)
+
+    @classmethod
+    def build_tokenizer(cls) -> Tokenizer:
         """For models without a checkpoint: characters, and the system and developer messages as a token each."""
-        return build_tiny_tokenizer([*WORDS, *(message.content for message in prompt_of("")[:2])], CHARS)
+        return build_tiny_tokenizer([*WORDS, *(message.content for message in cls.first_messages())], CHARS)
 
     def episode(self, prompt: Prompt, sample: int) -> Multiplication:
         return Multiplication()
-
-    def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
-        """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
-        rng = random.Random(f"calculator prompts {self.seed} {step} {attempt}")
-        return [self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)]
-
-    def eval_prompts(self) -> list[Prompt]:
-        """The held-out problems, all different."""
-        rng = random.Random("calculator evaluation")
-        pairs: dict[tuple[int, int], None] = {}  # ordered, without repeats
-        while len(pairs) < self.num_eval_prompts:
-            pairs[self._draw(rng, is_held_out=True)] = None
-        return [self._prompt(i, a, b) for i, (a, b) in enumerate(pairs)]
 
     def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids) by the teacher, for a supervised step. A demonstration that calls is two of them, one for
@@ -94,11 +79,11 @@ class Calculator:
         tokenizer, start = self.tokenizer, generation_prompt(self.tokenizer)
         pairs = []
         for _ in range(batch_size):
-            a, b = self._draw(rng, is_held_out=False)
-            prompt, answer = self.encode_prompt(f"{a}*{b}"), a * b
+            row = self._draw(rng, is_held_out=False)
+            prompt, (a, b), answer = self.encode_prompt(row["question"]), factors(row), row["answer"]
             if rng.random() < self.call_rate:
                 call = Message("assistant", json.dumps({"a": a, "b": b}), "commentary", "functions.multiply", "json")
-                result = Message("tool", str(answer), "commentary", "assistant", name="functions.multiply")
+                result = Message("tool", answer, "commentary", "assistant", name="functions.multiply")
                 call_ids = render_message(call, tokenizer)[len(start):]
                 pairs.append((prompt, call_ids))
                 prompt = [*prompt, *call_ids, *render_message(result, tokenizer), *start]
@@ -112,32 +97,11 @@ class Calculator:
         """1 for the product as the final message."""
         scores = []
         for completion in completions:
-            is_correct = self._parse(completion).final == completion.prompt.row["answer"]
+            is_correct = self.parse(completion).final == completion.prompt.row["answer"]
             scores.append(Score(float(is_correct), {"exact_match": float(is_correct)}, {}, is_correct))
         return scores
 
-    def describe(self, completion: Completion) -> dict:
-        parsed = self._parse(completion)
-        return {"question": completion.prompt.row["question"], "answer": completion.prompt.row["answer"], "final": parsed.final,
-                "fault": parsed.fault}
 
-    def encode_prompt(self, question: str) -> list[int]:
-        """`69*88` behind the system's and the developer's message."""
-        return render_prompt(prompt_of(question), self.tokenizer)
-
-    def is_held_out(self, a: int, b: int) -> bool:
-        digest = hashlib.sha256(f"{min(a, b)}*{max(a, b)}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.held_out_fraction * 2**64
-
-    def _parse(self, completion: Completion):
-        return parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-
-    def _draw(self, rng: random.Random, *, is_held_out: bool) -> tuple[int, int]:
-        while True:
-            a, b = rng.randint(self.lowest, self.highest), rng.randint(self.lowest, self.highest)
-            if self.is_held_out(a, b) == is_held_out:
-                return a, b
-
-    def _prompt(self, prompt_id: int, a: int, b: int) -> Prompt:
-        row = {"question": f"{a}*{b}", "answer": str(a * b)}
-        return Prompt(prompt_id, self.encode_prompt(row["question"]), row)
+def factors(row: dict) -> tuple[int, int]:
+    a, _, b = row["question"].partition("*")
+    return int(a), int(b)

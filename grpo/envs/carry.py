@@ -10,12 +10,12 @@ Everything drawn is a pure function of (seed, step, attempt): there is no state 
 for every seed, and never occur in prompts or demonstrations, mirrored (49+14) or not.
 """
 
-import hashlib
 import random
 import re
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
+from grpo.envs.drawn_tasks import is_chosen
 from models.chat.parse import parse_completion
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
@@ -110,8 +110,7 @@ class Carry:
         return thought[len(start) :] + answer[:-1] + [self.tokenizer.return_]
 
     def is_held_out(self, a: int, b: int) -> bool:
-        digest = hashlib.sha256(f"{min(a, b)}+{max(a, b)}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.held_out_fraction * 2**64
+        return is_chosen(f"{min(a, b)}+{max(a, b)}", self.held_out_fraction)
 
     def _draw(self, rng: random.Random, *, is_held_out: bool) -> tuple[int, int]:
         while True:

@@ -20,6 +20,11 @@ def check_ranges(ranges: Mapping[str, tuple[float, float, float]]) -> None:
             raise ValueError(f"env.{key}={value}: must lie in {low}..{high}")
 
 
+def is_chosen(text: str, fraction: float) -> bool:
+    """Whether a hash of the text falls into this fraction of all: the same ones in every run."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+
+
 class DrawnTasks:
     """A task draws a problem in `draw`, which returns the row of a prompt with its `question`, and scores completions.
 
@@ -28,6 +33,7 @@ class DrawnTasks:
 
     Everything drawn is a pure function of (seed, step, attempt). Raises ValueError for a value out of range."""
 
+    KEY: str | None = None  # of what is drawn; None: the name of the class
     INSTRUCTIONS: str | None = None  # for the developer message
     TOOLS: tuple[Mapping, ...] = ()  # schemas of the functions that the model may call
     BUILTIN_TOOLS: tuple[str, ...] = ()
@@ -35,7 +41,7 @@ class DrawnTasks:
     def __init__(self, *, tokenizer: Tokenizer, seed: int, held_out_fraction: float, num_eval_prompts: int,
                  reasoning_effort: str, current_date: str):
         check_ranges({"held_out_fraction": (held_out_fraction, 0.01, 0.9), "num_eval_prompts": (num_eval_prompts, 1, 100_000)})
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.seed, self.key = tokenizer, seed, self.KEY or type(self).__name__
         self.held_out_fraction, self.num_eval_prompts = held_out_fraction, num_eval_prompts
         self.chat_settings = {"reasoning_effort": reasoning_effort, "current_date": current_date,
                               "instructions": self.INSTRUCTIONS}
@@ -50,8 +56,12 @@ class DrawnTasks:
     @classmethod
     def build_tokenizer(cls) -> Tokenizer:
         """For models without a checkpoint: bytes, and the lines of the system's and the developer's message as a token each."""
-        messages = cls.messages("", current_date="2025-08-05", reasoning_effort="low", instructions=cls.INSTRUCTIONS)[:-1]
-        return build_byte_tokenizer([line for message in messages for line in message.content.splitlines() if line])
+        return build_byte_tokenizer([line for message in cls.first_messages() for line in message.content.splitlines() if line])
+
+    @classmethod
+    def first_messages(cls) -> list[Message]:
+        """The system's and the developer's, as of a date that the configurations have."""
+        return cls.messages("", current_date="2025-08-05", reasoning_effort="low", instructions=cls.INSTRUCTIONS)[:-1]
 
     @classmethod
     def messages(cls, question: str, *, current_date: str, reasoning_effort: str, instructions: str | None) -> list[Message]:
@@ -61,13 +71,13 @@ class DrawnTasks:
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
-        rng = random.Random(f"{type(self).__name__} prompts {self.seed} {step} {attempt}")
+        rng = random.Random(f"{self.key} prompts {self.seed} {step} {attempt}")
         rows = [self._draw(rng, is_held_out=False) for _ in range(num_prompts)]
         return [self.prompt(attempt * num_prompts + i, row) for i, row in enumerate(rows)]
 
     def eval_prompts(self) -> list[Prompt]:
         """The held-out problems, all different."""
-        rng = random.Random(f"{type(self).__name__} evaluation")
+        rng = random.Random(f"{self.key} evaluation")
         rows: dict[str, dict] = {}
         for _ in range(MOST_DRAWS * self.num_eval_prompts):
             row = self._draw(rng, is_held_out=True)
@@ -78,9 +88,9 @@ class DrawnTasks:
                          "for fewer, or raise env.held_out_fraction")
 
     def describe(self, completion: Completion) -> dict:
-        parsed = self.parse(completion)
-        return {"question": completion.prompt.row["question"], "analysis": parsed.analysis, "final": parsed.final,
-                "fault": parsed.fault}
+        parsed, row = self.parse(completion), completion.prompt.row
+        asked = {name: row[name] for name in ("question", "answer") if name in row}
+        return {**asked, "analysis": parsed.analysis, "final": parsed.final, "fault": parsed.fault}
 
     def encode_prompt(self, question: str) -> list[int]:
         return render_prompt(self.messages(question, **self.chat_settings), self.tokenizer)
@@ -92,8 +102,7 @@ class DrawnTasks:
         return parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
 
     def is_held_out(self, row: dict) -> bool:
-        digest = hashlib.sha256(self.identity(row).encode()).digest()
-        return int.from_bytes(digest[:8], "big") < self.held_out_fraction * 2**64
+        return is_chosen(self.identity(row), self.held_out_fraction)
 
     def _draw(self, rng: random.Random, *, is_held_out: bool) -> dict:
         for _ in range(MOST_DRAWS):

@@ -34,6 +34,7 @@ from grpo.batch import Completion, Prompt
 from grpo.environment import Score
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
+from grpo.envs.drawn_tasks import is_chosen
 from grpo.envs.global_random import HELD, seed_all
 from grpo.rewards.functions import load_function
 from grpo.rewards.values import shorten
@@ -192,8 +193,7 @@ def hold_out(rows: Iterable[tuple[str, dict]], path: str | list, fraction: float
     for place, record in rows:
         if isinstance(record, str):
             raise DataError(f"{place}: {record}")
-        rank = int.from_bytes(hashlib.sha256(_text(record).encode()).digest()[:8], "big")
-        (held_out if rank < fraction * 2**64 else train).append(record)
+        (held_out if is_chosen(_text(record), fraction) else train).append(record)
     if not train or not held_out:
         raise DataError(f"{path}: env.held_out_fraction={fraction} leaves {len(train)} training and {len(held_out)} evaluation "
                         "rows; change it")
