@@ -238,7 +238,7 @@ class _Rollout:
             self.session.finish(row, "stop" if is_answer else "turns")
             return self._end(play)
         if is_answer:
-            parsed = self.turns.parse(play)
+            parsed = parse_completion(turns[-1], tokenizer)  # a malformed call before it has been answered, and is past
             if parsed.fault is None:
                 job = partial(EpisodeThread.reply, answer=parsed.final, transcript=partial(self._transcript, play))
                 return self._enqueue(play, job)

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler, Session
 from grpo.rollout.turns import Turns
 from models.chat.tokenizer import Tokenizer
-from models.gpt_oss import GptOss, KeptSets
+from models.gpt_oss import GptOss
 
 TOKENIZER = Tokenizer.load(FIXTURES / "tokenizer_compact")
 CALL = "<|channel|>commentary to=functions.echo <|constrain|>json<|message|>{}<|call|>"
@@ -80,8 +81,8 @@ class Env:
         return [Score(float(completion.episode.reward), {}, {}, None) for completion in completions]
 
 
-def make_model(lively_model) -> GptOss:
-    config = make_config()
+def make_model(lively_model, **settings) -> GptOss:
+    config = replace(make_config(), **settings)
     config.vocab_size, config.max_position_embeddings = TOKENIZER.vocab_size, 2048
     return lively_model(config, head_factor=5.0)
 
@@ -96,8 +97,6 @@ class Player:
                  should_stop=None, **settings):
         ids = {key: [id for text in texts for id in encode_with_special(TOKENIZER, text)] for key, texts in scripts.items()}
         num_drawn = dict.fromkeys(ids, 0)
-        everything = torch.arange(TOKENIZER.vocab_size, dtype=torch.int32)
-
         def scripted(session, hidden, rows):
             """The script's tokens, with the model's own log-probs."""
             tokens = []
@@ -106,8 +105,8 @@ class Player:
                 tokens.append(ids[key][num_drawn[key]])
                 num_drawn[key] += 1
             tokens = torch.tensor(tokens)
-            kept = KeptSets.of_counts(everything.repeat(len(tokens)), torch.full((len(tokens),), len(everything)))
-            return tokens, session._model.score(hidden, tokens, temperature=1.0, kept=kept)
+            log_probs = session._model.head(hidden).log_softmax(-1)
+            return tokens, log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
         self.monkeypatch.setattr(Session, "_draw", scripted)
         rng = random.Random(5)

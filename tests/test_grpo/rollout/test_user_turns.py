@@ -202,6 +202,10 @@ def test_the_forms_differ_in_what_they_drop():
     assert kept_messages([*HISTORY, *LATER], Form.library)[8:] == [True, True, True]  # only what comes before the first answer
 
 
+def turn_end() -> list[int]:
+    return encode_with_special(TOKENIZER, "<|start|>assistant" + FINAL.format("a").replace("return", "end"))
+
+
 def test_history_of_ids_is_what_a_rendering_of_the_conversation_has():
     """Calls are written as the hub's template writes them, so that a rendering gives the same ids."""
     arguments = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
@@ -212,6 +216,10 @@ def test_history_of_ids_is_what_a_rendering_of_the_conversation_has():
     expected = render_prompt(harmony_messages([*done, {"role": "user", "content": "more"}], current_date="2025-06-28"), TOKENIZER)
     more = encode_with_special(TOKENIZER, USER.format("more"))
     assert history_ids(pending, turn, TOKENIZER, Form.hub) + more == expected
+    broken = encode_with_special(TOKENIZER, "<|channel|>x<|channel|>y<|call|>" + RESULT.format("no"))
+    rest = history_ids(pending, turn, TOKENIZER, Form.hub)[:-len(turn_end())]
+    assert history_ids(pending, broken + turn, TOKENIZER, Form.hub) == [
+        *rest, *encode_with_special(TOKENIZER, "<|start|>assistant"), *broken[:-2], *turn_end()]
     foreign = [3, 4, *encode_with_special(TOKENIZER, "<|start|>assistant")]  # no harmony: stays whole
     assert history_ids(foreign, turn, TOKENIZER, Form.hub) == [3, 4, *encode_with_special(
         TOKENIZER, "<|start|>assistant" + FINAL.format("a").replace("return", "end"))]
