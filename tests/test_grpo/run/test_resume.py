@@ -393,3 +393,41 @@ def test_a_kept_warm_up_gives_the_same_run_and_a_damaged_one_is_made_again(train
         file, = (tmp_path / "cache").iterdir()
         if output == "second":
             file.write_bytes(file.read_bytes()[:-1000])
+
+
+CURRICULUM = (*CARRY, "curriculum.retire_unsolved=1", "curriculum.candidates=1.5", "rollout.oversampling=1.5",
+              "rollout.refill_rounds=1", "rollout.overlong_buffer=4", "checkpoint.best=eval/reward", "eval.every=1")
+SFT = ("+experiment=sft_tiny", "name=run", "steps=5", "checkpoint.every=2", "eval.every=2", "checkpoint.best=eval/loss",
+       "rollout.prompts_per_step=3", "wandb.mode=disabled")
+DPO = (*SFT, "env=preferences", f"env.path={FIXTURES / 'preferences.jsonl'}", "loss=dpo", "optim.sums_log_probs=true",
+       "checkpoint.best=eval/accuracy")
+
+
+@pytest.mark.parametrize("arguments", [pytest.param(CURRICULUM, marks=pytest.mark.slow), SFT, pytest.param(
+    DPO, marks=pytest.mark.slow)], ids=["curriculum", "sft", "dpo"])
+def test_options_about_data_resume_to_the_same_bytes_after_a_stop_within_a_step_and_a_kill(
+        train, never_killed, tmp_path, arguments):
+    expected, _ = never_killed(arguments)
+    # a signal to stop in the update of step 3: that step is given up after its prompts were sampled, and done again
+    result = train(arguments, tmp_path, signal_at("backward", 3, signal.SIGTERM)).wait()
+    assert result.code == 75, result.err
+    # killed as the weights of step 4 have moved
+    result = train([*arguments, "resume=true"], tmp_path, signal_at("after the weights moved", 2, signal.SIGKILL)).wait()
+    assert result.code == -signal.SIGKILL
+    result = train([*arguments, "resume=true"], tmp_path).wait()
+    assert result.code == 0, result.err
+    assert_same_run(tmp_path / "run", expected)
+    kept = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (tmp_path / "run", expected)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
+def test_the_options_about_data_compared_here_do_something(never_killed):
+    run_dir, _ = never_killed(CURRICULUM)
+    steps = [line for line in lines(run_dir / "metrics.jsonl") if "groups/live" in line]
+    assert max(line["curriculum/resting"] for line in steps) > 0 and min(line["reward/overlong"] for line in steps) < 0
+    newest = sorted((run_dir / "checkpoints").iterdir())[-1]
+    assert len(json.loads((newest / "state.json").read_text())["state"]["prompt_pass_rates"]) > 6
+    run_dir, _ = never_killed(DPO)
+    losses = [line["loss"] for line in lines(run_dir / "metrics.jsonl") if "preference/margin" in line]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0]
