@@ -34,6 +34,7 @@ from kernels.attention.reference import attention_reference
 from kernels.device import gpu_family
 from kernels.embedding import gather_rows
 from kernels.head.draw import draw, head_logits
+from kernels.head.kl import kl_divergence
 from kernels.head.log_probs import log_probs
 from kernels.linear import linear, linear_backward
 from kernels.norm import add_rms_norm_reference, norm_backward, norm_forward, rms_norm_reference
@@ -421,6 +422,26 @@ def head_gradient(s: Sizes, *, trains_head: bool = False, has_entropy_loss: bool
                 backward_of(eager, leaves, grads))
 
 
+def head_kl(s: Sizes, *, is_backward: bool) -> Work:
+    """KL to a reference with the same head over the whole vocabulary; the gradient computes both logits again"""
+    hidden, weight, _ = head_tensors(s, s.tokens)
+    reference, grads = hidden + 0.3 * s.normal(*hidden.shape), [torch.randn(s.tokens, device=s.device)]
+    leaves, product = [leaf(hidden)], 2.0 * s.tokens * weight.numel()
+
+    def eager(hidden):
+        log_p, log_q = (torch.log_softmax(F.linear(states, weight).float() / TEMPERATURE, -1) for states in (hidden, reference))
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    def call(states):
+        return kl_divergence(states, weight, reference, weight, temperature=TEMPERATURE)
+
+    if not is_backward:
+        return Work([lambda: call(hidden)], 2 * product, size_of(hidden, reference, weight), lambda: eager(hidden))
+    found = call(leaves[0])
+    return Work([lambda: torch.autograd.grad([found], leaves, grads, retain_graph=True)], 3 * product,
+                size_of(hidden, reference, weight, weight) + size_of(hidden), backward_of(eager, leaves, grads))
+
+
 def head_rows(s: Sizes, num_rows: int, *, draws: bool) -> Work:
     """Logits, or drawn tokens and their log-probs"""
     hidden, weight, _ = head_tensors(s, num_rows)
@@ -489,6 +510,8 @@ def cases_of(s: Sizes) -> list[Case]:
         row("head backward", "eager", head_gradient),
         row("head backward with entropy", "eager", head_gradient, has_entropy_loss=True),
         row("head backward full", "eager", head_gradient, trains_head=True),
+        row("head KL", "eager", head_kl, is_backward=False),
+        row("head KL backward", "eager", head_kl, is_backward=True),
     ]
     found += [row(f"head {what} {rows}", "eager", head_rows, rows, draws=what == "draw")
               for what, rows in product(("logits", "draw"), s.rows)]

@@ -177,9 +177,8 @@ def _kl_gradient_kernel(hidden, weight, ref_hidden, ref_weight, lse, mean, grad_
 def _blocks_of(tensors: list[torch.Tensor]) -> dict:
     """Block sizes and options for the hidden states and heads of both."""
     hidden, width = tensors[0], tensors[0].shape[1]
-    blocks = dict(_BLOCKS[gpu_family(hidden)].blocks)
-    if hidden.dtype == torch.float32 and is_gpu(hidden):
-        blocks = dict(_FLOAT32_BLOCKS)
+    is_float32 = hidden.dtype == torch.float32 and is_gpu(hidden)
+    blocks = dict(_FLOAT32_BLOCKS if is_float32 else _BLOCKS[gpu_family(hidden)].blocks)
     aligned = width * hidden.element_size() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     blocks["USE_TMA"] = blocks["USE_TMA"] and aligned
     # a fused multiply-add would not round the logits as d has them
