@@ -1,6 +1,7 @@
 """A GPU that refuses memory: in forwards and backwards, with activations in host memory, in the capture of a graph, for real."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from grpo.rollout.session import Sampler
 from grpo.run.start import Run, make_optimizer
 from grpo.update import update
 from models.block import Block
+from models.decoder import can_decode_by_graph
 from models.gpt_oss import GptOss
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +46,11 @@ def trained(tmp_path, groups, *, max_tokens, num_updates=2, **settings) -> tuple
         run.is_between_steps = True
         update(run, groups)
     return {name: parameter.detach().clone() for name, parameter in policy.trainable_parameters().items()}, run
+
+
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of them at even distances, the first and the last among them."""
+    return [numbers[(len(numbers) - 1) * part // (count - 1)] for part in range(count)] if numbers else []
 
 
 def distance(ours, theirs) -> float:
@@ -100,12 +107,12 @@ def test_a_rollout_that_is_refused_memory_even_in_a_capture_has_the_same_bits(mo
         sampler = Sampler(model, [1, 7, 30], max_batch=6, seed=3, warn=texts.append)
         return [contents(sampler.generate(prompts, params, step=2, num_samples=4)) for _ in range(2)]
 
+    captured, texts = [], []
     with monkeypatch.context() as patch:
-        calls = RefusingCalls(patch, places)
-        texts = []
+        calls = RefusingCalls(patch, places, lambda number: torch.cuda.is_current_stream_capturing() and captured.append(number))
         expected = sample(texts)
-    assert not texts
-    for first in range(calls.num_calls):
+    assert not texts and bool(captured) == can_decode_by_graph(model)
+    for first in sorted({*spread(range(calls.num_calls), 8), *spread(captured, 4)}):
         with monkeypatch.context() as patch:
             refusing = RefusingCalls(patch, places, {first, first + 3}.__contains__)
             assert sample(texts) == expected, (first, refusing.refused)
