@@ -25,6 +25,7 @@ from grpo.distributed.place import Place, find_place
 from grpo.rollout.session import Interrupted
 
 MAIN, ROLLOUT = "main", "rollout"  # channels of exchanges: those of one do not wait for those of the other
+KILLED = "ended without a word: it was killed, or crashed"
 INLINE_BYTES = 1 << 16  # larger values do not pass through the store
 LONGEST_PAUSE = 0.02  # seconds between two looks at the store
 LOOK_SECONDS = 0.5  # between two looks at what is rare: stop signals, failures, dead processes
@@ -151,7 +152,7 @@ class Ranks:
             if self._has(f"stopped/{rank}"):
                 raise Interrupted(f"at {what!r}, since rank {rank} was stopped")
             if self._is_dead(rank):
-                raise self._blame(rank, "ended without a word: it was killed, or crashed")
+                raise self._blame(rank, KILLED)
 
     def _is_beside(self, rank: int) -> bool:
         """Whether it is another rank, on this node."""
@@ -202,13 +203,13 @@ class Ranks:
         self.is_leaving = True
         with contextlib.suppress(RuntimeError):  # a RankFault: the store is gone
             fault = self.fault()
-            lost = {fault.rank} if fault is not None and fault.is_lost else set()
+            is_lost = fault is not None and fault.is_lost and fault.rank == 0
             if self.rank == 0:
                 self._store.set("left", "")
-                others = [rank for rank in self._others() if rank not in lost]
+                others = self._others()
                 self._wait(lambda: all(self._has(f"gone/{rank}") or self._is_dead(rank) for rank in others), LEAVE_SECONDS)
             else:
-                self._wait(lambda: self._has("left") or self._is_dead(0) or 0 in lost, self.timeout)
+                self._wait(lambda: self._has("left") or self._is_dead(0) or is_lost, self.timeout)
                 self._store.set(f"gone/{self.rank}", "")
                 if fault is not None:
                     self._wait(lambda: not self._is_beside(0) or self._is_dead(0), LEAVE_SECONDS)
@@ -237,7 +238,10 @@ class Ranks:
             fault = self.fault()
         except RankFault as gone:
             fault = gone
-        return self.rank == (fault is not None and fault.is_lost and fault.rank == 0)
+        return self._speaks_of(fault)
+
+    def _speaks_of(self, fault: RankFault | None) -> bool:
+        return self.rank == (1 if fault is not None and fault.is_lost and fault.rank == 0 else 0)
 
     # ---- the start
 
@@ -285,14 +289,18 @@ class Ranks:
         itself, since it hangs, or waits for a GPU that waits for another rank."""
         while not self.is_leaving:
             try:
-                fault = self.fault()
-                code = fault.code if fault is not None else 1 if self._has("left") else None
-            except RuntimeError:  # the store is gone
-                code = 1
-            if code is not None:
+                fault, has_left = self.fault(), self._has("left")
+                dead = [rank for rank in self._others() if self._is_dead(rank)]
+                if fault is None and dead and not has_left:
+                    fault = self._blame(dead[0], KILLED)
+            except RuntimeError as error:  # the store is gone
+                fault, has_left = error if isinstance(error, RankFault) else None, True
+            if fault is not None or has_left:
                 time.sleep(GRACE_SECONDS)
                 if not self.is_leaving:
-                    os._exit(code)
+                    if fault is not None and self._speaks_of(fault):
+                        os.write(2, f"error: {fault}\n".encode())
+                    os._exit(1 if fault is None else fault.code)
             time.sleep(LOOK_SECONDS)
 
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from grpo.batch import Completion, Prompt, RolloutBatch, Segment, micro_batches, minibatches, pack
+from grpo.batch import (
+    Completion,
+    Prompt,
+    RolloutBatch,
+    Segment,
+    even_rows_of_micro_batches,
+    micro_batches,
+    minibatches,
+    pack,
+)
 
 
 def completion(prompt_ids, *turns, sample=0, finish_reason="stop") -> Completion:
@@ -209,3 +218,23 @@ def test_its_sequences_stay_together_in_micro_batches_and_minibatches(share_prom
     assert [part.num_sequences for part in parts] == [2, 2, 2] and [part.num_policy_tokens for part in parts] == [8, 8, 8]
     assert sorted(owner for part in parts for owner in part.owners) == sorted([*range(6)] * 2)
     assert [part.num_prompts for part in parts] == [len({owner // 2 for owner in part.owners}) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "max_tokens, rows",
+    [
+        (15, [[0, 3], [1, 2, 4]]),  # 9 + 4 and 7 + 5 + 3 tokens
+        (14, [[0], [1], [2], [3, 4]]),  # two do not suffice: four
+        (5, [[0], [1], [2], [3], [4]]),  # no more than there are
+    ],
+)
+def test_even_micro_batches_are_as_many_as_a_multiple_and_of_about_equal_length(max_tokens, rows):
+    batch = of_lengths(9, 7, 5, 4, 3)
+    assert even_rows_of_micro_batches(batch, max_tokens, share_prompts=False, multiple=2) == rows
+
+
+@pytest.mark.parametrize("multiple, rows", [(2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (3, [[0], [1], [2, 3]])])
+def test_even_micro_batches_split_a_group_only_if_there_are_too_few_groups(multiple, rows):
+    prompts = [[1] * 6, [2] * 5]
+    batch = pack([completion(prompts[i // 2], [3] * (4 - i), sample=i % 2) for i in range(4)], [0.0] * 4)
+    assert even_rows_of_micro_batches(batch, 100, share_prompts=True, multiple=multiple) == rows

@@ -121,6 +121,15 @@ def test_a_run_of_four_ranks_has_the_bytes_of_one(launch, one, tmp_path):
     assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
 
 
+def test_the_fast_sum_is_the_ordered_one_up_to_rounding(launch, one, tmp_path):
+    ended = launch(2, tmp_path, "distributed.reduction=fast", "steps=1", "eval.at_start=false")
+    assert ended.codes == [0, 0], ended.errors
+    found, = (line for line in metrics(tmp_path / "run") if line["step"] == 1)
+    expected = next(line for line in metrics(one) if line["step"] == 1 and "loss" in line)
+    for name in ("grad_norm", "loss", "kl", "entropy", "reward", "update/trained_tokens"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
 def test_a_rank_killed_in_the_backward_is_named_and_the_run_resumes_on_another_number(launch, one, tmp_path):
     # one of the third step: the checkpoint of the second stands
     ended = launch(2, tmp_path, before={1: at_call("grpo.update.token_stats", 5, KILL)})
