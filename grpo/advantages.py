@@ -48,7 +48,7 @@ def group_advantages(rewards: list[float], group_ids: list[int], *, baseline: st
             continue
         mean = math.fsum(values) / len(values)
         if baseline == Baseline.best_of_others:
-            differences = pass_at_k(values, k=k or len(values))
+            differences = pass_at_k(values, k=min(k or len(values), len(values)))
         else:
             own_lengths = [lengths[row] for row in rows] if lengths is not None else []
             greedy = (greedy_rewards or {}).get(group_id, math.nan)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo.config import ConfigError
 from grpo.configuration.algorithm import EntropyConfig
 from grpo.losses import LossInputs, average
 
@@ -41,6 +42,14 @@ class EntropyBonus:
             grows = entropy < self.settings.target
             self.adapted = max(0.0, self.adapted + (self.settings.step if grows else -self.settings.step))
         self.last = entropy
+
+
+def check_entropy(settings: EntropyConfig, dtype: torch.dtype) -> None:
+    """Raises ConfigError for a bonus that a model of this dtype cannot have."""
+    if (settings.coefficient > 0 or settings.target is not None) and dtype == torch.float16:
+        raise ConfigError(f"entropy.coefficient = {settings.coefficient}: the entropy's gradient would underflow in float16, the "
+                          "dtype of this run; set entropy.coefficient=0 and entropy.target=null, or dtype=bfloat16 on a GPU that "
+                          "has it")
 
 
 def entropy_loss(inputs: LossInputs, coefficient: float) -> torch.Tensor:

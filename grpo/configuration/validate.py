@@ -26,7 +26,7 @@ from grpo.config import (
     UnknownKey,
     describe_type,
 )
-from grpo.configuration.algorithm import Estimator, KlPlace
+from grpo.configuration.algorithm import Baseline, Estimator, KlPlace, Scale
 from grpo.configuration.fields import out_of_range
 from grpo.configuration.targets import fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
@@ -39,7 +39,8 @@ Problem = tuple[str, object, str]  # key, its value, what is allowed
 def validate(config: TrainConfig) -> None:
     """Raises ConfigError listing every value that is out of range or contradicts another, before anything is loaded."""
     model = model_problems(config.model, reads_adapter=not config.resume)
-    refuse(config, chain(run_problems(config), thread_problems(config.threads), model, step_problems(config)))
+    refuse(config, chain(run_problems(config), thread_problems(config.threads), model, step_problems(config),
+                         advantage_problems(config)))
 
 
 def validate_inference(config: InferenceConfig) -> None:
@@ -179,6 +180,25 @@ def correction_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.old_log_probs", "sampler", (
             "the loss then takes its ratio to the sampler itself, which corrections.weight, geometric and max_k3 would count "
             "again: set optim.old_log_probs=trainer, or leave those off")
+
+
+def advantage_problems(config: TrainConfig) -> Iterator[Problem]:
+    advantage, kl = config.advantage, config.kl
+    if advantage.k is not None and advantage.baseline != Baseline.best_of_others:
+        yield "advantage.k", advantage.k, "belongs to advantage.baseline=best_of_others: set that, or advantage.k=null"
+    if advantage.k is not None and advantage.k > config.rollout.group_size:
+        yield "advantage.k", advantage.k, f"must not exceed rollout.group_size ({config.rollout.group_size})"
+    if kl.coefficient > 0 and kl.place != KlPlace.loss:
+        if config.optim.mask_truncated:
+            yield "kl.place", str(kl.place), (
+                "the KL of completions that are not trained on is not computed: set optim.mask_truncated=false or kl.place=loss")
+        if advantage.components is not None:
+            yield "kl.place", str(kl.place), (
+                "lowers a reward of one number: set advantage.components=null or kl.place=loss")
+        if kl.place == KlPlace.reward_to_go and advantage.scale != Scale.none:
+            yield "kl.place", "reward_to_go", (
+                f"is in units of reward, which advantage.scale={advantage.scale} changes: set advantage.scale=none or "
+                "kl.place=reward")
 
 
 def is_evaluating(evaluation: EvalConfig) -> bool:

@@ -22,13 +22,13 @@ from grpo.config import (
     shown,
     to_dict,
 )
-from grpo.configuration.algorithm import KlReference
+from grpo.configuration.algorithm import KlPlace, KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.silence import SilentMetrics
-from grpo.entropy import EntropyBonus
+from grpo.entropy import EntropyBonus, check_entropy
 from grpo.environment import (
     Environment,
     check_environment,
@@ -125,6 +125,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
         ranks.begin(config, device)
     check_trainable(config.model, dtype)
     check_estimator(config.kl, dtype)
+    check_entropy(config.entropy, dtype)
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
              has_reference=needs_reference(config), has_sums=config.optim.sums_log_probs,
@@ -314,7 +315,9 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
     if config.kl.coefficient > 0:
         whom = {KlReference.start: "the policy as GRPO starts", KlReference.base: "the base model"}[config.kl.reference]
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable_parameters().values())
-        penalty = [f"kl       {config.kl.coefficient:g} x {config.kl.estimator} to {whom}, whose copy of what trains takes up to "
+        whom += "" if config.kl.refresh_every is None else f" (renewed every {config.kl.refresh_every} steps)"
+        what = config.kl.estimator if config.kl.place == KlPlace.loss else f"k1 in the {str(config.kl.place).replace('_', ' ')}"
+        penalty = [f"kl       {config.kl.coefficient:g} x {what} to {whom}, whose copy of what trains takes up to "
                    f"{num_bytes / 1e9:.3g} GB of host memory"]
     return "\n".join([
         f"run      {config.name} in {shown(run_dir)}, "
