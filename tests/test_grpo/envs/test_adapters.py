@@ -14,8 +14,6 @@ from grpo.envs.adapters.session import final_text, import_extra
 from grpo.envs.global_random import OwnRandom
 from grpo.envs.resource_sessions import ResourceSessions
 
-pytestmark = pytest.mark.slow
-
 LIBRARY = '''
 import random
 from pydantic import BaseModel, ConfigDict

@@ -5,8 +5,6 @@ from grpo.batch import Completion, Segment
 from grpo.envs.calculator import Calculator
 from models.chat.parse import parse_completion
 
-pytestmark = pytest.mark.slow
-
 SETTINGS = {"digits": 2, "call_rate": 0.3, "held_out_fraction": 0.2, "num_eval_prompts": 256}
 CALL = ' to=functions.multiply<|channel|>commentary json<|message|>{"a": 69, "b": 88}<|call|>'
 RESULT = "<|start|>functions.multiply to=assistant<|channel|>commentary<|message|>6072<|end|><|start|>assistant"

@@ -14,8 +14,6 @@ from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
 from grpo.envs.countdown import Countdown, Refused, evaluate
 
-pytestmark = pytest.mark.slow
-
 SETTINGS = load_config("train", ["+experiment=countdown_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 
 

@@ -19,8 +19,6 @@ from grpo.rollout.episodes import EpisodeThread
 from grpo.sandbox.calls import VIOLATIONS
 from grpo.sandbox.pool import Sandbox
 
-pytestmark = pytest.mark.slow
-
 SETTINGS = load_config("train", ["+experiment=python_math_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 
 

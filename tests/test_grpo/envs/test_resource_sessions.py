@@ -5,8 +5,6 @@ from played_episodes import SETTINGS, TOKENIZER, call, final, play, text_of
 
 from grpo.envs.resource_sessions import ResourceSessions
 
-pytestmark = pytest.mark.slow
-
 FACTORY = '''
 import random
 from dataclasses import dataclass, field

@@ -12,8 +12,6 @@ from grpo.environment import EnvironmentFault, checked_prompts, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.tool_class import ToolClass
 
-pytestmark = pytest.mark.slow
-
 GAMES = '''
 import asyncio, random
 
