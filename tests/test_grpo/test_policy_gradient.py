@@ -187,7 +187,7 @@ def test_the_monte_carlo_gradient_converges_to_the_exact_one(name):
 
 def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
     """Sampler to gradient: with many groups the normalisers near their means, so each loss has a closed form."""
-    model, num_groups, group_size = tiny_model(), 5000, 2
+    model, num_groups, group_size = tiny_model(), 1500, 2
     prompts = [Prompt(i, PROMPT, {}) for i in range(num_groups)]
     completions = Sampler(model, [0], max_batch=2 * num_groups, seed=0).generate(
         prompts, SamplingParams(max_new_tokens=2, temperature=TEMPERATURE), step=0, num_samples=group_size)
@@ -204,7 +204,7 @@ def test_a_large_step_of_really_sampled_groups_nears_its_exact_gradient():
               "grpo": flat_gradient(exact_objective("grpo", log_p, VARIABLE, 2), model)}
     for name, limit in limits.items():
         loss, _ = LOSSES[name](inputs_of(batch, log_probs, batch.sampler_log_probs))
-        assert_gradients_close(flat_gradient(loss, model), limit, 0.06)
+        assert_gradients_close(flat_gradient(loss, model), limit, 0.1)
 
 
 @pytest.mark.parametrize("name", LOSSES)

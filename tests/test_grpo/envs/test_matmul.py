@@ -171,7 +171,7 @@ def test_no_constant_answer_earns_half(env, monkeypatch):
         block("def matmul(a, b): return a"),
         block("def matmul(a, b): return [[0] * len(b[0]) for _ in a]"),
     ]
-    means = [sum(score(env, task, text).reward for task in TASKS[::5]) / len(TASKS[::5]) for text in texts]
+    means = [sum(score(env, task, text).reward for task in TASKS[::14]) / len(TASKS[::14]) for text in texts]
     assert len(texts) >= 30 and max(means) <= 0.5
 
 

@@ -16,8 +16,6 @@ from grpo.environment import checked_scores, make_environment
 from grpo.envs.minesweeper import Minefield, Minesweeper
 from grpo.rollout.episodes import EpisodeThread
 
-pytestmark = pytest.mark.slow
-
 SETTINGS = load_config("train", ["+experiment=minesweeper_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
 CELLS = list(itertools.product(range(6), range(6)))
 
@@ -141,7 +139,7 @@ def test_problems_are_those_of_the_seed_and_step_and_never_held_out(env, prompts
 def test_no_fixed_order_of_cells_earns_half(env, prompts):
     rng = random.Random(0)
     orders = [CELLS, CELLS[::-1], sorted(CELLS, key=lambda cell: cell[1]), *(rng.sample(CELLS, 36) for _ in range(27))]
-    means = [sum(score(env, prompt, opening(*order)).reward for prompt in prompts) / len(prompts) for order in orders]
+    means = [sum(score(env, prompt, opening(*order)).reward for prompt in prompts[:8]) / 8 for order in orders]
     assert len(orders) == 30 and max(means) <= 0.3
 
 

@@ -193,7 +193,7 @@ def test_no_constant_answer_earns_half(env, monkeypatch):
     texts += [block(answers.wrapped(f"return {move!r}")) for move in (*DIRECTIONS, "U", "L", "north", "west", 0, 1, 2, 3)]
     texts += [block(answers.wrapped(f"import random\nreturn random.choice({names!r})")) for names in {v.names for v in VARIANTS}]
     texts += ["", "up", "42", block("strategy = 3")]
-    means = [sum(score(env, variant, text).reward for variant in VARIANTS[1::6]) / len(VARIANTS[1::6]) for text in texts]
+    means = [sum(score(env, variant, text).reward for variant in VARIANTS[1::12]) / len(VARIANTS[1::12]) for text in texts]
     assert len(texts) >= 30 and max(means) <= 0.5
 
 

@@ -22,13 +22,12 @@ def model(lively_model):
     return lively_model(make_config(), head_factor=20.0)
 
 
-@pytest.mark.parametrize("window", [8, 100, 128, 600])
-@pytest.mark.parametrize("shares_prompts", [False, True])
+@pytest.mark.parametrize("window, shares_prompts", [(8, False), (8, True), (100, True), (128, False), (600, False)])
 def test_chunks_change_no_completion(lively_model, window, shares_prompts):
     """Rings that wrap within a chunk, between chunks and never; ends of prompts before, at and after those of chunks."""
     model = lively_model(make_config(window), head_factor=20.0)
     prompts = make_prompts([63, 64, 65, 200, 300])
-    settings = {"shares_prompts": shares_prompts, "num_samples": 3, "records_routing": True}
+    settings = {"shares_prompts": shares_prompts, "num_samples": 2, "records_routing": True}
     expected, whole = sample(model, prompts, **settings)
     for max_prefill_tokens in (64, 50):
         actual, stats = sample(model, prompts, max_prefill_tokens=max_prefill_tokens, **settings)
@@ -55,12 +54,17 @@ def test_preempted_completions_resume_in_chunks(model, shares_prompts):
     assert stats.num_preemptions >= 2
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model):
+    """Prompts, settings and completions."""
+    prompts, settings = make_prompts([190, 50, 130, 64, 7, 101]), {"num_samples": 2, "max_new_tokens": 80}
+    return prompts, settings, sample(model, prompts, **settings)[0]
+
+
 @pytest.mark.parametrize("num_pages, max_prefill_tokens, sync_steps", [(8, 16, 8), (9, 64, 1), (12, 100, 8)])
-def test_any_cache_and_any_chunks_give_the_results_of_a_whole_cache_and_whole_prompts(model, num_pages, max_prefill_tokens,
-                                                                                      sync_steps):
-    prompts = make_prompts([190, 50, 130, 64, 7, 101])
-    settings = {"num_samples": 2, "max_new_tokens": 130}
-    expected, _ = sample(model, prompts, **settings)
+def test_any_cache_and_any_chunks_give_the_results_of_a_whole_cache_and_whole_prompts(model, undisturbed, num_pages,
+                                                                                      max_prefill_tokens, sync_steps):
+    prompts, settings, expected = undisturbed
     actual, stats = sample(model, prompts, cache_gb=gigabytes(6, num_pages), sync_steps=sync_steps,
                            max_prefill_tokens=max_prefill_tokens, **settings)
     assert_equal(actual, expected)
