@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.configuration.algorithm import AdvantageConfig, EntropyConfig, KlConfig
 from grpo.configuration.fields import number
-from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, WandbConfig
+from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, SelftestConfig, WandbConfig
 from grpo.configuration.suggestions import suggest
 from grpo.distributed.settings import DistributedConfig
 from models.chat.form import Form
@@ -309,6 +309,7 @@ class TrainConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     warmup: Optional[WarmupConfig] = None
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    selftest: Optional[SelftestConfig] = None  # null: an ordinary run
     output_dir: str = "runs"
     resume: bool = False  # continue output_dir/name from its newest checkpoint
 

@@ -40,6 +40,7 @@ from grpo.run.finish import (
 from grpo.run.lock import RunInUseError
 from grpo.run.signals import GracefulStop
 from grpo.run.start import Run, await_kernels, hold_run, leads, prepare_weights, start
+from grpo.selftest import run_selftest
 from grpo.update import evaluate_recorded
 from models.rehearsal import compiled_meanwhile
 
@@ -190,5 +191,15 @@ def end(failure: Failure | None, config: TrainConfig, ranks: Ranks | None) -> in
     return code
 
 
+def main(config: TrainConfig) -> int:
+    """A run, and what an experiment asks for around it. Returns the exit code."""
+    if config.selftest is None:
+        return run_training(config)
+    try:
+        return run_selftest(config, run_training)
+    except ConfigError as error:
+        return report_failure(describe_failure(error, config=config, log=None), config)
+
+
 if __name__ == "__main__":
-    sys.exit(end_soon(launch("train", run_training)))
+    sys.exit(end_soon(launch("train", main)))

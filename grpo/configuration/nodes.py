@@ -1,7 +1,7 @@
 """Nodes of a training configuration about its prompts and what a run keeps and writes; grpo/config.py has the others."""
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 from grpo.configuration.fields import REQUIRED, number
 
@@ -51,3 +51,10 @@ class WandbConfig:
     entity: Optional[str] = None
     group: Optional[str] = None
     tags: List[str] = field(default_factory=list)
+
+
+@dataclass
+class SelftestConfig:
+    """A run whose machine and code are checked first, and whose curve is checked afterwards (grpo/selftest.py)."""
+
+    bands: Dict[str, List[float]] = field(default_factory=dict)  # METRIC@STEP: the least and the largest value that pass

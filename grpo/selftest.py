@@ -1,0 +1,176 @@
+"""python -m grpo.train +experiment=selftest: whether this machine and this code compute what they should, PASS or FAIL.
+
+What the machine is and reaches, measured; the tests that hold kernels, gradients, sampler, update and plans, group by group; then
+the experiment's run, whose curve must lie within its bands (selftest.bands). Exit code 0 or 1, or that of the run.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from grpo.config import ConfigError, TrainConfig, run_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+_GROUP_SECONDS = 600  # for a group of tests
+_LEAST_SECONDS = 0.2  # that a rate is measured for
+# share of reading each touched weight once at the measured speed of copies that decoding reached on an H200, by rows
+_REACHED = {1: 0.43, 8: 0.61, 32: 0.66, 128: 0.55}
+
+
+class Group(NamedTuple):
+    name: str
+    files: tuple[str, ...]  # under tests/
+    needs_gpu: bool = False
+
+
+GROUPS = (
+    Group("goldens: logits, log-probs, gradients of transformers", (
+        "test_models/test_gpt_oss.py", "test_models/test_lora.py", "test_models/test_yarn.py")),
+    Group("kernels against float64", (
+        "test_kernels/attention/test_packed.py", "test_kernels/attention/test_decode.py", "test_kernels/experts/test_gemm.py",
+        "test_kernels/experts/test_sorting.py", "test_kernels/head/test_log_probs.py", "test_kernels/packed/test_mxfp4.py",
+        "test_kernels/packed/test_nf4.py", "test_kernels/test_norm.py", "test_kernels/test_rope.py",
+        "test_kernels/test_swiglu.py", "test_kernels/test_linear.py")),
+    Group("sampler = trainer", (
+        "test_grpo/rollout/test_shared_prompts.py", "test_grpo/test_exactness.py", "test_grpo/test_batch.py")),
+    Group("gradients of every estimator, by enumeration", ("test_grpo/test_policy_gradient.py",)),
+    Group("the update, restated", ("test_grpo/test_update.py",)),
+    Group("the KL's reference, through runs and resumes", ("test_grpo/test_kl.py",)),
+    Group("losses, advantages, optimizer", (
+        "test_grpo/test_losses.py", "test_grpo/test_advantages.py", "test_grpo/test_optim.py", "test_grpo/test_groups.py")),
+    Group("plans of memory, the warm-up's cache, limits of keys", (
+        "test_models/test_memory_plan.py", "test_models/test_offload.py", "test_grpo/test_warmup.py",
+        "test_grpo/configuration/test_config.py")),
+    Group("on the GPU: goldens, sampler = trainer, streamed experts", ("test_grpo/test_gpu.py",), needs_gpu=True),
+    Group("on the GPU: attention", (
+        "test_kernels/attention/test_packed_triton.py", "test_kernels/attention/test_decode_triton.py"), needs_gpu=True),
+    Group("on the GPU: experts, head, optimizer", (
+        "test_kernels/experts/test_forward_triton.py", "test_kernels/packed/test_mxfp4_triton.py",
+        "test_kernels/head/test_log_probs_triton.py", "test_kernels/head/test_sampling_triton.py",
+        "test_kernels/test_adamw.py"), needs_gpu=True),
+)
+
+
+def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]) -> int:
+    """All three parts. Returns the exit code. Raises ConfigError where a band is no band or the tests are not beside the code."""
+    for name, ends in config.selftest.bands.items():
+        if not re.fullmatch(r".+@\d+", name) or len(ends) != 2:
+            raise ConfigError(f"selftest.bands.{name} = {ends}: write METRIC@STEP: [LEAST, LARGEST]")
+    if not (ROOT / "tests").is_dir():
+        raise ConfigError("selftest: the tests are not installed with the package; run it in a checkout of the repository")
+    print(*hardware_report(), sep="\n", flush=True)
+    failures = check_groups([group for group in GROUPS if torch.cuda.is_available() or not group.needs_gpu])
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(config, output_dir=folder)
+        code = run_training(config)
+        if code != 0:
+            return code
+        lines = (run_folder(config) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    failures += check_bands([json.loads(line) for line in lines], config.selftest.bands)
+    print(f"selftest FAIL: {'; '.join(failures)}" if failures else "selftest PASS", flush=True)
+    return 1 if failures else 0
+
+
+def check_groups(groups: list[Group]) -> list[str]:
+    """Runs the groups' tests, as many at a time as there are cores, and prints a line for each group. Returns the names of those
+    that failed; what failed in them is printed too."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    width, failed = max(len(group.name) for group in groups), []
+    with ThreadPoolExecutor(max_workers=min(cores, 8)) as pool:
+        for group, (passed, detail) in zip(groups, pool.map(_check, groups)):
+            print(f"{'PASS' if passed else 'FAIL'}  {group.name:{width}}  {detail}", flush=True)
+            failed += [] if passed else [group.name]
+    return failed
+
+
+def _check(group: Group) -> tuple[bool, str]:
+    """Whether a group's tests pass, and in words how many did or which did not."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
+               "gpu" if group.needs_gpu else "not gpu and not slow", *(f"tests/{file}" for file in group.files)]
+    try:
+        found = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                               timeout=_GROUP_SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return False, f"not done after {_GROUP_SECONDS} s"
+    seconds, lines = time.perf_counter() - started, (found.stdout + found.stderr).strip().splitlines() or ["no output"]
+    count = re.search(r"(\d+) passed", lines[-1])
+    if found.returncode == 0 and count:
+        return True, f"{count[1]} tests, {seconds:.0f} s"
+    return False, "\n      ".join([lines[-1], *(line for line in lines if line.startswith(("FAILED", "ERROR", "E ")))][:12])
+
+
+def check_bands(metrics: list[dict], bands: dict[str, list[float]]) -> list[str]:
+    """Prints each band with what was measured, the last value of its step; returns the names of those that it lies outside of, or
+    that were not measured."""
+    outside = []
+    for name, (low, high) in bands.items():
+        metric, _, step = name.rpartition("@")
+        values = [line[metric] for line in metrics if line.get("step") == int(step) and line.get(metric) is not None]
+        inside = bool(values) and low <= values[-1] <= high
+        measured = f"{values[-1]:.3f}" if values else "not measured"
+        print(f"{'PASS' if inside else 'FAIL'}  {metric} at step {step}: {measured}, expected {low:g} to {high:g}", flush=True)
+        outside += [] if inside else [name]
+    return outside
+
+
+def hardware_report() -> list[str]:
+    """What this machine is and reaches, in lines; on a GPU also what decoding gpt-oss should reach there."""
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    lines = [f"python {sys.version.split()[0]}, torch {torch.__version__}, {cores} cores, {threads} threads"]
+    if not torch.cuda.is_available():
+        product, copy = rates(torch.device("cpu"), torch.float32)
+        return [*lines, f"CPU: float32 products {product / 1e9:,.0f} GFLOP/s, copies {copy / 1e9:.1f} GB/s (read and written)"]
+    for index in range(torch.cuda.device_count()):
+        device, gpu = torch.device("cuda", index), torch.cuda.get_device_properties(index)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        product, copy = rates(device, dtype)
+        lines.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+                     f"{gpu.total_memory / 1e9:.1f} GB: {str(dtype).removeprefix('torch.')} products "
+                     f"{product / 1e12:,.0f} TFLOP/s, copies {copy / 1e9:,.0f} GB/s (read and written)")
+        speeds = {rows: share * decode_ceiling(rows, copy) for rows, share in _REACHED.items()}
+        lines.append("  gpt-oss-20b in MXFP4 should sample about " + ", ".join(
+            f"{speed:,.0f} tokens/s with {rows} row{'s' * (rows > 1)}" for rows, speed in speeds.items())
+            + " (the shares of reading its weights once a step that an H200 reached)")
+    return lines
+
+
+def decode_ceiling(rows: int, bytes_per_second: float) -> float:
+    """Tokens per second of gpt-oss-20b in MXFP4 where a step only reads each touched weight once: all of attention and head, and
+    the experts that a choice of 4 of 32 for each row touches, in the mean of choices that are independent."""
+    dense, experts = 2.45e9, 24 * 0.423e9  # bytes
+    return rows * bytes_per_second / (dense + experts * (1 - (1 - 4 / 32) ** rows))
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured FLOP per second of a matrix product, and bytes per second of a copy, read and written ones together."""
+    size, count = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
+    matrix, source = torch.randn(size, size, device=device, dtype=dtype), torch.zeros(count, dtype=torch.uint8, device=device)
+    product, target = torch.empty_like(matrix), torch.empty_like(source)
+    return (2 * size**3 / _seconds(lambda: torch.mm(matrix, matrix, out=product), device),
+            2 * count / _seconds(lambda: target.copy_(source), device))
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Of one call, the mean over calls that take _LEAST_SECONDS together."""
+    calls = 1
+    while True:
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+        if seconds >= _LEAST_SECONDS:
+            return seconds / calls
+        calls *= 2

@@ -1,0 +1,85 @@
+"""The self-test: what fails is named, a band is checked at its step, and nothing passes that did not run."""
+
+import pytest
+import torch
+from paths import ROOT
+
+from grpo import selftest
+from grpo.config import ConfigError
+from grpo.configuration.launch import load_config
+from grpo.selftest import Group, check_bands, check_groups, decode_ceiling, hardware_report, run_selftest
+
+
+@pytest.fixture
+def groups(tmp_path, monkeypatch) -> list[Group]:
+    """A group that passes, one with a failing test, one whose file is not there, one without tests."""
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_right.py").write_text("def test_sum():\n    assert 1 + 1 == 2\n")
+    (tests / "test_wrong.py").write_text("def test_sum():\n    assert 1 + 1 == 3\n\n\ndef test_fine():\n    pass\n")
+    (tests / "test_none.py").write_text("")
+    monkeypatch.setattr(selftest, "ROOT", tmp_path)
+    return [Group(name, (f"test_{name}.py",)) for name in ("right", "wrong", "gone", "none")]
+
+
+def test_a_group_passes_only_if_its_tests_ran_and_passed(groups, capsys):
+    assert check_groups(groups) == ["wrong", "gone", "none"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("PASS  right  1 tests")
+    assert any("test_wrong.py::test_sum" in line for line in lines) and not any("test_fine" in line for line in lines)
+
+
+def test_every_file_of_a_group_is_there():
+    for group in selftest.GROUPS:
+        assert all((ROOT / "tests" / file).is_file() for file in group.files), group
+
+
+def test_a_band_is_compared_with_the_last_value_of_its_step(capsys):
+    metrics = [{"step": 0, "eval/avg@1": 0.3}, {"step": 10, "reward": 1.0}, {"step": 10, "eval/avg@1": 0.1},
+               {"step": 10, "eval/avg@1": 0.8}]
+    bands = {"eval/avg@1@0": [0.3, 0.3], "eval/avg@1@10": [0.5, 0.9], "reward@10": [0.0, 0.9], "eval/avg@1@20": [0.0, 1.0]}
+    assert check_bands(metrics, bands) == ["reward@10", "eval/avg@1@20"]
+    assert "eval/avg@1 at step 20: not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("reached", "code", "verdict"), [(0.5, 0, "selftest PASS"), (0.4, 1, "selftest FAIL: wrong; reward@20")])
+def test_the_verdict_names_what_failed(groups, monkeypatch, capsys, reached, code, verdict):
+    config = load_config("train", ["+experiment=selftest"])
+    config.selftest.bands = {"reward@20": [0.45, 1.0]}
+    monkeypatch.setattr(selftest, "GROUPS", groups[:1] if code == 0 else groups[:2])
+    monkeypatch.setattr(selftest, "hardware_report", lambda: ["a machine"])
+
+    def run_training(config) -> int:
+        folder = selftest.run_folder(config)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(f'{{"step": 20, "reward": {reached}}}\n')
+        return 0
+
+    assert run_selftest(config, run_training) == code
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
+def test_a_run_that_ends_early_is_no_pass(groups, monkeypatch, capsys):
+    config = load_config("train", ["+experiment=selftest"])
+    monkeypatch.setattr(selftest, "GROUPS", groups[:1])
+    assert run_selftest(config, lambda config: 6) == 6
+    assert "PASS  right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "ends"), [("reward", [0.0, 1.0]), ("reward@x", [0.0, 1.0]), ("reward@3", [0.0])])
+def test_a_band_that_is_none_is_refused(name, ends):
+    config = load_config("train", ["+experiment=selftest"])
+    config.selftest.bands[name] = ends
+    with pytest.raises(ConfigError, match=f"selftest.bands.{name}"):
+        run_selftest(config, lambda config: 0)
+
+
+def test_the_ceiling_of_decoding_by_hand():
+    """One row touches 4 of 32 experts: 2.45 + 10.152 / 8 GB; all are touched by very many rows."""
+    assert decode_ceiling(1, 3.719e12) == pytest.approx(1000.0)
+    assert decode_ceiling(10_000, 12.602e12) == pytest.approx(10_000 * 1000.0)
+
+
+def test_the_report_names_what_was_measured():
+    text = "\n".join(hardware_report())
+    assert torch.__version__ in text and ("GFLOP/s" in text or "TFLOP/s" in text)
