@@ -79,6 +79,8 @@ def take_step(run: Run) -> tuple[dict[str, float], Groups]:
               "time/compile": seconds_of_compilation(run), **run.memory.metrics()}
     if run.config.rollout.max_staleness:
         stats["rollout/staleness"] = age
+    if run.ranks is not None:
+        stats["time/ranks"] = run.ranks.take_seconds_waited()
     run.memory.for_sampling(run.policy)
     return {**stats, **groups.metrics}, groups
 

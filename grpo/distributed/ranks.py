@@ -107,6 +107,11 @@ class Ranks:
                 time.sleep(LONGEST_PAUSE)
             raise
 
+    def take_seconds_waited(self) -> float:
+        """The seconds that this rank has waited for others since the last call."""
+        seconds, self.seconds_waited = self.seconds_waited, 0.0
+        return seconds
+
     def fill_in(self, tensor: torch.Tensor) -> None:
         """Writes into a contiguous tensor, of the same shape on all ranks, what others have there: each element is zero on all
         ranks but one. After an exchange."""
