@@ -92,7 +92,8 @@ def test_the_reward_is_the_mean_over_the_completions(smoke):
 def test_the_log_has_the_first_completions_and_suspects_among_all_others(monkeypatch):
     monkeypatch.setattr(grpo.train, "completion_record", lambda tokenizer, env, *pair, split: {"pair": pair, "split": split})
     seen = []
-    run = SimpleNamespace(step=7, tokenizer=None, env=None, config=SimpleNamespace(log=SimpleNamespace(num_completions=2)),
+    run = SimpleNamespace(step=7, ranks=None, tokenizer=None, env=None,
+                          config=SimpleNamespace(log=SimpleNamespace(num_completions=2)),
                           metrics=SimpleNamespace(history=["lines"], log_completions=lambda *given: seen.append(given)))
 
     def suspects(scored, history, *, limit):
@@ -258,5 +259,5 @@ def test_evaluation_has_filters_of_its_own_or_those_of_rollouts(monkeypatch, own
     monkeypatch.setattr(grpo.train, "held_out_prompts", lambda *_, **__: [])
     metrics = MagicMock(has_eval=lambda step: False)
     grpo.train.evaluate_if_due(SimpleNamespace(config=config, step=0, env=None, sampler=MagicMock(), policy=MagicMock(),
-                                               should_stop=None, metrics=metrics, turns=None))
+                                               should_stop=None, metrics=metrics, turns=None, ranks=None))
     assert [(params.top_k, params.top_p, params.min_p) for params in seen] == [expected]
