@@ -308,3 +308,13 @@ def test_only_losses_that_ask_for_the_step_get_it(tmp_path):
     loss = bind({"_target_": f"{tmp_path}/mine.py:gap", "scale": 2.0}, "loss")
     try_loss(loss, "mine.py:gap", group_size=2, max_new_tokens=10, has_reference=False)
     assert takes_step(loss) and takes_step(FORMULAS["kl_cov"][0]) and not takes_step(FORMULAS["ppo"][0])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMULAS if name not in ("reinforce", "clip_cov")])
+def test_on_policy_every_gradient_is_that_of_reinforce(name):
+    """Whose expectation is the policy gradient, by enumeration (test_policy_gradient.py, test_advantages.py)."""
+    batch, new = draw(per_token=name not in ("gspo", "gmpo"))
+    batch.old_log_probs = batch.sampler_log_probs = new
+    _, expected = step_of("reinforce", batch, new, "sequence", [batch])
+    _, gradient = step_of(name, batch, new, "sequence", [batch])
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
