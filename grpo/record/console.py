@@ -38,12 +38,14 @@ def progress_counter(activity: str, show: Callable[[str], None], *, every: float
     return count
 
 
-def step_line(step: int, total_steps: int, metrics: dict[str, float], seconds_left: float) -> str:
-    """Returns the plain line of a training step; metrics that were not logged are left out."""
+def step_line(step: int, total_steps: int, metrics: dict[str, float], seconds_left: float, held_out: str = "") -> str:
+    """Returns the plain line of a training step; metrics that were not logged are left out. held_out: the score of the last
+    evaluation, beside the reward: a reward that rises alone is no success."""
     reward, length = reward_text(metrics), length_text(metrics)
     parts = [
         f"step {step:>{len(str(total_steps))}}/{total_steps}",
         reward and f"reward {reward}" or part(metrics, "loss", "loss"),
+        held_out and f"held out {held_out}",
         length and f"length {length}",
         part(metrics, "entropy", "entropy"),
         part(metrics, "kl", "kl"),
@@ -75,18 +77,20 @@ class Display:
         self.encoding = self.console.encoding
         self.panel = RunPanel(run_name, total_steps, encoding=self.encoding)
         self.live: Live | None = None
+        self.held_out = ""  # score of the last evaluation
 
     def restore(self, lines: list[dict]) -> None:
         """Reads the metric lines of a resumed run, so that curves and first evaluations continue."""
         for line in lines:
             self.panel.record(line["step"], line)
             self.panel.phase_step = line["step"]
+            self._remember(line)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.panel.advance("train", step, self.total_steps, metrics)
         self.panel.record(step, metrics)
         self.panel.status = ""
-        self._show(step_line(step, self.total_steps, metrics, self.panel.seconds_left()))
+        self._show(step_line(step, self.total_steps, metrics, self.panel.seconds_left(), self.held_out))
 
     def warmup(self, step: int, num_steps: int, metrics: dict[str, float], *, prints_line: bool) -> None:
         self.panel.advance("warm-up", step, num_steps, metrics)
@@ -98,9 +102,15 @@ class Display:
 
     def eval(self, step: int, metrics: dict[str, float]) -> None:
         self.panel.record(step, metrics)
+        self._remember(metrics)
         evals = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         values = "  ".join(f"{name.removeprefix('eval/')} {with_interval(evals, name)}" for name in _main_evals(evals))
         self._show(f"eval {step}/{self.total_steps}  {values}")
+
+    def _remember(self, metrics: dict[str, float]) -> None:
+        names = _main_evals({name: value for name, value in metrics.items() if name.startswith("eval/")})
+        if names:
+            self.held_out = format_number(metrics[names[0]])
 
     def completion(self, step: int, sample: dict) -> None:
         self.panel.sample = sample

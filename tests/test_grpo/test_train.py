@@ -18,7 +18,8 @@ from grpo.configuration.launch import load_config
 
 STEP_METRICS = {
     "reward", "reward_std", "rewards/exact_match/mean", "rewards/format/mean", "rewards/format/std", "reward/errors",
-    "frac_reward_zero_std", "groups/dropped", "groups/live", "groups/unscored",
+    "frac_reward_zero_std", "groups/dropped", "groups/live", "groups/surplus", "groups/unscored",
+    "advantages/mean", "advantages/std", "advantages/min", "advantages/max", "channels/analysis/length", "channels/final/length",
     "completions/mean_length", "completions/min_length", "completions/max_length",
     "completions/clipped_ratio", "entropy", "clip_ratio/low", "clip_ratio/high", "loss", "grad_norm", "lr",
     "sampling/log_prob_diff/mean", "sampling/log_prob_diff/max", "num_tokens", "time/rollout", "time/reward", "time/update",

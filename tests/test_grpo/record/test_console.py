@@ -166,3 +166,12 @@ def test_a_closed_output_does_not_stop_the_run(tmp_path, first):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors.decode()
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 4
+
+
+def test_a_steps_line_has_the_last_held_out_score_beside_the_reward():
+    metrics = {"reward": 0.5, "completions/mean_length": 3.0}
+    assert "reward 0.500  held out 0.250  length" in step_line(1, 9, metrics, 1.0, "0.250")
+    assert "held out" not in step_line(1, 9, metrics, 1.0)
+    display = Display("x", 9)
+    display.restore([{"step": 1, "eval/greedy_accuracy": 0.5, "eval/greedy_accuracy/ci95": 0.1}, {"step": 2, "reward": 1.0}])
+    assert display.held_out == "0.500"
