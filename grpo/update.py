@@ -199,7 +199,7 @@ def train_all(run: Run, work: list[list[int]],
     def should_stop() -> bool:
         return run.is_between_steps and run.should_stop()
 
-    if run.ranks is not None:
+    if run.ranks is not None and run.ranks.num_ranks > 1:
         def train_own(rows: list[int]) -> tuple[TrainedMicroBatch | None, str | None]:
             micro, refusal = attempt(partial(train, rows))
             return micro and micro.on_host(), refusal

@@ -22,8 +22,8 @@ from models.memory_plan import EXCHANGE_BYTES
 
 
 class OrderedSum:
-    """The sum of the gradients of micro-batches, of which this rank has the elements `lows[rank]` to `lows[rank + 1]` of each
-    buffer."""
+    """The sum of the gradients of micro-batches, of which this rank adds up the elements from bounds[rank] to bounds[rank + 1] of
+    each buffer."""
 
     def __init__(self, ranks: Ranks, buffers: list[torch.Tensor]) -> None:
         self.ranks, self.buffers = ranks, buffers
