@@ -37,7 +37,8 @@ def test_every_size_by_gpu_family_says_whether_it_was_measured():
     for name, table in found.items():
         assert all(isinstance(entry, Tuned) for entry in table.values()), name
         assert FAMILIES <= set(table) or name == "kernels.head.tiles._SMALL_PARTS", name
-        assert {family for family, entry in table.items() if entry.is_measured} == {"hopper"}, name
+        measured = {family for family, entry in table.items() if entry.is_measured}
+        assert measured == ({"hopper"} if name != "kernels.head.kl._BLOCKS" else set()), name
 
 
 class _Kernel:

@@ -46,8 +46,8 @@ def test_every_experiment_begins_with_its_command_line(name):
 @pytest.mark.parametrize("group", ["model", "env", "loss", "optim", "rollout"])
 def test_every_file_of_a_group_can_be_chosen(group):
     for path in (CONFIG_DIR / group).glob("*.yaml"):
-        needed = {"dataset": ["env.path=x.jsonl"], "tool_class": ["env.environment=x.py:X"],
-                  "resource_sessions": ["env.environment=x.py:X"],
+        needed = {**dict.fromkeys(["dataset", "conversations", "preferences"], ["env.path=x.jsonl"]),
+                  **dict.fromkeys(["tool_class", "resource_sessions"], ["env.environment=x.py:X"]),
                   "user": ["loss._target_=grpo.losses.reinforce", "loss.normalizer=token"]}
         overrides = [f"{group}={path.stem}", *needed.get(path.stem, [])]
         config = load_config("train", overrides)
