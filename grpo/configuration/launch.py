@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 import traceback
 import typing
 from collections.abc import Callable, Iterator
@@ -156,11 +157,20 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
             check(plan)
             return run_sweep(plan, task) if plan.is_sweep else run_one(plan, task)
     except ConfigError as error:
-        print_error("config error", str(error))
+        refuse(error)
         return CONFIG_ERROR
     except KeyboardInterrupt:  # of a training run only before it starts: it catches the signal itself
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def refuse(error: ConfigError) -> None:
+    """Prints what is wrong with a config. Of processes that torchrun started on one node, which have one command line, the first
+    does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0":
+        print_error("config error", str(error))
+    else:
+        time.sleep(10)  # torchrun ends all as soon as one has ended: the first must have spoken, and this one is ended then
 
 
 def load_config(config_name: str, arguments: list[str]) -> Any:
@@ -384,7 +394,7 @@ class Job:
         try:
             config = finish(cfg, self.config_name, list(HydraConfig.get().overrides.task))
         except ConfigError as error:
-            print_error("config error", str(error))
+            refuse(error)
             return outcome(CONFIG_ERROR)
         try:
             code = self.task(config)
@@ -400,7 +410,7 @@ class Job:
         try:
             return outcome(code, objective_of(run_dir, config.eval), run_dir)
         except ConfigError as error:
-            print_error("config error", str(error))
+            refuse(error)
             return outcome(CONFIG_ERROR, run_dir=run_dir)
 
 
