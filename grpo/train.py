@@ -16,7 +16,7 @@ import torch
 from grpo.ahead import draw_and_update
 from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
-from grpo.configuration.launch import is_sweep, launch
+from grpo.configuration.launch import is_sweep, launch, speaks_for_node
 from grpo.distributed.ranks import RankFault, Ranks, join
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
@@ -186,8 +186,9 @@ def run_training(config: TrainConfig) -> int:
 
 def end(failure: Failure | None, config: TrainConfig, ranks: Ranks | None) -> int:
     """Says why a run failed, lets the other ranks go, and returns the exit code."""
-    speaks = ranks is None or ranks.speaks()
-    code = 0 if failure is None else report_failure(failure, config) if speaks else failure.code
+    code = 0 if failure is None else failure.code
+    if failure is not None and (speaks_for_node() if ranks is None else ranks.speaks()):
+        report_failure(failure, config)
     if ranks is not None:
         ranks.leave()
     return code

@@ -165,12 +165,17 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
 
 
 def refuse(error: ConfigError) -> None:
-    """Prints what is wrong with a config. Of processes that torchrun started on one node, which have one command line, the first
-    does."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0":
+    if speaks_for_node():
         print_error("config error", str(error))
-    else:
-        time.sleep(10)  # torchrun ends all as soon as one has ended: the first must have spoken, and this one is ended then
+
+
+def speaks_for_node() -> bool:
+    """Whether this process prints a mistake that all processes find which torchrun started on one node, having one command line.
+    torchrun ends all as soon as one has ended, so the others wait for that: the first must have spoken."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0":
+        return True
+    time.sleep(10)
+    return False
 
 
 def load_config(config_name: str, arguments: list[str]) -> Any:
