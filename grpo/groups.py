@@ -94,7 +94,7 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     if config.optim.mask_truncated:  # truncated completions count in their group's mean and spread, but are not trained on
         kept = [row for row, completion in enumerate(live) if not completion.is_truncated]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
-    return Groups(live, advantages, scored, metrics, greedy_rewards)
+    return Groups(live, advantages, scored, metrics, greedy_rewards=greedy_rewards)
 
 
 def dead_groups(completions: list[Completion], config: TrainConfig) -> set[int]:

@@ -117,6 +117,17 @@ def test_advantages_are_divided_by_the_spread_when_asked():
     assert groups.advantages == pytest.approx([0.5**0.5, -(0.5**0.5)] + [-(0.5**0.5), 0.5**0.5] * 2, rel=1e-4)
 
 
+def test_greedy_rewards_are_kept_for_the_update_and_sampled_completions_stay_sampled():
+    settings = config()
+    settings.advantage = AdvantageConfig(Baseline.greedy, Scale.none)
+    sampler = Sampler()
+    groups = collect(Env({0: [1.0, 0.0], 1: [0.25, 1.0], 2: [0.5, 0.5]}), sampler, settings, 4, lambda: False)
+    assert sampler.asked[1][1]["params"].greedy
+    assert groups.greedy_rewards == {0: 1.0, 1: 0.25, 2: 0.5}
+    assert groups.advantages == [0.0, -1.0, 0.0, 0.75, 0.0, 0.0]
+    assert groups.is_recorded is False  # or the trainer's log-probs would stand in for the sampler's
+
+
 def test_means_of_rewards_are_over_those_that_have_them():
     completions = Sampler().generate([Prompt(0, [1], {}), Prompt(1, [1], {})], num_samples=2)
     scores = [Score(1.0, {"exact": 1.0}, {"carry": 0.5}, True), Score(None, {}, {}, None), Score(0.0, {"exact": 0.0}, {}, False),
