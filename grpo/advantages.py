@@ -35,8 +35,9 @@ def group_advantages(rewards: list[float], group_ids: list[int], *, baseline: st
 
     baseline, scale: of Baseline and Scale. k: of best_of_others; None is the size of the group. lengths: trained tokens of each
     completion, for length_weighted. greedy_rewards: by group id, for greedy. With a baseline of the group, rewards equal within
-    ZERO_VARIANCE_TOLERANCE give exactly 0 to their whole group. Independent of the order of the completions. Raises ValueError
-    for a group of one (its advantage would always be 0) and for a non-finite reward."""
+    ZERO_VARIANCE_TOLERANCE give exactly 0 to their whole group; with any other, so does a standard deviation that is as small
+    (it would make a million of a reward of 1). Independent of the order of the completions. Raises ValueError for a group of one
+    (its advantage would always be 0) and for a non-finite reward."""
     advantages = [0.0] * len(rewards)
     batch_std = _std(rewards) if scale == Scale.batch and len(rewards) > 1 else 0.0
     for group_id, rows in _groups(rewards, group_ids).items():
@@ -54,10 +55,9 @@ def group_advantages(rewards: list[float], group_ids: list[int], *, baseline: st
             greedy = (greedy_rewards or {}).get(group_id, math.nan)
             differences = [value - _baseline(baseline, values, i, mean, own_lengths, greedy) for i, value in enumerate(values)]
         factor = 1.0
-        if scale == Scale.group:
-            factor = 1.0 / (_std(values) + STD_EPS)
-        elif scale == Scale.batch:
-            factor = 1.0 / (batch_std + STD_EPS)
+        if scale in (Scale.group, Scale.batch):
+            std = _std(values) if scale == Scale.group else batch_std
+            factor = 1.0 / (std + STD_EPS) if std > ZERO_VARIANCE_TOLERANCE else 0.0
         elif scale == Scale.mean:
             factor = 1.0 / mean if mean > ZERO_VARIANCE_TOLERANCE else 0.0
         for row, difference in zip(rows, differences):

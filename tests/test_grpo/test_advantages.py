@@ -72,6 +72,12 @@ def test_the_step_s_deviation_scales_all_groups_alike():
     assert own == pytest.approx([-0.5, 0.5, 0.0, 0.0, 0.5, -0.5], rel=1e-5)
 
 
+@pytest.mark.parametrize("baseline, scale", [("none", "group"), ("greedy", "group"), ("none", "batch"), ("greedy", "batch")])
+def test_no_spread_to_divide_by_gives_no_advantage_where_the_baseline_is_not_the_group_s(baseline, scale):
+    own = group_advantages([1.0] * 4, [0, 0, 1, 1], baseline=baseline, scale=scale, greedy_rewards={0: 0.0, 1: 1.0})
+    assert own == [0.0] * 4  # and not 1 / STD_EPS
+
+
 def test_a_mean_reward_that_is_not_positive_gives_no_advantage():
     assert group_advantages([1.0, -1.0, -2.0, 0.5], [0, 0, 1, 1], baseline="group", scale="mean") == [0.0] * 4
 
