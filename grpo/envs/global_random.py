@@ -6,7 +6,49 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HELD = threading.RLock()  # while the generators are a session's
+
+class RevocableLock:
+    """A reentrant lock that can be taken away from a thread which does not come back. Threads go by their native ids."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._owner: int | None = None
+        self._depth, self._waiting = 0, set()
+
+    def __enter__(self) -> None:
+        thread_id = threading.get_native_id()
+        with self._changed:
+            self._waiting.add(thread_id)
+            try:
+                self._changed.wait_for(lambda: self._owner in (None, thread_id))
+            finally:
+                self._waiting.remove(thread_id)
+            self._owner, self._depth = thread_id, self._depth + 1
+
+    def __exit__(self, *_) -> None:
+        with self._changed:
+            if self.is_mine and self._depth > 1:
+                self._depth -= 1
+            else:
+                self.take_from(threading.get_native_id())
+
+    @property
+    def is_mine(self) -> bool:
+        return self._owner == threading.get_native_id()
+
+    def is_awaited_by(self, thread_id: int) -> bool:
+        with self._changed:
+            return thread_id in self._waiting
+
+    def take_from(self, thread_id: int) -> None:
+        """Lets another thread have the lock, if this one has it."""
+        with self._changed:
+            if self._owner == thread_id:
+                self._owner, self._depth = None, 0
+                self._changed.notify_all()
+
+
+HELD = RevocableLock()  # while the generators are a session's
 
 
 def seed_all(seed: int | bytes) -> None:
@@ -35,8 +77,9 @@ class OwnRandom:
             try:
                 yield
             finally:
-                self._states = _states()
-                _restore(before)
+                if HELD.is_mine:  # it was not taken away meanwhile
+                    self._states = _states()
+                    _restore(before)
 
 
 def _states() -> tuple:

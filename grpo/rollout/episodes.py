@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from grpo.batch import ToolCall
+from grpo.envs.global_random import HELD
 from grpo.rollout.episode_forms import MethodForm, ResourceForm
 from models.chat.tools import to_json
 
@@ -69,7 +70,18 @@ class EpisodeThread:
         """Lets the thread end after its job, and kills the processes that it has."""
         if self._thread_id:
             kill_children_of(self._thread_id)
+        self.give_up()
         self._jobs.put(None)
+
+    def give_up(self) -> None:
+        """Lets other episodes draw random numbers, if its job holds the generators and does not end."""
+        HELD.take_from(self._thread_id)
+
+    def is_late(self, limit: float) -> bool:
+        """Whether its job takes longer than `limit` seconds, in which it did not wait for another episode's random draws."""
+        if HELD.is_awaited_by(self._thread_id):
+            self.started = time.monotonic()
+        return time.monotonic() - self.started > limit
 
     def _begin(self, job: Callable[[], object]) -> None:
         self.started = time.monotonic()

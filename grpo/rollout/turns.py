@@ -334,8 +334,8 @@ class _Rollout:
 
     def _give_up_late(self, outcomes: dict[int, object]) -> None:
         limit = self.turns.limits.call_seconds
-        late = [index for index in self.running if time.monotonic() - self.plays[index].thread.started > limit]
-        for index in late:
+        for index in [index for index in self.running if self.plays[index].thread.is_late(limit)]:
+            self.plays[index].thread.give_up()
             self._note(index, EpisodeFault(f"its code ran over {limit:g} s (turns.call_seconds)"), outcomes)
 
     def _finish_job(self, play: _Play, outcome: object) -> None:

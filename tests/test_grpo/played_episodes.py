@@ -31,7 +31,7 @@ def final(text: object) -> str:
     return f"<|channel|>final<|message|>{text}<|return|>"
 
 
-def play(env, prompts, monkeypatch, texts, *, max_len: int = 2048) -> list[Completion]:
+def play(env, prompts, monkeypatch, texts, *, max_len: int = 2048, call_seconds: float = 60.0) -> list[Completion]:
     """Completions of one sample for each prompt, whose policy writes `texts(prompt)`."""
     config = GptOssConfig(vocab_size=TOKENIZER.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                           num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1,
@@ -47,5 +47,5 @@ def play(env, prompts, monkeypatch, texts, *, max_len: int = 2048) -> list[Compl
     monkeypatch.setattr(Session, "_draw", scripted)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     params = SamplingParams(max_new_tokens=max_len - longest)
-    turns = Turns(env, TOKENIZER, TurnsConfig(max_turns=20))
+    turns = Turns(env, TOKENIZER, TurnsConfig(max_turns=20, call_seconds=call_seconds))
     return turns.generate(Sampler(model, TOKENIZER.stop_ids, max_batch=8, seed=0), prompts, params, step=0, num_samples=1)

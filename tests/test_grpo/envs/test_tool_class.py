@@ -13,7 +13,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.tool_class import ToolClass
 
 GAMES = '''
-import asyncio, random
+import asyncio, random, threading
 
 class Guess:
     """The form that TRL's documentation gives, without a line for this program."""
@@ -62,6 +62,15 @@ class Fickle(Guess):
     def reset(self):
         Fickle.made += 1
         return str(Fickle.made)
+
+class Stuck(Guess):
+    made = 0
+
+    def reset(self, seed):
+        Stuck.made += 1
+        if Stuck.made == 3:  # the first of the episodes
+            threading.Event().wait(600)
+        return super().reset()
 
 class NoReset:
     def f(self) -> None:
@@ -143,6 +152,14 @@ def test_a_reset_that_returns_another_text_for_the_same_row_loses_the_episode(ma
     env = make("Fickle")
     with pytest.raises(EnvironmentFault, match=r"reset\(\) returned '\d' and before, for the same row, '\d': the"):
         play(env, env.prompts(0, num_prompts=1), monkeypatch, lambda prompt: calls(1))
+
+
+def test_a_reset_that_hangs_loses_its_episode_and_lets_others_have_the_random_generators(make, monkeypatch):
+    env = make("Stuck")
+    completions = play(env, env.prompts(0, num_prompts=2), monkeypatch, lambda prompt: calls(1), call_seconds=0.5)
+    failures = {completion.episode.failure for completion in completions}
+    assert failures == {None, "its code ran over 0.5 s (turns.call_seconds)"}
+    assert len(env.prompts(1, num_prompts=2)) == 2
 
 
 @pytest.mark.parametrize("name, message", [
