@@ -27,6 +27,7 @@ from kernels.linear import Gradients, linear, linear_backward
 from kernels.norm import add_rms_norm, norm_backward, norm_forward, rms_norm
 from kernels.packed.weights import ExpertWeights
 from models.config import GptOssConfig
+from models.expert_share import ExpertShare
 from models.experts import RoutedExperts
 from models.keys import Keys, PackedKeys, rotated
 from models.offload import Kept, TrainingPass, chunks_of
@@ -90,12 +91,12 @@ class Attention(nn.Module):
 
 class MixtureOfExperts(nn.Module):
     def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], *,
-                 experts_device: torch.device | str, **factory) -> None:
+                 experts_device: torch.device | str, share: ExpertShare | None, **factory) -> None:
         super().__init__()
         self.layer, self.experts_per_token = layer, config.num_experts_per_tok
         (router,) = linears(config.hidden_size, [config.num_local_experts], **factory)
         self.router = Router(router.weight, router.bias)
-        self.experts = RoutedExperts(config, expert_format, weights_device=experts_device, **factory)
+        self.experts = RoutedExperts(config, expert_format, weights_device=experts_device, share=share, **factory)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, rows: slice, record: RoutingRecord | RoutingReplay | None,
                 kept: Kept | None) -> torch.Tensor:
@@ -128,12 +129,12 @@ class MixtureOfExperts(nn.Module):
 
 class Block(nn.Module):
     def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], *,
-                 experts_device: torch.device | str, **factory) -> None:
+                 experts_device: torch.device | str, share: ExpertShare | None, **factory) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config, **factory)
         self.self_attn = Attention(config, layer, **factory)
         self.post_attention_layernorm = RMSNorm(config, **factory)
-        self.mlp = MixtureOfExperts(config, layer, expert_format, experts_device=experts_device, **factory)
+        self.mlp = MixtureOfExperts(config, layer, expert_format, experts_device=experts_device, share=share, **factory)
 
     def forward(self, x: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None,
                 kept: Kept | None = None) -> torch.Tensor:

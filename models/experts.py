@@ -21,6 +21,7 @@ from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
 from models.config import GptOssConfig
+from models.expert_share import ExpertShare
 from models.expert_store import ExpertStore, views
 from models.offload import SCRATCH_BYTES, Kept
 
@@ -44,12 +45,15 @@ def stored_format(quantization: dict, config: GptOssConfig) -> type[ExpertWeight
 
 class RoutedExperts(nn.Module):
     """Weights, biases, LoRA and activation. weight_format: as in the checkpoint. layout: how the weights are in memory now;
-    arrange() may change it. weights_device: where the weights are made; "meta" for those that place() puts elsewhere."""
+    arrange() may change it. weights_device: where the weights are made; "meta" for those that place() puts elsewhere. share:
+    which experts have their weights and biases here; None: all. Adapters are whole."""
 
     def __init__(self, config: GptOssConfig, weight_format: type[ExpertWeights], *, device: torch.device | str,
-                 dtype: torch.dtype, weights_device: torch.device | str | None = None) -> None:
+                 dtype: torch.dtype, weights_device: torch.device | str | None = None, share: ExpertShare | None = None) -> None:
         super().__init__()
         num, width, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.share, self.own = share, slice(None) if share is None else share.of(num)
+        num = num if share is None else self.own.stop - self.own.start
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
         self.sizes = {"gate_up_proj": (width, 2 * inner), "down_proj": (inner, width)}  # (in, out)
         self.gate_up_proj_bias = nn.Parameter(torch.empty(num, 2 * inner, device=device, dtype=dtype), False)
@@ -61,7 +65,7 @@ class RoutedExperts(nn.Module):
         self.weight_format = self.layout = weight_format
         self._layout_settings: tuple[bool, ...] = ()
         self._store: ExpertStore | None = None  # of weights that stream, and the number of this layer in it
-        self._layer, self._share = -1, config.num_experts_per_tok / num  # of the experts, that a token goes to
+        self._layer, self._routed = -1, config.num_experts_per_tok / config.num_local_experts  # part that a token goes to
         for name, sizes in self.sizes.items():
             self._hold(name, [torch.empty(shape, device=weights_device or device, dtype=own or dtype)
                               for shape, own in weight_format.stored(num, *sizes)])
@@ -78,8 +82,12 @@ class RoutedExperts(nn.Module):
         if not is_triton(x):
             # autograd would keep weights that arrived until the backward, when others are in their place
             gate_up, down = [self.weights(name) for name in PROJECTIONS] if torch.is_grad_enabled() else self.arrived(1)
-            h = self.project("gate_up_proj", gate_up, copy_rows(x, routing), routing.offsets)  # [R, 2F], gate, up interleaved
-            return self.project("down_proj", down, swiglu(h, alpha=self.alpha, limit=self.limit), routing.offsets)
+            rows, offsets = copy_rows(x, routing), routing.offsets
+            if self.share is not None:
+                rows, offsets = self.share.dispatch(rows, offsets)
+            h = self.project("gate_up_proj", gate_up, rows, offsets)  # [R, 2F], gate, up interleaved
+            rows = self.project("down_proj", down, swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
+            return rows if self.share is None else self.share.gather(rows, routing.offsets)
         projections = self.arrived(1, routing if kept is None and self.copies_routed(x) else None)
         if kept is None and is_few(x) and self.layout.serves_few_rows:
             few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
@@ -124,6 +132,8 @@ class RoutedExperts(nn.Module):
         """The reference: rows x [R, in] in expert order, offsets [E + 1] -> [R, out]."""
         has_lora = self.lora_tensors() is not None
         lora_A, lora_B = (self._parameters[f"{name}_lora_{side}"] if has_lora else None for side in "AB")
+        if has_lora and self.share is not None:
+            lora_A, lora_B = lora_A[self.own], lora_B[self.own]
         return grouped_linear(x, weights, offsets, lora_A=lora_A, lora_B=lora_B, lora_scale=self.lora_scale)
 
     def _hold(self, name: str, tensors: list[torch.Tensor]) -> None:
@@ -157,7 +167,7 @@ class RoutedExperts(nn.Module):
     def copies_routed(self, x: torch.Tensor) -> bool:
         """Whether a forward of x [T, D] without gradient copies only experts that have rows, if the weights stream: they are
         expected to be few enough to pay for copies that nothing overlaps with."""
-        touched = 1 - (1 - self._share) ** len(x)
+        touched = 1 - (1 - self._routed) ** len(x)
         return self._store is not None and touched < MOST_ROUTED and is_few(x) and self.layout.serves_few_rows
 
     def arrived(self, step: int, routing: Routing | None = None) -> list[ExpertWeights]:

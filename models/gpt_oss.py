@@ -29,6 +29,7 @@ from kernels.head.log_probs import log_probs
 from kernels.packed.weights import ExpertWeights
 from models.block import Block, RMSNorm
 from models.config import GptOssConfig
+from models.expert_share import ExpertShare
 from models.expert_store import ExpertStore, Placement, layer_bytes
 from models.experts import FORMATS, RoutedExperts
 from models.keys import Angles, CachedKeys, Keys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
@@ -81,10 +82,11 @@ class Embedding(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: GptOssConfig, expert_format: type[ExpertWeights], store: ExpertStore, **factory) -> None:
+    def __init__(self, config: GptOssConfig, expert_format: type[ExpertWeights], store: ExpertStore, share: ExpertShare | None,
+                 **factory) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **factory)
-        self.layers = nn.ModuleList(Block(config, i, expert_format, **factory,
+        self.layers = nn.ModuleList(Block(config, i, expert_format, **factory, share=share,
                                           experts_device=factory["device"] if store.home(i) is None else "meta")
                                     for i in range(config.num_hidden_layers))
         for i, block in enumerate(self.layers):
@@ -99,14 +101,18 @@ class GptOss(nn.Module):
     load a checkpoint (models/formats/hugging_face.py) or call init_weights. `activation_checkpointing` computes layers again in
     the backward; on a GPU, layers still keep what fits into `memory_gb` (1e9 bytes; None: 85 % of the GPU) and into `host_gb` of
     pinned host memory, where the input embedding goes first. `placement`: which layers' experts stream from host memory; call
-    expert_store.for_sampling() and for_update() between the two."""
+    expert_store.for_sampling() and for_update() between the two. `share`: which experts this process has; None: all. The base is
+    frozen then, and its experts do not stream."""
 
     def __init__(self, config: GptOssConfig, *, dtype: torch.dtype, device: torch.device | str, experts: str,
                  activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0,
-                 placement: Placement | None = None) -> None:
+                 placement: Placement | None = None, share: ExpertShare | None = None) -> None:
         super().__init__()
         if experts not in FORMATS:
             raise ValueError(f"experts={experts!r}; allowed: {', '.join(FORMATS)}")
+        if share is not None and config.num_local_experts % share.num_ranks:
+            raise ValueError(f"distributed.expert_parallel = {share.num_ranks}: must divide the model's "
+                             f"{config.num_local_experts} experts")
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, FORMATS[experts]
         self.activation_checkpointing = activation_checkpointing
@@ -116,7 +122,8 @@ class GptOss(nn.Module):
         self.inv_freq = inverse_frequencies(config)
         self.expert_store = ExpertStore(placement or Placement(), config.num_hidden_layers,
                                         layer_bytes(config, self.expert_format, dtype), torch.device(device))
-        self.model = Backbone(config, self.expert_format, self.expert_store, **factory)
+        self.share = share
+        self.model = Backbone(config, self.expert_format, self.expert_store, share, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
     @property

@@ -78,6 +78,9 @@ def set_full_training(model: GptOss) -> None:
     if streamed := model.expert_store.placement.num_streamed_update:
         raise ValueError(f"model.train=full: the experts of {streamed} layers stream from host memory, which only frozen ones "
                          "can: give the model more GPU memory (model.memory_gb), or set model.train=lora")
+    if model.share is not None:
+        raise ValueError("model.train=full: each process holds some of the experts, and only frozen ones can be divided so: set "
+                         "model.train=lora, or distributed.expert_parallel=1")
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
@@ -108,7 +111,14 @@ def _num_packed_weights(model: GptOss) -> int:
 
 def count_parameters(model: GptOss) -> int:
     """Parameters of the model, packed weights counted as the values they stand for."""
-    return _num_packed_weights(model) + sum(parameter.numel() for parameter in model.parameters())
+    return _num_packed_weights(model) + sum(parameter.numel() for parameter in model.parameters()) + _num_elsewhere(model)
+
+
+def _num_elsewhere(model: GptOss) -> int:
+    """Parameters of experts that other processes hold, without packed weights."""
+    own = sum(parameter.numel() for block in model.model.layers for name, parameter in block.mlp.experts.named_parameters()
+              if "lora" not in name)
+    return 0 if model.share is None else own * (model.share.num_ranks - 1)
 
 
 def count_active_parameters(model: GptOss) -> int:
@@ -116,6 +126,7 @@ def count_active_parameters(model: GptOss) -> int:
     config = model.config
     experts = _num_packed_weights(model)
     experts += sum(parameter.numel() for block in model.model.layers for parameter in block.mlp.experts.parameters())
+    experts += _num_elsewhere(model)
     embedding = config.vocab_size * config.hidden_size
     idle = experts * (config.num_local_experts - config.num_experts_per_tok) // config.num_local_experts
     return count_parameters(model) - idle - embedding + config.hidden_size

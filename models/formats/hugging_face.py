@@ -20,11 +20,13 @@ from kernels.device import product_path
 from kernels.packed.weights import ExpertWeights
 from models.chat.tokenizer import TOKENIZER_FILES
 from models.config import GptOssConfig, read_config
+from models.expert_share import ExpertShare
 from models.expert_store import Placement
 from models.experts import FORMATS, PROJECTIONS, RoutedExperts, stored_format
 from models.formats.bitsandbytes import is_bitsandbytes, unpacked_names
 from models.formats.files import (
     CheckpointError,
+    DerivedTensor,
     Stored,
     TensorToWrite,
     atomic_folder,
@@ -53,6 +55,7 @@ def load_model(
     memory_gb: float | None = None,
     host_gb: float = 0.0,
     placement: Placement | None = None,
+    share: ExpertShare | None = None,
 ) -> GptOss:
     """Reads a checkpoint into a frozen model.
 
@@ -62,8 +65,9 @@ def load_model(
     experts: "auto" keeps the form of the checkpoint; "bf16" dequantises packed experts into dense [E, in, out] of
         `dtype` (4 times the memory in bfloat16); "mxfp4" and "nf4" insist on those, and pack dense ones with a warning that
         states the rounding.
-    activation_checkpointing, memory_gb, host_gb, placement: as GptOss takes them. On a GPU, host_gb takes the input
-        embedding first, if it is large enough (pinned allocations are rounded up to a power of two).
+    activation_checkpointing, memory_gb, host_gb, placement, share: as GptOss takes them; experts of other processes are
+        not read. On a GPU, host_gb takes the input embedding first, if it is large enough (pinned allocations are rounded up
+        to a power of two).
     Where Triton makes the products, packed experts are brought into fragment order at the end, in place (models/experts.py).
     Beyond the model, host and device memory hold one tensor at a time; experts that stream are read into host memory, and
     the GPU holds two layers of them at most. Raises CheckpointError (a ValueError) naming the file and what to do; every
@@ -89,10 +93,12 @@ def load_model(
     expected = GptOss(config, dtype=dtype, device="meta", experts=stored_form.name).state_dict()
     _check_tensors(folder, stored, expected, stored_form)
     model = GptOss(config, dtype=dtype, device=device, experts=form.name, activation_checkpointing=activation_checkpointing,
-                   memory_gb=memory_gb, host_gb=host_gb, placement=placement)
+                   memory_gb=memory_gb, host_gb=host_gb, placement=placement, share=share)
     _pin_embedding(model)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     rounding = _Rounding(form)
+    if share is not None:
+        stored = {name: _own_part(tensor, share) if ".mlp.experts." in name else tensor for name, tensor in stored.items()}
     with torch.no_grad():
         for name, target in sorted(targets.items(), key=lambda item: _first_source(item[0], stored, stored_form, form)):
             if name in stored:
@@ -107,6 +113,12 @@ def load_model(
         for block in model.model.layers:
             block.mlp.experts.arrange()
     return model
+
+
+def _own_part(stored: Stored, share: ExpertShare) -> Stored:
+    """The experts of this process, of a tensor [E, ...] in a file, which is mapped: others are not read."""
+    part = share.of(stored.shape[0])
+    return DerivedTensor(stored.path, stored.dtype, (part.stop - part.start, *stored.shape[1:]), lambda: stored.read()[part])
 
 
 def read_checkpoint_config(source: str | Path) -> GptOssConfig:
@@ -291,6 +303,8 @@ def written_format(model: GptOss, experts: str) -> type[ExpertWeights]:
     if experts not in ("as_loaded", *written):
         raise ValueError(f"experts={experts!r}; allowed: as_loaded, {', '.join(written)}")
     form = model.expert_format if experts == "as_loaded" else FORMATS[experts]
+    if model.share is not None:
+        raise CheckpointError("this process holds some of the model's experts: let scripts/export.py, which loads all, export it")
     if not form.is_written:
         raise CheckpointError(f"experts packed as {form.name.upper()} are read, not written; export with --experts "
                               f"{' or '.join(written)}, in the Hugging Face layout")

@@ -1,0 +1,69 @@
+"""Several processes hold a model together: each has some of every layer's experts, and all else whole.
+
+All of them make the same passes over the same tokens. In each layer a process computes the rows of its experts, gets the rows of
+the others', and adds them up as a process with all experts does. So every product sees the same rows in the same order, sums have
+the same order, and forward and backward have the bits of one process, whatever the number of processes. The backward is the
+mirror image: the gradients of the experts' outputs are everywhere already, those of their inputs are gathered.
+
+Parameters of adapters stay whole; a process finds the gradients of its own experts' part, and zeros elsewhere (fill_in adds up).
+
+Shapes: R routed rows in expert order, E experts, D model width.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ExpertShare:
+    """Which experts this process has. fill_in: writes into a tensor, which has the same shape on all processes, what others have
+    there; each element is zero on all but one."""
+
+    rank: int
+    num_ranks: int
+    fill_in: Callable[[torch.Tensor], None]
+
+    def of(self, num_experts: int) -> slice:
+        size = num_experts // self.num_ranks
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def dispatch(self, rows: torch.Tensor, offsets: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """The rows of this process's experts, of all rows [R, D], and where each of its experts' begin: of offsets [E + 1]."""
+        part = self.of(len(offsets) - 1)
+        own = offsets[part.start:part.stop + 1]
+        return _Dispatch.apply(rows, self, own[0], own[-1]), [offset - own[0] for offset in own]
+
+    def gather(self, rows: torch.Tensor, offsets: list[int]) -> torch.Tensor:
+        """The rows [R, D] of all experts, of which this process has computed its own."""
+        part = self.of(len(offsets) - 1)
+        return _Gather.apply(rows, self, offsets[part.start], offsets[part.stop], offsets[-1])
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, share, start, end):
+        ctx.share, ctx.start, ctx.end, ctx.num_rows = share, start, end, len(rows)
+        return rows[start:end].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _filled(grad, ctx.share, ctx.start, ctx.end, ctx.num_rows), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, share, start, end, num_rows):
+        ctx.start, ctx.end = start, end
+        return _filled(rows, share, start, end, num_rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.start:ctx.end], None, None, None, None
+
+
+def _filled(own: torch.Tensor, share: ExpertShare, start: int, end: int, num_rows: int) -> torch.Tensor:
+    rows = own.new_zeros(num_rows, own.shape[1])
+    rows[start:end] = own
+    share.fill_in(rows)
+    return rows

@@ -1,0 +1,119 @@
+"""Processes that hold a model's experts together, here threads that exchange rows: the bits of one process."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tiny_models import BF16, MXFP4, fill_trainable
+
+from models.expert_share import ExpertShare
+from models.formats.files import CheckpointError
+from models.formats.hugging_face import load_model, save_model
+from models.keys import PrefillChunk
+from models.lora import LoraConfig, attach_lora, count_active_parameters, count_parameters, set_full_training
+
+TOKENS = torch.arange(23) * 7 % 60 + 1
+BOUNDS = torch.tensor([0, 9, 23], dtype=torch.int32)
+
+
+class Meeting:
+    """Adds up the ranks' tensors, byte by byte, and counts how often."""
+
+    def __init__(self, num_ranks):
+        self.tensors, self.barrier, self.num_calls = [None] * num_ranks, threading.Barrier(num_ranks, timeout=20), 0
+
+    def share(self, rank):
+        def fill_in(tensor):
+            self.tensors[rank] = tensor.clone()
+            self.barrier.wait()
+            own = tensor.contiguous().view(-1).view(torch.uint8)
+            total = torch.stack([other.contiguous().view(-1).view(torch.uint8) for other in self.tensors]).sum(0)
+            own.copy_(total)
+            self.num_calls += rank == 0
+            self.barrier.wait()
+        return ExpertShare(rank, len(self.tensors), fill_in)
+
+
+def together(num_ranks, work):
+    """What work(share) returns on each rank."""
+    meeting = Meeting(num_ranks)
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(lambda rank: work(meeting.share(rank)), range(num_ranks)))
+
+
+def policy(folder, share=None, **settings):
+    model = load_model(folder, device="cpu", dtype=torch.float32, share=share, **settings)
+    attach_lora(model, LoraConfig(4, 8.0, ["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"], True, True), seed=3)
+    fill_trainable(model)
+    return model
+
+
+def scored(folder, share=None, **settings):
+    """Log-probs, and gradients of two micro-batches."""
+    model = policy(folder, share, **settings)
+    mask = torch.ones(len(TOKENS), dtype=torch.bool)
+    mask[BOUNDS[:-1].long()] = False
+    for weight in (1.0, 0.3):
+        log_probs, entropy = model.log_probs(TOKENS, BOUNDS, temperature=0.9, mask=mask)
+        (weight * log_probs.sum() + entropy.square().sum()).backward()
+    gradients = {name: parameter.grad for name, parameter in model.trainable_parameters().items()}
+    if share is not None:
+        for name in gradients:
+            if ".mlp.experts." in name:
+                share.fill_in(gradients[name])
+    return log_probs.detach(), gradients
+
+
+@pytest.mark.parametrize("folder, num_ranks, settings", [
+    (BF16, 2, {}), (BF16, 4, {"activation_checkpointing": True}), (MXFP4, 2, {"activation_checkpointing": True}), (MXFP4, 4, {}),
+    (MXFP4, 2, {"experts": "bf16"})])
+def test_log_probs_and_gradients_have_the_bits_of_one_process(folder, num_ranks, settings):
+    expected, expected_gradients = scored(folder, **settings)
+    for log_probs, gradients in together(num_ranks, lambda share: scored(folder, share, **settings)):
+        assert torch.equal(log_probs, expected)
+        assert gradients.keys() == expected_gradients.keys() and any(".mlp.experts." in name for name in gradients)
+        for name, gradient in gradients.items():
+            assert gradient.abs().sum() > 0 and torch.equal(gradient, expected_gradients[name]), name
+
+
+def sampled(folder, share=None):
+    """The states of a prompt's last token, and of two that follow."""
+    model = policy(folder, share)
+    cache = model.new_cache(2, 32)
+    for slot in range(2):
+        cache.reserve(slot, 32)
+    states = [model.prefill(TOKENS, [PrefillChunk(0, 0, 9), PrefillChunk(1, 0, 14)], cache)]
+    for step in range(2):
+        states.append(model.decode(TOKENS[step:step + 2], torch.tensor([9, 14]) + step, cache, torch.arange(2)))
+    return torch.cat(states)
+
+
+def test_prefill_and_decode_have_the_bits_of_one_process():
+    expected = sampled(MXFP4)
+    for states in together(4, lambda share: sampled(MXFP4, share)):  # 4 choices a step: some rank has no row
+        assert torch.equal(states, expected)
+
+
+def test_a_process_has_its_experts_only():
+    whole = policy(MXFP4)
+    meeting = Meeting(2)
+    for rank in range(2):
+        model = policy(MXFP4, meeting.share(rank))
+        for block, own in zip(whole.model.layers, model.model.layers):
+            held = dict(own.mlp.experts.named_buffers()) | {"bias": own.mlp.experts.down_proj_bias}
+            all_held = dict(block.mlp.experts.named_buffers()) | {"bias": block.mlp.experts.down_proj_bias}
+            for name, tensor in held.items():
+                assert torch.equal(tensor, all_held[name][2 * rank:2 * rank + 2]), name
+        assert count_parameters(model) == count_parameters(whole)
+        assert count_active_parameters(model) == count_active_parameters(whole)
+
+
+def test_what_needs_all_experts_is_refused(tmp_path):
+    share = Meeting(2).share(0)
+    with pytest.raises(CheckpointError, match="holds some of the model's experts"):
+        save_model(policy(BF16, share), tmp_path / "export", merge_lora=False)
+    with pytest.raises(ValueError, match="model.train=full: each process holds some of the experts"):
+        set_full_training(load_model(BF16, device="cpu", dtype=torch.float32, share=share))
+    with pytest.raises(ValueError, match="expert_parallel = 3: must divide the model's 8 experts"):
+        load_model(BF16, device="cpu", dtype=torch.float32, share=Meeting(3).share(0))
