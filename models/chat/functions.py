@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
+KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array", tuple: "array"}
 OF_KIND = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list,
            "null": type(None)}
 SECTION = re.compile(r"^[ \t]*(Args|Arguments|Parameters|Returns?|Raises|Yields|Examples?|Notes?)[ \t]*:?[ \t]*$", re.MULTILINE)
@@ -101,37 +101,61 @@ def _schema_of(hint: Any, where: str) -> dict[str, Any]:
         return _schema_of(args[0], where)
     if origin in (typing.Union, types.UnionType):
         schemas = [_schema_of(arg, where) for arg in args if arg is not type(None)]
-        if len(schemas) > 1:
-            kinds = [schema.get("type") for schema in schemas]
-            schemas = [{"type": kinds} if all(isinstance(kind, str) for kind in kinds) else {}]
-        return schemas[0] | ({"nullable": True} if type(None) in args else {})
+        if all(schema.keys() == {"type"} and isinstance(schema["type"], str) for schema in schemas):
+            schemas = [{"type": _one_or_all(sorted(schema["type"] for schema in schemas))}]
+        schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+        return schema | ({"nullable": True} if type(None) in args else {})
     if origin is typing.Literal:
-        kinds = {KINDS.get(type(arg)) for arg in args}
-        if len(kinds) == 1 and None not in kinds:
-            return {"type": kinds.pop(), "enum": list(args)}
+        kinds = ["null" if arg is None else KINDS.get(type(arg)) for arg in args]
+        if None not in kinds:
+            return {"type": _one_or_all(kinds), "enum": list(args)}
+    if origin is tuple and args and ... not in args:
+        return {"type": "array", "prefixItems": [_schema_of(arg, where) for arg in args]}
     if origin in (list, tuple, set) and args:
         return {"type": "array", "items": _schema_of(args[0], where)}
+    if origin is dict and args:
+        return {"type": "object", "additionalProperties": _schema_of(args[1], where)}
     if (kind := KINDS.get(origin or hint)) is not None:
         return {"type": kind}
     raise ValueError(f"{where} has the type {hint}; allowed: {', '.join(kind.__name__ for kind in KINDS)}, Literal, Any, and "
                      "lists and unions of them")
 
 
+def _one_or_all(kinds: list[str]) -> str | list[str]:
+    different = list(dict.fromkeys(kinds))
+    return different if len(different) > 1 else different[0]
+
+
 def _misfit(value: Any, schema: Mapping[str, Any]) -> str | None:
     """What the value should be; None if it is that."""
     if value is None and schema.get("nullable"):
         return None
+    if "anyOf" in schema:
+        wanted = [_misfit(value, choice) for choice in schema["anyOf"]]
+        return None if None in wanted else " or ".join(wanted)
     kinds = schema.get("type")
     if kinds is None:
         return None
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    if not any(isinstance(value, OF_KIND[kind]) and (kind == "boolean" or not isinstance(value, bool)) for kind in kinds):
+    if not any(isinstance(value, OF_KIND.get(kind, object)) and (kind == "boolean" or not isinstance(value, bool))
+               for kind in kinds):
         return " or ".join(kinds)
     if "enum" in schema and value not in schema["enum"]:
         return "one of " + ", ".join(json.dumps(choice) for choice in schema["enum"])
+    if isinstance(value, list) and "prefixItems" in schema:
+        places = schema["prefixItems"]
+        if len(value) != len(places):
+            return f"array of {len(places)} items"
+        misfits = (f"array with {wanted} at place {place}" for place, (item, one) in enumerate(zip(value, places))
+                   if (wanted := _misfit(item, one)) is not None)
+        return next(misfits, None)
     if isinstance(value, list) and "items" in schema:
         inner = next((wanted for item in value if (wanted := _misfit(item, schema["items"])) is not None), None)
         return None if inner is None else f"array of {inner}"
+    if isinstance(value, dict) and isinstance(schema.get("additionalProperties"), Mapping) and "properties" not in schema:
+        items = (_misfit(item, schema["additionalProperties"]) for item in value.values())
+        inner = next((wanted for wanted in items if wanted is not None), None)
+        return None if inner is None else f"object of {inner}"
     return None
 
 

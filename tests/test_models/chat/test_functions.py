@@ -55,6 +55,34 @@ def test_a_schema_is_that_of_transformers():
             "required": ["word"]}}
 
 
+def _nested(pair: tuple[int, str], rates: dict[str, float], mixed: str | int | None, either: int | list[int],
+            choice: Literal["a", 1, None] = "a"):
+    """Takes what has parts."""
+
+
+def test_types_with_parts_have_the_schemas_of_transformers():
+    """Printed by its get_json_schema, but for the descriptions."""
+    assert function_schema(_nested)["parameters"]["properties"] == {
+        "pair": {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}]},
+        "rates": {"type": "object", "additionalProperties": {"type": "number"}},
+        "mixed": {"type": ["integer", "string"], "nullable": True},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+        "choice": {"type": ["string", "integer", "null"], "enum": ["a", 1, None]}}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({}, None), ({"choice": None}, None), ({"pair": [1, 2]}, "array with string at place 1"), ({"pair": [1]}, "array of 2 items"),
+    ({"rates": {"x": "y"}}, "object of number"), ({"either": [1]}, None), ({"either": ["a"]}, "integer or array of integer"),
+    ({"choice": "b"}, 'one of "a", 1, null')])
+def test_the_parts_of_arguments_are_checked(changes, message):
+    arguments = {"pair": [1, "a"], "rates": {"x": 1}, "mixed": None, "either": 3} | changes
+    if message is None:
+        assert read_arguments(_nested, json.dumps(arguments)) == arguments
+    else:
+        with pytest.raises(ValueError, match=f"must be {message}"):
+            read_arguments(_nested, json.dumps(arguments))
+
+
 def test_a_function_is_declared_as_the_hub_template_does():
     functions = public_methods(Game(), without=("reset",)).values()
     text = declare_functions([function_schema(function) for function in functions])
