@@ -24,9 +24,10 @@ from grpo.config import (
     Train,
     TrainConfig,
     UnknownKey,
+    WeightKind,
     describe_type,
 )
-from grpo.configuration.algorithm import Baseline, Estimator, KlPlace, Scale
+from grpo.configuration.algorithm import Baseline, Estimator, KlPlace, Scale, Whiten
 from grpo.configuration.fields import out_of_range
 from grpo.configuration.targets import fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
@@ -180,6 +181,10 @@ def correction_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.old_log_probs", "sampler", (
             "the loss then takes its ratio to the sampler itself, which corrections.weight, geometric and max_k3 would count "
             "again: set optim.old_log_probs=trainer, or leave those off")
+    if corrections.weight != WeightKind.none and config.loss.get("_target_") in ("grpo.losses.dppo", "grpo.losses:dppo"):
+        yield "corrections.weight", str(corrections.weight), (
+            "dppo weighs by the ratio to the sampler itself, which would count twice: set corrections.weight=none, or choose "
+            "another loss")
 
 
 def advantage_problems(config: TrainConfig) -> Iterator[Problem]:
@@ -199,6 +204,16 @@ def advantage_problems(config: TrainConfig) -> Iterator[Problem]:
             yield "kl.place", "reward_to_go", (
                 f"is in units of reward, which advantage.scale={advantage.scale} changes: set advantage.scale=none or "
                 "kl.place=reward")
+        if kl.place == KlPlace.reward_to_go and (
+                advantage.whiten == Whiten.sequences or advantage.baseline == Baseline.best_of_others):
+            yield "kl.place", "reward_to_go", (
+                f"takes advantages that follow the reward one to one, which advantage.whiten={advantage.whiten} with "
+                f"advantage.baseline={advantage.baseline} are not: set kl.place=reward, or advantage.whiten=tokens or none with "
+                "another baseline")
+        if advantage.scale == Scale.mean:
+            yield "kl.place", str(kl.place), (
+                "the mean of lowered rewards, which advantage.scale=mean divides by, may come near 0 from either side: set "
+                "kl.place=loss, or another advantage.scale")
 
 
 def is_evaluating(evaluation: EvalConfig) -> bool:

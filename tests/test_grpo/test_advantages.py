@@ -143,7 +143,18 @@ def test_the_expected_gradient_is_that_of_the_expected_reward(baseline, factor):
     (["advantage.k=3"], "advantage.k"), (["loss=pass_at_k", "advantage.k=17"], "advantage.k"),
     (["kl.coefficient=0.1", "kl.place=reward", "optim.mask_truncated=true"], "kl.place"),
     (["kl.coefficient=0.1", "kl.place=reward", "advantage.components={}"], "kl.place"),
-    (["kl.coefficient=0.1", "kl.place=reward_to_go"], "kl.place")])
+    (["kl.coefficient=0.1", "kl.place=reward_to_go"], "kl.place"),
+    (["loss=rloo", "kl.coefficient=0.1", "kl.place=reward_to_go", "advantage.whiten=sequences"], "kl.place"),
+    (["loss=pass_at_k", "kl.coefficient=0.1", "kl.place=reward_to_go"], "kl.place"),
+    (["loss=max_rl", "kl.coefficient=0.1", "kl.place=reward"], "kl.place"),
+    (["loss=dppo_tv", "corrections.weight=truncate"], "corrections.weight")])
 def test_settings_that_contradict_each_other_are_refused(words, key):
     with pytest.raises(ConfigError, match=rf"(?m)^{key} = "):
         load_config("train", ["name=x", *words])
+
+
+@pytest.mark.parametrize("words", [
+    ["loss=reinforce_plus_plus", "kl.coefficient=0.1"], ["loss=rloo", "kl.coefficient=0.1", "kl.place=reward_to_go"],
+    ["loss=max_rl", "kl.coefficient=0.1"], ["loss=dppo_kl", "corrections.opsm_delta=0.1", "corrections.max_k3=0.1"]])
+def test_their_neighbours_are_not(words):
+    load_config("train", ["name=x", "+experiment=smoke", *words])
