@@ -6,13 +6,29 @@ import math
 import torch
 
 from grpo.batch import Completion, RolloutBatch, Segment, pack
-from grpo.config import TrainConfig
+from grpo.config import ConfigError, TrainConfig
+from grpo.configuration.algorithm import KlPlace, Whiten
 from grpo.environment import Environment, EnvironmentFault, Score, calling
 from grpo.groups import Groups, length_metrics
 
 
 def is_recorded(env: Environment) -> bool:
     return hasattr(env, "recorded_completions")
+
+
+def check_recorded(env: Environment, config: TrainConfig) -> None:
+    """Raises ConfigError for a loss of data on sampled completions, and for settings that data cannot have."""
+    target = str(config.loss["_target_"]).replace(":", ".")
+    if not is_recorded(env):
+        if target in ("grpo.supervised.sft", "grpo.supervised.dpo"):
+            raise ConfigError(f"loss._target_ = {target!r}: learns from data, whatever the rewards of sampled completions are: "
+                              "set env=conversations or env=preferences, or a policy loss such as loss=dapo")
+        return
+    if config.kl.coefficient > 0 and config.kl.place != KlPlace.loss:
+        raise ConfigError(f"kl.place = {str(config.kl.place)!r}: data have no reward that the KL could lower: set kl.place=loss")
+    if config.advantage.whiten != Whiten.none:
+        raise ConfigError(f"advantage.whiten = {str(config.advantage.whiten)!r}: the advantages of data are 1 (of what is "
+                          "rejected -1), which whitening would take away: set advantage.whiten=none")
 
 
 def collect_recorded(env: Environment, config: TrainConfig, step: int) -> Groups:

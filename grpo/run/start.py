@@ -42,6 +42,7 @@ from grpo.loss_contract import try_loss
 from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.record.run_table import NAMES_OF_A_RUN
+from grpo.recorded import check_recorded
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
 from grpo.run.checkpoint import RunState, load_run
@@ -134,6 +135,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     sandbox = make_sandbox(config.env, config.sandbox.mode)
     env = make_environment(config.env, tokenizer, seed=config.seed, total_steps=config.steps, sandbox=sandbox,
                            chat_form=config.turns.form)
+    check_recorded(env, config)
     architecture = read_architecture(config.model, tokenizer)
     check_environment(env, config, max_len=architecture.max_position_embeddings, vocab_size=architecture.vocab_size)
     state = load_agreed(run_dir, ranks) if config.resume else None

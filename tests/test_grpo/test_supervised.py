@@ -1,7 +1,9 @@
 """Losses on completions of data against numbers by hand, and against DPO written out over whole sequences in float64."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch.nn.functional as F
 
 from grpo.batch import Completion, Prompt, Segment, pack
 from grpo.config import ConfigError
+from grpo.configuration.launch import load_config
 from grpo.loss_contract import try_loss
 from grpo.losses import LossInputs
-from grpo.recorded import held_out_metrics, sums_of
+from grpo.recorded import check_recorded, held_out_metrics, sums_of
 from grpo.supervised import dpo, sft
 
 LENGTHS = [(2, 3), (4, 1), (1, 2)]  # tokens of the chosen and the rejected completion of each pair
@@ -92,6 +95,19 @@ def test_dpo_says_what_it_needs():
     with pytest.raises(ConfigError, match="loss.beta = 0"):
         dpo(inputs_of(batch, drawn(batch, 1).requires_grad_()), beta=0)
     try_loss(partial(dpo, beta=0.1), "dpo", group_size=2, max_new_tokens=9, has_reference=True, has_sums=True)
+
+
+@pytest.mark.parametrize("words, is_data, message", [
+    (["loss=sft"], False, "loss._target_ = 'grpo.supervised.sft': learns from data"),
+    (["loss=dpo", "optim.sums_log_probs=true"], False, "loss._target_ = 'grpo.supervised.dpo': learns from data"),
+    (["loss=sft", "kl.coefficient=0.1", "kl.place=reward"], True, "kl.place = 'reward': data have no reward"),
+    (["loss=reinforce", "advantage.whiten=tokens"], True, "advantage.whiten = 'tokens': the advantages of data are 1"),
+    (["loss=sft", "kl.coefficient=0.1"], True, None), (["loss=dapo"], False, None)])
+def test_losses_of_data_and_sampled_completions_are_kept_apart(words, is_data, message):
+    config = load_config("train", ["+experiment=smoke", "name=x", *words])
+    env = SimpleNamespace(recorded_completions=None) if is_data else SimpleNamespace()
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        check_recorded(env, config)
 
 
 def test_held_out_loss_is_of_what_is_chosen_and_accuracy_of_gains_over_the_reference():
