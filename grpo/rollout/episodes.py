@@ -25,6 +25,7 @@ from grpo.rollout.episode_forms import MethodForm, ResourceForm
 from models.chat.tools import to_json
 
 MOST_CHARACTERS = 1_000_000  # of a result; more is a fault of the environment
+MOST_ERROR = 1000  # characters of an exception's text in messages
 _GRACE = 0.25  # seconds for processes that are about to end
 
 
@@ -117,9 +118,9 @@ class EpisodeThread:
         except EpisodeFault:
             raise
         except ValueError as error:  # of the arguments, or the tool's way to refuse what the model asked for
-            made = ToolCall(name, arguments, _limited(str(error), name), True)
+            made = ToolCall(name, arguments, _limited(text_of(error), name), True)
         except Exception as error:  # the model chose the arguments: what they lead to is a result, and no way out of the episode
-            text = _limited(f"{type(error).__name__}: {error}", name)
+            text = _limited(f"{type(error).__name__}: {text_of(error)}", name)
             made = ToolCall(name, arguments, text, True, describe(error))
         self.is_in_tool = False
         return made
@@ -185,7 +186,15 @@ def describe(error: BaseException) -> str:
     if isinstance(error, EpisodeFault):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    return f"raised {type(error).__name__}: {text_of(error)[:MOST_ERROR]} ({place.filename}:{place.lineno})"
+
+
+def text_of(error: BaseException) -> str:
+    """Its text, which is the user's code too and may raise."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its text cannot be read)"
 
 
 def kill_children_of(thread_id: int) -> list[int]:

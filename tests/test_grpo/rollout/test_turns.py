@@ -245,6 +245,30 @@ class Breaking(Tools):
         raise RuntimeError("no judge")
 
 
+class Unreadable(ValueError):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def test_an_exception_without_a_text_or_with_a_huge_one_loses_its_episode_and_no_other(play):
+    class Odd(Tools):
+        def echo(self, text: str) -> str:
+            """Fails."""
+            raise Unreadable
+
+        def get_reward(self):
+            if self.sample == 0:
+                return 1.0
+            raise Unreadable if self.sample == 1 else KeyError("x" * 10_000_000)
+
+    env = Env()
+    env.episode = Odd
+    (told, unreadable, huge), _ = play({(0, sample): [call(text="a"), FINAL.format("1")] for sample in range(3)}, env=env)
+    assert (told.episode.failure, told.episode.calls[0].result) == (None, "(its text cannot be read)")
+    assert "raised Unreadable: (its text cannot be read)" in unreadable.episode.failure
+    assert huge.episode.failure.startswith("raised KeyError: 'xxx") and len(huge.episode.failure) < 2000
+
+
 def test_an_environment_that_crashes_by_itself_drops_its_episode_whatever_a_failed_call_earns(play):
     class Half(Env):
         def episode(self, prompt, sample):
