@@ -34,12 +34,16 @@ class Recipe:
         return next((self.found[name] for name in names if self.found.get(name) is not None), default)
 
     def number(self, *names: str, default: float | None = None) -> float | None:
-        """The same, as a number; the default for what is none."""
+        """The same, as a number; the default for what is none, which is then named."""
+        value = self.get(*names, default=default)
         try:
-            return number(self.get(*names, default=default))
-        except ValueError:
+            return default if value is None else number(value)
+        except ValueError as problem:
+            name = next(name for name in names if self.found.get(name) is not None)
+            text = f"{name} = {value!r}: {problem}"
+            if text not in self.not_carried:
+                self.not_carried.append(text)
             return default
-
 
     def is_true(self, name: str, *, default: bool) -> bool:
         try:
@@ -144,14 +148,16 @@ def set_lora(recipe: Recipe, *, rank: object, alpha: object, targets: object = N
 
 
 def set_loss(recipe: Recipe, name: str, *, low: float | None = None, high: float | None = None, normalizer: str | None = None,
-             max_ratio: float | None = None, dual_clip: float | None = None, temperature_positive: float | None = None,
-             temperature_negative: float | None = None, share: float | None = None) -> None:
+             max_ratio: float | None = None, min_ratio: float | None = None, dual_clip: float | None = None,
+             temperature_positive: float | None = None, temperature_negative: float | None = None,
+             share: float | None = None) -> None:
     """The file of configs/loss/, and its keywords; None: as the file has them. Losses without a clip take no bounds."""
     recipe.loss = name
     has_clip = name in LOSSES_WITH_CLIP
     keywords = {"clip_low": low if has_clip else None, "clip_high": (low if high is None else high) if has_clip else None,
-                "normalizer": normalizer, "max_ratio": max_ratio, "dual_clip": dual_clip, "share": share,
-                "temperature_positive": temperature_positive, "temperature_negative": temperature_negative}
+                "normalizer": normalizer, "max_ratio": max_ratio, "min_ratio": min_ratio,
+                "dual_clip": dual_clip, "share": share, "temperature_positive": temperature_positive,
+                "temperature_negative": temperature_negative}
     recipe.settings |= {f"loss.{key}": value if isinstance(value, str) else float(value)
                         for key, value in keywords.items() if value is not None}
 
@@ -192,6 +198,7 @@ def set_rewards(recipe: Recipe, rewards: list[str], weights: list[float] | None 
     recipe.not_carried += [f"reward {name!r}: name it as file.py:function or package.module:function in env.rewards"
                            for name in rewards if name not in known]
     if known:
-        numbers = weights if weights and len(weights) == len(rewards) and len(known) == len(rewards) else [1.0] * len(known)
-        recipe.settings["env.rewards"] = [{"fn": name, "weight": float(weight)} for name, weight in zip(known, numbers)]
+        numbers = weights if weights and len(weights) == len(rewards) else [1.0] * len(rewards)
+        recipe.settings["env.rewards"] = [{"fn": name, "weight": float(weight)} for name, weight in zip(rewards, numbers)
+                                          if name in known]
         recipe.settings |= {"env.match": "none", "env.answer_key": None}

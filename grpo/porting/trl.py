@@ -41,7 +41,7 @@ TABLE = {
     "num_iterations": Rule("optim.epochs", whole),
     "mask_truncated_completions": Rule("optim.mask_truncated", truth),
     "entropy_coef": Rule("entropy.coefficient", real),
-    "entropy_target": Rule("entropy.target", real),
+    "use_adaptive_entropy": Rule(None), "entropy_target": Rule(None),
     "top_entropy_quantile": Rule("entropy.top_fraction", real, "the quantile is of the whole step here, of a micro-batch in TRL"),
     "off_policy_mask_threshold": Rule("corrections.opsm_delta", real),
     "sync_ref_model": Rule(None), "ref_model_sync_steps": Rule(None), "ref_model_mixup_alpha": Rule(None),
@@ -153,9 +153,11 @@ def port(found: dict[str, object]) -> Recipe:
         if recipe.is_true("sync_ref_model", default=False):
             recipe.settings["kl.refresh_every"] = whole(recipe.get("ref_model_sync_steps", default=512))
             recipe.remarks.append("ref_model_mixup_alpha: the reference becomes the policy here, there a mixture")
+    if recipe.is_true("use_adaptive_entropy", default=False):
+        recipe.settings["entropy.target"] = real(recipe.number("entropy_target", default=0.2))
     names = recipe.get("reward_funcs", default=[])
     if not isinstance(names, list):
-        names = [part for part in str(names).strip("[]").split(", ") if part]
+        names = [part.strip("'\"") for part in str(names).strip("[]").split(", ") if part]
     names = [str(name) for name in names]
     weights = recipe.get("reward_weights")
     set_rewards(recipe, [f"trl.rewards:{name}" if name in TRL_REWARDS else name for name in names],
@@ -192,7 +194,10 @@ def _set_loss(recipe: Recipe) -> None:
     low = recipe.number("epsilon", default=0.2)
     high = recipe.number("epsilon_high", default=low)
     if name == "cispo":
-        set_loss(recipe, "cispo", max_ratio=float(high))
+        if high < 1:
+            recipe.not_carried.append(f"loss_type cispo with a cap of {high:g}: epsilon_high is the largest ratio itself, and "
+                                      "unset it is epsilon; the paper's 5 in its place")
+        set_loss(recipe, "cispo", max_ratio=float(high) if high >= 1 else 5.0)
         return
     if recipe.get("importance_sampling_level") == "sequence" and name != "luspo":
         if name not in ("grpo", "dapo"):

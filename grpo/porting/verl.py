@@ -57,7 +57,7 @@ TABLE = {
     "algorithm.filter_groups.metric": Rule(None, remark="groups are dropped by their rewards here, a punished length included"),
     "algorithm.gamma": Rule(None, remark="a completion has one reward here: no discount"),
     "algorithm.lam": Rule(None, remark="no critic here"),
-    "trainer.total_training_steps": Rule("steps", lambda value: None if value is None else whole(value)),
+    "trainer.total_training_steps": Rule("steps", lambda value: whole(value) if value is not None and whole(value) > 0 else None),
     "trainer.total_epochs": Rule(None, remark="steps counts batches here; rows x epochs / rollout.prompts_per_step of them"),
     "trainer.save_freq": Rule("checkpoint.every", every),
     "trainer.test_freq": Rule("eval.every", every),
@@ -96,7 +96,7 @@ NO_ACCOUNT = (r"critic\..*|ray\w*\..*|.*(fsdp|megatron|offload|parallel|micro_ba
 
 def read(text: str, name: str) -> dict[str, object]:
     if name.endswith((".yaml", ".yml")):
-        return _flat(yaml.safe_load(text))
+        return _filled_in(_flat(yaml.safe_load(text)))
     found = {}
     for word in words_of(text):
         if match := re.fullmatch(r"\+{0,2}([a-z_]+(?:\.\w+)+)=(.*)", word, flags=re.DOTALL):
@@ -111,6 +111,18 @@ def _plain(value: str) -> object:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         return value
+
+
+def _filled_in(found: dict[str, object]) -> dict[str, object]:
+    """The same, with ${name.name} of the file's own names filled in, and of these again."""
+    def filled(value: object, depth: int) -> object:
+        if not isinstance(value, str) or depth > 8:
+            return value
+        if match := re.fullmatch(r"\$\{([\w.]+)\}", value.strip()):
+            return filled(found[match[1]], depth + 1) if match[1] in found else value
+        return re.sub(r"\$\{[\w.]+\}", lambda part: str(filled(part[0], depth + 1)), value)
+
+    return {name: filled(value, 0) for name, value in found.items()}
 
 
 def _flat(node: object, prefix: str = "") -> dict[str, object]:
@@ -160,35 +172,39 @@ def _set_loss(recipe: Recipe) -> None:
     default = "token-mean" if recipe.is_true(ACTOR + "use_token_level_loss", default=True) else "seq-mean-token-mean"
     how = str(recipe.get(ACTOR + "loss_agg_mode", default=default))
     normalizer = {"token-mean": "token", "seq-mean-token-mean": "sequence", "seq-mean-token-sum-norm": "constant"}.get(how)
+    mode = str(recipe.get(ACTOR + "policy_loss.loss_mode", default="vanilla"))
+    if mode in ("gspo", "sapo", "geo_mean"):
+        if how != "seq-mean-token-mean":
+            recipe.remarks.append(f"{mode} averages over sequences in verl, whatever loss_agg_mode is, and so it does here")
+        normalizer = "sequence"
     if normalizer is None:
         recipe.not_carried.append(f"loss_agg_mode = {how!r}: the mean over tokens in its place")
         normalizer = "token"
     if normalizer == "constant":
         recipe.remarks.append("seq-mean-token-sum-norm: divided by rollout.max_new_tokens here, in verl by the padded width "
                               "unless loss_scale_factor is set")
-    mode = str(recipe.get(ACTOR + "policy_loss.loss_mode", default="vanilla"))
     if mode == "vanilla":
         dual = recipe.number(ACTOR + "clip_ratio_c", default=3.0)
         set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer, dual_clip=float(dual))
         if ACTOR + "clip_ratio_c" not in recipe.found:
             recipe.remarks.append("verl's dual clip is always on: loss.dual_clip is its default, 3")
     elif mode == "cispo":
-        set_loss(recipe, "cispo", max_ratio=1 + float(high))
-        recipe.remarks.append(f"cispo: verl also keeps ratios above {1 - low:g}; here there is a cap only")
+        set_loss(recipe, "cispo", max_ratio=1 + float(high), min_ratio=max(0.0, 1 - float(low)), normalizer=normalizer)
     elif mode == "gspo":
         set_loss(recipe, "gspo", low=low, high=high, normalizer=normalizer)
     elif mode == "sapo":
         set_loss(recipe, "sapo", temperature_positive=recipe.number(ACTOR + "tau_pos", default=1.0),
                  temperature_negative=recipe.number(ACTOR + "tau_neg", default=1.05))
     elif mode in ("geo_mean", "dppo_tv", "dppo_kl"):
-        set_loss(recipe, {"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high)
+        set_loss(recipe, {"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high, normalizer=normalizer)
         if mode.startswith("dppo"):
             recipe.remarks.append(f"{mode}: verl anchors on its old log-probs, here the anchor is the sampler; clip_ratio_c (3) "
                                   "truncates there, here loss.max_ratio (20)")
     elif mode == "clip_cov":
-        set_loss(recipe, "clip_cov", low=low, high=high, share=recipe.number(ACTOR + "policy_loss.clip_cov_ratio"))
+        set_loss(recipe, "clip_cov", low=low, high=high, normalizer=normalizer,
+                 share=recipe.number(ACTOR + "policy_loss.clip_cov_ratio"))
     elif mode == "kl_cov":
-        set_loss(recipe, "kl_cov", share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio"))
+        set_loss(recipe, "kl_cov", normalizer=normalizer, share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio"))
     else:
         recipe.not_carried.append(f"policy_loss.loss_mode = {mode!r}: dapo in its place")
         set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer)
@@ -222,6 +238,9 @@ def _set_kl(recipe: Recipe) -> None:
     elif recipe.is_true("algorithm.use_kl_in_reward", default=False):
         recipe.settings |= {"kl.coefficient": recipe.number("algorithm.kl_ctrl.kl_coef", default=0.001),
                             "kl.place": "reward", "kl.estimator": "k1"}
+        kind = str(recipe.get("algorithm.kl_penalty", default="kl"))
+        if kind not in ("kl", "k1"):
+            recipe.not_carried.append(f"algorithm.kl_penalty = {kind!r}: rewards are lowered by k1 here")
     if recipe.is_true("algorithm.use_kl_in_reward", default=False) and recipe.is_true(ACTOR + "use_kl_loss", default=False):
         recipe.not_carried.append("algorithm.use_kl_in_reward beside use_kl_loss: one place at a time")
 

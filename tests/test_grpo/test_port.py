@@ -115,6 +115,45 @@ def test_verl_yaml():
     assert "not carried: actor_rollout_ref.actor.router_replay_speed = 2" in comments("verl_gspo.yaml")
 
 
+def port_text(framework: str, text: str, name: str):
+    return FRAMEWORKS[framework].port(FRAMEWORKS[framework].read(text, name))
+
+
+def test_verl_losses_keep_their_own_average_and_bounds():
+    actor = "actor_rollout_ref.actor."
+    words = f"{actor}policy_loss.loss_mode={{}} {actor}loss_agg_mode={{}} trainer.total_training_steps=-1"
+    found = port_text("verl", "python3 x " + words.format("cispo", "seq-mean-token-mean"), "x.sh").settings
+    assert (found["loss.min_ratio"], found["loss.max_ratio"], found["loss.normalizer"]) == (0.8, 1.2, "sequence")
+    assert "steps" not in found  # -1 is the number of epochs there
+    found = port_text("verl", "python3 x " + words.format("kl_cov", "seq-mean-token-sum-norm"), "x.sh").settings
+    assert found["loss.normalizer"] == "constant"
+    recipe = port_text("verl", "python3 x " + words.format("gspo", "seq-mean-token-sum"), "x.sh")
+    assert recipe.settings["loss.normalizer"] == "sequence"
+    assert any("gspo averages over sequences in verl" in remark for remark in recipe.remarks)
+
+
+def test_verl_names_of_the_file_are_filled_in_and_others_are_named():
+    recipe = port_text("verl", """
+data: {train_batch_size: 64, max_response_length: "${data.train_batch_size}", max_prompt_length: "${env.of.nobody}"}
+actor_rollout_ref: {actor: {ppo_mini_batch_size: "${data.train_batch_size}", clip_ratio_high: "${env.of.nobody}"}}
+algorithm: {use_kl_in_reward: true, kl_penalty: low_var_kl}
+""", "x.yaml")
+    assert "optim.minibatches" not in recipe.settings and recipe.settings["rollout.max_new_tokens"] == 64
+    assert [text.split(" = ")[0] for text in recipe.not_carried[:3]] == [
+        "data.max_prompt_length", "actor_rollout_ref.actor.clip_ratio_high", "algorithm.adv_estimator"]
+    assert "algorithm.kl_penalty = 'low_var_kl': rewards are lowered by k1 here" in recipe.not_carried
+
+
+def test_trl_keeps_weights_of_known_rewards_an_entropy_target_that_is_on_and_no_cap_below_1():
+    text = ("GRPOConfig(loss_type='cispo', reward_weights=[2.0, 0.5], entropy_target=0.3{})\n"
+            "GRPOTrainer(reward_funcs=[mine, 'r.py:two'])")
+    recipe = port_text("trl", text.format(""), "x.py")
+    assert recipe.settings["env.rewards"] == [{"fn": "r.py:two", "weight": 0.5}] and "reward 'mine'" in recipe.not_carried[-1]
+    assert recipe.settings["loss.max_ratio"] == 5.0 and any("a cap of 0.2" in text for text in recipe.not_carried)
+    assert "entropy.target" not in recipe.settings
+    assert port_text("trl", text.format(", use_adaptive_entropy=True"), "x.py").settings["entropy.target"] == 0.3
+
+
 def test_slime():
     found = settings("slime_gpt_oss.sh")
     assert (found["steps"], found["rollout.prompts_per_step"], found["/loss"]) == (3000, 32, "grpo")
