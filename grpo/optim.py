@@ -151,6 +151,13 @@ class Optimizer:
         for name, param in self.params.items():
             param.grad = self._gradients[name] if param.dtype == dtypes[name] else None
 
+    def fill_in(self, fill: Callable[[torch.Tensor], None], *, of: str) -> None:
+        """Calls fill() with the gradient of each parameter whose name contains `of`."""
+        self.allocate_gradients()
+        for name, gradient in self._gradients.items():
+            if of in name:
+                fill(gradient)
+
     def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
         """A hook that brings a parameter's new gradient into the buffer, if autograd did not add it there."""
         reference = weakref.ref(self)  # parameters must not keep the state alive

@@ -17,6 +17,7 @@ from grpo.ahead import draw_and_update
 from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
 from grpo.configuration.launch import is_sweep, launch, speaks_for_node
+from grpo.distributed.experts import check_sharing
 from grpo.distributed.ranks import RankFault, Ranks, join
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
@@ -152,6 +153,7 @@ def run_training(config: TrainConfig) -> int:
     run_dir = run_folder(config)
     try:
         ranks = join(config, is_sweep=is_sweep())
+        check_sharing(config, 1 if ranks is None else ranks.num_ranks)
         with (hold_run(config, run_dir, ranks) as lock,
               GracefulStop(resume_command(config), is_silent=not leads(ranks)) as should_stop):
             try:

@@ -3,7 +3,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ from models.decoder import CAPTURING
 from models.gpt_oss import HeadStates, Scores
 from models.routing_record import RoutingRecord, RoutingReplay, zero_routing
 
+T = TypeVar("T")
 PATIENCE = 5  # a warning comes after this many steps in a row without an update
 
 
@@ -177,6 +178,8 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
             run.optimizer.zero_grad()
             raise Interrupted(f"step {run.step + 1} abandoned before its update")
         if refusal is None:
+            if run.policy.share is not None:
+                run.optimizer.fill_in(run.policy.share.fill_in, of=".mlp.experts.")
             for text in (*changes[-1:], *run.policy.memory.take_notes()):
                 run.metrics.warn(text)
             return trained
@@ -199,21 +202,30 @@ def train_all(run: Run, work: list[list[int]],
     def should_stop() -> bool:
         return run.is_between_steps and run.should_stop()
 
-    if run.ranks is not None and run.ranks.num_ranks > 1:
+    if run.ranks is not None and run.ranks.num_parts > 1:
         def train_own(rows: list[int]) -> tuple[TrainedMicroBatch | None, str | None]:
-            micro, refusal = attempt(partial(train, rows))
+            micro, refusal = attempt_here(run, partial(train, rows))
             return micro and micro.on_host(), refusal
         return train_together(run.ranks, run.optimizer, work, train_own, reduction=run.config.distributed.reduction,
                               should_stop=should_stop)
     trained = []
     for rows in work:
-        micro, refusal = attempt(partial(train, rows))
+        micro, refusal = attempt_here(run, partial(train, rows))
         if refusal is not None:
             return trained, refusal, False
         trained.append(micro)
         if should_stop():
             return trained, None, True
     return trained, None, False
+
+
+def attempt_here(run: Run, function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """attempt(), but where ranks share experts a refusal ends the run: the others are in the middle of the same pass."""
+    result, refusal = attempt(function)
+    if refusal is not None and run.policy.share is not None:
+        raise StillOutOfMemory(f"{refusal}. Ranks that share experts (distributed.expert_parallel) do not try again with less "
+                               "memory: lower optim.max_tokens")
+    return result, refusal
 
 
 def retreat(run: Run) -> str | None:
@@ -228,7 +240,7 @@ def divide(run: Run, batch: RolloutBatch) -> list[list[int]]:
     optim, distributed = run.config.optim, run.config.distributed
     most_tokens, multiple = min(optim.max_tokens, run.most_tokens), distributed.micro_batches
     if run.ranks is not None and distributed.reduction == Reduction.fast:
-        multiple = multiple or run.ranks.num_ranks
+        multiple = multiple or run.ranks.num_parts
     if multiple:
         return even_rows_of_micro_batches(batch, most_tokens, share_prompts=optim.share_prompts, multiple=multiple)
     return rows_of_micro_batches(batch, most_tokens, share_prompts=optim.share_prompts)
@@ -350,7 +362,7 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_s
         states = torch.zeros(int(batch.host_mask.sum()), run.policy.config.hidden_size, dtype=run.policy.dtype)
         rank = batch.host_mask.cumsum(0) - 1  # of a trained token among them
     if run.ranks is not None:
-        work = work[run.ranks.rank::run.ranks.num_ranks]
+        work = work[run.ranks.part::run.ranks.num_parts]
 
     def score(rows: list[int]) -> None:
         micro = batch.select(rows, share_prompts=run.config.optim.share_prompts)
@@ -366,10 +378,10 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_s
             states[rank[micro.token_index.cpu()[micro.host_mask]]] = scores.hidden.cpu()
 
     while work:
-        _, refusal = attempt(partial(score, work[0]))
+        _, refusal = attempt_here(run, partial(score, work[0]))
         if refusal is not None:
             run.sampler.forget()  # memory of graphs
-            _, refusal = attempt(partial(score, work[0]))
+            _, refusal = attempt_here(run, partial(score, work[0]))
         if refusal is None:
             work.pop(0)
         else:

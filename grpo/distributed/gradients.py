@@ -22,41 +22,41 @@ from models.memory_plan import EXCHANGE_BYTES
 
 
 class OrderedSum:
-    """The sum of the gradients of micro-batches, of which this rank adds up the elements from bounds[rank] to bounds[rank + 1] of
+    """The sum of the gradients of micro-batches, of which this rank adds up the elements from bounds[part] to bounds[part + 1] of
     each buffer."""
 
     def __init__(self, ranks: Ranks, buffers: list[torch.Tensor]) -> None:
         self.ranks, self.buffers = ranks, buffers
-        self.bounds = [[len(buffer) * rank // ranks.num_ranks for rank in range(ranks.num_ranks + 1)] for buffer in buffers]
-        self.sums = [torch.zeros_like(buffer[bounds[ranks.rank]:bounds[ranks.rank + 1]])
+        self.bounds = [[len(buffer) * part // ranks.num_parts for part in range(ranks.num_parts + 1)] for buffer in buffers]
+        self.sums = [torch.zeros_like(buffer[bounds[ranks.part]:bounds[ranks.part + 1]])
                      for buffer, bounds in zip(buffers, self.bounds)]
 
     def add(self, num_gradients: int) -> None:
         """Adds the buffers of the first `num_gradients` ranks, in their order, and zeroes this rank's."""
         for buffer, bounds, total in zip(self.buffers, self.bounds, self.sums):
             longest = max(high - low for low, high in zip(bounds, bounds[1:]))
-            step = EXCHANGE_BYTES // 2 // buffer.element_size() // self.ranks.num_ranks
+            step = EXCHANGE_BYTES // 2 // buffer.element_size() // self.ranks.num_parts
             for start in range(0, longest, step):
                 self._add_chunk(buffer, bounds, total, num_gradients, start, step)
             buffer.zero_()
 
     def _add_chunk(self, buffer: torch.Tensor, bounds: list[int], total: torch.Tensor, num_gradients: int, start: int,
                    length: int) -> None:
-        rank = self.ranks.rank
+        rank = self.ranks.part
         parts = [buffer[min(low + start, high):min(low + start + length, high)] for low, high in zip(bounds, bounds[1:])]
         own = total[start:start + length]
-        received = own.new_empty(self.ranks.num_ranks, len(own))
-        dist.all_to_all_single(received.view(-1), torch.cat(parts), [len(parts[rank])] * self.ranks.num_ranks,
-                               [len(part) for part in parts])
+        received = own.new_empty(self.ranks.num_parts, len(own))
+        dist.all_to_all_single(received.view(-1), torch.cat(parts), [len(parts[rank])] * self.ranks.num_parts,
+                               [len(part) for part in parts], group=self.ranks.parts)
         for gradient in received[:num_gradients]:
             own += gradient
 
     def spread(self) -> None:
         """Leaves the whole sum in the buffers of all ranks."""
         for buffer, bounds, total in zip(self.buffers, self.bounds, self.sums):
-            buffer[bounds[self.ranks.rank]:bounds[self.ranks.rank + 1]] = total
+            buffer[bounds[self.ranks.part]:bounds[self.ranks.part + 1]] = total
             for rank, (low, high) in enumerate(zip(bounds, bounds[1:])):
-                dist.broadcast(buffer[low:high], src=rank)
+                dist.broadcast(buffer[low:high], group=self.ranks.parts, group_src=rank)
 
 
 def train_together(ranks: Ranks, optimizer: Optimizer, work: list[Any], train: Callable[[Any], tuple[Any, str | None]], *,
@@ -66,7 +66,7 @@ def train_together(ranks: Ranks, optimizer: Optimizer, work: list[Any], train: C
     work: the micro-batches; train: adds the gradient of one to the optimizer's, and returns what is left of it, to be sent to the
     other ranks, and a text if memory was refused. Returns (what is left of the micro-batches before the first refused one, its
     text or None, whether a rank was told to stop); after either, gradients are not to be used."""
-    size = ranks.num_ranks
+    size = ranks.num_parts
     optimizer.allocate_gradients()
     is_ordered = reduction == Reduction.ordered
     buffers = optimizer.buffers
@@ -76,7 +76,7 @@ def train_together(ranks: Ranks, optimizer: Optimizer, work: list[Any], train: C
         list(range(len(work)))]
     for numbers in rounds:
         outcomes = {}
-        for number in numbers[ranks.rank::size]:
+        for number in numbers[ranks.part::size]:
             outcomes[number] = train(work[number])
             if outcomes[number][1] is not None:
                 break
@@ -94,7 +94,7 @@ def train_together(ranks: Ranks, optimizer: Optimizer, work: list[Any], train: C
                 total.add(len(numbers))
             else:
                 for buffer in buffers:
-                    dist.all_reduce(buffer)
+                    dist.all_reduce(buffer, group=ranks.parts)
     if total is not None:
         with ranks.collective("the sum of the gradients"):
             total.spread()

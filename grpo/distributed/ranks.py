@@ -47,6 +47,8 @@ class Ranks:
 
     def __init__(self, place: Place, store: dist.Store) -> None:
         self.place, self.rank, self.num_ranks, self.local_rank = place, place.rank, place.num_ranks, place.local_rank
+        self.part, self.num_parts = place.rank, place.num_ranks  # of the work
+        self.sharer, self.num_sharers = 0, 1  # of the experts: ranks that share them do the same part of the work
         self.timeout, self.seconds_waited = START_SECONDS, 0.0  # for others
         self.notes: list[str] = []  # warnings that rank 0 will show for this one, from the next exchange on
         self.show: Callable[[str], None] | None = None  # of rank 0
@@ -54,6 +56,8 @@ class Ranks:
         self._store, self._peers = store, []
         self._num_exchanges: dict[str, int] = {}  # by channel
         self._groups: dict[str, dist.ProcessGroup] = {}  # by channel, between CPUs
+        self.parts: dist.ProcessGroup | None = None  # ranks that do other parts, one of each; None: all ranks
+        self._sharers: dist.ProcessGroup | None = None  # ranks that share experts with this one
         self._stop: Callable[[], bool] = lambda: False
         self._looked, self._seen_stop, self._stopped_at = 0.0, False, None
 
@@ -116,7 +120,13 @@ class Ranks:
         """Writes into a contiguous tensor, of the same shape on all ranks, what others have there: each element is zero on all
         ranks but one. After an exchange."""
         with self.collective("filling in a tensor"):  # bytes: a sum with zeros of any dtype
-            dist.all_reduce(tensor.view(torch.uint8), group=self._groups[MAIN] if tensor.device.type == "cpu" else None)
+            group = self._groups[MAIN] if self.parts is None and tensor.device.type == "cpu" else self.parts
+            dist.all_reduce(tensor.view(torch.uint8), group=group)
+
+    def fill_in_experts(self, tensor: torch.Tensor) -> None:
+        """fill_in() by the ranks that share experts, which come here by the same way, without an exchange."""
+        with self.collective("the experts' rows"):
+            dist.all_reduce(tensor.view(-1).view(torch.uint8), group=self._sharers)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.num_ranks) if rank != self.rank]
@@ -194,7 +204,12 @@ class Ranks:
         elif not self._seen_stop and time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             self._seen_stop = self._has("stop") or self._has("fault")
-        return self._seen_stop
+        if self._sharers is None:
+            return self._seen_stop
+        is_told = torch.tensor([self._seen_stop], dtype=torch.uint8)  # they stop at the same place, since they do the same work
+        with self.collective("a stop signal"):
+            dist.all_reduce(is_told, dist.ReduceOp.MAX, group=self._sharers)
+        return bool(is_told)
 
     def _spread_stop(self) -> None:
         if self._stopped_at is None:
@@ -277,8 +292,19 @@ class Ranks:
             dist.broadcast(sent, src=0)
             torch.cuda.synchronize(device)
         self._groups = {channel: dist.new_group(backend="gloo", timeout=limit) for channel in (MAIN, ROLLOUT)}
+        self._divide(config.distributed.expert_parallel, limit)
         self.timeout = config.distributed.timeout
         threading.Thread(target=self._end_with_the_others, daemon=True).start()
+
+    def _divide(self, num_sharers: int, limit: timedelta) -> None:
+        """Lets ranks that stand side by side share experts. Every rank makes all groups."""
+        if num_sharers == 1:
+            return
+        self.part, self.sharer = divmod(self.rank, num_sharers)
+        self.num_parts, self.num_sharers = self.num_ranks // num_sharers, num_sharers
+        ranks = [list(range(first, first + num_sharers)) for first in range(0, self.num_ranks, num_sharers)]
+        self._sharers = [dist.new_group(group, timeout=limit) for group in ranks][self.part]
+        self.parts = [dist.new_group(list(group), timeout=limit) for group in zip(*ranks)][self.sharer]
 
     def _compare(self, rank: int, peer: dict, settings: dict, first: tuple[dict, dict]) -> None:
         keys = [key for key in sorted(settings.keys() | first[1].keys()) if settings.get(key) != first[1].get(key)]
@@ -326,9 +352,11 @@ def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
         return None
     if is_sweep:
         raise ConfigError("-m: a sweep runs its jobs one after the other in one process; under torchrun start one run")
-    if place.num_ranks > config.rollout.prompts_per_step:
-        raise ConfigError(f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: must be at least the number of ranks "
-                          f"({place.num_ranks}), which share the prompts of a step; a multiple keeps all busy")
+    num_parts = place.num_ranks // config.distributed.expert_parallel
+    if num_parts > config.rollout.prompts_per_step:
+        groups = "ranks" if num_parts == place.num_ranks else "groups of ranks"
+        raise ConfigError(f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: must be at least the number of "
+                          f"{groups} ({num_parts}), which share the prompts of a step; a multiple keeps all busy")
     if config.optim.in_backward and place.num_ranks > 1:
         raise ConfigError("optim.in_backward = True: an update in the backward knows only one rank's gradients; set "
                           "optim.in_backward=false with several ranks")

@@ -18,7 +18,7 @@ def own_completions(ranks: Ranks | None, sampler: Sampler, generate: Callable[[l
     """The completions of the prompts that this rank samples, by prompt, then sample. generate: samples those of some prompts."""
     if ranks is None:
         return generate(prompts)
-    own = prompts[ranks.rank::ranks.num_ranks]
+    own = prompts[ranks.part::ranks.num_parts]
     parts = [own] if sampler.model.device.type == "cuda" else [[prompt] for prompt in own]
     return [completion for part in parts if part for completion in generate(part)]
 
@@ -29,6 +29,9 @@ def all_scored(ranks: Ranks | None, env: Environment, prompts: list[Prompt],
     EnvironmentFault if the ranks do not have the same prompts."""
     if ranks is None:
         return list(zip(completions, checked_scores(env, completions)))
+    # ranks that share experts have the same completions: each scores some prompts'
+    own = {prompt.id for place, prompt in enumerate(prompts) if place // ranks.num_parts % ranks.num_sharers == ranks.sharer}
+    completions = [completion for completion in completions if completion.prompt.id in own]
     scores = checked_scores(env, completions) if completions else []
     # rows stay: every rank has the prompts, and what is in a row may be anything
     sent = [(replace(completion, prompt=None, episode=_sendable(completion)), completion.prompt.id, score)

@@ -20,5 +20,7 @@ class DistributedConfig:
     # an update has a multiple of this many micro-batches, of about equal length, on any number of ranks, so that each rank gets
     # as many; 0: as optim.max_tokens gives them (`fast`: a multiple of the number of ranks)
     micro_batches: int = number("[0, inf)", "0 is off", default=0)
+    # so many ranks side by side hold the experts together, each some, and do the same work; the groups of them share it
+    expert_parallel: int = number("[1, 1024]", "1: every rank has all experts", default=1)
     # seconds that a rank waits for the others before the run ends: longer than the slowest call of a reward or tool
     timeout: float = number("(0, 604800]", "seconds; 1800 is usual", default=1800.0)

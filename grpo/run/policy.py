@@ -17,6 +17,7 @@ from grpo.run.checkpoint import RunState, load_run
 from grpo.run.memory import GpuMemory, gpu_memory, needs_of_inference, unplanned
 from models.chat.tokenizer import Tokenizer
 from models.config import GptOssConfig
+from models.expert_share import ExpertShare
 from models.formats.files import checkpoint_folder
 from models.formats.hugging_face import load_model, read_checkpoint_config
 from models.formats.peft import check_adapter, load_adapter
@@ -92,8 +93,9 @@ def read_architecture(model: ModelConfig, tokenizer: Tokenizer) -> GptOssConfig:
 
 
 def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: torch.device, dtype: torch.dtype,
-                plan: MemoryPlan | None = None) -> GptOss:
-    """The untrained policy: base weights, with fresh adapters or with full training enabled. plan: where what lies on a GPU."""
+                plan: MemoryPlan | None = None, share: ExpertShare | None = None) -> GptOss:
+    """The untrained policy: base weights, with fresh adapters or with full training enabled. plan: where what lies on a GPU.
+    share: which experts this process has."""
     if dtype == torch.float16:  # the library would add partial sums in float16, and they can pass its 65504
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     architecture = read_architecture(model, tokenizer)
@@ -101,7 +103,7 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
     if plan is not None:
         host_gb, placement = (plan.host["embedding"] + plan.host["activations"]) / 1e9, plan.placement
     settings = {"device": device, "dtype": dtype, "activation_checkpointing": model.activation_checkpointing,
-                "memory_gb": model.memory_gb, "host_gb": host_gb, "placement": placement}
+                "memory_gb": model.memory_gb, "host_gb": host_gb, "placement": placement, "share": share}
     if model.path is not None:
         policy = load_model(model.path, experts=str(model.experts), **settings)
     else:

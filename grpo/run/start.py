@@ -26,6 +26,7 @@ from grpo.configuration.algorithm import KlPlace, KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
+from grpo.distributed.experts import expert_share
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.silence import SilentMetrics
 from grpo.entropy import EntropyBonus, check_entropy
@@ -141,6 +142,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     state = load_agreed(run_dir, ranks) if config.resume else None
     if state is None:
         check_initial_adapter(config.model)
+    share = expert_share(ranks, config, architecture, env)
     made_of = identify(config, tokenizer, env)
     if state is not None:
         check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
@@ -154,7 +156,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
         memory = gpu_memory(needs, config.model, device, num_local=1 if ranks is None else ranks.place.num_local)
         if ranks is None or ranks.local_rank == 0:  # others of its node share its files
             compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
-    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan)
+    policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan,
+                         share=share)
     behaviour = BehaviourCopy(policy) if samples_beside(config, device) else None
     sampler = Sampler(policy if behaviour is None else behaviour.model, tokenizer.stop_ids, max_batch=config.rollout.max_batch,
                       seed=config.seed, shares_prompts=config.optim.share_prompts,

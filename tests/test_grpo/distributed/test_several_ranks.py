@@ -5,8 +5,13 @@ import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from paths import FIXTURES
+
+from grpo.config import ConfigError, Device, Train
+from grpo.distributed.experts import check_sharing
 
 # Every group has a spread, but for one now and then, which is replaced.
 SPREAD = """
@@ -25,11 +30,15 @@ RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=
        "rollout.group_size=3", "rollout.max_new_tokens=6", "rollout.refill_rounds=1", "optim.max_tokens=60",
        "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=2", "eval.max_prompts=3", "eval.at_end=false",
        "checkpoint.every=2", "log.num_completions=30", "distributed.timeout=60")
+LORA = "{rank: 2, alpha: 4.0, targets: [q_proj, o_proj, router, experts], train_sinks: true, train_norms: false}"
+ADAPTER = (f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}",
+           "model.architecture=null", "model.train=lora", f"model.lora={LORA}")
+SHARED = (*ADAPTER, "distributed.expert_parallel=2")
 BRIEF = ("eval.every=0", "eval.at_start=false", "kl.coefficient=0", "optim.minibatches=1")  # for runs that fail
 # Ends this process at the given call of a function: by a signal, or never.
 AT_CALL = """
-import os, signal, time
-import {module} as module
+import os, pkgutil, signal, time
+module = pkgutil.resolve_name("{module}")
 original, calls = module.{name}, []
 def counted(*arguments, **keywords):
     calls.append(None)
@@ -38,7 +47,7 @@ def counted(*arguments, **keywords):
     return original(*arguments, **keywords)
 module.{name} = counted
 """
-KILL, HANG = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1e6)"
+KILL, HANG, STOP = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1e6)", "os.kill(os.getpid(), signal.SIGTERM)"
 # from then on, when both ranks are there: a limit for the start would depend on how busy the machine is
 SHORTEN = "import gc; [setattr(item, 'timeout', 1.0) for item in gc.get_objects() if type(item).__name__ == 'Ranks']"
 HURRY = "import grpo.distributed.ranks as ranks\nranks.GRACE_SECONDS = 0.2\nranks.LOOK_SECONDS = 0.1\n"
@@ -163,7 +172,7 @@ def test_a_rank_that_hangs_in_a_reward_is_named_with_the_place(launch, tmp_path)
 
 
 def test_a_stop_signal_on_one_rank_stops_all_and_is_resumable(launch, tmp_path):
-    ended = launch(2, tmp_path, *BRIEF, before={1: at_call("grpo.update.token_stats", 3, "os.kill(os.getpid(), signal.SIGTERM)")})
+    ended = launch(2, tmp_path, *BRIEF, before={1: at_call("grpo.update.token_stats", 3, STOP)})
     assert ended.codes == [75, 75]
     assert re.match(r"stopped: .*resume with: torchrun --nproc-per-node 2 -m grpo.train .*resume=true", ended.message)
 
@@ -186,3 +195,51 @@ def test_a_port_in_use_is_named(launch, tmp_path):
     assert f"MASTER_PORT = {port} on 127.0.0.1: the port cannot be served there" in ended.message
 
 
+# ---- ranks that share the experts
+
+
+@pytest.fixture(scope="module")
+def one_with_adapter(launch, tmp_path_factory):
+    """The folder of a run of one rank that trains an adapter."""
+    folder = tmp_path_factory.mktemp("one_with_adapter")
+    ended = launch(1, folder, *ADAPTER)
+    assert ended.codes == [0], ended.errors
+    return folder / "run"
+
+
+def assert_equal_runs(run: Path, other: Path) -> None:
+    assert metrics(run) == metrics(other)
+    for file in ("completions.jsonl", "adapter/adapter_model.safetensors"):
+        assert (run / file).read_bytes() == (other / file).read_bytes(), file
+    assert weights(run) == weights(other)
+
+
+def test_two_groups_of_two_ranks_that_share_experts_have_the_bytes_of_one(launch, one_with_adapter, tmp_path):
+    ended = launch(4, tmp_path, *SHARED)
+    assert ended.codes == [0] * 4, ended.errors
+    assert_equal_runs(tmp_path / "run", one_with_adapter)
+
+
+def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_resumes(launch, one_with_adapter, tmp_path):
+    ended = launch(2, tmp_path, *SHARED, before={1: at_call("models.gpt_oss.GptOss.decode", 60, STOP)})
+    assert ended.codes == [75, 75], ended.errors
+    ended = launch(1, tmp_path, *ADAPTER, "resume=true")
+    assert ended.codes == [0], ended.errors
+    assert_equal_runs(tmp_path / "run", one_with_adapter)
+
+
+def test_a_rank_killed_within_a_pass_that_others_take_is_named(launch, tmp_path):
+    ended = launch(2, tmp_path, *SHARED, *BRIEF, before={1: at_call("grpo.update.token_stats", 2, KILL)})
+    assert ended.codes == [1, -9]
+    assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+
+
+@pytest.mark.parametrize("num_ranks, changes, message", [
+    (3, {}, "expert_parallel = 2: the number of processes must be a multiple of it, and is 3"),
+    (2, {"train": Train.full}, "only the frozen experts of a checkpoint can be shared"),
+    (2, {"path": None}, "only the frozen experts of a checkpoint can be shared")])
+def test_settings_with_which_experts_cannot_be_shared_are_refused(num_ranks, changes, message):
+    model = SimpleNamespace(**{"train": Train.lora, "path": "folder"} | changes)
+    config = SimpleNamespace(distributed=SimpleNamespace(expert_parallel=2), device=Device.cpu, model=model)
+    with pytest.raises(ConfigError, match=message):
+        check_sharing(config, num_ranks)
