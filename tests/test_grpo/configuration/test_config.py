@@ -385,3 +385,11 @@ def test_a_bad_keyword_of_the_loss_ends_with_code_2_and_without_folders(launched
 def test_a_single_run_leaves_no_folders_of_hydra_behind(launched, tmp_path):
     assert launched(task="return 6").code == 6
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", ["tiny_lora", "gpt_oss_20b_lora", "gpt_oss_20b_full", "gpt_oss_120b_lora"])
+def test_an_experiment_to_try_leaves_none_of_its_questions_to_another_environment(experiment):
+    assert load_config("train", [f"+experiment={experiment}"]).env["path"] == "tests/fixtures/arithmetic.jsonl"
+    other = load_config("train", [f"+experiment={experiment}", "env=tool_class", "env.environment=game.py:Game"])
+    assert other.env["path"] is None
+    assert "path" not in load_config("train", [f"+experiment={experiment}", "env=countdown"]).env
