@@ -16,7 +16,8 @@
 
 `reset` is called with the row's columns, as many of them as it takes; what it returns is put behind the prompt of the row. Every
 completion has an object of its own, on which `reset` is called with the same row: so it must return the same text. Global random
-generators are seeded by the row before. What a tool draws from them later may differ from run to run.
+generators are seeded by the row before. What a tool draws from them later may differ from run to run, and so may what an async
+reset draws, since others run beside it. An object that has close() is closed, one that was made for a prompt too.
 
 A method user_turn(answer) -> str | None is no tool: it returns what the user says to a final message, or None to end the episode.
 """
@@ -138,9 +139,11 @@ class ToolClass:
             yield from order[place % num_rows:] if epoch == place // num_rows else order
 
     def _prompt(self, prompt_id: int, row: dict) -> Prompt:
-        _, observation = self._begin(row)
+        episode, observation = self._begin(row)
         if inspect.isawaitable(observation):
-            observation = asyncio.run(_awaited(observation))
+            observation = asyncio.run(_awaited(observation, episode))
+        elif hasattr(episode, "close") and inspect.isawaitable(closed := episode.close()):
+            asyncio.run(_awaited(closed, None))
         if observation is not None and not isinstance(observation, str):
             raise EpisodeFault(f"reset() returned a {type(observation).__name__}; it must return a text or None")
         asked = row.get(self.prompt_key, "")
@@ -182,8 +185,12 @@ class ToolClass:
             yield int.from_bytes(key[:4], "big") >> 1
 
 
-async def _awaited(awaitable: Awaitable) -> object:
-    return await awaitable
+async def _awaited(awaitable: Awaitable, episode: object) -> object:
+    """What it gives; the episode is closed then, if it can be, in the same event loop."""
+    result = await awaitable
+    if hasattr(episode, "close") and inspect.isawaitable(closed := episode.close()):
+        await closed
+    return result
 
 
 def hold_out(rows: Iterable[tuple[str, dict]], path: str | list, fraction: float,

@@ -72,6 +72,31 @@ class Stuck(Guess):
             threading.Event().wait(600)
         return super().reset()
 
+class Closed(Guess):
+    num_open = 0
+
+    def reset(self, seed):
+        Closed.num_open += 1
+
+    def guess(self, number: int) -> str:
+        """Guesses."""
+        return str(Closed.num_open)
+
+    def get_reward(self):
+        return 0.0
+
+    def close(self):
+        Closed.num_open -= 1
+
+class AsyncClosed(Closed):
+    async def reset(self, seed):
+        self.lock = asyncio.Lock()
+        super().reset(seed)
+
+    async def close(self):
+        async with self.lock:
+            super().close()
+
 class NoReset:
     def f(self) -> None:
         """Does nothing."""
@@ -152,6 +177,14 @@ def test_a_reset_that_returns_another_text_for_the_same_row_loses_the_episode(ma
     env = make("Fickle")
     with pytest.raises(EnvironmentFault, match=r"reset\(\) returned '\d' and before, for the same row, '\d': the"):
         play(env, env.prompts(0, num_prompts=1), monkeypatch, lambda prompt: calls(1))
+
+
+@pytest.mark.parametrize("name", ["Closed", "AsyncClosed"])
+def test_every_object_that_was_reset_is_closed(make, monkeypatch, name):
+    env = make(name)
+    for step in range(2):
+        completion, = play(env, env.prompts(step, num_prompts=1), monkeypatch, lambda prompt: calls(1))
+        assert completion.episode.calls[0].result == '"1"'  # none is open but that of the episode
 
 
 def test_a_reset_that_hangs_loses_its_episode_and_lets_others_have_the_random_generators(make, monkeypatch):
