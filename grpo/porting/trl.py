@@ -193,6 +193,7 @@ def _set_loss(recipe: Recipe) -> None:
     name = str(recipe.get("loss_type", default="dapo"))
     low = recipe.number("epsilon", default=0.2)
     high = recipe.number("epsilon_high", default=low)
+    delta = recipe.number("delta")
     if name == "cispo":
         if high < 1:
             recipe.not_carried.append(f"loss_type cispo with a cap of {high:g}: epsilon_high is the largest ratio itself, and "
@@ -203,6 +204,8 @@ def _set_loss(recipe: Recipe) -> None:
         if name not in ("grpo", "dapo"):
             recipe.remarks.append(f"loss_type {name} with sequence-level ratios: gspo averages over sequences")
         set_loss(recipe, "gspo", low=low, high=high, normalizer="token" if name in ("dapo", "bnpo") else None)
+        if delta is not None:
+            recipe.not_carried.append(f"delta = {delta:g}: gspo has no second bound")
         return
     if name == "sapo":
         set_loss(recipe, "sapo", temperature_positive=recipe.number("sapo_temperature_pos"),
@@ -211,6 +214,11 @@ def _set_loss(recipe: Recipe) -> None:
     if name not in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "vespo"):
         recipe.not_carried.append(f"loss_type = {name!r}: dapo in its place")
         name = "dapo"
-    delta = recipe.number("delta")
-    set_loss(recipe, name, low=low, high=high, max_ratio=None if delta is None or name == "vespo" else float(delta))
+    if name == "luspo" and recipe.get("importance_sampling_level") != "sequence":
+        recipe.remarks.append("luspo takes the ratio of the sequence here, as its paper does; there that of the token unless "
+                              "importance_sampling_level is sequence")
+    if name in ("luspo", "vespo") and delta is not None:
+        recipe.not_carried.append(f"delta = {delta:g}: {name} has no second bound")
+        delta = None
+    set_loss(recipe, name, low=low, high=high, max_ratio=None if delta is None else float(delta))
 

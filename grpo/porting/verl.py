@@ -75,7 +75,8 @@ TABLE = {
             *("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "loss_agg_mode", "loss_scale_factor"),
             *("use_kl_loss", "kl_loss_coef", "kl_loss_type", "ppo_mini_batch_size", "optim.lr_warmup_steps_ratio"),
             *("optim.warmup_style", "optim.lr_scheduler_type", "optim.min_lr_ratio", "policy_loss.loss_mode", "tau_pos"),
-            *("use_token_level_loss", "policy_loss.clip_cov_ratio", "policy_loss.kl_cov_ratio", "tau_neg"))),
+            *("use_token_level_loss", "policy_loss.clip_cov_ratio", "policy_loss.kl_cov_ratio", "tau_neg"),
+            "policy_loss.ppo_kl_coef")),
         *("algorithm.adv_estimator", "algorithm.norm_adv_by_std_in_grpo", "algorithm.use_kl_in_reward", "algorithm.kl_penalty"),
         *("algorithm.kl_ctrl.kl_coef", "algorithm.filter_groups.enable", "algorithm.filter_groups.max_num_gen_batches"),
         *("algorithm.rollout_correction.rollout_is", "algorithm.rollout_correction.rollout_is_threshold"),
@@ -196,15 +197,18 @@ def _set_loss(recipe: Recipe) -> None:
         set_loss(recipe, "sapo", temperature_positive=recipe.number(ACTOR + "tau_pos", default=1.0),
                  temperature_negative=recipe.number(ACTOR + "tau_neg", default=1.05))
     elif mode in ("geo_mean", "dppo_tv", "dppo_kl"):
-        set_loss(recipe, {"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high, normalizer=normalizer)
-        if mode.startswith("dppo"):
-            recipe.remarks.append(f"{mode}: verl anchors on its old log-probs, here the anchor is the sampler; clip_ratio_c (3) "
-                                  "truncates there, here loss.max_ratio (20)")
+        is_dppo = mode.startswith("dppo")
+        set_loss(recipe, {"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high, normalizer=normalizer,
+                 max_ratio=recipe.number(ACTOR + "clip_ratio_c", default=3.0) if is_dppo else None)
+        if is_dppo:
+            recipe.remarks.append(f"{mode}: verl anchors on its old log-probs, here the anchor is the sampler; clip_ratio_c, 3 "
+                                  "unless it is set, is what truncates there")
     elif mode == "clip_cov":
         set_loss(recipe, "clip_cov", low=low, high=high, normalizer=normalizer,
                  share=recipe.number(ACTOR + "policy_loss.clip_cov_ratio"))
     elif mode == "kl_cov":
-        set_loss(recipe, "kl_cov", normalizer=normalizer, share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio"))
+        set_loss(recipe, "kl_cov", normalizer=normalizer, share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio", default=2e-4))
+        recipe.settings["loss.coefficient"] = float(recipe.number(ACTOR + "policy_loss.ppo_kl_coef", default=0.1))
     else:
         recipe.not_carried.append(f"policy_loss.loss_mode = {mode!r}: dapo in its place")
         set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer)

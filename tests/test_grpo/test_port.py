@@ -126,7 +126,9 @@ def test_verl_losses_keep_their_own_average_and_bounds():
     assert (found["loss.min_ratio"], found["loss.max_ratio"], found["loss.normalizer"]) == (0.8, 1.2, "sequence")
     assert "steps" not in found  # -1 is the number of epochs there
     found = port_text("verl", "python3 x " + words.format("kl_cov", "seq-mean-token-sum-norm"), "x.sh").settings
-    assert found["loss.normalizer"] == "constant"
+    assert (found["loss.normalizer"], found["loss.share"], found["loss.coefficient"]) == ("constant", 2e-4, 0.1)
+    found = port_text("verl", "python3 x " + words.format("dppo_tv", "token-mean"), "x.sh").settings
+    assert (found["loss.max_ratio"], found["loss.normalizer"]) == (3.0, "token")
     recipe = port_text("verl", "python3 x " + words.format("gspo", "seq-mean-token-sum"), "x.sh")
     assert recipe.settings["loss.normalizer"] == "sequence"
     assert any("gspo averages over sequences in verl" in remark for remark in recipe.remarks)
@@ -152,6 +154,15 @@ def test_trl_keeps_weights_of_known_rewards_an_entropy_target_that_is_on_and_no_
     assert recipe.settings["loss.max_ratio"] == 5.0 and any("a cap of 0.2" in text for text in recipe.not_carried)
     assert "entropy.target" not in recipe.settings
     assert port_text("trl", text.format(", use_adaptive_entropy=True"), "x.py").settings["entropy.target"] == 0.3
+
+
+@pytest.mark.parametrize("text, told", [
+    ("importance_sampling_level='sequence', delta=4.0", "delta = 4: gspo has no second bound"),
+    ("loss_type='luspo', delta=4.0", "delta = 4: luspo has no second bound"),
+    ("loss_type='luspo'", "luspo takes the ratio of the sequence here")])
+def test_what_trl_s_sequence_losses_lose_is_told(text, told):
+    recipe = port_text("trl", f"GRPOConfig({text})", "x.py")
+    assert "loss.max_ratio" not in recipe.settings and any(told in line for line in recipe.not_carried + recipe.remarks)
 
 
 def test_slime():
