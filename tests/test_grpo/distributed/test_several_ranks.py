@@ -228,6 +228,7 @@ def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_res
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_within_a_pass_that_others_take_is_named(launch, tmp_path):
     ended = launch(2, tmp_path, *SHARED, *BRIEF, before={1: at_call("grpo.update.token_stats", 2, KILL)})
     assert ended.codes == [1, -9]
