@@ -37,7 +37,7 @@ from grpo.rollout.session import Interrupted, Sampler, Session
 from models.chat.form import Form
 from models.chat.history import history_ids
 from models.chat.parse import Parsed, conversation, parse_completion
-from models.chat.render import CHANNELS, Message, generation_prompt, render_message
+from models.chat.render import CHANNELS, ROLES, Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer
 from models.chat.tools import to_json
 
@@ -111,7 +111,8 @@ class Turns:
     def reply(self, call: ToolCall, channel: str | None) -> list[int]:
         """Token ids that follow a sampled <|call|>: the tool's message, and the start of the assistant's."""
         tokenizer = self.tokenizer
-        name = self._encodable(re.sub(r"[^\w.-]", "", call.name)[:64]) or "functions"
+        name = self._encodable(re.sub(r"[^\w.-]", "", call.name)[:64])
+        name = "functions" if name in ("", *ROLES) else name  # nothing that the model names speaks as the user or the system
         channel = channel if channel in CHANNELS else "commentary"
         message = Message("tool", "", channel, recipient="assistant", name=name)
         *header, end = render_message(message, tokenizer)

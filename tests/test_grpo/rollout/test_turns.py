@@ -245,6 +245,12 @@ class Breaking(Tools):
         raise RuntimeError("no judge")
 
 
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_a_call_to_a_role_is_not_answered_in_the_name_of_that_role(play, role):
+    (told,), _ = play({(0, 0): [CALL.replace("functions.echo", role), FINAL.format("1")]})
+    assert f"""<|start|>functions to=assistant<|channel|>commentary<|message|>{{"error": "no tool '{role}'""" in text_of(told)
+
+
 class Unreadable(ValueError):
     def __str__(self):
         raise RuntimeError("no text")
