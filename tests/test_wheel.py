@@ -145,6 +145,7 @@ OURS = "import grpo.models.config, grpo.kernels, grpo.config; assert 'grpo' in g
 VERSIONS = "from importlib.metadata import packages_distributions as p; assert p()['kernels'] == ['kernels']"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["ours first", "theirs first"])
 def test_a_wheel_and_a_foreign_kernels_neither_hide_nor_remove_each_other(wheel, foreign_kernels, tmp_path, order):
     environment = Environment(tmp_path)

@@ -122,7 +122,9 @@ def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> l
     rollout, optim, env = config.rollout, config.optim, config.env
     recipe = {
         "run": config.name, "steps": f"{origin.step} of {config.steps}", "trained": _trained(config, lora),
-        "loss": re.split("[.:]", config.loss["_target_"])[-1], "learning rate": f"{optim.lr:g}, {optim.schedule}",
+        "loss": ", ".join([re.split("[.:]", config.loss["_target_"])[-1],
+                           *(f"{key} {value}" for key, value in config.loss.items() if key != "_target_")]),
+        "learning rate": f"{optim.lr:g}, {optim.schedule}",
         "prompts a step": rollout.prompts_per_step, "completions a prompt": rollout.group_size,
         "tokens a completion": f"at most {rollout.max_new_tokens}", "temperature": f"{rollout.temperature:g}",
         "KL coefficient": f"{config.kl.coefficient:g}", "seed": config.seed}

@@ -48,7 +48,9 @@ CHOOSING = ("loss=clip_cov", "loss.share=0.5", "loss.cov_low=-1", "optim.minibat
             "advantage.baseline=greedy")
 
 
-@pytest.mark.parametrize("options", [ADAPTIVE, IN_REWARD, CHOOSING], ids=["adaptive", "in the reward", "choosing"])
+@pytest.mark.parametrize("options", [
+    pytest.param(ADAPTIVE, id="adaptive", marks=pytest.mark.slow),
+    pytest.param(IN_REWARD, id="in the reward", marks=pytest.mark.slow), pytest.param(CHOOSING, id="choosing")])
 def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_not_stopped(entry_points, spread_folder, tmp_path, options):
     rows = {}
     for name, parts in {"whole": [("steps=4",)], "parts": [("steps=2",), ("steps=4", "resume=true")]}.items():

@@ -45,6 +45,7 @@ def measured(tmp_path_factory):
     return done.returncode, *(json.loads((folder / f"{name}.json").read_text())[1:] for name in ("all", "wrong", "blocks"))
 
 
+@pytest.mark.slow
 def test_every_case_computes_what_its_peer_does(measured):
     code, lines, _, _ = measured
     assert [line for line in lines if "error" in line or not line.get("is_right", True)] == [] and code // 10 == 0
@@ -58,6 +59,7 @@ def test_every_case_computes_what_its_peer_does(measured):
     assert len(lines) > 60
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_off_by_a_thousandth_is_wrong(measured):
     code, _, lines, _ = measured
     assert {line["what"]: line["is_right"] for line in lines} == {
@@ -65,6 +67,7 @@ def test_a_kernel_that_is_off_by_a_thousandth_is_wrong(measured):
     assert lines[-1]["relative_error"] == pytest.approx(1e-3, rel=0.01) and code % 10 == 1
 
 
+@pytest.mark.slow
 def test_other_block_sizes_are_a_line_of_their_own(measured):
     default, other = measured[3]
     assert "blocks" not in default and other["blocks"] == "32x32x32x1x4x1x1x1" and other["has_same_bits"] is True

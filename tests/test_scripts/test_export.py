@@ -128,7 +128,8 @@ def test_a_run_ends_with_an_adapter_as_the_hub_expects_it(hub_run, base):
                       "license": "other", "license_name": "tiny", "pipeline_tag": "text-generation",
                       "tags": ["gpt_oss", "grpo", "reinforcement-learning", "lora"]}
     for row in ("| run | tuned |", "| steps | 2 of 2 |", "| trained | LoRA of rank 4, alpha 12, on q_proj, experts; norms |",
-                "| loss | dapo |", "| learning rate | 0.05, linear |", "| path | arithmetic.jsonl (local) |",
+                "| loss | ppo, normalizer token, clip_low 0.2, clip_high 0.28 |",
+                "| learning rate | 0.05, linear |", "| path | arithmetic.jsonl (local) |",
                 "| held_out_fraction | 0.5 |", "| rewards | rewards.py:even, weight 1.0 |", "| reasoning_effort | high |",
                 "| instructions | Be brief. |", "| current_date | 2025-08-05 |"):
         assert row in body.splitlines(), row

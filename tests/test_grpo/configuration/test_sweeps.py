@@ -287,8 +287,11 @@ def test_an_objective_of_the_environment_is_left_to_the_end():
 
 
 def test_a_glob_sweeps_over_the_files_of_a_group():
-    with prepare("train", ["-m", "experiment=smoke", "loss=glob(d*)"]) as plan:
-        assert [job[-1] for job in jobs_planned(plan)] == ["loss=dapo", "loss=dr_grpo"]
+    with prepare("train", ["-m", "experiment=smoke", "loss=glob(*_grpo)"]) as plan:
+        assert [job[-1] for job in jobs_planned(plan)] == ["loss=dr_grpo"]
+    with prepare("train", ["-m", "experiment=smoke", "loss=glob(reinforce*)"]) as plan:
+        assert [job[-1] for job in jobs_planned(plan)] == [
+            "loss=reinforce", "loss=reinforce_plus_plus", "loss=reinforce_plus_plus_baseline"]
     with pytest.raises(ConfigError, match=r"loss=glob\(x\*\): no file of configs/loss matches"):
         load_config("train", ["-m", "loss=glob(x*)"])
 
