@@ -1,10 +1,12 @@
 """Groups of a step: what is dropped, refilled and counted, and what an environment may hand back."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import grpo.groups
 from grpo.batch import Completion, Prompt, Segment
 from grpo.configuration.algorithm import AdvantageConfig, Baseline, KlConfig, Scale
 from grpo.environment import EnvironmentFault, Score, check_environment, checked_scores, held_out_prompts
@@ -137,6 +139,15 @@ def test_means_of_rewards_are_over_those_that_have_them():
     assert metrics["rewards/exact/mean"] == pytest.approx(2 / 3) and metrics["env/carry"] == 1.0
     assert metrics["rewards/exact/std"] == pytest.approx((1 / 3) ** 0.5)  # of a sample: 2 degrees of freedom
     assert math.isnan(reward_metrics([(completions[0], scores[0])])["rewards/exact/std"])
+
+
+def test_every_metric_of_the_groups_stands_in_the_list_of_metrics():
+    groups, _ = run({0: [1.0, 0.0], 1: [0.0, 1.0], 2: [0.25, 0.75]}, overlong=2)
+    text = (Path(grpo.groups.__file__).parent / "METRICS.md").read_text(encoding="utf-8")
+    names = [name.replace("exact", "PART") for name in groups.metrics]
+    assert "rewards/PART/std" in names and "groups/unscored" in names
+    brief = {name: name.partition("/")[2].removeprefix("mean_length") for name in names}
+    assert [name for name in names if f"`{name}`" not in text and f"`{brief[name]}`" not in text] == []
 
 
 def test_without_any_reward_the_mean_reward_is_not_a_number():
