@@ -11,10 +11,9 @@ user_turn(answer) -> str | None, which OpenEnv lacks, a user goes on. Every comp
 the same task and seed: so its messages and tools must be the same. Global random generators are seeded before create().
 """
 
-
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
-from grpo.envs.tool_class import ToolClass, hold_out
+from grpo.envs.tool_class import ToolClass, close_now, hold_out
 from grpo.rollout.episode_forms import SESSION, tool_schemas
 from grpo.rollout.episodes import EpisodeFault
 from models.chat.render import harmony_messages, render_prompt
@@ -59,13 +58,13 @@ class ResourceSessions(ToolClass):
                              f"{' and no '.join(missing)}")
         _, tools = self._asked(session)
         self.has_user_turns = hasattr(session, "user_turn")
-        session.close()
+        close_now(session)
         return tools
 
     def _prompt(self, prompt_id: int, row: dict) -> Prompt:
         session = self._create(row)
         messages, tools = asked = self._asked(session)
-        session.close()
+        close_now(session)
         ids = render_prompt(harmony_messages(messages, tools=tools, **self._chat), self.tokenizer)
         return Prompt(prompt_id, ids, {"row": row, "asked": asked})
 

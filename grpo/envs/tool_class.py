@@ -142,8 +142,8 @@ class ToolClass:
         episode, observation = self._begin(row)
         if inspect.isawaitable(observation):
             observation = asyncio.run(_awaited(observation, episode))
-        elif hasattr(episode, "close") and inspect.isawaitable(closed := episode.close()):
-            asyncio.run(_awaited(closed, None))
+        else:
+            close_now(episode)
         if observation is not None and not isinstance(observation, str):
             raise EpisodeFault(f"reset() returned a {type(observation).__name__}; it must return a text or None")
         asked = row.get(self.prompt_key, "")
@@ -191,6 +191,12 @@ async def _awaited(awaitable: Awaitable, episode: object) -> object:
     if hasattr(episode, "close") and inspect.isawaitable(closed := episode.close()):
         await closed
     return result
+
+
+def close_now(owner: object) -> None:
+    """Closes an object that can be closed, outside an event loop."""
+    if hasattr(owner, "close") and inspect.isawaitable(closed := owner.close()):
+        asyncio.run(_awaited(closed, None))
 
 
 def hold_out(rows: Iterable[tuple[str, dict]], path: str | list, fraction: float,

@@ -65,7 +65,7 @@ class ResourceForm:
             raise ValueError("the episode is over")
         result = self.run(partial(self.session.call_tool, tool["name"], values))
         self.is_done = bool(result.done)
-        reward = result.metadata.get("reward")
+        reward = (result.metadata or {}).get("reward")
         if reward is None and isinstance(result.data, dict):
             reward = result.data.get("reward")
         self.last_reward = self.last_reward if reward is None else float(reward)
@@ -80,7 +80,7 @@ class ResourceForm:
     def reward(self, transcript: Callable[[], list[dict]]) -> Verdict:
         messages = [*self.session.initial_messages(), *transcript()]
         result = self.run(partial(self.session.verify, messages))
-        return Verdict(self.last_reward if result.env_reward is None else float(result.env_reward), dict(result.metrics))
+        return Verdict(self.last_reward if result.env_reward is None else float(result.env_reward), dict(result.metrics or {}))
 
 
 def tool_schemas(tools: list) -> list[dict[str, Any]]:

@@ -52,6 +52,27 @@ class Factory:
     def create(self, task, seed=None, episode_id=None):
         return Session(task, seed, self.forwards)
 
+class Spare(Session):
+    """Says nothing that it need not say, and is closed by a coroutine."""
+    num_open = 0
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        Spare.num_open += 1
+
+    def call_tool(self, name, arguments):
+        return Result(Spare.num_open, metadata=None)
+
+    def verify(self, transcript, final_state=None):
+        return SimpleNamespace(env_reward=0.5, metrics=None)
+
+    async def close(self):
+        Spare.num_open -= 1
+
+class Sparing(Factory):
+    def create(self, task, seed=None, episode_id=None):
+        return Spare(task, seed, True)
+
 class Fickle(Factory):
     def create(self, task, seed=None, episode_id=None):
         return Session(task, random.SystemRandom().getrandbits(60), True)
@@ -99,6 +120,13 @@ def test_a_session_is_played_to_its_end_and_its_last_reward_forwarded(make, monk
     assert [(call.result, call.is_failed) for call in completions[0].episode.calls] == [
         ('{"found": false, "calls": 1}', False), ('{"found": true, "calls": 2}', False), ("the episode is over", True)]
     assert completions[1].episode.calls[1].result == "that is no digit" and completions[1].episode.calls[1].is_failed
+
+
+def test_a_session_may_leave_out_metadata_and_metrics_and_every_one_is_closed(make, monkeypatch):
+    env = make("Sparing")
+    completion, = play(env, env.prompts(0, num_prompts=1), monkeypatch, lambda prompt: calls(1))
+    assert completion.episode.calls[0].result == "1"  # none is open but that of the episode
+    assert [(score.reward, score.metrics) for score in env.score([completion])] == [(0.5, {})]
 
 
 def test_verify_sees_what_the_policy_finally_said_and_nothing_that_it_wrote_in_anothers_name(make, monkeypatch):
