@@ -229,10 +229,13 @@ def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_res
 
 
 @pytest.mark.slow
-def test_a_rank_killed_within_a_pass_that_others_take_is_named(launch, tmp_path):
-    ended = launch(2, tmp_path, *SHARED, *BRIEF, before={1: at_call("grpo.update.token_stats", 2, KILL)})
+def test_a_rank_killed_within_a_pass_that_others_take_is_named_and_four_share_the_rest(launch, one_with_adapter, tmp_path):
+    ended = launch(2, tmp_path, *SHARED, before={1: at_call("grpo.update.token_stats", 7, KILL)})
     assert ended.codes == [1, -9]
     assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+    ended = launch(4, tmp_path, *ADAPTER, "distributed.expert_parallel=4", "resume=true")
+    assert ended.codes == [0] * 4, ended.errors
+    assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
 @pytest.mark.parametrize("num_ranks, changes, message", [
