@@ -206,6 +206,10 @@ def gmpo(inputs: LossInputs, *, normalizer: str | float, clip_low: float, clip_h
 def vespo(inputs: LossInputs, *, normalizer: str | float, k_positive: float, lambda_positive: float, k_negative: float,
           lambda_negative: float) -> Result:
     """REINFORCE by a detached weight that is 1 at w = 1, the ratio of the whole sequence, and falls to both sides."""
+    for name, value in (("k_positive", k_positive), ("lambda_positive", lambda_positive), ("k_negative", k_negative),
+                        ("lambda_negative", lambda_negative)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"loss.{name} = {value}: must be >= 0, or the weight grows without bound (the paper: 2 and 3)")
     with torch.no_grad():
         total = sequence_mean(inputs, _log_ratio(inputs)) * inputs.sequence_lengths[inputs.sequence_ids]
         log_weight, is_positive = total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), inputs.advantages >= 0
@@ -261,6 +265,9 @@ def clip_cov(inputs: LossInputs, step: StepTokens, *, normalizer: str | float, c
     """PPO's surrogate without a random `share` of the step's tokens, drawn among those that are not clipped and whose covariance
     of advantage and log-prob lies between cov_low and cov_high."""
     _check_share(share)
+    if not cov_low < cov_high:
+        raise ConfigError(f"loss.cov_low = {cov_low}, loss.cov_high = {cov_high}: no token lies between them; cov_low must be "
+                          "below cov_high (the paper: 1 and 5)")
     surrogate, stats = _clipped(inputs, _log_ratio(inputs), clip_low, clip_high)
     ratio = (step.log_probs - step.old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     is_clipped = ratio * step.advantages > ratio.clamp(1 - clip_low, 1 + clip_high) * step.advantages
@@ -277,6 +284,8 @@ def kl_cov(inputs: LossInputs, step: StepTokens, *, normalizer: str | float, sha
     """r A, with a penalty on the log-ratio for the `share` of the step's tokens whose covariance of advantage and log-prob is
     largest."""
     _check_share(share)
+    if not 0 <= coefficient < math.inf:
+        raise ConfigError(f"loss.coefficient = {coefficient}: must be >= 0, or the ratio is driven away from 1; 1 is the paper's")
     chosen = _largest(torch.where(step.loss_mask, _covariance(step), -math.inf), max(1, int(share * step.num_tokens)))
     chosen, log_ratio = chosen[inputs.token_index], _log_ratio(inputs)
     objective = log_ratio.exp() * inputs.advantages - torch.where(chosen, coefficient * log_ratio.abs(), 0.0)

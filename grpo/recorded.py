@@ -19,13 +19,18 @@ def is_recorded(env: Environment) -> bool:
 def check_recorded(env: Environment, config: TrainConfig) -> None:
     """Raises ConfigError for a loss of data on sampled completions, and for settings that data cannot have."""
     target = str(config.loss["_target_"]).replace(":", ".")
+    is_of_data = target in ("grpo.supervised.sft", "grpo.supervised.dpo")
     if not is_recorded(env):
-        if target in ("grpo.supervised.sft", "grpo.supervised.dpo"):
+        if is_of_data:
             raise ConfigError(f"loss._target_ = {target!r}: learns from data, whatever the rewards of sampled completions are: "
                               "set env=conversations or env=preferences, or a policy loss such as loss=dapo")
         return
     if config.kl.coefficient > 0 and config.kl.place != KlPlace.loss:
         raise ConfigError(f"kl.place = {str(config.kl.place)!r}: data have no reward that the KL could lower: set kl.place=loss")
+    if is_of_data and (config.entropy.top_fraction < 1 or config.corrections.is_on):
+        key, value = (("entropy.top_fraction", config.entropy.top_fraction) if config.entropy.top_fraction < 1
+                      else ("corrections", "on"))
+        raise ConfigError(f"{key} = {value}: weighs advantages, which {target} has none of: leave it off")
     if config.advantage.whiten != Whiten.none:
         raise ConfigError(f"advantage.whiten = {str(config.advantage.whiten)!r}: the advantages of data are 1 (of what is "
                           "rejected -1), which whitening would take away: set advantage.whiten=none")

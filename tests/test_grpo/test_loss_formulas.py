@@ -293,6 +293,9 @@ def test_the_command_line_goes_before_what_a_loss_brings():
     (["loss=sapo", "loss.temperature_positive=0"], "loss.temperature_positive = 0"),
     (["loss=gmpo", "loss.clip_low=-1"], "loss.clip_low = -1"), (["loss=dro", "loss.beta=0"], "loss.beta = 0"),
     (["loss=dppo_tv", "loss.divergence=js"], "loss.divergence = 'js': must be tv or kl"),
+    (["loss=vespo", "loss.k_negative=-1"], "loss.k_negative = -1: must be >= 0"),
+    (["loss=clip_cov", "loss.cov_low=6"], "loss.cov_low = 6, loss.cov_high = 5.0: no token lies between"),
+    (["loss=kl_cov", "loss.coefficient=-1"], "loss.coefficient = -1: must be >= 0"),
     (["loss=kl_cov", "loss.share=0"], "loss.share = 0"), (["loss.normalizer=mean"], "loss.normalizer = 'mean': must be one of")])
 def test_a_keyword_out_of_range_is_refused_before_a_run(words, complaint):
     loss = load_config("train", words).loss

@@ -102,7 +102,10 @@ def test_dpo_says_what_it_needs():
     (["loss=dpo", "optim.sums_log_probs=true"], False, "loss._target_ = 'grpo.supervised.dpo': learns from data"),
     (["loss=sft", "kl.coefficient=0.1", "kl.place=reward"], True, "kl.place = 'reward': data have no reward"),
     (["loss=reinforce", "advantage.whiten=tokens"], True, "advantage.whiten = 'tokens': the advantages of data are 1"),
-    (["loss=sft", "kl.coefficient=0.1"], True, None), (["loss=dapo"], False, None)])
+    (["loss=sft", "entropy.top_fraction=0.2"], True, "entropy.top_fraction = 0.2: weighs advantages"),
+    (["loss=sft", "corrections.weight=mask"], True, "corrections = on: weighs advantages"),
+    (["loss=dapo", "corrections.weight=mask"], True, None), (["loss=sft", "kl.coefficient=0.1"], True, None),
+    (["loss=dapo"], False, None)])
 def test_losses_of_data_and_sampled_completions_are_kept_apart(words, is_data, message):
     config = load_config("train", ["+experiment=smoke", "name=x", *words])
     env = SimpleNamespace(recorded_completions=None) if is_data else SimpleNamespace()
