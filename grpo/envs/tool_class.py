@@ -146,7 +146,10 @@ class ToolClass:
             close_now(episode)
         if observation is not None and not isinstance(observation, str):
             raise EpisodeFault(f"reset() returned a {type(observation).__name__}; it must return a text or None")
-        asked = row.get(self.prompt_key, "")
+        asked = "" if row.get(self.prompt_key) is None else row[self.prompt_key]
+        if not isinstance(asked, (str, list)) or asked == []:
+            raise DataError(f"env.prompt_key={self.prompt_key!r}: a row has {shorten(asked)} there; it must be text, or a list "
+                            f"of at least one message; the row: {shorten(row)}")
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else [*asked]
         if observation is not None:
             messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}{observation}"}

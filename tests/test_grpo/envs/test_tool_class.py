@@ -179,6 +179,18 @@ def test_a_reset_that_returns_another_text_for_the_same_row_loses_the_episode(ma
         play(env, env.prompts(0, num_prompts=1), monkeypatch, lambda prompt: calls(1))
 
 
+@pytest.mark.parametrize("asked, message", [(None, None), ("Go.", None), (5, "has '?5'? there"), ([], "at least one message")])
+def test_a_rows_prompt_is_text_or_messages_and_may_be_missing(make, tmp_path, asked, message):
+    rows = [json.dumps({"prompt": asked, "number": number}) for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    env = make("Guess", path=str(tmp_path / "rows.jsonl"))
+    if message is None:
+        assert f"<|start|>user<|message|>{asked or ''} Guess my number" in text_of(env.prompts(0, num_prompts=1)[0])
+    else:
+        with pytest.raises(DataError, match=message):
+            env.prompts(0, num_prompts=1)
+
+
 @pytest.mark.parametrize("name", ["Closed", "AsyncClosed"])
 def test_every_object_that_was_reset_is_closed(make, monkeypatch, name):
     env = make(name)
