@@ -10,8 +10,8 @@ import shlex
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
               ast.Div: operator.truediv}
-_ARRAY = re.compile(r"^[ \t]*(\w+)=\((.*?)\)[ \t]*$", re.MULTILINE | re.DOTALL)
-_ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?(\w+)=(.*)$")
+_ARRAY = re.compile(r"^[ \t]*(\w+)\+?=\((.*?)(?:(?<=\s)\)[ \t]*#[^\n]*|\)[ \t]*)$", re.MULTILINE | re.DOTALL)
+_ASSIGNMENT = re.compile(r"^\s*(?:(?:export|local|readonly)\s+)?(\w+)=(.*)$")
 
 
 def words_of(text: str) -> list[str]:
@@ -50,7 +50,7 @@ def expand(word: str, variables: dict[str, str]) -> str:
     """The word with its variables and arithmetic filled in, as far as they are known."""
     for _ in range(8):  # variables of variables
         before = word
-        word = re.sub(r"\$\{(\w+)(?::?-([^{}]*))?\}|\$(\w+)", lambda match: _value(match, variables), word)
+        word = re.sub(r"\$\{(\w+)(?::?[-=]([^{}]*))?\}|\$(\w+)", lambda match: _value(match, variables), word)
         word = re.sub(r"\$\(\(([^()$]*)\)\)", lambda match: _arithmetic(match, variables), word)
         if word == before:
             break

@@ -190,6 +190,11 @@ def test_shell_words_have_variables_arithmetic_arrays_and_defaults():
     assert flags_of(words_of(text)) == {"a": "6", "b": "x y", "c": "7", "flag": True}
 
 
+def test_arrays_may_grow_and_have_a_comment_behind():
+    text = "local N=${M:=3}\nA=( --x 1 ) # of one line\nA+=( --y 2 )\nB=(\n  --z ${N} # and ) here\n)\nrun ${A[@]} ${B[@]}\n"
+    assert flags_of(words_of(text)) == {"x": "1", "y": "2", "z": "3"}
+
+
 def test_a_file_of_another_kind_is_refused_with_its_name(tmp_path, capsys):
     files = (("trl", "a.py", "x = 1"), ("verl", "a.sh", "echo"), ("slime", "a.sh", "echo"), ("prime", "a.toml", "="))
     for framework, name, text in files:
