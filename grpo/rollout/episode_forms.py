@@ -26,6 +26,8 @@ class Verdict:
 
 
 class MethodForm:
+    """TRL's. The reward is get_reward()'s; None without that method."""
+
     def __init__(self, owner: object, run: Run) -> None:
         self.owner, self.run = owner, run
 
@@ -45,7 +47,8 @@ class MethodForm:
 
 
 class ResourceForm:
-    """Its calls end with the first result that says `done`. The reward is verify()'s; if that gives none, the last result's."""
+    """OpenEnv's. Its calls end with the first result that says `done`. The reward is verify()'s; if that gives none, the last one
+    that a result had."""
 
     def __init__(self, session: object, run: Run) -> None:
         self.session, self.run = session, run
