@@ -130,6 +130,7 @@ def test_a_run_of_four_ranks_has_the_bytes_of_one(launch, one, tmp_path):
     assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_fast_sum_is_the_ordered_one_up_to_rounding(launch, one, tmp_path):
     ended = launch(2, tmp_path, "distributed.reduction=fast", "steps=1", "eval.at_start=false")
     assert ended.codes == [0, 0], ended.errors
@@ -150,6 +151,7 @@ def test_a_rank_killed_in_the_backward_is_named_and_the_run_resumes_on_another_n
     assert weights(tmp_path / "run") == weights(one)
 
 
+@pytest.mark.slow
 def test_rank_0_killed_while_it_saves_leaves_the_last_checkpoint(launch, one, tmp_path):
     ended = launch(2, tmp_path, before={0: at_call("grpo.run.checkpoint._write_tensors", 2, KILL)})
     assert ended.codes[0] == -9 and ended.codes[1] == 1
@@ -220,6 +222,7 @@ def test_two_groups_of_two_ranks_that_share_experts_have_the_bytes_of_one(launch
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_resumes(launch, one_with_adapter, tmp_path):
     ended = launch(2, tmp_path, *SHARED, before={1: at_call("models.gpt_oss.GptOss.decode", 60, STOP)})
     assert ended.codes == [75, 75], ended.errors
