@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -223,8 +224,17 @@ def test_an_environment_that_misbehaves_loses_its_episode_and_no_other(play, how
 
 
 def children_of_this_process() -> list[str]:
-    return [child for task in os.listdir("/proc/self/task") for child in open(f"/proc/self/task/{task}/children").read().split()
-            if open(f"/proc/{child}/cmdline").read().startswith("sleep")]
+    """Those that sleep. A thread or a child that ends meanwhile has none, and is none."""
+    children = " ".join(content(f"/proc/self/task/{task}/children") for task in os.listdir("/proc/self/task")).split()
+    return [child for child in children if content(f"/proc/{child}/cmdline").startswith("sleep")]
+
+
+def content(path: str) -> str:
+    """Of a file of /proc; "" if it is gone."""
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def test_what_a_tool_raises_is_a_result_so_that_no_model_leaves_an_episode_by_it(play):
