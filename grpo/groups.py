@@ -18,7 +18,7 @@ import torch
 from grpo.advantages import OF_THE_GROUP, component_advantages, group_advantages, whitened, zero_variance_groups
 from grpo.batch import Completion, Prompt
 from grpo.config import TrainConfig
-from grpo.configuration.algorithm import AdvantageConfig, Baseline, KlPlace, Whiten
+from grpo.configuration.algorithm import AdvantageConfig, Baseline, Whiten
 from grpo.curriculum import PromptHistory, key_of
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.rollout import all_scored, own_completions
@@ -106,7 +106,7 @@ def dead_groups(completions: list[Completion], config: TrainConfig) -> set[int]:
         names = components or dict.fromkeys(name for completion in completions for name in completion.reward_parts)
         columns = [[completion.reward_parts.get(name, 0.0) for completion in completions] for name in names]
     dead = set.intersection(*(set(zero_variance_groups(column, ids)) for column in columns)) if columns else set()
-    if config.advantage.baseline not in OF_THE_GROUP or config.kl.coefficient > 0 and config.kl.place != KlPlace.loss:
+    if config.advantage.baseline not in OF_THE_GROUP or config.kl.is_in_reward:
         return {group_id for group_id in dead if ids.count(group_id) < 2}
     return dead
 

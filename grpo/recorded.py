@@ -7,7 +7,7 @@ import torch
 
 from grpo.batch import Completion, RolloutBatch, Segment, pack
 from grpo.config import ConfigError, TrainConfig
-from grpo.configuration.algorithm import KlPlace, Whiten
+from grpo.configuration.algorithm import Whiten
 from grpo.environment import Environment, EnvironmentFault, Score, calling
 from grpo.groups import Groups, length_metrics
 
@@ -25,7 +25,7 @@ def check_recorded(env: Environment, config: TrainConfig) -> None:
             raise ConfigError(f"loss._target_ = {target!r}: learns from data, whatever the rewards of sampled completions are: "
                               "set env=conversations or env=preferences, or a policy loss such as loss=dapo")
         return
-    if config.kl.coefficient > 0 and config.kl.place != KlPlace.loss:
+    if config.kl.is_in_reward:
         raise ConfigError(f"kl.place = {str(config.kl.place)!r}: data have no reward that the KL could lower: set kl.place=loss")
     if is_of_data and (config.entropy.top_fraction < 1 or config.corrections.is_on):
         key, value = (("entropy.top_fraction", config.entropy.top_fraction) if config.entropy.top_fraction < 1

@@ -54,7 +54,7 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
         batch.routing = batch.routing if routing is None else routing
     if run.reference is not None:
         attempt_twice(lambda: score_by_reference(run, batch))
-        if run.config.kl.coefficient > 0 and run.config.kl.place != KlPlace.loss:
+        if run.config.kl.is_in_reward:
             batch.advantages = advantages_with_kl(run, batch, groups)
     if run.config.advantage.whiten == Whiten.tokens:
         batch.advantages = whitened(batch.advantages, batch.loss_mask)
@@ -330,10 +330,10 @@ def loss_and_stats(run: Run, inputs: LossInputs, step: StepTokens | None) -> tup
         inputs.advantages = inputs.advantages * top_entropy(step, share)[inputs.token_index]
     loss, stats = checked_loss(call_loss(run.loss_fn, inputs, step), run.config.loss["_target_"])
     stats = stats | corrections
-    if kl.coefficient > 0 and kl.place == KlPlace.loss:
+    if kl.is_in_loss:
         penalty, kl_stats = kl_penalty(inputs, coefficient=kl.coefficient, estimator=kl.estimator)
         loss, stats = loss + penalty, stats | kl_stats
-    elif kl.coefficient > 0:
+    elif kl.is_in_reward:
         stats["kl"] = torch.where(inputs.loss_mask, inputs.sampler_log_probs - inputs.ref_log_probs, 0.0).sum()
     if run.entropy is not None and run.entropy.coefficient > 0:
         loss = loss + entropy_loss(inputs, run.entropy.coefficient)

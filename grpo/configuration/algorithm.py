@@ -88,6 +88,16 @@ class KlConfig:
     place: KlPlace = KlPlace.loss
 
     @property
+    def is_in_loss(self) -> bool:
+        """Whether the loss has a penalty."""
+        return self.coefficient > 0 and self.place == KlPlace.loss
+
+    @property
+    def is_in_reward(self) -> bool:
+        """Whether it lowers rewards."""
+        return self.coefficient > 0 and self.place != KlPlace.loss
+
+    @property
     def is_full(self) -> bool:
         """Whether the loss has the KL over the whole vocabulary."""
-        return self.coefficient > 0 and self.estimator == Estimator.full and self.place == KlPlace.loss
+        return self.is_in_loss and self.estimator == Estimator.full

@@ -193,7 +193,7 @@ def advantage_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "advantage.k", advantage.k, "belongs to advantage.baseline=best_of_others: set that, or advantage.k=null"
     if advantage.k is not None and advantage.k > config.rollout.group_size:
         yield "advantage.k", advantage.k, f"must not exceed rollout.group_size ({config.rollout.group_size})"
-    if kl.coefficient > 0 and kl.place != KlPlace.loss:
+    if kl.is_in_reward:
         if config.optim.mask_truncated:
             yield "kl.place", str(kl.place), (
                 "the KL of completions that are not trained on is not computed: set optim.mask_truncated=false or kl.place=loss")
