@@ -1,6 +1,6 @@
 """python -m grpo.train +experiment=selftest: whether this machine and this code compute what they should, PASS or FAIL.
 
-What the machine is and reaches, measured; the tests that hold kernels, gradients, sampler, update and plans, group by group; then
+What the machine is and reaches, measured; the tests that hold kernels, gradients, sampler, update and plans, check by check; then
 the experiment's run, whose curve must lie within its bands (selftest.bands). Exit code 0 or 1, or that of the run.
 """
 import json
@@ -21,40 +21,40 @@ import torch
 from grpo.config import ConfigError, TrainConfig, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-_GROUP_SECONDS = 600  # for a group of tests
+_CHECK_SECONDS = 600  # for the tests of a check
 _LEAST_SECONDS = 0.2  # that a rate is measured for
 # share of reading each touched weight once at the measured speed of copies that decoding reached on an H200, by rows
 _REACHED = {1: 0.43, 8: 0.61, 32: 0.66, 128: 0.55}
 
 
-class Group(NamedTuple):
+class Check(NamedTuple):
     name: str
     files: tuple[str, ...]  # under tests/
     needs_gpu: bool = False
 
 
-GROUPS = (
-    Group("goldens: logits, log-probs, gradients of transformers", (
+CHECKS = (
+    Check("goldens: logits, log-probs, gradients of transformers", (
         "test_models/test_gpt_oss.py", "test_models/test_lora.py", "test_models/test_yarn.py")),
-    Group("kernels against float64", (
+    Check("kernels against float64", (
         "test_kernels/attention/test_packed.py", "test_kernels/attention/test_decode.py", "test_kernels/experts/test_gemm.py",
         "test_kernels/experts/test_sorting.py", "test_kernels/head/test_log_probs.py", "test_kernels/packed/test_mxfp4.py",
         "test_kernels/packed/test_nf4.py", "test_kernels/test_norm.py", "test_kernels/test_rope.py",
         "test_kernels/test_swiglu.py", "test_kernels/test_linear.py")),
-    Group("sampler = trainer", (
+    Check("sampler = trainer", (
         "test_grpo/rollout/test_shared_prompts.py", "test_grpo/test_exactness.py", "test_grpo/test_batch.py")),
-    Group("gradients of every estimator, by enumeration", ("test_grpo/test_policy_gradient.py",)),
-    Group("the update, restated", ("test_grpo/test_update.py",)),
-    Group("the KL's reference, through runs and resumes", ("test_grpo/test_kl.py",)),
-    Group("losses, advantages, optimizer", (
+    Check("gradients of every estimator, by enumeration", ("test_grpo/test_policy_gradient.py",)),
+    Check("the update, restated", ("test_grpo/test_update.py",)),
+    Check("the KL's reference, through runs and resumes", ("test_grpo/test_kl.py",)),
+    Check("losses, advantages, optimizer", (
         "test_grpo/test_losses.py", "test_grpo/test_advantages.py", "test_grpo/test_optim.py", "test_grpo/test_groups.py")),
-    Group("plans of memory, the warm-up's cache, limits of keys", (
+    Check("plans of memory, the warm-up's cache, limits of keys", (
         "test_models/test_memory_plan.py", "test_models/test_offload.py", "test_grpo/test_warmup.py",
         "test_grpo/configuration/test_config.py")),
-    Group("on the GPU: goldens, sampler = trainer, streamed experts", ("test_grpo/test_gpu.py",), needs_gpu=True),
-    Group("on the GPU: attention", (
+    Check("on the GPU: goldens, sampler = trainer, streamed experts", ("test_grpo/test_gpu.py",), needs_gpu=True),
+    Check("on the GPU: attention", (
         "test_kernels/attention/test_packed_triton.py", "test_kernels/attention/test_decode_triton.py"), needs_gpu=True),
-    Group("on the GPU: experts, head, optimizer", (
+    Check("on the GPU: experts, head, optimizer", (
         "test_kernels/experts/test_forward_triton.py", "test_kernels/packed/test_mxfp4_triton.py",
         "test_kernels/head/test_log_probs_triton.py", "test_kernels/head/test_sampling_triton.py",
         "test_kernels/test_adamw.py"), needs_gpu=True),
@@ -69,7 +69,7 @@ def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]
     if not (ROOT / "tests").is_dir():
         raise ConfigError("selftest: the tests are not installed with the package; run it in a checkout of the repository")
     print(*hardware_report(), sep="\n", flush=True)
-    failures = check_groups([group for group in GROUPS if torch.cuda.is_available() or not group.needs_gpu])
+    failures = run_checks([check for check in CHECKS if torch.cuda.is_available() or not check.needs_gpu])
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, output_dir=folder)
         code = run_training(config)
@@ -81,28 +81,28 @@ def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]
     return 1 if failures else 0
 
 
-def check_groups(groups: list[Group]) -> list[str]:
-    """Runs the groups' tests, as many at a time as there are cores, and prints a line for each group. Returns the names of those
+def run_checks(checks: list[Check]) -> list[str]:
+    """Runs the checks' tests, as many at a time as there are cores, and prints a line for each check. Returns the names of those
     that failed; what failed in them is printed too."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    width, failed = max(len(group.name) for group in groups), []
+    width, failed = max(len(check.name) for check in checks), []
     with ThreadPoolExecutor(max_workers=min(cores, 8)) as pool:
-        for group, (passed, detail) in zip(groups, pool.map(_check, groups)):
-            print(f"{'PASS' if passed else 'FAIL'}  {group.name:{width}}  {detail}", flush=True)
-            failed += [] if passed else [group.name]
+        for check, (passed, detail) in zip(checks, pool.map(_run, checks)):
+            print(f"{'PASS' if passed else 'FAIL'}  {check.name:{width}}  {detail}", flush=True)
+            failed += [] if passed else [check.name]
     return failed
 
 
-def _check(group: Group) -> tuple[bool, str]:
-    """Whether a group's tests pass, and in words how many did or which did not."""
+def _run(check: Check) -> tuple[bool, str]:
+    """Whether a check's tests pass, and in words how many did or which did not."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
-               "gpu" if group.needs_gpu else "not gpu and not slow", *(f"tests/{file}" for file in group.files)]
+               "gpu" if check.needs_gpu else "not gpu and not slow", *(f"tests/{file}" for file in check.files)]
     try:
         found = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                               timeout=_GROUP_SECONDS, stdin=subprocess.DEVNULL)
+                               timeout=_CHECK_SECONDS, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return False, f"not done after {_GROUP_SECONDS} s"
+        return False, f"not done after {_CHECK_SECONDS} s"
     seconds, lines = time.perf_counter() - started, (found.stdout + found.stderr).strip().splitlines() or ["no output"]
     count = re.search(r"(\d+) passed", lines[-1])
     if found.returncode == 0 and count:

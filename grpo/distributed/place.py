@@ -12,7 +12,7 @@ FIRST_PORT, NUM_PORTS = 20000, 10000  # of those that jobs of SLURM use, by the 
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     rank: int
     num_ranks: int
     local_rank: int  # on this node
@@ -26,7 +26,7 @@ class Place:
         return f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
 
 
-def find_place(variables: Mapping[str, str]) -> Place | None:
+def find_place(variables: Mapping[str, str]) -> RankPlace | None:
     """None for a process that was started alone. Raises ConfigError for variables that contradict each other."""
     if "RANK" in variables and "WORLD_SIZE" in variables:
         missing = [name for name in TORCHRUN if name not in variables]
@@ -36,14 +36,14 @@ def find_place(variables: Mapping[str, str]) -> Place | None:
         rank, num_ranks, port = (_number(variables, name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
         local_rank = _number(variables, "LOCAL_RANK") if "LOCAL_RANK" in variables else rank
         num_local = _number(variables, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in variables else num_ranks
-        place = Place(rank, num_ranks, local_rank, num_local, variables["MASTER_ADDR"], port, True)
+        place = RankPlace(rank, num_ranks, local_rank, num_local, variables["MASTER_ADDR"], port, True)
     elif int(variables.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in variables:  # a batch script has none of a step
         rank, num_ranks, local_rank = (_number(variables, name)
                                        for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
         num_local = int(variables.get("SLURM_STEP_TASKS_PER_NODE", str(num_ranks)).partition("(")[0].partition(",")[0])
         address = variables.get("MASTER_ADDR") or first_host(variables.get("SLURM_STEP_NODELIST", "localhost"))
         port = int(variables.get("MASTER_PORT") or FIRST_PORT + int(variables.get("SLURM_JOB_ID", "0")) % NUM_PORTS)
-        place = Place(rank, num_ranks, local_rank, num_local, address, port, False)
+        place = RankPlace(rank, num_ranks, local_rank, num_local, address, port, False)
     else:
         return None
     if not 0 <= place.rank < place.num_ranks:

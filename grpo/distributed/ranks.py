@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from grpo.config import ConfigError, Device, TrainConfig, flatten, to_dict
-from grpo.distributed.place import Place, find_place
+from grpo.distributed.place import RankPlace, find_place
 from grpo.rollout.session import Interrupted
 
 MAIN, ROLLOUT = "main", "rollout"  # channels of exchanges: those of one do not wait for those of the other
@@ -45,7 +45,7 @@ class RankFault(RuntimeError):
 class Ranks:
     """This process among the others. rank, num_ranks, local_rank: its number, how many there are, its number on this node."""
 
-    def __init__(self, place: Place, store: dist.Store) -> None:
+    def __init__(self, place: RankPlace, store: dist.Store) -> None:
         self.place, self.rank, self.num_ranks, self.local_rank = place, place.rank, place.num_ranks, place.local_rank
         self.part, self.num_parts = place.rank, place.num_ranks  # of the work
         self.sharer, self.num_sharers = 0, 1  # of the experts: ranks that share them do the same part of the work
@@ -370,7 +370,7 @@ def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
     return Ranks(place, _open_store(place))
 
 
-def _open_store(place: Place) -> dist.Store:
+def _open_store(place: RankPlace) -> dist.Store:
     """The store by which ranks meet: torchrun's own, else rank 0 serves one."""
     is_server = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

@@ -7,31 +7,31 @@ from paths import ROOT
 from grpo import selftest
 from grpo.config import ConfigError
 from grpo.configuration.launch import load_config
-from grpo.selftest import Group, check_bands, check_groups, decode_ceiling, hardware_report, run_selftest
+from grpo.selftest import Check, check_bands, decode_ceiling, hardware_report, run_checks, run_selftest
 
 
 @pytest.fixture
-def groups(tmp_path, monkeypatch) -> list[Group]:
-    """A group that passes, one with a failing test, one whose file is not there, one without tests."""
+def checks(tmp_path, monkeypatch) -> list[Check]:
+    """A check that passes, one with a failing test, one whose file is not there, one without tests."""
     tests = tmp_path / "tests"
     tests.mkdir()
     (tests / "test_right.py").write_text("def test_sum():\n    assert 1 + 1 == 2\n")
     (tests / "test_wrong.py").write_text("def test_sum():\n    assert 1 + 1 == 3\n\n\ndef test_fine():\n    pass\n")
     (tests / "test_none.py").write_text("")
     monkeypatch.setattr(selftest, "ROOT", tmp_path)
-    return [Group(name, (f"test_{name}.py",)) for name in ("right", "wrong", "gone", "none")]
+    return [Check(name, (f"test_{name}.py",)) for name in ("right", "wrong", "gone", "none")]
 
 
-def test_a_group_passes_only_if_its_tests_ran_and_passed(groups, capsys):
-    assert check_groups(groups) == ["wrong", "gone", "none"]
+def test_a_check_passes_only_if_its_tests_ran_and_passed(checks, capsys):
+    assert run_checks(checks) == ["wrong", "gone", "none"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("PASS  right  1 tests")
     assert any("test_wrong.py::test_sum" in line for line in lines) and not any("test_fine" in line for line in lines)
 
 
-def test_every_file_of_a_group_is_there():
-    for group in selftest.GROUPS:
-        assert all((ROOT / "tests" / file).is_file() for file in group.files), group
+def test_every_file_of_a_check_is_there():
+    for check in selftest.CHECKS:
+        assert all((ROOT / "tests" / file).is_file() for file in check.files), check
 
 
 def test_a_band_is_compared_with_the_last_value_of_its_step(capsys):
@@ -43,10 +43,10 @@ def test_a_band_is_compared_with_the_last_value_of_its_step(capsys):
 
 
 @pytest.mark.parametrize(("reached", "code", "verdict"), [(0.5, 0, "selftest PASS"), (0.4, 1, "selftest FAIL: wrong; reward@20")])
-def test_the_verdict_names_what_failed(groups, monkeypatch, capsys, reached, code, verdict):
+def test_the_verdict_names_what_failed(checks, monkeypatch, capsys, reached, code, verdict):
     config = load_config("train", ["+experiment=selftest"])
     config.selftest.bands = {"reward@20": [0.45, 1.0]}
-    monkeypatch.setattr(selftest, "GROUPS", groups[:1] if code == 0 else groups[:2])
+    monkeypatch.setattr(selftest, "CHECKS", checks[:1] if code == 0 else checks[:2])
     monkeypatch.setattr(selftest, "hardware_report", lambda: ["a machine"])
 
     def run_training(config) -> int:
@@ -59,9 +59,9 @@ def test_the_verdict_names_what_failed(groups, monkeypatch, capsys, reached, cod
     assert capsys.readouterr().out.splitlines()[-1] == verdict
 
 
-def test_a_run_that_ends_early_is_no_pass(groups, monkeypatch, capsys):
+def test_a_run_that_ends_early_is_no_pass(checks, monkeypatch, capsys):
     config = load_config("train", ["+experiment=selftest"])
-    monkeypatch.setattr(selftest, "GROUPS", groups[:1])
+    monkeypatch.setattr(selftest, "CHECKS", checks[:1])
     assert run_selftest(config, lambda config: 6) == 6
     assert "PASS  right" in capsys.readouterr().out
 
