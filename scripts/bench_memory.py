@@ -66,10 +66,10 @@ def run_case(case: str, checkpoint: Path, folder: Path, *, prompt_tokens: int, s
     (folder / "rewards.py").write_text(REWARD)
     command = [
         sys.executable, "-m", "grpo.train", "+experiment=gpt_oss_20b_lora", f"model.path={checkpoint}",
-        f"env.path={folder / 'data.jsonl'}", f"env.rewards={folder / 'rewards.py'}:even", f"env.max_prompt_tokens={prompt_tokens}",
-        f"steps={steps}",
-        "rollout.prompts_per_step=1", f"rollout.group_size={group}", f"rollout.max_new_tokens={length - prompt_tokens}",
-        "rollout.refill_rounds=0", "eval.at_start=false", "eval.at_end=false", "eval.every=0", "checkpoint.every=0", "name=run",
+        f"env.path={folder / 'data.jsonl'}", f"env.rewards={folder / 'rewards.py'}:even", f"steps={steps}",
+        f"env.max_prompt_tokens={prompt_tokens}", "rollout.prompts_per_step=1", f"rollout.group_size={group}",
+        f"rollout.max_new_tokens={length - prompt_tokens}", "rollout.refill_rounds=0", "eval.at_start=false", "eval.at_end=false",
+        "eval.every=0", "checkpoint.every=0", "name=run",
         f"output_dir={folder}", "wandb.mode=disabled", *keys]
     if budget != "free":
         command.append(f"model.memory_gb={budget}")

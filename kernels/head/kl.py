@@ -149,8 +149,8 @@ def _kl_reduce_kernel(maxima, sums, dots, ref_maxima, ref_sums, kl, lse, mean, n
     mean_difference = tl.sum(factors * tl.load(dots + at, mask=mask, other=0.0), 0) / total
     tl.store(lse + row, maximum + tl.log2(total))
     tl.store(mean + row, mean_difference)
-    # maxima are whole numbers, so their difference is exact, and the logarithm of a ratio near 1 keeps its digits; a plain division
-    # on a GPU may be off by a unit in the last place, also of equal sums
+    # maxima are whole numbers, so their difference is exact, and the logarithm of a ratio near 1 keeps its digits; a GPU's
+    # plain division may be off by a unit in the last place, of equal sums too
     tl.store(kl + row, (mean_difference - (maximum - ref_maximum) - tl.log2(tl.div_rn(total, ref_total))) * LN2)
 
 
