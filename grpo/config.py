@@ -23,7 +23,7 @@ from grpo.configuration.algorithm import AdvantageConfig, EntropyConfig, KlConfi
 from grpo.configuration.fields import number
 from grpo.configuration.nodes import CheckpointConfig, CurriculumConfig, LogConfig, SelftestConfig, WandbConfig
 from grpo.configuration.suggestions import suggest
-from grpo.distributed.settings import DistributedConfig
+from grpo.distributed.settings import DistributedConfig, WaitConfig
 from models.chat.form import Form
 from models.formats.atomic import write_text
 
@@ -340,7 +340,8 @@ class EvaluateConfig(InferenceConfig):
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
     max_prompts: int = number("[1, inf)")  # held-out prompts
-    max_batch: int = number("[1, inf)")  # completions decoded together
+    max_batch: int = number("[1, inf)")  # completions decoded together, by each process
+    distributed: WaitConfig = field(default_factory=WaitConfig)
     output: Optional[str] = None  # JSON file for the result; null: print only
 
 

@@ -3,6 +3,8 @@
     python -m grpo.evaluate run=runs/NAME [step=N] [num_samples=8]
     python -m grpo.evaluate +model=gpt_oss_20b model.path=FOLDER +env=dataset env.path=FILE.jsonl
 
+Under torchrun each process samples and scores some of the prompts; the result is that of one process.
+
 pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n samples (arXiv 2107.03374, eq. 1), averaged over
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
 same keys, so that they differ by the policy only.
@@ -13,6 +15,7 @@ import os
 import re
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,8 +23,8 @@ from pathlib import Path
 
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
-from grpo.configuration.launch import launch
-from grpo.distributed.ranks import Ranks
+from grpo.configuration.launch import is_sweep, launch, speaks_for_node
+from grpo.distributed.ranks import RankFault, Ranks, join, leads
 from grpo.distributed.rollout import all_scored, own_completions
 from grpo.environment import (
     Environment,
@@ -38,8 +41,8 @@ from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
-from grpo.run.failures import describe_failure
-from grpo.run.policy import load_policy
+from grpo.run.failures import describe_failure, settle
+from grpo.run.policy import load_policy, prepare_device
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 # An environment's metrics of these names keep their `env/`: evaluation has its own.
@@ -138,33 +141,57 @@ def show_progress(activity: str) -> Callable[[int, int], None]:
 
 
 def run_evaluation(config: EvaluateConfig) -> int:
-    """Evaluates a run or a checkpoint, prints a table of the metrics, writes them as JSON where `output` says. Returns the exit
-    code."""
+    """Evaluates a run or a checkpoint, prints a table of the metrics, writes them as JSON where `output` says. Of several ranks
+    rank 0 does both. Returns the exit code."""
+    ranks, code = None, 0
     try:
-        output = None if config.output is None else writable_file(config.output)
-        loaded = load_policy(config, config.env, max_batch=config.max_batch)
-        trained = loaded.trained
-        config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
-        what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
-        env = make_environment(config.env or trained.env, loaded.tokenizer, seed=config.seed, total_steps=0,
-                               sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode), chat_form=config.turns.form)
-        check_methods(env, ("eval_prompts", "score"))
-        prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
-                                   vocab_size=loaded.policy.config.vocab_size)
-        metrics, _ = evaluate(env, loaded.sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
-                              greedy=config.greedy, progress=show_progress("evaluating"),
-                              turns=Turns.of(env, loaded.tokenizer, config.turns))
-        result = {**what, "num_prompts": len(prompts), **metrics}
-        print(clean(results_table(result), sys.stdout.encoding), flush=True)
-        if output is not None:
-            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        ranks = join(config, is_sweep=is_sweep())
+        output = None if config.output is None or not leads(ranks) else writable_file(config.output)
+        if ranks is not None:
+            ranks.begin(config, prepare_device(config)[0])
+        result = measure(config, ranks)
+        if leads(ranks):
+            print(clean(results_table(result), sys.stdout.encoding), flush=True)
+            if output is not None:
+                output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)
-        if failure.reason == "failed":
-            raise
-        print_error("error", failure.message)
-        return failure.code
-    return 0
+        if failure.reason == "failed" and not isinstance(error, RankFault):
+            failure.message = traceback.format_exc()
+        failure = settle(ranks, failure)
+        if speaks_for_node() if ranks is None else ranks.speaks():
+            print_error("error", failure.message)
+        code = failure.code
+    if ranks is not None:
+        ranks.leave()
+    return code
+
+
+def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
+    """What was evaluated, on how many prompts, and the metrics."""
+    loaded = load_policy(config, config.env, max_batch=config.max_batch)
+    should_stop, progress = None, show_progress("evaluating")
+    if ranks is not None:
+        should_stop = ranks.watch(lambda: False)  # another rank's failure
+        ranks.show = note if leads(ranks) else None
+        if not leads(ranks):
+            loaded.sampler.warn, progress = ranks.notes.append, None
+    trained = loaded.trained
+    config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
+    what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
+    env = make_environment(config.env or trained.env, loaded.tokenizer, seed=config.seed, total_steps=0,
+                           sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode), chat_form=config.turns.form)
+    check_methods(env, ("eval_prompts", "score"))
+    prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
+                               vocab_size=loaded.policy.config.vocab_size)
+    metrics, _ = evaluate(env, loaded.sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
+                          greedy=config.greedy, should_stop=should_stop, progress=progress,
+                          turns=Turns.of(env, loaded.tokenizer, config.turns), ranks=ranks)
+    return {**what, "num_prompts": len(prompts), **metrics}
+
+
+def note(text: str) -> None:
+    print(clean(text, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
 def writable_file(name: str) -> Path:

@@ -24,8 +24,9 @@ from dataclasses import replace
 
 from grpo.batch import Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
-from grpo.configuration.launch import FAILED, launch
+from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
+from grpo.distributed.place import check_alone
 from grpo.environment import encode_question, make_environment
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
@@ -234,6 +235,7 @@ def questions() -> Iterator[str]:
 def run_generation(config: GenerateConfig) -> int:
     """Answers the prompt, or chats. Returns the exit code."""
     try:
+        check_alone("grpo.generate")
         conversation = load_conversation(config)
         if config.prompt is None:
             chat(conversation)
@@ -249,7 +251,8 @@ def run_generation(config: GenerateConfig) -> int:
         failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed":
             raise
-        print_error("error", failure.message)
+        if speaks_for_node():
+            print_error("error", failure.message)
         return failure.code
     return 0
 

@@ -18,7 +18,7 @@ from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
 from grpo.configuration.launch import is_sweep, launch, speaks_for_node
 from grpo.distributed.experts import check_sharing
-from grpo.distributed.ranks import RankFault, Ranks, join
+from grpo.distributed.ranks import RankFault, Ranks, join, leads
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import Groups, completion_record
@@ -40,7 +40,7 @@ from grpo.run.finish import (
 )
 from grpo.run.lock import RunInUseError
 from grpo.run.signals import GracefulStop
-from grpo.run.start import Run, await_kernels, hold_run, leads, prepare_weights, start
+from grpo.run.start import Run, await_kernels, hold_run, prepare_weights, start
 from grpo.selftest import run_selftest
 from grpo.update import evaluate_recorded
 from models.rehearsal import compiled_meanwhile

@@ -51,6 +51,14 @@ def find_place(variables: Mapping[str, str]) -> RankPlace | None:
     return place
 
 
+def check_alone(program: str) -> None:
+    """Raises ConfigError where several processes were started for what one does."""
+    place = find_place(os.environ)
+    if place is not None and place.num_ranks > 1:
+        raise ConfigError(f"{program} is the work of one process, and {place.num_ranks} were started: start it with python -m "
+                          f"{program}; many prompts are shared by torchrun ... -m grpo.evaluate")
+
+
 def first_host(nodes: str) -> str:
     """The first name of a list of nodes as SLURM writes it: gpu[03-05,09],login1 is gpu03."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)

@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from grpo.config import ConfigError, Device, TrainConfig, flatten, to_dict
+from grpo.config import ConfigError, Device, EvaluateConfig, TrainConfig, flatten, to_dict
 from grpo.distributed.place import RankPlace, find_place
 from grpo.rollout.session import Interrupted
 
@@ -265,7 +265,7 @@ class Ranks:
 
     # ---- the start
 
-    def begin(self, config: TrainConfig, device: torch.device) -> None:
+    def begin(self, config: TrainConfig | EvaluateConfig, device: torch.device) -> None:
         """Meets the others, compares settings and GPUs, and opens the collectives. Raises ConfigError for what differs."""
         about = {"name": self.place.name, "host": os.uname().nodename, "pid": os.getpid(), "torch": torch.__version__,
                  "device": str(device), "gpu": None}
@@ -292,7 +292,8 @@ class Ranks:
             dist.broadcast(sent, src=0)
             torch.cuda.synchronize(device)
         self._groups = {channel: dist.new_group(backend="gloo", timeout=limit) for channel in (MAIN, ROLLOUT)}
-        self._divide(config.distributed.expert_parallel, limit)
+        if isinstance(config, TrainConfig):
+            self._divide(config.distributed.expert_parallel, limit)
         self.timeout = config.distributed.timeout
         threading.Thread(target=self._end_with_the_others, daemon=True).start()
 
@@ -344,7 +345,12 @@ def _is_gone(pid: int) -> bool:
         return True
 
 
-def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
+def leads(ranks: Ranks | None) -> bool:
+    """Whether this process writes files and speaks: it is alone, or rank 0."""
+    return ranks is None or ranks.rank == 0
+
+
+def join(config: TrainConfig | EvaluateConfig, *, is_sweep: bool) -> Ranks | None:
     """This process among the ranks that torchrun or srun started, with its GPU chosen; None if it was started alone. Raises
     ConfigError."""
     place = find_place(os.environ)
@@ -352,14 +358,8 @@ def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
         return None
     if is_sweep:
         raise ConfigError("-m: a sweep runs its jobs one after the other in one process; under torchrun start one run")
-    num_parts = place.num_ranks // config.distributed.expert_parallel
-    if num_parts > config.rollout.prompts_per_step:
-        groups = "ranks" if num_parts == place.num_ranks else "groups of ranks"
-        raise ConfigError(f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: must be at least the number of "
-                          f"{groups} ({num_parts}), which share the prompts of a step; a multiple keeps all busy")
-    if config.optim.in_backward and place.num_ranks > 1:
-        raise ConfigError("optim.in_backward = True: an update in the backward knows only one rank's gradients; set "
-                          "optim.in_backward=false with several ranks")
+    if isinstance(config, TrainConfig):
+        _check_division(config, place.num_ranks)
     if config.device != Device.cpu and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if place.local_rank >= num_gpus > 1 or (num_gpus == 1 and place.local_rank and place.is_torchrun):
@@ -368,6 +368,18 @@ def join(config: TrainConfig, *, is_sweep: bool) -> Ranks | None:
                               f"{'s' if num_gpus > 1 else ''} (CUDA_VISIBLE_DEVICES: {visible}); set --nproc-per-node to that")
         torch.cuda.set_device(place.local_rank if num_gpus > 1 else 0)
     return Ranks(place, _open_store(place))
+
+
+def _check_division(config: TrainConfig, num_ranks: int) -> None:
+    """Raises ConfigError for a run that so many ranks cannot share."""
+    num_parts = num_ranks // config.distributed.expert_parallel
+    if num_parts > config.rollout.prompts_per_step:
+        groups = "ranks" if num_parts == num_ranks else "groups of ranks"
+        raise ConfigError(f"rollout.prompts_per_step = {config.rollout.prompts_per_step}: must be at least the number of "
+                          f"{groups} ({num_parts}), which share the prompts of a step; a multiple keeps all busy")
+    if config.optim.in_backward and num_ranks > 1:
+        raise ConfigError("optim.in_backward = True: an update in the backward knows only one rank's gradients; set "
+                          "optim.in_backward=false with several ranks")
 
 
 def _open_store(place: RankPlace) -> dist.Store:

@@ -13,7 +13,15 @@ class Reduction(StrEnum):
 
 
 @dataclass
-class DistributedConfig:
+class WaitConfig:
+    """What every program of several processes has."""
+
+    # seconds that a rank waits for the others before the run ends: longer than the slowest call of a reward or tool
+    timeout: float = number("(0, 604800]", "seconds; 1800 is usual", default=1800.0)
+
+
+@dataclass
+class DistributedConfig(WaitConfig):
     """A run of several processes, one for each GPU, that torchrun or srun start. Of one process only `micro_batches` counts."""
 
     reduction: Reduction = Reduction.ordered
@@ -22,5 +30,3 @@ class DistributedConfig:
     micro_batches: int = number("[0, inf)", "0 is off", default=0)
     # so many ranks side by side hold the experts together, each some, and do the same work; the groups of them share it
     expert_parallel: int = number("[1, 1024]", "1: every rank has all experts", default=1)
-    # seconds that a rank waits for the others before the run ends: longer than the slowest call of a reward or tool
-    timeout: float = number("(0, 604800]", "seconds; 1800 is usual", default=1800.0)

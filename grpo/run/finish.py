@@ -9,6 +9,7 @@ import torch
 from grpo.config import ConfigError, TrainConfig, run_folder, shown
 from grpo.configuration.launch import PREEMPTED, typed_words
 from grpo.distributed.place import find_place
+from grpo.distributed.ranks import leads
 from grpo.out_of_memory import is_out_of_memory
 from grpo.record.terminal import print_error
 from grpo.rollout.session import Interrupted
@@ -18,7 +19,7 @@ from grpo.run.failures import Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import parameter_tensors
 from grpo.run.rollouts import write
-from grpo.run.start import OPTIM, Run, leads
+from grpo.run.start import OPTIM, Run
 from models.formats.atomic import remove
 
 

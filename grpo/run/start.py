@@ -27,7 +27,7 @@ from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
 from grpo.distributed.experts import expert_share
-from grpo.distributed.ranks import Ranks
+from grpo.distributed.ranks import Ranks, leads
 from grpo.distributed.silence import SilentMetrics
 from grpo.entropy import EntropyBonus, check_entropy
 from grpo.environment import (
@@ -188,11 +188,6 @@ def open_record(config: TrainConfig, run_dir: Path, tokenizer: Tokenizer, state:
     return Metrics(run_dir, wandb=config.wandb, config=to_dict(config), run_name=config.name, total_steps=config.steps,
                    wandb_id=state.state["wandb_id"] if state else None, provenance=provenance(seed=config.seed, device=device)
                    | ({} if sandbox is None else {"sandbox": sandbox.describe()}), tensorboard=config.log.tensorboard)
-
-
-def leads(ranks: Ranks | None) -> bool:
-    """Whether this process writes the run's folder and speaks: it is alone, or rank 0."""
-    return ranks is None or ranks.rank == 0
 
 
 @contextmanager

@@ -3,29 +3,16 @@
 import json
 import re
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from paths import FIXTURES
+from started_ranks import SPREAD, Ended, at_call, run_ranks
 
 from grpo.config import ConfigError, Device, Train
 from grpo.distributed.experts import check_sharing
 
-# Every group has a spread, but for one now and then, which is replaced.
-SPREAD = """
-import zlib
-from grpo.envs.carry import Carry
-from grpo.environment import Score
-
-def judge(completion):
-    return zlib.crc32(repr(completion.completion_ids).encode()) % 11 / 10 if completion.prompt.id % 5 != 3 else 0.0
-
-class Spread(Carry):
-    def score(self, completions):
-        return [Score(judge(completion), {}, {}, False) for completion in completions]
-"""
 RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=spread.Spread", "rollout.prompts_per_step=4",
        "rollout.group_size=3", "rollout.max_new_tokens=6", "rollout.refill_rounds=1", "optim.max_tokens=60",
        "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=2", "eval.max_prompts=3", "eval.at_end=false",
@@ -35,41 +22,9 @@ ADAPTER = (f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES 
            "model.architecture=null", "model.train=lora", f"model.lora={LORA}")
 SHARED = (*ADAPTER, "distributed.expert_parallel=2")
 BRIEF = ("eval.every=0", "eval.at_start=false", "kl.coefficient=0", "optim.minibatches=1")  # for runs that fail
-# Ends this process at the given call of a function: by a signal, or never.
-AT_CALL = """
-import os, pkgutil, signal, time
-module = pkgutil.resolve_name("{module}")
-original, calls = module.{name}, []
-def counted(*arguments, **keywords):
-    calls.append(None)
-    if len(calls) == {count}:
-        {action}
-    return original(*arguments, **keywords)
-module.{name} = counted
-"""
 KILL, HANG, STOP = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1e6)", "os.kill(os.getpid(), signal.SIGTERM)"
 # from then on, when both ranks are there: a limit for the start would depend on how busy the machine is
 SHORTEN = "import gc; [setattr(item, 'timeout', 1.0) for item in gc.get_objects() if type(item).__name__ == 'Ranks']"
-HURRY = "import grpo.distributed.ranks as ranks\nranks.GRACE_SECONDS = 0.2\nranks.LOOK_SECONDS = 0.1\n"
-
-
-def at_call(place: str, count: int, action: str) -> str:
-    module, _, name = place.rpartition(".")
-    return AT_CALL.format(module=module, name=name, count=count, action=action)
-
-
-@dataclass
-class Ended:
-    codes: list[int]
-    out: list[str]
-    errors: list[str]
-
-    @property
-    def message(self) -> str:
-        """The only error that the ranks printed together."""
-        lines = [line for text in self.errors for line in text.splitlines() if re.match(r"(error|stopped|config error):", line)]
-        assert len(lines) == 1, self.errors
-        return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +33,11 @@ def launch(entry_points, tmp_path_factory):
     folder = tmp_path_factory.mktemp("modules")
     (folder / "spread.py").write_text(SPREAD)
 
-    def run(num_ranks: int, output_dir: Path, *arguments: str, before: dict[int, str] | None = None,
-            own: dict[int, tuple] | None = None, port: int | None = None) -> Ended:
-        port = port or free_port()
-        commands = [entry_points.start(
-            "grpo.train", *RUN, f"output_dir={output_dir}", *arguments, *(own or {}).get(rank, ()), writes_report=False,
-            before=HURRY + (before or {}).get(rank, ""), path=(folder,), RANK=str(rank), LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            for rank in range(num_ranks)]
-        results = [command.wait(120) for command in commands]
-        return Ended([result.code for result in results], [result.out for result in results], [result.err for result in results])
+    def run(num_ranks: int, output_dir: Path, *arguments: str, **options) -> Ended:
+        return run_ranks(entry_points, "grpo.train", num_ranks, *RUN, f"output_dir={output_dir}", *arguments,
+                         writes_report=False, path=(folder,), **options)
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def metrics(run_dir: Path) -> list[dict]:

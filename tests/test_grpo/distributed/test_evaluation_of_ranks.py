@@ -1,0 +1,60 @@
+"""Evaluations of 2 and 4 ranks on the CPU, by gloo: the same result, written once, and one message where a rank fails."""
+
+import json
+import re
+
+import pytest
+from started_ranks import SPREAD, at_call, run_ranks
+
+EVALUATION = ("+model=tiny", "+env=carry", "env._target_=spread.Spread", "max_prompts=5", "num_samples=2", "max_new_tokens=6",
+              "distributed.timeout=60")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "spread.py").write_text(SPREAD)
+    return folder
+
+
+@pytest.fixture
+def evaluate(entry_points, folder):
+    def run(num_ranks, *arguments, **options):
+        return run_ranks(entry_points, "grpo.evaluate", num_ranks, *EVALUATION, *arguments, path=(folder,), **options)
+
+    return run
+
+
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_write_and_print_what_one_process_does(evaluate, entry_points, folder, tmp_path, num_ranks):
+    alone = entry_points.run("grpo.evaluate", *EVALUATION, f"output={tmp_path / 'alone.json'}", path=(folder,))
+    assert alone.code == 0, alone.err
+    expected = (tmp_path / "alone.json").read_bytes()
+    assert len({value for name, value in json.loads(expected).items() if "reward" in name or "@" in name}) > 3
+    output = tmp_path / "shared.json"
+    ended = evaluate(num_ranks, f"output={output}")
+    assert ended.codes == [0] * num_ranks, ended.errors
+    assert output.read_bytes() == expected
+    assert ended.out == [alone.out] + [""] * (num_ranks - 1)
+
+
+@pytest.mark.parametrize("action, code, message", [
+    ("raise KeyError('no such answer')", 4, r"error: rank 1 \(.*\): environment Spread.score raised KeyError"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", -9, r"error: rank 1 \(.*\) ended without a word: it was killed")])
+def test_a_rank_that_fails_ends_all_with_one_message_and_no_result(evaluate, tmp_path, action, code, message):
+    ended = evaluate(2, f"output={tmp_path / 'result.json'}", before={1: at_call("spread.judge", 1, action)})
+    assert ended.codes == [max(code, 1), code]
+    assert re.match(message, ended.message)
+    assert not (tmp_path / "result.json").exists() and ended.out == ["", ""]
+
+
+def test_an_output_that_only_rank_0_cannot_write_ends_all(evaluate, tmp_path):
+    ended = evaluate(2, own={0: (f"output={tmp_path / 'missing' / 'result.json'}",), 1: (f"output={tmp_path / 'result.json'}",)})
+    assert ended.codes == [2, 2]
+    assert "rank 0" in ended.message and "cannot be written" in ended.message
+
+
+def test_a_chat_of_several_processes_is_refused(entry_points):
+    ended = run_ranks(entry_points, "grpo.generate", 2, "+model=tiny", "prompt=1+2")
+    assert ended.codes == [2, 2]
+    assert all("is the work of one process, and 2 were started" in text for text in ended.errors)

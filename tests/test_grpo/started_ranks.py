@@ -1,0 +1,69 @@
+"""Starts the ranks of a program, as torchrun would, and says how they ended."""
+
+import re
+import socket
+from dataclasses import dataclass
+
+# Every group has a spread, but for one now and then, which is replaced; the numbers show each token of a completion.
+SPREAD = """
+import zlib
+from grpo.envs.carry import Carry
+from grpo.environment import Score
+
+def judge(completion):
+    return zlib.crc32(repr(completion.completion_ids).encode()) % 11 / 10 if completion.prompt.id % 5 != 3 else 0.0
+
+class Spread(Carry):
+    def score(self, completions):
+        return [Score(judge(completion), {}, {}, False) for completion in completions]
+"""
+# Ends this process at the given call of a function: by a signal, or never.
+AT_CALL = """
+import os, pkgutil, signal, time
+module = pkgutil.resolve_name("{module}")
+original, calls = module.{name}, []
+def counted(*arguments, **keywords):
+    calls.append(None)
+    if len(calls) == {count}:
+        {action}
+    return original(*arguments, **keywords)
+module.{name} = counted
+"""
+HURRY = "import grpo.distributed.ranks as ranks\nranks.GRACE_SECONDS = 0.2\nranks.LOOK_SECONDS = 0.1\n"
+
+
+def at_call(place: str, count: int, action: str) -> str:
+    module, _, name = place.rpartition(".")
+    return AT_CALL.format(module=module, name=name, count=count, action=action)
+
+
+@dataclass
+class Ended:
+    codes: list[int]
+    out: list[str]
+    errors: list[str]
+
+    @property
+    def message(self) -> str:
+        """The only error that the ranks printed together."""
+        lines = [line for text in self.errors for line in text.splitlines() if re.match(r"(error|stopped|config error):", line)]
+        assert len(lines) == 1, self.errors
+        return lines[0]
+
+
+def run_ranks(entry_points, module: str, num_ranks: int, *arguments: str, before: dict[int, str] | None = None,
+              own: dict[int, tuple] | None = None, port: int | None = None, **options) -> Ended:
+    """before, own: code that a rank runs first, and arguments that it alone has."""
+    port = port or free_port()
+    commands = [entry_points.start(
+        module, *arguments, *(own or {}).get(rank, ()), before=HURRY + (before or {}).get(rank, ""), RANK=str(rank),
+        LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), **options) for rank in range(num_ranks)]
+    results = [command.wait(120) for command in commands]
+    return Ended([result.code for result in results], [result.out for result in results], [result.err for result in results])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
