@@ -23,7 +23,7 @@ from pathlib import Path
 
 from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, EvaluateConfig
-from grpo.configuration.launch import is_sweep, launch, speaks_for_node
+from grpo.configuration.launch import is_sweep, launch
 from grpo.distributed.ranks import RankFault, Ranks, join, leads
 from grpo.distributed.rollout import all_scored, own_completions
 from grpo.environment import (
@@ -41,7 +41,7 @@ from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
-from grpo.run.failures import describe_failure, settle
+from grpo.run.failures import describe_failure, end, settle
 from grpo.run.policy import load_policy, prepare_device
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
@@ -143,7 +143,7 @@ def show_progress(activity: str) -> Callable[[int, int], None]:
 def run_evaluation(config: EvaluateConfig) -> int:
     """Evaluates a run or a checkpoint, prints a table of the metrics, writes them as JSON where `output` says. Of several ranks
     rank 0 does both. Returns the exit code."""
-    ranks, code = None, 0
+    ranks = failure = None
     try:
         ranks = join(config, is_sweep=is_sweep())
         output = None if config.output is None or not leads(ranks) else writable_file(config.output)
@@ -159,12 +159,7 @@ def run_evaluation(config: EvaluateConfig) -> int:
         if failure.reason == "failed" and not isinstance(error, RankFault):
             failure.message = traceback.format_exc()
         failure = settle(ranks, failure)
-        if speaks_for_node() if ranks is None else ranks.speaks():
-            print_error("error", failure.message)
-        code = failure.code
-    if ranks is not None:
-        ranks.leave()
-    return code
+    return end(failure, ranks, report=lambda failure: print_error("error", failure.message))
 
 
 def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:

@@ -10,15 +10,16 @@ resumable.
 """
 import sys
 import time
+from functools import partial
 
 import torch
 
 from grpo.ahead import draw_and_update
 from grpo.batch import Completion
 from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
-from grpo.configuration.launch import is_sweep, launch, speaks_for_node
+from grpo.configuration.launch import is_sweep, launch
 from grpo.distributed.experts import check_sharing
-from grpo.distributed.ranks import RankFault, Ranks, join, leads
+from grpo.distributed.ranks import RankFault, join, leads
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import Groups, completion_record
@@ -28,7 +29,7 @@ from grpo.record.wandb_run import end_soon
 from grpo.recorded import is_recorded
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted
-from grpo.run.failures import DeadRun, Failure, describe_failure, settle
+from grpo.run.failures import DeadRun, describe_failure, end, settle
 from grpo.run.finish import (
     export_policy,
     keep_finished_steps,
@@ -183,17 +184,7 @@ def run_training(config: TrainConfig) -> int:
         run = state = None  # a sweep's next job needs the memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return end(failure, config, ranks)
-
-
-def end(failure: Failure | None, config: TrainConfig, ranks: Ranks | None) -> int:
-    """Says why a run failed, lets the other ranks go, and returns the exit code."""
-    code = 0 if failure is None else failure.code
-    if failure is not None and (speaks_for_node() if ranks is None else ranks.speaks()):
-        report_failure(failure, config)
-    if ranks is not None:
-        ranks.leave()
-    return code
+    return end(failure, ranks, report=partial(report_failure, config=config))
 
 
 def main(config: TrainConfig) -> int:

@@ -2,11 +2,12 @@
 import contextlib
 import errno
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.config import RESUMABLE_KEYS, ConfigError, TrainConfig, flatten, key_matches, to_dict
-from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED
+from grpo.configuration.launch import CONFIG_ERROR, FAILED, PREEMPTED, speaks_for_node
 from grpo.distributed.ranks import RankFault, Ranks
 from grpo.envs.data_files import DataError
 from grpo.optim import NonFiniteError
@@ -82,6 +83,15 @@ def settle(ranks: Ranks | None, failure: Failure) -> Failure:
         return failure
     fault = ranks.settle(failure.message, reason=failure.reason, code=failure.code, is_stopped=failure.code == PREEMPTED)
     return failure if fault is None else Failure(fault.reason, fault.code, str(fault))
+
+
+def end(failure: Failure | None, ranks: Ranks | None, *, report: Callable[[Failure], object]) -> int:
+    """Lets one process of all report a settled failure, lets the other ranks go, and returns the exit code."""
+    if failure is not None and (speaks_for_node() if ranks is None else ranks.speaks()):
+        report(failure)
+    if ranks is not None:
+        ranks.leave()
+    return 0 if failure is None else failure.code
 
 
 def describe_out_of_memory(error: BaseException, config: object) -> str:

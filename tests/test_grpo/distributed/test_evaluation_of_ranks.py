@@ -4,30 +4,23 @@ import json
 import re
 
 import pytest
-from started_ranks import SPREAD, at_call, run_ranks
+from started_ranks import at_call, run_ranks
 
 EVALUATION = ("+model=tiny", "+env=carry", "env._target_=spread.Spread", "max_prompts=5", "num_samples=2", "max_new_tokens=6",
               "distributed.timeout=60")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("modules")
-    (folder / "spread.py").write_text(SPREAD)
-    return folder
-
-
 @pytest.fixture
-def evaluate(entry_points, folder):
+def evaluate(entry_points, modules):
     def run(num_ranks, *arguments, **options):
-        return run_ranks(entry_points, "grpo.evaluate", num_ranks, *EVALUATION, *arguments, path=(folder,), **options)
+        return run_ranks(entry_points, "grpo.evaluate", num_ranks, *EVALUATION, *arguments, path=(modules,), **options)
 
     return run
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_write_and_print_what_one_process_does(evaluate, entry_points, folder, tmp_path, num_ranks):
-    alone = entry_points.run("grpo.evaluate", *EVALUATION, f"output={tmp_path / 'alone.json'}", path=(folder,))
+def test_ranks_write_and_print_what_one_process_does(evaluate, entry_points, modules, tmp_path, num_ranks):
+    alone = entry_points.run("grpo.evaluate", *EVALUATION, f"output={tmp_path / 'alone.json'}", path=(modules,))
     assert alone.code == 0, alone.err
     expected = (tmp_path / "alone.json").read_bytes()
     assert len({value for name, value in json.loads(expected).items() if "reward" in name or "@" in name}) > 3

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from paths import FIXTURES
-from started_ranks import SPREAD, Ended, at_call, run_ranks
+from started_ranks import Ended, at_call, run_ranks
 
 from grpo.config import ConfigError, Device, Train
 from grpo.distributed.experts import check_sharing
@@ -28,14 +28,11 @@ SHORTEN = "import gc; [setattr(item, 'timeout', 1.0) for item in gc.get_objects(
 
 
 @pytest.fixture(scope="module")
-def launch(entry_points, tmp_path_factory):
+def launch(entry_points, modules):
     """Starts the ranks of a run, as torchrun would, and waits for all of them."""
-    folder = tmp_path_factory.mktemp("modules")
-    (folder / "spread.py").write_text(SPREAD)
-
     def run(num_ranks: int, output_dir: Path, *arguments: str, **options) -> Ended:
         return run_ranks(entry_points, "grpo.train", num_ranks, *RUN, f"output_dir={output_dir}", *arguments,
-                         writes_report=False, path=(folder,), **options)
+                         writes_report=False, path=(modules,), **options)
 
     return run
 
