@@ -6,6 +6,7 @@ import inspect
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Self, TextIO
@@ -63,16 +64,29 @@ class GracefulStop:
             _write(sys.stderr, f"\n{text}. Resume with: {self.resume_hint}\n")
 
 
+_masks = threading.local()  # what a thread blocked before it forked
+
+
+def _block_signals() -> None:
+    """Until a forked child has handlers of its own: a signal that came before was lost in it, and who waits for its end hung."""
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
 def _restore_python_handlers() -> None:
     """A forked child (a pool's worker, say) must end when it is told to, and knows nothing of this run's steps."""
     for number in SIGNALS:
         handler = signal.getsignal(number)
         if inspect.ismethod(handler) and isinstance(handler.__self__, GracefulStop):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _unblock_signals()
 
 
 # Once for the process, since it cannot be undone; a child of a process that handles no signals finds nothing to do.
-os.register_at_fork(after_in_child=_restore_python_handlers)
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_restore_python_handlers)
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -77,3 +77,19 @@ file.write("mine")
     result = subprocess.run(["sh", "-c", command, "sh", code, tmp_path / "file"], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_forked_child_does_not_lose_a_signal_that_comes_before_it_has_its_own_handlers():
+    code = """
+import os, signal
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))  # registered first, so it runs before ours
+from grpo.run.signals import GracefulStop
+with GracefulStop("resume") as stop:
+    child = os.fork()
+    if child == 0:
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop(), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+    process = run_python(code)
+    out, _ = process.communicate(timeout=60)
+    assert out == f"{-signal.SIGTERM:d} False set()\n"
