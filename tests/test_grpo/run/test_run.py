@@ -305,11 +305,14 @@ def test_a_terminal_that_closes_costs_no_step_and_not_the_exit_code(tmp_path):
                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"})
     os.close(child)
     metrics = tmp_path / "run/metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or b'"step": 2' not in metrics.read_bytes()):
-        if select.select([parent], [], [], 0.01)[0]:
-            os.read(parent, 1 << 16)
-    os.close(parent)
-    assert process.wait(timeout=600) == 75
+    try:
+        while process.poll() is None and (not metrics.exists() or b'"step": 2' not in metrics.read_bytes()):
+            if select.select([parent], [], [], 0.01)[0]:
+                os.read(parent, 1 << 16)
+        os.close(parent)
+        assert process.wait(timeout=600) == 75
+    finally:
+        process.kill()  # a run that missed the signal would go on after the tests
     last_step = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
     assert last_step >= 2 and (tmp_path / f"run/checkpoints/step_{last_step:06d}").is_dir()
 
