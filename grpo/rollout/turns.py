@@ -9,9 +9,10 @@ Where the environment has user turns, a row that draws <|return|> parks too. If 
 analysis that led to the answer (models/chat/history.py), so another row goes on from what stays and the user's message. Both are
 trained on, as the sequences of one completion; the limits hold for them together.
 
-On a GPU other rows are decoded while tools run. On a CPU, whose products round by the number of rows, decoding waits for them,
-so that a run repeats bit by bit. An environment's object begins anew with each completion: there is no state to save. What it
-does must depend only on its arguments; what a clock decides (a call past its time) is the exception.
+On a GPU other rows are decoded while tools run, and results wait a little for one another: a prefill of one costs nearly as much
+time as a prefill of ten, and everything else waits for it. On a CPU, whose products round by the number of rows, decoding waits
+for tools, so that a run repeats bit by bit. An environment's object begins anew with each completion: there is no state to save.
+What it does must depend only on its arguments; what a clock decides (a call past its time) is the exception.
 """
 
 import hashlib
@@ -44,6 +45,10 @@ from models.chat.tools import to_json
 MOST_JOBS = 64  # episodes whose code runs at the same time; others wait, and their time does not count
 PATIENCE = 0.1  # seconds between two looks at deadlines and stop signals
 CUT = "... (cut off)"
+# Results go on together once they are a share of the rows that are decoded, or after so many model calls (of SYNC_STEPS decode
+# steps). A row that waits takes no part in decoding, but a prefill of its own would hold up all others for as long as 5 steps.
+SHARE_TOGETHER = 1 / 8
+MOST_CALLS_HELD = 4
 
 
 class Turns:
@@ -214,11 +219,13 @@ class _Rollout:
         self.waiting: deque[tuple[int, Callable[[EpisodeThread], None]]] = deque()
         self.running: set[int] = set()  # indices of plays, as in `waiting`
         self.replies: queue.SimpleQueue = queue.SimpleQueue()
+        self.outcomes: dict[int, object] = {}  # what jobs came to, by the index of the play, until it is taken
+        self.num_calls_held = 0  # model calls since the first of them came
 
     def run(self, rows: list[RolloutRow]) -> None:
         self.plays = [_Play(index, [row], [0]) for index, row in enumerate(rows)]
         self.play_of = {play.row.index: play for play in self.plays}
-        while self.session.is_running or self.waiting or self.running:
+        while self.session.is_running or self.waiting or self.running or self.outcomes:
             for row in sorted(self.session.poll(), key=lambda row: row.index):
                 self._take_turn(self.play_of[row.index])
             self._receive(waits=not (self.overlaps and self.session.is_running))
@@ -247,7 +254,8 @@ class _Rollout:
             return self._end(play)
         message, problem = self.turns.read_call(turns[-1])
         if message is None:
-            return self._answer(play, ToolCall("", tokenizer.decode(turns[-1], keep_special=True), problem, True))
+            self.outcomes[play.index] = ToolCall("", tokenizer.decode(turns[-1], keep_special=True), problem, True)
+            return None
         play.channel = message.channel
         self._enqueue(play, partial(EpisodeThread.call, name=message.recipient, arguments=message.content))
 
@@ -295,25 +303,34 @@ class _Rollout:
 
     def _receive(self, *, waits: bool) -> None:
         """Starts jobs and takes outcomes: with `waits` all, in the order of the rows, or at least one if rows can be decoded
-        beside; without, those that there are."""
-        outcomes: dict[int, object] = {}
+        beside; without, those that there are, once they are enough."""
         while True:
             while self.waiting and len(self.running) < MOST_JOBS:
                 self._start(*self.waiting.popleft())
             try:
                 thread, outcome = self.replies.get(timeout=PATIENCE) if waits and self.running else self.replies.get_nowait()
                 if thread.index in self.running:  # not one that was given up
-                    self._note(thread.index, outcome, outcomes)
+                    self._note(thread.index, outcome)
             except queue.Empty:
                 if self.should_stop is not None and waits and self.should_stop():
                     raise Interrupted("while tools were running") from None
-            self._give_up_late(outcomes)
+            self._give_up_late()
             if not waits and self.replies.empty() or waits and not (self.running or self.waiting):
                 break
-            if waits and self.overlaps and outcomes:
+            if waits and self.overlaps and self.outcomes:
                 break
-        for index in sorted(outcomes):
-            self._finish_job(self.plays[index], outcomes[index])
+        if waits or self._are_enough():
+            self.num_calls_held = 0
+            while self.outcomes:
+                index = min(self.outcomes)
+                self._finish_job(self.plays[index], self.outcomes.pop(index))
+
+    def _are_enough(self) -> bool:
+        """Whether the outcomes are enough to interrupt the decoding of the other rows."""
+        self.num_calls_held += bool(self.outcomes)
+        num_parked = sum(self.plays[index].row.is_parked for index in self.outcomes)
+        num_decoded = sum(row.slot is not None and not row.is_parked for row in (play.row for play in self.plays))
+        return num_parked >= SHARE_TOGETHER * num_decoded or self.num_calls_held >= MOST_CALLS_HELD
 
     def _start(self, index: int, job: Callable[[EpisodeThread], None]) -> None:
         play, turns = self.plays[index], self.turns
@@ -328,16 +345,16 @@ class _Rollout:
             play.thread.leave()
             play.thread = None
 
-    def _note(self, index: int, outcome: object, outcomes: dict[int, object]) -> None:
-        outcomes[index] = outcome
+    def _note(self, index: int, outcome: object) -> None:
+        self.outcomes[index] = outcome
         self.running.remove(index)
         self.plays[index].record.seconds += time.monotonic() - self.plays[index].thread.started
 
-    def _give_up_late(self, outcomes: dict[int, object]) -> None:
+    def _give_up_late(self) -> None:
         limit = self.turns.limits.call_seconds
         for index in [index for index in self.running if self.plays[index].thread.is_late(limit)]:
             self.plays[index].thread.give_up()
-            self._note(index, EpisodeFault(f"its code ran over {limit:g} s (turns.call_seconds)"), outcomes)
+            self._note(index, EpisodeFault(f"its code ran over {limit:g} s (turns.call_seconds)"))
 
     def _finish_job(self, play: _Play, outcome: object) -> None:
         if isinstance(outcome, ToolCall):

@@ -350,3 +350,17 @@ def test_groups_of_a_step_carry_turns_and_calls(play, model, monkeypatch):
     assert (record["turns"], record["calls"]) == (
         2, [{"name": "functions.echo", "arguments": '{"text": "a"}', "result": '"a"', "failed": False}])
     assert turn_metrics([Completion(completions[0].prompt, 0, [], "stop")]) == {}
+
+
+@pytest.mark.parametrize("apart, together", [(1, [3] * 8), (3, [2] * 12)])
+def test_where_rows_are_decoded_meanwhile_results_go_on_together(play, monkeypatch, apart, together):
+    """24 rows, which park `apart` model calls after one another; the others are decoded all the time. Three of them are an
+    eighth of 21, two are less than an eighth of 22; and a result waits for at most four calls."""
+    monkeypatch.setattr("grpo.rollout.turns.overlaps", lambda device: True)
+    resumed, resume = [], Scheduler.resume
+    monkeypatch.setattr(Scheduler, "resume", lambda *args: resumed.append(resume(*args)) or resumed[-1])
+    scripts = {(0, sample): ["<|message|>" + "1" * apart * sample + "<|call|>", FINAL.format("2" * 24 * 3)]
+               for sample in range(24)}  # a call without a recipient, which is answered at once
+    completions, _ = play(scripts)
+    assert [len(rows) for rows in resumed if rows] == together
+    assert all(completion.finish_reason == "stop" and len(completion.episode.calls) == 1 for completion in completions)
