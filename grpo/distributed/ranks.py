@@ -75,7 +75,7 @@ class Ranks:
         self._store.set(f"{channel}/{number}/{self.rank}", pickle.dumps((what, len(payload), None if is_large else payload)))
         keys = [f"{channel}/{number}/{rank}" for rank in range(self.num_ranks)]
         self._await(keys, what)
-        heads = [pickle.loads(self._store.get(key)) for key in keys]
+        heads = [pickle.loads(head) for head in self._store.multi_get(keys)]  # one request
         if any(head[0] != what for head in heads):
             raise AssertionError(f"ranks are at different places: {[head[0] for head in heads]}")
         if number:
