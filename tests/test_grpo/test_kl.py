@@ -102,7 +102,7 @@ def test_a_run_is_held_to_where_it_starts_after_a_loaded_adapter_and_a_warm_up(t
 def test_the_base_is_the_model_before_adapter_and_warm_up_where_it_is_asked_for(train, tmp_path, warmup):
     out, rows = train(tmp_path, "kl.reference=base", warmup, adapter=train.adapter if warmup == "warmup=null" else None)
     assert "kl       0.3 x k3 to the base model" in out
-    assert rows[0]["kl"] > 1e-4
+    assert rows[0]["kl"] > 2e-5
 
 
 def test_the_base_has_its_own_norms_and_sinks_though_those_of_the_adapter_stay_frozen(train, tmp_path):
