@@ -297,7 +297,7 @@ class GptOss(nn.Module):
             raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
         cache.flush()
         positions = to_device(torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks]), tokens.device)
-        hidden = self._hidden(tokens, PromptKeys(self._angles(positions), positions, chunks, cache), record)
+        hidden = self._hidden(tokens, PromptKeys(self._angles(positions), chunks, cache), record)
         ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
         return hidden[to_device(ends - 1, tokens.device)]
 

@@ -80,20 +80,20 @@ class PrefillChunk(NamedTuple):
 
 
 class PromptKeys:
-    """The next chunks of several sequences, packed, at positions [T]. If all of them begin their sequences, one call attends
-    for all; else one call for each, with earlier keys and values from the cache."""
+    """The next chunks of several sequences, packed. If all of them begin their sequences, one call attends for all; else one call
+    for each, with earlier keys and values from the cache."""
 
-    def __init__(self, angles: Angles, positions: torch.Tensor, chunks: list[PrefillChunk], cache: KVCache) -> None:
-        self.angles, self.positions, self.chunks, self.cache = angles, positions, chunks, cache
-        device, counts = positions.device, torch.tensor([chunk.end - chunk.start for chunk in chunks])
+    def __init__(self, angles: Angles, chunks: list[PrefillChunk], cache: KVCache) -> None:
+        self.angles, self.chunks, self.cache = angles, chunks, cache
+        device, counts = angles[0].device, torch.tensor([chunk.end - chunk.start for chunk in chunks])
         self.slots = to_device(torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(counts), device)  # [T]
         ends = counts.cumsum(0).tolist()
         self.bounds = list(zip([0, *ends], ends))  # of the chunks' rows
         self.plan = whole_plan(chunks) if all(chunk.start == 0 for chunk in chunks) else None
-        self.rows, self.spans = {}, {}
+        self.kept, self.spans = {}, {}
         for length in set(cache.lengths):
-            rows = [torch.arange(max(begin, end - length), end) for begin, end in self.bounds]
-            self.rows[length] = to_device(torch.cat(rows), device)  # a ring keeps the last entries only
+            # a ring keeps the last entries only: the others' positions are -1
+            self.kept[length] = to_device(torch.cat([kept_positions(chunk, length) for chunk in chunks]), device)  # [T]
             if self.plan is None:
                 self.spans[length] = [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
 
@@ -110,8 +110,7 @@ class PromptKeys:
                                               torch.cat((earlier_v, v[begin:end])), plan))
             attended = torch.cat(parts)
         # written last: in a ring new entries replace keys that the chunk's first tokens still need
-        rows = self.rows[length]
-        cache.write(attn.layer, k[rows], v[rows], self.slots[rows], self.positions[rows])
+        cache.write(attn.layer, k, v, self.slots, self.kept[length])
         return attended
 
 
@@ -153,6 +152,12 @@ def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list
         continued = torch.tensor(prefixes)
         starts = starts - torch.where(continued >= 0, lengths[continued], 0)
     return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
+
+
+def kept_positions(chunk: PrefillChunk, length: int) -> torch.Tensor:
+    """The chunk's positions, -1 for tokens that a layer which keeps the last `length` drops at once."""
+    positions = torch.arange(chunk.start, chunk.end)
+    return positions.masked_fill_(positions < chunk.end - length, -1)
 
 
 def whole_plan(chunks: list[PrefillChunk]) -> AttentionPlan:
