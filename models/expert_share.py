@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.experts.sorting import Routing
+
 
 @dataclass(frozen=True)
 class ExpertShare:
@@ -27,6 +29,10 @@ class ExpertShare:
     def of(self, num_experts: int) -> slice:
         size = num_experts // self.num_ranks
         return slice(self.rank * size, (self.rank + 1) * size)
+
+    def routing(self, whole: Routing) -> Routing:
+        """Of this process's experts, on a GPU: of all rows it computes theirs, and leaves the others as they are."""
+        return whole.part(self.of(len(whole.offsets_device) - 1), self.num_ranks)
 
     def dispatch(self, rows: torch.Tensor, offsets: list[int]) -> tuple[torch.Tensor, list[int]]:
         """The rows of this process's experts, of all rows [R, D], and where each of its experts' begin: of offsets [E + 1]."""

@@ -16,7 +16,7 @@ from kernels.experts.few_rows import few_rows_forward
 from kernels.experts.forward import MoeKept, local_backward, local_forward
 from kernels.experts.gemm import grouped_linear
 from kernels.experts.sorting import Routing
-from kernels.experts.transport import combine, copy_rows, dispatch, return_weights
+from kernels.experts.transport import combine, copy_rows
 from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
@@ -74,11 +74,11 @@ class RoutedExperts(nn.Module):
                 kept: Kept | None = None) -> torch.Tensor:
         """residual [T, D] plus the experts' outputs for x [T, D] with gate weights [T, A] fp32. On a GPU without gradient;
         kept: gets the tensors that backward() needs."""
-        rows = self.local_forward(*dispatch(routing, x), residual.dtype, kept)
+        rows = self.local_forward(routing, x, residual.dtype, kept)
         return combine(rows, weights, routing, residual)
 
     def local_forward(self, routing: Routing, x: torch.Tensor, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
-        """The outputs [R, D] of this process's experts, in expert order. dtype: of the result on a GPU; the CPU keeps x's."""
+        """The experts' outputs [R, D], in expert order. dtype: of the result on a GPU; the CPU keeps x's."""
         if not is_triton(x):
             # autograd would keep weights that arrived until the backward, when others are in their place
             gate_up, down = [self.weights(name) for name in PROJECTIONS] if torch.is_grad_enabled() else self.arrived(1)
@@ -89,14 +89,18 @@ class RoutedExperts(nn.Module):
             rows = self.project("down_proj", down, swiglu(h, alpha=self.alpha, limit=self.limit), offsets)
             return rows if self.share is None else self.share.gather(rows, routing.offsets)
         projections = self.arrived(1, routing if kept is None and self.copies_routed(x) else None)
+        here = routing if self.share is None else self.share.routing(routing)
         if kept is None and is_few(x) and self.layout.serves_few_rows:
-            few = (projection.few_rows(x, routing.offsets_device) for projection in projections)
-            return few_rows_forward(x, routing, *few, **self._settings())
-        rows, moe = local_forward(x, routing, *projections, dtype=dtype,
-                                  scratch_bytes=SCRATCH_BYTES if kept is None else kept.scratch_bytes,
-                                  keeps_h=kept is not None and not kept.recomputes("h"), **self._settings())
-        if kept is not None:
-            kept.keep({"h": moe.h, "low_rank_x": moe.low_rank_x, "low_rank_act": moe.low_rank_act})
+            few = (projection.few_rows(x, here.offsets_device) for projection in projections)
+            rows = few_rows_forward(x, here, *few, **self._settings())
+        else:
+            rows, moe = local_forward(x, here, *projections, dtype=dtype,
+                                      scratch_bytes=SCRATCH_BYTES if kept is None else kept.scratch_bytes,
+                                      keeps_h=kept is not None and not kept.recomputes("h"), **self._settings())
+            if kept is not None:
+                kept.keep({"h": moe.h, "low_rank_x": moe.low_rank_x, "low_rank_act": moe.low_rank_act})
+        if self.share is not None:
+            self.share.fill_in(rows)
         return rows
 
     def backward(self, grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, routing: Routing, kept: Kept,
@@ -104,25 +108,39 @@ class RoutedExperts(nn.Module):
         """Returns the gradients of x [T, D] and of the gate weights [T, A]; puts those of trainable parameters into `grads`. grad
         [T, D]: of forward's result, and so also of the residual."""
         moe = MoeKept(*(kept.take(name) for name in ("h", "low_rank_x", "low_rank_act")))
-        here, grad, x, weights = dispatch(routing, grad, x, weights)
+        here = routing if self.share is None else self.share.routing(routing)
         grad_rows, grad_weights, lora_grads, base_grads = local_backward(
             grad, x, weights, here, *self.arrived(-1), moe, scratch_bytes=kept.scratch_bytes, needs_base=self.trains_base(),
             **self._settings())
+        if self.share is not None:
+            self.share.fill_in(grad_rows)
+            self.share.fill_in(grad_weights)
         if lora_grads is not None:
-            grads.update(zip(self.lora_tensors(), lora_grads))
+            grads.update((parameter, self._whole(parameter, grad)) for parameter, grad in zip(self._adapters(), lora_grads))
         if base_grads is not None:
             names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in PROJECTIONS)
             grads.update((self._parameters[name], grad) for name, grad in zip(names, base_grads) if grad is not None)
-        return combine(grad_rows, None, routing, None), return_weights(grad_weights, routing)
+        return combine(grad_rows, None, routing, None), grad_weights
 
     def _settings(self) -> dict:
         return {"lora": self.lora_tensors(), "lora_scale": self.lora_scale, "alpha": self.alpha, "limit": self.limit}
 
-    def lora_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """A and B of gate_up, A and B of down; None without an enabled adapter."""
+    def _adapters(self) -> list[torch.Tensor]:
+        return [self._parameters[f"{name}_lora_{side}"] for name in PROJECTIONS for side in "AB"]
+
+    def lora_tensors(self) -> list[torch.Tensor] | None:
+        """A and B of gate_up, A and B of down, of the experts that are here; None without an enabled adapter."""
         if self.gate_up_proj_lora_A is None or not self.adapter_enabled:
             return None
-        return self.gate_up_proj_lora_A, self.gate_up_proj_lora_B, self.down_proj_lora_A, self.down_proj_lora_B
+        return self._adapters() if self.share is None else [parameter[self.own] for parameter in self._adapters()]
+
+    def _whole(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of an adapter's parameter, with zeros for experts that are elsewhere."""
+        if self.share is None:
+            return grad
+        whole = torch.zeros_like(parameter)
+        whole[self.own] = grad
+        return whole
 
     def trains_base(self) -> bool:
         return any(parameter.requires_grad for name, parameter in self._parameters.items()
@@ -130,10 +148,8 @@ class RoutedExperts(nn.Module):
 
     def project(self, name: str, weights: ExpertWeights, x: torch.Tensor, offsets: list[int]) -> torch.Tensor:
         """The reference: rows x [R, in] in expert order, offsets [E + 1] -> [R, out]."""
-        has_lora = self.lora_tensors() is not None
-        lora_A, lora_B = (self._parameters[f"{name}_lora_{side}"] if has_lora else None for side in "AB")
-        if has_lora and self.share is not None:
-            lora_A, lora_B = lora_A[self.own], lora_B[self.own]
+        lora, first = self.lora_tensors(), 2 * PROJECTIONS.index(name)
+        lora_A, lora_B = (None, None) if lora is None else lora[first:first + 2]
         return grouped_linear(x, weights, offsets, lora_A=lora_A, lora_B=lora_B, lora_scale=self.lora_scale)
 
     def _hold(self, name: str, tensors: list[torch.Tensor]) -> None:

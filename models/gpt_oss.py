@@ -113,9 +113,8 @@ class GptOss(nn.Module):
         if share is not None and config.num_local_experts % share.num_ranks:
             raise ValueError(f"distributed.expert_parallel = {share.num_ranks}: must divide the model's "
                              f"{config.num_local_experts} experts")
-        if share is not None and (torch.device(device).type != "cpu" or placement not in (None, Placement())):
-            raise ValueError(f"device={str(device)!r}, placement={placement}: a share of the experts is computed on CPUs only so "
-                             "far, and does not stream")
+        if share is not None and placement not in (None, Placement()):
+            raise ValueError(f"placement={placement}: a share of the experts does not stream")
         factory = {"device": device, "dtype": dtype}
         self.config, self.dtype, self.expert_format = config, dtype, FORMATS[experts]
         self.activation_checkpointing = activation_checkpointing

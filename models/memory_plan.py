@@ -109,12 +109,13 @@ class Needs:
     weights: str = "master"
     in_backward: bool = False  # an update from one micro-batch keeps no gradients
     num_ranks: int = 1  # processes that add their gradients
+    num_sharers: int = 1  # processes that hold the experts together; none of them streams
     full_kl: bool = False  # the loss has the KL to a reference over the whole vocabulary
     samples_beside: bool = False  # sampling goes on during the update, from a copy of what trains
 
     @property
     def expert_layer_bytes(self) -> int:
-        return layer_bytes(self.config, FORMATS[self.experts], self.dtype)
+        return layer_bytes(self.config, FORMATS[self.experts], self.dtype) // self.num_sharers
 
     @property
     def sequence_len(self) -> int:
@@ -439,7 +440,7 @@ def _plan_with(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, host_bytes
     host = _host(needs, homes)
     free = host_bytes - sum(host.values())
     inputs = layers * bytes_of(needs.config, _workload(needs, SCRATCH_BYTES))["x"]  # of the update, which may go there too
-    room = free - inputs * needs.recomputes if is_last and not needs.trains_all else 0
+    room = free - inputs * needs.recomputes if is_last and not needs.trains_all and needs.num_sharers == 1 else 0
     most = largest(lambda number: Placement(0, number).host_bytes(per_layer) <= room, layers)
     seconds, num_rows, cache_room, sampling = _plan_sampling(needs, homes, gpu, limit, most)
     update, activations, num_streamed = None, 0, sampling.num_streamed

@@ -27,6 +27,7 @@ from kernels.head.log_probs import log_probs
 from models.adam_state import AdamState, gradient_dtype
 from models.config import GptOssConfig
 from models.decoder import BUCKETS, Decoder, PlainDraw, bucket_of
+from models.expert_share import ExpertShare
 from models.gpt_oss import GptOss, HeadStates, KeptSets
 from models.keys import PrefillChunk
 from models.kv_cache import PAGE_TOKENS
@@ -64,6 +65,7 @@ class Rehearsal:
     weights: str = "master"
     full_kl: bool = False  # the KL to a reference over the whole vocabulary
     entropy_loss: bool = False  # the loss has the entropy's gradient, at least in some steps
+    num_sharers: int = 1  # processes that hold the experts together
 
 
 def variants(plan: Rehearsal, gpu: Gpu) -> list[KernelVariant]:
@@ -78,7 +80,8 @@ def build(plan: Rehearsal) -> GptOss:
     """The model on "meta", with one layer of each kind. Launches must be recorded."""
     kinds = sorted(set(plan.config.layer_types), reverse=True)
     config = replace(plan.config, num_hidden_layers=len(kinds), layer_types=kinds)
-    model = GptOss(config, dtype=plan.dtype, device="meta", experts=plan.experts)
+    share = None if plan.num_sharers == 1 else ExpertShare(0, plan.num_sharers, lambda rows: None)
+    model = GptOss(config, dtype=plan.dtype, device="meta", experts=plan.experts, share=share)
     for block in model.model.layers:
         block.mlp.experts.arrange()
     if plan.lora is None:

@@ -3,9 +3,7 @@
 What they do between exchanges must be the same to the last pass. So what may differ by chance from rank to rank is refused: tools
 that answer when they like, and retries after memory was refused.
 """
-import torch
-
-from grpo.config import ConfigError, Device, Train, TrainConfig
+from grpo.config import ConfigError, Train, TrainConfig
 from grpo.distributed.ranks import Ranks
 from grpo.environment import Environment
 from models.config import GptOssConfig
@@ -21,8 +19,6 @@ def check_sharing(config: TrainConfig, num_ranks: int) -> None:
     if num_ranks % num_sharers:
         raise ConfigError(f"{key}: the number of processes must be a multiple of it, and is {num_ranks}; start with "
                           f"torchrun --nproc-per-node {num_sharers}, {advice}")
-    if config.device != Device.cpu and torch.cuda.is_available():
-        raise ConfigError(f"{key}: ranks share experts on CPUs only so far; set device=cpu to try it, {advice}")
     if config.model.train == Train.full or config.model.path is None:
         raise ConfigError(f"{key}: only the frozen experts of a checkpoint can be shared; set model.path and "
                           f"model.train=lora, {advice}")
@@ -40,3 +36,8 @@ def expert_share(ranks: Ranks | None, config: TrainConfig, architecture: GptOssC
         raise ConfigError(f"{key}: the environment {type(env).__name__} has tools, whose answers do not come to all ranks at the "
                           "same time; set distributed.expert_parallel=1")
     return ExpertShare(ranks.sharer, num_sharers, ranks.fill_in_experts)
+
+
+def least_of_all(ranks: Ranks, sizes: list[int]) -> list[int]:
+    """The least of each that any rank has. Ranks that share experts plan their memory alike, to sample in the same batches."""
+    return [min(values) for values in zip(*ranks.exchange("the memory", sizes))]

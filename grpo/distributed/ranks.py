@@ -9,6 +9,7 @@ start only after an exchange: then every rank has come, and none waits for one t
 Rank 0 speaks for all, and alone writes the run's folder.
 """
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -58,6 +59,8 @@ class Ranks:
         self._groups: dict[str, dist.ProcessGroup] = {}  # by channel, between CPUs
         self.parts: dist.ProcessGroup | None = None  # ranks that do other parts, one of each; None: all ranks
         self._sharers: dist.ProcessGroup | None = None  # ranks that share experts with this one
+        self._host_parts: dist.ProcessGroup | None = None  # the same ranks, between CPUs
+        self._host_sharers: dist.ProcessGroup | None = None
         self._stop: Callable[[], bool] = lambda: False
         self._looked, self._seen_stop, self._stopped_at = 0.0, False, None
 
@@ -119,14 +122,14 @@ class Ranks:
     def fill_in(self, tensor: torch.Tensor) -> None:
         """Writes into a contiguous tensor, of the same shape on all ranks, what others have there: each element is zero on all
         ranks but one. After an exchange."""
-        with self.collective("filling in a tensor"):  # bytes: a sum with zeros of any dtype
-            group = self._groups[MAIN] if self.parts is None and tensor.device.type == "cpu" else self.parts
-            dist.all_reduce(tensor.view(torch.uint8), group=group)
+        with self.collective("filling in a tensor"):
+            group = self.parts if tensor.is_cuda else self._host_parts or self._groups[MAIN]
+            dist.all_reduce(_as_integers(tensor), group=group)
 
     def fill_in_experts(self, tensor: torch.Tensor) -> None:
         """fill_in() by the ranks that share experts, which come here by the same way, without an exchange."""
         with self.collective("the experts' rows"):
-            dist.all_reduce(tensor.view(-1).view(torch.uint8), group=self._sharers)
+            dist.all_reduce(_as_integers(tensor), group=self._sharers)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.num_ranks) if rank != self.rank]
@@ -199,17 +202,22 @@ class Ranks:
         return self.should_stop
 
     def should_stop(self) -> bool:
+        """Ranks that share experts come here together, and get the same answer: they stop at the same place."""
+        if self._host_sharers is None:
+            return self.has_heard_stop()
+        is_told = torch.tensor([self.has_heard_stop()], dtype=torch.uint8)
+        with self.collective("a stop signal"):
+            dist.all_reduce(is_told, dist.ReduceOp.MAX, group=self._host_sharers)
+        return bool(is_told)
+
+    def has_heard_stop(self) -> bool:
+        """should_stop() for what one rank does alone."""
         if self._stop():
             self._spread_stop()
         elif not self._seen_stop and time.monotonic() - self._looked > LOOK_SECONDS:
             self._looked = time.monotonic()
             self._seen_stop = self._has("stop") or self._has("fault")
-        if self._sharers is None:
-            return self._seen_stop
-        is_told = torch.tensor([self._seen_stop], dtype=torch.uint8)  # they stop at the same place, since they do the same work
-        with self.collective("a stop signal"):
-            dist.all_reduce(is_told, dist.ReduceOp.MAX, group=self._sharers)
-        return bool(is_told)
+        return self._seen_stop
 
     def _spread_stop(self) -> None:
         if self._stopped_at is None:
@@ -234,6 +242,7 @@ class Ranks:
                 if fault is not None:
                     self._wait(lambda: not self._is_beside(0) or self._is_dead(0), LEAVE_SECONDS)
             if fault is None and dist.is_initialized():
+                gc.collect()  # CUDA graphs with collectives: NCCL waits for their end
                 dist.destroy_process_group()
 
     def _wait(self, is_over: Callable[[], bool], seconds: float) -> None:
@@ -283,29 +292,35 @@ class Ranks:
                                   "a node its own; start as many processes as there are GPUs (--nproc-per-node)")
         limit = timedelta(seconds=max(config.distributed.timeout, START_SECONDS))
         is_gpu = device.type == "cuda"
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # it cannot register memory in expandable segments for CUDA graphs
         dist.init_process_group("nccl" if is_gpu else "gloo", store=dist.PrefixStore("groups", self._store), rank=self.rank,
                                 world_size=self.num_ranks, timeout=limit)
-        if is_gpu:  # NCCL takes its buffers now, so that the plan of the memory finds them taken
-            sent = torch.zeros(self.num_ranks, device=device)
-            dist.all_to_all_single(torch.empty_like(sent), sent)
-            dist.all_reduce(sent)
-            dist.broadcast(sent, src=0)
-            torch.cuda.synchronize(device)
         self._groups = {channel: dist.new_group(backend="gloo", timeout=limit) for channel in (MAIN, ROLLOUT)}
-        if isinstance(config, TrainConfig):
-            self._divide(config.distributed.expert_parallel, limit)
+        if isinstance(config, TrainConfig) and config.distributed.expert_parallel > 1:
+            self._divide(config.distributed.expert_parallel, limit, is_gpu)
+        if is_gpu:  # NCCL takes its buffers now, so that the plan of the memory finds them taken
+            for group in (self.parts, self._sharers) if self._sharers is not None else (None,):
+                sent = torch.zeros(dist.get_world_size(group), device=device)
+                dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
+                dist.all_reduce(sent, group=group)
+                dist.broadcast(sent, group=group, group_src=0)
+            torch.cuda.synchronize(device)
         self.timeout = config.distributed.timeout
         threading.Thread(target=self._end_with_the_others, daemon=True).start()
 
-    def _divide(self, num_sharers: int, limit: timedelta) -> None:
+    def _divide(self, num_sharers: int, limit: timedelta, is_gpu: bool) -> None:
         """Lets ranks that stand side by side share experts. Every rank makes all groups."""
-        if num_sharers == 1:
-            return
         self.part, self.sharer = divmod(self.rank, num_sharers)
         self.num_parts, self.num_sharers = self.num_ranks // num_sharers, num_sharers
         ranks = [list(range(first, first + num_sharers)) for first in range(0, self.num_ranks, num_sharers)]
-        self._sharers = [dist.new_group(group, timeout=limit) for group in ranks][self.part]
-        self.parts = [dist.new_group(list(group), timeout=limit) for group in zip(*ranks)][self.sharer]
+
+        def groups(backend: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+            parts, sharers = ([dist.new_group(list(group), timeout=limit, backend=backend) for group in division]
+                              for division in (zip(*ranks), ranks))
+            return parts[self.sharer], sharers[self.part]
+
+        self._host_parts, self._host_sharers = groups("gloo")
+        self.parts, self._sharers = groups("nccl") if is_gpu else (self._host_parts, self._host_sharers)
 
     def _compare(self, rank: int, peer: dict, settings: dict, first: tuple[dict, dict]) -> None:
         keys = [key for key in sorted(settings.keys() | first[1].keys()) if settings.get(key) != first[1].get(key)]
@@ -334,6 +349,14 @@ class Ranks:
                         os.write(2, f"error: {fault}\n".encode())
                     os._exit(1 if fault is None else fault.code)
             time.sleep(LOOK_SECONDS)
+
+
+def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor of any dtype: their sums with zeros are exact. In words where there are whole ones, which
+    NCCL adds faster."""
+    flat = tensor.view(-1)
+    has_words = all(count * flat.element_size() % 4 == 0 for count in (flat.numel(), flat.storage_offset()))
+    return flat.view(torch.int32 if has_words else torch.uint8)
 
 
 def _is_gone(pid: int) -> bool:

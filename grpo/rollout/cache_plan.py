@@ -33,10 +33,15 @@ class Limits:
     change: str | None = None  # of which the run was not told yet
     num_last_tries: int = 0  # of this rollout, with the least sizes
 
-    def lower(self, refusal: str, *, prefilled: int, cache_bytes: int, least_bytes: int, longest: int) -> bool:
+    def lower(self, refusal: str, *, prefilled: int, cache_bytes: int, least_bytes: int, longest: int,
+              is_alone: bool = True) -> bool:
         """After memory was refused: lowers the tokens of a prefill, if it was one, of `prefilled` tokens; else the size of the
         cache, which had `cache_bytes`. Returns whether it is the cache's. Raises StillOutOfMemory where the least sizes, a cache
-        of least_bytes for one row of `longest` tokens, fail again and again."""
+        of least_bytes for one row of `longest` tokens, fail again and again; and at once if the process is not alone: others
+        take part in each call of the model, and would not take a smaller one."""
+        if not is_alone:
+            raise StillOutOfMemory(f"{refusal}. Ranks that share experts (distributed.expert_parallel) do not try with less "
+                                   "memory: set a smaller rollout.cache_gb or rollout.max_batch")
         if is_prefill := prefilled > _LEAST_PREFILL:
             self.prefill_tokens = max(prefilled // 2, _LEAST_PREFILL)
         elif cache_bytes > least_bytes:

@@ -170,7 +170,7 @@ class Sampler:
     def retreat(self, rows: list[RolloutRow], refusal: str, *, prefilled: int, cache_bytes: int) -> bool:
         """Limits.lower, for these rows."""
         return self.limits.lower(refusal, prefilled=prefilled, cache_bytes=cache_bytes, least_bytes=self._least_bytes(rows),
-                                 longest=max(row.max_tokens for row in rows))
+                                 longest=max(row.max_tokens for row in rows), is_alone=self.model.share is None)
 
     def plan(self, rows: list[RolloutRow], num_bytes: float | None = None) -> CacheShape:
         """The cache for these rows, within cache_gb or, if that is None, `num_bytes`. Raises ValueError if a row does not fit."""

@@ -38,7 +38,7 @@ def rehearsal_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len:
         draws=[draws[is_greedy] for is_greedy in sorted(draws)], filters=any(params.plain is None for params in settings),
         shares_prompts=optim.share_prompts, scores=config.kl.coefficient > 0 or optim.minibatches * optim.epochs > 1,
         moments=str(optim.moments), weights=str(optim.weights),
-        full_kl=needs.full_kl, entropy_loss=config.entropy.coefficient > 0)
+        full_kl=needs.full_kl, entropy_loss=config.entropy.coefficient > 0, num_sharers=config.distributed.expert_parallel)
 
 
 SILENCE = 180  # seconds; a kernel takes a few, the rehearsal before the first up to a minute on a slow CPU

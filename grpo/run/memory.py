@@ -1,5 +1,6 @@
 """From a config to a memory plan (models/memory_plan.py); what this machine has; and a GPU's memory kept as planned in a run."""
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
         max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing,
         moments=str(optim.moments), weights=str(optim.weights), in_backward=optim.in_backward, minibatches=optim.minibatches,
-        samples_beside=rollout.max_staleness > 0,
+        samples_beside=rollout.max_staleness > 0, num_sharers=config.distributed.expert_parallel,
         full_kl=config.kl.is_full)
 
 
@@ -299,13 +300,16 @@ def unplanned(device: torch.device) -> GpuMemory:
     return GpuMemory(None, device, others=0, limits_torch=False)
 
 
-def gpu_memory(needs: Needs, model: ModelConfig, device: torch.device, *, num_local: int = 1) -> GpuMemory:
-    """Plans the memory of a policy that is about to be loaded. num_local: processes that share the host's free memory. Raises
-    ConfigError where it does not fit."""
+def gpu_memory(needs: Needs, model: ModelConfig, device: torch.device, *, num_local: int = 1,
+               agree: Callable[[list[int]], list[int]] | None = None) -> GpuMemory:
+    """Plans the memory of a policy that is about to be loaded. num_local: processes that share the host's free memory. agree: for
+    processes that must have the same plan, makes what is free on each what is free on all. Raises ConfigError where it does not
+    fit."""
     torch.empty(1, device=device)  # makes the context
     free, total = torch.cuda.mem_get_info(device)
     others = max(0, total - free - torch.cuda.memory_reserved(device) - CONTEXT_BYTES)
     gpu = spec_of_gpu(device)
-    plan = make_plan(needs, replace(gpu, num_bytes=gpu.num_bytes - others), model,
-                     host_bytes=free_host_bytes() // num_local)
+    sizes = [gpu.num_bytes - others, free_host_bytes() // num_local]
+    num_bytes, host_bytes = sizes if agree is None else agree(sizes)
+    plan = make_plan(needs, replace(gpu, num_bytes=num_bytes), model, host_bytes=host_bytes)
     return GpuMemory(plan, device, others=others, limits_torch=model.memory_gb is not None)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from grpo.configuration.algorithm import KlPlace, KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
-from grpo.distributed.experts import expert_share
+from grpo.distributed.experts import expert_share, least_of_all
 from grpo.distributed.ranks import Ranks, leads
 from grpo.distributed.silence import SilentMetrics
 from grpo.entropy import EntropyBonus, check_entropy
@@ -152,8 +153,9 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
         prompt_len = longest_prompt(env) or prompt_len_of(config, max_len=architecture.max_position_embeddings)
         needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype)
         if ranks is not None:
-            needs = replace(needs, num_ranks=ranks.num_ranks)
-        memory = gpu_memory(needs, config.model, device, num_local=1 if ranks is None else ranks.place.num_local)
+            needs = replace(needs, num_ranks=ranks.num_parts)
+        memory = gpu_memory(needs, config.model, device, num_local=1 if ranks is None else ranks.place.num_local,
+                            agree=None if share is None else partial(least_of_all, ranks))
         if ranks is None or ranks.local_rank == 0:  # others of its node share its files
             compilation = begin_compiling(config, architecture, prompt_len=prompt_len, device=device, dtype=dtype)
     policy = build_model(config.model, tokenizer, seed=config.seed, device=device, dtype=dtype, plan=memory.plan,
@@ -286,10 +288,10 @@ def check_equal_weights(run: Run) -> None:
 
 
 def wait_for_kernels(run: Run, compilation: Compilation) -> None:
-    metrics = run.metrics
-    seconds = compilation.wait(metrics.progress("compiling kernels"), run.should_stop)
+    metrics, should_stop = run.metrics, run.should_stop if run.ranks is None else run.ranks.has_heard_stop
+    seconds = compilation.wait(metrics.progress("compiling kernels"), should_stop)
     metrics.print(f"kernels  {compilation.num_compiled} compiled, {seconds:.0f} s after the start")
-    if compilation.failures and not run.should_stop():
+    if compilation.failures and not should_stop():
         metrics.warn(describe_failures(compilation.failures))
 
 

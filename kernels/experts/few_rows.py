@@ -117,7 +117,7 @@ def fit_blocks(blocks: DecodeBlocks, family: str, dtype: torch.dtype, num_in: in
     return blocks._replace(inner=max(16, min(blocks.inner, next_power_of_2(num_in))))
 
 
-def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: int, num_experts: int, num_in: int, num_out: int, *,
+def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: float, num_experts: int, num_in: int, num_out: int, *,
                          is_packed: bool) -> DecodeBlocks:
     is_low_rank = not is_packed and num_out <= 64
     table = _PACKED if is_packed else _LOW_RANK if is_low_rank else _DENSE
@@ -401,14 +401,15 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
                       gather: torch.Tensor | None = None, low_rank: torch.Tensor | None = None,
                       lora_up: torch.Tensor | None = None, lora_groups: torch.Tensor | None = None,
                       scale: float | None = None, swiglu: tuple[float, float] | None = None, waits: int = FOR_ALL,
-                      blocks: DecodeBlocks | None = None) -> torch.Tensor:
+                      num_parts: int = 1, out: torch.Tensor | None = None, blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """grouped_gemm's result for few rows, from packed or dense weights: (x_r W_e + low_rank_r U_e) * scale + b_e for each row r
     of expert e, rounded once to x's dtype; with swiglu = (alpha, limit) the clamped activation of that, [R, N / 2].
 
     x [R, K] in expert order or, with gather [R] int32, any [T, K]; offsets [E + 1] int32 on x's device, or None if one expert
     owns every row; low_rank [R, r] in x's dtype with lora_up [E, r, N] and lora_groups as in grouped_gemm. waits: the inputs
     that the launch before this one may write (FOR_ALL, FOR_X, FOR_LOW_RANK); earlier launches must have written the others.
-    Triton only. Raises ValueError for dtypes and GPUs that the kernel cannot serve."""
+    num_parts: as of a Routing; rows of other parts' experts are not written. out: for the result. Triton only. Raises ValueError
+    for dtypes and GPUs that the kernel cannot serve."""
     num_experts, num_in, num_out = _shape_of(projection)
     num_rows = x.shape[0] if gather is None else gather.shape[0]
     rank = 0 if low_rank is None else low_rank.shape[1]
@@ -423,11 +424,12 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
     assert lora_groups is None or lora_groups.shape == (num_out,), f"lora_groups {lora_groups.shape}: ({num_out},) needed"
     assert not is_asm or x.dtype == torch.bfloat16, f"inline assembly unpacks to bfloat16, x is {x.dtype}"
     check_served("moe_decode", {"x": x}, dtypes=DTYPES, tensor_cores=True)
-    out = x.new_empty((num_rows, num_out if swiglu is None else num_out // 2))
+    out = x.new_empty((num_rows, num_out if swiglu is None else num_out // 2)) if out is None else out
     if num_rows == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    blocks = blocks or choose_decode_blocks(gpu_family(x), x.dtype, num_rows, num_experts, num_in, num_out, is_packed=is_packed)
+    blocks = blocks or choose_decode_blocks(gpu_family(x), x.dtype, num_rows / num_parts, num_experts, num_in, num_out,
+                                            is_packed=is_packed)
     scales, strides, in_contiguous, tail, chunk = None, (0, 0), True, 0, 32
     if is_packed:
         weight, scales = word_views(projection.blocks, projection.scales, is_asm)
@@ -460,30 +462,33 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
 
 
 def low_rank_rows(x: torch.Tensor, lora_A: torch.Tensor, offsets: torch.Tensor | None, *, scale: float,
-                  gather: torch.Tensor | None = None, waits: int = FOR_ALL,
+                  gather: torch.Tensor | None = None, waits: int = FOR_ALL, num_parts: int = 1,
                   blocks: DecodeBlocks | None = None) -> torch.Tensor:
     """scale * x_r A_e^T for each row r of expert e, [R, r] in x's dtype; lora_A [E, r, K], the rest as in decode_projection."""
     projection = Projection(lora_A.transpose(1, 2), None, None, None, False)
-    return decode_projection(x, projection, offsets, gather=gather, scale=scale, waits=waits, blocks=blocks)
+    return decode_projection(x, projection, offsets, gather=gather, scale=scale, waits=waits, num_parts=num_parts, blocks=blocks)
 
 
 def few_rows_forward(x: torch.Tensor, routing: Routing, gate_up: Projection, down: Projection, *,
                      lora: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None, lora_scale: float, alpha: float,
                      limit: float) -> torch.Tensor:
-    """The experts' outputs [R, D], in expert order, for x [T, D] routed to them. Triton only, no gradient.
+    """The experts' outputs [R, D], in expert order, for x [T, D] routed to them; zeros for rows of other parts. Triton only, no
+    gradient.
 
     gate_up [E, D, 2F], gate and up interleaved, and down [E, F, D] are Projections. lora: A [E, r, D] and B [E, 2F, r] of
     gate_up, A [E, r, F] and B [E, D, r] of down, fp32 masters or x's dtype."""
-    offsets, tokens = routing.offsets_device, routing.tokens
+    offsets, tokens, num_parts = routing.offsets_device, routing.tokens, routing.num_parts
+    rows = routing.new_rows(x, down.bias.shape[1])  # first: zeroing is a launch that does not overlap
     low_rank = lora_up = None
     waits = FOR_ALL, FOR_X  # gate_up waits for the sort, down for gate_up
     if lora is not None:
         waits = FOR_LOW_RANK, FOR_LOW_RANK
-        low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens)
+        low_rank = low_rank_rows(x, lora[0], offsets, scale=lora_scale, gather=tokens, num_parts=num_parts)
         lora_up = lora[1].transpose(1, 2)
     act = decode_projection(x, gate_up, offsets, gather=tokens, low_rank=low_rank, lora_up=lora_up, swiglu=(alpha, limit),
-                            waits=waits[0])
+                            waits=waits[0], num_parts=num_parts)
     if lora is not None:
-        low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, waits=FOR_X)
+        low_rank = low_rank_rows(act, lora[2], offsets, scale=lora_scale, waits=FOR_X, num_parts=num_parts)
         lora_up = lora[3].transpose(1, 2)
-    return decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, waits=waits[1])
+    return decode_projection(act, down, offsets, low_rank=low_rank, lora_up=lora_up, waits=waits[1], num_parts=num_parts,
+                             out=rows)

@@ -27,26 +27,28 @@ from kernels.swiglu import clamped_swiglu_grad
 
 
 @triton.jit
-def _bias_dots_kernel(grad_ptr, bias_ptr, indices_ptr, dots_ptr, stride_grad, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr,
-                      BLOCK: tl.constexpr):
-    """<dy_t, b_e> for each expert e of the token of this program."""
+def _bias_dots_kernel(grad_ptr, bias_ptr, indices_ptr, dots_ptr, stride_grad, first_expert, num_experts, WIDTH: tl.constexpr,
+                      PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """<dy_t, b_e> for each expert e of the token of this program; 0 for experts of other parts."""
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < WIDTH
     grad = tl.load(grad_ptr + token * stride_grad + cols, mask=mask, other=0.0).to(tl.float32)
     for slot in tl.static_range(PER_TOKEN):
-        expert = tl.load(indices_ptr + token * PER_TOKEN + slot)
-        bias = tl.load(bias_ptr + expert * WIDTH + cols, mask=mask, other=0.0).to(tl.float32)
+        expert = tl.load(indices_ptr + token * PER_TOKEN + slot) - first_expert
+        is_here = (expert >= 0) & (expert < num_experts)
+        bias = tl.load(bias_ptr + expert * WIDTH + cols, mask=mask & is_here, other=0.0).to(tl.float32)
         tl.store(dots_ptr + token * PER_TOKEN + slot, tl.sum(grad * bias, 0))
 
 
-def _bias_dots(grad: torch.Tensor, bias: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """<grad_t, bias_e> for the experts e = indices[t]: [T, A] fp32."""
+def _bias_dots(grad: torch.Tensor, bias: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """<grad_t, bias_e> for the experts e of t: [T, A] fp32. 0 for experts of other parts."""
+    indices = routing.indices
     (num_tokens, per_token), width = indices.shape, grad.shape[1]
     dots = torch.empty((num_tokens, per_token), dtype=torch.float32, device=grad.device)
     if num_tokens:
-        launch(_bias_dots_kernel, (num_tokens,), grad, bias, indices, dots, grad.stride(0), WIDTH=width, PER_TOKEN=per_token,
-               BLOCK=next_power_of_2(width), num_warps=8 if width > 1024 else 4)
+        launch(_bias_dots_kernel, (num_tokens,), grad, bias, indices, dots, grad.stride(0), routing.first_expert, len(bias),
+               WIDTH=width, PER_TOKEN=per_token, BLOCK=next_power_of_2(width), num_warps=8 if width > 1024 else 4)
     return dots
 
 
@@ -79,10 +81,14 @@ def routed_rows(x: torch.Tensor, weights: torch.Tensor | None, routing: Routing)
 
 
 @triton.jit
-def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, alpha, limit, WIDTH: tl.constexpr,
-                            BLOCK: tl.constexpr):
-    """For a routed row: w dh replaces h, the activation replaces g, and <g, act> is added to the row's entry in dots."""
+def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, offsets_ptr, num_experts, alpha, limit,
+                            WIDTH: tl.constexpr, BLOCK: tl.constexpr, IS_PART: tl.constexpr):
+    """For a routed row: w dh replaces h, the activation replaces g, and <g, act> is added to the row's entry in dots. Leaves out
+    rows of other parts' experts."""
     row = tl.program_id(0).to(tl.int64)
+    if IS_PART:
+        if (row < tl.load(offsets_ptr)) | (row >= tl.load(offsets_ptr + num_experts)):
+            return
     slot = tl.load(slots_ptr + row)
     weight = tl.load(weights_ptr + slot)
     total = tl.zeros([BLOCK], tl.float32)
@@ -103,13 +109,15 @@ def _activation_grad_kernel(grad_ptr, h_ptr, weights_ptr, slots_ptr, dots_ptr, a
 
 
 def activation_grad(grad: torch.Tensor, h: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, *, alpha: float,
-                    limit: float, dots: torch.Tensor) -> torch.Tensor:
+                    limit: float, dots: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
     """In place: grad [R, F], the gradient of the activation without the gate weight, becomes the activation; h [R, 2F] becomes
-    h's gradient times the gate weight. Adds <grad, activation> to dots [T, A] fp32, and returns dots."""
+    h's gradient times the gate weight. Adds <grad, activation> to dots [T, A] fp32, and returns dots. part [E + 1]: the offsets
+    of the experts whose rows to take; None: all rows."""
     width = grad.shape[1]
     if grad.shape[0]:
-        launch(_activation_grad_kernel, (grad.shape[0],), grad, h, weights, order, dots, alpha, limit, WIDTH=width,
-               BLOCK=min(next_power_of_2(width), 1024), num_warps=4)
+        num_experts = 0 if part is None else len(part) - 1
+        launch(_activation_grad_kernel, (grad.shape[0],), grad, h, weights, order, dots, part, num_experts, alpha, limit,
+               WIDTH=width, BLOCK=min(next_power_of_2(width), 1024), IS_PART=part is not None, num_warps=4)
     return dots
 
 
@@ -162,7 +170,8 @@ BaseGrads = list[torch.Tensor | None]  # of the weights of gate_up and down (Non
 def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, down: ExpertWeights, *, dtype: torch.dtype,
                   lora: Lora | None, lora_scale: float, alpha: float, limit: float, scratch_bytes: int,
                   keeps_h: bool) -> tuple[torch.Tensor, MoeKept]:
-    """The outputs [R, D] of this process's experts in `dtype`, in expert order, for x [T, D]; and what local_backward needs.
+    """The outputs [R, D] of this process's experts in `dtype`, in expert order, for x [T, D]; zeros for rows of other parts; and
+    what local_backward needs.
 
     lora: A [E, r, D] and B [E, 2F, r] of gate_up, A [E, r, F] and B [E, D, r] of down, fp32. scratch_bytes: most bytes of
     dequantised weights at once. Triton only, no gradient."""
@@ -179,7 +188,7 @@ def local_forward(x: torch.Tensor, routing: Routing, gate_up: ExpertWeights, dow
     if lora is not None:
         low_rank_act = grouped_gemm(act, A2.transpose(1, 2), offsets, scale=lora_scale)
     # in the residual stream's dtype: values can exceed float16's 65504
-    rows = _project(down, act, offsets, x.new_empty(num_rows, width, dtype=dtype), low_rank=low_rank_act,
+    rows = _project(down, act, offsets, routing.new_rows(x, width, dtype), low_rank=low_rank_act,
                     lora_up=None if lora is None else B2.transpose(1, 2), scratch_bytes=scratch_bytes)
     return rows, MoeKept(h, low_rank_x, low_rank_act) if keeps_h else MoeKept(None, None, None)
 
@@ -188,8 +197,9 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
                    down: ExpertWeights, kept: MoeKept, *, lora: Lora | None, lora_scale: float, alpha: float, limit: float,
                    scratch_bytes: int, needs_base: bool) -> tuple[torch.Tensor, torch.Tensor, Lora | None, BaseGrads | None]:
     """grad [T, D]: the gradient of combine's result. Returns the gradients of the routed rows of x [R, D] in expert order, of the
-    gate weights [T, A], of LoRA's tensors (fp32) and, if needs_base, of the base. Computes what was not kept; overwrites a kept
-    h. Triton only."""
+    gate weights [T, A] (both zeros for other parts), of LoRA's tensors (fp32) and, if needs_base, of the base. Computes what was
+    not kept; overwrites a kept h. Triton only."""
+    assert routing.num_parts == 1 or not needs_base, "only frozen experts are divided"
     grad = grad.to(x.dtype)  # once for all products
     offsets, tokens = routing.offsets_device, routing.tokens
     num_rows, inner = tokens.shape[0], gate_up.bias.shape[1] // 2
@@ -207,7 +217,7 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
     act = _project(down, grad, offsets, x.new_empty(num_rows, inner), is_transposed=True, gather=tokens,
                    low_rank=grad_low_rank, lora_up=A2, scratch_bytes=scratch_bytes)
     grad_weights = activation_grad(act, h, weights, routing.order, alpha=alpha, limit=limit,
-                                   dots=_bias_dots(grad, down.bias, routing.indices))
+                                   dots=_bias_dots(grad, down.bias, routing), part=None if routing.num_parts == 1 else offsets)
     lora_grads = base_grads = None
     if needs_base:  # from here on h holds the gradient of h
         base_grads = [None if part.dense is None else torch.empty_like(part.weight) for part in (gate_up, down)]
@@ -232,7 +242,7 @@ def local_backward(grad: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, r
         grouped_outer(h, low_rank_x, offsets, lora_grads[1])
         grouped_outer(x, grad_low_rank, offsets, lora_grads[0].transpose(1, 2), gather=tokens)
     # the activation is no longer needed: if the widths agree, its memory takes the gradient of x's rows
-    out = act if x.shape[1] == inner else x.new_empty(num_rows, x.shape[1])
+    out = act if x.shape[1] == inner and routing.num_parts == 1 else routing.new_rows(x, x.shape[1])
     grad_rows = _project(gate_up, h, offsets, out, is_transposed=True, low_rank=grad_low_rank, lora_up=A1, dense=dense,
                          scratch_bytes=scratch_bytes)
     return grad_rows, grad_weights, lora_grads, base_grads

@@ -10,7 +10,7 @@ Shapes: T tokens, E experts, A experts per token, R = T * A routed rows, D model
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,18 @@ class Routing:
     tokens: torch.Tensor  # [R] int32: routed row in expert order -> token
     inverse: torch.Tensor  # [T, A] int32: token, slot -> routed row in expert order
     offsets_device: torch.Tensor  # [E + 1] int32: expert e owns rows offsets_device[e]:offsets_device[e + 1]
+    num_parts: int = 1  # that the experts are divided into; offsets_device is that of one part, the others' rows are not computed
+    first_expert: int = 0  # of this part
+
+    def part(self, experts: slice, num_parts: int) -> Routing:
+        """For some experts, which stand side by side. Rows stay where they are."""
+        return replace(self, offsets_device=self.offsets_device[experts.start:experts.stop + 1], num_parts=num_parts,
+                       first_expert=experts.start)
+
+    def new_rows(self, like: torch.Tensor, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory for all rows [R, width]: zeros where other parts' rows are added later."""
+        make = like.new_empty if self.num_parts == 1 else like.new_zeros
+        return make(len(self.tokens), width, dtype=dtype)
 
     @property
     def offsets(self) -> list[int]:

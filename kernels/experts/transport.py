@@ -1,11 +1,9 @@
-"""Sends tokens to the experts, and brings their rows back. Forward and backward both go through dispatch and combine:
+"""Brings the experts' rows back to the tokens, in forward and backward:
 
-    y = combine(experts(dispatch(x)), weights) + residual        dx = combine(experts' backward(dispatch(dy, x, weights)))
+    y = combine(experts(x), weights) + residual        dx = combine(experts' backward(dy, x, weights))
 
-Today dispatch returns its arguments: one process holds all experts. It copies nothing, since the experts' products read the rows
-of x through routing.tokens. If several GPUs share the experts, these functions will move rows: experts will get rows of other
-GPUs, with a Routing for those, and combine will sum on the GPU that has the token. The sum has no atomics: a token's experts are
-added in the order in which it chose them (slot order).
+Nothing sends tokens to the experts: their products read the rows of x through routing.tokens. The sum has no atomics: a token's
+experts are added in the order in which it chose them (slot order).
 
 Shapes: T tokens, A experts per token, R = T * A routed rows, D model width.
 """
@@ -17,16 +15,6 @@ import triton.language as tl
 
 from kernels.device import cdiv, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 from kernels.experts.sorting import Routing
-
-
-def dispatch(routing: Routing, *of_tokens: torch.Tensor) -> tuple[Routing | torch.Tensor, ...]:
-    """The Routing of this process's experts, and their part of each of the tokens' tensors (x, gradients, gate weights)."""
-    return routing, *of_tokens
-
-
-def return_weights(grad: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sends the gradient of the gate weights [T, A] from the experts back to the tokens."""
-    return grad
 
 
 def combine(rows: torch.Tensor, weights: torch.Tensor | None, routing: Routing,

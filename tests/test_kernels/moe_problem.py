@@ -8,7 +8,7 @@ import torch
 
 from kernels.experts.few_rows import few_rows_forward
 from kernels.experts.forward import local_backward, local_forward
-from kernels.experts.transport import combine, dispatch, return_weights
+from kernels.experts.transport import combine
 from kernels.packed.mxfp4 import dequantize
 
 ALPHA, LIMIT, SCALE = 1.702, 7.0, 0.5
@@ -60,19 +60,16 @@ def composed(indices, packed, t, *, has_lora):
 
 def moe_forward(x, weights, routing, gate_up, down, residual, **settings):
     """residual [T, D] plus the experts of x, and what moe_backward needs."""
-    here, x = dispatch(routing, x)
-    rows, kept = local_forward(x, here, gate_up, down, dtype=residual.dtype, **settings)
+    rows, kept = local_forward(x, routing, gate_up, down, dtype=residual.dtype, **settings)
     return combine(rows, weights, routing, residual), kept
 
 
 def moe_backward(grad, x, weights, routing, gate_up, down, kept, **settings):
     """The gradients of x and of the gate weights, those of LoRA and of the base."""
-    here, grad, x, weights = dispatch(routing, grad, x, weights)
-    grad_rows, grad_weights, *others = local_backward(grad, x, weights, here, gate_up, down, kept, **settings)
-    return combine(grad_rows, None, routing, None), return_weights(grad_weights, routing), *others
+    grad_rows, *others = local_backward(grad, x, weights, routing, gate_up, down, kept, **settings)
+    return combine(grad_rows, None, routing, None), *others
 
 
 def moe_decode(x, weights, routing, gate_up, down, residual, **settings):
     """moe_forward by the kernels for few rows."""
-    here, x = dispatch(routing, x)
-    return combine(few_rows_forward(x, here, gate_up, down, **settings), weights, routing, residual)
+    return combine(few_rows_forward(x, routing, gate_up, down, **settings), weights, routing, residual)

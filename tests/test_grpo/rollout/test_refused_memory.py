@@ -92,6 +92,8 @@ def test_later_rollouts_begin_with_what_fitted_and_rows_that_need_more_get_it(mo
 def test_limits_fall_from_the_prefill_to_the_cache():
     limits = Limits(16384)
     sizes = {"cache_bytes": 1000, "least_bytes": 700, "longest": 9}
+    with pytest.raises(StillOutOfMemory, match="Ranks that share experts .* do not try with less memory"):
+        limits.lower("no", prefilled=3000, **sizes, is_alone=False)
     assert not limits.lower("no", prefilled=3000, **sizes) and limits.prefill_tokens == 1500
     assert not limits.lower("no", prefilled=100, **sizes) and limits.prefill_tokens == 64
     assert limits.lower("no", prefilled=64, **sizes) and limits.cache_bytes == 800

@@ -1,7 +1,5 @@
 """The experts as one operation: in the interpreter and on a GPU against a composition in float64, goldens included."""
 
-
-import moe_problem
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for, half
@@ -79,30 +77,6 @@ def test_the_composition_and_every_gradient(has_lora, keeps_h, order):
 
 
 @pytest.mark.interpreter
-def test_experts_that_are_given_copied_rows_compute_the_same_as_with_rows_read_where_they_are(monkeypatch):
-    """As a transport between GPUs would give them: a row for each choice, each with one expert and its own gate weight."""
-    indices, packed, tensors = problem(9, 5, 2, 32, 32, 4)
-    t, grad = leaves(tensors, torch.float32, "cpu", []), normal(9, 32, seed=12).float()
-    settings = {"has_lora": True, "keeps_h": False, "num_experts": 5}
-    expected = run(indices, packed, t, grad, **settings)
-
-    def dispatch(routing, *of_tokens):
-        experts = routing.indices.flatten()[routing.order]  # [R]
-        rows = [tensor.flatten()[routing.order, None] if tensor.shape == routing.indices.shape else tensor[routing.tokens]
-                for tensor in of_tokens]
-        return make_routing(experts[:, None], num_experts=5), *rows
-
-    def return_weights(grad, routing):
-        return grad.flatten()[routing.inverse]
-
-    monkeypatch.setattr(moe_problem, "dispatch", dispatch)
-    monkeypatch.setattr(moe_problem, "return_weights", return_weights)
-    ours = run(indices, packed, t, grad, **settings)
-    for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.interpreter
 def test_weights_dequantised_once_serve_the_activation_and_the_gradient():
     errors = errors_of((9, 5, 2, 32, 64, 4), has_lora=True, keeps_h=False, dtype=torch.float32, device="cpu", num_dequantized=5)
     assert all(ours <= 3e-6 for ours, _ in errors.values()), errors
@@ -142,16 +116,18 @@ def test_the_routed_rows_compile_without_spills(arch, has_weights):
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_activation_gradient_compiles_without_spills(arch):
     signature = {"grad_ptr": half(arch), "h_ptr": half(arch), "weights_ptr": "*fp32", "slots_ptr": "*i32", "dots_ptr": "*fp32",
-                 "alpha": "fp32", "limit": "fp32"}
+                 "offsets_ptr": "*i32", "num_experts": "i32", "alpha": "fp32", "limit": "fp32"}
     pointers = tuple(name for name in signature if name.endswith("_ptr"))
-    check_fits(compile_for(_activation_grad_kernel, signature, {"WIDTH": 2880, "BLOCK": 1024}, arch, num_warps=4, num_stages=3,
-                           divisible=pointers), arch)
+    for is_part in (False, True):
+        check_fits(compile_for(_activation_grad_kernel, signature, {"WIDTH": 2880, "BLOCK": 1024, "IS_PART": is_part}, arch,
+                               num_warps=4, num_stages=3, divisible=pointers), arch)
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_the_products_with_the_bias_compile_without_spills(arch):
     halves = {"grad_ptr": half(arch), "bias_ptr": half(arch)}
-    signature = halves | {"indices_ptr": "*i64", "dots_ptr": "*fp32", "stride_grad": "i32"}
+    signature = halves | {"indices_ptr": "*i64", "dots_ptr": "*fp32", "stride_grad": "i32", "first_expert": "i32",
+                          "num_experts": "i32"}
     check_fits(compile_for(_bias_dots_kernel, signature, {"WIDTH": 2880, "PER_TOKEN": 4, "BLOCK": 4096}, arch, num_warps=8,
                            num_stages=3), arch)
 
