@@ -17,7 +17,7 @@ Departures: weight decay applies to every trained parameter, as torch.optim.Adam
 """
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -98,12 +98,16 @@ class Optimizer:
 
     def __init__(self, params: dict[str, torch.nn.Parameter], learning_rate: LearningRate, *, betas: tuple[float, float],
                  eps: float, weight_decay: float, max_grad_norm: float, loss_scale: float = 1.0, moments: str = "fp32",
-                 weights: str = "master", state_on_host: bool = False, in_backward: bool = False, seed: int = 0) -> None:
+                 weights: str = "master", state_on_host: bool = False, in_backward: bool = False, seed: int = 0,
+                 starts: dict[str, int] | None = None,
+                 whole: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, part: part) -> None:
         """loss_scale: the power of two that `backward` multiplies losses by; gradients() are free of it.
         max_grad_norm: the global L2 norm that gradients are scaled down to; math.inf turns clipping off.
         moments, weights: how the state is kept, and how updates of bf16 parameters add up; among MOMENTS and WEIGHTS of
         models/adam_state.py. state_on_host: a GPU's state lies in pinned host memory; changes no bit. in_backward: whether
-        backward() may update. seed: of stochastic rounding. The rest as in torch.optim.AdamW."""
+        backward() may update. seed: of stochastic rounding. starts: name -> element that a part of a parameter begins with, of
+        those that are parts; whole: makes a part's gradient the whole one's (grpo/distributed/shards.py). The rest as in
+        torch.optim.AdamW."""
         if not params:
             raise ValueError("no trainable parameters: nothing to optimize; check model.train and model.lora.targets")
         frozen = [name for name, param in params.items() if not param.requires_grad]
@@ -111,9 +115,10 @@ class Optimizer:
             raise ValueError(f"parameters without requires_grad given to the optimizer: {', '.join(frozen[:5])}")
         self.params, self.learning_rate = dict(params), learning_rate
         self.max_grad_norm, self.loss_scale, self.in_backward = max_grad_norm, loss_scale, in_backward
+        self._whole = whole
         self.num_updates = self.position = 0
         self._state = AdamState(self.params, moments, weights, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed,
-                                on_host=state_on_host, in_order=not in_backward)
+                                on_host=state_on_host, in_order=not in_backward, starts=starts or {})
         self._gradients: dict[str, torch.Tensor] = {}  # the buffer's parts; empty between updates
         self.buffers: list[torch.Tensor] = []  # [elements] of each dtype, which hold the gradients; empty between updates
         self.received: set[str] = set()  # parameters that got a gradient since zero_grad()
@@ -150,6 +155,14 @@ class Optimizer:
                                 for name, start in starts.items()}
         for name, param in self.params.items():
             param.grad = self._gradients[name] if param.dtype == dtypes[name] else None
+
+    def add(self, name: str, gradients: Iterable[torch.Tensor]) -> None:
+        """Adds gradients [elements] of a parameter, one after the other, to those accumulated since `zero_grad()`."""
+        self.allocate_gradients()
+        total = self._gradients[name].view(-1)
+        for gradient in gradients:
+            total += gradient
+        self.received.add(name)
 
     def fill_in(self, fill: Callable[[torch.Tensor], None], *, of: str) -> None:
         """Calls fill() with the gradient of each parameter whose name contains `of`."""
@@ -252,7 +265,8 @@ class Optimizer:
         self._check_received()
         if self._norms is not None:  # the backward has made it
             return _Unfinished(math.hypot(*self._norms), self.lr, 1.0, num_done=len(self._state.pieces))
-        norms = torch.stack([torch.linalg.vector_norm(self._gradients[name], dtype=torch.float32) for name in self.params])
+        norms = torch.stack([torch.linalg.vector_norm(self._whole(name, self._gradients[name]), dtype=torch.float32)
+                             for name in self.params])
         norms = norms if self.loss_scale == 1.0 else norms / self.loss_scale
         total_norm = torch.linalg.vector_norm(norms)
         grad_norm = float(total_norm)
@@ -261,7 +275,8 @@ class Optimizer:
                 f"; the loss was scaled by {self.loss_scale:g}: if float16 gradients overflowed, lower optim.loss_scale")
             for name, norm in zip(self.params, norms.tolist()):
                 if not math.isfinite(norm):
-                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(self._gradients[name]) + hint)
+                    gradient = self._whole(name, self._gradients[name])
+                    raise NonFiniteError(self.num_updates, "gradient", name, _describe(gradient) + hint)
             raise NonFiniteError(self.num_updates, "gradient norm", "all parameters together", _describe(norms) + hint)
         # the same operations as torch.nn.utils.clip_grad_norm_, so that clipping agrees with it bit for bit
         scale = float(torch.clamp(self.max_grad_norm / (total_norm + 1e-6), max=1.0)) / self.loss_scale

@@ -20,6 +20,7 @@ from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
 from grpo.configuration.launch import is_sweep, launch
 from grpo.distributed.experts import check_sharing
 from grpo.distributed.ranks import RankFault, join, leads
+from grpo.distributed.shards import check_shards
 from grpo.environment import Score, held_out_prompts
 from grpo.evaluate import evaluate
 from grpo.groups import Groups, completion_record
@@ -155,6 +156,7 @@ def run_training(config: TrainConfig) -> int:
     try:
         ranks = join(config, is_sweep=is_sweep())
         check_sharing(config, 1 if ranks is None else ranks.num_ranks)
+        check_shards(config)
         with (hold_run(config, run_dir, ranks) as lock,
               GracefulStop(resume_command(config), is_silent=not leads(ranks)) as should_stop):
             try:

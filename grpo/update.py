@@ -15,6 +15,7 @@ from grpo.configuration.algorithm import KlPlace, Whiten
 from grpo.corrections import correct
 from grpo.distributed.gradients import train_together
 from grpo.distributed.settings import Reduction
+from grpo.distributed.shards import train_sharded
 from grpo.entropy import entropy_loss
 from grpo.exactness import allowed_difference, describe_mismatch, differences
 from grpo.groups import Groups, advantages_of
@@ -71,10 +72,7 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
             chosen = step_tokens(run, part, batch, num_updates=num_updates, seed=hash((seed, len(trained))))
             trained.append(train_minibatch(run, part, num_updates=num_updates, allowed=allowed, step=chosen))
             lr = run.optimizer.lr
-            with CAPTURING:
-                grad_norms.append(attempt_twice(run.optimizer.step))
-            run.is_between_steps = False
-            run.optimizer.zero_grad()
+            grad_norms.append(make_update(run))
     # after an update the policy is no longer the one that sampled
     sampling = reduce_stats([micro.sampling_stats for micro in trained[0]], num_updates=1)
     warning = None if run.has_warned else describe_mismatch(
@@ -97,6 +95,17 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     return {**of_updates, **reduce_stats(stats, num_updates=num_updates), **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
+
+
+def make_update(run: Run) -> float:
+    """Updates the weights by the gradients in the optimizer, which it drops. Returns the gradient's norm before clipping."""
+    with CAPTURING:  # where the model is divided, ranks meet in the step: none may begin it again
+        grad_norm = attempt_twice(run.optimizer.step) if run.shards is None else run.optimizer.step()
+    run.is_between_steps = False
+    run.optimizer.zero_grad()
+    if run.shards is not None:
+        run.shards.gather()
+    return grad_norm
 
 
 def packed(run: Run, groups: Groups) -> RolloutBatch:
@@ -169,6 +178,9 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
 
     With optim.in_backward, the backward of a minibatch's only micro-batch also makes the update."""
     work, changes, is_between_steps = divide(run, part), [], run.is_between_steps
+    if run.shards is not None:
+        run.sampler.forget()  # its graphs have addresses of weights
+        run.shards.release()
     while True:
         updates = run.config.optim.in_backward and len(work) == 1
         run.is_between_steps = is_between_steps and not updates
@@ -202,6 +214,9 @@ def train_all(run: Run, work: list[list[int]],
     def should_stop() -> bool:
         return run.is_between_steps and run.should_stop()
 
+    if run.shards is not None:
+        trained, is_stopped = train_sharded(run.shards, work, partial(train_in_step, run, train), should_stop=should_stop)
+        return trained, None, is_stopped
     if run.ranks is not None and run.ranks.num_parts > 1:
         def train_own(rows: list[int]) -> tuple[TrainedMicroBatch | None, str | None]:
             micro, refusal = attempt_here(run, partial(train, rows))
@@ -217,6 +232,15 @@ def train_all(run: Run, work: list[list[int]],
         if should_stop():
             return trained, None, True
     return trained, None, False
+
+
+def train_in_step(run: Run, train: Callable[[list[int]], TrainedMicroBatch], rows: list[int]) -> TrainedMicroBatch:
+    """Trains on a micro-batch while the other ranks go through theirs layer by layer."""
+    micro, refusal = attempt(partial(train, rows))
+    if refusal is not None:
+        raise StillOutOfMemory(f"{refusal}. Ranks that divide the model (distributed.shard) do not try again with less memory: "
+                               "lower optim.max_tokens")
+    return micro.on_host()
 
 
 def attempt_here(run: Run, function: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -266,7 +290,7 @@ def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, step: St
 
 def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_updates: int, allowed: float,
               updates: bool) -> TrainedMicroBatch:
-    run.policy.memory.keeps_gradients = not updates
+    run.policy.memory.keeps_gradients = not updates and run.shards is None  # parts of them are there, and a layer's at a time
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)

@@ -58,6 +58,11 @@ def state_tensors(num_elements: int, dtype: torch.dtype, moments: str, weights: 
     return kept
 
 
+def can_divide(parameter: torch.Tensor, num_ranks: int) -> bool:
+    """Whether ranks can divide a parameter along its first dimension: into equal parts, of whole blocks of the state."""
+    return len(parameter) % num_ranks == 0 and parameter.numel() // num_ranks % BLOCK == 0
+
+
 def optimizer_bytes(sizes: Iterable[int], dtype: torch.dtype, moments: str, weights: str) -> OptimizerBytes:
     """Bytes for parameters of these numbers of elements, all of one dtype."""
     sizes, largest = list(sizes), min(max(sizes, default=0), piece_size(moments))
@@ -108,14 +113,15 @@ class AdamState:
     """The state of named parameters and its updates. `tensors`: what a checkpoint holds, by name (kind.parameter)."""
 
     def __init__(self, params: dict[str, torch.nn.Parameter], moments: str, weights: str, *, betas: tuple[float, float],
-                 eps: float, weight_decay: float, seed: int, on_host: bool, in_order: bool) -> None:
-        """in_order: pieces are always updated one after the other, so that those of small parameters can be copied together."""
+                 eps: float, weight_decay: float, seed: int, on_host: bool, in_order: bool, starts: dict[str, int]) -> None:
+        """in_order: pieces are always updated one after the other, so that those of small parameters can be copied together.
+        starts: name -> element that a part of a parameter begins with, of those that are parts: a multiple of BLOCK."""
         assert moments in MOMENTS and weights in WEIGHTS, (moments, weights)
         half = [name for name, param in params.items() if param.dtype == torch.float16]
         if half and weights != "master":
             raise ValueError(f"optim.weights = {weights!r}: for bfloat16 and float32, and {half[0]} is float16; set "
                              "optim.weights=master")
-        self.params, self.moments, self.weights, self.seed = params, moments, weights, seed
+        self.params, self.moments, self.weights, self.seed, self.starts = params, moments, weights, seed, starts
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.device = next(iter(params.values())).device
         is_streamed = on_host and self.device.type == "cuda"
@@ -169,7 +175,7 @@ class AdamState:
         kept = [tensor for kind, tensor in state.items() if kind.startswith("exp_avg")]
         is_random = self.moments == "int8" or self.weights == "stochastic"
         adamw(weight if master is None else master, piece.of(grad), Moments8(*kept) if self.moments == "int8" else tuple(kept),
-              state.get("compensation"), numbers, first=piece.first,
+              state.get("compensation"), numbers, first=piece.first + self.starts.get(piece.name, 0),
               key=rng_keys(self.seed, num_updates, len(self.params))[piece.number] if is_random else (0, 0))
         if master is not None:
             weight.copy_(master)

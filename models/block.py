@@ -131,6 +131,7 @@ class Block(nn.Module):
     def __init__(self, config: GptOssConfig, layer: int, expert_format: type[ExpertWeights], *,
                  experts_device: torch.device | str, share: ExpertShare | None, **factory) -> None:
         super().__init__()
+        self.gathers = False  # its hooks gather its weights, for passes with gradient alone (grpo/distributed/shards.py)
         self.input_layernorm = RMSNorm(config, **factory)
         self.self_attn = Attention(config, layer, **factory)
         self.post_attention_layernorm = RMSNorm(config, **factory)
@@ -221,7 +222,7 @@ class _Trained(torch.autograd.Function):
         ctx.block, ctx.keys, ctx.training_pass, ctx.parameters = block, keys, training_pass, parameters
         layer = block.self_attn.layer
         kept = training_pass.new(layer)
-        y = block(x, keys, record, kept)
+        y = (block.forward if block.gathers else block)(x, keys, record, kept)
         training_pass.put(layer, kept)
         return y
 

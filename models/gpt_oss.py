@@ -124,7 +124,7 @@ class GptOss(nn.Module):
         self.inv_freq = inverse_frequencies(config)
         self.expert_store = ExpertStore(placement or Placement(), config.num_hidden_layers,
                                         layer_bytes(config, self.expert_format, dtype), torch.device(device))
-        self.share = share
+        self.share, self.gathers = share, False  # gathers: see Block
         self.model = Backbone(config, self.expert_format, self.expert_store, share, **factory)
         self.lm_head = Embedding(config.vocab_size, config.hidden_size, **factory)
 
@@ -210,6 +210,8 @@ class GptOss(nn.Module):
     def _hidden(self, tokens: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None) -> torch.Tensor:
         """Final-norm hidden states [T, D] of tokens [T]. Without gradient on a GPU."""
         x, call = self._embedded(tokens), Block.__call__
+        if self.gathers and not torch.is_grad_enabled():
+            call = Block.forward
         self.expert_store.begin(copies_routed=any(block.mlp.experts.copies_routed(x) for block in self.model.layers))
         if self.activation_checkpointing and torch.is_grad_enabled():
             call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -217,7 +219,7 @@ class GptOss(nn.Module):
             x = call(block, x, keys, record)
         return self.model.norm(x)
 
-    def _packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
+    def packed_hidden(self, tokens: torch.Tensor, cu_seqlens: list[int], prefixes: list[int] | None,
                        record: RoutingReplay | None) -> torch.Tensor:
         angles = self._angles(packed_positions(cu_seqlens, tokens.device, prefixes))
         keys = PackedKeys(angles, AttentionPlan(cu_seqlens, prefixes=prefixes))
@@ -233,7 +235,7 @@ class GptOss(nn.Module):
 
     def logits(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         """All logits [T, V] fp32 of packed sequences; for comparisons, at sizes where they fit."""
-        hidden = self._packed_hidden(tokens, cu_seqlens.tolist(), None, None)
+        hidden = self.packed_hidden(tokens, cu_seqlens.tolist(), None, None)
         return hidden.float() @ self.lm_head.weight.float().T
 
     def log_probs(self, tokens: torch.Tensor, cu_seqlens: torch.Tensor, *, temperature: float, mask: torch.Tensor,
@@ -260,7 +262,7 @@ class GptOss(nn.Module):
         before = previous_rows(bounds, prefixes)[rows]
         assert (before >= 0).all(), "mask is true on the first token of a sequence"
         rows, before = to_device(rows, tokens.device), to_device(before, tokens.device)
-        hidden = self._packed_hidden(tokens, bounds, prefixes, record)
+        hidden = self.packed_hidden(tokens, bounds, prefixes, record)
         # a prompt's last row occurs once per completion: on a GPU the gradient of index_select would add them with atomics, in
         # any order; that of indexing adds them in a fixed one
         hidden = hidden.index_select(0, before) if prefixes is None else hidden[before]

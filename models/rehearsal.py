@@ -107,7 +107,7 @@ def rehearse_update(model: GptOss, plan: Rehearsal) -> None:
     """The optimizer's update of every trained parameter."""
     params = model.trainable_parameters()
     state = AdamState(params, plan.moments, plan.weights, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, seed=0, on_host=False,
-                      in_order=True)
+                      in_order=True, starts={})
     for index, piece in enumerate(state.pieces):
         param = params[piece.name]
         grad = torch.empty_like(param, dtype=gradient_dtype(param.dtype, plan.weights))

@@ -30,3 +30,5 @@ class DistributedConfig(WaitConfig):
     micro_batches: int = number("[0, inf)", "0 is off", default=0)
     # so many ranks side by side hold the experts together, each some, and do the same work; the groups of them share it
     expert_parallel: int = number("[1, 1024]", "1: every rank has all experts", default=1)
+    # full training: each rank keeps its part of weights, gradients and optimizer state (FSDP2)
+    shard: bool = False

@@ -25,15 +25,22 @@ from models.formats.atomic import remove
 
 def save(run: Run) -> None:
     """Saves a checkpoint of the finished steps, after the metrics. Raises FloatingPointError if a tensor is not finite, and
-    SaveError if the run's folder was moved. Only rank 0 writes."""
-    if not leads(run.ranks):
+    SaveError if the run's folder was moved. Only rank 0 writes; where ranks divide the model, all call it."""
+    if leads(run.ranks):
+        run.lock.check_in_place()
+    elif run.shards is None:
         return
-    run.lock.check_in_place()
     if run.saved_step == run.step:
+        return
+    optimizer_state = run.optimizer.state_dict() if run.shards is None else run.shards.whole_state(keeps=leads(run.ranks))
+    if not leads(run.ranks):
+        run.saved_step = run.step
         return
     run.metrics.set_status("saving")
     tensors = parameter_tensors(run.policy, run.config.model)
-    tensors |= {OPTIM + name: tensor for name, tensor in run.optimizer.state_dict().items()}
+    if run.shards is not None and run.policy.device.type == "cpu":  # FSDP2 cannot drop memory that numpy has seen
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors |= {OPTIM + name: tensor for name, tensor in optimizer_state.items()}
     tensors |= run.reference.state_dict() if run.reference is not None else {}
     for name, tensor in tensors.items():
         # as a norm, which needs no memory: there may be none left
@@ -58,14 +65,21 @@ def save_best(run: Run) -> None:
     """Saves a checkpoint if the evaluation of this step is the best so far by `checkpoint.best`. Raises ConfigError if
     evaluations have no such metric."""
     name = run.config.checkpoint.best
-    if name is None or not leads(run.ranks):
+    if name is None:
         return
+    is_best = leads(run.ranks) and _is_best(run, name)
+    if run.shards is not None:
+        is_best = run.ranks.exchange("the best evaluation", is_best)[0]
+    if is_best:
+        save(run)
+
+
+def _is_best(run: Run, name: str) -> bool:
     names = run.metrics.eval_names(run.step)
     if name not in names:
         raise ConfigError(f"checkpoint.best = {name!r}: evaluations have no such metric; they have {', '.join(names)}")
     best = run.metrics.best(name)
-    if best is not None and best["step"] == run.step:
-        save(run)
+    return best is not None and best["step"] == run.step
 
 
 def export_policy(run: Run) -> tuple[Path, str]:
@@ -90,7 +104,11 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
         return ""
     if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
         return ""  # nothing was learnt yet
+    if run.shards is not None and not isinstance(error, Interrupted):
+        return ""  # what the rank that failed has cannot be gathered
     try:
+        if run.shards is not None:
+            run.shards.gather()
         save(run)
     except FloatingPointError:
         return ""

@@ -29,6 +29,7 @@ from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory, is_on
 from grpo.distributed.experts import expert_share, least_of_all
 from grpo.distributed.ranks import Ranks, leads
+from grpo.distributed.shards import Shards
 from grpo.distributed.silence import SilentMetrics
 from grpo.entropy import EntropyBonus, check_entropy
 from grpo.environment import (
@@ -99,6 +100,7 @@ class Run:
     memory: GpuMemory | None = None  # always, in a run that start() made
     compilation: Compilation | None = None  # of its kernels, in the background; None: there are none
     optimizer: Optimizer | None = None  # once the weights are loaded
+    shards: Shards | None = None  # of the policy, where ranks divide it
     reference: Reference | None = None  # likewise, with a KL penalty
     history: PromptHistory | None = None  # of its prompts, with a curriculum
     entropy: EntropyBonus | None = None  # likewise, with an entropy bonus
@@ -244,10 +246,12 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
             run.reference = Reference.of(run.policy)
     # now: its fp32 masters are copies of the weights
     plan = run.memory.plan
-    optimizer = make_optimizer(config, run.policy, state_on_host=plan is not None and plan.state_on_host)
+    if config.distributed.shard and run.ranks is not None and run.ranks.num_ranks > 1:
+        run.shards = Shards(run.ranks, run.policy)
+    optimizer = make_optimizer(config, run.policy, state_on_host=plan is not None and plan.state_on_host, shards=run.shards)
     if state is not None:
-        optimizer.load_state_dict({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items()
-                                   if name.startswith(OPTIM)})
+        load = optimizer.load_state_dict if run.shards is None else run.shards.load_state
+        load({name.removeprefix(OPTIM): tensor for name, tensor in state.tensors.items() if name.startswith(OPTIM)})
         run.step, run.saved_step, run.num_tokens = state.step, state.step, state.state["num_tokens"]
         run.steps_without_update = state.state.get("steps_without_update", 0)
         if run.history is not None:
@@ -255,6 +259,8 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         if config.rollout.max_staleness:
             run.rollouts = read(state.state["rollouts"], state.tensors)
     run.optimizer = optimizer
+    if run.shards is not None:
+        run.shards.gather()
     if config.entropy.coefficient > 0 or config.entropy.target is not None:
         run.entropy = EntropyBonus.of(config.entropy, state.state["entropy"] if state is not None else None)
     if run.behaviour is not None:
@@ -295,16 +301,22 @@ def wait_for_kernels(run: Run, compilation: Compilation) -> None:
         metrics.warn(describe_failures(compilation.failures))
 
 
-def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False) -> Optimizer:
+def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False,
+                   shards: Shards | None = None) -> Optimizer:
     optim = config.optim
+    of_shards = {} if shards is None else {"starts": shards.starts, "whole": shards.whole}
     learning_rate = LearningRate(
         optim.lr, optim.warmup_steps, str(optim.schedule), optim.decay_steps, optim.final_lr_ratio,
         total_steps=config.steps * optim.minibatches * optim.epochs)
-    return Optimizer(
-        policy.trainable_parameters(), learning_rate, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay,
+    optimizer = Optimizer(
+        policy.trainable_parameters() if shards is None else shards.parameters, learning_rate, betas=tuple(optim.betas),
+        eps=optim.eps, weight_decay=optim.weight_decay,
         max_grad_norm=math.inf if optim.max_grad_norm is None else optim.max_grad_norm,
         loss_scale=loss_scale_for(policy.dtype, optim.loss_scale), moments=str(optim.moments), weights=str(optim.weights),
-        state_on_host=state_on_host, in_backward=optim.in_backward, seed=config.seed)
+        state_on_host=state_on_host, in_backward=optim.in_backward, seed=config.seed, **of_shards)
+    if shards is not None:
+        shards.optimizer = optimizer
+    return optimizer
 
 
 def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environment, *, resumed_step: int | None) -> str:

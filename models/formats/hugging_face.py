@@ -10,6 +10,7 @@ same bits back. Adapters are in models/formats/peft.py.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,6 +242,13 @@ def _pack_into(targets: list[torch.Tensor], stored: Stored, rounding: _Rounding,
             target[expert].copy_(part)
 
 
+def _held_tensors(model: GptOss) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name, module by module: as state_dict(), which would drop what FSDP2 has gathered."""
+    for prefix, module in model.named_modules():
+        for tensors in (module.named_parameters, module.named_buffers):
+            yield from ((name, tensor.detach()) for name, tensor in tensors(prefix, recurse=False))
+
+
 @dataclass
 class _Export:
     """The tensors of an export."""
@@ -260,7 +268,7 @@ class _Export:
                 first, *others = (f"model.layers.{layer}.mlp.experts.{held}" for held in block.mlp.experts.held(leaf))
                 experts |= {first: self._expert_tensors(layer, leaf)} | {name: [] for name in others}
         plan = []
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in _held_tensors(self.model):
             if name in experts:
                 plan += experts[name]
             elif "lora_" not in name:

@@ -15,7 +15,7 @@ from models.adam_state import AdamState, _append, _Stream, pinned_tensors
 def build(sizes, *, moments="int8", streams=False, in_order=True):
     params = {name: torch.nn.Parameter(torch.linspace(-1, 1, size)) for name, size in sizes.items()}
     state = AdamState(params, moments, "master", betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, seed=0, on_host=False,
-                      in_order=in_order)
+                      in_order=in_order, starts={})
     if streams:
         state._stream = _Stream(state.pieces, state._held, state.device, in_order=in_order, most=512)
     return params, state

@@ -1,0 +1,153 @@
+"""Full training whose weights, gradients and optimizer state are divided over the ranks, by torch's FSDP2 (fully_shard).
+
+Each rank keeps 1/N of every large parameter, of its gradient and of its optimizer state; small ones are whole on all ranks. In
+the update a layer's weights are gathered when its forward or backward begins, and dropped when that ends. While sampling, all
+weights are whole on every rank: decoding would gather them for each token.
+
+FSDP2 gathers weights; gradients are added here, since its own reduction rounds after each round of micro-batches and knows no
+order. After a layer's backward a rank gets its part of the layer's gradients from all ranks (an all-to-all, which moves as many
+bytes as a reduce-scatter) and adds them in the order of the micro-batches; a gradient's norm is that of the whole, gathered for
+it. So weights have the bits of one process.
+
+A pass waits for all ranks at every layer. So all take equally many: in an update's last round, a rank without a micro-batch
+repeats another one's, and its gradients are left out. What happens to one rank in a pass (memory that is refused, a loss that is
+not finite) ends the run.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from grpo.config import ConfigError, Train, TrainConfig
+from grpo.distributed.ranks import Ranks
+from grpo.distributed.settings import Reduction
+from grpo.optim import Optimizer
+from models.adam_state import can_divide
+from models.gpt_oss import GptOss
+
+
+def check_shards(config: TrainConfig) -> None:
+    """Raises ConfigError for settings with which ranks cannot divide a model."""
+    if not config.distributed.shard:
+        return
+    key, advice = "distributed.shard = True", "or set distributed.shard=false"
+    if config.model.train != Train.full:
+        raise ConfigError(f"{key}: divides what trains in full, and model.train = {str(config.model.train)!r} trains an adapter, "
+                          f"which is small; set model.train=full, {advice}")
+    if config.distributed.reduction != Reduction.ordered:
+        raise ConfigError(f"{key}: its gradients are added in order; set distributed.reduction=ordered (now "
+                          f"{str(config.distributed.reduction)!r}), {advice}")
+
+
+class Shards:
+    """A policy's trained parameters, divided over the ranks. After this the policy is whole (gather()); a training pass needs
+    release(). parameters: name -> what this rank updates, its part of a parameter or a whole small one; starts: name -> the
+    element that such a part begins with."""
+
+    def __init__(self, ranks: Ranks, policy: GptOss) -> None:
+        from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        self.ranks, self.num_gradients = ranks, 0  # num_gradients: of ranks whose gradients count in this round
+        self._mesh = init_device_mesh(policy.device.type, (ranks.num_ranks,))
+        trained, blocks = policy.trainable_parameters(), list(policy.model.layers)
+        self._divided = [name for name, parameter in trained.items() if can_divide(parameter, ranks.num_ranks)]
+        whole = {parameter for name, parameter in policy.named_parameters() if name not in self._divided}
+        for module in (*blocks, policy):  # after a forward the head is needed, and then the last layer
+            fully_shard(module, mesh=self._mesh, reshard_after_forward=module is not policy, ignored_params=whole)
+            module.gathers = True
+        for block in blocks:
+            register_fsdp_forward_method(block, "forward_with_grad")
+        register_fsdp_forward_method(policy, "packed_hidden")
+        self._modules = [*blocks, policy]
+        self.gather()  # also prepares FSDP2, which may replace the parts that it has
+        self._group_of, self._groups, self._received = {}, [], {}
+        for name, parameter in policy.trainable_parameters().items():
+            parameter.register_post_accumulate_grad_hook(self._receiver(name))
+            self._join(name)
+        self.release()
+        self.parameters = {name: torch.nn.Parameter(parameter.detach().to_local() if name in self._divided else parameter)
+                           for name, parameter in policy.trainable_parameters().items()}
+        self.starts = {name: ranks.rank * self.parameters[name].numel() for name in self._divided}
+        self.optimizer: Optimizer | None = None  # of `parameters`, which gets the gradients
+
+    def _join(self, name: str) -> None:
+        """Gradients of a layer are exchanged together, in the order of its parameters: the backward may bring them in any."""
+        layer = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
+        if layer not in self._group_of:
+            self._group_of[layer] = len(self._groups)
+            self._groups.append([])
+        self._group_of[name] = self._group_of[layer]
+        self._groups[self._group_of[name]].append(name)
+
+    def gather(self) -> None:
+        """Makes all weights whole on all ranks. All call it."""
+        with self.ranks.collective("gathering the weights"):
+            for module in self._modules:
+                module.unshard()
+
+    def release(self) -> None:
+        """Drops what gather() brought: from here on a pass with gradient gathers layer by layer, and others cannot run."""
+        for module in self._modules:
+            module.reshard()
+
+    def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
+        def receive(parameter: torch.Tensor) -> None:
+            self._received[name], parameter.grad = parameter.grad, None  # FSDP2 finds none to reduce
+            group = self._groups[self._group_of[name]]
+            if all(member in self._received for member in group):
+                for member in group:
+                    self._add(member, self._received.pop(member))
+
+        return receive
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        """Adds the gradients of the ranks whose micro-batches count, in their order, to the optimizer's."""
+        size, gradient = self.ranks.num_ranks, gradient.contiguous().view(-1)
+        received = gradient.new_empty(size, gradient.numel() // size if name in self._divided else gradient.numel())
+        if name in self._divided:
+            dist.all_to_all_single(received.view(-1), gradient)
+        else:
+            dist.all_gather_into_tensor(received.view(-1), gradient)
+        self.optimizer.add(name, received[:self.num_gradients])
+
+    @torch.no_grad()
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The whole of what ranks have parts of: a gradient, or state of the optimizer. All call it."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        if name not in self._divided:
+            return part
+        return DTensor.from_local(part, self._mesh, [Shard(0)], run_check=False).full_tensor()
+
+    def whole_state(self, *, keeps: bool) -> dict[str, torch.Tensor]:
+        """The optimizer's state as one process has it, in host memory; {} unless `keeps`. All call it."""
+        found = {}
+        with self.ranks.collective("gathering the optimizer's state"):
+            for key, tensor in self.optimizer.state_dict().items():
+                tensor = self.whole(key.partition(".")[2], tensor)
+                if keeps:
+                    found[key] = tensor.cpu()
+        return found
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Gives the optimizer this rank's part of the state of one process."""
+        size, rank = self.ranks.num_ranks, self.ranks.rank
+        self.optimizer.load_state_dict({
+            key: tensor.chunk(size)[rank] if key.partition(".")[2] in self._divided else tensor for key, tensor in state.items()})
+
+
+def train_sharded(shards: Shards, work: list[Any], train: Callable[[Any], Any], *,
+                  should_stop: Callable[[], bool]) -> tuple[list[Any], bool]:
+    """Leaves the sum of the gradients of all micro-batches in the optimizers of the ranks, in the order of the micro-batches.
+    work, train, results: as of train_together (grpo/distributed/gradients.py), but nothing is refused."""
+    ranks, trained = shards.ranks, []
+    for first in range(0, len(work), ranks.num_ranks):
+        shards.num_gradients = min(ranks.num_ranks, len(work) - first)
+        own = train(work[first + min(ranks.rank, shards.num_gradients - 1)])
+        found = ranks.exchange("the micro-batches", (own, should_stop()))
+        if any(is_stopped for _, is_stopped in found):
+            return trained, True
+        trained += [part for part, _ in found[:shards.num_gradients]]
+    return trained, False
