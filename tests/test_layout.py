@@ -14,7 +14,7 @@ PACKAGES = ("kernels", "models", "grpo")
 PRODUCT = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 FORBIDDEN_PACKAGES = {"kernels": {"models", "grpo"}, "models": {"grpo"}, "grpo": {"kernels"}}
-HYDRA_FILES = {"grpo/config.py", *(f"grpo/configuration/{name}.py" for name in ("command_line", "launch", "sweeps"))}
+HYDRA_FILES = {"grpo/config.py", *(f"grpo/configuration/{name}.py" for name in ("command_line", "launch", "processes", "sweeps"))}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "manager", "base", "common", "misc"}
 
 

@@ -428,6 +428,8 @@ def run_sweep(plan: CommandPlan, task: Callable[[Any], int]) -> int:
         problem = None
         try:
             plan.hydra.multirun(plan.primary, Job(plan.config_name, task), plan.overrides)
+        except ConfigError:
+            raise
         except Exception as error:  # of the sweeper or the launcher, each with kinds of its own
             problem = error
         code = end_sweep(results)

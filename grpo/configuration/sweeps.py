@@ -1,6 +1,6 @@
 """Sweeps: the jobs of a command line, told apart before the first starts, and what became of them.
 
-Hydra's sweeper draws the jobs and its launcher runs them, in this process (basic) or in others (joblib, submitit). All that
+Hydra's sweeper draws the jobs and its launcher runs them, in this process (basic) or in others (processes, submitit). All that
 comes back is each job's return value, a `JobResult`: exit codes and the table are made from these.
 """
 
@@ -26,6 +26,7 @@ from grpo.configuration.suggestions import near
 from grpo.record.run_table import sweep_summary
 from grpo.record.summary import SUMMARY_FILE, headline_first, read_summary
 
+OWN_LAUNCHER = "grpo.configuration.processes.ProcessLauncher"
 MAX_CHECKED = 100  # jobs of a sweep that are composed before the first one starts
 # exit codes
 FAILED = 1
@@ -112,7 +113,12 @@ def recorded_results() -> Iterator[list[JobReturn]]:
     instantiate = Plugins.instantiate_launcher
 
     def instantiate_recording(self: Plugins, hydra_context: Any, task_function: Callable, config: Any) -> SimpleNamespace:
-        launcher = instantiate(self, hydra_context=hydra_context, task_function=task_function, config=config)
+        if config.hydra.launcher.get("_target_") == OWN_LAUNCHER:  # Hydra takes classes from packages of its own only
+            from grpo.configuration.processes import ProcessLauncher  # imports this module
+
+            launcher = ProcessLauncher(hydra_context, task_function, config)
+        else:
+            launcher = instantiate(self, hydra_context=hydra_context, task_function=task_function, config=config)
 
         def launch(job_overrides: Any, initial_job_idx: int) -> Any:
             returned = launcher.launch(job_overrides, initial_job_idx=initial_job_idx)

@@ -380,7 +380,7 @@ def join(config: TrainConfig | EvaluateConfig, *, is_sweep: bool) -> Ranks | Non
     if place is None:
         return None
     if is_sweep:
-        raise ConfigError("-m: a sweep runs its jobs one after the other in one process; under torchrun start one run")
+        raise ConfigError("-m: start a sweep without torchrun; hydra/launcher=processes gives each of its runs a GPU")
     if isinstance(config, TrainConfig):
         _check_division(config, place.num_ranks)
     if config.device != Device.cpu and torch.cuda.is_available():

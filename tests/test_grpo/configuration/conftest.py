@@ -17,14 +17,16 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def launched(entry_points, tmp_path, tmp_path_factory):
-    """launched(*words, task=CODE): what comes of a command line in tmp_path. CODE is the body of `task(config)`."""
+    """launched(*words, task=CODE): what comes of a command line in tmp_path. CODE is the body of `task(config)`. waits=False: the
+    command, started."""
 
-    def launch(*words, task="return 0", before=""):
+    def launch(*words, task="return 0", before="", waits=True):
         folder = tmp_path_factory.mktemp("task")
         imports = "import json\nfrom grpo.config import run_folder, to_dict\nfrom grpo.configuration.launch import typed_words\n"
         (folder / "job_task.py").write_text(f"{imports}\n\ndef task(config):\n{textwrap.indent(task, '    ')}\n")
         (folder / "launched.py").write_text(SCRIPT)
-        return entry_points.run("launched", *words, path=(folder, tmp_path), folder=tmp_path, before=before,
-                                PYTHONPATH=f"{ROOT}:{folder}:{tmp_path}")
+        command = entry_points.start("launched", *words, path=(folder, tmp_path), folder=tmp_path, before=before,
+                                     PYTHONPATH=f"{ROOT}:{folder}:{tmp_path}")
+        return command.wait() if waits else command
 
     return launch
