@@ -7,19 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from paths import FIXTURES
-from started_ranks import Ended, at_call, run_ranks
+from started_ranks import ADAPTER, RUN, Ended, at_call, run_ranks
 
 from grpo.config import ConfigError, Device, Train
 from grpo.distributed.experts import check_sharing
 
-RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=spread.Spread", "rollout.prompts_per_step=4",
-       "rollout.group_size=3", "rollout.max_new_tokens=6", "rollout.refill_rounds=1", "optim.max_tokens=60",
-       "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=2", "eval.max_prompts=3", "eval.at_end=false",
-       "checkpoint.every=2", "log.num_completions=30", "distributed.timeout=60")
-LORA = "{rank: 2, alpha: 4.0, targets: [q_proj, o_proj, router, experts], train_sinks: true, train_norms: false}"
-ADAPTER = (f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}",
-           "model.architecture=null", "model.train=lora", f"model.lora={LORA}")
 SHARED = (*ADAPTER, "distributed.expert_parallel=2")
 BRIEF = ("eval.every=0", "eval.at_start=false", "kl.coefficient=0", "optim.minibatches=1")  # for runs that fail
 KILL, HANG, STOP = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1e6)", "os.kill(os.getpid(), signal.SIGTERM)"
