@@ -6,6 +6,7 @@ sees dataclasses only.
 """
 
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -385,6 +386,8 @@ class UnknownKey(ConfigError):
 
 # ---- from YAML to dataclasses
 
+structured = functools.cache(OmegaConf.structured)  # defaults of a schema, which a merge copies and leaves as they are
+
 
 def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
     """The composed config as an instance of `schema`. Raises ConfigError for unknown keys (those added with `+` too),
@@ -396,7 +399,7 @@ def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
             f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}"
         ) from error
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), escaped(values))
+        typed = OmegaConf.merge(structured(schema), escaped(values))
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
         expected = describe_type(type_at(schema, key))  # raises where the key is what is wrong

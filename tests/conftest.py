@@ -15,11 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 from paths import ROOT
-
-if yaml.__with_libyaml__:  # reads the same in a third of the time; before Hydra is imported
-    yaml.SafeLoader = yaml.CSafeLoader
 
 SERVER = r"""
 import gc, importlib.machinery, json, os, runpy, signal, sys, time
@@ -30,7 +26,12 @@ import torch, torch._dynamo, hydra, rich.live, matplotlib.pyplot, tokenizers, sa
 import models.formats.hugging_face, models.lora
 import grpo.configuration.launch, grpo.evaluate, grpo.warmup, grpo.report, grpo.envs.carry, grpo.envs.dataset
 import huggingface_hub.repocard  # nothing else of grpo: tests replace functions of it before others import them
-grpo.configuration.launch.load_config("train", [])  # fills the caches of Hydra's parsers
+sys.path.insert(0, "tests")
+import shared_compositions
+del sys.path[0]
+shared_compositions.share()
+for words in ([], ["experiment=smoke"], ["experiment=gpt_oss_20b_lora"]):  # fills the caches of Hydra's parsers too
+    grpo.configuration.launch.load_config("train", words)
 gc.freeze()  # no child looks through what the imports have made
 children = set()
 

@@ -426,8 +426,10 @@ def test_the_default_experiment_is_not_spelled_out_and_added_folders_are(launche
 # ---- composing
 
 COUNTED = """
+import shared_compositions
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
+shared_compositions.SHARED.clear()
 original = ConfigLoaderImpl.load_configuration
 
 def load_configuration(self, *arguments, **keywords):
