@@ -27,7 +27,7 @@ from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
 from grpo.recorded import held_out, held_out_metrics, pack_recorded, sums_of
 from grpo.rollout.session import Interrupted
 from grpo.run.start import Run
-from models.decoder import CAPTURING
+from models.decoder import CAPTURES
 from models.gpt_oss import HeadStates, Scores
 from models.routing_record import RoutingRecord, RoutingReplay, zero_routing
 
@@ -99,7 +99,7 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
 
 def make_update(run: Run) -> float:
     """Updates the weights by the gradients in the optimizer, which it drops. Returns the gradient's norm before clipping."""
-    with CAPTURING:  # where the model is divided, ranks meet in the step: none may begin it again
+    with CAPTURES.computing():  # where the model is divided, ranks meet in the step: none may begin it again
         grad_norm = attempt_twice(run.optimizer.step) if run.shards is None else run.optimizer.step()
     run.is_between_steps = False
     run.optimizer.zero_grad()
@@ -283,7 +283,7 @@ def split(run: Run, batch: RolloutBatch, rows: list[int], refusal: str) -> list[
 def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, step: StepTokens | None, num_updates: int,
                       allowed: float, updates: bool) -> TrainedMicroBatch:
     """Adds the gradient of some sequences of a minibatch to the optimizer's, or updates by it."""
-    with CAPTURING:
+    with CAPTURES.computing():
         return train_now(run, part.select(rows, share_prompts=run.config.optim.share_prompts), step, num_updates=num_updates,
                          allowed=allowed, updates=updates)
 
@@ -393,7 +393,7 @@ def score_batch(run: Run, batch: RolloutBatch, *, replays_routing: bool, keeps_s
         record = make_replay(micro) if replays_routing else None
         if routing is not None:
             record = RoutingRecord(len(micro.tokens), run.policy.config, run.policy.device)
-        with CAPTURING:
+        with CAPTURES.computing():
             scores = policy_scores(run, micro, record, keeps_hidden=keeps_states)
         log_probs[micro.token_index], entropy[micro.token_index] = scores.log_probs, scores.entropy
         if routing is not None:

@@ -10,7 +10,8 @@ beyond the batch are idle: they write to no slot. Graphs read adapters at their 
 Shapes: B rows, R rows that there is room for, D model width, V vocabulary.
 """
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -32,13 +33,40 @@ _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") +
 _SHARED_TOKENS = 1024
 # with at most this many rows, one of which has at least this many tokens, many programs share each row's keys (decode_parts.py)
 _PARTS_ROWS, _PARTS_TOKENS = 4, 2048
-# Held while a graph is captured. A thread that computes beside the sampler's holds it too, a part of its work at a time: what
-# it asks of CUDA could end the capture
-CAPTURING = threading.RLock()
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
 DrawTokens = Callable[[torch.Tensor, Rows], tuple[torch.Tensor, torch.Tensor]]
+
+
+class CaptureLock:
+    """Keeps a thread that computes beside the sampler's from asking anything of CUDA while a graph is captured, which could end
+    the capture. It computes a part at a time, and a capture that waits comes before its next part: a plain lock would mostly
+    return to the thread that has just let go of it."""
+
+    def __init__(self) -> None:
+        self._lock, self._no_capture = threading.Lock(), threading.Event()
+        self._no_capture.set()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """For the one thread that captures."""
+        self._no_capture.clear()
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._no_capture.set()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """For a part of another thread's work."""
+        self._no_capture.wait()
+        with self._lock:
+            yield
+
+
+CAPTURES = CaptureLock()
 
 
 class PlainDraw(NamedTuple):
@@ -268,8 +296,8 @@ class Decoder:
             graph.replay()
             return result
         result, graph = function(), torch.cuda.CUDAGraph()
-        with CAPTURING, torch.cuda.graph(graph, pool=self._pool, stream=first_served_stream(self.model.device),
-                                         capture_error_mode="thread_local"):
+        with CAPTURES.capturing(), torch.cuda.graph(graph, pool=self._pool, stream=first_served_stream(self.model.device),
+                                                    capture_error_mode="thread_local"):
             captured = function()
         self._pool, self._graphs[key] = graph.pool(), (graph, captured)
         return result

@@ -10,7 +10,7 @@ from grpo.batch import Prompt, pack
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.behaviour import BehaviourCopy
-from models.decoder import CAPTURING, first_served_stream
+from models.decoder import CAPTURES, first_served_stream
 from models.formats.hugging_face import load_model
 from models.lora import LoraConfig, attach_lora
 
@@ -66,7 +66,7 @@ def test_at_once_both_have_the_bits_that_they_have_alone_and_the_old_policy_its_
     def train():
         torch.cuda.set_device(policy.device)
         while not is_done.is_set() or len(beside) < 3:
-            with CAPTURING:
+            with CAPTURES.computing():
                 beside.append(gradient(policy, batch))
 
     sampler.forget()  # so that graphs are captured while the other thread trains

@@ -1,11 +1,21 @@
 """Rows being decoded, and which graph serves a batch. Graphs are tested on a GPU, with whole rollouts: test_grpo/test_gpu.py."""
 
+import threading
 
 import pytest
 import torch
 from paths import FIXTURES
 
-from models.decoder import BUCKETS, Decoder, NewRow, PlainDraw, bucket_of, can_decode_by_graph, share_prefixes
+from models.decoder import (
+    BUCKETS,
+    CaptureLock,
+    Decoder,
+    NewRow,
+    PlainDraw,
+    bucket_of,
+    can_decode_by_graph,
+    share_prefixes,
+)
 from models.formats.hugging_face import load_model
 from models.keys import PrefillChunk
 
@@ -22,6 +32,38 @@ def test_neighbours_with_the_same_prompt_share_it_by_the_tile():
     assert share_prefixes(prompts, size=4, num_tiles=3) == [(0, 3), (4, 4), (8, 4)]  # the largest
     assert share_prefixes([3, 1, 3, 1], size=4, num_tiles=9) == share_prefixes([], size=4, num_tiles=9) == []
     assert share_prefixes([0, 0], size=1, num_tiles=9) == []
+
+
+def test_a_capture_that_waits_comes_before_the_next_part_of_a_thread_that_computes_all_the_time():
+    lock, asked, parts, is_done = CaptureLock(), threading.Event(), [], threading.Event()
+
+    def compute():
+        while not is_done.is_set():
+            with lock.computing():
+                parts.append(asked.is_set())
+
+    class Asked(threading.Event):
+        def clear(self):  # a capture asks
+            super().clear()
+            asked.set()
+
+    lock._no_capture = Asked()
+    lock._no_capture.set()
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        while not parts:
+            pass
+        for _ in range(20):
+            asked.clear()
+            parts.clear()
+            with lock.capturing():
+                num_before = len(parts)
+                assert sum(parts) <= 3  # of the last time, one that runs, and one that has just begun to wait for the lock
+                assert not is_done.wait(0.001) and len(parts) == num_before
+    finally:
+        is_done.set()
+        thread.join()
 
 
 def test_the_cpu_has_no_graphs():
