@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention.decode import SharedPrefixes
 from kernels.attention.plan import AttentionPlan
-from kernels.device import is_triton, to_device
+from kernels.device import MAX_FEW_ROWS, is_triton, product_path, to_device
 from kernels.embedding import embedding
 from kernels.head.draw import draw, head_logits
 from kernels.head.kl import kl_divergence
@@ -32,7 +32,17 @@ from models.config import GptOssConfig
 from models.expert_share import ExpertShare
 from models.expert_store import ExpertStore, Placement, layer_bytes
 from models.experts import FORMATS, RoutedExperts
-from models.keys import Angles, CachedKeys, Keys, PackedKeys, PrefillChunk, PromptKeys, packed_positions
+from models.keys import (
+    Angles,
+    CachedKeys,
+    Keys,
+    PackedKeys,
+    PrefillChunk,
+    PromptKeys,
+    PromptRows,
+    packed_positions,
+    prompt_numbers,
+)
 from models.kv_cache import KVCache
 from models.offload import MemoryBudget
 from models.projections import Linear
@@ -293,14 +303,23 @@ class GptOss(nn.Module):
         them, and the `record` of their experts. Returns the final hidden states [chunks, D] of each chunk's last token.
 
         A sequence gives the same result in chunks of any lengths, on a GPU bit for bit if attention runs by Triton."""
-        longest = max(chunk.end for chunk in chunks)
-        if longest > cache.max_len:
-            raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
+        numbers = to_device(prompt_numbers(chunks, cache, num_rows=len(tokens)), tokens.device)
         cache.flush()
-        positions = to_device(torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks]), tokens.device)
-        hidden = self._hidden(tokens, PromptKeys(self._angles(positions), chunks, cache), record)
-        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
-        return hidden[to_device(ends - 1, tokens.device)]
+        lengths, is_prefixed = [chunk.end - chunk.start for chunk in chunks], any(chunk.prefix_len for chunk in chunks)
+        by_one_launch = (product_path(tokens) == "triton" and any(chunk.start for chunk in chunks)
+                         and max(lengths) <= MAX_FEW_ROWS)
+        hidden = self.prefill_rows(tokens, numbers, cache, None if by_one_launch else chunks, is_prefixed=is_prefixed,
+                                   record=record)
+        return hidden[to_device(torch.tensor(lengths).cumsum(0) - 1, tokens.device)]
+
+    @torch.no_grad()
+    def prefill_rows(self, tokens: torch.Tensor, numbers: torch.Tensor, cache: KVCache, chunks: list[PrefillChunk] | None, *,
+                     is_prefixed: bool, record: RoutingRecord | None) -> torch.Tensor:
+        """The final hidden states [T, D] of tokens [T] that `numbers` describes (prompt_numbers), both on the device. chunks,
+        is_prefixed: as PromptKeys has them; without chunks a CUDA graph can capture it. The cache must be flushed."""
+        rows = PromptRows.of(numbers, cache, num_rows=len(tokens))
+        keys = PromptKeys(self._angles(rows.positions), rows, cache, chunks, is_prefixed=is_prefixed)
+        return self._hidden(tokens, keys, record)
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache, slots: torch.Tensor, *,

@@ -5,18 +5,23 @@ Each has attend(), which rotates queries and keys (on a GPU in place), stores ke
 
 Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, B decoded sequences.
 """
+import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from kernels.attention.cache import rotate_and_write
+from kernels.attention.chunks import chunk_attention
 from kernels.attention.decode import SharedPrefixes, decode_attention
 from kernels.attention.packed import attention, attention_backward, attention_forward
 from kernels.attention.plan import AttentionPlan
-from kernels.device import is_triton, to_device
+from kernels.device import is_triton, next_power_of_2, to_device
 from kernels.rope import rope_reference, rotate_
 from models.kv_cache import PAGE_TOKENS, KVCache
 from models.offload import Kept
+
+NUM_SECTIONS = 16, 128  # of packed chunks; more take a power of two: few sizes, each is compiled
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin [T, head width / 2] fp32
 
@@ -79,38 +84,84 @@ class PrefillChunk(NamedTuple):
     prefix_len: int = 0
 
 
-class PromptKeys:
-    """The next chunks of several sequences, packed. If all of them begin their sequences, one call attends for all; else one call
-    for each, with earlier keys and values from the cache."""
+class PromptRows(NamedTuple):
+    """Where the packed rows [T] of chunks are in their sequences and in the cache, on the model's device: prompt_numbers, taken
+    apart."""
 
-    def __init__(self, angles: Angles, chunks: list[PrefillChunk], cache: KVCache) -> None:
-        self.angles, self.chunks, self.cache = angles, chunks, cache
-        device, counts = angles[0].device, torch.tensor([chunk.end - chunk.start for chunk in chunks])
-        self.slots = to_device(torch.tensor([chunk.slot for chunk in chunks]).repeat_interleave(counts), device)  # [T]
-        ends = counts.cumsum(0).tolist()
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    kept: dict[int, torch.Tensor]  # [T] the positions to store, -1 for none, by the number of tokens that a layer keeps
+    sections: torch.Tensor  # [5, S + 1], as kernels/attention/chunks.py has them
+
+    @staticmethod
+    def of(numbers: torch.Tensor, cache: KVCache, *, num_rows: int) -> "PromptRows":
+        lengths, width = sorted(set(cache.lengths)), num_rows + num_rows % 2
+        positions, slots, *kept = numbers[:(2 + len(lengths)) * width].view(-1, width)[:, :num_rows]
+        return PromptRows(positions, slots, dict(zip(lengths, kept)), numbers[(2 + len(lengths)) * width:].view(5, -1))
+
+
+def prompt_numbers(chunks: list[PrefillChunk], cache: KVCache, *, num_rows: int) -> torch.Tensor:
+    """All numbers of PromptRows in one tensor on the host, int64. Rows after those of the chunks are idle: they see only each
+    other, and are stored nowhere. Raises ValueError for a chunk that does not fit."""
+    longest = max(chunk.end for chunk in chunks)
+    if longest > cache.max_len:
+        raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
+    chunks = [*chunks, PrefillChunk(0, 0, num_rows - sum(chunk.end - chunk.start for chunk in chunks))]  # the idle rows
+    positions = [torch.arange(chunk.start, chunk.end) for chunk in chunks]
+    columns = [torch.cat(positions), torch.cat([torch.full_like(own, chunk.slot) for own, chunk in zip(positions, chunks)])]
+    for length in sorted(set(cache.lengths)):  # a ring drops all but a chunk's last tokens
+        kept = [own.masked_fill(own < chunk.end - length, -1) for own, chunk in zip(positions[:-1], chunks)]
+        columns.append(torch.cat([*kept, torch.full_like(positions[-1], -1)]))
+    sections, row = [], 0
+    for slot, start, end, prefix_len in chunks:
+        shift, is_after = start - row, prefix_len <= start
+        sections.append((row, slot, shift, start, prefix_len if is_after else 0))
+        if not is_after and prefix_len < end:
+            sections.append((prefix_len - shift, slot, shift, start, prefix_len))
+        row += end - start
+    size = next((size for size in NUM_SECTIONS if size >= len(sections)), next_power_of_2(len(sections)))
+    sections += [(num_rows, 0, 0, 0, 0)] * (size + 1 - len(sections))
+    columns = F.pad(torch.stack(columns), (0, num_rows % 2))  # all at multiples of 16 bytes, for which kernels are compiled
+    return torch.cat([columns.flatten(), torch.tensor(sections).T.flatten()])
+
+
+class PromptKeys:
+    """The next chunks of several sequences, packed. chunks: None if one launch is to attend for all of them (Triton only);
+    is_prefixed: any may have a prefix. Otherwise one call attends for all if all begin their sequences, else one call for each,
+    with earlier keys and values from the cache: for the CPU, and faster for thousands of tokens."""
+
+    def __init__(self, angles: Angles, rows: PromptRows, cache: KVCache, chunks: list[PrefillChunk] | None, *,
+                 is_prefixed: bool) -> None:
+        self.angles, self.rows, self.cache, self.chunks, self.is_prefixed = angles, rows, cache, chunks, is_prefixed
+        self.plan, self.spans = None, {}
+        if chunks is None:
+            return
+        ends = list(itertools.accumulate(chunk.end - chunk.start for chunk in chunks))
         self.bounds = list(zip([0, *ends], ends))  # of the chunks' rows
-        self.plan = whole_plan(chunks) if all(chunk.start == 0 for chunk in chunks) else None
-        self.kept, self.spans = {}, {}
-        for length in set(cache.lengths):
-            # a ring keeps the last entries only: the others' positions are -1
-            self.kept[length] = to_device(torch.cat([kept_positions(chunk, length) for chunk in chunks]), device)  # [T]
-            if self.plan is None:
-                self.spans[length] = [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
+        if all(chunk.start == 0 for chunk in chunks):
+            self.plan = whole_plan(chunks)
+        else:
+            self.spans = {length: [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
+                          for length in rows.kept}
 
     def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
         q, k, v = rotated(attn, qkv, self.angles)
-        cache, length = self.cache, self.cache.lengths[attn.layer]
-        if self.plan is not None:
+        cache, layer, length = self.cache, attn.layer, self.cache.lengths[attn.layer]
+        if self.chunks is None:
+            attended = chunk_attention(q, k, v, cache.keys[layer], cache.values[layer], attn.sinks, sections=self.rows.sections,
+                                       is_prefixed=self.is_prefixed, page_table=cache.table_of(layer),
+                                       **attn.settings()).flatten(1)
+        elif self.plan is not None:
             attended = packed_attention(attn, q, k, v, self.plan)
         else:
             parts = []
             for (begin, end), chunk, (first, plan) in zip(self.bounds, self.chunks, self.spans[length], strict=True):
-                earlier_k, earlier_v = cache.read(attn.layer, chunk.slot, first, chunk.start)
+                earlier_k, earlier_v = cache.read(layer, chunk.slot, first, chunk.start)
                 parts.append(packed_attention(attn, q[begin:end], torch.cat((earlier_k, k[begin:end])),
                                               torch.cat((earlier_v, v[begin:end])), plan))
             attended = torch.cat(parts)
         # written last: in a ring new entries replace keys that the chunk's first tokens still need
-        cache.write(attn.layer, k, v, self.slots, self.kept[length])
+        cache.write(layer, k, v, self.rows.slots, self.rows.kept[length])
         return attended
 
 
@@ -152,12 +203,6 @@ def packed_positions(cu_seqlens: list[int], device: torch.device, prefixes: list
         continued = torch.tensor(prefixes)
         starts = starts - torch.where(continued >= 0, lengths[continued], 0)
     return to_device(torch.arange(cu_seqlens[-1]) - torch.repeat_interleave(starts, lengths), device)
-
-
-def kept_positions(chunk: PrefillChunk, length: int) -> torch.Tensor:
-    """The chunk's positions, -1 for tokens that a layer which keeps the last `length` drops at once."""
-    positions = torch.arange(chunk.start, chunk.end)
-    return positions.masked_fill_(positions < chunk.end - length, -1)
 
 
 def whole_plan(chunks: list[PrefillChunk]) -> AttentionPlan:

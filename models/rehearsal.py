@@ -9,6 +9,7 @@ for all. tests/test_models/test_rehearsal.py compares them with many others.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -133,6 +134,10 @@ def rehearse_rollout(model: GptOss, plan: Rehearsal, *, few: tuple[int, ...] = _
     for num_tokens in (*few, *many):
         ends = [max_len] * (num_tokens // max_len) + [num_tokens % max_len] * (num_tokens % max_len > 0)
         chunks = [PrefillChunk(slot, 0, end, end if plan.shares_prompts else 0) for slot, end in enumerate(ends)]
+        model.prefill(torch.zeros(num_tokens, dtype=torch.int64, device="meta"), chunks, cache)
+    for num_tokens, length in itertools.product(many, (400, 30) if max_len > 1 else ()):  # few and many short chunks
+        parts = torch.empty(num_tokens).split(min(length, max_len - 1))
+        chunks = [PrefillChunk(0, 1, 1 + len(part), int(plan.shares_prompts)) for part in parts]
         model.prefill(torch.zeros(num_tokens, dtype=torch.int64, device="meta"), chunks, cache)
     for num_rows in sorted({bucket for bucket in BUCKETS if bucket < plan.max_rows} | {bucket_of(plan.max_rows)}):
         for draw in plan.draws or [PlainDraw(1.0, True)]:

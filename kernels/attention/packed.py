@@ -63,10 +63,10 @@ def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-               RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None):
+               RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None, new=None, stride_new=0, split=0):
     """Rows first .. first + BLOCK of one head: [BLOCK, D]. If MASKED, rows from `end` on are zeros; else all rows must exist.
     With RING, row p is at p % RING; with PAGE, at p % PAGE of `page`, and rows beyond that page are in `next_page` (None: there
-    are none)."""
+    are none). With `new`, rows from `split` on are not there: row p is at new + p * stride_new."""
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, D)
     if RING > 0:
@@ -83,6 +83,11 @@ def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr,
             pointers = pointer + place.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
     else:
         pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    if new is not None:
+        is_new, is_row = (first + rows >= split)[:, None], (first + rows < end)[:, None]
+        new_pointers = new + (first + rows).to(tl.int64)[:, None] * stride_new + dims[None, :]
+        return tl.where(is_new, tl.load(new_pointers, mask=is_row & is_new, other=0.0),
+                        tl.load(pointers, mask=is_row & (is_new == 0), other=0.0))
     if MASKED:
         return tl.load(pointers, mask=(first + rows < end)[:, None], other=0.0)
     else:
@@ -99,7 +104,7 @@ def _in_registers(tile, D: tl.constexpr):
 
 
 @triton.jit
-def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """For the query tile that starts at `row`: the start of its first key tile, the end of the tiles that all its queries see
     completely, and the end of the keys that any of them sees. Tiles are counted from key_start."""
     first = key_start
@@ -115,8 +120,9 @@ def _key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M:
 def forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
                    scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
                    D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, pages=None,
-                   ALIGNED: tl.constexpr = True):
-    """PAGE, pages: the key of position p is in page pages[p // PAGE] (load_rows); ALIGNED: no tile has keys of two pages."""
+                   ALIGNED: tl.constexpr = True, new_k=None, new_v=None, stride_new_k=0, stride_new_v=0, split=0):
+    """PAGE, pages: the key of position p is in page pages[p // PAGE] (load_rows); ALIGNED: no tile has keys of two pages. new_k,
+    new_v, split: where keys and values of positions from `split` on are."""
     page, next_page = 0, None
     if PAGE > 0:
         page = tl.load(pages + first // PAGE, mask=first < last, other=0)
@@ -126,7 +132,8 @@ def forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, st
         if DESCRIPTOR and not MASKED:
             k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
         else:
-            k_tile = load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
+            k_tile = load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page, new_k, stride_new_k,
+                               split)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             cols = start + tl.arange(0, BLOCK_N)
@@ -139,7 +146,8 @@ def forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, st
         if DESCRIPTOR and not MASKED:
             v_tile = v_tiles.load([start, column])
         else:
-            v_tile = load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page)
+            v_tile = load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page, new_v, stride_new_v,
+                               split)
         if PAGE > 0:
             # one tile ahead, so that loads of keys need not wait for it
             page = tl.load(pages + tl.minimum(start + BLOCK_N, key_end - 1) // PAGE)
@@ -155,7 +163,7 @@ def _forward_range(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, s
                    scale_log2, window, WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     rows = row + tl.arange(0, BLOCK_M)
-    first, whole_end, last = _key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
+    first, whole_end, last = key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
     if not WINDOWED:
         acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
                                                rows, first, whole_end, key_end, scale_log2, window, WINDOWED, False,
@@ -227,7 +235,7 @@ def _dq_range(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stri
               scale_log2, window, WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):
     rows = row + tl.arange(0, BLOCK_M)
-    first, whole_end, last = _key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
+    first, whole_end, last = key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
     if not WINDOWED:
         dq = _dq_tiles(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, whole_end,
                        key_end, scale_log2, window, WINDOWED, False, DESCRIPTOR, D, BLOCK_N)
