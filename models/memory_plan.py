@@ -32,6 +32,7 @@ from models.experts import FORMATS
 from models.host_store import pinned_bytes
 from models.kv_cache import PAGE_TOKENS
 from models.offload import (
+    GATHERED_LAYERS,
     SCRATCH_BYTES,
     Place,
     Workload,
@@ -110,6 +111,7 @@ class Needs:
     in_backward: bool = False  # an update from one micro-batch keeps no gradients
     num_ranks: int = 1  # processes that add their gradients
     num_sharers: int = 1  # processes that hold the experts together; none of them streams
+    num_shards: int = 1  # processes that divide weights, gradients and state of full training
     full_kl: bool = False  # the loss has the KL to a reference over the whole vocabulary
     samples_beside: bool = False  # sampling goes on during the update, from a copy of what trains
 
@@ -272,14 +274,44 @@ def optimizer_needs(needs: Needs) -> OptimizerBytes:
 
 def state_bytes(needs: Needs) -> int:
     optimizer = optimizer_needs(needs)
-    return optimizer.moments + optimizer.masters
+    return (optimizer.moments + optimizer.masters) // needs.num_shards
+
+
+def _divided(needs: Needs, lines: dict[str, int], *, gathers: bool) -> dict[str, int]:
+    """The lines of a phase where processes divide the weights: whole, beside this one's part of them; or, if the phase gathers
+    them, its part beside the layers that are being gathered, and embedding and head, which stay during a pass."""
+    if needs.num_shards == 1:
+        return lines
+    config, size = needs.config, needs.dtype.itemsize
+    parts = {name: lines[name] // needs.num_shards for name in ("attention and the rest", "head", "embedding", "experts")}
+    if not gathers:
+        return lines | {"own part of the weights": sum(parts.values())}
+    layer = needs.expert_layer_bytes + rest_parameters(config) * size // config.num_hidden_layers
+    return lines | parts | {"gathered weights": GATHERED_LAYERS * layer + 2 * embedding_parameters(config) * size}
+
+
+def _gradient_bytes(needs: Needs, optimizer: OptimizerBytes) -> int:
+    """All, and those of the layer that has just run backwards, which autograd adds to them; with several processes what is on its
+    way, and this one's part of the sum."""
+    own, layer = needs.keeps_gradients * optimizer.gradients, optimizer.gradients // needs.config.num_hidden_layers
+    if needs.num_shards > 1:
+        return own // needs.num_shards + layer + _largest_parameter(needs)
+    return own + layer + (needs.num_ranks > 1) * (optimizer.gradients // needs.num_ranks + EXCHANGE_BYTES)
+
+
+def _largest_parameter(needs: Needs) -> int:
+    """Bytes of the head, or of gate and up of a layer's experts."""
+    config = needs.config
+    experts = 2 * config.num_local_experts * config.hidden_size * config.intermediate_size
+    return max(embedding_parameters(config), experts) * needs.dtype.itemsize
 
 
 def _plan_sampling(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, most_streamed: int) -> tuple[float, int, int, Phase]:
     """The fastest way to sample: its seconds, rows at once, bytes that the cache may take, and the phase. Raises DoesNotFit."""
     best, wanted = None, min(needs.num_rows, needs.max_rows)
     for num_streamed in range(most_streamed + 1):
-        lines = _weights(needs, homes, num_streamed) | {"prefill and logits": _sampling_workspace(needs, homes, gpu, wanted)}
+        lines = _divided(needs, _weights(needs, homes, num_streamed), gathers=False)
+        lines |= {"prefill and logits": _sampling_workspace(needs, homes, gpu, wanted)}
         lines["unused by torch"] = int(_UNUSED * _torch_bytes(lines))
         room = limit - sum(lines.values())
         room = room if needs.cache_bytes is None else min(room, needs.cache_bytes)
@@ -372,11 +404,8 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
     inputs, whole = layers * sizes["x"], layers * sum(sizes.values())
 
     def phase(kept: Place, x: Place, num_streamed: int, scratch_bytes: int) -> Phase:
-        # all, and those of the layer that has just run backwards, which autograd adds to them
-        gradients = needs.keeps_gradients * optimizer.gradients + optimizer.gradients // layers
-        if needs.num_ranks > 1:  # this rank's part of the sum, and what is on its way
-            gradients += optimizer.gradients // needs.num_ranks + EXCHANGE_BYTES
-        lines = _weights(needs, homes, num_streamed) | {"gradients": gradients}
+        lines = _divided(needs, _weights(needs, homes, num_streamed), gathers=True)
+        lines["gradients"] = _gradient_bytes(needs, optimizer)
         parts = [_pass_moment(needs, kept, x, scratch_bytes),
                  {"scratch of the optimizer": optimizer.scratch + homes.state_on_host * optimizer.buffers}]
         for part in [max(parts, key=lambda part: sum(part.values()))] if needs.keeps_gradients else parts:

@@ -46,6 +46,9 @@ _RETREAT = 0.7  # after a plan that did not fit, plans take this share of its by
 CHUNK_TOKENS = 16_384
 LOOKAHEAD = 2  # layers whose activations are copied back while one runs backwards
 _COPYING = 3  # layers whose activations may still be copied out in the forward
+# layers whose weights are there at once where processes divide the model: one runs, and the next one is gathered into a buffer
+# that it is copied out of
+GATHERED_LAYERS = 3
 SCRATCH_BYTES = 1_100_000_000  # most bytes of dequantised weights at once on a GPU: holds one projection of gpt-oss-20b
 
 
@@ -333,6 +336,7 @@ class MemoryBudget:
         self._newest: NewestPlan | None = None
         self._most_bytes = sys.maxsize  # of a plan's activations and workspaces: less than what did not fit
         self.notes: list[str] = []
+        self.gathered_bytes = 0  # of weights that a pass gathers, and of their gradients (grpo/distributed/shards.py)
         self.keeps_gradients = True  # false: the backward drops a parameter's gradient as soon as it is there
 
     def claim_host(self, num_bytes: int) -> bool:
@@ -374,7 +378,7 @@ class MemoryBudget:
         has_sums = len(x) > CHUNK_TOKENS
         free -= sum(parameter.numel() * (parameter.element_size() + 4 * has_sums) for parameter in trainable) // layers
         free -= layers * always_kept(self.config, num_tokens=len(x), rank=rank, element_size=dtype.itemsize)
-        free = min(free, self._most_bytes)
+        free = min(free - self.gathered_bytes, self._most_bytes)
         while True:
             plans, chosen = self._choose(workload, free, gradients=gradients, pending=pending)
             on_host = sum(sizes[name] for plan in plans for name, place in plan.items() if place == Place.host)

@@ -25,6 +25,7 @@ from grpo.distributed.settings import Reduction
 from grpo.optim import Optimizer
 from models.adam_state import can_divide
 from models.gpt_oss import GptOss
+from models.offload import GATHERED_LAYERS
 
 
 def check_shards(config: TrainConfig) -> None:
@@ -61,6 +62,8 @@ class Shards:
             register_fsdp_forward_method(block, "forward_with_grad")
         register_fsdp_forward_method(policy, "packed_hidden")
         self._modules = [*blocks, policy]
+        sizes = [[parameter.nbytes for parameter in block.parameters()] for block in blocks]
+        policy.memory.gathered_bytes = GATHERED_LAYERS * max(map(sum, sizes)) + max(max(size) for size in sizes)
         self.gather()  # also prepares FSDP2, which may replace the parts that it has
         self._group_of, self._groups, self._received = {}, [], {}
         for name, parameter in policy.trainable_parameters().items():

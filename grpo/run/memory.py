@@ -162,6 +162,8 @@ def _refusal(needs: Needs, gpu: GpuSpec, model: ModelConfig, *, limit: int, host
     without = [target for target in needs.lora_targets if target != "experts"]
     if without and len(without) < len(needs.lora_targets) and fits({"lora_targets": without}):
         ways.append(f"model.lora.targets=[{','.join(without)}]")
+    if needs.trains_all and needs.num_ranks > needs.num_shards and fits({"num_shards": needs.num_ranks}):
+        ways.append("distributed.shard=true")
     if needs.samples_beside and fits({"samples_beside": False}):
         ways.append("rollout.max_staleness=0")
     if not needs.recomputes and fits({"recomputes": True}):

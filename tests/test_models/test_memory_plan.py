@@ -84,6 +84,21 @@ def test_an_update_in_the_backward_keeps_the_gradients_of_a_layer():
     assert planned(replace(at_once, max_tokens=8192), 140).update.lines["gradients"] == 25 * 369_819_648 // 24
 
 
+def test_ranks_that_divide_the_model_hold_their_parts_and_the_layers_that_are_gathered():
+    full = replace(RUN, trains_all=True, lora_rank=0, experts="bf16", moments="int8", weights="stochastic", num_ranks=2)
+    found = planned(replace(full, num_shards=2), 140)
+    matrix, experts, layer = 1_158_266_880, 1_592_524_800, 2 * (rest_parameters(B20) // 24)
+    sampling, update = found.sampling.lines, found.update.lines
+    assert sampling["experts"] == 24 * experts and update["experts"] == 12 * experts
+    assert sampling["own part of the weights"] == 20_914_757_184  # two bytes each, of half
+    assert update["head"] == matrix // 2
+    assert update["gathered weights"] == pytest.approx(3 * (experts + layer) + 2 * matrix, rel=1e-6)
+    assert update["gradients"] == 20_914_757_184 + 2 * 20_914_757_184 // 24 + matrix  # its part, a layer's, one received
+    assert sampling["optimizer"] == update["optimizer"] == state_bytes(full) // 2
+    limits = [least_limit(replace(full, num_shards=number), GPU_SPECS["H200"], host_bytes=0) for number in (1, 2, 4, 8)]
+    assert limits[0] > 130e9 and 95e9 > limits[1] > limits[2] > limits[3] > 45e9  # each holds the whole model while sampling
+
+
 def test_with_room_for_everything_nothing_moves():
     found = planned(RUN, 140)
     assert (found.embedding_on_host, found.state_on_host, found.host_bytes) == (False, False, 0)
