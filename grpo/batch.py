@@ -36,6 +36,8 @@ class Segment:
     kept_ids: list[torch.Tensor] | None = None  # per token, the ids a filter (top-k, top-p, min-p) kept: [n] int32 on the host
     routing: torch.Tensor | None = None  # [tokens, L, A] on the host: experts of each layer (models/routing_record.py)
     num_repeated: int = 0  # of a later sequence's prompt: its first tokens, which the completion has had before
+    # per token, the policy that drew it: the number of steps finished then; None: one policy drew the whole rollout
+    versions: list[int] | None = None
 
 
 @dataclass
@@ -276,7 +278,8 @@ def _check_segment(segment: Segment) -> None:
         raise ValueError(f"a segment's source is {segment.source!r}; allowed: prompt, policy, env")
     length, records = len(segment.token_ids), {"rows of routing": segment.routing}
     if segment.source == "policy":
-        records |= {"log_probs": [] if segment.log_probs is None else segment.log_probs, "kept_ids": segment.kept_ids}
+        records |= {"log_probs": [] if segment.log_probs is None else segment.log_probs, "kept_ids": segment.kept_ids,
+                    "versions": segment.versions}
     for name, record in records.items():
         if record is not None and len(record) != length:
             raise ValueError(f"a {segment.source} segment of {length} tokens has {len(record)} {name}; each token needs its own")

@@ -89,6 +89,13 @@ class RatioLevel(StrEnum):
     sequence = "sequence"  # the product over the sequence's tokens
 
 
+class InFlight(StrEnum):
+    """Which policy draws the rest of a completion when the policy has moved (grpo/rollout/in_flight.py)."""
+
+    keep = "keep"  # the one that began it
+    switch = "switch"  # the newest one
+
+
 class SandboxMode(StrEnum):
     auto = "auto"  # refuses to start where the kernel cannot confine model-written code
     strict = "strict"  # refuses where any of the layers against files, system calls, memory and root is missing
@@ -189,6 +196,9 @@ class RolloutConfig:
     # a step trains on completions that the policy of so many steps before has sampled (at a run's start, of fewer); 0: its own.
     # They come with `corrections`, and change with the number of steps that a finished run goes on for
     max_staleness: int = number("[0, 64]", "0 is off", default=0)
+    # with max_staleness of at least 2: keep, a completion is drawn by one policy; switch, it goes on under each newer one, which
+    # draws the next max_new_tokens / max_staleness tokens. The completions of max_staleness steps are then decoded together
+    in_flight: InFlight = InFlight.keep
     replay_routing: bool = False  # the update sends every token through the experts that the sampler chose for it
 
 

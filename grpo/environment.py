@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from grpo.batch import Completion, Prompt
-from grpo.config import ConfigError, OldLogProbs, TrainConfig
+from grpo.config import ConfigError, InFlight, OldLogProbs, TrainConfig
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.configuration.validate import is_evaluating
 from grpo.envs.data_files import DataError
@@ -146,6 +146,9 @@ def check_environment(env: Environment, config: TrainConfig, *, max_len: int, vo
         with calling(env, "train_prompts"):
             check_lengths(env, "train_prompts", env.train_prompts() if hasattr(env, "train_prompts") else (), max_len=max_len)
         return
+    if config.rollout.in_flight == InFlight.switch and hasattr(env, "episode"):
+        raise ConfigError("rollout.in_flight = 'switch': completions with calls of tools are drawn by one policy; set "
+                          "rollout.in_flight=keep")
     is_evaluated = hasattr(env, "eval_prompts") or is_evaluating(config.eval)
     check_methods(env, [method for method in REQUIRED if method != "eval_prompts" or is_evaluated])
     if not hasattr(env, "train_prompts"):

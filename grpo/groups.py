@@ -22,7 +22,15 @@ from grpo.configuration.algorithm import AdvantageConfig, Baseline, Whiten
 from grpo.curriculum import PromptHistory, key_of
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.rollout import all_scored, own_completions
-from grpo.environment import Environment, Score, calling, check_lengths, checked_prompts, description_of
+from grpo.environment import (
+    Environment,
+    EnvironmentFault,
+    Score,
+    calling,
+    check_lengths,
+    checked_prompts,
+    description_of,
+)
 from grpo.overlong import soft_overlong_punishment
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -44,10 +52,11 @@ class Groups:
 
 def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, should_stop: Callable[[], bool],
             progress: Callable[[int, int], None] | None = None, turns: Turns | None = None,
-            history: PromptHistory | None = None, ranks: Ranks | None = None) -> Groups:
+            history: PromptHistory | None = None, ranks: Ranks | None = None,
+            begun: list[Completion] | None = None) -> Groups:
     """Samples and scores the groups of one step. `progress` is called with the number of finished completions of a round, and of
-    all; `turns` lets the model call tools; `history` chooses the prompts; `ranks` share them. Raises EnvironmentFault,
-    and grpo.rollout.session.Interrupted if should_stop returns true."""
+    all; `turns` lets the model call tools; `history` chooses the prompts; `ranks` share them; `begun`: the first round's
+    completions, if they are drawn. Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
     generate = partial(sampler.generate if turns is None else partial(turns.generate, sampler), params=params, step=step,
@@ -60,7 +69,11 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         prompts = prompts_of(math.ceil((rollout.prompts_per_step - _num_groups(live)) * rollout.oversampling))
         check_lengths(env, "prompts", prompts, max_len=sampler.max_len)
         started = time.perf_counter()
-        completions = own_completions(ranks, sampler, generate, prompts)
+        if begun is not None and not scored:
+            check_begun(env, prompts, begun)
+            completions = begun
+        else:
+            completions = own_completions(ranks, sampler, generate, prompts)
         sampled = time.perf_counter()
         scored += (found := all_scored(ranks, env, prompts, completions))
         punish_overlong([completion for completion, _ in found], config)
@@ -95,6 +108,22 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
         kept = [row for row, completion in enumerate(live) if not completion.is_truncated]
         live, advantages = [live[row] for row in kept], [advantages[row] for row in kept]
     return Groups(live, advantages, scored, metrics, greedy_rewards=greedy_rewards)
+
+
+def first_prompts(env: Environment, config: TrainConfig, step: int, *, max_len: int, vocab_size: int) -> list[Prompt]:
+    """The prompts of a step's first round, as `collect` draws them."""
+    prompts = prompt_source(env, config, step, vocab_size=vocab_size, history=None)(
+        math.ceil(config.rollout.prompts_per_step * config.rollout.oversampling))
+    check_lengths(env, "prompts", prompts, max_len=max_len)
+    return prompts
+
+
+def check_begun(env: Environment, prompts: list[Prompt], begun: list[Completion]) -> None:
+    """Raises EnvironmentFault unless the completions are those of the prompts."""
+    drawn = {completion.prompt.id: completion.prompt.token_ids for completion in begun}
+    if drawn != {prompt.id: prompt.token_ids for prompt in prompts}:
+        raise EnvironmentFault(f"environment {type(env).__name__}: asked again for a step's prompts, it gave others; they must "
+                               "depend on the arguments and the seed alone")
 
 
 def dead_groups(completions: list[Completion], config: TrainConfig) -> set[int]:
@@ -262,6 +291,9 @@ def completion_record(tokenizer: Tokenizer, env: Environment, completion: Comple
               "reward": verdict.reward, "parts": verdict.parts, "is_correct": verdict.is_correct,
               "finish_reason": completion.finish_reason, "num_tokens": len(completion.completion_ids),
               "token_ids": completion.completion_ids, "log_probs": recorded_log_probs(completion)}
+    versions = [version for segment in completion.segments for version in segment.versions or ()]
+    if versions:
+        record["versions"] = versions
     if completion.episode is not None:
         record["turns"] = num_turns_of(completion)
         record["calls"] = [{"name": call.name, "arguments": call.arguments[:MOST_SHOWN],

@@ -67,7 +67,7 @@ def train(run: Run) -> None:
 def take_step(run: Run) -> tuple[dict[str, float], Groups]:
     """Draws or takes the next step's groups and trains on them. Returns the step's metrics and the groups."""
     started = time.perf_counter()
-    groups, age, stats = draw_and_update(run)
+    groups, stats = draw_and_update(run)
     run.rollouts.pop(0)
     run.step, run.is_between_steps = run.step + 1, True
     if run.reference is not None and run.config.kl.refresh_every and run.step % run.config.kl.refresh_every == 0:
@@ -80,8 +80,6 @@ def take_step(run: Run) -> tuple[dict[str, float], Groups]:
     stats |= {"num_tokens": run.num_tokens, "time/step": finished - started,
               "tokens_per_s": sum(completion.num_tokens for completion, _ in groups.scored) / (finished - started),
               "time/compile": seconds_of_compilation(run), **run.memory.metrics()}
-    if run.config.rollout.max_staleness:
-        stats["rollout/staleness"] = age
     if run.ranks is not None:
         stats["time/ranks"] = run.ranks.take_seconds_waited()
     run.memory.for_sampling(run.policy)

@@ -44,6 +44,7 @@ OTHER_NAMES = {
     "rollout.refill_rounds": "dynamic_sampling filter_groups max_num_gen_batches",
     "rollout.replay_routing": "router_replay use_rollout_routing_replay enable_router_replay",
     "rollout.max_staleness": "max_off_policy_steps async_level staleness_threshold max_async_level one_step_off_policy",
+    "rollout.in_flight": "partial_rollout in_flight_weight_updates interruptible_generation",
     "corrections.weight": "use_tis rollout_is vllm_importance_sampling_correction vllm_importance_sampling_mode",
     "corrections.high": "tis_clip rollout_is_threshold vllm_importance_sampling_clip_max",
     "corrections.low": "tis_clip_low vllm_importance_sampling_clip_min",

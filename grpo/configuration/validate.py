@@ -19,6 +19,7 @@ from grpo.config import (
     EvaluateConfig,
     Experts,
     InferenceConfig,
+    InFlight,
     ModelConfig,
     OldLogProbs,
     Train,
@@ -151,6 +152,8 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
             f"a parameter is updated before the norm of all gradients is known: set optim.max_grad_norm=null (now "
             f"{optim.max_grad_norm:g}), or optim.in_backward=false")
     yield from correction_problems(config)
+    if rollout.in_flight == InFlight.switch:
+        yield from in_flight_problems(config)
     if config.kl.estimator == Estimator.full and config.kl.place != KlPlace.loss:
         yield "kl.estimator", "full", (
             f"its gradient is one of the loss, and a reward (kl.place={config.kl.place}) is lowered by k1: set kl.place=loss, or "
@@ -170,6 +173,19 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.loss_scale", scale, "must be null or a power of two, such as 65536"
     if is_evaluating(evaluation) and evaluation.num_samples == 0 and not evaluation.greedy:
         yield "eval.num_samples", 0, "nothing to measure with eval.greedy=false; set eval.num_samples=1 or eval.greedy=true"
+
+
+def in_flight_problems(config: TrainConfig) -> Iterator[Problem]:
+    curriculum, key = config.curriculum, "rollout.in_flight"
+    if config.rollout.max_staleness < 2:
+        yield key, "switch", (f"with rollout.max_staleness={config.rollout.max_staleness} one policy draws a completion in any "
+                              "case: set rollout.max_staleness=2 or more, or rollout.in_flight=keep")
+    if config.rollout.replay_routing:
+        yield key, "switch", ("the experts on record would be several policies': set rollout.replay_routing=false, or "
+                              "rollout.in_flight=keep")
+    if curriculum.retire_at is not None or curriculum.retire_unsolved is not None or curriculum.candidates > 1:
+        yield key, "switch", ("a curriculum would choose other prompts when a rollout is refilled than when it was begun: set "
+                              "curriculum.retire_at=null, retire_unsolved=null and candidates=1, or rollout.in_flight=keep")
 
 
 def correction_problems(config: TrainConfig) -> Iterator[Problem]:

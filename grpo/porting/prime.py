@@ -40,7 +40,7 @@ TABLE = {
     T + "enable_router_replay": Rule("rollout.replay_routing", bool),
     "enable_router_replay": Rule("rollout.replay_routing", bool),
     **{name: Rule("rollout.max_staleness", lambda value: min(whole(value), 8),
-                  "a completion is drawn by one policy here, exactly that many steps before its update; there, at most")
+                  "exactly that many steps, there at most; rollout.in_flight=switch also goes on under newer policies, as there")
        for name in ("max_async_level", ROLL + "max_async_level", T + "max_async_level", ROLL + "max_off_policy_steps")},
     "ckpt.interval": Rule("checkpoint.every", every), "ckpt.keep_last": Rule("checkpoint.keep", lambda v: max(2, whole(v))),
     ROLL + "eval.interval": Rule("eval.every", every),

@@ -43,7 +43,7 @@ TABLE = {
     "over-sampling-batch-size": Rule(None), "dynamic-sampling-filter-path": Rule(None),
     "rm-type": Rule(None), "custom-rm-path": Rule(None),
     "recompute-granularity": Rule("model.activation_checkpointing", lambda _: True),
-    "partial-rollout": Rule(None, remark="a completion is drawn by one policy from its first token to its last here"),
+    "partial-rollout": Rule(None, remark="here: rollout.in_flight=switch, with rollout.max_staleness=2 or more"),
     **{name: Rule(None) for name in (
         *("hf-checkpoint", "rollout-batch-size", "global-batch-size", "num-steps-per-rollout", "lr-decay-style", "min-lr"),
         *("lr-warmup-fraction", "adam-beta1", "adam-beta2", "advantage-estimator", "eps-clip", "eps-clip-high", "eps-clip-c"),

@@ -22,6 +22,18 @@ from grpo.batch import Prompt, Segment
 from models.kv_cache import PAGE_TOKENS, KVCache
 
 
+@dataclass
+class RolloutStats:
+    num_completions: int = 0
+    # prompts (once for a group), appended tokens, and everything that is prefilled again after its pages were taken
+    prefill_tokens: int = 0
+    decode_tokens: int = 0  # drawn in decode steps
+    decode_steps: int = 0
+    num_preemptions: int = 0
+    cache_bytes: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(eq=False)
 class RolloutRow:
     """One completion, from its submission to its end. Numbers are tokens."""
@@ -30,6 +42,7 @@ class RolloutRow:
     group: int  # the number of its group
     prompt: Prompt = field(repr=False)
     sample: int  # index within the group
+    step: int  # of the run: a part of the key of its draws
     limit: int  # most tokens after the prompt
     num_new: int = 0  # tokens after the prompt, as of the last sync
     is_parked: bool = False  # it waits for its caller

@@ -29,7 +29,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,7 +38,7 @@ from grpo.batch import Completion, Prompt, Segment, check_ids, check_prompts
 from grpo.out_of_memory import attempt, attempt_twice, free_unused, say
 from grpo.rollout.cache_plan import CacheShape, Limits, bytes_of, least_bytes, plan_cache, suffices
 from grpo.rollout.sampling import SamplingParams, choose, filtered_log_probs
-from grpo.rollout.scheduler import Group, RolloutRow, Scheduler
+from grpo.rollout.scheduler import Group, RolloutRow, RolloutStats, Scheduler
 from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.gpt_oss import GptOss
 from models.keys import PrefillChunk
@@ -56,18 +55,6 @@ CACHE_SHARE = 0.7
 
 class Interrupted(Exception):
     """`should_stop` asked to end a rollout early; its completions are dropped and the step can be sampled again."""
-
-
-@dataclass
-class RolloutStats:
-    num_completions: int = 0
-    # prompts (once for a group), appended tokens, and everything that is prefilled again after its pages were taken
-    prefill_tokens: int = 0
-    decode_tokens: int = 0  # drawn in decode steps
-    decode_steps: int = 0
-    num_preemptions: int = 0
-    cache_bytes: int = 0
-    seconds: float = 0.0
 
 
 class Sampler:
@@ -266,21 +253,30 @@ class Session:
             return []
         capacity, numbers = min(self.params.max_new_tokens, self._sampler.max_len), itertools.count(len(self.rows))
         most = capacity if most_new_tokens is None else most_new_tokens
-        groups = [[RolloutRow(next(numbers), group, prompt, sample, min(most, self._sampler.max_len - len(prompt.token_ids)))
-                   for sample in range(first_sample, first_sample + num_samples)]
-                  for group, prompt in enumerate(prompts, start=len(self._prompt_ids))]
-        rows = list(itertools.chain(*groups))
-        if most_new_tokens is None:
-            self._make_cache_hold(rows)
-        self.rows += rows
+        rows = [RolloutRow(next(numbers), group, prompt, sample, self._step,
+                           min(most, self._sampler.max_len - len(prompt.token_ids)))
+                for group, prompt in enumerate(prompts, start=len(self._prompt_ids))
+                for sample in range(first_sample, first_sample + num_samples)]
+        self.queue(rows, grows=most_new_tokens is None)
         self._prompt_ids |= {prompt.id for prompt in prompts}
         if self.params.records_routing:
             new = empty_routing(len(rows) * capacity, self._model.config, "cpu").unflatten(0, (len(rows), capacity))
             self._routing = new if self._routing is None else torch.cat([self._routing, new])
             self._prompt_routing += [empty_routing(len(prompt.token_ids), self._model.config, "cpu") for prompt in prompts]
-        self._scheduler.add([Group(members[0].prompt_len, members) for members in groups])
-        self.stats.num_completions = len(self.rows)
         return rows
+
+    def queue(self, rows: list[RolloutRow], *, grows: bool = True) -> None:
+        """Queues rows, whose indices and groups follow those that the session has. Rows with tokens, which another session has
+        drawn, are prefilled as they are and go on. grows: the cache becomes large enough for them. Raises ValueError for a cache
+        that does not hold one sequence."""
+        self._check_open()
+        if grows:
+            self._make_cache_hold(rows)
+        self.rows += rows
+        self._scheduler.returning += [row for row in rows if row.num_new]
+        waiting = itertools.groupby((row for row in rows if not row.num_new), key=lambda row: row.group)
+        self._scheduler.add([Group(members[0].prompt_len, members) for members in (list(members) for _, members in waiting)])
+        self.stats.num_completions = len(self.rows)
 
     def poll(self) -> list[RolloutRow]:
         """Makes one model call, if anything can run: a prefill, or the decode steps up to the next sync. Returns the rows that
@@ -543,7 +539,7 @@ class Session:
         for row, start, (tokens, log_probs) in zip(rows, starts, drawn, strict=True):
             if bad := [index for index, value in enumerate(log_probs.tolist()) if not math.isfinite(value)]:
                 raise FloatingPointError(
-                    f"rollout: the log-prob of a sampled token is not finite (step {self._step}, prompt {row.prompt.id}, sample "
+                    f"rollout: the log-prob of a sampled token is not finite (step {row.step}, prompt {row.prompt.id}, sample "
                     f"{row.sample}, position {row.prompt_len + start + bad[0]}): the weights or activations hold NaN or infinity")
             if not row.segments or row.segments[-1].source != "policy":
                 row.segments.append(Segment([], "policy", [], None if self.params.plain is not None else []))
@@ -596,4 +592,4 @@ class Session:
 
     def _key(self, row: RolloutRow) -> tuple[int, int, int, int]:
         """The RNG key of a row's draws, without the position."""
-        return self._sampler.seed, self._step, row.prompt.id, row.sample
+        return self._sampler.seed, row.step, row.prompt.id, row.sample

@@ -52,7 +52,7 @@ def save(run: Run) -> None:
              **({} if run.history is None else {"prompt_pass_rates": run.history.rates}),
              **({} if run.entropy is None else {"entropy": run.entropy.state})}
     if run.config.rollout.max_staleness:
-        state["rollouts"], drawn = write(run.rollouts)
+        state["rollouts"], drawn = write([*run.rollouts, *run.begun])
         tensors |= drawn
     run.metrics.sync()
     best = run.config.checkpoint.best and run.metrics.best(run.config.checkpoint.best)

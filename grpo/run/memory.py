@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.config import ConfigError, Experts, InferenceConfig, ModelConfig, Train, TrainConfig
+from grpo.config import ConfigError, Experts, InferenceConfig, InFlight, ModelConfig, Train, TrainConfig
 from grpo.configuration.validate import is_evaluating
 from grpo.record.metrics import peak_memory_gb
 from grpo.rollout.session import Sampler
@@ -46,6 +46,8 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
     """What a training run needs, for prompts of up to prompt_len tokens."""
     rollout, evaluation, optim = config.rollout, config.eval, config.optim
     eval_rows = evaluation.max_prompts * max(1, evaluation.num_samples) if is_evaluating(evaluation) else 0
+    if rollout.in_flight == InFlight.switch:  # the completions of so many steps are decoded together
+        eval_rows = max(eval_rows, rollout.max_staleness * rollout.prompts_per_step * rollout.group_size)
     return replace(
         _needs_of_model(config.model, architecture, dtype=dtype),
         num_prompts=rollout.prompts_per_step, group_size=rollout.group_size, max_rows=rollout.max_batch, prompt_len=prompt_len,

@@ -11,6 +11,7 @@ from grpo.batch import Completion, Episode, Prompt, Segment, ToolCall
 from grpo.config import ConfigError
 from grpo.environment import Score
 from grpo.groups import Groups
+from grpo.rollout.in_flight import BegunRollout
 
 ROLLOUTS = "rollouts."  # prefix of their tensors in a run's checkpoint
 _LEAST = 8  # numbers: longer lists of one type become tensors
@@ -21,23 +22,24 @@ class Rollout:
     """What a step trains on, and the policy that drew it."""
 
     step: int  # that trains on it: the number of steps finished before
-    version: int  # of the policy: the number of steps finished when the rollout was drawn
+    version: int  # of the policy, of several the oldest: the number of steps finished when the rollout was drawn or begun
     groups: Groups
 
 
-_RECORDS = {kind.__name__: kind for kind in (Rollout, Groups, Completion, Prompt, Segment, Episode, ToolCall, Score)}
+_RECORDS = {kind.__name__: kind
+            for kind in (Rollout, BegunRollout, Groups, Completion, Prompt, Segment, Episode, ToolCall, Score)}
 _LEFT_OUT = {("Episode", "reward")}  # any object: what a score was made of, which is there
 _NUMBERS = {int: torch.int64, float: torch.float64}
 
 
-def write(rollouts: list[Rollout]) -> tuple[dict, dict[str, torch.Tensor]]:
+def write(rollouts: list[Rollout | BegunRollout]) -> tuple[dict, dict[str, torch.Tensor]]:
     """JSON and tensors for `read`. Raises ConfigError for a value that no checkpoint can hold."""
     writer = _Writer()
     places = [writer.value(rollout, "a rollout") for rollout in rollouts]
     return {"rollouts": places, "records": writer.records}, writer.tensors
 
 
-def read(document: dict, tensors: dict[str, torch.Tensor]) -> list[Rollout]:
+def read(document: dict, tensors: dict[str, torch.Tensor]) -> list[Rollout | BegunRollout]:
     """The rollouts that `write` gave. tensors: those with the prefix ROLLOUTS, and perhaps others."""
     records: list = []
 

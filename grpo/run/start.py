@@ -13,6 +13,7 @@ import torch
 
 from grpo.config import (
     ConfigError,
+    InFlight,
     LrSchedule,
     OldLogProbs,
     TrainConfig,
@@ -46,6 +47,7 @@ from grpo.optim import LearningRate, Optimizer, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.record.run_table import NAMES_OF_A_RUN
 from grpo.recorded import check_recorded
+from grpo.rollout.in_flight import BegunRollout, tokens_due
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
 from grpo.run.checkpoint import RunState, load_run
@@ -107,6 +109,7 @@ class Run:
     observer: UpdateObserver | None = None  # of updates, for grpo/explain.py
     step: int = 0  # steps finished
     rollouts: list[Rollout] = field(default_factory=list)  # drawn and not trained on: of the next step, the one after it, ...
+    begun: list[BegunRollout] = field(default_factory=list)  # of the steps after those, with rollout.in_flight=switch
     num_tokens: int = 0  # of prompts and completions, in all of them
     steps_without_update: int = 0  # number of last steps in a row
     most_tokens: int = sys.maxsize  # of a micro-batch of several sequences: larger ones did not fit into memory
@@ -126,6 +129,9 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
         if samples_beside(config, device):
             raise ConfigError(f"rollout.max_staleness = {config.rollout.max_staleness}: several ranks do not sample while they "
                               "train; set rollout.max_staleness=0, or start one process")
+        if config.rollout.in_flight == InFlight.switch:
+            raise ConfigError("rollout.in_flight = 'switch': several ranks draw a completion by one policy; set "
+                              "rollout.in_flight=keep, or start one process")
         should_stop = ranks.watch(should_stop)
         ranks.begin(config, device)
     check_trainable(config.model, dtype)
@@ -258,7 +264,9 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         if run.history is not None:
             run.history.rates = state.state["prompt_pass_rates"]
         if config.rollout.max_staleness:
-            run.rollouts = read(state.state["rollouts"], state.tensors)
+            found = read(state.state["rollouts"], state.tensors)
+            run.rollouts = [item for item in found if isinstance(item, Rollout)]
+            run.begun = [item for item in found if isinstance(item, BegunRollout)]
     run.optimizer = optimizer
     if run.shards is not None:
         run.shards.gather()
@@ -350,7 +358,9 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
             f"{config.turns.max_result_tokens} tokens of result, written as the {config.turns.form} does"]),
         f"chat     prompts as {describe_form(config)}",
         *([] if not rollout.max_staleness else [
-            f"ahead    a step trains on what the policy of {rollout.max_staleness} steps before sampled, "
+            f"ahead    a step trains on what the policy of {rollout.max_staleness} steps before sampled"
+            + (f" and newer ones went on with, each for {tokens_due(rollout, rollout.max_staleness)} tokens, "
+               if rollout.in_flight == InFlight.switch else ", ")
             + ("corrected for that" if config.corrections.weighs or config.optim.old_log_probs == OldLogProbs.sampler
                else "without a correction for that (corrections.weight=truncate would be one)")]),
         *penalty, "trains", describe_trainable(policy)])

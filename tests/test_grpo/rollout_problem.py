@@ -58,7 +58,7 @@ def assert_equal(actual, expected) -> None:
 
 
 def make_rows(lengths_and_limits: list[tuple[int, int]], *, width=1) -> list[RolloutRow]:
-    return [RolloutRow(index * width + i, index, Prompt(index, [1] * length, {}), i, limit)
+    return [RolloutRow(index * width + i, index, Prompt(index, [1] * length, {}), i, 0, limit)
             for index, (length, limit) in enumerate(lengths_and_limits) for i in range(width)]
 
 

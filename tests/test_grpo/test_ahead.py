@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import grpo.ahead
 from grpo.ahead import beside, fill, staleness
 from grpo.batch import pack
-from grpo.config import read_saved_config
+from grpo.config import InFlight, read_saved_config
 from grpo.explain import Request, explain
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import load_run
@@ -27,7 +27,7 @@ def test_a_step_trains_on_the_policy_of_so_many_steps_before(monkeypatch, num_ah
     drawn = []
     monkeypatch.setattr(grpo.ahead, "collect", lambda env, sampler, config, step, *_: drawn.append((step, run.step)) or step)
     monkeypatch.setattr(grpo.ahead, "write", lambda rollouts: None)
-    config = SimpleNamespace(rollout=SimpleNamespace(max_staleness=num_ahead), steps=6)
+    config = SimpleNamespace(rollout=SimpleNamespace(max_staleness=num_ahead, in_flight=InFlight.keep), steps=6)
     run = Run(config, *[None] * 6, SimpleNamespace(progress=lambda name: None), None)
     trained = []
     for run.step in range(6):

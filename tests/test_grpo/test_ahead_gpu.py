@@ -7,6 +7,7 @@ import torch
 from paths import FIXTURES
 
 from grpo.batch import Prompt, pack
+from grpo.rollout.in_flight import begin, go_on
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.behaviour import BehaviourCopy
@@ -101,3 +102,34 @@ def test_after_the_policy_moved_the_copy_samples_as_before_until_it_is_refreshed
     batch = pack(moved, [1.0] * len(moved)).to(policy.device)
     with torch.no_grad():
         assert torch.equal(log_probs_of(policy, batch)[batch.loss_mask], batch.sampler_log_probs[batch.loss_mask])
+
+
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_completions_that_go_on_under_a_newer_policy_have_the_log_probs_of_each_for_its_tokens(policy, shares_prompts):
+    old, copy = BehaviourCopy(policy), BehaviourCopy(policy)
+    sampler = Sampler(copy.model, [1], max_batch=24, seed=3, shares_prompts=shares_prompts)
+    prompts = [Prompt(i, list(range(5 + i, 12 + 17 * i)), {}) for i in range(6)]
+    params = SamplingParams(max_new_tokens=90, temperature=TEMPERATURE)
+    begun = [begin(step, 0, prompts, num_samples=3) for step in (0, 1)]  # more rows than run at once
+    for version, limits in enumerate([(45, 1), (90, 90)]):
+        if version:
+            move(policy, seed=5)
+            copy.refresh()
+        begun = go_on(sampler, begun, limits, params, version=version, should_stop=lambda: False, progress=None)
+    completions = [completion for rollout in begun for completion in rollout.completions]
+    for rollout, num_old in zip(begun, (45, 1), strict=True):
+        for completion in rollout.completions:
+            assert completion.segments[1].versions == ([0] * num_old + [1] * 90)[:completion.num_policy_tokens]
+    versions = torch.tensor([version for completion in completions
+                             for version in [-1] * len(completion.prompt.token_ids) + completion.segments[1].versions])
+    batch = pack(completions, [1.0] * len(completions))
+    work = batch.select(list(range(batch.num_rows)), share_prompts=shares_prompts)
+    versions, work = versions[work.token_index], work.to(policy.device)
+    with torch.no_grad():
+        found = [model.log_probs(work.tokens, work.cu_seqlens, temperature=TEMPERATURE, mask=work.host_mask,
+                                 prefixes=work.prefixes)[0] for model in (old.model, policy)]
+    for version, log_probs in enumerate(found):
+        gaps = (log_probs - work.sampler_log_probs).abs().cpu()
+        assert work.host_mask[versions == version].any()
+        assert float(gaps[(versions == version) & work.host_mask].max()) == 0
+        assert float(gaps[(versions == 1 - version) & work.host_mask].max()) > 1e-3

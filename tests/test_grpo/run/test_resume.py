@@ -87,6 +87,10 @@ UPDATES = (*CARRY, "optim.minibatches=2", "optim.epochs=2", "checkpoint.every=3"
            "optim.whole_prompts=true", "optim.replay_routing=true")
 AHEAD = (*UPDATES, "optim.replay_routing=false", "rollout.max_staleness=2", "rollout.replay_routing=true", "steps=8",
          "corrections.weight=mask", "corrections.opsm_delta=0.001", "corrections.geometric=[0.9,1.1]")
+SWITCH = ("+experiment=smoke", "name=run", "steps=6", "seed=3", "warmup=null", "env._target_=spread.SpreadCarry",
+          "checkpoint.every=2", "eval.every=0", "eval.at_start=false", "eval.at_end=false", "rollout.max_new_tokens=8",
+          "rollout.max_staleness=3", "rollout.in_flight=switch", "rollout.top_p=0.9", "rollout.refill_rounds=2",
+          "rollout.prompts_per_step=4", "rollout.group_size=2", "corrections.weight=truncate")
 LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
         f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
         "model.lora.train_sinks=true", "model.lora.train_norms=true", f"env.path={FIXTURES / 'arithmetic.jsonl'}",
@@ -269,6 +273,26 @@ def test_a_signal_amid_a_rollout_drawn_ahead_or_an_update_loses_no_rollout(train
         assert result.code == 75, (phase, result)
         arguments, output_dir = resume_arguments(result.err), None
     result = train(arguments, output_dir).wait()
+    assert result.code == 0, result.err
+    assert_same_run(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_completions_in_flight_go_on_after_a_resume_as_without_it(train, never_killed, tmp_path, number):
+    expected, _ = never_killed(SWITCH)
+    steps = lines(expected / "metrics.jsonl")
+    assert [line["step"] for line in steps if line["grad_norm"] > 0] == [1, 2, 3, 4, 5, 6]
+    assert any(line["groups/dropped"] > 0 for line in steps[3:])  # refilled by the newest of the policies
+    assert all(line[f"rollout/age_{age}"] > 0 for line in steps[3:] for age in (1, 2, 3))
+    resume = []
+    for phase, count in (("backward", 4), ("rollout", 2)):
+        result = train([*SWITCH, *resume], tmp_path, signal_at(phase, count, number)).wait()
+        assert result.code == (75 if number == signal.SIGTERM else -number), (phase, result)
+        resume = ["resume=true"]
+        state = json.loads((sorted((tmp_path / "run/checkpoints").iterdir())[-1] / "state.json").read_text())
+        kinds = [name for name, _ in state["state"]["rollouts"]["records"]]
+        assert "BegunRollout" in kinds
+    result = train([*SWITCH, *resume], tmp_path).wait()
     assert result.code == 0, result.err
     assert_same_run(tmp_path / "run", expected)
 
