@@ -285,7 +285,7 @@ def test_completions_in_flight_go_on_after_a_resume_as_without_it(train, never_k
     assert any(line["groups/dropped"] > 0 for line in steps[3:])  # refilled by the newest of the policies
     assert all(line[f"rollout/age_{age}"] > 0 for line in steps[3:] for age in (1, 2, 3))
     resume = []
-    for phase, count in (("backward", 4), ("rollout", 2)):
+    for phase, count in (("backward", 3), ("rollout", 2)):
         result = train([*SWITCH, *resume], tmp_path, signal_at(phase, count, number)).wait()
         assert result.code == (75 if number == signal.SIGTERM else -number), (phase, result)
         resume = ["resume=true"]
