@@ -6,6 +6,8 @@ A row that ends between two syncs, by a stop id or its limit, is idle for the re
 A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. There is one graph for each
 bucket of batch sizes. The first step of a bucket runs normally (kernels are compiled) and is then captured. A bucket's rows
 beyond the batch are idle: they write to no slot. Graphs read adapters at their addresses, so the next step uses updated ones.
+Prefills of few tokens are graphs too, for buckets of numbers of tokens, from a bucket's second time on: the host needs several
+times as long for their launches as the GPU for the work.
 
 Shapes: B rows, R rows that there is room for, D model width, V vocabulary.
 """
@@ -17,16 +19,19 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from kernels.attention.decode import SharedPrefixes, rows_per_tile
-from kernels.device import cdiv, next_power_of_2, product_path, to_device
+from kernels.device import MAX_FEW_ROWS, cdiv, next_power_of_2, product_path, to_device
 from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
 from kernels.head.sampling import as_pairs, key_sums
 from models.gpt_oss import GptOss
+from models.keys import NUM_SECTIONS, PrefillChunk, prompt_numbers
 from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+PREFILL_BUCKETS = (32, *range(64, MAX_FEW_ROWS + 1, 64))  # tokens; for more, the host needs no longer than the GPU
 # the fields that a sync copies, adjacent in Rows
 _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") + 1)
 # shorter prefixes are not read once for all: they come from the L2 cache, which is faster than another launch
@@ -145,6 +150,7 @@ class Decoder:
         self._shared: list[tuple[int, int]] = []  # the content of those two
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, object]] = {}  # each with what it returns
         self._pool = None  # of memory that all graphs share: one runs at a time
+        self._prompts: dict[int, torch.Tensor] = {}  # by bucket: the numbers that its prefills read
 
     def reset(self, stop_ids: list[int]) -> None:
         """Drops all rows and their pages. Rows end with these ids from now on; an equal number of ids keeps the graphs."""
@@ -163,6 +169,33 @@ class Decoder:
         """Frees the graphs' memory. They are captured again when needed."""
         self._graphs.clear()
         self._pool = None
+
+    @torch.no_grad()
+    def prefill(self, tokens: torch.Tensor, chunks: list[PrefillChunk], *,
+                records: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """GptOss.prefill of tokens [T] on the host, by a graph where they are few. With `records` also the experts [T, L, A],
+        until the next call."""
+        model, count, device = self.model, len(tokens), self.model.device
+        size = next((bucket for bucket in PREFILL_BUCKETS if bucket >= count), 0)
+        if not size or 2 * len(chunks) >= NUM_SECTIONS[0] or not can_decode_by_graph(model):
+            record = RoutingRecord(count, model.config, device) if records else None
+            hidden = model.prefill(to_device(tokens, device), chunks, self.cache, record=record)
+            return hidden, None if record is None else record.indices
+        numbers = torch.cat([F.pad(tokens, (0, size - count)), prompt_numbers(chunks, self.cache, num_rows=size)])
+        self.cache.flush()
+        is_first = size not in self._prompts
+        held = self._prompts.setdefault(size, torch.empty_like(numbers, device=device)).copy_(to_device(numbers, device))
+
+        def feed() -> tuple[torch.Tensor, torch.Tensor | None]:
+            record = RoutingRecord(size, model.config, device) if records else None
+            hidden = model.prefill_rows(held[:size], held[size:], self.cache, None, is_prefixed=self._counts_prompts_apart,
+                                        record=record)
+            return hidden, None if record is None else record.indices
+
+        key = ("prefill", size, model.adapter_is_enabled, records)
+        hidden, indices = feed() if is_first else self._replay(key, feed)
+        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
+        return hidden[to_device(ends - 1, device)], None if indices is None else indices[:count]
 
     @torch.no_grad()
     def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: DrawTokens) -> None:

@@ -43,7 +43,7 @@ from models.decoder import Decoder, NewRow, Rows, can_decode_by_graph
 from models.gpt_oss import GptOss
 from models.keys import PrefillChunk
 from models.kv_cache import KVCache
-from models.routing_record import RoutingRecord, empty_routing
+from models.routing_record import empty_routing
 
 # Decode steps between two syncs. At a sync the GPU waits for a copy, the host's bookkeeping and a launch. A row that finishes in
 # between stays idle for 3.5 steps on average, 1% of a completion of 350 tokens. Waiting completions start that much later, but
@@ -445,11 +445,10 @@ class Session:
         chunks = [PrefillChunk(row.slot, row.num_held, end, row.prompt_len if self._sampler.shares_prompts else 0)
                   for row, end in zip(rows, ends, strict=True)]
         parts = [row.token_ids[row.num_held:end] for row, end in zip(rows, ends)]
-        tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64, device=self._device)
+        tokens = torch.tensor(list(itertools.chain(*parts)), dtype=torch.int64)
         self._num_prefilling = len(tokens)
-        record = None if self._routing is None else RoutingRecord(len(tokens), self._model.config, self._device)
-        hidden = self._model.prefill(tokens, chunks, self._decoder.cache, record=record)
-        self._keep_routing(rows, [row.num_held for row in rows], [len(part) for part in parts], record)
+        hidden, indices = self._decoder.prefill(tokens, chunks, records=self._routing is not None)
+        self._keep_routing(rows, [row.num_held for row in rows], [len(part) for part in parts], indices)
         self.stats.prefill_tokens += len(tokens)
         self._num_prefilling = 0
         for row, end in zip(rows, ends):
@@ -549,11 +548,11 @@ class Session:
             if segment.kept_ids is not None:
                 segment.kept_ids += self._kept.pop(row.index)[:len(tokens)]
 
-    def _keep_routing(self, rows: list[RolloutRow], starts: list[int], lengths: list[int], record: RoutingRecord | None) -> None:
+    def _keep_routing(self, rows: list[RolloutRow], starts: list[int], lengths: list[int], recorded: Tensor | None) -> None:
         """Keeps the recorded experts of packed tokens: of each row `lengths` tokens, from its token number `starts` on."""
-        if record is None:
+        if recorded is None:
             return
-        for row, start, indices in zip(rows, starts, record.indices.cpu().split(lengths), strict=True):
+        for row, start, indices in zip(rows, starts, recorded.cpu().split(lengths), strict=True):
             num_prompt = min(max(row.prompt_len - start, 0), len(indices))
             self._prompt_routing[row.group][start:start + num_prompt] = indices[:num_prompt]
             first = start + num_prompt - row.prompt_len

@@ -21,11 +21,13 @@ from grpo.kl import Reference
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.update import make_replay
+from models.decoder import Decoder
 from models.expert_store import ExpertStore, Placement
 from models.formats.hugging_face import load_model
 from models.keys import PrefillChunk
 from models.kv_cache import page_bytes, slot_bytes
 from models.lora import LoraConfig, attach_lora, set_full_training
+from models.routing_record import RoutingRecord
 
 pytestmark = pytest.mark.gpu
 
@@ -443,6 +445,29 @@ def test_one_launch_for_all_chunks_gives_the_bits_of_one_for_each(monkeypatch, p
         hidden = model.prefill(torch.cat([tokens[slot, start:end] for slot, start, end, _ in chunks]), chunks, cache)
         results.append([hidden, *(tensor.clone() for tensor in (*cache.keys, *cache.values))])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results)) and results[0][0].any()
+
+
+@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_prefills_by_a_graph_give_the_bits_of_launches(shares_prompts, records):
+    """Of sequences that begin, go on and hold a prompt's end, 65 to 128 tokens of them together; the first is not captured."""
+    model = adapted_model()
+    caches = [model.new_cache(3, 512) for _ in range(2)]
+    decoder = Decoder(model, caches[0], max_rows=3, stop_ids=[], counts_prompts_apart=shares_prompts)
+    for slot in range(3):
+        assert all(cache.reserve(slot, 300) for cache in caches)
+    for number, spans in enumerate([[(0, 0, 100)], [(1, 0, 20), (0, 100, 180)], [(2, 0, 128)], [(1, 20, 90), (2, 128, 140)],
+                                    [(0, 180, 250), (2, 140, 141), (1, 90, 135)]]):
+        chunks = [PrefillChunk(*span, 110 if shares_prompts else 0) for span in spans]
+        tokens = torch.cat([torch.arange(start, end) * (37 + slot) % 380 for slot, start, end in spans])
+        record = RoutingRecord(len(tokens), model.config, "cuda")
+        expected = model.prefill(tokens.cuda(), chunks, caches[1], record=record)
+        hidden, experts = decoder.prefill(tokens, chunks, records=records)
+        assert torch.equal(hidden, expected) and hidden.any(), number
+        assert torch.equal(experts, record.indices) if records else experts is None
+        assert len(decoder._graphs) == min(number, 1)
+        for ours, theirs in zip((*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values)):
+            assert torch.equal(ours, theirs)
 
 
 def test_steps_between_syncs_change_nothing_and_graphs_serve_later_rollouts():

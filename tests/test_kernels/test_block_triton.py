@@ -16,6 +16,7 @@ import torch
 from paths import FIXTURES
 
 import kernels.device
+import models.decoder
 import models.experts
 import models.host_store
 import models.offload
@@ -23,6 +24,7 @@ from kernels.attention.plan import AttentionPlan
 from kernels.packed.mxfp4 import quantize
 from kernels.packed.weights import Mxfp4Fragments
 from models.config import GptOssConfig
+from models.decoder import Decoder
 from models.experts import PROJECTIONS, RoutedExperts
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss
@@ -340,6 +342,29 @@ def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monke
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert ours.any()
     assert len(by_few) == len(model.model.layers) * (2 if start else 1)
+
+
+@pytest.mark.interpreter
+def test_a_prefill_as_for_a_graph_computes_and_stores_what_another_does(monkeypatch):
+    """Padded to a bucket with idle rows, of a sequence that goes on and one that begins; one layer with a window, one without."""
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    model.model.layers = model.model.layers[:2]
+    monkeypatch.setattr(models.decoder, "PREFILL_BUCKETS", (16,))
+    monkeypatch.setattr(models.decoder.Decoder, "_replay", lambda decoder, key, function: function())
+    first, tokens, results = torch.arange(3, 12), torch.arange(20, 31), []
+    chunks = [PrefillChunk(1, 9, 17), PrefillChunk(0, 0, 3)]
+    for has_graphs in (True, False):
+        monkeypatch.setattr(models.decoder, "can_decode_by_graph", lambda model, has=has_graphs: has)
+        cache = model.new_cache(2, 40)
+        assert cache.reserve(0, 20) and cache.reserve(1, 20)
+        decoder = Decoder(model, cache, max_rows=2, stop_ids=[], counts_prompts_apart=False)
+        model.prefill(first, [PrefillChunk(1, 0, 9)], cache)
+        hidden, experts = decoder.prefill(tokens, chunks, records=has_graphs)
+        assert not has_graphs or experts.shape == (11, 4, 2) and (experts[:, :2] < 4).all()
+        results.append([hidden, *cache.keys[:2], *cache.values[:2]])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert ours.any()
 
 
 def test_visible_pairs_are_those_of_enumeration():
