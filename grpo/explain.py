@@ -24,6 +24,7 @@ from grpo.batch import Completion
 from grpo.config import ConfigError, Device, TrainConfig, anchor_paths, read_saved_config, run_folder, shown
 from grpo.configuration.launch import CONFIG_ERROR, FAILED
 from grpo.configuration.nodes import WandbMode
+from grpo.distributed.place import check_alone
 from grpo.groups import Groups, recorded_log_probs
 from grpo.record.explanation import ExplainedCompletion, Explanation, as_page, as_text
 from grpo.record.jsonl import json_safe, read_records
@@ -56,6 +57,7 @@ def main(words: list[str]) -> int:
     hold_standard_streams()
     request = None
     try:
+        check_alone("grpo.explain")
         request = read_request(words)
         explanation = explain(request)
         samples = [request.sample] if request.sample is not None else explanation.by_share[:request.pages]

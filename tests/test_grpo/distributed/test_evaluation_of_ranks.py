@@ -47,7 +47,8 @@ def test_an_output_that_only_rank_0_cannot_write_ends_all(evaluate, tmp_path):
     assert "rank 0" in ended.message and "cannot be written" in ended.message
 
 
-def test_a_chat_of_several_processes_is_refused(entry_points):
-    ended = run_ranks(entry_points, "grpo.generate", 2, "+model=tiny", "prompt=1+2")
+@pytest.mark.parametrize("program, words", [("generate", ("+model=tiny", "prompt=1+2")), ("explain", ("run=x", "step=1"))])
+def test_what_one_process_does_is_refused_by_several(entry_points, program, words):
+    ended = run_ranks(entry_points, f"grpo.{program}", 2, *words)
     assert ended.codes == [2, 2]
     assert all("is the work of one process, and 2 were started" in text for text in ended.errors)
