@@ -358,7 +358,12 @@ class EvaluateConfig(InferenceConfig):
 
 @dataclass
 class GenerateConfig(InferenceConfig):
-    prompt: Optional[str] = None  # null: read lines from the terminal and chat
+    prompt: Optional[str] = None  # null, and no `prompts`: read lines from the terminal and chat
+    prompts: Optional[str] = None  # a file of rows, each with a question (text) or a conversation (messages) of its own
+    output: Optional[str] = None  # JSON lines with the answers to `prompts`
+    num_samples: int = number("[1, inf)", default=1)  # answers to each of `prompts`
+    max_batch: int = number("[1, inf)", default=64)  # completions of `prompts` decoded together, by each process
+    distributed: WaitConfig = field(default_factory=WaitConfig)
     # null, for these three: as the run's environment has it; else none, medium, today
     instructions: Optional[str] = None  # developer message
     reasoning_effort: Optional[ReasoningEffort] = None

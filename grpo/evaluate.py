@@ -20,9 +20,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from grpo.batch import Completion, Prompt
-from grpo.config import ConfigError, EvaluateConfig
+from grpo.config import ConfigError, EvaluateConfig, GenerateConfig
 from grpo.configuration.launch import is_sweep, launch
 from grpo.distributed.ranks import RankFault, Ranks, join, leads
 from grpo.distributed.rollout import all_scored, own_completions
@@ -143,17 +144,21 @@ def show_progress(activity: str) -> Callable[[int, int], None]:
 def run_evaluation(config: EvaluateConfig) -> int:
     """Evaluates a run or a checkpoint, prints a table of the metrics, writes them as JSON where `output` says. Of several ranks
     rank 0 does both. Returns the exit code."""
+    return run_shared(config, report_of)
+
+
+def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ranks | None], str]) -> int:
+    """Runs `work(config, ranks)`, on all ranks where torchrun started several; rank 0 writes what it returns to `output`. Returns
+    the exit code: a failure ends all with one message."""
     ranks = failure = None
     try:
         ranks = join(config, is_sweep=is_sweep())
         output = None if config.output is None or not leads(ranks) else writable_file(config.output)
         if ranks is not None:
             ranks.begin(config, prepare_device(config)[0])
-        result = measure(config, ranks)
-        if leads(ranks):
-            print(clean(results_table(result), sys.stdout.encoding), flush=True)
-            if output is not None:
-                output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        text = work(config, ranks)
+        if output is not None:
+            output.write_text(text, encoding="utf-8")
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed" and not isinstance(error, RankFault):
@@ -162,15 +167,28 @@ def run_evaluation(config: EvaluateConfig) -> int:
     return end(failure, ranks, report=lambda failure: print_error("error", failure.message))
 
 
+def join_sampler(ranks: Ranks | None, sampler: Sampler, activity: str) -> tuple[Callable | None, Callable | None]:
+    """(should_stop, progress) for a sampler that works for these ranks: it stops where another rank has failed, and rank 0 alone
+    shows progress and warnings."""
+    if ranks is None:
+        return None, show_progress(activity)
+    ranks.show = note if leads(ranks) else None
+    if not leads(ranks):
+        sampler.warn = ranks.notes.append
+    return ranks.watch(lambda: False), show_progress(activity) if leads(ranks) else None
+
+
+def report_of(config: EvaluateConfig, ranks: Ranks | None) -> str:
+    result = measure(config, ranks)
+    if leads(ranks):
+        print(clean(results_table(result), sys.stdout.encoding), flush=True)
+    return json.dumps(result, indent=2) + "\n"
+
+
 def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     """What was evaluated, on how many prompts, and the metrics."""
     loaded = load_policy(config, config.env, max_batch=config.max_batch)
-    should_stop, progress = None, show_progress("evaluating")
-    if ranks is not None:
-        should_stop = ranks.watch(lambda: False)  # another rank's failure
-        ranks.show = note if leads(ranks) else None
-        if not leads(ranks):
-            loaded.sampler.warn, progress = ranks.notes.append, None
+    should_stop, progress = join_sampler(ranks, loaded.sampler, "evaluating")
     trained = loaded.trained
     config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
     what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}

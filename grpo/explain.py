@@ -22,7 +22,7 @@ import torch
 
 from grpo.batch import Completion
 from grpo.config import ConfigError, Device, TrainConfig, anchor_paths, read_saved_config, run_folder, shown
-from grpo.configuration.launch import CONFIG_ERROR, FAILED
+from grpo.configuration.launch import CONFIG_ERROR, FAILED, refuse
 from grpo.configuration.nodes import WandbMode
 from grpo.distributed.place import check_alone
 from grpo.groups import Groups, recorded_log_probs
@@ -67,7 +67,7 @@ def main(words: list[str]) -> int:
         print(clean(as_text(explanation, samples[:1]), sys.stdout.encoding))
         print(f"\npage     {shown(output)}", flush=True)
     except ConfigError as error:
-        print_error("config error", str(error))
+        refuse(error)
         return CONFIG_ERROR
     except Exception as error:
         failure = describe_failure(error, log=None, config=request)

@@ -2,6 +2,10 @@
 
     python -m grpo.generate run=runs/NAME [step=N] [prompt=14+49]
     python -m grpo.generate +model=gpt_oss_20b model.path=FOLDER prompt="Why is the sky blue?"
+    python -m grpo.generate run=runs/NAME prompts=FILE.jsonl output=ANSWERS.jsonl [num_samples=4]
+
+The last answers many prompts together, each of which stands alone; under torchrun each process answers some of them, and the file
+is that of one process.
 
 With an environment that has tools, an answer appears when it is complete, its calls and their results in it.
 
@@ -17,17 +21,24 @@ characters are shown as escapes. Notes and errors go to stderr.
 import contextlib
 import datetime
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from grpo.batch import Prompt
+from grpo.batch import Completion, Prompt
 from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
 from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
 from grpo.distributed.place import check_alone
+from grpo.distributed.ranks import Ranks, leads
+from grpo.distributed.rollout import own_completions
 from grpo.environment import encode_question, make_environment
+from grpo.envs.data_files import DataError
+from grpo.envs.data_sources import read_rows
+from grpo.envs.rows import PROMPT_NAMES
+from grpo.evaluate import join_sampler, run_shared
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -159,10 +170,11 @@ class Conversation:
         is_policy += completion.is_policy
         return completion.completion_ids
 
-    def render(self, question: str) -> list[int]:
+    def render(self, question: str | list[dict]) -> list[int]:
+        """The prompt for a question that goes on with the conversation, or for a conversation of its own."""
         if self.encode_prompt is not None:
             return self.encode_prompt(question)
-        asked = [*self.messages, {"role": "user", "content": question}]
+        asked = [*self.messages, {"role": "user", "content": question}] if isinstance(question, str) else question
         return render_prompt(harmony_messages(asked, **self.chat_settings), self.tokenizer)
 
 
@@ -170,9 +182,9 @@ def note(text: str) -> None:
     print(f"({clean(text, sys.stderr.encoding)})", file=sys.stderr, flush=True)
 
 
-def load_conversation(config: GenerateConfig) -> Conversation:
+def load_conversation(config: GenerateConfig, *, is_silent: bool = False) -> Conversation:
     """Loads the run or the checkpoint that the config names."""
-    loaded = load_policy(config, None, max_batch=1)
+    loaded = load_policy(config, None, max_batch=1 if config.prompts is None else config.max_batch)
     tokenizer, trained = loaded.tokenizer, loaded.trained
     env, encode_prompt, turns = {} if trained is None else trained.env, None, None
     config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
@@ -183,7 +195,8 @@ def load_conversation(config: GenerateConfig) -> Conversation:
             turns = Turns.of(asked, tokenizer, config.turns)
             if turns is not None:
                 turns.has_user_turns = False  # the user sits here
-        note(f"{config.run}, step {loaded.step} of {trained.steps}")
+        if not is_silent:
+            note(f"{config.run}, step {loaded.step} of {trained.steps}")
     given = {"instructions": config.instructions, "reasoning_effort": config.reasoning_effort,
              "current_date": config.current_date}
     useless = [f"{key} = {str(value)!r}" for key, value in given.items() if value is not None]
@@ -232,8 +245,64 @@ def questions() -> Iterator[str]:
             yield line
 
 
+# ---- the prompts of a file
+
+
+def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
+    """A JSON line for each answer, by row of the file, then sample."""
+    conversation = load_conversation(config, is_silent=not leads(ranks))
+    sampler, turns = conversation.sampler, conversation.turns
+    asked = list(read_questions(config.prompts, takes_messages=conversation.encode_prompt is None))
+    prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
+    should_stop, progress = join_sampler(ranks, sampler, "answering")
+    generate = functools.partial(
+        sampler.generate if turns is None else functools.partial(turns.generate, sampler), params=conversation.params,
+        step=GENERATE_STEP, num_samples=config.num_samples, should_stop=should_stop, progress=progress)
+    answers = [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
+               for completion in own_completions(ranks, sampler, generate, prompts)]
+    if ranks is not None:
+        answers = [answer for part in ranks.exchange("the answers", answers) for answer in part]
+    answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
+    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+
+
+def read_questions(path: str, *, takes_messages: bool) -> Iterator[tuple[str, str | list[dict]]]:
+    """(place, text or messages) of each row. Raises DataError."""
+    for place, row in read_rows(path, "prompts", subset=None, split=None):
+        if isinstance(row, str):
+            raise DataError(f"{place}: {row}")
+        column = next((name for name in PROMPT_NAMES if row.get(name)), None)
+        if column is None:
+            raise DataError(f"{place}: no prompt in its columns ({', '.join(row)}); one of {', '.join(PROMPT_NAMES)} is needed")
+        if not isinstance(row[column], str) and not (takes_messages and isinstance(row[column], list)):
+            allowed = "text or a list of messages" if takes_messages else "text: this run's environment renders its own prompts"
+            raise DataError(f"{place}: {column} is a {type(row[column]).__name__}; it must be {allowed}")
+        yield place, row[column]
+
+
+def encode_row(conversation: Conversation, place: str, question: str | list[dict]) -> list[int]:
+    try:
+        token_ids = conversation.render(question)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
+    longest = conversation.sampler.max_len - 1
+    if len(token_ids) > longest:
+        raise DataError(f"{place}: a prompt of {len(token_ids)} tokens; the model takes at most {longest}, and one of an answer")
+    return token_ids
+
+
+def answer_record(tokenizer: Tokenizer, question: str | list[dict], completion: Completion) -> dict:
+    ids = completion.completion_ids
+    return {"row": completion.prompt.id, "sample": completion.sample, "prompt": question,
+            "answer": parse_completion(ids, tokenizer, is_policy=completion.is_policy).final,  # null without one
+            "completion": tokenizer.decode(ids, keep_special=True), "finish_reason": completion.finish_reason,
+            "num_tokens": len(ids)}
+
+
 def run_generation(config: GenerateConfig) -> int:
-    """Answers the prompt, or chats. Returns the exit code."""
+    """Answers the prompt or those of a file, or chats. Returns the exit code."""
+    if config.prompts is not None:
+        return run_shared(config, answers_to_file)
     try:
         check_alone("grpo.generate")
         conversation = load_conversation(config)

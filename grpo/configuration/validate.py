@@ -18,6 +18,7 @@ from grpo.config import (
     EvalConfig,
     EvaluateConfig,
     Experts,
+    GenerateConfig,
     InferenceConfig,
     InFlight,
     ModelConfig,
@@ -241,6 +242,11 @@ def inference_problems(config: InferenceConfig) -> Iterator[Problem]:
         yield "run", config.run, "give either run=runs/NAME or a model group such as model=gpt_oss_20b, and not both"
     if config.step is not None and config.run is None:
         yield "step", config.step, "a step needs run=runs/NAME"
+    if isinstance(config, GenerateConfig):
+        if config.prompts is not None and config.prompt is not None:
+            yield "prompt", config.prompt, "give one question (prompt=) or a file of them (prompts=), and not both"
+        if (config.prompts is None) != (config.output is None):
+            yield "output", config.output, "goes with prompts=FILE, whose answers it gets: give both, or neither"
     if isinstance(config, EvaluateConfig):
         if config.run is None and config.env is None:
             yield "env", None, "required without run=; e.g. +env=dataset"

@@ -56,7 +56,7 @@ def check_alone(program: str) -> None:
     place = find_place(os.environ)
     if place is not None and place.num_ranks > 1:
         raise ConfigError(f"{program} is the work of one process, and {place.num_ranks} were started: start it with python -m "
-                          f"{program}; many prompts are shared by torchrun ... -m grpo.evaluate")
+                          f"{program}; several share the prompts of grpo.evaluate, and of grpo.generate prompts=FILE")
 
 
 def first_host(nodes: str) -> str:

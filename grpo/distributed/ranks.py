@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from grpo.config import ConfigError, Device, EvaluateConfig, TrainConfig, flatten, to_dict
+from grpo.config import ConfigError, Device, EvaluateConfig, GenerateConfig, TrainConfig, flatten, to_dict
 from grpo.distributed.place import RankPlace, find_place
 from grpo.rollout.session import Interrupted
 
@@ -274,7 +274,7 @@ class Ranks:
 
     # ---- the start
 
-    def begin(self, config: TrainConfig | EvaluateConfig, device: torch.device) -> None:
+    def begin(self, config: TrainConfig | EvaluateConfig | GenerateConfig, device: torch.device) -> None:
         """Meets the others, compares settings and GPUs, and opens the collectives. Raises ConfigError for what differs."""
         about = {"name": self.place.name, "host": os.uname().nodename, "pid": os.getpid(), "torch": torch.__version__,
                  "device": str(device), "gpu": None}
@@ -373,7 +373,7 @@ def leads(ranks: Ranks | None) -> bool:
     return ranks is None or ranks.rank == 0
 
 
-def join(config: TrainConfig | EvaluateConfig, *, is_sweep: bool) -> Ranks | None:
+def join(config: TrainConfig | EvaluateConfig | GenerateConfig, *, is_sweep: bool) -> Ranks | None:
     """This process among the ranks that torchrun or srun started, with its GPU chosen; None if it was started alone. Raises
     ConfigError."""
     place = find_place(os.environ)

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from harmony import encode_with_special
 from paths import FIXTURES, ROOT
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.config import read_saved_config, save_config
+from grpo.config import ConfigError, read_saved_config, save_config
 from grpo.configuration.launch import load_config
 from grpo.envs.carry import Carry
 from grpo.generate import (
@@ -22,8 +24,10 @@ from grpo.generate import (
     CompletionView,
     Conversation,
     TextStream,
+    answer_record,
     load_conversation,
     questions,
+    read_questions,
     run_generation,
 )
 from grpo.rollout.sampling import SamplingParams
@@ -357,6 +361,62 @@ def test_mistakes_end_in_one_message_and_exit_code_2(carry_run, capsys, override
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and expected in errors[0]
     assert captured.out == "" and "Traceback" not in captured.err
+
+
+def test_the_prompts_of_a_file_are_answered_in_its_order_each_as_if_it_were_alone(carry_run, tmp_path):
+    questions = ["1+1", "14+49", "38+27"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in questions))
+    words = [f"run={carry_run}", "max_new_tokens=20", f"prompts={tmp_path / 'asked.jsonl'}",
+             f"output={tmp_path / 'answers.jsonl'}"]
+    assert run_generation(load_config("generate", [*words, "num_samples=2"])) == 0
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(record["row"], record["sample"], record["prompt"]) for record in records] == [
+        (row, sample, text) for row, text in enumerate(questions) for sample in range(2)]
+    chat = load_conversation(load_config("generate", words))
+    alone = Sampler(chat.sampler.model, chat.tokenizer.stop_ids, max_batch=1, seed=0).generate(
+        [Prompt(1, chat.render("14+49"), {})], SamplingParams(max_new_tokens=20), step=GENERATE_STEP, num_samples=2)
+    texts = [chat.tokenizer.decode(completion.completion_ids, keep_special=True) for completion in alone]
+    assert [record["completion"] for record in records[2:4]] == texts and texts[0] != texts[1]
+    assert [record["num_tokens"] for record in records[2:4]] == [len(completion.completion_ids) for completion in alone]
+
+
+def test_conversations_of_a_file_are_rendered_with_their_history(dataset_run, compact, tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "ha"}]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": messages, "id": 7}) + "\n")
+    (place, question), = read_questions(str(tmp_path / "asked.jsonl"), takes_messages=True)
+    assert place.endswith("asked.jsonl:1")
+    chat = load_conversation(load_config("generate", [f"run={dataset_run}"]))
+    expected = harmony_messages([{"role": "developer", "content": "Be brief."}, *messages], reasoning_effort="low",
+                                current_date=DATE)
+    assert chat.render(question) == render_prompt(expected, compact)
+    ids = encode_with_special(
+        compact, "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>he<|return|>")
+    completion = Completion(Prompt(0, [1], {}), 0, [Segment([1], "prompt"), Segment(ids, "policy")], "stop")
+    answer = answer_record(compact, question, completion)
+    assert (answer["answer"], answer["prompt"], answer["num_tokens"]) == ("he", messages, len(ids))
+
+
+@pytest.mark.parametrize("row, expected", [
+    ('{"query_text": "1+1"}', "asked.jsonl:1: no prompt in its columns (query_text); one of prompt, question, "),
+    ('{"prompt": [{"role": "user", "content": "1+1"}]}', "asked.jsonl:1: prompt is a list; it must be text: this run"),
+    ('{"prompt": "1É"}', "asked.jsonl:1: "),
+    ('{"prompt": "%s"}' % ("1" * 300), "asked.jsonl:1: a prompt of 306 tokens; the model takes at most 255"),
+])
+def test_a_row_that_cannot_be_asked_is_named_and_nothing_is_written(carry_run, tmp_path, capsys, row, expected):
+    (tmp_path / "asked.jsonl").write_text(row + "\n")
+    words = [f"run={carry_run}", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'answers.jsonl'}"]
+    assert run_generation(load_config("generate", words)) == 3
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0] and not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["prompts=x.jsonl"], "output = None: goes with prompts=FILE"), (["output=x.jsonl"], "output = 'x.jsonl': goes with prompts"),
+    (["prompts=x.jsonl", "output=y.jsonl", "prompt=1+1"], "prompt = '1+1': give one question"),
+    (["prompts=x.jsonl", "output=y.jsonl", "num_samples=0"], "num_samples = 0")])
+def test_keys_of_a_file_of_prompts_go_together(words, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_config("generate", ["+model=tiny", *words])
 
 
 def test_weights_that_are_not_finite_end_with_the_exit_code_of_a_diverged_run(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from paths import FIXTURES
 from started_ranks import at_call, run_ranks
 
 EVALUATION = ("+model=tiny", "+env=carry", "env._target_=spread.Spread", "max_prompts=5", "num_samples=2", "max_new_tokens=6",
@@ -45,6 +46,18 @@ def test_an_output_that_only_rank_0_cannot_write_ends_all(evaluate, tmp_path):
     ended = evaluate(2, own={0: (f"output={tmp_path / 'missing' / 'result.json'}",), 1: (f"output={tmp_path / 'result.json'}",)})
     assert ended.codes == [2, 2]
     assert "rank 0" in ended.message and "cannot be written" in ended.message
+
+
+def test_answers_to_the_prompts_of_a_file_are_those_of_one_process(entry_points, tmp_path):
+    (tmp_path / "asked.csv").write_text("question\n1+2\n30+41\n5+5\n")
+    words = ("+model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}",
+             f"prompts={tmp_path / 'asked.csv'}", "max_new_tokens=6", "num_samples=2", "distributed.timeout=60")
+    alone = entry_points.run("grpo.generate", *words, f"output={tmp_path / 'alone.jsonl'}")
+    assert alone.code == 0, alone.err
+    ended = run_ranks(entry_points, "grpo.generate", 2, *words, f"output={tmp_path / 'shared.jsonl'}")
+    assert ended.codes == [0, 0], ended.errors
+    assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert len((tmp_path / "alone.jsonl").read_text().splitlines()) == 6 and ended.out == ["", ""]
 
 
 @pytest.mark.parametrize("program, words", [("generate", ("+model=tiny", "prompt=1+2")), ("explain", ("run=x", "step=1"))])
