@@ -223,8 +223,8 @@ def run_in_process(log: Path, sender: Connection, hydra_context: Any, task_funct
     result = run_job(hydra_context=hydra_context, task_function=task_function, config=config, job_dir_key="hydra.sweep.dir",
                      job_subdir_key="hydra.sweep.subdir")
     value = result._return_value
-    sender.send(value if isinstance(value, JobResult) else f"{type(value).__name__}: {value}")
-    sender.close()
+    with sender, contextlib.suppress(BrokenPipeError):  # the sweep's process was killed
+        sender.send(value if isinstance(value, JobResult) else f"{type(value).__name__}: {value}")
     end_soon(0)
 
 

@@ -29,12 +29,15 @@ return 0
 STOPPABLE = """
 import os, signal
 from grpo.run.signals import GracefulStop
+told, tell = os.pipe()
+os.set_blocking(tell, False)
+signal.set_wakeup_fd(tell)
 with GracefulStop("again") as stop:
     pipe = os.open("meeting", os.O_WRONLY)
     os.write(pipe, b"began ")
-    while not stop():
-        signal.pause()
-    os.write(pipe, f"{config.seed} saved ".encode())
+    os.read(told, 1)
+    if stop():
+        os.write(pipe, f"{config.seed} saved ".encode())
 return 75
 """
 
