@@ -18,10 +18,6 @@ from grpo.environment import Score
 MOST_DRAWS = 10  # of an environment's prompts, for one round of sampling; then resting prompts fill up
 
 
-def is_on(settings: CurriculumConfig) -> bool:
-    return settings.retire_at is not None or settings.retire_unsolved is not None or settings.candidates > 1
-
-
 @dataclass
 class PromptHistory:
     """The pass rates of all prompts sampled so far."""

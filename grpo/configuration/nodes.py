@@ -27,6 +27,10 @@ class CurriculumConfig:
     candidates: float = number("[1, 64]", "1 takes them as they come", default=1.0)
     target: float = number("[0, 1]", "a pass rate; 0.5 gives the most gradient", default=0.5)
 
+    @property
+    def is_on(self) -> bool:
+        return self.retire_at is not None or self.retire_unsolved is not None or self.candidates > 1
+
 
 @dataclass
 class CheckpointConfig:

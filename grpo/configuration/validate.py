@@ -177,14 +177,14 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
 
 
 def in_flight_problems(config: TrainConfig) -> Iterator[Problem]:
-    curriculum, key = config.curriculum, "rollout.in_flight"
+    key = "rollout.in_flight"
     if config.rollout.max_staleness < 2:
         yield key, "switch", (f"with rollout.max_staleness={config.rollout.max_staleness} one policy draws a completion in any "
                               "case: set rollout.max_staleness=2 or more, or rollout.in_flight=keep")
     if config.rollout.replay_routing:
         yield key, "switch", ("the experts on record would be several policies': set rollout.replay_routing=false, or "
                               "rollout.in_flight=keep")
-    if curriculum.retire_at is not None or curriculum.retire_unsolved is not None or curriculum.candidates > 1:
+    if config.curriculum.is_on:
         yield key, "switch", ("a curriculum would choose other prompts when a rollout is refilled than when it was begun: set "
                               "curriculum.retire_at=null, retire_unsolved=null and candidates=1, or rollout.in_flight=keep")
 

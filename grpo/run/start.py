@@ -27,7 +27,7 @@ from grpo.config import (
 from grpo.configuration.algorithm import KlPlace, KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
-from grpo.curriculum import PromptHistory, is_on
+from grpo.curriculum import PromptHistory
 from grpo.distributed.experts import expert_share, least_of_all
 from grpo.distributed.ranks import Ranks, leads
 from grpo.distributed.shards import Shards
@@ -179,7 +179,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     sampler.warn, sampler.on_cache = metrics.warn, memory.cache_became
     metrics.print(*changes)
     turns = Turns.of(env, tokenizer, config.turns)
-    history = PromptHistory(config.curriculum) if is_on(config.curriculum) else None
+    history = PromptHistory(config.curriculum) if config.curriculum.is_on else None
     return Run(config, run_dir, policy, tokenizer, env, loss_fn, sampler, metrics, should_stop, lock, made_of, ranks, turns,
                sandbox, behaviour, memory, compilation, history=history), state
 

@@ -19,6 +19,7 @@ from grpo.rollout.in_flight import UNFINISHED, begin, go_on, stamp, tokens_due
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted, Sampler
 from grpo.run.checkpoint import load_run
+from grpo.run.memory import needs_of
 from grpo.run.policy import load_parameters, load_run_policy
 from grpo.run.rollouts import BegunRollout, Rollout, read
 from grpo.run.start import start
@@ -142,6 +143,12 @@ SWITCH = ("rollout.in_flight=switch", "rollout.max_staleness=2")
 def test_what_does_not_go_with_several_policies_is_refused(arguments, expected):
     with pytest.raises(ConfigError, match=re.escape(expected)):
         load_config("train", ["+experiment=smoke", *SWITCH, *arguments])
+
+
+def test_memory_is_planned_for_the_completions_of_all_steps_in_flight():
+    for arguments, expected in ((["rollout.max_staleness=3"], 8), ([*SWITCH, "rollout.max_staleness=3"], 24)):
+        config = load_config("train", ["+experiment=smoke", "eval.num_samples=1", *arguments])
+        assert needs_of(config, make_config(), prompt_len=9, dtype=torch.float32).num_rows == expected
 
 
 def test_tools_and_several_ranks_are_refused(tmp_path):
