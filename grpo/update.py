@@ -179,8 +179,8 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
     With optim.in_backward, the backward of a minibatch's only micro-batch also makes the update."""
     work, changes, is_between_steps = divide(run, part), [], run.is_between_steps
     if run.shards is not None:
-        run.sampler.forget()  # its graphs have addresses of weights
         run.shards.release()
+        run.sampler.forget()  # its graphs have addresses of weights; now the weights' memory is back with the GPU
     while True:
         updates = run.config.optim.in_backward and len(work) == 1
         run.is_between_steps = is_between_steps and not updates

@@ -52,8 +52,9 @@ class Shards:
 
         self.ranks, self.num_gradients = ranks, 0  # num_gradients: of ranks whose gradients count in this round
         self._mesh = init_device_mesh(policy.device.type, (ranks.num_ranks,))
-        trained, blocks = policy.trainable_parameters(), list(policy.model.layers)
-        self._divided = [name for name, parameter in trained.items() if can_divide(parameter, ranks.num_ranks)]
+        blocks = list(policy.model.layers)
+        self._divided = [name for name, parameter in policy.trainable_parameters().items()
+                         if can_divide(parameter, ranks.num_ranks)]
         whole = {parameter for name, parameter in policy.named_parameters() if name not in self._divided}
         for module in (*blocks, policy):  # after a forward the head is needed, and then the last layer
             fully_shard(module, mesh=self._mesh, reshard_after_forward=module is not policy, ignored_params=whole)
@@ -112,7 +113,7 @@ class Shards:
         if name in self._divided:
             dist.all_to_all_single(received.view(-1), gradient)
         else:
-            dist.all_gather_into_tensor(received.view(-1), gradient)
+            dist.all_gather(list(received), gradient)
         self.optimizer.add(name, received[:self.num_gradients])
 
     @torch.no_grad()
