@@ -164,13 +164,6 @@ class Optimizer:
             total += gradient
         self.received.add(name)
 
-    def fill_in(self, fill: Callable[[torch.Tensor], None], *, of: str) -> None:
-        """Calls fill() with the gradient of each parameter whose name contains `of`."""
-        self.allocate_gradients()
-        for name, gradient in self._gradients.items():
-            if of in name:
-                fill(gradient)
-
     def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
         """A hook that brings a parameter's new gradient into the buffer, if autograd did not add it there."""
         reference = weakref.ref(self)  # parameters must not keep the state alive

@@ -178,7 +178,7 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
 
     With optim.in_backward, the backward of a minibatch's only micro-batch also makes the update."""
     work, changes, is_between_steps = divide(run, part), [], run.is_between_steps
-    if run.shards is not None:
+    if run.shards is not None and run.shards.divides_weights:
         run.shards.release()
         run.sampler.forget()  # its graphs have addresses of weights; now the weights' memory is back with the GPU
     while True:
@@ -190,8 +190,6 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
             run.optimizer.zero_grad()
             raise Interrupted(f"step {run.step + 1} abandoned before its update")
         if refusal is None:
-            if run.policy.share is not None:
-                run.optimizer.fill_in(run.policy.share.fill_in, of=".mlp.experts.")
             for text in (*changes[-1:], *run.policy.memory.take_notes()):
                 run.metrics.warn(text)
             return trained
@@ -214,7 +212,7 @@ def train_all(run: Run, work: list[list[int]],
     def should_stop() -> bool:
         return run.is_between_steps and run.should_stop()
 
-    if run.shards is not None:
+    if run.shards is not None and run.shards.divides_weights:
         trained, is_stopped = train_sharded(run.shards, work, partial(train_in_step, run, train), should_stop=should_stop)
         return trained, None, is_stopped
     if run.ranks is not None and run.ranks.num_parts > 1:

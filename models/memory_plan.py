@@ -207,11 +207,12 @@ def embedding_parameters(config: GptOssConfig) -> int:
     return config.vocab_size * config.hidden_size
 
 
-def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str]) -> int:
+def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str], *, num_sharers: int = 1) -> int:
+    """num_sharers: counts the adapters of 1/num_sharers of the experts."""
     width, inner, (q_width, kv_width) = config.hidden_size, config.intermediate_size, attention_widths(config)
     experts = config.num_local_experts
     sizes = {"q_proj": width + q_width, "k_proj": width + kv_width, "v_proj": width + kv_width, "o_proj": q_width + width,
-             "router": width + experts, "experts": experts * (width + 2 * inner + inner + width)}
+             "router": width + experts, "experts": experts // num_sharers * (width + 2 * inner + inner + width)}
     return config.num_hidden_layers * rank * sum(sizes[target] for target in targets)
 
 
@@ -261,7 +262,7 @@ def trained_sizes(needs: Needs) -> tuple[list[int], list[int]]:
         return [], [rest_parameters(config), *2 * [embedding_parameters(config)], *layers * [2 * experts, experts]]
     norms = needs.trains_norms * (2 * layers + 1) * config.hidden_size
     sinks = needs.trains_sinks * layers * config.num_attention_heads
-    adapter = lora_parameters(config, needs.lora_rank, needs.lora_targets)
+    adapter = lora_parameters(config, needs.lora_rank, needs.lora_targets, num_sharers=needs.num_sharers)
     return [adapter // layers] * layers if adapter else [], [size for size in (norms, sinks) if size]
 
 
@@ -293,7 +294,8 @@ def _divided(needs: Needs, lines: dict[str, int], *, gathers: bool) -> dict[str,
 def _gradient_bytes(needs: Needs, optimizer: OptimizerBytes) -> int:
     """All, and those of the layer that has just run backwards, which autograd adds to them; with several processes what is on its
     way, and this one's part of the sum."""
-    own, layer = needs.keeps_gradients * optimizer.gradients, optimizer.gradients // needs.config.num_hidden_layers
+    whole = optimizer_needs(replace(needs, num_sharers=1)).gradients  # of a layer, autograd has zeros for others' experts too
+    own, layer = needs.keeps_gradients * optimizer.gradients, whole // needs.config.num_hidden_layers
     if needs.num_shards > 1:
         return own // needs.num_shards + layer + _largest_parameter(needs)
     return own + layer + (needs.num_ranks > 1) * (optimizer.gradients // needs.num_ranks + EXCHANGE_BYTES)

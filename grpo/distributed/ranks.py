@@ -129,7 +129,7 @@ class Ranks:
     def fill_in_experts(self, tensor: torch.Tensor) -> None:
         """fill_in() by the ranks that share experts, which come here by the same way, without an exchange."""
         with self.collective("the experts' rows"):
-            dist.all_reduce(_as_integers(tensor), group=self._sharers)
+            dist.all_reduce(_as_integers(tensor), group=self._sharers if tensor.is_cuda else self._host_sharers)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.num_ranks) if rank != self.rank]

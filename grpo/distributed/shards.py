@@ -41,16 +41,56 @@ def check_shards(config: TrainConfig) -> None:
                           f"{str(config.distributed.reduction)!r}), {advice}")
 
 
-class Shards:
-    """A policy's trained parameters, divided over the ranks. After this the policy is whole (gather()); a training pass needs
-    release(). parameters: name -> what this rank updates, its part of a parameter or a whole small one; starts: name -> the
-    element that such a part begins with."""
+class Divided:
+    """What trains, if the ranks of a group divide its gradients and optimizer state. parameters: name -> what this rank updates,
+    its part of a parameter or a whole one; starts: name -> the element that such a part begins with. gather(): makes all weights
+    whole on all ranks; whole(): what ranks have parts of. All of the group call them."""
+
+    divides_weights = False  # too
+    parameters: dict[str, torch.nn.Parameter]
+    starts: dict[str, int]
+    optimizer: Optimizer | None = None  # of `parameters`, which gets the gradients
+
+    def __init__(self, ranks: Ranks, *, place: int, num_places: int) -> None:
+        """place: of this rank in the group."""
+        self.ranks, self.place, self.num_places = ranks, place, num_places
+
+    def gather(self) -> None:
+        raise NotImplementedError
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The whole of a gradient, or of state of the optimizer, of the parameter of this name."""
+        raise NotImplementedError
+
+    def whole_state(self, *, keeps: bool) -> dict[str, torch.Tensor]:
+        """The optimizer's state as one process has it, in host memory; {} unless `keeps`. All call it."""
+        found = {}
+        with self.ranks.collective("gathering the optimizer's state"):
+            for key, tensor in self.optimizer.state_dict().items():
+                tensor = self.whole(key.partition(".")[2], tensor)
+                if keeps:
+                    found[key] = tensor.cpu()
+        return found
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Gives the optimizer this rank's part of the state of one process."""
+        self.optimizer.load_state_dict({
+            key: tensor.chunk(self.num_places)[self.place] if key.partition(".")[2] in self.starts else tensor
+            for key, tensor in state.items()})
+
+
+class Shards(Divided):
+    """A policy's trained parameters, divided over all ranks. After this the policy is whole (gather()); a training pass needs
+    release()."""
+
+    divides_weights = True
 
     def __init__(self, ranks: Ranks, policy: GptOss) -> None:
         from torch.distributed.device_mesh import init_device_mesh  # here: they take a second to import
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        self.ranks, self.num_gradients = ranks, 0  # num_gradients: of ranks whose gradients count in this round
+        super().__init__(ranks, place=ranks.rank, num_places=ranks.num_ranks)
+        self.num_gradients = 0  # of ranks whose gradients count in this round
         self._mesh = init_device_mesh(policy.device.type, (ranks.num_ranks,))
         blocks = list(policy.model.layers)
         self._divided = [name for name, parameter in policy.trainable_parameters().items()
@@ -74,7 +114,6 @@ class Shards:
         self.parameters = {name: torch.nn.Parameter(parameter.detach().to_local() if name in self._divided else parameter)
                            for name, parameter in policy.trainable_parameters().items()}
         self.starts = {name: ranks.rank * self.parameters[name].numel() for name in self._divided}
-        self.optimizer: Optimizer | None = None  # of `parameters`, which gets the gradients
 
     def _join(self, name: str) -> None:
         """Gradients of a layer are exchanged together, in the order of its parameters: the backward may bring them in any."""
@@ -86,7 +125,6 @@ class Shards:
         self._groups[self._group_of[name]].append(name)
 
     def gather(self) -> None:
-        """Makes all weights whole on all ranks. All call it."""
         with self.ranks.collective("gathering the weights"):
             for module in self._modules:
                 module.unshard()
@@ -118,28 +156,11 @@ class Shards:
 
     @torch.no_grad()
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """The whole of what ranks have parts of: a gradient, or state of the optimizer. All call it."""
         from torch.distributed.tensor import DTensor, Shard
 
         if name not in self._divided:
             return part
         return DTensor.from_local(part, self._mesh, [Shard(0)], run_check=False).full_tensor()
-
-    def whole_state(self, *, keeps: bool) -> dict[str, torch.Tensor]:
-        """The optimizer's state as one process has it, in host memory; {} unless `keeps`. All call it."""
-        found = {}
-        with self.ranks.collective("gathering the optimizer's state"):
-            for key, tensor in self.optimizer.state_dict().items():
-                tensor = self.whole(key.partition(".")[2], tensor)
-                if keeps:
-                    found[key] = tensor.cpu()
-        return found
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Gives the optimizer this rank's part of the state of one process."""
-        size, rank = self.ranks.num_ranks, self.ranks.rank
-        self.optimizer.load_state_dict({
-            key: tensor.chunk(size)[rank] if key.partition(".")[2] in self._divided else tensor for key, tensor in state.items()})
 
 
 def train_sharded(shards: Shards, work: list[Any], train: Callable[[Any], Any], *,

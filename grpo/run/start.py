@@ -28,9 +28,9 @@ from grpo.configuration.algorithm import KlPlace, KlReference
 from grpo.configuration.launch import is_sweep
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory
-from grpo.distributed.experts import expert_share, least_of_all
+from grpo.distributed.experts import ExpertAdapters, expert_share, least_of_all
 from grpo.distributed.ranks import Ranks, leads
-from grpo.distributed.shards import Shards
+from grpo.distributed.shards import Divided, Shards
 from grpo.distributed.silence import SilentMetrics
 from grpo.entropy import EntropyBonus, check_entropy
 from grpo.environment import (
@@ -102,7 +102,7 @@ class Run:
     memory: GpuMemory | None = None  # always, in a run that start() made
     compilation: Compilation | None = None  # of its kernels, in the background; None: there are none
     optimizer: Optimizer | None = None  # once the weights are loaded
-    shards: Shards | None = None  # of the policy, where ranks divide it
+    shards: Divided | None = None  # of what trains, where ranks divide it
     reference: Reference | None = None  # likewise, with a KL penalty
     history: PromptHistory | None = None  # of its prompts, with a curriculum
     entropy: EntropyBonus | None = None  # likewise, with an entropy bonus
@@ -255,6 +255,8 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     plan = run.memory.plan
     if config.distributed.shard and run.ranks is not None and run.ranks.num_ranks > 1:
         run.shards = Shards(run.ranks, run.policy)
+    if run.policy.share is not None:
+        run.shards = ExpertAdapters(run.ranks, run.policy, moments=str(config.optim.moments))
     optimizer = make_optimizer(config, run.policy, state_on_host=plan is not None and plan.state_on_host, shards=run.shards)
     if state is not None:
         load = optimizer.load_state_dict if run.shards is None else run.shards.load_state
@@ -311,7 +313,7 @@ def wait_for_kernels(run: Run, compilation: Compilation) -> None:
 
 
 def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False,
-                   shards: Shards | None = None) -> Optimizer:
+                   shards: Divided | None = None) -> Optimizer:
     optim = config.optim
     of_shards = {} if shards is None else {"starts": shards.starts, "whole": shards.whole}
     learning_rate = LearningRate(

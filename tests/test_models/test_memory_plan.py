@@ -169,6 +169,21 @@ def test_half_a_gigabyte_below_the_least_is_refused(needs):
             plan(needs, gpu, limit=least - below, host_bytes=HOST)
 
 
+def test_gpus_that_share_experts_hold_and_update_half_each_and_stream_nothing():
+    alone, shared = RUN_120B, replace(RUN_120B, num_sharers=2)
+    assert 2 * shared.expert_layer_bytes == alone.expert_layer_bytes
+    # r = 8: fp32 moments of attention's adapters, and of those of 64 experts
+    assert state_bytes(shared) == 8 * 36 * 8 * (20_736 + 64 * 14_400)
+    assert state_bytes(alone) == 8 * 36 * 8 * (20_736 + 128 * 14_400)
+    found = planned(shared, 77, gpu="H100")
+    for phase in (found.sampling, found.update):
+        assert phase.num_streamed == 0 and phase.lines["experts"] == 30_457_036_800
+        assert phase.lines["LoRA"] == 4 * 36 * 8 * (20_736 + 128 * 14_400)  # whole
+    assert planned(alone, 40).update.num_streamed > 0
+    with pytest.raises(DoesNotFit):
+        planned(shared, 40)
+
+
 def test_a_gpu_without_triton_products_has_scratch_while_it_decodes():
     without, with_them = (planned(RUN, 15.5, gpu=gpu).sampling.lines["prefill and logits"] for gpu in ("T4", "L4"))
     assert without - with_them == 32 * 5760 * 2880 * 2  # all of gate_up dequantised
