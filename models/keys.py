@@ -5,7 +5,6 @@ Each has attend(), which rotates queries and keys (on a GPU in place), stores ke
 
 Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, B decoded sequences.
 """
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from kernels.attention.packed import attention, attention_backward, attention_fo
 from kernels.attention.plan import AttentionPlan
 from kernels.device import is_triton, next_power_of_2, to_device
 from kernels.rope import rope_reference, rotate_
-from models.kv_cache import PAGE_TOKENS, KVCache
+from models.kv_cache import KVCache
 from models.offload import Kept
 
 NUM_SECTIONS = 16, 128  # of packed chunks; more take a power of two: few sizes, each is compiled
@@ -126,43 +125,39 @@ def prompt_numbers(chunks: list[PrefillChunk], cache: KVCache, *, num_rows: int)
 
 
 class PromptKeys:
-    """The next chunks of several sequences, packed. chunks: None if one launch is to attend for all of them (Triton only);
-    is_prefixed: any may have a prefix. Otherwise one call attends for all if all begin their sequences, else one call for each,
-    with earlier keys and values from the cache: for the CPU, and faster for thousands of tokens."""
+    """The next chunks of several sequences, packed. Where Triton computes products, one launch attends for all of them, in a CUDA
+    graph, too; is_prefixed: any may have a prefix. Elsewhere, and for whole sequences, give `chunks`."""
 
     def __init__(self, angles: Angles, rows: PromptRows, cache: KVCache, chunks: list[PrefillChunk] | None, *,
                  is_prefixed: bool) -> None:
         self.angles, self.rows, self.cache, self.chunks, self.is_prefixed = angles, rows, cache, chunks, is_prefixed
-        self.plan, self.spans = None, {}
-        if chunks is None:
-            return
-        ends = list(itertools.accumulate(chunk.end - chunk.start for chunk in chunks))
-        self.bounds = list(zip([0, *ends], ends))  # of the chunks' rows
-        if all(chunk.start == 0 for chunk in chunks):
-            self.plan = whole_plan(chunks)
-        else:
-            self.spans = {length: [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
-                          for length in rows.kept}
+        is_whole = chunks is not None and all(chunk.start == 0 for chunk in chunks)
+        self.plan = whole_plan(chunks) if is_whole else None
 
     def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
         q, k, v = rotated(attn, qkv, self.angles)
         cache, layer, length = self.cache, attn.layer, self.cache.lengths[attn.layer]
-        if self.chunks is None:
+        if self.plan is not None:
+            attended = packed_attention(attn, q, k, v, self.plan)
+        elif self.chunks is not None:
+            attended = self._attend_one_by_one(attn, q, k, v, length)
+        else:
             attended = chunk_attention(q, k, v, cache.keys[layer], cache.values[layer], attn.sinks, sections=self.rows.sections,
                                        is_prefixed=self.is_prefixed, page_table=cache.table_of(layer),
                                        **attn.settings()).flatten(1)
-        elif self.plan is not None:
-            attended = packed_attention(attn, q, k, v, self.plan)
-        else:
-            parts = []
-            for (begin, end), chunk, (first, plan) in zip(self.bounds, self.chunks, self.spans[length], strict=True):
-                earlier_k, earlier_v = cache.read(layer, chunk.slot, first, chunk.start)
-                parts.append(packed_attention(attn, q[begin:end], torch.cat((earlier_k, k[begin:end])),
-                                              torch.cat((earlier_v, v[begin:end])), plan))
-            attended = torch.cat(parts)
         # written last: in a ring new entries replace keys that the chunk's first tokens still need
         cache.write(layer, k, v, self.rows.slots, self.rows.kept[length])
         return attended
+
+    def _attend_one_by_one(self, attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
+        """length: how many tokens the layer keeps. Not the bits of whole sequences, which no library gives."""
+        parts, counts = [], [chunk.end - chunk.start for chunk in self.chunks]
+        for chunk, queries, *new in zip(self.chunks, q.split(counts), k.split(counts), v.split(counts), strict=True):
+            first = max(chunk.start - length, 0)
+            both = (torch.cat(pair) for pair in zip(self.cache.read(attn.layer, chunk.slot, first, chunk.start), new))
+            plan = AttentionPlan([0, chunk.end - first], first_query=chunk.start - first)
+            parts.append(packed_attention(attn, queries, *both, plan))
+        return torch.cat(parts)
 
 
 class CachedKeys:
@@ -217,16 +212,3 @@ def whole_plan(chunks: list[PrefillChunk]) -> AttentionPlan:
             prefixes.append(-1)
         cu_seqlens.append(begin + chunk.end)
     return AttentionPlan(cu_seqlens, prefixes=prefixes)
-
-
-def chunk_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:
-    """For a chunk start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key
-    attention reads, and the plan from there on. Key tiles start where they start for the whole sequence (counted from its start
-    or from the prefix's end), so only whole tiles are left out. The first tile may have keys that the ring has overwritten; the
-    mask hides them."""
-    kept = max(start - length, 0)
-    origin = prefix_len if prefix_len <= kept else 0
-    first = origin + (kept - origin) // PAGE_TOKENS * PAGE_TOKENS
-    if first < prefix_len < end:
-        return first, AttentionPlan([0, prefix_len - first, end - first], prefixes=[-1, 0], first_query=start - first)
-    return first, AttentionPlan([0, end - first], first_query=start - first)
