@@ -99,8 +99,8 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
 
 def make_update(run: Run) -> float:
     """Updates the weights by the gradients in the optimizer, which it drops. Returns the gradient's norm before clipping."""
-    with CAPTURES.computing():  # where the model is divided, ranks meet in the step: none may begin it again
-        grad_norm = attempt_twice(run.optimizer.step) if run.shards is None else run.optimizer.step()
+    with CAPTURES.computing():
+        grad_norm = attempt_twice(run.optimizer.step) if run.shards is None else run.shards.step()
     run.is_between_steps = False
     run.optimizer.zero_grad()
     if run.shards is not None:

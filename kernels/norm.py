@@ -159,7 +159,7 @@ class _RMSNorm(torch.autograd.Function):
         rows, weight = _rows(x), weight.contiguous()
         y, _, inv_rms = norm_forward(rows, None, weight, eps, dtype)
         ctx.save_for_backward(rows, weight, inv_rms)
-        return y.view(x.shape)
+        return y if y.shape == x.shape else y.view(x.shape)  # FSDP2 warns of a model whose output is a view
 
     @staticmethod
     def backward(ctx, grad):

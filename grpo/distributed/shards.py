@@ -154,6 +154,11 @@ class Shards(Divided):
             dist.all_gather(list(received), gradient)
         self.optimizer.add(name, received[:self.num_gradients])
 
+    def step(self) -> float:
+        """The optimizer's step. It gathers, so none may begin it again after an error. All call it."""
+        with self.ranks.collective("the optimizer's step"):
+            return self.optimizer.step()
+
     @torch.no_grad()
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import DTensor, Shard
@@ -170,7 +175,8 @@ def train_sharded(shards: Shards, work: list[Any], train: Callable[[Any], Any], 
     ranks, trained = shards.ranks, []
     for first in range(0, len(work), ranks.num_ranks):
         shards.num_gradients = min(ranks.num_ranks, len(work) - first)
-        own = train(work[first + min(ranks.rank, shards.num_gradients - 1)])
+        with ranks.collective("a training pass"):
+            own = train(work[first + min(ranks.rank, shards.num_gradients - 1)])
         found = ranks.exchange("the micro-batches", (own, should_stop()))
         if any(is_stopped for _, is_stopped in found):
             return trained, True

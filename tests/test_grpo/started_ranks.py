@@ -1,10 +1,14 @@
 """Starts the ranks of a program, as torchrun would, and says how they ended."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from paths import FIXTURES
+from paths import FIXTURES, ROOT
 
 # A small run, and what makes it train an adapter of a checkpoint.
 RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=spread.Spread", "rollout.prompts_per_step=4",
@@ -71,6 +75,15 @@ def run_ranks(entry_points, module: str, num_ranks: int, *arguments: str, before
         MASTER_PORT=str(port), **options) for rank in range(num_ranks)]
     results = [command.wait(120) for command in commands]
     return Ended([result.code for result in results], [result.out for result in results], [result.err for result in results])
+
+
+def launch_alone(num_ranks: int, modules: Path, *arguments: str) -> None:
+    """A run by processes of its own, which may use GPUs; one rank is started without torchrun."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
+    path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run([sys.executable, *start, "-m", "grpo.train", *arguments], capture_output=True, text=True, timeout=300,
+                           env=os.environ | {"PYTHONPATH": path}, cwd=ROOT)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
 
 
 def free_port() -> int:

@@ -61,6 +61,18 @@ def test_a_run_of_four_ranks_has_the_bytes_of_one(launch, one, tmp_path):
     assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
 
 
+def test_two_ranks_that_divide_the_model_go_on_after_a_kill_within_a_pass_with_the_bytes_of_one(launch, one, tmp_path):
+    ended = launch(2, tmp_path, "distributed.shard=true", before={1: at_call("grpo.update.loss_and_stats", 5, KILL)})
+    assert ended.codes == [1, -9]
+    assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+    ended = launch(2, tmp_path, "distributed.shard=true", "resume=true")
+    assert ended.codes == [0, 0], ended.errors
+    run = tmp_path / "run"
+    assert metrics(run) == metrics(one)
+    assert weights(run) == weights(one)
+    assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
 def test_the_fast_sum_is_the_ordered_one_up_to_rounding(launch, one, tmp_path):
     ended = launch(2, tmp_path, "distributed.reduction=fast", "steps=1", "eval.at_start=false")

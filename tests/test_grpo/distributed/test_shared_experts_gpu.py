@@ -1,14 +1,10 @@
 """Runs of two GPUs that hold a model's experts together, by NCCL: the bytes of one GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from paths import ROOT
-from started_ranks import ADAPTER, RUN
+from started_ranks import ADAPTER, RUN, launch_alone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 SETTINGS = (*RUN, *ADAPTER, "device=cuda", "dtype=bfloat16")
@@ -16,11 +12,7 @@ SETTINGS = (*RUN, *ADAPTER, "device=cuda", "dtype=bfloat16")
 
 def launch(num_ranks, folder, modules, *arguments):
     """A finished run's folder. One rank is started without torchrun."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
-    path = os.pathsep.join([str(modules), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run([sys.executable, *start, "-m", "grpo.train", *SETTINGS, f"output_dir={folder}", *arguments],
-                           capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+    launch_alone(num_ranks, modules, *SETTINGS, f"output_dir={folder}", *arguments)
     return folder / "run"
 
 
