@@ -70,8 +70,8 @@ _LOW_RANK = {
 class Adapter(NamedTuple):
     """The LoRA of one product, which may be several projections side by side."""
 
-    A: torch.Tensor  # [G r, K] fp32
-    B: torch.Tensor  # [N, r] fp32; rows of columns without an adapter are not read
+    A: torch.Tensor  # [G r, K] fp32; without gradient also x's dtype, like B
+    B: torch.Tensor  # [N, r]; rows of columns without an adapter are not read
     groups: torch.Tensor | None  # [N] int32: a column's slice of the low-rank row, -1 for none; None for one projection
     columns: list[slice]  # of each adapted projection
     scale: float
@@ -176,7 +176,7 @@ def adapter_of(modules: list[LinearModule]) -> Adapter | None:
     if len(carriers) == len(modules):
         B = joined([module.lora_B for module in carriers])
     else:
-        B = torch.empty(sum(sizes), first.lora_A.shape[0], dtype=torch.float32, device=first.lora_A.device)
+        B = torch.empty(sum(sizes), first.lora_A.shape[0], dtype=first.lora_B.dtype, device=first.lora_A.device)
         for module, part in zip(carriers, columns):
             B[part] = module.lora_B
     return Adapter(joined([module.lora_A for module in carriers]), B, groups, columns, first.lora_scale)

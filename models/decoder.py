@@ -5,7 +5,7 @@ A row that ends between two syncs, by a stop id or its limit, is idle for the re
 
 A step of a model has about 600 small launches; replayed as one graph they cost the host nothing. There is one graph for each
 bucket of batch sizes. The first step of a bucket runs normally (kernels are compiled) and is then captured. A bucket's rows
-beyond the batch are idle: they write to no slot. Graphs read adapters at their addresses, so the next step uses updated ones.
+beyond the batch are idle: they write to no slot. Steps read copies of the adapters, made at reset (models/adapter_copies.py).
 Prefills of few tokens are graphs too, for buckets of numbers of tokens, from a bucket's second time on: the host needs several
 times as long for their launches as the GPU for the work.
 
@@ -25,6 +25,7 @@ from kernels.attention.decode import SharedPrefixes, rows_per_tile
 from kernels.device import MAX_FEW_ROWS, cdiv, next_power_of_2, product_path, to_device
 from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
 from kernels.head.sampling import as_pairs, key_sums
+from models.adapter_copies import AdapterCopies
 from models.gpt_oss import GptOss
 from models.keys import NUM_SECTIONS, PrefillChunk, prompt_numbers
 from models.kv_cache import KVCache
@@ -136,6 +137,7 @@ class Decoder:
 
     def __init__(self, model: GptOss, cache: KVCache, *, max_rows: int, stop_ids: list[int], counts_prompts_apart: bool) -> None:
         self.model, self.cache, self.max_rows = model, cache, max_rows
+        self._adapters = AdapterCopies(model)
         self.num_rows = 0
         self._counts_prompts_apart, device = counts_prompts_apart, model.device
         self._table = _empty_table(bucket_of(max_rows), device)
@@ -153,7 +155,9 @@ class Decoder:
         self._prompts: dict[int, torch.Tensor] = {}  # by bucket: the numbers that its prefills read
 
     def reset(self, stop_ids: list[int]) -> None:
-        """Drops all rows and their pages. Rows end with these ids from now on; an equal number of ids keeps the graphs."""
+        """Drops all rows and their pages. From now on rows end with these ids, and steps use the adapters as they are now. An
+        equal number of ids keeps the graphs."""
+        self._adapters.refresh()
         stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=self.model.device)
         if len(stop_ids) == len(self._stop_ids):
             self._stop_ids.copy_(stop_ids)  # in place: graphs hold its address
@@ -310,9 +314,10 @@ class Decoder:
         num_rows, shared = len(rows.tokens), None
         if reading.shares:
             shared = SharedPrefixes(self._tiles[:self._num_tiles(num_rows)], self._is_shared[:num_rows])
-        return self.model.decode(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
-                                 prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
-                                 longest=reading.longest)
+        with self._adapters.in_place():
+            return self.model.decode(rows.tokens, rows.positions, self.cache, rows.slots, record=record, shared=shared,
+                                     prefix_lens=rows.prompt_lens if self._counts_prompts_apart else None,
+                                     longest=reading.longest)
 
     def _step(self, rows: Rows, plain: PlainDraw, reading: KeyReading) -> None:
         self._advance(rows, self._feed(rows, None, reading), self.plain_draw(plain))

@@ -248,10 +248,17 @@ def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
              "embedding": 0 if homes.embedding_on_host else matrix,
              "experts": (layers - num_streamed) * per_layer,
              "expert slots": min(NUM_SLOTS, num_streamed) * per_layer,
-             "LoRA": lora_parameters(config, needs.lora_rank, needs.lora_targets) * 4}
+             "LoRA": lora_parameters(config, needs.lora_rank, needs.lora_targets) * 4,
+             "LoRA for decoding": _copied_lora(needs)}
     if needs.max_tokens:
         lines["optimizer"] = 0 if homes.state_on_host else state_bytes(needs)
     return lines
+
+
+def _copied_lora(needs: Needs) -> int:
+    """models/adapter_copies.py."""
+    targets = [target for target in needs.lora_targets if target != "router"]
+    return (needs.dtype == torch.bfloat16) * 2 * lora_parameters(needs.config, needs.lora_rank, targets)
 
 
 def trained_sizes(needs: Needs) -> tuple[list[int], list[int]]:

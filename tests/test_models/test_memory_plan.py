@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from models.config import released
 from models.host_store import pinned_bytes
@@ -106,9 +107,14 @@ def test_with_room_for_everything_nothing_moves():
     lines = found.update.lines
     assert lines["experts"] == 10_152_345_600 and lines["head"] == lines["embedding"] == 1_158_266_880
     assert lines["LoRA"] == 369_819_648 and lines["gradients"] == 25 * lines["LoRA"] // 24
-    assert lines["optimizer"] == 2 * lines["LoRA"]
+    assert lines["optimizer"] == 2 * lines["LoRA"] == 4 * lines["LoRA for decoding"]
     assert found.update.peak == sum(lines.values()) < 40e9
     assert found.sampling.lines["cache"] == cache_bytes(RUN, 8) and "gradients" not in found.sampling.lines
+
+
+@pytest.mark.parametrize("settings", [{"lora_rank": 0}, {"dtype": torch.float16}, {"lora_targets": ("router",)}])
+def test_an_adapter_that_decoding_does_not_copy_takes_no_more(settings):
+    assert planned(replace(RUN, **settings), 140).update.lines["LoRA for decoding"] == 0
 
 
 def test_20b_within_15_gb_streams_in_the_update_only():
