@@ -11,7 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from kernels.ahead import Recording, compile_all, variant_of
-from kernels.device import FP_FUSION, Gpu
+from kernels.device import FP_FUSION, Gpu, launch
+from kernels.embedding import _gather_kernel
 from kernels.experts.gemm import grouped_gemm
 from kernels.experts.sorting import make_routing
 from kernels.norm import rms_norm
@@ -89,6 +90,20 @@ def test_variants_differ_by_what_a_kernel_is_compiled_for(gpu):
     kernel, arguments, constants = recorded(lambda: rms_norm(on_meta(4, 64), on_meta(64), eps=1e-5))[0][0]
     others = [variant_of(kernel, GPUTarget("cuda", capability, 32), arguments, constants) for capability in (80, 90)]
     assert others[0].cache_key() != others[1].cache_key() == key(4, 64)
+
+
+@pytest.mark.parametrize("default", ["0", "1"])
+def test_whether_multiply_adds_are_fused_does_not_depend_on_tritons_default(monkeypatch, default):
+    def options(**constants):
+        recording = Recording(HOPPER)
+        with recording.on():
+            launch(_gather_kernel, (1,), on_meta(1, dtype=torch.int64), *2 * [on_meta(4, 8)], WIDTH=8, BLOCK=8, **constants)
+        (variant,) = recording.variants()
+        return variant.options["enable_fp_fusion"]
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+    assert triton.knobs.language.default_fp_fusion is (default == "1")
+    assert options() is True and options(enable_fp_fusion=False) is False
 
 
 def test_what_fails_to_compile_is_named_and_the_rest_is_compiled(cache, capfd):

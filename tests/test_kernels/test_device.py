@@ -1,9 +1,12 @@
 """What every kernel shares: marks on tuned sizes, and how a kernel is launched."""
 
+import ast
 import importlib
 import pkgutil
 import threading
+from pathlib import Path
 
+import pytest
 import torch
 
 import kernels.device
@@ -56,6 +59,36 @@ def test_a_launch_says_whether_multiply_adds_are_fused():
     assert kernel.enable_fp_fusion is True
     launch(kernel, (1,), torch.ones(1), BLOCK=2, enable_fp_fusion=False)
     assert kernel.enable_fp_fusion is False
+
+
+def direct_launches(tree: ast.AST, *, is_kernels: bool) -> list[str]:
+    """Calls of something[...], where that may be a kernel, and what compiles kernels without a launch."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            name = ast.unparse(node.func.value)
+            if name.endswith("kernel") or is_kernels and name not in ("dict", "list", "set"):
+                found.append(ast.unparse(node))
+        elif isinstance(node, ast.Attribute) and (is_kernels and node.attr == "warmup" or ast.unparse(node) == "triton.compile"):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("triton"):
+            found += [ast.unparse(node) for alias in node.names if alias.name == "compile"]
+    return found
+
+
+def test_every_kernel_is_launched_or_compiled_where_fused_multiply_adds_are_set():
+    root = Path(kernels.device.__file__).parent.parent
+    found = {str(path.relative_to(root)): calls for folder in ("kernels", "models", "grpo", "scripts")
+             for path in sorted((root / folder).rglob("*.py")) if path != Path(kernels.device.__file__)  # its launch() sets them
+             if (calls := direct_launches(ast.parse(path.read_text()), is_kernels=folder == "kernels"))}
+    assert found == {"kernels/ahead.py": ["from triton import compile as compile_kernel"], "kernels/linear.py": ["modules[0](x)"]}
+
+
+@pytest.mark.parametrize("source", ["_norm_kernel[(3,)](x, BLOCK=2)", "(a if b else c)[grid](x)", "kernel[grid](x, **constants)",
+                                    "kernel.warmup(x, grid=(1,))", "triton.compile(source)",
+                                    "from triton.compiler import compile as c"])
+def test_a_planted_launch_is_found(source):
+    assert len(direct_launches(ast.parse(source), is_kernels=True)) == 1
 
 
 def test_what_takes_long_at_its_first_launch_was_compiled(monkeypatch):
