@@ -213,7 +213,8 @@ def train_all(run: Run, work: list[list[int]],
         return run.is_between_steps and run.should_stop()
 
     if run.shards is not None and run.shards.divides_weights:
-        trained, is_stopped = train_sharded(run.shards, work, partial(train_in_step, run, train), should_stop=should_stop)
+        # no second attempt where memory was refused: the others wait for this rank in the middle of the same pass
+        trained, is_stopped = train_sharded(run.shards, work, lambda rows: train(rows).on_host(), should_stop=should_stop)
         return trained, None, is_stopped
     if run.ranks is not None and run.ranks.num_parts > 1:
         def train_own(rows: list[int]) -> tuple[TrainedMicroBatch | None, str | None]:
@@ -230,15 +231,6 @@ def train_all(run: Run, work: list[list[int]],
         if should_stop():
             return trained, None, True
     return trained, None, False
-
-
-def train_in_step(run: Run, train: Callable[[list[int]], TrainedMicroBatch], rows: list[int]) -> TrainedMicroBatch:
-    """Trains on a micro-batch while the other ranks go through theirs layer by layer."""
-    micro, refusal = attempt(partial(train, rows))
-    if refusal is not None:
-        raise StillOutOfMemory(f"{refusal}. Ranks that divide the model (distributed.shard) do not try again with less memory: "
-                               "lower optim.max_tokens")
-    return micro.on_host()
 
 
 def attempt_here(run: Run, function: Callable[[], T]) -> tuple[T | None, str | None]:
