@@ -5,8 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from moe_problem import ALPHA, LIMIT, SCALE, normal, problem
 from test_block_triton import ARCHITECTURE, EVERYTHING, build, gradients
 
+from kernels.device import is_few
+from kernels.experts.few_rows import few_rows_forward
+from kernels.experts.forward import local_backward, local_forward
+from kernels.experts.sorting import make_routing
+from kernels.packed.fragments import to_fragments_
+from kernels.packed.weights import Mxfp4Fragments
 from models.expert_share import ExpertShare
 from models.gpt_oss import GptOss
 from models.keys import PrefillChunk
@@ -98,3 +105,39 @@ def test_prefill_and_decode_have_the_bits_of_one_process(experts, num_ranks):
     expected = states(arranged(whole, experts == "mxfp4"))
     assert expected.isfinite().all()
     assert all(torch.equal(own, expected) for own in found)
+
+
+def computed(x, grad, gates, routing, packed, t, own, *, keeps_h):
+    """Rows, gradients of rows and gate weights, and LoRA's, of a part of the experts."""
+    gate_up, down = (Mxfp4Fragments(*(tensor[own] for tensor in pair), t[bias][own], True)
+                     for pair, bias in zip(packed, ("b1", "b2")))
+    settings = {"lora": [t[name][own] for name in ("A1", "B1", "A2", "B2")], "lora_scale": SCALE, "alpha": ALPHA, "limit": LIMIT}
+    projections = [weights.few_rows(x, routing.offsets_device) for weights in (gate_up, down)]
+    few = [few_rows_forward(x, routing, *projections, **settings)] if is_few(x) else []
+    rows, kept = local_forward(x, routing, gate_up, down, dtype=x.dtype, scratch_bytes=1 << 28, keeps_h=keeps_h, **settings)
+    grad_rows, grad_gates, lora_grads, _ = local_backward(grad, x, gates, routing, gate_up, down, kept, scratch_bytes=1 << 28,
+                                                          needs_base=False, **settings)
+    return [*few, rows, grad_rows, grad_gates], lora_grads
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_tokens, keeps_h", [(9, True), (333, False), (9000, True)])  # from 8,193 rows on, sums of chunks
+def test_parts_at_real_widths_add_up_to_the_whole_in_bf16(num_tokens, keeps_h):
+    indices, packed, tensors = problem(num_tokens, 8, 4, 2880, 2880, 16)
+    t = {name: tensor.cuda() if name == "weights" else tensor.to("cuda", torch.bfloat16) for name, tensor in tensors.items()}
+    t |= {name: tensors[name].float().cuda() for name in ("weights", "A1", "B1", "A2", "B2")}
+    packed = [tuple(tensor.cuda() for tensor in pair) for pair in packed]
+    for pair in packed:
+        to_fragments_(*pair)
+    routing, grad = make_routing(indices.cuda(), num_experts=8), normal(num_tokens, 2880, seed=12).to("cuda", torch.bfloat16)
+    settings = t["x"], grad, t["weights"]
+    expected, expected_lora = computed(*settings, routing, packed, t, slice(None), keeps_h=keeps_h)
+    found = [computed(*settings, routing.part(own, 4), packed, t, own, keeps_h=keeps_h)
+             for own in (slice(first, first + 2) for first in range(0, 8, 2))]
+    for number, whole in enumerate(expected):
+        parts = torch.stack([rows[number].view(torch.uint8) for rows, _ in found])
+        assert whole.isfinite().all() and whole.any() and (parts != 0).sum(0).max() <= 1
+        assert torch.equal(parts.sum(0, dtype=torch.uint8), whole.view(torch.uint8)), number
+    for number, whole in enumerate(expected_lora):
+        assert whole.any() and torch.equal(torch.cat([lora[number] for _, lora in found]), whole), number
