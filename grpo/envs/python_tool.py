@@ -17,7 +17,7 @@ def run(cells):
         printed.seek(0)
         printed.truncate()
         try:
-            body = ast.parse(cell, "<code>").body
+            body = compile(cell, "<code>", "exec", ast.PyCF_ONLY_AST).body
             shown = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None
             exec(compile(ast.Module(body, []), "<code>", "exec"), names)
             if shown is not None and (value := eval(compile(shown, "<code>", "eval"), names)) is not None:

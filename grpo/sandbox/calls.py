@@ -183,7 +183,8 @@ def judge(received: bytes, stopped: str | None, status: int) -> Outcome:
         return Outcome(violation=stopped)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        kind = {signal.SIGSYS: "call", signal.SIGXCPU: "time", signal.SIGKILL: "memory"}.get(number, "crash")
+        kind = {signal.SIGSYS: "call", signal.SIGXCPU: "time", signal.SIGKILL: "memory",
+                signal.SIGSEGV: "memory"}.get(number, "crash")  # a recursion in C, as by lru_cache, that fills the stack
         return Outcome(violation=kind, detail=signal.strsignal(number) or str(number))
     if status != 0:
         return Outcome(violation="crash", detail=f"exit code {os.waitstatus_to_exitcode(status)}")

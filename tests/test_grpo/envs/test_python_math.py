@@ -50,7 +50,8 @@ def test_the_result_is_what_is_printed_and_the_last_expression(tool, code, resul
     ("import sys\nsys.stdout = None\nboom", "NameError: name 'boom' is not defined")])
 def test_an_error_is_a_result_that_ends_in_it(tool, code, ending):
     result = tool.python(code)
-    assert result.endswith(ending) and "candidate" not in result and tool.get_reward() == []
+    assert result.endswith(ending) and tool.get_reward() == []
+    assert "candidate" not in result and "ast.py" not in result  # its own frames are left out
     assert ("seen" in result) == ("seen" in code)
 
 
@@ -63,6 +64,11 @@ def test_a_violation_is_told_and_noted(sandbox, code, kind):
     assert f"error: {VIOLATIONS[kind]}" in result and tool.get_reward() == [kind]
     assert ("ModuleNotFoundError: No module named 'numpy'" in result) == (kind == "import")
     assert tool.earlier == []
+
+
+def test_an_honest_recursion_that_fills_the_stack_gates_no_reward(tool):
+    tool.python("import functools, sys\nsys.setrecursionlimit(10**9)\n@functools.cache\ndef f(n): return n and f(n - 1)\nf(10**6)")
+    assert not set(tool.get_reward()) & set(python_math.GATING)  # a violation of the memory, or a RecursionError
 
 
 def test_output_is_cut_off(tool):

@@ -155,7 +155,7 @@ KNOWN = {
 
 OWN = {
     "closed socket, then a loop": (body("os.closerange(0, 64)", "while True: pass"), (*TIME, *CALL)),
-    "null pointer": (body("ctypes.string_at(0)", "return 'reached'"), CRASH),
+    "null pointer": (body("ctypes.string_at(0)", "return 'reached'"), MEMORY),
     "abort": (body("os.abort()"), CRASH),
     "end without an answer": (body("os._exit(0)"), ("output", "crash")),
     "end that names a failure": (body("os._exit(97)"), ("crash",)),

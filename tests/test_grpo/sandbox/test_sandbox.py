@@ -185,7 +185,7 @@ def test_cpu_seconds_are_the_childs(sandbox):
         (b'\n{"violation": "none of them", "notes": [], "printed": ""}', 0, "output"),
         (b"\nnot utf-8 \xff", 0, "output"),
         (b'\n{"values": [1], "notes": [], "printed": ""}', signal.SIGSYS, "call"),
-        (b'\n{"values": [1], "notes": [], "printed": ""}', signal.SIGSEGV, "crash"),
+        (b'\n{"values": [1], "notes": [], "printed": ""}', signal.SIGSEGV, "memory"),
         (b'\n{"values": [1], "notes": [], "printed": ""}', 1 << 8, "crash"),
     ],
 )
