@@ -176,6 +176,10 @@ class ToolClass:
         parameters = inspect.signature(episode.reset).parameters.values()
         takes_all = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
         names = row.keys() if takes_all else [parameter.name for parameter in parameters if parameter.name in row]
+        if missing := [parameter.name for parameter in parameters if parameter.name not in row and parameter.default is
+                       parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)]:
+            raise DataError(f"env.path: {type(episode).__name__}.reset() needs {', '.join(missing)}, which a row lacks; it has: "
+                            f"{', '.join(map(str, row))}")
         with self._seeded(row):
             return episode, episode.reset(**{name: row[name] for name in names})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from grpo.rewards.values import to_number
 from models.chat.functions import public_methods, read_arguments, read_object
 
 PROTOCOL = ("reset", "get_reward", "user_turn", "close")  # public methods that are no tools
@@ -43,7 +44,10 @@ class MethodForm:
         return self.run(partial(self.owner.user_turn, answer)) if hasattr(self.owner, "user_turn") else None
 
     def reward(self, transcript: Callable[[], list[dict]]) -> object:
-        return self.run(self.owner.get_reward) if hasattr(self.owner, "get_reward") else None
+        reward = self.run(self.owner.get_reward) if hasattr(self.owner, "get_reward") else None
+        if hasattr(reward, "__float__"):
+            checked(reward, "get_reward() returned")
+        return reward
 
 
 class ResourceForm:
@@ -71,7 +75,7 @@ class ResourceForm:
         reward = (result.metadata or {}).get("reward")
         if reward is None and isinstance(result.data, dict):
             reward = result.data.get("reward")
-        self.last_reward = self.last_reward if reward is None else float(reward)
+        self.last_reward = self.last_reward if reward is None else checked(reward, f"{tool['name']} gave the reward")
         if result.error is not None:
             raise ValueError(result.error)
         return "" if result.data is None else result.data
@@ -83,7 +87,22 @@ class ResourceForm:
     def reward(self, transcript: Callable[[], list[dict]]) -> Verdict:
         messages = [*self.session.initial_messages(), *transcript()]
         result = self.run(partial(self.session.verify, messages))
-        return Verdict(self.last_reward if result.env_reward is None else float(result.env_reward), dict(result.metrics or {}))
+        verdict = Verdict(self.last_reward, dict(result.metrics or {}))
+        if result.env_reward is not None:
+            verdict.reward = checked(result.env_reward, "verify() gave the reward")
+        for name, value in verdict.metrics.items():
+            if isinstance(value, (int, float)) and value == value:  # NaN is not measured
+                checked(value, f"verify() gave the metric {name!r}:")
+        return verdict
+
+
+def checked(value: object, what: str) -> float:
+    """The number that a value is. Raises TypeError for what is none, is not finite or is too large: an object's fault, which
+    costs its completion, where the same value in `score` would end the run."""
+    number, problem = to_number(value)
+    if number is None:
+        raise TypeError(f"{what} {problem}")
+    return number
 
 
 def tool_schemas(tools: list) -> list[dict[str, Any]]:

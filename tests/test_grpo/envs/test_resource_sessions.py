@@ -3,6 +3,7 @@
 import pytest
 from played_episodes import SETTINGS, TOKENIZER, call, final, play, text_of
 
+from grpo.environment import EnvironmentFault, checked_scores
 from grpo.envs.resource_sessions import ResourceSessions
 
 FACTORY = '''
@@ -68,6 +69,30 @@ class Spare(Session):
 
     async def close(self):
         Spare.num_open -= 1
+
+class Numberless(Session):
+    """Its verdict and its calls' rewards are `given`."""
+    given = None
+
+    def call_tool(self, name, arguments):
+        return Result("seen", metadata={"reward": self.given if arguments["number"] == 7 else 0.5})
+
+    def verify(self, transcript, final_state=None):
+        is_called = self.num_calls or any(message["role"] == "tool" for message in transcript)
+        return SimpleNamespace(env_reward=None if is_called else self.given, metrics={"unmeasured": float("nan")})
+
+class Measured(Numberless):
+    def verify(self, transcript, final_state=None):
+        return SimpleNamespace(env_reward=1.0, metrics={"size": self.given})
+
+class Giving(Factory):
+    def __init__(self, given, measured=False):
+        self.given, self.kind = eval(given), Measured if measured else Numberless
+
+    def create(self, task, seed=None, episode_id=None):
+        session = self.kind(task, seed, True)
+        session.given = self.given
+        return session
 
 class Sparing(Factory):
     def create(self, task, seed=None, episode_id=None):
@@ -138,6 +163,25 @@ def test_verify_sees_what_the_policy_finally_said_and_nothing_that_it_wrote_in_a
     scores = env.score(play(env, prompts, monkeypatch, lambda prompt: texts[prompt.id]))
     assert [score.reward for score in scores] == [1.0, 0.0, 0.0]
     assert [score.extra["roles"] for score in scores] == ["system user assistant"] * 3
+
+
+@pytest.mark.parametrize("given, what", [
+    ("float('nan')", "nan, which is not finite"), ("float('inf')", "inf, which is not finite"), ("'high'", "expected a number"),
+    ("10**400", "which is no number")])
+def test_a_verdict_that_is_no_finite_number_loses_its_episode_and_no_other(make, monkeypatch, given, what):
+    env = make("Giving", kwargs={"given": given})
+    texts = {0: calls(), 1: calls(3), 2: calls(3, 7)}  # verify's own; a call's; one that the call does not give
+    bad, good, told = completions = play(env, env.prompts(0, num_prompts=3), monkeypatch, lambda prompt: texts[prompt.id])
+    assert "verify() gave the reward" in bad.episode.failure and what in bad.episode.failure
+    assert [score.reward for score in checked_scores(env, completions)] == [None, 0.5, 0.5]
+    assert "guess gave the reward" in told.episode.calls[1].raised and what in told.episode.calls[1].raised
+
+
+@pytest.mark.parametrize("given", ["float('inf')", "10**400"])
+def test_a_metric_that_is_no_finite_number_loses_its_episode(make, monkeypatch, given):
+    env = make("Giving", kwargs={"given": given, "measured": True})
+    with pytest.raises(EnvironmentFault, match=r"all 1 episodes failed, .*verify\(\) gave the metric 'size'"):
+        play(env, env.prompts(0, num_prompts=1), monkeypatch, lambda prompt: calls())
 
 
 def test_rows_are_tasks(make, tmp_path):

@@ -8,7 +8,7 @@ from played_episodes import SETTINGS, TOKENIZER, call, final, play, text_of
 
 from grpo.config import ConfigError
 from grpo.configuration.targets import bind
-from grpo.environment import EnvironmentFault, checked_prompts, make_environment
+from grpo.environment import EnvironmentFault, checked_prompts, checked_scores, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.tool_class import ToolClass
 
@@ -96,6 +96,10 @@ class AsyncClosed(Closed):
     async def close(self):
         async with self.lock:
             super().close()
+
+class Uncounted(Guess):
+    def get_reward(self):
+        return float("nan") if self.guesses == 0 else 1.0 / self.guesses
 
 class NoReset:
     def f(self) -> None:
@@ -207,9 +211,24 @@ def test_a_reset_that_hangs_loses_its_episode_and_lets_others_have_the_random_ge
     assert len(env.prompts(1, num_prompts=2)) == 2
 
 
+def test_a_reward_that_is_not_finite_loses_its_episode_and_no_other(make, monkeypatch):
+    env = make("Uncounted")
+    prompts = env.prompts(0, num_prompts=2)
+    nan, other = completions = play(env, prompts, monkeypatch, lambda prompt: calls(*[1, 2] * prompt.id))
+    assert "get_reward() returned nan, which is not finite" in nan.episode.failure
+    assert [score.reward for score in checked_scores(env, completions)] == [None, 0.5] and other.episode.failure is None
+
+
+def test_rows_without_a_column_that_reset_needs_are_refused_by_name(make, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"reply": "a{i}"}}\n' for i in range(20)))
+    env = make("Async", path=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(DataError, match="Async.reset.. needs answer, which a row lacks; it has: reply"):
+        env.prompts(0, num_prompts=1)
+
+
 @pytest.mark.parametrize("name, message", [
     ("NoReset", r"NoReset has no reset\(\) and no get_reward\(\)"), ("NoTools", "no public method that could be a tool"),
-    ("Untyped", "argument where has no type hint"), ("Nothing", "has no 'Nothing'")])
+    ("Untyped", "argument where has no type hint"), ("Nothing", "has no 'Nothing'; it defines: Async, AsyncClosed, ")])
 def test_a_class_of_another_form_is_refused_by_name(make, name, message):
     with pytest.raises(ValueError, match=message):
         make(name)
