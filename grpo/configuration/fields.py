@@ -41,6 +41,8 @@ def describe_interval(interval: str, wrong: list[float]) -> str:
     low, high = interval[1:-1].split(", ")
     if high != "inf":
         return f"must lie in {interval}"
+    if low == "-inf":
+        return "must be finite"
     is_too_large = any(entry > float(low) for entry in wrong)
     most = "" if not is_too_large else " and less than 2^31" if isinstance(wrong[0], int) else " and finite"
     return f"must be {'at least' if interval[0] == '[' else '>'} {low}{most}"

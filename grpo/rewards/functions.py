@@ -56,9 +56,9 @@ def load_function(path: str, *, key: str) -> Callable:
     for name in names:  # getattr, and not the module's dict: modules may make their attributes when they are asked for
         function = call_user_code(f"the import of {path}", partial(getattr, function, name))
         if isinstance(function, AttributeError):
-            known = sorted(name for name, value in vars(module).items() if inspect.isfunction(value)
+            known = sorted(name for name, value in vars(module).items() if (inspect.isfunction(value) or inspect.isclass(value))
                            and value.__module__ == module.__name__ and name[0] != "_")
-            raise ValueError(f"{key}={path!r}: {module_name} has no {function_name!r}; its functions: "
+            raise ValueError(f"{key}={path!r}: {module_name} has no {function_name!r}; it defines: "
                              f"{', '.join(known) or 'none'}")
         if isinstance(function, BaseException):
             raise ValueError(f"{key}={path!r}: cannot import {function_name}: {describe_error(function)}") from function

@@ -146,6 +146,7 @@ BAD_ARGUMENTS = [
     ("optim.lr=.nan", "optim.lr = '.nan' (str): expected a number"),
     ("optim.lr=nan", "optim.lr = nan: must be > 0"),
     ("optim.lr=inf", "optim.lr = inf: must be > 0 and finite"),
+    ("turns.failed_call_reward=nan", "turns.failed_call_reward = nan: must be finite: or null"),
     ("optim.loss_scale=1000", "optim.loss_scale = 1000.0: must be null or a power of two"),
     ("optim.in_backward=true", "optim.in_backward = True: a parameter is updated before the norm of all gradients is known: set "
                                "optim.max_grad_norm=null (now 1)"),
@@ -278,7 +279,7 @@ def test_a_target_may_be_named_by_its_file(tmp_path):
     assert bind({"_target_": f"{tmp_path}/mine.py:half", "scale": 3.0}, "loss")(4) == 6
     with pytest.raises(ConfigError, match="unknown key loss.scal; did you mean loss.scale"):
         bind({"_target_": f"{tmp_path}/mine.py:half", "scal": 3.0}, "loss")
-    for path, expected in (("mine.py:halve", "mine.py has no 'halve'; its functions: half"), ("none.py:f", "no such file")):
+    for path, expected in (("mine.py:halve", "mine.py has no 'halve'; it defines: half"), ("none.py:f", "no such file")):
         with pytest.raises(ConfigError, match=expected):
             bind({"_target_": f"{tmp_path}/{path}"}, "loss")
 

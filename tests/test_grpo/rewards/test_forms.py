@@ -259,7 +259,7 @@ def test_values_logged_that_are_no_numbers_go_to_the_log(tmp_path):
 
 @pytest.mark.parametrize("name, kwargs, words", [
     ("missing_package", {}, "cannot import missing_package: ImportError: pip install judge"),
-    ("absent", {}, "has no 'absent'; its functions: .*compute_score"),
+    ("absent", {}, "has no 'absent'; it defines: .*compute_score"),
     ("judge.absent", {}, "has no 'judge.absent'"),
     ("get_overlong", {}, "name no completion.*gets its own parameters from kwargs"),
     ("get_overlong", {"max_length": 5}, "name no completion"),
