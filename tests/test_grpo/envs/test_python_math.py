@@ -67,7 +67,8 @@ def test_a_violation_is_told_and_noted(sandbox, code, kind):
 
 
 def test_an_honest_recursion_that_fills_the_stack_gates_no_reward(tool):
-    tool.python("import functools, sys\nsys.setrecursionlimit(10**9)\n@functools.cache\ndef f(n): return n and f(n - 1)\nf(10**6)")
+    tool.python("import functools, sys\nsys.setrecursionlimit(10**9)\n"
+                "@functools.cache\ndef f(n): return n and f(n - 1)\nf(10**6)")
     assert not set(tool.get_reward()) & set(python_math.GATING)  # a violation of the memory, or a RecursionError
 
 
