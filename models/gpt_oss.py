@@ -39,7 +39,6 @@ from models.keys import (
     PackedKeys,
     PrefillChunk,
     PromptKeys,
-    PromptRows,
     packed_positions,
     prompt_numbers,
 )
@@ -316,8 +315,7 @@ class GptOss(nn.Module):
                      is_prefixed: bool, record: RoutingRecord | None) -> torch.Tensor:
         """The final hidden states [T, D] of tokens [T] that `numbers` describes (prompt_numbers), both on the device. chunks,
         is_prefixed: as PromptKeys has them; without chunks a CUDA graph can capture it. The cache must be flushed."""
-        rows = PromptRows.of(numbers, cache, num_rows=len(tokens))
-        keys = PromptKeys(self._angles(rows.positions), rows, cache, chunks, is_prefixed=is_prefixed)
+        keys = PromptKeys(numbers, self._angles, cache, chunks, num_rows=len(tokens), is_prefixed=is_prefixed)
         return self._hidden(tokens, keys, record)
 
     @torch.no_grad()

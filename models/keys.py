@@ -5,6 +5,7 @@ Each has attend(), which rotates queries and keys (on a GPU in place), stores ke
 
 Shapes: T tokens, H query heads, K key-value heads, P = (H + 2 K) * head width, B decoded sequences.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -83,35 +84,15 @@ class PrefillChunk(NamedTuple):
     prefix_len: int = 0
 
 
-class PromptRows(NamedTuple):
-    """Where the packed rows [T] of chunks are in their sequences and in the cache, on the model's device: prompt_numbers, taken
-    apart."""
-
-    positions: torch.Tensor  # [T]
-    slots: torch.Tensor  # [T]
-    kept: dict[int, torch.Tensor]  # [T] the positions to store, -1 for none, by the number of tokens that a layer keeps
-    sections: torch.Tensor  # [5, S + 1], as kernels/attention/chunks.py has them
-
-    @staticmethod
-    def of(numbers: torch.Tensor, cache: KVCache, *, num_rows: int) -> "PromptRows":
-        lengths, width = sorted(set(cache.lengths)), num_rows + num_rows % 2
-        positions, slots, *kept = numbers[:(2 + len(lengths)) * width].view(-1, width)[:, :num_rows]
-        return PromptRows(positions, slots, dict(zip(lengths, kept)), numbers[(2 + len(lengths)) * width:].view(5, -1))
-
-
 def prompt_numbers(chunks: list[PrefillChunk], cache: KVCache, *, num_rows: int) -> torch.Tensor:
-    """All numbers of PromptRows in one tensor on the host, int64. Rows after those of the chunks are idle: they see only each
-    other, and are stored nowhere. Raises ValueError for a chunk that does not fit."""
+    """Where packed rows of chunks are in their sequences and in the cache, as PromptKeys takes it: one tensor on the host, int64.
+    Rows after those of the chunks are idle: they see only each other, and are stored nowhere. Raises ValueError for a chunk that
+    does not fit."""
     longest = max(chunk.end for chunk in chunks)
     if longest > cache.max_len:
         raise ValueError(f"a prompt of {longest} tokens does not fit a cache of {cache.max_len} per sequence")
-    chunks = [*chunks, PrefillChunk(0, 0, num_rows - sum(chunk.end - chunk.start for chunk in chunks))]  # the idle rows
-    positions = [torch.arange(chunk.start, chunk.end) for chunk in chunks]
-    columns = [torch.cat(positions), torch.cat([torch.full_like(own, chunk.slot) for own, chunk in zip(positions, chunks)])]
-    for length in sorted(set(cache.lengths)):  # a ring drops all but a chunk's last tokens
-        kept = [own.masked_fill(own < chunk.end - length, -1) for own, chunk in zip(positions[:-1], chunks)]
-        columns.append(torch.cat([*kept, torch.full_like(positions[-1], -1)]))
-    sections, row = [], 0
+    num_used = sum(chunk.end - chunk.start for chunk in chunks)
+    chunks, sections, row = [*chunks, PrefillChunk(0, 0, num_rows - num_used)], [], 0
     for slot, start, end, prefix_len in chunks:
         shift, is_after = start - row, prefix_len <= start
         sections.append((row, slot, shift, start, prefix_len if is_after else 0))
@@ -120,17 +101,29 @@ def prompt_numbers(chunks: list[PrefillChunk], cache: KVCache, *, num_rows: int)
         row += end - start
     size = next((size for size in NUM_SECTIONS if size >= len(sections)), next_power_of_2(len(sections)))
     sections += [(num_rows, 0, 0, 0, 0)] * (size + 1 - len(sections))
+    slots, starts, ends, _ = torch.tensor(chunks).T
+    counts = ends - starts
+    positions = torch.arange(num_rows) - (counts.cumsum(0) - ends).repeat_interleave(counts)
+    columns = [positions, slots.repeat_interleave(counts)]
+    for length in sorted(set(cache.lengths)):  # a ring drops all but a chunk's last tokens
+        columns.append(positions.masked_fill(positions < (ends - length).repeat_interleave(counts), -1))
+        columns[-1][num_used:] = -1
     columns = F.pad(torch.stack(columns), (0, num_rows % 2))  # all at multiples of 16 bytes, for which kernels are compiled
     return torch.cat([columns.flatten(), torch.tensor(sections).T.flatten()])
 
 
 class PromptKeys:
-    """The next chunks of several sequences, packed. Where Triton computes products, one launch attends for all of them, in a CUDA
-    graph, too; is_prefixed: any may have a prefix. Elsewhere, and for whole sequences, give `chunks`."""
+    """The next chunks of several sequences, packed; numbers: those of prompt_numbers, on the device. Where Triton computes
+    products, one launch attends for all of them, in a CUDA graph, too; is_prefixed: any may have a prefix. Elsewhere, and for
+    whole sequences, give `chunks`."""
 
-    def __init__(self, angles: Angles, rows: PromptRows, cache: KVCache, chunks: list[PrefillChunk] | None, *,
-                 is_prefixed: bool) -> None:
-        self.angles, self.rows, self.cache, self.chunks, self.is_prefixed = angles, rows, cache, chunks, is_prefixed
+    def __init__(self, numbers: torch.Tensor, angles_of: Callable[[torch.Tensor], Angles], cache: KVCache,
+                 chunks: list[PrefillChunk] | None, *, num_rows: int, is_prefixed: bool) -> None:
+        self.cache, self.chunks, self.is_prefixed = cache, chunks, is_prefixed
+        lengths, width = sorted(set(cache.lengths)), num_rows + num_rows % 2
+        positions, self.slots, *kept = numbers[:(2 + len(lengths)) * width].view(-1, width)[:, :num_rows]  # [T] each
+        self.angles, self.kept = angles_of(positions), dict(zip(lengths, kept))  # positions to store, -1 for none
+        self.sections = numbers[(2 + len(lengths)) * width:].view(5, -1)
         is_whole = chunks is not None and all(chunk.start == 0 for chunk in chunks)
         self.plan = whole_plan(chunks) if is_whole else None
 
@@ -142,11 +135,11 @@ class PromptKeys:
         elif self.chunks is not None:
             attended = self._attend_one_by_one(attn, q, k, v, length)
         else:
-            attended = chunk_attention(q, k, v, cache.keys[layer], cache.values[layer], attn.sinks, sections=self.rows.sections,
+            attended = chunk_attention(q, k, v, cache.keys[layer], cache.values[layer], attn.sinks, sections=self.sections,
                                        is_prefixed=self.is_prefixed, page_table=cache.table_of(layer),
                                        **attn.settings()).flatten(1)
         # written last: in a ring new entries replace keys that the chunk's first tokens still need
-        cache.write(layer, k, v, self.rows.slots, self.rows.kept[length])
+        cache.write(layer, k, v, self.slots, self.kept[length])
         return attended
 
     def _attend_one_by_one(self, attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:

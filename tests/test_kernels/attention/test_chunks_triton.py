@@ -8,7 +8,7 @@ from kernels.attention.chunks import _attend_chunks_kernel, chunk_attention
 from kernels.attention.packed import AttentionPlan, attention, blocks_for
 from kernels.device import family_of
 from models.config import GptOssConfig
-from models.keys import PrefillChunk, PromptRows, prompt_numbers
+from models.keys import PrefillChunk, PromptKeys, prompt_numbers
 from models.kv_cache import KVCache
 
 WIDTH = 16
@@ -36,14 +36,15 @@ def test_a_query_gets_the_bits_that_it_gets_in_the_whole_sequence(prefix_len, po
     num_rows = sum(chunk.end - chunk.start for chunk in chunks) + 7
     new = {name: torch.cat([sequence[name][chunk.start:] for chunk, sequence in zip(chunks, sequences)]
                            + [torch.zeros(7, count, WIDTH)]) for name, count in heads.items()}
-    rows = PromptRows.of(prompt_numbers(chunks, cache, num_rows=num_rows), cache, num_rows=num_rows)
+    numbers = prompt_numbers(chunks, cache, num_rows=num_rows)
+    sections = PromptKeys(numbers, lambda positions: None, cache, None, num_rows=num_rows, is_prefixed=prefix_len > 0).sections
     for layer, window in ((0, 24), (1, 0)):
         assert cache.is_paged[layer] == (window == 0)
         for chunk, sequence in zip(chunks, sequences):
             positions = torch.arange(max(chunk.start - cache.lengths[layer], 0), chunk.start)
             slots = torch.full_like(positions, chunk.slot)
             cache.write(layer, sequence["k"][positions], sequence["v"][positions], slots, positions)
-        out = chunk_attention(*new.values(), cache.keys[layer], cache.values[layer], sinks, sections=rows.sections,
+        out = chunk_attention(*new.values(), cache.keys[layer], cache.values[layer], sinks, sections=sections,
                               is_prefixed=prefix_len > 0, window=window, scale=0.3, page_table=cache.table_of(layer))
         assert out.isfinite().all()
         start = 0
