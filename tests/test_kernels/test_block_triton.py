@@ -160,7 +160,8 @@ def test_gradients_of_everything_that_may_train(experts, targets, recomputes, in
 @pytest.mark.parametrize("experts, targets, recomputes", [("mxfp4", EVERYTHING, True), ("bf16", None, False)])
 def test_experts_take_tokens_in_chunks_with_the_outputs_and_gradients_of_all_at_once(experts, targets, recomputes, monkeypatch):
     model = build(ARCHITECTURE, experts, targets=targets, activation_checkpointing=recomputes)
-    whole = gradients(model)
+    exact_bits = "GRPO_PRODUCTS" not in os.environ  # the library's depend on the number of rows
+    whole = gradients(model) if exact_bits else None
     exact = by_autograd(model, monkeypatch, dtype=torch.float64)
     seen, plain = [], RoutedExperts.local_forward
     monkeypatch.setattr(models.offload, "CHUNK_TOKENS", 7)
@@ -168,7 +169,7 @@ def test_experts_take_tokens_in_chunks_with_the_outputs_and_gradients_of_all_at_
                         or plain(self, routing, x, *more))
     chunked = gradients(model)
     assert seen == [7, 7, 6] * 2  # the second chunk has tokens of three sequences
-    if "GRPO_PRODUCTS" not in os.environ:  # the library's bits depend on the number of rows
+    if exact_bits:
         assert torch.equal(chunked["log_probs"], whole["log_probs"])
     assert_close(chunked, exact, 2e-5)
     assert_close(by_autograd(model, monkeypatch), exact, 2e-5)  # autograd takes the same chunks
@@ -312,6 +313,7 @@ def test_more_rows_and_weights_in_the_order_of_a_checkpoint_take_the_experts_ker
 @pytest.mark.interpreter
 def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
     model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    model.model.layers = model.model.layers[:2]  # a windowed and a full one
     assert {block.mlp.experts.layout for block in model.model.layers} == {Mxfp4Fragments}
     tokens = torch.arange(3, 9)
     cache, slots = model.new_cache(1, 16), torch.zeros(1, dtype=torch.int64)
@@ -326,6 +328,7 @@ def test_a_loaded_model_decodes_from_fragments_what_prefill_computes():
 @pytest.mark.parametrize("start", [0, 9])
 def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monkeypatch):
     model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    model.model.layers = model.model.layers[:2]  # a windowed and a full one
     by_few = watch_few_rows(monkeypatch)
     tokens, results = torch.arange(3, 23), []
     for most in (512, 0):
@@ -337,7 +340,7 @@ def test_a_prefill_of_few_tokens_computes_and_stores_what_others_do(start, monke
             hidden = model.prefill(tokens[start:], [PrefillChunk(1, start, 20)], cache)
         else:
             hidden = model.prefill(tokens, [PrefillChunk(1, 0, 13), PrefillChunk(0, 0, 7)], cache)
-        results.append([hidden, *cache.keys, *cache.values])
+        results.append([hidden, *cache.keys[:2], *cache.values[:2]])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert ours.any()

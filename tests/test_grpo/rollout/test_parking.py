@@ -22,6 +22,7 @@ from grpo.rollout.scheduler import RolloutRow, Scheduler
 from grpo.rollout.session import Sampler
 
 LENGTHS = [50, 30, 64, 7]
+BRIEF = {"num_samples": 2, "max_new_tokens": 90}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def model(lively_model):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    completions, stats = converse(model, make_prompts(LENGTHS), num_samples=3)
+    completions, stats = converse(model, make_prompts(LENGTHS), **BRIEF)
     assert stats.num_preemptions == 0
     return completions
 
@@ -68,7 +69,7 @@ def test_log_probs_are_the_trainers_and_the_environments_tokens_are_not_trained_
     torch.testing.assert_close(batch.sampler_log_probs, log_probs, rtol=0, atol=1e-5)
     num_env = sum(len(segment.token_ids) for completion in expected for segment in completion.segments if segment.source == "env")
     num_prompt = sum(len(completion.prompt.token_ids) for completion in expected)
-    assert num_env > 100 and int((~batch.loss_mask).sum()) == num_env + num_prompt
+    assert num_env > 80 and int((~batch.loss_mask).sum()) == num_env + num_prompt
     assert not batch.sampler_log_probs[~batch.loss_mask].any()
 
 
@@ -76,13 +77,13 @@ def test_log_probs_are_the_trainers_and_the_environments_tokens_are_not_trained_
     {"max_batch": 1}, {"max_batch": 5}, {"delay": 9}, {"delay": 10_000}, {"max_batch": 4, "delay": 25}, {"sync_steps": 8},
     {"max_prefill_tokens": 10}, {"max_prefill_tokens": 25, "delay": 3, "max_batch": 6}, {"shares_prompts": True}], ids=str)
 def test_neither_batch_nor_delay_nor_chunks_change_a_completion(model, expected, changes):
-    assert_equal(converse(model, make_prompts(LENGTHS), num_samples=3, **changes)[0], expected)
+    assert_equal(converse(model, make_prompts(LENGTHS), **BRIEF, **changes)[0], expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"delay": 40}, {"max_prefill_tokens": 16, "delay": 4, "shares_prompts": True},
                                      {"sync_steps": 8}, {"sync_steps": 8, "shares_prompts": True}], ids=str)
 def test_rows_that_lose_their_pages_while_they_are_parked_or_run_go_on_with_the_same_bits(model, expected, changes):
-    actual, stats = converse(model, make_prompts(LENGTHS), num_samples=3, cache_gb=gigabytes(12, 5), **changes)
+    actual, stats = converse(model, make_prompts(LENGTHS), cache_gb=gigabytes(8, 4), **BRIEF, **changes)
     assert_equal(actual, expected)
     assert stats.num_preemptions > 1, stats
 
@@ -99,9 +100,9 @@ def test_replies_longer_and_shorter_than_rings_leave_them_as_the_whole_sequence_
 
 
 def test_kept_sets_and_recorded_experts_lie_at_their_tokens(model):
-    settings = {"top_p": 0.9, "records_routing": True, "num_samples": 2}
+    settings = {"top_p": 0.9, "records_routing": True, **BRIEF}
     completions, _ = converse(model, make_prompts(LENGTHS), **settings)
-    small, stats = converse(model, make_prompts(LENGTHS), cache_gb=gigabytes(8, 8), max_prefill_tokens=20, **settings)
+    small, stats = converse(model, make_prompts(LENGTHS), cache_gb=gigabytes(8, 4), max_prefill_tokens=20, **settings)
     assert stats.num_preemptions > 0
     assert_equal(small, completions)
     for completion in completions:
@@ -242,11 +243,17 @@ def test_a_row_that_its_caller_ends_gives_its_pages_back():
 # ---- prompts that come later
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_batch": 2}, {"cache_gb": gigabytes(5, 9)}, {"max_prefill_tokens": 20}], ids=str)
-def test_prompts_submitted_while_others_run_change_nothing(model, settings):
-    """Later ones are longer than the first cache holds, and more than it has rows for."""
+@pytest.fixture(scope="module")
+def at_once(model):
+    """Prompts, and completions of all together."""
     prompts = make_prompts([5, 9, 130, 40, 61])
-    expected = converse(model, prompts, num_samples=2)[0]
+    return prompts, converse(model, prompts, num_samples=2)[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch": 2}, {"cache_gb": gigabytes(5, 9)}, {"max_prefill_tokens": 20}], ids=str)
+def test_prompts_submitted_while_others_run_change_nothing(model, at_once, settings):
+    """Later ones are longer than the first cache holds, and more than it has rows for."""
+    prompts, expected = at_once
     sampler = Sampler(model, (3,), **({"max_batch": 8, "seed": 7} | settings))
     with sampler.open(SamplingParams(max_new_tokens=120, park_ids=(5, 6, 7)), step=3) as session:
         later, num_calls = [prompts[2:3], prompts[3:]], 0

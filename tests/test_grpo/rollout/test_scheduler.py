@@ -180,14 +180,14 @@ def test_kept_sets_and_routing_survive_a_preemption(model):
 def test_a_tenth_of_the_pages_finishes_everything_with_the_results_of_a_whole_cache(model):
     rng = random.Random(1)
     prompts = make_prompts([rng.randint(1, 60) for _ in range(15)])
-    settings = {"num_samples": 2, "stop_ids": (3,), "max_new_tokens": 190}  # random lengths through the stop id
+    settings = {"num_samples": 2, "stop_ids": (3,), "max_new_tokens": 120}  # random lengths through the stop id
     expected, _ = sample(model, prompts, **settings)
-    num_pages = sum(2 * KVCache.pages_for(len(prompt.token_ids) + 190) for prompt in prompts)
+    num_pages = sum(2 * KVCache.pages_for(len(prompt.token_ids) + 120) for prompt in prompts)
     actual, stats = sample(model, prompts, cache_gb=gigabytes(30, num_pages // 10), sync_steps=8, **settings)
     assert [(c.prompt.id, c.sample) for c in actual] == [(p, s) for p in range(15) for s in range(2)]
     assert_equal(actual, expected)
     assert stats.num_preemptions > 0
-    assert len({len(completion.completion_ids) for completion in expected}) > 10
+    assert len({len(completion.completion_ids) for completion in expected}) > 8
 
 
 def test_members_wait_beside_a_long_prompt_though_every_request_has_a_row(model):

@@ -132,7 +132,7 @@ def test_many_programs_give_the_bits_of_one(heads, kv_heads, width, page, prefix
     settings = {"slots": slots, "positions": POSITIONS, "window": 0, "scale": 0.3, "prefix_lens": prefix_lens}
     paged = scattered(data, slots, POSITIONS, page=page)
     expected = decode_attention(**paged, **settings)
-    for longest in (191, 512):  # parts that no row has
+    for longest in (191, 512) if page == 16 else (191,):  # with 512, parts that no row has
         out = decode_attention(**paged, **settings, longest=longest)
         assert torch.equal(out, expected)
     assert out[:-1].abs().amax((1, 2)).min() > 0 and (out[-1] == 0).all()
