@@ -31,6 +31,7 @@ class Check(NamedTuple):
     name: str
     files: tuple[str, ...]  # under tests/
     needs_gpu: bool = False
+    only: str = ""  # which of their tests, as pytest's -k has it
 
 
 CHECKS = (
@@ -51,13 +52,18 @@ CHECKS = (
     Check("plans of memory, the warm-up's cache, limits of keys", (
         "test_models/test_memory_plan.py", "test_models/test_offload.py", "test_grpo/test_warmup.py",
         "test_grpo/configuration/test_config.py")),
-    Check("on the GPU: goldens, sampler = trainer, streamed experts", ("test_grpo/test_gpu.py",), needs_gpu=True),
-    Check("on the GPU: attention", (
-        "test_kernels/attention/test_packed_triton.py", "test_kernels/attention/test_decode_triton.py"), needs_gpu=True),
-    Check("on the GPU: experts, head, optimizer", (
-        "test_kernels/experts/test_forward_triton.py", "test_kernels/packed/test_mxfp4_triton.py",
+    Check("on the GPU: goldens, a run", ("test_grpo/test_gpu.py",), True, "goldens or on_cuda"),
+    Check("on the GPU: sampler = trainer", ("test_grpo/test_gpu.py",), True,
+          "sampled_log_probs or kept_sets or preempted or rows_that_park or by_a_graph"),
+    Check("on the GPU: batches, graphs, streamed experts", ("test_grpo/test_gpu.py",), True,
+          "any_batch or shows_in_the_next or steps_between or wait_for_each_other"),
+    Check("on the GPU: attention in training", ("test_kernels/attention/test_packed_triton.py",), True),
+    Check("on the GPU: attention in decoding", ("test_kernels/attention/test_decode_triton.py",), True),
+    Check("on the GPU: experts", (
+        "test_kernels/experts/test_forward_triton.py", "test_kernels/packed/test_mxfp4_triton.py"), True),
+    Check("on the GPU: head, draws, optimizer", (
         "test_kernels/head/test_log_probs_triton.py", "test_kernels/head/test_sampling_triton.py",
-        "test_kernels/test_adamw.py"), needs_gpu=True),
+        "test_kernels/test_adamw.py"), True),
 )
 
 
@@ -86,8 +92,11 @@ def run_checks(checks: list[Check]) -> list[str]:
     that failed; what failed in them is printed too."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     width, failed = max(len(check.name) for check in checks), []
-    with ThreadPoolExecutor(max_workers=min(cores, 8)) as pool:
-        for check, (passed, detail) in zip(checks, pool.map(_run, checks)):
+    with ThreadPoolExecutor(max_workers=min(cores, 12)) as pool:
+        # those of the GPU begin first: they wait for kernels to compile
+        running = {check: pool.submit(_run, check) for check in sorted(checks, key=lambda check: not check.needs_gpu)}
+        for check in checks:
+            passed, detail = running[check].result()
             print(f"{'PASS' if passed else 'FAIL'}  {check.name:{width}}  {detail}", flush=True)
             failed += [] if passed else [check.name]
     return failed
@@ -97,7 +106,8 @@ def _run(check: Check) -> tuple[bool, str]:
     """Whether a check's tests pass, and in words how many did or which did not."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
-               "gpu" if check.needs_gpu else "not gpu and not slow", *(f"tests/{file}" for file in check.files)]
+               "gpu" if check.needs_gpu else "not gpu and not slow", "-k", check.only,
+               *(f"tests/{file}" for file in check.files)]
     try:
         found = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                                timeout=_CHECK_SECONDS, stdin=subprocess.DEVNULL)

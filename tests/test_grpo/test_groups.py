@@ -8,6 +8,7 @@ import pytest
 
 import grpo.groups
 from grpo.batch import Completion, Prompt, Segment
+from grpo.config import InFlight
 from grpo.configuration.algorithm import AdvantageConfig, Baseline, KlConfig, Scale
 from grpo.environment import EnvironmentFault, Score, check_environment, checked_scores, held_out_prompts
 from grpo.envs.data_files import DataError
@@ -51,7 +52,7 @@ def config(*, prompts=3, refill=2, scale="none", max_tokens=100, mask_truncated=
     return SimpleNamespace(
         rollout=SimpleNamespace(prompts_per_step=prompts, group_size=GROUP, refill_rounds=refill, max_new_tokens=5,
                                 temperature=0.9, top_k=7, top_p=0.8, min_p=0.1, replay_routing=True, oversampling=oversampling,
-                                overlong_buffer=overlong, overlong_penalty=penalty),
+                                overlong_buffer=overlong, overlong_penalty=penalty, in_flight=InFlight.keep),
         optim=SimpleNamespace(max_tokens=max_tokens, mask_truncated=mask_truncated), eval=SimpleNamespace(max_prompts=2),
         advantage=AdvantageConfig(Baseline.group, Scale(scale)), kl=KlConfig(0.0), warmup=None)
 

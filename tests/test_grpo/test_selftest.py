@@ -1,5 +1,7 @@
 """The self-test: what fails is named, a band is checked at its step, and nothing passes that did not run."""
 
+import re
+
 import pytest
 import torch
 from paths import ROOT
@@ -12,26 +14,30 @@ from grpo.selftest import Check, check_bands, decode_ceiling, hardware_report, r
 
 @pytest.fixture
 def checks(tmp_path, monkeypatch) -> list[Check]:
-    """A check that passes, one with a failing test, one whose file is not there, one without tests."""
+    """A check that passes, one with a failing test, one whose file is not there, one without tests, two that choose tests."""
     tests = tmp_path / "tests"
     tests.mkdir()
     (tests / "test_right.py").write_text("def test_sum():\n    assert 1 + 1 == 2\n")
     (tests / "test_wrong.py").write_text("def test_sum():\n    assert 1 + 1 == 3\n\n\ndef test_fine():\n    pass\n")
     (tests / "test_none.py").write_text("")
+    (tests / "test_some.py").write_text("def test_sum():\n    assert 1 + 1 == 2\n\n\ndef test_other():\n    assert False\n")
     monkeypatch.setattr(selftest, "ROOT", tmp_path)
-    return [Check(name, (f"test_{name}.py",)) for name in ("right", "wrong", "gone", "none")]
+    checks = [Check(name, (f"test_{name}.py",)) for name in ("right", "wrong", "gone", "none")]
+    return [*checks, Check("some", ("test_some.py",), only="sum"), Check("mistyped", ("test_some.py",), only="product")]
 
 
 def test_a_check_passes_only_if_its_tests_ran_and_passed(checks, capsys):
-    assert run_checks(checks) == ["wrong", "gone", "none"]
+    assert run_checks(checks) == ["wrong", "gone", "none", "mistyped"]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("PASS  right  1 tests")
+    assert lines[0].startswith("PASS  right     1 tests") and any(line.startswith("PASS  some      1 tests") for line in lines)
     assert any("test_wrong.py::test_sum" in line for line in lines) and not any("test_fine" in line for line in lines)
 
 
-def test_every_file_of_a_check_is_there():
+def test_every_file_of_a_check_is_there_and_every_name_is_of_a_test_in_it():
     for check in selftest.CHECKS:
-        assert all((ROOT / "tests" / file).is_file() for file in check.files), check
+        texts = [(ROOT / "tests" / file).read_text(encoding="utf-8") for file in check.files]
+        for word in check.only.split(" or "):
+            assert any(re.search(rf"def test_\w*{word}", text) for text in texts), (check, word)
 
 
 def test_a_band_is_compared_with_the_last_value_of_its_step(capsys):
