@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention.decode import SharedPrefixes
 from kernels.attention.plan import AttentionPlan
-from kernels.device import is_triton, product_path, to_device
+from kernels.device import MAX_FEW_ROWS, is_triton, product_path, to_device
 from kernels.embedding import embedding
 from kernels.head.draw import draw, head_logits
 from kernels.head.kl import kl_divergence
@@ -304,11 +304,11 @@ class GptOss(nn.Module):
         A sequence gives the same result in chunks of any lengths, on a GPU bit for bit if attention runs by Triton."""
         numbers = to_device(prompt_numbers(chunks, cache, num_rows=len(tokens)), tokens.device)
         cache.flush()
-        by_one_launch = product_path(tokens) == "triton" and any(chunk.start for chunk in chunks)
+        lengths, has_earlier = [chunk.end - chunk.start for chunk in chunks], any(chunk.start for chunk in chunks)
+        by_one_launch = product_path(tokens) == "triton" and has_earlier and max(lengths) <= MAX_FEW_ROWS
         hidden = self.prefill_rows(tokens, numbers, cache, None if by_one_launch else chunks, record=record,
                                    is_prefixed=any(chunk.prefix_len for chunk in chunks))
-        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
-        return hidden[to_device(ends - 1, tokens.device)]
+        return hidden[to_device(torch.tensor(lengths).cumsum(0) - 1, tokens.device)]
 
     @torch.no_grad()
     def prefill_rows(self, tokens: torch.Tensor, numbers: torch.Tensor, cache: KVCache, chunks: list[PrefillChunk] | None, *,

@@ -18,7 +18,7 @@ from kernels.attention.packed import attention, attention_backward, attention_fo
 from kernels.attention.plan import AttentionPlan
 from kernels.device import is_triton, next_power_of_2, to_device
 from kernels.rope import rope_reference, rotate_
-from models.kv_cache import KVCache
+from models.kv_cache import PAGE_TOKENS, KVCache
 from models.offload import Kept
 
 NUM_SECTIONS = 16, 128  # of packed chunks; more take a power of two: few sizes, each is compiled
@@ -113,9 +113,10 @@ def prompt_numbers(chunks: list[PrefillChunk], cache: KVCache, *, num_rows: int)
 
 
 class PromptKeys:
-    """The next chunks of several sequences, packed; numbers: those of prompt_numbers, on the device. Where Triton computes
-    products, one launch attends for all of them, in a CUDA graph, too; is_prefixed: any may have a prefix. Elsewhere, and for
-    whole sequences, give `chunks`."""
+    """The next chunks of several sequences, packed; numbers: those of prompt_numbers, on the device. chunks: None if one launch
+    is to attend for all of them, in a CUDA graph, too (where Triton computes products); is_prefixed: any may have a prefix. With
+    chunks one call attends for all if all begin their sequences, else one call for each, with earlier keys and values from the
+    cache: for other devices, and faster for thousands of tokens."""
 
     def __init__(self, numbers: torch.Tensor, angles_of: Callable[[torch.Tensor], Angles], cache: KVCache,
                  chunks: list[PrefillChunk] | None, *, num_rows: int, is_prefixed: bool) -> None:
@@ -124,33 +125,32 @@ class PromptKeys:
         positions, self.slots, *kept = numbers[:(2 + len(lengths)) * width].view(-1, width)[:, :num_rows]  # [T] each
         self.angles, self.kept = angles_of(positions), dict(zip(lengths, kept))  # positions to store, -1 for none
         self.sections = numbers[(2 + len(lengths)) * width:].view(5, -1)
-        is_whole = chunks is not None and all(chunk.start == 0 for chunk in chunks)
-        self.plan = whole_plan(chunks) if is_whole else None
+        self.plan, self.spans = None, {}
+        if chunks is not None and all(chunk.start == 0 for chunk in chunks):
+            self.plan = whole_plan(chunks)
+        elif chunks is not None:
+            self.spans = {length: [chunk_plan(chunk.start, chunk.end, length, chunk.prefix_len) for chunk in chunks]
+                          for length in lengths}
 
     def attend(self, attn, qkv: torch.Tensor, kept: None) -> torch.Tensor:
         q, k, v = rotated(attn, qkv, self.angles)
         cache, layer, length = self.cache, attn.layer, self.cache.lengths[attn.layer]
-        if self.plan is not None:
-            attended = packed_attention(attn, q, k, v, self.plan)
-        elif self.chunks is not None:
-            attended = self._attend_one_by_one(attn, q, k, v, length)
-        else:
+        if self.chunks is None:
             attended = chunk_attention(q, k, v, cache.keys[layer], cache.values[layer], attn.sinks, sections=self.sections,
                                        is_prefixed=self.is_prefixed, page_table=cache.table_of(layer),
                                        **attn.settings()).flatten(1)
+        elif self.plan is not None:
+            attended = packed_attention(attn, q, k, v, self.plan)
+        else:
+            parts, counts = [], [chunk.end - chunk.start for chunk in self.chunks]
+            rows = zip(q.split(counts), k.split(counts), v.split(counts))
+            for (queries, *new), chunk, (first, plan) in zip(rows, self.chunks, self.spans[length], strict=True):
+                earlier = cache.read(layer, chunk.slot, first, chunk.start)
+                parts.append(packed_attention(attn, queries, *map(torch.cat, zip(earlier, new)), plan))
+            attended = torch.cat(parts)
         # written last: in a ring new entries replace keys that the chunk's first tokens still need
         cache.write(layer, k, v, self.slots, self.kept[length])
         return attended
-
-    def _attend_one_by_one(self, attn, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int) -> torch.Tensor:
-        """length: how many tokens the layer keeps. Not the bits of whole sequences, which no library gives."""
-        parts, counts = [], [chunk.end - chunk.start for chunk in self.chunks]
-        for chunk, queries, *new in zip(self.chunks, q.split(counts), k.split(counts), v.split(counts), strict=True):
-            first = max(chunk.start - length, 0)
-            both = (torch.cat(pair) for pair in zip(self.cache.read(attn.layer, chunk.slot, first, chunk.start), new))
-            plan = AttentionPlan([0, chunk.end - first], first_query=chunk.start - first)
-            parts.append(packed_attention(attn, queries, *both, plan))
-        return torch.cat(parts)
 
 
 class CachedKeys:
@@ -205,3 +205,16 @@ def whole_plan(chunks: list[PrefillChunk]) -> AttentionPlan:
             prefixes.append(-1)
         cu_seqlens.append(begin + chunk.end)
     return AttentionPlan(cu_seqlens, prefixes=prefixes)
+
+
+def chunk_plan(start: int, end: int, length: int, prefix_len: int) -> tuple[int, AttentionPlan]:
+    """For a chunk start .. end of a sequence and a layer that keeps the last `length` tokens: the first position whose key
+    attention reads, and the plan from there on. Key tiles start where they start for the whole sequence (counted from its start
+    or from the prefix's end), so only whole tiles are left out. The first tile may have keys that the ring has overwritten; the
+    mask hides them."""
+    kept = max(start - length, 0)
+    origin = prefix_len if prefix_len <= kept else 0
+    first = origin + (kept - origin) // PAGE_TOKENS * PAGE_TOKENS
+    if first < prefix_len < end:
+        return first, AttentionPlan([0, prefix_len - first, end - first], prefixes=[-1, 0], first_query=start - first)
+    return first, AttentionPlan([0, end - first], first_query=start - first)

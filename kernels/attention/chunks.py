@@ -26,31 +26,19 @@ _LOG2_E = 1.4426950408889634
 @triton.jit
 def _chunk_range(acc, row_max, row_sum, q, keys, values, k, v, pages, stride_k, stride_v, position, split, key_start, key_end,
                  scale_log2, window, STRIDE_KEY: tl.constexpr, WINDOWED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
-                 ALIGNED: tl.constexpr, IS_PREFIX: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                 ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """For the queries from `position` on: the keys key_start .. key_end of their sequence, those before `split` from the cache,
     key p of the others at k + p * stride_k."""
-    rows = position + tl.arange(0, BLOCK_M)
+    positions = position + tl.arange(0, BLOCK_M)
     first, whole_end, last = key_range(position, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
-    new_start = last
-    if not WINDOWED:  # tiles in the cache, which all queries see, the tile that may be in both, and those that are new
-        num_cached = tl.minimum(tl.maximum(split - key_start, 0), key_end - key_start)
-        cached_end = key_start + num_cached // BLOCK_N * BLOCK_N
-        if not IS_PREFIX:
-            new_start = tl.minimum(key_start + tl.cdiv(num_cached, BLOCK_N) * BLOCK_N, last)
+    if not WINDOWED:  # all queries see the tiles in the cache
+        whole_end = key_start + tl.maximum(tl.minimum(split, key_end) - key_start, 0) // BLOCK_N * BLOCK_N
         acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
-                                              rows, first, cached_end, key_end, scale_log2, window, WINDOWED, False, False, D,
-                                              BLOCK_N, RING, PAGE, pages, ALIGNED)
-        first = cached_end
-    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0, rows,
-                                          first, new_start, key_end, scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING,
-                                          PAGE, pages, ALIGNED, k, v, stride_k, stride_v, split)
-    if not WINDOWED and not IS_PREFIX:
-        acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_k, stride_v, 0, rows, new_start,
-                                              whole_end, key_end, scale_log2, window, WINDOWED, False, False, D, BLOCK_N)
-        acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_k, stride_v, 0, rows,
-                                              tl.maximum(new_start, whole_end), last, key_end, scale_log2, window, WINDOWED, True,
-                                              False, D, BLOCK_N)
-    return acc, row_max, row_sum
+                                              positions, first, whole_end, key_end, scale_log2, window, WINDOWED, False, False,
+                                              D, BLOCK_N, RING, PAGE, pages, ALIGNED)
+    return forward_tiles(acc, row_max, row_sum, q, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0, positions, whole_end,
+                         last, key_end, scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED, k, v,
+                         stride_k, stride_v, split)
 
 
 @triton.jit(do_not_specialize=["window", "num_rows", "pages_per_slot"])
@@ -60,11 +48,10 @@ def _attend_chunks_kernel(q, k, v, keys, values, sinks, out, sections, page_tabl
                           RING: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                           OVERLAPS: tl.constexpr):
     wait_for_launch_before(OVERLAPS)
-    head = tl.program_id(0) % num_heads
+    head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     tiles_of = tiles_of_experts(sections, num_rows, SECTIONS, BLOCK_M, SECTIONS, True)
     ends_of = tl.cumsum(tiles_of, 0)
-    tile = tl.sum(tiles_of, 0) - 1 - tl.program_id(0) // num_heads  # the last of a section, which sees the most keys, first
-    if tile >= 0:
+    if tile < tl.sum(tiles_of, 0):
         section, within, start, end = owner_of_tile(tile, tiles_of, ends_of, sections, num_rows, 1, SECTIONS, True)
         sections += SECTIONS + 1 + section
         slot = tl.load(sections)
@@ -89,10 +76,10 @@ def _attend_chunks_kernel(q, k, v, keys, values, sinks, out, sections, page_tabl
             first = tl.load(sections + 3 * (SECTIONS + 1)).to(tl.int32)
             acc, row_max, row_sum = _chunk_range(acc, row_max, row_sum, q_tile, keys, values, k, v, pages, stride_k, stride_v,
                                                  row + shift, split, 0, first, scale_log2, window, STRIDE_KEY, WINDOWED, RING,
-                                                 PAGE, True, True, D, BLOCK_M, BLOCK_N)
+                                                 PAGE, True, D, BLOCK_M, BLOCK_N)
         acc, row_max, row_sum = _chunk_range(acc, row_max, row_sum, q_tile, keys, values, k, v, pages, stride_k, stride_v,
                                              row + shift, split, first, end + shift, scale_log2, window, STRIDE_KEY, WINDOWED,
-                                             RING, PAGE, not PREFIXED, False, D, BLOCK_M, BLOCK_N)
+                                             RING, PAGE, not PREFIXED, D, BLOCK_M, BLOCK_N)
         rows, dims = row + tl.arange(0, BLOCK_M), tl.arange(0, D)
         tl.store(out + rows.to(tl.int64)[:, None] * stride_out + head * D + dims[None, :],
                  (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=(rows < end)[:, None])

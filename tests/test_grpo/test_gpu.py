@@ -15,6 +15,7 @@ import grpo.rollout.session
 import kernels.device
 import kernels.linear
 import models.decoder
+import models.gpt_oss
 from grpo.batch import Prompt, micro_batches, pack
 from grpo.kl import Reference
 from grpo.rollout.sampling import SamplingParams
@@ -428,24 +429,22 @@ def test_a_prefill_of_few_tokens_leaves_the_bits_of_others(monkeypatch, bounds):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results)) and results[0][0].any()
 
 
-@pytest.mark.parametrize("longest", [300, 1900])
 @pytest.mark.parametrize("prefix_len", [0, 70])
-def test_chunks_of_several_sequences_get_the_bits_of_whole_sequences(prefix_len, longest):
-    """Also a chunk that holds the prompt's end, and one of many tiles of keys behind many others."""
-    model, bounds = adapted_model(), [(0, 5), (130 * longest // 300, longest), (60, 163), (7, 200)]
-    tokens = (torch.arange(4 * longest, device="cuda").view(4, longest) * 37 + 5) % 380
-    caches = [model.new_cache(4, 2048) for _ in range(2)]
-    states = []
-    for slot, (start, end) in enumerate(bounds):
-        assert all(cache.reserve(slot, end) for cache in caches)
-        if start:
-            model.prefill(tokens[slot, :start], [PrefillChunk(slot, 0, start, prefix_len)], caches[0])
-        states.append(model.prefill(tokens[slot, :end], [PrefillChunk(slot, 0, end, prefix_len)], caches[1]))
-    chunks = [PrefillChunk(slot, start, end, prefix_len) for slot, (start, end) in enumerate(bounds)]
-    hidden = model.prefill(torch.cat([tokens[slot, start:end] for slot, start, end, _ in chunks]), chunks, caches[0])
-    assert torch.equal(hidden, torch.cat(states)) and hidden.any()
-    for ours, theirs in zip((*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values)):
-        assert torch.equal(ours, theirs)
+def test_one_launch_for_all_chunks_gives_the_bits_of_one_for_each(monkeypatch, prefix_len):
+    """And so those of whole sequences, also where a chunk holds the prompt's end."""
+    model, results, bounds = adapted_model(), [], [(0, 5), (130, 300), (60, 163), (7, 200)]
+    tokens = (torch.arange(4 * 300, device="cuda").view(4, 300) * 37 + 5) % 380
+    for most in (512, 0):
+        monkeypatch.setattr(models.gpt_oss, "MAX_FEW_ROWS", most)
+        cache = model.new_cache(4, 512)
+        for slot, (start, end) in enumerate(bounds):
+            assert cache.reserve(slot, end)
+            if start:
+                model.prefill(tokens[slot, :start], [PrefillChunk(slot, 0, start, prefix_len)], cache)
+        chunks = [PrefillChunk(slot, start, end, prefix_len) for slot, (start, end) in enumerate(bounds)]
+        hidden = model.prefill(torch.cat([tokens[slot, start:end] for slot, start, end, _ in chunks]), chunks, cache)
+        results.append([hidden, *(tensor.clone() for tensor in (*cache.keys, *cache.values))])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results)) and results[0][0].any()
 
 
 @pytest.mark.parametrize("records", [False, True])

@@ -7,7 +7,7 @@ from paths import FIXTURES
 
 from models.formats.hugging_face import load_model
 from models.gpt_oss import GptOss, KeptSets, previous_rows
-from models.keys import PrefillChunk, packed_positions
+from models.keys import PrefillChunk, chunk_plan, packed_positions
 from models.lora import LoraConfig, attach_lora, set_full_training
 from models.routing_record import RoutingRecord
 
@@ -205,3 +205,20 @@ def test_chunks_of_several_sequences_give_what_each_gives_alone(prefix_len):
         logits.append(model.head(model.decode(tokens[torch.arange(3), ends], ends, cache, torch.arange(3))))
         results.append(torch.cat(logits))
     torch.testing.assert_close(*results, rtol=0, atol=2e-5)
+
+
+def test_a_chunk_takes_whole_tiles_of_keys_counted_from_where_the_whole_sequence_counts_them():
+    def plan(start, end, length, prefix_len=0):
+        first, plan = chunk_plan(start, end, length, prefix_len)
+        return first, plan.cu_seqlens, plan.prefixes, plan.first_query
+
+    assert plan(0, 50, 128) == (0, [0, 50], None, 0)
+    assert plan(256, 400, 10_000) == (0, [0, 400], None, 256)
+    assert plan(256, 400, 128) == (128, [0, 272], None, 128)
+    assert plan(300, 400, 100) == (192, [0, 208], None, 108)  # 200 and after are seen
+    # a prompt of 250 tokens counted apart: a chunk of it, one that crosses its end, and chunks of the completion
+    assert plan(200, 250, 128, 250) == (64, [0, 186], None, 136)
+    assert plan(200, 300, 128, 250) == (64, [0, 186, 236], [-1, 0], 136)
+    assert plan(300, 350, 128, 250) == (128, [0, 122, 222], [-1, 0], 172)
+    assert plan(450, 500, 128, 250) == (314, [0, 186], None, 136)  # 250 + 64
+    assert plan(450, 500, 10_000, 250) == (0, [0, 250, 500], [-1, 0], 450)
