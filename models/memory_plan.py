@@ -285,15 +285,13 @@ def state_bytes(needs: Needs) -> int:
     return (optimizer.moments + optimizer.masters) // needs.num_shards
 
 
-def _divided(needs: Needs, lines: dict[str, int], *, gathers: bool) -> dict[str, int]:
-    """The lines of a phase where processes divide the weights: whole, beside this one's part of them; or, if the phase gathers
-    them, its part beside the layers that are being gathered, and embedding and head, which stay during a pass."""
+def _divided(needs: Needs, lines: dict[str, int]) -> dict[str, int]:
+    """The lines of an update where processes divide the weights: this one's part of them, the layers that are being gathered, and
+    embedding and head, which stay during a pass."""
     if needs.num_shards == 1:
         return lines
     config, size = needs.config, needs.dtype.itemsize
     parts = {name: lines[name] // needs.num_shards for name in ("attention and the rest", "head", "embedding", "experts")}
-    if not gathers:
-        return lines | {"own part of the weights": sum(parts.values())}
     layer = needs.expert_layer_bytes + rest_parameters(config) * size // config.num_hidden_layers
     return lines | parts | {"gathered weights": GATHERED_LAYERS * layer + 2 * embedding_parameters(config) * size}
 
@@ -319,8 +317,7 @@ def _plan_sampling(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, most_s
     """The fastest way to sample: its seconds, rows at once, bytes that the cache may take, and the phase. Raises DoesNotFit."""
     best, wanted = None, min(needs.num_rows, needs.max_rows)
     for num_streamed in range(most_streamed + 1):
-        lines = _divided(needs, _weights(needs, homes, num_streamed), gathers=False)
-        lines |= {"prefill and logits": _sampling_workspace(needs, homes, gpu, wanted)}
+        lines = _weights(needs, homes, num_streamed) | {"prefill and logits": _sampling_workspace(needs, homes, gpu, wanted)}
         lines["unused by torch"] = int(_UNUSED * _torch_bytes(lines))
         room = limit - sum(lines.values())
         room = room if needs.cache_bytes is None else min(room, needs.cache_bytes)
@@ -413,7 +410,7 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
     inputs, whole = layers * sizes["x"], layers * sum(sizes.values())
 
     def phase(kept: Place, x: Place, num_streamed: int, scratch_bytes: int) -> Phase:
-        lines = _divided(needs, _weights(needs, homes, num_streamed), gathers=True)
+        lines = _divided(needs, _weights(needs, homes, num_streamed))
         lines["gradients"] = _gradient_bytes(needs, optimizer)
         parts = [_pass_moment(needs, kept, x, scratch_bytes),
                  {"scratch of the optimizer": optimizer.scratch + homes.state_on_host * optimizer.buffers}]

@@ -2,7 +2,7 @@
 
 Each rank keeps 1/N of every large parameter, of its gradient and of its optimizer state; small ones are whole on all ranks. In
 the update a layer's weights are gathered when its forward or backward begins, and dropped when that ends. While sampling, all
-weights are whole on every rank: decoding would gather them for each token.
+weights are whole on every rank, since decoding would gather them for each token, and the parts are freed.
 
 FSDP2 gathers weights; gradients are added here, since its own reduction rounds after each round of micro-batches and knows no
 order. After a layer's backward a rank gets its part of the layer's gradients from all ranks (an all-to-all, which moves as many
@@ -80,8 +80,8 @@ class Divided:
 
 
 class Shards(Divided):
-    """A policy's trained parameters, divided over all ranks. After this the policy is whole (gather()); a training pass needs
-    release()."""
+    """A policy's trained parameters, divided over all ranks: as for training passes. Other passes need gather(), and training
+    passes after it release()."""
 
     divides_weights = True
 
@@ -96,21 +96,28 @@ class Shards(Divided):
         self._divided = [name for name, parameter in policy.trainable_parameters().items()
                          if can_divide(parameter, ranks.num_ranks)]
         whole = {parameter for name, parameter in policy.named_parameters() if name not in self._divided}
-        for module in (*blocks, policy):  # after a forward the head is needed, and then the last layer
+        for module in (*blocks, policy):  # the head is needed right after the forward
             fully_shard(module, mesh=self._mesh, reshard_after_forward=module is not policy, ignored_params=whole)
             module.gathers = True
         for block in blocks:
             register_fsdp_forward_method(block, "forward_with_grad")
         register_fsdp_forward_method(policy, "packed_hidden")
-        self._modules = [*blocks, policy]
+        self._policy, self._modules = policy, [*blocks, policy]
+        layers = [f"model.layers.{number}." for number in range(len(blocks))]
+        self._names = [[name for name in self._divided if name.startswith(layer)] for layer in layers]  # that a module gathers
+        self._names.append([name for name in self._divided if not name.startswith(tuple(layers))])
         sizes = [[parameter.nbytes for parameter in block.parameters()] for block in blocks]
         policy.memory.gathered_bytes = GATHERED_LAYERS * max(map(sum, sizes)) + max(max(size) for size in sizes)
-        self.gather()  # also prepares FSDP2, which may replace the parts that it has
-        self._group_of, self._groups, self._received = {}, [], {}
-        for name, parameter in policy.trainable_parameters().items():
-            parameter.register_post_accumulate_grad_hook(self._receiver(name))
+        self._group_of, self._groups, self._received = {}, {}, {}
+        for name in policy.trainable_parameters():
             self._join(name)
-        self.release()
+        for module, names in zip(self._modules, self._names):
+            module.unshard()  # only now there are parameters that are whole; they stay the same ones
+            for name in names:
+                policy.get_parameter(name).register_post_accumulate_grad_hook(self._receiver(name))
+            module.reshard()
+        for name in self._group_of.keys() - set(self._divided):
+            policy.get_parameter(name).register_post_accumulate_grad_hook(self._receiver(name))
         self.parameters = {name: torch.nn.Parameter(parameter.detach().to_local() if name in self._divided else parameter)
                            for name, parameter in policy.trainable_parameters().items()}
         self.starts = {name: ranks.rank * self.parameters[name].numel() for name in self._divided}
@@ -118,26 +125,32 @@ class Shards(Divided):
     def _join(self, name: str) -> None:
         """Gradients of a layer are exchanged together, in the order of its parameters: the backward may bring them in any."""
         layer = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
-        if layer not in self._group_of:
-            self._group_of[layer] = len(self._groups)
-            self._groups.append([])
-        self._group_of[name] = self._group_of[layer]
-        self._groups[self._group_of[name]].append(name)
+        self._groups.setdefault(layer, []).append(name)
+        self._group_of[name] = self._groups[layer]
 
     def gather(self) -> None:
+        """Also frees this rank's parts, which the whole weights have."""
         with self.ranks.collective("gathering the weights"):
-            for module in self._modules:
+            for module, names in zip(self._modules, self._names):
                 module.unshard()
+                for name in names:
+                    self.parameters[name].untyped_storage().resize_(0)
 
+    @torch.no_grad()
     def release(self) -> None:
-        """Drops what gather() brought: from here on a pass with gradient gathers layer by layer, and others cannot run."""
-        for module in self._modules:
+        """Keeps this rank's parts of what gather() brought: from here on a pass with gradient gathers layer by layer, and others
+        cannot run."""
+        for module, names in zip(self._modules, self._names):
+            for name in names:
+                part = self.parameters[name]
+                part.untyped_storage().resize_(part.nbytes)
+                part.copy_(self._policy.get_parameter(name).chunk(self.num_places)[self.place])
             module.reshard()
 
     def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
         def receive(parameter: torch.Tensor) -> None:
             self._received[name], parameter.grad = parameter.grad, None  # FSDP2 finds none to reduce
-            group = self._groups[self._group_of[name]]
+            group = self._group_of[name]
             if all(member in self._received for member in group):
                 for member in group:
                     self._add(member, self._received.pop(member))

@@ -91,7 +91,7 @@ def test_ranks_that_divide_the_model_hold_their_parts_and_the_layers_that_are_ga
     matrix, experts, layer = 1_158_266_880, 1_592_524_800, 2 * (rest_parameters(B20) // 24)
     sampling, update = found.sampling.lines, found.update.lines
     assert sampling["experts"] == 24 * experts and update["experts"] == 12 * experts
-    assert sampling["own part of the weights"] == 20_914_757_184  # two bytes each, of half
+    assert sampling["head"] == matrix and "gathered weights" not in sampling
     assert update["head"] == matrix // 2
     assert update["gathered weights"] == pytest.approx(3 * (experts + layer) + 2 * matrix, rel=1e-6)
     assert update["gradients"] == 20_914_757_184 + 2 * 20_914_757_184 // 24 + matrix  # its part, a layer's, one received
