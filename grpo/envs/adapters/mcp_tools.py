@@ -15,6 +15,8 @@ from grpo.envs.adapters.session import ToolResult, Verified, final_text, import_
 from grpo.rewards.functions import load_function
 from grpo.rewards.match import exact_match
 
+START_SECONDS = 60.0  # that a server may take to start and to list its tools, before a run begins
+
 
 class McpTools:
     """command: the server's program and arguments; environment: its variables, beside the few that MCP passes on; prompt_key,
@@ -28,7 +30,9 @@ class McpTools:
         self.prompt_key, self.answer_key = prompt_key, answer_key
         self.judge = None if reward is None else load_function(reward, key="env.kwargs.reward")
         try:
-            self.tools = asyncio.run(self._list())
+            self.tools = asyncio.run(asyncio.wait_for(self._list(), START_SECONDS))
+        except TimeoutError as error:
+            raise ValueError(f"env.kwargs.command={command!r}: it listed no tools within {START_SECONDS:g} s") from error
         except Exception as error:  # of the server, or that there is none
             raise ValueError(f"env.kwargs.command={command!r}: no MCP server answers: {describe(error)}") from error
 

@@ -380,3 +380,6 @@ def test_an_mcp_server_gives_each_episode_its_tools_afresh(monkeypatch, tmp_path
         assert "too often" in others[1].result and others[2].result == "argument a of add must be integer"
     with pytest.raises(ValueError, match="no MCP server answers"):
         sessions("mcp_tools:McpTools", path=str(tmp_path / "rows.jsonl"), command=["false"])
+    monkeypatch.setattr("grpo.envs.adapters.mcp_tools.START_SECONDS", 0.5)
+    with pytest.raises(ValueError, match="it listed no tools within 0.5 s"):
+        sessions("mcp_tools:McpTools", path=str(tmp_path / "rows.jsonl"), command=["sleep", "599"])
