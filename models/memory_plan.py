@@ -302,15 +302,8 @@ def _gradient_bytes(needs: Needs, optimizer: OptimizerBytes) -> int:
     whole = optimizer_needs(replace(needs, num_sharers=1)).gradients  # of a layer, autograd has zeros for others' experts too
     own, layer = needs.keeps_gradients * optimizer.gradients, whole // needs.config.num_hidden_layers
     if needs.num_shards > 1:
-        return own // needs.num_shards + layer + _largest_parameter(needs)
+        return own // needs.num_shards + 3 * layer  # one is made while another one is exchanged
     return own + layer + (needs.num_ranks > 1) * (optimizer.gradients // needs.num_ranks + EXCHANGE_BYTES)
-
-
-def _largest_parameter(needs: Needs) -> int:
-    """Bytes of the head, or of gate and up of a layer's experts."""
-    config = needs.config
-    experts = 2 * config.num_local_experts * config.hidden_size * config.intermediate_size
-    return max(embedding_parameters(config), experts) * needs.dtype.itemsize
 
 
 def _plan_sampling(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, most_streamed: int) -> tuple[float, int, int, Phase]:

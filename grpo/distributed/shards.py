@@ -6,8 +6,8 @@ weights are whole on every rank, since decoding would gather them for each token
 
 FSDP2 gathers weights; gradients are added here, since its own reduction rounds after each round of micro-batches and knows no
 order. After a layer's backward a rank gets its part of the layer's gradients from all ranks (an all-to-all, which moves as many
-bytes as a reduce-scatter) and adds them in the order of the micro-batches; a gradient's norm is that of the whole, gathered for
-it. So weights have the bits of one process.
+bytes as a reduce-scatter), while the layer before goes through its backward, and adds them in the order of the micro-batches; a
+gradient's norm is that of the whole, gathered for it. So weights have the bits of one process.
 
 A pass waits for all ranks at every layer. So all take equally many: in an update's last round, a rank without a micro-batch
 repeats another one's, and its gradients are left out. What happens to one rank in a pass (memory that is refused, a loss that is
@@ -101,14 +101,16 @@ class Shards(Divided):
             module.gathers = True
         for block in blocks:
             register_fsdp_forward_method(block, "forward_with_grad")
+        for block, following in zip(blocks, blocks[1:]):  # the host may wait within a layer, so the next one is gathered before
+            block.set_modules_to_forward_prefetch([following])
         register_fsdp_forward_method(policy, "packed_hidden")
         self._policy, self._modules = policy, [*blocks, policy]
         layers = [f"model.layers.{number}." for number in range(len(blocks))]
         self._names = [[name for name in self._divided if name.startswith(layer)] for layer in layers]  # that a module gathers
         self._names.append([name for name in self._divided if not name.startswith(tuple(layers))])
         sizes = [[parameter.nbytes for parameter in block.parameters()] for block in blocks]
-        policy.memory.gathered_bytes = GATHERED_LAYERS * max(map(sum, sizes)) + max(max(size) for size in sizes)
-        self._group_of, self._groups, self._received = {}, {}, {}
+        policy.memory.gathered_bytes = (GATHERED_LAYERS + 2) * max(map(sum, sizes))  # 2: gradients sent and received
+        self._group_of, self._groups, self._made, self._sent = {}, {}, {}, []
         for name in policy.trainable_parameters():
             self._join(name)
         for module, names in zip(self._modules, self._names):
@@ -149,23 +151,31 @@ class Shards(Divided):
 
     def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
         def receive(parameter: torch.Tensor) -> None:
-            self._received[name], parameter.grad = parameter.grad, None  # FSDP2 finds none to reduce
+            self._made[name], parameter.grad = parameter.grad, None  # FSDP2 finds none to reduce
             group = self._group_of[name]
-            if all(member in self._received for member in group):
+            if all(member in self._made for member in group):
+                self.add_sent()
                 for member in group:
-                    self._add(member, self._received.pop(member))
+                    self._send(member, self._made.pop(member))
 
         return receive
 
-    def _add(self, name: str, gradient: torch.Tensor) -> None:
-        """Adds the gradients of the ranks whose micro-batches count, in their order, to the optimizer's."""
+    def _send(self, name: str, gradient: torch.Tensor) -> None:
+        """Starts to exchange a gradient, while the layer before goes through its backward."""
         size, gradient = self.ranks.num_ranks, gradient.contiguous().view(-1)
         received = gradient.new_empty(size, gradient.numel() // size if name in self._divided else gradient.numel())
         if name in self._divided:
-            dist.all_to_all_single(received.view(-1), gradient)
+            work = dist.all_to_all_single(received.view(-1), gradient, async_op=True)
         else:
-            dist.all_gather(list(received), gradient)
-        self.optimizer.add(name, received[:self.num_gradients])
+            work = dist.all_gather(list(received), gradient, async_op=True)
+        self._sent.append((name, gradient, received, work))  # the gradient too: it must stay until then
+
+    def add_sent(self) -> None:
+        """Adds what was exchanged, of the ranks whose micro-batches count, in their order, to the optimizer's gradients."""
+        for name, _, received, work in self._sent:
+            work.wait()
+            self.optimizer.add(name, received[:self.num_gradients])
+        self._sent.clear()
 
     def step(self) -> float:
         """The optimizer's step. It gathers, so none may begin it again after an error. All call it."""
@@ -190,6 +200,7 @@ def train_sharded(shards: Shards, work: list[Any], train: Callable[[Any], Any], 
         shards.num_gradients = min(ranks.num_ranks, len(work) - first)
         with ranks.collective("a training pass"):
             own = train(work[first + min(ranks.rank, shards.num_gradients - 1)])
+            shards.add_sent()
         found = ranks.exchange("the micro-batches", (own, should_stop()))
         if any(is_stopped for _, is_stopped in found):
             return trained, True

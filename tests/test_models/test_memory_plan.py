@@ -94,7 +94,7 @@ def test_ranks_that_divide_the_model_hold_their_parts_and_the_layers_that_are_ga
     assert sampling["head"] == matrix and "gathered weights" not in sampling
     assert update["head"] == matrix // 2
     assert update["gathered weights"] == pytest.approx(3 * (experts + layer) + 2 * matrix, rel=1e-6)
-    assert update["gradients"] == 20_914_757_184 + 2 * 20_914_757_184 // 24 + matrix  # its part, a layer's, one received
+    assert update["gradients"] == 20_914_757_184 + 3 * (2 * 20_914_757_184 // 24)  # its part; a layer's, one sent, one received
     assert sampling["optimizer"] == update["optimizer"] == state_bytes(full) // 2
     limits = [least_limit(replace(full, num_shards=number), GPU_SPECS["H200"], host_bytes=0) for number in (1, 2, 4, 8)]
     assert limits[0] > 130e9 and 95e9 > limits[1] > limits[2] > limits[3] > 45e9  # each holds the whole model while sampling
