@@ -19,6 +19,10 @@ completion has an object of its own, on which `reset` is called with the same ro
 generators are seeded by the row before. What a tool draws from them later may differ from run to run, and so may what an async
 reset draws, since others run beside it. An object that has close() is closed, one that was made for a prompt too.
 
+Tools run in this process. Code in C that keeps Python's lock (a regular expression that the model wrote, a huge power) stops the
+whole run, and no limit ends it; stderr shows where it is then. Run such a tool in a process of its own, as an MCP server does.
+Processes that a thread of the tool's own starts, or that leave their parents as daemons do, are not found when an episode ends.
+
 A method user_turn(answer) -> str | None is no tool: it returns what the user says to a final message, or None to end the episode.
 """
 

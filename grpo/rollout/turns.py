@@ -15,6 +15,7 @@ for tools, so that a run repeats bit by bit. An environment's object begins anew
 What it does must depend only on its arguments; what a clock decides (a call past its time) is the exception.
 """
 
+import faulthandler
 import hashlib
 import queue
 import re
@@ -44,6 +45,7 @@ from models.chat.tools import to_json
 
 MOST_JOBS = 64  # episodes whose code runs at the same time; others wait, and their time does not count
 PATIENCE = 0.1  # seconds between two looks at deadlines and stop signals
+GRACE = 60.0  # seconds beyond turns.call_seconds; see _Rollout._watch
 CUT = "... (cut off)"
 # Results go on together once they are a share of the rows that are decoded, or after so many model calls (of SYNC_STEPS decode
 # steps). A row that waits takes no part in decoding, but a prefill of its own would hold up all others for as long as 5 steps.
@@ -232,6 +234,7 @@ class _Rollout:
 
     def leave(self) -> None:
         """Lets the threads of unfinished episodes go."""
+        faulthandler.cancel_dump_traceback_later()
         for play in self.plays:
             self._leave(play)
 
@@ -315,6 +318,7 @@ class _Rollout:
                 if self.should_stop is not None and waits and self.should_stop():
                     raise Interrupted("while tools were running") from None
             self._give_up_late()
+            self._watch()
             if not waits and self.replies.empty() or waits and not (self.running or self.waiting):
                 break
             if waits and self.overlaps and self.outcomes:
@@ -338,6 +342,7 @@ class _Rollout:
             play.thread = EpisodeThread(index, partial(turns.env.episode, play.row.prompt, play.row.sample), self.replies,
                                         writes_json=turns.limits.form == Form.hub)
         self.running.add(index)
+        self._watch()
         job(play.thread)
 
     def _leave(self, play: _Play) -> None:
@@ -355,6 +360,14 @@ class _Rollout:
         for index in [index for index in self.running if self.plays[index].thread.is_late(limit)]:
             self.plays[index].thread.give_up()
             self._note(index, EpisodeFault(f"its code ran over {limit:g} s (turns.call_seconds)"))
+
+    def _watch(self) -> None:
+        """Has the lines that all threads are at written to stderr, unless this is called again in time. Code in C that keeps
+        Python's lock (a regular expression, a huge power) holds up this thread too, so that nothing can give it up."""
+        if self.running:
+            faulthandler.dump_traceback_later(self.turns.limits.call_seconds + GRACE, file=2)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def _finish_job(self, play: _Play, outcome: object) -> None:
         if isinstance(outcome, ToolCall):

@@ -1,5 +1,6 @@
 """Episodes of several turns by a scripted policy: what is sampled, appended and trained on; environments that misbehave."""
 
+import ctypes
 import json
 import os
 import random
@@ -221,6 +222,21 @@ def test_an_environment_that_misbehaves_loses_its_episode_and_no_other(play, how
     assert [score.reward is None for score in scores] == [how != "fork", False, False, False]
     assert turn_metrics(completions)["episodes/failed"] == (how != "fork")
     assert children_of_this_process() == []
+
+
+def test_a_tool_that_keeps_pythons_lock_is_named_while_nothing_else_can_run(play, monkeypatch, capfd):
+    class Locking(Tools):
+        def echo(self, text: str) -> str:
+            """Sleeps in C."""
+            ctypes.PyDLL(None).usleep(1_500_000)
+            return text
+
+    monkeypatch.setattr("grpo.rollout.turns.GRACE", 0.2)
+    env = Env()
+    env.episode = Locking
+    scripts = {(0, 0): [call(text="a"), FINAL.format("1")], (0, 1): [FINAL.format("2")]}
+    play(scripts, env=env, limits=TurnsConfig(call_seconds=0.2))
+    assert re.search(r"Timeout.*test_turns.py\", line \d+ in echo", capfd.readouterr().err, re.DOTALL)
 
 
 def children_of_this_process() -> list[str]:
