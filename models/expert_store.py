@@ -48,12 +48,6 @@ class Placement:
         layers = _spread(update, num_layers)
         return [layers[i] for i in _spread(sampling, update)] if is_sampling else layers
 
-    def gpu_bytes(self, num_layers: int, layer_bytes: int, *, is_sampling: bool) -> int:
-        """Bytes of all experts' weights on the GPU, the slots included."""
-        num_streamed = self.num_streamed_sampling if is_sampling else self.num_streamed_update
-        num_slots = min(NUM_SLOTS, self.num_streamed_update) if num_streamed else 0
-        return (num_layers - num_streamed + num_slots) * layer_bytes
-
     def host_bytes(self, layer_bytes: int) -> int:
         """Bytes of pinned host memory."""
         return sum(pinned_bytes(count * layer_bytes) for count in slabs(self.num_streamed_update, layer_bytes))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -168,9 +168,8 @@ class MemoryPlan:
     seconds: float  # of decoding a rollout, by the cost model
     sampling: Phase
     update: Phase | None  # None: nothing trains
-    activations_on_host: int = 0  # bytes
-    host: dict[str, int] = field(default_factory=dict)  # what takes pinned host memory -> bytes
-    samples_beside: bool = False  # both phases at once: each one's lines have what the other one takes too
+    host: dict[str, int]  # what takes pinned host memory -> bytes
+    samples_beside: bool  # both phases at once: each one's lines have what the other one takes too
 
     @property
     def host_bytes(self) -> int:
@@ -384,7 +383,7 @@ def _pass_moment(needs: Needs, kept: Place, x: Place, scratch_bytes: int) -> dic
     dequantized = scratch(config, replace(workload, keeps_h=True)), scratch(config, workload)
     moments = [{"kept activations": kept_bytes, "a layer's workspace": space - weights, "scratch of weights": weights}
                for kept_bytes, space, weights in zip(held, layer_memory(config, workload, plans[0]), dequantized)]
-    whole = sum(sizes[name] for plan in plans[:1] for name, place in plan.items() if place == Place.gpu) * len(plans)
+    whole = sum(sizes[name] for name, place in plans[0].items() if place == Place.gpu) * len(plans)
     moments.append({"kept activations": small + whole + 4 * sizes["x"], "scratch of the head": min(
         HEAD_SCRATCH_BYTES, needs.micro_tokens * config.vocab_size * needs.dtype.itemsize)})
     if needs.full_kl:  # the reference's states, and gradients of the policy's: in fp32, rounded, and those of log-probs
@@ -438,24 +437,28 @@ def _plan_update(needs: Needs, homes: _Homes, limit: int, host_bytes: int, strea
 
 def plan(needs: Needs, gpu: GpuSpec, *, limit: int, host_bytes: int) -> MemoryPlan:
     """The placement that costs least time such that neither phase takes more than `limit` bytes of the GPU, nor both more than
-    host_bytes of pinned host memory. Raises DoesNotFit."""
-    if needs.samples_beside and needs.max_tokens:
-        return _plan_beside(needs, gpu, limit, host_bytes)
+    host_bytes of pinned host memory. Where sampling goes on beside the update, both are on the GPU at once, and as many rows are
+    decoded together as that leaves room for. Raises DoesNotFit."""
     embedding, state = not needs.trains_all, needs.max_tokens > 0  # whether they can lie in host memory
     ladder = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(embedding, False, MAX_PREFILL_TOKENS),
               _Homes(embedding, False, FEW_PREFILL_TOKENS), _Homes(embedding, state, FEW_PREFILL_TOKENS)]
     ladder = [homes for homes in dict.fromkeys(ladder) if sum(_host(needs, homes).values()) <= host_bytes]
-    for homes in ladder:
-        is_last = homes == ladder[-1]
+    wanted = min(needs.num_rows, needs.max_rows)
+    tries = [(needs, homes, homes == ladder[-1]) for homes in ladder]
+    if needs.samples_beside:  # fewer rows only where no placement has room for more
+        most = math.inf if needs.cache_bytes is None else needs.cache_bytes
+        tries = [(replace(needs, cache_bytes=min(most, cache_bytes(needs, wanted >> halvings))), homes, homes != ladder[0])
+                 for halvings in range(wanted.bit_length()) for homes in ladder]
+    problem = DoesNotFit("host memory")
+    for part, homes, is_last in tries:
         try:
-            found = _plan_with(needs, homes, gpu, limit, host_bytes, is_last=is_last)
-        except DoesNotFit:
-            if is_last:
-                raise
+            found = _plan_with(part, homes, gpu, limit, host_bytes, is_last=is_last)
+        except DoesNotFit as error:
+            problem = error
             continue
-        if is_last or found.num_rows == min(needs.num_rows, needs.max_rows):
+        if needs.samples_beside or is_last or found.num_rows == wanted:
             return found
-    raise DoesNotFit("host memory")
+    raise problem
 
 
 def _host(needs: Needs, homes: _Homes) -> dict[str, int]:
@@ -468,44 +471,25 @@ def _plan_with(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, host_bytes
     host = _host(needs, homes)
     free = host_bytes - sum(host.values())
     inputs = layers * bytes_of(needs.config, _workload(needs, SCRATCH_BYTES))["x"]  # of the update, which may go there too
-    room = free - inputs * needs.recomputes if is_last and not needs.trains_all and needs.num_sharers == 1 else 0
+    # the slots serve one pass at a time
+    may_stream = is_last and not (needs.trains_all or needs.num_sharers > 1 or needs.samples_beside)
+    room = free - inputs * needs.recomputes if may_stream else 0
     most = largest(lambda number: Placement(0, number).host_bytes(per_layer) <= room, layers)
-    seconds, num_rows, cache_room, sampling = _plan_sampling(needs, homes, gpu, limit, most)
+    fp32, others = trained_sizes(needs)
+    copied = {"copy of what trains": needs.samples_beside * (4 * sum(fp32) + needs.dtype.itemsize * sum(others))}
+    seconds, num_rows, cache_room, sampling = _plan_sampling(needs, homes, gpu, limit - sum(copied.values()), most)
+    sampling.lines |= copied
     update, activations, num_streamed = None, 0, sampling.num_streamed
     if needs.max_tokens:  # what streams while sampling streams in the update too
-        activations, update = _plan_update(needs, homes, limit, free - Placement(0, most).host_bytes(per_layer),
-                                           range(num_streamed, most + 1), is_last)
+        beside = {name: sampling.lines[name] for name in _OF_SAMPLING if needs.samples_beside}
+        free -= Placement(0, most).host_bytes(per_layer)
+        activations, update = _plan_update(needs, homes, limit - sum(beside.values()), free, range(num_streamed, most + 1),
+                                           is_last)
+        update.lines |= beside
         num_streamed = update.num_streamed
     host |= {"experts": Placement(0, num_streamed).host_bytes(per_layer), "activations": activations}
     return MemoryPlan(limit, homes.embedding_on_host, homes.state_on_host, homes.prefill_tokens, num_rows, cache_room, seconds,
-                      sampling, update, activations, host)
-
-
-def _plan_beside(needs: Needs, gpu: GpuSpec, limit: int, host_bytes: int) -> MemoryPlan:
-    """The plan for both phases at once, with as many rows decoded together as that leaves room for. Nothing streams, since the
-    slots serve one pass at a time. Raises DoesNotFit."""
-    fp32, others = trained_sizes(needs)
-    lines = {"copy of what trains": 4 * sum(fp32) + needs.dtype.itemsize * sum(others)}
-    embedding = not needs.trains_all
-    homes = [_Homes(False, False, MAX_PREFILL_TOKENS), _Homes(embedding, False, MAX_PREFILL_TOKENS),
-             _Homes(embedding, False, FEW_PREFILL_TOKENS), _Homes(embedding, True, FEW_PREFILL_TOKENS)]
-    homes = [home for home in dict.fromkeys(homes) if sum(_host(needs, home).values()) <= host_bytes]
-    num_rows, most = min(needs.num_rows, needs.max_rows), math.inf if needs.cache_bytes is None else needs.cache_bytes
-    for rows, home in ((num_rows >> halvings, home) for halvings in range(num_rows.bit_length()) for home in homes):
-        part, host = replace(needs, cache_bytes=min(most, cache_bytes(needs, rows))), _host(needs, home)
-        try:
-            seconds, fitting, cache_room, sampling = _plan_sampling(part, home, gpu, limit - sum(lines.values()), 0)
-            sampling.lines |= lines
-            beside = {name: sampling.lines[name] for name in _OF_SAMPLING}
-            activations, update = _plan_update(part, home, limit - sum(beside.values()), host_bytes - sum(host.values()), (0,),
-                                               is_last=home != homes[0])
-        except DoesNotFit:
-            continue
-        update.lines |= beside
-        host |= {"experts": 0, "activations": activations}
-        return MemoryPlan(limit, home.embedding_on_host, home.state_on_host, home.prefill_tokens, fitting, cache_room, seconds,
-                          sampling, update, activations, host, samples_beside=True)
-    raise DoesNotFit("sampling and update at once")
+                      sampling, update, host, needs.samples_beside)
 
 
 def least_limit(needs: Needs, gpu: GpuSpec, *, host_bytes: int) -> int | None:

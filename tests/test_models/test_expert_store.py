@@ -66,13 +66,6 @@ def test_host_memory_is_taken_in_powers_of_two_that_layers_fill_well():
     assert slabs(36, 4 * one) == [5] * 7 + [1]  # at most 2^33 bytes at once
 
 
-def test_gpu_bytes_are_those_of_resident_layers_and_slots():
-    assert Placement(0, 6).gpu_bytes(24, 10, is_sampling=True) == 240
-    assert Placement(0, 6).gpu_bytes(24, 10, is_sampling=False) == 200
-    assert Placement(4, 6).gpu_bytes(24, 10, is_sampling=True) == 220
-    assert Placement(1, 1).gpu_bytes(24, 10, is_sampling=True) == 240
-
-
 def test_layers_that_always_stay_need_no_host_memory():
     store = streamed(placement=Placement(1, 3)).expert_store
     assert [store.home(layer) is not None for layer in range(4)] == [True, False, True, True]
