@@ -45,6 +45,8 @@ class ResourceSessions(ToolClass):
         return scores
 
     def _check_tools(self, environment: str) -> list[dict]:
+        if self._reward is not None:
+            raise ValueError("env.reward: a session's reward is that of its verify(); leave it out")
         self._factory = self._make()
         if not hasattr(self._factory, "create"):
             raise ValueError(f"env.environment={environment!r}: {type(self._factory).__name__} has no create(task, seed); "

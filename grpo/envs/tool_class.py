@@ -58,6 +58,8 @@ class ToolClass:
     environment: the class, or a function that makes an object, as package.module:name or file.py:name; `kwargs`: its keywords
     path: rows for `reset`, as env=dataset takes them; null: the environment owns the problems, and a row is a number, `seed`
     prompt_key: the column with the prompt, text or messages; a row without it has an empty prompt
+    reward: a reward function of TRL's form, f(environments, **columns) -> list, as module:name or file.py:name; sync or async. It
+        is called for each completion, with lists of one, and added to what get_reward() returns, if the class has that
     instructions, reasoning_effort, current_date: of the developer's and the system's message
     held_out_fraction: share of the rows of `path`, chosen by hash, that is kept from training
 
@@ -65,7 +67,8 @@ class ToolClass:
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, environment: str, kwargs: dict | None, path: str | list | None,
                  prompt_key: str, instructions: str | None, reasoning_effort: str, current_date: str, held_out_fraction: float,
-                 num_eval_prompts: int, subset: str | None = None, split: str | None = None, chat_form: Form = Form.hub):
+                 num_eval_prompts: int, subset: str | None = None, split: str | None = None, reward: str | None = None,
+                 chat_form: Form = Form.hub):
         if not 0 < held_out_fraction < 1:
             raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
         if num_eval_prompts < 1:
@@ -74,6 +77,7 @@ class ToolClass:
         self.held_out_fraction = held_out_fraction
         factory = load_function(environment, key="env.environment")
         self._make: Callable[[], object] = lambda: factory(**(kwargs or {}))
+        self._reward = None if reward is None else load_function(reward, key="env.reward")
         self._chat = {"instructions": instructions, "reasoning_effort": reasoning_effort, "current_date": current_date,
                       "form": chat_form}
         self.train_rows: list[dict] = []
@@ -118,10 +122,29 @@ class ToolClass:
             raise EpisodeFault(
                 f"reset() returned {shorten(observation)} and before, for the same row, {shorten(prompt.row['observation'])}: "
                 "the completions of a group share their prompt, so reset must depend on its arguments alone, such as `seed`")
+        if self._reward is not None:
+            episode.get_reward = self._reward_of(episode, prompt.row["row"])
         return episode
 
+    def _reward_of(self, episode: object, row: dict) -> Callable[[], Awaitable]:
+        """What gives the sum of the object's own reward, if it has one, and that of the reward function."""
+        own = episode.get_reward if hasattr(episode, "get_reward") else None
+        taken = inspect.signature(self._reward).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        columns = {name: [value] for name, value in row.items() if takes_all or name in taken}
+
+        async def total() -> object:
+            terms = [] if own is None else [await _value_of(own())]
+            values = await _value_of(self._reward(environments=[episode], **columns))
+            if not isinstance(values, (list, tuple)) or len(values) != 1:
+                raise EpisodeFault(f"env.reward returned {shorten(values)} for one environment; it must return a list of one")
+            terms = [term for term in (*terms, *values) if term is not None]
+            return sum(terms) if terms else None
+
+        return total
+
     def score(self, completions: list[Completion]) -> list[Score]:
-        """What get_reward() returned."""
+        """What get_reward() and the reward function gave."""
         return [Score(completion.episode.reward, {}, {}, None) for completion in completions]
 
     def describe(self, completion: Completion) -> dict:
@@ -164,11 +187,12 @@ class ToolClass:
         """What a prompt says of the tools."""
         probe = self._make()
         self.has_user_turns = hasattr(probe, "user_turn")
-        if missing := [f"{method}()" for method in ("reset", "get_reward") if not hasattr(type(probe), method)]:
+        needed = ("reset", "get_reward") if self._reward is None else ("reset",)
+        if missing := [f"{method}()" for method in needed if not hasattr(type(probe), method)]:
             raise ValueError(
                 f"env.environment={environment!r}: {type(probe).__name__} has no {' and no '.join(missing)}: reset(**row) begins "
-                "an episode and may return a text for the prompt, get_reward() returns its reward, user_turn(answer), if it has "
-                "that, what the user says next, and every other public method is a tool")
+                "an episode and may return a text for the prompt, get_reward() returns its reward (or the function env.reward), "
+                "user_turn(answer), if it has that, what the user says next, and every other public method is a tool")
         functions = public_methods(probe, without=PROTOCOL)
         if not functions and not self.has_user_turns:
             raise ValueError(f"env.environment={environment!r}: {type(probe).__name__} has no public method that could be a tool")
@@ -194,6 +218,10 @@ class ToolClass:
         with HELD:
             seed_all(key)
             yield int.from_bytes(key[:4], "big") >> 1
+
+
+async def _value_of(result: object) -> object:
+    return await result if inspect.isawaitable(result) else result
 
 
 async def _awaited(awaitable: Awaitable, episode: object) -> object:

@@ -101,6 +101,35 @@ class Uncounted(Guess):
     def get_reward(self):
         return float("nan") if self.guesses == 0 else 1.0 / self.guesses
 
+class Counter:
+    """Without get_reward(), as in the documentation of TRL's trainer: functions judge it."""
+
+    def reset(self, **kwargs) -> None:
+        self.counter = 0
+
+    def increment(self, step: int) -> int:
+        """
+        Increments the counter.
+
+        Args:
+            step: The step.
+        """
+        self.counter += step
+        return self.counter
+
+def counted(environments, **kwargs):
+    return [float(environment.counter) for environment in environments]
+
+async def counted_by_rows(environments, number, **kwargs):
+    await asyncio.sleep(0)
+    return [environment.counter + 10 * n for environment, n in zip(environments, number, strict=True)]
+
+def closeness(environments):
+    return [None if environment.found else -environment.guesses for environment in environments]
+
+def two(environments):
+    return [1, 2]
+
 class NoReset:
     def f(self) -> None:
         """Does nothing."""
@@ -217,6 +246,24 @@ def test_a_reward_that_is_not_finite_loses_its_episode_and_no_other(make, monkey
     nan, other = completions = play(env, prompts, monkeypatch, lambda prompt: calls(*[1, 2] * prompt.id))
     assert "get_reward() returned nan, which is not finite" in nan.episode.failure
     assert [score.reward for score in checked_scores(env, completions)] == [None, 0.5] and other.episode.failure is None
+
+
+def test_a_class_without_a_reward_is_judged_by_a_function_of_trls_form(make, monkeypatch, tmp_path):
+    def rewards(name, texts, **changes):
+        env = make(name, **changes | {"reward": f"{tmp_path}/games.py:{changes['reward']}"})
+        completions = play(env, env.prompts(0, num_prompts=2), monkeypatch, lambda prompt: texts[prompt.id])
+        return [score.reward for score in checked_scores(env, completions)], completions
+
+    texts = [[call("increment", step=2), call("increment", step=3), final("5")], [final("0")]]
+    assert rewards("Counter", texts, reward="counted")[0] == [5.0, 0.0]
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"number": {i}}}\n' for i in range(20)))
+    found, completions = rewards("Counter", texts, reward="counted_by_rows", path=str(tmp_path / "rows.jsonl"))
+    assert found == [n + 10 * completion.prompt.row["row"]["number"] for n, completion in zip((5, 0), completions)]
+    assert rewards("Guess", [calls(101, 102), calls(101)], reward="closeness")[0] == [-2.0, -1.0]  # beside get_reward()'s 0
+    with pytest.raises(EnvironmentFault, match="env.reward returned .* for one environment; it must return a list of one"):
+        rewards("Counter", texts, reward="two")
+    with pytest.raises(ValueError, match=r"Counter has no get_reward\(\): .* \(or the function env.reward\)"):
+        make("Counter")
 
 
 def test_rows_without_a_column_that_reset_needs_are_refused_by_name(make, tmp_path):
