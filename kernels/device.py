@@ -212,11 +212,16 @@ def _type(argument: object) -> object:
     return argument.dtype if isinstance(argument, torch.Tensor) else _trait(argument)
 
 
-@cache
+_TRAITS: dict[int, tuple[Callable[[object], object], ...]] = {}  # by a kernel's id: Triton computes its hash at every look-up
+
+
 def _traits_of(kernel: JITFunction) -> tuple[Callable[[object], object], ...]:
     """For each parameter of a kernel, the function that gives the properties of its argument."""
-    return tuple(_type if parameter.do_not_specialize else _trait_without_alignment if parameter.do_not_specialize_on_alignment
-                 else _trait for parameter in kernel.params)
+    if (traits := _TRAITS.get(id(kernel))) is not None:
+        return traits
+    traits = tuple(_type if parameter.do_not_specialize else _trait_without_alignment if parameter.do_not_specialize_on_alignment
+                   else _trait for parameter in kernel.params)
+    return _TRAITS.setdefault(id(kernel), traits)
 
 
 def launch_key(kernel: JITFunction, arguments: tuple, constants: dict) -> tuple:

@@ -556,4 +556,6 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Te
                                    first_query=plan.first_query)
     _check(q, k, v, sinks, path)
     assert scale > 0, scale
+    if not torch.is_grad_enabled():
+        return attention_forward(_rows(q), _rows(k), _rows(v), sinks.contiguous(), plan, window=window, scale=scale)[0]
     return _Attention.apply(q, k, v, sinks, plan, window, scale)
