@@ -62,6 +62,11 @@ class Divided:
         """The whole of a gradient, or of state of the optimizer, of the parameter of this name."""
         raise NotImplementedError
 
+    def step(self) -> float:
+        """The optimizer's step. It gathers, so none may begin it again after an error. All call it."""
+        with self.ranks.collective("the optimizer's step"):
+            return self.optimizer.step()
+
     def whole_state(self, *, keeps: bool) -> dict[str, torch.Tensor]:
         """The optimizer's state as one process has it, in host memory; {} unless `keeps`. All call it."""
         found = {}
@@ -176,11 +181,6 @@ class Shards(Divided):
             work.wait()
             self.optimizer.add(name, received[:self.num_gradients])
         self._sent.clear()
-
-    def step(self) -> float:
-        """The optimizer's step. It gathers, so none may begin it again after an error. All call it."""
-        with self.ranks.collective("the optimizer's step"):
-            return self.optimizer.step()
 
     @torch.no_grad()
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
