@@ -1,20 +1,7 @@
 """prime-rl: TOML files with the tables of trainer and orchestrator, in one file or apart."""
 import tomllib
 
-from grpo.porting.recipe import (
-    Recipe,
-    Rule,
-    apply,
-    every,
-    real,
-    set_batch,
-    set_lora,
-    set_loss,
-    set_model,
-    set_schedule,
-    top_k,
-    whole,
-)
+from grpo.porting.recipe import Recipe, Rule, apply, every, real, top_k, whole
 
 ROLL, T = "orchestrator.", "trainer."
 SAMPLING = tuple(f"{ROLL}{node}sampling." for node in ("", "train."))
@@ -90,12 +77,12 @@ def port(found: dict[str, object]) -> Recipe:
         ids = [str(item.get("id") or item.get("name") or item) for item in value if isinstance(item, dict)] or [str(value)]
         recipe.not_carried.append(f"{name} ({', '.join(ids)}): env=dataset with env.path in its place. An environment of "
                                   "verifiers runs by env=resource_sessions and grpo/envs/adapters/verifiers_tasks.py")
-    set_model(recipe, recipe.get("model.name", T + "model.name", ROLL + "model.name"))
-    set_lora(recipe, rank=recipe.get(T + "model.lora.rank", ROLL + "model.lora.rank"), alpha=recipe.get(T + "model.lora.alpha"),
-             targets=recipe.get(T + "model.lora.target_modules"))
+    recipe.set_model(recipe.get("model.name", T + "model.name", ROLL + "model.name"))
+    recipe.set_lora(rank=recipe.get(T + "model.lora.rank", ROLL + "model.lora.rank"), alpha=recipe.get(T + "model.lora.alpha"),
+                    targets=recipe.get(T + "model.lora.target_modules"))
     group_size = recipe.settings.setdefault("rollout.group_size", 8)
     batch = recipe.number(ROLL + "batch_size", default=128)
-    set_batch(recipe, prompts=recipe.number(ROLL + "prompts_per_step", default=max(1, batch / group_size)))
+    recipe.set_batch(prompts=recipe.number(ROLL + "prompts_per_step", default=max(1, batch / group_size)))
     if "rollout.max_new_tokens" not in recipe.settings:
         recipe.settings["rollout.max_new_tokens"] = int(recipe.number(ROLL + "seq_len", "seq_len", default=2048))
         recipe.remarks.append("no length of a completion is given: rollout.max_new_tokens is seq_len")
@@ -103,7 +90,7 @@ def port(found: dict[str, object]) -> Recipe:
                                       recipe.number(T + "optim.betas2", default=0.999)]
     recipe.settings.setdefault("optim.lr", 1e-6)
     lr, min_lr = recipe.settings["optim.lr"], recipe.number(T + "scheduler.min_lr", default=0.0)
-    set_schedule(recipe, recipe.get(T + "scheduler.type", default="constant"), warmup_share=None, min_ratio=min(1.0, min_lr / lr))
+    recipe.set_schedule(recipe.get(T + "scheduler.type", default="constant"), warmup_share=None, min_ratio=min(1.0, min_lr / lr))
     _set_loss(recipe)
     return recipe
 
@@ -113,7 +100,7 @@ def _set_loss(recipe: Recipe) -> None:
     if kind not in ("default", "dppo"):
         recipe.not_carried.append(f"trainer.loss.type = {kind!r}: the default, DPPO, in its place")
     low, high = (recipe.number(f"{T}loss.dppo_mask_{side}", default=0.2) for side in ("low", "high"))
-    set_loss(recipe, "dppo_tv", low=low, high=high)
+    recipe.set_loss("dppo_tv", low=low, high=high)
     recipe.remarks.append("the default loss there is DPPO (total variation) with a penalty kl_tau (1e-3) times the squared "
                           "log-ratio to the sampler, which is not carried: on policy that ratio is 1")
     algorithm = str(recipe.get(ROLL + "algo.type", default="grpo"))

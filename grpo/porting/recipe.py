@@ -52,6 +52,88 @@ class Recipe:
             self.not_carried.append(f"{name} = {self.found[name]!r}: {problem}")
             return default
 
+    def set_model(self, name: object) -> None:
+        """The base model, which must be a gpt-oss."""
+        text = str(name or "")
+        if "gpt-oss" in text.lower() or "gpt_oss" in text.lower():
+            self.settings["model.path"] = text
+        else:
+            self.settings["model.path"] = "openai/gpt-oss-20b"
+            self.remarks.append(f"model {text or '(none)'}: only gpt-oss is trained here, so model.path is openai/gpt-oss-20b")
+        is_large = "120b" in text.lower()
+        self.settings["/model"] = "gpt_oss_120b" if is_large else "gpt_oss_20b"
+
+    def set_lora(self, *, rank: object, alpha: object, targets: object) -> None:
+        """LoRA where the recipe has it; without, LoRA all the same, which is what packed experts can train."""
+        try:
+            is_lora = rank is not None and whole(rank) > 0
+        except ValueError:
+            is_lora = False
+        self.settings["/optim"] = "lora"
+        if not is_lora:
+            self.remarks.append("the recipe trains all weights; here LoRA trains attention and experts, with the recipe's "
+                                "learning rate, for which 10 times more is usual. All weights: model.train=full model.lora=null "
+                                "model.experts=bf16, as in configs/experiment/gpt_oss_20b_full.yaml")
+            return
+        self.settings["model.lora.rank"] = whole(rank)
+        if alpha is not None:
+            self.settings["model.lora.alpha"] = real(alpha)
+        if targets is not None:
+            self.remarks.append(f"adapter targets {targets!r}: model.lora.targets is ours, attention and experts")
+
+    def set_loss(self, name: str, *, low: float | None = None, high: float | None = None, normalizer: str | None = None,
+                 max_ratio: float | None = None, min_ratio: float | None = None, dual_clip: float | None = None,
+                 temperature_positive: float | None = None, temperature_negative: float | None = None,
+                 share: float | None = None) -> None:
+        """The file of configs/loss/, and its keywords; None: as the file has them. Losses without a clip take no bounds."""
+        self.loss = name
+        has_clip = name in LOSSES_WITH_CLIP
+        keywords = {"clip_low": low if has_clip else None, "clip_high": (low if high is None else high) if has_clip else None,
+                    "normalizer": normalizer, "max_ratio": max_ratio, "min_ratio": min_ratio,
+                    "dual_clip": dual_clip, "share": share, "temperature_positive": temperature_positive,
+                    "temperature_negative": temperature_negative}
+        self.settings |= {f"loss.{key}": value if isinstance(value, str) else float(value)
+                          for key, value in keywords.items() if value is not None}
+
+    def set_batch(self, *, prompts: float | None, updates: float | None = None) -> None:
+        """Prompts of a step, and the updates that it makes of them."""
+        if prompts is not None and prompts >= 1:
+            self.settings["rollout.prompts_per_step"] = int(prompts)
+            if prompts != int(prompts):
+                self.remarks.append(f"a step has {prompts:g} prompts there: {int(prompts)} here")
+        if updates is not None and updates > 1:
+            self.settings["optim.minibatches"] = int(updates)
+
+    def set_schedule(self, kind: object, *, warmup_share: float | None, min_ratio: float | None) -> None:
+        name = str(kind or "constant").lower()
+        known = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
+                 "cosine_with_min_lr": "cosine", "inverse-square-root": None, "wsd": None}
+        if known.get(name) is None:
+            self.not_carried.append(f"schedule {name}: constant, linear and cosine there are")
+            name = "constant"
+        self.settings["optim.schedule"] = known[name]
+        self.settings["optim.final_lr_ratio"] = 0.0 if min_ratio is None else float(min_ratio)
+        self.settings.setdefault("optim.warmup_steps", 0)
+        if warmup_share:
+            steps = self.settings.get("steps")
+            if steps is None:
+                self.not_carried.append(f"a warm-up of {warmup_share:g} of all steps, whose number the file does not give: set "
+                                        "optim.warmup_steps")
+            else:
+                updates = int(steps) * self.settings.get("optim.minibatches", 1) * self.settings.get("optim.epochs", 1)
+                self.settings["optim.warmup_steps"] = round(warmup_share * updates)
+
+    def set_rewards(self, rewards: list[str], weights: list[float] | None) -> None:
+        """Reward functions by path; others by name are the user's to place."""
+        known = [name for name in rewards if re.fullmatch(r"[\w./-]+:\w+", name)]
+        self.not_carried += [f"reward {name!r}: name it as file.py:function or package.module:function in env.rewards"
+                             for name in rewards if name not in known]
+        if known:
+            numbers = weights if weights and len(weights) == len(rewards) else [1.0] * len(rewards)
+            self.settings["env.rewards"] = [{"fn": name, "weight": float(weight)} for name, weight in zip(rewards, numbers)
+                                            if name in known]
+            self.settings |= {"env.match": "none", "env.answer_key": None}
+
 
 def apply(found: dict[str, object], table: dict[str, Rule], of_no_account: str) -> Recipe:
     """The recipe after its rules. of_no_account: a regular expression of whole names."""
@@ -114,91 +196,3 @@ def top_k(value: object) -> int:
 def every(value: object) -> int:
     """An interval in steps; elsewhere -1 is never."""
     return max(0, whole(value))
-
-
-def set_model(recipe: Recipe, name: object) -> None:
-    """The base model, which must be a gpt-oss."""
-    text = str(name or "")
-    if "gpt-oss" in text.lower() or "gpt_oss" in text.lower():
-        recipe.settings["model.path"] = text
-    else:
-        recipe.settings["model.path"] = "openai/gpt-oss-20b"
-        recipe.remarks.append(f"model {text or '(none)'}: only gpt-oss is trained here, so model.path is openai/gpt-oss-20b")
-    is_large = "120b" in text.lower()
-    recipe.settings["/model"] = "gpt_oss_120b" if is_large else "gpt_oss_20b"
-
-
-def set_lora(recipe: Recipe, *, rank: object, alpha: object, targets: object = None) -> None:
-    """LoRA where the recipe has it; without, LoRA all the same, which is what packed experts can train."""
-    try:
-        is_lora = rank is not None and whole(rank) > 0
-    except ValueError:
-        is_lora = False
-    recipe.settings["/optim"] = "lora"
-    if not is_lora:
-        recipe.remarks.append("the recipe trains all weights; here LoRA trains attention and experts, with the recipe's learning "
-                              "rate, for which 10 times more is usual. All weights: model.train=full model.lora=null "
-                              "model.experts=bf16, as in configs/experiment/gpt_oss_20b_full.yaml")
-        return
-    recipe.settings["model.lora.rank"] = whole(rank)
-    if alpha is not None:
-        recipe.settings["model.lora.alpha"] = real(alpha)
-    if targets is not None:
-        recipe.remarks.append(f"adapter targets {targets!r}: model.lora.targets is ours, attention and experts")
-
-
-def set_loss(recipe: Recipe, name: str, *, low: float | None = None, high: float | None = None, normalizer: str | None = None,
-             max_ratio: float | None = None, min_ratio: float | None = None, dual_clip: float | None = None,
-             temperature_positive: float | None = None, temperature_negative: float | None = None,
-             share: float | None = None) -> None:
-    """The file of configs/loss/, and its keywords; None: as the file has them. Losses without a clip take no bounds."""
-    recipe.loss = name
-    has_clip = name in LOSSES_WITH_CLIP
-    keywords = {"clip_low": low if has_clip else None, "clip_high": (low if high is None else high) if has_clip else None,
-                "normalizer": normalizer, "max_ratio": max_ratio, "min_ratio": min_ratio,
-                "dual_clip": dual_clip, "share": share, "temperature_positive": temperature_positive,
-                "temperature_negative": temperature_negative}
-    recipe.settings |= {f"loss.{key}": value if isinstance(value, str) else float(value)
-                        for key, value in keywords.items() if value is not None}
-
-
-def set_batch(recipe: Recipe, *, prompts: float | None, updates: float | None = None) -> None:
-    """Prompts of a step, and the updates that it makes of them."""
-    if prompts is not None and prompts >= 1:
-        recipe.settings["rollout.prompts_per_step"] = int(prompts)
-        if prompts != int(prompts):
-            recipe.remarks.append(f"a step has {prompts:g} prompts there: {int(prompts)} here")
-    if updates is not None and updates > 1:
-        recipe.settings["optim.minibatches"] = int(updates)
-
-
-def set_schedule(recipe: Recipe, kind: object, *, warmup_share: float | None, min_ratio: float | None = None) -> None:
-    name = str(kind or "constant").lower()
-    known = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
-             "cosine_with_min_lr": "cosine", "inverse-square-root": None, "wsd": None}
-    if known.get(name) is None:
-        recipe.not_carried.append(f"schedule {name}: constant, linear and cosine there are")
-        name = "constant"
-    recipe.settings["optim.schedule"] = known[name]
-    recipe.settings["optim.final_lr_ratio"] = 0.0 if min_ratio is None else float(min_ratio)
-    recipe.settings.setdefault("optim.warmup_steps", 0)
-    if warmup_share:
-        steps = recipe.settings.get("steps")
-        if steps is None:
-            recipe.not_carried.append(f"a warm-up of {warmup_share:g} of all steps, whose number the file does not give: set "
-                                      "optim.warmup_steps")
-        else:
-            updates = int(steps) * recipe.settings.get("optim.minibatches", 1) * recipe.settings.get("optim.epochs", 1)
-            recipe.settings["optim.warmup_steps"] = round(warmup_share * updates)
-
-
-def set_rewards(recipe: Recipe, rewards: list[str], weights: list[float] | None = None) -> None:
-    """Reward functions by path; others by name are the user's to place."""
-    known = [name for name in rewards if re.fullmatch(r"[\w./-]+:\w+", name)]
-    recipe.not_carried += [f"reward {name!r}: name it as file.py:function or package.module:function in env.rewards"
-                           for name in rewards if name not in known]
-    if known:
-        numbers = weights if weights and len(weights) == len(rewards) else [1.0] * len(rewards)
-        recipe.settings["env.rewards"] = [{"fn": name, "weight": float(weight)} for name, weight in zip(rewards, numbers)
-                                          if name in known]
-        recipe.settings |= {"env.match": "none", "env.answer_key": None}

@@ -1,18 +1,5 @@
 """slime and miles: launch scripts whose arrays hold Megatron's and slime's flags."""
-from grpo.porting.recipe import (
-    Recipe,
-    Rule,
-    apply,
-    every,
-    real,
-    set_batch,
-    set_lora,
-    set_loss,
-    set_model,
-    set_schedule,
-    top_k,
-    whole,
-)
+from grpo.porting.recipe import Recipe, Rule, apply, every, real, top_k, whole
 from grpo.porting.shell import flags_of, words_of
 
 TABLE = {
@@ -69,9 +56,9 @@ def read(text: str, name: str) -> dict[str, object]:
 
 def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
-    set_model(recipe, recipe.get("hf-checkpoint"))
-    set_lora(recipe, rank=recipe.get("lora-rank", default=16 if "use-lora" in found else None), alpha=recipe.get("lora-alpha"),
-             targets=recipe.get("lora-target-preset", "lora-target-modules"))
+    recipe.set_model(recipe.get("hf-checkpoint"))
+    recipe.set_lora(rank=recipe.get("lora-rank", default=16 if "use-lora" in found else None), alpha=recipe.get("lora-alpha"),
+                    targets=recipe.get("lora-target-preset", "lora-target-modules"))
     recipe.settings.setdefault("optim.lr", 1e-6)
     recipe.settings.setdefault("optim.weight_decay", 0.01)  # Megatron's
     recipe.settings["optim.betas"] = [recipe.number("adam-beta1", default=0.9), recipe.number("adam-beta2", default=0.999)]
@@ -79,10 +66,10 @@ def port(found: dict[str, object]) -> Recipe:
     updates = recipe.number("num-steps-per-rollout")
     if updates is None and "global-batch-size" in found:
         updates = prompts * recipe.number("n-samples-per-prompt", default=1) / recipe.number("global-batch-size", default=1)
-    set_batch(recipe, prompts=prompts, updates=updates)
+    recipe.set_batch(prompts=prompts, updates=updates)
     lr, min_lr = recipe.number("lora-learning-rate", "lr", default=1e-6), recipe.number("min-lr", default=0.0)
-    set_schedule(recipe, recipe.get("lr-decay-style", default="linear"), warmup_share=recipe.number("lr-warmup-fraction"),
-                 min_ratio=min(1.0, min_lr / lr) if lr else 0.0)
+    recipe.set_schedule(recipe.get("lr-decay-style", default="linear"), warmup_share=recipe.number("lr-warmup-fraction"),
+                        min_ratio=min(1.0, min_lr / lr) if lr else 0.0)
     _set_loss(recipe)
     _set_kl(recipe)
     _set_groups(recipe, prompts)
@@ -105,16 +92,16 @@ def _set_loss(recipe: Recipe) -> None:
     per_token = "calculate-per-token-loss" in recipe.found
     dual = recipe.number("eps-clip-c")
     if estimator == "gspo":
-        set_loss(recipe, "gspo", low=low, high=high, normalizer="token" if per_token else "sequence")
+        recipe.set_loss("gspo", low=low, high=high, normalizer="token" if per_token else "sequence")
     elif estimator == "cispo":
-        set_loss(recipe, "cispo", max_ratio=1 + float(high), normalizer="token" if per_token else "sequence")
+        recipe.set_loss("cispo", max_ratio=1 + float(high), normalizer="token" if per_token else "sequence")
     elif estimator in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
-        set_loss(recipe, estimator, low=low, high=high, normalizer="token" if per_token else "sequence")
+        recipe.set_loss(estimator, low=low, high=high, normalizer="token" if per_token else "sequence")
     else:
         if estimator != "grpo":
             recipe.not_carried.append(f"advantage-estimator = {estimator!r}: grpo in its place")
-        set_loss(recipe, "dapo" if per_token else "grpo", low=low, high=high,
-                 dual_clip=None if dual is None else float(dual))
+        recipe.set_loss("dapo" if per_token else "grpo", low=low, high=high,
+                        dual_clip=None if dual is None else float(dual))
     if not estimator.startswith("reinforce"):
         recipe.settings["advantage.scale"] = "none" if "disable-grpo-std-normalization" in recipe.found else "group"
     if "use-tis" in recipe.found:

@@ -3,22 +3,7 @@ import ast
 
 import yaml
 
-from grpo.porting.recipe import (
-    Recipe,
-    Rule,
-    apply,
-    every,
-    real,
-    set_batch,
-    set_lora,
-    set_loss,
-    set_model,
-    set_rewards,
-    set_schedule,
-    top_k,
-    truth,
-    whole,
-)
+from grpo.porting.recipe import Recipe, Rule, apply, every, real, top_k, truth, whole
 from grpo.porting.shell import calculate, flags_of, words_of
 
 CALLS = ("GRPOConfig", "LoraConfig", "GRPOTrainer", "ModelConfig", "ScriptArguments", "GRPOScriptArguments")
@@ -129,18 +114,18 @@ def _plain(value: object) -> object:
 
 def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
-    set_model(recipe, recipe.get("model_name_or_path", "model"))
-    set_lora(recipe, rank=recipe.get("lora_r", "LoraConfig.r", default=16 if recipe.get("use_peft") else None),
-             alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha"),
-             targets=recipe.get("lora_target_modules", "LoraConfig.target_modules"))
+    recipe.set_model(recipe.get("model_name_or_path", "model"))
+    recipe.set_lora(rank=recipe.get("lora_r", "LoraConfig.r", default=16 if recipe.get("use_peft") else None),
+                    alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha"),
+                    targets=recipe.get("lora_target_modules", "LoraConfig.target_modules"))
     recipe.settings.setdefault("rollout.max_new_tokens", 512)
     recipe.settings.setdefault("rollout.group_size", 8)
     recipe.settings.setdefault("optim.lr", 1e-6)
     recipe.settings["optim.betas"] = [recipe.number("adam_beta1", default=0.9), recipe.number("adam_beta2", default=0.999)]
     _set_batch(recipe)
     kwargs = recipe.get("lr_scheduler_kwargs")
-    set_schedule(recipe, recipe.get("lr_scheduler_type", default="linear"), warmup_share=recipe.number("warmup_ratio"),
-                 min_ratio=kwargs.get("min_lr_rate") if isinstance(kwargs, dict) else None)
+    recipe.set_schedule(recipe.get("lr_scheduler_type", default="linear"), warmup_share=recipe.number("warmup_ratio"),
+                        min_ratio=kwargs.get("min_lr_rate") if isinstance(kwargs, dict) else None)
     _set_loss(recipe)
     scale = recipe.get("scale_rewards", default="group")
     recipe.settings["advantage.scale"] = {"true": "group", "group": "group", "batch": "batch"}.get(str(scale).lower(), "none")
@@ -160,8 +145,8 @@ def port(found: dict[str, object]) -> Recipe:
         names = [part.strip("'\"") for part in str(names).strip("[]").split(", ") if part]
     names = [str(name) for name in names]
     weights = recipe.get("reward_weights")
-    set_rewards(recipe, [f"trl.rewards:{name}" if name in TRL_REWARDS else name for name in names],
-                [real(weight) for weight in weights] if isinstance(weights, list) else None)
+    recipe.set_rewards([f"trl.rewards:{name}" if name in TRL_REWARDS else name for name in names],
+                       [real(weight) for weight in weights] if isinstance(weights, list) else None)
     recipe.remarks.append("vllm_importance_sampling_*: the sampler here is the trainer, so the ratio that TRL corrects for is 1")
     return recipe
 
@@ -176,7 +161,7 @@ def _set_batch(recipe: Recipe) -> None:
     processes = recipe.number("num_processes", default=1)
     completions = recipe.number("generation_batch_size",
                                 default=recipe.number("per_device_train_batch_size", default=8) * rounds * processes)
-    set_batch(recipe, prompts=max(1, completions / recipe.settings["rollout.group_size"]), updates=rounds / accumulation)
+    recipe.set_batch(prompts=max(1, completions / recipe.settings["rollout.group_size"]), updates=rounds / accumulation)
     if "num_processes" not in recipe.found:
         recipe.remarks.append("batch sizes are of one process: multiply rollout.prompts_per_step by the number of TRL's "
                               "processes")
@@ -198,18 +183,18 @@ def _set_loss(recipe: Recipe) -> None:
         if high < 1:
             recipe.not_carried.append(f"loss_type cispo with a cap of {high:g}: epsilon_high is the largest ratio itself, and "
                                       "unset it is epsilon; the paper's 5 in its place")
-        set_loss(recipe, "cispo", max_ratio=float(high) if high >= 1 else 5.0)
+        recipe.set_loss("cispo", max_ratio=float(high) if high >= 1 else 5.0)
         return
     if recipe.get("importance_sampling_level") == "sequence" and name != "luspo":
         if name not in ("grpo", "dapo"):
             recipe.remarks.append(f"loss_type {name} with sequence-level ratios: gspo averages over sequences")
-        set_loss(recipe, "gspo", low=low, high=high, normalizer="token" if name in ("dapo", "bnpo") else None)
+        recipe.set_loss("gspo", low=low, high=high, normalizer="token" if name in ("dapo", "bnpo") else None)
         if delta is not None:
             recipe.not_carried.append(f"delta = {delta:g}: gspo has no second bound")
         return
     if name == "sapo":
-        set_loss(recipe, "sapo", temperature_positive=recipe.number("sapo_temperature_pos"),
-                 temperature_negative=recipe.number("sapo_temperature_neg"))
+        recipe.set_loss("sapo", temperature_positive=recipe.number("sapo_temperature_pos"),
+                        temperature_negative=recipe.number("sapo_temperature_neg"))
         return
     if name not in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "vespo"):
         recipe.not_carried.append(f"loss_type = {name!r}: dapo in its place")
@@ -220,5 +205,5 @@ def _set_loss(recipe: Recipe) -> None:
     if name in ("luspo", "vespo") and delta is not None:
         recipe.not_carried.append(f"delta = {delta:g}: {name} has no second bound")
         delta = None
-    set_loss(recipe, name, low=low, high=high, max_ratio=None if delta is None else float(delta))
+    recipe.set_loss(name, low=low, high=high, max_ratio=None if delta is None else float(delta))
 

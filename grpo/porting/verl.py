@@ -3,21 +3,7 @@ import re
 
 import yaml
 
-from grpo.porting.recipe import (
-    Recipe,
-    Rule,
-    apply,
-    every,
-    real,
-    set_batch,
-    set_lora,
-    set_loss,
-    set_model,
-    set_schedule,
-    top_k,
-    truth,
-    whole,
-)
+from grpo.porting.recipe import Recipe, Rule, apply, every, real, top_k, truth, whole
 from grpo.porting.shell import words_of
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."
@@ -137,9 +123,9 @@ def _flat(node: object, prefix: str = "") -> dict[str, object]:
 
 def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
-    set_model(recipe, recipe.get("actor_rollout_ref.model.path"))
-    set_lora(recipe, rank=recipe.get("actor_rollout_ref.model.lora_rank"), alpha=recipe.get("actor_rollout_ref.model.lora_alpha"),
-             targets=recipe.get("actor_rollout_ref.model.target_modules"))
+    recipe.set_model(recipe.get("actor_rollout_ref.model.path"))
+    recipe.set_lora(rank=recipe.get("actor_rollout_ref.model.lora_rank"), alpha=recipe.get("actor_rollout_ref.model.lora_alpha"),
+                    targets=recipe.get("actor_rollout_ref.model.target_modules"))
     recipe.settings.setdefault("env.prompt_key", "prompt")
     for key, value in (("optim.lr", 1e-6), ("optim.weight_decay", 0.01), ("optim.betas", [0.9, 0.999])):
         recipe.settings.setdefault(key, value)  # verl's
@@ -148,10 +134,10 @@ def port(found: dict[str, object]) -> Recipe:
         recipe.settings["env.held_out_fraction"] = None
     prompts = recipe.number("data.train_batch_size", default=1024)
     updates = prompts / recipe.number(ACTOR + "ppo_mini_batch_size", default=256)
-    set_batch(recipe, prompts=prompts, updates=updates)
-    set_schedule(recipe, recipe.get(ACTOR + "optim.warmup_style", ACTOR + "optim.lr_scheduler_type", default="constant"),
-                 warmup_share=recipe.number(ACTOR + "optim.lr_warmup_steps_ratio"),
-                 min_ratio=recipe.number(ACTOR + "optim.min_lr_ratio"))
+    recipe.set_batch(prompts=prompts, updates=updates)
+    recipe.set_schedule(recipe.get(ACTOR + "optim.warmup_style", ACTOR + "optim.lr_scheduler_type", default="constant"),
+                        warmup_share=recipe.number(ACTOR + "optim.lr_warmup_steps_ratio"),
+                        min_ratio=recipe.number(ACTOR + "optim.min_lr_ratio"))
     _set_loss(recipe)
     _set_kl(recipe)
     _set_groups(recipe, prompts)
@@ -186,32 +172,32 @@ def _set_loss(recipe: Recipe) -> None:
                               "unless loss_scale_factor is set")
     if mode == "vanilla":
         dual = recipe.number(ACTOR + "clip_ratio_c", default=3.0)
-        set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer, dual_clip=float(dual))
+        recipe.set_loss("dapo", low=low, high=high, normalizer=normalizer, dual_clip=float(dual))
         if ACTOR + "clip_ratio_c" not in recipe.found:
             recipe.remarks.append("verl's dual clip is always on: loss.dual_clip is its default, 3")
     elif mode == "cispo":
-        set_loss(recipe, "cispo", max_ratio=1 + float(high), min_ratio=max(0.0, 1 - float(low)), normalizer=normalizer)
+        recipe.set_loss("cispo", max_ratio=1 + float(high), min_ratio=max(0.0, 1 - float(low)), normalizer=normalizer)
     elif mode == "gspo":
-        set_loss(recipe, "gspo", low=low, high=high, normalizer=normalizer)
+        recipe.set_loss("gspo", low=low, high=high, normalizer=normalizer)
     elif mode == "sapo":
-        set_loss(recipe, "sapo", temperature_positive=recipe.number(ACTOR + "tau_pos", default=1.0),
-                 temperature_negative=recipe.number(ACTOR + "tau_neg", default=1.05))
+        recipe.set_loss("sapo", temperature_positive=recipe.number(ACTOR + "tau_pos", default=1.0),
+                        temperature_negative=recipe.number(ACTOR + "tau_neg", default=1.05))
     elif mode in ("geo_mean", "dppo_tv", "dppo_kl"):
         is_dppo = mode.startswith("dppo")
-        set_loss(recipe, {"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high, normalizer=normalizer,
-                 max_ratio=recipe.number(ACTOR + "clip_ratio_c", default=3.0) if is_dppo else None)
+        recipe.set_loss({"geo_mean": "gmpo"}.get(mode, mode), low=low, high=high, normalizer=normalizer,
+                        max_ratio=recipe.number(ACTOR + "clip_ratio_c", default=3.0) if is_dppo else None)
         if is_dppo:
             recipe.remarks.append(f"{mode}: verl anchors on its old log-probs, here the anchor is the sampler; clip_ratio_c, 3 "
                                   "unless it is set, is what truncates there")
     elif mode == "clip_cov":
-        set_loss(recipe, "clip_cov", low=low, high=high, normalizer=normalizer,
-                 share=recipe.number(ACTOR + "policy_loss.clip_cov_ratio"))
+        recipe.set_loss("clip_cov", low=low, high=high, normalizer=normalizer,
+                        share=recipe.number(ACTOR + "policy_loss.clip_cov_ratio"))
     elif mode == "kl_cov":
-        set_loss(recipe, "kl_cov", normalizer=normalizer, share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio", default=2e-4))
+        recipe.set_loss("kl_cov", normalizer=normalizer, share=recipe.number(ACTOR + "policy_loss.kl_cov_ratio", default=2e-4))
         recipe.settings["loss.coefficient"] = float(recipe.number(ACTOR + "policy_loss.ppo_kl_coef", default=0.1))
     else:
         recipe.not_carried.append(f"policy_loss.loss_mode = {mode!r}: dapo in its place")
-        set_loss(recipe, "dapo", low=low, high=high, normalizer=normalizer)
+        recipe.set_loss("dapo", low=low, high=high, normalizer=normalizer)
     _set_advantage(recipe)
 
 
