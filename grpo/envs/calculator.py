@@ -93,13 +93,10 @@ class Calculator(DrawnTasks):
             pairs.append((prompt, [*final[len(start):-1], tokenizer.return_]))
         return pairs
 
-    def score(self, completions: list[Completion]) -> list[Score]:
+    def score_one(self, completion: Completion) -> Score:
         """1 for the product as the final message."""
-        scores = []
-        for completion in completions:
-            is_correct = self.parse(completion).final == completion.prompt.row["answer"]
-            scores.append(Score(float(is_correct), {"exact_match": float(is_correct)}, {}, is_correct))
-        return scores
+        is_correct = self.parse(completion).final == completion.prompt.row["answer"]
+        return Score(float(is_correct), {"exact_match": float(is_correct)}, {}, is_correct)
 
 
 def factors(row: dict) -> tuple[int, int]:

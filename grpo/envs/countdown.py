@@ -52,11 +52,8 @@ class Countdown(DrawnTasks):
     def identity(self, row: dict) -> str:
         return f"{sorted(row['numbers'])} {row['target']}"
 
-    def score(self, completions: list[Completion]) -> list[Score]:
+    def score_one(self, completion: Completion) -> Score:
         """See the module. The part `valid` is 1 for an expression of the given numbers, whatever its value."""
-        return [self._score(completion) for completion in completions]
-
-    def _score(self, completion: Completion) -> Score:
         row, extra, is_valid, is_correct = completion.prompt.row, {}, False, False
         try:
             value = evaluate(self.parse(completion).final, row["numbers"], row["target"])

@@ -5,6 +5,7 @@ import random
 from collections.abc import Mapping
 
 from grpo.batch import Completion, Prompt
+from grpo.environment import Score
 from models.chat.functions import public_methods, read_arguments
 from models.chat.parse import Parsed, parse_completion
 from models.chat.render import Message, harmony_messages, render_prompt
@@ -26,7 +27,8 @@ def is_chosen(text: str, fraction: float) -> bool:
 
 
 class DrawnTasks:
-    """A task draws a problem in `draw`, which returns the row of a prompt with its `question`, and scores completions.
+    """A task draws a problem in `draw`, which returns the row of a prompt with its `question`, and scores a completion in
+    `score_one`, or several together in `score`.
 
     held_out_fraction: share of the problems, chosen by a hash of `identity`, that is kept from training
     num_eval_prompts: held-out problems to evaluate on; they are the same for every seed
@@ -47,6 +49,12 @@ class DrawnTasks:
                               "instructions": self.INSTRUCTIONS}
 
     def draw(self, rng: random.Random) -> dict:
+        raise NotImplementedError
+
+    def score(self, completions: list[Completion]) -> list[Score]:
+        return [self.score_one(completion) for completion in completions]
+
+    def score_one(self, completion: Completion) -> Score:
         raise NotImplementedError
 
     def identity(self, row: dict) -> str:

@@ -131,11 +131,7 @@ class Play2048(DrawnTasks):
     def episode(self, prompt: Prompt, sample: int) -> MoveTool:
         return MoveTool(Game2048(prompt.row["game_seed"], *self.rules))
 
-    def score(self, completions: list[Completion]) -> list[Score]:
-        """See the module."""
-        return [self._score(completion) for completion in completions]
-
-    def _score(self, completion: Completion) -> Score:
+    def score_one(self, completion: Completion) -> Score:
         tool = self.episode(completion.prompt, completion.sample)
         num_moves, num_refused = replay(tool, completion)
         game = tool.game

@@ -138,14 +138,10 @@ class Minesweeper(DrawnTasks):
     def episode(self, prompt: Prompt, sample: int) -> Minefield:
         return self._game(prompt.row)
 
-    def score(self, completions: list[Completion]) -> list[Score]:
-        """See the module."""
-        return [self._score(completion) for completion in completions]
-
     def _game(self, row: dict) -> Minefield:
         return Minefield(self.height, self.width, map(tuple, row["mines"]), tuple(row["first"]))
 
-    def _score(self, completion: Completion) -> Score:
+    def score_one(self, completion: Completion) -> Score:
         game = self._game(completion.prompt.row)
         num_moves, num_refused = replay(game, completion)
         parts = {"opened": game._share(), "won": float(game._is_won)}

@@ -113,11 +113,7 @@ class PythonMath(DrawnTasks):
     def episode(self, prompt: Prompt, sample: int) -> PythonTool:
         return PythonTool(self.sandbox, seconds=self.seconds, keeps_state=self.keeps_state)
 
-    def score(self, completions: list[Completion]) -> list[Score]:
-        """See the module."""
-        return [self._score(completion) for completion in completions]
-
-    def _score(self, completion: Completion) -> Score:
+    def score_one(self, completion: Completion) -> Score:
         found = completion.episode.reward if completion.episode is not None else None
         violations = found if isinstance(found, list) else []
         final = self.parse(completion).final

@@ -71,11 +71,8 @@ class ReverseText(DrawnTasks):
             pairs.append((self.encode_prompt(row["question"]), [*ids, self.tokenizer.return_]))
         return pairs
 
-    def score(self, completions: list[Completion]) -> list[Score]:
+    def score_one(self, completion: Completion) -> Score:
         """The share of the final message up to the first wrong character, of what is longer: it, or the right answer."""
-        scores = []
-        for completion in completions:
-            answer, right = self.parse(completion).final, completion.prompt.row["answer"]
-            share = len(os.path.commonprefix([answer, right])) / max(len(answer), len(right))
-            scores.append(Score(share, {"prefix": share, "exact_match": float(answer == right)}, {}, answer == right))
-        return scores
+        answer, right = self.parse(completion).final, completion.prompt.row["answer"]
+        share = len(os.path.commonprefix([answer, right])) / max(len(answer), len(right))
+        return Score(share, {"prefix": share, "exact_match": float(answer == right)}, {}, answer == right)
