@@ -18,18 +18,18 @@ WIDTH = 16
 @pytest.mark.parametrize("prefix_len", [0, 55])
 def test_a_query_gets_the_bits_that_it_gets_in_the_whole_sequence(prefix_len, poisoned):
     """On full layers and in rings, behind nothing, less and more than a ring, with idle rows; what no query sees is NaN."""
-    config = GptOssConfig(vocab_size=9, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=WIDTH, num_local_experts=2, num_experts_per_tok=1, sliding_window=24)
+    config = GptOssConfig(vocab_size=9, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=WIDTH, num_local_experts=2, num_experts_per_tok=1, sliding_window=24)
     cache = KVCache(config, num_slots=4, max_len=140, num_pages=9, device=torch.device("cpu"), dtype=torch.float32)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(float("nan"))
     generator = torch.Generator().manual_seed(prefix_len)
     chunks = [PrefillChunk(2, 0, 5, prefix_len), PrefillChunk(0, 49, 70, prefix_len), PrefillChunk(3, 17, 19, prefix_len),
               PrefillChunk(1, 66, 71, prefix_len)]
-    heads = {"q": 4, "k": 2, "v": 2}
+    heads = {"q": 2, "k": 1, "v": 1}
     sequences = [{name: torch.randn(chunk.end, count, WIDTH, generator=generator) for name, count in heads.items()}
                  for chunk in chunks]
-    sinks = torch.randn(4, generator=generator)
+    sinks = torch.randn(2, generator=generator)
     for chunk in chunks:
         assert cache.reserve(chunk.slot, chunk.end)
     cache.flush()
@@ -56,7 +56,7 @@ def test_a_query_gets_the_bits_that_it_gets_in_the_whole_sequence(prefix_len, po
             start += chunk.end - chunk.start
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_kernel_fits_a_gpu(arch):
     blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=False, width=64).forward
     pointers = {name: "*bf16" for name in ("q", "k", "v", "keys", "values", "sinks", "out")}
