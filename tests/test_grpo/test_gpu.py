@@ -489,6 +489,19 @@ def test_steps_between_syncs_change_nothing_and_graphs_serve_later_rollouts():
     assert contents(sample()) == expected
 
 
+def test_graphs_of_a_rollout_serve_the_next_one_after_an_update_of_the_adapter():
+    model, prompts = adapted_model(), [Prompt(i, list(range(5 + i, 12 + 9 * i)), {}) for i in range(4)]
+    sampler, found = Sampler(model, [1], max_batch=6, seed=3), []
+    for _ in range(2):
+        completions = sampler.generate(prompts, SamplingParams(max_new_tokens=40, temperature=0.7), step=0, num_samples=2)
+        assert_trainers_bits(model, completions, shares_prompts=False)
+        found.append((contents(completions), set(map(id, sampler._decoder._graphs.values()))))
+        with torch.no_grad():  # in place, as an optimizer does
+            for parameter in model.trainable_parameters().values():
+                parameter.mul_(-1.5)
+    assert found[0][0] != found[1][0] and found[0][1] & found[1][1]
+
+
 def test_offload_gives_the_memory_back():
     model, prompts = adapted_model(), [Prompt(0, [5, 6, 7], {})]
     sampler = Sampler(model, [], max_batch=4, seed=3)
