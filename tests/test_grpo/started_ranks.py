@@ -16,7 +16,7 @@ RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=
        "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=2", "eval.max_prompts=3", "eval.at_end=false",
        "checkpoint.every=2", "log.num_completions=30", "distributed.timeout=60")
 LORA = "{rank: 2, alpha: 4.0, targets: [q_proj, o_proj, router, experts], train_sinks: true, train_norms: false}"
-ADAPTER = (f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}",
+ADAPTER = (f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}",
            "model.architecture=null", "model.train=lora", f"model.lora={LORA}")
 # Every group has a spread, but for one now and then, which is replaced; the numbers show each token of a completion.
 SPREAD = """

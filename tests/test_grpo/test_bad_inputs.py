@@ -21,7 +21,7 @@ INDEX = "model.safetensors.index.json"
 SMOKE = ("experiment=smoke", "name=run", "warmup=null", "rollout.max_new_tokens=8", "eval.at_start=false", "eval.at_end=false",
          "eval.every=0")
 LORA = ("experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=2",
-        "model.path={fixtures}/tiny_mxfp4", "model.tokenizer={fixtures}/tokenizer_compact", "model.lora.rank=2",
+        "model.path={fixtures}/tiny_mxfp4", "model.tokenizer={fixtures}/tokenizer_brief", "model.lora.rank=2",
         "env.path={fixtures}/arithmetic.jsonl", "rollout.prompts_per_step=2", "rollout.group_size=2",
         "rollout.max_new_tokens=4", "eval.at_start=false", "eval.at_end=false", "wandb.mode=disabled")
 

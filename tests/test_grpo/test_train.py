@@ -155,7 +155,7 @@ def test_parameters_move_and_the_exported_model_is_the_last_checkpoint(smoke):
 def test_lora_trains_the_adapter_of_a_packed_checkpoint_and_exports_it(entry_points, folder):
     result = entry_points.run(
         "grpo.train", "+experiment=gpt_oss_20b_lora", "name=lora", "device=cpu", "dtype=float32", "threads=1", "steps=2",
-        f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
+        f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}", "model.lora.rank=2",
         f"env.path={FIXTURES / 'arithmetic.jsonl'}", "env.match=none",
         "env.rewards=[{fn: lengths_reward.spread}]", "rollout.prompts_per_step=2", "rollout.group_size=2",
         "rollout.max_new_tokens=4", "eval.at_start=false", "eval.max_prompts=2", "wandb.mode=disabled", "optim.warmup_steps=0",

@@ -81,7 +81,7 @@ def base(tmp_path_factory):
     """A checkpoint as the hub cache holds it: models--ORG--NAME/snapshots/REVISION."""
     folder = tmp_path_factory.mktemp("hub") / "models--team--tiny-oss/snapshots/0123"
     shutil.copytree(FIXTURES / "tiny_mxfp4", folder)
-    for path in (FIXTURES / "tokenizer_compact").iterdir():
+    for path in (FIXTURES / "tokenizer_brief").iterdir():
         shutil.copyfile(path, folder / path.name)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 5], "temperature": 0.75}')

@@ -50,7 +50,7 @@ def test_an_output_that_only_rank_0_cannot_write_ends_all(evaluate, tmp_path):
 
 def test_answers_to_the_prompts_of_a_file_are_those_of_one_process(entry_points, tmp_path):
     (tmp_path / "asked.csv").write_text("question\n1+2\n30+41\n5+5\n")
-    words = ("+model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}",
+    words = ("+model=gpt_oss_20b", f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}",
              f"prompts={tmp_path / 'asked.csv'}", "max_new_tokens=6", "num_samples=2", "distributed.timeout=60")
     alone = entry_points.run("grpo.generate", *words, f"output={tmp_path / 'alone.jsonl'}")
     assert alone.code == 0, alone.err

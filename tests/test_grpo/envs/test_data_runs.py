@@ -56,7 +56,7 @@ def test_gsm8k_as_shipped_reads_answers_after_the_marker_and_evaluates_on_the_te
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = load_config("train", ["+experiment=gsm8k_20b"])
-    tokenizer = Tokenizer.load(FIXTURES / "tokenizer_compact")
+    tokenizer = Tokenizer.load(FIXTURES / "tokenizer_brief")
     env = bind(config.env, "env")(tokenizer=tokenizer, seed=0)
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert len(env.train_rows) == 14
@@ -83,7 +83,7 @@ def test_gsm8k_as_shipped_trains_within_512_tokens_at_low_effort():
 def test_gsm8k_runs_from_a_local_copy(entry_points, gsm8k_folder, tmp_path):
     result = entry_points.run(
         "grpo.train", "experiment=gsm8k_20b", *QUIET, "device=cpu", "dtype=float32", "threads=1", "steps=1",
-        f"model.path={FIXTURES}/tiny_bf16", f"model.tokenizer={FIXTURES}/tokenizer_compact", "model.lora.rank=2",
+        f"model.path={FIXTURES}/tiny_bf16", f"model.tokenizer={FIXTURES}/tokenizer_brief", "model.lora.rank=2",
         f"env.path={gsm8k_folder}", "env.max_prompt_tokens=2000", "rollout.prompts_per_step=2", "rollout.group_size=2",
         "rollout.max_new_tokens=4", "rollout.refill_rounds=0", f"output_dir={tmp_path}", "checkpoint.every=0",
         writes_report=False, HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")

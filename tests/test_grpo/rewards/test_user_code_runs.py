@@ -41,7 +41,7 @@ def run(entry_points, tmp_path):
         result = entry_points.run(
             "grpo.train", "experiment=gpt_oss_20b_lora", "wandb.mode=disabled", "eval.at_start=false",
             "eval.at_end=false", f"name={name}", "device=cpu", "dtype=float32", "threads=1",
-            f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
+            f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}", "model.lora.rank=2",
             f"env.path={FIXTURES / 'arithmetic.jsonl'}", "env.match=none", "rollout.prompts_per_step=2",
             "rollout.group_size=4", "rollout.max_new_tokens=4", "steps=2", *overrides, folder=tmp_path, writes_report=False)
         assert result.code == 0, result.err

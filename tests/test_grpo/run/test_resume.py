@@ -92,7 +92,7 @@ SWITCH = ("+experiment=smoke", "name=run", "steps=6", "seed=3", "warmup=null", "
           "rollout.max_staleness=3", "rollout.in_flight=switch", "rollout.top_p=0.9", "rollout.refill_rounds=2",
           "rollout.prompts_per_step=4", "rollout.group_size=2", "corrections.weight=truncate")
 LORA = ("+experiment=gpt_oss_20b_lora", "name=run", "device=cpu", "dtype=float32", "threads=1", "steps=3",
-        f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_compact'}", "model.lora.rank=2",
+        f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}", "model.lora.rank=2",
         "model.lora.train_sinks=true", "model.lora.train_norms=true", f"env.path={FIXTURES / 'arithmetic.jsonl'}",
         "env.match=none", "env.rewards=[{fn: spread.spread}]", "kl.coefficient=0.01", "rollout.prompts_per_step=2",
         "rollout.group_size=2", "rollout.max_new_tokens=6", "eval.every=2", "eval.max_prompts=2", "checkpoint.every=1",

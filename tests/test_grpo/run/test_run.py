@@ -90,7 +90,7 @@ def stopped(entry_points, tmp_path_factory):
     (folder / "spread_reward.py").write_text(
         "def spread(completions, completion_ids, **columns):\n    return [sum(ids) % 7 / 7 for ids in completion_ids]\n")
     shutil.copytree(FIXTURES / "tiny_mxfp4", folder / "base")
-    shutil.copytree(FIXTURES / "tokenizer_compact", folder / "vocabulary")
+    shutil.copytree(FIXTURES / "tokenizer_brief", folder / "vocabulary")
     shutil.copy(FIXTURES / "arithmetic.jsonl", folder / "rows.jsonl")
     result = entry_points.run("grpo.train", *LORA, folder=folder, path=(folder,), writes_report=False)
     assert result.code == 0, result.err
