@@ -27,6 +27,7 @@ A method user_turn(answer) -> str | None is no tool: it returns what the user sa
 """
 
 import asyncio
+import faulthandler
 import hashlib
 import inspect
 import itertools
@@ -50,6 +51,8 @@ from models.chat.functions import function_schema, public_methods
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt, system_content
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
+
+PROMPT_SECONDS = 60.0  # after which stderr shows where an object is that is still being made for a prompt
 
 
 class ToolClass:
@@ -102,10 +105,10 @@ class ToolClass:
             rows = rng.choices(self.train_rows, k=num_prompts)
         else:
             rows = list(itertools.islice(self._from(step * num_prompts), num_prompts))
-        return [self._prompt(attempt * num_prompts + i, row) for i, row in enumerate(rows)]
+        return [self._watched_prompt(attempt * num_prompts + i, row) for i, row in enumerate(rows)]
 
     def eval_prompts(self) -> list[Prompt]:
-        return [self._prompt(i, row) for i, row in enumerate(self.eval_rows)]
+        return [self._watched_prompt(i, row) for i, row in enumerate(self.eval_rows)]
 
     def episode(self, prompt: Prompt, sample: int) -> object:
         episode, observation = self._begin(prompt.row["row"])
@@ -164,6 +167,14 @@ class ToolClass:
         for epoch in itertools.count(place // num_rows):
             order = random.Random(f"tool_class epoch {self.seed} {epoch}").sample(self.train_rows, num_rows)
             yield from order[place % num_rows:] if epoch == place // num_rows else order
+
+    def _watched_prompt(self, prompt_id: int, row: dict) -> Prompt:
+        """Without its prompt a step cannot begin, so there is no limit of time; but a run that waits says for what."""
+        faulthandler.dump_traceback_later(PROMPT_SECONDS, file=2)
+        try:
+            return self._prompt(prompt_id, row)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _prompt(self, prompt_id: int, row: dict) -> Prompt:
         episode, observation = self._begin(row)

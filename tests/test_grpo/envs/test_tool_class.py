@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from played_episodes import SETTINGS, TOKENIZER, call, final, play, text_of
@@ -96,6 +97,11 @@ class AsyncClosed(Closed):
     async def close(self):
         async with self.lock:
             super().close()
+
+class Slow(Guess):
+    def reset(self, seed):
+        threading.Event().wait(0.5)
+        return super().reset()
 
 class Uncounted(Guess):
     def get_reward(self):
@@ -222,6 +228,15 @@ def test_a_rows_prompt_is_text_or_messages_and_may_be_missing(make, tmp_path, as
     else:
         with pytest.raises(DataError, match=message):
             env.prompts(0, num_prompts=1)
+
+
+def test_a_reset_that_holds_up_the_prompts_is_shown_on_stderr(make, monkeypatch, capfd):
+    env = make("Slow")
+    env.prompts(0, num_prompts=1)
+    assert "reset" not in capfd.readouterr().err
+    monkeypatch.setattr("grpo.envs.tool_class.PROMPT_SECONDS", 0.2)
+    env.prompts(0, num_prompts=1)
+    assert re.search(r"Timeout.*games.py\", line \d+ in reset", capfd.readouterr().err, re.DOTALL)
 
 
 @pytest.mark.parametrize("name", ["Closed", "AsyncClosed"])
