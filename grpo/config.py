@@ -324,6 +324,10 @@ class TrainConfig:
     output_dir: str = "runs"
     resume: bool = False  # continue output_dir/name from its newest checkpoint
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl.coefficient > 0 or self.optim.sums_log_probs
+
 
 @dataclass
 class InferenceConfig:

@@ -43,7 +43,7 @@ def validate(config: TrainConfig) -> None:
     """Raises ConfigError listing every value that is out of range or contradicts another, before anything is loaded."""
     model = model_problems(config.model, reads_adapter=not config.resume)
     refuse(config, chain(run_problems(config), thread_problems(config.threads), model, step_problems(config),
-                         advantage_problems(config)))
+                         advantage_problems(config), best_problems(config)))
 
 
 def validate_inference(config: InferenceConfig) -> None:
@@ -159,6 +159,9 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "kl.estimator", "full", (
             f"its gradient is one of the loss, and a reward (kl.place={config.kl.place}) is lowered by k1: set kl.place=loss, or "
             "another kl.estimator")
+    if config.kl.refresh_every is not None and not config.needs_reference:
+        yield "kl.refresh_every", config.kl.refresh_every, (
+            "no reference is there to renew: set kl.coefficient above 0, or kl.refresh_every=null")
     if optim.sums_log_probs and optim.minibatches * optim.epochs > 1:
         yield "optim.sums_log_probs", True, (
             f"the log-probs before the update are those of one update: set optim.minibatches=1 (now {optim.minibatches}) and "
@@ -231,6 +234,15 @@ def advantage_problems(config: TrainConfig) -> Iterator[Problem]:
             yield "kl.place", str(kl.place), (
                 "the mean of lowered rewards, which advantage.scale=mean divides by, may come near 0 from either side: set "
                 "kl.place=loss, or another advantage.scale")
+
+
+def best_problems(config: TrainConfig) -> Iterator[Problem]:
+    """Which other metrics evaluations have is known once there is one."""
+    key, best = "checkpoint.best", config.checkpoint.best
+    if best is not None and not best.startswith("eval/"):
+        yield key, best, "must be null or a metric of evaluations, eval/NAME, such as eval/greedy_accuracy"
+    elif best is not None and not is_evaluating(config.eval):
+        yield key, best, "the run makes no evaluation: set eval.every above 0, eval.at_end=true, or checkpoint.best=null"
 
 
 def is_evaluating(evaluation: EvalConfig) -> bool:

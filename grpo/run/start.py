@@ -139,7 +139,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     check_entropy(config.entropy, dtype)
     loss_fn = bind(config.loss, "loss")
     try_loss(loss_fn, config.loss["_target_"], group_size=config.rollout.group_size, max_new_tokens=config.rollout.max_new_tokens,
-             has_reference=needs_reference(config), has_sums=config.optim.sums_log_probs,
+             has_reference=config.needs_reference, has_sums=config.optim.sums_log_probs,
              has_full_kl=config.kl.is_full)
     tokenizer = build_tokenizer(config.model, config.env)
     sandbox = make_sandbox(config.env, config.sandbox.mode)
@@ -238,18 +238,17 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.metrics.print(f"sandbox  {run.sandbox.describe()}")
     if run.memory.plan is not None:
         run.metrics.print(summary(run.memory.plan, run.policy.config.num_hidden_layers))
-    has_reference = needs_reference(config)
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
-        run.reference = Reference.load(state.tensors) if has_reference else None
+        run.reference = Reference.load(state.tensors) if config.needs_reference else None
     else:
-        if has_reference and config.kl.reference == KlReference.base:
+        if config.needs_reference and config.kl.reference == KlReference.base:
             run.reference = Reference.of(run.policy, parameters_of_run(run.policy, config.model))
         load_initial_adapter(run.policy, config.model)
         if config.warmup is not None:
             run.memory.for_update(run.policy, None)
             warm_up(run.policy, run.env, config, run.metrics, run.should_stop)
-        if has_reference and config.kl.reference == KlReference.start:
+        if config.needs_reference and config.kl.reference == KlReference.start:
             run.reference = Reference.of(run.policy)
     # now: its fp32 masters are copies of the weights
     plan = run.memory.plan
@@ -279,10 +278,6 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
     if run.ranks is not None:
         check_equal_weights(run)
     run.memory.for_sampling(run.policy)
-
-
-def needs_reference(config: TrainConfig) -> bool:
-    return config.kl.coefficient > 0 or config.optim.sums_log_probs
 
 
 def await_kernels(run: Run) -> None:

@@ -169,6 +169,8 @@ BAD_ARGUMENTS = [
     ("model.architecture=null", "model.path = None: give a checkpoint"),
     ("model.train=lora", "model.lora = None: required by model.train=lora"),
     ("kl.coefficient=-1", "kl.coefficient = -1.0: must be at least 0: 0 is off"),
+    ("kl.refresh_every=5", "kl.refresh_every = 5: no reference is there to renew: set kl.coefficient above 0"),
+    ("checkpoint.best=avg@1", "checkpoint.best = 'avg@1': must be null or a metric of evaluations, eval/NAME"),
     ("kl.reference=first", "kl.reference = 'first' (str): expected one of start, base"),
     ("model.experts=mxfp4", "model.experts = 'mxfp4': packed experts come from a checkpoint only"),
     ("model.architecture.num_experts_per_tok=99", "num_experts_per_tok=99"),
@@ -234,6 +236,18 @@ def test_no_number_may_be_infinite_or_nan(value, tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config("train", ["+experiment=gpt_oss_20b_lora", *plain, *lists, *warmup])
     assert {line.split(" =")[0] for line in str(caught.value).splitlines()} == set(FLOATS)
+
+
+def test_a_reference_without_a_coefficient_can_be_renewed_where_it_has_another_use():
+    renewed = ["kl.coefficient=0", "kl.refresh_every=5"]
+    assert load_config("train", [*renewed, "optim.sums_log_probs=true"]).kl.refresh_every == 5
+
+
+def test_the_best_checkpoint_needs_an_evaluation():
+    off = ["checkpoint.best=eval/reward", "eval.every=0", "eval.at_start=false"]
+    with pytest.raises(ConfigError, match="checkpoint.best = 'eval/reward': the run makes no evaluation"):
+        load_config("train", [*off, "eval.at_end=false"])
+    assert load_config("train", [*off, "eval.at_end=true"]).checkpoint.best == "eval/reward"
 
 
 def test_all_problems_of_a_config_are_listed_at_once():
