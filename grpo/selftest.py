@@ -19,10 +19,14 @@ from typing import NamedTuple
 import torch
 
 from grpo.config import ConfigError, TrainConfig, run_folder
+from models.config import released
+from models.expert_store import layer_bytes
+from models.experts import FORMATS
+from models.memory_plan import embedding_parameters, rest_parameters
+from models.rates import copy_rate, product_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 _CHECK_SECONDS = 600  # for the tests of a check
-_LEAST_SECONDS = 0.2  # that a rate is measured for
 # share of reading each touched weight once at the measured speed of copies that decoding reached on an H200, by rows
 _REACHED = {1: 0.43, 8: 0.61, 32: 0.66, 128: 0.55}
 
@@ -139,12 +143,12 @@ def hardware_report() -> list[str]:
     cores, threads = os.cpu_count(), torch.get_num_threads()
     lines = [f"python {sys.version.split()[0]}, torch {torch.__version__}, {cores} cores, {threads} threads"]
     if not torch.cuda.is_available():
-        product, copy = rates(torch.device("cpu"), torch.float32)
+        product, copy = _rates(torch.device("cpu"), torch.float32)
         return [*lines, f"CPU: float32 products {product / 1e9:,.0f} GFLOP/s, copies {copy / 1e9:.1f} GB/s (read and written)"]
     for index in range(torch.cuda.device_count()):
         device, gpu = torch.device("cuda", index), torch.cuda.get_device_properties(index)
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        product, copy = rates(device, dtype)
+        product, copy = _rates(device, dtype)
         lines.append(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
                      f"{gpu.total_memory / 1e9:.1f} GB: {str(dtype).removeprefix('torch.')} products "
                      f"{product / 1e12:,.0f} TFLOP/s, copies {copy / 1e9:,.0f} GB/s (read and written)")
@@ -158,29 +162,13 @@ def hardware_report() -> list[str]:
 def decode_ceiling(rows: int, bytes_per_second: float) -> float:
     """Tokens per second of gpt-oss-20b in MXFP4 where a step only reads each touched weight once: all of attention and head, and
     the experts that a choice of 4 of 32 for each row touches, in the mean of choices that are independent."""
-    dense, experts = 2.45e9, 24 * 0.423e9  # bytes
-    return rows * bytes_per_second / (dense + experts * (1 - (1 - 4 / 32) ** rows))
+    config, dtype = released("openai/gpt-oss-20b"), torch.bfloat16
+    dense = (rest_parameters(config) + embedding_parameters(config)) * dtype.itemsize
+    experts = config.num_hidden_layers * layer_bytes(config, FORMATS["mxfp4"], dtype)
+    touched = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** rows
+    return rows * bytes_per_second / (dense + experts * touched)
 
 
-def rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Measured FLOP per second of a matrix product, and bytes per second of a copy, read and written ones together."""
-    size, count = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
-    matrix, source = torch.randn(size, size, device=device, dtype=dtype), torch.zeros(count, dtype=torch.uint8, device=device)
-    product, target = torch.empty_like(matrix), torch.empty_like(source)
-    return (2 * size**3 / _seconds(lambda: torch.mm(matrix, matrix, out=product), device),
-            2 * count / _seconds(lambda: target.copy_(source), device))
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the mean over calls that take _LEAST_SECONDS together."""
-    calls = 1
-    while True:
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-        if seconds >= _LEAST_SECONDS:
-            return seconds / calls
-        calls *= 2
+def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP per second of products, and bytes per second of copies, read and written ones together."""
+    return product_rate(device, dtype), 2 * copy_rate(device, 1 << (30 if device.type == "cuda" else 26))

@@ -23,6 +23,7 @@ from kernels.attention.plan import AttentionPlan
 from kernels.experts.sorting import Routing
 from models.config import GptOssConfig
 from models.host_store import HostStore, HostTensor
+from models.rates import copy_rate, product_rate
 
 NAMES = ("qkv", "attended", "middle", "h")
 # shares of the GPU's peak that matrix products, and attention, reach
@@ -363,7 +364,7 @@ class MemoryBudget:
         if not x.is_cuda:
             return self._pass([everything(Place.recompute)] * layers, SCRATCH_BYTES, 0)
         if self.host_bytes > 0 and self.store is None:
-            self.store, self._host_rate = HostStore(self.host_bytes, x.device), transfer_rate(x.device)
+            self.store, self._host_rate = HostStore(self.host_bytes, x.device), copy_rate(x.device, 1 << 26, to_host=True)
         budget = self._budget(x.device)
         if torch.cuda.memory_reserved(x.device) > budget:  # only what is allocated is needed
             torch.cuda.empty_cache()
@@ -507,34 +508,3 @@ def _backward_once(device: torch.device, dtype: torch.dtype) -> None:
     a = torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True)
     with torch.enable_grad():
         (a @ a).sum().backward()
-
-
-def _seconds(function: Callable[[], None], device: torch.device) -> float:
-    """The measured time of a second call on a GPU: the first one raises its clocks."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    function()
-    events[0].record()
-    function()
-    events[1].record()
-    torch.cuda.synchronize(device)
-    return events[0].elapsed_time(events[1]) / 1e3
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP per second of a matrix product."""
-    size, times = 4096, 20
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    out = torch.empty_like(a)
-
-    def multiply() -> None:
-        for _ in range(times):
-            torch.mm(a, a, out=out)
-
-    return times * 2 * size**3 / _seconds(multiply, device)
-
-
-def transfer_rate(device: torch.device) -> float:
-    """Measured bytes per second from the GPU to pinned host memory."""
-    size = 1 << 26
-    source, target = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return size / _seconds(lambda: target.copy_(source, non_blocking=True), device)
