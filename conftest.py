@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 # before anything imports torch: threads that wait for each other by spinning make tiny tensors many times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# processes that tests start would compile the same modules again and again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import yaml

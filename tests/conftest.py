@@ -129,7 +129,6 @@ class EntryPoints:
         self.folder, self._count = folder, 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
         environment.pop("WANDB_API_KEY", None)
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # children would compile the same modules again and again
         self._process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          text=True, env=environment, cwd=ROOT)
 

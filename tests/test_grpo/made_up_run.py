@@ -43,6 +43,12 @@ metrics.print_final(["python -m grpo.generate run=" + "x" * 100])
 """
 
 
+def start_script(entry_points, folder: Path, before: str, **environment: str):
+    """The script in a fork of the server of entry points, which need not import all that it needs."""
+    (folder / "made_up_script.py").write_text(SCRIPT)
+    return entry_points.start("made_up_script", folder, "disabled", before=before, path=(folder,), **environment)
+
+
 def environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "LC_", "FORCE_COLOR"))}
     return {**kept, "PYTHONPATH": str(ROOT), "NETRC": "/nonexistent", **changes}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from made_up_run import SCRIPT, environment, make_metrics
+from made_up_run import SCRIPT, environment, make_metrics, start_script
 
 from grpo.record.console import Display, step_line
 from grpo.record.summary import read_metrics
@@ -106,16 +106,10 @@ def test_warmup_steps_may_be_left_out_and_keep_the_names_of_timing(tmp_path, mon
     ]
 
 
-def test_output_that_is_no_terminal_and_not_utf8_gets_plain_ascii_lines(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "disabled"],
-        env=environment(PYTHONIOENCODING="ascii"),
-        capture_output=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr.decode()
-    text = result.stdout.decode("ascii")
+def test_output_that_is_no_terminal_and_not_utf8_gets_plain_ascii_lines(entry_points, tmp_path):
+    result = start_script(entry_points, tmp_path, "import sys; sys.stdout.reconfigure(encoding='ascii')").wait()
+    assert result.code == 0 and result.out.isascii(), result.err
+    text = result.out
     assert "step 4/4  reward 1.000 +- 0.100" in text and "\x1b" not in text
     assert "sample 0/4  reward 0.000  '1+1' -> '[/bold]" in text
     assert "eval/greedy" in text and "0.250" in text and "0.875 @ 4" in text
@@ -123,12 +117,13 @@ def test_output_that_is_no_terminal_and_not_utf8_gets_plain_ascii_lines(tmp_path
 
 
 @pytest.mark.parametrize("columns", [40, 100])
-def test_a_terminal_gets_the_live_panel_and_lines_of_the_loop_above_it(tmp_path, columns):
+def test_a_terminal_gets_the_live_panel_and_lines_of_the_loop_above_it(entry_points, tmp_path, columns):
     parent, child = pty.openpty()
-    variables = environment(COLUMNS=str(columns), LINES="40", TERM="xterm", PYTHONIOENCODING="utf-8")
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "disabled"], stdout=child, env=variables)
-    os.close(child)
-    output = b""
+    to_terminal = (f"import os, sys; os.dup2(os.open({os.ttyname(child)!r}, os.O_RDWR | os.O_NOCTTY), 1); "
+                   "sys.stdout.reconfigure(encoding='utf-8', line_buffering=True)")
+    command = start_script(entry_points, tmp_path, to_terminal, COLUMNS=str(columns), LINES="40", TERM="xterm")
+    output = os.read(parent, 1 << 16)
+    os.close(child)  # the script has opened it
     while select.select([parent], [], [], 60)[0]:
         try:
             chunk = os.read(parent, 1 << 16)
@@ -138,7 +133,7 @@ def test_a_terminal_gets_the_live_panel_and_lines_of_the_loop_above_it(tmp_path,
         if not chunk:
             break
     os.close(parent)
-    assert process.wait(timeout=600) == 0
+    assert command.wait().code == 0
     text = output.decode()
     assert "\x1b]0;owned" not in text
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "")
