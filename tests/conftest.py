@@ -115,6 +115,9 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
+    def output_text(self) -> str:
+        return Path(f"{self._output}.out").read_text(errors="replace")
+
     def error_text(self) -> str:
         return Path(f"{self._output}.err").read_text(errors="replace")
 

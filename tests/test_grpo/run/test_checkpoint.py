@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 import warnings
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from child_process import run_python
+from child_process import fork_python
 
 from grpo.run.checkpoint import (
     CheckpointFallbackWarning,
@@ -227,7 +228,7 @@ def test_a_failed_replacement_puts_the_old_checkpoint_back(tmp_path, monkeypatch
     assert_is_step(load_run(tmp_path), 20)
 
 
-def test_a_disk_that_is_really_full_leaves_the_old_checkpoints(tmp_path):
+def test_a_disk_that_is_really_full_leaves_the_old_checkpoints(entry_points, tmp_path, tmp_path_factory):
     code = """
 import sys, torch
 from pathlib import Path
@@ -245,16 +246,16 @@ print(loaded.step, loaded.tensors["w"].sum().item(), sorted(p.name for p in (run
     if mount.returncode != 0:
         pytest.skip(f"mounting a small tmpfs is not allowed here: {mount.stderr.decode().strip()}")
     try:
-        output, errors = run_python(code, tmp_path).communicate(timeout=600)
+        done = fork_python(entry_points, tmp_path_factory.mktemp("code"), code, tmp_path).wait()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-    lines = output.splitlines()
-    assert len(lines) == 2, (output, errors)
+    lines = done.out.splitlines()
+    assert len(lines) == 2, done
     assert "cannot save" in lines[0] and "No space left on device" in lines[0] and "bytes free" in lines[0]
     assert lines[1] == "1 20000.0 ['step_000001']"
 
 
-def test_a_process_killed_before_any_disk_operation_of_a_save_leaves_whole_checkpoints(tmp_path):
+def test_a_process_killed_before_any_disk_operation_of_a_save_leaves_whole_checkpoints(entry_points, tmp_path):
     """A child for each operation kills itself just before it; step 20 is new, then saved again, differently."""
     code = """
 import os, shutil, signal, sys, warnings, torch
@@ -306,12 +307,12 @@ for previous in (10.0, 20.0):
     assert not was_killed and outcomes == sorted(outcomes) and set(outcomes) == {previous, 21.0}, outcomes
     print(len(outcomes))
 """
-    output, errors = run_python(code, tmp_path).communicate(timeout=600)
-    counts = [int(line) for line in output.split()]
-    assert len(counts) == 2 and min(counts) > 10, (output, errors)
+    done = fork_python(entry_points, tmp_path, code, tmp_path).wait()
+    counts = [int(line) for line in done.out.split()]
+    assert len(counts) == 2 and min(counts) > 10, done
 
 
-def test_a_process_killed_at_any_time_leaves_whole_checkpoints(tmp_path):
+def test_a_process_killed_at_any_time_leaves_whole_checkpoints(entry_points, tmp_path, tmp_path_factory):
     code = """
 import sys, torch
 from grpo.run.checkpoint import load_run, save_run
@@ -327,13 +328,15 @@ while True:
 """
     last_step = 0
     for seconds in (0.07, 0.13):
-        process = run_python(code, tmp_path)
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        process = fork_python(entry_points, tmp_path_factory.mktemp("code"), code, tmp_path)
+        while process.output_text() != "ready\n":
+            assert not process.error_text()
+            time.sleep(0.01)
         while not list(tmp_path.glob("checkpoints/step_??????")):
             time.sleep(0.01)
         time.sleep(seconds)
-        process.kill()
-        process.communicate()
+        process.send(signal.SIGKILL)
+        process.wait()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loaded = load_run(tmp_path)

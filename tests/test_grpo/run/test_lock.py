@@ -2,25 +2,29 @@
 
 import os
 import re
+import signal
+import time
 
 import pytest
-from child_process import run_python
+from child_process import fork_python
 
 from grpo.run.checkpoint import SaveError
 from grpo.run.lock import RunInUseError, lock_run
 
 
-def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(tmp_path):
+def test_a_second_process_cannot_take_a_run_until_the_first_is_gone(entry_points, tmp_path, tmp_path_factory):
     code = "import sys, time; from grpo.run.lock import lock_run; lock = lock_run(sys.argv[1]); " \
            "lock.__enter__(); print('locked', flush=True); time.sleep(60)"
-    process = run_python(code, tmp_path)
+    process = fork_python(entry_points, tmp_path_factory.mktemp("code"), code, tmp_path)
     try:
-        assert process.stdout.readline() == "locked\n", process.stderr.read()
+        while process.output_text() != "locked\n":
+            assert not process.error_text()
+            time.sleep(0.001)
         with pytest.raises(RunInUseError, match=rf"{tmp_path} is in use by process {process.pid} on .* choose another"):
             lock_run(tmp_path).__enter__()
     finally:
-        process.kill()
-        process.communicate()
+        process.send(signal.SIGKILL)
+        process.wait()
     with lock_run(tmp_path):
         with pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
             lock_run(tmp_path).__enter__()
