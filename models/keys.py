@@ -21,7 +21,8 @@ from kernels.rope import rope_reference, rotate_
 from models.kv_cache import PAGE_TOKENS, KVCache
 from models.offload import Kept
 
-NUM_SECTIONS = 16, 128  # of packed chunks; more take a power of two: few sizes, each is compiled
+NUM_SECTIONS = 16, 128  # of packed chunks, at most two of each, and idle rows: few sizes, each is compiled
+MOST_CHUNKS = 63  # in one launch behind a cache; whole sequences, which need no sections, may be more
 
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin [T, head width / 2] fp32
 

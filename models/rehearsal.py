@@ -30,7 +30,7 @@ from models.config import GptOssConfig
 from models.decoder import BUCKETS, Decoder, PlainDraw, bucket_of
 from models.expert_share import ExpertShare
 from models.gpt_oss import GptOss, HeadStates, KeptSets
-from models.keys import PrefillChunk
+from models.keys import MOST_CHUNKS, PrefillChunk
 from models.kv_cache import PAGE_TOKENS
 from models.lora import LoraConfig, attach_lora, set_full_training
 from models.offload import SCRATCH_BYTES, LayerPlan, Place, TrainingPass, everything
@@ -136,9 +136,9 @@ def rehearse_rollout(model: GptOss, plan: Rehearsal, *, few: tuple[int, ...] = _
         chunks = [PrefillChunk(slot, 0, end, end if plan.shares_prompts else 0) for slot, end in enumerate(ends)]
         model.prefill(torch.zeros(num_tokens, dtype=torch.int64, device="meta"), chunks, cache)
     for num_tokens, length in itertools.product(many, (400, 30) if max_len > 1 else ()):  # few and many short chunks
-        parts = torch.empty(num_tokens).split(min(length, max_len - 1))
+        parts = torch.empty(num_tokens).split(min(length, max_len - 1))[:MOST_CHUNKS]
         chunks = [PrefillChunk(0, 1, 1 + len(part), int(plan.shares_prompts)) for part in parts]
-        model.prefill(torch.zeros(num_tokens, dtype=torch.int64, device="meta"), chunks, cache)
+        model.prefill(torch.zeros(sum(map(len, parts)), dtype=torch.int64, device="meta"), chunks, cache)
     for num_rows in sorted({bucket for bucket in BUCKETS if bucket < plan.max_rows} | {bucket_of(plan.max_rows)}):
         for draw in plan.draws or [PlainDraw(1.0, True)]:
             decoder.rehearse(num_rows, draw, longest=plan.max_len)

@@ -19,6 +19,7 @@ its pages, it loses them, as the newest, and begins again later.
 from dataclasses import dataclass, field
 
 from grpo.batch import Prompt, Segment
+from models.keys import MOST_CHUNKS
 from models.kv_cache import PAGE_TOKENS, KVCache
 
 
@@ -162,13 +163,15 @@ class Scheduler:
 
     def resume(self, max_tokens: int) -> list[RolloutRow]:
         """Returning rows that continue now, with pages for their tokens. The caller prefills the tokens that their slots do not
-        hold, at most `max_tokens` together: either every row has all to prefill, or every row only its end."""
+        hold, at most `max_tokens` together: either every row has all to prefill, or every row only its end, and then they are
+        at most MOST_CHUNKS."""
         resumed, num_tokens = [], 0
         while self.returning:
             row = self.returning[0]
             num_tokens += row.num_tokens - row.num_held
             is_alike = not resumed or (row.num_held > 0) == (resumed[0].num_held > 0)
-            if num_tokens > max_tokens or not is_alike or not self._has_room_to_return(row):
+            if (num_tokens > max_tokens or not is_alike or row.num_held and len(resumed) == MOST_CHUNKS
+                    or not self._has_room_to_return(row)):
                 break
             self._start(self.returning.pop(0), row.num_tokens)
             resumed.append(row)

@@ -76,6 +76,19 @@ def test_the_rows_admitted_last_are_preempted_and_come_back_before_others_in_the
     assert scheduler.retire() == [1] and admit(scheduler) == [3]
 
 
+def test_rows_that_continue_behind_a_cache_return_as_many_at_a_time_as_one_launch_attends_for():
+    scheduler = make_scheduler([10] * 70, num_rows=70, num_pages=140, limit=100)
+    admit(scheduler)
+    for row in scheduler.live:
+        row.is_parked = True
+    rows = list(scheduler.live)
+    scheduler.retire()
+    for row in rows:
+        row.num_new += 5
+        scheduler.unpark(row)
+    assert [len(scheduler.resume(10_000)) for _ in range(3)] == [63, 7, 0]
+
+
 def test_several_preempted_rows_resume_in_the_order_of_their_admission():
     scheduler = make_scheduler([60] * 4, num_rows=4, num_pages=8, limit=200)
     assert admit(scheduler) == [0, 1, 2, 3]
