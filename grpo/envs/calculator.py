@@ -19,7 +19,6 @@ from models.chat.functions import function_schema
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
 
-CURRENT_DATE = "2025-08-05"  # in the system message; pinned, so that prompts do not change from day to day
 WORDS = [" to=", "functions.", "multiply", " json", '{"a": ', ', "b": ']
 CHARS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/=,.:;?!'\"()[]{}_<>|# \n"
 
@@ -49,8 +48,7 @@ class Calculator(DrawnTasks):
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, digits: int, call_rate: float, held_out_fraction: float,
                  num_eval_prompts: int):
-        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_eval_prompts,
-                         reasoning_effort="low", current_date=CURRENT_DATE)
+        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_eval_prompts)
         check_ranges({"digits": (digits, 1, 9), "call_rate": (call_rate, 0, 1)})
         self.lowest, self.highest, self.call_rate = 10 ** (digits - 1), 10**digits - 1, call_rate
         most = int(held_out_fraction * (self.highest - self.lowest + 1) ** 2 / 4)

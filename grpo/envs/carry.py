@@ -13,10 +13,9 @@ for every seed, and never occur in prompts or demonstrations, mirrored (49+14) o
 import random
 import re
 
-from grpo.batch import Completion, Prompt
+from grpo.batch import Completion
 from grpo.environment import Score
-from grpo.envs.drawn_tasks import is_chosen
-from models.chat.parse import parse_completion
+from grpo.envs.drawn_tasks import DrawnTasks, check_ranges, is_chosen
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
 
@@ -29,7 +28,7 @@ def build_tokenizer() -> Tokenizer:
     return build_tiny_tokenizer(WORDS, CHARS)
 
 
-class Carry:
+class Carry(DrawnTasks):
     """The environment. Counts are problems, `digits` the length of both operands.
 
     fault_rate: share of the carry problems that the teacher of the demonstrations gets wrong
@@ -39,64 +38,45 @@ class Carry:
 
     Raises ValueError for a value out of range."""
 
+    KEY = "carry"
     build_tokenizer = staticmethod(build_tokenizer)
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, digits: int, format_reward: float, fault_rate: float,
                  keep_no_carry: float, held_out_fraction: float, num_eval_prompts: int):
         if not 2 <= digits <= 9:
             raise ValueError(f"env.digits={digits}: must lie in 2..9; one column leaves nothing to carry to")
-        for key, value in (("fault_rate", fault_rate), ("keep_no_carry", keep_no_carry)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"env.{key}={value}: must lie in 0..1")
-        if not 0 < held_out_fraction < 1:
-            raise ValueError(f"env.held_out_fraction={held_out_fraction}: must lie between 0 and 1, both excluded")
         if not 0 <= format_reward < 1:
             raise ValueError(f"env.format_reward={format_reward}: must lie in 0..1, below the 1 of a right answer")
+        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_eval_prompts)
         self.lowest, self.highest = 10 ** (digits - 1), 10**digits - 1
         most = int(held_out_fraction * (self.highest - self.lowest + 1) ** 2 / 4)
-        if not 1 <= num_eval_prompts <= most:
-            raise ValueError(f"env.num_eval_prompts={num_eval_prompts}: must lie in 1..{most} for digits={digits}, "
-                             f"held_out_fraction={held_out_fraction}")
-        self.tokenizer, self.seed, self.format_reward, self.fault_rate = tokenizer, seed, format_reward, fault_rate
-        self.keep_no_carry, self.held_out_fraction = keep_no_carry, held_out_fraction
-        self.num_eval_prompts = num_eval_prompts
+        check_ranges({"fault_rate": (fault_rate, 0, 1), "keep_no_carry": (keep_no_carry, 0, 1),
+                      "num_eval_prompts": (num_eval_prompts, 1, most)})
+        self.format_reward, self.fault_rate, self.keep_no_carry = format_reward, fault_rate, keep_no_carry
         expected = demonstration(self.highest, self.highest, forgets_carry=False)[0] + str(2 * self.highest)
         if tokenizer.decode(tokenizer.encode(expected)) != expected:
             raise ValueError(f"model.tokenizer: cannot encode {expected!r}, which the carry task needs")
 
-    def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
-        """Training problems of a step; `attempt` > 0 draws others for groups that were dropped."""
-        rng = random.Random(f"carry prompts {self.seed} {step} {attempt}")
-        return [self._prompt(attempt * num_prompts + i, *self._draw(rng, is_held_out=False)) for i in range(num_prompts)]
+    def draw(self, rng: random.Random) -> dict:
+        while True:
+            a, b = rng.randint(self.lowest, self.highest), rng.randint(self.lowest, self.highest)
+            if needs_carry(a, b) or rng.random() < self.keep_no_carry:
+                return {"question": f"{a}+{b}", "answer": str(a + b), "needs_carry": needs_carry(a, b)}
 
-    def eval_prompts(self) -> list[Prompt]:
-        """The held-out problems, all different."""
-        rng = random.Random("carry evaluation")
-        pairs: dict[tuple[int, int], None] = {}  # ordered, without repeats
-        while len(pairs) < self.num_eval_prompts:
-            pairs[self._draw(rng, is_held_out=True)] = None
-        return [self._prompt(i, a, b) for i, (a, b) in enumerate(pairs)]
+    def is_held_out(self, row: dict) -> bool:
+        a, b = operands(row)
+        return is_chosen(f"{min(a, b)}+{max(a, b)}", self.held_out_fraction)
 
     def demonstrations(self, step: int, batch_size: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids) by the faulty teacher, for a supervised step."""
         rng = random.Random(f"carry demonstrations {self.seed} {step}")
         pairs = []
         for _ in range(batch_size):
-            a, b = self._draw(rng, is_held_out=False)
-            forgets = needs_carry(a, b) and rng.random() < self.fault_rate
-            analysis, final = demonstration(a, b, forgets_carry=forgets)
-            pairs.append((self.encode_prompt(f"{a}+{b}"), self.encode_completion(analysis, final)))
+            row = self._draw(rng, is_held_out=False)
+            forgets = row["needs_carry"] and rng.random() < self.fault_rate
+            analysis, final = demonstration(*operands(row), forgets_carry=forgets)
+            pairs.append((self.encode_prompt(row["question"]), self.encode_completion(analysis, final)))
         return pairs
-
-    def score(self, completions: list[Completion]) -> list[Score]:
-        """1 for the right answer in the final channel plus `format_reward` for a number there, in a well-formed completion."""
-        return [self._score(completion) for completion in completions]
-
-    def describe(self, completion: Completion) -> dict:
-        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-        row = completion.prompt.row
-        return {"question": row["question"], "answer": row["answer"], "analysis": parsed.analysis, "final": parsed.final,
-                "fault": parsed.fault}
 
     def encode_prompt(self, question: str) -> list[int]:
         """`14+49` as a user message and the start of the assistant's."""
@@ -109,25 +89,10 @@ class Carry:
         answer = render_message(Message("assistant", final, channel="final"), self.tokenizer)
         return thought[len(start) :] + answer[:-1] + [self.tokenizer.return_]
 
-    def is_held_out(self, a: int, b: int) -> bool:
-        return is_chosen(f"{min(a, b)}+{max(a, b)}", self.held_out_fraction)
-
-    def _draw(self, rng: random.Random, *, is_held_out: bool) -> tuple[int, int]:
-        while True:
-            a, b = rng.randint(self.lowest, self.highest), rng.randint(self.lowest, self.highest)
-            is_kept = needs_carry(a, b) or rng.random() < self.keep_no_carry
-            if is_kept and self.is_held_out(a, b) == is_held_out:
-                return a, b
-
-    def _prompt(self, prompt_id: int, a: int, b: int) -> Prompt:
-        row = {"question": f"{a}+{b}", "answer": str(a + b), "needs_carry": needs_carry(a, b)}
-        return Prompt(prompt_id, self.encode_prompt(row["question"]), row)
-
-    def _score(self, completion: Completion) -> Score:
-        row = completion.prompt.row
-        a, b = map(int, row["question"].split("+"))
-        parsed = parse_completion(completion.completion_ids, self.tokenizer, is_policy=completion.is_policy)
-        answer = parsed.final
+    def score_one(self, completion: Completion) -> Score:
+        """1 for the right answer in the final channel plus `format_reward` for a number there, in a well-formed completion."""
+        row, parsed = completion.prompt.row, self.parse(completion)
+        (a, b), answer = operands(row), parsed.final
         is_correct, has_format = answer == row["answer"], _NUMBER.fullmatch(answer) is not None
         forgetful = demonstration(a, b, forgets_carry=True)
         metrics = {
@@ -140,6 +105,11 @@ class Carry:
             metrics["accuracy_no_carry"] = float(is_correct)
         parts = {"exact_match": float(is_correct), "format": float(has_format)}
         return Score(parts["exact_match"] + self.format_reward * parts["format"], parts, metrics, is_correct)
+
+
+def operands(row: dict) -> tuple[int, int]:
+    a, b = row["question"].split("+")
+    return int(a), int(b)
 
 
 def needs_carry(a: int, b: int) -> bool:

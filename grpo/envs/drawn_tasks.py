@@ -11,6 +11,7 @@ from models.chat.parse import Parsed, parse_completion
 from models.chat.render import Message, harmony_messages, render_prompt
 from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
 
+CURRENT_DATE = "2025-08-05"  # in the system message; pinned, so that prompts do not change from day to day
 MOST_DRAWS = 1000  # for each held-out problem
 
 
@@ -41,7 +42,7 @@ class DrawnTasks:
     BUILTIN_TOOLS: tuple[str, ...] = ()
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, held_out_fraction: float, num_eval_prompts: int,
-                 reasoning_effort: str, current_date: str):
+                 reasoning_effort: str = "low", current_date: str = CURRENT_DATE):
         check_ranges({"held_out_fraction": (held_out_fraction, 0.01, 0.9), "num_eval_prompts": (num_eval_prompts, 1, 100_000)})
         self.tokenizer, self.seed, self.key = tokenizer, seed, self.KEY or type(self).__name__
         self.held_out_fraction, self.num_eval_prompts = held_out_fraction, num_eval_prompts
@@ -69,7 +70,7 @@ class DrawnTasks:
     @classmethod
     def first_messages(cls) -> list[Message]:
         """The system's and the developer's, as of a date that the configurations have."""
-        return cls.messages("", current_date="2025-08-05", reasoning_effort="low", instructions=cls.INSTRUCTIONS)[:-1]
+        return cls.messages("", current_date=CURRENT_DATE, reasoning_effort="low", instructions=cls.INSTRUCTIONS)[:-1]
 
     @classmethod
     def messages(cls, question: str, *, current_date: str, reasoning_effort: str, instructions: str | None) -> list[Message]:

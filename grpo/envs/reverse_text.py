@@ -17,7 +17,6 @@ from grpo.envs.drawn_tasks import DrawnTasks, check_ranges
 from models.chat.render import Message, generation_prompt, render_message
 from models.chat.tokenizer import Tokenizer, build_tiny_tokenizer
 
-CURRENT_DATE = "2025-08-05"  # in the system message; pinned, so that prompts do not change from day to day
 CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
 
 
@@ -35,8 +34,7 @@ class ReverseText(DrawnTasks):
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, num_words: int, letters: list, fault_rate: float,
                  held_out_fraction: float, num_eval_prompts: int):
-        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_eval_prompts,
-                         reasoning_effort="low", current_date=CURRENT_DATE)
+        super().__init__(tokenizer=tokenizer, seed=seed, held_out_fraction=held_out_fraction, num_eval_prompts=num_eval_prompts)
         check_ranges({"num_words": (num_words, 1, 100), "fault_rate": (fault_rate, 0, 1)})
         if len(letters) != 2 or not all(type(count) is int for count in letters) or not 2 <= letters[0] <= letters[1] <= 20:
             raise ValueError(f"env.letters={letters}: must be the shortest and the longest word, such as [3,8], within 2..20")

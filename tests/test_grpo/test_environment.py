@@ -244,17 +244,17 @@ def test_a_summary_is_a_text_or_names_the_environment():
 # --- the start of a run -----------------------------------------------------------------------------------------------
 
 
-def test_an_environment_that_lacks_a_method_is_named_with_what_to_read():
-    config = SimpleNamespace(warmup=None)
-    with pytest.raises(EnvironmentFault, match="environment SimpleNamespace has no prompts, score; grpo.environment.Environment"):
-        check_environment(SimpleNamespace(eval_prompts=list), config, max_len=9, vocab_size=VOCAB)
-    check_environment(SimpleNamespace(prompts=list, eval_prompts=list, score=list), config, max_len=9, vocab_size=VOCAB)
-
-
 def evaluated(**changes):
     schedule = SimpleNamespace(every=0, at_start=False, at_end=False, max_prompts=2)
     return SimpleNamespace(warmup=None, eval=SimpleNamespace(**vars(schedule) | changes),
                            rollout=SimpleNamespace(max_new_tokens=5), optim=SimpleNamespace(max_tokens=100))
+
+
+def test_an_environment_that_lacks_a_method_is_named_with_what_to_read():
+    config = evaluated()
+    with pytest.raises(EnvironmentFault, match="environment SimpleNamespace has no prompts, score; grpo.environment.Environment"):
+        check_environment(SimpleNamespace(eval_prompts=list), config, max_len=9, vocab_size=VOCAB)
+    check_environment(SimpleNamespace(prompts=list, eval_prompts=list, score=list), config, max_len=9, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize("fixed", [{}, {"train_prompts": lambda: [Prompt(0, [1], {})]}])

@@ -16,6 +16,7 @@ from grpo.config import save_config
 from grpo.configuration.launch import load_config
 from grpo.environment import Score
 from grpo.envs.carry import Carry
+from grpo.envs.drawn_tasks import DrawnTasks
 from grpo.evaluate import evaluate, half_width, pass_at_k, run_evaluation, writable_file
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -256,7 +257,7 @@ def test_mistakes_end_in_one_message_and_exit_code_2(run_dir, capsys, overrides,
 
 
 def test_an_environment_without_evaluation_prompts_is_named_with_what_to_read(run_dir, capsys, monkeypatch):
-    monkeypatch.delattr(Carry, "eval_prompts")
+    monkeypatch.delattr(DrawnTasks, "eval_prompts")
     assert run_evaluation(load_config("evaluate", [f"run={run_dir}"])) == 4
     captured = capsys.readouterr()
     assert "environment Carry has no eval_prompts; grpo.environment.Environment says" in captured.err
