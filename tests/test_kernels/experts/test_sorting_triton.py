@@ -1,6 +1,7 @@
 """The routing kernels: in the interpreter against goldens, hand-made cases and float64, ahead of time for every GPU, and on a
 GPU."""
 
+import itertools
 import re
 
 import pytest
@@ -339,8 +340,9 @@ def test_router_products_fit_every_gpu_and_use_its_tensor_cores(arch, num_expert
         assert resources.has_mma
 
 
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 32), (64, 32), (128, 32), (32, 128)])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+# the largest for each GPU, the others for those with the least memory of their kind of products
+@pytest.mark.parametrize("arch, num_tokens, num_experts", [
+    *((arch, 32, 128) for arch in ARCHITECTURES), *itertools.product((86, 90, 100), (1, 64, 128), (32,))])
 def test_the_routing_of_few_tokens_fits_every_gpu(arch, num_tokens, num_experts):
     assert can_route_few(num_tokens, num_experts, 4)
     blocks = few_blocks(family_of(arch), num_tokens, num_experts, 4, 2)
