@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment
-from grpo.config import ConfigError
+from grpo.config import ConfigError, InFlight
 from grpo.environment import (
     Environment,
     EnvironmentFault,
@@ -247,7 +247,8 @@ def test_a_summary_is_a_text_or_names_the_environment():
 def evaluated(**changes):
     schedule = SimpleNamespace(every=0, at_start=False, at_end=False, max_prompts=2)
     return SimpleNamespace(warmup=None, eval=SimpleNamespace(**vars(schedule) | changes),
-                           rollout=SimpleNamespace(max_new_tokens=5), optim=SimpleNamespace(max_tokens=100))
+                           optim=SimpleNamespace(max_tokens=100),
+                           rollout=SimpleNamespace(max_new_tokens=5, in_flight=InFlight.keep))
 
 
 def test_an_environment_that_lacks_a_method_is_named_with_what_to_read():
