@@ -14,7 +14,6 @@ environment is built; a problem is a DataError with file and line.
 """
 import hashlib
 import json
-import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from grpo.batch import Completion, Prompt, Segment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
+from grpo.envs.rows import build_tokenizer, in_epochs
 from models.chat.render import (
     Message,
     generation_prompt,
@@ -62,6 +62,8 @@ class Conversations:
 
     Raises DataError for the data, ValueError for a keyword."""
 
+    build_tokenizer = staticmethod(build_tokenizer)
+
     def __init__(self, *, tokenizer: Tokenizer, seed: int, path: str | list, current_date: str, reasoning_effort: str,
                  max_tokens: int, messages_key: str | None = None, prompt_key: str | None = None,
                  completion_key: str | None = None, chosen_key: str | None = None, rejected_key: str | None = None,
@@ -84,19 +86,11 @@ class Conversations:
             self.rows, self.eval_rows = ([row for is_held_out, row in ranked if is_held_out == part] for part in (False, True))
         if not self.rows:
             raise DataError(f"{path}: no rows are left to train on; give more, or lower env.held_out_fraction")
-        self._epoch: tuple[int, list[int]] | None = None  # the last permutation asked for
-
-    @staticmethod
-    def build_tokenizer() -> Tokenizer:
-        from grpo.envs.dataset import Dataset
-
-        return Dataset.build_tokenizer()
 
     def recorded_completions(self, step: int, *, num_prompts: int) -> list[Completion]:
         """The completions of the step's `num_prompts` rows, in epoch order."""
-        positions = range(step * num_prompts, (step + 1) * num_prompts)
-        chosen = [self.rows[self._permutation(p // len(self.rows))[p % len(self.rows)]] for p in positions]
-        return _completions(chosen)
+        chosen = in_epochs(f"conversations epoch {self.seed}", len(self.rows), first=step * num_prompts, count=num_prompts)
+        return _completions([self.rows[index] for index in chosen])
 
     def held_out_completions(self) -> list[Completion]:
         return _completions(self.eval_rows)
@@ -165,13 +159,6 @@ class Conversations:
                 raise ValueError(f"{self.chosen_key!r} and {self.rejected_key!r} differ before their last turn; they must answer "
                                  "one prompt")
         return Recorded(source, record, completions, hashlib.sha256(json.dumps(texts).encode()).digest())
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = list(range(len(self.rows)))
-            random.Random(f"conversations epoch {self.seed} {epoch}").shuffle(order)
-            self._epoch = (epoch, order)
-        return self._epoch[1]
 
     def _check_keywords(self, held_out_fraction: float, *, has_eval: bool) -> None:
         if (self.chosen_key is None) != (self.rejected_key is None):

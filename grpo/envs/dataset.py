@@ -26,7 +26,7 @@ from functools import partial
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
 from grpo.envs.data_files import DataError
-from grpo.envs.rows import Row, RowReader
+from grpo.envs.rows import Row, RowReader, build_tokenizer, in_epochs
 from grpo.rewards.forms import Sample, TrainerState
 from grpo.rewards.functions import Result
 from grpo.rewards.match import exact_match, numeric_match
@@ -34,8 +34,8 @@ from grpo.rewards.math_match import MathMatch
 from grpo.rewards.scoring import Scorer
 from models.chat.form import Form
 from models.chat.parse import Parsed, parse_completion
-from models.chat.render import Message, generation_prompt, render_message, system_content
-from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
+from models.chat.render import Message, generation_prompt, render_message
+from models.chat.tokenizer import Tokenizer
 
 
 class Dataset:
@@ -65,6 +65,8 @@ class Dataset:
     dry_run: call the reward functions at start on two rows, with their answers as the completions
 
     Raises DataError for the data, ValueError for a keyword, RewardError if a dry run fails."""
+
+    build_tokenizer = staticmethod(build_tokenizer)
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, path: str | list, prompt_key: str, answer_key: str | None, match: str,
                  current_date: str, reasoning_effort: str, max_prompt_tokens: int, subset: str | None = None,
@@ -103,16 +105,9 @@ class Dataset:
         self.scorer = Scorer(rewards, columns=columns, has_answer=answer_key is not None, max_error_rate=max_error_rate,
                              timeout=reward_timeout, num_workers=reward_workers, retries=reward_retries)
         self._check_rewards()
-        self._epoch: tuple[int, list[int]] | None = None  # the last permutation asked for
         self._step, self._num_prompts = 0, 1  # of the last prompts; only shown to reward functions, as trainer_state
         if dry_run:
             self._dry_run()
-
-    @staticmethod
-    def build_tokenizer() -> Tokenizer:
-        """For models without a checkpoint: bytes, and the usual lines of the system message as a token each."""
-        lines = system_content(current_date="2025-08-05", reasoning_effort="low").splitlines()
-        return build_byte_tokenizer([line for line in lines if line])
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """The step's rows in epoch order; `attempt` > 0 draws rows at random for groups that were dropped."""
@@ -122,8 +117,7 @@ class Dataset:
             rng = random.Random(f"dataset refill {self.seed} {step} {attempt}")
             indices = [rng.randrange(num_rows) for _ in range(num_prompts)]
         else:
-            positions = range(step * num_prompts, (step + 1) * num_prompts)
-            indices = [self._permutation(p // num_rows)[p % num_rows] for p in positions]
+            indices = in_epochs(f"dataset epoch {self.seed}", num_rows, first=step * num_prompts, count=num_prompts)
         return [_prompt(attempt * num_prompts + i, self.train_rows[index]) for i, index in enumerate(indices)]
 
     def train_prompts(self) -> Iterator[Prompt]:
@@ -252,13 +246,6 @@ class Dataset:
             self._match_expressions.warm_up()
 
     # --- rows -------------------------------------------------------------------------------------------------------
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = list(range(len(self.train_rows)))
-            random.Random(f"dataset epoch {self.seed} {epoch}").shuffle(order)
-            self._epoch = (epoch, order)
-        return self._epoch[1]
 
     def _check_keywords(self, evaluation: str | list | None, held_out_fraction: float | None,
                         num_eval_prompts: int | None) -> None:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import random
 import re
 import shlex
 import warnings
@@ -27,14 +28,33 @@ from models.chat.render import (
     harmony_messages,
     read_template_kwargs,
     render_message,
+    system_content,
 )
-from models.chat.tokenizer import Tokenizer
+from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
 
 # what such columns are often called, the most telling first
 PROMPT_NAMES = ("prompt", "question", "problem", "messages", "query", "instruction", "input", "text")
 ANSWER_NAMES = ("answer", "reward_model.ground_truth", "ground_truth", "solution", "label", "target", "final_answer",
                 "expected_answer", "completion", "response", "output", "result")
 CHARS_PER_TOKEN = 128  # no token of o200k is longer: prompts beyond it are too long without counting
+
+
+def build_tokenizer(*, has_functions: bool = False) -> Tokenizer:
+    """For models without a checkpoint: bytes, and the usual lines of the system message as a token each."""
+    lines = system_content(current_date="2025-08-05", reasoning_effort="low", has_functions=has_functions).splitlines()
+    return build_byte_tokenizer([line for line in lines if line])
+
+
+def in_epochs(key: str, num_rows: int, *, first: int, count: int) -> list[int]:
+    """The numbers of `count` rows from place `first` on, where each epoch is a permutation of all, keyed by (key, epoch)."""
+    return [_permutation(f"{key} {place // num_rows}", num_rows)[place % num_rows] for place in range(first, first + count)]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(key: str, num_rows: int) -> list[int]:
+    order = list(range(num_rows))
+    random.Random(key).shuffle(order)
+    return order
 
 
 @dataclass

@@ -35,6 +35,7 @@ import json
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
@@ -42,6 +43,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.drawn_tasks import is_chosen
 from grpo.envs.global_random import HELD, seed_all
+from grpo.envs.rows import build_tokenizer
 from grpo.rewards.functions import load_function
 from grpo.rewards.values import shorten
 from grpo.rollout.episode_forms import PROTOCOL
@@ -49,8 +51,8 @@ from grpo.rollout.episodes import EpisodeFault
 from models.chat.form import Form
 from models.chat.functions import function_schema, public_methods
 from models.chat.parse import parse_completion
-from models.chat.render import harmony_messages, render_prompt, system_content
-from models.chat.tokenizer import Tokenizer, build_byte_tokenizer
+from models.chat.render import harmony_messages, render_prompt
+from models.chat.tokenizer import Tokenizer
 
 PROMPT_SECONDS = 60.0  # after which stderr shows where an object is that is still being made for a prompt
 
@@ -67,6 +69,8 @@ class ToolClass:
     held_out_fraction: share of the rows of `path`, chosen by hash, that is kept from training
 
     Raises ValueError for a value out of range and for a class that is none of this form."""
+
+    build_tokenizer = staticmethod(partial(build_tokenizer, has_functions=True))
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, environment: str, kwargs: dict | None, path: str | list | None,
                  prompt_key: str, instructions: str | None, reasoning_effort: str, current_date: str, held_out_fraction: float,
@@ -89,12 +93,6 @@ class ToolClass:
             rows = read_rows(path, "path", subset=subset, split=split)
             self.train_rows, self.eval_rows = hold_out(rows, path, held_out_fraction, num_eval_prompts)
         self.tools = self._check_tools(environment)
-
-    @staticmethod
-    def build_tokenizer() -> Tokenizer:
-        """For models without a checkpoint: bytes, and the usual lines of the system message as a token each."""
-        lines = system_content(current_date="2025-08-05", reasoning_effort="low", has_functions=True).splitlines()
-        return build_byte_tokenizer([line for line in lines if line])
 
     def prompts(self, step: int, *, num_prompts: int, attempt: int = 0) -> list[Prompt]:
         """The step's rows, in epochs; new numbers without `path`. `attempt` > 0 draws others for groups that were dropped."""
