@@ -39,10 +39,18 @@ ANSWER_NAMES = ("answer", "reward_model.ground_truth", "ground_truth", "solution
 CHARS_PER_TOKEN = 128  # no token of o200k is longer: prompts beyond it are too long without counting
 
 
-def build_tokenizer(*, has_functions: bool = False) -> Tokenizer:
+def build_tokenizer() -> Tokenizer:
     """For models without a checkpoint: bytes, and the usual lines of the system message as a token each."""
-    lines = system_content(current_date="2025-08-05", reasoning_effort="low", has_functions=has_functions).splitlines()
-    return build_byte_tokenizer([line for line in lines if line])
+    return _tokenizer_of(system_content(current_date="2025-08-05", reasoning_effort="low"))
+
+
+def build_tool_tokenizer() -> Tokenizer:
+    """The same, of the system message that a task with tools has."""
+    return _tokenizer_of(system_content(current_date="2025-08-05", reasoning_effort="low", has_functions=True))
+
+
+def _tokenizer_of(text: str) -> Tokenizer:
+    return build_byte_tokenizer([line for line in text.splitlines() if line])
 
 
 def in_epochs(key: str, num_rows: int, *, first: int, count: int) -> list[int]:

@@ -35,7 +35,6 @@ import json
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from grpo.batch import Completion, Prompt
 from grpo.environment import Score
@@ -43,7 +42,7 @@ from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.drawn_tasks import is_chosen
 from grpo.envs.global_random import HELD, seed_all
-from grpo.envs.rows import build_tokenizer
+from grpo.envs.rows import build_tool_tokenizer
 from grpo.rewards.functions import load_function
 from grpo.rewards.values import shorten
 from grpo.rollout.episode_forms import PROTOCOL
@@ -70,7 +69,7 @@ class ToolClass:
 
     Raises ValueError for a value out of range and for a class that is none of this form."""
 
-    build_tokenizer = staticmethod(partial(build_tokenizer, has_functions=True))
+    build_tokenizer = staticmethod(build_tool_tokenizer)
 
     def __init__(self, *, tokenizer: Tokenizer, seed: int, environment: str, kwargs: dict | None, path: str | list | None,
                  prompt_key: str, instructions: str | None, reasoning_effort: str, current_date: str, held_out_fraction: float,
