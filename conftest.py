@@ -1,12 +1,16 @@
 """Settings of every test: one thread, our own `kernels`, GPU tests only where there is a GPU."""
 
 import os
+import signal
 from collections.abc import Callable
 
 # before anything imports torch: threads that wait for each other by spinning make tiny tensors many times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # processes that tests start would compile the same modules again and again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# processes inherit that nohup has SIGHUP ignored, but no handler; tests send them that signal
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import pytest
 import yaml
