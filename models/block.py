@@ -69,11 +69,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.window = config.sliding_window if config.is_windowed(layer) else 0  # 0: none
-        width, (q_width, kv_width) = config.hidden_size, (
-            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-        self.widths = [q_width, kv_width, kv_width]
+        width = config.hidden_size
+        self.widths = [config.q_width, config.kv_width, config.kv_width]
         self.q_proj, self.k_proj, self.v_proj = linears(width, self.widths, **factory)
-        (self.o_proj,) = linears(q_width, [width], **factory)
+        (self.o_proj,) = linears(config.q_width, [width], **factory)
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads, **factory), requires_grad=False)
 
     def qkv(self) -> list[Linear]:

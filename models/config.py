@@ -116,6 +116,16 @@ class GptOssConfig:
     def stop_ids(self) -> list[int]:
         return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
+    @property
+    def q_width(self) -> int:
+        """Width of the queries of all heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys of all heads, or of the values."""
+        return self.num_key_value_heads * self.head_dim
+
     def is_windowed(self, layer: int) -> bool:
         return self.layer_types[layer] == "sliding_attention"
 

@@ -23,7 +23,7 @@ PAGE_TOKENS = 64  # a multiple of every key tile of kernels/attention/decode.py
 
 def _token_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's key and value in one layer."""
-    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return 2 * config.kv_width * dtype.itemsize
 
 
 def page_bytes(config: GptOssConfig, dtype: torch.dtype) -> int:

@@ -30,7 +30,7 @@ from models.config import GptOssConfig
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
 from models.experts import FORMATS
 from models.host_store import pinned_bytes
-from models.kv_cache import PAGE_TOKENS
+from models.kv_cache import KVCache, page_bytes, slot_bytes
 from models.offload import (
     GATHERED_LAYERS,
     SCRATCH_BYTES,
@@ -188,14 +188,9 @@ class DoesNotFit(ValueError):
 # ---- sizes of the model
 
 
-def attention_widths(config: GptOssConfig) -> tuple[int, int]:
-    """Widths of queries, and of keys."""
-    return config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-
-
 def rest_parameters(config: GptOssConfig) -> int:
     """Attention, norms, sinks, routers and the experts' biases, of all layers."""
-    width, (q_width, kv_width) = config.hidden_size, attention_widths(config)
+    width, q_width, kv_width = config.hidden_size, config.q_width, config.kv_width
     attention = (width + 1) * (q_width + 2 * kv_width) + (q_width + 1) * width + config.num_attention_heads
     router, biases = (width + 1) * config.num_local_experts, config.num_local_experts * (2 * config.intermediate_size + width)
     return config.num_hidden_layers * (attention + 2 * width + router + biases) + width
@@ -208,7 +203,7 @@ def embedding_parameters(config: GptOssConfig) -> int:
 
 def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str], *, num_sharers: int = 1) -> int:
     """num_sharers: counts the adapters of 1/num_sharers of the experts."""
-    width, inner, (q_width, kv_width) = config.hidden_size, config.intermediate_size, attention_widths(config)
+    width, inner, q_width, kv_width = config.hidden_size, config.intermediate_size, config.q_width, config.kv_width
     experts = config.num_local_experts
     sizes = {"q_proj": width + q_width, "k_proj": width + kv_width, "v_proj": width + kv_width, "o_proj": q_width + width,
              "router": width + experts, "experts": experts // num_sharers * (width + 2 * inner + inner + width)}
@@ -217,12 +212,9 @@ def lora_parameters(config: GptOssConfig, rank: int, targets: Sequence[str], *, 
 
 def cache_bytes(needs: Needs, num_rows: int) -> int:
     """The cache in which so many of the rows run at once, at full length."""
-    config, per_token = needs.config, 2 * attention_widths(needs.config)[1] * needs.dtype.itemsize
-    num_windowed = sum(map(config.is_windowed, range(config.num_hidden_layers)))
-    window = min(config.sliding_window, needs.sequence_len)
-    pages = -(-needs.sequence_len // PAGE_TOKENS)
+    config, dtype, length = needs.config, needs.dtype, needs.sequence_len
     num_slots = num_rows + (num_rows < needs.num_rows)  # a prompt whose completions wait has a slot of its own
-    return num_slots * per_token * (num_windowed * window + (config.num_hidden_layers - num_windowed) * pages * PAGE_TOKENS)
+    return num_slots * (slot_bytes(config, dtype, max_len=length) + KVCache.pages_for(length) * page_bytes(config, dtype))
 
 
 # ---- one phase

@@ -88,10 +88,9 @@ def everything(place: Place) -> LayerPlan:
 
 def bytes_of(config: GptOssConfig, workload: Workload) -> dict[str, int]:
     """Size of each activation of a layer."""
-    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     stream = workload.stream_size * config.hidden_size
-    per_token = {"x": stream, "qkv": workload.element_size * (q_width + 2 * kv_width), "middle": stream,
-                 "attended": workload.element_size * q_width + 4 * config.num_attention_heads,  # with lse
+    per_token = {"x": stream, "qkv": workload.element_size * (config.q_width + 2 * config.kv_width), "middle": stream,
+                 "attended": workload.element_size * config.q_width + 4 * config.num_attention_heads,  # with lse
                  "h": workload.element_size * 2 * config.intermediate_size * config.num_experts_per_tok}
     return {name: workload.num_tokens * size for name, size in per_token.items()}
 
@@ -110,14 +109,13 @@ def largest_tensor(config: GptOssConfig, workload: Workload) -> int:
 
 def seconds_of(config: GptOssConfig, workload: Workload, peak_flops: float, *, windowed: bool) -> dict[str, float]:
     """Time to compute each activation again."""
-    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     pairs = workload.windowed_pairs if windowed else workload.full_pairs
     product, attention = _PRODUCT_RATE * peak_flops, _ATTENTION_RATE * peak_flops
     rows, width, inner = workload.num_tokens, config.hidden_size, config.intermediate_size
     dequantized = config.num_local_experts * 2 * inner * width * workload.element_size * workload.is_packed
-    return {"qkv": 2 * rows * width * (q_width + 2 * kv_width) / product,
-            "attended": 4 * q_width * pairs / attention,
-            "middle": 2 * rows * width * q_width / product,
+    return {"qkv": 2 * rows * width * (config.q_width + 2 * config.kv_width) / product,
+            "attended": 4 * config.q_width * pairs / attention,
+            "middle": 2 * rows * width * config.q_width / product,
             "h": 4 * rows * config.num_experts_per_tok * width * inner / product + dequantized / (peak_flops / _FLOP_PER_BYTE)}
 
 

@@ -70,10 +70,10 @@ def random_lengths(num: int, low: int, high: int, *, seed: int) -> list[int]:
     return [round(low * (high / low) ** draw.random()) for _ in range(num)]
 
 
-def random_stop_ids(policy: GptOss, mean_len: float, *, seed: int) -> list[int]:
+def random_stop_ids(policy: GptOss, mean_len: float) -> list[int]:
     """So many ids that a policy that draws about uniformly, as one of random weights does, ends after mean_len tokens or so."""
     vocab = num_tokens(policy)
-    return random.Random(seed).sample(range(vocab), max(1, round(vocab / mean_len)))
+    return random.Random(1).sample(range(vocab), max(1, round(vocab / mean_len)))
 
 
 def make_sampler(policy: GptOss, max_batch: int, max_len: int, *, stop_ids: list[int] | None = None, shares_prompts: bool = True,
@@ -141,7 +141,7 @@ def decode_stages(config: GptOssConfig, batch: int, context: float) -> list[Stag
     width, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     layers, expert = config.num_hidden_layers, 3 * width * inner
     touched = experts * (1 - (1 - config.num_experts_per_tok / experts) ** batch)
-    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    q_width, kv_width = config.q_width, config.kv_width
     dense = width * (q_width + 2 * kv_width) + q_width * width + width * experts
     keys = sum(min(context, config.sliding_window) if config.is_windowed(layer) else context for layer in range(layers))
     return [Stage(layers * touched * expert * 17 / 32, layers * 2 * batch * config.num_experts_per_tok * expert),
@@ -192,7 +192,7 @@ def exact_case(policy: GptOss, *, num_prompts: int = 64, prompt_lens: tuple[int,
                max_batch: int = 24, large_batch: int = 128, num_alone: int = 3, num_recorded: int = 16,
                recorded_tokens: int = 128, shares_prompts: bool) -> dict:
     """Preemptions come from a cache that holds a third of the longest rows."""
-    stop_ids = random_stop_ids(policy, 0.4 * max_new_tokens, seed=1)
+    stop_ids = random_stop_ids(policy, 0.4 * max_new_tokens)
     prompts = random_prompts(policy, random_lengths(large_batch, *prompt_lens, seed=2), seed=3)
     max_len = prompt_lens[1] + max_new_tokens
 
@@ -238,7 +238,7 @@ def cache_gb_of(config: GptOssConfig, lengths: list[int], *, bytes_per_number: i
 def requests_case(policy: GptOss, *, num_requests: int = 4096, max_new_tokens: int = 4096,
                   prompt_lens: tuple[int, int] = (16, 256), max_batch: int = 512, share: float = 0.1) -> dict:
     """share: of all requests' keys and values, that the bounded cache holds."""
-    stop_ids = random_stop_ids(policy, max_new_tokens / 6, seed=1)
+    stop_ids = random_stop_ids(policy, max_new_tokens / 6)
     prompts = random_prompts(policy, random_lengths(num_requests, *prompt_lens, seed=2), seed=3)
 
     def sampled(cache_gb: float | None) -> tuple[list[Completion], float, Sampler]:

@@ -32,7 +32,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import torch
 from random_policy import TARGETS, load_policy, num_tokens, set_memory
-from timing import Report, measure_ceilings, median_ms
+from timing import Report, device_name, measure_ceilings, median_ms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models.config import GptOssConfig  # noqa: E402
@@ -82,7 +82,7 @@ def flops_per_token(config: GptOssConfig, length: int, *, trains_base: bool = Fa
     """Floating-point operations of a step, per token of a sequence of `length`: products with the base's weights forward, for
     the gradient of their inputs and, where the base trains, for their own; or of its forward alone."""
     width, inner = config.hidden_size, config.intermediate_size
-    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    q_width, kv_width = config.q_width, config.kv_width
     layer = width * (q_width + 2 * kv_width) + q_width * width + width * config.num_local_experts
     layer += config.num_experts_per_tok * 3 * width * inner
     weights = config.num_hidden_layers * layer + width * config.vocab_size
@@ -180,7 +180,7 @@ def main() -> None:
                          profile_case(policy, case, arguments.profile, arguments.trace))
             except torch.OutOfMemoryError as error:
                 found = {"error": str(error).split(". ")[0]}
-            report(what, lora=lora, **case._asdict(), **found, host_gb=arguments.host_gb, gpu=torch.cuda.get_device_name())
+            report(what, lora=lora, **case._asdict(), **found, host_gb=arguments.host_gb, gpu=device_name())
         del policy
         torch.cuda.empty_cache()
     report.write(arguments.json)

@@ -212,7 +212,7 @@ def embed(s: Sizes) -> Work:
 def projections(s: Sizes, name: str, *, has_lora: bool) -> list[Linear]:
     """The modules of q, k and v, which are one product, or of o; with LoRA, or trainable themselves."""
     c = s.config
-    q, kv = (heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads))
+    q, kv = c.q_width, c.kv_width
     size_in, sizes_out = (c.hidden_size, [q, kv, kv]) if name == "q k v" else (q, [c.hidden_size])
     modules, ranks = linears(size_in, sizes_out, device=s.device, dtype=s.dtype), [s.rank] * len(sizes_out)
     downs = side_by_side(s.normal(sum(ranks), size_in, scale=size_in**-0.5, dtype=torch.float32), ranks)

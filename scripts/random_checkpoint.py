@@ -94,7 +94,7 @@ def _nf4_parts(outputs: int, inputs: int) -> dict[str, torch.Tensor]:
 def tensor_plan(config: GptOssConfig, *, form: str, seed: int, device: torch.device) -> list[TensorToWrite]:
     """Every tensor of the checkpoint in the published order: layers sorted as text, then the big tables."""
     hidden, width, num_experts = config.hidden_size, config.intermediate_size, config.num_local_experts
-    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    q_width, kv_width = config.q_width, config.kv_width
     plan = []
 
     def add(name: str, tensor_bytes: int, make: Callable[[], torch.Tensor]) -> None:
