@@ -23,10 +23,8 @@ from scripted_turns import (
     HANGS,
     TOKENIZER,
     Env,
-    Player,
     Tools,
     call,
-    make_model,
     misbehave,
     random_scripts,
     text_of,
@@ -48,16 +46,6 @@ from models.chat.tokenizer import Tokenizer
 pytestmark = pytest.mark.slow
 
 CASES = json.loads((FIXTURES / "harmony" / "tool_turns.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def model(lively_model):
-    return make_model(lively_model)
-
-
-@pytest.fixture
-def play(model, monkeypatch):
-    return Player(model, monkeypatch)
 
 
 def test_a_call_is_answered_and_the_model_goes_on(play):

@@ -3,7 +3,7 @@
 import pytest
 from harmony import encode_with_special
 from rollout_problem import assert_equal
-from scripted_turns import CALL, FINAL, TOKENIZER, Env, Player, Tools, call, make_model, text_of
+from scripted_turns import CALL, FINAL, TOKENIZER, Env, Tools, call, text_of
 
 from grpo.batch import pack
 from grpo.config import TurnsConfig
@@ -43,16 +43,6 @@ class TalkEnv(Env):
 
     def episode(self, prompt, sample):
         return Talk(prompt, sample)
-
-
-@pytest.fixture(scope="module")
-def model(lively_model):
-    return make_model(lively_model)
-
-
-@pytest.fixture
-def play(model, monkeypatch):
-    return Player(model, monkeypatch)
 
 
 TALKS = """
