@@ -44,7 +44,7 @@ def run_of(metrics, monkeypatch, *, step, best):
     saved = []
     monkeypatch.setattr("grpo.run.finish.save", lambda run: saved.append(run.step))
     config = SimpleNamespace(checkpoint=SimpleNamespace(best=best))
-    return SimpleNamespace(config=config, metrics=metrics, step=step, ranks=None), saved
+    return SimpleNamespace(config=config, metrics=metrics, step=step, ranks=None, shards=None), saved
 
 
 def test_only_an_evaluation_that_is_the_best_so_far_is_saved(metrics, monkeypatch):
