@@ -36,7 +36,7 @@ def rehearsal_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len:
         max_rows=min(rollout.max_batch, max(rollout.prompts_per_step * rollout.group_size, needs.eval_rows)),
         max_len=min(architecture.max_position_embeddings, 1 << (needs.prompt_len + rollout.max_new_tokens - 1).bit_length()),
         draws=[draws[is_greedy] for is_greedy in sorted(draws)], filters=any(params.plain is None for params in settings),
-        shares_prompts=optim.share_prompts, scores=config.kl.coefficient > 0 or optim.minibatches * optim.epochs > 1,
+        shares_prompts=optim.share_prompts, scores=config.needs_reference or optim.minibatches * optim.epochs > 1,
         moments=str(optim.moments), weights=str(optim.weights),
         full_kl=needs.full_kl, entropy_loss=config.entropy.coefficient > 0, num_sharers=config.distributed.expert_parallel)
 
