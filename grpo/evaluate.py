@@ -190,7 +190,6 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     loaded = load_policy(config, config.env, max_batch=config.max_batch)
     should_stop, progress = join_sampler(ranks, loaded.sampler, "evaluating")
     trained = loaded.trained
-    config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
     what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
     env = make_environment(config.env or trained.env, loaded.tokenizer, seed=config.seed, total_steps=0,
                            sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode), chat_form=config.turns.form)

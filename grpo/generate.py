@@ -187,7 +187,6 @@ def load_conversation(config: GenerateConfig, *, is_silent: bool = False) -> Con
     loaded = load_policy(config, None, max_batch=1 if config.prompts is None else config.max_batch)
     tokenizer, trained = loaded.tokenizer, loaded.trained
     env, encode_prompt, turns = {} if trained is None else trained.env, None, None
-    config.turns.form = config.turns.form if trained is None else trained.turns.form  # as the run was trained
     if trained is not None:
         if hasattr(resolve_target(env["_target_"], "env"), "encode_prompt"):
             asked = make_environment(env, tokenizer, seed=trained.seed, total_steps=trained.steps, chat_form=config.turns.form)

@@ -177,13 +177,14 @@ class Loaded:
 
 def load_policy(config: InferenceConfig, env: dict | None, *, max_batch: int) -> Loaded:
     """The policy of the run, or the model, that the config names, with a sampler of `max_batch` rows. `env` may bring a tokenizer
-    for a model."""
+    for a model. The config gets the form of turns that the run was trained with."""
     device, dtype = prepare_device(config)
     trained, state = None, None
     memory = _plan_inference(config, max_batch, device, dtype) if device.type == "cuda" else unplanned(device)
     if config.run is not None:
         policy, tokenizer, trained, state = load_run_policy(config.run, step=config.step, device=device, dtype=dtype,
                                                             plan=memory.plan)
+        config.turns.form = trained.turns.form  # as the run was trained
     else:
         tokenizer = build_tokenizer(config.model, env)
         check_initial_adapter(config.model)
