@@ -69,14 +69,14 @@ OTHER_NAMES = {
 MEANT = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 
 
-def suggest(key: str, keys: list[str], siblings: list[str], *, limit: int = 3) -> list[str]:
+def suggest(key: str, keys: list[str], siblings: list[str]) -> list[str]:
     """The keys that `key` may stand for, the likeliest first: another trainer's name, the same last part, a typing error."""
     name = key.rpartition(".")[2]
     meant = MEANT.get(".".join(key.split(".")[-2:])) or MEANT.get(name, MEANT.get(name.lower(), ""))
     found = [other for other in keys if other == key]
     found += [other for other in keys if meant and other in (meant, meant.rpartition(".")[2])]
     found += [other for other in keys if other.rpartition(".")[2] == name]
-    return list(dict.fromkeys(found or near(name, siblings) or near(name, keys, cutoff=0.8)))[:limit]
+    return list(dict.fromkeys(found or near(name, siblings) or near(name, keys, cutoff=0.8)))[:3]
 
 
 def near(name: str, keys: list[str], *, cutoff: float = 0.6) -> list[str]:

@@ -143,7 +143,7 @@ class Matmul(DrawnTasks):
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """See the module. A completion that the sandbox itself failed on gets no reward."""
-        return self.sandbox.map(self._score, completions)
+        return self.sandbox.map(self.score_one, completions)
 
     def summary(self) -> str:
         return f"{len(self.trained)} tasks to train on and {len(self.held_out)} held out"
@@ -153,7 +153,7 @@ class Matmul(DrawnTasks):
 
     # --- scoring ----------------------------------------------------------------------------------------------------
 
-    def _score(self, completion: Completion) -> Score:
+    def score_one(self, completion: Completion) -> Score:
         parts = {"correct": 0.0, "speed": 0.0}
         metrics, extra = violation_metrics([]), {}
         try:

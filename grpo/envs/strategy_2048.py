@@ -97,9 +97,9 @@ class Strategy2048(DrawnTasks):
 
     def score(self, completions: list[Completion]) -> list[Score]:
         """See the module. A completion that the sandbox itself failed on gets no reward."""
-        return self.sandbox.map(self._score, completions)
+        return self.sandbox.map(self.score_one, completions)
 
-    def _score(self, completion: Completion) -> Score:
+    def score_one(self, completion: Completion) -> Score:
         variant = VARIANTS[completion.prompt.row["variant"]]
         games: list[Game2048] = []
         metrics, extra, is_refused = violation_metrics([]), {}, False

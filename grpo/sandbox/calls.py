@@ -70,7 +70,7 @@ class Outcome:
 class Zygote:
     """One zygote process. `layers` are those in place, `problems` the reasons why others are not."""
 
-    def __init__(self, *, layers: Sequence[str], modules: Sequence[str], memory: int = MEMORY):
+    def __init__(self, *, layers: Sequence[str], modules: Sequence[str]):
         try:
             program = build_filter().hex()
         except OSError as error:
@@ -81,7 +81,7 @@ class Zygote:
                 [sys.executable, "-I", "-S", str(ZYGOTE), str(theirs.fileno())], pass_fds=[theirs.fileno()], env={}, cwd="/",
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         self.control.settimeout(PATIENCE)
-        settings = {"layers": list(layers), "modules": list(modules), "memory": memory, "filter": program}
+        settings = {"layers": list(layers), "modules": list(modules), "memory": MEMORY, "filter": program}
         try:
             self.control.send(json.dumps(settings).encode())
             report = self.control.recv(1 << 16)
