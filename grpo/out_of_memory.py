@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from models.decoder import CAPTURES
+
 # Texts of out-of-memory errors of torch and its libraries, for errors without a type of their own.
 MEMORY_TEXTS = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
                 "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
@@ -35,7 +37,8 @@ def attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
         if isinstance(error, StillOutOfMemory) or not is_out_of_memory(error):
             raise
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies on other streams may still need what those frames hold
+            with CAPTURES.computing():
+                torch.cuda.synchronize()  # copies on other streams may still need what those frames hold
         refusal = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     free_unused()  # only here: while `error` has a name, it holds its frames
     return None, refusal
@@ -49,10 +52,12 @@ def attempt_twice(function: Callable[[], T]) -> T:
 
 
 def free_unused() -> None:
-    """Drops tensors that only wait for Python's garbage collection, and gives torch's unused memory back to the GPU."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    """Drops tensors that only wait for Python's garbage collection, and gives torch's unused memory back to the GPU. Not for
+    inside CAPTURES.computing(), which it waits for, as attempt() does."""
+    with CAPTURES.computing():
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def say(text: str) -> None:

@@ -99,8 +99,11 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
 
 def make_update(run: Run) -> float:
     """Updates the weights by the gradients in the optimizer, which it drops. Returns the gradient's norm before clipping."""
-    with CAPTURES.computing():
-        grad_norm = attempt_twice(run.optimizer.step) if run.shards is None else run.shards.step()
+    def step() -> float:
+        with CAPTURES.computing():
+            return run.optimizer.step() if run.shards is None else run.shards.step()
+
+    grad_norm = attempt_twice(step) if run.shards is None else step()
     run.is_between_steps = False
     run.optimizer.zero_grad()
     if run.shards is not None:
@@ -244,7 +247,8 @@ def attempt_here(run: Run, function: Callable[[], T]) -> tuple[T | None, str | N
 
 def retreat(run: Run) -> str | None:
     """Makes the memory plan tighter, on all ranks. Returns what changed, None if one of them has the tightest already."""
-    change = run.policy.retreat()
+    with CAPTURES.computing():
+        change = run.policy.retreat()
     changes = [change] if run.ranks is None else run.ranks.exchange("a tighter memory plan", change)
     return None if None in changes else change
 

@@ -14,11 +14,14 @@ from grpo.ahead import beside, fill, staleness
 from grpo.batch import pack
 from grpo.config import InFlight, read_saved_config
 from grpo.explain import Request, explain
+from grpo.out_of_memory import attempt
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import load_run
 from grpo.run.policy import load_parameters, load_run_policy
 from grpo.run.rollouts import read
 from grpo.run.start import Run
+from grpo.update import make_update
+from models.decoder import CAPTURES
 
 
 @pytest.mark.parametrize("num_ahead", [0, 1, 3])
@@ -148,6 +151,27 @@ def test_if_one_fails_the_other_stops_and_weights_never_move_without_their_rollo
     with pytest.raises(Interrupted if "signal" in failing else Stopped, match="abandoned" if "signal" in failing else failing):
         beside(run, update, draw)
     assert not drawn and run.should_stop == signal.is_set
+
+
+@pytest.mark.parametrize("refused", ["a micro-batch", "the optimizer"])
+def test_memory_refused_to_an_update_is_given_back_while_no_graph_is_captured_beside_it(monkeypatch, refused):
+    held, attempts = [], []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: held.append((name, CAPTURES._lock.locked())))
+
+    def work():
+        attempts.append(CAPTURES._lock.locked())
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.5
+
+    if refused == "the optimizer":
+        run = SimpleNamespace(optimizer=SimpleNamespace(step=work, zero_grad=lambda: None), shards=None)
+        assert make_update(run) == 0.5 and attempts == [True, True] and not run.is_between_steps
+    else:
+        assert attempt(work) == (None, "CUDA out of memory") and attempts == [False]
+    assert held == [("synchronize", True), ("empty_cache", True)] and not CAPTURES._lock.locked()
 
 
 def test_a_step_on_an_older_policy_s_rollout_is_explained_from_its_checkpoint(ahead, monkeypatch, spread_folder):
