@@ -59,13 +59,8 @@ class Parsed:
         )
 
 
-def parse_completion(
-    ids: Iterable[int],
-    tokenizer: Tokenizer,
-    *,
-    role: str | None = "assistant",
-    is_policy: Sequence[bool] | None = None,
-) -> Parsed:
+def parse_completion(ids: Iterable[int], tokenizer: Tokenizer, *, role: str | None = "assistant",
+                     is_policy: Sequence[bool] | None = None) -> Parsed:
     """Messages of sampled ids, read token by token; never raises on them, whatever the model wrote.
 
     `role` is the author that the prompt already named (`<|start|>assistant`); None if the ids begin with <|start|>.
@@ -121,9 +116,7 @@ def conversation(parsed: Parsed) -> list[dict]:
     return [*found, {"role": "assistant", "content": "", "thinking": "\n".join(thinking)}] if thinking else found
 
 
-def _find_fault(
-    messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer, role: str | None
-) -> str | None:
+def _find_fault(messages: list[Message], spans: list[Span], ids: list[int], tokenizer: Tokenizer, role: str | None) -> str | None:
     """The reason why well-formed ids are no answer, None if they are one. An answer is the policy's analysis, preambles and
     calls, each call answered by the environment, then one final message that ends in <|return|>. If a user answers that, the same
     again."""

@@ -61,17 +61,10 @@ class Message:
     name: str | None = None
 
 
-def harmony_messages(
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    current_date: str,
-    reasoning_effort: str = "medium",
-    model_identity: str = MODEL_IDENTITY,
-    instructions: str | None = None,
-    tools: Sequence[Mapping[str, Any]] | str | None = None,
-    builtin_tools: Sequence[str] | None = None,
-    form: Form = Form.hub,
-) -> list[Message]:
+def harmony_messages(messages: Sequence[Mapping[str, Any]], *, current_date: str, reasoning_effort: str = "medium",
+                     model_identity: str = MODEL_IDENTITY, instructions: str | None = None,
+                     tools: Sequence[Mapping[str, Any]] | str | None = None, builtin_tools: Sequence[str] | None = None,
+                     form: Form = Form.hub) -> list[Message]:
     """A conversation as the messages that the hub's chat template, or openai-harmony, writes. The one check of conversations.
 
     `messages`: dicts as transformers and APIs have them. The first ones may be `system` and `developer` (together they
@@ -86,13 +79,8 @@ def harmony_messages(
         raise ValueError(f"messages is {what}: a conversation is a list of at least one message")
     chat = [_checked_message(message, index) for index, message in enumerate(messages)]
     functions = read_tools(tools)
-    system = system_content(
-        current_date=current_date,
-        reasoning_effort=reasoning_effort,
-        model_identity=model_identity,
-        builtin_tools=builtin_tools,
-        has_functions=bool(functions),
-    )
+    system = system_content(current_date=current_date, reasoning_effort=reasoning_effort, model_identity=model_identity,
+                            builtin_tools=builtin_tools, has_functions=bool(functions))
     rendered = [_encodable(Message("system", system), "model_identity")]
     opening = list(takewhile(lambda message: message["role"] in ("system", "developer"), chat))
     if opening:
@@ -176,14 +164,8 @@ def generation_prompt(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.start, *tokenizer.encode("assistant")]
 
 
-def system_content(
-    *,
-    current_date: str,
-    reasoning_effort: str,
-    model_identity: str = MODEL_IDENTITY,
-    builtin_tools: Sequence[str] | None = None,
-    has_functions: bool = False,
-) -> str:
+def system_content(*, current_date: str, reasoning_effort: str, model_identity: str = MODEL_IDENTITY,
+                   builtin_tools: Sequence[str] | None = None, has_functions: bool = False) -> str:
     """Text of the system message."""
     try:
         is_date = date.fromisoformat(current_date).isoformat() == current_date
@@ -297,10 +279,8 @@ def _encodable(message: Message, where: str) -> Message:
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where} cannot be encoded: the {message.role} message's {key} holds half of a surrogate pair, "
-                f"{text[error.start]!a}, at character {error.start}"
-            ) from error
+            raise ValueError(f"{where} cannot be encoded: the {message.role} message's {key} holds half of a surrogate pair, "
+                             f"{text[error.start]!a}, at character {error.start}") from error
     return message
 
 
@@ -311,11 +291,8 @@ def _read_tool_call(message: Mapping[str, Any], index: int, builtin_tools: Seque
     if not isinstance(calls, (list, tuple)) or not isinstance(calls[0], Mapping):
         raise ValueError(f"{where} must be a list of mappings, got {calls!r:.80}")
     if len(calls) > 1:
-        warnings.warn(
-            f"{where} has {len(calls)} calls and only the first is rendered, as in the hub's chat template: make one "
-            "message of each call",
-            stacklevel=3,
-        )
+        warnings.warn(f"{where} has {len(calls)} calls and only the first is rendered, as in the hub's chat template: make one "
+                      "message of each call", stacklevel=3)
     if message.get("content") and message.get("thinking"):
         raise ValueError(f"messages[{index}] has content, thinking and tool_calls; give the analysis as thinking alone")
     key = "content" if message.get("content") else "thinking"

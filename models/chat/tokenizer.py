@@ -77,16 +77,12 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise ValueError(
-                f"no tokenizer at {file}: give a folder that holds tokenizer.json, or the file itself "
-                "(a checkpoint without one needs model.tokenizer)"
-            )
+            raise ValueError(f"no tokenizer at {file}: give a folder that holds tokenizer.json, or the file itself "
+                             "(a checkpoint without one needs model.tokenizer)")
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises plain Exception for every defect of the file
-            raise ValueError(
-                f"{file} is no readable tokenizer.json: {error}. Copy it again from its checkpoint"
-            ) from error
+            raise ValueError(f"{file} is no readable tokenizer.json: {error}. Copy it again from its checkpoint") from error
         return cls(backend, name=str(file), source=file.parent)
 
     def save(self, folder: str | Path) -> None:
@@ -122,9 +118,7 @@ class Tokenizer:
                 ids += [id for half in halves for id in self._encode_ordinary(half)]
             leaked = sorted(self._special_text[id] for id in set(ids) & self._special_text.keys())
             if leaked:
-                raise ValueError(
-                    f"tokenizer {self._name} makes control tokens {leaked} of plain text; it cannot be used"
-                )
+                raise ValueError(f"tokenizer {self._name} makes control tokens {leaked} of plain text; it cannot be used")
         return ids
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:

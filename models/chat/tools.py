@@ -164,9 +164,7 @@ def read_tools(tools: Any) -> list[Mapping[str, Any]]:
         tool = from_json(tool, f"tools[{index}]")
         function = _function_of(tool)
         if function is None:
-            raise ValueError(
-                f'tools[{index}] must be {{"type": "function", "function": {{"name": ONE_WORD}}}}, got {tool!r:.99}'
-            )
+            raise ValueError(f'tools[{index}] must be {{"type": "function", "function": {{"name": ONE_WORD}}}}, got {tool!r:.99}')
         functions.append(function)
     return functions
 

@@ -80,10 +80,8 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; fetch the checkpoint again") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}; {path.stat().st_size} bytes on disk); "
-            "it is truncated or damaged: fetch it again"
-        ) from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}; {path.stat().st_size} bytes on disk); "
+                              "it is truncated or damaged: fetch it again") from None
 
 
 def checkpoint_folder(source: str | Path) -> Path:
@@ -97,26 +95,18 @@ def checkpoint_folder(source: str | Path) -> Path:
         return path
     parts = str(source).split("/")
     if path.exists() or len(parts) != 2 or parts[0] in ("", ".", "..", "~") or not parts[1]:
-        raise CheckpointError(
-            f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b"
-        )
+        raise CheckpointError(f"{source}: no such folder; give a checkpoint folder or a hub id such as openai/gpt-oss-20b")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                str(source),
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md"],
-                ignore_patterns=["original/*", "metal/*"],
-            )
-        )
+        return Path(snapshot_download(
+            str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md"],
+            ignore_patterns=["original/*", "metal/*"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
-            "check the spelling, the network and (for private repositories) HF_TOKEN"
-        ) from None
+        raise CheckpointError(f"{source}: no folder of that name here, and the hub did not deliver it ({reason}); "
+                              "check the spelling, the network and (for private repositories) HF_TOKEN") from None
 
 
 def weights_folder(source: str | Path) -> Path:
@@ -148,10 +138,8 @@ def list_tensors(folder: Path, *, allow_unindexed: bool) -> dict[str, StoredTens
     for path in paths:
         for name, stored in list_file(path).items():
             if name in tensors:
-                raise CheckpointError(
-                    f"{path}: tensor {name} is also in {tensors[name].path.name}; "
-                    "remove the file that does not belong to this checkpoint"
-                )
+                raise CheckpointError(f"{path}: tensor {name} is also in {tensors[name].path.name}; "
+                                      "remove the file that does not belong to this checkpoint")
             tensors[name] = stored
     return tensors
 
@@ -181,10 +169,8 @@ def _list_indexed(index: Path) -> dict[str, StoredTensor]:
         f"{tensor} in {name}" for name, held in in_files.items() for tensor in held if weight_map.get(tensor) != name
     ]
     if absent or unlisted:
-        raise CheckpointError(
-            f"{index}: does not match its files; listed but absent: {shortened(absent)}; "
-            f"present but not listed: {shortened(unlisted)}; fetch index and files of one version"
-        )
+        raise CheckpointError(f"{index}: does not match its files; listed but absent: {shortened(absent)}; "
+                              f"present but not listed: {shortened(unlisted)}; fetch index and files of one version")
     return {tensor: in_files[name][tensor] for tensor, name in weight_map.items()}
 
 
@@ -252,10 +238,8 @@ def atomic_folder(
                 else:
                     write_json(folder / name, content)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{target}: could not be written ({error}); {free_bytes(target):,} bytes are free there. "
-            "Nothing that was there before has changed"
-        ) from error
+        raise CheckpointError(f"{target}: could not be written ({error}); {free_bytes(target):,} bytes are free there. "
+                              "Nothing that was there before has changed") from error
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -264,9 +248,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
 
 
-def write_shards(
-    folder: Path, tensors: list[TensorToWrite], *, max_shard_bytes: float, is_original: bool = False
-) -> None:
+def write_shards(folder: Path, tensors: list[TensorToWrite], *, max_shard_bytes: float, is_original: bool = False) -> None:
     """Writes tensors in the order given: as model.safetensors if they fit into one file, else as shards with their index.
 
     is_original: shards are named as in OpenAI's original layout, which has no index.

@@ -46,18 +46,9 @@ from models.host_store import pinned_bytes
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
-def load_model(
-    source: str | Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    experts: str = "auto",
-    activation_checkpointing: bool = False,
-    memory_gb: float | None = None,
-    host_gb: float = 0.0,
-    placement: Placement | None = None,
-    share: ExpertShare | None = None,
-) -> GptOss:
+def load_model(source: str | Path, *, device: torch.device | str, dtype: torch.dtype, experts: str = "auto",
+               activation_checkpointing: bool = False, memory_gb: float | None = None, host_gb: float = 0.0,
+               placement: Placement | None = None, share: ExpertShare | None = None) -> GptOss:
     """Reads a checkpoint into a frozen model.
 
     source: a folder in Hugging Face layout (one file, or shards by model.safetensors.index.json), a folder in OpenAI's
@@ -218,10 +209,8 @@ def _check_tensors(
     lines = [f"{folder}: the tensors do not fit the model that its config.json describes"]
     lines += [f"  {kind} ({len(names)}): {shortened(names)}" for kind, names in problems.items() if names]
     if (found := _format_in(stored)) not in (None, stored_form):
-        lines.append(
-            f"  config.json says the experts are {stored_form.description}, the files hold {found.description}: "
-            "correct quantization_config in config.json"
-        )
+        lines.append(f"  config.json says the experts are {stored_form.description}, the files hold {found.description}: "
+                     "correct quantization_config in config.json")
     else:
         lines.append("  fetch the checkpoint again, or correct config.json")
     raise CheckpointError("\n".join(lines))
@@ -324,17 +313,8 @@ def keeps_expert_adapter(model: GptOss, experts: str) -> bool:
     return experts == "as_loaded" and model.expert_format.is_packed and has_expert_adapter(model)
 
 
-def save_model(
-    model: GptOss,
-    folder: str | Path,
-    *,
-    merge_lora: bool,
-    experts: str = "as_loaded",
-    max_shard_bytes: float = 5e9,
-    dtype: torch.dtype = torch.bfloat16,
-    beside: dict[str, Path | str] | None = None,
-    name: str | None = None,
-) -> None:
+def save_model(model: GptOss, folder: str | Path, *, merge_lora: bool, experts: str = "as_loaded", max_shard_bytes: float = 5e9,
+               dtype: torch.dtype = torch.bfloat16, beside: dict[str, Path | str] | None = None, name: str | None = None) -> None:
     """Writes the model in Hugging Face layout, atomically, into a folder that does not exist or is empty.
 
     merge_lora: adds the adapter to the weights it belongs to (in fp32, rounded once to `dtype`; small changes are
@@ -364,23 +344,13 @@ def save_model(
             base = name or str(Path(folder).absolute())
             save_adapter(model, temporary / "expert_adapter", only_experts=True, base_model=base)
     if keeps_adapter:
-        warnings.warn(
-            f"{folder}: the experts stay as they were ({form.name.upper()}) and their adapter is in expert_adapter/; "
-            "--experts bf16 merges it",
-            stacklevel=2,
-        )
+        warnings.warn(f"{folder}: the experts stay as they were ({form.name.upper()}) and their adapter is in expert_adapter/; "
+                      "--experts bf16 merges it", stacklevel=2)
     export.rounding.warn(folder)
 
 
-def save_original(
-    model: GptOss,
-    folder: str | Path,
-    *,
-    merge_lora: bool,
-    experts: str = "as_loaded",
-    max_shard_bytes: float = 5e9,
-    beside: dict[str, Path | str] | None = None,
-) -> None:
+def save_original(model: GptOss, folder: str | Path, *, merge_lora: bool, experts: str = "as_loaded",
+                  max_shard_bytes: float = 5e9, beside: dict[str, Path | str] | None = None) -> None:
     """Writes the model in OpenAI's original layout, bfloat16, atomically; experts and beside as of save_model.
 
     OpenAI's own loader reads packed experts only; dense ones are read back by this project. Raises CheckpointError,

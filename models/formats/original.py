@@ -78,13 +78,8 @@ def from_hugging_face(plan: list[TensorToWrite], config: GptOssConfig) -> list[T
         prefix = f"model.layers.{layer}."
         for kind in ("weight", "bias"):
             parts = [by_name.pop(f"{prefix}self_attn.{projection}_proj.{kind}") for projection in "qkv"]
-            renamed.append(
-                TensorToWrite(
-                    f"block.{layer}.attn.qkv.{kind}",
-                    sum(part.num_bytes for part in parts),
-                    lambda parts=parts: torch.cat([part.make() for part in parts]),
-                )
-            )
+            renamed.append(TensorToWrite(f"block.{layer}.attn.qkv.{kind}", sum(part.num_bytes for part in parts),
+                                         lambda parts=parts: torch.cat([part.make() for part in parts])))
         for ours, theirs in _BLOCK.items():
             if (tensor := by_name.pop(prefix + theirs, None)) is None:
                 continue  # experts are either dense or packed

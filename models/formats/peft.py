@@ -48,21 +48,16 @@ PATHS = {**{name: f"self_attn.{name}" for name in ATTENTION}, "router": "mlp.rou
 _STORED_PATHS = PATHS | {"gate_up_proj": "mlp.experts.base_layer", "down_proj": "mlp.experts"}
 # a tensor of an adapter in a gpt-oss layer; experts in one wrapper (two: the inner one is gate_up_proj) or matrix by matrix, as
 # unsloth's NF4 models hold them, whose router is router.linear
-_KEY = re.compile(
-    r"(?P<key>base_model\.model\.model\.layers\.(?P<layer>\d+)\."
-    r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?P<router>router)(?:\.linear)?"
-    r"|mlp\.experts(?:(?P<inner>\.base_layer)?|\.(?P<matrix>gate_up|down)_projs\.(?P<expert>\d+))))"
-    r"\.lora_(?P<side>[AB])\.weight"
-)
+_KEY = re.compile(r"(?P<key>base_model\.model\.model\.layers\.(?P<layer>\d+)\."
+                  r"(?:self_attn\.(?P<attention>[qkvo]_proj)|mlp\.(?P<router>router)(?:\.linear)?"
+                  r"|mlp\.experts(?:(?P<inner>\.base_layer)?|\.(?P<matrix>gate_up|down)_projs\.(?P<expert>\d+))))"
+                  r"\.lora_(?P<side>[AB])\.weight")
 
 
 def has_expert_adapter(model: GptOss, name: str | None = None) -> bool:
     """Whether an adapter changes any expert weight, or the one of Hugging Face name `name`; B = 0 changes nothing."""
-    return any(
-        bool(parameter.any())
-        for key, parameter in model.named_parameters()
-        if ".mlp.experts." in key and key.endswith("_lora_B" if name is None else f"{name}_lora_B")
-    )
+    return any(bool(parameter.any()) for key, parameter in model.named_parameters()
+               if ".mlp.experts." in key and key.endswith("_lora_B" if name is None else f"{name}_lora_B"))
 
 
 def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int | None = None) -> torch.Tensor:
@@ -82,14 +77,8 @@ def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int
     return weight.float() + module.lora_scale * (lora_B.float() @ lora_A.float())
 
 
-def save_adapter(
-    model: GptOss,
-    folder: str | Path,
-    *,
-    base_model: str | None = None,
-    only_experts: bool = False,
-    beside: dict[str, Path | str] | None = None,
-) -> None:
+def save_adapter(model: GptOss, folder: str | Path, *, base_model: str | None = None, only_experts: bool = False,
+                 beside: dict[str, Path | str] | None = None) -> None:
     """Writes the model's adapter (fp32) and its trained norms and sinks; replaces an adapter already in the folder.
 
     base_model: folder or hub id of the base, for tools that look it up. only_experts: leaves the attention and router
@@ -198,13 +187,11 @@ def _lora_config(settings: PeftSettings, pairs: list[_Pair]) -> LoraConfig:
     rank = max((pair.rank for pair in pairs), default=settings.rank)
     targets = {pair.target for pair in pairs}
     trained = list(list_file(folder / TRAINED_NAME)) if (folder / TRAINED_NAME).exists() else []
-    return LoraConfig(
-        rank=rank,
-        alpha=settings.content["lora_alpha"] * (math.sqrt(rank) if settings.content.get("use_rslora") else 1),
-        targets=[name for name in TARGETS if name in targets],
-        train_sinks=any(name.endswith(".sinks") for name in trained),
-        train_norms=any(name.endswith("norm.weight") for name in trained),
-    )
+    return LoraConfig(rank=rank,
+                      alpha=settings.content["lora_alpha"] * (math.sqrt(rank) if settings.content.get("use_rslora") else 1),
+                      targets=[name for name in TARGETS if name in targets],
+                      train_sinks=any(name.endswith(".sinks") for name in trained),
+                      train_norms=any(name.endswith("norm.weight") for name in trained))
 
 
 def _read_pairs(settings: PeftSettings) -> tuple[list[_Pair], list[str], list[str]]:

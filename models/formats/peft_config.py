@@ -122,9 +122,7 @@ def _is_positive(value: object, *, integer: bool) -> bool:
 def _check_values(path: Path, content: dict) -> None:
     rank, alpha = content.get("r"), content.get("lora_alpha")
     if not _is_positive(rank, integer=True) or not _is_positive(alpha, integer=False):
-        raise CheckpointError(
-            f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a positive number"
-        )
+        raise CheckpointError(f"{path}: r={rank!r} and lora_alpha={alpha!r} must be a positive integer and a positive number")
     for key, integer in (("rank_pattern", True), ("alpha_pattern", False)):
         pattern = content.get(key) or {}
         if not isinstance(pattern, dict) or not all(_is_positive(v, integer=integer) for v in pattern.values()):
