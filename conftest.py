@@ -8,9 +8,6 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # processes that tests start would compile the same modules again and again
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# processes inherit that nohup has SIGHUP ignored, but no handler; tests send them that signal
-if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import pytest
 import yaml
@@ -19,6 +16,11 @@ import models  # noqa: F401  (raises ImportError where another package named ker
 
 if yaml.__with_libyaml__:  # libyaml reads the same in a third of the time
     yaml.SafeLoader = yaml.CSafeLoader
+
+# processes inherit what nohup and a shell's background have ignored, but no handler; tests send them these signals
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
