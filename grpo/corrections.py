@@ -78,6 +78,7 @@ def correct(inputs: LossInputs, settings: CorrectionsConfig) -> tuple[LossInputs
 def _sums(values: torch.Tensor, inputs: LossInputs) -> torch.Tensor:
     """[T] float64: at each token the sum of `values` [T], 0 where the mask is false, over its completion, all of which a
     micro-batch has, unless memory does not hold it. Equal for any packing, and on a GPU at each run."""
-    sums = torch.zeros(len(inputs.sequence_lengths), dtype=torch.int64, device=values.device)
-    sums.index_add_(0, inputs.sequence_ids, (values * _ONE).round().long())
-    return (sums.double() / _ONE)[inputs.sequence_ids]
+    whole = values.trunc()  # apart: a few values of exp(MAX_LOG_RATIO) in fixed point are more than 64 bits
+    sums = torch.zeros(2, len(inputs.sequence_lengths), dtype=torch.int64, device=values.device)
+    sums.index_add_(1, inputs.sequence_ids, torch.stack([whole, ((values - whole) * _ONE).round()]).long())
+    return (sums[0].double() + sums[1].double() / _ONE)[inputs.sequence_ids]

@@ -151,6 +151,19 @@ def test_in_any_micro_batches_weights_and_metrics_are_those_of_loops(settings, s
             assert 0 < num_masked < len(all_ratios)
 
 
+def test_ratios_beyond_all_bounds_leave_their_sequence_out(golden):
+    inputs = golden_inputs(golden)
+    inputs.sampler_log_probs = inputs.old_log_probs.clone()
+    is_far = inputs.sequence_ids == 1
+    inputs.sampler_log_probs[is_far] -= 30.0
+    assert int((is_far & inputs.loss_mask).sum()) >= 6
+    corrected, stats = correct(inputs, CorrectionsConfig(max_k3=0.01))
+    assert torch.equal(corrected.advantages == 0, is_far | ~inputs.loss_mask | (inputs.advantages == 0))
+    k3 = math.expm1(20) - 20  # of a token, whose log ratio is bounded
+    mean = float(stats["corrections/sequence_k3"]) / inputs.num_policy_tokens
+    assert mean == pytest.approx(k3 / inputs.num_sequences, rel=1e-6)
+
+
 def test_on_policy_every_weight_is_one_and_without_a_correction_nothing_is_computed():
     completions, advantages = draw_completions()
     batch = pack(completions, advantages)
