@@ -414,9 +414,7 @@ def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
     try:
         values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}"
-        ) from error
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; give it a value or fix the ${{...}}") from error
     try:
         typed = OmegaConf.merge(structured(schema), escaped(values))
     except OmegaConfBaseException as error:

@@ -66,9 +66,7 @@ def export(arguments: argparse.Namespace) -> str:
         raise ValueError("--merge: there is no adapter to merge; leave it out")
     if has_adapter and not arguments.merge:
         if arguments.layout != "hf" or arguments.experts != "as_loaded":
-            raise ValueError(
-                "--layout and --experts change a whole model: add --merge, or leave them out for the adapter"
-            )
+            raise ValueError("--layout and --experts change a whole model: add --merge, or leave them out for the adapter")
         return write_adapter(model, arguments.out, origin) + " (--merge writes the whole model)"
     settings = {"merge_lora": arguments.merge, "experts": arguments.experts, "max_shard_bytes": arguments.max_shard_bytes}
     if arguments.layout == "original":

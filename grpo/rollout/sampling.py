@@ -100,9 +100,7 @@ def choose(logits: Tensor, keys: Tensor, params: SamplingParams) -> Draw:
     return draw(logits, keys, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
 
 
-def draw(
-    logits: Tensor, keys: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> Draw:
+def draw(logits: Tensor, keys: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Draw:
     """Draws one token per row from softmax(logits / temperature) restricted to the kept set.
 
     logits [B, V] fp32; keys [B, 5] int64: seed, step, prompt id, sample, position of the drawn token in its sequence
