@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -305,17 +304,13 @@ def _plan_sampling(needs: Needs, homes: _Homes, gpu: GpuSpec, limit: int, most_s
         lines["unused by torch"] = int(_UNUSED * _torch_bytes(lines))
         room = limit - sum(lines.values())
         room = room if needs.cache_bytes is None else min(room, needs.cache_bytes)
-        num_rows = largest(partial(_fits_cache, needs, room), wanted)
+        num_rows = largest(lambda number, room=room: cache_bytes(needs, number) <= room, wanted)
         seconds = _rollout_seconds(needs, gpu, num_rows, num_streamed) if num_rows else math.inf
         if num_rows and (best is None or seconds < best[0]):
             best = seconds, num_rows, room, Phase(lines | {"cache": cache_bytes(needs, num_rows)}, num_streamed)
     if best is None:
         raise DoesNotFit("sampling")
     return best
-
-
-def _fits_cache(needs: Needs, room: int, num_rows: int) -> bool:
-    return cache_bytes(needs, num_rows) <= room
 
 
 def _torch_bytes(lines: dict[str, int]) -> int:

@@ -43,6 +43,7 @@ from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS
 from models.lora import set_full_training
+from models.offload import visible_pairs
 from models.projections import Linear, linears, side_by_side
 
 LAYER_TYPES = {"full": "full_attention", "windowed": "sliding_attention"}
@@ -276,12 +277,6 @@ PACKED_PEERS = {"forward": "flex attention", "dq": "", "dkv": "", "backward": "f
 FLOPS_PER_PAIR = {"forward": 4, "dq": 6, "dkv": 8, "backward": 10}  # of head width; "backward" is of both its kernels
 
 
-def visible_pairs(lengths: list[int], reach: int) -> int:
-    """Pairs of a query and a key that it sees, itself included, at most `reach` back."""
-    short = [min(length, reach) for length in lengths]
-    return sum(part * (part + 1) // 2 + (length - part) * part for length, part in zip(lengths, short))
-
-
 def packed_peer(s: Sizes, bounds: list[int], window: int, scale: float) -> Callable:
     """Attention with sinks by flex_attention on a GPU, where it is compiled, by the eager reference elsewhere."""
     if s.device == "cpu":
@@ -333,7 +328,7 @@ def packed_attention(s: Sizes, packing: str, kernel: str, *, is_windowed: bool) 
         "dq": (dq, None, bytes_dq), "dkv": (dkv, None, bytes_dkv),
         "backward": (backward, backward_of(attend, [q, k, v, sinks], [dout]), bytes_dq + bytes_dkv),
     }[kernel]
-    flops = float(FLOPS_PER_PAIR[kernel] * s.config.head_dim * heads * visible_pairs(lengths, window or len(q)))
+    flops = float(FLOPS_PER_PAIR[kernel] * s.config.head_dim * heads * visible_pairs(plan, window)[is_windowed])
     return Work([call], flops, num_bytes, peer, blocks=None if kernel == "backward" else AttentionBlocks)
 
 
