@@ -174,7 +174,7 @@ class Ranks:
 
     def _is_beside(self, rank: int) -> bool:
         """Whether it is another rank, on this node."""
-        return rank != self.rank and bool(self._peers) and self._peers[rank]["host"] == self._peers[self.rank]["host"]
+        return rank != self.rank and bool(self._peers) and self._peers[rank]["processes"] == self._peers[self.rank]["processes"]
 
     def _is_dead(self, rank: int) -> bool:
         """Whether it is another rank of this node, whose process has ended."""
@@ -262,7 +262,7 @@ class Ranks:
         return None
 
     def speaks(self) -> bool:
-        """Whether this rank prints how the run ended: rank 0, or the next one if rank 0 is lost."""
+        """Whether this rank prints how the run ended: rank 0, or the first that asks if rank 0 is lost."""
         try:
             fault = self.fault()
         except RankFault as gone:
@@ -270,14 +270,21 @@ class Ranks:
         return self._speaks_of(fault)
 
     def _speaks_of(self, fault: RankFault | None) -> bool:
-        return self.rank == (1 if fault is not None and fault.is_lost and fault.rank == 0 else 0)
+        if fault is None or not fault.is_lost or fault.rank != 0:
+            return self.rank == 0
+        if self.rank == 0:
+            return False
+        try:
+            return self._store.compare_set("speaker", "", str(self.rank)) == str(self.rank).encode()
+        except RuntimeError:  # the store is gone, maybe with rank 0's whole node: one rank of each node
+            return self.rank == 1 or self.local_rank == 0
 
     # ---- the start
 
     def begin(self, config: TrainConfig | EvaluateConfig | GenerateConfig, device: torch.device) -> None:
         """Meets the others, compares settings and GPUs, and opens the collectives. Raises ConfigError for what differs."""
-        about = {"name": self.place.name, "host": os.uname().nodename, "pid": os.getpid(), "torch": torch.__version__,
-                 "device": str(device), "gpu": None}
+        about = {"name": self.place.name, "host": os.uname().nodename, "processes": _process_space(), "pid": os.getpid(),
+                 "torch": torch.__version__, "device": str(device), "gpu": None}
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             about |= {"device": properties.name, "gpu": str(properties.uuid)}
@@ -357,6 +364,12 @@ def _as_integers(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.view(-1)
     has_words = all(count * flat.element_size() % 4 == 0 for count in (flat.numel(), flat.storage_offset()))
     return flat.view(torch.int32 if has_words else torch.uint8)
+
+
+def _process_space() -> tuple[str, str]:
+    """Where a process's number means this process. Nodes may have one name, and a node containers with numbers of their own."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip(), os.readlink("/proc/self/ns/pid")
 
 
 def _is_gone(pid: int) -> bool:
