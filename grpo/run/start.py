@@ -153,6 +153,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
         check_initial_adapter(config.model)
     share = expert_share(ranks, config, architecture, env)
     made_of = identify(config, tokenizer, env)
+    if ranks is not None:
+        check_equal_files(ranks, made_of)
     if state is not None:
         check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
     changes = describe_changes(config, run_dir) if state is not None else []
@@ -226,6 +228,17 @@ def load_agreed(run_dir: Path, ranks: Ranks | None) -> RunState | None:
         raise ConfigError(f"output_dir: {ranks.place.name} finds no checkpoint in {run_dir}; the folder must be one that all "
                           "nodes share")
     return state
+
+
+def check_equal_files(ranks: Ranks, made_of: dict[str, dict]) -> None:
+    """Raises ConfigError if nodes have different files under one path: frozen weights are not compared later."""
+    found = ranks.exchange("the files", {kind: items for kind, items in made_of.items() if kind != "settings"})
+    differing = [f"{kind}: {key} of rank {rank} is not that of rank 0" for rank, other in enumerate(found)
+                 for kind, items in other.items() for key in sorted(items.keys() | found[0][kind].keys())
+                 if items.get(key) != found[0][kind].get(key)]
+    if differing:
+        raise ConfigError("the ranks do not have the same files:\n  " + "\n  ".join(differing) + "\nGive all nodes the same "
+                          "checkpoint, tokenizer and data")
 
 
 def prepare_weights(run: Run, state: RunState | None) -> None:
