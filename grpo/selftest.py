@@ -99,10 +99,13 @@ def run_checks(checks: list[Check]) -> list[str]:
     with ThreadPoolExecutor(max_workers=min(cores, 12)) as pool:
         # those of the GPU begin first: they wait for kernels to compile
         running = {check: pool.submit(_run, check) for check in sorted(checks, key=lambda check: not check.needs_gpu)}
-        for check in checks:
-            passed, detail = running[check].result()
-            print(f"{'PASS' if passed else 'FAIL'}  {check.name:{width}}  {detail}", flush=True)
-            failed += [] if passed else [check.name]
+        try:
+            for check in checks:
+                passed, detail = running[check].result()
+                print(f"{'PASS' if passed else 'FAIL'}  {check.name:{width}}  {detail}", flush=True)
+                failed += [] if passed else [check.name]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C those that wait would begin
     return failed
 
 

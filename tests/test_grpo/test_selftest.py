@@ -1,6 +1,8 @@
 """The self-test: what fails is named, a band is checked at its step, and nothing passes that did not run."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,6 +33,32 @@ def test_a_check_passes_only_if_its_tests_ran_and_passed(checks, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("PASS  right     1 tests") and any(line.startswith("PASS  some      1 tests") for line in lines)
     assert any("test_wrong.py::test_sum" in line for line in lines) and not any("test_fine" in line for line in lines)
+
+
+def test_after_ctrl_c_no_further_check_begins(monkeypatch):
+    is_closing, begun = threading.Event(), []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, max_workers):
+            super().__init__(1)
+
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            is_closing.set()
+            super().shutdown(wait=wait)
+
+    def run(check):
+        begun.append(check.name)
+        if check.name == "first":
+            raise KeyboardInterrupt
+        is_closing.wait()  # this one runs as Ctrl-C comes, or has not begun
+        return True, ""
+
+    monkeypatch.setattr(selftest, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(selftest, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        run_checks([Check(name, ()) for name in ("first", "second", "third", "fourth")])
+    assert begun in (["first"], ["first", "second"])
 
 
 def test_every_file_of_a_check_is_there_and_every_name_is_of_a_test_in_it():
