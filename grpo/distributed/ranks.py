@@ -146,13 +146,19 @@ class Ranks:
                 if self._stop():
                     self._spread_stop()
                 is_late = now - started > self.timeout
-                if missing and (is_late or self._stopped_at is not None and now - self._stopped_at > GRACE_SECONDS):
+                if missing and (is_late or self._is_out_of_grace(now, missing)):
                     limit = (f"{self.timeout:g} s{' (distributed.timeout)' if self._groups else ''}" if is_late
                              else f"{GRACE_SECONDS:g} s after the stop signal")
                     raise self._blame(missing[0], f"did not come to {what!r} within {limit}: it hangs, or is too slow there")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         self.seconds_waited += time.monotonic() - started
+
+    def _is_out_of_grace(self, now: float, missing: list[int]) -> bool:
+        """Whether these ranks had long enough after a stop signal. Rank 0 may be saving, and srun, unlike torchrun, does not kill
+        it soon."""
+        return (self._stopped_at is not None and now - self._stopped_at > GRACE_SECONDS
+                and (self.place.is_torchrun or 0 not in missing))
 
     def _has(self, *keys: str) -> bool:
         try:

@@ -11,8 +11,8 @@ from grpo.distributed.ranks import RankFault, Ranks
 from grpo.run.start import check_equal_files
 
 
-def members(store, num_ranks=4, num_local=2) -> list[Ranks]:
-    return [Ranks(RankPlace(rank, num_ranks, rank % num_local, num_local, "localhost", 1, True), store)
+def members(store, num_ranks=4, num_local=2, *, is_torchrun=True) -> list[Ranks]:
+    return [Ranks(RankPlace(rank, num_ranks, rank % num_local, num_local, "localhost", 1, is_torchrun), store)
             for rank in range(num_ranks)]
 
 
@@ -43,6 +43,19 @@ def test_where_the_store_is_gone_with_a_node_the_others_have_a_rank_that_speaks(
     with pytest.raises(RankFault, match="the store at localhost:1, by which the ranks meet, is gone"):
         ranks[2].fault()
     assert [member.speaks() for member in ranks] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rank, is_torchrun, limit", [
+    (0, True, "0 s after the stop signal"), (0, False, "0 s after the stop signal"), (1, True, "0 s after the stop signal"),
+    (1, False, "0.05 s")])  # the others of srun's ranks leave rank 0 the time to save
+def test_how_long_a_rank_waits_after_a_stop_signal(monkeypatch, rank, is_torchrun, limit):
+    monkeypatch.setattr("grpo.distributed.ranks.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("grpo.distributed.ranks.LOOK_SECONDS", 0.0)
+    member = members(dist.HashStore(), 2, is_torchrun=is_torchrun)[rank]
+    member.timeout = 0.05
+    member.watch(lambda: True)
+    with pytest.raises(RankFault, match=f"rank {1 - rank} did not come to 'the scores' within {limit}:"):
+        member.exchange("the scores")
 
 
 def test_processes_are_looked_up_only_where_their_numbers_mean_the_same():
