@@ -1,7 +1,8 @@
 """Conversations from data, to train on as they are: supervised fine-tuning, and pairs of answers of which one is preferred.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "thinking": "...", "content": "..."}, ...]}
-    {"prompt": "...", "completion": "..."}                   # env.completion_key=completion; texts or lists of messages
+    {"prompt": "...", "completion": "..."}                   # texts or lists of messages; by env.messages_key=null
+                                                             # env.prompt_key=prompt env.completion_key=completion
     {"prompt": "...", "chosen": "...", "rejected": "..."}    # env=preferences; or two whole conversations without a prompt
 
 Nothing is sampled: `recorded_completions` gives the rows as the sampler would give its completions, so all that follows is what
@@ -146,7 +147,9 @@ class Conversations:
             prompt = _as_messages(_column(record, self.prompt_key), "user")
             conversations = [(prompt + _as_messages(_column(record, self.completion_key), "assistant"), None)]
         else:
-            conversations = [(_as_messages(_column(record, self.messages_key), "user"), None)]
+            conversations = [(_as_messages(_column(record, self.messages_key, or_else=(
+                ", which env.messages_key names; for a prompt and its completion set env.messages_key=null, env.prompt_key and "
+                "env.completion_key")), "user"), None)]
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # of a message or call that the template leaves out
             completions = [(render_turns(messages, self.tokenizer, turns=self.turns if reward is None else "last",
@@ -247,9 +250,9 @@ def _sequences(segments: list[Segment]) -> list[list[int]]:
     return found
 
 
-def _column(record: dict, key: str) -> object:
+def _column(record: dict, key: str, *, or_else: str = "") -> object:
     if record.get(key) is None:
-        raise ValueError(f"no column {key!r}")
+        raise ValueError(f"no column {key!r}{or_else}")
     return record[key]
 
 

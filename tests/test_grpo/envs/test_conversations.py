@@ -122,7 +122,7 @@ def test_held_out_rows_are_not_trained_on_and_do_not_depend_on_the_seed(build):
 
 @pytest.mark.parametrize("row, keywords, complaint", [
     ({"messages": [user("1+1?")]}, {}, r"rows.jsonl:1: the conversation must end with a turn of the assistant"),
-    ({"text": "x"}, {}, r"rows.jsonl:1: no column 'messages'; columns: text"),
+    ({"text": "x"}, {}, r"rows.jsonl:1: no column 'messages', which env.messages_key names; .*completion_key; columns: text"),
     ({"messages": [user("1+1?"), answer("2")]}, {"max_tokens": 9},
      r"rows.jsonl:1: a sequence of \d+ tokens, more than env.max_tokens=9"),
     ({"chosen": [user("a"), answer("2")], "rejected": [user("b"), answer("2")]},
