@@ -2,9 +2,9 @@
 
 With rollout.max_staleness = S, a step's completions are begun S steps ahead, and each policy until then draws the next
 c = ceil(max_new_tokens / S) tokens of those that have not ended: the first c tokens are S steps old when they are trained on, the
-last ones a single step, or more where fewer than S such parts are enough. At a run's start there is no older policy, and the first
-one draws all that is due by then. So numbers of steps alone say which policy draws a token. All that is in flight, the completions
-of S steps, is decoded together, which takes as long as c tokens.
+last ones a single step, or more where fewer than S such parts are enough. At a run's start there is no older policy, and the
+first one draws all that is due by then. So numbers of steps alone say which policy draws a token. All that is in flight, the
+completions of S steps, is decoded together, which takes as long as c tokens.
 
 A row that goes on is prefilled by the newer policy: each log-prob is that of one policy, over the whole context.
 """
