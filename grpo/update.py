@@ -92,7 +92,12 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
     stats, num_packed = zip(*((micro.stats, micro.num_tokens) for part in trained for micro in part))
     if run.entropy is not None:
         run.entropy.observe(sampling["entropy"])
-    return {**of_updates, **reduce_stats(stats, num_updates=num_updates), **sampling,
+    of_loss = reduce_stats(stats, num_updates=num_updates)
+    if of_loss.get("corrections/masked_tokens") == 1 and not run.has_warned_of_weights:
+        run.metrics.warn(f"step {run.step + 1}: corrections give every token the weight 0, so nothing was learnt; look at "
+                         "corrections/ratio/max and inverse_ratio/max, and widen the bounds (low, high, geometric, max_k3)")
+        run.has_warned_of_weights = True
+    return {**of_updates, **of_loss, **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}
 

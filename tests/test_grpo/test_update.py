@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo.batch import Completion, Prompt, Segment, minibatches, pack
-from grpo.config import ConfigError, LrSchedule, OldLogProbs
+from grpo.config import ConfigError, CorrectionsConfig, LrSchedule, OldLogProbs
 from grpo.configuration.algorithm import Estimator, KlConfig, KlReference
 from grpo.configuration.launch import load_config
 from grpo.groups import Groups
@@ -283,6 +283,18 @@ def test_steps_without_a_live_group_have_no_loss_and_five_in_a_row_are_warned_of
         assert math.isnan(metrics["loss"]) == math.isnan(metrics["grad_norm"]) == (not is_live)
         warned = [text for text in run.metrics if "nothing was learnt in the last 5 steps" in text]
         assert len(warned) == (run.step == 9)
+
+
+@pytest.mark.parametrize("bounds, num_warnings", [([1.0, 1.0], 1), ([0.0, 1e9], 0)], ids=["nothing is left", "all is left"])
+def test_corrections_that_leave_nothing_to_learn_are_warned_of_once(config, tmp_path, bounds, num_warnings):
+    policy = build_policy(trains="adapter")
+    settings = replace(config, corrections=CorrectionsConfig(geometric=bounds))
+    run = make_run(settings, tmp_path, policy, optimizer=make_optimizer(settings, policy))
+    for run.step in range(2):
+        metrics = update(run, Groups(*draw_completions(policy), []), staleness=1)
+        assert (metrics["corrections/masked_tokens"] == 1) == bool(num_warnings)
+    assert [text.partition(",")[0] for text in run.metrics if "corrections" in text] == [
+        "step 1: corrections give every token the weight 0"] * num_warnings
 
 
 def test_a_loss_that_breaks_its_contract_in_the_middle_is_named(config, tmp_path):
