@@ -13,7 +13,7 @@ from kernels.device import room_for_this_thread
 from models.gpt_oss import GptOss
 
 # share of the multiprocessors that training leaves to decoding beside it: decode steps read more than they compute, and a part
-# of the multiprocessors reads nearly as fast as all (not measured yet)
+# of the multiprocessors reads nearly as fast as all (other shares were not tried: scripts/EXPERIMENTS.md has what this one gave)
 ROOM = 1 / 6
 
 

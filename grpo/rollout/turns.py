@@ -9,10 +9,10 @@ Where the environment has user turns, a row that draws <|return|> parks too. If 
 analysis that led to the answer (models/chat/history.py), so another row goes on from what stays and the user's message. Both are
 trained on, as the sequences of one completion; the limits hold for them together.
 
-On a GPU other rows are decoded while tools run, and results wait a little for one another: a prefill of one costs nearly as much
-time as a prefill of ten, and everything else waits for it. On a CPU, whose products round by the number of rows, decoding waits
-for tools, so that a run repeats bit by bit. An environment's object begins anew with each completion: there is no state to save.
-What it does must depend only on its arguments; what a clock decides (a call past its time) is the exception.
+On a GPU other rows are decoded while tools run, and results wait a little for one another, since each prefill holds up everything
+else. On a CPU, whose products round by the number of rows, decoding waits for tools, so that a run repeats bit by bit. An
+environment's object begins anew with each completion: there is no state to save. What it does must depend only on its arguments;
+what a clock decides (a call past its time) is the exception.
 """
 
 import faulthandler
@@ -48,7 +48,7 @@ PATIENCE = 0.1  # seconds between two looks at deadlines and stop signals
 GRACE = 60.0  # seconds beyond turns.call_seconds; see _Rollout._watch
 CUT = "... (cut off)"
 # Results go on together once they are a share of the rows that are decoded, or after so many model calls (of SYNC_STEPS decode
-# steps). A row that waits takes no part in decoding, but a prefill of its own would hold up all others for as long as 5 steps.
+# steps). A row that waits takes no part in decoding; one that does not holds up all others (scripts/EXPERIMENTS.md: turns).
 SHARE_TOGETHER = 1 / 8
 MOST_CALLS_HELD = 4
 
