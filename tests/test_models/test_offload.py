@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import models.offload
+from kernels.attention.plan import AttentionPlan
 from models import host_store
 from models.config import GptOssConfig
 from models.offload import (
@@ -22,7 +23,9 @@ from models.offload import (
     everything,
     layer_memory,
     most_held,
+    plan_layers,
     scratch,
+    visible_pairs,
     workspaces,
 )
 
@@ -187,6 +190,90 @@ def test_each_retreat_gives_a_plan_that_takes_less_until_nothing_but_inputs_is_k
     assert texts[0] == f"a micro-batch's activations and workspaces take at most {0.7 * sizes[0] / 1e9:.2f} GB of the GPU"
     memory.recomputes = False
     assert memory.retreat() == "the backward computes again what does not fit" and memory.recomputes
+
+
+WIDE = GptOssConfig(vocab_size=512, hidden_size=256, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8,
+                    num_key_value_heads=2, head_dim=64, num_local_experts=8, num_experts_per_tok=4, sliding_window=16,
+                    layer_types=["sliding_attention", "full_attention"] * 2)
+
+
+def test_visible_pairs_are_those_of_enumeration():
+    bounds, prefixes, window = [0, 5, 5, 12, 30], [-1, -1, 0, -1], 4
+    full = windowed = 0
+    for (start, end), prefix in zip(zip(bounds, bounds[1:]), prefixes):
+        before = 0 if prefix == -1 else bounds[prefix + 1] - bounds[prefix]
+        for position in range(before, before + end - start):
+            full += position + 1
+            windowed += min(position + 1, window)
+    assert visible_pairs(AttentionPlan(bounds, prefixes=prefixes), window) == (full, windowed)
+
+
+def plan(*, gpu_bytes, host_bytes=0, host_rate=1e18, pending=float("inf")):
+    run = Workload(1000, 500_000, 16_000, 2, 2, True, False, 1 << 30)
+    plans = plan_layers(WIDE, run, gpu_bytes=gpu_bytes, host_bytes=host_bytes, host_rate=host_rate, pending=pending,
+                        peak_flops=1e12)
+    sizes = bytes_of(WIDE, run)
+    used = {place: sum(sizes[name] for layer in plans for name, where in layer.items() if where == place) for place in Place}
+    return plans, used, sizes
+
+
+def test_a_float32_stream_takes_twice_the_memory_of_a_half_one_and_nothing_else_does():
+    half, full = (bytes_of(WIDE, Workload(1000, 0, 0, 2, stream_size, True, False, 0)) for stream_size in (2, 4))
+    assert half["x"] == half["middle"] == 1000 * 256 * 2
+    assert full == half | {"x": 1000 * 256 * 4, "middle": 1000 * 256 * 4}
+
+
+def test_a_plan_stays_within_its_budget_and_keeps_every_input():
+    sizes = plan(gpu_bytes=0)[2]
+    for gpu_bytes in (4 * sizes["x"], 10_000_000, 20_000_000, 10**9):
+        plans, used, _ = plan(gpu_bytes=gpu_bytes)
+        assert used[Place.host] == 0 and 0 < used[Place.gpu] <= gpu_bytes
+        assert all(layer["x"] == Place.gpu for layer in plans)
+    assert used[Place.recompute] == 0  # everything fits the last
+
+
+def test_a_plan_prefers_what_saves_most_time_per_byte():
+    sizes = plan(gpu_bytes=0)[2]
+    plans, _, _ = plan(gpu_bytes=4 * sizes["x"] + 2 * sizes["attended"])
+    # full attention over 500,000 pairs is the dearest to compute again; a windowed layer's is not
+    assert [layer["attended"] for layer in plans] == [Place.recompute, Place.gpu, Place.recompute, Place.gpu]
+    assert all(layer["h"] == Place.recompute for layer in plans)
+
+
+def test_what_has_no_room_on_the_gpu_goes_to_the_host_first_layers_first():
+    sizes = plan(gpu_bytes=0)[2]
+    total = 4 * sum(sizes.values())
+    plans, used, _ = plan(gpu_bytes=total // 2, host_bytes=total)
+    assert used[Place.recompute] == 0 and used[Place.gpu] <= total // 2
+    assert all(place == Place.host for place in plans[0].values()) and all(place == Place.gpu for place in plans[3].values())
+    _, slow, _ = plan(gpu_bytes=total // 2, host_bytes=total, host_rate=1.0)  # a host too slow to be of use
+    assert slow[Place.host] == 0 and slow[Place.recompute] > 0
+
+
+def test_copies_to_the_host_are_spread_over_the_layers_where_they_take_time():
+    sizes = plan(gpu_bytes=0)[2]
+    total, layer = 4 * sum(sizes.values()), sum(sizes.values())
+    settings = dict(gpu_bytes=6 * total // 10, host_bytes=total, host_rate=4e9)
+    plans, _, _ = plan(**settings, pending=0.8 * layer)
+    waits = [sum(sizes[name] for name, place in kept.items() if place == Place.host) / layer for kept in plans]
+    first, *_ = (sum(sizes[name] for name, place in kept.items() if place == Place.host) / layer for kept in plan(**settings)[0])
+    assert first == 1.0  # without a bound all of the first layer's
+    assert 0 < waits[0] <= 0.8 and waits[1] > 0 and waits[2] > 0 and waits[3] == 0, waits
+
+
+def test_the_most_held_counts_what_waits_what_is_on_its_way_and_what_is_done():
+    # sizes of 1, 10, 100 ... tell who is counted; three layers with x on the GPU, in host memory, on the GPU
+    sizes = {"x": 1, "qkv": 10, "attended": 100, "middle": 1000, "h": 10_000}
+    gpu, host, again = Place.gpu, Place.host, Place.recompute
+    plans = [{"x": gpu, "qkv": gpu, "attended": again, "middle": host, "h": again},
+             {"x": host, "qkv": again, "attended": gpu, "middle": again, "h": host},
+             {"x": gpu, "qkv": again, "attended": again, "middle": gpu, "h": again}]  # fmt: skip
+    forward, backward = most_held(plans, sizes, gradients=300_000, pending=10**9)
+    # the third layer's forward: 11 + 100 kept, 1,000 + 10,001 on their way out
+    assert forward == 111 + 11_001
+    # the first layer's backward has nothing before it and all gradients; the second's two thirds of them, 11 and 1,000
+    assert backward == max(111 + 11_001 + 100_000, 11 + 1_000 + 200_000, 300_000)
+    assert most_held(plans, sizes, gradients=0, pending=500)[1] == 111 + 10_001  # of several, at most one layer's
 
 
 def test_few_layers_are_on_their_way_to_the_host_and_fewer_where_that_takes_too_much():
