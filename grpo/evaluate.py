@@ -41,7 +41,7 @@ from grpo.record.summary import is_interval
 from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
-from grpo.rollout.turns import Turns
+from grpo.rollout.turns import Turns, generator
 from grpo.run.failures import describe_failure, end, settle
 from grpo.run.policy import load_policy, prepare_device
 
@@ -63,10 +63,9 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
 
     def sample(params: SamplingParams, count: int) -> list[tuple[Completion, Score]]:
         count_all = None if progress is None else lambda finished, _: progress(len(scored) + finished, total)
-        generate = sampler.generate if turns is None else partial(turns.generate, sampler)
-        generate_some = partial(generate, params=params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
-                                progress=count_all)
-        return all_scored(ranks, env, prompts, own_completions(ranks, sampler, generate_some, prompts))
+        generate = partial(generator(sampler, turns), params=params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
+                           progress=count_all)
+        return all_scored(ranks, env, prompts, own_completions(ranks, sampler, generate, prompts))
 
     if greedy:
         scored += sample(replace(params, greedy=True), 1)

@@ -42,7 +42,7 @@ from grpo.evaluate import join_sampler, run_shared
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
-from grpo.rollout.turns import Turns
+from grpo.rollout.turns import Turns, generator
 from grpo.run.failures import describe_failure
 from grpo.run.policy import load_policy
 from models.chat.parse import parse_completion
@@ -250,13 +250,12 @@ def questions() -> Iterator[str]:
 def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     """A JSON line for each answer, by row of the file, then sample."""
     conversation = load_conversation(config, is_silent=not leads(ranks))
-    sampler, turns = conversation.sampler, conversation.turns
+    sampler = conversation.sampler
     asked = list(read_questions(config.prompts, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
     should_stop, progress = join_sampler(ranks, sampler, "answering")
-    generate = functools.partial(
-        sampler.generate if turns is None else functools.partial(turns.generate, sampler), params=conversation.params,
-        step=GENERATE_STEP, num_samples=config.num_samples, should_stop=should_stop, progress=progress)
+    generate = functools.partial(generator(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP,
+                                 num_samples=config.num_samples, should_stop=should_stop, progress=progress)
     answers = [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
                for completion in own_completions(ranks, sampler, generate, prompts)]
     if ranks is not None:

@@ -34,7 +34,7 @@ from grpo.environment import (
 from grpo.overlong import soft_overlong_punishment
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
-from grpo.rollout.turns import Turns
+from grpo.rollout.turns import Turns, generator
 from models.chat.tokenizer import Tokenizer
 
 MOST_SHOWN = 1000  # characters of a call's arguments or result in the log
@@ -59,8 +59,8 @@ def collect(env: Environment, sampler: Sampler, config: TrainConfig, step: int, 
     completions, if they are drawn. Raises EnvironmentFault, and grpo.rollout.session.Interrupted if should_stop returns true."""
     rollout = config.rollout
     params = replace(SamplingParams.of(rollout), records_routing=rollout.replay_routing)
-    generate = partial(sampler.generate if turns is None else partial(turns.generate, sampler), params=params, step=step,
-                       num_samples=rollout.group_size, should_stop=should_stop, progress=progress)
+    generate = partial(generator(sampler, turns), params=params, step=step, num_samples=rollout.group_size,
+                       should_stop=should_stop, progress=progress)
     scored: list[tuple[Completion, Score]] = []
     live: list[Completion] = []
     seconds = {"time/rollout": 0.0, "time/reward": 0.0}

@@ -169,6 +169,11 @@ class Turns:
             return False
 
 
+def generator(sampler: Sampler, turns: Turns | None) -> Callable[..., list[Completion]]:
+    """The sampler's generate, or that of `turns` with the sampler."""
+    return sampler.generate if turns is None else partial(turns.generate, sampler)
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether rows are decoded while tools run."""
     return device.type == "cuda"
