@@ -328,7 +328,7 @@ class _Rollout:
                 break
             if waits and self.overlaps and self.outcomes:
                 break
-        if waits or self._are_enough():
+        if self.outcomes and (waits or self._are_enough()):
             self.num_calls_held = 0
             while self.outcomes:
                 index = min(self.outcomes)
@@ -336,7 +336,7 @@ class _Rollout:
 
     def _are_enough(self) -> bool:
         """Whether the outcomes are enough to interrupt the decoding of the other rows."""
-        self.num_calls_held += bool(self.outcomes)
+        self.num_calls_held += 1
         num_parked = sum(self.plays[index].row.is_parked for index in self.outcomes)
         num_decoded = sum(row.slot is not None and not row.is_parked for row in (play.row for play in self.plays))
         return num_parked >= SHARE_TOGETHER * num_decoded or self.num_calls_held >= MOST_CALLS_HELD
