@@ -15,7 +15,7 @@ class AdapterCopies:
 
     def __init__(self, model: GptOss) -> None:
         self._model, self._copies = model, dict[str, torch.Tensor]()
-        is_used = model.dtype == torch.bfloat16 and all(block.mlp.experts.layout.serves_few_rows for block in model.model.layers)
+        is_used = model.dtype == torch.bfloat16 and model.serves_few_rows
         flat: dict[tuple[int, int], torch.Tensor] = {}  # by storage: tensors that lie side by side stay so
         for name, parameter in model.named_parameters():
             if is_used and name.endswith(("lora_A", "lora_B")) and ".router." not in name:

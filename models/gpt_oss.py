@@ -192,6 +192,11 @@ class GptOss(nn.Module):
         return "the backward computes each layer again"
 
     @property
+    def serves_few_rows(self) -> bool:
+        """Whether decode steps on a GPU have kernels of their own for the experts, as these are laid out."""
+        return all(block.mlp.experts.layout.serves_few_rows for block in self.model.layers)
+
+    @property
     def adapter_is_enabled(self) -> bool:
         """False inside adapter_disabled()."""
         return self.model.layers[0].self_attn.q_proj.adapter_enabled
