@@ -27,7 +27,7 @@ from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
 from kernels.head.sampling import as_pairs, key_sums
 from models.adapter_copies import AdapterCopies
 from models.gpt_oss import GptOss
-from models.keys import NUM_SECTIONS, PrefillChunk, prompt_numbers
+from models.keys import NUM_SECTIONS, PrefillChunk, last_rows, prompt_numbers
 from models.kv_cache import KVCache
 from models.routing_record import RoutingRecord
 
@@ -197,8 +197,7 @@ class Decoder:
 
         key = ("prefill", size, model.adapter_is_enabled, records)
         hidden, indices = feed() if is_first else self._replay(key, feed)
-        ends = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0)
-        return hidden[to_device(ends - 1, device)], None if indices is None else indices[:count]
+        return hidden[last_rows(chunks, device)], None if indices is None else indices[:count]
 
     @torch.no_grad()
     def admit(self, new: list[NewRow], hidden: torch.Tensor, draw: DrawTokens) -> None:

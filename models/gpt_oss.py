@@ -39,6 +39,7 @@ from models.keys import (
     PackedKeys,
     PrefillChunk,
     PromptKeys,
+    last_rows,
     packed_positions,
     prompt_numbers,
 )
@@ -314,11 +315,11 @@ class GptOss(nn.Module):
         A sequence gives the same result in chunks of any lengths, on a GPU bit for bit if attention runs by Triton."""
         numbers = to_device(prompt_numbers(chunks, cache, num_rows=len(tokens)), tokens.device)
         cache.flush()
-        lengths, has_earlier = [chunk.end - chunk.start for chunk in chunks], any(chunk.start for chunk in chunks)
-        by_one_launch = product_path(tokens) == "triton" and has_earlier and max(lengths) <= MAX_FEW_ROWS
+        longest, has_earlier = max(chunk.end - chunk.start for chunk in chunks), any(chunk.start for chunk in chunks)
+        by_one_launch = product_path(tokens) == "triton" and has_earlier and longest <= MAX_FEW_ROWS
         hidden = self.prefill_rows(tokens, numbers, cache, None if by_one_launch else chunks, record=record,
                                    is_prefixed=any(chunk.prefix_len for chunk in chunks))
-        return hidden[to_device(torch.tensor(lengths).cumsum(0) - 1, tokens.device)]
+        return hidden[last_rows(chunks, tokens.device)]
 
     @torch.no_grad()
     def prefill_rows(self, tokens: torch.Tensor, numbers: torch.Tensor, cache: KVCache, chunks: list[PrefillChunk] | None, *,

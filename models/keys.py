@@ -113,6 +113,11 @@ def prompt_numbers(chunks: list[PrefillChunk], cache: KVCache, *, num_rows: int)
     return torch.cat([columns.flatten(), torch.tensor(sections).T.flatten()])
 
 
+def last_rows(chunks: list[PrefillChunk], device: torch.device) -> torch.Tensor:
+    """The row of each packed chunk's last token: [chunks]."""
+    return to_device(torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0) - 1, device)
+
+
 class PromptKeys:
     """The next chunks of several sequences, packed; numbers: those of prompt_numbers, on the device. chunks: None if one launch
     is to attend for all of them, in a CUDA graph, too (where Triton computes products); is_prefixed: any may have a prefix. With
