@@ -42,20 +42,23 @@ def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:
     return json.loads(json.dumps(found, default=str))  # as a checkpoint gives it back
 
 
+def differing_keys(one: dict[str, dict], other: dict[str, dict]) -> list[tuple[str, str]]:
+    """(kind, key) of what differs between two records as identify() makes them, for the kinds of `other`."""
+    return [(kind, key) for kind, items in other.items() for key in sorted(one[kind].keys() | items.keys())
+            if one[kind].get(key) != items.get(key)]
+
+
 def check_same(recorded: dict[str, dict], found: dict[str, dict], *, source: Path) -> None:
     """Raises ConfigError listing what differs between a checkpoint's record and the run that would continue it, except for
     RESUMABLE_KEYS (grpo/config.py)."""
     differing = []
-    for kind, now in found.items():
-        before = recorded[kind]
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key):
-                continue
-            if kind == "settings":
-                differing.append(f"{key}: {before.get(key)!r} when the run started, {now.get(key)!r} now")
-            else:
-                change = "new" if key not in before else "gone" if key not in now else "not what it was when the run started"
-                differing.append(f"{kind}: {key} is {change}")
+    for kind, key in differing_keys(recorded, found):
+        before, now = recorded[kind], found[kind]
+        if kind == "settings":
+            differing.append(f"{key}: {before.get(key)!r} when the run started, {now.get(key)!r} now")
+        else:
+            change = "new" if key not in before else "gone" if key not in now else "not what it was when the run started"
+            differing.append(f"{kind}: {key} is {change}")
     if differing:
         raise ConfigError(f"resume=true: this is not the run that {source} is a checkpoint of:\n  " + "\n  ".join(differing)
                           + "\nGive the same values and files, or start another run with name=NEW_NAME resume=false")

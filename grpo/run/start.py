@@ -52,7 +52,7 @@ from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
 from grpo.run.checkpoint import RunState, load_run
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures
-from grpo.run.identity import PLACES, check_same, identify, provenance
+from grpo.run.identity import PLACES, check_same, differing_keys, identify, provenance
 from grpo.run.lock import RunLock, lock_run
 from grpo.run.memory import GpuMemory, gpu_memory, needs_of, prompt_len_of, summary, unplanned
 from grpo.run.policy import (
@@ -235,8 +235,7 @@ def check_equal_files(ranks: Ranks, made_of: dict[str, dict]) -> None:
     """Raises ConfigError if nodes have different files under one path: frozen weights are not compared later."""
     found = ranks.exchange("the files", {kind: items for kind, items in made_of.items() if kind != "settings"})
     differing = [f"{kind}: {key} of rank {rank} is not that of rank 0" for rank, other in enumerate(found)
-                 for kind, items in other.items() for key in sorted(items.keys() | found[0][kind].keys())
-                 if items.get(key) != found[0][kind].get(key)]
+                 for kind, key in differing_keys(found[0], other)]
     if differing:
         raise ConfigError("the ranks do not have the same files:\n  " + "\n  ".join(differing) + "\nGive all nodes the same "
                           "checkpoint, tokenizer and data")
