@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rollout_problem import MAX_LEN, assert_equal, make_config, make_prompts
+from version_gaps import gaps
 
 from grpo.ahead import age_metrics
 from grpo.batch import Completion, Prompt, Segment, pack
-from grpo.config import ConfigError, InFlight, read_saved_config
+from grpo.config import ConfigError, InFlight
 from grpo.configuration.launch import load_config
 from grpo.environment import EnvironmentFault, check_environment
 from grpo.explain import Request, explain
@@ -20,7 +21,7 @@ from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Interrupted, Sampler
 from grpo.run.checkpoint import load_run
 from grpo.run.memory import needs_of
-from grpo.run.policy import load_parameters, load_run_policy
+from grpo.run.policy import load_run_policy
 from grpo.run.rollouts import BegunRollout, Rollout, read
 from grpo.run.start import start
 
@@ -187,7 +188,6 @@ def switched(entry_points, spread_folder, tmp_path_factory):
 
 
 def test_the_recorded_log_probs_of_each_token_are_those_of_the_policy_that_drew_it_and_of_no_other(switched):
-    config = read_saved_config(switched / "config.yaml")
     policy = load_run_policy(switched, step=0, device=torch.device("cpu"), dtype=torch.float32)[0]
     for step in (3, 4):
         state = load_run(switched, step=step)
@@ -200,13 +200,9 @@ def test_the_recorded_log_probs_of_each_token_are_those_of_the_policy_that_drew_
                                  for version in [-1] * len(completion.prompt.token_ids) + completion.segments[1].versions])
         assert versions[batch.loss_mask].unique().tolist() == [step - 3, step - 2, step - 1]
         for version in range(step - 3, step + 1):
-            load_parameters(policy, load_run(switched, step=version).tensors, "test")
-            with torch.no_grad():
-                log_probs = policy.log_probs(batch.tokens, batch.cu_seqlens, temperature=config.rollout.temperature,
-                                             mask=batch.loss_mask)[0]
-            gaps = (log_probs - batch.sampler_log_probs).abs()
+            apart = gaps(policy, switched, version, batch)
             for other in (step - 3, step - 2, step - 1):
-                gap = float(gaps[versions == other].max())
+                gap = float(apart[versions == other].max())
                 assert gap < 1e-5 if other == version else gap > 1e-3, (step, version, other, gap)
 
 
