@@ -10,10 +10,10 @@ from pathlib import Path
 
 from paths import FIXTURES, ROOT
 
-# A small run, and what makes it train an adapter of a checkpoint.
-RUN = ("+experiment=smoke", "name=run", "steps=4", "warmup=null", "env._target_=spread.Spread", "rollout.prompts_per_step=4",
+# A small run whose completions.jsonl has every completion with its log-probs, and what makes it train an adapter of a checkpoint.
+RUN = ("+experiment=smoke", "name=run", "steps=10", "warmup=null", "env._target_=spread.Spread", "rollout.prompts_per_step=4",
        "rollout.group_size=3", "rollout.max_new_tokens=6", "rollout.refill_rounds=1", "optim.max_tokens=60",
-       "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=2", "eval.max_prompts=3", "eval.at_end=false",
+       "optim.minibatches=2", "kl.coefficient=0.1", "eval.every=5", "eval.max_prompts=3", "eval.at_end=false",
        "checkpoint.every=2", "log.num_completions=30", "distributed.timeout=60")
 LORA = "{rank: 2, alpha: 4.0, targets: [q_proj, o_proj, router, experts], train_sinks: true, train_norms: false}"
 ADAPTER = (f"model.path={FIXTURES / 'tiny_mxfp4'}", f"model.tokenizer={FIXTURES / 'tokenizer_brief'}",

@@ -15,6 +15,7 @@ from grpo.distributed.experts import check_sharing
 SHARED = (*ADAPTER, "distributed.expert_parallel=2")
 BRIEF = ("eval.every=0", "eval.at_start=false", "kl.coefficient=0", "optim.minibatches=1")  # for runs that fail
 KILL, HANG, STOP = "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(1e6)", "os.kill(os.getpid(), signal.SIGTERM)"
+LAST = "checkpoints/step_000010/tensors.safetensors"
 # from then on, when both ranks are there: a limit for the start would depend on how busy the machine is
 SHORTEN = "import gc; [setattr(item, 'timeout', 1.0) for item in gc.get_objects() if type(item).__name__ == 'Ranks']"
 
@@ -36,8 +37,23 @@ def metrics(run_dir: Path) -> list[dict]:
              if not name.startswith(("time/", "memory/")) and not name.endswith("_per_s")} for line in lines]
 
 
-def weights(run_dir: Path) -> bytes:
-    return (run_dir / "checkpoints/step_000004/tensors.safetensors").read_bytes()
+def assert_equal_runs(run: Path, other: Path) -> None:
+    """Of all completions, with the log-probs of their tokens; of metrics, which are of the trainer's log-probs, rewards, gradients
+    and evaluations; of trained weights, optimizer state, and export."""
+    assert metrics(run) == metrics(other)
+    export = "adapter/adapter_model.safetensors" if (other / "adapter").exists() else "model/model.safetensors"
+    for file in ("completions.jsonl", LAST, export):
+        assert (run / file).read_bytes() == (other / file).read_bytes(), file
+
+
+def assert_killed(ended: Ended, rank: int) -> None:
+    assert ended.codes == [-9 if number == rank else 1 for number in range(len(ended.codes))], ended.errors
+    assert re.match(rf"error: rank {rank} \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint."""
+    return max(int(path.name[-6:]) for path in (folder / "run/checkpoints").glob("step_*"))
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +69,16 @@ def one(launch, tmp_path_factory):
 def test_a_run_of_four_ranks_has_the_bytes_of_one(launch, one, tmp_path):
     ended = launch(4, tmp_path)
     assert ended.codes == [0] * 4, ended.errors
-    assert ended.out[0].count("step 4/4") == 1 and ended.out[1:] == ["", "", ""]
-    run = tmp_path / "run"
-    assert metrics(run) == metrics(one)  # of log-probs, rewards and gradients
-    assert (run / "completions.jsonl").read_bytes() == (one / "completions.jsonl").read_bytes()
-    assert weights(run) == weights(one)
-    assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
+    assert ended.out[0].count("step 10/10") == 1 and ended.out[1:] == ["", "", ""]
+    assert_equal_runs(tmp_path / "run", one)
 
 
 def test_two_ranks_that_divide_the_model_go_on_after_a_kill_within_a_pass_with_the_bytes_of_one(launch, one, tmp_path):
     ended = launch(2, tmp_path, "distributed.shard=true", before={1: at_call("grpo.update.loss_and_stats", 5, KILL)})
-    assert ended.codes == [1, -9]
-    assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+    assert_killed(ended, 1)
     ended = launch(2, tmp_path, "distributed.shard=true", "resume=true")
     assert ended.codes == [0, 0], ended.errors
-    run = tmp_path / "run"
-    assert metrics(run) == metrics(one)
-    assert weights(run) == weights(one)
-    assert (run / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
+    assert_equal_runs(tmp_path / "run", one)
 
 
 @pytest.mark.slow
@@ -86,12 +94,10 @@ def test_the_fast_sum_is_the_ordered_one_up_to_rounding(launch, one, tmp_path):
 def test_a_rank_killed_in_the_backward_is_named_and_the_run_resumes_on_another_number(launch, one, tmp_path):
     # one of the third step: the checkpoint of the second stands
     ended = launch(2, tmp_path, before={1: at_call("grpo.update.token_stats", 5, KILL)})
-    assert ended.codes == [1, -9]
-    assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+    assert_killed(ended, 1)
     ended = launch(3, tmp_path, "resume=true")
     assert ended.codes == [0] * 3, ended.errors
-    assert metrics(tmp_path / "run") == metrics(one)
-    assert weights(tmp_path / "run") == weights(one)
+    assert_equal_runs(tmp_path / "run", one)
 
 
 @pytest.mark.slow
@@ -101,7 +107,7 @@ def test_rank_0_killed_while_it_saves_leaves_the_last_checkpoint(launch, one, tm
     assert re.match(r"error: (rank 0 .*ended without a word|rank 1 .*: the store at .* is gone)", ended.message)
     ended = launch(1, tmp_path, "resume=true")
     assert ended.codes == [0], ended.errors
-    assert weights(tmp_path / "run") == weights(one)
+    assert_equal_runs(tmp_path / "run", one)
 
 
 def test_a_rank_that_fails_in_a_reward_ends_all_with_its_code_and_finished_steps_are_saved(launch, tmp_path):
@@ -152,16 +158,22 @@ def one_with_adapter(launch, tmp_path_factory):
     return folder / "run"
 
 
-def assert_equal_runs(run: Path, other: Path) -> None:
-    assert metrics(run) == metrics(other)
-    for file in ("completions.jsonl", "adapter/adapter_model.safetensors"):
-        assert (run / file).read_bytes() == (other / file).read_bytes(), file
-    assert weights(run) == weights(other)
+@pytest.mark.parametrize("num_ranks, num_sharers", [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+def test_ranks_that_share_experts_have_the_bytes_of_one(launch, one_with_adapter, tmp_path, num_ranks, num_sharers):
+    ended = launch(num_ranks, tmp_path, *ADAPTER, f"distributed.expert_parallel={num_sharers}")
+    assert ended.codes == [0] * num_ranks, ended.errors
+    assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
-def test_two_groups_of_two_ranks_that_share_experts_have_the_bytes_of_one(launch, one_with_adapter, tmp_path):
-    ended = launch(4, tmp_path, *SHARED)
-    assert ended.codes == [0] * 4, ended.errors
+def test_a_run_killed_twice_goes_from_one_group_to_two_and_to_one_rank(launch, one_with_adapter, tmp_path):
+    ended = launch(2, tmp_path, *SHARED, before={1: at_call("grpo.update.token_stats", 15, KILL)})
+    assert_killed(ended, 1)
+    first = newest(tmp_path)
+    ended = launch(4, tmp_path, *SHARED, "resume=true", before={2: at_call("grpo.update.token_stats", 12, KILL)})
+    assert_killed(ended, 2)
+    assert 0 < first < newest(tmp_path) < 10
+    ended = launch(1, tmp_path, *ADAPTER, "resume=true")
+    assert ended.codes == [0], ended.errors
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
@@ -177,8 +189,7 @@ def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_res
 @pytest.mark.slow
 def test_a_rank_killed_within_a_pass_that_others_take_is_named_and_four_share_the_rest(launch, one_with_adapter, tmp_path):
     ended = launch(2, tmp_path, *SHARED, before={1: at_call("grpo.update.token_stats", 7, KILL)})
-    assert ended.codes == [1, -9]
-    assert re.match(r"error: rank 1 \(.*, process \d+\) ended without a word: it was killed, or crashed", ended.message)
+    assert_killed(ended, 1)
     ended = launch(4, tmp_path, *ADAPTER, "distributed.expert_parallel=4", "resume=true")
     assert ended.codes == [0] * 4, ended.errors
     assert_equal_runs(tmp_path / "run", one_with_adapter)
