@@ -38,8 +38,8 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def assert_equal_runs(run: Path, other: Path) -> None:
-    """Of all completions, with the log-probs of their tokens; of metrics, which are of the trainer's log-probs, rewards, gradients
-    and evaluations; of trained weights, optimizer state, and export."""
+    """In all completions, with the log-probs of their tokens; in metrics, which the trainer's log-probs, rewards, gradients and
+    evaluations give; in trained weights, optimizer state, and export."""
     assert metrics(run) == metrics(other)
     export = "adapter/adapter_model.safetensors" if (other / "adapter").exists() else "model/model.safetensors"
     for file in ("completions.jsonl", LAST, export):
