@@ -22,6 +22,7 @@ from grpo.environment import Environment, checked_demonstrations
 from grpo.optim import LearningRate, Optimizer, check_finite, loss_scale_for
 from grpo.record.metrics import Metrics
 from grpo.rollout.session import Interrupted
+from grpo.run.identity import digest_code
 from models.formats.atomic import new_file
 from models.gpt_oss import GptOss
 
@@ -93,10 +94,7 @@ def pack_demonstrations(pairs: list[tuple[list[int], list[int]]]) -> RolloutBatc
 def _digest(policy: GptOss, env: Environment, config: TrainConfig) -> str:
     """A hash of settings, code, torch's version and the number of threads: equal hashes mean equal bits."""
     settings = {name: value for name, value in dataclasses.asdict(config.warmup).items() if name != "cache_dir"}
-    beside = Path(inspect.getsourcefile(GptOss)).parent.parent  # the folder of `models` and `kernels`, in a wheel too
-    folders = (beside / "kernels", beside / "models", Path(__file__).parent)
-    files = {Path(inspect.getsourcefile(type(env))), *(path for folder in folders for path in folder.rglob("*.py"))}
-    code = [path.read_text(encoding="utf-8") for path in sorted(files)]
+    code = [digest_code(), Path(inspect.getsourcefile(type(env))).read_text(encoding="utf-8")]
     plain = to_dict(config)
     shaped = [settings, plain["model"], plain["env"], config.seed, str(policy.dtype), str(policy.device),
               torch.__version__, torch.get_num_threads(), code]

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from grpo.config import ConfigError, Device, EvaluateConfig, GenerateConfig, TrainConfig, flatten, to_dict
 from grpo.distributed.place import RankPlace, find_place
 from grpo.rollout.session import Interrupted
+from grpo.run.identity import digest_code
 
 MAIN, ROLLOUT = "main", "rollout"  # channels of exchanges: those of one do not wait for those of the other
 KILLED = "ended without a word: it was killed, or crashed"
@@ -290,7 +291,7 @@ class Ranks:
     def begin(self, config: TrainConfig | EvaluateConfig | GenerateConfig, device: torch.device) -> None:
         """Meets the others, compares settings and GPUs, and opens the collectives. Raises ConfigError for what differs."""
         about = {"name": self.place.name, "host": os.uname().nodename, "processes": _process_space(), "pid": os.getpid(),
-                 "torch": torch.__version__, "device": str(device), "gpu": None}
+                 "code": digest_code(), "torch": torch.__version__, "device": str(device), "gpu": None}
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             about |= {"device": properties.name, "gpu": str(properties.uuid)}
@@ -338,11 +339,12 @@ class Ranks:
     def _compare(self, rank: int, peer: dict, settings: dict, first: tuple[dict, dict]) -> None:
         keys = [key for key in sorted(settings.keys() | first[1].keys()) if settings.get(key) != first[1].get(key)]
         differing = [f"{key}: {first[1].get(key)!r} on rank 0, {settings.get(key)!r} on rank {rank}" for key in keys]
-        differing += [f"{key}: {first[0][key]} on rank 0, {peer[key]} on rank {rank}" for key in ("torch", "device")
+        differing += [f"{key}: {first[0][key]} on rank 0, {peer[key]} on rank {rank}" for key in ("code", "torch", "device")
                       if peer[key] != first[0][key]]
         if differing:
             raise ConfigError("the ranks do not have the same settings:\n  " + "\n  ".join(differing) + "\nStart all with one "
-                              "command, version of torch and kind of GPU")
+                              "command, version of this program (code: a digest of its source files) and of torch, and kind of "
+                              "GPU")
 
     def _end_with_the_others(self) -> None:
         """In a thread: ends this process some time after another rank has failed or rank 0 has left, if it does not end by

@@ -90,6 +90,14 @@ def digest_file(path: Path) -> str:
         return digest.hexdigest()
 
 
+def digest_code() -> str:
+    """Of all source files of this program, and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("grpo", "kernels", "models") for path in (CHECKOUT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(CHECKOUT)} {digest_file(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def provenance(*, seed: int, device: torch.device) -> dict:
     """{"command", "commit" (None outside a git checkout; with "+" where files differ from it), "versions", "device", "seed"}."""
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

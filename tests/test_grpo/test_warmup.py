@@ -130,9 +130,8 @@ def test_other_source_code_is_another_warm_up(config, tmp_path, monkeypatch, cha
     for name in ("models/gpt_oss.py", "kernels/attention/decode.py", "grpo/warmup.py", "grpo/envs/carry.py", "own_env.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    sources = {GptOss: tmp_path / "models/gpt_oss.py", Env: tmp_path / "own_env.py"}
-    monkeypatch.setattr("grpo.warmup.__file__", str(tmp_path / "grpo/warmup.py"))
-    monkeypatch.setattr("grpo.warmup.inspect", SimpleNamespace(getsourcefile=sources.__getitem__))
+    monkeypatch.setattr("grpo.run.identity.CHECKOUT", tmp_path)
+    monkeypatch.setattr("grpo.warmup.inspect", SimpleNamespace(getsourcefile={Env: tmp_path / "own_env.py"}.__getitem__))
     config.warmup.cache_dir, config.warmup.steps = str(tmp_path / "cache"), 1
     for text, num_trained in (("x = 1\n", 1), ("x = 1\n", 0), ("x = 2\n", 1)):
         (tmp_path / changed).write_text(text)

@@ -128,11 +128,13 @@ def test_a_stop_signal_on_one_rank_stops_all_and_is_resumable(launch, tmp_path):
     assert re.match(r"stopped: .*resume with: torchrun --nproc-per-node 2 -m grpo.train .*resume=true", ended.message)
 
 
-def test_unequal_settings_are_listed_before_a_model_is_loaded(launch, tmp_path):
-    ended = launch(2, tmp_path, own={1: ("optim.lr=0.5", "seed=7")})
+def test_unequal_settings_and_code_are_listed_before_a_model_is_loaded(launch, tmp_path):
+    other_code = "import grpo.distributed.ranks as ranks\nranks.digest_code = lambda: 'older'\n"
+    ended = launch(2, tmp_path, own={1: ("optim.lr=0.5", "seed=7")}, before={1: other_code})
     assert ended.codes == [2, 2]
     text = ended.errors[0] + ended.errors[1]
     assert "optim.lr: 0.0003 on rank 0, 0.5 on rank 1" in text and "seed: 0 on rank 0, 7 on rank 1" in text
+    assert re.search(r"code: [0-9a-f]{16} on rank 0, older on rank 1", text)
     assert "trains" not in ended.out[0]
 
 
