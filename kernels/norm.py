@@ -42,14 +42,6 @@ def add_rms_norm_reference(x: torch.Tensor, residual: torch.Tensor, weight: torc
 
 
 @triton.jit
-def normalized(x, weight, eps, WIDTH: tl.constexpr):
-    """A row and its inverse root mean square, both fp32. x and weight are 0 from WIDTH on."""
-    x = x.to(tl.float32)
-    inv_rms = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-    return x * inv_rms * weight, inv_rms
-
-
-@triton.jit
 def _norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, inv_rms_ptr, eps, stride_x, stride_residual,
                  WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -62,9 +54,10 @@ def _norm_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, total_ptr, inv_rms_ptr,
         residual = tl.load(residual_ptr + row * stride_residual + cols, mask=mask, other=0.0)
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * WIDTH + cols, x, mask=mask)
-    y, inv_rms = normalized(x, weight, eps, WIDTH)
+    x = x.to(tl.float32)
+    inv_rms = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
     tl.store(inv_rms_ptr + row, inv_rms)
-    tl.store(y_ptr + row * WIDTH + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * WIDTH + cols, (x * inv_rms * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rows_per_program"])
@@ -108,8 +101,7 @@ def _sum_partials_kernel(partial_ptr, grad_weight_ptr, num_partials, WIDTH: tl.c
     tl.store(grad_weight_ptr + cols, tl.sum(total, 0).to(grad_weight_ptr.dtype.element_ty), mask=cols < WIDTH)
 
 
-def num_warps_of(width: int) -> int:
-    """Of a kernel that normalises rows: the bits of a row's sum depend on it."""
+def _num_warps(width: int) -> int:
     return 1 if width <= 512 else 4 if width <= 2048 else 8
 
 
@@ -130,7 +122,7 @@ def norm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.T
     if num_rows:
         launch(_norm_kernel, (num_rows,), x, residual, weight, y, total, inv_rms, eps, x.stride(0),
                residual.stride(0) if residual is not None else 0, WIDTH=width, BLOCK=next_power_of_2(width),
-               HAS_RESIDUAL=residual is not None, num_warps=num_warps_of(width), **overlap_constants(x, num_rows))
+               HAS_RESIDUAL=residual is not None, num_warps=_num_warps(width), **overlap_constants(x, num_rows))
     return y, total, inv_rms
 
 
@@ -152,7 +144,7 @@ def norm_backward(grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.
         _norm_grad_kernel, (num_programs,), grad, grad_total, x, weight, inv_rms, grad_x, partial, num_rows, rows_per_program,
         grad.stride(0), grad_total.stride(0) if grad_total is not None else 0, x.stride(0), WIDTH=width,
         BLOCK=next_power_of_2(width), HAS_TOTAL=grad_total is not None, NEEDS_WEIGHT=needs_weight,
-        num_warps=num_warps_of(width))
+        num_warps=_num_warps(width))
     if not needs_weight:
         return grad_x, None
     grad_weight = torch.empty(width, dtype=weight.dtype, device=x.device)

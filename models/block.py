@@ -98,14 +98,13 @@ class MixtureOfExperts(nn.Module):
         self.experts = RoutedExperts(config, expert_format, weights_device=experts_device, share=share, **factory)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor, rows: slice, record: RoutingRecord | RoutingReplay | None,
-                kept: Kept | None, norm: tuple[torch.Tensor, float] | None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """residual [T, D] plus the experts' outputs for x [T, D]: tokens `rows` of the layer's. kept: of this chunk. norm: as of
-        RoutedExperts."""
+                kept: Kept | None) -> torch.Tensor:
+        """residual [T, D] plus the experts' outputs for x [T, D]: tokens `rows` of the layer's. kept: of this chunk."""
         weights, routing = self.route(x, rows, record, kept)
         if kept is not None:
             kept.keep({"weights": weights})
             kept.routing = routing
-        return self.experts(x, weights, routing, residual, kept, norm)
+        return self.experts(x, weights, routing, residual, kept)
 
     def route(self, x: torch.Tensor, rows: slice, record: RoutingRecord | RoutingReplay | None,
               kept: Kept | None) -> tuple[torch.Tensor, Routing]:
@@ -137,14 +136,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config, **factory)
         self.mlp = MixtureOfExperts(config, layer, expert_format, experts_device=experts_device, share=share, **factory)
 
-    def forward(self, x: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None, kept: Kept | None = None, *,
-                normed: torch.Tensor | None = None,
-                next_norm: RMSNorm | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The layer's output [T, D]. record: records or replays the choice of experts. kept: gets what the backward needs.
-        normed: the norm of x, if the layer before has computed it. next_norm: the one that follows; then its result, too, for few
-        rows on a GPU."""
+    def forward(self, x: torch.Tensor, keys: Keys, record: RoutingRecord | RoutingReplay | None,
+                kept: Kept | None = None) -> torch.Tensor:
+        """The layer's output [T, D]. record: records or replays the choice of experts. kept: gets what the backward needs."""
         attn = self.self_attn
-        normed = self.input_layernorm(x) if normed is None else normed
+        normed = self.input_layernorm(x)
         qkv, low_rank_qkv = linear(attn.qkv(), normed, keeps_low_rank=kept is not None)  # [T, P]
         del normed
         attended = keys.attend(attn, qkv, kept)  # [T, H * head width]
@@ -156,11 +152,9 @@ class Block(nn.Module):
         if kept is not None:
             # detached: x's graph would keep earlier layers' tensors alive if no backward follows
             kept.keep({"x": x.detach(), "middle": middle, "low_rank_qkv": low_rank_qkv, "low_rank_o": low_rank_o})
-        if next_norm is not None:
-            return self.mlp(normed, middle, slice(0, len(x)), record, None, (next_norm.weight, next_norm.eps))
         parts = []
         for rows in chunks_of(len(x)):
-            parts.append(self.mlp(normed[rows], middle[rows], rows, record, None if kept is None else kept.new_chunk(), None))
+            parts.append(self.mlp(normed[rows], middle[rows], rows, record, None if kept is None else kept.new_chunk()))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward_with_grad(self, x: torch.Tensor, keys: PackedKeys, record: RoutingReplay | None,

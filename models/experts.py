@@ -16,7 +16,7 @@ from kernels.experts.few_rows import few_rows_forward
 from kernels.experts.forward import MoeKept, local_backward, local_forward
 from kernels.experts.gemm import grouped_linear
 from kernels.experts.sorting import Routing
-from kernels.experts.transport import combine, combine_and_norm, copy_rows
+from kernels.experts.transport import combine, copy_rows
 from kernels.linear import Gradients
 from kernels.packed.weights import Dense, ExpertWeights, Mxfp4, Nf4
 from kernels.swiglu import swiglu
@@ -70,14 +70,12 @@ class RoutedExperts(nn.Module):
             self._hold(name, [torch.empty(shape, device=weights_device or device, dtype=own or dtype)
                               for shape, own in weight_format.stored(num, *sizes)])
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor, kept: Kept | None = None,
-                norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """residual [T, D] plus the experts' outputs for x [T, D] with gate weights [T, A] fp32. On a GPU without gradient; kept:
-        gets the tensors that backward() needs. norm: the weight [D] and epsilon of a norm; then its result, too (Triton only)."""
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
+                kept: Kept | None = None) -> torch.Tensor:
+        """residual [T, D] plus the experts' outputs for x [T, D] with gate weights [T, A] fp32. On a GPU without gradient;
+        kept: gets the tensors that backward() needs."""
         rows = self.local_forward(routing, x, residual.dtype, kept)
-        if norm is None:
-            return combine(rows, weights, routing, residual)
-        return combine_and_norm(rows, weights, routing, residual, norm[0], eps=norm[1])
+        return combine(rows, weights, routing, residual)
 
     def local_forward(self, routing: Routing, x: torch.Tensor, dtype: torch.dtype, kept: Kept | None) -> torch.Tensor:
         """The experts' outputs [R, D], in expert order. dtype: of the result on a GPU; the CPU keeps x's."""

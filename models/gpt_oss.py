@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention.decode import SharedPrefixes
 from kernels.attention.plan import AttentionPlan
-from kernels.device import MAX_FEW_ROWS, is_few, is_triton, product_path, to_device
+from kernels.device import MAX_FEW_ROWS, is_triton, product_path, to_device
 from kernels.embedding import embedding
 from kernels.head.draw import draw, head_logits
 from kernels.head.kl import kl_divergence
@@ -228,11 +228,6 @@ class GptOss(nn.Module):
         if self.gathers and not torch.is_grad_enabled():
             call = Block.forward
         self.expert_store.begin(copies_routed=any(block.mlp.experts.copies_routed(x) for block in self.model.layers))
-        if is_few(x) and not torch.is_grad_enabled():  # a layer's sum and the next norm are one launch, with the bits of two
-            norms, normed = [*(block.input_layernorm for block in self.model.layers[1:]), self.model.norm], None
-            for block, norm in zip(self.model.layers, norms):
-                x, normed = call(block, x, keys, record, normed=normed, next_norm=norm)
-            return normed
         if self.activation_checkpointing and torch.is_grad_enabled():
             call = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in self.model.layers:

@@ -35,7 +35,6 @@ import kernels.experts.forward  # noqa: E402
 import kernels.head.draw  # noqa: E402
 import kernels.linear  # noqa: E402
 import models.block  # noqa: E402
-import models.gpt_oss  # noqa: E402
 import models.keys  # noqa: E402
 from grpo.batch import Completion, Prompt, RolloutBatch, micro_batches, pack  # noqa: E402
 from grpo.config import ConfigError, read_saved_config  # noqa: E402
@@ -170,7 +169,6 @@ def observed(model: GptOss, recorder: Recorder) -> Iterator[None]:
     for layer in model.model.layers:
         modules += [(layer.input_layernorm, "input norm"), (layer.mlp.router, "router logits"), (layer, "block output")]
     with ExitStack() as stack:
-        stack.enter_context(patch.object(models.gpt_oss, "is_few", lambda x: False))  # else norms are no operations of their own
         for owner, name, note in notes:
             stack.enter_context(patch.object(owner, name, watched(getattr(owner, name), note)))
         for index, layer in enumerate(model.model.layers):

@@ -15,7 +15,6 @@ import triton.language as tl
 
 from kernels.device import cdiv, is_triton, launch, next_power_of_2, overlap_constants, wait_for_launch_before
 from kernels.experts.sorting import Routing
-from kernels.norm import normalized, num_warps_of
 
 
 def combine(rows: torch.Tensor, weights: torch.Tensor | None, routing: Routing,
@@ -42,50 +41,26 @@ def combine_reference(rows: torch.Tensor, weights: torch.Tensor, routing: Routin
 
 
 @triton.jit
-def _token_sum(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, token, cols, mask, stride_rows, stride_residual,
-               DTYPE: tl.constexpr, PER_TOKEN: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
-    """Columns of a token's rows, summed in slot order in fp32: the experts' outputs, or the gradients of what they were given."""
-    total = tl.zeros(cols.shape, tl.float32)
+def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, stride_rows, stride_residual,
+                     WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+                     HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
+    """Sums a token's rows in slot order in fp32: the experts' outputs, or the gradients of what they were given."""
+    wait_for_launch_before(OVERLAPS)
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
     for slot in tl.static_range(PER_TOKEN):
         row = tl.load(inverse_ptr + token * PER_TOKEN + slot).to(tl.int64)
         values = tl.load(rows_ptr + row * stride_rows + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             values *= tl.load(weights_ptr + token * PER_TOKEN + slot)
         total += values
-    y = total.to(DTYPE)
+    y = total.to(y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + token * stride_residual + cols, mask=mask, other=0.0)
-        y = (residual.to(tl.float32) + y.to(tl.float32)).to(DTYPE)
-    return y
-
-
-@triton.jit
-def _sum_rows_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, y_ptr, stride_rows, stride_residual,
-                     WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-                     HAS_RESIDUAL: tl.constexpr, OVERLAPS: tl.constexpr):
-    wait_for_launch_before(OVERLAPS)
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < WIDTH
-    y = _token_sum(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, token, cols, mask, stride_rows, stride_residual,
-                   y_ptr.dtype.element_ty, PER_TOKEN, HAS_WEIGHTS, HAS_RESIDUAL)
+        y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + token * WIDTH + cols, y, mask=mask)
-
-
-@triton.jit
-def _sum_and_norm_kernel(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, norm_weight_ptr, y_ptr, normed_ptr, eps, stride_rows,
-                         stride_residual, WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
-                         OVERLAPS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < WIDTH
-    norm_weight = tl.load(norm_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    wait_for_launch_before(OVERLAPS)
-    y = _token_sum(rows_ptr, weights_ptr, inverse_ptr, residual_ptr, token, cols, mask, stride_rows, stride_residual,
-                   y_ptr.dtype.element_ty, PER_TOKEN, True, True)
-    tl.store(y_ptr + token * WIDTH + cols, y, mask=mask)
-    normed, _ = normalized(y, norm_weight, eps, WIDTH)
-    tl.store(normed_ptr + token * WIDTH + cols, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Tensor,
@@ -108,20 +83,3 @@ def sum_rows(rows: torch.Tensor, weights: torch.Tensor | None, inverse: torch.Te
             BLOCK=block, HAS_WEIGHTS=weights is not None, HAS_RESIDUAL=residual is not None, num_warps=4,
             **overlap_constants(rows, num_tokens))
     return y
-
-
-def combine_and_norm(rows: torch.Tensor, weights: torch.Tensor, routing: Routing, residual: torch.Tensor,
-                     norm_weight: torch.Tensor, *, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """combine()'s result and its rms_norm, in one launch with the bits of two, for rows, residual and norm_weight [D] of one
-    dtype. Triton only, no gradient."""
-    rows, residual = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (rows, residual))
-    (num_tokens, per_token), width = routing.inverse.shape, rows.shape[1]
-    assert rows.dtype == residual.dtype == norm_weight.dtype, (rows.dtype, residual.dtype, norm_weight.dtype)
-    assert norm_weight.shape == (width,) and norm_weight.is_contiguous(), (norm_weight.shape, width)
-    y, normed = (torch.empty((num_tokens, width), dtype=rows.dtype, device=rows.device) for _ in range(2))
-    if y.numel():
-        launch(
-            _sum_and_norm_kernel, (num_tokens,), rows, weights, routing.inverse, residual, norm_weight, y, normed, eps,
-            rows.stride(0), residual.stride(0), WIDTH=width, PER_TOKEN=per_token, BLOCK=next_power_of_2(width),
-            num_warps=num_warps_of(width), **overlap_constants(rows, num_tokens))
-    return y, normed

@@ -389,36 +389,6 @@ def test_a_decode_step_reaches_every_kernel_through_few_calls_and_files(monkeypa
         assert len(way) <= 10 and len(set(way)) <= 5, way
 
 
-def check_merged_launches(model, monkeypatch, num_rows):
-    """Asserts that decoding gives the same bits with a launch for a layer's sum and the next norm as with two."""
-    hidden, slots = [], torch.arange(num_rows, device=model.device)
-    for merges in (True, False):
-        with monkeypatch.context() as patch:
-            if not merges:
-                patch.setattr(models.gpt_oss, "is_few", lambda x: False)
-                patch.setattr(models.experts, "combine_and_norm", None)
-            cache = model.new_cache(num_rows, 16)
-            assert all(cache.reserve(slot, 1) for slot in range(num_rows))
-            hidden.append(model.decode(slots % 60, torch.zeros_like(slots), cache, slots))
-    assert torch.equal(*hidden) and hidden[0].isfinite().all() and hidden[0].any()
-
-
-@pytest.mark.interpreter
-def test_a_layers_sum_and_the_next_norm_are_one_launch_with_the_bits_of_two(monkeypatch):
-    check_merged_launches(build(ARCHITECTURE, targets=["experts"], trains_more=False, in_fragments=True), monkeypatch, 3)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("experts", ["mxfp4", "nf4"])
-def test_on_a_gpu_too_a_layers_sum_and_the_next_norm_are_one_launch_with_the_bits_of_two(experts, monkeypatch):
-    sizes = REAL | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    model = build(sizes, experts, targets=EVERYTHING, device="cuda", dtype=torch.bfloat16, trains_more=False,
-                  in_fragments=experts == "mxfp4")
-    for num_rows in (1, 8, 65):
-        check_merged_launches(model, monkeypatch, num_rows)
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("targets", [EVERYTHING, ["q_proj", "v_proj", "experts"], ["o_proj"]])

@@ -2,7 +2,6 @@
 GPU."""
 
 import itertools
-import re
 
 import pytest
 import torch
@@ -24,8 +23,7 @@ from kernels.experts.sorting import (
     route_kernel,
     sort_kernel,
 )
-from kernels.experts.transport import _sum_and_norm_kernel, _sum_rows_kernel, combine_and_norm, sum_rows
-from kernels.norm import _norm_kernel, rms_norm
+from kernels.experts.transport import _sum_rows_kernel, sum_rows
 from kernels.router import (
     _router_grad_kernel,
     router_backward,
@@ -185,35 +183,6 @@ def test_a_tokens_rows_are_summed_by_their_weights(num_tokens, per_token, width,
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-6)
 
 
-def check_combine_and_norm(rows, weights, routing, residual, norm_weight):
-    """Asserts that one launch does what two others do."""
-    y, normed = combine_and_norm(rows, weights, routing, residual, norm_weight, eps=1e-5)
-    expected = sum_rows(rows, weights, routing.inverse, residual)
-    assert torch.equal(y, expected) and torch.equal(normed, rms_norm(expected, norm_weight, eps=1e-5))
-
-
-@pytest.mark.interpreter
-@pytest.mark.parametrize("num_tokens, per_token, width", [(0, 2, 5), (1, 1, 1), (5, 3, 63), (3, 4, 1100)])
-def test_sums_are_normalized_in_the_same_launch_with_the_bits_of_two(num_tokens, per_token, width, poisoned):
-    routing = make_routing(choices(num_tokens, per_token, 9), num_experts=9)
-    rows, weights = normal(num_tokens * per_token, width), normal(num_tokens, per_token, seed=2)
-    residual, norm_weight = normal(num_tokens, width, seed=1), normal(width, seed=3)
-    check_combine_and_norm(rows, weights, routing, residual, norm_weight)
-    check_combine_and_norm(torch.cat((rows, rows), 1)[:, :width], weights, routing, torch.cat((residual, residual), 1)[:, width:],
-                           norm_weight)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("width", [64, 720, 2880])
-def test_on_a_gpu_too_sums_and_norms_in_one_launch_have_the_bits_of_two(width):
-    for num_tokens in (1, 8, 65, 512):
-        routing = make_routing(choices(num_tokens, 4, 32).cuda(), num_experts=32)
-        rows, residual, norm_weight = (normal(*shape, seed=seed).bfloat16().cuda() for seed, shape in
-                                       enumerate([(4 * num_tokens, width), (num_tokens, width), (width,)]))
-        check_combine_and_norm(rows, normal(num_tokens, 4, seed=3).cuda(), routing, residual, norm_weight)
-
-
 @pytest.mark.interpreter
 def test_strided_inputs_and_no_tokens(poisoned):
     weights, routing = route(normal(8, 12).T[:, ::2], experts_per_token=2)
@@ -286,27 +255,6 @@ def elementwise_cases(num_experts, per_token, arch):
         pointers(half(arch), "rows", "y") | inverse | {"stride_rows": "i32"},
         row | {"weights_ptr": None, "residual_ptr": None, "stride_residual": 0, "HAS_WEIGHTS": False, "HAS_RESIDUAL": False},
     )
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_sum_with_its_norm_reduces_a_row_as_the_norm_alone_does(arch):
-    """The same elements in the same thread: the bits of a sum depend on it."""
-    sizes = {"WIDTH": 2880, "BLOCK": 4096, "OVERLAPS": arch == 90}
-    weight, strides = {"eps": "fp32"}, {"stride_residual": "i32"}
-    both = compile_for(
-        _sum_and_norm_kernel,
-        pointers("*bf16", "rows", "residual", "norm_weight", "y", "normed") | pointers("*fp32", "weights")
-        | pointers("*i32", "inverse") | weight | strides | {"stride_rows": "i32"}, sizes | {"PER_TOKEN": 4}, arch, num_warps=8,
-        num_stages=3)
-    alone = compile_for(
-        _norm_kernel, pointers("*bf16", "x", "weight", "y") | pointers("*fp32", "inv_rms") | weight | {"stride_x": "i32"},
-        sizes | {"HAS_RESIDUAL": False, "residual_ptr": None, "total_ptr": None, "stride_residual": 0}, arch, num_warps=8,
-        num_stages=3)
-    check_fits(both, arch)
-    layouts = [re.findall(r"(#\w+) = (#ttg.blocked.*)", kernel.ttgir) for kernel in (both, alone)]
-    reduced = [re.findall(r"\(tensor<4096xf32, (#\w+)>\) -> f32", kernel.ttgir) for kernel in (both, alone)]
-    assert len(reduced[0]) == len(reduced[1]) == 1
-    assert dict(layouts[0])[reduced[0][0]] == dict(layouts[1])[reduced[1][0]]
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
