@@ -1,24 +1,28 @@
 """python -m grpo.train +experiment=selftest: whether this machine and this code compute what they should, PASS or FAIL.
 
-What the machine is and reaches, measured; the tests that hold kernels, gradients, sampler, update and plans, check by check; then
-the experiment's run, whose curve must lie within its bands (selftest.bands). Exit code 0 or 1, or that of the run.
+What the machine is and reaches, measured; the tests that hold kernels, gradients, sampler, update and plans, check by check;
+beside them the experiment's run, whose curve must lie within its bands (selftest.bands). Exit code 0 or 1, or that of the run.
 """
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Lock
 from typing import NamedTuple
 
 import torch
 
 from grpo.config import ConfigError, TrainConfig, run_folder
+from grpo.configuration.sweeps import PREEMPTED
 from models.config import released
 from models.expert_store import layer_bytes
 from models.experts import FORMATS
@@ -65,24 +69,28 @@ CHECKS = (
     Check("on the GPU: attention in decoding", ("test_kernels/attention/test_decode_triton.py",), True),
     Check("on the GPU: experts", (
         "test_kernels/experts/test_forward_triton.py", "test_kernels/packed/test_mxfp4_triton.py"), True),
-    Check("on the GPU: head, draws, optimizer", (
-        "test_kernels/head/test_log_probs_triton.py", "test_kernels/head/test_sampling_triton.py",
-        "test_kernels/test_adamw.py"), True),
+    Check("on the GPU: log-probs", ("test_kernels/head/test_log_probs_triton.py",), True),
+    Check("on the GPU: draws, optimizer", (
+        "test_kernels/head/test_sampling_triton.py", "test_kernels/test_adamw.py"), True),
 )
 
 
 def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]) -> int:
-    """All three parts. Returns the exit code. Raises ConfigError where a band is no band or the tests are not beside the code."""
+    """All three parts; the run goes on beside the checks. Returns the exit code. Raises ConfigError where a band is no band or
+    the tests are not beside the code."""
     for name, ends in config.selftest.bands.items():
         if not re.fullmatch(r".+@\d+", name) or len(ends) != 2:
             raise ConfigError(f"selftest.bands.{name} = {ends}: write METRIC@STEP: [LEAST, LARGEST]")
     if not (ROOT / "tests").is_dir():
         raise ConfigError("selftest: the tests are not installed with the package; run it in a checkout of the repository")
     print(*hardware_report(), sep="\n", flush=True)
-    failures = run_checks([check for check in CHECKS if torch.cuda.is_available() or not check.needs_gpu])
-    with tempfile.TemporaryDirectory() as folder:
+    checks = [check for check in CHECKS if torch.cuda.is_available() or not check.needs_gpu]
+    with running(checks) as report, tempfile.TemporaryDirectory() as folder:
         config = replace(config, output_dir=folder)
         code = run_training(config)
+        if code == PREEMPTED:
+            return code
+        failures = report()
         if code != 0:
             return code
         lines = (run_folder(config) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -91,38 +99,67 @@ def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]
     return 1 if failures else 0
 
 
-def run_checks(checks: list[Check]) -> list[str]:
-    """Runs the checks' tests, as many at a time as there are cores, and prints a line for each check. Returns the names of those
-    that failed; what failed in them is printed too."""
+@contextmanager
+def running(checks: list[Check]) -> Iterator[Callable[[], list[str]]]:
+    """Inside the `with`, the checks' tests run, as many at a time as there are cores. What it yields waits for them, prints a
+    line for each check and what failed in it, and returns the names of those that failed. At the end, at Ctrl-C and at SIGTERM
+    none begins any more and those that run are ended."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    width, failed = max(len(check.name) for check in checks), []
-    with ThreadPoolExecutor(max_workers=min(cores, 12)) as pool:
+    width, lock, processes = max(len(check.name) for check in checks), Lock(), []
+    pool = ThreadPoolExecutor(max_workers=min(cores, 16))
+
+    def begin(command: list[str]) -> subprocess.Popen:
+        with lock:  # so that none begins after the others were ended
+            if is_over.is_set():
+                raise InterruptedError
+            # in a session of its own: its tests' programs are ended with it
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                              start_new_session=True))
+            return processes[-1]
+
+    def report() -> list[str]:
+        failed = []
+        for check in checks:
+            passed, detail = futures[check].result()
+            print(f"{'PASS' if passed else 'FAIL'}  {check.name:{width}}  {detail}", flush=True)
+            failed += [] if passed else [check.name]
+        return failed
+
+    is_over, before = Event(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
         # those of the GPU begin first: they wait for kernels to compile
-        running = {check: pool.submit(_run, check) for check in sorted(checks, key=lambda check: not check.needs_gpu)}
-        try:
-            for check in checks:
-                passed, detail = running[check].result()
-                print(f"{'PASS' if passed else 'FAIL'}  {check.name:{width}}  {detail}", flush=True)
-                failed += [] if passed else [check.name]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C those that wait would begin
-    return failed
+        futures = {check: pool.submit(_run, check, begin) for check in sorted(checks, key=lambda check: not check.needs_gpu)}
+        yield report
+    finally:
+        is_over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        with lock:
+            for process in processes:
+                _end(process)
+        signal.signal(signal.SIGTERM, before)
 
 
-def _run(check: Check) -> tuple[bool, str]:
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _run(check: Check, begin: Callable[[list[str]], subprocess.Popen]) -> tuple[bool, str]:
     """Whether a check's tests pass, and in words how many did or which did not."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
-               "gpu" if check.needs_gpu else "not gpu and not slow", "-k", check.only,
-               *(f"tests/{file}" for file in check.files)]
+    process = begin([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
+                     "gpu" if check.needs_gpu else "not gpu and not slow", "-k", check.only,
+                     *(f"tests/{file}" for file in check.files)])
     try:
-        found = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                               timeout=_CHECK_SECONDS, stdin=subprocess.DEVNULL)
+        output = process.communicate(timeout=_CHECK_SECONDS)[0]
     except subprocess.TimeoutExpired:
+        _end(process)
         return False, f"not done after {_CHECK_SECONDS} s"
-    seconds, lines = time.perf_counter() - started, (found.stdout + found.stderr).strip().splitlines() or ["no output"]
+    seconds, lines = time.perf_counter() - started, output.strip().splitlines() or ["no output"]
     count = re.search(r"(\d+) passed", lines[-1])
-    if found.returncode == 0 and count:
+    if process.returncode == 0 and count:
         return True, f"{count[1]} tests, {seconds:.0f} s"
     return False, "\n      ".join([lines[-1], *(line for line in lines if line.startswith(("FAILED", "ERROR", "E ")))][:12])
 

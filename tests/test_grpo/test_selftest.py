@@ -1,8 +1,11 @@
 """The self-test: what fails is named, a band is checked at its step, and nothing passes that did not run."""
 
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from paths import ROOT
 from grpo import selftest
 from grpo.config import ConfigError
 from grpo.configuration.launch import load_config
-from grpo.selftest import Check, check_bands, decode_ceiling, hardware_report, run_checks, run_selftest
+from grpo.selftest import Check, check_bands, decode_ceiling, hardware_report, run_selftest, running
 
 
 @pytest.fixture
@@ -29,36 +32,57 @@ def checks(tmp_path, monkeypatch) -> list[Check]:
 
 
 def test_a_check_passes_only_if_its_tests_ran_and_passed(checks, capsys):
-    assert run_checks(checks) == ["wrong", "gone", "none", "mistyped"]
+    with running(checks) as report:
+        assert report() == ["wrong", "gone", "none", "mistyped"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("PASS  right     1 tests") and any(line.startswith("PASS  some      1 tests") for line in lines)
     assert any("test_wrong.py::test_sum" in line for line in lines) and not any("test_fine" in line for line in lines)
 
 
-def test_after_ctrl_c_no_further_check_begins(monkeypatch):
-    is_closing, begun = threading.Event(), []
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
-    class Pool(ThreadPoolExecutor):
-        def __init__(self, max_workers):
-            super().__init__(1)
 
-        def shutdown(self, wait=True, *, cancel_futures=False):
-            super().shutdown(wait=False, cancel_futures=cancel_futures)
-            is_closing.set()
-            super().shutdown(wait=wait)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_checks_and_what_they_started(tmp_path, number):
+    """In a program of its own: its check has a test that starts another program; more checks wait for a core."""
+    tests, pids = tmp_path / "tests", tmp_path / "pids"
+    tests.mkdir()
+    (tests / "test_slow.py").write_text(f"""
+import os, subprocess, time
+def test_slow():
+    child = subprocess.Popen(["sleep", "1000"])
+    with open({str(pids)!r}, "a") as file:
+        file.write(f"{{os.getpid()}} {{child.pid}}\\n")
+    time.sleep(1000)
+""")
+    program = f"""
+import os, pathlib, signal
+from grpo import selftest
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+selftest.ROOT = pathlib.Path({str(tmp_path)!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with selftest.running([selftest.Check(str(i), ("test_slow.py",)) for i in range(3)]) as report:
+    report()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (pids.exists() and pids.read_text().endswith("\n")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    lines = pids.read_text().splitlines()
+    assert len(lines) == 1 and not any(is_alive(int(pid)) for pid in lines[0].split())
 
-    def run(check):
-        begun.append(check.name)
-        if check.name == "first":
-            raise KeyboardInterrupt
-        is_closing.wait()  # this one runs as Ctrl-C comes, or has not begun
-        return True, ""
 
-    monkeypatch.setattr(selftest, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(selftest, "_run", run)
-    with pytest.raises(KeyboardInterrupt):
-        run_checks([Check(name, ()) for name in ("first", "second", "third", "fourth")])
-    assert begun in (["first"], ["first", "second"])
+def test_a_run_that_is_stopped_ends_the_checks(checks, monkeypatch, capsys):
+    config = load_config("train", ["+experiment=selftest"])
+    monkeypatch.setattr(selftest, "CHECKS", checks)
+    assert run_selftest(config, lambda config: selftest.PREEMPTED) == 75
+    assert "PASS" not in capsys.readouterr().out
 
 
 def test_every_file_of_a_check_is_there_and_every_name_is_of_a_test_in_it():

@@ -21,12 +21,12 @@ from kernels.head.kl import (
 
 def inputs(num_tokens, width, vocab, *, spread=2.0, distance=0.3, own_head=True, dtype=torch.float32, device="cpu") -> list:
     """Hidden states and heads of a policy and of a reference near it; one head for both unless own_head."""
-    generator = torch.Generator().manual_seed(num_tokens + width + vocab)
-    hidden = spread * torch.randn(num_tokens, width, generator=generator)
-    weight = torch.randn(vocab, width, generator=generator) / width**0.5
-    ref_hidden = hidden + distance * torch.randn(hidden.shape, generator=generator)
-    ref_weight = weight + distance * torch.randn(weight.shape, generator=generator) / width**0.5
-    tensors = [tensor.to(device, dtype) for tensor in (hidden, weight, ref_hidden, ref_weight)]
+    made = dict(generator=torch.Generator(device).manual_seed(num_tokens + width + vocab), device=device)
+    hidden = spread * torch.randn(num_tokens, width, **made)
+    weight = torch.randn(vocab, width, **made) / width**0.5
+    ref_hidden = hidden + distance * torch.randn(hidden.shape, **made)
+    ref_weight = weight + distance * torch.randn(weight.shape, **made) / width**0.5
+    tensors = [tensor.to(dtype) for tensor in (hidden, weight, ref_hidden, ref_weight)]
     return tensors if own_head else [*tensors[:3], tensors[1]]
 
 

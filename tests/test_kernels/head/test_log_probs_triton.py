@@ -23,11 +23,11 @@ TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
 
 
 def inputs(num_tokens, width, vocab, *, dtype=torch.float32, device="cpu", spread=1.0) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(num_tokens + width + vocab)
-    hidden = torch.randn(num_tokens, width, generator=generator) * spread
-    weight = torch.randn(vocab, width, generator=generator) / width**0.5
-    targets = torch.randint(0, vocab, (num_tokens,), generator=generator)
-    return hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
+    generator = torch.Generator(device).manual_seed(num_tokens + width + vocab)
+    hidden = torch.randn(num_tokens, width, generator=generator, device=device) * spread
+    weight = torch.randn(vocab, width, generator=generator, device=device) / width**0.5
+    targets = torch.randint(0, vocab, (num_tokens,), generator=generator, device=device)
+    return hidden.to(dtype), weight.to(dtype), targets
 
 
 def kept_sets(targets, vocab) -> tuple[dict, torch.Tensor]:
