@@ -37,13 +37,15 @@ class Reference:
         parameters: all that will change, by name; None: the trainable ones."""
         parameters = policy.trainable_parameters() if parameters is None else parameters
         adds = any(bool(parameter.any()) for name, parameter in parameters.items() if name.endswith("lora_B"))
+        adds = adds if policy.share is None else policy.share.any(adds)
         return cls({name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()
                     if adds or not _is_adapter(name)})
 
     @classmethod
-    def load(cls, tensors: dict[str, torch.Tensor]) -> "Reference":
-        """The reference from a checkpoint's tensors, as `state_dict` wrote it."""
-        return cls({name.removeprefix(REFERENCE): tensor for name, tensor in tensors.items() if name.startswith(REFERENCE)})
+    def load(cls, tensors: dict[str, torch.Tensor], policy: GptOss) -> "Reference":
+        """The reference from a checkpoint's tensors, as `state_dict` wrote it, or the policy's part of it."""
+        return cls({name.removeprefix(REFERENCE): policy.own(name, tensor) for name, tensor in tensors.items()
+                    if name.startswith(REFERENCE)})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {REFERENCE + name: tensor for name, tensor in self.tensors.items()}

@@ -161,6 +161,7 @@ def run_training(config: TrainConfig) -> int:
                 run, state = start(config, lock, should_stop, ranks)
                 should_stop.show = run.metrics.notice
                 prepare_weights(run, state)
+                state = None  # gigabytes
                 await_kernels(run)
                 evaluate_if_due(run)
                 if config.checkpoint.every:
@@ -168,7 +169,7 @@ def run_training(config: TrainConfig) -> int:
                 train(run)
                 save(run)
                 run.metrics.print(*run.memory.report())
-                exported = export_policy(run) if leads(ranks) else None
+                exported = export_policy(run)
             except BaseException as error:
                 failure = settle(ranks, describe_failure(error, config=config, log=run_dir / "error.log",
                                                          is_started=run is not None))

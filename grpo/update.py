@@ -116,6 +116,11 @@ def make_update(run: Run) -> float:
     return grad_norm
 
 
+def divides_weights(run: Run) -> bool:
+    """Whether ranks divide all that trains (grpo/distributed/shards.py)."""
+    return run.shards is not None and run.shards.divides_weights
+
+
 def packed(run: Run, groups: Groups) -> RolloutBatch:
     """What a step trains on, on the policy's device."""
     batch = pack(groups.completions, groups.advantages)
@@ -186,7 +191,7 @@ def train_minibatch(run: Run, part: RolloutBatch, *, num_updates: int, allowed: 
 
     With optim.in_backward, the backward of a minibatch's only micro-batch also makes the update."""
     work, changes, is_between_steps = divide(run, part), [], run.is_between_steps
-    if run.shards is not None and run.shards.divides_weights:
+    if divides_weights(run):
         run.shards.release()
         run.sampler.forget()  # its graphs have addresses of weights; now the weights' memory is back with the GPU
     while True:
@@ -220,7 +225,7 @@ def train_all(run: Run, work: list[list[int]],
     def should_stop() -> bool:
         return run.is_between_steps and run.should_stop()
 
-    if run.shards is not None and run.shards.divides_weights:
+    if divides_weights(run):
         # no second attempt where memory was refused: the others wait for this rank in the middle of the same pass
         trained, is_stopped = train_sharded(run.shards, work, lambda rows: train(rows).on_host(), should_stop=should_stop)
         return trained, None, is_stopped
@@ -289,7 +294,7 @@ def train_micro_batch(run: Run, part: RolloutBatch, rows: list[int], *, step: St
 
 def train_now(run: Run, micro: RolloutBatch, step: StepTokens | None, *, num_updates: int, allowed: float,
               updates: bool) -> TrainedMicroBatch:
-    run.policy.memory.keeps_gradients = not updates and run.shards is None  # parts of them are there, and a layer's at a time
+    run.policy.memory.keeps_gradients = not (updates or divides_weights(run))  # else a layer's at a time, and parts of the others
     if not updates:
         run.optimizer.allocate_gradients()  # first, so that the forward's memory plan sees them
     replay = make_replay(micro)

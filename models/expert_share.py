@@ -5,7 +5,7 @@ the others', and adds them up as a process with all experts does. So every produ
 the same order, and forward and backward have the bits of one process, whatever the number of processes. The backward is the
 mirror image: the gradients of the experts' outputs are everywhere already, those of their inputs are gathered.
 
-Parameters of adapters stay whole; a process finds the gradients of its own experts' part, and zeros elsewhere (fill_in adds up).
+Of adapters a process has those of its experts, too, and so their gradients.
 
 Shapes: R routed rows in expert order, E experts, D model width.
 """
@@ -29,6 +29,20 @@ class ExpertShare:
     def of(self, num_experts: int) -> slice:
         size = num_experts // self.num_ranks
         return slice(self.rank * size, (self.rank + 1) * size)
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """[E, ...] of parts [E/N, ...]; all processes call it, each with its own."""
+        whole = part.new_zeros(self.num_ranks, *part.shape)
+        whole[self.rank] = part
+        self.fill_in(whole)
+        return whole.flatten(0, 1)
+
+    def any(self, claim: bool) -> bool:
+        """Whether a claim is true on any process; all call it."""
+        claims = torch.zeros(self.num_ranks, dtype=torch.uint8)
+        claims[self.rank] = claim
+        self.fill_in(claims)
+        return bool(claims.any())
 
     def routing(self, whole: Routing) -> Routing:
         """Of this process's experts, on a GPU: of all rows it computes theirs, and leaves the others as they are."""

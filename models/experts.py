@@ -46,14 +46,14 @@ def stored_format(quantization: dict, config: GptOssConfig) -> type[ExpertWeight
 class RoutedExperts(nn.Module):
     """Weights, biases, LoRA and activation. weight_format: as in the checkpoint. layout: how the weights are in memory now;
     arrange() may change it. weights_device: where the weights are made; "meta" for those that place() puts elsewhere. share:
-    which experts have their weights and biases here; None: all. Adapters are whole."""
+    which experts have their weights, biases and adapters here; None: all."""
 
     def __init__(self, config: GptOssConfig, weight_format: type[ExpertWeights], *, device: torch.device | str,
                  dtype: torch.dtype, weights_device: torch.device | str | None = None, share: ExpertShare | None = None) -> None:
         super().__init__()
         num, width, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.share, self.own = share, slice(None) if share is None else share.of(num)
-        num = num if share is None else self.own.stop - self.own.start
+        self.share, self.own = share, range(num) if share is None else range(num)[share.of(num)]
+        num = len(self.own)
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
         self.sizes = {"gate_up_proj": (width, 2 * inner), "down_proj": (inner, width)}  # (in, out)
         self.gate_up_proj_bias = nn.Parameter(torch.empty(num, 2 * inner, device=device, dtype=dtype), False)
@@ -116,7 +116,7 @@ class RoutedExperts(nn.Module):
             self.share.fill_in(grad_rows)
             self.share.fill_in(grad_weights)
         if lora_grads is not None:
-            grads.update((parameter, self._whole(parameter, grad)) for parameter, grad in zip(self._adapters(), lora_grads))
+            grads.update(zip(self._adapters(), lora_grads))
         if base_grads is not None:
             names = (f"{name}{suffix}" for suffix in ("", "_bias") for name in PROJECTIONS)
             grads.update((self._parameters[name], grad) for name, grad in zip(names, base_grads) if grad is not None)
@@ -129,18 +129,10 @@ class RoutedExperts(nn.Module):
         return [self._parameters[f"{name}_lora_{side}"] for name in PROJECTIONS for side in "AB"]
 
     def lora_tensors(self) -> list[torch.Tensor] | None:
-        """A and B of gate_up, A and B of down, of the experts that are here; None without an enabled adapter."""
+        """A and B of gate_up, A and B of down; None without an enabled adapter."""
         if self.gate_up_proj_lora_A is None or not self.adapter_enabled:
             return None
-        return self._adapters() if self.share is None else [parameter[self.own] for parameter in self._adapters()]
-
-    def _whole(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of an adapter's parameter, with zeros for experts that are elsewhere."""
-        if self.share is None:
-            return grad
-        whole = torch.zeros_like(parameter)
-        whole[self.own] = grad
-        return whole
+        return self._adapters()
 
     def trains_base(self) -> bool:
         return any(parameter.requires_grad for name, parameter in self._parameters.items()

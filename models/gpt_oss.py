@@ -167,6 +167,22 @@ class GptOss(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def divides(self, name: str) -> bool:
+        """Whether other processes hold parts of the parameter of this name, or of what is named after it."""
+        return self.share is not None and ".mlp.experts." in name
+
+    def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A parameter, its gradient or state, as a single process has it. All processes that share experts call it."""
+        return self.share.whole(part) if self.divides(name) else part
+
+    def own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What this process has of it: a copy of a part, or the whole."""
+        return whole[self.share.of(len(whole))].clone() if self.divides(name) else whole
+
+    def whole_shape(self, name: str) -> list[int]:
+        first, *rest = self.get_parameter(name).shape
+        return [first * self.share.num_ranks if self.divides(name) else first, *rest]
+
     @contextmanager
     def exchanged(self, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
         """Inside the `with`, the named parameters have these tensors as data, copied to the model's device. Their own tensors

@@ -26,10 +26,13 @@ class LoraConfig:
     train_norms: bool = False
 
 
-def _pair(lead: tuple[int, ...], size_in: int, size_out: int, rank: int, generator: torch.Generator,
-          device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _pair(lead: tuple[int, ...], size_in: int, size_out: int, rank: int, generator: torch.Generator, device: torch.device,
+          own: range | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """own: the experts that are here; all are drawn, so that the draws do not depend on it."""
     bound = math.sqrt(1.0 / size_in)  # Kaiming uniform with a = sqrt(5)
     down = (torch.rand(*lead, rank, size_in, generator=generator) * 2 - 1) * bound
+    if own is not None and len(own) < len(down):
+        down, lead = down[own.start:own.stop].clone(), (len(own),)
     return down.to(device), torch.zeros(*lead, size_out, rank, device=device)
 
 
@@ -59,7 +62,8 @@ def attach_lora(model: GptOss, config: LoraConfig, *, seed: int) -> None:
         experts = block.mlp.experts
         if "experts" in config.targets:
             for name in PROJECTIONS:
-                pair = _pair((model.config.num_local_experts,), *experts.sizes[name], config.rank, generator, model.device)
+                pair = _pair((model.config.num_local_experts,), *experts.sizes[name], config.rank, generator, model.device,
+                             experts.own)
                 for side, tensor in zip("AB", pair):
                     setattr(experts, f"{name}_lora_{side}", nn.Parameter(tensor))
             experts.lora_scale = config.alpha / config.rank
@@ -87,18 +91,19 @@ def set_full_training(model: GptOss) -> None:
 
 def describe_trainable(model: GptOss) -> str:
     """A line of at most 80 characters per product, norm or table that trains: its name within a layer, the number of layers,
-    the shapes of its tensors (an adapter's A and B, weight and bias), the number of parameters in all layers."""
-    kinds: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.trainable_parameters().items():
+    the shapes of its tensors (an adapter's A and B, weight and bias), the number of parameters in all layers. Of what processes
+    share, the whole."""
+    kinds: dict[str, list[list[int]]] = {}
+    for name in model.trainable_parameters():
         kind = re.sub(r"[._](lora_[AB]|weight|bias)$", "", re.sub(r"^model\.(layers\.\d+\.)?", "", name))
-        kinds.setdefault(kind, []).append(parameter)
-    lines = []
+        kinds.setdefault(kind, []).append(model.whole_shape(name))
+    lines, total = [], 0
     for kind, group in kinds.items():
-        shapes = list(dict.fromkeys(str(list(parameter.shape)) for parameter in group))
+        shapes = list(dict.fromkeys(str(shape) for shape in group))
         num_each = len(group) // len(shapes)
-        num_parameters = sum(parameter.numel() for parameter in group)
+        num_parameters = sum(math.prod(shape) for shape in group)
+        total += num_parameters
         lines.append(f"  {kind:<24} {num_each:>3} x {' '.join(shapes):<31} {num_parameters:>13,}")
-    total = sum(parameter.numel() for parameter in model.trainable_parameters().values())
     return "\n".join([*lines, f"  trainable parameters: {total:,} of {count_parameters(model):,}"])
 
 
@@ -111,22 +116,14 @@ def _num_packed_weights(model: GptOss) -> int:
 
 def count_parameters(model: GptOss) -> int:
     """Parameters of the model, packed weights counted as the values they stand for."""
-    return _num_packed_weights(model) + sum(parameter.numel() for parameter in model.parameters()) + _num_elsewhere(model)
-
-
-def _num_elsewhere(model: GptOss) -> int:
-    """Parameters of experts that other processes hold, without packed weights."""
-    own = sum(parameter.numel() for block in model.model.layers for name, parameter in block.mlp.experts.named_parameters()
-              if "lora" not in name)
-    return 0 if model.share is None else own * (model.share.num_ranks - 1)
+    return _num_packed_weights(model) + sum(math.prod(model.whole_shape(name)) for name, _ in model.named_parameters())
 
 
 def count_active_parameters(model: GptOss) -> int:
     """Parameters that one token uses: everything but the experts it is not routed to and the other rows of the embedding."""
     config = model.config
     experts = _num_packed_weights(model)
-    experts += sum(parameter.numel() for block in model.model.layers for parameter in block.mlp.experts.parameters())
-    experts += _num_elsewhere(model)
+    experts += sum(math.prod(model.whole_shape(name)) for name, _ in model.named_parameters() if ".mlp.experts." in name)
     embedding = config.vocab_size * config.hidden_size
     idle = experts * (config.num_local_experts - config.num_experts_per_tok) // config.num_local_experts
     return count_parameters(model) - idle - embedding + config.hidden_size

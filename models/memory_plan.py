@@ -238,7 +238,7 @@ def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
              "embedding": 0 if homes.embedding_on_host else matrix,
              "experts": (layers - num_streamed) * per_layer,
              "expert slots": min(NUM_SLOTS, num_streamed) * per_layer,
-             "LoRA": lora_parameters(config, needs.lora_rank, needs.lora_targets) * 4,
+             "LoRA": lora_parameters(config, needs.lora_rank, needs.lora_targets, num_sharers=needs.num_sharers) * 4,
              "LoRA for decoding": _copied_lora(needs)}
     if needs.max_tokens:
         lines["optimizer"] = 0 if homes.state_on_host else state_bytes(needs)
@@ -248,7 +248,8 @@ def _weights(needs: Needs, homes: _Homes, num_streamed: int) -> dict[str, int]:
 def _copied_lora(needs: Needs) -> int:
     """models/adapter_copies.py."""
     targets = [target for target in needs.lora_targets if target != "router"]
-    return (needs.dtype == torch.bfloat16) * 2 * lora_parameters(needs.config, needs.lora_rank, targets)
+    return (needs.dtype == torch.bfloat16) * 2 * lora_parameters(needs.config, needs.lora_rank, targets,
+                                                                 num_sharers=needs.num_sharers)
 
 
 def trained_sizes(needs: Needs) -> tuple[list[int], list[int]]:
@@ -289,8 +290,7 @@ def _divided(needs: Needs, lines: dict[str, int]) -> dict[str, int]:
 def _gradient_bytes(needs: Needs, optimizer: OptimizerBytes) -> int:
     """All, and those of the layer that has just run backwards, which autograd adds to them; with several processes what is on its
     way, and this one's part of the sum."""
-    whole = optimizer_needs(replace(needs, num_sharers=1)).gradients  # of a layer, autograd has zeros for others' experts too
-    own, layer = needs.keeps_gradients * optimizer.gradients, whole // needs.config.num_hidden_layers
+    own, layer = needs.keeps_gradients * optimizer.gradients, optimizer.gradients // needs.config.num_hidden_layers
     if needs.num_shards > 1:
         return own // needs.num_shards + 3 * layer  # one is made while another one is exchanged
     return own + layer + (needs.num_ranks > 1) * (optimizer.gradients // needs.num_ranks + EXCHANGE_BYTES)

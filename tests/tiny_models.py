@@ -32,4 +32,4 @@ def fill_trainable(model: GptOss, *, ends_in: str = "", seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.trainable_parameters().items():
         if name.endswith(ends_in):
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            parameter.data.add_(model.own(name, torch.randn(model.whole_shape(name), generator=generator) * 0.05))

@@ -3,8 +3,6 @@
 What they do between exchanges must be the same to the last pass. So what may differ by chance from rank to rank is refused: tools
 that answer when they like, and retries after memory was refused.
 """
-from collections.abc import Callable
-
 import torch
 
 from grpo.config import ConfigError, Train, TrainConfig
@@ -29,6 +27,8 @@ def check_sharing(config: TrainConfig, num_ranks: int) -> None:
     if config.model.train == Train.full or config.model.path is None:
         raise ConfigError(f"{key}: only the frozen experts of a checkpoint can be shared; set model.path and "
                           f"model.train=lora, {advice}")
+    if config.warmup is not None:
+        raise ConfigError(f"{key}: a warm-up is the work of ranks that have all experts; set warmup=null, {advice}")
 
 
 def expert_share(ranks: Ranks | None, config: TrainConfig, architecture: GptOssConfig, env: Environment) -> ExpertShare | None:
@@ -51,41 +51,31 @@ def least_of_all(ranks: Ranks, sizes: list[int]) -> list[int]:
 
 
 class ExpertAdapters(Divided):
-    """The experts' adapters are whole on every rank, but it has gradients and optimizer state for those of its own experts only,
-    and gets the others' after each update."""
+    """Each rank has and updates the adapters of its own experts, and keeps the optimizer's state for them."""
 
     def __init__(self, ranks: Ranks, policy: GptOss, *, moments: str) -> None:
         super().__init__(ranks, place=ranks.sharer, num_places=ranks.num_sharers)
-        trained = policy.trainable_parameters()
-        self._own = policy.share.of(policy.config.num_local_experts)
-        self._adapters = {name: parameter for name, parameter in trained.items() if ".mlp.experts." in name}
-        if moments != "fp32" and not all(can_divide(parameter, self.num_places) for parameter in self._adapters.values()):
+        self._policy, self.parameters = policy, policy.trainable_parameters()
+        divided = [name for name in self.parameters if policy.divides(name)]
+        if moments != "fp32" and not all(can_divide(self.parameters[name], 1) for name in divided):
             raise ConfigError(f"optim.moments = {moments!r}: an expert's adapter is too small to be kept in blocks of its own; "
                               "set optim.moments=fp32, a larger model.lora.rank, or distributed.expert_parallel=1")
-        self.parameters = {name: torch.nn.Parameter(parameter.detach()[self._own]) if name in self._adapters else parameter
-                           for name, parameter in trained.items()}
         # of the blocks and draws of a state in 8 bits
-        self.starts = {name: self.place * self.parameters[name].numel() * (moments != "fp32") for name in self._adapters}
-        for name, parameter in self._adapters.items():
-            parameter.register_post_accumulate_grad_hook(self._receiver(name))
+        self.starts = {name: self.place * self.parameters[name].numel() * (moments != "fp32") for name in divided}
 
-    def _receiver(self, name: str) -> Callable[[torch.Tensor], None]:
-        def receive(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            self.optimizer.add(name, [gradient[self._own].reshape(-1)])
-
-        return receive
-
-    @torch.no_grad()
     def gather(self) -> None:
-        for name, parameter in self._adapters.items():
-            parameter.copy_(self.whole(name, self.parameters[name]))
+        """Does nothing: experts stay where they are."""
 
-    @torch.no_grad()
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        if name not in self._adapters:
-            return part
-        whole = part.new_zeros(self.num_places, *part.shape)
-        whole[self.place] = part
-        self.ranks.fill_in_experts(whole)
-        return whole.flatten(0, 1)
+        return self._policy.whole(name, part)
+
+
+def whole_tensors(policy: GptOss, tensors: dict[str, torch.Tensor], *, keeps: bool) -> dict[str, torch.Tensor]:
+    """Parameters of the policy, or of its reference, as one process has them, in host memory; {} unless `keeps`. All ranks that
+    share experts call it."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = policy.whole(name, tensor.detach().to(policy.device))
+        if keeps:
+            found[name] = whole.cpu()
+    return found

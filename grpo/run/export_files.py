@@ -3,6 +3,7 @@
 The end of a run and scripts/export.py write it here, each into one folder that is ready for the hub (grpo/run/hub.py).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from models.formats.peft import save_adapter
 from models.gpt_oss import GptOss
 
 
-def write_adapter(policy: GptOss, folder: Path, origin: Origin) -> str:
-    """Writes the policy's adapter and returns in words what the folder holds and what it leaves out."""
+def write_adapter(policy: GptOss, folder: Path, origin: Origin, *,
+                  read: Callable[[torch.nn.Parameter], torch.Tensor] = lambda parameter: parameter) -> str:
+    """Writes the policy's adapter and returns in words what the folder holds and what it leaves out. read: as of save_adapter."""
     files, left_out = _files_beside(origin)
     config = policy.adapter
     if config.train_norms or config.train_sinks:
@@ -25,7 +27,7 @@ def write_adapter(policy: GptOss, folder: Path, origin: Origin) -> str:
     elif origin.name is not None and origin.base_id is None:
         left_out.append("a base that others can find (it was read from a folder; --base ORG/NAME names it)")
     files["README.md"] = model_card(origin, config, left_out, is_adapter=True, is_merged=False)
-    save_adapter(policy, folder, base_model=origin.base_name, beside=files)
+    save_adapter(policy, folder, base_model=origin.base_name, beside=files, read=read)
     return _in_words("a PEFT adapter", left_out)
 
 

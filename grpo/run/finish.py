@@ -8,6 +8,7 @@ import torch
 
 from grpo.config import ConfigError, TrainConfig, run_folder, shown
 from grpo.configuration.launch import PREEMPTED, typed_words
+from grpo.distributed.experts import whole_tensors
 from grpo.distributed.place import find_place
 from grpo.distributed.ranks import leads
 from grpo.out_of_memory import is_out_of_memory
@@ -33,15 +34,17 @@ def save(run: Run) -> None:
     if run.saved_step == run.step:
         return
     optimizer_state = run.optimizer.state_dict() if run.shards is None else run.shards.whole_state(keeps=leads(run.ranks))
+    tensors = parameter_tensors(run.policy, run.config.model)
+    tensors |= run.reference.state_dict() if run.reference is not None else {}
+    tensors = tensors if run.policy.share is None else whole_tensors(run.policy, tensors, keeps=leads(run.ranks))
     if not leads(run.ranks):
         run.saved_step = run.step
         return
     run.metrics.set_status("saving")
-    tensors = parameter_tensors(run.policy, run.config.model)
-    if run.shards is not None and run.policy.device.type == "cpu":  # FSDP2 cannot drop memory that numpy has seen
+    if run.shards is not None and run.shards.divides_weights and run.policy.device.type == "cpu":
+        # FSDP2 cannot drop memory that numpy has seen
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors |= {OPTIM + name: tensor for name, tensor in optimizer_state.items()}
-    tensors |= run.reference.state_dict() if run.reference is not None else {}
     for name, tensor in tensors.items():
         # as a norm, which needs no memory: there may be none left
         if tensor.is_floating_point() and tensor.numel() and not torch.linalg.vector_norm(tensor, torch.inf).isfinite():
@@ -82,9 +85,16 @@ def _is_best(run: Run, name: str) -> bool:
     return best is not None and best["step"] == run.step
 
 
-def export_policy(run: Run) -> tuple[Path, str]:
+def export_policy(run: Run) -> tuple[Path, str] | None:
     """Exports the policy at the end of a run: a PEFT adapter, or a Hugging Face checkpoint of a fully trained model. Returns the
-    folder and a text about its content."""
+    folder and a text about its content; None on other ranks than 0. All call it."""
+    whole = {}
+    if run.policy.share is not None:
+        parameters = run.policy.trainable_parameters()
+        found = whole_tensors(run.policy, parameters, keeps=leads(run.ranks))
+        whole = {parameters[name]: tensor for name, tensor in found.items()}
+    if not leads(run.ranks):
+        return None
     if run.optimizer.num_updates == 0:
         run.metrics.warn("no step made an update: what is exported has learnt nothing from rewards")
     is_lora = run.config.model.lora is not None
@@ -92,7 +102,7 @@ def export_policy(run: Run) -> tuple[Path, str]:
     remove(folder)  # of fewer steps, where a finished run went on
     origin = Origin(run.config.model.path, run.run_dir / "tokenizer", run.config, run.run_dir, run.step)
     if is_lora:
-        return folder, write_adapter(run.policy, folder, origin)
+        return folder, write_adapter(run.policy, folder, origin, read=lambda parameter: whole.get(parameter, parameter))
     return folder, write_model(run.policy, folder, origin, merge_lora=False, dtype=run.policy.dtype)
 
 

@@ -154,7 +154,7 @@ def parameter_tensors(policy: GptOss, model: ModelConfig) -> dict[str, torch.Ten
 def load_parameters(policy: GptOss, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Copies parameters from a checkpoint's tensors; raises ConfigError where they are not those of this model."""
     parameters = {PARAM + name: parameter for name, parameter in policy.named_parameters()}
-    stored = {name: tensor for name, tensor in tensors.items() if name.startswith(PARAM)}
+    stored = {name: policy.own(name, tensor) for name, tensor in tensors.items() if name.startswith(PARAM)}
     wrong = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in stored]
     wrong += [name for name, tensor in stored.items() if name not in parameters or parameters[name].shape != tensor.shape]
     if wrong:

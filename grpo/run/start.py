@@ -253,7 +253,7 @@ def prepare_weights(run: Run, state: RunState | None) -> None:
         run.metrics.print(summary(run.memory.plan, run.policy.config.num_hidden_layers))
     if state is not None:
         load_parameters(run.policy, state.tensors, str(run.run_dir))
-        run.reference = Reference.load(state.tensors) if config.needs_reference else None
+        run.reference = Reference.load(state.tensors, run.policy) if config.needs_reference else None
     else:
         if config.needs_reference and config.kl.reference == KlReference.base:
             run.reference = Reference.of(run.policy, parameters_of_run(run.policy, config.model))
@@ -303,13 +303,16 @@ def await_kernels(run: Run) -> None:
 
 def check_equal_weights(run: Run) -> None:
     """Raises if another rank starts from other weights: its GPU or its code computes otherwise."""
-    total = sum(int(parameter.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)) * (place + 1)
-                for place, parameter in enumerate(run.policy.trainable_parameters().values()))
-    found = run.ranks.exchange("the weights", total)
-    if len(set(found)) > 1:
-        different = next(rank for rank, value in enumerate(found) if value != found[0])
-        raise RuntimeError(f"rank {different} starts from other weights than rank 0 (sums {found[different]} and {found[0]}): "
-                           "its GPU, checkpoint or code is another one")
+    common = own = 0  # own: of experts that ranks of the same place in their group have
+    for place, (name, parameter) in enumerate(run.policy.trainable_parameters().items(), start=1):
+        weight = place * int(parameter.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64))
+        common, own = (common, own + weight) if run.policy.divides(name) else (common + weight, own)
+    found = run.ranks.exchange("the weights", (common, own))
+    for rank, sums in enumerate(found):
+        like = rank % run.ranks.num_sharers
+        if sums != (found[0][0], found[like][1]):
+            raise RuntimeError(f"rank {rank} starts from other weights than ranks 0 and {like} (sums {sums}, {found[0]} and "
+                               f"{found[like]}): its GPU, checkpoint or code is another one")
 
 
 def wait_for_kernels(run: Run, compilation: Compilation) -> None:

@@ -78,11 +78,13 @@ def merged_weight(model: GptOss, name: str, weight: torch.Tensor, *, expert: int
 
 
 def save_adapter(model: GptOss, folder: str | Path, *, base_model: str | None = None, only_experts: bool = False,
-                 beside: dict[str, Path | str] | None = None) -> None:
+                 beside: dict[str, Path | str] | None = None,
+                 read: Callable[[torch.nn.Parameter], torch.Tensor] = lambda parameter: parameter) -> None:
     """Writes the model's adapter (fp32) and its trained norms and sinks; replaces an adapter already in the folder.
 
     base_model: folder or hub id of the base, for tools that look it up. only_experts: leaves the attention and router
-    out. beside: more files of the folder by name, copies of others or text. Raises ValueError for a model without an
+    out. beside: more files of the folder by name, copies of others or text. read: the whole of an adapter's parameter, where
+    processes share experts. Raises ValueError for a model without an
     adapter and CheckpointError where the folder cannot be written.
     """
     config = model.adapter
@@ -90,7 +92,7 @@ def save_adapter(model: GptOss, folder: str | Path, *, base_model: str | None = 
         raise ValueError("save_adapter: the model carries no adapter")
     if only_experts:
         config = LoraConfig(rank=config.rank, alpha=config.alpha, targets=["experts"])
-    tensors = peft_tensors(model, config.targets, read=lambda parameter: parameter)
+    tensors = peft_tensors(model, config.targets, read=read)
     trained = {
         name: parameter.detach().cpu()
         for name, parameter in model.trainable_parameters().items()
@@ -316,12 +318,15 @@ def _fill(model: GptOss, pairs: list[_Pair], config: LoraConfig) -> None:
             parameter.zero_()
     for pair in pairs:
         lora_A, lora_B = _adapter_of(model.model.layers[pair.layer], pair.leaf)
+        num_experts, own = model.config.num_local_experts, model.model.layers[pair.layer].mlp.experts.own
         if pair.expert is not None:
-            lora_A, lora_B = lora_A[pair.expert], lora_B[pair.expert]
+            if pair.expert not in own:
+                continue
+            lora_A, lora_B = lora_A[own.index(pair.expert)], lora_B[own.index(pair.expert)]
         stored_A, stored_B = pair.A.read().float(), pair.B.read().float()
         if lora_A.ndim == 3:  # all experts
-            stored_A = stored_A.view(len(lora_A), pair.rank, -1)
-            stored_B = stored_B.view(-1, pair.rank, len(lora_A)).permute(2, 0, 1)
+            stored_A = stored_A.view(num_experts, pair.rank, -1)[own.start:own.stop]
+            stored_B = stored_B.view(-1, pair.rank, num_experts).permute(2, 0, 1)[own.start:own.stop]
         lora_A[..., : pair.rank, :] = stored_A
         lora_B[..., : pair.rank] = stored_B * (pair.scale * config.rank / config.alpha)
 
@@ -332,8 +337,9 @@ def _left_out(pairs: list[_Pair], targets: list[str], model: GptOss) -> list[str
     for leaf in _leaves(targets):
         if absent := sorted(set(range(num_layers)) - {pair.layer for pair in pairs if pair.leaf == leaf}):
             said.append(f"{leaf} in layers {', '.join(map(str, absent))}")
-    if num_single := sum(pair.expert is not None for pair in pairs):
-        num_all = len(PROJECTIONS) * num_layers * model.config.num_local_experts
+    num_single = sum(pair.expert is not None for pair in pairs)
+    num_all = len(PROJECTIONS) * num_layers * model.config.num_local_experts
+    if 0 < num_single < num_all:
         said.append(f"{num_all - num_single} of {num_all} expert matrices")
     return said
 

@@ -51,6 +51,24 @@ def at_call(place: str, count: int, action: str) -> str:
     return AT_CALL.format(module=module, name=name, count=count, action=action)
 
 
+# At a run's end, writes the bytes that this rank holds for each trained parameter: itself, its gradient, its state.
+HELD = """
+import json
+import grpo.run.finish as finish
+export = finish.export_policy
+def measured(run):
+    run.optimizer.allocate_gradients()
+    state = run.optimizer.state_dict().items()
+    held = {name: [parameter.untyped_storage().nbytes(), parameter.grad.nbytes,
+                   sum(tensor.nbytes for key, tensor in state if key.partition(".")[2] == name)]
+            for name, parameter in run.policy.trainable_parameters().items()}
+    run.optimizer.zero_grad()
+    (run.run_dir / f"held_{0 if run.ranks is None else run.ranks.rank}.json").write_text(json.dumps(held))
+    return export(run)
+finish.export_policy = measured
+"""
+
+
 @dataclass
 class Ended:
     codes: list[int]

@@ -50,7 +50,7 @@ def test_the_reference_is_the_policy_as_it_was_and_leaves_the_policy_as_it_is(lo
     move(policy)
     moved, places = logits(policy), [parameter.data_ptr() for parameter in policy.parameters()]
     assert (moved - start).abs().max() > 0.01
-    again = Reference.load({"param.x": torch.zeros(1)} | reference.state_dict())
+    again = Reference.load({"param.x": torch.zeros(1)} | reference.state_dict(), policy)
     for held in (reference, again):
         with pytest.raises(KeyError), held.in_place_of(policy):
             assert torch.equal(logits(policy), start)

@@ -48,9 +48,7 @@ def part_of(whole, share, **settings):
     """The same model, with a rank's experts."""
     part = GptOss(whole.config, dtype=whole.dtype, device=whole.device, experts=whole.expert_format.name, share=share, **settings)
     attach_lora(part, LoraConfig(3, 6.0, EVERYTHING, True, True), seed=1)
-    own = share.of(whole.config.num_local_experts)
-    part.load_state_dict({name: tensor[own] if ".mlp.experts." in name and "lora" not in name else tensor
-                          for name, tensor in whole.state_dict().items()})
+    part.load_state_dict({name: part.own(name, tensor) for name, tensor in whole.state_dict().items()})
     return part
 
 
@@ -62,11 +60,7 @@ def arranged(model):
 
 def whole_gradients(model):
     """With those of all ranks' experts, as an update adds them up."""
-    found = gradients(model, (3, 2))
-    for name, gradient in found.items():
-        if ".mlp.experts." in name:
-            model.share.fill_in(gradient)
-    return found
+    return {name: model.whole(name, gradient) for name, gradient in gradients(model, (3, 2)).items()}
 
 
 @pytest.mark.interpreter

@@ -1,18 +1,29 @@
 """Processes that hold a model's experts together, here threads that exchange rows: the bits of one process."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import BF16, MXFP4, fill_trainable
 
+from grpo.kl import Reference
 from models.expert_share import ExpertShare
 from models.expert_store import Placement
 from models.formats.files import CheckpointError
 from models.formats.hugging_face import load_model, save_model
+from models.formats.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter, save_adapter
 from models.keys import PrefillChunk
-from models.lora import LoraConfig, attach_lora, count_active_parameters, count_parameters, set_full_training
+from models.lora import (
+    LoraConfig,
+    attach_lora,
+    count_active_parameters,
+    count_parameters,
+    describe_trainable,
+    set_full_training,
+)
 
 TOKENS = torch.arange(23) * 7 % 60 + 1
 BOUNDS = torch.tensor([0, 9, 23], dtype=torch.int32)
@@ -61,8 +72,7 @@ def scored(folder, share=None, **settings):
     gradients = {name: parameter.grad for name, parameter in model.trainable_parameters().items()}
     if share is not None:
         for name in gradients:
-            if ".mlp.experts." in name:
-                share.fill_in(gradients[name])
+            gradients[name] = model.whole(name, gradients[name])
     return log_probs.detach(), gradients
 
 
@@ -102,12 +112,63 @@ def test_a_process_has_its_experts_only():
     for rank in range(2):
         model = policy(MXFP4, meeting.share(rank))
         for block, own in zip(whole.model.layers, model.model.layers):
-            held = dict(own.mlp.experts.named_buffers()) | {"bias": own.mlp.experts.down_proj_bias}
-            all_held = dict(block.mlp.experts.named_buffers()) | {"bias": block.mlp.experts.down_proj_bias}
+            held, all_held = (dict(experts.named_buffers()) | dict(experts.named_parameters())
+                              for experts in (own.mlp.experts, block.mlp.experts))
+            assert "down_proj_bias" in held and held["gate_up_proj_lora_B"].any()
             for name, tensor in held.items():
                 assert torch.equal(tensor, all_held[name][2 * rank:2 * rank + 2]), name
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes, name  # the others' are gone
         assert count_parameters(model) == count_parameters(whole)
         assert count_active_parameters(model) == count_active_parameters(whole)
+        assert describe_trainable(model) == describe_trainable(whole)
+
+
+def loaded_and_saved(folder, out, share):
+    """The bytes of a folder's adapter, after processes that share experts have loaded it and made it whole."""
+    model = load_model(MXFP4, device="cpu", dtype=torch.float32, share=share)
+    load_adapter(model, folder)
+    whole = {parameter: model.whole(name, parameter.detach()) for name, parameter in model.trainable_parameters().items()}
+    save_adapter(model, out / str(share.rank), read=whole.__getitem__)
+    return (out / str(share.rank) / WEIGHTS_NAME).read_bytes()
+
+
+def expert_by_expert(tensors, num_experts):
+    """An adapter's tensors as files have them that name single experts."""
+    found = {}
+    for name, tensor in tensors.items():
+        prefix, _, side = name.partition(".lora_")
+        if not prefix.endswith(("experts", "experts.base_layer")):
+            found[name] = tensor
+            continue
+        matrix = f"{prefix.partition('.base_layer')[0]}.{'gate_up' if 'base_layer' in prefix else 'down'}_projs"
+        for expert in range(num_experts):
+            rows, columns = tensor.unflatten(0, (num_experts, -1)), tensor.unflatten(1, (-1, num_experts))
+            found[f"{matrix}.{expert}.lora_{side}"] = (rows[expert] if side[0] == "A" else columns[..., expert]).contiguous()
+    return found
+
+
+@pytest.mark.parametrize("is_single", [False, True], ids=["experts together", "expert by expert"])
+def test_each_process_loads_its_part_of_an_adapter(tmp_path, is_single):
+    save_adapter(policy(MXFP4), tmp_path / "adapter")
+    expected = (tmp_path / "adapter" / WEIGHTS_NAME).read_bytes()
+    if is_single:
+        save_file(expert_by_expert(load_file(tmp_path / "adapter" / WEIGHTS_NAME), 4), tmp_path / "adapter" / WEIGHTS_NAME)
+        settings = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
+        (tmp_path / "adapter" / CONFIG_NAME).write_text(json.dumps(settings | {"target_parameters": ["mlp.router.weight"]}))
+    for saved in together(2, lambda share: loaded_and_saved(tmp_path / "adapter", tmp_path, share)):
+        assert saved == expected
+
+
+def test_a_reference_is_the_base_on_all_processes_or_on_none():
+    def reference_of(share):
+        model = policy(MXFP4, share)
+        for name, parameter in model.trainable_parameters().items():
+            if name.endswith("lora_B") and (share.rank == 0 or ".mlp.experts." not in name):
+                parameter.data.zero_()
+        return Reference.of(model).tensors
+
+    first, second = together(2, reference_of)
+    assert first.keys() == second.keys() and any(name.endswith("lora_A") for name in first)
 
 
 def test_what_needs_all_experts_is_refused(tmp_path):

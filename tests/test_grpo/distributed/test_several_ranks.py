@@ -2,15 +2,22 @@
 
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from started_ranks import ADAPTER, RUN, Ended, at_call, run_ranks
+import torch
+from paths import FIXTURES
+from started_ranks import ADAPTER, HELD, RUN, Ended, at_call, run_ranks
+from tiny_models import fill_trainable
 
 from grpo.config import ConfigError, Device, Train
 from grpo.distributed.experts import check_sharing
+from models.formats.hugging_face import load_model
+from models.formats.peft import save_adapter
+from models.lora import LoraConfig, attach_lora
 
 SHARED = (*ADAPTER, "distributed.expert_parallel=2")
 BRIEF = ("eval.every=0", "eval.at_start=false", "kl.coefficient=0", "optim.minibatches=1")  # for runs that fail
@@ -37,12 +44,12 @@ def metrics(run_dir: Path) -> list[dict]:
              if not name.startswith(("time/", "memory/")) and not name.endswith("_per_s")} for line in lines]
 
 
-def assert_equal_runs(run: Path, other: Path) -> None:
+def assert_equal_runs(run: Path, other: Path, *, last: str = LAST) -> None:
     """In all completions, with the log-probs of their tokens; in metrics, which the trainer's log-probs, rewards, gradients and
     evaluations give; in trained weights, optimizer state, and export."""
     assert metrics(run) == metrics(other)
     export = "adapter/adapter_model.safetensors" if (other / "adapter").exists() else "model/model.safetensors"
-    for file in ("completions.jsonl", LAST, export):
+    for file in ("completions.jsonl", last, export):
         assert (run / file).read_bytes() == (other / file).read_bytes(), file
 
 
@@ -155,16 +162,24 @@ def test_a_port_in_use_is_named(launch, tmp_path):
 def one_with_adapter(launch, tmp_path_factory):
     """The folder of a run of one rank that trains an adapter."""
     folder = tmp_path_factory.mktemp("one_with_adapter")
-    ended = launch(1, folder, *ADAPTER)
+    ended = launch(1, folder, *ADAPTER, before={0: HELD})
     assert ended.codes == [0], ended.errors
     return folder / "run"
 
 
 @pytest.mark.parametrize("num_ranks, num_sharers", [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_ranks_that_share_experts_have_the_bytes_of_one(launch, one_with_adapter, tmp_path, num_ranks, num_sharers):
-    ended = launch(num_ranks, tmp_path, *ADAPTER, f"distributed.expert_parallel={num_sharers}")
+    ended = launch(num_ranks, tmp_path, *ADAPTER, f"distributed.expert_parallel={num_sharers}",
+                   before=dict.fromkeys(range(num_ranks), HELD))
     assert ended.codes == [0] * num_ranks, ended.errors
     assert_equal_runs(tmp_path / "run", one_with_adapter)
+    whole = json.loads((one_with_adapter / "held_0.json").read_text())
+    down = 4 * 4 * 96 * 2  # bytes: of fp32, experts, width, rank
+    assert whole["model.layers.3.mlp.experts.down_proj_lora_B"] == [down, down, 2 * down]
+    for rank in range(num_ranks):
+        held = json.loads((tmp_path / f"run/held_{rank}.json").read_text())
+        assert held == {name: [size // num_sharers for size in sizes] if ".mlp.experts." in name else sizes
+                        for name, sizes in whole.items()}
 
 
 def test_a_run_killed_twice_goes_from_one_group_to_two_and_to_one_rank(launch, one_with_adapter, tmp_path):
@@ -197,12 +212,53 @@ def test_a_rank_killed_within_a_pass_that_others_take_is_named_and_four_share_th
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
+def from_adapter(folder: Path) -> tuple[str, ...]:
+    """Settings of a run that starts from an adapter, keeps a copy of it as reference, and its state in 8 bits."""
+    model = load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+    attach_lora(model, LoraConfig(8, 16.0, ["q_proj", "experts"], True, False), seed=5)
+    fill_trainable(model)
+    save_adapter(model, folder / "adapter")
+    lora = f"{{rank: 8, alpha: 16.0, targets: [q_proj, experts], train_sinks: true, adapter: '{folder / 'adapter'}'}}"
+    return *ADAPTER, f"model.lora={lora}", "optim.moments=int8", "checkpoint.every=1", "eval.every=0", "eval.at_start=false"
+
+
+def test_ranks_that_share_experts_take_their_parts_of_a_checkpoint_with_a_reference_and_a_state_in_8_bits(launch, tmp_path):
+    settings, run = (*from_adapter(tmp_path), "steps=4", "kl.refresh_every=2", "checkpoint.keep=9"), tmp_path / "more/run"
+    ended = launch(1, tmp_path / "one", *settings)
+    assert ended.codes == [0], ended.errors
+    shutil.copytree(tmp_path / "one/run", run)
+    for step in (2, 3, 4):
+        shutil.rmtree(run / f"checkpoints/step_{step:06d}")
+    shutil.rmtree(run / "adapter")
+    ended = launch(2, tmp_path / "more", *settings, "distributed.expert_parallel=2", "resume=true")
+    assert ended.codes == [0, 0], ended.errors
+    for step in (2, 3, 4):  # with the first reference, and with the second
+        assert_equal_runs(run, tmp_path / "one/run", last=f"checkpoints/step_{step:06d}/tensors.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["kl.refresh_every=2", "kl.reference=base", "kl.reference=start"])
+def test_ranks_that_share_experts_start_from_an_adapter_and_one_rank_goes_on(launch, tmp_path, reference):
+    settings = (*from_adapter(tmp_path), "steps=6", reference)
+    ended = launch(1, tmp_path / "one", *settings)
+    assert ended.codes == [0], ended.errors
+    ended = launch(2, tmp_path / "more", *settings, "distributed.expert_parallel=2",
+                   before={1: at_call("grpo.update.token_stats", 15, KILL)})
+    assert_killed(ended, 1)
+    assert 0 < newest(tmp_path / "more") < 6
+    ended = launch(1, tmp_path / "more", *settings, "resume=true")
+    assert ended.codes == [0], ended.errors
+    assert_equal_runs(tmp_path / "more/run", tmp_path / "one/run", last="checkpoints/step_000006/tensors.safetensors")
+
+
 @pytest.mark.parametrize("num_ranks, changes, message", [
     (3, {}, "expert_parallel = 2: the number of processes must be a multiple of it, and is 3"),
     (2, {"train": Train.full}, "only the frozen experts of a checkpoint can be shared"),
-    (2, {"path": None}, "only the frozen experts of a checkpoint can be shared")])
+    (2, {"path": None}, "only the frozen experts of a checkpoint can be shared"),
+    (2, {"warmup": {}}, "a warm-up is the work of ranks that have all experts; set warmup=null")])
 def test_settings_with_which_experts_cannot_be_shared_are_refused(num_ranks, changes, message):
     model = SimpleNamespace(**{"train": Train.lora, "path": "folder"} | changes)
-    config = SimpleNamespace(distributed=SimpleNamespace(expert_parallel=2), device=Device.cpu, model=model)
+    config = SimpleNamespace(distributed=SimpleNamespace(expert_parallel=2), device=Device.cpu, model=model,
+                             warmup=changes.get("warmup"))
     with pytest.raises(ConfigError, match=message):
         check_sharing(config, num_ranks)
