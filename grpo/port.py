@@ -6,6 +6,7 @@ or has no counterpart: no name of the file is passed over. The file is read, nev
 trl: Python with GRPOConfig(...), YAML, or a launch script; verl: a launch script of Hydra overrides, or YAML; slime (and miles):
 a launch script; prime: prime-rl's TOML.
 """
+import re
 import sys
 import textwrap
 import tomllib
@@ -25,14 +26,15 @@ def ported(framework: str, path: Path) -> str:
     module = FRAMEWORKS[framework]
     text = path.read_text(encoding="utf-8")
     try:
-        found = {name: value for name, value in module.read(text, path.name).items()}
+        found = module.read(text, path.name)
     except (ValueError, SyntaxError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a recipe of {framework}: {' '.join(str(error).split())[:300]}") from error
     return written(module.port(found), f"{framework} {path.name}")
 
 
 def written(recipe: Recipe, source: str) -> str:
-    unknown = {key: value for key, value in recipe.settings.items() if "${" in str(value)}
+    unknown = {key: value for key, value in recipe.settings.items()
+               if key != "env.instructions" and re.search(r"\$[A-Za-z_{(]", str(value))}
     settings = {key: value for key, value in recipe.settings.items() if key not in unknown}
     head = [f"Ported from {source} by python -m grpo.port."]
     differs = [f"differs: {remark}" for remark in recipe.remarks]
@@ -43,8 +45,10 @@ def written(recipe: Recipe, source: str) -> str:
     groups = {"model": settings.pop("/model"), "env": "dataset", "loss": recipe.loss, "optim": settings.pop("/optim"),
               "rollout": "default"}
     defaults = [{f"override /{group}": name} for group, name in groups.items()]
-    settings.setdefault("steps", 200)
-    if "env.eval_split" in settings:
+    if "steps" not in settings:
+        settings["steps"] = 200
+        differs.append("differs: the file gives no number of steps: steps is 200")
+    if {"env.eval_split", "env.eval_path"} & settings.keys():
         settings["env.held_out_fraction"] = None
     settings |= {"device": "auto", "dtype": "auto"}
     tree: dict = {"defaults": defaults}

@@ -11,6 +11,10 @@ LOSSES_WITH_CLIP = ("grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "gmpo", 
                     "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
+class Unknown(str):
+    """What stands in a program where its value is known only when it runs."""
+
+
 @dataclass
 class Rule:
     """What becomes of one name."""
@@ -54,7 +58,7 @@ class Recipe:
 
     def set_model(self, name: object) -> None:
         """The base model, which must be a gpt-oss."""
-        text = str(name or "")
+        text = "" if isinstance(name, Unknown) else str(name or "")
         if "gpt-oss" in text.lower() or "gpt_oss" in text.lower():
             self.settings["model.path"] = text
         else:
@@ -101,13 +105,15 @@ class Recipe:
             self.settings["rollout.prompts_per_step"] = int(prompts)
             if prompts != int(prompts):
                 self.remarks.append(f"a step has {prompts:g} prompts there: {int(prompts)} here")
+        else:
+            self.not_carried.append(f"a batch of {prompts} prompts: rollout.prompts_per_step is ours")
         if updates is not None and updates > 1:
             self.settings["optim.minibatches"] = int(updates)
 
     def set_schedule(self, kind: object, *, warmup_share: float | None, min_ratio: float | None) -> None:
         name = str(kind or "constant").lower()
         known = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
-                 "cosine_with_min_lr": "cosine", "inverse-square-root": None, "wsd": None}
+                 "cosine_with_min_lr": "cosine"}
         if known.get(name) is None:
             self.not_carried.append(f"schedule {name}: constant, linear and cosine there are")
             name = "constant"
@@ -122,6 +128,11 @@ class Recipe:
             else:
                 updates = int(steps) * self.settings.get("optim.minibatches", 1) * self.settings.get("optim.epochs", 1)
                 self.settings["optim.warmup_steps"] = round(warmup_share * updates)
+
+    def keep_equal_groups(self) -> None:
+        """For trainers that train on whatever groups a step drew."""
+        self.settings["rollout.refill_rounds"] = 0
+        self.remarks.append("groups with equal rewards are dropped here; there they count as zero in the mean over tokens")
 
     def set_rewards(self, rewards: list[str], weights: list[float] | None) -> None:
         """Reward functions by path; others by name are the user's to place."""
@@ -139,14 +150,22 @@ def apply(found: dict[str, object], table: dict[str, Rule], of_no_account: str) 
     """The recipe after its rules. of_no_account: a regular expression of whole names."""
     recipe = Recipe(found)
     for name, value in found.items():
+        if name not in table and value in (None, {}):  # says nothing
+            recipe.no_account.append(name)
+            continue
         if name not in table:
             (recipe.no_account if re.fullmatch(of_no_account, name) else recipe.not_carried).append(
                 name if re.fullmatch(of_no_account, name) else f"{name} = {value!r}")
             continue
         rule = table[name]
+        if rule.key is not None and isinstance(value, Unknown):
+            recipe.not_carried.append(f"{name} = {value}: is known only when the program runs")
+            continue
         try:
             converted = rule.convert(value)
         except (ValueError, TypeError, KeyError) as problem:
+            if value is None:
+                continue
             recipe.not_carried.append(f"{name} = {value!r}" + (f": {problem}" if isinstance(problem, ValueError) else ""))
             continue
         if rule.key is not None and converted is not None:
@@ -178,6 +197,18 @@ def whole(value: object) -> int:
     return int(found)
 
 
+def adam(value: object) -> str:
+    if str(value).lower() not in ("adam", "adamw"):
+        raise ValueError("AdamW in its place")
+    return str(value)
+
+
+def effort(value: object) -> str:
+    if str(value) not in ("low", "medium", "high"):
+        raise ValueError("low, medium and high there are")
+    return str(value)
+
+
 def truth(value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -194,5 +225,11 @@ def top_k(value: object) -> int:
 
 
 def every(value: object) -> int:
-    """An interval in steps; elsewhere -1 is never."""
-    return max(0, whole(value))
+    """An interval in steps; elsewhere -1, false or none is never."""
+    return 0 if value in (False, None) else max(0, whole(value))
+
+
+def group_size(value: object) -> int:
+    if whole(value) < 2:
+        raise ValueError("an advantage compares at least 2 completions of a prompt here: rollout.group_size is ours, 8")
+    return whole(value)

@@ -1,11 +1,24 @@
 """slime and miles: launch scripts whose arrays hold Megatron's and slime's flags."""
-from grpo.porting.recipe import Recipe, Rule, apply, every, real, top_k, whole
-from grpo.porting.shell import flags_of, words_of
+from grpo.porting.recipe import Recipe, Rule, adam, apply, every, group_size, real, top_k, truth, whole
+from grpo.porting.shell import commands_of, flags_of
+
+FLAGS = {"advantage-estimator", "rollout-batch-size", "n-samples-per-prompt"}
+
+
+def paths(value: object) -> list[str]:
+    """Of names and paths in turn, or of one path."""
+    return [str(path) for path in value[1::2]] if isinstance(value, list) else [str(value)]
+
+
+def no_loss(value: object) -> None:
+    if real(value):
+        raise ValueError("no auxiliary loss on the router here")
+
 
 TABLE = {
     "num-rollout": Rule("steps", whole),
     "num-epoch": Rule(None, remark="steps counts batches here; rows x epochs / rollout.prompts_per_step of them"),
-    "n-samples-per-prompt": Rule("rollout.group_size", whole),
+    "n-samples-per-prompt": Rule("rollout.group_size", group_size),
     "rollout-max-response-len": Rule("rollout.max_new_tokens", whole),
     "rollout-max-prompt-len": Rule("env.max_prompt_tokens", whole),
     "rollout-temperature": Rule("rollout.temperature", real),
@@ -19,6 +32,12 @@ TABLE = {
     "entropy-coef": Rule("entropy.coefficient", real),
     "use-opsm": Rule(None), "opsm-delta": Rule(None),
     "eval-interval": Rule("eval.every", every), "n-samples-per-eval-prompt": Rule("eval.num_samples", whole),
+    "eval-top-k": Rule("eval.top_k", top_k), "eval-prompt-data": Rule("env.eval_path", paths),
+    "skip-eval-before-train": Rule("eval.at_start", lambda _: False),
+    "train_async.py": Rule("rollout.max_staleness", lambda _: 1),  # the program, which no flag names
+    "optimizer": Rule(None, adam), "moe-aux-loss-coeff": Rule(None, no_loss),
+    "ref-update-interval": Rule("kl.refresh_every", whole),
+    "use-tensorboard": Rule("log.tensorboard", truth), "wandb-team": Rule("wandb.entity", str),
     "eval-top-p": Rule("eval.top_p", real), "eval-temperature": Rule("eval.temperature", real),
     "eval-max-response-len": Rule(None, remark="evaluations have rollout.max_new_tokens here"),
     "save-interval": Rule("checkpoint.every", every),
@@ -36,21 +55,31 @@ TABLE = {
         *("lr-warmup-fraction", "adam-beta1", "adam-beta2", "advantage-estimator", "eps-clip", "eps-clip-high", "eps-clip-c"),
         *("use-kl-loss", "kl-loss-coef", "kl-loss-type", "kl-coef", "use-unbiased-kl", "use-tis", "tis-clip", "tis-clip-low"),
         *("calculate-per-token-loss", "disable-grpo-std-normalization", "use-lora", "lora-rank", "lora-alpha"),
-        *("lora-target-preset", "lora-target-modules"))},
+        *("lora-target-preset", "lora-target-modules", "loss-type"))},
 }
 NO_ACCOUNT = (r"load|save|ref-load|save-hf|save-lora|colocate|actor-.*|rollout-num-.*|sglang-.*|.*parallel.*|recompute-.*|"
-              r"micro-batch-size|seq-length|use-dynamic-batch-size|balance-data|optimizer|.*offload.*|overlap-.*|"
+              r"micro-batch-size|seq-length|use-dynamic-batch-size|balance-data|.*offload.*|overlap-.*|"
               r"use-precision-aware-optimizer|.*dropout|accumulate-.*|attention-.*|moe-token-dispatcher-type|.*-backend|megatron-.*|"
               r"wandb-(key|host|exp-name|dir)|use-wandb|apply-chat-template.*|rollout-shuffle|address|runtime-env-json|working-dir|"
               r"swiglu|num-layers|hidden-size|ffn-.*|num-attention-.*|group-query-.*|num-query-.*|use-rotary-.*|rotary-.*|normalization|"
               r"norm-epsilon|qk-layernorm|vocab-.*|disable-bias-linear|untie-.*|kv-channels|max-position-.*|moe-.*|num-experts|head|"
-              r"node-ip-address|num-gpus|disable-usage-stats|dashboard-.*|finetune|no-.*|eval-prompt-data|debug-.*|update-weight.*")
+              r"node-ip-address|num-gpus|disable-usage-stats|dashboard-.*|finetune|no-.*|debug-.*|update-weight.*|"
+              r"decoder-.*|use-distributed-optimizer|bf16|fp8-.*|transformer-impl|log-probs-chunk-size|data-pad-size-multiplier|spec|"
+              r"use-gated-attention|apply-layernorm-1p|position-embedding-type|deterministic-mode|disable-wandb-random-suffix|"
+              r"save-debug-.*|prefill-num-servers|model-name")
 
 
 def read(text: str, name: str) -> dict[str, object]:
-    found = flags_of(words_of(text))
-    if not {"advantage-estimator", "rollout-batch-size", "n-samples-per-prompt"} & found.keys():
+    found = {}
+    for words in commands_of(text):
+        if FLAGS & (flags := flags_of(words)).keys():  # no other command's: that of an engine, say
+            found |= flags
+            if any(word.endswith("train_async.py") for word in words):
+                found["train_async.py"] = True
+    if not found:
         raise ValueError("has none of slime's flags, such as --n-samples-per-prompt or --rollout-batch-size")
+    if found.get("loss-type", "policy_loss") != "policy_loss":
+        raise ValueError(f"--loss-type {found['loss-type']} is none of GRPO; supervised fine-tuning here is +experiment=sft_20b")
     return found
 
 
@@ -107,7 +136,9 @@ def _set_loss(recipe: Recipe) -> None:
     if "use-tis" in recipe.found:
         recipe.settings |= {"corrections.weight": "truncate", "corrections.low": recipe.number("tis-clip-low", default=0.0),
                             "corrections.high": recipe.number("tis-clip", default=2.0)}
-        recipe.remarks.append("use-tis: the sampler here is the trainer, so these ratios are 1 unless rollouts are drawn ahead")
+        if not recipe.settings.get("rollout.max_staleness"):
+            recipe.remarks.append("use-tis: the sampler here is the trainer, so these ratios are 1 unless rollouts are drawn "
+                                  "ahead")
         if recipe.settings.get("optim.old_log_probs") == "sampler":
             recipe.settings["corrections.weight"] = "none"
             recipe.remarks.append("use-rollout-logprobs beside use-tis: the ratio of the loss is the sampler's already, so there "
@@ -131,8 +162,10 @@ def _set_kl(recipe: Recipe) -> None:
 
 def _set_groups(recipe: Recipe, prompts: float) -> None:
     name = str(recipe.get("dynamic-sampling-filter-path", default=""))
-    recipe.settings["rollout.refill_rounds"] = 10 if name else 0
-    if name:
+    if not name:
+        recipe.keep_equal_groups()
+    else:
+        recipe.settings["rollout.refill_rounds"] = 10
         recipe.remarks.append("dynamic-sampling-filter-path: groups with equal rewards are replaced here, at most "
                               "rollout.refill_rounds times")
         if "nonzero_std" not in name:

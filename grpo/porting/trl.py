@@ -3,10 +3,20 @@ import ast
 
 import yaml
 
-from grpo.porting.recipe import Recipe, Rule, apply, every, real, top_k, truth, whole
-from grpo.porting.shell import calculate, flags_of, words_of
+from grpo.porting.recipe import Recipe, Rule, Unknown, apply, effort, every, real, top_k, truth, whole
+from grpo.porting.shell import calculate, commands_of, flags_of
 
-CALLS = ("GRPOConfig", "LoraConfig", "GRPOTrainer", "ModelConfig", "ScriptArguments", "GRPOScriptArguments")
+ASYNC = "AsyncGRPOTrainer"
+NEEDED = ("GRPOConfig", "GRPOTrainer", "AsyncGRPOConfig", ASYNC)
+CALLS = (*NEEDED, "LoraConfig", "ModelConfig", "ScriptArguments", "GRPOScriptArguments")
+
+
+def effort_of(value: object) -> str:
+    if not isinstance(value, dict) or list(value) != ["reasoning_effort"]:
+        raise ValueError("only reasoning_effort has a key here, env.reasoning_effort")
+    return effort(value["reasoning_effort"])
+
+
 TABLE = {
     "learning_rate": Rule("optim.lr", real),
     "adam_epsilon": Rule("optim.eps", real),
@@ -31,6 +41,10 @@ TABLE = {
     "off_policy_mask_threshold": Rule("corrections.opsm_delta", real),
     "sync_ref_model": Rule(None), "ref_model_sync_steps": Rule(None), "ref_model_mixup_alpha": Rule(None),
     "seed": Rule("seed", whole),
+    "chat_template_kwargs": Rule("env.reasoning_effort", effort_of),
+    ASYNC: Rule("rollout.max_staleness", lambda _: 1, "there a bound, max_staleness, on how old a completion is; here all are "
+                "exactly rollout.max_staleness steps old"),
+    "max_staleness": Rule(None),
     "save_steps": Rule("checkpoint.every", every),
     "save_total_limit": Rule("checkpoint.keep", lambda value: max(2, whole(value))),
     "eval_steps": Rule("eval.every", every),
@@ -52,74 +66,129 @@ TABLE = {
         "sapo_temperature_neg", "num_train_epochs")},
 }
 NO_ACCOUNT = (r"output_dir|run_name|overwrite_output_dir|logging_\w+|log_\w+|num_completions_to_print|wandb_\w+|hub_\w+|"
-              r"push_to_hub|"
+              r"trackio_\w+|project|push_to_hub|"
               r"use_vllm|vllm_\w+|bf16|fp16|tf32|torch_dtype|dtype|attn_implementation|dataloader_\w+|ddp_\w+|fsdp\w*|deepspeed|"
               r"save_strategy|eval_strategy|do_eval|per_device_eval_batch_size|remove_unused_columns|optim|"
               r"gradient_checkpointing_kwargs|args|peft_config|processing_class|LoraConfig.(task_type|bias|lora_dropout)|"
-              r"model_revision|trust_remote_code|ds3_gather_for_generation|shuffle_dataset|disable_dropout")
+              r"model_revision|trust_remote_code|config_file|ds3_gather_for_generation|shuffle_dataset|disable_dropout")
 
 
 def read(text: str, name: str) -> dict[str, object]:
     if name.endswith(".py"):
         return _read_python(text)
     if name.endswith(".sh"):
-        words = words_of(text)
-        script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))  # before it: the launcher's
-        flags = flags_of(words[:script]) | flags_of(words[script + 1:])
-        return {key.replace("-", "_"): _plain(value) for key, value in flags.items()}
+        return _of_commands(commands_of(text))
     found = yaml.safe_load(text)
     if not isinstance(found, dict):
         raise ValueError("holds no mapping of names to values")
     return found
 
 
+def _of_commands(commands: list[list[str]]) -> dict[str, object]:
+    """The flags of a command that starts a program, or `trl grpo`; of all commands, where none does."""
+    found = dict[str, object]()
+    programs = [words for words in commands if any(word.endswith(".py") or word == "trl" for word in words)]
+    for words in programs or commands:
+        if "trl" in words and words[words.index("trl") + 1:][:1] != ["grpo"]:
+            raise ValueError(f"{' '.join(words[:3])} is no recipe of trl grpo")
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))  # before it: the launcher's
+        flags = flags_of(words[:script]) | flags_of(words[script + 1:])
+        found |= {key.replace("-", "_"): _plain(value) for key, value in flags.items()}
+    return found
+
+
 def _read_python(text: str) -> dict[str, object]:
-    """The keywords of the calls that make the configuration, as far as they are literals, or names with one value."""
-    tree, names, found = ast.parse(text), dict[str, object](), dict[str, object]()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            try:
-                names[node.targets[0].id] = calculate(node.value, names)
-            except ValueError:
-                continue
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        kind = ast.unparse(node.func).split(".")[-1]
+    """The keywords of the calls that make the configuration, as far as they are literals, or names with one value; a script that
+    reads them from its command line says in its docstring what that is."""
+    tree, found = ast.parse(text), dict[str, object]()
+    if not any(isinstance(node, ast.Name) and node.id in NEEDED for node in ast.walk(tree)):
+        raise ValueError(f"uses none of {', '.join(NEEDED)}; RLOO here is loss=rloo")
+    calls = [(node, ast.unparse(node.func).split(".")[-1]) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names, configs = _names(tree, calls)
+    if not any(kind in ("GRPOConfig", "AsyncGRPOConfig") for _, kind in calls):
+        try:
+            found |= _of_commands([words for words in commands_of(ast.get_docstring(tree) or "")
+                                   if any(word.endswith(".py") for word in words)])
+        except ValueError:
+            pass  # prose
+    for node, kind in calls:
         if kind == "load_dataset" and node.args:
-            found.setdefault("dataset_name", _literal(node.args[0], names))
-            found |= dict(zip(["dataset_config"], [_literal(argument, names) for argument in node.args[1:2]]))
-            for item in node.keywords:
-                if item.arg == "split":
-                    found["dataset_train_split"] = _literal(item.value, names)
+            _take_dataset(node, names, found)
+        if kind == ASYNC:
+            found[ASYNC] = True
         prefix = "LoraConfig." if kind == "LoraConfig" else ""
         for item in node.keywords if kind in CALLS else []:
             if item.arg is not None and item.arg not in ("train_dataset", "eval_dataset"):
-                found[prefix + item.arg] = _literal(item.value, names)
-    if not found:
-        raise ValueError(f"calls none of {', '.join(CALLS)}")
+                value = _literal(item.value, names)
+                if not (isinstance(value, Unknown) and prefix + item.arg in found):
+                    found[prefix + item.arg] = value
+    for node in ast.walk(tree):
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) in configs:  # training_args.name = value
+            found[target.attr] = _literal(node.value, names)
     return found
+
+
+def _take_dataset(node: ast.Call, names: dict[str, object], found: dict[str, object]) -> None:
+    found.setdefault("dataset_name", _literal(node.args[0], names))
+    if len(node.args) > 1:
+        found["dataset_config"] = _literal(node.args[1], names)
+    for item in node.keywords:
+        if item.arg == "split":
+            value = _literal(item.value, names)
+            found |= dict(zip(["dataset_train_split", "dataset_test_split"], value if isinstance(value, list) else [value]))
+
+
+def _names(tree: ast.Module, calls: list[tuple[ast.Call, str]]) -> tuple[dict[str, object], set[str]]:
+    """Values of names, and of args.name where argparse has a default; and the names of configurations."""
+    names, configs, parsed = dict[str, object](), set[str](), {"args"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            kind = ast.unparse(node.value.func).split(".")[-1] if isinstance(node.value, ast.Call) else ""
+            target = node.targets[0]
+            if kind in ("GRPOConfig", "AsyncGRPOConfig", "parse_args_and_config", "parse_args_into_dataclasses"):
+                configs |= {ast.unparse(item) for item in (target.elts if isinstance(target, ast.Tuple) else [target])}
+            if kind == "parse_args":
+                parsed.add(ast.unparse(target))
+            try:
+                names[ast.unparse(target)] = calculate(node.value, names)
+            except ValueError:
+                continue
+    for node, kind in calls:
+        keywords = {item.arg: item.value for item in node.keywords}
+        flag = next((argument.value for argument in node.args if kind == "add_argument" and isinstance(argument, ast.Constant)
+                     and str(argument.value).startswith("--")), None)
+        if flag is not None and "default" in keywords:
+            value = _literal(keywords["default"], names)
+            if not isinstance(value, Unknown):
+                names |= {f"{args}.{flag[2:].replace('-', '_')}": value for args in parsed}
+    return names, configs
 
 
 def _literal(node: ast.expr, names: dict[str, object]) -> object:
     try:
         return calculate(node, names)
     except ValueError:
-        return ast.unparse(node)
+        return Unknown(ast.unparse(node))
 
 
 def _plain(value: object) -> object:
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
     recipe.set_model(recipe.get("model_name_or_path", "model"))
-    recipe.set_lora(rank=recipe.get("lora_r", "LoraConfig.r", default=16 if recipe.get("use_peft") else None),
-                    alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha"),
+    is_peft = any(name.startswith("LoraConfig.") for name in found)
+    recipe.set_lora(rank=recipe.get("lora_r", "LoraConfig.r", default=8 if is_peft else 16 if recipe.get("use_peft") else None),
+                    alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha", default=8 if is_peft else 32),
                     targets=recipe.get("lora_target_modules", "LoraConfig.target_modules"))
     recipe.settings.setdefault("rollout.max_new_tokens", 512)
     recipe.settings.setdefault("rollout.group_size", 8)
+    recipe.settings.setdefault("env.prompt_key", "prompt")
     recipe.settings.setdefault("optim.lr", 1e-6)
     recipe.settings["optim.betas"] = [recipe.number("adam_beta1", default=0.9), recipe.number("adam_beta2", default=0.999)]
     _set_batch(recipe)
@@ -127,6 +196,9 @@ def port(found: dict[str, object]) -> Recipe:
     recipe.set_schedule(recipe.get("lr_scheduler_type", default="linear"), warmup_share=recipe.number("warmup_ratio"),
                         min_ratio=kwargs.get("min_lr_rate") if isinstance(kwargs, dict) else None)
     _set_loss(recipe)
+    recipe.keep_equal_groups()
+    if ASYNC in found and recipe.get("max_staleness") == 0:
+        recipe.settings["rollout.max_staleness"] = 0
     scale = recipe.get("scale_rewards", default="group")
     recipe.settings["advantage.scale"] = {"true": "group", "group": "group", "batch": "batch"}.get(str(scale).lower(), "none")
     if recipe.settings.get("kl.coefficient"):
