@@ -13,10 +13,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,19 @@ ROOT = Path(__file__).resolve().parent.parent
 _CHECK_SECONDS = 600  # for the tests of a check
 # share of reading each touched weight once at the measured speed of copies that decoding reached on an H200, by rows
 _REACHED = {1: 0.43, 8: 0.61, 32: 0.66, 128: 0.55}
+
+
+# A program that ends the process groups it was told, less those told as negative, once nobody can tell it more
+_GUARD = """
+import os, signal, sys
+numbers = {int(line) for line in sys.stdin}
+for number in numbers:
+    if number > 0 and -number not in numbers:
+        try:
+            os.killpg(number, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+"""
 
 
 class Check(NamedTuple):
@@ -103,20 +116,34 @@ def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]
 def running(checks: list[Check]) -> Iterator[Callable[[], list[str]]]:
     """Inside the `with`, the checks' tests run, as many at a time as there are cores. What it yields waits for them, prints a
     line for each check and what failed in it, and returns the names of those that failed. At the end, at Ctrl-C and at SIGTERM
-    none begins any more and those that run are ended."""
+    none begins any more and those that run are ended; so they are if this process goes without a word."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    width, lock, processes = max(len(check.name) for check in checks), Lock(), []
+    width, lock = max(len(check.name) for check in checks), Lock()
     pool = ThreadPoolExecutor(max_workers=min(cores, 16))
+    guard = subprocess.Popen([sys.executable, "-c", _GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True)
 
-    def begin(command: list[str]) -> subprocess.Popen:
+    def tell(number: int) -> None:
+        with lock:
+            if not guard.stdin.closed:
+                print(number, file=guard.stdin, flush=True)
+
+    @contextmanager
+    def begin(command: list[str]) -> Iterator[subprocess.Popen]:
         with lock:  # so that none begins after the others were ended
-            if is_over.is_set():
+            if guard.stdin.closed:
                 raise InterruptedError
             # in a session of its own: its tests' programs are ended with it
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                              start_new_session=True))
-            return processes[-1]
+            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                       start_new_session=True)
+            print(process.pid, file=guard.stdin, flush=True)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            tell(-process.pid)
 
     def report() -> list[str]:
         failed = []
@@ -126,37 +153,29 @@ def running(checks: list[Check]) -> Iterator[Callable[[], list[str]]]:
             failed += [] if passed else [check.name]
         return failed
 
-    is_over, before = Event(), signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         # those of the GPU begin first: they wait for kernels to compile
         futures = {check: pool.submit(_run, check, begin) for check in sorted(checks, key=lambda check: not check.needs_gpu)}
         yield report
     finally:
-        is_over.set()
         pool.shutdown(wait=False, cancel_futures=True)
         with lock:
-            for process in processes:
-                _end(process)
+            guard.stdin.close()
+        guard.wait()
         signal.signal(signal.SIGTERM, before)
 
 
-def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _run(check: Check, begin: Callable[[list[str]], subprocess.Popen]) -> tuple[bool, str]:
+def _run(check: Check, begin: Callable[[list[str]], AbstractContextManager[subprocess.Popen]]) -> tuple[bool, str]:
     """Whether a check's tests pass, and in words how many did or which did not."""
     started = time.perf_counter()
-    process = begin([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
-                     "gpu" if check.needs_gpu else "not gpu and not slow", "-k", check.only,
-                     *(f"tests/{file}" for file in check.files)])
-    try:
-        output = process.communicate(timeout=_CHECK_SECONDS)[0]
-    except subprocess.TimeoutExpired:
-        _end(process)
-        return False, f"not done after {_CHECK_SECONDS} s"
+    with begin([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-m",
+                "gpu" if check.needs_gpu else "not gpu and not slow", "-k", check.only,
+                *(f"tests/{file}" for file in check.files)]) as process:
+        try:
+            output = process.communicate(timeout=_CHECK_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            return False, f"not done after {_CHECK_SECONDS} s"
     seconds, lines = time.perf_counter() - started, output.strip().splitlines() or ["no output"]
     count = re.search(r"(\d+) passed", lines[-1])
     if process.returncode == 0 and count:
