@@ -1,6 +1,7 @@
-"""Rollouts drawn ahead: with rollout.max_staleness = S, step k trains on what the policy of step max(0, k - S) sampled.
+"""Rollouts drawn ahead: with rollout.max_staleness = S, step k trains on what the policy of step max(b, k - S) sampled. b is the
+step at which the run began, or went on with more steps after its last one: for steps after the last nothing is drawn.
 
-Which policy samples which prompts follows from the step's number alone, so a run does not depend on the clock, and a checkpoint
+Which policy samples which prompts follows from k and b alone, so a run does not depend on the clock, and a checkpoint
 that holds the rollouts drawn so far resumes it exactly. A completion is drawn by one policy from its first token to its last, or
 with rollout.in_flight=switch by several (grpo/rollout/in_flight.py). With S = 0 a step samples, then trains.
 

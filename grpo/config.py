@@ -193,8 +193,8 @@ class RolloutConfig:
     overlong_penalty: float = number("(0, inf)", "in units of reward; 1 is DAPO's", default=1.0)
     # the run ends (exit code 7) after this many steps in a row without a group to train on; null: never
     max_dead_steps: Optional[int] = number("[1, inf)", "null for never", default=None)
-    # a step trains on completions that the policy of so many steps before has sampled (at a run's start, of fewer); 0: its own.
-    # They come with `corrections`, and change with the number of steps that a finished run goes on for
+    # a step trains on completions that the policy of so many steps before has sampled; 0: its own. They come with `corrections`.
+    # Of fewer at a run's start, and where a finished run goes on with more steps, whose rollouts were not drawn ahead
     max_staleness: int = number("[0, 64]", "0 is off", default=0)
     # with max_staleness of at least 2: keep, a completion is drawn by one policy; switch, it goes on under each newer one, which
     # draws the next max_new_tokens / max_staleness tokens. The completions of max_staleness steps are then decoded together

@@ -2,7 +2,9 @@
 
 After every call the settings of `_settings` and `_torch_settings` are put back; a change that cannot be put back ends the run
 with an error that names the code. Not put back: environment variables other than VARIABLES, import paths and the global random
-generators, which this program does not use.
+generators, which this program does not use. While a call lasts its settings are those of the whole process, and of an update
+that a GPU makes beside it (rollout.max_staleness): a function that sets the precision of products, say, belongs into a process of
+its own (env.reward_workers).
 """
 
 import asyncio

@@ -44,6 +44,21 @@ def test_a_step_trains_on_the_policy_of_so_many_steps_before(monkeypatch, num_ah
     assert max(step for step, _ in drawn) == 5 and not run.rollouts
 
 
+def test_a_finished_run_that_goes_on_begins_with_the_policy_it_has(monkeypatch):
+    monkeypatch.setattr(grpo.ahead, "collect", lambda env, sampler, config, step, *_: step)
+    monkeypatch.setattr(grpo.ahead, "write", lambda rollouts: None)
+    config = SimpleNamespace(rollout=SimpleNamespace(max_staleness=2, in_flight=InFlight.keep), steps=4)
+    run = Run(config, *[None] * 6, SimpleNamespace(progress=lambda name: None), None)
+    versions = []
+    for run.step in range(8):
+        if run.step == 4:
+            assert not run.rollouts
+            config.steps = 8
+        fill(run, num_ahead=2, should_stop=lambda: False)
+        versions.append(run.rollouts.pop(0).version)
+    assert versions == [0, 0, 0, 1, 4, 4, 4, 5]
+
+
 def test_an_older_policy_than_the_bound_is_an_error():
     config = SimpleNamespace(rollout=SimpleNamespace(max_staleness=1), steps=6)
     run = Run(config, *[None] * 8, step=3)
