@@ -242,7 +242,7 @@ def spread(size: float, layout: Layout, links: Links) -> float:
 
 
 def share_gradients(size: float, layout: Layout, links: Links) -> float:
-    """The ranks that share experts give each other what they found, once an update."""
+    """The ranks that share experts give each other their gradients, for the norm, once an update."""
     return 2 * size * (layout.sharers - 1) / layout.sharers / links.nvlink
 
 
@@ -259,7 +259,7 @@ def predict_update(gpu: Gpu, layout: Layout, links: Links, batch: Batch, tokens:
     if layout.sharers > 1:
         per_token += PASSES * gpu.num_layers * own_rows * expert_traffic(gpu, layout) / links.nvlink
     seconds = rounds * max(gpu.least_micro_batch, trained / number * per_token)
-    size = gpu.gradient_bytes / (layout.sharers if layout.is_divided else 1)  # divided: of the experts that a rank has
+    size = gpu.gradient_bytes / layout.sharers  # of the experts that a rank has
     gradients = rounds * (all_to_all(size, layout, links) + meeting(layout.gpus, links)) + spread(size, layout, links)
     return seconds, gradients + (0.0 if layout.is_divided else share_gradients(size, layout, links))
 
