@@ -169,7 +169,8 @@ def differences_from(run_dir: Path, config: TrainConfig) -> list[str]:
 
 def copied_run(config: TrainConfig, run_dir: Path, step: int, folder: Path) -> TrainConfig:
     """A run in `folder` that resumes from that checkpoint, and records nothing elsewhere. Returns its config."""
-    copy = replace(config, output_dir=str(folder), resume=True, wandb=replace(config.wandb, mode=WandbMode.disabled))
+    copy = replace(config, output_dir=str(folder), resume=True, wandb=replace(config.wandb, mode=WandbMode.disabled),
+                   distributed=replace(config.distributed, expert_parallel=1))  # one process has all experts
     anchor_paths(copy)
     target = run_folder(copy) / "checkpoints"
     target.mkdir(parents=True)

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import BF16, MXFP4, fill_trainable
 
 from grpo.kl import Reference
+from grpo.run.start import check_equal_weights
 from models.expert_share import ExpertShare
 from models.expert_store import Placement
 from models.formats.files import CheckpointError
@@ -169,6 +171,29 @@ def test_a_reference_is_the_base_on_all_processes_or_on_none():
 
     first, second = together(2, reference_of)
     assert first.keys() == second.keys() and any(name.endswith("lora_A") for name in first)
+
+
+def test_a_rank_that_starts_from_other_experts_adapters_is_named():
+    sums = []
+
+    def exchange(what, value):
+        sums.append(value)
+        return found or [value]
+
+    meeting, found = Meeting(2), []
+    runs = [SimpleNamespace(policy=policy(MXFP4, meeting.share(rank)), ranks=SimpleNamespace(num_sharers=2, exchange=exchange))
+            for rank in range(2)]
+    for run in runs:
+        check_equal_weights(run)
+    runs[1].policy.model.layers[2].mlp.experts.down_proj_lora_B.data[1, 5, 0] += 1.0
+    check_equal_weights(runs[1])
+    first, second, other = sums
+    assert first[0] == second[0] == other[0] and first[1] != second[1]
+    found = [first, second, first, second]
+    check_equal_weights(runs[0])
+    found = [first, second, first, other]
+    with pytest.raises(RuntimeError, match="rank 3 starts from other weights than ranks 0 and 1"):
+        check_equal_weights(runs[0])
 
 
 def test_what_needs_all_experts_is_refused(tmp_path):
