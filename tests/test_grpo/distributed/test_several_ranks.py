@@ -81,8 +81,9 @@ def test_a_run_of_four_ranks_has_the_bytes_of_one(launch, one, tmp_path):
 
 
 def test_two_ranks_that_divide_the_model_go_on_after_a_kill_within_a_pass_with_the_bytes_of_one(launch, one, tmp_path):
-    ended = launch(2, tmp_path, "distributed.shard=true", before={1: at_call("grpo.update.loss_and_stats", 5, KILL)})
+    ended = launch(2, tmp_path, "distributed.shard=true", before={1: at_call("grpo.update.loss_and_stats", 13, KILL)})
     assert_killed(ended, 1)
+    assert 0 < newest(tmp_path) < 10
     ended = launch(2, tmp_path, "distributed.shard=true", "resume=true")
     assert ended.codes == [0, 0], ended.errors
     assert_equal_runs(tmp_path / "run", one)
@@ -99,9 +100,9 @@ def test_the_fast_sum_is_the_ordered_one_up_to_rounding(launch, one, tmp_path):
 
 
 def test_a_rank_killed_in_the_backward_is_named_and_the_run_resumes_on_another_number(launch, one, tmp_path):
-    # one of the third step: the checkpoint of the second stands
-    ended = launch(2, tmp_path, before={1: at_call("grpo.update.token_stats", 5, KILL)})
+    ended = launch(2, tmp_path, before={1: at_call("grpo.update.token_stats", 13, KILL)})
     assert_killed(ended, 1)
+    assert 0 < newest(tmp_path) < 10
     ended = launch(3, tmp_path, "resume=true")
     assert ended.codes == [0] * 3, ended.errors
     assert_equal_runs(tmp_path / "run", one)
@@ -182,15 +183,17 @@ def test_ranks_that_share_experts_have_the_bytes_of_one(launch, one_with_adapter
                         for name, sizes in whole.items()}
 
 
-def test_a_run_killed_twice_goes_from_one_group_to_two_and_to_one_rank(launch, one_with_adapter, tmp_path):
-    ended = launch(2, tmp_path, *SHARED, before={1: at_call("grpo.update.token_stats", 15, KILL)})
-    assert_killed(ended, 1)
-    first = newest(tmp_path)
-    ended = launch(4, tmp_path, *SHARED, "resume=true", before={2: at_call("grpo.update.token_stats", 12, KILL)})
-    assert_killed(ended, 2)
-    assert 0 < first < newest(tmp_path) < 10
+def test_a_run_killed_again_and_again_goes_from_one_layout_of_experts_to_the_next(launch, one_with_adapter, tmp_path):
+    """Two ranks that share experts, two groups of two, one group of four, one process."""
+    saved = [0]
+    for num_ranks, num_sharers, killed, call in ((2, 2, 1, 15), (4, 2, 2, 12), (4, 4, 3, 14)):
+        ended = launch(num_ranks, tmp_path, *ADAPTER, f"distributed.expert_parallel={num_sharers}", f"resume={saved != [0]}",
+                       before={killed: at_call("grpo.update.token_stats", call, KILL)})
+        assert_killed(ended, killed)
+        saved.append(newest(tmp_path))
     ended = launch(1, tmp_path, *ADAPTER, "resume=true")
     assert ended.codes == [0], ended.errors
+    assert saved == sorted(set(saved)) and saved[-1] < 10  # each has finished steps
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
@@ -200,15 +203,6 @@ def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_res
     assert ended.codes == [75, 75], ended.errors
     ended = launch(1, tmp_path, *ADAPTER, "resume=true")
     assert ended.codes == [0], ended.errors
-    assert_equal_runs(tmp_path / "run", one_with_adapter)
-
-
-@pytest.mark.slow
-def test_a_rank_killed_within_a_pass_that_others_take_is_named_and_four_share_the_rest(launch, one_with_adapter, tmp_path):
-    ended = launch(2, tmp_path, *SHARED, before={1: at_call("grpo.update.token_stats", 7, KILL)})
-    assert_killed(ended, 1)
-    ended = launch(4, tmp_path, *ADAPTER, "distributed.expert_parallel=4", "resume=true")
-    assert ended.codes == [0] * 4, ended.errors
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
