@@ -227,8 +227,9 @@ class OptimConfig:
     weight_decay: float = number("[0, inf)")
     warmup_steps: int = number("[0, inf)")  # updates with linearly rising lr
     schedule: LrSchedule = MISSING
-    decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up")  # number of last updates in which lr falls
-    final_lr_ratio: float = number("[0, 1]")  # lr of the last update / lr
+    # number of last updates in which lr falls
+    decay_steps: Optional[int] = number("[1, inf)", "null for all after the warm-up", default=None)
+    final_lr_ratio: float = number("[0, 1]")  # lr of the last update / lr; of no account with schedule=constant
     # global L2 norm that gradients are scaled down to
     max_grad_norm: Optional[float] = number("(0, inf)", "1.0 is usual, null is off")
     # Adam's moments, and how bf16 weights are updated; kernels/adamw.py states the error of each choice
@@ -276,7 +277,7 @@ class WarmupConfig:
 class EvalConfig:
     every: int = number("[0, inf)", "0 is never in between")  # steps
     num_samples: int = number("[0, inf)", "0 is greedy only")  # k of avg@k and pass@k
-    temperature: float = number("(0, inf)", "greedy is eval.greedy=true")
+    temperature: float = number("(0, inf)", "greedy is eval.greedy=true")  # of no account with num_samples=0
     # null, for these three: as in rollout
     top_k: Optional[int] = number(*TOP_K, default=None)
     top_p: Optional[float] = number(*TOP_P, default=None)

@@ -80,7 +80,8 @@ class EntropyConfig:
 
 @dataclass
 class KlConfig:
-    coefficient: float = number("[0, inf)", "0 is off")  # loss or reward per nat; 0 skips the reference pass
+    # loss or reward per nat; 0 skips the reference pass, and then estimator and place are of no account
+    coefficient: float = number("[0, inf)", "0 is off")
     estimator: Estimator = REQUIRED
     reference: KlReference = KlReference.start  # the policy that the penalty measures the distance to
     # the reference becomes the policy of that moment every so many steps

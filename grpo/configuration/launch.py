@@ -350,6 +350,7 @@ def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
             cfg.name = default_name(cfg, overrides)
     config = to_typed(cfg, TrainConfig)
     check_objective(config.eval)
+    check_objective(config.eval, key="checkpoint.best", name=(config.checkpoint.best or "").removeprefix("eval/") or None)
     validate(config)
     return config
 

@@ -10,7 +10,7 @@ class WandbMode(StrEnum):
     auto = "auto"  # online with a key, else offline
     online = "online"
     offline = "offline"
-    disabled = "disabled"
+    disabled = "disabled"  # the other keys are of no account
 
 
 @dataclass
@@ -44,7 +44,8 @@ class CheckpointConfig:
 @dataclass
 class LogConfig:
     completions_every: int = number("[0, inf)", "0 is never")  # steps
-    num_completions: int = number("[0, inf)")  # of a step: the first ones, and as many that look like reward hacking
+    # of a step that writes some: the first ones, and as many that look like reward hacking
+    num_completions: int = number("[0, inf)")
     tensorboard: bool = False  # also writes the metrics for TensorBoard, into the run's folder (the extra of that name)
 
 

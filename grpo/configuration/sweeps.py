@@ -7,6 +7,7 @@ comes back is each job's return value, a `JobResult`: exit codes and the table a
 import contextlib
 import itertools
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -162,10 +163,15 @@ def end_sweep(results: list[JobReturn]) -> int:
 # ---- what a job is judged by
 
 
-def check_objective(evaluation: EvalConfig, measured: list[str] | None = None) -> None:
-    """Raises ConfigError where `eval.objective` is none of what is measured, or, before that is known, where it looks like a
-    slip of one that the settings promise."""
-    name = evaluation.objective
+# metrics that no environment names, so that the settings say whether they are there
+OF_EVERY_ENVIRONMENT = re.compile(r"(greedy/)?(reward|mean_length|clipped_ratio)|greedy_accuracy|(avg|pass)@\d+")
+
+
+def check_objective(evaluation: EvalConfig, measured: list[str] | None = None, *, key: str = "eval.objective",
+                    name: str | None = None) -> None:
+    """Raises ConfigError where `eval.objective`, or `name`, the value of another key, is none of what is measured; before that is
+    known, where it looks like a slip of one that the settings promise, or like one that they exclude."""
+    name = evaluation.objective if key == "eval.objective" else name
     if name is None:
         return
     samples = evaluation.num_samples
@@ -175,9 +181,9 @@ def check_objective(evaluation: EvalConfig, measured: list[str] | None = None) -
     if measured is not None:
         known = measured
     close = near(name, known)
-    if name not in known and (measured is not None or close or name in ("greedy_accuracy", "reward")):
+    if name not in known and (measured is not None or close or OF_EVERY_ENVIRONMENT.fullmatch(name)):
         hint = f"; did you mean {close[0]}?" if close else "."
-        raise ConfigError(f"eval.objective = {name!r}: no metric that the evaluation reports{hint} There are {', '.join(known)}")
+        raise ConfigError(f"{key} = {name!r}: no metric that the evaluation reports{hint} There are {', '.join(known)}")
 
 
 def objective_of(run_dir: Path, evaluation: EvalConfig) -> float:

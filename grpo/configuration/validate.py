@@ -31,6 +31,7 @@ from grpo.config import (
 )
 from grpo.configuration.algorithm import Baseline, Estimator, KlPlace, Scale, Whiten
 from grpo.configuration.fields import out_of_range
+from grpo.configuration.inert import inert_problems
 from grpo.configuration.targets import fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
 
@@ -43,7 +44,7 @@ def validate(config: TrainConfig) -> None:
     """Raises ConfigError listing every value that is out of range or contradicts another, before anything is loaded."""
     model = model_problems(config.model, reads_adapter=not config.resume)
     refuse(config, chain(run_problems(config), thread_problems(config.threads), model, step_problems(config),
-                         advantage_problems(config), best_problems(config)))
+                         advantage_problems(config), best_problems(config), inert_problems(config)))
 
 
 def validate_inference(config: InferenceConfig) -> None:
@@ -259,6 +260,8 @@ def inference_problems(config: InferenceConfig) -> Iterator[Problem]:
             yield "prompt", config.prompt, "give one question (prompt=) or a file of them (prompts=), and not both"
         if (config.prompts is None) != (config.output is None):
             yield "output", config.output, "goes with prompts=FILE, whose answers it gets: give both, or neither"
+        if config.prompts is None and config.num_samples > 1:
+            yield "num_samples", config.num_samples, "goes with prompts=FILE: a chat has one answer to a question"
     if isinstance(config, EvaluateConfig):
         if config.run is None and config.env is None:
             yield "env", None, "required without run=; e.g. +env=dataset"

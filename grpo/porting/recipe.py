@@ -118,6 +118,8 @@ class Recipe:
             self.not_carried.append(f"schedule {name}: constant, linear and cosine there are")
             name = "constant"
         self.settings["optim.schedule"] = known[name]
+        if known[name] == "constant":
+            self.settings.pop("optim.decay_steps", None)
         self.settings["optim.final_lr_ratio"] = 0.0 if min_ratio is None else float(min_ratio)
         self.settings.setdefault("optim.warmup_steps", 0)
         if warmup_share:

@@ -140,7 +140,8 @@ def _set_loss(recipe: Recipe) -> None:
             recipe.remarks.append("use-tis: the sampler here is the trainer, so these ratios are 1 unless rollouts are drawn "
                                   "ahead")
         if recipe.settings.get("optim.old_log_probs") == "sampler":
-            recipe.settings["corrections.weight"] = "none"
+            for name in ("weight", "low", "high"):
+                recipe.settings.pop(f"corrections.{name}")
             recipe.remarks.append("use-rollout-logprobs beside use-tis: the ratio of the loss is the sampler's already, so there "
                                   "is no second weight")
     if "use-opsm" in recipe.found:
@@ -158,6 +159,8 @@ def _set_kl(recipe: Recipe) -> None:
                                   "the KL")
     elif recipe.number("kl-coef", default=0.0):
         recipe.settings |= {"kl.coefficient": recipe.number("kl-coef"), "kl.place": "reward", "kl.estimator": "k1"}
+    elif recipe.settings.pop("kl.refresh_every", None) is not None:
+        recipe.not_carried.append("ref-update-interval: without a KL penalty there is no reference")
 
 
 def _set_groups(recipe: Recipe, prompts: float) -> None:

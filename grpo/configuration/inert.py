@@ -1,0 +1,48 @@
+"""Keys that were set and can change nothing, since another key switches them off: refused, so that nobody believes they acted.
+
+Keys whose default stands in the YAML are not among them; the comments of grpo/config.py say when those are of no account."""
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from grpo.config import LrSchedule, TrainConfig, WeightKind
+
+
+class Dependent(NamedTuple):
+    key: str
+    acts: Callable[[TrainConfig], bool]
+    needs: str  # what lets it act
+
+
+def _evaluates_samples(config: TrainConfig) -> bool:
+    evaluation = config.eval
+    return evaluation.num_samples > 0 and (evaluation.every > 0 or evaluation.at_start or evaluation.at_end)
+
+
+DEPENDENT = (
+    *(Dependent(f"corrections.{name}", lambda config: config.corrections.weight != WeightKind.none,
+                "corrections.weight=truncate or mask") for name in ("level", "low", "high")),
+    Dependent("entropy.step", lambda config: config.entropy.target is not None, "an entropy.target"),
+    Dependent("kl.reference", lambda config: config.needs_reference, "kl.coefficient above 0"),
+    Dependent("rollout.overlong_penalty", lambda config: config.rollout.overlong_buffer is not None, "rollout.overlong_buffer"),
+    Dependent("optim.decay_steps", lambda config: config.optim.schedule != LrSchedule.constant,
+              "optim.schedule=linear or cosine"),
+    Dependent("optim.whole_prompts", lambda config: config.optim.minibatches > 1, "optim.minibatches above 1"),
+    Dependent("curriculum.window", lambda config: config.curriculum.retire_at is not None or config.curriculum.candidates > 1,
+              "curriculum.retire_at, or curriculum.candidates above 1"),
+    Dependent("curriculum.target", lambda config: config.curriculum.candidates > 1, "curriculum.candidates above 1"),
+    *(Dependent(f"eval.{name}", _evaluates_samples, "evaluations with eval.num_samples above 0")
+      for name in ("top_k", "top_p", "min_p")),
+)
+
+
+def inert_problems(config: TrainConfig) -> Iterator[tuple[str, object, str]]:
+    """Key, its value, what is allowed; as grpo/configuration/validate.py has them."""
+    for key, acts, needs in DEPENDENT:
+        node_name, name = key.split(".")
+        node = getattr(config, node_name)
+        value = getattr(node, name)
+        default = next(field.default for field in dataclasses.fields(node) if field.name == name)
+        if value != default and not acts(config):
+            left = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+            yield key, value, f"changes nothing without {needs}: set that, or leave it at {left}"
