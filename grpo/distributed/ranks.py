@@ -64,6 +64,7 @@ class Ranks:
         self._host_sharers: dist.ProcessGroup | None = None
         self._stop: Callable[[], bool] = lambda: False
         self._looked, self._seen_stop, self._stopped_at = 0.0, False, None
+        self._met = 0, "", 0.0  # of meetings of ranks that share experts: how many, the last one's place and time
 
     # ---- meeting
 
@@ -129,8 +130,27 @@ class Ranks:
 
     def fill_in_experts(self, tensor: torch.Tensor) -> None:
         """fill_in() by the ranks that share experts, which come here by the same way, without an exchange."""
-        with self.collective("the experts' rows"):
+        with self._meeting("the experts' rows"):
             dist.all_reduce(_as_integers(tensor), group=self._sharers if tensor.is_cuda else self._host_sharers)
+
+    def _meeting(self, what: str):
+        """collective() of ranks that share experts, which come without an exchange: _find_late_sharer() watches them."""
+        self._met = self._met[0] + 1, what, time.monotonic()
+        return self.collective(what)
+
+    def _find_late_sharer(self) -> RankFault | None:
+        """The fault of a rank that hangs while others wait for it where they share experts: it has come to fewer meetings."""
+        if self._host_sharers is None:
+            return None
+        count, what, since = self._met
+        self._store.set(f"met/{self.rank}", str(count))
+        if time.monotonic() - since < self.timeout + 2 * LOOK_SECONDS:  # until the others' numbers are up to date
+            return None
+        first = self.part * self.num_sharers
+        counts = {rank: int(self._store.get(f"met/{rank}")) if self._has(f"met/{rank}") else 0
+                  for rank in range(first, first + self.num_sharers)}
+        last = min(counts, key=counts.get)
+        return self._blame(last, _late(what, f"{self.timeout:g} s (distributed.timeout)")) if counts[last] < count else None
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.num_ranks) if rank != self.rank]
@@ -150,7 +170,7 @@ class Ranks:
                 if missing and (is_late or self._is_out_of_grace(now, missing)):
                     limit = (f"{self.timeout:g} s{' (distributed.timeout)' if self._groups else ''}" if is_late
                              else f"{GRACE_SECONDS:g} s after the stop signal")
-                    raise self._blame(missing[0], f"did not come to {what!r} within {limit}: it hangs, or is too slow there")
+                    raise self._blame(missing[0], _late(what, limit))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         self.seconds_waited += time.monotonic() - started
@@ -213,7 +233,7 @@ class Ranks:
         if self._host_sharers is None:
             return self.has_heard_stop()
         is_told = torch.tensor([self.has_heard_stop()], dtype=torch.uint8)
-        with self.collective("a stop signal"):
+        with self._meeting("a stop signal"):
             dist.all_reduce(is_told, dist.ReduceOp.MAX, group=self._host_sharers)
         return bool(is_told)
 
@@ -353,8 +373,8 @@ class Ranks:
             try:
                 fault, has_left = self.fault(), self._has("left")
                 dead = [rank for rank in self._others() if self._is_dead(rank)]
-                if fault is None and dead and not has_left:
-                    fault = self._blame(dead[0], KILLED)
+                if fault is None and not has_left:
+                    fault = self._blame(dead[0], KILLED) if dead else self._find_late_sharer()
             except RuntimeError as error:  # the store is gone
                 fault, has_left = error if isinstance(error, RankFault) else None, True
             if fault is not None or has_left:
@@ -364,6 +384,10 @@ class Ranks:
                         os.write(2, f"error: {fault}\n".encode())
                     os._exit(1 if fault is None else fault.code)
             time.sleep(LOOK_SECONDS)
+
+
+def _late(what: str, limit: str) -> str:
+    return f"did not come to {what!r} within {limit}: it hangs, or is too slow there"
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:

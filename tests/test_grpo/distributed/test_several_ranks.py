@@ -197,6 +197,13 @@ def test_a_run_killed_again_and_again_goes_from_one_layout_of_experts_to_the_nex
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
+def test_a_rank_that_hangs_in_a_pass_of_those_that_share_experts_is_named(launch, tmp_path):
+    place = "models.gpt_oss.GptOss.decode"
+    ended = launch(2, tmp_path, *SHARED, *BRIEF, before={0: at_call(place, 5, SHORTEN), 1: at_call(place, 5, HANG)})
+    assert ended.codes == [1, 1]
+    assert re.match(r"error: rank 1 \(.*\) did not come to .the experts' rows. within 1 s \(distributed.timeout\)", ended.message)
+
+
 @pytest.mark.slow
 def test_a_signal_in_a_rollout_stops_sharing_ranks_at_one_place_and_one_rank_resumes(launch, one_with_adapter, tmp_path):
     ended = launch(2, tmp_path, *SHARED, before={1: at_call("models.gpt_oss.GptOss.decode", 60, STOP)})
