@@ -1,10 +1,11 @@
 """Where a run's memory would go, without a GPU and without weights:
 
-    python -m grpo.plan +experiment=gpt_oss_20b_lora gpu=4090 [prompt_tokens=N] [KEY=VALUE ...]
+    python -m grpo.plan +experiment=gpt_oss_20b_lora gpu=4090 [gpus=N] [prompt_tokens=N] [KEY=VALUE ...]
 
 gpu: T4, L4, 4090, A100-40, A100-80, H100, H200, B200, or a number of GB (1e9 bytes). The other words are those of grpo.train;
 model.memory_gb caps a larger GPU, model.host_gb the host memory (null: as much as the plan wants). prompt_tokens: the longest
-prompt; without it what the environment allows. Of a checkpoint config.json alone is read; the sizes of openai/gpt-oss-20b and
+prompt; without it what the environment allows. gpus: how many of them train together; the table is of one. Without it as many as
+share the experts (distributed.expert_parallel). Of a checkpoint config.json alone is read; the sizes of openai/gpt-oss-20b and
 -120b are known without it. Exit code 2 where the run does not fit.
 """
 import sys
@@ -15,6 +16,9 @@ import torch
 
 from grpo.config import ConfigError, Dtype, ModelConfig, TrainConfig
 from grpo.configuration.launch import CONFIG_ERROR, load_config
+from grpo.distributed.experts import check_division_of_experts, check_sharing
+from grpo.distributed.ranks import check_division
+from grpo.distributed.shards import check_shards
 from grpo.record.terminal import print_error
 from grpo.run.memory import UNLIMITED, make_plan, needs_of, prompt_len_of
 from grpo.run.policy import build_tokenizer, read_architecture
@@ -36,19 +40,22 @@ def main(words: list[str]) -> int:
 
 def report(words: list[str]) -> str:
     """What the command prints. Raises ConfigError where the run does not fit, and for bad keys."""
-    own = dict(word.split("=", 1) for word in words if word.startswith(("gpu=", "prompt_tokens=")))
+    own = dict(word.split("=", 1) for word in words if word.startswith(("gpu=", "gpus=", "prompt_tokens=")))
     config = load_config("train", [word for word in words if word.partition("=")[0] not in own])
     gpu = parse_gpu(own.get("gpu"))
+    num_gpus = parse_num_gpus(own.get("gpus"), config)
     architecture = architecture_of(config)
+    check_division_of_experts(config.distributed.expert_parallel, architecture)
     max_len = architecture.max_position_embeddings
     prompt_len = (parse_count(own["prompt_tokens"], below=max_len) if "prompt_tokens" in own
                   else prompt_len_of(config, max_len=max_len))
     half = torch.bfloat16 if gpu.has_tensor_cores else torch.float16
     dtype = {Dtype.float32: torch.float32, Dtype.float16: torch.float16}.get(config.dtype, half)
-    needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype)
+    needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype, num_processes=num_gpus)
     plan = make_plan(needs, gpu, config.model, host_bytes=UNLIMITED)
     lengths = f"prompts of up to {prompt_len} tokens, completions of up to {config.rollout.max_new_tokens}"
-    return "\n".join([f"{config.model.path or 'from scratch'}, experts {needs.experts}, on {own['gpu']}; {lengths}",
+    where = own["gpu"] if num_gpus == 1 else f"each of {num_gpus} {own['gpu']}"
+    return "\n".join([f"{config.model.path or 'from scratch'}, experts {needs.experts}, on {where}; {lengths}",
                       table(plan, needs)])
 
 
@@ -65,6 +72,19 @@ def parse_gpu(name: str | None) -> GpuSpec:
     if not 0 < size < 1e6:
         raise ConfigError(f"gpu = {name!r}: give {known}")
     return replace(GPU_SPECS["L4"], num_bytes=int(1e9 * size), bandwidth=1e12)
+
+
+def parse_num_gpus(text: str | None, config: TrainConfig) -> int:
+    """How many GPUs train together. Raises ConfigError where so many cannot."""
+    if text is not None and not (text.isdecimal() and int(text)):
+        raise ConfigError(f"gpus = {text!r}: must be a number of GPUs, at least 1")
+    check_shards(config)
+    if text is None and config.distributed.shard:
+        raise ConfigError("distributed.shard = True: give gpus=N, the number of GPUs that divide the model")
+    num_gpus = config.distributed.expert_parallel if text is None else int(text)
+    check_division(config, num_gpus)
+    check_sharing(config, num_gpus)
+    return num_gpus
 
 
 def parse_count(text: str, *, below: int) -> int:

@@ -31,17 +31,21 @@ def check_sharing(config: TrainConfig, num_ranks: int) -> None:
         raise ConfigError(f"{key}: a warm-up is the work of ranks that have all experts; set warmup=null, {advice}")
 
 
+def check_division_of_experts(num_sharers: int, architecture: GptOssConfig) -> None:
+    if architecture.num_local_experts % num_sharers:
+        raise ConfigError(f"distributed.expert_parallel = {num_sharers}: must divide the {architecture.num_local_experts} "
+                          "experts of a layer")
+
+
 def expert_share(ranks: Ranks | None, config: TrainConfig, architecture: GptOssConfig, env: Environment) -> ExpertShare | None:
     """The experts of this rank, None for all. Raises ConfigError."""
-    num_sharers, num_experts = config.distributed.expert_parallel, architecture.num_local_experts
+    num_sharers = config.distributed.expert_parallel
     if ranks is None or num_sharers == 1:
         return None
-    key = f"distributed.expert_parallel = {num_sharers}"
-    if num_experts % num_sharers:
-        raise ConfigError(f"{key}: must divide the {num_experts} experts of a layer")
+    check_division_of_experts(num_sharers, architecture)
     if hasattr(env, "episode"):
-        raise ConfigError(f"{key}: the environment {type(env).__name__} has tools, whose answers do not come to all ranks at the "
-                          "same time; set distributed.expert_parallel=1")
+        raise ConfigError(f"distributed.expert_parallel = {num_sharers}: the environment {type(env).__name__} has tools, whose "
+                          "answers do not come to all ranks at the same time; set distributed.expert_parallel=1")
     return ExpertShare(ranks.sharer, num_sharers, ranks.fill_in_experts)
 
 

@@ -427,7 +427,7 @@ def join(config: TrainConfig | EvaluateConfig | GenerateConfig, *, is_sweep: boo
     if is_sweep:
         raise ConfigError("-m: start a sweep without torchrun; hydra/launcher=processes gives each of its runs a GPU")
     if isinstance(config, TrainConfig):
-        _check_division(config, place.num_ranks)
+        check_division(config, place.num_ranks)
     if config.device != Device.cpu and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if place.local_rank >= num_gpus > 1 or (num_gpus == 1 and place.local_rank and place.is_torchrun):
@@ -438,7 +438,7 @@ def join(config: TrainConfig | EvaluateConfig | GenerateConfig, *, is_sweep: boo
     return Ranks(place, _open_store(place))
 
 
-def _check_division(config: TrainConfig, num_ranks: int) -> None:
+def check_division(config: TrainConfig, num_ranks: int) -> None:
     """Raises ConfigError for a run that so many ranks cannot share."""
     num_parts = num_ranks // config.distributed.expert_parallel
     if num_parts > config.rollout.prompts_per_step:

@@ -42,9 +42,10 @@ _HOST_SHARE, _HOST_MARGIN = 0.9, 2_000_000_000
 # ---- what a run needs
 
 
-def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int, dtype: torch.dtype) -> Needs:
-    """What a training run needs, for prompts of up to prompt_len tokens."""
-    rollout, evaluation, optim = config.rollout, config.eval, config.optim
+def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int, dtype: torch.dtype,
+             num_processes: int = 1) -> Needs:
+    """What each process of a training run needs, for prompts of up to prompt_len tokens."""
+    rollout, evaluation, optim, distributed = config.rollout, config.eval, config.optim, config.distributed
     eval_rows = evaluation.max_prompts * max(1, evaluation.num_samples) if is_evaluating(evaluation) else 0
     if rollout.in_flight == InFlight.switch:  # the completions of so many steps are decoded together
         eval_rows = max(eval_rows, rollout.max_staleness * rollout.prompts_per_step * rollout.group_size)
@@ -55,8 +56,8 @@ def needs_of(config: TrainConfig, architecture: GptOssConfig, *, prompt_len: int
         cache_bytes=None if rollout.cache_gb is None else int(1e9 * rollout.cache_gb),
         max_tokens=optim.max_tokens, shares_prompts=optim.share_prompts, recomputes=config.model.activation_checkpointing,
         moments=str(optim.moments), weights=str(optim.weights), in_backward=optim.in_backward, minibatches=optim.minibatches,
-        samples_beside=rollout.max_staleness > 0, num_sharers=config.distributed.expert_parallel,
-        full_kl=config.kl.is_full)
+        samples_beside=rollout.max_staleness > 0, full_kl=config.kl.is_full, num_sharers=distributed.expert_parallel,
+        num_ranks=max(1, num_processes // distributed.expert_parallel), num_shards=num_processes if distributed.shard else 1)
 
 
 def needs_of_inference(config: InferenceConfig, model: ModelConfig, architecture: GptOssConfig, *, max_rows: int,

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -162,10 +162,8 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
     memory, compilation = unplanned(device), None
     if device.type == "cuda":
         prompt_len = longest_prompt(env) or prompt_len_of(config, max_len=architecture.max_position_embeddings)
-        needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype)
-        if ranks is not None:
-            num_shards = ranks.num_ranks if config.distributed.shard else 1
-            needs = replace(needs, num_ranks=ranks.num_parts, num_shards=num_shards)
+        needs = needs_of(config, architecture, prompt_len=prompt_len, dtype=dtype,
+                         num_processes=1 if ranks is None else ranks.num_ranks)
         memory = gpu_memory(needs, config.model, device, num_local=1 if ranks is None else ranks.place.num_local,
                             agree=None if share is None else partial(least_of_all, ranks))
         if ranks is None or ranks.local_rank == 0:  # others of its node share its files

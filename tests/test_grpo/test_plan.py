@@ -55,6 +55,23 @@ def test_a_folder_with_config_json_alone_is_enough(tmp_path):
     assert there.splitlines()[1:] == known.splitlines()[1:]
 
 
+def line_of(text, name):
+    return next([float(number) for number in line.split()[-2:]] for line in text.splitlines() if line.split("  ")[1] == name)
+
+
+def test_a_plan_of_several_gpus_is_that_of_one_among_them():
+    words = ["gpu=H200", "+experiment=gpt_oss_20b_full", *SMALL, "model.lora=null"]
+    alone, four = report(words), report([*words, "gpus=4", "distributed.shard=true", "rollout.prompts_per_step=4"])
+    assert "on each of 4 H200; prompts" in four
+    assert line_of(four, "optimizer")[1] == pytest.approx(line_of(alone, "optimizer")[1] / 4, abs=1e-3)
+    words = ["gpu=H200", "+experiment=gpt_oss_120b_lora", *SMALL]
+    alone, pair, pairs = (report([*words, *more]) for more in (
+        [], ["distributed.expert_parallel=2"], ["distributed.expert_parallel=2", "gpus=8", "rollout.prompts_per_step=4"]))
+    for text in (pair, pairs):
+        assert line_of(text, "experts") == pytest.approx([size / 2 for size in line_of(alone, "experts")], abs=1e-3)
+    assert line_of(pairs, "gradients")[1] > line_of(pair, "gradients")[1]  # those of other pairs, on their way
+
+
 def test_a_larger_gpu_is_capped_and_memory_beyond_the_gpu_is_not_planned_with():
     assert "in all, of 15.00" in report(["gpu=H200", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=15"])
     assert "in all, of 24.00" in report(["gpu=24", "+experiment=gpt_oss_20b_lora", *SMALL, "model.memory_gb=500"])
@@ -67,6 +84,11 @@ def test_a_larger_gpu_is_capped_and_memory_beyond_the_gpu_is_not_planned_with():
     (["gpu=L4", "prompt_tokens=many"], "prompt_tokens = 'many': must be a number of tokens, at least 1"),
     (["gpu=L4", "prompt_tokens=²"], "prompt_tokens = '²': must be a number of tokens, at least 1"),
     (["gpu=L4", "prompt_tokens=131072"], "prompt_tokens = '131072': must be a number of tokens, at least 1 and below 131072"),
+    (["gpu=L4", "gpus=0"], "gpus = '0': must be a number of GPUs, at least 1"),
+    (["gpu=L4", "gpus=999"], "rollout.prompts_per_step = 8: must be at least the number of ranks (999)"),
+    (["gpu=L4", "distributed.expert_parallel=3"], "distributed.expert_parallel = 3: must divide the 32 experts of a layer"),
+    (["gpu=L4", "gpus=3", "distributed.expert_parallel=2"], "distributed.expert_parallel = 2: the number of processes must be a"),
+    (["gpu=L4", "distributed.shard=true", "model.train=full", "model.lora=null"], "distributed.shard = True: give gpus=N"),
     (["gpu=L4", "optim.max_token=5"], "unknown key optim.max_token; did you mean optim.max_tokens?"),
     (["gpu=L4", "rollout.group_size=1"], "rollout.group_size = 1: must be at least 2"),
 ])  # fmt: skip
