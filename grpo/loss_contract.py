@@ -13,7 +13,8 @@ CONTRACT = (
     "A loss is called as loss(inputs), a grpo.losses.LossInputs, with the other keys of its YAML as keywords, and with step=, a "
     "grpo.losses.StepTokens, if it has a parameter of that name. It returns (loss, stats): a scalar tensor that depends on "
     "inputs.log_probs, and a dict of scalars to log, each a sum over the micro-batch's trained tokens (a maximum where the name "
-    "ends in /max), {} for none")
+    "ends in /max), {} for none. It changes no tensor of inputs or step in place")
+TAKEN = frozenset({"step", "loss", "num_tokens", "entropy", "kl", "reward", "grad_norm", "lr"})  # names that the run logs itself
 
 
 def takes_step(loss_fn: Callable) -> bool:
@@ -42,7 +43,12 @@ def try_loss(loss_fn: Callable, path: str, *, group_size: int, max_new_tokens: i
                                full_kl=torch.ones_like(log_probs) if has_full_kl else None, max_new_tokens=max_new_tokens)
         step = StepTokens(log_probs.detach(), torch.ones_like(log_probs), batch.sampler_log_probs, batch.advantages,
                           batch.loss_mask, batch.num_policy_tokens, seed=0)
+        tensors = {f"{kind}.{name}": (value, value._version) for kind, record in (("inputs", inputs), ("step", step))
+                   for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
         checked_loss(call_loss(loss_fn, inputs, step), path)
+        changed = [name for name, (value, version) in tensors.items() if value._version != version]
+        if changed:  # micro-batches and epochs share them
+            raise ConfigError(f"loss._target_ = {path!r}: it changed {', '.join(changed)} in place. {CONTRACT}")
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -62,7 +68,9 @@ def checked_loss(returned: object, path: str) -> tuple[torch.Tensor, dict[str, t
     elif is_pair:
         bad = [(name, value) for name, value in stats.items() if not isinstance(name, str) or not (
             isinstance(value, numbers.Real) or isinstance(value, torch.Tensor) and value.ndim == 0)]
-        wrong = f"stats[{bad[0][0]!r}] is {_kind(bad[0][1])}" if bad else ""
+        taken = sorted(TAKEN & stats.keys())
+        wrong = (f"stats[{bad[0][0]!r}] is {_kind(bad[0][1])}" if bad else
+                 f"stats[{taken[0]!r}] has a name that the run logs itself; choose another" if taken else "")
     if wrong:
         raise ConfigError(f"loss._target_ = {path!r}: {wrong}. {CONTRACT}")
     return loss, stats
