@@ -56,7 +56,7 @@ def test_a_folder_with_config_json_alone_is_enough(tmp_path):
 
 
 def line_of(text, name):
-    return next([float(number) for number in line.split()[-2:]] for line in text.splitlines() if line.split("  ")[1] == name)
+    return next([float(number) for number in line.split()[-2:]] for line in text.splitlines() if line.startswith(f"  {name}  "))
 
 
 def test_a_plan_of_several_gpus_is_that_of_one_among_them():
