@@ -16,7 +16,7 @@ from grpo.record.terminal import print_error
 from grpo.rollout.session import Interrupted
 from grpo.run.checkpoint import SaveError, save_run
 from grpo.run.export_files import write_adapter, write_model
-from grpo.run.failures import Failure
+from grpo.run.failures import DeadRun, Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import parameter_tensors
 from grpo.run.rollouts import write
@@ -114,7 +114,7 @@ def keep_finished_steps(run: Run | None, error: BaseException) -> str:
         return ""
     if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
         return ""  # nothing was learnt yet
-    if run.shards is not None and not isinstance(error, Interrupted):
+    if run.shards is not None and not isinstance(error, (Interrupted, DeadRun)):  # to which all ranks come
         return ""  # what the rank that failed has cannot be gathered
     try:
         if run.shards is not None:

@@ -197,6 +197,15 @@ def test_a_run_killed_again_and_again_goes_from_one_layout_of_experts_to_the_nex
     assert_equal_runs(tmp_path / "run", one_with_adapter)
 
 
+def test_ranks_that_share_experts_save_the_finished_steps_where_nothing_is_left_to_learn(launch, tmp_path):
+    equal = "import spread\nspread.judge = lambda completion: 0.5"
+    ended = launch(2, tmp_path, *SHARED, *BRIEF, "rollout.max_dead_steps=1", "rollout.refill_rounds=0", "checkpoint.every=0",
+                   before={0: equal, 1: equal})
+    assert ended.codes == [7, 7], ended.errors
+    assert re.search(r"nothing was learnt in the last 1 steps.*; saved after step 1$", ended.message)
+    assert newest(tmp_path) == 1
+
+
 def test_a_rank_that_hangs_in_a_pass_of_those_that_share_experts_is_named(launch, tmp_path):
     place = "models.gpt_oss.GptOss.decode"
     ended = launch(2, tmp_path, *SHARED, *BRIEF, before={0: at_call(place, 5, SHORTEN), 1: at_call(place, 5, HANG)})
