@@ -147,7 +147,8 @@ class ModelConfig:
 
 @dataclass
 class CorrectionsConfig:
-    """Weights of tokens by how likely the trainer's policy samples them, against the sampler's (grpo/corrections.py)."""
+    """Weights of tokens by how likely the trainer's policy samples them, against the sampler's (grpo/corrections.py). Where
+    rollout.max_staleness is 0 these ratios are 1, up to what a CPU rounds."""
 
     weight: WeightKind = WeightKind.none
     level: RatioLevel = RatioLevel.token

@@ -31,6 +31,13 @@ def check_recorded(env: Environment, config: TrainConfig) -> None:
         key, value = (("entropy.top_fraction", config.entropy.top_fraction) if config.entropy.top_fraction < 1
                       else ("corrections", "on"))
         raise ConfigError(f"{key} = {value}: weighs advantages, which {target} has none of: leave it off")
+    of_samples = {"curriculum.retire_at, retire_unsolved or candidates": config.curriculum.is_on,
+                  "rollout.oversampling": config.rollout.oversampling > 1,
+                  "rollout.overlong_buffer": config.rollout.overlong_buffer is not None,
+                  "rollout.replay_routing": config.rollout.replay_routing, "optim.mask_truncated": config.optim.mask_truncated}
+    if is_set := [key for key, is_on in of_samples.items() if is_on]:
+        raise ConfigError(f"{', '.join(is_set)}: about completions that are sampled, and this environment's are data; leave it "
+                          "off")
     if config.advantage.whiten != Whiten.none:
         raise ConfigError(f"advantage.whiten = {str(config.advantage.whiten)!r}: the advantages of data are 1 (of what is "
                           "rejected -1), which whitening would take away: set advantage.whiten=none")

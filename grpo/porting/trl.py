@@ -186,14 +186,15 @@ def port(found: dict[str, object]) -> Recipe:
     recipe.set_lora(rank=recipe.get("lora_r", "LoraConfig.r", default=8 if is_peft else 16 if recipe.get("use_peft") else None),
                     alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha", default=8 if is_peft else 32),
                     targets=recipe.get("lora_target_modules", "LoraConfig.target_modules"))
-    recipe.settings.setdefault("rollout.max_new_tokens", 512)
+    recipe.settings.setdefault("rollout.max_new_tokens", 2048 if ASYNC in found else 512)
     recipe.settings.setdefault("rollout.group_size", 8)
     recipe.settings.setdefault("env.prompt_key", "prompt")
     recipe.settings.setdefault("optim.lr", 1e-6)
     recipe.settings["optim.betas"] = [recipe.number("adam_beta1", default=0.9), recipe.number("adam_beta2", default=0.999)]
     _set_batch(recipe)
     kwargs = recipe.get("lr_scheduler_kwargs")
-    recipe.set_schedule(recipe.get("lr_scheduler_type", default="linear"), warmup_share=recipe.number("warmup_ratio"),
+    recipe.set_schedule(recipe.get("lr_scheduler_type", default="constant" if ASYNC in found else "linear"),
+                        warmup_share=recipe.number("warmup_ratio"),
                         min_ratio=kwargs.get("min_lr_rate") if isinstance(kwargs, dict) else None)
     _set_loss(recipe)
     recipe.keep_equal_groups()

@@ -104,6 +104,11 @@ def test_dpo_says_what_it_needs():
     (["loss=reinforce", "advantage.whiten=tokens"], True, "advantage.whiten = 'tokens': the advantages of data are 1"),
     (["loss=sft", "entropy.top_fraction=0.2"], True, "entropy.top_fraction = 0.2: weighs advantages"),
     (["loss=sft", "corrections.weight=mask"], True, "corrections = on: weighs advantages"),
+    (["loss=sft", "curriculum.retire_at=0.9"], True, "curriculum.retire_at, .*: about completions that are sampled"),
+    (["loss=sft", "rollout.oversampling=2", "optim.mask_truncated=true"], True,
+     "rollout.oversampling, optim.mask_truncated: about"),
+    (["loss=dapo", "rollout.overlong_buffer=4"], True, "rollout.overlong_buffer: about"),
+    (["loss=dapo", "rollout.replay_routing=true"], True, "rollout.replay_routing: about"),
     (["loss=dapo", "corrections.weight=mask"], True, None), (["loss=sft", "kl.coefficient=0.1"], True, None),
     (["loss=dapo"], False, None)])
 def test_losses_of_data_and_sampled_completions_are_kept_apart(words, is_data, message):
