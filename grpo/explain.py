@@ -7,8 +7,9 @@
 The newest checkpoint before the step is continued in a folder of its own, by the trainer's own functions, up to the step; the
 run's folder gets nothing but the page, explain/step_000012.html. Metrics of every step made again (loss, gradient norm, rewards,
 lengths) and the step's logged completions (tokens, rewards, log-probs) must equal the run's own to the last bit. If they do not,
-it says so, says what differs between then and now (code, versions, device), and ends with exit code 1. An environment is called
-again: tools, judges and clocks outside this process may answer otherwise.
+it says so, says what differs between then and now (code, versions, device), and ends with exit code 1. Settings are those of the
+step, also where a resume has changed some since. An environment is called again: tools, judges and clocks outside this process
+may answer otherwise.
 """
 import contextlib
 import shutil
@@ -21,7 +22,16 @@ from pathlib import Path
 import torch
 
 from grpo.batch import Completion
-from grpo.config import ConfigError, Device, TrainConfig, anchor_paths, read_saved_config, run_folder, shown
+from grpo.config import (
+    ConfigError,
+    Device,
+    TrainConfig,
+    anchor_paths,
+    read_saved_config,
+    run_folder,
+    save_config,
+    shown,
+)
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, refuse
 from grpo.configuration.nodes import WandbMode
 from grpo.distributed.place import check_alone
@@ -32,7 +42,7 @@ from grpo.record.summary import COMPLETIONS_FILE, METRICS_FILE, read_summary
 from grpo.record.terminal import clean, hold_standard_streams, print_error
 from grpo.run.checkpoint import checkpoints_of
 from grpo.run.failures import describe_failure
-from grpo.run.identity import provenance
+from grpo.run.identity import earlier_settings, provenance
 from grpo.run.lock import lock_run
 from grpo.run.start import Run, await_kernels, prepare_weights, start
 from grpo.token_record import TokenRecord, UpdateObserver
@@ -102,10 +112,14 @@ def read_request(words: list[str]) -> Request:
 
 def explain(request: Request) -> Explanation:
     """Makes the step again and compares. Raises ConfigError where that cannot be done."""
-    config = read_saved_config(request.run / "config.yaml")
+    earlier = earlier_settings(request.run)
+    config = read_saved_config(next((path for last, path in earlier.items() if last >= request.step),
+                                    request.run / "config.yaml"))
     recorded = {row["step"]: row for row in read_records(request.run / METRICS_FILE) if "loss" in row and row["step"] > 0}
     first = starting_step(request, config, recorded)
-    differences = differences_from(request.run, config)
+    differences = differences_from(request.run, config) + [
+        f"settings: steps up to {last} were made with those of {path.name}, and now with those of step {request.step}"
+        for last, path in earlier.items() if first < last < request.step]
     with tempfile.TemporaryDirectory(prefix="explain-") as folder, contextlib.redirect_stdout(sys.stderr):
         copy = copied_run(config, request.run, first, Path(folder))
         with lock_run(run_folder(copy)) as lock:
@@ -176,8 +190,8 @@ def copied_run(config: TrainConfig, run_dir: Path, step: int, folder: Path) -> T
     target.mkdir(parents=True)
     source = checkpoints_of(run_dir)[step]
     (target / source.name).symlink_to(source.resolve())
-    for name in ("config.yaml", METRICS_FILE):
-        shutil.copy(run_dir / name, target.parent)
+    save_config(config, target.parent / "config.yaml")
+    shutil.copy(run_dir / METRICS_FILE, target.parent)
     return copy
 
 

@@ -1,5 +1,5 @@
 """What a run is made of: the settings that shape its steps, its base model, tokenizer and data, as its checkpoints record them;
-and the command, code, versions and device that made it, for summary.json.
+the command, code, versions and device that made it, for summary.json; and the settings of steps before a resume changed some.
 
 A resume on anything else would end in weights that no single command gives, so it is refused. Where files lie is not part of
 it: a base or a data file that moved is the same.
@@ -9,15 +9,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import torch
 
-from grpo.config import ConfigError, TrainConfig, settings_of_steps
+from grpo.config import ConfigError, TrainConfig, flatten, read_saved_config, save_config, settings_of_steps, to_dict
 from grpo.configuration.launch import typed_words
 from grpo.environment import calling
+from grpo.record.run_table import NAMES_OF_A_RUN
 from models.chat.tokenizer import Tokenizer
 from models.formats.files import list_tensors, weights_folder
 
@@ -62,6 +64,28 @@ def check_same(recorded: dict[str, dict], found: dict[str, dict], *, source: Pat
     if differing:
         raise ConfigError(f"resume=true: this is not the run that {source} is a checkpoint of:\n  " + "\n  ".join(differing)
                           + "\nGive the same values and files, or start another run with name=NEW_NAME resume=false")
+
+
+def keep_earlier_settings(run_dir: Path, config: TrainConfig, *, step: int) -> None:
+    """For a resume from the checkpoint of `step` with `config`, before it replaces the folder's config.yaml: keeps that one as
+    config_until_STEP.yaml, if it made steps and has other settings."""
+    kept = earlier_settings(run_dir)
+    for later in [other for other in kept if other > step]:  # of steps that are made again now
+        kept.pop(later).unlink()
+    try:
+        before = read_saved_config(run_dir / "config.yaml")
+    except ConfigError:  # gone or damaged
+        return
+    old, new = (flatten(to_dict(item)) for item in (before, config))
+    if step > 0 and step not in kept and any(old.get(key) != new.get(key) for key in old.keys() | new.keys()
+                                             if key not in (*NAMES_OF_A_RUN, *PLACES)):
+        save_config(before, run_dir / f"config_until_{step:06d}.yaml")
+
+
+def earlier_settings(run_dir: Path) -> dict[int, Path]:
+    """Last step -> the config of it and of the steps before, back to that of the entry before; of later steps, config.yaml is."""
+    return dict(sorted((int(match[1]), path) for path in run_dir.glob("config_until_*.yaml")
+                       if (match := re.fullmatch(r"config_until_(\d{6,})\.yaml", path.name))))
 
 
 def digest_files(folder: Path) -> dict[str, str]:

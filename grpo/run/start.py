@@ -52,7 +52,7 @@ from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
 from grpo.run.checkpoint import RunState, load_run
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures
-from grpo.run.identity import PLACES, check_same, differing_keys, identify, provenance
+from grpo.run.identity import PLACES, check_same, differing_keys, identify, keep_earlier_settings, provenance
 from grpo.run.lock import RunLock, lock_run
 from grpo.run.memory import GpuMemory, gpu_memory, needs_of, prompt_len_of, summary, unplanned
 from grpo.run.policy import (
@@ -193,6 +193,8 @@ def samples_beside(config: TrainConfig, device: torch.device) -> bool:
 def open_record(config: TrainConfig, run_dir: Path, tokenizer: Tokenizer, state: RunState | None, sandbox: Sandbox | None,
                 device: torch.device) -> Metrics:
     """Writes the first files of the run's folder, and returns the record."""
+    if state is not None:
+        keep_earlier_settings(run_dir, config, step=state.step)
     save_config(config, run_dir / "config.yaml")
     if (run_dir / "tokenizer").is_symlink():  # another's folder must not be written into
         remove(run_dir / "tokenizer")

@@ -3,16 +3,18 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import grpo.explain
-from grpo.config import ConfigError
+from grpo.config import ConfigError, read_saved_config, save_config
 from grpo.explain import Request, explain, explained_completions, read_request
 from grpo.groups import Groups
 from grpo.record.explanation import as_page, as_text
+from grpo.run.identity import earlier_settings, keep_earlier_settings
 from grpo.run.policy import load_run_policy
 
 RUN = ("+experiment=smoke", "env._target_=spread.Spread", "eval.at_start=false", "eval.every=0", "eval.at_end=false",
@@ -130,6 +132,35 @@ def test_a_last_bit_that_differs_is_said_loudly_with_what_has_changed(runs, entr
         assert re.search(r"NOT REPRODUCED: step 1, grad_norm: [\d.]+ recorded, [\d.]+ now", said)
         assert re.search(r"prompt \d+, sample 0: other log-probs", said)
         assert re.search(r"what differs from when the run was made: commit 0123abc, now .*torch 2.0, now", said)
+
+
+def test_a_step_has_the_settings_that_made_it_not_those_of_a_later_resume(runs, entry_points, explained, spread_folder, tmp_path):
+    run_dir = copied(runs, tmp_path)
+    done = entry_points.run("grpo.train", *RUN, "name=plain", f"output_dir={tmp_path}", "steps=5", "resume=true",
+                            path=(spread_folder,), writes_report=False)
+    assert done.code == 0 and "the learning rate follows the linear schedule of 5 steps from here on" in done.out
+    for step in (3, 5):
+        explanation = explained(Request(run_dir, step))
+        assert explanation.is_reproduced and not any("settings" in text for text in explanation.checks)
+    shutil.rmtree(run_dir / "checkpoints/step_000003")
+    explanation = explained(Request(run_dir, 4))  # from step 2: with one config for both settings
+    assert not explanation.is_reproduced and "step 3, lr" in explanation.checks[1]
+    assert ("settings: steps up to 3 were made with those of config_until_000003.yaml, and now with those of step 4"
+            in explanation.checks[-1])
+
+
+def test_settings_are_kept_once_for_steps_that_stand_and_dropped_for_steps_made_again(runs, tmp_path):
+    run_dir, config = copied(runs, tmp_path), read_saved_config(runs / "plain/config.yaml")
+    keep_earlier_settings(run_dir, config, step=2)
+    assert earlier_settings(run_dir) == {}  # nothing has changed
+    for step, num_steps in ((0, 9), (2, 9), (2, 8), (3, 8)):
+        keep_earlier_settings(run_dir, replace(config, steps=num_steps), step=step)
+        save_config(replace(config, steps=num_steps), run_dir / "config.yaml")
+    assert {last: read_saved_config(path).steps for last, path in earlier_settings(run_dir).items()} == {2: 9}
+    keep_earlier_settings(run_dir, replace(config, steps=7), step=3)
+    assert {last: read_saved_config(path).steps for last, path in earlier_settings(run_dir).items()} == {2: 9, 3: 8}
+    keep_earlier_settings(run_dir, replace(config, steps=7), step=2)  # the checkpoint of step 3 was damaged
+    assert list(earlier_settings(run_dir)) == [2]
 
 
 @pytest.mark.parametrize("words, said", [
