@@ -14,9 +14,10 @@ class Dependent(NamedTuple):
     needs: str  # what lets it act
 
 
-def _evaluates_samples(config: TrainConfig) -> bool:
+def _draws_evaluations(config: TrainConfig) -> bool:
+    """Or has none at all, which is no reason to empty eval of its other keys."""
     evaluation = config.eval
-    return evaluation.num_samples > 0 and (evaluation.every > 0 or evaluation.at_start or evaluation.at_end)
+    return evaluation.num_samples > 0 or not (evaluation.every > 0 or evaluation.at_start or evaluation.at_end)
 
 
 DEPENDENT = (
@@ -31,7 +32,7 @@ DEPENDENT = (
     Dependent("curriculum.window", lambda config: config.curriculum.retire_at is not None or config.curriculum.candidates > 1,
               "curriculum.retire_at, or curriculum.candidates above 1"),
     Dependent("curriculum.target", lambda config: config.curriculum.candidates > 1, "curriculum.candidates above 1"),
-    *(Dependent(f"eval.{name}", _evaluates_samples, "evaluations with eval.num_samples above 0")
+    *(Dependent(f"eval.{name}", _draws_evaluations, "eval.num_samples above 0")
       for name in ("top_k", "top_p", "min_p")),
 )
 

@@ -31,6 +31,10 @@ def test_a_key_without_its_switch_is_refused_by_name(word, switch):
     load_config("train", off)
 
 
+def test_evaluations_that_are_off_need_no_empty_settings():
+    load_config("train", ["eval.every=0", "eval.at_start=false", "eval.at_end=false", "eval.num_samples=0", "eval.top_p=0.9"])
+
+
 @pytest.mark.parametrize("words, part", [
     (["checkpoint.best=eval/greedy_acuracy"], "did you mean greedy_accuracy"),
     (["checkpoint.best=eval/greedy_accuracy", "eval.greedy=false"], "no metric that the evaluation reports"),
