@@ -35,7 +35,7 @@ from grpo.config import (
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, refuse
 from grpo.configuration.nodes import WandbMode
 from grpo.distributed.place import check_alone
-from grpo.groups import Groups, recorded_log_probs
+from grpo.groups import Groups, dead_groups, recorded_log_probs
 from grpo.record.explanation import ExplainedCompletion, Explanation, as_page, as_text
 from grpo.record.jsonl import json_safe, read_records
 from grpo.record.summary import COMPLETIONS_FILE, METRICS_FILE, read_summary
@@ -239,17 +239,31 @@ def explained_completions(run: Run, groups: Groups, tokens: TokenRecord | None, 
     if request.sample is not None and request.sample >= len(groups.scored):
         raise ConfigError(f"sample = {request.sample}: step {request.step} has samples 0 to {len(groups.scored) - 1}")
     trained = {id(completion): row for row, completion in enumerate(groups.completions)}
-    return [explained_completion(run, completion, trained.get(id(completion)), groups, tokens) for completion, _ in groups.scored]
+    dead = dead_groups([completion for completion, _ in groups.scored if completion.reward is not None], run.config)
+    return [explained_completion(run, completion, trained.get(id(completion)), groups, tokens, dead)
+            for completion, _ in groups.scored]
 
 
-def explained_completion(run: Run, completion: Completion, row: int | None, groups: Groups,
-                         tokens: TokenRecord | None) -> ExplainedCompletion:
+def why_left_out(completion: Completion, dead: set[int], config: TrainConfig) -> str:
+    """Why a step did not train on a completion; `dead`: ids of its groups without a gradient."""
+    if completion.reward is None:
+        return "it has no reward"
+    if completion.prompt.id in dead:
+        return "its group had equal rewards"
+    if config.optim.mask_truncated and completion.is_truncated:
+        return "it was cut off (optim.mask_truncated)"
+    return "groups of prompts before it were enough for the step"
+
+
+def explained_completion(run: Run, completion: Completion, row: int | None, groups: Groups, tokens: TokenRecord | None,
+                         dead: set[int]) -> ExplainedCompletion:
     decode = run.tokenizer.decode
     own = None if row is None else tokens.of(row)
     return ExplainedCompletion(
         prompt=decode(completion.prompt.token_ids, keep_special=True), prompt_id=completion.prompt.id, sample=completion.sample,
         reward=completion.reward, advantage=None if row is None else groups.advantages[row],
         finish_reason=completion.finish_reason, num_tokens=completion.num_policy_tokens, tokens=own,
+        left_out=why_left_out(completion, dead, run.config) if own is None else None,
         texts=[] if own is None else [decode([token], keep_special=True) for token in own.tokens.tolist()])
 
 

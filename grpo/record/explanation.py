@@ -35,6 +35,7 @@ class ExplainedCompletion:
     num_tokens: int  # that the policy sampled
     texts: list[str]  # of the trained tokens
     tokens: TokenRecord | None  # None: not trained on
+    left_out: str | None  # why not
 
 
 @dataclass
@@ -67,7 +68,7 @@ def as_text(explanation: Explanation, samples: list[int]) -> str:
         completion = explanation.completions[index]
         lines += ["", f"sample {index}, prompt: {one_line(completion.prompt, 300)}"]
         if completion.tokens is None:
-            lines.append("not trained on: its group had equal rewards, or it was left out of its group")
+            lines.append(f"not trained on: {completion.left_out}")
             continue
         columns = _columns(completion.tokens)
         lines.append("  ".join([f"{'':>5}", f"{'token':<14}", *(f"{COLUMNS[name]:>9}" for name in columns), "experts"]))
@@ -109,7 +110,7 @@ def as_page(explanation: Explanation, samples: list[int]) -> str:
 def _section(index: int, completion: ExplainedCompletion) -> str:
     title = f'<h2 id="s{index}">Sample {index}</h2><div class="tokens"><span class="prompt">{escape(completion.prompt)}</span>'
     if completion.tokens is None:
-        return title + "</div>"
+        return f"{title}</div><p>not trained on: {escape(completion.left_out)}</p>"
     columns, largest = _columns(completion.tokens), float(completion.tokens.columns["share"].max())
     spans, rows = [], []
     for place, text in enumerate(completion.texts):

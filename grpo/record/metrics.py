@@ -122,7 +122,7 @@ class Metrics:
         return None if found is None or found["best"]["value"] is None else found["best"]
 
     def eval_names(self, step: int) -> list[str]:
-        return sorted(self._eval_names[step])
+        return sorted(name for name in self._eval_names[step] if name.startswith("eval/"))
 
     def has_eval(self, step: int) -> bool:
         """Whether an evaluation at this step is on record, perhaps from before a resume."""

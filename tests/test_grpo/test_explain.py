@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import grpo.explain
+from grpo.batch import Completion, Prompt, Segment
 from grpo.config import ConfigError, read_saved_config, save_config
-from grpo.explain import Request, explain, explained_completions, read_request
+from grpo.configuration.launch import load_config
+from grpo.explain import Request, explain, explained_completions, read_request, why_left_out
 from grpo.groups import Groups
-from grpo.record.explanation import as_page, as_text
+from grpo.record.explanation import ExplainedCompletion, Explanation, as_page, as_text
 from grpo.run.identity import earlier_settings, keep_earlier_settings
 from grpo.run.policy import load_run_policy
 
@@ -174,6 +176,22 @@ def test_settings_are_kept_once_for_steps_that_stand_and_dropped_for_steps_made_
 def test_a_request_that_cannot_be_met_is_refused(runs, words, said):
     with pytest.raises(ConfigError, match=said):
         explain(read_request([word.format(plain=runs / "plain") for word in words]))
+
+
+def test_a_completion_that_was_not_trained_on_says_why():
+    def item(prompt_id, reward, finish_reason="stop"):
+        return Completion(Prompt(prompt_id, [1], {}), 0, [Segment([1], "prompt")], finish_reason, reward=reward)
+
+    config = load_config("train", ["experiment=smoke"])
+    assert why_left_out(item(1, None), {1}, config) == "it has no reward"
+    assert why_left_out(item(1, 0.5), {1}, config) == "its group had equal rewards"
+    assert why_left_out(item(2, 0.5, "length"), {1}, config) == "groups of prompts before it were enough for the step"
+    config.optim.mask_truncated = True
+    assert why_left_out(item(2, 0.5, "length"), {1}, config) == "it was cut off (optim.mask_truncated)"
+    explained = ExplainedCompletion("<p>", 1, 0, 0.5, None, "stop", 3, [], None, "its group had equal rewards")
+    explanation = Explanation("x", [], True, {}, [explained])
+    for said in (as_text(explanation, [0]), as_page(explanation, [0])):
+        assert "not trained on: its group had equal rewards" in said and ("&lt;p&gt;" in said or "prompt: <p>" in said)
 
 
 def test_a_sample_that_is_not_there_is_refused():
