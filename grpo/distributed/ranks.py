@@ -288,6 +288,19 @@ class Ranks:
             return self.fault()
         return None
 
+    def all_save(self, can_save: bool) -> bool:
+        """Whether all ranks save together what they divide, after settle(). Where one cannot, or is lost, none does: the others
+        would wait for it."""
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if can_save:
+                self._store.set(f"saves/{self.rank}", "")
+                keys = [f"saves/{rank}" for rank in range(self.num_ranks)]
+                self._wait(lambda: self._has("save") or self._has(*keys) or any(map(self._is_dead, self._others())),
+                           GRACE_SECONDS if self.place.is_torchrun else self.timeout)
+                can_save = self._has(*keys)
+            return self._store.compare_set("save", "", "all" if can_save else "none") == b"all"  # the first one's word
+        return False
+
     def speaks(self) -> bool:
         """Whether this rank prints how the run ended: rank 0, or the first that asks if rank 0 is lost."""
         try:

@@ -106,16 +106,24 @@ def export_policy(run: Run) -> tuple[Path, str] | None:
     return folder, write_model(run.policy, folder, origin, merge_lora=False, dtype=run.policy.dtype)
 
 
+def _can_save(run: Run, error: BaseException) -> bool:
+    """Whether there are finished steps, and this process has them whole, or with other ranks."""
+    if isinstance(error, (SaveError, OSError)) or not run.is_between_steps or run.optimizer.is_updating:
+        return False
+    if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
+        return False  # nothing was learnt yet
+    return run.shards is None or isinstance(error, (Interrupted, DeadRun))  # else the others may be in the middle of a step
+
+
 def keep_finished_steps(run: Run | None, error: BaseException) -> str:
     """Saves the finished steps after an error. Returns a text about it for the error's message."""
-    if run is None or run.optimizer is None or isinstance(error, (SaveError, OSError)):
+    if run is None or run.optimizer is None:
         return ""
-    if not run.is_between_steps or run.optimizer.is_updating:
+    can_save = _can_save(run, error)
+    if run.shards is not None and run.saved_step != run.step:
+        can_save = run.ranks.all_save(can_save)
+    if not can_save:
         return ""
-    if run.step == 0 and (run.config.warmup is None or not isinstance(error, Interrupted)):
-        return ""  # nothing was learnt yet
-    if run.shards is not None and not isinstance(error, (Interrupted, DeadRun)):  # to which all ranks come
-        return ""  # what the rank that failed has cannot be gathered
     try:
         if run.shards is not None:
             run.shards.gather()

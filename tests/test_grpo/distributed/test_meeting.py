@@ -1,5 +1,6 @@
 """Which rank speaks, which processes it can look up, and what it compares with the others."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,9 @@ class GoneStore:
     def check(self, keys):
         raise RuntimeError("Connection reset by peer")
 
+    def set(self, key, value):
+        raise RuntimeError("Connection reset by peer")
+
     def compare_set(self, key, expected, desired):
         raise RuntimeError("Connection reset by peer")
 
@@ -56,6 +60,16 @@ def test_how_long_a_rank_waits_after_a_stop_signal(monkeypatch, rank, is_torchru
     member.watch(lambda: True)
     with pytest.raises(RankFault, match=f"rank {1 - rank} did not come to 'the scores' within {limit}:"):
         member.exchange("the scores")
+
+
+def test_ranks_save_together_or_not_at_all():
+    ranks = members(dist.HashStore())
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda member: member.all_save(True), ranks)) == [True] * 4
+    ranks = members(dist.HashStore())
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda member: member.all_save(member.rank != 2), ranks)) == [False] * 4
+    assert not members(GoneStore())[1].all_save(True)
 
 
 def test_processes_are_looked_up_only_where_their_numbers_mean_the_same():

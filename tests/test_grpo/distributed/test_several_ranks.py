@@ -89,6 +89,33 @@ def test_two_ranks_that_divide_the_model_go_on_after_a_kill_within_a_pass_with_t
     assert_equal_runs(tmp_path / "run", one)
 
 
+AFTER_A_STEP = """
+import grpo.update as update
+make_update = update.make_update
+def changed(run):
+    norm = make_update(run)
+    {change}
+    return norm
+update.make_update = changed
+"""
+FAILING = "import spread; spread.judge = lambda completion: 1 / 0"
+WAITING = """import time, models.gpt_oss as module
+    decode, ranks = module.GptOss.decode, run.ranks
+    def wait(*arguments, **keywords):
+        while ranks.fault() is None:
+            time.sleep(0.01)
+        return decode(*arguments, **keywords)
+    module.GptOss.decode = wait"""
+
+
+def test_a_rank_that_fails_while_others_sample_does_not_let_them_wait_to_save_what_all_divide(launch, tmp_path):
+    before = {rank: AFTER_A_STEP.format(change=change) for rank, change in ((0, WAITING), (1, FAILING))}
+    ended = launch(2, tmp_path, "distributed.shard=true", *BRIEF, "checkpoint.every=5", "distributed.timeout=600", before=before)
+    assert ended.codes == [4, 4]
+    assert re.match(r"error: rank 1 \(.*\): environment Spread.score raised ZeroDivisionError", ended.message)
+    assert newest(tmp_path) == 0
+
+
 @pytest.mark.slow
 def test_the_fast_sum_is_the_ordered_one_up_to_rounding(launch, one, tmp_path):
     ended = launch(2, tmp_path, "distributed.reduction=fast", "steps=1", "eval.at_start=false")
