@@ -104,15 +104,19 @@ class RunTable:
                 for label, rows in zip(labels, variants)]
 
     def _is_told_by_name(self) -> bool:
-        """Whether more keys differ than a table shows: then runs are told apart by what differs in their names."""
-        return len([key for key in self.shared_keys if key != "seed"]) > MAX_KEYS
+        """Whether the keys that a table shows are too few to tell variants apart: then what differs in their names does."""
+        keys, variants = [key for key in self.shared_keys if key != "seed"], self._variants()
+        return len(keys) > MAX_KEYS or len({json.dumps([rows[0][key] for key in keys]) for rows in variants}) < len(variants)
 
     def _labels(self, variants: list[list[dict]]) -> list[str]:
         """A text for each variant: the values of its keys, or what its name has of its own."""
         if self._is_told_by_name():
-            names = [str(rows[0]["run"]).replace(f"seed{rows[0].get('seed')}", "").split("-") for rows in variants]
-            shared = set.intersection(*map(set, names)) if len(names) > 1 else set()
-            return ["-".join(word for word in name if word and word not in shared) or "-".join(name) for name in names]
+            names = [[str(row["run"]).replace(f"seed{row.get('seed')}", "").split("-") for row in rows] for rows in variants]
+            alike = [[word for word in first if word and all(word in other for other in others)] for first, *others in names]
+            shared = set.intersection(*map(set, alike)) if len(names) > 1 else set()
+            labels = ["-".join(word for word in name if word not in shared) for name in alike]
+            is_told = all(labels) and len(set(labels)) == len(labels)
+            return labels if is_told else [min(str(row["run"]) for row in rows) for rows in variants]
         keys = [key for key in self.shared_keys if key != "seed"]
         return [", ".join(_cell(rows[0][key]) for key in keys) or "all runs" for rows in variants]
 

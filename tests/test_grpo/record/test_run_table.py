@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes
 
+from grpo.record import run_table
 from grpo.record.run_table import RunTable, find_runs, mean_half_width, sweep_summary
 from grpo.report import main
 
@@ -150,3 +151,19 @@ def test_variants_that_differ_in_more_keys_than_are_shown_go_by_what_their_names
                                                                           errorbar(axes, *values, **style)][1])
     assert b"gmpo" in table.plot("svg")
     assert drawn[-1] == (pytest.approx(0.7), pytest.approx(1.2706)) and len(drawn) == 7
+
+
+@pytest.mark.parametrize("name, labels", [("losses-{}-s{}", ["cispo", "bnpo", "dapo"]),
+                                          ("run{}{}", ["runcispo0", "runbnpo0", "rundapo0"])])
+def test_variants_that_only_a_key_of_their_own_tells_apart_go_by_their_names(tmp_path, monkeypatch, name, labels):
+    ppo = [("dapo", {"_target_": "ppo", "clip_high": 0.28}), ("bnpo", {"_target_": "ppo", "clip_high": 0.2})]
+    for index, (loss, keys) in enumerate([*ppo, ("cispo", {"_target_": "cispo", "max_ratio": 5.0})]):
+        for seed in (0, 1):
+            score = 0.1 * index + 0.01 * seed
+            write_run(tmp_path / name.format(loss, seed), {"seed": seed, "loss": keys}, {"eval/greedy": score})
+    table, drawn = RunTable(find_runs(tmp_path)), []
+    lines = lines_of(table.text().partition("Means over seeds")[2])
+    assert [line[:2] for line in lines] == [["runs", "seeds"], lines[1][:2], *([label, "2"] for label in labels)]
+    monkeypatch.setattr(run_table, "comparison", lambda curves, *_, **__: drawn.extend(curves) or b"")
+    table.plot("svg")
+    assert drawn == labels  # and none stands for two
