@@ -97,6 +97,11 @@ def update(run: Run, groups: Groups, *, staleness: int = 0) -> dict[str, float]:
         run.metrics.warn(f"step {run.step + 1}: corrections give every token the weight 0, so nothing was learnt; look at "
                          "corrections/ratio/max and inverse_ratio/max, and widen the bounds (low, high, geometric, max_k3)")
         run.has_warned_of_weights = True
+    elif max(grad_norms) == 0 and not run.has_warned_of_weights:
+        run.metrics.warn(f"step {run.step + 1}: the gradient is 0, so nothing was learnt: the advantage of every trained "
+                         "completion is 0 (with advantage.baseline=best_of_others only the best one has any, and "
+                         "optim.mask_truncated leaves it out if it was cut off), or the loss leaves out every token")
+        run.has_warned_of_weights = True
     return {**of_updates, **of_loss, **sampling,
             "grad_norm": max(grad_norms), "lr": lr, "update/tokens": sum(num_packed), "update/trained_tokens": num_trained,
             "update/frac_tokens_shared": 1 - sum(num_packed) / num_whole, **routing_metrics(micro.replay for micro in trained[0])}

@@ -116,7 +116,7 @@ class Run:
     saved_step: int = -1  # steps finished at the newest checkpoint
     has_stepped: bool = False  # in this process
     has_warned: bool = False  # that sampler and trainer differ
-    has_warned_of_weights: bool = False  # that corrections leave nothing to learn
+    has_warned_of_weights: bool = False  # that corrections or advantages leave nothing to learn
     is_between_steps: bool = True  # false while weights hold part of a step's updates
 
 

@@ -297,6 +297,16 @@ def test_corrections_that_leave_nothing_to_learn_are_warned_of_once(config, tmp_
         "step 1: corrections give every token the weight 0"] * num_warnings
 
 
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_gradient_of_zero_is_warned_of_once(config, tmp_path, is_live):
+    policy = build_policy(trains="adapter")
+    run = make_run(config, tmp_path, policy, optimizer=make_optimizer(config, policy))
+    completions, advantages = draw_completions(policy)
+    for run.step in range(2):
+        update(run, Groups(completions, advantages if is_live else [0.0] * len(advantages), []))
+    assert [text[:25] for text in run.metrics if "the gradient is 0" in text] == ["step 1: the gradient is 0"] * (not is_live)
+
+
 def test_a_loss_that_breaks_its_contract_in_the_middle_is_named(config, tmp_path):
     policy = build_policy(trains="adapter")
     run = make_run(config, tmp_path, policy, optimizer=Sgd(policy), loss_fn=lambda inputs: inputs.log_probs.sum())
