@@ -69,7 +69,8 @@ def load_function(path: str, *, key: str) -> Callable:
 
 def _import_file(path: Path) -> types.ModuleType:
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path.absolute()}")
+        hint = "" if path.is_absolute() else "; a relative path starts at the working directory"
+        raise FileNotFoundError(f"no such file: {path.absolute()}{hint}")
     name = "reward_file_" + re.sub(r"\W", "_", str(path.resolve()))
     if name in sys.modules:
         return sys.modules[name]

@@ -340,7 +340,7 @@ def test_keyword_arguments_come_from_the_config():
         ("nowhere.at_all:score", "cannot import nowhere.at_all"),
         ("grpo.rewards.match:exact_mach", "has no 'exact_mach'; it defines: exact_match"),
         ("grpo.rewards.numbers:MAX_EXPONENT", "is a int, no function"),
-        ("missing_file.py:score", "no such file"),
+        ("missing_file.py:score", "missing_file.py; a relative path starts at the working directory"),
         ("grpo.rewards.match:", "expected package.module:function"),
     ],
 )
