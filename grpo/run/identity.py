@@ -114,11 +114,13 @@ def digest_file(path: Path) -> str:
         return digest.hexdigest()
 
 
-def digest_code() -> str:
-    """Of all source files of this program, and their names."""
+def digest_code(grpo: Path = CHECKOUT / "grpo") -> str:
+    """Of all source files of this program, and their names. An installed package has `kernels` and `models` within `grpo`; what
+    lies beside it then is others'."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in ("grpo", "kernels", "models") for path in (CHECKOUT / folder).rglob("*.py")):
-        digest.update(f"{path.relative_to(CHECKOUT)} {digest_file(path)}\n".encode())
+    folders = [grpo, *(grpo.parent / name for name in ("kernels", "models") if not (grpo / name).is_dir())]
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(grpo.parent)} {digest_file(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

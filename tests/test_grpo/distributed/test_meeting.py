@@ -9,6 +9,7 @@ import torch.distributed as dist
 from grpo.config import ConfigError
 from grpo.distributed.place import RankPlace
 from grpo.distributed.ranks import RankFault, Ranks
+from grpo.run.identity import digest_code
 from grpo.run.start import check_equal_files
 
 
@@ -77,6 +78,24 @@ def test_processes_are_looked_up_only_where_their_numbers_mean_the_same():
     never = 2**22 + 1  # above the highest number of a process
     ranks._peers = [{"host": "localhost", "processes": space, "pid": never} for space in ("a", "a", "b", "b")]
     assert [ranks._is_dead(rank) for rank in range(4)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_the_digest_of_the_code_has_no_file_of_other_packages(tmp_path, is_installed):
+    grpo = tmp_path / "grpo"
+    own = grpo if is_installed else tmp_path
+    for folder in (grpo, own / "kernels", own / "models", tmp_path / "kernels", tmp_path / "other"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "a.py").write_text("1")
+
+    def changes(folder):
+        before = digest_code(grpo)
+        (folder / "a.py").write_text("2")
+        return digest_code(grpo) != before
+
+    assert not changes(tmp_path / "other")
+    assert changes(grpo) and changes(own / "models")
+    assert changes(tmp_path / "kernels") != is_installed  # Hugging Face has a package of this name
 
 
 def test_ranks_whose_files_differ_are_told_which():
