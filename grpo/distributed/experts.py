@@ -9,7 +9,7 @@ from grpo.config import ConfigError, Train, TrainConfig
 from grpo.distributed.ranks import Ranks
 from grpo.distributed.shards import Divided
 from grpo.environment import Environment
-from models.adam_state import can_divide
+from models.adam_state import BLOCK, can_divide
 from models.config import GptOssConfig
 from models.expert_share import ExpertShare
 from models.gpt_oss import GptOss
@@ -62,8 +62,9 @@ class ExpertAdapters(Divided):
         self._policy, self.parameters = policy, policy.trainable_parameters()
         divided = [name for name in self.parameters if policy.divides(name)]
         if moments != "fp32" and not all(can_divide(self.parameters[name], 1) for name in divided):
-            raise ConfigError(f"optim.moments = {moments!r}: an expert's adapter is too small to be kept in blocks of its own; "
-                              "set optim.moments=fp32, a larger model.lora.rank, or distributed.expert_parallel=1")
+            raise ConfigError(f"optim.moments = {moments!r}: the adapters of a rank's experts do not fill blocks of {BLOCK} "
+                              "elements, which have a scale each; set optim.moments=fp32, another model.lora.rank, or "
+                              "distributed.expert_parallel=1")
         # of the blocks and draws of a state in 8 bits
         self.starts = {name: self.place * self.parameters[name].numel() * (moments != "fp32") for name in divided}
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import BF16, MXFP4, fill_trainable
 
+from grpo.config import ConfigError
+from grpo.distributed.experts import ExpertAdapters
 from grpo.kl import Reference
 from grpo.run.start import check_equal_weights
 from models.expert_share import ExpertShare
@@ -194,6 +197,16 @@ def test_a_rank_that_starts_from_other_experts_adapters_is_named():
     found = [first, second, first, other]
     with pytest.raises(RuntimeError, match="rank 3 starts from other weights than ranks 0 and 1"):
         check_equal_weights(runs[0])
+
+
+@pytest.mark.parametrize("rank, fits", [(2, False), (8, True)])
+def test_a_state_in_8_bits_needs_adapters_of_whole_blocks(rank, fits):
+    model = load_model(MXFP4, device="cpu", dtype=torch.float32, share=Meeting(2).share(0))
+    attach_lora(model, LoraConfig(rank, 4.0, ["experts"]), seed=0)
+    ranks = SimpleNamespace(sharer=0, num_sharers=2)
+    with nullcontext() if fits else pytest.raises(ConfigError, match="optim.moments = 'int8': .* do not fill blocks of 256"):
+        assert ExpertAdapters(ranks, model, moments="int8").parameters
+    assert ExpertAdapters(ranks, model, moments="fp32").parameters
 
 
 def test_what_needs_all_experts_is_refused(tmp_path):
