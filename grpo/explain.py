@@ -65,6 +65,9 @@ class Request:
 
 def main(words: list[str]) -> int:
     hold_standard_streams()
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
     request = None
     try:
         check_alone("grpo.explain")
@@ -107,6 +110,8 @@ def read_request(words: list[str]) -> Request:
         if not values.get(key):
             raise ConfigError(f"{key} is required: python -m grpo.explain run=runs/NAME step=N")
     output = Path(values["output"]).expanduser() if values.get("output") else None
+    if output is not None and output.is_dir():
+        raise ConfigError(f"output = {values['output']!r}: is a folder; name a file, such as {values['output']}/step.html")
     return Request(Path(values["run"]).expanduser(), **numbers, output=output)
 
 

@@ -169,6 +169,7 @@ def test_settings_are_kept_once_for_steps_that_stand_and_dropped_for_steps_made_
     (["run=x"], "step is required: python -m grpo.explain run=runs/NAME step=N"),
     (["run=x", "step=two"], "step = 'two': must be a whole number of at least 1"),
     (["run=x", "step=1", "smaple=2"], "smaple: no such key; write KEY=VALUE with one of run, step, sample"),
+    (["run=x", "step=1", "output={plain}"], "output = .*plain': is a folder; name a file, such as .*plain/step.html"),
     (["run={plain}", "step=9"], "step = 9: .*plain has steps 1 to 3 in metrics.jsonl"),
     (["run={plain}", "step=1", "epoch=2"], "epoch = 2: the run has optim.epochs = 1"),
     (["run={plain}/none", "step=1"], "none"),
@@ -176,6 +177,11 @@ def test_settings_are_kept_once_for_steps_that_stand_and_dropped_for_steps_made_
 def test_a_request_that_cannot_be_met_is_refused(runs, words, said):
     with pytest.raises(ConfigError, match=said):
         explain(read_request([word.format(plain=runs / "plain") for word in words]))
+
+
+def test_help_is_the_description_of_the_command(capsys):
+    assert grpo.explain.main(["--help"]) == 0
+    assert "python -m grpo.explain run=runs/NAME step=12" in capsys.readouterr().out
 
 
 def test_a_completion_that_was_not_trained_on_says_why():
