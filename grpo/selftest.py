@@ -89,10 +89,11 @@ CHECKS = (
 
 
 def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]) -> int:
-    """All three parts; the run goes on beside the checks. Returns the exit code. Raises ConfigError where a band is no band or
-    the tests are not beside the code."""
+    """All three parts; the run goes on beside the checks, in a folder that is deleted at the end. Returns the exit code. Raises
+    ConfigError where a band is no band or the tests are not beside the code."""
     for name, ends in config.selftest.bands.items():
-        if not re.fullmatch(r".+@\d+", name) or len(ends) != 2:
+        is_pair = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
+        if not re.fullmatch(r".+@\d+", name) or not is_pair or ends[0] > ends[1]:
             raise ConfigError(f"selftest.bands.{name} = {ends}: write METRIC@STEP: [LEAST, LARGEST]")
     if not (ROOT / "tests").is_dir():
         raise ConfigError("selftest: the tests are not installed with the package; run it in a checkout of the repository")

@@ -177,7 +177,7 @@ def run_training(config: TrainConfig) -> int:
             finally:
                 if run is not None:
                     run.metrics.finish("finished" if failure is None else failure.reason)
-        if failure is None and leads(ranks):
+        if failure is None and leads(ranks) and config.selftest is None:  # a selftest's folder goes when it ends
             run.metrics.print_final(next_commands(run, exported))
     except (ConfigError, RunInUseError, OSError, RankFault) as error:
         failure = settle(ranks, describe_failure(error, config=config, log=None))

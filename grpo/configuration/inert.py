@@ -3,6 +3,7 @@
 Keys whose default stands in the YAML are not among them; the comments of grpo/config.py say when those are of no account."""
 import dataclasses
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from typing import NamedTuple
 
 from grpo.config import LrSchedule, TrainConfig, WeightKind
@@ -46,4 +47,5 @@ def inert_problems(config: TrainConfig) -> Iterator[tuple[str, object, str]]:
         default = next(field.default for field in dataclasses.fields(node) if field.name == name)
         if value != default and not acts(config):
             left = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-            yield key, value, f"changes nothing without {needs}: set that, or leave it at {left}"
+            given = str(value) if isinstance(value, StrEnum) else value
+            yield key, given, f"changes nothing without {needs}: set that, or leave it at {left}"

@@ -1,7 +1,7 @@
 """Nodes of a training configuration about its prompts and what a run keeps and writes; grpo/config.py has the others."""
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from grpo.configuration.fields import REQUIRED, number
 
@@ -62,4 +62,4 @@ class WandbConfig:
 class SelftestConfig:
     """A run whose machine and code are checked first, and whose curve is checked afterwards (grpo/selftest.py)."""
 
-    bands: Dict[str, List[float]] = field(default_factory=dict)  # METRIC@STEP: the least and the largest value that pass
+    bands: Dict[str, Any] = field(default_factory=dict)  # METRIC@STEP: [the least, the largest value that passes]

@@ -119,6 +119,15 @@ def test_the_verdict_names_what_failed(checks, monkeypatch, capsys, reached, cod
     assert capsys.readouterr().out.splitlines()[-1] == verdict
 
 
+def test_a_run_in_a_folder_that_goes_names_no_files_and_commands(entry_points):
+    check = "selftest.Check('a check', ('test_grpo/test_selftest.py',), only='ceiling')"
+    done = entry_points.run("grpo.train", "+experiment=smoke", "steps=1", "warmup=null", "eval.at_start=false",
+                            "++selftest.bands={reward@1: [0, 2]}",  # of integers
+                            before=f"import grpo.selftest as selftest\nselftest.CHECKS = ({check},)")
+    assert done.code == 0 and "PASS  a check  1 tests" in done.out and "PASS  reward at step 1" in done.out, done.out + done.err
+    assert "next:" not in done.out and "report.html" not in done.out
+
+
 def test_a_run_that_ends_early_is_no_pass(checks, monkeypatch, capsys):
     config = load_config("train", ["+experiment=selftest"])
     monkeypatch.setattr(selftest, "CHECKS", checks[:1])
@@ -126,7 +135,9 @@ def test_a_run_that_ends_early_is_no_pass(checks, monkeypatch, capsys):
     assert "PASS  right" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "ends"), [("reward", [0.0, 1.0]), ("reward@x", [0.0, 1.0]), ("reward@3", [0.0])])
+@pytest.mark.parametrize(("name", "ends"), [
+    ("reward", [0.0, 1.0]), ("reward@x", [0.0, 1.0]), ("reward@3", [0.0]), ("reward@3", [1, 0]), ("reward@3", ["0", 1]),
+    ("reward@3", 1.0)])
 def test_a_band_that_is_none_is_refused(name, ends):
     config = load_config("train", ["+experiment=selftest"])
     config.selftest.bands[name] = ends

@@ -53,3 +53,8 @@ def test_a_metric_that_there_may_be_is_taken(best):
 def test_several_answers_are_for_questions_from_a_file():
     with pytest.raises(ConfigError, match="num_samples = 4: goes with prompts=FILE"):
         load_config("generate", ["run=runs/x", "num_samples=4"])
+
+
+def test_a_word_is_shown_as_it_was_typed():
+    with pytest.raises(ConfigError, match="kl.reference = 'base': changes nothing without"):
+        load_config("train", ["kl.reference=base"])
