@@ -21,6 +21,10 @@ def _draws_evaluations(config: TrainConfig) -> bool:
     return evaluation.num_samples > 0 or not (evaluation.every > 0 or evaluation.at_start or evaluation.at_end)
 
 
+def _may_use_sums(config: TrainConfig) -> bool:
+    return not str(config.loss.get("_target_")).replace(":", ".").startswith(("grpo.losses.", "grpo.supervised.sft"))
+
+
 DEPENDENT = (
     *(Dependent(f"corrections.{name}", lambda config: config.corrections.weight != WeightKind.none,
                 "corrections.weight=truncate or mask") for name in ("level", "low", "high")),
@@ -30,6 +34,7 @@ DEPENDENT = (
     Dependent("optim.decay_steps", lambda config: config.optim.schedule != LrSchedule.constant,
               "optim.schedule=linear or cosine"),
     Dependent("optim.whole_prompts", lambda config: config.optim.minibatches > 1, "optim.minibatches above 1"),
+    Dependent("optim.sums_log_probs", _may_use_sums, "loss=dpo, or a loss of your own that uses them"),
     Dependent("curriculum.window", lambda config: config.curriculum.retire_at is not None or config.curriculum.candidates > 1,
               "curriculum.retire_at, or curriculum.candidates above 1"),
     Dependent("curriculum.target", lambda config: config.curriculum.candidates > 1, "curriculum.candidates above 1"),

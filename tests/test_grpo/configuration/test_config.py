@@ -240,7 +240,7 @@ def test_no_number_may_be_infinite_or_nan(value, tmp_path):
 
 def test_a_reference_without_a_coefficient_can_be_renewed_where_it_has_another_use():
     renewed = ["kl.coefficient=0", "kl.refresh_every=5"]
-    assert load_config("train", [*renewed, "optim.sums_log_probs=true"]).kl.refresh_every == 5
+    assert load_config("train", [*renewed, "loss=dpo", "optim.sums_log_probs=true"]).kl.refresh_every == 5
 
 
 def test_the_best_checkpoint_needs_an_evaluation():

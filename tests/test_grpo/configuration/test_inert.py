@@ -11,6 +11,7 @@ CASES = {
     "corrections.high=5": ["corrections.weight=truncate"], "entropy.step=0.01": ["entropy.target=0.3"],
     "kl.reference=base": ["kl.coefficient=0.1"], "rollout.overlong_penalty=0.5": ["rollout.overlong_buffer=4"],
     "optim.decay_steps=5": ["optim.schedule=linear"], "optim.whole_prompts=true": ["optim.minibatches=2"],
+    "optim.sums_log_probs=true": ["loss=dpo"],
     "curriculum.window=3": ["curriculum.retire_at=0.9"], "curriculum.target=0.3": ["curriculum.candidates=2"],
     "eval.top_k=5": ["eval.num_samples=1"], "eval.top_p=0.9": ["eval.num_samples=1"], "eval.min_p=0.1": ["eval.num_samples=1"]}
 OFF = {"eval": ["eval.num_samples=0"], "optim": ["optim.schedule=constant"]}

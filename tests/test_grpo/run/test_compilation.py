@@ -41,7 +41,8 @@ def test_what_decides_about_kernels_follows_from_the_config():
     assert plan.shares_prompts and plan.activation_checkpointing and not plan.scores
     assert plan_of("eval.max_prompts=40", "eval.num_samples=1", "rollout.prompts_per_step=1").max_rows == 40
     assert plan_of("rollout.max_batch=24").max_rows == 24
-    assert all(plan_of(setting).scores for setting in ("kl.coefficient=0.1", "optim.sums_log_probs=true", "optim.minibatches=2"))
+    assert all(plan_of(*settings).scores for settings in (
+        ("kl.coefficient=0.1",), ("loss=dpo", "optim.sums_log_probs=true"), ("optim.minibatches=2",)))
     filtered = plan_of("rollout.top_p=0.9", "eval.greedy=false")
     assert filtered.filters and filtered.draws == []
     unevaluated = plan_of("eval.every=0", "eval.at_start=false", "eval.at_end=false")
