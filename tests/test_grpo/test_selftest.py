@@ -120,11 +120,11 @@ def test_the_verdict_names_what_failed(checks, monkeypatch, capsys, reached, cod
 
 
 def test_a_run_in_a_folder_that_goes_names_no_files_and_commands(entry_points):
-    check = "selftest.Check('a check', ('test_grpo/test_selftest.py',), only='ceiling')"
+    quick = "selftest._run, selftest.hardware_report = lambda *_: (True, 'well'), lambda: ['a machine']"
     done = entry_points.run("grpo.train", "+experiment=smoke", "steps=1", "warmup=null", "eval.at_start=false",
                             "++selftest.bands={reward@1: [0, 2]}",  # of integers
-                            before=f"import grpo.selftest as selftest\nselftest.CHECKS = ({check},)")
-    assert done.code == 0 and "PASS  a check  1 tests" in done.out and "PASS  reward at step 1" in done.out, done.out + done.err
+                            before=f"import grpo.selftest as selftest\n{quick}", writes_report=False)
+    assert done.code == 0 and "PASS  reward at step 1" in done.out, done.out + done.err
     assert "next:" not in done.out and "report.html" not in done.out
 
 
