@@ -23,6 +23,7 @@ import torch
 
 from grpo.config import ConfigError, TrainConfig, run_folder
 from grpo.configuration.sweeps import PREEMPTED
+from grpo.distributed.place import check_alone
 from models.config import released
 from models.expert_store import layer_bytes
 from models.experts import FORMATS
@@ -90,7 +91,8 @@ CHECKS = (
 
 def run_selftest(config: TrainConfig, run_training: Callable[[TrainConfig], int]) -> int:
     """All three parts; the run goes on beside the checks, in a folder that is deleted at the end. Returns the exit code. Raises
-    ConfigError where a band is no band or the tests are not beside the code."""
+    ConfigError where a band is no band, the tests are not beside the code, or several processes were started."""
+    check_alone("grpo.train +experiment=selftest")
     for name, ends in config.selftest.bands.items():
         is_pair = isinstance(ends, list) and len(ends) == 2 and all(type(end) in (int, float) for end in ends)
         if not re.fullmatch(r".+@\d+", name) or not is_pair or ends[0] > ends[1]:

@@ -195,7 +195,7 @@ def main(config: TrainConfig) -> int:
     try:
         return run_selftest(config, run_training)
     except ConfigError as error:
-        return report_failure(describe_failure(error, config=config, log=None), config)
+        return end(describe_failure(error, config=config, log=None), None, report=partial(report_failure, config=config))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,13 @@ def test_a_band_that_is_none_is_refused(name, ends):
         run_selftest(config, lambda config: 0)
 
 
+def test_several_processes_are_refused_before_each_runs_all_tests(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="selftest is the work of one process, and 2 were started: start it with python"):
+        run_selftest(load_config("train", ["+experiment=selftest"]), lambda config: 0)
+
+
 def test_the_ceiling_of_decoding_by_hand():
     """Attention and head have 2.45 GB, experts 24 * 0.423; one row touches 4 of 32 experts, very many rows touch all."""
     assert decode_ceiling(1, (2.45 + 24 * 0.423 / 8) * 1e12) == pytest.approx(1000.0, rel=2e-3)
