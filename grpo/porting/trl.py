@@ -107,10 +107,13 @@ def _read_python(text: str) -> dict[str, object]:
     names, configs = _names(tree, calls)
     if not any(kind in ("GRPOConfig", "AsyncGRPOConfig") for _, kind in calls):
         try:
-            found |= _of_commands([words for words in commands_of(ast.get_docstring(tree) or "")
-                                   if any(word.endswith(".py") for word in words)])
+            written = commands_of(ast.get_docstring(tree) or "")
+            commands = [words for words in written if any(word.endswith(".py") for word in words)]
         except ValueError:
-            pass  # prose
+            commands = []  # prose
+        found |= _of_commands(commands[:1])
+        if commands[1:]:  # of another model, say
+            found["further commands of the docstring"] = len(commands) - 1
     for node, kind in calls:
         if kind == "load_dataset" and node.args:
             _take_dataset(node, names, found)

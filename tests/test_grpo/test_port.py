@@ -277,6 +277,8 @@ def test_trl_scripts_take_settings_from_argparse_from_their_docstring_and_from_a
     recipe = port_text("trl", '''"""
 Run it with
 accelerate launch --num_processes 2 script.py --learning_rate 3e-5 --num_generations 4 --per_device_train_batch_size 8
+or for another model
+accelerate launch script.py --learning_rate 1e-4
 """
 script_args, training_args, model_args = TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()
 training_args.max_steps = 30
@@ -287,7 +289,7 @@ trainer = GRPOTrainer(model=model_args.model_name_or_path, args=training_args, r
     # 8 x 2 completions of groups of 4
     assert (found["optim.lr"], found["rollout.prompts_per_step"], found["rollout.group_size"], found["steps"]) == (3e-5, 4, 4, 30)
     assert (found["env.split"], found["env.eval_split"], found["rollout.refill_rounds"]) == ("train[:5%]", "test[:5%]", 0)
-    assert "model (none)" in " ".join(recipe.remarks)
+    assert "model (none)" in " ".join(recipe.remarks) and "further commands of the docstring = 1" in recipe.not_carried
     recipe = port_text("trl", '''
 parser.add_argument("--learning-rate", type=float, default=5e-6)
 parser.add_argument("--temperature", type=float)
