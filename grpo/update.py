@@ -361,7 +361,13 @@ def loss_and_stats(run: Run, inputs: LossInputs, step: StepTokens | None) -> tup
     inputs, corrections = correct(inputs, run.config.corrections)
     if share < 1:
         inputs.advantages = inputs.advantages * top_entropy(step, share)[inputs.token_index]
-    loss, stats = checked_loss(call_loss(run.loss_fn, inputs, step), run.config.loss["_target_"])
+    path = run.config.loss["_target_"]
+    try:
+        returned = call_loss(run.loss_fn, inputs, step)
+    except Exception as error:
+        error.add_note(f"raised in loss._target_ = {path}")
+        raise
+    loss, stats = checked_loss(returned, path)
     stats = stats | corrections
     if kl.is_in_loss:
         penalty, kl_stats = kl_penalty(inputs, coefficient=kl.coefficient, estimator=kl.estimator)

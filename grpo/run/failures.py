@@ -69,6 +69,7 @@ def describe_failure(error: BaseException, *, config: object, log: Path | None, 
         message += f"; {free_bytes(log.parent):,} bytes are free in {log.parent}{hint}"
     elif reason == "failed" or not message:
         message = f"{type(error).__name__}: {message}"
+    message += "".join(f", {note}" for note in vars(error).get("__notes__", ()))
     is_clear = is_clear or (isinstance(error, ValueError) and not is_started)
     if log is not None and log.parent.is_dir() and not is_clear:
         with contextlib.suppress(OSError):  # a full disk must not hide the message

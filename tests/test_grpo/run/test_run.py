@@ -333,6 +333,25 @@ def test_control_characters_in_a_failure_are_printed_as_escapes(start, tmp_path)
     assert "\x1b" not in result.err + result.out and "\x07" not in result.err
 
 
+LATE = """
+from grpo.losses import reinforce
+
+def late(inputs, *, normalizer):
+    late.calls += 1
+    if late.calls > 1:  # the first call is the trial before the run
+        raise KeyError("late")
+    return reinforce(inputs, normalizer=normalizer)
+
+late.calls = 0
+"""
+
+
+def test_a_loss_that_raises_within_a_run_is_named(start, tmp_path):
+    (tmp_path / "own.py").write_text(LATE)
+    result = start(*SMOKE, "loss=reinforce", f"loss._target_={tmp_path}/own.py:late")
+    assert result.code == 1 and f"KeyError: 'late', raised in loss._target_ = {tmp_path}/own.py:late" in result.err, result.err
+
+
 def test_the_summary_says_what_was_run_with_what(start, tmp_path):
     result = start(*SMOKE, "seed=3")
     assert result.code == 0, result.err
