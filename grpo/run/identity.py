@@ -114,10 +114,10 @@ def digest_file(path: Path) -> str:
         return digest.hexdigest()
 
 
-def digest_code(grpo: Path = CHECKOUT / "grpo") -> str:
+def digest_code(checkout: Path | None = None) -> str:
     """Of all source files of this program, and their names. An installed package has `kernels` and `models` within `grpo`; what
     lies beside it then is others'."""
-    digest = hashlib.sha256()
+    grpo, digest = (checkout or CHECKOUT) / "grpo", hashlib.sha256()
     folders = [grpo, *(grpo.parent / name for name in ("kernels", "models") if not (grpo / name).is_dir())]
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(f"{path.relative_to(grpo.parent)} {digest_file(path)}\n".encode())

@@ -43,7 +43,7 @@ def counted(*arguments, **keywords):
     return original(*arguments, **keywords)
 module.{name} = counted
 """
-HURRY = "import grpo.distributed.ranks as ranks\nranks.GRACE_SECONDS = 0.2\nranks.LOOK_SECONDS = 0.1\n"
+HURRY = "import grpo.distributed.ranks as ranks\nranks.GRACE_SECONDS = 1.0\nranks.LOOK_SECONDS = 0.1\n"
 
 
 def at_call(place: str, count: int, action: str) -> str:

@@ -46,7 +46,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_checks_and_what_they_started(tmp_path, number):
     """In a program of its own: its check has a test that starts another program; more checks wait for a core."""
     tests, pids = tmp_path / "tests", tmp_path / "pids"

@@ -314,10 +314,10 @@ def test_a_loss_that_breaks_its_contract_in_the_middle_is_named(config, tmp_path
         update(run, Groups(*draw_completions(policy), []))
 
 
-def test_metrics_of_a_loss_are_means_over_its_tokens_and_never_stand_for_the_updates_own(config, tmp_path):
+def test_metrics_of_a_loss_are_means_over_its_tokens(config, tmp_path):
     def loss_fn(inputs):
         count = inputs.loss_mask.sum()
-        stats = {"mine": 3.0 * count, "mine/max": len(inputs.loss_mask), "loss": 7.0, "num_tokens": 1, "entropy": 1e9, "lr": 1e9}
+        stats = {"mine": 3.0 * count, "mine/max": len(inputs.loss_mask)}
         return inputs.log_probs.sum() / inputs.num_policy_tokens, stats
 
     policy = build_policy(trains="adapter")

@@ -89,9 +89,9 @@ def test_the_digest_of_the_code_has_no_file_of_other_packages(tmp_path, is_insta
         (folder / "a.py").write_text("1")
 
     def changes(folder):
-        before = digest_code(grpo)
+        before = digest_code(tmp_path)
         (folder / "a.py").write_text("2")
-        return digest_code(grpo) != before
+        return digest_code(tmp_path) != before
 
     assert not changes(tmp_path / "other")
     assert changes(grpo) and changes(own / "models")

@@ -195,7 +195,8 @@ def one_with_adapter(launch, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("num_ranks, num_sharers", [(2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks, num_sharers", [
+    (4, 2), *(pytest.param(num, num, marks=pytest.mark.slow) for num in (2, 4))])
 def test_ranks_that_share_experts_have_the_bytes_of_one(launch, one_with_adapter, tmp_path, num_ranks, num_sharers):
     ended = launch(num_ranks, tmp_path, *ADAPTER, f"distributed.expert_parallel={num_sharers}",
                    before=dict.fromkeys(range(num_ranks), HELD))
