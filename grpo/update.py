@@ -26,7 +26,7 @@ from grpo.optim import check_finite
 from grpo.out_of_memory import StillOutOfMemory, attempt, attempt_twice
 from grpo.recorded import held_out, held_out_metrics, pack_recorded, sums_of
 from grpo.rollout.session import Interrupted
-from grpo.run.start import Run
+from grpo.run.start import Run, divides_weights
 from models.decoder import CAPTURES
 from models.gpt_oss import HeadStates, Scores
 from models.routing_record import RoutingRecord, RoutingReplay, zero_routing
@@ -119,11 +119,6 @@ def make_update(run: Run) -> float:
     if run.shards is not None:
         run.shards.gather()
     return grad_norm
-
-
-def divides_weights(run: Run) -> bool:
-    """Whether ranks divide all that trains (grpo/distributed/shards.py)."""
-    return run.shards is not None and run.shards.divides_weights
 
 
 def packed(run: Run, groups: Groups) -> RolloutBatch:

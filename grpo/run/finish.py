@@ -20,7 +20,7 @@ from grpo.run.failures import DeadRun, Failure
 from grpo.run.model_card import Origin
 from grpo.run.policy import parameter_tensors
 from grpo.run.rollouts import write
-from grpo.run.start import OPTIM, Run
+from grpo.run.start import OPTIM, Run, divides_weights
 from models.formats.atomic import remove
 
 
@@ -41,8 +41,7 @@ def save(run: Run) -> None:
         run.saved_step = run.step
         return
     run.metrics.set_status("saving")
-    if run.shards is not None and run.shards.divides_weights and run.policy.device.type == "cpu":
-        # FSDP2 cannot drop memory that numpy has seen
+    if divides_weights(run) and run.policy.device.type == "cpu":  # FSDP2 cannot drop memory that numpy has seen
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     tensors |= {OPTIM + name: tensor for name, tensor in optimizer_state.items()}
     for name, tensor in tensors.items():

@@ -323,6 +323,11 @@ def wait_for_kernels(run: Run, compilation: Compilation) -> None:
         metrics.warn(describe_failures(compilation.failures))
 
 
+def divides_weights(run: Run) -> bool:
+    """Whether ranks divide all that trains (grpo/distributed/shards.py)."""
+    return run.shards is not None and run.shards.divides_weights
+
+
 def make_optimizer(config: TrainConfig, policy: GptOss, *, state_on_host: bool = False,
                    shards: Divided | None = None) -> Optimizer:
     optim = config.optim
