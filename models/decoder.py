@@ -37,8 +37,10 @@ PREFILL_BUCKETS = (32, *range(64, MAX_FEW_ROWS + 1, 64))  # tokens; for more, th
 _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") + 1)
 # shorter prefixes are not read once for all: they come from the L2 cache, which is faster than another launch
 _SHARED_TOKENS = 1024
-# with at most this many rows, one of which has at least this many tokens, many programs share each row's keys (decode_parts.py)
-_PARTS_ROWS, _PARTS_TOKENS = 4, 2048
+# with at most this many rows, one of which has more than this many tokens, each part of a row's keys has a program of its own
+_PARTS_ROWS, _PARTS_TOKENS = 24, 256
+# there is a graph for each power of two of tokens from here on: programs of parts that no row has cost little
+_LEAST_LONGEST = 1024
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
@@ -86,7 +88,7 @@ class KeyReading(NamedTuple):
     """How steps read the keys of full layers. The bits do not depend on it."""
 
     shares: bool  # a prompt is read once for a tile of rows that share it
-    longest: int  # above 0: many programs read each row, and no row has more tokens than this
+    longest: int  # above 0: each part of a row has a program, and no row has more tokens than this
 
 
 _ROW_BY_ROW = KeyReading(shares=False, longest=0)
@@ -250,8 +252,8 @@ class Decoder:
     def rehearse(self, num_rows: int, plain: PlainDraw, *, longest: int) -> None:
         """Takes a step of `num_rows` idle rows, without a graph, for each way of reading keys that they may need."""
         readings = [_ROW_BY_ROW]
-        if num_rows <= _PARTS_ROWS and longest >= _PARTS_TOKENS:
-            readings.append(KeyReading(shares=False, longest=_PARTS_TOKENS))
+        if num_rows <= _PARTS_ROWS and longest > _PARTS_TOKENS:
+            readings.append(KeyReading(shares=False, longest=_LEAST_LONGEST))
         if num_rows > 1 and self._counts_prompts_apart and longest > _SHARED_TOKENS:
             readings.append(KeyReading(shares=True, longest=0))
         for reading in readings:
@@ -290,8 +292,8 @@ class Decoder:
 
     def _reading(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> KeyReading:
         """The reading for a graph of `num_rows` rows, none of which will have more than `longest` tokens."""
-        if num_rows <= _PARTS_ROWS and longest >= _PARTS_TOKENS:
-            return KeyReading(shares=False, longest=next_power_of_2(longest))  # few values: each needs a graph
+        if num_rows <= _PARTS_ROWS and longest > _PARTS_TOKENS:
+            return KeyReading(shares=False, longest=max(_LEAST_LONGEST, next_power_of_2(longest)))
         return KeyReading(shares=self._share(prompts, self._num_tiles(num_rows)), longest=0)
 
     def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:

@@ -1,8 +1,8 @@
 """Attention of the next tokens of several sequences, in one launch: they see what a cache has of their sequences, and each other.
 The cache need not have their own keys and values.
 
-The loop over keys and the sizes of its tiles are those of packed.py's forward kernel, so a query gets the bits that it gets in
-the whole sequence. The grid depends on the number of rows alone, and what differs from call to call is read on the device: a CUDA
+The loop over keys and the sizes of its tiles are those of the forward kernel of packed.py, so a query gets the bits that it gets
+in the whole sequence. The grid depends on the number of rows alone, and what differs from call to call is read on the device: a CUDA
 graph serves any sections.
 
 A section is a run of rows of one sequence, all in its prefix or all after it. Sections are int64 [5, S + 1], their columns in the
@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.packed import blocks_for, forward_tiles, key_range, load_rows
+from kernels.attention.packed import blocks_for
+from kernels.attention.parts import all_keys, forward_tiles, key_range, keys_of_part, load_rows, no_keys
 from kernels.device import check_served, gpu_family, launch, overlap_constants, wait_for_launch_before
 from kernels.experts.tiles import owner_of_tile, tiles_of_experts
 
@@ -24,21 +25,23 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _chunk_range(acc, row_max, row_sum, q, keys, values, k, v, pages, stride_k, stride_v, position, split, key_start, key_end,
-                 scale_log2, window, STRIDE_KEY: tl.constexpr, WINDOWED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
-                 ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _chunk_range(total, total_max, total_sum, acc, row_max, row_sum, sink, q, keys, values, k, v, pages, stride_k, stride_v,
+                 position, split, key_start, key_end, scale_log2, window, STRIDE_KEY: tl.constexpr, WINDOWED: tl.constexpr,
+                 RING: tl.constexpr, PAGE: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr, PART: tl.constexpr):
     """For the queries from `position` on: the keys key_start .. key_end of their sequence, those before `split` from the cache,
     key p of the others at k + p * stride_k."""
     positions = position + tl.arange(0, BLOCK_M)
     first, whole_end, last = key_range(position, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
     if not WINDOWED:  # all queries see the tiles in the cache
         whole_end = key_start + tl.maximum(tl.minimum(split, key_end) - key_start, 0) // BLOCK_N * BLOCK_N
-        acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
-                                              positions, first, whole_end, key_end, scale_log2, window, WINDOWED, False, False,
-                                              D, BLOCK_N, RING, PAGE, pages, ALIGNED)
-    return forward_tiles(acc, row_max, row_sum, q, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0, positions, whole_end,
-                         last, key_end, scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED, k, v,
-                         stride_k, stride_v, split)
+        total, total_max, total_sum, acc, row_max, row_sum = forward_tiles(
+            total, total_max, total_sum, acc, row_max, row_sum, sink, q, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+            positions, key_start, first, whole_end, key_end, scale_log2, window, WINDOWED, False, False, D, BLOCK_N, PART, True,
+            RING, PAGE, pages, ALIGNED)
+    return forward_tiles(total, total_max, total_sum, acc, row_max, row_sum, sink, q, keys, values, keys, values, STRIDE_KEY,
+                         STRIDE_KEY, 0, positions, key_start, whole_end, last, key_end, scale_log2, window, WINDOWED, True, False,
+                         D, BLOCK_N, PART, True, RING, PAGE, pages, ALIGNED, k, v, stride_k, stride_v, split)
 
 
 @triton.jit(do_not_specialize=["window", "num_rows", "pages_per_slot"])
@@ -46,7 +49,7 @@ def _attend_chunks_kernel(q, k, v, keys, values, sinks, out, sections, page_tabl
                           stride_slot, num_heads, num_rows, pages_per_slot, scale_log2, window, STRIDE_KEY: tl.constexpr,
                           SECTIONS: tl.constexpr, GROUP: tl.constexpr, WINDOWED: tl.constexpr, PREFIXED: tl.constexpr,
                           RING: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                          OVERLAPS: tl.constexpr):
+                          PART: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_launch_before(OVERLAPS)
     head, tile = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     tiles_of = tiles_of_experts(sections, num_rows, SECTIONS, BLOCK_M, SECTIONS, True)
@@ -68,21 +71,23 @@ def _attend_chunks_kernel(q, k, v, keys, values, sinks, out, sections, page_tabl
         k += column - shift.to(tl.int64) * stride_k
         v += column - shift.to(tl.int64) * stride_v
         q_tile = load_rows(q + head * D, stride_q, row, end, BLOCK_M, D, True)
-        row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-        row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        sink = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
         first = 0
         if PREFIXED:
             first = tl.load(sections + 3 * (SECTIONS + 1)).to(tl.int32)
-            acc, row_max, row_sum = _chunk_range(acc, row_max, row_sum, q_tile, keys, values, k, v, pages, stride_k, stride_v,
-                                                 row + shift, split, 0, first, scale_log2, window, STRIDE_KEY, WINDOWED, RING,
-                                                 PAGE, True, D, BLOCK_M, BLOCK_N)
-        acc, row_max, row_sum = _chunk_range(acc, row_max, row_sum, q_tile, keys, values, k, v, pages, stride_k, stride_v,
-                                             row + shift, split, first, end + shift, scale_log2, window, STRIDE_KEY, WINDOWED,
-                                             RING, PAGE, not PREFIXED, D, BLOCK_M, BLOCK_N)
+            total, total_max, total_sum, acc, row_max, row_sum = _chunk_range(
+                total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, k, v, pages, stride_k, stride_v,
+                row + shift, split, 0, first, scale_log2, window, STRIDE_KEY, WINDOWED, RING, PAGE, True, D, BLOCK_M, BLOCK_N,
+                PART)
+        total, total_max, total_sum, acc, row_max, row_sum = _chunk_range(
+            total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, k, v, pages, stride_k, stride_v,
+            row + shift, split, first, end + shift, scale_log2, window, STRIDE_KEY, WINDOWED, RING, PAGE, not PREFIXED, D,
+            BLOCK_M, BLOCK_N, PART)
+        total, total_max, total_sum = all_keys(total, total_max, total_sum, acc, row_max, row_sum, PART)
         rows, dims = row + tl.arange(0, BLOCK_M), tl.arange(0, D)
         tl.store(out + rows.to(tl.int64)[:, None] * stride_out + head * D + dims[None, :],
-                 (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=(rows < end)[:, None])
+                 (total / total_sum[:, None]).to(out.dtype.element_ty), mask=(rows < end)[:, None])
 
 
 def chunk_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
@@ -108,5 +113,5 @@ def chunk_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: tor
            0 if page_table is None else page_table.shape[1], scale * _LOG2_E, window, STRIDE_KEY=keys.stride(1),
            SECTIONS=num_sections, GROUP=num_heads // keys.shape[2], WINDOWED=window > 0, PREFIXED=is_prefixed,
            RING=0 if page else keys.shape[1], PAGE=page, D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
-           num_warps=blocks.warps, num_stages=blocks.stages, **overlap_constants(q, num_rows))
+           PART=keys_of_part(q.dtype, window), num_warps=blocks.warps, num_stages=blocks.stages, **overlap_constants(q, num_rows))
     return out

@@ -7,17 +7,15 @@ may be in two. The numbers of those pages are loaded one tile ahead. The bits do
 
 The Triton kernel gives a row the same bits as the forward kernel of kernels/attention/packed.py, on GPUs on which that kernel's
 products are mma.sync or wgmma (sm_80 to sm_90, sm_120), in bf16 and fp16:
-* it uses that kernel's loop (forward_tiles), over the same tiles: multiples of its key tile, counted from the start of the
-  sequence and, if training shares prompts, again from the end of the prefix (`prefix_lens`);
-* tiles without a visible key do not change maximum, sum and output (the sink keeps the maximum finite, so their weights are 0
-  and the factor is 1): a tile of training queries may visit more of them than one query does;
+* it uses that kernel's loop (kernels/attention/parts.py) over the same parts and tiles, counted from the start of the sequence
+  and, if training shares prompts, again from the end of the prefix (`prefix_lens`);
 * only one sum's order depends on the layout, that of a row's weights. In both kernels a thread has columns 8 j + 2 (lane % 4) and
   the next one of its row, adds its own, and a butterfly adds those of four lanes. This holds as long as all warps are along the
   rows; 16 rows fill one warp.
 
 There is one program of one warp for each sequence and key-value head, whose 8 query heads (in gpt-oss) are padded to the 16 rows
-of the smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU is
-idle; if they are long, kernels/attention/decode_parts.py shares a sequence between programs (`longest`).
+of the smallest product. It reads each key and value once, up to the sequence's position. With few sequences most of a GPU would
+be idle: then each part of a sequence has a program of its own, and another launch adds the parts (`longest`).
 
 If sequences share a prefix, another launch may first read it for several of them at once, 64 rows to a product (SharedPrefixes);
 each sequence then continues with its own keys. Its sums keep their order, and so their bits.
@@ -33,8 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.decode_parts import decode_attention_parts
-from kernels.attention.packed import blocks_for, forward_tiles, load_rows
+from kernels.attention.packed import blocks_for
+from kernels.attention.parts import add_part, all_keys, forward_tiles, keys_of_part, load_rows, no_keys
 from kernels.attention.reference import attend
 from kernels.device import (
     cdiv,
@@ -53,6 +51,8 @@ from kernels.device import (
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
+# of a program that adds parts: heads, whose number it must divide, and parts whose loads do not wait for each other
+_HEADS_AT_ONCE, _PARTS_AT_ONCE = 1, 8
 # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
 _PREFIX_ROWS = 64
 # GPU family -> stages of its loads if a program has a multiprocessor's shared memory to itself: only stages hide the loads then
@@ -97,22 +97,23 @@ def decode_attention_reference(q, keys, values, sinks, slots, positions, scale, 
 
 
 @triton.jit
-def _decode_range(acc, row_max, row_sum, q, k, v, pages, stride_key, position, key_start, key_end, scale_log2, window,
-                  WINDOWED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, ALIGNED: tl.constexpr, D: tl.constexpr,
-                  BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+def _decode_range(total, total_max, total_sum, acc, row_max, row_sum, sink, q, k, v, pages, stride_key, position, key_start, last,
+                  key_end, scale_log2, window, WINDOWED: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
+                  ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr):
     first = key_start
     if WINDOWED:
         first = key_start + tl.maximum(position - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
     # all tiles are masked: one loop that always loads ahead costs only a few comparisons per tile
     rows = tl.zeros([BLOCK_H], tl.int32) + position
-    return forward_tiles(acc, row_max, row_sum, q, k, v, k, v, stride_key, stride_key, 0, rows, first, key_end, key_end,
-                          scale_log2, window, WINDOWED, True, False, D, BLOCK_N, RING, PAGE, pages, ALIGNED)
+    return forward_tiles(total, total_max, total_sum, acc, row_max, row_sum, sink, q, k, v, k, v, stride_key, stride_key, 0, rows,
+                         key_start, first, last, key_end, scale_log2, window, WINDOWED, True, False, D, BLOCK_N, PART, False,
+                         RING, PAGE, pages, ALIGNED)
 
 
 @triton.jit(do_not_specialize=["pages_per_slot"])
 def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, page_table, stride_q, scale_log2, pages_per_slot,
                    STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-                   BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
+                   BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr, OVERLAPS: tl.constexpr):
     """Reads a prefix once for up to ROWS sequences that share it. Writes the output so far, its maximum and its sum, from which
     _decode_kernel continues, to states [B, H, D + 2]."""
     wait_for_launch_before(OVERLAPS)
@@ -127,73 +128,132 @@ def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, pa
     is_head = (rows // BLOCK_H < num_rows) & (heads < GROUP)
     row = (first_row + rows // BLOCK_H).to(tl.int64)
     q_tile = tl.load(q + (row * stride_q + (first_head + heads) * D)[:, None] + dims[None, :], mask=is_head[:, None], other=0.0)
-    row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
-    row_sum = tl.full([ROWS * BLOCK_H], 1.0, tl.float32)
-    acc = tl.zeros([ROWS * BLOCK_H, D], tl.float32)
+    sink = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+    total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
     keys += tl.program_id(0) * D
     values += tl.program_id(0) * D
     # every row sees the whole prefix: only a partial last tile needs a mask
     whole_end = end // BLOCK_N * BLOCK_N
     last = tl.zeros_like(rows) + end
-    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
-                                           last, 0, whole_end, end, scale_log2, 0, False, False, False, D, BLOCK_N, 0, PAGE,
-                                           pages, True)
-    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
-                                           last, whole_end, end, end, scale_log2, 0, False, True, False, D, BLOCK_N, 0, PAGE,
-                                           pages, True)
+    total, total_max, total_sum, acc, row_max, row_sum = forward_tiles(
+        total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+        last, 0, 0, whole_end, end, scale_log2, 0, False, False, False, D, BLOCK_N, PART, True, 0, PAGE, pages, True)
+    total, total_max, total_sum, acc, row_max, row_sum = forward_tiles(
+        total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, keys, values, STRIDE_KEY, STRIDE_KEY, 0,
+        last, 0, whole_end, end, end, scale_log2, 0, False, True, False, D, BLOCK_N, PART, True, 0, PAGE, pages, True)
+    total, total_max, total_sum = all_keys(total, total_max, total_sum, acc, row_max, row_sum, PART)
     state = states + (row * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
-    tl.store(state[:, None] + dims[None, :], acc, mask=is_head[:, None])
-    tl.store(state + D, row_max, mask=is_head)
-    tl.store(state + D + 1, row_sum, mask=is_head)
+    tl.store(state[:, None] + dims[None, :], total, mask=is_head[:, None])
+    tl.store(state + D, total_max, mask=is_head)
+    tl.store(state + D + 1, total_sum, mask=is_head)
+
+
+@triton.jit
+def _sequence(positions, prefix_lens, sequence, pages_per_slot, PREFIXED: tl.constexpr, PAGE: tl.constexpr):
+    """A sequence's number of keys, and of those in its prefix. An idle row has a position below 0, and no keys."""
+    num_keys = tl.maximum(tl.load(positions + sequence).to(tl.int32) + 1, 0)
+    if PAGE > 0:
+        # the result of a row past its table is not used, but it must not read past the table
+        num_keys = tl.minimum(num_keys, pages_per_slot * PAGE)
+    prefix = 0
+    if PREFIXED:
+        prefix = tl.minimum(tl.load(prefix_lens + sequence).to(tl.int32), num_keys)
+    return num_keys, prefix
 
 
 @triton.jit(do_not_specialize=["window", "pages_per_slot"])
 def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positions, prefix_lens, page_table, stride_q,
                    stride_slot, stride_out, scale_log2, window, pages_per_slot, STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr,
-                   WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, SHARES: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
-                   D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAPS: tl.constexpr):
+                   WINDOWED: tl.constexpr, PREFIXED: tl.constexpr, SHARES: tl.constexpr, BY_PART: tl.constexpr,
+                   RING: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+                   PART: tl.constexpr, OVERLAPS: tl.constexpr):
+    """BY_PART: writes output, maximum and sum of one part, program_id(2), to states [B, parts, H, D + 2], for _add_parts_kernel.
+    SHARES: goes on from what _prefix_kernel has written to states."""
     wait_for_launch_before(OVERLAPS)
     # the key-value heads of a sequence run side by side: their keys share pages of memory
     first_head = tl.program_id(0) * GROUP
+    num_heads = tl.num_programs(0) * GROUP
     sequence = tl.program_id(1).to(tl.int64)
-    # an idle row has a position below 0: it has no tiles, and its output is 0 / 1
-    position = tl.load(positions + sequence).to(tl.int32)
-    if PAGE > 0:
-        # the result of a row past its table is not used, but it must not read past the table
-        position = tl.minimum(position, pages_per_slot * PAGE - 1)
+    num_keys, prefix = _sequence(positions, prefix_lens, sequence, pages_per_slot, PREFIXED, PAGE)
+    position = num_keys - 1
     slot = tl.load(slots + sequence).to(tl.int64)
     pages = page_table + slot * pages_per_slot
     cache = slot * stride_slot + tl.program_id(0) * D
     if PAGE > 0:
         cache = tl.program_id(0) * D
-    q_tile = load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
+    keys += cache
+    values += cache
     heads, dims = tl.arange(0, BLOCK_H), tl.arange(0, D)
-    row_max = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
-    row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
-    acc = tl.zeros([BLOCK_H, D], tl.float32)
-    start = 0
-    if PREFIXED:
-        start = tl.minimum(tl.load(prefix_lens + sequence).to(tl.int32), position + 1)
-        first = 0
-        if SHARES:
-            is_known = (tl.load(is_shared + sequence) != 0) & (position >= 0)
-            first = tl.where(is_known, start, 0)
-        acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, pages, STRIDE_KEY,
-                                              position, first, start, scale_log2, window, WINDOWED, RING, PAGE, True, D, BLOCK_H,
-                                              BLOCK_N)
-        if SHARES:
-            known = is_known & (heads < GROUP)
-            state = states + (tl.program_id(1) * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
-            acc = tl.load(state[:, None] + dims[None, :], mask=known[:, None], other=acc)
-            row_max = tl.load(state + D, mask=known, other=row_max)
-            row_sum = tl.load(state + D + 1, mask=known, other=row_sum)
-    # tiles lie within pages if they are counted from position 0
-    acc, row_max, row_sum = _decode_range(acc, row_max, row_sum, q_tile, keys + cache, values + cache, pages, STRIDE_KEY,
-                                          position, start, position + 1, scale_log2, window, WINDOWED, RING, PAGE,
-                                          not PREFIXED, D, BLOCK_H, BLOCK_N)
-    out += sequence * stride_out + first_head * D
-    tl.store(out + heads[:, None] * D + dims[None, :], (acc / row_sum[:, None]).to(out.dtype.element_ty),
-             mask=(heads < GROUP)[:, None])
+    is_head = heads < GROUP
+    sink = tl.load(sinks + first_head + heads, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+    total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
+    if BY_PART:
+        first, end = tl.program_id(2) * PART, num_keys
+        if PREFIXED:  # whose parts come first
+            num_before = tl.cdiv(prefix, PART)
+            is_before = tl.program_id(2) < num_before
+            first = tl.where(is_before, first, prefix + (tl.program_id(2) - num_before) * PART)
+            end = tl.where(is_before, prefix, end)
+        if first < end:
+            q_tile = load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
+            total, total_max, total_sum, acc, row_max, row_sum = _decode_range(
+                total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, pages, STRIDE_KEY, position,
+                first, tl.minimum(first + PART, end), end, scale_log2, window, False, 0, PAGE, not PREFIXED, D, BLOCK_H,
+                BLOCK_N, 0)
+            place = (sequence * tl.num_programs(2) + tl.program_id(2)) * num_heads + first_head + heads
+            tl.store(states + (place * (D + 2))[:, None] + dims[None, :], acc, mask=is_head[:, None])
+            tl.store(states + place * (D + 2) + D, row_max, mask=is_head)
+            tl.store(states + place * (D + 2) + D + 1, row_sum, mask=is_head)
+    else:
+        q_tile = load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
+        if PREFIXED:
+            end = prefix
+            if SHARES:
+                is_known = (tl.load(is_shared + sequence) != 0) & (position >= 0)
+                end = tl.where(is_known, 0, prefix)
+                known = is_known & is_head
+                state = states + (sequence * num_heads + first_head + heads) * (D + 2)
+                total = tl.load(state[:, None] + dims[None, :], mask=known[:, None], other=0.0)
+                total_max = tl.load(state + D, mask=known, other=total_max)
+                total_sum = tl.load(state + D + 1, mask=known, other=total_sum)
+            total, total_max, total_sum, acc, row_max, row_sum = _decode_range(
+                total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, pages, STRIDE_KEY, position, 0,
+                end, end, scale_log2, window, WINDOWED, RING, PAGE, True, D, BLOCK_H, BLOCK_N, PART)
+        # tiles lie within pages if they are counted from position 0
+        total, total_max, total_sum, acc, row_max, row_sum = _decode_range(
+            total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, keys, values, pages, STRIDE_KEY, position, prefix,
+            num_keys, num_keys, scale_log2, window, WINDOWED, RING, PAGE, not PREFIXED, D, BLOCK_H, BLOCK_N, PART)
+        total, total_max, total_sum = all_keys(total, total_max, total_sum, acc, row_max, row_sum, PART)
+        out += sequence * stride_out + first_head * D
+        tl.store(out + heads[:, None] * D + dims[None, :], (total / total_sum[:, None]).to(out.dtype.element_ty),
+                 mask=is_head[:, None])
+
+
+@triton.jit(do_not_specialize=["num_parts", "pages_per_slot"])
+def _add_parts_kernel(sinks, out, states, positions, prefix_lens, stride_out, num_parts, pages_per_slot, PREFIXED: tl.constexpr,
+                      PAGE: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, AT_ONCE: tl.constexpr,
+                      OVERLAPS: tl.constexpr):
+    """Adds the parts of a sequence that _decode_kernel has written to states [B, num_parts, H, D + 2], for HEADS heads. The loads
+    of AT_ONCE parts do not wait for each other."""
+    wait_for_launch_before(OVERLAPS)
+    heads, dims = tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    num_heads = tl.num_programs(0) * HEADS
+    sequence = tl.program_id(1).to(tl.int64)
+    num_keys, prefix = _sequence(positions, prefix_lens, sequence, pages_per_slot, PREFIXED, PAGE)
+    num_used = tl.cdiv(prefix, PART) + tl.cdiv(num_keys - prefix, PART)
+    total_max = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+    total, total_sum = tl.zeros([HEADS, D], tl.float32), tl.full([HEADS], 1.0, tl.float32)
+    states += (sequence * num_parts * num_heads + heads) * (D + 2)
+    for first in tl.range(0, num_used, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            state, is_used = states + (first + i) * num_heads * (D + 2), first + i < num_used
+            # a part that is not there changes nothing: its factor is 2 to the power of minus infinity
+            acc = tl.load(state[:, None] + dims[None, :], mask=is_used, other=0.0)
+            row_max = tl.load(state + D, mask=is_used, other=float("-inf"))
+            row_sum = tl.load(state + D + 1, mask=is_used, other=0.0)
+            total, total_max, total_sum = add_part(total, total_max, total_sum, acc, row_max, row_sum, True)
+    tl.store(out + sequence * stride_out + heads[:, None] * D + dims[None, :],
+             (total / total_sum[:, None]).to(out.dtype.element_ty))
 
 
 def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor, *, slots: torch.Tensor,
@@ -209,7 +269,7 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     prefix_lens [B]: length of each sequence's prefix that training computes once for several sequences (AttentionPlan, prefixes),
     0 for none. Without them the bits are those of training on whole sequences; on the CPU they change nothing. shared: rows whose
     prefixes are equal and are read once, in pages; those rows must have the whole prefix. longest: if above 0, no row has more
-    tokens, and many programs share a row's pages. The bits depend on neither."""
+    tokens, and each part of a row has a program of its own. The bits depend on neither."""
     assert keys.shape == values.shape and (window == 0 or keys.shape[1] <= window), (keys.shape, values.shape, window)
     assert page_table is None or window == 0, (page_table.shape, window)
     assert shared is None or (page_table is not None and prefix_lens is not None), "shared prefixes need pages and prefix_lens"
@@ -236,23 +296,27 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
         return out
     sinks, slots = sinks.contiguous(), slots.contiguous()
     prefixes = positions if prefix_lens is None else prefix_lens.contiguous()
-    if longest:
-        decode_attention_parts(q, keys, values, sinks, out, slots=slots, positions=positions, page_table=page_table,
-                               prefixes=prefixes, is_prefixed=prefix_lens is not None, longest=longest,
-                               scale_log2=scale * _LOG2_E, tile=blocks.keys)
-        return out
     table, pages_per_slot = (positions, 0) if page_table is None else (page_table, page_table.shape[1])
-    overlap, states, is_shared = overlap_constants(q, num_rows), None, None
+    part, is_prefixed = keys_of_part(q.dtype, window), prefix_lens is not None
+    overlap, states, is_shared, num_parts = overlap_constants(q, num_rows), None, None, 1
+    if longest:
+        num_parts = cdiv(longest, part) + is_prefixed  # a prefix may end within a part
+    if longest or shared is not None:
+        states = torch.empty((num_rows, num_parts, num_heads, width + 2), dtype=torch.float32, device=q.device)
     if shared is not None:
-        states, is_shared = torch.empty((num_rows, num_heads, width + 2), dtype=torch.float32, device=q.device), shared.is_shared
-        heads, rows = next_power_of_2(group), rows_per_tile(group)
+        is_shared, heads, rows = shared.is_shared, next_power_of_2(group), rows_per_tile(group)
         launch(_prefix_kernel, (num_kv_heads, len(shared.tiles)), q, keys, values, sinks, states, shared.tiles, slots, prefixes,
                table, q.stride(0), scale * _LOG2_E, pages_per_slot, STRIDE_KEY=keys.stride(1), GROUP=group, PAGE=page, D=width,
-               ROWS=rows, BLOCK_H=heads, BLOCK_N=blocks.keys, num_warps=max(1, rows * heads // 16),
+               ROWS=rows, BLOCK_H=heads, BLOCK_N=blocks.keys, PART=part, num_warps=max(1, rows * heads // 16),
                num_stages=_prefix_stages(q, num_kv_heads * len(shared.tiles)), **overlap)
-    launch(_decode_kernel, (num_kv_heads, num_rows), q, keys, values, sinks, out, states, is_shared, slots, positions, prefixes,
-           table, q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window, pages_per_slot, STRIDE_KEY=keys.stride(1),
-           GROUP=group, WINDOWED=window > 0, PREFIXED=prefix_lens is not None, SHARES=shared is not None,
-           RING=keys.shape[1] if window else 0, PAGE=page, D=width, BLOCK_H=max(16, next_power_of_2(group)), BLOCK_N=blocks.keys,
-           num_warps=1, num_stages=_STAGES[window > 0], **overlap)
+    launch(_decode_kernel, (num_kv_heads, num_rows, num_parts), q, keys, values, sinks, out, states, is_shared, slots, positions,
+           prefixes, table, q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window, pages_per_slot,
+           STRIDE_KEY=keys.stride(1), GROUP=group, WINDOWED=window > 0, PREFIXED=is_prefixed, SHARES=shared is not None,
+           BY_PART=longest > 0, RING=keys.shape[1] if window else 0, PAGE=page, D=width, BLOCK_H=max(16, next_power_of_2(group)),
+           BLOCK_N=blocks.keys, PART=part, num_warps=1, num_stages=_STAGES[window > 0], **overlap)
+    if longest:
+        heads = _HEADS_AT_ONCE if num_heads % _HEADS_AT_ONCE == 0 else 1
+        launch(_add_parts_kernel, (num_heads // heads, num_rows), sinks, out, states, positions, prefixes, out.stride(0),
+               num_parts, pages_per_slot, PREFIXED=is_prefixed, PAGE=page, D=width, HEADS=heads, PART=part,
+               AT_ONCE=_PARTS_AT_ONCE, num_warps=1, num_stages=1, **overlap)
     return out

@@ -13,9 +13,8 @@ one key-value head, for every query head that reads it. That is seven products i
 atomics: two runs give the same bits. The host computes once per batch which tiles meet (AttentionPlan); a windowed layer visits
 only the tiles in its window.
 
-The forward can also take the last queries only (AttentionPlan, first_query), if the earlier keys of a sequence are in a cache.
-Key tiles are counted from the start of the keys in both cases, and a tile that a query does not see changes neither its maximum
-nor its sum nor its output: these queries get the same bits as in the whole sequence.
+The forward can also take the last queries only (AttentionPlan, first_query), if the earlier keys of a sequence are in a cache:
+they get the same bits as in the whole sequence (kernels/attention/parts.py).
 
 Shapes: T packed tokens, Q queries (T, or the last of them), H query heads, K key-value heads, D head width; query head h reads
 key-value head h // (H / K).
@@ -30,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention.library import library_backward, library_forward
+from kernels.attention.parts import all_keys, forward_tiles, is_visible, key_range, keys_of_part, load_rows, no_keys
 from kernels.attention.plan import AttentionPlan
 from kernels.attention.reference import attention_reference
 from kernels.device import check_served, gpu_family, launch, measured, product_path, unmeasured
@@ -44,54 +44,13 @@ class AttentionBlocks(NamedTuple):
     stages: int
     descriptor: bool  # whether whole tiles are loaded through tensor descriptors (TMA on Hopper and later)
     in_registers: bool = False  # dk and dv: whether the tiles of keys and values stay in registers
+    max_registers: int = 0  # of a thread; 0: as many as the compiler takes
 
 
 class KernelBlocks(NamedTuple):
     forward: AttentionBlocks
     dq: AttentionBlocks
     dkv: AttentionBlocks
-
-
-@triton.jit
-def _visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
-    """[rows, cols] bool; rows are counted from the start of the keys' sequence or prefix."""
-    visible = (cols <= rows) & (cols < col_end)
-    if WINDOWED:
-        visible = visible & (cols > rows - window)
-    return visible
-
-
-@triton.jit
-def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-               RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None, new=None, stride_new=0, split=0):
-    """Rows first .. first + BLOCK of one head: [BLOCK, D]. If MASKED, rows from `end` on are zeros; else all rows must exist.
-    With RING, row p is at p % RING; with PAGE, at p % PAGE of `page`, and rows beyond that page are in `next_page` (None: there
-    are none). With `new`, rows from `split` on are not there: row p is at new + p * stride_new."""
-    rows = tl.arange(0, BLOCK)
-    dims = tl.arange(0, D)
-    if RING > 0:
-        pointers = pointer + ((first + rows) % RING)[:, None] * stride + dims[None, :]
-    elif PAGE > 0:
-        # a missing page reads as page 0: its rows are not used, but the addresses are valid
-        place = tl.maximum(page, 0) * PAGE + first % PAGE
-        if next_page is not None:
-            next_place = (tl.maximum(next_page, 0) - 1) * PAGE + first % PAGE
-            places = tl.where(first % PAGE + rows < PAGE, place, next_place) + rows
-            # in this order an address takes one multiplication and addition if the stride is a constant
-            pointers = pointer + dims[None, :] + places.to(tl.int64)[:, None] * stride
-        else:
-            pointers = pointer + place.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :]
-    else:
-        pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
-    if new is not None:
-        is_new, is_row = (first + rows >= split)[:, None], (first + rows < end)[:, None]
-        new_pointers = new + (first + rows).to(tl.int64)[:, None] * stride_new + dims[None, :]
-        return tl.where(is_new, tl.load(new_pointers, mask=is_row & is_new, other=0.0),
-                        tl.load(pointers, mask=is_row & (is_new == 0), other=0.0))
-    if MASKED:
-        return tl.load(pointers, mask=(first + rows < end)[:, None], other=0.0)
-    else:
-        return tl.load(pointers)
 
 
 @triton.jit
@@ -104,79 +63,25 @@ def _in_registers(tile, D: tl.constexpr):
 
 
 @triton.jit
-def key_range(row, key_start, key_end, window, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the query tile that starts at `row`: the start of its first key tile, the end of the tiles that all its queries see
-    completely, and the end of the keys that any of them sees. Tiles are counted from key_start."""
-    first = key_start
-    if WINDOWED:
-        first = key_start + tl.maximum(row - window + 1 - key_start, 0) // BLOCK_N * BLOCK_N
-        whole_end = first  # few tiles, most of them at an edge: all are masked
-    else:
-        whole_end = key_start + (tl.minimum(row + 1, key_end) - key_start) // BLOCK_N * BLOCK_N
-    return first, whole_end, tl.minimum(row + BLOCK_M, key_end)
-
-
-@triton.jit
-def forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, first, last, key_end,
-                   scale_log2, window, WINDOWED: tl.constexpr, MASKED: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                   D: tl.constexpr, BLOCK_N: tl.constexpr, RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, pages=None,
-                   ALIGNED: tl.constexpr = True, new_k=None, new_v=None, stride_new_k=0, stride_new_v=0, split=0):
-    """PAGE, pages: the key of position p is in page pages[p // PAGE] (load_rows); ALIGNED: no tile has keys of two pages. new_k,
-    new_v, split: where keys and values of positions from `split` on are."""
-    page, next_page = 0, None
-    if PAGE > 0:
-        page = tl.load(pages + first // PAGE, mask=first < last, other=0)
-        if not ALIGNED:
-            next_page = tl.load(pages + tl.minimum(first + BLOCK_N - 1, key_end - 1) // PAGE, mask=first < last, other=0)
-    for start in tl.range(first, last, BLOCK_N):
-        if DESCRIPTOR and not MASKED:
-            k_tile = k_tiles.load([start, column])  # [BLOCK_N, D]
-        else:
-            k_tile = load_rows(k, stride_k, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page, new_k, stride_new_k,
-                               split)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            cols = start + tl.arange(0, BLOCK_N)
-            scores = tl.where(_visible(rows[:, None], cols[None, :], key_end, window, WINDOWED), scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
-        shrink = tl.exp2(row_max - new_max)
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        if DESCRIPTOR and not MASKED:
-            v_tile = v_tiles.load([start, column])
-        else:
-            v_tile = load_rows(v, stride_v, start, key_end, BLOCK_N, D, MASKED, RING, PAGE, page, next_page, new_v, stride_new_v,
-                               split)
-        if PAGE > 0:
-            # one tile ahead, so that loads of keys need not wait for it
-            page = tl.load(pages + tl.minimum(start + BLOCK_N, key_end - 1) // PAGE)
-            if not ALIGNED:
-                next_page = tl.load(pages + tl.minimum(start + 2 * BLOCK_N - 1, key_end - 1) // PAGE)
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
-        row_max = new_max
-    return acc, row_max, row_sum
-
-
-@triton.jit
-def _forward_range(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, row, key_start, key_end,
-                   scale_log2, window, WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _forward_range(total, total_max, total_sum, acc, row_max, row_sum, sink, q, k, v, k_tiles, v_tiles, stride_k, stride_v,
+                   column, row, key_start, key_end, scale_log2, window, WINDOWED: tl.constexpr, DESCRIPTOR: tl.constexpr,
+                   D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr):
     rows = row + tl.arange(0, BLOCK_M)
     first, whole_end, last = key_range(row, key_start, key_end, window, WINDOWED, BLOCK_M, BLOCK_N)
     if not WINDOWED:
-        acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
-                                               rows, first, whole_end, key_end, scale_log2, window, WINDOWED, False,
-                                               DESCRIPTOR, D, BLOCK_N)
-    return forward_tiles(acc, row_max, row_sum, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows, whole_end, last,
-                          key_end, scale_log2, window, WINDOWED, True, DESCRIPTOR, D, BLOCK_N)
+        total, total_max, total_sum, acc, row_max, row_sum = forward_tiles(
+            total, total_max, total_sum, acc, row_max, row_sum, sink, q, k, v, k_tiles, v_tiles, stride_k, stride_v, column, rows,
+            key_start, first, whole_end, key_end, scale_log2, window, WINDOWED, False, DESCRIPTOR, D, BLOCK_N, PART, True)
+    return forward_tiles(total, total_max, total_sum, acc, row_max, row_sum, sink, q, k, v, k_tiles, v_tiles, stride_k, stride_v,
+                         column, rows, key_start, whole_end, last, key_end, scale_log2, window, WINDOWED, True, DESCRIPTOR, D,
+                         BLOCK_N, PART, True)
 
 
 @triton.jit(do_not_specialize=["window", "num_queries", "first_query"])
 def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q, stride_k, stride_v, stride_out, num_heads,
                     num_queries, first_query, scale_log2, window, GROUP: tl.constexpr, WINDOWED: tl.constexpr,
-                    PREFIXED: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr):
+                    PREFIXED: tl.constexpr, PART: tl.constexpr, DESCRIPTOR: tl.constexpr, D: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows count keys; q, out and lse begin at row first_query."""
     # the query heads of a tile run side by side and share its keys in L2
     head = tl.program_id(0) % num_heads
@@ -188,24 +93,26 @@ def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q,
     query = first - first_query
     q_tile = load_rows(q + head * D, stride_q, query, end - first_query, BLOCK_M, D, True)
     # the sink is one more score, whose value is 0
-    row_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-    row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    sink = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+    total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
     if PREFIXED:
         prefix_start, prefix_end = tl.load(tile + 3), tl.load(tile + 4)
-        acc, row_max, row_sum = _forward_range(acc, row_max, row_sum, q_tile, k, v, k_tiles, v_tiles, stride_k, stride_v,
-                                               column, first - start + prefix_end, prefix_start, prefix_end, scale_log2,
-                                               window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N)
-    acc, row_max, row_sum = _forward_range(acc, row_max, row_sum, q_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
-                                           first, start, end, scale_log2, window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N)
+        total, total_max, total_sum, acc, row_max, row_sum = _forward_range(
+            total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
+            first - start + prefix_end, prefix_start, prefix_end, scale_log2, window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N,
+            PART)
+    total, total_max, total_sum, acc, row_max, row_sum = _forward_range(
+        total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, k, v, k_tiles, v_tiles, stride_k, stride_v, column,
+        first, start, end, scale_log2, window, WINDOWED, DESCRIPTOR, D, BLOCK_M, BLOCK_N, PART)
+    total, total_max, total_sum = all_keys(total, total_max, total_sum, acc, row_max, row_sum, PART)
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, D)
     inside = first + rows < end
     out += query.to(tl.int64) * stride_out + head * D
-    tl.store(out + rows[:, None] * stride_out + dims[None, :], (acc / row_sum[:, None]).to(out.dtype.element_ty),
+    tl.store(out + rows[:, None] * stride_out + dims[None, :], (total / total_sum[:, None]).to(out.dtype.element_ty),
              mask=inside[:, None])
     lse += head.to(tl.int64) * num_queries + query
-    tl.store(lse + rows, (row_max + tl.log2(row_sum)) * 0.6931471805599453, mask=inside)
+    tl.store(lse + rows, (total_max + tl.log2(total_sum)) * 0.6931471805599453, mask=inside)
 
 
 @triton.jit
@@ -224,7 +131,7 @@ def _dq_tiles(dq, q, do, lse_log2, delta, k, v, k_tiles, v_tiles, stride_k, stri
         weights = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         if MASKED:
             cols = start + tl.arange(0, BLOCK_N)
-            weights = tl.where(_visible(rows[:, None], cols[None, :], key_end, window, WINDOWED), weights, 0.0)
+            weights = tl.where(is_visible(rows[:, None], cols[None, :], key_end, window, WINDOWED), weights, 0.0)
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
     return dq
@@ -379,13 +286,14 @@ def _dkv_kernel(q, k, v, q_tiles, dout_tiles, dout, row_stats, dk, dv, tiles, re
     tl.store(dv + offset + offsets, dv_acc.to(dv.dtype.element_ty), mask=inside)
 
 
-# family -> sizes for 2-byte dtypes up to width 64, without a window and with one; scripts/bench_kernels.py --blocks tries others
+# family -> sizes for 2-byte dtypes up to width 64, without a window and with one; scripts/bench_kernels.py --blocks tries others.
+# Hopper's forward: with 128 registers two programs share a multiprocessor, though they keep the sums of two parts
 _FULL = {
-    "ampere": unmeasured(KernelBlocks(AttentionBlocks(128, 64, 4, 3, False), AttentionBlocks(128, 32, 8, 2, False),
+    "ampere": unmeasured(KernelBlocks(AttentionBlocks(128, 64, 8, 3, False), AttentionBlocks(128, 32, 8, 2, False),
                                       AttentionBlocks(32, 128, 8, 2, False))),
     "consumer": unmeasured(KernelBlocks(AttentionBlocks(128, 32, 8, 2, False), AttentionBlocks(64, 32, 4, 2, False),
                                         AttentionBlocks(32, 64, 4, 2, False))),
-    "hopper": measured(KernelBlocks(AttentionBlocks(128, 64, 8, 3, False), AttentionBlocks(64, 64, 4, 3, True),
+    "hopper": measured(KernelBlocks(AttentionBlocks(128, 64, 8, 3, False, max_registers=128), AttentionBlocks(64, 64, 4, 3, True),
                                     AttentionBlocks(64, 64, 4, 3, True, in_registers=True))),
     "blackwell": unmeasured(KernelBlocks(AttentionBlocks(128, 64, 8, 3, False), AttentionBlocks(64, 64, 4, 3, False),
                                          AttentionBlocks(64, 64, 8, 2, False))),
@@ -430,8 +338,9 @@ def _tiles_of(x: torch.Tensor, rows: int, blocks: AttentionBlocks) -> TensorDesc
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, blocks: AttentionBlocks) -> dict[str, int]:
     """The constants of all three kernels."""
+    limit = {"maxnreg": blocks.max_registers} if blocks.max_registers else {}
     return {"GROUP": q.shape[1] // k.shape[1], "WINDOWED": window > 0, "DESCRIPTOR": blocks.descriptor, "D": q.shape[2],
-            "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages}
+            "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "num_warps": blocks.warps, "num_stages": blocks.stages} | limit
 
 
 def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, plan: AttentionPlan, *, window: int,
@@ -445,7 +354,7 @@ def forward_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
         _forward_kernel, (len(tiles) * num_heads,), q, k, v, _tiles_of(k, blocks.keys, blocks),
         _tiles_of(v, blocks.keys, blocks), sinks, out, lse, tiles, q.stride(0), k.stride(0), v.stride(0), out.stride(0),
         num_heads, num_queries, plan.first_query, scale * _LOG2_E, window,
-        PREFIXED=plan.prefixes is not None, **_constants(q, k, window, blocks))
+        PREFIXED=plan.prefixes is not None, PART=keys_of_part(q.dtype, window), **_constants(q, k, window, blocks))
     return out, lse
 
 

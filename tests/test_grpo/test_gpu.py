@@ -219,8 +219,8 @@ def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeyp
 
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_keys_read_by_many_programs_leave_the_trainers_bits(monkeypatch, shares_prompts):
-    monkeypatch.setattr(models.decoder, "_PARTS_ROWS", 16)
     monkeypatch.setattr(models.decoder, "_PARTS_TOKENS", 60)
+    monkeypatch.setattr(models.decoder, "_LEAST_LONGEST", 128)
     model, longest = adapted_model(), set()
     prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
     original = models.decoder.Decoder._feed

@@ -63,11 +63,12 @@ def _dump(cubin: bytes, option: str) -> str:
 
 
 def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], arch: int, *, num_warps: int, num_stages: int,
-                divisible: tuple[str, ...] | None = None, enable_fp_fusion: bool = True) -> Resources:
+                divisible: tuple[str, ...] | None = None, enable_fp_fusion: bool = True, max_registers: int = 0) -> Resources:
     """Compiles a jitted kernel for compute capability `arch` (90 for 9.0).
 
     signature: type of every argument that is no constexpr, "*bf16", "*fp32", "i32", "fp32"; divisible: the arguments that
-    are multiples of 16, by default all pointers and those whose name starts with "stride"."""
+    are multiples of 16, by default all pointers and those whose name starts with "stride"; max_registers: of a thread, 0 for no
+    bound."""
     if "OVERLAPS" in fn.arg_names:
         constexprs = {"OVERLAPS": False} | constexprs
     assert set(signature) | set(constexprs) == set(fn.arg_names), (sorted({*signature, *constexprs}), fn.arg_names)
@@ -77,6 +78,7 @@ def compile_for(fn, signature: dict[str, str], constexprs: dict[str, object], ar
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(fn, types, constexprs, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    options |= {"maxnreg": max_registers} if max_registers else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return _read(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["ttgir"])
 

@@ -23,6 +23,7 @@ def kernel_arguments(kind: str, dtype: str, blocks: AttentionBlocks, width: int,
     signature |= {"k_tiles": whole, "v_tiles": whole, "sinks": f"*{dtype}", "out": f"*{dtype}", "lse": "*fp32", "tiles": "*i32"}
     if kind == "forward":
         rest = {"num_queries": "i32", "first_query": "i32", "scale_log2": "fp32", "window": "i32"}
+        constexprs["PART"] = 0 if windowed else 64 if dtype == "fp32" else 256
     else:
         signature |= {"dout": f"*{dtype}", "row_stats": "*fp32", "dsinks": "*fp32", "dq": f"*{dtype}", "scale": "fp32"}
         strides["stride_dq"] = "i32"
@@ -35,7 +36,7 @@ def compile_kernel(kind: str, arch: int, blocks: AttentionBlocks, *, dtype="bf16
     signature, constexprs = kernel_arguments(kind, dtype, blocks, width, windowed=windowed, prefixed=prefixed)
     divisible = tuple(name for name, type_ in signature.items() if type_.startswith("*") or name.startswith("stride"))
     return compile_for(kernel, signature, constexprs, arch, num_warps=blocks.warps, num_stages=blocks.stages,
-                       divisible=divisible)
+                       divisible=divisible, max_registers=blocks.max_registers)
 
 
 def eager(q, k, v, sinks, *, cu_seqlens, window, scale) -> torch.Tensor:

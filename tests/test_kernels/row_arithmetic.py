@@ -26,10 +26,14 @@ def _products(registers: dict[str, str], outputs: list[str], line: str, columns:
         registers[name] = f"s{rows * 2 + place % 4 // 2}.{column // 4 * 2 + place % 2}"
 
 
+def _is_constant(operand: str) -> bool:
+    return operand.startswith("0f")
+
+
 def row_updates(ptx: str, columns: int) -> set[str]:
     """What a tile of 4 * `columns` keys does to a row: its weights' exponents, one expression per column of a thread, the sum
-    of its weights, and
-    the factor on its output; one set where all rows and loops of the kernel agree."""
+    of its weights, and the factor on its output; and how a part is added; one set where all rows and loops of the kernel
+    agree."""
     registers, outputs, updates = {}, [], set()
     for line in map(str.strip, ptx.splitlines()):
         if line.startswith("$L__BB"):
@@ -39,14 +43,16 @@ def row_updates(ptx: str, columns: int) -> set[str]:
         elif (found := re.match(r"(\S+)\s+(%\w+), (.*);", line)) and found[1] in _OPERATIONS:
             operation, target = _OPERATIONS[found[1]], found[2]
             operands = [registers.get(operand, "?" if operand.startswith("%") else operand) for operand in found[3].split(", ")]
-            if operation == "selp":
-                registers[target] = operands[0]
+            if operation == "selp":  # of two, one is a constant
+                registers[target] = next((operand for operand in operands if not _is_constant(operand)), operands[0])
                 continue
             count = _COMMUTE.get(operation, 0)
             registers[target] = f"{operation}({', '.join(sorted(operands[:count]) + operands[count:])})"
-            if operation == "fma" and "shfl" in operands[2] or operation == "mul" and "ex2(" in registers[target]:
-                rows = set(re.findall(r"s(\d)\.", registers[target]))
-                assert len(rows) == 1, f"{len(rows)} rows meet in {registers[target]}"
+            adds_sums = operation == "fma" and ("shfl" in operands[2] or "ex2(" in operands[2])
+            is_factor = operation == "mul" and "ex2(" in registers[target] and not any(map(_is_constant, operands))  # else a log2
+            if adds_sums or is_factor:
+                rows = set(re.findall(r"s(\d)\.", registers[target]))  # none where a part is added
+                assert len(rows) <= 1, f"{len(rows)} rows meet in {registers[target]}"
                 updates.add(re.sub(r"s\d\.", "s", registers[target]))
         elif (found := re.match(r"\S+\s+(%\w+),", line)) and found[1] in registers and not line.startswith(("st.", "red.")):
             del registers[found[1]]

@@ -64,7 +64,7 @@ def test_the_kernel_fits_a_gpu(arch):
     strides = ("stride_q", "stride_k", "stride_v", "stride_out", "stride_slot", "num_heads")
     signature = pointers | dict.fromkeys((*strides, "num_rows", "pages_per_slot", "window"), "i32") | {"scale_log2": "fp32"}
     constants = {"STRIDE_KEY": 512, "SECTIONS": 16, "GROUP": 8, "WINDOWED": False, "PREFIXED": False, "RING": 0, "PAGE": 64,
-                 "D": 64, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "OVERLAPS": arch == 90}
+                 "D": 64, "BLOCK_M": blocks.queries, "BLOCK_N": blocks.keys, "PART": 256, "OVERLAPS": arch == 90}
     resources = compile_for(_attend_chunks_kernel, signature, constants, arch, num_warps=blocks.warps, num_stages=blocks.stages,
                             divisible=(*pointers, *strides))
     check_fits(resources, arch, max_stack=56 if arch == 80 else 0)  # 14 addresses, kept over a loop

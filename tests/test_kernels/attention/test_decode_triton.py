@@ -12,24 +12,19 @@ from row_arithmetic import row_updates
 
 from kernels.attention.cache import write
 from kernels.attention.decode import (
+    _HEADS_AT_ONCE,
+    _PARTS_AT_ONCE,
     _PREFIX_STAGES,
     _STAGES,
     SharedPrefixes,
+    _add_parts_kernel,
     _decode_kernel,
     _prefix_kernel,
     decode_attention,
     decode_attention_reference,
 )
-from kernels.attention.decode_parts import (
-    SCORE_STAGES,
-    SLICE,
-    SUM_STAGES,
-    TILES,
-    _part_max_kernel,
-    _sum_kernel,
-    _weights_kernel,
-)
-from kernels.attention.packed import AttentionPlan, attention, blocks_for, forward_tiles, load_rows
+from kernels.attention.packed import AttentionPlan, attention, blocks_for
+from kernels.attention.parts import forward_tiles, keys_of_part, load_rows, no_keys
 from kernels.device import family_of
 
 
@@ -249,10 +244,11 @@ def _visit_kernel(q, k, v, out, first, position, window, D: tl.constexpr, BLOCK_
     """A row's output and sum from all tiles from `first` on."""
     rows = tl.zeros([BLOCK_H], tl.int32) + position
     q_tile = load_rows(q, D, 0, BLOCK_H, BLOCK_H, D, True)
-    acc, row_max = tl.zeros([BLOCK_H, D], tl.float32), tl.zeros([BLOCK_H], tl.float32)
-    row_sum = tl.full([BLOCK_H], 1.0, tl.float32)
-    acc, row_max, row_sum = forward_tiles(acc, row_max, row_sum, q_tile, k, v, k, v, D, D, 0, rows, first, position + 40,
-                                           position + 40, 0.4, window, True, True, False, D, BLOCK_N)
+    sink = tl.zeros([BLOCK_H], tl.float32)
+    total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, 0)
+    total, total_max, total_sum, acc, row_max, row_sum = forward_tiles(
+        total, total_max, total_sum, acc, row_max, row_sum, sink, q_tile, k, v, k, v, D, D, 0, rows, 0, first, position + 40,
+        position + 40, 0.4, window, True, True, False, D, BLOCK_N, 0, False)
     heads = tl.arange(0, BLOCK_H)
     tl.store(out + heads[:, None] * (D + 1) + tl.arange(0, D)[None, :], acc)
     tl.store(out + heads * (D + 1) + D, row_sum)
@@ -270,7 +266,12 @@ def test_tiles_without_a_visible_key_change_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) and results[0].isfinite().all()
 
 
-def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, shares=False, ring=128, page=64):
+# bytes a thread may keep in memory: what loops need at start and end
+LOOP_INVARIANTS = 32
+
+
+def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, shares=False, by_part=False, ring=128,
+                   page=64):
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     blocks = blocks_for(family_of(arch), torch_dtype, windowed=windowed, width=width).forward
     signature = {name: f"*{dtype}" for name in ("q", "keys", "values", "sinks", "out")}
@@ -278,8 +279,8 @@ def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixe
     signature |= {"scale_log2": "fp32", "window": "i32", "pages_per_slot": "i32", "states": "*fp32", "is_shared": "*i32"}
     signature |= dict.fromkeys(("stride_q", "stride_slot", "stride_out"), "i32")
     constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "SHARES": shares,
-                  "RING": ring if windowed else 0, "PAGE": 0 if windowed else page, "D": width, "BLOCK_H": 16,
-                  "BLOCK_N": blocks.keys}
+                  "BY_PART": by_part, "RING": ring if windowed else 0, "PAGE": 0 if windowed else page, "D": width,
+                  "BLOCK_H": 16, "BLOCK_N": blocks.keys, "PART": keys_of_part(torch_dtype, int(windowed))}
     return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=_STAGES[windowed])
 
 
@@ -288,7 +289,8 @@ def compile_prefix(arch: int):
     signature = {name: "*bf16" for name in ("q", "keys", "values", "sinks")} | {"states": "*fp32"}
     signature |= {"page_table": "*i32", "tiles": "*i32", "slots": "*i64", "prefix_lens": "*i64", "scale_log2": "fp32"}
     signature |= dict.fromkeys(("stride_q", "pages_per_slot"), "i32")
-    constexprs = {"STRIDE_KEY": 512, "GROUP": 8, "PAGE": 64, "D": 64, "ROWS": 8, "BLOCK_H": 8, "BLOCK_N": blocks.keys}
+    constexprs = {"STRIDE_KEY": 512, "GROUP": 8, "PAGE": 64, "D": 64, "ROWS": 8, "BLOCK_H": 8, "BLOCK_N": blocks.keys,
+                  "PART": keys_of_part(torch.bfloat16, 0)}
     stages = _PREFIX_STAGES[family_of(arch)].blocks
     return compile_for(_prefix_kernel, signature, constexprs, arch, num_warps=4, num_stages=stages)
 
@@ -296,7 +298,7 @@ def compile_prefix(arch: int):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_of_shared_prefixes_fits_every_gpu(arch):
     resources = compile_prefix(arch)
-    check_fits(resources, arch)
+    check_fits(resources, arch, max_stack=LOOP_INVARIANTS)
     assert resources.mma == {90: {"HGMMA"}, 100: {"UTCHMMA"}}.get(arch, {"HMMA"})
 
 
@@ -308,38 +310,19 @@ def test_a_row_of_a_shared_prefix_is_summed_in_the_order_of_the_training_kernel(
     assert row_updates(compile_prefix(arch).ptx, columns) == training
 
 
-def compile_parts(arch: int, *, prefixed: bool) -> dict:
-    """The three kernels of decode_attention_parts.py, by name."""
-    blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=False, width=64).forward
-    pointers = {name: "*bf16" for name in ("q", "keys", "values", "sinks", "out", "weights")}
-    pointers |= {name: "*fp32" for name in ("part_max", "tile_max", "tile_sum")}
-    pointers |= {name: "*i64" for name in ("slots", "positions", "prefix_lens")} | {"page_table": "*i32"}
-    sizes = {"STRIDE_KEY": 512, "GROUP": 8, "PREFIXED": prefixed, "PAGE": 64, "D": 64, "BLOCK_H": 16, "BLOCK_N": blocks.keys,
-             "TILES": TILES}
-    compiled = {}
-    for kernel, stages in ((_part_max_kernel, SCORE_STAGES), (_weights_kernel, SCORE_STAGES), (_sum_kernel, SUM_STAGES)):
-        names = kernel.arg_names
-        numbers = {"scale_log2": "fp32"} | dict.fromkeys(("stride_q", "stride_out", "pages_per_slot", "num_parts"), "i32")
-        signature = {name: kind for name, kind in (pointers | numbers).items() if name in names}
-        constexprs = {name: value for name, value in (sizes | {"SLICE": SLICE}).items() if name in names}
-        compiled[kernel.__name__] = compile_for(kernel, signature, constexprs, arch, num_warps=1, num_stages=stages)
-    return compiled
-
-
-@pytest.mark.parametrize("prefixed", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_kernels_of_parts_fit_every_gpu_several_times(arch, prefixed):
-    for name, resources in compile_parts(arch, prefixed=prefixed).items():
-        # on Blackwell an address or two, where keys of two pages meet in a tile
-        check_fits(resources, arch, max_stack=32 if arch == 100 and prefixed and name == "_weights_kernel" else 0)
-        assert resources.mma == {"HMMA"} and resources.shared <= 52_000
+def test_the_kernel_that_adds_parts_fits_every_gpu(arch):
+    signature = {"sinks": "*bf16", "out": "*bf16", "states": "*fp32", "positions": "*i64", "prefix_lens": "*i64"}
+    signature |= dict.fromkeys(("stride_out", "num_parts", "pages_per_slot"), "i32")
+    constexprs = {"PREFIXED": True, "PAGE": 64, "D": 64, "HEADS": _HEADS_AT_ONCE, "PART": 256, "AT_ONCE": _PARTS_AT_ONCE}
+    check_fits(compile_for(_add_parts_kernel, signature, constexprs, arch, num_warps=1, num_stages=1), arch)
 
 
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
     resources = compile_decode(arch, windowed=windowed)
-    check_fits(resources, arch)
+    check_fits(resources, arch, max_stack=LOOP_INVARIANTS)
     assert resources.mma == {"HMMA"}
     assert resources.shared <= 52_000  # 4 programs of a multiprocessor and more; 2 of a consumer GPU's
 
@@ -350,12 +333,14 @@ def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
                                             (90, {"windowed": False, "prefixed": True, "shares": True}),
                                             (86, {"windowed": False, "prefixed": True, "shares": True}),
                                             (86, {"windowed": False, "prefixed": True}), (90, {"windowed": False, "page": 0}),
+                                            (90, {"windowed": False, "prefixed": True, "by_part": True}),
+                                            (86, {"windowed": False, "by_part": True}),
                                             (120, {"windowed": False, "prefixed": True}),
                                             (86, {"windowed": False, "dtype": "fp16"}),
                                             (90, {"windowed": False, "width": 128}),
                                             (90, {"windowed": False, "dtype": "fp32", "width": 32})])
 def test_other_dtypes_widths_rings_and_prefixes_fit_too(arch, settings):
-    check_fits(compile_decode(arch, **settings), arch)
+    check_fits(compile_decode(arch, **settings), arch, max_stack=LOOP_INVARIANTS)
 
 
 @pytest.mark.parametrize("windowed", [False, True])
@@ -364,8 +349,13 @@ def test_a_row_is_summed_in_the_order_of_the_training_kernel(arch, windowed):
     blocks = blocks_for(family_of(arch), torch.bfloat16, windowed=windowed, width=64).forward
     columns = blocks.keys // 4  # of a thread
     training = row_updates(compile_kernel("forward", arch, blocks, windowed=windowed).ptx, columns)
-    assert len(training) == columns + 2  # their exponents, the sum and the factor
-    assert row_updates(compile_decode(arch, windowed=windowed).ptx, columns) == training
+    decoding = row_updates(compile_decode(arch, windowed=windowed).ptx, columns)
+    # their exponents, the sum and the factor; without a window also the sums with a part and its factor
+    assert len(decoding) == columns + (2 if windowed else 4)
+    if arch == 120 and not windowed:  # training's sum of weights stands behind a jump, which row_updates does not follow
+        assert training < decoding and len(training) == len(decoding) - 1
+    else:
+        assert training == decoding
 
 
 def sequences(lengths, *, window, seed=0):
