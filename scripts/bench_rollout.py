@@ -5,11 +5,13 @@ measures what memory rollouts leave behind.
     python scripts/bench_rollout.py --checkpoint /dev/shm/gpt-oss-20b [--only exact memory] [--lora all]
 
 One JSON line per case. Prompts are random tokens, temperature 1, the adapter's B is not zero.
-decode: sampling and log-probs included; tokens_per_s is the slope between a short and a long rollout, the better of two each, so
-that prefill, compilation and capture stay out. roofline_fraction compares it with the least time of a step on this GPU: for
-experts, dense projections, attention and head each, what they read at the bandwidth of a copy or what they compute at the rate of
-an 8192^3 bf16 product, both measured first, whichever takes longer (weights of the experts that uniform routing touches,
-everything else once, keys and values at the mean context); bandwidth_fraction counts the reading alone.
+decode: sampling and log-probs included; tokens_per_s follows from the median time of a step between two syncs of a rollout in
+which all rows are decoded together, without the first of them, which compile and capture. roofline_fraction compares it with the
+least time of a step on this GPU: for experts, dense projections, attention and head each, what they read at the bandwidth of a
+copy or what they compute at the rate of an 8192^3 bf16 product, both measured first, whichever takes longer (weights of the
+experts that uniform routing touches, everything else once, keys and values at the mean context); bandwidth_fraction counts the
+reading alone.
+compared: the completions whose log-probs are compared, at most 64 of 2^18 tokens in all.
 prefill: tokens of prompts a second, and their share of what that product's rate allows.
 grpo_step: seconds of rollout (prefill, decode), handover (memory given back), forward and backward, and optimizer of 8
 completions of 512 tokens, one prompt of 220; grpo_step_large: of 8 prompts of 512, 16 completions of 2,048 each.
@@ -27,6 +29,7 @@ max_log_prob_diff: of the sampler's and the trainer's log-probs over all tokens 
 import argparse
 import os
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +62,7 @@ BATCHES = (1, 8, 32, 128, 512)
 PROMPT_LEN, SHORT, LONG = 512, 16, 144
 MICRO_TOKENS = 16_384  # in a micro-batch; one longer sequence goes alone
 TRAINING_SHARE = 0.85  # of a GPU's memory
+MOST_COMPARED, COMPARED_TOKENS = 64, 1 << 18  # completions of decode, and their tokens with their prompts
 
 
 # ----------------------------------------------------------------------------------------------- sampling and training forward
@@ -77,9 +81,9 @@ def random_stop_ids(policy: GptOss, mean_len: float) -> list[int]:
 
 
 def make_sampler(policy: GptOss, max_batch: int, max_len: int, *, stop_ids: list[int] | None = None, shares_prompts: bool = True,
-                 cache_gb: float | None = None) -> Sampler:
+                 cache_gb: float | None = None, max_prefill_tokens: int = MICRO_TOKENS) -> Sampler:
     return Sampler(policy, stop_ids or [], max_batch=max_batch, seed=0, max_len=max_len, shares_prompts=shares_prompts,
-                   cache_gb=cache_gb)
+                   cache_gb=cache_gb, max_prefill_tokens=max_prefill_tokens)
 
 
 def sample(sampler: Sampler, prompts: list[Prompt], max_new_tokens: int, *, step: int = 0, num_samples: int = 1,
@@ -154,22 +158,39 @@ def least_seconds(stages: list[Stage], ceilings: Ceilings) -> float:
     return sum(max(stage.num_bytes / ceilings.gb_per_s / 1e9, stage.flops / ceilings.tflops / 1e12) for stage in stages)
 
 
+def time_decoding(sampler: Sampler, prompts: list[Prompt]) -> tuple[list[Completion], float]:
+    """A completion of LONG tokens for each prompt, and the median seconds of a decode step of all of them, from SHORT tokens on.
+    The prefill of long prompts takes longer than the decoding, and varies by more. Raises ValueError if some rows wait."""
+    times, num_steps = [], 0
+    with sampler.open(SamplingParams(max_new_tokens=LONG), step=1) as session:
+        session.submit(prompts, 1)
+        stats = session.stats
+        while session.is_running:
+            before, num_tokens = stats.decode_steps, stats.decode_tokens
+            _, seconds = timed(session.poll)
+            count = stats.decode_steps - before
+            if stats.decode_tokens - num_tokens != count * len(prompts):
+                raise ValueError(f"{len(prompts)} rows are not decoded together: give fewer (--batches), the cache holds no more")
+            if num_steps >= SHORT:
+                times.append(seconds / count)
+            num_steps += count
+        return session.drain(), statistics.median(times)
+
+
 def decode_case(policy: GptOss, batch: int, prompt_len: int, ceilings: Ceilings) -> dict:
-    sampler = make_sampler(policy, batch, prompt_len + LONG, shares_prompts=False)
-    prompts = random_prompts(policy, [prompt_len] * batch, seed=batch)
-    sample(sampler, prompts, LONG)  # takes the cache, compiles and captures
-    seconds = {}
-    for count in (SHORT, LONG):  # the better of two: the prefill of long prompts, which differs, takes longer than the decoding
-        tries = [timed(partial(sample, sampler, prompts, count, step=1)) for _ in range(2)]
-        completions, seconds[count] = tries[0][0], min(took for _, took in tries)
+    # a prompt longer than a prefill would come in chunks, between which the rows before it are decoded
+    sampler = make_sampler(policy, batch, prompt_len + LONG, shares_prompts=False,
+                           max_prefill_tokens=max(MICRO_TOKENS, prompt_len))
+    completions, seconds = time_decoding(sampler, random_prompts(policy, [prompt_len] * batch, seed=batch))
     sampler.offload()
-    rate = batch * (LONG - SHORT) / (seconds[LONG] - seconds[SHORT])
+    rate = batch / seconds
     stages = decode_stages(policy.config, batch, prompt_len + (SHORT + LONG) / 2)
     reading = sum(stage.num_bytes for stage in stages) / ceilings.gb_per_s / 1e9
-    return {"prompt_len": prompt_len, "tokens_per_s": round(rate), "ms_per_step": round(1e3 * batch / rate, 3),
+    compared = completions[:min(MOST_COMPARED, max(1, COMPARED_TOKENS // (prompt_len + LONG)))]
+    return {"prompt_len": prompt_len, "tokens_per_s": round(rate), "ms_per_step": round(1e3 * seconds, 3),
             "roofline_fraction": round(rate * least_seconds(stages, ceilings) / batch, 3),
-            "bandwidth_fraction": round(rate * reading / batch, 3),
-            "max_log_prob_diff": compare_log_probs(policy, completions[:64], shares_prompts=False)["max_log_prob_diff"]}
+            "bandwidth_fraction": round(rate * reading / batch, 3), "compared": len(compared),
+            "max_log_prob_diff": compare_log_probs(policy, compared, shares_prompts=False)["max_log_prob_diff"]}
 
 
 def prefill_case(policy: GptOss, batch: int, ceilings: Ceilings) -> dict:

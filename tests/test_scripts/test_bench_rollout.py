@@ -56,6 +56,28 @@ def test_prompts_longer_than_a_micro_batch_are_compared(policy, monkeypatch):
     assert policy.memory.recomputes and policy.memory.memory_gb == 1.5  # a long sequence's activations need not all fit
 
 
+def test_prompts_longer_than_a_prefill_are_decoded_together(policy, monkeypatch):
+    import bench_rollout
+
+    for name, value in {"MICRO_TOKENS": 8, "SHORT": 2, "LONG": 6, "COMPARED_TOKENS": 40}.items():
+        monkeypatch.setattr(bench_rollout, name, value)
+    times = iter([0.0] * 3 + [9.0, 9.0, 0.5, 0.25, 0.25])  # three prefills and five steps, two of which are left out
+    monkeypatch.setattr(bench_rollout, "timed", lambda function: (function(), next(times)))
+    found = bench_rollout.decode_case(policy, 3, 12, bench_rollout.Ceilings(1.0, 1.0))
+    assert found["tokens_per_s"] == 12 and found["ms_per_step"] == 250  # three rows
+    assert found["compared"] == 2 and found["max_log_prob_diff"] < 1e-5  # of 18 tokens each
+    assert next(times, None) is None
+
+
+def test_rows_that_wait_for_others_are_not_timed(policy):
+    import bench_rollout
+    from random_policy import random_prompts
+
+    sampler = bench_rollout.make_sampler(policy, 1, 20)
+    with pytest.raises(ValueError, match="2 rows are not decoded together"):
+        bench_rollout.time_decoding(sampler, random_prompts(policy, [4, 4], seed=0))
+
+
 def test_a_step_is_timed_in_its_phases(policy):
     from bench_rollout import grpo_step_case
 
