@@ -46,7 +46,7 @@ _LINEAR = {
     "consumer": unmeasured(((16, DecodeBlocks(32, 16, 128, 4, 4)),
                             (32, DecodeBlocks(32, 32, 128, 4, 3)),
                             (512, DecodeBlocks(64, 64, 64, 4, 3)))),
-    "hopper": measured(((16, DecodeBlocks(64, 16, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
+    "hopper": measured(((16, DecodeBlocks(64, 16, 128, 4, 6), DecodeBlocks(64, 16, 256, 4, 4)),
                         (32, DecodeBlocks(64, 32, 128, 4, 6), DecodeBlocks(64, 16, 128, 4, 8)),
                         (64, DecodeBlocks(64, 64, 128, 4, 4), DecodeBlocks(64, 32, 128, 4, 4)),
                         (128, DecodeBlocks(64, 64, 64, 4, 5), DecodeBlocks(64, 64, 128, 4, 4)),
