@@ -2,8 +2,8 @@
 The cache need not have their own keys and values.
 
 The loop over keys and the sizes of its tiles are those of the forward kernel of packed.py, so a query gets the bits that it gets
-in the whole sequence. The grid depends on the number of rows alone, and what differs from call to call is read on the device: a CUDA
-graph serves any sections.
+in the whole sequence. The grid depends on the number of rows alone, and what differs from call to call is read on the device: a
+CUDA graph serves any sections.
 
 A section is a run of rows of one sequence, all in its prefix or all after it. Sections are int64 [5, S + 1], their columns in the
 order of the rows: first row; slot; position of row 0 if the sequence went back so far; first position that is not in the cache;
