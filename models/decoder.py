@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention.decode import SharedPrefixes, rows_per_tile
-from kernels.device import MAX_FEW_ROWS, cdiv, next_power_of_2, product_path, to_device
+from kernels.device import MAX_FEW_ROWS, cdiv, product_path, to_device
 from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
 from kernels.head.sampling import as_pairs, key_sums
 from models.adapter_copies import AdapterCopies
@@ -37,10 +37,10 @@ PREFILL_BUCKETS = (32, *range(64, MAX_FEW_ROWS + 1, 64))  # tokens; for more, th
 _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") + 1)
 # shorter prefixes are not read once for all: they come from the L2 cache, which is faster than another launch
 _SHARED_TOKENS = 1024
-# with at most this many rows, one of which has more than this many tokens, each part of a row's keys has a program of its own
-_PARTS_ROWS, _PARTS_TOKENS = 24, 256
-# there is a graph for each power of two of tokens from here on: programs of parts that no row has cost little
-_LEAST_LONGEST = 1024
+# each part of a row's keys has a program of its own with at most so many rows; with more, and at most so many, if a row is long
+_PARTS_ROWS, _LONG_PARTS_ROWS, _LONG_TOKENS = 24, 64, 2048
+# the tokens that graphs of such steps are for: few values, since each needs a graph, but programs without a part cost time
+_SHORT_PARTS, _MANY_PARTS = 1024, 4096
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
@@ -252,9 +252,9 @@ class Decoder:
     def rehearse(self, num_rows: int, plain: PlainDraw, *, longest: int) -> None:
         """Takes a step of `num_rows` idle rows, without a graph, for each way of reading keys that they may need."""
         readings = [_ROW_BY_ROW]
-        if num_rows <= _PARTS_ROWS and longest > _PARTS_TOKENS:
-            readings.append(KeyReading(shares=False, longest=_LEAST_LONGEST))
-        if num_rows > 1 and self._counts_prompts_apart and longest > _SHARED_TOKENS:
+        if num_rows <= _PARTS_ROWS or num_rows <= _LONG_PARTS_ROWS and longest > _LONG_TOKENS:
+            readings.append(KeyReading(shares=False, longest=_SHORT_PARTS))
+        if num_rows > _PARTS_ROWS and self._counts_prompts_apart and longest > _SHARED_TOKENS:
             readings.append(KeyReading(shares=True, longest=0))
         for reading in readings:
             self._step(Rows(*self._table[:, :num_rows]), plain, reading)
@@ -292,9 +292,13 @@ class Decoder:
 
     def _reading(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> KeyReading:
         """The reading for a graph of `num_rows` rows, none of which will have more than `longest` tokens."""
-        if num_rows <= _PARTS_ROWS and longest > _PARTS_TOKENS:
-            return KeyReading(shares=False, longest=max(_LEAST_LONGEST, next_power_of_2(longest)))
-        return KeyReading(shares=self._share(prompts, self._num_tiles(num_rows)), longest=0)
+        bound = _SHORT_PARTS if longest <= _SHORT_PARTS else cdiv(longest, _MANY_PARTS) * _MANY_PARTS
+        by_part = KeyReading(shares=False, longest=bound)
+        if num_rows <= _PARTS_ROWS:
+            return by_part
+        if self._share(prompts, self._num_tiles(num_rows)):
+            return KeyReading(shares=True, longest=0)
+        return by_part if num_rows <= _LONG_PARTS_ROWS and longest > _LONG_TOKENS else _ROW_BY_ROW
 
     def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:
         """Updates the device's tiles of shared prefixes. Returns whether there are any."""

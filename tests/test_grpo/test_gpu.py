@@ -207,6 +207,7 @@ def test_a_pass_of_the_kl_reference_leaves_the_policy_and_its_graphs_as_they_wer
 
 def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeypatch):
     monkeypatch.setattr(models.decoder, "_SHARED_TOKENS", 40)
+    monkeypatch.setattr(models.decoder, "_PARTS_ROWS", 0)
     model, shared = adapted_model(), []
     original = models.decoder.share_prefixes
     monkeypatch.setattr(models.decoder, "share_prefixes", lambda *args, **kw: shared.append(original(*args, **kw)) or shared[-1])
@@ -219,8 +220,8 @@ def test_prompts_read_once_for_their_completions_leave_the_trainers_bits(monkeyp
 
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_keys_read_by_many_programs_leave_the_trainers_bits(monkeypatch, shares_prompts):
-    monkeypatch.setattr(models.decoder, "_PARTS_TOKENS", 60)
-    monkeypatch.setattr(models.decoder, "_LEAST_LONGEST", 128)
+    monkeypatch.setattr(models.decoder, "_SHORT_PARTS", 64)
+    monkeypatch.setattr(models.decoder, "_MANY_PARTS", 128)
     model, longest = adapted_model(), set()
     prompts = [Prompt(i, list(range(5 + i, 12 + 29 * i)), {}) for i in range(6)]
     original = models.decoder.Decoder._feed
