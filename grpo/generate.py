@@ -249,9 +249,12 @@ def questions() -> Iterator[str]:
 
 def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     """A JSON line for each answer, by row of the file, then sample."""
+    rows = list(read_rows(config.prompts, "prompts", subset=None, split=None))  # before the model, which takes longer
+    if not rows:
+        raise DataError(f"{config.prompts}: holds no rows; prompts needs at least one")
     conversation = load_conversation(config, is_silent=not leads(ranks))
     sampler = conversation.sampler
-    asked = list(read_questions(config.prompts, takes_messages=conversation.encode_prompt is None))
+    asked = list(read_questions(rows, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
     should_stop, progress = join_sampler(ranks, sampler, "answering")
     generate = functools.partial(generator(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP,
@@ -264,9 +267,9 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
-def read_questions(path: str, *, takes_messages: bool) -> Iterator[tuple[str, str | list[dict]]]:
-    """(place, text or messages) of each row. Raises DataError."""
-    for place, row in read_rows(path, "prompts", subset=None, split=None):
+def read_questions(rows: list[tuple[str, dict | str]], *, takes_messages: bool) -> Iterator[tuple[str, str | list[dict]]]:
+    """(place, text or messages) of each of `rows`, as read_rows gives them. Raises DataError."""
+    for place, row in rows:
         if isinstance(row, str):
             raise DataError(f"{place}: {row}")
         column = next((name for name in PROMPT_NAMES if row.get(name)), None)

@@ -77,10 +77,10 @@ class Conversations:
         self._settings = {"current_date": current_date, "reasoning_effort": reasoning_effort, "instructions": instructions}
         self._check_keywords(held_out_fraction, has_eval=bool(eval_path or eval_split))
         self.num_skipped = 0
-        self.rows = self._read(path, "path", subset, split)
+        self.rows = self._read(path, "env.path", subset, split)
         if eval_path or eval_split:
             own_path, own_subset = (path, subset) if eval_path is None else (eval_path, None)
-            self.eval_rows = self._read(own_path, "eval_path", own_subset, eval_split)
+            self.eval_rows = self._read(own_path, "env.eval_path", own_subset, eval_split)
         else:
             cut = int(held_out_fraction * 2**64)
             ranked = [(int.from_bytes(row.digest[:8], "big") < cut, row) for row in self.rows]
@@ -133,7 +133,7 @@ class Conversations:
         self.num_skipped += num_rows - len(rows)
         if not rows:
             fitting = " that fit env.max_tokens" if num_rows else ""
-            raise DataError(f"{path}: holds no rows{fitting}; env.{key} needs at least one")
+            raise DataError(f"{path}: holds no rows{fitting}; {key} needs at least one")
         return rows
 
     def _row(self, source: str, record: dict) -> Recorded:

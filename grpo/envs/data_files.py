@@ -35,7 +35,7 @@ def read_text_rows(path: Path, key: str) -> Iterator[tuple[str, dict | str]]:
     try:
         data = _decompressed(path)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path}: {key} cannot be read: {type(error).__name__}: {error}") from error
     text = _decoded(data, path)
     del data
     kind, first = text_format(path), text[:1000].lstrip()[:1]

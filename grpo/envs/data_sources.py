@@ -19,12 +19,13 @@ CONVERSIONS = {".xlsx": "read_excel", ".xls": "read_excel", ".ods": "read_excel"
 
 def read_rows(path: str | list, key: str, *, subset: str | None, split: str | None) -> Iterator[tuple[str, dict | str]]:
     """(place, columns) for every row, or the problem as text in place of the columns. Raises DataError for what cannot be
-    read at all. `key` is the config key that named the path; `subset` and `split` choose within folders and hub ids."""
+    read at all. `key` is the config key that named the path, such as env.path; `subset` and `split` choose within folders and
+    hub ids."""
     for location in locations(path, key):
         if isinstance(location, Path) and location.is_file() and (subset or split):
-            name, value = ("subset", subset) if subset else (_split_option(key), split)
-            raise DataError(f"{location}: env.{name}={value} chooses a part of a hub id or of a folder, and this is a file; "
-                            f"set env.{name}=null")
+            option, value = ("env.subset", subset) if subset else (_split_option(key), split)
+            raise DataError(f"{location}: {option}={value} chooses a part of a hub id or of a folder, and this is a file; "
+                            f"set {option}=null")
         if isinstance(location, str):
             yield from _load(location, key, subset, split)
         elif location.is_dir():
@@ -40,23 +41,23 @@ def locations(path: str | list, key: str) -> list[Path | str]:
     glob."""
     if isinstance(path, list):
         if not path or not all(isinstance(part, str) for part in path):
-            raise ValueError(f"env.{key}={path!r}: expected a file, folder or hub id, or a list of them")
+            raise ValueError(f"{key}={path!r}: expected a file, folder or hub id, or a list of them")
         return [found for part in path for found in locations(part, key)]
     if not path.strip() or "://" in path:
-        raise DataError(f"env.{key}={path!r}: give a file, a folder or the id of a data set of the hub, such as openai/gsm8k; "
+        raise DataError(f"{key}={path!r}: give a file, a folder or the id of a data set of the hub, such as openai/gsm8k; "
                         "download other addresses first")
     try:
         place = Path(path).expanduser()
         if place.exists():
             return [place]
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte, a home that nobody has
-        raise DataError(f"{path[:200]}: env.{key} cannot be read: {error}") from error
+        raise DataError(f"{path[:200]}: {key} cannot be read: {error}") from error
     if "," in path:
         return locations([part.strip() for part in path.split(",") if part.strip()], key)
     if glob.has_magic(path):
         found = sorted(glob.glob(str(place), recursive=True))
         if not found:
-            raise DataError(f"{path}: env.{key} matches no file")
+            raise DataError(f"{path}: {key} matches no file")
         return [Path(name) for name in found]
     is_file_name = text_format(place) is not None or place.suffix in (*TABLES, *COMPRESSIONS, *CONVERSIONS)
     is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
@@ -69,7 +70,7 @@ def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         advice = "" if convert is None else (
             f'; convert it, e.g. python -c "import pandas; pandas.{convert}(\'{path}\').to_parquet(\'{path.stem}.parquet\')"')
         missing = "" if path.exists() else " (there is no such file)"
-        raise DataError(f"{path}: env.{key} must end in {', '.join((*TEXT_FORMATS, *TABLES))}, the first "
+        raise DataError(f"{path}: {key} must end in {', '.join((*TEXT_FORMATS, *TABLES))}, the first "
                         f"{len(TEXT_FORMATS)} also with {', '.join(COMPRESSIONS)}, or be a folder or a hub id such as "
                         f"openai/gsm8k{missing}{advice}")
     import datasets
@@ -89,7 +90,7 @@ def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         is_plain = b"huggingface" not in (table.schema.metadata or {})
         rows = table.to_pylist(maps_as_pydicts="lossy") if is_plain else datasets.Dataset(table).to_list()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path}: {key} cannot be read: {type(error).__name__}: {error}") from error
     yield from _named(rows, str(path), table.schema)
 
 
@@ -110,10 +111,10 @@ def _read_folder(path: Path, key: str, subset: str | None, split: str | None) ->
     try:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: env.{key} cannot be read: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path}: {key} cannot be read: {type(error).__name__}: {error}") from error
     if split is not None and isinstance(found, datasets.Dataset):
         option = _split_option(key)
-        raise DataError(f"{path}: env.{option}={split}: the folder holds one data set without splits; set env.{option}=null")
+        raise DataError(f"{path}: {option}={split}: the folder holds one data set without splits; set {option}=null")
     yield from _split_of(found, str(path), key, split)
 
 
@@ -134,7 +135,7 @@ def _text_files(path: Path, key: str, subset: str | None) -> dict[str, list[Path
             is_data = (text_format(file) is not None or file.suffix in TABLES) and file.name != "dataset_infos.json"
             if is_data and file.resolve() not in read and not any(p[0] in "._" for p in file.relative_to(path).parts):
                 raise DataError(f"{file}: would be passed over beside {sorted(read)[0].name}, as a folder is read in one "
-                                f"format and in splits by file names; set env.{key} to the files, or a glob")
+                                f"format and in splits by file names; set {key} to the files, or a glob")
     return files if all(text_format(file) is not None for file in read) else {}
 
 
@@ -147,17 +148,17 @@ def _load(name: str, key: str, subset: str | None, split: str | None) -> Iterato
         cause = f": {error.__cause__}" if error.__cause__ is not None and "enerating" in str(error) else ""
         text = " ".join(line.strip() for line in f"{error}{cause}".splitlines() if line.strip())
         if "Config name is missing" in text or "BuilderConfig" in text:
-            advice = "; choose with env.subset=NAME"
+            advice = _how_to_choose(key, "env.subset")
         elif "plit" in text and isinstance(error, ValueError):
-            advice = f"; choose with env.{_split_option(key)}=NAME"
+            advice = _how_to_choose(key, _split_option(key))
         elif Path(name).is_dir():
             advice = ""
         else:
             advice = ("\nThere is no such file or folder here, so it was taken for a data set of the hub. Check the spelling "
                       "and, for a private one, HF_TOKEN. Without a network it must be in the cache; or, where there is one, "
                       f"python -c \"import datasets; datasets.load_dataset('{name}', {subset!r}).save_to_disk('FOLDER')\", and "
-                      f"env.{key}=FOLDER here (with env.subset=null)")
-        raise DataError(f"{name}: env.{key} cannot be read: {type(error).__name__}: {text}{advice}") from error
+                      f"{key}=FOLDER here{' (with env.subset=null)' if subset else ''}")
+        raise DataError(f"{name}: {key} cannot be read: {type(error).__name__}: {text}{advice}") from error
     yield from _split_of(found, name, key, split)
 
 
@@ -169,13 +170,19 @@ def _split_of(found, name: str, key: str, split: str | None) -> Iterator[tuple[s
         if split is None:
             split = next(iter(found)) if len(found) == 1 else "train"
         if split not in found:
-            raise DataError(f"{name}: it has no split {split!r}; choose with env.{_split_option(key)} among {', '.join(found)}")
+            advice = _how_to_choose(key, _split_option(key))
+            raise DataError(f"{name}: it has no split {split!r}, but {', '.join(found)}{advice}")
         found = found[split]
     yield from _named(found.to_list(), f"{name}/{split}" if split else name, found.features.arrow_schema)
 
 
 def _split_option(key: str) -> str:
-    return "split" if key == "path" else "eval_split"
+    return "env.eval_split" if key == "env.eval_path" else "env.split"
+
+
+def _how_to_choose(key: str, option: str) -> str:
+    """What the end of a message advises where a part must be chosen; `prompts` of grpo.generate has no key for it."""
+    return f"; choose with {option}=NAME" if key.startswith("env.") else f"; {key} takes no part of a data set: name a file"
 
 
 def _named(rows: list[dict], place: str, schema) -> Iterator[tuple[str, dict]]:

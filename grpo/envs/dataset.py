@@ -91,12 +91,12 @@ class Dataset:
             reasoning_effort_key=reasoning_effort_key, current_date=current_date, max_prompt_tokens=max_prompt_tokens,
             max_bad_rows=max_bad_rows, on_bad_row=on_bad_row, on_long_prompt=on_long_prompt, on_duplicate=on_duplicate,
             on_overlap=on_overlap, chat_form=chat_form)
-        train = reader.read(path, "path", subset=subset, split=split)
+        train = reader.read(path, "env.path", subset=subset, split=split)
         if held_out_fraction is not None:
             self.train_rows, held_out = _hold_out(train, held_out_fraction, path)
         else:
             own_path, own_subset = (path, subset) if eval_path is None else (eval_path, None)
-            held_out = reader.read(own_path, "eval_path", subset=own_subset, split=eval_split)
+            held_out = reader.read(own_path, "env.eval_path", subset=own_subset, split=eval_split)
             self.train_rows = reader.without_overlap(train, held_out)
         self.eval_rows = sorted(held_out, key=lambda row: row.rank)[:num_eval_prompts]
         self._num_skipped = reader.num_skipped

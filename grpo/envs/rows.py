@@ -157,7 +157,7 @@ class RowReader:
             except _BadRow as problem:
                 bad.append(f"{source}: {problem}")
         if not num_records:
-            raise DataError(f"{place}: holds no rows; env.{key} needs at least one")
+            raise DataError(f"{place}: holds no rows; {key} needs at least one")
         if wanted and columns:
             raise DataError(self._no_such_columns(place, wanted, list(columns)))
         self._refuse(bad, num_records, list(columns))

@@ -89,7 +89,7 @@ class ToolClass:
         self.train_rows: list[dict] = []
         self.eval_rows = [{"seed": number} for number in range(num_eval_prompts)]
         if path is not None:
-            rows = read_rows(path, "path", subset=subset, split=split)
+            rows = read_rows(path, "env.path", subset=subset, split=split)
             self.train_rows, self.eval_rows = hold_out(rows, path, held_out_fraction, num_eval_prompts)
         self.tools = self._check_tools(environment)
 

@@ -19,6 +19,7 @@ from grpo.batch import Completion, Prompt, Segment
 from grpo.config import ConfigError, read_saved_config, save_config
 from grpo.configuration.launch import load_config
 from grpo.envs.carry import Carry
+from grpo.envs.data_sources import read_rows
 from grpo.generate import (
     GENERATE_STEP,
     CompletionView,
@@ -383,7 +384,8 @@ def test_the_prompts_of_a_file_are_answered_in_its_order_each_as_if_it_were_alon
 def test_conversations_of_a_file_are_rendered_with_their_history(dataset_run, compact, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "ha"}]
     (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": messages, "id": 7}) + "\n")
-    (place, question), = read_questions(str(tmp_path / "asked.jsonl"), takes_messages=True)
+    rows = read_rows(str(tmp_path / "asked.jsonl"), "prompts", subset=None, split=None)
+    (place, question), = read_questions(list(rows), takes_messages=True)
     assert place.endswith("asked.jsonl:1")
     chat = load_conversation(load_config("generate", [f"run={dataset_run}"]))
     expected = harmony_messages([{"role": "developer", "content": "Be brief."}, *messages], reasoning_effort="low",
@@ -408,6 +410,20 @@ def test_a_row_that_cannot_be_asked_is_named_and_nothing_is_written(carry_run, t
     assert run_generation(load_config("generate", words)) == 3
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and expected in errors[0] and not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("none.jsonl", "none.jsonl: prompts cannot be read: FileNotFoundError"),
+    ("asked.txt", "asked.txt: prompts must end in .jsonl"),
+    ("empty.jsonl", "empty.jsonl: holds no rows; prompts needs at least one")])
+def test_a_file_of_prompts_without_rows_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch, name, expected):
+    monkeypatch.setattr("grpo.generate.load_policy", None)
+    (tmp_path / "asked.txt").write_text("1+1")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    words = ["+model=tiny", f"prompts={tmp_path / name}", f"output={tmp_path / 'answers.jsonl'}"]
+    assert run_generation(load_config("generate", words)) == 3
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0] and "env." not in errors[0]
 
 
 @pytest.mark.parametrize("words, expected", [

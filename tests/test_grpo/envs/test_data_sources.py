@@ -49,11 +49,11 @@ def make(tokenizer, path, **changes):
     return Dataset(tokenizer=tokenizer, seed=0, path=path, **{**settings, **changes})
 
 
-def rows_of(path, *, key="path", subset=None, split=None):
+def rows_of(path, *, key="env.path", subset=None, split=None):
     return [row for _, row in read_rows(path, key, subset=subset, split=split)]
 
 
-def places_of(path, *, key="path", subset=None, split=None):
+def places_of(path, *, key="env.path", subset=None, split=None):
     return [place for place, _ in read_rows(path, key, subset=subset, split=split)]
 
 
@@ -111,12 +111,15 @@ def test_folders_of_save_to_disk_are_read_with_and_without_splits(tmp_path):
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=data, test=data.select(range(2))).save_to_disk(tmp_path / "two")
     datasets.DatasetDict(dev=data.select(range(3))).save_to_disk(tmp_path / "dev")
+    datasets.DatasetDict(a=data, b=data).save_to_disk(tmp_path / "ab")
     assert rows_of(str(tmp_path / "one")) == ROWS
     assert rows_of(str(tmp_path / "two")) == ROWS  # train, where nothing is chosen
     assert rows_of(str(tmp_path / "two"), split="test") == ROWS[:2]
     assert rows_of(str(tmp_path / "dev")) == ROWS[:3]  # the only one
     assert places_of(str(tmp_path / "two"), split="test") == [f"{tmp_path}/two/test[0]", f"{tmp_path}/two/test[1]"]
-    assert "it has no split 'dev'; choose with env.split among train, test" in refusal(str(tmp_path / "two"), split="dev")
+    assert "it has no split 'dev', but train, test; choose with env.split=NAME" in refusal(str(tmp_path / "two"), split="dev")
+    message = refusal(str(tmp_path / "ab"), key="prompts")  # of grpo.generate
+    assert "ab: it has no split 'train', but a, b; prompts takes no part of a data set: name a file" in message
     assert "set env.split=null" in refusal(str(tmp_path / "one"), split="train")
     assert "set env.subset=null" in refusal(str(tmp_path / "two"), subset="main")
 
@@ -130,7 +133,7 @@ def test_a_folder_as_the_hub_lays_it_out_has_subsets_and_splits(hub_folder):
     assert "available configs: ['main', 'other']" in message and "choose with env.subset=NAME" in message
     message = refusal(str(hub_folder), subset="mian")
     assert "Available: ['main', 'other']" in message and "choose with env.subset=NAME" in message
-    message = refusal(str(hub_folder), subset="main", split="valid", key="eval_path")
+    message = refusal(str(hub_folder), subset="main", split="valid", key="env.eval_path")
     assert "['train', 'test']" in message and "choose with env.eval_split=NAME" in message
 
 
@@ -150,7 +153,7 @@ def test_text_files_of_a_folder_keep_their_texts_and_places(tmp_path):
         folder.mkdir()
         (folder / name).write_text(text)
     file = tmp_path / "train" / "train.jsonl"
-    found = list(read_rows(str(file.parent), "path", subset=None, split=None))
+    found = list(read_rows(str(file.parent), "env.path", subset=None, split=None))
     assert found[0] == (f"{file}:1", {"question": "a", "answer": "2020-01-02"})
     assert found[1][0] == f"{file}:2" and "the key 'question' twice" in found[1][1]
     assert [row["answer"] for row in rows_of(str(tmp_path / "test"), split="test")] == ["007", "NA"]
@@ -184,7 +187,7 @@ def test_a_hub_id_is_loaded_by_datasets_and_a_folder_of_that_name_wins(tmp_path,
 
 def test_without_a_network_the_message_says_how_to_bring_a_hub_data_set(tmp_path):
     code = ("from grpo.envs.data_sources import read_rows\n"
-            "list(read_rows('openai/gsm8k', 'path', subset='main', split='train'))")
+            "list(read_rows('openai/gsm8k', 'env.path', subset='main', split='train'))")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     message = result.stderr[result.stderr.rindex("DataError: ") :]
@@ -250,7 +253,7 @@ def test_what_is_no_data_is_refused_with_what_is_read(tmp_path):
     assert "cannot be read" in refusal("x" * 300 + ".jsonl")
     (tmp_path / "d.jsonl").write_text("")
     assert "set env.subset=null" in refusal(str(tmp_path / "d.jsonl"), subset="main")
-    assert "env.eval_split=test" in refusal(str(tmp_path / "d.jsonl"), split="test", key="eval_path")
+    assert "env.eval_split=test" in refusal(str(tmp_path / "d.jsonl"), split="test", key="env.eval_path")
     with pytest.raises(ValueError, match="env.path=\\[3\\]"):
         rows_of([3])
 
