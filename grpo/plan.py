@@ -16,13 +16,14 @@ import torch
 
 from grpo.config import ConfigError, Dtype, ModelConfig, TrainConfig
 from grpo.configuration.launch import CONFIG_ERROR, load_config
-from grpo.distributed.experts import check_division_of_experts, check_sharing
+from grpo.distributed.experts import check_sharing
 from grpo.distributed.ranks import check_division
 from grpo.distributed.shards import check_shards
 from grpo.record.terminal import print_error
 from grpo.run.memory import UNLIMITED, make_plan, needs_of, prompt_len_of
 from grpo.run.policy import build_tokenizer, read_architecture
 from models.config import GptOssConfig, read_config, released
+from models.expert_share import check_division_of_experts
 from models.memory_plan import GPU_SPECS, GpuSpec, table
 
 
@@ -39,13 +40,13 @@ def main(words: list[str]) -> int:
 
 
 def report(words: list[str]) -> str:
-    """What the command prints. Raises ConfigError where the run does not fit, and for bad keys."""
+    """What the command prints. Raises ValueError where the run does not fit, and for bad keys."""
     own = dict(word.split("=", 1) for word in words if word.startswith(("gpu=", "gpus=", "prompt_tokens=")))
     config = load_config("train", [word for word in words if word.partition("=")[0] not in own])
     gpu = parse_gpu(own.get("gpu"))
     num_gpus = parse_num_gpus(own.get("gpus"), config)
     architecture = architecture_of(config)
-    check_division_of_experts(config.distributed.expert_parallel, architecture)
+    check_division_of_experts(config.distributed.expert_parallel, architecture.num_local_experts)
     max_len = architecture.max_position_embeddings
     prompt_len = (parse_count(own["prompt_tokens"], below=max_len) if "prompt_tokens" in own
                   else prompt_len_of(config, max_len=max_len))

@@ -17,6 +17,12 @@ import torch
 from kernels.experts.sorting import Routing
 
 
+def check_division_of_experts(num_ranks: int, num_experts: int) -> None:
+    """Raises ValueError where so many processes cannot have equal shares of a layer's experts."""
+    if num_experts % num_ranks:
+        raise ValueError(f"distributed.expert_parallel = {num_ranks}: must divide the {num_experts} experts of a layer")
+
+
 @dataclass(frozen=True)
 class ExpertShare:
     """Which experts this process has. fill_in: writes into a tensor, which has the same shape on all processes, what others have

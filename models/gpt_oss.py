@@ -29,7 +29,7 @@ from kernels.head.log_probs import log_probs
 from kernels.packed.weights import ExpertWeights
 from models.block import Block, RMSNorm
 from models.config import GptOssConfig
-from models.expert_share import ExpertShare
+from models.expert_share import ExpertShare, check_division_of_experts
 from models.expert_store import ExpertStore, Placement, layer_bytes
 from models.experts import FORMATS, RoutedExperts
 from models.keys import (
@@ -120,9 +120,8 @@ class GptOss(nn.Module):
         super().__init__()
         if experts not in FORMATS:
             raise ValueError(f"experts={experts!r}; allowed: {', '.join(FORMATS)}")
-        if share is not None and config.num_local_experts % share.num_ranks:
-            raise ValueError(f"distributed.expert_parallel = {share.num_ranks}: must divide the model's "
-                             f"{config.num_local_experts} experts")
+        if share is not None:
+            check_division_of_experts(share.num_ranks, config.num_local_experts)
         if share is not None and placement not in (None, Placement()):
             raise ValueError(f"placement={placement}: a share of the experts does not stream")
         factory = {"device": device, "dtype": dtype}

@@ -11,7 +11,7 @@ from grpo.distributed.shards import Divided
 from grpo.environment import Environment
 from models.adam_state import BLOCK, can_divide
 from models.config import GptOssConfig
-from models.expert_share import ExpertShare
+from models.expert_share import ExpertShare, check_division_of_experts
 from models.gpt_oss import GptOss
 
 
@@ -31,18 +31,12 @@ def check_sharing(config: TrainConfig, num_ranks: int) -> None:
         raise ConfigError(f"{key}: a warm-up is the work of ranks that have all experts; set warmup=null, {advice}")
 
 
-def check_division_of_experts(num_sharers: int, architecture: GptOssConfig) -> None:
-    if architecture.num_local_experts % num_sharers:
-        raise ConfigError(f"distributed.expert_parallel = {num_sharers}: must divide the {architecture.num_local_experts} "
-                          "experts of a layer")
-
-
 def expert_share(ranks: Ranks | None, config: TrainConfig, architecture: GptOssConfig, env: Environment) -> ExpertShare | None:
-    """The experts of this rank, None for all. Raises ConfigError."""
+    """The experts of this rank, None for all. Raises ValueError."""
     num_sharers = config.distributed.expert_parallel
     if ranks is None or num_sharers == 1:
         return None
-    check_division_of_experts(num_sharers, architecture)
+    check_division_of_experts(num_sharers, architecture.num_local_experts)
     if hasattr(env, "episode"):
         raise ConfigError(f"distributed.expert_parallel = {num_sharers}: the environment {type(env).__name__} has tools, whose "
                           "answers do not come to all ranks at the same time; set distributed.expert_parallel=1")

@@ -215,7 +215,7 @@ def test_what_needs_all_experts_is_refused(tmp_path):
         save_model(policy(BF16, share), tmp_path / "export", merge_lora=False)
     with pytest.raises(ValueError, match="model.train=full: each process holds some of the experts"):
         set_full_training(load_model(BF16, device="cpu", dtype=torch.float32, share=share))
-    with pytest.raises(ValueError, match="expert_parallel = 3: must divide the model's 8 experts"):
+    with pytest.raises(ValueError, match="expert_parallel = 3: must divide the 8 experts of a layer"):
         load_model(BF16, device="cpu", dtype=torch.float32, share=Meeting(3).share(0))
     with pytest.raises(ValueError, match="a share of the experts does not stream"):
         load_model(BF16, device="cpu", dtype=torch.float32, share=share, placement=Placement(0, 1))
