@@ -80,7 +80,7 @@ class EntropyConfig:
 
 @dataclass
 class KlConfig:
-    # loss or reward per nat; 0 skips the reference pass, and then estimator and place are of no account
+    # loss or reward per nat; 0 skips the reference pass, and then estimator (full is refused) and place are of no account
     coefficient: float = number("[0, inf)", "0 is off")
     estimator: Estimator = REQUIRED
     reference: KlReference = KlReference.start  # the policy that the penalty measures the distance to

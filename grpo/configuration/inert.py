@@ -1,6 +1,7 @@
 """Keys that were set and can change nothing, since another key switches them off: refused, so that nobody believes they acted.
 
-Keys whose default stands in the YAML are not among them; the comments of grpo/config.py say when those are of no account."""
+Keys whose default stands in the YAML are not among them; the comments of grpo/config.py say when those are of no account. Of
+kl.estimator, which files of configs/loss set too, grpo/configuration/validate.py refuses the choice that none of them makes."""
 import dataclasses
 from collections.abc import Callable, Iterator
 from enum import StrEnum

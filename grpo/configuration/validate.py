@@ -160,6 +160,9 @@ def step_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "kl.estimator", "full", (
             f"its gradient is one of the loss, and a reward (kl.place={config.kl.place}) is lowered by k1: set kl.place=loss, or "
             "another kl.estimator")
+    elif config.kl.estimator == Estimator.full and not config.kl.is_full:
+        yield "kl.estimator", "full", (
+            "changes nothing without kl.coefficient above 0, and no KL is measured: set that, or leave it at k3")
     if config.kl.refresh_every is not None and not config.needs_reference:
         yield "kl.refresh_every", config.kl.refresh_every, (
             "no reference is there to renew: set kl.coefficient above 0, or kl.refresh_every=null")

@@ -143,6 +143,13 @@ def test_the_full_kl_is_a_penalty_of_the_loss_only():
         load_config("train", ["kl.estimator=full", "kl.coefficient=0.1", "kl.place=reward"])
 
 
+def test_the_full_kl_without_a_penalty_is_refused_as_nothing_would_compute_it():
+    with pytest.raises(ConfigError, match=r"kl.estimator = 'full': changes nothing without kl.coefficient above 0"):
+        load_config("train", ["kl.estimator=full"])
+    assert load_config("train", ["kl.estimator=full", "kl.coefficient=0.1"]).kl.is_full
+    load_config("train", ["loss=reinforce_plus_plus_baseline", "kl.coefficient=0"])  # its k2 was nobody's wish
+
+
 def test_an_estimator_that_float16_cannot_have_is_refused():
     check_estimator(KlConfig(0.1, Estimator.full), torch.bfloat16)
     check_estimator(KlConfig(0.0, Estimator.full), torch.float16)
