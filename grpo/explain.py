@@ -122,6 +122,9 @@ def explain(request: Request) -> Explanation:
                                     request.run / "config.yaml"))
     recorded = {row["step"]: row for row in read_records(request.run / METRICS_FILE) if "loss" in row and row["step"] > 0}
     first = starting_step(request, config, recorded)
+    if "groups/live" in recorded[request.step]:  # of data, the count is known when the step is made
+        num_groups = sum(recorded[request.step][f"groups/{kind}"] for kind in ("live", "surplus", "dropped"))
+        check_sample(request, num_groups * config.rollout.group_size)
     differences = differences_from(request.run, config) + [
         f"settings: steps up to {last} were made with those of {path.name}, and now with those of step {request.step}"
         for last, path in earlier.items() if first < last < request.step]
@@ -167,6 +170,12 @@ def starting_step(request: Request, config: TrainConfig, recorded: dict[int, dic
         raise ConfigError(f"step = {request.step}: {name} has checkpoints of steps {', '.join(map(str, saved))}, none of them "
                           f"before it; {can}. checkpoint.keep=N keeps more of them")
     return before[-1]
+
+
+def check_sample(request: Request, num_completions: int) -> None:
+    """Raises ConfigError for a sample that is none of the step's completions."""
+    if request.sample is not None and request.sample >= num_completions:
+        raise ConfigError(f"sample = {request.sample}: step {request.step} has samples 0 to {num_completions - 1}")
 
 
 def differences_from(run_dir: Path, config: TrainConfig) -> list[str]:
@@ -241,8 +250,7 @@ def compare_completions(request: Request, groups: Groups) -> tuple[int, list[str
 
 def explained_completions(run: Run, groups: Groups, tokens: TokenRecord | None, request: Request) -> list[ExplainedCompletion]:
     """The step's completions, each with its trained tokens. Raises ConfigError for a sample that is not there."""
-    if request.sample is not None and request.sample >= len(groups.scored):
-        raise ConfigError(f"sample = {request.sample}: step {request.step} has samples 0 to {len(groups.scored) - 1}")
+    check_sample(request, len(groups.scored))
     trained = {id(completion): row for row, completion in enumerate(groups.completions)}
     dead = dead_groups([completion for completion, _ in groups.scored if completion.reward is not None], run.config)
     return [explained_completion(run, completion, trained.get(id(completion)), groups, tokens, dead)

@@ -69,6 +69,9 @@ def test_a_token_has_the_policys_numbers_and_its_part_of_the_loss(runs, explaine
     explanation = explained(Request(runs / "plain", 3))
     assert explanation.is_reproduced and "made again from the checkpoint of step 2: 1 step, " in explanation.checks[0]
     assert re.search(r"[3-8] logged completions compared", explanation.checks[0])
+    with pytest.raises(ConfigError, match="sample = 99: step 3 has samples 0 to [0-9]+$") as refused:  # by the step's metrics
+        explain(Request(runs / "plain", 3, sample=99))
+    assert str(refused.value).endswith(f"0 to {len(explanation.completions) - 1}")
     policy = load_run_policy(runs / "plain", step=2, device=torch.device("cpu"), dtype=torch.float32)[0]
     logits = {}
     for layer, block in enumerate(policy.model.layers):
@@ -173,8 +176,10 @@ def test_settings_are_kept_once_for_steps_that_stand_and_dropped_for_steps_made_
     (["run={plain}", "step=9"], "step = 9: .*plain has steps 1 to 3 in metrics.jsonl"),
     (["run={plain}", "step=1", "epoch=2"], "epoch = 2: the run has optim.epochs = 1"),
     (["run={plain}/none", "step=1"], "none"),
+    (["run={plain}", "step=1", "sample=99"], "sample = 99: step 1 has samples 0 to [0-9]+"),
 ])  # fmt: skip
-def test_a_request_that_cannot_be_met_is_refused(runs, words, said):
+def test_a_request_that_cannot_be_met_is_refused_before_a_step_is_made(runs, monkeypatch, words, said):
+    monkeypatch.setattr(grpo.explain, "start", None)
     with pytest.raises(ConfigError, match=said):
         explain(read_request([word.format(plain=runs / "plain") for word in words]))
 
