@@ -512,25 +512,6 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def anchor_paths(config: TrainConfig) -> None:
-    """Makes the relative paths of model and environment absolute, in place, so that the saved config means the same
-    files from every folder. What names no file here (a hub id, say) stays as it is."""
-    model = config.model
-    model.path, model.tokenizer = anchored(model.path), anchored(model.tokenizer)
-    if model.lora is not None and model.lora.adapter is not None:
-        model.lora.adapter = os.path.abspath(os.path.expanduser(model.lora.adapter))  # never a hub id; may be gone by now
-    for key, value in config.env.items():
-        if key == "path" or key.endswith("_path"):
-            config.env[key] = [anchored(item) for item in value] if isinstance(value, list) else anchored(value)
-
-
-def anchored(value: Any) -> Any:
-    if not isinstance(value, str) or not value:
-        return value
-    path = os.path.expanduser(value)
-    return os.path.abspath(path) if os.path.exists(path) else value
-
-
 def to_dict(config: Any) -> dict:
     """The config as plain dicts, lists, strings and numbers."""
     return dataclasses.asdict(config, dict_factory=lambda pairs: {

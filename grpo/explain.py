@@ -26,7 +26,6 @@ from grpo.config import (
     ConfigError,
     Device,
     TrainConfig,
-    anchor_paths,
     read_saved_config,
     run_folder,
     save_config,
@@ -34,6 +33,7 @@ from grpo.config import (
 )
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, refuse
 from grpo.configuration.nodes import WandbMode
+from grpo.configuration.places import anchor_paths
 from grpo.distributed.place import check_alone
 from grpo.groups import Groups, dead_groups, recorded_log_probs
 from grpo.record.explanation import ExplainedCompletion, Explanation, as_page, as_text

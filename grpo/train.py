@@ -16,8 +16,9 @@ import torch
 
 from grpo.ahead import draw_and_update
 from grpo.batch import Completion
-from grpo.config import ConfigError, TrainConfig, anchor_paths, run_folder
+from grpo.config import ConfigError, TrainConfig, run_folder
 from grpo.configuration.launch import is_sweep, launch
+from grpo.configuration.places import anchor_paths
 from grpo.distributed.experts import check_sharing
 from grpo.distributed.ranks import RankFault, join, leads
 from grpo.distributed.shards import check_shards

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo.config import ConfigError, anchor_paths, read_saved_config, run_folder, settings_of_steps  # noqa: E402
+from grpo.config import ConfigError, read_saved_config, run_folder, settings_of_steps  # noqa: E402
 from grpo.configuration.launch import load_config  # noqa: E402
+from grpo.configuration.places import anchor_paths  # noqa: E402
 
 
 def next_run(arguments: list[str]) -> list[str]:

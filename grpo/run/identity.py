@@ -2,7 +2,7 @@
 the command, code, versions and device that made it, for summary.json; and the settings of steps before a resume changed some.
 
 A resume on anything else would end in weights that no single command gives, so it is refused. Where files lie is not part of
-it: a base or a data file that moved is the same.
+it: a base, a data file or a file of code that moved is the same.
 """
 import hashlib
 import importlib.metadata
@@ -18,6 +18,7 @@ import torch
 
 from grpo.config import ConfigError, TrainConfig, flatten, read_saved_config, save_config, settings_of_steps, to_dict
 from grpo.configuration.launch import typed_words
+from grpo.configuration.places import without_folders
 from grpo.environment import calling
 from grpo.record.run_table import NAMES_OF_A_RUN
 from models.chat.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ def identify(config: TrainConfig, tokenizer: Tokenizer, env) -> dict[str, dict]:
     if hasattr(env, "fingerprint"):
         with calling(env, "fingerprint"):
             data = {"rows": str(env.fingerprint())}
-    settings = {key: value for key, value in settings_of_steps(config).items()
+    settings = {key: without_folders(value) for key, value in settings_of_steps(config).items()
                 if key not in PLACES and not (data and key.startswith("env.") and key.endswith("path"))}
     base = {} if config.model.path is None else digest_files(weights_folder(config.model.path))
     found = {"settings": settings, "base model": base, "tokenizer": {"vocabulary": tokenizer.fingerprint()}, "data": data}
@@ -53,6 +54,7 @@ def differing_keys(one: dict[str, dict], other: dict[str, dict]) -> list[tuple[s
 def check_same(recorded: dict[str, dict], found: dict[str, dict], *, source: Path) -> None:
     """Raises ConfigError listing what differs between a checkpoint's record and the run that would continue it, except for
     RESUMABLE_KEYS (grpo/config.py)."""
+    recorded = recorded | {"settings": without_folders(recorded["settings"])}  # earlier versions kept them
     differing = []
     for kind, key in differing_keys(recorded, found):
         before, now = recorded[kind], found[kind]
@@ -76,7 +78,7 @@ def keep_earlier_settings(run_dir: Path, config: TrainConfig, *, step: int) -> N
         before = read_saved_config(run_dir / "config.yaml")
     except ConfigError:  # gone or damaged
         return
-    old, new = (flatten(to_dict(item)) for item in (before, config))
+    old, new = (flatten(without_folders(to_dict(item))) for item in (before, config))
     if step > 0 and step not in kept and any(old.get(key) != new.get(key) for key in old.keys() | new.keys()
                                              if key not in (*NAMES_OF_A_RUN, *PLACES)):
         save_config(before, run_dir / f"config_until_{step:06d}.yaml")

@@ -3,12 +3,13 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from grpo.config import Train, TrainConfig, to_dict
+from grpo.configuration.places import without_folders
 from grpo.record.summary import read_metrics, series
 from grpo.run.identity import version_of
 from models.lora import LoraConfig
@@ -119,6 +120,7 @@ def _usage(origin: Origin, is_adapter: bool) -> str:
 
 
 def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> list[str]:
+    config = replace(config, env=without_folders(config.env), loss=without_folders(config.loss))
     rollout, optim, env = config.rollout, config.optim, config.env
     recipe = {
         "run": config.name, "steps": f"{origin.step} of {config.steps}", "trained": _trained(config, lora),
@@ -145,9 +147,9 @@ def _training(origin: Origin, config: TrainConfig, lora: LoraConfig | None) -> l
 
 
 def _reward(entry: dict | str) -> str:
-    """A reward function by its name, without the folder of its file, and its weight."""
+    """A reward function by its name, and its weight."""
     entry = entry if isinstance(entry, dict) else {"fn": entry}
-    return f"{str(entry.get('fn')).rpartition('/')[2]}, weight {entry.get('weight', 1.0)}"
+    return f"{entry.get('fn')}, weight {entry.get('weight', 1.0)}"
 
 
 def _trained(config: TrainConfig | None, lora: LoraConfig | None) -> str:

@@ -26,6 +26,7 @@ from grpo.config import (
 )
 from grpo.configuration.algorithm import KlPlace, KlReference
 from grpo.configuration.launch import is_sweep
+from grpo.configuration.places import without_folders
 from grpo.configuration.targets import bind, keyword_parameters, resolve_target
 from grpo.curriculum import PromptHistory
 from grpo.distributed.experts import ExpertAdapters, expert_share, least_of_all
@@ -368,7 +369,7 @@ def describe(config: TrainConfig, run_dir: Path, policy: GptOss, env: Environmen
         f"torch {torch.__version__}",
         f"model    {config.model.path or 'from scratch'}: {count_parameters(policy):,} parameters, "
         f"{count_active_parameters(policy):,} active per token",
-        f"env      {config.env['_target_']}" + (f", {about}" if (about := summary_of(env)) else ""),
+        f"env      {without_folders(config.env['_target_'])}" + (f", {about}" if (about := summary_of(env)) else ""),
         f"batch    {rollout.prompts_per_step} prompts x {rollout.group_size} completions of at most {rollout.max_new_tokens} "
         f"tokens, {config.steps} steps",
         *([] if not hasattr(env, "episode") else [
@@ -425,7 +426,7 @@ def describe_runs(run_dir: Path) -> str:
 def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:
     """Lines about settings that may differ from the resumed run's and do."""
     try:
-        before, now = (flatten(to_dict(item)) for item in (read_saved_config(run_dir / "config.yaml"), config))
+        before, now = (flatten(without_folders(to_dict(item))) for item in (read_saved_config(run_dir / "config.yaml"), config))
     except ConfigError:  # gone or damaged: the checkpoint knows what must not differ
         return []
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())

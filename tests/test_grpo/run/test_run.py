@@ -1,5 +1,6 @@
 """A run's life: where its folder is, what a resume refuses, what it survives, and what it leaves behind."""
 
+import copy
 import json
 import os
 import pty
@@ -9,14 +10,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from paths import FIXTURES, ROOT
 from safetensors.torch import load_file
 
-from grpo.config import anchor_paths, run_folder
+from grpo.config import ConfigError, run_folder
 from grpo.configuration.launch import load_config
+from grpo.configuration.places import anchor_paths
+from grpo.run.identity import check_same, identify
 
 # An environment that walks away while it scores.
 WANDERING = """
@@ -65,6 +69,29 @@ def test_relative_paths_of_local_files_become_absolute_and_hub_ids_stay(tmp_path
     assert config.model.path == str(tmp_path / "base") and config.model.lora.adapter == str(tmp_path / "adapter")
     assert config.model.tokenizer == "openai/gpt-oss-20b" and config.env["path"] == str(tmp_path / "rows.jsonl")
     assert run_folder(config) == tmp_path / "out" / "x"
+
+
+def test_files_of_code_become_absolute_and_a_run_stays_the_same_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lib").mkdir()
+    for name in ("mine.py", "lib/other.py"):
+        (tmp_path / name).write_text("")
+    config = load_config("train", ["+experiment=gpt_oss_20b_lora", "name=x", "loss=user", "loss._target_=lib/other.py:f",
+                                   "env.rewards=[{fn: mine.py:a, weight: 2}, lib/other.py:b.c, gone.py:d, package.module:e]"])
+    before, tokenizer = copy.deepcopy(config), SimpleNamespace(fingerprint=lambda: "")
+    anchor_paths(config)
+    assert config.loss["_target_"] == f"{tmp_path}/lib/other.py:f"
+    assert config.env["rewards"] == [{"fn": f"{tmp_path}/mine.py:a", "weight": 2}, f"{tmp_path}/lib/other.py:b.c", "gone.py:d",
+                                     "package.module:e"]
+    for item in (before, config):
+        item.model.path = None  # a base has a digest
+    made_of = identify(config, tokenizer, None)
+    assert made_of["settings"]["loss._target_"] == "other.py:f" and made_of == identify(before, tokenizer, None)
+    earlier = made_of | {"settings": made_of["settings"] | {"loss._target_": "lib/other.py:f"}}
+    check_same(earlier, made_of, source=tmp_path)
+    made_of["settings"]["loss._target_"] = "other.py:g"
+    with pytest.raises(ConfigError, match="loss._target_: 'other.py:f' when the run started, 'other.py:g' now"):
+        check_same(earlier, made_of, source=tmp_path)
 
 
 def test_the_commands_printed_at_the_end_are_quoted_for_the_shell(start, tmp_path):
@@ -234,6 +261,7 @@ def test_a_name_that_makes_no_folder_is_refused_before_anything_is_made(start, t
 MEDDLING = """
 import os
 from pathlib import Path
+from types import SimpleNamespace
 import spread
 
 class Meddling(spread.Spread):
