@@ -349,8 +349,8 @@ def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
         if OmegaConf.select(cfg, "name") is None:
             cfg.name = default_name(cfg, overrides)
     config = to_typed(cfg, TrainConfig)
-    check_objective(config.eval)
-    check_objective(config.eval, key="checkpoint.best", name=(config.checkpoint.best or "").removeprefix("eval/") or None)
+    check_objective("eval.objective", config.eval.objective, config.eval)
+    check_objective("checkpoint.best", config.checkpoint.best, config.eval, prefix="eval/")
     validate(config)
     return config
 

@@ -167,13 +167,13 @@ def end_sweep(results: list[JobReturn]) -> int:
 OF_EVERY_ENVIRONMENT = re.compile(r"(greedy/)?(reward|mean_length|clipped_ratio)|greedy_accuracy|(avg|pass)@\d+")
 
 
-def check_objective(evaluation: EvalConfig, measured: list[str] | None = None, *, key: str = "eval.objective",
-                    name: str | None = None) -> None:
-    """Raises ConfigError where `eval.objective`, or `name`, the value of another key, is none of what is measured; before that is
-    known, where it looks like a slip of one that the settings promise, or like one that they exclude."""
-    name = evaluation.objective if key == "eval.objective" else name
-    if name is None:
+def check_objective(key: str, value: str | None, evaluation: EvalConfig, *, prefix: str = "",
+                    measured: list[str] | None = None) -> None:
+    """Raises ConfigError where the key's value is no metric that is measured; before that is known, where it looks like a slip of
+    one that the settings promise, or like one that they exclude. null is none. prefix: what `key` has before a metric's name."""
+    if value is None:
         return
+    name = value.removeprefix(prefix)
     samples = evaluation.num_samples
     powers = [2**i for i in range(1, 20) if 2**i <= samples]
     known = ["reward", "mean_length", "clipped_ratio", f"avg@{samples}", *(f"pass@{k}" for k in powers)] if samples else []
@@ -182,8 +182,9 @@ def check_objective(evaluation: EvalConfig, measured: list[str] | None = None, *
         known = measured
     close = near(name, known)
     if name not in known and (measured is not None or close or OF_EVERY_ENVIRONMENT.fullmatch(name)):
-        hint = f"; did you mean {close[0]}?" if close else "."
-        raise ConfigError(f"{key} = {name!r}: no metric that the evaluation reports{hint} There are {', '.join(known)}")
+        hint = f"; did you mean {prefix}{close[0]}?" if close else "."
+        raise ConfigError(f"{key} = {value!r}: no metric that the evaluation reports{hint} There are "
+                          f"{', '.join(prefix + other for other in known)}")
 
 
 def objective_of(run_dir: Path, evaluation: EvalConfig) -> float:
@@ -192,7 +193,8 @@ def objective_of(run_dir: Path, evaluation: EvalConfig) -> float:
     measured = read_summary(run_dir)["eval"]
     if not measured:
         return math.nan
-    check_objective(evaluation, [name.removeprefix("eval/") for name in measured])
+    check_objective("eval.objective", evaluation.objective, evaluation,
+                    measured=[name.removeprefix("eval/") for name in measured])
     name = f"eval/{evaluation.objective}" if evaluation.objective else headline_first(list(measured))[0]
     value = measured[name]["last"]["value"]
     return math.nan if value is None else float(value)

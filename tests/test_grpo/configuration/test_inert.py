@@ -37,7 +37,7 @@ def test_evaluations_that_are_off_need_no_empty_settings():
 
 
 @pytest.mark.parametrize("words, part", [
-    (["checkpoint.best=eval/greedy_acuracy"], "did you mean greedy_accuracy"),
+    (["checkpoint.best=eval/greedy_acuracy"], r"'eval/greedy_acuracy'.*did you mean eval/greedy_accuracy\? There are eval/"),
     (["checkpoint.best=eval/greedy_accuracy", "eval.greedy=false"], "no metric that the evaluation reports"),
     (["checkpoint.best=eval/pass@8", "eval.num_samples=4"], "no metric that the evaluation reports"),
     (["checkpoint.best=eval/avg@8", "eval.num_samples=4"], "no metric that the evaluation reports")])
