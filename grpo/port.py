@@ -22,14 +22,16 @@ FRAMEWORKS = {"trl": trl, "verl": verl, "slime": slime, "prime": prime}
 
 
 def ported(framework: str, path: Path) -> str:
-    """The experiment for a recipe. Raises ValueError, which names the file, and OSError."""
+    """The experiment for a recipe. Raises ValueError and OSError, which name the file."""
     module = FRAMEWORKS[framework]
-    text = path.read_text(encoding="utf-8")
     try:
-        found = module.read(text, path.name)
+        found = module.read(path.read_text(encoding="utf-8"), path.name)
     except (ValueError, SyntaxError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a recipe of {framework}: {' '.join(str(error).split())[:300]}") from error
-    return written(module.port(found), f"{framework} {path.name}")
+    try:
+        return written(module.port(found), f"{framework} {path.name}")
+    except ZeroDivisionError as error:
+        raise ValueError(f"{path}: a learning rate, batch or number of steps in it is 0, by which {framework} divides") from error
 
 
 def written(recipe: Recipe, source: str) -> str:

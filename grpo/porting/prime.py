@@ -99,8 +99,8 @@ def port(found: dict[str, object]) -> Recipe:
         recipe.keep_equal_groups()
     recipe.set_model(recipe.get("model.name", T + "model.name", ROLL + "model.name"))
     has_lora = any(name.startswith(T + "model.lora") for name in found)
-    recipe.set_lora(rank=recipe.get(T + "model.lora.rank", ROLL + "model.lora.rank", default=16 if has_lora else None),
-                    alpha=recipe.get(T + "model.lora.alpha", default=32), targets=recipe.get(T + "model.lora.target_modules"))
+    recipe.set_lora(rank=recipe.number(T + "model.lora.rank", ROLL + "model.lora.rank", default=16 if has_lora else None),
+                    alpha=recipe.number(T + "model.lora.alpha", default=32), targets=recipe.get(T + "model.lora.target_modules"))
     if "rollout.group_size" not in recipe.settings:
         recipe.remarks.append("no number of completions is carried, the default there is 1: rollout.group_size is ours, 8")
     group_size = recipe.settings.get("rollout.group_size", 8)

@@ -67,21 +67,17 @@ class Recipe:
         is_large = "120b" in text.lower()
         self.settings["/model"] = "gpt_oss_120b" if is_large else "gpt_oss_20b"
 
-    def set_lora(self, *, rank: object, alpha: object, targets: object) -> None:
+    def set_lora(self, *, rank: float | None, alpha: float | None, targets: object) -> None:
         """LoRA where the recipe has it; without, LoRA all the same, which is what packed experts can train."""
-        try:
-            is_lora = rank is not None and whole(rank) > 0
-        except ValueError:
-            is_lora = False
         self.settings["/optim"] = "lora"
-        if not is_lora:
+        if rank is None or rank < 1:
             self.remarks.append("the recipe trains all weights; here LoRA trains attention and experts, with the recipe's "
                                 "learning rate, for which 10 times more is usual. All weights: model.train=full model.lora=null "
                                 "model.experts=bf16, as in configs/experiment/gpt_oss_20b_full.yaml")
             return
-        self.settings["model.lora.rank"] = whole(rank)
+        self.settings["model.lora.rank"] = int(rank)
         if alpha is not None:
-            self.settings["model.lora.alpha"] = real(alpha)
+            self.settings["model.lora.alpha"] = float(alpha)
         if targets is not None:
             self.remarks.append(f"adapter targets {targets!r}: model.lora.targets is ours, attention and experts")
 
@@ -136,13 +132,13 @@ class Recipe:
         self.settings["rollout.refill_rounds"] = 0
         self.remarks.append("groups with equal rewards are dropped here; there they count as zero in the mean over tokens")
 
-    def set_rewards(self, rewards: list[str], weights: list[float] | None) -> None:
+    def set_rewards(self, rewards: list[str], weights: list[float]) -> None:
         """Reward functions by path; others by name are the user's to place."""
         known = [name for name in rewards if re.fullmatch(r"[\w./-]+:\w+", name)]
         self.not_carried += [f"reward {name!r}: name it as file.py:function or package.module:function in env.rewards"
                              for name in rewards if name not in known]
         if known:
-            numbers = weights if weights and len(weights) == len(rewards) else [1.0] * len(rewards)
+            numbers = weights if len(weights) == len(rewards) else [1.0] * len(rewards)
             self.settings["env.rewards"] = [{"fn": name, "weight": float(weight)} for name, weight in zip(rewards, numbers)
                                             if name in known]
             self.settings |= {"env.match": "none", "env.answer_key": None}

@@ -86,7 +86,8 @@ def read(text: str, name: str) -> dict[str, object]:
 def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
     recipe.set_model(recipe.get("hf-checkpoint"))
-    recipe.set_lora(rank=recipe.get("lora-rank", default=16 if "use-lora" in found else None), alpha=recipe.get("lora-alpha"),
+    recipe.set_lora(rank=recipe.number("lora-rank", default=16 if "use-lora" in found else None),
+                    alpha=recipe.number("lora-alpha"),
                     targets=recipe.get("lora-target-preset", "lora-target-modules"))
     recipe.settings.setdefault("optim.lr", 1e-6)
     recipe.settings.setdefault("optim.weight_decay", 0.01)  # Megatron's

@@ -186,8 +186,9 @@ def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
     recipe.set_model(recipe.get("model_name_or_path", "model"))
     is_peft = any(name.startswith("LoraConfig.") for name in found)
-    recipe.set_lora(rank=recipe.get("lora_r", "LoraConfig.r", default=8 if is_peft else 16 if recipe.get("use_peft") else None),
-                    alpha=recipe.get("lora_alpha", "LoraConfig.lora_alpha", default=8 if is_peft else 32),
+    recipe.set_lora(rank=recipe.number("lora_r", "LoraConfig.r",
+                                       default=8 if is_peft else 16 if recipe.get("use_peft") else None),
+                    alpha=recipe.number("lora_alpha", "LoraConfig.lora_alpha", default=8 if is_peft else 32),
                     targets=recipe.get("lora_target_modules", "LoraConfig.target_modules"))
     recipe.settings.setdefault("rollout.max_new_tokens", 2048 if ASYNC in found else 512)
     recipe.settings.setdefault("rollout.group_size", 8)
@@ -212,7 +213,7 @@ def port(found: dict[str, object]) -> Recipe:
             recipe.remarks.append("use_bias_correction_kl (on by default): TRL's k3 times the ratio has k2's gradient on policy, "
                                   "so kl.estimator is k2")
         if recipe.is_true("sync_ref_model", default=False):
-            recipe.settings["kl.refresh_every"] = whole(recipe.get("ref_model_sync_steps", default=512))
+            recipe.settings["kl.refresh_every"] = int(recipe.number("ref_model_sync_steps", default=512))
             recipe.remarks.append("ref_model_mixup_alpha: the reference becomes the policy here, there a mixture")
     if recipe.is_true("use_adaptive_entropy", default=False):
         recipe.settings["entropy.target"] = real(recipe.number("entropy_target", default=0.2))
@@ -220,9 +221,12 @@ def port(found: dict[str, object]) -> Recipe:
     if not isinstance(names, list):
         names = [part.strip("'\"") for part in str(names).strip("[]").split(", ") if part]
     names = [str(name) for name in names]
-    weights = recipe.get("reward_weights")
-    recipe.set_rewards([f"trl.rewards:{name}" if name in TRL_REWARDS else name for name in names],
-                       [real(weight) for weight in weights] if isinstance(weights, list) else None)
+    try:
+        weights = [real(weight) for weight in recipe.get("reward_weights", default=[])]
+    except (ValueError, TypeError) as problem:
+        weights = []
+        recipe.not_carried.append(f"reward_weights = {recipe.get('reward_weights')!r}: {problem}")
+    recipe.set_rewards([f"trl.rewards:{name}" if name in TRL_REWARDS else name for name in names], weights)
     recipe.remarks.append("vllm_importance_sampling_*: the sampler here is the trainer, so the ratio that TRL corrects for is 1")
     return recipe
 

@@ -16,7 +16,10 @@ OVERLONG = tuple(f"{node}.{buffer}." for buffer in ("overlong_buffer_cfg", "over
 
 def path(value: object) -> object:
     """A file, or a list of them, also as text."""
-    found = yaml.safe_load(value) if isinstance(value, str) and value.strip().startswith("[") else value
+    try:
+        found = yaml.safe_load(value) if isinstance(value, str) and value.strip().startswith("[") else value
+    except yaml.YAMLError as error:
+        raise ValueError("is no list that YAML reads") from error
     return [str(item) for item in found] if isinstance(found, list) else str(found)
 
 
@@ -153,8 +156,8 @@ def port(found: dict[str, object]) -> Recipe:
     recipe = apply(found, TABLE, NO_ACCOUNT)
     model = "actor_rollout_ref.model."
     recipe.set_model(recipe.get(model + "path"))
-    recipe.set_lora(rank=recipe.get(model + "lora_rank", model + "lora.rank"),
-                    alpha=recipe.get(model + "lora_alpha", model + "lora.alpha", default=16),
+    recipe.set_lora(rank=recipe.number(model + "lora_rank", model + "lora.rank"),
+                    alpha=recipe.number(model + "lora_alpha", model + "lora.alpha", default=16),
                     targets=recipe.get(model + "target_modules", model + "lora.target_modules"))
     recipe.settings.setdefault("env.prompt_key", "prompt")
     for key, value in (("optim.lr", 1e-6), ("optim.weight_decay", 0.01), ("optim.betas", [0.9, 0.999])):

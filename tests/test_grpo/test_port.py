@@ -343,3 +343,26 @@ def test_a_file_of_another_kind_is_refused_with_its_name(tmp_path, capsys):
         assert main([framework, str(tmp_path / name)]) == 2
         assert f"{tmp_path / name}: cannot be read as a recipe of {framework}" in capsys.readouterr().err
     assert main(["trlx", "a"]) == 2 and "expected: python -m grpo.port trl|verl|slime|prime FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("none.yaml", None, "none.yaml"), ("bytes.yaml", b"\xff\x00", "bytes.yaml: cannot be read as a recipe of trl: 'utf-8' codec"),
+    ("zero.yaml", b"learning_rate: 1\ngradient_accumulation_steps: 0", "zero.yaml: a learning rate, batch or number of steps")])
+def test_a_recipe_that_cannot_be_read_or_divides_by_0_is_refused_with_its_name(tmp_path, capsys, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main(["trl", str(tmp_path / name)]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("framework, text, said", [
+    ("verl", "x actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora_alpha=abc", "lora_alpha = 'abc': is no number"),
+    ("verl", "x actor_rollout_ref.model.lora_rank=abc", "lora_rank = 'abc': is no number"),
+    ("verl", "x actor_rollout_ref.model.lora_rank=8 data.train_files='[a'", "train_files = '[a': is no list that YAML reads"),
+    ("slime", "x --n-samples-per-prompt 8 --use-lora --lora-alpha y", "lora-alpha = 'y': is no number"),
+    ("trl", "beta: 0.1\nsync_ref_model: true\nref_model_sync_steps: x", "ref_model_sync_steps = 'x': is no number"),
+    ("trl", "beta: 0.1\nreward_weights: [a]", r"reward_weights = ['a']: is no number"),
+    ("prime", "[trainer.model.lora]\nalpha = 'y'\n[orchestrator]\ngroup_size = 8", "model.lora.alpha = 'y': is no number")])
+def test_a_value_of_another_type_is_named_and_the_rest_carried(framework, text, said):
+    name = {"verl": "a.sh", "slime": "a.sh", "trl": "a.yaml", "prime": "a.toml"}[framework]
+    assert any(said in line for line in port_text(framework, text, name).not_carried)
