@@ -29,9 +29,15 @@ def text_format(path: Path) -> str | None:
     return name.suffix.lower() if name.suffix.lower() in TEXT_FORMATS else None
 
 
+def check_exists(path: Path, key: str) -> None:
+    if not path.exists():
+        raise DataError(f"{path}: {key} names no file that is there; a relative path starts at {Path.cwd()}")
+
+
 def read_text_rows(path: Path, key: str) -> Iterator[tuple[str, dict | str]]:
     """("file:line", columns) for every row, or the problem as text in place of the columns. Raises DataError for a file
     that cannot be read at all; `key` is the config key that named it."""
+    check_exists(path, key)
     try:
         data = _decompressed(path)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from grpo.envs.data_files import COMPRESSIONS, TEXT_FORMATS, DataError, read_text_rows, text_format
+from grpo.envs.data_files import COMPRESSIONS, TEXT_FORMATS, DataError, check_exists, read_text_rows, text_format
 
 TABLES = (".parquet", ".arrow", ".feather")
 CONVERSIONS = {".xlsx": "read_excel", ".xls": "read_excel", ".ods": "read_excel", ".pkl": "read_pickle",
@@ -73,6 +73,7 @@ def _read_table(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: {key} must end in {', '.join((*TEXT_FORMATS, *TABLES))}, the first "
                         f"{len(TEXT_FORMATS)} also with {', '.join(COMPRESSIONS)}, or be a folder or a hub id such as "
                         f"openai/gsm8k{missing}{advice}")
+    check_exists(path, key)
     import datasets
     import pyarrow.parquet
 

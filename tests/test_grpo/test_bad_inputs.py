@@ -245,7 +245,7 @@ MODEL = [
     ("model.lora.adapter={folder}/experiment", 2, ["adapter_config.json", "not found"]),
 ]
 DATA = [
-    ("env.path={folder}/nowhere.jsonl", 3, ["nowhere.jsonl", "env.path", "cannot be read"]),
+    ("env.path={folder}/nowhere.jsonl", 3, ["nowhere.jsonl", "env.path names no file that is there"]),
     ("env.path={folder}/bad_line.jsonl", 3, ["bad_line.jsonl:4", "not valid JSON"]),
     ("env.path={folder}/empty.jsonl", 3, ["empty.jsonl", "no rows"]),
     ("env.path={folder}/not_utf8.jsonl", 3, ["not_utf8.jsonl:2", "UTF-8"]),

@@ -413,7 +413,7 @@ def test_a_row_that_cannot_be_asked_is_named_and_nothing_is_written(carry_run, t
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("none.jsonl", "none.jsonl: prompts cannot be read: FileNotFoundError"),
+    ("none.jsonl", "none.jsonl: prompts names no file that is there; a relative"),
     ("asked.txt", "asked.txt: prompts must end in .jsonl"),
     ("empty.jsonl", "empty.jsonl: holds no rows; prompts needs at least one")])
 def test_a_file_of_prompts_without_rows_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch, name, expected):

@@ -244,8 +244,8 @@ def test_what_is_no_data_is_refused_with_what_is_read(tmp_path):
     (tmp_path / "notes.txt").write_text("1 + 1?")
     assert "must end in .jsonl, .ndjson, .json" in refusal(str(tmp_path / "notes.txt"))
     assert "(there is no such file)" in refusal(str(tmp_path / "nothing"))
-    assert "FileNotFoundError" in refusal(str(tmp_path / "gone.parquet"))
-    assert "FileNotFoundError" in refusal("data/gone.jsonl.gz")  # a file's name, no hub id
+    assert "gone.parquet: env.path names no file that is there" in refusal(str(tmp_path / "gone.parquet"))
+    assert "data/gone.jsonl.gz: env.path names no file" in refusal("data/gone.jsonl.gz")  # a file's name, no hub id
     assert "such as openai/gsm8k; download other addresses first" in refusal("https://example.org/d.jsonl")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 no more")

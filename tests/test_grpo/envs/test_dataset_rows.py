@@ -200,10 +200,10 @@ def test_broken_files_are_named(tokenizer, tmp_path, name, data, words):
 
 
 def test_a_missing_file_and_a_folder_are_named(tokenizer, tmp_path):
-    assert "env.path cannot be read: FileNotFoundError" in problem(tokenizer, tmp_path / "gone.jsonl")
+    assert "gone.jsonl: env.path names no file that is there" in problem(tokenizer, tmp_path / "gone.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     assert "doesn't contain any data files" in problem(tokenizer, tmp_path / "folder.jsonl")
-    assert "env.eval_path cannot be read" in problem(tokenizer, ARITHMETIC, eval_path=str(tmp_path / "gone.jsonl"))
+    assert "gone.jsonl: env.eval_path names no file" in problem(tokenizer, ARITHMETIC, eval_path=str(tmp_path / "gone.jsonl"))
 
 
 def test_duplicates_are_refused_or_skipped(tokenizer, tmp_path):
