@@ -268,7 +268,8 @@ def _hold_out(rows: list[Row], fraction: float, path: str | list) -> tuple[list[
     if not train or not held_out:
         raise DataError(
             f"{path}: env.held_out_fraction={fraction} leaves {len(train)} training and {len(held_out)} evaluation rows of "
-            f"{len(rows)}; change it or give eval_path")
+            f"{len(rows)}: each row's prompt says to which it belongs; {'lower' if held_out else 'raise'} it, add rows, or set "
+            "env.eval_path=FILE env.held_out_fraction=null")
     return train, held_out
 
 

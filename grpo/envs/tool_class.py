@@ -256,7 +256,7 @@ def hold_out(rows: Iterable[tuple[str, dict]], path: str | list, fraction: float
         (held_out if is_chosen(_text(record), fraction) else train).append(record)
     if not train or not held_out:
         raise DataError(f"{path}: env.held_out_fraction={fraction} leaves {len(train)} training and {len(held_out)} evaluation "
-                        "rows; change it")
+                        f"rows: each row's text says to which it belongs; {'lower' if held_out else 'raise'} it, or add rows")
     return train, held_out[:num_eval_prompts]
 
 

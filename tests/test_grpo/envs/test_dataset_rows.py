@@ -239,6 +239,9 @@ def test_prompts_over_the_token_budget_are_refused_or_skipped(tokenizer, tmp_pat
 def test_a_split_that_leaves_nothing_is_refused(tokenizer, tmp_path):
     message = problem(tokenizer, write(tmp_path, rows(1)))
     assert "env.held_out_fraction=0.25 leaves" in message and "of 1" in message
+    raised = "raise it, add rows, or set env.eval_path=FILE env.held_out_fraction=null"
+    for fraction, way in ((1e-9, raised), (1 - 1e-9, "lower it")):
+        assert way in problem(tokenizer, write(tmp_path, rows(9)), held_out_fraction=fraction)
 
 
 def test_characters_that_the_tokenizer_lacks_are_a_bad_row(tmp_path):
