@@ -53,6 +53,7 @@ def test_the_readme_shows_mistakes_and_commands():
 
 def placed(argument: str, folder: Path) -> str:
     """The argument with the README's stand-ins filled in."""
+    (folder / "config.json").touch()
     argument = argument.replace("runs/NAME", "runs/x").replace("=FOLDER", f"={folder}")
     return argument.replace(f"={folder}/adapter", f"={folder}").replace("=runs/x/adapter", f"={folder}")
 

@@ -84,6 +84,10 @@ def model_problems(model: ModelConfig, *, reads_adapter: bool) -> Iterator[Probl
             "(model.path=null with model.architecture), and not both")
     if model.path is not None and not is_there(model.path, Path.is_dir) and not is_hub_id(model.path):
         yield "model.path", model.path, "no such folder, nor a hub id of the form organisation/name; set model.path=FOLDER"
+    elif model.path is not None and is_there(model.path, lacks_checkpoint):
+        exported = f"{model.path}/model"
+        hint = f", as {exported}, which this run exported" if is_there(exported, Path.is_dir) else ""
+        yield "model.path", model.path, f"a folder without config.json, which every checkpoint has; name one with it{hint}"
     if model.tokenizer is not None and not is_there(model.tokenizer, Path.exists) and not is_hub_id(model.tokenizer):
         yield "model.tokenizer", model.tokenizer, "no such file or folder, nor a hub id; set model.tokenizer=FOLDER"
     if model.architecture is not None:
@@ -107,6 +111,11 @@ def model_problems(model: ModelConfig, *, reads_adapter: bool) -> Iterator[Probl
             yield "model.lora.targets", targets, f"must be distinct names among {', '.join(LORA_TARGETS)}"
         if adapter is not None and reads_adapter and not is_there(adapter, Path.is_dir):  # a checkpoint holds what became of it
             yield "model.lora.adapter", adapter, "no such folder"
+
+
+def lacks_checkpoint(path: Path) -> bool:
+    """Whether it is a folder with no checkpoint in either layout."""
+    return path.is_dir() and not any((path / name).exists() for name in ("config.json", "original/config.json"))
 
 
 def is_there(name: str, test: Callable[[Path], bool]) -> bool:
@@ -259,6 +268,8 @@ def inference_problems(config: InferenceConfig) -> Iterator[Problem]:
     if config.step is not None and config.run is None:
         yield "step", config.step, "a step needs run=runs/NAME"
     if isinstance(config, GenerateConfig):
+        if config.model is not None and config.model.path is None and config.model.tokenizer is None:
+            yield "model.path", None, "a model without a checkpoint has no tokenizer: set model.path=FOLDER"
         if config.prompts is not None and config.prompt is not None:
             yield "prompt", config.prompt, "give one question (prompt=) or a file of them (prompts=), and not both"
         if (config.prompts is None) != (config.output is None):
@@ -268,5 +279,7 @@ def inference_problems(config: InferenceConfig) -> Iterator[Problem]:
     if isinstance(config, EvaluateConfig):
         if config.run is None and config.env is None:
             yield "env", None, "required without run=; e.g. +env=dataset"
+        if config.env is not None and "_target_" not in config.env:
+            yield "env", config.env, "names no environment: choose one with +env=NAME, or leave env out for the run's own"
         if config.num_samples == 0 and not config.greedy:
             yield "num_samples", 0, "nothing to measure with greedy=false"

@@ -99,6 +99,7 @@ def test_a_quoted_text_is_read_back_as_it_was_typed(text):
 def test_paths_keep_tildes_and_odd_characters(tmp_path):
     folder = tmp_path / "a (1), b=c: 'é' ${x}"
     folder.mkdir()
+    (folder / "config.json").touch()
     config = load_config(
         "train",
         [

@@ -29,6 +29,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.y
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_the_checks(name, tmp_path):
     (tmp_path / "warm-seed0/start").mkdir(parents=True)  # the checkpoint that formats_sweep starts from
+    (tmp_path / "warm-seed0/start/config.json").touch()
     config = load_config("train", [f"+experiment={name}", f"output_dir={tmp_path}"])
     assert config == load_config("train", [f"experiment={name}", f"output_dir={tmp_path}"])
     assert bind(config.loss, "loss").keywords == {key: value for key, value in config.loss.items() if key != "_target_"}
@@ -203,6 +204,26 @@ def test_contradictions_of_the_released_models_are_refused():
     ):
         with pytest.raises(ConfigError, match=re.escape(expected)):
             load_config("train", ["+experiment=gpt_oss_20b_lora", *arguments])
+
+
+def test_a_folder_that_is_no_checkpoint_is_named_with_the_exported_model_in_it(tmp_path):
+    words = ["+experiment=gpt_oss_20b_lora", f"model.path={tmp_path}"]
+    with pytest.raises(ConfigError, match=f"model.path = '{tmp_path}': a folder without config.json, .*; name one with it$"):
+        load_config("train", words)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=f"name one with it, as {tmp_path}/model, which this run exported$"):
+        load_config("train", words)
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original/config.json").write_text("{}")
+    load_config("train", words)
+
+
+@pytest.mark.parametrize("name, words, expected", [
+    ("evaluate", ["run=runs/x", "env.path=rows.jsonl"], "env = {'path': 'rows.jsonl'}: names no environment: choose one with +"),
+    ("generate", ["+model=tiny", "prompt=1"], "model.path = None: a model without a checkpoint has no tokenizer: set")])
+def test_an_environment_and_a_tokenizer_that_nothing_names_are_asked_for(name, words, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load_config(name, words)
 
 
 def numbers_of(schema: type, prefix: str = ""):

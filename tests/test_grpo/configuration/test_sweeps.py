@@ -100,6 +100,7 @@ def test_one_value_fixes_a_key_that_the_experiment_sweeps(sweep):
 def test_the_sweep_of_formats_trains_each_seed_in_full_and_with_adapters_on_experts_of_each_format(tmp_path):
     for seed in range(3):
         (tmp_path / f"warm-seed{seed}/start").mkdir(parents=True)
+        (tmp_path / f"warm-seed{seed}/start/config.json").touch()
     with prepare("train", ["+experiment=formats_sweep", f"output_dir={tmp_path}"]) as plan:
         configs = [finish(compose(plan, job), "train", job) for job in jobs_planned(plan)]
     variants = [("bf16", "full", None), ("bf16", "lora", 8), ("mxfp4", "lora", 8), ("nf4", "lora", 8)]

@@ -60,7 +60,8 @@ def test_answers_to_the_prompts_of_a_file_are_those_of_one_process(entry_points,
     assert len((tmp_path / "alone.jsonl").read_text().splitlines()) == 6 and ended.out == ["", ""]
 
 
-@pytest.mark.parametrize("program, words", [("generate", ("+model=tiny", "prompt=1+2")), ("explain", ("run=x", "step=1"))])
+@pytest.mark.parametrize("program, words", [
+    ("generate", ("+model=tiny", "model.tokenizer=a/b", "prompt=1+2")), ("explain", ("run=x", "step=1"))])
 def test_what_one_process_does_is_refused_by_several(entry_points, program, words):
     ended = run_ranks(entry_points, f"grpo.{program}", 2, *words)
     assert ended.codes == [2, 2]

@@ -14,7 +14,7 @@ from grpo.configuration.launch import load_config
 from grpo.environment import checked_scores, make_environment
 from grpo.envs.countdown import Countdown, Refused, evaluate
 
-SETTINGS = load_config("train", ["+experiment=countdown_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
+SETTINGS = load_config("train", ["+experiment=countdown_20b", f"model.path={ROOT / 'tests/fixtures/tiny_bf16'}"]).env
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from grpo.envs.game_2048 import DIRECTIONS, Game2048, MoveTool, Play2048, slide
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = load_config("train", ["+experiment=game_2048_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
+SETTINGS = load_config("train", ["+experiment=game_2048_20b", f"model.path={ROOT / 'tests/fixtures/tiny_bf16'}"]).env
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import matmul_answers as answers  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = load_config("train", ["+experiment=matmul_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
+SETTINGS = load_config("train", ["+experiment=matmul_20b", f"model.path={ROOT / 'tests/fixtures/tiny_bf16'}"]).env
 PLAIN = Task("product", "float", False, False, False)
 
 

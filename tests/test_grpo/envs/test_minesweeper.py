@@ -16,7 +16,7 @@ from grpo.environment import checked_scores, make_environment
 from grpo.envs.minesweeper import Minefield, Minesweeper
 from grpo.rollout.episodes import EpisodeThread
 
-SETTINGS = load_config("train", ["+experiment=minesweeper_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
+SETTINGS = load_config("train", ["+experiment=minesweeper_20b", f"model.path={ROOT / 'tests/fixtures/tiny_bf16'}"]).env
 CELLS = list(itertools.product(range(6), range(6)))
 
 

@@ -19,7 +19,7 @@ from grpo.rollout.episodes import EpisodeThread
 from grpo.sandbox.calls import VIOLATIONS
 from grpo.sandbox.pool import Sandbox
 
-SETTINGS = load_config("train", ["+experiment=python_math_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
+SETTINGS = load_config("train", ["+experiment=python_math_20b", f"model.path={ROOT / 'tests/fixtures/tiny_bf16'}"]).env
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import strategy_answers as answers  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = load_config("train", ["+experiment=strategy_2048_20b", f"model.path={ROOT / 'tests/fixtures'}"]).env
+SETTINGS = load_config("train", ["+experiment=strategy_2048_20b", f"model.path={ROOT / 'tests/fixtures/tiny_bf16'}"]).env
 PLAIN = Variant(3, "rows", 0, DIRECTIONS)
 
 

@@ -62,6 +62,7 @@ def test_relative_paths_of_local_files_become_absolute_and_hub_ids_stay(tmp_path
     monkeypatch.chdir(tmp_path)
     for name in ("base", "adapter"):
         (tmp_path / name).mkdir()
+    (tmp_path / "base/config.json").touch()
     (tmp_path / "rows.jsonl").write_text("{}\n")
     config = load_config("train", ["+experiment=gpt_oss_20b_lora", "model.path=base", "model.tokenizer=openai/gpt-oss-20b",
                                    "model.lora.adapter=adapter", "env.path=rows.jsonl", "name=x", "output_dir=out"])
