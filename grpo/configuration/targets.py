@@ -85,7 +85,7 @@ def resolve_target(path: Any, key: str) -> Callable:
     if not isinstance(path, str) or not re.search("[.:]", path):
         raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.ppo, "
                           "module:name or file.py:name")
-    if ":" in path:
+    if ":" in path or path.endswith(".py"):
         try:
             return load_function(path, key=f"{key}._target_")
         except ValueError as error:

@@ -44,6 +44,8 @@ def load_function(path: str, *, key: str) -> Callable:
     """The object that a config value names: `package.module:function`, `package.module.function` or `file.py:function`.
 
     Raises ValueError naming `key` if the module, file or function cannot be found or the module fails to import."""
+    if path.endswith(".py"):
+        raise ValueError(f"{key}={path!r}: names a file and nothing in it; write {path}:NAME")
     module_name, _, function_name = path.rpartition(":" if ":" in path else ".")
     names = function_name.split(".")
     if not module_name or not all(name.isidentifier() for name in names):

@@ -294,6 +294,7 @@ BAD_NODES = [
     ("loss", {"clip_low": 0.2, "clip_high": 0.2, "inputs": 1}, "loss.inputs = 1: the loop supplies inputs"),
     ("loss", {"_target_": "grpo.losses.gspoo"}, "has no function or class gspoo; did you mean grpo.losses.gspo?"),
     ("loss", {"_target_": "grpo.lossess.dapo"}, "cannot import grpo.lossess"),
+    ("loss", {"_target_": "mine.py"}, "loss._target_='mine.py': names a file and nothing in it; write mine.py:NAME"),
     ("loss", {"_target_": "dapo"}, "loss._target_ = 'dapo': expected a dotted path"),
     ("env", {"digitz": 2}, "unknown key env.digitz; did you mean env.digits?"),
     ("env", {"digits": True}, "env.digits = True (bool): grpo.envs.carry.Carry expects an integer"),

@@ -342,6 +342,7 @@ def test_keyword_arguments_come_from_the_config():
         ("grpo.rewards.numbers:MAX_EXPONENT", "is a int, no function"),
         ("missing_file.py:score", "missing_file.py; a relative path starts at the working directory"),
         ("grpo.rewards.match:", "expected package.module:function"),
+        ("lib/mine.py", "names a file and nothing in it; write lib/mine.py:NAME"),
     ],
 )
 def test_a_path_that_leads_nowhere_names_its_key(path, words):
