@@ -1,6 +1,6 @@
 """A run's report page, made from its files alone, and tables of several runs.
 
-    python -m grpo.report RUN_DIR                      rebuild report.html of a run, also of one that was killed
+    python -m grpo.report RUN_DIR                      rebuild report.html of a run, also of one that was killed (no options)
     python -m grpo.report FOLDER [FOLDER ...]          print a table of the runs at or below these folders, best first
         --columns optim.lr,eval/reward    of these keys and metrics
         --csv FILE                        and write all of them
@@ -168,13 +168,18 @@ def rebuild_report(run_dir: Path) -> Path:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
-                        help="a run: rebuild its report; others: a table of runs")
+                        help="a run, without options: rebuild its report; else a table of runs")
     parser.add_argument("--columns", metavar="KEY,...", help="keys of the config and metrics that the table shows")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every key that differs and every metric there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw reward and first metric of the runs there")
     options = parser.parse_args(arguments)
+    has_options = any(option is not None for option in (options.columns, options.csv, options.plot))
     try:
-        if len(options.folders) == 1 and (options.folders[0] / METRICS_FILE).exists():
+        for name, path in (("--csv", options.csv), ("--plot", options.plot)):
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                raise ValueError(f"{name} {path}: {'is a folder' if path.is_dir() else 'its folder is not there'}; name a file "
+                                 "in a folder that exists")
+        if len(options.folders) == 1 and (options.folders[0] / METRICS_FILE).exists() and not has_options:
             print(rebuild_report(options.folders[0]))
             return 0
         runs = RunTable([run_dir for folder in options.folders for run_dir in find_runs(folder)])

@@ -42,7 +42,8 @@ class RunTable:
     """The runs of a sweep with the keys of the config in which they differ and the last value of each eval metric, sorted by
     the first of the headline metrics, best first; runs that left no summary come last.
 
-    `rows` have all columns: run, `keys`, exit_reason, steps, seconds, `evals`; None where a run has no such value."""
+    `rows` have all `columns` (run, `keys`, exit_reason, steps, seconds, `evals`) and the keys in which the runs do not differ;
+    None where a run has no such value."""
 
     def __init__(self, run_dirs: list[Path]) -> None:
         summaries = {run_dir: read_summary(run_dir) for run_dir in run_dirs}
@@ -56,7 +57,7 @@ class RunTable:
         logged = list(dict.fromkeys(name for summary in done.values() for name in summary["eval"]))
         ordered = headline_first(logged)
         self.evals = ordered + [name for name in logged if name not in ordered]
-        columns = ["run", *self.keys, "exit_reason", "steps", "seconds", *self.evals]
+        self.columns = ["run", *self.keys, "exit_reason", "steps", "seconds", *self.evals]
         self.rows = []
         for run_dir, summary in summaries.items():
             values: dict[str, object] = {"run": run_dir.resolve().name, "exit_reason": f"no {SUMMARY_FILE}"}
@@ -64,7 +65,7 @@ class RunTable:
                 values |= configs[run_dir] | {
                     "exit_reason": summary["exit_reason"], "steps": summary["steps"], "seconds": round(summary["seconds"], 1)}
                 values |= {name: record["last"]["value"] for name, record in summary["eval"].items()}
-            self.rows.append({column: values.get(column) for column in columns})
+            self.rows.append({column: values.get(column) for column in (*self.columns, *keys)})
         self.rows.sort(key=self._rank)
         self._folders = {run_dir.resolve().name: run_dir for run_dir in summaries}
 
@@ -76,10 +77,10 @@ class RunTable:
         """The runs as a Markdown table that reads as well on a terminal, and the means over seeds where seeds differ.
 
         Raises ValueError for a column that no run has."""
-        known = list(self.rows[0])
-        unknown = [column for column in columns or () if column not in known]
+        unknown = [column for column in columns or () if column not in self.rows[0]]
         if unknown:
-            raise ValueError(f"--columns {','.join(unknown)}: no such column; there are {', '.join(known)}")
+            raise ValueError(f"--columns {','.join(unknown)}: no such column; there are {', '.join(self.columns)}, and the keys "
+                             "of the config")
         keys, scores = self.shared_keys[:MAX_KEYS], headline(self.evals)[:4]
         chosen = ["run", *columns] if columns else ["run", *keys, "exit_reason", "steps", "seconds", *scores]
         parts = [_markdown([{column: self._cell(row, column) for column in chosen} for row in self.rows])]
@@ -150,7 +151,7 @@ class RunTable:
     def csv(self) -> str:
         """All columns of all runs."""
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=list(self.rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(buffer, fieldnames=self.columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         return buffer.getvalue()

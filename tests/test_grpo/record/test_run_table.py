@@ -80,6 +80,24 @@ def test_columns_are_chosen_on_the_command_line_and_an_unknown_one_is_named(tmp_
     assert "optim.lrr: no such column; there are run, seed, optim.lr, exit_reason" in capsys.readouterr().err
 
 
+def test_options_are_heeded_for_one_run_too_and_a_column_may_be_equal_in_all(tmp_path, capsys):
+    write_run(tmp_path / "a", {"seed": 0, "optim": {"lr": 0.5}}, {"eval/greedy": 0.5})
+    (tmp_path / "a/metrics.jsonl").touch()
+    assert main([str(tmp_path / "a"), "--columns", "optim.lr", "--csv", str(tmp_path / "a.csv")]) == 0
+    assert lines_of(capsys.readouterr().out)[:3:2] == [["run", "optim.lr"], ["a", "0.5"]]
+    assert (tmp_path / "a.csv").read_text().startswith("run,exit_reason,")  # of the config what differs
+    assert not (tmp_path / "a/report.html").exists()
+
+
+@pytest.mark.parametrize("option, name, said", [
+    ("--csv", "a", "is a folder"), ("--plot", "none/x.svg", "its folder is not there")])
+def test_a_file_that_cannot_be_written_is_named_before_the_table_is_made(tmp_path, capsys, option, name, said):
+    write_run(tmp_path / "a", {"seed": 0}, {"eval/greedy": 0.5})
+    assert main([str(tmp_path), option, str(tmp_path / name)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: {option} {tmp_path / name}: {said}; name a file in a folder that exists\n" and not shown.out
+
+
 def test_everything_is_written_where_csv_says(tmp_path, capsys):
     write_sweep(tmp_path / "runs")
     assert main([str(tmp_path / "runs"), "--csv", str(tmp_path / "all.csv")]) == 0
