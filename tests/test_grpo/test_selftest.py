@@ -1,6 +1,7 @@
 """The self-test: what fails is named, a band is checked at its step, and nothing passes that did not run."""
 
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -161,3 +162,8 @@ def test_the_ceiling_of_decoding_by_hand():
 def test_the_report_names_what_was_measured():
     text = "\n".join(hardware_report())
     assert torch.__version__ in text and ("GFLOP/s" in text or "TFLOP/s" in text)
+
+
+def test_the_module_by_itself_says_which_command_runs_it():
+    with pytest.raises(SystemExit, match=r"^python -m grpo.train \+experiment=selftest: whether this machine"):
+        runpy.run_path(str(ROOT / "grpo/selftest.py"), run_name="__main__")
