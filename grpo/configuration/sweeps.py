@@ -99,6 +99,9 @@ def check_names(names: list[str], jobs: list[list[str]]) -> None:
     for name, job in zip(names, jobs):
         if name in seen:
             differing = [as_typed(word) for word in (*seen[name], *job) if word not in seen[name] or word not in job]
+            if not differing:
+                raise ConfigError(f"{' '.join(map(as_typed, job))}: two jobs of the sweep have these same settings; give each "
+                                  "value of a key once")
             raise ConfigError(
                 f"name = {name!r}: two jobs of the sweep would share it ({' '.join(differing)}); leave name out, or hold every "
                 "swept key in it, as in '++name=lr-${optim.lr}-seed${seed}'"

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from grpo.config import ConfigError
 from grpo.configuration.launch import check, compose, finish, jobs_planned, load_config, prepare
-from grpo.configuration.sweeps import JobResult, jobs_of, objective_of, outcome
+from grpo.configuration.sweeps import JobResult, check_names, jobs_of, objective_of, outcome
 
 # A training run in a moment: leaves a summary, and ends as its seed says.
 TASK = """
@@ -243,6 +243,12 @@ def test_optuna_judges_runs_by_the_objective_and_ends_in_words_where_all_fail(sw
 def test_an_outcome_without_a_number_cannot_be_taken_for_one():
     with pytest.raises(ValueError, match="no value to judge it by .exit code 4."):
         float(outcome(4))
+
+
+def test_a_job_given_twice_is_refused_with_its_settings():
+    check_names(["a", "b"], [["seed=0"], ["seed=0"]])
+    with pytest.raises(ConfigError, match=r"^seed=0 optim.lr=1: two jobs of the sweep have these same settings; give each value"):
+        check_names(["a", "a"], [["seed=0", "optim.lr=1"], ["seed=0", "optim.lr=1"]])
 
 
 # ---- the objective
