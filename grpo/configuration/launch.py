@@ -123,7 +123,7 @@ class CommandPlan:
     flags: argparse.Namespace  # Hydra's
     parser: argparse.ArgumentParser
     folders: list[str]  # of further configs
-    groups: list[str]  # folders of configs that hold choices: model, env, ...
+    groups: list[str]  # folders of configs that hold choices for this entry point: model, env, ...
     keys: list[str]  # all that can be set, for suggestions
     chosen: list[str] = field(default_factory=list)  # of the overrides those that choose files, targets, Hydra's settings
     overrides: list[str] = field(default_factory=list)  # as Hydra takes them
@@ -203,7 +203,9 @@ def prepare(config_name: str, arguments: list[str]) -> Iterator[CommandPlan]:
     GlobalHydra.instance().clear()
     hydra = Hydra(task_name=config_name, config_loader=Loader(search_path))
     GlobalHydra.instance().initialize(hydra)
-    groups = [name for name in hydra.config_loader.list_groups("") if name != "hydra"]
+    of_training = {"experiment", *typing.get_type_hints(TrainConfig)} - typing.get_type_hints(schema).keys()
+    others = {"hydra"} if schema is TrainConfig else {"hydra", *of_training}
+    groups = [name for name in hydra.config_loader.list_groups("") if name not in others]
     plan = CommandPlan(hydra, config_name, flags, parser, [folder for _, folder in folders], groups, [*keys, *groups])
     try:
         fill(plan, words)

@@ -218,6 +218,15 @@ def test_a_folder_that_is_no_checkpoint_is_named_with_the_exported_model_in_it(t
     load_config("train", words)
 
 
+@pytest.mark.parametrize("name, word, left", [
+    ("evaluate", "+experiment=smoke", "device, distributed, dtype, env, greedy, max_batch"),
+    ("evaluate", "+loss=dapo", "device, distributed, dtype, env, greedy, max_batch"),
+    ("generate", "+env=carry", "current_date, device, distributed, dtype, greedy, instructions, max_batch")])
+def test_files_that_choose_for_training_are_no_choice_of_evaluation_and_chat(name, word, left):
+    with pytest.raises(ConfigError, match=rf"^unknown key {word[1:].partition('=')[0]}\. Allowed: {left}"):
+        load_config(name, ["run=runs/x", word])
+
+
 @pytest.mark.parametrize("name, words, expected", [
     ("evaluate", ["run=runs/x", "env.path=rows.jsonl"], "env = {'path': 'rows.jsonl'}: names no environment: choose one with +"),
     ("generate", ["+model=tiny", "prompt=1"], "model.path = None: a model without a checkpoint has no tokenizer: set")])
