@@ -351,8 +351,10 @@ def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
         if OmegaConf.select(cfg, "name") is None:
             cfg.name = default_name(cfg, overrides)
     config = to_typed(cfg, TrainConfig)
-    check_objective("eval.objective", config.eval.objective, config.eval)
-    check_objective("checkpoint.best", config.checkpoint.best, config.eval, prefix="eval/")
+    targets = [str(node.get("_target_")).replace(":", ".") for node in (config.env, config.loss)]
+    if not any(target.startswith(("grpo.envs.conversations.", "grpo.supervised.")) for target in targets):  # of data: others
+        check_objective("eval.objective", config.eval.objective, config.eval)
+        check_objective("checkpoint.best", config.checkpoint.best, config.eval, prefix="eval/")
     validate(config)
     return config
 

@@ -51,6 +51,13 @@ def test_a_metric_that_there_may_be_is_taken(best):
     load_config("train", [f"checkpoint.best={best}", "eval.num_samples=4"])
 
 
+def test_evaluations_of_data_have_metrics_of_their_own():
+    for best in ("eval/accuracy", "eval/perplexity"):
+        load_config("train", ["+experiment=dpo_20b", "env.path=x.jsonl", f"checkpoint.best={best}", "eval.objective=accuracy"])
+    with pytest.raises(ConfigError, match="checkpoint.best = 'eval/accuracy': .*did you mean eval/greedy_accuracy"):
+        load_config("train", ["checkpoint.best=eval/accuracy"])
+
+
 def test_several_answers_are_for_questions_from_a_file():
     with pytest.raises(ConfigError, match="num_samples = 4: goes with prompts=FILE"):
         load_config("generate", ["run=runs/x", "num_samples=4"])
