@@ -78,9 +78,9 @@ def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     found = Counter(variant.name for variant in recording.variants())
     assert found["_norm_kernel"] == 2 * 2  # with a residual or without; overlapping or not
     assert found["_rotate_and_write_kernel"] == 2  # rings, pages
-    assert found["_decode_kernel"] == 3  # a window, none, none with shared prefixes
+    assert found["_decode_kernel"] == 4  # a window; none, with shared prefixes, by parts or neither
     assert found["_attend_chunks_kernel"] == 2 * 2 * 2  # a window or none; few sections or many; overlapping or not
-    assert found["_prefix_kernel"] == found["_part_max_kernel"] == found["_sum_kernel"] == 1
+    assert found["_prefix_kernel"] == found["_add_parts_kernel"] == 1
     assert found["_dq_kernel"] == found["_dkv_kernel"] == 2  # a window, none
     assert found["_advance_kernel"] == found["_chunk_kernel"] == found["_row_kernel"] == 1
     # tokens and choices of a tile: 16 and 16, 32 or 64 (up to 4, 8 and 16 tokens), 32 and 128, 64 and 256, 128 and 256
