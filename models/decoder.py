@@ -21,11 +21,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.attention.decode import SharedPrefixes, rows_per_tile
+from kernels.attention.decode import SharedPrefixes, part_bytes, rows_per_tile
+from kernels.attention.parts import keys_of_part
 from kernels.device import MAX_FEW_ROWS, cdiv, product_path, to_device
 from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
 from kernels.head.sampling import as_pairs, key_sums
 from models.adapter_copies import AdapterCopies
+from models.config import GptOssConfig
 from models.gpt_oss import GptOss
 from models.keys import NUM_SECTIONS, PrefillChunk, last_rows, prompt_numbers
 from models.kv_cache import KVCache
@@ -37,10 +39,14 @@ PREFILL_BUCKETS = (32, *range(64, MAX_FEW_ROWS + 1, 64))  # tokens; for more, th
 _SYNCED = slice(Rows._fields.index("tokens"), Rows._fields.index("is_stopped") + 1)
 # shorter prefixes are not read once for all: they come from the L2 cache, which is faster than another launch
 _SHARED_TOKENS = 1024
-# each part of a row's keys has a program of its own with at most so many rows; with more, and at most so many, if a row is long
+# each part of a row's keys has a program of its own in steps of up to _PARTS_ROWS rows, and of up to _LONG_PARTS_ROWS if one of
+# them has more than _LONG_TOKENS tokens
 _PARTS_ROWS, _LONG_PARTS_ROWS, _LONG_TOKENS = 24, 64, 2048
-# the tokens that graphs of such steps are for: few values, since each needs a graph, but programs without a part cost time
+# graphs of such steps are for rows of up to _SHORT_PARTS tokens, or up to a multiple of _MANY_PARTS: each value needs a graph,
+# but programs for parts that no row has cost time
 _SHORT_PARTS, _MANY_PARTS = 1024, 4096
+# most rows times those tokens: what the programs store of all parts then takes 208 MB in gpt-oss
+_PARTS_TOKENS = 24 * 131_072
 _ALIGNMENT = 2  # rows: every state then starts at a multiple of 16 bytes, for which kernels are compiled
 
 # (hidden [B, D], their rows) -> tokens [B] int64 and their log-probs [B] fp32
@@ -94,9 +100,26 @@ class KeyReading(NamedTuple):
 _ROW_BY_ROW = KeyReading(shares=False, longest=0)
 
 
+def _may_read_parts(num_rows: int, longest: int) -> bool:
+    return num_rows <= _PARTS_ROWS or num_rows <= _LONG_PARTS_ROWS and longest > _LONG_TOKENS
+
+
 def bucket_of(num_rows: int) -> int:
     """The smallest bucket for `num_rows` rows; above the largest, a multiple of 128."""
     return next((bucket for bucket in BUCKETS if bucket >= num_rows), cdiv(num_rows, 128) * 128)
+
+
+def parts_bytes(config: GptOssConfig, dtype: torch.dtype, *, num_rows: int, longest: int) -> int:
+    """The most that steps of up to `num_rows` rows of up to `longest` tokens store of parts of attention."""
+    rows = min(bucket_of(num_rows), _LONG_PARTS_ROWS)
+    tokens = min(rows * _parts_tokens(longest), _PARTS_TOKENS)
+    num_parts = tokens // keys_of_part(dtype, 0) + rows  # a prefix may end within a part
+    return num_parts * part_bytes(config.num_attention_heads, config.head_dim)
+
+
+def _parts_tokens(longest: int) -> int:
+    """The tokens of a graph whose rows have at most `longest`."""
+    return _SHORT_PARTS if longest <= _SHORT_PARTS else cdiv(longest, _MANY_PARTS) * _MANY_PARTS
 
 
 def can_decode_by_graph(model: GptOss) -> bool:
@@ -252,7 +275,7 @@ class Decoder:
     def rehearse(self, num_rows: int, plain: PlainDraw, *, longest: int) -> None:
         """Takes a step of `num_rows` idle rows, without a graph, for each way of reading keys that they may need."""
         readings = [_ROW_BY_ROW]
-        if num_rows <= _PARTS_ROWS or num_rows <= _LONG_PARTS_ROWS and longest > _LONG_TOKENS:
+        if _may_read_parts(num_rows, longest):
             readings.append(KeyReading(shares=False, longest=_SHORT_PARTS))
         if num_rows > _PARTS_ROWS and self._counts_prompts_apart and longest > _SHARED_TOKENS:
             readings.append(KeyReading(shares=True, longest=0))
@@ -292,13 +315,12 @@ class Decoder:
 
     def _reading(self, prompts: list[tuple[int, int]], num_rows: int, longest: int) -> KeyReading:
         """The reading for a graph of `num_rows` rows, none of which will have more than `longest` tokens."""
-        bound = _SHORT_PARTS if longest <= _SHORT_PARTS else cdiv(longest, _MANY_PARTS) * _MANY_PARTS
-        by_part = KeyReading(shares=False, longest=bound)
-        if num_rows <= _PARTS_ROWS:
-            return by_part
-        if self._share(prompts, self._num_tiles(num_rows)):
+        if num_rows > _PARTS_ROWS and self._share(prompts, self._num_tiles(num_rows)):
             return KeyReading(shares=True, longest=0)
-        return by_part if num_rows <= _LONG_PARTS_ROWS and longest > _LONG_TOKENS else _ROW_BY_ROW
+        tokens = _parts_tokens(longest)
+        if _may_read_parts(num_rows, longest) and num_rows * tokens <= _PARTS_TOKENS:
+            return KeyReading(shares=False, longest=tokens)
+        return _ROW_BY_ROW
 
     def _share(self, prompts: list[tuple[int, int]], num_tiles: int) -> bool:
         """Updates the device's tiles of shared prefixes. Returns whether there are any."""

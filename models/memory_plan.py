@@ -26,6 +26,7 @@ from kernels.device import MAX_FEW_ROWS
 from kernels.head.log_probs import SCRATCH_BYTES as HEAD_SCRATCH_BYTES
 from models.adam_state import OptimizerBytes, optimizer_bytes
 from models.config import GptOssConfig
+from models.decoder import parts_bytes
 from models.expert_store import NUM_SLOTS, Placement, layer_bytes
 from models.experts import FORMATS
 from models.host_store import pinned_bytes
@@ -332,7 +333,8 @@ def _sampling_workspace(needs: Needs, homes: _Homes, gpu: GpuSpec, num_rows: int
     dequantizes = FORMATS[needs.experts].is_packed and (tokens > MAX_FEW_ROWS or not gpu.has_tensor_cores)
     layer = workspaces(needs.config, replace(_workload(needs, SCRATCH_BYTES), num_tokens=tokens, is_packed=dequantizes))[0]
     logits = 4 * needs.config.vocab_size * num_rows
-    return layer + logits * (4 if needs.filters else 2)  # in graphs and outside
+    parts = parts_bytes(needs.config, needs.dtype, num_rows=min(num_rows, needs.max_rows), longest=needs.sequence_len)
+    return layer + parts + logits * (4 if needs.filters else 2)  # logits: in graphs and outside
 
 
 def _rollout_seconds(needs: Needs, gpu: GpuSpec, num_rows: int, num_streamed: int) -> float:

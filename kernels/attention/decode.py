@@ -72,6 +72,11 @@ def rows_per_tile(group: int) -> int:
     return max(1, _PREFIX_ROWS // next_power_of_2(group))
 
 
+def part_bytes(num_heads: int, width: int) -> int:
+    """What decode_attention stores of a part of a row if it has `longest`: output, maximum and sum of each head, in fp32."""
+    return 4 * num_heads * (width + 2)
+
+
 def _prefix_stages(x: torch.Tensor, num_programs: int) -> int:
     is_alone = num_programs <= 2 * num_multiprocessors(x) and x.element_size() == 2
     return _PREFIX_STAGES[gpu_family(x)].blocks if is_alone else _STAGES[False]

@@ -6,14 +6,17 @@ import pytest
 import torch
 from paths import FIXTURES
 
+from models.config import released
 from models.decoder import (
     BUCKETS,
     CaptureLock,
     Decoder,
+    KeyReading,
     NewRow,
     PlainDraw,
     bucket_of,
     can_decode_by_graph,
+    parts_bytes,
     share_prefixes,
 )
 from models.formats.hugging_face import load_model
@@ -73,6 +76,58 @@ def test_the_cpu_has_no_graphs():
 @pytest.fixture(scope="module")
 def model():
     return load_model(FIXTURES / "tiny_mxfp4", device="cpu", dtype=torch.float32)
+
+
+def idle_decoder(model, **settings) -> Decoder:
+    """Of up to 512 rows, none of which is there."""
+    return Decoder(model, model.new_cache(1, 64), max_rows=512, stop_ids=[], **settings)
+
+
+@pytest.mark.parametrize("counts_prompts_apart", [False, True])
+@pytest.mark.parametrize("num_rows, longest, tokens", [
+    (1, 5, 1024), (24, 1024, 1024), (24, 1025, 4096), (8, 4096, 4096), (8, 4097, 8192), (24, 131_072, 131_072),
+    (32, 1024, 0), (32, 2048, 0), (32, 2049, 4096), (64, 4097, 8192), (64, 49_152, 49_152), (64, 49_153, 0), (96, 8192, 0)])
+def test_few_rows_are_read_by_parts_and_more_where_one_is_long(model, num_rows, longest, tokens, counts_prompts_apart):
+    decoder = idle_decoder(model, counts_prompts_apart=counts_prompts_apart)
+    prompts = [(0, min(1023, longest - 1))] * num_rows  # too short to be read once for all
+    assert decoder._reading(prompts, num_rows, longest) == KeyReading(shares=False, longest=tokens)
+
+
+def test_more_rows_read_a_long_prompt_that_they_share_once(model):
+    decoder = idle_decoder(model, counts_prompts_apart=True)
+    once = KeyReading(shares=True, longest=0)
+    assert [decoder._reading([(0, 1024)] * 25, rows, longest=1025) for rows in (32, 96)] == [once, once]
+    assert decoder._reading([(0, 1024)] * 24, 24, longest=1025) == KeyReading(shares=False, longest=4096)
+    assert decoder._reading([(0, 4000)] * 25, 32, longest=5000) == once
+    assert decoder._reading([(row, 4000) for row in range(25)], 32, longest=5000) == KeyReading(shares=False, longest=8192)
+    apart = idle_decoder(model, counts_prompts_apart=False)
+    assert apart._reading([(0, 4000)] * 25, 32, longest=5000) == KeyReading(shares=False, longest=8192)
+
+
+@pytest.mark.parametrize("counts_prompts_apart", [False, True])
+@pytest.mark.parametrize("max_len", [1024, 1025, 2048, 2049, 131_072])
+def test_every_way_of_reading_keys_is_rehearsed(model, max_len, counts_prompts_apart, monkeypatch):
+    decoder, rehearsed = idle_decoder(model, counts_prompts_apart=counts_prompts_apart), []
+    monkeypatch.setattr(Decoder, "_step", lambda self, rows, plain, reading: rehearsed.append(reading))
+    for bucket in BUCKETS:
+        rehearsed.clear()
+        decoder.rehearse(bucket, PlainDraw(1.0, True), longest=max_len)
+        ways = {(reading.shares, reading.longest > 0) for reading in rehearsed}
+        for longest in {2, 1024, 1025, 2048, 2049, 60_000, 131_072}:
+            if longest <= max_len:
+                for prompts in ([(0, longest - 1)] * bucket, [(row, longest - 1) for row in range(bucket)]):
+                    reading = decoder._reading(prompts, bucket, longest)
+                    assert (reading.shares, reading.longest > 0) in ways, (bucket, longest, reading)
+
+
+def test_what_parts_of_attention_take_is_bounded():
+    config, settings = released("openai/gpt-oss-20b"), {"dtype": torch.bfloat16}
+    part = 64 * 66 * 4  # output, maximum and sum of 64 heads; one more in each row, where a prefix may end
+    assert parts_bytes(config, num_rows=1, longest=1024, **settings) == 5 * part
+    assert parts_bytes(config, num_rows=3, longest=1025, **settings) == 4 * 17 * part  # as 4 rows of 4,096 tokens
+    assert parts_bytes(config, num_rows=24, longest=131_072, **settings) == 24 * 513 * part
+    assert parts_bytes(config, num_rows=64, longest=131_072, **settings) == (24 * 512 + 64) * part < 209e6
+    assert parts_bytes(config, num_rows=512, longest=2049, **settings) == 64 * 17 * part
 
 
 def scripted(*steps: list[int]):

@@ -147,6 +147,14 @@ def test_more_memory_never_plans_slower(needs):
     assert streamed == sorted(streamed, reverse=True) and streamed[0] == needs.config.num_hidden_layers and streamed[-1] == 0
 
 
+def test_longer_rows_take_more_for_parts_of_attention():
+    # 8 rows of 1,024 tokens have 4 parts of 256 keys and one that a prefix ends, of 2,048 (as of 4,096) 16 and one; a part has
+    # 64 heads of 64 + 2 numbers
+    short, long = (planned(replace(RUN, new_len=length - RUN.prompt_len), 140).sampling.lines["prefill and logits"]
+                   for length in (1024, 2048))
+    assert long - short == 8 * (17 - 5) * 64 * 66 * 4
+
+
 def test_rows_wait_before_decoding_streams():
     # 16 prompts: all 128 completions at once want 7 GB more than there is
     found = planned(replace(RUN, num_prompts=16, max_rows=128), 16)
