@@ -51,8 +51,8 @@ from kernels.device import (
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
-# of a program that adds parts: heads, whose number it must divide, and parts whose loads do not wait for each other
-_HEADS_AT_ONCE, _PARTS_AT_ONCE = 1, 8
+# parts whose loads do not wait for each other, in a program that adds parts
+_PARTS_AT_ONCE = 8
 # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
 _PREFIX_ROWS = 64
 # GPU family -> stages of its loads if a program has a multiprocessor's shared memory to itself: only stages hide the loads then
@@ -236,18 +236,17 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
 
 @triton.jit(do_not_specialize=["num_parts", "pages_per_slot"])
 def _add_parts_kernel(sinks, out, states, positions, prefix_lens, stride_out, num_parts, pages_per_slot, PREFIXED: tl.constexpr,
-                      PAGE: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PART: tl.constexpr, AT_ONCE: tl.constexpr,
-                      OVERLAPS: tl.constexpr):
-    """Adds the parts of a sequence that _decode_kernel has written to states [B, num_parts, H, D + 2], for HEADS heads. The loads
-    of AT_ONCE parts do not wait for each other."""
+                      PAGE: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr):
+    """Adds the parts of a sequence that _decode_kernel has written to states [B, num_parts, H, D + 2], for one head. The loads of
+    AT_ONCE parts do not wait for each other."""
     wait_for_launch_before(OVERLAPS)
-    heads, dims = tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-    num_heads = tl.num_programs(0) * HEADS
+    heads, dims = tl.program_id(0) + tl.arange(0, 1), tl.arange(0, D)  # one head, with the axis that add_part expects
+    num_heads = tl.num_programs(0)
     sequence = tl.program_id(1).to(tl.int64)
     num_keys, prefix = _sequence(positions, prefix_lens, sequence, pages_per_slot, PREFIXED, PAGE)
     num_used = tl.cdiv(prefix, PART) + tl.cdiv(num_keys - prefix, PART)
     total_max = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
-    total, total_sum = tl.zeros([HEADS, D], tl.float32), tl.full([HEADS], 1.0, tl.float32)
+    total, total_sum = tl.zeros([1, D], tl.float32), tl.full([1], 1.0, tl.float32)
     states += (sequence * num_parts * num_heads + heads) * (D + 2)
     for first in tl.range(0, num_used, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
@@ -320,8 +319,7 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
            BY_PART=longest > 0, RING=keys.shape[1] if window else 0, PAGE=page, D=width, BLOCK_H=max(16, next_power_of_2(group)),
            BLOCK_N=blocks.keys, PART=part, num_warps=1, num_stages=_STAGES[window > 0], **overlap)
     if longest:
-        heads = _HEADS_AT_ONCE if num_heads % _HEADS_AT_ONCE == 0 else 1
-        launch(_add_parts_kernel, (num_heads // heads, num_rows), sinks, out, states, positions, prefixes, out.stride(0),
-               num_parts, pages_per_slot, PREFIXED=is_prefixed, PAGE=page, D=width, HEADS=heads, PART=part,
-               AT_ONCE=_PARTS_AT_ONCE, num_warps=1, num_stages=1, **overlap)
+        launch(_add_parts_kernel, (num_heads, num_rows), sinks, out, states, positions, prefixes, out.stride(0), num_parts,
+               pages_per_slot, PREFIXED=is_prefixed, PAGE=page, D=width, PART=part, AT_ONCE=_PARTS_AT_ONCE, num_warps=1,
+               num_stages=1, **overlap)
     return out

@@ -12,7 +12,6 @@ from row_arithmetic import row_updates
 
 from kernels.attention.cache import write
 from kernels.attention.decode import (
-    _HEADS_AT_ONCE,
     _PARTS_AT_ONCE,
     _PREFIX_STAGES,
     _STAGES,
@@ -314,7 +313,7 @@ def test_a_row_of_a_shared_prefix_is_summed_in_the_order_of_the_training_kernel(
 def test_the_kernel_that_adds_parts_fits_every_gpu(arch):
     signature = {"sinks": "*bf16", "out": "*bf16", "states": "*fp32", "positions": "*i64", "prefix_lens": "*i64"}
     signature |= dict.fromkeys(("stride_out", "num_parts", "pages_per_slot"), "i32")
-    constexprs = {"PREFIXED": True, "PAGE": 64, "D": 64, "HEADS": _HEADS_AT_ONCE, "PART": 256, "AT_ONCE": _PARTS_AT_ONCE}
+    constexprs = {"PREFIXED": True, "PAGE": 64, "D": 64, "PART": 256, "AT_ONCE": _PARTS_AT_ONCE}
     check_fits(compile_for(_add_parts_kernel, signature, constexprs, arch, num_warps=1, num_stages=1), arch)
 
 
