@@ -133,6 +133,26 @@ def test_many_programs_give_the_bits_of_one(heads, kv_heads, width, page, prefix
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("prompt", [0, 17, 64, 130])  # a part has 64 keys
+def test_rows_around_the_ends_of_parts_have_the_bits_of_training_in_every_way(prompt, poisoned, ordered_products):
+    lengths = [1, 63, 64, 65, 129]  # after the prompt
+    data, slots, positions = random_cache(5, 259, heads=2, kv_heads=1), torch.arange(5), prompt + torch.tensor(lengths) - 1
+    for name in ("keys", "values"):
+        data[name][1:, :prompt] = data[name][0, :prompt].clone()
+    bounds = [0] * (prompt > 0) + [prompt + sum(lengths[:count]) for count in range(6)]
+    keys, values = (torch.cat([data[name][0, :prompt], *(data[name][row, prompt:prompt + length]
+                                                         for row, length in enumerate(lengths))]) for name in ("keys", "values"))
+    q, last = torch.randn(bounds[-1], 2, 16, generator=torch.Generator().manual_seed(1)), torch.tensor(bounds[-5:]) - 1
+    plan = AttentionPlan(bounds, prefixes=[-1, 0, 0, 0, 0, 0] if prompt else None)
+    expected = attention(q, keys, values, data["sinks"], cu_seqlens=bounds, window=0, scale=0.3, plan=plan)[last]
+    paged = scattered(data | {"q": q[last]}, slots, positions, page=32)
+    settings = {"slots": slots, "positions": positions, "window": 0, "scale": 0.3,
+                "prefix_lens": torch.full((5,), prompt) if prompt else None}
+    for way in ({}, {"longest": prompt + 129}, *([{"shared": tiles_of((0, 5), num_rows=5)}] if prompt else [])):
+        assert torch.equal(decode_attention(**paged, **settings, **way), expected), way
+
+
+@pytest.mark.interpreter
 def test_shared_pages_serve_every_slot_that_names_them(poisoned):
     data = random_cache(3, 100)
     data["keys"][1:, :64], data["values"][1:, :64] = data["keys"][0, :64], data["values"][0, :64]
