@@ -11,7 +11,7 @@ least time of a step on this GPU: for experts, dense projections, attention and 
 copy or what they compute at the rate of an 8192^3 bf16 product, both measured first, whichever takes longer (weights of the
 experts that uniform routing touches, everything else once, keys and values at the mean context); bandwidth_fraction counts the
 reading alone.
-compared: the completions whose log-probs are compared, at most 64 of 2^18 tokens in all.
+compared: the number of completions whose log-probs are compared, at most 64, which have at most 2^18 tokens together.
 prefill: tokens of prompts a second, and their share of what that product's rate allows.
 grpo_step: seconds of rollout (prefill, decode), handover (memory given back), forward and backward, and optimizer of 8
 completions of 512 tokens, one prompt of 220; grpo_step_large: of 8 prompts of 512, 16 completions of 2,048 each.
@@ -160,7 +160,8 @@ def least_seconds(stages: list[Stage], ceilings: Ceilings) -> float:
 
 def time_decoding(sampler: Sampler, prompts: list[Prompt]) -> tuple[list[Completion], float]:
     """A completion of LONG tokens for each prompt, and the median seconds of a decode step of all of them, from SHORT tokens on.
-    The prefill of long prompts takes longer than the decoding, and varies by more. Raises ValueError if some rows wait."""
+    Whole rollouts would not do: the prefill of long prompts takes longer than the decoding, and varies by more. Raises ValueError
+    if some rows wait."""
     times, num_steps = [], 0
     with sampler.open(SamplingParams(max_new_tokens=LONG), step=1) as session:
         session.submit(prompts, 1)

@@ -2,7 +2,8 @@
 
 Without a window, maximum, sum and output of every part of so many keys (keys_of_part) are computed apart, each from the sink's
 score on, and the parts are added in their order. So a decode step may read the parts of a sequence by many programs
-(kernels/attention/decode.py). With a window all keys are one part.
+(kernels/attention/decode.py). With a window all keys are one part. The sum is that of the weights, 2 to the power of scores minus
+the maximum; the output that of weights times values, which the sum divides at the very end.
 
 Parts and key tiles are counted from the start of the keys: of the sequence, or of its prefix and then of what follows it. A part
 or a tile that a query does not see changes neither its maximum nor its sum nor its output, since the sink keeps the maximum
@@ -17,7 +18,7 @@ import triton.language as tl
 
 def keys_of_part(dtype: torch.dtype, window: int) -> int:
     """The number of keys whose maximum, sum and output are computed apart, a multiple of every tile of keys; 0 with a window.
-    float32 is there for comparisons, whose sequences are short."""
+    float32 is there for comparisons: with fewer keys to a part, short sequences have several, too."""
     return 0 if window else 64 if dtype == torch.float32 else 256
 
 
@@ -32,7 +33,7 @@ def is_visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, stride, first, end, BLOCK: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-               RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None, new=None, stride_new=0, split=0):
+              RING: tl.constexpr = 0, PAGE: tl.constexpr = 0, page=0, next_page=None, new=None, stride_new=0, split=0):
     """Rows first .. first + BLOCK of one head: [BLOCK, D]. If MASKED, rows from `end` on are zeros; else all rows must exist.
     With RING, row p is at p % RING; with PAGE, at p % PAGE of `page`, and rows beyond that page are in `next_page` (None: there
     are none). With `new`, rows from `split` on are not there: row p is at new + p * stride_new."""
