@@ -25,7 +25,7 @@ def test_a_query_gets_the_bits_that_it_gets_in_the_whole_sequence(prefix_len, po
         tensor.fill_(float("nan"))
     generator = torch.Generator().manual_seed(prefix_len)
     chunks = [PrefillChunk(2, 0, 5, prefix_len), PrefillChunk(0, 49, 70, prefix_len), PrefillChunk(3, 17, 19, prefix_len),
-              PrefillChunk(1, 66, 71, prefix_len)]
+              PrefillChunk(1, 110, 132, prefix_len)]  # parts end among its keys: at 64 and 128, or 64 after its prefix
     heads = {"q": 2, "k": 1, "v": 1}
     sequences = [{name: torch.randn(chunk.end, count, WIDTH, generator=generator) for name, count in heads.items()}
                  for chunk in chunks]
