@@ -166,7 +166,7 @@ def adamw_reference(weight: torch.Tensor, grad: torch.Tensor, moments: Moments8 
     v = v * v if isinstance(moments, Moments8) else v
     m = m + (g - m) * (1 - numbers.beta1)
     v = v * numbers.beta2 + g * g * (1 - numbers.beta2)
-    root = v.sqrt()
+    root = v.double().sqrt().float()  # the nearest fp32 number; the root in fp32 has other last bits on some processors
     value = weight.float() if compensation is None else weight.float() + compensation.float()
     value = value * decay - m / (root * (1 / root_correction) + numbers.eps) * step_size
     random, more = random_bits(len(weight), first, key, weight.device)
