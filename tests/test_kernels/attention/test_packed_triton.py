@@ -283,7 +283,8 @@ def test_rows_before_the_first_query_have_no_tiles():
     assert AttentionPlan([0, 12, 30], first_query=30).query_tiles(8, torch.device("cpu")).tolist() == []
 
 
-# bytes a thread may keep in memory where keys and values stay in registers, or these are few: what loops need at start and end
+# bytes a thread may keep in memory where keys and values stay in registers, a thread has few of them, or heads are wide: what
+# loops need at start and end
 LOOP_INVARIANTS = 64
 
 
