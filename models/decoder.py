@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from kernels.attention.decode import SharedPrefixes, part_bytes, rows_per_tile
 from kernels.attention.parts import keys_of_part
-from kernels.device import MAX_FEW_ROWS, cdiv, product_path, to_device
+from kernels.device import MAX_FEW_ROWS, cdiv, next_power_of_2, product_path, to_device
 from kernels.head.advance import IDLE, Rows, advance, next_rng_keys
 from kernels.head.sampling import as_pairs, key_sums
 from models.adapter_copies import AdapterCopies
@@ -42,8 +42,8 @@ _SHARED_TOKENS = 1024
 # each part of a row's keys has a program of its own in steps of up to _PARTS_ROWS rows, and of up to _LONG_PARTS_ROWS if one of
 # them has more than _LONG_TOKENS tokens
 _PARTS_ROWS, _LONG_PARTS_ROWS, _LONG_TOKENS = 24, 64, 2048
-# graphs of such steps are for rows of up to _SHORT_PARTS tokens, or up to a multiple of _MANY_PARTS: each value needs a graph,
-# but programs for parts that no row has cost time
+# graphs of such steps are for rows of up to _SHORT_PARTS tokens, or up to a multiple of _MANY_PARTS or of a quarter of a power of
+# two: each value needs a graph, but programs for parts that no row has cost time
 _SHORT_PARTS, _MANY_PARTS = 1024, 4096
 # most rows times those tokens: what the programs store of all parts then takes 208 MB in gpt-oss
 _PARTS_TOKENS = 24 * 131_072
@@ -119,7 +119,8 @@ def parts_bytes(config: GptOssConfig, dtype: torch.dtype, *, num_rows: int, long
 
 def _parts_tokens(longest: int) -> int:
     """The tokens of a graph whose rows have at most `longest`."""
-    return _SHORT_PARTS if longest <= _SHORT_PARTS else cdiv(longest, _MANY_PARTS) * _MANY_PARTS
+    step = max(_MANY_PARTS, next_power_of_2(longest) // 4)
+    return _SHORT_PARTS if longest <= _SHORT_PARTS else cdiv(longest, step) * step
 
 
 def can_decode_by_graph(model: GptOss) -> bool:

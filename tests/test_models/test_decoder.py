@@ -85,7 +85,8 @@ def idle_decoder(model, **settings) -> Decoder:
 
 @pytest.mark.parametrize("counts_prompts_apart", [False, True])
 @pytest.mark.parametrize("num_rows, longest, tokens", [
-    (1, 5, 1024), (24, 1024, 1024), (24, 1025, 4096), (8, 4096, 4096), (8, 4097, 8192), (24, 131_072, 131_072),
+    (1, 5, 1024), (24, 1024, 1024), (24, 1025, 4096), (8, 4096, 4096), (8, 4097, 8192), (8, 17_000, 24_576),
+    (24, 131_072, 131_072),
     (32, 1024, 0), (32, 2048, 0), (32, 2049, 4096), (64, 4097, 8192), (64, 49_152, 49_152), (64, 49_153, 0), (96, 8192, 0)])
 def test_few_rows_are_read_by_parts_and_more_where_one_is_long(model, num_rows, longest, tokens, counts_prompts_apart):
     decoder = idle_decoder(model, counts_prompts_apart=counts_prompts_apart)
