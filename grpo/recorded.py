@@ -8,6 +8,7 @@ import torch
 from grpo.batch import Completion, RolloutBatch, Segment, pack
 from grpo.config import ConfigError, TrainConfig
 from grpo.configuration.algorithm import Whiten
+from grpo.configuration.targets import dotted_target
 from grpo.environment import Environment, EnvironmentFault, Score, calling
 from grpo.groups import Groups, length_metrics
 
@@ -18,7 +19,7 @@ def is_recorded(env: Environment) -> bool:
 
 def check_recorded(env: Environment, config: TrainConfig) -> None:
     """Raises ConfigError for a loss of data on sampled completions, and for settings that data cannot have."""
-    target = str(config.loss["_target_"]).replace(":", ".")
+    target = dotted_target(config.loss)
     is_of_data = target in ("grpo.supervised.sft", "grpo.supervised.dpo")
     if not is_recorded(env):
         if is_of_data:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from grpo.config import LrSchedule, TrainConfig, WeightKind
+from grpo.configuration.targets import dotted_target
 
 
 class Dependent(NamedTuple):
@@ -23,7 +24,7 @@ def _draws_evaluations(config: TrainConfig) -> bool:
 
 
 def _may_use_sums(config: TrainConfig) -> bool:
-    return not str(config.loss.get("_target_")).replace(":", ".").startswith(("grpo.losses.", "grpo.supervised.sft"))
+    return not dotted_target(config.loss).startswith(("grpo.losses.", "grpo.supervised.sft"))
 
 
 DEPENDENT = (

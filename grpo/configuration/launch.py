@@ -73,7 +73,7 @@ from grpo.configuration.sweeps import (
     replace_params,
     values_of,
 )
-from grpo.configuration.targets import bind, keyword_parameters, resolve_target
+from grpo.configuration.targets import bind, dotted_target, keyword_parameters, resolve_target
 from grpo.configuration.validate import validate, validate_inference
 from grpo.record.terminal import hold_standard_streams, print_error
 
@@ -351,7 +351,7 @@ def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
         if OmegaConf.select(cfg, "name") is None:
             cfg.name = default_name(cfg, overrides)
     config = to_typed(cfg, TrainConfig)
-    targets = [str(node.get("_target_")).replace(":", ".") for node in (config.env, config.loss)]
+    targets = [dotted_target(node) for node in (config.env, config.loss)]
     if not any(target.startswith(("grpo.envs.conversations.", "grpo.supervised.")) for target in targets):  # of data: others
         check_objective("eval.objective", config.eval.objective, config.eval)
         check_objective("checkpoint.best", config.checkpoint.best, config.eval, prefix="eval/")

@@ -81,6 +81,11 @@ def keyword_parameters(target: Callable) -> dict[str, inspect.Parameter]:
     return found
 
 
+def dotted_target(node: dict) -> str:
+    """What the node's `_target_` names, with a dot where it may have a colon: grpo.losses:ppo is grpo.losses.ppo."""
+    return str(node.get("_target_")).replace(":", ".")
+
+
 def resolve_target(path: Any, key: str) -> Callable:
     if not isinstance(path, str) or not re.search("[.:]", path):
         raise ConfigError(f"{key}._target_ = {path!r}: expected a dotted path such as grpo.losses.ppo, "

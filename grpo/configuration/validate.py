@@ -32,7 +32,7 @@ from grpo.config import (
 from grpo.configuration.algorithm import Baseline, Estimator, KlPlace, Scale, Whiten
 from grpo.configuration.fields import out_of_range
 from grpo.configuration.inert import inert_problems
-from grpo.configuration.targets import fits
+from grpo.configuration.targets import dotted_target, fits
 from models.config import ARCHITECTURE_FIELDS, GptOssConfig
 
 MAX_NAME_BYTES = 200  # file systems take 255, with what others put before and after it
@@ -214,7 +214,7 @@ def correction_problems(config: TrainConfig) -> Iterator[Problem]:
         yield "optim.old_log_probs", "sampler", (
             "the loss then takes its ratio to the sampler itself, which corrections.weight, geometric and max_k3 would count "
             "again: set optim.old_log_probs=trainer, or leave those off")
-    if corrections.weight != WeightKind.none and config.loss.get("_target_") in ("grpo.losses.dppo", "grpo.losses:dppo"):
+    if corrections.weight != WeightKind.none and dotted_target(config.loss) == "grpo.losses.dppo":
         yield "corrections.weight", str(corrections.weight), (
             "dppo weighs by the ratio to the sampler itself, which would count twice: set corrections.weight=none, or choose "
             "another loss")
