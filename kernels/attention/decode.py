@@ -115,6 +115,15 @@ def _decode_range(total, total_max, total_sum, acc, row_max, row_sum, sink, q, k
                          RING, PAGE, pages, ALIGNED)
 
 
+@triton.jit
+def _store_sums(state, acc, row_max, row_sum, mask):
+    """Output [rows, D], maximum and sum of rows to state [rows]: pointers to D + 2 numbers each."""
+    D: tl.constexpr = acc.shape[1]
+    tl.store(state[:, None] + tl.arange(0, D)[None, :], acc, mask=mask[:, None])
+    tl.store(state + D, row_max, mask=mask)
+    tl.store(state + D + 1, row_sum, mask=mask)
+
+
 @triton.jit(do_not_specialize=["pages_per_slot"])
 def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, page_table, stride_q, scale_log2, pages_per_slot,
                    STRIDE_KEY: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
@@ -148,9 +157,7 @@ def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, pa
         last, 0, whole_end, end, end, scale_log2, 0, False, True, False, D, BLOCK_N, PART, True, 0, PAGE, pages, True)
     total, total_max, total_sum = all_keys(total, total_max, total_sum, acc, row_max, row_sum, PART)
     state = states + (row * (tl.num_programs(0) * GROUP) + first_head + heads) * (D + 2)
-    tl.store(state[:, None] + dims[None, :], total, mask=is_head[:, None])
-    tl.store(state + D, total_max, mask=is_head)
-    tl.store(state + D + 1, total_sum, mask=is_head)
+    _store_sums(state, total, total_max, total_sum, is_head)
 
 
 @triton.jit
@@ -206,9 +213,7 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
                 first, tl.minimum(first + PART, end), end, scale_log2, window, False, 0, PAGE, not PREFIXED, D, BLOCK_H,
                 BLOCK_N, 0)
             place = (sequence * tl.num_programs(2) + tl.program_id(2)) * num_heads + first_head + heads
-            tl.store(states + (place * (D + 2))[:, None] + dims[None, :], acc, mask=is_head[:, None])
-            tl.store(states + place * (D + 2) + D, row_max, mask=is_head)
-            tl.store(states + place * (D + 2) + D + 1, row_sum, mask=is_head)
+            _store_sums(states + place * (D + 2), acc, row_max, row_sum, is_head)
     else:
         q_tile = load_rows(q + sequence * stride_q + first_head * D, D, 0, GROUP, BLOCK_H, D, True)
         if PREFIXED:

@@ -128,7 +128,6 @@ def forward_tiles(total, total_max, total_sum, acc, row_max, row_sum, sink, q, k
         if not ALIGNED:
             next_page = tl.load(pages + tl.minimum(first + BLOCK_N - 1, key_end - 1) // PAGE, mask=first < last, other=0)
     for start in tl.range(first, last, BLOCK_N):
-        begins = False
         if PART > 0:
             begins = (start - key_start) % PART == 0
             if not BRANCH:
