@@ -77,7 +77,7 @@ def draw(hidden: torch.Tensor, weight: torch.Tensor, rng_keys: torch.Tensor | No
         tokens = _choose(head_logits(hidden, weight), rng_keys, temperature)
         return tokens, log_probs(hidden, weight, tokens, temperature=temperature)[0]
     hidden, weight = hidden.contiguous(), weight.contiguous()
-    blocks, scale = head_blocks(hidden, weight), math.log2(math.e) / temperature
+    blocks, scale = head_blocks(hidden, weight, draws=True), math.log2(math.e) / temperature
     logits = torch.empty(num_rows, vocab, dtype=torch.float32, device=hidden.device)
     undrawn = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
     settings = {"has_kept": False, "stores": False}

@@ -46,6 +46,9 @@ _BLOCKS = {
 }
 # smaller blocks with marks of kept columns, and in the gradient's kernel, where larger ones would spill registers
 _SMALL_PARTS = {"hopper": measured(dict(BN=128, TILE=64))}
+# draws of at most 64 rows: half a tile of tokens leaves room for one more step in flight. A warp has the same columns of a row,
+# so the sums over tiles have the bits of the larger tile
+_FEW_ROWS = {"hopper": measured(dict(BM=64, num_warps=4, num_stages=4))}
 _FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
 
 
@@ -209,9 +212,11 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
                 tl.store(p_at, p.to(scratch.dtype.element_ty), mask=inside)
 
 
-def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False, fits_rows: bool = False) -> dict:
+def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False, fits_rows: bool = False,
+                draws: bool = False) -> dict:
     """Block sizes and options for products of hidden states with a head. fits_rows: they may depend on the number of rows; only
-    for plain products, since sums over a tile depend on its layout, and scores must have the same bits in any batch."""
+    for plain products, since sums over a tile depend on its layout, and scores must have the same bits in any batch. draws: of
+    few rows, with such a layout."""
     family = gpu_family(hidden)
     blocks = dict(_BLOCKS[family].blocks)
     if weight.dtype == torch.float32 and is_gpu(hidden):
@@ -219,6 +224,8 @@ def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool
     elif small_parts and family in _SMALL_PARTS:
         blocks |= _SMALL_PARTS[family].blocks
     num_rows, width = hidden.shape
+    if draws and num_rows <= 64 and family in _FEW_ROWS and weight.dtype != torch.float32:
+        blocks |= _FEW_ROWS[family].blocks
     if fits_rows and num_rows <= 64:  # the head is read once, whatever the tile
         blocks |= dict(BM=max(16, triton.next_power_of_2(num_rows)), BN=min(blocks["BN"], 128))
     aligned = width * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0 and hidden.data_ptr() % 16 == 0

@@ -1,6 +1,8 @@
 """The log-prob kernels: in the interpreter against autograd of a plain float64 log-softmax, ahead of time for every GPU, and on
 a GPU against float64 and the same formula in eager bf16."""
 
+import re
+
 import pytest
 import torch
 from aot import ARCHITECTURES, check_fits, compile_for
@@ -17,7 +19,15 @@ from kernels.head.log_probs import (
     log_probs,
 )
 from kernels.head.sampling import draw_tokens
-from kernels.head.tiles import _BLOCKS, _FLOAT32_BLOCKS, _SMALL_PARTS, _partials_kernel, _reduce_kernel, path_of
+from kernels.head.tiles import (
+    _BLOCKS,
+    _FEW_ROWS,
+    _FLOAT32_BLOCKS,
+    _SMALL_PARTS,
+    _partials_kernel,
+    _reduce_kernel,
+    path_of,
+)
 
 TARGETS_ONLY, ENTROPY_TOO = (1.0, 0.0), (1.0, 0.3)
 
@@ -236,10 +246,10 @@ def test_drawn_tokens_have_the_log_probs_of_training(poisoned):
     check_draw(hidden, weight, temperature=0.7, rows=(slice(0, 1), slice(16, 35), slice(0, 0)))
 
 
-def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=False):
-    """A kernel as the launches of this GPU family would have it."""
+def compiled(kernel, flags, arch, *, small_parts=False, dtype="bf16", few_rows=False, blocks=None):
+    """A kernel as the launches of this GPU family would have it, or with these blocks."""
     family = family_of(arch)
-    blocks = _FLOAT32_BLOCKS if dtype == "fp32" else _BLOCKS[family].blocks
+    blocks = blocks or (_FLOAT32_BLOCKS if dtype == "fp32" else _BLOCKS[family].blocks)
     if dtype != "fp32" and small_parts and family in _SMALL_PARTS:
         blocks = blocks | _SMALL_PARTS[family].blocks
     blocks = dict(blocks) | (dict(BM=16, BN=min(blocks["BN"], 128)) if few_rows else {})
@@ -282,6 +292,21 @@ def test_products_compile_without_spills_on_tensor_cores(arch, variant):
     }[variant]()
     check_fits(resources, arch)
     assert MMA[family_of(arch)] in resources.mma or variant == "few_rows" and resources.has_mma
+
+
+def test_draws_of_few_rows_add_a_row_up_in_the_order_of_training():
+    """Which thread has which columns of a row; the warps of both tiles lie along the rows."""
+    layouts = []
+    for few in (False, True):
+        blocks = _BLOCKS["hopper"].blocks | (_FEW_ROWS["hopper"].blocks if few else {})
+        resources = compiled(_partials_kernel, DRAWN, 90, blocks=blocks)
+        check_fits(resources, 90)
+        pattern = r'"tt.reduce".*?axis = 1.*?\}\) : \(tensor<\d+x128xf32, (#\w+)>\)'
+        name, = set(re.findall(pattern, resources.ttgir, re.S))
+        layout = re.search(rf"^{name} = .*?(register = .*), warp = (.*), block = ", resources.ttgir, re.M)
+        assert re.fullmatch(r"\[(\[\d+, 0\](, )?)+\]", layout[2])
+        layouts.append(layout[1])
+    assert layouts[0] == layouts[1]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
