@@ -10,6 +10,10 @@ row's largest s. Subtraction rounds, so the result depends on what is subtracted
 to the bit, and so do the first kernel's in the chunk with the row's largest s. In other chunks a smaller number is subtracted,
 which rounds finer: their winner can differ from the reference's only if the two scores are equal up to their last bits.
 
+The first kernel takes the exact noise of few ids. As -log1p(-w) >= w, a score is at most (s - largest) + 31 log(2) - log(h), and
+the hardware's approximate logarithm is enough for such a bound. Each thread scores the id with the highest bound among its own,
+and the next ones only as long as any id of the chunk may still win, which is rare.
+
 On a GPU all other roundings are PyTorch's too: it divides by multiplying with the fp32 reciprocal, its log and log1p are
 libdevice's, and nothing becomes a fused multiply-add. On the CPU PyTorch really divides and has other logarithms.
 
@@ -31,7 +35,12 @@ _LARGEST_W = tl.constexpr(1 - 2.0**-24)  # keeps the logarithm finite where h + 
 _KEY_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xABC98388FB8FAC03, 0x8CB92BA72F3D8DD7, 0xF1357AEA2E62A9C5)
 POSITION_MULTIPLIER = tl.constexpr(_KEY_MULTIPLIERS[4])
 _MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
-_CHUNK = {"gpu": 4096, "interpreter": 512}  # logits that one program compares
+_CHUNK, _THREADS = {"gpu": 4096, "interpreter": 512}, {"gpu": 128, "interpreter": 16}  # of a program: logits it compares, threads
+# Without errors, an id whose key, log(h) - (s - largest), is above 31 log(2) - best cannot win; the other term is for errors.
+# When the loop ends, best > -3: the id with the largest s has been scored, or its key, at most 31 log(2), is above the limit.
+# So errors count for keys up to 31 log(2) + 26 < 64 alone. There a sum or product rounds by at most 2^-19, h and the logarithms
+# (up to 31) are off by at most 2^-22 of what they are, and the place adds at most 31 / 2^18: together less than 2^-12.
+_MOST = tl.constexpr(31 * 0.6931471805599453 + 2.0**-10)
 
 
 def signed(value: int, bits: int = 32) -> int:
@@ -90,14 +99,19 @@ def draw_tokens_reference(logits: torch.Tensor, rng_keys: torch.Tensor, temperat
 
 
 @triton.jit
-def _noise(ids, first, second, HAS_LIBDEVICE: tl.constexpr):
-    """Noise of vocabulary ids [N] int32, for both halves int32 of their row's RNG key."""
+def _hash(ids, first, second):
+    """h, as int32, of vocabulary ids int32, for both halves int32 of their row's RNG key."""
     bits = ids.to(tl.uint32, bitcast=True) * _ID_MULTIPLIER ^ first.to(tl.uint32, bitcast=True)
     bits = (bits ^ (bits >> 16)) * _MULTIPLIER_1 + second.to(tl.uint32, bitcast=True)
     bits = (bits ^ (bits >> 15)) * _MULTIPLIER_2
     signed = bits.to(tl.int32, bitcast=True)
-    w = ((signed ^ (signed >> 16)) & 0x7FFFFFFF).to(tl.float32)  # the shift repeats the sign bit
-    w = tl.minimum((w + 0.5) * (2.0**-31), _LARGEST_W)
+    return (signed ^ (signed >> 16)) & 0x7FFFFFFF  # the shift repeats the sign bit
+
+
+@triton.jit
+def _noise(ids, first, second, HAS_LIBDEVICE: tl.constexpr):
+    """Noise of vocabulary ids [N] int32, for both halves int32 of their row's RNG key."""
+    w = tl.minimum((_hash(ids, first, second).to(tl.float32) + 0.5) * (2.0**-31), _LARGEST_W)
     if HAS_LIBDEVICE:
         return -libdevice.log(-libdevice.log1p(-w))
     # without libdevice: 1 - w rounds, and the quotient corrects that (Kahan)
@@ -116,17 +130,46 @@ def _scores(s, largest, ids, first, second, HAS_LIBDEVICE: tl.constexpr):
 
 @triton.jit
 def _chunk_kernel(logits_ptr, rng_keys_ptr, largest_ptr, winners_ptr, temperature, vocab_size, num_chunks, stride_logits,
-                  CHUNK: tl.constexpr, HAS_LIBDEVICE: tl.constexpr):
+                  CHUNK: tl.constexpr, THREADS: tl.constexpr, HAS_LIBDEVICE: tl.constexpr):
+    PER_THREAD: tl.constexpr = CHUNK // THREADS  # as ids of a thread lie: [PER_THREAD / 4, THREADS, 4], four are loaded at a time
     program = tl.program_id(0)
     row, start = (program // num_chunks).to(tl.int64), program % num_chunks * CHUNK
-    ids = start + tl.arange(0, CHUNK)
-    logits = tl.load(logits_ptr + row * stride_logits + ids, mask=ids < vocab_size, other=float("-inf"))
-    s = logits * tl.div_rn(1.0, temperature)
-    largest = tl.max(tl.where(s != s, float("-inf"), s), 0)
+    logits_ptr += row * stride_logits
     first, second = tl.load(rng_keys_ptr + 2 * row), tl.load(rng_keys_ptr + 2 * row + 1)
-    scores = _scores(s, largest, ids, first, second, HAS_LIBDEVICE)
+    ids = start + tl.arange(0, CHUNK)
+    s = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")) * tl.div_rn(1.0, temperature)
+    s = tl.reshape(s, (PER_THREAD // 4, THREADS, 4))
+    largest = tl.max(s)  # passes over NaN
+    largest = tl.where(largest == largest, largest, float("-inf"))
     tl.store(largest_ptr + program.to(tl.int64), largest)
-    tl.store(winners_ptr + program.to(tl.int64), start + tl.argmax(scores, 0))
+    # The lower a key, the higher the bound. Positive floats are ordered as the integers of the same bits. A NaN's key, or that of
+    # h = 0, becomes 0, the lowest; no other is negative.
+    threads = start + 4 * tl.arange(0, THREADS)
+    blocks, fours = tl.arange(0, PER_THREAD // 4)[:, None, None], tl.arange(0, 4)[None, None, :]
+    h = _hash(threads[None, :, None] + blocks * (4 * THREADS) + fours, first, second).to(tl.float32)
+    log2 = libdevice.fast_log2f(h) if HAS_LIBDEVICE else tl.log2(h)
+    keys = tl.fma(log2, 0.6931472, tl.where(largest == float("-inf"), 0.0, largest) - s)
+    # the last bits are the id's place in its thread: no two keys of a thread are equal
+    keys = tl.where(keys > 0, keys, 0.0).to(tl.int32, bitcast=True) & -PER_THREAD | (blocks * 4 + fours)
+    next_keys = tl.min(tl.min(keys, 2), 0)  # [THREADS]
+    # a score of -inf wins nothing from the chunk's first id
+    best, winners = tl.full((THREADS,), float("-inf"), tl.float32), tl.zeros((THREADS,), tl.int32) + start
+    highest, next_key, limit = float("-inf"), 0, 1
+    while next_key < limit:
+        place = next_keys & (PER_THREAD - 1)
+        candidates = threads + place // 4 * (4 * THREADS) + place % 4
+        logits = tl.load(logits_ptr + candidates, mask=candidates < vocab_size, other=float("-inf"))
+        scores = _scores(logits * tl.div_rn(1.0, temperature), largest, candidates, first, second, HAS_LIBDEVICE)
+        is_better = (scores > best) | (scores == best) & (candidates < winners)
+        best, winners = tl.where(is_better, scores, best), tl.where(is_better, candidates, winners)
+        highest = tl.max(best, 0)
+        limit = tl.maximum(-highest + _MOST, 1e-30).to(tl.int32, bitcast=True)  # above a key of 0 and its place
+        # each thread's next higher key, if there is one: modulo 2^32 the others are 2^31 and more ahead
+        steps = (keys - (next_keys + 1)[None, :, None]).to(tl.uint32, bitcast=True)
+        steps = tl.min(tl.min(steps, 2), 0).to(tl.int32, bitcast=True)
+        next_keys = tl.where(steps >= 0, next_keys + 1 + steps, 0x7FFFFFFF)
+        next_key = tl.min(next_keys, 0)
+    tl.store(winners_ptr + program.to(tl.int64), tl.min(tl.where(best == highest, winners, 0x7FFFFFFF), 0))
 
 
 @triton.jit
@@ -162,7 +205,7 @@ def draw_tokens(logits: torch.Tensor, rng_keys: torch.Tensor, *, temperature: fl
     if not is_triton(logits):
         return draw_tokens_reference(logits, rng_keys, temperature)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    chunk = _CHUNK["gpu" if is_gpu(logits) else "interpreter"]
+    chunk, threads = (sizes["gpu" if is_gpu(logits) else "interpreter"] for sizes in (_CHUNK, _THREADS))
     num_chunks = cdiv(vocab_size, chunk)
     largest = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=logits.device)
     winners = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
@@ -171,7 +214,7 @@ def draw_tokens(logits: torch.Tensor, rng_keys: torch.Tensor, *, temperature: fl
         return tokens
     constants = {"HAS_LIBDEVICE": not is_interpreted(), "enable_fp_fusion": False}
     launch(_chunk_kernel, (num_rows * num_chunks,), logits, rng_keys, largest, winners, float(temperature), vocab_size,
-           num_chunks, logits.stride(0), CHUNK=chunk, num_warps=8, **constants)
+           num_chunks, logits.stride(0), CHUNK=chunk, THREADS=threads, num_warps=_THREADS["gpu"] // 32, **constants)
     launch(_row_kernel, (num_rows,), logits, rng_keys, largest, winners, tokens, float(temperature), num_chunks, logits.stride(0),
            BLOCK=next_power_of_2(num_chunks), num_warps=1, **constants)
     return tokens

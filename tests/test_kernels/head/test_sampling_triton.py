@@ -5,12 +5,13 @@ Statistics of draws are tested in tests/test_grpo/rollout/test_sampling.py, wher
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
 
 from grpo.rollout.sampling import draw, gumbel_noise
-from kernels.head.sampling import _CHUNK, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
+from kernels.head.sampling import _CHUNK, _THREADS, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
 from models.draw_key import mix_keys as make_rng_keys
 
 CHUNK = _CHUNK["interpreter"]
@@ -92,6 +93,73 @@ def test_masked_logits_are_never_drawn_even_where_whole_chunks_are_masked(poison
     assert (draw_tokens(logits, make_rng_keys(keys), temperature=1.0) == logits.shape[1] - 1).all()
 
 
+def winners_by_scoring_every_id(logits, rng_keys, temperature) -> list[int]:
+    """Tokens of logits [B, CHUNK], one chunk, with the interpreter's arithmetic but without bounds."""
+    first, second = (column[:, None] for column in rng_keys.numpy().view(np.uint32).T)
+    bits = (np.arange(logits.shape[1]) * 0x9E3779B9 % 2**32).astype(np.uint32) ^ first
+    bits = (bits ^ bits >> np.uint32(16)) * np.uint32(0x7FEB352D) + second
+    bits = ((bits ^ bits >> np.uint32(15)) * np.uint32(0x846CA68B)).view(np.int32)
+    h = (bits ^ bits >> 16) & 0x7FFFFFFF
+    w = np.minimum((h.astype(np.float32) + np.float32(0.5)) * np.float32(2**-31), np.float32(1 - 2**-24))
+    s = logits.numpy() * (np.float32(1) / np.float32(temperature))
+    with np.errstate(all="ignore"):
+        rest = 1 - w
+        log1p = np.where(rest == 1, w, np.log(rest) * (w / np.where(rest == 1, np.float32(1), rest - 1)))
+        largest = np.where(np.isnan(s), -np.inf, s).max(axis=1, keepdims=True)
+        scores = s - np.where(largest == -np.inf, np.float32(0), largest) - np.log(log1p)
+    assert scores.dtype == np.float32
+    return np.where(np.isnan(scores), np.inf, scores).argmax(axis=1).tolist()
+
+
+def rows_to_prune() -> torch.Tensor:
+    """[42, CHUNK]: logits that are equal, flat, peaked, tied, large and mostly masked."""
+    logits = normal(42, CHUNK)
+    for start, scale in ((0, 0.0), (6, 0.5), (12, 3.0), (18, 10.0)):
+        logits[start : start + 6] *= scale
+    logits[24:30] = (2 * logits[24:30]).round()
+    logits[30:36] += 30_000.0
+    logits[36:42][normal(6, CHUNK, seed=1) < 1.5] = -math.inf
+    return logits
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ids_without_exact_noise_could_not_have_won(temperature, poisoned):
+    logits, rng_keys = rows_to_prune(), make_rng_keys(make_keys(42))
+    tokens = draw_tokens(logits, rng_keys, temperature=temperature)
+    assert tokens.tolist() == winners_by_scoring_every_id(logits, rng_keys, temperature)
+
+
+@pytest.mark.interpreter
+def test_an_id_wins_that_does_not_have_the_highest_bound_of_its_thread(poisoned):
+    keys, logits = make_keys(500), torch.full((500, CHUNK), -40.0)
+    logits[:, :4] = 0.5 * normal(500, 4)  # ids of one thread
+    noise = gumbel_noise(keys, 4).double()
+    w = -torch.expm1(-torch.exp(-noise))
+    rows = ((logits[:, :4] - w.log()).argmax(1) != (logits[:, :4] + noise).argmax(1)).nonzero().squeeze(1)
+    assert len(rows) >= 8
+    rows = rows[:16]
+    rng_keys = make_rng_keys(keys[rows])
+    tokens = draw_tokens(logits[rows], rng_keys, temperature=1.0)
+    assert tokens.tolist() == winners_by_scoring_every_id(logits[rows], rng_keys, 1.0)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")
+def test_the_lowest_hash_has_no_finite_bound_but_wins_by_its_score_alone(poisoned):
+    first, inf, lowest = 0x1234567, math.inf, 1  # of thread 0, as ids 0, 2, 3 and 64
+    bits = lowest * 0x9E3779B9 % 2**32 ^ first
+    second = -(bits ^ bits >> 16) * 0x7FEB352D % 2**32  # makes the hash of id 1 zero: its noise is 22.18
+    rng_keys = torch.tensor([[first, second - (second >> 31 << 32)]] * 6, dtype=torch.int32)
+    logits = normal(6, CHUNK)
+    logits[1, lowest], logits[1, 3] = -30.0, 30.0
+    logits[2] = -inf
+    logits[3], logits[3, 3] = -inf, -5.0
+    logits[4, lowest], logits[4, [64, 300]] = -inf, math.nan
+    logits[5, lowest], logits[5, [64, 300]] = -inf, inf
+    assert draw_tokens(logits, rng_keys, temperature=1.0).tolist() == [lowest, 3, 0, 3, 64, 64]
+
+
 def rows_with_infinities_and_nan() -> tuple[torch.Tensor, list[int]]:
     """logits [6, V] and what is drawn from each row."""
     logits, inf, nan = normal(6, 2 * CHUNK + 9), math.inf, math.nan
@@ -105,6 +173,7 @@ def rows_with_infinities_and_nan() -> tuple[torch.Tensor, list[int]]:
 
 
 @pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
 def test_the_first_nan_or_infinity_wins_and_rows_without_a_logit_give_id_0(poisoned):
     logits, expected = rows_with_infinities_and_nan()
     assert draw_tokens(logits, make_rng_keys(make_keys(6)), temperature=0.5).tolist() == expected
@@ -143,7 +212,8 @@ NUMBERS = {"temperature": "fp32", "num_chunks": "i32", "stride_logits": "i32"}
 
 def chunk_resources(arch):
     return compile_for(_chunk_kernel, POINTERS | NUMBERS | {"vocab_size": "i32"},
-                       {"CHUNK": _CHUNK["gpu"], "HAS_LIBDEVICE": True}, arch, num_warps=8, num_stages=3,
+                       {"CHUNK": _CHUNK["gpu"], "THREADS": _THREADS["gpu"], "HAS_LIBDEVICE": True}, arch,
+                       num_warps=_THREADS["gpu"] // 32, num_stages=3,
                        divisible=(*POINTERS, "vocab_size", "stride_logits"), enable_fp_fusion=False)
 
 
@@ -156,18 +226,20 @@ def row_resources(arch, block):
 def test_the_kernels_fit_every_gpu_and_read_each_logit_once(arch):
     chunk = chunk_resources(arch)
     check_fits(chunk, arch)
-    assert chunk.registers <= 64  # four programs on a multiprocessor of 65,536
-    assert len(re.findall(r"\bLDG\.E\.128\b", chunk.sass)) == _CHUNK["gpu"] // (8 * 32 * 4)  # four logits at a time
+    assert chunk.registers <= 80  # six programs on a multiprocessor of 65,536
+    assert len(re.findall(r"\bLDG\.E\.128\b", chunk.sass)) == _CHUNK["gpu"] // (_THREADS["gpu"] * 4)  # four logits at a time
+    assert chunk.ptx.count("lg2.approx.ftz.f32") == _CHUNK["gpu"] // _THREADS["gpu"]  # the exact noise has none
     for block in (1, 64):
         check_fits(row_resources(arch, block), arch)
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHITECTURES)
 def test_no_product_is_contracted_with_the_subtraction(arch):
-    # libdevice's multiply-adds flush subnormals (FFMA.FTZ); the others are the reciprocal's, as many for 2 scores as for 16
-    kernels = row_resources(arch, 64), row_resources(arch, 256), chunk_resources(arch)
-    counts = {len(re.findall(r"\bFFMA ", kernel.sass)) for kernel in kernels}
-    assert len(counts) == 1 and counts.pop() > 0
+    # libdevice's multiply-adds flush subnormals (FFMA.FTZ); the others are the reciprocal's, as many for 2 scores as for 8, and
+    # one for the bound of each logit, on sm_100 two at a time
+    short, long, chunk = (len(re.findall(r"\bFFMA ", kernel.sass)) + 2 * len(re.findall(r"\bFFMA2 ", kernel.sass))
+                          for kernel in (row_resources(arch, 64), row_resources(arch, 256), chunk_resources(arch)))
+    assert short == long == chunk - _CHUNK["gpu"] // _THREADS["gpu"] > 0
 
 
 @pytest.mark.gpu
@@ -183,6 +255,15 @@ def test_gpu_draws_are_those_of_torch_up_to_near_ties(num_rows, vocab_size, temp
     assert torch.equal(draw_tokens(logits, rng_keys, temperature=temperature), tokens)
     half = num_rows // 2
     assert torch.equal(draw_tokens(logits[half:], rng_keys[half:], temperature=temperature), tokens[half:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 10.0])
+def test_gpu_winners_of_one_chunk_are_those_of_torch_to_the_bit(scale, poisoned):
+    logits, rng_keys = normal(4000, _CHUNK["gpu"], scale=scale, device="cuda"), make_rng_keys(make_keys(4000, "cuda"))
+    logits[2000:, 4:] -= 40.0  # four ids of one thread compete
+    tokens = draw_tokens(logits, rng_keys, temperature=0.9)
+    assert torch.equal(tokens, draw_tokens_reference(logits, rng_keys, 0.9))
 
 
 @pytest.mark.gpu
