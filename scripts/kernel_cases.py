@@ -5,6 +5,7 @@ Shapes: T tokens, D model width, F expert width, E experts, A experts per token,
 heads, r LoRA's rank.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -72,9 +73,9 @@ class Sizes:
     def below(self, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, high, shape, device=self.device)
 
-    def num_layers(self, num_bytes: int) -> int:
+    def num_layers(self, num_bytes: float) -> int:
         """How many layers' weights, of so many bytes each, a graph goes through."""
-        return min(max(2, -(-GRAPH_BYTES // num_bytes)), self.max_layers)
+        return min(max(2, math.ceil(GRAPH_BYTES / num_bytes)), self.max_layers)
 
 
 def sizes_of(name: str, device: str, *, tokens: int | None = None, rows: list[int] | None = None) -> Sizes:

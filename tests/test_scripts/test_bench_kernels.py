@@ -121,6 +121,15 @@ def test_the_table_has_the_cases_of_a_model(scripts, capsys, size, num_experts):
     assert names[-5:] == [f"experts few whole LoRA {rows}" for rows in (1, 8, 32, 128, 512)]
 
 
+def test_a_graph_goes_through_whole_layers_though_few_rows_touch_a_part_of_their_experts(scripts):
+    from kernel_cases import sizes_of
+
+    sizes = sizes_of("20b", "cpu")
+    bytes_of_four = 4 * (5760 + 2880) * 2880 * 17 / 32  # experts; 17 bytes for 32 weights
+    counts = [sizes.num_layers(num_bytes) for num_bytes in (bytes_of_four, 8 * bytes_of_four, 1000.5)]
+    assert counts == [6, 2, 24] and {type(count) for count in counts} == {int}
+
+
 def test_a_failing_case_becomes_a_line_and_the_run_goes_on(scripts, capsys):
     from timing import Report
 
