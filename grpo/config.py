@@ -420,14 +420,32 @@ def to_typed(cfg: DictConfig, schema: type = TrainConfig) -> Any:
     try:
         typed = OmegaConf.merge(structured(schema), escaped(values))
     except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
-        expected = describe_type(type_at(schema, key))  # raises where the key is what is wrong
-        value = value_at(values, key)
-        raise ConfigError(f"{key} = {value!r} ({type(value).__name__}): expected {expected}") from error
+        key = str(error.full_key or "") or key_of_wrong_kind(schema, values)
+        raise ConfigError(wrong_type(schema, values, key)) from error
     missing = sorted(OmegaConf.missing_keys(typed))
     if missing:
         raise ConfigError(f"{', '.join(missing)}: required, no value given; set with `{missing[0]}=VALUE` or in the YAML")
     return OmegaConf.to_object(typed)
+
+
+def wrong_type(schema: type, values: dict, key: str) -> str:
+    """The message for a value of a wrong type. Raises UnknownKey where the key is what is wrong."""
+    expected, value = describe_type(type_at(schema, key)), value_at(values, key)
+    return f"{key} = {value!r} ({type(value).__name__}): expected {expected}"
+
+
+def key_of_wrong_kind(schema: type, values: dict) -> str:
+    """The first key that holds a mapping or a list where the schema has another kind, or the other way round; empty without one.
+    OmegaConf names no key for these."""
+    for name, hint in typing.get_type_hints(schema).items():
+        value, node = values.get(name), dataclass_of(hint)
+        containers = {dict} if node else {typing.get_origin(option) for option in (hint, *typing.get_args(hint))} & {dict, list}
+        if value is not None and {type(value)} & {dict, list} != containers:
+            return name
+        inner = key_of_wrong_kind(node, value) if node and value else ""
+        if inner:
+            return f"{name}.{inner}"
+    return ""
 
 
 def escaped(node: Any) -> Any:
@@ -448,8 +466,12 @@ def type_at(schema: type, key: str) -> Any:
     walked: list[str] = []
     for part in filter(None, re.split(r"[.\[]", key)):
         node = dataclass_of(kind)
+        if node is None and typing.get_origin(kind) is list:
+            if not part.rstrip("]").isdecimal():
+                raise ConfigError(f"{key}: {'.'.join(walked)} is a list; set the whole of it, as {'.'.join(walked)}=[A,B]")
+            return typing.get_args(kind)[0]
         if node is None:
-            return typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
+            return None
         hints = typing.get_type_hints(node)
         walked.append(part)
         if part not in hints:
@@ -475,7 +497,8 @@ def value_at(node: Any, key: str) -> Any:
 def describe_type(hint: Any) -> str:
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     if typing.get_origin(hint) in (list, dict):
-        return f"a {typing.get_origin(hint).__name__}, each entry {describe_type(options[-1])}"
+        kind = "list" if typing.get_origin(hint) is list else "mapping"
+        return f"a {kind}" if options[-1] is Any else f"a {kind}, each entry {describe_type(options[-1])}"
     if options:
         return f"{describe_type(options[0])}, or null" if len(options) < len(typing.get_args(hint)) else str(hint)
     if inspect.isclass(hint) and issubclass(hint, StrEnum):

@@ -89,10 +89,8 @@ def to_override(word: str, kind: Any, *, is_sweep: bool) -> str:
     if is_text(value, kind):
         parts = re.split(r",(?!\s)", value)
         value = ",".join(map(quoted, parts)) if is_sweep and len(parts) > 1 and all(parts) else quoted(value)
-    elif value[:1] in ("[", "{") and not is_in_grammar(value):
+    elif not is_in_grammar(value):
         value = rendered(value)
-    elif kind is None and not is_in_grammar(value):  # of a node that is not composed here, such as a run's environment
-        value = quoted(value)
     return f"++{key}={value}" if "." in key or value[:1] == "{" else f"{key}={value}"
 
 
@@ -133,7 +131,8 @@ def is_in_grammar(value: str) -> bool:
 
 
 def rendered(value: str) -> str:
-    """A list or mapping that YAML reads, in Hydra's grammar, which takes fewer characters unquoted; else as it is."""
+    """A value in Hydra's grammar, which takes fewer characters unquoted: a list or mapping where YAML reads one, else the text
+    (which a key that holds none then refuses by name)."""
     def render(node: Any) -> str:
         if isinstance(node, dict):
             return "{" + ",".join(f"{quoted(str(key))}:{render(item)}" for key, item in node.items()) + "}"
@@ -141,16 +140,19 @@ def rendered(value: str) -> str:
             return "[" + ",".join(map(render, node)) + "]"
         return quoted(node) if isinstance(node, str) else json.dumps(node)
 
-    try:
+    node = None
+    with contextlib.suppress(yaml.YAMLError):
         node = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    return render(node) if isinstance(node, (list, dict)) else value
+    return render(node) if value[:1] in ("[", "{") and isinstance(node, (list, dict)) else quoted(value)
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(f"cannot read an argument: {str(error).splitlines()[0]}; write KEY=VALUE, a list as KEY=[a,b], "
-                          "quoted for the shell where it has spaces or brackets") from error
+    """The overrides as Hydra reads them. Raises ConfigError for the first that is not in its grammar."""
+    parser, parsed = OverridesParser.create(), []
+    for override in overrides:
+        try:
+            parsed += parser.parse_overrides([override])
+        except HydraException as error:
+            raise ConfigError(f"cannot read {override.removeprefix('++')!r}: {str(error).splitlines()[0]}; write KEY=VALUE, "
+                              "a list as KEY=[a,b], quoted for the shell where it has spaces or brackets") from error
+    return parsed

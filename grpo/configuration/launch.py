@@ -45,9 +45,11 @@ from grpo.config import (
     dataclass_of,
     flatten,
     key_matches,
+    key_of_wrong_kind,
     run_folder,
     to_typed,
     type_at,
+    wrong_type,
 )
 from grpo.configuration.command_line import (
     DEFAULT_EXPERIMENT,
@@ -251,6 +253,7 @@ def fill(plan: CommandPlan, words: list[str]) -> None:
         words.append("hydra.mode=MULTIRUN")
     plan.chosen = chosen_of(plan, words)
     base = compose(plan, plan.chosen)
+    check_composed(base)
     plan.is_sweep = base.hydra.mode == RunMode.MULTIRUN
     keywords = keyword_types(base, words)
     kinds = {word: kind_of(plan, word, keywords) for word in words}
@@ -269,6 +272,17 @@ def fill(plan: CommandPlan, words: list[str]) -> None:
     plan.params = sweeper.get("params") or {}
     if plan.is_sweep and plan.params:
         plan.overrides = replace_params(plan.overrides, plan.params)
+
+
+def check_composed(base: DictConfig) -> None:
+    """Raises ConfigError where a file of an experiment keeps its keys to itself, or Hydra's own settings cannot be read."""
+    if "experiment" in base:
+        choice = base.hydra.runtime.choices.experiment
+        raise ConfigError(f"experiment = {choice!r}: the first line of experiment/{choice}.yaml must be `# @package _global_`; "
+                          "without it its keys are no settings of the run")
+    for key in ("launcher", "sweeper"):
+        if not isinstance(base.hydra[key], DictConfig):
+            raise ConfigError(f"hydra.{key} = {base.hydra[key]!r}: hydra.{key} holds keys; choose a file with hydra/{key}=NAME")
 
 
 def chosen_of(plan: CommandPlan, words: list[str]) -> list[str]:
@@ -334,7 +348,8 @@ def compose(plan: CommandPlan, overrides: list[str]) -> DictConfig:
     except MissingConfigException as error:
         raise ConfigError(missing_file(error, plan)) from error
     except (HydraException, OmegaConfBaseException, ValueError, AttributeError, yaml.YAMLError) as error:  # with file and line
-        raise ConfigError(explain(error)) from error
+        is_merge = "Cannot merge" in str(error)  # of a list and a mapping: Hydra's message names no key
+        raise ConfigError(is_merge and wrong_kind_in_file(plan) or explain(error)) from error
 
 
 def finish(cfg: DictConfig, config_name: str, overrides: list[str]) -> Any:
@@ -516,19 +531,42 @@ def as_folder(url: str) -> str:
 def origin_of(plan: CommandPlan, error: UnknownKey) -> str:
     """Which file sets the unknown key, and how to leave it out, with `error.also` where it sets those too; empty where the
     command line does."""
-    if any(word.lstrip("+~").partition("=")[0].startswith(error.key) for word in plan.overrides):
-        return ""
-    loader, origin = plan.hydra.config_loader, ""
-    for default in loader.compute_defaults_list(plan.primary, plan.chosen, RunMode.RUN).defaults:
-        loaded = loader.repository.load_config(default.config_path)
-        values = OmegaConf.to_container(loaded.config, resolve=False) if loaded is not None else {}
-        names = flatten(values, f"{default.package}." if default.package else "")
-        keys = [key for key in (error.key, *error.also) if any(key_matches(name, (key,)) for name in names)]
+    if not plan.overrides or any(word.lstrip("+~").partition("=")[0].startswith(error.key) for word in plan.overrides):
+        return ""  # without overrides, their words are what was read
+    origin = ""
+    for file, values in chosen_files(plan):
+        keys = [key for key in (error.key, *error.also) if any(key_matches(name, (key,)) for name in flatten(values))]
         if keys[:1] == [error.key]:
-            folder = "configs" if str(loaded.path).removeprefix("file://") == str(CONFIG_DIR) else as_folder(str(loaded.path))
-            origin = f"set by {folder}/{default.config_path}.yaml; " + (
+            origin = f"set by {file}; " + (
                 f"~{error.key} leaves it out" if len(keys) == 1 else f"~{' ~'.join(keys)} leave them out")
     return origin
+
+
+def chosen_files(plan: CommandPlan) -> Iterator[tuple[str, dict | list]]:
+    """Each file that the command line composes, as one would type it, and the settings it makes, before they are resolved (a
+    list where it holds no settings)."""
+    loader = plan.hydra.config_loader
+    for default in loader.compute_defaults_list(plan.primary, plan.chosen, RunMode.RUN).defaults:
+        loaded = loader.repository.load_config(default.config_path)
+        if loaded is None:
+            continue
+        values = OmegaConf.to_container(loaded.config, resolve=False)
+        for name in reversed(default.package.split(".") if default.package else []):
+            values = {name: values}
+        folder = "configs" if str(loaded.path).removeprefix("file://") == str(CONFIG_DIR) else as_folder(str(loaded.path))
+        yield f"{folder}/{default.config_path}.yaml", values
+
+
+def wrong_kind_in_file(plan: CommandPlan) -> str:
+    """Which key of a file holds a list where the schema has a mapping, or the like; empty without one."""
+    schema = SCHEMAS[plan.config_name]
+    for file, values in chosen_files(plan):
+        if not isinstance(values, dict):
+            return f"{file}: is a list; expected lines KEY: VALUE"
+        key = key_of_wrong_kind(schema, values)
+        if key:
+            return f"{wrong_type(schema, values, key)}; set by {file}"
+    return ""
 
 
 def explain(error: Exception) -> str:

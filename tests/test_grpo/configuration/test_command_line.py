@@ -358,6 +358,32 @@ def test_mistakes_in_configs_of_another_folder_get_the_same_messages(conf, monke
             load_config("train", [place, *words.split()])
 
 
+@pytest.mark.parametrize("line, expected", [
+    ("model: tiny", "model = 'tiny' (str): expected a mapping with the keys path, tokenizer, architecture,"),
+    ("checkpoint: often", "checkpoint = 'often' (str): expected a mapping with the keys every, keep, best"),
+    ("eval: [1]", "eval = [1] (list): expected a mapping with the keys "),
+    ("model: {lora: [8]}", "model.lora = [8] (list): expected a mapping with the keys rank, alpha,"),
+    ("env: carry", "env = 'carry' (str): expected a mapping"),
+    ("loss: [dapo]", "loss = ['dapo'] (list): expected a mapping"),
+    ("warmup: 10", "warmup = 10 (int): expected a mapping with the keys steps,"),
+    ("optim: {betas: {first: 0.9}}", "optim.betas = {'first': 0.9} (dict): expected a list, each entry a number"),
+    ("- 1", "{conf}/experiment/wrong.yaml: is a list; expected lines KEY: VALUE"),
+    ("wandb: {tags: {a: 1}}", "wandb.tags = {'a': 1} (dict): expected a list, each entry a string"),
+])
+def test_a_file_with_a_value_where_a_key_holds_others_is_refused_by_name(conf, line, expected):
+    (conf / "experiment/wrong.yaml").write_text(f"# @package _global_\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config("train", ["--config-dir", str(conf), "+experiment=wrong"])
+    assert str(caught.value).startswith(expected.replace("{conf}", str(conf)))
+
+
+@pytest.mark.parametrize("text", ["steps: 3\n", "", "- 1\n"])
+def test_an_experiment_without_its_first_line_is_told_what_is_missing(conf, text):
+    (conf / "experiment/bare.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="experiment = 'bare': the first line of experiment/bare.yaml must be `# @pack"):
+        load_config("train", ["--config-dir", str(conf), "+experiment=bare"])
+
+
 def test_only_the_command_line_is_told_that_it_may_choose_an_experiment(conf):
     for word, keys in (("+experiment=typo", "eval, kl"), ("stepz=2", "eval, experiment, kl")):
         with pytest.raises(ConfigError, match=f"unknown key stepz.* Allowed: advantage, .*{keys}"):

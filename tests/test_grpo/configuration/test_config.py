@@ -177,7 +177,13 @@ BAD_ARGUMENTS = [
     ("model.architecture.num_experts_per_tok=99", "num_experts_per_tok=99"),
     # the command line itself
     ("optim.lr=1e-4,2e-4", "optim.lr"),
-    ("seed", "cannot read an argument: Error parsing override 'seed'"),
+    ("seed", "cannot read 'seed': Error parsing override 'seed'"),
+    ("+seed=1=2", "cannot read '+seed=1=2': mismatched input '='"),
+    ("seed=1=2", "seed = '1=2' (str): expected an integer"),
+    ("optim.betas=[0.9", "optim.betas = '[0.9' (str): expected a list, each entry a number"),
+    ("optim.betas.first=0.9", "optim.betas.first: optim.betas is a list; set the whole of it, as optim.betas=[A,B]"),
+    ("hydra.sweeper=grid", "hydra.sweeper = 'grid': hydra.sweeper holds keys; choose a file with hydra/sweeper=NAME"),
+    ("hydra=x", "unknown key hydra. Allowed: advantage,"),
     ("=5", "unknown key '' in '=5': write KEY=VALUE"),
 ]
 
