@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.packed import blocks_for
-from kernels.attention.parts import all_keys, forward_tiles, key_range, keys_of_part, load_rows, no_keys
+from kernels.attention.parts import all_keys, forward_tiles, key_range, keys_of_part, load_rows, no_keys, sink_scores
 from kernels.device import check_served, gpu_family, launch, overlap_constants, wait_for_launch_before
 from kernels.experts.tiles import owner_of_tile, tiles_of_experts
 
@@ -71,7 +71,7 @@ def _attend_chunks_kernel(q, k, v, keys, values, sinks, out, sections, page_tabl
         k += column - shift.to(tl.int64) * stride_k
         v += column - shift.to(tl.int64) * stride_v
         q_tile = load_rows(q + head * D, stride_q, row, end, BLOCK_M, D, True)
-        sink = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        sink = tl.zeros([BLOCK_M], tl.float32) + sink_scores(tl.load(sinks + head))
         total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
         first = 0
         if PREFIXED:

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention.packed import blocks_for
-from kernels.attention.parts import add_part, all_keys, forward_tiles, keys_of_part, load_rows, no_keys
+from kernels.attention.parts import add_part, all_keys, forward_tiles, keys_of_part, load_rows, no_keys, sink_scores
 from kernels.attention.reference import attend
 from kernels.device import (
     cdiv,
@@ -142,7 +142,7 @@ def _prefix_kernel(q, keys, values, sinks, states, tiles, slots, prefix_lens, pa
     is_head = (rows // BLOCK_H < num_rows) & (heads < GROUP)
     row = (first_row + rows // BLOCK_H).to(tl.int64)
     q_tile = tl.load(q + (row * stride_q + (first_head + heads) * D)[:, None] + dims[None, :], mask=is_head[:, None], other=0.0)
-    sink = tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+    sink = sink_scores(tl.load(sinks + first_head + heads, mask=heads < GROUP, other=0.0))
     total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
     keys += tl.program_id(0) * D
     values += tl.program_id(0) * D
@@ -197,7 +197,7 @@ def _decode_kernel(q, keys, values, sinks, out, states, is_shared, slots, positi
     values += cache
     heads, dims = tl.arange(0, BLOCK_H), tl.arange(0, D)
     is_head = heads < GROUP
-    sink = tl.load(sinks + first_head + heads, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+    sink = sink_scores(tl.load(sinks + first_head + heads, mask=is_head, other=0.0))
     total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
     if BY_PART:
         first, end = tl.program_id(2) * PART, num_keys
@@ -250,7 +250,7 @@ def _add_parts_kernel(sinks, out, states, positions, prefix_lens, stride_out, nu
     sequence = tl.program_id(1).to(tl.int64)
     num_keys, prefix = _sequence(positions, prefix_lens, sequence, pages_per_slot, PREFIXED, PAGE)
     num_used = tl.cdiv(prefix, PART) + tl.cdiv(num_keys - prefix, PART)
-    total_max = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+    total_max = sink_scores(tl.load(sinks + heads))
     total, total_sum = tl.zeros([1, D], tl.float32), tl.full([1], 1.0, tl.float32)
     states += (sequence * num_parts * num_heads + heads) * (D + 2)
     for first in tl.range(0, num_used, AT_ONCE):

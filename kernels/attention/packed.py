@@ -2,7 +2,8 @@
 
 p_ij = exp(s_ij - m) / (sum_j exp(s_ij - m) + exp(sink_h - m)) for the visible j, s_ij = scale * q_i . k_j: the sink takes
 probability but has no value (openai/gpt-oss, gpt_oss/torch/model.py: sdpa). That is plain attention times sigmoid(lse - sink).
-With a window W, i sees j iff 0 <= i - j < W: W keys, its own included.
+With a window W, i sees j iff 0 <= i - j < W: W keys, its own included. A sink of minus infinity is none: the softmax is over the
+visible keys alone, and the sink's gradient is 0.
 
 Gradients, with lse_i = log(sum_j exp(s_ij) + exp(sink_h)), P_ij = exp(s_ij - lse_i) and delta_i = do_i . o_i:
 dv_j = sum_i P_ij do_i, ds_ij = P_ij (do_i . v_j - delta_i), dq_i = scale sum_j ds_ij k_j, dk_j = scale sum_i ds_ij q_i, and
@@ -29,7 +30,16 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention.library import library_backward, library_forward
-from kernels.attention.parts import all_keys, forward_tiles, is_visible, key_range, keys_of_part, load_rows, no_keys
+from kernels.attention.parts import (
+    all_keys,
+    forward_tiles,
+    is_visible,
+    key_range,
+    keys_of_part,
+    load_rows,
+    no_keys,
+    sink_scores,
+)
 from kernels.attention.plan import AttentionPlan
 from kernels.attention.reference import attention_reference
 from kernels.device import check_served, gpu_family, launch, measured, product_path, unmeasured
@@ -93,7 +103,7 @@ def _forward_kernel(q, k, v, k_tiles, v_tiles, sinks, out, lse, tiles, stride_q,
     query = first - first_query
     q_tile = load_rows(q + head * D, stride_q, query, end - first_query, BLOCK_M, D, True)
     # the sink is one more score, whose value is 0
-    sink = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+    sink = tl.zeros([BLOCK_M], tl.float32) + sink_scores(tl.load(sinks + head))
     total, total_max, total_sum, acc, row_max, row_sum = no_keys(sink, D, PART)
     if PREFIXED:
         prefix_start, prefix_end = tl.load(tile + 3), tl.load(tile + 4)

@@ -23,6 +23,14 @@ def keys_of_part(dtype: torch.dtype, window: int) -> int:
 
 
 @triton.jit
+def sink_scores(sinks):
+    """The scores in base 2, fp32, of sinks [any] in nats, of any dtype. A sink of minus infinity is none: the softmax is over the
+    keys alone. Its score is one below that of every key, which takes no probability and keeps the maximum finite."""
+    scores = sinks.to(tl.float32) * 1.4426950408889634
+    return tl.where(scores < -1e38, -1e38, scores)  # no maximum, which need not keep NaN
+
+
+@triton.jit
 def is_visible(rows, cols, col_end, window, WINDOWED: tl.constexpr):
     """[rows, cols] bool; rows are counted from the start of the keys' sequence or prefix."""
     visible = (cols <= rows) & (cols < col_end)

@@ -1,6 +1,7 @@
 """What the tests of the attention kernels share: compiling one ahead of time, and the formula in plain operations."""
 
 import torch
+import torch.nn.functional as F
 from aot import compile_for
 
 import kernels.attention.packed
@@ -37,6 +38,17 @@ def compile_kernel(kind: str, arch: int, blocks: AttentionBlocks, *, dtype="bf16
     divisible = tuple(name for name, type_ in signature.items() if type_.startswith("*") or name.startswith("stride"))
     return compile_for(kernel, signature, constexprs, arch, num_warps=blocks.warps, num_stages=blocks.stages,
                        divisible=divisible, max_registers=blocks.max_registers)
+
+
+def without_sinks(q, k, v, *, cu_seqlens, window, scale) -> torch.Tensor:
+    """Attention by PyTorch's own function, whose softmax is over the visible keys alone."""
+    out = []
+    for start, end in zip(cu_seqlens, cu_seqlens[1:]):
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        visible = (distance >= 0) & (distance < (window or end))
+        heads = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        out.append(F.scaled_dot_product_attention(*heads, attn_mask=visible, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(out)
 
 
 def eager(q, k, v, sinks, *, cu_seqlens, window, scale) -> torch.Tensor:

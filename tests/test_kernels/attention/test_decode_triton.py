@@ -133,10 +133,12 @@ def test_many_programs_give_the_bits_of_one(heads, kv_heads, width, page, prefix
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("prompt", [0, 17, 64, 130])  # a part has 64 keys
-def test_rows_around_the_ends_of_parts_have_the_bits_of_training_in_every_way(prompt, poisoned, ordered_products):
-    lengths = [1, 63, 64, 65, 129]  # after the prompt
+@pytest.mark.parametrize("prompt, sink", [(0, None), (17, None), (64, None), (130, None), (130, float("-inf"))])
+def test_rows_around_the_ends_of_parts_have_the_bits_of_training_in_every_way(prompt, sink, poisoned, ordered_products):
+    lengths = [1, 63, 64, 65, 129]  # after the prompt; a part has 64 keys
     data, slots, positions = random_cache(5, 259, heads=2, kv_heads=1), torch.arange(5), prompt + torch.tensor(lengths) - 1
+    if sink is not None:
+        data["sinks"].fill_(sink)
     for name in ("keys", "values"):
         data[name][1:, :prompt] = data[name][0, :prompt].clone()
     bounds = [0] * (prompt > 0) + [prompt + sum(lengths[:count]) for count in range(6)]
@@ -145,6 +147,7 @@ def test_rows_around_the_ends_of_parts_have_the_bits_of_training_in_every_way(pr
     q, last = torch.randn(bounds[-1], 2, 16, generator=torch.Generator().manual_seed(1)), torch.tensor(bounds[-5:]) - 1
     plan = AttentionPlan(bounds, prefixes=[-1, 0, 0, 0, 0, 0] if prompt else None)
     expected = attention(q, keys, values, data["sinks"], cu_seqlens=bounds, window=0, scale=0.3, plan=plan)[last]
+    assert expected.isfinite().all()
     paged = scattered(data | {"q": q[last]}, slots, positions, page=32)
     settings = {"slots": slots, "positions": positions, "window": 0, "scale": 0.3,
                 "prefix_lens": torch.full((5,), prompt) if prompt else None}

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from attention_problem import without_sinks
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -128,6 +129,22 @@ def test_a_sink_takes_probability_and_gives_no_value():
     q, v = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
     out = attention(q, q, v, torch.tensor([math.log(2)]), cu_seqlens=[0, 3], window=0, scale=1.0)
     torch.testing.assert_close(out[:, 0, 0], torch.tensor([1 / 3, 2 / 4, 3 / 5]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("products", ["reference", "library"])
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_sink_of_minus_infinity_leaves_the_keys_alone_and_has_no_gradient(window, products, monkeypatch):
+    if products == "library":
+        monkeypatch.setenv("GRPO_PRODUCTS", "library")
+    settings = {"cu_seqlens": [0, 1, 30, 42], "window": window, "scale": 0.4}
+    inputs, grad = random_inputs(42), random_inputs(42, seed=1)["q"]
+    leaves = [inputs[name].clone().requires_grad_() for name in ("q", "k", "v")]
+    out = without_sinks(*leaves, **settings)
+    out.backward(grad)
+    ours = gradients(inputs | {"sinks": torch.full((4,), float("-inf"))}, grad, **settings)
+    for actual, expected in zip(ours, (out.detach(), *(leaf.grad for leaf in leaves))):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (ours[4] == 0).all()
 
 
 def test_neither_scale_nor_position_changes_the_sink():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from aot import ARCHITECTURES, check_fits, product_loops
-from attention_problem import compile_kernel, eager
+from attention_problem import compile_kernel, eager, without_sinks
 from paths import FIXTURES
 from safetensors.torch import load_file
 
@@ -241,6 +241,23 @@ def test_scores_and_sinks_far_from_zero_match_the_reference():
     dout = torch.ones(40, 4, 16)
     assert_close(gradients(lambda **leaves: attention(**leaves, **settings), inputs, dout),
                  gradients(lambda **leaves: attention_reference(**leaves, **settings), inputs, dout), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("window", [0, 17])
+def test_a_sink_of_minus_infinity_leaves_the_keys_alone_and_has_no_gradient(window, poisoned):
+    settings = {"cu_seqlens": [0, 1, 140, 150], "window": window, "scale": 0.3}  # 139 tokens: parts of 64, 64 and 11 keys
+    inputs = random_inputs(150, heads=2, kv_heads=1) | {"sinks": torch.full((2,), float("-inf"))}
+    dout = torch.randn(150, 2, 16, generator=torch.Generator().manual_seed(1))
+    ours = gradients(lambda **leaves: attention(**leaves, **settings), inputs, dout)
+    assert_close(ours, gradients(lambda q, k, v, sinks: without_sinks(q, k, v, **settings) + sinks.clamp(min=0).sum(),
+                                 inputs, dout))
+    assert (ours[4] == 0).all()
+    # a sink that half precision can just hold is none either, and one that is not a number shows
+    lowest = attention(**inputs | {"sinks": torch.full((2,), torch.finfo(torch.bfloat16).min)}, **settings)
+    assert torch.equal(lowest, ours[0])
+    broken = attention(**inputs | {"sinks": torch.tensor([float("nan"), 0.0])}, **settings)
+    assert broken[:, 0].isnan().all() and broken[:, 1].isfinite().all()
 
 
 @pytest.mark.interpreter
