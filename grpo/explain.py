@@ -31,6 +31,7 @@ from grpo.config import (
     save_config,
     shown,
 )
+from grpo.configuration.command_line import refuse_repeats
 from grpo.configuration.launch import CONFIG_ERROR, FAILED, refuse
 from grpo.configuration.nodes import WandbMode
 from grpo.configuration.places import anchor_paths
@@ -95,6 +96,7 @@ def main(words: list[str]) -> int:
 
 def read_request(words: list[str]) -> Request:
     """The request of a command line of KEY=VALUE words. Raises ConfigError."""
+    refuse_repeats(words)
     values = dict(word.partition("=")[::2] for word in words)
     allowed = ("run", "step", "sample", "epoch", "pages", "output")
     for key in values:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from grpo.config import ConfigError, Dtype, ModelConfig, TrainConfig
+from grpo.configuration.command_line import refuse_repeats
 from grpo.configuration.launch import CONFIG_ERROR, load_config
 from grpo.distributed.experts import check_sharing
 from grpo.distributed.ranks import check_division
@@ -41,6 +42,7 @@ def main(words: list[str]) -> int:
 
 def report(words: list[str]) -> str:
     """What the command prints. Raises ValueError where the run does not fit, and for bad keys."""
+    refuse_repeats([word for word in words if word.startswith(("gpu=", "gpus=", "prompt_tokens="))])
     own = dict(word.split("=", 1) for word in words if word.startswith(("gpu=", "gpus=", "prompt_tokens=")))
     config = load_config("train", [word for word in words if word.partition("=")[0] not in own])
     gpu = parse_gpu(own.get("gpu"))

@@ -15,6 +15,7 @@ import sys
 from html import escape
 from pathlib import Path
 
+from grpo.configuration.command_line import Once
 from grpo.record.plots import plots
 from grpo.record.run_table import RunTable, find_runs
 from grpo.record.summary import (
@@ -167,6 +168,7 @@ def rebuild_report(run_dir: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo.report", description=__doc__.partition("\n")[0])
+    parser.register("action", None, Once)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER",
                         help="a run, without options: rebuild its report; else a table of runs")
     parser.add_argument("--columns", metavar="KEY,...", help="keys of the config and metrics that the table shows")

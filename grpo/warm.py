@@ -12,6 +12,7 @@ import sys
 import torch
 
 from grpo.config import ConfigError, Dtype
+from grpo.configuration.command_line import refuse_repeats
 from grpo.configuration.launch import CONFIG_ERROR, INTERRUPTED, load_config
 from grpo.plan import architecture_of
 from grpo.record.terminal import print_error
@@ -36,6 +37,7 @@ def main(words: list[str]) -> int:
 
 def warm(words: list[str]) -> int:
     """Returns the exit code, 1 if a kernel could not be compiled. Raises ConfigError for bad keys."""
+    refuse_repeats([word for word in words if word.startswith("gpu=")])
     gpu = chosen_gpu(next((word.removeprefix("gpu=") for word in words if word.startswith("gpu=")), None))
     config = load_config("train", [word for word in words if not word.startswith("gpu=")])
     dtype = {Dtype.float32: torch.float32, Dtype.float16: torch.float16}.get(config.dtype, torch.bfloat16)

@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo.config import read_saved_config  # noqa: E402
+from grpo.configuration.command_line import Once  # noqa: E402
 from grpo.run.export_files import write_adapter, write_model, write_original  # noqa: E402
 from grpo.run.hub import check_push, push  # noqa: E402
 from grpo.run.model_card import Origin  # noqa: E402
@@ -76,6 +77,7 @@ def export(arguments: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("action", None, Once)
     parser.add_argument("source", help="folder of a run, folder of a checkpoint, or hub id")
     parser.add_argument("out", type=Path)
     parser.add_argument("--merge", action="store_true", help="add the adapter to the weights")

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grpo.configuration.command_line import Once  # noqa: E402
 from kernels.packed.nf4 import BLOCK_SIZE as NF4_BLOCK_SIZE  # noqa: E402
 from kernels.packed.nf4 import CODE as NF4_CODE  # noqa: E402
 from models.chat.tokenizer import Tokenizer  # noqa: E402
@@ -172,6 +173,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("action", None, Once)
     parser.add_argument("out", type=Path, help="folder to create")
     parser.add_argument("--size", choices=list(SIZES), required=True)
     parser.add_argument("--dtype", "--experts", dest="experts", choices=list(FORMATS), default="mxfp4",

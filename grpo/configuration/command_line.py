@@ -30,6 +30,39 @@ DEFAULT_EXPERIMENT = "quickstart"
 INFO_FLAGS = ("--info", "-i")
 
 
+class Once(argparse.Action):
+    """An option that keeps its value, and takes no second one. parser.register("action", None, Once) makes it the usual kind."""
+
+    first: Any = None
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        if self.first is not None and self.first != values:
+            parser.error(f"{option_string} is given twice, {self.first} and {values}: leave one out")
+        self.first = values
+        setattr(namespace, self.dest, values)
+
+
+def repeats(words: list[str]) -> list[str]:
+    """What to say of each key that two of the words KEY=VALUE set to different values. A choice of a file and a mapping {...} of
+    keys go together; Hydra's own settings may add up."""
+    given, found = {}, []
+    for word in words:
+        key, equals, value = word.lstrip("+").partition("=")
+        if equals and not key.startswith(("~", "hydra.", "hydra/")):
+            before = given.get((key, value[:1] == "{"), value)
+            given[key, value[:1] == "{"] = value
+            if before != value:
+                found.append(f"{key} is given twice, {key}={before} and {key}={value}")
+    return found
+
+
+def refuse_repeats(words: list[str]) -> None:
+    """Raises ConfigError for a key that two of the words set to different values, one of which would be lost without a word."""
+    for text in repeats(words):
+        raise ConfigError(f"{text}: leave one out")
+
+
 def read_flags(argv: list[str], keys: list[str]) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """Hydra's flags, whose `overrides` are the other words (KEY=VALUE, +KEY=VALUE, ++KEY=VALUE, ~KEY), and the parser that knows
     them. `keys`: the settings there are. Raises ConfigError for unknown flags and for flags that contradict each other."""

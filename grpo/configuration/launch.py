@@ -57,6 +57,8 @@ from grpo.configuration.command_line import (
     default_first,
     parse,
     read_flags,
+    refuse_repeats,
+    repeats,
     to_override,
 )
 from grpo.configuration.suggestions import OTHER_NAMES
@@ -77,6 +79,7 @@ from grpo.configuration.sweeps import (
 )
 from grpo.configuration.targets import bind, dotted_target, keyword_parameters, resolve_target
 from grpo.configuration.validate import validate, validate_inference
+from grpo.distributed.place import find_place
 from grpo.record.terminal import hold_standard_streams, print_error
 
 _GRPO = Path(__file__).resolve().parent.parent
@@ -129,6 +132,7 @@ class CommandPlan:
     keys: list[str]  # all that can be set, for suggestions
     chosen: list[str] = field(default_factory=list)  # of the overrides those that choose files, targets, Hydra's settings
     overrides: list[str] = field(default_factory=list)  # as Hydra takes them
+    repeats: list[str] = field(default_factory=list)  # what to say of keys that are given twice
     params: dict[str, Any] = field(default_factory=dict)  # the sweeper's own
     is_sweep: bool = False
     is_grid: bool = True  # the sweeper takes every combination, and draws none
@@ -157,6 +161,9 @@ def launch(config_name: str, task: Callable[[Any], int]) -> int:
             if plan.shows_only:
                 return show(plan)
             check(plan)
+            place = find_place(os.environ)
+            for text in plan.repeats if place is None or place.rank == 0 else ():
+                print_error("note", f"{text}: the last counts")
             return run_sweep(plan, task) if plan.is_sweep else run_one(plan, task)
     except ConfigError as error:
         refuse(error)
@@ -248,6 +255,9 @@ def added_folders(flags: argparse.Namespace) -> tuple[list[tuple[str, str]], lis
 def fill(plan: CommandPlan, words: list[str]) -> None:
     """Brings the words into Hydra's grammar. Which values are text depends on the environment and the loss, and what a comma
     means on whether the command line is a sweep: so what the words choose is composed first."""
+    plan.repeats = repeats(words)
+    if plan.config_name != "train":  # of training, scripts append words that replace their own
+        refuse_repeats(words)
     words = default_first(words, plan.config_name)
     if plan.flags.multirun:
         words.append("hydra.mode=MULTIRUN")

@@ -170,6 +170,7 @@ def test_settings_are_kept_once_for_steps_that_stand_and_dropped_for_steps_made_
 
 @pytest.mark.parametrize("words, said", [
     (["run=x"], "step is required: python -m grpo.explain run=runs/NAME step=N"),
+    (["run=x", "step=1", "step=2"], "step is given twice, step=1 and step=2: leave one out"),
     (["run=x", "step=two"], "step = 'two': must be a whole number of at least 1"),
     (["run=x", "step=1", "smaple=2"], "smaple: no such key; write KEY=VALUE with one of run, step, sample"),
     (["run=x", "step=1", "output={plain}"], "output = .*plain': is a folder; name a file, such as .*plain/step.html"),

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from grpo.config import ConfigError
-from grpo.configuration.command_line import as_typed, to_override
+from grpo.configuration.command_line import as_typed, repeats, to_override
 from grpo.configuration.launch import load_config, prepare
 
 TEXTS = [
@@ -215,6 +215,29 @@ def test_flags_that_show_something_stand_anywhere(launched, tmp_path, words, par
 def test_a_sweep_runs_wherever_its_flag_stands(launched, words):
     result = launched(*words.split(), task="print('ran', config.seed); return 0")
     assert [line for line in result.out.splitlines() if line.startswith("ran")] == ["ran 1", "ran 2"], result.err
+
+
+@pytest.mark.parametrize("name, words, said", [
+    ("generate", ["run=x", "prompt=1", "prompt=2"], "prompt is given twice, prompt=1 and prompt=2"),
+    ("generate", ["+model=tiny", "model=gpt_oss_20b"], "model is given twice, model=tiny and model=gpt_oss_20b"),
+    ("evaluate", ["run=x", "++seed=1", "seed=2"], "seed is given twice, seed=1 and seed=2"),
+])
+def test_a_key_with_two_values_is_refused_where_one_would_be_lost(name, words, said):
+    with pytest.raises(ConfigError, match=f"^{said}: leave one out$"):
+        load_config(name, words)
+
+
+def test_a_key_with_one_value_may_be_given_again_and_beside_a_file_and_a_mapping():
+    words = ["seed=1", "+seed=1", "~optim.betas", "+optim.betas=[0.9,0.99]", "env=carry", "env={digits: 3}",
+             "hydra.job.chdir=false", "hydra.job.chdir=false"]
+    assert repeats(words) == []
+    assert repeats(["a=1", "a=2", "a=1"]) == ["a is given twice, a=1 and a=2", "a is given twice, a=2 and a=1"]
+
+
+def test_training_counts_the_last_of_two_values_and_says_so(launched):
+    result = launched("steps=3", "seed=1", "steps=4", task="print(config.steps)\nreturn 0")
+    assert result.code == 0 and result.out == "4\n"
+    assert result.err == "note: steps is given twice, steps=3 and steps=4: the last counts\n"
 
 
 @pytest.mark.parametrize(

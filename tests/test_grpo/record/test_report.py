@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from made_up_run import make_metrics
 
 from grpo.record.plots import plots
@@ -249,3 +250,9 @@ def test_the_command_line_refuses_a_folder_without_runs_in_one_line(tmp_path, ca
     assert capsys.readouterr().err == (
         f"error: {tmp_path} holds no run: neither summary.json nor metrics.jsonl below it\n"
     )
+
+
+def test_an_option_with_two_values_is_refused_with_both(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--csv", "a.csv", "--columns", "reward", "--csv=b.csv"])
+    assert "error: --csv is given twice, a.csv and b.csv: leave one out" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import models.rehearsal
 from grpo.configuration.launch import load_config
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures, rehearsal_of
 from grpo.train import seconds_of_compilation
-from grpo.warm import chosen_gpu
+from grpo.warm import chosen_gpu, warm
 from models.config import released
 from models.rehearsal import GPUS, compile_beside, is_compiled, variants
 
@@ -129,6 +129,8 @@ def test_gpus_are_named(monkeypatch):
     for name, reason in ((None, "torch sees none here"), ("V100", "gpu = 'V100': give one of T4"), ("T4", "little is compiled")):
         with pytest.raises(ValueError, match=reason):
             chosen_gpu(name)
+    with pytest.raises(ValueError, match="gpu is given twice, gpu=H100 and gpu=H200"):
+        warm(["gpu=H100", "+experiment=gpt_oss_20b_lora", "gpu=H200"])
     monkeypatch.setenv("GRPO_PRODUCTS", "library")
     with pytest.raises(ValueError, match="little is compiled"):
         chosen_gpu("H200")
