@@ -135,6 +135,13 @@ def choose_decode_blocks(family: str, dtype: torch.dtype, num_rows: float, num_e
     return blocks._replace(inner=inner)
 
 
+def mma_of(family: str, dtype: torch.dtype, blocks: DecodeBlocks) -> str:
+    """The instruction that multiplies packed weights: "wgmma", "mma.sync", or "" where the kernel need not know it."""
+    if dtype == torch.float32 or family not in ("ampere", "consumer", "hopper"):
+        return ""
+    return "wgmma" if family == "hopper" and blocks.rows >= 64 and blocks.num_warps % 4 == 0 else "mma.sync"
+
+
 @triton.jit
 def _packed_tile(words, scales, group_stride, scale_stride, k, is_group, GROUPS: tl.constexpr, INNER: tl.constexpr,
                  CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr):
@@ -164,11 +171,22 @@ def _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_
 
 
 @triton.jit
-def _when_multiplied(acc, IS_WGMMA: tl.constexpr):
+def _operand(a, MMA: tl.constexpr):
+    """Returns unpacked weights, and hides from the compiler how they were computed. For mma.sync Triton 3.6 and 3.7 let a thread
+    hold 4 inputs in a row of an operand that values were joined to, instead of 2: then one instruction multiplies the inputs
+    4c, 4c + 1, 16 + 4c and 17 + 4c, c < 4, and not 16 in a row, so sums have other bits than grouped_gemm's, and unpacked
+    weights change threads. The compiler does not look beyond an instruction that may have side effects."""
+    if MMA == "mma.sync":
+        return tl.inline_asm_elementwise("", "=r,0", [a], dtype=a.dtype, is_pure=False, pack=2)
+    return a
+
+
+@triton.jit
+def _when_multiplied(acc, MMA: tl.constexpr):
     """Returns the sum after the tensor cores have read the operands of its last product. wgmma reads unpacked weights from
     registers while the program continues, and Triton 3.6 and 3.7 let the next step's unpacking overwrite them too early. Any use
     of the sum makes the program wait, even an empty instruction."""
-    if IS_WGMMA:
+    if MMA == "wgmma":
         return tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
 
@@ -177,7 +195,7 @@ def _when_multiplied(acc, IS_WGMMA: tl.constexpr):
 def _packed_sums(
     x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out, stride_x,
     NUM_IN: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, MORE: tl.constexpr, INNER: tl.constexpr, TAIL: tl.constexpr,
-    CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr,
+    CHUNK: tl.constexpr, IS_ASM: tl.constexpr, EVEN_OUT: tl.constexpr, MMA: tl.constexpr, OVERLAPS: tl.constexpr,
     WAITS: tl.constexpr,
 ):  # fmt: skip
     """Sums over all inputs for ROWS features: [ROWS, TOKENS] and, from the same weights, [ROWS, MORE] (0: the first again)."""
@@ -212,13 +230,13 @@ def _packed_sums(
         b = tl.load(x_rows + k + inner[:, None], mask=is_row[None, :], other=0.0)
         if MORE:
             more_b = tl.load(more_rows + k + inner[:, None], mask=is_more[None, :], other=0.0)
-        a = unpack_fragments(tile_words, tile_scales, GROUPS, INNER // CHUNK, CHUNK, dtype, IS_ASM, True)
+        a = _operand(unpack_fragments(tile_words, tile_scales, GROUPS, INNER // CHUNK, CHUNK, dtype, IS_ASM, True), MMA)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         if MORE:
-            more = _when_multiplied(tl.dot(a, more_b, more, input_precision="ieee"), IS_WGMMA)
-        acc = _when_multiplied(acc, IS_WGMMA)
+            more = _when_multiplied(tl.dot(a, more_b, more, input_precision="ieee"), MMA)
+        acc = _when_multiplied(acc, MMA)
     if TAIL:
-        a = unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True)
+        a = _operand(unpack_fragments(tail_words, tail_scales, GROUPS, TAIL // CHUNK, CHUNK, dtype, IS_ASM, True), MMA)
         acc = tl.dot(a, tail_x, acc, input_precision="ieee")
         if MORE:
             more = tl.dot(a, more_tail_x, more, input_precision="ieee")
@@ -312,7 +330,7 @@ def moe_decode_kernel(
     INNER: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, RANK: tl.constexpr, RANK_STEPS: tl.constexpr,
     IS_PACKED: tl.constexpr, IS_ASM: tl.constexpr, IN_CONTIGUOUS: tl.constexpr, EVEN_IN: tl.constexpr, EVEN_OUT: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, IS_WGMMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
+    HAS_LORA_GROUPS: tl.constexpr, HAS_SWIGLU: tl.constexpr, MMA: tl.constexpr, OVERLAPS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """ROWS output features of one expert for TOKENS of its rows, and for MORE further ones if it has them. Packed weights:
     words and scales as unpack_fragments takes them; the last TAIL inputs are a step of their own. Dense weights: stride_weight
@@ -361,7 +379,7 @@ def moe_decode_kernel(
                 more_sources = tl.where(is_more, more_rows, 0)
             if first_row + TOKENS < end:
                 acc, more = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out,
-                                         stride_x, NUM_IN, ROWS, TOKENS, MORE, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, IS_WGMMA,
+                                         stride_x, NUM_IN, ROWS, TOKENS, MORE, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, MMA,
                                          OVERLAPS, WAITS)
                 if NUM_IN - TAIL <= INNER:  # as below
                     acc, more = acc * one, more * one
@@ -376,7 +394,7 @@ def moe_decode_kernel(
                         HAS_SWIGLU)
                 return
         acc, _ = _packed_sums(x, sources, is_row, more_sources, is_more, weight_base, scale_base, first, num_out, stride_x,
-                              NUM_IN, ROWS, TOKENS, 0, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, IS_WGMMA, OVERLAPS, WAITS)
+                              NUM_IN, ROWS, TOKENS, 0, INNER, TAIL, CHUNK, IS_ASM, EVEN_OUT, MMA, OVERLAPS, WAITS)
     else:
         acc = _dense_sum(x, sources, is_row, weight + expert * stride_weight_expert, features, num_out, stride_x, stride_weight,
                          NUM_IN, ROWS, TOKENS, INNER, IN_CONTIGUOUS, EVEN_IN, OVERLAPS, WAITS)
@@ -455,7 +473,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         IS_ASM=is_asm,
         IN_CONTIGUOUS=in_contiguous, EVEN_IN=num_in % blocks.inner == 0, EVEN_OUT=num_out % blocks.rows == 0,
         HAS_OFFSETS=offsets is not None, HAS_GATHER=gather is not None, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
-        HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, IS_WGMMA=gpu_family(x) == "hopper",
+        HAS_LORA_GROUPS=lora_groups is not None, HAS_SWIGLU=swiglu is not None, MMA=mma_of(gpu_family(x), x.dtype, blocks),
         WAITS=waits, num_warps=blocks.num_warps, num_stages=blocks.num_stages, **overlap_constants(x, num_rows),
     )  # fmt: skip
     return out

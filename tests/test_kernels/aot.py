@@ -41,6 +41,13 @@ class Resources:
         return frozenset(_MMA[name] for name in re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", self.ptx))
 
     @property
+    def operand_widths(self) -> frozenset[int]:
+        """Of every product by mma.sync: how many inputs in a row a thread holds of an operand. 2: an instruction multiplies 16
+        inputs in a row; 4: parts of 32, so sums have other bits."""
+        products = [line for line in self.ttgir.splitlines() if "= tt.dot " in line]
+        return frozenset(int(width) for line in products for width in re.findall(r"kWidth = (\d+)", line))
+
+    @property
     def has_mma(self) -> bool:
         return bool(self.mma)
 

@@ -84,7 +84,7 @@ def test_kernels_fit_every_gpu(arch, use, num_tokens):
         "IS_PACKED": False, "IS_ASM": False, "IN_CONTIGUOUS": True, "EVEN_IN": num_in % blocks.inner == 0,
         "EVEN_OUT": num_out % blocks.rows == 0, "HAS_OFFSETS": False, "HAS_GATHER": False, "HAS_BIAS": not is_low_rank,
         "HAS_SCALE": is_low_rank, "HAS_LORA_GROUPS": has_groups, "HAS_SWIGLU": False, "OVERLAPS": False,
-        "IS_WGMMA": family_of(arch) == "hopper", "WAITS": 0,
+        "MMA": "", "WAITS": 0,
     }  # fmt: skip
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
     resources = compile_for(moe_decode_kernel, signature, constexprs, arch, num_warps=blocks.num_warps,

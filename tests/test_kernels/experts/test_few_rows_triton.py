@@ -15,6 +15,7 @@ from kernels.experts.few_rows import (
     DecodeBlocks,
     choose_decode_blocks,
     decode_projection,
+    mma_of,
     moe_decode_kernel,
 )
 from kernels.experts.sorting import make_routing
@@ -92,7 +93,7 @@ def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32,
     }  # fmt: skip
     constexprs |= {f"HAS_{flag}": flag in flags for flag in ("GATHER", "BIAS", "SCALE", "SWIGLU", "LORA_GROUPS")}
     constexprs["HAS_OFFSETS"] = num_experts > 1
-    constexprs |= {"IS_WGMMA": family_of(arch) == "hopper", "OVERLAPS": waits is not None, "WAITS": waits or 0}
+    constexprs |= {"MMA": mma_of(family_of(arch), torch.bfloat16, blocks), "OVERLAPS": waits is not None, "WAITS": waits or 0}
     del signature["stride_up_rank"]
     constexprs["stride_up_rank"] = 1
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*") or name.startswith("stride"))
@@ -159,6 +160,25 @@ def neighbours_share_a_thread(layout):
         return linear.group(1) == "0, 0, 0, 0, 0, 1"
     sizes, order = (re.search(rf"{name} = \[(.*?)\]", layout).group(1).split(", ") for name in ("sizePerThread", "order"))
     return int(sizes[-1]) >= 2 and order[0] == "5"
+
+
+MMA_SYNC = [arch for arch in ARCHITECTURES if family_of(arch) in ("ampere", "consumer")]
+
+
+@pytest.mark.parametrize("arch", MMA_SYNC)
+@pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 512 tokens", "down of 32 tokens", "arithmetic",
+                                 "dense gate_up of 32 tokens", "LoRA A of rank 16"])
+def test_an_instruction_multiplies_16_inputs_in_a_row(arch, use):
+    """As in grouped_gemm, whose bits sums must have."""
+    assert compile_decode(arch, **USES[use]).operand_widths == {2}
+
+
+@pytest.mark.parametrize("arch", MMA_SYNC)
+def test_weights_of_few_tokens_stay_in_the_thread_that_unpacked_them(arch):
+    """As on Hopper. For 32 tokens or more two warps share weights, which pass shared memory."""
+    loop = max(product_loops(compile_decode(arch, **GATE_UP, num_rows=4, rank=16).sass), key=len)
+    assert not any(re.search(r"\b(STS|STSM|SHFL)\b", text) for text in loop)
+    assert len(loop) * 32 * 4 / (64 * 64) <= 4.0, f"{len(loop)} instructions for 32 weights of a thread"
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if family_of(arch) in ASM_FAMILIES])

@@ -89,6 +89,8 @@ def test_grouped_gemm_fits_every_gpu_and_uses_its_tensor_cores(use, arch):
     assert resources.has_mma
     if arch == 90:
         assert resources.mma == {"HGMMA"}, resources.mma
+    if resources.mma == {"HMMA"}:  # an instruction multiplies 16 inputs in a row, as for few rows
+        assert resources.operand_widths == {2}
 
 
 @pytest.mark.parametrize("arch", [86, 90])
