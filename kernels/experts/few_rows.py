@@ -454,6 +454,8 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         chunk = chunk_of(num_in)
         tail = num_in % blocks.inner
         assert num_out % ROWS == 0 and blocks.inner % chunk == 0 and tail & (tail - 1) == 0, f"{blocks} for {num_in}, {num_out}"
+        # inline assembly takes a word from one thread: of 8 weights, and each of 32 threads of a warp needs one at every step
+        assert not is_asm or blocks.rows * (tail or blocks.inner) >= 256 * blocks.num_warps, f"{blocks}, {tail}: too many warps"
     else:
         weight = projection.weight
         in_contiguous = weight.stride(1) == 1

@@ -71,6 +71,7 @@ def test_blocks_leave_a_last_step_that_is_a_power_of_two():
                 blocks = choose_decode_blocks(family, torch.bfloat16, num_rows, 32, num_in, 5760, is_packed=True)
                 tail = num_in % blocks.inner
                 assert tail & (tail - 1) == 0 and blocks.inner % chunk_of(num_in) == 0 and blocks.inner <= num_in
+                assert family not in ASM_FAMILIES or blocks.rows * (tail or blocks.inner) >= 256 * blocks.num_warps
 
 
 def compile_decode(arch, *, num_rows, num_in=2880, num_out=5760, num_experts=32, rank=0, is_packed=True, is_asm=True,
@@ -163,6 +164,8 @@ def neighbours_share_a_thread(layout):
 
 
 MMA_SYNC = [arch for arch in ARCHITECTURES if family_of(arch) in ("ampere", "consumer")]
+# rows, tokens, inputs of a step, warps, stages: in all but the first, a warp has as many words of scales as threads
+MMA_SYNC_TILES = [(32, 16, 128, 2, 4), (16, 16, 256, 1, 4), (32, 16, 128, 1, 4), (32, 16, 256, 2, 4), (64, 16, 128, 2, 4)]
 
 
 @pytest.mark.parametrize("arch", MMA_SYNC)
@@ -173,12 +176,33 @@ def test_an_instruction_multiplies_16_inputs_in_a_row(arch, use):
     assert compile_decode(arch, **USES[use]).operand_widths == {2}
 
 
+@pytest.mark.parametrize("arch, blocks", [*((90, blocks) for blocks in MMA_SYNC_TILES), (80, (16, 16, 256, 1, 4))])
+def test_tiles_in_no_table_for_mma_sync(arch, blocks):
+    resources = compile_decode(arch, **DOWN, num_rows=4, blocks=DecodeBlocks(*blocks))
+    assert resources.operand_widths == {2}
+    for layout in word_layouts(resources.ttgir):
+        assert neighbours_share_a_thread(layout), layout
+
+
 @pytest.mark.parametrize("arch", MMA_SYNC)
 def test_weights_of_few_tokens_stay_in_the_thread_that_unpacked_them(arch):
     """As on Hopper. For 32 tokens or more two warps share weights, which pass shared memory."""
     loop = max(product_loops(compile_decode(arch, **GATE_UP, num_rows=4, rank=16).sass), key=len)
     assert not any(re.search(r"\b(STS|STSM|SHFL)\b", text) for text in loop)
     assert len(loop) * 32 * 4 / (64 * 64) <= 4.0, f"{len(loop)} instructions for 32 weights of a thread"
+
+
+def test_a_thread_without_a_whole_word_is_refused():
+    """Inline assembly would take its second half from another word."""
+    x, offsets = torch.empty(4, 2880, dtype=torch.bfloat16, device="meta"), torch.empty(33, dtype=torch.int32, device="meta")
+    blocks, scales = (torch.empty(32, 64, 90, *size, dtype=torch.uint8, device="meta") for size in ((16,), ()))
+    launches = []
+    with kernels.device.recording(kernels.device.Gpu(80, 108), lambda *launched: launches.append(launched)):
+        decode_projection(x, Projection(None, blocks, scales, None, True), offsets, blocks=DecodeBlocks(16, 16, 64, 4, 2))
+        with pytest.raises(AssertionError, match="too many warps"):
+            decode_projection(x, Projection(None, blocks, scales, None, True), offsets, blocks=DecodeBlocks(16, 16, 64, 8, 2))
+        decode_projection(x, Projection(None, blocks, scales, None, False), offsets, blocks=DecodeBlocks(16, 16, 64, 8, 2))
+    assert len(launches) == 2
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if family_of(arch) in ASM_FAMILIES])
@@ -227,6 +251,18 @@ def test_decode_equals_the_training_forward_bit_for_bit(num_tokens, has_lora, fo
     expected, _ = moe_forward(x, weights, routing, *dense, residual, scratch_bytes=0, keeps_h=False, **settings)
     y = moe_decode(*arguments, **settings)
     assert torch.equal(y, expected), f"{(y != expected).float().mean():.2%} of the values differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("blocks", MMA_SYNC_TILES)
+def test_no_tile_changes_a_bit(blocks):
+    indices, packed, t = on_gpu((8, 32, 4, 2880, 2880, 16), False)
+    (x, _, routing, gate_up, *_), _ = operands(indices, packed, t, "packed", has_lora=False)
+    for is_asm in (gate_up.unpacks_by_asm, False):
+        y, other = (decode_projection(x, gate_up._replace(unpacks_by_asm=is_asm), routing.offsets_device, gather=routing.tokens,
+                                      blocks=choice) for choice in (None, DecodeBlocks(*blocks)))
+        assert torch.equal(y, other), f"{(y != other).float().mean():.2%} of the values differ"
 
 
 @pytest.mark.gpu
