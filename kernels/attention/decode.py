@@ -51,6 +51,8 @@ from kernels.device import (
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
+# GPU family -> most programs of a full layer for a multiprocessor, and the stages of more, so that more of them run at once
+_CROWDED = {"hopper": measured((6, 2))}
 # parts whose loads do not wait for each other, in a program that adds parts
 _PARTS_AT_ONCE = 8
 # rows of a product with a shared prefix: 8 sequences of gpt-oss's 8 query heads
@@ -75,6 +77,13 @@ def rows_per_tile(group: int) -> int:
 def part_bytes(num_heads: int, width: int) -> int:
     """What decode_attention stores of a part of a row if it has `longest`: output, maximum and sum of each head, in fp32."""
     return 4 * num_heads * (width + 2)
+
+
+def _stages(x: torch.Tensor, num_programs: int, *, windowed: bool) -> int:
+    if not windowed and (crowded := _CROWDED.get(gpu_family(x))):
+        most, stages = crowded.blocks
+        return stages if num_programs > most * num_multiprocessors(x) else _STAGES[False]
+    return _STAGES[windowed]
 
 
 def _prefix_stages(x: torch.Tensor, num_programs: int) -> int:
@@ -322,7 +331,8 @@ def decode_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
            prefixes, table, q.stride(0), keys.stride(0), out.stride(0), scale * _LOG2_E, window, pages_per_slot,
            STRIDE_KEY=keys.stride(1), GROUP=group, WINDOWED=window > 0, PREFIXED=is_prefixed, SHARES=shared is not None,
            BY_PART=longest > 0, RING=keys.shape[1] if window else 0, PAGE=page, D=width, BLOCK_H=max(16, next_power_of_2(group)),
-           BLOCK_N=blocks.keys, PART=part, num_warps=1, num_stages=_STAGES[window > 0], **overlap)
+           BLOCK_N=blocks.keys, PART=part, num_warps=1,
+           num_stages=_stages(q, num_kv_heads * num_rows * num_parts, windowed=window > 0), **overlap)
     if longest:
         launch(_add_parts_kernel, (num_heads, num_rows), sinks, out, states, positions, prefixes, out.stride(0), num_parts,
                pages_per_slot, PREFIXED=is_prefixed, PAGE=page, D=width, PART=part, AT_ONCE=_PARTS_AT_ONCE, num_warps=1,

@@ -12,6 +12,7 @@ from row_arithmetic import row_updates
 
 from kernels.attention.cache import write
 from kernels.attention.decode import (
+    _CROWDED,
     _PARTS_AT_ONCE,
     _PREFIX_STAGES,
     _STAGES,
@@ -290,10 +291,11 @@ def test_tiles_without_a_visible_key_change_no_bit():
 
 # bytes a thread may keep in memory: what loops need at start and end; on Blackwell, which nobody has measured, also within them
 LOOP_INVARIANTS = 32
+_, CROWDED = _CROWDED["hopper"].blocks
 
 
 def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixed=False, shares=False, by_part=False, ring=128,
-                   page=64):
+                   page=64, stages=0):
     torch_dtype = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     blocks = blocks_for(family_of(arch), torch_dtype, windowed=windowed, width=width).forward
     signature = {name: f"*{dtype}" for name in ("q", "keys", "values", "sinks", "out")}
@@ -303,7 +305,7 @@ def compile_decode(arch: int, *, windowed: bool, dtype="bf16", width=64, prefixe
     constexprs = {"STRIDE_KEY": 8 * width, "GROUP": 8, "WINDOWED": windowed, "PREFIXED": prefixed, "SHARES": shares,
                   "BY_PART": by_part, "RING": ring if windowed else 0, "PAGE": 0 if windowed else page, "D": width,
                   "BLOCK_H": 16, "BLOCK_N": blocks.keys, "PART": keys_of_part(torch_dtype, int(windowed))}
-    return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=_STAGES[windowed])
+    return compile_for(_decode_kernel, signature, constexprs, arch, num_warps=1, num_stages=stages or _STAGES[windowed])
 
 
 def compile_prefix(arch: int):
@@ -358,6 +360,7 @@ def test_the_kernel_fits_every_gpu_several_times(windowed, arch):
                                             (86, {"windowed": False, "prefixed": True, "shares": True}),
                                             (86, {"windowed": False, "prefixed": True}), (90, {"windowed": False, "page": 0}),
                                             (90, {"windowed": False, "prefixed": True, "by_part": True}),
+                                            (90, {"windowed": False, "prefixed": True, "stages": CROWDED}),
                                             (86, {"windowed": False, "by_part": True}),
                                             (120, {"windowed": False, "prefixed": True}),
                                             (86, {"windowed": False, "dtype": "fp16"}),
@@ -376,6 +379,8 @@ def test_a_row_is_summed_in_the_order_of_the_training_kernel(arch, windowed):
     decoding = row_updates(compile_decode(arch, windowed=windowed).ptx, columns)
     # their exponents, the sum and the factor; without a window also the sums with a part and its factor
     assert len(decoding) == columns + (2 if windowed else 4)
+    if arch == 90 and not windowed:
+        assert row_updates(compile_decode(arch, windowed=False, stages=CROWDED).ptx, columns) == decoding
     if arch == 120 and not windowed:  # training's sum of weights stands behind a jump, which row_updates does not follow
         assert training < decoding and len(training) == len(decoding) - 1
     else:
