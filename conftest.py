@@ -23,6 +23,23 @@ for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--as-capability", type=int, metavar="N", help="GPU tests on a Hopper GPU with tables and tensor-core "
+                     "instructions of another: 80 for compute capability 8.0 (A100), 89 for 8.9 (RTX 40)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    capability = config.getoption("--as-capability")
+    if capability is None:
+        return
+    from kernels import device
+
+    # the code is generated as for that GPU, then assembled for the one that is here
+    os.environ["TRITON_OVERRIDE_ARCH"] = f"sm{capability}"
+    found = device.gpu_of_device
+    device.gpu_of_device = lambda place: device.Gpu(capability, found(place).num_multiprocessors)
+
+
 @pytest.fixture(scope="session")
 def lively_model() -> Callable:
     """Makes a float32 model on the CPU whose logits are far from even and whose sinks and biases are not zero."""

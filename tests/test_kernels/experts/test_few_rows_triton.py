@@ -138,6 +138,14 @@ def test_kernels_fit_every_gpu(arch, use):
     assert resources.has_mma
 
 
+def test_code_for_an_older_gpu_is_assembled_for_this_one(monkeypatch):
+    """What `pytest --as-capability 80` runs on a Hopper GPU."""
+    monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
+    blocks = choose_decode_blocks("ampere", torch.bfloat16, 4, 32, 2816, 5760, is_packed=True)
+    resources = compile_decode(90, num_rows=4, num_in=2816, blocks=blocks)
+    assert resources.mma == {"HMMA"} and ".target sm_90a" in resources.ptx
+
+
 @pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 256 tokens", "gate_up of 512 tokens", "down of 512 tokens",
                                  "arithmetic"])
 def test_unpacking_waits_until_the_tensor_cores_have_read_the_step_before(use):
