@@ -9,6 +9,7 @@ pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n sam
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
 same keys, so that they differ by the policy only.
 """
+import glob
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns, generator
 from grpo.run.failures import describe_failure, end, settle
 from grpo.run.policy import load_policy, prepare_device
+from models.formats.atomic import write_text
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 # An environment's metrics of these names keep their `env/`: evaluation has its own.
@@ -156,8 +158,10 @@ def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ran
         if ranks is not None:
             ranks.begin(config, prepare_device(config)[0])
         text = work(config, ranks)
-        if output is not None:
-            output.write_text(text, encoding="utf-8")
+        if output is not None and output.exists() and not output.is_file():  # a pipe
+            output.write_text(text, encoding="utf-8", errors="backslashreplace")
+        elif output is not None:
+            write_text(output, text)
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed" and not isinstance(error, RankFault):
@@ -189,9 +193,11 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     loaded = load_policy(config, config.env, max_batch=config.max_batch)
     should_stop, progress = join_sampler(ranks, loaded.sampler, "evaluating")
     trained = loaded.trained
+    env_settings = config.env or trained.env
+    keep_inputs(config.output, {f"env.{key}": value for key, value in env_settings.items() if key.endswith("path")})
     what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
-    env = make_environment(config.env or trained.env, loaded.tokenizer, seed=config.seed, total_steps=0,
-                           sandbox=make_sandbox(config.env or trained.env, config.sandbox.mode), chat_form=config.turns.form)
+    env = make_environment(env_settings, loaded.tokenizer, seed=config.seed, total_steps=0,
+                           sandbox=make_sandbox(env_settings, config.sandbox.mode), chat_form=config.turns.form)
     check_methods(env, ("eval_prompts", "score"))
     prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
                                vocab_size=loaded.policy.config.vocab_size)
@@ -218,6 +224,19 @@ def writable_file(name: str) -> Path:
         raise ConfigError(f"output = {name!r}: cannot be written ({error.strerror}); give a file in a folder that exists and "
                           "that you may write to") from error
     return path
+
+
+def keep_inputs(output: str | None, inputs: dict[str, Any]) -> None:
+    """Raises ConfigError where `output` is a file that an input names (key -> path, list of paths or glob): it would be lost."""
+    if output is None:
+        return
+    target = os.path.expanduser(output)
+    for key, value in inputs.items():
+        names = [part for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
+                 for part in (name, *map(str.strip, name.split(",")))]
+        found = {path for name in map(os.path.expanduser, names) for path in (name, *glob.glob(name, recursive=True))}
+        if any(os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target) for path in found):
+            raise ConfigError(f"output = {output!r}: is the file that {key} reads, which would be lost; give another")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.rows import PROMPT_NAMES
-from grpo.evaluate import join_sampler, run_shared
+from grpo.evaluate import join_sampler, keep_inputs, run_shared
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
@@ -249,6 +249,7 @@ def questions() -> Iterator[str]:
 
 def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     """A JSON line for each answer, by row of the file, then sample."""
+    keep_inputs(config.output, {"prompts": config.prompts})
     rows = list(read_rows(config.prompts, "prompts", subset=None, split=None))  # before the model, which takes longer
     if not rows:
         raise DataError(f"{config.prompts}: holds no rows; prompts needs at least one")

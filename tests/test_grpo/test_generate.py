@@ -397,6 +397,14 @@ def test_conversations_of_a_file_are_rendered_with_their_history(dataset_run, co
     assert (answer["answer"], answer["prompt"], answer["num_tokens"]) == ("he", messages, len(ids))
 
 
+def test_the_questions_are_not_written_over_by_their_answers(carry_run, tmp_path, capsys):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "1+1"}\n')
+    assert run_generation(load_config("generate", [f"run={carry_run}", f"prompts={asked}", f"output={asked}"])) == 2
+    assert f"output = '{asked}': is the file that prompts reads, which would be lost" in capsys.readouterr().err
+    assert asked.read_text() == '{"prompt": "1+1"}\n'
+
+
 @pytest.mark.parametrize("row, expected", [
     ('{"query_text": "1+1"}', "asked.jsonl:1: no prompt in its columns (query_text); one of prompt, question, "),
     ('{"prompt": [{"role": "user", "content": "1+1"}]}', "asked.jsonl:1: prompt is a list; it must be text: this run"),
