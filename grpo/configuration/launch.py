@@ -263,7 +263,7 @@ def fill(plan: CommandPlan, words: list[str]) -> None:
         words.append("hydra.mode=MULTIRUN")
     plan.chosen = chosen_of(plan, words)
     base = compose(plan, plan.chosen)
-    check_composed(base)
+    check_composed(plan, base, words)
     plan.is_sweep = base.hydra.mode == RunMode.MULTIRUN
     keywords = keyword_types(base, words)
     kinds = {word: kind_of(plan, word, keywords) for word in words}
@@ -284,8 +284,14 @@ def fill(plan: CommandPlan, words: list[str]) -> None:
         plan.overrides = replace_params(plan.overrides, plan.params)
 
 
-def check_composed(base: DictConfig) -> None:
-    """Raises ConfigError where a file of an experiment keeps its keys to itself, or Hydra's own settings cannot be read."""
+def check_composed(plan: CommandPlan, base: DictConfig, words: list[str]) -> None:
+    """Raises ConfigError where a file of an experiment keeps its keys to itself, words set keys of a model that nothing chooses,
+    or Hydra's own settings cannot be read."""
+    of_model = [word for word in words if word.lstrip("+").startswith("model.")]
+    if of_model and base.get("model") is None:
+        names = ", ".join(plan.hydra.config_loader.get_group_options("model"))
+        raise ConfigError(f"{of_model[0]}: no model is chosen here; add +model=NAME with one of {names}, or leave this out where "
+                          "run=runs/NAME has its own")
     if "experiment" in base:
         choice = base.hydra.runtime.choices.experiment
         raise ConfigError(f"experiment = {choice!r}: the first line of experiment/{choice}.yaml must be `# @package _global_`; "

@@ -241,6 +241,12 @@ def test_an_environment_and_a_tokenizer_that_nothing_names_are_asked_for(name, w
         load_config(name, words)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "generate"])
+def test_a_key_of_a_model_that_nothing_chooses_is_told_how_to_choose_one(name):
+    with pytest.raises(ConfigError, match=r"^model.path=x: no model is chosen here; add \+model=NAME with one of gpt_oss"):
+        load_config(name, ["model.path=x", "env.path=y"][: 1 + (name == "evaluate")])
+
+
 def numbers_of(schema: type, prefix: str = ""):
     """(key, type, field) of every number in a schema."""
     hints = typing.get_type_hints(schema)
