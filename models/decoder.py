@@ -167,6 +167,11 @@ class Decoder:
         self._counts_prompts_apart, device = counts_prompts_apart, model.device
         self._table = _empty_table(bucket_of(max_rows), device)
         self._synced = torch.zeros(self._table[_SYNCED].shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._is_copied, self._fetches = None, None  # on a GPU: the copy into _synced has been made; a stream for fetch()
+        if device.type == "cuda":
+            self._is_copied, self._fetches = torch.cuda.Event(), torch.cuda.Stream(device)
+        self._has_copy = False  # the next sync reads what is copied already
+        self.num_ahead = 0  # steps that rows have taken since that copy
         self.tokens = torch.zeros(cache.num_slots * cache.max_len, dtype=torch.int64, device=device)
         self.log_probs = torch.zeros(cache.num_slots * cache.max_len, dtype=torch.float32, device=device)
         self._stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=device)
@@ -182,6 +187,7 @@ class Decoder:
     def reset(self, stop_ids: list[int]) -> None:
         """Drops all rows and their pages. From now on rows end with these ids, and steps use the adapters as they are now. An
         equal number of ids keeps the graphs."""
+        self.wait()
         self._adapters.refresh()
         stop_ids = torch.tensor(stop_ids or [-1], dtype=torch.int64, device=self.model.device)
         if len(stop_ids) == len(self._stop_ids):
@@ -196,8 +202,15 @@ class Decoder:
 
     def drop_graphs(self) -> None:
         """Frees the graphs' memory. They are captured again when needed."""
+        self.wait()
         self._graphs.clear()
         self._pool = None
+
+    def wait(self) -> None:
+        """Until no step runs that was taken ahead: it uses the cache and the graphs."""
+        if self.num_ahead and self._table.is_cuda:
+            torch.cuda.current_stream(self._table.device).synchronize()
+        self._has_copy, self.num_ahead = False, 0
 
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor, chunks: list[PrefillChunk], *,
@@ -287,25 +300,52 @@ class Decoder:
         return lambda hidden, rows: self.model.draw(hidden, None if plain.is_greedy else as_pairs(rows.rng_keys),
                                                     temperature=plain.temperature)
 
+    def look_ahead(self, step: Callable[[], object]) -> None:
+        """The next sync tells of the rows as they are now. Then takes a step, which runs while the host learns and prepares."""
+        self._copy()
+        step()
+        self._has_copy, self.num_ahead = True, 1
+
+    def _copy(self) -> None:
+        self._synced.copy_(self._table[_SYNCED], non_blocking=True)  # all columns: only then it is a single copy
+        if self._is_copied is not None:
+            self._is_copied.record()
+        self._has_copy, self.num_ahead = False, 0
+
     def sync(self) -> tuple[list[int], list[bool], list[int], list[bool]]:
         """For every row: its newest token, whether it continues, its number of tokens after the prompt, whether a stop id ended
-        it. Waits for the steps."""
-        self._synced.copy_(self._table[_SYNCED], non_blocking=True)  # all columns: only then it is a single copy
-        if self._table.is_cuda:
-            torch.cuda.current_stream(self._table.device).synchronize()
+        it. Waits for the steps, but not for one that was taken ahead."""
+        if not self._has_copy:
+            self._copy()
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        self._has_copy = False
         tokens, positions, num_new, is_stopped = self._synced[:, :self.num_rows]
         return tokens.tolist(), (positions != IDLE).tolist(), num_new.tolist(), (is_stopped != 0).tolist()
 
     def fetch(self, spans: list[tuple[int, int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Parts first .. end of `tokens` and `log_probs`, on the host. Waits for the steps."""
+        """Parts first .. end of `tokens` and `log_probs`, on the host: of rows as the last sync told of them. Waits for the steps
+        before it."""
         lengths = [end - first for first, end in spans]
-        places = to_device(torch.cat([torch.arange(first, end) for first, end in spans]), self.tokens.device)
-        drawn = (column[places].cpu().split(lengths) for column in (self.tokens, self.log_probs))
+        places = torch.cat([torch.arange(first, end) for first, end in spans])
+        with self._beside_the_next_step():
+            places = to_device(places, self.tokens.device)
+            drawn = [column[places].cpu().split(lengths) for column in (self.tokens, self.log_probs)]
         return list(zip(*drawn, strict=True))
+
+    @contextmanager
+    def _beside_the_next_step(self) -> Iterator[None]:
+        """What is done within does not wait for a step that was taken ahead."""
+        if self._is_copied is None:
+            yield
+            return
+        self._fetches.wait_event(self._is_copied)
+        with torch.cuda.stream(self._fetches):
+            yield
 
     def compact(self, rows: list[int]) -> None:
         """Keeps these rows, in this order. Their keys and values stay in their slots."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+        index = to_device(torch.tensor(rows, dtype=torch.int64), self.model.device)
         self._table[:, :len(rows)] = self._table[:, index]
         self._table[Rows._fields.index("positions"), len(rows):self.num_rows] = IDLE
         self.num_rows = len(rows)

@@ -172,6 +172,26 @@ def test_a_limit_ends_a_row_without_a_stop_and_may_do_so_at_once(model):
     assert [tokens.tolist() for tokens, _ in drawn] == [[20], [21, 31]]
 
 
+def test_a_sync_tells_of_the_rows_before_the_step_that_was_taken_ahead(model):
+    decoder, new, hidden = make_decoder(model, [[5, 6], [7]], limits=[9, 3], stop_ids=[1])
+    decoder.admit(new, hidden, scripted([20, 21]))
+    for drawn in ([30, 31], [1, 41]):
+        decoder.look_ahead(lambda drawn=drawn: decoder.step(scripted(drawn), [], longest=0, by_graph=False, records=False))
+        assert decoder.num_ahead == 1
+        if drawn[0] == 30:
+            assert decoder.sync() == ([20, 21], [True, True], [1, 1], [False, False])
+    assert decoder.sync() == ([30, 31], [True, True], [2, 2], [False, False])
+    assert decoder.sync() == ([1, 41], [False, False], [3, 3], [True, False]) and decoder.num_ahead == 0
+
+
+def test_after_a_wait_a_sync_tells_of_the_rows_as_they_are(model):
+    decoder, new, hidden = make_decoder(model, [[5, 6]], limits=[9], stop_ids=[1])
+    decoder.admit(new, hidden, scripted([20]))
+    decoder.look_ahead(lambda: decoder.step(scripted([30]), [], longest=0, by_graph=False, records=False))
+    decoder.wait()
+    assert decoder.num_ahead == 0 and decoder.sync() == ([30], [True], [2], [False])
+
+
 def test_rows_that_move_to_the_front_go_on_from_their_own_slots_with_their_own_draws(model):
     """What compacted rows compute and draw is what they would have without it."""
     results = []

@@ -21,6 +21,7 @@ from grpo.rollout.cache_plan import plan_cache
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.scheduler import Scheduler
 from grpo.rollout.session import Sampler
+from models.decoder import Decoder
 from models.gpt_oss import GptOss
 from models.kv_cache import PAGE_TOKENS, KVCache, page_bytes, slot_bytes
 
@@ -155,6 +156,19 @@ def test_rows_that_end_between_two_syncs_change_nothing(model, sync_steps):
     actual, stats = sample(model, prompts, sync_steps=sync_steps, max_batch=5, **settings)
     assert_equal(actual, expected)
     assert stats.decode_tokens == sum(len(completion.completion_ids) - 1 for completion in expected)
+
+
+@pytest.mark.parametrize("max_new_tokens, expected", [(10, "sssss|ssss||"), (9, "sssss|sss|"), (5, "ssss|"), (6, "sssss||")])
+def test_a_step_is_taken_ahead_of_a_sync_unless_all_rows_end_there(model, monkeypatch, max_new_tokens, expected):
+    """Four steps (s) between syncs (|): the first token is drawn with the prompt, after which the first sync comes."""
+    calls = []
+    for name, sign in (("step", "s"), ("sync", "|")):
+        call = getattr(Decoder, name)
+        monkeypatch.setattr(Decoder, name, lambda *arguments, call=call, sign=sign, **settings:
+                            (calls.append(sign), call(*arguments, **settings))[1])
+    completions, stats = sample(model, make_prompts([5, 8]), sync_steps=4, max_new_tokens=max_new_tokens)
+    assert "".join(calls) == "|" + expected and stats.decode_steps == max_new_tokens - 1
+    assert [len(completion.completion_ids) for completion in completions] == [max_new_tokens] * 2
 
 
 def test_members_of_a_group_share_their_prompts_pages_and_write_into_their_own(model):
