@@ -167,9 +167,9 @@ def time_decoding(sampler: Sampler, prompts: list[Prompt]) -> tuple[list[Complet
         session.submit(prompts, 1)
         stats = session.stats
         while session.is_running:
-            before, num_tokens = stats.decode_steps, stats.decode_tokens
-            _, seconds = timed(session.poll)
-            count = stats.decode_steps - before
+            before, num_tokens, start = stats.decode_steps, stats.decode_tokens, time.perf_counter()
+            session.poll()  # ends when its steps have, while the first of the next ones runs
+            count, seconds = stats.decode_steps - before, time.perf_counter() - start
             if stats.decode_tokens - num_tokens != count * len(prompts):
                 raise ValueError(f"{len(prompts)} rows are not decoded together: give fewer (--batches), the cache holds no more")
             if num_steps >= SHORT:
