@@ -1,5 +1,7 @@
 """The rollout benchmark at tiny sizes on the CPU: each case goes through and gives its keys."""
 
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,8 +63,9 @@ def test_prompts_longer_than_a_prefill_are_decoded_together(policy, monkeypatch)
 
     for name, value in {"MICRO_TOKENS": 8, "SHORT": 2, "LONG": 6, "COMPARED_TOKENS": 40}.items():
         monkeypatch.setattr(bench_rollout, name, value)
-    times = iter([0.0] * 3 + [9.0, 9.0, 0.5, 0.25, 0.25])  # three prefills and five steps, two of which are left out
-    monkeypatch.setattr(bench_rollout, "timed", lambda function: (function(), next(times)))
+    seconds = [0.0] * 3 + [9.0, 9.0, 0.5, 0.25, 0.25]  # three prefills and five steps, two of which are left out
+    times = chain.from_iterable((0.0, value) for value in seconds)
+    monkeypatch.setattr(bench_rollout, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     found = bench_rollout.decode_case(policy, 3, 12, bench_rollout.Ceilings(1.0, 1.0))
     assert found["tokens_per_s"] == 12 and found["ms_per_step"] == 250  # three rows
     assert found["compared"] == 2 and found["max_log_prob_diff"] < 1e-5  # of 18 tokens each
