@@ -72,8 +72,9 @@ def parse_gpu(name: str | None) -> GpuSpec:
         size = float(name)
     except ValueError:
         size = 0.0
-    if not 0 < size < 1e6:
-        raise ConfigError(f"gpu = {name!r}: give {known}")
+    if not 0 < size < 1000:
+        hint = f"; {name} GB is no GPU's: if that is its name, give its memory" if size >= 1000 else ""
+        raise ConfigError(f"gpu = {name!r}: give {known}{hint}")
     return replace(GPU_SPECS["L4"], num_bytes=int(1e9 * size), bandwidth=1e12)
 
 

@@ -85,6 +85,7 @@ def test_a_larger_gpu_is_capped_and_memory_beyond_the_gpu_is_not_planned_with():
     (["gpu=L4", "prompt_tokens=²"], "prompt_tokens = '²': must be a number of tokens, at least 1"),
     (["gpu=L4", "prompt_tokens=131072"], "prompt_tokens = '131072': must be a number of tokens, at least 1 and below 131072"),
     (["gpu=L4", "gpu=H200"], "gpu is given twice, gpu=L4 and gpu=H200: leave one out"),
+    (["gpu=3090"], "gpu = '3090': give gpu=NAME with one of T4, L4, "),
     (["gpu=L4", "gpus=0"], "gpus = '0': must be a number of GPUs, at least 1"),
     (["gpu=L4", "gpus=999"], "rollout.prompts_per_step = 8: must be at least the number of ranks (999)"),
     (["gpu=L4", "distributed.expert_parallel=3"], "distributed.expert_parallel = 3: must divide the 32 experts of a layer"),
