@@ -289,8 +289,9 @@ class Decoder:
     def rehearse(self, num_rows: int, plain: PlainDraw, *, longest: int) -> None:
         """Takes a step of `num_rows` idle rows, without a graph, for each way of reading keys that they may need."""
         readings = [_ROW_BY_ROW]
-        if _may_read_parts(num_rows, longest):
-            readings.append(KeyReading(shares=False, longest=_SHORT_PARTS))
+        if _may_read_parts(num_rows, longest):  # fewest and most programs, which may have different kernels
+            most = min(_parts_tokens(longest), _PARTS_TOKENS // num_rows)
+            readings += [KeyReading(shares=False, longest=tokens) for tokens in sorted({_SHORT_PARTS, most})]
         if num_rows > _PARTS_ROWS and self._counts_prompts_apart and longest > _SHARED_TOKENS:
             readings.append(KeyReading(shares=True, longest=0))
         for reading in readings:

@@ -78,7 +78,7 @@ def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     found = Counter(variant.name for variant in recording.variants())
     assert found["_norm_kernel"] == 2 * 2  # with a residual or without; overlapping or not
     assert found["_rotate_and_write_kernel"] == 2  # rings, pages
-    assert found["_decode_kernel"] == 4  # a window; none, with shared prefixes, by parts or neither
+    assert found["_decode_kernel"] == 5  # a window; none, with shared prefixes, by few parts, by many or neither
     assert found["_attend_chunks_kernel"] == 2 * 2 * 2  # a window or none; few sections or many; overlapping or not
     assert found["_prefix_kernel"] == found["_add_parts_kernel"] == 1
     assert found["_dq_kernel"] == found["_dkv_kernel"] == 2  # a window, none
@@ -87,6 +87,15 @@ def test_the_kernels_of_a_rehearsal_are_those_counted_by_hand():
     assert found["_route_few_kernel"] == 6
     assert found["_kl_partials_kernel"] == found["_kl_reduce_kernel"] == found["_kl_gradient_kernel"] == 1
     assert found["_logits_gradient_kernel"] == 1  # the entropy's
+
+
+def test_one_row_of_many_tokens_is_rehearsed_with_few_parts_and_with_many():
+    recording = Recording(H200)
+    plan = plan_of(max_rows=1, max_len=131_072)
+    with recording.on():
+        rehearse_rollout(build(plan), plan, few=(), many=(600,))
+    found = [variant for variant in recording.variants() if variant.name == "_decode_kernel"]
+    assert sorted(variant.options["num_stages"] for variant in found) == [2, 3, 3, 4]  # many parts, few, no parts, a window
 
 
 @pytest.mark.parametrize("settings", [{}, *({"lora": None, "experts": "bf16", "weights": weights}
