@@ -11,7 +11,15 @@ import torch
 from aot import ALL_ARCHITECTURES, check_fits, compile_for
 
 from grpo.rollout.sampling import draw, gumbel_noise
-from kernels.head.sampling import _CHUNK, _THREADS, _chunk_kernel, _row_kernel, draw_tokens, draw_tokens_reference
+from kernels.head.sampling import (
+    _CHUNK,
+    _THREADS,
+    _chunk_kernel,
+    _row_kernel,
+    draw_tokens,
+    draw_tokens_reference,
+    gumbel_noise_reference,
+)
 from models.draw_key import mix_keys as make_rng_keys
 
 CHUNK = _CHUNK["interpreter"]
@@ -142,6 +150,26 @@ def test_an_id_wins_that_does_not_have_the_highest_bound_of_its_thread(poisoned)
     rng_keys = make_rng_keys(keys[rows])
     tokens = draw_tokens(logits[rows], rng_keys, temperature=1.0)
     assert tokens.tolist() == winners_by_scoring_every_id(logits[rows], rng_keys, 1.0)
+
+
+@pytest.mark.interpreter
+def test_an_id_whose_score_is_just_below_its_bound_wins_though_another_of_its_thread_is_scored_first(poisoned):
+    """Id 1 wins by 1e-4. With h = 20,000 its score is 3e-5 below its bound; that of id 0 is 0.1 or more below a higher one."""
+    h, rows = 20_000, []
+    for first in range(1000, 1064):
+        mixed = h * pow(0x846CA68B, -1, 2**32) % 2**32  # makes the hash of id 1 h, step by step backwards
+        mixed ^= mixed >> 15 ^ mixed >> 30
+        bits = 0x9E3779B9 ^ first
+        second = (mixed - (bits ^ bits >> 16) * 0x7FEB352D) % 2**32
+        rows.append([first, second - (second >> 31 << 32)])
+    rng_keys = torch.tensor(rows, dtype=torch.int32)
+    noise = gumbel_noise_reference(rng_keys, 2).double()
+    assert (noise[:, 1] - math.log(2**31 / (h + 0.5))).abs().max() < 2e-5
+    rng_keys, noise = (tensor[(noise[:, 0] > -0.9) & (noise[:, 0] < 1.6)] for tensor in (rng_keys, noise))  # w is 0.2 to 0.9
+    assert len(noise) >= 32
+    logits = torch.full((len(noise), CHUNK), -40.0)
+    logits[:, 0], logits[:, 1] = (noise[:, 1] - noise[:, 0] - 1e-4).float(), 0.0
+    assert (draw_tokens(logits, rng_keys, temperature=1.0) == 1).all()
 
 
 @pytest.mark.interpreter
