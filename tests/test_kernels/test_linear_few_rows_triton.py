@@ -9,7 +9,7 @@ from aot import ARCHITECTURES, check_fits, compile_for
 from kernels.device import family_of
 from kernels.experts.few_rows import moe_decode_kernel
 from kernels.experts.gemm import grouped_gemm
-from kernels.linear import Adapter, choose_linear_blocks, decode_linear
+from kernels.linear import _LINEAR, Adapter, choose_linear_blocks, decode_linear
 
 SCALE = 0.5
 
@@ -62,9 +62,9 @@ def test_a_product_with_its_adapters(num_tokens, num_in, sizes, rank, adapted):
 USES = {"qkv": (2880, 5120, 48, True), "o_proj": (4096, 2880, 16, False), "x A^T": (2880, 48, 0, False)}
 
 
-@pytest.mark.parametrize("num_tokens", [1, 32, 64, 512])
+@pytest.mark.parametrize("arch, num_tokens", [(arch, most) for arch in ARCHITECTURES
+                                              for most, *_ in _LINEAR[family_of(arch)].blocks])
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_fit_every_gpu(arch, use, num_tokens):
     num_in, num_out, rank, has_groups = USES[use]
     is_low_rank = use == "x A^T"

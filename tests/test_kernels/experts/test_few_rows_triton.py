@@ -12,6 +12,8 @@ from moe_problem import ALPHA, LIMIT, SCALE, composed, moe_decode, moe_forward, 
 import kernels.device
 from kernels.device import family_of, gpu_family
 from kernels.experts.few_rows import (
+    _PACKED,
+    FOR_LOW_RANK,
     DecodeBlocks,
     choose_decode_blocks,
     decode_projection,
@@ -144,6 +146,12 @@ def test_code_for_an_older_gpu_is_assembled_for_this_one(monkeypatch):
     blocks = choose_decode_blocks("ampere", torch.bfloat16, 4, 32, 2816, 5760, is_packed=True)
     resources = compile_decode(90, num_rows=4, num_in=2816, blocks=blocks)
     assert resources.mma == {"HMMA"} and ".target sm_90a" in resources.ptx
+
+
+@pytest.mark.parametrize("rows_of_expert", [most for most, *_ in _PACKED["hopper"].blocks])
+@pytest.mark.parametrize("use", [GATE_UP, DOWN], ids=["gate_up", "down"])
+def test_every_tile_of_hopper_fits_with_lora(use, rows_of_expert):
+    check_fits(compile_decode(90, **use, num_rows=int(32 * rows_of_expert), rank=16, waits=FOR_LOW_RANK), 90)
 
 
 @pytest.mark.parametrize("use", ["gate_up of 1 token", "gate_up of 256 tokens", "gate_up of 512 tokens", "down of 512 tokens",
