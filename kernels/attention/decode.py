@@ -51,7 +51,8 @@ from kernels.device import (
 _LOG2_E = 1.4426950408889634
 # stages of the loads, by windowed: 6 and 8 programs fit a Hopper multiprocessor's shared memory
 _STAGES = {False: 3, True: 4}
-# GPU family -> most programs of a full layer for a multiprocessor, and the stages of more, so that more of them run at once
+# GPU family -> the most programs of a full layer, for each multiprocessor, that load with _STAGES, and the stages of more
+# programs: each needs less shared memory then, so more of them run at once
 _CROWDED = {"hopper": measured((6, 2))}
 # parts whose loads do not wait for each other, in a program that adds parts
 _PARTS_AT_ONCE = 8

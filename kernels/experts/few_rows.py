@@ -170,10 +170,10 @@ def _lora_up(lora_up, lora_groups, expert, features, step, num_out, rank, slice_
 
 @triton.jit
 def _operand(a, MMA: tl.constexpr):
-    """Returns unpacked weights, and hides from the compiler how they were computed. For mma.sync Triton 3.6 and 3.7 let a thread
-    hold 4 inputs in a row of an operand that values were joined to, instead of 2: then one instruction multiplies the inputs
-    4c, 4c + 1, 16 + 4c and 17 + 4c, c < 4, and not 16 in a row, so sums have other bits than grouped_gemm's, and unpacked
-    weights change threads. The compiler does not look beyond an instruction that may have side effects."""
+    """Returns unpacked weights, and for mma.sync hides from the compiler that tl.join made them. If Triton 3.6 or 3.7 finds a
+    tl.join behind an operand, it gives each thread 4 inputs in a row instead of 2. An instruction then multiplies parts of 32
+    inputs, not 16 in a row: sums have other bits than grouped_gemm's, and unpacked weights move to other threads. The compiler
+    does not look behind an instruction that may have side effects, even an empty one."""
     if MMA == "mma.sync":
         return tl.inline_asm_elementwise("", "=r,0", [a], dtype=a.dtype, is_pure=False, pack=2)
     return a
@@ -452,7 +452,7 @@ def decode_projection(x: torch.Tensor, projection: Projection, offsets: torch.Te
         chunk = chunk_of(num_in)
         tail = num_in % blocks.inner
         assert num_out % ROWS == 0 and blocks.inner % chunk == 0 and tail & (tail - 1) == 0, f"{blocks} for {num_in}, {num_out}"
-        # inline assembly takes a word from one thread: of 8 weights, and each of 32 threads of a warp needs one at every step
+        # inline assembly takes both halves of a word, 8 weights, from one thread: each thread needs a whole word at every step
         assert not is_asm or blocks.rows * (tail or blocks.inner) >= 256 * blocks.num_warps, f"{blocks}, {tail}: too many warps"
     else:
         weight = projection.weight

@@ -25,7 +25,7 @@ from kernels.router import router_forward, router_logits_kernel
 MAX_TOKENS, MAX_EXPERTS = 64, 128  # of a router's product in one program
 _TILE = 4096  # tokens times experts of the top-k, in one tile
 _SORT_TILE = 8192  # choices times experts, as long as registers hold them
-# family -> the most inputs of a step of the router's product, as shared memory holds them
+# family -> the most inputs of a step of the router's product: as shared memory holds them or, if measured, as steps are fastest
 _MAX_INNER = {"ampere": unmeasured(512), "consumer": unmeasured(256), "hopper": measured(256), "blackwell": unmeasured(512)}
 
 

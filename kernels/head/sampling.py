@@ -36,10 +36,11 @@ _KEY_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xABC98388FB8FAC03, 
 POSITION_MULTIPLIER = tl.constexpr(_KEY_MULTIPLIERS[4])
 _MIX_1, _MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9), tl.constexpr(0x94D049BB133111EB)
 _CHUNK, _THREADS = {"gpu": 4096, "interpreter": 512}, {"gpu": 128, "interpreter": 16}  # of a program: logits it compares, threads
-# Without errors, an id whose key, log(h) - (s - largest), is above 31 log(2) - best cannot win; the other term is for errors.
-# When the loop ends, best > -3: the id with the largest s has been scored, or its key, at most 31 log(2), is above the limit.
-# So errors count for keys up to 31 log(2) + 26 < 64 alone. There a sum or product rounds by at most 2^-19, h and the logarithms
-# (up to 31) are off by at most 2^-22 of what they are, and the place adds at most 31 / 2^18: together less than 2^-12.
+# An id may win only if its key plus the best score is at most _MOST: in exact arithmetic, where a key is log(h) - (s - largest),
+# 31 log(2); 2^-10 is for errors. Key and score have the same rounded s - largest, so large logits add none. When the loop ends,
+# best > -3: the id with the largest s, whose score is its noise, has been scored, or its key, at most 31 log(2), is above the
+# limit. So only keys up to 31 log(2) + 3 < 32 must be right. For these the approximate log(h) is off by less than 2^-17, the
+# noise by 2^-18, each of four sums by 2^-20, and an id's place, in the key's last 5 bits, by 31 / 2^19: together less than 2^-13.
 _MOST = tl.constexpr(31 * 0.6931471805599453 + 2.0**-10)
 
 

@@ -46,8 +46,8 @@ _BLOCKS = {
 }
 # smaller blocks with marks of kept columns, and in the gradient's kernel, where larger ones would spill registers
 _SMALL_PARTS = {"hopper": measured(dict(BN=128, TILE=64))}
-# draws of at most 64 rows: half a tile of tokens leaves room for one more step in flight. A warp has the same columns of a row,
-# so the sums over tiles have the bits of the larger tile
+# draws of at most 64 rows: half the rows in a tile leave room for one more step in flight. Threads have the same columns of a row
+# as in the larger tile, so sums have the same bits
 _FEW_ROWS = {"hopper": measured(dict(BM=64, num_warps=4, num_stages=4))}
 _FLOAT32_BLOCKS = dict(BM=64, BN=64, BK=32, TILE=64, num_warps=4, num_stages=2, IS_PERSISTENT=False, USE_TMA=False)
 
@@ -215,8 +215,8 @@ def _reduce_kernel(targets, reference, maxima, sums, dots, kept_maxima, kept_sum
 def head_blocks(hidden: torch.Tensor, weight: torch.Tensor, *, small_parts: bool = False, fits_rows: bool = False,
                 draws: bool = False) -> dict:
     """Block sizes and options for products of hidden states with a head. fits_rows: they may depend on the number of rows; only
-    for plain products, since sums over a tile depend on its layout, and scores must have the same bits in any batch. draws: of
-    few rows, with such a layout."""
+    for plain products, since sums over a tile depend on its layout, and scores must have the same bits in any batch. draws: a
+    draw of few rows takes a smaller tile, whose layout adds a row up in the same order."""
     family = gpu_family(hidden)
     blocks = dict(_BLOCKS[family].blocks)
     if weight.dtype == torch.float32 and is_gpu(hidden):

@@ -167,8 +167,9 @@ def _rotate(words, LEFT: tl.constexpr):
 
 @triton.jit
 def _pair_factors(scales, H: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """2^(scale - 1) of rows 2g + h as a pair of bfloat16, for both halves of a word: [GROUPS, CHUNKS, 8, 4, CHUNK / 16, 2]. A
-    thread holds what was joined last side by side: words may get the layout of factors, and their halves must not part."""
+    """2^(scale - 1) of rows 2g + h as a pair of bfloat16, for both halves of a word: [GROUPS, CHUNKS, 8, 4, CHUNK / 16, 2].
+    The pair is joined last, so that one thread holds it: the compiler may lay words out as it lays out factors, and the assembly
+    needs both halves of a word in one thread."""
     factors = ((scales >> (8 * H)) & 255) * 0x00800080 + 0x3F003F00
     if CHUNK == 64:
         factors = tl.join(factors, ((scales >> (16 + 8 * H)) & 255) * 0x00800080 + 0x3F003F00)
