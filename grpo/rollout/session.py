@@ -394,7 +394,7 @@ class Session:
         self._kept.clear()  # of draws that came to nothing
         self._scheduler.leave_cache()
         if self._sampler.retreat(rows, refusal, prefilled=self._num_prefilling, cache_bytes=self._decoder.cache.num_bytes):
-            self._take_cache(rows)
+            self._take_cache(rows, is_full=False)
         else:
             self._decoder.reset(self._stop_ids)
             self._scheduler.take_cache(self._decoder.cache, num_rows=self._scheduler.num_rows)
@@ -576,12 +576,12 @@ class Session:
             self._sampler.plan(rows)  # before anything is given up
             self._fetch(self._scheduler.live)
             self._scheduler.leave_cache()
-            self._take_cache(rows)
+            self._take_cache(rows, is_full=True)
 
-    def _take_cache(self, rows: list[RolloutRow]) -> None:
+    def _take_cache(self, rows: list[RolloutRow], *, is_full: bool) -> None:
         """Another cache for these rows, in the place of the one that they have left."""
         self._decoder.wait()
-        self._decoder, self._has_full_cache = None, True
+        self._decoder, self._has_full_cache = None, is_full
         self._decoder, num_rows = self._sampler.take_decoder(rows, self._stop_ids)
         self._scheduler.take_cache(self._decoder.cache, num_rows=num_rows)
         self.stats.cache_bytes = self._decoder.cache.num_bytes

@@ -89,6 +89,22 @@ def test_later_rollouts_begin_with_what_fitted_and_rows_that_need_more_get_it(mo
     assert len(texts) == 2
 
 
+@pytest.mark.parametrize("sync_steps", [1, 4])
+def test_groups_that_come_after_a_refusal_get_a_cache_for_more_than_the_rows_that_ran_then(model, monkeypatch, sync_steps):
+    """One row runs, whose cache has no slot for a prompt that others wait to start from."""
+    prompts = make_prompts([130, 5, 33])
+    expected, _ = sample(model, prompts, num_samples=2)
+    sampler = Sampler(model, (), max_batch=3, seed=7)
+    sampler.sync_steps = sync_steps
+    with sampler.open(SamplingParams(max_new_tokens=12), step=3) as session:
+        session.submit(prompts[:1], 1)
+        with monkeypatch.context() as patch:
+            RefusingCalls(patch, [(GptOss, "decode")], {0}.__contains__)
+            session.poll(), session.poll()
+        session.submit(prompts[1:], 2)
+        assert_equal(session.drain(), [expected[0], *expected[2:]])
+
+
 def test_limits_fall_from_the_prefill_to_the_cache():
     limits = Limits(16384)
     sizes = {"cache_bytes": 1000, "least_bytes": 700, "longest": 9}
