@@ -167,9 +167,8 @@ class Decoder:
         self._counts_prompts_apart, device = counts_prompts_apart, model.device
         self._table = _empty_table(bucket_of(max_rows), device)
         self._synced = torch.zeros(self._table[_SYNCED].shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._is_copied, self._fetches = None, None  # on a GPU: the copy into _synced has been made; a stream for fetch()
-        if device.type == "cuda":
-            self._is_copied, self._fetches = torch.cuda.Event(), torch.cuda.Stream(device)
+        # the copy into _synced has been made
+        self._is_copied = torch.cuda.Event() if device.type == "cuda" else None
         self._has_copy = False  # the next sync reads what is copied already
         self.num_ahead = 0  # steps that rows have taken since that copy
         self.tokens = torch.zeros(cache.num_slots * cache.max_len, dtype=torch.int64, device=device)
@@ -310,7 +309,7 @@ class Decoder:
     def _copy(self) -> None:
         self._synced.copy_(self._table[_SYNCED], non_blocking=True)  # all columns: only then it is a single copy
         if self._is_copied is not None:
-            self._is_copied.record()
+            self._is_copied.record(torch.cuda.current_stream(self._table.device))
         self._has_copy, self.num_ahead = False, 0
 
     def sync(self) -> tuple[list[int], list[bool], list[int], list[bool]]:
@@ -340,8 +339,9 @@ class Decoder:
         if self._is_copied is None:
             yield
             return
-        self._fetches.wait_event(self._is_copied)
-        with torch.cuda.stream(self._fetches):
+        stream = fetching_stream(self._table.device)
+        stream.wait_event(self._is_copied)
+        with torch.cuda.stream(stream):
             yield
 
     def compact(self, rows: list[int]) -> None:
@@ -413,6 +413,12 @@ class Decoder:
 def first_served_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of sampling: where training runs beside it, the GPU starts its small kernels first. Graphs captured on it keep
     that order."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@cache
+def fetching_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of fetch(), which the host waits for: beside training, too, the GPU starts its kernels first."""
     return torch.cuda.Stream(device, priority=-1)
 
 

@@ -11,7 +11,7 @@ from grpo.rollout.in_flight import begin, go_on
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from models.behaviour import BehaviourCopy
-from models.decoder import CAPTURES, first_served_stream
+from models.decoder import CAPTURES, fetching_stream, first_served_stream
 from models.formats.hugging_face import load_model
 from models.lora import LoraConfig, attach_lora
 
@@ -83,6 +83,12 @@ def test_at_once_both_have_the_bits_that_they_have_alone_and_the_old_policy_its_
     torch.cuda.synchronize()
     assert all(contents(completions) == contents(expected) for completions in again)
     assert beside and all(torch.equal(*pair) for found in beside for pair in zip(found, alone, strict=True))
+
+
+def test_steps_and_what_they_drew_are_on_two_streams_that_come_before_training(policy):
+    streams = first_served_stream(policy.device), fetching_stream(policy.device)
+    assert streams[0] != streams[1] and all(stream.priority < torch.cuda.current_stream().priority for stream in streams)
+    assert fetching_stream(policy.device) == streams[1]  # of all decoders
 
 
 def test_after_the_policy_moved_the_copy_samples_as_before_until_it_is_refreshed(policy):
