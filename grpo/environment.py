@@ -1,5 +1,6 @@
 """The protocol of an environment; safe calls into it (grpo/rewards/user_code.py protects the process); checks of its results,
 which become plain Python values; and the types of its errors."""
+import inspect
 import operator
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -168,7 +169,8 @@ def longest_prompt(env: Environment) -> int | None:
 
 
 def check_methods(env: Environment, methods: Sequence[str]) -> None:
-    """Raises EnvironmentFault for methods that it lacks, and for a property in a method's place that raises."""
+    """Raises EnvironmentFault for methods that it lacks or that do not take what they are called with, and for a property in a
+    method's place that raises."""
     for method in methods:
         if hasattr(type(env), method):  # where hasattr(env) would hide an AttributeError of a property
             with calling(env, method):
@@ -177,6 +179,25 @@ def check_methods(env: Environment, methods: Sequence[str]) -> None:
     if missing:
         raise EnvironmentFault(f"environment {type(env).__name__} has no {', '.join(missing)}; grpo.environment.Environment says "
                                "what each takes and returns")
+    for method in methods:
+        if hasattr(Environment, method):
+            check_parameters(env, method)
+
+
+def check_parameters(env: Environment, method: str) -> None:
+    """Raises EnvironmentFault for a method whose parameters are not those that Environment says."""
+    called = inspect.signature(getattr(Environment, method))
+    parameters = list(called.parameters.values())[1:]  # without self
+    positional = [parameter.name for parameter in parameters if parameter.kind == parameter.POSITIONAL_OR_KEYWORD]
+    keywords = [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+    try:
+        inspect.signature(getattr(env, method)).bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        form = ", ".join([*positional, *(["*", *keywords] if keywords else [])])
+        raise EnvironmentFault(f"environment {type(env).__name__}.{method} is called as {method}({form}), which it does not "
+                               f"take: {error}; grpo.environment.Environment says what each is") from error
+    except ValueError:  # of a function without a signature
+        pass
 
 
 def summary_of(env: Environment) -> str:

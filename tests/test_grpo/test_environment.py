@@ -19,6 +19,7 @@ from grpo.environment import (
     OptionalMethods,
     Score,
     check_environment,
+    check_methods,
     checked_demonstrations,
     checked_prompts,
     checked_scores,
@@ -251,16 +252,35 @@ def evaluated(**changes):
                            rollout=SimpleNamespace(max_new_tokens=5, in_flight=InFlight.keep))
 
 
+def drawn(step, *, num_prompts, attempt):
+    return []
+
+
 def test_an_environment_that_lacks_a_method_is_named_with_what_to_read():
     config = evaluated()
     with pytest.raises(EnvironmentFault, match="environment SimpleNamespace has no prompts, score; grpo.environment.Environment"):
         check_environment(SimpleNamespace(eval_prompts=list), config, max_len=9, vocab_size=VOCAB)
-    check_environment(SimpleNamespace(prompts=list, eval_prompts=list, score=list), config, max_len=9, vocab_size=VOCAB)
+    check_environment(SimpleNamespace(prompts=drawn, eval_prompts=list, score=list), config, max_len=9, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("prompts, words", [
+    (lambda step, count: [], r"prompts is called as prompts\(step, \*, num_prompts, attempt\), which it does not take: .*count"),
+    (lambda step, *, num_prompts: [], "unexpected keyword argument 'attempt'; grpo.environment.Environment says what each is"),
+    (lambda: [], "too many positional arguments"),
+])
+def test_an_environment_whose_method_takes_other_arguments_is_told_before_a_step(prompts, words):
+    env = SimpleNamespace(prompts=prompts, eval_prompts=lambda: [], score=lambda completions: [])
+    with pytest.raises(EnvironmentFault, match=f"^environment SimpleNamespace.*{words}"):
+        check_methods(env, ("prompts", "score"))
+    check_methods(env, ("eval_prompts", "score"))
+    for taken in (lambda step, num_prompts, attempt: [], lambda step, **settings: [], lambda *_, **__: []):
+        env.prompts = taken
+        check_methods(env, ("prompts",))
 
 
 @pytest.mark.parametrize("fixed", [{}, {"train_prompts": lambda: [Prompt(0, [1], {})]}])
 def test_an_environment_without_evaluation_prompts_trains_where_nothing_is_evaluated(fixed):
-    env = SimpleNamespace(prompts=list, score=list, **fixed)
+    env = SimpleNamespace(prompts=drawn, score=list, **fixed)
     check_environment(env, evaluated(), max_len=9, vocab_size=VOCAB)
     for change in ({"every": 3}, {"at_start": True}, {"at_end": True}):
         with pytest.raises(EnvironmentFault, match="environment SimpleNamespace has no eval_prompts; grpo.environment.Envir"):
@@ -269,7 +289,7 @@ def test_an_environment_without_evaluation_prompts_trains_where_nothing_is_evalu
 
 def test_a_property_in_a_methods_place_that_raises_is_named_with_its_line():
     class Scorer:
-        prompts = eval_prompts = list
+        prompts, eval_prompts = staticmethod(drawn), list
 
         @property
         def score(self):
@@ -281,7 +301,7 @@ def test_a_property_in_a_methods_place_that_raises_is_named_with_its_line():
 
 
 def test_a_warm_up_wants_demonstrations():
-    env = SimpleNamespace(prompts=list, eval_prompts=list, score=list)
+    env = SimpleNamespace(prompts=drawn, eval_prompts=list, score=list)
     with pytest.raises(ConfigError, match=r"warmup: SimpleNamespace has no demonstrations\(step, batch_size\)"):
         check_environment(env, SimpleNamespace(warmup=object()), max_len=9, vocab_size=VOCAB)
 
