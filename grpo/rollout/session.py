@@ -268,10 +268,10 @@ class Session:
 
     def queue(self, rows: list[RolloutRow], *, grows: bool = True) -> None:
         """Queues rows, whose indices and groups follow those that the session has. Rows with tokens, which another session has
-        drawn, are prefilled as they are and go on. grows: the cache becomes large enough for them. Raises ValueError for a cache
-        that does not hold one sequence."""
+        drawn, are prefilled as they are and go on. grows: the cache becomes large enough for them beside the others; else it does
+        so only where it does not hold them alone. Raises ValueError for a cache that does not hold one sequence."""
         self._check_open()
-        if grows:
+        if grows or not self._cache_holds(rows):
             self._make_cache_hold(rows)
         self.rows += rows
         self._scheduler.returning += [row for row in rows if row.num_new]

@@ -105,6 +105,28 @@ def test_groups_that_come_after_a_refusal_get_a_cache_for_more_than_the_rows_tha
         assert_equal(session.drain(), [expected[0], *expected[2:]])
 
 
+def test_a_long_row_that_takes_the_place_of_one_that_finished_before_a_refusal_gets_a_cache_that_holds_it(model, monkeypatch):
+    """The cache after the refusal is for the rows that run then, which are shorter."""
+    prompts = make_prompts([130, 5, 130])
+    expected, _ = sample(model, prompts[1:], max_new_tokens=40)
+    params = SamplingParams(max_new_tokens=40, park_ids=(sample(model, prompts[:1])[0][0].completion_ids[0],))
+    with Sampler(model, (), max_batch=3, seed=7).open(params, step=3) as session:
+        long, _ = session.submit(prompts[:2], 1)
+        assert long in session.poll()
+        session.finish(long, "user")
+        with monkeypatch.context() as patch:
+            RefusingCalls(patch, [(GptOss, "decode")], {0}.__contains__)
+            session.poll()
+        session.submit(prompts[2:], 1, most_new_tokens=40)
+        while session.is_running:
+            for row in session.poll():
+                if row.is_parked:
+                    session.continue_with(row, [])
+        completions = session.drain()
+    assert [len(completion.completion_ids) for completion in completions] == [1, 40, 40]
+    assert_equal(completions[1:], expected)
+
+
 def test_limits_fall_from_the_prefill_to_the_cache():
     limits = Limits(16384)
     sizes = {"cache_bytes": 1000, "least_bytes": 700, "longest": 9}
