@@ -29,7 +29,7 @@ class RolloutStats:
     # prompts (once for a group), appended tokens, and everything that is prefilled again after its pages were taken
     prefill_tokens: int = 0
     decode_tokens: int = 0  # drawn in decode steps
-    decode_steps: int = 0
+    decode_steps: int = 0  # of all live rows, but for one that was taken ahead of a prefill
     num_preemptions: int = 0
     cache_bytes: int = 0
     seconds: float = 0.0
