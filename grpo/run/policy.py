@@ -113,7 +113,19 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
         set_full_training(policy)
     else:
         attach_lora(policy, lora_config(model), seed=seed)
+    check_sinks(policy, model)
     return policy
+
+
+def check_sinks(policy: GptOss, model: ModelConfig) -> None:
+    """Raises ConfigError for a head without a sink (minus infinity) where sinks are trained: a run saves no checkpoint with a value
+    that is not finite."""
+    for number, block in enumerate(policy.model.layers):
+        sinks = block.self_attn.sinks
+        if sinks.requires_grad and not sinks.isfinite().all():
+            heads = ", ".join(map(str, (~sinks.isfinite()).nonzero().flatten().tolist()))
+            raise ConfigError(f"model.path = {model.path!r}: sinks of layer {number} are not finite (heads {heads}), and this "
+                              "run trains sinks: set model.lora.train_sinks=false, or write -10000 there, which is none either")
 
 
 def lora_config(model: ModelConfig) -> LoraConfig:

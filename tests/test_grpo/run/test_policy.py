@@ -6,9 +6,10 @@ import pytest
 import torch
 from paths import FIXTURES
 from safetensors.torch import save_file
+from tiny_models import BF16, load
 
 from grpo.config import ConfigError, Dtype, Experts, ModelConfig, Train
-from grpo.run.policy import check_trainable, select_dtype
+from grpo.run.policy import check_sinks, check_trainable, select_dtype
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -68,3 +69,13 @@ def test_an_adapter_of_other_settings_is_refused_before_the_base_is_read(entry_p
     assert done.code == 2, done.err
     assert "rank: 16 in the model, 4 in the adapter" in done.err and "set model.lora.rank=4 model.lora.alpha=8" in done.err
     assert not (tmp_path / "runs/x").exists()
+
+
+def test_a_head_without_a_sink_is_refused_where_sinks_are_trained():
+    policy = load(BF16)
+    policy.model.layers[1].self_attn.sinks.data[1] = float("-inf")
+    model = ModelConfig(path="folder", experts=Experts.auto, train=Train.full, activation_checkpointing=False)
+    check_sinks(policy, model)  # they are frozen
+    policy.model.layers[1].self_attn.sinks.requires_grad_()
+    with pytest.raises(ConfigError, match=r"model.path = 'folder': sinks of layer 1 are not finite \(heads 1\), and this run"):
+        check_sinks(policy, model)
