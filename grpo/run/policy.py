@@ -118,8 +118,8 @@ def build_model(model: ModelConfig, tokenizer: Tokenizer, *, seed: int, device: 
 
 
 def check_sinks(policy: GptOss, model: ModelConfig) -> None:
-    """Raises ConfigError for a head without a sink (minus infinity) where sinks are trained: a run saves no checkpoint with a value
-    that is not finite."""
+    """Raises ConfigError for a head without a sink (minus infinity) where sinks are trained: no checkpoint is saved that holds a
+    value that is not finite."""
     for number, block in enumerate(policy.model.layers):
         sinks = block.self_attn.sinks
         if sinks.requires_grad and not sinks.isfinite().all():
