@@ -9,10 +9,8 @@ pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n sam
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
 same keys, so that they differ by the policy only.
 """
-import glob
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -20,11 +18,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from grpo.batch import Completion, Prompt
-from grpo.config import ConfigError, EvaluateConfig, GenerateConfig
+from grpo.config import EvaluateConfig, GenerateConfig
 from grpo.configuration.launch import is_sweep, launch
 from grpo.distributed.ranks import RankFault, Ranks, join, leads
 from grpo.distributed.rollout import all_scored, own_completions
@@ -38,6 +35,7 @@ from grpo.environment import (
 )
 from grpo.groups import length_metrics, reward_metrics, turn_metrics
 from grpo.record.console import PROGRESS_SECONDS, progress_counter
+from grpo.record.outputs import files_of_checkpoint, files_of_env, keep_inputs, writable_file, write_output
 from grpo.record.summary import is_interval
 from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
@@ -45,7 +43,6 @@ from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns, generator
 from grpo.run.failures import describe_failure, end, settle
 from grpo.run.policy import load_policy, prepare_device
-from models.formats.atomic import write_text
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 # An environment's metrics of these names keep their `env/`: evaluation has its own.
@@ -154,14 +151,13 @@ def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ran
     ranks = failure = None
     try:
         ranks = join(config, is_sweep=is_sweep())
+        keep_inputs(config.output, {"model.path": [] if config.model is None else files_of_checkpoint(config.model.path)})
         output = None if config.output is None or not leads(ranks) else writable_file(config.output)
         if ranks is not None:
             ranks.begin(config, prepare_device(config)[0])
         text = work(config, ranks)
-        if output is not None and output.exists() and not output.is_file():  # a pipe
-            output.write_text(text, encoding="utf-8", errors="backslashreplace")
-        elif output is not None:
-            write_text(output, text)
+        if output is not None:
+            write_output(output, text)
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed" and not isinstance(error, RankFault):
@@ -194,7 +190,7 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     should_stop, progress = join_sampler(ranks, loaded.sampler, "evaluating")
     trained = loaded.trained
     env_settings = config.env or trained.env
-    keep_inputs(config.output, {f"env.{key}": value for key, value in env_settings.items() if key.endswith("path")})
+    keep_inputs(config.output, files_of_env(env_settings))
     what = {"model": config.model.path} if trained is None else {"run": config.run, "step": loaded.step}
     env = make_environment(env_settings, loaded.tokenizer, seed=config.seed, total_steps=0,
                            sandbox=make_sandbox(env_settings, config.sandbox.mode), chat_form=config.turns.form)
@@ -209,34 +205,6 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
 
 def note(text: str) -> None:
     print(clean(text, sys.stderr.encoding), file=sys.stderr, flush=True)
-
-
-def writable_file(name: str) -> Path:
-    """The path of `output`. Raises ConfigError where it cannot be written: found out at the end, the result would be lost."""
-    path = Path(os.path.expanduser(name)).absolute()
-    is_new = not os.path.lexists(path)
-    try:
-        if is_new or path.is_file() or path.is_dir():  # to open a pipe could wait for its reader
-            path.open("ab").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"output = {name!r}: cannot be written ({error.strerror}); give a file in a folder that exists and "
-                          "that you may write to") from error
-    return path
-
-
-def keep_inputs(output: str | None, inputs: dict[str, Any]) -> None:
-    """Raises ConfigError where `output` is a file that an input names (key -> path, list of paths or glob): it would be lost."""
-    if output is None:
-        return
-    target = os.path.expanduser(output)
-    for key, value in inputs.items():
-        names = [part for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
-                 for part in (name, *map(str.strip, name.split(",")))]
-        found = {path for name in map(os.path.expanduser, names) for path in (name, *glob.glob(name, recursive=True))}
-        if any(os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target) for path in found):
-            raise ConfigError(f"output = {output!r}: is the file that {key} reads, which would be lost; give another")
 
 
 if __name__ == "__main__":

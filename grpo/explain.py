@@ -39,6 +39,7 @@ from grpo.distributed.place import check_alone
 from grpo.groups import Groups, dead_groups, recorded_log_probs
 from grpo.record.explanation import ExplainedCompletion, Explanation, as_page, as_text
 from grpo.record.jsonl import json_safe, read_records
+from grpo.record.outputs import files_of_env, keep_inputs, keep_run_files, write_output
 from grpo.record.summary import COMPLETIONS_FILE, METRICS_FILE, read_summary
 from grpo.record.terminal import clean, hold_standard_streams, print_error
 from grpo.run.checkpoint import checkpoints_of
@@ -48,7 +49,6 @@ from grpo.run.lock import lock_run
 from grpo.run.start import Run, await_kernels, prepare_weights, start
 from grpo.token_record import TokenRecord, UpdateObserver
 from grpo.train import take_step
-from models.formats.atomic import write_text
 
 NOT_REPRODUCED = 1
 _VOLATILE = ("time/", "memory/")  # metrics that no two runs have alike
@@ -77,7 +77,7 @@ def main(words: list[str]) -> int:
         samples = [request.sample] if request.sample is not None else explanation.by_share[:request.pages]
         output = request.output or request.run / "explain" / f"step_{request.step:06d}.html"
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, as_page(explanation, samples))
+        write_output(output, as_page(explanation, samples))
         print(clean(as_text(explanation, samples[:1]), sys.stdout.encoding))
         print(f"\npage     {shown(output)}", flush=True)
     except ConfigError as error:
@@ -114,6 +114,8 @@ def read_request(words: list[str]) -> Request:
     output = Path(values["output"]).expanduser() if values.get("output") else None
     if output is not None and output.is_dir():
         raise ConfigError(f"output = {values['output']!r}: is a folder; name a file, such as {values['output']}/step.html")
+    if output is not None:
+        keep_run_files(output, "output = ")
     return Request(Path(values["run"]).expanduser(), **numbers, output=output)
 
 
@@ -122,6 +124,7 @@ def explain(request: Request) -> Explanation:
     earlier = earlier_settings(request.run)
     config = read_saved_config(next((path for last, path in earlier.items() if last >= request.step),
                                     request.run / "config.yaml"))
+    keep_inputs(None if request.output is None else str(request.output), files_of_env(config.env))
     recorded = {row["step"]: row for row in read_records(request.run / METRICS_FILE) if "loss" in row and row["step"] > 0}
     first = starting_step(request, config, recorded)
     if "groups/live" in recorded[request.step]:  # of data, the count is known when the step is made

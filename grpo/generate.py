@@ -38,7 +38,8 @@ from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.rows import PROMPT_NAMES
-from grpo.evaluate import join_sampler, keep_inputs, run_shared
+from grpo.evaluate import join_sampler, run_shared
+from grpo.record.outputs import keep_inputs
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler

@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 
 from grpo.configuration.command_line import Once
+from grpo.record.outputs import keep_run_files, write_output
 from grpo.record.plots import plots
 from grpo.record.run_table import RunTable, find_runs
 from grpo.record.summary import (
@@ -184,14 +185,22 @@ def main(arguments: list[str]) -> int:
         if len(options.folders) == 1 and (options.folders[0] / METRICS_FILE).exists() and not has_options:
             print(rebuild_report(options.folders[0]))
             return 0
-        runs = RunTable([run_dir for folder in options.folders for run_dir in find_runs(folder)])
-        print(runs.text(options.columns.split(",") if options.columns else None))
-        if options.csv is not None:
-            write_text(options.csv, runs.csv())
-            print(options.csv)
-        if options.plot is not None:
-            options.plot.write_bytes(runs.plot(options.plot.suffix.removeprefix(".")))
-            print(options.plot)
+        if options.csv is not None and options.csv == options.plot:
+            raise ValueError(f"--csv and --plot are one file, {options.csv}; give each its own")
+        run_dirs = [run_dir for folder in options.folders for run_dir in find_runs(folder)]
+        for name, path in (("--csv ", options.csv), ("--plot ", options.plot)):
+            if path is not None:
+                keep_run_files(path, name, known={run_dir.resolve() for run_dir in run_dirs})
+        runs = RunTable(run_dirs)
+        text = runs.text(options.columns.split(",") if options.columns else None)
+        # all before the first is written
+        contents = {path: make() for path, make in (
+            (options.csv, runs.csv),
+            (options.plot, lambda: runs.plot(options.plot.suffix.removeprefix(".")))) if path is not None}
+        print(text)
+        for path, content in contents.items():
+            write_output(path, content)
+            print(path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

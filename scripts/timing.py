@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from models.formats.atomic import write_text
+
 PRODUCT_SIZE, COPY_BYTES = 8192, 2**31
 _FLUSH_BYTES = 2**28  # more than any L2 cache holds
 _PART = 2**26  # elements that are compared in float64 at a time
@@ -43,7 +45,7 @@ class Report:
     def write(self, file: Path | None) -> None:
         """All lines as one JSON list, where a file is named."""
         if file is not None:
-            file.write_text(json.dumps(self.lines, indent=1) + "\n")
+            write_text(file, json.dumps(self.lines, indent=1) + "\n")
 
 
 class Ceilings(NamedTuple):

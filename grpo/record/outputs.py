@@ -1,0 +1,88 @@
+"""Files that a command writes where its user says: never over a run's own files or what the command reads, and whole or not at
+all."""
+
+import glob
+import os
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from grpo.config import ConfigError
+from grpo.configuration.places import rename_code
+from grpo.record.summary import COMPLETIONS_FILE, METRICS_FILE, SUMMARY_FILE
+from models.formats.atomic import new_file
+
+# What a run writes into its folder; of folders, everything in them.
+FILES_OF_A_RUN = (METRICS_FILE, COMPLETIONS_FILE, SUMMARY_FILE, "config.yaml", "config_until_*.yaml", "report.html", "error.log",
+                  ".lock", "checkpoints", "tokenizer", "adapter", "model", "tensorboard", "wandb")
+
+
+def keep_run_files(path: Path, key: str, *, known: Collection[Path] = ()) -> None:
+    """Raises ConfigError where `path`, which option or key `key` gives, is one of a run's own files or would lie among them. The
+    run may be any; new names in its folder are allowed. known: folders of runs, however few of their files are there."""
+    place = path.expanduser().parent.resolve() / path.name  # a link is replaced, and what it leads to stays
+    for folder in place.parents:
+        name = place.relative_to(folder).parts[0]
+        if any(fnmatch(name, pattern) for pattern in FILES_OF_A_RUN) and (_is_run(folder) or folder in known):
+            raise ConfigError(f"{key}{str(path)!r}: {name} is the run's own in {folder}, which must stay as it is; give another "
+                              "name")
+
+
+def _is_run(folder: Path) -> bool:
+    # not summary.json alone: one may name the result of an evaluation so
+    is_set_up = (folder / "config.yaml").exists() and any((folder / name).exists() for name in (SUMMARY_FILE, "checkpoints"))
+    return is_set_up or (folder / METRICS_FILE).exists()
+
+
+def keep_inputs(output: str | None, inputs: dict[str, Any]) -> None:
+    """Raises ConfigError where `output` is a file that an input names (key -> path, list of paths or glob): it would be lost."""
+    if output is None:
+        return
+    target = os.path.expanduser(output)
+    for key, value in inputs.items():
+        names = [part for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)
+                 for part in (name, *map(str.strip, name.split(",")))]
+        found = {path for name in map(os.path.expanduser, names) for path in (name, *glob.glob(name, recursive=True))}
+        if any(os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target) for path in found):
+            raise ConfigError(f"output = {output!r}: is the file that {key} reads, which would be lost; give another")
+
+
+def files_of_env(env: dict[str, Any]) -> dict[str, Any]:
+    """What an environment's settings name, for `keep_inputs`: data, and code of rewards, tools and the like."""
+    code: list[str] = []
+    rename_code(env, lambda path: code.append(path) or path)
+    return {**{f"env.{key}": value for key, value in env.items() if key.endswith("path")}, "env": code}
+
+
+def files_of_checkpoint(folder: str | None) -> list[str]:
+    """Globs of the files that loading a model reads from a folder, for `keep_inputs`."""
+    names = ("*config.json", "*.safetensors", "*.index.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
+    return [] if folder is None else [f"{glob.escape(folder)}/{name}" for name in names]
+
+
+def writable_file(name: str) -> Path:
+    """The path of `output`. Raises ConfigError where it cannot be written, since found out at the end the result would be lost,
+    and where it is a file of a run."""
+    path = Path(os.path.expanduser(name)).absolute()
+    keep_run_files(path, "output = ")
+    is_new = not os.path.lexists(path)
+    try:
+        if is_new or path.is_file() or path.is_dir():  # to open a pipe could wait for its reader
+            path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"output = {name!r}: cannot be written ({error.strerror}); give a file in a folder that exists and "
+                          "that you may write to") from error
+    return path
+
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Writes a file at once, text in UTF-8 with a lone surrogate as its escape; into a pipe or a device as it is."""
+    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    with new_file(path) as partial:
+        partial.write_bytes(data)
