@@ -106,12 +106,25 @@ def _read_json_list(text: str, path: Path) -> Iterator[tuple[str, dict | str]]:
     try:
         records = _parse_json(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise DataError(_after_the_list(text, path, error)) from error
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from error
     for i, record in enumerate(records):
         is_object = isinstance(record, dict)
         yield f"{path}[{i}]", record if is_object else f"expected a JSON object, found a {type(record).__name__}"
+
+
+def _after_the_list(text: str, path: Path, error: json.JSONDecodeError) -> str:
+    """What a file is that starts with a JSON list and goes on after it."""
+    wanted = "expected one JSON object a line, such as {\"question\": \"1+1\", \"answer\": \"2\"}, or one list of such objects"
+    end = text[:error.pos].rstrip()
+    if "\n" in end.lstrip():
+        return f"{path}:{error.lineno}: more follows after the end of the JSON list in line {end.count(chr(10)) + 1}; {wanted}"
+    first = _parse_json(end)
+    hint = f": jq -c '.[]' {path.name} > rows.jsonl" if first and all(isinstance(item, dict) for item in first) else ""
+    return f"{path}:{end.count(chr(10)) + 1}: this line is a JSON list, and others follow; {wanted}{hint}"
 
 
 def _refuse_one_object(text: str, path: Path) -> None:

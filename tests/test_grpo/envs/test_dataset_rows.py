@@ -182,6 +182,13 @@ def test_csv_fields_of_any_length_are_read(tokenizer, tmp_path):
         ("d.jsonl.zst", b"not zst", "ZSTD decompress failed"),
         ("d.jsonl.bz2", b"not bz2", "env.path cannot be read: OSError"),
         ("d.json", b'[{"question": "a", "answer": 1},\n{]', ":2: not valid JSON"),
+        ("d.jsonl", b'["a", 1]\n["b", 2]\n', ":1: this line is a JSON list, and others follow; expected one JSON object a line, "
+         'such as {"question": "1+1", "answer": "2"}, or one list of such objects'),
+        ("d.jsonl", b'\n[{"question": "a", "answer": 1}]\n[{"question": "b", "answer": 2}]\n',
+         ":2: this line is a JSON list, and others follow; expected one JSON object a line, such as "
+         '{"question": "1+1", "answer": "2"}, or one list of such objects: jq -c \'.[]\' d.jsonl > rows.jsonl'),
+        ("d.json", b'[{"question": "a",\n"answer": 1}]\n{"question": "b", "answer": 2}',
+         ":3: more follows after the end of the JSON list in line 2; expected one JSON object a line"),
         ("d.json", b'[{"question": "a", "answer": 1}, 3]', "[1]: expected a JSON object, found a int"),
         ("d.jsonl.gz", b"not gzip", "BadGzipFile"),
         ("d.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:-9], "EOFError"),
