@@ -159,6 +159,7 @@ def start(config: TrainConfig, lock: RunLock, should_stop: Callable[[], bool],
         check_equal_files(ranks, made_of)
     if state is not None:
         check_same(state.state["made_of"], made_of, source=shown(run_dir / "checkpoints") / f"step_{state.step:06d}")
+        check_steps_left(config, run_dir, done=state.step)
     changes = describe_changes(config, run_dir) if state is not None else []
     memory, compilation = unplanned(device), None
     if device.type == "cuda":
@@ -421,6 +422,13 @@ def describe_runs(run_dir: Path) -> str:
     more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
     hint = f"; did you mean name={near[0]}?" if near else "."
     return f"{run_dir.parent} holds {', '.join(listed[:10])}{more}{hint} Leave resume=true out to start a new run"
+
+
+def check_steps_left(config: TrainConfig, run_dir: Path, *, done: int) -> None:
+    """Raises ConfigError for a resume whose `steps` are fewer than the checkpoint has: it would end at once, as a shorter run."""
+    if config.steps < done:
+        raise ConfigError(f"steps = {config.steps}: the run in {shown(run_dir)} has done {done} steps already. steps={done} ends "
+                          "it there, more go on; grpo.evaluate, grpo.generate and scripts/export.py take an earlier checkpoint")
 
 
 def describe_changes(config: TrainConfig, run_dir: Path) -> list[str]:

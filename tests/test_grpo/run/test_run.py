@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from grpo.config import ConfigError, run_folder
 from grpo.configuration.launch import load_config
 from grpo.configuration.places import anchor_paths
+from grpo.run.checkpoint import load_run, save_run
 from grpo.run.identity import check_same, identify
 
 # An environment that walks away while it scores.
@@ -160,7 +161,13 @@ def rename_the_checkpoint(folder: Path) -> None:
         path.rename(path.with_name("step_000007")) if path.name == "step_000001" else shutil.rmtree(path)
 
 
+def go_on_to_step_7(folder: Path) -> None:
+    state = load_run(folder / "out/run")
+    save_run(folder / "out/run", step=7, tensors=state.tensors, state=state.state, keep=2)
+
+
 @pytest.mark.parametrize("change, arguments, message", [
+    (go_on_to_step_7, (), "steps = 2: the run in out/run has done 7 steps already. steps=7 ends it there, more go on"),
     (flip_a_weight, (), "base model: model-00000-of-00002.safetensors is not what it was when the run started"),
     (lambda folder: edit(folder / "base/config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 2e-05'), (),
      "base model: config.json is not what it was when the run started"),
@@ -174,8 +181,10 @@ def rename_the_checkpoint(folder: Path) -> None:
 def test_a_resume_on_something_else_is_refused_and_says_what_differs(resume, change, arguments, message):
     folder, run = resume
     change(folder)
+    summary = (folder / "out/run/summary.json").read_bytes()
     result = run(*arguments)
     assert result.code == 2 and message in result.err, result.err
+    assert (folder / "out/run/summary.json").read_bytes() == summary
     assert "Traceback" not in result.err
     assert not (folder / "out/run/checkpoints/step_000002").exists()
 
