@@ -3,7 +3,8 @@
     python -m grpo.evaluate run=runs/NAME [step=N] [num_samples=8]
     python -m grpo.evaluate +model=gpt_oss_20b model.path=FOLDER +env=dataset env.path=FILE.jsonl
 
-Under torchrun each process samples and scores some of the prompts; the result is that of one process.
+Under torchrun each process samples and scores some of the prompts; the result is that of one process. Stopped by a signal, one
+process prints the results of the prompts that were finished, and writes them to OUTPUT.partial.
 
 pass@k is the unbiased estimate 1 - C(n - c, k) / C(n, k) for c correct of n samples (arXiv 2107.03374, eq. 1), averaged over
 prompts. Intervals are over prompts, since samples of one prompt are not independent. All evaluations of a run draw with the
@@ -15,6 +16,7 @@ import re
 import statistics
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,7 +24,7 @@ from typing import Any
 
 from grpo.batch import Completion, Prompt
 from grpo.config import EvaluateConfig, GenerateConfig
-from grpo.configuration.launch import is_sweep, launch
+from grpo.configuration.launch import PREEMPTED, is_sweep, launch
 from grpo.distributed.ranks import RankFault, Ranks, join, leads
 from grpo.distributed.rollout import all_scored, own_completions
 from grpo.environment import (
@@ -35,14 +37,23 @@ from grpo.environment import (
 )
 from grpo.groups import length_metrics, reward_metrics, turn_metrics
 from grpo.record.console import PROGRESS_SECONDS, progress_counter
-from grpo.record.outputs import files_of_checkpoint, files_of_env, keep_inputs, writable_file, write_output
+from grpo.record.outputs import (
+    files_of_checkpoint,
+    files_of_env,
+    keep_inputs,
+    keep_part,
+    remove_part,
+    writable_file,
+    write_output,
+)
 from grpo.record.summary import is_interval
 from grpo.record.terminal import clean, print_error, with_interval
 from grpo.rollout.sampling import SamplingParams
-from grpo.rollout.session import Sampler
-from grpo.rollout.turns import Turns, generator
+from grpo.rollout.session import Interrupted, Sampler
+from grpo.rollout.turns import Turns, generator, until_stopped
 from grpo.run.failures import describe_failure, end, settle
 from grpo.run.policy import load_policy, prepare_device
+from grpo.run.signals import GracefulStop
 
 EVAL_STEP = -1  # in place of the step in sampling keys: no training step draws with it
 # An environment's metrics of these names keep their `env/`: evaluation has its own.
@@ -50,28 +61,41 @@ RESERVED = re.compile(r"reward|mean_length|clipped_ratio|greedy_accuracy|(avg|pa
 Z95 = 1.959964
 
 
+class Unfinished(Exception):
+    """A signal stopped the work. text: what there is of the output, marked as partial."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, num_samples: int, greedy: bool,
              should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
-             turns: Turns | None = None, ranks: Ranks | None = None) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
+             turns: Turns | None = None, ranks: Ranks | None = None,
+             keeps_finished: bool = False) -> tuple[dict[str, float], list[tuple[Completion, Score]]]:
     """Metrics by name (fractions, tokens), each accuracy with `.../ci95`, half the width of its interval; and what was
     scored, greedy completions first. `num_samples` 0 leaves sampling out, greedy=False greedy completions; `progress` is told how
-    many of all completions are finished; `turns` lets the model call tools; `ranks` share the prompts."""
+    many of all completions are finished; `turns` lets the model call tools; `ranks` share the prompts. keeps_finished: where
+    `should_stop` ends it, the results are those of the prompts that were finished until then; without, it raises Interrupted."""
     metrics: dict[str, float] = {}
     scored: list[tuple[Completion, Score]] = []
     total = len(prompts) * (greedy + num_samples)
 
     def sample(params: SamplingParams, count: int) -> list[tuple[Completion, Score]]:
         count_all = None if progress is None else lambda finished, _: progress(len(scored) + finished, total)
-        generate = partial(generator(sampler, turns), params=params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
+        make = until_stopped if keeps_finished else generator
+        generate = partial(make(sampler, turns), params=params, step=EVAL_STEP, num_samples=count, should_stop=should_stop,
                            progress=count_all)
-        return all_scored(ranks, env, prompts, own_completions(ranks, sampler, generate, prompts))
+        completions = own_completions(ranks, sampler, generate, prompts)
+        if keeps_finished and not (completions := of_whole_prompts(completions, count)):
+            return []
+        return all_scored(ranks, env, prompts, completions)
 
-    if greedy:
-        scored += sample(replace(params, greedy=True), 1)
+    if greedy and (found := sample(replace(params, greedy=True), 1)):
+        scored += found
         metrics |= _mean_with_interval("greedy_accuracy", _values(scored))
         metrics |= _details(scored, "greedy/")
-    if num_samples:
-        sampled = sample(params, num_samples)
+    if num_samples and len(scored) == greedy * len(prompts) and (sampled := sample(params, num_samples)):
         rows = [_values(sampled[i:i + num_samples]) for i in range(0, len(sampled), num_samples)]
         metrics |= _mean_with_interval(f"avg@{num_samples}", [statistics.fmean(row) for row in rows if row])
         for k in (2**power for power in range(1, num_samples.bit_length())):
@@ -81,6 +105,12 @@ def evaluate(env: Environment, sampler: Sampler, prompts: list[Prompt], params: 
         scored += sampled
     num_unscored = len(scored) - len(_values(scored))
     return metrics | ({"unscored": num_unscored} if num_unscored else {}), scored
+
+
+def of_whole_prompts(completions: list[Completion], num_samples: int) -> list[Completion]:
+    """The completions of the prompts that have all of theirs."""
+    counts = Counter(completion.prompt.id for completion in completions)
+    return [completion for completion in completions if counts[completion.prompt.id] == num_samples]
 
 
 def _values(scored: list[tuple[Completion, Score]]) -> list[float]:
@@ -155,15 +185,20 @@ def run_shared(config: EvaluateConfig | GenerateConfig, work: Callable[[Any, Ran
         output = None if config.output is None or not leads(ranks) else writable_file(config.output)
         if ranks is not None:
             ranks.begin(config, prepare_device(config)[0])
-        text = work(config, ranks)
+        try:
+            text = work(config, ranks)
+        except Unfinished as stop:
+            raise Interrupted(f"{stop}{keep_part(output, stop.text)}") from None
         if output is not None:
             write_output(output, text)
+            remove_part(output)
     except Exception as error:
         failure = describe_failure(error, log=None, config=config)
         if failure.reason == "failed" and not isinstance(error, RankFault):
             failure.message = traceback.format_exc()
         failure = settle(ranks, failure)
-    return end(failure, ranks, report=lambda failure: print_error("error", failure.message))
+    return end(failure, ranks, report=lambda failure: print_error("stopped" if failure.code == PREEMPTED else "error",
+                                                                  failure.message))
 
 
 def join_sampler(ranks: Ranks | None, sampler: Sampler, activity: str) -> tuple[Callable | None, Callable | None]:
@@ -197,10 +232,33 @@ def measure(config: EvaluateConfig, ranks: Ranks | None) -> dict[str, object]:
     check_methods(env, ("eval_prompts", "score"))
     prompts = held_out_prompts(env, max_prompts=config.max_prompts, max_len=loaded.sampler.max_len,
                                vocab_size=loaded.policy.config.vocab_size)
-    metrics, _ = evaluate(env, loaded.sampler, prompts, SamplingParams.of(config), num_samples=config.num_samples,
-                          greedy=config.greedy, should_stop=should_stop, progress=progress,
-                          turns=Turns.of(env, loaded.tokenizer, config.turns), ranks=ranks)
-    return {**what, "num_prompts": len(prompts), **metrics}
+    params, turns = SamplingParams.of(config), Turns.of(env, loaded.tokenizer, config.turns)
+    run = partial(evaluate, env, loaded.sampler, prompts, params, num_samples=config.num_samples, greedy=config.greedy,
+                  progress=progress, turns=turns, ranks=ranks)
+    if ranks is not None:
+        metrics, _ = run(should_stop=should_stop)
+        return {**what, "num_prompts": len(prompts), **metrics}
+    with GracefulStop("the same command, which starts again", keeps="keeps the results of finished prompts and ends") as stop:
+        metrics, scored = run(should_stop=stop, keeps_finished=True)
+    result = {**what, "num_prompts": len(prompts), **metrics}
+    if len(scored) < len(prompts) * (config.greedy + config.num_samples):
+        raise unfinished(stop, result, scored, config)
+    return result
+
+
+def unfinished(stop: GracefulStop, result: dict[str, object], scored: list[tuple[Completion, Score]],
+               config: EvaluateConfig) -> Unfinished:
+    """The end of an evaluation that a signal stopped. Prints the results of the prompts that were finished."""
+    counts = Counter(completion.prompt.id for completion, _ in scored)
+    num_whole = sum(count == config.greedy + config.num_samples for count in counts.values())
+    done = f"{stop.signal_name}: {num_whole} of {result['num_prompts']} prompts were finished"
+    done += f", {len(counts)} of them greedily" * (config.greedy and config.num_samples > 0)
+    text = ""
+    if scored:
+        result = {"partial": f"{done}; short completions finish first, so these numbers are not those of all", **result}
+        print(clean(results_table(result), sys.stdout.encoding), flush=True)
+        text = json.dumps(result, indent=2) + "\n"
+    return Unfinished(f"{done}; the same command starts again, with max_prompts=N for fewer prompts", text)
 
 
 def note(text: str) -> None:

@@ -5,7 +5,7 @@
     python -m grpo.generate run=runs/NAME prompts=FILE.jsonl output=ANSWERS.jsonl [num_samples=4]
 
 The last answers many prompts together, each of which stands alone; under torchrun each process answers some of them, and the file
-is that of one process.
+is that of one process. Stopped by a signal, one process keeps the finished answers in OUTPUT.partial; the same command goes on.
 
 With an environment that has tools, an answer appears when it is complete, its calls and their results in it.
 
@@ -21,14 +21,24 @@ characters are shown as escapes. Notes and errors go to stderr.
 import contextlib
 import datetime
 import functools
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from grpo.batch import Completion, Prompt
-from grpo.config import ConfigError, GenerateConfig, ReasoningEffort
+from grpo.config import (
+    ConfigError,
+    GenerateConfig,
+    ReasoningEffort,
+    flatten,
+    key_matches,
+    shown,
+    to_dict,
+)
 from grpo.configuration.launch import FAILED, launch, speaks_for_node
 from grpo.configuration.targets import resolve_target
 from grpo.distributed.place import check_alone
@@ -38,20 +48,26 @@ from grpo.environment import encode_question, make_environment
 from grpo.envs.data_files import DataError
 from grpo.envs.data_sources import read_rows
 from grpo.envs.rows import PROMPT_NAMES
-from grpo.evaluate import join_sampler, run_shared
-from grpo.record.outputs import keep_inputs
+from grpo.evaluate import Unfinished, join_sampler, run_shared
+from grpo.record.outputs import keep_inputs, part_of
 from grpo.record.terminal import clean, flush_standard_streams, print_error
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
-from grpo.rollout.turns import Turns, generator
+from grpo.rollout.turns import Turns, generator, until_stopped
+from grpo.run.checkpoint import MANIFEST, checkpoints_of
 from grpo.run.failures import describe_failure
+from grpo.run.identity import digest_file, digest_files
 from grpo.run.policy import load_policy
+from grpo.run.signals import GracefulStop
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
+from models.formats.files import checkpoint_folder
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
 MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text
+# Keys that do not decide what the answers to a file of prompts are.
+FREE_KEYS = ("prompts", "output", "max_batch", "threads", "device", "distributed", "model.memory_gb", "model.host_gb")
 INTERRUPTED = 128 + 2  # exit code of a process that SIGINT ends
 NEW_CONVERSATION = "/new"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -259,14 +275,80 @@ def answers_to_file(config: GenerateConfig, ranks: Ranks | None) -> str:
     asked = list(read_questions(rows, takes_messages=conversation.encode_prompt is None))
     prompts = [Prompt(number, encode_row(conversation, place, question), {}) for number, (place, question) in enumerate(asked)]
     should_stop, progress = join_sampler(ranks, sampler, "answering")
-    generate = functools.partial(generator(sampler, conversation.turns), params=conversation.params, step=GENERATE_STEP,
-                                 num_samples=config.num_samples, should_stop=should_stop, progress=progress)
+    settings = {"params": conversation.params, "step": GENERATE_STEP, "num_samples": config.num_samples, "progress": progress}
+    if ranks is None:
+        return "".join(map(json_line, answers_until_stopped(conversation, prompts, asked, settings)))
+    generate = functools.partial(generator(sampler, conversation.turns), should_stop=should_stop, **settings)
     answers = [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
                for completion in own_completions(ranks, sampler, generate, prompts)]
-    if ranks is not None:
-        answers = [answer for part in ranks.exchange("the answers", answers) for answer in part]
+    answers = [answer for part in ranks.exchange("the answers", answers) for answer in part]
     answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
-    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    return "".join(map(json_line, answers))
+
+
+def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], asked: list[tuple[str, str | list[dict]]],
+                          settings: dict) -> list[dict]:
+    """The answers to all prompts, by row, then sample. Those that a command of the same kind left when a signal stopped it are
+    taken over. Raises Unfinished, with all that are finished, when a signal comes."""
+    config, num_samples = conversation.config, conversation.config.num_samples
+    same = fingerprint(conversation, prompts)
+    earlier = read_part(part_of(Path(config.output).expanduser()), same, num_samples=num_samples)
+    left = [prompt for prompt in prompts if prompt.id not in earlier]
+    if earlier:
+        note(f"{len(earlier)} of {len(prompts)} rows were answered before the command was stopped; it goes on with the others")
+    with GracefulStop("the same command", keeps="keeps the finished answers and ends") as stop:
+        completions = until_stopped(conversation.sampler, conversation.turns)(left, should_stop=stop, **settings) if left else []
+    answers = [answer for of_row in earlier.values() for answer in of_row]
+    answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion) for completion in completions]
+    answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
+    if len(completions) < len(left) * num_samples:
+        head = {"partial": f"{len(answers)} of {len(prompts) * num_samples} answers", "of": same}
+        raise Unfinished(f"{stop.signal_name}: {head['partial']} were finished; the same command goes on with the rows that lack "
+                         "some", "".join(map(json_line, [head, *answers] if answers else [])))
+    return answers
+
+
+def fingerprint(conversation: Conversation, prompts: list[Prompt]) -> str:
+    """Of all that decides what the answers are: prompts, weights and settings."""
+    config = conversation.config
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if not key_matches(key, FREE_KEYS)}
+    asked = [settings, files_of_weights(config), [(prompt.id, prompt.token_ids) for prompt in prompts]]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def files_of_weights(config: GenerateConfig) -> dict[str, str]:
+    """The files of the weights, with digests."""
+    if config.run is not None:
+        saved = checkpoints_of(Path(config.run).expanduser())
+        folder = saved[max(saved) if config.step is None else config.step]
+        return {folder.name: (folder / MANIFEST).read_text(encoding="utf-8")}
+    found = {} if config.model.path is None else digest_files(checkpoint_folder(config.model.path))
+    if config.model.lora is not None and config.model.lora.adapter is not None:
+        found |= {path.name: digest_file(path) for path in Path(config.model.lora.adapter).expanduser().glob("*.safetensors")}
+    return found
+
+
+def read_part(path: Path, same: str, *, num_samples: int) -> dict[int, list[dict]]:
+    """Row -> its answers, of the rows that have all of theirs, from what a stopped command left; empty where it left nothing.
+    Raises ConfigError where the file is that of another command."""
+    if not path.is_file():
+        return {}
+    try:
+        head, *answers = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        is_same = head["of"] == same
+    except (ValueError, KeyError, TypeError):
+        is_same = False
+    if not is_same:
+        raise ConfigError(f"output: {shown(path)} holds answers of a stopped command with other prompts, weights or settings "
+                          "(current_date is one); go on with that command, move the file away, or give another output")
+    rows: dict[int, list[dict]] = {}
+    for answer in answers:
+        rows.setdefault(answer["row"], []).append(answer)
+    return {row: found for row, found in rows.items() if len(found) == num_samples}
+
+
+def json_line(value: dict) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def read_questions(rows: list[tuple[str, dict | str]], *, takes_messages: bool) -> Iterator[tuple[str, str | list[dict]]]:

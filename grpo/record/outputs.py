@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from grpo.config import ConfigError
+from grpo.config import ConfigError, shown
 from grpo.configuration.places import rename_code
 from grpo.record.summary import COMPLETIONS_FILE, METRICS_FILE, SUMMARY_FILE
 from models.formats.atomic import new_file
@@ -86,3 +86,23 @@ def write_output(path: Path, content: str | bytes) -> None:
         return
     with new_file(path) as partial:
         partial.write_bytes(data)
+
+
+def part_of(output: Path) -> Path:
+    """Where an interrupted command leaves what it has of `output`."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def keep_part(output: Path | None, text: str) -> str:
+    """Writes what there is of an output, which says so near its start, beside the output. Returns words about it."""
+    if output is None or not text or (output.exists() and not output.is_file()):
+        return ""
+    write_output(part_of(output), text)
+    return f"; what is finished is in {shown(part_of(output))}, and {shown(output)} is not written"
+
+
+def remove_part(output: Path) -> None:
+    """Deletes what an interrupted command left of `output`, which is complete now."""
+    part = part_of(output)
+    if part.is_file() and part.read_bytes()[:40].lstrip(b"{ \n").startswith(b'"partial"'):
+        part.unlink()

@@ -71,10 +71,10 @@ class Turns:
         return Turns(env, tokenizer, limits) if hasattr(env, "episode") else None
 
     def generate(self, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, step: int, num_samples: int,
-                 should_stop: Callable[[], bool] | None = None,
-                 progress: Callable[[int, int], None] | None = None) -> list[Completion]:
+                 should_stop: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
+                 keeps_finished: bool = False) -> list[Completion]:
         """As Sampler.generate, with turns; each completion has its `episode`. Completions whose environment fails end with the
-        reason "failed". Raises EnvironmentFault if all of them do."""
+        reason "failed". Raises EnvironmentFault if all of them do. keeps_finished: as of `until_stopped`."""
         name = type(self.env).__name__
         ends = (self.tokenizer.call, self.tokenizer.return_) if self.has_user_turns else (self.tokenizer.call,)
         params = replace(params, park_ids=ends)
@@ -83,10 +83,15 @@ class Turns:
             rollout = _Rollout(self, session, overlaps=overlaps(sampler.model.device), should_stop=should_stop)
             try:
                 rollout.run(session.submit(prompts, num_samples))
+                finished, sequences = rollout.plays, dict(enumerate(session.drain()))
+            except Interrupted:
+                if not keeps_finished:
+                    raise
+                finished = rollout.finished()
+                sequences = {row.index: session.completion(row) for play in finished for row in play.rows}
             finally:
                 rollout.leave()
-            sequences = session.drain()
-        completions = [play.completion(sequences) for play in rollout.plays]
+        completions = [play.completion(sequences) for play in finished]
         self._report(name, completions, sampler.warn, step=step)
         return completions
 
@@ -174,6 +179,21 @@ def generator(sampler: Sampler, turns: Turns | None) -> Callable[..., list[Compl
     return sampler.generate if turns is None else partial(turns.generate, sampler)
 
 
+def until_stopped(sampler: Sampler, turns: Turns | None) -> Callable[..., list[Completion]]:
+    """As `generator`, but where should_stop ends it, it returns the completions that are finished, in the same order."""
+    return partial(_finished, sampler) if turns is None else partial(turns.generate, sampler, keeps_finished=True)
+
+
+def _finished(sampler: Sampler, prompts: list[Prompt], params: SamplingParams, *, step: int, num_samples: int,
+              should_stop: Callable[[], bool] | None, progress: Callable[[int, int], None] | None) -> list[Completion]:
+    with sampler.open(params, step=step, should_stop=should_stop, progress=progress) as session:
+        rows = session.submit(prompts, num_samples)
+        try:
+            return session.drain()
+        except Interrupted:
+            return [session.completion(row) for row in rows if row.is_finished]
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether rows are decoded while tools run."""
     return device.type == "cuda"
@@ -207,8 +227,8 @@ class _Play:
             ids += [(id, segment.source == "policy") for segment in row.segments for id in segment.token_ids]
         return ids
 
-    def completion(self, sequences: list[Completion]) -> Completion:
-        """The completion. sequences: of all rows of the session."""
+    def completion(self, sequences: dict[int, Completion]) -> Completion:
+        """The completion. sequences: of its rows, by their index."""
         parts = [sequences[row.index].segments for row in self.rows]
         for (prompt, *_), num_repeated in zip(parts[1:], self.repeated[1:]):
             prompt.num_repeated = num_repeated
@@ -236,6 +256,11 @@ class _Rollout:
             for row in sorted(self.session.poll(), key=lambda row: row.index):
                 self._take_turn(self.play_of[row.index])
             self._receive(waits=not (self.overlaps and self.session.is_running))
+
+    def finished(self) -> list[_Play]:
+        """Those whose row and episode have ended."""
+        waiting = {index for index, _ in self.waiting}
+        return [play for play in self.plays if play.row.is_finished and play.thread is None and play.index not in waiting]
 
     def leave(self) -> None:
         """Lets the threads of unfinished episodes go."""

@@ -20,13 +20,13 @@ class GracefulStop:
 
     Called, it says whether a stop was asked for: `stop()` is what a loop polls between steps and micro-batches, and a
     sampler takes as `should_stop`. The first signal prints what happens next and `resume_hint` (a command line); the
-    second leaves with code 128 + signal number without saving: the last checkpoint stands. A terminal that closes may send
+    second leaves with code 128 + signal number without saving: what was saved before stands. A terminal that closes may send
     SIGHUP several times, which counts as once; under nohup, which ignores it, it stays ignored. Main thread only, as Python
     requires."""
 
-    def __init__(self, resume_hint: str, *, is_silent: bool = False) -> None:
-        """is_silent: another process says what happens next."""
-        self.resume_hint, self.is_silent = resume_hint, is_silent
+    def __init__(self, resume_hint: str, *, keeps: str = "saves", is_silent: bool = False) -> None:
+        """keeps: what happens at the next safe moment. is_silent: another process says what happens next."""
+        self.resume_hint, self.keeps, self.is_silent = resume_hint, keeps, is_silent
         self.signal_name: str | None = None
         self.show: Callable[[str], bool] | None = None  # of a live display: takes the text instead of the terminal, if it can
         self._previous: dict[signal.Signals, object] = {}
@@ -52,14 +52,14 @@ class GracefulStop:
         if self.signal_name is not None and number == signal.SIGHUP:
             return
         if self.signal_name is not None:
-            text = f"{name} again: leaving now, without saving. Resume from the last checkpoint: {self.resume_hint}"
+            text = f"{name} again: leaving now, without saving. Resume from what was saved before: {self.resume_hint}"
             if not self.is_silent:
                 _write(sys.stderr, f"\n{text}\n")
             if os.isatty(1):
                 _write(sys.stdout, "\x1b[?25h")  # the live display hides the cursor
             os._exit(128 + number)
         self.signal_name = name
-        text = f"{name}: saves at the next safe moment; again: leaves at once"
+        text = f"{name}: {self.keeps} at the next safe moment; again: leaves at once"
         if not self.is_silent and (self.show is None or not self.show(text)):
             _write(sys.stderr, f"\n{text}. Resume with: {self.resume_hint}\n")
 

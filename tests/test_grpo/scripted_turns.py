@@ -94,7 +94,7 @@ class Player:
         self.model, self.monkeypatch, self.warnings = model, monkeypatch, []
 
     def __call__(self, scripts, *, env=None, limits=None, max_new_tokens=1500, prompt_len=12, records_routing=False,
-                 should_stop=None, **settings):
+                 should_stop=None, keeps_finished=False, **settings):
         ids = {key: [id for text in texts for id in encode_with_special(TOKENIZER, text)] for key, texts in scripts.items()}
         num_drawn = dict.fromkeys(ids, 0)
         def scripted(session, hidden, rows):
@@ -116,7 +116,7 @@ class Player:
         turns = Turns(Env() if env is None else env, TOKENIZER, limits or TurnsConfig())
         params = SamplingParams(max_new_tokens=max_new_tokens, records_routing=records_routing)
         completions = turns.generate(sampler, prompts, params, step=3, num_samples=len(scripts) // len(prompts),
-                                     should_stop=should_stop)
+                                     should_stop=should_stop, keeps_finished=keeps_finished)
         return completions, sampler.last_stats
 
     @staticmethod

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,41 @@ def test_a_run_is_evaluated_on_its_held_out_problems_and_the_result_written(run_
     # 0 of 5: 1.959964 / (1 + 3.841459/5) * 1.959964 / 10
     assert result["greedy_accuracy/ci95"] == pytest.approx(0.217241, abs=1e-5)
     assert 1 <= result["mean_length"] <= 6
+
+
+@pytest.mark.parametrize("count, done, found", [
+    (8, "2 of 4 prompts were finished, 4 of them greedily", {"greedy_accuracy", "avg@2"}),
+    (9, "2 of 4 prompts were finished, 4 of them greedily", {"greedy_accuracy", "avg@2"}),  # half of the third
+    (3, "0 of 4 prompts were finished, 3 of them greedily", {"greedy_accuracy"}),
+])
+def test_a_signal_leaves_the_results_of_the_prompts_that_were_finished_marked_as_such(
+        run_dir, tmp_path, capsys, monkeypatch, count, done, found):
+    def progress(finished, total):
+        if finished == count:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: (None, progress))
+    output, part = tmp_path / "result.json", tmp_path / "result.json.partial"
+    words = [f"run={run_dir}", "num_samples=2", "max_prompts=4", "max_new_tokens=6", "max_batch=1", f"output={output}"]
+    assert run_evaluation(load_config("evaluate", words)) == 75
+    printed = capsys.readouterr()
+    assert f"SIGINT: {done}; the same command starts again" in printed.err and str(part) in printed.err
+    result = json.loads(part.read_text())
+    assert next(iter(result)) == "partial" and result["partial"].startswith(f"SIGINT: {done}")
+    assert {name for name in result if name in ("greedy_accuracy", "avg@2")} == found and not output.exists()
+    assert printed.out.startswith("partial ") and "greedy_accuracy" in printed.out
+
+    assert run_evaluation(load_config("evaluate", words)) == 0
+    assert "partial" not in json.loads(output.read_text()) and not part.exists()
+
+
+def test_nothing_is_kept_of_an_evaluation_without_a_finished_prompt(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("grpo.evaluate.join_sampler", lambda *_: (None, lambda *_: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr("grpo.run.signals.GracefulStop._handle", lambda self, number, _: setattr(self, "signal_name", "SIGTERM"))
+    words = [f"run={run_dir}", "num_samples=0", "max_prompts=2", "max_new_tokens=99", f"output={tmp_path / 'result.json'}"]
+    assert run_evaluation(load_config("evaluate", words)) == 75
+    assert "SIGTERM: 0 of 2 prompts were finished; the same" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_environment_may_be_another_than_the_run_s(run_dir, capsys):

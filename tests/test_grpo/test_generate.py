@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -378,6 +379,42 @@ def test_the_prompts_of_a_file_are_answered_in_its_order_each_as_if_it_were_alon
     texts = [chat.tokenizer.decode(completion.completion_ids, keep_special=True) for completion in alone]
     assert [record["completion"] for record in records[2:4]] == texts and texts[0] != texts[1]
     assert [record["num_tokens"] for record in records[2:4]] == [len(completion.completion_ids) for completion in alone]
+
+
+def stop_after(monkeypatch, count: int, number: signal.Signals) -> None:
+    """Has this process get a signal when so many completions are finished."""
+    def progress(finished, total):
+        if finished == count:
+            monkeypatch.undo()  # once
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("grpo.generate.join_sampler", lambda *_: (None, progress))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_answers_that_are_finished_when_a_signal_comes_are_kept_and_the_same_command_goes_on(
+        carry_run, tmp_path, monkeypatch, capsys, number):
+    questions = ["1+1", "14+49", "38+27"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in questions))
+    words = [f"run={carry_run}", "max_new_tokens=9", f"prompts={tmp_path / 'asked.jsonl'}", "num_samples=2", "max_batch=1"]
+    whole, output, part = (tmp_path / name for name in ("whole.jsonl", "answers.jsonl", "answers.jsonl.partial"))
+    assert run_generation(load_config("generate", [*words, f"output={whole}"])) == 0
+    lines = whole.read_text().splitlines(keepends=True)
+
+    stop_after(monkeypatch, 3, number)
+    assert run_generation(load_config("generate", [*words, f"output={output}"])) == 75
+    said = capsys.readouterr().err
+    assert f"{number.name}: 3 of 6 answers were finished; the same command goes on" in said
+    assert str(part) in said and not output.exists()
+    head, *kept = part.read_text().splitlines(keepends=True)
+    assert json.loads(head)["partial"] == "3 of 6 answers"
+    assert len(kept) == 3 and kept == [line for line in lines if line in kept]
+
+    assert run_generation(load_config("generate", [*words, "seed=5", f"output={output}"])) == 2  # other answers
+    assert "holds answers of a stopped command with other prompts, weights or settings" in capsys.readouterr().err
+    assert run_generation(load_config("generate", [*words, f"output={output}"])) == 0
+    assert "1 of 3 rows were answered before" in capsys.readouterr().err
+    assert output.read_text() == whole.read_text() and not part.exists()
 
 
 def test_conversations_of_a_file_are_rendered_with_their_history(dataset_run, compact, tmp_path):

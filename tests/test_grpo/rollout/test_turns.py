@@ -331,6 +331,13 @@ def test_a_stop_signal_ends_the_wait_for_a_tool(play):
         play({(0, 0): [misbehave("hang")]}, should_stop=HANGS.is_set)
 
 
+def test_episodes_that_have_ended_when_a_signal_comes_may_be_kept(play):
+    HANGS.clear()
+    scripts = {(0, 0): [misbehave("hang")], (0, 1): [FINAL.format("1")], (0, 2): [FINAL.format("1" * 400)]}
+    (ended,), _ = play(scripts, should_stop=HANGS.is_set, keeps_finished=True)
+    assert (ended.sample, ended.finish_reason, ended.episode.reward) == (1, "stop", 0.125)
+
+
 def test_groups_of_a_step_carry_turns_and_calls(play, model, monkeypatch):
     scripts = {(0, 0): [call(text="a"), FINAL.format("1")], (0, 1): [FINAL.format("2")]}
     completions, _ = play(scripts)
