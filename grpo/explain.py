@@ -42,7 +42,7 @@ from grpo.record.jsonl import json_safe, read_records
 from grpo.record.outputs import files_of_env, keep_inputs, keep_run_files, write_output
 from grpo.record.summary import COMPLETIONS_FILE, METRICS_FILE, read_summary
 from grpo.record.terminal import clean, hold_standard_streams, print_error
-from grpo.run.checkpoint import checkpoints_of
+from grpo.run.checkpoint import LoadError, checkpoints_of, damage_of
 from grpo.run.failures import describe_failure
 from grpo.run.identity import earlier_settings, provenance
 from grpo.run.lock import lock_run
@@ -136,7 +136,12 @@ def explain(request: Request) -> Explanation:
     with tempfile.TemporaryDirectory(prefix="explain-") as folder, contextlib.redirect_stdout(sys.stderr):
         copy = copied_run(config, request.run, first, Path(folder))
         with lock_run(run_folder(copy)) as lock:
-            run, state = start(copy, lock, lambda: False)
+            try:
+                run, state = start(copy, lock, lambda: False)
+            except LoadError as error:  # which names the copy
+                source = checkpoints_of(request.run)[first]
+                raise LoadError(f"{shown(source)} is damaged ({damage_of(source)}); restore it from a copy, or move it away: an "
+                                "older checkpoint is taken where there is one") from error
             prepare_weights(run, state)
             await_kernels(run)
             try:

@@ -82,7 +82,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> RunState | None
             raise LoadError(f"step = {step}: no such checkpoint in {root}; there are {list(found)}")
         found = {step: found[step]}
     for folder in reversed(found.values()):
-        problem = _verify(folder)
+        problem = damage_of(folder)
         if problem is None:
             if damage:
                 warnings.warn(f"resuming from {folder.name}, because " + "; ".join(damage), CheckpointFallbackWarning,
@@ -158,7 +158,7 @@ def _prune(root: Path, step: int, keep: int, spared: int | None) -> None:
             warnings.warn(f"cannot delete the old checkpoint {folder}: {error}", stacklevel=3)
 
 
-def _verify(folder: Path) -> str | None:
+def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

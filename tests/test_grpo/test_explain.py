@@ -16,6 +16,7 @@ from grpo.configuration.launch import load_config
 from grpo.explain import Request, explain, explained_completions, read_request, why_left_out
 from grpo.groups import Groups
 from grpo.record.explanation import ExplainedCompletion, Explanation, as_page, as_text
+from grpo.run.checkpoint import LoadError
 from grpo.run.identity import earlier_settings, keep_earlier_settings
 from grpo.run.policy import load_run_policy
 
@@ -223,6 +224,15 @@ def test_a_step_without_a_checkpoint_before_it_and_another_kind_of_device_are_re
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(ConfigError, match="it has no checkpoints, so no step can be made again; train with checkpoint.every=N"):
         explain(Request(run_dir, 3))
+
+
+def test_a_damaged_checkpoint_is_named_where_it_lies(runs, explained, tmp_path):
+    run_dir = copied(runs, tmp_path)
+    folder = run_dir / "checkpoints/step_000002"
+    (folder / "state.json").write_text("{}")
+    said = re.escape(f"{folder} is damaged (state.json has 2 bytes, its manifest says ")
+    with pytest.raises(LoadError, match=f"^{said}.*; restore it from a copy, or move it away: an older checkpoint is taken"):
+        explained(Request(run_dir, 3))
 
 
 @pytest.mark.gpu
