@@ -51,7 +51,7 @@ from grpo.recorded import check_recorded
 from grpo.rollout.in_flight import BegunRollout, tokens_due
 from grpo.rollout.session import Sampler
 from grpo.rollout.turns import Turns
-from grpo.run.checkpoint import RunState, load_run
+from grpo.run.checkpoint import RunState, checkpoints_of, load_run
 from grpo.run.compilation import Compilation, begin_compiling, describe_failures
 from grpo.run.identity import PLACES, check_same, differing_keys, identify, keep_earlier_settings, provenance
 from grpo.run.lock import RunLock, lock_run
@@ -398,6 +398,10 @@ def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """Makes the run's folder. Raises ConfigError if it has another run, or no run to resume."""
     try:
         has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
+        if has_checkpoints and not config.resume and list(checkpoints_of(run_dir)) == [0]:
+            raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run that has finished no step; resume=true goes on with "
+                              "it from step 0, and nothing is lost. With other settings choose another name=, or delete that "
+                              "folder")
         if has_checkpoints and not config.resume:
             raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run with checkpoints; continue it with resume=true, "
                               "or choose another name=")
