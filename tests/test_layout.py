@@ -194,6 +194,12 @@ def test_version_stays_clear_of_the_index_package_called_kernels():
     assert "kernels" not in names and "transformers" not in names
 
 
+def test_an_entry_point_without_its_environment_says_how_to_activate_it():
+    result = subprocess.run([sys.executable, "-S", "-m", "grpo.train"], cwd=ROOT, capture_output=True, text=True)  # no packages
+    assert result.returncode == 1
+    assert "No module named 'torch' in" in result.stderr and ". .venv/bin/activate" in result.stderr, result.stderr
+
+
 def test_a_foreign_package_called_kernels_is_refused_with_its_path(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("__version__ = '0.10.0'\n")
