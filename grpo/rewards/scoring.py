@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import pickle
+import warnings
 import weakref
 from collections import deque
 
@@ -47,6 +48,7 @@ class Scorer:
         # of each latest result, the number of the call that failed; None: no error
         self._recent: list[deque[int | None]] = [deque(maxlen=WINDOW) for _ in self.rewards]
         self._num_calls = 0
+        self._has_warned: set[int] = set()  # functions whose first error was told
         self._workers = None
         if self.rewards and (num_workers or timeout is not None):
             limit = timeout or math.inf
@@ -126,6 +128,12 @@ class Scorer:
             raise RewardError(
                 f"reward {reward.name!r} failed on {len(failed)} of its last {len(recent)} completions (max_error_rate="
                 f"{self.max_error_rate}); now on row {sample.source}: {error}; completion: {shorten(sample.text)}")
+        if first is not None and index not in self._has_warned:
+            self._has_warned.add(index)
+            sample, error = first
+            warnings.warn(f"reward {reward.name!r} failed on row {sample.source}: {error}; completion: {shorten(sample.text)}. "
+                          "Completions on which it fails get no reward; the run stops once their share is above "
+                          f"env.max_error_rate={self.max_error_rate}", stacklevel=2)
 
 
 def _check(name: str, value: object, is_allowed: bool, allowed: str) -> None:

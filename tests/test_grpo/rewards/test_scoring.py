@@ -1,6 +1,7 @@
 """The reward functions of a data set together: error rates, retries, time limits, worker processes, names and values."""
 
 import os
+import warnings
 
 import pytest
 
@@ -99,6 +100,18 @@ def test_without_a_second_try_a_failure_costs_its_sample_and_no_more(scorer):
     judge = scorer("judge")
     scored = [value for _ in range(20) for value in values(judge, ["1"] * 3)]  # calls 20 and 41 fail
     assert scored.count(None) == 2 and scored.count(1.0) == 58
+
+
+def test_the_first_error_of_each_function_is_told_with_row_cause_and_completion(scorer):
+    two = scorer("always", "by_text", max_error_rate=1.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for texts in (["1", "2"], ["1", "exit"], ["exit", "exit"]):
+            two.results(samples(texts, groups=2), STATE)
+    always, by_text = [str(warning.message) for warning in told]
+    assert always.startswith("reward 'always' failed on row train.jsonl:1: ValueError: no such judge (functions.py:13); "
+                             "completion: '1'. Completions on which it fails get no reward")
+    assert by_text.startswith("reward 'by_text' failed on row train.jsonl:2: SystemExit") and "completion: 'exit'" in by_text
 
 
 @pytest.mark.parametrize("rate, num_allowed", [(0.05, 5), (0.0, 0), (0.2, 20)])
