@@ -62,7 +62,7 @@ from grpo.run.signals import GracefulStop
 from models.chat.parse import parse_completion
 from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import REPLACEMENT, Tokenizer
-from models.formats.files import checkpoint_folder
+from models.formats.files import weights_folder
 
 GENERATE_STEP = -2  # in place of the step in sampling keys: neither training nor evaluation draws with it
 MAX_HEADER_LEN = 32  # tokens; what has not become a header by then is shown as text
@@ -322,7 +322,7 @@ def files_of_weights(config: GenerateConfig) -> dict[str, str]:
         saved = checkpoints_of(Path(config.run).expanduser())
         folder = saved[max(saved) if config.step is None else config.step]
         return {folder.name: (folder / MANIFEST).read_text(encoding="utf-8")}
-    found = {} if config.model.path is None else digest_files(checkpoint_folder(config.model.path))
+    found = {} if config.model.path is None else digest_files(weights_folder(config.model.path))
     if config.model.lora is not None and config.model.lora.adapter is not None:
         found |= {path.name: digest_file(path) for path in Path(config.model.lora.adapter).expanduser().glob("*.safetensors")}
     return found

@@ -6,10 +6,12 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from grpo.generate import (
     Conversation,
     TextStream,
     answer_record,
+    files_of_weights,
     load_conversation,
     questions,
     read_questions,
@@ -35,6 +38,7 @@ from grpo.generate import (
 from grpo.rollout.sampling import SamplingParams
 from grpo.rollout.session import Sampler
 from grpo.run.checkpoint import save_run
+from grpo.run.identity import digest_files
 from grpo.run.policy import build_model, build_tokenizer, parameter_tensors
 from models.chat.render import harmony_messages, render_prompt
 from models.chat.tokenizer import Tokenizer
@@ -415,6 +419,15 @@ def test_answers_that_are_finished_when_a_signal_comes_are_kept_and_the_same_com
     assert run_generation(load_config("generate", [*words, f"output={output}"])) == 0
     assert "1 of 3 rows were answered before" in capsys.readouterr().err
     assert output.read_text() == whole.read_text() and not part.exists()
+
+
+def test_stopped_answers_know_weights_in_a_folder_of_their_own(tmp_path):
+    """A download may have its tensors in `original/` alone."""
+    shutil.copytree(FIXTURES / "tiny_bf16", tmp_path / "original", ignore=lambda *_: {"config.json", "golden.safetensors"})
+    config = SimpleNamespace(run=None, model=SimpleNamespace(path=str(tmp_path), lora=None))
+    expected = digest_files(FIXTURES / "tiny_bf16")
+    del expected["config.json"]
+    assert files_of_weights(config) == expected != {}
 
 
 def test_conversations_of_a_file_are_rendered_with_their_history(dataset_run, compact, tmp_path):
