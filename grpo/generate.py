@@ -156,6 +156,7 @@ class Conversation:
         self.encode_prompt, self.chat_settings, self.turns = encode_prompt, chat_settings, turns
         self.messages: list[dict] = []
         self.num_asked = 0  # part of the sampling key: a question asked twice is answered anew
+        self.step: int | None = None  # of the run's checkpoint whose weights these are
 
     def ask(self, question: str) -> None:
         """Streams an answer to stdout. Ctrl-C ends it early and leaves the turn out of the history. Raises ValueError for a
@@ -221,7 +222,9 @@ def load_conversation(config: GenerateConfig, *, is_silent: bool = False) -> Con
     default = {"reasoning_effort": str(ReasoningEffort.medium), "current_date": datetime.date.today().isoformat()}
     chat_settings = {key: value if value is not None else env.get(key) or default.get(key) for key, value in given.items()}
     chat_settings["form"] = config.turns.form
-    return Conversation(config, loaded.sampler, tokenizer, encode_prompt, chat_settings, turns)
+    conversation = Conversation(config, loaded.sampler, tokenizer, encode_prompt, chat_settings, turns)
+    conversation.step = None if trained is None else loaded.step
+    return conversation
 
 
 def chat(conversation: Conversation) -> None:
@@ -312,15 +315,15 @@ def fingerprint(conversation: Conversation, prompts: list[Prompt]) -> str:
     """Of all that decides what the answers are: prompts, weights and settings."""
     config = conversation.config
     settings = {key: value for key, value in flatten(to_dict(config)).items() if not key_matches(key, FREE_KEYS)}
-    asked = [settings, files_of_weights(config), [(prompt.id, prompt.token_ids) for prompt in prompts]]
+    asked = [settings, files_of_weights(config, step=conversation.step), [(prompt.id, prompt.token_ids) for prompt in prompts]]
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def files_of_weights(config: GenerateConfig) -> dict[str, str]:
-    """The files of the weights, with digests."""
+def files_of_weights(config: GenerateConfig, *, step: int | None) -> dict[str, str]:
+    """The files of the weights, with digests. step: of the run's checkpoint that was loaded, which need not be the newest: that
+    may be damaged."""
     if config.run is not None:
-        saved = checkpoints_of(Path(config.run).expanduser())
-        folder = saved[max(saved) if config.step is None else config.step]
+        folder = checkpoints_of(Path(config.run).expanduser())[step]
         return {folder.name: (folder / MANIFEST).read_text(encoding="utf-8")}
     found = {} if config.model.path is None else digest_files(weights_folder(config.model.path))
     if config.model.lora is not None and config.model.lora.adapter is not None:

@@ -427,7 +427,17 @@ def test_stopped_answers_know_weights_in_a_folder_of_their_own(tmp_path):
     config = SimpleNamespace(run=None, model=SimpleNamespace(path=str(tmp_path), lora=None))
     expected = digest_files(FIXTURES / "tiny_bf16")
     del expected["config.json"]
-    assert files_of_weights(config) == expected != {}
+    assert files_of_weights(config, step=None) == expected != {}
+
+
+def test_prompts_of_a_file_are_answered_with_an_older_checkpoint_where_the_newest_is_damaged(carry_run, tmp_path):
+    shutil.copytree(carry_run, tmp_path / "run")
+    (tmp_path / "run/checkpoints/step_000001/manifest.json").unlink()
+    (tmp_path / "asked.jsonl").write_text('{"question": "1+1"}\n')
+    words = [f"run={tmp_path / 'run'}", "max_new_tokens=3", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'out'}"]
+    with pytest.warns(UserWarning, match="resuming from step_000000"):
+        assert run_generation(load_config("generate", words)) == 0
+    assert (tmp_path / "out").read_text().count("\n") == 1
 
 
 def test_conversations_of_a_file_are_rendered_with_their_history(dataset_run, compact, tmp_path):
