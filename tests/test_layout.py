@@ -200,6 +200,12 @@ def test_an_entry_point_without_its_environment_says_how_to_activate_it():
     assert "No module named 'torch' in" in result.stderr and ". .venv/bin/activate" in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("words", [["-c", "import grpo"], ["-m", "grpo.port"], ["-m", "grpo.report"]])
+def test_what_needs_no_torch_does_not_ask_for_it(words):
+    result = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True)
+    assert "torch" not in result.stderr and (words[0] == "-m" or result.returncode == 0), result.stderr
+
+
 def test_a_foreign_package_called_kernels_is_refused_with_its_path(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("__version__ = '0.10.0'\n")
