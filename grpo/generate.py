@@ -301,8 +301,9 @@ def answers_until_stopped(conversation: Conversation, prompts: list[Prompt], ask
         note(f"{len(earlier)} of {len(prompts)} rows were answered before the command was stopped; it goes on with the others")
     with GracefulStop("the same command", keeps="keeps the finished answers and ends") as stop:
         completions = until_stopped(conversation.sampler, conversation.turns)(left, should_stop=stop, **settings) if left else []
-    answers = [answer for of_row in earlier.values() for answer in of_row]
-    answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion) for completion in completions]
+        answers = [answer for of_row in earlier.values() for answer in of_row]  # a signal in here ends nothing: all are kept
+        answers += [answer_record(conversation.tokenizer, asked[completion.prompt.id][1], completion)
+                    for completion in completions]
     answers.sort(key=lambda answer: (answer["row"], answer["sample"]))
     if len(completions) < len(left) * num_samples:
         head = {"partial": f"{len(answers)} of {len(prompts) * num_samples} answers", "of": same}

@@ -430,6 +430,19 @@ def test_stopped_answers_know_weights_in_a_folder_of_their_own(tmp_path):
     assert files_of_weights(config, step=None) == expected != {}
 
 
+def test_a_signal_that_comes_while_the_answers_are_read_loses_none(carry_run, tmp_path, monkeypatch):
+    def record(*arguments):
+        monkeypatch.undo()  # once
+        signal.raise_signal(signal.SIGINT)
+        return answer_record(*arguments)
+
+    monkeypatch.setattr("grpo.generate.answer_record", record)
+    (tmp_path / "asked.jsonl").write_text('{"question": "1+1"}\n{"question": "14+49"}\n')
+    words = [f"run={carry_run}", "max_new_tokens=3", f"prompts={tmp_path / 'asked.jsonl'}", f"output={tmp_path / 'out'}"]
+    assert run_generation(load_config("generate", words)) == 0
+    assert (tmp_path / "out").read_text().count("\n") == 2
+
+
 def test_prompts_of_a_file_are_answered_with_an_older_checkpoint_where_the_newest_is_damaged(carry_run, tmp_path):
     shutil.copytree(carry_run, tmp_path / "run")
     (tmp_path / "run/checkpoints/step_000001/manifest.json").unlink()
