@@ -63,11 +63,14 @@ def files_of_checkpoint(folder: str | None) -> list[str]:
 
 def writable_file(name: str) -> Path:
     """The path of `output`. Raises ConfigError where it cannot be written, since found out at the end the result would be lost,
-    and where it is a file of a run."""
+    where it is a file of a run, and where a signal would have a file of somebody else's replaced."""
     path = Path(os.path.expanduser(name)).absolute()
     keep_run_files(path, "output = ")
-    is_new = not os.path.lexists(path)
+    is_new, part = not os.path.lexists(path), part_of(path)
     try:
+        if (is_new or path.is_file()) and os.path.lexists(part) and not _is_part(part):
+            raise ConfigError(f"output = {name!r}: {shown(part)}, where a stopped command leaves what is finished, is no "
+                              "such file; move it away, or give another output")
         if is_new or path.is_file() or path.is_dir():  # to open a pipe could wait for its reader
             path.open("ab").close()
         if is_new:
@@ -104,5 +107,9 @@ def keep_part(output: Path | None, text: str) -> str:
 def remove_part(output: Path) -> None:
     """Deletes what an interrupted command left of `output`, which is complete now."""
     part = part_of(output)
-    if part.is_file() and part.read_bytes()[:40].lstrip(b"{ \n").startswith(b'"partial"'):
+    if _is_part(part):
         part.unlink()
+
+
+def _is_part(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:40].lstrip(b"{ \n").startswith(b'"partial"')

@@ -113,6 +113,15 @@ def test_a_name_that_runs_use_is_free_where_there_is_no_run(tmp_path):
         keep_run_files(tmp_path / name, "output = ")
 
 
+def test_a_file_of_one_s_own_is_not_where_a_stopped_command_leaves_what_is_finished(tmp_path):
+    part = tmp_path / "result.json.partial"
+    part.write_text("mine")
+    with pytest.raises(ConfigError, match="result.json.partial, where a stopped command .* move it away"):
+        writable_file(str(tmp_path / "result.json"))
+    part.write_text('{\n  "partial": "1 of 2 prompts"\n}')
+    assert writable_file(str(tmp_path / "result.json")) == tmp_path / "result.json"
+
+
 def test_an_output_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
     def partly(path, data):
         path.open("wb").write(data[:2])
