@@ -399,9 +399,8 @@ def claim_run_dir(config: TrainConfig, run_dir: Path) -> None:
     try:
         has_checkpoints = any((run_dir / "checkpoints").glob("step_*"))
         if has_checkpoints and not config.resume and list(checkpoints_of(run_dir)) == [0]:
-            raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run that has finished no step; resume=true goes on "
-                              "with it from step 0, and nothing is lost. With other settings choose another name=, or delete "
-                              "that folder")
+            raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run that has saved no step; resume=true goes on with "
+                              "it from step 0. With other settings choose another name=, or delete that folder")
         if has_checkpoints and not config.resume:
             raise ConfigError(f"name = {config.name!r}: {run_dir} holds a run with checkpoints; continue it with resume=true, "
                               "or choose another name=")

@@ -257,7 +257,7 @@ def test_a_name_that_is_taken_says_whether_anything_would_be_lost(start, tmp_pat
     (tmp_path / "out/run/checkpoints/step_000000").mkdir(parents=True)
     result = start(*SMOKE)
     assert result.code == 2, result.err
-    assert "out/run holds a run that has finished no step; resume=true goes on with it from step 0" in result.err
+    assert "out/run holds a run that has saved no step; resume=true goes on with it from step 0" in result.err
     (tmp_path / "out/run/checkpoints/step_000002").mkdir()
     result = start(*SMOKE)
     assert result.code == 2 and "out/run holds a run with checkpoints; continue it with resume=true" in result.err, result.err
