@@ -468,7 +468,7 @@ def run_sweep(plan: CommandPlan, task: Callable[[Any], int]) -> int:
             raise
         except Exception as error:  # of the sweeper or the launcher, each with kinds of its own
             problem = error
-        code = end_sweep(results)
+        code = end_sweep(results, command=plan.config_name)
     if problem is not None:
         print(f"sweep: {explain(problem)}", file=sys.stderr)
     return code or (FAILED if problem is not None else 0)

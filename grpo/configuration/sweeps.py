@@ -138,9 +138,9 @@ def recorded_results() -> Iterator[list[JobReturn]]:
         Plugins.instantiate_launcher = instantiate
 
 
-def end_sweep(results: list[JobReturn]) -> int:
-    """Prints which jobs failed, of training runs their table, and what continues a sweep that a signal stopped. Returns the first
-    exit code that is not 0."""
+def end_sweep(results: list[JobReturn], *, command: str) -> int:
+    """Prints which jobs failed, of training runs their table, and what continues a sweep that a signal stopped. command: train,
+    evaluate or generate. Returns the first exit code that is not 0."""
     codes = []
     for result in results:
         has_ended = result.status == JobStatus.COMPLETED and isinstance(result._return_value, JobResult)
@@ -158,8 +158,9 @@ def end_sweep(results: list[JobReturn]) -> int:
         print(table.read_text(encoding="utf-8"), f"sweep: {table}", sep="\n")
     if PREEMPTED in codes:  # finished jobs of it have nothing left to do
         words = [word for word in sys.argv[1:] if not word.startswith("resume=")]
-        print(f"stopped: the sweep, {codes.count(0)} of {len(codes)} runs finished; resume with: "
-              f"python -m grpo.train {shlex.join([*words, 'resume=true'])}", file=sys.stderr)
+        words, how = ([*words, "resume=true"], "resume") if command == "train" else (words, "start again")
+        print(f"stopped: the sweep, {codes.count(0)} of {len(codes)} runs finished; {how} with: "
+              f"python -m grpo.{command} {shlex.join(words)}", file=sys.stderr)
     return next((code for code in codes if code), 0)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 
 from grpo.config import ConfigError
 from grpo.configuration.launch import check, compose, finish, jobs_planned, load_config, prepare
-from grpo.configuration.sweeps import JobResult, check_names, jobs_of, objective_of, outcome
+from grpo.configuration.sweeps import JobResult, check_names, end_sweep, jobs_of, objective_of, outcome
 
 # A training run in a moment: leaves a summary, and ends as its seed says.
 TASK = """
@@ -62,6 +63,19 @@ class Elsewhere(Launcher):
         result.return_value = value
         return result
 """
+
+
+@pytest.mark.parametrize("command, printed", [
+    ("train", "resume with: python -m grpo.train -m seed=1,2 resume=true\n"),
+    ("evaluate", "start again with: python -m grpo.evaluate -m seed=1,2\n"),  # it has no `resume`
+])
+def test_what_continues_a_stopped_sweep_is_the_command_that_was_typed(monkeypatch, capsys, command, printed):
+    monkeypatch.setattr("sys.argv", ["command", "-m", "seed=1,2"])
+    results = [JobReturn(overrides=[], status=JobStatus.COMPLETED) for _ in range(2)]
+    for result in results:
+        result.return_value = outcome(75)
+    assert end_sweep(results, command=command) == 75
+    assert capsys.readouterr().err == f"stopped: the sweep, 0 of 2 runs finished; {printed}"
 
 
 @pytest.fixture
